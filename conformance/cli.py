@@ -36,12 +36,9 @@ from portakv_conformance.run.runner import run
 
 def compare(words: list[str]) -> int:
     """Print what changed between two reports; 1 where something got worse or is gone."""
-    parser = argparse.ArgumentParser(
-        prog="portakv conform diff",
-        description="Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION or "
-        "MISSING, or where a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and so "
-        "is a rung that is lost.",
-    )
+    parser = _parser("diff", "Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION "
+        "or MISSING, or where a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and "
+        "so is a rung that is lost.")  # fmt: skip
     parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
     asked = parser.parse_args(words)
@@ -61,11 +58,9 @@ def compare(words: list[str]) -> int:
 
 def verify(words: list[str]) -> int:
     """Print whether a report stands; 1 with every reason where it does not."""
-    parser = argparse.ArgumentParser(
-        prog="portakv conform verify",
-        description="Checks a report: its schema and seal, its case list against the installed "
-        "suite's, that totals, verdict and rung follow from its cases. Needs no device.",
-    )
+    parser = _parser("verify", "Checks a report: its schema and seal, its case list against the "
+        "installed suite's, that totals, verdict and rung follow from its cases. Needs no "
+        "device.")  # fmt: skip
     parser.add_argument("report", type=Path, metavar="REPORT", help="a conformance.json")
     asked = parser.parse_args(words)
     text = _text(asked.report)
@@ -86,11 +81,8 @@ def verify(words: list[str]) -> int:
 
 def replay_example(words: list[str]) -> int:
     """Judge a saved example again; 1, with the first wrong byte, where it still fails."""
-    parser = argparse.ArgumentParser(
-        prog="portakv conform replay",
-        description="Judges a failing example that a run saved, on the backend and device that it "
-        "failed on or on others.",
-    )
+    parser = _parser("replay", "Judges a failing example that a run saved, on the backend and "
+        "device that it failed on or on others.")  # fmt: skip
     parser.add_argument("file", type=Path, metavar="FILE", help="example-*.json of a run")
     parser.add_argument("backend", nargs="?", metavar="NAME", help="default: the one it failed on")
     parser.add_argument("--device", metavar="D", help="default: the one it failed on")
@@ -118,6 +110,10 @@ def replay_example(words: list[str]) -> int:
         raise BadRequest(str(error)) from error
     print(f"{asked.file}: {wrong or f'passes on {judged.name}, {judged.device}.'}")
     return 0 if wrong is None else 1
+
+
+def _parser(verb: str, description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(prog=f"portakv conform {verb}", description=description)
 
 
 def _text(path: Path) -> str:
@@ -202,7 +198,7 @@ def _conform(words: list[str]) -> int:
     else:
         print_summary(record, options)
     if asked.report is not None:
-        from portakv_conformance.report import write
+        from portakv_conformance.report.page import write  # needs jinja2
 
         for path in write(record, asked.report):
             print(f"wrote {path}", file=sys.stderr)
@@ -211,11 +207,9 @@ def _conform(words: list[str]) -> int:
 
 def _list(words: list[str]) -> int:
     """Print the ids of a profile's cases; no backend is judged."""
-    parser = argparse.ArgumentParser(
-        prog="portakv conform --list",
-        description="Prints the ids of the cases of a profile on a kind of device, which need not "
-        "be here. Any beginning of an id, up to `::` or `[`, names its cases behind --only.",
-    )
+    parser = _parser("--list", "Prints the ids of the cases of a profile on a kind of device, "
+        "which need not be here. Any beginning of an id, up to `::` or `[`, names its cases behind "
+        "--only.")  # fmt: skip
     _add_profile(parser, "core", "core")
     parser.add_argument("--device", default="cpu", metavar="D", help="a kind (default: cpu)")
     asked, _ = parser.parse_known_args(words)  # the words of a run may stand beside

@@ -28,39 +28,22 @@ CARRIER, LIBRARY = "carried out by", "library"
 
 @dataclass
 class CaseRecord:
-    """One case and how it ended.
+    """One case and how it ended. ``reason`` is a sentence: the first wrong byte, why it is waived,
+    what is not claimed; where it passed, why some of its copies were declined."""
 
-    Attributes:
-        id: pytest's id relative to the package, such as ``cases/test_core.py::test_widths[2]``.
-        area: ``core``, ``corners``, ``drawn``, ``metamorphic``, ``stateful``, ``safety``,
-            ``ordering``, ``capture``, ``claims``.
-        profile: the least profile that runs it, ``core`` or ``full``.
-        claim: the field of `Capabilities` that it judges; empty for what every backend must do.
-        status: how it ended; ``error`` is a fault of the suite or its surroundings.
-        seconds: time it took.
-        examples: copies that were judged in it.
-        declined: copies in it that the backend declined, and that were not judged for it.
-        tags: ``layout``, ``dtype``, ``operation`` where the case is about one.
-        reason: a sentence: the first wrong byte, why it is waived, what is not claimed; where it
-            passed, why some of its copies were declined.
-        details: traceback and captured output; empty where it passed.
-        replay: the command that runs this case again, alone.
-        example: file name of the shrunken failing example, beside the report; or empty.
-    """
-
-    id: str
-    area: str
-    profile: str
-    claim: str = ""
-    status: Status = "passed"
+    id: str  # pytest's, relative to the package: ``cases/test_core.py::test_widths[2]``
+    area: str  # one of `judge.claims.AREAS`
+    profile: str  # the least that runs it, ``core`` or ``full``
+    claim: str = ""  # the field of `Capabilities` that it judges; empty: every backend must do it
+    status: Status = "passed"  # ``error`` is a fault of the suite or its surroundings
     seconds: float = 0.0
-    examples: int = 0
-    declined: int = 0
-    tags: dict[str, str] = field(default_factory=dict)
+    examples: int = 0  # copies that were judged in it
+    declined: int = 0  # copies that the backend declined, and that were not judged for it
+    tags: dict[str, str] = field(default_factory=dict)  # ``layout``, ``dtype``, ``operation``
     reason: str = ""
-    details: str = ""
-    replay: str = ""
-    example: str = ""
+    details: str = ""  # traceback and captured output; empty where it passed
+    replay: str = ""  # the command that runs this case again, alone
+    example: str = ""  # file name of the shrunken failing example, beside the report
 
     def line(self) -> str:
         """This record as one line of JSON."""
@@ -81,44 +64,29 @@ class CaseRecord:
 
 @dataclass
 class RunRecord:
-    """A whole run: the document ``conformance.json``.
-
-    Attributes:
-        schema, suite, spec: what the document and the suite are.
-        backend: ``name``, ``target`` (module:Class), ``version``, ``source_sha256``.
-        environment: ``torch``, ``python``, ``os``, ``device`` (as asked), ``device_name``,
-            ``driver``, ``emulated`` (bool), and versions of the vendor's packages.
-        capabilities: every field of `Capabilities`, as plain values.
-        trace: the registry's answers, a sentence each.
-        profile, seed, fuzz: what was asked (``fuzz`` 0: none).
-        case_list_sha256: of the sorted ids that the profile consists of.
-        cases: one record for each id of the case list.
-        totals: how many cases have each status.
-        rung: ``R3``, ``R6`` or empty; verdict: ``conformant``, ``failed`` or ``incomplete``.
-        missing: sentences: what could not be run here.
-        started: ISO 8601, UTC; seconds: of the whole run.
-        command: what repeats it.
-    """
+    """A whole run: the document ``conformance.json``. The environment has ``torch``, ``python``,
+    ``os``, ``device`` (as asked), ``device_name``, ``driver``, ``emulated`` (bool), and versions of
+    the vendor's packages."""
 
     schema: str
     suite: str
     spec: str
-    backend: dict[str, str]
+    backend: dict[str, str]  # ``name``, ``target`` (module:Class), ``version``, ``source_sha256``
     environment: dict[str, Any]
-    capabilities: dict[str, Any]
-    trace: list[str]
+    capabilities: dict[str, Any]  # every field of `Capabilities`, as plain values
+    trace: list[str]  # the registry's answers, a sentence each
     profile: str
     seed: int
-    fuzz: int
-    case_list_sha256: str
-    cases: list[CaseRecord]
-    totals: dict[str, int]
-    rung: str
-    verdict: str
-    missing: list[str]
-    started: str
+    fuzz: int  # as it was asked; 0: none
+    case_list_sha256: str  # of the sorted ids that the profile consists of
+    cases: list[CaseRecord]  # one for each id of the case list
+    totals: dict[str, int]  # how many cases have each status
+    rung: str  # ``R3``, ``R6`` or empty
+    verdict: str  # ``conformant``, ``failed`` or ``incomplete``
+    missing: list[str]  # sentences: what could not be run here
+    started: str  # ISO 8601, UTC
     seconds: float
-    command: str
+    command: str  # what repeats it
     waivers: list[dict[str, str]] = field(default_factory=list)
 
     def document(self) -> str:

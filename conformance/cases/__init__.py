@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from portakv import AdaptiveConnector
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import CHUNK, DIRECTIONS, PAGED, Shape, Workshop
 from portakv_conformance.judge.claims import full
@@ -40,6 +41,13 @@ class Bench(Workshop):
     def facility(self) -> Facility:
         """Streams and delays of its device."""
         return self.judge.facility
+
+    def connector(self) -> AdaptiveConnector:
+        """A connector for what is judged, in layouts that it takes."""
+        return AdaptiveConnector(
+            self.subject.device, backend=self.subject.name, kv_layout=self.paged,
+            chunk_layout=self.dense,
+        )  # fmt: skip
 
     def copy(self, case: Case) -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""

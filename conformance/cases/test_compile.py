@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv import AdaptiveConnector
-from portakv_conformance.cases import Bench, Shape, Workshop
+from portakv_conformance.cases import Bench, Shape
 from portakv_conformance.draw.by_hand import between
 
 pytestmark = pytest.mark.area("capture")
@@ -39,7 +38,7 @@ def test_a_transfer_inside_a_compiled_function(home: Bench, compiler: str, move:
             "traces through none"
         )
         return
-    connector = AdaptiveConnector(subject.device, backend=subject.name, kv_layout=home.paged)
+    connector = home.connector()
     caches = home.cache(SHAPE, [], source=move == "from_gpu")
     connector.register_kv_caches(caches.tensors)
 
@@ -53,7 +52,7 @@ def test_a_transfer_inside_a_compiled_function(home: Bench, compiler: str, move:
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     for turn, tokens in enumerate((5, 9, 12)):
-        shop = Workshop(home.device, home.seed + 100 + turn)
+        shop = replace(home, seed=home.seed + 100 + turn)
         slots = torch.tensor(shop.shuffled(SHAPE.slots, tokens, 1)).to(subject.device)
         chunk = shop.chunk(SHAPE, tokens, source=move == "to_gpu")
         paged = replace(caches, ids=slots, arrangement=None)

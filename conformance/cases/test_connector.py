@@ -57,11 +57,7 @@ def _chunk(case: Case) -> Any:
 @pytest.fixture
 def store(home: Bench) -> Store:
     """A connector for this backend, in a layout that it takes."""
-    connector = AdaptiveConnector(
-        home.subject.device, backend=home.subject.name, kv_layout=home.paged,
-        chunk_layout=home.dense,
-    )  # fmt: skip
-    return Store(home, connector)
+    return Store(home, home.connector())
 
 
 @pytest.mark.parametrize(

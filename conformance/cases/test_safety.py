@@ -146,7 +146,7 @@ def test_the_word_names_a_bad_position(home: Bench, ids: str, offset: int, step:
     if not home.judge.claims("guards", "bad ids are found before the launch."):
         return
     given = home.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
-    how = {"step": step, "offset": offset * step}
+    how: dict[str, Any] = {"step": step, "offset": offset * step}
     for direction in DIRECTIONS:
         check_guarded(home.judge, home.move(direction, SHAPE, given, **how))
 

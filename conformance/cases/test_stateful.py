@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from hypothesis.stateful import run_state_machine_as_test as run
 
-from portakv import AdaptiveConnector, Transfer, copy_blocks
-from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, asked_of, view_of
+from portakv import Transfer, copy_blocks
+from portakv_conformance.cases import Bench, Case, Shape, Side, asked_of, view_of
 from portakv_conformance.cases.test_metamorphic import rows_at
 from portakv_conformance.draw.by_hand import HOMES
 from portakv_conformance.draw.saved import blaming
@@ -33,16 +33,12 @@ class Engine(RuleBasedStateMachine):
     """Sequences of tokens in blocks of a cache in the backend's home layout. ``told`` is what each
     token of each sequence must hold. What the backend declines does not happen."""
 
-    judge: Judge
     home: Bench
 
     def __init__(self) -> None:
         super().__init__()
         self.cache = self.home.cache(SHAPE, [], source=False)
-        self.connector = AdaptiveConnector(
-            torch.device(self.home.device), backend=self.judge.subject.name,
-            kv_layout=self.home.paged, chunk_layout=self.home.dense,
-        )  # fmt: skip
+        self.connector = self.home.connector()
         self.connector.register_kv_caches(self.cache.tensors)
         self.free = list(range(SHAPE.blocks))
         self.blocks: dict[int, list[int]] = {}  # sequence -> its blocks
@@ -53,21 +49,22 @@ class Engine(RuleBasedStateMachine):
 
     def _chunk(self, tokens: int, source: bool) -> Side:
         self.number += 1
-        shop = replace(self.home, seed=self.judge.seed + self.number)
+        shop = replace(self.home, seed=self.home.judge.seed + self.number)
         return shop.chunk(SHAPE, tokens, source=source)
 
     def _paged(self, ids: list[int], step: int = 1) -> Side:
         return replace(self.cache, ids=torch.tensor(ids), step=step)
 
     def _carried(self, call: Callable[[], Transfer], src: Side, dst: Side, count: int) -> bool:
-        self.done.append(Case(src, dst, count))
-        carried = self.judge.carried(lambda: self.judge.finish(call()), asked_of(self.done[-1]))
-        self.judge.examples += carried
+        case, judge = Case(src, dst, count), self.home.judge
+        self.done.append(case)
+        carried = judge.carried(lambda: judge.finish(call()), asked_of(case))
+        judge.examples += carried
         return carried
 
     def _blaming(self) -> AbstractContextManager[None]:
         """Keeps one of the last copies as an example, where what is inside fails."""
-        return blaming(self.judge, *self.done[:-4:-1])
+        return blaming(self.home.judge, *self.done[:-4:-1])
 
     @precondition(lambda self: self.free)
     @rule(tokens=st.integers(1, 2 * SIZE), end=st.booleans())
@@ -126,7 +123,7 @@ class Engine(RuleBasedStateMachine):
         own = owners[pick % len(owners)]
         place = which % len(own)
         src, dst = self._paged([own[place]], SIZE), self._paged([self.free[0]], SIZE)
-        view, name = view_of(self.cache), self.judge.subject.name
+        view, name = view_of(self.cache), self.home.judge.subject.name
         call = partial(copy_blocks, view, view, [own[place]], [self.free[0]], backend=name)
         if self._carried(call, src, dst, SIZE):
             self.free.append(own[place])
@@ -144,7 +141,7 @@ class Engine(RuleBasedStateMachine):
         shape = replace(SHAPE, blocks=len(blocks))
         dst = self.home.cache(shape, order, layout=other, step=SIZE, source=False)
         asked = asked_of(Case(src, dst, len(told)))
-        call = partial(self.judge.subject.copy, *asked, count=len(told))
+        call = partial(self.home.judge.subject.copy, *asked, count=len(told))
         if not self._carried(call, src, dst, len(told)):
             return
         found = tokens_at(dst, _slots(order, 0, len(told)))
@@ -178,7 +175,7 @@ def tokens_at(side: Side, slots: Sequence[int]) -> list[bytes]:
 
 def test_blocks_of_an_engine(home: Bench) -> None:
     """Through any sequence of appends, evictions, reloads and migrations, no token is lost."""
-    machine = type("Engine", (Engine,), {"judge": home.judge, "home": home})
+    machine = type("Engine", (Engine,), {"home": home})
     hypothesis.seed(home.judge.seed)(machine)
     examples = max(settings().max_examples // 2, 10)
     run(machine, settings=settings(max_examples=examples, stateful_step_count=15))

@@ -9,17 +9,8 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from importlib import import_module
 
-from portakv_conformance.mutants import (
-    addressing,
-    claims,
-    indices,
-    layouts,
-    ordering,
-    paths,
-    state,
-    vectors,
-)
 from portakv_conformance.mutants.base import DeviceRows, HostRows
 
 __all__ = ["CONTROLS", "MUTANTS", "Mutant"]
@@ -27,21 +18,13 @@ __all__ = ["CONTROLS", "MUTANTS", "Mutant"]
 
 @dataclass(frozen=True)
 class Mutant:
-    """A seeded bug.
+    """A seeded bug, ``bug`` as a sentence."""
 
-    Attributes:
-        name: of the backend.
-        target: ``module:Class``, what `portakv conform` is given.
-        bug: what is wrong with it, a sentence.
-        device: where it is judged, ``cpu`` or ``simdev``.
-        profile: the least profile that has to catch it.
-    """
-
-    name: str
-    target: str
+    name: str  # of the backend
+    target: str  # ``module:Class``, what `portakv conform` is given
     bug: str
-    device: str
-    profile: str
+    device: str  # where it is judged, ``cpu`` or ``simdev``
+    profile: str  # the least that has to catch it
 
 
 def _mutant(found: type[HostRows]) -> Mutant:
@@ -50,10 +33,12 @@ def _mutant(found: type[HostRows]) -> Mutant:
     return Mutant(found.name, target, bug, found.device_type, found.profile)
 
 
+_IDEAS = ("addressing", "paths", "vectors", "indices", "layouts", "state", "claims", "ordering")
 #: Every mutant, those of one idea together; an underscore marks a base.
 MUTANTS: tuple[Mutant, ...] = tuple(
     _mutant(found)
-    for module in (addressing, paths, vectors, indices, layouts, state, claims, ordering)
+    for idea in _IDEAS
+    for module in [import_module(f"{__name__}.{idea}")]
     for name, found in vars(module).items()
     if name[0] != "_" and getattr(found, "__module__", "") == module.__name__
     if inspect.isclass(found) and issubclass(found, HostRows)

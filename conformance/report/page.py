@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader
@@ -41,6 +42,22 @@ _SHORT = {
     "float8_e4m3fn": "f8e4", "float8_e5m2": "f8e5", "uint8": "u8", "int8": "i8",
     "int16": "i16", "int32": "i32", "int64": "i64", "bool": "b8",
 }  # fmt: skip
+
+
+def write(record: RunRecord, folder: Path) -> list[Path]:
+    """Write every form of a report into a folder, which is made where it is missing; the files.
+
+    ``conformance.json`` is the report itself; the others are made from the same record.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    forms = {
+        "conformance.json": record.document(), "report.html": page(record),
+        "report.md": markdown(record), "junit.xml": junit(record), "badge.svg": badge(record),
+    }  # fmt: skip
+    for name, text in forms.items():
+        file = folder / name
+        file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+    return [folder / name for name in forms]
 
 
 def page(record: RunRecord) -> str:

@@ -34,30 +34,21 @@ _DRAWN = ("drawn", "metamorphic", "stateful")  # areas
 
 
 class Journal:
-    """The cases of a run and how they ended, over all of its workers.
-
-    Attributes:
-        loading: a worker has begun to load the backend: the suite itself is in order.
-        subject: the event that introduced what is judged.
-        ids: the case list, in the order of execution; empty before it is known.
-        cases: by id, what has ended.
-        missing: sentences: what cannot be run here.
-        lone: how many cases were left out since there is one real device only.
-        ran: how many cases came to an end by themselves.
-        stopped: the first failure was all that was asked for, and it happened.
-    """
+    """The cases of a run and how they ended, over all of its workers."""
 
     def __init__(self, options: Options, progress: Progress) -> None:
         self._options, self.progress = options, progress
         self._waivers = {waiver.id: waiver for waiver in options.waivers}
         self._about: dict[str, dict[str, Any]] = {}
         self._examples: Counter[bool] = Counter()  # by whether the case draws them
-        self.loading = self.stopped = False
-        self.subject: dict[str, Any] = {}
-        self.ids: list[str] = []
-        self.cases: dict[str, CaseRecord] = {}
-        self.missing: list[str] = []
-        self.lone = self.ran = 0
+        self.loading = False  # a worker has begun to load the backend: the suite is in order
+        self.stopped = False  # the first failure was all that was asked for, and it happened
+        self.subject: dict[str, Any] = {}  # the event that introduced what is judged
+        self.ids: list[str] = []  # the case list, in the order of execution, once it is known
+        self.cases: dict[str, CaseRecord] = {}  # by id, what has ended
+        self.missing: list[str] = []  # sentences: what cannot be run here
+        self.lone = 0  # cases that were left out since there is one real device only
+        self.ran = 0  # cases that came to an end by themselves
 
     def left(self) -> list[str]:
         """Ids that have not ended, in their order."""

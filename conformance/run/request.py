@@ -21,35 +21,21 @@ _CASES = "cases/"
 
 @dataclass(frozen=True)
 class Options:
-    """What to run.
+    """What to run."""
 
-    Attributes:
-        backend: a registered name or ``pkg.mod:Class``; device: where.
-        profile: ``core`` or ``full``.
-        seed: of every pattern and drawing.
-        fuzz: examples drawn in each drawn case; 0: the profile's own numbers.
-        waivers: cases that may fail; waiver_file: where they stand.
-        limit: seconds that one case may take; None: `CASE_LIMIT`, more under ``fuzz``.
-        exit_first: stop at the first failure.
-        only: ids to run; empty: all of the profile.
-        emulated: the simulated device carries the name of ``device``.
-        examples: an existing folder for failing examples that were shrunken.
-        jobs: workers at a time.
-    """
-
-    backend: str
+    backend: str  # a registered name or ``pkg.mod:Class``
     device: str = "cpu"
     profile: str = "core"
-    seed: int = 0
-    fuzz: int = 0
-    waivers: tuple[Waiver, ...] = ()
-    waiver_file: str = ""
-    limit: float | None = None
+    seed: int = 0  # of every pattern and drawing
+    fuzz: int = 0  # examples drawn in each drawn case; 0: the profile's own numbers
+    waivers: tuple[Waiver, ...] = ()  # cases that may fail
+    waiver_file: str = ""  # where those stand
+    limit: float | None = None  # seconds that one case may take; None: as `seconds` says
     exit_first: bool = False
-    only: tuple[str, ...] = ()
-    emulated: bool = False
-    examples: Path | None = None
-    jobs: int = 1
+    only: tuple[str, ...] = ()  # ids to run; empty: all of the profile
+    emulated: bool = False  # the simulated device carries the name of ``device``
+    examples: Path | None = None  # an existing folder for failing examples that were shrunken
+    jobs: int = 1  # workers at a time
 
     @property
     def seconds(self) -> float:

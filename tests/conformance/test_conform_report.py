@@ -20,8 +20,8 @@ from support import conform_reports
 from portakv_conformance.judge.oracle import compare, expected_copy
 from portakv_conformance.record import RunRecord
 from portakv_conformance.report import page as forms
-from portakv_conformance.report import words, write
-from portakv_conformance.report.page import ANY, matrix
+from portakv_conformance.report import words
+from portakv_conformance.report.page import ANY, matrix, write
 from portakv_conformance.report.words import first_byte
 
 _VOID = {"meta", "link", "input", "wbr", "br", "img"}

@@ -11,7 +11,7 @@ import pytest
 from support import conform_reports
 from support.headless_chromium import ABSENT, Browser, chromium
 
-from portakv_conformance.report import write
+from portakv_conformance.report.page import write
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason=ABSENT)
 
