@@ -21,18 +21,7 @@ from portakv import CopyPlan, PortaKVError
 from portakv.backends.base import Pending
 from portakv.engines import calibration
 from portakv.engines import choose as chosen
-from portakv.engines.calibration import (
-    GAP,
-    SEEN,
-    TRIES,
-    DelayTimer,
-    EventTimer,
-    Grid,
-    Timed,
-    by_point,
-    calibrate,
-    timer_for,
-)
+from portakv.engines.calibration import DelayTimer, EventTimer, Grid, Timed, calibrate
 from portakv.engines.choose import Host, HostLaunch
 from portakv.engines.costs import DIRECTIONS
 from portakv.engines.descriptors import Descriptors
@@ -59,13 +48,6 @@ def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
     """Other classes for engines."""
     monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | targets)
-
-
-class Wrong(Descriptors):
-    """Moves nothing."""
-
-    def prepare(self, plan: CopyPlan) -> Any:
-        return lambda *_: None
 
 
 class Failing(Descriptors):
@@ -122,7 +104,7 @@ def test_every_engine_that_serves_the_device_is_measured() -> None:
     for columns in found.points.values():
         for column in columns.values():
             assert all(point.seconds > 0 and 0 < point.host_seconds < 60 for point in column)
-    rows = by_point(found)
+    rows = calibration.by_point(found)
     assert list(rows)[:2] == [("d2h", 256, 16), ("d2h", 256, 64)]
     assert list(rows["h2d", 4096, 1]) == ["staged", "descriptors", "ring"]
 
@@ -209,14 +191,14 @@ def test_too_little_time_for_anything_is_an_error() -> None:
 @pytest.mark.parametrize(
     ("fake", "why"),
     [
-        ("Wrong", "its bytes were wrong"),
-        ("Failing", "RuntimeError at 64 runs of 256 B: the driver said no"),
+        (f"{FAKES}:Descriptors", "its bytes were wrong"),  # it moves nothing
+        (f"{HERE}:Failing", "RuntimeError at 64 runs of 256 B: the driver said no"),
     ],
 )
 def test_an_engine_that_is_wrong_or_fails_is_left_out_with_all_its_points(
     fake: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replaced(monkeypatch, descriptors=f"{HERE}:{fake}")
+    replaced(monkeypatch, descriptors=fake)
     found = calibrate(DEVICE, 60)
     assert why in found.left_out["descriptors"]
     assert {engine for engine, _ in found.points} == {"staged", "ring"}
@@ -234,7 +216,7 @@ def test_the_grid_leaves_room_between_blocks() -> None:
     work = calibration._Work(DEVICE, SMALL, EventTimer(DEVICE), Host(DEVICE))
     blocks = work.blocks("pinned", 4096, 8)
     assert blocks.is_pinned()
-    assert (tuple(blocks.shape), blocks.stride(0)) == ((8, 1, 4096), 4096 + GAP)
+    assert (tuple(blocks.shape), blocks.stride(0)) == ((8, 1, 4096), 4096 + calibration.GAP)
     assert work.blocks("device", 256, 64).device == DEVICE
 
 
@@ -273,7 +255,7 @@ def test_a_delay_hides_what_the_host_does_first(
     delays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "SEEN", 0.2)
-    timer = timer_for(DEVICE)
+    timer = calibration.timer_for(DEVICE)
     assert isinstance(timer, DelayTimer)
     delays.clear()
 
@@ -316,14 +298,15 @@ def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
 
     delays.clear()
     timer.time(always, 1e-3)
-    assert len(calls) == len(delays) + 1 == TRIES + 1  # the last one might have waited for a delay
+    # The last one might have waited for a delay.
+    assert len(calls) == len(delays) + 1 == calibration.TRIES + 1
 
 
 def test_a_device_without_a_delay_is_timed_as_it_is() -> None:
-    timer = timer_for(DEVICE)
+    timer = calibration.timer_for(DEVICE)
     assert type(timer) is EventTimer
     assert "idle" in timer.name
-    assert f"{SEEN * 1e3:g} ms" in DelayTimer.name
+    assert f"{calibration.SEEN * 1e3:g} ms" in DelayTimer.name
 
 
 # The command

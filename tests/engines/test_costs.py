@@ -14,20 +14,8 @@ import pytest
 import torch
 from support.threads import run_threads
 
-from portakv.engines import costs as table
-from portakv.engines.costs import (
-    FORMAT,
-    Point,
-    Table,
-    TableError,
-    as_json,
-    costs_of,
-    identity,
-    path_for,
-    read,
-    store,
-    unmeasured,
-)
+from portakv.engines import costs
+from portakv.engines.costs import FORMAT, Point, Table, costs_of, identity, read, store
 from portakv.runtime import cuda as _cuda_driver
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -100,7 +88,7 @@ def test_seconds_do_not_fall_with_the_number_of_runs() -> None:
 
 
 def test_what_was_not_measured_is_not_known() -> None:
-    for known in (made(), Table({}, {("staged", "h2d"): {}}), unmeasured("of a test")):
+    for known in (made(), Table({}, {("staged", "h2d"): {}}), costs.unmeasured("of a test")):
         for look in (known.seconds, known.host_seconds):
             assert look("descriptors", "d2h", 4096, 1) is None
             assert look("staged", "h2d", 4096, 1) is None
@@ -115,7 +103,7 @@ def test_a_table_comes_back_as_it_was(folder: Path) -> None:
     assert path.parent == folder
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     after = read(path)
-    assert as_json(after) == as_json(before)
+    assert costs.as_json(after) == costs.as_json(before)
     for size in (300, 4096):
         asked = "staged", "d2h", size, 77
         assert after.seconds(*asked) == before.seconds(*asked)
@@ -135,15 +123,15 @@ def test_it_is_read_once_and_used_from_then_on(monkeypatch: pytest.MonkeyPatch) 
     assert after.measured
     assert after.origin.startswith("measured on")
     assert after.seconds("staged", "d2h", 4096, 1) == pytest.approx(affine(4096, 1))
-    monkeypatch.setattr(table, "read", None)
+    monkeypatch.setattr(costs, "read", None)
     assert costs_of(CPU) is after
 
 
 def test_tables_of_other_devices_drivers_and_releases_lie_beside_it(folder: Path) -> None:
     mine = identity(CPU)
     assert mine["torch"] == torch.__version__
-    paths = {path_for(mine | {name: "another"}) for name in mine}
-    paths.add(path_for(mine))
+    paths = {costs.path_for(mine | {name: "another"}) for name in mine}
+    paths.add(costs.path_for(mine))
     assert len(paths) == len(mine) + 1
     store(made(model="another model"))
     assert not costs_of(CPU).measured
@@ -190,8 +178,8 @@ def test_a_file_that_is_damaged_is_ignored_and_says_so(kind: str) -> None:
     path = store(made())
     damage, why = DAMAGED[kind]
     path.write_bytes(damage(json.loads(path.read_text())).encode(errors="surrogateescape"))
-    table.forget()
-    with pytest.raises(TableError) as refused:
+    costs.forget()
+    with pytest.raises(costs.TableError) as refused:
         read(path)
     assert why in str(refused.value)
     found = costs_of(CPU)
@@ -207,7 +195,7 @@ def test_a_file_of_another_device_under_this_ones_name_is_ignored() -> None:
     path = store(made())
     content = json.loads(path.read_text())
     path.write_text(spoil(content, device={**content["device"], "model": "another model"}))
-    table.forget()
+    costs.forget()
     found = costs_of(CPU)
     assert not found.measured
     assert "was measured on" in found.origin
@@ -218,12 +206,12 @@ def test_a_file_of_another_device_under_this_ones_name_is_ignored() -> None:
 def test_a_file_that_cannot_be_read_is_ignored() -> None:
     path = store(made())
     path.chmod(0)
-    table.forget()
+    costs.forget()
     assert "cannot be read" in costs_of(CPU).origin
 
 
 def test_a_folder_in_its_place_is_ignored() -> None:
-    path = path_for(identity(CPU))
+    path = costs.path_for(identity(CPU))
     path.mkdir(parents=True)
     assert "cannot be read" in costs_of(CPU).origin
     with pytest.raises(OSError, match="directory"):
@@ -269,6 +257,6 @@ def test_the_driver_of_a_table(
     file = tmp_path / "version"
     if told is not None:
         file.write_text(told)
-    monkeypatch.setattr(table, "_MODULES", (file, file))
+    monkeypatch.setattr(costs, "_MODULES", (file, file))
     monkeypatch.setattr(_cuda_driver, "driver_version", version)
-    assert table._driver() == driver
+    assert costs._driver() == driver

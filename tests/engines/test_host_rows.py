@@ -4,9 +4,9 @@ was replaced, and what of dense rows crosses. All its bytes are judged in `test_
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from math import prod
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -58,15 +58,6 @@ def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], in
     assert torch.equal(memory, twin)
 
 
-def test_in_inference_mode_and_after_it() -> None:
-    memory, rows = chunks((16, 16))
-    _, slot = dense_of(rows, 24, 0)
-    with torch.inference_mode():
-        moved(slot, rows, Index(), Index(), 8)
-    moved(slot, rows, Index(), Index(), 24)
-    assert not memory.any()
-
-
 @pytest.fixture(params=[1, 4])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """How many torch may use."""
@@ -77,107 +68,103 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], bool]]:
-    """The copies that are made: the shape of what is written, axes of one element left out, and
-    whether ids pick its rows or those that are read."""
-    seen: list[tuple[tuple[int, ...], bool]] = []
-    ops = strided._HERE
-
-    def note(target: torch.Tensor, indexed: bool) -> None:
-        seen.append((tuple(n for n in target.shape if n != 1), indexed))
+def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
+    """The copies that are made: how many elements, and whether ids pick the rows that are written
+    or those that are read."""
+    seen, ops = list[tuple[int, bool]](), strided._HERE
 
     def select(*given: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is not None:
-            note(out, True)
+            seen.append((out.numel(), True))
         return ops.select(*given, out=out)
 
-    def put(target: torch.Tensor, *given: Any) -> None:
-        note(target, True)
-        ops.put(target, *given)
+    def put(target: torch.Tensor, _: int, rows: torch.Tensor, source: torch.Tensor) -> None:
+        seen.append((source.numel(), True))
+        ops.put(target, 0, rows, source)
 
     def copy(target: torch.Tensor, source: torch.Tensor) -> None:
-        note(target.view(torch.uint8), False)
+        seen.append((target.nbytes, False))
         ops.copy(target, source)
 
-    noted = ops._replace(select=select, put=put, copy=copy)
-    monkeypatch.setattr(strided, "_HERE", noted)
+    monkeypatch.setattr(strided, "_HERE", ops._replace(select=select, put=put, copy=copy))
     return seen
 
 
-def test_consecutive_ids_are_one_plain_copy(made: list[Any]) -> None:
-    rows = view_of(tensors_of(POOLS[2], 0, 1), POOLS[2])
-    dense, slot = dense_of(rows, 64)
-    moved(slot, rows, Index(), Index(list(range(4, 12)), step=BLOCK), 64, BLOCK)
-    assert [indexed for _, indexed in made] == [False]
-    assert prod(made[0][0]) == dense.numel()  # by bytes, which torch spreads furthest
+class Rows(NamedTuple):
+    """Rows that an index names, and in how many calls of torch they are copied: of bytes, which
+    torch spreads furthest, or ``indexed``, of the widest elements."""
+
+    view: KVView
+    index: Index
+    count: int
+    unit: int
+    indexed: bool
+    calls: int = 1
 
 
-@pytest.mark.usefixtures("threads")
-def test_dense_rows_are_one_plain_copy(made: list[Any]) -> None:
-    """Rows of 4 KiB, which lie together in each of 8 planes."""
-    tokens, width = 256, 4096
-    memory = torch.arange(8 * 2 * tokens * width // 8).view(torch.uint8)
-    rows = KVView(memory.view(2, 4, 2 * tokens, width), "kv layer token (head dim)", heads=1)
-    dense, slot = dense_of(rows, tokens)
-    moved(rows, slot, Index(offset=7), Index(), tokens)
-    assert len(made) == 1
-    assert torch.equal(dense, memory.view(8, -1, width)[:, 7 : 7 + tokens].reshape(-1))
+def random(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 256, shape, dtype=torch.uint8)
+
+
+def scattered(width: int) -> Rows:
+    count = max(4, (4 << 20) // width)
+    view = KVView(random(1, 2 * count, width), "layer token (kv head dim)", kv=1, heads=1)
+    return Rows(view, Index(torch.randperm(2 * count)[:count]), count, 1, True)
+
+
+def blocks(*ids: int) -> Rows:
+    """With room behind each block; at one pitch, or not."""
+    view = KVView(random(10, 5, 16)[:, :4], "block token dim")
+    return Rows(view, Index(ids, 4), 4 * len(ids), 4, ids in ((7, 2, 4), (6, 4, 2)))
+
+
+def pool(*ids: int) -> Rows:
+    view = view_of(tensors_of(POOLS[2], 0, 1), POOLS[2])
+    return Rows(view, Index(ids, BLOCK), BLOCK * len(ids), BLOCK, False)
+
+
+def dense() -> Rows:
+    """Rows that lie together in each of 8 planes."""
+    view = KVView(random(2, 4, 512, 4096), "kv layer token (head dim)", heads=1)
+    return Rows(view, Index(offset=7), 256, 1, False)
+
+
+def apart() -> Rows:
+    """Planes that are memory of their own."""
+    view = KVView([random(2, 6, 4, 1, 16) for _ in range(3)], "layer | kv block token head dim")
+    return Rows(view, Index([5, 0, 3], 4), 12, 4, True, calls=3)
+
+
+ROWS: dict[str, Callable[[], Rows]] = {
+    **{f"scattered, of {x} B": partial(scattered, x) for x in (16, 48, 4096, 512 << 10)},
+    **{f"blocks {ids}": partial(blocks, *ids)
+       for ids in ((7,), (7, 2, 4), (2, 3, 4), (2, 4, 6), (6, 4, 2))},
+    "consecutive blocks": partial(pool, *range(4, 12)),
+    "dense": dense,
+    "layers apart": apart,
+}  # fmt: skip
 
 
 @OUTWARD
 @pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("inference", [False, True])
-@pytest.mark.parametrize("run", [16, 48, 4096, 512 << 10])
-def test_scattered_rows_are_one_indexed_copy(
-    outward: bool, run: int, inference: bool, made: list[Any]
+@pytest.mark.parametrize("name", ROWS)
+def test_as_which_calls_of_torch_rows_are_copied(
+    name: str, outward: bool, made: list[tuple[int, bool]]
 ) -> None:
-    """Of any width, in the widest elements that there are."""
-    count = max(4, (4 << 20) // run)
-    memory = torch.randint(0, 256, (2 * count, run), dtype=torch.uint8)
-    order = torch.randperm(2 * count)[:count]
-    rows = KVView(memory[None], "layer token (kv head dim)", kv=1, heads=1)
-    dense, slot = dense_of(rows, count)
-    index, wanted = Index(order), memory.clone()
-    with torch.inference_mode(inference):
-        if outward:
-            wanted[order] = dense.view(count, run)
-            moved(slot, rows, Index(), index, count)
-        else:
-            moved(rows, slot, index, Index(), count)
-    assert torch.equal(memory, wanted)
-    assert torch.equal(dense.view(count, run), memory[order])
-    ((shape, indexed),) = made
-    assert indexed
-    assert prod(shape[1:]) == run // 16
-
-
-def tokens_of(number: int, width: int = 100) -> tuple[torch.Tensor, KVView]:
-    """Random dense rows of so many bytes."""
-    memory = torch.randint(0, 256, (number, width), dtype=torch.uint8)
-    return memory, KVView(memory, "token dim")
-
-
-@pytest.mark.parametrize("ids", [[7], [7, 2, 4], [2, 3, 4], [2, 4, 6], [6, 4, 2]])
-def test_blocks_at_one_pitch_are_a_plain_copy_and_others_an_indexed_one(
-    ids: list[int], made: list[Any]
-) -> None:
-    source = torch.randint(0, 256, (10, 5, 8), dtype=torch.uint8)  # room behind each block
-    target, theirs = tokens_of(50, 8)
-    wanted = target.clone()
-    wanted[: 4 * len(ids)] = source[ids, :4].reshape(-1, 8)
-    rows = KVView(source[:, :4], "block token dim")
-    moved(rows, theirs, Index(ids, 4), Index(), 4 * len(ids), 4)
-    assert torch.equal(target, wanted)
-    assert [indexed for _, indexed in made] == [ids in ([7, 2, 4], [6, 4, 2])]
-
-
-def test_planes_that_are_memory_of_their_own_are_copies_of_their_own(made: list[Any]) -> None:
-    source = [torch.randint(0, 256, (2, 6, 4, 1, 16), dtype=torch.uint8) for _ in range(3)]
-    rows = KVView(source, "layer | kv block token head dim")
-    dense, slot = dense_of(rows, 12)
-    moved(rows, slot, Index([5, 0, 3], 4), Index(), 12, 4)
-    assert len(made) == 3
-    assert torch.equal(dense, torch.stack([x[:, [5, 0, 3]] for x in source]).reshape(-1))
+    """In inference mode and after it."""
+    view, index, count, unit, indexed, calls = ROWS[name]()
+    (memory, slot), (twin, other) = dense_of(view, count), dense_of(view, count, 0)
+    for inference in (True, False):
+        made.clear()
+        with torch.inference_mode(inference):
+            if outward:
+                moved(slot, view, Index(), index, count, unit)
+            else:
+                moved(view, slot, index, Index(), count, unit)
+        each = memory.numel() // calls
+        assert made == [(each // 16 if indexed else each, indexed)] * calls
+        copy_rows(view, other, index, Index(), count=count)
+        assert torch.equal(memory, twin)
 
 
 @pytest.mark.parametrize("order", [None, [0, 3, 1, 2, 7, 5]], ids=["plain", "indexed"])
@@ -212,8 +199,8 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
     around them, they are the same rows."""
     arena = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (60, 20), dtype=np.uint8))
     whole = arena[20:40].clone() if ends is None else torch.from_numpy(arena.numpy()[20:40])
-    rows = KVView(whole[:, : 20 - gap], "token dim")
-    target, others = tokens_of(20, 20 - gap)
+    rows, target = KVView(whole[:, : 20 - gap], "token dim"), random(20, 20 - gap)
+    others = KVView(target, "token dim")
     sides = (others, rows) if outward else (rows, others)
     moved(*sides, Index(), Index(), 20)
     before, there = arena.clone(), target.clone()

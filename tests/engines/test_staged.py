@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -67,7 +68,7 @@ def unequal(layout: str, widths: list[list[int]]) -> Copy:
     return Copy(by(src, [0, 2], 8), by(dst, [1, 3], 8), 16)
 
 
-TABLE = {
+TABLE: dict[str, Callable[[], Copy]] = {
     **COPIES,
     **REPEATED,
     "unequal widths in each layer": lambda: unequal(
