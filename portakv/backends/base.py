@@ -90,9 +90,15 @@ class Launch(Protocol):
     """
 
     def __call__(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
-        stream: torch.Stream | None, status: torch.Tensor | None,
-    ) -> Pending | None: ...  # fmt: skip
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> Pending | None: ...
 
 
 class MoveLaunch(ABC):
@@ -105,9 +111,15 @@ class MoveLaunch(ABC):
     device: torch.device | None = None
 
     def __call__(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
-        stream: torch.Stream | None, status: torch.Tensor | None,
-    ) -> None:  # fmt: skip
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        stream: torch.Stream | None,
+        status: torch.Tensor | None,
+    ) -> None:
         """See `Launch`."""
         move = Move(src, dst, src_index, dst_index, count)
         where = self.device if stream is None else stream

@@ -100,9 +100,11 @@ def is_available(device: torch.device | str | None = None) -> bool:
 
 
 def copy_(
-    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:  # fmt: skip
+) -> Copied:
     """Copy a tensor into another, wherever they are.
 
     Args:
@@ -128,25 +130,31 @@ def copy_(
 
 
 def copy_h2d(
-    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:  # fmt: skip
+) -> Copied:
     """`copy_` from the host to a device; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "h2d")
 
 
 def copy_d2h(
-    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:  # fmt: skip
+) -> Copied:
     """`copy_` from a device to the host; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "d2h")
 
 
 def copy_d2d(
-    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False,
+    dst: torch.Tensor,
+    src: torch.Tensor,
+    non_blocking: bool = False,
     stream: torch.Stream | None = None,
-) -> Copied:  # fmt: skip
+) -> Copied:
     """`copy_` inside a device or between two; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "d2d", "peer")
 

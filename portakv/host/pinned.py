@@ -208,9 +208,15 @@ def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **option
 
 
 def register(
-    memory: Any, *, portable: bool = True, mapped: bool = True, read_only: bool = False,
-    largest: int = LARGEST, unit: int = 1, fallback: bool = True,
-) -> PinnedMemory:  # fmt: skip
+    memory: Any,
+    *,
+    portable: bool = True,
+    mapped: bool = True,
+    read_only: bool = False,
+    largest: int = LARGEST,
+    unit: int = 1,
+    fallback: bool = True,
+) -> PinnedMemory:
     """Pin memory that exists, where it is, until `unregister`, `PinnedMemory.close` or the end.
 
     It need not begin on a page; but a page is pinned only once, so memory that shares one with
@@ -299,10 +305,19 @@ def _count(nbytes: int) -> int:
 
 
 def _pinned(
-    address: int, nbytes: int, length: int, owner: object, notes: Sequence[str] = (), *,
-    portable: bool = True, mapped: bool = True, read_only: bool = False, largest: int = LARGEST,
-    unit: int = 1, fallback: bool = True,
-) -> PinnedMemory:  # fmt: skip
+    address: int,
+    nbytes: int,
+    length: int,
+    owner: object,
+    notes: Sequence[str] = (),
+    *,
+    portable: bool = True,
+    mapped: bool = True,
+    read_only: bool = False,
+    largest: int = LARGEST,
+    unit: int = 1,
+    fallback: bool = True,
+) -> PinnedMemory:
     """Memory at an address, registered to a length or, if that is impossible and allowed,
     merely claimed. Every tensor made from it holds the registration and the owner."""
     runtime = _registrations.find_runtime()

@@ -139,9 +139,16 @@ class PinnedPool:
     """
 
     def __init__(
-        self, block_bytes: int, blocks: int, *, limit: int | None = None, grow: int | None = None,
-        alignment: int = 64, stacks: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        block_bytes: int,
+        blocks: int,
+        *,
+        limit: int | None = None,
+        grow: int | None = None,
+        alignment: int = 64,
+        stacks: bool = False,
+        **options: Any,
+    ) -> None:
         self.block_bytes, self._stride = block_bytes, stride(block_bytes, blocks, alignment)
         most, each = (blocks if number is None else number for number in (limit, grow))
         asked = f"A pool of {blocks} blocks was asked to grow by {each!r} up to {most!r}"

@@ -48,9 +48,16 @@ class SharedPool:
     """
 
     def __init__(
-        self, name: str, block_bytes: int | None = None, blocks: int | None = None, *,
-        alignment: int = 64, label: str = "", keep: bool = False, fallback: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        block_bytes: int | None = None,
+        blocks: int | None = None,
+        *,
+        alignment: int = 64,
+        label: str = "",
+        keep: bool = False,
+        fallback: bool = True,
+    ) -> None:
         self._file = SharedFile(name, block_bytes, blocks, alignment, label)
         self.name, self.block_bytes, self.blocks = name, self._file.block_bytes, self._file.blocks
         try:
@@ -84,8 +91,13 @@ class SharedPool:
         self._refuse()
         return int(self._file.tables["high_water"][0])
 
-    def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
-                ) -> Block:  # fmt: skip
+    def acquire(
+        self,
+        owner: str = "",
+        *,
+        wait: bool = False,
+        timeout: float | None = None,
+    ) -> Block:
         """A block that no process has; blocks of dead processes are taken back if need be.
 
         Arguments and errors as `PinnedPool.acquire`; every process sees 40 bytes of ``owner``.

@@ -137,9 +137,17 @@ class Completion:
     """
 
     __slots__ = (
-        "_event", "_pendings", "_pool", "_reported", "_words", "error", "kept", "owner", "settled",
+        "_event",
+        "_pendings",
+        "_pool",
+        "_reported",
+        "_words",
+        "error",
+        "kept",
+        "owner",
+        "settled",
         "standing",
-    )  # fmt: skip
+    )
 
     def __init__(
         self,
