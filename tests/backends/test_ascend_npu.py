@@ -15,16 +15,16 @@ import torch
 from support.command_line import registered
 from support.cuda_cases import Copy, End, by
 from support.each_backend import Carrier, Elsewhere
-from support.guarded_memory import filled, refused
+from support.guarded_memory import filled
 from support.own_process import in_child, own_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from portakv import AdaptiveConnector, CopyPlan, Index, KVView, TransferError, Unsupported
-from portakv.backends import _ascend_kernel, ascend
+from portakv import CopyPlan, Index, KVView, TransferError
+from portakv.backends import _ascend_kernel
 from portakv.backends._ascend_kernel import Arguments, Kernel, KernelRows
 from portakv.backends.ascend import Ascend
 from portakv.plan.plan import Move
-from portakv.registry.registry import choose, trace
+from portakv.registry.registry import choose
 from portakv_conformance import simdev
 from portakv_conformance.vendor import standins
 from portakv_conformance.vendor.ascendc_npu import AscendKernel
@@ -143,21 +143,18 @@ SERVES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
 
 @pytest.mark.parametrize("name", CACHES)
 def test_which_op_serves(name: str) -> None:
+    """If the kernel was built, it serves any layout."""
     gathers, scatters = SERVES[name]
     planes = len(CACHES[name][1]) * LAYERS
-    assert both_ways(OPS, name, len(IDS), ids=IDS) == [{SELECT: planes}, scatters]
-    assert both_ways(OPS, name, 3 * SIZE, ids=[3, 0, 2], step=SIZE)[0] == gathers
+    slots: dict[str, Any] = {"tokens": len(IDS), "ids": IDS}
+    blocks: dict[str, Any] = {"tokens": 3 * SIZE, "ids": [3, 0, 2], "step": SIZE}
+    inside = {**blocks, "tokens": 2 * SIZE, "offset": 3}
+    assert both_ways(OPS, name, **slots) == [{SELECT: planes}, scatters]
+    assert both_ways(OPS, name, **blocks)[0] == gathers
     # Head and tail of a range that cuts through blocks go by slots.
-    assert SELECT in both_ways(OPS, name, 2 * SIZE, ids=[3, 0, 2], step=SIZE, offset=3)[0]
-
-
-@pytest.mark.parametrize("name", CACHES)
-def test_any_layout_goes_by_the_kernel(name: str) -> None:
-    blocks: dict[str, Any] = {"ids": [3, 0, 2], "step": SIZE}
-    for tokens, index in (
-        (len(IDS), {"ids": IDS}), (3 * SIZE, blocks), (2 * SIZE, {**blocks, "offset": 3})
-    ):  # fmt: skip
-        assert both_ways(KERNEL, name, tokens, **index) == [{}, {}]
+    assert SELECT in both_ways(OPS, name, **inside)[0]
+    for index in (slots, blocks, inside):
+        assert both_ways(KERNEL, name, **index) == [{}, {}]
 
 
 # What they say
@@ -173,7 +170,8 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     view, rows = views()
     host = chunk("tuples", 4).view()
     backend, kernel = Ascend(DEVICE), AscendKernel(DEVICE)
-    assert backend.emulated
+    assert (backend.emulated, backend.capabilities().guards) == (True, False)
+    assert kernel.capabilities().guards
     scatters = CopyPlan(rows.form, view.form, 0, 1)
     for plan, told in [
         (scatters, f"accepted, takes the plan by {SCATTER}"),
@@ -196,34 +194,6 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     assert int(status) == 3
 
 
-def test_the_connector_chooses_it_and_imports_no_other_vendor_s_package() -> None:
-    class Asked:
-        """An installed torch_mlu; an import of it is found out."""
-
-        def find_spec(self, name: str, path: object = None, target: object = None) -> None:
-            assert name.partition(".")[0] not in ("torch_mlu", "torch_mlu_ops"), name
-
-    finder: Any = Asked()
-    sys.meta_path.insert(0, finder)
-    try:
-        connector = AdaptiveConnector(
-            "npu", kv_layout="layer kv | block token head dim",
-            chunk_layout="kv layer token (head dim)",
-        )  # fmt: skip
-        told = connector.explain()
-    finally:
-        sys.meta_path.remove(finder)
-    assert "backend 'ascend' was chosen" in told
-    said = f"ascend: accepted, torch_npu {torch.__version__}, emulated; copies go by its ops, since"
-    assert said in told
-    assert "self-check passed" in told
-    decisions = [str(decision) for decision in trace("npu")]
-    assert any(x.startswith("reference: accepted") for x in decisions)
-    assert any("copies go by the AscendC kernel, emulated on a CPU" in x for x in decisions)
-    assert not Ascend(DEVICE).capabilities().guards
-    assert AscendKernel(DEVICE).capabilities().guards
-
-
 # Bad ids
 
 
@@ -235,54 +205,7 @@ def test_negative_slots_never_reach_an_op(there: bool) -> None:
     assert recorded.seen == {SELECT: PLANES, UPDATE: PLANES}  # what is left of the chunk has holes
 
 
-@by_both
-def test_slots_past_the_end_move_nothing_there(carrier: Carrier) -> None:
-    copy = Copy(chunk("unequal", 4), by(cache("unequal"), [1, -(2**40), SLOTS, 2]), 4)
-    carrier.copies(copy, bad="Position 2 of a device index", there=True)
-
-
-def test_the_kernel_tells_of_bad_ids_without_a_wait() -> None:
-    paged, dense = views()
-    ids = Index(torch.tensor([9, -(2**40), SLOTS, 5]).to(DEVICE))
-    status = torch.zeros(1, dtype=torch.int64).pin_memory()
-    launch = AscendKernel(DEVICE).prepare(CopyPlan(dense.form, paged.form, 0, 1))
-    waited = simdev.synchronised()
-    launch(dense, paged, Index(), ids, 4, None, status)
-    assert simdev.synchronised() == waited
-    torch.accelerator.synchronize(DEVICE)
-    assert int(status) == 3
-
-
-def test_a_tensor_in_a_private_format_is_refused_before_anything_moves(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    # The stand-in knows ND alone; the schema job does this with a real FRACTAL_NZ tensor.
-    monkeypatch.setattr(ascend, "_STRIDED", (0, 30))
-    copy = Copy(chunk("tuples", 3), by(cache("tuples"), [1, 2, 3]), 3)
-    with Recorded() as recorded, refused(Unsupported, "NPU format 2", "nothing was moved"):
-        OPS.copies(copy)
-    assert not recorded.seen
-
-
 # Devices
-
-
-@by_both
-@pytest.mark.parametrize("given", [False, True], ids=["no stream", "a stream"])
-@pytest.mark.parametrize("step", [1, SIZE], ids=["slots", "blocks"])
-def test_copies_on_another_device_than_the_current_one(
-    step: int, given: bool, carrier: Carrier
-) -> None:
-    """torch_npu launches an op on the current device, wherever its tensors are."""
-    other = Carrier(carrier.backend, OTHER)
-    index: dict[str, Any] = {"ids": [3, 0, 2], "step": step}
-    stream = torch.Stream(device=OTHER) if given else None
-    assert torch.accelerator.current_device_index() == 0
-    for scatters in (True, False):
-        paged, dense = by(cache("three"), **index), chunk("three", 3 * step)
-        copy = Copy(dense, paged, 3 * step) if scatters else Copy(paged, dense, 3 * step)
-        other.copies(copy, stream=stream)
-    assert torch.accelerator.current_device_index() == 0
 
 
 @by_both

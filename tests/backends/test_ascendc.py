@@ -1,48 +1,55 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The emulation of AscendC: its checks bite, its bugs are caught, its texts are honest; and what
-the kernel refuses on it. Every byte that the kernel moves: test_every_backend.py.
+"""The AscendC kernel: what its emulation checks, what is refused on it, and how its library is
+found and launched. Every byte that it moves: test_every_backend.py.
+
+The libraries here are built by g++: the host's part of the real one over a made-up platform, the
+emulation, and some with one thing wrong.
 """
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from support.command_line import bash
 from support.cuda_cases import COPIES, gathered
 from support.each_backend import Carrier
 from support.guarded_memory import refused
 
 from portakv import TransferError, Unsupported
-from portakv.backends import _ascend_kernel
+from portakv.backends import _ascend_kernel as _ascendc
+from portakv.backends._ascend_kernel import find_kernel, open_kernel
 from portakv.plan.plan import Move
+from portakv.runtime.devices import Unusable
 from portakv_conformance.evidence.evidence import read
 from portakv_conformance.evidence.source import source_sha256
+from portakv_conformance.record import RunRecord
+from portakv_conformance.report import support
+from portakv_conformance.simdev import build
 from portakv_conformance.vendor import ascendc_emulated
 from portakv_conformance.vendor.ascendc_emulated import SETTINGS, AscendC, Setting
 
 CPU = torch.device("cpu")
 ASCEND = Path(__file__).resolve().parents[2] / "native" / "ascend"
 EMULATION = ASCEND / "emulation"
+RUN = EMULATION / "run.sh"
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="g++ is not installed: the kernel cannot be compiled"
 )
 
 
-def run(
-    *words: str, script: Path = EMULATION / "run.sh", **environment: str
-) -> subprocess.CompletedProcess[str]:
-    around = {**os.environ, "PYTHON": sys.executable, **environment}
-    return subprocess.run(["bash", script, *words], capture_output=True, text=True, env=around)
-
-
 def test_the_kernel_matrix_and_the_misuse_of_the_api() -> None:
-    done = run("matrix", "misuse")
+    done = bash(RUN, "matrix", "misuse")
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"functionally emulated on a CPU: [1-9]\d+ passed, 0 failed", done.stdout)
     assert re.search(r"misuse of the API: 1\d\d runs .* 0 not as expected", done.stdout)
@@ -57,7 +64,7 @@ def test_a_check_that_does_not_bite_fails_the_script(tmp_path: Path) -> None:
     check = "if (offset > one.bytes || bytes > one.bytes - offset)"
     assert check in text
     (emulation / "machine.h").write_text(text.replace(check, "if (false)"))
-    done = run("misuse", script=emulation / "run.sh")
+    done = bash(emulation / "run.sh", "misuse")
     assert done.returncode == 1
     assert "NOT CAUGHT: a copy past the end of a UB buffer" in done.stdout
     assert "all right" not in done.stdout
@@ -65,7 +72,7 @@ def test_a_check_that_does_not_bite_fails_the_script(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_everything_that_the_script_runs() -> None:
-    done = run()
+    done = bash(RUN)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "all right"
 
@@ -97,10 +104,23 @@ def test_each_check_of_the_emulation_bites(header: str, site: int, tmp_path: Pat
     assert done.returncode != 0, text[site : site + 80]
 
 
-def test_the_script_refuses_words_that_it_does_not_know() -> None:
-    done = run("everything")
-    assert done.returncode == 2
-    assert "everything" in done.stdout
+@pytest.mark.parametrize(
+    ("script", "word", "record", "code", "told"),
+    [
+        ("emulation/run.sh", "everything", "", 2, "everything"),
+        ("emulation/run.sh", "matrix", "record.json", 2, "RECORD is for 'run.sh sanitized'"),
+        ("emulation/run.sh", "library", "", 2, "library was not told where to; name a file."),
+        ("run_in_cann.sh", "cpu", "", 3, "ASCEND_HOME_PATH"),
+        ("run_in_cann.sh", "gpu", "", 2, "'gpu'"),
+    ],
+)  # fmt: skip
+def test_a_script_says_what_it_does_not_know_or_misses(
+    script: str, word: str, record: str, code: int, told: str, tmp_path: Path
+) -> None:
+    places = {"HOME": str(tmp_path), "OUT": str(tmp_path), "ASCEND_HOME_PATH": ""}
+    done = bash(ASCEND / script, word, RECORD=record and str(tmp_path / record), **places)
+    assert (done.returncode, told in done.stdout) == (code, True), done.stdout
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("word", ["suite", "npu"])
@@ -109,7 +129,7 @@ def test_without_the_package_the_script_says_what_to_install(word: str, tmp_path
     bare.write_text(f'#!/bin/sh\nexec {sys.executable} -I -S "$@"\n')
     bare.chmod(0o755)
     for python in (bare, tmp_path / "none"):
-        done = run(word, PYTHON=str(python))
+        done = bash(RUN, word, PYTHON=str(python))
         assert done.returncode == 1
         said = done.stdout.partition("===")[2].splitlines()[1]
         assert said == (
@@ -122,7 +142,7 @@ def test_without_the_package_the_script_says_what_to_install(word: str, tmp_path
 @pytest.mark.slow
 def test_the_sanitized_run_leaves_a_record_for_the_ladder(tmp_path: Path) -> None:
     record = tmp_path / "ascendc-sanitized.json"
-    done = run("sanitized", RECORD=str(record))
+    done = bash(RUN, "sanitized", RECORD=str(record))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     said = read(record)
     assert (said.rung, said.emulated) == ("R3", True)
@@ -133,21 +153,6 @@ def test_the_sanitized_run_leaves_a_record_for_the_ladder(tmp_path: Path) -> Non
     assert said.told.startswith("semantics emulated, profile core, seed 0: ")
     assert said.told.endswith(" passed")
     assert said.command == "bash native/ascend/emulation/run.sh sanitized"
-
-
-def test_a_record_of_anything_else_is_refused(tmp_path: Path) -> None:
-    done = run("matrix", RECORD=str(tmp_path / "record.json"))
-    assert done.returncode == 2
-    assert "RECORD is for 'run.sh sanitized'" in done.stdout
-    assert not list(tmp_path.iterdir())
-
-
-def test_without_cann_the_script_for_cann_says_what_is_missing(tmp_path: Path) -> None:
-    places = {"HOME": str(tmp_path), "OUT": str(tmp_path), "ASCEND_HOME_PATH": ""}
-    for word, status, told in (("cpu", 3, "ASCEND_HOME_PATH"), ("gpu", 2, "'gpu'")):
-        done = run(word, script=ASCEND / "run_in_cann.sh", **places)
-        assert done.returncode == status
-        assert told in done.stdout
 
 
 # Texts
@@ -190,7 +195,7 @@ def test_every_byte_lands(name: str, setting: Setting, monkeypatch: pytest.Monke
 
 def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
     library, case = ascendc_emulated.library(), COPIES["gather"]()
-    arguments = _ascend_kernel.Arguments(case.plan())
+    arguments = _ascendc.Arguments(case.plan())
     assert [len(nest) for nest in arguments.nests] == [library.portakv_emulated_nest_bytes()]
     sides = case.src.view(), case.dst.view(), case.src.index(), case.dst.index()
     (copied,) = arguments.copies([1], Move(*sides, case.count), 0)
@@ -200,7 +205,7 @@ def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
 def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A destination said to be shorter than it is: the first byte past its end is told."""
     monkeypatch.setattr(
-        _ascend_kernel, "_spans",
+        _ascendc, "_spans",
         lambda view, writable: [(first, past - first - 1, 1) for first, past in view.spans],
     )  # fmt: skip
     copied = gathered(64)
@@ -225,3 +230,263 @@ def test_a_kernel_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(ascendc_emulated.FLAGS, "-Dportakv=1")
     with refused(Unsupported, "g++ failed", "error"):
         ascendc_emulated.library_file.__wrapped__()
+
+
+# Its library
+
+# CANN's header as far as host.cpp wants it, and what bisheng would have compiled.
+PLATFORM = """
+#include <cstdint>
+#ifndef CORES
+#define CORES 40
+#endif
+namespace platform_ascendc {
+enum class CoreMemType { UB };
+struct PlatformAscendCManager {
+    static PlatformAscendCManager* GetInstance() { static PlatformAscendCManager it; return &it; }
+    void GetCoreMemSize(CoreMemType, uint64_t& bytes) { bytes = 192 << 10; }
+    uint32_t GetCoreNumAiv() { return CORES; }
+};
+}
+"""
+LAUNCH = """
+#include "copy.h"
+int64_t launched[18];
+extern "C" const int64_t* told() { return launched; }
+extern "C" void portakv_ascend_launch(
+    const portakv::Copy* copy, uint32_t blocks, uint32_t ub_bytes, void* stream) {
+    static_assert(sizeof(*copy) == 15 * 8, "a Copy is 15 numbers");
+    __builtin_memcpy(launched, copy, sizeof *copy);
+    launched[15] = blocks;
+    launched[16] = ub_bytes;
+    launched[17] = (int64_t)stream;
+}
+"""
+CMAKE = """
+set(home ${CMAKE_CURRENT_LIST_DIR})
+function(ascendc_library name kind)
+  add_library(${name} ${kind} ${home}/launch.cpp)
+endfunction()
+function(ascendc_include_directories name)
+  target_include_directories(${name} ${ARGN})
+endfunction()
+"""
+SOUND = {
+    "portakv_ascend_abi": f"unsigned portakv_ascend_abi() {{ return {_ascendc.ABI}; }}",
+    "portakv_ascend_emulated": "unsigned portakv_ascend_emulated() { return EMULATED; }",
+    "portakv_ascend_platform": (
+        "int portakv_ascend_platform(unsigned* blocks, unsigned* bytes) "
+        "{ *blocks = 8; *bytes = 4096; return 0; }"
+    ),
+    "portakv_ascend_rows": (
+        "int portakv_ascend_rows(const void*, unsigned, unsigned, void*) { return 507011; }"
+    ),
+    "portakv_emulation_lend": "void portakv_emulation_lend(const void*, unsigned) {}",
+}
+Built = Callable[..., str]
+
+
+@pytest.fixture
+def built(tmp_path: Path) -> Built:
+    """Builds a library of some text and returns its path."""
+
+    def build(text: str, *flags: str, name: str = "libportakv_ascend.so") -> str:
+        source, target = tmp_path / "library.cpp", tmp_path / name
+        source.write_text(text)
+        command = ["g++", "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(target), *flags]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return str(target)
+
+    return build
+
+
+@pytest.fixture(autouse=True)
+def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No library is named or lies in the tree; what a test loads is asked anew."""
+    monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
+    monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path / "native")
+    yield
+    _ascendc.KERNELS.clear()
+
+
+def sound(emulated: int = 0, **changed: str) -> str:
+    """A library's text with some functions in other words, or without them."""
+    functions = {**SOUND, **changed}
+    return f'#define EMULATED {emulated}\nextern "C" {{\n' + "\n".join(functions.values()) + "\n}\n"
+
+
+def refusal(path: str, emulated: bool = False) -> str:
+    """Why a library is refused."""
+    with pytest.raises(Unusable) as raised:
+        open_kernel(path, emulated)
+    return str(raised.value)
+
+
+def test_where_it_is_looked_for(
+    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lib = tmp_path / "native" / "lib"
+    lib.mkdir(parents=True)
+    shutil.copy(built(sound()), lib)
+    kernel, told = find_kernel(False)
+    assert kernel is not None
+    assert (kernel.blocks, kernel.ub_bytes, kernel.emulated) == (8, 4096, False)
+    assert told == "by the AscendC kernel in libportakv_ascend.so"
+    # What lies there and cannot be used was not asked for: the ops serve, and it is said why.
+    kernel, told = find_kernel(True)
+    assert kernel is None
+    assert told.startswith("by its ops, since of the AscendC kernel libportakv_ascend.so is for an")
+    # The place is where run_in_cann.sh leaves a library; the variable goes first.
+    script, cmake = ((ASCEND / x).read_text() for x in ("run_in_cann.sh", "CMakeLists.txt"))
+    assert '--install "$work" --prefix "$here/lib"' in script
+    assert "install(TARGETS portakv_ascend portakv_ascend_kernel DESTINATION .)" in cmake
+    monkeypatch.setenv(_ascendc.VARIABLE, built(sound(), name="mine.so"))
+    assert find_kernel(False)[1] == "by the AscendC kernel in mine.so"
+
+
+ELSE = "libportakv_ascend.so"
+
+
+@pytest.mark.parametrize(
+    ("text", "emulated", "told"),
+    [
+        (sound(portakv_ascend_abi="unsigned portakv_ascend_abi() { return 7; }"), False,
+         f"{ELSE} has the interface 7, and 1 is launched here; build it again, from native/ascend "
+         "of this release"),
+        *((sound(emulated=1, **{name: ""}), True,
+           f"{ELSE} has no function {name}; build it again") for name in SOUND),
+        (sound(portakv_ascend_platform=(
+            "int portakv_ascend_platform(unsigned*, unsigned*) { return 1; }")), False,
+         f"{ELSE} found no vector cores, or none with a unified buffer (code 1)"),
+        (sound(emulated=1), False, f"{ELSE} emulates the kernel on a CPU, and this NPU is real"),
+        (sound(), True, f"{ELSE} is for an NPU, and this one is emulated"),
+    ],
+    ids=["interface", *SOUND, "platform", "emulation for a real NPU", "the other way round"],
+)  # fmt: skip
+def test_a_library_is_refused(text: str, emulated: bool, told: str, built: Built) -> None:
+    assert refusal(built(text), emulated).startswith(told)
+
+
+def test_a_library_that_it_needs_and_that_is_missing(built: Built, tmp_path: Path) -> None:
+    built('extern "C" int aclInit() { return 0; }', name="libascendcl.so")
+    uses = 'extern "C" int aclInit();\nint used = aclInit();\n'
+    path = built(uses + sound(), f"-L{tmp_path}", "-lascendcl")
+    (tmp_path / "libascendcl.so").unlink()
+    assert refusal(path) == (
+        "libportakv_ascend.so cannot be loaded (libascendcl.so: cannot open shared object file: No "
+        "such file or directory); source CANN's set_env.sh, or build it again, from native/ascend "
+        "of this release"
+    )
+
+
+def test_a_file_that_is_no_library(tmp_path: Path) -> None:
+    (tmp_path / "rows.so").write_text("no ELF")
+    assert "rows.so cannot be loaded (" in refusal(str(tmp_path / "rows.so"))
+    assert "there is no such file" in refusal(str(tmp_path))
+
+
+def test_a_launch_that_is_refused_tells_its_code(built: Built) -> None:
+    kernel = open_kernel(built(sound()), False)
+    with pytest.raises(TransferError, match=r"in libportakv_ascend.so returned 507011; the copy"):
+        kernel.launch(bytes(15 * 8), (), 0)
+
+
+def test_the_real_library_s_host_part(built: Built, tmp_path: Path) -> None:
+    """host.cpp as it is, over a made-up platform: the loader takes it, arguments arrive."""
+    header = tmp_path / "tiling" / "platform" / "platform_ascendc.h"
+    header.parent.mkdir(parents=True)
+    header.write_text(PLATFORM)
+    flags = "-Wall", "-Wextra", "-Werror", f"-I{tmp_path}", f"-I{ASCEND}"
+    words = str(ASCEND / "host.cpp"), *flags
+    path = built(LAUNCH, *words)
+    kernel = open_kernel(path, False)
+    assert (kernel.blocks, kernel.ub_bytes, kernel.emulated) == (40, 192 << 10, False)
+    numbers = list(range(100, 115))
+    kernel.launch(bytes((ctypes.c_int64 * 15)(*numbers)), (), 2**40 + 8)
+    told = kernel.library.told
+    told.restype = ctypes.POINTER(ctypes.c_int64 * 18)
+    assert list(told().contents) == [*numbers, 40, 192 << 10, 2**40 + 8]
+    with pytest.raises(TransferError, match=r"returned 1; the copy was not made, or in part\. 1"):
+        kernel.launch(bytes(15 * 8), (), 0)  # a launch without a nest
+    none = built(LAUNCH, *words, "-DCORES=0", name="none.so")
+    assert "none.so found no vector cores" in refusal(none)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_cmake_builds_and_installs_a_library_that_loads(tmp_path: Path) -> None:
+    """CMakeLists.txt over a made-up CANN, whose compiler of kernels is g++ with another launch."""
+    cann = tmp_path / "cann"
+    texts = {
+        "include/tiling/platform/platform_ascendc.h": PLATFORM,
+        "tools/tikcpp/ascendc_kernel_cmake/launch.cpp": LAUNCH,
+        "tools/tikcpp/ascendc_kernel_cmake/ascendc.cmake": CMAKE,
+    }
+    for name, text in texts.items():
+        (cann / name).parent.mkdir(parents=True, exist_ok=True)
+        (cann / name).write_text(text)
+    (cann / "lib64").mkdir()
+    for name in ("ascendcl", "platform", "tiling_api"):
+        library = str(cann / "lib64" / f"lib{name}.so")
+        subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o", library], check=True)
+    work, lib = str(tmp_path / "work"), str(tmp_path / "native" / "lib")
+    mode = ["-DRUN_MODE=npu", f"-DASCEND_CANN_PACKAGE_PATH={cann}"]
+    for words in (
+        ["-S", str(ASCEND), "-B", work, *mode],
+        ["--build", work, "--target", "portakv_ascend"],
+        ["--install", work, "--prefix", lib],
+    ):
+        done = subprocess.run(["cmake", *words], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+    shutil.rmtree(work)  # what is installed stands alone
+    kernel, told = find_kernel(False)
+    assert kernel is not None
+    assert (told, kernel.blocks) == ("by the AscendC kernel in libportakv_ascend.so", 40)
+    kernel.launch(bytes((ctypes.c_int64 * 15)(*range(1, 16))), (), 0)
+
+
+@pytest.fixture(scope="module")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library that ``run.sh library`` builds for a simulated NPU."""
+    path = tmp_path_factory.mktemp("kernel") / "libportakv_ascend.so"
+    done = bash(RUN, "library", str(path))
+    assert done.returncode == 0, done.stderr
+    assert f"PORTAKV_ASCENDC={path} names it for a simulated NPU" in done.stdout
+    return str(path)
+
+
+def test_the_emulation_launches_nothing_by_itself(emulation: str) -> None:
+    kernel = open_kernel(emulation, True)
+    assert kernel.emulated
+    numbers = bytes((ctypes.c_int64 * 15)(1, *[0] * 12, 1, 0))
+    with pytest.raises(TransferError, match="returned 2"):
+        kernel.launch(numbers, [(64, 8, True)], 0)
+
+
+@pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
+@pytest.mark.parametrize("by", ["kernel", pytest.param("ops", marks=pytest.mark.full)])
+def test_the_command_of_docs_hardware_judges_the_kernel(
+    by: str, emulation: str, tmp_path: Path
+) -> None:
+    """Here on the simulated device; the report says by what copies went."""
+    done = subprocess.run(
+        [sys.executable, "-m", "portakv", "conform", "ascend", "--device", "simdev:npu",
+         "--profile", "core", "--only", "cases/test_core.py::test_rows_move[gather-int32-1]",
+         "--report", str(tmp_path)],
+        env={**os.environ, _ascendc.VARIABLE: emulation if by == "kernel" else ""},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    told = done.stdout + done.stderr
+    assert re.search(r"\b\d+ passed in ", told), told
+    report = (tmp_path / "conformance.json").read_text()
+    said, device = json.loads(report)["environment"], support.device(RunRecord.read(report))
+    if by == "ops":
+        assert said["carried out by"] == "the ops of torch_npu"
+        assert "library" not in said
+        assert device == "npu, emulated"
+        return
+    assert "copies go by the AscendC kernel in libportakv_ascend.so, emulated" in report
+    assert said["carried out by"] == "the AscendC kernel"
+    digest = hashlib.sha256(Path(emulation).read_bytes()).hexdigest()
+    assert said["library"] == {"libportakv_ascend.so": digest}
+    assert device == "npu, emulated, by the AscendC kernel"

@@ -235,42 +235,40 @@ def test_an_eager_run_is_refused_before_it_touches_memory(nothing_chosen: None) 
 # What it says of devices
 
 
-def _reason(device: torch.device) -> str:
-    return rejection(Compiled, device)
-
-
-def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_is_missing_is_therejection(
+    Compiled, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     cuda = torch.device("cuda", 0)
-    assert "not on xpu" in _reason(torch.device("xpu", 0))
+    assert "not on xpu" in rejection(Compiled, torch.device("xpu", 0))
     with monkeypatch.context() as patched:
         patched.setenv("CXX", "no-such-compiler")
-        assert "'no-such-compiler' is not there" in _reason(CPU)
+        assert "'no-such-compiler' is not there" in rejection(Compiled, CPU)
         patched.delenv("CXX")
         patched.setenv("PATH", "")
-        assert "install g++" in _reason(CPU)
+        assert "install g++" in rejection(Compiled, CPU)
     for switch in ("TORCH_COMPILE_DISABLE", "TORCHDYNAMO_DISABLE"):
         with monkeypatch.context() as patched:
             patched.setenv(switch, "1")
-            assert f"switched off by {switch}" in _reason(CPU)
+            assert f"switched off by {switch}" in rejection(Compiled, CPU)
     with monkeypatch.context() as patched:
         patched.setattr(module, "find_spec", lambda name: None)
-        assert "triton" in _reason(cuda)
+        assert "triton" in rejection(Compiled, cuda)
         patched.setattr(module, "find_spec", lambda name: name)
         patched.setattr(shutil, "which", lambda name: None)
-        assert "install gcc" in _reason(cuda)
+        assert "install gcc" in rejection(Compiled, cuda)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
         patched.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-        assert "python3-dev" in _reason(CPU)
+        assert "python3-dev" in rejection(Compiled, CPU)
         (tmp_path / "Python.h").touch()
         assert Compiled.probe(CPU).accepted
     monkeypatch.delattr(torch._C, "_construct_storage_from_data_pointer")
-    assert "tensor of an address" in _reason(CPU)
+    assert "tensor of an address" in rejection(Compiled, CPU)
 
 
 @needs_compiler
-def test_a_compiler_that_fails_is_the_self_checks_reason(
-    nothing_chosen: None, monkeypatch: pytest.MonkeyPatch
+def test_a_compiler_that_fails_is_the_self_checksrejection(
+    Compiled, nothing_chosen: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broke = Mock(side_effect=RuntimeError("the compiler broke"))
     monkeypatch.setattr(torch._inductor, "compile", broke)

@@ -90,9 +90,7 @@ def _tool() -> str | None:
 
 def _disassembled(binary: bytes, stem: Path) -> str:
     stem.write_bytes(binary)
-    tool = _tool()
-    assert tool is not None
-    return subprocess.run([tool, stem], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([str(_tool()), stem], capture_output=True, text=True, check=True).stdout
 
 
 # What loads and stores one vector, in machine code and in PTX.
@@ -101,22 +99,19 @@ _PTX = {16: ".v4.u32", 8: ".u64", 4: ".u32", 2: ".u16", 1: ".u8"}
 
 
 def _judge_sass(code: str, vector: int) -> None:
-    """As many loads and stores of the vector as a thread moves."""
+    """As many loads and stores of the vector as a thread moves; beside them only ids, addresses and
+    the status."""
     for each, name in NAMES.items():
-        _, found, rest = code.partition(f".section\t.text.{name},")
-        assert found, f"{name} was not found"
-        _judge_entry(rest.partition(".section\t")[0], vector, each)
-
-
-def _judge_entry(code: str, vector: int, each: int) -> None:
-    """Beside the vectors only ids, addresses and the status."""
-    found = re.findall(r"\b(LDG?|STG?|LDL|STL)((?:\.[A-Z0-9]+)*) ", code)
-    assert not {op for op, _ in found} & {"LD", "ST", "LDL", "STL"}, "generic or local memory"
-    loads = [kind for op, kind in found if op == "LDG"]
-    stores = [kind for op, kind in found if op == "STG" and ".STRONG" not in kind]
-    assert stores == [_SASS[vector]] * each, stores
-    assert loads.count(_SASS[vector]) >= each, loads
-    assert set(loads) <= {_SASS[vector], _SASS[8], _SASS[4]}, loads
+        _, there, rest = code.partition(f".section\t.text.{name},")
+        assert there, f"{name} was not found"
+        entry = rest.partition(".section\t")[0]
+        found = re.findall(r"\b(LDG?|STG?|LDL|STL)((?:\.[A-Z0-9]+)*) ", entry)
+        assert not {op for op, _ in found} & {"LD", "ST", "LDL", "STL"}, "generic or local memory"
+        loads = [kind for op, kind in found if op == "LDG"]
+        stores = [kind for op, kind in found if op == "STG" and ".STRONG" not in kind]
+        assert stores == [_SASS[vector]] * each, stores
+        assert loads.count(_SASS[vector]) >= each, loads
+        assert set(loads) <= {_SASS[vector], _SASS[8], _SASS[4]}, loads
 
 
 @needs_nvrtc
@@ -268,11 +263,3 @@ def test_what_is_missing_is_the_reason(
 ) -> None:
     setattr(machine, what, value)
     assert rejection(Cuda, DEVICE).startswith(reason)
-
-
-def test_other_devices_and_other_builds_of_torch(
-    machine: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert Cuda.probe(torch.device("cpu")).reason == "it runs on cuda devices, not on cpu"
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    assert Cuda.probe(DEVICE).reason == "this torch is built for ROCm, not for CUDA"

@@ -18,16 +18,6 @@ import torch
 from support.command_line import python, rejection
 from support.cuda_cases import COPIES, Copy, by, chunk, pool
 from support.guarded_memory import refused, same
-from support.hip_cases import (
-    CPU,
-    CUDA,
-    emulated,
-    failing,
-    last_launch,
-    launches,
-    needs_compiler,
-    rocm,
-)
 
 from portakv import Unsupported
 from portakv.backends import rows_launch
@@ -40,11 +30,16 @@ from portakv_conformance.vendor.hip_emulated import (
     HipEmulated,
     HostCard,
     built,
+    compiler,
     fake_driver,
     library,
 )
 
-pytestmark = [needs_compiler, pytest.mark.xdist_group("hip")]
+pytestmark = [
+    pytest.mark.skipif(compiler() is None, reason="there is no g++ for the fake HIP driver"),
+    pytest.mark.xdist_group("hip"),
+]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -57,20 +52,32 @@ def reason(device: torch.device = CUDA) -> str:
     return rejection(Hip, device)
 
 
+@contextmanager
+def failing(function: str, error: int) -> Iterator[None]:
+    """Inside, a function of the fake driver returns an error."""
+    library().hip_fake_fail(function.encode(), error)
+    try:
+        yield
+    finally:
+        library().hip_fake_fail(function.encode(), 0)
+
+
+def rocm(patched: pytest.MonkeyPatch, name: str = "", architecture: str = "gfx90a") -> None:
+    """A torch for ROCm with one device, over the fake driver."""
+    told = SimpleNamespace(name=name, gcnArchName=architecture)
+    patched.setattr(torch.version, "hip", "6.3.42134")
+    patched.setattr(torch.cuda, "get_device_properties", lambda _: told)
+    patched.setattr(Hip, "open_driver", staticmethod(fake_driver))
+
+
 # What it says of devices
 
 
-def test_other_devices_and_builds_of_torch_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> None:
-        raise AssertionError("the driver was asked for")
-
-    monkeypatch.setattr(Hip, "open_driver", staticmethod(fails))
+def test_other_builds_of_torch_load_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Hip, "open_driver", Mock(side_effect=AssertionError))
     monkeypatch.setattr(torch.version, "hip", None)
     assert reason().startswith("this torch is not built for ROCm; for a device of AMD install ")
     assert reason().endswith("for a DCU the torch of Hygon's DTK")
-    monkeypatch.setattr(torch.version, "hip", "6.3")
-    assert reason(CPU) == "it runs on cuda devices, not on cpu"
-    assert reason(torch.device("meta")) == "it runs on cuda devices, not on meta"
 
 
 @pytest.mark.parametrize(
@@ -240,7 +247,7 @@ def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> Non
     usual = RowsKernel.source.fget  # type: ignore[attr-defined]
     monkeypatch.setattr(RowsKernel, "source", property(lambda self: broken(usual(self))))
     with pytest.raises(RuntimeError) as caught:
-        emulated().prepare(COPIES["gather"]().plan())
+        HipEmulated(CPU).prepare(COPIES["gather"]().plan())
     assert str(caught.value).startswith("hipRTC refused the kernel for gfx906:\nportakv_rows.hip:")
     assert "was not declared in this scope" in str(caught.value)
     assert "\0" not in str(caught.value)
@@ -263,10 +270,10 @@ def test_an_error_of_the_driver_is_told(function: str, error: int, told: str) ->
     copied, status = COPIES["one plane"](), torch.zeros(1, dtype=torch.int64)
     before = copied.dst.tensors.clone()
     with failing(function, error), pytest.raises(RuntimeError) as caught:
-        launch(emulated(), copied, status)
+        launch(HipEmulated(CPU), copied, status)
     assert str(caught.value).startswith(told)
     assert same(copied.dst.tensors, before)
-    launch(emulated(), copied, status)
+    launch(HipEmulated(CPU), copied, status)
     assert not same(copied.dst.tensors, before)
 
 
@@ -298,27 +305,33 @@ def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
 # What it tells the driver
 
 
+def last_launch() -> tuple[list[int], int | None]:
+    """Grid, block and shared memory of the last launch that the driver saw, and its stream."""
+    seven, stream = (ctypes.c_uint * 7)(), ctypes.c_void_p()
+    library().hip_fake_last(seven, ctypes.byref(stream))
+    return list(seven), stream.value
+
+
 def test_a_launch_is_cut_into_blocks_of_whole_waves() -> None:
     copied = Copy(by(pool(), [11, 0, 3, 5] * 100), chunk(400), 400)
-    before = launches()
-    launch(emulated(), copied)
-    assert launches() == before + 1
+    before = library().hip_fake_launches()
+    launch(HipEmulated(CPU), copied)
     # A row of 32 B in 6 planes, in vectors of 16 B.
-    assert last_launch() == ([-(-400 * 2 // 256), 6, 1], [256, 1, 1], None)
-    launch(emulated(), Copy(by(pool(), [1]), chunk(1), 0))  # a copy of nothing
-    assert launches() == before + 1
+    assert last_launch() == ([-(-400 * 2 // 256), 6, 1, 256, 1, 1, 0], None)
+    launch(HipEmulated(CPU), Copy(by(pool(), [1]), chunk(1), 0))  # a copy of nothing
+    assert library().hip_fake_launches() == before + 1
 
 
 @pytest.mark.parametrize("name", ["gather", "memory objects, gathered", "two nests", "NZ"])
 def test_the_kernel_takes_as_many_bytes_as_are_packed(name: str) -> None:
-    plan, backend = COPIES[name]().plan(), emulated()
+    plan, backend = COPIES[name]().plan(), HipEmulated(CPU)
     for kernel in (RowsKernel(nest, plan) for nest in plan.nests):
         (loaded,) = backend._kernels.functions([kernel])
         assert library().hip_fake_argument_bytes(loaded[1]) == len(kernel.fixed)
 
 
 def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
-    first, second, plan = emulated(), emulated(), COPIES["gather"]().plan()
+    first, second, plan = HipEmulated(CPU), HipEmulated(CPU), COPIES["gather"]().plan()
     source = RowsKernel(plan.nests[0], plan).source
     assert not _hip_driver.compiled_before(fake_driver(), source, "gfx906")
     first.prepare(plan)
@@ -331,7 +344,7 @@ def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
 
 def test_what_the_fake_refuses() -> None:
     """A launch that a device would refuse must not pass here."""
-    backend, plan = emulated(), COPIES["gather"]().plan()
+    backend, plan = HipEmulated(CPU), COPIES["gather"]().plan()
     (loaded,) = backend._kernels.functions([RowsKernel(plan.nests[0], plan)])
     refused_by = fake_driver().runtime.hipModuleLaunchKernel
     argument = ctypes.create_string_buffer(4096)
@@ -372,10 +385,10 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
     backend, copied = HipOnOther(CPU), COPIES["gather"]()
     launch(backend, copied)
     # Loading, arguments, launching.
-    assert (OtherCard.entered, last_launch().stream) == (3, 0x5EED)
+    assert (OtherCard.entered, last_launch()[1]) == (3, 0x5EED)
     given: Any = SimpleNamespace(cuda_stream=0xCAFE)
     launch(backend, copied, stream=given)
-    assert (OtherCard.entered, last_launch().stream) == (5, 0xCAFE)
+    assert (OtherCard.entered, last_launch()[1]) == (5, 0xCAFE)
 
 
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import ctypes.util
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.command_line import python
+from support.command_line import bash, python
 
 from portakv.backends import rows_kernel
 from portakv_conformance.evidence import evidence
@@ -107,17 +104,11 @@ def test_a_compile_error_carries_the_log_of_hiprtc(compiled: dict[str, str]) -> 
 # hipcc, and the machine code
 
 
-def run(script: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    around = {**os.environ, "PYTHON": sys.executable, **environment}
-    command = ["bash", str(script), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=around)
-
-
 @needs_hipcc
 @pytest.mark.slow
 def test_the_script_builds_every_kernel_for_three_targets(tmp_path: Path) -> None:
     report = tmp_path / "code.json"
-    ran = run(SCRIPT, "--report", str(report))
+    ran = bash(SCRIPT, "--report", str(report))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     names = [name for name, _ in kernels()]
     assert f"{3 * len(names)} kernels built by hipcc (HIP version: " in ran.stdout
@@ -188,17 +179,22 @@ def test_a_target_that_the_compiler_does_not_know(
     assert "WRONG" in told
 
 
-def test_without_hipcc_it_says_what_to_install() -> None:
-    ran = run(SCRIPT, HIPCC="no-such-hipcc")
+@pytest.mark.parametrize(
+    ("script", "where", "told"),
+    [
+        (SCRIPT, {"HIPCC": "no-such-hipcc"},
+         ["no-such-hipcc was not found; install it (Debian: apt-get install hipcc"]),
+        (DTK, {"ROCM_PATH": "/nowhere", "DTKROOT": "/nowhere"},
+         ["/nowhere/bin/hipcc was not found", "Nobody of PortaKV has run this"]),
+    ],
+    ids=["AMD", "Hygon"],
+)  # fmt: skip
+def test_without_a_compiler_a_script_says_what_to_install(
+    script: Path, where: dict[str, str], told: list[str]
+) -> None:
+    ran = bash(script, **where)
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert "no-such-hipcc was not found; install it (Debian: apt-get install hipcc" in ran.stderr
-
-
-def test_without_the_dtk_it_says_what_it_is() -> None:
-    ran = run(DTK, ROCM_PATH="/nowhere", DTKROOT="/nowhere")
-    assert (ran.returncode, ran.stdout) == (2, "")
-    assert "/nowhere/bin/hipcc was not found" in ran.stderr
-    assert "Nobody of PortaKV has run this" in ran.stderr
+    assert all(words in ran.stderr for words in told)
 
 
 @needs_hipcc
@@ -210,7 +206,7 @@ def test_with_a_dtk_it_says_who_built(tmp_path: Path) -> None:
         found = shutil.which(tool) or shutil.which(f"{tool}-15")
         (tmp_path / "bin" / tool).write_text(f'#!/bin/sh\nexec {found} "$@"\n')
         (tmp_path / "bin" / tool).chmod(0o755)
-    ran = run(DTK, "gfx906", DTKROOT=str(tmp_path), OUT=str(tmp_path / "out"))
+    ran = bash(DTK, "gfx906", DTKROOT=str(tmp_path), OUT=str(tmp_path / "out"))
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "nothing was run, only built" in ran.stdout
     said = evidence.read(tmp_path / "out" / "hip-dtk.json")

@@ -1,177 +1,194 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mlu backend: what it says of installed packages, and all else on the simulated device."""
+"""The mlu backend on the simulated device of that name, through the stand-in for torch_mlu_ops."""
 
 from __future__ import annotations
 
-import json
-import re
 import sys
-from pathlib import Path
-from types import SimpleNamespace
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
-from support.command_line import python, run
+from support.cuda_cases import Copy, End, by
+from support.each_backend import Carrier, Elsewhere
+from support.guarded_memory import filled
+from support.own_process import in_child, own_process
 
-from portakv.backends.base import Decision
+from portakv import CopyPlan
 from portakv.backends.mlu import Mlu
-from portakv_conformance.judge.subject import _carried
-from portakv_conformance.simdev import build
+from portakv.registry.registry import choose
+from portakv_conformance import simdev
+from portakv_conformance.vendor import mlu_standin, standins
 
-why_not = build.missing()
-simulated = pytest.mark.skipif(why_not is not None, reason=why_not or "")
+pytestmark = own_process("mlu", "mlu")
+DEVICE, OTHER = torch.device("privateuseone", 0), torch.device("privateuseone", 1)
+if in_child():
+    standins.install("mlu")
+    choose(DEVICE, "mlu")  # with its self-check, whose calls must not count
+MLU = Carrier(Mlu, DEVICE)
+LAYERS, BLOCKS, HEADS, SIZE, DIM = 3, 5, 2, 16, 16
+SLOTS = BLOCKS * SIZE
+IDS = [37, 2, 79, 16, 15, 0, 48, 21, 64]
+HALF = torch.float16
+LAYERS_OP, PLANES_OP = "multi_layer_kv_transfer", "reshape_paged_cache"
+#: layout, shape of a tensor without the kv containers, tensors for each layer, op, calls.
+CACHES = {
+    "merged": ("layer | kv block head token dim", (2, BLOCKS, HEADS, SIZE, DIM), 0, LAYERS_OP, 1),
+    "in blocks": ("layer | block kv head token dim", (BLOCKS, 2, HEADS, SIZE, DIM), 0,
+                  LAYERS_OP, 1),
+    "latent": ("layer | block token dim", (BLOCKS, SIZE, DIM), 0, LAYERS_OP, 1),
+    "pairs": ("layer kv | block head token dim", (BLOCKS, HEADS, SIZE, DIM), 2, PLANES_OP, LAYERS),
+    "nhd": ("layer | kv block token head dim", (2, BLOCKS, SIZE, HEADS, DIM), 0, "", 0),
+    "narrow": ("layer | kv block head token dim", (2, BLOCKS, HEADS, SIZE, 2), 0, "", 0),
+}  # fmt: skip
+both_ways = pytest.mark.parametrize("gather", [True, False])
 
-FIVE = "k, v, k_cache, v_cache, slot_mapping"
-TRANSFER = (
-    "key_value, kv_cache_ptrs, slot_mapping, paged_memory_device, page_buffer_size, direction, "
-    "kv_format, block_size, head_size, skip_prefix_n_tokens"
+
+@pytest.fixture(autouse=True)
+def _no_faults_left() -> Iterator[None]:
+    mlu_standin.CALLS.clear()
+    yield
+    torch.accelerator.synchronize(DEVICE)
+    assert not simdev.take_faults()
+
+
+def cache(kind: str, dtype: torch.dtype = HALF) -> End:
+    layout, shape, apart, *_ = CACHES[kind]
+    if not apart:
+        return End([filled(shape, dtype) for _ in range(LAYERS)], layout)
+    return End([[filled(shape, dtype) for _ in range(apart)] for _ in range(LAYERS)], layout)
+
+
+def chunk(kind: str, tokens: int, dtype: torch.dtype = HALF, first: int = 0) -> End:
+    kv, heads = (1, 1) if kind == "latent" else (2, HEADS)
+    rows = filled((kv, LAYERS, tokens, heads * CACHES[kind][1][-1]), dtype)
+    return End(rows, "kv layer token (head dim)", {"heads": heads, "kv": kv}, offset=first)
+
+
+def copied(
+    kind: str, gather: bool, ids: list[int], dtype: torch.dtype = HALF, *, step: int = 1,
+    first: int = 0, more: int = 0,
+) -> Copy:  # fmt: skip
+    """A copy between a cache and a chunk of ``more`` tokens more."""
+    count = len(ids) * step
+    paged, dense = by(cache(kind, dtype), ids, step), chunk(kind, count + more, dtype, first)
+    return Copy(paged, dense, count) if gather else Copy(dense, paged, count)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.uint8, torch.int64]
 )
+@both_ways
+@pytest.mark.parametrize("kind", CACHES)
+def test_each_kind_of_cache_goes_by_its_op(kind: str, gather: bool, dtype: torch.dtype) -> None:
+    *_, op, calls = CACHES[kind]
+    if dtype == torch.uint8 and op:
+        calls, op = 0, ""  # heads of 16 bytes
+    copy = copied(kind, gather, IDS, dtype)
+    MLU.copies(copy)
+    assert dict(mlu_standin.CALLS) == ({op: calls} if op else {})
+    src, dst = Elsewhere(DEVICE).views(copy.src, copy.dst)
+    told = Mlu(DEVICE).check(CopyPlan(src.form, dst.form, int(gather), int(not gather))).reason
+    assert told == f"takes the plan by {op or 'index_select and index_copy_, after a wait'}"
 
 
-def said(package: str | None, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Decision:
-    """What `probe` says where torch_mlu_ops is a file of this text."""
-    for name in ("torch_mlu_ops", "torch_mlu"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    if package is not None:
-        (folder / "torch_mlu_ops.py").write_text(package)
-    monkeypatch.syspath_prepend(str(folder))
-    # torch knows devices named mlu only once torch_mlu was imported; `probe` reads the type alone.
-    decision = Mlu.probe(SimpleNamespace(type="mlu"))  # type: ignore[arg-type]
-    monkeypatch.delitem(sys.modules, "torch_mlu_ops", raising=False)
-    return decision
+@both_ways
+@pytest.mark.parametrize("kind", CACHES)
+def test_padding_and_block_tables(kind: str, gather: bool) -> None:
+    MLU.copies(copied(kind, gather, [-1, 3, -7, 70, -1]))
+    MLU.copies(copied(kind, gather, [-1, -2]))
+    MLU.copies(copied(kind, gather, [3, 0, -1], step=SIZE))
 
 
-def test_other_devices_are_refused_before_anything_is_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "torch_mlu_ops.py").write_text("raise SystemExit('imported')")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    for kind in ("cpu", "cuda"):
-        decision = Mlu.probe(torch.device(kind))
-        assert str(decision) == f"mlu: rejected, it runs on mlu devices, not on {kind}"
+@both_ways
+@pytest.mark.parametrize(("kind", "op"), [("merged", PLANES_OP), ("latent", PLANES_OP),
+                                          ("pairs", PLANES_OP), ("in blocks", "")])  # fmt: skip
+def test_a_part_of_a_chunk_goes_plane_by_plane(kind: str, op: str, gather: bool) -> None:
+    MLU.copies(copied(kind, gather, IDS, first=4, more=7))
+    assert set(mlu_standin.CALLS) == ({op} if op else set())
+
+
+def test_unequal_widths_are_a_call_for_each_plane() -> None:
+    shapes = (BLOCKS, 1, SIZE, 64), (BLOCKS, 1, SIZE, 16)
+    layers = [[filled(shape) for shape in shapes] for _ in range(2)]
+    paged = End(layers, "layer kv | block head token dim", {"dim": (64, 16)}, IDS)
+    beside = End(filled((2, 9, 80)), "layer token (kv dim)", {"kv": 2, "dim": (64, 16)})
+    MLU.copies(Copy(paged, beside, 9))
+    assert not mlu_standin.CALLS  # rows of a chunk with key and value side by side are no planes
+    parts = [[filled((9, dim)) for dim in (64, 16)] for _ in range(2)]
+    MLU.copies(Copy(End(parts, "layer kv | token dim", {"dim": (64, 16)}), paged, 9))
+    assert dict(mlu_standin.CALLS) == {PLANES_OP: 4}
 
 
 @pytest.mark.parametrize(
-    ("package", "reason"),
-    [
-        (None, r"^torch_mlu_ops is not installed; install torch_mlu and torch_mlu_ops of Cambricon "
-         "Neuware$"),
-        ("import torch_mlu", "torch_mlu, which torch_mlu_ops needs, is not installed; install"),
-        ("raise ImportError('libcnnl.so: cannot open shared object file')",
-         r"is installed, but its import failed \(ImportError: libcnnl.so: cannot open"),
-        ("raise OSError('libcnrt.so: undefined symbol')", r"failed \(OSError: libcnrt.so: undef"),
-        ("raise RuntimeError('CNRT error.')", r"failed \(RuntimeError: CNRT error\); install"),
-        ("raise AttributeError('x')", r"\(AttributeError: x\); install torch_mlu and torch_mlu"),
-        ("def reshape(", "SyntaxError"),
-        ("__version__ = '0.1'", "torch_mlu_ops 0.1, which has no such op"),
-        ("reshape_paged_cache = 7", "of unknown version, which has no such op"),
-        ("def reshape_paged_cache(key, value, cache): ...",
-         r"which has reshape_paged_cache\(key, value, cache\)"),
-        (f"def reshape_paged_cache({FIVE}, direction, stream): ...", r"direction, stream\)"),
-        ("def reshape_paged_cache(*args, **kwargs): ...",
-         r"which has reshape_paged_cache\(args, kwargs\)"),
-        ("reshape_paged_cache = type", r"which has reshape_paged_cache\(\.\.\.\)"),
-    ],
+    ("lacks", "kinds", "gathers"),
+    [({"direction": False, "transfer": False}, ("merged", "pairs"), 0),
+     ({"transfer": False}, ("merged", "latent", "pairs"), LAYERS)],
+    ids=["the way back", "the transfer of all layers"],
 )  # fmt: skip
-def test_why_it_is_rejected(
-    package: str | None, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_release_that_lacks_something(
+    lacks: dict[str, bool], kinds: tuple[str, ...], gathers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    decision = said(package, tmp_path, monkeypatch)
-    assert not decision.accepted
-    assert re.search(reason, decision.reason), decision.reason
-    known = f"expected reshape_paged_cache({FIVE}, direction), or"
-    installs = "install torch_mlu and torch_mlu_ops of Cambricon Neuware"
-    assert (known if ", which has " in decision.reason else installs) in decision.reason
+    monkeypatch.delitem(sys.modules, "torch_mlu_ops")
+    mlu_standin.install(**lacks)
+    for kind, gather in ((x, y) for x in (*kinds, "in blocks") for y in (True, False)):
+        mlu_standin.CALLS.clear()
+        MLU.tells(copied(kind, gather, [*IDS, -1]), None)
+        calls = 0 if kind == "in blocks" else gathers if gather else LAYERS
+        assert mlu_standin.CALLS[PLANES_OP] == mlu_standin.CALLS.total() == calls, (kind, gather)
+
+
+@pytest.mark.parametrize("ids", [[SLOTS, 2**30, 2**31 - 1], [SLOTS, 2**40, -(2**62)]], ids=str)
+@pytest.mark.parametrize("kind", ["merged", "pairs", "nhd"])
+def test_a_device_slot_past_the_end_moves_nothing_and_is_told(kind: str, ids: list[int]) -> None:
+    MLU.copies(copied(kind, False, ids), bad="Position 0 of a device index", there=True)
+
+
+# The stand-in
+
+
+def _arguments(**others: Any) -> dict[str, Any]:
+    rows, cache = torch.zeros(3, 2, 16, device=DEVICE), torch.zeros(2, 2, 4, 16, device=DEVICE)
+    slots = torch.zeros(3, dtype=torch.int32, device=DEVICE)
+    given = {"k": rows, "v": rows, "k_cache": cache, "v_cache": cache, "slot_mapping": slots}
+    return given | others
 
 
 @pytest.mark.parametrize(
-    ("package", "told"),
+    ("name", "value", "why"),
     [
-        (f"def reshape_paged_cache({FIVE}): ...",
-         "(to the cache only, since it has no direction) and no multi_layer_kv_transfer"),
-        (f"def reshape_paged_cache({FIVE}, direction=False): ...",
-         "(to and from the cache) and no multi_layer_kv_transfer"),
-        (f"def reshape_paged_cache({FIVE}, direction=False): ...\n"
-         f"def multi_layer_kv_transfer({TRANSFER}): ...",
-         "(to and from the cache) and multi_layer_kv_transfer"),
-        (f"def reshape_paged_cache({FIVE}, direction=False): ...\n"
-         "def multi_layer_kv_transfer(key_value, slots): ...",
-         "and a multi_layer_kv_transfer(key_value, slots) that is not the known one and is not "
-         "used"),
-    ],
-)  # fmt: skip
-def test_what_a_release_has_is_told(
-    package: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    decision = said(f"__version__ = '1.4.0'\n{package}", tmp_path, monkeypatch)
-    assert decision.accepted
-    assert decision.reason.startswith("torch_mlu_ops 1.4.0 has reshape_paged_cache ")
-    assert decision.reason.endswith(told)
-
-
-# -- on the simulated device ----------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("asked", "seen"),
-    [("simdev:mlu", "mlu"), ("simdev:npu:1", "npu:1"), ("simdev", "simdev"),
-     ("simdev:1", "simdev:1"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
-)  # fmt: skip
-def test_the_name_behind_simdev_is_what_torch_gets_to_see(asked: str, seen: str) -> None:
-    assert _carried(asked) == seen
-
-
-@simulated
-def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> None:
-    code = (
-        "from portakv_conformance import simdev; simdev.load('mlu')\n"
-        "from portakv import AdaptiveConnector, BackendUnavailable\n"
-        "layouts = {'kv_layout': 'mlu', 'chunk_layout': 'chunk-2ltd'}\n"
-        "print(AdaptiveConnector('mlu', **layouts).explain())\n"
-        "try:\n"
-        "    AdaptiveConnector('mlu', backend='mlu', **layouts)\n"
-        "except BackendUnavailable as error:\n"
-        "    print(error)\n"
-    )
-    chosen, _, forced = python("-c", code).partition(
-        "Backend 'mlu' was forced, but it cannot serve"
-    )
-    assert chosen.startswith("mlu:0: backend 'reference' was chosen\n")
-    assert "mlu: rejected, torch_mlu_ops is not installed; install torch_mlu and" in chosen
-    assert forced.startswith(" mlu:0: torch_mlu_ops is not installed; install torch_mlu and")
-
-
-@simulated
-@pytest.mark.full
-def test_a_judgement_on_it_says_that_it_is_emulated(tmp_path: Path) -> None:
-    case = "cases/test_core.py::test_consecutive_rows_need_no_list[gather]"
-    words = "mlu", "--device", "simdev:mlu", "--report", str(tmp_path), "--only", case
-    assert run("conform", *words).code == 0
-    record = json.loads((tmp_path / "conformance.json").read_text())
-    assert record["environment"]["emulated"] is True
-    assert record["environment"]["device"] == "simdev:mlu"
-    assert record["environment"]["device_name"].startswith("simulated device (mlu")
-    assert "torch_mlu_ops stand-in (emulated)" in record["trace"][0]
-    assert "--device simdev:mlu" in record["command"]
-
-
-@simulated
-@pytest.mark.parametrize(
-    ("device", "code", "told"),
-    [
-        ("simdev:npuu", 2, "was asked to be 'npuu'; it can be simdev, npu, mlu"),
-        pytest.param("simdev:npu", 3, "it runs on mlu devices, not on npu", marks=pytest.mark.full),
+        ("slot_mapping", torch.zeros(3, dtype=torch.int64), "int64"),
+        ("slot_mapping", torch.zeros(2, dtype=torch.int32), r"expected int32 \(3,\)"),
+        ("k", torch.zeros(3, 2, 16, dtype=torch.float64), "float64"),
+        ("k", torch.zeros(3, 16, 2).transpose(1, 2), "not contiguous"),
+        ("k", torch.zeros(3, 32), "2 dimensions, expected 3"),
+        ("k_cache", torch.zeros(2, 4, 2, 16), "rows are"),
+        ("k_cache", torch.zeros(2, 2, 4, 16, dtype=torch.float16), "one dtype"),
+        ("v_cache", None, "together"),
     ],
 )
-def test_names_that_the_simulated_device_does_not_carry(device: str, code: int, told: str) -> None:
-    ran = run("conform", "mlu", "--device", device)
-    assert (ran.code, told in ran.err) == (code, True), ran
+def test_the_stand_in_refuses_what_the_op_does_not_take(name: str, value: Any, why: str) -> None:
+    moved = value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+    with pytest.raises(RuntimeError, match=why):
+        mlu_standin.reshape_paged_cache(**_arguments(**{name: moved}))
 
 
-@simulated
-@pytest.mark.slow
-def test_it_is_conformant_there(tmp_path: Path) -> None:
-    words = "mlu", "--device", "simdev:mlu", "--profile", "full", "--report", str(tmp_path)
-    ran = run("conform", *words)
-    assert ran.code == 0, ran
-    assert "emulated): conformant, R3." in ran.out
+def test_the_stand_in_knows_no_other_device() -> None:
+    for other in (torch.zeros(3, 2, 16), torch.zeros(3, 2, 16, device=OTHER)):
+        with pytest.raises(RuntimeError, match="the current device is mlu:0"):
+            mlu_standin.reshape_paged_cache(**_arguments(k=other))
+
+
+def test_the_transfer_takes_chunks_on_the_host_and_skips_a_prefix() -> None:
+    cache = torch.zeros(2, 4, 2, 4, 16, device=DEVICE)
+    chunk = torch.arange(2 * 3 * 32, dtype=torch.float32).view(2, 1, 3, 32).pin_memory()
+    pointers = torch.tensor([cache.data_ptr()], device=DEVICE)
+    slots = torch.tensor([1, -1, 9], dtype=torch.int32, device=DEVICE)
+    mlu_standin.multi_layer_kv_transfer(
+        chunk, pointers, slots, DEVICE, 16, mlu_standin.TransferDirection.H2D,
+        mlu_standin.KVFormat.TWO_NB_HN_BS_HS, 4, 16, 1,
+    )  # fmt: skip
+    found = cache.cpu().transpose(2, 3).reshape(2, 16, 32)
+    wanted = torch.zeros_like(found)
+    wanted[:, 9] = chunk[:, 0, 2]
+    assert torch.equal(found, wanted)

@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from support.command_line import python, rejection
 from support.cuda_cases import COPIES, gathered, scattered
 from support.paged_cases import chunk, dense, paged, pool, rows_of
 
-from portakv import CopyPlan, Index
+from portakv import CopyPlan, Index, backends
 from portakv.backends import triton as triton_backend
 from portakv.backends._triton_rows import NestKernel
 from portakv.backends.triton import Triton, compile_kernel
@@ -31,31 +32,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 # What it says of devices
 
 
-def _reason(device: torch.device) -> str:
-    return rejection(Triton, device)
-
-
 def test_the_host_without_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    assert "TRITON_INTERPRET=1" in _reason(CPU)
-    assert "GPU" in _reason(CPU)
-
-
-def _failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    """Let every import of triton fail."""
-    usual = builtins.__import__
-
-    def fails(name: str, *args: Any, **more: Any) -> Any:
-        if name.partition(".")[0] == "triton":
-            raise error
-        return usual(name, *args, **more)
-
-    monkeypatch.setattr(builtins, "__import__", fails)
-    monkeypatch.delitem(sys.modules, "portakv.backends._triton_kernel", raising=False)
-    import portakv.backends as package
-
-    monkeypatch.delattr(package, "_triton_kernel", raising=False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "TRITON_INTERPRET=1" in rejection(Triton, CPU)
+    assert "GPU" in rejection(Triton, CPU)
 
 
 @pytest.mark.parametrize(
@@ -70,10 +50,20 @@ def _failing(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
 def test_triton_missing_or_broken(
     monkeypatch: pytest.MonkeyPatch, error: Exception, reason: str
 ) -> None:
-    _failing(monkeypatch, error)
-    assert reason in _reason(CUDA)
+    usual = builtins.__import__
+
+    def fails(name: str, *args: Any, **more: Any) -> Any:
+        if name.partition(".")[0] == "triton":
+            raise error
+        return usual(name, *args, **more)
+
+    monkeypatch.setattr(builtins, "__import__", fails)
+    monkeypatch.delitem(sys.modules, "portakv.backends._triton_kernel", raising=False)
+    monkeypatch.delattr(backends, "_triton_kernel", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert reason in rejection(Triton, CUDA)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert reason in _reason(CPU)
+    assert reason in rejection(Triton, CPU)
 
 
 @needs_triton
@@ -82,18 +72,13 @@ def test_an_interpreter_asked_for_too_late_or_for_a_gpu(monkeypatch: pytest.Monk
     import portakv.backends._triton_kernel  # noqa: F401 - imported without the interpreter
 
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert "before Python starts" in _reason(CPU)
-    assert "unset it" in _reason(CUDA)
+    assert "before Python starts" in rejection(Triton, CPU)
+    assert "unset it" in rejection(Triton, CUDA)
 
 
 @pytest.mark.gpu
 def test_another_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-
-    def counted(*args: Any) -> Any:
-        compiled.append(args)
-        return compile_kernel(*args)
-
+    counted = Mock(wraps=compile_kernel)
     monkeypatch.setattr(triton_backend, "compile_kernel", counted)
     backend, caches = Triton(CUDA), pool("cuda", blocks=300)
     for tokens in (1, 2, 7, 64, 1000):
@@ -103,7 +88,7 @@ def test_another_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
             launch = backend.prepare(CopyPlan(src.form, dst.form, 1, 0))
             launch(src, dst, ids, Index(), tokens, None, None)
             assert torch.equal(rows.cpu(), rows_of(caches)[:, :, slots.cpu()])
-    assert len(compiled) == 1
+    assert counted.call_count == 1
 
 
 # Other vendors' drivers
@@ -113,24 +98,24 @@ def test_another_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 # Cambricon's, as FlagTree has it, tells only its target.
 PROGRAM = """
 import json, sys, torch
-from portakv.backends import triton as backend
+from portakv.backends.triton import Triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
-name = sys.argv[1]
+name, told = sys.argv[1], []
 torch.utils.rename_privateuse1_backend(name)
-found = {}
 
 
-def ask(case):
-    decision = backend.Triton.probe(torch.device(name, 0))
-    found[case] = [decision.accepted, decision.reason]
+def ask():
+    decision = Triton.probe(torch.device(name, 0))
+    told.append([decision.accepted, decision.reason])
 
 
 class Target:
-    serves = name
+    def __init__(self, serves):
+        self.serves = serves
 
     def get_current_target(self):
-        from triton.backends.compiler import GPUTarget
-
         return GPUTarget(self.serves, "Ascend910B1" if name == "npu" else 5, 0)
 
 
@@ -141,19 +126,11 @@ class Driver(Target):
         return torch.device(self.serves, 0)
 
 
-from triton.runtime import driver
-
-if not torch.cuda.is_available():
-    ask("upstream's")
-for case, serves in (("active", name), ("another", "cuda"), ("broken", None)):
-    Target.serves = serves
-    driver.set_active(Driver())
-    ask(case)
-for case, serves in (("only a target", name), ("another's target", "maca")):
-    Target.serves = serves
-    driver.set_active(Target())
-    ask(case)
-print(json.dumps(found))
+ask()  # of upstream's
+for active in (Driver(name), Target(name), Driver("cuda"), Target("maca"), Driver(None)):
+    driver.set_active(active)
+    ask()
+print(json.dumps(told))
 """
 
 
@@ -163,22 +140,16 @@ print(json.dumps(found))
     [("npu", "npu Ascend910B1"), pytest.param("mlu", "mlu 5", marks=pytest.mark.full)],
 )
 def test_what_it_says_under_a_vendor_s_driver(name: str, target: str) -> None:
-    told = python("-c", PROGRAM, name, TORCH_DEVICE_BACKEND_AUTOLOAD="0")
-    found: dict[str, Any] = json.loads(told)
-    for case in ("active", "only a target"):
-        accepted, reason = found[case]
+    told = json.loads(python("-c", PROGRAM, name, TORCH_DEVICE_BACKEND_AUTOLOAD="0"))
+    (_, upstream), *right, cuda, maca, (_, broken) = told
+    for accepted, reason in right:
         assert accepted, reason
         assert reason.endswith(f"compiles its kernel for {target}")
     serves = f"Triton's active driver serves {{}} devices, not {name}"
-    assert found["another"] == [False, serves.format("cuda")]
-    assert found["another's target"] == [False, serves.format("maca")]
+    assert [cuda, maca] == [[False, serves.format("cuda")], [False, serves.format("maca")]]
     fails = "Triton has no driver for this machine: RuntimeError: "
-    why = f"{fails}libascendcl.so: cannot open shared object file"
-    assert found["broken"] == [False, why]
-    if not torch.cuda.is_available():  # upstream's Triton alone
-        accepted, reason = found["upstream's"]
-        assert not accepted
-        assert reason.startswith(f"{fails}0 active driver")
+    assert broken == f"{fails}libascendcl.so: cannot open shared object file"
+    assert torch.cuda.is_available() or upstream.startswith(f"{fails}0 active driver")
 
 
 # The code for targets that are not here

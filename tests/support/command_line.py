@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -56,6 +57,12 @@ def python(*words: str, **environment: str | None) -> str:
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, env=told)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def bash(script: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository, under this Python."""
+    around = {**os.environ, "PYTHON": sys.executable, **environment}
+    return subprocess.run(["bash", script, *words], capture_output=True, text=True, env=around)
 
 
 def rejection(backend: type[Backend], device: torch.device) -> str:

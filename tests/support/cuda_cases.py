@@ -146,12 +146,6 @@ def holed() -> End:
     return End([t[:, :3, :4, :2, :8] for t in wide], NHD)
 
 
-def repeated() -> Copy:
-    """A source whose tokens are all one: a step of 0 bytes."""
-    source = filled((2, 3, 1, 16)).expand(2, 3, 7, 16)
-    return Copy(End(source, CHUNK, {"heads": 2}), by(pool(), SLOTS), 7)
-
-
 def opaque() -> Copy:
     pages = [[filled((3, 40), torch.uint8) for _ in range(2)] for _ in range(2)]
     src, dst = [End(side, "layer | block page", {"block_size": 4}) for side in pages]
@@ -215,7 +209,6 @@ COPIES: dict[str, Callable[[], Copy]] = {
     ),
     "padding": lambda: Copy(by(holed(), SLOTS), chunk(7), 7),
     "to padding": lambda: Copy(chunk(12), by(holed(), [0, 2, 1], 4), 12),
-    "a repeated source": repeated,
     "opaque pages": opaque,
     "from between two units": lambda: Copy(by(pool(), [2, 0], 4), chunk(16, offset=3), 8),
     "a head, a body and a tail": lambda: Copy(

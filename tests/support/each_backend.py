@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A backend that copies are carried out by, wherever it runs, and what no backend may mind: sources
-with stride 0, torch's ambient state, memory that is replaced."""
+"""A backend that copies are carried out by, wherever it runs, and sources with stride 0, which no
+backend may mind."""
 
 from __future__ import annotations
 
@@ -10,27 +10,15 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 import torch
 
-from portakv import Index, KVView, LayoutError, SlotError, copy_rows
+from portakv import Index, KVView, SlotError, copy_rows
 from portakv.backends.base import Backend
 from portakv.backends.compiled import Compiled
 from portakv.registry.registry import choose
 from support.ambient import STATES
-from support.cuda_cases import (
-    CHUNK,
-    NHD,
-    SLOTS,
-    Copy,
-    End,
-    by,
-    chunk,
-    objects,
-    pool,
-    unequal,
-)
+from support.cuda_cases import CHUNK, NHD, SLOTS, Copy, End, by, chunk, pool
 from support.guarded_memory import filled
 
 
@@ -198,47 +186,3 @@ class Carrier(NamedTuple):
             there.bring_back()
 
         copy.check(run)
-
-
-_CLEAN = [11, 0, 6, 5, 3, 9, 1]
-#: Copies with clean ids that show of every part of a backend whether it minds.
-SHOWN: dict[str, Callable[[], Copy]] = {
-    "gather": lambda: Copy(by(pool(), _CLEAN), chunk(7), 7),
-    "scatter": lambda: Copy(chunk(7), by(pool(), _CLEAN), 7),
-    "blocks": lambda: Copy(by(pool(), [2, 0], 4), chunk(8), 8),
-    "memory objects": lambda: Copy(by(pool(), _CLEAN), objects(), 7),
-    "two nests": lambda: Copy(by(unequal().src, _CLEAN), unequal().dst, 7),
-}
-
-
-def refuses_memory_that_is_elsewhere(
-    carrier: Carrier, change: Callable[[torch.Tensor], object]
-) -> None:
-    """Views of caches, of which one then changes: refused, and nothing is moved."""
-    for gathers in (True, False):
-        caches, rows = pool().tensors, chunk(7).tensors
-        if carrier.device.type != "cpu":
-            caches, rows = Elsewhere(carrier.device).moved([caches, rows])
-        cache, dense = KVView(caches, NHD), KVView(rows, CHUNK, heads=2)
-        ids = Index([11, 0, 6, 5, 3, 9, 1])
-        sides = (cache, dense, ids, Index()) if gathers else (dense, cache, Index(), ids)
-        copy_rows(*sides, count=7, backend=carrier.name).synchronize()
-        change(caches[1])
-        kept = [leaf.cpu().clone() for leaf in (rows, caches[0], caches[2])]
-        with pytest.raises(LayoutError, match="was replaced after it was read"):
-            copy_rows(*sides, count=7, backend=carrier.name).synchronize()
-        for before, leaf in zip(kept, (rows, caches[0], caches[2]), strict=True):
-            assert np.array_equal(before.view(torch.uint8), leaf.cpu().view(torch.uint8))
-
-
-def shrunk(tensor: torch.Tensor) -> None:
-    """Its storage resized in place: what it read is no longer all there."""
-    storage = tensor.untyped_storage()
-    storage.resize_(storage.nbytes() // 2)
-
-
-def freed(tensor: torch.Tensor) -> None:
-    tensor.untyped_storage().resize_(0)
-
-
-CHANGES = {"shrunk": shrunk, "freed": freed}

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import CopyPlan, Index, KVView, Unsupported
-from portakv.backends.base import Backend, Capabilities, Decision
+from portakv.backends.base import Capabilities, Decision
 from portakv.backends.reference import Reference
 from support.core_cases import move
 
@@ -39,45 +39,11 @@ def run_by_run(plan: CopyPlan) -> Callable[..., None]:
 
 
 class Small(Reference):
-    """The base of backends that `small_backend` makes."""
+    """The base of backends that `small_backend` makes: with what each launch was given, and what
+    each was asked, in order."""
 
-    claims: dict[str, Any]
     given: list[Given]
     asked: list[str]
-    by_runs: bool
-    pending: Any
-    rejects: Callable[[CopyPlan], bool] | None
-    refuses: Callable[[CopyPlan], bool] | None
-    spoil: Callable[[KVView], None] | None
-
-    @classmethod
-    def probe(cls, device: torch.device) -> Decision:
-        cls.asked.append("probe")
-        return Decision(cls.name, True, "it is a test")
-
-    def capabilities(self) -> Capabilities:
-        return replace(super().capabilities(), **self.claims)
-
-    def check(self, plan: CopyPlan) -> Decision:
-        self.asked.append("check")
-        if self.rejects is not None and self.rejects(plan):
-            return Decision(self.name, False, "check dislikes this plan")
-        return super().check(plan)
-
-    def prepare(self, plan: CopyPlan) -> Any:
-        self.asked.append("prepare")
-        if self.refuses is not None and self.refuses(plan):
-            raise Unsupported("This plan", "prepare dislikes it")
-        launch = run_by_run(plan) if self.by_runs else super().prepare(plan)
-
-        def recorded(src: KVView, dst: KVView, *rest: Any) -> Any:
-            self.given.append(Given(plan, src, dst, *rest))
-            launch(src, dst, *rest)
-            if self.spoil is not None:
-                self.spoil(dst)
-            return self.pending
-
-        return recorded
 
 
 def wipe(view: KVView) -> None:
@@ -89,9 +55,9 @@ def small_backend(
     name: str,
     *,
     by_runs: bool = False,
-    rejects: Callable[[CopyPlan], bool] | None = None,
-    refuses: Callable[[CopyPlan], bool] | None = None,
-    spoil: Callable[[KVView], None] | None = None,
+    rejects: Callable[[CopyPlan], bool] = lambda plan: False,
+    refuses: Callable[[CopyPlan], bool] = lambda plan: False,
+    spoil: Callable[[KVView], object] = lambda view: None,
     pending: Any = None,
     **claims: Any,
 ) -> type[Small]:
@@ -105,14 +71,35 @@ def small_backend(
         pending: what a launch returns.
         claims: fields of `Capabilities` other than those of `reference`.
     """
-    body = {
-        "name": name, "claims": claims, "given": [], "asked": [], "by_runs": by_runs,
-        "pending": pending,
-        "rejects": staticmethod(rejects) if rejects else None,
-        "refuses": staticmethod(refuses) if refuses else None,
-        "spoil": staticmethod(spoil) if spoil else None,
-    }  # fmt: skip
-    return type(name.title(), (Small,), body)
 
+    class Made(Small):
+        @classmethod
+        def probe(cls, device: torch.device) -> Decision:
+            cls.asked.append("probe")
+            return Decision(cls.name, True, "it is a test")
 
-assert issubclass(Small, Backend)
+        def capabilities(self) -> Capabilities:
+            return replace(super().capabilities(), **claims)
+
+        def check(self, plan: CopyPlan) -> Decision:
+            self.asked.append("check")
+            if rejects(plan):
+                return Decision(self.name, False, "check dislikes this plan")
+            return super().check(plan)
+
+        def prepare(self, plan: CopyPlan) -> Any:
+            self.asked.append("prepare")
+            if refuses(plan):
+                raise Unsupported("This plan", "prepare dislikes it")
+            launch = run_by_run(plan) if by_runs else super().prepare(plan)
+
+            def recorded(src: KVView, dst: KVView, *rest: Any) -> Any:
+                self.given.append(Given(plan, src, dst, *rest))
+                launch(src, dst, *rest)
+                spoil(dst)
+                return pending
+
+            return recorded
+
+    Made.name, Made.given, Made.asked = name, [], []
+    return Made

@@ -1,0 +1,281 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `ascend` and `mlu` say of their vendors' packages: those that are missing, broken or of
+another release; and what a run on the simulated device says of a package that is not there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import python, run
+
+from portakv.backends import _ascend_kernel as _ascendc
+from portakv.backends.ascend import CALLS, Ascend
+from portakv.backends.base import Backend
+from portakv.backends.mlu import Mlu
+from portakv_conformance.judge.subject import _carried
+from portakv_conformance.simdev import build
+from portakv_conformance.vendor import ascend_ops
+
+why_not = build.missing()
+simulated = pytest.mark.skipif(why_not is not None, reason=why_not or "")
+RELEASE = ".".join(torch.__version__.split(".")[:2])
+#: By the type of device: the backend, its vendor's package, and what is to be installed.
+VENDORS: dict[str, tuple[type[Backend], str, str]] = {
+    "npu": (Ascend, "torch_npu",
+            f"install torch_npu=={RELEASE}.* beside CANN, and source CANN's set_env.sh"),
+    "mlu": (Mlu, "torch_mlu_ops", "install torch_mlu and torch_mlu_ops of Cambricon Neuware"),
+}  # fmt: skip
+FIVE = "k, v, k_cache, v_cache, slot_mapping"
+TRANSFER = (
+    "key_value, kv_cache_ptrs, slot_mapping, paged_memory_device, page_buffer_size, direction, "
+    "kv_format, block_size, head_size, skip_prefix_n_tokens"
+)
+BOTH_WAYS = f"def reshape_paged_cache({FIVE}, direction=False): ..."
+
+
+@pytest.fixture
+def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
+    """What a backend says if its vendor's package is a module of some text, or is not there."""
+    monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
+    monkeypatch.setattr(_ascendc, "_PLACE", ("lib", "none.so"))  # whatever was built here
+    packages = {"torch_npu", "torch_mlu_ops", "torch_mlu"}
+    for name in packages:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    without = [x for x in sys.path if not any(Path(x, name).exists() for name in packages)]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *without])
+
+    def said(kind: str, text: str | None, device: str = "") -> str:
+        backend, package, _ = VENDORS[kind]
+        if text is not None:
+            (tmp_path / f"{package}.py").write_text(text)
+        # torch knows the type only once its package was imported; `probe` reads the type alone.
+        asked: Any = torch.device(device) if device else SimpleNamespace(type=kind)
+        return str(backend.probe(asked))
+
+    yield said
+    for name in packages:
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kind", VENDORS)
+def test_other_devices_are_refused_before_the_package_is_imported(
+    kind: str, device: str, ask: Any
+) -> None:
+    told = ask(kind, "raise SystemExit('imported')", device)
+    assert told.endswith(f": rejected, it runs on {kind} devices, not on {device}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "told"),
+    [
+        ("npu", None, "torch_npu is not installed; install"),
+        ("mlu", None, "torch_mlu_ops is not installed; install"),
+        ("npu", "import torch_npu_part", "torch_npu_part, which torch_npu needs, is not installed"),
+        ("mlu", "import torch_mlu", "torch_mlu, which torch_mlu_ops needs, is not installed"),
+        *((kind, f"raise {error}", f"{VENDORS[kind][1]} is installed, but its import failed {said}")
+          for kind in VENDORS
+          for error, said in (
+            ("ImportError('libx.so: cannot open')", "(ImportError: libx.so: cannot open); install"),
+            ("OSError('libx.so: undefined symbol')", "(OSError: libx.so: undefined symbol)"),
+            ("RuntimeError('CNRT error.')", "(RuntimeError: CNRT error)"),
+            ("AttributeError('x')", "(AttributeError: x)"))),
+        ("mlu", "def reshape(", "torch_mlu_ops is installed, but its import failed (SyntaxError: "),
+    ],
+)  # fmt: skip
+def test_a_package_that_is_missing_or_broken_is_the_reason(
+    kind: str, text: str | None, told: str, ask: Any
+) -> None:
+    said = ask(kind, text)
+    assert said.startswith(f"{VENDORS[kind][0].name}: rejected, {told}")
+    assert VENDORS[kind][2] in said
+
+
+# torch_mlu_ops
+
+
+@pytest.mark.parametrize(
+    ("package", "has"),
+    [
+        ("__version__ = '0.1'", "no such op"),
+        ("reshape_paged_cache = 7", "no such op"),
+        *((f"def reshape_paged_cache({given}): ...", f"reshape_paged_cache({told})")
+          for given, told in (
+            ("key, value, cache", "key, value, cache"),
+            (f"{FIVE}, direction, stream", f"{FIVE}, direction, stream"),
+            ("*args, **kwargs", "args, kwargs"))),
+        ("reshape_paged_cache = type", "reshape_paged_cache(...)"),
+    ],
+)  # fmt: skip
+def test_a_release_with_another_op_is_refused(package: str, has: str, ask: Any) -> None:
+    version = "0.1" if "0.1" in package else "of unknown version"
+    assert ask("mlu", package) == (
+        f"mlu: rejected, reshape_paged_cache is wanted of torch_mlu_ops {version}, which has {has};"
+        f" expected reshape_paged_cache({FIVE}, direction), or the same without direction: install "
+        f"a release that has it"
+    )
+
+
+@pytest.mark.parametrize(
+    ("package", "told"),
+    [
+        (f"def reshape_paged_cache({FIVE}): ...",
+         "to the cache only, since it has no direction) and no multi_layer_kv_transfer"),
+        (BOTH_WAYS, "to and from the cache) and no multi_layer_kv_transfer"),
+        (f"{BOTH_WAYS}\ndef multi_layer_kv_transfer({TRANSFER}): ...",
+         "to and from the cache) and multi_layer_kv_transfer"),
+        (f"{BOTH_WAYS}\ndef multi_layer_kv_transfer(key_value, slots): ...",
+         "to and from the cache) and a multi_layer_kv_transfer(key_value, slots) that is not the "
+         "known one and is not used"),
+    ],
+)  # fmt: skip
+def test_what_a_release_has_is_told(package: str, told: str, ask: Any) -> None:
+    said = ask("mlu", f"__version__ = '1.4.0'\n{package}")
+    assert said == f"mlu: accepted, torch_mlu_ops 1.4.0 has reshape_paged_cache ({told}"
+
+
+# torch_npu
+
+
+@pytest.fixture
+def loaded(ask: Any) -> Iterator[Callable[..., str]]:
+    """What `ascend` says of a torch_npu of some version, with some schemas changed (empty: the op
+    is missing)."""
+    library = torch.library.Library("npu", "FRAGMENT")
+
+    def said(version: str = f"{RELEASE}.0", **changed: str) -> str:
+        known = ascend_ops.pinned_schemas("vendor")
+        for name, schema in ({x.partition("::")[2]: known[x] for x in known} | changed).items():
+            if schema:
+                library.define(name + schema)
+        return str(ask("npu", f"__version__ = {version!r}"))
+
+    yield said
+    library._destroy()
+    for name in CALLS:  # which torch remembers
+        torch.ops.npu.__dict__.pop(name, None)
+
+
+@pytest.mark.parametrize("version", ["2.1.0", "1.13.0", f"{RELEASE}1.0"])
+def test_another_release_is_refused(loaded: Any, version: str) -> None:
+    assert loaded(version) == (
+        f"ascend: rejected, torch_npu {version} was found, which is not for torch "
+        f"{torch.__version__}; {VENDORS['npu'][2]}"
+    )
+
+
+def test_the_release_for_this_torch_is_accepted(loaded: Any) -> None:
+    assert loaded(f"{RELEASE}.0.post3") == (
+        f"ascend: accepted, torch_npu {RELEASE}.0.post3; copies go by its ops, since the AscendC "
+        f"kernel was not built (bash native/ascend/run_in_cann.sh npu builds it, and "
+        f"PORTAKV_ASCENDC names it)"
+    )
+
+
+def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = tmp_path / "libportakv_ascend.so"
+    monkeypatch.setenv(_ascendc.VARIABLE, str(named))
+    assert loaded() == (
+        f"ascend: rejected, PORTAKV_ASCENDC names {named}, and there is no such file (bash "
+        f"native/ascend/run_in_cann.sh npu builds it, and PORTAKV_ASCENDC names it); without "
+        f"PORTAKV_ASCENDC the ops of torch_npu carry plans out"
+    )
+
+
+@pytest.mark.parametrize("missing", sorted(CALLS))
+def test_an_op_that_is_missing_is_named(loaded: Any, missing: str) -> None:
+    assert loaded(**{missing: ""}) == (
+        f"ascend: rejected, torch_npu {RELEASE}.0 has no op {missing}; {VENDORS['npu'][2]}"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "schema"),
+    [
+        ("npu_scatter_pa_kv_cache",  # releases before it had cache_mode
+         "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+         "Tensor slot_mapping) -> ()"),
+        ("npu_scatter_nd_update_", "(Tensor(a!) var, Tensor indices, Tensor updates) -> ()"),
+        ("npu_gather_pa_kv_cache",
+         "(Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens, "
+         "Tensor(a!) key, Tensor(b!) value, Tensor seq_offset) -> ()"),
+    ],
+    ids=["an argument less", "another name", "an argument more"],
+)  # fmt: skip
+def test_an_op_with_another_signature_is_shown(loaded: Any, name: str, schema: str) -> None:
+    said = loaded(**{name: schema})
+    assert said.startswith(f"ascend: rejected, an op of torch_npu {RELEASE}.0 is npu::{name}(")
+    assert "cannot be called with" in said
+
+
+def test_what_is_called_is_what_is_pinned() -> None:
+    assert {f"npu::{name}" for name in CALLS} == set(ascend_ops.pinned_schemas("vendor"))
+
+
+# On the simulated device
+
+
+@pytest.mark.parametrize(
+    ("asked", "seen"),
+    [("simdev:mlu", "mlu"), ("simdev:npu:1", "npu:1"), ("simdev", "simdev"),
+     ("simdev:1", "simdev:1"), ("cuda:1", "cuda:1"), ("cpu", "cpu")],
+)  # fmt: skip
+def test_the_name_behind_simdev_is_what_torch_gets_to_see(asked: str, seen: str) -> None:
+    assert _carried(asked) == seen
+
+
+@simulated
+def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> None:
+    code = (
+        "from portakv_conformance import simdev; simdev.load('mlu')\n"
+        "from portakv import AdaptiveConnector, BackendUnavailable\n"
+        "layouts = {'kv_layout': 'mlu', 'chunk_layout': 'chunk-2ltd'}\n"
+        "print(AdaptiveConnector('mlu', **layouts).explain())\n"
+        "try:\n"
+        "    AdaptiveConnector('mlu', backend='mlu', **layouts)\n"
+        "except BackendUnavailable as error:\n"
+        "    print(error)\n"
+    )
+    chosen, _, forced = python("-c", code).partition(
+        "Backend 'mlu' was forced, but it cannot serve"
+    )
+    assert chosen.startswith("mlu:0: backend 'reference' was chosen\n")
+    assert "mlu: rejected, torch_mlu_ops is not installed; install torch_mlu and" in chosen
+    assert forced.startswith(" mlu:0: torch_mlu_ops is not installed; install torch_mlu and")
+
+
+@simulated
+@pytest.mark.parametrize(
+    ("device", "code", "told"),
+    [
+        ("simdev:npuu", 2, "was asked to be 'npuu'; it can be simdev, npu, mlu"),
+        pytest.param("simdev:npu", 3, "it runs on mlu devices, not on npu", marks=pytest.mark.full),
+    ],
+)
+def test_names_that_the_simulated_device_does_not_carry(device: str, code: int, told: str) -> None:
+    ran = run("conform", "mlu", "--device", device)
+    assert (ran.code, told in ran.err) == (code, True), ran
+
+
+@simulated
+@pytest.mark.slow
+def test_it_is_conformant_there_and_emulated(tmp_path: Path) -> None:
+    words = "mlu", "--device", "simdev:mlu", "--profile", "full", "--report", str(tmp_path)
+    ran = run("conform", *words)
+    assert ran.code == 0, ran
+    assert "emulated): conformant, R3." in ran.out
+    record = json.loads((tmp_path / "conformance.json").read_text())
+    assert record["environment"]["emulated"] is True
+    assert record["environment"]["device"] == "simdev:mlu"
+    assert record["environment"]["device_name"].startswith("simulated device (mlu")
+    assert "torch_mlu_ops stand-in (emulated)" in record["trace"][0]
+    assert "--device simdev:mlu" in record["command"]
