@@ -11,15 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv_conformance.cases import (
-    Bench,
-    Case,
-    Facility,
-    Shape,
-    asked_of,
-    index_of,
-    view_of,
-)
+from portakv_conformance.cases import Bench, Case, Facility, Shape, asked_of, index_of, view_of
 from portakv_conformance.draw.by_hand import on_host
 from portakv_conformance.judge.claims import launch_of, plan_of
 

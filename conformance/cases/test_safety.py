@@ -13,15 +13,7 @@ import pytest
 import torch
 
 from portakv import LayoutError, SlotError
-from portakv_conformance.cases import (
-    DIRECTIONS,
-    Bench,
-    Case,
-    Judge,
-    Shape,
-    Side,
-    asked_of,
-)
+from portakv_conformance.cases import DIRECTIONS, Bench, Case, Judge, Shape, Side, asked_of
 from portakv_conformance.draw import by_hand
 from portakv_conformance.judge.claims import check_guarded, check_refused, without_bad
 from portakv_conformance.judge.memory import Memory

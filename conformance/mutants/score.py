@@ -85,10 +85,8 @@ class _Clock(Progress):
 def try_mutant(
     mutant: Mutant, seed: int = 0, *, wall: float = WALL_LIMIT, runner: Runner = run
 ) -> Trial:
-    """Run the suite on a mutant, up to its first failure.
-
-    A case in error is none that catches: the suite itself is at fault then.
-    """
+    """Run the suite on a mutant, up to its first failure. A case in error is none that catches: the
+    suite itself is at fault then."""
     began = time.monotonic()
     asked = Options(
         mutant.target, mutant.device, mutant.profile, seed, limit=CASE_LIMIT, exit_first=True
@@ -170,10 +168,8 @@ def by_mutant(trials: Sequence[Trial]) -> list[list[Trial]]:
 
 
 def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
-    """The page of the documentation.
-
-    ``self_checked``: names of mutants that the registry's self-check turns down.
-    """
+    """The page of the documentation; the registry's self-check turns the mutants down that are
+    ``self_checked``, by name."""
     groups = by_mutant(trials)
     parts = [_HEAD, _sum(groups)]
     for module, mutants in groupby(groups, key=lambda g: g[0].mutant.target.partition(":")[0]):
@@ -211,12 +207,12 @@ def print_score(
 ) -> None:
     """Print the table, the survivors and the sum on standard output."""
     groups, lines = by_mutant(trials), []
-    for first, *more in groups:
-        mutant, caught = first.mutant, [trial for trial in (first, *more) if trial.caught]
-        lost = first.ending.partition(":")[0]
-        case = caught[0].caught_by.removeprefix("cases/") if caught else lost
+    for group in groups:
+        mutant, caught = group[0].mutant, [trial.caught_by for trial in group if trial.caught]
+        lost = "SURVIVES" if any(trial.survives for trial in group) else "not judged"
+        case = (caught or [lost])[0].removeprefix("cases/")
         case += " (self-check too)" if mutant.name in self_checked else ""
-        runs, seconds = f"{len(caught)}/{1 + len(more)}", f"{first.seconds:.1f}"
+        runs, seconds = f"{len(caught)}/{len(group)}", f"{group[0].seconds:.1f}"
         lines.append((mutant.name, mutant.bug, case, runs, seconds))
     columns = (
         Column("mutant", whole=True), Column("bug"), Column("caught by", whole=True),
@@ -227,9 +223,9 @@ def print_score(
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
     for trial in trials:
         if not trial.caught:
-            lost = "SURVIVES" if trial.judged else "NOT JUDGED"
+            lost, _, why = trial.ending.partition(": ")
             name = f"{trial.mutant.name} ({trial.mutant.target})"
-            print(f"{lost} under seed {trial.seed}: {name}: {trial.reason}")
+            print(f"{lost} under seed {trial.seed}: {name}: {why}")
     print(_sum(groups).strip("*"))
 
 
@@ -242,18 +238,12 @@ def score(
     tell: Callable[[Trial], object] = lambda trial: None,
 ) -> list[Trial]:
     """Try every mutant under every seed, ``jobs`` at a time; in the order of mutants and seeds.
-
-    ``tell`` is given each trial as it ends.
-    """
+    ``tell`` is given each trial as it ends."""
     with _ending_with_the_caller(jobs) as pool:
-        asked = {
-            pool.submit(attempt, mutant, seed): (number, seed)
-            for seed in seeds
-            for number, mutant in enumerate(mutants)
-        }
+        asked = [pool.submit(attempt, mutant, seed) for mutant in mutants for seed in seeds]
         for future in as_completed(asked):
             tell(future.result())
-    return [future.result() for future, _ in sorted(asked.items(), key=lambda item: item[1])]
+    return [future.result() for future in asked]
 
 
 @contextmanager

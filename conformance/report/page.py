@@ -11,7 +11,7 @@ import re
 from base64 import b64encode
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.resources import files
@@ -45,10 +45,8 @@ _SHORT = {
 
 
 def write(record: RunRecord, folder: Path) -> list[Path]:
-    """Write every form of a report into a folder, which is made where it is missing; the files.
-
-    ``conformance.json`` is the report itself; the others are made from the same record.
-    """
+    """Write every form of a report into a folder, which is made if it is missing; the files. Of
+    these ``conformance.json`` is the report itself."""
     folder.mkdir(parents=True, exist_ok=True)
     forms = {
         "conformance.json": record.document(), "report.html": page(record),
@@ -131,29 +129,25 @@ class Matrix:
     cases; columns are the dtypes of each operation. A cell, by (layout, operation, dtype), says how
     many cases have each status."""
 
-    layouts: list[str] = field(default_factory=list)
-    columns: dict[str, list[str]] = field(default_factory=dict)
-    cells: dict[tuple[str, str, str], Counter[Status]] = field(default_factory=dict)
+    layouts: list[str]
+    columns: dict[str, list[str]]
+    cells: dict[tuple[str, str, str], Counter[Status]]
 
 
 def matrix(cases: Iterable[CaseRecord]) -> Matrix:
     """The matrix of all cases that are about a layout; empty where none is."""
-    made = Matrix()
+    cells: dict[tuple[str, str, str], Counter[Status]] = {}
     for case in cases:
-        layout = case.tags.get("layout")
-        if layout is None:
-            continue
-        operation, dtype = case.tags.get("operation", ANY), _dtype_of(case)
-        if layout not in made.layouts:
-            made.layouts.append(layout)
-        dtypes = made.columns.setdefault(operation, [])
-        if dtype not in dtypes:
-            dtypes.append(dtype)
-        made.cells.setdefault((layout, operation, dtype), Counter())[case.status] += 1
-    order = {name: place for place, name in enumerate(_SHORT)}
-    for dtypes in made.columns.values():
-        dtypes.sort(key=lambda dtype: order.get(dtype, len(order)))
-    return made
+        if layout := case.tags.get("layout"):
+            place = layout, case.tags.get("operation", ANY), _dtype_of(case)
+            cells.setdefault(place, Counter())[case.status] += 1
+    known, columns = [*_SHORT], dict[str, list[str]]()
+    found = dict.fromkeys((operation, dtype) for _, operation, dtype in cells)
+    for operation, dtype in found:
+        columns.setdefault(operation, []).append(dtype)
+    for dtypes in columns.values():
+        dtypes.sort(key=lambda dtype: known.index(dtype) if dtype in known else len(known))
+    return Matrix(list(dict.fromkeys(layout for layout, _, _ in cells)), columns, cells)
 
 
 def _dtype_of(case: CaseRecord) -> str:

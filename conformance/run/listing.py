@@ -26,16 +26,10 @@ _LIMIT = 300.0
 
 
 def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
-    """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of the list, and whether
-    it is ``optional``: a real machine with one device is judged without it.
-
-    Args:
-        profile: ``core`` or ``full``.
-        device: as a report names it: ``cuda``, ``simdev:1``; two of that kind are assumed.
-
-    Raises:
-        SuiteBroken: the suite cannot be collected here.
-    """
+    """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of a profile, and whether
+    it is ``optional``: a real machine with one device is judged without it. The device is as a
+    report names it, ``cuda`` or ``simdev:1``; two of that kind are assumed. Raises `SuiteBroken` if
+    the suite cannot be collected here."""
     told = ["--collect-only", "-p", __name__, _OPTION, device.partition(":")[0]]
     asked = Options("reference", profile=profile)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:

@@ -29,13 +29,9 @@ def run(
     options: Options, progress: Progress = SILENT, *, command: Sequence[str] | None = None
 ) -> RunRecord:
     """Run the suite and judge what came of it. A command runs each worker, to which what it is told
-    is added.
-
-    Raises:
-        SubjectUnavailable: the backend cannot run there, with the probe's reason.
-        BadRequest: a malformed name, or an id that no case has.
-        SuiteBroken: the suite could not be collected.
-    """
+    is added. Raises `SubjectUnavailable`, with the probe's reason, if the backend cannot run there,
+    `BadRequest` for a malformed name or an id that no case has, and `SuiteBroken` if the suite
+    cannot be collected."""
     started, began = datetime.now(timezone.utc), time.monotonic()
     journal = Journal(options, progress)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:

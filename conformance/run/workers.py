@@ -278,12 +278,9 @@ class Workers:
         self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
 
     def work(self) -> None:
-        """Run every case of the list, or up to the first failure if that is enough.
-
-        Raises:
-            SubjectUnavailable, BadRequest, SuiteBroken: nothing can be judged.
-            KeyboardInterrupt: `INTERRUPTED` was set.
-        """
+        """Run every case of the list, or up to the first failure if that is enough. Raises
+        `SubjectUnavailable`, `BadRequest` or `SuiteBroken` if nothing can be judged, and
+        KeyboardInterrupt if `INTERRUPTED` was set."""
         try:
             while not self._journal.stopped and self._go_on():
                 if INTERRUPTED.is_set():
