@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runtimes in which tests of host memory register it."""
+"""Runtimes in which tests of host memory register it, and the ways that small copies may take."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
+import torch
+from support import fake_libcuda
+from support.device_cases import settle
 from support.pinned_runtime import FakeLibrary, absent, claimed, installed
+from support.small_cases import HOST_WAYS, WAYS, Card, Place, small_copy
+from support.small_cases import installed as small_installed
+
+from portakv import BackendUnavailable
+from portakv.host.small import choose
+from portakv_conformance import simdev
 
 
 @pytest.fixture
@@ -26,3 +36,42 @@ def either(
     if claimed() != before:
         gc.collect()  # a caught exception holds the frames that it passed
     assert claimed() == before
+
+
+@pytest.fixture(scope="session")
+def libcuda(tmp_path_factory: pytest.TempPathFactory) -> fake_libcuda.FakeLibrary:
+    """A stand-in for the driver's library, whose device is the host."""
+    return fake_libcuda.FakeLibrary(tmp_path_factory.getbasetemp(), None)
+
+
+@pytest.fixture
+def card(libcuda: fake_libcuda.FakeLibrary) -> Iterator[Card]:
+    """Two CUDA devices, of which the second is current."""
+    with small_installed(libcuda) as found:
+        yield found
+
+
+@pytest.fixture(params=[*HOST_WAYS, *WAYS])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """Each way of small copies to each device, if it can be had there."""
+    device, way = torch.device(request.param[0]), request.param[1]
+    if device.type == "cpu":
+        stand_in: AbstractContextManager[Card | None] = nullcontext()
+        if way != "host":
+            stand_in = small_installed(request.getfixturevalue("libcuda"), only=way)
+        with stand_in as card:
+            yield Place(device, way, None, card)
+        return
+    try:
+        choose(1, device, way)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    yield Place(device, way, way, None)
+    settle(device)
+    assert not simdev.take_faults()
+
+
+@pytest.fixture(params=["new", "ready"])
+def send(request: pytest.FixtureRequest, place: Place) -> Callable[..., torch.Tensor]:
+    """A small copy to a target that goes that way."""
+    return small_copy(request.param, place.asked)

@@ -394,16 +394,8 @@ def test_pieces(cuda: FakeLibrary) -> None:
         assert memory.parts(3 * PAGE, 5 * PAGE) == [(3 * PAGE, PAGE), (4 * PAGE, 4 * PAGE)]
         assert memory.parts(0, 9 * PAGE)[-1] == (8 * PAGE, PAGE)
         end, outside = memory.nbytes, f"were asked of {memory.nbytes} bytes; expected"
-        wrong: list[Any] = [
-            (0, end + 1),
-            (-5, 9),
-            (end, 1),
-            (end + 1, 0),
-            (8, -1),
-            (0, 1.5),
-            ("x", 1),
-        ]
-        for each in wrong:
+        wrong: list[Any] = [(0, end + 1), (-5, 9), (end, 1), (end + 1, 0), (8, -1), (0, 1.5)]
+        for each in (*wrong, ("x", 1)):
             with pytest.raises(HostMemoryError, match=outside):
                 memory.parts(*each)
         # The address of each piece is asked for by itself.

@@ -16,6 +16,7 @@ from support.pinned_runtime import claimed
 from support.pool_processes import Child, unused_name
 from support.threads import run_threads
 
+from portakv.errors import SlotError
 from portakv.host import pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import PinnedPool, PoolExhausted
@@ -139,13 +140,63 @@ def test_a_forked_child_is_told_to_make_its_own(make: Make) -> None:
         block.release()
 
 
-def test_what_is_no_block_and_no_time(make: Make) -> None:
+#: Arguments that make no pool, and words of the sentence; None stands for the name of a pool.
+NONE: dict[type, list[tuple[Any, dict[str, Any], str]]] = {
+    PinnedPool: [
+        ((0, 1), {}, "power of two"), ((1, 0), {}, "power of two"), ((1.5, 1), {}, "1.5"),
+        (("x", 1), {}, "'x'.*power of two"), ((1, 1), {"alignment": 3}, "aligned to 3"),
+        ((64, 1), {"alignment": []}, r"aligned to \[\]"), ((1, 1), {"grow": -1}, "grow by -1"),
+        ((1, 2), {"limit": 1}, "up to 1; .*2 or more"),
+        ((1, 2), {"limit": 2.5}, "up to 2.5; expected a whole number"),
+        ((1, 2), {"limit": "many"}, "up to 'many'; .*2 or more"),
+        ((1, 2), {"limit": 4, "grow": 0}, "grow by 0 .*1 or more"),
+        ((1, 2), {"limit": 4, "grow": 1.5}, "grow by 1.5 .*1 or more"),
+        ((64, 1), {"timeout": "x"}, "with timeout,.*huge_pages"), ((64, 1), {"unit": 3}, "unit"),
+    ],
+    SharedPool: [
+        ((None, SIZE + 1, 2), {}, "ask for the same"), ((None, SIZE, 3), {}, "ask for the same"),
+        ((None, SIZE), {}, "say both"), ((None, SIZE, 0), {}, "power of two"),
+        *(((bad, SIZE, 2), {}, "was named") for bad in ("", "a/b", "a b", "x" * 201)),
+        ((3,), {}, "named 3; expected 1 to 200 letters"),
+        (("portakv-large", 1 << 40, 100), {}, "has room for"),
+        (("portakv-large", 64, 1 << 31), {}, f"of {(1 << 31) * 128 + 12288} bytes .* has room for"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "given", "options", "words"),
+    [(kind, *case) for kind, cases in NONE.items() for case in cases],
+    ids=str,
+)
+def test_what_makes_no_pool(
+    kind: type, given: tuple[Any, ...], options: dict[str, Any], words: str, name: str
+) -> None:
+    with SharedPool(name, SIZE, 2), refused(HostMemoryError) as caught:
+        kind(*(name if each is None else each for each in given), **options)
+    assert re.search(words, str(caught.value))
+
+
+def test_arguments_that_mean_nothing(make: Make) -> None:
+    wrong: Any
     with make(1) as pool:
         for wrong in ("1", float("nan"), object()):
             with refused(HostMemoryError, "expected seconds"):
                 pool.acquire(timeout=wrong)
         with refused(HostMemoryError, "str", "release a Block"):
             pool.release("x")
+        if isinstance(pool, SharedPool):
+            for wrong in ("x", 1.5, -1, 1):
+                for call in (pool.bytes_of, pool.adopt):
+                    with refused(SlotError, repr(wrong), "0 .. 0"):
+                        call(wrong)
+        else:
+            assert pool.acquire_many(0) == []
+            for wrong in (-1, "x", 1.5, None):
+                with pytest.raises(HostMemoryError, match="blocks were asked of a pool; expected"):
+                    pool.acquire_many(wrong)
+            with pool.acquire() as block, refused(HostMemoryError, "does not say when"):
+                block.release(after=3)
         assert pool.free == 1
 
 
@@ -269,37 +320,3 @@ def test_leaks_say_who_where_and_what_was_dropped() -> None:
         with pytest.warns(ResourceWarning, match="lost in thread MainThread"):
             pool.close()
         pool.close()
-
-
-@pytest.mark.parametrize(
-    ("numbers", "options", "words"),
-    [
-        ((0, 1), {}, "power of two"), ((1, 0), {}, "power of two"), ((1.5, 1), {}, "1.5"),
-        (("x", 1), {}, "'x'.*power of two"), ((1, 1), {"alignment": 3}, "aligned to 3"),
-        ((64, 1), {"alignment": []}, r"aligned to \[\]"), ((1, 1), {"grow": -1}, "grow by -1"),
-        ((1, 2), {"limit": 1}, "up to 1; .*2 or more"),
-        ((1, 2), {"limit": 2.5}, "up to 2.5; expected a whole number"),
-        ((1, 2), {"limit": "many"}, "up to 'many'; .*2 or more"),
-        ((1, 2), {"limit": 4, "grow": 0}, "grow by 0 .*1 or more"),
-        ((1, 2), {"limit": 4, "grow": 1.5}, "grow by 1.5 .*1 or more"),
-        ((64, 1), {"timeout": "x"}, "with timeout,.*huge_pages"), ((64, 1), {"unit": 3}, "unit"),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_what_makes_no_pool(numbers: Any, options: dict[str, Any], words: str) -> None:
-    with refused(HostMemoryError) as caught:
-        PinnedPool(*numbers, **options)
-    assert re.search(words, str(caught.value))
-
-
-def test_arguments_that_mean_nothing() -> None:
-    wrong: Any
-    with PinnedPool(SIZE, 1) as pool:
-        assert pool.acquire_many(0) == []
-        for wrong in (-1, "x", 1.5, None):
-            with pytest.raises(HostMemoryError, match="blocks were asked of a pool; expected a wh"):
-                pool.acquire_many(wrong)
-        with pool.acquire() as block:
-            with refused(HostMemoryError, "does not say when"):
-                block.release(after=3)
-            assert block.held

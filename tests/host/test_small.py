@@ -1,25 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Small copies without a device: what is accepted, what is refused, and the way that is chosen."""
+"""Small copies: what is accepted and what is refused by each way, and the way that is chosen."""
 
 from __future__ import annotations
 
 import array
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.guarded_memory import refused
-from support.small_cases import forget
+from support.guarded_memory import bits, filled, refused
+from support.small_cases import Place, same_bits
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError, Unsupported
 from portakv.host import _small_ways, small
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 
-META = torch.device("meta")
+META, CARD = torch.device("meta"), torch.device("cuda", 0)
 
 
 # What is accepted
@@ -51,14 +50,31 @@ META = torch.device("meta")
         ({3: "a", 4: "b"}, torch.int8, torch.tensor([3, 4], dtype=torch.int8)),
         ([np.True_, False], torch.bool, torch.tensor([True, False])),
         (torch.tensor([True]), torch.int16, torch.tensor([1], dtype=torch.int16)),
+        (np.array([1, 0, 2]) > 0, torch.int64, torch.tensor([1, 0, 1])),
+        (np.array([3, -1], ">i8"), torch.int64, torch.tensor([3, -1])),
+        (np.array([3, -1], np.int8), torch.int64, torch.tensor([3, -1])),
+        (np.array([3, -1], np.longlong), torch.int64, torch.tensor([3, -1])),
+        (np.arange(6)[::-1], torch.int64, torch.arange(6).flip(0)),
+        (np.arange(6).reshape(2, 3).T, torch.int64, torch.arange(6).view(2, 3).t()),
+        (np.arange(6), torch.int64, torch.arange(6)),
+        (torch.arange(6), torch.int64, torch.arange(6)),
+        (torch.arange(6).view(3, 2).t(), torch.int64, torch.arange(6).view(3, 2).t()),
+        (torch.arange(12)[::2], torch.int64, torch.arange(0, 12, 2)),
+        (torch.arange(6).to(torch.uint16), torch.int64, torch.arange(6)),
     ],
     ids=lambda x: type(x).__name__,
 )
-def test_values(values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) -> None:
-    found = to_device(values, "cpu", dtype)
-    assert found.dtype == wanted.dtype
-    assert found.shape == wanted.shape
-    assert found.tolist() == wanted.tolist()
+def test_values(place: Place, values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) -> None:
+    """As a tensor of their own, and in a target that has as much room or more."""
+    made = to_device(values, place.device, dtype, way=place.asked)
+    assert (made.dtype, made.shape) == (wanted.dtype, wanted.shape)
+    assert made.tolist() == wanted.tolist()
+    for room in (wanted.numel(), wanted.numel() + 3):
+        out = filled((room,), wanted.dtype, poison=True, device=place.device)
+        rest = bits(out)[wanted.nbytes :].clone()
+        landed = SmallCopy(room, out.dtype, out=out, way=place.asked).send(values)
+        assert same_bits(landed, wanted.contiguous().view(-1))
+        assert torch.equal(bits(out)[wanted.nbytes :], rest)
 
 
 # What is refused
@@ -82,14 +98,28 @@ def test_values(values: Any, dtype: torch.dtype | None, wanted: torch.Tensor) ->
         ("text", None, ("str",)),
         pytest.param(iter([1]), None, ("list_iterator", "list"), id="an iterator"),
         (7, None, ("int",)),
-        ([1], torch.float16, ("float16",)),
         ([[1], [2]], torch.int32, ("list", "position 0")),
+        (np.array([[1, -1]]), torch.uint8, ("-1",)),
+        (torch.tensor([256]), torch.uint8, ("256",)),
     ],
     ids=str,
 )
-def test_wrong_values(values: Any, dtype: torch.dtype | None, names: tuple[str, ...]) -> None:
+def test_wrong_values(
+    place: Place, values: Any, dtype: torch.dtype | None, names: tuple[str, ...]
+) -> None:
+    """They leave a target as it was."""
+    out = filled((9,), dtype or torch.int64, device=place.device)
+    sender = SmallCopy(9, out.dtype, out=out, way=place.asked)
+    if place.card is not None:
+        place.card.forget()
     with refused(LayoutError, *names):
-        to_device(values, "cpu", dtype)
+        to_device(values, place.device, dtype, way=place.asked)
+    with refused(LayoutError, watch=out):
+        to_device(values, out=out, way=place.asked)
+    with refused(LayoutError, watch=out):
+        sender.send(values)
+    assert to_device([], place.device, torch.int32, way=place.asked).shape == (0,)
+    assert place.card is None or place.card.asked == []
 
 
 @pytest.mark.parametrize(
@@ -101,6 +131,7 @@ def test_wrong_values(values: Any, dtype: torch.dtype | None, names: tuple[str, 
         (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu .*meta"),
         (lambda: to_device([1]), DeviceMismatch, "neither a device nor an out tensor"),
         (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta.*copy_"),
+        (lambda: to_device([1], "cpu", torch.float16), LayoutError, "float16"),
         (lambda: SmallCopy(-1, torch.int32, "cpu"), LayoutError, "-1 values"),
         (lambda: SmallCopy(1, torch.bfloat16, "cpu"), LayoutError, "bfloat16"),
         (lambda: SmallCopy("x", torch.int32, "cpu"), LayoutError, "'x' values"),  # type: ignore
@@ -135,24 +166,6 @@ OLD = "Compute capability 6.0 was asked of NVRTC 13."
 ALONG = "the driver takes up to 65536 bytes along with the command"
 HELD = "a launch's parameters hold up to 32736 bytes"
 CLASSIC = "a launch's parameters hold up to 4080 bytes"
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """A CUDA device that everything can be asked of, but nothing be sent to."""
-    monkeypatch.setattr(_small_ways, "why_not_inline", lambda device: None)
-    monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
-    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: 13000)
-    monkeypatch.setattr(_cuda_driver, "capability", lambda device: 90)
-    monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: None)
-    monkeypatch.setattr(small, "resolve", torch.device)
-    monkeypatch.setattr(small, "_capture_question", lambda device: bool)
-    forget()
-    yield torch.device("cuda", 0)
-    monkeypatch.undo()
-    forget()
-
-
 #: What the card may lack.
 LACKS: dict[str, tuple[Any, str, Any]] = {
     "inline": (_small_ways, "why_not_inline", lambda device: SHARED),
@@ -162,6 +175,7 @@ LACKS: dict[str, tuple[Any, str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize(
     ("lacks", "nbytes", "wanted", "allowed"),
     [
@@ -185,29 +199,25 @@ LACKS: dict[str, tuple[Any, str, Any]] = {
     ids=str,
 )
 def test_the_best_way_and_those_that_may_be_named(
-    card: torch.device,
+    lacks: tuple[str, ...], nbytes: int, wanted: tuple[str, str], allowed: str,
     monkeypatch: pytest.MonkeyPatch,
-    lacks: tuple[str, ...],
-    nbytes: int,
-    wanted: tuple[str, str],
-    allowed: str,
-) -> None:
+) -> None:  # fmt: skip
     for what in lacks:
         monkeypatch.setattr(*LACKS[what])
     if wanted[0] == "inline":  # of which nothing is asked of the compiler
         with monkeypatch.context() as patched:
             patched.setattr(_cuda_driver, "why_not", lambda device: pytest.fail("it was asked"))
-            assert choose(nbytes, card) == ("inline", ALONG)
-    assert choose(nbytes, card) == wanted
+            assert choose(nbytes, CARD) == ("inline", ALONG)
+    assert choose(nbytes, CARD) == wanted
     kernel = {"extra": WITHOUT, "compiler": OLD, "new driver": CLASSIC}.get("".join(lacks[-1:]))
     whys = {"host": "no CPU", "inline": SHARED if "inline" in lacks else "65536"}
     for way in small.WAYS:
         if way in allowed.split():
-            assert choose(nbytes, card, way) == (way, "it was asked for")
+            assert choose(nbytes, CARD, way) == (way, "it was asked for")
         else:
             why = whys.get(way, kernel or HELD)
             with refused(BackendUnavailable, f"{nbytes} bytes", why, f"ask for '{wanted[0]}'"):
-                choose(nbytes, card, way)
+                choose(nbytes, CARD, way)
 
 
 def test_the_cpu_takes_no_way_but_its_own() -> None:
@@ -218,10 +228,11 @@ def test_the_cpu_takes_no_way_but_its_own() -> None:
             choose(1, "cpu", way)
 
 
+@pytest.mark.usefixtures("card")
 @pytest.mark.parametrize("way", ["pigeon", []])
-def test_a_way_that_there_is_not(card: torch.device, way: Any) -> None:
+def test_a_way_that_there_is_not(way: Any) -> None:
     with refused(BackendUnavailable, repr(way), "inline, value, mapped, copy, host"):
-        choose(1, card, way)
+        choose(1, CARD, way)
 
 
 def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from support.device_cases import DEVICE, current, delay, on, settle
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE as SIMDEV
-from support.small_cases import drawn, same_bits, small_copy
+from support.small_cases import WAYS, Place, drawn, same_bits, small_copy
 from support.threads import run_threads
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
@@ -27,25 +27,12 @@ from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime.transfer import copies_holding_memory
 
 INLINE = 65536  # bytes
-
-
-@pytest.fixture(params=["inline", "value", "mapped", "copy"])
-def way(request: pytest.FixtureRequest, accelerator: torch.device) -> str:
-    """Each way that the device has."""
-    try:
-        return choose(1, accelerator, request.param).way
-    except BackendUnavailable as error:
-        pytest.skip(str(error))
+each_way = pytest.mark.parametrize("place", WAYS, indirect=True)
 
 
 @pytest.fixture
-def side(accelerator: torch.device) -> Any:
-    return torch.Stream(accelerator)
-
-
-@pytest.fixture(params=["new", "ready"])
-def send(request: pytest.FixtureRequest, way: str) -> Callable[..., torch.Tensor]:
-    return small_copy(request.param, way)
+def side(place: Place) -> torch.Stream:
+    return torch.Stream(place.device)
 
 
 @pytest.mark.simdev
@@ -70,20 +57,20 @@ def test_the_best_way() -> None:
 # Order
 
 
+@each_way
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("count", [1, 64, INLINE // 8])
 def test_values_may_change_right_after_the_call(
-    accelerator: torch.device, way: str, send: Callable[..., torch.Tensor], count: int,
-    pinned: bool, side: Any,
-) -> None:  # fmt: skip
+    place: Place, send: Callable[..., torch.Tensor], count: int, pinned: bool, side: torch.Stream
+) -> None:
     """It comes behind what the stream holds, and the host does not wait."""
-    if way == "value" and count * 8 > 4080:
+    if place.way == "value" and count * 8 > 4080:
         pytest.skip("not everywhere as many bytes go by value")
-    out = torch.zeros(count, dtype=torch.int64, device=accelerator)
+    out = torch.zeros(count, dtype=torch.int64, device=place.device)
     for slow in (False, True):  # the first time everything is loaded and allocated
         values = torch.arange(1, count + 1)
         values = values.pin_memory() if pinned else values
-        settle(accelerator)
+        settle(place.device)
         with on(side):
             if slow:
                 delay(side)
@@ -97,79 +84,73 @@ def test_values_may_change_right_after_the_call(
         assert landed.tolist() == list(range(1, count + 1))
 
 
+@each_way
 def test_a_stream_that_is_passed_comes_in_its_turn(
-    accelerator: torch.device, send: Callable[..., torch.Tensor], side: Any
+    place: Place, send: Callable[..., torch.Tensor], side: torch.Stream
 ) -> None:
     """Behind what it holds, and behind what still reads the target on the current one."""
-    out = torch.zeros(2, dtype=torch.int32, device=accelerator)
+    device = place.device
+    out = torch.zeros(2, dtype=torch.int32, device=device)
     send([0, 0], out)
-    for nth in range(20 if accelerator.type != "cuda" else 2):
-        settle(accelerator)
+    for nth in range(20 if device.type != "cuda" else 2):
+        settle(device)
         with on(side):
             delay(side)
             out.fill_(-1)
         send([nth, nth + 1], out, stream=side)
-        current(accelerator).wait_stream(side)
-        delay(current(accelerator))
+        current(device).wait_stream(side)
+        delay(current(device))
         reader = out.clone()
         send([0, 0], out, stream=side)
         side.synchronize()
         assert out.tolist() == [0, 0]
         assert reader.tolist() == [nth, nth + 1]
+    if torch.get_device_module(device).device_count() > 1:
+        other = torch.device(device.type, 1)
+        with refused(DeviceMismatch, str(device), str(other), watch=out):
+            send([1, 1], out, stream=torch.Stream(other))
 
 
-def test_a_stream_of_another_device(
-    accelerator: torch.device, send: Callable[..., torch.Tensor]
-) -> None:
-    if torch.get_device_module(accelerator).device_count() < 2:
-        pytest.skip("there is one device of this kind")
-    other = torch.device(accelerator.type, 1)
-    out = torch.zeros(1, dtype=torch.int32, device=accelerator)
-    with refused(DeviceMismatch, f"{accelerator}", f"{other}", watch=out):
-        send([1], out, stream=torch.Stream(other))
-
-
+@each_way
 @pytest.mark.parametrize("on_side", [False, True])
-def test_many_sends_under_way(
-    accelerator: torch.device, way: str, on_side: bool, side: Any
-) -> None:
+def test_many_sends_under_way(place: Place, on_side: bool, side: torch.Stream) -> None:
     """By ``inline`` all leave the same memory of the host, which holds other values by then."""
-    sender = SmallCopy(16, torch.int32, accelerator, way=way)
-    out = torch.zeros(16, dtype=torch.int32, device=accelerator)
-    for call in (sender.send, lambda values, **more: to_device(values, out=out, way=way, **more)):
-        call([0] * 16)
-        settle(accelerator)
-        where = side if on_side else current(accelerator)
+    out = torch.zeros(16, dtype=torch.int32, device=place.device)
+    where = side if on_side else current(place.device)
+    for call in ("new", "ready"):
+        send = small_copy(call, place.way)
+        send([0] * 16, out)
+        settle(place.device)
         delay(where)
         results = []
         for nth in range(5 * _small_ways.MOST_SLOTS):
-            landed = call([nth] * 16, stream=side if on_side else None)
+            landed = send([nth] * 16, out, stream=side if on_side else None)
             with on(where):
                 results.append(landed.clone())
         where.synchronize()
         assert [one.tolist() for one in results] == [[nth] * 16 for nth in range(len(results))]
 
 
+@each_way
 @pytest.mark.parametrize("call", ["new", "ready"])
-def test_values_are_kept_until_they_were_read(
-    accelerator: torch.device, way: str, call: str, side: Any
-) -> None:
+def test_values_are_kept_until_they_were_read(place: Place, call: str, side: torch.Stream) -> None:
     """Though the sender is dropped."""
     wanted = drawn(500, torch.int64)
-    landed = [torch.empty_like(wanted, device=accelerator) for _ in range(4)]
+    landed = [torch.empty_like(wanted, device=place.device) for _ in range(4)]
     for slow in (False, True):  # the first time everything is loaded and allocated
-        settle(accelerator)
+        settle(place.device)
         with on(side):
             if slow:
                 delay(side)
             for nth, out in enumerate(landed):
-                small_copy(call, way)(wanted + nth, out.zero_())
+                small_copy(call, place.way)(wanted + nth, out.zero_())
             assert not (slow and side.query())
             if slow and call == "new":
-                assert copies_holding_memory() == (4 if way in ("mapped", "copy") else 0)
+                held = 4 if place.way in ("mapped", "copy") else 0
+                assert copies_holding_memory() == held
             gc.collect()
             rubbish = [torch.zeros(500, dtype=torch.int64, pin_memory=True) for _ in range(32)]
-        settle(accelerator)
+        settle(place.device)
         assert all(same_bits(one, wanted + nth) for nth, one in enumerate(landed))
         assert len(rubbish) == 32
         assert copies_holding_memory() == 0

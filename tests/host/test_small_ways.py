@@ -9,30 +9,30 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
-from support.device_cases import settle
 from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import filled, refused
+from support.pool_processes import Child
 from support.small_cases import (
     INTEGERS,
     STREAM,
     VALUE_BYTES,
     Card,
+    Place,
     drawn,
     forget,
     installed,
     same_bits,
-    small_copy,
 )
 from support.threads import run_threads
 
@@ -42,62 +42,8 @@ from portakv.host._small_ways import INLINE_BYTES, ByValue, Inline, Way
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc, streams
-from portakv_conformance import simdev
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
-MOST = {"inline": INLINE_BYTES, "value": VALUE_BYTES}  # bytes that go a way
-
-
-@pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> FakeLibrary:
-    return FakeLibrary(tmp_path_factory.getbasetemp(), None)
-
-
-class Place(NamedTuple):
-    """A device, a way to it, and what stands in for its driver."""
-
-    device: torch.device
-    way: str
-    asked: str | None
-    card: Card | None
-
-    @property
-    def most(self) -> int:
-        return MOST.get(self.way, 1 << 20)
-
-
-def _place(kind: str, way: str, *marks: pytest.MarkDecorator) -> Any:
-    return pytest.param((kind, way), id=f"{kind}-{way}", marks=marks)
-
-
-@pytest.fixture(
-    params=[
-        _place("cpu", "host"), _place("cpu", "inline"), _place("cpu", "value"),
-        _place("privateuseone", "copy", pytest.mark.simdev),
-        *(_place("cuda", way, pytest.mark.gpu) for way in ("inline", "value", "mapped", "copy")),
-    ],
-)  # fmt: skip
-def place(request: pytest.FixtureRequest) -> Iterator[Place]:
-    kind, way = request.param
-    device = CPU if kind == "cpu" else torch.device(kind, 0)
-    if way == "host":
-        yield Place(device, way, None, None)
-    elif kind == "cpu":
-        with installed(request.getfixturevalue("library"), only=way) as card:
-            yield Place(device, way, None, card)
-    else:
-        try:
-            choose(1, device, way)
-        except BackendUnavailable as error:
-            pytest.skip(str(error))
-        yield Place(device, way, way, None)
-        settle(device)
-        assert not simdev.take_faults()
-
-
-@pytest.fixture(params=["new", "ready"])
-def send(request: pytest.FixtureRequest, place: Place) -> Callable[..., torch.Tensor]:
-    return small_copy(request.param, place.asked)
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -155,50 +101,12 @@ def test_sends_again_and_again(place: Place) -> None:
         assert landed.untyped_storage().data_ptr() == sender.out.data_ptr()
         assert same_bits(landed, values)
         assert torch.equal(sender.out[count:], before[count:])
-    why = "send the values again" if place.way == "host" else "never captured"
-    with refused(Unsupported, "way='mapped'" if place.way in MOST else why):
+    for many in (np.arange(301), torch.arange(301), range(301)):
+        with refused(LayoutError, watch=sender.out):
+            sender.send(many)
+    whys = {"host": "send the values again", "inline": "way='mapped'", "value": "way='mapped'"}
+    with refused(Unsupported, whys.get(place.way, "never captured")):
         sender.refill([1])
-
-
-@pytest.mark.parametrize("most", [6, 9], ids=["all", "fewer"])
-@pytest.mark.parametrize(
-    "values",
-    [
-        np.arange(6), np.arange(12)[::2], np.arange(6)[::-1], np.arange(6).reshape(2, 3).T,
-        np.arange(6, dtype=">i8"), np.arange(6, dtype=np.int8), np.arange(6, dtype=np.longlong),
-        np.arange(6) > 2, torch.arange(6), torch.arange(6).view(3, 2).t(), torch.arange(12)[::2],
-        torch.arange(6).to(torch.uint16), memoryview(b"abcdef"), b"abcdef", range(6), (1,) * 6,
-    ],
-    ids=lambda values: type(values).__name__,
-)  # fmt: skip
-def test_sends_of_every_kind(place: Place, values: Any, most: int) -> None:
-    sender = SmallCopy(most, torch.int64, place.device, way=place.asked)
-    plain = values.tolist() if hasattr(values, "tolist") else list(values)
-    wanted = [int(one) for one in np.array(plain).reshape(-1)]
-    made = to_device(values, place.device, torch.int64, way=place.asked)
-    assert made.reshape(-1).tolist() == wanted
-    sender.out.fill_(-1)
-    assert sender.send(values).tolist() == wanted
-    assert sender.out.tolist() == wanted + [-1] * (most - 6)
-
-
-@pytest.mark.parametrize(
-    "values",
-    [np.arange(10), torch.arange(10), np.array([2.0]), torch.tensor([2.0]), np.array([-1]),
-     torch.tensor([256]), np.array([[1, -1]]), range(10), [7, 256]],
-    ids=str,
-)  # fmt: skip
-def test_a_wrong_value_leaves_the_target(place: Place, values: Any) -> None:
-    sender = SmallCopy(9, torch.uint8, place.device, way=place.asked)
-    sender.send(np.arange(9, dtype=np.uint8))
-    if place.card is not None:
-        place.card.forget()
-    with refused(LayoutError, watch=sender.out):
-        sender.send(values)
-    with refused(LayoutError, watch=sender.out):
-        to_device(values, out=sender.out, way=place.asked)
-    assert to_device([], place.device, torch.int32, way=place.asked).shape == (0,)
-    assert place.card is None or place.card.asked == []
 
 
 def test_threads_do_not_write_over_each_other_s_values(place: Place) -> None:
@@ -234,7 +142,7 @@ def test_a_device_that_is_not_current(way: str) -> None:
 
 @pytest.mark.parametrize("nbytes", [1, 31, 4096, 70_001, 300_000])
 @pytest.mark.parametrize("offset", [0, 1, 4, 8])
-def test_through_mapped_memory(nbytes: int, offset: int, library: FakeLibrary) -> None:
+def test_through_mapped_memory(nbytes: int, offset: int, libcuda: FakeLibrary) -> None:
     """300,000 bytes are more than one grid holds: threads go round."""
     assert 300_000 > _small_ways.MOST_BLOCKS * _small_ways.THREADS * 16
     source = torch.arange(nbytes, dtype=torch.int64).mul(2654435761).to(torch.uint8)
@@ -242,7 +150,7 @@ def test_through_mapped_memory(nbytes: int, offset: int, library: FakeLibrary) -
     before = target.clone()
     out = target[16 + offset : 16 + offset + nbytes]
     slot = _small_ways.Slot(source, source.numpy(), source.data_ptr())
-    with installed(library, only="mapped"):
+    with installed(libcuda, only="mapped"):
         _small_ways.kernels(CPU).issue(out, slot, nbytes, None)
     assert torch.equal(out, source)
     assert torch.equal(target[: 16 + offset], before[: 16 + offset])
@@ -275,13 +183,6 @@ def test_nvrtc_reads_parameters_where_they_lie() -> None:
 
 
 # What is asked of the CUDA driver: out of which memory, on which stream, of which device
-
-
-@pytest.fixture
-def card(library: FakeLibrary) -> Iterator[Card]:
-    """The second of two devices."""
-    with installed(library) as found:
-        yield found
 
 
 @pytest.fixture(params=[Inline, ByValue])
@@ -327,20 +228,18 @@ def test_a_driver_that_refuses(card: Card, way: Way) -> None:
     card.answer = 0
     way.send([1, 2], out, None, False)
     assert out.tolist() == [1, 2, 0, 0]
+    assert _cuda_driver.error_name(700, Without()) == "error 700"  # of which it tells no name
 
 
 def test_a_forked_process_cannot_send(card: Card, way: Way) -> None:
     out = torch.zeros(4, dtype=torch.int64)
     way.send([1], out, None, False)
-    child = os.fork()
-    if not child:
-        try:
+
+    def work(_: object) -> None:
+        with refused(Unsupported, "forked"):
             way.send([2], out, None, False)
-        except Unsupported as error:
-            os._exit(0 if "forked" in str(error) else 2)
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    assert Child(work).end() == 0
     way.send([3], out, None, False)
     assert len(card.asked) == 2
 
@@ -377,8 +276,8 @@ def test_a_capture_is_asked_of_its_device(card: Card, monkeypatch: pytest.Monkey
     assert card.current == 0
 
 
-def test_inside_a_capture(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
-    with installed(library, only="inline") as card:
+def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
+    with installed(libcuda, only="inline") as card:
         sender = SmallCopy(2, torch.int32, out=filled((2,), torch.int32), way="inline")
         opened = SmallCopy(2, torch.int32, CPU)
         monkeypatch.setattr(small, "capturing", lambda device: True)
@@ -441,37 +340,30 @@ def test_where_it_can_be_had(card: Card) -> None:
     assert len(card.adopted) == 1
 
 
-@pytest.mark.parametrize(
-    ("library_is", "why"),
-    [
-        ("absent", "cannot open shared object file"),
-        ("without", "undefined symbol: cuMemcpyHtoDAsync_v2"),
-        ("untold", "does not tell .*CUDA_ERROR_INVALID_VALUE"),
-        ("shared", "^cuda:1 reads pageable memory by the host's page tables"),
-        ("rocm", "^this torch is built for ROCm, not for CUDA$"),
-    ],
-)
-def test_why_it_cannot_be_had(
-    card: Card, library_is: str, why: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def absent() -> None:
-        raise OSError("libcuda.so.1: cannot open shared object file")
+#: Why it cannot be had, and what makes it so.
+MISSING: dict[str, Callable[[Card, pytest.MonkeyPatch], None]] = {
+    "cannot open shared object file": lambda card, patch: patch.setattr(
+        _cuda_driver, "library", Mock(side_effect=OSError("cannot open shared object file"))
+    ),
+    "undefined symbol: cuMemcpyHtoDAsync_v2": lambda card, patch: patch.setattr(
+        _cuda_driver, "library", Without
+    ),
+    "^this torch is built for ROCm, not for CUDA$": lambda card, patch: patch.setattr(
+        torch.version, "hip", "6.4"
+    ),
+    "does not tell .*CUDA_ERROR_INVALID_VALUE": lambda card, patch: (
+        card.library.read_by_page_tables(1, untold=True)
+    ),
+    "^cuda:1 reads pageable memory by the host's page tables": lambda card, patch: (
+        card.library.read_by_page_tables(1)
+    ),
+}
 
-    if library_is == "rocm":
-        monkeypatch.setattr(torch.version, "hip", "6.4")
-    elif library_is in ("absent", "without"):
-        monkeypatch.setattr(_cuda_driver, "library", absent if library_is == "absent" else Without)
-    else:
-        card.library.read_by_page_tables(1, untold=library_is == "untold")
-    found = _small_ways.why_not_inline(CARD)
-    assert found is not None
-    assert re.search(why, found)
-    if library_is == "shared":
+
+@pytest.mark.parametrize("why", MISSING)
+def test_why_it_cannot_be_had(card: Card, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    MISSING[why](card, monkeypatch)
+    assert re.search(why, _small_ways.why_not_inline(CARD) or "")
+    if "by the host's" in why:
         assert _small_ways.why_not_inline(torch.device("cuda", 0)) is None
     forget()
-
-
-@pytest.mark.usefixtures("card")
-def test_errors_have_a_name_if_the_driver_tells_it() -> None:
-    assert _cuda_driver.error_name(1, _cuda_driver.library()) == "CUDA_ERROR_INVALID_VALUE"
-    assert _cuda_driver.error_name(700, Without()) == "error 700"

@@ -44,14 +44,10 @@ class Later:
 
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is in flight, and words are had without a device, in memory that is not pinned."""
     monkeypatch.setattr(transfer, "_in_flight", type(transfer._in_flight)())
     monkeypatch.setattr(transfer, "failed", [])
     monkeypatch.setattr(transfer, "_UNCHECKED", 4)
-
-
-@pytest.fixture
-def host_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Words without a device, in memory that is not pinned."""
     batch = torch.zeros(64, dtype=torch.int64)
     made = [StatusWord(batch[i : i + 1]) for i in range(64)]
     monkeypatch.setattr(transfer, "_free_words", type(transfer._free_words)(made))
@@ -74,7 +70,7 @@ def bad(word: StatusWord, position: int) -> None:
     word._values[0] = position + 1
 
 
-@pytest.mark.usefixtures("apart", "host_words")
+@pytest.mark.usefixtures("apart")
 def test_words_come_back_once_their_work_has_ended() -> None:
     works = [begun()[0] for _ in range(12)]
     assert len(transfer._free_words) == 64 - 12
@@ -88,7 +84,7 @@ def test_words_come_back_once_their_work_has_ended() -> None:
     assert len(transfer._in_flight) == 8  # the oldest has not ended
 
 
-@pytest.mark.usefixtures("apart", "host_words")
+@pytest.mark.usefixtures("apart")
 def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
     mine, theirs = weakref.ref(one := Later()), weakref.ref(two := Later())
     begun(mine)
@@ -107,7 +103,7 @@ def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
     assert one is not two
 
 
-@pytest.mark.usefixtures("apart", "host_words")
+@pytest.mark.usefixtures("apart")
 def test_an_error_outlives_the_queue() -> None:
     owner = weakref.ref(one := Later())
     work, word, _ = begun(owner)
@@ -123,7 +119,7 @@ def test_an_error_outlives_the_queue() -> None:
     assert one
 
 
-@pytest.mark.usefixtures("apart", "host_words")
+@pytest.mark.usefixtures("apart")
 def test_errors_of_an_owner_that_is_gone_are_dropped() -> None:
     owner = weakref.ref(one := Later())
     transfer.failed.append(Completion(error=SlotError("an error")))
@@ -220,7 +216,7 @@ def test_waiting_with_a_limit(later: Later) -> None:
     assert transfer.done()
 
 
-@pytest.mark.usefixtures("apart", "host_words")
+@pytest.mark.usefixtures("apart")
 def test_waiting_with_a_limit_raises_what_the_work_met() -> None:
     work, word, completion = begun()
     waiting = Transfer([completion])

@@ -3,24 +3,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from portakv.runtime.worker import RateLimit
 
 
-class Watch:
-    """A clock that a test sets."""
-
-    def __init__(self) -> None:
-        self.time = 100.0
-
-    def __call__(self) -> float:
-        return self.time
-
-
 def test_when_slices_may_start() -> None:
-    watch = Watch()
-    limit = RateLimit(2.0, watch)  # 2 bytes in a nanosecond
+    watch = SimpleNamespace(time=100.0)
+    limit = RateLimit(2.0, lambda: watch.time)  # 2 bytes in a nanosecond
     assert limit.left(limit.start_of(2_000_000)) == 0.0
     start = limit.start_of(2_000_000)
     assert limit.left(start) == pytest.approx(1e-3)
@@ -35,8 +27,8 @@ def test_when_slices_may_start() -> None:
 
 
 def test_over_many_slices_the_rate_is_kept_whatever_sleeps_too_long() -> None:
-    watch, total = Watch(), 0
-    limit = RateLimit(1.0, watch)
+    watch, total = SimpleNamespace(time=100.0), 0
+    limit = RateLimit(1.0, lambda: watch.time)
     for nth in range(1000):
         watch.time += limit.left(limit.start_of(100_000)) + (nth % 7) * 1e-5
         total += 100_000

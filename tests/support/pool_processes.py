@@ -14,6 +14,7 @@ from typing import Any
 
 from portakv.host import shared
 from portakv.host.pinned import registered
+from portakv.host.pool import Block
 from portakv.host.shared import SharedPool
 
 SIZE = 3000
@@ -59,33 +60,34 @@ class Child:
         os.waitpid(self.pid, 0)
 
 
-def opener(do: Callable[[SharedPool], object], *pool: Any) -> Child:
-    """A process that has opened a pool and done something with it, and waits."""
+class Opener(Child):
+    """A process ``holder`` that has opened a pool and done something with it, and waits; when it
+    is told to end it gives back the blocks that it had from that.
 
-    def work(pipe: Connection) -> None:
-        opened = SharedPool(*pool)
-        done = do(opened)
-        pipe.send("done")
-        pipe.recv()
-        del done
+    Attributes:
+        blocks: the index and the generation of each of them.
+    """
 
-    child = Child(work)
-    child.told()
-    return child
+    def __init__(self, do: Callable[[SharedPool], list[Block] | None], *pool: Any) -> None:
+        def work(pipe: Connection) -> None:
+            with SharedPool(*pool, label="holder") as opened:
+                held = do(opened) or []
+                pipe.send([(block.index, block.generation) for block in held])
+                pipe.recv()
+                for block in held:
+                    block.release()
+
+        super().__init__(work)
+        self.blocks: list[tuple[int, int]] = self.told()
 
 
-def holder(name: str, count: int, value: int) -> Child:
-    """A process that opens the pool, takes blocks, fills them, tells of them and waits."""
+def holder(name: str, count: int, value: int = 1) -> Opener:
+    """A process that has opened a pool and filled some of its blocks."""
 
-    def work(pipe: Connection) -> None:
-        pool = SharedPool(name, label="holder")
+    def work(pool: SharedPool) -> list[Block]:
         blocks = [pool.acquire("offload") for _ in range(count)]
         for block in blocks:
             block.tensor.fill_(value)
-        pipe.send([(block.index, block.generation) for block in blocks])
-        pipe.recv()
-        for block in blocks:
-            block.release()
-        pool.close()
+        return blocks
 
-    return Child(work)
+    return Opener(work, name)

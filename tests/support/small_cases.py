@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -31,6 +31,32 @@ INTEGERS = (
 )  # fmt: skip
 VALUE_BYTES = 32736  # that go by value
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
+
+
+def _way(device: str, way: str, *marks: pytest.MarkDecorator) -> Any:
+    return pytest.param((device, way), id=f"{device.partition(':')[0]}-{way}", marks=marks)
+
+
+#: What the fixture `place` goes through: the host, also as the device of `installed`, and devices.
+HOST_WAYS = [_way("cpu", way) for way in ("host", "inline", "value")]
+WAYS = [
+    _way("privateuseone:0", "copy", pytest.mark.simdev),
+    *(_way("cuda:0", way, pytest.mark.gpu) for way in ("inline", "value", "mapped", "copy")),
+]
+
+
+class Place(NamedTuple):
+    """A device, a way to it, the way that is to be named, and what stands in for its driver."""
+
+    device: torch.device
+    way: str
+    asked: str | None
+    card: Card | None
+
+    @property
+    def most(self) -> int:
+        """Bytes that go the way."""
+        return {"inline": _small_ways.INLINE_BYTES, "value": VALUE_BYTES}.get(self.way, 1 << 20)
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -167,6 +193,8 @@ def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
         _cuda_driver: {
             "library": lambda: library.library,
             "bindings": lambda: card,
+            "why_not": lambda device: None,
+            "device_too_old": lambda device: None,
             "adopt": lambda device: card.adopted.append(threading.get_ident()),
             "driver_version": lambda: 13000,
             "capability": lambda device: 90,
