@@ -89,20 +89,6 @@ def test_the_ends_come_first_and_nothing_twice(count: int) -> None:
         assert found[2] == values[(count - 1) // 2]
 
 
-def test_a_table_by_points() -> None:
-    one, two = Point(1, 1.0, 0.1), Point(8, 2.0, 0.2)
-    found = by_point(
-        Table({}, {("direct", "h2d"): {256: [one, two]}, ("staged", "d2h"): {4096: [two]},
-                   ("staged", "h2d"): {256: [two]}})
-    )  # fmt: skip
-    assert found == {
-        ("d2h", 4096, 8): {"staged": two},
-        ("h2d", 256, 1): {"direct": one},
-        ("h2d", 256, 8): {"staged": two, "direct": two},
-    }
-    assert list(found) == [("d2h", 4096, 8), ("h2d", 256, 1), ("h2d", 256, 8)]
-
-
 # A real link
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine `direct` on a CUDA device: real pinned memory, both ways, streams and graphs.
 
-Every byte of every copy of the table is judged in `test_staged.py`.
+Every byte of every copy of the table is judged in `test_staged.py`, memory that the library pins in
+`tests/blocks/test_blocks_gpu.py`.
 """
 
 from __future__ import annotations
@@ -16,13 +17,11 @@ from support.device_cases import DEVICE, LONG
 from support.each_backend import Elsewhere
 from support.engine_cases import DOWNWARD
 from support.guarded_memory import refused, tensors_in
-from support.threads import run_threads
 
 from portakv import Index, KVView, Unsupported
 from portakv.engines import direct
 from portakv.engines.direct import Direct
 from portakv.engines.engine import Terms
-from portakv.host.pinned import allocate
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import cuda as _cuda_driver
 
@@ -80,13 +79,6 @@ def test_bad_ids_move_nothing_and_are_told(
     slots = [3, 1, -1, 7, bad, 11, 5, -(2**31)]
     assert judged(Copy(by(pool(), slots), chunk(8), 8), engine, downward) == 5
     assert judged(Copy(chunk(8), by(pool(), slots), 8), engine, downward) == 5
-
-
-def test_in_a_new_thread(engine: Direct) -> None:
-    """A thread of its own has no context yet."""
-    told = []
-    run_threads(lambda down: told.append(judged(COPIES["gather"](), engine, down)), [True, False])
-    assert told == [0, 0]
 
 
 # Order
@@ -187,20 +179,6 @@ def test_a_table_is_not_made_inside_a_capture(engine: Direct) -> None:
 
 
 # Memory
-
-
-def test_memory_that_is_pinned_by_the_library(engine: Direct) -> None:
-    """Registered rather than allocated by the runtime; in a view that begins inside of it."""
-    with allocate(1 << 20) as memory:
-        whole = memory.view(torch.int16)
-        cache = torch.randint(-30000, 30000, (64, 16), dtype=torch.int16, device=DEVICE)
-        rows = whole[4096 : 4096 + cache.numel()].view(64, 16)
-        src, dst = KVView(cache, "token dim"), KVView(rows, "token dim")
-        assert dst.form.place == "pinned"
-        engine.prepare(CopyPlan(src.form, dst.form))(src, dst, Index(), Index(), 64, None, None)
-        torch.cuda.synchronize()
-        assert torch.equal(rows, cache.cpu())
-        del whole, rows, dst
 
 
 def test_an_address_that_no_kernel_reaches() -> None:

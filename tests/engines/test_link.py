@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from support.block_cases import holds, large, numbered
-from support.crossing_cases import bytes_of_pieces, drawn_runs, runs_of
+from support.crossing_cases import Ends, drawn_runs, runs_of
 from support.device_cases import current, delay, on
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE
@@ -46,32 +46,27 @@ def foreign(memory: torch.Tensor) -> torch.Tensor:
     return torch.frombuffer(room, dtype=torch.uint8)[3:-1].copy_(memory)
 
 
-class Ends:
-    """A buffer on a device and one on the host, and what a copy must make of them."""
+class Link(Ends):
+    """A buffer on a device and one on the host."""
 
     def __init__(
         self, device: torch.device, to_device: bool, nbytes: int = ROOM,
         on_host: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.pin_memory,
     ) -> None:  # fmt: skip
-        self.device, self._source, self._target = device, noise(nbytes), noise(nbytes, seed=2)
-        there, here = (self._target, self._source)[:: 1 if to_device else -1]
-        places = there.to(device), on_host(here)
-        self.dst, self.src = places if to_device else places[::-1]
+        src, dst = noise(nbytes), noise(nbytes, seed=2)
+        self.device = device
+        super().__init__(*((on_host(src), dst.to(device)) if to_device
+                           else (src.to(device), on_host(dst))))  # fmt: skip
         torch.accelerator.synchronize(device)
 
     def copy(self, pieces: Pieces, stream: torch.Stream | None = None) -> None:
         """Copy pieces whose addresses count from 0."""
-        placed = pieces._replace(
-            dst=pieces.dst + self.dst.data_ptr(), src=pieces.src + self.src.data_ptr()
-        )
-        link_of(self.device).copy(placed, bytes_view(self.src), bytes_view(self.dst), stream)
+        views = bytes_view(self.src), bytes_view(self.dst)
+        link_of(self.device).copy(self.at(pieces), *views, stream)
 
     def judge(self, pieces: Pieces) -> None:
         torch.accelerator.synchronize(self.device)
-        expected = self._target.numpy().copy()
-        targets, sources = bytes_of_pieces(pieces)
-        expected[targets] = self._source.numpy()[sources]
-        assert (self.dst.cpu().numpy() == expected).all()
+        super().judge(pieces)
 
 
 def streams_of(device: torch.device) -> list[torch.Stream | None]:
@@ -113,7 +108,7 @@ def test_every_byte_of_any_pieces(
     def check(runs: Runs) -> None:
         pieces = to_2d_copies(runs)
         room = int(max((at + runs.nbytes).max(initial=0) for at in runs[:2])) + 16
-        ends = Ends(accelerator, to_device, room, on_host)
+        ends = Link(accelerator, to_device, room, on_host)
         ends.copy(pieces)
         ends.judge(pieces)
 
@@ -132,7 +127,7 @@ def test_plain_copies_one_by_one_and_in_batches_are_ordered_on_their_stream(
     """Behind a producer that is late, and before a consumer; the host goes on at once."""
     if accelerator.type != "cuda" and count > 100:
         pytest.skip("each copy is a call of torch")
-    ends, pieces = Ends(accelerator, to_device), scattered(count)
+    ends, pieces = Link(accelerator, to_device), scattered(count)
     asked = streams_of(accelerator)[which]
     stream = asked or current(accelerator)
     fresh, rubbish = ends.src.clone(), torch.zeros_like(ends.src)
@@ -160,7 +155,7 @@ def test_torch_is_never_given_strided_host_memory(
 ) -> None:
     """Vendors' torch packs it on the host: at once, whatever the stream still holds, or waiting.
     And pageable memory must have been read when the call returns."""
-    ends = Ends(DEVICE, to_device, 6400, on_host)
+    ends = Link(DEVICE, to_device, 6400, on_host)
     pieces = to_2d_copies(runs_of(range(0, 6400, 64), range(16, 6400, 64), 32))
     assert pieces.number == 1
     real, seen = torch.Tensor.copy_, []
@@ -180,13 +175,13 @@ def test_torch_is_never_given_strided_host_memory(
 
 @pytest.mark.simdev
 def test_memory_that_is_in_no_view() -> None:
-    ends = Ends(DEVICE, False, 64)
+    ends = Link(DEVICE, False, 64)
     with refused(TransferError, "65 bytes", "no single allocation", watch=ends.dst):
         ends.copy(to_2d_copies(runs_of([0], [0], 65)))
 
 
 def test_from_new_threads(accelerator: torch.device) -> None:
-    several, pieces = [Ends(accelerator, number % 2 == 0) for number in range(4)], scattered(300)
+    several, pieces = [Link(accelerator, number % 2 == 0) for number in range(4)], scattered(300)
     run_threads(lambda ends: ends.copy(pieces), several)
     for ends in several:
         ends.judge(pieces)
@@ -194,7 +189,7 @@ def test_from_new_threads(accelerator: torch.device) -> None:
 
 @pytest.mark.gpu
 def test_what_the_driver_refuses_leaves_it_usable() -> None:
-    ends, pieces = Ends(CUDA, True), scattered(3)
+    ends, pieces = Link(CUDA, True), scattered(3)
     numbers = (0, 0, 64, 2, 32, 32)  # rows over each other
     wrong = Pieces(*(np.array([number], dtype=np.int64) for number in numbers))
     with refused(TransferError, "2 x 64 bytes", "CUDA_ERROR_INVALID_VALUE"):

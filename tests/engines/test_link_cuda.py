@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given
-from support.crossing_cases import bytes_of_pieces, drawn_runs, runs_of
+from support.crossing_cases import Ends, drawn_runs, runs_of
 from support.fake_libcuda import Call, FakeLibrary
 from support.guarded_memory import refused
 
@@ -44,28 +44,16 @@ def library(request: pytest.FixtureRequest, folder: Path) -> FakeLibrary:
     return FakeLibrary(folder, request.param)
 
 
-class Memory:
-    """Two buffers: random bytes, and zeros into which pieces are copied."""
+class Memory(Ends):
+    """Random bytes, and zeros into which pieces are copied by a library's driver."""
 
     def __init__(self, nbytes: int = 8192) -> None:
-        self.src = np.random.default_rng(6).integers(1, 256, nbytes, dtype=np.uint8)
-        self.dst = np.zeros(nbytes, dtype=np.uint8)
+        random = np.random.default_rng(6).integers(1, 256, nbytes, dtype=np.uint8)
+        super().__init__(torch.from_numpy(random), torch.zeros(nbytes, dtype=torch.uint8))
 
-    def at(self, pieces: Pieces) -> Pieces:
-        """Pieces whose addresses count from 0, in these buffers."""
-        for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch)):
-            past = start + (pieces.height - 1) * pitch + pieces.width
-            assert past.max(initial=0) <= self.dst.size
-        src, dst = self.src.ctypes.data, self.dst.ctypes.data
-        return pieces._replace(dst=pieces.dst + dst, src=pieces.src + src)
-
-    def judge(self, pieces: Pieces) -> None:
-        """Exactly the pieces' bytes were copied; then all is forgotten."""
-        expected = np.zeros_like(self.dst)
-        targets, sources = bytes_of_pieces(pieces)
-        expected[targets] = self.src[sources]
-        assert (self.dst == expected).all()
-        self.dst[:] = 0
+    def carry(self, pieces: Pieces, library: FakeLibrary, to_device: bool = True) -> None:
+        Copies(library.library).copy(self.at(pieces), to_device, STREAM)
+        self.judge(pieces)
 
 
 def plain(count: int, width: int = 8) -> Pieces:
@@ -84,15 +72,13 @@ def rows(groups: int) -> Pieces:
 @pytest.mark.parametrize("batch", BATCHES)
 def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> None:
     library = FakeLibrary(folder, batch)
-    copies = Copies(library.library)
 
     @given(drawn_runs())
     def check(runs: Runs) -> None:
         pieces = to_2d_copies(runs)
         memory = Memory(max((at + runs.nbytes).max(initial=0) for at in runs[:2]) + 64)
         library.forget()
-        copies.copy(memory.at(pieces), to_device, STREAM)
-        memory.judge(pieces)
+        memory.carry(pieces, library, to_device)
         assert {call.stream for call in library.calls} <= {STREAM}
 
     check()
@@ -106,8 +92,7 @@ def test_rows_and_plain_copies_together(library: FakeLibrary) -> None:
     pieces.dst[3:] += 32768
     order = np.random.default_rng(8).permutation(53)
     mixed = Pieces(*(np.repeat(column[order], 2)[::2] for column in pieces))
-    Copies(library.library).copy(memory.at(mixed), False, STREAM)
-    memory.judge(mixed)
+    memory.carry(mixed, library, False)
     kinds = [call.kind for call in library.calls]
     assert kinds.count("r") == 3
     assert kinds.count("b") == bool(library.batches)
@@ -125,9 +110,7 @@ def test_many_plain_copies_are_few_calls_of_so_many_at_most(
 ) -> None:
     monkeypatch.setattr(link, "MOST_DESCRIPTORS", 16)
     monkeypatch.setattr(link, "FIRST_DESCRIPTORS", 3)
-    memory, pieces = Memory(), plain(count)
-    Copies(library.library).copy(memory.at(pieces), True, STREAM)
-    memory.judge(pieces)
+    Memory().carry(plain(count), library)
     batches = [Call("b", size, STREAM) for size in sizes] if library.batches else []
     assert library.calls == (batches or [Call("p", 1, STREAM)] * count)
 
@@ -146,10 +129,9 @@ def test_wide_rows_are_folded_without_batches_and_if_they_are_many(library: Fake
 @pytest.mark.parametrize("what", ["1 x 8 bytes", "9 x 16 bytes", "batch of 20 copies"])
 def test_what_the_driver_refuses(library: FakeLibrary, what: str) -> None:
     pieces = {"1": plain(1), "9": rows(3), "b": plain(20)}[what[0]]
-    memory = Memory()
     library.forget(refuse_at=int(what[0] == "9"))
     with refused(TransferError, what, "CUDA_ERROR_INVALID_VALUE", "Check"):
-        Copies(library.library).copy(memory.at(pieces), True, STREAM)
+        Memory().carry(pieces, library)
     assert len(library.calls) == int(what[0] == "9")
 
 
@@ -181,7 +163,7 @@ class Crossing:
         buffers = (self.memory.src, "pinned"), (self.memory.dst, "device")
         self._views = []
         for buffer, place in buffers:
-            view = KVView(torch.from_numpy(buffer).view(-1, 16), "token dim")
+            view = KVView(buffer.view(-1, 16), "token dim")
             patch.setattr(view, "form", SimpleNamespace(place=place))
             self._views.append(view)
         self.links = [CudaLink(torch.device("cuda", at)) for at in range(2)]

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs and pieces for tests of crossings: drawn, expanded byte by byte, and carried out."""
+"""Runs and pieces for tests of crossings: drawn, expanded byte by byte, and the buffers that they
+cross between."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from hypothesis import strategies as st
 
 from portakv.engines.pieces import Pieces
@@ -39,6 +41,27 @@ def bytes_of_pieces(pieces: Pieces) -> Int64:
         for side in ("src", "dst")
     )
     return bytes_of_runs(Runs(src, dst, pieces.width[of_piece]))
+
+
+class Ends:
+    """Two buffers of bytes, and what a copy of pieces must make of the second."""
+
+    def __init__(self, src: torch.Tensor, dst: torch.Tensor) -> None:
+        self.src, self.dst = src, dst
+        self._source, self._target = src.cpu().numpy().copy(), dst.cpu().numpy().copy()
+
+    def at(self, pieces: Pieces) -> Pieces:
+        """Pieces whose addresses count from 0, in these buffers."""
+        src, dst = self.src.data_ptr(), self.dst.data_ptr()
+        return pieces._replace(dst=pieces.dst + dst, src=pieces.src + src)
+
+    def judge(self, pieces: Pieces) -> None:
+        """Exactly the pieces' bytes were copied; then the second buffer is as it was."""
+        targets, sources = bytes_of_pieces(pieces)
+        expected = self._target.copy()
+        expected[targets] = self._source[sources]
+        assert (self.dst.cpu().numpy() == expected).all()
+        self.dst.copy_(torch.from_numpy(self._target))
 
 
 @st.composite
