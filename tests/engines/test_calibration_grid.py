@@ -16,17 +16,8 @@ from support.host_choice_cases import FIGURES, H200
 from portakv.cli import calibrate as verb
 from portakv.cli import main
 from portakv.cli import sides as units
-from portakv.engines.calibration import (
-    GRID,
-    SECONDS,
-    SEEN,
-    DelayTimer,
-    Grid,
-    _spread,
-    by_point,
-    calibrate,
-    timer_for,
-)
+from portakv.engines import calibration
+from portakv.engines.calibration import GRID, SECONDS, Grid, by_point, calibrate, timer_for
 from portakv.engines.choose import ORDER
 from portakv.engines.costs import DIRECTIONS, Point, Table, costs_of, store
 from portakv.host import pinned
@@ -73,7 +64,7 @@ def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None
     seconds = 0.0
     for point in points:
         host = H200.host_seconds(*point)
-        delay = min(host, SEEN)
+        delay = min(host, calibration.SEEN)
         one = H200.seconds(*point) + host + delay
         seconds += (GRID.times(point[2] * point[3]) + 2) * one
     assert 1.8 * seconds < SECONDS
@@ -82,7 +73,7 @@ def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None
 @pytest.mark.parametrize("count", range(1, 12))
 def test_the_ends_come_first_and_nothing_twice(count: int) -> None:
     values = list(range(0, 10 * count, 10))
-    found = _spread(values)
+    found = calibration._spread(values)
     assert sorted(found) == values
     assert found[:2] == [values[0], values[-1]][: len(found)]
     if count >= 5:
@@ -111,7 +102,7 @@ def test_every_engine_is_measured_in_time_and_rates_are_those_of_a_link() -> Non
     assert set(found.points) == {(name, way) for name in ORDER for way in DIRECTIONS}
     assert found.device["model"]
     assert found.device["driver"]
-    assert found.timer == DelayTimer.name
+    assert found.timer == calibration.DelayTimer.name
     for (_, size, runs), engines in by_point(found).items():
         for point in engines.values():
             assert 0 < size * runs / point.seconds < 1e12

@@ -31,19 +31,7 @@ from portakv import Index, KVView, Unsupported
 from portakv.backends.base import Capabilities
 from portakv.engines import choose as chosen
 from portakv.engines import pieces as pieces_of
-from portakv.engines.choose import (
-    EQUAL,
-    EVEN,
-    NARROW,
-    ORDER,
-    ROW,
-    SMALL,
-    WIDE,
-    Host,
-    HostLaunch,
-    Pick,
-    pick,
-)
+from portakv.engines.choose import ORDER, Host, HostLaunch, Pick, pick
 from portakv.engines.costs import DIRECTIONS, Point, Table
 from portakv.engines.engine import PAGEABLE, PINNED, Terms
 from portakv.engines.link import FOLD_BELOW
@@ -317,21 +305,25 @@ def picked(
 def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: str) -> None:
     """Gathering pays if it makes runs longer; if it does not, and for long runs, the copy engine
     goes by itself; a kernel moves little, or what may be slow."""
-    assert picked(64 * MIB, 2048, 1, direction).engine == "staged"  # scattered to a dense chunk
-    assert picked(64 * MIB, 262144, 1, direction).engine == "staged"  # rows of 256 bytes
-    assert picked(64 * MIB, 32, 32, direction).engine == "descriptors"  # 2 MiB each, both sides
-    assert picked(64 * MIB, 64 * MIB // WIDE, 1, direction).engine == "descriptors"
-    assert picked(64 * MIB, 64 * MIB // WIDE + 1, 1, direction).engine == "staged"
-    assert picked(64 * MIB, 64 * MIB // EVEN, 64 * MIB // EVEN, direction).engine == "descriptors"
-    assert picked(64 * MIB, 64 * MIB // EVEN, 100, direction).engine == "staged"
-    assert picked(64 * MIB, 64 * MIB // EVEN + 1, 1 << 14, direction).engine == "staged"
-    assert picked(SMALL[direction], 4096, 1, direction).engine == "direct"
-    assert picked(SMALL[direction] + 1, 4096, 1, direction).engine == "staged"
-    idle = 64 * MIB // NARROW
-    assert picked(64 * MIB, 4096, idle + 1, direction, overlap="idle").engine == "direct"
-    assert picked(64 * MIB, 4096, idle, direction, overlap="idle").engine == "staged"
+    large, small = 64 * MIB, chosen.SMALL[direction]
+    wide, even, narrow = (large // each for each in (chosen.WIDE, chosen.EVEN, chosen.NARROW))
+    for payload, runs, host_runs, engine in (
+        (large, 2048, 1, "staged"),  # scattered to a dense chunk
+        (large, 262144, 1, "staged"),  # rows of 256 bytes
+        (large, 32, 32, "descriptors"),  # 2 MiB each, both sides
+        (large, wide, 1, "descriptors"),
+        (large, wide + 1, 1, "staged"),
+        (large, even, even, "descriptors"),
+        (large, even, 100, "staged"),
+        (large, even + 1, 1 << 14, "staged"),
+        (small, 4096, 1, "direct"),
+        (small + 1, 4096, 1, "staged"),
+    ):
+        assert picked(payload, runs, host_runs, direction).engine == engine
+    assert picked(large, 4096, narrow + 1, direction, overlap="idle").engine == "direct"
+    assert picked(large, 4096, narrow, direction, overlap="idle").engine == "staged"
     pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")
-    assert picked(64 * MIB, 64, 64, direction, out=pageable).engine == "ring"
+    assert picked(large, 64, 64, direction, out=pageable).engine == "ring"
 
 
 def test_what_the_rule_wants_may_not_serve() -> None:
@@ -402,7 +394,7 @@ def test_what_was_measured_decides() -> None:
 def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
     asked, idle = (4 * MIB, 1024, 1024), dict[str, Any](overlap="idle")
     host = {"staged": 3e-4, "descriptors": 2e-4, "direct": 1e-4}
-    near, far = 1 + 0.9 * EQUAL, 1 + 1.1 * EQUAL
+    near, far = 1 + 0.9 * chosen.EQUAL, 1 + 1.1 * chosen.EQUAL
     known = table(host, staged=1.0, descriptors=near, direct=far)
     found = picked(*asked, costs=known, **idle)
     assert found.engine == "descriptors"
@@ -432,7 +424,7 @@ def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> N
     for one in found.alternatives:
         asked = one.engine, direction, 64 * 2048, 100
         assert (one.runs, one.run_bytes) == (100, 64 * 2048)
-        assert one.seconds == H200.seconds(*asked) + 6400 * ROW[direction]
+        assert one.seconds == H200.seconds(*asked) + 6400 * chosen.ROW[direction]
         assert one.host_seconds == H200.host_seconds(*asked)
     # Rows that cross by themselves are pieces of 2 KiB, and nothing is added.
     apart = Shape(2048 * 6400, 6400, 6400)
@@ -452,24 +444,24 @@ def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
         return found.engine, found.alternatives[1].seconds or 0
 
     assert seconds(of_1024[0]) == ("descriptors", 1e-3)
-    assert seconds(of_1024[1]) == ("staged", 1e-3 + 8 * 1024 * ROW["d2h"])
+    assert seconds(of_1024[1]) == ("staged", 1e-3 + 8 * 1024 * chosen.ROW["d2h"])
 
 
 def test_the_guide_tells_the_rule() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "host.md").read_text()
     flat = " ".join(page.split())
-    to_host, to_device = (f"{ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
+    to_host, to_device = (f"{chosen.ROW[direction] * 1e9:.0f} ns" for direction in DIRECTIONS)
     for told in (
-        f"those within {EQUAL * 100:.0f} % of the least seconds",
+        f"those within {chosen.EQUAL * 100:.0f} % of the least seconds",
         f"of {LEAST_HEIGHT} or more that are narrower than {FOLD_BELOW >> 10} KiB, of {TALL} or "
         "more that are not",
         f"wide ones where {TALL} or more lie together",
         f"device {to_host} beside that to the host, and {to_device} to the device",
-        f"runs of less than {NARROW >> 10} KiB",
-        f"runs of {WIDE >> 10} KiB or more",
-        f"runs of {EVEN >> 10} KiB or more that gathering would not merge",
+        f"runs of less than {chosen.NARROW >> 10} KiB",
+        f"runs of {chosen.WIDE >> 10} KiB or more",
+        f"runs of {chosen.EVEN >> 10} KiB or more that gathering would not merge",
         f"three pinned slots of at most {SIZES.largest >> 20} MiB each",
-        f"{SMALL['d2h'] >> 20} MiB from the device and {SMALL['h2d'] >> 20} MiB to it",
+        "{} MiB from the device and {} MiB to it".format(*(n >> 20 for n in chosen.SMALL.values())),
     ):
         assert told in flat
     assert BUFFERS == 3

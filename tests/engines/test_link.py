@@ -16,7 +16,6 @@ from support.crossing_cases import Ends, drawn_runs, runs_of
 from support.device_cases import current, delay, on
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE
-from support.threads import run_threads
 
 from portakv import KVView, TransferError, copy_blocks
 from portakv.engines import link
@@ -178,13 +177,6 @@ def test_memory_that_is_in_no_view() -> None:
     ends = Link(DEVICE, False, 64)
     with refused(TransferError, "65 bytes", "no single allocation", watch=ends.dst):
         ends.copy(to_2d_copies(runs_of([0], [0], 65)))
-
-
-def test_from_new_threads(accelerator: torch.device) -> None:
-    several, pieces = [Link(accelerator, number % 2 == 0) for number in range(4)], scattered(300)
-    run_threads(lambda ends: ends.copy(pieces), several)
-    for ends in several:
-        ends.judge(pieces)
 
 
 @pytest.mark.gpu

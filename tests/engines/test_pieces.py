@@ -16,24 +16,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from support.core_cases import noise
+from support.core_cases import noise, sections
 from support.crossing_cases import bytes_of_pieces, bytes_of_runs, drawn_runs, runs_of
 from support.engine_cases import DOWNWARD, Case, cases, index_of, tensors_of, view_of
 from support.guarded_memory import refused
 
 from portakv import CopyPlan, Index, KVView, LayoutError, PortaKVError, SlotError
 from portakv.engines import pieces as folding
-from portakv.engines.pieces import (
-    ALL,
-    LEAST_HEIGHT,
-    TALL,
-    Pieces,
-    RunCounter,
-    Shape,
-    pieces_of,
-    portions,
-    to_2d_copies,
-)
+from portakv.engines.pieces import LEAST_HEIGHT, TALL, Pieces, RunCounter, pieces_of, to_2d_copies
 from portakv.host import pinned
 from portakv.host._pages import PAGE
 from portakv.host.memcpy import MAX_PITCH
@@ -83,7 +73,7 @@ def test_no_piece_reaches_over_a_seam(runs: Runs, seams: list[int]) -> None:
 @given(drawn_runs(), st.integers(1, 200))
 def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
     pieces = to_2d_copies(runs)
-    found = list(portions(pieces, most))
+    found = list(folding.portions(pieces, most))
     for whole, *parts in zip(pieces, *found, strict=True):
         assert np.concatenate(parts).tolist() == whole.tolist()
     for one in found:
@@ -198,13 +188,13 @@ def always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folding, "LARGE", 0)
 
 
-def plan_of(move: Move, unit: int | None = None) -> CopyPlan:
-    return CopyPlan(move.src.form, move.dst.form, *move.steps, unit)
+def plan_of(move: Move) -> CopyPlan:
+    return CopyPlan(move.src.form, move.dst.form, *move.steps)
 
 
-def folded(move: Move, seams: Sequence[int] = (), unit: int | None = None) -> Pieces:
+def folded(move: Move, seams: Sequence[int] = ()) -> Pieces:
     """The pieces of a copy, judged."""
-    plan = plan_of(move, unit)
+    plan = plan_of(move)
     return judge(plan.runs(*move), pieces_of(plan, move), seams)
 
 
@@ -217,15 +207,12 @@ def test_every_byte_of_any_layout(case: Case, downward: bool) -> None:
         view_of(tensors_of(case.host, case.count + case.offset, 2), case.host),
     ][:: 1 if downward else -1]
     ids = [index_of(case.ids), index_of(case.host_ids, case.offset)][:: 1 if downward else -1]
-    move = Move(views[0], views[1], ids[0], ids[1], case.count)
-    plan = plan_of(move)
-    if any(index.offset % plan.unit for index in ids):
-        plan = plan_of(move, 1)
-    move = move.part(0, case.count // plan.unit * plan.unit)
-    pieces = folded(move, unit=plan.unit)
-    # What the ends of planes share is merged or folded only by who looks at every run.
-    best = to_2d_copies(plan.runs(*move), move.src, move.dst)
-    assert pieces.number <= 2 * best.number + len(plan.nests)
+    for plan, part in sections(Move(*views, *ids, case.count)):
+        runs = plan.runs(*part)
+        pieces = judge(runs, pieces_of(plan, part))
+        # What the ends of planes share is merged or folded only if every run is looked at.
+        best = to_2d_copies(runs, part.src, part.dst)
+        assert pieces.number <= 2 * best.number + len(plan.nests)
 
 
 @pytest.mark.usefixtures("always")
@@ -351,7 +338,9 @@ def _view(side: Side) -> KVView:
     return KVView(side.tensors, side.layout, **side.extents)
 
 
-def counted(plan: CopyPlan, mine: Index, theirs: Index, count: int, below: int = ALL) -> Shape:
+def counted(
+    plan: CopyPlan, mine: Index, theirs: Index, count: int, below: int = folding.ALL
+) -> folding.Shape:
     counter = RunCounter(plan, fold_below=below)
     return counter.shape(counter.groups(mine, theirs, count), count)
 
@@ -429,7 +418,7 @@ def test_what_engines_meet(source: str, target: str, order: str) -> None:
     mine, theirs = indices
     plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
     runs = plan.runs(src, dst, mine, theirs, 20 * B)
-    for below in (1, 1 << 10, 64 << 10, ALL):
+    for below in (1, 1 << 10, 64 << 10, folding.ALL):
         found = counted(plan, mine, theirs, 20 * B, below)
         # Planes of separate allocations may happen to touch each other.
         assert 0.9 * found.runs <= runs.src.size <= found.runs

@@ -9,7 +9,6 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -278,21 +277,16 @@ def test_staging_is_empty_and_usable_after_it_found_no_memory(
     larger: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else what was enough before is taken to be there still."""
-    stages = Transfers(Staged(DEVICE), True).prepared().stages.whole
-    held = stages.held(8, 0, True, schedule.LARGEST)
-    nbytes = stages.dense.nbytes(held)
     for later in ((1, 2), larger):
         room = Staging(DEVICE)
-        room.reserve(nbytes, 2)
+        room.reserve(4096, 2)
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty", full)
             with pytest.raises(torch.OutOfMemoryError):
-                room.reserve(nbytes * larger[0], larger[1])
+                room.reserve(4096 * larger[0], larger[1])
         assert not room.nbytes
-        room.reserve(nbytes * later[0], later[1])
-        assert room.nbytes >= nbytes * later[0] * later[1]
-        starts = [room.view(at, stages.dense, held).origins[0] for at in range(later[1])]
-        assert all(b - a >= nbytes for a, b in pairwise(starts))
+        room.reserve(4096 * later[0], later[1])
+        assert room.nbytes >= 4096 * later[0] * later[1]
 
 
 @DOWNWARD

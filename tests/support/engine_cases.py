@@ -68,9 +68,10 @@ def cases() -> list[Case]:
             found.append(Case(layout, host, *blocks, 96))
             found.append(Case(layout, host, scattered(41, 1), scattered(41, 1, seed=9), 41))
             found.append(Case(layout, host, scattered(72, BLOCK), (range(3, 12), BLOCK), 70))
-            found.append(Case(layout, host, scattered(72, BLOCK), (range(11, 2, -1), BLOCK), 72))
-            found.append(Case(layout, host, scattered(40, 1), (range(0, 80, 2), 1), 40))
             found.append(Case(layout, host, scattered(40, 1), None, 40, offset=21))
+    for layout, host in zip((*PAGED, PAGED[0]), POOLS, strict=True):
+        found.append(Case(layout, host, scattered(72, BLOCK), (range(11, 2, -1), BLOCK), 72))
+        found.append(Case(layout, host, scattered(40, 1), (range(0, 80, 2), 1), 40))
     return found
 
 
