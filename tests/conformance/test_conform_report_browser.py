@@ -16,7 +16,6 @@ from portakv_conformance.report.page import write
 pytestmark = pytest.mark.skipif(chromium() is None, reason=ABSENT)
 
 WIDE, PHONE = (1280, 900), (360, 800)
-SIZES = (WIDE, PHONE)
 Pages = dict[str, Path]
 # Contrast of each visible text with what lies under it (WCAG 2.2, 1.4.3): 4.5, and 3 where large.
 PALE = """(() => {
@@ -66,13 +65,13 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     folder = tmp_path_factory.mktemp("reports")
     for name, run in conform_reports.RUNS.items():
         write(run(), folder / name)
-    return {name: folder / name / "report.html" for name in conform_reports.RUNS}
+    return {file.parent.name: file for file in folder.glob("*/report.html")}
 
 
 @pytest.mark.parametrize(("name", "size", "scheme"), [
     # The failing run shows every part of a page; of the others two of the four ways are enough.
     pytest.param(name, size, scheme, marks=() if name == "failing" else pytest.mark.full)
-    for name in conform_reports.RUNS for size in SIZES for scheme in ("light", "dark")
+    for name in conform_reports.RUNS for size in (WIDE, PHONE) for scheme in ("light", "dark")
     if name == "failing" or (size is WIDE) == (scheme == "light")
 ], ids=lambda value: value[0] if isinstance(value, tuple) else value)  # fmt: skip
 def test_the_page_fits_is_legible_and_asks_for_nothing(
@@ -80,9 +79,8 @@ def test_the_page_fits_is_legible_and_asks_for_nothing(
 ) -> None:
     browser.open(pages[name], *size, scheme)
     # A failing check is looked into on the picture: pytest keeps it in its temporary folder.
-    picture = pages[name].with_name(f"{size[0]}-{scheme}.png")
-    browser.shoot(picture)
-    width, height = struct.unpack(">II", picture.read_bytes()[16:24])
+    picture = browser.shoot(pages[name].with_name(f"{size[0]}-{scheme}.png"))
+    width, height = struct.unpack(">II", picture[16:24])
     assert width == size[0]
     assert height > 2 * size[1]
     assert browser.ask(OVERFLOW) == 0
@@ -94,8 +92,8 @@ def test_the_page_fits_is_legible_and_asks_for_nothing(
     assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(14, 19, 25)"}[scheme]
     assert browser.ask("typeof window.hacked") == "undefined"
     assert browser.complaints() == []
-    loaded = [url for url in browser.requests() if not url.startswith("data:")]
-    assert loaded == [pages[name].resolve().as_uri()]
+    asked = [told["request"]["url"] for told in browser.told("Network.requestWillBeSent")]
+    assert [url for url in asked if not url.startswith("data:")] == [pages[name].resolve().as_uri()]
 
 
 def test_the_matrix_scrolls_in_its_own_box_on_a_phone(browser: Browser, pages: Pages) -> None:
@@ -120,20 +118,18 @@ def test_cases_are_filtered_by_status_area_words_and_a_cell_of_the_matrix(
         said = browser.ask("document.getElementById('shown').textContent")
         assert said == f"{number} of {len(record.cases)} shown"
     browser.ask(click.format(""))
-    choose = """{{
-        const field = document.getElementById('{}');
-        field.value = '{}';
-        field.dispatchEvent(new Event('input', {{bubbles: true}}));
-    }}"""
-    browser.ask(choose.format("area", "safety"))
-    assert browser.ask(SEEN) == sum(case.area == "safety" for case in record.cases)
-    browser.ask(choose.format("search", "CANARIES odd"))
-    assert browser.ask(SEEN) == 1
-    browser.ask(choose.format("search", "no such case"))
-    assert browser.ask(SEEN) == 0
-    assert browser.ask("document.getElementById('nothing').checkVisibility()")
-    browser.ask(choose.format("search", ""))
-    browser.ask(choose.format("area", ""))
+    safe = sum(case.area == "safety" for case in record.cases)
+    for field, value, seen in (
+        ("area", "safety", safe), ("search", "CANARIES odd", 1), ("search", "no such case", 0),
+        ("search", "", safe), ("area", "", len(record.cases)),
+    ):  # fmt: skip
+        browser.ask(f"""{{
+            const field = document.getElementById('{field}');
+            field.value = '{value}';
+            field.dispatchEvent(new Event('input', {{bubbles: true}}));
+        }}""")
+        assert browser.ask(SEEN) == seen
+        assert browser.ask("document.getElementById('nothing').checkVisibility()") == (seen == 0)
     browser.ask("document.querySelector('a.cell.failed').click()")
     assert browser.ask(SEEN) == 1
     assert browser.ask("location.hash") == "#cases"
@@ -166,16 +162,12 @@ def test_a_command_is_copied_as_it_stands(browser: Browser, pages: Pages, clipbo
     assert browser.ask("document.querySelector('#failures button.copy').textContent") == "Copied"
 
 
-def test_paper_shows_the_details_of_failures(
-    browser: Browser, pages: Pages, tmp_path: Path
-) -> None:
+def test_paper_shows_the_details_of_failures(browser: Browser, pages: Pages) -> None:
     browser.open(pages["failing"], 1280, 900, "dark")
-    browser.paper(tmp_path / "report.pdf")
-    assert (tmp_path / "report.pdf").read_bytes().startswith(b"%PDF")
-    browser.ask("dispatchEvent(new Event('beforeprint'))")
-    assert browser.ask("document.querySelectorAll('#failures details:not([open])').length") == 0
-    browser.ask("dispatchEvent(new Event('afterprint'))")
-    assert browser.ask("document.querySelectorAll('#failures details[open]').length") == 0
+    assert browser.paper().startswith(b"%PDF")
+    for event, gone in (("beforeprint", ":not([open])"), ("afterprint", "[open]")):
+        browser.ask(f"dispatchEvent(new Event('{event}'))")
+        assert browser.ask(f"document.querySelector('#failures details{gone}')") is None
     browser.call("Emulation.setEmulatedMedia", media="print")
     assert browser.ask("document.querySelector('nav').checkVisibility()") is False
     assert browser.ask("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"

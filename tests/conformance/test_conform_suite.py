@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -53,43 +52,34 @@ def gather(seed: int = 7, **how: Any) -> Case:
 def test_a_class_is_registered_under_its_own_name() -> None:
     found = subject(f"{BACKENDS}:Right", "cpu")
     assert (found.name, found.target) == ("suite-right", f"{BACKENDS}:Right")
-    assert found.backend is subject("suite-right").backend
-    assert subject(f"{BACKENDS}:Right").backend is found.backend
+    assert found.backend is subject("suite-right").backend is subject(f"{BACKENDS}:Right").backend
     assert found.trace[-1].accepted
-
-
-def test_a_name_that_is_another_s_is_not_taken() -> None:
+    # A name that is another's is not taken.
     found = subject(f"{BACKENDS}:Namesake")
     assert found.name == f"{BACKENDS}:Namesake"
     assert type(found.backend).__name__ == "Namesake"
     assert subject("reference").target == "portakv.backends.reference:Reference"
 
 
-@pytest.mark.parametrize(
-    ("name", "device", "why"),
-    [
-        ("nonsense", "", "no such backend"),
-        (f"{BACKENDS}:Absent", "", "its driver is from another century"),
-        (f"{BACKENDS}:Nothing", "", "does not load: AttributeError"),
-        ("no_such_package:Backend", "", "does not load: ModuleNotFoundError"),
-        (f"{BACKENDS}:Unfinished", "", "implements probe, capabilities and prepare"),
-        ("json:dumps", "", "expected a class of"),
-        ("reference", "zpu", "'zpu' was asked for, but torch knows no zpu"),
-        ("reference", "npu", "'npu' .* torch knows no npu.* torch_npu is not installed"),
-    ],
-)
-def test_what_is_not_there_is_told_with_the_reason(name: str, device: str, why: str) -> None:
-    with pytest.raises(BackendUnavailable, match=why):
+@pytest.mark.parametrize(("asked", "error", "why"), [
+    ("nonsense", BackendUnavailable, "no such backend"),
+    (f"{BACKENDS}:Absent", BackendUnavailable, "its driver is from another century"),
+    (f"{BACKENDS}:Nothing", BackendUnavailable, "does not load: AttributeError"),
+    ("no_such_package:Backend", BackendUnavailable, "does not load: ModuleNotFoundError"),
+    ("portakv.backends.base:Backend", BackendUnavailable,
+     "implements probe, capabilities and prepare"),
+    ("json:dumps", BackendUnavailable, "expected a class of"),
+    ("reference, zpu", BackendUnavailable, "'zpu' was asked for, but torch knows no zpu"),
+    ("reference, npu", BackendUnavailable, "'npu' .* torch knows no npu.* torch_npu is not inst"),
+    *((malformed, ValueError, "was asked")
+      for malformed in ("a b:C", ":", "reference, z/pu", "reference, cpu:x")),
+])  # fmt: skip
+def test_what_is_not_there_is_told_with_the_reason(
+    asked: str, error: type[Exception], why: str
+) -> None:
+    name, _, device = asked.partition(", ")
+    with pytest.raises(error, match=why):
         subject(name, device or "cpu")
-
-
-@pytest.mark.parametrize(
-    ("name", "device"),
-    [("a b:C", "cpu"), (":", "cpu"), ("reference", "z/pu"), ("reference", "cpu:x")],
-)
-def test_what_is_malformed_is_a_value_error(name: str, device: str) -> None:
-    with pytest.raises(ValueError, match=r"was asked"):
-        subject(name, device)
 
 
 def test_a_backend_that_does_not_say_what_it_claims_has_a_flaw() -> None:
@@ -113,11 +103,7 @@ def test_right_backends_pass(name: str, end: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("OffByOne", "expected 0x"),
-        ("Raising", "raised KeyError"),
-    ],
+    ("name", "why"), [("OffByOne", "expected 0x"), ("Raising", "raised KeyError")]
 )
 def test_wrong_backends_fail_with_a_sentence(name: str, why: str) -> None:
     judge = judge_of(name)
@@ -148,49 +134,45 @@ def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(move: str) -> N
         test_connector.test_a_range_of_the_slot_mapping(store, move, 3, 11)
 
 
-def test_a_refusal_that_check_foretells_may_be() -> None:
-    judge, case = judge_of("Modest"), gather(dtype=torch.uint8, shift=1)
-    refusal = Unsupported("This plan", "of a launch")
+def test_a_refusal_that_check_foretells_is_no_failure_and_no_example() -> None:
+    case = gather(dtype=torch.uint8, shift=1)
+    foretold = ["it needs 16 B alignment and the plan allows 1 B"]
+    judge = judge_of("Modest")
+    assert not judge.copy(case)
+    assert (judge.declined, judge.examples) == (foretold, 0)
+    check_refused(judge, case)
+    with pytest.raises(AssertionError, match="must raise Unsupported; the copy returned"):
+        check_refused(judge_of("Lax"), case)
+    judge, refusal = judge_of("Modest"), Unsupported("This plan", "of a launch")
     judge.may_decline(refusal, *asked_of(case))
-    assert judge.declined == ["it needs 16 B alignment and the plan allows 1 B"]
-    judge = judge_of("Right")
+    assert judge.declined == foretold
     with pytest.raises(AssertionError, match="of a launch"):
-        judge.may_decline(refusal, *asked_of(case))
+        judge_of("Right").may_decline(refusal, *asked_of(case))
 
 
 def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
     judge, case = judge_of("Right"), gather()
     expected = case.expected()
-    case.dst.guards[0].payload().fill_(0xDB)
-    plain = judge.compare(expected, case.dst.tensors)
-    assert plain is not None
+
+    def told(byte: int) -> str:
+        case.dst.guards[0].payload().fill_(byte)
+        return str(judge.compare(expected, case.dst.tensors))
+
+    plain = told(0xDB)
     assert "holds 0xdb, which is of unknown origin" in plain
     judge.subject = replace(judge.subject, emulated=True)
-    assert judge.compare(expected, case.dst.tensors) == (
+    assert told(0xDB) == (
         f"{plain} 0xdb is what the simulated device fills memory with that was never written, or "
         f"was freed: the copy came before its producer, or after the end of memory that it still "
         f"needed."
     )
-    case.dst.guards[0].payload().fill_(0xDA)
-    other = judge.compare(expected, case.dst.tensors)
-    assert other is not None
-    assert "simulated" not in other
-
-
-def test_a_backend_that_declines_is_no_failure_and_no_example() -> None:
-    judge = judge_of("Modest")
-    assert not judge.copy(gather(dtype=torch.uint8, shift=1))
-    assert judge.declined == ["it needs 16 B alignment and the plan allows 1 B"]
-    assert judge.examples == 0
-    check_refused(judge, gather(dtype=torch.uint8, shift=1))
-    with pytest.raises(AssertionError, match="must raise Unsupported; the copy returned"):
-        check_refused(judge_of("Lax"), gather(dtype=torch.uint8, shift=1))
+    assert "simulated" not in told(0xDA)
 
 
 def test_a_home_is_a_layout_that_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     modest = subject(f"{BACKENDS}:Modest")
-    checks: list[Any] = [lambda plan: Decision("none", False, "it takes none"), {}.__getitem__]
-    for check in checks:
+    none = Decision("none", False, "it takes none")
+    for check in (lambda plan: none), {}.__getitem__:
         monkeypatch.setattr(modest.backend, "check", check)
         assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
 
@@ -211,34 +193,21 @@ def test_a_saved_case_is_the_same_case(case: Case) -> None:
             assert torch.equal(one.whole, two.whole)
 
 
-def test_a_failing_example_is_judged_again_on_whom_one_likes(tmp_path: Path) -> None:
-    judge = judge_of("OffByOne")
-    with pytest.raises(AssertionError):
-        judge.copy(gather())
-    assert judge.failing is not None
-    file = tmp_path / "deep" / "example.json"
-    saved.save(judge.failing, file, {"device": "cpu"})
-    told = saved.replay(file, judge.subject)
-    assert told is not None
-    assert "which is source layer 0 key slot" in told
-    assert saved.replay(file, subject("reference")) is None
-
-
-@pytest.mark.parametrize("read", [saved.load, saved.read_about])
 @pytest.mark.parametrize(
     "text", ["", "[]", "{}", '{"schema": "portakv-example/9"}', '{"schema": "portakv-example/1"}']
 )
-def test_a_file_that_is_no_example(text: str, read: Callable[[str], object]) -> None:
-    without_ids = json.loads(saved.dump(gather()))
+def test_a_file_that_is_no_example(text: str) -> None:
+    for read in (saved.load, saved.read_about):
+        with pytest.raises(ValueError, match="no saved example"):
+            read(text)
+
+
+def test_a_case_without_its_ids_or_made_by_hand_is_no_example() -> None:
+    case = gather()
+    without_ids = json.loads(saved.dump(case))
     del without_ids["src"]["ids"]["values"]
     with pytest.raises(ValueError, match="no saved example"):
-        read(text)
-    with pytest.raises(ValueError, match="no saved example"):
         saved.load(json.dumps(without_ids))
-
-
-def test_a_case_made_by_hand_cannot_be_saved() -> None:
-    case = gather()
     case.src.arrangement = None
     with pytest.raises(ValueError, match="not built from an arrangement"):
         saved.dump(case)
@@ -246,11 +215,10 @@ def test_a_case_made_by_hand_cannot_be_saved() -> None:
 
 def test_shapes_lie_as_they_say() -> None:
     side = Workshop().cache(SHAPE, [0], memory="kv block head token dim", source=False)
-    first = side.tensors[0]
+    first, guard = side.tensors[0], side.guards[0]
     assert first.stride() == (6 * 2 * 4 * 16, 2 * 4 * 16, 16, 4 * 16, 1)
-    assert first.storage_offset() * 2 == side.guards[0].start
-    poison = poison_bytes(0, 1000, 8, side.guards[0].start)
-    assert side.guards[0].payload()[:8].tolist() == poison.tolist()
+    assert first.storage_offset() * 2 == guard.start
+    assert guard.payload()[:8].tolist() == poison_bytes(0, 1000, 8, guard.start).tolist()
 
 
 def test_a_lifted_side_is_the_same_side_elsewhere() -> None:
@@ -290,9 +258,9 @@ def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(
     tmp_path: Path, conform: Any
 ) -> None:
     """A saved example that passes when it is replayed would only mislead."""
-    told = ["--only", "test_ordering", "--device", "simdev", "--profile", "core", "-x"]
     mutant = "portakv_conformance.mutants.ordering:NoWaitOnProducer"
-    done = conform(mutant, *told, "--report", str(tmp_path))
+    words = ["--only", "test_ordering", "--device", "simdev", "--profile", "core", "-x"]
+    done = conform(mutant, *words, "--report", str(tmp_path))
     assert done.code == 1, done.err
     assert "FAILED cases/test_ordering.py" in done.out
     assert "conform replay" not in done.out
@@ -312,24 +280,20 @@ def test_an_example_tells_where_it_was_found_before_it_is_built() -> None:
 ORACLE = "Destination layer 0 key slot 3 holds 0x07; expected 0x09."
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        ORACLE,
-        f"AssertionError: {ORACLE}",
-        f"AssertionError: {ORACLE} The case was Case(src=Side('layer').",
-        f"AssertionError: {ORACLE}\nFalsifying example: test_any_copy(\n    data=data(...),\n)",
-        f"AssertionError: {ORACLE}\nFailing test case: test_any_copy(\n    data=data(...),\n)",
-        f"AssertionError: {ORACLE} The case was Case().\nFailing test case:\nstate = Engine()",
-        f"AssertionError: {ORACLE}\nFailing explicit example: test_any_copy()",
-        f"AssertionError: {ORACLE}\nFalsifying explicit example: test_any_copy()",
-        f"AssertionError: {ORACLE}\nassert 7 == 9",
-    ],
-)
-def test_the_sentence_is_the_oracle_s(message: str) -> None:
-    assert sentence(message) == ORACLE
-    other = message.replace(ORACLE, "KeyError: 'stream'").removeprefix("AssertionError: ")
-    assert sentence(other).startswith("KeyError: 'stream'")
+@pytest.mark.parametrize("more", [
+    "",
+    " The case was Case(src=Side('layer').",
+    "\nFalsifying example: test_any_copy(\n    data=data(...),\n)",
+    "\nFailing test case: test_any_copy(\n    data=data(...),\n)",
+    " The case was Case().\nFailing test case:\nstate = Engine()",
+    "\nFailing explicit example: test_any_copy()",
+    "\nFalsifying explicit example: test_any_copy()",
+    "\nassert 7 == 9",
+])  # fmt: skip
+def test_the_sentence_is_the_oracle_s(more: str) -> None:
+    for before in ("", "AssertionError: "):
+        assert sentence(f"{before}{ORACLE}{more}") == ORACLE
+    assert sentence(f"KeyError: 'stream'{more}").startswith("KeyError: 'stream'")
 
 
 def test_what_the_installed_hypothesis_writes_is_known() -> None:
@@ -343,8 +307,8 @@ def test_what_the_installed_hypothesis_writes_is_known() -> None:
     with pytest.raises(AssertionError) as caught:
         fails()
     notes = getattr(caught.value, "__notes__", [])
-    assert sentence("\n".join([f"AssertionError: {caught.value}", *notes])) == ORACLE
-    assert sentence("\n".join([f"AssertionError: {ORACLE}", *notes])) == ORACLE
+    for said in (caught.value, ORACLE):
+        assert sentence("\n".join([f"AssertionError: {said}", *notes])) == ORACLE
 
 
 # -- tensors in no order ------------------------------------------------------------------------
@@ -352,11 +316,10 @@ def test_what_the_installed_hypothesis_writes_is_known() -> None:
 
 def test_keys_and_values_are_scattered_each_in_their_own_way() -> None:
     """Whatever the allocator does, then, all tensors together are in no order for some seed."""
-    layout = "layer kv | block token head dim"
-    shape = Shape(layers=4)
+    how: Any = ("layer kv | block token head dim", Shape(layers=4))
     different = 0
     for seed in range(20):
-        view = view_of(side_of(arranged(layout, shape, place="scattered", seed=seed)))
+        view = view_of(side_of(arranged(*how, place="scattered", seed=seed)))
         keys, values = view.addresses.reshape(4, 2).T.tolist()
         different += np.argsort(keys).tolist() != np.argsort(values).tolist()
     assert different > 10

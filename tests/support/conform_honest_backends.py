@@ -40,17 +40,13 @@ NoSkip = _narrow("NoSkip", skips_negative=False)
 NoGuards = _narrow("NoGuards", guards=False)
 NoThreads = _narrow("NoThreads", threads=False)
 OnlyPageable = _narrow("OnlyPageable", places=frozenset({("pageable", "pageable")}))
+# Everything that can be left out, at once.
+Least = _narrow(
+    "Least", tables=False, max_loops=0, alignment=16, skips_negative=False, guards=False,
+    threads=False, **OnlyPageable.less, **Int64Only.less,
+)  # fmt: skip
 TrueAlignment = _narrow("TrueAlignment", alignment=True)
-
-
-class Least(_Narrow):
-    """Everything that can be left out, at once."""
-
-    less: ClassVar = {
-        "tables": False, "max_loops": 0, "alignment": 16, "skips_negative": False, "guards": False,
-        "threads": False, "index_dtypes": frozenset({torch.int64}),
-        "places": frozenset({("pageable", "pageable")}),
-    }  # fmt: skip
+ListOfPlaces = _narrow("ListOfPlaces", places=[("pageable", "pageable")])
 
 
 class _Declining(HostRows):
@@ -128,9 +124,3 @@ class RefusesFourLoops(_Declining):
 class ClaimsFourLoops(RefusesFourLoops):
     def capabilities(self) -> Capabilities:
         return replace(super().capabilities(), max_loops=4)
-
-
-class ListOfPlaces(HostRows):
-    def capabilities(self) -> Capabilities:
-        can = super().capabilities()
-        return replace(can, places=list(can.places))  # type: ignore[arg-type]

@@ -7,16 +7,17 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
-from threading import Thread
+from functools import partial
+from threading import Timer
 from time import sleep
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from portakv import CopyPlan, Index, Unsupported
-from portakv.backends.base import Backend, Capabilities, Decision
+from portakv.backends.base import Capabilities, Decision
 from portakv.backends.reference import Reference
 
 
@@ -32,16 +33,11 @@ class Right(Reference):
             cls.name = "suite" + re.sub(r"(?=[A-Z])", "-", cls.__name__).lower()
 
     def prepare(self, plan: CopyPlan) -> Any:
-        real = super().prepare(plan)
-
-        def launch(*asked: Any) -> Any:
-            return self.carry(real, *asked[:5])
-
-        return launch
+        return partial(self.carry, super().prepare(plan))
 
     def carry(self, real: Any, *asked: Any) -> Any:
-        """The launch, as a subclass has it: views, indices and count."""
-        return real(*asked, None, None)
+        """The launch, as a subclass has it."""
+        return real(*asked[:5], None, None)
 
 
 class OffByOne(Right):
@@ -77,25 +73,9 @@ class Waiting(Right):
     """It returns before it has begun, with a `Pending` that tells the truth."""
 
     def carry(self, real: Any, *rest: Any) -> Any:
-        thread = Thread(target=_later, args=(super().carry, real, *rest))
-        thread.start()
-        return _Pending(thread)
-
-
-def _later(work: Callable[..., Any], *rest: Any) -> None:
-    sleep(0.02)
-    work(*rest)
-
-
-class _Pending:
-    def __init__(self, thread: Thread) -> None:
-        self.thread = thread
-
-    def done(self) -> bool:
-        return not self.thread.is_alive()
-
-    def wait(self) -> None:
-        self.thread.join()
+        later = Timer(0.02, super().carry, (real, *rest))
+        later.start()
+        return SimpleNamespace(done=lambda: not later.is_alive(), wait=later.join)
 
 
 class Modest(Right):
@@ -116,7 +96,7 @@ class WholeChunks(Right):
     """Its launch refuses what does not fill a chunk, of which check and prepare say nothing."""
 
     def carry(self, real: Any, *asked: Any) -> Any:
-        src, dst, mine, theirs, count = asked
+        src, dst, mine, theirs, count = asked[:5]
         for view, index in ((src, mine), (dst, theirs)):
             if index.ids is None and count < view.slots:
                 raise Unsupported("A part of a chunk", "it moves whole ones")
@@ -146,10 +126,6 @@ class Namesake(Right):
     name = "reference"
 
 
-class Unfinished(Backend):
-    """It implements nothing."""
-
-
 # -- what they do to their process ----------------------------------------------------------------
 
 
@@ -157,12 +133,8 @@ class Hanging(Right):
     """Its launch never returns."""
 
     def carry(self, real: Any, *rest: Any) -> Any:
-        launch_for_ever()
-
-
-def launch_for_ever() -> None:
-    while True:
-        sleep(0.05)
+        while True:
+            sleep(0.05)
 
 
 class Crashing(Right):

@@ -10,24 +10,20 @@ from __future__ import annotations
 import base64
 import json
 import os
-import select
 import shutil
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
-NAMES = ("chromium", "chromium-browser", "google-chrome")
 ABSENT = (
     "Headless Chromium was not found, so report.html was not opened; "
     "install it with `apt-get install --no-install-recommends chromium`."
 )
-_COMPLAINTS = ("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
-_PATIENCE = 30.0  # seconds for one answer
 
 
 def chromium() -> str | None:
-    return next((found for name in NAMES if (found := shutil.which(name))), None)
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next(filter(None, map(shutil.which, names)), None)
 
 
 class Browser:
@@ -66,7 +62,7 @@ class Browser:
         try:
             self.call("Browser.close")
             self._process.wait(10)
-        except (OSError, TimeoutError, subprocess.TimeoutExpired):
+        except (OSError, subprocess.TimeoutExpired):
             self._process.kill()
             self._process.wait()
         os.close(self._write)
@@ -83,23 +79,17 @@ class Browser:
             answer = self._message()
             if answer.get("id") == self._number:
                 assert "error" not in answer, f"{method}: {answer['error']}"
-                result: dict[str, Any] = answer["result"]
-                return result
+                return answer["result"]  # type: ignore[no-any-return]
             self.events.append(answer)
 
     def _message(self) -> dict[str, Any]:
-        until = time.monotonic() + _PATIENCE
         while b"\0" not in self._rest:
-            ready, _, _ = select.select([self._read], [], [], max(until - time.monotonic(), 0))
-            if not ready:
-                raise TimeoutError(f"Chromium did not answer within {_PATIENCE:.0f} s.")
             some = os.read(self._read, 1 << 16)
             if not some:
                 raise OSError("Chromium ended before it answered.")
             self._rest += some
         text, _, self._rest = self._rest.partition(b"\0")
-        message: dict[str, Any] = json.loads(text)
-        return message
+        return json.loads(text)  # type: ignore[no-any-return]
 
     def open(self, page: Path, width: int, height: int, scheme: str) -> None:
         """Show a file in a window of that many CSS pixels, in a scheme; return once it loaded."""
@@ -123,33 +113,25 @@ class Browser:
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
-    def complaints(self) -> list[str]:
-        """Errors and warnings of the page since it was opened."""
+    def told(self, *methods: str) -> list[dict[str, Any]]:
+        """What events of these methods told since the page was opened."""
         self.ask("0")  # what was said before this answer has arrived with it
-        return [
-            json.dumps(event["params"]) for event in self.events if event["method"] in _COMPLAINTS
-        ]
+        return [event["params"] for event in self.events if event["method"] in methods]
 
-    def requests(self) -> list[str]:
-        """Every address that the page asked for since it was opened."""
-        self.ask("0")
-        return [
-            event["params"]["request"]["url"]
-            for event in self.events
-            if event["method"] == "Network.requestWillBeSent"
-        ]
+    def complaints(self) -> list[dict[str, Any]]:
+        """Errors and warnings of the page since it was opened."""
+        return self.told("Runtime.exceptionThrown", "Log.entryAdded", "Runtime.consoleAPICalled")
 
-    def shoot(self, picture: Path) -> None:
-        """A PNG of the whole page."""
+    def shoot(self, picture: Path) -> bytes:
+        """A PNG of the whole page, also kept as a file."""
         size = self.call("Page.getLayoutMetrics")["cssContentSize"]
         clip = {"x": 0, "y": 0, "width": size["width"], "height": size["height"], "scale": 1}
         asked = {"optimizeForSpeed": True, "captureBeyondViewport": True, "clip": clip}
-        shot = self.call("Page.captureScreenshot", **asked)["data"]
-        picture.write_bytes(base64.b64decode(shot))
+        shot = base64.b64decode(self.call("Page.captureScreenshot", **asked)["data"])
+        picture.write_bytes(shot)
+        return shot
 
-    def paper(self, file: Path) -> None:
+    def paper(self) -> bytes:
         """The page as a PDF, as it would be printed on A4."""
-        printed = self.call(
-            "Page.printToPDF", printBackground=True, paperWidth=8.27, paperHeight=11.7
-        )
-        file.write_bytes(base64.b64decode(printed["data"]))
+        asked = {"printBackground": True, "paperWidth": 8.27, "paperHeight": 11.7}
+        return base64.b64decode(self.call("Page.printToPDF", **asked)["data"])
