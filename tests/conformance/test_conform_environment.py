@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,25 +17,11 @@ import torch
 
 from portakv.backends.base import Capabilities
 from portakv.backends.reference import Reference
-from portakv.runtime import hip as _hip_driver
+from portakv.runtime.hip import DriverMissing
 from portakv_conformance.evidence import environment
 from portakv_conformance.evidence.environment import describe_environment, driver_version
 from portakv_conformance.evidence.source import SourceError, source_files, source_sha256
 from portakv_conformance.judge.subject import Subject, subject
-
-
-@pytest.fixture
-def vendor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The folder of a third party's package, which can be imported."""
-    folder = tmp_path / "acme_rows"
-    (folder / "inner").mkdir(parents=True)
-    for name in ("__init__.py", "backend.py", "inner/__init__.py", "inner/kernel.cu"):
-        (folder / name).write_text(f"# {name}\n")
-    (tmp_path / "acme_alone.py").write_text("# alone\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield folder
-    for name in [name for name in sys.modules if name.startswith("acme_")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -43,17 +29,22 @@ def judged() -> Subject:
     return subject("reference", "cpu")
 
 
-def test_each_file_of_a_third_party_counts(vendor: Path) -> None:
+def test_each_file_of_a_third_party_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And nothing that is compiled from it. A module by itself is its file."""
-    files = source_files("acme_rows.backend")
-    assert set(files) == {"__init__.py", "backend.py", "inner/__init__.py", "inner/kernel.cu"}
+    names = {"__init__.py", "backend.py", "inner/__init__.py", "inner/kernel.cu"}
+    vendor = tmp_path / "acme_rows"
+    for folder in ("inner", "__pycache__"):
+        (vendor / folder).mkdir(parents=True)
+    for file in (tmp_path / "acme_alone.py", *(vendor / name for name in names)):
+        file.write_text("# as it was\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert set(source_files("acme_rows.backend")) == names
     before = source_sha256("acme_rows.backend:Acme")
     assert re.fullmatch("[0-9a-f]{64}", before)
-    (vendor / "__pycache__").mkdir()
     for name in "__pycache__/backend.py", "notes.txt":
         (vendor / name).write_text("")
     assert source_sha256("acme_rows.backend:Acme") == before
-    for name in files:
+    for name in names:
         (vendor / name).write_text("# changed\n")
         after = source_sha256("acme_rows.backend:Acme")
         assert after != before
@@ -112,12 +103,9 @@ def test_who_emulates(judged: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_claims_and_nonsense_in_plain_values() -> None:
-    claims = Capabilities(places=frozenset({("device", "device"), ("device", "pinned")}))
-    assert environment.plain(claims) == {
-        "places": [["device", "device"], ["device", "pinned"]], "index_on": "device",
-        "index_dtypes": ["int32", "int64"], "skips_negative": False, "guards": False,
-        "alignment": 1, "max_loops": None, "tables": True, "capturable": False, "threads": True,
-    }  # fmt: skip
+    claims = environment.plain(Capabilities(places=frozenset({("host", "host"), ("a", "b")})))
+    assert claims["places"] == [["a", "b"], ["host", "host"]]
+    assert (claims["index_dtypes"], claims["max_loops"]) == (["int32", "int64"], None)
     assert environment.plain({1: object, "a": {3, "b"}, "c": (torch.float16, 1.5)}) == {
         "1": "<class 'object'>", "a": [3, "b"], "c": ["float16", 1.5],
     }  # fmt: skip
@@ -136,66 +124,58 @@ def device(kind: str) -> Any:
     return SimpleNamespace(type=kind, index=0)
 
 
-@pytest.fixture
-def system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, str]], None]:
-    """A machine without any driver's files or tools, and what writes such files."""
-    monkeypatch.setattr(environment, "_ROOT", tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+Machine = Callable[..., None]
 
-    def write(files: dict[str, str]) -> None:
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """Makes a machine with these files, and no driver's files or tools besides. ``hip``: with a
+    torch for ROCm, and the HIP libraries of that version; 0 for none."""
+
+    def make(files: dict[str, str], hip: int | None = None) -> None:
+        def driver() -> Any:
+            if not hip:
+                raise DriverMissing("the HIP runtime cannot be loaded")
+            return SimpleNamespace(number={"hipRuntimeGetVersion": hip}.__getitem__)
+
+        monkeypatch.setattr(environment, "_ROOT", tmp_path)
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
         for name, text in files.items():
             file = tmp_path / name
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
             file.chmod(0o755)
+        told = SimpleNamespace(name="", gcnArchName="gfx906:sramecc+:xnack-")
+        monkeypatch.setattr(torch.version, "hip", None if hip is None else "6.3.42134")
+        monkeypatch.setattr("portakv.runtime.hip.driver", driver)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: told.name)
 
-    return write
-
-
-def hip(monkeypatch: pytest.MonkeyPatch, version: int = 0) -> None:
-    """A torch for ROCm, with HIP's libraries of that version, or without them."""
-
-    def driver() -> Any:
-        if not version:
-            raise _hip_driver.DriverMissing("the HIP runtime cannot be loaded")
-        return SimpleNamespace(number={"hipRuntimeGetVersion": version}.__getitem__)
-
-    told = SimpleNamespace(name="", gcnArchName="gfx906:sramecc+:xnack-")
-    monkeypatch.setattr(torch.version, "hip", "6.3.42134")
-    monkeypatch.setattr(_hip_driver, "driver", driver)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: told.name)
+    return make
 
 
-@pytest.mark.parametrize(
-    ("kind", "files", "driver"),
-    [
-        *((kind, {}, "") for kind in ("cuda", "hip", "npu", "mlu", "xpu", "cpu")),
-        ("cuda", {"bin/nvidia-smi": NVIDIA_SMI}, "580.159.04"),
-        ("cuda", {"bin/nvidia-smi": "#!/bin/sh\nexit 9\n"}, ""),
-        ("hip", {"bin/nvidia-smi": NVIDIA_SMI}, ""),  # it is about other devices
-        *(("hip", {f"sys/module/{module}/version": "6.12.12\n"}, f"{module} 6.12.12")
-          for module in ("amdgpu", "hydcu", "hycu")),
-        # The module of the Linux tree has no version: that of HIP's runtime then.
-        ("hip 60342134", {}, "HIP 6.3.42134"),
-        ("hip 60342134", {"sys/module/amdgpu/version": "6.12.12\n"}, "amdgpu 6.12.12"),
-        ("npu", {"usr/local/Ascend/driver/version.info": "ascendhal_version=7\nVersion=24.1.0\n"},
-         "24.1.0"),
-        ("mlu", {CAMBRICON.format(1): MLU}, ""),
-        ("mlu", {CAMBRICON.format(1): MLU, CAMBRICON.format(2): f"{MLU}Driver Version: v5.10.29\n"},
-         "v5.10.29"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("kind", "hip", "files", "driver"), [
+    *((kind, None, {}, "") for kind in ("cuda", "npu", "mlu", "xpu", "cpu")),
+    ("cuda", None, {"bin/nvidia-smi": NVIDIA_SMI}, "580.159.04"),
+    ("cuda", None, {"bin/nvidia-smi": "#!/bin/sh\nexit 9\n"}, ""),
+    ("cuda", 0, {}, ""),
+    ("cuda", 0, {"bin/nvidia-smi": NVIDIA_SMI}, ""),  # it is about other devices
+    *(("cuda", 0, {f"sys/module/{module}/version": "6.12.12\n"}, f"{module} 6.12.12")
+      for module in ("amdgpu", "hydcu", "hycu")),
+    # The module of the Linux tree has no version: that of HIP's runtime then.
+    ("cuda", 60342134, {}, "HIP 6.3.42134"),
+    ("cuda", 60342134, {"sys/module/amdgpu/version": "6.12.12\n"}, "amdgpu 6.12.12"),
+    ("npu", None,
+     {"usr/local/Ascend/driver/version.info": "ascendhal_version=7\nVersion=24.1.0\n"}, "24.1.0"),
+    ("mlu", None, {CAMBRICON.format(1): MLU}, ""),
+    ("mlu", None, {CAMBRICON.format(1): MLU, CAMBRICON.format(2): f"{MLU}Driver Version: v5.10.29"},
+     "v5.10.29"),
+])  # fmt: skip
 def test_a_driver_is_told_by_the_vendor_s_own_files(
-    kind: str, files: dict[str, str], driver: str, system: Callable[[dict[str, str]], None],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    kind, _, version = kind.partition(" ")
-    monkeypatch.setattr(torch.version, "hip", None)
-    if kind == "hip":
-        hip(monkeypatch, int(version or 0))
-    system(files)
-    assert driver_version(CUDA if kind in ("cuda", "hip") else device(kind)) == driver
+    kind: str, hip: int | None, files: dict[str, str], driver: str, machine: Machine
+) -> None:
+    machine(files, hip)
+    assert driver_version(CUDA if kind == "cuda" else device(kind)) == driver
 
 
 def test_another_vendor_s_extension_tells_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,11 +190,8 @@ def test_another_vendor_s_extension_tells_its_own(monkeypatch: pytest.MonkeyPatc
     assert driver_version(device("acme")) == ""
 
 
-def test_a_hip_device(
-    system: Callable[[dict[str, str]], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hip(monkeypatch)
-    system({"sys/module/hydcu/version": "5.16.29\n"})
+def test_a_hip_device(machine: Machine) -> None:
+    machine({"sys/module/hydcu/version": "5.16.29\n"}, 0)
     on_it = replace(subject("reference", "cpu"), device=CUDA)
     facts = describe_environment(on_it, "cuda")
     told = {name: facts.get(name) for name in ("driver", "hip", "architecture", "cuda")}
