@@ -112,14 +112,11 @@ def runner(ends: str, seen: list[Options], verdict: str = "failed") -> Callable[
     return run
 
 
-@pytest.mark.parametrize(
-    ("ends", "caught_by", "why"),
-    [
-        ("passed not-claimed failed failed", "c", "c is failed"),
-        ("passed", "", "every case passed"),
-        ("passed error", "", "b is in error"),
-    ],
-)
+@pytest.mark.parametrize(("ends", "caught_by", "why"), [
+    ("passed not-claimed failed failed", "c", "c is failed"),
+    ("passed", "", "every case passed"),
+    ("passed error", "", "b is in error"),
+])  # fmt: skip
 def test_the_first_case_that_fails_catches(ends: str, caught_by: str, why: str) -> None:
     seen: list[Options] = []
     trial = try_mutant(SECOND, 7, runner=runner(ends, seen))
@@ -158,14 +155,11 @@ def test_time_that_is_over_ends_a_run() -> None:
     assert "not caught within" in trial.reason
 
 
-@pytest.mark.parametrize(
-    ("ends", "verdict", "why"),
-    [
-        ("passed", "conformant", None),
-        ("failed", "failed", "1 cases fail, the first is a"),
-        ("passed", "incomplete", "why"),
-    ],
-)
+@pytest.mark.parametrize(("ends", "verdict", "why"), [
+    ("passed", "conformant", None),
+    ("failed", "failed", "1 cases fail, the first is a"),
+    ("passed", "incomplete", "why"),
+])  # fmt: skip
 def test_a_control_has_to_pass_everything(ends: str, verdict: str, why: str | None) -> None:
     seen: list[Options] = []
     found = try_control(FIRST, runner=runner(ends, seen, verdict))
@@ -214,13 +208,10 @@ def test_the_exit_code_and_the_page(
     assert f"({2 if caught else 1} of 2)" in rows[0]
 
 
-@pytest.mark.parametrize(
-    ("words", "forced", "told"),
-    [
-        ("--only nobody", "", "nobody"), ("--runs 0", "", "0"), ("--runs x", "", "x"),
-        (f"--only {FIRST.name}", "reference", "PORTAKV_BACKEND forces another backend"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("words", "forced", "told"), [
+    ("--only nobody", "", "nobody"), ("--runs 0", "", "0"), ("--runs x", "", "x"),
+    (f"--only {FIRST.name}", "reference", "PORTAKV_BACKEND forces another backend"),
+])  # fmt: skip
 def test_what_cannot_be_understood(
     words: str, forced: str, told: str, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,

@@ -59,16 +59,13 @@ def refusals(record: RunRecord) -> str:
     return "\n".join(check_report(record.document(), listing))
 
 
-@pytest.mark.parametrize(
-    ("options", "behaviours", "verdict", "missing"),
-    [
-        ({}, {CORE + "a": "fail", CORE + "b": "crash"}, "failed", ""),
-        ({"waivers": (Waiver(CLAIM + "c", "Ticket.", "2999.01"),)}, {CLAIM + "c": "fail"},
-         "conformant", ""),
-        ({"only": (CORE + "b",)}, {CORE + "a": "fail"}, "incomplete", "--only"),
-        ({"exit_first": True}, {CORE + "a": "fail"}, "failed", "behind the first failure"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("options", "behaviours", "verdict", "missing"), [
+    ({}, {CORE + "a": "fail", CORE + "b": "crash"}, "failed", ""),
+    ({"waivers": (Waiver(CLAIM + "c", "Ticket.", "2999.01"),)}, {CLAIM + "c": "fail"},
+     "conformant", ""),
+    ({"only": (CORE + "b",)}, {CORE + "a": "fail"}, "incomplete", "--only"),
+    ({"exit_first": True}, {CORE + "a": "fail"}, "failed", "behind the first failure"),
+])  # fmt: skip
 def test_one_that_failed_one_with_waivers_and_partial_ones_stand(
     options: dict[str, Any], behaviours: dict[str, str], verdict: str, missing: str
 ) -> None:
@@ -202,6 +199,7 @@ def test_an_edit_is_found_by_the_seal_and_a_contradiction_behind_a_new_one(
     assert refusals(record) == ""
     edit(record)
     before = refusals(record)
+    assert ("no seal" in before) == (SEAL not in record.environment)
     assert any(word in before for word in ("changed after the run", "no seal", *told))
     record.environment[SEAL] = digest_of(record)
     found = refusals(record)
@@ -219,7 +217,8 @@ KERNEL = {"carried out by": "the AscendC kernel", "library": {"libportakv_ascend
 
 @pytest.mark.parametrize(("facts", "why"), [
     *((whole, "") for whole in ({}, MLU | {"assumption": ASSUMED}, KERNEL)),
-    *(({"emulation": said}, "does not say by what") for said in (..., None, {}, [SIMULATION])),
+    *(({"emulation": said}, "does not say by what") for said in (..., None, [SIMULATION])),
+    ({"emulation": {}}, "does not say by what"),
     ({"emulation": {"acme": "1" * 64}}, f"does not say the hash of {SIMULATION}"),
     ({"emulation": {SIMULATION: "unknown: x"}}, f"the hash of {SIMULATION}, which emulated"),
     ({"device": "simdev:mlu:1"}, f"does not say the hash of {STANDINS['mlu']}"),
@@ -239,18 +238,15 @@ PACKAGE = "a version of the vendor's package"
 OURS = {"target": "portakv.backends.ascend:Ascend"}
 
 
-@pytest.mark.parametrize(
-    ("facts", "backend", "lacking"),
-    [
-        ({}, {}, []),
-        ({"device": "cpu", "driver": ""}, {}, []),
-        *(({"driver": said}, {}, ["the driver's version"]) for said in ("", " ", None, ...)),
-        *(({"device": kind, "torch_acme": ...}, OURS, [PACKAGE])
-          for kind in ("npu", "mlu:1", "cuda")),
-        ({"device": "npu", "torch_acme": ..., "torch-npu": ""}, OURS, [PACKAGE]),
-        ({"device": "npu", "torch_acme": ..., "torch-npu": "2.13.0"}, OURS, []),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("facts", "backend", "lacking"), [
+    ({}, {}, []),
+    ({"device": "cpu", "driver": ""}, {}, []),
+    *(({"driver": said}, {}, ["the driver's version"]) for said in ("", " ", None, ...)),
+    *(({"device": kind, "torch_acme": ...}, OURS, [PACKAGE])
+      for kind in ("npu", "mlu:1", "cuda")),
+    ({"device": "npu", "torch_acme": ..., "torch-npu": ""}, OURS, [PACKAGE]),
+    ({"device": "npu", "torch_acme": ..., "torch-npu": "2.13.0"}, OURS, []),
+])  # fmt: skip
 def test_r6_on_an_accelerator_says_its_driver_and_the_vendor_s_package(
     facts: dict[str, Any], backend: dict[str, str], lacking: list[str]
 ) -> None:
@@ -342,23 +338,20 @@ def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
     assert read_waivers(written(tmp_path, "")) == ()
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
-        (GOOD + 'ticket = "4711"\n', "unknown key 'ticket'"),
-        ('title = "mine"\n' + GOOD, "unknown key 'title'"),
-        ("[waivers]\n", "unknown key 'waivers'"),
-        (GOOD.replace("[[waiver]]", "[waiver]"), "not a list"),
-        (GOOD.replace('reason = "Ticket 4711."\n', ""), "no 'reason'"),
-        (GOOD.replace("Ticket 4711.", " "), "no 'reason'"),
-        (GOOD.replace(f'id = "{CLAIM}a"\n', ""), "no 'id'"),
-        (GOOD.replace(f'expires = "{LATER}"\n', ""), "no 'expires'"),
-        (GOOD.replace(f'"{LATER}"', "2999.01"), "no 'expires'"),
-        (GOOD.replace(LATER, "next year"), "no version"),
-        (GOOD + GOOD, "2 times"),
-        ("[[waiver]\n", "no TOML"),
-    ],
-)
+@pytest.mark.parametrize(("text", "told"), [
+    (GOOD + 'ticket = "4711"\n', "unknown key 'ticket'"),
+    ('title = "mine"\n' + GOOD, "unknown key 'title'"),
+    ("[waivers]\n", "unknown key 'waivers'"),
+    (GOOD.replace("[[waiver]]", "[waiver]"), "not a list"),
+    (GOOD.replace('reason = "Ticket 4711."\n', ""), "no 'reason'"),
+    (GOOD.replace("Ticket 4711.", " "), "no 'reason'"),
+    (GOOD.replace(f'id = "{CLAIM}a"\n', ""), "no 'id'"),
+    (GOOD.replace(f'expires = "{LATER}"\n', ""), "no 'expires'"),
+    (GOOD.replace(f'"{LATER}"', "2999.01"), "no 'expires'"),
+    (GOOD.replace(LATER, "next year"), "no version"),
+    (GOOD + GOOD, "2 times"),
+    ("[[waiver]\n", "no TOML"),
+])  # fmt: skip
 def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(WaiverError, match=told):
         read_waivers(written(tmp_path, text))
@@ -368,19 +361,16 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, told: str)
             read_waivers(tmp_path / f"{name}.toml")
 
 
-@pytest.mark.parametrize(
-    ("how", "id", "expires", "status", "told"),
-    [
-        ("fail", CLAIM + "a", LATER, "waived", "Ticket 4711. (What it showed: Byte 3 is 7"),
-        ("crash", CLAIM + "a", LATER, "waived", "SIGSEGV"),
-        ("pass", CLAIM + "a", LATER, "failed", "remove the waiver"),
-        ("not-claimed", CLAIM + "a", LATER, "failed", "remove the waiver"),
-        ("error", CLAIM + "a", LATER, "error", ""),
-        ("fail", CORE + "a", LATER, "failed", "CORE cannot be waived"),
-        *(("fail", CLAIM + "a", expires, "failed", f"expired in suite {expires}")
-          for expires in (NOW, f"{NOW}.0", "2020.01", "1")),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("how", "id", "expires", "status", "told"), [
+    ("fail", CLAIM + "a", LATER, "waived", "Ticket 4711. (What it showed: Byte 3 is 7"),
+    ("crash", CLAIM + "a", LATER, "waived", "SIGSEGV"),
+    ("pass", CLAIM + "a", LATER, "failed", "remove the waiver"),
+    ("not-claimed", CLAIM + "a", LATER, "failed", "remove the waiver"),
+    ("error", CLAIM + "a", LATER, "error", ""),
+    ("fail", CORE + "a", LATER, "failed", "CORE cannot be waived"),
+    *(("fail", CLAIM + "a", expires, "failed", f"expired in suite {expires}")
+      for expires in (NOW, f"{NOW}.0", "2020.01", "1")),
+])  # fmt: skip
 def test_a_waived_case(how: str, id: str, expires: str, status: str, told: str) -> None:
     """A failure or a crash is waived, of no CORE case and until its waiver expires; it proves no
     rung. What passes, or is not claimed, fails."""

@@ -61,20 +61,17 @@ def rung(**values: Any) -> Rung:
     return replace(made, **values)
 
 
-@pytest.mark.parametrize(
-    ("values", "why"),
-    [
-        ({"emulated": True}, "an emulated device is never R6"),
-        ({"suite": ""}, "R6 needs a report of the suite"),
-        ({"rung": "R7"}, "there is no rung 'R7'"),
-        ({"rung": "R3"}, "what ran on the real device is R6 or no rung"),
-        ({"rung": "R3", "emulated": True}, "has to say that it is emulated"),
-        ({"rung": "R4", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
-        ({"evidence": "docs/notes.md"}, "does not lie in conformance/results/"),
-        ({"evidence": f"{RESULTS}../../README.md"}, "does not lie in conformance/results/"),
-        ({"evidence": f"{RESULTS}b.json"}, "listed twice"),
-    ],
-)
+@pytest.mark.parametrize(("values", "why"), [
+    ({"emulated": True}, "an emulated device is never R6"),
+    ({"suite": ""}, "R6 needs a report of the suite"),
+    ({"rung": "R7"}, "there is no rung 'R7'"),
+    ({"rung": "R3"}, "what ran on the real device is R6 or no rung"),
+    ({"rung": "R3", "emulated": True}, "has to say that it is emulated"),
+    ({"rung": "R4", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
+    ({"evidence": "docs/notes.md"}, "does not lie in conformance/results/"),
+    ({"evidence": f"{RESULTS}../../README.md"}, "does not lie in conformance/results/"),
+    ({"evidence": f"{RESULTS}b.json"}, "listed twice"),
+])  # fmt: skip
 def test_the_rules(values: dict[str, Any], why: str) -> None:
     assert list(ladders.broken_rules(Ladder((rung(),)))) == []
     rows = (rung(**values), *[rung()] * (why == "listed twice"))
@@ -448,9 +445,9 @@ def test_a_job_shows_what_was_built_and_read() -> None:
     assert len(made["printed"]) == 3
     assert [row["target"] for row in made["kernels"]] == ["gfx906", "gfx90a"]
     assert made["kernels"] == kernels_in(PRINTED, job.kernels)
-    for less in ({"targets": []}, {"kernels": ""}, {"targets": ["gfx906"]}, {"compiler": ""}):
-        lesser = replace(job, **{"versions": "", **less})  # type: ignore[arg-type]
-        assert not recorded(lesser, ["printf", PRINTED])["right"]
+    for less in (replace(job, targets=[]), replace(job, targets=["gfx906"]),
+                 replace(job, kernels=""), replace(job, versions="", compiler="")):  # fmt: skip
+        assert not recorded(less, ["printf", PRINTED])["right"]
 
 
 @pytest.mark.parametrize(("rung", "more", "command", "told"), [
@@ -526,19 +523,16 @@ def test_places_are_left_out(printed: str, kept: str) -> None:
 # -- old and foreign reports ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("values", "why"),
-    [
-        ({"suite": "2025.01", "seed": ...}, "of suite '2025.01' (installed is"),
-        ({"seed": ...}, "fields ['seed'] missing or unknown"),
-        ({"note": "x"}, "fields ['note'] missing or unknown"),
-        ({"cases": [3]}, "A case record is 3, expected an object"),
-        ({"cases": [{}]}, "A case record has fields"),
-        ({"environment": None}, "'environment' is null, not dict"),
-        ({"backend": {"name": "acme"}}, "unreadable: it does not say the backend's target"),
-        ({"environment": {"python": " "}}, "is unreadable"),
-    ],
-)
+@pytest.mark.parametrize(("values", "why"), [
+    ({"suite": "2025.01", "seed": ...}, "of suite '2025.01' (installed is"),
+    ({"seed": ...}, "fields ['seed'] missing or unknown"),
+    ({"note": "x"}, "fields ['note'] missing or unknown"),
+    ({"cases": [3]}, "A case record is 3, expected an object"),
+    ({"cases": [{}]}, "A case record has fields"),
+    ({"environment": None}, "'environment' is null, not dict"),
+    ({"backend": {"name": "acme"}}, "unreadable: it does not say the backend's target"),
+    ({"environment": {"python": " "}}, "is unreadable"),
+])  # fmt: skip
 def test_an_old_or_foreign_report_is_refused_in_words(
     tmp_path: Path, values: dict[str, Any], why: str
 ) -> None:

@@ -160,31 +160,15 @@ def patterned(*shape: int, storage: int) -> torch.Tensor:
     return held.tensor(torch.float16, shape, stride)
 
 
-def gather() -> tuple[Any, list[torch.Tensor], torch.Tensor]:
+def gather() -> list[Any]:
     """Arguments of a gather of slots 9, (hole), 2 into a chunk of four tokens."""
     cache = [patterned(2, 3, 4, 2, 5, storage=n) for n in range(2)]
     chunk = patterned(2, 2, 4, 10, storage=7)
-    arguments = (
+    return [
         cache, "layer | kv block token head dim", None,
         chunk, "kv layer token (head dim)", {"heads": 2},
         [9, -1, 2], [0, 1, 3],
-    )  # fmt: skip
-    return arguments, cache, chunk
-
-
-def gather_by_hand(cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    for layer in range(2):
-        for slot, token in ((9, 0), (2, 3)):
-            row = cache[layer].view(torch.int16)[:, slot // 4, slot % 4].reshape(2, 10)
-            chunk.view(torch.int16)[:, layer, token] = row
-
-
-def test_a_copy_by_hand_is_right_and_leaving_it_out_is_not() -> None:
-    arguments, cache, chunk = gather()
-    expected = expected_copy(*arguments)
-    assert "was not written" in (compare(expected, chunk) or "")
-    gather_by_hand(cache, chunk)
-    assert compare(expected, chunk, cache) is None
+    ]  # fmt: skip
 
 
 def spoil(what: str, cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
@@ -213,25 +197,30 @@ def spoil(what: str, cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
     ("bit", ["layer 1 key slot 3 head 1 byte 3", "unknown origin", "slot 2 head 1 byte 3"]),
     ("source", ["wrote 1 bytes of its source", "layer 1 value slot 11 head 1 byte 4"]),
 ])  # fmt: skip
-def test_a_wrong_byte_is_named(what: str, names: list[str]) -> None:
-    arguments, cache, chunk = gather()
+def test_a_copy_by_hand_is_right_and_a_wrong_byte_is_named(what: str, names: list[str]) -> None:
+    arguments = gather()
+    cache, chunk = arguments[0], arguments[3]
     expected = expected_copy(*arguments)
-    gather_by_hand(cache, chunk)
+    assert "was not written" in (compare(expected, chunk) or "")
+    for layer, (slot, token) in product(range(2), ((9, 0), (2, 3))):
+        row = cache[layer].view(torch.int16)[:, slot // 4, slot % 4].reshape(2, 10)
+        chunk.view(torch.int16)[:, layer, token] = row
+    assert compare(expected, chunk, cache) is None
     spoil(what, cache, chunk)
     verdict = compare(expected, chunk, cache) or ""
     assert all(name in verdict for name in names), verdict
 
 
-@pytest.mark.parametrize(
-    ("shape", "extents"),
-    [((2, 2, 4, 12), {}), ((1, 2, 4, 10), {"kv": 1}), ((2, 3, 4, 10), {})],
-)
+@pytest.mark.parametrize(("shape", "extents"), [
+    ((2, 2, 4, 12), {}), ((1, 2, 4, 10), {"kv": 1}), ((2, 3, 4, 10), {}),
+])  # fmt: skip
 def test_sides_that_hold_other_rows_are_refused(
     shape: tuple[int, ...], extents: dict[str, Any]
 ) -> None:
-    (*source, _, layout, heads, _, _), _, _ = gather()
+    arguments = gather()
+    arguments[3:] = [torch.zeros(shape), arguments[4], arguments[5] | extents, [0], [0]]
     with pytest.raises(ValueError, match="The source has"):
-        expected_copy(*source, torch.zeros(shape), layout, heads | extents, [0], [0])
+        expected_copy(*arguments)
 
 
 def test_opaque_pages_go_whole_or_not_at_all() -> None:
