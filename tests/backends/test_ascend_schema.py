@@ -120,12 +120,11 @@ def test_another_wheel_of_the_same_name_is_refused(
     assert not any(name in command for command in asked)
 
 
-def test_no_wheel_is_a_sentence(tmp_path: Path) -> None:
+def test_no_wheel_and_no_compiler_are_sentences(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(cann_stub.StubError, match="No libraries of torch_npu were found in"):
-        cann_stub.build(tmp_path / "packages", tmp_path / "cann")
-
-
-def test_no_compiler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cann_stub.build(tmp_path, tmp_path / "cann")
     (tmp_path / "torch_npu").mkdir()
     (tmp_path / "torch_npu" / "_C.so").write_bytes(b"")
     monkeypatch.setenv("PATH", str(tmp_path))

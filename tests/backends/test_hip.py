@@ -25,7 +25,7 @@ from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.cuda import raw_stream
-from portakv.runtime.hip import Card, Driver
+from portakv.runtime.hip import Card
 from portakv_conformance.vendor.hip_emulated import (
     HipEmulated,
     HostCard,
@@ -376,9 +376,7 @@ class OtherCard(HostCard):
 
 
 class HipOnOther(HipEmulated):
-    @staticmethod
-    def find_card(device: torch.device, driver: Driver) -> Card:
-        return OtherCard(device, driver)
+    find_card = staticmethod(OtherCard)
 
 
 def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
@@ -393,14 +391,11 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
 
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     backend, copied = HipOnOther(CPU), COPIES["gather"]()
-    monkeypatch.setattr(rows_launch, "capturing", lambda device: True)
-    watched = copied.dst.tensors
-    with (
-        failing("hiprtcCompileProgram", 6),
-        refused(Unsupported, "same call once before the capture", watch=watched),
-    ):
-        launch(backend, copied)
-    monkeypatch.undo()
+    said = "same call once before the capture"
+    with monkeypatch.context() as patched, refused(Unsupported, said, watch=copied.dst.tensors):
+        patched.setattr(rows_launch, "capturing", lambda device: True)
+        with failing("hiprtcCompileProgram", 6):
+            launch(backend, copied)
     backend.prepare(copied.plan())
     monkeypatch.setattr(rows_launch, "capturing", lambda device: True)
     launch(backend, copied)  # what was loaded before can be captured
