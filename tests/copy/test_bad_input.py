@@ -29,7 +29,6 @@ LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 5, 4, 2, 8
 SLOTS = BLOCKS * SIZE
 KV_LAYOUT, PAIRS = "layer | kv block token head dim", "layer kv | block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
-I64 = torch.iinfo(torch.int64)
 
 
 def dense(tokens: int, *, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -251,6 +250,8 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: rows(s.cache, s.cache, [3, 4], [9, 3]), "Slot 3", "source and destination"),
         (lambda s: s.connector.to_gpu(s.chunk, s.caches, [7, 3, 7]), "Slot 7", "2 times", "once"),
         (lambda s: blocks(s.rows, s.cache, None, [2, 2]), "2 times", "once"),
+        (lambda s: s.connector.batched_to_gpu([s.chunk], s.caches, [0, 1], [0, 1], [2]),
+         "1 memory objects", "2 starts", "1 ends"),
     ],
     DeviceMismatch: [
         (lambda s: rows(s.cache, s.rows, [0], stream="default"), "='default'"),
@@ -306,11 +307,6 @@ def test_rows_of_another_number_type_unless_their_bits_are_meant(
 
 
 # Batches
-
-
-def test_batches_of_unequal_lengths(scene: Scene) -> None:
-    with refused(SlotError, "1 memory objects", "2 starts", "1 ends", watch=scene.memory):
-        scene.connector.batched_to_gpu([scene.chunk], scene.caches, [0, 1], [0, 1], [2])
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,6 @@ serves in another.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -20,18 +17,11 @@ from portakv.host.memcpy import copy_
 from portakv.host.pool import PinnedPool
 from portakv.host.small import SmallCopy, choose, to_device
 
-pytestmark = pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+pytestmark = [
+    pytest.mark.parametrize("state", STATES.values(), ids=STATES),
+    pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned"),
+]
 NUMBERS = np.arange(48, dtype=np.int32)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """One warning of pageable memory is expected of a machine without a device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)
-        with pinned.allocate(1):
-            pass
-        yield
 
 
 def host(*shape: int) -> torch.Tensor:
