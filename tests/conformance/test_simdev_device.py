@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.simdev_cases import DEVICE, NAME, OTHER, current, on
+from support.device_cases import on
+from support.simdev_cases import DEVICE, NAME, OTHER, current
 
 from portakv_conformance import simdev
 

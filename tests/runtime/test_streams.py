@@ -9,7 +9,6 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, call
 
@@ -45,8 +44,7 @@ class Stream:
 def driver(
     tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[None]:
-    folder: Path = tmp_path_factory.getbasetemp()
-    library = FakeLibrary(folder, None).library
+    library = FakeLibrary(tmp_path_factory.getbasetemp(), None).library
     monkeypatch.setattr(_cuda_driver, "library", lambda: library)
     monkeypatch.setattr(_cuda_driver, "no_cuda", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)

@@ -8,7 +8,6 @@ Tests marked ``simdev`` find it loaded. It is ``simdev`` unless the environment 
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 
@@ -26,8 +25,3 @@ if "SIMDEV_NAME" in os.environ:
 def current(device: torch.device = DEVICE) -> torch.Stream:
     """The current stream of a device."""
     return torch.accelerator.current_stream(device)
-
-
-def on(stream: torch.Stream) -> Any:
-    """Inside, a stream is the current one."""
-    return torch.get_device_module(stream.device).stream(stream)
