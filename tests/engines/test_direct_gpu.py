@@ -7,7 +7,6 @@ Every byte of every copy of the table is judged in `test_staged.py`, memory that
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,9 +15,9 @@ from support.cuda_cases import COPIES, Copy, by, chunk, objects, pool
 from support.device_cases import DEVICE, LONG
 from support.each_backend import Elsewhere
 from support.engine_cases import DOWNWARD
-from support.guarded_memory import refused, tensors_in
+from support.guarded_memory import tensors_in
 
-from portakv import Index, KVView, Unsupported
+from portakv import Index, KVView
 from portakv.engines import direct
 from portakv.engines.direct import Direct
 from portakv.engines.engine import Terms
@@ -120,23 +119,16 @@ def listed(request: pytest.FixtureRequest) -> bool:
     return bool(request.param)
 
 
-@pytest.fixture
-def side() -> Iterator[Any]:
-    stream = torch.cuda.Stream(DEVICE)
-    yield stream
-    stream.synchronize()
-
-
 @pytest.mark.parametrize("on_side", [False, True])
 def test_a_store_comes_behind_what_its_stream_holds_and_the_host_does_not_wait(
-    engine: Direct, listed: bool, on_side: bool, side: Any
+    engine: Direct, listed: bool, on_side: bool
 ) -> None:
     """Nor at the first launch, which sends the table of addresses."""
     warm, moved = Moved(engine, True, listed), Moved(engine, True, listed)
     warm.launch()
     fresh = moved.cache.flip(0)
     torch.cuda.synchronize()
-    stream = side if on_side else None
+    stream = torch.cuda.Stream(DEVICE) if on_side else None
     with torch.cuda.stream(stream):
         torch.cuda._sleep(LONG)
         moved.cache.copy_(fresh)
@@ -167,15 +159,6 @@ def test_a_captured_copy_moves_what_is_there_at_each_replay(
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(moved.landed(), moved.rows())
-
-
-def test_a_table_is_not_made_inside_a_capture(engine: Direct) -> None:
-    warm, moved = Moved(engine, True, True), Moved(engine, True, True)
-    warm.launch()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph), refused(Unsupported, "before the capture"):
-        moved.launch()
 
 
 # Memory

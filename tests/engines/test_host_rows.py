@@ -95,8 +95,8 @@ class Rows(NamedTuple):
     torch spreads furthest, or ``indexed``, of the widest elements."""
 
     view: KVView
-    index: Index
-    count: int
+    ids: Index
+    tokens: int
     unit: int
     indexed: bool
     calls: int = 1

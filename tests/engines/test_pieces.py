@@ -207,7 +207,7 @@ def test_every_byte_of_any_layout(case: Case, downward: bool) -> None:
         view_of(tensors_of(case.host, case.count + case.offset, 2), case.host),
     ][:: 1 if downward else -1]
     ids = [index_of(case.ids), index_of(case.host_ids, case.offset)][:: 1 if downward else -1]
-    for plan, part in sections(Move(*views, *ids, case.count)):
+    for plan, part in sections(Move(views[0], views[1], ids[0], ids[1], case.count)):
         runs = plan.runs(*part)
         pieces = judge(runs, pieces_of(plan, part))
         # What the ends of planes share is merged or folded only if every run is looked at.
