@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from portakv import TransferError, Unsupported
-from portakv_conformance.cases import Bench, Case, Judge, Shape, asked_of
+from portakv_conformance.cases import Bench, Case, Shape, asked_of
 from portakv_conformance.judge.claims import launch_of
 from portakv_conformance.judge.judging import changed
 from portakv_conformance.judge.memory import Memory
@@ -105,7 +105,7 @@ def test_a_copy_inside_a_capture(home: Bench, direction: str) -> None:
         check_replays(home, case, graph, 2)
         return
     home.judge.not_claimed("capturable", "a copy of device ids inside a capture is refused.")
-    refused_in_capture(home.judge, case, call)
+    refused_in_capture(case, call)
     home.copy(case)
 
 
@@ -115,11 +115,11 @@ def test_host_ids_inside_a_capture(home: Bench, direction: str) -> None:
     call = partial(home.subject.copy, *asked_of(case), count=case.count)
     call().synchronize()
     if home.subject.can.index_on == "device":
-        refused_in_capture(home.judge, case, call)
+        refused_in_capture(case, call)
     home.copy(case)
 
 
-def refused_in_capture(judge: Judge, case: Case, call: Any) -> None:
+def refused_in_capture(case: Case, call: Any) -> None:
     """Inside a capture the call raises `Unsupported`; no byte changes."""
     before = Memory.snapshot(case.src.tensors, case.dst.tensors)
     with pytest.raises(Unsupported):
