@@ -21,11 +21,8 @@ pytestmark = pytest.mark.area("drawn")
 
 #: Where ids may lie beside a device; on the CPU there is only the host.
 _ANYWHERE = st.sampled_from(("device", "cpu"))
-
-
-def in_parts(count: int) -> pytest.MarkDecorator:
-    """A drawn case as several, which take even times and can be judged at the same time."""
-    return pytest.mark.parametrize("part", range(count))
+#: A drawn case as two, which take even times and can be judged at the same time.
+in_two = pytest.mark.parametrize("part", range(2))
 
 
 def places(judge: Judge, data: st.DataObject) -> dict[str, Any]:
@@ -35,14 +32,14 @@ def places(judge: Judge, data: st.DataObject) -> dict[str, Any]:
     return {"device": device, "ids_on": "cpu" if on_host else device}
 
 
-@in_parts(6)
+@pytest.mark.parametrize("part", range(6))
 @given(data=st.data())
 def test_any_copy(judge: Judge, part: int, data: st.DataObject) -> None:
     """Whatever the layouts, strides, ids and steps: the addressed rows move, and nothing else."""
     judge.copy(data.draw(all_cases(**places(judge, data))))
 
 
-@in_parts(2)
+@in_two
 @given(data=st.data())
 def test_copies_between_two_sides(judge: Judge, part: int, data: st.DataObject) -> None:
     """Token-exact copies between any two layouts, waited for in any way."""
@@ -50,21 +47,21 @@ def test_copies_between_two_sides(judge: Judge, part: int, data: st.DataObject) 
     judge.copy(case, end=data.draw(st.sampled_from(ENDS)))
 
 
-@in_parts(2)
+@in_two
 @given(data=st.data())
 def test_migrations(judge: Judge, part: int, data: st.DataObject) -> None:
     """Copies within one cache, between rows that do not meet."""
     judge.copy(data.draw(migrations(**places(judge, data))))
 
 
-@in_parts(2)
+@in_two
 @given(data=st.data())
 def test_pages(judge: Judge, part: int, data: st.DataObject) -> None:
     """Whole opaque blocks between any two page layouts."""
     judge.copy(data.draw(page_cases(**places(judge, data))))
 
 
-@in_parts(2)
+@in_two
 @given(data=st.data())
 def test_launches(judge: Judge, part: int, data: st.DataObject) -> None:
     """What `prepare` returns moves the rows by itself, with ids where and as the backend claims."""

@@ -247,7 +247,7 @@ class Worker:
         if not self._journal.subject:
             return SubjectUnavailable(f"{what} while the backend was loaded and probed.\n{details}")
         if code == _PYTEST_USAGE:
-            return BadRequest(self.process.printed().rpartition("ERROR: ")[2])
+            return BadRequest(self.process.printed().rpartition("ERROR: ")[2].partition("\n\n")[0])
         return SuiteBroken(f"{what} before the cases were collected.\n{details}")
 
     def _at_fault(self) -> tuple[str, Status, str]:
