@@ -99,16 +99,19 @@ def ignore_captures_elsewhere(device: torch.device) -> None:
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     """Raise `DeviceMismatch` unless ``stream`` is None or belongs to one of the devices."""
-    if stream is None or getattr(stream, "device", None) in devices:
+    if stream is None:
+        return
+    place = stream.device if hasattr(stream, "stream_id") else None
+    if place in devices:
         return
     served = " and ".join(dict.fromkeys(map(str, devices)))
-    if not isinstance(getattr(stream, "device", None), torch.device):
+    if place is None:
         raise DeviceMismatch(
             f"A copy on {served} was asked with stream={stream!r}; expected a stream of torch. "
             f"Pass one (torch.cuda.ExternalStream holds a handle), or none for the current one."
         )
     raise DeviceMismatch(
-        f"A copy on {served} was asked with a stream of {stream.device}; expected a stream of a "
+        f"A copy on {served} was asked with a stream of {place}; expected a stream of a "
         f"device that takes part. Pass one, or none for the current stream."
     )
 

@@ -256,6 +256,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
     DeviceMismatch: [
         (lambda s: rows(s.cache, s.rows, [0], stream="default"), "='default'"),
         (lambda s: blocks(s.cache, s.cache, [0], [1], stream=7), "stream=7"),
+        (lambda s: rows(s.cache, s.rows, [0], stream=s.chunk), "stream=tensor("),
     ],
     BackendUnavailable: [
         (lambda s: rows(s.cache, s.rows, [0], backend="nonsense"), "'nonsense'", "no such backend"),

@@ -284,7 +284,7 @@ def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch)
         names = ("way='value'", "way='mapped'", "inside graph capture")
         followed: list[Any] = []
         monkeypatch.setattr(streams, "follow_current", lambda *rest: followed.append(rest))
-        stream: Any = SimpleNamespace(device=CPU)
+        stream: Any = SimpleNamespace(device=CPU, stream_id=0)
         with refused(Unsupported, "by way='inline'", *names, watch=sender.out):
             sender.send([1, 2], stream=stream)
         with refused(Unsupported, "left open", *names):
