@@ -172,7 +172,8 @@ def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
 def test_a_home_is_a_layout_that_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     modest = subject(f"{BACKENDS}:Modest")
     none = Decision("none", False, "it takes none")
-    for check in (lambda plan: none), {}.__getitem__:
+    checks: list[Any] = [lambda plan: none, {}.__getitem__]
+    for check in checks:
         monkeypatch.setattr(modest.backend, "check", check)
         assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
 

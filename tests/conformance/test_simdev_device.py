@@ -283,8 +283,9 @@ def test_copy_runs_refuses_what_it_does_not_reach() -> None:
     )
     for source, size in ((here, 17), (here, -1), (host, 8), (there, 8)):
         run = (torch.tensor([number]) for number in (source.data_ptr(), here.data_ptr(), size))
+        sources, destinations, sizes = run
         with pytest.raises(RuntimeError, match="copy_runs was given"):
-            simdev.copy_runs(*run)
+            simdev.copy_runs(sources, destinations, sizes)
     one = torch.tensor([1])
     with pytest.raises(ValueError, match="int64"):
         simdev.copy_runs(one.int(), one, one)
