@@ -13,16 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.device_cases import on
-from support.engine_cases import (
-    BLOCK,
-    CHUNKS,
-    DOWNWARD,
-    PAGED,
-    POOLS,
-    Case,
-    Transfers,
-    scattered,
-)
+from support.engine_cases import BLOCK, CHUNKS, DOWNWARD, PAGED, POOLS, Case, Transfers, scattered
 from support.simdev_cases import DEVICE
 
 from portakv import CopyPlan, Index, KVView, copy_blocks

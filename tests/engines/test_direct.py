@@ -14,16 +14,7 @@ import pytest
 import torch
 from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool
 from support.device_cases import current, delay, on
-from support.direct_on_cpu import (
-    CPU,
-    SMALL,
-    Driver,
-    Loads,
-    Stores,
-    compiled,
-    installed,
-    why_not,
-)
+from support.direct_on_cpu import CPU, SMALL, Driver, Loads, Stores, compiled, installed, why_not
 from support.guarded_memory import filled, refused
 
 from portakv import CopyPlan, Index, TransferError, Unsupported
