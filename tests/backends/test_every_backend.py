@@ -415,8 +415,12 @@ def test_a_launch_that_tells_of_a_bad_id_waits_for_nothing(carrier: Carrier) -> 
     dense, paged = Elsewhere(carrier.device).views(chunk(4, dim=16), pool(HND, dim=16))
     ids, status = Index(torch.tensor([9, -(2**40), 12, 5]).to(carrier.device)), carrier.word()
     launch = carrier.backend(carrier.device).prepare(CopyPlan(dense.form, paged.form, 0, 1))
-    waited = simdev.synchronised()
+    torch.accelerator.synchronize(carrier.device)
+    waited, before = simdev.synchronised(), torch.Event(carrier.device)
+    torch.zeros(1, device=carrier.device).fill_(1)
+    before.record()
     launch(dense, paged, Index(), ids, 4, None, status)
+    assert not before.query()
     assert simdev.synchronised() == waited
     torch.accelerator.synchronize(carrier.device)
     assert int(status) == 3
