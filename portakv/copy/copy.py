@@ -214,10 +214,7 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
         )
     if isinstance(choice.backend, Engine):
         return choice if terms is None else across(choice, terms)
-    # A backend that was asked for by name and crosses is never replaced: its own check refuses.
-    crosses = choice.forced and any("device" in x and x[0] != x[1] for x in choice.can.places)
-    reached = src.device == dst.device or (src.form.place, dst.form.place) in choice.can.places
-    if not (reached or crosses):
+    if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
         return across(choice, terms)
     if terms is not None and terms.max_thread_blocks is not None:
         raise Unsupported(

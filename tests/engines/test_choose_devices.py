@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from support.command_line import registered
 from support.device_cases import on
 from support.engine_cases import BLOCK, CHUNKS, DOWNWARD, PAGED, POOLS, Case, Transfers, scattered
 from support.simdev_cases import DEVICE
+from support.small_backends import small_backend
 
 from portakv import CopyPlan, Index, KVView, copy_blocks
 from portakv.backends.base import Capabilities
@@ -160,6 +162,19 @@ def test_ids_on_the_device_are_brought_into_their_dtype_in_time(kernel: Kernel) 
     stream.wait_stream(torch.accelerator.current_stream(kernel.device.index))
     kernel.run(Index(ids, BLOCK), Index(ids, BLOCK), stream)
     assert kernel.read() == [[1005, 1006]]
+
+
+@pytest.mark.simdev
+@DOWNWARD
+def test_memory_that_a_named_backend_does_not_reach_is_left_to_an_engine(downward: bool) -> None:
+    """It copies to pinned memory itself; to pageable memory the engines over it do."""
+    near = small_backend("near", places=frozenset({("device", "device"), *PINNED}))
+    transfer = Transfers(Host(DEVICE), downward, BY_BLOCKS, pageable=True)
+    expected = transfer.expected()
+    with registered(near=near):
+        copy_blocks(*transfer.move()[:4], backend="near").synchronize()
+        transfer.check(expected)
+        assert "pageable" not in {given.src.form.place for given in near.given}
 
 
 # Engines for terms
