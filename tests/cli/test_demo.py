@@ -23,6 +23,7 @@ SMALL = Scenario(layers=3, tokens=24, heads=2, dim=8, block_size=8, blocks=5)
 PAYLOAD = 3 * 2 * 24 * 2 * 8 * 2
 POOL = 3 * 2 * 40 * 2 * 8 * 2
 DEVICE = usual_device()
+pytestmark = pytest.mark.xdist_group("transformers")  # one process imports it, for ten seconds
 
 
 @pytest.fixture(autouse=True)

@@ -40,10 +40,11 @@ def run_by_run(plan: CopyPlan) -> Callable[..., None]:
 
 class Small(Reference):
     """The base of backends that `small_backend` makes: with what each launch was given, and what
-    each was asked, in order."""
+    each was asked, in order, and what a launch returns."""
 
     given: list[Given]
     asked: list[str]
+    pending: Any
 
 
 def wipe(view: KVView) -> None:
@@ -97,9 +98,9 @@ def small_backend(
                 self.given.append(Given(plan, src, dst, *rest))
                 launch(src, dst, *rest)
                 spoil(dst)
-                return pending
+                return self.pending
 
             return recorded
 
-    Made.name, Made.given, Made.asked = name, [], []
+    Made.name, Made.given, Made.asked, Made.pending = name, [], [], pending
     return Made
