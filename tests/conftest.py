@@ -45,6 +45,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # A worker has one core: threads of several workers would wait for each other, seconds long.
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     # Inductor would compile for 20 s to learn whether the compiler knows this CPU's vectors.
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     if os.environ.get("PORTAKV_BACKEND"):
