@@ -158,7 +158,7 @@ class _HostMemory(Exception):
 def _tensor(first: int, size: int, device: int) -> torch.Tensor:
     """Bytes of a device."""
     storage = torch._C._construct_storage_from_data_pointer
-    on_host = torch.empty(0, dtype=torch.uint8)
+    on_host = torch.empty(0, dtype=torch.uint8, device="cpu")
     if on_host.set_(storage(first, on_host.device, size)).is_pinned():
         raise _HostMemory
     there = torch.empty(0, dtype=torch.uint8, device=torch.device("npu", device))

@@ -93,7 +93,7 @@ def _run(
         reports.touch()
         ids.write_text("\n".join(chosen), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
-        command.append(f"@{ids}")
+        command += ["-m", session.config.getoption("-m"), f"@{ids}"]
         own = {"SIMDEV_NAME": device, _GROUP: group, _REPORTS: str(reports)}
         environment = {**os.environ, **own, **more}
         environment.pop("PYTEST_XDIST_WORKER", None)
