@@ -100,7 +100,7 @@ class Registry:
         self._lock = threading.RLock()
         self._targets: dict[str, str | type[Backend]] = dict(BUILT_IN)
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
-        self._choices: dict[tuple[torch.device | str, str | None], Choice] = {}
+        self._choices: dict[tuple[torch.device, str | None], Choice] = {}
         self._tells: dict[torch.device, tuple[Tells, ...]] = {}
         self._installed: set[str] = set()
         self._refused_entries: list[Decision] = []

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.command_line import python, registered
-from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool
+from support.cuda_cases import COPIES, Copy, by, chunk, gathered, pool, seed_bug
 from support.cuda_on_cpu import FLAGS, CudaOnCpu, HostDriver, why_not
 from support.each_backend import Carrier
 from support.guarded_memory import refused
@@ -151,17 +151,12 @@ BUGS_OF_HIP = {
 def test_a_seeded_bug_is_caught(
     backend: type[Backend], bug: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, wrong, name = {**BUGS, **BUGS_OF_HIP}[bug]
-    text = rows_kernel.kernel_text()
-    assert right in text, "the kernel's text has changed: seed the bug anew"
-    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: text.replace(right, wrong, 1))
-    past = Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4)
-    copied = past if name == "past the end" else COPIES[name]()
+    copied, told = seed_bug(monkeypatch, {**BUGS, **BUGS_OF_HIP}[bug])
     status = torch.zeros(1, dtype=torch.int64)
 
     def judge() -> None:
         Carrier(backend, CPU).tells(copied, status)
-        assert int(status) == (3 if copied is past else 0)
+        assert int(status) == told
 
     with pytest.raises(AssertionError):
         judge()

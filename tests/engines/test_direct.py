@@ -12,13 +12,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool
+from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool, seed_bug
 from support.device_cases import current, delay, on
 from support.direct_on_cpu import CPU, SMALL, Driver, Loads, Stores, compiled, installed, why_not
 from support.guarded_memory import filled, refused
 
 from portakv import CopyPlan, Index, TransferError, Unsupported
-from portakv.backends import rows_kernel
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
@@ -249,13 +248,7 @@ BUGS = {
 def test_a_seeded_bug_is_caught(
     bug: str, engine: type[Stores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right, wrong, name = BUGS[bug]
-    text = rows_kernel.kernel_text("host/direct.cuh")
-    assert right in text, "the kernel's text has changed: seed the bug anew"
-    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: wrong.join(text.rsplit(right, 1)))
-    past = Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4)
-    copied = past if name == "past the end" else COPIES[name]()
-    told = 3 if copied is past else 0
+    copied, told = seed_bug(monkeypatch, BUGS[bug], "host/direct.cuh")
     with pytest.raises(AssertionError):
         assert judged(copied, engine) == told
 

@@ -9,9 +9,11 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from portakv import CopyPlan, Index, KVView
+from portakv.backends import rows_kernel
 from portakv_conformance.judge.oracle import compare, expand, expected_copy
 from support.guarded_memory import filled
 
@@ -219,3 +221,17 @@ COPIES: dict[str, Callable[[], Copy]] = {
 
 def chunk_of_one_layer(tokens: int) -> End:
     return End(filled((2, tokens, 16)), "kv token (head dim)", {"heads": 2})
+
+
+def seed_bug(
+    monkeypatch: pytest.MonkeyPatch, bug: tuple[str, str, str], file: str = "cuda/rows.cuh"
+) -> tuple[Copy, int]:
+    """Put a bug, (what stands in a kernel's text, what replaces it, a copy that shows it), in its
+    last place in the file; the copy, and what its status word should tell."""
+    right, wrong, name = bug
+    text = rows_kernel.kernel_text(file)
+    assert right in text, "the kernel's text has changed: seed the bug anew"
+    monkeypatch.setattr(rows_kernel, "kernel_text", lambda *_: wrong.join(text.rsplit(right, 1)))
+    if name == "past the end":
+        return Copy(by(pool(), [3, 1, 12, 11]), chunk(4), 4), 3
+    return COPIES[name](), 0
