@@ -7,7 +7,6 @@ tensors of it between canaries. Here is no randomness but that of the seeds hand
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable
@@ -25,29 +24,23 @@ from portakv_conformance.judge.rows import leaves
 
 @dataclass
 class Side:
-    """One side of a copy: what a view is made from, its index, and the facts it was built to.
-
-    ``ids``, ``step``, ``offset`` are those of an Index; ``widths`` are bytes for each kv;
-    ``block_size`` is None for a chunk; ``slots`` counts the tokens that can be addressed.
-    ``arrangement`` is what it was built from; two sides with one of the same identity share
-    their tensors. ``reinterpret``: the other side is of another number type.
-    """
+    """One side of a copy: what a view is made from, its index, and the facts it was built to."""
 
     tensors: Any
     layout: str
     extents: dict[str, Any]
-    ids: torch.Tensor | None
+    ids: torch.Tensor | None  # this and the next two are those of an Index
     step: int
     offset: int
     guards: list[Guarded]
     layers: int
     heads: int
-    widths: tuple[int, ...]
-    block_size: int | None
-    slots: int
+    widths: tuple[int, ...]  # bytes, for each kv
+    block_size: int | None  # None for a chunk
+    slots: int  # tokens that can be addressed
     opaque: bool = False
-    arrangement: Arrangement | None = None
-    reinterpret: bool = False
+    arrangement: Arrangement | None = None  # two sides that have the same one share their tensors
+    reinterpret: bool = False  # the other side is of another number type
 
     def at(self, count: int) -> np.ndarray:
         """The slot of each of ``count`` positions, int64; negative where it is skipped."""
@@ -142,12 +135,9 @@ class Arrangement:
 
 
 def side_of(
-    to: Arrangement,
-    ids: torch.Tensor | None = None,
-    step: int = 1,
-    offset: int = 0,
+    to: Arrangement, ids: torch.Tensor | None = None, step: int = 1, offset: int = 0,
     declared: dict[str, Any] | None = None,
-) -> Side:
+) -> Side:  # fmt: skip
     """Build one side; ``declared`` are its view's extents, by default all that can be declared."""
     axes, extents = read_layout(to.layout), to.extents
     opaque, paged = axes.written("page"), axes.written("block")
@@ -196,7 +186,11 @@ def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
     """Tensors in their containers, and the guarded storages under them."""
     axes = read_layout(to.layout)
     levels = [_group_size(to, group, 0) for group in axes.left]
-    kv_of = _kv_of_each(to, axes.left)
+    outer = [(f.axis, _factor_size(to, g, i, 0)) for g in axes.left for i, f in enumerate(g)]
+    names, sizes = [axis for axis, _ in outer], [size for _, size in outer]
+    kv_of = [0] * math.prod(sizes)  # the kv that each tensor of the containers belongs to
+    if "kv" in names:
+        kv_of = np.indices(sizes)[names.index("kv")].ravel().tolist()
     flat: dict[int, torch.Tensor] = {}
     guards: list[Guarded] = []
     # Only the tensors of one kv are sure to have one shape, so each kv is placed for itself.
@@ -204,14 +198,6 @@ def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
         mine = [number for number, each in enumerate(kv_of) if each == kv]
         flat.update(zip(mine, _place(to, axes.right, len(mine), kv, guards), strict=True))
     return _contain([flat[n] for n in range(len(flat))], levels, to.kinds), guards
-
-
-def _kv_of_each(to: Arrangement, left: tuple[Group, ...]) -> list[int]:
-    """The kv that each tensor of the containers belongs to; 0 where kv is no container."""
-    radix = [(f.axis, _factor_size(to, g, i, 0)) for g in left for i, f in enumerate(g)]
-    digits = itertools.product(*(range(size) for _, size in radix))
-    axes = [axis for axis, _ in radix]
-    return [each[axes.index("kv")] if "kv" in axes else 0 for each in digits]
 
 
 def _place(

@@ -55,16 +55,11 @@ def arranged(
     layout: str, shape: Shape, dtype: torch.dtype = torch.float16, *, source: bool = True,
     tokens: int = 0, memory: str = "", shift: int = 0, **how: Any,
 ) -> Arrangement:  # fmt: skip
-    """How the tensors of a layout lie.
-
-    Args:
-        layout, shape, dtype: what they hold; ``tokens`` where the layout is a chunk's.
-        source: a source is filled with the pattern, a destination with poison.
-        memory: the physical order of the groups right of the bar, outermost first, where it is
-            not the logical one; with the group left of it among them, all containers lie in one
-            storage at equal distances.
-        shift: the storage offset of the first tensor, in elements.
-        how: fields of `Arrangement`.
+    """How the tensors of a layout lie; ``tokens`` if it is a chunk's, ``how`` are fields of
+    `Arrangement`. A ``source`` is filled with the pattern, a destination with poison. ``memory`` is
+    the physical order of the groups right of the bar, outermost first, if it is not the logical
+    one; with the group left of it among them, all containers lie in one storage at equal distances.
+    ``shift`` is the storage offset of the first tensor, in elements.
     """
     axes = read_layout(layout)
     opaque, paged = axes.written("page"), axes.written("block")
@@ -90,20 +85,15 @@ def arranged(
 
 
 def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
-    """How to make an axis of a layout lie ``elements`` further apart: keywords of `arranged`.
-
-    Nothing where no dimension of the layout is that axis.
-    """
+    """How to make an axis of a layout, if it is a dimension of it, lie ``elements`` further apart:
+    keywords of `arranged`."""
     place = dimension(layout, axis)
     return {} if place is None else {"pads": {place + 1: elements}}
 
 
 def reordered(layout: str, axes: str) -> str:
-    """The dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`.
-
-    An axis of ``axes`` that is none of its dimensions is passed over; a dimension that is not in
-    ``axes`` comes outermost.
-    """
+    """The dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`. Those that
+    are not in ``axes`` come outermost; what is in it and no dimension is passed over."""
     left, names = _names(read_layout(layout).left), _names(read_layout(layout).right)
     known = names + left if len(left) == 1 else names
     wanted = [axis for axis in axes.split() if axis in known]
@@ -111,7 +101,7 @@ def reordered(layout: str, axes: str) -> str:
 
 
 def dimension(layout: str, axis: str) -> int | None:
-    """Which dimension of a layout is an axis; None where none is."""
+    """Which dimension of a layout is an axis; None if none is."""
     names = _names(read_layout(layout).right)
     return names.index(axis) if axis in names else None
 
@@ -140,16 +130,18 @@ class Workshop:
         **how: Any,
     ) -> Side:  # fmt: skip
         """A paged cache under a list of slots (with ``step`` the block size: of blocks)."""
-        how = {"seed": self.seed, "device": self.device, **how}
-        to = arranged(layout or self.paged, shape, **how)
+        to = arranged(layout or self.paged, shape, **self._own(how))
         return side_of(to, self.ids(ids), step, offset)
 
     def chunk(
         self, shape: Shape, tokens: int, *, layout: str = "", offset: int = 0, **how: Any
     ) -> Side:
         """A chunk of so many tokens, from its token ``offset`` on."""
-        how = {"seed": self.seed, "device": self.device, **how}
-        return side_of(arranged(layout or self.dense, shape, tokens=tokens, **how), None, 1, offset)
+        to = arranged(layout or self.dense, shape, tokens=tokens, **self._own(how))
+        return side_of(to, None, 1, offset)
+
+    def _own(self, how: dict[str, Any]) -> dict[str, Any]:
+        return {"seed": self.seed, "device": self.device, **how}
 
     def move(
         self, direction: str, shape: Shape, ids: Any, chunk: dict[str, Any] | None = None,

@@ -22,14 +22,12 @@ _KINDS = (list, tuple, dict)
 
 @dataclass(frozen=True)
 class SharedRows:
-    """What both sides of a copy have in common: ``widths`` in bytes, and the axis, if any, that
-    both may write as axis/N with axis%N.
-    """
+    """What both sides of a copy have in common."""
 
     layers: int
     heads: int
-    widths: tuple[int, ...]
-    split: str = ""
+    widths: tuple[int, ...]  # bytes, for each kv
+    split: str = ""  # the axis that both may write as axis/N with axis%N
 
 
 def rarely(draw: Draw) -> bool:

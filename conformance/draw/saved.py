@@ -25,11 +25,8 @@ _KINDS = {"list": list, "tuple": tuple, "dict": dict}
 
 
 def dump(case: Case, about: dict[str, Any] | None = None) -> str:
-    """A case as a JSON document; ``about`` says where it came from.
-
-    Raises:
-        ValueError: a side that was not built from an arrangement.
-    """
+    """A case as a JSON document; ``about`` says where it came from. `ValueError` if a side was not
+    built from an arrangement."""
     document = {
         "schema": SCHEMA, "about": about or {}, "count": case.count,
         "one_cache": case.src.tensors is case.dst.tensors,
@@ -46,29 +43,18 @@ def save(case: Case, path: Path, about: dict[str, Any] | None = None) -> None:
 
 def read_about(text: str) -> dict[str, Any]:
     """What a JSON document says of its case; makes no tensors, so that no device is needed.
-
-    Raises:
-        ValueError: no document of this schema.
-    """
-    try:
+    `ValueError` if it is no document of this schema."""
+    with _reading():
         document = json.loads(text)
         if document["schema"] != SCHEMA:
             raise ValueError(f"its schema is {document['schema']!r}, expected {SCHEMA!r}")
         return dict(document["about"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise _no_example(error) from error
 
 
 def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dict[str, Any]]:
-    """The case of a JSON document, with fresh tensors, and what is said about it.
-
-    Args:
-        text: the document.
-        device: where to build what lay on the judged device; by default where it lay.
-
-    Raises:
-        ValueError: no document of this schema, or one with fields missing.
-    """
+    """The case of a JSON document, with fresh tensors, and what is said about it. What lay on the
+    judged device is built on ``device``, by default where it lay. `ValueError` if it is no document
+    of this schema, or fields are missing."""
     said = read_about(text)
 
     def to(place: str) -> str:
@@ -76,32 +62,33 @@ def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dic
         stays = device is None or (place == "cpu" and said.get("device", "cpu") != "cpu")
         return place if stays else str(device)
 
-    try:
+    with _reading():
         document = json.loads(text)
         src = _build(document["src"], to)
         dst = _build(document["dst"], to, src if document["one_cache"] else None)
         return Case(src, dst, int(document["count"])), said
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever fails inside is told as a file that is no example."""
+    try:
+        yield
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise _no_example(error) from error
-
-
-def _no_example(error: Exception) -> ValueError:
-    return ValueError(
-        f"This is no saved example of the suite ({type(error).__name__}: {error}); pass a file "
-        f"that a run wrote beside its report."
-    )
+        raise ValueError(
+            f"This is no saved example of the suite ({type(error).__name__}: {error}); pass a file "
+            f"that a run wrote beside its report."
+        ) from error
 
 
 def replay(path: Path, subject: Subject) -> str | None:
-    """Judge a saved example on a subject: None where it passes, else what is wrong, a sentence.
-
-    A copy that the backend declines, as it may, passes; ValueError as `load` raises.
-    """
-    text = path.read_text(encoding="utf-8")
-    case, said = load(text, subject.device)
+    """Judge a saved example on a subject: None if it passes, else what is wrong, a sentence. A copy
+    that the backend declines, as it may, passes; `ValueError` as `load` raises."""
+    case, said = load(path.read_text(encoding="utf-8"), subject.device)
     end = said.get("end", ENDS[0])
-    if end not in ENDS:
-        raise _no_example(ValueError(f"{end!r} is no way to wait for a copy"))
+    with _reading():
+        if end not in ENDS:
+            raise ValueError(f"{end!r} is no way to wait for a copy")
     judge = Judge(subject, Facility(subject.device, subject.emulated), said.get("seed", 0))
     try:
         if said.get("direct"):
@@ -165,22 +152,21 @@ def _dtype(name: str) -> torch.dtype:
 
 @contextmanager
 def blaming(judge: Judge, *suspects: Case) -> Iterator[None]:
-    """Where what is inside fails, keep the first of ``suspects`` that fails on its own as the
-    judge's failing case; none where each passes on its own."""
+    """If what is inside fails, keep the first of ``suspects`` that fails on its own as the judge's
+    failing case; none if each passes on its own."""
+
+    def fails_alone(case: Case) -> bool:
+        try:
+            Judge(judge.subject, judge.facility, judge.seed).copy(load(dump(case))[0])
+        except ValueError:  # tensors that no arrangement describes
+            return False
+        except AssertionError:
+            return True
+        return False
+
     try:
         yield
     except Exception as fault:
-        judge.fault = judge.fault or str(fault)
-        judge.direct = False
-        judge.failing = next((case for case in suspects if _fails_alone(judge, case)), None)
+        judge.fault, judge.direct = judge.fault or str(fault), False
+        judge.failing = next(filter(fails_alone, suspects), None)
         raise
-
-
-def _fails_alone(judge: Judge, case: Case) -> bool:
-    try:
-        Judge(judge.subject, judge.facility, judge.seed).copy(load(dump(case))[0])
-    except ValueError:  # tensors that no arrangement describes
-        return False
-    except AssertionError:
-        return True
-    return False

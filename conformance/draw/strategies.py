@@ -32,22 +32,14 @@ _PAGES = ("layer | block page", "block page", "block layer page", "layer block p
 
 @dataclass(frozen=True)
 class Options:
-    """What ``cases`` may draw; every field is a keyword of it.
+    """What ``cases`` may draw; every field is a keyword of it."""
 
-    ``containers``: the axes that may stand left of the bar. ``factored``: axis/N with axis%N.
-    ``holes``: negative ids. ``ragged``: counts and offsets that are no multiple of any block.
-    ``duplicates``: ids may occur twice in a destination (its contents are then unspecified).
-    ``expanded``: a source dimension of stride 0. ``loose_pages``: opaque pages whose bytes are not
-    contiguous. ``device`` is where tensors live, ``ids_on`` where ids do.
-    """
-
-    containers: tuple[str, ...] = ("layer", "kv", "block", "head")
-    factored: bool = True
-    holes: bool = True
-    ragged: bool = True
-    duplicates: bool = False
-    expanded: bool = True
-    loose_pages: bool = True
+    containers: tuple[str, ...] = ("layer", "kv", "block", "head")  # what may stand left of the bar
+    factored: bool = True  # axis/N with axis%N
+    holes: bool = True  # negative ids
+    ragged: bool = True  # counts and offsets that are no multiple of any block
+    expanded: bool = True  # a source dimension of stride 0
+    loose_pages: bool = True  # opaque pages whose bytes are not contiguous
     device: str = "cpu"
     ids_on: str = "cpu"
 
@@ -127,9 +119,7 @@ def _draw_count(
     if not options.ragged and unit == 1:
         unit = math.gcd(*(n or 0 for s in sides for n in (s.step, s.block_size))) or 1
     most = [side.slots // max(side.step, 1) * max(side.step, 1) for side in sides]
-    for n, side in enumerate(sides):
-        if side.step and (n == 0 or options.duplicates):
-            most[n] = 40  # slots may occur again
+    most[0] = 40 if sides[0].step else most[0]  # slots of a source may occur again
     offsets = [0, 0]
     if draw(st.booleans()):
         offsets = [draw(st.integers(0, min((m - 1) // unit, 5))) * unit for m in most]
@@ -172,18 +162,15 @@ def _as_tensor(draw: Draw, ids: list[int], device: str) -> torch.Tensor:
 
 @st.composite
 def cases(draw: Draw, /, **options: Any) -> Case:
-    """A token-exact copy between two sides; keywords are those of ``Options``.
-
-    Destination slots are never drawn twice unless ``duplicates`` is set.
-    """
+    """A token-exact copy between two sides; keywords are those of ``Options``. No slot of the
+    destination is drawn twice."""
     chosen = Options(**options)
     rows, dtypes = _draw_rows(draw, chosen)
     splits = _draw_splits(draw, rows, dtypes)
     sides = [_draw_side(draw, rows, dtypes[n], splits[n], n == 0, chosen) for n in range(2)]
     (first, second), count = _draw_count(draw, sides, chosen)
     src = _with_ids(draw, sides[0], first, count, False, chosen)
-    dst = _with_ids(draw, sides[1], second, count, not chosen.duplicates, chosen)
-    return Case(src, dst, count)
+    return Case(src, _with_ids(draw, sides[1], second, count, True, chosen), count)
 
 
 @st.composite
