@@ -27,11 +27,10 @@ from portakv_conformance.record import RunRecord
 from portakv_conformance.report.diff import compare_runs, differences
 from portakv_conformance.report.summary import print_summary
 from portakv_conformance.run.journal import BadRequest, SubjectUnavailable, SuiteBroken
-from portakv_conformance.run.listing import cases_of
 from portakv_conformance.run.options import whole_number
 from portakv_conformance.run.progress import shown
 from portakv_conformance.run.request import Options
-from portakv_conformance.run.runner import run
+from portakv_conformance.run.runner import cases_of, run
 
 
 def compare(words: list[str]) -> int:

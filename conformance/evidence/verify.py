@@ -34,7 +34,7 @@ from portakv_conformance.evidence.verdict import (
 from portakv_conformance.judge.subject import SIMULATED
 from portakv_conformance.judge.waivers import problems as waiver_problems
 from portakv_conformance.record import ASSUMPTION, LIBRARY, RunRecord
-from portakv_conformance.run.listing import cases_of
+from portakv_conformance.run.runner import cases_of
 from portakv_conformance.vendor.standins import SIMULATION, STANDINS
 
 #: ``(profile, device) -> what each case is about, by id``.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pytest plugin that is always there: it adds the options and marks of the suite only.
 
-The suite itself (``plugin``) is loaded only where ``--portakv-backend`` names what to judge;
-without it this package collects nothing. Imports neither torch nor PortaKV.
+The suite itself (``plugin``) is loaded only if ``--portakv-backend`` names what to judge; without
+it this package collects nothing. Imports neither torch nor PortaKV.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("--portakv-share", metavar="DIR", help="leave out cases that others took by files in DIR")
     add("--portakv-examples", metavar="DIR", help="save failing examples there, shrunken, as JSON")
     add("--portakv-emulated", action="store_true", help="the simulated device carries D's name")
+    add("--portakv-listed", metavar="KIND", help="collect the cases of a kind that is not here")
 
 
 def pytest_configure(config: pytest.Config) -> None:

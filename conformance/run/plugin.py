@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The suite under pytest: what is judged, which cases, in which order, and how each one ended.
 
-Loaded by `options` where ``--portakv-backend`` is given. What happens is appended to the file of
-``--portakv-events`` as JSON lines, flushed at once, so that a parent process can tell where a
-crash came.
+Loaded by `options` if ``--portakv-backend`` is given. What happens is appended to the file of
+``--portakv-events`` at once, so that a parent process can tell where a crash came.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import zlib
 from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -22,19 +22,20 @@ import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
 
-from portakv import BackendUnavailable
+from portakv.errors import PortaKVError
 from portakv_conformance.cases import Bench
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.by_hand import DIRECTIONS, HOMES, Shape, Workshop
+from portakv_conformance.evidence import environment
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.claims import AREAS
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, find_home
-from portakv_conformance.judge.subject import Subject, subject
+from portakv_conformance.judge.subject import SIMULATED, Subject, subject
 from portakv_conformance.record import CaseRecord
 from portakv_conformance.run.options import about, case_id, is_case, mark_of
 from portakv_conformance.run.outcome import outcome
-from portakv_conformance.run.request import Options, chosen
+from portakv_conformance.run.request import chosen
 from portakv_conformance.run.worker import Share, append, writable
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
@@ -52,26 +53,25 @@ class DeviceAlive:
 
     def __init__(self, subject: Subject, facility: Facility) -> None:
         self._subject, self._facility = subject, facility
-        self._copies: bool | None = None
+        self._copies = False  # whether the small copy is known to work
 
     def learn(self) -> None:
-        """A case has passed: find out, once, whether the small copy works."""
-        if self._facility.streams and self._copies is None:
-            self._copies = self._fault(copies=True) == ""
+        """A case has passed: find out whether the small copy works."""
+        if self._facility.streams and not self._copies:
+            self._copies = not self._fault(copy=True)
 
     def lost(self) -> str:
-        """What everything raises since the case that failed just now; empty where all is well."""
+        """What everything raises since the case that failed just now; empty if all is well."""
         if not self._facility.streams:
             return ""
-        copies = self._copies is True
         # An error of the failed case may be delivered by the next call, and only by that one.
-        return self._fault(copies=copies) and self._fault(copies=copies)
+        return self._fault(self._copies) and self._fault(self._copies)
 
-    def _fault(self, *, copies: bool) -> str:
+    def _fault(self, copy: bool) -> str:
         try:
             self._facility.synchronize()
             torch.ones(8, device=self._subject.device).cpu()
-            if copies:
+            if copy:
                 home = find_home(self._subject, HOMES)
                 case = Workshop(str(self._subject.device), 0, home).gather(Shape(), [1])
                 self._subject.copy(*asked_of(case), count=case.count).synchronize()
@@ -80,22 +80,43 @@ class DeviceAlive:
         return ""
 
 
+class Elsewhere(Facility):
+    """The facilities of a kind of device that is not here; good for collecting only."""
+
+    def __init__(self, kind: str) -> None:
+        device: Any = SimpleNamespace(type=kind, index=0)  # torch knows no device that is not here
+        super().__init__(device, emulated=kind == SIMULATED)
+
+    def devices(self) -> int:
+        return 1 if self.device.type == "cpu" else 2
+
+    def spare(self) -> int:
+        return 1 << 62
+
+    def synchronize(self) -> None:
+        """There is nothing to wait for."""
+
+
 class Suite:
     """One run of the suite on one subject; pytest calls its hooks."""
 
     def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-        self.profile: str = config.getoption("--portakv-profile")
-        self.fuzz: int | None = config.getoption("--portakv-fuzz")
+        option = config.getoption
+        self.profile: str = option("--portakv-profile")
+        self.fuzz: int | None = option("--portakv-fuzz")
         drawn = random.SystemRandom().randrange(1 << 31) if self.fuzz else 0
-        seed: int | None = config.getoption("--portakv-seed")
+        seed: int | None = option("--portakv-seed")
         self.seed = drawn if seed is None else seed
-        self.subject = _subject(config)
+        self.events: str | None = option("--portakv-events")
+        # What fails before this is a broken installation; what fails behind it is the backend.
+        self._tell({"event": "loading"})
+        self.subject = self._found(config)
         self.facility = Facility(self.subject.device, self.subject.emulated)
-        self.events: str | None = config.getoption("--portakv-events")
-        share = config.getoption("--portakv-share")
+        if elsewhere := option("--portakv-listed"):
+            self.facility = Elsewhere(elsewhere)
+        share = option("--portakv-share")
         self.share = None if share is None else Share(Path(share))
-        self.examples: str | None = config.getoption("--portakv-examples")
+        self.examples: str | None = option("--portakv-examples")
         self.alive = DeviceAlive(self.subject, self.facility)
         self._lone = 0  # cases left out for want of a second device
         # Loaded before any case is imported; no case has a number of examples of its own.
@@ -106,6 +127,33 @@ class Suite:
             report_multiple_bugs=False,  # one failure, the one whose example is kept
         )  # fmt: skip
         settings.load_profile("portakv")
+
+    def _found(self, config: pytest.Config) -> Subject:
+        """What is judged, also told as an event; exit code 3, with the reason, if it is not
+        available."""
+        asked = config.getoption("--portakv-device")
+        try:
+            emulated = config.getoption("--portakv-emulated")
+            found = subject(config.getoption("--portakv-backend"), asked, emulated=emulated)
+            if self.events is not None:
+                claims = environment.plain(found.can)
+                self._tell({
+                    "event": "subject", "backend": environment.describe_backend(found),
+                    "environment": environment.describe_environment(found, asked),
+                    "capabilities": claims if isinstance(claims, dict) else {"": claims},
+                    "trace": [str(decision) for decision in found.trace],
+                })  # fmt: skip
+            return found
+        except PortaKVError as error:
+            why, kind = str(error), "unavailable"
+        except ValueError as error:
+            why, kind = str(error), "usage"
+        except Exception as error:  # a backend fails in any way while it is asked what it claims
+            why, kind = f"It failed: {type(error).__name__}: {error}", "unavailable"
+        self._tell({"event": kind, "reason": why})
+        if kind == "usage":
+            raise pytest.UsageError(why)
+        pytest.exit(why, returncode=UNAVAILABLE)
 
     # -- which cases, and in which order --------------------------------------------------------
 
@@ -155,18 +203,18 @@ class Suite:
         return True
 
     def _has(self, need: str) -> tuple[bool, str]:
-        """Whether this device has what a case needs; a sentence where it should have had it."""
-        streams = self.facility.streams
+        """Whether this device has what a case needs; a sentence if it should have had it."""
+        streams, where = self.facility.streams, self.subject.device
         plain = {"host": not streams, "accelerator": streams, "graphs": self.facility.graphs}
         if need in plain:
             return plain[need], ""
-        where, emulated = self.subject.device, self.subject.emulated
         if need == "two devices":
             found = self.facility.devices()
-            missing = f"it needs two devices of type {where.type}, found {found}."
-            if found < 2 and where.type != "cpu" and not emulated:
-                self._lone += 1  # no fault of the machine, but a report says so
-            return found > 1, missing if emulated else ""
+            if self.subject.emulated:
+                return found > 1, f"it needs two devices of type {where.type}, found {found}."
+            # With one real device it is no fault of the machine, but a report says so.
+            self._lone += found < 2 and where.type != "cpu"
+            return found > 1, ""
         if need == "memory":
             # An emulated device's takes no room before it is touched.
             enough = self.facility.emulated or self.facility.spare() > _BIG
@@ -256,7 +304,7 @@ class Suite:
         return CaseRecord(
             case_id(item), **about(item), status=status, seconds=round(seconds, 4),
             examples=judge.examples if judge else 0, declined=len(judge.declined) if judge else 0,
-            reason=writable(reason), details=writable(details), replay=self._replay(item),
+            reason=writable(reason), details=writable(details),
         )  # fmt: skip
 
     def _save(self, record: CaseRecord, judge: Judge | None) -> None:
@@ -281,17 +329,6 @@ class Suite:
         else:
             record.example = name
 
-    def _replay(self, item: pytest.Item) -> str:
-        name, _, test = case_id(item).partition("::")
-        module = "portakv_conformance." + name.removesuffix(".py").replace("/", ".")
-        given = self.config.option
-        asked = Options(
-            given.portakv_backend, given.portakv_device, self.profile, self.seed, self.fuzz or 0,
-            emulated=given.portakv_emulated,
-        )  # fmt: skip
-        words = " ".join(asked.suite_options())
-        return f"python -m pytest --pyargs '{module}::{test}' {words}"
-
     def _tell(self, event: dict[str, Any]) -> None:
         if self.events is not None:
             append(self.events, event)
@@ -302,53 +339,45 @@ def _needs(item: pytest.Item) -> list[str]:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find what is judged; exit code 3, with the reason, where it is not available."""
+    """Find what is judged."""
     config.pluginmanager.register(Suite(config), "portakv-suite")
-
-
-def _subject(config: pytest.Config) -> Subject:
-    name, device = config.getoption("--portakv-backend"), config.getoption("--portakv-device")
-    try:
-        return subject(name, device, emulated=config.getoption("--portakv-emulated"))
-    except ValueError as error:
-        raise pytest.UsageError(str(error)) from error
-    except BackendUnavailable as error:
-        pytest.exit(str(error), returncode=UNAVAILABLE)
 
 
 # -- what cases ask for --------------------------------------------------------------------------
 
 
-def _suite(request: pytest.FixtureRequest) -> Suite:
-    suite = request.config.pluginmanager.get_plugin("portakv-suite")
-    assert isinstance(suite, Suite)
-    return suite
+@pytest.fixture(scope="session")
+def suite(pytestconfig: pytest.Config) -> Suite:
+    """The run that a case is part of."""
+    found = pytestconfig.pluginmanager.get_plugin("portakv-suite")
+    assert isinstance(found, Suite)
+    return found
 
 
 @pytest.fixture(name="subject", scope="session")
-def _the_subject(request: pytest.FixtureRequest) -> Subject:
-    return _suite(request).subject
+def _the_subject(suite: Suite) -> Subject:
+    return suite.subject
 
 
 @pytest.fixture(scope="session")
-def facility(request: pytest.FixtureRequest) -> Facility:
+def facility(suite: Suite) -> Facility:
     """Streams and delays of the device."""
-    return _suite(request).facility
+    return suite.facility
 
 
 @pytest.fixture
-def judge(request: pytest.FixtureRequest, subject: Subject, facility: Facility) -> Judge:
+def judge(request: pytest.FixtureRequest, suite: Suite) -> Judge:
     """Judges the copies of this case, from a seed of its own."""
-    made = Judge(subject, facility, _suite(request).seed_of(case_id(request.node)))
+    made = Judge(suite.subject, suite.facility, suite.seed_of(case_id(request.node)))
     request.node.stash[_JUDGE] = made
     return made
 
 
 @pytest.fixture(autouse=True)
-def _settled(request: pytest.FixtureRequest) -> Iterator[None]:
+def _settled(facility: Facility) -> Iterator[None]:
     """No case leaves work on the device to the next one."""
     yield
-    _suite(request).facility.synchronize()
+    facility.synchronize()
 
 
 @pytest.fixture(scope="session")

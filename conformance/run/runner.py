@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
 from portakv_conformance.evidence.verdict import LEFT_OUT, case_list_sha256, judge
@@ -20,9 +21,10 @@ from portakv_conformance.record import SCHEMA, RunRecord
 from portakv_conformance.run.journal import BadRequest, Journal, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.progress import SILENT, Progress
 from portakv_conformance.run.request import Options, counted
-from portakv_conformance.run.workers import Workers, worker_command
+from portakv_conformance.run.workers import WorkerProcess, Workers, worker_command
 
-__all__ = ["BadRequest", "Options", "SubjectUnavailable", "SuiteBroken", "run"]
+__all__ = ["BadRequest", "Options", "SubjectUnavailable", "SuiteBroken", "cases_of", "run"]
+_LISTING = 300.0  # seconds that a worker may take to collect the suite
 
 
 def run(
@@ -58,3 +60,23 @@ def run(
     )  # fmt: skip
     judge(record)
     return record
+
+
+def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
+    """By id, ``area``, ``profile``, ``claim`` and ``tags`` of each case of a profile, and whether
+    it is ``optional``: a real machine with one device is judged without it. The device is as a
+    report names it, ``cuda`` or ``simdev:1``; it need not be here, and two of its kind are assumed.
+    Raises `SuiteBroken` if the suite cannot be collected here."""
+    told = ["--collect-only", "--portakv-listed", device.partition(":")[0]]
+    asked = Options("reference", profile=profile)
+    with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
+        worker = WorkerProcess(worker_command(), Path(folder, "listing"), asked, told)
+        try:
+            while events := worker.events(_LISTING):
+                for event in events:
+                    if event["event"] == "list":
+                        pairs, cases = event["two devices"], event["cases"].items()
+                        return {id: {**about, "optional": id in pairs} for id, about in cases}
+        finally:
+            worker.stop()
+        raise SuiteBroken(f"The suite cannot be collected here.\n{worker.printed()}")

@@ -80,56 +80,20 @@ class Share:
 
 def main(argv: Sequence[str]) -> int:
     """Judge a backend; returns pytest's exit code. Told are the worker's folder, the process of the
-    runner, whose end is the worker's, the backend, its device, ``emulated`` or an empty text, and
-    options of the suite."""
-    home, runner, backend, device, emulated, *asked = argv
-    events = str(Path(home, EVENTS))
+    runner, whose end is the worker's, and options of the suite."""
+    home, runner, *asked = argv
     _end_with(int(runner))
     stacks = open(Path(home, STACKS), "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
     faulthandler.enable(file=stacks, all_threads=True)
     faulthandler.register(STACKS_PLEASE, file=stacks, all_threads=True)
-    # What fails before this is an installation that is broken; what fails behind it is the backend.
-    from portakv_conformance.evidence import environment  # noqa: F401
-    from portakv_conformance.judge import subject  # noqa: F401
-
-    append(events, {"event": "loading"})
-    told = introduce(backend, device, emulated=bool(emulated))
-    append(events, told)
-    if told["event"] != "subject":
-        return 0
     import pytest
 
     from portakv_conformance.run.options import PACKAGE
 
     folder = str(PACKAGE)
     where = ["-c", str(Path(home, CONFIGURATION)), "--rootdir", folder, "--confcutdir", folder]
-    asked += ["--portakv-events", events, folder]
+    asked += ["--portakv-events", str(Path(home, EVENTS)), folder]
     return int(pytest.main([*where, *_PLUGINS, *_QUIET, *asked]))
-
-
-def introduce(backend: str, device: str, *, emulated: bool) -> dict[str, Any]:
-    """The event ``subject`` that tells what is judged; ``unavailable`` or ``usage`` with a
-    ``reason`` if nothing is."""
-    from portakv.errors import PortaKVError
-    from portakv_conformance.evidence import environment
-    from portakv_conformance.judge.subject import subject
-
-    try:
-        judged = subject(backend, device, emulated=emulated)
-        capabilities = environment.plain(judged.can)
-        return {
-            "event": "subject",
-            "backend": environment.describe_backend(judged),
-            "environment": environment.describe_environment(judged, device),
-            "capabilities": capabilities if isinstance(capabilities, dict) else {"": capabilities},
-            "trace": [str(decision) for decision in judged.trace],
-        }
-    except PortaKVError as error:
-        return {"event": "unavailable", "reason": str(error)}
-    except ValueError as error:
-        return {"event": "usage", "reason": str(error)}
-    except Exception as error:  # a backend fails in any way while it is asked what it claims
-        return {"event": "unavailable", "reason": f"It failed: {type(error).__name__}: {error}"}
 
 
 def _end_with(runner: int) -> None:

@@ -69,8 +69,7 @@ class WorkerProcess:
         for file in (self._events, self._stacks, folder / CONFIGURATION):
             file.touch()
         self._read = 0
-        told = [str(folder), str(os.getpid()), asked.backend, asked.device]
-        told += ["emulated" * asked.emulated, *asked.suite_options(), *more]
+        told = [str(folder), str(os.getpid()), *asked.suite_options(), *more]
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
         environment |= surroundings(asked.jobs)
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -142,7 +141,7 @@ class Worker:
 
     def __init__(
         self, process: WorkerProcess, journal: Journal, share: Share, limit: float
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.process, self._journal, self._share, self._limit = process, journal, share, limit
         self.listed = self._finished = False  # it has collected its cases, and run them
         self._running = self._latest = ""  # the case that runs, and the one that ended last
@@ -160,12 +159,15 @@ class Worker:
             self._take(event)
             if self._journal.stopped:
                 return ""
+        limit = self._limit
+        if not self.listed or self._finished:
+            limit = _ENDING if self._finished else _STARTING
         if events:
             self._heard = time.monotonic()
             self._ready = self._ready or (self._heard - self._began if self.listed else 0.0)
         elif ended:
             return self._lost(f"The worker process {self.process.how()}", alone)
-        elif time.monotonic() - self._heard > (limit := self._allowed()):
+        elif time.monotonic() - self._heard > limit:
             late = f"It took longer than its limit of {limit:g} s; the worker process was killed"
             return self._lost(late, alone)
         return None
@@ -201,21 +203,12 @@ class Worker:
         else:
             raise SuiteBroken(f"A worker told of {event!r}, which no suite of this version does.")
 
-    def _allowed(self) -> float:
-        if not self.listed:
-            return _STARTING
-        return _ENDING if self._finished else self._limit
-
-    def _over(self) -> bool:
-        """It came to the end of its session, and no case waits that it was given."""
-        ended = self._finished and not self._running and bool(self._journal.ids)
-        return ended and not self._journal.waiting(self._share)
-
     def _lost(self, what: str, alone: bool) -> str:
         """Name the case that it was lost with; returns a sentence for the user, or an empty one
         if it was behind its last case."""
         code, journal = self.process.code, self._journal
-        if self._over():
+        ended = self._finished and not self._running and journal.ids
+        if ended and not journal.waiting(self._share):
             if code is None:
                 journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
             elif code < 0:
@@ -236,8 +229,7 @@ class Worker:
         id, status, when = self._at_fault()
         if not id:
             return f"{what} {when}."
-        others = set(journal.left()) - {id}
-        went_on = "; another worker went on with the rest" if others else ""
+        went_on = "; another worker went on with the rest" if {*journal.left()} - {id} else ""
         journal.lose(id, status, f"{what} {when}{went_on}.", details)
         return f"{what} {when}: {id}"
 
@@ -268,12 +260,11 @@ class Workers:
     def __init__(
         self, journal: Journal, options: Options, folder: Path, command: Sequence[str]
     ) -> None:
-        self._journal, self._options = journal, options
-        self._folder, self._command = folder, command
+        self._journal, self._options, self._folder = journal, options, folder
+        self._command, self._jobs = command, options.jobs
         (folder / "taken").mkdir()
         self._share = Share(folder / "taken")
         self._running: list[Worker] = []
-        self._jobs = options.jobs
         self._started = self._losses = self._ran = 0
         self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
 
@@ -293,7 +284,12 @@ class Workers:
 
     def _go_on(self) -> bool:
         """Start the workers that are wanting; False if there is nothing left to do."""
-        if why := self._hopeless():
+        why = ""
+        if self._losses >= _MOST_LOSSES:
+            why = f"the worker had been lost {_MOST_LOSSES} times in a row"
+        elif self._losses and self._seconds > _MOST_SECONDS:
+            why = f"lost workers had cost more than {_MOST_SECONDS / 60:g} minutes"
+        if why:
             self._journal.progress.say(f"The other cases are not run: {why}.")
             for id in self._journal.left():
                 self._journal.lose(id, "error", f"It was not run: {why}.", "")
@@ -329,31 +325,22 @@ class Workers:
             if self._journal.stopped:
                 return True
             if lost is not None:
-                self._remove(worker, lost)
+                worker.process.stop()
+                self._running.remove(worker)
+            if lost:
+                self._count(worker, lost)
         return len(self._running) < before
 
-    def _remove(self, worker: Worker, lost: str) -> None:
-        worker.process.stop()
-        self._running.remove(worker)
-        if not lost:
-            return
+    def _count(self, worker: Worker, lost: str) -> None:
         self._journal.progress.say(lost)
         if self._running and not worker.listed:
             self._jobs -= 1  # there is no room for so many, on the device or in memory
-        else:
-            # A worker that ended with the first case that it took has got the run no further.
-            between = self._journal.ran - self._ran
-            self._losses = self._losses + 1 if between < _PROGRESS else 1
-            self._ran = self._journal.ran
-            self._seconds += worker.wasted()
-
-    def _hopeless(self) -> str:
-        """Why it makes no sense to go on, as a clause; empty if it does."""
-        if self._losses >= _MOST_LOSSES:
-            return f"the worker had been lost {_MOST_LOSSES} times in a row"
-        if self._losses and self._seconds > _MOST_SECONDS:
-            return f"lost workers had cost more than {_MOST_SECONDS / 60:g} minutes"
-        return ""
+            return
+        # A worker that ended with the first case that it took has got the run no further.
+        between = self._journal.ran - self._ran
+        self._losses = self._losses + 1 if between < _PROGRESS else 1
+        self._ran = self._journal.ran
+        self._seconds += worker.wasted()
 
 
 def surroundings(jobs: int) -> dict[str, str]:

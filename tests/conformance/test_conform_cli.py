@@ -292,7 +292,7 @@ def test_what_lies_in_the_current_folder_hides_nothing(tmp_path: Path) -> None:
     for folder in (hidden, hidden.parent):
         (folder / "__init__.py").touch()
     (hidden / "worker.py").write_text("main = lambda words: print('the folder\\'s')")
-    done = python(*worker_command()[1:], "none", "0", "reference", "cpu", "", where=tmp_path)
+    done = python(*worker_command()[1:], "none", "0", where=tmp_path)
     assert "The runner has gone." in done.stderr
     assert "the folder's" not in done.stdout
 
