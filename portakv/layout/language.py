@@ -20,7 +20,7 @@ from portakv.errors import LayoutError
 
 AXES = ("layer", "kv", "block", "token", "head", "dim", "page")
 
-_TOKEN = re.compile(r"\s*(?:(?P<factor>[A-Za-z_]\w*(?:[/%]\d*)?)|(?P<mark>[|()])|(?P<one>1(?!\w)))")
+_TOKEN = re.compile(r"(?P<axis>[A-Za-z_]\w*)(?:(?P<part>[/%])(?P<n>\d*))?|(?P<mark>[|()]|1(?!\w))")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Factor:
 class Group:
     """One container level or tensor dimension: its factors, outermost first; none for ``1``.
 
-    ``merged`` is True where they stand in parentheses, be it only one.
+    ``merged`` is True if they stand in parentheses, be it only one.
     """
 
     factors: tuple[Factor, ...]
@@ -65,23 +65,23 @@ class Layout:
 
     @property
     def paged(self) -> bool:
-        """True where rows are addressed by slot, that is, where ``block`` is written."""
+        """True if rows are addressed by slot, that is, if ``block`` is written."""
         return "block" in self.axes
 
     @property
     def opaque(self) -> bool:
-        """True where only whole pages can be moved."""
+        """True if only whole pages can be moved."""
         return "page" in self.axes
 
     @property
     def open_end(self) -> bool:
-        """True where the last group may cover several trailing dimensions: it is ``page`` or
-        stands in parentheses."""
+        """True if the last group may cover several trailing dimensions: it is ``page`` or stands
+        in parentheses."""
         last = self.dims[-1]
         return last.merged or last.factors == (Factor("page"),)
 
     def shares(self, axis: str) -> bool:
-        """True where ``axis`` shares a dimension with another axis, so that neither is implied."""
+        """True if ``axis`` shares a dimension with another axis, so that neither is implied."""
         groups = [{f.axis for f in group.factors} for group in self.containers + self.dims]
         return any(axis in names and len(names) > 1 for names in groups)
 
@@ -105,36 +105,46 @@ def _parse(text: str) -> Layout:
     places: list[tuple[Factor, int]] = []
     inside: list[Factor] | None = None  # factors since an open parenthesis
     opened = at = 0
-    while text[at:].strip():
-        match = _TOKEN.match(text, at)
-        if match is None:
-            at += len(text[at:]) - len(text[at:].lstrip())
+    while at < len(text):
+        if text[at].isspace():
+            at += 1
+            continue
+        found = _TOKEN.match(text, at)
+        if found is None:
             fail(text, at, f"{text[at]!r} is not part of the layout language.")
-        start, at = match.start(match.lastgroup or 0), match.end()
-        if match["factor"]:
-            factor = _factor(text, match["factor"], start)
-            places.append((factor, start))
-            if inside is None:
-                groups.append(Group((factor,)))
-            else:
-                inside.append(factor)
-        elif match["one"]:
-            if inside is not None:
-                fail(text, start, "`1` is a dimension of its own and cannot stand in parentheses.")
-            groups.append(Group(()))
-        elif match["mark"] == "|":
-            if bar is not None or inside is not None:
-                fail(text, start, "`|` stands at most once, and outside of parentheses.")
-            bar = len(groups)
-        elif match["mark"] == "(":
-            if inside is not None:
-                fail(text, start, "Parentheses do not nest.")
-            inside, opened = [], start
-        else:
-            if not inside:
-                fail(text, start, "This parenthesis closes nothing; write axes in between.")
-            groups.append(Group(tuple(inside), merged=True))
-            inside = None
+        start, at = at, found.end()
+        match found["mark"]:
+            case None:
+                factor = Factor(found["axis"], found["part"] or "", int(found["n"] or 0))
+                if factor.axis not in AXES:
+                    why = f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}."
+                    fail(text, start, why)
+                if factor.part and not factor.n:
+                    why = f"{found[0]!r} needs a positive number behind `{factor.part}`."
+                    fail(text, start, why)
+                places.append((factor, start))
+                if inside is None:
+                    groups.append(Group((factor,)))
+                else:
+                    inside.append(factor)
+            case "1":
+                if inside is not None:
+                    why = "`1` is a dimension of its own and cannot stand in parentheses."
+                    fail(text, start, why)
+                groups.append(Group(()))
+            case "|":
+                if bar is not None or inside is not None:
+                    fail(text, start, "`|` stands at most once, and outside of parentheses.")
+                bar = len(groups)
+            case "(":
+                if inside is not None:
+                    fail(text, start, "Parentheses do not nest.")
+                inside, opened = [], start
+            case _:
+                if not inside:
+                    fail(text, start, "This parenthesis closes nothing; write axes in between.")
+                groups.append(Group(tuple(inside), merged=True))
+                inside = None
     if inside is not None:
         fail(text, opened, "This parenthesis is never closed.")
     if len(groups) == (bar or 0):
@@ -148,17 +158,6 @@ def fail(text: str, at: int, why: str) -> NoReturn:
     """Raise a `LayoutError` that shows ``text`` with a caret under position ``at``."""
     shown = re.sub(r"\s", " ", text)  # a line break or a tab would move the caret
     raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")
-
-
-def _factor(text: str, word: str, at: int) -> Factor:
-    axis, part, number = re.fullmatch(r"(\w+?)([/%]?)(\d*)", word).groups()  # type: ignore[union-attr]
-    if not part:
-        axis, number = word, ""
-    if axis not in AXES:
-        fail(text, at, f"Unknown axis {axis!r}; the axes are {', '.join(AXES)}.")
-    if part and (not number or int(number) < 1):
-        fail(text, at, f"{word!r} needs a positive number behind `{part}`.")
-    return Factor(axis, part, int(number or 0))
 
 
 def _check_factors(text: str, places: list[tuple[Factor, int]]) -> None:
@@ -180,21 +179,20 @@ def _check_factors(text: str, places: list[tuple[Factor, int]]) -> None:
 
 
 def _check_together(text: str, places: list[tuple[Factor, int]]) -> None:
-    where = {factor.axis: at for factor, at in reversed(places)}
-    if "page" in where:
-        for axis in ("token", "head", "dim"):
-            if axis in where:
-                why = f"`page` is a block's opaque content and cannot go together with {axis!r}."
-                fail(text, where[axis], why)
-        if "block" not in where:
-            fail(text, where["page"], "`page` is a block's content; the layout must name `block`.")
-        factor, at = next((f, at) for f, at in places if f.axis == "page")
-        if factor.part:
-            fail(text, at, "`page` is opaque and cannot be split.")
-    else:
-        for axis in ("token", "dim"):
-            if axis not in where:
-                fail(text, len(text.rstrip()), f"The layout must name {axis!r} (or `page`).")
-    for factor, at in places:
-        if factor.axis == "kv" and factor.part:
-            fail(text, at, "`kv` cannot be split into quotient and remainder.")
+    where = {factor.axis: (factor, at) for factor, at in reversed(places)}
+    for axis, why in (
+        ("page", "`page` is opaque and cannot be split."),
+        ("kv", "`kv` cannot be split into quotient and remainder."),
+    ):
+        if axis in where and where[axis][0].part:
+            fail(text, where[axis][1], why)
+    opaque = "page" in where
+    for axis in ("token", "head", "dim"):
+        if opaque and axis in where:
+            why = f"`page` is a block's opaque content and cannot go together with {axis!r}."
+            fail(text, where[axis][1], why)
+        if not opaque and axis != "head" and axis not in where:
+            fail(text, len(text.rstrip()), f"The layout must name {axis!r} (or `page`).")
+    if opaque and "block" not in where:
+        why = "`page` is a block's content; the layout must name `block`."
+        fail(text, where["page"][1], why)

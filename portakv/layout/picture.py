@@ -24,30 +24,19 @@ def draw(layout_text: str) -> str:
         LayoutError: the string is not a layout.
     """
     layout = parse(layout_text)
-    rows = _levels(layout)
-    left = [("   " * (depth - 1) + "└─ " if depth else "") + r[0] for depth, r in enumerate(rows)]
-    wide = max(map(len, left))
-    middle = max(len(r[1]) for r in rows)
+    inner = len(layout.containers) - 1
+    places = ["list of lists" if at < inner else "list of tensors" for at in range(inner + 1)]
+    places += [f"dim {at}" for at in range(len(layout.dims))]
+    if layout.open_end:
+        places[-1] += " .."  # the last group may cover several trailing dimensions
+    groups = layout.containers + layout.dims
+    left = [f"{'   ' * (n - 1)}{'└─ ' if n else ''}{group}" for n, group in enumerate(groups)]
+    wide, middle = max(map(len, left)), max(map(len, places))
     lines = [
-        f"{name:<{wide}}   {place:<{middle}}   {meaning}".rstrip()
-        for name, (_, place, meaning) in zip(left, rows, strict=True)
+        f"{name:<{wide}}   {place:<{middle}}   {_meaning(group, layout)}".rstrip()
+        for name, place, group in zip(left, places, groups, strict=True)
     ]
     return "\n".join([_expression(layout), "", *lines])
-
-
-def _levels(layout: Layout) -> list[tuple[str, str, str]]:
-    """(axes, what holds them, what one step is) of each container and dimension."""
-    rows = []
-    for at, group in enumerate(layout.containers):
-        inner = "lists" if at + 1 < len(layout.containers) else "tensors"
-        rows.append((str(group), f"list of {inner}", _meaning(group, layout)))
-    last = len(layout.dims) - 1
-    for at, group in enumerate(layout.dims):
-        place = f"dim {at}"
-        if at == last and layout.open_end:
-            place += " .."  # such a group may cover several trailing dimensions
-        rows.append((str(group), place, _meaning(group, layout)))
-    return rows
 
 
 def _meaning(group: Group, layout: Layout) -> str:

@@ -14,6 +14,7 @@ import torch
 
 from portakv.errors import Unsupported
 from portakv.view.form import Step, Steps
+from portakv.view.form import widest_vector as widest_vector
 
 _PLANES = frozenset({"layer", "kv"})
 Numbers = TypeVar("Numbers", torch.Tensor, npt.NDArray[np.int64])
@@ -190,11 +191,3 @@ def close(nest: Nest) -> Nest:
         numbers += (loop.src_stride, loop.dst_stride)
     numbers += [step.stride for step in nest.src.units + nest.dst.units]
     return replace(nest, loops=tuple(loops), run=run, vector=widest_vector(numbers))
-
-
-def widest_vector(numbers: Iterable[int]) -> int:
-    """The widest vector of up to 16 bytes that divides every number."""
-    bits = 16
-    for number in numbers:
-        bits |= number
-    return bits & -bits

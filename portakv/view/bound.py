@@ -12,12 +12,11 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import DeviceMismatch, LayoutError
-from portakv.layout import presets
-from portakv.layout.extents import Sized, declare, factor_extent, finish, positive, solve
+from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import Factor, Layout, parse
-from portakv.layout.presets import Extent
+from portakv.layout.presets import Extent, resolve
 from portakv.runtime.bounded import Bounded
-from portakv.view.form import Form, build_parts, same_form
+from portakv.view.form import Form, build_parts, same_form, widest_vector
 
 _STRIDED = torch.strided
 #: Tensors of these are bytes, whatever they stand for: fp8 and packed formats are kept so.
@@ -25,7 +24,7 @@ _BYTES = frozenset({torch.uint8, torch.int8})
 
 #: A tensor, or the containers that a layout names, outermost first.
 Tensors: TypeAlias = "torch.Tensor | Sequence[Tensors] | Mapping[Any, Tensors]"
-Grid = npt.NDArray[np.object_]
+Grid = npt.NDArray[np.int64]
 #: How a container factor walks: entries of the table, and bytes for each kv, of one step.
 Walks = dict[Factor, tuple[int, tuple[int, ...]]]
 #: Sorted, disjoint ranges [first byte, past the last byte).
@@ -42,10 +41,10 @@ class BoundLayout:
     __slots__ = ("_known", "declared", "layout", "reinterpret")
 
     def __init__(
-        self, layout: Layout, extents: Mapping[str, Extent], reinterpret: bool = False
+        self, text: str, extents: tuple[tuple[str, Extent], ...], reinterpret: bool
     ) -> None:
-        self.layout, self.reinterpret = layout, reinterpret
-        self.declared = declare(layout, extents)
+        self.layout, self.reinterpret = parse(text), reinterpret
+        self.declared = declare(self.layout, dict(extents))
         # What tensors of one key share: form, slots, device, bytes from the first to past the last.
         self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
         self._known = Bounded("forms of tensors", 256)
@@ -86,25 +85,23 @@ class BoundLayout:
 
     def _read_all(self, tensors: Tensors) -> Facts:
         layout = self.layout
-        grid = _to_grid(layout, tensors)
-        flat: list[torch.Tensor] = list(grid.reshape(-1))
+        flat, sizes = _flatten(layout, tensors)
         device = _one_device(flat)
         values = [dict(known) for known in self.declared]
-        outer = [(g, [n] * len(values)) for g, n in zip(layout.containers, grid.shape, strict=True)]
-        finish(layout, values, solve(layout, values, outer))
+        kv = len(values)
+        pairs = zip(layout.containers, sizes, strict=True)
+        solve(layout, values, [(group, [size] * kv) for group, size in pairs])
         factors = [f for group in layout.containers for f in group.factors]
-        cube = grid.reshape([factor_extent(f, values[0]) or 1 for f in factors])
-        picks = _pick_per_kv(cube, [f.axis for f in factors], len(values))
+        extents = [factor_extent(f, values[0]) or 1 for f in factors]
+        grid = np.arange(len(flat)).reshape(extents)  # positions in ``flat``
+        picks = _pick_per_kv(factors, flat, grid, kv)
         shapes = [_dim_shapes(layout, tensor) for tensor in picks]
-        sized: list[Sized] = [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)]
-        finish(layout, values, solve(layout, values, sized))
-        origins, owners, walks = _tabulate(factors, cube, len(values))
+        solve(layout, values, [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)])
+        entries, walks = _tabulate(factors, flat, grid, kv)
         strides = [[stride for _, stride in shape] for shape in shapes]
         itemsizes = [tensor.element_size() for tensor in picks]
         # Torch addresses memory from its storage's base, so the base has to be aligned as well.
-        bits = 16
-        for tensor in flat:
-            bits |= tensor.data_ptr() | tensor.untyped_storage().data_ptr()
+        begins = [t.data_ptr() | t.untyped_storage().data_ptr() for t in flat]
         place = "device"
         if device.type == "cpu":
             place = "pinned" if all(tensor.is_pinned() for tensor in flat) else "pageable"
@@ -117,27 +114,18 @@ class BoundLayout:
             widths=tuple(v[axis] * size for v, size in zip(values, itemsizes, strict=True)),
             block_size=known["token"] if layout.paged else 0,
             opaque=layout.opaque,
-            alignment=bits & -bits,
+            alignment=widest_vector(begins),
             place=place,
             dtypes=dtypes if any(dtypes) and not (layout.opaque or self.reinterpret) else (),
         )
         slots = known["token"] * known.get("block", 1)
         grad = any(tensor.requires_grad for tensor in flat)
+        owners = tuple(flat[i] for i in entries)
+        origins = tuple(owner.data_ptr() for owner in owners)
         return (same_form(form), origins, owners, _spans(flat)), slots, device, grad
 
 
-@lru_cache(maxsize=256)
-def _bound(layout: str, declared: tuple[tuple[str, Extent], ...], reinterpret: bool) -> BoundLayout:
-    text, always = presets.resolve(layout)
-    extents = dict(always)
-    for name, value in declared:
-        if name in extents and extents[name] != value:
-            raise LayoutError(
-                f"{name}={value} was declared, but preset {layout!r} is true only for "
-                f"{name}={extents[name]}; declare that, or write the layout string."
-            )
-        extents[name] = value
-    return BoundLayout(parse(text), extents, reinterpret)
+_bound = lru_cache(maxsize=256)(BoundLayout)
 
 
 def bind_layout(
@@ -147,32 +135,38 @@ def bind_layout(
 
     ``reinterpret``: rows are bytes, whatever the dtypes of the tensors.
     """
-    if not isinstance(layout, str):
-        raise LayoutError(f"A layout is a string of axis names, but {layout!r} was given.")
-    declared: list[tuple[str, Extent]] = []
-    for name, value in sorted(extents.items()):
+    text, always = resolve(layout)
+    declared = dict(always)
+    for name, value in extents.items():
+        if value is None:
+            continue
         # Plain integers: equal numbers of other types must not pass for them.
         if name == "dim" and isinstance(value, (list, tuple)):
-            declared.append((name, tuple(positive(name, one) for one in value)))
-        elif value is not None:
-            declared.append((name, positive(name, value)))
-    return _bound(layout, tuple(declared), bool(reinterpret))
+            extent: Extent = tuple(positive(name, one) for one in value)
+        else:
+            extent = positive(name, value)
+        if declared.setdefault(name, extent) != extent:
+            raise LayoutError(
+                f"{name}={extent} was declared, but preset {layout!r} is true only for "
+                f"{name}={always[name]}; declare that, or write the layout string."
+            )
+    return _bound(text, tuple(sorted(declared.items())), bool(reinterpret))
 
 
-def _to_grid(layout: Layout, tensors: object) -> Grid:
-    """Lay nested containers out as an array of tensors, one axis for each container level."""
-    shape: list[int] = []
+def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
+    """The tensors inside nested containers in order, and the extent of each container level."""
+    sizes: list[int] = []
     level: list[Any] = [tensors]
     for group in layout.containers:
         rows = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
-        wrong = next((x for x in rows if not isinstance(x, (list, tuple))), rows)
-        if wrong is not rows:
-            raise _not_read(
-                wrong,
-                f"{layout.text!r} names {len(layout.containers)} container level(s) left of `|`, "
-                f"but a {type(wrong).__name__} was found where a list, tuple or dict was expected; "
-                f"write its axis right of `|` if it is a dimension of the tensor.",
-            )
+        for row in rows:
+            if not isinstance(row, (list, tuple)):
+                raise _not_read(
+                    row,
+                    f"{layout.text!r} names {len(layout.containers)} container level(s) left of "
+                    f"`|`, but a {type(row).__name__} was found where a list, tuple or dict was "
+                    f"expected; write its axis right of `|` if it is a dimension of the tensor.",
+                )
         first, *others = dict.fromkeys(map(len, rows))
         if not first:
             raise LayoutError(
@@ -183,18 +177,16 @@ def _to_grid(layout: Layout, tensors: object) -> Grid:
                 f"Containers of {group} in {layout.text!r} have unequal lengths {first} and "
                 f"{others[0]}; all must be equally long."
             )
-        shape.append(first)
+        sizes.append(first)
         level = [item for row in rows for item in row]
-    grid = np.empty(len(level), dtype=object)
-    for at, tensor in enumerate(level):
+    for tensor in level:
         if not isinstance(tensor, torch.Tensor):
             raise _not_read(
                 tensor,
-                f"{layout.text!r} expects tensors inside {len(shape)} container level(s), but a "
+                f"{layout.text!r} expects tensors inside {len(sizes)} container level(s), but a "
                 f"{type(tensor).__name__} was found; add a container axis left of `|`.",
             )
-        grid[at] = tensor
-    return grid.reshape(shape)
+    return level, sizes
 
 
 def _not_read(found: object, why: str) -> LayoutError:
@@ -206,17 +198,18 @@ def _not_read(found: object, why: str) -> LayoutError:
     return LayoutError(why)
 
 
-def _by_kv(array: npt.NDArray[Any], kv_at: int | None) -> npt.NDArray[Any]:
-    """A row for each kv, or one for all if no axis is ``kv``."""
-    rows = array[None] if kv_at is None else np.moveaxis(array, kv_at, 0)
+def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
+    """A row for each kv, or one for all if no axis, other than number ``but``, is ``kv``."""
+    at = next((i for i, factor in enumerate(axes) if factor.axis == "kv" and i != but), None)
+    rows = array[None] if at is None else np.moveaxis(array, at, 0)
     return rows.reshape(len(rows), -1)
 
 
 def _tabulate(
-    factors: Sequence[Factor], cube: Grid, kv: int
-) -> tuple[tuple[int, ...], tuple[torch.Tensor, ...], Walks]:
-    """Collapse a grid into the smallest table: its addresses, for each of them the tensor in whose
-    storage it lies, and how each container factor walks through them.
+    factors: Sequence[Factor], flat: Sequence[torch.Tensor], grid: Grid, kv: int
+) -> tuple[list[int], Walks]:
+    """Collapse a grid of tensors into the smallest table: those that stay entries, and how each
+    container factor walks through them.
 
     Tensors of one allocation at equal distances become a stride, so that a block that is contiguous
     over all layers is one run; what is left stays a table.
@@ -224,39 +217,27 @@ def _tabulate(
     # Blocks stand outermost: then no step of another axis depends on how many there are.
     rank = {"block": 0, "token": 1}
     order = sorted(range(len(factors)), key=lambda i: rank.get(factors[i].axis, 2))
-    cube, axes = cube.transpose(order), [factors[i] for i in order]
-    places = [(t.data_ptr(), t.untyped_storage().data_ptr()) for t in cube.reshape(-1)]
-    where, homes = np.array(places, dtype=np.int64).T.reshape(2, *cube.shape)
+    grid, axes = grid.transpose(order), [factors[i] for i in order]
+    places = [(tensor.data_ptr(), tensor.untyped_storage().data_ptr()) for tensor in flat]
+    where, homes = np.array(places, dtype=np.int64).T
     walks: Walks = {}
     for at, factor in enumerate(axes):
         # Memory objects come and go: whether they lie at equal distances must not change a form.
         if factor.axis in ("block", "token"):
             continue
-        kv_at = next((i for i, f in enumerate(axes) if f.axis == "kv" and i != at), None)
-        distances = _distances(where, homes, at, kv_at)
-        if distances is not None:
+        steps = _by_kv(np.diff(where[grid], axis=at), axes, at)
+        # Torch has no negative strides, so descending tensors stay a table.
+        equal = (steps == steps[:, :1]).all() and steps.min(initial=0) >= 0
+        if equal and not np.diff(homes[grid], axis=at).any():
+            distances = tuple(steps[:, 0].tolist()) if steps.size else (0,)
             walks[factor] = 0, distances if len(distances) == kv else distances * kv
-            where, homes, cube = (x.take([0], axis=at) for x in (where, homes, cube))
+            grid = grid.take([0], axis=at)
     entries = 1
-    for at in reversed(range(len(axes))):
-        if axes[at] not in walks:
-            walks[axes[at]] = (entries, (0,) * kv)
-            entries *= where.shape[at]
-    return tuple(where.reshape(-1).tolist()), tuple(cube.reshape(-1)), walks
-
-
-def _distances(
-    where: npt.NDArray[np.int64], homes: npt.NDArray[np.int64], at: int, kv_at: int | None
-) -> tuple[int, ...] | None:
-    """The constant distance along axis ``at`` inside one allocation, for each kv or for all; else
-    None."""
-    if where.shape[at] == 1:
-        return (0,)
-    steps = _by_kv(np.diff(where, axis=at), kv_at)
-    # Torch has no negative strides, so descending tensors stay a table.
-    if np.diff(homes, axis=at).any() or (steps != steps[:, :1]).any() or steps.min() < 0:
-        return None
-    return tuple(steps[:, 0].tolist())
+    for factor, extent in zip(reversed(axes), reversed(grid.shape), strict=True):
+        if factor not in walks:
+            walks[factor] = (entries, (0,) * kv)
+            entries *= extent
+    return grid.reshape(-1).tolist(), walks
 
 
 def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
@@ -305,9 +286,11 @@ def as_dtype(dtype: object) -> torch.dtype:
     return dtype
 
 
-def _pick_per_kv(cube: Grid, axes: list[str], kv: int) -> list[torch.Tensor]:
+def _pick_per_kv(
+    factors: Sequence[Factor], flat: Sequence[torch.Tensor], grid: Grid, kv: int
+) -> list[torch.Tensor]:
     """One tensor for each kv, after checking that it speaks for all of its kv."""
-    rows = _by_kv(cube, axes.index("kv") if "kv" in axes else None)
+    rows = [[flat[i] for i in row] for row in _by_kv(grid, factors)]
     for row in rows:
         kinds = dict.fromkeys((tensor.shape, tensor.stride(), tensor.dtype) for tensor in row)
         if len(kinds) > 1:

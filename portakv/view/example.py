@@ -4,14 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from portakv.errors import LayoutError
 from portakv.layout.extents import Values, factor_extent, known_parts, positive
-from portakv.layout.language import Factor, Group, Layout, parse
+from portakv.layout.language import Group, Layout, parse
 from portakv.layout.presets import memory_order, resolve
 from portakv.view.bound import as_dtype
 
@@ -31,8 +31,8 @@ def example_tensors(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
 ) -> Any:
-    """Uninitialised tensors of a layout or preset, in the containers that it names: contiguous, but
-    where a preset says that its tensors lie in another memory order.
+    """Uninitialised tensors of a layout or preset, in the containers that it names: contiguous,
+    unless a preset says that its tensors lie in another memory order.
 
     ``tokens`` are those of a block, or of the chunk if there is no `block`; ``dim`` counts elements
     (of a page: its elements), one number or one for each kv. What is None is what the preset says;
@@ -44,45 +44,51 @@ def example_tensors(
     """
     text, fixed = resolve(layout)
     always: dict[str, Any] = {**fixed}
-    parsed = parse(text)
-    for name, extent in {"layers": layers, "blocks": blocks, "tokens": tokens}.items():
-        if extent != 0:
-            positive(name, extent)
+    parsed, memory = parse(text), parse(memory_order(layout))
     dim = always.get("dim", 1) if dim is None else dim
-    usual = len(dim) if isinstance(dim, Sequence) else 2 if "kv" in parsed.axes else 1
-    kv = always.get("kv", usual) if kv is None else kv
-    widths = list(dim) if isinstance(dim, Sequence) else [dim] * kv
+    if kv is None:
+        usual = len(dim) if isinstance(dim, Sequence) else 2 if "kv" in parsed.axes else 1
+        kv = always.get("kv", usual)
+    widths = dim if isinstance(dim, Sequence) else [dim] * positive("kv", kv)
     if len(widths) != kv:
         raise LayoutError(
             f"dim={dim} holds {len(widths)} widths, but kv={kv} was asked of {layout!r}; give one "
             f"number, or one for each kv."
         )
-    counted = always.get("heads", 1) if heads is None else heads
-    shared = {"layer": layers, "kv": kv, "head": counted, "block": blocks, "token": tokens}
-    values = [
-        {axis: extent or 1 for axis, extent in {**shared, "dim": width, "page": width}.items()}
-        for width in widths
-    ]
-    memory = parse(memory_order(layout))
+    shared = {
+        "kv": kv,
+        "layer": positive("layers", layers),
+        "head": positive("heads", always.get("heads", 1) if heads is None else heads),
+        "block": positive("blocks", blocks),
+        "token": positive("tokens", tokens),
+    }
+    values = [{**shared, "dim": width, "page": width} for width in widths]
     empty = torch.empty(0, dtype=as_dtype(dtype), device=device)
-    made = _level(memory, memory.containers, values, 0, empty)
+    made = _nested(memory, memory.containers, values, 0, empty)
     return made if memory == parsed else _ordered(made, memory, parsed)
 
 
+def _nested(
+    layout: Layout, containers: Sequence[Group], values: Values, k: int, empty: torch.Tensor
+) -> Any:
+    """The tensors inside some container levels, of which kv ``k`` is known, like ``empty``."""
+    if not containers:
+        return empty.new_empty([known_parts(group, values)[k] for group in layout.dims])
+    factors = containers[0].factors
+    kv_at = next((i for i, factor in enumerate(factors) if factor.axis == "kv"), None)
+    steps = product(*(range(factor_extent(factor, values[0]) or 1) for factor in factors))
+    kvs = [k if kv_at is None else step[kv_at] for step in steps]
+    return [_nested(layout, containers[1:], values, at, empty) for at in kvs]
+
+
 def _ordered(made: Any, memory: Layout, layout: Layout) -> Any:
-    """Tensors of a memory order, read in the order of a layout; its containers are views."""
+    """Tensors of a memory order, read in the order of a layout, which may name one more container:
+    a list of views."""
     if not isinstance(made, torch.Tensor):
         return [_ordered(one, memory, layout) for one in made]
-    taken = len(memory.containers)
-    wanted = [*layout.containers[taken:], *layout.dims]
-    return _unbound(
-        made.permute([memory.dims.index(group) for group in wanted]), len(wanted) - len(layout.dims)
-    )
-
-
-def _unbound(tensor: torch.Tensor, levels: int) -> Any:
-    """The leading dimensions of a tensor as lists of views."""
-    return [_unbound(one, levels - 1) for one in tensor.unbind(0)] if levels else tensor
+    groups = [*layout.containers[len(memory.containers) :], *layout.dims]
+    turned = made.permute([memory.dims.index(group) for group in groups])
+    return list(turned.unbind(0)) if len(groups) > len(layout.dims) else turned
 
 
 def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
@@ -101,23 +107,3 @@ def example_chunk(cache: KVView, layout: str, tokens: int) -> Any:
         dtype=dtype,
         device=cache.device,
     )
-
-
-def _level(
-    layout: Layout, containers: Sequence[Group], values: Values, k: int, empty: torch.Tensor
-) -> Any:
-    """The tensors of one container level, of which kv ``k`` is known, like ``empty``."""
-    if not containers:
-        return empty.new_empty([known_parts(group, values)[k] for group in layout.dims])
-    group, rest = containers[0], containers[1:]
-    kv_at = next((i for i, factor in enumerate(group.factors) if factor.axis == "kv"), None)
-    inner = 1 if kv_at is None else prod(_extent(f, values) for f in group.factors[kv_at + 1 :])
-    items = []
-    for position in range(prod(_extent(factor, values) for factor in group.factors)):
-        at = k if kv_at is None else position // inner % len(values)
-        items.append(_level(layout, rest, values, at, empty))
-    return items
-
-
-def _extent(factor: Factor, values: Values) -> int:
-    return factor_extent(factor, values[0]) or 1

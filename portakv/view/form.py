@@ -7,11 +7,10 @@ tokens). It is hashable and holds integers and strings only, so it can be sent t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
-from math import prod
 
 from portakv.layout.extents import factor_extent
 from portakv.layout.language import Factor, Layout
@@ -57,6 +56,8 @@ class Part:
 
 
 PART_AXES = ("layer", "block", "token", "head", "dim")
+#: Why planes that coincide cannot be written, whether strides or addresses make them so.
+ALIASED = "two of its planes lie at one address, so that one would overwrite the other"
 
 
 @dataclass(frozen=True, slots=True, eq=True)
@@ -67,12 +68,12 @@ class Form:
         parts: one for each ``kv``.
         layers, heads: extents.
         widths: bytes of ``dim`` (or of the page) for each kv.
-        block_size: tokens of a block; 0 where the view is not paged.
+        block_size: tokens of a block; 0 if the view is not paged.
         opaque: only whole pages can be moved.
         alignment: the largest power of two up to 16 that divides all addresses.
         place: one of ``device``, ``pinned``, ``pageable``, ``remote``.
         dtypes: for each kv the number type, such as ``float16``, or "" for bytes; () if all are.
-        unwritable: why rows of this form cannot be a destination; empty where they can.
+        unwritable: why rows of this form cannot be a destination; empty if they can.
     """
 
     parts: tuple[Part, ...]
@@ -91,15 +92,26 @@ class Form:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
         key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
         object.__setattr__(self, "_hash", hash((key, self.opaque, self.place, self.dtypes)))
-        object.__setattr__(self, "unwritable", _why_unwritable(self.parts))
+        object.__setattr__(self, "unwritable", self._why_unwritable())
 
     def __hash__(self) -> int:
         return self._hash
 
     def __reduce__(self) -> tuple[object, ...]:
         # The hash of a string differs between processes, so a form is made anew on arrival.
-        made = [getattr(self, each.name) for each in fields(self) if each.init]
-        return type(self), tuple(made)
+        return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)
+
+    def _why_unwritable(self) -> str:
+        for name, part in product(PART_AXES, self.parts):
+            if any(step.stride == step.table == 0 and step.extent != 1 for step in part.axis(name)):
+                return f"its {name!r} axis has stride 0, so that several rows share one place"
+        return ALIASED if len(set(self.planes)) < self.layers * self.kv else ""
+
+    @property
+    def planes(self) -> list[tuple[int, int]]:
+        """Table entry and byte offset of each plane: for each kv those of all layers."""
+        layers = range(self.layers)
+        return [locate(x.table, x.offset, x.layer, layer) for x in self.parts for layer in layers]
 
     @property
     def unshown(self) -> str:
@@ -127,17 +139,13 @@ class Form:
 
     @property
     def paged(self) -> bool:
-        """True where rows are addressed by slot."""
+        """True if rows are addressed by slot."""
         return self.block_size > 0
 
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in all layers, heads and kv (opaque pages: of one page)."""
         return self.layers * self.heads * sum(self.widths)
-
-
-#: Why planes that coincide cannot be written, whether strides or addresses make them so.
-ALIASED = "two of its planes lie at one address, so that one would overwrite the other"
 
 
 @lru_cache(maxsize=4096)
@@ -153,12 +161,9 @@ def build_parts(
     itemsizes: Sequence[int],
     walks: Mapping[Factor, tuple[int, Sequence[int]]],
 ) -> tuple[Part, ...]:
-    """The parts of a form.
-
-    ``values`` (extents), ``strides`` (elements, of each dimension group) and ``itemsizes`` (bytes)
-    are those of each kv; ``walks`` says for each container factor what one step advances: entries
-    of the table, and bytes for each kv.
-    """
+    """The parts of a form, from the extents of each kv (``values``), the strides of its dimensions
+    in elements, their bytes, and what one step of each container factor advances (``walks``):
+    entries of the table, and bytes for each kv."""
     parts = []
     for k, itemsize in enumerate(itemsizes):
         steps: dict[Factor, Step] = {}
@@ -178,16 +183,22 @@ def build_parts(
                 extents = [factor_extent(factor, known) or 0 for known in values]
                 steps[factor] = Step(extents[k], 0, inner[k])
                 inner = [span * extent for span, extent in zip(inner, extents, strict=True)]
-        axes: dict[str, Steps] = {}
+        axes: dict[str, list[Step]] = {name: [] for name in PART_AXES}
         for factor, step in sorted(steps.items(), key=lambda item: item[0].part == "%"):
-            name = "dim" if factor.axis == "page" else factor.axis
-            axes[name] = (*axes.get(name, ()), step)
-        axes["dim"] = (*axes.get("dim", ()), Step(itemsize, 0, 1))
-        unbounded = "block" if layout.paged else "token"
-        axes[unbounded] = (replace(axes[unbounded][0], extent=0), *axes[unbounded][1:])
-        merged = {name: merge_steps(chain) for name, chain in axes.items()}
-        parts.append(Part(table, offset, **merged))
+            axes["dim" if factor.axis == "page" else factor.axis].append(step)
+        axes["dim"].append(Step(itemsize, 0, 1))
+        unbounded = axes["block" if layout.paged else "token"]
+        unbounded[0] = replace(unbounded[0], extent=0)
+        parts.append(Part(table, offset, **{name: merge_steps(axes[name]) for name in PART_AXES}))
     return tuple(parts)
+
+
+def widest_vector(numbers: Iterable[int]) -> int:
+    """The largest power of two up to 16 that divides every number: a vector's bytes."""
+    bits = 16
+    for number in numbers:
+        bits |= number
+    return bits & -bits
 
 
 def merge_steps(steps: Sequence[Step]) -> Steps:
@@ -200,21 +211,6 @@ def merge_steps(steps: Sequence[Step]) -> Steps:
         elif step.extent != 1:
             merged.append(step)
     return tuple(merged)
-
-
-def _why_unwritable(parts: Sequence[Part]) -> str:
-    """A step that does not move, or planes that coincide, would write many rows to one place."""
-    for name, part in product(PART_AXES, parts):
-        if any(step.stride == step.table == 0 and step.extent != 1 for step in part.axis(name)):
-            return f"its {name!r} axis has stride 0, so that several rows share one place"
-    origins = [origin for part in parts for origin in plane_origins(part)]
-    return ALIASED if len(set(origins)) < len(origins) else ""
-
-
-def plane_origins(part: Part) -> list[tuple[int, int]]:
-    """Table entry and byte offset of each layer's plane."""
-    layers = range(prod(step.extent for step in part.layer))
-    return [locate(part.table, part.offset, part.layer, layer) for layer in layers]
 
 
 def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tuple[int, int]:

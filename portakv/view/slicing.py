@@ -19,7 +19,7 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.view.bound import Rows, Spans
-from portakv.view.form import PART_AXES, Part, Step, Steps, locate, same_form
+from portakv.view.form import PART_AXES, Part, Step, Steps, locate, same_form, widest_vector
 
 if TYPE_CHECKING:
     from portakv.view.view import KVView
@@ -37,7 +37,9 @@ def sliced(view: KVView, *, layers: Range, heads: Range, kv: Range) -> Rows:
         return form, origins, owners, spans
     parts = [_cut(form.parts[k], "head", head_range) for k in kv_range]
     fewer_layers = len(layer_range) < form.layers
-    alignment = _alignment(form.alignment, parts, fewer_layers)
+    # What the origins of such slices share at any layer, so that no layer has its own form.
+    strides = [step.stride for part in parts if fewer_layers for step in part.layer]
+    alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
     behind_one_address = len({part.table for part in parts}) < len(parts)
     if fewer_layers and behind_one_address and len({part.layer for part in parts}) > 1:
         # From layer to layer they lie farther apart: each part gets entries of its own.
@@ -163,13 +165,3 @@ def _fold_origins(parts: list[Part], count: int) -> tuple[list[Part], dict[int, 
     for part in parts:
         shifts.update(dict.fromkeys(_entries(part, count), first[part.table]))
     return [replace(part, offset=part.offset - first[part.table]) for part in parts], shifts
-
-
-def _alignment(known: int, parts: Sequence[Part], fewer_layers: bool) -> int:
-    """What the origins of such slices share at any layer, so that no layer has its own form."""
-    bits = known
-    for part in parts:
-        bits |= part.offset
-        for step in part.layer if fewer_layers else ():
-            bits |= step.stride
-    return min(16, bits & -bits)

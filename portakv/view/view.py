@@ -19,7 +19,7 @@ from portakv.errors import LayoutError
 from portakv.layout.language import Layout
 from portakv.view.bound import BoundLayout, Facts, Rows, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.form import ALIASED, locate, plane_origins, same_form
+from portakv.view.form import ALIASED, locate, same_form
 from portakv.view.slicing import sliced
 
 
@@ -95,7 +95,7 @@ class KVView:
         self.derived: dict[Hashable, Any] = {}
 
     def _hold(self) -> None:
-        # Aliases keep the memory that was read, also where a caller gives a tensor another one.
+        # Aliases keep the memory that was read, also if a caller gives a tensor another one.
         self.owners = tuple(owner.detach() for owner in self.owners)
         self._memory = ()
 
@@ -121,12 +121,12 @@ class KVView:
 
     @property
     def block_size(self) -> int | None:
-        """Tokens of a block; None where the view is not paged."""
+        """Tokens of a block; None if the view is not paged."""
         return self.form.block_size or None
 
     @property
     def opaque(self) -> bool:
-        """True where only whole pages can be moved."""
+        """True if only whole pages can be moved."""
         return self.form.opaque
 
     @property
@@ -142,12 +142,12 @@ class KVView:
         return self._table
 
     def record_table(self, stream: torch.Stream) -> None:
-        """Tell the allocator that a stream uses the table of addresses, where there is one."""
+        """Tell the allocator that a stream uses the table of addresses, if there is one."""
         if self._table is not None and self._table.device == stream.device:
             self._table.record_stream(stream)
 
     def overlaps(self, other: KVView) -> bool:
-        """True where the two views' tensors share memory."""
+        """True if the two views' tensors share memory."""
         if self.device != other.device:
             return False
         few, many = self.spans, other.spans
@@ -160,34 +160,24 @@ class KVView:
         return False
 
     def check_writable(self) -> None:
-        """Raise `LayoutError` where this view cannot be a destination."""
-        if self._unwritable is None:
-            self._unwritable = self._why_unwritable()
-        if self._unwritable:
-            why = f"cannot be written: {self._unwritable}."
-            raise LayoutError(f"The destination, {self.layout.text!r}, {why}")
-
-    def _why_unwritable(self) -> str:
-        if self.requires_grad:
-            return "it requires grad; pass tensor.detach()"
-        if self.form.unwritable or len(self.origins) == 1:
-            return self.form.unwritable
-        planes = {
-            self.origins[entry] + offset
-            for part in self.form.parts
-            for entry, offset in plane_origins(part)
-        }
-        count = self.form.layers * self.form.kv
-        return ALIASED if len(planes) < count or len(set(self.origins)) < len(self.origins) else ""
+        """Raise `LayoutError` if this view cannot be a destination."""
+        why = self._unwritable
+        if why is None:
+            why = self.form.unwritable
+            if self.requires_grad:
+                why = "it requires grad; pass tensor.detach()"
+            elif not why and len(self.origins) > 1:
+                found = [self.origins[entry] + offset for entry, offset in self.form.planes]
+                distinct = all(len(set(each)) == len(each) for each in (found, self.origins))
+                why = "" if distinct else ALIASED
+            self._unwritable = why
+        if why:
+            raise LayoutError(f"The destination, {self.layout.text!r}, cannot be written: {why}.")
 
     def strided(
-        self,
-        entry: int,
-        offset: int,
-        dtype: torch.dtype,
-        size: Sequence[int],
+        self, entry: int, offset: int, dtype: torch.dtype, size: Sequence[int],
         stride: Sequence[int],
-    ) -> torch.Tensor:
+    ) -> torch.Tensor:  # fmt: skip
         """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address.
 
         ``size`` and ``stride`` count elements of ``dtype``. Copies nothing.
@@ -200,32 +190,28 @@ class KVView:
         return empty.set_(storage, start // dtype.itemsize, size, stride)
 
     def check_memory(self) -> None:
-        """Raise `LayoutError` where the memory behind a tensor was freed or replaced in place."""
-        known = self._memory
-        for storage, address, nbytes in known or ():
+        """Raise `LayoutError` if the memory behind a tensor was freed or replaced in place."""
+        for storage, address, nbytes in self._memory or ():
             if storage.data_ptr() != address or storage.nbytes() != nbytes:
-                known = ()
                 break
-        if not known:
-            found = self._find_memory()
-            # Tensors that are not held may be given other storages, so that all are asked again.
-            self._memory = None if self._memory is None else found
-
-    def _find_memory(self) -> tuple[tuple[torch.UntypedStorage, int, int], ...]:
-        """Each storage, where it begins and its bytes; raises if they do not hold all spans."""
+        else:
+            if self._memory:
+                return
         storages = {s._cdata: s for s in (owner.untyped_storage() for owner in self.owners)}
         found = tuple((s, s.data_ptr(), s.nbytes()) for s in storages.values())
+        ranges = sorted((at, at + n) for _, at, n in found)
         for first, past in self.spans:
             # Storages that touch each other may hold one span together.
-            for start, end in sorted((at, at + n) for _, at, n in found):
+            for start, end in ranges:
                 if start <= first < end:
                     first = end
             if first < past:
                 raise self.replaced()
-        return found
+        # Tensors that are not held may be given other storages, so that all are asked again.
+        self._memory = None if self._memory is None else found
 
     def replaced(self) -> LayoutError:
-        """The error where the memory behind a tensor is another than that which was read."""
+        """The error if the memory behind a tensor is another than that which was read."""
         return LayoutError(
             f"The memory behind a tensor of {self.layout.text!r} was replaced after it was read; "
             f"make the view anew, or register the kv_caches again."
@@ -290,9 +276,8 @@ class KVView:
             return self
         view: KVView | None = self.derived.get("bytes")
         if view is None:
-            form = same_form(self.form.untyped())
-            view = self._with((form, self.origins, self.owners, self.spans))
-            self.derived["bytes"] = view
+            rows = same_form(self.form.untyped()), self.origins, self.owners, self.spans
+            view = self.derived["bytes"] = self._with(rows)
         return view
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
@@ -301,11 +286,11 @@ class KVView:
         if layers is None and kv is None:
             return self
         key = "planes", layers, kv
-        found: KVView | None = self.derived.get(key)
-        if found is None:
+        view: KVView | None = self.derived.get(key)
+        if view is None:
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
-            found = self.derived[key] = self.slice(layers=ends[0], kv=ends[1])
-        return found
+            view = self.derived[key] = self.slice(layers=ends[0], kv=ends[1])
+        return view
 
     def _with(self, rows: Rows) -> KVView:
         view = KVView.__new__(KVView)

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from portakv import KVView, LayoutError
-from portakv.layout.extents import declare
-from portakv.layout.language import parse
+from portakv.view.bound import bind_layout
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -116,7 +115,7 @@ def test_a_declaration_that_cannot_be_true_is_refused(
     layout: str, extents: dict[str, Any], why: str
 ) -> None:
     with pytest.raises(LayoutError, match=why):
-        declare(parse(layout), extents)
+        bind_layout(layout, **extents)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +132,7 @@ def test_a_declaration_that_cannot_be_true_is_refused(
 def test_widths_may_differ_in_containers_and_right_of_kv(order: str, may: bool) -> None:
     heads = 2 if "head" in order else None
     with nullcontext() if may else pytest.raises(LayoutError, match="unequal widths"):
-        known = declare(parse(order), {"dim": (8, 4), "heads": heads})
+        known = bind_layout(order, dim=(8, 4), heads=heads).declared
         assert [one["dim"] for one in known] == [8, 4]
 
 
