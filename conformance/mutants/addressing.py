@@ -14,81 +14,72 @@ from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv_conformance.mutants.base import Call, HostRows, Int64, Pair, narrow
 
 
-class OffByOneSlot(HostRows):
+@HostRows.mutate("numbers")
+def OffByOneSlot(right: HostRows, index: Index, units: int, unit: int) -> Int64:
     """Slots of the source are counted from one, so each row comes from the slot behind it."""
-
-    def numbers(self, index: Index, units: int, unit: int) -> Int64:
-        found = super().numbers(index, units, unit)
-        return found if index.ids is None else np.where(found > 0, found - 1, found)
+    found = right.numbers(index, units, unit)
+    return found if index.ids is None else np.where(found > 0, found - 1, found)
 
 
-class ThirtyTwoBitOffset(HostRows):
+@HostRows.mutate("address")
+def ThirtyTwoBitOffset(right: HostRows, view: KVView, entry: Int64, byte: Int64) -> Int64:
     """Byte offsets are worked out in 32 bits and wrap in a cache of more than 2 GiB."""
-
-    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
-        return super().address(view, entry, narrow(byte))
+    return right.address(view, entry, narrow(byte))
 
 
-class UnsignedOffset(HostRows):
+@HostRows.mutate("address")
+def UnsignedOffset(right: HostRows, view: KVView, entry: Int64, byte: Int64) -> Int64:
     """Byte offsets are kept in 32 bits without a sign and wrap in a cache of more than 4 GiB."""
-
-    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
-        return super().address(view, entry, byte & 0xFFFFFFFF)
+    return right.address(view, entry, byte & 0xFFFFFFFF)
 
 
-class IgnoredStride(HostRows):
+@HostRows.mutate("place")
+def IgnoredStride(right: HostRows, side: Side, numbers: Int64) -> Pair:
     """The stride of a block is taken as block_size times the stride of a token."""
-
-    def place(self, side: Side, numbers: Int64) -> Pair:
-        units = side.units
-        if len(units) > 1 and not any(step.table for step in units):
-            dense = replace(units[0], stride=units[1].extent * units[1].stride)
-            side = replace(side, units=(dense, *units[1:]))
-        return super().place(side, numbers)
+    units = side.units
+    if len(units) > 1 and not any(step.table for step in units):
+        dense = replace(units[0], stride=units[1].extent * units[1].stride)
+        side = replace(side, units=(dense, *units[1:]))
+    return right.place(side, numbers)
 
 
-class IgnoredStorageOffset(HostRows):
+@HostRows.mutate("table")
+def IgnoredStorageOffset(right: HostRows, view: KVView) -> Int64:
     """Addresses are taken from the storage, so a tensor that begins inside of it is missed."""
-
-    def table(self, view: KVView) -> Int64:
-        inside = [owner.data_ptr() - owner.untyped_storage().data_ptr() for owner in view.owners]
-        return np.asarray(super().table(view) - np.array(inside))
+    inside = [owner.data_ptr() - owner.untyped_storage().data_ptr() for owner in view.owners]
+    return np.asarray(right.table(view) - np.array(inside))
 
 
-class FirstTensorForAll(HostRows):
+@HostRows.mutate("table")
+def FirstTensorForAll(right: HostRows, view: KVView) -> Int64:
     """One base address is used for tensors that lie in separate allocations at equal distances."""
-
-    def table(self, view: KVView) -> Int64:
-        found = super().table(view)
-        if len(found) < 3:
-            return found
-        return np.asarray(found[0] + np.arange(len(found)) * (found[1] - found[0]))
+    found = right.table(view)
+    if len(found) < 3:
+        return found
+    return np.asarray(found[0] + np.arange(len(found)) * (found[1] - found[0]))
 
 
-class SortedTable(HostRows):
+@HostRows.mutate("table")
+def SortedTable(right: HostRows, view: KVView) -> Int64:
     """Swapped layers: the table is filled by rising address, not in the order of the layers."""
-
-    def table(self, view: KVView) -> Int64:
-        return np.sort(super().table(view))
+    return np.sort(right.table(view))
 
 
-class FirstStridesForAll(HostRows):
+@HostRows.mutate("nests")
+def FirstStridesForAll(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
     """Keys and values of unequal width are both walked with the strides of the keys."""
-
-    def nests(self, plan: CopyPlan) -> Sequence[Nest]:
-        src, dst = plan.nests[0].src.units, plan.nests[0].dst.units
-        return [
-            replace(nest, src=replace(nest.src, units=src), dst=replace(nest.dst, units=dst))
-            for nest in plan.nests
-        ]
+    src, dst = plan.nests[0].src.units, plan.nests[0].dst.units
+    return [
+        replace(nest, src=replace(nest.src, units=src), dst=replace(nest.dst, units=dst))
+        for nest in plan.nests
+    ]
 
 
-class UnequalWidthsMixed(HostRows):
+@HostRows.mutate("nests")
+def UnequalWidthsMixed(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
     """Values of unequal width are moved with as many bytes as the keys have."""
-
-    def nests(self, plan: CopyPlan) -> Sequence[Nest]:
-        alike = [replace(nest, run=min(plan.nests[0].run, nest.run)) for nest in plan.nests]
-        return [replace(nest, vector=np.gcd(nest.run, nest.vector).item()) for nest in alike]
+    alike = [replace(nest, run=min(plan.nests[0].run, nest.run)) for nest in plan.nests]
+    return [replace(nest, vector=np.gcd(nest.run, nest.vector).item()) for nest in alike]
 
 
 class OnlyFirstBlockSize(HostRows):
@@ -105,49 +96,43 @@ class OnlyFirstBlockSize(HostRows):
         return super().place(side, numbers)
 
 
-class PlanesInEightBits(HostRows):
+@HostRows.mutate("turns")
+def PlanesInEightBits(right: HostRows, loop: Loop) -> Int64:
     """Layers are counted in eight bits, so layer 256 of a deep model is layer 0 again."""
-
-    def turns(self, loop: Loop) -> Int64:
-        return super().turns(loop) & (0xFF if "layer" in loop.name else -1)
+    return right.turns(loop) & (0xFF if "layer" in loop.name else -1)
 
 
-class TableStepsInBytes(HostRows):
+@HostRows.mutate("walk")
+def TableStepsInBytes(right: HostRows, loop: Loop, name: str) -> Pair:
     """A step through the table is taken in bytes, eight for an entry, and so passes over seven."""
-
-    def walk(self, loop: Loop, name: str) -> Pair:
-        entries, steps = super().walk(loop, name)
-        return entries * 8 if loop.extent > 2 else entries, steps
+    entries, steps = right.walk(loop, name)
+    return entries * 8 if loop.extent > 2 else entries, steps
 
 
-class RepeatsMovedOnce(HostRows):
+@HostRows.mutate("turns")
+def RepeatsMovedOnce(right: HostRows, loop: Loop) -> Int64:
     """A loop without a stride in the source, rows that are seen twice, is left out."""
-
-    def turns(self, loop: Loop) -> Int64:
-        found = super().turns(loop)
-        return found if loop.src_stride or loop.src_table else found[:1]
+    found = right.turns(loop)
+    return found if loop.src_stride or loop.src_table else found[:1]
 
 
-class RepeatsAVectorApart(HostRows):
+@HostRows.mutate("place")
+def RepeatsAVectorApart(right: HostRows, side: Side, numbers: Int64) -> Pair:
     """Rows of a source that all lie at one address, by a stride of 0, are read a vector apart."""
-
-    def place(self, side: Side, numbers: Int64) -> Pair:
-        units = [at if at.stride or at.table else replace(at, stride=16) for at in side.units]
-        return super().place(replace(side, units=tuple(units)), numbers)
+    units = [at if at.stride or at.table else replace(at, stride=16) for at in side.units]
+    return right.place(replace(side, units=tuple(units)), numbers)
 
 
-class HeadsRoundedDown(HostRows):
+@HostRows.mutate("turns")
+def HeadsRoundedDown(right: HostRows, loop: Loop) -> Int64:
     """Heads are halved until one is left, so of 6 or 12 heads only 4 or 8 are walked."""
-
-    def turns(self, loop: Loop) -> Int64:
-        found = super().turns(loop)
-        return found[: 1 << (loop.extent.bit_length() - 1)] if "head" in loop.name else found
+    found = right.turns(loop)
+    return found[: 1 << (loop.extent.bit_length() - 1)] if "head" in loop.name else found
 
 
-class HeadsRoundedUp(HostRows):
+@HostRows.mutate("turns")
+def HeadsRoundedUp(right: HostRows, loop: Loop) -> Int64:
     """Heads are walked up to the next power of two, and no mask leaves out those past the last."""
-
-    def turns(self, loop: Loop) -> Int64:
-        if "head" in loop.name:
-            loop = replace(loop, extent=1 << (loop.extent - 1).bit_length())
-        return super().turns(loop)
+    if "head" in loop.name:
+        loop = replace(loop, extent=1 << (loop.extent - 1).bit_length())
+    return right.turns(loop)

@@ -9,9 +9,9 @@ the control of the experiment.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -42,8 +42,8 @@ def narrow(numbers: Int64) -> Int64:
 
 
 class IllegalAddress(RuntimeError):
-    """An access outside the buffers of a view. It raises, as a device reports it; so a mutant that
-    runs wild is seen every time, and harms nobody else's memory."""
+    """An access outside the buffers of a view: a mutant that runs wild is seen, and harms no other
+    memory."""
 
 
 @cache
@@ -104,6 +104,11 @@ class Call:
     stream: torch.Stream | None
     status: torch.Tensor | None
 
+    @property
+    def ends(self) -> tuple[int, int]:
+        """How many units each side has."""
+        return self.src.slots // self.plan.unit, self.dst.slots // self.plan.unit
+
 
 @dataclass(frozen=True)
 class Runs:
@@ -129,28 +134,55 @@ class HostRows(Backend):
         "places": HOST, "index_on": "host", "skips_negative": True, "guards": True,
     }  # fmt: skip
 
-    def __init_subclass__(cls, **claims: Any) -> None:
-        super().__init_subclass__()
-        cls.name = re.sub(r"(?<=.)(?=[A-Z])", "-", cls.__name__).lower()
-        cls.claims = {**cls.claims, **claims}
-
     name = "host-rows"
 
     @classmethod
+    def target(cls) -> str:
+        """``module:Class``, what `portakv conform` is given."""
+        return f"{cls.__module__}:{cls.__name__}"
+
+    @classmethod
+    def bug(cls) -> str:
+        """The bug, a sentence."""
+        return " ".join((cls.__doc__ or "").split())
+
+    def __init_subclass__(cls, profile: str = "core", **claims: Any) -> None:
+        super().__init_subclass__()
+        cls.profile = profile
+        cls.name = re.sub(r"(?<=.)(?=[A-Z])", "-", cls.__name__).lower()
+        cls.claims = {**cls.claims, **claims}
+
+    @classmethod
+    def mutate(cls, step: str, **claims: Any) -> Callable[[Callable[..., Any]], type[HostRows]]:
+        """Make a function a mutant, whose ``step`` it is. It is given the right steps, as `super`
+        has them, in place of the backend itself."""
+
+        def mutant(wrong: Callable[..., Any]) -> type[HostRows]:
+            def mutated(self: HostRows, *given: Any) -> Any:
+                return wrong(super(made, self), *given)
+
+            told = {"__doc__": wrong.__doc__, "__module__": wrong.__module__, "__wrapped__": wrong}
+            made = type(wrong.__name__, (cls,), {step: mutated, **told}, **claims)
+            return made
+
+        return mutant
+
+    @classmethod
     def probe(cls, device: torch.device) -> Decision:
-        if device.type != cls.device_type:
-            why = f"it runs on {cls.device_type}, not on {device.type}"
-            return Decision(cls.name, False, why)
-        return Decision(cls.name, True, f"it moves rows by address on {device.type}")
+        if device.type == cls.device_type:
+            return Decision(cls.name, True, f"it moves rows by address on {device.type}")
+        return Decision(cls.name, False, f"it runs on {cls.device_type}, not on {device.type}")
 
     def capabilities(self) -> Capabilities:
         return Capabilities(**self.claims)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        def launch(*given: Any, **named: Any) -> Pending | None:
-            return self.carry(Call(plan, *given, **named))
+        return lambda *given: self.carry(Call(plan, *given))
 
-        return launch
+    @cached_property
+    def kept(self) -> dict[Any, Any]:
+        """What a mutant keeps from one call to the next."""
+        return {}
 
     # The steps, in their order
 
@@ -182,23 +214,23 @@ class HostRows(Backend):
         """The numbers of the units to move, on both sides; the others are skipped or reported."""
         units, unit = self.units(call), call.plan.unit
         src, dst = (self.numbers(at, units, unit) for at in (call.src_index, call.dst_index))
-        bad = self.bad(src, dst, call.src.slots // unit, call.dst.slots // unit, call)
+        bad = self.bad(src, dst, call)
         if bad.any() and call.status is not None:
-            call.status[0] = self.told(np.nonzero(bad)[0], unit, call)
+            call.status[0] = self.told(np.nonzero(bad)[0], call)
         moved = self.moved(src, dst) & ~bad
         return src[moved], dst[moved]
 
-    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
+    def bad(self, src: Int64, dst: Int64, call: Call) -> Mask:
         """Which units lie past the end of either side."""
-        return (src >= src_end) | (dst >= dst_end)
+        return (src >= call.ends[0]) | (dst >= call.ends[1])
 
     def moved(self, src: Int64, dst: Int64) -> Mask:
         """Which units are not padding."""
         return (src >= 0) & (dst >= 0)
 
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
+    def told(self, bad: Int64, call: Call) -> int:
         """What the status word says of bad units: the first of their positions, + 1."""
-        return int(bad[0]) * unit + 1
+        return int(bad[0]) * call.plan.unit + 1
 
     def numbers(self, index: Index, units: int, unit: int) -> Int64:
         """The number of each unit on one side; negative where it is padding."""
@@ -220,11 +252,11 @@ class HostRows(Backend):
 
     def expand(self, nest: Nest, call: Call, src: Int64, dst: Int64) -> Runs:
         """Units and loops as the addresses of runs."""
-        unit = call.plan.unit
+        unit, vector = call.plan.unit, self.vector(nest, call.plan)
         mine = self.offsets(nest, "src", src, call.src_index, unit)
         theirs = self.offsets(nest, "dst", dst, call.dst_index, unit)
         here, there = self.address(call.src, *mine), self.address(call.dst, *theirs)
-        return Runs(here, there, nest.run, self.vector(nest, call.plan))
+        return Runs(here, there, self.length(nest.run, vector), vector)
 
     def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
         """Table entry, and bytes behind its address, of every run of one side."""
@@ -269,6 +301,10 @@ class HostRows(Backend):
         """The width of one access, in bytes."""
         return nest.vector
 
+    def length(self, run: int, vector: int) -> int:
+        """How many bytes of each run are moved."""
+        return run
+
     def move(self, runs: Runs, call: Call) -> None:
         """Load every vector, and store it."""
         store(call.dst, runs.dst, self.load(runs, call))
@@ -295,11 +331,12 @@ class DeviceRows(HostRows, places=frozenset({("device", "device")})):
         """Order the copies of all runs on a stream."""
         check_inside(call.src, runs.src, runs.nbytes)
         check_inside(call.dst, runs.dst, runs.nbytes)
-        copy_runs(torch.from_numpy(runs.src), torch.from_numpy(runs.dst), runs.nbytes, stream)
+        copy_runs(runs.src, runs.dst, runs.nbytes, stream)
 
 
-def copy_runs(src: torch.Tensor, dst: torch.Tensor, nbytes: int, stream: torch.Stream) -> None:
+def copy_runs(src: Int64, dst: Int64, nbytes: int, stream: torch.Stream) -> None:
     """Order copies of ``nbytes`` between addresses of the simulated device on a stream."""
     from portakv_conformance import simdev  # built and loaded only where it is used
 
-    simdev.copy_runs(src, dst, torch.full_like(src, nbytes), stream)
+    sources, targets = torch.from_numpy(src), torch.from_numpy(dst)
+    simdev.copy_runs(sources, targets, torch.full_like(sources, nbytes), stream)

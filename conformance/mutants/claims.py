@@ -16,114 +16,98 @@ from portakv.plan.plan import CopyPlan, Nest
 from portakv_conformance.mutants.base import HOST, Call, HostRows, Int64, Mask, Pair, Runs
 
 
-class ClaimsSkipping(HostRows):
+@HostRows.mutate("moved")
+def ClaimsSkipping(right: HostRows, src: Int64, dst: Int64) -> Mask:
     """Claims to skip negative ids and takes them for slot 0."""
-
-    def moved(self, src: Int64, dst: Int64) -> Mask:
-        for side in (src, dst):
-            side[side < 0] = 0
-        return super().moved(src, dst)
+    for side in (src, dst):
+        side[side < 0] = 0
+    return right.moved(src, dst)
 
 
-class ClaimsGuards(HostRows):
+@HostRows.mutate("bad")
+def ClaimsGuards(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
     """Claims to guard against slots past the end and clamps them to the last one instead."""
-
-    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
-        np.minimum(src, src_end - 1, out=src)
-        np.minimum(dst, dst_end - 1, out=dst)
-        return super().bad(src, dst, src_end, dst_end, call)
+    for side, end in zip((src, dst), call.ends, strict=True):
+        np.minimum(side, end - 1, out=side)
+    return right.bad(src, dst, call)
 
 
-class GuardOffByOne(HostRows):
+@HostRows.mutate("bad")
+def GuardOffByOne(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
     """The guard takes the slot right behind the last one for a good one."""
-
-    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
-        return super().bad(src, dst, src_end + 1, dst_end + 1, call)
+    return right.bad(src - 1, dst - 1, call)
 
 
-class StatusIgnored(HostRows):
+@HostRows.mutate("told")
+def StatusIgnored(right: HostRows, bad: Int64, call: Call) -> int:
     """A bad slot moves nothing, and nobody is told: the status word stays 0."""
-
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
-        return 0
+    return 0
 
 
-class StatusFromZero(HostRows):
+@HostRows.mutate("told")
+def StatusFromZero(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word holds the position, not position + 1: a bad first id looks like none."""
-
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
-        return super().told(bad, unit, call) - 1
+    return right.told(bad, call) - 1
 
 
-class StatusInUnits(HostRows):
+@HostRows.mutate("told")
+def StatusInUnits(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word counts units, and so names another position than the bad one."""
-
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
-        return super().told(bad, 1, call)
+    return int(bad[0]) + 1
 
 
-class StatusOfTheWholeList(HostRows):
+@HostRows.mutate("told")
+def StatusOfTheWholeList(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word counts from the first id of the list, wherever the copy begins in it."""
-
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
-        return super().told(bad, unit, call) + call.src_index.offset + call.dst_index.offset
+    return right.told(bad, call) + call.src_index.offset + call.dst_index.offset
 
 
-class StatusWithoutPadding(HostRows):
+@HostRows.mutate("told")
+def StatusWithoutPadding(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word counts the positions that are moved, and so leaves out padding before it."""
-
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
-        src, dst = (
-            self.numbers(index, int(bad[0]), unit) for index in (call.src_index, call.dst_index)
-        )
-        return super().told(np.array([self.moved(src, dst).sum()]), unit, call)
+    before = replace(call, count=int(bad[0]) * call.plan.unit, status=None)
+    return right.told(np.array([len(right.pairs(before)[0])]), call)
 
 
-class StatusOfAllAtOnce(HostRows):
+@HostRows.mutate("told")
+def StatusOfAllAtOnce(right: HostRows, bad: Int64, call: Call) -> int:
     """Each bad position is put into the status word by an atomic or, so that several mix."""
-
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
-        return int(np.bitwise_or.reduce(bad * unit + 1))
+    return int(np.bitwise_or.reduce(bad * call.plan.unit + 1))
 
 
-class StatusCountsTheBad(HostRows):
+@HostRows.mutate("told")
+def StatusCountsTheBad(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word tells how many ids were bad where there are several, not where one stands."""
-
-    def told(self, bad: Int64, unit: int, call: Call) -> int:
-        return len(bad) if len(bad) > 1 else super().told(bad, unit, call)
+    return len(bad) if len(bad) > 1 else right.told(bad, call)
 
 
-class BadSlotStopsTheRest(HostRows):
+@HostRows.mutate("bad")
+def BadSlotStopsTheRest(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
     """One bad slot and nothing at all is moved, though all other rows should be."""
-
-    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
-        bad = super().bad(src, dst, src_end, dst_end, call)
-        if bad.any():
-            src[:] = -1
-        return bad
+    bad = right.bad(src, dst, call)
+    if bad.any():
+        src[:] = -1
+    return bad
 
 
-class ClaimsTables(HostRows):
+@HostRows.mutate("table")
+def ClaimsTables(right: HostRows, view: KVView) -> Int64:
     """Claims pointer tables and reads the first address only."""
-
-    def table(self, view: KVView) -> Int64:
-        found = super().table(view)
-        return np.full_like(found, found[0])
+    found = right.table(view)
+    return np.full_like(found, found[0])
 
 
-class ClaimsSingleBytes(HostRows):
+@HostRows.mutate("move")
+def ClaimsSingleBytes(right: HostRows, runs: Runs, call: Call) -> None:
     """Claims an alignment of one byte, but has no vector below 4 bytes and leaves such rows out."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        if runs.vector >= 4:
-            super().move(runs, call)
+    if runs.vector >= 4:
+        right.move(runs, call)
 
 
-class ClaimsAnyLoops(HostRows):
+@HostRows.mutate("nests")
+def ClaimsAnyLoops(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
     """Claims any number of loops and has registers for two: the innermost others are not walked."""
-
-    def nests(self, plan: CopyPlan) -> Sequence[Nest]:
-        return [replace(nest, loops=nest.loops[:2]) for nest in plan.nests]
+    return [replace(nest, loops=nest.loops[:2]) for nest in plan.nests]
 
 
 class TakesMoreThanItClaims(HostRows, max_loops=1):
@@ -136,14 +120,13 @@ class TakesMoreThanItClaims(HostRows, max_loops=1):
         return [replace(nest, loops=nest.loops[:1]) for nest in plan.nests]
 
 
-class ClaimsThreads(HostRows):
+@HostRows.mutate("carry")
+def ClaimsThreads(right: HostRows, call: Call) -> None:
     """Claims that a launch may be called from several threads, and keeps its arguments in one
     place for all of them."""
-
-    def carry(self, call: Call) -> None:
-        self._call = call
-        time.sleep(0.001)
-        super().carry(self._call)
+    right.kept["call"] = call
+    time.sleep(0.001)
+    right.carry(right.kept["call"])
 
 
 class ClaimsGraphs(HostRows, capturable=True):
@@ -154,21 +137,15 @@ class ClaimsTheDevice(HostRows, places=HOST | {("device", "device")}):
     """Claims to copy within device memory, though it runs on the host."""
 
 
-_IDS = frozenset((torch.int32, torch.int64, torch.float32))
-
-
-class ClaimsFloatIds(HostRows, index_dtypes=_IDS):
+class ClaimsFloatIds(HostRows, index_dtypes=frozenset((torch.int32, torch.int64, torch.float32))):
     """Claims to read ids of float32, which no index has."""
 
 
-class ClaimsChange(HostRows):
+@HostRows.mutate("capabilities")
+def ClaimsChange(right: HostRows) -> Capabilities:
     """What it claims changes from one question to the next."""
-
-    _asked = 0
-
-    def capabilities(self) -> Capabilities:
-        self._asked += 1
-        return replace(super().capabilities(), guards=self._asked % 2 == 1)
+    right.kept["guards"] = not right.kept.get("guards", False)
+    return replace(right.capabilities(), guards=right.kept["guards"])
 
 
 class RefusesEverything(HostRows):
@@ -178,13 +155,12 @@ class RefusesEverything(HostRows):
         return Decision(self.name, False, "it would rather not")
 
 
-class RefusesOddWidths(HostRows):
+@HostRows.mutate("prepare")
+def RefusesOddWidths(right: HostRows, plan: CopyPlan) -> Launch:
     """Refuses rows of an odd number of bytes, which CORE asks of every backend."""
-
-    def prepare(self, plan: CopyPlan) -> Launch:
-        if any(width % 2 for width in plan.src.widths):
-            raise Unsupported("Moving odd rows", "rows have to be whole words of 2 bytes")
-        return super().prepare(plan)
+    if any(width % 2 for width in plan.src.widths):
+        raise Unsupported("Moving odd rows", "rows have to be whole words of 2 bytes")
+    return right.prepare(plan)
 
 
 class RefusesOddHeads(HostRows):
@@ -197,10 +173,9 @@ class RefusesOddHeads(HostRows):
         return super().check(plan)
 
 
-class DividesByRows(HostRows):
+@HostRows.mutate("pairs")
+def DividesByRows(right: HostRows, call: Call) -> Pair:
     """A copy whose positions are all padding ends in a division by zero."""
-
-    def pairs(self, call: Call) -> Pair:
-        src, dst = super().pairs(call)
-        self._bytes_of_a_row = call.count * call.plan.token_bytes // len(src)
-        return src, dst
+    src, dst = right.pairs(call)
+    right.kept["bytes of a row"] = call.count * call.plan.token_bytes // len(src)
+    return src, dst

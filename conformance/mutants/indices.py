@@ -10,133 +10,117 @@ from portakv import Index
 from portakv_conformance.mutants.base import Call, HostRows, Int64, Mask, Pair, narrow
 
 
-class NegativeIsLastRow(HostRows):
+@HostRows.mutate("bad")
+def NegativeIsLastRow(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
     """A negative slot is read as in Python: -1 is the last row of the source."""
-
-    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
-        bad = super().bad(src, dst, src_end, dst_end, call)
-        src[src < 0] += src_end
-        return bad
+    bad = right.bad(src, dst, call)
+    src[src < 0] += call.ends[0]
+    return bad
 
 
-class NegativeSkippedInSourceOnly(HostRows):
+@HostRows.mutate("moved")
+def NegativeSkippedInSourceOnly(right: HostRows, src: Int64, dst: Int64) -> Mask:
     """Padding is looked for in the source's ids; a negative destination is taken for slot 0."""
-
-    def moved(self, src: Int64, dst: Int64) -> Mask:
-        dst[dst < 0] = 0
-        return src >= 0
+    dst[dst < 0] = 0
+    return src >= 0
 
 
-class NegativeEndsTheList(HostRows):
+@HostRows.mutate("moved")
+def NegativeEndsTheList(right: HostRows, src: Int64, dst: Int64) -> Mask:
     """A negative slot is taken for the end of the list: what follows it is not moved."""
-
-    def moved(self, src: Int64, dst: Int64) -> Mask:
-        return np.logical_and.accumulate(super().moved(src, dst))
+    return np.logical_and.accumulate(right.moved(src, dst))
 
 
-class OnlyMinusOneIsPadding(HostRows):
+@HostRows.mutate("moved")
+def OnlyMinusOneIsPadding(right: HostRows, src: Int64, dst: Int64) -> Mask:
     """Only -1 counts as padding; other negative slots are moved to and from slot 0."""
-
-    def moved(self, src: Int64, dst: Int64) -> Mask:
-        for side in (src, dst):
-            side[side < -1] = 0
-        return super().moved(src, dst)
+    for side in (src, dst):
+        side[side < -1] = 0
+    return right.moved(src, dst)
 
 
-class Int32ReadAsInt64(HostRows):
+@HostRows.mutate("ids")
+def Int32ReadAsInt64(right: HostRows, ids: torch.Tensor) -> Int64:
     """A list of int32 is read as int64, two ids as one."""
-
-    def ids(self, ids: torch.Tensor) -> Int64:
-        plain = np.ascontiguousarray(ids.numpy()).view(np.uint8)
-        return np.append(plain, np.zeros_like(plain))[: 8 * ids.numel()].view(np.int64)
+    plain = np.ascontiguousarray(ids.numpy()).view(np.uint8)
+    return np.append(plain, np.zeros_like(plain))[: 8 * ids.numel()].view(np.int64)
 
 
-class Int64ReadAsInt32(HostRows):
+@HostRows.mutate("ids")
+def Int64ReadAsInt32(right: HostRows, ids: torch.Tensor) -> Int64:
     """Ids are narrowed to int32: a wild id of 64 bits becomes a slot that exists."""
-
-    def ids(self, ids: torch.Tensor) -> Int64:
-        return narrow(super().ids(ids))
+    return narrow(right.ids(ids))
 
 
-class StartIgnored(HostRows):
+@HostRows.mutate("start")
+def StartIgnored(right: HostRows, index: Index) -> int:
     """The offset of an index is ignored: every copy begins with its first id."""
-
-    def start(self, index: Index) -> int:
-        return 0 if index.ids is not None else index.offset
+    return 0 if index.ids is not None else index.offset
 
 
-class ChunkStartIgnored(HostRows):
+@HostRows.mutate("start")
+def ChunkStartIgnored(right: HostRows, index: Index) -> int:
     """A side without ids begins at its first token, whatever its offset says."""
-
-    def start(self, index: Index) -> int:
-        return 0 if index.ids is None else index.offset
+    return 0 if index.ids is None else index.offset
 
 
-class BlockIdsAsSlots(HostRows):
+@HostRows.mutate("numbers")
+def BlockIdsAsSlots(right: HostRows, index: Index, units: int, unit: int) -> Int64:
     """The ids of a block table are taken for slots where a block is moved in several pieces."""
-
-    def numbers(self, index: Index, units: int, unit: int) -> Int64:
-        per_id = index.step // unit
-        if index.ids is None or per_id == 1:
-            return super().numbers(index, units, unit)
-        at = np.arange(index.offset // unit, index.offset // unit + units)
-        ids = self.ids(index.ids)[at // per_id]
-        return np.where(ids < 0, -1, ids + at % per_id)
+    per_id = index.step // unit
+    if index.ids is None or per_id == 1:
+        return right.numbers(index, units, unit)
+    at = np.arange(index.offset // unit, index.offset // unit + units)
+    ids = right.ids(index.ids)[at // per_id]
+    return np.where(ids < 0, -1, ids + at % per_id)
 
 
-class PartialBlockRepeats(HostRows):
+@HostRows.mutate("numbers")
+def PartialBlockRepeats(right: HostRows, index: Index, units: int, unit: int) -> Int64:
     """Inside a block of the table the position is lost: each piece is the block's first."""
-
-    def numbers(self, index: Index, units: int, unit: int) -> Int64:
-        found = super().numbers(index, units, unit)
-        per_id = index.step // unit
-        return found if index.ids is None else np.where(found < 0, found, found // per_id * per_id)
+    found = right.numbers(index, units, unit)
+    per_id = index.step // unit
+    return found if index.ids is None else np.where(found < 0, found, found // per_id * per_id)
 
 
-class PartialBlockDropped(HostRows):
+@HostRows.mutate("units")
+def PartialBlockDropped(right: HostRows, call: Call) -> int:
     """Only whole blocks are moved: the tokens of a last block that is not full are forgotten."""
-
-    def units(self, call: Call) -> int:
-        size = max(call.src.form.block_size, call.dst.form.block_size, 1)
-        return (call.count // size * size or call.count) // call.plan.unit
+    size = max(call.src.form.block_size, call.dst.form.block_size, 1)
+    return (call.count // size * size or call.count) // call.plan.unit
 
 
-class GridClipped(HostRows):
+@HostRows.mutate("units")
+def GridClipped(right: HostRows, call: Call) -> int:
     """The grid is clipped at 65535 units, the rest of a long list is not moved."""
-
-    def units(self, call: Call) -> int:
-        return min(super().units(call), 65535)
+    return min(right.units(call), 65535)
 
 
-class SixteenBitCount(HostRows):
+@HostRows.mutate("units")
+def SixteenBitCount(right: HostRows, call: Call) -> int:
     """Units are counted in 16 bits: of 70000 only 4464 are moved."""
-
-    def units(self, call: Call) -> int:
-        return super().units(call) & 0xFFFF
+    return right.units(call) & 0xFFFF
 
 
-class OneUnitForgotten(HostRows):
+@HostRows.mutate("units")
+def OneUnitForgotten(right: HostRows, call: Call) -> int:
     """A copy of a single unit is taken for an empty one."""
-
-    def units(self, call: Call) -> int:
-        found = super().units(call)
-        return found if found > 1 else 0
+    found = right.units(call)
+    return found if found > 1 else 0
 
 
-class DuplicatesPastTheEnd(HostRows):
+@HostRows.mutate("pairs")
+def DuplicatesPastTheEnd(right: HostRows, call: Call) -> Pair:
     """Of slots that occur twice in the destination the second is written behind the last slot."""
-
-    def pairs(self, call: Call) -> Pair:
-        src, dst = super().pairs(call)
-        repeated = np.ones(dst.shape, dtype=bool)
-        repeated[np.unique(dst, return_index=True)[1]] = False
-        return src, np.where(repeated, call.dst.slots // call.plan.unit, dst)
+    src, dst = right.pairs(call)
+    repeated = np.ones(dst.shape, dtype=bool)
+    repeated[np.unique(dst, return_index=True)[1]] = False
+    return src, np.where(repeated, call.dst.slots // call.plan.unit, dst)
 
 
-class DuplicatesMixed(HostRows):
+@HostRows.mutate("pairs")
+def DuplicatesMixed(right: HostRows, call: Call) -> Pair:
     """A source slot that occurs twice is moved once: the later positions stay as they were."""
-
-    def pairs(self, call: Call) -> Pair:
-        src, dst = super().pairs(call)
-        first = np.sort(np.unique(src, return_index=True)[1])
-        return src[first], dst[first]
+    src, dst = right.pairs(call)
+    first = np.sort(np.unique(src, return_index=True)[1])
+    return src[first], dst[first]

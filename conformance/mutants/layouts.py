@@ -28,25 +28,22 @@ class _Misread(HostRows):
         raise NotImplementedError
 
 
-class SwappedKeysAndValues(_Misread):
+@_Misread.mutate("read")
+def SwappedKeysAndValues(right: HostRows, form: Form) -> Form:
     """Keys are copied to the values and values to the keys."""
-
-    def read(self, form: Form) -> Form:
-        return form if len(set(form.widths)) > 1 else replace(form, parts=form.parts[::-1])
+    return form if len(set(form.widths)) > 1 else replace(form, parts=form.parts[::-1])
 
 
-class SwappedTuples(SwappedKeysAndValues):
+@SwappedKeysAndValues.mutate("read")
+def SwappedTuples(right: _Misread, form: Form) -> Form:
     """Keys and values are swapped where each has a tensor of its own."""
-
-    def read(self, form: Form) -> Form:
-        return super().read(form) if len({part.table for part in form.parts}) > 1 else form
+    return right.read(form) if len({part.table for part in form.parts}) > 1 else form
 
 
-class SwappedLayers(_Misread):
+@_Misread.mutate("read")
+def SwappedLayers(right: HostRows, form: Form) -> Form:
     """Layers are walked from the last to the first on one side only."""
-
-    def read(self, form: Form) -> Form:
-        return replace(form, parts=tuple(map(_last_layer_first, form.parts)))
+    return replace(form, parts=tuple(map(_last_layer_first, form.parts)))
 
 
 def _last_layer_first(part: Part) -> Part:
@@ -59,13 +56,12 @@ def _last_layer_first(part: Part) -> Part:
     return replace(part, table=start[0], offset=start[1], layer=(back,))
 
 
-class FirstLayerForAll(_Misread):
+@_Misread.mutate("read")
+def FirstLayerForAll(right: HostRows, form: Form) -> Form:
     """The address of the first layer is used for every layer of the source."""
-
-    def read(self, form: Form) -> Form:
-        layers = [tuple(Step(at.extent, 0, 0) for at in part.layer) for part in form.parts]
-        pairs = zip(form.parts, layers, strict=True)
-        return replace(form, parts=tuple(replace(part, layer=layer) for part, layer in pairs))
+    layers = [tuple(Step(at.extent, 0, 0) for at in part.layer) for part in form.parts]
+    pairs = zip(form.parts, layers, strict=True)
+    return replace(form, parts=tuple(replace(part, layer=layer) for part, layer in pairs))
 
 
 class TokensBeforeHeads(_Misread):
@@ -85,23 +81,21 @@ class TokensBeforeHeads(_Misread):
         return replace(form, parts=tuple(parts))
 
 
-class HeadsOfTheOtherSide(_Misread):
+@_Misread.mutate("forms")
+def HeadsOfTheOtherSide(right: HostRows, call: Call) -> tuple[Form, Form]:
     """The stride between heads is read from the destination and used for both sides."""
-
-    def forms(self, call: Call) -> tuple[Form, Form]:
-        src, dst = call.plan.src, call.plan.dst
-        if any(step.table for part in dst.parts for step in part.head):
-            return src, dst
-        pairs = zip(src.parts, dst.parts, strict=True)
-        parts = tuple(replace(mine, head=theirs.head) for mine, theirs in pairs)
-        return replace(src, parts=parts), dst
+    src, dst = call.plan.src, call.plan.dst
+    if any(step.table for part in dst.parts for step in part.head):
+        return src, dst
+    pairs = zip(src.parts, dst.parts, strict=True)
+    parts = tuple(replace(mine, head=theirs.head) for mine, theirs in pairs)
+    return replace(src, parts=parts), dst
 
 
-class TwoBlocksTakenForKv(_Misread):
+@_Misread.mutate("forms")
+def TwoBlocksTakenForKv(right: HostRows, call: Call) -> tuple[Form, Form]:
     """Layout guessed from sizes: an axis of two blocks is taken for keys and values."""
-
-    def forms(self, call: Call) -> tuple[Form, Form]:
-        return _guess(call.plan.src, call.src.slots), call.plan.dst
+    return _guess(call.plan.src, call.src.slots), call.plan.dst
 
 
 def _guess(form: Form, slots: int) -> Form:
@@ -118,22 +112,20 @@ def _guess(form: Form, slots: int) -> Form:
     return replace(form, parts=parts)
 
 
-class TwoLayersTakenForKv(_Misread):
+@_Misread.mutate("read")
+def TwoLayersTakenForKv(right: HostRows, form: Form) -> Form:
     """Layout guessed from the count of tensors: a list of two layers is taken for (key, value)."""
-
-    def read(self, form: Form) -> Form:
-        parts, layer = form.parts, form.parts[0].layer
-        if form.layers != 2 or form.kv != 2 or len(layer) != 1 or not layer[0].table:
-            return form
-        distance = parts[1].offset - parts[0].offset
-        across = (Step(2, 0, distance),)
-        second = replace(parts[0], table=parts[0].table + layer[0].table, layer=across)
-        return replace(form, parts=(replace(parts[0], layer=across), second))
+    parts, layer = form.parts, form.parts[0].layer
+    if form.layers != 2 or form.kv != 2 or len(layer) != 1 or not layer[0].table:
+        return form
+    distance = parts[1].offset - parts[0].offset
+    across = (Step(2, 0, distance),)
+    second = replace(parts[0], table=parts[0].table + layer[0].table, layer=across)
+    return replace(form, parts=(replace(parts[0], layer=across), second))
 
 
-class LostThroughContiguous(HostRows):
+@HostRows.mutate("carry")
+def LostThroughContiguous(right: HostRows, call: Call) -> None:
     """A destination that is not contiguous is copied through .contiguous() and thrown away."""
-
-    def carry(self, call: Call) -> None:
-        if all(owner.is_contiguous() for owner in call.dst.owners):
-            super().carry(call)
+    if all(owner.is_contiguous() for owner in call.dst.owners):
+        right.carry(call)

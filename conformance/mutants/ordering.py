@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from portakv.backends.base import Pending
@@ -24,27 +25,23 @@ class WrongStream(DeviceRows):
         return self._stream
 
 
-class PassedStreamIgnored(DeviceRows):
+@DeviceRows.mutate("stream")
+def PassedStreamIgnored(right: DeviceRows, call: Call) -> torch.Stream:
     """The stream that was passed is ignored, the work goes to the current one."""
-
-    def stream(self, call: Call) -> torch.Stream:
-        return torch.accelerator.current_stream(self.device)
+    return right.stream(replace(call, stream=None))
 
 
-class StreamZeroIsNone(DeviceRows):
+@DeviceRows.mutate("stream")
+def StreamZeroIsNone(right: DeviceRows, call: Call) -> torch.Stream:
     """A passed default stream has the number 0 and is read as no stream given."""
-
-    def stream(self, call: Call) -> torch.Stream:
-        if call.stream is not None and call.stream.stream_id:
-            return call.stream
-        return torch.accelerator.current_stream(self.device)
+    zero = call.stream is not None and call.stream.stream_id == 0
+    return right.stream(replace(call, stream=None) if zero else call)
 
 
-class CurrentDeviceOnly(DeviceRows):
+@DeviceRows.mutate("stream")
+def CurrentDeviceOnly(right: DeviceRows, call: Call) -> torch.Stream:
     """The index of the device is ignored: work goes to a stream of the thread's current device."""
-
-    def stream(self, call: Call) -> torch.Stream:
-        return call.stream or torch.accelerator.current_stream()
+    return call.stream or torch.accelerator.current_stream()
 
 
 class _OnItsOwnStream(DeviceRows):
@@ -72,61 +69,54 @@ class NobodyWaitsForIt(_OnItsOwnStream):
 class WaitsForTheFirstOnly(NoWaitOnProducer):
     """Its own stream waits for the caller's on the first call, and never again."""
 
-    _waited = False
-
     def move(self, runs: Runs, call: Call) -> None:
-        if not self._waited:
+        if not self.kept:
             self._own.wait_stream(self.stream(call))
-        self._waited = True
+        self.kept["waited"] = True
         super().move(runs, call)
 
 
-class EnqueuedLater(DeviceRows):
+@DeviceRows.mutate("move")
+def EnqueuedLater(right: DeviceRows, runs: Runs, call: Call) -> None:
     """A thread in the background enqueues the work, behind whatever came in the meantime."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        late(self.enqueue, runs, call, self.stream(call))
+    late(right.enqueue, runs, call, right.stream(call))
 
 
-class HostIdsReadByAThread(DeviceRows):
+def _to_the_end(right: DeviceRows, call: Call) -> None:
+    right.carry(call)
+    right.stream(call).synchronize()
+
+
+@DeviceRows.mutate("carry")
+def HostIdsReadByAThread(right: DeviceRows, call: Call) -> Pending:
     """A thread reads the ids and enqueues the copy; its handle tells the end rightly."""
-
-    def carry(self, call: Call) -> Pending | None:
-        return late(self._whole, replace(call, stream=self.stream(call)))
-
-    def _whole(self, call: Call) -> None:
-        super().carry(call)
-        self.stream(call).synchronize()
+    return late(_to_the_end, right, replace(call, stream=right.stream(call)))
 
 
-class WaitsInTheLaunch(DeviceRows):
+@DeviceRows.mutate("carry")
+def WaitsInTheLaunch(right: DeviceRows, call: Call) -> None:
     """The launch waits for its stream, and with it the host for everything that stands there."""
-
-    def carry(self, call: Call) -> Pending | None:
-        super().carry(call)
-        self.stream(call).synchronize()
-        return None
+    _to_the_end(right, call)
 
 
-class DeviceTempFreedEarly(DeviceRows):
+@DeviceRows.mutate("move")
+def DeviceTempFreedEarly(right: DeviceRows, runs: Runs, call: Call) -> None:
     """Rows pass through a buffer of the allocator that is freed while the copy still uses it."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        rows = torch.empty(len(runs.src) * runs.nbytes, dtype=torch.uint8, device=self.device)
-        between = rows.data_ptr() + torch.arange(len(runs.src)) * runs.nbytes
-        copy_runs(torch.from_numpy(runs.src), between, runs.nbytes, self.stream(call))
-        copy_runs(between, torch.from_numpy(runs.dst), runs.nbytes, self.stream(call))
+    stream, nbytes = right.stream(call), len(runs.src) * runs.nbytes
+    rows = torch.empty(nbytes, dtype=torch.uint8, device=stream.device)
+    between = rows.data_ptr() + np.arange(len(runs.src)) * runs.nbytes
+    copy_runs(runs.src, between, runs.nbytes, stream)
+    copy_runs(between, runs.dst, runs.nbytes, stream)
 
 
 _REACH = {("device", "device"), ("device", "pageable"), ("device", "pinned")}
 
 
-class ClaimsHostReach(DeviceRows, places=frozenset(_REACH)):
+@DeviceRows.mutate("move", places=frozenset(_REACH))
+def ClaimsHostReach(right: DeviceRows, runs: Runs, call: Call) -> None:
     """Claims to copy to the host, and lets the host read the device's memory by itself."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        if call.dst.form.place == "device":
-            super().move(runs, call)
-        else:
-            for source, target in zip(runs.src.tolist(), runs.dst.tolist(), strict=True):
-                ctypes.memmove(target, source, runs.nbytes)
+    if call.dst.form.place == "device":
+        right.move(runs, call)
+    else:
+        for source, target in zip(runs.src.tolist(), runs.dst.tolist(), strict=True):
+            ctypes.memmove(target, source, runs.nbytes)

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
+import torch
 
 from portakv import Index, KVView, Unsupported
 from portakv.plan.loops import Loop
@@ -26,120 +29,100 @@ def _of_both(call: Call) -> bool:
     return call.src_index.ids is not None and call.dst_index.ids is not None
 
 
-class TableOf64(HostRows):
+@HostRows.mutate("address")
+def TableOf64(right: HostRows, view: KVView, entry: Int64, byte: Int64) -> Int64:
     """The table travels in the arguments and has room for 64 addresses; more wrap around."""
-
-    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
-        return super().address(view, entry % 64, byte)
+    return right.address(view, entry % 64, byte)
 
 
-class TableOf256(HostRows):
+@HostRows.mutate("address")
+def TableOf256(right: HostRows, view: KVView, entry: Int64, byte: Int64) -> Int64:
     """The table has room for 256 addresses; of a list of more blocks the others wrap around."""
-
-    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
-        return super().address(view, entry % 256, byte)
+    return right.address(view, entry % 256, byte)
 
 
-class BlocksInThirtyTwoBits(HostRows):
+@HostRows.mutate("offsets")
+def BlocksInThirtyTwoBits(
+    right: HostRows, nest: Nest, name: str, numbers: Int64, index: Index, unit: int
+) -> Pair:
     """Byte offsets have 64 bits where tokens move one by one, and 32 where whole blocks do."""
-
-    def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
-        entry, byte = super().offsets(nest, name, numbers, index, unit)
-        return entry, byte if unit == 1 else narrow(byte)
+    entry, byte = right.offsets(nest, name, numbers, index, unit)
+    return entry, byte if unit == 1 else narrow(byte)
 
 
-class MigrationsInThirtyTwoBits(HostRows):
+@HostRows.mutate("pieces")
+def MigrationsInThirtyTwoBits(right: HostRows, call: Call) -> list[Runs]:
     """The path for ids on both sides works out byte offsets in 32 bits."""
-
-    def pieces(self, call: Call) -> list[Runs]:
-        wrong = ThirtyTwoBitOffset(self.device)
-        return wrong.pieces(call) if _of_both(call) else super().pieces(call)
+    wrong = ThirtyTwoBitOffset(torch.device("cpu"))
+    return (wrong if _of_both(call) else right).pieces(call)
 
 
-class FarChunkOnTheDevice(DeviceRows):
+@DeviceRows.mutate("address", profile="full")
+def FarChunkOnTheDevice(right: DeviceRows, view: KVView, entry: Int64, byte: Int64) -> Int64:
     """On the device the byte offsets of a chunk are worked out in 32 bits and wrap past 2 GiB."""
-
-    profile = "full"
-
-    def address(self, view: KVView, entry: Int64, byte: Int64) -> Int64:
-        return super().address(view, entry, byte if view.block_size else narrow(byte))
+    return right.address(view, entry, byte if view.block_size else narrow(byte))
 
 
-class FarPlanesOnTheDevice(DeviceRows):
+@DeviceRows.mutate("walk", profile="full")
+def FarPlanesOnTheDevice(right: DeviceRows, loop: Loop, name: str) -> Pair:
     """On the device the stride between planes is cut to 32 bits."""
-
-    profile = "full"
-
-    def walk(self, loop: Loop, name: str) -> Pair:
-        entries, steps = super().walk(loop, name)
-        return entries, narrow(steps)
+    entries, steps = right.walk(loop, name)
+    return entries, narrow(steps)
 
 
-class MigrationsClipped(HostRows):
+@HostRows.mutate("units")
+def MigrationsClipped(right: HostRows, call: Call) -> int:
     """The grid of the path for ids on both sides is clipped at 65535 units."""
-
-    def units(self, call: Call) -> int:
-        found = super().units(call)
-        return min(found, 65535) if _of_both(call) else found
+    return min(right.units(call), 65535 if _of_both(call) else call.count)
 
 
-class GuardsSourceOnly(HostRows):
+@HostRows.mutate("bad")
+def GuardsSourceOnly(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
     """With ids on both sides only the source's are guarded: a bad destination is the last slot."""
-
-    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
-        if _of_both(call):
-            np.minimum(dst, dst_end - 1, out=dst)
-        return super().bad(src, dst, src_end, dst_end, call)
+    if _of_both(call):
+        np.minimum(dst, call.ends[1] - 1, out=dst)
+    return right.bad(src, dst, call)
 
 
-class PaddingHidesBadIds(HostRows):
+@HostRows.mutate("bad")
+def PaddingHidesBadIds(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
     """A bad id that faces padding on the other side is skipped with it, and not reported."""
-
-    def bad(self, src: Int64, dst: Int64, src_end: int, dst_end: int, call: Call) -> Mask:
-        return super().bad(src, dst, src_end, dst_end, call) & self.moved(src, dst)
+    return right.bad(src, dst, call) & right.moved(src, dst)
 
 
 def _by_source(runs: Runs) -> Runs:
     return runs.at(np.argsort(runs.src, kind="stable"))
 
 
-class MergedBySourceAlone(HostRows):
+@HostRows.mutate("move")
+def MergedBySourceAlone(right: HostRows, runs: Runs, call: Call) -> None:
     """Runs are merged where they are neighbours in the source, wherever the destination is."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        runs, at = _by_source(runs), np.arange(len(runs.src))
-        follows = np.diff(runs.src, prepend=-1) == runs.nbytes
-        begins = np.maximum.accumulate(np.where(follows, 0, at))
-        behind = (at - begins) * runs.nbytes
-        merged = Runs(runs.src, runs.dst[begins] + behind, runs.nbytes, runs.vector)
-        super().move(merged, call)
+    runs, at = _by_source(runs), np.arange(len(runs.src))
+    follows = np.diff(runs.src, prepend=-1) == runs.nbytes
+    begins = np.maximum.accumulate(np.where(follows, 0, at))
+    right.move(replace(runs, dst=runs.dst[begins] + (at - begins) * runs.nbytes), call)
 
 
-class LastRunLost(HostRows):
+@HostRows.mutate("move")
+def LastRunLost(right: HostRows, runs: Runs, call: Call) -> None:
     """A merged run is sent when the next begins; one that ends the list is never sent."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        runs = _by_source(runs)
-        follows = (np.diff(runs.src) == runs.nbytes) & (np.diff(runs.dst) == runs.nbytes)
-        if follows.size and follows[-1]:
-            begins = np.nonzero(~follows)[0]
-            runs = runs.at(slice(begins[-1] + 1 if begins.size else 0))
-        super().move(runs, call)
+    runs = _by_source(runs)
+    follows = (np.diff(runs.src) == runs.nbytes) & (np.diff(runs.dst) == runs.nbytes)
+    if follows.size and follows[-1]:
+        begins = np.nonzero(~follows)[0]
+        runs = runs.at(slice(begins[-1] + 1 if begins.size else 0))
+    right.move(runs, call)
 
 
-class OnlyFirstNest(HostRows):
+@HostRows.mutate("pieces")
+def OnlyFirstNest(right: HostRows, call: Call) -> list[Runs]:
     """Of a plan with a nest for each kv only the first is carried out."""
-
-    def pieces(self, call: Call) -> list[Runs]:
-        return super().pieces(call)[:1]
+    return right.pieces(call)[:1]
 
 
-class ErrorAfterPartialWrite(HostRows):
+@HostRows.mutate("move")
+def ErrorAfterPartialWrite(right: HostRows, runs: Runs, call: Call) -> None:
     """That a row is not of whole words is found, and refused, after half of the rows are moved."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        if runs.vector > 1:
-            super().move(runs, call)
-            return
-        super().move(runs.at(slice(len(runs.dst) // 2)), call)
+    right.move(runs.at(slice(len(runs.dst) // (1 if runs.vector > 1 else 2))), call)
+    if runs.vector == 1:
         raise Unsupported("Moving single bytes", "rows have to be whole words of 2 bytes")

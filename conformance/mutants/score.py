@@ -8,7 +8,6 @@ every mutant is caught and the un-mutated bases pass, else 1: also where one cou
 from __future__ import annotations
 
 import argparse
-import importlib
 import os
 import sys
 import time
@@ -43,9 +42,8 @@ Runner = Callable[..., RunRecord]
 
 @dataclass(frozen=True)
 class Trial:
-    """How a mutant fared under one seed: the id of the first case that failed, or an empty text;
-    what that case said, or why there is no verdict; the seconds until then, with all that had to be
-    loaded; whether the suite got to judge it: if not, the suite is not at fault."""
+    """How a mutant fared under one seed: the first case that failed, or an empty text; what it
+    said, or why there is no verdict; the seconds until then; whether the suite got to judge it."""
 
     mutant: Mutant
     seed: int
@@ -58,11 +56,6 @@ class Trial:
     def caught(self) -> bool:
         """True where a case failed."""
         return bool(self.caught_by)
-
-    @property
-    def survives(self) -> bool:
-        """True where it was judged, and no case failed."""
-        return self.judged and not self.caught
 
     @property
     def ending(self) -> str:
@@ -88,9 +81,8 @@ def try_mutant(
     """Run the suite on a mutant, up to its first failure. A case in error is none that catches: the
     suite itself is at fault then."""
     began = time.monotonic()
-    asked = Options(
-        mutant.target, mutant.device, mutant.profile, seed, limit=CASE_LIMIT, exit_first=True
-    )
+    where = (mutant.target(), mutant.device_type, mutant.profile)
+    asked = Options(*where, seed, limit=CASE_LIMIT, exit_first=True)
     caught, why, judged = "", "every case passed", True
     try:
         wrong = _wrong(runner(asked, _Clock(wall)))
@@ -115,7 +107,7 @@ def _line(error: Exception) -> str:
 def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str | None:
     """Run the full suite on an un-mutated base; None where it passes, else why not."""
     try:
-        record = runner(Options(control.target, control.device, "full", seed))
+        record = runner(Options(control.target(), control.device_type, "full", seed))
     except _UNJUDGED as error:
         return _line(error)
     if wrong := _wrong(record):
@@ -125,16 +117,15 @@ def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str 
 
 def fails_self_check(mutant: Mutant) -> bool:
     """Whether the registry would turn a mutant down when it is chosen, before any user's copy."""
-    module, _, name = mutant.target.partition(":")
-    if mutant.device != "cpu":
+    device = mutant.device_type
+    if device != "cpu":
         from portakv_conformance import simdev
 
         if simdev.available() is not None:
             return False
-        simdev.load(mutant.device)
-    device = torch.device("cpu") if mutant.device == "cpu" else torch.device(mutant.device, 0)
-    found, _ = self_check(getattr(importlib.import_module(module), name)(device))
-    return found is SelfCheck.FAILED
+        simdev.load(device)
+        device += ":0"
+    return self_check(mutant(torch.device(device)))[0] is SelfCheck.FAILED
 
 
 _HEAD = """\
@@ -172,8 +163,8 @@ def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
     ``self_checked``, by name."""
     groups = by_mutant(trials)
     parts = [_HEAD, _sum(groups)]
-    for module, mutants in groupby(groups, key=lambda g: g[0].mutant.target.partition(":")[0]):
-        title = (importlib.import_module(module).__doc__ or "").partition("\n")[0]
+    for module, mutants in groupby(groups, key=lambda group: group[0].mutant.__module__):
+        title = (sys.modules[module].__doc__ or "").partition("\n")[0]
         parts.append(f"\n## {title.rstrip('.')}\n")
         parts.append("| mutant | bug | profile | caught by | s |\n|---|---|---|---|---:|")
         parts += [_row(group, self_checked) for group in mutants]
@@ -191,7 +182,7 @@ def _sum(groups: Sequence[Sequence[Trial]]) -> str:
 
 def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
     first, mutant = group[0], group[0].mutant
-    where = mutant.profile if mutant.device == "cpu" else f"{mutant.profile}, {mutant.device}"
+    where = mutant.profile + (f", {mutant.device_type}" if mutant.device_type != "cpu" else "")
     # A bar would end the cell, in code as well.
     found = first.caught_by.removeprefix("cases/").replace("|", "\\|")
     case = f"`{found}`" if first.caught else "**survives**" if first.judged else "not judged"
@@ -199,7 +190,7 @@ def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
         case += f" ({sum(trial.caught for trial in group)} of {len(group)})"
     if mutant.name in self_checked:
         case += "; the self-check too"
-    return f"| `{mutant.name}` | {mutant.bug} | {where} | {case} | {first.seconds:.0f} |"
+    return f"| `{mutant.name}` | {mutant.bug()} | {where} | {case} | {first.seconds:.0f} |"
 
 
 def print_score(
@@ -209,11 +200,11 @@ def print_score(
     groups, lines = by_mutant(trials), []
     for group in groups:
         mutant, caught = group[0].mutant, [trial.caught_by for trial in group if trial.caught]
-        lost = "SURVIVES" if any(trial.survives for trial in group) else "not judged"
-        case = (caught or [lost])[0].removeprefix("cases/")
+        missed = any(trial.judged and not trial.caught for trial in group)
+        case = (caught or ["SURVIVES" if missed else "not judged"])[0].removeprefix("cases/")
         case += " (self-check too)" if mutant.name in self_checked else ""
         runs, seconds = f"{len(caught)}/{len(group)}", f"{group[0].seconds:.1f}"
-        lines.append((mutant.name, mutant.bug, case, runs, seconds))
+        lines.append((mutant.name, mutant.bug(), case, runs, seconds))
     columns = (
         Column("mutant", whole=True), Column("bug"), Column("caught by", whole=True),
         Column("runs", right=True), Column("s", right=True),
@@ -224,7 +215,7 @@ def print_score(
     for trial in trials:
         if not trial.caught:
             lost, _, why = trial.ending.partition(": ")
-            name = f"{trial.mutant.name} ({trial.mutant.target})"
+            name = f"{trial.mutant.name} ({trial.mutant.target()})"
             print(f"{lost} under seed {trial.seed}: {name}: {why}")
     print(_sum(groups).strip("*"))
 
@@ -272,8 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     mutants = [one for one in MUTANTS if asked.only is None or one.name in asked.only]
     # Two processes on two cores: threads of torch's own would only get in each other's way.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    devices = {mutant.device for mutant in mutants if not asked.no_control}
-    needed = [control for control in CONTROLS if control.device in devices]
+    devices = {mutant.device_type for mutant in mutants if not asked.no_control}
+    needed = [control for control in CONTROLS if control.device_type in devices]
     with _ending_with_the_caller(_JOBS) as pool:
         found = zip(needed, pool.map(try_control, needed), strict=True)
         controls = {control.name: why for control, why in found}

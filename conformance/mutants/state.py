@@ -9,121 +9,99 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from portakv import Index, KVView
 from portakv.backends.base import Pending
-from portakv.plan.plan import CopyPlan, Side
+from portakv.plan.plan import Side
 from portakv_conformance.mutants.base import Call, HostRows, Int64, Pair, Runs, store
 
 _LATE = 0.02  # seconds that work in the background takes
 
 
 class _Remembering(HostRows):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._first: dict[CopyPlan, Call] = {}
-
     def carry(self, call: Call) -> Pending | None:
-        return super().carry(self.recalled(self._first.setdefault(call.plan, call), call))
+        return super().carry(self.recalled(self.kept.setdefault(call.plan, call), call))
 
     def recalled(self, first: Call, call: Call) -> Call:
         """The call, mixed up with the first one."""
         raise NotImplementedError
 
 
-class StalePointerTable(_Remembering):
+@_Remembering.mutate("recalled")
+def StalePointerTable(right: HostRows, first: Call, call: Call) -> Call:
     """The addresses of a cache are kept for its form, so one that was reallocated is not seen."""
-
-    def recalled(self, first: Call, call: Call) -> Call:
-        same = call.src.form.block_size and call.src.slots == first.src.slots
-        return replace(call, src=first.src) if same else call
+    same = call.src.form.block_size and call.src.slots == first.src.slots
+    return replace(call, src=first.src) if same else call
 
 
-class StaleDestination(_Remembering):
+@_Remembering.mutate("recalled")
+def StaleDestination(right: HostRows, first: Call, call: Call) -> Call:
     """The addresses of a destination are kept for its form: the second chunk goes to the first."""
-
-    def recalled(self, first: Call, call: Call) -> Call:
-        return replace(call, dst=first.dst) if call.dst.slots == first.dst.slots else call
+    return replace(call, dst=first.dst) if call.dst.slots == first.dst.slots else call
 
 
-class _TableKept(HostRows):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._tables: dict[object, Int64] = {}
-
-    def table(self, view: KVView) -> Int64:
-        found = super().table(view)
-        return self._tables.setdefault((view.form, len(found), self.key(found)), found)
-
-    def key(self, table: Int64) -> int:
-        """What a table is known by."""
-        raise NotImplementedError
+def _kept(right: HostRows, view: KVView, address: np.int64) -> Int64:
+    kept: dict[object, Int64] = right.kept
+    return kept.setdefault((view.form, len(view.addresses), address), view.addresses)
 
 
-class TableOfTheFirstTensor(_TableKept):
+@HostRows.mutate("table")
+def TableOfTheFirstTensor(right: HostRows, view: KVView) -> Int64:
     """The table of a cache is kept under its first tensor's address."""
-
-    def key(self, table: Int64) -> int:
-        return int(table[0])
+    return _kept(right, view, view.addresses[0])
 
 
-class TableOfTheLastTensor(_TableKept):
+@HostRows.mutate("table")
+def TableOfTheLastTensor(right: HostRows, view: KVView) -> Int64:
     """The table of a cache is kept under its last tensor's address."""
-
-    def key(self, table: Int64) -> int:
-        return int(table[-1])
+    return _kept(right, view, view.addresses[-1])
 
 
-class TableOfTheSameTensors(_TableKept):
+@HostRows.mutate("table")
+def TableOfTheSameTensors(right: HostRows, view: KVView) -> Int64:
     """The table of a cache is kept under the sum of its addresses, whatever their order."""
-
-    def key(self, table: Int64) -> int:
-        return int(table.sum())
+    return _kept(right, view, view.addresses.sum())
 
 
-class IndicesOfTheFirstCall(_Remembering):
+@_Remembering.mutate("recalled")
+def IndicesOfTheFirstCall(right: HostRows, first: Call, call: Call) -> Call:
     """A second call with as many ids as the first uses the ids of the first."""
-
-    def recalled(self, first: Call, call: Call) -> Call:
-        src = _recalled(first.src_index, call.src_index)
-        return replace(call, src_index=src, dst_index=_recalled(first.dst_index, call.dst_index))
+    src = _recalled(first.src_index, call.src_index)
+    return replace(call, src_index=src, dst_index=_recalled(first.dst_index, call.dst_index))
 
 
 def _recalled(first: Index, index: Index) -> Index:
     return first if (first.length, first.offset) == (index.length, index.offset) else index
 
 
-class CountOfTheFirstCall(_Remembering):
+@_Remembering.mutate("recalled")
+def CountOfTheFirstCall(right: HostRows, first: Call, call: Call) -> Call:
     """The grid of the first call is used again: of a longer list the end is not moved."""
-
-    def recalled(self, first: Call, call: Call) -> Call:
-        return replace(call, count=min(call.count, first.count))
+    return replace(call, count=min(call.count, first.count))
 
 
-class DevicesByDefault(HostRows):
+@HostRows.mutate("ids")
+def DevicesByDefault(right: HostRows, ids: torch.Tensor) -> Int64:
     """What it makes lies on torch's default device, which need not be the one that it works on."""
-
-    def ids(self, ids: torch.Tensor) -> Int64:
-        return super().ids(ids[torch.arange(ids.numel())])
+    return right.ids(ids[torch.arange(ids.numel())])
 
 
-class OffsetsInTheDefaultDtype(HostRows):
+@HostRows.mutate("place")
+def OffsetsInTheDefaultDtype(right: HostRows, side: Side, numbers: Int64) -> Pair:
     """Offsets pass through torch's default dtype, which is exact enough while that is float32."""
-
-    def place(self, side: Side, numbers: Int64) -> Pair:
-        entry, byte = super().place(side, numbers)
-        if byte.size and abs(byte).max() < 1 << 24:
-            byte = torch.tensor([float(n) for n in byte], device="cpu").long().numpy()
-        return entry, byte
+    entry, byte = right.place(side, numbers)
+    if byte.size and abs(byte).max() < 1 << 24:
+        byte = torch.tensor([float(n) for n in byte], device="cpu").long().numpy()
+    return entry, byte
 
 
-class OnlyTheFirstCall(_Remembering):
+@_Remembering.mutate("recalled")
+def OnlyTheFirstCall(right: HostRows, first: Call, call: Call) -> Call:
     """A launch that is called with the same arguments again is taken for done."""
-
-    def recalled(self, first: Call, call: Call) -> Call:
-        same = first is not call and (first.src, first.dst) == (call.src, call.dst)
-        return replace(call, count=0) if same else call
+    same = first is not call and (first.src, first.dst) == (call.src, call.dst)
+    return replace(call, count=0) if same else call
 
 
 class Work(threading.Thread):
@@ -159,39 +137,36 @@ class ReadsHostIdsLater(HostRows):
         return work
 
 
-class ReturnsBeforeFinishing(ReadsHostIdsLater):
+@ReadsHostIdsLater.mutate("handle")
+def ReturnsBeforeFinishing(right: HostRows, work: Work) -> None:
     """Rows are moved in the background and None is returned, as if they were there."""
-
-    def handle(self, work: Work) -> None:
-        return None
+    return
 
 
-class DoneTooEarly(ReadsHostIdsLater):
+@ReadsHostIdsLater.mutate("handle")
+def DoneTooEarly(right: HostRows, work: Work) -> Pending:
     """A handle that waits rightly and says from the start that it is done."""
-
-    def handle(self, work: Work) -> Pending:
-        work.done = lambda: True  # type: ignore[method-assign]
-        return work
+    work.done = lambda: True  # type: ignore[method-assign]
+    return work
 
 
-class WaitsForNothing(ReadsHostIdsLater):
+@ReadsHostIdsLater.mutate("handle")
+def WaitsForNothing(right: HostRows, work: Work) -> Pending:
     """A handle that knows rightly whether it is done, and does not wait for it."""
-
-    def handle(self, work: Work) -> Pending:
-        work.wait = lambda: None  # type: ignore[method-assign]
-        return work
+    work.wait = lambda: None  # type: ignore[method-assign]
+    return work
 
 
-class TempFreedEarly(HostRows):
+@HostRows.mutate("carry")
+def TempFreedEarly(right: HostRows, call: Call) -> Pending:
     """Rows pass through a staging buffer that the next call fills while the first is on its way."""
+    found = right.pieces(call)
+    right.kept["staging"] = [right.load(runs, call) for runs in found]
+    return late(_store_all, found, right.kept, call)
 
-    def carry(self, call: Call) -> Pending:
-        found = self.pieces(call)
-        self._staging: list[Any] = [self.load(runs, call) for runs in found]
-        return late(self._store_all, found, call)
 
-    def _store_all(self, found: list[Runs], call: Call) -> None:
-        for runs, values in zip(found, self._staging, strict=False):
-            if values.dtype.itemsize == runs.vector and values.nbytes == len(values) * runs.nbytes:
-                n = min(len(values), len(runs.dst))
-                store(call.dst, runs.dst[:n], values[:n])
+def _store_all(found: list[Runs], kept: dict[str, Any], call: Call) -> None:
+    for runs, values in zip(found, kept["staging"], strict=False):
+        if values.dtype.itemsize == runs.vector and values.nbytes == len(values) * runs.nbytes:
+            n = min(len(values), len(runs.dst))
+            store(call.dst, runs.dst[:n], values[:n])

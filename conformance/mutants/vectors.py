@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,79 +13,61 @@ from portakv.plan.plan import CopyPlan, Nest
 from portakv_conformance.mutants.base import Call, HostRows, Runs, store
 
 
-class _OfAnotherLength(HostRows):
-    def move(self, runs: Runs, call: Call) -> None:
-        super().move(replace(runs, nbytes=self.length(runs) or runs.nbytes), call)
-
-    def length(self, runs: Runs) -> int:
-        """How many bytes of each run are moved; 0: all of them."""
-        raise NotImplementedError
-
-
-class CutToEight(_OfAnotherLength):
+@HostRows.mutate("length")
+def CutToEight(right: HostRows, run: int, vector: int) -> int:
     """Rows are moved in units of 8 bytes; what is left of a row of 132 bytes is not moved."""
-
-    def length(self, runs: Runs) -> int:
-        return runs.nbytes // 8 * 8
+    return run // 8 * 8 or run
 
 
-class RoundedToEight(_OfAnotherLength):
+@HostRows.mutate("length")
+def RoundedToEight(right: HostRows, run: int, vector: int) -> int:
     """The size of a row is rounded up to 8 bytes, so the bytes behind it are overwritten."""
-
-    def length(self, runs: Runs) -> int:
-        return -(-runs.nbytes // 8) * 8 if runs.nbytes > 8 else 0
+    return -(-run // 8) * 8 if run > 8 else run
 
 
-class LastVectorDropped(_OfAnotherLength):
+@HostRows.mutate("length")
+def LastVectorDropped(right: HostRows, run: int, vector: int) -> int:
     """Rows are moved four vectors at a time; those left over at the end are not."""
-
-    def length(self, runs: Runs) -> int:
-        return runs.nbytes // (4 * runs.vector) * 4 * runs.vector
+    return run // (4 * vector) * 4 * vector or run
 
 
-class ThreadsClipped(_OfAnotherLength):
+@HostRows.mutate("length")
+def ThreadsClipped(right: HostRows, run: int, vector: int) -> int:
     """One thread for each vector of a row, and never more than 1024: the others are not moved."""
-
-    def length(self, runs: Runs) -> int:
-        return min(runs.nbytes, 1024 * runs.vector)
+    return min(run, 1024 * vector)
 
 
-class TailOverrun(HostRows):
+@HostRows.mutate("move")
+def TailOverrun(right: HostRows, runs: Runs, call: Call) -> None:
     """The last thread of the last row has no bounds check and stores one vector too many."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        super().move(runs, call)
-        if len(runs.dst):
-            store(call.dst, runs.dst[-1:] + runs.nbytes, self.load(runs, call)[-1:, -1:])
+    right.move(runs, call)
+    if len(runs.dst):
+        store(call.dst, runs.dst[-1:] + runs.nbytes, right.load(runs, call)[-1:, -1:])
 
 
-class VectorOfRowAlone(HostRows):
+@HostRows.mutate("vector")
+def VectorOfRowAlone(right: HostRows, nest: Nest, plan: CopyPlan) -> int:
     """The vector is chosen from the bytes of a row, whatever addresses and strides allow."""
-
-    def vector(self, nest: Nest, plan: CopyPlan) -> int:
-        return widest_vector([nest.run])
+    return widest_vector([nest.run])
 
 
-class VectorWithoutBase(HostRows):
+@HostRows.mutate("vector")
+def VectorWithoutBase(right: HostRows, nest: Nest, plan: CopyPlan) -> int:
     """The vector is chosen from row and strides; that the tensors begin unaligned is not seen."""
-
-    def vector(self, nest: Nest, plan: CopyPlan) -> int:
-        return widest_vector([nest.run, nest.src.offset, nest.dst.offset, *_strides(nest)])
+    return widest_vector([nest.run, nest.src.offset, nest.dst.offset, *_strides(nest)])
 
 
-class VectorWithoutStrides(HostRows):
+@HostRows.mutate("vector")
+def VectorWithoutStrides(right: HostRows, nest: Nest, plan: CopyPlan) -> int:
     """The vector is chosen from row and base address; the first row is aligned, later ones not."""
-
-    def vector(self, nest: Nest, plan: CopyPlan) -> int:
-        bases = [nest.src.offset, nest.dst.offset, plan.src.alignment, plan.dst.alignment]
-        return widest_vector([nest.run, *bases])
+    bases = [nest.src.offset, nest.dst.offset, plan.src.alignment, plan.dst.alignment]
+    return widest_vector([nest.run, *bases])
 
 
-class VectorWithoutStart(HostRows):
+@HostRows.mutate("vector")
+def VectorWithoutStart(right: HostRows, nest: Nest, plan: CopyPlan) -> int:
     """The vector does not heed where the values begin behind the keys in one row."""
-
-    def vector(self, nest: Nest, plan: CopyPlan) -> int:
-        return widest_vector([nest.run, plan.src.alignment, plan.dst.alignment, *_strides(nest)])
+    return widest_vector([nest.run, plan.src.alignment, plan.dst.alignment, *_strides(nest)])
 
 
 def _strides(nest: Nest) -> list[int]:
@@ -94,33 +75,29 @@ def _strides(nest: Nest) -> list[int]:
     return [step.stride for step in nest.src.units + nest.dst.units] + loops
 
 
-class PaddingOverwritten(HostRows):
+@HostRows.mutate("pieces")
+def PaddingOverwritten(right: HostRows, call: Call) -> list[Runs]:
     """Pages are written whole: the padding between their rows is filled with zeros."""
-
-    def pieces(self, call: Call) -> list[Runs]:
-        found = super().pieces(call)
-        for nest, runs in zip(call.plan.nests, found, strict=True):
-            padding = nest.dst.units[-1].stride - nest.run
-            # Only where all that lies between two rows is padding.
-            if padding > 0 and len(found) == 1 and not any(x.dst_stride for x in nest.loops):
-                zeros = np.zeros((len(runs.dst), padding), dtype=np.uint8)
-                store(call.dst, runs.dst + nest.run, zeros)
-        return found
+    found = right.pieces(call)
+    for nest, runs in zip(call.plan.nests, found, strict=True):
+        padding = nest.dst.units[-1].stride - nest.run
+        # Only where all that lies between two rows is padding.
+        if padding > 0 and len(found) == 1 and not any(x.dst_stride for x in nest.loops):
+            store(call.dst, runs.dst + nest.run, np.zeros((len(runs.dst), padding), np.uint8))
+    return found
 
 
-class NansCanonical(HostRows):
+@HostRows.mutate("load")
+def NansCanonical(right: HostRows, runs: Runs, call: Call) -> npt.NDArray[Any]:
     """Rows pass through float registers, which make every NaN of 32 bits the same one."""
-
-    def load(self, runs: Runs, call: Call) -> npt.NDArray[Any]:
-        return _as_floats(super().load(runs, call), np.isnan, 0x7FC00000)
+    return _as_floats(right.load(runs, call), np.isnan, 0x7FC00000)
 
 
-class DenormalsFlushed(HostRows):
+@HostRows.mutate("load")
+def DenormalsFlushed(right: HostRows, runs: Runs, call: Call) -> npt.NDArray[Any]:
     """Rows pass through float registers that flush denormal numbers of 32 bits to zero."""
-
-    def load(self, runs: Runs, call: Call) -> npt.NDArray[Any]:
-        tiny = float(np.finfo(np.float32).tiny)
-        return _as_floats(super().load(runs, call), lambda x: np.abs(x) < tiny, 0)
+    tiny = float(np.finfo(np.float32).tiny)
+    return _as_floats(right.load(runs, call), lambda x: np.abs(x) < tiny, 0)
 
 
 def _as_floats(values: npt.NDArray[Any], hit: Any, becomes: int) -> npt.NDArray[Any]:
