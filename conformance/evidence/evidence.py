@@ -25,7 +25,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from datetime import datetime, timezone
 from importlib import import_module
 from pathlib import Path
@@ -151,13 +151,12 @@ def rung_of(said: Rung, file: str, *, device: str = "", note: str = "") -> Rung:
 
 def contradictions(ladder: Ladder, root: Path) -> list[str]:
     """What the ladder says and its files do not, or the other way round; a sentence each."""
-    wrong = list(broken_rules(ladder))
     files = {f"{RESULTS}{file.name}" for file in (root / RESULTS).glob("*")}
-    for name in sorted(files - {rung.evidence for rung in ladder.rungs}):
-        wrong.append(f"{name} has no row in ladder.toml; keep it by .ci/keep_result.py.")
+    alone = sorted(files - {rung.evidence for rung in ladder.rungs})
+    wrong = [f"{name} has no row in ladder.toml; keep it by .ci/keep_result.py." for name in alone]
     for rung in ladder.rungs:
         wrong += _not_borne_out(rung, root / rung.evidence)
-    return wrong
+    return [*broken_rules(ladder), *wrong]
 
 
 def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
@@ -176,39 +175,19 @@ def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
             yield f"{place}: {entry.name} is {mine!r}, but the file says {its!r}."
 
 
-@dataclass(frozen=True)
-class Job:
-    """What is to be recorded of a command: the options of `main`, which says what each is."""
-
-    what: str
-    target: str
-    device: str
-    versions: str = ""
-    says: str = ""
-    tells: str = ""
-    emulated_by: Sequence[str] = ()
-    targets: Sequence[str] = ()
-    kernels: str = ""
-    compiler: str = ""
-
-
-def recorded(job: Job, command: Sequence[str]) -> dict[str, Any]:
-    """Run a command and make a record of it, with all that it printed but the places of files.
-
-    It is right where it ends with 0, prints what is expected, leaves the sources alone, and all
-    that its kind has to show was found.
-    """
+def recorded(job: argparse.Namespace) -> dict[str, Any]:
+    """Run the command of a job, the options of `main`, and make a record of it, with all that it
+    printed but the places of files. It is right if the command ends with 0, prints what is expected
+    and leaves the sources alone, and all that its kind has to show was found."""
     before = (source_sha256(job.target), hashed(job.emulated_by))
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+    done = subprocess.run(job.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     sys.stdout.write(done.stdout)
     printed = without_places(done.stdout)
     record = {
         "what": job.what, "name": name_of(job.target), "backend": job.target,
         "device": job.device, "versions": job.versions, "source_sha256": before[0],
         "emulation": before[1], "assumption": assumed(job.emulated_by),
-        "command": shlex.join(command), "date": datetime.now(timezone.utc).date().isoformat(),
+        "command": shlex.join(job.command), "date": datetime.now(timezone.utc).date().isoformat(),
         **_shown(job, printed), "printed": printed.splitlines(),
     }  # fmt: skip
     wrong = lacking(JOBS[job.what], record)
@@ -238,7 +217,7 @@ def name_of(target: str) -> str:
     return found
 
 
-def _shown(job: Job, printed: str) -> dict[str, Any]:
+def _shown(job: argparse.Namespace, printed: str) -> dict[str, Any]:
     """What the kinds have to show, of the job and of what it printed."""
     found: dict[str, Any] = {}
     if JOBS[job.what] == "R1":
@@ -267,12 +246,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--says", default="", metavar="REGEX", help="what it prints where it did its work")
     add("--tells", default="", metavar="REGEX", help="what of that its row says")
     add("--emulated-by", action="append", default=[], metavar="MODULE", help="what emulates in it")
-    add("--target", dest="targets", action="append", default=[], metavar="T",
-        help="what it builds for")  # fmt: skip
-    add("--kernels", default="", metavar="REGEX",
-        help="what it prints of a kernel that was read, with groups kernel and target")  # fmt: skip
-    add("--compiler", default="", metavar="REGEX",
-        help="what it prints of the toolchain's version")  # fmt: skip
+    add("--target", dest="targets", action="append", default=[], help="what it builds for")
+    add("--kernels", default="", metavar="REGEX", help="its words on a kernel and its target")
+    add("--compiler", default="", metavar="REGEX", help="its words on the toolchain's version")
     add("--report", type=Path, required=True, metavar="FILE", help="the JSON file to write")
     add("command", nargs="+", metavar="COMMAND", help="what to run, behind --")
     return parser
@@ -280,14 +256,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Record a command: 0 where it ended well and shows what its kind has to, else 1."""
-    asked = vars(_parser().parse_args(arguments))
-    command, report = asked.pop("command"), asked.pop("report")
+    job = _parser().parse_args(arguments)
     try:
-        record = recorded(Job(**asked), command)
+        record = recorded(job)
     except (SourceError, ImportError, OSError) as error:
         print(f"Nothing was recorded: {error}", file=sys.stderr)
         return 1
-    report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    job.report.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if record["right"] else 1
 
 

@@ -48,40 +48,24 @@ _ORDER = ("reference", "cuda", "triton", "compiled", "hip", "ascend", "mlu")
 
 @dataclass(frozen=True)
 class Rung:
-    """One rung of one backend-device pair.
+    """One rung of one backend-device pair."""
 
-    Attributes:
-        backend: by name; target: ``module:Class``.
-        device: for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``.
-        rung: ``R0`` to ``R6``.
-        emulated: less than the real device was at work.
-        evidence: the result file, from the repository's root.
-        told: what it says, in a few words.
-        command, date, versions: what repeats it, the day, what it holds for.
-        source_sha256: of the backend's source then.
-        suite: the version of the suite; empty for other jobs.
-        vendor: sha256 of the vendor's packages that it holds for.
-        note: what a reader has to know; empty, or words that stand behind the rung.
-        assumption: what the emulation takes for true without the vendor's word, a clause.
-        emulation: of each module that emulated, the sha256 of its source; of a third party's
-            package the version.
-    """
-
-    backend: str
-    target: str
-    device: str
-    rung: str
-    emulated: bool
-    evidence: str
-    told: str
-    command: str
+    backend: str  # by name
+    target: str  # ``module:Class``
+    device: str  # for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``
+    rung: str  # ``R0`` to ``R6``
+    emulated: bool  # less than the real device was at work
+    evidence: str  # the result file, from the repository's root
+    told: str  # what it says, in a few words
+    command: str  # what repeats it
     date: str
-    versions: str
-    source_sha256: str
-    suite: str = ""
-    vendor: Mapping[str, str] = field(default_factory=dict)
-    note: str = ""
-    assumption: str = ""
+    versions: str  # what it holds for
+    source_sha256: str  # of the backend's source then
+    suite: str = ""  # its version; empty for other jobs
+    vendor: Mapping[str, str] = field(default_factory=dict)  # sha256 of packages it holds for
+    note: str = ""  # what a reader has to know, words that stand behind the rung
+    assumption: str = ""  # a clause: what the emulation takes for true without the vendor's word
+    # Of each module that emulated the sha256 of its source, of a third party's the version.
     emulation: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -119,10 +103,8 @@ def digest(target: str) -> str:
 
 
 def why_expired(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
-    """Why a rung no longer counts, in a few words; empty where it does.
-
-    Only sources of this repository are looked at: a third party's may be installed here or not.
-    """
+    """Why a rung no longer counts, in a few words; empty if it does. Only sources of this
+    repository are looked at: a third party's may be installed here or not."""
     since = []
     if _changed(rung.target, rung.source_sha256, digest):
         since.append("source changed since")
@@ -186,11 +168,9 @@ def by_pair(ladder: Ladder) -> dict[tuple[str, str], list[Rung]]:
 
 
 def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> str:
-    """How far a backend was verified, for a list: on ``device``, else wherever it got highest.
-
-    ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``; with what has to be known of
-    that rung; empty where nothing is known.
-    """
+    """How far a backend was verified, for a list: on ``device``, else wherever it got highest;
+    ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``, with what has to be known of
+    that rung. Empty if nothing is known."""
     mine = {pair: rungs for pair, rungs in by_pair(ladder).items() if pair[0] == backend}
     here = mine.get((backend, device), [])
     rungs = here or [rung for rungs in mine.values() for rung in rungs]
@@ -211,11 +191,7 @@ def cpu_name(machine: str) -> str:
 
 
 def read(file: Path = FILE) -> Ladder:
-    """The ladder in a file.
-
-    Raises:
-        ValueError: it is no such file; a sentence.
-    """
+    """The ladder in a file; `ValueError`, a sentence, if it is no such file."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
         rungs = tuple(Rung(**row) for row in values.get("rung", []))

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from math import isfinite
 from typing import Any
 
@@ -49,21 +50,14 @@ _CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
 
 
 def check_report(text: str, listing: Listing = cases_of) -> list[str]:
-    """Everything that is wrong with a report, a sentence each; empty where it stands.
-
-    Args:
-        text: the document ``conformance.json``.
-        listing: what tells the case list of the installed suite.
-
-    Raises:
-        SuiteBroken: the installed suite cannot be collected.
-    """
+    """Everything that is wrong with a report, a sentence each; empty if it stands. Its text is the
+    document ``conformance.json``; ``listing`` tells the case list of the installed suite.
+    `SuiteBroken` if that cannot be collected."""
     try:
         record = RunRecord.read(text)
     except (ValueError, TypeError, KeyError) as error:
         return [f"It cannot be read as a report: {error}"]
-    wrong = [*_kinds(record)]
-    if wrong:
+    if wrong := [*_kinds(record)]:
         return wrong
     if (record.suite, record.spec) != (SUITE_VERSION, SPEC_VERSION):
         return [
@@ -156,33 +150,32 @@ def _work(record: RunRecord) -> Iterator[str]:
 
 
 def _facts(record: RunRecord) -> Iterator[str]:
-    absent = [name for name in _FACTS if name not in record.environment]
-    if absent:
-        yield f"Its environment does not say {', '.join(absent)}."
-    if not isinstance(record.environment.get("emulated", False), bool):
-        yield "Its environment does not say whether the device is emulated, true or false."
-    device = str(record.environment.get("device", ""))
-    if device.partition(":")[0] == SIMULATED and record.environment.get("emulated") is False:
-        yield "Its device is simdev, which is always emulated, but it says that it is not."
-    yield from _emulation(record, device.partition(":")[0])
-    library = record.environment.get(LIBRARY, {})
+    known, backend = record.environment, record.backend
+    device, library = str(known.get("device", "")).partition(":")[0], known.get(LIBRARY, {})
+    absent = ", ".join(name for name in _FACTS if name not in known)
+    claims = {field.name for field in fields(Capabilities)}
+    odd = ", ".join(sorted(set(record.capabilities) ^ claims))
+    rules = {
+        f"Its environment does not say {absent}.": not absent,
+        "Its environment does not say whether the device is emulated, true or false.":
+            isinstance(known.get("emulated", False), bool),
+        "Its device is simdev, which is always emulated, but it says that it is not.":
+            device != SIMULATED or known.get("emulated") is not False,
+        f"Its library is {library!r}, expected its sha256 by the name of its file.":
+            isinstance(library, dict),
+        "It does not say the hash of the backend's source.":
+            re.fullmatch(SHA256, str(backend.get("source_sha256"))),
+        f"Its capabilities are not the fields of a backend's claims: {odd}.":
+            record.verdict != "conformant" or not odd,
+        "It does not say what the registry answered.": record.trace,
+        "It does not say the name of the backend.": backend.get("name"),
+        "It does not say the target of the backend.": backend.get("target"),
+        f"Its profile {record.profile!r} is none.": record.profile in ("core", "full"),
+    }  # fmt: skip
+    yield from (sentence for sentence, holds in rules.items() if not holds)
+    yield from _emulation(record, device)
     if isinstance(library, dict):
         yield from _unhashed(library, "carried plans out")
-    else:
-        yield f"Its library is {library!r}, expected its sha256 by the name of its file."
-    if not re.fullmatch(SHA256, str(record.backend.get("source_sha256"))):
-        yield "It does not say the hash of the backend's source."
-    claims = {field.name for field in fields(Capabilities)}
-    if record.verdict == "conformant" and set(record.capabilities) != claims:
-        odd = ", ".join(sorted(set(record.capabilities) ^ claims))
-        yield f"Its capabilities are not the fields of a backend's claims: {odd}."
-    if not record.trace:
-        yield "It does not say what the registry answered."
-    for name in ("name", "target"):
-        if not record.backend.get(name):
-            yield f"It does not say the {name} of the backend."
-    if record.profile not in ("core", "full"):
-        yield f"Its profile {record.profile!r} is none."
     try:
         started = datetime.fromisoformat(record.started)
         if started > datetime.now(timezone.utc) + _CLOCKS:
@@ -263,11 +256,10 @@ def _command(record: RunRecord) -> Iterator[str]:
     """What the command asks for and the report does not tell, or the other way, a sentence each."""
     words = _words_of(record)
     device = str(record.environment.get("device", ""))
-    expected = [["--device", device], ["--profile", record.profile], ["--seed", str(record.seed)]]
-    expected += [["--fuzz", str(record.fuzz)]] if record.fuzz else []
-    pairs = [words[at : at + 2] for at in range(len(words))]
+    expected = [("--device", device), ("--profile", record.profile), ("--seed", str(record.seed))]
+    expected += [("--fuzz", str(record.fuzz))] if record.fuzz else []
     for pair in expected:
-        if pair not in pairs:
+        if pair not in pairwise(words):
             yield f"Its command does not say {' '.join(pair)}: {record.command}"
     told = {
         "--only": record.verdict != "conformant",

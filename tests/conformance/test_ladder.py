@@ -21,7 +21,7 @@ from portakv.cli import main as portakv
 from portakv_conformance.evidence import evidence
 from portakv_conformance.evidence import ladder as ladders
 from portakv_conformance.evidence.environment import assumed, describe_environment
-from portakv_conformance.evidence.evidence import JOBS, Job, contradictions, read, recorded, rung_of
+from portakv_conformance.evidence.evidence import JOBS, contradictions, read, rung_of
 from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung, told, why_expired
 from portakv_conformance.evidence.record_rules import kernels_in, signatures_of
 from portakv_conformance.evidence.source import SourceError, source_sha256
@@ -434,20 +434,35 @@ t.py::test_width[gfx906] PASSED
 t.py::test_width[gfx90a] PASSED"""
 
 
-def test_a_job_shows_what_was_built_and_read() -> None:
+def recorded(rung: str, printed: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
+    """The record of a job that prints something."""
+    file = tmp_path / "job.json"
+    words = ["--what", KINDS[rung], "--report", str(file)]
+    for name, value in options.items():
+        for each in value if isinstance(value, tuple) else [value]:
+            words += [f"--{name.replace('_', '-')}", each]
+    code = evidence.main([*words, "--", "printf", printed])
+    made: dict[str, Any] = json.loads(file.read_text())
+    assert code == (not made["right"])
+    return made
+
+
+def test_a_job_shows_what_was_built_and_read(tmp_path: Path) -> None:
     """And no place of the machine."""
-    job = Job("cross-compiled, not executed", REFERENCE, "AMD", "hipcc 5.2",
-              targets=["gfx906", "gfx90a"], kernels=r"::(?P<kernel>\w+)\[(?P<target>\w+)\] PASSED",
-              compiler=r"^version \d.*")  # fmt: skip
-    made = recorded(job, ["printf", PRINTED])
+    job: dict[str, Any] = {
+        "backend": REFERENCE, "device": "AMD", "versions": "hipcc 5.2",
+        "target": ("gfx906", "gfx90a"), "compiler": r"^version \d.*",
+        "kernels": r"::(?P<kernel>\w+)\[(?P<target>\w+)\] PASSED",
+    }  # fmt: skip
+    made = recorded("R4", PRINTED, tmp_path, **job)
     assert made["right"]
     assert made["compiler"] == made["printed"][0] == "version 24.04 in bin"
     assert len(made["printed"]) == 3
     assert [row["target"] for row in made["kernels"]] == ["gfx906", "gfx90a"]
-    assert made["kernels"] == kernels_in(PRINTED, job.kernels)
-    for less in (replace(job, targets=[]), replace(job, targets=["gfx906"]),
-                 replace(job, kernels=""), replace(job, versions="", compiler="")):  # fmt: skip
-        assert not recorded(less, ["printf", PRINTED])["right"]
+    assert made["kernels"] == kernels_in(PRINTED, job["kernels"])
+    for less in ({"target": ()}, {"target": "gfx906"}, {"kernels": ""},
+                 {"versions": "", "compiler": ""}):  # fmt: skip
+        assert not recorded("R4", PRINTED, tmp_path, **job | less)["right"]
 
 
 @pytest.mark.parametrize(("rung", "more", "command", "told"), [
@@ -476,16 +491,17 @@ def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
     """The class's own name, as a report has it: a module's last word may be another. What it tells,
     and what its stand-in takes for true."""
     sources = (SIMULATION, STANDINS["mlu"])
-    job = Job("semantics emulated", ASCENDC, "cpu, emulated", emulated_by=sources,
-              tells=r"profile\s+\w+,\s+seed\s+\d+:\s+\d[^.]*?(?=\s+in\s)")  # fmt: skip
-    command = ["printf", "on cpu: profile full, seed 0: 1721 passed in 9.1 s"]
-    record, file = recorded(job, command), tmp_path / "job.json"
-    file.write_text(json.dumps(record))
+    job: dict[str, Any] = {
+        "backend": ASCENDC, "device": "cpu, emulated", "emulated_by": sources,
+        "tells": r"profile\s+\w+,\s+seed\s+\d+:\s+\d[^.]*?(?=\s+in\s)",
+    }  # fmt: skip
+    printed, file = "on cpu: profile full, seed 0: 1721 passed in 9.1 s", tmp_path / "job.json"
+    assert not recorded("R3", printed, tmp_path, **job | {"tells": r"\d+ failed"})["right"]
+    record = recorded("R3", printed, tmp_path, **job)
     row = rung_of(read(file), "job.json")
     assert (row.backend, row.assumption) == ("ascendc-emulated", ASSUMED)
     assert row.emulation == {module: source_sha256(module) for module in sources}
     assert row.told == "semantics emulated, profile full, seed 0: 1721 passed"
-    assert not recorded(replace(job, tells=r"\d+ failed"), command)["right"]
     file.write_text(json.dumps(record | {"told": "profile full: 9999 passed"}))
     with pytest.raises(ValueError, match="'profile full: 9999 passed' was not printed"):
         read(file)
