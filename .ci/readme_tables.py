@@ -17,7 +17,7 @@ from pathlib import Path
 
 from portakv.layout.presets import PRESETS
 from portakv_conformance.evidence import evidence, ladder
-from portakv_conformance.report import support
+from portakv_conformance.report import results
 
 ROOT = Path(__file__).parent.parent
 #: Where a link of the README leads on any page that shows it.
@@ -53,7 +53,7 @@ def layouts() -> str:
 
 def backends() -> str:
     """One row for each backend-device pair, with how far it was verified."""
-    return support.table(borne_out()).replace("](conformance/", f"]({FILES}conformance/")
+    return results.table(borne_out()).replace("](conformance/", f"]({FILES}conformance/")
 
 
 def hardware() -> str:
@@ -68,7 +68,7 @@ def hardware() -> str:
             if rung.backend == backend and rung.device.startswith(begins)
         ]
         mine.sort(key=lambda rung: rung.rung, reverse=True)
-        told = "; ".join(support.reached(rung, found) for rung in mine) or "R0: described"
+        told = "; ".join(results.reached(rung, found) for rung in mine) or "R0: described"
         rows.append(f"| {device} | `{kind}` | `{backend}` | {told} |")
     return "\n".join(rows)
 

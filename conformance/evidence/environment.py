@@ -10,7 +10,6 @@ import hashlib
 import os
 import platform
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -39,38 +38,33 @@ _MODULES = ("amdgpu", "hydcu", "hycu")
 
 
 def driver_version(device: torch.device) -> str:
-    """The version of the driver of a real device; empty where the system does not tell it.
-
-    Under HIP the kernel module's with its name, else that of the runtime, ``HIP 6.3.42134``. Of
-    other kinds ``driver_version`` of the properties that torch's extension tells, as torch.xpu has.
-    """
+    """The version of the driver of a real device; empty if the system does not tell it. Under HIP
+    the kernel module's with its name, else that of the runtime, ``HIP 6.3.42134``. Of other kinds
+    ``driver_version`` of the properties that torch's extension tells, as torch.xpu has."""
     if device.type in _FILES:
         return _told(*_FILES[device.type])
-    if device.type != "cuda":
-        ask = getattr(getattr(torch, device.type, None), "get_device_properties", None)
-        with suppress(Exception):  # a vendor's code may fail in any way
-            return "" if ask is None else str(getattr(ask(device), "driver_version", ""))
-        return ""
-    return _nvidia() if torch.version.hip is None else _module() or _hip()
+    if device.type == "cuda":
+        return _nvidia() if torch.version.hip is None else _hip()
+    ask = getattr(getattr(torch, device.type, None), "get_device_properties", None)
+    with suppress(Exception):  # a vendor's code may fail in any way
+        return "" if ask is None else str(getattr(ask(device), "driver_version", ""))
+    return ""
 
 
 def _told(pattern: str, around: str) -> str:
     for file in sorted(_ROOT.glob(pattern)):
         with suppress(OSError):
-            found = re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE)
-            if found:
+            if found := re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE):
                 return found.group(1)
     return ""
-
-
-def _module() -> str:
-    found = ((name, _told(f"sys/module/{name}/version", r"(\S+)")) for name in _MODULES)
-    return next((f"{name} {version}" for name, version in found if version), "")
 
 
 def _hip() -> str:
     from portakv.runtime.hip import DriverMissing, driver, hip_release
 
+    for name in _MODULES:
+        if version := _told(f"sys/module/{name}/version", r"(\S+)"):
+            return f"{name} {version}"
     try:
         return f"HIP {hip_release(driver().number('hipRuntimeGetVersion'))}"
     except (DriverMissing, RuntimeError):
@@ -78,10 +72,7 @@ def _hip() -> str:
 
 
 def _nvidia() -> str:
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return ""
-    command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     with suppress(OSError, subprocess.SubprocessError):
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
         return next(iter(done.stdout.split()), "")
@@ -172,10 +163,8 @@ def plain(value: Any) -> Any:
 
 
 def is_emulated(subject: Subject) -> bool:
-    """Whether less than the real device was at work: a simulated device, or an interpreter.
-
-    A backend of a third party that emulates says so with ``emulated = True`` in its class.
-    """
+    """Whether less than the real device was at work: a simulated device, or an interpreter. A
+    backend of a third party that emulates says so with ``emulated = True`` in its class."""
     says = bool(getattr(subject.backend, "emulated", False))
     return subject.emulated or interpreted(subject) or says
 

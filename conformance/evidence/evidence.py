@@ -37,7 +37,7 @@ from portakv_conformance.evidence.record_rules import kernels_in, lacking, signa
 from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.evidence.verdict import LEFT_OUT, totals_of
 from portakv_conformance.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
-from portakv_conformance.report import results, support
+from portakv_conformance.report import results
 from portakv_conformance.report.words import STATUS_WORDS
 
 #: The rung that each kind of job bears out; no job but the suite's own ends at R6.
@@ -88,9 +88,9 @@ def of_report(record: RunRecord) -> Rung:
         evidence="", rung=record.rung,
         told=", ".join([*told, "on one device"] if LEFT_OUT in known else told),
         backend=record.backend["name"], target=record.backend["target"],
-        source_sha256=record.backend["source_sha256"], device=support.device(record),
+        source_sha256=record.backend["source_sha256"], device=results.device(record),
         emulated=known.get("emulated") is not False, command=record.command,
-        date=record.started[:10], versions=support.versions(record),
+        date=record.started[:10], versions=results.versions(record),
         vendor={
             f"{name.removeprefix('sha256 of ')}, as installed": str(digest)
             for name, digest in known.items() if name.startswith("sha256 of ")

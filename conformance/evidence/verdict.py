@@ -43,11 +43,8 @@ def case_list_sha256(ids: Iterable[str]) -> str:
 
 
 def verdict_of(record: RunRecord) -> str:
-    """``failed``, ``incomplete`` or ``conformant``.
-
-    A waiver that does not hold is a failure. Waived cases leave a run conformant; its totals and
-    its ``waivers`` show them.
-    """
+    """``failed``, ``incomplete`` or ``conformant``. A waiver that does not hold is a failure.
+    Waived cases leave a run conformant; its totals and its ``waivers`` show them."""
     unfit = problems(record.waivers, record.cases, record.suite, whole=not record.missing)
     if unfit or any(case.status in WRONG for case in record.cases):
         return "failed"
@@ -55,12 +52,10 @@ def verdict_of(record: RunRecord) -> str:
 
 
 def rung_of(record: RunRecord) -> str:
-    """``R6``, ``R3`` or empty: how far this run proves the backend.
-
-    R6 is a certification run (full profile, seed 0, no fuzzing) on the real device, R3 one on an
-    emulated device in either profile. Both need every case passed or not claimed: what is waived
-    does not pass. On an accelerator R6 also says the driver and the vendor's package.
-    """
+    """``R6``, ``R3`` or empty: how far this run proves the backend. R6 is a certification run (full
+    profile, seed 0, no fuzzing) on the real device, R3 one on an emulated device in either profile.
+    Both need every case passed or not claimed: what is waived does not pass. On an accelerator R6
+    also says the driver and the vendor's package."""
     fixed = record.fuzz == 0 and record.seed == CERTIFICATION_SEED
     if verdict_of(record) != "conformant" or not fixed or totals_of(record.cases)["waived"]:
         return ""

@@ -19,19 +19,9 @@ from typing import Any
 
 from portakv.backends.base import Capabilities
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
+from portakv_conformance.evidence import verdict
 from portakv_conformance.evidence.environment import INTERPRET, assumed
 from portakv_conformance.evidence.source import SHA256
-from portakv_conformance.evidence.verdict import (
-    LEFT_OUT,
-    SEAL,
-    WRONG,
-    case_list_sha256,
-    digest_of,
-    rung_of,
-    totals_of,
-    unnamed,
-    verdict_of,
-)
 from portakv_conformance.judge.subject import SIMULATED
 from portakv_conformance.judge.waivers import problems as waiver_problems
 from portakv_conformance.record import ASSUMPTION, LIBRARY, RunRecord
@@ -65,10 +55,10 @@ def check_report(text: str, listing: Listing = cases_of) -> list[str]:
             f"{SPEC_VERSION}) is installed; verify it with the release that has its suite."
         ]
     found = [*_sums(record), *_cases(record), *_facts(record), *_case_list(record, listing)]
-    seal = record.environment.get(SEAL)
+    seal = record.environment.get(verdict.SEAL)
     if seal is None:
-        found.insert(0, f"It has no seal ({SEAL!r}): no run of the suite wrote it.")
-    elif seal != digest_of(record):
+        found.insert(0, f"It has no seal ({verdict.SEAL!r}): no run of the suite wrote it.")
+    elif seal != verdict.digest_of(record):
         found.insert(0, "Its seal does not fit its content: it was changed after the run.")
     return found
 
@@ -84,12 +74,11 @@ def _kinds(record: RunRecord) -> Iterator[str]:
 
 def _sums(record: RunRecord) -> Iterator[str]:
     """What has to follow from the cases."""
-    totals, verdict, rung = totals_of(record.cases), verdict_of(record), rung_of(record)
-    if record.totals != totals:
+    if record.totals != (totals := verdict.totals_of(record.cases)):
         yield f"Its totals are {record.totals}, but its cases count {totals}."
-    if record.verdict != verdict:
-        yield f"Its verdict is {record.verdict!r}, but {verdict!r} follows from its cases."
-    if record.rung != rung:
+    if record.verdict != (follows := verdict.verdict_of(record)):
+        yield f"Its verdict is {record.verdict!r}, but {follows!r} follows from its cases."
+    if record.rung != (rung := verdict.rung_of(record)):
         yield f"It claims rung {record.rung!r}, but {rung!r} is what it proves: {_rule(record)}."
     if record.verdict == "conformant":
         whole = not record.missing
@@ -102,7 +91,7 @@ def _rule(record: RunRecord) -> str:
         return "its device is emulated, and R6 needs the real one"
     if record.missing:
         return "what is missing stands between it and any rung"
-    if lacking := unnamed(record):
+    if lacking := verdict.unnamed(record):
         return f"R6 on an accelerator needs {' and '.join(lacking)}"
     return "R6 needs the full profile, seed 0, no fuzzing, and every case passed or not claimed"
 
@@ -113,25 +102,22 @@ def _cases(record: RunRecord) -> Iterator[str]:
             yield f"Case {id!r} is there {count} times."
     waived = {waiver["id"] for waiver in record.waivers}
     for case in record.cases:
-        if case.status in (*WRONG, "not-claimed", "waived") and not case.reason:
-            yield f"Case {case.id!r} is {case.status} without a reason."
-        if case.status in ("waived", "not-claimed") and case.area == "core":
-            yield f"CORE can be neither waived nor unclaimed, but {case.id!r} is {case.status}."
-        if (case.status == "waived") != (case.id in waived) and case.status not in WRONG:
-            yield f"Case {case.id!r} is {case.status}, which does not fit the report's waivers."
+        status, name = case.status, f"Case {case.id!r}"
+        if status != "passed" and not case.reason:
+            yield f"{name} is {status} without a reason."
+        if status in ("waived", "not-claimed") and case.area == "core":
+            yield f"CORE can be neither waived nor unclaimed, but {case.id!r} is {status}."
+        if (status == "waived") != (case.id in waived) and status not in verdict.WRONG:
+            yield f"{name} is {status}, which does not fit the report's waivers."
         # A layout that was declined is no field that was left unclaimed.
-        silent = case.status == "not-claimed" and not case.declined
+        silent = status == "not-claimed" and not case.declined
         value = record.capabilities.get(case.claim, False)
         if silent and (value is True or value == _WHOLE.get(case.claim, ...)):
-            yield f"Case {case.id!r} is not claimed, but the backend claims {case.claim!r}."
-        if case.status == "passed" and case.declined and case.declined >= case.examples:
-            yield f"Case {case.id!r} passed, with half or more of its copies declined."
+            yield f"{name} is not claimed, but the backend claims {case.claim!r}."
+        if status == "passed" and case.declined and case.declined >= case.examples:
+            yield f"{name} passed, with half or more of its copies declined."
         if not (isfinite(case.seconds) and min(case.seconds, case.examples, case.declined) >= 0):
-            yield f"Case {case.id!r} took {case.seconds} s for {case.examples} examples."
-    yield from _work(record)
-
-
-def _work(record: RunRecord) -> Iterator[str]:
+            yield f"{name} took {case.seconds} s for {case.examples} examples."
     if not isfinite(record.seconds):
         yield f"The run took {record.seconds} s."
     passed = [case for case in record.cases if case.status == "passed"]
@@ -224,14 +210,14 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     told, real = " ".join(record.missing), not record.environment.get("emulated")
     gone = set(listed) - ids
     lone = {id for id in gone if real and listed[id].get("optional")}
-    if lone and LEFT_OUT not in record.environment and record.verdict == "conformant":
+    if lone and verdict.LEFT_OUT not in record.environment and record.verdict == "conformant":
         yield f"It does not say that {len(lone)} cases on two devices were left out."
     absent = sorted(gone - lone)
     unexplained = [id for id in absent if f"{id}:" not in told]
     if unexplained and record.verdict == "conformant":
         count = f"{len(unexplained)} cases of the installed suite are not in it"
         yield f"{count}, the first of them {unexplained[0]!r}."
-    if not record.missing and record.case_list_sha256 != case_list_sha256(ids):
+    if not record.missing and record.case_list_sha256 != verdict.case_list_sha256(ids):
         yield "Its case-list hash is not that of its cases."
     for case in record.cases:
         known = listed.get(case.id)

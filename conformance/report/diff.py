@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from portakv_conformance.evidence.verdict import WRONG, why_no_rung
-from portakv_conformance.record import CaseRecord, RunRecord
+from portakv_conformance.record import RunRecord
 
 # What is no longer claimed is a step back from what passed; what is waived fails, and somebody has
 # said why.
@@ -43,14 +43,23 @@ def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
     missing from it comes last."""
     before = {case.id: case for case in old.cases}
     after = {case.id: case for case in new.cases}
-    found = [
-        _step("verdict", old.verdict, new.verdict, _VERDICTS, "; ".join(new.missing)),
-        _step("rung", old.rung, new.rung, _RUNGS, why_no_rung(new)),
-    ]
-    found += [_change(before.get(id), case) for id, case in after.items()]
+    found = []
+    for name, best, was, now, why in (
+        ("verdict", _VERDICTS, old.verdict, new.verdict, "; ".join(new.missing)),
+        ("rung", _RUNGS, old.rung, new.rung, why_no_rung(new)),
+    ):
+        if was != now:  # what is not known is the worst
+            step = [best.index(each) if each in best else len(best) for each in (was, now)]
+            kind = "REGRESSION" if step[1] > step[0] else "FIX"
+            found.append(Change(kind, name, was or "none", now or "none", why))
+    for id, case in after.items():
+        if (earlier := before.get(id)) is None:
+            found.append(Change("NEW", id, "", case.status, case.reason))
+        elif deeper := _DEPTH[case.status] - _DEPTH[earlier.status]:
+            kind, worse = ("REGRESSION", case) if deeper > 0 else ("FIX", earlier)
+            found.append(Change(kind, id, earlier.status, case.status, worse.reason))
     gone = [case for id, case in before.items() if id not in after]
-    found += [Change("MISSING", case.id, case.status, "") for case in gone]
-    return [change for change in found if change is not None]
+    return found + [Change("MISSING", case.id, case.status, "") for case in gone]
 
 
 def differences(old: RunRecord, new: RunRecord) -> list[str]:
@@ -64,22 +73,3 @@ def differences(old: RunRecord, new: RunRecord) -> list[str]:
         ("examples of --fuzz", old.fuzz, new.fuzz),
     ]
     return [f"The {what} differs: {a} and {b}." for what, a, b in pairs if a != b]
-
-
-def _step(name: str, old: str, new: str, best: tuple[str, ...], why: str) -> Change | None:
-    """A change of what a run amounts to; what nobody knows is the worst."""
-    step = [best.index(value) if value in best else len(best) for value in (old, new)]
-    if old == new:
-        return None
-    worse = step[1] > step[0]
-    return Change("REGRESSION" if worse else "FIX", name, old or "none", new or "none", why)
-
-
-def _change(old: CaseRecord | None, new: CaseRecord) -> Change | None:
-    if old is None:
-        return Change("NEW", new.id, "", new.status, new.reason)
-    step = _DEPTH[new.status] - _DEPTH[old.status]
-    if step == 0:
-        return None
-    kind, worse = ("REGRESSION", new) if step > 0 else ("FIX", old)
-    return Change(kind, new.id, old.status, new.status, worse.reason)

@@ -34,7 +34,7 @@ from portakv.runtime.devices import Unusable
 from portakv_conformance.evidence.evidence import read
 from portakv_conformance.evidence.source import source_sha256
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report import support
+from portakv_conformance.report import results
 from portakv_conformance.simdev import build
 from portakv_conformance.vendor import ascendc_emulated
 from portakv_conformance.vendor.ascendc_emulated import SETTINGS, AscendC, Setting
@@ -479,7 +479,7 @@ def test_the_command_of_docs_hardware_judges_the_kernel(
     told = done.stdout + done.stderr
     assert re.search(r"\b\d+ passed in ", told), told
     report = (tmp_path / "conformance.json").read_text()
-    said, device = json.loads(report)["environment"], support.device(RunRecord.read(report))
+    said, device = json.loads(report)["environment"], results.device(RunRecord.read(report))
     if by == "ops":
         assert said["carried out by"] == "the ops of torch_npu"
         assert "library" not in said

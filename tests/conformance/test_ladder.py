@@ -28,9 +28,8 @@ from portakv_conformance.evidence.source import SourceError, source_sha256
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import RunRecord
 from portakv_conformance.report.page import markdown, page
-from portakv_conformance.report.results import keep
+from portakv_conformance.report.results import keep, reached, verified
 from portakv_conformance.report.summary import print_summary
-from portakv_conformance.report.support import reached, verified
 from portakv_conformance.report.words import plain
 from portakv_conformance.run.request import Options
 from portakv_conformance.vendor.standins import EMULATION, SIMULATION, STANDINS, emulating

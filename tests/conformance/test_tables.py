@@ -25,8 +25,7 @@ from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung
 from portakv_conformance.evidence.verdict import SEAL, digest_of
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report.results import file_name, keep, read
-from portakv_conformance.report.support import device, table, versions
+from portakv_conformance.report.results import device, file_name, keep, read, table, versions
 from portakv_conformance.run.runner import cases_of
 
 if sys.version_info >= (3, 11):
