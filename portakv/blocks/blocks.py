@@ -7,14 +7,15 @@ import time
 
 import torch
 
-from portakv.blocks.handle import BlockMove, BlockTransfer
-from portakv.blocks.slices import in_slices
+from portakv.blocks.handle import BlockTransfer
+from portakv.blocks.slices import in_layers, in_slices
 from portakv.copy.copy import Ids, carrier, check_views, checked, copy_move, is_strict
+from portakv.copy.enqueue import follow_current
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError
+from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
-from portakv.runtime.transfer import Transfer
 from portakv.view import Index, KVView
 
 
@@ -80,45 +81,33 @@ def copy_blocks(
     src = src.as_bytes() if reinterpret else src
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
     move, choice = checked(src, dst, mine, theirs, None, backend)
-    if stream is not None:
-        check_stream(stream, choice.backend.device)
     if terms is not None:
         choice = carrier(src, dst, choice, terms)
-    if not (sliced or by_layer or detached):  # by way of a `BlockMove` it costs the host more
-        began = time.perf_counter()
-        return BlockTransfer(copy_move(move, choice, stream, strict=strict), move, began)
-    asked = BlockMove(move, choice, stream, strict)
     if sliced:
-        return in_slices(asked, max_gbps, by_layer)
-    if detached and asked.device.type != "cpu":
-        return _detached(asked, by_layer)
-    return _issued(asked, by_layer)
+        return in_slices(move, choice, stream, max_gbps, by_layer)
+    began, behind = time.perf_counter(), None
+    if detached and choice.backend.device.type != "cpu":
+        behind, stream = stream, _beside(stream, choice.backend.device, move)
+    elif not by_layer:  # it spares the host the context
+        return BlockTransfer(copy_move(move, choice, stream, strict=strict), move, began)
+    with inside(behind):
+        if by_layer:
+            return in_layers(move, choice, stream, strict, began)
+        return BlockTransfer(copy_move(move, choice, stream, strict=strict), move, began)
 
 
-def _issued(asked: BlockMove, by_layer: bool) -> BlockTransfer:
-    """Issue all of it, whole or one layer behind the other."""
-    began, move = time.perf_counter(), asked.move
-    if not by_layer:
-        return BlockTransfer(asked.issue(), move, began)
-    move.dst.check_writable()
-    asked.check_memory()
-    layers = [asked.layer(i).issue(known_good=True) for i in range(move.src.layers)]
-    return BlockTransfer(Transfer.join(layers), move, began, layers)
-
-
-def _detached(asked: BlockMove, by_layer: bool) -> BlockTransfer:
-    """Begin behind the transfer's stream, which does not wait for the end; raises `Unsupported`
-    while a graph is captured."""
-    with inside(asked.stream):
-        captured = capturing(asked.device)
-    if captured or capturing(asked.device):
+def _beside(stream: torch.Stream | None, device: torch.device, move: Move) -> torch.Stream:
+    """The stream of a copy that begins behind ``stream``, which does not wait for its end; raises
+    `DeviceMismatch` for a stream of another device, `Unsupported` while a graph is captured."""
+    check_stream(stream, device)
+    with inside(stream):
+        captured, behind = capturing(device), torch.accelerator.current_stream(device.index)
+    if captured or capturing(device):
         why = "a graph has no work that its stream does not wait for; leave out detached"
         raise refuse_capture("A detached copy", why)
-    asked.follow_current()
-    with inside(asked.stream):
-        before = torch.accelerator.current_stream(asked.device.index)
-        stream = beside(before, asked.move.src.form.place, asked.move.dst.form.place)
-        return _issued(asked._replace(stream=stream), by_layer)
+    if stream is not None:
+        follow_current(stream, [move])
+    return beside(behind, move.src.form.place, move.dst.form.place)
 
 
 def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:

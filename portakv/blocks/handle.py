@@ -1,24 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `copy_blocks` was asked, whole or in parts, and the handle that tells how far it is."""
+"""The handle that `copy_blocks` returns, which tells how far the copy is."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from portakv.copy.copy import copy_move
-from portakv.copy.enqueue import follow_current
 from portakv.errors import TransferError
-from portakv.plan import Move
-from portakv.plan.plan import check_disjoint
-from portakv.registry.registry import Choice
+from portakv.plan.plan import Move
 from portakv.runtime.transfer import Transfer
-from portakv.runtime.worker import Slice, Worker
+from portakv.runtime.worker import Worker
 from portakv.view.form import Form
 
 
@@ -61,55 +55,6 @@ def token_bytes(form: Form) -> float:
     return form.token_bytes / (form.block_size if form.opaque else 1)
 
 
-class BlockMove(NamedTuple):
-    """A copy of whole blocks, checked but for its ids; ``choice`` is the backend that carries it
-    out, or the engine, on the caller's terms; the rest is as in `copy_move`."""
-
-    move: Move
-    choice: Choice
-    stream: torch.Stream | None
-    strict: bool
-
-    @property
-    def device(self) -> torch.device:
-        """The device that carries it out."""
-        return self.choice.backend.device
-
-    def issue(self, known_good: bool = False) -> Transfer:
-        """Issue all of it; ``known_good``: after `check_memory`."""
-        return copy_move(
-            self.move, self.choice, self.stream, known_good=known_good, strict=self.strict
-        )
-
-    def check_memory(self) -> None:
-        """Raise if the memory of a view was replaced, or a row is both read and written."""
-        self.move.src.check_memory()
-        self.move.dst.check_memory()
-        check_disjoint(self.move)
-
-    def check(self) -> None:
-        """Raise what issuing it raises for its forms; moves nothing."""
-        self._replace(move=self.move._replace(count=0)).issue()
-
-    def layer(self, layer: int) -> BlockMove:
-        """One layer of it; raises as the whole does if the sides have not equally many."""
-        if self.move.src.layers != self.move.dst.layers:
-            self.check()
-        return BlockMove(self.move.layer(layer), *self[1:])
-
-    def part(self, piece: Slice) -> BlockMove:
-        """A slice of it, with no ids but those of its positions."""
-        whole = self if piece.layer is None else self.layer(piece.layer)
-        src, dst, *indices, _ = whole.move
-        mine, theirs = (index.part(piece.first, piece.tokens) for index in indices)
-        return self._replace(move=Move(src, dst, mine, theirs, piece.tokens))
-
-    def follow_current(self) -> None:
-        """Make its stream wait for the current one."""
-        if self.stream is not None:
-            follow_current(self.stream, [self.move])
-
-
 class BlockTransfer(Transfer):
     """What `copy_blocks` returns.
 
@@ -131,7 +76,7 @@ class BlockTransfer(Transfer):
         layers: Sequence[Transfer] | None = None,
         worker: Worker | None = None,
     ) -> None:
-        super().__init__(transfer.completions, transfer._kept, transfer._captured, transfer.carried)
+        super().__init__(transfer.completions, transfer._kept, transfer.carried)
         self._form, self._indices, self._tokens = move.src.form, move[2:4], move.count
         self._began, self._worker = began, worker
         self._layers = None if layers is None else tuple(layers)
@@ -171,14 +116,16 @@ class BlockTransfer(Transfer):
     def statistics(self) -> Statistics:
         """What became of it so far; never blocks or raises."""
         worker, (mine, theirs) = self._worker, self._indices
-        ended = worker is None or worker.ended  # asked first: what follows is then all
+        ended_at = (
+            worker.ended_at if worker is not None else None
+        )  # asked first: what follows is then all
         moving, block = self._moving(), mine.plan_step or theirs.plan_step or 1
         nbytes, tokens = self._progress(moving)
         if worker is None:
             pieces, ended_at, carried = max(1, len(self._layers or ())), self._ended, self.carried
         else:
-            pieces, ended_at, carried = worker.issued, worker.ended_at, worker.carried
-        seconds = ended_at - self._began if ended and ended_at is not None else None
+            pieces, carried = worker.issued, worker.carried
+        seconds = None if ended_at is None else ended_at - self._began
         counts = nbytes, tokens // block, moving // block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)
 
@@ -198,7 +145,7 @@ class BlockTransfer(Transfer):
             landed, last = worker.slices[: worker.landed], worker.slices[-1].layer
             whole = sum(piece.tokens for piece in landed if piece.layer == last)
             return sum(piece.nbytes for piece in landed), whole
-        if self._captured:
+        if self.captured:
             return 0, 0
         nbytes = moving * token_bytes(self._form)
         if all(completion.ended() for completion in self.completions):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers in slices: a worker issues them, so that they can be cancelled or keep a rate."""
+"""Block transfers in parts: in layers, issued at once, or in slices, which a worker issues, so that
+they can be cancelled or keep a rate."""
 
 from __future__ import annotations
 
@@ -9,11 +10,14 @@ from contextlib import contextmanager
 from functools import partial
 from math import gcd, lcm
 
-from portakv.blocks.handle import BlockMove, BlockTransfer, token_bytes
-from portakv.copy.copy import drop_bad_ids
-from portakv.engines.engine import Engine
-from portakv.plan import Move
+import torch
+
+from portakv.blocks.handle import BlockTransfer, token_bytes
+from portakv.copy.copy import copy_move, drop_bad_ids
+from portakv.copy.enqueue import follow_current
+from portakv.plan.plan import CopyPlan, Move, check_disjoint
 from portakv.registry.prepared import bring
+from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
@@ -28,49 +32,61 @@ SLICE = 16 << 20
 BEAT = 0.002
 
 
-def in_slices(asked: BlockMove, rate: float | None, by_layer: bool) -> BlockTransfer:
+def in_layers(
+    move: Move, choice: Choice, stream: torch.Stream | None, strict: bool, began: float
+) -> BlockTransfer:
+    """Issue one layer behind the other; arguments and errors are those of `copy_move`."""
+    _check_memory(move)
+    layers = [
+        copy_move(_layer(move, i), choice, stream, known_good=True, strict=strict)
+        for i in range(move.src.layers)
+    ]
+    return BlockTransfer(Transfer.join(layers), move, began, layers)
+
+
+def in_slices(
+    move: Move, choice: Choice, stream: torch.Stream | None, rate: float | None, by_layer: bool
+) -> BlockTransfer:
     """Start a transfer in slices, at most ``rate`` 10^9 bytes a second; with ``by_layer`` no slice
     has rows of two layers. Raises as `copy_move` does; `SlotError` also for bad ids on a device,
     which are read first, and `Unsupported` inside graph capture."""
-    if capturing(asked.device):
+    device, began = choice.backend.device, time.perf_counter()
+    if capturing(device):
         why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
         raise refuse_capture("A copy in slices", why)
-    asked.move.dst.check_writable()
-    (asked.layer(0) if by_layer else asked).check()  # what cannot be carried out is refused now
-    whole, began = asked.move, time.perf_counter()
-    src, dst, mine, theirs, count = whole
-    move = _cleaned(Move(src, dst, mine.to_host(), theirs.to_host(), count))
-    asked = asked._replace(move=move)
-    asked.check_memory()
-    if not move.count:
-        layers = [Transfer()] * src.layers if by_layer else None
-        return BlockTransfer(Transfer(), whole, began, layers)
+    nothing = (_layer(move, 0) if by_layer else move)._replace(count=0)
+    copy_move(nothing, choice, stream)  # what cannot be carried out is refused now
+    src, dst, mine, theirs, count = move
+    kept = _cleaned(Move(src, dst, mine.to_host(), theirs.to_host(), count))
+    _check_memory(kept)
+    if not kept.count:
+        none = [Transfer()] * src.layers if by_layer else None
+        return BlockTransfer(Transfer(), move, began, none)
     # Indices of its own: copies of ids that the thread makes are on no other stream.
-    asked = asked.part(Slice(None, 0, move.count, 0))
-    if asked.device.type != "cpu":
-        asked = asked._replace(stream=asked.stream or own_stream(asked.device))
-        asked.follow_current()
-    within = asked._replace(stream=None, strict=False)  # its stream is the thread's current one
+    kept = _part(kept, Slice(None, 0, kept.count, 0))
+    if device.type != "cpu":
+        stream = stream or own_stream(device)
+        follow_current(stream, [kept])
 
     def issue(piece: Slice) -> Transfer:
-        return within.part(piece).issue()  # memory may go while it runs
+        return copy_move(_part(kept, piece), choice, None)  # memory may go while it runs
 
-    slices, limit = cut(asked, rate, by_layer), None if rate is None else RateLimit(rate)
-    worker = Worker(slices, issue, partial(_inside, asked), limit)
+    slices, limit = _cut(kept, rate, by_layer), None if rate is None else RateLimit(rate)
+    worker = Worker(slices, issue, partial(_inside, kept, choice, stream), limit)
     layers = None
     if by_layer:
         last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
         layers = [Transfer((Landing(worker, nth),)) for nth in last.values()]
     end = Transfer((Landing(worker, len(slices), (src, dst)),))
-    transfer = BlockTransfer(end, whole, began, layers, worker)
+    transfer = BlockTransfer(end, move, began, layers, worker)
     worker.start()
     return transfer
 
 
-def cut(asked: BlockMove, rate: float | None, by_layer: bool) -> list[Slice]:
+def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:
     """The slices of a transfer, each of whole blocks."""
-    src, dst, *_, count = asked.move
-    mine, theirs = asked.move.steps
+    src, dst, *_, count = move
+    mine, theirs = move.steps
     # Tokens between two places where both sides may be cut.
     whole = lcm(mine or 1, theirs or 1, src.form.block_size if src.opaque else 1)
     layers: list[int | None] = list(range(src.layers)) if by_layer else [None]
@@ -88,6 +104,28 @@ def cut(asked: BlockMove, rate: float | None, by_layer: bool) -> list[Slice]:
     ]
 
 
+def _layer(move: Move, layer: int) -> Move:
+    """One layer of a copy; raises as the whole does if the sides have not equally many."""
+    if move.src.layers != move.dst.layers:
+        CopyPlan(move.src.form, move.dst.form, *move.steps)
+    return move.layer(layer)
+
+
+def _part(move: Move, piece: Slice) -> Move:
+    """A slice of a copy, with no ids but those of its positions."""
+    src, dst, *indices, _ = move if piece.layer is None else move.layer(piece.layer)
+    mine, theirs = (index.part(piece.first, piece.tokens) for index in indices)
+    return Move(src, dst, mine, theirs, piece.tokens)
+
+
+def _check_memory(move: Move) -> None:
+    """Raise if memory was replaced or cannot be written, or a row is both read and written."""
+    move.dst.check_writable()
+    move.src.check_memory()
+    move.dst.check_memory()
+    check_disjoint(move)
+
+
 def _cleaned(move: Move) -> Move:
     """Without the positions that are skipped; raises `SlotError` for bad ids."""
     src, dst, mine, theirs, count = move
@@ -97,16 +135,16 @@ def _cleaned(move: Move) -> Move:
 
 
 @contextmanager
-def _inside(asked: BlockMove) -> Iterator[None]:
-    """Inside, its stream and device are the current ones, and its ids are on the device."""
-    ignore_captures_elsewhere(asked.device)
-    indices, choice = (asked.move.src_index, asked.move.dst_index), asked.choice
-    half = choice.backend.half if isinstance(choice.backend, Engine) else choice
+def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator[None]:
+    """Inside, a stream and its device are the current ones, and the ids are on the device."""
+    device, indices = choice.backend.device, (move.src_index, move.dst_index)
+    ignore_captures_elsewhere(device)
+    half: Choice = getattr(choice.backend, "half", choice)  # an engine has one
     dtypes = half.can.index_dtypes
-    with inside(asked.stream):
-        bring(indices, asked.device, dtypes)
+    with inside(stream):
+        bring(indices, device, dtypes)
         for index in indices:
             if index.ids is not None:
                 # All at once, kept by the index: a copy for each slice would wait for the last.
-                index.ids_on(asked.device, dtypes)
+                index.ids_on(device, dtypes)
         yield

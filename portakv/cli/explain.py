@@ -88,7 +88,7 @@ def run(asked: argparse.Namespace) -> int:
     src, dst = sides
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     choice = choose(src.view.device, asked.backend)
-    _, taken = prepare(plan, choice.backend.device, choice)  # as a copy would
+    _, taken = prepare(plan, choice)  # as a copy would
     found = {
         "source": _side_json(src), "destination": _side_json(dst),
         "plan": {

@@ -309,7 +309,7 @@ class AdaptiveConnector:
             transfer = self._move(store, one, read, batch.slot_mapping, start, end, None)
         else:
             transfer = self._move_batch(store, read, batch, None)
-        if any(completion.pending for completion in transfer.completions):
+        if any(completion.pendings for completion in transfer.completions):
             transfer.wait()  # what follows in the graph knows of no handle
 
     def _handed_over(self, caches: Sequence[torch.Tensor], levels: Sequence[int]) -> Registration:
@@ -334,7 +334,7 @@ class AdaptiveConnector:
             completion.owner = self._owner
             if completion.standing:
                 self._captured.append(completion)
-            elif completion.unreported:
+            elif completion.error is not None:
                 failed.append(completion)
         return transfer
 

@@ -68,12 +68,12 @@ def launch(
         event = pool.recorded(stream)
         completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     elif not pendings and error is None:
-        return Transfer((), None, False, carried or NOTHING)
+        return Transfer((), None, carried or NOTHING)
     else:
         completion = Completion(None, pendings, (), error, kept if pendings else None)
     if pendings or status:
         hold(completion)
-    return Transfer((completion,), kept if on_device else None, False, carried or NOTHING)
+    return Transfer((completion,), kept if on_device else None, carried or NOTHING)
 
 
 def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:

@@ -87,7 +87,7 @@ class Shortcuts:
         event.record()
         completion = Completion(event, (), ((word, 0),), None, None, self._events)
         hold(completion, self._owner)
-        return Transfer((completion,), (chunk, ids, self._cache), False, shortcut.carried)
+        return Transfer((completion,), (chunk, ids, self._cache), shortcut.carried)
 
     def _ids_of(
         self, index: object, store: bool, start: object, end: object

@@ -87,26 +87,26 @@ def prepared(
     if found is not None:
         return found
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
-    launch, taken = prepare(plan, choice.backend.device, choice)
+    launch, taken = prepare(plan, choice)
     found = Prepared(plan, launch, taken, taken.can, taken.can.home_of_ids(taken.backend.device))
     # Another thread may have been here first: one launch for all, with its one lock.
     return _prepared.setdefault(key, found)
 
 
-def prepare(plan: CopyPlan, device: torch.device, choice: Choice) -> tuple[Launch, Choice]:
+def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
     """Prepare a launch through the chosen backend, or, unless forced, the next that takes it.
 
     Raises:
         Unsupported: no backend takes the plan (or the forced one does not), with the trace.
     """
-    refused: list[Decision] = []
-    names, known = [choice.name], registry.REGISTRY
-    if not choice.forced:
-        order = known.automatic(device)
-        names += order[order.index(choice.name) + 1 :] if choice.name in order else order
-    for name in names:
+    known, device, refused = registry.REGISTRY, choice.backend.device, list[Decision]()
+    order = [] if choice.forced else known.automatic(device)
+    later = order[order.index(choice.name) + 1 :] if choice.name in order else order
+    for name in (choice.name, *later):
         backend, decision = known.ask(name, device, check=True)
-        backend, launch = choice.backend if name == choice.name else backend, None
+        if name == choice.name:
+            backend = choice.backend  # also one that no test pattern suits, or under terms
+        launch = None
         if backend is not None:
             launch, decision = _prepare(backend, plan)
         if backend is None or launch is None:

@@ -13,9 +13,10 @@ import os
 import pkgutil
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import entry_points
 from typing import NamedTuple, cast
 
@@ -53,7 +54,6 @@ ONLY_ASKED = {"cpu": ("compiled",)}
 MADE_FOR = {"cuda": "cuda", "hip": "cuda", "ascend": "npu", "mlu": "mlu"}
 #: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
-ENTRY_POINTS = "portakv.backends"
 
 _USABLE = (SelfCheck.NOT_YET, SelfCheck.PASSED, SelfCheck.WAIVED)
 _TARGET = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
@@ -78,19 +78,14 @@ class Choice:
 class _Answer(NamedTuple):
     """What one candidate said of one device; ``backend`` is None if its probe rejected it."""
 
-    name: str
     backend: Backend | None
     reason: str
     check: SelfCheck = SelfCheck.NOT_YET
 
-    @property
-    def decision(self) -> Decision:
+    def decision(self, name: str) -> Decision:
         usable = self.backend is not None and self.check in _USABLE
         unchecked = usable and self.check is SelfCheck.NOT_YET
-        return Decision(self.name, usable, "(not self-checked yet) " * unchecked + self.reason)
-
-    def checked(self, state: SelfCheck, reason: str) -> _Answer:
-        return self._replace(check=state, reason=f"{self.reason}; {reason}")
+        return Decision(name, usable, "(not self-checked yet) " * unchecked + self.reason)
 
 
 class Registry:
@@ -98,19 +93,29 @@ class Registry:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._targets: dict[str, str | type[Backend]] = dict(BUILT_IN)
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
-        self._choices: dict[tuple[torch.device, str | None], Choice] = {}
+        self.choices: dict[tuple[torch.device, str | None], Choice] = {}
         self._tells: dict[torch.device, tuple[Tells, ...]] = {}
         self._installed: set[str] = set()
         self._refused_entries: list[Decision] = []
         self._logged: set[tuple[torch.device, str, str]] = set()
-        self._scanned = False
+
+    @cached_property
+    def _targets(self) -> dict[str, str | type[Backend]]:
+        """Where the candidates are. Entry points are read when the first one is asked for."""
+        found: dict[str, str | type[Backend]] = dict(BUILT_IN)
+        for entry in entry_points(group="portakv.backends"):
+            if entry.name in found:
+                why = f"the entry point {entry.value!r} would replace a backend of that name"
+                self._refused_entries.append(Decision(entry.name, False, f"{why}; refused"))
+            else:
+                found[entry.name] = f"{entry.module}:{entry.attr}"
+                self._installed.add(entry.name)
+        return found
 
     def register(self, name: str, target: str | type[Backend]) -> None:
         """Register a backend under a name; see `register_backend`."""
         with self._lock:
-            self._scan()
             if not name or not isinstance(name, str):
                 raise BackendUnavailable(
                     f"A backend was to be registered as {name!r}; its name is a word that is not "
@@ -121,42 +126,34 @@ class Registry:
                     f"A backend named {name!r} is registered already; silent replacement is "
                     f"refused. Choose another name."
                 )
-            if not isinstance(target, str):
-                _check_class(target, name)
-            elif not _TARGET.fullmatch(target):
+            if isinstance(target, str) and not _TARGET.fullmatch(target):
                 raise BackendUnavailable(
                     f"Backend {name!r} was to be registered as {target!r}; expected "
                     f"'package.module:Class', or the class."
                 )
-            self._targets[name] = target
+            self._targets[name] = target if isinstance(target, str) else _check_class(target, name)
             self._forget(name)  # it may have been asked for in vain
 
     def unregister(self, name: str) -> None:
-        """Forget a backend that was registered; unknown and built-in names are errors."""
+        """Forget a backend that `register` added."""
         with self._lock:
-            if name in BUILT_IN or name not in self._targets:
-                why = "cannot be removed: only registered ones can."
-                raise BackendUnavailable(f"Backend {name!r} {why}")
             del self._targets[name]
-            self._installed.discard(name)
             self._forget(name)
 
     def _forget(self, name: str) -> None:
-        self._choices.clear()
+        self.choices.clear()
         self._tells.clear()
         self._answers = {key: said for key, said in self._answers.items() if key[0] != name}
 
     def names(self) -> list[str]:
         """Every candidate, in the order in which they are asked."""
         with self._lock:
-            self._scan()
             return sorted(self._targets, key=lambda name: name in LAST and 1 + LAST.index(name))
 
     def automatic(self, device: torch.device) -> list[str]:
         """The candidates that are used without being asked for, in their order. On the CPU none of
         an entry point is: a package does not become the default there by being installed."""
-        asked = {*ONLY_ASKED.get(device.type, ()), *ENGINES}
-        names = self.names()
+        names, asked = self.names(), {*ENGINES, *ONLY_ASKED.get(device.type, ())}
         if device.type == "cpu":
             asked |= self._installed
         return [name for name in names if name not in asked]
@@ -166,68 +163,59 @@ class Registry:
     ) -> tuple[Backend | None, Decision]:
         """One candidate's answer for ``device``; with ``check`` it is also self-checked, once."""
         answer = self._answer(name, device, check)
-        return (answer.backend if answer.decision.accepted else None), answer.decision
+        decision = answer.decision(name)
+        return (answer.backend if decision.accepted else None), decision
 
-    def _answer(self, name: str, device: torch.device, check: bool) -> _Answer:
+    def admit(self, name: str, device: torch.device) -> Decision:
+        """Take a backend without its self-check, for a caller that judges it; its probe counts."""
+        return self._answer(name, device, True, _waived).decision(name)
+
+    def _answer(
+        self,
+        name: str,
+        device: torch.device,
+        check: bool,
+        how: Callable[[Backend], tuple[SelfCheck, str]] = self_check,
+    ) -> _Answer:
         with self._lock:
             answer = self._answers.get((name, device)) or self._probe(name, device)
             if check and answer.backend is not None and answer.check is SelfCheck.NOT_YET:
-                answer = answer.checked(*self_check(answer.backend))
+                state, why = how(answer.backend)
+                answer = _Answer(answer.backend, f"{answer.reason}; {why}", state)
             if name in self._targets:
                 self._answers[name, device] = answer
             return answer
 
-    def admit(self, name: str, device: torch.device) -> Decision:
-        """Take a backend without its self-check, for a caller that judges it; its probe counts."""
+    def choose(self, device: torch.device, forced: str | None) -> Choice:
+        """The backend for a device, chosen once; raises `BackendUnavailable` as `choose` does."""
         with self._lock:
-            answer = self._answer(name, device, False)
-            if answer.backend is not None and answer.check is SelfCheck.NOT_YET:
-                answer = answer.checked(SelfCheck.WAIVED, "not self-checked, as was asked")
-                self._answers[name, device] = answer
-            return answer.decision
+            if (device, forced) in self.choices:
+                return self.choices[device, forced]
+            said: list[Decision] = []
+            for name in self.automatic(device) if forced is None else [forced]:
+                backend, _, check = answer = self._answer(name, device, True)
+                said.append(answer.decision(name))
+                # A backend that takes no test pattern is used only when it is named.
+                usable = said[-1].accepted or (forced and check is SelfCheck.UNCHECKABLE)
+                if backend is not None and usable:
+                    _log.info("%s: backend %s, %s", device, name, said[-1].reason)
+                    can = backend.capabilities()
+                    made = Choice(backend, tuple(said), forced is not None, can)
+                    return self.choices.setdefault((device, forced), made)
+        raise _unavailable(device, forced, said, self.trace(device))
 
-    def choose(self, device: torch.device | str, asked: str | None) -> Choice:
-        """The backend for a device; see `choose`."""
-        forced = os.environ.get(ENVIRONMENT) or asked
-        known = self._choices.get((device, forced)) if isinstance(device, torch.device) else None
-        if known is not None:
-            return known
-        device = found(device)
-        with self._lock:
-            if (device, forced) not in self._choices:
-                made = self._choices[device, forced] = self._choose(device, forced)
-                _log.info("%s: backend %s, %s", device, made.name, made.trace[-1].reason)
-            return self._choices[device, forced]
-
-    def _choose(self, device: torch.device, forced: str | None) -> Choice:
-        trace: list[Decision] = []
-        for name in self.automatic(device) if forced is None else [forced]:
-            answer = self._answer(name, device, True)
-            trace.append(answer.decision)
-            # A backend that takes no test pattern is used only when it is named.
-            usable = trace[-1].accepted or (forced and answer.check is SelfCheck.UNCHECKABLE)
-            if usable and answer.backend is not None:
-                can = answer.backend.capabilities()
-                return Choice(answer.backend, tuple(trace), forced is not None, can)
-        raise _unavailable(device, forced, trace, self.trace(device))
-
-    def trace(self, device: torch.device) -> tuple[Decision, ...]:
-        """What every candidate says of ``device``, without choosing; see `trace`."""
-        automatic, decisions = self.automatic(device), list[Decision]()
+    def trace(self, device: torch.device, here: bool = True) -> tuple[Decision, ...]:
+        """What every candidate says of ``device``, without choosing; if torch cannot use it
+        ``here``, what each lacks: none accepts."""
+        automatic, found = self.automatic(device), list[Decision]()
         for name in self.names():
-            said = self._answer(name, device, False).decision
+            answer = self._answer(name, device, False) if here else self._probe(name, device, False)
+            said = answer.decision(name)
             if said.accepted and name not in automatic:
                 reason = f"{said.reason}; on {device.type} it is used only when asked for"
                 said = Decision(name, True, reason)
-            decisions.append(said)
-        return (*decisions, *self._refused_entries)
-
-    def trace_absent(self, absent: DeviceAbsent) -> tuple[Decision, ...]:
-        """What every candidate lacks for a device that torch cannot use; none accepts."""
-        with self._lock:
-            device = cast(torch.device, absent.device)  # or a name, of which a probe reads the type
-            said = [self._probe(name, device, make=False).decision for name in self.names()]
-        return (*said, *self._refused_entries)
+            found.append(said)
+        return (*found, *self._refused_entries)
 
     def tells(self, device: torch.device) -> tuple[Tells, ...]:
         """What tells, of tensors on a device, those that no backend may move by their strides."""
@@ -257,23 +245,21 @@ class Registry:
         found = pkgutil.resolve_name(target) if isinstance(target, str) else target
         return _check_class(found, name)
 
-    def _probe(self, name: str, device: torch.device, *, make: bool = True) -> _Answer:
+    def _probe(self, name: str, device: torch.device, make: bool = True) -> _Answer:
         """What a candidate says; with ``make`` its backend is made if it accepts."""
-        self._scan()
         if name not in self._targets:
-            return _Answer(name, None, self.unknown(name).reason)
+            return _Answer(None, self.unknown(name).reason)
         try:
             cls = self._class(name)
             decision = cls.probe(device)
-            if not decision.accepted:
-                return _Answer(name, None, decision.reason)
-            if not make:
-                return _Answer(name, None, "it needs the device")
+            if not (decision.accepted and make):
+                why = "it needs the device" if decision.accepted else decision.reason
+                return _Answer(None, why)
             backend = cls(device)
         except (Exception, SystemExit) as error:  # a broken package must not take others down
-            return _Answer(name, None, f"it failed to load: {type(error).__name__}: {error}")
+            return _Answer(None, f"it failed to load: {type(error).__name__}: {error}")
         backend.name = name
-        return _Answer(name, backend, decision.reason)
+        return _Answer(backend, decision.reason)
 
     def unknown(self, name: str) -> Decision:
         """The answer for a name that no candidate has."""
@@ -281,18 +267,6 @@ class Registry:
         near = difflib.get_close_matches(str(name), names, n=1)
         meant = f" did you mean {near[0]}?" if near else ""
         return Decision(name, False, f"no such backend;{meant} known are {', '.join(names)}")
-
-    def _scan(self) -> None:
-        if self._scanned:
-            return
-        self._scanned = True
-        for entry in entry_points(group=ENTRY_POINTS):
-            if entry.name in self._targets:
-                why = f"the entry point {entry.value!r} would replace a backend of that name"
-                self._refused_entries.append(Decision(entry.name, False, f"{why}; refused"))
-            else:
-                self._targets[entry.name] = f"{entry.module}:{entry.attr}"
-                self._installed.add(entry.name)
 
 
 def _unavailable(
@@ -312,6 +286,10 @@ def _unavailable(
     )
     error.trace = (*tried, *(d for d in said if d.name not in {t.name for t in tried}))
     return error
+
+
+def _waived(_: Backend) -> tuple[SelfCheck, str]:
+    return SelfCheck.WAIVED, "not self-checked, as was asked"
 
 
 def _check_class(found: object, name: str) -> type[Backend]:
@@ -349,7 +327,9 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
             f"backend={backend!r} was asked for; expected the name of a backend. Name none to let "
             f"the registry choose."
         )
-    return REGISTRY.choose(device, backend)
+    forced = os.environ.get(ENVIRONMENT) or backend
+    known = REGISTRY.choices.get((device, forced)) if isinstance(device, torch.device) else None
+    return known or REGISTRY.choose(found(device), forced)
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:
@@ -373,19 +353,18 @@ def found(device: torch.device | str) -> torch.device:
     try:
         return indexed(device)
     except DeviceAbsent as absent:
-        said = REGISTRY.trace_absent(absent)
+        # A name, if no torch.device can be made of it: a probe reads the type alone.
+        said = REGISTRY.trace(cast(torch.device, absent.device), here=False)
         with suppress(DeviceAbsent, RuntimeError, TypeError):
             torch.device(device)  # what a candidate imports may have brought it
             return indexed(device)
-        todo, more = "" if absent.meant else ".", ""
+        todo, more = "Pass", ""
         if absent.known:
-            todo += " Mend that, or pass"
+            todo = "Mend that, or pass"
             more = f" `portakv backends --device {device}` shows what every candidate says."
-        else:
-            todo += " Pass"
         error = BackendUnavailable(
-            f"Device {str(device)!r} was asked for, but {absent}{todo} a device of this machine: "
-            f"{', '.join(map(str, devices_present()))}.{more}"
+            f"Device {str(device)!r} was asked for, but {absent}{'' if absent.meant else '.'} "
+            f"{todo} a device of this machine: {', '.join(map(str, devices_present()))}.{more}"
         )
         error.trace = said
         raise error from absent

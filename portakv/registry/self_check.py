@@ -35,12 +35,12 @@ class SelfCheck(Enum):
     WAIVED = auto()
 
 
-#: (layout, physical order of kv, block, token, head, dim) tried in turn: a backend may take one.
+#: Tried in turn: a backend may take one.
 _PATTERNS = (
-    ("layer | kv block token head dim", (0, 1, 2, 3, 4)),
-    ("layer | kv block head token dim", (0, 1, 3, 2, 4)),
-    ("layer kv | block token head dim", (0, 1, 2, 3, 4)),
-    ("layer kv | block head token dim", (0, 1, 3, 2, 4)),
+    "layer | kv block token head dim",
+    "layer | kv block head token dim",
+    "layer kv | block token head dim",
+    "layer kv | block head token dim",
 )
 
 
@@ -48,9 +48,9 @@ def self_check(backend: Backend) -> tuple[SelfCheck, str]:
     """Gather and scatter the pattern; it fails at the first wrong byte, and if it raises. Returns
     what was found, and why, as a phrase."""
     refused = ""
-    for layout, order in _PATTERNS:
+    for layout in _PATTERNS:
         try:
-            why = _try_pattern(backend, layout, order)
+            why = _try_pattern(backend, layout)
         except Unsupported as error:
             refused = str(error)
             continue
@@ -63,35 +63,32 @@ def self_check(backend: Backend) -> tuple[SelfCheck, str]:
     return SelfCheck.UNCHECKABLE, f"{why}only when forced"
 
 
-def _try_pattern(backend: Backend, layout: str, order: tuple[int, ...]) -> str | None:
+def _try_pattern(backend: Backend, layout: str) -> str | None:
     """What was wrong, or None; a copy there and back again."""
     size = (_LAYERS, 2, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM)
     # Distinct bytes of every value, NaN patterns included, at odd distances.
     numbers = torch.arange(math.prod(size), dtype=torch.int64, device="cpu")
     known = (numbers * 2654435761 % 65521).to(torch.int16).view(size)
-    rows = known.flatten(2, 3)
-    pool = [layer.permute(order).contiguous().to(backend.device) for layer in known]
-    expected = rows[:, :, _SLOTS].transpose(0, 1)
-    chunk = _within_reach(torch.full_like(expected.contiguous(), -1), backend)
+    heads_first = "head token" in layout
+    ordered = known.transpose(3, 4) if heads_first else known
+    pool = [layer.contiguous().to(backend.device) for layer in ordered]
+    expected = known.flatten(2, 3)[:, :, _SLOTS].transpose(0, 1)
+    chunk, places = torch.full_like(expected.contiguous(), -1), backend.capabilities().places
+    if ("device", "device") in places:
+        chunk = chunk.to(backend.device)
+    elif ("device", "pinned") in places:  # an engine
+        chunk = chunk.pin_memory()
     dense = KVView(chunk, "kv layer token head dim")
     _copy(backend, _paged(pool, layout), dense, 1, 0)
-    if not torch.equal(chunk.cpu(), expected):
+    if not chunk.cpu().equal(expected):
         return f"{_wrong(chunk.cpu(), expected)} gathering {layout!r}"
     target = [torch.full_like(layer, -1) for layer in pool]
     _copy(backend, dense, _paged(target, layout), 0, 1)
-    wanted = torch.full_like(rows, -1)
-    wanted[:, :, _SLOTS] = rows[:, :, _SLOTS]
-    turned = [layer.cpu().permute([order.index(i) for i in range(5)]) for layer in target]
-    landed = torch.stack(turned).flatten(2, 3)
+    wanted = torch.full_like(known, -1)
+    wanted.flatten(2, 3)[:, :, _SLOTS] = expected.transpose(0, 1)
+    found = torch.stack([layer.cpu() for layer in target])
+    landed = found.transpose(3, 4) if heads_first else found
     return None if landed.equal(wanted) else f"{_wrong(landed, wanted)} scattering {layout!r}"
-
-
-def _within_reach(chunk: torch.Tensor, backend: Backend) -> torch.Tensor:
-    """The chunk in memory that the backend reaches: on its device, or on the host for an engine."""
-    places = backend.capabilities().places
-    if ("device", "device") in places:
-        return chunk.to(backend.device)
-    return chunk.pin_memory() if ("device", "pinned") in places else chunk
 
 
 def _paged(pool: list[torch.Tensor], layout: str) -> KVView:

@@ -104,15 +104,13 @@ def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     place = stream.device if hasattr(stream, "stream_id") else None
     if place in devices:
         return
-    served = " and ".join(dict.fromkeys(map(str, devices)))
+    found, wanted, how = f"a stream of {place}", "a stream of a device that takes part", ""
     if place is None:
-        raise DeviceMismatch(
-            f"A copy on {served} was asked with stream={stream!r}; expected a stream of torch. "
-            f"Pass one (torch.cuda.ExternalStream holds a handle), or none for the current one."
-        )
+        found, wanted = f"stream={stream!r}", "a stream of torch"
+        how = " (torch.cuda.ExternalStream holds a handle)"
     raise DeviceMismatch(
-        f"A copy on {served} was asked with a stream of {place}; expected a stream of a "
-        f"device that takes part. Pass one, or none for the current stream."
+        f"A copy on {' and '.join(dict.fromkeys(map(str, devices)))} was asked with {found}; "
+        f"expected {wanted}. Pass one{how}, or none for the current one."
     )
 
 
@@ -151,4 +149,4 @@ def captured(
     if event is not None:
         event.record(stream)
     completion = Completion(event, words=words, standing=True)
-    return Transfer((completion,), kept, True, carried or NOTHING)
+    return Transfer((completion,), kept, carried or NOTHING)

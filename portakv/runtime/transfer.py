@@ -10,6 +10,7 @@ import weakref
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol, TypeAlias
 
@@ -39,20 +40,12 @@ class StatusWord:
     """One pinned int64 for a transfer in flight: 0, or the position + 1 of a bad id. A launch
     writes it only on error; the host reads it without synchronising."""
 
-    __slots__ = ("_values", "address", "tensor")
+    __slots__ = ("address", "tensor", "value")
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor, self.address = tensor, tensor.data_ptr()
         values: Any = tensor.numpy()
-        self._values = memoryview(values)  # a third of the cost of asking the array
-
-    def read(self) -> int:
-        """What stands in the word now."""
-        return int(self._values[0])
-
-    def clear(self) -> None:
-        """Put 0 back."""
-        self._values[0] = 0
+        self.value = memoryview(values)  # its one item; a third of the cost of asking the array
 
 
 _BATCH = 64  # words allocated at once
@@ -121,65 +114,37 @@ def event_pool(device: torch.device) -> EventPool:
     return EventPool(device)
 
 
+@dataclass(slots=True, eq=False)
 class Completion:
     """How one launch, or several in a row, end.
 
-    Args:
+    Attributes:
         event: recorded behind the last launch; given back to its ``pool`` once it has ended.
         pendings: work that no stream orders; ``kept``: its memory.
         words: a status word and the first position that it counts from, for each launch.
-        error: what went wrong, if that is known already.
+        error: what went wrong, if that is known already; ``reported``: a caller was told of it.
         standing: it was captured, and happens again with every replay.
-
-    Attributes:
         owner: what reports an error for which no caller asked; or None.
         settled: the end was seen.
     """
 
-    __slots__ = (
-        "_event",
-        "_pendings",
-        "_pool",
-        "_reported",
-        "_words",
-        "error",
-        "kept",
-        "owner",
-        "settled",
-        "standing",
-    )
-
-    def __init__(
-        self,
-        event: torch.Event | None = None,
-        pendings: Sequence[Pending] = (),
-        words: Sequence[tuple[StatusWord, int]] = (),
-        error: PortaKVError | None = None,
-        kept: object = None,
-        pool: EventPool | None = None,
-        standing: bool = False,
-    ) -> None:
-        self._event, self._pool, self._pendings, self._words = event, pool, pendings, words
-        self.error, self.kept, self.standing = error, kept, standing
-        self.owner: Owner | None = None
-        self.settled = self._reported = False
-
-    @property
-    def unreported(self) -> bool:
-        """True if an error is known and was not reported yet."""
-        return self.error is not None and not self._reported
-
-    @property
-    def pending(self) -> bool:
-        """True if no stream orders the work."""
-        return bool(self._pendings)
+    event: torch.Event | None = None
+    pendings: Sequence[Pending] = ()
+    words: Sequence[tuple[StatusWord, int]] = ()
+    error: PortaKVError | None = None
+    kept: object = None
+    pool: EventPool | None = None
+    standing: bool = False
+    owner: Owner | None = None
+    settled: bool = False
+    reported: bool = False
 
     def ended(self) -> bool:
         """True once all bytes have landed, error or not; never blocks or raises."""
-        event = self._event
+        event = self.event
         if event is not None and not event.query():
             return False
-        for pending in self._pendings:
+        for pending in self.pendings:
             if not pending.done():
                 return False
         self._settle()
@@ -187,36 +152,36 @@ class Completion:
 
     def wait(self, stream: torch.Stream | None) -> None:
         """Make a stream wait for the event; block the host for what is not on a stream."""
-        for pending in self._pendings:
+        for pending in self.pendings:
             pending.wait()
-        event = self._event  # not before: another thread may have given it back meanwhile
+        event = self.event  # not before: another thread may have given it back meanwhile
         if event is not None:
             # An event that is given no stream takes the current device's, which may be another.
             event.wait(stream or torch.accelerator.current_stream(event.device))
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed."""
-        for pending in self._pendings:
+        for pending in self.pendings:
             pending.wait()
-        event = self._event  # as in `wait`
+        event = self.event  # as in `wait`
         if event is not None:
             event.synchronize()
         self._settle()
 
     def take_error(self) -> PortaKVError | None:
         """An error that was not reported yet, once; never blocks."""
-        if self._reported:
+        if self.reported:
             return None
         with _settling:
-            for word, start in self._words:
+            for word, start in self.words:
                 self._read(word, start)
             error = self.error
             if self.standing:
                 self.error = None
-                for word, _ in self._words:
-                    word.clear()
+                for word, _ in self.words:
+                    word.value[0] = 0
             else:
-                self._reported = error is not None
+                self.reported = error is not None
         return error
 
     def _settle(self) -> None:
@@ -225,20 +190,19 @@ class Completion:
             return
         # Read, then given back, at once: another thread's transfer may get the word next.
         with _settling:
-            if self._event is not None and self._pool is not None:
-                self._pool.release(self._event)
-            for word, start in self._words:
-                if self._read(word, start):
-                    word.clear()
+            if self.event is not None and self.pool is not None:
+                self.pool.release(self.event)
+            for word, start in self.words:
+                self._read(word, start)
+                word.value[0] = 0
                 _free_words.append(word)
-            self._event, self._words, self.settled = None, (), True
+            self.event, self.words, self.settled = None, (), True
 
-    def _read(self, word: StatusWord, start: int) -> int:
-        position = word.read()
+    def _read(self, word: StatusWord, start: int) -> None:
+        position = word.value[0]
         if position and self.error is None:
             self.error = bad_slot(start + position - 1)
             failed.append(self)
-        return position
 
 
 #: What `Transfer.carried` is before anything was issued.
@@ -256,17 +220,15 @@ class Transfer:
         carried: the backend or engine that carried the first launch out, and why that one.
     """
 
-    __slots__ = ("_captured", "_kept", "carried", "completions")
+    __slots__ = ("_kept", "carried", "completions")
 
     def __init__(
         self,
         completions: Sequence[Completion] = (),
         kept: object = None,
-        captured: bool = False,
         carried: tuple[str, str] = NOTHING,
     ) -> None:
-        self.completions, self._kept, self._captured = completions, kept, captured
-        self.carried = carried
+        self.completions, self._kept, self.carried = completions, kept, carried
 
     @classmethod
     def join(cls, transfers: Sequence[Transfer]) -> Transfer:
@@ -276,14 +238,18 @@ class Transfer:
         return cls(
             [completion for transfer in transfers for completion in transfer.completions],
             [transfer._kept for transfer in transfers],
-            any(transfer._captured for transfer in transfers),
             transfers[0].carried if transfers else NOTHING,
         )
 
     @property
+    def captured(self) -> bool:
+        """True if a launch was captured into a graph, whose replays it has no part in."""
+        return any(completion.standing for completion in self.completions)
+
+    @property
     def ordered(self) -> bool:
         """True if a stream orders all of the work; False also if it ended with the call."""
-        return bool(self.completions) and not any(x.pending for x in self.completions)
+        return bool(self.completions) and not any(x.pendings for x in self.completions)
 
     def done(self) -> bool:
         """True once all bytes have landed; never blocks.
@@ -323,12 +289,12 @@ class Transfer:
 
     def __repr__(self) -> str:
         """What is known of it without asking a device, which inside graph capture must not be."""
-        errors = [c.error for c in self.completions if c.error]
+        errors = [type(c.error).__name__ for c in self.completions if c.error]
         state = "not seen to have ended"
-        if self._captured:
+        if self.captured:
             state = "captured into a graph"
         elif errors:
-            state = f"failed with {type(errors[0]).__name__}"
+            state = f"failed with {errors[0]}"
         elif all(completion.settled for completion in self.completions):
             state = "ended"
         number = len(self.completions)
@@ -355,7 +321,7 @@ class Transfer:
                 raise error
 
     def _refuse_captured(self, call: str) -> None:
-        if self._captured:
+        if self.captured:
             raise TransferError(
                 f"{call} was asked of a transfer that was captured into a graph; it has no "
                 f"completion of its own. Synchronise the graph's replay instead."
@@ -415,8 +381,8 @@ def unreported_error(owner: Owner | None) -> PortaKVError | None:
             if error is not None:
                 return error
     for completion in tuple(failed):
-        # Reported by now, or its owner is gone.
-        if not completion.unreported or completion.owner is None or completion.owner() is None:
+        told, keeper = completion.reported or completion.error is None, completion.owner
+        if told or keeper is None or keeper() is None:
             with suppress(ValueError):  # another thread was faster
                 failed.remove(completion)
     return None

@@ -70,8 +70,7 @@ class Worker:
         issued, landed: slices that were issued so far, and that landed before any that failed.
         carried: what carried the first slice out, as `Transfer.carried`.
         cancelled: some slices are not moved because `cancel` was called.
-        ended: no slice is in flight and none will be; ``ended_at``: since when, by
-            `time.perf_counter`.
+        ended_at: since when no slice is in flight and none will be, by `time.perf_counter`.
     """
 
     def __init__(
@@ -82,14 +81,13 @@ class Worker:
         limit: RateLimit | None = None,
     ) -> None:
         self.slices, self._limit = slices, limit
-        # Both hold the views, and are let go at the end.
-        self._issue: Callable[[Slice], Transfer] | None = issue
-        self._inside: Callable[[], AbstractContextManager[object]] | None = inside
+        self._issue, self._inside = issue, inside  # both hold the views, and go at the end
         # In a child of the process the thread does not exist, and its lock may be held for ever.
         self._process = this_process()
         self._change = threading.Condition()
-        self.cancelled = self.ended = self._gap = False
+        self.cancelled = self._gap = False
         self._error: BaseException | None = None
+        self._in_flight: deque[Transfer] = deque()
         self.issued = self.landed = 0
         self.carried = NOTHING
         self.ended_at: float | None = None
@@ -120,16 +118,16 @@ class Worker:
 
     def has_landed(self, slices: int) -> bool:
         """True once the first ``slices`` landed, or never will; never blocks."""
-        if self.ended or self._process.forked:
+        if self.ended_at is not None or self._process.forked:
             return True
         # With all of them the thread has let go of the views as well.
-        return self.landed >= slices and slices < len(self.slices)
+        return slices <= self.landed < len(self.slices)
 
     def wait(self, slices: int) -> None:
         """Block the host until `has_landed`."""
         if not self._process.forked:
             with self._change:
-                self._change.wait_for(lambda: self.has_landed(slices))
+                self._change.wait_for(partial(self.has_landed, slices))
 
     def failure(self, slices: int) -> PortaKVError | None:
         """Why the first ``slices`` did not all land; None if they did, or may yet."""
@@ -140,76 +138,73 @@ class Worker:
                 "A transfer was asked for its end in a process that was forked while it ran; it "
                 "goes on in the parent. Ask there."
             )
-        if not self.ended:
+        if self.ended_at is None:
             return None
-        so_far = f"{self.landed} of {len(self.slices)} slices had landed"
-        if self._error is None:
+        so_far, error = f"{self.landed} of {len(self.slices)} slices had landed", self._error
+        if error is None:
             return TransferCancelled(
                 f"The transfer was cancelled when {so_far}; the rest was not moved. Its statistics "
                 f"say how many blocks were."
             )
-        error = self._error
-        if not isinstance(error, PortaKVError):
-            why = f"with {type(error).__name__}: {error}."
-            error = TransferError(f"The transfer failed when {so_far}, {why}")
-            error.__cause__ = self._error
-        return error
+        if isinstance(error, PortaKVError):
+            return error
+        why = f"{type(error).__name__}: {error}."
+        failed = TransferError(f"The transfer failed when {so_far}, with {why}")
+        failed.__cause__ = error
+        return failed
 
     def _run(self) -> None:
-        in_flight: deque[Transfer] = deque()
         try:
-            assert self._inside is not None
             with self._inside():
                 try:
-                    self._issue_all(in_flight)
+                    self._issue_all()
                 except BaseException as error:
                     self._fail(error)
-                while in_flight:
-                    self._land(in_flight)
+                while self._in_flight:
+                    self._land()
         except BaseException as error:  # of the context: there is no caller above this thread
             self._fail(error)
-        self._issue = self._inside = None
-        self.ended_at = time.perf_counter()
+        del self._issue, self._inside
         with self._change:
-            self.ended = True
+            self.ended_at = time.perf_counter()
             self._change.notify_all()
         _running.discard(self)
 
-    def _issue_all(self, in_flight: deque[Transfer]) -> None:
+    def _issue_all(self) -> None:
         for piece in self.slices:
-            while len(in_flight) >= WINDOW:
-                self._land(in_flight)
-            self._keep_rate(piece, in_flight)
+            while len(self._in_flight) >= WINDOW:
+                self._land()
+            self._keep_rate(piece)
             with self._change:
                 if self.cancelled or self._error is not None:
                     return
                 self.issued += 1
-            assert self._issue is not None
-            in_flight.append(self._issue(piece))
+            issued = self._issue(piece)
+            self._in_flight.append(issued)
             if self.carried is NOTHING:
-                self.carried = in_flight[0].carried
+                self.carried = issued.carried
 
     def _fail(self, error: BaseException) -> None:
         """Note the error, if it is the first; no slice is issued after it."""
         with self._change:
             self._error = self._error or error
 
-    def _keep_rate(self, piece: Slice, in_flight: deque[Transfer]) -> None:
+    def _keep_rate(self, piece: Slice) -> None:
         """Wait until a slice may start, or none must."""
         limit = self._limit
         if limit is None:
             return
         start = limit.start_of(piece.nbytes)
         if limit.left(start):
-            while in_flight:  # a caller that waits for a layer learns of it before the pause
-                self._land(in_flight)
+            while self._in_flight:  # a caller that waits for a layer learns of it before the pause
+                self._land()
             with self._change:
                 self._change.wait_for(lambda: self.cancelled, limit.left(start))
 
-    def _land(self, in_flight: deque[Transfer]) -> None:
+    def _land(self) -> None:
         """Wait for the oldest slice."""
         try:
-            in_flight.popleft().synchronize()
+            self._in_flight.popleft().synchronize()
         except BaseException as error:
             self._gap = True
             self._fail(error)
@@ -227,7 +222,7 @@ class Landing(Completion):
         end: Any = SimpleNamespace(
             done=partial(worker.has_landed, slices), wait=partial(worker.wait, slices)
         )
-        super().__init__(None, (end,), kept=kept)
+        super().__init__(pendings=(end,), kept=kept)
         self._worker, self._slices = worker, slices
 
     def wait(self, stream: torch.Stream | None) -> None:
@@ -239,8 +234,7 @@ class Landing(Completion):
 
     def _settle(self) -> None:
         super()._settle()
-        if self.error is None:
-            self.error = self._worker.failure(self._slices)
+        self.error = self.error or self._worker.failure(self._slices)
 
 
 _running: set[Worker] = set()

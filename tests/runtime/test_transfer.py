@@ -67,7 +67,7 @@ def begun(owner: Any = None) -> tuple[Later, StatusWord, Completion]:
 
 
 def bad(word: StatusWord, position: int) -> None:
-    word._values[0] = position + 1
+    word.value[0] = position + 1
 
 
 @pytest.mark.usefixtures("apart")
@@ -236,7 +236,7 @@ def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
     assert repr(Transfer()) == "<Transfer of 0 launches, ended>"
     failed = Transfer([Completion(error=SlotError("no")), Completion()])
     assert repr(failed) == "<Transfer of 2 launches, failed with SlotError>"
-    captured = Transfer([Completion(standing=True)], captured=True)
+    captured = Transfer([Completion(standing=True)])
     assert repr(captured) == "<Transfer of 1 launch, captured into a graph>"
 
 
@@ -260,8 +260,8 @@ def test_words_and_events_are_made_under_any_settings(
     assert word.tensor.is_pinned()
     word.tensor += 2  # a launch may write it by torch, whatever the mode in which it was made
     assert any_word_set()
-    assert word.read() == 2
-    word.clear()
+    assert word.value[0] == 2
+    word.value[0] = 0
 
 
 @pytest.mark.parametrize("how", ["wait", "synchronize"])
