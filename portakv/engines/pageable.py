@@ -19,7 +19,7 @@ from portakv.backends.base import Capabilities, Launch
 from portakv.backends.strided import HostRows
 from portakv.engines.engine import PAGEABLE, Engine, Move
 from portakv.engines.pieces import Pieces
-from portakv.engines.slices import Sizes, Slice, TwoStages, kept_slices
+from portakv.engines.slices import Sizes, Slice, Stages
 from portakv.engines.staged import Passage, StagedLaunch
 from portakv.engines.staging import BUFFERS, bounce_buffers, staging
 from portakv.plan.plan import CopyPlan
@@ -51,18 +51,15 @@ class Ring(Engine):
 class _Bounced(Slice):
     """A slice that crosses to or from a bounce buffer, in one copy."""
 
-    def pieces(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
-        """The rows that both buffers hold; settled for the two that were last asked for."""
-        ends = dense.origins[0], host.origins[0]
-        settled = self._settled
-        if settled is None or settled[:2] != ends:
-            used = extent(dense.form, self.held, self.behind.offset, self.cut.count)
-            pitch = used.width if used.height == 1 else used.pitch
-            dst, src = ends[::-1] if self.stages.downward else ends
-            numbers = dst + used.start, src + used.start, used.width, used.height, pitch, pitch
-            made = Pieces(*np.array([numbers], dtype=np.int64).T)
-            settled = self._settled = *ends, made
-        return settled[2]
+    def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
+        """The rows that both buffers hold."""
+        used = extent(dense.form, self.held, self.behind.offset, self.cut.count)
+        pitch = used.width if used.height == 1 else used.pitch
+        src, dst = (x.origins[0] + used.start for x in (dense, host))
+        if not self.stages.downward:
+            src, dst = dst, src
+        numbers = dst, src, used.width, used.height, pitch, pitch
+        return Pieces(*np.array([numbers], dtype=np.int64).T)
 
 
 class Extent(NamedTuple):
@@ -93,10 +90,12 @@ def extent(form: Form, held: int, first: int, count: int) -> Extent:
 class _RingLaunch(StagedLaunch):
     """A prepared copy: that of `staged`, with a second hop."""
 
+    kind = _Bounced
+
     def __init__(self, plan: CopyPlan, engine: Engine) -> None:
         super().__init__(plan, engine)
         self._buffers = bounce_buffers(engine.device)
-        self._hops: Bounded[tuple[TwoStages, int], HostRows] = Bounded("second hops", 64)
+        self._hops: Bounded[tuple[Stages, int], HostRows] = Bounded("second hops", 64)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, mine, theirs = self.ends(move)
@@ -105,8 +104,8 @@ class _RingLaunch(StagedLaunch):
         slices = self.slices(rows, host, theirs.to_host(), move.count)
         number = len(slices)
 
-        def cross(each: Slice, dense: KVView, nth: int) -> None:
-            at, link = nth % BUFFERS, passage.link
+        def cross(each: Slice, dense: KVView, nth: int, link: torch.Stream) -> None:
+            at = nth % BUFFERS
             bounce = buffers.view(at, each.dense, each.held)
             src, dst = (dense, bounce) if self.downward else (bounce, dense)
             buffers.wait(at)
@@ -128,33 +127,25 @@ class _RingLaunch(StagedLaunch):
                     elif nth + BUFFERS < number:
                         passage.move(nth + BUFFERS)
 
-    def slices(
-        self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool = True
-    ) -> list[Slice]:
-        """As `StagedLaunch.slices`, wherever the host's memory is. If planes lie outside the
-        positions these are cut, so that the host copies few long pieces."""
-        outside = self.stages.whole.dense.outside
-        # Not exactly so many positions: transfers of any length share few plans.
-        key = count, theirs.ids_token, theirs.offset
-        return kept_slices(self, rows, key, lambda: [
-            _Bounced(self.stages, cut, rows, host, theirs, False, SIZES.largest)
-            for cut in self._cuts(outside, count, SIZES)
-        ])  # fmt: skip
+    def cutting(
+        self, host: KVView, theirs: Index, idle: bool
+    ) -> tuple[tuple[object, ...], tuple[str, ...], bool, Sizes]:
+        """As `StagedLaunch.cutting`, wherever the host's memory is. If planes lie outside the
+        positions these are cut, so that the host copies few long pieces; positions are not held
+        exactly, so that transfers of any length share few plans."""
+        return (), self.stages.dense.outside, False, SIZES
 
     def _hop(self, each: Slice, host: KVView, at: int) -> None:
         """The host's copy between its rows and a bounce buffer, once nothing crosses there."""
         bounce = self._buffers.view(at, each.dense, each.held)
         part, key = host.planes(each.cut.layers, each.cut.kv), (each.stages, each.held)
+        src, dst, mine, theirs = bounce, part, each.behind, each.theirs
+        if not self.downward:
+            src, dst, mine, theirs = dst, src, theirs, mine
         hop = self._hops.get(key)
         if hop is None:
-            plan, form = each.stages.plan, bounce.form
-            if self.downward:
-                hop = HostRows(form, plan.dst, 0, plan.dst_step, plan.unit)
-            else:
-                hop = HostRows(plan.src, form, plan.src_step, 0, plan.unit)
-            self._hops[key] = hop
+            plan = each.stages.plan
+            steps = (0, plan.dst_step) if self.downward else (plan.src_step, 0)
+            hop = self._hops[key] = HostRows(src.form, dst.form, *steps, plan.unit)
         self._buffers.wait(at)
-        if self.downward:
-            hop.copy(bounce, part, each.behind, each.theirs, each.cut.count)
-        else:
-            hop.copy(part, bounce, each.theirs, each.behind, each.cut.count)
+        hop.copy(src, dst, mine, theirs, each.cut.count)

@@ -9,7 +9,6 @@ the positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from portakv.engines.pieces import Pieces, to_2d_copies
-from portakv.engines.staging import DenseRows, dense_rows
+from portakv.engines.staging import dense_rows
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared, prepared
@@ -29,13 +28,9 @@ if TYPE_CHECKING:
     from portakv.view.form import Form
     from portakv.view.view import KVView
 
-#: Bytes of the largest slice of `staged`, and of the smallest. Only at one end of a transfer is the
-#: link idle (the first gather, the last scatter), so slices grow from there, each by `GROWTH`. Of
-#: 8, 16 and 32 MiB the largest lose least to the gaps between slices (H200).
-LARGEST, SMALLEST, GROWTH = 32 << 20, 4 << 20, 4
-#: Bytes up to which a transfer of `staged` is one slice: a gather of 16 MiB takes 10 us, no more
-#: than what the events and the gap of another slice cost.
-WHOLE = 16 << 20
+#: So much longer each slice is than the one before it: only at one end of a transfer is the link
+#: idle (the first gather, the last scatter).
+GROWTH = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +49,6 @@ class Sizes(NamedTuple):
     whole: int
     smallest: int
     largest: int
-
-
-def staged_sizes(idle: bool) -> Sizes:
-    """Those of `staged`; if the link is not ``idle`` all are as large as they can be, as nothing
-    waits for the first of them, and a model that leaves little room is asked for it least often."""
-    return Sizes(WHOLE, SMALLEST if idle else LARGEST, LARGEST)
 
 
 def cuts(
@@ -126,26 +115,60 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
     return max(1, int(nbytes / (quantum * max(1, token_bytes)))) * quantum
 
 
-_FRONT = Index()
-_KEPT = 64  # lengths of which a view of rows remembers the slices
-
-
-class TwoStages:
+class Stages:
     """Both stages of a plan: between the device's rows and dense ones, by ``half``, and across the
-    link. Slices along the positions are multiples of ``quantum``, but for the last."""
+    link.
 
-    def __init__(self, plan: CopyPlan, dense: DenseRows, half: Choice) -> None:
-        self.plan, self.dense = plan, dense
-        self.downward = plan.src.place == "device"
-        self.quantum = lcm(plan.unit, dense.block_size)
-        self._half = half
+    Attributes:
+        dense: how dense rows lie: as the host has them, or ``by_layer``.
+        quantum: slices along the positions are multiples of it, but for the last.
+    """
+
+    def __init__(self, plan: CopyPlan, half: Choice, by_layer: bool = False) -> None:
+        self.plan, self.downward = plan, plan.src.place == "device"
+        self.dense = dense_rows(plan.dst if self.downward else plan.src, by_layer)
+        self.quantum = lcm(plan.unit, self.dense.block_size)
+        self._half, self._by_layer = half, by_layer
         self._made: Bounded[int, tuple[Prepared, CopyPlan]] = Bounded("stages of slices", 64)
+        self._parts: dict[tuple[Form, Form], Stages] = {}
+
+    @classmethod
+    def tried(cls, plan: CopyPlan, half: Choice, device: torch.device) -> Stages:
+        """The stages of a plan, with the one on the device prepared.
+
+        Raises:
+            Unsupported: no backend takes dense rows as the host has them, nor layer by layer; why
+                not the second.
+        """
+        made = cls(plan, half)
+        try:
+            made._try(device)
+        except Unsupported:
+            made = cls(plan, half, by_layer=True)
+            made._try(device)
+        return made
+
+    def _try(self, device: torch.device) -> None:
+        held = self.quantum
+        room = torch.empty(self.dense.nbytes(held), dtype=torch.uint8, device=device)
+        self.of(self.dense.view(room, held), held)
+
+    def part(self, rows: KVView, host: KVView) -> Stages:
+        """The stages of views that show all planes, or some."""
+        forms, plan = (rows.form, host.form), self.plan
+        src, dst = forms if self.downward else forms[::-1]
+        if (src, dst) == (plan.src, plan.dst):
+            return self
+        if forms not in self._parts:
+            part = CopyPlan(src, dst, plan.src_step, plan.dst_step, plan.unit)
+            self._parts[forms] = Stages(part, self._half, self._by_layer)
+        return self._parts[forms]
 
     def held(self, count: int, first: int, exactly: bool, largest: int) -> int:
-        """Slots of a buffer for ``count`` positions of which the ``first`` may stand inside a
-        block; exactly so many if nothing is to lie between its planes. Else one of few numbers, so
-        that transfers of any length share forms and with them plans: no more than ``largest`` bytes
-        but for one block, or one more if one is cut."""
+        """Slots of a buffer for ``count`` positions of which the first stands at slot ``first`` of
+        a block; exactly so many if nothing is to lie between its planes. Else one of few numbers,
+        so that transfers of any length share forms and with them plans: no more than ``largest``
+        bytes but for one block, or one more if one is cut."""
         block, quantum = self.dense.block_size, self.quantum
         if exactly and block == 1:
             return count
@@ -154,7 +177,7 @@ class TwoStages:
         while held < count:
             held *= 2
         held = max(min(held, most), -(-count // quantum) * quantum)
-        return held + (block if first % block else 0)
+        return held + (block if first else 0)
 
     def of(self, dense: KVView, held: int) -> tuple[Prepared, CopyPlan]:
         """The stage on the device, prepared for buffers of so many slots, and the other's plan."""
@@ -167,57 +190,9 @@ class TwoStages:
             known = self._made[held] = made, CopyPlan(*link, plan.unit)
         return known
 
-    def behind(self, index: Index) -> Index:
-        """Where rows lie in a buffer: as far into a block as they do on the host."""
-        block = self.dense.block_size
-        return _FRONT if block == 1 else Index(offset=index.offset % block)
-
-
-class StagesByCut:
-    """The stages of a plan, ``whole`` and for the planes of its slices; prepared.
-
-    Raises:
-        Unsupported: no backend takes dense rows as the host has them, nor layer by layer; why not
-            the second.
-    """
-
-    def __init__(self, plan: CopyPlan, half: Choice, device: torch.device) -> None:
-        self._plan, self._half, self._by_layer = plan, half, False
-        self._known: dict[tuple[Form, Form], TwoStages] = {}
-        try:
-            self.whole = self._prepared(device)
-        except Unsupported:
-            self._by_layer = True
-            self.whole = self._prepared(device)
-
-    def of(self, rows: KVView, host: KVView, cut: Cut) -> TwoStages:
-        """The stages of a slice, of views that show only its planes."""
-        if cut.layers is None and cut.kv is None:
-            return self.whole
-        key = rows.form, host.form
-        known = self._known.get(key)
-        if known is None:
-            src, dst = key if self.whole.downward else key[::-1]
-            steps = self._plan.src_step, self._plan.dst_step
-            known = self._known[key] = self._of(CopyPlan(src, dst, *steps, self._plan.unit))
-        return known
-
-    def _prepared(self, device: torch.device) -> TwoStages:
-        """The stages of the whole plan, with the one on the device prepared."""
-        whole = self._of(self._plan)
-        held = whole.held(1, 0, False, LARGEST)
-        buffer = torch.empty(whole.dense.nbytes(held), dtype=torch.uint8, device=device)
-        whole.of(whole.dense.view(buffer, held), held)
-        return whole
-
-    def _of(self, plan: CopyPlan) -> TwoStages:
-        host = plan.dst if plan.src.place == "device" else plan.src
-        return TwoStages(plan, dense_rows(host, self._by_layer), self._half)
-
 
 class Slice:
-    """A slice of a transfer, with everything settled that does not change with the host's memory:
-    its planes, where they lie in a dense buffer on the device, and the device's stage of it.
+    """A slice of a transfer, with everything settled that does not change with the host's memory.
 
     Args:
         stages: of the whole plan.
@@ -227,62 +202,45 @@ class Slice:
 
     Attributes:
         rows, theirs: the device's planes, and the index of its own rows on the host.
-        dense, held, behind: how rows lie in a buffer, how many it holds, and where they begin.
+        dense, held, behind: how rows lie in a buffer, how many it holds, and where they begin: as
+            far into a block as they do on the host.
     """
 
     def __init__(
-        self,
-        stages: StagesByCut,
-        cut: Cut,
-        rows: KVView,
-        host: KVView,
-        theirs: Index,
-        exactly: bool,
+        self, stages: Stages, cut: Cut, rows: KVView, host: KVView, theirs: Index, exactly: bool,
         largest: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.cut, self.rows = cut, rows.planes(cut.layers, cut.kv)
-        self.stages = stages.of(self.rows, host.planes(cut.layers, cut.kv), cut)
-        self.theirs = theirs.shifted(cut.start)
-        self.dense, self.behind = self.stages.dense, self.stages.behind(self.theirs)
-        self.held = self.stages.held(cut.count, self.theirs.offset, exactly, largest)
+        self.stages = stages.part(self.rows, host.planes(cut.layers, cut.kv))
+        self.theirs, self.dense = theirs.shifted(cut.start), self.stages.dense
+        self.behind = Index(offset=self.theirs.offset % self.dense.block_size)
+        self.held = self.stages.held(cut.count, self.behind.offset, exactly, largest)
         self.nbytes = self.dense.nbytes(self.held)
-        self._prepared: Prepared | None = None
-        # For a buffer and host memory at these addresses.
-        self._settled: tuple[int, int, Pieces] | None = None
+        # Of a buffer and host memory at these addresses.
+        self._settled: tuple[tuple[int, int], Pieces] | None = None
 
     def prepared(self, dense: KVView) -> Prepared:
         """The device's stage, for buffers of this slice's."""
-        if self._prepared is None:
-            self._prepared = self.stages.of(dense, self.held)[0]
-        return self._prepared
+        return self.stages.of(dense, self.held)[0]
 
     def pieces(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
-        """What has to cross between a buffer and the host's rows, where these lie; settled when it
-        is first asked for, so that the slices before this one are under way by then."""
-        settled = self._settled
+        """What has to cross between a buffer and the host's memory, where these lie; settled when
+        it is first asked for, so that the slices before this one are under way by then."""
+        ends, settled = (dense.origins[0], host.origins[0]), self._settled
         if settled is None:
-            src, dst = dense, host.planes(self.cut.layers, self.cut.kv)
-            mine, theirs = self.behind, self.theirs
-            if not self.stages.downward:
-                src, dst, mine, theirs = dst, src, theirs, mine
-            link = self.stages.of(dense, self.held)[1]
-            runs = link.runs(src, dst, mine, theirs, self.cut.count)
-            made = to_2d_copies(runs, src, dst, fold_below)
             # At once: other threads may look.
-            settled = self._settled = dense.origins[0], host.origins[0], made
-        there, here = dense.origins[0] - settled[0], host.origins[0] - settled[1]
-        known = settled[2]
-        src_moved, dst_moved = (there, here) if self.stages.downward else (here, there)
-        if not dst_moved and not src_moved:
-            return known
-        return known._replace(dst=known.dst + dst_moved, src=known.src + src_moved)
+            settled = self._settled = ends, self.crossing(dense, host, fold_below)
+        if ends == settled[0]:
+            return settled[1]
+        moved = [now - then for now, then in zip(ends, settled[0], strict=True)]
+        src, dst = moved if self.stages.downward else moved[::-1]
+        return settled[1]._replace(dst=settled[1].dst + dst, src=settled[1].src + src)
 
-
-def kept_slices(
-    launch: object, rows: KVView, key: tuple[object, ...], make: Callable[[], list[Slice]]
-) -> list[Slice]:
-    """The slices that a view of rows keeps for a launch under a key, made if there are none."""
-    kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(launch)
-    if kept is None:
-        kept = rows.derived.setdefault(launch, Bounded("slices of transfers", _KEPT))
-    return kept.get_or_make(key, make)
+    def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
+        """The pieces between a buffer and the host's rows."""
+        src, dst = dense, host.planes(self.cut.layers, self.cut.kv)
+        mine, theirs = self.behind, self.theirs
+        if not self.stages.downward:
+            src, dst, mine, theirs = dst, src, theirs, mine
+        link = self.stages.of(dense, self.held)[1]
+        return to_2d_copies(link.runs(src, dst, mine, theirs, self.cut.count), src, dst, fold_below)

@@ -17,17 +17,26 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move, finish, read_on
 from portakv.engines.link import link_of
-from portakv.engines.slices import Cut, Sizes, Slice, StagesByCut, cuts, kept_slices, staged_sizes
-from portakv.engines.staging import DETACHED_RING, RING, Staging, mark, staging
+from portakv.engines.slices import Sizes, Slice, Stages, cuts
+from portakv.engines.staging import Staging, mark, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared
 from portakv.runtime import streams
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.view.index import Index
 
 if TYPE_CHECKING:
     from portakv.view.view import KVView
+
+#: Bytes of the largest slice, and of the smallest. Of 8, 16 and 32 MiB the largest lose least to
+#: the gaps between slices (H200).
+LARGEST, SMALLEST = 32 << 20, 4 << 20
+#: Bytes up to which a transfer is one slice: a gather of 16 MiB takes 10 us, no more than what the
+#: events and the gap of another slice cost.
+WHOLE = 16 << 20
+_KEPT = 64  # kinds of transfers of which a view of rows remembers the slices
 
 
 class Staged(Engine):
@@ -43,13 +52,15 @@ class Staged(Engine):
 
 
 class StagedLaunch(EngineLaunch):
-    """A prepared copy."""
+    """A prepared copy, in slices of its ``kind``."""
+
+    kind: type[Slice] = Slice
 
     def __init__(self, plan: CopyPlan, engine: Engine) -> None:
         super().__init__(plan, engine.device)
         self._detached = engine.terms.detached
         self._host = plan.dst if self.downward else plan.src
-        self.stages = StagesByCut(plan, engine.half, engine.device)
+        self.stages = Stages.tried(plan, engine.half, engine.device)
         self.link = link_of(engine.device)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
@@ -59,9 +70,9 @@ class StagedLaunch(EngineLaunch):
         room = staging(self.device, work, self._detached)
         slices = self.slices(rows, host, theirs.to_host(), move.count, room.link.query())
 
-        def cross(each: Slice, dense: KVView, _: int) -> None:
+        def cross(each: Slice, dense: KVView, _: int, link: torch.Stream) -> None:
             src, dst = (dense, host) if self.downward else (host, dense)
-            self.link.copy(each.pieces(dense, host, self.link.fold_below), src, dst, passage.link)
+            self.link.copy(each.pieces(dense, host, self.link.fold_below), src, dst, link)
 
         passage = Passage(self.downward, room, work, slices, cross)
         try:
@@ -76,77 +87,77 @@ class StagedLaunch(EngineLaunch):
     def slices(
         self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool = True
     ) -> list[Slice]:
-        """The slices of a transfer, kept for others of its kind; ``idle``: the link is."""
-        outside: tuple[str, ...] = ()
-        seams = pinned.seams()  # which memory of the host was pinned in parts
-        key: tuple[object, ...] = count, theirs.offset, idle, seams
-        if theirs.ids is not None:
-            key += theirs.ids_token, host.origins
-        elif len(host.origins) > 1 or seams:
-            key += (host.origins,)
-        else:  # in other memory of the host's form a slice lies as far behind its address
-            outside = self.stages.whole.dense.outside
-        # Ids scatter the rows of a plane anyway, and several allocations the planes.
-        sizes = staged_sizes(idle)
-        return kept_slices(self, rows, key, lambda: [
-            Slice(self.stages, cut, rows, host, theirs, bool(outside), sizes.largest)
-            for cut in self._cuts(outside, count, sizes)
-        ])  # fmt: skip
+        """The slices of a transfer, kept with its rows for others of its kind; ``idle``: the link
+        is."""
+        key, outside, exactly, sizes = self.cutting(host, theirs, idle)
+        kept = rows.derived.get(self)
+        if kept is None:
+            kept = rows.derived.setdefault(self, Bounded("slices of transfers", _KEPT))
 
-    def _cuts(self, outside: tuple[str, ...], count: int, sizes: Sizes) -> list[Cut]:
-        return cuts(self._host, outside, count, self.stages.whole.quantum, self.downward, sizes)
+        def make() -> list[Slice]:
+            quantum, largest = self.stages.quantum, sizes.largest
+            cut = cuts(self._host, outside, count, quantum, self.downward, sizes)
+            return [self.kind(self.stages, x, rows, host, theirs, exactly, largest) for x in cut]
+
+        found: list[Slice] = kept.get_or_make((count, theirs.offset, theirs.ids_token, *key), make)
+        return found
+
+    def cutting(
+        self, host: KVView, theirs: Index, idle: bool
+    ) -> tuple[tuple[object, ...], tuple[str, ...], bool, Sizes]:
+        """How a transfer is cut: what its slices depend on, beside positions and ids; the axes
+        ``outside`` of positions that may be cut; whether nothing may lie between planes; sizes."""
+        # If the link is busy, nothing waits for the first slice: all are as large as they can be,
+        # and a model that leaves little room is asked for it least often.
+        sizes = Sizes(WHOLE, SMALLEST if idle else LARGEST, LARGEST)
+        seams = pinned.seams()  # which memory of the host was pinned in parts
+        if theirs.ids is None and len(host.origins) == 1 and not seams:
+            # In other memory of the host's form a slice lies as far behind its address.
+            outside = self.stages.dense.outside
+            return (idle,), outside, bool(outside), sizes
+        # Ids scatter the rows of a plane anyway, and several allocations the planes.
+        return (idle, seams, host.origins), (), False, sizes
+
+
+#: Enqueues what has to cross for a slice, by its buffer and its number, on the link's stream.
+Cross = Callable[[Slice, "KVView", int, torch.Stream], None]
 
 
 class Passage:
     """One transfer under way: on which streams, and through which buffers of the device.
 
-    The caller's stream stands before and behind it. In between the device's stage has a stream with
-    priority, since a slice that waits for a model's kernels would leave the link idle; a single
-    slice, which has nothing to overlap with, stays on the caller's stream.
-
-    Args:
-        room: the buffers, whose lock the caller holds.
-        work: the stream that the transfer is ordered on.
-        cross: enqueues what has to cross for a slice, with its buffer and its number, on ``link``.
+    The caller's stream ``work`` stands before and behind it. In between the device's stage has a
+    stream with priority, since a slice that waits for a model's kernels would leave the link idle;
+    a single slice, which has nothing to overlap with, stays on the caller's stream. The caller
+    holds the lock of ``room``.
     """
 
     def __init__(
-        self,
-        downward: bool,
-        room: Staging,
-        work: torch.Stream,
-        slices: Sequence[Slice],
-        cross: Callable[[Slice, KVView, int], None],
-    ) -> None:
+        self, downward: bool, room: Staging, work: torch.Stream, slices: Sequence[Slice],
+        cross: Cross,
+    ) -> None:  # fmt: skip
         self._downward, self._room, self._work = downward, room, work
         self._slices, self._cross = slices, cross
         alone = len(slices) == 1 and not room.detached
-        self._half, self.link = (work, work) if alone else (room.half, room.link)
+        self._half, self._link = (work, work) if alone else (room.half, room.link)
         # Of each slice its buffer and the number of that, the device's stage, its device's rows.
         self._staged: list[tuple[KVView, int, Prepared, Index]] = []
-        self._free: list[torch.Event | None] = []
-        self._last = 0  # so many last slices leave no mark that their buffers are free
 
     @contextmanager
     def begun(self, mine: Index, current: torch.Stream) -> Iterator[None]:
         """Inside, slices can be moved, of the device's rows under an index; the stream of the
         transfer then waits for them."""
-        room, work, number = self._room, self._work, len(self._slices)
+        room, work = self._room, self._work
         # Detached: behind the current stream alone, and not behind the transfer before: buffers are
         # free one by one. Ids that are brought for one call are ordered on the current stream,
         # whatever reads them.
         first = current if room.detached else work
-        buffers = DETACHED_RING if room.detached else RING
         with inside(room.half if room.detached else work):
-            room.reserve(max(each.nbytes for each in self._slices), buffers)
-        if room.detached:
-            turns, self._free = room.turns(number, buffers), room.free
-        else:
-            turns, self._free = [nth % buffers for nth in range(number)], [None] * buffers
-            self._last = min(number, buffers)
+            room.reserve(max(each.nbytes for each in self._slices))
+        turns = room.turns(len(self._slices))
         with inside(first):
             self._settle(mine, turns)
-        others = [each for each in (self._half, self.link) if each is not work]
+        others = [each for each in (self._half, self._link) if each is not work]
         for each in others:
             each.wait_stream(first)
         try:
@@ -172,23 +183,21 @@ class Passage:
     def move(self, nth: int) -> None:
         """Issue both stages of a slice, in order, behind its buffer's last use."""
         each, (dense, at, prepared, mine) = self._slices[nth], self._staged[nth]
-        half, link = self._half, self.link
-        beside, free = half is not link, self._free[at]
+        half, link, room = self._half, self._link, self._room
+        first, last = (half, link) if self._downward else (link, half)
+        free, count = room.free[at], each.cut.count
+        if free is not None:
+            first.wait_event(free)
         if self._downward:
-            if free is not None:
-                half.wait_event(free)
-            finish(prepared.launch(each.rows, dense, mine, each.behind, each.cut.count, half, None))
-            if beside:
-                link.wait_event(mark(half))
-            self._cross(each, dense, nth)
-            last = link
+            finish(prepared.launch(each.rows, dense, mine, each.behind, count, half, None))
         else:
-            if free is not None:
-                link.wait_event(free)
-            self._cross(each, dense, nth)
-            if beside:
-                half.wait_event(mark(link))
-            finish(prepared.launch(dense, each.rows, each.behind, mine, each.cut.count, half, None))
-            last = half
-        again = beside and nth + 1 + self._last <= len(self._slices)
-        self._free[at] = mark(last) if again else None
+            self._cross(each, dense, nth, link)
+        if half is not link:
+            last.wait_event(mark(first))
+        if self._downward:
+            self._cross(each, dense, nth, link)
+        else:
+            finish(prepared.launch(dense, each.rows, each.behind, mine, count, half, None))
+        # The next transfer waits for the stream of this one, unless it is detached.
+        again = room.detached or nth + room.buffers < len(self._slices)
+        room.free[at] = mark(last) if again else None

@@ -192,43 +192,46 @@ class Staging(_Buffers):
     Attributes:
         half, link: the streams of the device's stage, and on which slices cross.
         detached: transfers do not wait for the ends of those before them.
-        free: for each buffer, an event behind its last use by these; None if it has had none.
+        buffers: how many there are.
+        free: for each buffer, an event behind the last use that its next one has to wait for.
     """
 
     def __init__(self, device: torch.device, detached: bool = False) -> None:
         super().__init__()
-        self.detached = detached
+        self._device, self.detached = device, detached
         self.half: torch.Stream = own_stream(device, priority=-1)
         self.link: torch.Stream = own_stream(device)
-        self.free: list[torch.Event | None] = [None] * RING
+        self.buffers = DETACHED_RING if detached else RING
+        self.free: list[torch.Event | None] = []
         self._turn = 0
-        self._device = device
 
-    def reserve(self, nbytes: int, buffers: int) -> None:
-        """Have room for so many buffers, of so many bytes each; on the current stream.
+    def reserve(self, nbytes: int) -> None:
+        """Have room for so many bytes in each buffer; on the current stream.
 
         Smaller memory is given back: to what the allocator serves later on this stream, which by
         then waits for every use. If transfers are detached this stream is ``half``.
         """
-        before = self._memory[0].numel() if self._memory else 0
-        each = max(before, -(-nbytes // _APART) * _APART)
-        if each > before or buffers > len(self.free):
-            buffers = max(len(self.free), buffers)
-            self._views.clear()
-            self._memory = []  # nothing is held if there is no more
-            self.free = [None] * buffers
-            room = torch.empty(buffers * each, dtype=torch.uint8, device=self._device)
-            # Slices, not `split`: a vendor's torch need not have more.
-            self._memory = [room[at * each : (at + 1) * each] for at in range(buffers)]
-            if self.detached:
-                # The link waits for no stream that the allocator knows this memory by.
-                room.record_stream(self.link)
-                self.link.wait_stream(self.half)
+        if self._memory and self._memory[0].numel() >= nbytes:
+            return
+        each = -(-nbytes // _APART) * _APART
+        self._views.clear()
+        self._memory = []  # nothing is held if there is no more
+        self.free = [None] * self.buffers
+        room = torch.empty(self.buffers * each, dtype=torch.uint8, device=self._device)
+        # Slices, not `split`: a vendor's torch need not have more.
+        self._memory = [room[at * each : (at + 1) * each] for at in range(self.buffers)]
+        if self.detached:
+            # The link waits for no stream that the allocator knows this memory by.
+            room.record_stream(self.link)
+            self.link.wait_stream(self.half)
 
-    def turns(self, slices: int, buffers: int) -> list[int]:
-        """Which buffer each of so many slices takes, the one behind the last slice's first."""
-        first, self._turn = self._turn, (self._turn + slices) % buffers
-        return [(first + nth) % buffers for nth in range(slices)]
+    def turns(self, slices: int) -> list[int]:
+        """Which buffer each of so many slices of a transfer takes; detached, the one behind the
+        last slice's first."""
+        if not self.detached:
+            self._turn, self.free = 0, [None] * self.buffers
+        first, self._turn = self._turn, (self._turn + slices) % self.buffers
+        return [(first + nth) % self.buffers for nth in range(slices)]
 
 
 _known: Bounded[tuple[torch.device, int, bool], Staging] = Bounded("staging of streams", _STREAMS)

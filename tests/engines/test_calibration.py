@@ -21,7 +21,7 @@ from portakv import CopyPlan, PortaKVError
 from portakv.backends.base import Pending
 from portakv.engines import calibration
 from portakv.engines import choose as chosen
-from portakv.engines.calibration import DelayTimer, EventTimer, Grid, Timed, calibrate
+from portakv.engines.calibration import DELAYED, IDLE, Grid, Timed, Timer, calibrate
 from portakv.engines.choose import Host, HostLaunch
 from portakv.engines.costs import DIRECTIONS
 from portakv.engines.descriptors import Descriptors
@@ -109,13 +109,11 @@ def test_every_engine_that_serves_the_device_is_measured() -> None:
     assert list(rows["h2d", 4096, 1]) == ["staged", "descriptors", "ring"]
 
 
-class Pretending(EventTimer):
+class Pretending(Timer):
     """Tells times that it was given."""
 
-    name = "pretended"
-
     def __init__(self, times: list[float]) -> None:
-        self.times, self.at = times, 0
+        self.name, self.times, self.at = "pretended", times, 0
         self.hidden: list[float] = []
 
     def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
@@ -213,7 +211,7 @@ def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_grid_leaves_room_between_blocks() -> None:
-    work = calibration._Work(DEVICE, SMALL, EventTimer(DEVICE), Host(DEVICE))
+    work = calibration._Work(DEVICE, SMALL, Timer(DEVICE), Host(DEVICE))
     blocks = work.blocks("pinned", 4096, 8)
     assert blocks.is_pinned()
     assert (tuple(blocks.shape), blocks.stride(0)) == ((8, 1, 4096), 4096 + calibration.GAP)
@@ -224,7 +222,8 @@ def test_the_grid_leaves_room_between_blocks() -> None:
 
 
 def test_the_timer_sees_the_work_of_the_stream() -> None:
-    timer = EventTimer(DEVICE)
+    timer = Timer(DEVICE)
+    assert timer.name == IDLE  # it has no kernel that sleeps
 
     def work() -> None:
         simdev.delay(torch.accelerator.current_stream(DEVICE), 30)
@@ -255,8 +254,8 @@ def test_a_delay_hides_what_the_host_does_first(
     delays: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, "SEEN", 0.2)
-    timer = calibration.timer_for(DEVICE)
-    assert isinstance(timer, DelayTimer)
+    timer = Timer(DEVICE)
+    assert timer.name == DELAYED
     delays.clear()
 
     def work() -> None:
@@ -280,7 +279,7 @@ def test_a_delay_hides_what_the_host_does_first(
 
 
 def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
-    timer, calls = DelayTimer(DEVICE), list[int]()
+    timer, calls = Timer(DEVICE), list[int]()
     delays.clear()
 
     def late() -> None:
@@ -300,13 +299,6 @@ def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
     timer.time(always, 1e-3)
     # The last one might have waited for a delay.
     assert len(calls) == len(delays) + 1 == calibration.TRIES + 1
-
-
-def test_a_device_without_a_delay_is_timed_as_it_is() -> None:
-    timer = calibration.timer_for(DEVICE)
-    assert type(timer) is EventTimer
-    assert "idle" in timer.name
-    assert f"{calibration.SEEN * 1e3:g} ms" in DelayTimer.name
 
 
 # The command

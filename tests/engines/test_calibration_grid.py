@@ -17,7 +17,7 @@ from portakv.cli import calibrate as verb
 from portakv.cli import main
 from portakv.cli import sides as units
 from portakv.engines import calibration
-from portakv.engines.calibration import GRID, SECONDS, Grid, by_point, calibrate, timer_for
+from portakv.engines.calibration import DELAYED, GRID, SECONDS, Grid, Timer, by_point, calibrate
 from portakv.engines.choose import ORDER
 from portakv.engines.costs import DIRECTIONS, Point, Table, costs_of, store
 from portakv.host import pinned
@@ -32,12 +32,11 @@ no_accelerator = pytest.mark.skipif(
 
 
 def test_the_grid_of_a_size() -> None:
-    grid = Grid((256, 4096), (1000, 4096, 65536), most_runs=100)
-    assert grid.runs(256, 65536) == [3, 16, 100]  # 256 would be too many
-    assert grid.runs(4096, 65536) == [1, 16]  # too large for the least payload
-    assert grid.runs(4096, 4096) == [1]
-    assert grid.runs(1 << 20, 4096) == [1]
-    assert grid.largest(65536) == max(16 * (4096 + 256), 100 * (256 + 256))
+    grid = Grid((256, 4096), (1000, 4096, 65536), most_runs=100, pageable=4096)
+    assert grid.runs(256) == [3, 16, 100]  # 256 would be too many
+    assert grid.runs(4096) == [1, 16]  # too large for the least payload
+    assert grid.runs(4096, True) == grid.runs(1 << 20, True) == [1]
+    assert grid.largest(False) == max(16 * (4096 + 256), 100 * (256 + 256))
 
 
 def test_the_usual_grid_spans_what_transfers_are() -> None:
@@ -46,7 +45,7 @@ def test_the_usual_grid_spans_what_transfers_are() -> None:
     assert all(size % 16 == 0 for size in GRID.run_bytes)
     assert max(GRID.payloads) == 256 << 20
     for size in GRID.run_bytes:
-        counts = GRID.runs(size, max(GRID.payloads))
+        counts = GRID.runs(size)
         assert max(counts) <= GRID.most_runs
         assert len(counts) >= 3
         assert counts[-1] * size >= 16 << 20
@@ -59,7 +58,7 @@ def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None
         for engine in FIGURES
         for direction in DIRECTIONS
         for size in GRID.run_bytes
-        for runs in GRID.runs(size, GRID.pageable if engine == "ring" else max(GRID.payloads))
+        for runs in GRID.runs(size, engine == "ring")
     )
     seconds = 0.0
     for point in points:
@@ -102,7 +101,7 @@ def test_every_engine_is_measured_in_time_and_rates_are_those_of_a_link() -> Non
     assert set(found.points) == {(name, way) for name in ORDER for way in DIRECTIONS}
     assert found.device["model"]
     assert found.device["driver"]
-    assert found.timer == calibration.DelayTimer.name
+    assert found.timer == DELAYED
     for (_, size, runs), engines in by_point(found).items():
         for point in engines.values():
             assert 0 < size * runs / point.seconds < 1e12
@@ -114,7 +113,7 @@ def test_every_engine_is_measured_in_time_and_rates_are_those_of_a_link() -> Non
 @pytest.mark.gpu
 def test_what_the_host_does_first_is_hidden() -> None:
     source, target = torch.zeros(8 << 20, device=CUDA), pinned.empty((8 << 20,), torch.float32)
-    timer = timer_for(CUDA)
+    timer = Timer(CUDA)
 
     def late() -> None:
         sleep(1e-3)

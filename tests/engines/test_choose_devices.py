@@ -76,7 +76,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     picked = launch.pick(move)
     assert launch.carried == (picked.engine, picked.why)
 
-    def full(self: staging.Staging, nbytes: int, buffers: int) -> None:
+    def full(self: staging.Staging, nbytes: int) -> None:
         raise torch.OutOfMemoryError("no room")
 
     monkeypatch.setattr(staging.Staging, "reserve", full)

@@ -16,8 +16,7 @@ from support.threads import run_threads
 
 from portakv import Index, KVView
 from portakv.backends.strided import HostRows
-from portakv.engines import pageable
-from portakv.engines import slices as schedule
+from portakv.engines import pageable, staged
 from portakv.engines.link import link_of
 from portakv.engines.pageable import Ring
 from portakv.engines.slices import Sizes
@@ -165,7 +164,7 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
 ) -> None:
     """Blocks of 512 B, 2 KiB and 8 KiB in slices of 3 KiB, where `staged` may have far more."""
     monkeypatch.setattr(pageable, "SIZES", Sizes(1024, 1024, 3072))
-    monkeypatch.setattr(schedule, "LARGEST", 1 << 20)
+    monkeypatch.setattr(staged, "LARGEST", 1 << 20)
     layers, blocks = 2, 640 // block
     shape = (blocks, layers, 2) if layout.startswith("block") else (layers, 2, blocks)
     made = torch.zeros((*shape, block, 32), dtype=torch.uint8)

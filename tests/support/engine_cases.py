@@ -14,7 +14,7 @@ import torch
 
 from portakv import Index, KVView, copy_rows
 from portakv.backends.base import Backend
-from portakv.engines import pageable, slices
+from portakv.engines import pageable, staged
 from portakv.engines.choose import Host
 from portakv.engines.descriptors import Descriptors
 from portakv.engines.pageable import Ring
@@ -224,7 +224,7 @@ class Transfers:
 def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
     """Slices so small that every copy has many."""
     for name, size in (("LARGEST", largest), ("SMALLEST", largest // 4), ("WHOLE", 0)):
-        monkeypatch.setattr(slices, name, size)
+        monkeypatch.setattr(staged, name, size)
     monkeypatch.setattr(pageable, "SIZES", Sizes(largest // 4, largest // 4, largest))
 
 
