@@ -19,7 +19,7 @@ from portakv.cli.sides import (
     read_above_zero,
     read_bytes,
 )
-from portakv.engines.choose import ORDER, Alternative, Host, Pick, pick
+from portakv.engines.choose import ORDER, Host, pick
 from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
 from portakv.engines.engine import OVERLAPS, Terms
 from portakv.engines.pieces import Shape
@@ -96,7 +96,12 @@ def run(asked: argparse.Namespace) -> int:
         "terms": {**asdict(terms), "text": _in_words(terms)}, "measured": costs.measured,
         "origin": costs.origin, "note": note,
         "engines": [
-            {**one._asdict(), "answer": _answer(one, picked), "gbps": one.gbps(nbytes)}
+            {
+                **one._asdict(), "measured": one.seconds is not None,
+                "answer": "chosen" if one.engine == picked.engine
+                else "rejected" if one.refused else "accepted",
+                "gbps": nbytes / one.seconds / 1e9 if one.seconds else None,
+            }
             for one in picked.alternatives
         ],
     }  # fmt: skip
@@ -105,12 +110,6 @@ def run(asked: argparse.Namespace) -> int:
     else:
         _print(found)
     return 0
-
-
-def _answer(one: Alternative, picked: Pick) -> str:
-    if one.engine == picked.engine:
-        return "chosen"
-    return "rejected" if one.refused else "accepted"
 
 
 def _in_words(terms: Terms) -> str:

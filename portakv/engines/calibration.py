@@ -29,7 +29,6 @@ from portakv.engines.engine import Terms, finish
 from portakv.errors import PortaKVError
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan, Move
-from portakv.plan.runs import Int64
 from portakv.runtime.devices import inside
 from portakv.view.form import Form
 from portakv.view.index import Index
@@ -185,7 +184,8 @@ class _Work:
         pageable = self._pageable(engine)
         places = ["device", "pageable" if pageable else "pinned"]
         ends = [self.blocks(x, size, runs) for x in places[:: 1 if direction == "d2h" else -1]]
-        orders = [np.random.default_rng(seed).permutation(runs) for seed in (1, 2)]
+        draws = [np.random.default_rng(seed).permutation(runs) for seed in (1, 2)]
+        orders = [torch.from_numpy(each) for each in draws]
         src, dst = (KVView(blocks, "block token dim", block_size=1) for blocks in ends)
         forms = src.form, dst.form
         if forms not in self._launches:
@@ -204,7 +204,9 @@ class _Work:
         hide = 0.0 if pageable else host
         return [self.timer.time(call, hide) for _ in range(self._grid.times(size * runs))]
 
-    def _prove(self, call: Call, ends: Sequence[torch.Tensor], orders: Sequence[Int64]) -> None:
+    def _prove(
+        self, call: Call, ends: Sequence[torch.Tensor], orders: Sequence[torch.Tensor]
+    ) -> None:
         """Raise `PortaKVError` unless a copy brings every block where it belongs."""
         for blocks, first in zip(ends, (1, 128), strict=True):
             number = torch.arange(blocks.shape[0], device=blocks.device) % 127 + first
@@ -212,7 +214,7 @@ class _Work:
         finish(call())
         torch.accelerator.synchronize(self.device)
         sides = zip(ends, orders, strict=True)
-        wanted, found = (blocks.cpu()[torch.from_numpy(order)] for blocks, order in sides)
+        wanted, found = (blocks.cpu()[order] for blocks, order in sides)
         if not torch.equal(wanted, found):
             raise PortaKVError("its bytes were wrong")
 

@@ -61,9 +61,8 @@ class Alternative(NamedTuple):
     Attributes:
         engine: its name.
         run_bytes, runs: the copy, as its cost was looked up: in pieces, if rows are folded.
-        seconds: what it would take the device; None if that is not known.
-        host_seconds: what it would keep the host; None likewise.
-        measured: that was measured on this device.
+        seconds, host_seconds: what it would take the device, and keep the host; None if that was
+            not measured here.
         refused: why it may not be picked, as a phrase; empty if it may.
     """
 
@@ -72,12 +71,7 @@ class Alternative(NamedTuple):
     runs: int
     seconds: float | None
     host_seconds: float | None
-    measured: bool
     refused: str
-
-    def gbps(self, nbytes: int) -> float | None:
-        """10^9 bytes in a second."""
-        return nbytes / self.seconds / 1e9 if self.seconds else None
 
 
 class Pick(NamedTuple):
@@ -121,64 +115,59 @@ def pick(
     Raises:
         Unsupported: no engine is left, with each one's reason.
     """
-    found = [
-        _alternative(
-            name, shapes[name], direction, costs,
-            out.get(name) or _kept_out(name, direction, shapes[name].nbytes, terms),
-        )
-        for name in ORDER if name in shapes
-    ]  # fmt: skip
+    found = []
+    for name in (name for name in ORDER if name in shapes):
+        refused = out.get(name) or _kept_out(name, direction, shapes[name].nbytes, terms)
+        found.append(_alternative(name, shapes[name], direction, costs, refused))
     able = [one for one in found if one.engine not in out]
     if not able:
         raise _none_left(out)
     allowed = [one for one in able if not one.refused]
-    best = (allowed or able)[0]
+    engine = (allowed or able)[0].engine
     if not allowed:
-        why = f"no other engine takes the copy, although {best.refused}"
+        why = f"no other engine takes the copy, although {able[0].refused}"
     elif len(allowed) == 1:
         why = "the only engine that is left"
-    elif any(one.measured for one in allowed):
-        best, why = _quickest([one for one in allowed if one.measured], able)
+    elif any(one.seconds is not None for one in allowed):
+        engine, why = _quickest(allowed, able)
     else:
-        kernel = not _kept_out("direct", direction, inf, terms)
-        engine, rule = default_rule(shapes, direction, kernel)
+        wanted, rule = default_rule(
+            shapes, direction, not _kept_out("direct", direction, inf, terms)
+        )
         why = "the gentlest of those that are left, as nothing was measured here"
-        for one in allowed:
-            if one.engine == engine:
-                best, why = one, f"the default rule {rule}, as nothing was measured here"
-    return Pick(best.engine, why, tuple(found))
+        if wanted in [one.engine for one in allowed]:
+            engine, why = wanted, f"the default rule {rule}, as nothing was measured here"
+    return Pick(engine, why, tuple(found))
 
 
-def _quickest(measured: list[Alternative], able: list[Alternative]) -> tuple[Alternative, str]:
+def _quickest(allowed: list[Alternative], able: list[Alternative]) -> tuple[str, str]:
     """The engine that keeps the host least of the quickest and those about as quick, and why."""
-    least = min(_known(one.seconds) for one in measured)
-    equal = [one for one in measured if _known(one.seconds) <= least * (1 + EQUAL)]
-    best = min(equal, key=lambda one: _known(one.host_seconds))  # the first of equals
+    limit = min(map(_seconds, allowed)) * (1 + EQUAL)
+    equal = [one for one in allowed if _seconds(one) <= limit]
+    best = min(equal, key=lambda one: one.host_seconds or 0.0)  # the first of equals
     text = "the least time of those that the terms allow"
     if len(equal) > 1:
         text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
     text += ", as measured"
     for one in able:
-        if one.refused and _known(one.seconds) < _known(best.seconds):
+        if one.refused and _seconds(one) < _seconds(best):
             text += f"; {one.engine} would take less, but the terms keep it out"
-    return best, text
+    return best.engine, text
 
 
-def _known(seconds: float | None) -> float:
-    return inf if seconds is None else seconds
+def _seconds(one: Alternative) -> float:
+    return inf if one.seconds is None else one.seconds
 
 
 def _alternative(
     name: str, shape: Shape, direction: str, costs: Table, refused: str
 ) -> Alternative:
     runs, pieces = max(1, shape.runs), max(1, shape.pieces)
-    run_bytes = max(1, shape.nbytes // pieces)
-    seconds = costs.seconds(name, direction, run_bytes, pieces)
-    host_seconds = costs.host_seconds(name, direction, run_bytes, pieces)
-    measured = seconds is not None
+    asked = name, direction, max(1, shape.nbytes // pieces), pieces
+    seconds, host_seconds = costs.seconds(*asked), costs.host_seconds(*asked)
     if seconds is not None and pieces < runs:
         seconds += runs * ROW[direction]
-    return Alternative(name, run_bytes, pieces, seconds, host_seconds, measured, refused)
+    return Alternative(name, asked[2], pieces, seconds, host_seconds, refused)
 
 
 def _kept_out(name: str, direction: str, nbytes: float, terms: Terms) -> str:
@@ -217,11 +206,6 @@ class Host(Engine):
         self.engines = {name: x for name, x in made.items() if not isinstance(x, str)}
         self.out = {name: why for name, why in made.items() if isinstance(why, str)}
 
-    @property
-    def costs(self) -> Table:
-        """What engines cost on this device."""
-        return costs_of(self.device)
-
     def capabilities(self) -> Capabilities:
         served = [engine.capabilities().places for engine in self.engines.values()]
         return Capabilities(places=frozenset().union(*served), index_on="any")
@@ -237,8 +221,10 @@ class Host(Engine):
 
     def prepare(self, plan: CopyPlan) -> HostLaunch:
         launch = HostLaunch(plan, self)
-        launch.prepare_one()
-        _ = self.costs  # read now, rather than in a transfer
+        # One engine is prepared now, so that the plan is known to be carried out.
+        if not any(launch.prepared(name) for name in self.engines):
+            raise _none_left(launch.out)
+        costs_of(self.device)  # read now, rather than in a transfer
         return launch
 
     def log(self, engine: str, why: str) -> None:
@@ -285,15 +271,6 @@ class HostLaunch(EngineLaunch):
         self._picks: Bounded[tuple[int, int, int, int], Pick] = Bounded("picks of engines", _PICKS)
         self._last = threading.local()
 
-    def prepare_one(self) -> None:
-        """Prepare the first engine that can be, so that the plan is known to be carried out.
-
-        Raises:
-            Unsupported: none can be, with each one's reason.
-        """
-        if all(self._prepared(name) is None for name in list(self._engines)):
-            raise _none_left(self.out)
-
     def pick(self, move: Move) -> Pick:
         """The engine that a transfer takes; moves nothing.
 
@@ -314,7 +291,7 @@ class HostLaunch(EngineLaunch):
                 "direct": self._whole.unmerged(count),
                 "ring": dense,
             }
-            found = pick(shapes, self.direction, out, self._terms, self._host.costs)
+            found = pick(shapes, self.direction, out, self._terms, costs_of(self.device))
             self._picks[key] = found
         return found
 
@@ -324,7 +301,7 @@ class HostLaunch(EngineLaunch):
         Raises:
             Unsupported: the engine does not carry the plan out.
         """
-        launch = self._prepared(engine)
+        launch = self.prepared(engine)
         if launch is None:
             why = self.out.get(engine, "there is no such engine")
             raise Unsupported(f"A copy by the engine {engine!r}", why)
@@ -334,14 +311,14 @@ class HostLaunch(EngineLaunch):
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
         picked = self.pick(move)
-        while self._prepared(picked.engine) is None:  # refused just now: pick another one
+        while self.prepared(picked.engine) is None:  # refused just now: pick another one
             picked = self.pick(move)
         engine, why = picked.engine, picked.why
         try:
             pending = self.launch_by(engine, move, stream)
         except torch.OutOfMemoryError:
             # The device has no room for staging. Others need none, and may move rows once more.
-            able = [name for name in _UNSTAGED if name != engine and self._prepared(name)]
+            able = [name for name in _UNSTAGED if name != engine and self.prepared(name)]
             if not able:
                 raise
             why = f"{engine} was picked ({why}), but the device had no memory left for it"
@@ -353,11 +330,10 @@ class HostLaunch(EngineLaunch):
 
     @property
     def carried(self) -> tuple[str, str] | None:
-        """The engine that carried out the last transfer that this thread launched, and why that
-        one, as a phrase; None before the first."""
+        """The engine of this thread's last transfer, and why, as a phrase; None before it."""
         return getattr(self._last, "carried", None)
 
-    def _prepared(self, name: str) -> Launch | None:
+    def prepared(self, name: str) -> Launch | None:
         """The launch of an engine, prepared now if need be; None if it cannot be."""
         launch = self._launches.get(name)
         if launch is not None or name not in self._engines:
@@ -366,15 +342,13 @@ class HostLaunch(EngineLaunch):
             if name in self._engines and name not in self._launches:
                 try:
                     self._launches[name] = self._engines[name].prepare(self.plan)
-                except Unsupported as error:
-                    self._refuse(name, str(error))
                 except Exception as error:  # a compiler that fails must not end the transfer
-                    self._refuse(name, f"it failed to prepare: {type(error).__name__}: {error}")
+                    why = f"it failed to prepare: {type(error).__name__}: {error}"
+                    if isinstance(error, Unsupported):
+                        why = str(error)
+                    self.out = {**self.out, name: why}
+                    del self._engines[name]
             return self._launches.get(name)
-
-    def _refuse(self, name: str, why: str) -> None:
-        self.out = {**self.out, name: why}
-        del self._engines[name]
 
     def _placed(self, name: str, move: Move, stream: torch.Stream | None) -> Move:
         """The copy with the ids of both sides where an engine reads them."""
@@ -406,8 +380,7 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         BackendUnavailable: its self-check failed on this device.
     """
     key = half, (terms or _NO_TERMS).of_engine
-    found = _made.get(key)
-    if found is not None:
+    if (found := _made.get(key)) is not None:
         return found
     device = half.backend.device
     if isinstance(half.backend, Engine):

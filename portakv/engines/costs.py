@@ -26,7 +26,7 @@ from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import device_name
 
-D2H, H2D = DIRECTIONS = ("d2h", "h2d")
+DIRECTIONS = ("d2h", "h2d")
 
 #: Of the file, and of how engines behave: a table of another format is measured anew.
 FORMAT = 2
@@ -100,10 +100,10 @@ def cost(columns: Columns, what: str, run_bytes: int, runs: int) -> float:
     in how many runs they lie in. That is exact for what each run and each byte has its price.
     """
     sizes = sorted(columns)
-    nbytes = max(1, run_bytes) * max(1, runs)
-    if run_bytes <= sizes[0]:
-        # Narrower runs cost what the narrowest do, each.
-        return _along(columns[sizes[0]], what, max(1, runs))
+    runs = max(1, runs)
+    nbytes = max(1, run_bytes) * runs
+    if run_bytes <= sizes[0]:  # narrower runs cost what the narrowest do, each
+        return _along(columns[sizes[0]], what, runs)
     if run_bytes >= sizes[-1]:
         return _along(columns[sizes[-1]], what, nbytes / sizes[-1])
     at = bisect_left(sizes, run_bytes)
@@ -125,8 +125,7 @@ def _along(column: Sequence[Point], what: str, wanted: float) -> float:
     # Two measurements that are close to each other may fall; nothing gets cheaper by more runs.
     slope = max(0.0, seconds[at] - seconds[at - 1]) / (runs[at] - runs[at - 1])
     if wanted > runs[-1]:
-        slope = max(slope, 0.5 * seconds[-1] / runs[-1])
-        return seconds[-1] + slope * (wanted - runs[-1])
+        return seconds[-1] + max(slope, 0.5 * seconds[-1] / runs[-1]) * (wanted - runs[-1])
     return seconds[at - 1] + slope * (wanted - runs[at - 1])
 
 
@@ -138,14 +137,13 @@ def unmeasured(why: str) -> Table:
 
 def identity(device: torch.device) -> dict[str, str]:
     """What a table is true for: the device's model, its driver and runtime, and torch."""
-    runtime = torch.version.cuda or torch.version.hip or ""
+    driver = runtime = ""
+    if device.type == "cuda":
+        driver, runtime = _driver(), torch.version.cuda or torch.version.hip or ""
     return {
-        "type": device.type,
-        "model": device_name(device),
-        "driver": _driver() if device.type == "cuda" else "",
-        "runtime": runtime if device.type == "cuda" else "",
+        "type": device.type, "model": device_name(device), "driver": driver, "runtime": runtime,
         "torch": torch.__version__,
-    }
+    }  # fmt: skip
 
 
 def _driver() -> str:
@@ -191,8 +189,8 @@ def read(path: Path) -> Table:
         raise TableError(f"it cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise TableError("it is no JSON") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        found = content.get("format") if isinstance(content, dict) else None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
         raise TableError(f"its format is {found!r}, and this release reads {FORMAT}")
     try:
         return _parsed(content, path)
@@ -208,16 +206,11 @@ def as_json(table: Table) -> dict[str, Any]:
             [size, p.runs, p.seconds, p.host_seconds] for size in columns for p in columns[size]
         ]
     return {
-        "format": FORMAT,
-        "device": dict(table.device),
-        "emulated": table.emulated,
-        "took_seconds": round(table.took, 3),
-        "whole": table.whole,
-        "timer": table.timer,
+        "format": FORMAT, "device": dict(table.device), "emulated": table.emulated,
+        "took_seconds": round(table.took, 3), "whole": table.whole, "timer": table.timer,
         "left_out": dict(table.left_out),
-        "columns": ["run_bytes", "runs", "seconds", "host_seconds"],
-        "engines": engines,
-    }
+        "columns": ["run_bytes", "runs", "seconds", "host_seconds"], "engines": engines,
+    }  # fmt: skip
 
 
 def _parsed(content: Mapping[str, Any], path: Path) -> Table:
@@ -234,19 +227,15 @@ def _parsed(content: Mapping[str, Any], path: Path) -> Table:
                 column.sort(key=lambda p: p.runs)
                 if len({p.runs for p in column}) < len(column):
                     raise ValueError("a point occurs twice")
-    device = {str(k): str(v) for k, v in content["device"].items()}
+    device, left_out = (
+        {str(k): str(v) for k, v in content[name].items()} for name in ("device", "left_out")
+    )
     emulated = bool(content["emulated"])
     origin = f"measured on {device.get('model') or device.get('type', '?')}"
     return Table(
-        device,
-        points,
-        {str(k): str(v) for k, v in content["left_out"].items()},
-        emulated,
-        _time(content["took_seconds"]),
-        bool(content["whole"]),
-        f"{origin}{', which is emulated' if emulated else ''} ({path})",
-        str(content["timer"]),
-    )
+        device, points, left_out, emulated, _time(content["took_seconds"]), bool(content["whole"]),
+        f"{origin}{', which is emulated' if emulated else ''} ({path})", str(content["timer"]),
+    )  # fmt: skip
 
 
 def _count(number: Any) -> int:
@@ -279,15 +268,13 @@ def forget() -> None:
 
 def _find(device: torch.device) -> Table:
     mine = identity(device)
-    path = path_for(mine)
+    path, command = path_for(mine), "`portakv calibrate` measures"
     if not path.exists():
-        return unmeasured(
-            f"there is no table for this device in {path.parent}; `portakv calibrate` measures one"
-        )
+        return unmeasured(f"there is no table for this device in {path.parent}; {command} one")
     try:
         if (table := read(path)).device == mine:
             return table
         why = f"it was measured on {dict(table.device)}, and this is {mine}"
     except TableError as error:
         why = str(error)
-    return unmeasured(f"{path} was ignored, since {why}; `portakv calibrate` measures anew")
+    return unmeasured(f"{path} was ignored, since {why}; {command} anew")

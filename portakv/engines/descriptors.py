@@ -51,7 +51,10 @@ class Descriptors(Engine):
 class _DescriptorsLaunch(EngineLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
-        self._plan, self._link, self._known = plan, link_of(device), _Known()
+        self._plan, self._link, self._lock = plan, link_of(device), threading.Lock()
+        # Of the lists that were met last, and how many pieces they have, with one more for each.
+        self.known: OrderedDict[Hashable, Pieces] = OrderedDict()
+        self.number = 0
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         src, dst, mine, theirs, count = move
@@ -59,13 +62,13 @@ class _DescriptorsLaunch(EngineLaunch):
             src.origins, dst.origins, src.slots, dst.slots, count, pinned.seams(),
             mine.ids_token, mine.offset, theirs.ids_token, theirs.offset,
         )  # fmt: skip
-        pieces = self._known.get(key)
+        pieces = self.known.get(key)
         if pieces is None:
             # On the host every id is looked at before anything is moved.
             here = move._replace(src_index=mine.to_host(), dst_index=theirs.to_host())
             pieces = pieces_of(self._plan, here, self._link.fold_below)
             if not (mine.fleeting or theirs.fleeting):
-                self._known.put(key, pieces)
+                self._remember(key, pieces)
         try:
             self._link.copy(pieces, src, dst, stream)
         finally:
@@ -73,24 +76,11 @@ class _DescriptorsLaunch(EngineLaunch):
             host = dst if self.downward else src
             streams.completion(self.device, stream, *host.owners)
 
-
-class _Known:
-    """Pieces of the lists that were met last; any thread may ask."""
-
-    def __init__(self) -> None:
-        self._pieces: OrderedDict[Hashable, Pieces] = OrderedDict()
-        self._number = 0
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Pieces | None:
-        return self._pieces.get(key)
-
-    def put(self, key: Hashable, pieces: Pieces) -> None:
+    def _remember(self, key: Hashable, pieces: Pieces) -> None:
         with self._lock:
-            if pieces.number > MOST_KEPT or key in self._pieces:
+            if pieces.number > MOST_KEPT or key in self.known:
                 return
-            self._pieces[key] = pieces
-            self._number += pieces.number + 1
-            while self._number > MOST_KEPT:
-                _, oldest = self._pieces.popitem(last=False)
-                self._number -= oldest.number + 1
+            self.known[key] = pieces
+            self.number += pieces.number + 1
+            while self.number > MOST_KEPT:
+                self.number -= self.known.popitem(last=False)[1].number + 1

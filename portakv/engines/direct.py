@@ -71,11 +71,7 @@ class DirectKernel(RowsKernel):
     names: Mapping[int, str] = MappingProxyType({1: NAME})
 
     def __init__(
-        self,
-        nest: Nest,
-        plan: CopyPlan,
-        device: torch.device | None = None,
-        most: int = BLOCKS,
+        self, nest: Nest, plan: CopyPlan, device: torch.device | None = None, most: int = BLOCKS
     ) -> None:
         self._reads_host = plan.src.place != "device"
         if self._reads_host:
@@ -83,7 +79,7 @@ class DirectKernel(RowsKernel):
             loops = sorted(nest.loops, key=lambda x: (not x.tabled, -abs(x.src_stride)))
             nest = replace(nest, loops=tuple(loops))
         self.cut = CUT
-        super().__init__(nest, plan, self.cut.threads, (Tuning(0, 1, 0),))
+        super().__init__(nest, plan, CUT.threads, (Tuning(0, 1, 0),))
         self._whole = self.row * self.planes
         if self._whole >= MAX_VECTORS:
             raise Unsupported(
@@ -159,19 +155,16 @@ class Direct(Engine):
         most = self.terms.max_thread_blocks or BLOCKS
         kernels = [DirectKernel(nest, plan, self.device, most) for nest in plan.nests]
         rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
-        wants_table = any(kernel.wants_table for kernel in kernels)
-        return _DirectLaunch(plan, self.device, rows, wants_table)
+        return _DirectLaunch(plan, self.device, rows, any(x.wants_table for x in kernels))
 
 
 class _DirectLaunch(EngineLaunch):
     """A launch of the kernel, with what it needs of the host's memory. It cannot be settled
     further, as `RowsLaunch` can."""
 
-    def __init__(
-        self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, wants_table: bool
-    ) -> None:
+    def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, table: bool) -> None:
         super().__init__(plan, device)
-        self._rows, self._wants_table, self._process = rows, wants_table, this_process()
+        self._rows, self._wants_table, self._process = rows, table, this_process()
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
@@ -218,10 +211,8 @@ def device_address(address: int, device: torch.device) -> int:
 
 
 class _Table(NamedTuple):
-    """A view's addresses on a device, and when they are there."""
-
     addresses: torch.Tensor
-    there: torch.Event
+    there: torch.Event  # they are
 
 
 def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:

@@ -67,8 +67,8 @@ class Terms:
 
     @property
     def of_engine(self) -> Terms:
-        """What of the terms an engine differs by. The rate itself is kept by the worker that issues
-        the pieces, so engines and launches are the same at every rate."""
+        """What engines and launches differ by: not the rate, which is kept by the worker that
+        issues the pieces."""
         return self if self.max_gbps is None else replace(self, max_gbps=inf)
 
 
@@ -85,9 +85,9 @@ class Engine(Backend):
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
-        if device.type == "cpu":
-            return Decision(cls.name, False, "it copies between a device and the host")
-        return Decision(cls.name, True, "it copies between this device and the host")
+        here = device.type != "cpu"
+        which = "this" if here else "a"
+        return Decision(cls.name, here, f"it copies between {which} device and the host")
 
     @property
     def half(self) -> Choice:

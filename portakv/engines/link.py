@@ -13,7 +13,7 @@ import ctypes
 import threading
 from bisect import bisect_right
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,15 +60,29 @@ _ATTRIBUTES = np.array([1, 0, 0, 0, 0, 1], dtype=np.int32)
 _FROM_FIRST = np.zeros(1, dtype=np.uint64)  # they hold from the first copy on
 
 
-class Link(Protocol):
-    """Puts pieces on the link of one device; any thread may call it.
+def by_torch(device: torch.device) -> bool:
+    """True if runs cross the link of a device by calls of its torch, each at a call's cost."""
+    return why_not(device) is not None
+
+
+@cache
+def link_of(device: torch.device) -> CudaLink | TorchLink:
+    """What crosses the link of a device: CUDA's driver by itself, else the device's torch."""
+    return TorchLink(device) if by_torch(device) else CudaLink(device)
+
+
+class TorchLink:
+    """Puts pieces on the link of any device through its torch; any thread may call it.
 
     Attributes:
-        fold_below: bytes; narrower rows are worth folding into 2-D copies, wider ones only if
-            they are many: they cross faster as copies of their own.
+        fold_below: bytes; narrower rows are worth folding into 2-D copies, wider ones only if they
+            are many: they cross faster as copies of their own.
     """
 
-    fold_below: int
+    fold_below = ALL  # each copy is a call
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
 
     def copy(
         self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
@@ -79,33 +93,9 @@ class Link(Protocol):
         way. The caller holds the memory of both views until the copy has ended.
 
         Raises:
-            TransferError: the driver refuses; some of the pieces may have been moved.
+            TransferError: a piece does not lie in one allocation of its view, or the driver refuses
+                it; some of the pieces may have been moved.
         """
-
-
-def by_torch(device: torch.device) -> bool:
-    """True if runs cross the link of a device by calls of its torch, each at a call's cost."""
-    return why_not(device) is not None
-
-
-@cache
-def link_of(device: torch.device) -> Link:
-    """What crosses the link of a device: CUDA's driver by itself, else the device's torch."""
-    return TorchLink(device) if by_torch(device) else CudaLink(device)
-
-
-class TorchLink:
-    """Puts pieces on the link of any device through its torch."""
-
-    fold_below = ALL  # each copy is a call
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-
-    def copy(
-        self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
-    ) -> None:
-        """See `Link.copy`."""
         late = "pageable" not in (src.form.place, dst.form.place)
         mine, theirs = _Storages(src), _Storages(dst)
         to_device = dst.form.place == "device"
@@ -126,16 +116,13 @@ class _Storages:
     """The memory of a view as bytes, found by address."""
 
     def __init__(self, view: KVView) -> None:
-        storages = {owner.untyped_storage().data_ptr(): owner for owner in view.owners}
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in view.owners}
         self._starts = sorted(storages)
-        self._bytes = [_bytes_of(storages[start]) for start in self._starts]
+        none = torch.empty(0, dtype=torch.uint8, device=view.device)
+        self._bytes = [none.new_empty(0).set_(storages[start]) for start in self._starts]
 
     def rows(self, address: int, width: int, height: int, pitch: int) -> torch.Tensor:
-        """Rows at an address, uint8 ``[height, width]``.
-
-        Raises:
-            TransferError: they do not lie in one allocation of the view.
-        """
+        """Rows at an address, uint8 ``[height, width]``."""
         number = bisect_right(self._starts, address) - 1
         reach = (height - 1) * pitch + width
         if number >= 0:
@@ -146,10 +133,6 @@ class _Storages:
             f"{reach} bytes at {address:#x} were asked to be copied, which lie in no single "
             f"allocation of the view; expected memory of the view. Check that it still exists."
         )
-
-
-def _bytes_of(owner: torch.Tensor) -> torch.Tensor:
-    return torch.empty(0, dtype=torch.uint8, device=owner.device).set_(owner.untyped_storage())
 
 
 class Copies:
@@ -171,11 +154,7 @@ class Copies:
             self._failed = np.zeros(1, dtype=np.uint64)
             self._fails = (_at(self._failed),)
         self._attributes, self._from_first = _at(_ATTRIBUTES), _at(_FROM_FIRST)
-
-    @property
-    def fold_below(self) -> int:
-        """See `Link.fold_below`."""
-        return ALL if self._batch is None else FOLD_BELOW
+        self.fold_below = ALL if self._batch is None else FOLD_BELOW
 
     def batched(self, pieces: Pieces) -> _Mask | None:
         """Which pieces `copy` hands over in batches; None: none of them."""
@@ -234,7 +213,7 @@ class Copies:
 
 
 class CudaLink:
-    """Puts pieces on the link of an NVIDIA device, in any thread."""
+    """Puts pieces on the link of an NVIDIA device, as `TorchLink` does, by the driver's copies."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -248,7 +227,7 @@ class CudaLink:
     def copy(
         self, pieces: Pieces, src: KVView, dst: KVView, stream: torch.Stream | None = None
     ) -> None:
-        """See `Link.copy`."""
+        """As `TorchLink.copy`."""
         if getattr(self._adopted, "known", None) is None:
             _cuda_driver.adopt(self.device)  # a new thread has no context yet
             self._adopted.known = True

@@ -121,11 +121,10 @@ def _fold_factors(seams: Int64, below: int, planes: Runs, lines: Runs) -> Pieces
 
 def _times(planes: Pieces, lines: Pieces) -> Pieces:
     """Every line in every plane; either the lines have one row each, or the planes."""
-    high = planes.height[:, None] > 1
-    columns = [planes.dst[:, None] + lines.dst, planes.src[:, None] + lines.src]
-    columns += [lines.width, planes.height[:, None] * lines.height]
-    for own, inner in zip(planes[4:], lines[4:], strict=True):
-        columns.append(np.where(high, own[:, None], inner) if high.any() else inner)
+    own = Pieces(*(column[:, None] for column in planes))
+    columns = [own.dst + lines.dst, own.src + lines.src, lines.width, own.height * lines.height]
+    for outer, inner in zip(own[4:], lines[4:], strict=True):
+        columns.append(np.where(own.height > 1, outer, inner) if own.height.max() > 1 else inner)
     shape = planes.number, lines.number
     return Pieces(*(np.broadcast_to(column, shape).reshape(-1) for column in columns))
 
@@ -171,7 +170,7 @@ def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
         joins &= area[1:] == area[:-1]
     same = (ahead[1:] == ahead[:-1]) & (behind[1:] == behind[:-1]) & joins[1:] & joins[:-1]
     # A streak is steps alike; of two that share a row the first one has it.
-    first = np.flatnonzero(_led(~same))[: joins.size]
+    first = np.flatnonzero(np.append(True, ~same))[: joins.size]
     length = np.diff(first, append=joins.size)
     least = np.where(width[first] < below, LEAST_HEIGHT, TALL)
     long = joins[first] & (length >= least - 1)
@@ -180,15 +179,11 @@ def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
     streak = np.repeat(np.where(long, np.arange(first.size), -1), length)
     before, after = np.append(-1, streak), np.append(streak, -1)
     of_row = np.where(before >= 0, before, after)
-    begins = np.flatnonzero((of_row < 0) | _led(of_row[1:] != of_row[:-1]))
+    begins = np.flatnonzero((of_row < 0) | np.append(True, of_row[1:] != of_row[:-1]))
     height, widths = np.diff(begins, append=width.size), width[begins]
     step = np.minimum(begins, joins.size - 1)
     pitches = [np.where(height > 1, column[step], widths) for column in (behind, ahead)]
     return Pieces(dst[begins], src[begins], widths, height, *pitches)
-
-
-def _led(rest: _Mask) -> _Mask:
-    return np.concatenate(([True], rest))
 
 
 def _lags(runs: Runs) -> list[int]:
@@ -276,8 +271,8 @@ class Shape(NamedTuple):
 
 class RunCounter:
     """Counts the runs of one plan; if it is ``dense``, whose sides are one, those between that
-    side's memory and dense rows in the order of its index. ``fold_below`` is as `Link.fold_below`;
-    0: nothing folds, however many lie together."""
+    side's memory and dense rows in the order of its index. ``fold_below``: as of a link; 0: nothing
+    folds, however many lie together."""
 
     def __init__(self, plan: CopyPlan, dense: bool = False, fold_below: int = ALL) -> None:
         self._unit, self._nests, self._dense = plan.unit, plan.nests, dense
@@ -377,38 +372,28 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
     src, dst = nest.src.units[-1], nest.dst.units[-1]
     joined = src.stride == dst.stride == nest.run and not (src.table or dst.table)
     lines, width, loops = (groups if joined else units), nest.run, list(nest.loops)
-    if joined and _equal(nest, units, groups):
+    limits = [limit for side in (nest.src, nest.dst) if (limit := _limit(side.units))]
+    # All groups are known to be of one length: there is one, or each is a whole block.
+    if joined and (groups == 1 or (limits and units == groups * min(limits))):
         width, loops = _absorb(loops, nest.run * (units // groups))
     around = prod(loop.extent for loop in loops)
     runs = pieces = lines * around
     if not below:
         return runs, runs
     least = LEAST_HEIGHT if max(width, nest.run * units // lines) < below else TALL
-    for loop in loops:
-        if not loop.tabled and _folds(least, loop.extent, width, loop.src_stride, loop.dst_stride):
-            pieces = min(pieces, runs // loop.extent)
-    if not joined and _folds(least, units // groups, width, src.stride, dst.stride):
-        pieces = min(pieces, groups * around)
+    # Rows that may become one 2-D copy: how many, their pitches, and the pieces that they then are.
+    rows = [(x.extent, x.src_stride, x.dst_stride, runs // x.extent) for x in loops if not x.tabled]
+    if not joined:
+        rows.append((units // groups, src.stride, dst.stride, groups * around))
+    for height, *pitches, folded in rows:
+        if height >= least and width <= min(pitches) and max(pitches) <= MAX_PITCH:
+            pieces = min(pieces, folded)
     return runs, pieces
-
-
-def _equal(nest: Nest, units: int, groups: int) -> bool:
-    """Whether all groups are known to be of one length: there is one, or each is a whole block."""
-    limits = [limit for side in (nest.src, nest.dst) if (limit := _limit(side.units))]
-    return groups == 1 or (bool(limits) and units == groups * min(limits))
 
 
 def _absorb(loops: list[Loop], width: int) -> tuple[int, list[Loop]]:
     """Merge loops into a run that they continue on both sides; what is left of them."""
-    left = list(loops)
-    while True:
-        following = [x for x in left if x.src_stride == x.dst_stride == width and not x.tabled]
-        if not following:
-            return width, left
-        left.remove(following[0])
-        width *= following[0].extent
-
-
-def _folds(least: int, height: int, width: int, *pitches: int) -> bool:
-    """Whether rows at such pitches become one 2-D copy, of so many at least."""
-    return height >= least and width <= min(pitches) and max(pitches) <= MAX_PITCH
+    for loop in loops:
+        if loop.src_stride == loop.dst_stride == width and not loop.tabled:
+            return _absorb([x for x in loops if x is not loop], width * loop.extent)
+    return width, loops

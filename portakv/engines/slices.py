@@ -62,11 +62,12 @@ def cuts(
         quantum: every slice but the last along the positions is a multiple of it.
         rising: small slices first; else last.
     """
-    if form.token_bytes // _page(form) * count <= sizes.whole:
+    nbytes = form.token_bytes * count // (form.block_size if form.opaque else 1)
+    if nbytes <= sizes.whole:
         return [Cut(None, None, 0, count)]
     found: list[Cut] = []
     target, largest = sizes.smallest, sizes.largest
-    for kv, layers, atom in _planes(form, outside, count, largest):
+    for kv, layers, atom in _planes(form, outside, nbytes, largest):
         at = 0
         while at < layers:
             n = layers
@@ -86,17 +87,13 @@ def cuts(
 
 
 def _planes(
-    form: Form, outside: tuple[str, ...], count: int, largest: int
+    form: Form, outside: tuple[str, ...], nbytes: int, largest: int
 ) -> list[tuple[tuple[int, int] | None, int, int]]:
     """Which kv, how many layers, and bytes of one of these layers, outermost first."""
-    plane = form.token_bytes // (form.layers * form.kv) * count // _page(form)
-    if outside[:1] == ("kv",) or (len(outside) == 2 and plane * form.kv > largest):
-        return [((k, k + 1), form.layers, plane) for k in range(form.kv)]
-    return [(None, form.layers, plane * form.kv)]
-
-
-def _page(form: Form) -> int:
-    return form.block_size if form.opaque else 1
+    layer = nbytes // form.layers
+    if outside[:1] == ("kv",) or (len(outside) == 2 and layer > largest):
+        return [((k, k + 1), form.layers, layer // form.kv) for k in range(form.kv)]
+    return [(None, form.layers, layer)]
 
 
 def _positions(cut: Cut, quantum: int, nbytes: int, target: int, largest: int) -> list[Cut]:
@@ -244,3 +241,11 @@ class Slice:
             src, dst, mine, theirs = dst, src, theirs, mine
         link = self.stages.of(dense, self.held)[1]
         return to_2d_copies(link.runs(src, dst, mine, theirs, self.cut.count), src, dst, fold_below)
+
+
+def kept_slices(rows: KVView, launch: object) -> Bounded[tuple[object, ...], list[Slice]]:
+    """The slices of transfers of some kinds that a view of rows keeps for a launch."""
+    kept: Bounded[tuple[object, ...], list[Slice]] | None = rows.derived.get(launch)
+    if kept is None:
+        kept = rows.derived.setdefault(launch, Bounded("slices of transfers", 64))
+    return kept

@@ -17,13 +17,12 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move, finish, read_on
 from portakv.engines.link import link_of
-from portakv.engines.slices import Sizes, Slice, Stages, cuts
+from portakv.engines.slices import Sizes, Slice, Stages, cuts, kept_slices
 from portakv.engines.staging import Staging, mark, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared
 from portakv.runtime import streams
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.view.index import Index
 
@@ -36,7 +35,6 @@ LARGEST, SMALLEST = 32 << 20, 4 << 20
 #: Bytes up to which a transfer is one slice: a gather of 16 MiB takes 10 us, no more than what the
 #: events and the gap of another slice cost.
 WHOLE = 16 << 20
-_KEPT = 64  # kinds of transfers of which a view of rows remembers the slices
 
 
 class Staged(Engine):
@@ -90,17 +88,14 @@ class StagedLaunch(EngineLaunch):
         """The slices of a transfer, kept with its rows for others of its kind; ``idle``: the link
         is."""
         key, outside, exactly, sizes = self.cutting(host, theirs, idle)
-        kept = rows.derived.get(self)
-        if kept is None:
-            kept = rows.derived.setdefault(self, Bounded("slices of transfers", _KEPT))
 
         def make() -> list[Slice]:
             quantum, largest = self.stages.quantum, sizes.largest
             cut = cuts(self._host, outside, count, quantum, self.downward, sizes)
             return [self.kind(self.stages, x, rows, host, theirs, exactly, largest) for x in cut]
 
-        found: list[Slice] = kept.get_or_make((count, theirs.offset, theirs.ids_token, *key), make)
-        return found
+        key = count, theirs.offset, theirs.ids_token, *key
+        return kept_slices(rows, self).get_or_make(key, make)
 
     def cutting(
         self, host: KVView, theirs: Index, idle: bool

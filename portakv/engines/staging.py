@@ -8,7 +8,8 @@ link becomes a copy inside the device, and few long runs across the link.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, lru_cache, partial
 from itertools import pairwise, takewhile
 from math import prod
@@ -90,21 +91,17 @@ def _described(form: Form, extents: Mapping[str, Any], by_layer: bool) -> tuple[
     """Layout and shape (0: unbounded) of dense rows."""
     if not by_layer and (found := _in_order(form)) is not None:
         layout, shape = found
-        try:
-            probe = torch.empty(
-                [extent or 1 for extent in shape], dtype=torch.uint8, device=torch.device("cpu")
-            )
-            KVView(probe, layout, **extents)
+        sizes = [extent or 1 for extent in shape]
+        with suppress(PortaKVError):  # of an order that the language cannot say
+            KVView(torch.empty(sizes, dtype=torch.uint8, device="cpu"), layout, **extents)
             return found
-        except PortaKVError:
-            pass  # an order that the language cannot say
     # Layer by layer: an order that every form has.
     each = form.heads * sum(form.widths)
     if form.opaque:
         return "layer block (kv page)", [form.layers, _UNBOUNDED, each]
     if form.paged:
-        shape = [form.layers, _UNBOUNDED, form.block_size, each]
-        return "layer block token (kv head dim)", shape
+        sizes = [form.layers, _UNBOUNDED, form.block_size, each]
+        return "layer block token (kv head dim)", sizes
     return "layer token (kv head dim)", [form.layers, _UNBOUNDED, each]
 
 
@@ -120,8 +117,8 @@ def _in_order(form: Form) -> tuple[str, list[int]] | None:
         if _UNBOUNDED in shape[at + 1 :]:
             return None  # the language knows no parts whose lengths depend on a buffer's
         each = prod(shape[at + 1 : -1])
-        shape = [*shape[:at], each * sum(form.widths)]
-        names = [*names[:at], f"({' '.join(names[at:])})"]
+        shape[at:] = [each * sum(form.widths)]
+        names[at:] = [f"({' '.join(names[at:])})"]
     return " ".join(names), shape
 
 
@@ -137,31 +134,26 @@ def _extents(form: Form) -> Mapping[str, Any]:
 def _factors(form: Form) -> list[_Factor]:
     """Every factor of a form's axes, by its first part."""
     part = form.parts[0]
+    steps = {(b.table - a.table, b.offset - a.offset) for a, b in pairwise(form.parts)}
+    table, stride = steps.pop() if len(steps) == 1 else (0, _OUTERMOST)
     axes = ["layer", "block"] if form.paged else ["layer"]
     if not form.opaque:
         axes += ["token", "head"]
-    found = [_kv(form.parts), *(each for axis in axes for each in _split(part, axis, axis))]
-    return found + _split(part, "dim", "page" if form.opaque else "dim")
-
-
-def _kv(parts: Sequence[Part]) -> _Factor:
-    steps = {(b.table - a.table, b.offset - a.offset) for a, b in pairwise(parts)}
-    table, stride = steps.pop() if len(steps) == 1 else (0, _OUTERMOST)
-    return _Factor(table, stride, "kv", len(parts))
+    found = [each for axis in axes for each in _split(part, axis, axis)]
+    found += _split(part, "dim", "page" if form.opaque else "dim")
+    return [_Factor(table, stride, "kv", form.kv), *found]
 
 
 def _split(part: Part, axis: str, name: str) -> list[_Factor]:
     steps = part.axis(axis)
     if not steps:
         return [_Factor(0, 1 if axis == "dim" else _OUTERMOST, name, 1)]
-    if len(steps) == 1:
-        (step,) = steps
-        return [_Factor(step.table, step.stride, name, step.extent)]
-    outer, *rest = steps
-    below = prod(step.extent for step in rest)
-    inner = f"{name}%{below}" if len(rest) == 1 else f"{name}%?"
-    found = [_Factor(outer.table, outer.stride, f"{name}/{below}", outer.extent)]
-    return found + [_Factor(step.table, step.stride, inner, step.extent) for step in rest]
+    names = [name]
+    if len(steps) > 1:
+        below = prod(step.extent for step in steps[1:])
+        inner = f"{name}%{below}" if len(steps) == 2 else f"{name}%?"
+        names = [f"{name}/{below}", *[inner] * (len(steps) - 1)]
+    return [_Factor(x.table, x.stride, y, x.extent) for x, y in zip(steps, names, strict=True)]
 
 
 class _Buffers:

@@ -261,7 +261,7 @@ def test_a_pick_that_was_under_way_when_its_engine_went_out_does_not_last(
 
         def slow(*arguments: Any) -> Pick:
             found = real(*arguments)
-            launch._prepared("direct")  # by another thread, say
+            launch.prepared("direct")  # by another thread, say
             return found
 
         monkeypatch.setattr(chosen, "pick", slow)
@@ -383,8 +383,7 @@ def test_what_was_measured_decides() -> None:
     # Of an engine that the table does not know nobody can say that it is better.
     found = picked(*asked, costs=table(staged=1.0), overlap="idle")
     assert found.engine == "staged"
-    known = {one.engine: one.measured for one in found.alternatives}
-    assert known == {"staged": True, "descriptors": False, "direct": False, "ring": False}
+    assert [one.engine for one in found.alternatives if one.seconds is not None] == ["staged"]
     # Nothing that was measured may go: the rule decides.
     found = picked(*asked, costs=table(direct=1e-9))
     assert found.engine in ("staged", "descriptors")

@@ -475,10 +475,10 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
         transfer.mine = kept[-1]
         transfer.go(tokens=8 + seed if seed < 24 else 32)
-        known = transfer.prepared()._known
-        number = sum(pieces.number + 1 for pieces in known._pieces.values())
-        assert 0 < known._number == number <= 500
-        assert kept[-1].ids_token in next(reversed(known._pieces))
+        launch = transfer.prepared()
+        number = sum(pieces.number + 1 for pieces in launch.known.values())
+        assert 0 < launch.number == number <= 500
+        assert kept[-1].ids_token in next(reversed(launch.known))
 
 
 @pytest.mark.parametrize("engine", [Descriptors, Staged])
