@@ -11,7 +11,7 @@ from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.waivers import judged
 from portakv_conformance.record import CaseRecord, Status
 from portakv_conformance.run.progress import Progress
-from portakv_conformance.run.request import Options, chosen
+from portakv_conformance.run.request import Options
 from portakv_conformance.run.worker import Share
 
 
@@ -63,20 +63,12 @@ class Journal:
         self.lone = event["lone"]
         if self.ids:
             return
-        self._about, only = event["cases"], self._options.only
-        stale = sorted(set(self._waivers) - set(event["profile"])) if only else []
-        if stale:  # a whole run fails by it; in a part nothing else would show it
+        stale = sorted(set(self._waivers) - set(event["profile"]))
+        if stale and self._options.only:  # a whole run fails by it; in a part nothing else shows it
             raise BadRequest(
                 f"A waiver names {stale[0]!r}, but no case of the profile has that id; remove it."
             )
-        ids = list(self._about)
-        self.ids, unknown = chosen(ids, only) if only else (ids, [])
-        if unknown:
-            raise BadRequest(
-                f"Case {unknown[0]!r} was asked for, but the profile {self._options.profile!r} on "
-                f"{self._options.device} has none of that name; `portakv conform --list` prints "
-                f"the ids."
-            )
+        self._about, self.ids = event["cases"], list(event["cases"])
         if not self.ids:
             raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
         self.progress.listed(len(self.ids))

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import hypothesis
 import pytest
@@ -131,9 +131,8 @@ class Suite:
     def _found(self, config: pytest.Config) -> Subject:
         """What is judged, also told as an event; exit code 3, with the reason, if it is not
         available."""
-        asked = config.getoption("--portakv-device")
+        asked, emulated = map(config.getoption, ("--portakv-device", "--portakv-emulated"))
         try:
-            emulated = config.getoption("--portakv-emulated")
             found = subject(config.getoption("--portakv-backend"), asked, emulated=emulated)
             if self.events is not None:
                 claims = environment.plain(found.can)
@@ -145,15 +144,18 @@ class Suite:
                 })  # fmt: skip
             return found
         except PortaKVError as error:
-            why, kind = str(error), "unavailable"
+            why = str(error)
         except ValueError as error:
-            why, kind = str(error), "usage"
+            self._refuse(str(error))
         except Exception as error:  # a backend fails in any way while it is asked what it claims
-            why, kind = f"It failed: {type(error).__name__}: {error}", "unavailable"
-        self._tell({"event": kind, "reason": why})
-        if kind == "usage":
-            raise pytest.UsageError(why)
+            why = f"It failed: {type(error).__name__}: {error}"
+        self._tell({"event": "unavailable", "reason": why})
         pytest.exit(why, returncode=UNAVAILABLE)
+
+    def _refuse(self, why: str) -> NoReturn:
+        """What was asked for cannot be understood."""
+        self._tell({"event": "usage", "reason": why})
+        raise pytest.UsageError(why)
 
     # -- which cases, and in which order --------------------------------------------------------
 
@@ -178,9 +180,10 @@ class Suite:
             words = Path(only).read_text(encoding="utf-8").split("\n")
             ids, unknown = chosen(profile, sorted(set(filter(None, words))))
             if unknown:
-                raise pytest.UsageError(
-                    f"Profile {self.profile!r} on {self.subject.device} has no case "
-                    f"{unknown[0]!r}; `portakv conform --list` prints the ids."
+                self._refuse(
+                    f"Case {unknown[0]!r} was asked for, but the profile {self.profile!r} on "
+                    f"{self.subject.device} has none of that name; `portakv conform --list` prints "
+                    f"the ids."
                 )
         wanted = set(ids)
         config.hook.pytest_deselected(items=[i for i in mine if case_id(i) not in wanted])

@@ -40,7 +40,6 @@ _STARTING = 600.0
 _ENDING = 60.0  # seconds that a worker may take to end after its last case
 _STACKS_WAIT = 3.0  # seconds that a process may take to write its stacks
 _TAIL = 6000  # characters of what a worker printed that a report keeps
-_PYTEST_USAGE = 4  # pytest's exit code where an option, such as an id, makes no sense
 #: What pytest must not take from the surroundings: options and plugins that are not the suite's.
 _LEFT_OUT = ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")
 # A worker finds modules where this process finds them. What lies in the current folder comes last,
@@ -183,7 +182,7 @@ class Worker:
         elif kind == "subject":
             journal.subject = journal.subject or event
         elif kind in ("unavailable", "usage"):
-            if not journal.subject:  # else others found it, and only this worker is lost
+            if not journal.ids:  # else others found it, and only this worker is lost
                 raise (BadRequest if kind == "usage" else SubjectUnavailable)(event["reason"])
             self._refusal = event["reason"]
         elif kind == "list":
@@ -223,7 +222,7 @@ class Worker:
             what = f"A worker could not load the backend, which others could ({self._refusal}),"
         details = "\n\n".join(part for part in (stacks, self.process.printed()) if part)
         if not journal.ids:
-            raise self._nothing_begun(what, details, code)
+            raise self._nothing_begun(what, details)
         if not (self.listed or alone):
             return f"{what} before it was ready; the others go on."
         id, status, when = self._at_fault()
@@ -233,13 +232,11 @@ class Worker:
         journal.lose(id, status, f"{what} {when}{went_on}.", details)
         return f"{what} {when}: {id}"
 
-    def _nothing_begun(self, what: str, details: str, code: int | None) -> Exception:
+    def _nothing_begun(self, what: str, details: str) -> Exception:
         if not self._journal.loading:
             return SuiteBroken(f"{what} before it loaded anything.\n{details}")
         if not self._journal.subject:
             return SubjectUnavailable(f"{what} while the backend was loaded and probed.\n{details}")
-        if code == _PYTEST_USAGE:
-            return BadRequest(self.process.printed().rpartition("ERROR: ")[2].partition("\n\n")[0])
         return SuiteBroken(f"{what} before the cases were collected.\n{details}")
 
     def _at_fault(self) -> tuple[str, Status, str]:

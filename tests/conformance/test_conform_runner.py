@@ -175,7 +175,6 @@ def test_the_first_failure_can_be_the_end(how: str) -> None:
 
 @pytest.mark.parametrize(("behaviours", "error", "why"), [
     ({CORE + "a": "pass"}, BadRequest, "'nothing'"),
-    ({"collect": "usage"}, BadRequest, "are not in profile"),  # as pytest's own usage error
     ({"start": "unavailable"}, SubjectUnavailable, "no such backend; known are x"),
     ({"start": "crash"}, SubjectUnavailable, "SIGSEGV while the backend was loaded"),
     # The backend is not to blame for an installation without torch.

@@ -85,6 +85,9 @@ def main(argv: Sequence[str]) -> None:
     lone = int(behaviours.pop("lone", 0))
     only = option(argv, "--portakv-only")
     ids = Path(only).read_text().splitlines() if only else list(behaviours)
+    if unknown := set(ids) - set(behaviours):
+        tell(home, {"event": "usage", "reason": f"Case {unknown.pop()!r} is none."})
+        return
     ids = [id for id in behaviours if id in ids]
     cases = {id: about(id) for id in ids}
     tell(home, {"event": "list", "cases": cases, "profile": list(behaviours), "lone": lone})
@@ -137,9 +140,6 @@ def act(what: str, home: Path, id: str) -> None:
         os.abort()
     elif what == "exit":
         os._exit(7)
-    elif what == "usage":
-        print("ERROR: 1 ids are not in profile 'core'", flush=True)
-        os._exit(4)
     elif what == "unavailable":
         tell(home, {"event": "unavailable", "reason": "no such backend; known are x"})
     elif what == "hang":
