@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
-from portakv_conformance.evidence.verdict import SEAL, totals_of, why_no_rung
+from portakv_conformance.evidence.verdict import LEFT_OUT, SEAL, WRONG, totals_of, why_no_rung
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord, Status
 from portakv_conformance.report import words
 from portakv_conformance.report.words import first_byte, printable
@@ -98,8 +98,9 @@ def message(record: RunRecord) -> str:
     if record.verdict == "conformant":
         reached = f"{record.rung} " if record.rung else ""
         return f"{reached}{simulated}{record.profile} {record.suite}"
-    if record.verdict == "failed" and words.bad(record):
-        return f"{simulated}failed {words.bad(record)} of {len(record.cases)}"
+    wrong = sum(case.status in WRONG for case in record.cases)
+    if record.verdict == "failed" and wrong:
+        return f"{simulated}failed {wrong} of {len(record.cases)}"
     return f"{simulated}{record.verdict} {record.suite}"
 
 
@@ -125,29 +126,27 @@ def breakable(text: str, marks: str = "/:[,") -> Markup:
 
 @dataclass
 class Matrix:
-    """Layout x dtype x operation, from the tags of cases: layouts are rows, in the order of the
-    cases; columns are the dtypes of each operation. A cell, by (layout, operation, dtype), says how
-    many cases have each status."""
+    """Layout x dtype x operation, from the tags of cases."""
 
-    layouts: list[str]
-    columns: dict[str, list[str]]
-    cells: dict[tuple[str, str, str], Counter[Status]]
+    layouts: list[str]  # the rows, in the order of the cases
+    columns: dict[str, list[str]]  # the dtypes of each operation
+    cells: dict[tuple[str, str, str], Counter[Status]]  # by layout, operation and dtype
 
 
 def matrix(cases: Iterable[CaseRecord]) -> Matrix:
     """The matrix of all cases that are about a layout; empty where none is."""
-    cells: dict[tuple[str, str, str], Counter[Status]] = {}
+    made = Matrix([], {}, {})
     for case in cases:
         if layout := case.tags.get("layout"):
             place = layout, case.tags.get("operation", ANY), _dtype_of(case)
-            cells.setdefault(place, Counter())[case.status] += 1
-    known, columns = [*_SHORT], dict[str, list[str]]()
-    found = dict.fromkeys((operation, dtype) for _, operation, dtype in cells)
-    for operation, dtype in found:
-        columns.setdefault(operation, []).append(dtype)
-    for dtypes in columns.values():
+            made.cells.setdefault(place, Counter())[case.status] += 1
+    made.layouts.extend(dict.fromkeys(layout for layout, _, _ in made.cells))
+    known = [*_SHORT]
+    for operation, dtype in dict.fromkeys((operation, dtype) for _, operation, dtype in made.cells):
+        made.columns.setdefault(operation, []).append(dtype)
+    for dtypes in made.columns.values():
         dtypes.sort(key=lambda dtype: known.index(dtype) if dtype in known else len(known))
-    return Matrix(list(dict.fromkeys(layout for layout, _, _ in cells)), columns, cells)
+    return made
 
 
 def _dtype_of(case: CaseRecord) -> str:
@@ -157,11 +156,13 @@ def _dtype_of(case: CaseRecord) -> str:
 
 def _filled(name: str, record: RunRecord, **more: Any) -> str:
     """A template filled with a record and with what every form says of it."""
+    rung, left_out = record.rung, record.environment.get(LEFT_OUT)
     return _templates().get_template(name).render(
         more, record=record, name=record.backend.get("name", "?"), device=words.device(record),
-        verdict=words.verdict(record), sentence=words.sentence(record), rung=words.rung(record),
+        verdict=words.verdict(record), sentence=words.sentence(record),
+        rung=f"{rung}: {words.RUNGS[rung]}" if rung in words.RUNGS else rung,
         emulated=words.emulated(record), emulation=words.emulation(record),
-        broken=words.broken(record), left_out=words.left_out(record),
+        broken=words.broken(record), left_out=[f"Two devices: {left_out}."] if left_out else [],
         date=words.moment(record.started), words=words.STATUS_WORDS, statuses=STATUSES[::-1],
         counts=totals_of(record.cases), copies=sum(case.examples for case in record.cases),
     )  # fmt: skip

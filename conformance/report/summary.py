@@ -86,8 +86,7 @@ def _print_failures(record: RunRecord, options: Options) -> None:
         if len(cases) > 1:
             print_prose(f"  and {plural(len(cases) - 1, 'more case')} of this test")
         print()
-    rest = list(groups.values())[_MOST_GROUPS:]
-    if rest:
+    if rest := list(groups.values())[_MOST_GROUPS:]:
         more = f"{plural(sum(map(len, rest)), 'case')} of {plural(len(rest), 'other test')}"
         print_prose(f"{more} failed too; --report lists all of them.")
         print()

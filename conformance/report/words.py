@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any
 
-from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, totals_of
+from portakv_conformance.evidence.verdict import WRONG, totals_of
 from portakv_conformance.judge.waivers import problems
 from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
 
@@ -74,11 +74,6 @@ def _fence(least: str, words: str) -> str:
     return least
 
 
-def bad(record: RunRecord) -> int:
-    """Cases that failed or ended in an error."""
-    return sum(case.status in WRONG for case in record.cases)
-
-
 def emulated(record: RunRecord) -> bool:
     """Whether the device says that it is none."""
     return bool(record.environment.get("emulated"))
@@ -111,12 +106,6 @@ def broken(record: RunRecord) -> list[str]:
     return problems(record.waivers, record.cases, record.suite, whole=not record.missing)
 
 
-def left_out(record: RunRecord) -> list[str]:
-    """What the run was judged without though nothing stands in its way for it, a sentence each."""
-    told = record.environment.get(LEFT_OUT)
-    return [f"Two devices: {told}."] if told else []
-
-
 def verdict(record: RunRecord) -> str:
     """The verdict as a headline."""
     waived = totals_of(record.cases)["waived"]
@@ -129,14 +118,13 @@ def verdict(record: RunRecord) -> str:
 
 def sentence(record: RunRecord) -> str:
     """The verdict in a sentence or two, for a reader who reads nothing else."""
-    found, total = totals_of(record.cases), len(record.cases)
+    found = totals_of(record.cases)
     if record.verdict == "failed":
-        wrong = bad(record)
-        if not wrong:
+        if wrong := sum(found[status] for status in WRONG):
             return (
-                "No case failed, but waivers do not hold, and a waiver that does not fails the run."
+                f"{wrong} of {plural(len(record.cases), 'case')} failed; each is explained below."
             )
-        return f"{wrong} of {plural(total, 'case')} failed; each is explained below."
+        return "No case failed, but waivers do not hold, and a waiver that does not fails the run."
     if record.verdict == "incomplete":
         gaps = plural(len(record.missing), "part")
         return f"No certificate: {gaps} of the {record.profile} profile could not be run here."
@@ -145,12 +133,6 @@ def sentence(record: RunRecord) -> str:
         about = "is" if unclaimed == 1 else "are"
         told += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
     return told
-
-
-def rung(record: RunRecord) -> str:
-    """``R6: run on the hardware``, or empty."""
-    meaning = RUNGS.get(record.rung)
-    return f"{record.rung}: {meaning}" if meaning else record.rung
 
 
 def duration(seconds: float) -> str:
@@ -179,9 +161,8 @@ def plain(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "any", True: "yes", False: "no"}[value]
     if isinstance(value, (list, tuple)):
-        pairs = all(isinstance(entry, (list, tuple)) for entry in value)
-        joined = [" → ".join(map(str, e)) if pairs else plain(e) for e in value]
-        return ", ".join(joined) or "none"
+        pair = all(isinstance(entry, (list, tuple)) for entry in value)
+        return ", ".join(" → ".join(map(str, e)) if pair else plain(e) for e in value) or "none"
     if isinstance(value, dict):
         return ", ".join(f"{name} {plain(entry)}" for name, entry in value.items()) or "none"
     return str(value)
@@ -194,19 +175,17 @@ def worst(statuses: Counter[Status]) -> Status:
 
 @dataclass(frozen=True)
 class FirstByte:
-    """One wrong byte: where it lies (in words, the number of its storage, the offset in bytes),
-    what was found and expected (``0x9a``), where either comes from, how many bytes are wrong in
-    all, and what else the text says, around the sentence."""
+    """One wrong byte, as the oracle tells of it."""
 
-    place: str
+    place: str  # where it lies, in words
     storage: int
-    offset: int
-    found: str
-    origin: str
+    offset: int  # bytes
+    found: str  # ``0x9a``
+    origin: str  # where that comes from
     expected: str
-    should: str
-    wrong: int
-    before: str
+    should: str  # where that would come from
+    wrong: int  # bytes in all
+    before: str  # what else the text says, around the sentence
     after: str
 
     def short(self) -> str:
