@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pages of host memory: exact mappings, huge pages, NUMA nodes, first touch, what is available.
+"""Pages of host memory for `pinned` and shared pools: mappings, first touch, NUMA nodes, room.
 
 Nodes are bound by the kernel's own call, so that no libnuma is needed.
 """
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import itertools
 import mmap
 import operator
 import os
 import platform
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -34,8 +32,7 @@ _MS_ASYNC = 1
 _SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
 
 # Numbers of the system call, from the kernel's tables of each architecture.
-_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259,
-          "s390x": 268}  # fmt: skip
+_MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259}
 _MPOL_BIND = 2
 _NODES = Path("/sys/devices/system/node")
 _WHY = {
@@ -46,12 +43,9 @@ _WHY = {
 }
 
 
-class BufferRange:
-    """Bytes at an address, for `numpy.asarray`; arrays and tensors made from it hold it."""
-
-    def __init__(self, address: int, nbytes: int) -> None:
-        place = {"shape": (nbytes,), "data": (address, False)}
-        self.__array_interface__: dict[str, Any] = {"version": 3, "typestr": "|u1", **place}
+def bytes_at(address: int, nbytes: int) -> Any:
+    """The bytes at an address as a buffer, which arrays and tensors made from it hold."""
+    return (ctypes.c_ubyte * nbytes).from_address(address)
 
 
 def whole(number: Any, least: int, asked: str, do: str) -> int:
@@ -82,22 +76,20 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
     notes: list[str] = []
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
     if huge_pages == "reserved":
-        whole = to_pages(nbytes, _HUGE)
+        length = to_pages(nbytes, _HUGE)
         with suppress(OSError):
-            mapping = mmap.mmap(-1, whole, flags=flags | _MAP_HUGETLB)
-            return mapping, [f"reserved huge pages hold it, {whole} bytes of them"]
+            mapping = mmap.mmap(-1, length, flags=flags | _MAP_HUGETLB)
+            return mapping, [f"reserved huge pages hold it, {length} bytes of them"]
         notes.append("no reserved huge pages are free (vm.nr_hugepages); asked for transparent")
-    if nbytes > (room := available()):
-        raise HostMemoryError(
-            f"{nbytes} bytes of host memory were asked for, and {room} are available to this "
-            f"process; touching more would have it killed. Ask for less."
-        )
     try:
+        if nbytes > (room := available()):
+            too_many = f"{room} are available to this process; touching more would have it killed"
+            raise OSError(errno.ENOMEM, too_many)
         mapping = mmap.mmap(-1, nbytes, flags=flags)
     except OSError as error:
         raise HostMemoryError(
-            f"{nbytes} bytes of host memory were asked for, and the kernel refused to map them "
-            f"({error.strerror}); ask for less, or raise the limit (ulimit -v, overcommit)."
+            f"{nbytes} bytes of host memory were asked for, and could not be mapped "
+            f"({error.strerror}); ask for less, or raise the limit (cgroup, ulimit -v, overcommit)."
         ) from None
     if huge_pages != "never":
         code = _call("madvise", address_of(mapping), nbytes, _MADV_HUGEPAGE)
@@ -120,12 +112,7 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
     end = address + nbytes
     # Cut at multiples of a slice, so that two threads do not share a huge page.
     edges = [address, *range((address // _SLICE + 1) * _SLICE, end, _SLICE), end]
-    count = min(threads or min(16, len(os.sched_getaffinity(0))), len(edges) - 1)
-    if count == 1:
-        for start, stop in itertools.pairwise(edges):
-            _touch_slice(start, stop)
-        return
-    with ThreadPoolExecutor(count) as pool:
+    with ThreadPoolExecutor(threads or min(16, len(os.sched_getaffinity(0)))) as pool:
         list(pool.map(_touch_slice, edges, edges[1:]))
 
 
@@ -133,8 +120,7 @@ def _touch_slice(start: int, end: int) -> None:
     code = _call("madvise", start, end - start, _MADV_POPULATE_WRITE)
     if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
         # A kernel without it: what the page holds is written back, since it may be a shared one.
-        # Numpy releases the GIL.
-        np.asarray(BufferRange(start, end - start))[::PAGE] |= 0
+        np.frombuffer(bytes_at(start, end - start), np.uint8)[::PAGE] |= 0  # without the GIL
     elif code:
         raise HostMemoryError(
             f"{end - start} bytes of host memory were mapped, and the kernel has no pages for them "
@@ -144,59 +130,45 @@ def _touch_slice(start: int, end: int) -> None:
 
 def available() -> int:
     """Bytes that can be touched before the kernel starts to kill: of the machine, of the cgroup."""
-    (kib,) = re.findall(r"^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
-    return min([int(kib) * 1024, *_cgroups()])
-
-
-def _cgroups() -> Iterator[int]:
-    root = Path("/sys/fs/cgroup")
+    (kib,) = re.findall(r"(?m)^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    rooms, root = [int(kib) * 1024], Path("/sys/fs/cgroup")
     second = "memory.max", "memory.current", "memory.stat"
     first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
-    for most, used, stat in (second, first):
+    for names in (second, first):
         with suppress(OSError, ValueError):
-            limit, current = int((root / most).read_text()), int((root / used).read_text())
-            pairs = (line.split() for line in (root / stat).read_text().splitlines())
-            counts = {key: int(value) for key, value in pairs}
+            limit, used, stat = ((root / name).read_text() for name in names)
+            counts = dict(re.findall(r"(?m)^(file|cache|shmem) (\d+)$", stat))
             # The page cache is given up first; what lies in shared memory is not.
-            files = counts.get("file", counts.get("cache", 0)) - counts.get("shmem", 0)
-            yield max(0, limit - current + max(0, files))
+            files = int(counts.get("file") or counts.get("cache", 0)) - int(counts.get("shmem", 0))
+            rooms.append(max(0, int(limit) - int(used) + max(0, files)))
+    return min(rooms)
 
 
 def _call(name: str, *arguments: Any) -> int:
     """A call of the C library, its numbers as words; its errno, or 0."""
     words = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
-    failed = getattr(_libc(), name)(*words)
+    failed = getattr(ctypes.CDLL(None, use_errno=True), name)(*words)
     return (ctypes.get_errno() or errno.EINVAL) if failed else 0
-
-
-@cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
 
 
 def nodes() -> list[int]:
     """The nodes of this machine that have memory; empty if the kernel tells of none."""
-    for name in ("has_memory", "online"):
-        with suppress(OSError, ValueError):  # 0-1,4
-            ranges = [part.partition("-") for part in (_NODES / name).read_text().split(",")]
-            return [n for a, _, b in ranges for n in range(int(a), int(b or a) + 1)]
+    with suppress(OSError, ValueError):  # 0-1,4
+        ranges = [part.partition("-") for part in (_NODES / "has_memory").read_text().split(",")]
+        return [node for a, _, b in ranges for node in range(int(a), int(b or a) + 1)]
     return []
 
 
-def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
+def bind(address: int, nbytes: int, wanted: int | Iterable[int]) -> None:
     """Have pages of the range that are not there yet come from these nodes and no other. Raises
     `Unsupported` for no node or one that is not there, and if the kernel cannot or may not bind."""
-    asked: list[int] | None = None
+    asked: list[int] = []
     for listed in ([wanted], wanted):
         with suppress(TypeError):
             asked = asked or [operator.index(node) for node in cast(Any, listed)]
     number, known = _MBIND.get(platform.machine()), nodes()
-    what = f"NUMA node {repr(wanted) if asked is None else ', '.join(map(str, asked))}"
-    if asked is None:
+    if not asked:
         why = "nodes have whole numbers; name one or more, or leave numa=None"
-    elif not asked:
-        what = "an empty list of NUMA nodes"
-        why = "pages must come from some node; name one or more, or leave numa=None"
     elif number is None:
         why = f"the system call is not known on {platform.machine()}"
     elif not known:
@@ -204,12 +176,11 @@ def bind(address: int, nbytes: int, wanted: int | Sequence[int]) -> None:
     elif not set(asked) <= set(known):
         why = f"this machine has the nodes {known}; ask for some of these"
     else:
-        bits = 8 * ctypes.sizeof(ctypes.c_ulong)
-        mask = (ctypes.c_ulong * (max(asked) // bits + 1))()
-        for node in asked:
-            mask[node // bits] |= 1 << node % bits
-        code = _call("syscall", number, address, nbytes, _MPOL_BIND, mask, len(mask) * bits + 1, 0)
+        bits = sum(1 << node for node in set(asked))
+        mask = bits.to_bytes(8 * (max(asked) // 64 + 1), "little")
+        code = _call("syscall", number, address, nbytes, _MPOL_BIND, mask, 8 * len(mask) + 1, 0)
         if code == 0:
             return
         why = _WHY.get(code, f"the kernel refused it ({os.strerror(code)})")
-    raise Unsupported(f"Binding {nbytes} bytes of host memory to {what}", why)
+    named = ", ".join(map(str, asked)) or repr(wanted)
+    raise Unsupported(f"Binding {nbytes} bytes of host memory to NUMA node {named}", why)

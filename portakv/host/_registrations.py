@@ -14,7 +14,6 @@ loaded: each copy of the runtime, as the one inside ``cuda.bindings``, has an er
 from __future__ import annotations
 
 import atexit
-import bisect
 import ctypes
 import itertools
 import math
@@ -26,7 +25,6 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from multiprocessing.shared_memory import SharedMemory
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ import numpy as np
 import torch
 
 from portakv.errors import DeviceMismatch, HostMemoryError
-from portakv.host._pages import PAGE, to_pages, whole
+from portakv.host._pages import PAGE, bytes_at, to_pages, whole
 
 #: One registration over 512 GiB fails (vLLM #51081); whole GiB, so that no huge page is cut.
 LARGEST = 511 << 30
@@ -44,8 +42,8 @@ PORTABLE, MAPPED, READ_ONLY = 1, 2, 8
 INVALID, ALREADY, UNKNOWN = 1, 712, 713
 
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
-_live: list[Registration] = []  # by their pages; no two overlap
-_seams: list[int] = []  # of all these, sorted
+_live: list[Registration] = []  # no two overlap
+_seams: set[int] = set()  # of all these
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 _told: set[str] = set()
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
@@ -53,66 +51,27 @@ _ONLY_TORCH = "torch registers no memory that exists for this device; take some 
 # --- the runtime ----------------------------------------------------------------------------------
 
 
-class CallRefused(Exception):
-    """The runtime refused a call, in its own words; its error, of that number, has been cleared."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(f"{text} ({code})")
-        self.code = code
-
-
 class Runtime:
-    """Calls of one loaded runtime library, whose functions' names begin with ``cuda`` or ``hip``;
-    each raises `CallRefused`."""
+    """A loaded runtime library, whose functions' names begin with ``cuda`` or ``hip``."""
 
     def __init__(self, library: Any, prefix: str) -> None:
         self._library, self._prefix = library, prefix
-
-    def last_error(self) -> int:
-        """The error that the next kernel launch would find; it is forgotten."""
-        return int(self.function("GetLastError")())
 
     def function(self, name: str) -> Any:
         """A function of the library by the rest of its name."""
         return getattr(self._library, f"{self._prefix}{name}")
 
-    def call(self, name: str, *arguments: Any) -> None:
-        """Call a function."""
-        if code := self.function(name)(*arguments):
-            self.last_error()
-            text = self.function("GetErrorString")(code)
-            raise CallRefused(code, text.decode() if isinstance(text, bytes) else str(text))
+    def last_error(self) -> int:
+        """The error that the next kernel launch would find; it is forgotten."""
+        return int(self.function("GetLastError")())
 
-
-class _ThroughTorch:
-    """What torch itself offers of the runtime, for builds that have it linked in statically."""
-
-    def __init__(self) -> None:
-        self._cudart: Any = torch.cuda.cudart()
-
-    def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
-        return int(self._cudart.cudaHostRegister(address, nbytes, flags).value)
-
-    def cudaHostUnregister(self, address: int) -> int:
-        return int(self._cudart.cudaHostUnregister(address).value)
-
-    def cudaHostGetDevicePointer(self, found: Any, address: int, flags: int) -> int:
-        found._obj.value = address  # one address space on every 64-bit CUDA system
-        return 0
-
-    def cudaGetLastError(self) -> int:
-        # Not offered; but torch asks for it behind each launch, and forgets it.
-        with suppress(RuntimeError):
-            torch.empty(1, device="cuda").fill_(0)
-        return 0
-
-    def cudaGetErrorString(self, code: int) -> str:
-        return f"CUDA error {code}"
-
-
-def find_runtime() -> Runtime | None:
-    """The runtime of CUDA or ROCm devices; None if nothing can be registered: `why_not`."""
-    return None if why_not() is not None else _loaded()
+    def call(self, name: str, *arguments: Any) -> tuple[int, str]:
+        """Call a function: its error, cleared, and the runtime's words for that; 0 and none."""
+        code = int(self.function(name)(*arguments))
+        if code == 0:
+            return 0, ""
+        self.last_error()
+        return code, f"{self.function('GetErrorString')(code).decode()} ({code})"
 
 
 def why_not() -> str | None:
@@ -120,7 +79,7 @@ def why_not() -> str | None:
     if torch.cuda._is_in_bad_fork():
         return "CUDA does not survive fork; start this process by spawn"
     if torch.cuda.is_available():
-        return None
+        return None if _library() else "this torch loads no runtime library; take an official wheel"
     return _ONLY_TORCH if torch.accelerator.is_available() else "there is no CUDA or ROCm device"
 
 
@@ -130,15 +89,11 @@ def through_torch() -> bool:
 
 
 @cache
-def _loaded() -> Runtime:
+def find_runtime() -> Runtime:
+    """The runtime of CUDA or ROCm devices, if `why_not` is None."""
     # Until torch has begun with the device torch takes no memory for pinned, even if it is.
     torch.cuda.init()
-    prefix = "cuda" if torch.version.hip is None else "hip"
-    stem = "libcudart" if prefix == "cuda" else "libamdhip64"
-    path = loaded_library(stem, (torch.version.cuda or "").split(".")[0])
-    if path is None:
-        return Runtime(_ThroughTorch(), "cuda")  # these names on ROCm as well
-    runtime = Runtime(ctypes.CDLL(path), prefix)
+    runtime = Runtime(ctypes.CDLL(_library()), "cuda" if torch.version.hip is None else "hip")
     # Addresses are wider than C's int.
     pointer, size, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
     runtime.function("HostRegister").argtypes = (pointer, size, flags)
@@ -148,13 +103,17 @@ def _loaded() -> Runtime:
     return runtime
 
 
-def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> str | None:
-    """The file of a library that this process has loaded, of a major version if there are several
-    and one is named; ``stem``: how its name begins, up to ``.so``."""
-    found: list[str] = []
-    with suppress(OSError):
-        file = rf"(?m)/(?:.*/)?{stem}(?:-[0-9a-f]+)?\.so[^/\n]*$"
-        found = re.findall(file, Path(maps).read_text())
+@cache
+def _library() -> str | None:
+    stem = "libcudart" if torch.version.hip is None else "libamdhip64"
+    maps = Path("/proc/self/maps").read_text()
+    return loaded_library(maps, stem, (torch.version.cuda or "").split(".")[0])
+
+
+def loaded_library(maps: str, stem: str, version: str) -> str | None:
+    """The file of a library that a process has loaded, from its map, of a major version if there
+    are several and one is named; ``stem``: how its name begins, up to ``.so``."""
+    found = re.findall(rf"(?m)/(?:.*/)?{stem}(?:-[0-9a-f]+)?\.so[^/\n]*$", maps)
     preferred = re.compile(rf"\.so\.{version}(\.|$)" if version else "")
     return min(found, key=lambda path: preferred.search(path) is None, default=None)
 
@@ -162,15 +121,14 @@ def loaded_library(stem: str, version: str, maps: str = "/proc/self/maps") -> st
 def quiesce() -> None:
     """Block the host until no device of this process reads or writes host memory any more. One
     that has failed does neither: its error is left to its next user."""
-    module: Any = torch.accelerator if through_torch() else torch.cuda
-    if module is torch.cuda and not torch.cuda.is_initialized():
+    others = through_torch()
+    if not others and not torch.cuda.is_initialized():
         return
     inside: Any = torch._C
-    for index in range(module.device_count()):
-        # Waiting must not make a context.
-        if module is torch.accelerator or inside._cuda_hasPrimaryContext(index):
+    for index in range(torch.accelerator.device_count()):
+        if others or inside._cuda_hasPrimaryContext(index):  # waiting must not make a context
             with suppress(RuntimeError):
-                module.synchronize(index)
+                torch.accelerator.synchronize(index)
 
 
 def capturing() -> bool:
@@ -179,172 +137,6 @@ def capturing() -> bool:
 
 
 # --- registrations --------------------------------------------------------------------------------
-
-
-class Registration:
-    """Memory, registered in pieces; or without a runtime merely claimed, so that it stays pageable.
-
-    Raises `HostMemoryError` for pages that are registered already or pieces that cannot be
-    (`piece_bytes`), `CallRefused` if the runtime refuses: then nothing is registered or claimed.
-
-    Attributes:
-        pages: where they begin and end; pieces: (address, bytes) of each, in order.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime | None,
-        address: int,
-        nbytes: int,
-        flags: int,
-        largest: int,
-        unit: int,
-    ) -> None:
-        start, end, step = address // PAGE * PAGE, address + nbytes, piece_bytes(largest, unit)
-        edges = [address, *range(start + step, end, step), end]  # between pages
-        self.pages = start, to_pages(end)
-        self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
-        self._runtime, self._process, self.flags = runtime, os.getpid(), flags
-        self._registered: list[int] | None = []  # None: undone
-        settle()
-        self._claim()
-        try:
-            if runtime is not None:
-                for piece, length in self.pieces:
-                    runtime.call("HostRegister", piece, length, flags)
-                    self._registered.append(piece)
-        except BaseException:
-            self.undo()
-            raise
-        _watch_exit()
-
-    def _claim(self) -> None:
-        start, end = self.pages
-        with _lock:
-            at = bisect.bisect_left(_live, self.pages, key=attrgetter("pages"))
-            for taken, until in (each.pages for each in _live[max(0, at - 1) : at + 1]):
-                if taken < end and start < until:
-                    raise HostMemoryError(
-                        f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
-                        f"- {until:#x} are already; a page can be registered once. Register both "
-                        f"as one range, unregister the first, or keep memory that shares a page "
-                        f"apart."
-                    )
-            # Looked up again: a finalizer may have taken one out meanwhile.
-            bisect.insort(_live, self, key=attrgetter("pages"))
-            for piece, _ in self.pieces[1:]:
-                bisect.insort(_seams, piece)
-
-    @property
-    def pinned(self) -> bool:
-        """True while the runtime has it registered."""
-        return bool(self._registered)
-
-    def device_address(self, address: int) -> int:
-        """Where the current device finds a byte of it: on HIP perhaps not where the host does.
-        Raises `CallRefused`."""
-        assert self._runtime is not None
-        piece = max(start for start, _ in self.pieces if start <= address)
-        found = ctypes.c_void_p()
-        self._runtime.call("HostGetDevicePointer", ctypes.byref(found), piece, 0)
-        return (found.value or 0) + address - piece
-
-    def undo(self) -> None:
-        """Unregister, once no device works any more. Again: nothing."""
-        with _lock:
-            registered, self._registered = self._registered, None
-        if registered is None:
-            return
-        if registered and self._process == os.getpid() and self._runtime is not None:
-            quiesce()
-            for piece in registered:
-                try:
-                    self._runtime.call("HostUnregister", piece)
-                except CallRefused as refused:
-                    # After a reset of the device nothing is registered; a finalizer cannot raise.
-                    if refused.code != UNKNOWN:
-                        warn_once(f"unregistering it failed before, {refused}")
-        with _lock:
-            _live.remove(self)
-            _seams[:] = [at for at in _seams if not self.pages[0] < at < self.pages[1]]
-
-    def forget(self, owner: Any) -> None:
-        """`undo`; if a graph's capture forbids that, later. The owner is held until then."""
-        if self._registered and self._process == os.getpid() and capturing():
-            _postponed.append((self, owner))
-        else:
-            self.undo()
-
-
-def seams() -> tuple[int, ...]:
-    """Addresses, in order, at which one registration ends and the next of the same memory begins:
-    no copy may reach across."""
-    return tuple(_seams)
-
-
-def settle() -> None:
-    """End what had to wait for the end of a capture."""
-    while _postponed and not capturing():
-        with suppress(IndexError):  # another thread was faster
-            registration, _owner = _postponed.pop()
-            registration.undo()  # before the owner gives the memory back
-
-
-def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
-    """Which bytes a tensor, an array or another buffer covers: their address and number from the
-    first to the last, whether they can only be read, and what holds them. Raises `HostMemoryError`
-    if it is freed, empty or no memory at all, `DeviceMismatch` for a tensor on a device."""
-    if isinstance(memory, torch.Tensor):
-        if memory.device.type != "cpu":
-            raise DeviceMismatch(
-                f"A tensor on {memory.device} was asked to be registered; expected memory of the "
-                f"host. Copy it there first."
-            )
-        if memory.layout != torch.strided:
-            raise HostMemoryError(
-                f"A tensor of layout {memory.layout} was asked to be registered; expected a "
-                f"strided one. Register its parts."
-            )
-        size, fixed, address = memory.element_size(), False, memory.data_ptr()
-        shape, steps = tuple(memory.shape), [size * step for step in memory.stride()]
-    else:
-        memory = memory if isinstance(memory, np.ndarray) else _held_buffer(memory)
-        array = np.asarray(memory)
-        size, fixed, address = array.itemsize, not array.flags.writeable, array.ctypes.data
-        shape, steps = array.shape, list(array.strides)
-    if math.prod(shape) * size == 0:
-        raise HostMemoryError(
-            "Memory of 0 bytes was asked to be registered; there is nothing to pin. Leave it out."
-        )
-    reach = [(count - 1) * step for count, step in zip(shape, steps, strict=True)]
-    low, high = sum(min(step, 0) for step in reach), sum(max(step, 0) for step in reach) + size
-    if isinstance(memory, torch.Tensor):
-        needed, there = memory.storage_offset() * size + high, memory.untyped_storage().nbytes()
-        if there < needed:
-            raise HostMemoryError(
-                f"A tensor of {needed} bytes was asked to be registered, and its storage holds "
-                f"{there}: it was freed before. Register it earlier."
-            )
-    return address + low, high - low, fixed, memory
-
-
-def _held_buffer(memory: Any) -> memoryview:
-    """The buffer of an object, which cannot be closed while that is held."""
-    buffer = memory.buf if isinstance(memory, SharedMemory) else memory
-    try:
-        if buffer is None:
-            raise ValueError("it is closed")
-        return memoryview(buffer)
-    except ValueError as error:
-        raise HostMemoryError(
-            f"A {type(memory).__name__} was asked to be registered, and it was freed before "
-            f"({error}); register memory before it is closed."
-        ) from None
-    except TypeError:
-        raise HostMemoryError(
-            f"A {type(memory).__name__} was asked to be registered; expected a tensor, an array, "
-            f"an mmap, shared memory or anything else with a buffer."
-        ) from None
 
 
 def piece_bytes(largest: int, unit: int) -> int:
@@ -357,24 +149,130 @@ def piece_bytes(largest: int, unit: int) -> int:
     return most // step * step or most // PAGE * PAGE
 
 
-@cache
-def _watch_exit() -> None:
-    """Called when first needed, as an import has no effects: at exit unregister what is left.
-    Nothing is unmapped: tensors may outlive the interpreter."""
+class Registration:
+    """Memory that is registered in pieces of ``step`` bytes; or with ``fallback``, if it cannot be,
+    merely claimed, so that it stays pageable. Raises `HostMemoryError` otherwise.
 
-    @atexit.register
-    def unregister_all() -> None:
+    Attributes:
+        pages: where they begin and end; pieces: (address, bytes) of each, in order.
+        registered: addresses of the pieces that the runtime has; none if it is pageable.
+    """
+
+    _runtime: Runtime  # of what is registered
+
+    def __init__(self, address: int, nbytes: int, flags: int, step: int, fallback: bool) -> None:
+        start, end = address // PAGE * PAGE, address + nbytes
+        edges = [address, *range(start + step, end, step), end]  # between pages
+        self.pages = start, to_pages(end)
+        self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
+        self.flags, self._process = flags, os.getpid()
+        self.registered: list[int] = []
         settle()
-        for registration in list(_live):
-            registration.undo()
+        self._claim()
+        # At exit nothing is unmapped: tensors may outlive the interpreter.
+        atexit.register(self.undo)
+        try:
+            self._register(fallback)
+        except BaseException:
+            self.undo()
+            raise
+
+    def _claim(self) -> None:
+        start, end = self.pages
+        with _lock:
+            for taken, until in (each.pages for each in [*_live]):  # a finalizer may take one out
+                if taken < end and start < until:
+                    raise HostMemoryError(
+                        f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
+                        f"- {until:#x} are already; a page can be registered once. Register both "
+                        f"as one range, unregister the first, or keep memory that shares a page "
+                        f"apart."
+                    )
+            _live.append(self)
+            _seams.update(at for at, _ in self.pieces[1:])
+
+    def _register(self, fallback: bool) -> None:
+        why = why_not()
+        if why is None:
+            self._runtime = find_runtime()
+            for piece, nbytes in self.pieces:
+                code, words = self._runtime.call("HostRegister", piece, nbytes, self.flags)
+                if code:
+                    break
+                self.registered.append(piece)
+            else:
+                return
+            self._unregister()
+            if code in (ALREADY, INVALID):
+                raise HostMemoryError(
+                    f"{nbytes} bytes at {piece:#x} were asked to be registered, and the runtime "
+                    f"says {words}: other code registered some of their pages, or they are memory "
+                    f"that it cannot pin. Unregister them there, or copy them to memory of "
+                    f"`allocate`."
+                )
+            why = f"the runtime refused to register it, {words}"
+        if not fallback:
+            raise HostMemoryError(
+                f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
+                f"pageable memory."
+            )
+        warn_once(why)
+
+    def _unregister(self) -> None:
+        with _lock:
+            pieces, self.registered = self.registered, []
+        if not pieces or self._process != os.getpid():
+            return
+        quiesce()
+        for piece in pieces:
+            code, words = self._runtime.call("HostUnregister", piece)
+            # After a reset of the device nothing is registered; a finalizer cannot raise.
+            if code not in (0, UNKNOWN):
+                warn_once(f"unregistering it failed before, {words}")
+
+    def device_address(self, address: int) -> tuple[int, str]:
+        """Where the current device finds a byte of it, on HIP perhaps elsewhere than the host; and
+        why it does not."""
+        if not self.registered:
+            return 0, "it is not registered with a CUDA or HIP runtime; copy instead"
+        if not self.flags & MAPPED:
+            return 0, "it was registered with mapped=False; register it mapped"
+        found, piece = ctypes.c_void_p(), max(at for at in self.registered if at <= address)
+        _, words = self._runtime.call("HostGetDevicePointer", ctypes.byref(found), piece, 0)
+        return (found.value or 0) + address - piece, words and f"the runtime refused it, {words}"
+
+    def undo(self, owner: Any = None) -> None:
+        """Unregister, once no device works any more, and give up the claim; later, if a graph's
+        capture forbids it: the owner is held until then. Again: nothing."""
+        if self.registered and capturing():
+            _postponed.append((self, owner))
+            return
+        self._unregister()
+        atexit.unregister(self.undo)
+        with _lock, suppress(ValueError):
+            _live.remove(self)
+            _seams.difference_update(at for at, _ in self.pieces[1:])
+
+
+def seams() -> tuple[int, ...]:
+    """Addresses, in order, at which one registration ends and the next of the same memory begins:
+    no copy may reach across."""
+    return tuple(sorted(_seams))
+
+
+def settle() -> None:
+    """End what had to wait for the end of a capture."""
+    while _postponed and not capturing():
+        with suppress(IndexError):  # another thread was faster
+            registration, _owner = _postponed.pop()
+            registration.undo()  # before the owner gives the memory back
 
 
 def warn_once(why: str) -> None:
     """Say for the first time in this process that host memory is pageable, and why."""
-    with _lock:
-        if why in _told:
-            return
-        _told.add(why)
+    if why in _told:
+        return
+    _told.add(why)
     frame, level = sys._getframe(), 1
     # The first line up the stack that is not PortaKV's own is the one to point to.
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
@@ -385,3 +283,51 @@ def warn_once(why: str) -> None:
         RuntimeWarning,
         stacklevel=level,
     )
+
+
+# --- the memory of callers ------------------------------------------------------------------------
+
+
+def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
+    """Which bytes a tensor, an array or another buffer covers: their address and number from the
+    first to the last, whether they can only be read, and what holds them. Raises `HostMemoryError`
+    if it is freed, empty or no memory at all, `DeviceMismatch` for a tensor on a device."""
+    asked = f"A {type(memory).__name__} was asked to be registered"
+    if isinstance(memory, torch.Tensor) and memory.device.type != "cpu":
+        raise DeviceMismatch(
+            f"{asked}, on {memory.device}; expected memory of the host. Copy it there first."
+        )
+    try:
+        if isinstance(memory, torch.Tensor) and memory.layout == torch.strided:
+            array = _over_storage(memory)
+        elif isinstance(memory, np.ndarray):
+            array = memory
+        else:
+            buffer = memory.buf if isinstance(memory, SharedMemory) else memory
+            if buffer is None:
+                raise ValueError("it is closed")
+            memory = memoryview(buffer)  # which cannot be closed while the view is held
+            array = np.asarray(memory)
+    except ValueError as error:
+        raise HostMemoryError(
+            f"{asked}, and it was freed before ({error}); register memory before it is closed."
+        ) from None
+    except TypeError:
+        raise HostMemoryError(
+            f"{asked}; expected a strided tensor, an array, an mmap, shared memory or other buffer."
+        ) from None
+    if array.nbytes == 0:
+        raise HostMemoryError(f"{asked}, of 0 bytes; there is nothing to pin. Leave it out.")
+    reach = [(count - 1) * step for count, step in zip(array.shape, array.strides, strict=True)]
+    low, high = (sum(part(step, 0) for step in reach) for part in (min, max))
+    fixed, nbytes = not array.flags.writeable, high - low + array.itemsize
+    return array.ctypes.data + low, nbytes, fixed, memory
+
+
+def _over_storage(tensor: torch.Tensor) -> Any:
+    """An array with the strides of a tensor; raises `ValueError` if its storage is too small."""
+    storage, size = tensor.untyped_storage(), tensor.element_size()
+    # Of an empty buffer numpy checks nothing.
+    buffer = bytes_at(storage.data_ptr(), storage.nbytes()) or bytes(1)
+    start, *steps = (size * step for step in (tensor.storage_offset(), *tensor.stride()))
+    return np.ndarray(tensor.shape, f"V{size}", buffer, start, steps)

@@ -21,7 +21,7 @@ import torch
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations
 from portakv.host._pages import HugePages, available
-from portakv.host._registrations import LARGEST, CallRefused, Registration, seams
+from portakv.host._registrations import LARGEST, Registration, seams
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "available", "empty", "register",
            "register_address", "registered", "seams", "unregister", "why_not"]  # fmt: skip
@@ -42,18 +42,14 @@ class PinnedMemory:
     """
 
     def __init__(
-        self,
-        base: torch.Tensor,
-        registration: Registration | None = None,
-        notes: Sequence[str] = (),
+        self, base: torch.Tensor, registration: Registration | None, notes: Sequence[str]
     ) -> None:
-        self.nbytes, self.address = base.numel(), base.data_ptr()
-        self.pinned = registration.pinned if registration is not None else base.is_pinned()
-        self.notes = tuple(notes)
-        pieces = registration.pieces[1:] if registration is not None else []
-        self.seams = tuple(at - self.address for at, _ in pieces)
+        self.nbytes, self.address, self.notes = base.numel(), base.data_ptr(), tuple(notes)
         self._base: torch.Tensor | None = base
-        self._registration = registration
+        self._registration = registration  # None: torch's allocator holds it
+        self.pinned = bool(registration.registered) if registration else base.is_pinned()
+        pieces = registration.pieces[1:] if registration else []
+        self.seams = tuple(at - self.address for at, _ in pieces)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -79,11 +75,8 @@ class PinnedMemory:
         return [self.tensor[at : at + nbytes] for at, nbytes in self.parts(0, self.nbytes)]
 
     def parts(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
-        """A range as (offset, bytes) that cross no seam, in order.
-
-        Raises:
-            HostMemoryError: some of it is not in this memory.
-        """
+        """A range as (offset, bytes) that cross no seam, in order. Raises `HostMemoryError` if some
+        of it is not in this memory."""
         asked = f"{nbytes!r} bytes from {offset!r} on were asked of {self.nbytes} bytes"
         do = "ask for a range that ends with the memory or before"
         _pages.whole(offset, 0, asked, do)
@@ -98,20 +91,14 @@ class PinnedMemory:
             return typed if shape is None else typed.view(tuple(shape))
 
     def device_address(self, offset: int = 0) -> int:
-        """The address of a byte for a kernel on the current device; on ROCm not the host's.
-
-        Raises:
-            Unsupported: it is not registered with a CUDA or HIP runtime, or not mapped.
-        """
-        what = f"The device's address of host memory at {self.address:#x}"
-        if self._registration is None or not self._registration.pinned:
-            raise Unsupported(what, "it is not registered with a CUDA or HIP runtime; copy instead")
-        if not self._registration.flags & _registrations.MAPPED:
-            raise Unsupported(what, "it was registered with mapped=False; register it mapped")
-        try:
-            return self._registration.device_address(self.address + offset)
-        except CallRefused as refused:
-            raise Unsupported(what, f"the runtime refused it, {refused}") from None
+        """The address of a byte for a kernel on the current device; on ROCm not the host's. Raises
+        `Unsupported` if it is not registered with a CUDA or HIP runtime, or not mapped."""
+        found, why = 0, "it comes from torch's allocator; copy instead"
+        if self._registration is not None:
+            found, why = self._registration.device_address(self.address + offset)
+        if why:
+            raise Unsupported(f"The device's address of host memory at {self.address:#x}", why)
+        return found
 
     @property
     def closed(self) -> bool:
@@ -169,8 +156,9 @@ def allocate(
     if threads is not None:
         asked = f"{threads!r} threads were asked to touch pages"
         _pages.whole(threads, 1, asked, "pass None for one a core, at most 16")
-    _registrations.piece_bytes(largest, unit)
-    nbytes = _count(nbytes)
+    how = _how(portable=portable, mapped=mapped, largest=largest, unit=unit, fallback=fallback)
+    asked = f"{nbytes!r} bytes of host memory were asked for"
+    nbytes = _pages.whole(nbytes, 1, asked, "ask for one at least")
     if _registrations.through_torch() and (given := _from_torch(nbytes, huge_pages, numa)):
         return given
     mapping, notes = _pages.map_private(nbytes, huge_pages)
@@ -178,23 +166,18 @@ def allocate(
     if numa is not None:
         _pages.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
-    return _pinned(
-        address, nbytes, len(mapping), mapping, notes, portable=portable, mapped=mapped,
-        largest=largest, unit=unit, fallback=fallback,
-    )  # fmt: skip
+    return _pinned(address, nbytes, mapping, how, notes)
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
           ) -> torch.Tensor:  # fmt: skip
-    """An uninitialised pinned tensor, to the byte; its last view gives the memory back.
+    """An uninitialised pinned tensor, to the byte; its last view gives the memory back. One of no
+    elements is a plain tensor.
 
     Args:
-        shape: with no elements, a plain tensor comes back, as there is nothing to pin.
+        shape: sizes, whole numbers; another raises `HostMemoryError`.
         dtype: None: float32, whatever torch's default is.
-        options: of `allocate`.
-
-    Raises:
-        HostMemoryError: a size that is no whole number, or below 0; or as `allocate` does.
+        options: of `allocate`, whose errors are raised too.
     """
     asked = f"A pinned tensor of shape {shape!r} was asked for"
     do = "name the size of each dimension"
@@ -224,10 +207,8 @@ def register(
 
     Args:
         memory: a CPU tensor, a numpy array, an mmap, shared memory, anything with a buffer.
-        portable, mapped: as in `allocate`.
         read_only: allow memory that cannot be written, for copies to a device alone.
-        largest, unit: as in `allocate`.
-        fallback: leave it pageable, with one warning, if nothing can be pinned.
+        portable, mapped, largest, unit, fallback: as in `allocate`.
 
     Raises:
         HostMemoryError: registered already, freed, read-only without ``read_only``, or empty.
@@ -253,31 +234,24 @@ def register(
 def register_address(
     address: int, nbytes: int, *, held: object = None, **options: Any
 ) -> PinnedMemory:
-    """As `register`, of bytes at an address.
-
-    Args:
-        held: the owner of the memory, kept until it is unregistered.
-        options: of `register`.
-    """
-    nbytes = _count(nbytes)
-    asked = f"{nbytes} bytes at address {address!r} were asked to be registered"
+    """As `register`, with its options, of bytes at an address; ``held``, which owns the memory, is
+    kept until it is unregistered."""
+    asked = f"{nbytes!r} bytes at address {address!r} were asked to be registered"
+    nbytes = _pages.whole(nbytes, 1, asked, "register one at least")
     address = _pages.whole(address, 0, asked, "pass an address")
-    if address == 0 or not _pages.is_mapped(address, nbytes):
+    if not _pages.is_mapped(address, nbytes):
         raise HostMemoryError(
-            f"{nbytes} bytes at {address:#x} were asked to be registered, and some of them "
-            f"belong to no memory of this process; register memory before it is freed."
+            f"{asked}, and some of them belong to no memory of this process; register memory "
+            f"before it is freed."
         )
-    memory = _pinned(address, nbytes, nbytes, held, **options)
+    memory = _pinned(address, nbytes, held, _how(**options))
     _open.append(memory)
     return memory
 
 
 def unregister(memory: Any) -> None:
-    """Undo `register`: of the same memory, or of what it returned.
-
-    Raises:
-        HostMemoryError: it is not registered, or not by `register`.
-    """
+    """Undo `register`: of the same memory, or of what it returned. Raises `HostMemoryError` for
+    memory that it did not register."""
     held = isinstance(memory, PinnedMemory)
     at = memory.address if held else _registrations.buffer_of(memory)[0]
     found = next((one for one in _open if one.address == at), None)
@@ -299,56 +273,24 @@ def why_not() -> str | None:
     return None if _registrations.through_torch() else _registrations.why_not()
 
 
-def _count(nbytes: int) -> int:
-    asked = f"{nbytes!r} bytes of host memory were asked for"
-    return _pages.whole(nbytes, 1, asked, "ask for one at least")
+def _how(*, portable: bool = True, mapped: bool = True, read_only: bool = False,
+         largest: int = LARGEST, unit: int = 1, fallback: bool = True,
+         ) -> tuple[int, int, bool]:  # fmt: skip
+    """The last arguments of a `Registration`, from options that were checked."""
+    flags = _registrations.PORTABLE * portable | _registrations.MAPPED * mapped
+    flags |= _registrations.READ_ONLY * read_only
+    return flags, _registrations.piece_bytes(largest, unit), fallback
 
 
 def _pinned(
-    address: int,
-    nbytes: int,
-    length: int,
-    owner: object,
-    notes: Sequence[str] = (),
-    *,
-    portable: bool = True,
-    mapped: bool = True,
-    read_only: bool = False,
-    largest: int = LARGEST,
-    unit: int = 1,
-    fallback: bool = True,
+    address: int, nbytes: int, owner: object, how: tuple[int, int, bool], notes: Sequence[str] = ()
 ) -> PinnedMemory:
-    """Memory at an address, registered to a length or, if that is impossible and allowed,
-    merely claimed. Every tensor made from it holds the registration and the owner."""
-    runtime = _registrations.find_runtime()
-    flags = _registrations.PORTABLE * portable | _registrations.MAPPED * mapped
-    flags |= _registrations.READ_ONLY * read_only
-    registration, why = None, ""
-    if runtime is not None:
-        try:
-            registration = Registration(runtime, address, length, flags, largest, unit)
-        except CallRefused as refused:
-            if refused.code in (_registrations.ALREADY, _registrations.INVALID):
-                raise HostMemoryError(
-                    f"{length} bytes at {address:#x} were asked to be registered, and the runtime "
-                    f"says {refused}: somebody else registered some of their pages, or they are "
-                    f"memory that it cannot pin. Unregister them there, or copy them to memory of "
-                    f"`allocate`."
-                ) from None
-            why = f"the runtime refused to register it, {refused}"
-    if registration is None:
-        why = why or str(_registrations.why_not())
-        if not fallback:
-            raise HostMemoryError(
-                f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
-                f"pageable memory."
-            )
-        _registrations.warn_once(why)
-        registration = Registration(None, address, length, flags, largest, unit)
-    memory = _pages.BufferRange(address, nbytes)
+    """Memory whose registration and owner are held by every tensor that is made from it."""
+    registration = Registration(address, nbytes, *how)
+    buffer = _pages.bytes_at(address, nbytes)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
-        base = torch.from_numpy(np.asarray(memory))
-    end = weakref.finalize(memory, registration.forget, owner)
+        base = torch.frombuffer(buffer, dtype=torch.uint8)
+    end = weakref.finalize(buffer, registration.undo, owner)
     end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
     return PinnedMemory(base, registration, notes)
 
@@ -369,4 +311,4 @@ def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory |
             base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
     except RuntimeError:
         return None
-    return PinnedMemory(base, notes=notes)
+    return PinnedMemory(base, None, notes)

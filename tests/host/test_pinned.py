@@ -4,7 +4,6 @@ refused; through a stand-in for the CUDA runtime, and pageable without any devic
 
 from __future__ import annotations
 
-import bisect
 import mmap
 import os
 import platform
@@ -24,7 +23,6 @@ from support.pool_processes import Child
 
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
 from portakv.host import _pages, _registrations, pinned
-from portakv.host._registrations import Registration
 
 pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 PAGE = mmap.PAGESIZE
@@ -100,7 +98,7 @@ def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert _pages.available() == 1000 - 700 + 400
     assert _pages.nodes() == [0, 1, 2, 5]
     (tmp_path / "memory.max").write_text("max\n")
-    assert list(_pages._cgroups()) == []
+    assert _pages.available() > 1000
 
 
 def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,16 +139,15 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: pinned.register_address("x", 64), "'x'"),  # type: ignore
         (lambda: pinned.register_address(-1, 64), "-1"),
         (lambda: pinned.register(torch.zeros(4).to_sparse()), "strided"),
-        (lambda: pinned.register([1, 2]), "expected a tensor"),
+        (lambda: pinned.register([1, 2]), "expected a strided tensor"),
         (lambda: pinned.register(torch.zeros(0)), "0 bytes"),
         (lambda: pinned.register(np.zeros((3, 0))), "0 bytes"),
         (lambda: pinned.register(bytearray()), "0 bytes"),
         (lambda: pinned.register(torch.zeros(4, device="meta")), "on meta"),
         *((lambda n=n: pinned.allocate(ODD, numa=n), "nodes have whole numbers")
-          for n in (1.5, "0", [0, "1"], np.array(0.0), int)),
+          for n in (1.5, "0", [0, "1"], np.array(0.0), int, [])),
         *((lambda n=n: pinned.allocate(ODD, numa=n), "node 4096")
           for n in (np.int64(4096), [np.int32(4096)], np.array([4096]))),
-        (lambda: pinned.allocate(ODD, numa=[]), "an empty list of NUMA nodes"),
     ],
 )  # fmt: skip
 def test_what_makes_no_memory(
@@ -353,7 +350,7 @@ def test_read_only(cuda: FakeLibrary) -> None:
 def test_somebody_else_registered_it_or_has_let_go_of_it(cuda: FakeLibrary) -> None:
     with private() as mapping:
         cuda.registered[_pages.address_of(mapping)] = PAGE, 0
-        with pytest.raises(HostMemoryError, match="somebody else"):
+        with pytest.raises(HostMemoryError, match="other code registered"):
             pinned.register(mapping)
         assert cuda.sticky == 0
         cuda.registered.clear()
@@ -425,37 +422,13 @@ def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: Fak
     assert not cuda.registered
 
 
-def test_a_finalizer_in_the_middle_leaves_ranges_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The collector may run between a look-up and what follows it, in the same thread."""
-    made = [Registration(None, at * 2 * PAGE, PAGE, 0, PAGE, 1) for at in (1, 2, 3)]
-    look_up = bisect.bisect_left
-
-    def interrupted(*asked: Any, **named: Any) -> int:
-        found = look_up(*asked, **named)
-        made[0].undo()
-        return found
-
-    monkeypatch.setattr(bisect, "bisect_left", interrupted)
-    made.append(Registration(None, 5 * PAGE, PAGE, 0, PAGE, 1))
-    monkeypatch.undo()
-    try:
-        pages = [each.pages for each in _registrations._live]
-        assert pages == sorted(pages)
-    finally:
-        for each in made:
-            each.undo()
-
-
-def test_the_library_that_torch_loaded(tmp_path: Path) -> None:
-    maps = tmp_path / "maps"
-    line = "7f00-7f01 r-xp 00000000 00:00 1      {}\n"
+def test_the_library_that_torch_loaded() -> None:
     paths = ["/a/libcudart.so.12", "/b c/libcudart.so.13.0.96", "/d/libcudart_static.so",
              "/e/libcudart-1a2b.so.11.0"]  # fmt: skip
-    maps.write_text("".join(line.format(path) for path in paths) + "7f00-7f01 rw-p 0 00:00 0\n")
+    maps = "".join(f"7f00-7f01 r-xp 00000000 00:00 1      {path}\n" for path in (*paths, ""))
     for version, found in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
-        assert _registrations.loaded_library("libcudart", version, str(maps)) == found
-    assert _registrations.loaded_library("libamdhip64", "6", str(maps)) is None
-    assert _registrations.loaded_library("libcudart", "13", str(tmp_path / "none")) is None
+        assert _registrations.loaded_library(maps, "libcudart", version) == found
+    assert _registrations.loaded_library(maps, "libamdhip64", "6") is None
 
 
 # The warning

@@ -40,7 +40,7 @@ def pattern(nbytes: int, device: torch.device = DEVICE) -> torch.Tensor:
 
 def last_error() -> int:
     """What the runtime that torch uses remembers; reading it clears it."""
-    return _registrations._loaded().last_error()
+    return _registrations.find_runtime().last_error()
 
 
 def resident() -> int:
@@ -223,8 +223,7 @@ def test_freed_and_read_only_leave_no_error() -> None:
         pinned.register(fixed, read_only=True, fallback=False).close()
     assert last_error() == 0
     # Behind the library's own checks, the runtime's refusal is cleared as well.
-    with pytest.raises(_registrations.CallRefused):
-        _registrations._loaded().call("HostRegister", address, ODD, 0)
+    assert _registrations.find_runtime().call("HostRegister", address, ODD, 0)[0] != 0
     assert last_error() == 0
 
 

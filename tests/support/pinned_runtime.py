@@ -76,7 +76,6 @@ def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
 
 def absent(patch: pytest.MonkeyPatch) -> None:
     """No device at all, whatever this machine has."""
-    patch.setattr(_registrations, "find_runtime", lambda: None)
     patch.setattr(_registrations, "why_not", lambda: "the test has taken every device away")
 
 
