@@ -104,8 +104,8 @@ class CopyPlan:
                 f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
                 f"expected two forms, such as view.form."
             )
-        numbers = (src_step, dst_step, 1 if unit is None else unit)
-        if not all(isinstance(number, int) for number in numbers) or min(numbers[:2]) < 0:
+        steps, wanted = (src_step, dst_step), 1 if unit is None else unit
+        if not all(isinstance(number, int) for number in (*steps, wanted)) or min(steps) < 0:
             raise SlotError(
                 f"A plan with steps {src_step!r} and {dst_step!r} was asked (unit={unit!r}); "
                 f"expected integers: tokens for each id, or 0 for a side without ids."
@@ -138,13 +138,13 @@ class CopyPlan:
 
     @cached_property
     def tabled(self) -> bool:
-        """True where a side needs its address table."""
+        """True if a side needs its address table."""
         nests = self.nests
         sided = any(nest.src.tabled or nest.dst.tabled for nest in nests)
         return sided or any(loop.tabled for nest in nests for loop in nest.loops)
 
     def aligned(self, side: str) -> bool:
-        """True where positions of a side must start at multiples of ``unit``.
+        """True if positions of a side must start at multiples of ``unit``.
 
         A side without ids whose tokens lie at one stride behind one address may start anywhere.
         """
@@ -191,12 +191,11 @@ class CopyPlan:
             SlotError: what is no view or index, an id past the end of its view, a range past the
                 list, or a range or an index that does not consist of whole units.
         """
-        self._check_side("source", src, src_index)
-        self._check_side("destination", dst, dst_index)
+        self._check_side("src", "source", src, src_index)
+        self._check_side("dst", "destination", dst, dst_index)
         return summed(factors(self.nests, self.unit, Move(src, dst, src_index, dst_index, count)))
 
-    def _check_side(self, name: str, view: KVView, index: Index) -> None:
-        side = "src" if name == "source" else "dst"
+    def _check_side(self, side: str, name: str, view: KVView, index: Index) -> None:
         if not (isinstance(view, KVView) and isinstance(index, Index)):
             raise SlotError(
                 f"The {name} was asked of plan.runs as a {type(view).__name__} and a "
@@ -315,7 +314,10 @@ def _fit(
     src: Form, dst: Form, steps: tuple[int, int], units: Iterable[int]
 ) -> tuple[int, tuple[Nest, ...]]:
     """The first of ``units`` for which every part has a nest."""
-    refused: Unsupported | None = None
+    refused = Unsupported(
+        f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
+        "a page moves only whole; use copy_blocks, or an index with step=block_size",
+    )
     for unit in units:
         if src.opaque and unit % src.block_size:
             continue
@@ -323,10 +325,7 @@ def _fit(
             return unit, _join([_nest(src, dst, steps, k, unit) for k in range(src.kv)])
         except Unsupported as error:
             refused = error
-    raise refused or Unsupported(
-        f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
-        "a page moves only whole; use copy_blocks, or an index with step=block_size",
-    )
+    raise refused
 
 
 def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Nest:

@@ -36,10 +36,10 @@ class _Store:
 
     def __init__(self) -> None:
         self.token = object()  # stands for the list, and holds none of its memory
-        #: The ids as a contiguous int64 array on the host, once they were needed there.
+        # The ids as a contiguous int64 array on the host, and contiguous in other places or dtypes.
         self.array: npt.NDArray[np.int64] | None = None
-        self.copies: list[torch.Tensor] = []  # contiguous, in other places or dtypes
-        #: For (offset, count, slots, distinct) whether an id of that range is negative.
+        self.copies: list[torch.Tensor] = []
+        # For (offset, count, slots, distinct) whether an id of that range is negative.
         self.checked: dict[tuple[int, int, int, bool | None], bool] = {}
 
     def remember(self, key: tuple[int, int, int, bool | None], skips: bool) -> None:
@@ -109,14 +109,13 @@ class Index:
     @classmethod
     def joined(cls, ranges: Sequence[tuple[Index, int]]) -> Index:
         """The first ``count`` positions of several indices, one behind the other, as slots."""
-        pieces = []
-        for index, count in ranges:
-            if index.ids is not None and index.step == 1:
-                pieces.append(index.ids[index.offset : index.offset + count])
-            else:
-                pieces.append(torch.from_numpy(index.slots(count)))
-        homes = {piece.device for piece in pieces if piece.device.type != "cpu"}
-        home = homes.pop() if homes else _HOST
+        pieces = [
+            torch.from_numpy(index.slots(count))
+            if index.ids is None or index.step > 1
+            else index.ids[index.offset : index.offset + count]
+            for index, count in ranges
+        ]
+        home = next((piece.device for piece in pieces if not piece.is_cpu), _HOST)
         return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
 
     def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
@@ -143,8 +142,7 @@ class Index:
 
     @property
     def ids_token(self) -> object:
-        """Stands for the list of ids in a key: one object for all indices that share it; None
-        without ids."""
+        """One object that stands for the list of ids in a key; None without ids."""
         return None if self.ids is None else self._store.token
 
     def ids_on(self, home: torch.device, dtypes: frozenset[torch.dtype] = _ANY) -> torch.Tensor:
@@ -157,17 +155,16 @@ class Index:
         if found is not None:
             return found
         assert self.ids is not None
-        if torch.int64 in dtypes or self.ids.dtype in dtypes:
-            ids = self.ids.to(home, self.ids.dtype if self.ids.dtype in dtypes else torch.int64)
-        else:
+        ids = self.ids
+        if ids.dtype not in dtypes and torch.int64 not in dtypes:
             largest = int(self.host_ids().max(initial=0)) if self.on_host else 0
             if largest > _INT32:
                 raise Unsupported(
                     f"An index with id {largest}",
                     "the backend reads int32 ids only; use another backend",
                 )
-            ids = self.ids.clamp(-1, _INT32).to(torch.int32).to(home)  # what is bad stays so
-        ids = ids.contiguous()
+            ids = ids.clamp(-1, _INT32).to(torch.int32)  # what is bad stays so
+        ids = ids.to(home, ids.dtype if ids.dtype in dtypes else torch.int64).contiguous()
         if self.on_host:
             # A copy made from device ids is ordered on one stream only, so it is not kept.
             self._store.copies.append(ids)
@@ -224,11 +221,8 @@ class Index:
         return self.host_ids() if self.ids is not None and self.on_host else self._store.array
 
     def units(self, count: int, unit: int, device: torch.device) -> torch.Tensor:
-        """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``.
-
-        Negative where the id is negative. Without ids the first position may be any slot; units
-        are then counted from it.
-        """
+        """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``;
+        negative if the id is; without ids counted from the first position, which may be any slot."""
         first, per_id = self.offset // unit, self.step // unit
         if self.ids is not None and per_id == 1:
             return self.ids_on(device)[first : first + count // unit].long()
@@ -241,7 +235,7 @@ class Index:
 
     def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:
         """The slot of each of ``count`` positions, or of ``every`` so many-th one, on the host;
-        negative where skipped."""
+        negative if skipped."""
         at = np.arange(self.offset, self.offset + count, every, dtype=np.int64)
         if self.ids is None:
             return at
@@ -251,17 +245,16 @@ class Index:
     def check_length(self, count: int, slots: int, side: str) -> None:
         """Raise `SlotError` if ``count`` positions run past the list, or past a view of
         ``slots`` slots that is read without ids."""
-        if self.ids is not None:
-            if self.length is not None and count > self.length:
-                raise SlotError(
-                    f"{count} positions from {self.offset} on were asked of the {side} index, "
-                    f"which covers {self.ids.numel()} ids x {self.step} tokens; pass a longer list "
-                    f"or a smaller range."
-                )
-        elif self.offset + count > slots:
+        if self.ids is None and self.offset + count > slots:
             raise SlotError(
                 f"{count} tokens from {self.offset} on were asked of the {side}, which holds "
                 f"{slots} tokens; pass a larger buffer or a smaller range."
+            )
+        if self.ids is not None and self.length is not None and count > self.length:
+            raise SlotError(
+                f"{count} positions from {self.offset} on were asked of the {side} index, which "
+                f"covers {self.ids.numel()} ids x {self.step} tokens; pass a longer list or a "
+                f"smaller range."
             )
 
     def check(self, count: int, slots: int, side: str, *, distinct: bool = False) -> bool:
@@ -323,11 +316,11 @@ class Index:
                 f"has {slots} slots (0 to {slots - 1}); nothing was moved. Correct the index."
             )
         values, times = np.unique(expanded[expanded >= 0], return_counts=True)
-        again = np.flatnonzero(times > 1)
-        if distinct and again.size:
+        if distinct and (times > 1).any():
+            at = int(np.argmax(times > 1))
             raise SlotError(
-                f"Slot {int(values[again[0]])} occurs {int(times[again[0]])} times in the {side} "
-                f"index; a destination slot may be written once. Nothing was moved."
+                f"Slot {int(values[at])} occurs {int(times[at])} times in the {side} index; a "
+                f"destination slot may be written once. Nothing was moved."
             )
 
     def __repr__(self) -> str:
@@ -336,10 +329,30 @@ class Index:
 
 
 def _as_ids(ids: object) -> torch.Tensor:
+    """Ids as a dense tensor of one dimension, which a list and an array become."""
     if isinstance(ids, (list, tuple, range)):
-        ids = _listed(ids)
+        for each in ids:
+            if isinstance(each, bool) or not isinstance(each, (int, np.integer)):
+                raise SlotError(
+                    f"An index holds integers, but {each!r} was found; pass slot numbers."
+                )
+        try:
+            ids = np.array(ids, dtype=np.int64)
+        except OverflowError:
+            raise SlotError(
+                "An index with a number of more than 64 bits was given; expected slot numbers."
+            ) from None
     if isinstance(ids, np.ndarray):
-        ids = _from_array(ids)
+        if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
+            raise SlotError(
+                f"An index of dtype {ids.dtype} was given; expected int32 or int64. Convert it "
+                f"with .astype('int64') if it really holds slot numbers."
+            )
+        # Torch takes neither negative strides, nor foreign byte orders, nor read-only memory.
+        native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
+        # To numpy an array of one number is contiguous whatever its stride.
+        plain = native.flags.writeable and min(native.strides, default=0) >= 0
+        ids = torch.from_numpy(native if plain else native.copy())
     if not isinstance(ids, torch.Tensor):
         raise SlotError(
             f"An index is a tensor, an array or a list of integers, but a {type(ids).__name__} "
@@ -370,31 +383,6 @@ def _as_ids(ids: object) -> torch.Tensor:
             "outside of function transforms."
         ) from None
     return ids
-
-
-def _listed(ids: Sequence[object]) -> npt.NDArray[np.int64]:
-    bad = next((x for x in ids if isinstance(x, bool) or not isinstance(x, (int, np.integer))), ids)
-    if bad is not ids:
-        raise SlotError(f"An index holds integers, but {bad!r} was found; pass slot numbers.")
-    try:
-        return np.array(ids, dtype=np.int64)
-    except OverflowError:
-        raise SlotError(
-            "An index with a number of more than 64 bits was given; expected slot numbers."
-        ) from None
-
-
-def _from_array(ids: npt.NDArray[Any]) -> torch.Tensor:
-    if ids.dtype.kind != "i" or ids.dtype.itemsize not in (4, 8):
-        raise SlotError(
-            f"An index of dtype {ids.dtype} was given; expected int32 or int64. Convert it with "
-            f".astype('int64') if it really holds slot numbers."
-        )
-    # Torch takes neither negative strides, nor foreign byte orders, nor read-only memory.
-    native = np.ascontiguousarray(ids, dtype=ids.dtype.newbyteorder("="))
-    # To numpy an array of one number is contiguous whatever its stride.
-    plain = native.flags.writeable and min(native.strides, default=0) >= 0
-    return torch.from_numpy(native if plain else native.copy())
 
 
 def _repeats(used: npt.NDArray[np.int64]) -> bool:

@@ -40,32 +40,62 @@ def sliced(view: KVView, *, layers: Range, heads: Range, kv: Range) -> Rows:
     # What the origins of such slices share at any layer, so that no layer has its own form.
     strides = [step.stride for part in parts if fewer_layers for step in part.layer]
     alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
-    behind_one_address = len({part.table for part in parts}) < len(parts)
-    if fewer_layers and behind_one_address and len({part.layer for part in parts}) > 1:
-        # From layer to layer they lie farther apart: each part gets entries of its own.
-        n = len(parts)
-        origins = tuple(origin for origin in origins for _ in parts)
-        owners = tuple(owner for owner in owners for _ in parts)
-        parts = [_rewalk(x, x.table * n + i, lambda table: table * n) for i, x in enumerate(parts)]
+    # Parts behind one address that drift apart from layer to layer get entries of their own:
+    # entry e of the i-th of n parts has number e * n + i. Otherwise they share it, and n is 1.
+    shared = len({part.table for part in parts}) < len(parts)
+    drift = fewer_layers and shared and len({part.layer for part in parts}) > 1
+    n = len(parts) if drift else 1
     parts = [_cut(part, "layer", layer_range) for part in parts]
+    starts = [part.table * n + i % n for i, part in enumerate(parts)]
     count = view.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
-    kept, parts = _keep_entries(parts, len(origins), count)
-    parts, shifts = _fold_origins(parts, count)
+    # Byte offsets move from the parts into the addresses; those of one entry share the first's.
+    first = {start: part.offset for start, part in reversed([*zip(starts, parts, strict=True)])}
+    shifts: dict[int, int] = {}
+    for start, part in zip(starts, parts, strict=True):
+        shifts.update((start + n * walk, first[start]) for walk in _entries(part, count))
+    reached = sorted(shifts)
+
+    def window(table: int) -> int:
+        # A step of so many entries now passes as many as are left of any such from the first on.
+        return bisect_left(reached, reached[0] + n * table)
+
     dtypes = tuple(form.dtypes[k] for k in kv_range) if form.dtypes else ()
     form = replace(
         form,
-        parts=tuple(parts),
+        parts=tuple(
+            Part(bisect_left(reached, start), part.offset - first[start], **_rewalk(part, window))
+            for start, part in zip(starts, parts, strict=True)
+        ),
         layers=len(layer_range),
         heads=len(head_range),
         widths=tuple(form.widths[k] for k in kv_range),
         alignment=alignment,
         dtypes=dtypes if any(dtypes) else (),
     )
-    origins = tuple(origins[entry] + shifts.get(i, 0) for i, entry in enumerate(kept))
-    left = tuple(owners[i] for i in kept)
-    if len(left) < len(owners):
+    origins = tuple(origins[number // n] + shifts[number] for number in reached)
+    left = tuple(owners[number // n] for number in reached)
+    if len(left) < n * len(owners):
         spans = _within(spans, left)
     return same_form(form), origins, left, spans
+
+
+def _rewalk(part: Part, change: Callable[[int], int]) -> dict[str, Steps]:
+    """The steps of each axis, with the entries that one passes changed."""
+    return {
+        name: tuple(replace(step, table=change(step.table)) for step in part.axis(name))
+        for name in PART_AXES
+    }
+
+
+def _entries(part: Part, count: int) -> list[int]:
+    """Table entries of one part behind its origin; its unbounded axis has ``count`` positions."""
+    walks = []
+    for steps in map(part.axis, PART_AXES):
+        for step in steps:
+            extent = step.extent or count // prod(inner.extent or 1 for inner in steps)
+            if step.table:
+                walks.append([i * step.table for i in range(extent)])
+    return [sum(combination) for combination in product(*walks)]
 
 
 def _within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
@@ -123,45 +153,3 @@ def _cut(part: Part, axis: str, wanted: range) -> Part:
         f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; slice "
         f"at multiples of its factors."
     )
-
-
-def _keep_entries(parts: list[Part], entries: int, count: int) -> tuple[list[int], list[Part]]:
-    """Drop table entries that no part reaches, and renumber the steps that walk through them."""
-    reached = sorted({entry for part in parts for entry in _entries(part, count)})
-    if len(reached) == entries:
-        return reached, parts
-
-    def window(table: int) -> int:
-        # A step of n entries now passes as many as are left of any n from the first on.
-        return bisect_left(reached, reached[0] + table)
-
-    return reached, [_rewalk(part, bisect_left(reached, part.table), window) for part in parts]
-
-
-def _rewalk(part: Part, table: int, change: Callable[[int], int]) -> Part:
-    """A part that begins at another table entry, with the entries of each step changed."""
-    axes = {
-        name: tuple(replace(step, table=change(step.table)) for step in part.axis(name))
-        for name in PART_AXES
-    }
-    return Part(table, part.offset, **axes)
-
-
-def _entries(part: Part, count: int) -> list[int]:
-    """Table entries of one part; its unbounded axis has ``count`` positions."""
-    walks = []
-    for steps in map(part.axis, PART_AXES):
-        for step in steps:
-            extent = step.extent or count // prod(inner.extent or 1 for inner in steps)
-            if step.table:
-                walks.append([i * step.table for i in range(extent)])
-    return [part.table + sum(combination) for combination in product(*walks)]
-
-
-def _fold_origins(parts: list[Part], count: int) -> tuple[list[Part], dict[int, int]]:
-    """Move byte offsets of the parts into the addresses; parts of one entry share the first's."""
-    first = {part.table: part.offset for part in reversed(parts)}
-    shifts: dict[int, int] = {}
-    for part in parts:
-        shifts.update(dict.fromkeys(_entries(part, count), first[part.table]))
-    return [replace(part, offset=part.offset - first[part.table]) for part in parts], shifts
