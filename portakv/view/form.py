@@ -7,11 +7,14 @@ tokens). It is hashable and holds integers and strings only, so it can be sent t
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import product
+from math import prod
 
+from portakv.errors import LayoutError
 from portakv.layout.extents import factor_extent
 from portakv.layout.language import Factor, Layout
 
@@ -53,6 +56,39 @@ class Part:
     def axis(self, name: str) -> Steps:
         """The steps of one axis by its name."""
         return getattr(self, name)  # type: ignore[no-any-return]
+
+    def cut(self, axis: str, wanted: range) -> Part:
+        """Only ``wanted`` positions of one axis; raises `LayoutError` if they cut a factor."""
+        steps = self.axis(axis)
+        size, below = len(wanted), 1
+        if size == prod(step.extent for step in steps):
+            return self
+        table, offset = locate(self.table, self.offset, steps, wanted.start)
+        kept: Steps = ()
+        for step in reversed(steps):
+            if size <= step.extent:
+                if wanted.start % below or wanted.start // below % step.extent + size > step.extent:
+                    break
+                kept = (Step(size, step.table, step.stride), *kept) if size > 1 else kept
+                return replace(self, table=table, offset=offset, **{axis: kept})
+            if size % step.extent:
+                break
+            kept, size, below = (step, *kept), size // step.extent, below * step.extent
+        raise LayoutError(
+            f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; "
+            f"slice at multiples of its factors."
+        )
+
+    def entries(self, count: int) -> list[int]:
+        """The table entries behind ``table`` that its rows lie behind; its unbounded axis has
+        ``count`` positions."""
+        walks = []
+        for steps in map(self.axis, PART_AXES):
+            for step in steps:
+                extent = step.extent or count // prod(inner.extent or 1 for inner in steps)
+                if step.table:
+                    walks.append([i * step.table for i in range(extent)])
+        return [sum(combination) for combination in product(*walks)]
 
 
 PART_AXES = ("layer", "block", "token", "head", "dim")
@@ -219,3 +255,26 @@ def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tup
         position, at = divmod(position, step.extent) if step.extent else (0, position)
         table, offset = table + at * step.table, offset + at * step.stride
     return table, offset
+
+
+def gather(parts: Sequence[Part], count: int, n: int) -> tuple[tuple[Part, ...], dict[int, int]]:
+    """Parts behind the table entries that they reach, renumbered, and what became of their offsets:
+    for each of these entries, in order, the bytes that its address gains.
+
+    ``n``: 1 if parts share entries; else there are ``n``, and entry e of the i-th is e * n + i.
+    """
+    begun = [(part.table * n + i % n, part) for i, part in enumerate(parts)]
+    first = {start: part.offset for start, part in reversed(begun)}  # parts of one entry share it
+    gained: dict[int, int] = {}
+    for start, part in begun:
+        gained.update((start + n * entry, first[start]) for entry in part.entries(count))
+    reached = sorted(gained)
+    made = []
+    for start, part in begun:
+        axes: dict[str, Steps] = {}
+        for name in PART_AXES:
+            # A step now passes as many entries as are left of those it passed from the first on.
+            passed = ((x, bisect_left(reached, reached[0] + n * x.table)) for x in part.axis(name))
+            axes[name] = tuple(replace(step, table=table) for step, table in passed)
+        made.append(Part(bisect_left(reached, start), part.offset - first[start], **axes))
+    return tuple(made), {number: gained[number] for number in reached}

@@ -222,7 +222,7 @@ class Index:
 
     def units(self, count: int, unit: int, device: torch.device) -> torch.Tensor:
         """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``;
-        negative if the id is; without ids counted from the first position, which may be any slot."""
+        negative if the id is; without ids counted from the first position, which may be any."""
         first, per_id = self.offset // unit, self.step // unit
         if self.ids is not None and per_id == 1:
             return self.ids_on(device)[first : first + count // unit].long()

@@ -7,8 +7,10 @@ Addresses come from ``data_ptr()`` and strides, never from contiguity, the numbe
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from operator import index
 from typing import Any, NoReturn
 
 import numpy as np
@@ -17,10 +19,9 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
-from portakv.view.bound import BoundLayout, Facts, Rows, as_dtype, bind_layout, reach
+from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
-from portakv.view.form import ALIASED, locate, same_form
-from portakv.view.slicing import sliced
+from portakv.view.form import ALIASED, gather, locate, same_form, widest_vector
 
 
 class KVView:
@@ -268,7 +269,38 @@ class KVView:
                 f"A slice by {asked} was asked; expected layers, heads or kv; pass an Index of "
                 f"the blocks or tokens to the copy."
             )
-        return self._with(sliced(self, layers=layers, heads=heads, kv=kv))
+        form, origins, owners, spans = self.form, self.origins, self.owners, self.spans
+        kv_range = _range("kv", kv, form.kv)
+        layer_range = _range("layers", layers, form.layers)
+        head_range = _range("heads", heads, form.heads)
+        if (len(kv_range), len(layer_range), len(head_range)) == (form.kv, form.layers, form.heads):
+            return self._with((form, origins, owners, spans))
+        parts = [form.parts[k].cut("head", head_range) for k in kv_range]
+        fewer_layers = len(layer_range) < form.layers
+        # What the origins of such slices share at any layer, so that no layer has its own form.
+        strides = [step.stride for part in parts if fewer_layers for step in part.layer]
+        alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
+        # Parts behind one address that drift apart from layer to layer get entries of their own.
+        shared = len({part.table for part in parts}) < len(parts)
+        drift = fewer_layers and shared and len({part.layer for part in parts}) > 1
+        n = len(parts) if drift else 1
+        count = self.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
+        gathered, gained = gather([part.cut("layer", layer_range) for part in parts], count, n)
+        dtypes = tuple(form.dtypes[k] for k in kv_range) if form.dtypes else ()
+        form = replace(
+            form,
+            parts=gathered,
+            layers=len(layer_range),
+            heads=len(head_range),
+            widths=tuple(form.widths[k] for k in kv_range),
+            alignment=alignment,
+            dtypes=dtypes if any(dtypes) else (),
+        )
+        origins = tuple(origins[number // n] + gain for number, gain in gained.items())
+        left = tuple(owners[number // n] for number in gained)
+        if len(left) < n * len(owners):
+            spans = _within(spans, left)
+        return self._with((same_form(form), origins, left, spans))
 
     def as_bytes(self) -> KVView:
         """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
@@ -307,3 +339,37 @@ class KVView:
             f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
             f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
         )
+
+
+def _range(name: str, asked: slice | int | None, extent: int) -> range:
+    if asked is None:
+        return range(extent)
+    try:
+        if isinstance(asked, slice):
+            found = range(extent)[asked]
+        else:
+            at = index(asked)
+            found = range(at, at + 1) if 0 <= at < extent else range(0)
+    except (TypeError, ValueError):
+        raise LayoutError(
+            f"{name}={asked!r} was asked; expected an integer or a slice of integers."
+        ) from None
+    if len(found) < 1 or found.step != 1:
+        raise LayoutError(
+            f"{name}={asked} asks for {list(found)} of {extent}; ask for a range of at least one "
+            f"with step 1."
+        )
+    return found
+
+
+def _within(spans: Spans, owners: Sequence[torch.Tensor]) -> Spans:
+    """The parts of sorted, disjoint spans that lie in the storages of some of their tensors."""
+    storages = (owner.untyped_storage() for owner in owners)
+    ends = [past for _, past in spans]
+    found = []
+    for start, end in sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}):
+        at = bisect_right(ends, start)
+        while at < len(spans) and spans[at][0] < end:
+            found.append((max(spans[at][0], start), min(spans[at][1], end)))
+            at += 1
+    return found
