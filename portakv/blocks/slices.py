@@ -13,7 +13,7 @@ from math import gcd, lcm
 import torch
 
 from portakv.blocks.handle import BlockTransfer, token_bytes
-from portakv.copy.copy import copy_move, drop_bad_ids
+from portakv.copy.copy import check_ids, copy_move, drop_bad_ids
 from portakv.copy.enqueue import follow_current
 from portakv.plan.plan import CopyPlan, Move, check_disjoint
 from portakv.registry.prepared import bring
@@ -57,7 +57,9 @@ def in_slices(
     nothing = (_layer(move, 0) if by_layer else move)._replace(count=0)
     copy_move(nothing, choice, stream)  # what cannot be carried out is refused now
     src, dst, mine, theirs, count = move
-    kept = _cleaned(Move(src, dst, mine.to_host(), theirs.to_host(), count))
+    kept = Move(src, dst, mine.to_host(), theirs.to_host(), count)
+    if check_ids(kept, strict=False):
+        kept, _ = drop_bad_ids(kept, gcd(*kept.steps))  # positions that are skipped
     _check_memory(kept)
     if not kept.count:
         none = [Transfer()] * src.layers if by_layer else None
@@ -124,14 +126,6 @@ def _check_memory(move: Move) -> None:
     move.src.check_memory()
     move.dst.check_memory()
     check_disjoint(move)
-
-
-def _cleaned(move: Move) -> Move:
-    """Without the positions that are skipped; raises `SlotError` for bad ids."""
-    src, dst, mine, theirs, count = move
-    skips = mine.check(count, src.slots, "source")
-    skips |= theirs.check(count, dst.slots, "destination", distinct=True)
-    return drop_bad_ids(move, gcd(*move.steps))[0] if skips else move
 
 
 @contextmanager

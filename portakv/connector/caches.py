@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index as whole_number
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias, cast
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 from weakref import ref
 
 import numpy as np
 import torch
 
 from portakv.connector.in_graph import Allocations
-from portakv.copy.copy import Ids, MemoryObject, Tensors, check_device_ids
+from portakv.copy.copy import Ids, MemoryObject, Tensors, check_ids
 from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
@@ -123,7 +123,8 @@ class Registration:
     def chunk(self, memory_obj: MemoryObject) -> KVView:
         """The view of one memory object: a tensor, or anything with ``.tensor``; raises
         `LayoutError` if it does not hold rows of these caches."""
-        tensor = probe = cast(Any, memory_obj)
+        tensor: Any = memory_obj
+        probe: Any = memory_obj
         if not isinstance(memory_obj, torch.Tensor):
             tensor = getattr(memory_obj, "tensor", memory_obj)
             probe = _first_tensor(tensor)
@@ -246,10 +247,7 @@ def _check_batch(moves: list[Move], strict: bool) -> None:
     """Refuse the whole batch before its first launch if one of its copies is bad."""
     for move in moves:
         move.dst.check_writable()
-        if strict:
-            check_device_ids(move)
-        move.src_index.check(move.count, move.src.slots, "source")
-        move.dst_index.check(move.count, move.dst.slots, "destination", distinct=True)
+        check_ids(move, strict)
     if len(moves) < 2:
         return
     # Sets of one batch share the cache; destinations must be distinct across them as well.

@@ -16,7 +16,6 @@ from portakv.errors import (
     DeviceMismatch,
     InvalidTerms,
     LayoutError,
-    PortaKVError,
     SlotError,
     Unsupported,
 )
@@ -39,6 +38,7 @@ class HasTensor(Protocol):
         """`Tensors`; None or anything else is refused when it is used."""
 
 
+UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture
 #: A chunk.
 MemoryObject: TypeAlias = "Tensors | HasTensor"
 
@@ -155,18 +155,14 @@ def copy_move(
     strict: bool = False,
 ) -> Transfer:
     """Carry out a copy that its indices and views cover, by the chosen backend, or across the link
-    by an engine over it.
+    by an engine over it. Raises as `copy_rows` does.
 
     Args:
-        move: the copy.
-        choice: the backend of the device that carries it out, or an engine.
         stream: where to order the work; it first waits for the current stream.
         known_good: the memory of the views was looked at just now: it is there, and none is shared.
         strict: ids on a device are looked at before anything is moved, which waits for them.
-
-    Raises as `copy_rows` does.
     """
-    src, dst, src_index, dst_index, count = move
+    src, dst, mine, theirs, count = move
     if stream is not None:
         check_stream(stream, choice.backend.device)
     dst.check_writable()
@@ -175,20 +171,16 @@ def copy_move(
         dst.check_memory()
     if not src.device == dst.device == choice.backend.device:
         choice = carrier(src, dst, choice, None)
-    steps = src_index.plan_step, dst_index.plan_step
-    ready = prepared(src.form, dst.form, *steps, None, choice)
+    ready = prepared(src.form, dst.form, mine.plan_step, theirs.plan_step, None, choice)
     if count == 0:
         return Transfer()
-    if strict:
-        check_device_ids(move)
-    skips = src_index.check(count, src.slots, "source")
-    skips |= dst_index.check(count, dst.slots, "destination", distinct=True)
+    skips, error = check_ids(move, strict), None
     pieces = _pieces(ready, move, choice)
-    error: PortaKVError | None = None
-    trusted = (src_index.on_host or src_index.is_clean(count, src.slots)) and (
-        dst_index.on_host or dst_index.is_clean(count, dst.slots)
+    trusted = (mine.on_host or mine.is_clean(count, src.slots)) and (
+        theirs.on_host or theirs.is_clean(count, dst.slots)
     )
-    if (skips or not trusted) and _need_cleaning(pieces, trusted):
+    if (skips or not trusted) and not _take(pieces, trusted):
+        check_not_captured(choice.backend.device, UNCHECKED)
         move, error = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
         if move.count == 0:
             return Transfer((Completion(error=error),))
@@ -236,43 +228,34 @@ def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
     return pieces
 
 
-def _need_cleaning(pieces: list[Piece], trusted: bool) -> bool:
-    """Whether a backend of the copy cannot take ids that are negative, or not trusted either.
-
-    Raises `Unsupported` inside graph capture, where they cannot be checked.
-    """
+def _take(pieces: list[Piece], trusted: bool) -> bool:
+    """Whether the backends of a copy take ids that are negative, and those that are not trusted."""
     for ready, _, _ in pieces:
         if not ready.can.skips_negative or not (trusted or ready.can.guards):
-            check_not_captured(
-                ready.choice.backend.device, "its ids have to be checked before they are used"
-            )
-            return True
-    return False
+            return False
+    return True
 
 
-def check_device_ids(move: Move) -> None:
-    """Wait for ids on a device and judge them as ids on the host are.
+def check_ids(move: Move, strict: bool) -> bool:
+    """Whether ids on the host skip positions; with ``strict`` ids on a device are waited for and
+    judged as these are.
 
     Raises:
         SlotError: a slot past the end, or a destination that occurs twice.
-        Unsupported: inside graph capture.
+        Unsupported: ``strict``, with ids on a device, inside graph capture.
     """
     src, dst, mine, theirs, count = move
-    if not (mine.on_host and theirs.on_host):
-        check_not_captured(
-            common_device(src, dst), "its ids have to be checked before they are used"
-        )
-        mine.to_host().check(count, src.slots, "source")
-        theirs.to_host().check(count, dst.slots, "destination", distinct=True)
+    if strict and not (mine.on_host and theirs.on_host):
+        check_not_captured(common_device(src, dst), UNCHECKED)
+        mine, theirs = mine.to_host(), theirs.to_host()
+    skips = mine.check(count, src.slots, "source")
+    return theirs.check(count, dst.slots, "destination", distinct=True) or skips
 
 
 def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
-    """The copy without the units whose id is negative or past the end, on either side; and the
-    error that names the first id past the end.
-
-    Waits once for the device if ids are there. If nothing is dropped the copy comes back as it is,
-    and its ids need not be looked at again.
-    """
+    """The copy without the units whose id is negative or past the end, on either side, and the
+    error that names the first id past the end. Waits once for the device if ids are there; if
+    nothing is dropped they need not be looked at again."""
     src, dst, *indices, count = move
     unit = gcd(unit, *(index.offset for index in indices), count)
     device = next((x.ids.device for x in indices if x.ids is not None), src.device)

@@ -41,14 +41,16 @@ def launch(
     captured = on_device and capturing(device)
     if captured:
         _check_capture(pieces, move)
-    placed = [ready.place_both(move) for ready, _, _ in pieces]
+    placed = []
+    for ready, _, _ in pieces:
+        placed.append(ready.place_both(move))
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:
         follow_current(stream, placed)
     pendings: list[Pending] = []
     status: list[tuple[StatusWord, int]] = []
-    carried = None
+    carried = NOTHING
     for (ready, first, tokens), whole in zip(pieces, placed, strict=True):
         word = None
         if on_device and ready.can.guards:
@@ -56,24 +58,23 @@ def launch(
             status.append((status_word, first))  # it counts from there
             word = status_word.tensor
         pending = ready.launch(*whole.part(first, tokens), stream, word)
-        carried = carried or ready.carried
+        if carried is NOTHING:
+            carried = ready.carried
         if pending is not None:
             pendings.append(pending)
     if captured:
         # The graph may write these words at every replay, so they are never given back.
-        return streams.captured(device, stream, move, words=status, carried=carried)
-    kept = (move.src, move.dst, placed)
+        return streams.captured(device, stream, move, status, carried)
+    event, pool, kept = None, None, (move.src, move.dst, placed)
     if on_device:
         pool = event_pool(device)
         event = pool.recorded(stream)
-        completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     elif not pendings and error is None:
-        return Transfer((), None, carried or NOTHING)
-    else:
-        completion = Completion(None, pendings, (), error, kept if pendings else None)
+        return Transfer((), None, carried)
+    completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
     if pendings or status:
         hold(completion)
-    return Transfer((completion,), kept if on_device else None, carried or NOTHING)
+    return Transfer((completion,), kept, carried)
 
 
 def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:

@@ -27,14 +27,8 @@ _MOST = 256  # a chunk length that comes once must not stay for ever
 
 
 class Shortcuts:
-    """The shortcuts of one registration.
-
-    Args:
-        cache: the registered caches.
-        first: the first of their tensors, as the caller has it.
-        choice: the backend that the connector chose.
-        owner: a weak reference to the connector, for errors that the caller was not told of.
-    """
+    """The shortcuts of one registration: of caches, the first of their tensors as the caller has
+    it, and the backend of their connector, which is the ``owner`` of errors that no caller saw."""
 
     def __init__(self, cache: KVView, first: torch.Tensor, choice: Choice, owner: Owner) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner
@@ -127,12 +121,12 @@ class Shortcuts:
             return
         placed = index.placed(ready.home_of_ids, ready.can.index_dtypes)
         if placed is index and index.length:
-            sides = (self._cache, chunk, index, Index()) if store else (
-                chunk, self._cache, Index(), index
-            )  # fmt: skip
-            repeat = again(*sides)
+            cache, whole = self._cache, Index()
+            repeat = (
+                again(cache, chunk, index, whole) if store else again(chunk, cache, whole, index)
+            )
             if repeat is not None:
-                self._known[key] = _Shortcut(self._cache, chunk, repeat, ready.carried)
+                self._known[key] = _Shortcut(cache, chunk, repeat, ready.carried)
 
 
 class _Shortcut:
@@ -143,13 +137,11 @@ class _Shortcut:
     def __init__(
         self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
     ) -> None:
-        self.carried = carried
-        self.again, self.slots = again, min(chunk.slots, again.most)
+        self.again, self.carried, self.slots = again, carried, min(chunk.slots, again.most)
         self._index = chunk.device.index
         ((first, past),) = chunk.spans
         self._reach = past - first
-        self._firsts = [span[0] for span in cache.spans]
-        self._pasts = [span[1] for span in cache.spans]
+        self._firsts, self._pasts = zip(*cache.spans, strict=True)
 
     def fits(self, chunk: torch.Tensor, ids: torch.Tensor) -> bool:
         """Whether tensors of its shapes and dtypes are what it was made for."""

@@ -142,11 +142,11 @@ def captured(
     stream: torch.Stream | None,
     kept: object,
     words: Sequence[tuple[StatusWord, int]] = (),
-    carried: tuple[str, str] | None = None,
+    carried: tuple[str, str] = NOTHING,
 ) -> Transfer:
     """The handle of a copy that was captured; with ``stream``, `Transfer.wait` joins the fork."""
     event = None if stream is None else torch.Event(device)
     if event is not None:
         event.record(stream)
     completion = Completion(event, words=words, standing=True)
-    return Transfer((completion,), kept, carried or NOTHING)
+    return Transfer((completion,), kept, carried)
