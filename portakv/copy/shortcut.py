@@ -122,9 +122,8 @@ class Shortcuts:
         placed = index.placed(ready.home_of_ids, ready.can.index_dtypes)
         if placed is index and index.length:
             cache, whole = self._cache, Index()
-            repeat = (
-                again(cache, chunk, index, whole) if store else again(chunk, cache, whole, index)
-            )
+            sides = (cache, chunk, index, whole) if store else (chunk, cache, whole, index)
+            repeat = again(*sides)
             if repeat is not None:
                 self._known[key] = _Shortcut(cache, chunk, repeat, ready.carried)
 
