@@ -32,7 +32,7 @@ class CaseRecord:
     what is not claimed; where it passed, why some of its copies were declined."""
 
     id: str  # pytest's, relative to the package: ``cases/test_core.py::test_widths[2]``
-    area: str  # one of `judge.claims.AREAS`
+    area: str  # one of `cases.AREAS`
     profile: str  # the least that runs it, ``core`` or ``full``
     claim: str = ""  # the field of `Capabilities` that it judges; empty: every backend must do it
     status: Status = "passed"  # ``error`` is a fault of the suite or its surroundings

@@ -10,20 +10,32 @@ structures that nobody thought of (`test_drawn`, `test_metamorphic`, `test_state
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import pytest
+import torch
 
 from portakv import AdaptiveConnector
 from portakv_conformance.draw.arrangement import Case, Side
-from portakv_conformance.draw.by_hand import CHUNK, DIRECTIONS, PAGED, Shape, Workshop
-from portakv_conformance.judge.claims import full
+from portakv_conformance.draw.by_hand import CHUNK, DIRECTIONS, PAGED, Shape, Workshop, between
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, asked_of, index_of, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, index_of, plan_of, view_of
 from portakv_conformance.judge.subject import Subject
 
 __all__ = [
-    "CHUNK", "DIRECTIONS", "PAGED", "Bench", "Case", "Facility", "Judge", "Shape", "Side",
-    "Subject", "Workshop", "asked_of", "full", "index_of", "view_of",
+    "AREAS", "BOTH", "CHUNK", "DIRECTIONS", "PAGED", "Bench", "Case", "Facility", "Judge", "Shape",
+    "Side", "Subject", "Workshop", "asked_of", "between", "full", "index_of", "plan_of", "view_of",
 ]  # fmt: skip
+
+AREAS = (
+    "core", "corners", "safety", "claims", "metamorphic", "ordering", "capture", "stateful",
+    "drawn",
+)  # fmt: skip
+#: A case of the profile ``full`` only.
+full = pytest.mark.profile("full")
+#: The directions as a parameter that comes where the mark stands; the fixture's comes first.
+BOTH = pytest.mark.parametrize("direction", DIRECTIONS)
 
 
 @dataclass(frozen=True)
@@ -42,6 +54,14 @@ class Bench(Workshop):
         """Streams and delays of its device."""
         return self.judge.facility
 
+    def other(self, number: int) -> Bench:
+        """The same with other bytes and other shuffled lists, by a number."""
+        return replace(self, seed=self.seed + number)
+
+    def on_device(self, *shuffled: int) -> torch.Tensor:
+        """Shuffled ids on the judged device."""
+        return torch.tensor(self.shuffled(*shuffled)).to(self.device)
+
     def connector(self) -> AdaptiveConnector:
         """A connector for what is judged, in layouts that it takes."""
         return AdaptiveConnector(
@@ -52,3 +72,8 @@ class Bench(Workshop):
     def copy(self, case: Case) -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
         return self.judge.copy(case)
+
+    def both(self, *some: Any, **how: Any) -> None:
+        """Judge `some` copies of each direction."""
+        for direction in DIRECTIONS:
+            self.copy(self.some(direction, *some, **how))

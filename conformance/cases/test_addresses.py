@@ -70,20 +70,17 @@ def test_a_source_that_is_expanded(home: Bench, direction: str, axis: str) -> No
 
 def test_caches_that_share_tensors(workshop: Bench, direction: str) -> None:
     """A cache is all of its tensors in their order, not the first or the last of them."""
-    source = direction == "gather"
-    slots = workshop.shuffled(SHAPE.slots, 9, 1)
-    one, two = (
-        workshop.cache(SHAPE, slots, layout=PAGED, source=source, storage=number)
-        for number in (0, 100)
-    )
+    source, slots = direction == "gather", workshop.shuffled(SHAPE.slots, 9, 1)
+    how: dict[str, Any] = {"layout": PAGED, "source": source}
+    one, two = (workshop.cache(SHAPE, slots, storage=number, **how) for number in (0, 100))
     first, *_, last = one.tensors
     sets = (
         one.tensors, [first, *two.tensors[1:]], [*two.tensors[:-1], last],
         [first, one.tensors[2], one.tensors[1], last], [*two.tensors[:2], *one.tensors[2:]],
         one.tensors,
     )  # fmt: skip
+    guards = [*one.guards, *two.guards]
     for number, tensors in enumerate(sets):
-        guards = [*one.guards, *two.guards]
         cache = replace(one, tensors=list(tensors), guards=guards, arrangement=None)
         chunk = workshop.chunk(SHAPE, 9, source=not source, storage=2000 + number)
         workshop.copy(by_hand.between(direction, cache, chunk, 9))

@@ -6,16 +6,15 @@ other bytes; one that does not is refused inside a capture, in words, before any
 from __future__ import annotations
 
 import gc
-from dataclasses import replace
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
-from portakv import TransferError, Unsupported
+from portakv import Transfer, TransferError, Unsupported
 from portakv_conformance.cases import Bench, Case, Shape, asked_of
-from portakv_conformance.judge.claims import launch_of
 from portakv_conformance.judge.judging import changed
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import pattern_bytes
@@ -27,12 +26,6 @@ pytestmark = [
 SHAPE = Shape(layers=3, widths=(64, 64))
 #: Like no other case's, so that no kernel for it was launched before.
 FIRST = Shape(layers=3, heads=7, widths=(104, 104), block_size=12)
-
-
-def device_case(home: Bench, direction: str, holes: int, shape: Shape = SHAPE) -> Case:
-    """A case with ids on the device."""
-    slots = torch.tensor(home.shuffled(shape.slots, 9, holes))
-    return home.move(direction, shape, slots.to(home.device))
 
 
 def captured(call: Any) -> tuple[Any, Any]:
@@ -50,9 +43,8 @@ def check_replays(home: Bench, case: Case, graph: Any, holes: int) -> None:
     side = case.src if case.src.ids is not None else case.dst
     assert side.ids is not None
     for turn in range(3):
-        shop = replace(home, seed=home.seed + turn)
         if home.subject.can.index_on == "device":
-            side.ids.copy_(torch.tensor(shop.shuffled(side.slots, 9, holes)))
+            side.ids.copy_(torch.tensor(home.other(turn).shuffled(side.slots, 9, holes)))
         for number, guard in enumerate(case.src.guards):
             fresh = pattern_bytes(home.seed + turn + 1, number, guard.nbytes)
             guard.payload().copy_(torch.from_numpy(fresh.copy()))
@@ -66,9 +58,9 @@ def check_captured_launch(home: Bench, direction: str, *, first: bool) -> None:
     """Capture a launch that was never called before, or one that was, and replay it."""
     if not home.judge.claims("capturable", "its launches cannot be captured into a graph."):
         return
-    holes = 2 if home.subject.can.skips_negative else 0
-    case = device_case(home, direction, holes, FIRST if first else SHAPE)
-    launch = launch_of(home.subject, case)
+    holes, shape = 2 if home.subject.can.skips_negative else 0, FIRST if first else SHAPE
+    case = home.move(direction, shape, home.on_device(shape.slots, 9, holes))
+    launch = home.judge.launch_of(case)
     if not first:
         home.judge.launch(case)  # made its tables, and all that a first launch makes
         launch(None, None)
@@ -94,9 +86,8 @@ def test_a_copy_inside_a_capture(home: Bench, direction: str) -> None:
     """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
     can = home.subject.can
     able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
-    case = device_case(home, direction, 2)
-    call = partial(home.subject.copy, *asked_of(case), count=case.count)
-    call().synchronize()
+    case = home.move(direction, SHAPE, home.on_device(SHAPE.slots, 9, 2))
+    call = _warm(home, case)
     if able:
         graph, transfer = captured(call)
         for ask in (transfer.done, transfer.synchronize):
@@ -112,11 +103,17 @@ def test_a_copy_inside_a_capture(home: Bench, direction: str) -> None:
 def test_host_ids_inside_a_capture(home: Bench, direction: str) -> None:
     """A backend that reads ids on the device is refused those of the host inside a capture."""
     case = home.some(direction, SHAPE, 9)
-    call = partial(home.subject.copy, *asked_of(case), count=case.count)
-    call().synchronize()
+    call = _warm(home, case)
     if home.subject.can.index_on == "device":
         refused_in_capture(case, call)
     home.copy(case)
+
+
+def _warm(home: Bench, case: Case) -> Callable[[], Transfer]:
+    """The copy of a case, which was made once."""
+    call = partial(home.subject.copy, *asked_of(case), count=case.count)
+    call().synchronize()
+    return call
 
 
 def refused_in_capture(case: Case, call: Any) -> None:

@@ -14,17 +14,8 @@ import torch
 from portakv import Unsupported
 from portakv.backends.base import refusal
 from portakv.view.form import PLACES
-from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, Side, Subject
+from portakv_conformance.cases import BOTH, Bench, Case, Shape, Side, Subject, plan_of
 from portakv_conformance.draw.by_hand import on_host
-from portakv_conformance.judge.claims import (
-    check_at_once,
-    check_guarded,
-    check_refused,
-    claimed,
-    landing,
-    launch_of,
-    plan_of,
-)
 from portakv_conformance.judge.judging import takes
 
 pytestmark = pytest.mark.area("claims")
@@ -68,14 +59,14 @@ _PAIRS = [
 
 
 @pytest.mark.claim("places")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("pair", _PAIRS, ids="-".join)
 def test_places(home: Bench, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
     case, way = home.some(direction, SHAPE, 9), f"from {pair[0]} to {pair[1]} memory"
     case = Case(_in(pair[0], case.src), _in(pair[1], case.dst), case.count)
     if pair in home.subject.can.places:
-        claimed(home.judge, case, "places", f"copies {way}")
+        home.judge.claimed(case, "places", f"copies {way}")
         return
     home.judge.not_claimed("places", f"it does not copy {way}.")
     plan = plan_of(case)
@@ -93,7 +84,7 @@ def test_ids_are_read_where_claimed(home: Bench, direction: str) -> None:
     for step in (1, SHAPE.block_size):
         ids = home.judge.ids(home.shuffled(SHAPE.slots // step, 5))
         case = home.move(direction, SHAPE, ids, step=step)
-        claimed(home.judge, case, "index_on", f"reads ids on the {home.subject.can.index_on}")
+        home.judge.claimed(case, "index_on", f"reads ids on the {home.subject.can.index_on}")
     _within_one_cache(home, (None, None), "index_on", "reads ids of both sides")
 
 
@@ -103,13 +94,13 @@ def _within_one_cache(home: Bench, dtypes: tuple[Any, Any], field: str, what: st
     cache = home.cache(SHAPE, home.judge.ids(slots[:6], dtypes[0]))
     case = Case(cache, replace(cache, ids=home.judge.ids(slots[6:], dtypes[1])), 6)
     if takes(home.subject, case):
-        claimed(home.judge, case, field, what)
+        home.judge.claimed(case, field, what)
     else:
         home.copy(case)
 
 
 @pytest.mark.claim("index_dtypes")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_ids_are_read_in_the_claimed_dtypes(home: Bench, dtype: Any, direction: str) -> None:
     """The launch reads ids of each dtype that it claims, also where the sides' dtypes differ."""
@@ -118,13 +109,13 @@ def test_ids_are_read_in_the_claimed_dtypes(home: Bench, dtype: Any, direction: 
         home.copy(home.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
         return
     ids = home.judge.ids(home.shuffled(SHAPE.slots, 9), dtype)
-    claimed(home.judge, home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
+    home.judge.claimed(home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
     for other in home.subject.can.index_dtypes:
         _within_one_cache(home, (dtype, other), "index_dtypes", f"reads {dtype} beside {other}")
 
 
 @pytest.mark.claim("skips_negative")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("step", [1, 4])
 def test_negative_ids_reach_the_launch(home: Bench, step: int, direction: str) -> None:
     """A launch that claims to skip negative ids moves nothing for any negative number."""
@@ -135,11 +126,11 @@ def test_negative_ids_reach_the_launch(home: Bench, step: int, direction: str) -
         least = torch.iinfo(dtype).min
         for ids in ([-1, 3, 0], [3, 0, -1], [-1, -1], [-7, 2, least, 5], [least // 4, 1, -(2**20)]):
             case = home.move(direction, SHAPE, home.judge.ids(ids, dtype), step=step)
-            claimed(home.judge, case, "skips_negative", "skips negative ids")
+            home.judge.claimed(case, "skips_negative", "skips negative ids")
 
 
 @pytest.mark.claim("guards")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("step", [1, 4])
 def test_bad_ids_are_guarded(home: Bench, step: int, direction: str) -> None:
     """A launch that guards moves nothing for an id past the end, moves all others, and writes the
@@ -153,11 +144,11 @@ def test_bad_ids_are_guarded(home: Bench, step: int, direction: str) -> None:
         wild += [2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1] if dtype == torch.int64 else []
         for number, ids in enumerate([lists[0], *([1, bad, 3] for bad in wild), *lists]):
             case = home.move(direction, SHAPE, home.judge.ids(ids, dtype), step=step)
-            check_guarded(home.judge, case, word=number > 0)
+            home.judge.guarded(case, word=number > 0)
 
 
 @pytest.mark.claim("alignment")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("vector", [1, 2, 4, 8, 16])
 def test_alignment(home: Bench, vector: int, direction: str) -> None:
     """It takes rows that are aligned as it claims and no better, and refuses any less."""
@@ -167,10 +158,10 @@ def test_alignment(home: Bench, vector: int, direction: str) -> None:
         plan = plan_of(case)
         assert plan.vector >= min(vector, 16), f"The suite's plan has vector {plan.vector}."
         if plan.vector < home.subject.can.alignment:
-            check_refused(home.judge, case)
+            home.judge.refused(case)
         # Padding may need more loops than it claims; an offset in the storage never does.
         elif "shift" in how or refusal(home.subject.can, plan) is None:
-            claimed(home.judge, case, "alignment", f"takes rows at multiples of {plan.vector} B")
+            home.judge.claimed(case, "alignment", f"takes rows at multiples of {plan.vector} B")
 
 
 #: For each number of strided loops in a plan, the extents (layers, kv, heads, tokens) that make it.
@@ -178,7 +169,7 @@ _LOOPS = {0: (1, 1, 1, 1), 1: (1, 1, 2, 1), 2: (1, 2, 2, 1), 3: (3, 2, 2, 1), 4:
 
 
 @pytest.mark.claim("max_loops")
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("loops", _LOOPS)
 def test_max_loops(home: Bench, loops: int, direction: str) -> None:
     """It takes nests of as many strided loops as it claims, and refuses deeper ones."""
@@ -192,9 +183,9 @@ def test_max_loops(home: Bench, loops: int, direction: str) -> None:
     assert max(len(nest.loops) for nest in plan.nests) == loops, str(plan)
     most = home.subject.can.max_loops
     if most is None or loops <= most:
-        claimed(home.judge, case, "max_loops", f"takes {loops} strided loops")
+        home.judge.claimed(case, "max_loops", f"takes {loops} strided loops")
     else:
-        check_refused(home.judge, case)
+        home.judge.refused(case)
 
 
 @pytest.mark.claim("tables")
@@ -205,33 +196,31 @@ def test_tables(home: Bench, direction: str) -> None:
     layout = home.paged if "|" in home.paged else home.paged.replace("block", "block |", 1)
     grain = max(1, home.subject.can.alignment // 2)
     for number in range(3):
-        shop = replace(home, seed=home.seed + number)
-        case = shop.some(direction, shape, 9, layout=layout, place="scattered", grain=grain)
+        how: dict[str, Any] = {"layout": layout, "place": "scattered", "grain": grain}
+        case = home.other(number).some(direction, shape, 9, **how)
         held.append(case)
         assert plan_of(case).tabled, "The suite's plan needs no table."
         if home.subject.can.tables:
-            claimed(home.judge, case, "tables", "takes planes behind a table of addresses")
+            home.judge.claimed(case, "tables", "takes planes behind a table of addresses")
         else:
-            check_refused(home.judge, case)
+            home.judge.refused(case)
     launches: dict[Any, Any] = {}
     for case in held if home.subject.can.tables else ():
         # One prepared launch serves views of one form at any addresses.
         plan = plan_of(case)
         key = (plan.src, plan.dst)
         launches[key] = launches.get(key) or home.subject.prepare(plan)
-        launch = launch_of(home.subject, case, launches[key])
-        home.judge.judge(case, landing(home.judge, launch), lambda: None)
+        home.judge.judge(case, home.judge.landing(case, launches[key]), lambda: None)
 
 
 @pytest.mark.claim("threads")
 def test_threads(home: Bench) -> None:
     """One launch may be called from several threads at once; copies may be in any case."""
     shape = Shape(layers=3)
-    shops = [replace(home, seed=home.seed + n) for n in range(4)]
-    cases = [shop.some("gather", shape, 9) for shop in shops]
+    cases = [home.other(n).some("gather", shape, 9) for n in range(4)]
     plans = [plan_of(case) for case in cases]
     assert len({(plan.src, plan.dst) for plan in plans}) == 1
     launch, times = None, 8
     if home.judge.claims("threads", "the library lets one thread at a time into a launch."):
         launch, times = home.subject.prepare(plans[0]), 40
-    check_at_once(home.judge, cases, launch, times)
+    home.judge.at_once(cases, launch, times)

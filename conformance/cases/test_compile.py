@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv_conformance.cases import Bench, Shape
-from portakv_conformance.draw.by_hand import between
+from portakv_conformance.cases import Bench, Shape, between
 
 pytestmark = pytest.mark.area("capture")
 
@@ -31,7 +30,6 @@ def compiler() -> Iterator[str]:
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
 def test_a_transfer_inside_a_compiled_function(home: Bench, compiler: str, move: str) -> None:
     """It comes behind what the function writes before it, and before what is read behind it."""
-    subject = home.subject
     if torch._C._len_torch_dispatch_stack():
         home.judge.declined.append(
             "what emulates this device watches every op by a dispatch mode, and torch.compile "
@@ -52,8 +50,8 @@ def test_a_transfer_inside_a_compiled_function(home: Bench, compiler: str, move:
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     for turn, tokens in enumerate((5, 9, 12)):
-        shop = replace(home, seed=home.seed + 100 + turn)
-        slots = torch.tensor(shop.shuffled(SHAPE.slots, tokens, 1)).to(subject.device)
+        shop = home.other(100 + turn)
+        slots = shop.on_device(SHAPE.slots, tokens, 1)
         chunk = shop.chunk(SHAPE, tokens, source=move == "to_gpu")
         paged = replace(caches, ids=slots, arrangement=None)
         case = between("gather" if move == "from_gpu" else "scatter", paged, chunk, tokens)

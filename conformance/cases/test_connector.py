@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from portakv import AdaptiveConnector
-from portakv_conformance.cases import Bench, Case, Shape, Side, asked_of
-from portakv_conformance.draw.by_hand import between
+from portakv_conformance.cases import Bench, Case, Shape, Side, asked_of, between
 from portakv_conformance.judge.judging import changed
 
 pytestmark = pytest.mark.area("corners")
@@ -32,11 +31,11 @@ class Store:
 
     def caches(self, seed: int = 0, **how: Any) -> Side:
         """Caches of a seed of their own."""
-        return replace(self.home, seed=self.home.seed + seed).cache(SHAPE, [], **how)
+        return self.home.other(seed).cache(SHAPE, [], **how)
 
     def case(self, move: str, caches: Side, slots: Any, tokens: int = 0, seed: int = 0) -> Case:
         """The copy that ``move`` of these slots must be."""
-        shop = replace(self.home, seed=self.home.seed + 100 + seed)
+        shop = self.home.other(100 + seed)
         ids = shop.ids(slots)
         assert ids is not None
         chunk = shop.chunk(SHAPE, tokens or max(len(ids), 1), source=move == "to_gpu")

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from portakv.registry.self_check import SelfCheck, self_check
-from portakv_conformance.cases import Bench, Case, Judge, Shape, Workshop
+from portakv_conformance.cases import Bench, Case, Judge, Shape
 from portakv_conformance.judge.judging import ENDS
 
 pytestmark = pytest.mark.area("core")
@@ -152,11 +152,10 @@ def test_a_second_call_is_a_call_of_its_own(home: Bench, direction: str) -> None
     """The same plan again, with other ids, another count and other addresses, keeps nothing."""
     held = []  # so that no call gets the addresses of the one before it
     for number, count in enumerate((9, 9, 4, 16, 9)):
-        shop = replace(home, seed=home.seed + number)
-        case = shop.some(direction, SHAPE, count, number % 2)
+        case = home.other(number).some(direction, SHAPE, count, number % 2)
         must(home, case)
         held.append(case)
-    again = replace(home, seed=home.seed + 9).shuffled(SHAPE.slots, 9)
+    again = home.other(9).shuffled(SHAPE.slots, 9)
     for case in held[:2]:  # the addresses of an earlier call, under other ids
         side = case.src if direction == "gather" else case.dst
         side.ids = torch.tensor(again)
@@ -168,7 +167,7 @@ def test_ids_changed_after_the_call(home: Bench, direction: str) -> None:
     first = torch.tensor(home.shuffled(SHAPE.slots, 8))
     for step in range(3):
         must(home, home.move(direction, SHAPE, first))
-        first.copy_(torch.tensor(Workshop(seed=home.seed + 50 + step).shuffled(SHAPE.slots, 8)))
+        first.copy_(torch.tensor(home.other(50 + step).shuffled(SHAPE.slots, 8)))
 
 
 def test_layers_in_one_allocation(home: Bench, direction: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, Workshop, full
+from portakv_conformance.cases import BOTH, DIRECTIONS, Bench, Case, Shape, Workshop, between, full
 from portakv_conformance.draw import by_hand
 
 pytestmark = pytest.mark.area("corners")
@@ -83,8 +83,7 @@ _UNEQUAL = (
 def test_keys_and_values_of_unequal_width(workshop: Bench, layout: str, widths: Ints) -> None:
     """Each kv has a width of its own, in containers, side by side and one behind the other."""
     shape = Shape(heads=2 if "head" in layout else 1, widths=widths)
-    for direction in DIRECTIONS:
-        workshop.copy(workshop.some(direction, shape, 9, 1, {"layout": PLAIN}, layout=layout))
+    workshop.both(shape, 9, 1, {"layout": PLAIN}, layout=layout)
 
 
 _MANY = [
@@ -101,18 +100,15 @@ _MANY = [
 def test_many_heads_and_few(home: Bench, heads: int, width: int, layers: int) -> None:
     """128 heads are as good as one, and so is a row of more than 1,024 vectors."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
-    for direction in DIRECTIONS:
-        home.copy(home.some(direction, shape, 5, 1))
-        home.copy(home.some(direction, shape, 5, 1, layout=HND))
+    for layout in (home.paged, HND):
+        home.both(shape, 5, 1, layout=layout)
 
 
 @pytest.mark.parametrize("layout", ["layer | block token dim", "layer | (block token) 1 dim"])
 @pytest.mark.parametrize("width", [1152, 640, 656, 132])
 def test_one_latent_row_for_each_token(workshop: Bench, width: int, layout: str) -> None:
     """MLA keeps one row for each token and layer, without keys, values or heads."""
-    for direction in DIRECTIONS:
-        shape = Shape(layers=3, heads=1, widths=(width,))
-        workshop.copy(workshop.some(direction, shape, 11, 2, layout=layout))
+    workshop.both(Shape(layers=3, heads=1, widths=(width,)), 11, 2, layout=layout)
 
 
 _SIZES = (
@@ -263,7 +259,7 @@ def test_one_source_row_for_many_tokens(home: Bench) -> None:
     home.copy(home.gather(Shape(), [5, 5, 5, 0, 5, -1, 5]))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("kind", ["tokens", "blocks", "layers", "rows-of-a-block"])
 def test_more_than_a_grid_holds(home: Bench, kind: str, direction: str) -> None:
     """Nothing is clipped of many tokens, many blocks, many runs of a token or a long block."""
@@ -296,15 +292,13 @@ def test_more_runs_than_one_call_of_a_copy_engine_takes(
     cache = home.cache(shape, [2 * slot for slot in slots], source=source)
     host = Workshop("cpu", home.seed)
     chunk = by_hand.on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
-    home.copy(by_hand.between(direction, cache, chunk, 5_000))
+    home.copy(between(direction, cache, chunk, 5_000))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])
 def test_widths_are_compared_in_bytes(home: Bench, same: bool) -> None:
     """Both sides may have different dtypes where rows have equal bytes; bits are not converted."""
-    for direction in DIRECTIONS:
-        dtype = torch.float16 if same else torch.int64
-        home.copy(home.some(direction, Shape(), 9, 1, {"dtype": dtype}))
+    home.both(Shape(), 9, 1, {"dtype": torch.float16 if same else torch.int64})
 
 
 def test_a_row_that_is_larger_than_a_page_of_memory(workshop: Bench, direction: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from portakv import DeviceMismatch, Unsupported
 from portakv_conformance.cases import Bench, Case, Facility, Judge, asked_of
 from portakv_conformance.cases.test_ordering import SHAPE, Late
-from portakv_conformance.judge.claims import at_once
+from portakv_conformance.judge.judging import at_once
 from portakv_conformance.judge.subject import subject as find
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
@@ -21,8 +21,7 @@ pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 
 def test_threads_with_streams_of_their_own(home: Bench) -> None:
     """Threads that copy on streams of their own do not disturb each other."""
-    shops = [replace(home, seed=home.seed + n) for n in range(3)]
-    lates = [Late(shop, shop.some("gather", SHAPE, 9, 1)) for shop in shops]
+    lates = [Late(home, home.other(n).some("gather", SHAPE, 9, 1)) for n in range(3)]
 
     def work(late: Late) -> None:
         with home.facility.on(home.facility.stream()):

@@ -90,7 +90,7 @@ def test_offsets_of_both_sides(home: Bench, steps: list[int], offsets: list[int]
 @pytest.mark.parametrize("holes", [1, 5, 10])
 def test_holes_on_both_sides(home: Bench, holes: int) -> None:
     """A position is skipped where either side's id is negative."""
-    other = replace(home, seed=home.seed + 1)
+    other = home.other(1)
     src = home.cache(SHAPE, home.shuffled(SHAPE.slots, 20, holes))
     dst = elsewhere(home, POOL, other.shuffled(SHAPE.slots, 20, holes))
     home.copy(Case(src, dst, 20))

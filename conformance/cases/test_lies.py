@@ -12,10 +12,9 @@ import pytest
 import torch
 
 from portakv import Transfer
-from portakv_conformance.cases import Bench, Facility, Shape, Subject, asked_of
+from portakv_conformance.cases import Bench, Facility, Shape, Subject, asked_of, plan_of
 from portakv_conformance.cases.test_ordering import Late
 from portakv_conformance.cases.test_safety import DUPLICATES, check_duplicates
-from portakv_conformance.judge.claims import check_at_once, landing, launch_of, plan_of
 
 pytestmark = pytest.mark.area("claims")
 
@@ -84,7 +83,7 @@ def test_a_launch_has_read_its_host_ids(home: Bench, direction: str) -> None:
     ids = home.judge.ids(home.shuffled(SHAPE.slots, 9))
     case = home.move(direction, SHAPE, ids)
     expected = case.expected()
-    launch = launch_of(home.subject, case)
+    launch = home.judge.launch_of(case)
     home.facility.synchronize()
     home.facility.delay(BUSY)
     pending = launch(None, None)
@@ -101,11 +100,10 @@ def test_each_thread_gets_its_own_copy(home: Bench, direction: str) -> None:
         return
     prepared = None
     for turn in range(_ROUNDS):
-        shops = [replace(home, seed=home.seed + 10 * turn + n) for n in range(_THREADS)]
         # Fresh destinations each time: a call that is lost is not made good by the next.
-        cases = [shop.some(direction, SHAPE, 9) for shop in shops]
+        cases = [home.other(10 * turn + n).some(direction, SHAPE, 9) for n in range(_THREADS)]
         prepared = prepared or home.subject.prepare(plan_of(cases[0]))
-        check_at_once(home.judge, cases, prepared)
+        home.judge.at_once(cases, prepared)
 
 
 @pytest.mark.area("safety")
@@ -114,8 +112,7 @@ def test_duplicates_that_reach_a_launch(home: Bench, step: int) -> None:
     """Where nobody looked at the ids, a destination that occurs twice corrupts nothing else."""
     shape = replace(SHAPE, block_size=4, blocks=6)
     case = home.scatter(shape, torch.tensor(DUPLICATES).to(home.subject.device), step=step)
-    launch = launch_of(home.subject, case)
-    check_duplicates(home.judge, case, landing(home.judge, launch))
+    check_duplicates(home.judge, case, home.judge.landing(case))
 
 
 @pytest.mark.area("ordering")
@@ -123,7 +120,7 @@ def test_duplicates_that_reach_a_launch(home: Bench, step: int) -> None:
 def test_the_default_stream_is_a_stream(home: Bench, direction: str) -> None:
     """The default stream, passed while another is current, is no missing one, though it is 0."""
     late = Late(home, home.some(direction, SHAPE, 9))
-    launch = launch_of(home.subject, late.case)
+    launch = home.judge.launch_of(late.case)
     late.produce()
     default, side = home.facility.current(), home.facility.stream()
     home.facility.synchronize()

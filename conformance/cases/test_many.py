@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape
+from portakv_conformance.cases import BOTH, Bench, Case, Shape
 
 pytestmark = pytest.mark.area("corners")
 
@@ -21,7 +21,7 @@ def test_more_than_a_grid_holds_under_two_lists(home: Bench, units: str) -> None
     home.copy(Case(home.cache(shape, ids, step=step), target, count * step))
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("layout", ["layer kv | block token head dim", "block | layer token dim"])
 def test_more_tensors_than_a_table_holds(home: Bench, layout: str, direction: str) -> None:
     """520 tensors on one side, of layers and kv or of blocks, are all told apart."""

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -38,8 +37,7 @@ def carry(judge: Judge, case: Case, backend: str = "") -> bool:
     """Copy with the judged backend, or another; False where it declines the plan."""
     asked = asked_of(case)
     if not backend:
-        copy = partial(judge.subject.copy, *asked, count=case.count)
-        return judge.carried(lambda: judge.finish(copy()), asked)
+        return judge.carried(lambda: judge.finish(judge.start(case)), asked)
     try:
         judge.finish(copy_rows(*asked, count=case.count, backend=backend))
     except Unsupported as error:

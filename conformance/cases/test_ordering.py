@@ -11,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from portakv_conformance.cases import Bench, Case, Facility, Shape, asked_of, index_of, view_of
+from portakv_conformance.cases import Bench, Case, Facility, Shape, asked_of, plan_of
 from portakv_conformance.draw.by_hand import on_host
-from portakv_conformance.judge.claims import launch_of, plan_of
 
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 
@@ -30,8 +29,7 @@ class Late:
         self.home, self.case = home, case
         self.expected = case.expected()
         self.final = [guard.payload().clone() for guard in case.src.guards]
-        self.views = view_of(case.src), view_of(case.dst)
-        self.indices = index_of(case.src), index_of(case.dst)
+        self.asked = asked_of(case)
         self.copy().synchronize()  # compiles outside of the race
         self.expected.before.restore(guard.whole for guard in case.dst.guards)
         for guard in case.src.guards:
@@ -45,8 +43,7 @@ class Late:
 
     def copy(self, stream: torch.Stream | None = None) -> Any:
         """The copy, as a user gets it."""
-        asked = (*self.views, *self.indices)
-        return self.home.subject.copy(*asked, count=self.case.count, stream=stream)
+        return self.home.subject.copy(*self.asked, count=self.case.count, stream=stream)
 
     def check(self, *, source: bool = True) -> None:
         """Judge the bytes; all work has ended."""
@@ -74,16 +71,15 @@ class Late:
         fresh = side.ids.clone()
         side.ids.copy_(torch.arange(len(fresh)).flip(0))
         facility.synchronize()
-        self.indices = index_of(self.case.src), index_of(self.case.dst)
+        self.asked = asked_of(self.case)
         facility.delay(SLOW)
         side.ids.copy_(fresh, non_blocking=True)
 
 
 def made(home: Bench, direction: str, ids: str, *, now: bool = False) -> Late:
     """A case whose ids lie on the host or on the device, with its source in place if asked."""
-    slots = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
-    slots = slots.to(home.subject.device) if ids == "device" else slots
-    late = Late(home, home.move(direction, SHAPE, slots))
+    slots = home.on_device(SHAPE.slots, 9, 1)
+    late = Late(home, home.move(direction, SHAPE, slots if ids == "device" else slots.cpu()))
     if now:
         late.produce()
         home.facility.synchronize()
@@ -167,7 +163,7 @@ def test_a_launch_works_on_its_stream(home: Bench, direction: str, given: bool) 
     prepared = home.subject.prepare(plan_of(lates[0].case))
     for late in lates:
         # Ids are brought over now: the copy of a list would wait for the device.
-        launch = launch_of(home.subject, late.case, prepared)
+        launch = home.judge.launch_of(late.case, prepared)
         home.facility.synchronize()
         stream = home.facility.stream()
         with home.facility.on(stream):
@@ -194,7 +190,7 @@ def test_a_launch_returns_while_its_stream_is_busy(home: Bench, direction: str, 
     if ids == "no-ids":
         case = Case(replace(case.src, ids=None), replace(case.dst, ids=None), case.count)
     late = Late(home, case)
-    launch = launch_of(home.subject, case)
+    launch = home.judge.launch_of(case)
     launch(None, None)  # makes what only a first launch has to wait for
     late.produce()
     home.facility.synchronize()
@@ -215,8 +211,7 @@ def test_a_launch_returns_while_its_stream_is_busy(home: Bench, direction: str, 
 
 def test_copies_on_two_streams_at_once(home: Bench, direction: str) -> None:
     """Copies on two streams do not share anything that one of them still needs."""
-    shops = [replace(home, seed=home.seed + number) for number in range(2)]
-    lates = [Late(shop, shop.some(direction, SHAPE, 9, 1)) for shop in shops]
+    lates = [Late(home, home.other(number).some(direction, SHAPE, 9, 1)) for number in range(2)]
     transfers = []
     for turn, late in enumerate(lates):
         stream = home.facility.stream()
@@ -233,11 +228,11 @@ def test_a_load_behind_a_store_of_the_same_rows(home: Bench) -> None:
     """On one stream, a store reads its rows before the load behind it writes them."""
     slots = home.shuffled(SHAPE.slots, 9)
     store = home.gather(SHAPE, slots)
-    fresh = replace(home, seed=home.seed + 1).scatter(SHAPE, slots)
+    fresh = home.other(1).scatter(SHAPE, slots)
     both = (store, Case(fresh.src, replace(store.src), 9))
     expected = [case.expected() for case in both]
     home.facility.delay(SLOW)
-    transfers = [home.subject.copy(*asked_of(case)) for case in both]
+    transfers = [home.judge.start(case) for case in both]
     for transfer in transfers:
         transfer.synchronize()
     for case, wanted in zip(both, expected, strict=True):

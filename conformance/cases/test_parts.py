@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from portakv import Index
-from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, index_of, view_of
-from portakv_conformance.draw.by_hand import between
+from portakv_conformance.cases import BOTH, Bench, Case, Shape, between, index_of, view_of
 
 pytestmark = pytest.mark.area("corners")
 
@@ -49,7 +48,7 @@ _SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("layout", ["", LAYOUTS["pool"]], ids=["home", "pool"])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("what", _SLICES)
 def test_slices(home: Bench, what: str, direction: str, layout: str) -> None:
     """A slice of a view is those layers, heads or kv only: the others are not touched."""

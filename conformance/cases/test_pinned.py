@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 
 from portakv import CopyPlan, Unsupported
-from portakv_conformance.cases import DIRECTIONS, Bench, Case, Shape, asked_of
+from portakv_conformance.cases import BOTH, Bench, Case, Shape, asked_of
 from portakv_conformance.judge.judging import Asked
 
 pytestmark = [
@@ -33,7 +33,7 @@ def made(home: Bench, direction: str, pair: tuple[str, str]) -> tuple[Case, Aske
     return case, asked
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
 def test_pinned_memory_on_the_host(home: Bench, pair: tuple[str, str], direction: str) -> None:
     """A backend of the host copies pinned memory if it claims to, and refuses it if not."""

@@ -13,8 +13,7 @@ import pytest
 import torch
 
 from portakv.layout.presets import PRESETS
-from portakv_conformance.cases import CHUNK, PAGED, Bench, Case, Shape, Workshop, full
-from portakv_conformance.draw.by_hand import between
+from portakv_conformance.cases import CHUNK, PAGED, Bench, Case, Shape, Workshop, between, full
 from portakv_conformance.judge.grammar import read_layout
 
 pytestmark = pytest.mark.area("corners")

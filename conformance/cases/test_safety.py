@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from portakv import LayoutError, SlotError
-from portakv_conformance.cases import DIRECTIONS, Bench, Case, Judge, Shape, Side, asked_of
+from portakv_conformance.cases import BOTH, DIRECTIONS, Bench, Case, Judge, Shape, Side, asked_of
 from portakv_conformance.draw import by_hand
-from portakv_conformance.judge.claims import check_guarded, check_refused, without_bad
+from portakv_conformance.judge.judging import without_bad
 from portakv_conformance.judge.memory import Memory
 
 pytestmark = pytest.mark.area("safety")
@@ -32,13 +32,13 @@ def test_host_slots_past_the_end(home: Bench, direction: str, slot: int) -> None
     """A slot past the end in a list on the host is a SlotError, and nothing is moved."""
     for dtype in (torch.int64, torch.int32) if slot < 2**31 else (torch.int64,):
         ids = torch.tensor([2, slot, 7], dtype=dtype)
-        check_refused(home.judge, home.move(direction, SHAPE, ids), SlotError)
+        home.judge.refused(home.move(direction, SHAPE, ids), SlotError)
 
 
 @pytest.mark.parametrize("block", [SHAPE.blocks, 2**31 - 1, 2**61, 2**62, 2**63 - 1])
 def test_host_blocks_past_the_end(home: Bench, direction: str, block: int) -> None:
     """A block past the end is a SlotError, also where its slots do not fit 64 bits."""
-    check_refused(home.judge, home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
+    home.judge.refused(home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
 
 
 @pytest.mark.needs("accelerator")
@@ -55,7 +55,7 @@ def _judge_bad(home: Bench, case: Case) -> None:
     """Bytes as if the bad id were padding, and a SlotError at the end."""
     expected, asked = without_bad(case).expected(), asked_of(case)
     try:
-        if not home.judge.carried(lambda: home.subject.copy(*asked).synchronize(), asked):
+        if not home.judge.carried(lambda: home.judge.start(case).synchronize(), asked):
             return
     except SlotError:
         home.facility.synchronize()
@@ -93,7 +93,7 @@ def _with_end(ids: list[int], step: int) -> list[int]:
 @pytest.mark.parametrize("pair", _PAIRS)
 def test_host_ids_past_the_end_of_both_sides(home: Bench, pair: str, step: int) -> None:
     """An id past the end of either list is a SlotError, also beside padding, and nothing moves."""
-    check_refused(home.judge, two_lists(home, pair, step, "cpu", torch.int64), SlotError)
+    home.judge.refused(two_lists(home, pair, step, "cpu", torch.int64), SlotError)
 
 
 @pytest.mark.needs("accelerator")
@@ -115,7 +115,7 @@ def test_bad_ids_of_both_sides_are_guarded(home: Bench, pair: str, step: int) ->
     for dtype in home.subject.can.index_dtypes:
         place = home.subject.can.home_of_ids(home.subject.device)
         case = two_lists(home, pair, step, place, dtype)
-        home.judge.carried(partial(check_guarded, home.judge, case), asked_of(case))
+        home.judge.carried(partial(home.judge.guarded, case), asked_of(case))
 
 
 #: Lists with more than one bad id, or with padding before it: whatever is worked out of several
@@ -140,13 +140,13 @@ def test_the_word_names_a_bad_position(home: Bench, ids: str, offset: int, step:
     given = home.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
     how: dict[str, Any] = {"step": step, "offset": offset * step}
     for direction in DIRECTIONS:
-        check_guarded(home.judge, home.move(direction, SHAPE, given, **how))
+        home.judge.guarded(home.move(direction, SHAPE, given, **how))
 
 
 def test_a_destination_slot_twice(home: Bench) -> None:
     """A destination that occurs twice in a list on the host is a SlotError, and nothing moves."""
-    check_refused(home.judge, home.scatter(SHAPE, [7, 3, 7]), SlotError)
-    check_refused(home.judge, home.scatter(SHAPE, [2, 2], step=4), SlotError)
+    home.judge.refused(home.scatter(SHAPE, [7, 3, 7]), SlotError)
+    home.judge.refused(home.scatter(SHAPE, [2, 2], step=4), SlotError)
 
 
 #: Destinations of which one occurs several times.
@@ -173,8 +173,7 @@ def check_duplicates(judge: Judge, case: Case, carry: Callable[[], object]) -> N
 def test_duplicates_on_the_device(home: Bench, step: int) -> None:
     """Duplicate destinations on the device have no order, and corrupt nothing else."""
     case = home.scatter(SHAPE, torch.tensor(DUPLICATES).to(home.subject.device), step=step)
-    asked = asked_of(case)
-    check_duplicates(home.judge, case, lambda: home.judge.finish(home.subject.copy(*asked)))
+    check_duplicates(home.judge, case, lambda: home.judge.finish(home.judge.start(case)))
 
 
 def test_rows_that_are_source_and_destination(home: Bench) -> None:
@@ -182,23 +181,23 @@ def test_rows_that_are_source_and_destination(home: Bench) -> None:
     for ids, others, step in (([1, 2, 3], [3, 4, 5], 1), ([1, 2], [0, 1], 4)):
         cache = home.cache(SHAPE, ids, step=step)
         case = Case(cache, replace(cache, ids=torch.tensor(others)), len(ids) * step)
-        check_refused(home.judge, case, SlotError)
+        home.judge.refused(case, SlotError)
 
 
 def test_destinations_that_cannot_be_written(home: Bench) -> None:
     """A destination with a stride of 0, or with two planes at one address, is a LayoutError."""
     spread = {"layout": "kv layer token head dim", "expand": 2}
-    check_refused(home.judge, home.gather(SHAPE, list(range(8)), spread), LayoutError)
+    home.judge.refused(home.gather(SHAPE, list(range(8)), spread), LayoutError)
     cache = replace(home, paged=by_hand.PAGED).cache(SHAPE, [0, 1], source=False)
     doubled = replace(cache, tensors=[cache.tensors[0], cache.tensors[0]])
-    check_refused(home.judge, Case(home.chunk(SHAPE, 2), doubled, 2), LayoutError)
+    home.judge.refused(Case(home.chunk(SHAPE, 2), doubled, 2), LayoutError)
 
 
 def test_two_number_types_are_refused(home: Bench, direction: str) -> None:
     """Rows of one number type do not go to rows of another, unless the caller means their bits."""
     case = home.move(direction, SHAPE, [2, 0, 5], {"dtype": torch.bfloat16})
     case.src.reinterpret = False
-    check_refused(home.judge, case, LayoutError)
+    home.judge.refused(case, LayoutError)
 
 
 #: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
@@ -213,7 +212,7 @@ _MISALIGNED = (
 
 
 @pytest.mark.parametrize("off", [1, 2, 4, 8])
-@pytest.mark.parametrize("direction", DIRECTIONS)
+@BOTH
 @pytest.mark.parametrize("what", _MISALIGNED)
 def test_misaligned(home: Bench, what: str, direction: str, off: int) -> None:
     """The widest access is what the storage's address, its offset and every stride allow."""

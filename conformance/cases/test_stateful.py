@@ -49,8 +49,7 @@ class Engine(RuleBasedStateMachine):
 
     def _chunk(self, tokens: int, source: bool) -> Side:
         self.number += 1
-        shop = replace(self.home, seed=self.home.judge.seed + self.number)
-        return shop.chunk(SHAPE, tokens, source=source)
+        return self.home.other(self.number).chunk(SHAPE, tokens, source=source)
 
     def _paged(self, ids: list[int], step: int = 1) -> Side:
         return replace(self.cache, ids=torch.tensor(ids), step=step)

@@ -2,14 +2,20 @@
 """The judge: carries a case out on the subject and compares every byte with the oracle's.
 
 A backend may decline a plan (`Unsupported`, by its claims, its ``check`` or its ``prepare``); then
-not one byte may have changed. Any other error, and any wrong byte, is a failure.
+not one byte may have changed. Any other error, and any wrong byte, is a failure. A field of
+`Capabilities` that is claimed is tested. One that is not ends as the status ``not-claimed``, after
+the case has seen, if a plan can show it, that the backend refuses.
 """
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
 from math import gcd
@@ -18,7 +24,7 @@ from typing import Any
 import torch
 
 from portakv import CopyPlan, Index, KVView, PortaKVError, Transfer, Unsupported
-from portakv.backends.base import Pending
+from portakv.backends.base import Launch, Pending
 from portakv_conformance.draw.arrangement import Case, Side
 from portakv_conformance.draw.by_hand import DIRECTIONS, Shape, Workshop
 from portakv_conformance.judge.device_support import Facility
@@ -52,29 +58,25 @@ def asked_of(case: Case) -> Asked:
     return view_of(case.src), view_of(case.dst), index_of(case.src), index_of(case.dst)
 
 
-class Judge:
-    """Judges the copies of one test.
+def plan_of(case: Case) -> CopyPlan:
+    """The plan of a case, in the largest unit that both sides allow."""
+    src, dst, mine, theirs = asked_of(case)
+    return CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
 
-    Attributes:
-        examples: copies that were carried out and judged.
-        declined: why copies were not carried out, a sentence each.
-        unclaimed: what the backend does not claim of this test, a sentence; or empty.
-        failing: the case that failed last; hypothesis ends with the smallest.
-        direct: it failed by the launch alone, without the library around it.
-        end: how its end was waited for, one of `ENDS`.
-        fault: what was wrong first, a sentence; what was wrong once may be right when repeated.
-        seed: of this test's patterns and choices.
-    """
+
+class Judge:
+    """Judges the copies of one test; ``seed`` is that of its patterns and choices."""
 
     def __init__(self, subject: Subject, facility: Facility, seed: int) -> None:
         self.subject, self.facility, self.seed = subject, facility, seed
-        self.examples = 0
-        self.declined: list[str] = []
-        self.unclaimed = ""
-        self.failing: Case | None = None
+        self.examples = 0  # copies that were carried out and judged
+        self.declined: list[str] = []  # why copies were not carried out, a sentence each
+        self.unclaimed = ""  # what the backend does not claim of this test, a sentence
+        self.failing: Case | None = None  # that failed last; hypothesis ends with the smallest
+        self.direct = False  # it failed by the launch alone, without the library around it
+        self.end = ENDS[0]  # how its end was waited for, one of `ENDS`
+        # What was wrong first, a sentence; what was wrong once may be right when repeated.
         self.fault = ""
-        self.direct = False
-        self.end = ENDS[0]
 
     def not_claimed(self, field: str, reason: str) -> None:
         """Let this test end as ``not-claimed``, unless it fails: the backend does not claim
@@ -94,11 +96,13 @@ class Judge:
         listed = torch.tensor(ids, dtype=dtype or next(iter(can.index_dtypes)))
         return listed.to(can.home_of_ids(self.subject.device))
 
+    def start(self, case: Case, **how: Any) -> Transfer:
+        """Begin a case as a user gets it."""
+        return self.subject.copy(*asked_of(case), count=case.count, **how)
+
     def copy(self, case: Case, *, end: str = "synchronize") -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
-        asked = asked_of(case)
-        start = partial(self.subject.copy, *asked, count=case.count)
-        return self.call(case, start, asked=asked, end=end)
+        return self.call(case, partial(self.start, case), end=end)
 
     def call(
         self, case: Case, start: Callable[[], Transfer], *, asked: Asked | None = None,
@@ -109,7 +113,7 @@ class Judge:
         ``asked`` is what the backend is asked for, where that is more than the case.
         """
         self.direct, self.end = False, end
-        why = partial(self.why_declined, *(asked or asked_of(case)))
+        why = partial(self.why_declined, *asked) if asked else None
         return self.judge(case, lambda: self.finish(start(), end), why)
 
     def launch(self, case: Case) -> bool:
@@ -118,11 +122,24 @@ class Judge:
         return self.judge(case, lambda: self.launch_only(case))
 
     def launch_only(self, case: Case, status: torch.Tensor | None = None) -> None:
-        """Prepare and launch a case in the largest unit that its count, its offsets and its
-        blocks allow, and wait for it."""
+        """Prepare and launch a case in its largest unit, and wait for it."""
         asked = asked_of(case)
         unit = largest_unit(*asked, case.count)
         self.land(self.subject.launch(*asked, case.count, status=status, unit=unit))
+
+    def launch_of(self, case: Case, launch: Launch | None = None) -> Callable[..., Pending | None]:
+        """A launch, prepared for a case or given, with all that it is called for but the stream and
+        the status word; ids and tables of addresses are where it reads them."""
+        src, dst, mine, theirs = asked_of(case)
+        launch = launch or self.subject.prepare(plan_of(case))
+        _ = [view.table for view in (src, dst)]  # a copy from the host, on the current stream
+        place = self.subject.place
+        return partial(launch, src, dst, place(mine), place(theirs), case.count)
+
+    def landing(self, case: Case, launch: Launch | None = None) -> Callable[[], None]:
+        """A call of `launch_of`, carried out to its end."""
+        call = self.launch_of(case, launch)
+        return lambda: self.land(call(None, None))
 
     def land(self, pending: Pending | None, stream: torch.Stream | None = None) -> None:
         """Wait for what a launch has begun, on all of the device or on a stream of it."""
@@ -152,7 +169,7 @@ class Judge:
         except Unsupported as refusal:
             self.facility.synchronize()
             wrong = changed(expected.before, case.dst.tensors)
-            told = f"{refusal} The case was {case!r}."
+            told = f"{refusal} {_the(case)}"
             assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {told}"
             self._note(why(), told)
             return False
@@ -161,10 +178,10 @@ class Judge:
             rule = ". A backend raises Unsupported in prepare, or nothing."
             if isinstance(error, PortaKVError):
                 rule = " It was asked for what is right."
-            raise AssertionError(f"{told}{rule} The case was {case!r}.") from error
+            raise AssertionError(f"{told}{rule} {_the(case)}") from error
         self.check(expected, case)
         same = all(torch.equal(a, b) for a, b in zip(ids, lists, strict=True))
-        assert same, f"The copy wrote into its ids. The case was {case!r}."
+        assert same, f"The copy wrote into its ids. {_the(case)}"
         return True
 
     def _note(self, why: str | None, refusal: str) -> None:
@@ -189,7 +206,7 @@ class Judge:
         byte of the destination is wrong, or of the source if that is looked at."""
         src = case.src.tensors if source else None
         verdict = self.compare(expected, case.dst.tensors, src)
-        assert verdict is None, f"{told}{verdict} The case was {case!r}."
+        assert verdict is None, f"{told}{verdict} {_the(case)}"
         self.examples += 1
 
     def compare(self, expected: Expected, dst: Any, src: Any = None) -> str | None:
@@ -230,6 +247,114 @@ class Judge:
             except Unsupported as error:
                 return str(error)
         return None
+
+    # -- claims ---------------------------------------------------------------------------------
+
+    def claimed(self, case: Case, field: str, what: str) -> None:
+        """Judge a case by the launch alone: a plan in the home layout, within all its other claims,
+        may not be refused."""
+        assert self.launch(case), (
+            f"It claims by {field!r} that it {what}, and refuses a plan of that: "
+            f"{self.declined[-1]}."
+        )
+
+    def refused(self, case: Case, error: type[PortaKVError] = Unsupported) -> None:
+        """The forced backend must raise ``error`` for this case, with every output untouched.
+
+        Where that is another than `Unsupported`, the backend may decline the case instead.
+        """
+        before = Memory.snapshot(case.src.tensors, case.dst.tensors)
+        rule, advice = "What is not claimed must raise Unsupported", "Claim it, or refuse it. "
+        if error is not Unsupported:
+            rule, advice = f"This copy must raise {error.__name__}", ""
+        told, cause = f"the copy returned as if it were carried out. {advice}", None
+        try:
+            self.finish(self.start(case))
+        except (error, Unsupported) as found:
+            self.facility.synchronize()
+            wrong, name = (
+                changed(before, [case.src.tensors, case.dst.tensors]),
+                type(found).__name__,
+            )
+            assert wrong is None, f"The copy was refused as {name}, but {wrong}. {_the(case)}"
+            if error is not Unsupported and isinstance(found, Unsupported):
+                self.may_decline(found, *asked_of(case))
+            else:
+                self.examples += error is not Unsupported
+            return
+        except Exception as other:
+            told, cause = f"{type(other).__name__} was raised: {other} ", other
+        raise AssertionError(f"{rule}; {told}{_the(case)}") from cause
+
+    def guarded(self, case: Case, *, word: bool = True) -> None:
+        """Launch a case with ids past the end: the bytes are as if those were padding, and the
+        status word, if it is given one, tells the position + 1 of one of them."""
+        expected = without_bad(case).expected()
+        status = torch.zeros(1, dtype=torch.int64)
+        status = status.pin_memory() if self.facility.streams else status
+        self.launch_only(case, status if word else None)
+        self.check(expected, case)
+        wanted, lists = set(), []
+        for side in (case.src, case.dst):
+            if side.ids is not None:
+                ids, end = side.ids.tolist(), side.slots // side.step
+                lists.append(f"{ids} of {side.step} tokens, of which those from {end} on are bad")
+                at = range(case.count)
+                wanted |= {p + 1 for p in at if ids[(p + side.offset) // side.step] >= end}
+        told = int(status[0])
+        assert not word or told in (wanted or {0}), (
+            f"The status word holds {told} for ids {' and '.join(lists)}; expected the position + "
+            f"1 of a bad one, or 0 where none is. {_the(case)}"
+        )
+
+    def at_once(self, cases: Sequence[Case], launch: Launch | None, times: int = 1) -> None:
+        """Judge calls of one launch, or copies as a user gets them, each from its own thread."""
+        expected, works = [case.expected() for case in cases], list[Callable[[], object]]()
+        for case in cases:
+            copy = partial(self.subject.copy, *asked_of(case))
+            user = partial(lambda copy: self.finish(copy()), copy)
+            works.append(self.landing(case, launch) if launch else user)
+        self.facility.synchronize()
+        at_once(works, times)
+        for case, wanted in zip(cases, expected, strict=True):
+            self.check(wanted, case, f"Called from {len(cases)} threads at once: ")
+
+
+def _the(case: Case) -> str:
+    return f"The case was {case!r}."
+
+
+def without_bad(case: Case) -> Case:
+    """The copy that is left of a case: ids past the end, of either side, are padding."""
+    made = Case(replace(case.src), replace(case.dst), case.count)
+    for side in (made.src, made.dst):
+        if side.ids is not None:
+            ids = side.ids.cpu().long()
+            side.ids = torch.where(ids >= side.slots // side.step, -1, ids)
+    return made
+
+
+def at_once(works: Sequence[Callable[[], object]], times: int = 1) -> None:
+    """Run each in a thread of its own, again and again, from one moment on; AssertionError where
+    one of them raised."""
+    gate = threading.Barrier(len(works))
+
+    def again(work: Callable[[], object]) -> None:
+        gate.wait()
+        for _ in range(times):
+            work()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # so that threads interleave within a launch
+    try:
+        with ThreadPoolExecutor(len(works)) as pool:
+            faults = [ended.exception() for ended in [pool.submit(again, work) for work in works]]
+    finally:
+        sys.setswitchinterval(interval)
+    for fault in filter(None, faults):
+        raise AssertionError(
+            f"Called from {len(works)} threads, {type(fault).__name__} was raised: {fault}"
+        ) from fault
 
 
 def find_home(subject: Subject, layouts: Sequence[str]) -> str:

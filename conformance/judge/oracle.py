@@ -7,7 +7,7 @@ language's definition (``rows``), and a copy is one assignment by absolute addre
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -56,15 +56,9 @@ class Expected:
 
 
 def expected_copy(
-    src_tensors: Any,
-    src_layout: str,
-    src_extents: Extents | None,
-    dst_tensors: Any,
-    dst_layout: str,
-    dst_extents: Extents | None,
-    src_slots: Any,
-    dst_slots: Any,
-) -> Expected:
+    src_tensors: Any, src_layout: str, src_extents: Extents | None, dst_tensors: Any,
+    dst_layout: str, dst_extents: Extents | None, src_slots: Any, dst_slots: Any,
+) -> Expected:  # fmt: skip
     """Snapshot both sides and work the copy out, without touching the tensors.
 
     ``src_slots`` and ``dst_slots`` (integers, one for each position) may be negative: such a
@@ -132,19 +126,16 @@ def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> st
 
 
 def _explain(expected: Expected, actual: Memory, address: int, wrong: int) -> str:
-    here = np.array([address], dtype=np.int64)
+    here, src, dst = np.array([address], dtype=np.int64), expected.src, expected.dst
     number, offset = actual.find(address) or (0, 0)
-    place = place_of(expected.dst, address)
-    name = place.text(expected.dst) if place else "padding or canary"
-    origin = came_from(
-        address, actual, expected.dst, expected.before, expected.src, expected.source
-    )
+    place = place_of(dst, address)
+    name = place.text(dst) if place else "padding or canary"
+    origin = came_from(address, actual, dst, expected.before, src, expected.source)
     should = "what was there before: the copy must not write it"
     if place is not None and place.slot in expected.slots[:, 1]:
         pair = np.nonzero(expected.slots[:, 1] == place.slot)[0][-1]
-        slot = int(expected.slots[pair, 0])
-        like = type(place)(place.layer, place.kv, slot, place.head, place.byte)
-        should = f"source {like.text(expected.src)}"
+        like = replace(place, slot=int(expected.slots[pair, 0]))
+        should = f"source {like.text(src)}"
     return (
         f"Destination {name} (storage {number}, offset {offset}) holds "
         f"0x{int(actual.read(here)[0]):02x}, which is {origin or 'of unknown origin'}; expected "

@@ -29,10 +29,7 @@ def _mix(words: np.ndarray) -> np.ndarray:
 
 
 def pattern_bytes(seed: int, storage: int, nbytes: int, start: int = 0) -> np.ndarray:
-    """Bytes ``start .. start + nbytes`` of the pattern of one storage, as uint8.
-
-    The byte at an offset depends on (seed, storage, offset) only, not on ``start``.
-    """
+    """Bytes ``start .. start + nbytes`` of the pattern of one storage, as uint8."""
     first = start // 8
     words = np.arange(first, (start + nbytes + 7) // 8 + 1, dtype=np.uint64)
     key = _mix(np.array([(seed * 0x1000193 + storage + 1) & _WORD], dtype=np.uint64))
@@ -51,10 +48,8 @@ def canary_bytes(nbytes: int, start: int = 0) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Guarded:
-    """A storage with a payload between canaries.
-
-    ``whole`` is the storage (uint8), the payload is ``whole[start : start + nbytes]``.
-    """
+    """A storage, ``whole`` (uint8), whose payload of ``nbytes`` from ``start`` on lies between
+    canaries."""
 
     whole: torch.Tensor
     start: int
@@ -67,10 +62,8 @@ class Guarded:
     def tensor(
         self, dtype: torch.dtype, size: Sequence[int], stride: Sequence[int], offset: int = 0
     ) -> torch.Tensor:
-        """A tensor over the payload; stride and offset count elements of ``dtype``.
-
-        ValueError where the tensor would reach outside the payload.
-        """
+        """A tensor over the payload, which it may not leave (ValueError); stride and offset count
+        elements of ``dtype``."""
         view = torch.empty(0, dtype=dtype, device=self.whole.device)
         item = view.element_size()
         reach = 1 + offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
@@ -86,9 +79,8 @@ class Guarded:
         for low, high in ((0, self.start), (self.start + self.nbytes, host.size)):
             wrong = np.nonzero(host[low:high] != canary_bytes(high - low, low))[0]
             if wrong.size:
-                side, far = "before", self.start - int(wrong[-1]) - 1
-                if low:
-                    side, far = "behind", int(wrong[0])
+                before = ("before", self.start - int(wrong[-1]) - 1)
+                side, far = ("behind", int(wrong[0])) if low else before
                 return (
                     f"A canary was overwritten: {wrong.size} bytes {side} a payload of "
                     f"{self.nbytes} bytes, the nearest {far} bytes away from it."

@@ -46,20 +46,17 @@ class Rows:
     def __init__(self, tensors: Any, layout: str, extents: Extents | None = None) -> None:
         self.axes: Axes = read_layout(layout)
         self._nest(tensors)
-        # Extents by axis; `dim` (or `page`) has one for each kv, the others hold it at place 0.
+        # Extents by axis, one for each kv; they differ in `dim` and `page` alone.
         self._extent: dict[str, list[int | None]] = {}
         self._declare({k: v for k, v in (extents or {}).items() if v is not None})
         self._measure()
-        content = "page" if self.axes.written("page") else "dim"
-        self.opaque: bool = content == "page"
-        self.layers: int = self._whole("layer")
-        self.kv: int = self._whole("kv")
-        self.heads: int = self._whole("head")
+        self.opaque: bool = self.axes.written("page")
+        self.layers, self.kv, self.heads = map(self._whole, ("layer", "kv", "head"))
+        content = "page" if self.opaque else "dim"
         self._elements = [self._whole(content, k) for k in range(self.kv)]
         self._itemsize = [self._tensor_of(k).element_size() for k in range(self.kv)]
-        self.widths: tuple[int, ...] = tuple(
-            e * i for e, i in zip(self._elements, self._itemsize, strict=True)
-        )
+        both = zip(self._elements, self._itemsize, strict=True)
+        self.widths: tuple[int, ...] = tuple(elements * size for elements, size in both)
         paged = self.axes.written("block")
         self.block_size: int | None = self._whole("token") if paged else None
         self.slots: int = self._whole("token") * (self._whole("block") if paged else 1)
@@ -86,8 +83,8 @@ class Rows:
         strides = [[s * t.element_size() for s in t.stride()] for t in level]
         self._number = np.arange(len(level), dtype=np.int64).reshape(shape)
         self._base = np.array([t.data_ptr() for t in level], dtype=np.int64).reshape(shape)
-        rank = [*shape, self._rank]
-        self._sizes = np.array([list(t.shape) for t in level], dtype=np.int64).reshape(rank)
+        rank, sizes = [*shape, self._rank], [list(t.shape) for t in level]
+        self._sizes = np.array(sizes, dtype=np.int64).reshape(rank)
         self._strides = np.array(strides, dtype=np.int64).reshape(rank)
 
     def _tensor_of(self, kv: int) -> torch.Tensor:
@@ -101,12 +98,11 @@ class Rows:
         return known
 
     def _declare(self, extents: dict[str, Any]) -> None:
-        unknown = set(extents) - set(_DECLARES)
-        if unknown:
+        if unknown := set(extents) - set(_DECLARES):
             raise ValueError(f"Unknown extents {sorted(unknown)}.")
         written = self.axes.written
         parts = int(extents.get("kv", 2 if written("kv") else 1))
-        self._extent.update(kv=[parts], block=[None], page=[None] * parts)
+        self._extent.update(kv=[parts] * parts, block=[None] * parts, page=[None] * parts)
         for keyword in ("layers", "heads", "block_size"):
             axis, declared = _DECLARES[keyword], extents.get(keyword)
             if axis != "token" and not written(axis):
@@ -114,10 +110,10 @@ class Rows:
                     told = f"{keyword}={declared} is declared"
                     raise ValueError(f"{told}, but {axis!r} is not written.")
                 declared = 1
-            self._extent[axis] = [None if declared is None else int(declared)]
+            self._extent[axis] = [None if declared is None else int(declared)] * parts
         if not written("page") and not (written("block") and written("token")):
             # A chunk has no block_size: its tokens are counted. A block may be of one token.
-            self._extent["token"] = [1 if written("block") else None]
+            self._extent["token"] = [1 if written("block") else None] * parts
         dim = extents.get("dim")
         each = [dim] * parts if dim is None or isinstance(dim, int) else list(map(int, dim))
         if len(each) != parts:
@@ -152,25 +148,20 @@ class Rows:
 
     def _solve(self, group: Group, length: int, kvs: range) -> None:
         """Find the extent of the one axis in a group that is not known yet, if there is one."""
-        unknown = [f for f in group if f.part != "%" and self._known(f, kvs[0]) is None]
+        unknown = [f for f in group if f.part != "%" and self._extent[f.axis][kvs[0]] is None]
         if {f.axis for f in unknown} == {"block", "token"}:
             # A flat pool whose block size nobody declared: any block size gives the same bytes.
-            self._extent["token"] = [1]
+            self._extent["token"] = [1] * len(self._extent["token"])
             unknown = [f for f in unknown if f.axis == "block"]
         if len(unknown) > 1:
             raise ValueError(f"{[str(f) for f in unknown]} share a dimension: declare all but one.")
         for factor in unknown:
+            extent, step = self._extent[factor.axis], factor.n if factor.part else 1
+            alike = kvs if factor.axis in ("dim", "page") else range(len(extent))
             # The length of a group is linear in each axis, so one evaluation at 1 solves it.
-            self._set(factor, 1, kvs)
-            self._set(factor, length // max(self._size(group, kvs[0]), 1), kvs)
-
-    def _known(self, factor: Factor, kv: int) -> int | None:
-        each = self._extent[factor.axis]
-        return each[kv] if factor.axis in ("dim", "page") else each[0]
-
-    def _set(self, factor: Factor, parts: int, kvs: range) -> None:
-        for kv in kvs if factor.axis in ("dim", "page") else [0]:
-            self._extent[factor.axis][kv] = parts * (factor.n if factor.part else 1)
+            extent[alike.start : alike.stop] = [step] * len(alike)
+            parts = length // max(self._size(group, kvs[0]), 1)
+            extent[alike.start : alike.stop] = [parts * step] * len(alike)
 
     def _size(self, group: Group, kv: int) -> int:
         """How long a group is. Parts of unequal width lie one behind the other."""
@@ -181,7 +172,7 @@ class Rows:
             return sum(self._size(rest, k) for k in range(self._whole("kv")))
         if first.part == "%":
             return first.n * self._size(rest, kv)
-        whole = self._whole(first.axis, kv if first.axis in ("dim", "page") else 0)
+        whole = self._whole(first.axis, kv)
         if first.part and whole % first.n:
             raise ValueError(f"{first.axis!r} is {whole} long, which {first} does not divide.")
         return whole // max(first.n, 1) * self._size(rest, kv)
@@ -226,8 +217,7 @@ class Rows:
             if dimension == last and self.axes.open_end:
                 address = address + self._unravel(position, where, dimension)
             else:
-                index: tuple[Any, ...] = (*where, dimension)
-                address = address + position * self._strides[index]
+                address = address + position * self._strides[(*where, dimension)]
         rows = (slots.shape[0], self.heads)
         elements = np.broadcast_to(address, (*rows, self._elements[kv]))[..., None]
         item = np.arange(self._itemsize[kv], dtype=np.int64)
@@ -237,9 +227,8 @@ class Rows:
         """Byte offset of a position in the trailing dimensions from ``first`` on."""
         offset: Any = 0
         for dimension in reversed(range(first, self._rank)):
-            index: tuple[Any, ...] = (*where, dimension)
-            size = np.maximum(self._sizes[index], 1)
-            offset = offset + position % size * self._strides[index]
+            size = np.maximum(self._sizes[(*where, dimension)], 1)
+            offset = offset + position % size * self._strides[(*where, dimension)]
             position = position // size
         return offset
 

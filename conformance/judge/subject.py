@@ -22,24 +22,15 @@ _WRITTEN = re.compile(r"\w+(:\d+)?")  # a device
 
 @dataclass(frozen=True)
 class Subject:
-    """One backend on one device.
+    """One backend on one device. If the backend does not say what it claims, ``flaw`` is why none
+    of its claims can be judged, and ``can`` claims nothing, or is what it says instead."""
 
-    Attributes:
-        name: under which it is registered; what ``copy_rows(backend=...)`` is given.
-        target: ``module:Class``.
-        backend, device, can: the backend, where it works, and what it claims.
-        trace: the registry's answers.
-        emulated: the device is simulated.
-        flaw: why no claim of the backend can be judged, a sentence: it does not say what it
-            claims. Then ``can`` claims nothing, or is what it says instead.
-    """
-
-    name: str
-    target: str
+    name: str  # under which it is registered; what ``copy_rows(backend=...)`` is given
+    target: str  # ``module:Class``
     backend: Backend
     device: torch.device
     can: Capabilities
-    trace: tuple[Decision, ...]
+    trace: tuple[Decision, ...]  # the registry's answers
     emulated: bool = False
     flaw: str = ""
 
@@ -53,11 +44,8 @@ class Subject:
         return copy_rows(*asked, backend=self.name, **how)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        """The launch, by the backend's own ``check`` and ``prepare``.
-
-        Raises:
-            Unsupported: either of them refuses the plan.
-        """
+        """The launch, by the backend's own ``check`` and ``prepare``; `Unsupported` if either of
+        them refuses the plan."""
         decision = self.backend.check(plan)
         if not decision.accepted:
             raise Unsupported(f"This plan through {self.name!r}", decision.reason)
@@ -67,11 +55,8 @@ class Subject:
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, *,
         status: torch.Tensor | None = None, unit: int | None = None,
     ) -> Pending | None:  # fmt: skip
-        """Prepare and launch directly, with nothing of the library in between.
-
-        ``count`` is a multiple of the plan's unit. Ids are brought only where the backend claims
-        to read them, in a dtype that it claims to read.
-        """
+        """Prepare and launch directly, with nothing of the library in between but that ids are
+        brought where the backend reads them; ``count`` is a multiple of the plan's unit."""
         plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
         mine, theirs = self.place(src_index), self.place(dst_index)
         return self.prepare(plan)(src, dst, mine, theirs, count, None, status)
@@ -82,16 +67,11 @@ class Subject:
 
 
 def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = False) -> Subject:
-    """The backend of a registered name, or of a class written ``pkg.mod:Class``.
+    """The backend of a registered name, or of a class written ``pkg.mod:Class``, on a device.
 
-    Args:
-        name: what to judge.
-        device: where. ``simdev`` loads the simulated device, ``simdev:mlu`` under that name, as
-            does ``mlu`` with ``emulated``. Then a stand-in takes the place of the vendor's package.
-
-    Raises:
-        ValueError: a name or a device that is malformed.
-        BackendUnavailable: the backend cannot run there, with the probe's reason.
+    ``simdev`` loads the simulated device, ``simdev:mlu`` under that name, as does ``mlu`` with
+    ``emulated``; a stand-in takes the place of the vendor's package then. Raises ValueError for a
+    name or a device that is malformed, `BackendUnavailable` with the probe's reason.
     """
     place, simulated = _device(device, emulated)
     if ":" in name:
@@ -185,13 +165,12 @@ def _register(target: str, device: torch.device) -> str:
             f"{target!r} was asked for, but it is {made!r}; expected a class of "
             f"portakv.backends.base.Backend that implements probe, capabilities and prepare."
         )
-    name = made.name or attribute
-    if name in REGISTRY.names():
+    for name in (made.name or attribute, target):  # the first name may be another's
+        if name not in REGISTRY.names():
+            register_backend(name, made)
+            break
         if type(REGISTRY.ask(name, _indexed(device), check=False)[0]) is made:
-            return name
-        name = target  # that name is another's
-    if name not in REGISTRY.names():
-        register_backend(name, made)
+            break
     return name
 
 

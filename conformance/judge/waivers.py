@@ -22,6 +22,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from packaging.version import Version
+
 from portakv_conformance.record import CaseRecord
 
 if sys.version_info >= (3, 11):
@@ -56,12 +58,11 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
     """
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise WaiverError(f"The waiver file {path} cannot be read: {error}.") from error
     except tomllib.TOMLDecodeError as error:
         raise WaiverError(f"The waiver file {path} is no TOML: {error}.") from error
-    unknown = sorted(set(values) - {_TABLE})
-    if unknown:
+    except (OSError, UnicodeDecodeError) as error:
+        raise WaiverError(f"The waiver file {path} cannot be read: {error}.") from error
+    if unknown := sorted(set(values) - {_TABLE}):
         raise WaiverError(
             f"The waiver file {path} has the unknown key {unknown[0]!r}; it holds [[{_TABLE}]] "
             f"tables and nothing else."
@@ -84,10 +85,8 @@ def _waiver(entry: dict[str, Any], place: str) -> Waiver:
             raise WaiverError(f"{place} has the unknown key {key!r}; known are {told}.")
         value = entry.get(key)
         if not isinstance(value, str) or not value.strip():
-            raise WaiverError(
-                f"{place} has no {key!r}; each waiver says {told}, all of them texts that are not "
-                f"empty."
-            )
+            rule = f"each waiver says {told}, all of them texts that are not empty"
+            raise WaiverError(f"{place} has no {key!r}; {rule}.")
     if not _VERSION.fullmatch(entry["expires"]):
         raise WaiverError(
             f"{place} expires in {entry['expires']!r}, which is no version of the suite; write "
@@ -102,38 +101,31 @@ def judged(case: CaseRecord, waiver: Waiver | None, suite: str) -> CaseRecord:
     Failed becomes waived, unless the waiver expired or the case is CORE. A waived case that does
     not fail becomes failed. What is an error of the suite stays one.
     """
-    if waiver is not None and case.status in ("passed", "not-claimed"):
+    if waiver is None or case.status not in ("passed", "not-claimed", "failed"):
+        return case
+    if case.status != "failed":
         ended = "passed" if case.status == "passed" else "is not claimed"
         case.status = "failed"
         case.reason = f"It is waived ({waiver.reason}) but {ended}; remove the waiver."
-    elif waiver is not None and case.status == "failed":
-        why_not = _why_not(asdict(waiver), case.area, suite)
-        if why_not:
-            case.reason = f"{case.reason} {why_not}".strip()
-        else:
-            case.status = "waived"
-            case.reason = f"{waiver.reason} (What it showed: {case.reason})"
+    elif why_not := _why_not(asdict(waiver), case.area, suite):
+        case.reason = f"{case.reason} {why_not}".strip()
+    else:
+        case.status = "waived"
+        case.reason = f"{waiver.reason} (What it showed: {case.reason})"
     return case
 
 
 def problems(
     waivers: Sequence[dict[str, str]], cases: Iterable[CaseRecord], suite: str, *, whole: bool
 ) -> list[str]:
-    """Why waivers fail a run, a sentence each.
-
-    Args:
-        waivers: as `RunRecord` holds them.
-        cases: the cases of the run.
-        suite: the version of the suite that ran.
-        whole: every case of the profile was run: an id that none of them has is unknown.
-    """
+    """Why waivers, as a `RunRecord` holds them, fail a run of a version of the suite, a sentence
+    each. If the ``whole`` profile was run, an id that none of the cases has is unknown."""
     areas = {case.id: case.area for case in cases}
     found = []
     for waiver in waivers:
         if waiver["id"] not in areas and whole:
             found.append(f"A waiver names {waiver['id']!r}, but no case of this run has that id.")
-        why_not = _why_not(waiver, areas.get(waiver["id"], ""), suite)
-        if why_not:
+        if why_not := _why_not(waiver, areas.get(waiver["id"], ""), suite):
             found.append(f"The waiver of {waiver['id']!r} does not hold: {why_not}")
     return found
 
@@ -141,14 +133,6 @@ def problems(
 def _why_not(waiver: dict[str, str], area: str, suite: str) -> str:
     if area == "core":
         return "CORE cannot be waived."
-    if _numbers(suite) >= _numbers(waiver["expires"]):
+    if Version(suite) >= Version(waiver["expires"]):
         return f"It expired in suite {waiver['expires']}, and this is suite {suite}."
     return ""
-
-
-def _numbers(version: str) -> list[int]:
-    """``2026.11`` and ``2026.11.0`` are one version."""
-    numbers = [int(part) for part in _VERSION.match(version).group().split(".")]  # type: ignore[union-attr]
-    while numbers and numbers[-1] == 0:
-        numbers.pop()
-    return numbers

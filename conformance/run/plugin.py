@@ -23,12 +23,11 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from portakv.errors import PortaKVError
-from portakv_conformance.cases import Bench
+from portakv_conformance.cases import AREAS, Bench
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.by_hand import DIRECTIONS, HOMES, Shape, Workshop
 from portakv_conformance.evidence import environment
 from portakv_conformance.evidence.verdict import WRONG
-from portakv_conformance.judge.claims import AREAS
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, find_home
 from portakv_conformance.judge.subject import SIMULATED, Subject, subject

@@ -21,7 +21,6 @@ from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
 from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged, lifted
 from portakv_conformance.draw.strategies import all_cases
-from portakv_conformance.judge.claims import check_refused
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, find_home, largest_unit, view_of
 from portakv_conformance.judge.oracle import compare
@@ -140,9 +139,9 @@ def test_a_refusal_that_check_foretells_is_no_failure_and_no_example() -> None:
     judge = judge_of("Modest")
     assert not judge.copy(case)
     assert (judge.declined, judge.examples) == (foretold, 0)
-    check_refused(judge, case)
+    judge.refused(case)
     with pytest.raises(AssertionError, match="must raise Unsupported; the copy returned"):
-        check_refused(judge_of("Lax"), case)
+        judge_of("Lax").refused(case)
     judge, refusal = judge_of("Modest"), Unsupported("This plan", "of a launch")
     judge.may_decline(refusal, *asked_of(case))
     assert judge.declined == foretold
