@@ -20,7 +20,9 @@ from portakv.errors import LayoutError
 
 AXES = ("layer", "kv", "block", "token", "head", "dim", "page")
 
-_TOKEN = re.compile(r"(?P<axis>[A-Za-z_]\w*)(?:(?P<part>[/%])(?P<n>\d*))?|(?P<mark>[|()]|1(?!\w))")
+_TOKEN = re.compile(
+    r"(?P<axis>[A-Za-z_]\w*)(?:(?P<part>[/%])(?P<n>\d*))?|(?P<mark>[|()]|1(?!\w))|(?P<other>\S)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,53 +106,44 @@ def _parse(text: str) -> Layout:
     bar: int | None = None  # how many of them stand left of `|`
     places: list[tuple[Factor, int]] = []
     inside: list[Factor] | None = None  # factors since an open parenthesis
-    opened = at = 0
-    while at < len(text):
-        if text[at].isspace():
-            at += 1
-            continue
-        found = _TOKEN.match(text, at)
-        if found is None:
-            fail(text, at, f"{text[at]!r} is not part of the layout language.")
-        start, at = at, found.end()
-        match found["mark"]:
-            case None:
-                factor = Factor(found["axis"], found["part"] or "", int(found["n"] or 0))
-                if factor.axis not in AXES:
-                    why = f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}."
-                    fail(text, start, why)
-                if factor.part and not factor.n:
-                    why = f"{found[0]!r} needs a positive number behind `{factor.part}`."
-                    fail(text, start, why)
-                places.append((factor, start))
-                if inside is None:
-                    groups.append(Group((factor,)))
-                else:
-                    inside.append(factor)
-            case "1":
-                if inside is not None:
-                    why = "`1` is a dimension of its own and cannot stand in parentheses."
-                    fail(text, start, why)
-                groups.append(Group(()))
-            case "|":
-                if bar is not None or inside is not None:
-                    fail(text, start, "`|` stands at most once, and outside of parentheses.")
-                bar = len(groups)
-            case "(":
-                if inside is not None:
-                    fail(text, start, "Parentheses do not nest.")
-                inside, opened = [], start
-            case _:
-                if not inside:
-                    fail(text, start, "This parenthesis closes nothing; write axes in between.")
-                groups.append(Group(tuple(inside), merged=True))
-                inside = None
+    opened = 0
+    for found in _TOKEN.finditer(text):
+        at, mark = found.start(), found["mark"]
+        if found["other"]:
+            fail(text, at, f"{found[0]!r} is not part of the layout language.")
+        elif found["axis"]:
+            factor = Factor(found["axis"], found["part"] or "", int(found["n"] or 0))
+            if factor.axis not in AXES:
+                fail(text, at, f"Unknown axis {factor.axis!r}; the axes are {', '.join(AXES)}.")
+            if factor.part and not factor.n:
+                fail(text, at, f"{found[0]!r} needs a positive number behind `{factor.part}`.")
+            places.append((factor, at))
+            if inside is None:
+                groups.append(Group((factor,)))
+            else:
+                inside.append(factor)
+        elif mark == "1":
+            if inside is not None:
+                fail(text, at, "`1` is a dimension of its own and cannot stand in parentheses.")
+            groups.append(Group(()))
+        elif mark == "|":
+            if bar is not None or inside is not None:
+                fail(text, at, "`|` stands at most once, and outside of parentheses.")
+            bar = len(groups)
+        elif mark == "(":
+            if inside is not None:
+                fail(text, at, "Parentheses do not nest.")
+            inside, opened = [], at
+        else:
+            if not inside:
+                fail(text, at, "This parenthesis closes nothing; write axes in between.")
+            groups.append(Group(tuple(inside), merged=True))
+            inside = None
     if inside is not None:
         fail(text, opened, "This parenthesis is never closed.")
     if len(groups) == (bar or 0):
         fail(text, len(text.rstrip()), "The tensor has no dimension; name at least one axis.")
-    _check_factors(text, places)
-    _check_together(text, places)
+    _check(text, places)
     return Layout(text, tuple(groups[: bar or 0]), tuple(groups[bar or 0 :]))
 
 
@@ -160,8 +153,9 @@ def fail(text: str, at: int, why: str) -> NoReturn:
     raise LayoutError(f"{why}\n    {shown}\n    {' ' * at}^")
 
 
-def _check_factors(text: str, places: list[tuple[Factor, int]]) -> None:
-    """Each axis occurs once: whole, or as one quotient and one remainder by the same number."""
+def _check(text: str, places: list[tuple[Factor, int]]) -> None:
+    """Each axis occurs once: whole, or as one quotient and one remainder by the same number; and
+    all of them go together."""
     seen: dict[str, list[tuple[Factor, int]]] = {}
     for factor, at in places:
         earlier = seen.setdefault(factor.axis, [])
@@ -176,23 +170,17 @@ def _check_factors(text: str, places: list[tuple[Factor, int]]) -> None:
         if factor.part and not others:
             partner = Factor(factor.axis, "%" if factor.part == "/" else "/", factor.n)
             fail(text, at, f"{factor} needs its partner {partner} somewhere in the layout.")
-
-
-def _check_together(text: str, places: list[tuple[Factor, int]]) -> None:
-    where = {factor.axis: (factor, at) for factor, at in reversed(places)}
-    for axis, why in (
-        ("page", "`page` is opaque and cannot be split."),
-        ("kv", "`kv` cannot be split into quotient and remainder."),
-    ):
-        if axis in where and where[axis][0].part:
-            fail(text, where[axis][1], why)
-    opaque = "page" in where
+        if factor.part and factor.axis == "page":
+            fail(text, at, "`page` is opaque and cannot be split.")
+        if factor.part and factor.axis == "kv":
+            fail(text, at, "`kv` cannot be split into quotient and remainder.")
+    opaque = "page" in seen
     for axis in ("token", "head", "dim"):
-        if opaque and axis in where:
+        if opaque and axis in seen:
             why = f"`page` is a block's opaque content and cannot go together with {axis!r}."
-            fail(text, where[axis][1], why)
-        if not opaque and axis != "head" and axis not in where:
+            fail(text, seen[axis][0][1], why)
+        if not opaque and axis != "head" and axis not in seen:
             fail(text, len(text.rstrip()), f"The layout must name {axis!r} (or `page`).")
-    if opaque and "block" not in where:
-        why = "`page` is a block's content; the layout must name `block`."
-        fail(text, where["page"][1], why)
+    if opaque and "block" not in seen:
+        at = seen["page"][0][1]
+        fail(text, at, "`page` is a block's content; the layout must name `block`.")

@@ -14,7 +14,7 @@ Facts were read from released packages: vLLM's attention backends (`get_kv_cache
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -87,18 +87,6 @@ def resolve(text: str) -> tuple[str, dict[str, Extent]]:
     )
 
 
-def _lmcache() -> Iterator[Preset]:
-    for number, (name, layout, note) in enumerate(_LMCACHE):
-        said = f"{name}. {note}"
-        yield Preset(f"lmcache-{number}", layout, "LMCache", "0.5.6", note=said)
-
-
-def _table() -> Iterator[Preset]:
-    for name, layout, engine, releases, extents, note in _ROWS:
-        fixed = MappingProxyType(dict(extents))
-        yield Preset(name, layout, engine, releases, fixed, note, _MEMORY.get(name, ""))
-
-
 # LMCache's formats in the order of their numbers. NB blocks, NL layers, BS block size, NH heads,
 # HS head size, CS content, `_X_` a list level.
 _LMCACHE: tuple[tuple[str, str, str], ...] = (
@@ -127,8 +115,6 @@ _LMCACHE: tuple[tuple[str, str, str], ...] = (
     ("NL_X_NB_BS_NH_HS", "layer | block token head dim", "SGLang unified components."),
 )  # fmt: skip
 
-_Row = tuple[str, str, str, str, dict[str, Extent], str]
-
 _FUSED = "layer | block head token (kv dim)"
 _FUSED_NOTE = "Logical shape (blocks, heads, block_size, 2 * head_dim) in either memory order."
 _VIEW_NOTE = (
@@ -140,8 +126,8 @@ _PAGE_NOTE = "The nominal row is not one run of bytes; whole blocks only. Token-
 _SPLIT_NOTE = "A block holds all values, then all scales. Block size must be declared."
 _FLAT_NOTE = "A flat pool of token slots; declare block_size = the pool's page size (1 is right)."
 
-
 _VIEW_ORDERS = ("LBHNC", "LBNHC", "LHBNC", "BLHNC", "BLNHC", "BHLNC")
+_ALSO = {"LBHNC": " Also called HND.", "LBNHC": " Also called NHD."}
 _LETTERS = {"L": "layer", "B": "block", "H": "head", "N": "token", "C": "(kv dim)"}
 
 # Presets whose tensors do not lie in the order of their dimensions.
@@ -152,16 +138,8 @@ _MEMORY = {
     **{f"vllm-{x.lower()}": " ".join(_LETTERS[c] for c in x) for x in _VIEW_ORDERS},
 }
 
-
-def _vllm_views() -> Iterator[_Row]:
-    for order in _VIEW_ORDERS:
-        alias = {"LBHNC": " Also called HND.", "LBNHC": " Also called NHD."}.get(order, "")
-        note = _VIEW_NOTE.format(order) + alias
-        yield f"vllm-{order.lower()}", _FUSED, "vLLM", ">= 0.29", {}, note
-
-
 # name, layout, engine, releases, extents, note
-_ROWS: tuple[_Row, ...] = (
+_ROWS: tuple[tuple[str, str, str, str, dict[str, Extent], str], ...] = (
     # vLLM, keys and values with an axis of their own
     ("vllm-nhd", "layer | kv block token head dim", "vLLM flash attention", "<= 0.22.1", {},
      "Shape (2, blocks, block_size, heads, head_dim), memory in the same order."),
@@ -187,7 +165,8 @@ _ROWS: tuple[_Row, ...] = (
      {}, "One tensor in memory order: a block is one run over all layers."),
     ("vllm-0.26-cross-hnd", "block head layer token (kv dim)", "vLLM cross-layer", "0.26 - 0.28",
      {}, "One tensor in memory order: a block is one run over all layers."),
-    *_vllm_views(),
+    *((f"vllm-{order.lower()}", _FUSED, "vLLM", ">= 0.29", {},
+       _VIEW_NOTE.format(order) + _ALSO.get(order, "")) for order in _VIEW_ORDERS),
     ("vllm-0.29-planes", "layer | block kv token (head dim)", "vLLM on ROCm (AITER)", ">= 0.29", {},
      "Views [B, 2, N, heads * head_dim]: key and value groups take the place of the heads. "
      "Declare heads."),
@@ -281,7 +260,16 @@ _ROWS: tuple[_Row, ...] = (
      "A list of memory objects as one paged view; block_size is the chunk's tokens."),
 )  # fmt: skip
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({p.name: p for p in (*_lmcache(), *_table())})
+_BY_LMCACHE_NAME = {
+    name: Preset(f"lmcache-{number}", layout, "LMCache", "0.5.6", note=f"{name}. {note}")
+    for number, (name, layout, note) in enumerate(_LMCACHE)
+}
+_BY_NAME = {
+    name: Preset(
+        name, layout, engine, releases, MappingProxyType(always), note, _MEMORY.get(name, "")
+    )
+    for name, layout, engine, releases, always, note in _ROWS
+}
+PRESETS: Mapping[str, Preset]
+PRESETS = MappingProxyType({p.name: p for p in _BY_LMCACHE_NAME.values()} | _BY_NAME)
 """All presets by name, in the order in which `portakv layouts` prints them."""
-
-_BY_LMCACHE_NAME = {row[0]: PRESETS[f"lmcache-{number}"] for number, row in enumerate(_LMCACHE)}

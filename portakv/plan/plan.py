@@ -2,7 +2,7 @@
 """`Move`, one copy as a value, and `CopyPlan`, what a copy between two forms needs, worked out
 before any address or index is known.
 
-A plan is one nest of loops, or one for each kv where they differ: units x strided loops x one
+A plan is one nest of loops, or one for each kv if they differ: units x strided loops x one
 contiguous run. Its cost does not depend on how many tokens or blocks will be moved.
 """
 
@@ -90,15 +90,9 @@ class CopyPlan:
     """
 
     def __init__(
-        self,
-        src: Form,
-        dst: Form,
-        src_step: int = 0,
-        dst_step: int = 0,
-        unit: int | None = None,
-        *,
-        reinterpret: bool = False,
-    ) -> None:
+        self, src: Form, dst: Form, src_step: int = 0, dst_step: int = 0, unit: int | None = None,
+        *, reinterpret: bool = False,
+    ) -> None:  # fmt: skip
         if not (isinstance(src, Form) and isinstance(dst, Form)):
             raise LayoutError(
                 f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
@@ -113,8 +107,7 @@ class CopyPlan:
         if reinterpret:
             src = src.untyped()
         _check_forms(src, dst)
-        self.src, self.dst = src, dst
-        self.src_step, self.dst_step = src_step, dst_step
+        self.src, self.dst, self.src_step, self.dst_step = src, dst, src_step, dst_step
         chains = [_chain(form, part)[1:] for form in (src, dst) for part in form.parts]
         inner = [prod(step.extent for step in chain) for chain in chains if chain]
         largest = gcd(src_step, dst_step, *inner)  # 0 if any number can be moved at once
@@ -124,7 +117,7 @@ class CopyPlan:
             )
         most = largest or 1
         units = [unit] if unit else (n for n in range(most, 0, -1) if most % n == 0)
-        self.unit, self.nests = _fit(src, dst, (src_step, dst_step), units)
+        self.unit, self.nests = _fit(src, dst, steps, units)
 
     @property
     def vector(self) -> int:

@@ -36,12 +36,7 @@ class Factors(NamedTuple):
 
 
 def factors(nests: Sequence[Nest], unit: int, move: Move) -> list[Factors]:
-    """For each nest the runs of a copy, not yet multiplied out.
-
-    Raises:
-        SlotError: an id past the end of its view, a range past the list, or one that does not
-            consist of whole units.
-    """
+    """For each nest the runs of a copy, not yet multiplied out; raises as `CopyPlan.runs` does."""
     src, dst, src_index, dst_index, count = move
     if not isinstance(count, (int, np.integer)) or count < 0 or count % unit:
         raise SlotError(
@@ -67,7 +62,7 @@ def summed(several: Sequence[Factors]) -> Runs:
 
 
 def _sum(planes: Runs, lines: Runs) -> Runs:
-    """Every line in every plane; in order where one of the two lies inside the other's gaps."""
+    """Every line in every plane; in order if one of the two lies inside the other's gaps."""
     outer, inner = planes, lines
     if lines.src.size > 1 and np.ptp(planes.src) < np.diff(lines.src).min():
         outer, inner = lines, planes
@@ -103,7 +98,7 @@ def _factors(
 
 def _split(nest: Nest) -> tuple[list[Loop], list[Loop], tuple[bool, bool]]:
     """Loops inside the lines, loops over planes, and for each side whether the address is looked
-    up for each line: for lines and planes both it cannot be, where the two are to be added."""
+    up for each line: for lines and planes both it cannot be, as the two are to be added."""
     inner: list[Loop] = []
     outer = list(nest.loops)
     src, dst = (any(step.table for step in side.units) for side in (nest.src, nest.dst))

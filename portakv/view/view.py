@@ -55,24 +55,15 @@ class KVView:
     )  # fmt: skip
 
     def __init__(
-        self,
-        tensors: Tensors,
-        layout: str,
-        *,
-        layers: int | None = None,
-        kv: int | None = None,
-        block_size: int | None = None,
-        heads: int | None = None,
-        dim: int | Sequence[int] | None = None,
-        reinterpret: bool = False,
-        **unknown: NoReturn,
-    ) -> None:
+        self, tensors: Tensors, layout: str, *, layers: int | None = None, kv: int | None = None,
+        block_size: int | None = None, heads: int | None = None,
+        dim: int | Sequence[int] | None = None, reinterpret: bool = False, **unknown: NoReturn,
+    ) -> None:  # fmt: skip
         bound = bind_layout(
             layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=dim,
             reinterpret=reinterpret, **unknown,
         )  # fmt: skip
-        self._set(bound.layout, tensors, bound.read(tensors))
-        self._hold()
+        self._set(bound.layout, tensors, bound.read(tensors), lasting=True)
 
     @classmethod
     def through(cls, bound: BoundLayout, tensors: Tensors, *, lasting: bool = False) -> KVView:
@@ -81,12 +72,10 @@ class KVView:
         ``lasting``: it outlives the call that it is made for.
         """
         view = cls.__new__(cls)
-        view._set(bound.layout, tensors, bound.read(tensors))
-        if lasting:
-            view._hold()
+        view._set(bound.layout, tensors, bound.read(tensors), lasting)
         return view
 
-    def _set(self, layout: Layout, tensors: Any, facts: Facts) -> None:
+    def _set(self, layout: Layout, tensors: Any, facts: Facts, lasting: bool) -> None:
         self.layout, self.tensors = layout, tensors
         rows, self.slots, self.device, self.requires_grad = facts
         self.form, self.origins, self.owners, self.spans = rows
@@ -94,11 +83,9 @@ class KVView:
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
         self.derived: dict[Hashable, Any] = {}
-
-    def _hold(self) -> None:
-        # Aliases keep the memory that was read, also if a caller gives a tensor another one.
-        self.owners = tuple(owner.detach() for owner in self.owners)
-        self._memory = ()
+        if lasting:
+            # Aliases keep the memory that was read, also if a caller gives a tensor another one.
+            self.owners, self._memory = tuple(owner.detach() for owner in self.owners), ()
 
     @property
     def layers(self) -> int:
@@ -249,13 +236,9 @@ class KVView:
         return self.strided(entry, offset, element, size, [*(s // width for s in stride), 1])
 
     def slice(
-        self,
-        *,
-        layers: slice | int | None = None,
-        heads: slice | int | None = None,
-        kv: slice | int | None = None,
-        **unknown: NoReturn,
-    ) -> KVView:
+        self, *, layers: slice | int | None = None, heads: slice | int | None = None,
+        kv: slice | int | None = None, **unknown: NoReturn,
+    ) -> KVView:  # fmt: skip
         """Some layers, heads or kv of this view, as a view; copies nothing.
 
         An integer keeps its axis with extent 1. Slices of one layer all have one form.
@@ -326,8 +309,8 @@ class KVView:
 
     def _with(self, rows: Rows) -> KVView:
         view = KVView.__new__(KVView)
-        view._set(self.layout, self.tensors, (rows, self.slots, self.device, self.requires_grad))
-        view._memory = None if self._memory is None else ()  # its owners are held as well
+        facts = rows, self.slots, self.device, self.requires_grad
+        view._set(self.layout, self.tensors, facts, lasting=self._memory is not None)
         return view
 
     def __repr__(self) -> str:
