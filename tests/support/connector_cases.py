@@ -19,9 +19,7 @@ KV_LAYOUT = "layer | kv block token head dim"
 
 
 def make_caches(
-    blocks: int = BLOCKS,
-    dtype: torch.dtype = torch.float16,
-    device: torch.device | str = "cpu",
+    blocks: int = BLOCKS, dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu"
 ) -> list[torch.Tensor]:
     """A list over layers of ``(2, blocks, SIZE, HEADS, DIM)``."""
     return [filled((2, blocks, SIZE, HEADS, DIM), dtype, device=device) for _ in range(LAYERS)]
@@ -57,7 +55,6 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry of its own for each test, and no forced backend."""
     monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    return
 
 
 @pytest.fixture

@@ -31,13 +31,9 @@ THREADS = 128
 FLAGS = "PORTAKV_TEST_GXX_FLAGS"
 # Where a member lies is asked of a class with a base, which g++ warns of and supports; and it does
 # not see that an address is used only where both numbers were found.
-_STRICT = (
-    "-Wall", "-Wextra", "-Werror", "-Wno-invalid-offsetof", "-Wno-maybe-uninitialized",
-)  # fmt: skip
-_HOST = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
-_HEAD = "".join(
-    f'#include "{file}"\n' for file in (SHIM, Path(__file__).with_name("cuda_on_cpu.h"))
-)
+_STRICT = ["-Wall", "-Wextra", "-Werror", "-Wno-invalid-offsetof", "-Wno-maybe-uninitialized"]
+HOST_PLACES = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
+_HEAD = f'#include "{SHIM}"\n#include "{Path(__file__).with_name("cuda_on_cpu.h")}"\n'
 # Behind the text: the grid, what the compiler makes of the argument, and where it prefetched.
 _ENTRIES = f"""
 extern "C" void run_kernel(
@@ -89,7 +85,7 @@ class CudaOnCpu(Backend):
         return Decision(cls.name, why is None, why or "g++ compiles the kernel")
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(places=_HOST, skips_negative=True, guards=True)
+        return Capabilities(places=HOST_PLACES, skips_negative=True, guards=True)
 
     def prepare(self, plan: CopyPlan) -> Launch:
         driver = HostDriver()

@@ -25,7 +25,7 @@ from portakv.engines.direct import NAME, Cut, Direct
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from support import cuda_on_cpu
-from support.cuda_on_cpu import why_not
+from support.cuda_on_cpu import HOST_PLACES, why_not
 
 __all__ = ["CPU", "SMALL", "Driver", "Loads", "Stores", "installed", "why_not"]
 CPU = torch.device("cpu")
@@ -83,8 +83,7 @@ class Stores(Direct):
         return Decision(cls.name, why_not() is None, why_not() or "g++ compiles the kernel")
 
     def capabilities(self) -> Capabilities:
-        places = frozenset((a, b) for a in ("pageable", "pinned") for b in ("pageable", "pinned"))
-        return replace(super().capabilities(), places=places)
+        return replace(super().capabilities(), places=HOST_PLACES)
 
     def prepare(self, plan: CopyPlan) -> Launch:
         placed, (src, dst) = copy.copy(plan), self.sides

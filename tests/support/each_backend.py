@@ -50,27 +50,23 @@ _AXES = "kv layer token head dim"
 #: Sources of which several rows, or parts of them, are one: a step of 0 bytes, or of one element.
 REPEATED: dict[str, Callable[[], Copy]] = {
     "one token for all, from the second on": lambda: Copy(
-        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 9, 16), offset=2), by(pool(), SLOTS), 7
-    ),
+        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 9, 16), offset=2), by(pool(), SLOTS), 7),
     "one token for all, to a chunk": lambda: Copy(
-        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 7, 16)), chunk(7), 7
-    ),
+        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 7, 16)), chunk(7), 7),
     "one token for all, by ids": lambda: Copy(_pools((2, 1, 1, 2, 8), ids=SLOTS), chunk(7), 7),
     "one token of a block for all": lambda: Copy(_pools((2, 3, 1, 2, 8), ids=SLOTS), chunk(7), 7),
     "one block for all": lambda: Copy(_pools((2, 1, 4, 2, 8), ids=SLOTS), chunk(7), 7),
     "one block for all, by blocks": lambda: Copy(
-        _pools((2, 1, 4, 2, 8), ids=[2, 0], step=4), by(pool(), [1, 2], 4), 8
-    ),
+        _pools((2, 1, 4, 2, 8), ids=[2, 0], step=4), by(pool(), [1, 2], 4), 8),
     "one head for all": lambda: Copy(_pools((2, 3, 4, 1, 8), ids=SLOTS), chunk(7), 7),
     "keys for values": lambda: Copy(_pools((1, 3, 4, 2, 8), ids=SLOTS), chunk(7), 7),
     "one element for all": lambda: Copy(_pools((2, 3, 4, 2, 1), ids=SLOTS), chunk(7), 7),
     "one layer for all": lambda: Copy(
-        _chunk(filled((2, 1, 7, 16)).expand(2, 3, 7, 16)), by(pool(), SLOTS), 7
-    ),
+        _chunk(filled((2, 1, 7, 16)).expand(2, 3, 7, 16)), by(pool(), SLOTS), 7),
     "rows of one element's step": lambda: _windows(1),
     "rows of three elements' step": lambda: _windows(3),
     **{f"one element's step by {x}": partial(_one_element_apart, x) for x in _AXES.split()[:4]},
-}
+}  # fmt: skip
 
 
 class Elsewhere:
@@ -116,12 +112,8 @@ class Carrier(NamedTuple):
     def copies(
         self, copy: Copy, *, stream: torch.Stream | None = None, bad: str = "", there: bool = False
     ) -> None:
-        """Copy as the library would; every byte is judged.
-
-        Args:
-            bad: what the error says of a bad id.
-            there: ids are on the device, too.
-        """
+        """Copy as the library would, ids on the device if they are ``there``; every byte is judged.
+        ``bad`` is what the error says of a bad id."""
 
         def index(end: End) -> Index:
             made = end.index()
@@ -152,10 +144,8 @@ class Carrier(NamedTuple):
             backend = self._made(state is None)
             can = backend.capabilities()
             home = can.home_of_ids(self.device)
-            mine, theirs = (
-                x if x.ids is None else x.placed(home, can.index_dtypes) for x in indices
-            )
-            pending = backend.prepare(plan)(src, dst, mine, theirs, copy.count, None, status)
+            placed = [x if x.ids is None else x.placed(home, can.index_dtypes) for x in indices]
+            pending = backend.prepare(plan)(src, dst, *placed, copy.count, None, status)
             if pending is not None:
                 pending.wait()
         if self.device.type != "cpu":

@@ -26,12 +26,8 @@ from support.guarded_memory import tensors_in
 
 BLOCK, BLOCKS, DIM = 8, 24, 16
 #: Layouts of the device's side, and of the host's.
-PAGED = (
-    "layer | kv block token head dim",
-    "layer kv | block head token dim",
-    "block layer kv token head dim",
-    "kv layer | (block token) head dim",
-)
+PAGED = ("layer | kv block token head dim", "layer kv | block head token dim",
+         "block layer kv token head dim", "kv layer | (block token) head dim")  # fmt: skip
 CHUNKS = ("kv layer token (head dim)", "layer token kv head dim", "kv layer head token dim")
 POOLS = (*PAGED, "block | kv layer token (head dim)")
 EXTENTS: dict[str, Any] = {"layers": 3, "kv": 2, "heads": 2, "dim": DIM}
@@ -107,30 +103,17 @@ def index_of(ids: tuple[Any, int] | None, offset: int = 0) -> Index:
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 #: Each engine that copies by pieces, with the host memory that it takes.
 ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
-    Staged: torch.Tensor.pin_memory,
-    Descriptors: torch.Tensor.pin_memory,
-    Host: torch.Tensor.pin_memory,
-    Ring: torch.Tensor.clone,
-}
+    **dict.fromkeys((Staged, Descriptors, Host), torch.Tensor.pin_memory), Ring: torch.Tensor.clone,
+}  # fmt: skip
 #: Tokens of the usual case, and its first slot.
 TOKENS, FIRST = 40, 100
 USUAL = Case(PAGED[0], CHUNKS[0], (range(FIRST, FIRST + TOKENS), 1), None, TOKENS)
 
 
 class Transfers:
-    """Transfers of one kind, through launches that are prepared once, judged by `reference`.
-
-    Args:
-        engine: carries them out.
-        downward: from the device to the host.
-        case: layouts, ids and tokens; the ids are the same lists each time.
-        seed: of the bytes.
-        pageable: the host's memory is, whatever the engine usually takes.
-
-    Attributes:
-        rows, host: the device's memory, and the host's.
-        mine, theirs: the index of either.
-    """
+    """Transfers of one kind by an engine, ``downward`` to the host, through launches that are
+    prepared once, judged by `reference`. ``pageable``: the host's memory is, whatever the engine
+    usually takes."""
 
     def __init__(
         self, engine: Backend, downward: bool, case: Case = USUAL, seed: int = 1,
@@ -139,6 +122,7 @@ class Transfers:
         self.engine, self.downward, self.case = engine, downward, case
         self._on_host = ON_HOST[type(engine) if pageable is None else Ring if pageable else Staged]
         made = tensors_of(case.device, case.count, seed)
+        # The memory of the device and of the host, and the index of either.
         self.rows = view_of(mapped(made, lambda x: x.to(engine.device)), case.device)
         self.host = self.chunk(seed + 1)
         self.mine, self.theirs = index_of(case.ids), index_of(case.host_ids, case.offset)
@@ -174,8 +158,7 @@ class Transfers:
         self, host: KVView | None = None, tokens: int | None = None,
         stream: torch.Stream | None = None,
     ) -> None:  # fmt: skip
-        """Launch whole units, and head and tail by tokens, as the library does; nothing is waited
-        for."""
+        """Launch whole units, and head and tail by tokens, as the library does, without waiting."""
         move = self.move(host, tokens)
         for first, count, unit in self.plan.split(move):
             mine, theirs = move.src_index.shifted(first), move.dst_index.shifted(first)
@@ -211,10 +194,8 @@ class Transfers:
         return view_of(mapped(view.tensors, lambda x: x.cpu().clone()), layout)
 
     def _alike(self, found: KVView, wanted: KVView) -> None:
-        for tensor, other in zip(
-            tensors_in(found.tensors), tensors_in(wanted.tensors), strict=True
-        ):
-            assert torch.equal(tensor.cpu(), other), self.case
+        pairs = zip(tensors_in(found.tensors), tensors_in(wanted.tensors), strict=True)
+        assert all(torch.equal(mine.cpu(), other) for mine, other in pairs), self.case
 
     def turned(self, mine: Any, theirs: Any) -> Any:
         """(Source, destination) of what belongs to the device and to the host."""
@@ -229,11 +210,9 @@ def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
 
 
 def broken_at(
-    nth: int,
-    copy: Callable[..., None],
-    error: type[BaseException] = RuntimeError,
+    nth: int, copy: Callable[..., None], error: type[BaseException] = RuntimeError,
     late: bool = False,
-) -> Callable[..., None]:
+) -> Callable[..., None]:  # fmt: skip
     """A copy whose ``nth`` call fails, before the bytes are copied or ``late``."""
     calls = list[None]()
 

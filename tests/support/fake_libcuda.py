@@ -41,15 +41,8 @@ class _Sent(ctypes.Structure):
 
 
 class FakeLibrary:
-    """The library with what it noted.
-
-    Args:
-        folder: where to compile it.
-        batch: the version of CUDA whose batched copy it has; None: none at all.
-
-    Attributes:
-        batches: it has one.
-    """
+    """The library, compiled in a folder, with what it noted; ``batch`` is the version of CUDA whose
+    batched copy it has, None if it has none."""
 
     def __init__(self, folder: Path, batch: int | None) -> None:
         compiler = shutil.which("gcc") or shutil.which("cc")

@@ -27,13 +27,8 @@ _results = pytest.StashKey[dict[str, dict[str, list[Any]]]]()
 
 
 def own_process(device: str, group: str = "", **environment: str) -> list[pytest.MarkDecorator]:
-    """Marks for tests that run in a child.
-
-    Args:
-        device: the name that the simulated device carries there; empty: there is none.
-        group: tests of one group share a child; the device's name by default.
-        environment: variables that the child begins with.
-    """
+    """Marks for tests that run in a child, where the simulated device carries a name (empty: there
+    is none), with variables of the environment. Tests of one group share a child."""
     group = group or device
     marked = pytest.mark.own_process(device, group, **environment)
     return [marked, pytest.mark.xdist_group(group)]
@@ -66,7 +61,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """In a child: leave the report for the parent."""
     if path := os.environ.get(_REPORTS):
         with open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(_data(report)) + "\n")
+            file.write(json.dumps(report._to_json()) + "\n")
 
 
 def in_child() -> bool:
@@ -74,20 +69,12 @@ def in_child() -> bool:
     return _GROUP in os.environ
 
 
-def _data(report: pytest.TestReport) -> dict[str, Any]:
-    data: dict[str, Any] = report._to_json()
-    return data
-
-
 def _run(
     session: pytest.Session, device: str, group: str, more: dict[str, str]
 ) -> dict[str, list[Any]]:
     """Run a group's tests of this session in a child: reports by test, and its output under ""."""
-    chosen = [
-        item.nodeid
-        for item in session.items
-        if (mark := item.get_closest_marker("own_process")) and mark.args[1] == group
-    ]
+    marks = ((item.nodeid, item.get_closest_marker("own_process")) for item in session.items)
+    chosen = [id for id, mark in marks if mark and mark.args[1] == group]
     with tempfile.TemporaryDirectory() as folder:
         reports, ids = Path(folder, "reports"), Path(folder, "ids")
         reports.touch()

@@ -14,21 +14,14 @@ from portakv.host._registrations import Runtime
 
 class FakeLibrary:
     """Registers ranges, refuses a page a second time as CUDA does, and remembers its last error
-    until it is asked.
-
-    Attributes:
-        registered: address -> (bytes, flags).
-        refuse: number of a call of cudaHostRegister, from 0 -> the code that it fails with.
-        sticky: the error that the next kernel launch would find.
-        log: what happened, in order.
-    """
+    until it is asked."""
 
     def __init__(self) -> None:
-        self.registered: dict[int, tuple[int, int]] = {}
-        self.refuse: dict[int, int] = {}
-        self.sticky = 0
+        self.registered: dict[int, tuple[int, int]] = {}  # by address: bytes, flags
+        self.refuse: dict[int, int] = {}  # by number of a call of cudaHostRegister: its error
+        self.sticky = 0  # the error that the next kernel launch would find
         self.calls = 0
-        self.log: list[str] = []
+        self.log: list[str] = []  # what happened, in order
 
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         self.calls += 1

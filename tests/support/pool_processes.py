@@ -36,12 +36,11 @@ class Child:
         self.pid = os.fork()
         if self.pid == 0:
             self.here.close()  # so that it ends when the test does, whatever the outcome
-            code = 1
             try:
                 work(there)
-                code = 0
+                os._exit(0)
             finally:
-                os._exit(code)
+                os._exit(1)
         there.close()
 
     def told(self) -> Any:
@@ -62,11 +61,7 @@ class Child:
 
 class Opener(Child):
     """A process ``holder`` that has opened a pool and done something with it, and waits; when it
-    is told to end it gives back the blocks that it had from that.
-
-    Attributes:
-        blocks: the index and the generation of each of them.
-    """
+    is told to end it gives back the blocks that it had from that."""
 
     def __init__(self, do: Callable[[SharedPool], list[Block] | None], *pool: Any) -> None:
         def work(pipe: Connection) -> None:
@@ -78,7 +73,7 @@ class Opener(Child):
                     block.release()
 
         super().__init__(work)
-        self.blocks: list[tuple[int, int]] = self.told()
+        self.blocks: list[tuple[int, int]] = self.told()  # the index and generation of each
 
 
 def holder(name: str, count: int, value: int = 1) -> Opener:

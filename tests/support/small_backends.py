@@ -53,25 +53,15 @@ def wipe(view: KVView) -> None:
 
 
 def small_backend(
-    name: str,
-    *,
-    by_runs: bool = False,
-    rejects: Callable[[CopyPlan], bool] = lambda plan: False,
-    refuses: Callable[[CopyPlan], bool] = lambda plan: False,
-    spoil: Callable[[KVView], object] = lambda view: None,
-    pending: Any = None,
+    name: str, *,
+    by_runs: bool = False,  # move bytes run by run, not as `reference` does: skips negative ids
+    rejects: Callable[[CopyPlan], bool] = lambda plan: False,  # plans that ``check`` rejects
+    refuses: Callable[[CopyPlan], bool] = lambda plan: False,  # for which ``prepare`` raises
+    spoil: Callable[[KVView], object] = lambda view: None,  # breaks what a launch has copied
+    pending: Any = None,  # what a launch returns
     **claims: Any,
-) -> type[Small]:
-    """A backend class of its own.
-
-    Args:
-        name: its name.
-        by_runs: move bytes run by run (which skips negative ids) instead of as `reference` does.
-        rejects, refuses: plans that ``check`` rejects, and for which ``prepare`` raises.
-        spoil: called with the destination after each launch, to break what was copied.
-        pending: what a launch returns.
-        claims: fields of `Capabilities` other than those of `reference`.
-    """
+) -> type[Small]:  # fmt: skip
+    """A backend class of its own, with claims other than those of `reference`."""
 
     class Made(Small):
         @classmethod

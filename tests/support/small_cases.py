@@ -114,25 +114,17 @@ def kernels() -> ctypes.CDLL:
 
 
 class Card:
-    """A CUDA device whose memory is the host's, and its driver.
-
-    Attributes:
-        library: the driver's library; bindings are this object.
-        current: the number of torch's current device; ``entered``: those that were made it.
-        raw: torch's current stream of each device.
-        adopted: threads that were given a context.
-        launches: where to, how many bytes, on which stream; ``answer``: what the driver says.
-    """
+    """A CUDA device whose memory is the host's, and its driver, of which this is the bindings."""
 
     def __init__(self, library: FakeLibrary) -> None:
         self.library = library
         library.forget()
         library.read_by_page_tables()
-        self.current, self.entered = 1, list[int]()
-        self.raw: dict[int | None, int] = {None: STREAM, 0: 70, 1: STREAM}
-        self.adopted: list[int] = []
-        self.launches: list[tuple[int, int, int]] = []
-        self.answer = 0
+        self.current, self.entered = 1, list[int]()  # torch's device, and those that were made it
+        self.raw: dict[int | None, int] = {None: STREAM, 0: 70, 1: STREAM}  # its current streams
+        self.adopted: list[int] = []  # threads that were given a context
+        self.launches: list[tuple[int, int, int]] = []  # where to, how many bytes, which stream
+        self.answer = 0  # what the driver says
 
     @property
     def asked(self) -> list[tuple[int, int, int]]:
