@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -19,9 +20,8 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import HostMemoryError, Unsupported
-from portakv.host import _pages, _registrations
-from portakv.host._pages import HugePages, available
-from portakv.host._registrations import LARGEST, Registration, seams
+from portakv.host import _pages
+from portakv.host._pages import LARGEST, HugePages, Registration, available, seams, terms
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "available", "empty", "register",
            "register_address", "registered", "seams", "unregister", "why_not"]  # fmt: skip
@@ -36,8 +36,7 @@ class PinnedMemory:
         nbytes: exactly what was asked.
         address: of the first byte, as the host sees it.
         pinned: False if it is pageable after all.
-        seams: offsets in bytes at which one registration ends and the next begins. A copy must
-            not cross one: it fails or is slow.
+        seams: offsets in bytes between two registrations; a copy across fails or is slow.
         notes: what was done otherwise than asked, a sentence each.
     """
 
@@ -65,7 +64,7 @@ class PinnedMemory:
     def array(self) -> npt.NDArray[np.uint8]:
         """All of it, uint8 ``[nbytes]``. Holds the memory."""
         found: npt.NDArray[np.uint8] = self.tensor.numpy()
-        if self._registration is not None and self._registration.flags & _registrations.READ_ONLY:
+        if self._registration is not None and self._registration.flags & _pages.READ_ONLY:
             found.flags.writeable = False
         return found
 
@@ -93,8 +92,8 @@ class PinnedMemory:
     def device_address(self, offset: int = 0) -> int:
         """The address of a byte for a kernel on the current device; on ROCm not the host's. Raises
         `Unsupported` if it is not registered with a CUDA or HIP runtime, or not mapped."""
-        found, why = 0, "it comes from torch's allocator; copy instead"
-        if self._registration is not None:
+        found, why = 0, "it is not registered with a CUDA or HIP runtime; copy instead"
+        if self._registration is not None and self._registration.registered:
             found, why = self._registration.device_address(self.address + offset)
         if why:
             raise Unsupported(f"The device's address of host memory at {self.address:#x}", why)
@@ -156,17 +155,17 @@ def allocate(
     if threads is not None:
         asked = f"{threads!r} threads were asked to touch pages"
         _pages.whole(threads, 1, asked, "pass None for one a core, at most 16")
-    how = _how(portable=portable, mapped=mapped, largest=largest, unit=unit, fallback=fallback)
+    on = terms(portable=portable, mapped=mapped, largest=largest, unit=unit, fallback=fallback)
     asked = f"{nbytes!r} bytes of host memory were asked for"
     nbytes = _pages.whole(nbytes, 1, asked, "ask for one at least")
-    if _registrations.through_torch() and (given := _from_torch(nbytes, huge_pages, numa)):
+    if _pages.through_torch() and (given := _from_torch(nbytes, huge_pages, numa)):
         return given
     mapping, notes = _pages.map_private(nbytes, huge_pages)
     address = _pages.address_of(mapping)
     if numa is not None:
         _pages.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
-    return _pinned(address, nbytes, mapping, how, notes)
+    return _pinned(address, nbytes, mapping, on, notes)
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
@@ -214,17 +213,15 @@ def register(
         HostMemoryError: registered already, freed, read-only without ``read_only``, or empty.
         DeviceMismatch: a tensor that is not on the host.
     """
-    address, nbytes, fixed, owner = _registrations.buffer_of(memory)
+    address, nbytes, fixed, owner = _pages.buffer_of(memory)
+    why = ""
     if isinstance(memory, torch.Tensor) and memory.is_pinned():
-        raise HostMemoryError(
-            f"{nbytes} bytes at {address:#x} were asked to be registered, and they are pinned "
-            f"already, here or by torch; use them as they are."
-        )
-    if fixed and not read_only:
-        raise HostMemoryError(
-            f"{nbytes} bytes were asked to be registered, and they can only be read; "
-            f"expected memory that can be written. Pass read_only=True to copy from it alone."
-        )
+        why = "are pinned already, here or by torch; use them as they are"
+    elif fixed and not read_only:
+        why = "can only be read; pass read_only=True to copy from them alone"
+    if why:
+        asked = f"{nbytes} bytes at {address:#x} were asked to be registered"
+        raise HostMemoryError(f"{asked}, and they {why}.")
     return register_address(
         address, nbytes, held=owner, portable=portable, mapped=mapped, read_only=read_only,
         largest=largest, unit=unit, fallback=fallback,
@@ -244,7 +241,7 @@ def register_address(
             f"{asked}, and some of them belong to no memory of this process; register memory "
             f"before it is freed."
         )
-    memory = _pinned(address, nbytes, held, _how(**options))
+    memory = _pinned(address, nbytes, held, terms(**options))
     _open.append(memory)
     return memory
 
@@ -253,9 +250,9 @@ def unregister(memory: Any) -> None:
     """Undo `register`: of the same memory, or of what it returned. Raises `HostMemoryError` for
     memory that it did not register."""
     held = isinstance(memory, PinnedMemory)
-    at = memory.address if held else _registrations.buffer_of(memory)[0]
-    found = next((one for one in _open if one.address == at), None)
-    if found is None or (held and found is not memory):
+    at = memory.address if held else _pages.buffer_of(memory)[0]
+    found = next((one for one in _open if one is memory or (one.address == at and not held)), None)
+    if found is None:
         raise HostMemoryError(
             f"Memory at {at:#x} was asked to be unregistered, and register() has none that begins "
             f"there; pass what was registered, once."
@@ -270,28 +267,19 @@ def registered() -> list[PinnedMemory]:
 
 def why_not() -> str | None:
     """Why host memory stays pageable in this process; None if it can be pinned."""
-    return None if _registrations.through_torch() else _registrations.why_not()
-
-
-def _how(*, portable: bool = True, mapped: bool = True, read_only: bool = False,
-         largest: int = LARGEST, unit: int = 1, fallback: bool = True,
-         ) -> tuple[int, int, bool]:  # fmt: skip
-    """The last arguments of a `Registration`, from options that were checked."""
-    flags = _registrations.PORTABLE * portable | _registrations.MAPPED * mapped
-    flags |= _registrations.READ_ONLY * read_only
-    return flags, _registrations.piece_bytes(largest, unit), fallback
+    return None if _pages.through_torch() else _pages.why_not()
 
 
 def _pinned(
-    address: int, nbytes: int, owner: object, how: tuple[int, int, bool], notes: Sequence[str] = ()
+    address: int, nbytes: int, owner: object, on: tuple[int, int, bool], notes: Sequence[str] = ()
 ) -> PinnedMemory:
     """Memory whose registration and owner are held by every tensor that is made from it."""
-    registration = Registration(address, nbytes, *how)
+    registration = Registration(address, nbytes, on)
     buffer = _pages.bytes_at(address, nbytes)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
         base = torch.frombuffer(buffer, dtype=torch.uint8)
     end = weakref.finalize(buffer, registration.undo, owner)
-    end.atexit = False  # `_registrations` unregisters at exit; unmapping then would be too early
+    end.atexit = False  # a registration ends itself; to unmap the memory would be too early
     return PinnedMemory(base, registration, notes)
 
 
@@ -306,9 +294,7 @@ def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory |
     notes = ["it comes from torch's allocator, which may take more than was asked"]
     if huge_pages in ("transparent", "reserved"):
         notes.append("torch's allocator was not told of huge pages")
-    try:
-        with torch.inference_mode(False):
-            base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    except RuntimeError:
-        return None
-    return PinnedMemory(base, None, notes)
+    with suppress(RuntimeError), torch.inference_mode(False):
+        base = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        return PinnedMemory(base, None, notes)
+    return None

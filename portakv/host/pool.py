@@ -21,7 +21,7 @@ import torch
 
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, pinned
-from portakv.host._registrations import LARGEST
+from portakv.host._pages import LARGEST
 from portakv.host.pinned import PinnedMemory
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from portakv.errors import HostMemoryError, PoolExhausted
-from portakv.host import _registrations, pinned
+from portakv.host import _pages, pinned
 from portakv.host._shared_file import SharedFile, names, remove
 from portakv.host.pool import Block, check_block, deadline
 
@@ -260,7 +260,7 @@ def _leave(
     if process != os.getpid():
         return
     if held:
-        _registrations.quiesce()  # others may write these blocks as soon as they are free
+        _pages.quiesce()  # others may write these blocks as soon as they are free
         for block in held.values():
             block.drop()
         held.clear()

@@ -22,7 +22,7 @@ from support.pinned_runtime import FakeLibrary, absent
 from support.pool_processes import Child
 
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
-from portakv.host import _pages, _registrations, pinned
+from portakv.host import _pages, pinned
 
 pytestmark = pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 PAGE = mmap.PAGESIZE
@@ -93,8 +93,9 @@ def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             "memory.stat": "anon 200\nfile 500\nshmem 100\n"}  # fmt: skip
     for name, text in told.items():
         (tmp_path / name).write_text(text)
-    monkeypatch.setattr(_pages, "Path", lambda at: tmp_path if "cgroup" in at else Path(at))
-    monkeypatch.setattr(_pages, "_NODES", tmp_path)
+    monkeypatch.setattr(
+        _pages, "Path", lambda at, *name: Path(tmp_path if "/sys" in at else at, *name)
+    )
     assert _pages.available() == 1000 - 700 + 400
     assert _pages.nodes() == [0, 1, 2, 5]
     (tmp_path / "memory.max").write_text("max\n")
@@ -139,7 +140,7 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: pinned.register_address("x", 64), "'x'"),  # type: ignore
         (lambda: pinned.register_address(-1, 64), "-1"),
         (lambda: pinned.register(torch.zeros(4).to_sparse()), "strided"),
-        (lambda: pinned.register([1, 2]), "expected a strided tensor"),
+        (lambda: pinned.register([1, 2]), "is no strided tensor"),
         (lambda: pinned.register(torch.zeros(0)), "0 bytes"),
         (lambda: pinned.register(np.zeros((3, 0))), "0 bytes"),
         (lambda: pinned.register(bytearray()), "0 bytes"),
@@ -286,12 +287,12 @@ def test_nothing_is_unregistered_during_a_capture(
 ) -> None:
     tensor = pinned.empty(PAGE, torch.uint8)
     address = tensor.data_ptr()
-    monkeypatch.setattr(_registrations, "capturing", lambda: True)
+    monkeypatch.setattr(_pages, "capturing", lambda: True)
     del tensor
     assert cuda.registered
     assert _pages.is_mapped(address, PAGE)
-    monkeypatch.setattr(_registrations, "capturing", lambda: False)
-    _registrations.settle()
+    monkeypatch.setattr(_pages, "capturing", lambda: False)
+    _pages.settle()
     assert not cuda.registered
     assert not _pages.is_mapped(address, PAGE)
 
@@ -427,8 +428,8 @@ def test_the_library_that_torch_loaded() -> None:
              "/e/libcudart-1a2b.so.11.0"]  # fmt: skip
     maps = "".join(f"7f00-7f01 r-xp 00000000 00:00 1      {path}\n" for path in (*paths, ""))
     for version, found in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
-        assert _registrations.loaded_library(maps, "libcudart", version) == found
-    assert _registrations.loaded_library(maps, "libamdhip64", "6") is None
+        assert _pages.loaded_library(maps, "libcudart", version) == found
+    assert _pages.loaded_library(maps, "libamdhip64", "6") is None
 
 
 # The warning
@@ -442,9 +443,9 @@ patch = pytest.MonkeyPatch()
 absent(patch)
 for turn in range(2):
     pinned.allocate(4096)
-    patch.setattr(pinned._registrations, "why_not", lambda: "of the test")
+    patch.setattr(pinned._pages, "why_not", lambda: "of the test")
 pinned.empty((4, 4))
-pinned._registrations._told.clear()
+pinned._pages._told.clear()
 pinned.register(bytearray(9))
 library = installed(patch)
 class Told(list):

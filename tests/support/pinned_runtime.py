@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from portakv.host import _registrations
-from portakv.host._registrations import Runtime
+from portakv.host import _pages
 
 
 class FakeLibrary:
@@ -60,18 +59,17 @@ class FakeLibrary:
 def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
     """A stand-in in the place of the runtime."""
     library = FakeLibrary()
-    runtime = Runtime(library, "cuda")
-    patch.setattr(_registrations, "find_runtime", lambda: runtime)
-    patch.setattr(_registrations, "why_not", lambda: None)
-    patch.setattr(_registrations, "quiesce", lambda: library.log.append("quiesce"))
+    patch.setattr(_pages, "_runtime", lambda: (library, "cuda"))
+    patch.setattr(_pages, "why_not", lambda: None)
+    patch.setattr(_pages, "quiesce", lambda: library.log.append("quiesce"))
     return library
 
 
 def absent(patch: pytest.MonkeyPatch) -> None:
     """No device at all, whatever this machine has."""
-    patch.setattr(_registrations, "why_not", lambda: "the test has taken every device away")
+    patch.setattr(_pages, "why_not", lambda: "the test has taken every device away")
 
 
 def claimed() -> int:
     """How many page ranges are registered or claimed."""
-    return len(_registrations._live)
+    return len(_pages._live)
