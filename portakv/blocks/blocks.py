@@ -9,8 +9,15 @@ import torch
 
 from portakv.blocks.handle import BlockTransfer
 from portakv.blocks.slices import in_layers, in_slices
-from portakv.copy.copy import Ids, carrier, check_views, checked, copy_move, is_strict
-from portakv.copy.enqueue import follow_current
+from portakv.copy.copy import (
+    Ids,
+    carrier,
+    check_views,
+    checked,
+    copy_move,
+    follow_current,
+    is_strict,
+)  # fmt: skip
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError
 from portakv.plan.plan import Move

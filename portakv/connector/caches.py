@@ -7,13 +7,12 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from operator import index as whole_number
-from typing import Any, NamedTuple, SupportsIndex, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex
 from weakref import ref
 
-import numpy as np
 import torch
 
-from portakv.connector.in_graph import Allocations
+from portakv.connector.in_graph import Allocations, flatten
 from portakv.copy.copy import Ids, MemoryObject, Tensors, check_ids
 from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
@@ -28,8 +27,6 @@ from portakv.view.bound import BoundLayout, bind_layout
 WHOLE = Index()
 
 Job = tuple[KVView, Index, Index, int]  # a chunk, its index, the cache's index, tokens
-#: Address, shape, strides and dtype of a tensor, nested as tensors are.
-Facts: TypeAlias = "tuple[int, torch.Size, tuple[int, ...], torch.dtype] | list[Facts]"
 
 
 class Batch(NamedTuple):
@@ -54,8 +51,7 @@ class Registration:
     with every extent that the caches tell.
 
     Attributes:
-        view: what was read of them; facts: what tells others apart, as `facts_of` says.
-        allocations: what a compiler is shown of them.
+        view: what was read of them; allocations: what a compiler is shown of them.
         shortcuts: transfers to and from them that were made before.
 
     Raises:
@@ -75,10 +71,19 @@ class Registration:
             )
         if choice.can.tables:
             view.table  # noqa: B018 - made now, so that no transfer has to
-        self.allocations, self.facts = Allocations(kv_caches), facts_of(kv_caches)
+        self.allocations = Allocations(kv_caches)
+        self._facts = _facts(self.allocations.leaves)
         self.shortcuts = Shortcuts(view, self.allocations.leaves[0], choice, owner)
         self._layout = chunk_layout
         self._bound: dict[tuple[str, int], BoundLayout] = {}
+
+    def holds(self, kv_caches: Tensors) -> bool:
+        """Whether these are its caches, or tensors that lie there in the same way."""
+        try:
+            leaves, levels = flatten(kv_caches)
+            return levels == self.allocations.levels and _facts(leaves) == self._facts
+        except (AttributeError, LayoutError):  # no tensors: said of the layout when they are read
+            return False
 
     def check_memory(self) -> None:
         """Raise `LayoutError` if the memory of a cache was freed, resized or replaced."""
@@ -286,16 +291,5 @@ def _check_caches(kv_caches: Tensors, bound: BoundLayout) -> None:
         )
 
 
-def facts_of(kv_caches: Tensors) -> Facts:
-    """Address, shape, strides and dtype of each tensor, nested as they are."""
-    if isinstance(kv_caches, torch.Tensor):
-        return kv_caches.data_ptr(), kv_caches.shape, kv_caches.stride(), kv_caches.dtype
-    if isinstance(kv_caches, Mapping):
-        return [facts_of(item) for item in kv_caches.values()]
-    if not isinstance(kv_caches, (list, tuple)):
-        advice = "; wrap it in torch.from_numpy" if isinstance(kv_caches, np.ndarray) else ""
-        raise LayoutError(
-            f"kv_caches is a {type(kv_caches).__name__}; expected a tensor, list, tuple or "
-            f"dict{advice}."
-        )
-    return [facts_of(item) for item in kv_caches]
+def _facts(leaves: Sequence[torch.Tensor]) -> list[tuple[object, ...]]:
+    return [(leaf.data_ptr(), leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]

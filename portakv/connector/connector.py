@@ -9,13 +9,13 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, TypeAlias
 
 import torch
 from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
-from portakv.connector.caches import Batch, Registration, facts_of
+from portakv.connector.caches import Batch, Registration
 from portakv.copy.copy import Ids, MemoryObject, Tensors, copy_move, is_strict
 from portakv.errors import LayoutError, SlotError
 from portakv.layout.language import parse
@@ -37,6 +37,8 @@ KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
 #: Captured transfers whose status words are read; a graph beyond these tells of no bad slot.
 CAPTURED = 1024
+#: Caches as a caller passes them, or those that a call was found to be about.
+Caches: TypeAlias = "Tensors | Registration | None"
 
 
 class AdaptiveConnector:
@@ -199,7 +201,7 @@ class AdaptiveConnector:
             )
         return "\n".join([*lines, str(ready.plan)])
 
-    def _caches(self, kv_caches: Tensors | Registration | None) -> Registration:
+    def _caches(self, kv_caches: Caches) -> Registration:
         """What is registered; caches that differ from it register again. Raises the error of an
         earlier transfer that the caller was not told of."""
         if failed or any_word_set():
@@ -209,7 +211,7 @@ class AdaptiveConnector:
         if isinstance(kv_caches, Registration):
             return kv_caches
         registered = self._registered
-        if registered is None or facts_of(kv_caches) != registered.facts:
+        if registered is None or not registered.holds(kv_caches):
             # Assigned at once: another thread sees the old caches or the new ones, never a mixture;
             # and what it registers meanwhile is not this call's.
             registered = self._registered = self._read(kv_caches)
@@ -228,7 +230,7 @@ class AdaptiveConnector:
         self,
         store: bool,
         memory_obj: MemoryObject,
-        kv_caches: Tensors | Registration | None,
+        kv_caches: Caches,
         slot_mapping: Ids | None,
         start: int,
         end: int | None,
@@ -251,11 +253,7 @@ class AdaptiveConnector:
         return self._keep(transfer)
 
     def _move_batch(
-        self,
-        store: bool,
-        kv_caches: Tensors | Registration | None,
-        batch: Batch,
-        stream: torch.Stream | None,
+        self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None
     ) -> Transfer:
         batch.check()
         if is_compiling():
@@ -269,17 +267,13 @@ class AdaptiveConnector:
         return self._keep(Transfer.join(transfers))
 
     def _traced(
-        self,
-        store: bool,
-        kv_caches: Tensors | Registration | None,
-        batch: Batch,
-        stream: torch.Stream | None,
+        self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None
     ) -> Transfer:
         """Inside torch.compile: the opaque op takes the place of the call."""
         memory_objs, slot_mapping, starts, ends = batch
         if stream is not None or not isinstance(slot_mapping, torch.Tensor):
-            made = in_graph.eagerly(self._move_batch, store, kv_caches, batch, stream)
-            return cast(Transfer, made)
+            made: Transfer = in_graph.eagerly(self._move_batch, store, kv_caches, batch, stream)
+            return made
         if memory_objs:
             caches, levels = self._shown(kv_caches)
             chunks = in_graph.flatten([getattr(one, "tensor", one) for one in memory_objs])
@@ -291,13 +285,12 @@ class AdaptiveConnector:
     def _shown(self, kv_caches: Any) -> tuple[Sequence[torch.Tensor], Sequence[int]]:
         """The caches as a compiler is shown them, and the lengths of their containers: none for
         those that are registered."""
-        if kv_caches is None:
-            return self._held().allocations.tensors, []
-        leaves, levels = in_graph.flatten(kv_caches)
-        registered = self._registered
-        if registered is not None and registered.allocations.holds(leaves):
-            return registered.allocations.tensors, []
-        return leaves, levels
+        if kv_caches is not None:
+            leaves, levels = in_graph.flatten(kv_caches)
+            registered = self._registered
+            if registered is None or not registered.allocations.holds(leaves):
+                return leaves, levels
+        return self._held().allocations.tensors, []
 
     def _run_op(
         self, store: bool, caches: Sequence[torch.Tensor], cache_levels: Sequence[int], *given: Any
@@ -321,8 +314,7 @@ class AdaptiveConnector:
             # A compiler's copies are not kept.
             return registered if own.are(caches) else self._read(own.nested_in(caches))
         kv_caches = in_graph.nested(caches, levels)
-        facts = facts_of(kv_caches)
-        if self._passing is None or self._passing.facts != facts:
+        if self._passing is None or not self._passing.holds(kv_caches):
             self._passing = self._read(kv_caches)
         return self._passing
 

@@ -109,12 +109,13 @@ def flatten(nest: Any) -> tuple[list[torch.Tensor], list[int]]:
                     f"expected."
                 )
             rows.append(list(one.values()) if isinstance(one, Mapping) else list(one))
-        if not rows[0] or any(len(row) != len(rows[0]) for row in rows):
+        lengths = [len(row) for row in rows]
+        if not lengths[0] or len(set(lengths)) > 1:
             raise LayoutError(
-                f"Containers of {[len(row) for row in rows]} things were found in one level; all "
-                f"hold the same number, and at least one."
+                f"Containers of {lengths} things were found in one level; all hold the same "
+                f"number, and at least one."
             )
-        levels.append(len(rows[0]))
+        levels.append(lengths[0])
         level = [item for row in rows for item in row]
     return level, levels
 

@@ -3,27 +3,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from operator import index as whole_number
 from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from portakv.copy.enqueue import Piece, check_not_captured, launch
 from portakv.engines.choose import across
 from portakv.engines.engine import Engine, Terms
-from portakv.errors import (
-    DeviceMismatch,
-    InvalidTerms,
-    LayoutError,
-    SlotError,
-    Unsupported,
-)
+from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, Unsupported
 from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import Prepared, prepared
 from portakv.registry.registry import Choice, choose
-from portakv.runtime.streams import check_stream
-from portakv.runtime.transfer import Completion, Transfer, bad_slot
+from portakv.runtime import streams
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.transfer import (
+    NOTHING,
+    Completion,
+    Pending,
+    StatusWord,
+    Transfer,
+    acquire_word,
+    bad_slot,
+    event_pool,
+    hold,
+)
 from portakv.view.index import Ids as Ids
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -39,6 +44,8 @@ class HasTensor(Protocol):
 
 
 UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture
+#: What carries out a part of a copy, the part's first position, and its tokens.
+Piece: TypeAlias = tuple[Prepared, int, int]
 #: A chunk.
 MemoryObject: TypeAlias = "Tensors | HasTensor"
 
@@ -164,7 +171,7 @@ def copy_move(
     """
     src, dst, mine, theirs, count = move
     if stream is not None:
-        check_stream(stream, choice.backend.device)
+        streams.check_stream(stream, choice.backend.device)
     dst.check_writable()
     if not known_good:
         src.check_memory()
@@ -187,7 +194,7 @@ def copy_move(
         pieces = _pieces(prepared(src.form, dst.form, *move.steps, None, choice), move, choice)
     if not known_good:
         check_disjoint(move)
-    return launch(pieces, move, stream, error)
+    return _launch(pieces, move, stream, error)
 
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
@@ -285,3 +292,77 @@ def _count(count: object) -> int:
     if tokens < 0:
         raise SlotError(f"count={count!r} was asked; expected a whole number of at least 0.")
     return tokens
+
+
+def _launch(
+    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: SlotError | None
+) -> Transfer:
+    """Launch every piece, ordered behind the current stream (or, after it, on ``stream``). Inside
+    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins."""
+    device = pieces[0][0].choice.backend.device
+    on_device = move.src.form.place == "device" or move.dst.form.place == "device"
+    captured = on_device and capturing(device)
+    if captured:
+        _check_capture(pieces, move)
+    placed = []
+    for ready, _, _ in pieces:
+        placed.append(ready.place_both(move))
+    if captured:  # a graph's memory is its owner's, so that no allocator is told of it
+        streams.follow_current(stream)
+    elif stream is not None:
+        follow_current(stream, placed)
+    pendings: list[Pending] = []
+    status: list[tuple[StatusWord, int]] = []
+    carried = NOTHING
+    for (ready, first, tokens), whole in zip(pieces, placed, strict=True):
+        word = None
+        if on_device and ready.can.guards:
+            status_word = acquire_word()
+            status.append((status_word, first))  # it counts from there
+            word = status_word.tensor
+        pending = ready.launch(*whole.part(first, tokens), stream, word)
+        if carried is NOTHING:
+            carried = ready.carried
+        if pending is not None:
+            pendings.append(pending)
+    if captured:
+        # The graph may write these words at every replay, so they are never given back.
+        return streams.captured(device, stream, move, status, carried)
+    event, pool, kept = None, None, (move.src, move.dst, placed)
+    if on_device:
+        pool = event_pool(device)
+        event = pool.recorded(stream)
+    elif not pendings and error is None:
+        return Transfer((), None, carried)
+    completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
+    if pendings or status:
+        hold(completion)
+    return Transfer((completion,), kept, carried)
+
+
+def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
+    """Make ``stream`` wait for the current one, and tell the allocator that it uses the memory of
+    copies between two views."""
+    src, dst = moves[0].src, moves[0].dst
+    # Tables are made on the current stream, so they have to be there before the other waits.
+    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
+    indices = [index for move in moves for index in (move.src_index, move.dst_index)]
+    ids = [index.ids for index in indices if index.ids is not None]
+    streams.follow_current(stream, *src.owners, *dst.owners, *ids, *tables)
+
+
+def check_not_captured(device: torch.device, why: str) -> None:
+    """Raise `Unsupported` inside graph capture, before anything was enqueued."""
+    if capturing(device):
+        todo = "capture a copy with a capturable backend and contiguous device ids of a dtype"
+        raise refuse_capture("A copy", f"{why}; {todo} that it reads")
+
+
+def _check_capture(pieces: Sequence[Piece], move: Move) -> None:
+    for ready, _, _ in pieces:
+        device = ready.choice.backend.device
+        if not ready.can.capturable:
+            check_not_captured(device, f"backend {ready.choice.name!r} cannot be captured")
+        for index in (move.src_index, move.dst_index):
+            if not index.has_ids_on(ready.home_of_ids, ready.can.index_dtypes):
+                check_not_captured(device, "its ids would have to be copied first")
