@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a small copy takes as values, and how they reach a device: in the driver's command, in a
-launch's parameters, or through pinned memory that is read later.
+"""How the values of a small copy reach a device: in the driver's command, in a launch's parameters,
+or through pinned memory that is read later.
 
 ``inline``: CUDA documents that a copy of up to 64 KB from pageable host memory is asynchronous, and
 that the memory was read when the call returns. That such a copy waits for no copy engine is
@@ -12,31 +12,31 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import operator
 import struct
+import sys
 import threading
-from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Callable
+from functools import cached_property
 from importlib.resources import files
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from numpy import ndarray
+from torch import Stream, Tensor
 
-from portakv.errors import DeviceMismatch, LayoutError, Unsupported
+from portakv.errors import LayoutError, Unsupported
 from portakv.runtime import cuda as _cuda_driver
-from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.devices import capture_question, capturing, inside, refuse_capture
 from portakv.runtime.transfer import Completion, hold_memory
 
+#: The best first.
+WAYS = "inline", "value", "mapped", "copy", "host"
 #: Bytes that the driver takes along with a command.
 INLINE_BYTES = 65536
+ALONG = f"the driver takes up to {INLINE_BYTES} bytes along with the command"
 _HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
-
 THREADS = 128
 #: Blocks of one launch: so many vectors are in flight that the link is busy, and no more.
 MOST_BLOCKS = 32
@@ -48,81 +48,120 @@ VALUES_HEAD = struct.Struct("=QII")  # to, bytes, width
 MAPPED = struct.Struct("=QQQQ")  # to, from, bytes, width
 VALUES_NAME, MAPPED_NAME = "portakv_small_values", "portakv_small_mapped"
 _WIDE = 16
-
 #: Sends through pinned memory that may be under way; the next makes the host wait for the oldest.
 MOST_SLOTS = 16
 
 Array = npt.NDArray[Any]
-#: What small copies take: integers, bytes, a numpy array, or a tensor on the host.
-Values = Sequence[int] | bytes | bytearray | memoryview | Array | torch.Tensor
-
 _NAMES = "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64"
-_NUMPY = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}
-#: What torch calls the dtype of an array that `as_array` returned.
-TORCH_DTYPES: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in _NUMPY.items()}
-
-_Stream = torch.Stream | None
+#: What numpy calls the dtypes that are carried.
+NUMPY = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}
 
 
-class Way(ABC):
-    """One way of carrying at most so many values of a dtype, again and again, from any thread."""
+class Target:
+    """What is known of a device that small copies go to, and what sends to it.
 
-    #: What cannot be refilled, and why; of ways that carry the same in each replay.
-    no_refill = "", ""
+    Attributes:
+        device: with its index.
+        captures: tells if the device's current stream is being captured.
+        first, most: the way of the fewest bytes, and the most that go by it.
+    """
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        self._device, self._dtype, self._most = device, dtype, most
-        self._itemsize = dtype.itemsize
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.captures = device, _capture_question(device)
+        self._limits: dict[str, tuple[str | None, int]] = {}
+        self._ready: dict[tuple[str, torch.dtype], Way] = {}
+        self.first = next(way for way in WAYS if self.why_not(way, 0) is None)
+        self.most = self._limits[self.first][1]
 
-    @abstractmethod
-    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
-        """Write the values to the beginning of ``out``, which is contiguous and of the dtype, on
-        the stream; returns how many they are."""
+    def why_not(self, way: str, nbytes: int) -> str | None:
+        """What keeps so many bytes from going a way, as a phrase; None: nothing."""
+        if way not in self._limits:
+            self._limits[way] = limit(way, self.device)
+        why, most = self._limits[way]
+        if why is None and nbytes > most:
+            return ALONG if way == "inline" else f"a launch's parameters hold up to {most} bytes"
+        return why
 
-    def refill(self, values: Values) -> None:
-        """Change what the captured send carries."""
-        what, why = self.no_refill
-        raise Unsupported(f"Refilling a small copy {what}", why)
+    def ready(self, way: str, dtype: torch.dtype) -> Way:
+        """What sends values that are read at once, as many as go that way."""
+        known = self._ready.get((way, dtype))
+        if known is None:
+            made = self.make(way, dtype, self._limits[way][1] // dtype.itemsize)
+            known = self._ready.setdefault((way, dtype), made)
+        return known
+
+    def make(self, way: str, dtype: torch.dtype, n: int) -> Way:
+        """What sends up to ``n`` values a way that can be had, again and again, from any thread.
+        Raises `Unsupported` inside graph capture, if it has to be prepared outside."""
+        device, own = self.device, NUMPY[dtype]
+        if way == "host":
+            return OnHost()
+        if way == "inline":
+            return ReadAtOnce(InlineCopy(device).issue, _Pages(device, own, n), n)
+        if way == "value":
+            return ReadAtOnce(self.kernels.by_value, _Parameters(device, own, n), n)
+        return ReadLater(device, own, n, self.issue(way))
+
+    def issue(self, way: str) -> Callable[[Tensor, Slot, int, Stream | None], None]:
+        """What enqueues the copy of a slot's first bytes by ``mapped`` or ``copy``."""
+        return by_copy if way == "copy" else self.kernels.mapped
+
+    @cached_property
+    def kernels(self) -> Kernels:
+        """Those of the device, loaded once."""
+        return Kernels(self.device)
 
 
-class OnHost(Way):
+def _capture_question(device: torch.device) -> Callable[[], bool]:
+    """`capturing` of one device, with less to look up."""
+    if device.type != "cuda":
+        return lambda: capturing(device)
+    captures = capture_question(device)
+    if torch.cuda.device_count() == 1:
+        return captures
+    index, current = device.index, torch._C._cuda_getDevice
+    return lambda: captures() if current() == index else capturing(device)
+
+
+def limit(way: str, device: torch.device) -> tuple[str | None, int]:
+    """Why nothing goes a way to a device, as a phrase, or None; and the most bytes that do."""
+    if (device.type == "cpu") != (way == "host"):
+        return f"{device} is no CPU" if way == "host" else "the target is on the CPU", 0
+    if way == "inline":
+        return why_not_inline(device), INLINE_BYTES
+    if way in ("copy", "host"):
+        return None, sys.maxsize
+    why = _cuda_driver.why_not(device) or _cuda_driver.device_too_old(device)
+    return why, value_bytes(device) if why is None and way == "value" else sys.maxsize
+
+
+class OnHost:
     """To the CPU: written at once."""
 
-    no_refill = "to the CPU", "there are no graphs; send the values again"
-
-    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
-        memory = out.view(-1).view(torch.uint8).numpy()
-        return fill(room(memory, out.numel(), out.dtype), values)
+    def send(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
+        """Write an array to the beginning of ``out``, which is contiguous and of its dtype."""
+        out.view(-1).numpy()[: array.size] = array.reshape(-1)
 
 
 # --- read during the call -------------------------------------------------------------------------
 
 
-class _ReadAtOnce(Way):
+class ReadAtOnce:
     """The host's values are read while the driver is called, out of memory of each thread's."""
 
-    #: Makes that memory: a `threading.local` with `room` for the values as ``room``.
-    memory: Callable[[torch.dtype, int, torch.device], Any]
+    def __init__(
+        self, issue: Callable[[Tensor, Any, int, Stream | None], None], mine: Any, n: int
+    ) -> None:
+        self._issue, self._mine, self._shape = issue, mine, (n,)
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        super().__init__(device, dtype, most)
-        self._mine = type(self).memory(dtype, most, device)
-        self._shape, self._own = (most,), numpy_dtype(dtype)
-
-    @abstractmethod
-    def issue(self, mine: Any, to: int, nbytes: int, stream: _Stream) -> None:
-        """Write the first bytes of this thread's memory to an address, on the stream."""
-
-    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
+    def send(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
         mine = self._mine
-        if type(values) is ndarray and values.dtype is self._own and values.shape == self._shape:
-            mine.room[...] = values  # what `fill` would come to, some calls later
-            count = self._most
+        if array.shape == self._shape:
+            mine.room[...] = array  # the same as below, in half the time
         else:
-            count = fill(mine.room, values)
-        if count:
-            self.issue(mine, out.data_ptr(), count * self._itemsize, stream)
-        return count
+            mine.room[: array.size] = array.reshape(-1)
+        if nbytes := array.nbytes:
+            self._issue(out, mine, nbytes, stream)
 
 
 class _Pages(threading.local):
@@ -132,66 +171,50 @@ class _Pages(threading.local):
     if a caller registered them with memory of its own: they are whole ones, off the heap.
     """
 
-    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device, own: np.dtype[Any], n: int) -> None:
         _cuda_driver.adopt(device)  # a new thread has no context yet
-        nbytes = max(most * dtype.itemsize, 1)
+        nbytes = max(n, 1) * own.itemsize
         pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(pages))
-        self.room = room(pages, most, dtype)  # which keeps the pages
+        self.room = np.frombuffer(pages, own)[:n]
+        self.address = self.room.ctypes.data
 
 
-class Inline(_ReadAtOnce):
+class InlineCopy(_cuda_driver.Caller):
     """In the driver's command: the values have left the host's memory when the call returns."""
 
-    memory = _Pages
-    no_refill = (
-        "that goes inline",
-        "it cannot be captured; make it with way='mapped', or send instead of refill",
-    )
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._device, self._copy = device, _copy_function(_cuda_driver.library())
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        super().__init__(device, dtype, most)
-        self._caller = _cuda_driver.Caller(device)
-        self._copy = _copy_function()
-
-    def issue(self, mine: _Pages, to: int, nbytes: int, stream: _Stream) -> None:
-        handle = self._caller.handle(stream)
+    def issue(self, out: Tensor, pages: _Pages, nbytes: int, stream: Stream | None) -> None:
+        handle = self.handle(stream)
         if handle is None:
             with torch.cuda.device(self._device):
-                self.issue(mine, to, nbytes, stream)
+                self.issue(out, pages, nbytes, stream)
             return
-        error = self._copy(to, mine.address, nbytes, handle)
+        error = self._copy(out.data_ptr(), pages.address, nbytes, handle)
         if error:
             name = _cuda_driver.error_name(error, _cuda_driver.library())
-            raise _cuda_driver.refused(name, f"A copy of {nbytes // self._itemsize} values")
+            raise _cuda_driver.refused(name, f"A copy of {nbytes // out.itemsize} values")
 
 
-_inline: Bounded[torch.device, str | None] = Bounded("devices that take values inline", 32)
+def _copy_function(library: Any) -> Any:
+    word = ctypes.c_uint64  # CUdeviceptr, and the addresses of the host and of a stream
+    arguments = word, word, ctypes.c_size_t, word
+    return _cuda_driver.function(library, "cuMemcpyHtoDAsync_v2", *arguments)
 
 
 def why_not_inline(device: torch.device) -> str | None:
-    """What keeps values from going inline to a device, as a phrase; None if they can."""
-    return _inline.get_or_make(device, lambda: _ask_for_inline(device))
-
-
-@cache
-def _copy_function() -> Any:
-    word = ctypes.c_uint64  # CUdeviceptr, and the addresses of the host and of a stream
-    arguments = word, word, ctypes.c_size_t, word
-    return _cuda_driver.function(_cuda_driver.library(), "cuMemcpyHtoDAsync_v2", *arguments)
-
-
-def _ask_for_inline(device: torch.device) -> str | None:
-    """Also that a device may read pageable memory where it lies, and so perhaps after the call.
-    What such a device does was not looked at."""
+    """What keeps values from going inline to a device, as a phrase; None if they can. Also that it
+    may read pageable memory where it lies, and so perhaps after the call: that was not tried."""
     why = _cuda_driver.no_cuda(device)
     if why is not None:
         return why
     number, pointer, function = ctypes.c_int, ctypes.POINTER(ctypes.c_int), _cuda_driver.function
     found, reads = number(), number()
     try:
-        _copy_function()
         library = _cuda_driver.library()
+        _copy_function(library)
         find = function(library, "cuDeviceGet", pointer, number)
         ask = function(library, "cuDeviceGetAttribute", pointer, number, number)
     except (OSError, AttributeError) as error:
@@ -210,63 +233,9 @@ def _ask_for_inline(device: torch.device) -> str | None:
 class _Parameters(_cuda_driver.Arguments):
     """The parameters of each thread's launches by value: their head, and the values."""
 
-    def __init__(self, dtype: torch.dtype, most: int, device: torch.device) -> None:
+    def __init__(self, device: torch.device, own: np.dtype[Any], n: int) -> None:
         super().__init__(VALUES_HEAD.size + value_bytes(device), device)
-        self.room = room(self.buffer, most, dtype, VALUES_HEAD.size)
-
-
-class ByValue(_ReadAtOnce):
-    """In a launch's parameters: the values have left the host's memory when the launch returns."""
-
-    memory = _Parameters
-    no_refill = (
-        "by value",
-        "its contents were fixed when it was captured; make it with way='mapped'",
-    )
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        loaded = kernels(device)
-        super().__init__(device, dtype, most)
-        self._function, self._launch = loaded.values, loaded.launch
-
-    def issue(self, mine: _Parameters, to: int, nbytes: int, stream: _Stream) -> None:
-        blocks, vector = _grid(to, nbytes)
-        VALUES_HEAD.pack_into(mine.buffer, 0, to, nbytes, vector)
-        self._launch(self._function, blocks, mine.address, stream)
-
-
-# --- kernels --------------------------------------------------------------------------------------
-
-_kernels: Bounded[torch.device, Kernels] = Bounded("small copies' kernels", 32)
-
-
-class Kernels:
-    """The loaded kernels of one device, and how one is launched."""
-
-    def __init__(self, device: torch.device) -> None:
-        text = source(value_bytes(device))
-        functions = _cuda_driver.load(text, [VALUES_NAME, MAPPED_NAME], device)
-        self.values, self._mapped = functions[VALUES_NAME], functions[MAPPED_NAME]
-        self.launch = _cuda_driver.Launcher(device, THREADS)
-        self._arguments = _cuda_driver.Arguments(MAPPED.size, device)
-
-    def issue(self, out: torch.Tensor, slot: Slot, nbytes: int, stream: _Stream) -> None:
-        """The kernel reads the slot by itself: no copy engine takes part."""
-        to = out.data_ptr()
-        blocks, vector = _grid(to, nbytes)
-        MAPPED.pack_into(self._arguments.buffer, 0, to, slot.address, nbytes, vector)
-        self.launch(self._mapped, blocks, self._arguments.address, stream)
-
-
-def kernels(device: torch.device) -> Kernels:
-    """The kernels of a device, compiled and loaded once; raises `Unsupported` inside graph capture,
-    where nothing can be loaded."""
-    if device not in _kernels and capturing(device):
-        raise refuse_capture(
-            "The first small copy of a device",
-            "its kernels have to be loaded first; make one before the capture",
-        )
-    return _kernels.get_or_make(device, lambda: Kernels(device))
+        self.room = np.frombuffer(self.buffer, own, n, VALUES_HEAD.size)
 
 
 def value_bytes(device: torch.device) -> int:
@@ -275,6 +244,36 @@ def value_bytes(device: torch.device) -> int:
     large = large and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
     limit = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
     return (limit - VALUES_HEAD.size) // _WIDE * _WIDE
+
+
+class Kernels:
+    """The loaded kernels of one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        if capturing(device):
+            raise refuse_capture(
+                "The first small copy of a device",
+                "its kernels have to be loaded first; make one before the capture",
+            )
+        text = source(value_bytes(device))
+        functions = _cuda_driver.load(text, [VALUES_NAME, MAPPED_NAME], device)
+        self._values, self._mapped = functions[VALUES_NAME], functions[MAPPED_NAME]
+        self._launch = _cuda_driver.Launcher(device, THREADS)
+        self._arguments = _cuda_driver.Arguments(MAPPED.size, device)
+
+    def by_value(self, out: Tensor, mine: _Parameters, nbytes: int, stream: Stream | None) -> None:
+        """The values have left the host's memory when the launch returns."""
+        to = out.data_ptr()
+        blocks, vector = _grid(to, nbytes)
+        VALUES_HEAD.pack_into(mine.buffer, 0, to, nbytes, vector)
+        self._launch(self._values, blocks, mine.address, stream)
+
+    def mapped(self, out: Tensor, slot: Slot, nbytes: int, stream: Stream | None) -> None:
+        """The kernel reads the slot by itself: no copy engine takes part."""
+        to = out.data_ptr()
+        blocks, vector = _grid(to, nbytes)
+        MAPPED.pack_into(self._arguments.buffer, 0, to, slot.address, nbytes, vector)
+        self._launch(self._mapped, blocks, self._arguments.address, stream)
 
 
 def source(nbytes: int) -> str:
@@ -289,236 +288,98 @@ def _grid(to: int, nbytes: int) -> tuple[int, int]:
     return max(1, min(MOST_BLOCKS, -(-nbytes // (vector * THREADS)))), vector
 
 
-# --- through pinned memory ------------------------------------------------------------------------
+# --- read later -----------------------------------------------------------------------------------
 
 
-class Slot(NamedTuple):
-    """Pinned memory for one send."""
+class Slot:
+    """Pinned memory for ``n`` values of one send, and the end of that send."""
 
-    memory: torch.Tensor
-    room: Array
-    address: int
+    ended: torch.Event
 
-
-def make_slot(dtype: torch.dtype, most: int) -> Slot:
-    """Pinned memory for so many values."""
-    nbytes = max(most * dtype.itemsize, 1)
-    memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
-    return Slot(memory, room(memory.numpy(), most, dtype), memory.data_ptr())
+    def __init__(self, own: np.dtype[Any], n: int) -> None:
+        nbytes = max(n, 1) * own.itemsize
+        self.memory = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
+        self.room = self.memory.numpy().view(own)[:n]
+        self.address = self.memory.data_ptr()
 
 
-#: Enqueues the copy of so many bytes of a slot to a tensor, on a stream.
-Issue = Callable[[torch.Tensor, Slot, int, _Stream], None]
-
-
-def by_copy(out: torch.Tensor, slot: Slot, nbytes: int, stream: _Stream) -> None:
+def by_copy(out: Tensor, slot: Slot, nbytes: int, stream: Stream | None) -> None:
     """The copy engine reads the slot, behind whatever it has to move before."""
     with inside(stream), torch.inference_mode(out.is_inference()):
         target = out.view(-1).view(torch.uint8)[:nbytes]
         target.copy_(slot.memory[:nbytes], non_blocking=True)
 
 
-class Copy(Way):
+class ReadLater:
     """Through pinned memory: slots that are used in turn, and one that captured sends read."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, most: int) -> None:
-        super().__init__(device, dtype, most)
+    def __init__(
+        self, device: torch.device, own: np.dtype[Any], n: int,
+        issue: Callable[[Tensor, Slot, int, Stream | None], None],
+    ) -> None:  # fmt: skip
         if capturing(device):
             raise refuse_capture(
                 "A small copy through pinned memory", "it has to be made before the capture"
             )
-        self._issue = self.issues(device)
+        self._device, self._own, self._n, self._issue = device, own, n, issue
         self._alone = torch.accelerator.device_count() == 1
-        # Each with the end of its last send; the first is next.
-        self._slots: deque[tuple[Slot, torch.Event]] = deque()
-        self._standing = make_slot(dtype, most)
+        self._slots = deque[Slot]()  # the first is next
+        self._standing = Slot(own, n)
         self._captured: int | None = None  # values of the captured send
         self._lock = threading.Lock()
 
-    @staticmethod
-    def issues(device: torch.device) -> Issue:
-        """What enqueues the copy of a slot."""
-        return by_copy
-
-    def send(self, values: Values, out: torch.Tensor, stream: _Stream, captures: bool) -> int:
+    def send(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
         with self._lock:
+            slot = self._standing if captures else self._next()
             if captures:
-                self._captured = count = self._stand(values)
-                slot, ended = self._standing, None
-            else:
-                slot, ended = self._take()
-                count = fill(slot.room, values)
-            if count:
-                self._issue(out, slot, count * self._itemsize, stream)
-            if count and ended is not None:
+                self._check_captured(array.size)
+                self._captured = array.size
+            slot.room[: array.size] = array.reshape(-1)
+            if not array.size:
+                return
+            self._issue(out, slot, array.nbytes, stream)
+            if not captures:
                 if stream is None and not self._alone:
                     # Given no stream it would take one of the device that is current.
                     stream = torch.accelerator.current_stream(self._device.index)
-                ended.record(stream)
+                slot.ended.record(stream)
                 self._slots.rotate(-1)
-            return count
 
-    def refill(self, values: Values) -> None:
+    def refill(self, array: Array) -> None:
+        """Change what the captured sends carry."""
         with self._lock:
             if self._captured is None:
                 raise Unsupported(
                     "Refilling a small copy that was never captured",
                     "call send inside a graph capture first, or send instead of refill",
                 )
-            self._stand(values)
+            self._check_captured(array.size)
+            self._standing.room[: array.size] = array.reshape(-1)
 
-    def _stand(self, values: Values) -> int:
-        """Write what every captured send carries; a graph's size is fixed."""
-        array = as_array(values, self._standing.room.dtype)
-        if self._captured not in (None, array.size):
+    def _check_captured(self, count: int) -> None:
+        if self._captured not in (None, count):
             raise LayoutError(
-                f"A small copy that was captured with {self._captured} values was given "
-                f"{array.size}; expected as many, since a graph's sizes are fixed. Pad the values, "
-                f"or capture another SmallCopy."
+                f"A small copy that was captured with {self._captured} values was given {count}; "
+                f"expected as many, since a graph's sizes are fixed. Pad the values, or capture "
+                f"another SmallCopy."
             )
-        return fill(self._standing.room, array)
 
-    def _take(self) -> tuple[Slot, torch.Event]:
+    def _next(self) -> Slot:
         """The slot that is next, once its last send has ended."""
         slots = self._slots
-        if not slots or not slots[0][1].query():
+        if not slots or not slots[0].ended.query():
             if len(slots) < MOST_SLOTS:
-                made = make_slot(self._dtype, self._most), torch.Event(self._device)
-                slots.appendleft(made)
+                slots.appendleft(Slot(self._own, self._n))
+                slots[0].ended = torch.Event(self._device)
             else:
-                slots[0][1].synchronize()
+                slots[0].ended.synchronize()
         return slots[0]
-
-
-class Mapped(Copy):
-    """The same, read by a kernel."""
-
-    @staticmethod
-    def issues(device: torch.device) -> Issue:
-        return kernels(device).issue
 
     def __del__(self) -> None:
         """The allocator of pinned memory knows of no kernel that reads a slot, so the slots of
         sends that are under way are held for longer than this."""
-        for slot, ended in getattr(self, "_slots", ()):
-            hold_memory(Completion(ended, kept=slot.memory), retire=False)
+        for slot in getattr(self, "_slots", ()):
+            hold_memory(Completion(slot.ended, kept=slot.memory), retire=False)
 
 
-# --- values --------------------------------------------------------------------------------------
-
-
-def numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
-    """What numpy calls a dtype; raises `LayoutError` for anything but an integer dtype or bool."""
-    if not isinstance(dtype, torch.dtype) or dtype not in _NUMPY:
-        raise LayoutError(
-            f"A small copy of {dtype} was asked; it carries integers and bytes: "
-            f"{', '.join(map(str, TORCH_DTYPES))}. For other elements pass a tensor's bytes: "
-            f"tensor.view(torch.uint8)."
-        )
-    return _NUMPY[dtype]
-
-
-def as_array(values: Values, wanted: np.dtype[Any] | None) -> Array:
-    """Values as an array of a dtype, in their own shape; a copy only if they have another dtype.
-    None: the array's or tensor's own, uint8 for bytes, int64 for other sequences.
-
-    Raises:
-        DeviceMismatch: a tensor that is not on the host.
-        LayoutError: something that has no length, elements that are no integers, or a value that
-            the dtype cannot hold.
-    """
-    array: Array
-    if isinstance(values, torch.Tensor):
-        if values.layout != torch.strided:
-            raise LayoutError(
-                f"A small copy was asked of a tensor with the layout {values.layout}; expected "
-                f"torch.strided. Call to_dense() first."
-            )
-        if not values.is_cpu:
-            raise DeviceMismatch(
-                f"A small copy was asked of a tensor on {values.device}; expected values on the "
-                f"host. Use copy_ for what is on a device."
-            )
-        numpy_dtype(values.dtype)
-        array = values.numpy()
-    elif isinstance(values, np.ndarray):
-        array = values
-    elif isinstance(values, (bytes, bytearray, memoryview)):
-        array = np.asarray(memoryview(values))
-    elif isinstance(values, str) or not hasattr(values, "__len__"):
-        raise LayoutError(
-            f"A small copy was asked of a {type(values).__name__}; expected a list of integers, "
-            f"bytes, an array, or a tensor on the host. Make a list of it first."
-        )
-    else:
-        wanted = wanted or _NUMPY[torch.int64]
-        array = _of_sequence(values, wanted)
-    wanted = wanted or array.dtype.newbyteorder("=")
-    if array.dtype == wanted and wanted in TORCH_DTYPES:
-        return array
-    if array.dtype.kind not in "iub" or wanted not in TORCH_DTYPES:
-        raise LayoutError(
-            f"A small copy was asked of an array of {array.dtype}; expected integers or bool. For "
-            f"other elements pass the array's bytes: array.view('uint8')."
-        )
-    cast: Array = array.astype(wanted)
-    same = cast == array  # a value that wrapped round differs by 256 or more, also as a float
-    if not same.all():
-        position = int(same.ravel().argmin())
-        raise _wrong_value(array.ravel()[position], position, wanted)
-    return cast
-
-
-def room(
-    memory: bytearray | mmap.mmap | Array, most: int, dtype: torch.dtype, offset: int = 0
-) -> Array:
-    """Memory behind ``offset`` bytes as so many elements, which values are written to by `fill`."""
-    found: Array = np.ndarray((most,), numpy_dtype(dtype), memory, offset)
-    return found
-
-
-def fill(room: Array, values: Values) -> int:
-    """Write values to the beginning of an array; returns how many they are. Raises as `as_array`
-    does, and for more values than there is room for, before anything is written."""
-    array = as_array(values, room.dtype)
-    if array.size > room.size:
-        raise LayoutError(
-            f"{array.size} values of {TORCH_DTYPES[room.dtype]} were sent by a small copy made for "
-            f"{room.size}; expected no more. Make one for the most that occur."
-        )
-    room[: array.size].reshape(array.shape)[...] = array
-    return array.size
-
-
-def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
-    try:
-        array: Array = np.asarray(values)
-        if array.ndim == 1 and array.dtype.kind in "iub":
-            return array
-    except Exception:  # ragged, or elements that numpy cannot read: told one by one below
-        pass
-    # Also 2**63 among smaller ones, of which numpy would make floats.
-    numbers = []
-    for position, value in enumerate(values):
-        try:
-            numbers.append(operator.index(value))
-        except Exception:
-            raise _wrong_value(f"a {type(value).__name__}", position, wanted) from None
-        if numbers[-1] not in _bounds(wanted):
-            raise _wrong_value(numbers[-1], position, wanted)
-    return np.array(numbers, wanted)
-
-
-def _bounds(wanted: np.dtype[Any]) -> range:
-    """The integers that a dtype holds."""
-    if wanted.kind == "b":
-        return range(2)
-    return range(int(np.iinfo(wanted).min), int(np.iinfo(wanted).max) + 1)
-
-
-def _wrong_value(found: object, position: int, wanted: np.dtype[Any]) -> LayoutError:
-    return LayoutError(
-        f"A small copy to {TORCH_DTYPES[wanted]} was asked of values with {found} at position "
-        f"{position}; expected integers from {_bounds(wanted)[0]} to {_bounds(wanted)[-1]}. "
-        f"Correct the value or take a wider dtype."
-    )
+Way = OnHost | ReadAtOnce | ReadLater

@@ -1,18 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain copies of tensors between host and device, within a device, and between devices.
 
-Most of the work is torch's: for contiguous memory its ``copy_`` issues the very memcpy that could
-be issued here, and inside a device one kernel of its own handles any strides. What these calls add:
+Torch's ``copy_`` does most of the work: for contiguous memory it issues the very memcpy that could
+be issued here, and inside a device one kernel of its own takes any strides. These calls add:
 
 - "blocking" means that the host waits, in every direction, and "non-blocking" that it does not, or
   that `Copied.waited` says so (pageable memory, and strides that the host has to lay out itself);
-- rows at a pitch between a device and pinned memory cross in one 2-D memcpy, without the
-  intermediate tensors, and the wait, that ``copy_`` needs for them (NVIDIA, extra ``cuda``);
-- a copy into strided memory is really written there, and an element type, a shape or memory that
-  do not fit are an error before anything is written: nothing is converted, broadcast or
-  reinterpreted;
-- host memory is held until the copy has ended, also memory that torch's allocator knows nothing of;
-- the result says which way was taken, and why.
+- rows at a pitch between a device and pinned memory cross in one 2-D memcpy, without intermediate
+  tensors and without a wait (NVIDIA, extra ``cuda``);
+- nothing is converted, broadcast or reinterpreted: what does not fit is an error, before anything
+  is written;
+- host memory is held until the copy has ended, also if torch's allocator knows nothing of it.
 """
 
 from __future__ import annotations
@@ -23,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+from torch import Stream, Tensor
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
@@ -37,11 +36,8 @@ _NARROWEST = 256
 #: The largest pitch that CUDA takes (``CU_DEVICE_ATTRIBUTE_MAX_PITCH``, 2 GiB - 1 everywhere).
 MAX_PITCH = 2**31 - 1
 
-_TORCH_SAME = "torch's copy_ issues the same memcpy"
-_BY_TORCH = {
-    "d2d": "torch's copy_ is one pass for any strides inside a device",
-    "peer": "torch's copy_ orders both devices' streams and takes the peer link where there is one",
-}
+_INSIDE = "torch's copy_ is one pass for any strides inside a device"
+_BETWEEN = "torch's copy_ orders both devices' streams and takes the peer link where there is one"
 
 
 class Pitched(NamedTuple):
@@ -78,7 +74,7 @@ class Copied:
         """See `Transfer.done`."""
         return self.transfer.done()
 
-    def wait(self, stream: torch.Stream | None = None) -> None:
+    def wait(self, stream: Stream | None = None) -> None:
         """See `Transfer.wait`."""
         self.transfer.wait(stream)
 
@@ -88,11 +84,8 @@ class Copied:
 
 
 def is_available(device: torch.device | str | None = None) -> bool:
-    """True if the CUDA driver's own copies can be used; everything else works without them.
-
-    Args:
-        device: the device asked about; None: the current accelerator.
-    """
+    """True if the CUDA driver's own copies serve a device (None: the current accelerator);
+    everything else works without them."""
     try:
         return _cuda_driver.why_not(usual_device() if device is None else resolve(device)) is None
     except BackendUnavailable:  # there is no such device
@@ -100,10 +93,7 @@ def is_available(device: torch.device | str | None = None) -> bool:
 
 
 def copy_(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
-    stream: torch.Stream | None = None,
+    dst: Tensor, src: Tensor, non_blocking: bool = False, stream: Stream | None = None
 ) -> Copied:
     """Copy a tensor into another, wherever they are.
 
@@ -130,36 +120,27 @@ def copy_(
 
 
 def copy_h2d(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
-    stream: torch.Stream | None = None,
+    dst: Tensor, src: Tensor, non_blocking: bool = False, stream: Stream | None = None
 ) -> Copied:
     """`copy_` from the host to a device; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "h2d")
 
 
 def copy_d2h(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
-    stream: torch.Stream | None = None,
+    dst: Tensor, src: Tensor, non_blocking: bool = False, stream: Stream | None = None
 ) -> Copied:
     """`copy_` from a device to the host; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "d2h")
 
 
 def copy_d2d(
-    dst: torch.Tensor,
-    src: torch.Tensor,
-    non_blocking: bool = False,
-    stream: torch.Stream | None = None,
+    dst: Tensor, src: Tensor, non_blocking: bool = False, stream: Stream | None = None
 ) -> Copied:
     """`copy_` inside a device or between two; `DeviceMismatch` for any other direction."""
     return _copy(dst, src, non_blocking, stream, "d2d", "peer")
 
 
-def direction_of(dst: torch.Tensor, src: torch.Tensor) -> str:
+def direction_of(dst: Tensor, src: Tensor) -> str:
     """The direction of a copy, as `Copied` names it.
 
     Raises:
@@ -177,9 +158,8 @@ def direction_of(dst: torch.Tensor, src: torch.Tensor) -> str:
 
 
 def _copy(
-    dst: torch.Tensor, src: torch.Tensor, non_blocking: bool, stream: torch.Stream | None,
-    *wanted: str,
-) -> Copied:  # fmt: skip
+    dst: Tensor, src: Tensor, non_blocking: bool, stream: Stream | None, *wanted: str
+) -> Copied:
     """`copy_`, in one of the wanted directions; none: in any."""
     _check_alike(dst, src)
     direction = direction_of(dst, src)
@@ -198,53 +178,54 @@ def _copy(
         _write(dst, src, False)
         return Copied(direction, "torch", "both tensors are on the host", nbytes, True, Transfer())
     device = stream.device if stream is not None else devices[-1]
-    rows = _rows(dst, src, direction, device)
+    host = {"d2h": dst, "h2d": src}.get(direction)
+    rows, why, ready = _rows(dst, src, host, device)
     captures = capturing(device)
     if captures:
-        _check_capture(dst, src, direction, rows, non_blocking)
+        _check_capture(host, non_blocking, rows is not None or ready, why)
     # A graph's memory is kept by the caller, and no allocator hears of its replays.
     streams.follow_current(stream, *(() if captures else (dst, src)))
-    if isinstance(rows, Pitched):
-        way, why, late = "memcpy2d", "rows at a pitch cross as they lie", non_blocking
-        places = dst.data_ptr(), src.data_ptr(), direction == "h2d"
+    if rows is not None:
+        late, places = non_blocking, (dst.data_ptr(), src.data_ptr(), direction == "h2d")
         _cuda_driver.copy_pitched(*places, rows, device, stream)
     else:
-        way, why = "torch", rows
-        late = _copy_by_torch(dst, src, direction, rows, non_blocking, stream)
+        late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
     if captures:
         late, transfer = True, streams.captured(device, stream, (dst, src))
     else:
-        host = [each for each in (dst, src) if each.device.type == "cpu"]
-        end = streams.completion(device, stream, *host)
+        end = streams.completion(device, stream, *(() if host is None else (host,)))
         if not late:
             end.synchronize()
         transfer = Transfer((end,), (dst, src)) if late else Transfer()
+    way = "torch" if rows is None else "memcpy2d"
     return Copied(direction, way, why, nbytes, not late, transfer)
 
 
 def _rows(
-    dst: torch.Tensor, src: torch.Tensor, direction: str, device: torch.device
-) -> Pitched | str:
-    """The rows for the driver's 2-D memcpy, or why torch copies, as a phrase."""
-    if direction in _BY_TORCH:
-        return _BY_TORCH[direction]
-    if dst.is_contiguous() and src.is_contiguous():
-        return _TORCH_SAME
-    rows = pitched(dst, src)
+    dst: Tensor, src: Tensor, host: Tensor | None, device: torch.device
+) -> tuple[Pitched | None, str, bool]:
+    """The rows for the driver's 2-D memcpy, or None: torch copies; why, as a phrase; and if memcpy
+    then takes the host's tensor as it lies."""
+    if host is None:
+        return None, _BETWEEN if dst.device != src.device else _INSIDE, True
+    rows = None if dst.is_contiguous() and src.is_contiguous() else pitched(dst, src)
+    if rows is None or (isinstance(rows, Pitched) and rows.height == 1):
+        return None, "torch's copy_ issues the same memcpy", True
+    why: str | None
     if isinstance(rows, str):
-        return rows
-    if rows.height == 1:
-        return _TORCH_SAME
-    if rows.width < _NARROWEST:
-        return f"its rows of {rows.width} bytes are narrower than {_NARROWEST}; torch packs them"
-    if not is_pinned(dst if direction == "d2h" else src):
-        return "the host memory is pageable; torch packs the rows there"
-    if src.is_conj() != dst.is_conj() or src.is_neg() != dst.is_neg():
-        return "one of the tensors is a lazy conjugate or negative"
-    return _cuda_driver.why_not(device) or rows
+        why = rows
+    elif rows.width < _NARROWEST:
+        why = f"its rows of {rows.width} bytes are narrower than {_NARROWEST}; torch packs them"
+    elif not is_pinned(host):
+        why = "the host memory is pageable; torch packs the rows there"
+    elif src.is_conj() != dst.is_conj() or src.is_neg() != dst.is_neg():
+        why = "one of the tensors is a lazy conjugate or negative"
+    elif (why := _cuda_driver.why_not(device)) is None:
+        return rows, "rows at a pitch cross as they lie", True
+    return None, why, host.is_contiguous()
 
 
-def is_pinned(tensor: torch.Tensor) -> bool:
+def is_pinned(tensor: Tensor) -> bool:
     """True if the first and the last byte of a host tensor are pinned.
 
     The last one too: a tensor may reach past the memory that was registered. Of a view torch tells
@@ -258,34 +239,26 @@ def is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def _copy_by_torch(
-    dst: torch.Tensor, src: torch.Tensor, direction: str, why: str, non_blocking: bool,
-    stream: torch.Stream | None,
+    dst: Tensor, src: Tensor, host: Tensor | None, ready: bool, non_blocking: bool,
+    stream: Stream | None,
 ) -> bool:  # fmt: skip
     """Let torch copy; returns False if all bytes have landed already."""
     late = non_blocking
-    if direction == "d2h":
-        # Torch brings the bytes to pageable memory first if the host lays them out itself.
-        late = late and _lies_ready(dst, why) and is_pinned(dst)
-    elif direction == "h2d":
-        if not _lies_ready(src, why):
-            late = False
-            if is_pinned(src):
-                # The host packs it now; earlier work of the stream may still be writing it.
-                (stream or torch.accelerator.current_stream(dst.device.index)).synchronize()
-        elif dst.device.type != "cuda":
-            # CUDA has read pageable memory when its call returns; of others that is not known.
-            late = late and is_pinned(src)
+    if host is src and not ready:
+        late = False
+        if is_pinned(src):
+            # The host packs it now; earlier work of the stream may still be writing it.
+            (stream or torch.accelerator.current_stream(dst.device.index)).synchronize()
+    elif host is dst or (host is src and dst.device.type != "cuda"):
+        # To the host: torch brings the bytes to pageable memory first if the host lays them out.
+        # From it: CUDA has read pageable memory when its call returns; of others nothing is known.
+        late = late and ready and is_pinned(host)
     with inside(stream):
-        _write(dst, src, late or direction in _BY_TORCH)
+        _write(dst, src, late or host is None)
     return late
 
 
-def _lies_ready(host: torch.Tensor, why: str) -> bool:
-    """True if torch hands the host's tensor of a copy to memcpy as it lies."""
-    return host.is_contiguous() or why == _TORCH_SAME
-
-
-def _write(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
+def _write(dst: Tensor, src: Tensor, non_blocking: bool) -> None:
     """Torch's copy, of bits: of a bool it would write 0 or 1, whatever the byte holds."""
     if dst.dtype == torch.bool:
         dst, src = dst.view(torch.uint8), src.view(torch.uint8)
@@ -293,22 +266,17 @@ def _write(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool) -> None:
         dst.copy_(src, non_blocking=non_blocking)
 
 
-def _check_capture(
-    dst: torch.Tensor, src: torch.Tensor, direction: str, rows: Pitched | str, non_blocking: bool
-) -> None:
-    host = dst if direction == "d2h" else src
+def _check_capture(host: Tensor | None, non_blocking: bool, ready: bool, why: str) -> None:
     if not non_blocking:
-        why = "the host cannot wait for it; pass non_blocking=True"
-        raise refuse_capture("A blocking copy", why)
-    if direction in _BY_TORCH or isinstance(rows, Pitched):
-        return
-    if not is_pinned(host):
-        why = "a graph reads it at replay; pin the memory first"
-        raise refuse_capture("A copy of pageable host memory", why)
-    if not _lies_ready(host, rows):
+        todo = "the host cannot wait for it; pass non_blocking=True"
+        raise refuse_capture("A blocking copy", todo)
+    if host is not None and not is_pinned(host):
+        todo = "a graph reads it at replay; pin the memory first"
+        raise refuse_capture("A copy of pageable host memory", todo)
+    if host is not None and not ready:
         raise refuse_capture(
             f"A copy of host memory with strides {list(host.stride())}",
-            f"torch would copy it through memory that the graph does not keep ({rows}); use "
+            f"torch would copy it through memory that the graph does not keep ({why}); use "
             f"contiguous memory, or rows that a 2-D memcpy takes",
         )
 
@@ -316,7 +284,7 @@ def _check_capture(
 def _check_alike(dst: Any, src: Any) -> None:
     """Raise `LayoutError` unless both are dense strided tensors of one dtype and shape."""
     for name, given in (("destination", dst), ("source", src)):
-        if not isinstance(given, torch.Tensor):
+        if not isinstance(given, Tensor):
             raise LayoutError(
                 f"A copy was asked whose {name} is a {type(given).__name__}; expected a tensor. "
                 f"Make one of it first, for example by torch.from_numpy."
@@ -338,13 +306,14 @@ def _check_alike(dst: Any, src: Any) -> None:
         )
 
 
-def check_disjoint(dst: torch.Tensor, src: torch.Tensor) -> None:
+def check_disjoint(dst: Tensor, src: Tensor) -> None:
     """Raise `LayoutError` if a byte may be written twice, or both read and written.
 
     Addresses and strides are compared, not each byte: tensors that interleave pass if some stride
     of theirs keeps them apart.
     """
-    if _twice(dst):
+    steps = [step for step, _ in _dims(dst)]
+    if len({*steps}) < len(steps) or any(step < _reach(dst, step) for step in steps):
         raise LayoutError(
             f"A copy was asked into a tensor of shape {list(dst.shape)} and strides "
             f"{list(dst.stride())}, of which elements may lie at one address; expected each "
@@ -360,13 +329,7 @@ def check_disjoint(dst: torch.Tensor, src: torch.Tensor) -> None:
         )
 
 
-def _twice(tensor: torch.Tensor) -> bool:
-    """True unless each stride steps over all that lies inside it."""
-    steps = [step for step, _ in _dims(tensor)]
-    return len({*steps}) < len(steps) or any(step < _reach(tensor, step) for step in steps)
-
-
-def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
+def _apart(one: Tensor, other: Tensor) -> bool:
     """True if addresses and strides show that two tensors have no byte in common.
 
     Their ranges do not meet; or all strides from some size on are multiples of a period, in which
@@ -383,43 +346,37 @@ def _apart(one: torch.Tensor, other: torch.Tensor) -> bool:
     return False
 
 
-def _dims(tensor: torch.Tensor) -> list[tuple[int, int]]:
+def _dims(tensor: Tensor) -> list[tuple[int, int]]:
     """Stride in bytes and extent of each axis of several elements."""
     size, axes = tensor.element_size(), zip(tensor.stride(), tensor.shape, strict=True)
     return [(size * stride, extent) for stride, extent in axes if extent > 1]
 
 
-def _reach(tensor: torch.Tensor, below: float = math.inf) -> int:
+def _reach(tensor: Tensor, below: float = math.inf) -> int:
     """Bytes from the first to behind the last, by the strides of fewer bytes than ``below``."""
     inner = (step * (extent - 1) for step, extent in _dims(tensor) if step < below)
     return tensor.element_size() + sum(inner)
 
 
-def loops_of(dst: torch.Tensor, src: torch.Tensor) -> tuple[int, list[tuple[int, int, int]]]:
-    """The longest run of bytes that is contiguous in both, and the loops round it, innermost first:
-    each its extent and the bytes from one index to the next in the source and the destination."""
+def pitched(dst: Tensor, src: Tensor) -> Pitched | str:
+    """The rows of a copy (one, if it is contiguous on both sides), or why it has none."""
     size = dst.element_size()
     strides = zip(dst.shape, src.stride(), dst.stride(), strict=True)
     dims = [(extent, size * a, size * b) for extent, a, b in strides if extent > 1]
-    loops = [(size, 1, 1)]  # the run, a loop over bytes; then those round it
+    # From the inside: a loop over the bytes of a run that is contiguous in both, and those round
+    # it; each its extent, and the bytes from one index to the next in the source and destination.
+    loops = [(size, 1, 1)]
     for extent, a, b in sorted(dims, key=lambda dim: dim[2]):
         inner, *steps = loops[-1]
         if [a, b] == [inner * step for step in steps]:
             loops[-1] = (inner * extent, *loops[-1][1:])
         else:
             loops.append((extent, a, b))
-    return loops[0][0], loops[1:]
-
-
-def pitched(dst: torch.Tensor, src: torch.Tensor) -> Pitched | str:
-    """The rows of a copy (one, if it is contiguous on both sides), or why it has none."""
-    run, loops = loops_of(dst, src)
-    if not loops:
-        return Pitched(run, 1, run, run)
-    if len(loops) > 1:
-        return f"its strides take {len(loops)} loops round a run of {run} bytes, a 2-D memcpy one"
-    ((height, src_pitch, dst_pitch),) = loops
-    if not run <= src_pitch <= MAX_PITCH or dst_pitch > MAX_PITCH:
+    run, outer = loops[0][0], loops[1:] or [(1, loops[0][0], loops[0][0])]
+    if len(outer) > 1:
+        return f"its strides take {len(outer)} loops round a run of {run} bytes, a 2-D memcpy one"
+    ((height, src_pitch, dst_pitch),) = outer
+    if height > 1 and (not run <= src_pitch <= MAX_PITCH or dst_pitch > MAX_PITCH):
         return (
             f"its rows of {run} bytes lie {src_pitch} and {dst_pitch} bytes apart, and a 2-D "
             f"memcpy takes {run} to {MAX_PITCH}"

@@ -2,53 +2,50 @@
 """Small copies: integers or bytes from the host to a device, without a copy engine.
 
 A copy engine ends what it has begun, whatever the streams' priorities: 64 integers wait behind a
-gigabyte that was asked for earlier. What the driver takes along with a command does not,
-and a kernel does not.
+gigabyte that was asked for earlier. What the driver takes along with a command does not, and a
+kernel does not. Of these ways the first is taken that can be had; `choose` tells which, and why:
 
-- ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. It
-  needs no extra. Not in a graph, and not on a device that reads pageable memory by the host's page
-  tables.
-- ``value``: the integers travel in a launch's parameters, up to 32,736 bytes on an NVIDIA device
-  (4,080 before CUDA 12.1 or compute capability 7.0). In a graph they are what they were at capture.
-- ``mapped``: they are written to pinned memory that the kernel reads by itself; any size. In a
-  graph they are read again at each replay, and `SmallCopy.refill` changes them.
-- ``copy``: pinned memory and torch's non-blocking copy, which does take the copy engine: what is
-  left if the others cannot be had; it captures like ``mapped``.
+- ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. Not
+  in a graph, and not on a device that reads pageable memory by the host's page tables.
+- ``value``: in a launch's parameters, up to 32,736 bytes on an NVIDIA device (4,080 before CUDA
+  12.1 or compute capability 7.0). In a graph they are what they were at capture. Extra ``cuda``.
+- ``mapped``: through pinned memory that a kernel reads by itself; any size. In a graph it is read
+  again at each replay, and `SmallCopy.refill` changes it. Extra ``cuda``.
+- ``copy``: through pinned memory and the copy engine; captures like ``mapped``.
 - ``host``: the target is the CPU; written at once.
-
-The kernels of ``value`` and ``mapped`` need the extra ``cuda``. `choose` tells which way is taken,
-and why: of those that can be had the first.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import NamedTuple
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy import ndarray
+from torch import Stream, Tensor
 
-from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
-from portakv.host import _small_ways as ways
-from portakv.host._small_ways import TORCH_DTYPES, Values, Way, as_array, numpy_dtype
-from portakv.runtime import cuda as _cuda_driver
+from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
+from portakv.host._small_ways import ALONG, NUMPY, WAYS, Array, ReadLater, Slot, Target
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capture_question, capturing, refuse_capture, resolve
+from portakv.runtime.devices import refuse_capture, resolve
 
-#: The best first.
-WAYS: dict[str, type[Way]] = {
-    "inline": ways.Inline, "value": ways.ByValue, "mapped": ways.Mapped, "copy": ways.Copy,
-    "host": ways.OnHost,
-}  # fmt: skip
+#: What small copies take: integers, bytes, a numpy array, or a tensor on the host.
+Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
 
-# What limits a way's bytes.
-_HOLDS = {
-    "inline": "the driver takes up to {} bytes along with the command",
-    "value": "a launch's parameters hold up to {} bytes",
-}
+_TORCH: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
 # Sends that no capture takes, by the way that was asked for.
 _UNCAPTURED = {None: "whose way was left open", "inline": "by way='inline'"}
+# Ways that carry the same in each replay: what is not refilled, and what to do.
+_NO_REFILL = {
+    "host": ("to the CPU", "there are no graphs; send the values again"),
+    "inline": ("that goes inline",
+               "it cannot be captured; make it with way='mapped', or send instead of refill"),
+    "value": ("by value",
+              "its contents were fixed when it was captured; make it with way='mapped'"),
+}  # fmt: skip
 
 
 class Chosen(NamedTuple):
@@ -59,41 +56,15 @@ class Chosen(NamedTuple):
 
 
 def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> Chosen:
-    """The way that so many bytes take to a device.
-
-    Args:
-        nbytes: of the values.
-        device: where they go.
-        way: one that is asked for; None: the best.
-
-    Raises:
-        BackendUnavailable: a way that is unknown, or that this device or size does not allow.
-    """
-    place = resolve(device)
-    if way is None:
-        return _best(place, nbytes)
-    if way not in [*WAYS]:
-        raise BackendUnavailable(
-            f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
-            f"the best."
-        )
-    if (why := _why_not(way, place, nbytes)) is not None:
-        raise BackendUnavailable(
-            f"A small copy of {nbytes} bytes to {place} by {way!r} was asked, but {why}; ask for "
-            f"{_best(place, nbytes).way!r}, or for None."
-        )
-    return Chosen(way, "it was asked for")
+    """The way that so many bytes of values take to a device; ``way``: one that is asked for. Raises
+    `BackendUnavailable` for one that is unknown, or that this device or size does not allow."""
+    return _choose(_target(resolve(device), None), nbytes, way)
 
 
 def to_device(
-    values: Values,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    *,
-    out: torch.Tensor | None = None,
-    stream: torch.Stream | None = None,
-    way: str | None = None,
-) -> torch.Tensor:
+    values: Values, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
+    out: Tensor | None = None, stream: Stream | None = None, way: str | None = None,
+) -> Tensor:  # fmt: skip
     """Values of the host as a tensor on a device; the host does not wait.
 
     Args:
@@ -114,35 +85,36 @@ def to_device(
         BackendUnavailable: a way that cannot be had, with the reason.
         Unsupported: inside graph capture, anything but ``"value"``.
     """
-    place, first, most, captures = _target(device, out)
+    target = _target(device, out)
+    place = target.device
     if out is not None:
         dtype = dtype or out.dtype
-    array = as_array(values, None if dtype is None else numpy_dtype(dtype))
-    dtype = dtype or TORCH_DTYPES[array.dtype]
+    array = _as_array(values, None if dtype is None else _numpy_dtype(dtype))
+    dtype = dtype or _TORCH[array.dtype]
     if stream is not None:
         streams.check_stream(stream, place)
     if out is not None:
         _check_out(out, array.size, dtype, place)
-    chosen = first if way is None and array.nbytes <= most else choose(array.nbytes, place, way)[0]
-    captured = captures()
+    best = way is None and array.nbytes <= target.most
+    chosen = target.first if best else _choose(target, array.nbytes, way).way
+    captured = target.captures()
     if captured and way != "value":
         raise refuse_capture(
             "A small copy by to_device",
             "say way='value' if its contents may be fixed at capture; use SmallCopy with "
             "way='mapped' for contents that are read at each replay",
         )
-    target = _new(array.shape, dtype, place) if out is None else out
+    into = _new(array.shape, dtype, place) if out is None else out
     if stream is not None:
-        streams.follow_current(stream, *(() if captured else (target,)))
-    if chosen in ("inline", "value", "host"):
-        _ready(chosen, place, dtype).send(array, target, stream, captured)
+        streams.follow_current(stream, *(() if captured else (into,)))
+    if chosen not in ("mapped", "copy"):
+        target.ready(chosen, dtype).send(array, into, stream, captured)
     elif array.size:
-        slot = ways.make_slot(dtype, array.size)
-        ways.fill(slot.room, array)
-        issue = ways.Mapped.issues(place) if chosen == "mapped" else ways.by_copy
-        issue(target, slot, array.nbytes, stream)
+        slot = Slot(NUMPY[dtype], array.size)
+        slot.room[...] = array.reshape(-1)
+        target.issue(chosen)(into, slot, array.nbytes, stream)
         streams.completion(place, stream, slot.memory)  # holds the slot until it was read
-    return target
+    return into
 
 
 class SmallCopy:
@@ -161,36 +133,28 @@ class SmallCopy:
         out: the target.
         way, why: the way that was taken, and why.
 
-    One `SmallCopy` may be used from several threads; they share ``out``.
-
-    Raises as `to_device` does.
+    One `SmallCopy` may be used from several threads; they share ``out``. Raises as `to_device`.
     """
 
     def __init__(
-        self,
-        n: int,
-        dtype: torch.dtype,
-        device: torch.device | str | None = None,
-        *,
-        out: torch.Tensor | None = None,
-        way: str | None = None,
-    ) -> None:
-        numpy_dtype(dtype)
+        self, n: int, dtype: torch.dtype, device: torch.device | str | None = None, *,
+        out: Tensor | None = None, way: str | None = None,
+    ) -> None:  # fmt: skip
+        self._own = _numpy_dtype(dtype)
         if not isinstance(n, int) or n < 0:
             raise LayoutError(f"A SmallCopy of {n!r} values was asked; expected 0 or more values.")
-        place, _, _, self._captures = _target(device, out)
+        target = _target(device, out)
+        self._n, self._device, self._captures = n, target.device, target.captures
         if out is not None:
-            _check_out(out, n, dtype, place)
-        self.way, self.why = choose(n * dtype.itemsize, place, way)
-        self._n, self._device = n, place
+            _check_out(out, n, dtype, target.device)
+        self.way, self.why = _choose(target, n * dtype.itemsize, way)
         self._uncaptured = _UNCAPTURED.get(way)
-        self._way = WAYS[self.way](place, dtype, n)
-        self.out = _new((n,), dtype, place) if out is None else out
+        self._way = target.make(self.way, dtype, n)
+        self.out = _new((n,), dtype, target.device) if out is None else out
 
-    def send(self, values: Values, *, stream: torch.Stream | None = None) -> torch.Tensor:
-        """Write values to the beginning of ``out``; the host does not wait, as a rule.
-
-        It waits only for pinned memory: by ``mapped`` and ``copy``, once 16 sends are under way.
+    def send(self, values: Values, *, stream: Stream | None = None) -> Tensor:
+        """Write values to the beginning of ``out``; the host does not wait, as a rule: only by
+        ``mapped`` and ``copy``, once 16 sends are under way.
 
         Args:
             values: ``n`` or fewer, as in `to_device`; read before this returns.
@@ -199,8 +163,8 @@ class SmallCopy:
         Returns:
             ``out``, or of its elements in a row as many as there are values.
 
-        Inside a graph capture, see ``way`` above. All captured sends of one `SmallCopy` read the
-        same memory, so they carry equally many values.
+        All sends of one `SmallCopy` that a graph captures (see ``way``) read the same memory, so
+        they carry equally many values.
         """
         captures = self._captures()
         if captures and self._uncaptured is not None:
@@ -209,11 +173,18 @@ class SmallCopy:
                 "make it with way='value' for contents that are fixed at capture, or with "
                 "way='mapped' for contents that are read at each replay",
             )
-        out = self.out
+        ready = type(values) is ndarray and values.dtype is self._own
+        array = values if ready else _as_array(values, self._own)
+        out, count = self.out, array.size
+        if count > self._n:
+            raise LayoutError(
+                f"{count} values of {out.dtype} were sent by a small copy made for {self._n}; "
+                f"expected no more. Make one for the most that occur."
+            )
         if stream is not None:
             streams.check_stream(stream, self._device)
             streams.follow_current(stream, *(() if captures else (out,)))
-        count = self._way.send(values, out, stream, captures)
+        self._way.send(array, out, stream, captures)
         return out if count == self._n else out.view(-1)[:count]
 
     def refill(self, values: Values) -> None:
@@ -227,60 +198,20 @@ class SmallCopy:
                 captured.
             LayoutError: another number of values than was captured.
         """
-        self._way.refill(values)
+        if not isinstance(self._way, ReadLater):
+            what, why = _NO_REFILL[self.way]
+            raise Unsupported(f"Refilling a small copy {what}", why)
+        self._way.refill(_as_array(values, self._own))
 
 
-def _best(device: torch.device, nbytes: int) -> Chosen:
-    """The first way that can be had, and what keeps those before it from being taken."""
-    missing: dict[str, None] = {}
-    for way in WAYS:
-        why = _why_not(way, device, nbytes)
-        if why is None:
-            return Chosen(way, " and ".join(missing) or _holds(way, device))
-        missing[why] = None
-    raise AssertionError("either 'copy' or 'host' can be had")
+# --- the target -----------------------------------------------------------------------------------
+
+_targets: Bounded[torch.device | str | int, Target] = Bounded("small copies' targets", 64)
 
 
-def _why_not(way: str, device: torch.device, nbytes: int) -> str | None:
-    """What keeps so many bytes from going a way, as a phrase; None: nothing."""
-    if (device.type == "cpu") != (way == "host"):
-        return f"{device} is no CPU" if way == "host" else "the target is on the CPU"
-    if way in ("copy", "host"):
-        return None
-    if way == "inline":
-        why = ways.why_not_inline(device)
-    else:
-        why = _cuda_driver.why_not(device) or _cuda_driver.device_too_old(device)
-    return _holds(way, device) if why is None and nbytes > _most(way, device) else why
-
-
-def _most(way: str, device: torch.device) -> int:
-    """The most bytes that go a way, if it can be had."""
-    if way == "inline":
-        return ways.INLINE_BYTES
-    return ways.value_bytes(device) if way == "value" else sys.maxsize
-
-
-def _holds(way: str, device: torch.device) -> str:
-    return _HOLDS[way].format(_most(way, device))
-
-
-class _Target(NamedTuple):
-    """A device that values go to."""
-
-    device: torch.device  # with its index
-    first: str  # the way of the fewest bytes if no other was asked for
-    most: int  # bytes that it carries
-    captures: Callable[[], bool]  # tells if the device's current stream is being captured
-
-
-# What calls keep ready: targets by device or its name, one sender for each way, device and dtype.
-_targets: Bounded[torch.device | str | int, _Target] = Bounded("small copies' targets", 64)
-_senders: Bounded[tuple[str, torch.device, torch.dtype], Way] = Bounded("small copies", 128)
-
-
-def _target(device: torch.device | str | int | None, out: torch.Tensor | None) -> _Target:
-    if out is not None and not isinstance(out, torch.Tensor):
+def _target(device: torch.device | str | int | None, out: Tensor | None) -> Target:
+    """What is known of a device, by the device or its name."""
+    if out is not None and not isinstance(out, Tensor):
         raise LayoutError(
             f"A small copy was given a {type(out).__name__} as out; expected a tensor. Pass one, "
             f"or none."
@@ -295,36 +226,34 @@ def _target(device: torch.device | str | int | None, out: torch.Tensor | None) -
     known = _targets.get(device)
     if known is None:
         place = resolve(device)
-        way = _best(place, 0).way
-        made = _Target(place, way, _most(way, place), _capture_question(place))
-        known = _targets.setdefault(place, made)
+        known = _targets.get_or_make(place, lambda: Target(place))
         # A name without a number means the current device, which another call may have changed.
         if place.type == "cpu" or str(device) == str(place):
             _targets[device] = known
     return known
 
 
-def _capture_question(device: torch.device) -> Callable[[], bool]:
-    """`capturing` of one device, with less to look up."""
-    if device.type != "cuda":
-        return lambda: capturing(device)
-    captures = capture_question(device)
-    if torch.cuda.device_count() == 1:
-        return captures
-    index, current = device.index, torch._C._cuda_getDevice
-    return lambda: captures() if current() == index else capturing(device)
+def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
+    best = next(each for each in WAYS if target.why_not(each, nbytes) is None)
+    if way is None:
+        better = WAYS[: WAYS.index(best)]
+        lacks = dict.fromkeys(str(target.why_not(each, nbytes)) for each in better)
+        return Chosen(best, " and ".join(lacks) or ALONG)
+    if way not in [*WAYS]:
+        raise BackendUnavailable(
+            f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
+            f"the best."
+        )
+    why = target.why_not(way, nbytes)
+    if why is not None:
+        raise BackendUnavailable(
+            f"A small copy of {nbytes} bytes to {target.device} by {way!r} was asked, but {why}; "
+            f"ask for {best!r}, or for None."
+        )
+    return Chosen(way, "it was asked for")
 
 
-def _ready(way: str, device: torch.device, dtype: torch.dtype) -> Way:
-    """The sender of `to_device` for all that goes by one launch or command."""
-    known = _senders.get((way, device, dtype))
-    if known is None:
-        made = WAYS[way](device, dtype, _most(way, device) // dtype.itemsize)
-        known = _senders.setdefault((way, device, dtype), made)
-    return known
-
-
-def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor that can be written to in and outside of inference mode."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
@@ -332,7 +261,7 @@ def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> to
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def _check_out(out: torch.Tensor, count: int, dtype: torch.dtype, device: torch.device) -> None:
+def _check_out(out: Tensor, count: int, dtype: torch.dtype, device: torch.device) -> None:
     if out.device != device:
         raise DeviceMismatch(
             f"A small copy to {device} was given an out tensor on {out.device}; expected one on "
@@ -344,3 +273,102 @@ def _check_out(out: torch.Tensor, count: int, dtype: torch.dtype, device: torch.
             f"of {out.dtype}, strides {list(out.stride())}; expected as many of that dtype, "
             f"contiguous. Pass another, or none."
         )
+
+
+# --- the values -----------------------------------------------------------------------------------
+
+
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    """What numpy calls a dtype; raises `LayoutError` for anything but an integer dtype or bool."""
+    if not isinstance(dtype, torch.dtype) or dtype not in NUMPY:
+        raise LayoutError(
+            f"A small copy of {dtype} was asked; it carries integers and bytes: "
+            f"{', '.join(map(str, NUMPY))}. For other elements pass a tensor's bytes: "
+            f"tensor.view(torch.uint8)."
+        )
+    return NUMPY[dtype]
+
+
+def _as_array(values: Values, wanted: np.dtype[Any] | None) -> Array:
+    """Values as an array of a dtype, in their own shape; a copy only if they have another dtype.
+    None: the array's or tensor's own, uint8 for bytes, int64 for other sequences.
+
+    Raises:
+        DeviceMismatch: a tensor that is not on the host.
+        LayoutError: something that has no length, elements that are no integers, or a value that
+            the dtype cannot hold.
+    """
+    array: Array
+    if isinstance(values, Tensor):
+        if values.layout != torch.strided:
+            raise LayoutError(
+                f"A small copy was asked of a tensor with the layout {values.layout}; expected "
+                f"torch.strided. Call to_dense() first."
+            )
+        if not values.is_cpu:
+            raise DeviceMismatch(
+                f"A small copy was asked of a tensor on {values.device}; expected values on the "
+                f"host. Use copy_ for what is on a device."
+            )
+        _numpy_dtype(values.dtype)
+        array = values.numpy()
+    elif isinstance(values, ndarray):
+        array = values
+    elif isinstance(values, (bytes, bytearray, memoryview)):
+        array = np.asarray(memoryview(values))
+    elif isinstance(values, str) or not hasattr(values, "__len__"):
+        raise LayoutError(
+            f"A small copy was asked of a {type(values).__name__}; expected a list of integers, "
+            f"bytes, an array, or a tensor on the host. Make a list of it first."
+        )
+    else:
+        wanted = wanted or NUMPY[torch.int64]
+        array = _of_sequence(values, wanted)
+    wanted = wanted or array.dtype.newbyteorder("=")
+    if array.dtype == wanted and wanted in _TORCH:
+        return array
+    if array.dtype.kind not in "iub" or wanted not in _TORCH:
+        raise LayoutError(
+            f"A small copy was asked of an array of {array.dtype}; expected integers or bool. For "
+            f"other elements pass the array's bytes: array.view('uint8')."
+        )
+    cast: Array = array.astype(wanted)
+    same = cast == array  # a value that wrapped round differs by 256 or more, also as a float
+    if not same.all():
+        position = int(same.ravel().argmin())
+        raise _wrong_value(array.ravel()[position], position, wanted)
+    return cast
+
+
+def _of_sequence(values: Sequence[int], wanted: np.dtype[Any]) -> Array:
+    try:
+        array: Array = np.asarray(values)
+        if array.ndim == 1 and array.dtype.kind in "iub":
+            return array
+    except Exception:  # ragged, or elements that numpy cannot read: told one by one below
+        pass
+    # Also 2**63 among smaller ones, of which numpy would make floats.
+    numbers = []
+    for position, value in enumerate(values):
+        try:
+            numbers.append(operator.index(value))
+        except Exception:
+            raise _wrong_value(f"a {type(value).__name__}", position, wanted) from None
+        if numbers[-1] not in _bounds(wanted):
+            raise _wrong_value(numbers[-1], position, wanted)
+    return np.array(numbers, wanted)
+
+
+def _bounds(wanted: np.dtype[Any]) -> range:
+    """The integers that a dtype holds."""
+    if wanted.kind == "b":
+        return range(2)
+    return range(int(np.iinfo(wanted).min), int(np.iinfo(wanted).max) + 1)
+
+
+def _wrong_value(found: object, position: int, wanted: np.dtype[Any]) -> LayoutError:
+    return LayoutError(
+        f"A small copy to {_TORCH[wanted]} was asked of values with {found} at position "
+        f"{position}; expected integers from {_bounds(wanted)[0]} to {_bounds(wanted)[-1]}. "
+        f"Correct the value or take a wider dtype."
+    )

@@ -13,10 +13,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.fake_libcuda import FakeLibrary
-from support.guarded_memory import filled, refused, same, untouched
+from support.guarded_memory import filled, refused, same
 
-from portakv import DeviceMismatch, LayoutError, PortaKVError, TransferError, Unsupported
-from portakv.host import memcpy
+from portakv import DeviceMismatch, LayoutError, PortaKVError, TransferError
 from portakv.host.memcpy import (
     MAX_PITCH,
     Pitched,
@@ -27,7 +26,6 @@ from portakv.host.memcpy import (
     copy_h2d,
     direction_of,
     is_available,
-    loops_of,
     pitched,
 )
 from portakv.runtime import cuda as _cuda_driver
@@ -259,11 +257,10 @@ def test_rows_are_the_copy(data: Any) -> None:
         tensors.append(whole[tuple(slice(0, n) for n in extents)])
     dst, src = tensors
     rows = pitched(dst, src)
-    run, loops = loops_of(dst, src)
-    assert run * int(np.prod([extent for extent, _, _ in loops])) == 2 * src.numel()
     if isinstance(rows, str):
-        assert len(loops) > 1
+        assert "loops round a run" in rows
         return
+    assert rows.width * rows.height == src.nbytes
     for row in range(rows.height):
         at = dst.data_ptr() + row * rows.dst_pitch
         ctypes.memmove(at, src.data_ptr() + row * rows.src_pitch, rows.width)
@@ -306,24 +303,3 @@ def test_without_cuda_it_says_so() -> None:
     assert not any(map(is_available, (None, "cpu", "xpu", "nonsense")))
     why = _cuda_driver.why_not(torch.device("cuda", 0))
     assert why == "torch finds no usable CUDA device here"
-
-
-# Inside graph capture
-
-
-def test_what_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    src, dst = filled((4, 8), torch.int32), filled((4, 8), torch.int32)
-    check = memcpy._check_capture
-    with refused(Unsupported, "non_blocking=True"):
-        check(dst, src, "d2d", "why", False)
-    check(dst, src, "d2d", "why", True)
-    with refused(Unsupported, "pageable", "pin the memory"):
-        check(dst, src, "d2h", "why", True)
-    monkeypatch.setattr(memcpy, "is_pinned", lambda tensor: True)
-    check(dst, src, "h2d", "why", True)
-    check(dst.t(), src.t(), "h2d", memcpy._TORCH_SAME, True)
-    with refused(Unsupported, "strides [1, 8]", "two loops"):
-        check(dst, src.view(8, 4).t(), "d2h", "fine", True)
-        check(dst.t(), src.view(8, 4), "d2h", "two loops", True)
-    with untouched(dst):
-        check(dst.t(), src.view(8, 4), "d2h", Pitched(1, 1, 1, 1), True)

@@ -319,6 +319,36 @@ def test_a_stream_that_takes_no_part(accelerator: torch.device, second: torch.de
         copy_(torch.zeros(4), torch.zeros(4), stream=torch.Stream(accelerator))
 
 
+@pytest.mark.parametrize(
+    ("target", "source", "why"),
+    [
+        ("device", "pinned", ()), ("pinned", "device", ()), ("pinned rows", "device", ()),
+        ("device elements", "device", ()), ("device columns", "pinned columns", ()),
+        ("device", "pageable", ("pageable", "pin the memory")),
+        ("pageable rows", "device", ("pageable", "pin the memory")),
+        ("device", "pinned elements", ("strides [1024, 2]", "rows of 4 bytes")),
+        ("pinned columns", "device", ("strides [1, 12]", "2 loops")),
+    ],
+)  # fmt: skip
+def test_what_can_be_captured(
+    accelerator: torch.device, target: str, source: str, why: tuple[str, ...],
+    way: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    dst, src = place(target, accelerator), place(source, accelerator)
+    monkeypatch.setattr(memcpy, "capturing", lambda device: True)
+    with refused(Unsupported, "non_blocking=True", watch=dst):
+        copy_(dst, src)
+    if target == "pinned rows" and way == "torch":
+        why = "strides [1024, 1]", "of the test"
+    if why:
+        with refused(Unsupported, *why, watch=dst):
+            copy_(dst, src, non_blocking=True)
+    else:
+        assert not copy_(dst, src, non_blocking=True).waited
+        settle(accelerator)
+        assert same(dst, src)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("on_side", [False, True])

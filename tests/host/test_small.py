@@ -238,6 +238,6 @@ def test_a_way_that_there_is_not(way: Any) -> None:
 def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_small_ways, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
-        _small_ways.kernels(torch.device("cuda", 7))
+        _small_ways.Kernels(torch.device("cuda", 7))
     with refused(Unsupported, "inside graph capture", "before the capture"):
-        _small_ways.Copy(torch.device("cuda", 7), torch.int64, 1)
+        _small_ways.ReadLater(torch.device("cuda", 7), np.dtype(np.int64), 1, _small_ways.by_copy)

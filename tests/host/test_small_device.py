@@ -22,7 +22,7 @@ from support.small_cases import WAYS, Place, drawn, same_bits, small_copy
 from support.threads import run_threads
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
-from portakv.host import _small_ways, small
+from portakv.host import _small_ways
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime.transfer import copies_holding_memory
 
@@ -191,7 +191,7 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
         sender.refill([1, 2, 3])
     ring: Any = sender._way
     with monkeypatch.context() as patched:
-        patched.setattr(small, "capturing", lambda device: True)
+        patched.setattr(_small_ways, "capturing", lambda device: True)
         patched.setattr(ring, "_issue", crossing)
         landed = sender.send([1, 2, 3])
     sender.send([9, 9, 9, 9])  # an eager send takes other memory

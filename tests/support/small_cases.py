@@ -8,6 +8,7 @@ what it was asked, and out of which memory; it says nothing about a driver.
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ INTEGERS = (
     torch.int64, torch.uint64,
 )  # fmt: skip
 VALUE_BYTES = 32736  # that go by value
+MOST = {"inline": _small_ways.INLINE_BYTES, "value": VALUE_BYTES}  # bytes of ways
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
 
 
@@ -56,7 +58,7 @@ class Place(NamedTuple):
     @property
     def most(self) -> int:
         """Bytes that go the way."""
-        return {"inline": _small_ways.INLINE_BYTES, "value": VALUE_BYTES}.get(self.way, 1 << 20)
+        return MOST.get(self.way, 1 << 20)
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -92,9 +94,7 @@ def small_copy(call: str, way: str | None) -> Callable[..., torch.Tensor]:
 
 def forget() -> None:
     """Forget what small copies know of devices and keep ready for them."""
-    for one in (small._targets, small._senders, _small_ways._inline, _small_ways._kernels):
-        one.clear()
-    _small_ways._copy_function.cache_clear()
+    small._targets.clear()
     capture_question.cache_clear()
 
 
@@ -166,9 +166,9 @@ def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
     def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
         return {name: getattr(kernels(), f"run_{name}") for name in names}
 
-    def why_not(way: str, device: torch.device, nbytes: int) -> str | None:
-        fits = way == "host" or (way == only and nbytes <= small._most(way, device))
-        return None if fits else "it is a test"
+    def limit(way: str, device: torch.device) -> tuple[str | None, int]:
+        most = {"host": sys.maxsize, only: MOST.get(only or "", sys.maxsize)}
+        return (None, most[way]) if way in most else ("it is a test", 0)
 
     stands: dict[Any, dict[str, Any]] = {
         torch._C: {
@@ -192,7 +192,7 @@ def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
             "capability": lambda device: 90,
             "load": load,
         },
-        small: {"_why_not": why_not} if only else {"resolve": torch.device},
+        **({_small_ways: {"limit": limit}} if only else {small: {"resolve": torch.device}}),
     }
     with pytest.MonkeyPatch.context() as patched:
         for module, functions in stands.items():
