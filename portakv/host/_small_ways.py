@@ -3,9 +3,8 @@
 or through pinned memory that is read later.
 
 ``inline``: CUDA documents that a copy of up to 64 KB from pageable host memory is asynchronous, and
-that the memory was read when the call returns. That such a copy waits for no copy engine is
-measured alone: on an H200, where 65,536 bytes did not wait, and 80,000 did (docs/host.md, "Small
-copies").
+that the memory was read when the call returns. That it waits for no copy engine is measured alone:
+on an H200 65,536 bytes did not wait, and 80,000 did (docs/host.md, "Small copies").
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.devices import capture_question, capturing, inside, refuse_capture
 from portakv.runtime.transfer import Completion, hold_memory
 
-#: The best first.
-WAYS = "inline", "value", "mapped", "copy", "host"
-#: Bytes that the driver takes along with a command.
-INLINE_BYTES = 65536
+WAYS = "inline", "value", "mapped", "copy", "host"  # the best first
+INLINE_BYTES = 65536  # that the driver takes along with a command
 ALONG = f"the driver takes up to {INLINE_BYTES} bytes along with the command"
+_ADDRESS = ctypes.c_uint64  # a CUdeviceptr, and the host's address of memory or a stream
+_COPY = "cuMemcpyHtoDAsync_v2", _ADDRESS, _ADDRESS, ctypes.c_size_t, _ADDRESS
 _HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
+
 THREADS = 128
-#: Blocks of one launch: so many vectors are in flight that the link is busy, and no more.
-MOST_BLOCKS = 32
+MOST_BLOCKS = 32  # of a launch: so many vectors in flight keep the link busy
 # Parameters of a launch in bytes: 4 KB everywhere; 32,764 from CUDA 12.1 (driver R530) and compute
 # capability 7.0 on (CUDA C++ Programming Guide, "__grid_constant__" and "Kernel parameters").
 _CLASSIC_PARAMETERS, _LARGE_PARAMETERS = 4096, 32764
@@ -48,6 +47,7 @@ VALUES_HEAD = struct.Struct("=QII")  # to, bytes, width
 MAPPED = struct.Struct("=QQQQ")  # to, from, bytes, width
 VALUES_NAME, MAPPED_NAME = "portakv_small_values", "portakv_small_mapped"
 _WIDE = 16
+
 #: Sends through pinned memory that may be under way; the next makes the host wait for the oldest.
 MOST_SLOTS = 16
 
@@ -55,6 +55,12 @@ Array = npt.NDArray[Any]
 _NAMES = "bool uint8 int8 int16 uint16 int32 uint32 int64 uint64"
 #: What numpy calls the dtypes that are carried.
 NUMPY = {getattr(torch, name): np.dtype(name) for name in _NAMES.split()}
+
+#: Writes an array to the beginning of a contiguous tensor of its dtype, on a stream; last: if the
+#: stream is being captured.
+Send = Callable[[Array, Tensor, Stream | None, bool], None]
+#: Enqueues the copy of the first bytes of memory of the host to a tensor, on a stream.
+Issue = Callable[[Tensor, Any, int, Stream | None], None]
 
 
 class Target:
@@ -64,12 +70,13 @@ class Target:
         device: with its index.
         captures: tells if the device's current stream is being captured.
         first, most: the way of the fewest bytes, and the most that go by it.
+        ready: what sends values that are read at once.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.captures = device, _capture_question(device)
         self._limits: dict[str, tuple[str | None, int]] = {}
-        self._ready: dict[tuple[str, torch.dtype], Way] = {}
+        self.ready: dict[tuple[str, torch.dtype], Send] = {}
         self.first = next(way for way in WAYS if self.why_not(way, 0) is None)
         self.most = self._limits[self.first][1]
 
@@ -82,28 +89,25 @@ class Target:
             return ALONG if way == "inline" else f"a launch's parameters hold up to {most} bytes"
         return why
 
-    def ready(self, way: str, dtype: torch.dtype) -> Way:
-        """What sends values that are read at once, as many as go that way."""
-        known = self._ready.get((way, dtype))
-        if known is None:
-            made = self.make(way, dtype, self._limits[way][1] // dtype.itemsize)
-            known = self._ready.setdefault((way, dtype), made)
-        return known
+    def prepare(self, way: str, dtype: torch.dtype) -> Send:
+        """Add to ``ready`` what sends as many values as go that way."""
+        made = self.make(way, dtype, self._limits[way][1] // dtype.itemsize)
+        return self.ready.setdefault((way, dtype), made)
 
-    def make(self, way: str, dtype: torch.dtype, n: int) -> Way:
+    def make(self, way: str, dtype: torch.dtype, n: int) -> Send:
         """What sends up to ``n`` values a way that can be had, again and again, from any thread.
         Raises `Unsupported` inside graph capture, if it has to be prepared outside."""
         device, own = self.device, NUMPY[dtype]
         if way == "host":
-            return OnHost()
+            return write_on_host
         if way == "inline":
             return ReadAtOnce(InlineCopy(device).issue, _Pages(device, own, n), n)
         if way == "value":
             return ReadAtOnce(self.kernels.by_value, _Parameters(device, own, n), n)
-        return ReadLater(device, own, n, self.issue(way))
+        return ReadLater(self.issue(way), device, own, n)
 
-    def issue(self, way: str) -> Callable[[Tensor, Slot, int, Stream | None], None]:
-        """What enqueues the copy of a slot's first bytes by ``mapped`` or ``copy``."""
+    def issue(self, way: str) -> Issue:
+        """What enqueues the copy of a slot by ``mapped`` or ``copy``."""
         return by_copy if way == "copy" else self.kernels.mapped
 
     @cached_property
@@ -135,26 +139,21 @@ def limit(way: str, device: torch.device) -> tuple[str | None, int]:
     return why, value_bytes(device) if why is None and way == "value" else sys.maxsize
 
 
-class OnHost:
-    """To the CPU: written at once."""
-
-    def send(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
-        """Write an array to the beginning of ``out``, which is contiguous and of its dtype."""
-        out.view(-1).numpy()[: array.size] = array.reshape(-1)
+def write_on_host(array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
+    """Values to the CPU, at once."""
+    out.view(-1).numpy()[: array.size] = array.reshape(-1)
 
 
 # --- read during the call -------------------------------------------------------------------------
 
 
 class ReadAtOnce:
-    """The host's values are read while the driver is called, out of memory of each thread's."""
+    """Sends values that are read while the driver is called, out of memory of each thread's."""
 
-    def __init__(
-        self, issue: Callable[[Tensor, Any, int, Stream | None], None], mine: Any, n: int
-    ) -> None:
+    def __init__(self, issue: Issue, mine: Any, n: int) -> None:
         self._issue, self._mine, self._shape = issue, mine, (n,)
 
-    def send(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
+    def __call__(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
         mine = self._mine
         if array.shape == self._shape:
             mine.room[...] = array  # the same as below, in half the time
@@ -184,7 +183,7 @@ class InlineCopy(_cuda_driver.Caller):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._device, self._copy = device, _copy_function(_cuda_driver.library())
+        self._device, self._copy = device, _cuda_driver.function(_cuda_driver.library(), *_COPY)
 
     def issue(self, out: Tensor, pages: _Pages, nbytes: int, stream: Stream | None) -> None:
         handle = self.handle(stream)
@@ -198,12 +197,6 @@ class InlineCopy(_cuda_driver.Caller):
             raise _cuda_driver.refused(name, f"A copy of {nbytes // out.itemsize} values")
 
 
-def _copy_function(library: Any) -> Any:
-    word = ctypes.c_uint64  # CUdeviceptr, and the addresses of the host and of a stream
-    arguments = word, word, ctypes.c_size_t, word
-    return _cuda_driver.function(library, "cuMemcpyHtoDAsync_v2", *arguments)
-
-
 def why_not_inline(device: torch.device) -> str | None:
     """What keeps values from going inline to a device, as a phrase; None if they can. Also that it
     may read pageable memory where it lies, and so perhaps after the call: that was not tried."""
@@ -214,7 +207,7 @@ def why_not_inline(device: torch.device) -> str | None:
     found, reads = number(), number()
     try:
         library = _cuda_driver.library()
-        _copy_function(library)
+        function(library, *_COPY)
         find = function(library, "cuDeviceGet", pointer, number)
         ask = function(library, "cuDeviceGetAttribute", pointer, number, number)
     except (OSError, AttributeError) as error:
@@ -242,8 +235,8 @@ def value_bytes(device: torch.device) -> int:
     """Bytes of values that a launch on a device carries in its parameters: whole vectors."""
     large = _cuda_driver.driver_version() >= _LARGE_DRIVER
     large = large and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
-    limit = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
-    return (limit - VALUES_HEAD.size) // _WIDE * _WIDE
+    parameters = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
+    return (parameters - VALUES_HEAD.size) // _WIDE * _WIDE
 
 
 class Kernels:
@@ -311,34 +304,26 @@ def by_copy(out: Tensor, slot: Slot, nbytes: int, stream: Stream | None) -> None
 
 
 class ReadLater:
-    """Through pinned memory: slots that are used in turn, and one that captured sends read."""
+    """Sends through pinned memory: slots in turn, and one that all captured sends read."""
 
-    def __init__(
-        self, device: torch.device, own: np.dtype[Any], n: int,
-        issue: Callable[[Tensor, Slot, int, Stream | None], None],
-    ) -> None:  # fmt: skip
+    def __init__(self, issue: Issue, device: torch.device, own: np.dtype[Any], n: int) -> None:
         if capturing(device):
-            raise refuse_capture(
-                "A small copy through pinned memory", "it has to be made before the capture"
-            )
-        self._device, self._own, self._n, self._issue = device, own, n, issue
+            what = "A small copy through pinned memory"
+            raise refuse_capture(what, "it has to be made before the capture")
+        self._issue, self._device, self._own, self._n = issue, device, own, n
         self._alone = torch.accelerator.device_count() == 1
         self._slots = deque[Slot]()  # the first is next
         self._standing = Slot(own, n)
-        self._captured: int | None = None  # values of the captured send
+        self._captured: int | None = None  # values of the captured sends
         self._lock = threading.Lock()
 
-    def send(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
+    def __call__(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
         with self._lock:
-            slot = self._standing if captures else self._next()
-            if captures:
-                self._check_captured(array.size)
-                self._captured = array.size
+            slot = self._captured_slot(array.size) if captures else self._next()
             slot.room[: array.size] = array.reshape(-1)
-            if not array.size:
-                return
-            self._issue(out, slot, array.nbytes, stream)
-            if not captures:
+            if array.size:
+                self._issue(out, slot, array.nbytes, stream)
+            if array.size and not captures:
                 if stream is None and not self._alone:
                     # Given no stream it would take one of the device that is current.
                     stream = torch.accelerator.current_stream(self._device.index)
@@ -353,16 +338,17 @@ class ReadLater:
                     "Refilling a small copy that was never captured",
                     "call send inside a graph capture first, or send instead of refill",
                 )
-            self._check_captured(array.size)
-            self._standing.room[: array.size] = array.reshape(-1)
+            self._captured_slot(array.size).room[: array.size] = array.reshape(-1)
 
-    def _check_captured(self, count: int) -> None:
+    def _captured_slot(self, count: int) -> Slot:
         if self._captured not in (None, count):
             raise LayoutError(
                 f"A small copy that was captured with {self._captured} values was given {count}; "
                 f"expected as many, since a graph's sizes are fixed. Pad the values, or capture "
                 f"another SmallCopy."
             )
+        self._captured = count
+        return self._standing
 
     def _next(self) -> Slot:
         """The slot that is next, once its last send has ended."""
@@ -380,6 +366,3 @@ class ReadLater:
         sends that are under way are held for longer than this."""
         for slot in getattr(self, "_slots", ()):
             hold_memory(Completion(slot.ended, kept=slot.memory), retire=False)
-
-
-Way = OnHost | ReadAtOnce | ReadLater

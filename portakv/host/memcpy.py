@@ -55,8 +55,7 @@ class Copied:
 
     Attributes:
         direction: ``h2d``, ``d2h``, ``d2d`` (one device), ``peer`` (two) or ``h2h``.
-        way: ``memcpy2d``, the driver's 2-D memcpy; ``torch``, its ``copy_``; ``nothing``, if
-            there were no bytes.
+        way: ``memcpy2d`` (the driver's, of rows), ``torch`` (its ``copy_``), or ``nothing``.
         why: why that way, as a phrase; a fallback names what is missing.
         nbytes: bytes moved.
         waited: all bytes had landed when the call returned.
@@ -102,18 +101,16 @@ def copy_(
         src: the same shape and dtype, any strides, no byte in common with ``dst``.
         non_blocking: False: all bytes have landed when this returns. True: the host does not wait,
             unless `Copied.waited` says that it had to.
-        stream: where the copy is ordered, behind what the current stream of its device holds by
-            now; a stream of a device that takes part. None: the current stream, for two devices
-            the source's, which the destination's then waits for.
-
-    In a graph capture the copy must be non-blocking, host memory pinned, and contiguous unless it
-    goes by 2-D memcpy; the caller keeps the memory for as long as the graph.
+        stream: of a device that takes part; the copy comes there behind what the device's current
+            stream holds by now. None: the current stream, for two devices the source's, which the
+            destination's then waits for.
 
     Raises:
         LayoutError: dtypes or shapes differ; the tensors share bytes; an element of ``dst`` shares
             its address with another; a tensor that is not strided.
         DeviceMismatch: two kinds of device, or a stream of neither.
-        Unsupported: inside graph capture, what cannot be captured.
+        Unsupported: inside graph capture, a copy that blocks, or whose host memory is pageable, or
+            neither contiguous nor rows for a 2-D memcpy. The caller keeps a graph's memory.
         TransferError: the driver refuses the copy.
     """
     return _copy(dst, src, non_blocking, stream)
@@ -141,11 +138,8 @@ def copy_d2d(
 
 
 def direction_of(dst: Tensor, src: Tensor) -> str:
-    """The direction of a copy, as `Copied` names it.
-
-    Raises:
-        DeviceMismatch: two kinds of accelerator, or tensors without memory.
-    """
+    """The direction of a copy, as `Copied` names it; raises `DeviceMismatch` for two kinds of
+    accelerator, or tensors without memory."""
     kinds = src.device.type, dst.device.type
     if "meta" in kinds or ("cpu" not in kinds and kinds[0] != kinds[1]):
         raise DeviceMismatch(
@@ -226,11 +220,9 @@ def _rows(
 
 
 def is_pinned(tensor: Tensor) -> bool:
-    """True if the first and the last byte of a host tensor are pinned.
-
-    The last one too: a tensor may reach past the memory that was registered. Of a view torch tells
-    whether its storage begins in pinned memory, so each byte is asked as a storage of its own.
-    """
+    """True if the first and the last byte of a host tensor are pinned: it may reach past what was
+    registered. Of a view torch tells if its storage begins in pinned memory, so each byte is asked
+    as a storage of its own."""
     if not tensor.numel():
         return tensor.is_pinned()
     first = tensor.data_ptr()
@@ -307,11 +299,8 @@ def _check_alike(dst: Any, src: Any) -> None:
 
 
 def check_disjoint(dst: Tensor, src: Tensor) -> None:
-    """Raise `LayoutError` if a byte may be written twice, or both read and written.
-
-    Addresses and strides are compared, not each byte: tensors that interleave pass if some stride
-    of theirs keeps them apart.
-    """
+    """Raise `LayoutError` unless addresses and strides show that no byte is written twice, or both
+    read and written."""
     steps = [step for step, _ in _dims(dst)]
     if len({*steps}) < len(steps) or any(step < _reach(dst, step) for step in steps):
         raise LayoutError(

@@ -3,22 +3,23 @@
 
 A copy engine ends what it has begun, whatever the streams' priorities: 64 integers wait behind a
 gigabyte that was asked for earlier. What the driver takes along with a command does not, and a
-kernel does not. Of these ways the first is taken that can be had; `choose` tells which, and why:
+kernel does not. The first way is taken that can be had; `choose` tells which, and why:
 
 - ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. Not
   in a graph, and not on a device that reads pageable memory by the host's page tables.
-- ``value``: in a launch's parameters, up to 32,736 bytes on an NVIDIA device (4,080 before CUDA
-  12.1 or compute capability 7.0). In a graph they are what they were at capture. Extra ``cuda``.
-- ``mapped``: through pinned memory that a kernel reads by itself; any size. In a graph it is read
-  again at each replay, and `SmallCopy.refill` changes it. Extra ``cuda``.
-- ``copy``: through pinned memory and the copy engine; captures like ``mapped``.
-- ``host``: the target is the CPU; written at once.
+- ``value`` (extra ``cuda``): up to 32,736 bytes in a launch's parameters (4,080 before CUDA 12.1 or
+  compute capability 7.0). In a graph they are what they were at capture.
+- ``mapped`` (extra ``cuda``): a kernel reads pinned memory; any size. In a graph it is read again
+  at each replay, and `SmallCopy.refill` changes it.
+- ``copy``: by the copy engine, from pinned memory; captured like ``mapped``.
+- ``host``: to the CPU, at once.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,8 +39,7 @@ Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
 _TORCH: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
 # Sends that no capture takes, by the way that was asked for.
 _UNCAPTURED = {None: "whose way was left open", "inline": "by way='inline'"}
-# Ways that carry the same in each replay: what is not refilled, and what to do.
-_NO_REFILL = {
+_NO_REFILL = {  # what is not refilled, and why
     "host": ("to the CPU", "there are no graphs; send the values again"),
     "inline": ("that goes inline",
                "it cannot be captured; make it with way='mapped', or send instead of refill"),
@@ -76,8 +76,7 @@ def to_device(
             shape of ``values``.
         stream: where to order it, behind what the current stream holds by now; a reader of the
             result on another stream has to wait for this one. None: the current stream.
-        way: see the module; None: the best. A graph capture takes only ``"value"``, by name, since
-            the contents are then fixed; `SmallCopy` captures contents that change.
+        way: see the module; None: the best. A graph capture takes only ``"value"``, by name.
 
     Raises:
         LayoutError: values that the dtype cannot hold; an ``out`` that does not fit.
@@ -87,14 +86,11 @@ def to_device(
     """
     target = _target(device, out)
     place = target.device
-    if out is not None:
-        dtype = dtype or out.dtype
+    dtype = dtype or (None if out is None else out.dtype)
     array = _as_array(values, None if dtype is None else _numpy_dtype(dtype))
     dtype = dtype or _TORCH[array.dtype]
     if stream is not None:
         streams.check_stream(stream, place)
-    if out is not None:
-        _check_out(out, array.size, dtype, place)
     best = way is None and array.nbytes <= target.most
     chosen = target.first if best else _choose(target, array.nbytes, way).way
     captured = target.captures()
@@ -104,11 +100,12 @@ def to_device(
             "say way='value' if its contents may be fixed at capture; use SmallCopy with "
             "way='mapped' for contents that are read at each replay",
         )
-    into = _new(array.shape, dtype, place) if out is None else out
+    into = _checked(out, array.shape, dtype, place)
     if stream is not None:
         streams.follow_current(stream, *(() if captured else (into,)))
     if chosen not in ("mapped", "copy"):
-        target.ready(chosen, dtype).send(array, into, stream, captured)
+        send = target.ready.get((chosen, dtype)) or target.prepare(chosen, dtype)
+        send(array, into, stream, captured)
     elif array.size:
         slot = Slot(NUMPY[dtype], array.size)
         slot.room[...] = array.reshape(-1)
@@ -118,22 +115,21 @@ def to_device(
 
 
 class SmallCopy:
-    """A small copy that is made again and again, with everything but the values ready.
+    """A small copy that is made again and again, with everything but the values ready; from several
+    threads, if they may share ``out``.
 
     Args:
         n: the most values of one send.
         dtype: an integer dtype or bool.
         device: where they go.
         out: contiguous, ``n`` elements, written by every send; None: a tensor of its own.
-        way: see the module; None: the best. To capture sends into a graph, name it: the contents
-            are fixed at capture by ``"value"``, and read at each replay by ``"mapped"`` (or
-            ``"copy"``); ``"inline"`` is not captured.
+        way: see the module; None: the best. To capture sends into a graph, name one that can be.
 
     Attributes:
         out: the target.
         way, why: the way that was taken, and why.
 
-    One `SmallCopy` may be used from several threads; they share ``out``. Raises as `to_device`.
+    Raises as `to_device` does.
     """
 
     def __init__(
@@ -145,26 +141,17 @@ class SmallCopy:
             raise LayoutError(f"A SmallCopy of {n!r} values was asked; expected 0 or more values.")
         target = _target(device, out)
         self._n, self._device, self._captures = n, target.device, target.captures
-        if out is not None:
-            _check_out(out, n, dtype, target.device)
         self.way, self.why = _choose(target, n * dtype.itemsize, way)
         self._uncaptured = _UNCAPTURED.get(way)
-        self._way = target.make(self.way, dtype, n)
-        self.out = _new((n,), dtype, target.device) if out is None else out
+        self._send = target.make(self.way, dtype, n)
+        self.out = _checked(out, (n,), dtype, target.device)
 
     def send(self, values: Values, *, stream: Stream | None = None) -> Tensor:
-        """Write values to the beginning of ``out``; the host does not wait, as a rule: only by
-        ``mapped`` and ``copy``, once 16 sends are under way.
+        """Write up to ``n`` values to the beginning of ``out``; ``values`` and ``stream`` are as in
+        `to_device`. Returns ``out``, or of its elements in a row as many as there are values.
 
-        Args:
-            values: ``n`` or fewer, as in `to_device`; read before this returns.
-            stream: as in `to_device`.
-
-        Returns:
-            ``out``, or of its elements in a row as many as there are values.
-
-        All sends of one `SmallCopy` that a graph captures (see ``way``) read the same memory, so
-        they carry equally many values.
+        The host waits only by ``mapped`` and ``copy``, once 16 sends are under way. All sends that
+        graphs capture read the same memory, and so carry equally many values.
         """
         captures = self._captures()
         if captures and self._uncaptured is not None:
@@ -173,8 +160,8 @@ class SmallCopy:
                 "make it with way='value' for contents that are fixed at capture, or with "
                 "way='mapped' for contents that are read at each replay",
             )
-        ready = type(values) is ndarray and values.dtype is self._own
-        array = values if ready else _as_array(values, self._own)
+        same = type(values) is ndarray and values.dtype is self._own
+        array: Any = values if same else _as_array(values, self._own)
         out, count = self.out, array.size
         if count > self._n:
             raise LayoutError(
@@ -184,24 +171,20 @@ class SmallCopy:
         if stream is not None:
             streams.check_stream(stream, self._device)
             streams.follow_current(stream, *(() if captures else (out,)))
-        self._way.send(array, out, stream, captures)
+        self._send(array, out, stream, captures)
         return out if count == self._n else out.view(-1)[:count]
 
     def refill(self, values: Values) -> None:
-        """Change what the captured send carries from the next replay on.
+        """Change what captured sends carry from the next replay on, as many values as they had. The
+        graph reads the memory while it runs: refill between the end of a replay and the next.
 
-        The graph reads the memory while it runs: wait for the last replay to end first, and
-        refill before the next one starts.
-
-        Raises:
-            Unsupported: by ``value``, whose contents are fixed, or ``inline``; or nothing was
-                captured.
-            LayoutError: another number of values than was captured.
+        Raises `Unsupported` by ``value``, whose contents are fixed, or ``inline``, or if nothing
+        was captured; `LayoutError` for another number of values.
         """
-        if not isinstance(self._way, ReadLater):
+        if not isinstance(self._send, ReadLater):
             what, why = _NO_REFILL[self.way]
             raise Unsupported(f"Refilling a small copy {what}", why)
-        self._way.refill(_as_array(values, self._own))
+        self._send.refill(_as_array(values, self._own))
 
 
 # --- the target -----------------------------------------------------------------------------------
@@ -253,26 +236,28 @@ def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
     return Chosen(way, "it was asked for")
 
 
-def _new(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor that can be written to in and outside of inference mode."""
-    if torch.is_inference_mode_enabled():
-        with torch.inference_mode(False):
-            return torch.empty(shape, dtype=dtype, device=device)
-    return torch.empty(shape, dtype=dtype, device=device)
-
-
-def _check_out(out: Tensor, count: int, dtype: torch.dtype, device: torch.device) -> None:
+def _checked(
+    out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The target if it fits; None: a new one, to be written to in and outside of inference mode."""
+    if out is None:
+        if torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):
+                return torch.empty(shape, dtype=dtype, device=device)
+        return torch.empty(shape, dtype=dtype, device=device)
     if out.device != device:
         raise DeviceMismatch(
             f"A small copy to {device} was given an out tensor on {out.device}; expected one on "
             f"{device}. Pass another, or leave the device away."
         )
+    count = prod(shape)
     if out.dtype != dtype or out.numel() != count or not out.is_contiguous():
         raise LayoutError(
             f"A small copy of {count} values of {dtype} was given an out tensor of {out.numel()} "
             f"of {out.dtype}, strides {list(out.stride())}; expected as many of that dtype, "
             f"contiguous. Pass another, or none."
         )
+    return out
 
 
 # --- the values -----------------------------------------------------------------------------------

@@ -235,9 +235,9 @@ def test_a_way_that_there_is_not(way: Any) -> None:
         choose(1, CARD, way)
 
 
-def test_no_kernel_is_loaded_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("way", ["value", "mapped", "copy"])
+def test_what_is_prepared_outside_of_captures(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = _small_ways.Target(torch.device("cpu"))
     monkeypatch.setattr(_small_ways, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
-        _small_ways.Kernels(torch.device("cuda", 7))
-    with refused(Unsupported, "inside graph capture", "before the capture"):
-        _small_ways.ReadLater(torch.device("cuda", 7), np.dtype(np.int64), 1, _small_ways.by_copy)
+        target.make(way, torch.int64, 1)

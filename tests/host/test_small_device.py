@@ -160,7 +160,7 @@ def test_values_are_kept_until_they_were_read(place: Place, call: str, side: tor
 def test_one_send_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the choice of a slot and its event no other thread may choose."""
     sender, inside, most = SmallCopy(4, torch.int64, SIMDEV), list[int](), list[int]()
-    ring: Any = sender._way
+    ring: Any = sender._send
     cross = ring._issue
 
     def slowly(*arguments: Any) -> None:
@@ -189,7 +189,7 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
     sender = SmallCopy(4, torch.int32, SIMDEV, way="copy")
     with refused(Unsupported, "never captured"):
         sender.refill([1, 2, 3])
-    ring: Any = sender._way
+    ring: Any = sender._send
     with monkeypatch.context() as patched:
         patched.setattr(_small_ways, "capturing", lambda device: True)
         patched.setattr(ring, "_issue", crossing)

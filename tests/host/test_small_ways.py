@@ -37,7 +37,7 @@ from support.threads import run_threads
 
 from portakv import BackendUnavailable, LayoutError, TransferError, Unsupported
 from portakv.host import _small_ways
-from portakv.host._small_ways import INLINE_BYTES, Target, Way
+from portakv.host._small_ways import INLINE_BYTES, Send, Target
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc, streams
@@ -185,7 +185,7 @@ def test_nvrtc_reads_parameters_where_they_lie() -> None:
 
 
 @pytest.fixture(params=["inline", "value"])
-def way(request: pytest.FixtureRequest, card: Card) -> Way:
+def way(request: pytest.FixtureRequest, card: Card) -> Send:
     """Carries up to 64 int64 to the second device."""
     return Target(CARD).make(request.param, torch.int64, 64)
 
@@ -203,45 +203,45 @@ class Without:
 # Streams, devices, processes, threads
 
 
-def test_the_current_stream_of_its_device_or_the_one_that_is_passed(card: Card, way: Way) -> None:
+def test_the_current_stream_of_its_device_or_the_one_that_is_passed(card: Card, way: Send) -> None:
     out = torch.zeros(4, dtype=torch.int64)
-    way.send(ONE_TWO, out, None, False)
+    way(ONE_TWO, out, None, False)
     card.raw[1] = 0  # the default stream
-    way.send(ONE_TWO, out, None, False)
+    way(ONE_TWO, out, None, False)
     other: Any = SimpleNamespace(cuda_stream=72)
-    way.send(ONE_TWO, out, other, False)
+    way(ONE_TWO, out, other, False)
     assert card.entered == []
     card.current = 0
-    way.send(ONE_TWO + 2, out, None, False)
+    way(ONE_TWO + 2, out, None, False)
     assert [stream for _, _, stream in card.asked] == [STREAM, 0, 72, 0]
     assert (card.entered, card.current) == ([1], 0)
     assert out.tolist() == [3, 4, 0, 0]
 
 
-def test_a_driver_that_refuses(card: Card, way: Way) -> None:
+def test_a_driver_that_refuses(card: Card, way: Send) -> None:
     out = torch.zeros(4, dtype=torch.int64)
     card.library.forget(refuse_at=0)
     card.answer = 719
     with refused(TransferError, "Check", watch=out) as caught:
-        way.send(ONE_TWO, out, None, False)
+        way(ONE_TWO, out, None, False)
     assert re.search("of 2 values .*CUDA_ERROR_INVALID_VALUE|launch .* 719", str(caught.value))
     card.library.forget()
     card.answer = 0
-    way.send(ONE_TWO, out, None, False)
+    way(ONE_TWO, out, None, False)
     assert out.tolist() == [1, 2, 0, 0]
     assert _cuda_driver.error_name(700, Without()) == "error 700"  # of which it tells no name
 
 
-def test_a_forked_process_cannot_send(card: Card, way: Way) -> None:
+def test_a_forked_process_cannot_send(card: Card, way: Send) -> None:
     out = torch.zeros(4, dtype=torch.int64)
-    way.send(ONE_TWO, out, None, False)
+    way(ONE_TWO, out, None, False)
 
     def work(_: object) -> None:
         with refused(Unsupported, "forked"):
-            way.send(ONE_TWO, out, None, False)
+            way(ONE_TWO, out, None, False)
 
     assert Child(work).end() == 0
-    way.send(ONE_TWO, out, None, False)
+    way(ONE_TWO, out, None, False)
     assert len(card.asked) == 2
 
 
@@ -252,7 +252,7 @@ def test_each_thread_has_memory_and_a_context_of_its_own(card: Card) -> None:
     def work(number: int) -> None:
         for _ in range(2):
             with turn:
-                way.send(np.arange(64) + number, torch.zeros(64, dtype=torch.int64), None, False)
+                way(np.arange(64) + number, torch.zeros(64, dtype=torch.int64), None, False)
         all_sent.wait()  # so that none is given what another thread gave back
 
     run_threads(work, range(4))
@@ -309,7 +309,7 @@ def test_the_source_is_whole_pages_that_nobody_pins(card: Card, count: int) -> N
     senders = [Target(CARD).make("inline", torch.int64, count) for _ in range(2)]
     for way in senders:
         for values in (np.arange(count), np.arange(2 * count)[::2]):
-            way.send(values, out, None, False)
+            way(values, out, None, False)
             assert out.tolist() == values.tolist()
     sources = sorted({one.src for one in card.library.sent})
     pages = -(-8 * count // mmap.PAGESIZE) * mmap.PAGESIZE
