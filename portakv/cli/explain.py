@@ -4,20 +4,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from portakv.cli import explain_link
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.sides import (
-    Side,
-    add_extents,
-    describe_tensors,
-    make_sides,
-    positive,
-    said_extents,
-)
+from portakv.cli.sides import Side, add_extents, make_sides, positive, said_extents
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.plan.plan import Side as Units
 from portakv.registry.prepared import prepare
@@ -54,9 +49,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "blocks); chunks by consecutive tokens (default: slots)",
     )  # fmt: skip
     for side in ("src", "dst"):
-        group.add_argument(
-            f"--{side}-step", type=_step, metavar="N", help="tokens for each id; 0: no ids"
-        )
+        tokens = "tokens for each id; 0: no ids"
+        group.add_argument(f"--{side}-step", type=_step, metavar="N", help=tokens)
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
     parser.add_argument(
@@ -81,11 +75,8 @@ def run(asked: argparse.Namespace) -> int:
     if asked.host:
         return explain_link.run(asked)
     device = usual_device() if asked.device is None else usable_device(asked.device)
-    steps = (asked.src_step, asked.dst_step)
-    sides = make_sides(
-        (asked.src, asked.dst), said_extents(asked), device, steps, asked.index == "blocks"
-    )
-    src, dst = sides
+    layouts, steps = (asked.src, asked.dst), (asked.src_step, asked.dst_step)
+    src, dst = make_sides(layouts, said_extents(asked), device, steps, asked.index == "blocks")
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     choice = choose(src.view.device, asked.backend)
     _, taken = prepare(plan, choice)  # as a copy would
@@ -102,7 +93,7 @@ def run(asked: argparse.Namespace) -> int:
     if asked.json:
         print_json(found)
     else:
-        _print(found, sides)
+        _print(found, src, dst)
     return 0
 
 
@@ -129,13 +120,10 @@ def _why(taken: Choice) -> str:
     return "the first candidate that serves the device, and it takes this plan"
 
 
-def _print(found: Mapping[str, Any], sides: Sequence[Side]) -> None:
+def _print(found: Mapping[str, Any], src: Side, dst: Side) -> None:
     columns = [Column("", whole=True), Column("source"), Column("destination")]
-    told = [
-        _facts(side, found[name])
-        for side, name in zip(sides, ("source", "destination"), strict=True)
-    ]
-    print_table(columns, [[name, told[0][name], told[1][name]] for name in told[0]])
+    first, second = _facts(src, found["source"]), _facts(dst, found["destination"])
+    print_table(columns, [[name, first[name], second[name]] for name in first])
     print(f"\n{found['plan']['text']}\n")
     print_prose(f"On {found['device']}, {found['backend']} carries it out: {found['why']}.")
     for note in found["notes"]:
@@ -157,29 +145,28 @@ def _facts(side: Side, told: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _index_in_words(side: Side) -> str:
-    if not side.step:
-        return "none: consecutive tokens"
-    if side.step == 1:
-        return "slot mapping: an id for each token"
-    if side.step == side.view.block_size:
-        return f"block table: an id for {side.step} tokens"
-    return f"an id for {side.step} tokens"
+    if side.step < 2:
+        return "slot mapping: an id for each token" if side.step else "none: consecutive tokens"
+    table = "block table: " if side.step == side.view.block_size else ""
+    return f"{table}an id for {side.step} tokens"
 
 
 def _notes(taken: Choice, ids: bool) -> list[str]:
     guarded = taken.can.guards and taken.can.skips_negative
     if not ids or guarded or taken.backend.device.type == "cpu":
         return []
-    return [
-        "Ids on the device are checked before launch, with one synchronisation; ids on the host "
-        "are not delayed."
-    ]
+    return ["Ids on the device are checked before launch, with one synchronisation; ids on the "
+            "host are not delayed."]  # fmt: skip
 
 
 def _side_json(side: Side) -> dict[str, Any]:
-    view = side.view
+    """One side; of tensors in a list ``list of 32, each (2, 8, 16, 32, 128)``: the first one's
+    shape, if they differ."""
+    view, tensors, lists = side.view, side.view.tensors, ""
+    while not isinstance(tensors, torch.Tensor):
+        lists, tensors = f"{lists}list of {len(tensors)}, each ", tensors[0]
     return {
-        "asked": side.asked, "layout": side.layout.text, "tensors": describe_tensors(view.tensors),
+        "asked": side.asked, "layout": side.layout.text, "tensors": lists + str((*tensors.shape,)),
         "dtype": str(view.owners[0].dtype).removeprefix("torch."), "layers": view.layers,
         "kv": view.kv, "heads": view.heads, "width_bytes": list(view.widths),
         "block_size": view.block_size, "opaque": view.opaque, "step": side.step,
@@ -188,11 +175,9 @@ def _side_json(side: Side) -> dict[str, Any]:
 
 def _nest_json(nest: Nest) -> dict[str, Any]:
     loops = [
-        {
-            "axis": loop.name, "extent": loop.extent,
-            "source": {"table": loop.src_table, "bytes": loop.src_stride},
-            "destination": {"table": loop.dst_table, "bytes": loop.dst_stride},
-        }
+        {"axis": loop.name, "extent": loop.extent,
+         "source": {"table": loop.src_table, "bytes": loop.src_stride},
+         "destination": {"table": loop.dst_table, "bytes": loop.dst_stride}}
         for loop in nest.loops
     ]  # fmt: skip
     return {

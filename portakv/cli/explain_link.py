@@ -59,17 +59,15 @@ def add_options(parser: Any) -> None:
 
 def misplaced(asked: argparse.Namespace) -> str:
     """What was asked that does not go together, as a sentence; empty where it does."""
-    if not asked.host:
-        for name in _ONLY:
-            if getattr(asked, name) is not None:
-                return f"--{name.replace('_', '-')} goes with --host"
-        if asked.src is None or asked.dst is None:
-            return "the following arguments are required: SRC_LAYOUT, DST_LAYOUT (or --host)"
-        return ""
-    if asked.src is not None:
+    if asked.host and asked.src is not None:
         return "--host takes no layouts, but --blocks, --run-bytes and --direction"
-    if asked.payload is not None and asked.blocks is not None:
+    if asked.host and asked.payload is not None and asked.blocks is not None:
         return "--payload goes without --blocks"
+    for name in () if asked.host else _ONLY:
+        if getattr(asked, name) is not None:
+            return f"--{name.replace('_', '-')} goes with --host"
+    if not asked.host and (asked.src is None or asked.dst is None):
+        return "the following arguments are required: SRC_LAYOUT, DST_LAYOUT (or --host)"
     return ""
 
 
@@ -124,15 +122,13 @@ def _in_words(terms: Terms) -> str:
 def _known(asked: argparse.Namespace) -> tuple[Table, dict[str, str], str]:
     """Costs, the engines that do not serve the device, and what a reader has to know of both."""
     device = accelerator_asked(asked.device)
-    costs: Table | None = None
-    if asked.table is not None:
-        try:
-            costs = read(Path(asked.table))
-        except TableError as error:
-            raise PortaKVError(
-                f"{asked.table} was to be read as a table, but {error}. Pass a file that `portakv "
-                f"calibrate` wrote."
-            ) from error
+    try:
+        costs = None if asked.table is None else read(Path(asked.table))
+    except TableError as error:
+        raise PortaKVError(
+            f"{asked.table} was to be read as a table, but {error}. Pass a file that `portakv "
+            f"calibrate` wrote."
+        ) from error
     if device is None:
         note = "There is no accelerator here; all engines are taken to serve one."
         return costs or unmeasured("there is no accelerator to measure"), {}, note
@@ -152,18 +148,13 @@ def _print(found: Mapping[str, Any]) -> None:
     numbers = ("takes", "GB/s", "host")
     names = ("engine", "answer", *numbers, "looked up as", "why not")
     columns = [Column(name, whole=name != "why not", right=name in numbers) for name in names]
-    rows = [
-        [
-            one["engine"],
-            one["answer"],
-            in_time(one["seconds"]) if one["seconds"] else "not known",
-            f"{one['gbps']:.1f}" if one["gbps"] else "",
-            in_time(one["host_seconds"]) if one["host_seconds"] else "",
-            f"{one['runs']} x {in_bytes(one['run_bytes'])}",
-            one["refused"],
-        ]
-        for one in found["engines"]
-    ]
+    rows = []
+    for one in found["engines"]:
+        times = [in_time(one[name]) if one[name] else "" for name in ("seconds", "host_seconds")]
+        rate = f"{one['gbps']:.1f}" if one["gbps"] else ""
+        size = f"{one['runs']} x {in_bytes(one['run_bytes'])}"
+        answers = [one["engine"], one["answer"], times[0] or "not known", rate, times[1]]
+        rows.append([*answers, size, one["refused"]])
     print_table(columns, rows)
     print()
     print_prose(f"Terms: {found['terms']['text']}.")

@@ -7,7 +7,9 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from math import inf
 from typing import Any
 
 import torch
@@ -66,9 +68,9 @@ def said_extents(asked: argparse.Namespace) -> Extents:
 
 def positive(text: str) -> int:
     """A number above 0; for argparse."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0")
-    return int(text)
+    if text.isdecimal() and int(text):
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected a number above 0")
 
 
 def _positives(text: str) -> tuple[int, ...]:
@@ -84,9 +86,9 @@ def _pair(text: str) -> tuple[int, int]:
 
 def _dtype(text: str) -> torch.dtype:
     found = getattr(torch, text.removeprefix("torch."), None)
-    if not isinstance(found, torch.dtype):
-        raise argparse.ArgumentTypeError(f"{text!r} is no torch dtype; write float16, uint8, ...")
-    return found
+    if isinstance(found, torch.dtype):
+        return found
+    raise argparse.ArgumentTypeError(f"{text!r} is no torch dtype; write float16, uint8, ...")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,9 +113,7 @@ def make_sides(
     """
     resolved = [resolve(text) for text in asked]
     layouts = [parse(text) for text, _ in resolved]
-    always: dict[str, Any] = {}
-    for _, extents in resolved:
-        always |= extents
+    always: dict[str, Any] = {**resolved[0][1], **resolved[1][1]}
     declared = _declared(layouts, said, always)
     # The presets that fix a width count bytes: their rows mix dtypes.
     dtype = said.dtype or (torch.uint8 if "dim" in always else torch.float16)
@@ -121,8 +121,7 @@ def make_sides(
     for text, layout, step, size in zip(asked, layouts, steps, said.block_size, strict=True):
         view = _view(text, layout, declared, said, size, dtype, device)
         if step is None:
-            paged_step = size if whole_blocks or layout.opaque else 1
-            step = paged_step if layout.paged else 0
+            step = (size if whole_blocks or layout.opaque else 1) if layout.paged else 0
         sides.append(Side(text, layout, view, step))
     return sides[0], sides[1]
 
@@ -160,12 +159,10 @@ def _view(
     dtype: torch.dtype, device: torch.device,
 ) -> KVView:  # fmt: skip
     bound = bind_layout(text, **declared, block_size=size if layout.paged else None)
-    blocks = said.blocks or max(2, -(-said.tokens // size))
-    tokens = size if layout.paged else said.tokens
+    made = {"blocks": said.blocks or max(2, -(-said.tokens // size)),
+            "tokens": size if layout.paged else said.tokens}  # fmt: skip
     try:
-        tensors = example_tensors(
-            text, **declared, blocks=blocks, tokens=tokens, dtype=dtype, device=device
-        )
+        tensors = example_tensors(text, **declared, **made, dtype=dtype, device=device)
     except LayoutError:
         raise
     except (RuntimeError, OverflowError, TypeError) as error:  # torch, of a size it cannot make
@@ -194,15 +191,6 @@ def accelerator_asked(name: str | None) -> torch.device | None:
     return torch.device(device.type, torch.accelerator.current_device_index())
 
 
-def describe_tensors(tensors: Any) -> str:
-    """``list of 32, each (2, 8, 16, 32, 128)``; where the shapes differ, the first one's."""
-    levels = []
-    while not isinstance(tensors, torch.Tensor):
-        levels.append(f"list of {len(tensors)}")
-        tensors = tensors[0]
-    return ", each ".join([*levels, str(tuple(tensors.shape))])
-
-
 def in_bytes(number: int) -> str:
     """``64 KiB``, ``1.5 GiB``."""
     size, units = float(number), ["B", "KiB", "MiB", "GiB"]
@@ -213,29 +201,22 @@ def in_bytes(number: int) -> str:
 
 def in_time(seconds: float) -> str:
     """``85.2 us``, ``4.71 ms``, ``1.2 s``."""
-    for unit, factor in (("s", 1.0), ("ms", 1e3)):
-        if seconds * factor >= 1:
-            return f"{seconds * factor:.3g} {unit}"
-    return f"{seconds * 1e6:.3g} us"
+    unit, factor = ("us", 1e6) if seconds < 1e-3 else ("ms", 1e3) if seconds < 1 else ("s", 1.0)
+    return f"{seconds * factor:.3g} {unit}"
 
 
 def read_bytes(text: str) -> int:
     """A number of bytes above 0, as in ``32768``, ``32K``, ``64MiB``; for argparse."""
     found = re.fullmatch(r"(\d+)\s*(?:([kmg])(?:i?b)?|b?)", text.strip(), re.IGNORECASE)
-    nbytes = int(found[1]) * _BYTES[(found[2] or "").lower()] if found else 0
-    if nbytes < 1:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given, expected bytes above 0, such as 32768, 32K or 64M"
-        )
-    return nbytes
+    if found and int(found[1]):
+        return int(found[1]) * _BYTES[(found[2] or "").lower()]
+    expected = "expected bytes above 0, such as 32768, 32K or 64M"
+    raise argparse.ArgumentTypeError(f"{text!r} was given, {expected}")
 
 
 def read_above_zero(text: str, what: str) -> float:
     """A number above 0; for argparse, whose error says what was expected."""
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
-    if not 0 < found < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected {what}")
-    return found
+    with suppress(ValueError):
+        if 0 < float(text) < inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected {what}")

@@ -36,12 +36,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first part is left out."""
-    part = ModelPart("left out by a test", good=True)
-    monkeypatch.setattr("portakv.cli.demo.run_model", lambda device, tell: part)
-
-
-def silent(line: str) -> None:
-    """Listen to no story."""
+    part = ModelPart("left out by a test", True, {}, [])
+    monkeypatch.setattr("portakv.cli.demo.run_model", lambda device: part)
 
 
 # the example
@@ -97,7 +93,7 @@ SPOILT: dict[str, tuple[Any, str, Any, dict[str, bool]]] = {
 def test_the_example_sees_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, spoilt, expected = SPOILT[what]
     monkeypatch.setattr(owner, name, spoilt)
-    outcome = vars(offload_transformers.main(DEVICE, silent))
+    outcome = vars(offload_transformers.main(DEVICE, str))
     assert {name: outcome[name] for name in expected} == expected
     assert (outcome["tokens"], outcome["chunks"]) == (235, 4)
 
@@ -119,7 +115,7 @@ def test_without_transformers_the_model_part_names_the_extra(
 def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "EXAMPLE", "portakv_examples.no_such_example")
     with pytest.raises(ModuleNotFoundError, match="no_such_example"):
-        run_model(DEVICE, silent)
+        run_model(DEVICE)
 
 
 def test_logits_that_changed_make_the_demo_fail(monkeypatch: pytest.MonkeyPatch) -> None:

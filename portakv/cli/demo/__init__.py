@@ -9,17 +9,19 @@ and what that proves.
 from __future__ import annotations
 
 import importlib
+import io
 import os
 import textwrap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import asdict
+from typing import Any, NamedTuple
 
 import torch
 
 from portakv import __version__
-from portakv.cli.backends import candidates_for, print_candidates
+from portakv.cli.backends import Candidate, candidates_for, print_candidates
 from portakv.cli.console import Column, print_json, print_table
 from portakv.cli.demo import moves
 from portakv.cli.demo.moves import FOUNDING, Founding, Row, Scenario
@@ -30,8 +32,6 @@ from portakv.runtime.devices import device_name, usual_device
 __all__ = ["run_demo"]
 
 EXAMPLE = "portakv_examples.offload_transformers"
-_EXTRA = "pip install 'portakv[demo]'"
-_WIDTH = 80
 
 
 def run_demo(*, device: str | None = None, json: bool = False) -> int:
@@ -45,88 +45,93 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
         BackendUnavailable: no backend serves the device, or not the forced one; before any work.
         Unsupported: the backend that ``PORTAKV_BACKEND`` forces does not take one of the copies.
     """
+    with redirect_stdout(io.StringIO()) if json else nullcontext():
+        found = _demo(device)
+    if json:
+        print_json(found)
+    return 0 if found["ok"] else 1
+
+
+def _demo(device: str | None) -> dict[str, Any]:
+    """Everything that is told, as JSON has it."""
     choice = choose(usual_device() if device is None else device)
     where, forced = choice.backend.device, os.environ.get(ENVIRONMENT) or None
     began = time.perf_counter()
-    # Printed at once, into a pipe too: the demo takes seconds, and each part is worth seeing.
-    tell: Callable[[str], object] = str if json else _tell
-    _tell_heading(tell, where, forced)
-    model = run_model(where, lambda line: tell(f"  {line}"))
+    _tell_heading(where, forced)
+    model = run_model(where)
     scenario = moves.fitted(FOUNDING, moves.free_memory(where))
     # The backends that the registry may choose here; the forced one alone if there is one.
     names = [choice.name] if forced else REGISTRY.automatic(where)
     serving = [n for n in names if REGISTRY.ask(n, where, check=True)[0] is not None]
-    _tell_scenario(tell, scenario, where, serving)
+    _tell_scenario(scenario, where, serving)
     rows, threads = moves.measured(Founding(where, scenario), serving, forced is not None)
-    good = model.good and all(row.good for row in rows)
-    if json:
-        print_json({
-            "portakv": __version__, "torch": str(torch.__version__), "device": str(where),
-            "device_name": device_name(where), "forced": forced,
-            "model": {"skipped": model.skipped, **model.found, "story": model.story},
-            "scenario": scenario.as_json(), "threads": threads, "moves": [*map(asdict, rows)],
-            "chosen": choice.name, "candidates": candidates_for(where), "ok": good,
-        })  # fmt: skip
-    else:
-        _tell_rows(rows, threads)
-        _tell_choice(where, forced, serving)
-        _tell_verdict(model, rows, time.perf_counter() - began)
-    return 0 if good else 1
+    _tell_rows(rows, threads)
+    candidates = candidates_for(where)
+    _tell_choice(candidates, where, forced, serving)
+    _tell_verdict(model, rows, time.perf_counter() - began)
+    return {
+        "portakv": __version__, "torch": str(torch.__version__), "device": str(where),
+        "device_name": device_name(where), "forced": forced,
+        "model": {"skipped": model.skipped, **model.found, "story": model.story},
+        "scenario": {
+            **asdict(scenario), "full_layers": scenario.full_layers or scenario.layers,
+            "dtype": "float16", "payload_bytes": scenario.payload,
+        },
+        "threads": threads, "moves": [*map(asdict, rows)], "chosen": choice.name,
+        "candidates": candidates, "ok": model.good and all(row.good for row in rows),
+    }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class ModelPart:
-    """How the example with a model went."""
+class ModelPart(NamedTuple):
+    """How the example with a model went: why it did not run (None if it did); whether the logits
+    were bit-identical and the control's were not, or it was skipped; the example's own outcome, by
+    name; and the lines that it told."""
 
-    skipped: str | None  # why it did not run; None if it did
-    good: bool  # the logits were bit-identical and the control's were not, or it was skipped
-    found: dict[str, Any] = field(default_factory=dict)  # the example's own outcome, by name
-    story: list[str] = field(default_factory=list)  # the lines that it told
+    skipped: str | None
+    good: bool
+    found: Mapping[str, Any]
+    story: Sequence[str]
 
 
-def run_model(device: torch.device, tell: Callable[[str], object]) -> ModelPart:
-    """Run the example on ``device``; its lines go to ``tell`` as they come. A `transformers` that
-    is missing or cannot be imported is told, not raised."""
+def run_model(device: torch.device) -> ModelPart:
+    """Run the example on ``device`` and print its lines as they come. A `transformers` that is
+    missing or cannot be imported is told, not raised."""
     try:
         example = importlib.import_module(EXAMPLE)
     except ImportError as error:
         if (error.name or "").startswith("portakv"):
             raise
-        why = f"it needs transformers ({error}); {_EXTRA} adds it"
-        tell(f"skipped  {why}")
-        return ModelPart(why, good=True)
+        why = f"it needs transformers ({error}); pip install 'portakv[demo]' adds it"
+        _tell(f"  skipped  {why}")
+        return ModelPart(why, True, {}, [])
     story: list[str] = []
 
     def hear(line: str) -> None:
         story.append(line)
-        tell(line)
+        _tell(f"  {line}")
 
     outcome = example.main(device, hear)
-    good = outcome.identical and outcome.control_differs
-    return ModelPart(None, good, dict(vars(outcome)), story)
+    return ModelPart(None, outcome.identical and outcome.control_differs, vars(outcome), story)
 
 
-def _tell(text: str) -> None:
-    print(text, flush=True)
+def _tell(text: str, fold: bool = False) -> None:
+    # At once, into a pipe too: the demo takes seconds, and each part is worth seeing.
+    print(textwrap.fill(text, 80) if fold else text, flush=True)
 
 
-def _tell_heading(tell: Callable[[str], object], device: torch.device, forced: str | None) -> None:
-    parts = [str(device), device_name(device)]
-    if device.type == "cpu":
-        threads = torch.get_num_threads()
-        parts.append(f"{threads} thread" + "s" * (threads > 1))
-    where = ", ".join(part for part in parts if part)
-    tell(f"PortaKV {__version__}, torch {torch.__version__}, on {where}")
+def _tell_heading(device: torch.device, forced: str | None) -> None:
+    threads = torch.get_num_threads()
+    cores = f"{threads} thread{'s' * (threads > 1)}" if device.type == "cpu" else ""
+    where = ", ".join(part for part in (str(device), device_name(device), cores) if part)
+    _tell(f"PortaKV {__version__}, torch {torch.__version__}, on {where}")
     if forced:
-        tell(f"{ENVIRONMENT}={forced} is set: that backend runs alone.")
-    tell("\n1. A model's KV cache leaves its pages and comes back in others\n")
-    tell(_prose("The model is a small Llama with random weights; nothing is downloaded.") + "\n")
+        _tell(f"{ENVIRONMENT}={forced} is set: that backend runs alone.")
+    _tell("\n1. A model's KV cache leaves its pages and comes back in others\n")
+    _tell("The model is a small Llama with random weights; nothing is downloaded.\n")
 
 
-def _tell_scenario(
-    tell: Callable[[str], object], s: Scenario, device: torch.device, serving: Sequence[str]
-) -> None:
-    tell(f"\n2. {in_bytes(s.payload)} of KV cache through {', '.join(serving)}\n")
+def _tell_scenario(s: Scenario, device: torch.device, serving: Sequence[str]) -> None:
+    _tell(f"\n2. {in_bytes(s.payload)} of KV cache through {', '.join(serving)}\n")
     text = (
         f"{s.tokens} tokens of {s.layers} layers, keys and values, {s.heads} heads of {s.dim} "
         f"fp16 numbers, between paged caches of {s.blocks} blocks of {s.block_size} tokens "
@@ -137,26 +142,27 @@ def _tell_scenario(
             f" Scaled down: {s.full_layers} layers would take more than half of the free memory "
             f"of {device}."
         )
-    tell(_prose(text) + "\n")
+    _tell(text, fold=True)
 
 
 def _tell_rows(rows: Sequence[Row], threads: int | None) -> None:
     numbers = ("time", "vs copy_")
     names = ("backend", "call", "what moves", *numbers, "bytes")
-    print_table([Column(name, whole=True, right=name in numbers) for name in names],
-                [_cells(row) for row in rows])  # fmt: skip
+    columns = [Column(name, whole=True, right=name in numbers) for name in names]
+    _tell("")
+    print_table(columns, [_cells(row) for row in rows])
     _tell("")
     for row in rows:
-        why = f"refused: {row.refused}" if row.refused else f"failed: {row.failed}"
-        if row.refused or row.failed:
-            _tell(_prose(f"{row.backend}, {row.call}, {row.way}, {why}"))
-    right = in_bytes(sum(row.checked for row in rows if row.right))
-    proven = (
-        f"bytes: {right} were compared with what plain torch indexing gives, the pages that a copy "
-        f"must not touch included, and are right."
+        if why := row.refused or row.failed:
+            how = "refused" if row.refused else "failed"
+            _tell(f"{row.backend}, {row.call}, {row.way}, {how}: {why}", fold=True)
+    text = (
+        f"bytes: {in_bytes(sum(row.checked for row in rows if row.right))} were compared with what "
+        f"plain torch indexing gives, the pages that a copy must not touch included, and are right."
     )
-    wrong = sum(row.wrong for row in rows)
-    _tell(_prose(f"{proven} {wrong:,} bytes of other copies are WRONG." if wrong else proven))
+    if wrong := sum(row.wrong for row in rows):
+        text += f" {wrong:,} bytes of other copies are WRONG."
+    _tell(text, fold=True)
     text = (
         "vs copy_: the time of torch's copy_ of the same bytes from one dense chunk to another "
         f"/ this time; 1.00x is as fast. Medians of {moves.ROUNDS} rounds in which all took turns."
@@ -166,23 +172,23 @@ def _tell_rows(rows: Sequence[Row], threads: int | None) -> None:
             f" All with {threads} of {torch.get_num_threads()} threads, with which they are the "
             f"fastest now: the cores have other work, too."
         )
-    _tell("\n" + _prose(text))
+    _tell("")
+    _tell(text, fold=True)
 
 
 def _cells(row: Row) -> list[str]:
-    time = ratio = ""
-    if row.seconds is not None:
-        time, ratio = in_time(row.seconds), f"{row.ratio:.2f}x"
+    time, ratio = ("", "") if row.seconds is None else (in_time(row.seconds), f"{row.ratio:.2f}x")
     found = "all right" if row.checked else ""
+    if row.wrong:
+        found = f"{row.wrong:,} wrong"
     if row.refused or row.failed:
         found = "refused" if row.refused else "failed"
-    elif row.wrong:
-        found = f"{row.wrong:,} wrong"
     return [row.backend, row.call, row.way, time, ratio, found]
 
 
-def _tell_choice(device: torch.device, forced: str | None, run: Sequence[str]) -> None:
-    candidates = candidates_for(device)
+def _tell_choice(
+    candidates: Sequence[Candidate], device: torch.device, forced: str | None, run: Sequence[str]
+) -> None:
     _tell(f"\n3. What the registry chooses for {device}\n")
     print_candidates(candidates, "")
     chosen = next((c["name"] for c in candidates if c["chosen"]), "nothing")
@@ -191,7 +197,8 @@ def _tell_choice(device: torch.device, forced: str | None, run: Sequence[str]) -
     for name in (c["name"] for c in candidates if c["accepted"] and not forced):
         if name not in run:
             text += f" {name} is used only if it is asked for, so the demo did not run it."
-    _tell("\n" + _prose(text))
+    _tell("")
+    _tell(text, fold=True)
 
 
 def _tell_verdict(model: ModelPart, rows: Sequence[Row], seconds: float) -> None:
@@ -204,7 +211,3 @@ def _tell_verdict(model: ModelPart, rows: Sequence[Row], seconds: float) -> None
     if wrong:
         _tell(f"          WRONG or missing through {wrong}")
     _tell(f"time      {seconds:.0f} s")
-
-
-def _prose(text: str) -> str:
-    return textwrap.fill(text, _WIDTH)

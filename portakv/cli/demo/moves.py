@@ -7,10 +7,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -58,12 +58,6 @@ class Scenario:
         """Bytes of memory that the demo takes: two pools, three chunks, and what checks take."""
         return 2 * self.pool + 3 * self.payload + 4 * self.pool // self.layers
 
-    def as_json(self) -> dict[str, Any]:
-        """Everything, for ``--json``."""
-        full = self.full_layers or self.layers
-        fixed = {"full_layers": full, "dtype": "float16", "payload_bytes": self.payload}
-        return asdict(self) | fixed
-
 
 #: The scenario that PortaKV was begun for.
 FOUNDING = Scenario()
@@ -71,20 +65,18 @@ FOUNDING = Scenario()
 
 def fitted(scenario: Scenario, free: int | None) -> Scenario:
     """The scenario with as few layers as it takes to need at most half of ``free`` bytes."""
-    layers = scenario.layers
-    while free is not None and layers > 1 and replace(scenario, layers=layers).needed > free // 2:
-        layers //= 2
-    full = scenario.layers if layers < scenario.layers else 0
-    return replace(scenario, layers=layers, full_layers=full)
+    found = scenario
+    while free is not None and found.layers > 1 and found.needed > free // 2:
+        found = replace(found, layers=found.layers // 2, full_layers=scenario.layers)
+    return found
 
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on ``device``; None if the system does not tell."""
-    if device.type != "cpu":
-        ask = getattr(torch.get_device_module(device), "mem_get_info", None)
-        return int(ask(device)[0]) if ask else None
-    with suppress(OSError):
-        return available()
+    with suppress(OSError, AttributeError):
+        if device.type == "cpu":
+            return available()
+        return int(torch.get_device_module(device).mem_get_info(device)[0])
     return None
 
 
@@ -99,9 +91,8 @@ class Founding:
         slots_of_blocks: the slots of these blocks' tokens, by plain arithmetic.
     """
 
-    def __init__(self, device: torch.device, scenario: Scenario) -> None:
-        self.device, self.scenario = device, scenario
-        s = scenario
+    def __init__(self, device: torch.device, s: Scenario) -> None:
+        self.device, self.scenario = device, s
         draw = torch.Generator().manual_seed(0)
         paged = (2, s.blocks, s.block_size, s.heads, s.dim)
         self.pool = [_random_bits(paged, draw).to(device) for _ in range(s.layers)]
@@ -122,8 +113,10 @@ class Founding:
 
     def wrong_in_chunk(self, slots: torch.Tensor) -> int:
         """Bytes of ``chunk`` that are not the rows of ``pool`` at ``slots``."""
-        expected = (cache.flatten(1, 2)[:, slots].flatten(2) for cache in self.pool)
-        return sum(_differing(self.chunk[:, layer], rows) for layer, rows in enumerate(expected))
+        return sum(
+            _differing(self.chunk[:, layer], cache.flatten(1, 2)[:, slots].flatten(2))
+            for layer, cache in enumerate(self.pool)
+        )
 
     def wrong_in_target(self, slots: torch.Tensor) -> int:
         """Bytes of ``target`` that are not the rows of ``stored`` at ``slots``, and poison else."""
@@ -145,8 +138,6 @@ def _random_bits(shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
 
 def _differing(found: torch.Tensor, expected: torch.Tensor) -> int:
     """Bytes that differ, whatever numbers they spell."""
-    if torch.equal(found.view(torch.int64), expected.view(torch.int64)):
-        return 0
     return int((found.view(torch.uint8) != expected.view(torch.uint8)).sum())
 
 
@@ -183,8 +174,7 @@ class Row:
 
 
 class _Move(NamedTuple):
-    """A copy that can be run again and again, and the check of what it left behind; None: it is
-    plain torch, and the check itself."""
+    """A copy, and what counts the wrong bytes that it left; None of plain torch."""
 
     row: Row
     run: Work
@@ -256,9 +246,7 @@ def _checked(founding: Founding, move: _Move, forced: bool) -> Row:
         return move.row
     founding.poison()
     try:
-        transfer = move.run()
-        assert isinstance(transfer, Transfer)
-        transfer.synchronize()
+        cast(Transfer, move.run()).synchronize()
         return replace(move.row, wrong=move.wrong())
     except Unsupported as error:
         if forced:
