@@ -30,11 +30,13 @@ examples:
 PORTAKV_BACKEND=name forces a backend: it serves, or the command ends with an
 error that says what every candidate answered."""
 
-#: Verbs of other packages: the package, the extra that brings what it needs, and what it needs.
-_DELEGATED = {
-    "bench": ("portakv_benchmarks", "bench", ()),
-    "conform": ("portakv_conformance", "conformance", ("pytest", "hypothesis")),
-}
+#: Verbs of other packages: the package, the extra that brings what it needs, what it needs, and
+#: what it does.
+_DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str]] = {
+    "conform": ("portakv_conformance", "conformance", ("pytest", "hypothesis"),
+                "judge a backend by the conformance suite"),
+    "bench": ("portakv_benchmarks", "bench", (), "measure backends on real models' shapes"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,28 +53,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal without the characters of a table's lines gets `?`, not a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        code = _run(words)
+        parser, code = make_parser(), 0
+        if not words:
+            parser.print_help()
+        elif words[0] in _DELEGATED:  # its words are not argparse's to judge here
+            code = _delegate(words[0], words[1:])
+        else:
+            asked = parser.parse_args(words)
+            code = asked.run(asked)
         sys.stdout.flush()
+        return code
     except PortaKVError as error:
         print(f"portakv: {error}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         # The reader, `head` say, has gone. The interpreter flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    return code
-
-
-def _run(words: list[str]) -> int:
-    parser = make_parser()
-    if not words:
-        parser.print_help()
-        return 0
-    if words[0] in _DELEGATED:  # its words are not argparse's to judge here
-        return _delegate(words[0], words[1:])
-    asked = parser.parse_args(words)
-    code: int = asked.run(asked)
-    return code
+    return 1
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -103,10 +99,8 @@ def make_parser() -> argparse.ArgumentParser:
         verb.add_options(own)
         own.add_argument("--json", action="store_true", help="print one JSON value")
         own.set_defaults(run=verb.run)
-    judged = "judge a backend by the conformance suite; see `portakv conform --help`"
-    verbs.add_parser("conform", help=judged, add_help=False)
-    measured = "measure backends on real models' shapes; see `portakv bench --help`"
-    verbs.add_parser("bench", help=measured, add_help=False)
+    for name, (*_, does) in _DELEGATED.items():
+        verbs.add_parser(name, help=f"{does}; see `portakv {name} --help`", add_help=False)
     return parser
 
 
@@ -121,23 +115,22 @@ def _demo(asked: argparse.Namespace) -> int:
 def _delegate(verb: str, words: list[str]) -> int:
     """Hand the words behind a verb to its package; returns its exit code: 1 if that or what it
     needs is not installed, 2 of `conform`, since 1 would say that a backend failed."""
-    package, extra, needed = _DELEGATED[verb]
+    package, extra, needed, _ = _DELEGATED[verb]
     try:
         for name in needed:
             importlib.import_module(name)
         command = importlib.import_module(f"{package}.cli")
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
+        why = (
+            f"needs the package {missing!r}, which is not installed; `pip install "
+            f"'portakv[{extra}]'` brings what it needs."
+        )
         if missing.partition(".")[0] == package:
             why = (
-                f"`portakv {verb}` runs the package {package}, but this installation has no "
-                f"{missing}; install PortaKV again from a release or a clone that has it."
+                f"runs the package {package}, but this installation has no {missing}; install "
+                f"PortaKV again from a release or a clone that has it."
             )
-        else:
-            why = (
-                f"`portakv {verb}` needs the package {missing!r}, which is not installed; "
-                f"`pip install 'portakv[{extra}]'` brings what it needs."
-            )
-        print(f"portakv: {why}", file=sys.stderr)
+        print(f"portakv: `portakv {verb}` {why}", file=sys.stderr)
         return 2 if verb == "conform" else 1
     return int(command.main(words) or 0)

@@ -99,15 +99,14 @@ def _told(device: torch.device | str) -> dict[str, Any]:
 def _print(told: Sequence[Mapping[str, Any]], forced: str | None) -> None:
     print(f"portakv {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     if forced is None:
-        print(f"{ENVIRONMENT} is not set: the first accepted candidate is chosen.")
+        print(f"{ENVIRONMENT} is not set: the first accepted candidate is chosen.\n")
     else:
-        print(f"{ENVIRONMENT}={forced} is set: no other backend is chosen.")
+        print(f"{ENVIRONMENT}={forced} is set: no other backend is chosen.\n")
     for one in told:
         count = {0: "not here", 1: ""}.get(one["count"], f"{one['count']} devices")
+        parts = one["device"], one["name"], count
+        print_candidates(one["candidates"], ", ".join(filter(None, parts)))
         print()
-        title = ", ".join(part for part in (one["device"], one["name"], count) if part)
-        print_candidates(one["candidates"], title)
-    print()
     print_prose(_RUNGS)
 
 
@@ -160,16 +159,16 @@ def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:
     """Every candidate's answer for a plan that ``taken`` carries out."""
     answers = {decision.name: decision for decision in taken.trace}
     found = candidates_for(taken.backend.device)
-    for one in found:
-        name, accepted = one["name"], one["accepted"]
-        one["chosen"] = accepted and name == taken.name
+    why = "was forced" if taken.forced else "is asked before it"
+    for one in (one for one in found if one["accepted"]):
+        name, told = one["name"], f"takes the plan too, but {taken.name} {why}"
+        # One that was not asked about the plan is asked now.
+        known = answers.get(name) or _passed_over(name, plan, taken)
+        one["chosen"] = name == taken.name
         if one["chosen"]:
-            one["reason"] += f"; {taken.trace[-1].reason}"
-        elif accepted:  # one that was not asked about the plan is asked now
-            known = answers.get(name) or _passed_over(name, plan, taken)
-            why = "was forced" if taken.forced else "is asked before it"
-            told = f"{one['reason']}; takes the plan too, but {taken.name} {why}"
-            one |= {"accepted": known.accepted, "reason": told if known.accepted else known.reason}
+            told = taken.trace[-1].reason
+        one["accepted"] = known.accepted
+        one["reason"] = f"{one['reason']}; {told}" if known.accepted else known.reason
     return found
 
 

@@ -38,12 +38,13 @@ Architecture = int | str
 
 
 class Target(NamedTuple):
-    """What kernels are compiled for."""
+    """What kernels are compiled for: ``sm_90`` or ``gfx906``, and by which compiler; whether the
+    cache holds the binary of a text, and what makes it and keeps it there."""
 
-    name: str  # ``sm_90``, ``gfx906``
-    compiler: str  # its name and version
-    holds: Callable[[str], bool]  # whether the cache has the binary of a text
-    compile: Callable[[str], bytes]  # makes it and keeps it there
+    name: str
+    compiler: str
+    holds: Callable[[str], bool]
+    compile: Callable[[str], bytes]
 
 
 class Pair(NamedTuple):
@@ -89,24 +90,19 @@ def run(asked: argparse.Namespace) -> int:
     pairs += [Pair(f"{cache} <-> {chunk}", cache, chunk, said) for cache, chunk in asked.layout]
     began = perf_counter()
     warmed = [done for pair in pairs for done in _warm(pair, compiled_for)]
-    seconds = perf_counter() - began
+    seconds, folder = perf_counter() - began, _kernel_cache.directory()
     compilers = list(dict.fromkeys(target.compiler for target in compiled_for))
     if asked.json:
-        print_json({
-            "directory": str(_kernel_cache.directory()), "compilers": compilers,
-            "seconds": round(seconds, 3), "warmed": warmed,
-        })  # fmt: skip
+        print_json({"directory": str(folder), "compilers": compilers,
+                    "seconds": round(seconds, 3), "warmed": warmed})  # fmt: skip
         return 0
-    numbers = ("compiled", "kept")
     columns = [Column("kernels of"), Column("for", whole=True)]
-    columns += [Column(name, right=True) for name in numbers]
+    columns += [Column("compiled", right=True), Column("kept", right=True)]
     print_table(columns, [[str(value) for value in one.values()] for one in warmed])
-    compiled, kept = (sum(one[name] for one in warmed) for name in numbers)
+    compiled, kept = (sum(one[name] for one in warmed) for name in ("compiled", "kept"))
     print()
-    print_prose(
-        f"{compiled} kernels compiled by {' and '.join(compilers)} in {seconds:.1f} s, "
-        f"{kept} were there before: {_kernel_cache.directory()}"
-    )
+    print_prose(f"{compiled} kernels compiled by {' and '.join(compilers)} in {seconds:.1f} s, "
+                f"{kept} were there before: {folder}")  # fmt: skip
     return 0
 
 
@@ -127,11 +123,9 @@ def _shapes(names: Sequence[str]) -> list[Pair]:
             )
     pairs = []
     for shape in (known[name] for name in names or known):
-        sizes = (shape.block_size, shape.block_size)
-        extents = Extents(
-            shape.layers, shape.kv, shape.heads, (shape.dim,), sizes,
-            tokens=2 * shape.block_size, dtype=shape.torch_dtype,
-        )  # fmt: skip
+        size, dim = shape.block_size, (shape.dim,)
+        extents = Extents(shape.layers, shape.kv, shape.heads, dim, (size, size),
+                          tokens=2 * size, dtype=shape.torch_dtype)  # fmt: skip
         pairs.append(Pair(shape.name, shape.cache, shape.chunk, extents))
     return pairs
 
@@ -152,10 +146,9 @@ def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[dict[str, Any]
 
 def _sources(pair: Pair) -> Iterator[str]:
     """The text of each kernel that copies of a pair need; it does not depend on the device."""
+    layouts, cpu = (pair.cache, pair.chunk), torch.device("cpu")
     for by_blocks in (False, True):
-        cache, chunk = make_sides(
-            (pair.cache, pair.chunk), pair.extents, torch.device("cpu"), (None, None), by_blocks
-        )
+        cache, chunk = make_sides(layouts, pair.extents, cpu, (None, None), by_blocks)
         for mine, theirs in product(_arrangements(cache), _arrangements(chunk)):
             ends = [(mine, cache.step), (theirs, chunk.step)]
             for (src, src_step), (dst, dst_step) in (ends, ends[::-1]):
@@ -181,11 +174,10 @@ def architecture(text: str) -> Architecture:
     """The architecture that a word of the command line names."""
     if re.fullmatch(r"gfx[0-9a-f]{3,4}(:\w+[+-])*", text):
         return text
-    if re.fullmatch(r"(sm_)?\d{2,3}|\d{1,2}\.\d", text) is None:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} was given, expected a number such as 90, or gfx906 or the like"
-        )
-    return int(text.removeprefix("sm_").replace(".", ""))
+    if re.fullmatch(r"(sm_)?\d{2,3}|\d{1,2}\.\d", text):
+        return int(text.removeprefix("sm_").replace(".", ""))
+    expected = "expected a number such as 90, or gfx906 or the like"
+    raise argparse.ArgumentTypeError(f"{text!r} was given, {expected}")
 
 
 def targets(asked: Sequence[Architecture]) -> list[Target]:
