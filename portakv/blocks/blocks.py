@@ -9,15 +9,7 @@ import torch
 
 from portakv.blocks.handle import BlockTransfer
 from portakv.blocks.slices import in_layers, in_slices
-from portakv.copy.copy import (
-    Ids,
-    carrier,
-    check_views,
-    checked,
-    copy_move,
-    follow_current,
-    is_strict,
-)  # fmt: skip
+from portakv.copy.copy import Ids, carrier, checked, copy_move, follow_current, is_strict, source_of
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError
 from portakv.plan.plan import Move
@@ -84,8 +76,7 @@ def copy_blocks(
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
         # No stream orders slices anyway.
         terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
-    check_views(src, dst)
-    src = src.as_bytes() if reinterpret else src
+    src = source_of(src, dst, reinterpret)
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
     move, choice = checked(src, dst, mine, theirs, None, backend)
     if terms is not None:

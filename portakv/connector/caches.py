@@ -6,14 +6,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from operator import index as whole_number
-from typing import Any, NamedTuple, SupportsIndex
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 
 from portakv.connector.in_graph import Allocations, flatten
-from portakv.copy.copy import Ids, MemoryObject, Tensors, check_ids
+from portakv.copy.copy import Ids, MemoryObject, Tensors, check_ids, whole
 from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
@@ -229,7 +228,9 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
     index = Index.of(slot_mapping)
     length = index.length or 0
     if type(start) is not int or (end is not None and type(end) is not int):
-        start, end = _whole("start", start), None if end is None else _whole("end", end)
+        expected = "an integer, a position in the slot_mapping"
+        start = whole("start", start, expected)
+        end = None if end is None else whole("end", end, expected)
     stop = length if end is None else end
     if not 0 <= start <= stop <= length:
         raise SlotError(
@@ -237,15 +238,6 @@ def slot_range(slot_mapping: Ids | None, start: int, end: int | None) -> tuple[I
             f"<= {length}."
         )
     return (index.shifted(start) if start else index), stop - start
-
-
-def _whole(name: str, value: SupportsIndex) -> int:
-    try:
-        return whole_number(value)
-    except TypeError:
-        raise SlotError(
-            f"{name}={value!r} was asked; expected an integer, a position in the slot_mapping."
-        ) from None
 
 
 def _check_batch(moves: list[Move], strict: bool) -> None:

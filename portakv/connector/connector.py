@@ -23,13 +23,7 @@ from portakv.layout.presets import resolve
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
 from portakv.runtime.devices import capturing
-from portakv.runtime.transfer import (
-    Completion,
-    Transfer,
-    any_word_set,
-    failed,
-    unreported_error,
-)
+from portakv.runtime.transfer import Completion, Transfer, any_word_set, failed, unreported_error
 from portakv.view.bound import bind_layout
 from portakv.view.example import example_chunk
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import gcd
+from math import gcd, inf
 from operator import index as whole_number
 from typing import Any, Protocol, TypeAlias
 
@@ -80,24 +80,21 @@ def copy_rows(
         SlotError: a bad index on the host; bad device ids are raised by the transfer.
         DeviceMismatch, BackendUnavailable, Unsupported: no backend carries it out; with the trace.
     """
-    check_views(src, dst)
-    src = src.as_bytes() if reinterpret else src
+    src = source_of(src, dst, reinterpret)
     mine, theirs = Index.of(src_index), Index.of(dst_index)
     move, choice = checked(src, dst, mine, theirs, count, backend)
     return copy_move(move, choice, stream, strict=is_strict(check))
 
 
 def checked(
-    src: KVView,
-    dst: KVView,
-    src_index: Index,
-    dst_index: Index,
-    count: object,
-    backend: str | None,
+    src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: object, backend: str | None
 ) -> tuple[Move, Choice]:
     """A caller's copy and the backend that was chosen, with all checked but the stream and the
     contents of ids; ``count`` None: what the indices cover. Raises as `copy_rows` does."""
-    tokens = covered(src, dst, src_index, dst_index) if count is None else _count(count)
+    if count is None:
+        tokens = covered(src, dst, src_index, dst_index)
+    else:
+        tokens = whole("count", count, "a whole number of at least 0", 0)
     src_index.check_length(tokens, src.slots, "source")
     dst_index.check_length(tokens, dst.slots, "destination")
     choice = choose(common_device(src, dst), backend)
@@ -114,14 +111,15 @@ def is_strict(check: object) -> bool:
     return check == "strict"
 
 
-def check_views(*views: object) -> None:
-    """Raise `LayoutError` if a copy is asked of something else than views."""
-    for view in views:
+def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
+    """The source of a copy as it is read; raises `LayoutError` if one side is no view."""
+    for view in (src, dst):
         if not isinstance(view, KVView):
             raise LayoutError(
                 f"A copy was asked of a {type(view).__name__}; expected two views. Read tensors "
                 f"through a layout: KVView(tensors, layout)."
             )
+    return src.as_bytes() if reinterpret else src
 
 
 def common_device(src: KVView, dst: KVView) -> torch.device:
@@ -143,7 +141,7 @@ def covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int
         mine, theirs = src.slots - src_index.offset, dst.slots - dst_index.offset
     tokens = theirs if mine is None else mine
     assert tokens is not None
-    if tokens != theirs and theirs is not None:
+    if theirs not in (None, tokens):
         raise SlotError(
             f"The source covers {tokens} tokens and the destination {theirs}; make them equal, or "
             f"pass count."
@@ -151,6 +149,17 @@ def covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int
     if tokens < 0:
         raise SlotError(f"The index begins {-tokens} tokens behind its end; lower its offset.")
     return tokens
+
+
+def whole(name: str, value: object, expected: str, least: float = -inf) -> int:
+    """An argument that is a whole number; raises `SlotError` if it is none, or too small."""
+    try:
+        number = whole_number(value)  # type: ignore[arg-type]
+        if number >= least:
+            return number
+    except TypeError:
+        pass
+    raise SlotError(f"{name}={value!r} was asked; expected {expected}.")
 
 
 def copy_move(
@@ -282,16 +291,6 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
         error = bad_slot(first * unit, slot, view.slots)
     mine, theirs = (Index(number[kept], step=unit) for number in numbers)
     return Move(src, dst, mine, theirs, kept.numel() * unit), error
-
-
-def _count(count: object) -> int:
-    try:
-        tokens = whole_number(count)  # type: ignore[arg-type]
-    except TypeError:
-        tokens = -1
-    if tokens < 0:
-        raise SlotError(f"count={count!r} was asked; expected a whole number of at least 0.")
-    return tokens
 
 
 def _launch(

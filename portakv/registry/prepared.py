@@ -105,7 +105,7 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
     for name in (choice.name, *later):
         backend, decision = known.ask(name, device, check=True)
         if name == choice.name:
-            backend = choice.backend  # also one that no test pattern suits, or under terms
+            backend = choice.backend  # also one that no test pattern suits, or on terms
         launch = None
         if backend is not None:
             launch, decision = _prepare(backend, plan)
@@ -117,8 +117,8 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
         can, tells = backend.capabilities(), known.tells(device)
         if tells or not can.threads:
             launch = _Careful(launch, not can.threads, tells)
-        won = Decision(name, True, decision.reason)
-        return launch, Choice(backend, (*refused, won), choice.forced, can)
+        trace = (*refused, Decision(name, True, decision.reason))
+        return launch, Choice(backend, trace, choice.forced, can)
     lines = "\n".join(f"  {d}" for d in refused)
     forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
     raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
@@ -136,31 +136,27 @@ def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]
     return None, Decision(backend.name, False, why)
 
 
-def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> bool:
+def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> None:
     """Send ids on the host to a device in one small copy, ordered on its current stream, where
-    `Index.ids_on` then finds them; returns whether there were any.
-
-    Only those of fleeting indices: they are used on no other stream than this one, and on streams
-    that wait for it.
-    """
+    `Index.ids_on` then finds them. Only those of fleeting indices: they are used on no other stream
+    than this one, and on streams that wait for it."""
     if home.type not in AT_ONCE or torch.int64 not in dtypes:
-        return False
+        return
     sent = [
         index for index in dict.fromkeys(indices)
         if index.fleeting and index.on_host and not index.has_ids_on(home, dtypes)
     ]  # fmt: skip
     if not sent:
-        return False
+        return
     from portakv.host.small import to_device  # not before it is needed
 
     if len(sent) == 1:
         sent[0].add_copy(to_device(sent[0].host_ids(), home, torch.int64))
-        return True
+        return
     listed = [index.host_ids() for index in sent]
     ids = to_device(np.concatenate(listed), home, torch.int64)
     for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
         index.add_copy(own)
-    return True
 
 
 _PLAIN = "bytes lie where strides say"

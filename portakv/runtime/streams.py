@@ -35,14 +35,8 @@ _free: defaultdict[tuple[torch.device, int], list[int]] = defaultdict(list)
 
 def own_stream(device: torch.device, priority: int = 0) -> Any:
     """A stream of the device's own kind, which has no other owner for as long as this object lives;
-    one of torch's if the CUDA driver does not serve the device, or cannot be used.
-
-    Args:
-        device: with its index.
-        priority: as torch takes it; -1 is above 0.
-
-    Raises:
-        TransferError: the driver makes no more.
+    one of torch's if the CUDA driver does not serve the device, or cannot be used. The device has
+    its index; a priority is as torch takes it. Raises `TransferError` if the driver makes no more.
     """
     if cuda.no_cuda(device) is not None or cuda.stream_maker() is None:
         make = getattr(torch.get_device_module(device), "Stream", torch.Stream)
@@ -84,10 +78,8 @@ def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
 
 def ignore_captures_elsewhere(device: torch.device) -> None:
     """Let this thread work while another one captures a graph; for as long as the thread lives.
-
     CUDA forbids other threads much, `torch.cuda.Event.query` for one, and ends the capture if one
-    of them does it. Of other devices no such way is known here.
-    """
+    of them does it. Of other devices no such way is known here."""
     if cuda.of_others(device) is not None:
         return
     try:

@@ -348,8 +348,7 @@ failed: list[Completion] = []
 def hold(completion: Completion, owner: Owner | None = None) -> None:
     """Hold a launch's completion until it has ended; ``owner`` reports an error for which no caller
     asked."""
-    if completion.owner is None:
-        completion.owner = owner
+    completion.owner = owner
     _in_flight.append(completion)
     # Two for each new one, so that a long queue becomes shorter again.
     for _ in range(2):
