@@ -27,13 +27,12 @@ import re
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -43,14 +42,12 @@ from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
 PAGE = mmap.PAGESIZE
 HugePages = Literal["auto", "transparent", "reserved", "never"]
 _HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
-_MAP_HUGETLB = 0x40000
+_MAP_HUGETLB, _MS_ASYNC, _MPOL_BIND = 0x40000, 1, 2
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
-_MS_ASYNC = 1
 _SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
 
 # Numbers of the system call, from the kernel's tables of each architecture.
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259}
-_MPOL_BIND = 2
 _WHY = {
     errno.EPERM: "the kernel forbids it here; give the container CAP_SYS_NICE, or start the "
     "process under numactl --membind",
@@ -73,9 +70,6 @@ _told: set[str] = set()
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
 
 
-# --- the kernel ----------------------------------------------------------------------------------
-
-
 def bytes_at(address: int, nbytes: int) -> Any:
     """The bytes at an address as a buffer, which arrays and tensors made from it hold."""
     return (ctypes.c_ubyte * nbytes).from_address(address)
@@ -84,13 +78,10 @@ def bytes_at(address: int, nbytes: int) -> Any:
 def whole(number: Any, least: int, asked: str, do: str) -> int:
     """A number that must be whole and no less; raises `HostMemoryError`, which begins with what was
     asked and ends with what to do."""
-    try:
-        found = operator.index(number)
-    except TypeError:
-        found = least - 1
-    if found < least:
-        raise HostMemoryError(f"{asked}; expected a whole number, {least} or more: {do}.")
-    return found
+    with suppress(TypeError):
+        if operator.index(number) >= least:
+            return operator.index(number)
+    raise HostMemoryError(f"{asked}; expected a whole number, {least} or more: {do}.")
 
 
 def address_of(mapping: mmap.mmap) -> int:
@@ -193,13 +184,13 @@ def nodes() -> list[int]:
     return []
 
 
-def bind(address: int, nbytes: int, wanted: int | Iterable[int]) -> None:
+def bind(address: int, nbytes: int, wanted: Any) -> None:
     """Have pages of the range that are not there yet come from these nodes and no other. Raises
     `Unsupported` for no node or one that is not there, and if the kernel cannot or may not bind."""
     asked: list[int] = []
     for listed in ([wanted], wanted):
         with suppress(TypeError):
-            asked = asked or [operator.index(node) for node in cast(Any, listed)]
+            asked = asked or [operator.index(node) for node in listed]
     number, known = _MBIND.get(platform.machine()), nodes()
     if not asked:
         why = "nodes have whole numbers; name one or more, or leave numa=None"
@@ -220,7 +211,7 @@ def bind(address: int, nbytes: int, wanted: int | Iterable[int]) -> None:
     raise Unsupported(f"Binding {nbytes} bytes of host memory to NUMA node {named}", why)
 
 
-# --- the runtime ---------------------------------------------------------------------------------
+# --- registration with the runtime ----------------------------------------------------------------
 
 
 def call(name: str, *arguments: Any) -> tuple[int, str]:
@@ -273,8 +264,7 @@ def loaded_library(maps: str, stem: str, version: str) -> str | None:
     """The file of a library that a process has loaded, from its map, of a major version if there
     are several and one is named; ``stem``: how its name begins, up to ``.so``."""
     found = re.findall(rf"(?m)/(?:.*/)?{stem}(?:-[0-9a-f]+)?\.so[^/\n]*$", maps)
-    preferred = re.compile(rf"\.so\.{version}(\.|$)" if version else "")
-    return min(found, key=lambda path: preferred.search(path) is None, default=None)
+    return max(found, key=lambda path: f".so.{version}" in path, default=None)
 
 
 def quiesce() -> None:
@@ -295,11 +285,14 @@ def capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
+#: Flags, bytes of one of several pieces, and whether the memory may stay pageable.
+Terms = tuple[int, int, bool]
+
+
 def terms(*, portable: bool = True, mapped: bool = True, read_only: bool = False,
           largest: int = LARGEST, unit: int = 1, fallback: bool = True,
-          ) -> tuple[int, int, bool]:  # fmt: skip
-    """The flags of a registration, the bytes of one of several pieces, and whether the memory may
-    stay pageable: from options that are checked here. Raises `HostMemoryError`."""
+          ) -> Terms:  # fmt: skip
+    """The terms of a `Registration` by its options. Raises `HostMemoryError` for bad ones."""
     asked = f"Pieces of at most {largest!r} bytes were asked for, and a page has {PAGE}"
     most = whole(largest, PAGE, asked, "ask for whole pages")
     asked = f"Pieces cut at multiples of {unit!r} bytes were asked for"
@@ -310,35 +303,30 @@ def terms(*, portable: bool = True, mapped: bool = True, read_only: bool = False
 
 class Registration:
     """Memory that is registered, on `terms`; or if it cannot be, and may stay pageable, merely
-    claimed. Raises `HostMemoryError` otherwise.
+    claimed. Raises `HostMemoryError` otherwise. ``pieces``: (address, bytes) of each, in order;
+    ``registered``: addresses of those that the runtime has, none if the memory is pageable."""
 
-    Attributes:
-        pages: where they begin and end; pieces: (address, bytes) of each, in order.
-        registered: addresses of the pieces that the runtime has; none if it is pageable.
-    """
-
-    def __init__(self, address: int, nbytes: int, on: tuple[int, int, bool]) -> None:
-        self.flags, step, fallback = on
+    def __init__(self, address: int, nbytes: int, on: Terms) -> None:
+        self.flags, step, self._pageable = on
         start, end = address // PAGE * PAGE, address + nbytes
         edges = [address, *range(start + step, end, step), end]  # between pages
-        self.pages = start, to_pages(end)
+        self._pages = start, to_pages(end)
         self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
         self._process = os.getpid()
         self.registered: list[int] = []
         settle()
-        self._claim()
+        self._claim(*self._pages)
         # At exit nothing is unmapped: tensors may outlive the interpreter.
         atexit.register(self.undo)
         try:
-            self._register(fallback)
+            self._register()
         except BaseException:
             self.undo()
             raise
 
-    def _claim(self) -> None:
-        start, end = self.pages
+    def _claim(self, start: int, end: int) -> None:
         with _lock:
-            for taken, until in (each.pages for each in [*_live]):  # a finalizer may take one out
+            for taken, until in (each._pages for each in [*_live]):  # a finalizer may take one out
                 if taken < end and start < until:
                     raise HostMemoryError(
                         f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
@@ -349,28 +337,27 @@ class Registration:
             _live.append(self)
             _seams.update(at for at, _ in self.pieces[1:])
 
-    def _register(self, fallback: bool) -> None:
-        why = why_not()
-        for piece, nbytes in self.pieces if why is None else []:
+    def _register(self) -> None:
+        code, why = 0, why_not()
+        for piece, nbytes in [] if why else self.pieces:
             code, words = call("HostRegister", piece, nbytes, self.flags)
             if code:
                 self._unregister()
                 why = f"the runtime refused to register it, {words}"
-            if code in (ALREADY, INVALID):
-                raise HostMemoryError(
-                    f"{nbytes} bytes at {piece:#x} were asked to be registered, and {why}: other "
-                    f"code registered some of their pages, or they are memory that it cannot pin. "
-                    f"Unregister them there, or copy them to memory of `allocate`."
-                )
-            if code:
                 break
             self.registered.append(piece)
-        if why is not None and not fallback:
+        if code in (ALREADY, INVALID):
+            raise HostMemoryError(
+                f"Memory at {piece:#x} was asked to be registered, and {why}: other code "
+                f"registered some of its pages, or it is memory that cannot be pinned. Unregister "
+                f"it there, or copy it to memory of `allocate`."
+            )
+        if why and not self._pageable:
             raise HostMemoryError(
                 f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
                 f"pageable memory."
             )
-        if why is not None:
+        if why:
             warn_once(why)
 
     def _unregister(self) -> None:
@@ -428,12 +415,8 @@ def warn_once(why: str) -> None:
     # The first line up the stack that is not PortaKV's own is the one to point to.
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
         frame, level = frame.f_back, level + 1
-    warnings.warn(
-        f"Host memory was asked to be pinned and stays pageable: {why}. Results are the same; "
-        f"copies are slower, and block the host.",
-        RuntimeWarning,
-        stacklevel=level,
-    )
+    told = f"Host memory was asked to be pinned and stays pageable: {why}. Results are the same; "
+    warnings.warn(f"{told}copies are slower, and block the host.", RuntimeWarning, level)
 
 
 def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:

@@ -21,7 +21,7 @@ import torch
 
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages
-from portakv.host._pages import LARGEST, HugePages, Registration, available, seams, terms
+from portakv.host._pages import LARGEST, HugePages, Registration, Terms, available, seams, terms
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "available", "empty", "register",
            "register_address", "registered", "seams", "unregister", "why_not"]  # fmt: skip
@@ -40,15 +40,12 @@ class PinnedMemory:
         notes: what was done otherwise than asked, a sentence each.
     """
 
-    def __init__(
-        self, base: torch.Tensor, registration: Registration | None, notes: Sequence[str]
-    ) -> None:
+    def __init__(self, base: torch.Tensor, how: Registration | None, notes: Sequence[str]) -> None:
         self.nbytes, self.address, self.notes = base.numel(), base.data_ptr(), tuple(notes)
         self._base: torch.Tensor | None = base
-        self._registration = registration  # None: torch's allocator holds it
-        self.pinned = bool(registration.registered) if registration else base.is_pinned()
-        pieces = registration.pieces[1:] if registration else []
-        self.seams = tuple(at - self.address for at, _ in pieces)
+        self._how = how  # None: by torch's allocator
+        self.pinned = base.is_pinned() if how is None else bool(how.registered)
+        self.seams = tuple(at - self.address for at, _ in (how.pieces[1:] if how else []))
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -64,7 +61,7 @@ class PinnedMemory:
     def array(self) -> npt.NDArray[np.uint8]:
         """All of it, uint8 ``[nbytes]``. Holds the memory."""
         found: npt.NDArray[np.uint8] = self.tensor.numpy()
-        if self._registration is not None and self._registration.flags & _pages.READ_ONLY:
+        if self._how is not None and self._how.flags & _pages.READ_ONLY:
             found.flags.writeable = False
         return found
 
@@ -93,8 +90,8 @@ class PinnedMemory:
         """The address of a byte for a kernel on the current device; on ROCm not the host's. Raises
         `Unsupported` if it is not registered with a CUDA or HIP runtime, or not mapped."""
         found, why = 0, "it is not registered with a CUDA or HIP runtime; copy instead"
-        if self._registration is not None and self._registration.registered:
-            found, why = self._registration.device_address(self.address + offset)
+        if self._how is not None and self._how.registered:
+            found, why = self._how.device_address(self.address + offset)
         if why:
             raise Unsupported(f"The device's address of host memory at {self.address:#x}", why)
         return found
@@ -127,7 +124,8 @@ def allocate(
     numa: int | Sequence[int] | None = None, threads: int | None = None, largest: int = LARGEST,
     unit: int = 1, fallback: bool = True,
 ) -> PinnedMemory:  # fmt: skip
-    """Pinned memory of exactly so many bytes, on a page, touched by several threads at once.
+    """Pinned memory of exactly so many bytes, on a page, touched by several threads at once; on
+    devices other than CUDA's and ROCm's from torch's own allocator.
 
     Args:
         nbytes: one or more; only the last page is rounded up, by the kernel.
@@ -140,8 +138,6 @@ def allocate(
         largest: bytes of one registration; more are cut into `PinnedMemory.pieces`.
         unit: cut only at multiples of so many bytes.
         fallback: pageable memory and one warning if it cannot be pinned; False: an error.
-
-    On devices other than CUDA's and ROCm's the memory comes from torch's own allocator.
 
     Raises:
         HostMemoryError: no bytes, more than there is room for, or an argument not as above.
@@ -165,28 +161,21 @@ def allocate(
     if numa is not None:
         _pages.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
-    return _pinned(address, nbytes, mapping, on, notes)
+    return _pinned(address, nbytes, mapping, on, *notes)
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
           ) -> torch.Tensor:  # fmt: skip
     """An uninitialised pinned tensor, to the byte; its last view gives the memory back. One of no
-    elements is a plain tensor.
-
-    Args:
-        shape: sizes, whole numbers; another raises `HostMemoryError`.
-        dtype: None: float32, whatever torch's default is.
-        options: of `allocate`, whose errors are raised too.
-    """
-    asked = f"A pinned tensor of shape {shape!r} was asked for"
-    do = "name the size of each dimension"
+    elements is a plain tensor. Without ``dtype`` it is float32, whatever torch's default is.
+    Options and errors as of `allocate`; a size that is no whole number is a `HostMemoryError`."""
+    asked, do = f"A pinned tensor of shape {shape!r} was asked for", "name each dimension's size"
     each = shape if isinstance(shape, Iterable) else (shape,)
     sizes = tuple(_pages.whole(size, 0, asked, do) for size in each)
-    kind = dtype or torch.float32
-    nbytes = math.prod(sizes) * kind.itemsize
-    if nbytes == 0:
-        return torch.empty(sizes, dtype=kind, device="cpu")
-    return allocate(nbytes, **options).view(kind, sizes)
+    dtype = dtype or torch.float32
+    if 0 in sizes:
+        return torch.empty(sizes, dtype=dtype, device="cpu")
+    return allocate(math.prod(sizes) * dtype.itemsize, **options).view(dtype, sizes)
 
 
 def register(
@@ -270,9 +259,7 @@ def why_not() -> str | None:
     return None if _pages.through_torch() else _pages.why_not()
 
 
-def _pinned(
-    address: int, nbytes: int, owner: object, on: tuple[int, int, bool], notes: Sequence[str] = ()
-) -> PinnedMemory:
+def _pinned(address: int, nbytes: int, owner: object, on: Terms, *notes: str) -> PinnedMemory:
     """Memory whose registration and owner are held by every tensor that is made from it."""
     registration = Registration(address, nbytes, on)
     buffer = _pages.bytes_at(address, nbytes)
