@@ -31,18 +31,19 @@ from portakv.runtime.devices import capture_question, capturing, inside, refuse_
 from portakv.runtime.transfer import Completion, hold_memory
 
 WAYS = "inline", "value", "mapped", "copy", "host"  # the best first
-INLINE_BYTES = 65536  # that the driver takes along with a command
-ALONG = f"the driver takes up to {INLINE_BYTES} bytes along with the command"
+#: The most bytes of ways: what the driver takes along, and what is left of the 32,764 bytes of a
+#: launch's parameters (from CUDA 12.1 and compute capability 7.0 on), in whole vectors.
+MOST = {"inline": 65536, "value": 32736}
+HOLDS = {
+    "inline": f"the driver takes up to {MOST['inline']} bytes along with the command",
+    "value": f"a launch's parameters hold up to {MOST['value']} bytes",
+}
 _ADDRESS = ctypes.c_uint64  # a CUdeviceptr, and the host's address of memory or a stream
 _COPY = "cuMemcpyHtoDAsync_v2", _ADDRESS, _ADDRESS, ctypes.c_size_t, _ADDRESS
 _HOST_PAGE_TABLES = 100  # CU_DEVICE_ATTRIBUTE_PAGEABLE_MEMORY_ACCESS_USES_HOST_PAGE_TABLES
 
 THREADS = 128
 MOST_BLOCKS = 32  # of a launch: so many vectors in flight keep the link busy
-# Parameters of a launch in bytes: 4 KB everywhere; 32,764 from CUDA 12.1 (driver R530) and compute
-# capability 7.0 on (CUDA C++ Programming Guide, "__grid_constant__" and "Kernel parameters").
-_CLASSIC_PARAMETERS, _LARGE_PARAMETERS = 4096, 32764
-_LARGE_DRIVER, _LARGE_CAPABILITY = 12010, 70
 VALUES_HEAD = struct.Struct("=QII")  # to, bytes, width
 MAPPED = struct.Struct("=QQQQ")  # to, from, bytes, width
 VALUES_NAME, MAPPED_NAME = "portakv_small_values", "portakv_small_mapped"
@@ -75,23 +76,20 @@ class Target:
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.captures = device, _capture_question(device)
-        self._limits: dict[str, tuple[str | None, int]] = {}
+        self._lacks: dict[str, str | None] = {}
         self.ready: dict[tuple[str, torch.dtype], Send] = {}
         self.first = next(way for way in WAYS if self.why_not(way, 0) is None)
-        self.most = self._limits[self.first][1]
+        self.most = MOST.get(self.first, sys.maxsize)
 
     def why_not(self, way: str, nbytes: int) -> str | None:
         """What keeps so many bytes from going a way, as a phrase; None: nothing."""
-        if way not in self._limits:
-            self._limits[way] = limit(way, self.device)
-        why, most = self._limits[way]
-        if why is None and nbytes > most:
-            return ALONG if way == "inline" else f"a launch's parameters hold up to {most} bytes"
-        return why
+        if way not in self._lacks:
+            self._lacks[way] = lacks(way, self.device)
+        return self._lacks[way] or (HOLDS[way] if nbytes > MOST.get(way, nbytes) else None)
 
     def prepare(self, way: str, dtype: torch.dtype) -> Send:
         """Add to ``ready`` what sends as many values as go that way."""
-        made = self.make(way, dtype, self._limits[way][1] // dtype.itemsize)
+        made = self.make(way, dtype, MOST.get(way, 0) // dtype.itemsize)
         return self.ready.setdefault((way, dtype), made)
 
     def make(self, way: str, dtype: torch.dtype, n: int) -> Send:
@@ -127,16 +125,15 @@ def _capture_question(device: torch.device) -> Callable[[], bool]:
     return lambda: captures() if current() == index else capturing(device)
 
 
-def limit(way: str, device: torch.device) -> tuple[str | None, int]:
-    """Why nothing goes a way to a device, as a phrase, or None; and the most bytes that do."""
+def lacks(way: str, device: torch.device) -> str | None:
+    """What keeps anything from going a way to a device, as a phrase; None: nothing."""
     if (device.type == "cpu") != (way == "host"):
-        return f"{device} is no CPU" if way == "host" else "the target is on the CPU", 0
-    if way == "inline":
-        return why_not_inline(device), INLINE_BYTES
+        return f"{device} is no CPU" if way == "host" else "the target is on the CPU"
     if way in ("copy", "host"):
-        return None, sys.maxsize
-    why = _cuda_driver.why_not(device) or _cuda_driver.device_too_old(device)
-    return why, value_bytes(device) if why is None and way == "value" else sys.maxsize
+        return None
+    if way == "inline":
+        return why_not_inline(device)
+    return _cuda_driver.why_not(device) or _cuda_driver.device_too_old(device)
 
 
 def write_on_host(array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
@@ -227,16 +224,8 @@ class _Parameters(_cuda_driver.Arguments):
     """The parameters of each thread's launches by value: their head, and the values."""
 
     def __init__(self, device: torch.device, own: np.dtype[Any], n: int) -> None:
-        super().__init__(VALUES_HEAD.size + value_bytes(device), device)
+        super().__init__(VALUES_HEAD.size + MOST["value"], device)
         self.room = np.frombuffer(self.buffer, own, n, VALUES_HEAD.size)
-
-
-def value_bytes(device: torch.device) -> int:
-    """Bytes of values that a launch on a device carries in its parameters: whole vectors."""
-    large = _cuda_driver.driver_version() >= _LARGE_DRIVER
-    large = large and _cuda_driver.capability(device) >= _LARGE_CAPABILITY
-    parameters = _LARGE_PARAMETERS if large else _CLASSIC_PARAMETERS
-    return (parameters - VALUES_HEAD.size) // _WIDE * _WIDE
 
 
 class Kernels:
@@ -248,8 +237,7 @@ class Kernels:
                 "The first small copy of a device",
                 "its kernels have to be loaded first; make one before the capture",
             )
-        text = source(value_bytes(device))
-        functions = _cuda_driver.load(text, [VALUES_NAME, MAPPED_NAME], device)
+        functions = _cuda_driver.load(source(), [VALUES_NAME, MAPPED_NAME], device)
         self._values, self._mapped = functions[VALUES_NAME], functions[MAPPED_NAME]
         self._launch = _cuda_driver.Launcher(device, THREADS)
         self._arguments = _cuda_driver.Arguments(MAPPED.size, device)
@@ -269,10 +257,10 @@ class Kernels:
         self._launch(self._mapped, blocks, self._arguments.address, stream)
 
 
-def source(nbytes: int) -> str:
-    """The text of both kernels, of which one carries so many bytes by value."""
+def source() -> str:
+    """The text of both kernels."""
     text = files("portakv_native.cuda").joinpath("small.cuh").read_text()
-    return f"#define PORTAKV_SMALL_VECTORS {nbytes // _WIDE}\n{text}"
+    return f"#define PORTAKV_SMALL_VECTORS {MOST['value'] // _WIDE}\n{text}"
 
 
 def _grid(to: int, nbytes: int) -> tuple[int, int]:

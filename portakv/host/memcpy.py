@@ -223,8 +223,6 @@ def is_pinned(tensor: Tensor) -> bool:
     """True if the first and the last byte of a host tensor are pinned: it may reach past what was
     registered. Of a view torch tells if its storage begins in pinned memory, so each byte is asked
     as a storage of its own."""
-    if not tensor.numel():
-        return tensor.is_pinned()
     first = tensor.data_ptr()
     ends = [ctypes.c_char.from_address(at) for at in (first, first + _reach(tensor) - 1)]
     return all(torch.frombuffer(end, dtype=torch.uint8).is_pinned() for end in ends)

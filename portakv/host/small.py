@@ -7,8 +7,8 @@ kernel does not. The first way is taken that can be had; `choose` tells which, a
 
 - ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. Not
   in a graph, and not on a device that reads pageable memory by the host's page tables.
-- ``value`` (extra ``cuda``): up to 32,736 bytes in a launch's parameters (4,080 before CUDA 12.1 or
-  compute capability 7.0). In a graph they are what they were at capture.
+- ``value`` (extra ``cuda``): up to 32,736 bytes in a launch's parameters. In a graph they are what
+  they were at capture.
 - ``mapped`` (extra ``cuda``): a kernel reads pinned memory; any size. In a graph it is read again
   at each replay, and `SmallCopy.refill` changes it.
 - ``copy``: by the copy engine, from pinned memory; captured like ``mapped``.
@@ -28,7 +28,7 @@ from numpy import ndarray
 from torch import Stream, Tensor
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
-from portakv.host._small_ways import ALONG, NUMPY, WAYS, Array, ReadLater, Slot, Target
+from portakv.host._small_ways import HOLDS, NUMPY, WAYS, Array, ReadLater, Slot, Target
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import refuse_capture, resolve
@@ -221,7 +221,7 @@ def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
     if way is None:
         better = WAYS[: WAYS.index(best)]
         lacks = dict.fromkeys(str(target.why_not(each, nbytes)) for each in better)
-        return Chosen(best, " and ".join(lacks) or ALONG)
+        return Chosen(best, " and ".join(lacks) or HOLDS[best])
     if way not in [*WAYS]:
         raise BackendUnavailable(
             f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "

@@ -165,13 +165,11 @@ WITHOUT = "cuda-bindings is not installed"
 OLD = "Compute capability 6.0 was asked of NVRTC 13."
 ALONG = "the driver takes up to 65536 bytes along with the command"
 HELD = "a launch's parameters hold up to 32736 bytes"
-CLASSIC = "a launch's parameters hold up to 4080 bytes"
 #: What the card may lack.
 LACKS: dict[str, tuple[Any, str, Any]] = {
     "inline": (_small_ways, "why_not_inline", lambda device: SHARED),
     "extra": (_cuda_driver, "why_not", lambda device: WITHOUT),
     "compiler": (_cuda_driver, "device_too_old", lambda device: OLD),
-    "new driver": (_cuda_driver, "driver_version", lambda: 12000),
 }
 
 
@@ -192,9 +190,6 @@ LACKS: dict[str, tuple[Any, str, Any]] = {
         (("inline",), 32737, ("mapped", f"{SHARED} and {HELD}"), "mapped copy"),
         (("inline", "extra"), 64, ("copy", f"{SHARED} and {WITHOUT}"), "copy"),
         (("inline", "compiler"), 64, ("copy", f"{SHARED} and {OLD}"), "copy"),
-        (("new driver",), 4080, ("inline", ALONG), "inline value mapped copy"),
-        (("new driver",), 4081, ("inline", ALONG), "inline mapped copy"),
-        (("inline", "new driver"), 4081, ("mapped", f"{SHARED} and {CLASSIC}"), "mapped copy"),
     ],
     ids=str,
 )
@@ -209,7 +204,7 @@ def test_the_best_way_and_those_that_may_be_named(
             patched.setattr(_cuda_driver, "why_not", lambda device: pytest.fail("it was asked"))
             assert choose(nbytes, CARD) == ("inline", ALONG)
     assert choose(nbytes, CARD) == wanted
-    kernel = {"extra": WITHOUT, "compiler": OLD, "new driver": CLASSIC}.get("".join(lacks[-1:]))
+    kernel = {"extra": WITHOUT, "compiler": OLD}.get("".join(lacks[-1:]))
     whys = {"host": "no CPU", "inline": SHARED if "inline" in lacks else "65536"}
     for way in small.WAYS:
         if way in allowed.split():

@@ -37,12 +37,13 @@ from support.threads import run_threads
 
 from portakv import BackendUnavailable, LayoutError, TransferError, Unsupported
 from portakv.host import _small_ways
-from portakv.host._small_ways import INLINE_BYTES, Send, Target
+from portakv.host._small_ways import MOST, Send, Target
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc, streams
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
+INLINE = MOST["inline"]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -62,7 +63,7 @@ def test_counts_round_the_limits(
     shaped = filled((3, 4), dtype, device=place.device)
     assert send(range(12), shaped) is shaped
     assert shaped.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    for limit in (240, 1008, 4080, 4096, 8192, VALUE_BYTES, 32764, INLINE_BYTES, 1 << 18):
+    for limit in (240, 1008, 4096, 8192, VALUE_BYTES, 32764, INLINE, 1 << 18):
         for count in range(limit // dtype.itemsize - 2, limit // dtype.itemsize + 3):
             nbytes, values = count * dtype.itemsize, drawn(count, dtype)
             if nbytes > place.most and place.asked is not None:
@@ -83,7 +84,7 @@ def test_counts_round_the_limits(
 @pytest.mark.parametrize("offset", [*range(1, 17), 4097])
 def test_a_target_of_any_alignment(place: Place, offset: int) -> None:
     """Only the elements asked for are written, by the widest vector that is allowed there."""
-    for count in (0, 1, 15, 16, 17, 64, 333, 5000, min(place.most, INLINE_BYTES)):
+    for count in (0, 1, 15, 16, 17, 64, 333, 5000, min(place.most, INLINE)):
         memory = filled((count + 4200,), torch.uint8, device=place.device)
         before, values = memory.clone(), drawn(count, torch.uint8)
         to_device(values, out=memory[offset : offset + count], way=place.asked)
@@ -156,25 +157,10 @@ def test_through_mapped_memory(nbytes: int, offset: int, libcuda: FakeLibrary) -
     assert torch.equal(target[16 + offset + nbytes :], before[16 + offset + nbytes :])
 
 
-@pytest.mark.parametrize(
-    ("driver", "capability", "limit"),
-    [(12000, 90, 4096), (13000, 60, 4096), (12010, 70, 32764), (13000, 90, 32764)],
-)
-def test_the_kernel_takes_what_the_parameters_hold(
-    driver: int, capability: int, limit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_cuda_driver, "driver_version", lambda: driver)
-    monkeypatch.setattr(_cuda_driver, "capability", lambda device: capability)
-    most = _small_ways.value_bytes(torch.device("cuda", 0))
-    assert most in (4080, VALUE_BYTES)
-    assert limit - 16 < _small_ways.VALUES_HEAD.size + most <= limit
-    assert f"#define PORTAKV_SMALL_VECTORS {most // 16}\n" in _small_ways.source(most)
-
-
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
 def test_nvrtc_reads_parameters_where_they_lie() -> None:
     """Without a GPU: it compiles, and no thread makes a copy of 32 KB for itself."""
-    code = nvrtc._compile(_small_ways.source(VALUE_BYTES), "compute_80").decode()
+    code = nvrtc._compile(_small_ways.source(), "compute_80").decode()
     assert ".local" not in code
     assert f"{_small_ways.VALUES_NAME}_param_0[{VALUE_BYTES + 16}]" in code
     assert code.count("st.global.v4.u32") == 2
@@ -301,7 +287,7 @@ def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch)
 # Out of which memory
 
 
-@pytest.mark.parametrize("count", [1, 64, INLINE_BYTES // 8])
+@pytest.mark.parametrize("count", [1, 64, INLINE // 8])
 def test_the_source_is_whole_pages_that_nobody_pins(card: Card, count: int) -> None:
     """Private, of no file, and not the heap, parts of which others register with their own; nor
     the caller's memory, which would be read later if it were pinned."""
@@ -334,7 +320,7 @@ def test_where_it_can_be_had(card: Card) -> None:
     """And the first question gave the thread a context; nothing is asked again."""
     assert choose(0, CARD).way == "inline"
     card.library.read_by_page_tables(1)
-    assert choose(INLINE_BYTES, CARD) == choose(0, CARD)
+    assert choose(INLINE, CARD) == choose(0, CARD)
     assert len(card.adopted) == 1
 
 

@@ -8,7 +8,6 @@ what it was asked, and out of which memory; it says nothing about a driver.
 from __future__ import annotations
 
 import ctypes
-import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,7 +30,6 @@ INTEGERS = (
     torch.int64, torch.uint64,
 )  # fmt: skip
 VALUE_BYTES = 32736  # that go by value
-MOST = {"inline": _small_ways.INLINE_BYTES, "value": VALUE_BYTES}  # bytes of ways
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
 
 
@@ -58,7 +56,7 @@ class Place(NamedTuple):
     @property
     def most(self) -> int:
         """Bytes that go the way."""
-        return MOST.get(self.way, 1 << 20)
+        return _small_ways.MOST.get(self.way, 1 << 20)
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -110,7 +108,7 @@ def kernels() -> ctypes.CDLL:
         f'extern "C" unsigned bytes_{name}() {{ return sizeof(portakv::small::{kind}); }}\n'
         for name, kind in kinds.items()
     )
-    return compiled(_small_ways.source(VALUE_BYTES), entries)
+    return compiled(_small_ways.source(), entries)
 
 
 class Card:
@@ -166,9 +164,8 @@ def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
     def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
         return {name: getattr(kernels(), f"run_{name}") for name in names}
 
-    def limit(way: str, device: torch.device) -> tuple[str | None, int]:
-        most = {"host": sys.maxsize, only: MOST.get(only or "", sys.maxsize)}
-        return (None, most[way]) if way in most else ("it is a test", 0)
+    def lacks(way: str, device: torch.device) -> str | None:
+        return None if way in ("host", only) else "it is a test"
 
     stands: dict[Any, dict[str, Any]] = {
         torch._C: {
@@ -188,11 +185,9 @@ def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
             "why_not": lambda device: None,
             "device_too_old": lambda device: None,
             "adopt": lambda device: card.adopted.append(threading.get_ident()),
-            "driver_version": lambda: 13000,
-            "capability": lambda device: 90,
             "load": load,
         },
-        **({_small_ways: {"limit": limit}} if only else {small: {"resolve": torch.device}}),
+        **({_small_ways: {"lacks": lacks}} if only else {small: {"resolve": torch.device}}),
     }
     with pytest.MonkeyPatch.context() as patched:
         for module, functions in stands.items():
