@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -50,8 +51,7 @@ def compare(words: list[str]) -> int:
         if change.bad and change.reason:
             print(f"{'':<10} {change.reason.splitlines()[0]}")
     counts = Counter(change.kind for change in changes)
-    kinds = ("FIX", "REGRESSION", "NEW", "MISSING")
-    print(", ".join(f"{counts[kind]} {kind}" for kind in kinds))
+    print(", ".join(f"{counts[k]} {k}" for k in ("FIX", "REGRESSION", "NEW", "MISSING")))
     return int(any(change.bad for change in changes))
 
 
@@ -63,11 +63,8 @@ def verify(words: list[str]) -> int:
     parser.add_argument("report", type=Path, metavar="REPORT", help="a conformance.json")
     asked = parser.parse_args(words)
     text = _text(asked.report)
-    wrong = check_report(text)
-    for sentence in wrong:
-        print(sentence)
-    if wrong:
-        print(f"{asked.report} is refused: {len(wrong)} contradictions.")
+    if wrong := check_report(text):
+        print("\n".join([*wrong, f"{asked.report} is refused: {len(wrong)} contradictions."]))
         return 1
     record = RunRecord.read(text)
     rung = f", {record.rung}" if record.rung else ""
@@ -201,7 +198,11 @@ def _conform(words: list[str]) -> int:
 
         for path in write(record, asked.report):
             print(f"wrote {path}", file=sys.stderr)
-    return _exit_code(record, options)
+    right = record.verdict == "conformant"
+    if options.only:  # whether those are right, and every waiver holds
+        broken = problems(record.waivers, record.cases, record.suite, whole=False)
+        right = not (broken or any(case.status in WRONG for case in record.cases))
+    return CONFORMANT if right else FAILURES
 
 
 def _list(words: list[str]) -> int:
@@ -217,25 +218,13 @@ def _list(words: list[str]) -> int:
     return CONFORMANT
 
 
-def _exit_code(record: RunRecord, options: Options) -> int:
-    """Conformant or not. Where only some cases were asked for, whether those are right, and every
-    waiver holds."""
-    right = record.verdict == "conformant"
-    if options.only:
-        broken = problems(record.waivers, record.cases, record.suite, whole=False)
-        right = not (broken or any(case.status in WRONG for case in record.cases))
-    return CONFORMANT if right else FAILURES
-
-
 def _options(asked: argparse.Namespace) -> Options:
-    seed = asked.seed
-    if seed is None:
-        seed = random.SystemRandom().randrange(_SEEDS) if asked.fuzz else 0
+    drawn = random.SystemRandom().randrange(_SEEDS) if asked.fuzz else 0
     return Options(
         asked.backend, asked.device or _usual_device(asked.backend),
-        asked.profile or ("core" if asked.report is None else "full"), seed, asked.fuzz or 0,
-        () if asked.waivers is None else read_waivers(asked.waivers),
-        "" if asked.waivers is None else str(asked.waivers),
+        asked.profile or ("core" if asked.report is None else "full"),
+        drawn if asked.seed is None else asked.seed, asked.fuzz,
+        read_waivers(asked.waivers) if asked.waivers else (), str(asked.waivers or ""),
         asked.limit, asked.exit_first, tuple(asked.only), asked.emulated, jobs=asked.jobs,
     )  # fmt: skip
 
@@ -267,11 +256,9 @@ def _examples_folder(report: Path | None) -> Path:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of a run."""
     parser = argparse.ArgumentParser(
-        prog="portakv conform",
-        description="Judges one backend on one device by the conformance suite.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+        prog="portakv conform", formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Judges one backend on one device by the conformance suite.", epilog=_EPILOG,
+    )  # fmt: skip
     add = parser.add_argument
     add("backend", metavar="NAME", help="a registered backend, or pkg.mod:Class")
     add("--device", metavar="D", help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the kind "
@@ -279,7 +266,7 @@ def make_parser() -> argparse.ArgumentParser:
         "or cpu)")  # fmt: skip
     _add_profile(parser, None, "full with --report, which a rung needs; else core")
     count, seed = whole_number(1), whole_number(0)
-    add("--fuzz", type=count, metavar="N", help="draw N fresh examples in each drawn case")
+    add("--fuzz", type=count, default=0, metavar="N", help="draw N examples in each drawn case")
     add("--seed", type=seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
     add("--report", type=Path, metavar="DIR", help="write conformance.json, report.html and more")
@@ -298,10 +285,7 @@ def _add_profile(parser: argparse.ArgumentParser, default: str | None, told: str
 
 
 def _seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} was given, expected seconds above 0")
-    return value
+    with suppress(ValueError):
+        if 0 < (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text!r} was given, expected seconds above 0")

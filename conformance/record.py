@@ -51,8 +51,7 @@ class CaseRecord:
 
     @classmethod
     def read(cls, values: dict[str, Any]) -> CaseRecord:
-        """A record of parsed JSON; ValueError where a field is missing, unknown or of another
-        type."""
+        """A record of parsed JSON; ValueError if a field is missing, unknown or of another type."""
         if not isinstance(values, dict):
             raise ValueError(f"A case record is {json.dumps(values)[:60]}, expected an object.")
         if odd := _odd(cls, values):
@@ -128,13 +127,13 @@ def _odd(cls: type[CaseRecord | RunRecord], values: dict[str, Any]) -> list[str]
 
 
 def _of_kind(record: _Record, place: str) -> _Record:
-    """The record; ValueError with a sentence for each value of another type than the field's."""
-    odd = []
+    """The record; ValueError if a value is of another type than the field's."""
     for entry in fields(record):
-        kind = _KINDS.get(str(entry.type).partition("[")[0], str)
-        value = getattr(record, entry.name)
+        kind, value = (
+            _KINDS.get(str(entry.type).partition("[")[0], str),
+            getattr(record, entry.name),
+        )
         if not isinstance(value, kind) or isinstance(value, bool):
-            odd.append(f"In {place} {entry.name!r} is {json.dumps(value)[:60]}, not {entry.type}.")
-    if odd:
-        raise ValueError(" ".join(odd))
+            told = json.dumps(value)[:60]
+            raise ValueError(f"In {place} {entry.name!r} is {told}, not {entry.type}.")
     return record

@@ -79,8 +79,9 @@ def _nvidia() -> str:
     return ""
 
 
-#: Environment variable under which Triton interprets its kernels on the host.
+#: Environment variable under which Triton interprets its kernels on the host, and its values.
 INTERPRET = "TRITON_INTERPRET"
+YES = ("1", "true", "on", "yes")
 # Distributions whose versions may explain a result, where they are installed.
 _PACKAGES = (
     "portakv", "numpy", "pytest", "hypothesis", "triton", "triton-ascend", "pytorch-triton-rocm",
@@ -107,13 +108,15 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
         emulating = standins.emulating(device.type)
         facts["emulation"] = hashed(emulating)
         facts |= {ASSUMPTION: told} if (told := assumed(emulating)) else {}
+    else:
+        facts |= _toolkit(device)
     if path := subject.backend.library:
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
         facts[LIBRARY] = {Path(path).resolve().name: digest}
     if path or subject.backend.carrier:
         facts[CARRIER] = subject.backend.carrier
-    facts |= {} if subject.emulated else _toolkit(device)
-    facts |= {INTERPRET: os.environ[INTERPRET]} if interpreted(subject) else {}
+    if interpreted(subject):
+        facts[INTERPRET] = os.environ[INTERPRET]
     facts |= package_versions([*_PACKAGES, *_VENDORS, *_distributions(subject.target)])
     digests = {f"sha256 of {name}": package_sha256(name) for name in _VENDORS}
     return facts | {name: digest for name, digest in digests.items() if digest}
@@ -171,13 +174,11 @@ def is_emulated(subject: Subject) -> bool:
 
 def interpreted(subject: Subject) -> bool:
     """Whether the backend's kernels run through Triton's interpreter."""
-    asked = os.environ.get(INTERPRET, "").lower() in ("1", "true", "on", "yes")
-    if not (asked and subject.on_host):
+    if os.environ.get(INTERPRET, "").lower() not in YES or not subject.on_host:
         return False
-    module = subject.target.partition(":")[0]
-    return module == "portakv.backends.triton" or "interpret" in " ".join(
-        decision.reason for decision in subject.trace if decision.name == subject.name
-    )
+    said = [decision.reason for decision in subject.trace if decision.name == subject.name]
+    ours = subject.target.partition(":")[0] == "portakv.backends.triton"
+    return ours or "interpret" in " ".join(said)
 
 
 def device_name(device: torch.device, simulated: bool) -> str:
@@ -188,9 +189,8 @@ def device_name(device: torch.device, simulated: bool) -> str:
         return str(getattr(torch.get_device_module(device), "EMULATED_AS", simulation))
     if device.type == "cpu":
         return _processor()
-    ask = getattr(torch.get_device_module(device), "get_device_name", None)
-    name = str(ask(device)) if ask else ""
-    return name or _architecture(device) or device.type
+    ask = getattr(torch.get_device_module(device), "get_device_name", lambda device: "")
+    return str(ask(device)) or _architecture(device) or device.type
 
 
 def _architecture(device: torch.device) -> str:
@@ -219,10 +219,9 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             module = sys.modules.get(name.replace("-", "_"))
-            version = getattr(module, "__version__", None)
-            if version and not getattr(module, "EMULATED", False):
-                found[name] = str(version)
-    return found
+            emulated = getattr(module, "EMULATED", False)
+            found[name] = "" if emulated else str(getattr(module, "__version__", ""))
+    return {name: version for name, version in found.items() if version}
 
 
 def package_sha256(name: str) -> str:

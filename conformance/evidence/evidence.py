@@ -115,20 +115,19 @@ def _emulation(record: RunRecord) -> dict[str, str]:
 def _of_job(file: Path, values: Any) -> Rung:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object.")
-    odd = [name for name, kind in _WANTED.items() if type(values.get(name)) is not kind]
-    if odd:
+    if odd := [name for name, kind in _WANTED.items() if type(values.get(name)) is not kind]:
         raise ValueError(
             f"{file} is neither a report of the suite nor a record of a job: {', '.join(odd)} "
             f"missing or of another type; see portakv_conformance.evidence.evidence."
         )
-    if wrong := lacking(JOBS.get(values["what"], "") if values["right"] else "", values):
-        raise ValueError(f"{file}: {values['what']!r} is not borne out. {' '.join(wrong)}")
-    if values["what"] not in JOBS:
-        raise ValueError(f"{file} says {values['what']!r}; expected one of {', '.join(JOBS)}.")
-    told = ", ".join(str(part) for part in (values["what"], values.get("told")) if part)
+    what, right = values["what"], values["right"]
+    if wrong := lacking(JOBS.get(what, "") if right else "", values):
+        raise ValueError(f"{file}: {what!r} is not borne out. {' '.join(wrong)}")
+    if what not in JOBS:
+        raise ValueError(f"{file} says {what!r}; expected one of {', '.join(JOBS)}.")
+    told = ", ".join(str(part) for part in (what, values.get("told")) if part)
     return Rung(
-        evidence="", rung=JOBS[values["what"]] if values["right"] else "",
-        told=told if values["right"] else f"failed: {told}",
+        evidence="", rung=JOBS[what] if right else "", told=told if right else f"failed: {told}",
         backend=values["name"], target=values["backend"], source_sha256=values["source_sha256"],
         device=str(values.get("device", "")),
         emulated=True,  # nothing of this ran on the device that it is about
@@ -219,17 +218,16 @@ def name_of(target: str) -> str:
 
 def _shown(job: argparse.Namespace, printed: str) -> dict[str, Any]:
     """What the kinds have to show, of the job and of what it printed."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"targets": job.targets}
     if JOBS[job.what] == "R1":
         found["signatures"] = signatures_of(job.emulated_by)
-    if job.targets:
-        found["targets"] = list(job.targets)
     if job.kernels:
         found["kernels"] = kernels_in(printed, job.kernels)
     if job.tells and (told := re.search(job.tells, printed)):
         found["told"] = " ".join(told[0].split())
-    line = re.search(job.compiler, printed, re.MULTILINE) if job.compiler else None
-    return found | ({"compiler": line[0].strip()} if line else {})
+    if job.compiler and (line := re.search(job.compiler, printed, re.MULTILINE)):
+        found["compiler"] = line[0].strip()
+    return {name: value for name, value in found.items() if value or name == "kernels"}
 
 
 def _parser() -> argparse.ArgumentParser:

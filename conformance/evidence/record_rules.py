@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
@@ -39,17 +39,17 @@ def lacking(rung: str, record: _Record) -> list[str]:
     told = str(record.get("told") or "")
     if told not in " ".join(" ".join(_printed(record)).split()):
         found.append(f"{told!r} was not printed.")
-    name, keys = _ROWS.get(rung, ("", ()))
+    name, keys, *checks = _KINDS.get(rung, ("", ()))
     rows = record.get(name) if name else []
-    if not isinstance(rows, list) or not rows:
-        found += [f"It holds no {name}."] if name else []
+    if name and not (isinstance(rows, list) and rows):
+        found.append(f"It holds no {name}.")
         rows = []
     for row in rows:
         if not isinstance(row, dict) or not all(_text(row.get(key)) for key in keys):
             found.append(f"Each of its {name} needs {', '.join(keys)}; found {str(row)[:80]}.")
             rows = []
             break
-    for check in _CHECKS.get(rung, ()):
+    for check in checks:
         found += check(record, rows)
     return found
 
@@ -116,15 +116,13 @@ def _printed(record: _Record) -> list[str]:
     return list(map(str, printed)) if isinstance(printed, list) else []
 
 
-# The list of objects that a rung's record has, and the texts that each of them needs.
-_ROWS: Mapping[str, tuple[str, Sequence[str]]] = {
-    "R1": ("signatures", ("op", "signature", "source")),
-    "R2": ("schemas", ("op", "pinned", "found")), "R4": ("kernels", ("kernel", "target")),
-}  # fmt: skip
-_CHECKS: Mapping[str, Sequence[Callable[[_Record, _Rows], Iterator[str]]]] = {
-    "R1": (_signatures,), "R2": (_schemas,), "R4": (_targets, _kernels),
-    "R5": (_targets, _compiler),
-}  # fmt: skip
+# The list of objects that a rung's record has, the texts that each of them needs, and checks.
+_KINDS: Mapping[str, tuple[Any, ...]] = {
+    "R1": ("signatures", ("op", "signature", "source"), _signatures),
+    "R2": ("schemas", ("op", "pinned", "found"), _schemas),
+    "R4": ("kernels", ("kernel", "target"), _targets, _kernels),
+    "R5": ("", (), _targets, _compiler),
+}
 
 
 def signatures_of(modules: Iterable[str]) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from typing import Any
 from portakv.backends.base import Capabilities
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
 from portakv_conformance.evidence import verdict
-from portakv_conformance.evidence.environment import INTERPRET, assumed
+from portakv_conformance.evidence.environment import INTERPRET, YES, assumed
 from portakv_conformance.evidence.source import SHA256
 from portakv_conformance.judge.subject import SIMULATED
 from portakv_conformance.judge.waivers import problems as waiver_problems
@@ -35,7 +35,6 @@ _FACTS = ("torch", "python", "os", "device", "device_name", "driver", "emulated"
 # All that can be claimed of a field that is not yes or no.
 _WHOLE = {"max_loops": None, "alignment": 1, "index_dtypes": ["int32", "int64"]}
 _IDLE = 0.1  # of the cases that passed: a few judge what is said, and copy nothing
-_YES = ("1", "true", "on", "yes")
 _CLOCKS = timedelta(days=1)  # by which another machine's clock may be ahead
 
 
@@ -207,23 +206,20 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     listed = listing(record.profile, device)
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
-    told, real = " ".join(record.missing), not record.environment.get("emulated")
-    gone = set(listed) - ids
-    lone = {id for id in gone if real and listed[id].get("optional")}
-    if lone and verdict.LEFT_OUT not in record.environment and record.verdict == "conformant":
-        yield f"It does not say that {len(lone)} cases on two devices were left out."
-    absent = sorted(gone - lone)
-    unexplained = [id for id in absent if f"{id}:" not in told]
-    if unexplained and record.verdict == "conformant":
-        count = f"{len(unexplained)} cases of the installed suite are not in it"
-        yield f"{count}, the first of them {unexplained[0]!r}."
+    if record.verdict == "conformant":
+        real, gone = not record.environment.get("emulated"), sorted(set(listed) - ids)
+        lone = [id for id in gone if real and listed[id].get("optional")]
+        if lone and verdict.LEFT_OUT not in record.environment:
+            yield f"It does not say that {len(lone)} cases on two devices were left out."
+        if absent := [id for id in gone if id not in lone]:
+            count = f"{len(absent)} cases of the installed suite are not in it"
+            yield f"{count}, the first of them {absent[0]!r}."
     if not record.missing and record.case_list_sha256 != verdict.case_list_sha256(ids):
         yield "Its case-list hash is not that of its cases."
     for case in record.cases:
-        known = listed.get(case.id)
+        known = listed.get(case.id, {})
         claimed = {name: getattr(case, name) for name in ("area", "profile", "claim", "tags")}
-        known = known and {name: known[name] for name in claimed}
-        if known is not None and claimed != known:
+        if known and claimed != (known := {name: known[name] for name in claimed}):
             yield f"Case {case.id!r} is described as {claimed}, but the suite says {known}."
 
 
@@ -264,9 +260,10 @@ def _command(record: RunRecord) -> Iterator[str]:
     offered = ":" in asked and asked.rpartition(":")[2] == target.rpartition(":")[2]
     if asked not in (name, target) and not offered:
         yield f"Its command does not judge {name!r} ({target}): {record.command}"
-    interpreted = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
-    inside = str(record.environment.get(INTERPRET, "")).lower() in _YES
-    ours = target.startswith("portakv.backends.triton:") and device == "cpu"
-    meant = ours and any(value.lower() in _YES for value in interpreted)
-    if (inside or meant) and record.environment.get("emulated") is not True:
+    said = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
+    if not (target.startswith("portakv.backends.triton:") and device == "cpu"):
+        said = []
+    said.append(str(record.environment.get(INTERPRET, "")))
+    interpreted = any(value.lower() in YES for value in said)
+    if interpreted and record.environment.get("emulated") is not True:
         yield f"An interpreter ran its kernels ({INTERPRET}), but it says that nothing is emulated."
