@@ -15,15 +15,8 @@ from typing import Any
 from portakv.errors import LayoutError
 from portakv.layout.language import Factor, Group, Layout
 
-#: How a caller declares the extent of an axis.
-DECLARED_AS = {
-    "kv": "kv",
-    "layer": "layers",
-    "head": "heads",
-    "token": "block_size",
-    "dim": "dim",
-    "page": "dim",
-}
+#: How a caller declares the extent of an axis; those of other axes by their names.
+DECLARED_AS = {"layer": "layers", "head": "heads", "token": "block_size", "page": "dim"}
 
 Values = list[dict[str, int]]  # for each kv, the extent of each axis
 Sized = tuple[Group, Sequence[int]]  # a group and, for each kv, its size
@@ -51,7 +44,7 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
     given = dict(extents)
     shared: dict[str, int] = {}  # by all kv
     for axis in ("kv", "layer", "head"):
-        name, written = DECLARED_AS[axis], axis in layout.axes
+        name, written = DECLARED_AS.get(axis, axis), axis in layout.axes
         extent = given.pop(name, (2 if axis == "kv" else None) if written else 1)
         if not written and extent != 1:
             raise LayoutError(
@@ -119,7 +112,7 @@ def solve(layout: Layout, values: Values, sized: Sequence[Sized]) -> None:
             group, sizes = stuck[0]
             unknown = [f.axis for f in group.factors if factor_extent(f, values[0]) is None]
             # What grows is never declared: it is what remains.
-            names = dict.fromkeys(DECLARED_AS[axis] for axis in unknown if axis != grows)
+            names = dict.fromkeys(DECLARED_AS.get(axis, axis) for axis in unknown if axis != grows)
             raise LayoutError(
                 f"The dimension {group} of {layout.text!r} has {sizes[0]} entries, which "
                 f"{' and '.join(unknown)} share; all but one of them must be declared: declare "

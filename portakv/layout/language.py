@@ -77,8 +77,7 @@ class Layout:
 
     @property
     def open_end(self) -> bool:
-        """True if the last group may cover several trailing dimensions: it is ``page`` or stands
-        in parentheses."""
+        """True if the last group, ``page`` or in parentheses, may cover several dimensions."""
         last = self.dims[-1]
         return last.merged or last.factors == (Factor("page"),)
 
@@ -154,8 +153,7 @@ def fail(text: str, at: int, why: str) -> NoReturn:
 
 
 def _check(text: str, places: list[tuple[Factor, int]]) -> None:
-    """Each axis occurs once: whole, or as one quotient and one remainder by the same number; and
-    all of them go together."""
+    """Each axis occurs once, whole or as quotient and remainder by one number; all go together."""
     seen: dict[str, list[tuple[Factor, int]]] = {}
     for factor, at in places:
         earlier = seen.setdefault(factor.axis, [])

@@ -50,8 +50,7 @@ class Preset:
 
 
 def memory_order(text: str) -> str:
-    """The groups of a layout or preset in the order in which they lie in memory; of a string,
-    which says nothing of it, the string."""
+    """The groups of a preset in the order in which they lie in memory; a layout string as it is."""
     preset = _named(text)
     return (preset.memory or preset.layout) if preset else text
 
@@ -87,6 +86,8 @@ def resolve(text: str) -> tuple[str, dict[str, Extent]]:
     )
 
 
+_PACKED = "Packed content as one plane, {}; key and value widths may differ inside it."
+
 # LMCache's formats in the order of their numbers. NB blocks, NL layers, BS block size, NH heads,
 # HS head size, CS content, `_X_` a list level.
 _LMCACHE: tuple[tuple[str, str, str], ...] = (
@@ -102,10 +103,8 @@ _LMCACHE: tuple[tuple[str, str, str], ...] = (
     ("TWO_X_NL_X_NB_BS_NH_HS", "kv layer | block token head dim", "SGLang, LMCache's daemon."),
     ("NL_X_NB_NH_BS_TWO_HS", "layer | block head token (kv dim)", "vLLM fused K/V, HND."),
     ("NL_X_NB_BS_NH_TWO_HS", "layer | block token head (kv dim)", "vLLM fused K/V, NHD."),
-    ("NL_X_NB_NH_BS_CS", "layer | block head token dim",
-     "Packed content as one plane, HND; key and value widths may differ inside it."),
-    ("NL_X_NB_BS_NH_CS", "layer | block token head dim",
-     "Packed content as one plane, NHD; key and value widths may differ inside it."),
+    ("NL_X_NB_NH_BS_CS", "layer | block head token dim", _PACKED.format("HND")),
+    ("NL_X_NB_BS_NH_CS", "layer | block token head dim", _PACKED.format("NHD")),
     ("NL_X_NB_BSV_BSS", "layer | block page",
      "DSA indexer: a block's values, then its scales. Whole blocks only."),
     ("NL_X_TWO_NB_NH_ONE_BS_HS", "layer | kv block head 1 token dim", "vLLM-RBLN."),

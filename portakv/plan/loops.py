@@ -98,8 +98,7 @@ class Side:
         entries = places = None
         rest = numbers
         for step in reversed(self.units):
-            digit = rest % step.extent if step.extent else rest
-            rest = rest // step.extent if step.extent else rest
+            rest, digit = (rest // step.extent, rest % step.extent) if step.extent else (rest, rest)
             if step.table:
                 entries = digit * step.table + (0 if entries is None else entries)
             if step.stride:
@@ -187,7 +186,6 @@ def close(nest: Nest) -> Nest:
         else:
             loops.append(loop)
     numbers = [nest.vector, run, nest.src.offset, nest.dst.offset]
-    for loop in loops:
-        numbers += (loop.src_stride, loop.dst_stride)
+    numbers += [stride for loop in loops for stride in (loop.src_stride, loop.dst_stride)]
     numbers += [step.stride for step in nest.src.units + nest.dst.units]
     return replace(nest, loops=tuple(loops), run=run, vector=widest_vector(numbers))

@@ -82,7 +82,6 @@ class CopyPlan:
     Attributes:
         unit: tokens moved for each index read; counts are multiples of it.
         nests: one `Nest`, or one for each kv.
-        vector: the least vector of the nests, in bytes.
 
     Raises:
         LayoutError: extents, widths or number types that differ between the forms.
@@ -132,9 +131,8 @@ class CopyPlan:
     @cached_property
     def tabled(self) -> bool:
         """True if a side needs its address table."""
-        nests = self.nests
-        sided = any(nest.src.tabled or nest.dst.tabled for nest in nests)
-        return sided or any(loop.tabled for nest in nests for loop in nest.loops)
+        sided = any(nest.src.tabled or nest.dst.tabled for nest in self.nests)
+        return sided or any(loop.tabled for nest in self.nests for loop in nest.loops)
 
     def aligned(self, side: str) -> bool:
         """True if positions of a side must start at multiples of ``unit``.
@@ -251,7 +249,7 @@ def check_disjoint(move: Move) -> None:
     order = np.argsort(runs.dst)
     first, past = runs.dst[order], (runs.dst + runs.nbytes)[order]
     at = np.searchsorted(first, runs.src + runs.nbytes) - 1
-    if ((at >= 0) & (past[np.maximum(at, 0)] > runs.src)).any():
+    if ((at >= 0) & (past[at] > runs.src)).any():
         raise SlotError(
             "A row is both source and destination of a copy inside one allocation; exchange rows "
             "through a buffer."

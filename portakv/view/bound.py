@@ -63,10 +63,8 @@ class BoundLayout:
             or tensors.is_nested
             or tensors.is_conj()
             or tensors.is_neg()
+            or not (address := _address(tensors))
         ):
-            return self._read_all(tensors)
-        address = _address(tensors)
-        if not address:
             return self._read_all(tensors)
         # The storage offset tells whether the storage's base is as aligned as the address.
         key = (
@@ -161,12 +159,9 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
         rows = [list(x.values()) if isinstance(x, Mapping) else x for x in level]
         for row in rows:
             if not isinstance(row, (list, tuple)):
-                raise _not_read(
-                    row,
-                    f"{layout.text!r} names {len(layout.containers)} container level(s) left of "
-                    f"`|`, but a {type(row).__name__} was found where a list, tuple or dict was "
-                    f"expected; write its axis right of `|` if it is a dimension of the tensor.",
-                )
+                asked = f"names {len(layout.containers)} container level(s) left of `|`"
+                wanted = " where a list, tuple or dict was expected; write its axis right of `|` if"
+                raise _not_read(layout, asked, row, f"{wanted} it is a dimension of the tensor.")
         first, *others = dict.fromkeys(map(len, rows))
         if not first:
             raise LayoutError(
@@ -181,21 +176,19 @@ def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[
         level = [item for row in rows for item in row]
     for tensor in level:
         if not isinstance(tensor, torch.Tensor):
-            raise _not_read(
-                tensor,
-                f"{layout.text!r} expects tensors inside {len(sizes)} container level(s), but a "
-                f"{type(tensor).__name__} was found; add a container axis left of `|`.",
-            )
+            asked = f"expects tensors inside {len(sizes)} container level(s)"
+            raise _not_read(layout, asked, tensor, "; add a container axis left of `|`.")
     return level, sizes
 
 
-def _not_read(found: object, why: str) -> LayoutError:
+def _not_read(layout: Layout, asked: str, found: object, expected: str) -> LayoutError:
     if isinstance(found, np.ndarray):
-        why = (
+        return LayoutError(
             f"A numpy array of shape {found.shape} was found where tensors are read; hand over "
             f"torch.from_numpy(array), which shares its memory."
         )
-    return LayoutError(why)
+    kind = type(found).__name__
+    return LayoutError(f"{layout.text!r} {asked}, but a {kind} was found{expected}")
 
 
 def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
@@ -332,13 +325,9 @@ def reach(size: Sequence[int], stride: Sequence[int]) -> int:
 
 
 def _spans(tensors: Sequence[torch.Tensor]) -> Spans:
-    found = {
-        (t.data_ptr(), t.data_ptr() + reach(t.shape, t.stride()) * t.element_size())
-        for t in tensors
-        if t.numel()
-    }
+    found = {(t.data_ptr(), reach(t.shape, t.stride()) * t.element_size()) for t in tensors}
     merged: Spans = []
-    for first, past in sorted(found):
+    for first, past in sorted((at, at + nbytes) for at, nbytes in found if nbytes):
         if merged and first < merged[-1][1]:
             first, end = merged.pop()
             past = max(past, end)

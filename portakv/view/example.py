@@ -75,8 +75,7 @@ def _nested(
 
 
 def _ordered(made: Any, memory: Layout, layout: Layout) -> Any:
-    """Tensors of a memory order, read in the order of a layout, which may name one more container:
-    a list of views."""
+    """Tensors of a memory order, read by a layout; one more container there is a list of views."""
     if not isinstance(made, torch.Tensor):
         return [_ordered(one, memory, layout) for one in made]
     groups = [*layout.containers[len(memory.containers) :], *layout.dims]

@@ -80,8 +80,7 @@ class Part:
         )
 
     def entries(self, count: int) -> list[int]:
-        """The table entries behind ``table`` that its rows lie behind; its unbounded axis has
-        ``count`` positions."""
+        """The entries from ``table`` on that it reaches; its unbounded axis has ``count`` steps."""
         walks = []
         for steps in map(self.axis, PART_AXES):
             for step in steps:

@@ -98,8 +98,7 @@ class Index:
 
     @classmethod
     def of(cls, index: Ids | None, step: int = 1) -> Index:
-        """An index as it is; a tensor, array or list as ids of ``step`` tokens for one call; None
-        as consecutive."""
+        """An index as it is; None as consecutive slots; ids of ``step`` tokens, for one call."""
         if isinstance(index, Index):
             return index
         made = cls(index, step)
@@ -129,8 +128,7 @@ class Index:
         return self._derived(self.ids, self.offset + tokens) if tokens else self
 
     def part(self, first: int, count: int) -> Index:
-        """``count`` positions from ``first`` on, without the other ids; shares the copies that
-        there are."""
+        """``count`` positions from ``first`` on, without the other ids; shares their copies."""
         if self.ids is None:
             return self.shifted(first)
         q = self.offset + first
@@ -193,13 +191,11 @@ class Index:
         ids = self.ids
         if ids is None:
             return self
-        if ids.device == home and ids.dtype in dtypes and ids.is_contiguous():
-            self._served, self._placed = (home, dtypes), None
-            return self
-        placed = self._derived(self.ids_on(home, dtypes), self.offset)
-        if self.on_host:
+        right = ids.device == home and ids.dtype in dtypes and ids.is_contiguous()
+        placed = None if right else self._derived(self.ids_on(home, dtypes), self.offset)
+        if right or self.on_host:
             self._served, self._placed = (home, dtypes), placed
-        return placed
+        return placed or self
 
     def to_host(self) -> Index:
         """This index with its ids on the host; waits for the device if they are there."""
@@ -234,8 +230,7 @@ class Index:
         return wide[at // per_id] * per_id + at % per_id
 
     def slots(self, count: int, every: int = 1) -> npt.NDArray[np.int64]:
-        """The slot of each of ``count`` positions, or of ``every`` so many-th one, on the host;
-        negative if skipped."""
+        """Slots of ``count`` positions, or each ``every``-th, on the host; negative if skipped."""
         at = np.arange(self.offset, self.offset + count, every, dtype=np.int64)
         if self.ids is None:
             return at
@@ -273,8 +268,7 @@ class Index:
         known = self._store.checked.get(key)
         if known is not None:
             return known
-        last = self.offset + count
-        used = self.host_ids()[self.offset // self.step : -(-last // self.step)]
+        used = self.host_ids()[self.offset // self.step : -(-(self.offset + count) // self.step)]
         skips = False
         if used.size:
             # Read as unsigned a negative id is huge, so one pass shows whether all are in range.

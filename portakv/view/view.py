@@ -138,9 +138,8 @@ class KVView:
         """True if the two views' tensors share memory."""
         if self.device != other.device:
             return False
-        few, many = self.spans, other.spans
-        if len(few) > len(many):
-            few, many = many, few
+        mine, theirs = self.spans, other.spans
+        few, many = (mine, theirs) if len(mine) < len(theirs) else (theirs, mine)
         for first, past in few:
             at = bisect_left(many, (past,))
             if at and many[at - 1][1] > first:
@@ -166,10 +165,8 @@ class KVView:
         self, entry: int, offset: int, dtype: torch.dtype, size: Sequence[int],
         stride: Sequence[int],
     ) -> torch.Tensor:  # fmt: skip
-        """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address.
-
-        ``size`` and ``stride`` count elements of ``dtype``. Copies nothing.
-        """
+        """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address;
+        ``size`` and ``stride`` count elements of ``dtype``. Copies nothing."""
         storage = self.owners[entry].untyped_storage()
         start = self.origins[entry] + offset - storage.data_ptr()
         if start < 0 or start + reach(size, stride) * dtype.itemsize > storage.nbytes():
