@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from portakv.engines.calibration import DELAYED, IDLE, Grid, Timed, Timer, calib
 from portakv.engines.choose import Host, HostLaunch
 from portakv.engines.costs import DIRECTIONS
 from portakv.engines.descriptors import Descriptors
+from portakv.engines.engine import Engine
 from portakv.engines.staged import Staged
 from portakv.registry.registry import BUILT_IN
 from portakv_conformance import simdev
@@ -50,37 +53,30 @@ def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
     monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | targets)
 
 
-class Failing(Descriptors):
-    """Fails with many runs."""
+def altered(engine: type[Engine], launched: Callable[..., Any]) -> type[Engine]:
+    """An engine whose launches are given to a function, with their arguments."""
 
-    def prepare(self, plan: CopyPlan) -> Any:
-        launch = super().prepare(plan)
+    def prepare(self: Engine, plan: CopyPlan) -> Any:
+        return partial(launched, engine.prepare(self, plan))
 
-        def launched(*arguments: Any) -> Any:
-            if arguments[4] > 16:
-                raise RuntimeError("the driver said no")
-            return launch(*arguments)
-
-        return launched
+    return type("Altered", (engine,), {"prepare": prepare})
 
 
-class Late(Staged):
-    """Works behind the caller's back, and ends when it is waited for."""
+def fail(launch: Any, *arguments: Any) -> Any:
+    """With many runs."""
+    if arguments[4] > 16:
+        raise RuntimeError("the driver said no")
+    return launch(*arguments)
 
-    waited = 0
 
-    def prepare(self, plan: CopyPlan) -> Any:
-        launch = super().prepare(plan)
+def be_late(launch: Any, *arguments: Any) -> Any:
+    """Behind the caller's back, until it is waited for."""
+    launch(*arguments)
+    return SimpleNamespace(done=lambda: False, wait=waited)
 
-        def wait() -> None:
-            Late.waited += 1
-            torch.accelerator.synchronize(DEVICE)
 
-        def launched(*arguments: Any) -> Any:
-            launch(*arguments)
-            return SimpleNamespace(done=lambda: False, wait=wait)
-
-        return launched
+waited = Mock(side_effect=lambda: torch.accelerator.synchronize(DEVICE))
+Failing, Late = altered(Descriptors, fail), altered(Staged, be_late)
 
 
 def runs_of(points: Any) -> list[tuple[int, int]]:
@@ -205,9 +201,9 @@ def test_an_engine_that_is_wrong_or_fails_is_left_out_with_all_its_points(
 def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = f"{FAKES}:Absent"
     replaced(monkeypatch, staged=f"{HERE}:Late", descriptors=absent, ring=absent)
-    Late.waited = 0
+    waited.reset_mock()
     calibrate(DEVICE, 60, ONE_POINT)
-    assert Late.waited == 2 * (1 + 2 + 3)  # each direction: proved, called, timed
+    assert waited.call_count == 2 * (1 + 2 + 3)  # each direction: proved, called, timed
 
 
 def test_the_grid_leaves_room_between_blocks() -> None:

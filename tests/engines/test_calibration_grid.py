@@ -39,18 +39,6 @@ def test_the_grid_of_a_size() -> None:
     assert grid.largest(False) == max(16 * (4096 + 256), 100 * (256 + 256))
 
 
-def test_the_usual_grid_spans_what_transfers_are() -> None:
-    assert GRID.run_bytes[0] == 256
-    assert GRID.run_bytes[-1] == 2 << 20
-    assert all(size % 16 == 0 for size in GRID.run_bytes)
-    assert max(GRID.payloads) == 256 << 20
-    for size in GRID.run_bytes:
-        counts = GRID.runs(size)
-        assert max(counts) <= GRID.most_runs
-        assert len(counts) >= 3
-        assert counts[-1] * size >= 16 << 20
-
-
 def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None:
     """With a factor of 1.8 for what is not in them, as kernels that compile."""
     points = (

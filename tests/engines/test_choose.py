@@ -77,10 +77,6 @@ def launched() -> list[str]:
     return [name for name, _ in Fake.launched]
 
 
-def test_it_can_do_what_its_engines_can() -> None:
-    assert host().capabilities() == Capabilities(places=PINNED | PAGEABLE, index_on="any")
-
-
 def test_an_engine_that_does_not_serve_the_device_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
     with engines(monkeypatch, direct="Absent", ring="Absent", descriptors="no.such.module:At"):
         asked = host()
@@ -96,13 +92,17 @@ def test_an_engine_that_does_not_serve_the_device_is_out(monkeypatch: pytest.Mon
             asked.prepare(plan_of(view("device"), view("pageable")))
 
 
-def test_who_takes_a_plan() -> None:
+def test_it_can_do_what_its_engines_can() -> None:
     asked = host()
-    assert asked.check(plan_of(view("device"), view("pinned"))).reason.endswith(
-        "by staged or descriptors or direct"
-    )
-    assert asked.check(plan_of(view("pageable"), view("device"))).reason.endswith("by ring")
-    assert not asked.check(plan_of(view("pageable"), view("pinned"))).accepted
+    assert asked.capabilities() == Capabilities(places=PINNED | PAGEABLE, index_on="any")
+    for src, dst, told in (
+        ("device", "pinned", "takes the plan, by staged or descriptors or direct"),
+        ("pageable", "device", "takes the plan, by ring"),
+        ("pageable", "pinned", "no engine takes it"),
+    ):
+        decision = asked.check(plan_of(view(src), view(dst)))
+        assert decision.reason.startswith(told)
+        assert decision.accepted == (src == "device" or dst == "device")
 
 
 def test_engines_are_prepared_when_they_are_needed() -> None:

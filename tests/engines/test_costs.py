@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -200,14 +199,6 @@ def test_a_file_of_another_device_under_this_ones_name_is_ignored() -> None:
     assert not found.measured
     assert "was measured on" in found.origin
     assert "another model" in found.origin
-
-
-@pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="root reads everything")
-def test_a_file_that_cannot_be_read_is_ignored() -> None:
-    path = store(made())
-    path.chmod(0)
-    costs.forget()
-    assert "cannot be read" in costs_of(CPU).origin
 
 
 def test_a_folder_in_its_place_is_ignored() -> None:

@@ -4,7 +4,7 @@ was replaced, and what of dense rows crosses. All its bytes are judged in `test_
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -56,15 +56,6 @@ def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], in
     moved(slot, rows, Index(), index, 7)
     copy_rows(slot, judged, Index(), index, count=7)
     assert torch.equal(memory, twin)
-
-
-@pytest.fixture(params=[1, 4])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """How many torch may use."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -146,7 +137,6 @@ ROWS: dict[str, Callable[[], Rows]] = {
 
 
 @OUTWARD
-@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("name", ROWS)
 def test_as_which_calls_of_torch_rows_are_copied(
     name: str, outward: bool, made: list[tuple[int, bool]]
