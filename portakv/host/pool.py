@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pool of pinned blocks of one size, for any number of threads of one process."""
+"""Pools of pinned blocks of one size: what any pool does, and the one for a process's threads."""
 
 from __future__ import annotations
 
@@ -10,48 +10,40 @@ import threading
 import time
 import traceback
 import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Sized
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol
+from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, pinned
-from portakv.host._pages import LARGEST
-from portakv.host.pinned import PinnedMemory
+from portakv.runtime.devices import this_process
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
 _ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when asked
-_CENTURY = 3e9  # seconds, as long as the system can wait
 _GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
-
-
-class Pool(Protocol):
-    """What a block is given back to."""
-
-    def release(self, block: Block, after: Any = None) -> None: ...
+_Pool = TypeVar("_Pool", bound="Pool")
 
 
 class Block:
     """A block that a caller acquired. A context manager that releases it.
 
     Attributes:
-        pool: the pool that it came from.
-        index: which one of its pool.
-        nbytes: how many it has.
+        pool, index: the pool that it came from, and which one of it; nbytes: how many it has.
         generation: counts how often blocks were handed out, by all processes in a shared pool.
     """
 
     __slots__ = ("__weakref__", "_tensor", "generation", "index", "nbytes", "pool")
 
     def __init__(self, pool: Pool, index: int, tensor: torch.Tensor, generation: int) -> None:
-        self.pool, self._tensor = pool, tensor
-        self.index, self.nbytes, self.generation = index, tensor.numel(), generation
+        self.pool, self.index, self.generation = pool, index, generation
+        self.nbytes, self._tensor = tensor.numel(), tensor
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -59,7 +51,7 @@ class Block:
         if self._tensor is None:
             raise HostMemoryError(
                 f"Block {self.index} was asked for its bytes after it had been released, and "
-                f"somebody else may have them; release it once nobody reads or writes it."
+                f"another caller may have them; release it after its last read or write."
             )
         return self._tensor
 
@@ -91,23 +83,14 @@ class Block:
 
 @dataclass(frozen=True)
 class Leak:
-    """A block that is out.
-
-    Attributes:
-        index: which one.
-        owner: the name that was given to `acquire`.
-        thread: the name of the thread that acquired it.
-        seconds: for how long it has been out.
-        dropped: the `Block` was garbage collected, so that it cannot be released any more.
-        stack: where it was acquired, in a pool made with ``stacks=True``.
-    """
+    """A block that is out."""
 
     index: int
-    owner: str
-    thread: str
-    seconds: float
-    dropped: bool
-    stack: str
+    owner: str  # the name that was given to `acquire`
+    thread: str  # the name of the thread that acquired it
+    seconds: float  # for how long it has been out
+    dropped: bool  # the `Block` was garbage collected, so that it cannot be released any more
+    stack: str  # where it was acquired, in a pool made with ``stacks=True``
 
     def __str__(self) -> str:
         how = ", dropped without release" if self.dropped else ""
@@ -116,7 +99,142 @@ class Leak:
         return f"block {self.index}: {who}, for {self.seconds:.1f} s{how}{where}"
 
 
-class PinnedPool:
+class Pool:
+    """What callers do with any pool; a kind of pool adds what the annotations name."""
+
+    block_bytes: int
+    blocks: int  # how many it has
+    limit: int  # how many it may have
+    _stride: int  # bytes from one to the next
+    release: Callable[..., None]
+    _find: Callable[[], Sized]  # the blocks that are free
+    _take: Callable[[int, str, bool], list[Block] | HostMemoryError | None]  # why it cannot grow
+    _out_to: Callable[[], Sequence[object]]  # a line for each that has blocks
+    _end: Callable[[], Sequence[object]]  # of the memory; a line for each block that was out
+
+    def __init__(self, name: str, in_child: str) -> None:
+        """How sentences name the pool, and what a forked child is to do without it."""
+        self._name, self._in_child = name, in_child
+        self._process, self._pid, self._closed = this_process(), os.getpid(), False
+        self._changed = threading.Condition()
+        self._held: WeakValueDictionary[int, Block] = WeakValueDictionary()
+        self._pause = 0.002  # seconds between two looks at what nothing here tells of
+
+    @property
+    def free(self) -> int:
+        """How many can be acquired at once, without growing."""
+        self._refuse()
+        with self._changed:
+            return len(self._find())
+
+    def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
+                ) -> Block:  # fmt: skip
+        """A block; what it holds is whatever it held.
+
+        Args:
+            owner: what it is for, shown by `leaks`; other processes see 40 bytes of it.
+            wait: wait for one if none is free; otherwise that is an error at once.
+            timeout: seconds to wait at most; None: without end.
+
+        Raises:
+            PoolExhausted: none is free, or was in time, and the pool has its limit or no memory to
+                grow, which its cause says then; names the owners of the blocks.
+            HostMemoryError: the pool is closed, or this process was forked from its maker.
+        """
+        return self.acquire_many(1, owner, wait=wait, timeout=timeout)[0]
+
+    def acquire_many(
+        self, count: int, owner: str = "", *, wait: bool = False, timeout: float | None = None
+    ) -> list[Block]:
+        """Several blocks, all or none, so that two callers cannot each wait for the other's half.
+
+        Arguments and errors as `acquire`; `HostMemoryError` also for a count that is no whole
+        number, or below 0.
+        """
+        asked, do = f"{count!r} blocks were asked of a pool", "say how many are needed"
+        if _pages.whole(count, 0, asked, do) > self.limit:
+            raise PoolExhausted(
+                f"{self._name} was asked for {count} blocks, and it may have {self.limit}; ask for "
+                f"fewer, or make it with a higher limit."
+            )
+        if timeout is not None and (not isinstance(timeout, Real) or math.isnan(timeout)):
+            raise HostMemoryError(
+                f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, "
+                f"or None to wait without end."
+            )
+        within = "" if timeout is None or not wait else f" within {timeout:g} s"
+        until = time.monotonic() + (math.inf if timeout is None else timeout) if wait else 0.0
+        grow_at, refused = 0.0, None
+        self._refuse()  # before the lock, which a forked child may find taken for ever
+        with self._changed:
+            while True:
+                self._refuse()
+                grow = time.monotonic() >= grow_at
+                found = self._take(count, owner, grow)
+                if isinstance(found, list):
+                    return found
+                now = time.monotonic()
+                if grow:
+                    refused, grow_at = found, now + _GROW_AGAIN
+                if now >= until:
+                    raise self._exhausted(count, within, refused) from refused
+                self._changed.wait(min(until - now, self._pause))
+
+    def close(self) -> None:
+        """Let go of the memory; tensors of blocks that are out still hold theirs.
+
+        Warns of blocks that are out (`ResourceWarning`), and names their owners.
+        """
+        if self._process.forked:
+            return
+        with self._changed:
+            left = [] if self._closed else self._end()
+            self._closed = True
+            self._changed.notify_all()
+        if left:
+            warnings.warn(_listed(f"{self._name} was closed", left), ResourceWarning, stacklevel=2)
+
+    def __enter__(self: _Pool) -> _Pool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _exhausted(self, count: int, within: str, refused: Exception | None) -> PoolExhausted:
+        do = "make the pool larger"
+        if refused is not None:
+            within += f", as it has {self.blocks} and there was no memory for more"
+            do = "free some of the machine's memory"
+        sentence = (
+            f"{self._name} was asked for {count} blocks of {self.block_bytes} bytes, and "
+            f"{self.free} of {self.limit} were free{within}; release some, wait longer, or {do}"
+        )
+        return PoolExhausted(_listed(sentence, self._out_to()))
+
+    def _refuse(self, closed: bool = True) -> None:
+        """Raise `HostMemoryError` in a forked child and, if that matters, in a closed pool."""
+        if self._process.forked:
+            raise HostMemoryError(
+                f"{self._name} that process {self._pid} opened was used in process "
+                f"{os.getpid()}, forked from it, where its memory is not pinned; {self._in_child}."
+            )
+        if closed and self._closed:
+            raise HostMemoryError(f"{self._name} was used after it was closed; open another one.")
+
+    def _check(self, block: Block) -> None:
+        """Raise `HostMemoryError` unless this is a block of this pool that is out."""
+        if not isinstance(block, Block):
+            why = f"a {type(block).__name__}; release a Block that it handed out"
+        elif block.pool is not self:
+            why = f"block {block.index} of another pool; release it to the pool that it came from"
+        elif not block.held:
+            why = f"block {block.index}, released twice and maybe another caller's; do it once"
+        else:
+            return
+        raise HostMemoryError(f"{self._name} was given back {why}: block.release().")
+
+
+class PinnedPool(Pool):
     """Blocks of one size in pinned memory. A context manager; `close` may be called again.
 
     Args:
@@ -136,6 +254,7 @@ class PinnedPool:
     Attributes:
         blocks: how many it has now, free or out.
         high_water: most blocks that were out at once.
+        pinned: False if some of it is pageable after all.
     """
 
     def __init__(
@@ -149,6 +268,7 @@ class PinnedPool:
         stacks: bool = False,
         **options: Any,
     ) -> None:
+        super().__init__("The pool", "make one there, or use a SharedPool in spawned processes")
         self.block_bytes, self._stride = block_bytes, stride(block_bytes, blocks, alignment)
         most, each = (blocks if number is None else number for number in (limit, grow))
         asked = f"A pool of {blocks} blocks was asked to grow by {each!r} up to {most!r}"
@@ -161,82 +281,15 @@ class PinnedPool:
                 f"its own arguments or {', '.join(sorted(known))}, which pinned.allocate takes."
             )
         self._stacks, self._options = stacks, options
-        self._changed = threading.Condition(threading.RLock())
-        self._segments: list[tuple[int, PinnedMemory]] = []  # number of its first block, memory
         self.blocks = self.high_water = self._generation = 0
-        self._free: deque[int] = deque()
-        # Blocks that are out: since when, the owner and its thread, and the stack.
-        self._out: dict[int, tuple[weakref.ref[Block], float, str, str, str]] = {}
+        self.pinned = True
+        self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
+        self._ready: deque[int] = deque()
+        # Blocks that are out: the owner, its thread, since when, and the stack.
+        self._out: dict[int, tuple[str, str, float, str]] = {}
         # Blocks that were released after work that has not ended, and what tells when it has.
         self._in_use: dict[int, Callable[[], bool]] = {}
-        self._process, self._closed = os.getpid(), False
         self._add(blocks)
-
-    @property
-    def free(self) -> int:
-        """How many can be acquired at once, without growing."""
-        with self._changed:
-            self._sweep()
-            return len(self._free)
-
-    @property
-    def pinned(self) -> bool:
-        """False if some of it is pageable after all."""
-        return all(memory.pinned for _, memory in self._segments)
-
-    def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
-                ) -> Block:  # fmt: skip
-        """A block; what it holds is whatever it held.
-
-        Args:
-            owner: what it is for, shown by `leaks`.
-            wait: wait for one if none is free; otherwise that is an error at once.
-            timeout: seconds to wait at most; None: without end.
-
-        Raises:
-            PoolExhausted: none is free, or was in time, and the pool has its limit or no memory to
-                grow, which its cause says then; names the owners of all blocks.
-            HostMemoryError: the pool is closed, or this process was forked from its maker.
-        """
-        return self.acquire_many(1, owner, wait=wait, timeout=timeout)[0]
-
-    def acquire_many(
-        self, count: int, owner: str = "", *, wait: bool = False, timeout: float | None = None
-    ) -> list[Block]:
-        """Several blocks, all or none, so that two callers cannot each wait for the other's half.
-
-        Args and errors: as `acquire`.
-
-        Raises:
-            HostMemoryError: a count that is no whole number, or below 0.
-        """
-        asked, do = f"{count!r} blocks were asked of a pool", "say how many are needed"
-        count = _pages.whole(count, 0, asked, do)
-        if count > self.limit:
-            raise PoolExhausted(
-                f"{count} blocks were asked of a pool that may have {self.limit}; ask for fewer, "
-                f"or make it with a higher limit."
-            )
-        self._refuse_fork()
-        with self._changed:
-            until, grow_at = deadline(timeout), 0.0
-            refused: HostMemoryError | None = None
-            while True:
-                if self._closed:
-                    asked = "A block was asked of a pool that is closed"
-                    raise HostMemoryError(f"{asked}; make another one.")
-                self._sweep()
-                missing = count - len(self._free)
-                if missing <= 0:
-                    return [self._hand_out(owner) for _ in range(count)]
-                now, room = time.monotonic(), self.limit - self.blocks >= missing
-                if room and now >= grow_at:
-                    refused, grow_at = self._grown(missing), time.monotonic() + _GROW_AGAIN
-                    continue
-                if not wait or now >= until:
-                    raise self._exhausted(count, timeout if wait else None, refused) from refused
-                pauses = [_ASK_AGAIN] * bool(self._in_use) + [grow_at - now] * room
-                self._changed.wait(min([until - now, *pauses]))
 
     def release(self, block: Block, after: Any = None) -> None:
         """Give a block back.
@@ -250,12 +303,12 @@ class PinnedPool:
         Raises:
             HostMemoryError: released before, another pool's, no block, or in a forked process.
         """
-        self._refuse_fork()
+        self._refuse(closed=False)
         with self._changed:
-            check_block(self, block, "this pool")
+            self._check(block)
             ask = getattr(after, "query", None) or getattr(after, "done", None)
             if after is None:
-                self._free.append(block.index)
+                self._ready.append(block.index)
             elif ask is not None:
                 self._in_use[block.index] = ask
             else:
@@ -271,52 +324,47 @@ class PinnedPool:
         """Every block that is out and its owner, the oldest first."""
         now = time.monotonic()
         with self._changed:
-            out = sorted(self._out.items(), key=lambda item: item[1][1])
-        return [
-            Leak(index, owner, thread, now - since, block() is None, stack)
-            for index, (block, since, owner, thread, stack) in out
-        ]
+            return [
+                Leak(index, owner, thread, now - since, index not in self._held, stack)
+                for index, (owner, thread, since, stack) in self._out.items()
+            ]
 
-    def close(self) -> None:
-        """Let go of the memory; tensors of blocks that are out still hold theirs.
+    def _take(self, count: int, owner: str, grow: bool) -> list[Block] | HostMemoryError | None:
+        missing = count - len(self._find())
+        if missing > 0:
+            if not grow or missing > self.limit - self.blocks:
+                return None
+            if refused := self._grown(missing):
+                return refused
+        thread, since = threading.current_thread().name, time.monotonic()
+        stack = "".join(traceback.format_stack()[:-2]) if self._stacks else ""
+        blocks = []
+        for _ in range(count):
+            index = self._ready.popleft()
+            first, data = next(one for one in reversed(self._segments) if one[0] <= index)
+            start = (index - first) * self._stride
+            tensor = data[start : start + self.block_bytes]
+            self._generation += 1
+            self._held[index] = block = Block(self, index, tensor, self._generation)
+            self._out[index] = owner, thread, since, stack
+            blocks.append(block)
+        self.high_water = max(self.high_water, self.blocks - len(self._ready))
+        return blocks
 
-        Warns of blocks that are out (`ResourceWarning`), and names their owners.
-        """
-        with self._changed:
-            left = [] if self._closed or self._process != os.getpid() else self.leaks()
-            self._closed = True
-            for _, memory in self._segments:
-                memory.close()
-            self._segments.clear()
-            self._free.clear()
-            self._changed.notify_all()
-        if left:
-            warnings.warn(_listed("A pool was closed", left), ResourceWarning, stacklevel=2)
+    _out_to = leaks
 
-    def __enter__(self) -> PinnedPool:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _refuse_fork(self) -> None:
-        if self._process != os.getpid():
-            raise HostMemoryError(
-                f"A pool that process {self._process} made was used in process {os.getpid()}, "
-                f"forked from it, where its memory is a copy and not pinned; make a pool there, "
-                f"or use a SharedPool in processes that were spawned."
-            )
+    def _end(self) -> list[Leak]:
+        self._segments.clear()
+        self._ready.clear()
+        return self.leaks()
 
     def _add(self, blocks: int) -> None:
-        # Each in one registration: no block crosses a seam.
-        most = max(1, LARGEST // self._stride)
-        for done in range(0, blocks, most):
-            count = min(blocks - done, most)
-            nbytes = (count - 1) * self._stride + self.block_bytes
-            memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
-            self._segments.append((self.blocks, memory))
-            self._free.extend(range(self.blocks, self.blocks + count))
-            self.blocks += count
+        nbytes = (blocks - 1) * self._stride + self.block_bytes
+        memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
+        self.pinned &= memory.pinned
+        self._segments.append((self.blocks, memory.tensor))
+        self._ready.extend(range(self.blocks, self.blocks + blocks))
+        self.blocks += blocks
 
     def _grown(self, missing: int) -> HostMemoryError | None:
         """Grow by `grow` blocks, or else by as many as are missing; or why not even by these."""
@@ -332,45 +380,17 @@ class PinnedPool:
                 refused = error
         return refused
 
-    def _sweep(self) -> None:
-        """Make blocks free if the work after which they were released has ended."""
-        for index in [index for index, ask in self._in_use.items() if _ended(ask)]:
-            del self._in_use[index]
-            self._free.append(index)
-
-    def _hand_out(self, owner: str) -> Block:
-        index = self._free.popleft()
-        first, memory = next(one for one in reversed(self._segments) if one[0] <= index)
-        start = (index - first) * self._stride
-        self._generation += 1
-        tensor = memory.tensor[start : start + self.block_bytes]
-        block = Block(self, index, tensor, self._generation)
-        stack = "".join(traceback.format_stack()[:-3]) if self._stacks else ""
-        thread = threading.current_thread().name
-        self._out[index] = weakref.ref(block), time.monotonic(), owner, thread, stack
-        self.high_water = max(self.high_water, len(self._out) + len(self._in_use))
-        return block
-
-    def _exhausted(
-        self, count: int, waited: float | None, refused: HostMemoryError | None
-    ) -> PoolExhausted:
-        how, do = "" if waited is None else f" within {waited:g} s", "raise the limit"
-        if refused is not None:
-            how += f", as it has {self.blocks} and there was no memory for more"
-            do = "free some of the machine's memory"
-        sentence = (
-            f"{count} blocks of {self.block_bytes} bytes were asked of a pool, and "
-            f"{len(self._free)} of {self.limit} were free{how}; release some, wait longer, or {do}"
-        )
-        return PoolExhausted(_listed(sentence, self.leaks()))
-
-
-def _ended(ask: Callable[[], bool]) -> bool:
-    """Also if the work failed, which its own handle tells: no byte moves any more."""
-    try:
-        return bool(ask())
-    except Exception:
-        return True
+    def _find(self) -> deque[int]:
+        """Those too whose release waited for work that has ended by now."""
+        for index, ask in list(self._in_use.items()):
+            ended = True  # also if it failed, which its own handle tells: no byte moves any more
+            with suppress(Exception):
+                ended = bool(ask())
+            if ended:
+                del self._in_use[index]
+                self._ready.append(index)
+        self._pause = _ASK_AGAIN if self._in_use else _GROW_AGAIN
+        return self._ready
 
 
 def stride(block_bytes: int, blocks: int, alignment: int) -> int:
@@ -384,41 +404,9 @@ def stride(block_bytes: int, blocks: int, alignment: int) -> int:
     return -(-block_bytes // alignment) * alignment
 
 
-def deadline(timeout: float | None) -> float:
-    """When a wait of so many seconds ends, by the monotonic clock; None: in a century. Raises
-    `HostMemoryError` for what is no number."""
-    seconds = _CENTURY if timeout is None else timeout
-    if not isinstance(seconds, Real) or math.isnan(seconds):
-        raise HostMemoryError(
-            f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, or "
-            f"None to wait without end."
-        )
-    return time.monotonic() + min(seconds, _CENTURY)
-
-
-def check_block(pool: Pool, block: Block, name: str) -> None:
-    """Raise `HostMemoryError`, which calls the pool so, unless the block is one that is out."""
-    if not isinstance(block, Block):
-        raise HostMemoryError(
-            f"A {type(block).__name__} was given back to {name}; release a Block that it handed "
-            f"out: block.release()."
-        )
-    if block.pool is not pool:
-        raise HostMemoryError(
-            f"Block {block.index} of another pool was given back to {name}; release it to the "
-            f"pool that it came from: block.release()."
-        )
-    if not block.held:
-        raise HostMemoryError(
-            f"Block {block.index} of {name} was released twice; it may be somebody else's by now. "
-            f"Release each block once."
-        )
-
-
-def _listed(sentence: str, leaks: list[Leak]) -> str:
-    """A sentence, and the owner of each block; of many blocks, the oldest."""
-    if not leaks:
+def _listed(sentence: str, out: Sequence[object]) -> str:
+    """A sentence, and a line for each block or process; of many, the first."""
+    if not out:
         return f"{sentence}."
-    shown = [f"  {leak}" for leak in leaks[:8]]
-    more = [f"  and {len(leaks) - 8} more"] if len(leaks) > 8 else []
-    return "\n".join([f"{sentence}. Out are {len(leaks)} blocks:", *shown, *more])
+    more = [f"  and {len(out) - 8} more"] if len(out) > 8 else []
+    return "\n".join([f"{sentence}. Out are:", *(f"  {one}" for one in out[:8]), *more])

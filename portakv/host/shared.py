@@ -1,38 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pool of pinned blocks that processes share by name.
+"""A pool of pinned blocks that processes share by name, in a file of POSIX shared memory.
 
-Its memory and its tables lie in one file of POSIX shared memory; each process registers the memory
-again, as a registration is not inherited. A block belongs to a process. One that dies, at whatever
-moment, leaves tables that the next can use, and its blocks are taken back.
+Each process registers the memory again, as a registration is not inherited. A block belongs to a
+member, which is one opening of the file. A member that dies, at whatever moment, leaves tables that
+the next can use: each change that matters is one aligned store of 8 bytes.
+
+Which members live is told by locks that the kernel drops when a process dies. They belong to an
+open file description (``F_OFD_SETLK``), so neither a number of a process that is used again, nor
+another container's numbering, nor a second opening in one process deceives them. Byte 0 is held
+while the file's tables are changed; byte ``1 + i`` as long as member ``i`` lives.
 """
 
 from __future__ import annotations
 
+import atexit
+import errno
+import fcntl
+import mmap
 import os
+import re
+import stat
+import struct
 import time
-import warnings
-import weakref
-from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from portakv.errors import HostMemoryError, PoolExhausted
+from portakv.errors import HostMemoryError, PoolExhausted, SlotError
 from portakv.host import _pages, pinned
-from portakv.host._shared_file import SharedFile, names, remove
-from portakv.host.pool import Block, check_block, deadline
+from portakv.host.pool import Block, Pool, stride
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
-_ASK_AGAIN = 0.002  # seconds between two looks at what other processes released
+_FOLDER, _PREFIX = Path("/dev/shm"), "portakv-"
+_MAGIC = 0x3130564B41545250  # changes with the layout of the file
+_MEMBERS = 128
+_GRACE = 1.0  # seconds until a dead process of another container has let go of its devices
+_PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes microseconds
+
+#: A member; ``pid`` 0: a free place. ``noticed``: when its lock was first found free.
+_MEMBER = [("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed", "f8"), ("name", "S32")]
+#: What the file begins with. ``magic`` is written last; ``sizes``: bytes of a block, blocks, bytes
+#: from one to the next.
+_HEAD = np.dtype([("magic", "i8"), ("sizes", "i8", 3), ("high_water", "i8"), ("later", "V216"),
+                  ("members", _MEMBER, _MEMBERS)])  # fmt: skip
+#: Then columns with an entry for each block: its member plus 1, or 0 if it is free; how often it
+#: changed hands; when, by the monotonic clock; what for. Then, on a page, the blocks.
+_COLUMNS = [("owner", "i8"), ("generation", "i8"), ("since", "f8"), ("label", "S40")]
+
+_open: WeakSet[SharedPool] = WeakSet()
 
 
-class SharedPool:
+class SharedPool(Pool):
     """Blocks of one size, shared by name. A context manager; `close` may be called again.
 
     The first process that names it makes it, the last that closes it removes it, unless it
     was made with ``keep``. Use it in the process that opened it; a forked one opens its own.
+    Closing gives the blocks of this process back, once its devices touch them no more.
 
     Args:
         name: letters, digits, dots, dashes and underscores.
@@ -40,7 +71,7 @@ class SharedPool:
         alignment: in bytes, of each block.
         label: what other processes call this one.
         keep: leave it behind when the last process has closed it; see `remove`.
-        fallback: pageable memory, and one warning, if it cannot be pinned.
+        fallback: pageable memory (``pinned`` is False), and one warning, if it cannot be pinned.
 
     Raises:
         HostMemoryError: it is another size, another user's, too large for the machine's shared
@@ -58,64 +89,42 @@ class SharedPool:
         keep: bool = False,
         fallback: bool = True,
     ) -> None:
-        self._file = SharedFile(name, block_bytes, blocks, alignment, label)
-        self.name, self.block_bytes, self.blocks = name, self._file.block_bytes, self._file.blocks
+        self._fd = self._me = -1
+        super().__init__(f"The shared pool {name!r}", "open it there by its name")
+        self.name, self._path, self._keep, wanted = name, _path(name), keep, None
+        if block_bytes is not None and blocks is not None:
+            wanted = [block_bytes, blocks, stride(block_bytes, blocks, alignment)]
+        elif block_bytes is not None or blocks is not None:
+            raise HostMemoryError(
+                f"{self._name} was asked for with {blocks} blocks of {block_bytes} bytes; say "
+                f"both, to make it, or neither, to open it as it is."
+            )
+        _open.add(self)
+        _watch()
+        while self._me < 0:
+            self._fd = _opened(self._path, wanted is not None)
+            try:
+                with self._exclusive():
+                    if self._begin(wanted):
+                        self._join(label)
+            finally:
+                if self._me < 0:
+                    self._unlock()
         try:
             self._memory = pinned.register_address(
-                self._file.address, self._file.nbytes, held=self._file.mapping,
-                unit=self._file.stride, fallback=fallback,
+                self._address, self.blocks * self._stride, held=self._mapping, unit=self._stride,
+                fallback=fallback,
             )  # fmt: skip
         except BaseException:
-            self._file.leave(keep)
+            self._leave()
             raise
-        self._process = os.getpid()
-        self._held: dict[int, Block] = {}
-        self._leave = weakref.finalize(
-            self, _leave, self._file, self._memory, self._held, keep, self._process
-        )
-
-    @property
-    def pinned(self) -> bool:
-        """False if this process has it pageable after all."""
-        return self._memory.pinned
-
-    @property
-    def free(self) -> int:
-        """How many blocks are free."""
-        self._refuse()
-        return int(np.count_nonzero(self._file.tables["owners"] == 0))
+        self.limit, self.pinned = self.blocks, self._memory.pinned
 
     @property
     def high_water(self) -> int:
         """Most blocks that were out at once, in all processes."""
         self._refuse()
-        return int(self._file.tables["high_water"][0])
-
-    def acquire(
-        self,
-        owner: str = "",
-        *,
-        wait: bool = False,
-        timeout: float | None = None,
-    ) -> Block:
-        """A block that no process has; blocks of dead processes are taken back if need be.
-
-        Arguments and errors as `PinnedPool.acquire`; every process sees 40 bytes of ``owner``.
-        """
-        until = deadline(timeout)
-        while True:
-            index = self._take(owner)
-            if index is not None:
-                return self._hand_out(index)
-            left = until - time.monotonic()
-            if not wait or left <= 0:
-                how = f" within {timeout:g} s" if wait and timeout is not None else ""
-                raise PoolExhausted(
-                    f"A block was asked of the shared pool {self.name!r}, and none of its "
-                    f"{self.blocks} was free{how}. They are out to {self._owners()}. Release "
-                    f"some, wait longer, or make a larger pool."
-                )
-            time.sleep(min(_ASK_AGAIN, left))
+        return int(self._head["high_water"])
 
     def release(self, block: Block, after: Any = None) -> None:
         """Give a block back.
@@ -128,19 +137,19 @@ class SharedPool:
             HostMemoryError: released before, another pool's, or adopted by another process.
         """
         self._refuse()
-        check_block(self, block, repr(self.name))
+        self._check(block)
         if after is not None:
             after.synchronize()
-        with self._file.exclusive():
-            check_block(self, block, repr(self.name))  # another thread may have released it
-            del self._held[block.index]
+        with self._exclusive():
+            self._check(block)  # another thread may have released it
             block.drop()
-            if self._file.tables["generations"][block.index] != block.generation:
+            if self._table["generation"][block.index] != block.generation:
                 raise HostMemoryError(
                     f"Block {block.index} of {self.name!r} was released here after another process "
-                    f"adopted it; whoever adopts a block releases it."
+                    f"adopted it; a block is released by the process that adopted it."
                 )
-            self._file.tables["owners"][block.index] = 0
+            self._table["owner"][block.index] = 0
+            self._changed.notify_all()
 
     def adopt(self, index: int, generation: int | None = None) -> Block:
         """Take over a block that another process acquired and told this one of.
@@ -155,22 +164,18 @@ class SharedPool:
             SlotError: no such block.
             HostMemoryError: it is free, or was handed out again since.
         """
-        self._refuse()
-        self._file.check(index)
-        with self._file.exclusive():
-            tables = self._file.tables
-            now = tables["generations"][index]
-            if tables["owners"][index] == 0 or generation not in (None, now):
+        self.bytes_of(index)
+        with self._exclusive():
+            now = self._table["generation"][index]
+            if self._table["owner"][index] == 0 or generation not in (None, now):
                 raise HostMemoryError(
-                    f"Block {index} of {self.name!r} was asked to be adopted, and nobody has it, "
-                    f"or somebody else by now; adopt it before whoever acquired it releases it or "
-                    f"dies."
+                    f"Block {index} of {self.name!r} was asked to be adopted, and no process has "
+                    f"it, or another one by now; adopt it before the process that acquired it "
+                    f"releases it or dies."
                 )
-            self._file.assign(index)
-            mine = self._held.pop(index, None)
-            if mine is not None:
+            if mine := self._held.get(index):
                 mine.drop()
-        return self._hand_out(index)
+            return self._assign(index)
 
     def bytes_of(self, index: int) -> torch.Tensor:
         """The bytes of any block, uint8 ``[block_bytes]``, free or not.
@@ -178,91 +183,302 @@ class SharedPool:
         Raises `SlotError` if there is no such block.
         """
         self._refuse()
-        self._file.check(index)
-        start = index * self._file.stride
+        if not isinstance(index, int) or not 0 <= index < self.blocks:
+            raise SlotError(
+                f"Block {index!r} was asked of a shared pool of {self.blocks}; ask for one of "
+                f"0 .. {self.blocks - 1}."
+            )
+        start = index * self._stride
         return self._memory.tensor[start : start + self.block_bytes]
 
     def reclaim(self) -> list[str]:
         """Take back the blocks of processes that died; names each, and how many."""
-        self._refuse()
-        with self._file.exclusive():
-            return self._file.reclaim()
+        with self._exclusive():
+            return self._reclaim()
 
     def leaks(self) -> list[str]:
         """Every block that is out: its index, the process, what for and since when."""
         self._refuse()
-        tables, now = self._file.tables, time.monotonic()
-        return [
-            f"block {index}: {self._file.describe(tables['owners'][index] - 1)}, for "
-            f"{tables['labels'][index].decode(errors='replace') or 'nothing named'}, "
-            f"{now - tables['since'][index]:.1f} s"
-            for index in np.flatnonzero(tables["owners"]).tolist()
-        ]
+        return self._lines(np.flatnonzero(self._table["owner"]))
 
-    def close(self) -> None:
-        """Leave the pool. Blocks that this process has are given back, with a `ResourceWarning`,
-        once its devices touch them no more."""
-        left = ", ".join(map(str, self._held)) if self._leave.alive else ""
-        self._leave()
-        if left and self._process == os.getpid():
-            told = f"The shared pool {self.name!r} was closed with blocks {left} out."
-            warnings.warn(told, ResourceWarning, stacklevel=2)
+    # --- the table of blocks
 
-    def __enter__(self) -> SharedPool:
-        return self
+    def _take(self, count: int, owner: str, grow: bool) -> list[Block] | None:
+        with self._exclusive():
+            while len(free := self._find()) < count:
+                if not self._reclaim():
+                    return None
+            used = self.blocks - len(free) + count
+            self._head["high_water"] = max(self._head["high_water"], used)
+            self._table["label"][free[:count]] = str(owner).encode()[:40]
+            return [self._assign(index) for index in free[:count].tolist()]
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _refuse(self) -> None:
-        if self._process != os.getpid():
-            raise HostMemoryError(
-                f"The shared pool {self.name!r} that process {self._process} opened was used in "
-                f"process {os.getpid()}, forked from it; open it there by its name."
-            )
-        if not self._leave.alive:
-            raise HostMemoryError(
-                f"The shared pool {self.name!r} was used after it was closed; open it again."
-            )
-
-    def _take(self, owner: str) -> int | None:
-        self._refuse()
-        file, tables = self._file, self._file.tables
-        with file.exclusive():
-            free = np.flatnonzero(tables["owners"] == 0)
-            if not free.size and file.reclaim():
-                free = np.flatnonzero(tables["owners"] == 0)
-            if not free.size:
-                return None
-            index = int(free[0])
-            tables["labels"][index] = str(owner).encode()[:40]
-            file.assign(index)
-            used = self.blocks - free.size + 1
-            tables["high_water"][0] = max(tables["high_water"][0], used)
-            return index
-
-    def _hand_out(self, index: int) -> Block:
-        generation = int(self._file.tables["generations"][index])
+    def _assign(self, index: int) -> Block:
+        """Make a block this process's, by what is written last."""
+        generation = int(self._table["generation"][index]) + 1
+        self._table["since"][index] = time.monotonic()
+        self._table["generation"][index] = generation
+        self._table["owner"][index] = self._me + 1
         self._held[index] = block = Block(self, index, self.bytes_of(index), generation)
         return block
 
-    def _owners(self) -> str:
-        places = Counter(self._file.tables["owners"].tolist())
-        del places[0]  # the free ones
-        describe = self._file.describe
-        return ", ".join(f"{describe(place - 1)}: {count}" for place, count in places.items())
+    def _out_to(self) -> list[str]:
+        places, counts = np.unique(self._table["owner"], return_counts=True)
+        members = zip(places.tolist(), counts.tolist(), strict=True)
+        return [f"{self._described(place - 1)}: {n}" for place, n in members if place]
 
+    def _lines(self, blocks: Any) -> list[str]:
+        table, now = self._table, time.monotonic()
+        return [
+            f"block {index}: {self._described(table['owner'][index] - 1)}, for "
+            f"{table['label'][index].decode(errors='replace') or 'nothing named'}, "
+            f"{now - table['since'][index]:.1f} s"
+            for index in blocks
+        ]
 
-def _leave(
-    file: SharedFile, memory: pinned.PinnedMemory, held: dict[int, Block], keep: bool, process: int
-) -> None:
-    """Also at interpreter exit. A forked process has nothing to leave."""
-    if process != os.getpid():
-        return
-    if held:
-        _pages.quiesce()  # others may write these blocks as soon as they are free
-        for block in held.values():
+    def _find(self, place: int = -1) -> npt.NDArray[np.intp]:
+        """The blocks of a member, or those that are free."""
+        return np.flatnonzero(self._table["owner"] == place + 1)
+
+    # --- members
+
+    def _join(self, label: str) -> None:
+        """Take a free place among the members, if need be a dead one's."""
+        members = self._head["members"]
+        if members["pid"].all():
+            self._reclaim()
+        for place in np.flatnonzero(members["pid"] == 0).tolist():
+            if self._lock(1 + place):
+                self._clear(place)  # blocks that a predecessor left
+                started = _started(os.getpid()) or 0
+                members[place] = 0, _space(), started, 0.0, str(label).encode()[:32]
+                members["pid"][place] = os.getpid()  # last: until then the place is free
+                self._me = place
+                return
+        raise HostMemoryError(
+            f"{self._name} was opened by one process more than the {_MEMBERS} that it has room "
+            f"for; close it in some."
+        )
+
+    def _reclaim(self) -> list[str]:
+        """Free what members have that ended without leaving, if their devices write no more."""
+        places = np.flatnonzero(self._head["members"]["pid"]).tolist()
+        dead = [place for place in places if place != self._me and self._gone(place)]
+        return [f"{self._described(place)}: {self._clear(place)} blocks" for place in dead]
+
+    def _gone(self, place: int) -> bool:
+        if not self._lock(1 + place):
+            return False
+        self._lock(1 + place, fcntl.F_UNLCK)
+        member = self._head["members"][place]
+        if member["space"] == _space():
+            # The kernel closes a dying process's files one after the other: this lock may be free
+            # while its device still writes. A process that is a zombie has closed them all.
+            return bool(_started(member["pid"]) != member["started"])
+        if member["noticed"] == 0.0:
+            member["noticed"] = time.monotonic()
+        return bool(time.monotonic() - member["noticed"] > _GRACE)
+
+    def _clear(self, place: int) -> int:
+        """Free a member's blocks and then its place; how many blocks they were."""
+        theirs = self._find(place)
+        self._table["owner"][theirs] = 0
+        self._head["members"]["pid"][place] = 0
+        return len(theirs)
+
+    def _described(self, place: int) -> str:
+        member = self._head["members"][place]
+        return f"{member['name'].decode(errors='replace') or 'a process'} ({member['pid']})"
+
+    def _end(self) -> list[str]:
+        left = self._lines(self._find(self._me))
+        if left:
+            _pages.quiesce()  # others may write these blocks as soon as they are free
+        for block in self._held.values():
             block.drop()
-        held.clear()
-    file.leave(keep)
-    memory.close()
+        self._leave()
+        self._memory.close()
+        return left
+
+    def _leave(self) -> None:
+        """Give back what this process has, and its place; the last removes the file."""
+        with suppress(HostMemoryError), self._exclusive():
+            self._clear(self._me)
+            self._reclaim()
+            last = os.fstat(self._fd).st_nlink and not self._head["members"]["pid"].any()
+            if last and not self._keep:
+                self._path.unlink(missing_ok=True)
+        self._unlock()
+        del self._mapping, self._head, self._table  # tensors still hold the memory
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            self.close()
+
+    # --- the file
+
+    def _lock(self, byte: int, kind: int = fcntl.F_WRLCK) -> bool:
+        """Lock a byte, or with ``F_UNLCK`` unlock it; False if another opening has it."""
+        asked = struct.pack("hhqqi4x", kind, os.SEEK_SET, byte, 1, 0)  # flock of 64-bit Linux
+        with suppress(BlockingIOError, PermissionError):  # EAGAIN, EACCES: two names of one answer
+            fcntl.fcntl(self._fd, fcntl.F_OFD_SETLK, asked)
+            return True
+        return False
+
+    def _unlock(self) -> None:
+        """Drop every lock. Again, or in a forked process: nothing, as they are its parent's."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        """Inside, no other process or thread changes the tables; one that dies inside leaves the
+        lock to the next. Raises `HostMemoryError` if one that lives does not let go of it."""
+        self._refuse()
+        with self._changed:
+            self._refuse()
+            until, pause = time.monotonic() + _PATIENCE, 20e-6
+            while not self._lock(0):
+                if time.monotonic() > until:
+                    raise HostMemoryError(
+                        f"A shared pool was used, and another process has held its tables for "
+                        f"{_PATIENCE:g} s; it may be stopped. Continue it, or end it."
+                    )
+                time.sleep(pause)
+                pause = min(2 * pause, 1e-3)
+            try:
+                yield
+            finally:
+                self._lock(0, fcntl.F_UNLCK)
+
+    def _begin(self, wanted: list[int] | None) -> bool:
+        """Map the file, and make it unless that was finished before. False: it was removed before
+        it was locked; or is not to be made, and now is."""
+        if os.fstat(self._fd).st_nlink == 0:
+            return False
+        magic, *found = struct.unpack("4q", os.pread(self._fd, 32, 0).ljust(32, b"\0"))
+        sizes = wanted or found
+        if magic not in (0, _MAGIC):
+            raise HostMemoryError(
+                f"{self._name} was made by another release of PortaKV; end what uses it and remove "
+                f"{self._path}."
+            )
+        if magic and sizes != found:
+            raise HostMemoryError(
+                f"{self._name} was asked for with {sizes[1]} blocks of {sizes[0]} bytes "
+                f"({sizes[2]} apart), and it has {found[1]} of {found[0]} ({found[2]} apart); ask "
+                f"for the same, or take another name."
+            )
+        if not magic and wanted is None:
+            self._path.unlink(missing_ok=True)
+            return False
+        self.block_bytes, self.blocks, self._stride = sizes
+        first = _pages.to_pages(_HEAD.itemsize + self.blocks * np.dtype(_COLUMNS).itemsize)
+        total = first + self.blocks * self._stride
+        if not magic:
+            self._reserve(total)
+        # An opening of its own: mmap keeps a copy of the descriptor, which would keep the locks
+        # alive in forked children.
+        with open(f"/proc/self/fd/{self._fd}", "r+b") as file:
+            self._mapping = mmap.mmap(file.fileno(), total)
+        self._head: Any = np.frombuffer(self._mapping, _HEAD, 1)[0]
+        self._table: dict[str, Any] = {}
+        at = _HEAD.itemsize
+        for column, kind in _COLUMNS:
+            self._table[column] = np.frombuffer(self._mapping, kind, self.blocks, at)
+            at += self._table[column].nbytes
+        self._address = _pages.address_of(self._mapping) + first
+        if not magic:
+            _pages.touch(self._address, total - first)
+            self._head["sizes"] = sizes
+            self._head["magic"] = _MAGIC
+        return True
+
+    def _reserve(self, total: int) -> None:
+        """Have the pages from the start: running out of them later would be a SIGBUS."""
+        try:
+            if total > _pages.available():
+                raise OSError(errno.ENOMEM, "more than this process may have")
+            os.ftruncate(self._fd, 0)
+            os.posix_fallocate(self._fd, 0, total)
+        except OSError as error:
+            folder = os.statvfs(_FOLDER)
+            room = min(folder.f_bavail * folder.f_frsize, _pages.available())
+            self._path.unlink(missing_ok=True)
+            raise HostMemoryError(
+                f"A shared pool of {total} bytes was asked for, and {_FOLDER} has room for {room} "
+                f"({error.strerror}); make it smaller, or the machine's shared memory larger "
+                f"(docker: --shm-size)."
+            ) from None
+
+
+def names() -> list[str]:
+    """The shared pools of this machine, of every user."""
+    return sorted(path.name.removeprefix(_PREFIX) for path in _FOLDER.glob(f"{_PREFIX}*"))
+
+
+def remove(name: str) -> None:
+    """Remove a shared pool that was left behind; attached processes keep its memory until
+    they close it. Raises `HostMemoryError` if there is none, or it is another user's."""
+    path = _path(name)
+    os.close(_opened(path, False))
+    path.unlink(missing_ok=True)
+
+
+def _path(name: str) -> Path:
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
+        raise HostMemoryError(
+            f"A shared pool was named {name!r}; expected 1 to 200 letters, digits, dots, dashes "
+            f"and underscores."
+        )
+    return _FOLDER / f"{_PREFIX}{name}"
+
+
+def _opened(path: Path, make: bool) -> int:
+    flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+    try:
+        fd = os.open(path, flags, 0o600)
+        found = os.fstat(fd)
+        mine = found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode)
+        if mine and not found.st_mode & 0o022:
+            return fd
+        os.close(fd)
+        why = "belongs to another user, or others may write to it"
+    except FileNotFoundError:
+        raise HostMemoryError(
+            f"The shared pool {path.name.removeprefix(_PREFIX)!r} was asked for as it is, and "
+            f"there is none; say block_bytes and blocks to make it."
+        ) from None
+    except OSError as error:
+        why = f"cannot be opened ({error.strerror})"
+    raise HostMemoryError(
+        f"The shared pool at {path} {why}; take another name, or run as the user whose it is."
+    )
+
+
+def _space() -> int:
+    """Whose numbering of processes this is: containers have their own."""
+    with suppress(OSError):
+        return os.stat("/proc/self/ns/pid").st_ino
+    return 0
+
+
+def _started(pid: int) -> int | None:
+    """When a process began, which tells it from a later one of its number; None: it is over."""
+    with suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        fields = file.read().rpartition(")")[2].split()  # from the state on
+        return None if fields[0] in "ZX" else int(fields[19])
+    return None
+
+
+@cache
+def _watch() -> None:
+    """A forked child must not keep its parent's locks alive; an exit leaves every pool."""
+
+    def end(call: Callable[[SharedPool], None]) -> None:
+        for pool in list(_open):
+            call(pool)
+
+    os.register_at_fork(after_in_child=partial(end, SharedPool._unlock))
+    atexit.register(end, SharedPool.close)
