@@ -17,6 +17,7 @@ from portakv import (
     CopyPlan,
     DeviceMismatch,
     Index,
+    InvalidTerms,
     KVView,
     LayoutError,
     PortaKVError,
@@ -252,6 +253,9 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: blocks(s.rows, s.cache, None, [2, 2]), "2 times", "once"),
         (lambda s: s.connector.batched_to_gpu([s.chunk], s.caches, [0, 1], [0, 1], [2]),
          "1 memory objects", "2 starts", "1 ends"),
+    ],
+    InvalidTerms: [
+        (lambda s: rows(s.cache, s.rows, [0], check="loose"), "='loose'", "'usual' or 'strict'"),
     ],
     DeviceMismatch: [
         (lambda s: rows(s.cache, s.rows, [0], stream="default"), "='default'"),

@@ -10,8 +10,7 @@ import torch
 from support.block_cases import BLOCKS, SIZE, layered, wanted
 from support.guarded_memory import refused
 
-from portakv import SlotError, copy_blocks, copy_rows
-from portakv.errors import InvalidTerms
+from portakv import Index, SlotError, copy_blocks, copy_rows
 
 
 def placed(ids: list[int], device: torch.device) -> torch.Tensor:
@@ -19,20 +18,21 @@ def placed(ids: list[int], device: torch.device) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"detached": True}], ids=str)
-def test_destinations_that_occur_twice(device: torch.device, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("mine", "theirs", "words"),
+    [([0, 1, 2], [3, 4, 3], ["occurs 2 times", "destination"]),
+     ([0, BLOCKS], [1, 2], ["source", f"{BLOCKS * SIZE} slots"])],
+)  # fmt: skip
+def test_what_is_refused(
+    device: torch.device, mine: list[int], theirs: list[int], words: list[str], options: Any
+) -> None:
     src, dst = layered(device), layered(device)
-    mine, theirs = placed([0, 1, 2], device), placed([3, 4, 3], device)
-    with refused(SlotError, "occurs 2 times", "destination", watch=dst.tensors):
-        copy_blocks(src.view, dst.view, mine, theirs, check="strict", **options)
-    with refused(SlotError, "occurs 2 times", watch=dst.tensors):
-        copy_rows(src.view, dst.view, mine, theirs, check="strict")
-
-
-def test_slots_past_the_end(device: torch.device) -> None:
-    src, dst = layered(device), layered(device)
-    with refused(SlotError, "source", f"{BLOCKS * SIZE} slots", watch=dst.tensors):
-        mine, theirs = placed([0, BLOCKS], device), placed([1, 2], device)
-        copy_blocks(src.view, dst.view, mine, theirs, check="strict")
+    ids = placed(mine, device), placed(theirs, device)
+    with refused(SlotError, *words, watch=dst.tensors):
+        copy_blocks(src.view, dst.view, *ids, check="strict", **options)
+    slots = [Index(one, SIZE) for one in ids]
+    with refused(SlotError, *words, watch=dst.tensors):
+        copy_rows(src.view, dst.view, *slots, check="strict")
 
 
 def test_what_is_right_is_moved(device: torch.device) -> None:
@@ -42,9 +42,3 @@ def test_what_is_right_is_moved(device: torch.device) -> None:
     ids = placed(mine, device), placed(theirs, device)
     copy_blocks(src.view, dst.view, *ids, check="strict").synchronize()
     assert torch.equal(dst.rows(), expected)
-
-
-def test_another_word_is_refused() -> None:
-    src, dst = layered(), layered()
-    with refused(InvalidTerms, "check='loose'", "'usual' or 'strict'", watch=dst.tensors):
-        copy_rows(src.view, dst.view, [0], [1], check="loose")
