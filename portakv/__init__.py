@@ -35,27 +35,8 @@ from portakv.view.view import KVView
 __version__ = "0.1.0.dev0"
 
 __all__ = [
-    "PRESETS",
-    "AdaptiveConnector",
-    "BackendUnavailable",
-    "BlockTransfer",
-    "CopyPlan",
-    "DeviceMismatch",
-    "HostMemoryError",
-    "Index",
-    "InvalidTerms",
-    "KVView",
-    "LayoutError",
-    "PoolExhausted",
-    "PortaKVError",
-    "SlotError",
-    "Transfer",
-    "TransferCancelled",
-    "TransferError",
-    "TransferTimeout",
-    "Unsupported",
-    "__version__",
-    "copy_blocks",
-    "copy_rows",
-    "register_backend",
-]
+    "PRESETS", "AdaptiveConnector", "BackendUnavailable", "BlockTransfer", "CopyPlan",
+    "DeviceMismatch", "HostMemoryError", "Index", "InvalidTerms", "KVView", "LayoutError",
+    "PoolExhausted", "PortaKVError", "SlotError", "Transfer", "TransferCancelled", "TransferError",
+    "TransferTimeout", "Unsupported", "__version__", "copy_blocks", "copy_rows", "register_backend",
+]  # fmt: skip

@@ -25,22 +25,15 @@ class DeviceMismatch(PortaKVError, ValueError):
 
 
 class BackendUnavailable(PortaKVError, RuntimeError):
-    """A backend that was asked for by name is unknown or cannot run here, or none serves a device.
-
-    Attributes:
-        trace: what each candidate said (`Decision`), as far as candidates were asked.
-    """
+    """A backend that was asked for by name is unknown or cannot run here, or none serves a device;
+    ``trace`` is what each candidate said (`Decision`), as far as candidates were asked."""
 
     trace: tuple[object, ...] = ()
 
 
 class Unsupported(PortaKVError, NotImplementedError):
-    """A plan that this backend, or no backend, can carry out.
-
-    Args:
-        what: what was asked.
-        why: why it cannot be done, and what to do instead.
-    """
+    """A plan that this backend, or no backend, can carry out: ``what`` was asked, and ``why`` it
+    cannot be done, with what to do instead."""
 
     def __init__(self, what: str, why: str) -> None:
         sentence = f"{what}: {why}"

@@ -90,9 +90,8 @@ class AdaptiveConnector:
         )
 
     def register_kv_caches(self, kv_caches: Tensors) -> None:
-        """Read the caches once and hold them until `unregister_kv_caches` or another registration.
-
-        An engine that reallocates its caches registers again.
+        """Read the caches once and hold them until `unregister_kv_caches` or another registration,
+        which an engine that reallocates its caches makes.
 
         Raises:
             LayoutError: caches that contradict the layout. DeviceMismatch: on another device.

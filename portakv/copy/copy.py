@@ -208,12 +208,8 @@ def copy_move(
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
     """What carries a copy out on a caller's terms: the chosen backend if it reaches both places, or
-    an engine; the rate is kept by a worker.
-
-    Raises:
-        DeviceMismatch: a view lies on a device that has no part in the copy.
-        Unsupported: terms that nothing here would keep.
-    """
+    an engine; the rate is kept by a worker. Raises `DeviceMismatch` for a view on a device that has
+    no part in the copy, `Unsupported` for terms that nothing here would keep."""
     home, devices = choice.backend.device, {src.device, dst.device}
     if devices - {home, torch.device("cpu")} or home not in devices:
         raise DeviceMismatch(
@@ -254,12 +250,8 @@ def _take(pieces: list[Piece], trusted: bool) -> bool:
 
 def check_ids(move: Move, strict: bool) -> bool:
     """Whether ids on the host skip positions; with ``strict`` ids on a device are waited for and
-    judged as these are.
-
-    Raises:
-        SlotError: a slot past the end, or a destination that occurs twice.
-        Unsupported: ``strict``, with ids on a device, inside graph capture.
-    """
+    judged as these are. Raises `SlotError` for a slot past the end and a destination that occurs
+    twice, and `Unsupported` if it had to wait inside graph capture."""
     src, dst, mine, theirs, count = move
     if strict and not (mine.on_host and theirs.on_host):
         check_not_captured(common_device(src, dst), UNCHECKED)

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shortcuts: transfers of registered caches that were made before, but for addresses and counts.
 
-`copy.copy_move` answers every question about a transfer: which plan, which backend, where its ids
-must be. The next transfer with a chunk and ids of the same kind has the same answers, so it only
-checks what an address or a count can change and launches. What does not fit goes through
-`copy_move` again, which also finds the words for an error.
+`copy.copy_move` answers every question about a transfer. The next one with a chunk and ids of the
+same kind has the same answers, so it only checks what an address or a count can change. What does
+not fit goes through `copy_move` again, which also finds the words for an error.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared copies: a plan with the launch that carries it out, remembered by its two forms.
-
-New memory objects, reallocated caches and other layers of known form find theirs.
-"""
+"""Prepared copies: a plan with the launch that carries it out, remembered by its two forms, so that
+new memory objects, reallocated caches and other layers of known form find theirs."""
 
 from __future__ import annotations
 

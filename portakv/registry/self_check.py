@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The power-on self-check: a known pattern copied on the device, every byte compared.
-
-It speaks to a backend as the library does, through ``check``, ``prepare`` and a launch.
-"""
+"""The power-on self-check: a known pattern copied on the device, every byte compared, through a
+backend's ``check``, ``prepare`` and launch, as the library calls them."""
 
 from __future__ import annotations
 
@@ -22,17 +20,13 @@ _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
 
 
 class SelfCheck(Enum):
-    """How far a backend was self-checked on a device.
-
-    ``UNCHECKABLE``: it takes no test pattern, so that whether its bytes are right is unknown.
-    ``WAIVED``: it is used without, since the caller judges its bytes.
-    """
+    """How far a backend was self-checked on a device."""
 
     NOT_YET = auto()
     PASSED = auto()
     FAILED = auto()
-    UNCHECKABLE = auto()
-    WAIVED = auto()
+    UNCHECKABLE = auto()  # it takes no test pattern: whether its bytes are right is unknown
+    WAIVED = auto()  # it is used without, since the caller judges its bytes
 
 
 #: Tried in turn: a backend may take one.
@@ -56,9 +50,9 @@ def self_check(backend: Backend) -> tuple[SelfCheck, str]:
             continue
         except Exception as error:
             return SelfCheck.FAILED, f"its self-check raised {type(error).__name__}: {error}"
-        if why is None:
-            return SelfCheck.PASSED, "self-check passed, every byte right"
-        return SelfCheck.FAILED, f"its self-check failed: {why}"
+        if why:
+            return SelfCheck.FAILED, f"its self-check failed: {why}"
+        return SelfCheck.PASSED, "self-check passed, every byte right"
     why = f"it could not be self-checked, since it takes no test pattern ({refused}); it is used "
     return SelfCheck.UNCHECKABLE, f"{why}only when forced"
 

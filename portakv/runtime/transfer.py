@@ -116,28 +116,18 @@ def event_pool(device: torch.device) -> EventPool:
 
 @dataclass(slots=True, eq=False)
 class Completion:
-    """How one launch, or several in a row, end.
+    """How one launch, or several in a row, end."""
 
-    Attributes:
-        event: recorded behind the last launch; given back to its ``pool`` once it has ended.
-        pendings: work that no stream orders; ``kept``: its memory.
-        words: a status word and the first position that it counts from, for each launch.
-        error: what went wrong, if that is known already; ``reported``: a caller was told of it.
-        standing: it was captured, and happens again with every replay.
-        owner: what reports an error for which no caller asked; or None.
-        settled: the end was seen.
-    """
-
-    event: torch.Event | None = None
-    pendings: Sequence[Pending] = ()
-    words: Sequence[tuple[StatusWord, int]] = ()
-    error: PortaKVError | None = None
-    kept: object = None
-    pool: EventPool | None = None
-    standing: bool = False
-    owner: Owner | None = None
-    settled: bool = False
-    reported: bool = False
+    event: torch.Event | None = None  # recorded behind the last launch
+    pendings: Sequence[Pending] = ()  # work that no stream orders
+    words: Sequence[tuple[StatusWord, int]] = ()  # with the first position that each counts from
+    error: PortaKVError | None = None  # what went wrong, if that is known already
+    kept: object = None  # memory of pendings
+    pool: EventPool | None = None  # to which the event is given back once it has ended
+    standing: bool = False  # it was captured, and happens again with every replay
+    owner: Owner | None = None  # what reports an error for which no caller asked
+    settled: bool = False  # the end was seen
+    reported: bool = False  # a caller was told of the error
 
     def ended(self) -> bool:
         """True once all bytes have landed, error or not; never blocks or raises."""
@@ -346,8 +336,7 @@ failed: list[Completion] = []
 
 
 def hold(completion: Completion, owner: Owner | None = None) -> None:
-    """Hold a launch's completion until it has ended; ``owner`` reports an error for which no caller
-    asked."""
+    """Hold a launch's completion until it has ended; ``owner`` as it has one."""
     completion.owner = owner
     _in_flight.append(completion)
     # Two for each new one, so that a long queue becomes shorter again.

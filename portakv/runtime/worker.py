@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers: threads that issue the slices of a transfer one behind the other, at a rate, until they
-are cancelled.
-
-Few slices are in flight at a time, so that a worker can keep a rate, and stop between two of them.
-"""
+"""Workers: threads that issue the slices of a transfer one behind the other. Few are in flight at a
+time, so that a worker can keep a rate, and can be cancelled between two of them."""
 
 from __future__ import annotations
 
@@ -59,12 +56,8 @@ class RateLimit:
 
 
 class Worker:
-    """Issues slices, in their order, from a thread of its own.
-
-    Args:
-        issue: issues one of them. Called in the thread, inside ``inside()``, which makes the device
-            and stream of the transfer the thread's current ones.
-        limit: None: as fast as they land.
+    """Issues slices, in their order, from a thread of its own, as fast as they land or the limit
+    allows; inside ``inside()``, which makes the transfer's device and stream the current ones.
 
     Attributes:
         issued, landed: slices that were issued so far, and that landed before any that failed.
