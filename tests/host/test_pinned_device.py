@@ -27,9 +27,9 @@ from portakv.host import _pages, pinned
 from portakv.host.pool import PinnedPool
 from portakv.host.shared import SharedPool
 
+PAGE = mmap.PAGESIZE
 ODD = 3 * 1024 * 1024 + 4096
 BIG = 300 * 1024 * 1024 + 4096
-GIB = 1 << 30
 gpu = pytest.mark.gpu
 
 
@@ -62,9 +62,6 @@ def lands_later(here: torch.Tensor, device: torch.device = DEVICE) -> None:
     assert int(here[0]) == int(here[-1]) == 255
     event.synchronize()
     assert torch.equal(here, there.cpu())
-
-
-# On every device
 
 
 def test_memory_is_pinned_and_lands_late_but_right(accelerator: torch.device) -> None:
@@ -100,9 +97,6 @@ def test_blocks_come_back_when_their_copies_have_ended(accelerator: torch.device
             assert torch.equal(again.tensor, there.cpu())
 
 
-# Through torch's allocator
-
-
 @pytest.mark.simdev
 def test_what_torch_does_not_offer_is_said() -> None:
     assert pinned.why_not() is None
@@ -129,9 +123,6 @@ def test_what_exists_is_pageable_with_the_same_results() -> None:
         assert bool((block.tensor == 7).all())
 
 
-# Registered with CUDA
-
-
 @gpu
 @pytest.mark.parametrize(
     ("nbytes", "huge_pages"),
@@ -139,8 +130,7 @@ def test_what_exists_is_pageable_with_the_same_results() -> None:
 )
 def test_exactly_so_many_bytes_and_truly_asynchronous(nbytes: int, huge_pages: Any) -> None:
     torch.cuda.synchronize()
-    with pinned.allocate(PAGE := mmap.PAGESIZE):  # whatever a first registration needs
-        pass
+    pinned.allocate(PAGE).close()  # whatever a first registration needs
     before = resident()
     with pinned.allocate(nbytes, huge_pages=huge_pages, fallback=False) as memory:
         grown = resident() - before
@@ -156,8 +146,8 @@ def test_exactly_so_many_bytes_and_truly_asynchronous(nbytes: int, huge_pages: A
 def test_somebody_else_registered_it_and_no_error_is_left() -> None:
     tensor = torch.zeros(ODD, dtype=torch.uint8)
     cudart: Any = torch.cuda.cudart()
-    start = tensor.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
-    assert int(cudart.cudaHostRegister(start, 4 * mmap.PAGESIZE, 0).value) == 0
+    start = tensor.data_ptr() // PAGE * PAGE
+    assert int(cudart.cudaHostRegister(start, 4 * PAGE, 0).value) == 0
     try:
         with pytest.raises(HostMemoryError, match="already"):
             pinned.register(tensor.numpy())
@@ -196,8 +186,8 @@ def test_memory_that_exists(memory: Any) -> None:
 @pytest.mark.parametrize("behind", [16, 3000])
 def test_neighbours_on_the_heap_are_left_alone(behind: int) -> None:
     """A pageable copy that begins behind registered memory, in its last page, and reaches far."""
-    heap = torch.zeros(64 * mmap.PAGESIZE, dtype=torch.uint8)
-    first = -heap.data_ptr() % mmap.PAGESIZE
+    heap = torch.zeros(64 * PAGE, dtype=torch.uint8)
+    first = -heap.data_ptr() % PAGE
     ours, theirs = heap[first + 100 : first + 3 * 4096 + 50], heap[first + 3 * 4096 + 50 + behind :]
     with pinned.register(ours, fallback=False) as held:
         assert held.tensor.is_pinned()
@@ -317,16 +307,13 @@ def test_pinned_before_the_device_was_used_and_in_use_when_the_process_ends() ->
 @gpu
 @pytest.mark.bigmem
 def test_17_gib_faster_than_torch_and_to_the_byte() -> None:
-    """The memory is touched once and freed first, so that neither pays for what the machine does
-    when it is used for the first time. Run with ``-s`` to see the seconds."""
-    nbytes = 17 * GIB
-    with pinned.allocate(nbytes, fallback=False):
-        pass
+    """Run with ``-s`` to see the seconds."""
+    nbytes = 17 << 30
+    pinned.allocate(nbytes, fallback=False).close()  # neither pays for pages used a first time
     before, began = resident(), time.perf_counter()
     memory = pinned.allocate(nbytes, fallback=False)
     ours = time.perf_counter() - began
-    grown = resident() - before
-    assert abs(grown - nbytes) < (64 << 20)
+    assert abs(resident() - before - nbytes) < (64 << 20)
     memory.close()
     began = time.perf_counter()
     theirs = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
