@@ -52,9 +52,8 @@ class Grid:
         payloads: bytes of a copy; each makes a point for every run that fits into it.
         most_runs: the most runs of a point; beyond, cost rises by as much for each run.
         repeats: how often each point is timed, after one call that is not.
-        short: bytes of a copy up to which its point is timed `OFTEN` times as often: short copies
-            take one of two times on an H200 (1 MB: 26.7 and 34.9 us), and five of them in a row
-            would often tell the rarer one.
+        short: bytes of a copy up to which it is timed `OFTEN` times as often: on an H200 it takes
+            one of two times (1 MB: 26.7 and 34.9 us), and five often tell the rarer one.
         pageable: the largest payload between the device and pageable memory.
     """
 
@@ -90,14 +89,9 @@ def calibrate(
     device: torch.device, seconds: float = SECONDS, grid: Grid | None = None,
     timer: Timer | None = None, clock: Callable[[], float] = perf_counter,
 ) -> Table:  # fmt: skip
-    """Measure the engines of a device.
-
-    Args:
-        device: an accelerator, idle.
-        seconds: time to take at most; points that are left then are not measured.
-        grid: what to measure; by default `GRID`.
-        timer: how; by default a `Timer` of the device.
-        clock: seconds that pass.
+    """Measure the engines of an accelerator, which is idle, on a grid (default: `GRID`) by a timer
+    (default: a `Timer`), in so many ``seconds`` by a ``clock``; points that are left then are not
+    measured.
 
     Raises:
         PortaKVError: no engine could be measured, with the reasons.

@@ -75,7 +75,7 @@ class Alternative(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The engine that carries a copy out, why as a sentence, and what each engine would take."""
+    """The engine of a copy, why as a sentence, and what each engine would take."""
 
     engine: str
     why: str
@@ -188,12 +188,8 @@ def _none_left(out: Mapping[str, str]) -> Unsupported:
 
 
 class Host(Engine):
-    """The engine of a device that picks engines.
-
-    Attributes:
-        engines: the engines that serve this device, by name.
-        out: the engines that do not, and why, as a phrase.
-    """
+    """Picks among the ``engines`` that serve a device, by name; ``out``: those that do not, and
+    why, as a phrase."""
 
     name = "host"
 
@@ -215,8 +211,8 @@ class Host(Engine):
         able = [name for name, answer in answers.items() if answer.accepted]
         if able:
             return Decision(self.name, True, f"takes the plan, by {' or '.join(able)}")
-        reasons = {name: answer.reason for name, answer in answers.items()} | self.out
-        told = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        reasons = [f"{name}: {answer.reason}" for name, answer in answers.items()]
+        told = "; ".join(reasons + [f"{name}: {why}" for name, why in self.out.items()])
         return Decision(self.name, False, f"no engine takes it ({told})")
 
     def prepare(self, plan: CopyPlan) -> HostLaunch:
@@ -239,20 +235,15 @@ class Host(Engine):
         try:
             cls: type[Engine] = getattr(importlib.import_module(module), attribute)
             decision = cls.probe(self.device)
-            if decision.accepted:
-                return cls(self.device, self._half, self.terms)
+            made = cls(self.device, self._half, self.terms) if decision.accepted else None
+            return made or decision.reason
         except Exception as error:  # one that fails must not take the others down
             return f"it failed to load: {type(error).__name__}: {error}"
-        return decision.reason
 
 
 class HostLaunch(EngineLaunch):
-    """A plan's launches, one for each engine that takes it, each prepared when it is first used.
-
-    Attributes:
-        direction: ``d2h`` or ``h2d``.
-        out: engines that do not carry the plan out, and why, as a phrase.
-    """
+    """A plan's launches, one for each engine that takes it, each prepared when it is first used;
+    ``out``: engines that do not carry it out, and why, as a phrase."""
 
     def __init__(self, plan: CopyPlan, host: Host) -> None:
         super().__init__(plan, host.device)
@@ -272,11 +263,7 @@ class HostLaunch(EngineLaunch):
         self._last = threading.local()
 
     def pick(self, move: Move) -> Pick:
-        """The engine that a transfer takes; moves nothing.
-
-        Raises:
-            Unsupported: every engine has turned out not to carry the plan out.
-        """
+        """The engine that a transfer takes; moves nothing. Raises as the function `pick` does."""
         count, theirs, out = move.count, self.ends(move)[3], self.out
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
@@ -296,11 +283,8 @@ class HostLaunch(EngineLaunch):
         return found
 
     def launch_by(self, engine: str, move: Move, stream: torch.Stream | None) -> Pending | None:
-        """Carry a transfer out by one engine, whatever would be picked.
-
-        Raises:
-            Unsupported: the engine does not carry the plan out.
-        """
+        """Carry a transfer out by one engine, whatever would be picked. Raises `Unsupported` if it
+        does not carry the plan out."""
         launch = self.prepared(engine)
         if launch is None:
             why = self.out.get(engine, "there is no such engine")

@@ -37,12 +37,11 @@ class Descriptors(Engine):
         return Capabilities(places=PINNED, index_on="any")
 
     def check(self, plan: CopyPlan) -> Decision:
-        decision = super().check(plan)
         run = min(nest.run for nest in plan.nests)
-        if decision.accepted and run < LEAST_RUN:
-            why = f"it copies runs of {LEAST_RUN} B or more, and the plan has some of {run} B"
-            return Decision(self.name, False, why)
-        return decision
+        why = f"it copies runs of {LEAST_RUN} B or more, and the plan has some of {run} B"
+        decision = super().check(plan)
+        narrow = decision.accepted and run < LEAST_RUN
+        return Decision(self.name, False, why) if narrow else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return _DescriptorsLaunch(plan, self.device)

@@ -95,12 +95,10 @@ class DirectKernel(RowsKernel):
 
     def entry(self, each: int, name: str) -> str:
         """See `RowsKernel.entry`."""
-        cut, of = self.cut, "Inner, Outer, Src, Dst"
-        call = (
-            f"copy_direct<{self.vector}, {self.run // self.vector}, {cut.strip}, {cut.each}, {of}>"
-        )
+        cut, run = self.cut, self.run // self.vector
+        of = f"{self.vector}, {run}, {cut.strip}, {cut.each}, Inner, Outer, Src, Dst"
         entry = f"void PORTAKV_AT_MOST({cut.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
-        return f'extern "C" __global__ {entry} {{ {call}(copy); }}\n'
+        return f'extern "C" __global__ {entry} {{ copy_direct<{of}>(copy); }}\n'
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
         """Thread blocks of a launch: no more than have something to do."""
@@ -146,10 +144,10 @@ class Direct(Engine):
     def check(self, plan: CopyPlan) -> Decision:
         """As every backend; of vectors that are narrow the reason says that they cost bandwidth."""
         decision = super().check(plan)
-        if not decision.accepted or plan.vector == _WIDEST:
-            return decision
-        why = f"takes the plan, in vectors of {plan.vector} B: only {_WIDEST} B fill the link"
-        return Decision(self.name, True, why)
+        if decision.accepted and plan.vector < _WIDEST:
+            why = f"takes the plan, in vectors of {plan.vector} B: only {_WIDEST} B fill the link"
+            return Decision(self.name, True, why)
+        return decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
         most = self.terms.max_thread_blocks or BLOCKS
@@ -183,11 +181,8 @@ class _DirectLaunch(EngineLaunch):
 
 
 def check_reach(view: KVView, device: torch.device) -> None:
-    """Raise `Unsupported` if a device does not reach a view of pinned memory by its addresses,
-    as with memory that was registered but not mapped; a kernel would end in a fault.
-
-    One address of a view is asked for, once.
-    """
+    """Raise `Unsupported` if a device does not reach a view of pinned memory by its addresses, as
+    if it was registered but not mapped: a kernel would fault. One address is asked for, once."""
     if (_REACHED, device) in view.derived or not view.origins:
         return
     address = view.origins[0]
@@ -216,10 +211,8 @@ class _Table(NamedTuple):
 
 
 def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
-    """The address of a host view's table on a device, in time for a launch on ``stream``.
-
-    It is made once: a view's own table lies beside its memory, where each thread would have to
-    fetch it over the link.
+    """The address of a host view's table on a device, in time for a launch on ``stream``, made
+    once: a view's own lies beside its memory, where each thread would fetch it over the link.
 
     Raises:
         Unsupported: inside graph capture, where it would be made at each replay.

@@ -92,8 +92,7 @@ class Engine(Backend):
     @property
     def half(self) -> Choice:
         """What carries out the device's half; chosen when it is first asked for."""
-        if self._half is None:
-            self._half = choose(self.device)
+        self._half = self._half or choose(self.device)
         return self._half
 
 

@@ -46,10 +46,8 @@ _Mask = npt.NDArray[np.bool_]
 
 
 class Pieces(NamedTuple):
-    """2-D copies: int64 arrays of one length, addresses and bytes; height 1 is a plain copy.
-
-    No byte of the destinations occurs twice, so that their order does not matter.
-    """
+    """2-D copies: int64 arrays of one length, addresses and bytes; height 1 is a plain copy. No
+    byte of the destinations occurs twice, so that their order does not matter."""
 
     dst: Int64
     src: Int64
@@ -138,12 +136,9 @@ def to_2d_copies(
     runs: Runs, src: KVView | None = None, dst: KVView | None = None, below: int = ALL
 ) -> Pieces:
     """Runs, in the order of the source with neighbours merged, as few pieces: exactly their bytes,
-    each once; the order of pieces is any.
-
-    No piece reaches from one allocation of the views into another, nor over a seam between two
-    registrations, which drivers refuse. Of runs of ``below`` bytes or more only many together
-    become rows.
-    """
+    each once, in any order. No piece reaches from one allocation of the views into another, nor
+    over a seam between two registrations, which drivers refuse. Of runs of ``below`` bytes or more
+    only many together become rows."""
     return _least(*_apart(runs, [view for view in (src, dst) if view is not None]), below)
 
 

@@ -63,7 +63,11 @@ class DenseRows:
     def __init__(self, form: Form, by_layer: bool = False) -> None:
         self.form = form
         self.block_size = form.block_size or 1
-        extents = _extents(form)
+        extents: dict[str, Any] = {"layers": form.layers, "kv": form.kv, "dim": tuple(form.widths)}
+        if form.block_size:
+            extents["block_size"] = form.block_size
+        if not form.opaque:
+            extents["heads"] = form.heads
         layout, self._shape = _described(form, extents, by_layer)
         self._bound = bind_layout(layout, **extents)
         names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
@@ -120,15 +124,6 @@ def _in_order(form: Form) -> tuple[str, list[int]] | None:
         shape[at:] = [each * sum(form.widths)]
         names[at:] = [f"({' '.join(names[at:])})"]
     return " ".join(names), shape
-
-
-def _extents(form: Form) -> Mapping[str, Any]:
-    known: dict[str, Any] = {"layers": form.layers, "kv": form.kv, "dim": tuple(form.widths)}
-    if form.block_size:
-        known["block_size"] = form.block_size
-    if not form.opaque:
-        known["heads"] = form.heads
-    return known
 
 
 def _factors(form: Form) -> list[_Factor]:
