@@ -73,6 +73,11 @@ class Bench(Workshop):
         """Judge a case as a user gets it; False where the backend declines it, as it may."""
         return self.judge.copy(case)
 
+    def within(self, shape: Shape, src: Any, dst: Any, *, step: int = 1, **how: Any) -> Case:
+        """A copy within one cache, from some ids to others."""
+        cache = self.cache(shape, src, step=step, **how)
+        return Case(cache, replace(cache, ids=self.ids(dst)), len(src) * step)
+
     def both(self, *some: Any, **how: Any) -> None:
         """Judge `some` copies of each direction."""
         for direction in DIRECTIONS:

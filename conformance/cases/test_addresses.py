@@ -9,19 +9,9 @@ from typing import Any
 
 import pytest
 
-from portakv import BackendUnavailable, Unsupported, copy_rows
+from portakv import BackendUnavailable, Unsupported
 from portakv.registry.registry import ENGINES
-from portakv_conformance.cases import (
-    CHUNK,
-    PAGED,
-    Bench,
-    Case,
-    Judge,
-    Shape,
-    asked_of,
-    full,
-    view_of,
-)
+from portakv_conformance.cases import CHUNK, PAGED, Bench, Case, Judge, Shape, full, view_of
 from portakv_conformance.draw import by_hand
 
 pytestmark = pytest.mark.area("corners")
@@ -46,8 +36,7 @@ def test_tensors_in_no_order(workshop: Bench, direction: str, layout: str) -> No
 
 def _in_no_order(case: Case, direction: str) -> bool:
     """Neither rising nor falling, and no distance occurs twice in a row."""
-    cache = case.src if direction == "gather" else case.dst
-    at = view_of(cache).addresses.tolist()
+    at = view_of(case.src if direction == "gather" else case.dst).addresses.tolist()
     steps = [b - a for a, b in pairwise(at)]
     even = any(a == b for a, b in pairwise(steps))
     return min(steps) < 0 < max(steps) and steps[0] != max(steps) and not even
@@ -125,11 +114,10 @@ def test_host_sources_that_are_expanded(home: Bench, engine: str, pinned: bool, 
 
 def _by_engine(judge: Judge, case: Case, engine: str | None) -> None:
     """Judge a copy by one of the library's engines, which may be for other devices or places."""
-    asked = asked_of(case)
 
     def carry() -> None:
         try:
-            judge.finish(copy_rows(*asked, count=case.count, backend=engine))
+            judge.finish(judge.start(case, backend=engine))
         except BackendUnavailable as error:
             raise Unsupported(f"This copy by {engine!r}", str(error)) from error
 

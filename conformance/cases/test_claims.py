@@ -5,7 +5,6 @@ where nothing of the library helps; what it does not claim is refused, with ever
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import torch
 from portakv import Unsupported
 from portakv.backends.base import refusal
 from portakv.view.form import PLACES
-from portakv_conformance.cases import BOTH, Bench, Case, Shape, Side, Subject, plan_of
+from portakv_conformance.cases import BOTH, Bench, Case, Shape, Subject, plan_of
 from portakv_conformance.draw.by_hand import on_host
 from portakv_conformance.judge.judging import takes
 
@@ -45,10 +44,6 @@ def test_claims_make_sense(subject: Subject) -> None:
         assert subject.backend.capabilities() == can, "It claims something else when asked again."
 
 
-def _in(place: str, side: Side) -> Side:
-    return side if place == "device" else on_host(side, place == "pinned")
-
-
 _PAIRS = [
     pytest.param(pair, marks=pytest.mark.needs("accelerator" if "device" in pair else "host"))
     for pair in (
@@ -64,7 +59,11 @@ _PAIRS = [
 def test_places(home: Bench, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
     case, way = home.some(direction, SHAPE, 9), f"from {pair[0]} to {pair[1]} memory"
-    case = Case(_in(pair[0], case.src), _in(pair[1], case.dst), case.count)
+    src, dst = (
+        side if place == "device" else on_host(side, place == "pinned")
+        for place, side in zip(pair, (case.src, case.dst), strict=True)
+    )
+    case = Case(src, dst, case.count)
     if pair in home.subject.can.places:
         home.judge.claimed(case, "places", f"copies {way}")
         return
@@ -91,8 +90,8 @@ def test_ids_are_read_where_claimed(home: Bench, direction: str) -> None:
 def _within_one_cache(home: Bench, dtypes: tuple[Any, Any], field: str, what: str) -> None:
     """Judge a copy within one cache, which a backend may decline whatever it claims of ids."""
     slots = home.shuffled(SHAPE.slots, 12)
-    cache = home.cache(SHAPE, home.judge.ids(slots[:6], dtypes[0]))
-    case = Case(cache, replace(cache, ids=home.judge.ids(slots[6:], dtypes[1])), 6)
+    src, dst = (home.judge.ids(slots[n : n + 6], dtypes[n // 6]) for n in (0, 6))
+    case = home.within(SHAPE, src, dst)
     if takes(home.subject, case):
         home.judge.claimed(case, field, what)
     else:

@@ -31,10 +31,7 @@ _WIDTHS = [
 
 
 def both_ways(home: Bench, source: Any, target: Any) -> None:
-    """Judge a copy from the first maker's side to the second's, then the other way.
-
-    A maker is called with ``source`` True or False and returns a side with ids.
-    """
+    """Judge a copy from the first maker's side, which has ids, to the second's, and back."""
     for make, take in ((source, target), (target, source)):
         src, dst = make(source=True), take(source=False)
         home.copy(Case(src, dst, min(len(side.ids) * side.step for side in (src, dst))))
@@ -120,18 +117,15 @@ _SIZES = (
 @pytest.mark.parametrize("sizes", _SIZES)
 def test_block_sizes(workshop: Bench, sizes: Ints) -> None:
     """Blocks of both sides may have any sizes, and need have no common factor."""
-    first, second = (
-        Shape(widths=(12, 12), block_size=size, blocks=2 + 256 // size) for size in sizes
-    )
+    first, second = (Shape(widths=(12, 12), block_size=n, blocks=2 + 256 // n) for n in sizes)
     count = min(first.slots, second.slots) - 3
 
     def make(shape: Shape, layout: str, *, source: bool) -> Any:
-        rng = Workshop(workshop.device, workshop.seed + source)
+        rng = workshop.other(source)
         return rng.cache(shape, rng.shuffled(shape.slots, count), layout=layout, source=source)
 
-    both_ways(workshop, partial(make, first, NHD), partial(make, second, HND))
-    if first.block_size != second.block_size:
-        both_ways(workshop, partial(make, first, HND), partial(make, second, HND))
+    for layout in (NHD, HND) if first.block_size != second.block_size else (NHD,):
+        both_ways(workshop, partial(make, first, layout), partial(make, second, HND))
 
 
 @pytest.mark.parametrize("sizes", [(4, 4), (4, 8), (8, 4), (4, 6), (16, 128), (3, 4)])
@@ -140,9 +134,8 @@ def test_block_tables_of_both_sides(workshop: Bench, sizes: Ints) -> None:
     first, second = (Shape(widths=(16, 16), block_size=n, blocks=768 // n) for n in sizes)
 
     def make(shape: Shape, layout: str) -> Any:
-        step = shape.block_size
-        blocks = workshop.shuffled(shape.blocks, 384 // step)
-        return partial(workshop.cache, shape, blocks, step=step, layout=layout)
+        blocks = workshop.shuffled(shape.blocks, 384 // shape.block_size)
+        return partial(workshop.cache, shape, blocks, step=shape.block_size, layout=layout)
 
     both_ways(workshop, make(first, NHD), make(second, HND))
 
@@ -168,22 +161,14 @@ def test_shapes_in_which_every_extent_is_two(workshop: Bench, layout: str, layer
 #: How a cache lies: the axis that is further apart, by how many elements; the order in memory; or
 #: keywords of `arranged`.
 _PADDED: dict[str, Any] = {
-    "pages": ("block", 24),
-    "blocks-by-one": ("block", 1),
-    "rows": ("head", 3),
-    "heads": ("token", 8),
-    "planes": ("kv", 7),
-    "layers": {"place": "strided", "pads": {1: 16}},
-    "elements": {"gap": 2},
-    "scattered": {"place": "scattered"},
-    "offset": {"shift": 8},
-    "odd-offset": {"shift": 3},
-    "kernel-blocks": ("block", 64, {"shift": 16}),
-    "token-outermost": "token head kv block dim",
-    "dim-outermost": "dim kv block token head",
+    "pages": ("block", 24), "blocks-by-one": ("block", 1), "rows": ("head", 3),
+    "heads": ("token", 8), "planes": ("kv", 7), "layers": {"place": "strided", "pads": {1: 16}},
+    "elements": {"gap": 2}, "scattered": {"place": "scattered"}, "offset": {"shift": 8},
+    "odd-offset": {"shift": 3}, "kernel-blocks": ("block", 64, {"shift": 16}),
+    "token-outermost": "token head kv block dim", "dim-outermost": "dim kv block token head",
     "cross-layer": "block layer kv token head dim",
     "layer-innermost": "kv block token head layer dim",
-}
+}  # fmt: skip
 
 
 def _lying(layout: str, how: Any) -> dict[str, Any]:
@@ -208,13 +193,10 @@ def test_strides_and_padding(home: Bench, direction: str, how: str) -> None:
 
 #: How a chunk lies, as keywords of `arranged`.
 _CHUNKS: dict[str, dict[str, Any]] = {
-    "rows": {"pads": {3: 5}},
-    "planes": {"pads": {2: 9}},
-    "elements": {"gap": 3},
-    "permuted": {"memory": "token layer kv (head dim)"},
-    "shift": {"shift": 5},
+    "rows": {"pads": {3: 5}}, "planes": {"pads": {2: 9}}, "elements": {"gap": 3},
+    "permuted": {"memory": "token layer kv (head dim)"}, "shift": {"shift": 5},
     "split": {"split_end": True, "pads": {3: 2}},
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("how", _CHUNKS)
@@ -234,10 +216,8 @@ _LISTS = (
 def test_lists_of_memory_objects(home: Bench, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
     cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
-    slots = home.shuffled(cache.slots, 27, 2)
-    how: dict[str, Any] = {"layout": layout, "place": place}
-    paged, listed = partial(home.cache, cache, slots), partial(home.cache, store, range(27), **how)
-    both_ways(home, paged, listed)
+    paged = partial(home.cache, cache, home.shuffled(cache.slots, 27, 2))
+    both_ways(home, paged, partial(home.cache, store, range(27), layout=layout, place=place))
 
 
 @pytest.mark.parametrize("layout", ["layer | block page", "block layer page", "block | layer page"])
@@ -245,11 +225,10 @@ def test_lists_of_memory_objects(home: Bench, layout: str, place: str) -> None:
 def test_opaque_pages(workshop: Bench, page: int, layout: str) -> None:
     """An opaque page moves whole, and its padding stays."""
     shape = Shape(widths=(page,), heads=1)
-    how: dict[str, Any] = {"step": shape.block_size, "dtype": torch.uint8}
-    padded: dict[str, Any] = {"layout": "layer | block page", "pads": {1: 5}, **how}
+    make = partial(workshop.cache, shape, step=shape.block_size, dtype=torch.uint8)
     holes, blocks = workshop.shuffled(6, 4, 1), workshop.shuffled(6, 4)
-    mine = partial(workshop.cache, shape, holes, **padded)
-    both_ways(workshop, mine, partial(workshop.cache, shape, blocks, **how, layout=layout))
+    padded = partial(make, holes, layout="layer | block page", pads={1: 5})
+    both_ways(workshop, padded, partial(make, blocks, layout=layout))
 
 
 def test_one_source_row_for_many_tokens(home: Bench) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
@@ -43,17 +42,18 @@ def far_blocks(memory: torch.Tensor, stride: int, blocks: int) -> torch.Tensor:
     return memory.as_strided(sizes, (stride, _HEADS * _DIM, _DIM, 1))
 
 
-@dataclass(frozen=True)
 class Place:
-    """A tensor, its view and its index in a copy, and where in it each piece of the copy lies."""
+    """One side of a copy: a tensor, where in it each piece lies, and its view and index."""
 
-    tensor: torch.Tensor
-    view: KVView
-    index: Index
-    where: list[Any]
+    def __init__(
+        self, tensor: torch.Tensor, layout: str, where: list[Any], index: Index | None = None,
+        **extents: Any,
+    ) -> None:  # fmt: skip
+        self.tensor, self.where, self.index = tensor, where, index or Index()
+        self.view = KVView(tensor, layout, **extents)
 
 
-def near(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def near(like: torch.Tensor, *shape: int) -> torch.Tensor:
     """A small tensor of other bytes on the device of a far one."""
     return torch.full(shape, 0xA5, dtype=torch.uint8).to(like.device)
 
@@ -78,59 +78,52 @@ def check(judge: Judge, direction: str, far: Place, other: Place) -> None:
 
 
 def check_rows(
-    judge: Judge, direction: str, plane: torch.Tensor, slots: list[int], layout: str, **extents: Any
+    judge: Judge, direction: str, plane: torch.Tensor, slots: list[int], layout: str, **extents: int
 ) -> None:
     """Copy rows of one far plane to a dense chunk or back."""
-    size = plane.shape[1] if plane.dim() == 4 else 1
-    dense = near(plane, (len(slots), *plane.shape[-2:]))
-    where = [divmod(slot, size) if plane.dim() == 4 else (slot,) for slot in slots]
-    far = Place(plane, KVView(plane, layout, **extents), Index(slots), where)
-    chunk = Place(dense, KVView(dense, "token head dim"), Index(), list(range(len(slots))))
-    check(judge, direction, far, chunk)
+    where = [divmod(slot, _SIZE) if plane.dim() == 4 else slot for slot in slots]
+    dense = near(plane, len(slots), *plane.shape[-2:])
+    far = Place(plane, layout, where, Index(slots), **extents)
+    check(judge, direction, far, Place(dense, "token head dim", list(range(len(slots)))))
 
 
 def check_blocks(judge: Judge, kind: str, src: torch.Tensor, dst: torch.Tensor) -> None:
     """Copy whole blocks of one far plane, by `MIGRATIONS`."""
-    there, here, step = [2, 0, 1], [1, 2, 0], 1 if kind == "slots-both" else _SIZE
+    step = 1 if kind == "slots-both" else _SIZE
 
     def place(plane: torch.Tensor, blocks: list[int]) -> Place:
-        units = range(_SIZE // step)
-        ids = [at * len(units) + n for at in blocks for n in units]
-        return Place(plane, KVView(plane, "block token head dim"), Index(ids, step=step), blocks)
+        ids = [(at * _SIZE + n) // step for at in blocks for n in range(0, _SIZE, step)]
+        return Place(plane, "block token head dim", blocks, Index(ids, step=step))
 
-    dense = near(src, (3, _SIZE, _HEADS, _DIM))
-    chunk = Place(dense, KVView(dense.flatten(0, 1), "token head dim"), Index(), [0, 1, 2])
-    far, other = place(src, there), chunk
+    there, here = place(src, [2, 0, 1]), place(dst, [1, 2, 0])
+    blocks = [slice(at, at + _SIZE) for at in range(0, 3 * _SIZE, _SIZE)]
+    chunk = Place(near(src, 3 * _SIZE, _HEADS, _DIM), "token head dim", blocks)
     if kind == "blocks-scatter":
-        far = place(dst, here)
-    elif kind.endswith("both"):
-        other = place(dst, here)
-    check(judge, "scatter" if kind == "blocks-scatter" else "gather", far, other)
+        check(judge, "scatter", here, chunk)
+    else:
+        check(judge, "gather", there, here if kind.endswith("both") else chunk)
 
 
 def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int) -> None:
     """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a cache or back."""
     kvs, slots = range(len(chunk)), [3, 0, 5, 2]
-    dense = near(chunk, (len(kvs), 4, _SIZE, _ODD))
     tokens = [(kv, slice(first, first + len(slots))) for kv in kvs]
-    far = Place(chunk, KVView(chunk, "kv token dim"), Index(offset=first), tokens)
-    cache, rows = KVView(dense, "kv block token dim"), [(kv, slots) for kv in kvs]
+    far = Place(chunk, "kv token dim", tokens, Index(offset=first))
+    rows = [(kv, [at // _SIZE for at in slots], [at % _SIZE for at in slots]) for kv in kvs]
+    cache = Place(near(chunk, 2, 4, _SIZE, _ODD), "kv block token dim", rows, Index(slots))
     # Of a gather the cache is the source.
-    way = "scatter" if direction == "gather" else "gather"
-    flat = Place(dense.view(len(kvs), 4 * _SIZE, _ODD), cache, Index(slots), rows)
-    check(judge, way, far, flat)
+    check(judge, "scatter" if direction == "gather" else "gather", far, cache)
 
 
 def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int) -> None:
     """Copy rows of three layers that lie ``stride`` bytes apart."""
     slots, layers = [3, 0, 2], range(3)
     plane = memory.as_strided((3, 2, _SIZE, _HEADS, _DIM), (stride, 256, 128, _DIM, 1))
-    dense = near(memory, (3, 3, _HEADS, _DIM))
-    rows = [(layer, slot // _SIZE, slot % _SIZE) for layer in layers for slot in slots]
-    far = Place(plane, KVView(plane, "layer block token head dim"), Index(slots), rows)
+    rows = [(layer, *divmod(slot, _SIZE)) for layer in layers for slot in slots]
+    far = Place(plane, "layer block token head dim", rows, Index(slots))
     tokens = [(layer, at) for layer in layers for at in range(len(slots))]
-    chunk = Place(dense, KVView(dense, "layer token head dim"), Index(), tokens)
-    check(judge, direction, far, chunk)
+    dense = near(memory, 3, 3, _HEADS, _DIM)
+    check(judge, direction, far, Place(dense, "layer token head dim", tokens))
 
 
 @pytest.mark.needs("host")
@@ -146,8 +139,8 @@ def test_blocks_that_lie_far_apart(judge: Judge, direction: str, stride: int) ->
 @pytest.mark.parametrize("stride", [2**31 + 256, 2**32 + 256])
 def test_whole_blocks_and_two_lists(judge: Judge, kind: str, stride: int) -> None:
     """Offsets have 64 bits also where whole blocks move, and where both sides have ids."""
-    planes = [far_blocks(mapped(2 * stride + 4096), stride, 3) for _ in range(2)]
-    check_blocks(judge, kind, *planes)
+    src, dst = (far_blocks(mapped(2 * stride + 4096), stride, 3) for _ in range(2))
+    check_blocks(judge, kind, src, dst)
 
 
 @pytest.mark.needs("host")

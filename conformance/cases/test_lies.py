@@ -60,8 +60,8 @@ def _other_slots(ids: torch.Tensor) -> None:
 @pytest.mark.parametrize("kind", ["int32", "int64", "pinned"])
 def test_host_ids_that_change_right_after_the_call(home: Bench, direction: str, kind: str) -> None:
     """A list of ids on the host belongs to the caller again when the call returns."""
+    dtype = torch.int32 if kind == "int32" else torch.int64
     for _ in range(2):  # the second call is by a launch that was prepared
-        dtype = torch.int32 if kind == "int32" else torch.int64
         ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1), dtype=dtype)
         ids = ids.pin_memory() if kind == "pinned" and home.facility.streams else ids
         case = home.move(direction, SHAPE, ids)

@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
-from portakv import Index, LayoutError, Unsupported, copy_rows
+from portakv import Index, LayoutError, Unsupported
 from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, asked_of, view_of
 from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases
@@ -35,11 +35,10 @@ def drawn(judge: Judge, data: Data, **options: Any) -> Case:
 
 def carry(judge: Judge, case: Case, backend: str = "") -> bool:
     """Copy with the judged backend, or another; False where it declines the plan."""
-    asked = asked_of(case)
     if not backend:
-        return judge.carried(lambda: judge.finish(judge.start(case)), asked)
+        return judge.carried(lambda: judge.finish(judge.start(case)), asked_of(case))
     try:
-        judge.finish(copy_rows(*asked, count=case.count, backend=backend))
+        judge.finish(judge.start(case, backend=backend))
     except Unsupported as error:
         judge.declined.append(str(error))
         return False

@@ -53,8 +53,7 @@ class Late:
         judge.failing = failing
 
     def check_behind_its_producer(self, where: str) -> None:
-        """Judge a copy behind a slow producer, on the current stream, ``current`` for one that is
-        not the default, or on another."""
+        """Judge a copy behind a slow producer, on the current stream or on another."""
         facility = self.home.facility
         side = facility.stream()
         with facility.on(side if where == "current" else facility.current()):

@@ -7,33 +7,26 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 
 from portakv import Index
-from portakv_conformance.cases import BOTH, Bench, Case, Shape, between, index_of, view_of
+from portakv_conformance.cases import BOTH, Bench, Shape, between, index_of, view_of
 
 pytestmark = pytest.mark.area("corners")
 
 #: Layouts of one cache beside the home.
 LAYOUTS = {
-    "home": "",
-    "nhd": "layer | kv block token head dim",
-    "hnd": "layer | kv block head token dim",
-    "packed": "layer | block head token (kv dim)",
-    "pool": "block layer kv token head dim",
-}
+    "home": "", "nhd": "layer | kv block token head dim", "hnd": "layer | kv block head token dim",
+    "packed": "layer | block head token (kv dim)", "pool": "block layer kv token head dim",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_migration_within_one_cache(home: Bench, layout: str) -> None:
     """Rows move inside one cache, by slots and by blocks, where both sides do not meet."""
     shape = Shape(blocks=8)
-    slots = home.shuffled(shape.slots, 20)
-    cache = home.cache(shape, slots[:10], layout=layout)
-    home.copy(Case(cache, replace(cache, ids=torch.tensor(slots[10:])), 10))
-    blocks = home.shuffled(shape.blocks, 6)
-    cache = home.cache(shape, blocks[:3], layout=layout, step=4)
-    home.copy(Case(cache, replace(cache, ids=torch.tensor(blocks[3:])), 12))
+    slots, blocks = home.shuffled(shape.slots, 20), home.shuffled(shape.blocks, 6)
+    home.copy(home.within(shape, slots[:10], slots[10:], layout=layout))
+    home.copy(home.within(shape, blocks[:3], blocks[3:], layout=layout, step=4))
 
 
 #: What is sliced of a view, and what is left of its shape then.
@@ -57,10 +50,10 @@ def test_slices(home: Bench, what: str, direction: str, layout: str) -> None:
     slots = home.shuffled(whole.slots, 9, 1)
     side = home.cache(whole, slots, source=source, layout=layout)
     chunk = home.chunk(shape, 9, source=not source)
-    told = replace(side, tensors=_sliced(side.tensors, side.layout, part), arrangement=None)
-    kv, dims = len(shape.widths), side.extents["dim"]
-    fewer_of = {"layers": shape.layers, "kv": kv, "heads": shape.heads, "dim": dims[:kv]}
-    told.extents = {**side.extents, **fewer_of}
+    kv, tensors = len(shape.widths), _sliced(side.tensors, side.layout, part)
+    extents = {"layers": shape.layers, "kv": kv, "heads": shape.heads}
+    extents = {**side.extents, **extents, "dim": side.extents["dim"][:kv]}
+    told = replace(side, tensors=tensors, extents=extents, arrangement=None)
     cache, dense = view_of(side).slice(**part), view_of(chunk)
     asked = (cache, dense, index_of(side), Index())
     if not source:

@@ -81,17 +81,14 @@ def shape_of(name: str, dtype: torch.dtype) -> Shape:
     widths = WIDTHS.get(name) or tuple(n * dtype.itemsize for n in elements)
     heads = 2 if axes.written("head") and name != "chunk-2ltd-mla" else 1
     shape = Shape(2 if axes.written("layer") else 1, heads, widths)
-    if axes.written("page"):
-        page = widths[0] if name in WIDTHS else 24 * dtype.itemsize
-        return replace(shape, widths=(page * shape.block_size,))
-    return shape
+    page = widths[0] if name in WIDTHS else 24 * dtype.itemsize
+    return replace(shape, widths=(page * shape.block_size,)) if axes.written("page") else shape
 
 
 def lies(name: str, dtype: torch.dtype) -> dict[str, Any]:
     """How a preset's tensors lie in memory, as `by_hand.arranged` takes it."""
     how: dict[str, Any] = {"dtype": dtype}
-    memory = MEMORY.get(name, "")
-    if memory:
+    if memory := MEMORY.get(name):
         how["memory"] = memory
         if "layer" in memory.split():
             how.update(pads={memory.split().index("block") + 1: _PAD}, shift=_PAD)
@@ -102,7 +99,7 @@ def lies(name: str, dtype: torch.dtype) -> dict[str, Any]:
     return how
 
 
-def _case(shop: Workshop, operation: str, name: str, dtype: torch.dtype) -> Case:
+def _case(shop: Bench, operation: str, name: str, dtype: torch.dtype) -> Case:
     layout, shape = PRESETS[name].layout, shape_of(name, dtype)
     axes, how = read_layout(layout), lies(name, dtype)
     if axes.written("page") and operation != "migrate":
@@ -111,8 +108,7 @@ def _case(shop: Workshop, operation: str, name: str, dtype: torch.dtype) -> Case
         return _chunks(shop, operation, layout, shape, dtype)
     if operation == "migrate":  # whole blocks of one cache, by block tables on both sides
         blocks, step = shop.shuffled(shape.blocks, 4), shape.block_size
-        cache = shop.cache(shape, blocks[:2], layout=layout, step=step, **how)
-        return Case(cache, replace(cache, ids=torch.tensor(blocks[2:])), 2 * step)
+        return shop.within(shape, blocks[:2], blocks[2:], layout=layout, step=step, **how)
     equal = len(set(shape.widths)) == 1
     if operation == "convert":  # to a paged layout that is like none of the presets
         other = replace(shape, block_size=6, blocks=4)

@@ -217,7 +217,8 @@ class Rows:
             if dimension == last and self.axes.open_end:
                 address = address + self._unravel(position, where, dimension)
             else:
-                address = address + position * self._strides[(*where, dimension)]
+                at_dimension = (*where, dimension)
+                address = address + position * self._strides[at_dimension]
         rows = (slots.shape[0], self.heads)
         elements = np.broadcast_to(address, (*rows, self._elements[kv]))[..., None]
         item = np.arange(self._itemsize[kv], dtype=np.int64)
@@ -227,8 +228,9 @@ class Rows:
         """Byte offset of a position in the trailing dimensions from ``first`` on."""
         offset: Any = 0
         for dimension in reversed(range(first, self._rank)):
-            size = np.maximum(self._sizes[(*where, dimension)], 1)
-            offset = offset + position % size * self._strides[(*where, dimension)]
+            at_dimension = (*where, dimension)
+            size = np.maximum(self._sizes[at_dimension], 1)
+            offset = offset + position % size * self._strides[at_dimension]
             position = position // size
         return offset
 

@@ -40,8 +40,8 @@ class Subject:
         return self.device.type == "cpu"
 
     def copy(self, *asked: Any, **how: Any) -> Transfer:
-        """The copy as a user gets it: ``copy_rows`` with this backend forced."""
-        return copy_rows(*asked, backend=self.name, **how)
+        """The copy as a user gets it: ``copy_rows`` with this backend forced, or a named one."""
+        return copy_rows(*asked, **{"backend": self.name, **how})
 
     def prepare(self, plan: CopyPlan) -> Launch:
         """The launch, by the backend's own ``check`` and ``prepare``; `Unsupported` if either of
