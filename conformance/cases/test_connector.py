@@ -19,103 +19,104 @@ from portakv_conformance.judge.judging import changed
 pytestmark = pytest.mark.area("corners")
 
 SHAPE = Shape(blocks=8)
-MOVES = ("from_gpu", "to_gpu")
 
 
 @dataclass
 class Store:
-    """Caches, and a connector that moves their rows to chunks and back."""
+    """Caches, and a connector that moves their rows to chunks or back."""
 
     home: Bench
     connector: AdaptiveConnector
+    move: str
 
-    def caches(self, seed: int = 0, **how: Any) -> Side:
+    def caches(self, seed: int = 0) -> Side:
         """Caches of a seed of their own."""
-        return self.home.other(seed).cache(SHAPE, [], **how)
+        return self.home.other(seed).cache(SHAPE, [], source=self.move == "from_gpu")
 
-    def case(self, move: str, caches: Side, slots: Any, tokens: int = 0, seed: int = 0) -> Case:
-        """The copy that ``move`` of these slots must be."""
-        shop = self.home.other(100 + seed)
-        ids = shop.ids(slots)
-        assert ids is not None
-        chunk = shop.chunk(SHAPE, tokens or max(len(ids), 1), source=move == "to_gpu")
-        paged = replace(caches, ids=ids, arrangement=None)
-        return between("gather" if move == "from_gpu" else "scatter", paged, chunk, len(ids))
+    def case(self, caches: Side, slots: Any, tokens: int = 0, seed: int = 0) -> Case:
+        """The copy that a call for these slots must be."""
+        how: dict[str, Any] = {"source": self.move == "to_gpu"}
+        chunk = self.home.other(100 + seed).chunk(SHAPE, tokens or max(len(slots), 1), **how)
+        return self.between(caches, torch.as_tensor(slots), chunk)
 
-    def check(self, move: str, case: Case, cache: Any = None, *rest: Any, held: Any = None) -> None:
+    def between(self, caches: Side, slots: torch.Tensor, chunk: Side) -> Case:
+        """The copy between these slots of the caches and a chunk."""
+        direction = "gather" if self.move == "from_gpu" else "scatter"
+        return between(direction, replace(caches, ids=slots, arrangement=None), chunk, len(slots))
+
+    def check(self, case: Case, cache: Any = None, *rest: Any, held: Any = None) -> None:
         """Judge a call of the connector, by default under the ids of a case, as that copy."""
-        call = partial(getattr(self.connector, move), held or _chunk(case), cache)
+        call = partial(getattr(self.connector, self.move), held or _chunk(case).tensors, cache)
         ids = case.src.ids if case.src.ids is not None else case.dst.ids
         self.home.judge.call(case, partial(call, *(rest or (ids,))))
 
 
-def _chunk(case: Case) -> Any:
-    return (case.dst if case.src.block_size else case.src).tensors
+def _chunk(case: Case) -> Side:
+    return case.dst if case.src.block_size else case.src
 
 
-@pytest.fixture
-def store(home: Bench) -> Store:
+@pytest.fixture(params=("from_gpu", "to_gpu"))
+def store(home: Bench, request: pytest.FixtureRequest) -> Store:
     """A connector for this backend, in a layout that it takes."""
-    return Store(home, home.connector())
+    return Store(home, home.connector(), request.param)
 
 
 @pytest.mark.parametrize(
     ("start", "end"), [(0, None), (0, 5), (3, 11), (7, None), (4, 4), (11, 12)]
 )
-@pytest.mark.parametrize("move", MOVES)
-def test_a_range_of_the_slot_mapping(store: Store, move: str, start: int, end: int | None) -> None:
+def test_a_range_of_the_slot_mapping(store: Store, start: int, end: int | None) -> None:
     """Rows ``slot_mapping[start:end]`` are tokens 0 to end - start of the chunk, and no others."""
-    caches = store.caches(source=move == "from_gpu")
+    caches = store.caches()
     store.connector.register_kv_caches(caches.tensors)
     for turn, holes in enumerate((0, 2)):
         slots = torch.tensor(store.home.shuffled(SHAPE.slots, 12, holes))
-        case = store.case(move, caches, slots[start:end], tokens=12, seed=turn)
-        store.check(move, case, None, slots, start, end)
+        case = store.case(caches, slots[start:end], tokens=12, seed=turn)
+        store.check(case, None, slots, start, end)
 
 
-@pytest.mark.parametrize("move", MOVES)
-def test_caches_that_were_registered_again(store: Store, move: str) -> None:
+def test_caches_that_were_registered_again(store: Store) -> None:
     """An engine that reallocates its caches registers them again, and the old are let alone."""
     for seed in range(3):
-        caches = store.caches(seed, source=move == "from_gpu")
+        caches = store.caches(seed)
         slots = torch.tensor(store.home.shuffled(SHAPE.slots, 9, 1))
         store.connector.register_kv_caches(caches.tensors)
         for again in range(2):
-            store.check(move, store.case(move, caches, slots.roll(again), seed=seed))
+            store.check(store.case(caches, slots.roll(again), seed=seed))
 
 
-@pytest.mark.parametrize("move", MOVES)
-def test_caches_passed_with_the_call(store: Store, move: str) -> None:
+def test_caches_passed_with_the_call(store: Store) -> None:
     """Caches that differ from those registered take their place; alternating sets do not mix."""
-    sets = [store.caches(seed, source=move == "from_gpu") for seed in range(2)]
+    sets = [store.caches(seed) for seed in range(2)]
     for turn in range(4):
         caches = sets[turn % 2]
-        case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 7 + turn), seed=turn)
-        store.check(move, case, caches.tensors)
+        case = store.case(caches, store.home.shuffled(SHAPE.slots, 7 + turn), seed=turn)
+        store.check(case, caches.tensors)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
-@pytest.mark.parametrize("move", MOVES)
-def test_batches(store: Store, move: str, ragged: bool) -> None:
+def test_batches(store: Store, ragged: bool) -> None:
     """A batch moves each chunk's range of the slot mapping, as single calls would."""
     lengths = (8, 5, 8, 3) if ragged else (8, 8, 8)
     slots = torch.tensor(store.home.shuffled(SHAPE.slots, sum(lengths), 2))
-    ends = [*accumulate(lengths)]
+    ends, caches = [*accumulate(lengths)], store.caches()
     starts = [0, *ends[:-1]]
-    caches = store.caches(source=move == "from_gpu")
     store.connector.register_kv_caches(caches.tensors)
-    cases = [
-        store.case(move, caches, slots[a:b], tokens=8, seed=n)
-        for n, (a, b) in enumerate(zip(starts, ends, strict=True))
-    ]
-    call = getattr(store.connector, f"batched_{move}")
-    batch = partial(call, [_chunk(case) for case in cases], None, slots, starts, ends)
-    joined = _joined(caches, cases, slots, lengths)
-    if move == "to_gpu":  # all chunks land in one cache: each expectation is made by those before
-        store.home.judge.call(joined, batch)
+    ranges = enumerate(zip(starts, ends, strict=True))
+    cases = [store.case(caches, slots[a:b], tokens=8, seed=n) for n, (a, b) in ranges]
+    # As one copy, between the caches and the chunks as blocks of 8 tokens.
+    first, tensors = _chunk(cases[0]), [_chunk(case).tensors for case in cases]
+    chunks = replace(
+        first, tensors=tensors, layout=f"block | {first.layout}", block_size=8,
+        ids=torch.tensor([8 * n + at for n, length in enumerate(lengths) for at in range(length)]),
+        slots=8 * len(cases), arrangement=None,
+    )  # fmt: skip
+    joined = store.between(caches, slots, chunks)
+    batch = partial(getattr(store.connector, f"batched_{store.move}"), tensors, None, slots)
+    if store.move == "to_gpu":  # all land in one cache: each expectation is made by those before
+        store.home.judge.call(joined, partial(batch, starts, ends))
         return
-    expected = [case.expected() for case in cases]
-    moved = store.home.judge.call(cases[0], batch, asked=asked_of(joined))
+    expected, asked = [case.expected() for case in cases], asked_of(joined)
+    moved = store.home.judge.call(cases[0], partial(batch, starts, ends), asked=asked)
     for case, wanted in zip(cases, expected, strict=True):
         verdict = changed(wanted.before, case.dst.tensors)
         if moved:
@@ -123,22 +124,8 @@ def test_batches(store: Store, move: str, ragged: bool) -> None:
         assert verdict is None, verdict
 
 
-def _joined(caches: Side, cases: list[Case], slots: torch.Tensor, lengths: tuple[int, ...]) -> Case:
-    """A batch as one copy, between the caches and the chunks as blocks of 8 tokens."""
-    load = cases[0].src.block_size is None
-    first, tensors = cases[0].src if load else cases[0].dst, [_chunk(case) for case in cases]
-    ids = torch.tensor([8 * n + t for n, c in enumerate(lengths) for t in range(c)])
-    chunks = replace(
-        first, tensors=tensors, layout=f"block | {first.layout}", ids=ids, block_size=8,
-        slots=8 * len(cases), arrangement=None,
-    )  # fmt: skip
-    paged = replace(caches, ids=slots, arrangement=None)
-    return between("scatter" if load else "gather", paged, chunks, len(slots))
-
-
-@pytest.mark.parametrize("move", MOVES)
-def test_objects_that_hold_a_tensor(store: Store, move: str) -> None:
+def test_objects_that_hold_a_tensor(store: Store) -> None:
     """A memory object may hold its tensor, and may be longer than what is moved."""
-    caches = store.caches(source=move == "from_gpu")
-    case = store.case(move, caches, store.home.shuffled(SHAPE.slots, 6), tokens=32)
-    store.check(move, case, caches.tensors, held=SimpleNamespace(tensor=_chunk(case)))
+    caches = store.caches()
+    case = store.case(caches, store.home.shuffled(SHAPE.slots, 6), tokens=32)
+    store.check(case, caches.tensors, held=SimpleNamespace(tensor=_chunk(case).tensors))

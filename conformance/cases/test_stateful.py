@@ -54,10 +54,11 @@ class Engine(RuleBasedStateMachine):
     def _paged(self, ids: list[int], step: int = 1) -> Side:
         return replace(self.cache, ids=torch.tensor(ids), step=step)
 
-    def _carried(self, call: Callable[[], Transfer], src: Side, dst: Side, count: int) -> bool:
-        case, judge = Case(src, dst, count), self.home.judge
+    def _carried(self, case: Case, call: Callable[..., Transfer] | None = None) -> bool:
+        judge = self.home.judge
         self.done.append(case)
-        carried = judge.carried(lambda: judge.finish(call()), asked_of(case))
+        begin = call or partial(judge.start, case)
+        carried = judge.carried(lambda: judge.finish(begin()), asked_of(case))
         judge.examples += carried
         return carried
 
@@ -80,7 +81,7 @@ class Engine(RuleBasedStateMachine):
         fresh = tokens_at(chunk, range(tokens))
         slots = _slots(own, len(told), len(told) + tokens)
         call = partial(self.connector.to_gpu, chunk.tensors, None, [-1, *slots], 1)
-        if self._carried(call, chunk, self._paged(slots), tokens):
+        if self._carried(Case(chunk, self._paged(slots), tokens), call):
             told.extend(fresh)
 
     @precondition(lambda self: self.blocks)
@@ -94,7 +95,7 @@ class Engine(RuleBasedStateMachine):
             slots = _slots(self.blocks[sequence], 0, len(told))
             ids = torch.tensor(slots, dtype=torch.int32)
             call = partial(self.connector.from_gpu, chunk.tensors, None, ids)
-            if self._carried(call, self._paged(slots), chunk, len(told)):
+            if self._carried(Case(self._paged(slots), chunk, len(told)), call):
                 self.stored[sequence] = (chunk, told)
         self.free += self.blocks.pop(sequence)
 
@@ -110,7 +111,7 @@ class Engine(RuleBasedStateMachine):
         slots = _slots(own, 0, len(told))
         ids = torch.tensor(slots).to(self.home.device)
         call = partial(self.connector.to_gpu, chunk.tensors, None, ids)
-        if self._carried(call, chunk, self._paged(slots), len(told)):
+        if self._carried(Case(chunk, self._paged(slots), len(told)), call):
             del self.stored[sequence], self.free[: len(own)]
             self.blocks[sequence], self.told[sequence] = own, told
 
@@ -121,10 +122,10 @@ class Engine(RuleBasedStateMachine):
         owners = [own for _, own in sorted(self.blocks.items()) if own]
         own = owners[pick % len(owners)]
         place = which % len(own)
-        src, dst = self._paged([own[place]], SIZE), self._paged([self.free[0]], SIZE)
-        view, name = view_of(self.cache), self.home.judge.subject.name
-        call = partial(copy_blocks, view, view, [own[place]], [self.free[0]], backend=name)
-        if self._carried(call, src, dst, SIZE):
+        block, free = [own[place]], [self.free[0]]
+        view, name = view_of(self.cache), self.home.subject.name
+        call = partial(copy_blocks, view, view, block, free, backend=name)
+        if self._carried(Case(self._paged(block, SIZE), self._paged(free, SIZE), SIZE), call):
             self.free.append(own[place])
             own[place] = self.free.pop(0)
 
@@ -136,12 +137,9 @@ class Engine(RuleBasedStateMachine):
         sequence, told = owners[pick % len(owners)]
         blocks = self.blocks[sequence][: -(-len(told) // SIZE)]
         order = list(range(len(blocks)))[::-1]
-        src = self._paged(blocks, SIZE)
         shape = replace(SHAPE, blocks=len(blocks))
         dst = self.home.cache(shape, order, layout=other, step=SIZE, source=False)
-        asked = asked_of(Case(src, dst, len(told)))
-        call = partial(self.home.judge.subject.copy, *asked, count=len(told))
-        if not self._carried(call, src, dst, len(told)):
+        if not self._carried(Case(self._paged(blocks, SIZE), dst, len(told))):
             return
         found = tokens_at(dst, _slots(order, 0, len(told)))
         with self._blaming():
@@ -157,9 +155,8 @@ class Engine(RuleBasedStateMachine):
                 for token, slot in enumerate(_slots(self.blocks[sequence], 0, len(told))):
                     where = f"Sequence {sequence}, token {token} in slot {slot}"
                     assert held[slot] == told[token], f"{where} does not hold its bytes."
-            for guard in self.cache.guards:
-                wrong = guard.broken()
-                assert wrong is None, wrong
+            wrong = [guard.broken() for guard in self.cache.guards]
+            assert not any(wrong), wrong
 
 
 def _slots(blocks: list[int], first: int, past: int) -> list[int]:

@@ -4,10 +4,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 AXES = ("layer", "kv", "block", "token", "head", "dim", "page")
-_TOKEN = re.compile(r"\s*(?:([()|])|(?:([a-z]+)(?:([/%])([1-9][0-9]*))?|(1))(?![\w/%]))")
+_WORD = r"[a-z]+(?:[/%][1-9][0-9]*)?"
+_FACTOR = re.compile(r"([a-z]+)([/%]?)([0-9]*)")
+#: A factor, several in parentheses, or a 1, which is no factor.
+_GROUP = re.compile(
+    rf"\s*(?:\((?P<merged>(?:\s*{_WORD}(?![\w/%]))+)\s*\)|(?:(?P<one>{_WORD})|1)(?![\w/%]))"
+)
 
 
 @dataclass(frozen=True)
@@ -48,42 +54,23 @@ class Axes:
 
 def read_layout(text: str) -> Axes:
     """Read a layout string; ValueError where it is not in the language."""
-    sides: list[list[Group]] = [[]]
-    merged: list[Factor] | None = None
-    last_in_parentheses = False
-    for mark, axis, part, n, one in _tokens(text):
-        if mark == "(" and merged is None:
-            merged = []
-        elif mark == ")" and merged:
-            sides[-1].append(tuple(merged))
-            merged, last_in_parentheses = None, True
-        elif mark == "|" and merged is None and len(sides) == 1:
-            sides.append([])
-        elif axis and merged is not None:
-            merged.append(Factor(axis, part, int(n or 0)))
-        elif (axis or one) and merged is None:
-            sides[-1].append((Factor(axis, part, int(n or 0)),) if axis else ())
-            last_in_parentheses = False
-        else:
-            raise ValueError(f"The layout {text!r} has a misplaced {mark or one!r}.")
-    if merged is not None:
-        raise ValueError(f"The layout {text!r} leaves a parenthesis open.")
-    left, right = (sides[0], sides[1]) if len(sides) == 2 else ([], sides[0])
-    _check_axes(text, [f for group in left + right for f in group])
-    ends_in_page = bool(right) and right[-1] == (Factor("page"),)
-    open_end = bool(right) and (last_in_parentheses or ends_in_page)
-    return Axes(text, tuple(left), tuple(right), open_end)
+    left, _, right = text.rpartition("|")
+    containers, dimensions = (tuple(_groups(text, side)) for side in (left, right))
+    _check_axes(text, [factor for group in containers + dimensions for factor in group])
+    last = dimensions[-1] if dimensions else ()
+    open_end = right.rstrip().endswith(")") or last == (Factor("page"),)
+    return Axes(text, containers, dimensions, open_end)
 
 
-def _tokens(text: str) -> list[tuple[str, ...]]:
-    found, at, end = [], 0, len(text.rstrip())
+def _groups(text: str, side: str) -> Iterator[Group]:
+    at, end = 0, len(side.rstrip())
     while at < end:
-        match = _TOKEN.match(text, at)
+        match = _GROUP.match(side, at)
         if match is None:
-            raise ValueError(f"The layout {text!r} cannot be read from {text[at:]!r} on.")
-        found.append(match.groups(""))
+            raise ValueError(f"The layout {text!r} cannot be read from {side[at:]!r} on.")
+        found = _FACTOR.findall(match["merged"] or match["one"] or "")
+        yield tuple(Factor(axis, part, int(n or 0)) for axis, part, n in found)
         at = match.end()
-    return found
 
 
 def _check_axes(text: str, factors: list[Factor]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from portakv import Index, KVView
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
-from portakv_conformance.mutants.base import Call, HostRows, Int64, Pair, narrow
+from portakv_conformance.mutants.base import HostRows, Int64, Pair, narrow
 
 
 @HostRows.mutate("numbers")
@@ -82,18 +82,14 @@ def UnequalWidthsMixed(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
     return [replace(nest, vector=np.gcd(nest.run, nest.vector).item()) for nest in alike]
 
 
-class OnlyFirstBlockSize(HostRows):
+@HostRows.mutate("nests")
+def OnlyFirstBlockSize(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
     """The block size of the source is used for the destination as well."""
-
-    def planned(self, call: Call) -> CopyPlan:
-        self._extents = [step.extent for step in call.plan.nests[0].src.units]
-        return call.plan
-
-    def place(self, side: Side, numbers: Int64) -> Pair:
-        if len(side.units) == len(self._extents):
-            pairs = zip(side.units, self._extents, strict=True)
-            side = replace(side, units=tuple(replace(at, extent=n) for at, n in pairs))
-        return super().place(side, numbers)
+    src, dst = plan.nests[0].src.units, plan.nests[0].dst.units
+    if len(src) != len(dst):
+        return plan.nests
+    units = [replace(at, extent=like.extent) for at, like in zip(dst, src, strict=True)]
+    return [replace(nest, dst=replace(nest.dst, units=tuple(units))) for nest in plan.nests]
 
 
 @HostRows.mutate("turns")

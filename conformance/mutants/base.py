@@ -188,14 +188,9 @@ class HostRows(Backend):
 
     def carry(self, call: Call) -> Pending | None:
         """One launch from beginning to end."""
-        call = replace(call, plan=self.planned(call))
         for runs in self.pieces(call):
             self.move(runs, call)
         return None
-
-    def planned(self, call: Call) -> CopyPlan:
-        """The plan as the kernel understands it."""
-        return call.plan
 
     def pieces(self, call: Call) -> list[Runs]:
         """What is to be moved, nest by nest."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
+from portakv.backends.base import Pending
 from portakv.plan.plan import CopyPlan
 from portakv.view.form import Form, Part, Step
 from portakv_conformance.mutants.base import Call, HostRows
@@ -14,10 +15,11 @@ _plan = lru_cache(maxsize=256)(CopyPlan)
 
 
 class _Misread(HostRows):
-    def planned(self, call: Call) -> CopyPlan:
+    def carry(self, call: Call) -> Pending | None:
         plan, forms = call.plan, self.forms(call)
-        same = forms == (plan.src, plan.dst)
-        return plan if same else _plan(*forms, plan.src_step, plan.dst_step, plan.unit)
+        if forms != (plan.src, plan.dst):
+            plan = _plan(*forms, plan.src_step, plan.dst_step, plan.unit)
+        return super().carry(replace(call, plan=plan))
 
     def forms(self, call: Call) -> tuple[Form, Form]:
         """The forms of both sides as the mutant takes them."""

@@ -153,7 +153,10 @@ cores, two mutants at a time, loading torch and the suite included.
 """
 
 
-def by_mutant(trials: Sequence[Trial]) -> list[list[Trial]]:
+Groups = Sequence[Sequence[Trial]]
+
+
+def by_mutant(trials: Sequence[Trial]) -> Groups:
     """The trials of each mutant, in the order of the mutants."""
     return [list(group) for _, group in groupby(trials, key=lambda trial: trial.mutant.name)]
 
@@ -162,54 +165,49 @@ def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
     """The page of the documentation; the registry's self-check turns the mutants down that are
     ``self_checked``, by name."""
     groups = by_mutant(trials)
-    parts = [_HEAD, _sum(groups)]
+    parts = [_HEAD, f"**{_sum(groups)}**"]
     for module, mutants in groupby(groups, key=lambda group: group[0].mutant.__module__):
         title = (sys.modules[module].__doc__ or "").partition("\n")[0]
         parts.append(f"\n## {title.rstrip('.')}\n")
         parts.append("| mutant | bug | profile | caught by | s |\n|---|---|---|---|---:|")
-        parts += [_row(group, self_checked) for group in mutants]
+        for group in mutants:
+            # A bar would end the cell, in code as well.
+            cells = [cell.replace("|", "\\|") for cell in _row(group, self_checked)]
+            parts.append(f"| `{cells[0]}` | {' | '.join(cells[1:])} |")
     return "\n".join(parts) + "\n"
 
 
-def _sum(groups: Sequence[Sequence[Trial]]) -> str:
+def _sum(groups: Groups) -> str:
     runs = len(groups[0]) if groups else 1
     caught = sum(all(trial.caught for trial in group) for group in groups)
     how = "" if runs == 1 else f" in {runs} runs of {runs}, each with another seed"
     unjudged = sum(not any(trial.judged for trial in group) for group in groups)
     rest = f" {unjudged} could not be judged here." if unjudged else ""
-    return f"**{caught} of {len(groups)} mutants are caught{how}.{rest}**"
+    return f"{caught} of {len(groups)} mutants are caught{how}.{rest}"
 
 
-def _row(group: Sequence[Trial], self_checked: Collection[str]) -> str:
+def _row(group: Sequence[Trial], self_checked: Collection[str]) -> tuple[str, ...]:
     first, mutant = group[0], group[0].mutant
     where = mutant.profile + (f", {mutant.device_type}" if mutant.device_type != "cpu" else "")
-    # A bar would end the cell, in code as well.
-    found = first.caught_by.removeprefix("cases/").replace("|", "\\|")
-    case = f"`{found}`" if first.caught else "**survives**" if first.judged else "not judged"
+    lost = "**survives**" if first.judged else "not judged"
+    case = f"`{first.caught_by.removeprefix('cases/')}`" if first.caught else lost
     if len(group) > 1:
         case += f" ({sum(trial.caught for trial in group)} of {len(group)})"
     if mutant.name in self_checked:
         case += "; the self-check too"
-    return f"| `{mutant.name}` | {mutant.bug()} | {where} | {case} | {first.seconds:.0f} |"
+    return mutant.name, mutant.bug(), where, case, f"{first.seconds:.0f}"
 
 
 def print_score(
     trials: Sequence[Trial], self_checked: Collection[str], controls: Mapping[str, str | None]
 ) -> None:
     """Print the table, the survivors and the sum on standard output."""
-    groups, lines = by_mutant(trials), []
-    for group in groups:
-        mutant, caught = group[0].mutant, [trial.caught_by for trial in group if trial.caught]
-        missed = any(trial.judged and not trial.caught for trial in group)
-        case = (caught or ["SURVIVES" if missed else "not judged"])[0].removeprefix("cases/")
-        case += " (self-check too)" if mutant.name in self_checked else ""
-        runs, seconds = f"{len(caught)}/{len(group)}", f"{group[0].seconds:.1f}"
-        lines.append((mutant.name, mutant.bug(), case, runs, seconds))
+    groups = by_mutant(trials)
     columns = (
-        Column("mutant", whole=True), Column("bug"), Column("caught by", whole=True),
-        Column("runs", right=True), Column("s", right=True),
+        Column("mutant", whole=True), Column("bug"), Column("profile"),
+        Column("caught by", whole=True), Column("s", right=True),
     )  # fmt: skip
-    print_table(columns, lines)
+    print_table(columns, [_row(group, self_checked) for group in groups])
     for name, why in controls.items():
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
     for trial in trials:
@@ -217,7 +215,7 @@ def print_score(
             lost, _, why = trial.ending.partition(": ")
             name = f"{trial.mutant.name} ({trial.mutant.target()})"
             print(f"{lost} under seed {trial.seed}: {name}: {why}")
-    print(_sum(groups).strip("*"))
+    print(_sum(groups))
 
 
 def score(
