@@ -19,8 +19,6 @@ from portakv_conformance.judge.judging import ENDS
 
 pytestmark = pytest.mark.area("drawn")
 
-#: Where ids may lie beside a device; on the CPU there is only the host.
-_ANYWHERE = st.sampled_from(("device", "cpu"))
 #: A drawn case as two, which take even times and can be judged at the same time.
 in_two = pytest.mark.parametrize("part", range(2))
 
@@ -28,8 +26,8 @@ in_two = pytest.mark.parametrize("part", range(2))
 def places(judge: Judge, data: st.DataObject) -> dict[str, Any]:
     """Options of the strategies: tensors on the device, ids there or on the host."""
     device = str(judge.subject.device)
-    on_host = judge.subject.on_host or data.draw(_ANYWHERE) == "cpu"
-    return {"device": device, "ids_on": "cpu" if on_host else device}
+    ids_on = data.draw(st.sampled_from((device, "cpu"))) if device != "cpu" else device
+    return {"device": device, "ids_on": ids_on}
 
 
 @pytest.mark.parametrize("part", range(6))

@@ -174,7 +174,7 @@ def is_emulated(subject: Subject) -> bool:
 
 def interpreted(subject: Subject) -> bool:
     """Whether the backend's kernels run through Triton's interpreter."""
-    if os.environ.get(INTERPRET, "").lower() not in YES or not subject.on_host:
+    if os.environ.get(INTERPRET, "").lower() not in YES or subject.device.type != "cpu":
         return False
     said = [decision.reason for decision in subject.trace if decision.name == subject.name]
     ours = subject.target.partition(":")[0] == "portakv.backends.triton"

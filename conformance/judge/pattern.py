@@ -74,18 +74,14 @@ class Guarded:
         )
 
     def broken(self) -> str | None:
-        """A sentence on the first canary that is not whole, or None."""
-        host = self.whole.cpu().numpy()
-        for low, high in ((0, self.start), (self.start + self.nbytes, host.size)):
-            wrong = np.nonzero(host[low:high] != canary_bytes(high - low, low))[0]
-            if wrong.size:
-                before = ("before", self.start - int(wrong[-1]) - 1)
-                side, far = ("behind", int(wrong[0])) if low else before
-                return (
-                    f"A canary was overwritten: {wrong.size} bytes {side} a payload of "
-                    f"{self.nbytes} bytes, the nearest {far} bytes away from it."
-                )
-        return None
+        """A sentence on the canaries that are not whole, or None."""
+        host, end = self.whole.cpu().numpy(), self.start + self.nbytes
+        wrong = np.nonzero(host != canary_bytes(host.size))[0]
+        wrong = wrong[(wrong < self.start) | (wrong >= end)]
+        where = f"{wrong.size} bytes beside a payload from {self.start} to {end}"
+        return (
+            f"A canary was overwritten: {where}, the first at {wrong[0]}." if len(wrong) else None
+        )
 
 
 def guarded(

@@ -34,11 +34,6 @@ class Subject:
     emulated: bool = False
     flaw: str = ""
 
-    @property
-    def on_host(self) -> bool:
-        """True where it works on the CPU, and so without streams."""
-        return self.device.type == "cpu"
-
     def copy(self, *asked: Any, **how: Any) -> Transfer:
         """The copy as a user gets it: ``copy_rows`` with this backend forced, or a named one."""
         return copy_rows(*asked, **{"backend": self.name, **how})

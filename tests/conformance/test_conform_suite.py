@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from portakv import AdaptiveConnector, BackendUnavailable, CopyPlan, Index, KVView, Unsupported
+from portakv import BackendUnavailable, CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Decision
-from portakv_conformance.cases import Bench, test_addresses, test_connector
+from portakv_conformance.cases import Bench, test_connector
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
 from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged, lifted
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.device_support import Facility
 from portakv_conformance.judge.judging import Judge, asked_of, find_home, largest_unit, view_of
-from portakv_conformance.judge.oracle import compare
 from portakv_conformance.judge.pattern import poison_bytes
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.run.outcome import sentence
@@ -94,10 +92,8 @@ def test_a_backend_that_does_not_say_what_it_claims_has_a_flaw() -> None:
 @pytest.mark.parametrize("end", ["synchronize", "done", "wait"])
 def test_right_backends_pass(name: str, end: str) -> None:
     judge = judge_of(name)
-    assert judge.launch(gather())
-    assert judge.direct
-    assert judge.copy(gather(), end=end)
-    assert not judge.direct
+    assert (judge.launch(gather()), judge.direct) == (True, True)
+    assert (judge.copy(gather(), end=end), judge.direct) == (True, False)
     assert judge.examples == 2
 
 
@@ -108,8 +104,7 @@ def test_wrong_backends_fail_with_a_sentence(name: str, why: str) -> None:
     judge = judge_of(name)
     with pytest.raises(AssertionError, match=why):
         judge.copy(gather())
-    assert judge.failing is not None
-    assert judge.examples == 0
+    assert (judge.failing is None, judge.examples) == (False, 0)
 
 
 def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
@@ -125,12 +120,9 @@ def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
 def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(move: str) -> None:
     home = Bench(judge=judge_of("WholeChunks"))
-    connector = AdaptiveConnector(
-        "cpu", backend=home.subject.name, kv_layout=home.paged, chunk_layout=home.dense
-    )
-    store = test_connector.Store(home, connector)
+    store = test_connector.Store(home, home.connector(), move)
     with pytest.raises(AssertionError, match="it moves whole ones"):
-        test_connector.test_a_range_of_the_slot_mapping(store, move, 3, 11)
+        test_connector.test_a_range_of_the_slot_mapping(store, 3, 11)
 
 
 def test_a_refusal_that_check_foretells_is_no_failure_and_no_example() -> None:
@@ -204,10 +196,8 @@ def test_a_file_that_is_no_example(text: str) -> None:
 
 def test_a_case_without_its_ids_or_made_by_hand_is_no_example() -> None:
     case = gather()
-    without_ids = json.loads(saved.dump(case))
-    del without_ids["src"]["ids"]["values"]
     with pytest.raises(ValueError, match="no saved example"):
-        saved.load(json.dumps(without_ids))
+        saved.load(saved.dump(case).replace('"values"', '"other"'))
     case.src.arrangement = None
     with pytest.raises(ValueError, match="not built from an arrangement"):
         saved.dump(case)
@@ -219,6 +209,10 @@ def test_shapes_lie_as_they_say() -> None:
     assert first.stride() == (6 * 2 * 4 * 16, 2 * 4 * 16, 16, 4 * 16, 1)
     assert first.storage_offset() * 2 == guard.start
     assert guard.payload()[:8].tolist() == poison_bytes(0, 1000, 8, guard.start).tolist()
+    pool = Workshop().cache(SHAPE, [0], memory="block layer kv token head dim", pads={1: 8})
+    first, second = pool.tensors
+    assert len(pool.guards) == 1
+    assert second.data_ptr() - first.data_ptr() == 2 * 4 * 2 * 16 * 2
 
 
 def test_a_lifted_side_is_the_same_side_elsewhere() -> None:
@@ -229,20 +223,11 @@ def test_a_lifted_side_is_the_same_side_elsewhere() -> None:
         assert one.storage_offset() == two.storage_offset()
         assert one.stride() == two.stride()
         assert torch.equal(one, two)
-    for guard, old in zip(moved.guards, side.guards, strict=True):
+    for guard in moved.guards:
         assert guard.broken() is None
         guard.payload().fill_(0)
-        assert not torch.equal(guard.whole, old.whole)
     assert not moved.tensors[0].any()
-
-
-def test_a_pool_of_all_layers_is_one_storage() -> None:
-    side = Workshop().cache(SHAPE, [0], memory="block layer kv token head dim", pads={1: 8})
-    assert len(side.guards) == 1
-    first, second = side.tensors
-    assert second.data_ptr() - first.data_ptr() == 2 * 4 * 2 * 16 * 2
-    case = Workshop().gather(SHAPE, [1, 2], memory="block layer kv token head dim")
-    assert compare(case.expected(), case.dst.tensors) is not None  # nothing was copied yet
+    assert side.tensors[0].any()
 
 
 def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> None:
@@ -323,10 +308,3 @@ def test_keys_and_values_are_scattered_each_in_their_own_way() -> None:
         keys, values = view.addresses.reshape(4, 2).T.tolist()
         different += np.argsort(keys).tolist() != np.argsort(values).tolist()
     assert different > 10
-
-
-def test_a_search_without_an_end_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(test_addresses, "_TRIES", 3)
-    monkeypatch.setattr(test_addresses, "_in_no_order", lambda case, direction: False)
-    with pytest.raises(pytest.fail.Exception, match="In 3 tries the allocator never"):
-        test_addresses.test_tensors_in_no_order(Bench(judge=judge_of("Right")), "gather", HOMES[0])
