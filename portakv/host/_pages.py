@@ -44,13 +44,13 @@ HugePages = Literal["auto", "transparent", "reserved", "never"]
 _HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
 _MAP_HUGETLB, _MS_ASYNC, _MPOL_BIND = 0x40000, 1, 2
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+_load = cache(ctypes.CDLL)
 _SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
 
 # Numbers of the system call, from the kernel's tables of each architecture.
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259}
 _WHY = {
-    errno.EPERM: "the kernel forbids it here; give the container CAP_SYS_NICE, or start the "
-    "process under numactl --membind",
+    errno.EPERM: "the kernel forbids it; give the container CAP_SYS_NICE, or use numactl --membind",
     errno.ENOSYS: "this kernel was built without NUMA; leave numa=None",
     errno.EINVAL: "the process may not use that node (cpuset); ask for one that it may",
 }
@@ -107,8 +107,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
         notes.append("no reserved huge pages are free (vm.nr_hugepages); asked for transparent")
     try:
         if nbytes > (room := available()):
-            too_many = f"{room} are available to this process; touching more would have it killed"
-            raise OSError(errno.ENOMEM, too_many)
+            raise OSError(errno.ENOMEM, f"{room} are available to this process; more would kill it")
         mapping = mmap.mmap(-1, nbytes, flags=flags)
     except OSError as error:
         raise HostMemoryError(
@@ -136,6 +135,9 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
     end = address + nbytes
     # Cut at multiples of a slice, so that two threads do not share a huge page.
     edges = [address, *range((address // _SLICE + 1) * _SLICE, end, _SLICE), end]
+    if len(edges) == 2:
+        _touch_slice(address, end)
+        return
     with ThreadPoolExecutor(threads or min(16, len(os.sched_getaffinity(0)))) as pool:
         list(pool.map(_touch_slice, edges, edges[1:]))
 
@@ -171,7 +173,7 @@ def available() -> int:
 def _call(name: str, *arguments: Any) -> int:
     """A call of the C library, its numbers as words; its errno, or 0."""
     words = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
-    failed = getattr(ctypes.CDLL(None, use_errno=True), name)(*words)
+    failed = getattr(_load(None, use_errno=True), name)(*words)
     return (ctypes.get_errno() or errno.EINVAL) if failed else 0
 
 
@@ -372,8 +374,7 @@ class Registration:
                 warn_once(f"unregistering it failed before, {words}")
 
     def device_address(self, address: int) -> tuple[int, str]:
-        """Where the current device finds a byte of it, on HIP perhaps elsewhere than the host; and
-        why it does not."""
+        """Where the current device finds a byte, on HIP perhaps elsewhere, and why it does not."""
         if not self.flags & MAPPED:
             return 0, "it was registered with mapped=False; register it mapped"
         found, piece = ctypes.c_void_p(), max(at for at in self.registered if at <= address)
@@ -395,7 +396,7 @@ class Registration:
 
 def seams() -> tuple[int, ...]:
     """Addresses, in order, between two registrations of one memory: no copy may reach across."""
-    return tuple(sorted(_seams))
+    return tuple(sorted(_seams)) if _seams else ()
 
 
 def settle() -> None:

@@ -265,8 +265,7 @@ def _pinned(address: int, nbytes: int, owner: object, on: Terms, *notes: str) ->
     buffer = _pages.bytes_at(address, nbytes)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
         base = torch.frombuffer(buffer, dtype=torch.uint8)
-    end = weakref.finalize(buffer, registration.undo, owner)
-    end.atexit = False  # a registration ends itself; to unmap the memory would be too early
+    weakref.finalize(buffer, registration.undo, owner).atexit = False  # then it stays mapped
     return PinnedMemory(base, registration, notes)
 
 
