@@ -105,27 +105,22 @@ def _sketch(tensors: Any) -> str:
 
 @dataclass
 class Arrangement:
-    """How the tensors of one side lie in memory; all lengths in elements of ``dtype``.
-
-    ``order`` permutes the physical dimensions, outermost first: those of the right groups, and
-    as the last number the containers, when ``place`` is ``"strided"``. ``place``: ``"separate"``
-    storages, ``"strided"`` in one storage at equal distances, ``"scattered"`` in one storage at
-    irregular ones, with holes of multiples of ``grain``. ``pad`` adds elements to the stride of one
-    physical place, ``gap`` is the stride of the innermost. ``expand`` gives one dimension the
-    stride ``every``: 0, or 1 for rows that lie one element apart and so share the others.
-    """
+    """How the tensors of one side lie in memory; all lengths in elements of ``dtype``. ``place``:
+    ``separate`` storages, ``strided`` in one storage at equal distances, ``scattered`` in one at
+    irregular ones, with holes of multiples of ``grain``."""
 
     layout: str
     dtype: torch.dtype
     extents: dict[str, Any]  # of every axis: layer, kv, block, token, head; dim: one for each kv
     kinds: tuple[type, ...] = ()
     place: str = "separate"
+    # The physical dimensions, outermost first: right groups; the last number: strided containers.
     order: tuple[int, ...] = ()
-    pads: dict[int, int] = field(default_factory=dict)
-    gap: int = 1
+    pads: dict[int, int] = field(default_factory=dict)  # added to the stride of a physical place
+    gap: int = 1  # the stride of the innermost
     grain: int = 1
-    expand: int | None = None
-    every: int = 0
+    expand: int | None = None  # a dimension that has the stride ``every``
+    every: int = 0  # or 1 for rows that lie one element apart and so share the others
     split_end: bool = False
     offset: int = 0
     seed: int = 0

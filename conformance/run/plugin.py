@@ -110,11 +110,9 @@ class Suite:
         # What fails before this is a broken installation; what fails behind it is the backend.
         self._tell({"event": "loading"})
         self.subject = self._found(config)
-        self.facility = Facility(self.subject.device, self.subject.emulated)
-        if elsewhere := option("--portakv-listed"):
-            self.facility = Elsewhere(elsewhere)
-        share = option("--portakv-share")
-        self.share = None if share is None else Share(Path(share))
+        listed, mine = option("--portakv-listed"), self.subject
+        self.facility = Elsewhere(listed) if listed else Facility(mine.device, mine.emulated)
+        self.share = Share(Path(shared)) if (shared := option("--portakv-share")) else None
         self.examples: str | None = option("--portakv-examples")
         self.alive = DeviceAlive(self.subject, self.facility)
         self._lone = 0  # cases left out for want of a second device
@@ -265,14 +263,20 @@ class Suite:
     def _end(self, item: pytest.Item, seconds: float) -> None:
         """Tell how a case ended. If nothing more can be judged in this process, end it, so that
         another goes on where the device works."""
-        record, where = self._record(item, seconds), self.subject.device
+        judge, where = item.stash.get(_JUDGE, None), self.subject.device
+        status, reason, details = outcome(item.stash[_REPORTS], judge, self.subject.flaw)
+        record = CaseRecord(
+            case_id(item), **about(item), status=status, seconds=round(seconds, 4),
+            examples=judge.examples if judge else 0, declined=len(judge.declined) if judge else 0,
+            reason=writable(reason), details=writable(details),
+        )  # fmt: skip
         if record.status == "passed" and record.examples:
             self.alive.learn()
         if why := self.alive.lost() if record.status in WRONG else "":
             lost = f"Behind it everything on {where} fails in this process ({why})."
             record.reason = f"{record.reason} {writable(lost)}"
         elif record.status == "failed":  # elsewhere no example can be judged again
-            self._save(record, item.stash.get(_JUDGE, None))
+            self._save(record, judge)
         self._tell({"event": "end", "case": asdict(record)})
         if why and self.events is None:
             pytest.exit(f"Nothing more can be judged on {where}: {why}", returncode=1)
@@ -298,16 +302,6 @@ class Suite:
     def pytest_sessionfinish(self) -> None:
         """The run came to its end."""
         self._tell({"event": "finish"})
-
-    def _record(self, item: pytest.Item, seconds: float) -> CaseRecord:
-        judge = item.stash.get(_JUDGE, None)
-        reports = item.stash[_REPORTS]
-        status, reason, details = outcome(reports, judge, self.subject.flaw)
-        return CaseRecord(
-            case_id(item), **about(item), status=status, seconds=round(seconds, 4),
-            examples=judge.examples if judge else 0, declined=len(judge.declined) if judge else 0,
-            reason=writable(reason), details=writable(details),
-        )  # fmt: skip
 
     def _save(self, record: CaseRecord, judge: Judge | None) -> None:
         """Write the failing example, as far as it was built from a structure and fails also on its

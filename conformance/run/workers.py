@@ -117,10 +117,9 @@ class WorkerProcess:
                 self._process.send_signal(STACKS_PLEASE)
             until = time.monotonic() + _STACKS_WAIT
             while self.code is None and time.monotonic() < until:
-                if self._stacks.stat().st_size > before:
-                    time.sleep(10 * _POLL)  # until the rest of it is written
-                    break
                 time.sleep(_POLL)
+                if self._stacks.stat().st_size > before:
+                    until = min(until, time.monotonic() + 10 * _POLL)  # the rest is being written
         text = self._stacks.read_text(encoding="utf-8", errors="replace")
         return text.partition("\nExtension modules:")[0][-_TAIL:].strip()
 
@@ -221,8 +220,12 @@ class Worker:
         if self._refusal:
             what = f"A worker could not load the backend, which others could ({self._refusal}),"
         details = "\n\n".join(part for part in (stacks, self.process.printed()) if part)
+        if not journal.loading:
+            raise SuiteBroken(f"{what} before it loaded anything.\n{details}")
+        if not journal.subject:
+            raise SubjectUnavailable(f"{what} while the backend was loaded and probed.\n{details}")
         if not journal.ids:
-            raise self._nothing_begun(what, details)
+            raise SuiteBroken(f"{what} before the cases were collected.\n{details}")
         if not (self.listed or alone):
             return f"{what} before it was ready; the others go on."
         id, status, when = self._at_fault()
@@ -231,13 +234,6 @@ class Worker:
         went_on = "; another worker went on with the rest" if {*journal.left()} - {id} else ""
         journal.lose(id, status, f"{what} {when}{went_on}.", details)
         return f"{what} {when}: {id}"
-
-    def _nothing_begun(self, what: str, details: str) -> Exception:
-        if not self._journal.loading:
-            return SuiteBroken(f"{what} before it loaded anything.\n{details}")
-        if not self._journal.subject:
-            return SubjectUnavailable(f"{what} while the backend was loaded and probed.\n{details}")
-        return SuiteBroken(f"{what} before the cases were collected.\n{details}")
 
     def _at_fault(self) -> tuple[str, Status, str]:
         """The case that it was lost with, how that ended, and when it was, as a clause."""
@@ -259,8 +255,11 @@ class Workers:
     ) -> None:
         self._journal, self._options, self._folder = journal, options, folder
         self._command, self._jobs = command, options.jobs
-        (folder / "taken").mkdir()
-        self._share = Share(folder / "taken")
+        taken, only = folder / "taken", folder / "only"
+        taken.mkdir()
+        only.write_text("\n".join(options.only), encoding="utf-8")
+        self._share, self._told = Share(taken), ["--portakv-share", str(taken)]
+        self._told += ["--portakv-only", str(only)] if options.only else []
         self._running: list[Worker] = []
         self._started = self._losses = self._ran = 0
         self._seconds = 0.0  # that losses have cost: workers that began, cases that hung
@@ -300,19 +299,11 @@ class Workers:
             waiting = len(self._journal.waiting(self._share)) if self._journal.ids else 1
             if waiting <= starting:
                 break
-            self._running.append(self._start())
+            self._started += 1
+            folder, seconds = self._folder / str(self._started), self._options.seconds
+            process = WorkerProcess(self._command, folder, self._options, self._told)
+            self._running.append(Worker(process, self._journal, self._share, seconds))
         return bool(self._running)
-
-    def _start(self) -> Worker:
-        self._started += 1
-        asked, folder = self._options, self._folder / str(self._started)
-        told = ["--portakv-share", str(self._folder / "taken")]
-        if asked.only:
-            only = folder.with_suffix(".only")
-            only.write_text("".join(f"{id}\n" for id in asked.only), encoding="utf-8")
-            told += ["--portakv-only", str(only)]
-        process = WorkerProcess(self._command, folder, asked, told)
-        return Worker(process, self._journal, self._share, asked.seconds)
 
     def _look(self) -> bool:
         """Whether a worker has ended, or the run."""
