@@ -149,9 +149,10 @@ def _must_declare(
     return axis not in solved and len([f for f in home if f != "kv" and "%" not in f]) > 1
 
 
-def _arrange(
-    draw: Draw, layout: str, dtype: torch.dtype, extents: dict[str, Any], source: bool, device: str
-) -> Arrangement:
+def _arranged(
+    draw: Draw, layout: str, dtype: torch.dtype, extents: dict[str, Any], source: bool,
+    options: Options,
+) -> Arrangement:  # fmt: skip
     """How the tensors of a layout lie in memory: order, padding, offsets, allocations."""
     axes = read_layout(layout)
     groups, levels = [list(map(str, group)) for group in axes.right], len(axes.left)
@@ -171,12 +172,21 @@ def _arrange(
     expandable = len(groups) - (1 if split_end else 0)
     expand = source and expandable > 0 and rarely(draw)
     kinds = tuple(pick(draw, _KINDS) for _ in range(levels))
-    return Arrangement(
+    found = Arrangement(
         layout, dtype, extents, kinds, place, tuple(order), pads, gap=2 if rarely(draw) else 1,
         expand=draw(st.integers(0, expandable - 1)) if expand else None, split_end=split_end,
         offset=pick(draw, (0, 1, 2, 3, 4, 8, 16, 9)), seed=draw(st.integers(0, 3)),
-        storage=0 if source else 1000, poison=not source, device=device,
+        storage=0 if source else 1000, poison=not source, device=options.device,
     )  # fmt: skip
+    # What the options leave out is drawn all the same, so that the rest is as without them.
+    if not options.expanded:
+        found = replace(found, expand=None)
+    if "page" in extents and not options.loose_pages:
+        page = len(groups) - 1
+        order = [*(n for n in found.order if n != page), page]
+        expanded = None if found.expand == page else found.expand
+        found = replace(found, order=tuple(order), gap=1, expand=expanded)
+    return found
 
 
 # -- copies ---------------------------------------------------------------------------------------
@@ -246,22 +256,6 @@ def _draw_side(
     usual = [1, size, 2 * size, *(s for s in range(2, size) if size % s == 0), 3]
     steps = [s for s in (usual if paged else [0, 1, 2, 4]) if s <= size * blocks]
     return side_of(arrangement, step=pick(draw, [*steps, 0] if paged else steps), declared=declared)
-
-
-def _arranged(
-    draw: Draw, layout: str, dtype: torch.dtype, extents: dict[str, Any], source: bool,
-    options: Options,
-) -> Arrangement:  # fmt: skip
-    """How a side lies in memory, less what the options leave out."""
-    found = _arrange(draw, layout, dtype, extents, source, options.device)
-    if not options.expanded:
-        found = replace(found, expand=None)
-    if "page" in extents and not options.loose_pages:
-        page = len(read_layout(layout).right) - 1
-        order = (*(n for n in found.order if n != page), page)
-        expand = None if found.expand == page else found.expand
-        found = replace(found, order=order, gap=1, expand=expand)
-    return found
 
 
 def _draw_count(

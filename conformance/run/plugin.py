@@ -35,7 +35,7 @@ from portakv_conformance.record import CaseRecord
 from portakv_conformance.run.options import about, case_id, is_case, mark_of
 from portakv_conformance.run.outcome import outcome
 from portakv_conformance.run.request import chosen
-from portakv_conformance.run.worker import Share, append, writable
+from portakv_conformance.run.worker import Share, append
 
 #: Examples of each drawn case in certification; ``--portakv-fuzz`` replaces them.
 EXAMPLES = {"core": 20, "full": 60}
@@ -268,13 +268,12 @@ class Suite:
         record = CaseRecord(
             case_id(item), **about(item), status=status, seconds=round(seconds, 4),
             examples=judge.examples if judge else 0, declined=len(judge.declined) if judge else 0,
-            reason=writable(reason), details=writable(details),
+            reason=reason, details=details,
         )  # fmt: skip
         if record.status == "passed" and record.examples:
             self.alive.learn()
         if why := self.alive.lost() if record.status in WRONG else "":
-            lost = f"Behind it everything on {where} fails in this process ({why})."
-            record.reason = f"{record.reason} {writable(lost)}"
+            record.reason += f" Behind it everything on {where} fails in this process ({why})."
         elif record.status == "failed":  # elsewhere no example can be judged again
             self._save(record, judge)
         self._tell({"event": "end", "case": asdict(record)})

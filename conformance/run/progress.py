@@ -20,6 +20,7 @@ class Progress:
     """What is told what happens in a run; by itself it shows nothing."""
 
     _wrong = 0
+    at = ""  # how far the run has come, if a line has to say it
 
     def listed(self, count: int) -> None:
         """The run has so many cases."""
@@ -28,18 +29,15 @@ class Progress:
         """A case begins."""
 
     def ended(self, case: CaseRecord) -> None:
-        """A case has ended."""
+        """A case has ended: of failures the first are told, and that there are more."""
+        self._wrong += case.status in WRONG
+        if case.status in WRONG and self._wrong <= _MOST_WRONG:
+            self.say(f"{self.at}{case.status}: {case.id}")
+        elif case.status in WRONG and self._wrong == _MOST_WRONG + 1:
+            self.say(f"{self.at}More failures are shown at the end.")
 
     def say(self, sentence: str) -> None:
         """Something happened to the run itself."""
-
-    def wrong(self, case: CaseRecord) -> str:
-        """What to show of a case that ended; empty where it is right, or one of many."""
-        self._wrong += case.status in WRONG
-        if case.status not in WRONG or self._wrong > _MOST_WRONG + 1:
-            return ""
-        more = self._wrong > _MOST_WRONG
-        return "More failures are shown at the end." if more else f"{case.status}: {case.id}"
 
 
 SILENT = Progress()
@@ -62,8 +60,8 @@ class Lines(Progress):
 
     def ended(self, case: CaseRecord) -> None:
         self._done += 1
-        if line := self.wrong(case):
-            self.say(f"{self._done}/{self._count} {line}")
+        self.at = f"{self._done}/{self._count} "
+        super().ended(case)
 
     def say(self, sentence: str) -> None:
         self._told = time.monotonic()
@@ -85,8 +83,7 @@ class Bar(Progress):
 
     def ended(self, case: CaseRecord) -> None:
         self._progress.advance(self._task)
-        if line := self.wrong(case):
-            self.say(line)
+        super().ended(case)
 
     def say(self, sentence: str) -> None:
         plain = {"markup": False, "emoji": False, "highlight": False, "soft_wrap": True}

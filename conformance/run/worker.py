@@ -31,11 +31,6 @@ _PLUGINS = ("-p", "portakv_conformance.run.options", "-p", "_hypothesis_pytestpl
 _QUIET = ("-p", "no:cacheprovider", "-p", "no:faulthandler", "--no-header", "-q", "--tb=short")
 
 
-def writable(text: str) -> str:
-    """The text with lone surrogates, which UTF-8 has no bytes for, written as ``\\udcff``."""
-    return text.encode("utf-8", "backslashreplace").decode()
-
-
 def append(file: str, event: dict[str, Any]) -> None:
     """Append an event to a file, flushed at once: a crashing process takes no buffered line along.
     Every report can hold it, whatever bytes a vendor's driver puts into its messages."""
@@ -44,11 +39,12 @@ def append(file: str, event: dict[str, Any]) -> None:
 
 
 def _writable(value: Any) -> Any:
+    """A value, with lone surrogates, which UTF-8 has no bytes for, written as ``\\udcff``."""
     if isinstance(value, dict):
-        return {writable(str(key)): _writable(kept) for key, kept in value.items()}
+        return {_writable(str(key)): _writable(kept) for key, kept in value.items()}
     if isinstance(value, list | tuple):
         return [_writable(entry) for entry in value]
-    return writable(value) if isinstance(value, str) else value
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 class Share:
