@@ -189,9 +189,6 @@ def _arranged(
     return found
 
 
-# -- copies ---------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Options:
     """What ``cases`` may draw; every field is a keyword of it."""

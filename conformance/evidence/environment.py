@@ -255,8 +255,5 @@ def _system() -> str:
 
 
 def _processor() -> str:
-    with suppress(OSError):
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if found := re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE):
-            return found.group(1).strip()
-    return platform.processor() or platform.machine()
+    named = _told("proc/cpuinfo", r"^model name\s*:\s*(.+)$").strip()
+    return named or platform.processor() or platform.machine()

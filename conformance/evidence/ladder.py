@@ -187,9 +187,6 @@ def cpu_name(machine: str) -> str:
     return f"CPU ({machine.replace('_', '-')})"
 
 
-# -- the file -----------------------------------------------------------------------------------
-
-
 def read(file: Path = FILE) -> Ladder:
     """The ladder in a file; `ValueError`, a sentence, if it is no such file."""
     try:

@@ -74,9 +74,6 @@ def keep(report: Path, folder: Path, check: Check = check_report) -> Path:
     return file
 
 
-# -- the table ------------------------------------------------------------------------------------
-
-
 def device(record: RunRecord) -> str:
     """The device for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``; with what
     carried plans out, where a library was built for that: it has a row of its own."""

@@ -154,8 +154,6 @@ class Suite:
         self._tell({"event": "usage", "reason": why})
         raise pytest.UsageError(why)
 
-    # -- which cases, and in which order --------------------------------------------------------
-
     def pytest_report_header(self) -> list[str]:
         """What is judged, where, and from which seed."""
         fuzz = f", {self.fuzz} examples in each drawn case" if self.fuzz else ""
@@ -241,8 +239,6 @@ class Suite:
             if session.shouldstop:
                 raise session.Interrupted(session.shouldstop)
         return True
-
-    # -- how each one ends ----------------------------------------------------------------------
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
@@ -336,9 +332,6 @@ def _needs(item: pytest.Item) -> list[str]:
 def pytest_configure(config: pytest.Config) -> None:
     """Find what is judged."""
     config.pluginmanager.register(Suite(config), "portakv-suite")
-
-
-# -- what cases ask for --------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

@@ -145,8 +145,8 @@ class Worker:
         self._running = self._latest = ""  # the case that runs, and the one that ended last
         self._refusal = ""  # why it could not load what others have loaded
         self._retired = ""  # why it ended itself behind a case that has failed
-        self._began = self._heard = time.monotonic()
-        self._ready = 0.0  # seconds until it had its case list
+        self._began = self.heard = time.monotonic()
+        self.ready = 0.0  # seconds until it had its case list
 
     def look(self, *, alone: bool) -> str | None:
         """Take what the worker has told since: None while it goes on, else how it was lost, a
@@ -161,18 +161,14 @@ class Worker:
         if not self.listed or self._finished:
             limit = _ENDING if self._finished else _STARTING
         if events:
-            self._heard = time.monotonic()
-            self._ready = self._ready or (self._heard - self._began if self.listed else 0.0)
+            self.heard = time.monotonic()
+            self.ready = self.ready or (self.heard - self._began if self.listed else 0.0)
         elif ended:
             return self._lost(f"The worker process {self.process.how()}", alone)
-        elif time.monotonic() - self._heard > limit:
+        elif time.monotonic() - self.heard > limit:
             late = f"It took longer than its limit of {limit:g} s; the worker process was killed"
             return self._lost(late, alone)
         return None
-
-    def wasted(self) -> float:
-        """Seconds that its loss costs: its start, and how long it was silent at its end."""
-        return self._ready + time.monotonic() - self._heard
 
     def _take(self, event: dict[str, Any]) -> None:
         kind, journal = event.get("event"), self._journal
@@ -328,7 +324,8 @@ class Workers:
         between = self._journal.ran - self._ran
         self._losses = self._losses + 1 if between < _PROGRESS else 1
         self._ran = self._journal.ran
-        self._seconds += worker.wasted()
+        # Its start, and how long it was silent at its end.
+        self._seconds += worker.ready + time.monotonic() - worker.heard
 
 
 def surroundings(jobs: int) -> dict[str, str]:
