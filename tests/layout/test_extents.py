@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from portakv import KVView, LayoutError
-from portakv.view.bound import bind_layout
 
 
 def zeros(*shape: int) -> torch.Tensor:
@@ -83,6 +81,22 @@ CONTRADICTIONS: list[tuple[str, tuple[int, ...], dict[str, Any], str]] = [
     ("block token dim", (5, 0, 8), {}, "Axis 'token' .* has extent 0"),
     ("block dim/4 token dim%4", (5, 0, 4, 4), {}, "Axis 'dim' .* has extent 0"),
     ("block page", (5, 0), {"block_size": 4}, "Axis 'page' .* has extent 0"),
+    # Declarations that no tensor can make true.
+    ("token dim", (5, 8), {"layers": 2}, "does not name 'layer', whose extent is then 1"),
+    ("token dim", (5, 8), {"heads": 2}, "does not name 'head'"),
+    ("token dim", (5, 8), {"kv": 2}, "does not name 'kv'"),
+    ("token dim", (5, 8), {"block_size": 4}, "no `block` axis"),
+    ("block page", (5, 8), {}, "declare block_size"),
+    ("layer token dim", (1, 5, 8), {"layers": 0}, "layers=0 .* positive integer"),
+    ("token head dim", (5, 1, 8), {"heads": -1}, "heads=-1 .* positive integer"),
+    ("token dim", (5, 1), {"dim": True}, "dim=True .* positive integer"),
+    ("token head dim", (5, 2, 8), {"heads": 2.5}, "heads=2.5 .* positive integer"),
+    ("block token dim", (5, 4, 8), {"block_size": "4"}, "block_size='4' .* positive integer"),
+    ("kv token dim", (2, 5, 8), {"dim": (8, 8, 8)}, "3 widths, but kv has extent 2"),
+    # Widths may differ in containers and right of kv in its parentheses.
+    ("kv token dim", (2, 5, 8), {"dim": (8, 4)}, "unequal widths, but .* `kv` stands neither in"),
+    ("token (dim kv)", (5, 12), {"dim": (8, 4)}, "unequal widths"),
+    ("token (kv head) dim", (5, 4, 8), {"dim": (8, 4), "heads": 2}, "unequal widths"),
 ]  # fmt: skip
 
 
@@ -92,53 +106,6 @@ def test_a_contradiction_names_axis_expected_and_found(
 ) -> None:
     with pytest.raises(LayoutError, match=why):
         KVView(zeros(*shape), layout, **extents)
-
-
-@pytest.mark.parametrize(
-    ("layout", "extents", "why"),
-    [
-        ("token dim", {"layers": 2}, "does not name 'layer', whose extent is then 1"),
-        ("token dim", {"heads": 2}, "does not name 'head'"),
-        ("token dim", {"kv": 2}, "does not name 'kv'"),
-        ("token dim", {"block_size": 4}, "no `block` axis"),
-        ("block page", {}, "declare block_size"),
-        ("layer token dim", {"layers": 0}, "layers=0 .* positive integer"),
-        ("token head dim", {"heads": -1}, "heads=-1 .* positive integer"),
-        ("token dim", {"dim": True}, "dim=True .* positive integer"),
-        ("token head dim", {"heads": 2.5}, "heads=2.5 .* positive integer"),
-        ("block token dim", {"block_size": "4"}, "block_size='4' .* positive integer"),
-        ("kv token dim", {"dim": (8, 8, 8)}, "3 widths, but kv has extent 2"),
-        ("token dim", {"batch": 3}, "Unknown extents batch"),
-    ],
-)
-def test_a_declaration_that_cannot_be_true_is_refused(
-    layout: str, extents: dict[str, Any], why: str
-) -> None:
-    with pytest.raises(LayoutError, match=why):
-        bind_layout(layout, **extents)
-
-
-@pytest.mark.parametrize(
-    ("order", "may"),
-    [
-        ("kv token dim", False),
-        ("token (dim kv)", False),
-        ("token (kv head) dim", False),
-        ("kv | token dim", True),
-        ("token (kv dim)", True),
-        ("block (kv token dim)", True),
-    ],
-)
-def test_widths_may_differ_in_containers_and_right_of_kv(order: str, may: bool) -> None:
-    heads = 2 if "head" in order else None
-    with nullcontext() if may else pytest.raises(LayoutError, match="unequal widths"):
-        known = bind_layout(order, dim=(8, 4), heads=heads).declared
-        assert [one["dim"] for one in known] == [8, 4]
-
-
-def test_keys_and_values_of_different_block_counts_are_refused() -> None:
-    with pytest.raises(LayoutError, match=r"'block' has extents \[5, 6\] for the 2 kv"):
-        KVView((zeros(5, 4, 8), zeros(6, 4, 8)), "kv | block token dim")
 
 
 def test_tensors_of_one_kv_must_have_one_shape_and_other_kv_may_differ_in_width() -> None:

@@ -125,17 +125,14 @@ def layouts(draw: st.DrawFn) -> str:
     """A well-formed layout string of random axes, splits, groups and spaces."""
     axes = ["token", "dim", *draw(st.sets(st.sampled_from(["layer", "kv", "block", "head"])))]
     split = draw(st.sets(st.sampled_from([axis for axis in axes if axis != "kv"])))
-    factors = [
-        f for axis in axes for f in ([f"{axis}/2", f"{axis}%2"] if axis in split else [axis])
-    ]
-    left = draw(st.permutations([*factors, *draw(st.lists(st.just("1"), max_size=2))]))
-    groups = []
+    words = [f for axis in axes for f in ([f"{axis}/2", f"{axis}%2"] if axis in split else [axis])]
+    left, groups = draw(st.permutations(words)), []
     while left:
-        size = 1 if left[0] == "1" else draw(st.integers(0, 3))
-        inside, left = left[: max(1, size)], left[max(1, size) :]
-        while "1" in inside[1:]:
-            left.insert(0, inside.pop())
-        groups.append(f"({' '.join(inside)})" if size and inside != ["1"] else inside[0])
+        size = draw(st.integers(0, 3))
+        groups.append(f"({' '.join(left[:size])})" if size else left[0])
+        left = left[max(1, size) :]
+    for at in draw(st.lists(st.integers(0, len(groups)), max_size=2)):
+        groups.insert(at, "1")
     bar = draw(st.integers(0, len(groups) - 1))
     space = draw(st.sampled_from([" ", "  ", "\t"]))
     return space.join([*groups[:bar], "|", *groups[bar:]] if bar else groups)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from support.core_cases import address
 from support.presets_cases import LAYOUTS, side
@@ -31,24 +33,24 @@ def test_every_preset_is_well_formed() -> None:
         assert preset.name == name == name.lower()
         assert preset.engine
         assert set(preset.extents) <= {"block_size", "layers", "heads", "kv", "dim"}
+        assert not hasattr(preset.extents, "__setitem__")
         assert resolve(name) == (preset.layout, dict(preset.extents))
 
 
-def test_resolve_takes_strings_and_lmcache_names() -> None:
-    assert resolve("layer | block token dim") == ("layer | block token dim", {})
-    assert resolve("(block token)") == ("(block token)", {})
-    assert resolve("token") == ("token", {})  # an axis: the parser says what is missing
-    assert resolve(" vllm-nhd ")[0] == "layer | kv block token head dim"
-    assert resolve("NL_X_NB_BSV_BSS") == ("layer | block page", {})
-
-
-def test_resolve_gives_extents_that_may_be_changed() -> None:
-    _, extents = resolve("vllm-dsa-split")
-    assert extents == {"kv": 2, "dim": (128, 4)}
-    extents["kv"] = 7
-    assert resolve("vllm-dsa-split")[1]["kv"] == 2
-    with pytest.raises(TypeError):
-        PRESETS["vllm-dsa-split"].extents["kv"] = 7  # type: ignore[index]
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("layer | block token dim", ("layer | block token dim", {})),
+        ("(block token)", ("(block token)", {})),
+        ("token", ("token", {})),  # an axis: the parser says what is missing
+        (" vllm-nhd ", ("layer | kv block token head dim", {})),
+        ("NL_X_NB_BSV_BSS", ("layer | block page", {})),
+        ("vllm-dsa-split", ("layer | block (kv token dim)", {"kv": 2, "dim": (128, 4)})),
+    ],
+)
+def test_resolve_gives_a_string_and_extents_that_may_be_changed(text: str, expected: Any) -> None:
+    resolve(text)[1]["kv"] = 7
+    assert resolve(text) == expected
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import sys
+import cProfile
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -86,52 +86,51 @@ def test_sides_with_ids_or_with_tokens_apart_are_aligned(
     assert (plan.aligned("src"), plan.aligned("dst")) == (aligned, False)
 
 
+MEMORY = torch.zeros(100, 8)
+# kv at unequal distances are found through the table.
+THREE = KVView([MEMORY[0:5], MEMORY[10:15], MEMORY[50:55]], "kv | token dim", kv=3).form
+KV3 = form("kv token dim", 3, 5, 8, dtype=torch.float32, kv=3)
+CROSS = form("block layer kv token head dim", 3, 2, 2, 4, 2, 8)
+PLANES = form("kv layer token dim", 2, 3, 5, 8)
+INSIDE = form("layer head token dim", 2, 3, 5, 8)
+LAYERS = KVView([torch.zeros(2, 3, 4, 2, 8) for _ in range(3)], "layer | kv block token head dim")
+CHUNK = form("kv layer token (head dim)", 2, 3, 12, 16, dtype=torch.float32, heads=2)
+SPLIT = form("block (kv token dim)", 3, 4 * 132, dtype=torch.uint8, dim=(128, 4))
+ROWS = form("token (kv dim)", 12, 132, dtype=torch.uint8, dim=(128, 4))
+
+
 class TestLoops:
-    def test_contiguous_on_both_sides_is_one_run(self) -> None:
-        src = form("block layer kv token head dim", 3, 2, 2, 4, 2, 8)
-        plan = CopyPlan(src, src, 4, 4)
-        assert [(nest.loops, nest.run) for nest in plan.nests] == [((), 2 * 2 * 4 * 2 * 16)]
-
-    def test_a_chunk_from_flash_attention(self) -> None:
-        """One loop over layers and kv for each unit; head and dim are the run."""
-        cache = KVView(
-            [torch.zeros(2, 3, 4, 2, 8) for _ in range(3)], "layer | kv block token head dim"
-        )
-        chunk = form("kv layer token (head dim)", 2, 3, 12, 16, dtype=torch.float32, heads=2)
-        nest = CopyPlan(cache.form, chunk, 1, 0).nests[0]
-        assert [(x.name, x.extent) for x in nest.loops] == [("layer", 3), ("kv", 2)]
-        assert [(x.src_table, x.src_stride, x.dst_stride) for x in nest.loops] == [
-            (1, 0, 12 * 64), (0, 12 * 64, 36 * 64),
-        ]  # fmt: skip
-        assert nest.run == 64
-
-    def test_kv_of_unequal_widths_have_a_nest_each(self) -> None:
-        src = form("block (kv token dim)", 3, 4 * 132, dtype=torch.uint8, dim=(128, 4))
-        dst = form("token (kv dim)", 12, 132, dtype=torch.uint8, dim=(128, 4))
-        plan = CopyPlan(src, dst, 1, 0)
-        assert [(nest.run, nest.src.offset, nest.dst.offset) for nest in plan.nests] == [
-            (128, 0, 0), (4, 512, 128),
-        ]  # fmt: skip
-
-    def test_kv_at_unequal_distances_are_found_through_the_table(self) -> None:
-        memory = torch.zeros(100, 8)
-        view = KVView([memory[0:5], memory[10:15], memory[50:55]], "kv | token dim", kv=3)
-        dst = form("kv token dim", 3, 5, 8, dtype=torch.float32, kv=3)
-        assert CopyPlan(view.form, dst).nests[0].loops == (Loop(("kv",), 3, 1, 0, 0, 160),)
-        assert CopyPlan(dst, dst).nests[0].loops == (Loop(("kv",), 3, 0, 160, 0, 160),)
-
-    def test_parts_at_unequal_distances_have_a_nest_each(self) -> None:
-        one = form("kv token dim", 3, 5, 8, kv=3)
-        parts = (*one.parts[:2], replace(one.parts[2], offset=1000))
-        plan = CopyPlan(replace(one, parts=parts), one)
-        assert [nest.src.offset for nest in plan.nests] == [0, 80, 1000]
-
-    def test_axes_are_refined_to_common_factors(self) -> None:
-        src = form("token head dim/32 dim%32", 5, 2, 4, 32, dtype=torch.int8)
-        dst = form("dim/64 token head dim%64", 2, 5, 2, 64, dtype=torch.int8)
-        nest = CopyPlan(src, dst).nests[0]
-        assert [(x.name, x.extent) for x in nest.loops] == [("dim", 2), ("head", 2)]
-        assert (nest.run, nest.unit_bytes) == (64, 2 * 128)
+    @pytest.mark.parametrize(
+        ("src", "dst", "steps", "nests"),
+        [
+            # Contiguous on both sides is one run.
+            (CROSS, CROSS, (4, 4), [((), 2 * 2 * 4 * 2 * 16, 0, 0)]),
+            # A chunk from flash attention: loops over layers and kv, and head and dim are the run.
+            (LAYERS.form, CHUNK, (1, 0), [
+                ((Loop(("layer",), 3, 1, 0, 0, 768), Loop(("kv",), 2, 0, 768, 0, 2304)), 64, 0, 0),
+            ]),
+            (THREE, KV3, (), [((Loop(("kv",), 3, 1, 0, 0, 160),), 32, 0, 0)]),
+            (KV3, KV3, (), [((Loop(("kv",), 3, 0, 160, 0, 160),), 32, 0, 0)]),
+            # kv of unequal widths, or at unequal distances, have a nest each.
+            (SPLIT, ROWS, (1, 0), [((), 128, 0, 0), ((), 4, 512, 128)]),
+            (replace(KV3, parts=(*KV3.parts[:2], replace(KV3.parts[2], offset=1000))), KV3, (),
+             [((), 32, 0, 0), ((), 32, 160, 160), ((), 32, 1000, 320)]),
+            # Axes are refined to common factors.
+            (form("token head dim/32 dim%32", 5, 2, 4, 32, dtype=torch.int8),
+             form("dim/64 token head dim%64", 2, 5, 2, 64, dtype=torch.int8), (),
+             [((Loop(("dim",), 2, 0, 64, 0, 640), Loop(("head",), 2, 0, 128, 0, 64)), 64, 0, 0)]),
+            # A loop over planes is known by all its axes.
+            (PLANES, PLANES, (1, 1), [((Loop(("kv", "layer"), 6, 0, 80, 0, 80),), 16, 0, 0)]),
+            (INSIDE, INSIDE, (1, 1), [((Loop(("layer", "head"), 6, 0, 80, 0, 80),), 16, 0, 0)]),
+        ],
+    )  # fmt: skip
+    def test_nests_have_the_fewest_loops(
+        self, src: Form, dst: Form, steps: tuple[int, ...], nests: list[tuple[Any, ...]]
+    ) -> None:
+        plan = CopyPlan(src, dst, *steps)
+        assert [(x.loops, x.run, x.src.offset, x.dst.offset) for x in plan.nests] == nests
+        for loop in (loop for nest in plan.nests for loop in nest.loops):
+            assert loop.over_planes is ({"layer", "kv"} >= set(loop.axes))
 
     def test_presets_need_at_most_five_strided_loops(self) -> None:
         """The bound that kernels rely on, for every pair of layouts that has a plan."""
@@ -240,15 +239,6 @@ def test_a_flat_side_may_begin_between_two_units() -> None:
     assert CopyPlan(blocks, rows, 8, 0).vector == CopyPlan(rows, blocks, 0, 8).vector == 8
 
 
-def test_a_loop_over_planes_is_known_by_all_its_axes() -> None:
-    one = form("kv layer token dim", 2, 3, 5, 8)
-    (both,) = CopyPlan(one, one, 1, 1).nests[0].loops
-    assert (both.axes, both.extent, both.over_planes) == (("kv", "layer"), 6, True)
-    inside = form("layer head token dim", 2, 3, 5, 8)
-    (both,) = CopyPlan(inside, inside, 1, 1).nests[0].loops
-    assert (both.axes, both.over_planes) == (("layer", "head"), False)
-
-
 def test_the_cost_does_not_depend_on_blocks_or_tokens() -> None:
     """The interpreter makes exactly the same calls for 3 blocks and for 300,000."""
     assert len({_calls(blocks) for blocks in (3, 3000, 300_000)}) == 1
@@ -257,19 +247,17 @@ def test_the_cost_does_not_depend_on_blocks_or_tokens() -> None:
 def _calls(blocks: int) -> int:
     cache = KVView(lazy(blocks * 2 * 16 * 64).view(blocks, 2, 16, 64), "block kv token dim").form
     chunk = KVView(lazy(blocks * 2 * 16 * 64).view(2, blocks * 16, 64), "kv token dim").form
-    seen = 0
+    profile = cProfile.Profile()
+    profile.runcall(CopyPlan, cache, chunk, 16, 0)
+    # Only the library's own calls: a collection may run callbacks of others at any time.
+    calls = [x for x in profile.getstats() if "portakv" in getattr(x.code, "co_filename", "")]
+    return sum(call.callcount for call in calls)
 
-    def count(frame: Any, event: str, argument: Any) -> None:
-        nonlocal seen
-        # Only the library's own calls: a collection may run callbacks of others at any time.
-        seen += event == "call" and "portakv" in frame.f_code.co_filename
 
-    sys.setprofile(count)
-    try:
-        CopyPlan(cache, chunk, 16, 0)
-    finally:
-        sys.setprofile(None)
-    return seen
+def typed(*dtypes: torch.dtype) -> Form:
+    """Rows of 8 bytes, for each kv in a dtype of its own."""
+    tensors = [torch.zeros(5, 8 // dtype.itemsize, dtype=dtype) for dtype in dtypes]
+    return KVView(tensors, "kv | token dim", kv=len(dtypes)).form
 
 
 class TestRefusals:
@@ -300,33 +288,30 @@ class TestRefusals:
             CopyPlan(src, dst, *asked)
 
     @pytest.mark.parametrize(
-        ("src", "dst", "same"),
+        ("src", "dst", "different"),
         [
-            (torch.uint8, torch.float32, True),
-            (torch.int8, torch.float32, True),
-            (torch.float16, torch.bfloat16, False),
-            (torch.float32, torch.int32, False),
-            (torch.int16, torch.float16, False),
+            ((torch.uint8,), (torch.float32,), ""),
+            ((torch.int8,), (torch.float32,), ""),
+            ((torch.float16, torch.uint8), (torch.float16, torch.float32), ""),
+            (
+                (torch.float16,),
+                (torch.bfloat16,),
+                "kv 0 are float16 and the destination's bfloat16",
+            ),
+            ((torch.float32,), (torch.int32,), "kv 0 are float32 and the destination's int32"),
+            ((torch.int16,), (torch.float16,), "kv 0 are int16"),
+            ((torch.half, torch.float32), (torch.half, torch.bfloat16), "kv 1 are float32"),
         ],
     )
     def test_two_number_types_unless_one_is_bytes_or_their_bits_are_meant(
-        self, src: torch.dtype, dst: torch.dtype, same: bool
+        self, src: tuple[torch.dtype, ...], dst: tuple[torch.dtype, ...], different: str
     ) -> None:
-        one, other = (form("token dim", 5, 32 // d.itemsize, dtype=d) for d in (src, dst))
-        if not same:
-            with pytest.raises(LayoutError, match=r"moves bits and converts nothing.*reinterpret="):
+        one, other = typed(*src), typed(*dst)
+        if different:
+            why = f"{different}.*moves bits and converts nothing.*reinterpret="
+            with pytest.raises(LayoutError, match=why):
                 CopyPlan(one, other)
         for pair in ((one, other), (other, one)):
-            plan = CopyPlan(*pair, reinterpret=not same)
-            assert plan.token_bytes == 32
-            assert CopyPlan(plan.src, plan.dst).token_bytes == 32
-
-    def test_each_kv_has_its_number_type(self) -> None:
-        def parts(*dtypes: torch.dtype) -> Form:
-            tensors = [[torch.zeros(5, 8 // d.itemsize, dtype=d) for d in dtypes]]
-            return KVView(tensors, "layer kv | token dim", kv=2).form
-
-        mixed, other = parts(torch.float16, torch.uint8), parts(torch.float16, torch.float32)
-        assert CopyPlan(mixed, other).token_bytes == 16
-        with pytest.raises(LayoutError, match="kv 1 are float32 and the destination's bfloat16"):
-            CopyPlan(other, parts(torch.float16, torch.bfloat16))
+            plan = CopyPlan(*pair, reinterpret=bool(different))
+            assert plan.token_bytes == 8 * len(src)
+            assert CopyPlan(plan.src, plan.dst).token_bytes == 8 * len(src)

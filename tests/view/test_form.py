@@ -18,13 +18,6 @@ from support.presets_cases import KINDS, side
 from portakv import KVView
 
 
-def test_equal_readings_have_equal_forms_and_hashes() -> None:
-    one, other = (KVView(noise(n, 4, 8), "block token dim").form for n in (1, 50))
-    assert one == other
-    assert hash(one) == hash(other)
-    assert one != KVView(noise(3, 4, 8), "token head dim").form
-
-
 @pytest.mark.parametrize("name", KINDS)
 def test_a_copied_form_is_the_same_form(name: str) -> None:
     form = KVView(side(name).tensors, name, **side(name).extents).form
@@ -53,20 +46,14 @@ def test_a_form_sent_to_another_process_is_found_there() -> None:
 
 
 @pytest.mark.parametrize(
-    ("base", "alignment"),
-    [(0, 16), (16, 16), (8, 8), (4, 4), (2, 2), (1, 1), (3, 1), (24, 8)],
+    ("begins", "alignment"),
+    [*(((at,), at & -at or 16) for at in (0, 16, 8, 4, 2, 1, 3, 24)), ((0, 64, 128 + 4), 4)],
 )
-def test_alignment_is_that_of_the_addresses(base: int, alignment: int) -> None:
+def test_alignment_is_the_least_of_all_addresses(begins: tuple[int, ...], alignment: int) -> None:
     memory = noise(256, dtype=torch.uint8)
     assert memory.data_ptr() % 16 == 0
-    view = KVView(memory[base : base + 64].view(4, 16), "token dim")
-    assert view.form.alignment == alignment
-
-
-def test_alignment_is_the_least_of_all_tensors() -> None:
-    memory = noise(256, dtype=torch.uint8)
-    layers = [memory[at : at + 32].view(4, 8) for at in (0, 32, 64 + 4)]
-    assert KVView(layers, "layer | token dim").form.alignment == 4
+    layers = [memory[at : at + 64].view(4, 16) for at in begins]
+    assert KVView(layers, "layer | token dim").form.alignment == alignment
 
 
 def test_a_storage_that_begins_off_the_alignment_counts_as_well() -> None:

@@ -118,18 +118,14 @@ def test_ranges_that_are_empty_stepped_outside_or_nonsense(cut: dict[str, Any], 
         KVView(_separate(), "layer | kv block token dim").slice(**cut)
 
 
-@pytest.mark.parametrize(
-    ("heads", "whole"),
-    [*product((0, 3, 5, slice(2, 4), slice(0, 4), slice(2, 6), slice(0, 6)), [True]),
-     *product((slice(1, 3), slice(0, 3), slice(1, 5), slice(3, 6)), [False])],
-)  # fmt: skip
-def test_split_heads_are_cut_out_of_one_factor_only(heads: Range, whole: bool) -> None:
+def test_split_heads_are_cut_out_of_one_factor_only() -> None:
     view = KVView(noise(3, 5, 2, 8), "head/2 token head%2 dim")
-    if whole:
+    whole: list[Range] = [0, 3, 5, slice(2, 4), slice(0, 4), slice(2, 6), slice(0, 6)]
+    for heads in whole:
         check(view.slice(heads=heads), view, None, heads, None)
-        return
-    with pytest.raises(LayoutError, match="cuts through a factor of the 'head' axis"):
-        view.slice(heads=heads)
+    for cut in (slice(1, 3), slice(0, 3), slice(1, 5), slice(3, 6)):
+        with pytest.raises(LayoutError, match="cuts through a factor of the 'head' axis"):
+            view.slice(heads=cut)
 
 
 def _nested(made: dict[tuple[int, ...], torch.Tensor], at: tuple[int, ...], left: list[int]) -> Any:

@@ -43,12 +43,16 @@ MEMORY, FOUR = noise(3, 2, 5, 8), noise(4, 5, 8)
         # A list of memory objects has one form wherever they lie.
         ([MEMORY[0, 0], MEMORY[0, 1]], "block | token dim", [noise(5, 8) for _ in range(3)],
          "block | token dim", {}),
+        # Nor does it matter how many there are.
+        (noise(1, 4, 8), "block token dim", noise(50, 4, 8), "block token dim", {}),
     ],
 )  # fmt: skip
 def test_readings_of_one_form(
     tensors: Any, layout: str, other: Any, plain: str, extents: dict[str, Any]
 ) -> None:
-    assert KVView(tensors, layout, **extents).form == KVView(other, plain, **extents).form
+    one, two = KVView(tensors, layout, **extents).form, KVView(other, plain, **extents).form
+    assert (one, hash(one)) == (two, hash(two))
+    assert one != KVView(noise(3, 2, 4), "token head dim").form
 
 
 def _apart() -> list[torch.Tensor]:
@@ -99,6 +103,8 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     ([noise(5, 8)] * 3, "kv | token dim", {}, "'kv' .* extent 2, but 3"),
     ([noise(5, 8), noise(8, 5).t()], "layer | token dim", {}, "share shape, strides and dtype"),
     ([noise(5, 8), noise(5, 8, dtype=torch.half)], "layer | token dim", {}, "share shape"),
+    ((noise(5, 4, 8), noise(6, 4, 8)), "kv | block token dim", {},
+     r"'block' has extents \[5, 6\] for the 2 kv"),
     (noise(5, 8).to("meta"), "token dim", {}, "have no memory"),
     (torch.eye(8).to_sparse(), "token dim", {}, "strided tensors, but a .*sparse"),
     ([torch.eye(8).to_sparse()], "layer | token dim", {}, "strided tensors, but a .*sparse"),
@@ -113,7 +119,7 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     (noise(5, 8), "token dim", {"heads": [1]}, "positive integer"),
     (noise(5, 8), "token dim", {"kv": "1"}, "positive integer"),
     (noise(5, 8), "token dim", {"head": 2}, "Unknown extents head; declare"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("tensors", "layout", "extents", "why"), REFUSED)
@@ -232,18 +238,13 @@ class TestPlanes:
         assert torch.equal(plane[:, 0], memory.view(torch.int64))
 
 
-class TestOverlaps:
-    def test_views_of_one_memory_overlap_where_their_ranges_do(self) -> None:
-        memory = noise(10, 8)
-        views = [KVView(memory[a:b], "token dim") for a, b in ((0, 5), (5, 10), (4, 6), (0, 0))]
-        found = [[a.overlaps(b) for b in views[:3]] for a in views]
-        assert found == [[True, False, True], [False, True, True], [True] * 3, [False] * 3]
-
-    def test_a_long_range_with_a_short_one_inside(self) -> None:
-        """The short one is the last that begins before the other view, yet ends before it."""
-        memory = noise(100, 8)
-        wide, narrow = memory.as_strided((3, 8), (264, 1)), memory.as_strided((3, 2), (8, 1), 16)
-        both = KVView([wide, narrow], "kv | token dim")
-        inside = KVView(memory[50:52], "token dim")
-        assert both.overlaps(inside)
-        assert inside.overlaps(both)
+def test_views_of_one_memory_overlap_where_their_ranges_do() -> None:
+    memory = noise(100, 8)
+    views = [KVView(memory[a:b], "token dim") for a, b in ((0, 5), (5, 10), (4, 6), (0, 0))]
+    found = [[a.overlaps(b) for b in views[:3]] for a in views]
+    assert found == [[True, False, True], [False, True, True], [True] * 3, [False] * 3]
+    # A short range inside a long one is the last before the other view, yet ends before it.
+    wide, narrow = memory.as_strided((3, 8), (264, 1)), memory.as_strided((3, 2), (8, 1), 16)
+    both, inside = KVView([wide, narrow], "kv | token dim"), KVView(memory[50:52], "token dim")
+    assert both.overlaps(inside)
+    assert inside.overlaps(both)
