@@ -13,7 +13,7 @@ import os
 import pkgutil
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +55,6 @@ MADE_FOR = {"cuda": "cuda", "hip": "cuda", "ascend": "npu", "mlu": "mlu"}
 #: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
 
-_USABLE = (SelfCheck.NOT_YET, SelfCheck.PASSED, SelfCheck.WAIVED)
 _TARGET = re.compile(r"\w+(\.\w+)*:\w+(\.\w+)*")
 _log = logging.getLogger(__name__)
 
@@ -76,15 +75,15 @@ class Choice:
 
 
 class _Answer(NamedTuple):
-    """What one candidate said of one device; ``backend`` is None if its probe rejected it."""
+    """What one candidate said of one device."""
 
-    backend: Backend | None
+    backend: Backend | None  # None: its probe rejected it, or bytes were wrong
     reason: str
-    check: SelfCheck = SelfCheck.NOT_YET
+    right: bool | None = None  # None: not self-checked yet
 
     def decision(self, name: str) -> Decision:
-        usable = self.backend is not None and self.check in _USABLE
-        unchecked = usable and self.check is SelfCheck.NOT_YET
+        usable = self.backend is not None and self.right is not False
+        unchecked = usable and self.right is None
         return Decision(name, usable, "(not self-checked yet) " * unchecked + self.reason)
 
 
@@ -168,20 +167,22 @@ class Registry:
 
     def admit(self, name: str, device: torch.device) -> Decision:
         """Take a backend without its self-check, for a caller that judges it; its probe counts."""
-        return self._answer(name, device, True, _waived).decision(name)
+        with self._lock:
+            backend, reason, right = answer = self._answer(name, device, False)
+            if backend is not None and right is None:
+                answer = _Answer(backend, f"{reason}; not self-checked, as was asked", True)
+                self._answers[name, device] = answer
+            return answer.decision(name)
 
-    def _answer(
-        self,
-        name: str,
-        device: torch.device,
-        check: bool,
-        how: Callable[[Backend], tuple[SelfCheck, str]] = self_check,
-    ) -> _Answer:
+    def _answer(self, name: str, device: torch.device, check: bool) -> _Answer:
         with self._lock:
             answer = self._answers.get((name, device)) or self._probe(name, device)
-            if check and answer.backend is not None and answer.check is SelfCheck.NOT_YET:
-                state, why = how(answer.backend)
-                answer = _Answer(answer.backend, f"{answer.reason}; {why}", state)
+            backend, reason, right = answer
+            if check and backend is not None and right is None:
+                state, why = self_check(backend)
+                right = state is SelfCheck.PASSED
+                backend = None if state is SelfCheck.FAILED else backend
+                answer = _Answer(backend, f"{reason}; {why}", right)
             if name in self._targets:
                 self._answers[name, device] = answer
             return answer
@@ -193,14 +194,13 @@ class Registry:
                 return self.choices[device, forced]
             said: list[Decision] = []
             for name in self.automatic(device) if forced is None else [forced]:
-                backend, _, check = answer = self._answer(name, device, True)
+                answer = self._answer(name, device, True)
                 said.append(answer.decision(name))
-                # A backend that takes no test pattern is used only when it is named.
-                usable = said[-1].accepted or (forced and check is SelfCheck.UNCHECKABLE)
-                if backend is not None and usable:
+                # One that takes no test pattern is used only when it is named.
+                if answer.backend is not None and (answer.right or forced is not None):
                     _log.info("%s: backend %s, %s", device, name, said[-1].reason)
-                    can = backend.capabilities()
-                    made = Choice(backend, tuple(said), forced is not None, can)
+                    can = answer.backend.capabilities()
+                    made = Choice(answer.backend, tuple(said), forced is not None, can)
                     return self.choices.setdefault((device, forced), made)
         raise _unavailable(device, forced, said, self.trace(device))
 
@@ -286,10 +286,6 @@ def _unavailable(
     )
     error.trace = (*tried, *(d for d in said if d.name not in {t.name for t in tried}))
     return error
-
-
-def _waived(_: Backend) -> tuple[SelfCheck, str]:
-    return SelfCheck.WAIVED, "not self-checked, as was asked"
 
 
 def _check_class(found: object, name: str) -> type[Backend]:

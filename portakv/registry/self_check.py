@@ -20,13 +20,13 @@ _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
 
 
 class SelfCheck(Enum):
-    """How far a backend was self-checked on a device."""
+    """What a self-check found."""
 
-    NOT_YET = auto()
     PASSED = auto()
     FAILED = auto()
-    UNCHECKABLE = auto()  # it takes no test pattern: whether its bytes are right is unknown
-    WAIVED = auto()  # it is used without, since the caller judges its bytes
+    UNCHECKABLE = (
+        auto()
+    )  # it takes no test pattern: whether its bytes are right is unknown
 
 
 #: Tried in turn: a backend may take one.

@@ -204,23 +204,21 @@ def test_cancelling_too_late(gate: Gate) -> None:
 
 
 def test_cancelling_from_many_threads_while_others_wait(gate: Gate) -> None:
-    transfer = Started().transfer
-    told: list[Any] = []
-    ended = threading.Event()
+    transfer, told = Started().transfer, list[bool]()
 
-    def wait() -> None:
-        with pytest.raises(TransferCancelled):
-            transfer.synchronize()
-        ended.set()
+    def work(nth: int) -> None:
+        if nth == 0:
+            with pytest.raises(TransferCancelled):
+                transfer.synchronize(timeout=PATIENCE)
+        elif nth < 9:
+            told.append(transfer.cancel())
+        else:
+            until(lambda: len(told) == 8)
+            gate.open()
 
-    waiting = threading.Thread(target=wait)
-    waiting.start()
     gate.open(1)
-    run_threads(lambda nth: told.append(transfer.cancel()), range(8))
+    run_threads(work, range(10))
     assert told == [True] * 8
-    gate.open()
-    waiting.join(PATIENCE)
-    assert ended.is_set()
     assert gate.started <= 2
 
 

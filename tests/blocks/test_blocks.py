@@ -238,7 +238,9 @@ def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> 
 
 @STORE
 @pytest.mark.parametrize("name", ["staged", "descriptors", "direct", "host"])
-@pytest.mark.parametrize("terms", [{}, {"max_thread_blocks": 2}, {"max_gbps": 1.0}], ids=str)
+@pytest.mark.parametrize(
+    "terms", [{}, {"overlap": "idle"}, {"max_thread_blocks": 2}, {"max_gbps": 1.0}], ids=str
+)
 def test_an_engine_by_its_name(
     accelerator: torch.device, name: str, terms: dict[str, Any], store: bool
 ) -> None:
@@ -249,17 +251,6 @@ def test_an_engine_by_its_name(
     moved.synchronize()
     assert blocks.landed()
     assert name in ("host", moved.statistics.engine)
-
-
-@pytest.mark.parametrize("terms", [{"overlap": "idle"}, {"max_thread_blocks": 2}], ids=str)
-def test_terms_that_let_kernels_cross_the_link(device: torch.device, terms: dict[str, Any]) -> None:
-    if device.type == "cpu" and "max_thread_blocks" in terms:
-        pytest.skip("there is no kernel to limit")
-    blocks = pair(device, store=True)
-    moved = blocks.start(**terms)
-    moved.synchronize()
-    assert blocks.landed()
-    assert moved.statistics.why
 
 
 # Bad input
@@ -326,6 +317,8 @@ def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
     blocks = inside(device)
     with refused(Unsupported, "max_thread_blocks=4", "leave it out", watch=blocks.dst.tensors):
         blocks.start(max_thread_blocks=4)
+    blocks.start(overlap="idle").synchronize()
+    assert blocks.landed()
 
 
 def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str) -> None:

@@ -151,21 +151,18 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Later:
     return pending
 
 
-def start() -> tuple[Transfer, torch.Tensor, list[Callable[[], object]]]:
-    """A transfer, the chunk's expected content, and weak references to what it reads."""
-    caches, chunk = make_caches(), make_chunk(3)
-    wanted = rows(caches, [4, 1, 9])
-    slots = torch.tensor([4, 1, 9])
+def start() -> tuple[Transfer, list[Callable[[], object]]]:
+    """A transfer, and weak references to what it reads and writes."""
+    caches, chunk, slots = make_caches(), make_chunk(3), torch.tensor([4, 1, 9])
     refs: list[Callable[[], object]] = [weakref.ref(x) for x in (*caches, slots, chunk)]
-    connector = AdaptiveConnector("cpu", backend="later")
-    transfer = connector.from_gpu(chunk, caches, slots)
-    assert same(chunk, wanted)
-    return transfer, wanted, refs
+    transfer = AdaptiveConnector("cpu", backend="later").from_gpu(chunk, caches, slots)
+    assert same(chunk, rows(caches, [4, 1, 9]))
+    return transfer, refs
 
 
 @pytest.mark.parametrize("how", ["synchronize", "wait", "done"])
 def test_a_transfer_ends_when_its_work_does(later: Later, how: str) -> None:
-    transfer, _, _ = start()
+    transfer, _ = start()
     assert not transfer.done()
     if how == "done":
         later.ended = True
@@ -179,7 +176,7 @@ def test_a_transfer_ends_when_its_work_does(later: Later, how: str) -> None:
 def test_views_and_ids_are_held_until_the_end_also_of_a_transfer_that_nobody_kept(
     later: Later, kept: bool
 ) -> None:
-    transfer, _, refs = start()
+    transfer, refs = start()
     if not kept:
         del transfer
     gc.collect()
@@ -229,7 +226,7 @@ def test_waiting_with_a_limit_raises_what_the_work_met() -> None:
 
 
 def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
-    transfer, _, _ = start()
+    transfer, _ = start()
     assert repr(transfer) == "<Transfer of 1 launch, not seen to have ended>"
     later.ended = True
     assert "not seen" in repr(transfer)  # which asks nothing: a graph may be being captured
