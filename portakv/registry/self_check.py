@@ -24,9 +24,7 @@ class SelfCheck(Enum):
 
     PASSED = auto()
     FAILED = auto()
-    UNCHECKABLE = (
-        auto()
-    )  # it takes no test pattern: whether its bytes are right is unknown
+    UNCHECKABLE = auto()  # it takes no test pattern: whether its bytes are right is unknown
 
 
 #: Tried in turn: a backend may take one.
