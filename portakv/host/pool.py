@@ -13,7 +13,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Sequence, Sized
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
@@ -31,19 +31,15 @@ _GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that c
 _Pool = TypeVar("_Pool", bound="Pool")
 
 
+@dataclass(eq=False)
 class Block:
-    """A block that a caller acquired. A context manager that releases it.
+    """A block that a caller acquired. A context manager that releases it."""
 
-    Attributes:
-        pool, index: the pool that it came from, and which one of it; nbytes: how many it has.
-        generation: counts how often blocks were handed out, by all processes in a shared pool.
-    """
-
-    __slots__ = ("__weakref__", "_tensor", "generation", "index", "nbytes", "pool")
-
-    def __init__(self, pool: Pool, index: int, tensor: torch.Tensor, generation: int) -> None:
-        self.pool, self.index, self.generation = pool, index, generation
-        self.nbytes, self._tensor = tensor.numel(), tensor
+    pool: Pool  # that it came from
+    index: int  # which one of its pool
+    nbytes: int
+    generation: int  # counts how often blocks were handed out, by all processes in a shared pool
+    _tensor: torch.Tensor | None = field(repr=False)
 
     @property
     def tensor(self) -> torch.Tensor:
@@ -71,7 +67,7 @@ class Block:
 
     def drop(self) -> None:
         """Called by the pool that took it back."""
-        self._tensor = None  # type: ignore[assignment]
+        self._tensor = None
 
     def __enter__(self) -> Block:
         return self
@@ -133,12 +129,11 @@ class Pool:
 
         Args:
             owner: what it is for, shown by `leaks`; other processes see 40 bytes of it.
-            wait: wait for one if none is free; otherwise that is an error at once.
-            timeout: seconds to wait at most; None: without end.
+            wait: wait for one if none is free, at most ``timeout`` seconds; None: without end.
 
         Raises:
-            PoolExhausted: none is free, or was in time, and the pool has its limit or no memory to
-                grow, which its cause says then; names the owners of the blocks.
+            PoolExhausted: none was free, and the pool has its limit or, as the cause says, no
+                memory to grow; names the owners of the blocks.
             HostMemoryError: the pool is closed, or this process was forked from its maker.
         """
         return self.acquire_many(1, owner, wait=wait, timeout=timeout)[0]
@@ -148,9 +143,7 @@ class Pool:
     ) -> list[Block]:
         """Several blocks, all or none, so that two callers cannot each wait for the other's half.
 
-        Arguments and errors as `acquire`; `HostMemoryError` also for a count that is no whole
-        number, or below 0.
-        """
+        Else as `acquire`; `HostMemoryError` also for a count below 0 or of no whole number."""
         asked, do = f"{count!r} blocks were asked of a pool", "say how many are needed"
         if _pages.whole(count, 0, asked, do) > self.limit:
             raise PoolExhausted(
@@ -181,10 +174,8 @@ class Pool:
                 self._changed.wait(min(until - now, self._pause))
 
     def close(self) -> None:
-        """Let go of the memory; tensors of blocks that are out still hold theirs.
-
-        Warns of blocks that are out (`ResourceWarning`), and names their owners.
-        """
+        """Let go of the memory; tensors of blocks that are out still hold theirs. Warns of these
+        (`ResourceWarning`), and names their owners."""
         if self._process.forked:
             return
         with self._changed:
@@ -238,22 +229,19 @@ class PinnedPool(Pool):
     """Blocks of one size in pinned memory. A context manager; `close` may be called again.
 
     Args:
-        block_bytes: of each block, exactly.
-        blocks: how many it begins with.
+        block_bytes: of each block, exactly; blocks: how many it begins with.
         limit: how many it may have; it grows when none is free. None: ``blocks``.
         grow: how many it grows by, or by what is missing if there is no memory for more; None:
-            as many as it began with.
+            ``blocks``.
         alignment: in bytes, of each block: 1, 2, 4 ... up to a page.
         stacks: remember where each block was acquired, for `leaks`; some 50 us each.
         options: of `pinned.allocate`, but for ``unit``.
 
     Raises:
-        HostMemoryError: numbers that make no pool, an option that there is not; or as
-            `pinned.allocate` does.
+        HostMemoryError: numbers that make no pool, an unknown option; or as `pinned.allocate`.
 
     Attributes:
-        blocks: how many it has now, free or out.
-        high_water: most blocks that were out at once.
+        blocks: how many it has now, free or out; high_water: most that were out at once.
         pinned: False if some of it is pageable after all.
     """
 
@@ -292,13 +280,8 @@ class PinnedPool(Pool):
         self._add(blocks)
 
     def release(self, block: Block, after: Any = None) -> None:
-        """Give a block back.
-
-        Args:
-            block: one that this pool handed out.
-            after: a `Transfer`, an event, or anything else with ``done()`` or ``query()``: the
-                block is handed out again only once that is true. Ask a transfer for its own
-                errors: here it merely has to have ended.
+        """Give a block back. It is handed out again once ``after`` has ended: a `Transfer`, an
+        event, or anything else with ``done()`` or ``query()``, which tells its errors itself.
 
         Raises:
             HostMemoryError: released before, another pool's, no block, or in a forked process.
@@ -345,7 +328,8 @@ class PinnedPool(Pool):
             start = (index - first) * self._stride
             tensor = data[start : start + self.block_bytes]
             self._generation += 1
-            self._held[index] = block = Block(self, index, tensor, self._generation)
+            block = Block(self, index, self.block_bytes, self._generation, tensor)
+            self._held[index] = block
             self._out[index] = owner, thread, since, stack
             blocks.append(block)
         self.high_water = max(self.high_water, self.blocks - len(self._ready))

@@ -61,15 +61,14 @@ _open: WeakSet[SharedPool] = WeakSet()
 class SharedPool(Pool):
     """Blocks of one size, shared by name. A context manager; `close` may be called again.
 
-    The first process that names it makes it, the last that closes it removes it, unless it
-    was made with ``keep``. Use it in the process that opened it; a forked one opens its own.
-    Closing gives the blocks of this process back, once its devices touch them no more.
+    The first process that names it makes it, the last that closes it removes it. Use it in the
+    process that opened it; a forked one opens its own. Closing gives the blocks of this process
+    back, once its devices touch them no more.
 
     Args:
         name: letters, digits, dots, dashes and underscores.
         block_bytes, blocks: how large; None: as it is, which must then exist.
-        alignment: in bytes, of each block.
-        label: what other processes call this one.
+        alignment: in bytes, of each block; label: what other processes call this one.
         keep: leave it behind when the last process has closed it; see `remove`.
         fallback: pageable memory (``pinned`` is False), and one warning, if it cannot be pinned.
 
@@ -91,7 +90,7 @@ class SharedPool(Pool):
     ) -> None:
         self._fd = self._me = -1
         super().__init__(f"The shared pool {name!r}", "open it there by its name")
-        self.name, self._path, self._keep, wanted = name, _path(name), keep, None
+        self.name, self._keep, wanted = name, keep, None
         if block_bytes is not None and blocks is not None:
             wanted = [block_bytes, blocks, stride(block_bytes, blocks, alignment)]
         elif block_bytes is not None or blocks is not None:
@@ -102,7 +101,7 @@ class SharedPool(Pool):
         _open.add(self)
         _watch()
         while self._me < 0:
-            self._fd = _opened(self._path, wanted is not None)
+            self._fd, self._path = _opened(name, wanted is not None)
             try:
                 with self._exclusive():
                     if self._begin(wanted):
@@ -127,21 +126,16 @@ class SharedPool(Pool):
         return int(self._head["high_water"])
 
     def release(self, block: Block, after: Any = None) -> None:
-        """Give a block back.
-
-        Args:
-            block: one that this pool handed out in this process.
-            after: work that must have ended: the host waits for it here (``synchronize()``).
+        """Give a block back that this process has. First the host waits for the end of the work
+        ``after`` (``synchronize()``).
 
         Raises:
             HostMemoryError: released before, another pool's, or adopted by another process.
         """
-        self._refuse()
-        self._check(block)
         if after is not None:
             after.synchronize()
         with self._exclusive():
-            self._check(block)  # another thread may have released it
+            self._check(block)
             block.drop()
             if self._table["generation"][block.index] != block.generation:
                 raise HostMemoryError(
@@ -152,17 +146,12 @@ class SharedPool(Pool):
             self._changed.notify_all()
 
     def adopt(self, index: int, generation: int | None = None) -> Block:
-        """Take over a block that another process acquired and told this one of.
-
-        From then on it is this process's to release, and outlives the other.
-
-        Args:
-            index: the block's.
-            generation: the block's as well; refuses one that has changed hands since.
+        """Take over a block that another process acquired, and told this one its index and its
+        generation. From then on it is this process's to release, and outlives the other.
 
         Raises:
             SlotError: no such block.
-            HostMemoryError: it is free, or was handed out again since.
+            HostMemoryError: it is free, or changed hands since it had that generation.
         """
         self.bytes_of(index)
         with self._exclusive():
@@ -178,10 +167,7 @@ class SharedPool(Pool):
             return self._assign(index)
 
     def bytes_of(self, index: int) -> torch.Tensor:
-        """The bytes of any block, uint8 ``[block_bytes]``, free or not.
-
-        Raises `SlotError` if there is no such block.
-        """
+        """The bytes of any block, uint8 ``[block_bytes]``; `SlotError` if there is no such one."""
         self._refuse()
         if not isinstance(index, int) or not 0 <= index < self.blocks:
             raise SlotError(
@@ -219,7 +205,8 @@ class SharedPool(Pool):
         self._table["since"][index] = time.monotonic()
         self._table["generation"][index] = generation
         self._table["owner"][index] = self._me + 1
-        self._held[index] = block = Block(self, index, self.bytes_of(index), generation)
+        block = Block(self, index, self.block_bytes, generation, self.bytes_of(index))
+        self._held[index] = block
         return block
 
     def _out_to(self) -> list[str]:
@@ -244,7 +231,7 @@ class SharedPool(Pool):
 
     def _join(self, label: str) -> None:
         """Take a free place among the members, if need be a dead one's."""
-        members = self._head["members"]
+        members = self._members
         if members["pid"].all():
             self._reclaim()
         for place in np.flatnonzero(members["pid"] == 0).tolist():
@@ -262,7 +249,7 @@ class SharedPool(Pool):
 
     def _reclaim(self) -> list[str]:
         """Free what members have that ended without leaving, if their devices write no more."""
-        places = np.flatnonzero(self._head["members"]["pid"]).tolist()
+        places = np.flatnonzero(self._members["pid"]).tolist()
         dead = [place for place in places if place != self._me and self._gone(place)]
         return [f"{self._described(place)}: {self._clear(place)} blocks" for place in dead]
 
@@ -270,7 +257,7 @@ class SharedPool(Pool):
         if not self._lock(1 + place):
             return False
         self._lock(1 + place, fcntl.F_UNLCK)
-        member = self._head["members"][place]
+        member = self._members[place]
         if member["space"] == _space():
             # The kernel closes a dying process's files one after the other: this lock may be free
             # while its device still writes. A process that is a zombie has closed them all.
@@ -283,11 +270,11 @@ class SharedPool(Pool):
         """Free a member's blocks and then its place; how many blocks they were."""
         theirs = self._find(place)
         self._table["owner"][theirs] = 0
-        self._head["members"]["pid"][place] = 0
+        self._members["pid"][place] = 0
         return len(theirs)
 
     def _described(self, place: int) -> str:
-        member = self._head["members"][place]
+        member = self._members[place]
         return f"{member['name'].decode(errors='replace') or 'a process'} ({member['pid']})"
 
     def _end(self) -> list[str]:
@@ -305,11 +292,11 @@ class SharedPool(Pool):
         with suppress(HostMemoryError), self._exclusive():
             self._clear(self._me)
             self._reclaim()
-            last = os.fstat(self._fd).st_nlink and not self._head["members"]["pid"].any()
-            if last and not self._keep:
+            kept = self._keep or self._members["pid"].any()
+            if not kept and os.fstat(self._fd).st_nlink:
                 self._path.unlink(missing_ok=True)
         self._unlock()
-        del self._mapping, self._head, self._table  # tensors still hold the memory
+        del self._mapping, self._head, self._members, self._table  # tensors still hold the memory
 
     def __del__(self) -> None:
         if self._fd >= 0:
@@ -383,6 +370,7 @@ class SharedPool(Pool):
         with open(f"/proc/self/fd/{self._fd}", "r+b") as file:
             self._mapping = mmap.mmap(file.fileno(), total)
         self._head: Any = np.frombuffer(self._mapping, _HEAD, 1)[0]
+        self._members = self._head["members"]
         self._table: dict[str, Any] = {}
         at = _HEAD.itemsize
         for column, kind in _COLUMNS:
@@ -421,34 +409,32 @@ def names() -> list[str]:
 def remove(name: str) -> None:
     """Remove a shared pool that was left behind; attached processes keep its memory until
     they close it. Raises `HostMemoryError` if there is none, or it is another user's."""
-    path = _path(name)
-    os.close(_opened(path, False))
+    fd, path = _opened(name, False)
+    os.close(fd)
     path.unlink(missing_ok=True)
 
 
-def _path(name: str) -> Path:
+def _opened(name: str, make: bool) -> tuple[int, Path]:
+    """The file of that name, of this user, perhaps made just now: an opening, and its path."""
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_.-]{1,200}", name):
         raise HostMemoryError(
             f"A shared pool was named {name!r}; expected 1 to 200 letters, digits, dots, dashes "
             f"and underscores."
         )
-    return _FOLDER / f"{_PREFIX}{name}"
-
-
-def _opened(path: Path, make: bool) -> int:
+    path = _FOLDER / f"{_PREFIX}{name}"
     flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
     try:
         fd = os.open(path, flags, 0o600)
         found = os.fstat(fd)
         mine = found.st_uid == os.geteuid() and stat.S_ISREG(found.st_mode)
         if mine and not found.st_mode & 0o022:
-            return fd
+            return fd, path
         os.close(fd)
         why = "belongs to another user, or others may write to it"
     except FileNotFoundError:
         raise HostMemoryError(
-            f"The shared pool {path.name.removeprefix(_PREFIX)!r} was asked for as it is, and "
-            f"there is none; say block_bytes and blocks to make it."
+            f"The shared pool {name!r} was asked for as it is, and there is none; say block_bytes "
+            f"and blocks to make it."
         ) from None
     except OSError as error:
         why = f"cannot be opened ({error.strerror})"

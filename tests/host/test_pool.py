@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -109,6 +111,9 @@ def test_a_closed_pool(make: Make) -> None:
         pool.acquire()
     tensor.fill_(1)  # what is out holds its memory
     assert int(tensor.sum()) == SIZE
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(1).close()
 
 
 def test_threads_never_share_a_block(make: Make) -> None:
@@ -139,46 +144,48 @@ def test_a_forked_child_is_told_to_make_its_own(make: Make) -> None:
             pool.close()
             with PinnedPool(SIZE, 1) as own, own.acquire() as mine:
                 mine.tensor.fill_(4)
+            if isinstance(pool, SharedPool):
+                with SharedPool(pool.name) as again:
+                    assert again.reclaim() == []
+                    assert f"({os.getppid()})" in again.leaks()[0]
 
         assert Child(work).end() == 0
         assert int(block.tensor.max()) == 3
         block.release()
+        assert pool.free == 2
 
 
 #: Arguments that make no pool, and words of the sentence; None stands for the name of a pool.
-NONE: dict[type, list[tuple[Any, dict[str, Any], str]]] = {
-    PinnedPool: [
-        ((0, 1), {}, "power of two"), ((1, 0), {}, "power of two"), ((1.5, 1), {}, "1.5"),
-        (("x", 1), {}, "'x'.*power of two"), ((1, 1), {"alignment": 3}, "aligned to 3"),
-        ((64, 1), {"alignment": []}, r"aligned to \[\]"), ((1, 1), {"grow": -1}, "grow by -1"),
-        ((1, 2), {"limit": 1}, "up to 1; .*2 or more"),
-        ((1, 2), {"limit": 2.5}, "up to 2.5; expected a whole number"),
-        ((1, 2), {"limit": "many"}, "up to 'many'; .*2 or more"),
-        ((1, 2), {"limit": 4, "grow": 0}, "grow by 0 .*1 or more"),
-        ((1, 2), {"limit": 4, "grow": 1.5}, "grow by 1.5 .*1 or more"),
-        ((64, 1), {"timeout": "x"}, "with timeout,.*huge_pages"), ((64, 1), {"unit": 3}, "unit"),
-    ],
-    SharedPool: [
-        ((None, SIZE + 1, 2), {}, "ask for the same"), ((None, SIZE, 3), {}, "ask for the same"),
-        ((None, SIZE), {}, "say both"), ((None, SIZE, 0), {}, "power of two"),
-        *(((bad, SIZE, 2), {}, "was named") for bad in ("", "a/b", "a b", "x" * 201)),
-        ((3,), {}, "named 3; expected 1 to 200 letters"),
-        (("portakv-large", 1 << 40, 100), {}, "has room for"),
-    ],
-}  # fmt: skip
+LOCAL: list[tuple[tuple[Any, ...], dict[str, Any], str]] = [
+    ((0, 1), {}, "power of two"), ((1, 0), {}, "power of two"), ((1.5, 1), {}, "1.5"),
+    (("x", 1), {}, "'x'.*power of two"), ((1, 1), {"alignment": 3}, "aligned to 3"),
+    ((64, 1), {"alignment": []}, r"aligned to \[\]"), ((1, 1), {"grow": -1}, "grow by -1"),
+    ((1, 2), {"limit": 1}, "up to 1; .*2 or more"),
+    ((1, 2), {"limit": 2.5}, "up to 2.5; expected a whole number"),
+    ((1, 2), {"limit": "many"}, "up to 'many'; .*2 or more"),
+    ((1, 2), {"limit": 4, "grow": 0}, "grow by 0 .*1 or more"),
+    ((1, 2), {"limit": 4, "grow": 1.5}, "grow by 1.5 .*1 or more"),
+    ((64, 1), {"timeout": "x"}, "with timeout,.*huge_pages"), ((64, 1), {"unit": 3}, "unit"),
+]  # fmt: skip
+SHARED = [
+    ((None, SIZE + 1, 2), "ask for the same"), ((None, SIZE, 3), "ask for the same"),
+    ((None, SIZE), "say both"), ((None, SIZE, 0), "power of two"), ((3,), "named 3; expected 1 to"),
+    *(((bad, SIZE, 2), "was named") for bad in ("", "a/b", "a b", "x" * 201)),
+    (("portakv-large", 1 << 40, 100), "has room for"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("kind", "given", "options", "words"),
-    [(kind, *case) for kind, cases in NONE.items() for case in cases],
-    ids=str,
-)
-def test_what_makes_no_pool(
-    kind: type, given: tuple[Any, ...], options: dict[str, Any], words: str, name: str
-) -> None:
-    with SharedPool(name, SIZE, 2), refused(HostMemoryError) as caught:
-        kind(*(name if each is None else each for each in given), **options)
+@pytest.mark.parametrize(("given", "options", "words"), LOCAL, ids=str)
+def test_what_makes_no_pool(given: Any, options: dict[str, Any], words: str) -> None:
+    with refused(HostMemoryError) as caught:
+        PinnedPool(*given, **options)
     assert re.search(words, str(caught.value))
+
+
+@pytest.mark.parametrize(("given", "words"), SHARED, ids=str)
+def test_what_makes_no_shared_pool(given: tuple[Any, ...], words: str, name: str) -> None:
+    with SharedPool(name, SIZE, 2), refused(HostMemoryError, words):
+        SharedPool(*(name if each is None else each for each in given))
 
 
 def test_arguments_that_mean_nothing(make: Make) -> None:
@@ -206,30 +213,21 @@ def test_arguments_that_mean_nothing(make: Make) -> None:
 # In one process
 
 
-def test_exhausted_is_an_error_at_once_that_names_who_has_it() -> None:
-    with PinnedPool(SIZE, 10) as pool:
-        held = [pool.acquire("prefill"), *pool.acquire_many(9, "decode")]
+def test_it_grows_up_to_its_limit_and_then_names_the_owners_of_blocks() -> None:
+    with PinnedPool(SIZE, 2, limit=10, grow=3) as pool:
+        blocks = [pool.acquire("prefill")]
+        for count, size in ((1, 2), (1, 5), (5, 8), (2, 10)):
+            blocks += pool.acquire_many(count, "decode")
+            assert pool.blocks == size
         with pytest.raises(PoolExhausted, match=r"0 of 10 were free; ") as caught:
             pool.acquire()
         first, *others, last = str(caught.value).splitlines()[1:]
         assert first.startswith("  block 0: prefill in thread MainThread, for 0.0 s")
         assert ["decode" in line for line in others] == [True] * 7
         assert last == "  and 2 more"
-        for block in held:
-            block.release()
-
-
-def test_it_grows_up_to_its_limit() -> None:
-    with PinnedPool(SIZE, 2, limit=5, grow=2) as pool:
-        blocks = []
-        for count, size in ((2, 2), (1, 4), (2, 5)):
-            blocks += pool.acquire_many(count)
-            assert pool.blocks == size
-        with pytest.raises(PoolExhausted):
-            pool.acquire()
         for number, block in enumerate(blocks):
             block.tensor.fill_(number)
-        assert [int(block.tensor[-1]) for block in blocks] == [0, 1, 2, 3, 4]
+        assert [int(block.tensor[-1]) for block in blocks] == list(range(10))
 
 
 class Scarce:
@@ -264,25 +262,17 @@ def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.Monk
         assert 2 <= len(scarce.asked) - asked <= 6, "it asks again, and not without pause"
 
 
-@pytest.mark.parametrize("ends", ["a release", "memory", "the pool is closed"])
-def test_what_ends_a_wait(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_ends_with_memory_or_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     with PinnedPool(SIZE, 1, limit=64, grow=32) as pool:
-        block, scarce = pool.acquire(), Scarce(monkeypatch, 0)
-        end: dict[str, Callable[[], None]] = {
-            "a release": block.release,
-            "memory": lambda: setattr(scarce, "room", 1),
-            "the pool is closed": pool.close,
-        }
-        timer = threading.Timer(0.05, end[ends])
-        timer.start()
-        began = time.monotonic()
-        if ends == "the pool is closed":
-            with pytest.raises(HostMemoryError, match="closed"):
-                pool.acquire(wait=True, timeout=10)
-        else:
-            assert pool.acquire(wait=True, timeout=10).index == (ends == "memory")
+        pool.acquire()
+        scarce, began = Scarce(monkeypatch, 0), time.monotonic()
+        threading.Timer(0.05, setattr, (scarce, "room", 1)).start()
+        assert pool.acquire(wait=True, timeout=10).index == 1
+        scarce.room = 0
+        threading.Timer(0.05, pool.close).start()
+        with pytest.raises(HostMemoryError, match="closed"):
+            pool.acquire(wait=True, timeout=10)
         assert time.monotonic() - began < 8, "it was noticed when the time was over"
-        timer.join()
 
 
 def test_a_block_in_flight_is_not_handed_out() -> None:
