@@ -56,15 +56,8 @@ def token_bytes(form: Form) -> float:
 
 
 class BlockTransfer(Transfer):
-    """What `copy_blocks` returns.
-
-    Args:
-        transfer: how all of it ends.
-        move: what it moves; its views are not kept.
-        began: when it was asked for, by `time.perf_counter`.
-        layers: a transfer for each layer; None without ``by_layer``.
-        worker: what issues it, if that is not done already.
-    """
+    """What `copy_blocks` returns; it keeps no view of its move. Its ``worker`` issues what is not
+    issued yet."""
 
     __slots__ = ("_began", "_ended", "_form", "_indices", "_layers", "_tokens", "_worker")
 
@@ -115,15 +108,16 @@ class BlockTransfer(Transfer):
     @property
     def statistics(self) -> Statistics:
         """What became of it so far; never blocks or raises."""
-        worker, (mine, theirs) = self._worker, self._indices
-        ended_at = (
-            worker.ended_at if worker is not None else None
-        )  # asked first: what follows is then all
+        worker, layers, (mine, theirs) = self._worker, self._layers or (), self._indices
         moving, block = self._moving(), mine.plan_step or theirs.plan_step or 1
-        nbytes, tokens = self._progress(moving)
         if worker is None:
-            pieces, ended_at, carried = max(1, len(self._layers or ())), self._ended, self.carried
+            nbytes, tokens = self._landed(moving)
+            ended_at, pieces, carried = self._ended, max(1, len(layers)), self.carried
         else:
+            ended_at = worker.ended_at  # asked first: what follows is then all
+            landed, last = worker.slices[: worker.landed], worker.slices[-1].layer
+            nbytes = sum(piece.nbytes for piece in landed)
+            tokens = sum(piece.tokens for piece in landed if piece.layer == last)
             pieces, carried = worker.issued, worker.carried
         seconds = None if ended_at is None else ended_at - self._began
         counts = nbytes, tokens // block, moving // block
@@ -138,16 +132,11 @@ class BlockTransfer(Transfer):
         ]
         return self._tokens - int(np.count_nonzero(np.logical_or.reduce(skipped)))
 
-    def _progress(self, moving: int) -> tuple[int, int]:
-        """Bytes that have landed, and tokens that have in all layers."""
-        worker, layers = self._worker, self._layers or ()
-        if worker is not None:
-            landed, last = worker.slices[: worker.landed], worker.slices[-1].layer
-            whole = sum(piece.tokens for piece in landed if piece.layer == last)
-            return sum(piece.nbytes for piece in landed), whole
+    def _landed(self, moving: int) -> tuple[int, int]:
+        """Bytes that have landed, and tokens that have in all layers, of what is on streams."""
         if self.captured:
             return 0, 0
-        nbytes = moving * token_bytes(self._form)
+        nbytes, layers = moving * token_bytes(self._form), self._layers or ()
         if all(completion.ended() for completion in self.completions):
             self._note_end()
             return round(nbytes), moving

@@ -173,7 +173,11 @@ class _Careful:
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         for view in (src, dst) if self._tells else ():
             if _PLAIN not in view.derived:
-                self._check_plain(view)
+                for owner in view.owners if view.form.place == "device" else ():
+                    for why in filter(None, (tell(owner) for tell in self._tells)):
+                        what = f"A copy of tensors of {view.layout.text!r}"
+                        raise Unsupported(what, f"{why}; nothing was moved")
+                view.derived[_PLAIN] = True
         with self._lock:
             return self._launch(src, dst, *rest, **named)
 
@@ -181,12 +185,3 @@ class _Careful:
     def carried(self) -> tuple[str, str] | None:
         """What an engine that picks engines tells of its last launch."""
         return getattr(self._launch, "carried", None)
-
-    def _check_plain(self, view: KVView) -> None:
-        owners = view.owners if view.form.place == "device" else ()
-        for why in (tell(owner) for owner in owners for tell in self._tells):
-            if why:
-                raise Unsupported(
-                    f"A copy of tensors of {view.layout.text!r}", f"{why}; nothing was moved"
-                )
-        view.derived[_PLAIN] = True

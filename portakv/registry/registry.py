@@ -229,7 +229,7 @@ class Registry:
                     with suppress(Exception, SystemExit):  # what does not load knows of no tensors
                         classes.append(self._class(name))
                 # Not suppressed: without an answer bytes of a private format might be moved.
-                told = [cls.hides(device) for cls in classes]
+                told = (cls.hides(device) for cls in classes)
                 self._tells[device] = tuple(tell for tell in told if tell is not None)
             return self._tells[device]
 
@@ -242,8 +242,9 @@ class Registry:
 
     def _class(self, name: str) -> type[Backend]:
         target = self._targets[name]
-        found = pkgutil.resolve_name(target) if isinstance(target, str) else target
-        return _check_class(found, name)
+        return (
+            _check_class(pkgutil.resolve_name(target), name) if isinstance(target, str) else target
+        )
 
     def _probe(self, name: str, device: torch.device, make: bool = True) -> _Answer:
         """What a candidate says; with ``make`` its backend is made if it accepts."""
@@ -329,15 +330,12 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:
-    """Every candidate's answer for ``device``; nothing is self-checked that was not already.
-
-    Of a device that torch cannot use here each says what it lacks, and none accepts.
-    """
+    """Every candidate's answer for ``device``; nothing is self-checked that was not already. Of a
+    device that torch cannot use here each says what it lacks, and none accepts."""
     try:
-        place = found(device)
+        return REGISTRY.trace(found(device))
     except BackendUnavailable as absent:
         return cast("tuple[Decision, ...]", absent.trace)
-    return REGISTRY.trace(place)
 
 
 def found(device: torch.device | str) -> torch.device:
