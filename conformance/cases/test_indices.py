@@ -66,11 +66,9 @@ def test_steps(home: Bench, direction: str, step: int) -> None:
 @pytest.mark.parametrize(("mine", "theirs"), [(1, 4), (4, 1), (2, 4), (4, 12), (12, 4), (3, 4)])
 def test_steps_of_both_sides(home: Bench, mine: int, theirs: int) -> None:
     """The two sides count their ids in different units; a slot mapping is not a block table."""
-    count = 24
-    src = home.cache(SHAPE, home.shuffled(36 // mine, count // mine), step=mine)
-    ids = home.shuffled(36 // theirs, count // theirs)
-    dst = elsewhere(home, HND, ids, step=theirs)
-    home.copy(Case(src, dst, count))
+    src, dst = (home.shuffled(36 // step, 24 // step) for step in (mine, theirs))
+    target = elsewhere(home, HND, dst, step=theirs)
+    home.copy(Case(home.cache(SHAPE, src, step=mine), target, 24))
 
 
 @pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (3, 5), (4, 8), (2, 2), (5, 4)])

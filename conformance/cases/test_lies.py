@@ -65,10 +65,10 @@ def test_host_ids_that_change_right_after_the_call(home: Bench, direction: str, 
         ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1), dtype=dtype)
         ids = ids.pin_memory() if kind == "pinned" and home.facility.streams else ids
         case = home.move(direction, SHAPE, ids)
-        expected, asked, started = case.expected(), asked_of(case), list[Transfer]()
+        expected, started = case.expected(), list[Transfer]()
+        copy = partial(home.subject.copy, *asked_of(case), count=case.count)
         home.facility.delay(BUSY)
-        copy = partial(home.subject.copy, *asked, count=case.count)
-        if not home.judge.carried(lambda: started.append(copy()), asked):  # noqa: B023 (called at once)
+        if not home.judge.carried(lambda: started.append(copy()), case):  # noqa: B023 (called at once)
             return
         _other_slots(ids)
         home.judge.finish(started[0])
@@ -82,8 +82,7 @@ def test_a_launch_has_read_its_host_ids(home: Bench, direction: str) -> None:
         home.judge.not_claimed("index_on", "it reads ids on the device.")
     ids = home.judge.ids(home.shuffled(SHAPE.slots, 9))
     case = home.move(direction, SHAPE, ids)
-    expected = case.expected()
-    launch = home.judge.launch_of(case)
+    expected, launch = case.expected(), home.judge.launch_of(case)
     home.facility.synchronize()
     home.facility.delay(BUSY)
     pending = launch(None, None)
@@ -119,13 +118,13 @@ def test_duplicates_that_reach_a_launch(home: Bench, step: int) -> None:
 @pytest.mark.needs("accelerator")
 def test_the_default_stream_is_a_stream(home: Bench, direction: str) -> None:
     """The default stream, passed while another is current, is no missing one, though it is 0."""
-    late = Late(home, home.some(direction, SHAPE, 9))
+    late, facility = Late(home, home.some(direction, SHAPE, 9)), home.facility
     launch = home.judge.launch_of(late.case)
     late.produce()
-    default, side = home.facility.current(), home.facility.stream()
-    home.facility.synchronize()
-    home.facility.delay(BUSY, side)
-    with home.facility.on(side):
+    default, side = facility.current(), facility.stream()
+    facility.synchronize()
+    facility.delay(BUSY, side)
+    with facility.on(side):
         pending = launch(default, None)
     home.judge.land(pending, default)
     late.check()  # while the other stream is still busy

@@ -14,7 +14,7 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from portakv import Index, LayoutError, Unsupported
-from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, asked_of, view_of
+from portakv_conformance.cases import Bench, Case, Judge, Shape, Side, view_of
 from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases
 from portakv_conformance.judge.judging import changed
@@ -36,7 +36,7 @@ def drawn(judge: Judge, data: Data, **options: Any) -> Case:
 def carry(judge: Judge, case: Case, backend: str = "") -> bool:
     """Copy with the judged backend, or another; False where it declines the plan."""
     if not backend:
-        return judge.carried(lambda: judge.finish(judge.start(case)), asked_of(case))
+        return judge.carried(lambda: judge.finish(judge.start(case)), case)
     try:
         judge.finish(judge.start(case, backend=backend))
     except Unsupported as error:

@@ -113,8 +113,7 @@ def test_later_work_waits_for_the_copy(home: Bench, direction: str, where: str) 
 @pytest.mark.parametrize("where", ["none", "side"])
 def test_ids_that_are_produced_late(home: Bench, direction: str, where: str) -> None:
     """Ids on the device are read behind the work that writes them."""
-    late = made(home, direction, "device")
-    late.produce()
+    late = made(home, direction, "device", now=True)
     late.write_ids_late(home.facility)
     late.copy(home.facility.stream() if where == "side" else None).synchronize()
     late.check()

@@ -45,9 +45,8 @@ def test_pinned_memory_on_the_host(home: Bench, pair: tuple[str, str], direction
     except Unsupported as error:
         refusal = error
     if pair in home.subject.can.places:
-        assert refusal is None, (
-            f"It claims by 'places' that it copies {way}, and refuses a plan of that: {refusal}"
-        )
+        told = f"It claims by 'places' that it copies {way}, and refuses a plan of that: {refusal}"
+        assert refusal is None, told
         launched = partial(home.subject.launch, *asked, case.count)
         home.judge.judge(case, lambda: home.judge.land(launched()), lambda: None)
     else:

@@ -20,8 +20,6 @@ from portakv_conformance.cases import (
     Case,
     Judge,
     Shape,
-    Side,
-    asked_of,
     between,
 )
 from portakv_conformance.draw import by_hand
@@ -66,9 +64,9 @@ def test_device_slots_past_the_end(home: Bench, direction: str, slot: int) -> No
 
 def _judge_bad(home: Bench, case: Case) -> None:
     """Bytes as if the bad id were padding, and a SlotError at the end."""
-    expected, asked = without_bad(case).expected(), asked_of(case)
+    expected = without_bad(case).expected()
     try:
-        carried = home.judge.carried(lambda: home.judge.start(case).synchronize(), asked)
+        carried = home.judge.carried(lambda: home.judge.start(case).synchronize(), case)
         assert not carried, f"A bad slot raised nothing. The case was {case!r}."
     except SlotError:
         home.facility.synchronize()
@@ -123,7 +121,7 @@ def test_bad_ids_of_both_sides_are_guarded(home: Bench, pair: str, step: int) ->
     for dtype in home.subject.can.index_dtypes:
         place = home.subject.can.home_of_ids(home.subject.device)
         case = two_lists(home, pair, step, place, dtype)
-        home.judge.carried(partial(home.judge.guarded, case), asked_of(case))
+        home.judge.carried(partial(home.judge.guarded, case), case)
 
 
 #: Lists with more than one bad id, or with padding before it: whatever is worked out of several
@@ -207,14 +205,11 @@ def test_two_number_types_are_refused(home: Bench, direction: str) -> None:
 
 
 #: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
-_STRIDES = {
-    "row": "token", "head": "head", "block": "block", "plane": "kv", "chunk-row": "token",
+_MISALIGNED = {
+    "base": "", "offset": "", "row": "token", "head": "head", "block": "block", "plane": "kv",
+    "one-layer": "", "chunk-base": "", "chunk-offset": "", "chunk-row": "token",
     "chunk-plane": "layer",
 }  # fmt: skip
-_MISALIGNED = (
-    "base", "offset", "row", "head", "block", "plane", "one-layer", "chunk-base", "chunk-offset",
-    "chunk-row", "chunk-plane",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize("off", [1, 2, 4, 8])
@@ -225,26 +220,18 @@ def test_misaligned(home: Bench, what: str, direction: str, off: int) -> None:
     shape = Shape(layers=3, heads=2, widths=(64, 64))
     of_chunk, part = what.startswith("chunk"), what.removeprefix("chunk-")
     how: dict[str, Any] = {"shift": off} if part == "offset" else {}
-    if what in _STRIDES:
-        how = by_hand.widened(by_hand.CHUNK if of_chunk else home.paged, _STRIDES[what], off)
+    if axis := _MISALIGNED[what]:
+        how = by_hand.widened(by_hand.CHUNK if of_chunk else home.paged, axis, off)
     of_chunks, of_caches = (how, {}) if of_chunk else ({}, how)
     case = home.some(direction, shape, 9, 1, of_chunks, dtype=torch.uint8, **of_caches)
     cache, chunk = (case.src, case.dst) if direction == "gather" else (case.dst, case.src)
-    if what == "one-layer":
-        cache = _with_another_layer(cache, home, shape, off)
+    if what == "one-layer" and isinstance(cache.tensors, list):  # a tensor for each layer
+        how = {"source": direction == "gather", "shift": off, "storage": 77}
+        moved = home.cache(shape, dtype=torch.uint8, **how)
+        tensors, guards = [*cache.tensors[:2], moved.tensors[2]], [*cache.guards, *moved.guards]
+        cache = replace(cache, tensors=tensors, guards=guards, arrangement=None)
     elif part == "base" and of_chunk:
         chunk = by_hand.lifted(chunk, off)
     elif part == "base":
         cache = by_hand.lifted(cache, off)
     home.copy(between(direction, cache, chunk, 9))
-
-
-def _with_another_layer(cache: Side, home: Bench, shape: Shape, off: int) -> Side:
-    """A cache of which only the last layer is misaligned, if layers are tensors of their own."""
-    if not isinstance(cache.tensors, list):
-        return cache
-    assert cache.arrangement is not None
-    source = not cache.arrangement.poison
-    moved = home.cache(shape, source=source, dtype=torch.uint8, shift=off, storage=77)
-    tensors = [*cache.tensors[:2], moved.tensors[2]]
-    return replace(cache, tensors=tensors, arrangement=None, guards=[*cache.guards, *moved.guards])

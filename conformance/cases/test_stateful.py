@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from hypothesis.stateful import run_state_machine_as_test as run
 
 from portakv import Transfer, copy_blocks
-from portakv_conformance.cases import Bench, Case, Shape, Side, asked_of, view_of
+from portakv_conformance.cases import Bench, Case, Shape, Side, view_of
 from portakv_conformance.cases.test_metamorphic import rows_at
 from portakv_conformance.draw.by_hand import HOMES
 from portakv_conformance.draw.saved import blaming
@@ -58,7 +58,7 @@ class Engine(RuleBasedStateMachine):
         judge = self.home.judge
         self.done.append(case)
         begin = call or partial(judge.start, case)
-        carried = judge.carried(lambda: judge.finish(begin()), asked_of(case))
+        carried = judge.carried(lambda: judge.finish(begin()), case)
         judge.examples += carried
         return carried
 

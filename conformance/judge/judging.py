@@ -192,12 +192,12 @@ class Judge:
         """Note why a copy of these views was refused; AssertionError where nothing allows it."""
         self._note(self.why_declined(*asked), str(refusal))
 
-    def carried(self, call: Callable[[], object], asked: Asked) -> bool:
+    def carried(self, call: Callable[[], object], of: Case | Asked) -> bool:
         """Whether a call was carried out; False where the backend declines it, as it may."""
         try:
             call()
         except Unsupported as refusal:
-            self.may_decline(refusal, *asked)
+            self.may_decline(refusal, *(asked_of(of) if isinstance(of, Case) else of))
             return False
         return True
 

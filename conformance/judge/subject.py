@@ -88,23 +88,25 @@ def _claims(backend: Backend) -> tuple[Capabilities, str]:
     expected = "expected a portakv.backends.base.Capabilities. Without it no case can be judged."
     try:
         can = backend.capabilities()
+        wrong = "" if isinstance(can, Capabilities) else f"returned {can!r}"
     except Exception as error:  # a vendor's code may fail in any way
-        why = f"capabilities() raised {type(error).__name__}: {error}; {expected}"
-        return Capabilities(places=frozenset()), why
-    if not isinstance(can, Capabilities):
-        return can, f"capabilities() returned {can!r}; {expected}"
-    return can, ""
+        can, wrong = Capabilities(places=frozenset()), f"raised {type(error).__name__}: {error}"
+    return can, wrong and f"capabilities() {wrong}; {expected}"
 
 
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
     simulated = emulated or str(device).partition(":")[0] == SIMULATED
     asked, device = str(device), _carried(str(device))
     kind = device.partition(":")[0]
+    from portakv_conformance import simdev
     from portakv_conformance.vendor import standins
 
     if simulated:
         if not standins.enter(kind):
-            _simulate(asked, kind)
+            try:
+                simdev.load(kind)
+            except simdev.SimulatedDeviceError as error:
+                raise BackendUnavailable(f"Device {asked!r} was asked for. {error}") from error
             standins.install(kind)
     elif not _WRITTEN.fullmatch(device):
         raise ValueError(f"Device {asked!r} was asked for; expected one such as cpu or npu:1.")
@@ -114,27 +116,13 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
         except BackendUnavailable as error:
             if kind not in standins.STANDINS:
                 raise
-            raise BackendUnavailable(
-                f"{error}\nThe simulated device carries that name with --emulated."
-            ) from error
+            told = "The simulated device carries that name with --emulated."
+            raise BackendUnavailable(f"{error}\n{told}") from error
     try:
         return torch.device(device), simulated
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
         raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
-
-
-def _simulate(asked: str, name: str) -> None:
-    from portakv_conformance import simdev  # builds a C++ extension: only when asked
-
-    why = simdev.available()
-    try:
-        if why is None:
-            simdev.load(name)
-    except simdev.SimulatedDeviceError as error:
-        why = str(error)
-    if why is not None:
-        raise BackendUnavailable(f"Device {asked!r} was asked for. {why}")
 
 
 def _carried(device: str) -> str:

@@ -50,12 +50,8 @@ class Waiver:
 
 
 def read_waivers(path: Path) -> tuple[Waiver, ...]:
-    """The waivers of a file, in its order.
-
-    Raises:
-        WaiverError: no such file, no TOML, an unknown key, a key that is missing or empty, a
-            version that is none, or two waivers of one case.
-    """
+    """The waivers of a file, in its order. `WaiverError`: no such file, no TOML, an unknown key, a
+    key that is missing or empty, a version that is none, or two waivers of one case."""
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except tomllib.TOMLDecodeError as error:

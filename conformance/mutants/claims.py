@@ -148,11 +148,10 @@ def ClaimsChange(right: HostRows) -> Capabilities:
     return replace(right.capabilities(), guards=right.kept["guards"])
 
 
-class RefusesEverything(HostRows):
+@HostRows.mutate("check")
+def RefusesEverything(right: HostRows, plan: CopyPlan) -> Decision:
     """Claims much and refuses every plan, in the hope that refusals count as skipped."""
-
-    def check(self, plan: CopyPlan) -> Decision:
-        return Decision(self.name, False, "it would rather not")
+    return replace(right.check(plan), accepted=False, reason="it would rather not")
 
 
 @HostRows.mutate("prepare")
@@ -163,14 +162,12 @@ def RefusesOddWidths(right: HostRows, plan: CopyPlan) -> Launch:
     return right.prepare(plan)
 
 
-class RefusesOddHeads(HostRows):
+@HostRows.mutate("check")
+def RefusesOddHeads(right: HostRows, plan: CopyPlan) -> Decision:
     """Refuses head counts that are no power of two, though it claims nothing that says so."""
-
-    def check(self, plan: CopyPlan) -> Decision:
-        heads = plan.src.heads
-        if heads & (heads - 1):
-            return Decision(self.name, False, f"{heads} heads are no power of two")
-        return super().check(plan)
+    heads, found = plan.src.heads, right.check(plan)
+    why = f"{heads} heads are no power of two"
+    return replace(found, accepted=False, reason=why) if heads & (heads - 1) else found
 
 
 @HostRows.mutate("pairs")

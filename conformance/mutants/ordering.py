@@ -44,36 +44,31 @@ def CurrentDeviceOnly(right: DeviceRows, call: Call) -> torch.Stream:
     return call.stream or torch.accelerator.current_stream()
 
 
-class _OnItsOwnStream(DeviceRows):
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._own = torch.Stream(device)
+def _own(right: DeviceRows, call: Call) -> torch.Stream:
+    kept: dict[str, torch.Stream] = right.kept
+    return kept.get("own") or kept.setdefault("own", torch.Stream(right.stream(call).device))
 
 
-class NoWaitOnProducer(_OnItsOwnStream):
+@DeviceRows.mutate("move")
+def NoWaitOnProducer(right: DeviceRows, runs: Runs, call: Call) -> None:
     """Its own stream does not wait for what the caller's stream is still producing."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        self.enqueue(runs, call, self._own)
-        self.stream(call).wait_stream(self._own)
+    right.enqueue(runs, call, _own(right, call))
+    right.stream(call).wait_stream(_own(right, call))
 
 
-class NobodyWaitsForIt(_OnItsOwnStream):
+@DeviceRows.mutate("move")
+def NobodyWaitsForIt(right: DeviceRows, runs: Runs, call: Call) -> None:
     """The caller's stream does not wait for its own stream: the transfer ends before the copy."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        self._own.wait_stream(self.stream(call))
-        self.enqueue(runs, call, self._own)
+    _own(right, call).wait_stream(right.stream(call))
+    right.enqueue(runs, call, _own(right, call))
 
 
-class WaitsForTheFirstOnly(NoWaitOnProducer):
+@NoWaitOnProducer.mutate("move")
+def WaitsForTheFirstOnly(right: DeviceRows, runs: Runs, call: Call) -> None:
     """Its own stream waits for the caller's on the first call, and never again."""
-
-    def move(self, runs: Runs, call: Call) -> None:
-        if not self.kept:
-            self._own.wait_stream(self.stream(call))
-        self.kept["waited"] = True
-        super().move(runs, call)
+    if not right.kept:
+        _own(right, call).wait_stream(right.stream(call))
+    right.move(runs, call)
 
 
 @DeviceRows.mutate("move")

@@ -255,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = parser.parse_args(argv)
     if os.environ.get(ENVIRONMENT):
         parser.error(f"{ENVIRONMENT} forces another backend than the mutant; unset it")
-    unknown = sorted(set(asked.only or ()) - {mutant.name for mutant in MUTANTS})
-    if unknown:
+    if unknown := sorted(set(asked.only or ()) - {mutant.name for mutant in MUTANTS}):
         parser.error(f"no mutant is named {unknown[0]!r}; docs/mutants.md lists them")
     mutants = [one for one in MUTANTS if asked.only is None or one.name in asked.only]
     # Two processes on two cores: threads of torch's own would only get in each other's way.
@@ -264,8 +263,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     devices = {mutant.device_type for mutant in mutants if not asked.no_control}
     needed = [control for control in CONTROLS if control.device_type in devices]
     with _ending_with_the_caller(_JOBS) as pool:
-        found = zip(needed, pool.map(try_control, needed), strict=True)
-        controls = {control.name: why for control, why in found}
+        names = [control.name for control in needed]
+        controls = dict(zip(names, pool.map(try_control, needed), strict=True))
     trials = score(
         mutants, range(asked.seed, asked.seed + asked.runs), jobs=asked.jobs, tell=_say,
         attempt=lambda mutant, seed: try_mutant(mutant, seed, wall=asked.limit),
