@@ -49,10 +49,8 @@ def check_report(text: str, listing: Listing = cases_of) -> list[str]:
     for waiver in record.waivers:  # of the rest the reader has made sure
         if not isinstance(waiver, dict) or set(waiver) != {"id", "reason", "expires"}:
             return ["A waiver of the report has not the keys id, reason, expires."]
-        if not re.fullmatch(r"\d+(\.\d+)*", str(waiver["expires"])):
-            return [
-                f"A waiver of the report expires in {waiver['expires']!r}, which is no version."
-            ]
+        if not re.fullmatch(r"\d+(\.\d+)*", str(expires := waiver["expires"])):
+            return [f"A waiver of the report expires in {expires!r}, which is no version."]
     if (record.suite, record.spec) != (SUITE_VERSION, SPEC_VERSION):
         return [
             f"It was made by suite {record.suite} (spec {record.spec}), but {SUITE_VERSION} (spec "
