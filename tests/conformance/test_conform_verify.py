@@ -100,22 +100,17 @@ def waive(record: RunRecord, at: int) -> None:
     record.waivers = [asdict(Waiver(record.cases[at].id, "Ticket.", "2999.01"))]
 
 
-def asked(record: RunRecord, old: str, new: str) -> None:
-    assert old in record.command
-    record.command = record.command.replace(old, new, 1)
+def command(old: str, new: str) -> Callable[[RunRecord], None]:
+    return lambda record: setattr(record, "command", record.command.replace(old, new, 1))
 
 
-def each_to(name: str, value: object) -> Callable[[RunRecord], None]:
-    def edit(record: RunRecord) -> None:
-        for case in record.cases:
-            setattr(case, name, value)
-
-    return edit
+def each_to(name: str, value: object) -> Callable[[RunRecord], object]:
+    return lambda record: [setattr(case, name, value) for case in record.cases]
 
 
 def interpreted(record: RunRecord) -> None:
     record.backend |= {"name": "triton", "target": "portakv.backends.triton:Triton"}
-    asked(record, "portakv conform fake", "TRITON_INTERPRET=1 portakv conform triton")
+    command("portakv conform fake", "TRITON_INTERPRET=1 portakv conform triton")(record)
 
 
 EDITS: list[tuple[Any, ...]] = [
@@ -126,8 +121,8 @@ EDITS: list[tuple[Any, ...]] = [
     (case_to("examples", 1000),),
     (fact_to("driver", "999"),),
     (lambda record: record.backend.__setitem__("source_sha256", "1" * 64),),
-    (lambda record: asked(record, "conform fake", "conform fakes:Fake"),),
-    (lambda record: asked(record, "conform fake", "conform elsewhere:Fake"),),
+    (command("conform fake", "conform fakes:Fake"),),
+    (command("conform fake", "conform elsewhere:Fake"),),
     # What contradicts the rest of the report.
     (set_to("verdict", "failed"), "'conformant' follows from its cases"),
     (set_to("totals", {"passed": 3}), "its cases count"),
@@ -174,13 +169,13 @@ EDITS: list[tuple[Any, ...]] = [
     (set_to("seconds", float("inf")), "The run took inf s"),
     (set_to("capabilities", {}), "not the fields of a backend's claims: alignment, "),
     (set_to("trace", []), "what the registry answered"),
-    (lambda record: asked(record, "fake", "other"), "does not judge 'fake' (fakes:Fake)"),
-    (lambda record: asked(record, "portakv", "echo"), "does not judge"),
-    (lambda record: asked(record, "fake", "other:Class"), "does not judge"),
-    (lambda record: asked(record, "--seed 0", "--seed 0 --only x"), "has --only, which"),
-    (lambda record: asked(record, "--seed 0", "--seed 0 --waivers f"), "has --waivers, which"),
-    (lambda record: asked(record, "--seed 0", "--seed 0 --fuzz 9"), "has --fuzz, which"),
-    (lambda record: asked(record, "--seed 0", "--seed 0 --emulated"), "has --emulated, which"),
+    (command("fake", "other"), "does not judge 'fake' (fakes:Fake)"),
+    (command("portakv", "echo"), "does not judge"),
+    (command("fake", "other:Class"), "does not judge"),
+    (command("--seed 0", "--seed 0 --only x"), "has --only, which"),
+    (command("--seed 0", "--seed 0 --waivers f"), "has --waivers, which"),
+    (command("--seed 0", "--seed 0 --fuzz 9"), "has --fuzz, which"),
+    (command("--seed 0", "--seed 0 --emulated"), "has --emulated, which"),
     (fact_to("TRITON_INTERPRET", "1"), "An interpreter ran its kernels"),
     (interpreted, "An interpreter ran its kernels"),
     (case_to("claim", "max_loops", 2), "the backend claims 'max_loops'"),
@@ -288,10 +283,8 @@ def test_what_was_missing_explains_a_shorter_list(record: RunRecord) -> None:
     assert (record.verdict, record.rung, refusals(record)) == ("incomplete", "", "")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "[]", "{", "{}", '{"schema": "portakv-conformance/1"}', "null", '"portakv-conformance/1"'],
-)
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"schema": "portakv-conformance/1"}',
+                                  "null", '"portakv-conformance/1"'])  # fmt: skip
 def test_what_is_no_report_is_refused(text: str) -> None:
     assert len(check_report(text, listing)) == 1
 

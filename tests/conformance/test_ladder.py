@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conform_reports import changed, emulated, failing, incomplete, kept, passing
+from support.conform_reports import changed, emulated, kept, passing
 from support.conform_runs import ROOT
 
 from portakv.cli import main as portakv
@@ -173,15 +173,6 @@ def test_a_row_says_what_its_file_says(tmp_path: Path) -> None:
         assert f"{name} is {value!r}, but the file says" in "\n".join(found)
 
 
-def test_an_emulated_report_cannot_be_raised_to_r6(tmp_path: Path) -> None:
-    made = row(changed(passing(), {"emulated": True, "device": "simdev:mlu"}), tmp_path)
-    assert (made.rung, made.device, made.emulated) == ("R3", "mlu, emulated", True)
-    raised = replace(made, rung="R6", emulated=False)
-    found = "\n".join(contradictions(Ladder((raised,)), tmp_path))
-    assert "rung is 'R6', but the file says 'R3'" in found
-    assert "emulated is False, but the file says True" in found
-
-
 def test_files_that_are_edited_missing_misnamed_or_forgotten_are_found(tmp_path: Path) -> None:
     made = row(passing(), tmp_path)
     file = tmp_path / made.evidence
@@ -196,12 +187,6 @@ def test_files_that_are_edited_missing_misnamed_or_forgotten_are_found(tmp_path:
     assert "must be named after its contents" in contradictions(moved, tmp_path)[0]
 
 
-def test_what_is_not_conformant_is_no_rung() -> None:
-    for run in (failing(), incomplete()):
-        with pytest.raises(ValueError, match="bears out no rung"):
-            rung_of(evidence.of_report(run), "x.json")
-
-
 # -- ladder.toml ----------------------------------------------------------------------------------
 
 
@@ -212,8 +197,7 @@ def test_the_file_holds_whatever_stands_in_it(tmp_path: Path) -> None:
     file = tmp_path / "ladder.toml"
     file.write_text(ladders.written(made), encoding="utf-8")
     found = ladders.read(file)
-    assert sorted(found.rungs, key=str) == sorted(made.rungs, key=str)
-    assert found.vendor == made.vendor
+    assert (found.vendor, set(map(str, found.rungs))) == (made.vendor, set(map(str, made.rungs)))
     assert ladders.written(found) == file.read_text(encoding="utf-8")
 
 
@@ -230,15 +214,11 @@ def test_what_is_no_ladder_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_pairs_stand_in_the_readme_s_order() -> None:
-    names = ["zeta", "mlu", "reference", "cuda", "ascend"]
-    made = Ladder(tuple(rung(backend=name) for name in names))
-    assert [name for name, _ in ladders.by_pair(made)] == [
-        "reference",
-        "cuda",
-        "ascend",
-        "mlu",
-        "zeta",
-    ]
+    made = Ladder(
+        tuple(rung(backend=name) for name in ["zeta", "mlu", "reference", "cuda", "ascend"])
+    )
+    names = [name for name, _ in ladders.by_pair(made)]
+    assert " ".join(names) == "reference cuda ascend mlu zeta"
 
 
 # -- what never stands apart from a result ---------------------------------------------------------
@@ -267,22 +247,6 @@ def test_what_a_stand_in_takes_for_true_stands_in_every_form(
     assert shown["verified"].endswith(f"R3 on mlu, emulated, {ASSUMED}")
     portakv(["backends", "--device", "mlu"])
     assert "by assumption:" in capsys.readouterr().out
-
-
-def test_what_a_built_library_carried_out_has_a_row_and_a_file_of_its_own(tmp_path: Path) -> None:
-    rows = [
-        row(changed(passing(), {"carried out by": what, "library": library}), tmp_path)
-        for what, library in (
-            ("the ops of torch_npu", ...),
-            ("the AscendC kernel", {"libportakv_ascend.so": "7" * 64}),
-        )
-    ]
-    assert [(row.device, row.rung, Path(row.evidence).name) for row in rows] == [
-        ("Acme XPU 900", "R6", "acme-acme-xpu-900-2026.12.json"),
-        ("Acme XPU 900, by the AscendC kernel", "R6",
-         "acme-acme-xpu-900-by-the-ascendc-kernel-2026.12.json"),
-    ]  # fmt: skip
-    assert len(Ladder(()).with_rung(rows[0]).with_rung(rows[1]).rungs) == 2
 
 
 # -- records of jobs -----------------------------------------------------------------------------

@@ -65,9 +65,8 @@ def test_every_rung_is_borne_out_by_its_file(tables: Any) -> None:
     assert about_devices | {"reference", "compiled", "triton"} >= {r.backend for r in found.rungs}
     shown = tables.hardware()  # ends the program if a row is not borne out
     for rung in found.rungs:
-        row = (
-            rf"\| `{rung.backend}` \| [^|]*{re.escape(f'{rung.rung}: {rung.told} ({rung.device})')}"
-        )
+        said = re.escape(f"{rung.rung}: {rung.told} ({rung.device})")
+        row = rf"\| `{rung.backend}` \| [^|]*{said}"
         assert rung.backend not in about_devices or re.search(row, shown)
 
 
@@ -155,6 +154,10 @@ def test_a_result_is_the_whole_report_with_a_line_for_each_case(tmp_path: Path) 
     ({"device": "simdev:mlu"}, "cuda", "mlu, emulated", "cuda-simdev-mlu"),
     ({"device": "simdev:mlu:1"}, "cuda", "mlu, emulated", "cuda-simdev-mlu"),
     ({"device": "mlu"}, "cuda", "mlu, emulated", "cuda-mlu"),
+    # What a built library carried out has a row and a file of its own, not what ops did.
+    ({"emulated": False, "carried out by": "the ops"}, "cuda", "NVIDIA H200", "cuda-nvidia-h200"),
+    ({"emulated": False, "carried out by": "the AscendC kernel", "library": {"a.so": "7" * 64}},
+     "cuda", "NVIDIA H200, by the AscendC kernel", "cuda-nvidia-h200-by-the-ascendc-kernel"),
 ])  # fmt: skip
 def test_a_result_is_named_by_the_processor_s_kind_or_the_name_that_a_device_carries(
     facts: dict[str, Any], name: str, shown: str, file: str
