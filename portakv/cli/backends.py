@@ -44,16 +44,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(asked: argparse.Namespace) -> int:
     """Print the traces. 1 if no device is served, as under a forced name that is unknown."""
     asks = [_device(asked.device)] if asked.device else devices_present()
-    told = [_told(device) for device in asks]
-    forced = forced_backend()
-    if asked.json:
-        print_json({
-            "portakv": __version__, "torch": str(torch.__version__),
-            "python": platform.python_version(), "forced": forced, "devices": told,
-        })  # fmt: skip
-    else:
-        _print(told, forced)
-    if any(one["chosen"] for one in told):
+    told: dict[str, Any] = {
+        "portakv": __version__, "torch": str(torch.__version__),
+        "python": platform.python_version(), "forced": forced_backend(),
+        "devices": [_told(device) for device in asks],
+    }  # fmt: skip
+    (print_json if asked.json else _print)(told)
+    if any(one["chosen"] for one in told["devices"]):
         return 0
     where = asked.device or "any device of this machine"
     print(f"portakv: no backend is chosen for {where}.", file=sys.stderr)
@@ -96,13 +93,13 @@ def _told(device: torch.device | str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _print(told: Sequence[Mapping[str, Any]], forced: str | None) -> None:
-    print(f"portakv {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    if forced is None:
-        print(f"{ENVIRONMENT} is not set: the first accepted candidate is chosen.\n")
-    else:
-        print(f"{ENVIRONMENT}={forced} is set: no other backend is chosen.\n")
-    for one in told:
+def _print(told: Mapping[str, Any]) -> None:
+    print(f"portakv {told['portakv']}, torch {told['torch']}, Python {told['python']}")
+    is_set = f"={told['forced']} is set: no other backend is chosen."
+    if told["forced"] is None:
+        is_set = " is not set: the first accepted candidate is chosen."
+    print(f"{ENVIRONMENT}{is_set}\n")
+    for one in told["devices"]:
         count = {0: "not here", 1: ""}.get(one["count"], f"{one['count']} devices")
         parts = one["device"], one["name"], count
         print_candidates(one["candidates"], ", ".join(filter(None, parts)))

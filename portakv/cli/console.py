@@ -11,6 +11,7 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 #: Characters of a line if nothing says otherwise: output that is piped has no terminal to fit.
@@ -61,7 +62,7 @@ def print_json(value: Any) -> None:
 def fit_widths(columns: Sequence[Column], rows: Rows, limit: int) -> list[int]:
     """The width of each column such that a table fits ``limit`` if that can be done: the widest
     column of prose gives way first, then the widest of all."""
-    cells = [[column.title, *(row[i] for row in rows)] for i, column in enumerate(columns)]
+    cells = zip([column.title for column in columns], *rows, strict=True)
     widths = [max(len(line) for cell in own for line in cell.split("\n")) for own in cells]
     while sum(widths) + _GAP * (len(widths) - 1) > limit and max(widths) > 1:
         prose = [i for i, c in enumerate(columns) if not c.whole and widths[i] > _LEAST]
@@ -98,13 +99,10 @@ def _plainly(columns: Sequence[Column], rows: Rows, widths: Sequence[int], title
     for row in [[column.title for column in columns], rule, *rows]:
         folded = []
         for cell, width, column in zip(row, widths, columns, strict=True):
-            parts = [
-                textwrap.wrap(x, width, break_on_hyphens=False) or [""] for x in cell.split("\n")
-            ]
+            parts = [textwrap.wrap(x, width, break_on_hyphens=False) for x in cell.split("\n")]
             side = ">" if column.right else "<"
-            folded.append([f"{one:{side}{width}}" for part in parts for one in part])
-        blanks = [" " * width for width in widths]
-        for at in range(max(map(len, folded))):
-            cells = zip(folded, blanks, strict=True)
-            lines.append((" " * _GAP).join(cell[at] if at < len(cell) else b for cell, b in cells))
+            folded.append([f"{one:{side}{width}}" for part in parts for one in part or [""]])
+        for cells in zip_longest(*folded, fillvalue=""):
+            padded = [f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)]
+            lines.append((" " * _GAP).join(padded))
     return lines

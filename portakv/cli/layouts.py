@@ -28,10 +28,9 @@ def run(asked: argparse.Namespace) -> int:
     if asked.json:
         print_json({"layouts": [_facts(preset) for preset in PRESETS.values()]})
         return 0
-    columns = [Column("name", whole=True), Column("layout"), Column("engine")]
-    columns.append(Column("releases", whole=True))
-    rows = [[p.name, p.layout, p.engine, p.releases] for p in PRESETS.values()]
-    print_table(columns, rows)
+    names = ("name", "layout", "engine", "releases")
+    rows = [[getattr(preset, name) for name in names] for preset in PRESETS.values()]
+    print_table([Column(name, whole=name in ("name", "releases")) for name in names], rows)
     print()
     print_prose(
         f"{len(rows)} layouts. `portakv layouts NAME` prints one with its note and picture."
@@ -47,14 +46,13 @@ def _run_one(name: str, json: bool) -> int:
     if json:
         print_json(facts)
         return 0
-    written = ", ".join(f"{name}={value}" for name, value in preset.extents.items())
     described = {
-        "string": preset.layout if preset.name else "", "engine": preset.engine,
-        "releases": preset.releases, "memory": preset.memory, "extents": written,
+        "name": preset.name, "string": text, "engine": preset.engine, "releases": preset.releases,
+        "memory": preset.memory,
+        "extents": ", ".join(f"{name}={value}" for name, value in preset.extents.items()),
         "note": preset.note, "same string": ", ".join(same),
     }  # fmt: skip
-    head = ("name", preset.name) if preset.name else ("string", text)
-    rows = [[key, value] for key, value in described.items() if value]
+    head, *rows = [[key, value] for key, value in described.items() if value]
     print_table([Column(head[0], whole=True), Column(head[1])], rows)
     print(f"\n{facts['picture']}")
     return 0

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -91,8 +91,7 @@ def _dtype(text: str) -> torch.dtype:
     raise argparse.ArgumentTypeError(f"{text!r} is no torch dtype; write float16, uint8, ...")
 
 
-@dataclass(frozen=True, slots=True)
-class Side:
+class Side(NamedTuple):
     """One side: what was asked, its layout and a view of example tensors."""
 
     asked: str
@@ -132,26 +131,26 @@ def _declared(
     """layers, kv, heads and dim for both sides. An axis that a side does not write has extent 1,
     so unless it was said it has extent 1 on the other side too."""
 
-    def settle(name: str, axis: str, value: int | None, usual: int) -> int:
-        known: int | None = always.get(name) if value is None else value
-        if known is not None:
-            return known
-        return usual if all(axis in layout.axes for layout in layouts) else 1
+    def on_both(axis: str) -> bool:
+        return all(axis in layout.axes for layout in layouts)
 
     widths = always.get("dim") if said.dim is None else said.dim
-    many = len(widths) if isinstance(widths, tuple) and len(widths) > 1 else None
     if widths is None:
-        widths = DIM if all("kv" in layout.axes for layout in layouts) else LATENT_DIM
+        widths = DIM if on_both("kv") else LATENT_DIM
         if any(layout.opaque for layout in layouts):
             widths *= said.block_size[0]
-    elif isinstance(widths, tuple) and not many:
+    elif isinstance(widths, tuple) and len(widths) == 1:
         widths = widths[0]
-    return {
-        "layers": settle("layers", "layer", said.layers, LAYERS),
-        "kv": settle("kv", "kv", said.kv, many or KV),
-        "heads": settle("heads", "head", said.heads, HEADS),
-        "dim": widths,
-    }
+    found = {"dim": widths}
+    kv = len(widths) if isinstance(widths, tuple) else KV
+    for name, axis, usual in (
+        ("layers", "layer", LAYERS),
+        ("kv", "kv", kv),
+        ("heads", "head", HEADS),
+    ):
+        value = getattr(said, name) or always.get(name)
+        found[name] = value or (usual if on_both(axis) else 1)
+    return found
 
 
 def _view(

@@ -48,7 +48,7 @@ class Target(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """A cache and what is exchanged with it."""
+    """Layouts of a cache and of what is exchanged with it."""
 
     name: str
     cache: str
@@ -116,11 +116,9 @@ def _shapes(names: Sequence[str]) -> list[Pair]:
             f"`pip install 'portakv[bench]'`, or name two layouts with --layout."
         ) from error
     known = load()
-    for name in names:
-        if name not in known:
-            raise PortaKVError(
-                f"Shape {name!r} was asked for, but the benchmarks have {', '.join(known)}."
-            )
+    for name in set(names) - set(known):
+        has = ", ".join(known)
+        raise PortaKVError(f"Shape {name!r} was asked for, but the benchmarks have {has}.")
     pairs = []
     for shape in (known[name] for name in names or known):
         size, dim = shape.block_size, (shape.dim,)

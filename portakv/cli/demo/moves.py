@@ -84,7 +84,8 @@ class Founding:
     """A scenario's tensors.
 
     Attributes:
-        pool, target: the paged caches that are read, of random bits, and those that are written.
+        pool, target: the paged caches that are read, of random bits, and those that are written;
+            ``read, written``: their rows, of each layer ``[2, slots, heads * dim]``.
         stored, chunk: the dense chunk ``[2, layers, tokens, heads * dim]`` that is read, of random
             bits, and the one that is written.
         slots, blocks: where tokens lie and ids of blocks, in random order, int64 on the device.
@@ -97,6 +98,9 @@ class Founding:
         paged = (2, s.blocks, s.block_size, s.heads, s.dim)
         self.pool = [_random_bits(paged, draw).to(device) for _ in range(s.layers)]
         self.target = [torch.empty_like(layer) for layer in self.pool]
+        self.read, self.written = (
+            [layer.flatten(1, 2).flatten(2) for layer in each] for each in (self.pool, self.target)
+        )
         dense = (2, s.layers, s.tokens, s.heads * s.dim)
         self.stored = _random_bits(dense, draw).to(device)
         self.chunk = torch.empty_like(self.stored)
@@ -113,19 +117,15 @@ class Founding:
 
     def wrong_in_chunk(self, slots: torch.Tensor) -> int:
         """Bytes of ``chunk`` that are not the rows of ``pool`` at ``slots``."""
-        return sum(
-            _differing(self.chunk[:, layer], cache.flatten(1, 2)[:, slots].flatten(2))
-            for layer, cache in enumerate(self.pool)
-        )
+        chunk = self.chunk.unbind(1)
+        return sum(_differing(x, y[:, slots]) for x, y in zip(chunk, self.read, strict=True))
 
     def wrong_in_target(self, slots: torch.Tensor) -> int:
         """Bytes of ``target`` that are not the rows of ``stored`` at ``slots``, and poison else."""
         wrong = 0
-        for layer, cache in enumerate(self.target):
-            found = cache.flatten(1, 2).flatten(2)
-            expected = torch.empty_like(found)
-            expected.view(torch.int64).fill_(POISON)
-            expected[:, slots] = self.stored[:, layer]
+        for stored, found in zip(self.stored.unbind(1), self.written, strict=True):
+            expected = torch.full_like(found.view(torch.int64), POISON).view(found.dtype)
+            expected[:, slots] = stored
             wrong += _differing(found, expected)
         return wrong
 
@@ -258,15 +258,14 @@ def _checked(founding: Founding, move: _Move, forced: bool) -> Row:
 
 def _plain(f: Founding) -> list[_Move]:
     """The same bytes by plain torch: one dense copy, and indexing layer by layer, both ways."""
-    source, target = ([x.flatten(1, 2).flatten(2) for x in pool] for pool in (f.pool, f.target))
 
     def gather() -> None:
-        for layer, cache in enumerate(source):
-            f.chunk[:, layer] = cache[:, f.slots]
+        for chunk, cache in zip(f.chunk.unbind(1), f.read, strict=True):
+            chunk.copy_(cache[:, f.slots])
 
     def scatter() -> None:
-        for layer, cache in enumerate(target):
-            cache[:, f.slots] = f.stored[:, layer]
+        for stored, cache in zip(f.stored.unbind(1), f.written, strict=True):
+            cache[:, f.slots] = stored
 
     tokens = f.scenario.tokens
     return [
@@ -287,20 +286,19 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
         KVView(x, "kv layer token (head dim)", heads=s.heads) for x in (f.chunk, f.stored)
     )
 
-    def move(call: str, what: str, out: bool, ids: torch.Tensor, run: Work) -> _Move:
-        way, checked = (f"{what} -> chunk", s.payload) if out else (f"chunk -> {what}", s.pool)
-        wrong = f.wrong_in_chunk if out else f.wrong_in_target
-        return _Move(Row(backend, call, way, checked), run, partial(wrong, ids))
+    def out(call: str, what: str, ids: torch.Tensor, run: Work) -> _Move:
+        row = Row(backend, call, f"{what} -> chunk", s.payload)
+        return _Move(row, run, partial(f.wrong_in_chunk, ids))
 
-    slots, blocks = f"{s.tokens} slots", f"{len(f.blocks)} blocks"
+    def back(call: str, what: str, ids: torch.Tensor, run: Work) -> _Move:
+        row = Row(backend, call, f"chunk -> {what}", s.pool)
+        return _Move(row, run, partial(f.wrong_in_target, ids))
+
+    slots, blocks = (f"{s.tokens} slots", f.slots), (f"{len(f.blocks)} blocks", f.slots_of_blocks)
     index, by_block = Index(f.slots), partial(copy_blocks, backend=backend)
     return [
-        move("from_gpu", slots, True, f.slots,
-             partial(reader.from_gpu, f.chunk, slot_mapping=index)),
-        move("to_gpu", slots, False, f.slots,
-             partial(writer.to_gpu, f.stored, slot_mapping=index)),
-        move("copy_blocks", blocks, True, f.slots_of_blocks,
-             partial(by_block, pool, chunk, f.blocks, None)),
-        move("copy_blocks", blocks, False, f.slots_of_blocks,
-             partial(by_block, stored, target, None, f.blocks)),
-    ]  # fmt: skip
+        out("from_gpu", *slots, partial(reader.from_gpu, f.chunk, slot_mapping=index)),
+        back("to_gpu", *slots, partial(writer.to_gpu, f.stored, slot_mapping=index)),
+        out("copy_blocks", *blocks, partial(by_block, pool, chunk, f.blocks, None)),
+        back("copy_blocks", *blocks, partial(by_block, stored, target, None, f.blocks)),
+    ]
