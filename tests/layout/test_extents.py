@@ -106,11 +106,3 @@ def test_a_contradiction_names_axis_expected_and_found(
 ) -> None:
     with pytest.raises(LayoutError, match=why):
         KVView(zeros(*shape), layout, **extents)
-
-
-def test_tensors_of_one_kv_must_have_one_shape_and_other_kv_may_differ_in_width() -> None:
-    pairs = [(zeros(5, 4, 8), zeros(5, 4, 2)) for _ in range(3)]
-    assert facts(KVView(pairs, "layer kv | block token dim")) == (3, 2, 1, (16, 4), 4, 20)
-    pairs[1] = (zeros(5, 4, 8), zeros(5, 4, 4))
-    with pytest.raises(LayoutError, match="share shape, strides and dtype"):
-        KVView(pairs, "layer kv | block token dim")

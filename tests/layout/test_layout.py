@@ -16,9 +16,8 @@ from portakv_conformance.judge.grammar import read_layout
 
 READ = {
     "layer | kv block token head dim": (["layer"], ["kv", "block", "token", "head", "dim"]),
-    "layer kv | block head dim/32 token dim%32": (
-        ["layer", "kv"], ["block", "head", "dim/32", "token", "dim%32"],
-    ),
+    "layer kv | block head dim/32 token dim%32":
+        (["layer", "kv"], ["block", "head", "dim/32", "token", "dim%32"]),
     "(kv layer) | (block token) 1 dim": (["(kv layer)"], ["(block token)", "1", "dim"]),
     "block page": ([], ["block", "page"]),
     "page block": ([], ["page", "block"]),

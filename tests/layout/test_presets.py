@@ -106,20 +106,14 @@ def test_picture_of_the_founding_layout() -> None:
         ("kv layer token (head dim)", "chunk[kv, layer, token, head * dims + dim]"),
         ("layer | block page", "kv_caches[layer][block, ...]"),
         ("layer kv | 1 head token dim", "chunk[layer][kv][0, head, token, dim]"),
-        (
-            "(kv layer) | (block token) head dim",
-            "kv_caches[kv * layers + layer][block * block_size + token, head, dim]",
-        ),
-        (
-            "layer | block (kv token dim)",
-            "kv_caches[layer][block, (kv * block_size + token) * dims + dim]",
-        ),
-        (
-            "layer kv | block head dim/32 token dim%32",
-            "kv_caches[layer][kv][block, head, dim // 32, token, dim % 32]",
-        ),
+        ("(kv layer) | (block token) head dim",
+         "kv_caches[kv * layers + layer][block * block_size + token, head, dim]"),
+        ("layer | block (kv token dim)",
+         "kv_caches[layer][block, (kv * block_size + token) * dims + dim]"),
+        ("layer kv | block head dim/32 token dim%32",
+         "kv_caches[layer][kv][block, head, dim // 32, token, dim % 32]"),
     ],
-)
+)  # fmt: skip
 def test_picture_starts_with_how_an_element_is_found(text: str, first: str) -> None:
     assert draw(text).splitlines()[0] == first
 

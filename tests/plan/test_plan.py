@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 import torch
 from support.core_cases import lazy
+from support.presets_cases import KINDS, side
 
-from portakv import PRESETS, CopyPlan, KVView, LayoutError, Unsupported
-from portakv.layout.language import parse
+from portakv import CopyPlan, KVView, LayoutError, Unsupported
 from portakv.plan.loops import Loop
-from portakv.view.example import example_tensors
 from portakv.view.form import Form
 
 
@@ -134,7 +133,7 @@ class TestLoops:
 
     def test_presets_need_at_most_five_strided_loops(self) -> None:
         """The bound that kernels rely on, for every pair of layouts that has a plan."""
-        forms = [_example(layout) for layout in sorted({p.layout for p in PRESETS.values()})]
+        forms = [KVView(side(x).tensors, x, **side(x).extents).form for x in KINDS]
         made = 0
         for src, dst in product(forms, forms):
             try:
@@ -169,14 +168,6 @@ class TestLoops:
         whole = str(CopyPlan(cache, chunk, 4, 0))
         assert "unit 4 tokens" in whole
         assert "for token in range(4): src += 32 B; dst += 64 B" in whole
-
-
-def _example(layout: str) -> Form:
-    axes = parse(layout).axes
-    extents: dict[str, Any] = {f"{x}s": n for x, n in (("layer", 3), ("head", 2)) if x in axes}
-    tensors = example_tensors(layout, **extents, dim=64, blocks=3, tokens=4)
-    block_size = 4 if "block" in axes else None
-    return KVView(tensors, layout, **extents, dim=64, block_size=block_size).form
 
 
 def flat(row: int, start: int = 0, stride: int = 0) -> Form:

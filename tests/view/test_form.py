@@ -32,7 +32,7 @@ def test_a_form_sent_to_another_process_is_found_there() -> None:
     program = (
         "import pickle, sys, torch\nfrom portakv import KVView\n"
         "mine = KVView(torch.zeros(2, 3, 4, 8), 'kv block token dim').form\n"
-        "print(mine in {pickle.load(sys.stdin.buffer)}, hash('device'))\n"
+        "print(mine in {pickle.load(sys.stdin.buffer)})\n"
     )
     form = KVView(torch.zeros(2, 3, 4, 8), "kv block token dim").form
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
@@ -40,9 +40,7 @@ def test_a_form_sent_to_another_process_is_found_there() -> None:
         [sys.executable, "-c", program], input=pickle.dumps(form), capture_output=True,
         check=True, env={**os.environ, "PYTHONHASHSEED": seed},
     )  # fmt: skip
-    found, hashed = done.stdout.split()
-    assert found == b"True"
-    assert int(hashed) != hash("device")  # the hashes of strings did differ
+    assert done.stdout.split() == [b"True"]
 
 
 @pytest.mark.parametrize(

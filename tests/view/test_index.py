@@ -45,7 +45,8 @@ def test_the_definition_from_any_position_on(
     index, count, slots = case
     passed = min(passed, count)
     found = index.shifted(passed).slots(count - passed)
-    assert (found.tolist(), found.dtype) == (slots[passed:], np.int64)
+    assert found.tolist() == slots[passed:]
+    assert found.dtype == np.int64
     assert index.slots(count).tolist() == slots  # the first index is as it was
 
 
@@ -68,27 +69,23 @@ def test_joined_indices_follow_each_other(cases: list[tuple[Index, int, list[int
     assert np.where(found < 0, -1, found).tolist() == expected
 
 
-@pytest.mark.parametrize(
-    "ids",
-    [
-        torch.tensor([4, -1, 7]),
-        torch.tensor([4, -1, 7], dtype=torch.int32),
-        torch.tensor([[4, 0], [-1, 0], [7, 0]])[:, 0],
-        torch.tensor([4, 9, -1, 9, 7], dtype=torch.int32)[::2],
-        np.array([4, -1, 7], dtype=np.int32),
-        np.array([7, -1, 4])[::-1],
-        np.array([4, -1, 7], dtype=">i8"),
-        np.frombuffer(np.array([4, -1, 7]).tobytes(), np.int64),
-        (4, -1, 7),
-        list(np.array([4, -1, 7])),
-    ],
-    ids=[
-        "int64", "int32", "column", "stepped", "array of int32", "reversed array",
-        "array of another byte order", "read-only array", "tuple", "list of numpy integers",
-    ],
-)  # fmt: skip
-def test_lists_of_any_make(ids: Any) -> None:
-    index = Index(ids)
+LISTS: dict[str, Any] = {
+    "int64": torch.tensor([4, -1, 7]),
+    "int32": torch.tensor([4, -1, 7], dtype=torch.int32),
+    "column": torch.tensor([[4, 0], [-1, 0], [7, 0]])[:, 0],
+    "stepped": torch.tensor([4, 9, -1, 9, 7], dtype=torch.int32)[::2],
+    "array of int32": np.array([4, -1, 7], dtype=np.int32),
+    "reversed array": np.array([7, -1, 4])[::-1],
+    "array of another byte order": np.array([4, -1, 7], dtype=">i8"),
+    "read-only array": np.frombuffer(np.array([4, -1, 7]).tobytes(), np.int64),
+    "tuple": (4, -1, 7),
+    "list of numpy integers": list(np.array([4, -1, 7])),
+}
+
+
+@pytest.mark.parametrize("make", LISTS)
+def test_lists_of_any_make(make: str) -> None:
+    index = Index(LISTS[make])
     assert index.slots(3).tolist() == [4, -1, 7]
     assert index.host_ids().flags.c_contiguous
     assert index.length == 3

@@ -46,23 +46,19 @@ KEYS_THEN_VALUES = BOTH[: 4 * 12 * 16].view(4, 3, 4, 16), BOTH[4 * 12 * 16 :].vi
 VIEWS: dict[str, tuple[Any, ...]] = {
     # Layers begin 132 bytes apart: the first is aligned to 16, the others to 4.
     "rows of 132 bytes": (noise(5, 4, 66, dtype=torch.bfloat16), "token layer dim"),
-    "unequal, one allocation": (
-        list(zip(*KEYS_THEN_VALUES, strict=True)), "layer kv | block token dim",
-    ),
+    "unequal, one allocation":
+        (list(zip(*KEYS_THEN_VALUES, strict=True)), "layer kv | block token dim"),
     "unequal, kv first": ([list(part) for part in KEYS_THEN_VALUES], "kv layer | block token dim"),
     "unequal in one dimension": (noise(5, 4 * 18), "token (kv layer dim)", (16, 2)),
-    "unequal memory objects": (
-        [noise(5, 4 * 18, seed=i) for i in range(3)], "block | token (kv layer dim)", (16, 2),
-    ),
-    "equal widths that drift apart": (
-        [(MEMORY[10 * i : 10 * i + 5], MEMORY[40 + 12 * i : 45 + 12 * i]) for i in range(4)],
-        "layer kv | token dim",
-    ),
+    "unequal memory objects":
+        ([noise(5, 4 * 18, seed=i) for i in range(3)], "block | token (kv layer dim)", (16, 2)),
+    "equal widths that drift apart":
+        ([(MEMORY[10 * i : 10 * i + 5], MEMORY[40 + 12 * i : 45 + 12 * i]) for i in range(4)],
+         "layer kv | token dim"),
     # vLLM's BLNHC: a block holds all layers; each layer is a strided tensor over it.
-    "packed in a block": (
-        [layer.transpose(1, 2) for layer in noise(3, 4, 5, 2, 16).unbind(1)],
-        "layer | block head token (kv dim)",
-    ),
+    "packed in a block":
+        ([layer.transpose(1, 2) for layer in noise(3, 4, 5, 2, 16).unbind(1)],
+         "layer | block head token (kv dim)"),
 }  # fmt: skip
 
 
@@ -83,13 +79,6 @@ def test_a_slice_of_everything_is_the_view_itself() -> None:
     whole = KVView(*VIEWS["rows of 132 bytes"])
     assert whole.slice(layers=slice(0, 4), heads=slice(None), kv=0).form == whole.form
     assert whole.slice().form == whole.form
-
-
-def test_a_slice_keeps_only_the_addresses_it_needs() -> None:
-    view = KVView(_separate(), "layer | kv block token dim")
-    part = view.slice(layers=slice(1, 3))
-    assert part.addresses.tolist() == view.addresses.tolist()[1:3]
-    assert [t.data_ptr() for t in part.owners] == [t.data_ptr() for t in view.tensors[1:3]]
 
 
 OUTSIDE = "asks for .* a range of at least one"
@@ -128,17 +117,18 @@ def test_split_heads_are_cut_out_of_one_factor_only() -> None:
             view.slice(heads=cut)
 
 
-def _nested(made: dict[tuple[int, ...], torch.Tensor], at: tuple[int, ...], left: list[int]) -> Any:
-    if not left:
-        return made[at]
-    return [_nested(made, (*at, i), left[1:]) for i in range(left[0])]
+def _nested(sizes: list[int], *shape: int) -> Any:
+    """Tensors of their own in nested lists."""
+    return [_nested(sizes[1:], *shape) for _ in range(sizes[0])] if sizes else noise(*shape)
 
 
 def test_a_slice_stands_for_the_memory_that_is_left_of_it() -> None:
     apart = [torch.zeros(5, 8) for _ in range(3)]
     whole = KVView(apart, "layer | token dim")
-    part = whole.slice(layers=1)
-    assert part.spans == [(apart[1].data_ptr(), apart[1].data_ptr() + apart[1].nbytes)]
+    begins = [t.data_ptr() for t in apart]
+    pair, part = whole.slice(layers=slice(1, 3)), whole.slice(layers=1)
+    assert pair.addresses.tolist() == [t.data_ptr() for t in pair.owners] == begins[1:]
+    assert part.spans == [(begins[1], begins[1] + apart[1].nbytes)]
     part.check_memory()
     apart[0].untyped_storage().resize_(4)
     part.check_memory()
@@ -182,7 +172,8 @@ def test_factors_of_blocks_or_tokens_in_any_order(unbounded: str, listed: int) -
         outer, inner = order[:listed], [*order[listed:], *tokens]
         shape = [_EXTENTS.get(name, 4) for name in inner]
         sizes = [_EXTENTS[name] for name in outer]
-        made = {at: noise(*shape, 8) for at in product(*map(range, sizes))}
-        whole = KVView(_nested(made, (), sizes), f"{' '.join(outer)} | {' '.join([*inner, 'dim'])}")
+        whole = KVView(
+            _nested(sizes, *shape, 8), f"{' '.join(outer)} | {' '.join([*inner, 'dim'])}"
+        )
         for layers, kv in ((slice(1, 3), None), (2, 1), (slice(0, 2), 0), (None, 1)):
             check(whole.slice(layers=layers, kv=kv), whole, layers, None, kv)
