@@ -134,7 +134,7 @@ class BlockTransfer(Transfer):
 
     def _landed(self, moving: int) -> tuple[int, int]:
         """Bytes that have landed, and tokens that have in all layers, of what is on streams."""
-        if self.captured:
+        if self._captured:
             return 0, 0
         nbytes, layers = moving * token_bytes(self._form), self._layers or ()
         if all(completion.ended() for completion in self.completions):

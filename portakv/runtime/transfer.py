@@ -232,7 +232,7 @@ class Transfer:
         )
 
     @property
-    def captured(self) -> bool:
+    def _captured(self) -> bool:
         """True if a launch was captured into a graph, whose replays it has no part in."""
         return any(completion.standing for completion in self.completions)
 
@@ -281,7 +281,7 @@ class Transfer:
         """What is known of it without asking a device, which inside graph capture must not be."""
         errors = [type(c.error).__name__ for c in self.completions if c.error]
         state = "not seen to have ended"
-        if self.captured:
+        if self._captured:
             state = "captured into a graph"
         elif errors:
             state = f"failed with {errors[0]}"
@@ -311,7 +311,7 @@ class Transfer:
                 raise error
 
     def _refuse_captured(self, call: str) -> None:
-        if self.captured:
+        if self._captured:
             raise TransferError(
                 f"{call} was asked of a transfer that was captured into a graph; it has no "
                 f"completion of its own. Synchronise the graph's replay instead."
