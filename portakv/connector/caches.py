@@ -47,14 +47,9 @@ class Batch(NamedTuple):
 
 class Registration:
     """Caches that a connector holds, and the reader of memory objects beside them, which it reads
-    with every extent that the caches tell.
-
-    Attributes:
-        view: what was read of them; allocations: what a compiler is shown of them.
-        shortcuts: transfers to and from them that were made before.
-
-    Raises:
-        LayoutError: caches that contradict the layout. DeviceMismatch: on another device.
+    with every extent that the caches tell: their ``view``, their ``allocations``, of which a
+    compiler is shown, and the ``shortcuts`` to and from them. Raises `LayoutError` for caches that
+    contradict the layout, `DeviceMismatch` for those of another device.
     """
 
     def __init__(
@@ -191,20 +186,17 @@ def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
 def _joined(members: list[Job]) -> tuple[Index, Index, int]:
     """(index of the chunks' view, index of the cache, tokens) for several jobs as one."""
     slots, shared = members[0][0].slots, members[0][2]
-    total = sum(count for *_, count in members)
     follow, at = True, shared.offset
     for _, _, index, count in members:
         follow &= index.ids is shared.ids and index.step == shared.step and index.offset == at
         at += count
+    total = at - shared.offset
     if not follow:
         shared = Index.joined([(index, count) for _, _, index, count in members])
     if all(count == slots for *_, count in members[:-1]):
         return Index(), shared, total
-    rows = [
-        torch.arange(i * slots, i * slots + count, device="cpu")
-        for i, (*_, count) in enumerate(members)
-    ]
-    return Index(torch.cat(rows)), shared, total
+    chunks = [(Index(offset=nth * slots), count) for nth, (*_, count) in enumerate(members)]
+    return Index.joined(chunks), shared, total
 
 
 def _first_tensor(level: Any) -> torch.Tensor:

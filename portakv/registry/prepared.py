@@ -71,8 +71,8 @@ class Prepared:
         return Move(src, dst, read, written, count)
 
 
-_Key = tuple[Form, Form, int, int, int | None, Choice]
-_prepared: Bounded[_Key, Prepared] = Bounded("prepared copies", CAPACITY)
+_prepared: Bounded[tuple[Form, Form, int, int, int | None, Choice], Prepared]
+_prepared = Bounded("prepared copies", CAPACITY)
 
 
 def prepared(

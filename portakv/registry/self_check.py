@@ -64,6 +64,11 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
     heads_first = "head token" in layout
     ordered = known.transpose(3, 4) if heads_first else known
     pool = [layer.contiguous().to(backend.device) for layer in ordered]
+    target = [torch.full_like(layer, -1) for layer in pool]
+    paged, empty = (
+        KVView([tuple(layer) for layer in one] if "layer kv |" in layout else one, layout)
+        for one in (pool, target)
+    )
     expected = known.flatten(2, 3)[:, :, _SLOTS].transpose(0, 1)
     chunk, places = torch.full_like(expected.contiguous(), -1), backend.capabilities().places
     if ("device", "device") in places:
@@ -71,20 +76,15 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
     elif ("device", "pinned") in places:  # an engine
         chunk = chunk.pin_memory()
     dense = KVView(chunk, "kv layer token head dim")
-    _copy(backend, _paged(pool, layout), dense, 1, 0)
+    _copy(backend, paged, dense, 1, 0)
     if not chunk.cpu().equal(expected):
         return f"{_wrong(chunk.cpu(), expected)} gathering {layout!r}"
-    target = [torch.full_like(layer, -1) for layer in pool]
-    _copy(backend, dense, _paged(target, layout), 0, 1)
+    _copy(backend, dense, empty, 0, 1)
     wanted = torch.full_like(known, -1)
     wanted.flatten(2, 3)[:, :, _SLOTS] = expected.transpose(0, 1)
-    found = torch.stack([layer.cpu() for layer in target])
-    landed = found.transpose(3, 4) if heads_first else found
+    landed = torch.stack([layer.cpu() for layer in target])
+    landed = landed.transpose(3, 4) if heads_first else landed
     return None if landed.equal(wanted) else f"{_wrong(landed, wanted)} scattering {layout!r}"
-
-
-def _paged(pool: list[torch.Tensor], layout: str) -> KVView:
-    return KVView([tuple(x) for x in pool] if layout.startswith("layer kv |") else pool, layout)
 
 
 def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: int) -> None:

@@ -13,9 +13,7 @@ Value = TypeVar("Value")
 
 class Bounded(dict[Key, Value]):
     """A mapping of at most ``limit`` entries, which `caches` lists under ``name`` (in the plural);
-    the entry that was inserted first goes first.
-
-    Looking an entry up does not make it younger, so that a hit costs what a dictionary's does. Any
+    the entry that was inserted first goes first, so that a hit costs what a dictionary's does. Any
     number of threads may use one at once: each step is one operation of a dictionary, no lock is
     held, and what goes out is released with no lock held either.
     """
