@@ -102,11 +102,7 @@ class Target:
             return ReadAtOnce(InlineCopy(device).issue, _Pages(device, own, n), n)
         if way == "value":
             return ReadAtOnce(self.kernels.by_value, _Parameters(device, own, n), n)
-        return ReadLater(self.issue(way), device, own, n)
-
-    def issue(self, way: str) -> Issue:
-        """What enqueues the copy of a slot by ``mapped`` or ``copy``."""
-        return by_copy if way == "copy" else self.kernels.mapped
+        return ReadLater(by_copy if way == "copy" else self.kernels.mapped, device, own, n)
 
     @cached_property
     def kernels(self) -> Kernels:

@@ -28,7 +28,7 @@ from numpy import ndarray
 from torch import Stream, Tensor
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
-from portakv.host._small_ways import HOLDS, NUMPY, WAYS, Array, ReadLater, Slot, Target
+from portakv.host._small_ways import HOLDS, NUMPY, WAYS, Array, ReadLater, Slot, Target, by_copy
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import refuse_capture, resolve
@@ -109,7 +109,8 @@ def to_device(
     elif array.size:
         slot = Slot(NUMPY[dtype], array.size)
         slot.room[...] = array.reshape(-1)
-        target.issue(chosen)(into, slot, array.nbytes, stream)
+        issue = by_copy if chosen == "copy" else target.kernels.mapped
+        issue(into, slot, array.nbytes, stream)
         streams.completion(place, stream, slot.memory)  # holds the slot until it was read
     return into
 
