@@ -31,13 +31,10 @@ def test_migration_within_one_cache(home: Bench, layout: str) -> None:
 
 #: What is sliced of a view, and what is left of its shape then.
 _SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "one-layer": ({"layers": 2}, {"layers": 1}),
-    "layers": ({"layers": slice(1, 3)}, {"layers": 2}),
-    "one-head": ({"heads": 3}, {"heads": 1}),
-    "heads": ({"heads": slice(1, 3)}, {"heads": 2}),
-    "keys": ({"kv": 0}, {"widths": (32,)}),
-    "values": ({"kv": 1}, {"widths": (32,)}),
-}
+    "one-layer": ({"layers": 2}, {"layers": 1}), "layers": ({"layers": slice(1, 3)}, {"layers": 2}),
+    "one-head": ({"heads": 3}, {"heads": 1}), "heads": ({"heads": slice(1, 3)}, {"heads": 2}),
+    "keys": ({"kv": 0}, {"widths": (32,)}), "values": ({"kv": 1}, {"widths": (32,)}),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("layout", ["", LAYOUTS["pool"]], ids=["home", "pool"])

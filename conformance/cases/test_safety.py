@@ -13,15 +13,7 @@ import pytest
 import torch
 
 from portakv import LayoutError, SlotError
-from portakv_conformance.cases import (
-    BOTH,
-    DIRECTIONS,
-    Bench,
-    Case,
-    Judge,
-    Shape,
-    between,
-)
+from portakv_conformance.cases import BOTH, DIRECTIONS, Bench, Case, Judge, Shape, between
 from portakv_conformance.draw import by_hand
 from portakv_conformance.judge.judging import without_bad
 from portakv_conformance.judge.memory import Memory

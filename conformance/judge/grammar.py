@@ -33,15 +33,12 @@ Group = tuple[Factor, ...]
 
 @dataclass(frozen=True)
 class Axes:
-    """A layout as read: groups left and right of the bar, each outermost factor first.
-
-    ``open_end`` says that the last right group may cover several trailing dimensions.
-    """
+    """A layout as read: groups left and right of the bar, each outermost factor first."""
 
     text: str
     left: tuple[Group, ...]
     right: tuple[Group, ...]
-    open_end: bool
+    open_end: bool  # the last right group may cover several trailing dimensions
 
     def written(self, axis: str) -> bool:
         """Whether the axis occurs anywhere in the layout."""

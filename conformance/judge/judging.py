@@ -35,6 +35,7 @@ from portakv_conformance.judge.subject import Subject
 #: How the end of a transfer may be waited for.
 ENDS = ("synchronize", "done", "wait")
 _PATIENCE = 60.0  # seconds until a transfer that never says that it is done is given up
+_RULE = ". A backend raises Unsupported in prepare, or nothing."
 _NO_REASON = "The backend's check and prepare take this plan, and the copy raised Unsupported:"
 #: What the simulated device fills memory with, as the oracle tells of a byte that nobody wrote.
 _EMULATED_POISON = "holds 0xdb, which is of unknown origin"
@@ -109,9 +110,7 @@ class Judge:
         end: str = "synchronize",
     ) -> bool:  # fmt: skip
         """Judge a call that starts a transfer as the copy that it must be; False where declined.
-
-        ``asked`` is what the backend is asked for, where that is more than the case.
-        """
+        ``asked`` is what the backend is asked for, if that is more than the case."""
         self.direct, self.end = False, end
         why = partial(self.why_declined, *asked) if asked else None
         return self.judge(case, lambda: self.finish(start(), end), why)
@@ -148,11 +147,8 @@ class Judge:
         (stream or self.facility).synchronize()
 
     def judge(self, case: Case, carry: Callable[[], object], why: Why | None = None) -> bool:
-        """Run ``carry``, which has finished when it returns, and judge every byte.
-
-        ``why`` is asked where it raised `Unsupported`, by default `why_declined`: a sentence, or
-        None where nothing allows the backend to decline.
-        """
+        """Run ``carry``, which has finished when it returns, and judge every byte. If it raised
+        `Unsupported`, ``why``, by default `why_declined`, is the reason that allows it, or None."""
         try:
             return self._judge(case, carry, why or (lambda: self.why_declined(*asked_of(case))))
         except AssertionError as error:
@@ -168,17 +164,16 @@ class Judge:
             carry()
         except Unsupported as refusal:
             self.facility.synchronize()
-            wrong = changed(expected.before, case.dst.tensors)
             told = f"{refusal} {_the(case)}"
+            wrong = changed(expected.before, case.dst.tensors)
             assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {told}"
             self._note(why(), told)
             return False
         except Exception as error:
-            told = f"The copy raised {type(error).__name__}: {error}"
-            rule = ". A backend raises Unsupported in prepare, or nothing."
-            if isinstance(error, PortaKVError):
-                rule = " It was asked for what is right."
-            raise AssertionError(f"{told}{rule} {_the(case)}") from error
+            ours = isinstance(error, PortaKVError)
+            rule = " It was asked for what is right." if ours else _RULE
+            told = f"The copy raised {type(error).__name__}: {error}{rule}"
+            raise AssertionError(f"{told} {_the(case)}") from error
         self.check(expected, case)
         same = all(torch.equal(a, b) for a, b in zip(ids, lists, strict=True))
         assert same, f"The copy wrote into its ids. {_the(case)}"

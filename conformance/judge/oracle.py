@@ -35,19 +35,14 @@ def expand(ids: Any, step: int, offset: int, count: int) -> np.ndarray:
 
 @dataclass
 class Expected:
-    """A copy as it must turn out.
-
-    ``source`` and ``before``, the destination, are as they were, ``after`` is the destination as it
-    must be; ``slots`` are the pairs (source, destination) really copied, int64 ``[pairs, 2]``
-    (first slots of blocks where pages are opaque).
-    """
+    """A copy as it must turn out."""
 
     src: Rows
     dst: Rows
-    slots: np.ndarray
-    source: Memory
-    before: Memory
-    after: Memory
+    slots: np.ndarray  # pairs (source, destination) copied, int64 [pairs, 2]; of pages the first
+    source: Memory  # as it was
+    before: Memory  # the destination as it was
+    after: Memory  # the destination as it must be
 
     @property
     def regions(self) -> list[Region]:
@@ -59,11 +54,9 @@ def expected_copy(
     src_tensors: Any, src_layout: str, src_extents: Extents | None, dst_tensors: Any,
     dst_layout: str, dst_extents: Extents | None, src_slots: Any, dst_slots: Any,
 ) -> Expected:  # fmt: skip
-    """Snapshot both sides and work the copy out, without touching the tensors.
-
-    ``src_slots`` and ``dst_slots`` (integers, one for each position) may be negative: such a
-    position is skipped. ValueError where the two sides cannot hold the same rows.
-    """
+    """Snapshot both sides and work the copy out, without touching the tensors. Slots are integers,
+    one for each position; a position with a negative one is skipped. ValueError where the two sides
+    cannot hold the same rows."""
     src = locate(src_tensors, src_layout, src_extents)
     dst = locate(dst_tensors, dst_layout, dst_extents)
     _check_same_rows(src, dst)
@@ -102,11 +95,8 @@ def _whole_blocks(pairs: np.ndarray, size: int) -> np.ndarray:
 
 
 def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> str | None:
-    """None where every byte is right, else a sentence on the first wrong one.
-
-    All bytes of the destination's storages are compared: rows, padding and canaries. Give
-    ``src_tensors`` to see as well that the source was not written.
-    """
+    """None where every byte of the destination's storages is right, rows, padding and canaries,
+    else a sentence on the first wrong one. ``src_tensors``: the source must not be written."""
     actual = Memory.snapshot(dst_tensors)
     if [(r.base, r.end) for r in actual.regions] != [(r.base, r.end) for r in expected.regions]:
         return "The destination's storages are not those that the expectation was made for."

@@ -70,10 +70,8 @@ def _find_in_rows(window: bytes, rows: Rows, memory: Memory) -> Place | None:
 
 
 def _windows(actual: Memory, rows: Rows, address: int) -> Iterator[tuple[bytes, int]]:
-    """Neighbours of a byte, longest first, with the place of the byte among them.
-
-    In a row its neighbours are those of the row; outside of rows those of the storage.
-    """
+    """Neighbours of a byte in its row, or outside of rows in its storage, longest first, with the
+    place of the byte among them."""
     place = place_of(rows, address)
     if place is not None:
         near = rows.row_addresses(place.kv, place.layer, [place.slot])
@@ -95,9 +93,7 @@ def came_from(
     address: int, actual: Memory, dst: Rows, before: Memory, src: Rows, src_memory: Memory
 ) -> str | None:
     """What the byte at an address of the destination is, in words; None where it cannot be told.
-
-    ``before`` is the destination before the copy, ``src_memory`` the source then.
-    """
+    ``before`` is the destination before the copy, ``src_memory`` the source then."""
     here = np.array([address], dtype=np.int64)
     if bool(before.read(here) == actual.read(here)):
         return "what stood there before the copy: it was not written"

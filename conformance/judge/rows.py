@@ -194,11 +194,8 @@ class Rows:
         return tuple(self._position(group, at, kv) for group in self.axes.left)
 
     def row_addresses(self, kv: int, layer: int, slots: Any) -> np.ndarray:
-        """Absolute addresses of the rows, int64 ``[len(slots), heads, widths[kv]]``.
-
-        ``slots`` are slots (not negative). A row of an opaque page is the whole block that the
-        slot lies in. IndexError for a row that the view does not have.
-        """
+        """Absolute addresses of the rows at slots (not negative), int64 ``[len(slots), heads,
+        widths[kv]]``; of an opaque page the whole block. IndexError for a row that is not there."""
         slots = np.asarray(slots, dtype=np.int64).reshape(-1, 1, 1)
         if slots.size and not (0 <= slots.min() and slots.max() < self.slots):
             raise IndexError(f"A slot lies outside the {self.slots} slots of {self.axes.text!r}.")

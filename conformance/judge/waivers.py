@@ -92,11 +92,9 @@ def _waiver(entry: dict[str, Any], place: str) -> Waiver:
 
 
 def judged(case: CaseRecord, waiver: Waiver | None, suite: str) -> CaseRecord:
-    """A case as its waiver leaves it; the case itself is changed and returned.
-
-    Failed becomes waived, unless the waiver expired or the case is CORE. A waived case that does
-    not fail becomes failed. What is an error of the suite stays one.
-    """
+    """A case as its waiver leaves it; the case itself is changed and returned. Failed becomes
+    waived, unless the waiver expired or the case is CORE; a waived case that does not fail becomes
+    failed; what is an error of the suite stays one."""
     if waiver is None or case.status not in ("passed", "not-claimed", "failed"):
         return case
     if case.status != "failed":

@@ -11,7 +11,12 @@ import numpy as np
 from portakv import Index, KVView
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
-from portakv_conformance.mutants.base import HostRows, Int64, Pair, narrow
+from portakv_conformance.mutants.base import HostRows, Int64, Pair
+
+
+def narrow(numbers: Int64) -> Int64:
+    """Numbers as they come back from 32 bits."""
+    return numbers.astype(np.int32).astype(np.int64)
 
 
 @HostRows.mutate("numbers")

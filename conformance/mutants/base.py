@@ -36,11 +36,6 @@ _ELEMENTS = {1: "|u1", 2: "<u2", 4: "<u4", 8: "<u8", 16: "|V16"}
 _WILD = 2**62  # far past the end of any view; an id is clipped to it before it is multiplied
 
 
-def narrow(numbers: Int64) -> Int64:
-    """Numbers as they come back from 32 bits."""
-    return numbers.astype(np.int32).astype(np.int64)
-
-
 class IllegalAddress(RuntimeError):
     """An access outside the buffers of a view: a mutant that runs wild is seen, and harms no other
     memory."""
@@ -55,10 +50,8 @@ def _space(width: int) -> npt.NDArray[Any]:
 
 
 def _cells(addresses: Int64, nbytes: int, width: int) -> Int64:
-    """Numbers of the vectors in ``nbytes`` from each address on, int64 ``[runs, vectors]``.
-
-    As on hardware without byte lanes the low bits of an address that is not aligned are lost.
-    """
+    """Numbers of the vectors in ``nbytes`` from each address on, int64 ``[runs, vectors]``. As on
+    hardware without byte lanes the low bits of an address that is not aligned are lost."""
     first = (addresses - _FIRST) // width
     return np.asarray(first[:, None] + np.arange(nbytes // width, dtype=np.int64))
 

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from portakv import Index
-from portakv_conformance.mutants.base import Call, HostRows, Int64, Mask, Pair, narrow
+from portakv_conformance.mutants.addressing import narrow
+from portakv_conformance.mutants.base import Call, HostRows, Int64, Mask, Pair
 
 
 @HostRows.mutate("bad")

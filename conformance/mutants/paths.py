@@ -11,17 +11,8 @@ import torch
 from portakv import Index, KVView, Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import Nest
-from portakv_conformance.mutants.addressing import ThirtyTwoBitOffset
-from portakv_conformance.mutants.base import (
-    Call,
-    DeviceRows,
-    HostRows,
-    Int64,
-    Mask,
-    Pair,
-    Runs,
-    narrow,
-)
+from portakv_conformance.mutants.addressing import ThirtyTwoBitOffset, narrow
+from portakv_conformance.mutants.base import Call, DeviceRows, HostRows, Int64, Mask, Pair, Runs
 
 
 def _of_both(call: Call) -> bool:
