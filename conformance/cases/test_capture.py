@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Device graphs: a launch that claims `capturable` is captured once and replayed with other ids and
-other bytes; one that does not is refused inside a capture, in words, before anything is enqueued.
-"""
+bytes; one that does not is refused inside a capture, in words, before anything is enqueued."""
 
 from __future__ import annotations
 

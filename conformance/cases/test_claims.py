@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims, both ways: what `Capabilities` claims is tested on ``prepare`` and the launch directly,
-where nothing of the library helps; what it does not claim is refused, with every output untouched.
-"""
+where nothing of the library helps; what it does not claim is refused, every output untouched."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`torch.compile`: a transfer inside of a compiled function is the transfer outside of it, in its
-place among the function's other work, whichever backend carries it out.
-"""
+place among the function's other work, whichever backend carries it out."""
 
 from __future__ import annotations
 

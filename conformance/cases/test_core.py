@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CORE: what every backend does, whatever it claims. Nothing here can be unclaimed or waived.
-
-Each case is carried out by ``copy_rows`` with the backend forced, in the first of the library's
-own test layouts that the backend takes.
-"""
+"""CORE: what every backend does, whatever it claims. Nothing here can be unclaimed or waived. Each
+case is judged in the first of the library's own test layouts that the backend takes."""
 
 from __future__ import annotations
 

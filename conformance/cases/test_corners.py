@@ -68,32 +68,26 @@ def test_heads_that_are_no_power_of_two(home: Bench, direction: str, heads: int)
     heads_first(home, direction, heads, 32)
 
 
-_UNEQUAL = (
+@pytest.mark.parametrize(("layout", "widths"), [
     ("layer kv | block token head dim", (64, 48)), ("layer kv | block token head dim", (6, 10)),
     ("layer kv | block token head dim", (2, 96, 34)), (FUSED, (256, 128)), (FUSED, (10, 6)),
     ("layer | block token head (kv dim)", (48, 16)), ("layer | block (kv token dim)", (128, 4)),
     ("layer | block (kv token dim)", (576, 8)), ("layer | block head (kv token dim)", (64, 32)),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize(("layout", "widths"), _UNEQUAL)
+])  # fmt: skip
 def test_keys_and_values_of_unequal_width(workshop: Bench, layout: str, widths: Ints) -> None:
     """Each kv has a width of its own, in containers, side by side and one behind the other."""
     shape = Shape(heads=2 if "head" in layout else 1, widths=widths)
     workshop.both(shape, 9, 1, {"layout": PLAIN}, layout=layout)
 
 
-_MANY = [
+@pytest.mark.parametrize(("heads", "width", "layers"), [
     (heads, width, layers)
     for heads, width in (
         (128, 2), (128, 128), (128, 256), (1030, 16), (1, 1152), (1, 2), (300, 6),
     )
     for layers in (1, 2, 5)
     if layers < 5 or heads * width <= 1 << 14  # what interprets kernels takes its time
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("heads", "width", "layers"), _MANY)
+])  # fmt: skip
 def test_many_heads_and_few(home: Bench, heads: int, width: int, layers: int) -> None:
     """128 heads are as good as one, and so is a row of more than 1,024 vectors."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
@@ -108,13 +102,10 @@ def test_one_latent_row_for_each_token(workshop: Bench, width: int, layout: str)
     workshop.both(Shape(layers=3, heads=1, widths=(width,)), 11, 2, layout=layout)
 
 
-_SIZES = (
+@pytest.mark.parametrize("sizes", [
     (1, 1), (16, 16), (128, 128), (1, 16), (16, 1), (16, 128), (128, 16), (4, 6), (6, 4), (3, 5),
     (48, 32), (2, 7),
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("sizes", _SIZES)
+])  # fmt: skip
 def test_block_sizes(workshop: Bench, sizes: Ints) -> None:
     """Blocks of both sides may have any sizes, and need have no common factor."""
     first, second = (Shape(widths=(12, 12), block_size=n, blocks=2 + 256 // n) for n in sizes)
@@ -140,16 +131,13 @@ def test_block_tables_of_both_sides(workshop: Bench, sizes: Ints) -> None:
     both_ways(workshop, make(first, NHD), make(second, HND))
 
 
-_TWOS = (
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layout", [
     "layer | kv block token head dim", "layer | block kv token head dim",
     "layer | block token kv head dim", "layer kv | block token head dim",
     "kv layer | block token head dim", "block layer kv token head dim",
     "layer | block head token (kv dim)", "kv layer | (block token) head dim",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("layout", _TWOS)
+])  # fmt: skip
 def test_shapes_in_which_every_extent_is_two(workshop: Bench, layout: str, layers: int) -> None:
     """Which axis is which is said by the layout, never by an extent that happens to be 2."""
     shape = Shape(layers, widths=(4, 4), block_size=2, blocks=2)
@@ -205,13 +193,10 @@ def test_chunks_that_are_not_contiguous(home: Bench, direction: str, how: str) -
     home.copy(home.some(direction, Shape(widths=(16, 16)), 9, 1, _CHUNKS[how]))
 
 
-_LISTS = (
+@pytest.mark.parametrize("layout", [
     "block | kv layer token (head dim)", "block | layer token kv head dim",
     "block token | layer kv head dim",
-)  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", _LISTS)
+])  # fmt: skip
 @pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
 def test_lists_of_memory_objects(home: Bench, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structures that nobody thought of: drawn by hypothesis, judged by the oracle byte by byte.
-
-What a case draws is decided by the run's seed; ``--fuzz N`` draws N in each. A failing structure
-is shrunken and saved, see `portakv_conformance.draw.saved`.
-"""
+"""Structures that nobody thought of: drawn by hypothesis by the run's seed, ``--fuzz N`` in each
+case, and judged by the oracle. A failing one is shrunken and saved, see `draw.saved`."""
 
 from __future__ import annotations
 

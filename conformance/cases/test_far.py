@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows far from their address: byte offsets, and products of slots and strides, have 64 bits.
 
-On the CPU the memory is mapped and only the rows that are touched exist, so that gigabytes cost
-nothing; so it is on the simulated device. On a real one it has to be there (profile `full`, mark
-`bigmem`).
+On the CPU and the simulated device only the rows that are touched exist, so that gigabytes cost
+nothing. On a real device the memory has to be there (profile `full`, mark `bigmem`).
 """
 
 from __future__ import annotations

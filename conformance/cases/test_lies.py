@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lies that a single call does not show: claims that cannot be true on this device, calls that mix
-with their neighbours, a stream that is taken for none. Each was found by a mutant that survived.
-"""
+with their neighbours, a stream taken for none. Each was found by a mutant that survived."""
 
 from __future__ import annotations
 

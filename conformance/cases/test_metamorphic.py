@@ -19,7 +19,7 @@ from portakv_conformance.draw.saved import blaming
 from portakv_conformance.draw.strategies import cases
 from portakv_conformance.judge.judging import changed
 from portakv_conformance.judge.memory import Memory
-from portakv_conformance.judge.rows import locate
+from portakv_conformance.judge.rows import Rows
 
 pytestmark = pytest.mark.area("metamorphic")
 
@@ -53,7 +53,7 @@ def agree(judge: Judge, wrong: str | None, how: str, case: Case) -> None:
 
 def rows_at(side: Side, slots: np.ndarray) -> list[np.ndarray]:
     """The bytes of the rows at some slots, one array for each layer and kv."""
-    rows, memory = locate(side.tensors, side.layout, side.extents), Memory.snapshot(side.tensors)
+    rows, memory = Rows(side.tensors, side.layout, side.extents), Memory.snapshot(side.tensors)
     planes = product(range(rows.layers), range(rows.kv))
     return [memory.read(rows.row_addresses(kv, layer, slots)) for layer, kv in planes]
 

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pinned memory for backends of the host, which reach it as they reach any other.
-
-Torch pins only where it knows an accelerator, and a backend of the host is judged anywhere; so
-views say here that their memory is pinned. To the host it is memory like any other.
-"""
+"""Pinned memory for backends of the host, which reach it as they reach any other. Torch pins only
+if it knows an accelerator; so views say here that their memory is pinned."""
 
 from __future__ import annotations
 

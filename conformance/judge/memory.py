@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -26,18 +26,11 @@ class Region:
         return self.base + self.content.size
 
 
-def storage_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """A copy on the host of the whole storage under a tensor, as uint8."""
-    flat = torch.empty(0, dtype=torch.uint8, device=tensor.device)
-    flat.set_(tensor.untyped_storage())
-    return np.array(flat.cpu().numpy(), copy=True)
-
-
 @dataclass
 class Memory:
     """The storages under some tensors: regions that do not overlap, by rising address."""
 
-    regions: list[Region] = field(default_factory=list)
+    regions: list[Region]
 
     @classmethod
     def snapshot(cls, *tensors: Any) -> Memory:
@@ -49,7 +42,8 @@ class Memory:
                 found[(storage.data_ptr(), storage.nbytes())] = tensor
         regions: list[Region] = []
         for (base, _), tensor in sorted(found.items(), key=lambda item: item[0]):
-            content = storage_bytes(tensor)
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            content = np.array(whole.set_(tensor.untyped_storage()).cpu().numpy(), copy=True)
             # Two storages can be windows on one piece of memory; it must be kept only once.
             if regions and base < regions[-1].end:
                 past = content[max(regions[-1].end - base, 0) :]

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from portakv_conformance.judge.memory import Memory, Region
+from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.origin import came_from, place_of
-from portakv_conformance.judge.rows import Extents, Rows, locate
+from portakv_conformance.judge.rows import Extents, Rows
 
-__all__ = ["Expected", "Rows", "compare", "expand", "expected_copy", "locate"]
+__all__ = ["Expected", "Rows", "compare", "expand", "expected_copy"]
 
 
 def expand(ids: Any, step: int, offset: int, count: int) -> np.ndarray:
@@ -44,11 +44,6 @@ class Expected:
     before: Memory  # the destination as it was
     after: Memory  # the destination as it must be
 
-    @property
-    def regions(self) -> list[Region]:
-        """The expected storages of the destination: base address and bytes."""
-        return self.after.regions
-
 
 def expected_copy(
     src_tensors: Any, src_layout: str, src_extents: Extents | None, dst_tensors: Any,
@@ -57,8 +52,8 @@ def expected_copy(
     """Snapshot both sides and work the copy out, without touching the tensors. Slots are integers,
     one for each position; a position with a negative one is skipped. ValueError where the two sides
     cannot hold the same rows."""
-    src = locate(src_tensors, src_layout, src_extents)
-    dst = locate(dst_tensors, dst_layout, dst_extents)
+    src = Rows(src_tensors, src_layout, src_extents)
+    dst = Rows(dst_tensors, dst_layout, dst_extents)
     _check_same_rows(src, dst)
     pairs = np.stack([np.asarray(s, dtype=np.int64) for s in (src_slots, dst_slots)], axis=-1)
     if src.opaque:
@@ -98,7 +93,8 @@ def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> st
     """None where every byte of the destination's storages is right, rows, padding and canaries,
     else a sentence on the first wrong one. ``src_tensors``: the source must not be written."""
     actual = Memory.snapshot(dst_tensors)
-    if [(r.base, r.end) for r in actual.regions] != [(r.base, r.end) for r in expected.regions]:
+    mine, theirs = ([(r.base, r.end) for r in m.regions] for m in (actual, expected.after))
+    if mine != theirs:
         return "The destination's storages are not those that the expectation was made for."
     wrong = [changed for _, changed in expected.after.changes(actual)]
     if wrong:
@@ -108,7 +104,7 @@ def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> st
     # The source, apart from storages shared with the destination, is as it was.
     for number, changed in expected.source.changes(Memory.snapshot(src_tensors)):
         was = expected.source.regions[number]
-        if not any(was.base < to.end and to.base < was.end for to in expected.regions):
+        if not any(was.base < to.end and to.base < was.end for to in expected.after.regions):
             place = place_of(expected.src, int(changed[0]))
             name = place.text(expected.src) if place else f"storage {number}, outside its rows"
             return f"The copy wrote {changed.size} bytes of its source, first of {name}."

@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Naming bytes: which row a wrong byte lies in, and which row its content came from.
-
-Only failures come this way, so everything here searches instead of keeping tables.
-"""
+"""Naming bytes: which row a wrong byte lies in, and which row its content came from. Only failures
+come this way, so everything here searches instead of keeping tables."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test bytes that name their place, canaries around them, poison for what will be written.
-
-A byte is a hash of (seed, storage number, offset), so eight neighbours name the place that they
-came from, and every bit pattern occurs, NaNs of every dtype included.
-"""
+"""Test bytes that name their place, canaries around them, poison for what will be written. A byte
+is a hash of (seed, storage number, offset), so eight neighbours name the place that they came from,
+and every bit pattern occurs, NaNs of every dtype included."""
 
 from __future__ import annotations
 

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where each byte of a row lies, from the definition of the layout language alone.
 
-A position in a group is a mixed-radix number, outermost factor first. Left groups pick a tensor
-out of nested containers; right groups give an index into its dimensions. Nothing is collapsed,
-merged or vectorised beyond numpy broadcasting: this file is meant to be checked by reading it.
-"""
+A position in a group is a mixed-radix number, outermost factor first. Left groups pick a tensor out
+of nested containers, right groups an index into its dimensions. It is meant to be checked by
+reading it: nothing is collapsed, merged or vectorised beyond numpy broadcasting."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ def leaves(tensors: Any) -> Iterator[torch.Tensor]:
 
 class Rows:
     """Tensors read through a layout string (not a preset name) and declared extents: the address of
-    every byte of every row.
+    every byte of every row. ValueError where these contradict each other.
 
     ``extents`` has the keywords of a view: ``layers``, ``kv``, ``block_size``, ``heads``, ``dim``
     (elements: one number, or one for each kv).
@@ -230,7 +229,3 @@ class Rows:
             offset = offset + position % size * self._strides[at_dimension]
             position = position // size
         return offset
-
-
-#: Reads tensors through a layout; ValueError where layout, extents and tensors contradict.
-locate = Rows

@@ -186,9 +186,15 @@ class HostRows(Backend):
         return None
 
     def pieces(self, call: Call) -> list[Runs]:
-        """What is to be moved, nest by nest."""
-        src, dst = self.pairs(call)
-        return [self.expand(nest, call, src, dst) for nest in self.nests(call.plan)]
+        """What is to be moved, nest by nest: units and loops as the addresses of runs."""
+        (src, dst), plan, found = self.pairs(call), call.plan, []
+        for nest in self.nests(plan):
+            mine = self.offsets(nest, "src", src, call.src_index, plan.unit)
+            theirs = self.offsets(nest, "dst", dst, call.dst_index, plan.unit)
+            here, there = self.address(call.src, *mine), self.address(call.dst, *theirs)
+            vector = self.vector(nest, plan)
+            found.append(Runs(here, there, self.length(nest.run, vector), vector))
+        return found
 
     def nests(self, plan: CopyPlan) -> Sequence[Nest]:
         """The nests as the kernel's generator writes them down."""
@@ -237,14 +243,6 @@ class HostRows(Backend):
     def ids(self, ids: torch.Tensor) -> Int64:
         """The list of ids, as the kernel reads it from memory."""
         return ids.numpy().astype(np.int64)
-
-    def expand(self, nest: Nest, call: Call, src: Int64, dst: Int64) -> Runs:
-        """Units and loops as the addresses of runs."""
-        unit, vector = call.plan.unit, self.vector(nest, call.plan)
-        mine = self.offsets(nest, "src", src, call.src_index, unit)
-        theirs = self.offsets(nest, "dst", dst, call.dst_index, unit)
-        here, there = self.address(call.src, *mine), self.address(call.dst, *theirs)
-        return Runs(here, there, self.length(nest.run, vector), vector)
 
     def offsets(self, nest: Nest, name: str, numbers: Int64, index: Index, unit: int) -> Pair:
         """Table entry, and bytes behind its address, of every run of one side."""

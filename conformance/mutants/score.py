@@ -53,15 +53,10 @@ class Trial:
     judged: bool = True
 
     @property
-    def caught(self) -> bool:
-        """True where a case failed."""
-        return bool(self.caught_by)
-
-    @property
     def ending(self) -> str:
         """How it fared, in a few words."""
         lost = "SURVIVES" if self.judged else "NOT JUDGED"
-        return f"caught by {self.caught_by}" if self.caught else f"{lost}: {self.reason}"
+        return f"caught by {self.caught_by}" if self.caught_by else f"{lost}: {self.reason}"
 
 
 class _Clock(Progress):
@@ -153,10 +148,7 @@ cores, two mutants at a time, loading torch and the suite included.
 """
 
 
-Groups = Sequence[Sequence[Trial]]
-
-
-def by_mutant(trials: Sequence[Trial]) -> Groups:
+def by_mutant(trials: Sequence[Trial]) -> list[list[Trial]]:
     """The trials of each mutant, in the order of the mutants."""
     return [list(group) for _, group in groupby(trials, key=lambda trial: trial.mutant.name)]
 
@@ -177,9 +169,9 @@ def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _sum(groups: Groups) -> str:
+def _sum(groups: list[list[Trial]]) -> str:
     runs = len(groups[0]) if groups else 1
-    caught = sum(all(trial.caught for trial in group) for group in groups)
+    caught = sum(all(trial.caught_by for trial in group) for group in groups)
     how = "" if runs == 1 else f" in {runs} runs of {runs}, each with another seed"
     unjudged = sum(not any(trial.judged for trial in group) for group in groups)
     rest = f" {unjudged} could not be judged here." if unjudged else ""
@@ -190,9 +182,9 @@ def _row(group: Sequence[Trial], self_checked: Collection[str]) -> tuple[str, ..
     first, mutant = group[0], group[0].mutant
     where = mutant.profile + (f", {mutant.device_type}" if mutant.device_type != "cpu" else "")
     lost = "**survives**" if first.judged else "not judged"
-    case = f"`{first.caught_by.removeprefix('cases/')}`" if first.caught else lost
+    case = f"`{first.caught_by.removeprefix('cases/')}`" if first.caught_by else lost
     if len(group) > 1:
-        case += f" ({sum(trial.caught for trial in group)} of {len(group)})"
+        case += f" ({sum(bool(trial.caught_by) for trial in group)} of {len(group)})"
     if mutant.name in self_checked:
         case += "; the self-check too"
     return mutant.name, mutant.bug(), where, case, f"{first.seconds:.0f}"
@@ -211,7 +203,7 @@ def print_score(
     for name, why in controls.items():
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
     for trial in trials:
-        if not trial.caught:
+        if not trial.caught_by:
             lost, _, why = trial.ending.partition(": ")
             name = f"{trial.mutant.name} ({trial.mutant.target()})"
             print(f"{lost} under seed {trial.seed}: {name}: {why}")
@@ -273,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print_score(trials, known, controls)
     if asked.write is not None:
         asked.write.write_text(document(trials, known), encoding="utf-8")
-    return 1 if any(not trial.caught for trial in trials) or any(controls.values()) else 0
+    return 1 if any(not trial.caught_by for trial in trials) or any(controls.values()) else 0
 
 
 def _parser() -> argparse.ArgumentParser:

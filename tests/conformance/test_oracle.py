@@ -17,7 +17,7 @@ from portakv_conformance.draw.arrangement import Case
 from portakv_conformance.draw.strategies import cases, page_cases
 from portakv_conformance.judge.grammar import read_layout
 from portakv_conformance.judge.memory import Memory
-from portakv_conformance.judge.oracle import compare, expand, expected_copy, locate
+from portakv_conformance.judge.oracle import Rows, compare, expand, expected_copy
 from portakv_conformance.judge.pattern import canary_bytes, guarded, pattern_bytes, poison_bytes
 
 
@@ -97,7 +97,7 @@ HANDS: list[tuple[str, Any, Any, dict[str, Any], tuple[Any, ...]]] = [
 def test_rows_are_those_of_plain_indexing(
     layout: str, tensors: Any, by_hand: Any, extents: dict[str, Any], facts: tuple[Any, ...]
 ) -> None:
-    rows, memory = locate(tensors, layout, extents), Memory.snapshot(tensors)
+    rows, memory = Rows(tensors, layout, extents), Memory.snapshot(tensors)
     elements = tuple(width // 4 for width in rows.widths)
     assert (rows.layers, rows.heads, elements, rows.slots) == facts
     assert rows.kv == len(elements)
@@ -110,7 +110,7 @@ def test_rows_are_those_of_plain_indexing(
 def test_addresses_worked_out_by_hand() -> None:
     """An indexer's block of 64 tokens: 64 * 128 bytes of values, then 64 * 4 bytes of scales."""
     page = torch.zeros(2, 64, 132, dtype=torch.uint8)
-    split = locate([page], "layer | block (kv token dim)", {"dim": (128, 4), "block_size": 64})
+    split = Rows([page], "layer | block (kv token dim)", {"dim": (128, 4), "block_size": 64})
     values, scales = (split.row_addresses(kv, 0, [64 + 3]) - page.data_ptr() for kv in (0, 1))
     assert values[0, 0].tolist() == list(range(8448 + 3 * 128, 8448 + 4 * 128))
     assert scales[0, 0].tolist() == list(range(8448 + 8192 + 12, 8448 + 8192 + 16))
@@ -138,7 +138,7 @@ def test_strings_outside_the_language_are_refused(text: str) -> None:
 ])  # fmt: skip
 def test_contradictions_are_refused(layout: str, shape: Any, extents: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"found|declare|declared"):
-        locate(torch.zeros(shape), layout, extents)
+        Rows(torch.zeros(shape), layout, extents)
 
 
 def test_index_by_its_definition() -> None:

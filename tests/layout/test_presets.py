@@ -15,7 +15,7 @@ from portakv.layout.picture import draw
 from portakv.layout.presets import PRESETS, resolve
 from portakv.view.view import KVView
 from portakv_conformance.cases.test_presets import MEMORY
-from portakv_conformance.judge.oracle import locate
+from portakv_conformance.judge.oracle import Rows
 
 
 def test_every_preset_has_the_string_of_its_engine() -> None:
@@ -77,7 +77,7 @@ def test_a_view_finds_every_row_where_the_engine_put_it(name: str) -> None:
         held.layers, len(held.widths), held.heads, held.widths, held.block_size, held.slots,
         held.opaque,
     )  # fmt: skip
-    rows = locate(held.tensors, LAYOUTS[name], held.extents)
+    rows = Rows(held.tensors, LAYOUTS[name], held.extents)
     for kv in range(view.kv):
         first = rows.row_addresses(kv, view.layers - 1, range(view.slots))[:, :, 0]
         for slot in range(0, view.slots, view.form.block_size if view.opaque else 1):

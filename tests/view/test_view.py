@@ -16,7 +16,7 @@ from support.presets_cases import KINDS, side
 from portakv import KVView, LayoutError
 from portakv.view.example import example_tensors
 from portakv_conformance.judge.memory import Memory
-from portakv_conformance.judge.oracle import locate
+from portakv_conformance.judge.oracle import Rows
 
 
 def _strange(tensor: torch.Tensor) -> torch.Tensor:
@@ -198,7 +198,7 @@ class TestPlanes:
             assert view.form.unshown
             return
         assert not view.form.unshown
-        rows = locate(held.tensors, held.layout, held.extents)
+        rows = Rows(held.tensors, held.layout, held.extents)
         for layer, kv in np.ndindex(view.layers, view.kv):
             plane = view.plane(layer, kv)
             assert plane.dtype == view.owners[0].dtype
