@@ -31,17 +31,15 @@ from portakv.runtime.devices import devices_present
 # the command itself
 
 
-def test_no_words_print_the_help() -> None:
+def test_no_words_print_the_help_and_an_option_the_version(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     code, out, _ = run()
     assert code == 0
     for verb in ("demo", "backends", "explain", "layouts", "bench"):
         assert f"\n    {verb} " in out
-
-
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="0"):
         main(["--version"])
-    assert ended.value.code == 0
     assert capsys.readouterr().out == f"portakv {portakv.__version__}\n"
 
 
@@ -62,9 +60,7 @@ NOT_UNDERSTOOD = {
     "explain epd epd --dtype float17": "--dtype",
     "explain epd epd --dtype manual_seed": "--dtype",
     "explain epd epd --run-bytes 1K": "--run-bytes goes with --host",
-    "explain epd epd --max-gbps 3": "--max-gbps goes with --host",
     "explain epd epd --pageable": "--pageable goes with --host",
-    "explain epd epd --direction d2h": "--direction goes with --host",
     "explain --host epd epd": "--host takes no layouts",
     "explain --host --blocks 3 --payload 1M": "--payload goes without --blocks",
     "explain --host --run-bytes 0": "expected bytes above 0",
@@ -204,16 +200,13 @@ def test_backends_of_a_device_that_is_not_here(name: str, lacks: str) -> None:
     assert lacks in out
 
 
+@pytest.mark.usefixtures("either")
 def test_backends_under_a_forced_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "reference")
     code, out, err = run("backends")
     assert (code, err) == (0, "")
     assert "PORTAKV_BACKEND=reference is set" in out
     assert run_json("backends")["forced"] == "reference"
-
-
-@pytest.mark.usefixtures("either")
-def test_backends_under_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
     code, out, err = run("backends")
     assert code == 1
@@ -245,12 +238,9 @@ def test_layouts_show_every_name_whole(columns: int, monkeypatch: pytest.MonkeyP
     firsts = [line.split()[0] for line in lines if line and not line.startswith(" ")]
     assert [name for name in firsts if name in PRESETS] == list(PRESETS)
     if columns == 120:  # wide enough for one line each
-        for preset in PRESETS.values():
-            row = next(line for line in lines if line.split()[:1] == [preset.name])
-            assert row.split() == [
-                preset.name, *preset.layout.split(), *preset.engine.split(),
-                *preset.releases.split(),
-            ]  # fmt: skip
+        for p in PRESETS.values():
+            row = next(line for line in lines if line.split()[:1] == [p.name])
+            assert row.split() == f"{p.name} {p.layout} {p.engine} {p.releases}".split()
     assert f"{len(PRESETS)} layouts." in out
 
 

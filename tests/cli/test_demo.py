@@ -106,10 +106,12 @@ def test_without_transformers_the_model_part_names_the_extra(
 ) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, demo.EXAMPLE)
-    ran = run("demo", "--device", "cpu")
-    assert ran.code == 0
-    assert "pip install 'portakv[demo]'" in ran.out
-    assert "all right through" in ran.out
+    code, out, _ = run("demo", "--device", "cpu")
+    assert (code, "pip install 'portakv[demo]'" in out, "all right through" in out) == (
+        0,
+        True,
+        True,
+    )
 
 
 def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,9 +122,8 @@ def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.Mon
 
 def test_logits_that_changed_make_the_demo_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AdaptiveConnector, "from_gpu", lambda *_, **__: Transfer())
-    ran = run("demo", "--device", "cpu")
-    assert ran.code == 1
-    assert "logits    NOT bit-identical" in ran.out
+    code, out, _ = run("demo", "--device", "cpu")
+    assert (code, "logits    NOT bit-identical" in out) == (1, True)
 
 
 # the second part: its check of bytes
@@ -208,32 +209,21 @@ def test_a_backend_that_is_wrong_hides_no_other(wrong: Any, code: int, said: str
 
 
 @pytest.mark.usefixtures("no_model")
-def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced(
+def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced_and_then_it_runs_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     picky = small_backend("picky", rejects=lambda plan: plan.src_step == 8)
     with registered(picky=picky):
         found = run_json("demo", "--device", "cpu")
         monkeypatch.setenv("PORTAKV_BACKEND", "picky")
-        forced = run("demo", "--device", "cpu")
+        code, _, err = run("demo", "--device", "cpu")
+        monkeypatch.setenv("PORTAKV_BACKEND", "reference")
+        alone, told = run_json("demo", "--device", "cpu"), run("demo", "--device", "cpu").out
     refused = [row["refused"] is not None for row in rows_of(found, "picky")]
-    assert refused == [False, False, True, False]
-    assert found["ok"] is True
-    assert forced.code == 1
-    assert "check dislikes this plan" in forced.err
-
-
-# what is forced
-
-
-@pytest.mark.usefixtures("no_model")
-def test_a_forced_backend_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORTAKV_BACKEND", "reference")
-    with registered(twin=small_backend("twin")):
-        found = run_json("demo", "--device", "cpu")
-        told = run("demo", "--device", "cpu").out
-    assert found["forced"] == found["chosen"] == "reference"
-    assert {row["backend"] for row in found["moves"]} == {"torch", "reference"}
+    assert (refused, found["ok"]) == ([False, False, True, False], True)
+    assert (code, "check dislikes this plan" in err) == (1, True)
+    assert alone["forced"] == alone["chosen"] == "reference"
+    assert {row["backend"] for row in alone["moves"]} == {"torch", "reference"}
     assert "PORTAKV_BACKEND=reference is set: that backend runs alone." in told
     assert "PORTAKV_BACKEND forces it" in told
 
@@ -258,21 +248,11 @@ def test_the_whole_demo_fits_80_columns(
 # memory and time
 
 
-def test_the_founding_scenario_is_the_one_that_is_named() -> None:
-    s = FOUNDING
-    assert (s.layers, s.tokens, s.heads, s.dim, s.block_size) == (32, 128, 32, 128, 16)
-    assert s.payload == 64 << 20 < s.pool
-    made = Founding(torch.device("cpu"), replace(s, layers=1))
-    for ids in (made.slots.tolist(), made.blocks.tolist()):
-        assert len(ids) == len(set(ids))
-        assert sorted(ids) != ids
-
-
 @pytest.mark.parametrize(("free", "layers"), [(None, 32), (8 << 30, 32), (1 << 30, 16), (0, 1)])
 def test_the_scenario_is_fitted_to_free_memory(free: int | None, layers: int) -> None:
+    assert FOUNDING.payload == 64 << 20 < FOUNDING.pool
     found = fitted(FOUNDING, free)
-    assert found.layers == layers
-    assert found.full_layers == (32 if layers < 32 else 0)
+    assert (found.layers, found.full_layers) == (layers, 32 if layers < 32 else 0)
 
 
 @pytest.mark.usefixtures("no_model")
@@ -302,13 +282,8 @@ def test_times_are_medians_of_rounds_after_one_that_does_not_count(
 
 def test_copies_are_timed_with_the_threads_that_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     """With other work on the cores, four threads wait for each other: one is faster."""
-    before = torch.get_num_threads()
-    monkeypatch.setattr(moves, "seconds", lambda device, work: float(torch.get_num_threads()))
-    try:
-        torch.set_num_threads(4)
-        assert moves._fastest_threads([int]) == 1
-        monkeypatch.setattr(moves, "seconds", lambda device, work: 1 / torch.get_num_threads())
-        assert moves._fastest_threads([int]) == 4
-        assert torch.get_num_threads() == 4
-    finally:
-        torch.set_num_threads(before)
+    for power, fastest in ((1, 1), (-1, 4)):
+        monkeypatch.setattr(moves, "seconds", lambda *_, x=power: torch.get_num_threads() ** x)
+        with moves._threads(4):
+            assert moves._fastest_threads([int]) == fastest
+            assert torch.get_num_threads() == 4
