@@ -28,6 +28,7 @@ from portakv_conformance import simdev
 CUDA = torch.device("cuda", 0)
 TO_DEVICE = pytest.mark.parametrize("to_device", [True, False], ids=["h2d", "d2h"])
 ROOM = 1 << 18
+OnHost = Callable[[torch.Tensor], torch.Tensor]
 
 
 def noise(nbytes: int, seed: int = 1) -> torch.Tensor:
@@ -50,7 +51,7 @@ class Link(Ends):
 
     def __init__(
         self, device: torch.device, to_device: bool, nbytes: int = ROOM,
-        on_host: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.pin_memory,
+        on_host: OnHost = torch.Tensor.pin_memory,
     ) -> None:  # fmt: skip
         src, dst = noise(nbytes), noise(nbytes, seed=2)
         self.device = device
@@ -97,7 +98,7 @@ def test_the_driver_copies_if_it_serves_the_device(accelerator: torch.device) ->
 @TO_DEVICE
 @pytest.mark.parametrize("on_host", [torch.Tensor.pin_memory, foreign])
 def test_every_byte_of_any_pieces(
-    accelerator: torch.device, on_host: Callable[[torch.Tensor], torch.Tensor], to_device: bool
+    accelerator: torch.device, on_host: OnHost, to_device: bool
 ) -> None:
     if accelerator.type == "cuda" and on_host is foreign:
         pytest.skip("the driver's copies are given pinned memory")
@@ -148,9 +149,7 @@ def test_plain_copies_one_by_one_and_in_batches_are_ordered_on_their_stream(
 @pytest.mark.simdev
 @pytest.mark.parametrize("on_host", [torch.Tensor.pin_memory, foreign])
 def test_torch_is_never_given_strided_host_memory(
-    on_host: Callable[[torch.Tensor], torch.Tensor],
-    to_device: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    on_host: OnHost, to_device: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Vendors' torch packs it on the host: at once, whatever the stream still holds, or waiting.
     And pageable memory must have been read when the call returns."""
