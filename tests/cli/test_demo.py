@@ -35,7 +35,6 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first part is left out."""
     part = ModelPart("left out by a test", True, {}, [])
     monkeypatch.setattr("portakv.cli.demo.run_model", lambda device: part)
 

@@ -29,7 +29,6 @@ NHD, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
 
 @pytest.fixture(autouse=True)
 def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A cache that holds nothing."""
     folder = tmp_path / "kernels"
     monkeypatch.setenv("PORTAKV_CACHE_DIR", str(folder))
     return folder
@@ -52,11 +51,9 @@ def devices(monkeypatch: pytest.MonkeyPatch, hip: str | None, told: list[Any]) -
 
 
 def refuses(*words: str) -> str:
-    """What it says on standard error when it cannot."""
-    ran = run("warmup", *words)
-    assert ran.code == 1
-    assert ran.out == ""
-    message = ran.err.removeprefix("portakv: ").rstrip("\n")
+    code, out, err = run("warmup", *words)
+    assert (code, out) == (1, "")
+    message = err.removeprefix("portakv: ").rstrip("\n")
     check_sentence(message)
     return message
 
@@ -75,8 +72,8 @@ def test_kernels_are_compiled_once(cache: Path) -> None:
         ("encoder-cache", "sm_80", 4, 0),
     ]
     assert len(list(cache.iterdir())) == 24
-    again = run_json(*words)
-    assert [(w["compiled"], w["kept"]) for w in again["warmed"]] == [(0, 8), (0, 8), (0, 4), (0, 4)]
+    again = [(w["compiled"], w["kept"]) for w in run_json(*words)["warmed"]]
+    assert again == [(0, 8), (0, 8), (0, 4), (0, 4)]
     assert len(list(cache.iterdir())) == 24
 
 

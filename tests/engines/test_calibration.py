@@ -49,7 +49,6 @@ def _small(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
-    """Other classes for engines."""
     monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | targets)
 
 
@@ -88,8 +87,7 @@ def test_every_engine_that_serves_the_device_is_measured() -> None:
     engines = {engine for engine, _ in found.points}
     assert engines == {"staged", "descriptors", "ring"}
     assert found.left_out == {"direct": f"the CUDA driver does not serve {NAME} devices"}
-    assert found.emulated
-    assert found.whole
+    assert (found.emulated, found.whole) == (True, True)
     assert "which is emulated" in found.origin
     assert 0 < found.took < 60
     for direction in DIRECTIONS:
@@ -106,8 +104,6 @@ def test_every_engine_that_serves_the_device_is_measured() -> None:
 
 
 class Pretending(Timer):
-    """Tells times that it was given."""
-
     def __init__(self, times: list[float]) -> None:
         self.name, self.times, self.at = "pretended", times, 0
         self.hidden: list[float] = []
@@ -285,16 +281,11 @@ def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
     timer.time(late, 1e-3)
     assert len(calls) == len(delays) == 3
     assert delays == sorted(delays)
-    calls.clear()
-
-    def always() -> None:
-        calls.append(len(calls))
-        sleep(0.1)
-
     delays.clear()
+    always = Mock(side_effect=lambda: sleep(0.1), return_value=None)
     timer.time(always, 1e-3)
     # The last one might have waited for a delay.
-    assert len(calls) == len(delays) + 1 == calibration.TRIES + 1
+    assert always.call_count == len(delays) + 1 == calibration.TRIES + 1
 
 
 # The command

@@ -69,7 +69,6 @@ def ready(
 
 
 def runs_of(found: Pick) -> dict[str, int]:
-    """What each engine's cost was looked up by."""
     return {one.engine: one.runs for one in found.alternatives}
 
 
@@ -177,12 +176,9 @@ def test_ids_are_where_the_engine_reads_them() -> None:
     assert [x.ids.dtype for x in (first, second)] == [torch.int32] * 2
     assert [x.ids.tolist() for x in (first, second)] == [[0, 2], [1, 3]]
     assert rest == [2 * SIZE, None, None]
-    mine, theirs = apart(30), apart(30)
-    launch(*moved(*move[:2], mine, theirs), None, None)
-    name, (_, _, first, second, *_) = Fake.launched[-1]
-    assert name == "staged"
-    assert first is mine
-    assert second is theirs
+    far = moved(*move[:2], apart(30), apart(30))
+    launch(*far, None, None)
+    assert Fake.launched[-1] == ("staged", (*far, None, None))
 
 
 @pytest.mark.parametrize(
@@ -427,7 +423,6 @@ def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> N
 
 
 def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
-    """What was measured was measured without rows."""
     known, idle = table(staged=1.1e-3, descriptors=1e-3), Terms("idle")
     of_1024 = Shape(4 * MIB, 1024, 1024), Shape(4 * MIB, 8 * 1024, 1024)
 

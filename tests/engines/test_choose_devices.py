@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import gc
 import logging
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,22 +20,15 @@ from support.small_backends import small_backend
 from portakv import CopyPlan, Index, KVView, copy_blocks
 from portakv.backends.base import Capabilities
 from portakv.engines import choose as chosen
-from portakv.engines import costs, staging
+from portakv.engines import staging
 from portakv.engines.choose import ORDER, Host, HostLaunch, across
 from portakv.engines.engine import PINNED, Engine, Terms
 from portakv.registry.registry import BUILT_IN, choose
-from portakv.runtime.bounded import Bounded
 
+pytestmark = pytest.mark.usefixtures("folder")  # no device was measured
 #: By blocks on both sides.
 BY_BLOCKS = Case(PAGED[0], POOLS[2], scattered(40, BLOCK), scattered(40, BLOCK, seed=8), 40)
 BY_TOKENS = Case(PAGED[0], CHUNKS[0], scattered(37, 1), None, 37)
-
-
-@pytest.fixture(autouse=True)
-def no_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No device was measured."""
-    monkeypatch.setattr(costs, "path_for", lambda device: tmp_path / "table.json")
-    monkeypatch.setattr(costs, "_known", Bounded("tables", 4))
 
 
 @DOWNWARD
@@ -115,8 +107,6 @@ class ReadsIds(Engine):
 
 
 class Kernel:
-    """A launch with an engine that reads ids."""
-
     def __init__(self, device: torch.device) -> None:
         transfer = Transfers(Host(device, terms=Terms("idle")), True, BY_BLOCKS)
         self.device, self._move = device, transfer.move(tokens=2 * BLOCK)
@@ -129,7 +119,6 @@ class Kernel:
         torch.zeros(2, dtype=torch.int32, device=self.device)  # in memory that was freed too early
 
     def read(self) -> list[list[int]]:
-        """What the kernels read."""
         torch.accelerator.synchronize(self.device)
         assert {device for device, _ in ReadsIds.seen} == {self.device}
         return [ids.tolist() for _, ids in ReadsIds.seen]
@@ -181,14 +170,12 @@ def test_memory_that_a_named_backend_does_not_reach_is_left_to_an_engine(downwar
 
 
 def engines() -> int:
-    """Engines that are held by anything."""
     gc.collect()
     return sum(issubclass(type(each), Engine) for each in gc.get_objects())
 
 
 @pytest.mark.simdev
 def test_thirty_rates_leave_no_thirty_engines() -> None:
-    """Of those that are picked, nor of one that is named."""
     src, dst = Transfers(Host(DEVICE), True, BY_BLOCKS).move()[:2]
     blocks = [3, 1, 2]
 

@@ -50,7 +50,6 @@ def made(**device: str) -> Table:
 @pytest.mark.parametrize("size", [256, 512, 1152, 4096, 32768, 65536, 500_000, 1 << 20])
 @pytest.mark.parametrize("runs", [1, 3, 16, 100, 1000, 4096, 20_000])
 def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> None:
-    """The device's time, and what the host pays beside it."""
     known, few = made(), size * runs < max(SIZES)
     for found, wanted in (
         (known.seconds("staged", "d2h", size, runs), affine(size, runs)),
@@ -73,7 +72,6 @@ def test_outside_the_sizes_that_were_measured() -> None:
 
 
 def test_seconds_do_not_fall_with_the_number_of_runs() -> None:
-    """Nor by measurements that do, or that are alone."""
     noisy = [Point(1, 5e-5, 0), Point(16, 4e-5, 0), Point(256, 9e-5, 0), Point(1024, 8e-5, 0)]
     single = [Point(64, 1e-4, 0)]
     known = Table({}, {("a", "d2h"): {4096: noisy}, ("b", "d2h"): {4096: single}})
@@ -140,10 +138,7 @@ def spoil(content: Any, **changes: Any) -> str:
     return json.dumps({**content, **changes})
 
 
-Rows = list[list[Any]]
-
-
-def rows_of(content: Any, rows: Rows) -> str:
+def rows_of(content: Any, rows: list[list[Any]]) -> str:
     return spoil(content, engines={"staged": {"d2h": rows}})
 
 
@@ -235,8 +230,6 @@ def test_a_reader_sees_a_whole_table_while_others_write(folder: Path) -> None:
 def test_the_driver_of_a_table(
     told: str | None, driver: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As its module tells it, else the driver, if there is one to ask."""
-
     def version() -> int:
         if not driver:
             raise ImportError("no cuda.bindings")

@@ -50,7 +50,6 @@ def engine(request: pytest.FixtureRequest, driver: Driver) -> type[Stores]:
 
 
 def between(copied: Copy, src: str, dst: str) -> CopyPlan:
-    """The plan of a copy with its sides in these places."""
     forms = (copied.src.view().form, copied.dst.view().form)
     steps = (copied.src.index().plan_step, copied.dst.index().plan_step)
     return CopyPlan(replace(forms[0], place=src), replace(forms[1], place=dst), *steps)
@@ -65,7 +64,6 @@ def launched(copied: Copy, prepared: Launch) -> int:
 
 
 def judged(copied: Copy, engine: type[Stores], most: int | None = None) -> int:
-    """The same by an engine with at most so many thread blocks."""
     terms = Terms(max_thread_blocks=most)
     return launched(copied, engine(CPU, terms=terms).prepare(copied.plan()))
 
@@ -125,7 +123,6 @@ MEDIUM = Cut(threads=64, each=2, strip=64)
 def test_no_more_thread_blocks_than_the_terms_allow_and_have_something_to_do(
     cut: Cut, make: Callable[[], Copy], terms: int | None, blocks: int
 ) -> None:
-    """On the stream of the handle that the driver knows."""
     with installed(cut) as driver:
         assert judged(make(), Stores, terms) == 0
     assert driver.launches == [(blocks, cut.threads, 7)]
@@ -137,7 +134,6 @@ CUTS = [SMALL, Cut(), Cut(threads=64, each=4, strip=32), Cut(threads=2, each=1, 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("most", [1, 2, 7])
 def test_every_cut(cut: Cut, most: int, engine: type[Stores]) -> None:
-    """Turns, strips and blocks in all proportions to the copy."""
     with installed(cut) as driver:
         for name in ("gather", "memory objects, blocks", "NZ", "rows at an odd address"):
             assert judged(COPIES[name](), engine, most) == 0
@@ -204,7 +200,6 @@ def test_tables_of_the_host_lie_on_the_device(engine: type[Stores]) -> None:
 
 
 def test_neighbours_on_the_hosts_side_are_walked_together(engine: type[Stores]) -> None:
-    """Heads before tokens on one side, behind them on the other, in blocks."""
     hnd = End([filled((2, 3, 2, 4, 8)) for _ in range(3)], "layer | kv block head token dim")
     nhd = pool()
     for src, dst in ((hnd, nhd), (nhd, hnd)):
@@ -276,31 +271,28 @@ def test_the_host_s_memory_is_held_until_the_copy_ended(
     assert len(driver.held) == 2
 
 
-@pytest.mark.parametrize("found", [0, 64])
-def test_memory_that_is_pinned_but_not_mapped(
-    driver: Driver, found: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("reached", [True, False], ids=["mapped", "not mapped"])
+def test_a_view_is_asked_until_it_is_reached(
+    driver: Driver, reached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "device_address", lambda address, device: found)
-    copied = COPIES["gather"]()
-    with refused(Unsupported, "mapped=True", "staged", watch=copied.dst.tensors):
-        judged(copied, Stores)
-    assert driver.launches == []
-
-
-@pytest.mark.usefixtures("driver")
-def test_a_view_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
     def ask(address: int, device: torch.device) -> int:
         asked.append(address)
-        return address
+        return address if reached else 64 * (len(asked) - 1)  # nowhere, or elsewhere
 
     monkeypatch.setattr(direct, "device_address", ask)
     copied = COPIES["gather"]()
     prepared, dst = Stores(CPU).prepare(copied.plan()), copied.dst.view()
+    ends = copied.src.view(), dst, copied.src.index(), Index(), copied.count
     for _ in range(3):
-        prepared(copied.src.view(), dst, copied.src.index(), Index(), copied.count, None, None)
-    assert asked == [dst.origins[0]]
+        if reached:
+            prepared(*ends, None, None)
+            continue
+        with refused(Unsupported, "mapped=True", "staged", watch=copied.dst.tensors):
+            prepared(*ends, None, None)
+    assert asked == [dst.origins[0]] * (1 if reached else 3)
+    assert len(driver.launches) == 3 * reached
 
 
 def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.device) -> None:
@@ -339,7 +331,6 @@ def test_a_table_inside_a_capture(
 
 
 def kernels() -> list[DirectKernel]:
-    """One for each width and each pair of tables."""
     chosen = {}
     for make in COPIES.values():
         plan = make().plan()
@@ -435,7 +426,6 @@ def test_large_copies_in_many_turns(gpu: Direct, downward: bool) -> None:
 def test_bad_ids_move_nothing_and_are_told(
     gpu: Direct, bad: int, most: int, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also by several launches."""
     monkeypatch.setattr(direct, "MAX_VECTORS", most)
     slots = [3, 1, -1, 7, bad, 11, 5, -(2**31)]
     assert judged_there(Copy(by(pool(), slots), chunk(8), 8), gpu, downward) == 5
@@ -443,8 +433,6 @@ def test_bad_ids_move_nothing_and_are_told(
 
 
 class Moved:
-    """A copy of memory objects, both ways, with everything at hand."""
-
     def __init__(self, engine: Direct, downward: bool, listed: bool) -> None:
         cache = torch.randint(-30000, 30000, (3, 2, 3, 4, 16), dtype=torch.int16)
         self.cache = cache.to(CUDA)

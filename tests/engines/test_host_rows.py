@@ -24,7 +24,6 @@ OUTWARD = pytest.mark.parametrize("outward", [True, False], ids=["to rows", "fro
 
 
 def moved(src: KVView, dst: KVView, mine: Index, theirs: Index, count: int, unit: int = 1) -> None:
-    """Copy positions between two views on the host."""
     steps = mine.plan_step, theirs.plan_step
     HostRows(src.form, dst.form, *steps, unit).copy(src, dst, mine, theirs, count)
 
@@ -40,7 +39,6 @@ def dense_of(rows: KVView, slots: int, fill: int | None = None) -> tuple[torch.T
 
 
 def chunks(widths: tuple[int, int], tokens: int = 24) -> tuple[torch.Tensor, KVView]:
-    """Rows of unequal widths for the two kv, two layers."""
     nbytes = 2 * tokens * sum(widths)
     memory = torch.arange(nbytes, dtype=torch.int32).view(torch.uint8)[:nbytes].clone()
     shape = (2, tokens, sum(widths))
@@ -104,7 +102,6 @@ def scattered(width: int) -> Rows:
 
 
 def blocks(*ids: int) -> Rows:
-    """With room behind each block; at one pitch, or not."""
     view = KVView(random(10, 5, 16)[:, :4], "block token dim")
     return Rows(view, Index(ids, 4), 4 * len(ids), 4, ids in ((7, 2, 4), (6, 4, 2)))
 
@@ -115,13 +112,11 @@ def pool(*ids: int) -> Rows:
 
 
 def dense() -> Rows:
-    """Rows that lie together in each of 8 planes."""
     view = KVView(random(2, 4, 512, 4096), "kv layer token (head dim)", heads=1)
     return Rows(view, Index(offset=7), 256, 1, False)
 
 
 def apart() -> Rows:
-    """Planes that are memory of their own."""
     view = KVView([random(2, 6, 4, 1, 16) for _ in range(3)], "layer | kv block token head dim")
     return Rows(view, Index([5, 0, 3], 4), 12, 4, True, calls=3)
 
@@ -141,7 +136,6 @@ ROWS: dict[str, Callable[[], Rows]] = {
 def test_as_which_calls_of_torch_rows_are_copied(
     name: str, outward: bool, made: list[tuple[int, bool]]
 ) -> None:
-    """In inference mode and after it."""
     view, index, count, unit, indexed, calls = ROWS[name]()
     (memory, slot), (twin, other) = dense_of(view, count), dense_of(view, count, 0)
     for inference in (True, False):

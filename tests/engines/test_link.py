@@ -47,8 +47,6 @@ def foreign(memory: torch.Tensor) -> torch.Tensor:
 
 
 class Link(Ends):
-    """A buffer on a device and one on the host."""
-
     def __init__(
         self, device: torch.device, to_device: bool, nbytes: int = ROOM,
         on_host: OnHost = torch.Tensor.pin_memory,
@@ -60,7 +58,6 @@ class Link(Ends):
         torch.accelerator.synchronize(device)
 
     def copy(self, pieces: Pieces, stream: torch.Stream | None = None) -> None:
-        """Copy pieces whose addresses count from 0."""
         views = bytes_view(self.src), bytes_view(self.dst)
         link_of(self.device).copy(self.at(pieces), *views, stream)
 

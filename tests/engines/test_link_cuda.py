@@ -57,13 +57,11 @@ class Memory(Ends):
 
 
 def plain(count: int, width: int = 8) -> Pieces:
-    """So many copies at odd distances."""
     at = np.cumsum(np.arange(count) % 3 + 1) * 2 * width
     return to_2d_copies(runs_of(at.tolist(), at[::-1].tolist(), width))
 
 
 def rows(groups: int) -> Pieces:
-    """So many pieces of nine rows."""
     src = [g * g * 128 + g * 1000 + row * 64 for g in range(groups) for row in range(9)]
     return to_2d_copies(runs_of(src, range(0, 16 * len(src), 16), 16))
 
@@ -85,7 +83,6 @@ def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> N
 
 
 def test_rows_and_plain_copies_together(library: FakeLibrary) -> None:
-    """In any order, by columns that are not contiguous."""
     memory = Memory(65536)
     few, many = rows(3), plain(50)
     pieces = Pieces(*(np.concatenate(both) for both in zip(few, many, strict=True)))
@@ -248,7 +245,6 @@ def test_others_get_in_between_copies_in_a_row(
 def test_only_the_first_batch_of_a_long_list_is_short(
     cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The link waits for the end of its call alone."""
     for name, size in (("IN_A_ROW", 480), ("FIRST_DESCRIPTORS", 3), ("GROWTH", 2)):
         monkeypatch.setattr(link, name, size)
     cuda.copy(plain(60), 5)

@@ -41,7 +41,6 @@ def between_chunks(
 
 
 def slices_of(transfer: Transfers) -> list[Any]:
-    """The slices that a copy is made of."""
     rows, host, count = transfer.rows, transfer.host, transfer.case.count
     found: list[Any] = transfer.prepared().slices(rows, host, transfer.theirs, count)
     return found
@@ -100,7 +99,6 @@ def test_an_interrupt_leaves_the_ring_usable(
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.usefixtures("small")
 def test_threads_on_streams_of_their_own(accelerator: torch.device, devices: int) -> None:
-    """Two of each direction, on one device or on one of two."""
     if torch.get_device_module(accelerator).device_count() < devices:
         pytest.skip("there is one device of this kind")
 
@@ -193,7 +191,6 @@ def test_slices_cover_every_position_of_every_plane_once(tokens: int, downward: 
 @pytest.mark.simdev
 @pytest.mark.usefixtures("small")
 def test_small_slices_stand_where_only_one_side_is_busy(downward: bool) -> None:
-    """At the beginning the link to the host, at the end the one to the device."""
     slices = slices_of(between_chunks(DEVICE, downward, 1000))
     sizes = [piece.dense.nbytes(piece.cut.count) for piece in slices[:: 1 if downward else -1]]
     assert sizes[0] == SLICE // 4

@@ -37,7 +37,6 @@ LAYERS, BLOCKS = 12, 40
 
 
 def shapes(pieces: Pieces) -> list[tuple[int, int, int, int]]:
-    """Width, height and pitches of each piece."""
     columns = pieces.width, pieces.height, pieces.dst_pitch, pieces.src_pitch
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
@@ -90,7 +89,6 @@ def test_rows_at_a_pitch_are_one_piece_but_for_few(height: int) -> None:
 
 
 def test_groups_of_rows_with_jumps_between() -> None:
-    """Folded whichever way makes fewer pieces."""
     for groups, rows, expected in ((6, 9, (16, 9, 16, 64)), (9, 6, (16, 9, 96, 4096))):
         starts = [group * 4096 + row * 64 for group in range(groups) for row in range(rows)]
         runs = runs_of(starts, range(0, 54 * 16, 16), 16)
@@ -179,7 +177,6 @@ RANDOM = [7, 31, 2, 19, 11, 28, 5, 36]
 
 @pytest.fixture
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small copies as if they were large."""
     monkeypatch.setattr(folding, "LARGE", 0)
 
 
@@ -188,7 +185,6 @@ def plan_of(move: Move) -> CopyPlan:
 
 
 def folded(move: Move, seams: Sequence[int] = ()) -> Pieces:
-    """The pieces of a copy, judged."""
     plan = plan_of(move)
     return judge(plan.runs(*move), pieces_of(plan, move), seams)
 
@@ -212,7 +208,6 @@ def test_every_byte_of_any_layout(case: Case, downward: bool) -> None:
 
 @pytest.mark.usefixtures("always")
 def test_a_list_over_blocks() -> None:
-    """Of either side each block has an address of its own."""
     blocks = [torch.zeros(3, 4, 8, dtype=torch.int16) for _ in range(9)]
     both = [[torch.zeros(4, 8, dtype=torch.int16) for _ in range(9)] for _ in range(3)]
     views = (
@@ -269,7 +264,6 @@ def test_skipped_blocks_and_none_at_all() -> None:
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("layout", [BLOCK_FIRST, POOL_BY_LAYER, LAYER_FIRST])
 def test_slots_of_which_some_follow_each_other(layout: str) -> None:
-    """Lines of several lengths, in planes that lie between them, and around them."""
     slots, paged = Index([0, 1, 2, 5, 12, 13, 9, 30, 31]), pooled(layout)
     chunk = KVView(torch.zeros(3, 9, 8, dtype=torch.int16), "layer token dim")
     for move in (Move(paged, chunk, slots, Index(), 9), Move(chunk, paged, Index(), slots, 9)):
@@ -283,7 +277,6 @@ def test_slots_of_which_some_follow_each_other(layout: str) -> None:
 def test_no_piece_of_a_large_copy_reaches_over_a_seam(
     layout: str, side: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Seams between layers, and inside of a layer's blocks."""
     ids = range(4, 20)
     for src, dst in ((layout, BLOCK_FIRST), (layout, POOL_BY_LAYER), (POOL_BY_LAYER, layout)):
         move = copied(src, dst, ids, ids, 12)
@@ -315,7 +308,6 @@ def test_what_runs_refuse_is_refused(large: int, monkeypatch: pytest.MonkeyPatch
 def test_rows_that_are_wide_are_copies_of_their_own(
     below: int, large: int, layers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However rows are folded: all at once, or planes and lines apart."""
     monkeypatch.setattr(folding, "LARGE", large)
     move = copied(POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM, layers)
     found, whole = pieces_of(plan_of(move), move, below), plan_of(move).runs(*move)
@@ -389,7 +381,6 @@ VIEWS = {"paged": paged, "by block": by_block, "listed": listed, "hnd": hnd, "ch
 
 
 def fewest(runs: Runs, src: KVView, dst: KVView, below: int) -> int:
-    """Pieces that runs fold into, in the order of the source or of the destination."""
     order = np.argsort(runs.dst)
     turned = Runs(runs.dst[order], runs.src[order], runs.nbytes[order])
     return min(
@@ -421,7 +412,6 @@ def test_what_engines_meet(source: str, target: str, order: str) -> None:
 
 
 def of_host(src: KVView, dst: KVView, mine: Index, theirs: Index, down: bool) -> RunCounter:
-    """The counter of the host's side of a copy."""
     plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
     places = ("device", "pinned") if down else ("pinned", "device")
     plan.src, plan.dst = (replace(x.form, place=y) for x, y in zip((src, dst), places, strict=True))

@@ -79,7 +79,6 @@ TABLE: dict[str, Callable[[], Copy]] = {
 
 @pytest.fixture(autouse=True)
 def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an earlier test reserved might be enough."""
     monkeypatch.setattr(staging, "_known", Bounded("staging", staging._STREAMS))
 
 
@@ -96,7 +95,6 @@ def test_every_byte(
     accelerator: torch.device, engine: type[Backend], case: Case, downward: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """In slices so small that every copy has many."""
     small_slices(monkeypatch, 512)
     transfer = Transfers(engine(accelerator), downward, case)
     transfer()
@@ -124,7 +122,6 @@ def crosses(copied: Copy, device: torch.device, engine: str, downward: bool) -> 
 def test_every_copy_of_the_table(
     accelerator: torch.device, engine: str, name: str, downward: bool
 ) -> None:
-    """Among its sources some whose rows, or parts of them, are one."""
     try:
         crosses(TABLE[name](), accelerator, engine, downward)
     except BackendUnavailable as error:
@@ -264,7 +261,6 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
 
 @pytest.mark.simdev
 def test_staging_stays_below_its_limit() -> None:
-    """Whatever is moved, two buffers of one slice each."""
     for case in CASES[::4]:
         Transfers(Staged(DEVICE), True, case)()
     most = staging.RING * staged.LARGEST
@@ -460,7 +456,6 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("engine", [Descriptors, Staged])
 def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[Engine]) -> None:
-    """Forgotten while the copy flies."""
     torch.accelerator.synchronize(accelerator)
     assert copies_holding_memory() == 0
     transfer = Transfers(engine(accelerator), False)
@@ -482,7 +477,6 @@ def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[E
 
 
 def test_from_several_threads(accelerator: torch.device) -> None:
-    """By one launch, each with a list and a chunk of its own."""
     transfers = [Transfers(Descriptors(accelerator), True) for _ in range(3)]
     for each in transfers:
         each.mine = Index(torch.randperm(190)[:TOKENS].tolist())
