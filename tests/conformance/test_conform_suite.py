@@ -152,21 +152,18 @@ def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
     plain = told(0xDB)
     assert "holds 0xdb, which is of unknown origin" in plain
     judge.subject = replace(judge.subject, emulated=True)
-    assert told(0xDB) == (
-        f"{plain} 0xdb is what the simulated device fills memory with that was never written, or "
-        f"was freed: the copy came before its producer, or after the end of memory that it still "
-        f"needed."
-    )
+    more = "0xdb is what the simulated device fills memory with that was never written, or was"
+    assert told(0xDB).startswith(f"{plain} {more} freed:")
     assert "simulated" not in told(0xDA)
 
 
-def test_a_home_is_a_layout_that_the_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("check", [lambda plan: Decision("none", False, "none"), {}.__getitem__])
+def test_a_home_of_what_takes_none_is_the_first(
+    monkeypatch: pytest.MonkeyPatch, check: Any
+) -> None:
     modest = subject(f"{BACKENDS}:Modest")
-    none = Decision("none", False, "it takes none")
-    checks: list[Any] = [lambda plan: none, {}.__getitem__]
-    for check in checks:
-        monkeypatch.setattr(modest.backend, "check", check)
-        assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
+    monkeypatch.setattr(modest.backend, "check", check)
+    assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
 
 
 # -- failing examples as files ------------------------------------------------------------------
