@@ -20,6 +20,7 @@ from support.threads import run_threads
 
 from portakv.errors import SlotError
 from portakv.host import pinned
+from portakv.host import pool as pool_module
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import PinnedPool, PoolExhausted
 from portakv.host.shared import SharedPool
@@ -45,7 +46,7 @@ def make(request: pytest.FixtureRequest) -> Make:
 # Of either kind
 
 
-def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make) -> None:
+def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make, either: Any) -> None:
     with make(5, alignment=256) as pool:
         assert (pool.free, pool.blocks, pool.high_water) == (5, 5, 0)
         pool.acquire().release()
@@ -63,10 +64,15 @@ def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make) -> None:
         for number, block in enumerate(blocks):
             assert bool((block.tensor == number).all())
             block.release()
+        pool.acquire().release()
         assert (pool.free, pool.high_water) == (5, 4)
+        assert pool.pinned == (either is not None)
 
 
-def test_waiting_ends_with_the_time_or_a_release(make: Make) -> None:
+def test_waiting_ends_with_the_time_or_a_release(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool_module, "_GROW_AGAIN", 9)  # a release is told of, not found
     with make(1) as pool:
         block = pool.acquire()
         began = time.monotonic()
@@ -74,11 +80,10 @@ def test_waiting_ends_with_the_time_or_a_release(make: Make) -> None:
             pool.acquire(wait=True, timeout=0.05)
         assert time.monotonic() - began >= 0.05
         for timeout in (None, 30, float("inf"), 1e300):
-            later = threading.Timer(0.02, block.release)
-            later.start()
+            threading.Timer(0.02, block.release).start()
             block = pool.acquire(wait=True, timeout=timeout)
             assert block.index == 0
-            later.join()
+        assert time.monotonic() - began < 8
         block.release()
 
 
@@ -101,8 +106,8 @@ def test_released_twice_or_elsewhere(make: Make) -> None:
             one.release()
 
 
-def test_a_closed_pool(make: Make) -> None:
-    pool = make(1)
+def test_a_closed_pool(make: Make, either: Any) -> None:
+    before, pool = claimed(), make(1)
     tensor = pool.acquire().tensor
     with pytest.warns(ResourceWarning, match="closed"):
         pool.close()
@@ -111,6 +116,10 @@ def test_a_closed_pool(make: Make) -> None:
         pool.acquire()
     tensor.fill_(1)  # what is out holds its memory
     assert int(tensor.sum()) == SIZE
+    if either and isinstance(pool, SharedPool):
+        assert either.log[-1] == "quiesce", "others may have the block, and a device writes to it"
+    del tensor
+    assert claimed() == before
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(1).close()
@@ -183,9 +192,10 @@ def test_what_makes_no_pool(given: Any, options: dict[str, Any], words: str) -> 
 
 
 @pytest.mark.parametrize(("given", "words"), SHARED, ids=str)
-def test_what_makes_no_shared_pool(given: tuple[Any, ...], words: str, name: str) -> None:
+def test_what_makes_no_shared_pool(given: Any, words: str, name: str) -> None:
+    given = [name if each is None else each for each in given]
     with SharedPool(name, SIZE, 2), refused(HostMemoryError, words):
-        SharedPool(*(name if each is None else each for each in given))
+        SharedPool(*given)
 
 
 def test_arguments_that_mean_nothing(make: Make) -> None:
@@ -248,13 +258,14 @@ class Scarce:
 def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.MonkeyPatch) -> None:
     with PinnedPool(SIZE, 2, limit=64, grow=32) as pool:
         scarce = Scarce(monkeypatch, 3)
-        pool.acquire_many(5)
+        block, *_ = pool.acquire_many(5)
         assert (pool.blocks, scarce.asked) == (5, [0, 31 * 1024 + SIZE, 2 * 1024 + SIZE])
         scarce.room, kept = 0, claimed()
         with pytest.raises(PoolExhausted, match="it has 5 and there was no memory") as refused:
             pool.acquire()
         assert str(refused.value.__cause__) == "of the test"
         assert claimed() == kept, "the error holds the memory that was taken"
+        block.release(after=SimpleNamespace(done=bool))  # which never ends, and is asked often
         asked = len(scarce.asked)
         with pytest.raises(PoolExhausted, match=r"within 0\.15 s") as refused:
             pool.acquire(wait=True, timeout=0.15)
@@ -282,12 +293,10 @@ def test_a_block_in_flight_is_not_handed_out() -> None:
         assert pool.free == 0
         with pytest.raises(PoolExhausted):
             pool.acquire()
-        timer = threading.Timer(0.05, over.set)
-        timer.start()
+        threading.Timer(0.05, over.set).start()
         with pool.acquire(wait=True, timeout=30):
             assert over.is_set()
             assert pool.free == 0
-        timer.join()
         # Work that failed has ended as well.
         pool.acquire().release(after=SimpleNamespace(query=lambda: 1 / 0))
         pool.acquire().release()
