@@ -137,9 +137,6 @@ def write_on_host(array: Array, out: Tensor, stream: Stream | None, captures: bo
     out.view(-1).numpy()[: array.size] = array.reshape(-1)
 
 
-# --- read during the call -------------------------------------------------------------------------
-
-
 class ReadAtOnce:
     """Sends values that are read while the driver is called, out of memory of each thread's."""
 
@@ -263,9 +260,6 @@ def _grid(to: int, nbytes: int) -> tuple[int, int]:
     """Thread blocks of a launch, and the widest vector in bytes that the target is aligned to."""
     vector = min(_WIDE, to & -to)
     return max(1, min(MOST_BLOCKS, -(-nbytes // (vector * THREADS)))), vector
-
-
-# --- read later -----------------------------------------------------------------------------------
 
 
 class Slot:

@@ -19,7 +19,6 @@ from support.device_cases import DEVICE, current, delay, on, settle
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE as SIMDEV
 from support.small_cases import WAYS, Place, drawn, same_bits, small_copy
-from support.threads import run_threads
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
 from portakv.host import _small_ways
@@ -154,25 +153,6 @@ def test_values_are_kept_until_they_were_read(place: Place, call: str, side: tor
         assert all(same_bits(one, wanted + nth) for nth, one in enumerate(landed))
         assert len(rubbish) == 32
         assert copies_holding_memory() == 0
-
-
-@pytest.mark.simdev
-def test_one_send_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between the choice of a slot and its event no other thread may choose."""
-    sender, inside, most = SmallCopy(4, torch.int64, SIMDEV), list[int](), list[int]()
-    ring: Any = sender._send
-    cross = ring._issue
-
-    def slowly(*arguments: Any) -> None:
-        inside.append(1)
-        most.append(len(inside))
-        time.sleep(0.01)
-        cross(*arguments)
-        inside.pop()
-
-    monkeypatch.setattr(ring, "_issue", slowly)
-    run_threads(lambda number: sender.send([1]), range(4))
-    assert most == [1, 1, 1, 1]
 
 
 # Graphs

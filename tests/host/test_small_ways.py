@@ -22,16 +22,7 @@ import torch
 from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import filled, refused
 from support.pool_processes import Child
-from support.small_cases import (
-    INTEGERS,
-    STREAM,
-    VALUE_BYTES,
-    Card,
-    Place,
-    drawn,
-    installed,
-    same_bits,
-)  # fmt: skip
+from support.small_cases import INTEGERS, STREAM, Card, Place, drawn, installed, same_bits
 from support.threads import run_threads
 
 from portakv import BackendUnavailable, LayoutError, TransferError, Unsupported
@@ -42,7 +33,7 @@ from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc, streams
 
 CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
-INLINE = MOST["inline"]
+INLINE, VALUE = MOST["inline"], MOST["value"]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -62,7 +53,7 @@ def test_counts_round_the_limits(
     shaped = filled((3, 4), dtype, device=place.device)
     assert send(range(12), shaped) is shaped
     assert shaped.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
-    for limit in (240, 1008, 4096, 8192, VALUE_BYTES, 32764, INLINE, 1 << 18):
+    for limit in (240, 1008, 4096, 8192, VALUE, 32764, INLINE, 1 << 18):
         for count in range(limit // dtype.itemsize - 2, limit // dtype.itemsize + 3):
             nbytes, values = count * dtype.itemsize, drawn(count, dtype)
             if nbytes > place.most and place.asked is not None:
@@ -161,7 +152,7 @@ def test_nvrtc_reads_parameters_where_they_lie() -> None:
     """Without a GPU: it compiles, and no thread makes a copy of 32 KB for itself."""
     code = nvrtc._compile(_small_ways.source(), "compute_80").decode()
     assert ".local" not in code
-    assert f"{_small_ways.VALUES_NAME}_param_0[{VALUE_BYTES + 16}]" in code
+    assert f"{_small_ways.VALUES_NAME}_param_0[{VALUE + 16}]" in code
     assert code.count("st.global.v4.u32") == 2
 
 
@@ -182,9 +173,6 @@ class Without:
 
     def __getitem__(self, name: str) -> None:
         raise AttributeError(f"undefined symbol: {name}")
-
-
-# Streams, devices, processes, threads
 
 
 def test_the_current_stream_of_its_device_or_the_one_that_is_passed(card: Card, way: Send) -> None:

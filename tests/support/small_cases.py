@@ -29,7 +29,6 @@ INTEGERS = (
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32,
     torch.int64, torch.uint64,
 )  # fmt: skip
-VALUE_BYTES = 32736  # that go by value
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
 
 
