@@ -186,8 +186,7 @@ class AdaptiveConnector:
         lines.append(f"from_gpu of {tokens} tokens, carried out by {ready.choice.name!r}:")
         if ready.choice.name != self._choice.name:
             lines += [f"  {decision}" for decision in ready.choice.trace]
-        on_device = self.device.type != "cpu"
-        if on_device and not (ready.can.guards and ready.can.skips_negative):
+        if self.device.type != "cpu" and not (ready.can.guards and ready.can.skips_negative):
             lines.append(
                 "  device ids are checked before launch, with one synchronisation; host ids are "
                 "not delayed"

@@ -352,13 +352,12 @@ def found(device: torch.device | str) -> torch.device:
         with suppress(DeviceAbsent, RuntimeError, TypeError):
             torch.device(device)  # what a candidate imports may have brought it
             return indexed(device)
-        todo, more = "Pass", ""
-        if absent.known:
-            todo = "Mend that, or pass"
-            more = f" `portakv backends --device {device}` shows what every candidate says."
+        todo = "Mend that, or pass" if absent.known else "Pass"
+        more = f" `portakv backends --device {device}` shows what every candidate says."
+        here, stop = ", ".join(map(str, devices_present())), "" if absent.meant else "."
         error = BackendUnavailable(
-            f"Device {str(device)!r} was asked for, but {absent}{'' if absent.meant else '.'} "
-            f"{todo} a device of this machine: {', '.join(map(str, devices_present()))}.{more}"
+            f"Device {str(device)!r} was asked for, but {absent}{stop} {todo} a device of this "
+            f"machine: {here}.{more * absent.known}"
         )
         error.trace = said
         raise error from absent

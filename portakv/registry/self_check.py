@@ -83,7 +83,7 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
     wanted = torch.full_like(known, -1)
     wanted.flatten(2, 3)[:, :, _SLOTS] = expected.transpose(0, 1)
     landed = torch.stack([layer.cpu() for layer in target])
-    landed = landed.transpose(3, 4) if heads_first else landed
+    wanted = wanted.transpose(3, 4) if heads_first else wanted
     return None if landed.equal(wanted) else f"{_wrong(landed, wanted)} scattering {layout!r}"
 
 

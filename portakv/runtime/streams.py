@@ -91,10 +91,8 @@ def ignore_captures_elsewhere(device: torch.device) -> None:
 
 def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     """Raise `DeviceMismatch` unless ``stream`` is None or belongs to one of the devices."""
-    if stream is None:
-        return
-    place = stream.device if hasattr(stream, "stream_id") else None
-    if place in devices:
+    place: object = getattr(stream, "device", None) if hasattr(stream, "stream_id") else None
+    if stream is None or place in devices:
         return
     found, wanted, how = f"a stream of {place}", "a stream of a device that takes part", ""
     if place is None:
