@@ -19,7 +19,6 @@ from portakv_conformance.judge.judging import takes
 pytestmark = pytest.mark.area("claims")
 
 SHAPE = Shape()
-_DTYPES = {torch.int32, torch.int64}
 
 
 def test_claims_make_sense(subject: Subject) -> None:
@@ -32,7 +31,7 @@ def test_claims_make_sense(subject: Subject) -> None:
     assert all(a in PLACES and b in PLACES for a, b in can.places), f"places is {can.places}."
     assert can.index_on in ("host", "device"), f"index_on is {can.index_on!r}."
     assert can.index_dtypes, "index_dtypes is empty: it claims to read no ids."
-    assert can.index_dtypes <= _DTYPES, f"index_dtypes is {can.index_dtypes}."
+    assert can.index_dtypes <= {torch.int32, torch.int64}, f"index_dtypes is {can.index_dtypes}."
     vectors = type(can.alignment) is int and can.alignment in (1, 2, 4, 8, 16)
     assert vectors, f"alignment is {can.alignment!r}: no vector has it."
     loops = can.max_loops

@@ -59,16 +59,12 @@ def test_slices(home: Bench, what: str, direction: str, layout: str) -> None:
     home.judge.call(case, lambda: home.subject.copy(*asked, count=9), asked=asked)
 
 
-#: The keyword that slices each axis.
-_SLICED = {"layer": "layers", "kv": "kv", "head": "heads"}
-
-
 def _sliced(tensors: Any, layout: str, part: dict[str, Any]) -> Any:
     """The same slice by plain indexing of lists and tensors, one axis in each of their places."""
     left, _, right = layout.rpartition("|")
 
-    def span(name: str) -> slice:
-        at = part.get(_SLICED.get(name, ""), slice(None))
+    def span(axis: str) -> slice:
+        at = part.get(axis, part.get(f"{axis}s", slice(None)))  # `layers` slices `layer`
         return at if isinstance(at, slice) else slice(at, at + 1)
 
     def of(level: Any, lists: list[str]) -> Any:

@@ -90,7 +90,5 @@ class Facility:
     def release(self) -> None:
         """Give memory that the allocator holds back to the device."""
         self.synchronize()
-        if self.streams:
-            give = getattr(torch.get_device_module(self.device), "empty_cache", None)
-            if give is not None:
-                give()
+        module = torch.get_device_module(self.device) if self.streams else None
+        getattr(module, "empty_cache", lambda: None)()

@@ -51,11 +51,10 @@ def SwappedLayers(right: HostRows, form: Form) -> Form:
 def _last_layer_first(part: Part) -> Part:
     if len(part.layer) != 1:
         return part
-    step = part.layer[0]
-    last = step.extent - 1
-    back = Step(step.extent, -step.table, -step.stride)
-    start = (part.table + last * step.table, part.offset + last * step.stride)
-    return replace(part, table=start[0], offset=start[1], layer=(back,))
+    step, last = part.layer[0], part.layer[0].extent - 1
+    back = (Step(step.extent, -step.table, -step.stride),)
+    table, offset = part.table + last * step.table, part.offset + last * step.stride
+    return replace(part, table=table, offset=offset, layer=back)
 
 
 @_Misread.mutate("read")

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -104,8 +103,8 @@ def OnlyTheFirstCall(right: HostRows, first: Call, call: Call) -> Call:
     return replace(call, count=0) if same else call
 
 
-class Work(threading.Thread):
-    """A job in the background."""
+class Work(threading.Timer):
+    """A job in the background that begins late."""
 
     def done(self) -> bool:
         return not self.is_alive()
@@ -116,12 +115,8 @@ class Work(threading.Thread):
 
 def late(job: Callable[..., object], *given: Any) -> Work:
     """Begin a job in the background that ends late."""
-
-    def run() -> None:
-        time.sleep(_LATE)
-        job(*given)
-
-    work = Work(target=run, daemon=True)
+    work = Work(_LATE, job, given)
+    work.daemon = True
     work.start()
     return work
 

@@ -109,7 +109,6 @@ def runner(ends: str, seen: list[Options], verdict: str = "failed") -> Callable[
 
 
 def stopped(options: Options, progress: Any) -> RunRecord:
-    """What runs the suite until its time is over."""
     progress.started("a")
     raise AssertionError("it went on")
 
@@ -179,17 +178,17 @@ def test_the_exit_code_and_the_page(
     monkeypatch.setattr(score, "try_mutant", attempt)
     monkeypatch.setattr(score, "try_control", lambda found: control)
     monkeypatch.setattr(score, "fails_self_check", lambda found: found == FIRST)
-    page, names = tmp_path / "page.md", [FIRST.name, SECOND.name]
-    argv = ["--runs", "2", "--seed", "3", "--only", *names, "--write", str(page)]
-    assert score.main(argv) == code
+    page = tmp_path / "page.md"
+    words = f"--runs 2 --seed 3 --only {FIRST.name} {SECOND.name} --write {page}"
+    assert score.main(words.split()) == code
     printed = capsys.readouterr().out
     assert ("FAILS: 3 cases fail" in printed) == (control is not None)
     assert ("SURVIVES under seed 4" in printed) == (not caught)
     assert f"{2 if caught else 0} of 2 mutants are caught" in printed
-    rows = [line for line in page.read_text().splitlines() if line.startswith("| `")]
-    assert [FIRST.name in rows[0], SECOND.name in rows[1], len(rows)] == [True, True, 2]
-    assert ("self-check" in rows[0], "self-check" in rows[1]) == (True, False)
-    assert f"({2 if caught else 1} of 2)" in rows[0]
+    first, second = (line for line in page.read_text().splitlines() if line.startswith("| `"))
+    assert (FIRST.name in first, SECOND.name in second) == (True, True)
+    assert ("self-check" in first, "self-check" in second) == (True, False)
+    assert f"({2 if caught else 1} of 2)" in first
 
 
 @pytest.mark.parametrize(("words", "forced", "told"), [
