@@ -27,8 +27,6 @@ _RUNGS = (
     "verified: R6 run on the hardware, R5 built by the vendor's toolchain, R4 cross-compiled, R3 "
     "semantics emulated, R2 accepted by the vendor's schemas, R1 called against a stand-in."
 )
-
-
 HELP = "which backends serve this machine, and why not the others"
 DESCRIPTION = """\
 Asks every candidate about every type of device on this machine. The chosen one
@@ -83,11 +81,10 @@ def _told(device: torch.device | str) -> dict[str, Any]:
     """What is said of a device, or of the name of one that torch cannot use here."""
     candidates = candidates_for(device)
     rungs = _verified([c["name"] for c in candidates], device)
-    name, count = (
-        ("", 0) if isinstance(device, str) else (device_name(device), device_count(device))
-    )
+    absent = isinstance(device, str)
     return {
-        "device": str(device), "name": name, "count": count,
+        "device": str(device), "name": "" if absent else device_name(torch.device(device)),
+        "count": 0 if absent else device_count(torch.device(device)),
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
         "candidates": [{**one, "verified": rungs.get(one["name"], "")} for one in candidates],
     }  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.sides import accelerator_asked, in_bytes, in_time, read_above_zero
+from portakv.cli.sides import accelerator_asked, check_cache, in_bytes, in_time, read_above_zero
 from portakv.errors import PortaKVError
 from portakv.runtime import kernel_cache as _kernel_cache
 
@@ -38,9 +38,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(asked: argparse.Namespace) -> int:
     """Measure, keep and print. Raises `PortaKVError` if there is no accelerator, or nothing could
     be measured or kept, `DeviceMismatch` if torch cannot use the device."""
-    # No other command needs what measures.
-    from portakv.engines import calibration
-    from portakv.engines import costs as table
+    from portakv.engines import calibration, costs  # no other command needs what measures
 
     device = accelerator_asked(asked.device)
     if device is None:
@@ -49,22 +47,17 @@ def run(asked: argparse.Namespace) -> int:
             f"Copies between a device and the host were to be measured, but {why}; run `portakv "
             f"calibrate` where torch finds an accelerator, or name one with --device."
         )
-    refused = _kernel_cache.refusal()
-    if refused is not None:
-        raise PortaKVError(
-            f"A table cannot be kept: {refused}. Set {_kernel_cache.ENVIRONMENT} to a folder that "
-            f"only you can write to."
-        )
+    check_cache("A table")
     measured = calibration.calibrate(device, asked.seconds)
     try:
-        path = table.store(measured)
+        path = costs.store(measured)
     except OSError as error:
         raise PortaKVError(
-            f"The table cannot be kept in {table.path_for(measured.device)} ({error.strerror}). "
+            f"The table cannot be kept in {costs.path_for(measured.device)} ({error.strerror}). "
             f"Set {_kernel_cache.ENVIRONMENT} to a folder that you can write to."
         ) from error
     if asked.json:
-        print_json({"file": str(path), **table.as_json(measured)})
+        print_json({"file": str(path), **costs.as_json(measured)})
     else:
         _print(measured, calibration.by_point(measured), path, device)
     return 0

@@ -60,9 +60,8 @@ def _run_one(name: str, json: bool) -> int:
 
 def _facts(preset: Preset) -> dict[str, Any]:
     """A preset as JSON."""
-    extents = {k: list(v) if isinstance(v, tuple) else v for k, v in preset.extents.items()}
     return {
         "name": preset.name or None, "layout": preset.layout, "engine": preset.engine,
-        "releases": preset.releases, "extents": extents, "memory": preset.memory or None,
-        "note": preset.note,
+        "releases": preset.releases, "extents": dict(preset.extents),
+        "memory": preset.memory or None, "note": preset.note,
     }  # fmt: skip

@@ -17,6 +17,7 @@ import torch
 from portakv.errors import DeviceMismatch, LayoutError, PortaKVError
 from portakv.layout.language import Layout, parse
 from portakv.layout.presets import resolve
+from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.bound import bind_layout
 from portakv.view.example import example_tensors
@@ -176,18 +177,23 @@ def _view(
 def accelerator_asked(name: str | None) -> torch.device | None:
     """The accelerator of that name, with its index; by default this machine's. None: the CPU.
     Raises `DeviceMismatch` if torch cannot use it, or it has no memory to copy from."""
-    device = usual_device() if name is None else usable_device(name)
-    if device.type == "cpu":
-        return None
-    if device.index is not None:
-        return device
-    present = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if present is None or present.type != device.type:
+    usual = usual_device()
+    device = usual if name is None else usable_device(name)
+    if device.type not in ("cpu", usual.type):
         raise DeviceMismatch(
             f"Device {name!r} was asked about copies between it and the host, but torch does not "
             f"take it for an accelerator here; name one that torch.accelerator lists."
         )
-    return torch.device(device.type, torch.accelerator.current_device_index())
+    found = usual if device.index is None else device
+    return None if device.type == "cpu" else found
+
+
+def check_cache(what: str) -> None:
+    """Raise `PortaKVError` if ``what`` cannot be kept in the cache's folder."""
+    why, name = _kernel_cache.refusal(), _kernel_cache.ENVIRONMENT
+    if why is not None:
+        folder = "a folder that only you can write to"
+        raise PortaKVError(f"{what} cannot be kept: {why}. Set {name} to {folder}.")
 
 
 def in_bytes(number: int) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from portakv.backends.rows_kernel import RowsKernel
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.sides import Extents, Side, add_extents, make_sides, said_extents
+from portakv.cli.sides import Extents, Side, add_extents, check_cache, make_sides, said_extents
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import hip as _hip_driver
@@ -79,12 +79,7 @@ def run(asked: argparse.Namespace) -> int:
     compiler or the cache cannot be used, for an unknown shape or architecture, and if there is no
     device and none was named; and what a copy between the layouts would raise."""
     compiled_for = targets(asked.arch)
-    why = _kernel_cache.refusal()
-    if why is not None:
-        raise PortaKVError(
-            f"Compiled kernels cannot be kept: {why}. Set {_kernel_cache.ENVIRONMENT} to a folder "
-            f"that only you can write to."
-        )
+    check_cache("Compiled kernels")
     pairs = _shapes(asked.shape) if asked.shape or not asked.layout else []
     said = said_extents(asked)
     pairs += [Pair(f"{cache} <-> {chunk}", cache, chunk, said) for cache, chunk in asked.layout]
@@ -199,8 +194,7 @@ def _own() -> Iterator[Architecture]:
 
 
 def _nvidia(capability: int) -> Target:
-    why = _nvrtc.missing()
-    if why is not None:
+    if why := _nvrtc.missing():
         raise PortaKVError(f"The kernels of the cuda backend cannot be compiled: {why}.")
     try:
         name = _nvrtc.target_for(capability)

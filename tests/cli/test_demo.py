@@ -14,7 +14,7 @@ from support.small_backends import small_backend, wipe
 
 from portakv import AdaptiveConnector, KVView, Transfer
 from portakv.cli import demo
-from portakv.cli.demo import ModelPart, moves, run_model
+from portakv.cli.demo import moves, run_model
 from portakv.cli.demo.moves import FOUNDING, Founding, Scenario, fitted
 from portakv.runtime.devices import usual_device
 from portakv_examples import offload_transformers
@@ -35,7 +35,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    part = ModelPart("left out by a test", True, {}, [])
+    part = {"skipped": "left out by a test", "story": []}
     monkeypatch.setattr("portakv.cli.demo.run_model", lambda device: part)
 
 

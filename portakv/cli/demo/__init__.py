@@ -13,10 +13,10 @@ import io
 import os
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -68,34 +68,24 @@ def _demo(device: str | None) -> dict[str, Any]:
     _tell_rows(rows, threads)
     candidates = candidates_for(where)
     _tell_choice(candidates, where, forced, serving)
-    _tell_verdict(model, rows, time.perf_counter() - began)
+    identical = bool(model["skipped"]) or (model["identical"] and model["control_differs"])
+    _tell_verdict(model["skipped"], identical, rows, time.perf_counter() - began)
     return {
         "portakv": __version__, "torch": str(torch.__version__), "device": str(where),
         "device_name": device_name(where), "forced": forced,
-        "model": {"skipped": model.skipped, **model.found, "story": model.story},
-        "scenario": {
+        "model": model, "scenario": {
             **asdict(scenario), "full_layers": scenario.full_layers or scenario.layers,
             "dtype": "float16", "payload_bytes": scenario.payload,
         },
         "threads": threads, "moves": [*map(asdict, rows)], "chosen": choice.name,
-        "candidates": candidates, "ok": model.good and all(row.good for row in rows),
+        "candidates": candidates, "ok": identical and all(row.good for row in rows),
     }  # fmt: skip
 
 
-class ModelPart(NamedTuple):
-    """How the example with a model went: why it did not run (None if it did); whether the logits
-    were bit-identical and the control's were not, or it was skipped; the example's own outcome, by
-    name; and the lines that it told."""
-
-    skipped: str | None
-    good: bool
-    found: Mapping[str, Any]
-    story: Sequence[str]
-
-
-def run_model(device: torch.device) -> ModelPart:
-    """Run the example on ``device`` and print its lines as they come. A `transformers` that is
-    missing or cannot be imported is told, not raised."""
+def run_model(device: torch.device) -> dict[str, Any]:
+    """Run the example on ``device`` and print its lines as they come; what came of it by name,
+    ``skipped``: why it did not run, and ``story``: its lines. A `transformers` that is missing or
+    cannot be imported is told, not raised."""
     try:
         example = importlib.import_module(EXAMPLE)
     except ImportError as error:
@@ -103,20 +93,23 @@ def run_model(device: torch.device) -> ModelPart:
             raise
         why = f"it needs transformers ({error}); pip install 'portakv[demo]' adds it"
         _tell(f"  skipped  {why}")
-        return ModelPart(why, True, {}, [])
+        return {"skipped": why, "story": []}
     story: list[str] = []
 
     def hear(line: str) -> None:
         story.append(line)
         _tell(f"  {line}")
 
-    outcome = example.main(device, hear)
-    return ModelPart(None, outcome.identical and outcome.control_differs, vars(outcome), story)
+    return {"skipped": None, **vars(example.main(device, hear)), "story": story}
 
 
-def _tell(text: str, fold: bool = False) -> None:
+def _tell(text: str) -> None:
     # At once, into a pipe too: the demo takes seconds, and each part is worth seeing.
-    print(textwrap.fill(text, 80) if fold else text, flush=True)
+    print(text, flush=True)
+
+
+def _folded(text: str) -> str:
+    return textwrap.fill(text, 80)
 
 
 def _tell_heading(device: torch.device, forced: str | None) -> None:
@@ -142,7 +135,7 @@ def _tell_scenario(s: Scenario, device: torch.device, serving: Sequence[str]) ->
             f" Scaled down: {s.full_layers} layers would take more than half of the free memory "
             f"of {device}."
         )
-    _tell(text, fold=True)
+    _tell(_folded(text))
 
 
 def _tell_rows(rows: Sequence[Row], threads: int | None) -> None:
@@ -155,14 +148,14 @@ def _tell_rows(rows: Sequence[Row], threads: int | None) -> None:
     for row in rows:
         if why := row.refused or row.failed:
             how = "refused" if row.refused else "failed"
-            _tell(f"{row.backend}, {row.call}, {row.way}, {how}: {why}", fold=True)
+            _tell(_folded(f"{row.backend}, {row.call}, {row.way}, {how}: {why}"))
     text = (
         f"bytes: {in_bytes(sum(row.checked for row in rows if row.right))} were compared with what "
         f"plain torch indexing gives, the pages that a copy must not touch included, and are right."
     )
     if wrong := sum(row.wrong for row in rows):
         text += f" {wrong:,} bytes of other copies are WRONG."
-    _tell(text, fold=True)
+    _tell(_folded(text))
     text = (
         "vs copy_: the time of torch's copy_ of the same bytes from one dense chunk to another "
         f"/ this time; 1.00x is as fast. Medians of {moves.ROUNDS} rounds in which all took turns."
@@ -172,8 +165,7 @@ def _tell_rows(rows: Sequence[Row], threads: int | None) -> None:
             f" All with {threads} of {torch.get_num_threads()} threads, with which they are the "
             f"fastest now: the cores have other work, too."
         )
-    _tell("")
-    _tell(text, fold=True)
+    _tell("\n" + _folded(text))
 
 
 def _cells(row: Row) -> list[str]:
@@ -197,16 +189,17 @@ def _tell_choice(
     for name in (c["name"] for c in candidates if c["accepted"] and not forced):
         if name not in run:
             text += f" {name} is used only if it is asked for, so the demo did not run it."
-    _tell("")
-    _tell(text, fold=True)
+    _tell("\n" + _folded(text))
 
 
-def _tell_verdict(model: ModelPart, rows: Sequence[Row], seconds: float) -> None:
+def _tell_verdict(
+    skipped: str | None, identical: bool, rows: Sequence[Row], seconds: float
+) -> None:
     failed = dict.fromkeys(row.backend for row in rows if not row.good)
     proven = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
     right, wrong = ", ".join(proven), ", ".join(failed)
-    logits = "bit-identical" if model.good else "NOT bit-identical, or the control did not differ"
-    _tell(f"\nlogits    {'not tried, see above' if model.skipped else logits}")
+    logits = "bit-identical" if identical else "NOT bit-identical, or the control did not differ"
+    _tell(f"\nlogits    {'not tried, see above' if skipped else logits}")
     _tell(f"bytes     all right through {right}" if right else "bytes     right through no backend")
     if wrong:
         _tell(f"          WRONG or missing through {wrong}")

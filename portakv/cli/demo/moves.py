@@ -277,14 +277,12 @@ def _plain(f: Founding) -> list[_Move]:
 
 def _moves(f: Founding, backend: str) -> list[_Move]:
     """Gather and scatter: by slots through a connector, by block ids through `copy_blocks`."""
-    s = f.scenario
+    s, dense = f.scenario, "kv layer token (head dim)"
     reader, writer = (AdaptiveConnector(f.device, backend) for _ in range(2))
     reader.register_kv_caches(f.pool)
     writer.register_kv_caches(f.target)
     pool, target = (KVView(x, "layer | kv block token head dim") for x in (f.pool, f.target))
-    chunk, stored = (
-        KVView(x, "kv layer token (head dim)", heads=s.heads) for x in (f.chunk, f.stored)
-    )
+    chunk, stored = (KVView(x, dense, heads=s.heads) for x in (f.chunk, f.stored))
 
     def out(call: str, what: str, ids: torch.Tensor, run: Work) -> _Move:
         row = Row(backend, call, f"{what} -> chunk", s.payload)
