@@ -12,10 +12,10 @@ import pytest
 import torch
 from support.own_process import in_child, own_process
 
-from portakv import AdaptiveConnector, KVView, Unsupported, copy_rows, register_backend
+from portakv import AdaptiveConnector, KVView, Unsupported, copy_rows
 from portakv.backends import ascend
 from portakv.backends.base import Decision
-from portakv.registry.registry import REGISTRY, choose
+from portakv.registry.registry import REGISTRY, Registry, choose
 from portakv_conformance.vendor import standins
 
 pytestmark = own_process("npu", "formats")
@@ -129,11 +129,9 @@ def test_host_memory_is_not_asked_about(backend: str, formats: Formats) -> None:
 def test_only_devices_that_extend_torch_are_asked_about(formats: Formats) -> None:
     """And a backend that does not load hides nothing."""
     assert REGISTRY.tells(torch.device("cpu")) == REGISTRY.tells(torch.device("cuda", 0)) == ()
-    register_backend("broken", "no_such_package:Backend")
-    try:
-        assert REGISTRY.tells(DEVICE) == (formats,)
-    finally:
-        REGISTRY.unregister("broken")
+    others = Registry()
+    others.register("broken", "no_such_package:Backend")
+    assert others.tells(DEVICE) == (formats,)
 
 
 def test_the_vendor_s_words(monkeypatch: pytest.MonkeyPatch) -> None:
