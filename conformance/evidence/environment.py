@@ -155,13 +155,12 @@ def plain(value: Any) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     if is_dataclass(value) and not isinstance(value, type):
-        return {field.name: plain(getattr(value, field.name)) for field in fields(value)}
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, dict):
         return {str(key): plain(kept) for key, kept in value.items()}
-    if isinstance(value, set | frozenset):
-        return sorted((plain(entry) for entry in value), key=str)
-    if isinstance(value, list | tuple):
-        return [plain(entry) for entry in value]
+    if isinstance(value, list | tuple | set | frozenset):
+        entries = [plain(entry) for entry in value]
+        return entries if isinstance(value, list | tuple) else sorted(entries, key=str)
     return str(value).removeprefix("torch.")
 
 
@@ -195,9 +194,9 @@ def device_name(device: torch.device, simulated: bool) -> str:
 
 def _architecture(device: torch.device) -> str:
     """``gfx906`` and the like, under HIP."""
-    hip = device.type == "cuda" and torch.version.hip is not None
-    told = torch.cuda.get_device_properties(device) if hip else None
-    return str(getattr(told, "gcnArchName", ""))
+    if device.type != "cuda" or torch.version.hip is None:
+        return ""
+    return str(getattr(torch.cuda.get_device_properties(device), "gcnArchName", ""))
 
 
 def _toolkit(device: torch.device) -> dict[str, str]:
@@ -206,9 +205,9 @@ def _toolkit(device: torch.device) -> dict[str, str]:
         if torch.version.hip is None:
             return {"cuda": str(torch.version.cuda)}
         return {"hip": torch.version.hip, "architecture": _architecture(device)}
-    ask = getattr(sys.modules.get("torch_npu.utils"), "get_cann_version", None)
-    version = ask() if device.type == "npu" and ask else ""  # empty before CANN 8.1
-    return {"cann": str(version)} if version else {}
+    ask = getattr(sys.modules.get("torch_npu.utils"), "get_cann_version", lambda: "")
+    version = str(ask()) if device.type == "npu" else ""  # empty before CANN 8.1
+    return {"cann": version} if version else {}
 
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:

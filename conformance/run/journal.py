@@ -80,12 +80,11 @@ class Journal:
         except (ValueError, KeyError) as error:
             raise SuiteBroken(f"A worker told of a case that is no record: {error}") from error
         self.ran += 1
-        if case.example and self._options.examples is not None:
-            drawn = case.area in _DRAWN
-            self._examples[drawn] += 1
-            if self._examples[drawn] > MOST_EXAMPLES:
-                (self._options.examples / case.example).unlink(missing_ok=True)
-                case.example = ""
+        drawn, folder = case.area in _DRAWN, self._options.examples
+        self._examples[drawn] += bool(case.example)
+        if case.example and folder is not None and self._examples[drawn] > MOST_EXAMPLES:
+            (folder / case.example).unlink(missing_ok=True)
+            case.example = ""
         self._settle(case)
         return case.id
 

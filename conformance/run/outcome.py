@@ -47,12 +47,12 @@ def outcome(
         return "not-claimed", judge.unclaimed, ""
     if judge is None or not judge.declined:
         return "passed", "", ""
-    # What was judged stands for the case only where it is the greater part of it.
-    declined, judged = len(judge.declined), judge.examples
-    if not judged:
+    if not judge.examples:
         return "not-claimed", f"The backend declines the plan: {judge.declined[0]}", ""
-    why = f"It declines {declined} of {declined + judged} copies: {judge.declined[0]}"
-    return ("passed" if declined < judged else "not-claimed"), why, ""
+    declined, total = len(judge.declined), len(judge.declined) + judge.examples
+    why = f"It declines {declined} of {total} copies: {judge.declined[0]}"
+    # What was judged stands for the case only if it is the greater part of it.
+    return ("passed" if 2 * declined < total else "not-claimed"), why, ""
 
 
 def sentence(message: str) -> str:

@@ -15,7 +15,7 @@ from portakv_conformance.judge.waivers import Waiver
 CASE_LIMIT = 120.0
 _EXAMPLES_A_SECOND = 5
 # What changes which kernel runs, and so belongs to the command that repeats a run.
-_TOLD_BY_ENVIRONMENT = ("TRITON_INTERPRET",)
+_INTERPRET = "TRITON_INTERPRET"
 _CASES = "cases/"
 
 
@@ -50,15 +50,13 @@ class Options:
         words += ["--jobs", str(self.jobs)] if self.jobs > 1 and not only else []
         chosen = only or self.only
         words += ["--only", *chosen] if chosen else []
-        told = {name: os.environ[name] for name in _TOLD_BY_ENVIRONMENT if name in os.environ}
-        return " ".join([*(f"{k}={v}" for k, v in told.items()), shlex.join(words)])
+        told = f"{_INTERPRET}={os.environ[_INTERPRET]} " if _INTERPRET in os.environ else ""
+        return told + shlex.join(words)
 
     def suite_options(self) -> list[str]:
         """The same as options of the pytest plugin, but for ``only``."""
-        told = ["--portakv-backend", self.backend, *self._shared("--portakv-")]
-        if self.examples is not None:
-            told += ["--portakv-examples", str(self.examples.resolve())]
-        return told
+        saved = ["--portakv-examples", str(self.examples.resolve())] if self.examples else []
+        return ["--portakv-backend", self.backend, *self._shared("--portakv-"), *saved]
 
     def _shared(self, start: str) -> list[str]:
         """The options that both commands have, whose names begin so."""

@@ -42,8 +42,7 @@ def run(
         journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
     if journal.stopped and (left := journal.left()):
         journal.miss(f"{counted(len(left))} behind the first failure and did not run (-x).")
-    subject = journal.subject
-    environment = dict(subject["environment"])
+    subject, environment = journal.subject, journal.subject["environment"]
     if journal.lone:
         left_out = f"{counted(journal.lone)} left out, since one device was found"
         environment[LEFT_OUT] = left_out
