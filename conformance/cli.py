@@ -25,8 +25,7 @@ from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.waivers import WaiverError, problems, read_waivers
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report.diff import compare_runs, differences
-from portakv_conformance.report.summary import print_summary
+from portakv_conformance.report.summary import compare_runs, differences, print_summary
 from portakv_conformance.run.journal import BadRequest, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.options import whole_number
 from portakv_conformance.run.progress import shown
@@ -35,9 +34,9 @@ from portakv_conformance.run.runner import cases_of, run
 
 
 def compare(words: list[str]) -> int:
-    """Print what changed between two reports; 1 where something got worse or is gone."""
+    """Print what changed between two reports; 1 if something got worse or is gone."""
     parser = _parser("diff", "Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION "
-        "or MISSING, or where a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and "
+        "or MISSING, or if a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and "
         "so is a rung that is lost.")  # fmt: skip
     parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
@@ -56,7 +55,7 @@ def compare(words: list[str]) -> int:
 
 
 def verify(words: list[str]) -> int:
-    """Print whether a report stands; 1 with every reason where it does not."""
+    """Print whether a report stands; 1 with every reason if it does not."""
     parser = _parser("verify", "Checks a report: its schema and seal, its case list against the "
         "installed suite's, that totals, verdict and rung follow from its cases. Needs no "
         "device.")  # fmt: skip
@@ -230,7 +229,7 @@ def _options(asked: argparse.Namespace) -> Options:
 
 
 def _usual_device(backend: str) -> str:
-    """The type that a backend of PortaKV is made for; of others the accelerator where there is
+    """The type that a backend of PortaKV is made for; of others the accelerator if there is
     one, else the CPU. No device is touched to find out."""
     if backend in MADE_FOR:
         return MADE_FOR[backend]

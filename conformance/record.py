@@ -29,7 +29,7 @@ CARRIER, LIBRARY = "carried out by", "library"
 @dataclass
 class CaseRecord:
     """One case and how it ended. ``reason`` is a sentence: the first wrong byte, why it is waived,
-    what is not claimed; where it passed, why some of its copies were declined."""
+    what is not claimed; if it passed, why some of its copies were declined."""
 
     id: str  # pytest's, relative to the package: ``cases/test_core.py::test_widths[2]``
     area: str  # one of `cases.AREAS`
@@ -41,7 +41,7 @@ class CaseRecord:
     declined: int = 0  # copies that the backend declined, and that were not judged for it
     tags: dict[str, str] = field(default_factory=dict)  # ``layout``, ``dtype``, ``operation``
     reason: str = ""
-    details: str = ""  # traceback and captured output; empty where it passed
+    details: str = ""  # traceback and captured output; empty if it passed
     replay: str = ""  # the command that runs this case again, alone
     example: str = ""  # file name of the shrunken failing example, beside the report
 

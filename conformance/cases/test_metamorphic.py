@@ -78,7 +78,7 @@ def there_and_back(judge: Judge, data: Data, backends: tuple[str, str], how: str
         view_of(case.src).check_writable()
     except LayoutError:
         reject()
-    assume(distinct(case.src_slots()))
+    assume(distinct(case.src.at(case.count)))
     before = Memory.snapshot(case.src.tensors)
     both = [*zip((case, Case(case.dst, case.src, case.count)), backends, strict=True)]
     with blaming(judge, *(each for each, backend in both if not backend)):
@@ -93,8 +93,8 @@ def test_permuting_positions_permutes_nothing(judge: Judge, data: Data, order: i
     case = drawn(judge, data)
     turned = np.random.default_rng(order).permutation(case.count)
     src, dst = (
-        replace(side, ids=torch.from_numpy(slots[turned]), step=1, offset=0)
-        for side, slots in ((case.src, case.src_slots()), (case.dst, case.dst_slots()))
+        replace(side, ids=torch.from_numpy(side.at(case.count)[turned]), step=1, offset=0)
+        for side in (case.src, case.dst)
     )
     same_as(judge, case, [Case(src, dst, case.count)], "In another order of positions")
 
@@ -136,12 +136,12 @@ def test_one_backend_reads_what_another_wrote(judge: Judge, data: Data, reads: s
 def test_a_chain_of_layouts(judge: Judge, data: Data) -> None:
     """Rows that go through a dense buffer arrive as those that go straight."""
     case = drawn(judge, data, holes=False)
-    assume(distinct(case.dst_slots()))
-    wanted = rows_at(case.src, case.src_slots())
+    assume(distinct(case.dst.at(case.count)))
+    wanted = rows_at(case.src, case.src.at(case.count))
     with blaming(judge, case):
         if not carry(judge, case):
             return
-        told, landed = None, rows_at(case.dst, case.dst_slots())
+        told, landed = None, rows_at(case.dst, case.dst.at(case.count))
         for plane, (was, now) in enumerate(zip(wanted, landed, strict=True)):
             if told is None and (wrong := np.argwhere(was != now)).size:
                 where = f"the row at position {wrong[0, 0]} of plane {plane}"

@@ -43,7 +43,7 @@ class Side:
     reinterpret: bool = False  # the other side is of another number type
 
     def at(self, count: int) -> np.ndarray:
-        """The slot of each of ``count`` positions, int64; negative where it is skipped."""
+        """The slot of each of ``count`` positions, int64; negative if it is skipped."""
         return expand(self.ids, self.step, self.offset, count)
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -70,20 +70,12 @@ class Case:
         src, dst = (next(leaves(side.tensors)).dtype for side in (self.src, self.dst))
         self.src.reinterpret |= src != dst
 
-    def src_slots(self) -> np.ndarray:
-        """The source slot of each position, as `Side.at`."""
-        return self.src.at(self.count)
-
-    def dst_slots(self) -> np.ndarray:
-        """The destination slot of each position, as `Side.at`."""
-        return self.dst.at(self.count)
-
     def expected(self) -> Expected:
         """What the oracle expects of this copy; take it before copying."""
         src, dst = self.src, self.dst
         return expected_copy(
             src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
-            self.src_slots(), self.dst_slots(),
+            src.at(self.count), dst.at(self.count),
         )  # fmt: skip
 
     def check(self, copy: Callable[[], object]) -> None:

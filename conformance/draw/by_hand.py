@@ -166,7 +166,7 @@ class Workshop:
         return self.move(direction, shape, ids, *chunk, **how)
 
     def ids(self, ids: Any) -> torch.Tensor | None:
-        """Ids as a tensor: int64 on the host where they are a list."""
+        """Ids as a tensor: int64 on the host if they are a list."""
         if ids is None or isinstance(ids, torch.Tensor):
             return ids
         return torch.tensor(ids, dtype=torch.int64)
@@ -201,7 +201,7 @@ def moved(side: Side, guards: list[Guarded]) -> Side:
 
 
 def on_host(side: Side, pinned: bool) -> Side:
-    """A side with its tensors on the host, pinned where asked, their bytes as they are."""
+    """A side with its tensors on the host, pinned if asked, their bytes as they are."""
     if not pinned and all(guard.whole.device.type == "cpu" for guard in side.guards):
         return side
     guards = [replace(guard, whole=guard.whole.cpu()) for guard in side.guards]

@@ -237,7 +237,7 @@ def _draw_side(
     draw: Draw, rows: SharedRows, dtype: torch.dtype, n: int, source: bool, options: Options
 ) -> Side:
     """One side but for its ids: a paged cache or a chunk, its layout, its memory and the step of
-    its index, 0 where it will have none."""
+    its index, 0 if it will have none."""
     paged = draw(st.booleans())
     grain = n if n and rows.split == "token" else 1
     size = pick(draw, (4, 2, 8, 1, 3, 5, 6, 7) if paged else (4, 1, 2, 3, *range(5, 25)))

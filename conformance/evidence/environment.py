@@ -134,7 +134,7 @@ def describe_backend(subject: Subject) -> dict[str, str]:
 
 def assumed(modules: Iterable[str]) -> str:
     """What modules that emulate take for true without the vendor's word: each one's ``ASSUMPTION``,
-    a clause; empty where none takes anything."""
+    a clause; empty if none takes anything."""
     said = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
     return "; ".join(clause for clause in said if clause)
 
@@ -225,7 +225,7 @@ def package_versions(names: Iterable[str]) -> dict[str, str]:
 
 def package_sha256(name: str) -> str:
     """A hash of the files of an installed distribution, by the list that its wheel brought along;
-    the same wherever that wheel was installed. Empty where there is none."""
+    the same wherever that wheel was installed. Empty if there is none."""
     try:
         listed = metadata.distribution(name).read_text("RECORD") or ""
     except metadata.PackageNotFoundError:

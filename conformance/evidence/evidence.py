@@ -8,7 +8,7 @@ JSON object with at least these keys, and further ones as it likes:
     name, backend  the backend's own name, and ``module:Class``
     source_sha256  the hash of the backend's source (`source.source_sha256`)
     command, date  what repeats it, and the day (ISO)
-    right          true where it ended well
+    right          true if it ended well
 
 and what its kind has to show (`contents`); where they count, ``vendor`` (sha256 of each package of
 the vendor, by name), ``emulation`` (sha256 of each module that emulated), ``assumption`` (what that
@@ -59,8 +59,8 @@ _PATH = re.compile(r"(?:(?<=-[ILB])|(?<![\w./~]))/(?:[\w.+@-]+/)+([\w.+@-]*)")
 
 
 def read(file: Path) -> Rung:
-    """What a file says, as a row that names no file yet; its rung is empty where it bears out none,
-    its device where the file does not say one. `ValueError` if it is neither a report as it was
+    """What a file says, as a row that names no file yet; its rung is empty if it bears out none,
+    its device if the file does not say one. `ValueError` if it is neither a report as it was
     made nor a record of a job that holds what its kind has to; a sentence."""
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
@@ -253,7 +253,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Record a command: 0 where it ended well and shows what its kind has to, else 1."""
+    """Record a command: 0 if it ended well and shows what its kind has to, else 1."""
     job = _parser().parse_args(arguments)
     try:
         record = recorded(job)

@@ -2,7 +2,7 @@
 """The ladder: how far each backend was verified on each device, and whether that still holds.
 
 ``ladder.toml`` has a row for each rung of each pair, with the file that bears it out. A rung counts
-as expired where the backend's source, what emulated its device, the suite or a package of the
+as expired if the backend's source, what emulated its device, the suite or a package of the
 vendor's is another one now.
 
 R0 described, R1 call shapes against a stand-in, R2 accepted by the vendor's own schemas, R3

@@ -29,7 +29,7 @@ _Rows = Sequence[_Record]
 
 
 def lacking(rung: str, record: _Record) -> list[str]:
-    """What a record lacks to bear out a rung, a sentence each; empty where it holds all."""
+    """What a record lacks to bear out a rung, a sentence each; empty if it holds all."""
     hashes: dict[str, Any] = {"source_sha256": record["source_sha256"]}
     for place in ("vendor", "emulation"):
         values = record.get(place, {})

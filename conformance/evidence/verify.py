@@ -218,7 +218,7 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
 
 
 def _words_of(record: RunRecord) -> list[str]:
-    """The command in words; none where a quote in it is not closed."""
+    """The command in words; none if a quote in it is not closed."""
     try:
         return shlex.split(record.command)
     except ValueError:

@@ -119,7 +119,7 @@ def prose(text: str) -> Markup:
 
 
 def breakable(text: str, marks: str = "/:[,") -> Markup:
-    """A long identifier that may be broken before any of the marks where a line ends."""
+    """A long identifier that may be broken before any of the marks at the end of a line."""
     broken = re.sub(f"(?<=[^{re.escape(marks)}])(?=[{re.escape(marks)}])", "\0", printable(text))
     return Markup("<wbr>").join(broken.split("\0"))
 
@@ -134,7 +134,7 @@ class Matrix:
 
 
 def matrix(cases: Iterable[CaseRecord]) -> Matrix:
-    """The matrix of all cases that are about a layout; empty where none is."""
+    """The matrix of all cases that are about a layout; empty if none is."""
     made = Matrix([], {}, {})
     for case in cases:
         if layout := case.tags.get("layout"):

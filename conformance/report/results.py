@@ -30,8 +30,8 @@ def device_kind(record: RunRecord) -> str:
 
 
 def file_name(record: RunRecord) -> str:
-    """``<backend>-<device>-<suite>.json``; the device by its own name where it is a real one, with
-    what carried plans out where a library was built for that."""
+    """``<backend>-<device>-<suite>.json``; the device by its own name if it is a real one, with
+    what carried plans out if a library was built for that."""
     kind = device_kind(record)
     named = record.environment.get("device_name") or kind
     on_host = kind == "cpu" or record.environment.get("emulated") is not False

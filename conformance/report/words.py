@@ -146,7 +146,7 @@ def duration(seconds: float) -> str:
 
 
 def moment(started: str) -> str:
-    """``20 Nov 2026, 09:41 UTC``; the text itself where it is no ISO time."""
+    """``20 Nov 2026, 09:41 UTC``; the text itself if it is no ISO time."""
     try:
         when = datetime.fromisoformat(started.replace("Z", "+00:00"))
     except ValueError:
@@ -169,7 +169,7 @@ def plain(value: Any) -> str:
 
 
 def worst(statuses: Counter[Status]) -> Status:
-    """The worst status that occurs; ``passed`` where there is none."""
+    """The worst status that occurs; ``passed`` if there is none."""
     return next((status for status in STATUSES if statuses[status]), "passed")
 
 
@@ -216,7 +216,7 @@ class FirstByte:
 
 
 def first_byte(reason: str) -> FirstByte | None:
-    """The wrong byte that a reason tells of; None where it tells of something else."""
+    """The wrong byte that a reason tells of; None if it tells of something else."""
     found = _SENTENCE.search(reason)
     if found is None:
         return None

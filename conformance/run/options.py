@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parents[1]
 #: Every mark of a case, with what it says; the plugin registers them.
 MARKS = {
     "area": "area(name): what part of the suite a case belongs to",
-    "profile": "profile(name): the least profile that runs a case; core where none is said",
+    "profile": "profile(name): the least profile that runs a case; core if none is said",
     "claim": "claim(field): the field of Capabilities that a case judges",
     "tags": "tags(layout=, dtype=, operation=): the cell of the report's matrix",
     "bigmem": "bigmem: takes gigabytes of the judged device's memory",
@@ -66,7 +66,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Declare the marks, and load the suite where a backend was named."""
+    """Declare the marks, and load the suite if a backend was named."""
     for line in MARKS.values():
         config.addinivalue_line("markers", line)
     if config.getoption("--portakv-backend") is None:

@@ -12,7 +12,7 @@ from typing import Any
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.record import CaseRecord
 
-_EVERY = 5.0  # seconds between two plain lines where nothing is wrong
+_EVERY = 5.0  # seconds between two plain lines if nothing is wrong
 _MOST_WRONG = 20  # failures that are shown while a run goes on; the summary groups all of them
 
 
@@ -92,7 +92,7 @@ class Bar(Progress):
 
 @contextmanager
 def shown() -> Iterator[Progress]:
-    """A bar where standard error is a terminal and rich is installed, else plain lines."""
+    """A bar if standard error is a terminal and rich is installed, else plain lines."""
     try:
         if not sys.stderr.isatty():
             raise ImportError

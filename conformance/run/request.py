@@ -11,7 +11,7 @@ from pathlib import Path
 
 from portakv_conformance.judge.waivers import Waiver
 
-#: Seconds that one case may take; more where ``--fuzz`` draws many examples in it.
+#: Seconds that one case may take; more if ``--fuzz`` draws many examples in it.
 CASE_LIMIT = 120.0
 _EXAMPLES_A_SECOND = 5
 # What changes which kernel runs, and so belongs to the command that repeats a run.

@@ -55,7 +55,7 @@ class Share:
         self._folder = folder
 
     def take(self, id: str) -> bool:
-        """Take a case; False where another has it."""
+        """Take a case; False if another has it."""
         try:
             self._file(id).touch(exist_ok=False)
         except FileExistsError:

@@ -24,7 +24,7 @@ from portakv.cli import main as portakv
 from portakv_conformance import cli
 from portakv_conformance.cli import main
 from portakv_conformance.record import RunRecord
-from portakv_conformance.report.diff import compare_runs, differences
+from portakv_conformance.report.summary import compare_runs, differences
 from portakv_conformance.run.journal import MOST_EXAMPLES
 from portakv_conformance.run.progress import Progress
 from portakv_conformance.run.request import Options
