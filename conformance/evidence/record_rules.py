@@ -40,7 +40,7 @@ def lacking(rung: str, record: _Record) -> list[str]:
     if told not in " ".join(" ".join(_printed(record)).split()):
         found.append(f"{told!r} was not printed.")
     name, keys, *checks = _KINDS.get(rung, ("", ()))
-    rows = record.get(name) if name else []
+    rows: Any = record.get(name) if name else []
     if name and not (isinstance(rows, list) and rows):
         found.append(f"It holds no {name}.")
         rows = []

@@ -259,8 +259,9 @@ class Suite:
     def _end(self, item: pytest.Item, seconds: float) -> None:
         """Tell how a case ended. If nothing more can be judged in this process, end it, so that
         another goes on where the device works."""
-        judge, where = item.stash.get(_JUDGE, None), self.subject.device
-        status, reason, details = outcome(item.stash[_REPORTS], judge, self.subject.flaw)
+        reports, judge = item.stash[_REPORTS], item.stash.get(_JUDGE, None)
+        status, reason, details = outcome(reports, judge, self.subject.flaw)
+        where = self.subject.device
         record = CaseRecord(
             case_id(item), **about(item), status=status, seconds=round(seconds, 4),
             examples=judge.examples if judge else 0, declined=len(judge.declined) if judge else 0,
