@@ -217,7 +217,6 @@ def test_threads(home: Bench) -> None:
     cases = [home.other(n).some("gather", shape, 9) for n in range(4)]
     plans = [plan_of(case) for case in cases]
     assert len({(plan.src, plan.dst) for plan in plans}) == 1
-    launch, times = None, 8
-    if home.judge.claims("threads", "the library lets one thread at a time into a launch."):
-        launch, times = home.subject.prepare(plans[0]), 40
-    home.judge.at_once(cases, launch, times)
+    able = home.judge.claims("threads", "the library lets one thread at a time into a launch.")
+    launch = home.subject.prepare(plans[0]) if able else None
+    home.judge.at_once(cases, launch, times=40 if able else 8)

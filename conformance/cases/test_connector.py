@@ -87,8 +87,7 @@ def test_caches_that_were_registered_again(store: Store) -> None:
 def test_caches_passed_with_the_call(store: Store) -> None:
     """Caches that differ from those registered take their place; alternating sets do not mix."""
     sets = [store.caches(seed) for seed in range(2)]
-    for turn in range(4):
-        caches = sets[turn % 2]
+    for turn, caches in enumerate((*sets, *sets)):
         case = store.case(caches, store.home.shuffled(SHAPE.slots, 7 + turn), seed=turn)
         store.check(case, caches.tensors)
 

@@ -58,9 +58,9 @@ def test_each_side_has_its_own_dtype(home: Bench, mine: str, theirs: str) -> Non
 def test_steps(home: Bench, direction: str, step: int) -> None:
     """An id may stand for any number of tokens: part of a block, a block, or several blocks."""
     units = SHAPE.slots // step
-    ids = home.shuffled(units, max(1, units // 2), 1 if units > 2 else 0)
-    home.copy(home.move(direction, SHAPE, ids, step=step))
-    home.copy(home.move(direction, SHAPE, torch.tensor(ids, dtype=torch.int32), step=step))
+    ids = torch.tensor(home.shuffled(units, max(1, units // 2), 1 if units > 2 else 0))
+    for listed in (ids, ids.int()):
+        home.copy(home.move(direction, SHAPE, listed, step=step))
 
 
 @pytest.mark.parametrize(("mine", "theirs"), [(1, 4), (4, 1), (2, 4), (4, 12), (12, 4), (3, 4)])

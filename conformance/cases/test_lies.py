@@ -19,7 +19,6 @@ pytestmark = pytest.mark.area("claims")
 
 SHAPE = Shape(layers=3, widths=(64, 64))
 BUSY = 300  # milliseconds
-_THREADS, _ROUNDS = 4, 12
 
 
 @pytest.mark.claim("places")
@@ -97,9 +96,9 @@ def test_each_thread_gets_its_own_copy(home: Bench, direction: str) -> None:
     if not home.judge.claims("threads", "the library lets one thread at a time into a launch."):
         return
     prepared = None
-    for turn in range(_ROUNDS):
+    for turn in range(12):
         # Fresh destinations each time: a call that is lost is not made good by the next.
-        cases = [home.other(10 * turn + n).some(direction, SHAPE, 9) for n in range(_THREADS)]
+        cases = [home.other(10 * turn + n).some(direction, SHAPE, 9) for n in range(4)]
         prepared = prepared or home.subject.prepare(plan_of(cases[0]))
         home.judge.at_once(cases, prepared)
 

@@ -137,7 +137,6 @@ def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[
 def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype) -> Case:
     """A chunk's layout beside a paged cache, or another chunk's."""
     if operation == "convert":
-        source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
-        other = "token layer head kv dim"
+        source, other = shop.chunk(shape, 13, layout=layout, dtype=dtype), "token layer head kv dim"
         return Case(source, shop.chunk(shape, 13, layout=other, source=False, dtype=dtype), 13)
     return shop.some(operation, shape, 13, 2, {"layout": layout}, layout=PAGED, dtype=dtype)

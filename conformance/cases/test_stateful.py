@@ -63,7 +63,6 @@ class Engine(RuleBasedStateMachine):
         return carried
 
     def _blaming(self) -> AbstractContextManager[None]:
-        """Keeps one of the last copies as an example, where what is inside fails."""
         return blaming(self.home.judge, *self.done[:-4:-1])
 
     @precondition(lambda self: self.free)

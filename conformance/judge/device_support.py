@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the suite needs from a device beyond tensors: streams, a slow job, a second device.
-
-The only module of the suite that knows device types by name.
-"""
+"""What the suite needs from a device beyond tensors: streams, a slow job, a second device. No other
+module of the suite knows device types by name."""
 
 from __future__ import annotations
 

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The oracle: what every storage must hold after a copy, and a sentence on the first wrong byte.
-
-It is numpy over bytes and takes nothing from the library: where a row lies comes from the layout
-language's definition (``rows``), and a copy is one assignment by absolute address.
-"""
+"""The oracle: what every storage must hold after a copy, and a sentence on the first wrong byte. It
+is numpy over bytes and takes nothing from the library: where a row lies comes from the layout
+language's definition (``rows``), and a copy is one assignment by absolute address."""
 
 from __future__ import annotations
 

@@ -41,12 +41,11 @@ class WaiverError(ValueError):
 
 @dataclass(frozen=True)
 class Waiver:
-    """One case that may fail: as the report names it, why, and the first suite version in which it
-    must pass."""
+    """One case that may fail."""
 
-    id: str
+    id: str  # as the report names it
     reason: str
-    expires: str
+    expires: str  # the first version of the suite in which it must pass
 
 
 def read_waivers(path: Path) -> tuple[Waiver, ...]:

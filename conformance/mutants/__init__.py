@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mutants: seeded-bug backends, each small and realistic, that the suite has to catch.
-
-Every mutant is a correct kernel (`HostRows`, on the simulated device `DeviceRows`) with one step
-of it replaced; its docstring is its bug. A mutant that survives is a bug of the suite.
-"""
+"""Mutants: seeded-bug backends that the suite has to catch. Each is a correct kernel (`HostRows`,
+on the simulated device `DeviceRows`) with one step replaced; its docstring is its bug."""
 
 from __future__ import annotations
 

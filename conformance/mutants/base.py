@@ -1,10 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The base of all mutants: a small and correct backend, in the style of a real kernel.
-
-It carries out ``plan.nests`` by address, stride and vector, one method for each step of the way,
-so that a mutant replaces one step and leaves the rest right. Un-mutated it passes the suite: it is
-the control of the experiment.
-"""
+"""The base of all mutants: a small and correct backend, in the style of a real kernel. It carries
+out ``plan.nests`` by address, stride and vector, one method for each step of the way, of which a
+mutant replaces one. Un-mutated it passes the suite: it is the control of the experiment."""
 
 from __future__ import annotations
 

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The score of the suite: every mutant has to be caught, under every seed.
-
-``python -m portakv_conformance.mutants.score``, or `portakv conform --mutants`. Exit code 0 where
-every mutant is caught and the un-mutated bases pass, else 1: also where one could not be judged.
-"""
+"""The score of the suite, `portakv conform --mutants`: every mutant has to be caught, under every
+seed. Exit code 0 if all are and the un-mutated bases pass, else 1: also if one was not judged."""
 
 from __future__ import annotations
 
@@ -87,7 +84,7 @@ def try_mutant(
         elif wrong:
             why = f"{wrong[0].id} is in error: {wrong[0].reason}"
     except (TimeoutError, *_UNJUDGED) as error:
-        why, judged = _line(error), isinstance(error, TimeoutError)
+        why, judged = str(error).partition("\n")[0], isinstance(error, TimeoutError)
     return Trial(mutant, seed, caught, why, time.monotonic() - began, judged)
 
 
@@ -95,16 +92,12 @@ def _wrong(record: RunRecord) -> list[CaseRecord]:
     return [case for case in record.cases if case.status in WRONG]
 
 
-def _line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
-
-
 def try_control(control: Mutant, seed: int = 0, *, runner: Runner = run) -> str | None:
     """Run the full suite on an un-mutated base; None where it passes, else why not."""
     try:
         record = runner(Options(control.target(), control.device_type, "full", seed))
     except _UNJUDGED as error:
-        return _line(error)
+        return str(error).partition("\n")[0]
     if wrong := _wrong(record):
         return f"{len(wrong)} cases fail, the first is {wrong[0].id}: {wrong[0].reason}"
     return None if record.verdict == "conformant" else "; ".join(record.missing)
