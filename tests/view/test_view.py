@@ -170,7 +170,7 @@ UNWRITABLE: dict[str, tuple[Any, str, str]] = {
     "blocks": (noise(1, 4, 8).expand(3, 4, 8), "block token dim", SHARED),
     "kv": (noise(1, 5, 8).expand(2, 5, 8), "kv token dim", SHARED),
     "one tensor twice": ([A] * 2, "kv | token dim", SHARED),
-    "one tensor thrice": ([A] * 3, "layer | token dim", SHARED),
+    "one block twice": ([A] * 2, "block | token dim", APART),
     "one among others twice": ([A, D, A], "layer | token dim", APART),
     "a value that is the next layer's key": ([(A, B), (B, C)], "layer kv | token dim", APART),
     "behind several addresses": ([(A, B), (B, C), (D, E)], "layer kv | token dim", APART),
