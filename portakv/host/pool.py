@@ -268,9 +268,8 @@ class PinnedPool(Pool):
                 f"A pool was asked for with {', '.join(unknown)}, which it does not take; expected "
                 f"its own arguments or {', '.join(sorted(known))}, which pinned.allocate takes."
             )
-        self._stacks, self._options = stacks, options
+        self.pinned, self._stacks, self._options = True, stacks, options
         self.blocks = self.high_water = self._generation = 0
-        self.pinned = True
         self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
         self._ready: deque[int] = deque()
         # Blocks that are out: the owner, its thread, since when, and the stack.

@@ -41,7 +41,7 @@ def test_another_process_reads_what_was_written(name: str) -> None:
             assert {index, block.index} == {0, 1}
             assert (pool.free, pool.high_water) == (0, 2)
         (leak,) = pool.leaks()
-        assert leak.startswith(f"block {index}: holder ({child.pid}), for offload, 0.")
+        assert leak.startswith(f"block {index}: holder ({child.pid}), for offload, ")
         assert child.end() == 0
         assert pool.free == 2
         assert pool.leaks() == []
@@ -67,7 +67,7 @@ def test_closed_with_blocks_out(name: str) -> None:
     with SharedPool(name, SIZE, 2) as pool:
         other = SharedPool(name)
         block = other.acquire("decode")
-        with pytest.warns(ResourceWarning, match=r"closed. Out are:\n  block 0.*for decode, 0"):
+        with pytest.warns(ResourceWarning, match=r"closed. Out are:\n  block 0.*for decode, "):
             other.close()
         assert (pool.free, block.held, name in shared.names()) == (2, False, True)
         for call in (other.acquire, other.reclaim, lambda: other.free, lambda: other.high_water):
