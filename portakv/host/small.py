@@ -161,19 +161,20 @@ class SmallCopy:
                 "make it with way='value' for contents that are fixed at capture, or with "
                 "way='mapped' for contents that are read at each replay",
             )
-        same = type(values) is ndarray and values.dtype is self._own
-        array: Any = values if same else _as_array(values, self._own)
-        out, count = self.out, array.size
-        if count > self._n:
+        array: Any = values
+        if type(array) is not ndarray or array.dtype is not self._own:
+            array = _as_array(values, self._own)
+        out, count, most = self.out, array.size, self._n
+        if count > most:
             raise LayoutError(
-                f"{count} values of {out.dtype} were sent by a small copy made for {self._n}; "
+                f"{count} values of {out.dtype} were sent by a small copy made for {most}; "
                 f"expected no more. Make one for the most that occur."
             )
         if stream is not None:
             streams.check_stream(stream, self._device)
             streams.follow_current(stream, *(() if captures else (out,)))
         self._send(array, out, stream, captures)
-        return out if count == self._n else out.view(-1)[:count]
+        return out if count == most else out.view(-1)[:count]
 
     def refill(self, values: Values) -> None:
         """Change what captured sends carry from the next replay on, as many values as they had. The
