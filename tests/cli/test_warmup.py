@@ -173,8 +173,7 @@ def test_without_the_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cache_that_cannot_be_used(cache: Path) -> None:
     cache.write_bytes(b"")
     message = refuses("--arch", "90", "--shape", "seed")
-    assert str(cache) in message
-    assert "PORTAKV_CACHE_DIR" in message
+    assert str(cache) in message.partition("PORTAKV_CACHE_DIR")[0]
 
 
 NO_HIPRTC = _hip_driver.DriverMissing("hipRTC cannot be loaded (no such file); install ROCm")
