@@ -5,7 +5,7 @@ tells the driver, what errors say."""
 from __future__ import annotations
 
 import ctypes
-import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +15,16 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.command_line import python, rejection
+from support.command_line import rejection
 from support.cuda_cases import COPIES, Copy, by, chunk, pool
 from support.guarded_memory import refused, same
 
-from portakv import Unsupported
+from portakv import AdaptiveConnector, BackendUnavailable, Unsupported
 from portakv.backends import rows_launch
 from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel
+from portakv.registry import registry
+from portakv.registry.self_check import self_check
 from portakv.runtime import hip as _hip_driver
 from portakv.runtime.cuda import raw_stream
 from portakv.runtime.hip import Card
@@ -102,29 +104,30 @@ def test_a_device_is_named(
     assert decision.reason.endswith(f" compiles its kernel for {told}")
 
 
-def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    rocm(monkeypatch)
-    with failing("hipGetDeviceCount", 100):
-        assert reason() == (
-            "HIP finds no device: hipGetDeviceCount returned hipErrorNoDevice (100), no "
-            "ROCm-capable device is detected; check that /dev/kfd can be opened and that "
-            "HIP_VISIBLE_DEVICES leaves a device"
-        )
-    assert reason(torch.device("cuda", 3)) == "HIP finds 1 devices, so that there is no cuda:3"
-
-
-def test_versions_and_architectures_that_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("function", "error", "device", "told"),
+    [
+        ("hipGetDeviceCount", 100, 0,
+         "HIP finds no device: hipGetDeviceCount returned hipErrorNoDevice (100), no ROCm-capable "
+         "device is detected; check that /dev/kfd can be opened and that HIP_VISIBLE_DEVICES leaves"
+         " a device"),
+        ("", 0, 3, "HIP finds 1 devices, so that there is no cuda:3"),
+        ("", 0, 0, "torch tells no architecture of cuda:0 ('' was found, and gfx906"),
+        ("hiprtcVersion", 3, 0, "version of hipRTC failed: HIPRTC_ERROR_INVALID_INPUT (3)"),
+        ("hipRuntimeGetVersion", 1, 0, "hipRuntimeGetVersion failed: hipErrorInvalidValue (1)"),
+    ],
+)  # fmt: skip
+def test_what_the_driver_or_torch_does_not_tell_is_the_reason(
+    function: str, error: int, device: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rocm(monkeypatch, architecture="")
-    assert "torch tells no architecture of cuda:0 ('' was found, and gfx906" in reason()
-    with failing("hiprtcVersion", 3):
-        assert "version of hipRTC failed: HIPRTC_ERROR_INVALID_INPUT (3)" in reason()
-    with failing("hipRuntimeGetVersion", 1):
-        assert "hipRuntimeGetVersion failed: hipErrorInvalidValue (1)" in reason()
+    with failing(function, error):
+        assert told in reason(torch.device("cuda", device))
 
 
-def test_a_release_is_read_from_its_number() -> None:
-    assert _hip_driver.hip_release(50221153) == "5.2.21153"
-    assert _hip_driver.hip_release(60325422) == "6.3.25422"
+@pytest.mark.parametrize(("number", "release"), [(50221153, "5.2.21153"), (60325422, "6.3.25422")])
+def test_a_release_is_read_from_its_number(number: int, release: str) -> None:
+    assert _hip_driver.hip_release(number) == release
 
 
 # Which libraries it loads, and which backend is chosen
@@ -183,57 +186,29 @@ def test_a_loaded_library_is_preferred_then_one_beside(tmp_path: Path) -> None:
     assert beside[0] == str(tmp_path / "libportakv_none.so.7")
 
 
-PROGRAM = """
-import json
-from types import SimpleNamespace
-import torch
-torch.version.hip, torch.version.cuda = "6.3.42134", None
-torch.cuda.current_device = lambda: 0
-torch.cuda.device_count = lambda: 1
-torch.cuda.get_device_properties = lambda _: SimpleNamespace(name="BW1000", gcnArchName="gfx936")
-from portakv import AdaptiveConnector, BackendUnavailable
-from portakv.registry import registry
-from portakv.registry.self_check import self_check
-from portakv.runtime import hip as _hip_driver
-from portakv_conformance.vendor.hip_emulated import HipEmulated
-from portakv_conformance.vendor.hip_emulated import fake_driver
-
-
-def on_the_host(backend):
-    return self_check(HipEmulated(torch.device("cpu")))
-
-
-registry.self_check = on_the_host
-_hip_driver.driver = fake_driver
-AdaptiveConnector("cuda")
-found = {"chosen": registry.choose("cuda").name}
-try:
-    AdaptiveConnector("cuda", backend="cuda")
-except BackendUnavailable as error:
-    found["forced"] = "\\n".join([str(error), *map(str, error.trace)])
-decisions = registry.trace(torch.device("cuda", 0))
-print(json.dumps(found | {"trace": {d.name: [d.accepted, d.reason] for d in decisions}}))
-"""
-
-
-def test_which_backend_a_torch_for_rocm_gets() -> None:
-    """In a process of its own. No tensor can lie on such a device here: the self-check copies
-    through the same driver on the host."""
-    found: dict[str, Any] = json.loads(python("-c", PROGRAM))
-    assert found["chosen"] == "hip"
-    accepted, why = found["trace"]["hip"]
-    assert accepted
-    assert why.endswith(
+def test_which_backend_a_torch_for_rocm_gets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor can lie on such a device here: the self-check copies through the same driver on
+    the host."""
+    rocm(monkeypatch, "BW1000", "gfx936")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
+    monkeypatch.setattr(registry, "self_check", lambda backend: self_check(HipEmulated(CPU)))
+    assert registry.choose(AdaptiveConnector("cuda").device).name == "hip"
+    of_rocm = "this torch is built for ROCm, not for CUDA"
+    with pytest.raises(BackendUnavailable, match=of_rocm) as raised:
+        AdaptiveConnector("cuda", backend="cuda")
+    assert any(str(decision).startswith("hip: accepted") for decision in raised.value.trace)
+    trace = {decision.name: decision for decision in registry.trace(CUDA)}
+    assert trace["hip"].accepted
+    assert trace["hip"].reason.endswith(
         "compiles its kernel for gfx936 (BW1000, a Hygon DCU); self-check passed, every byte right"
     )
-    of_rocm = "this torch is built for ROCm, not for CUDA"
-    assert found["trace"]["cuda"] == [False, of_rocm]
-    assert of_rocm in found["forced"]
-    assert "hip: accepted" in found["forced"]
-    for name, (_, why) in found["trace"].items():
-        assert why, name
-        assert "Traceback" not in why
-        assert "it failed to load" not in why, f"{name}: {why}"
+    assert (trace["cuda"].accepted, trace["cuda"].reason) == (False, of_rocm)
+    for decision in trace.values():
+        assert decision.reason
+        assert not re.search("Traceback|it failed to load", decision.reason), decision
 
 
 # Errors on the way
