@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `ascend` and `mlu` say of their vendors' packages: those that are missing, broken or of
-another release; and what a run on the simulated device says of a package that is not there."""
+"""What `ascend`, `mlu` and `triton` say of packages that are missing, broken or of another release;
+and what a run on the simulated device says of a package that is not there."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ import pytest
 import torch
 from support.command_line import python, run
 
+from portakv import backends
 from portakv.backends import _ascend_kernel as _ascendc
 from portakv.backends.ascend import CALLS, Ascend
 from portakv.backends.base import Backend
 from portakv.backends.mlu import Mlu
+from portakv.backends.triton import Triton
 from portakv_conformance.judge.subject import _carried
 from portakv_conformance.simdev import build
 from portakv_conformance.vendor import ascend_ops
@@ -31,6 +33,8 @@ VENDORS: dict[str, tuple[type[Backend], str, str]] = {
     "npu": (Ascend, "torch_npu",
             f"install torch_npu=={RELEASE}.* beside CANN, and source CANN's set_env.sh"),
     "mlu": (Mlu, "torch_mlu_ops", "install torch_mlu and torch_mlu_ops of Cambricon Neuware"),
+    "cuda": (Triton, "triton", ""),
+    "cpu": (Triton, "triton", ""),
 }  # fmt: skip
 FIVE = "k, v, k_cache, v_cache, slot_mapping"
 TRANSFER = (
@@ -46,8 +50,9 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
     monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
     monkeypatch.setattr(_ascendc, "_PLACE", ("lib", "none.so"))  # whatever was built here
     packages = {"torch_npu", "torch_mlu_ops", "torch_mlu"}
-    for name in packages:
+    for name in (*packages, "triton", "portakv.backends._triton_kernel"):
         monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr(backends, "_triton_kernel", raising=False)
     without = [x for x in sys.path if not any(Path(x, name).exists() for name in packages)]
     monkeypatch.setattr(sys, "path", [str(tmp_path), *without])
 
@@ -55,6 +60,8 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
         backend, package, _ = VENDORS[kind]
         if text is not None:
             (tmp_path / f"{package}.py").write_text(text)
+        if kind == "cpu":
+            monkeypatch.setenv("TRITON_INTERPRET", "1")
         # torch knows the type only once its package was imported; `probe` reads the type alone.
         asked: Any = torch.device(device) if device else SimpleNamespace(type=kind)
         return str(backend.probe(asked))
@@ -65,7 +72,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("kind", VENDORS)
+@pytest.mark.parametrize("kind", ["npu", "mlu"])
 def test_other_devices_are_refused_before_the_package_is_imported(
     kind: str, device: str, ask: Any
 ) -> None:
@@ -81,13 +88,21 @@ def test_other_devices_are_refused_before_the_package_is_imported(
         ("npu", "import torch_npu_part", "torch_npu_part, which torch_npu needs, is not installed"),
         ("mlu", "import torch_mlu", "torch_mlu, which torch_mlu_ops needs, is not installed"),
         *((kind, f"raise {error}", f"{VENDORS[kind][1]} is installed, but its import failed {said}")
-          for kind in VENDORS
+          for kind in ("npu", "mlu")
           for error, said in (
             ("ImportError('libx.so: cannot open')", "(ImportError: libx.so: cannot open); install"),
             ("OSError('libx.so: undefined symbol')", "(OSError: libx.so: undefined symbol)"),
             ("RuntimeError('CNRT error.')", "(RuntimeError: CNRT error)"),
             ("AttributeError('x')", "(AttributeError: x)"))),
         ("mlu", "def reshape(", "torch_mlu_ops is installed, but its import failed (SyntaxError: "),
+        *((kind, f"raise {error}", said)
+          for kind in ("cuda", "cpu")
+          for error, said in (
+            ("ModuleNotFoundError('x', name='triton')",
+             "the package 'triton' is missing; install portakv[triton]"),
+            *((f"{error}('libtriton.so: foo\\nmore')",
+               f"Triton cannot be imported: {error}: libtriton.so: foo")
+              for error in ("ImportError", "OSError", "RuntimeError")))),
     ],
 )  # fmt: skip
 def test_a_package_that_is_missing_or_broken_is_the_reason(
