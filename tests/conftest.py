@@ -33,12 +33,8 @@ def positive(text: str) -> int:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--fuzz",
-        type=positive,
-        metavar="N",
-        help="draw N fresh random examples in each property test, instead of the fixed ones",
-    )
+    told = "draw N fresh random examples in each property test, instead of the fixed ones"
+    parser.addoption("--fuzz", type=positive, metavar="N", help=told)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -60,18 +56,13 @@ def pytest_configure(config: pytest.Config) -> None:
     settings.register_profile(
         "fixed", derandomize=True, database=None, deadline=None, suppress_health_check=checks
     )
-    examples: int | None = config.getoption("--fuzz")
-    if examples is None:
-        settings.load_profile("fixed")
-        return
-    settings.register_profile(
-        "fuzz",
-        settings.get_profile("fixed"),
-        derandomize=False,
-        max_examples=examples,
-        print_blob=True,
-    )
-    settings.load_profile("fuzz")
+    settings.load_profile("fixed")
+    if (examples := config.getoption("--fuzz")) is not None:
+        fixed = settings.get_profile("fixed")
+        settings.register_profile(
+            "fuzz", fixed, derandomize=False, max_examples=examples, print_blob=True
+        )
+        settings.load_profile("fuzz")
 
 
 _SIMDEV = "privateuseone"  # torch's own name for the simulated device

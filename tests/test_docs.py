@@ -31,11 +31,7 @@ def run(page: str, code: list[str], names: dict[str, Any]) -> dict[str, Any]:
 
 PAGES = [
     str(page.relative_to(ROOT))
-    for page in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-    )
+    for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
     if BLOCK.search(page.read_text())
 ]
 
@@ -47,26 +43,22 @@ def acme(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(portakv, "register_backend", registry.register)
 
 
-@pytest.mark.usefixtures("acme")
-@pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    run(page, blocks(page), {})
-
-
-@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a device to take")
-@pytest.mark.usefixtures("acme")
-@pytest.mark.parametrize("page", PAGES)
-def test_the_code_of_a_page_runs_with_a_cuda_build_and_no_driver(
-    page: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _named_anywhere(check_available: bool = False) -> torch.device | None:
     """PyPI's torch names ``cuda`` as its accelerator anywhere, unless it is asked to look."""
+    return None if check_available else torch.device("cuda")
 
-    def current_accelerator(check_available: bool = False) -> torch.device | None:
-        return None if check_available else torch.device("cuda")
 
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", current_accelerator)
+@pytest.mark.usefixtures("acme")
+@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("no_driver", [False, True], ids=["as it is", "cuda without a driver"])
+def test_the_code_of_a_page_runs(
+    no_driver: bool, page: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    if no_driver:
+        if torch.accelerator.is_available():
+            pytest.skip("there is a device to take")
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", _named_anywhere)
     run(page, blocks(page), {})
 
 

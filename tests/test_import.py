@@ -4,11 +4,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from typing import Any
 
 import pytest
+from support.command_line import python
 
 PROBE = """
 import json, sys, time
@@ -29,15 +28,7 @@ print(json.dumps({
 @pytest.fixture(scope="module")
 def imports() -> list[dict[str, Any]]:
     """What three new interpreters printed after importing portakv behind torch."""
-    return [fresh_import() for _ in range(3)]
-
-
-def fresh_import() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE], capture_output=True, text=True, check=True, timeout=300
-    )
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return [json.loads(python("-c", PROBE)) for _ in range(3)]
 
 
 def test_import_brings_nothing_but_portakv(imports: list[dict[str, Any]]) -> None:

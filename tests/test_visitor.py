@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.command_line import python
 
 pytestmark = pytest.mark.visitor
 
@@ -60,10 +61,7 @@ def test_the_old_places_of_public_names_still_work() -> None:
         "from portakv.plan import CopyPlan\nfrom portakv.view import KVView\n"
         "from portakv.index import Index\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    python("-c", code)
 
 
 def test_the_readme_s_links_hold_outside_the_clone() -> None:

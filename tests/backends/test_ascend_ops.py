@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from portakv_conformance.vendor.ascend_ops import Refused
 
 BLOCKS, SIZE, HEADS, DIM = 3, 4, 2, 16
 SLOTS = BLOCKS * SIZE
+ROWS, WHERE = torch.arange(6).view(2, 3), torch.tensor([[4], [1]])
+COMPLEX = torch.zeros(4, 2, dtype=torch.complex128)
 
 
 def numbers(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -47,6 +50,16 @@ def gather(**changed: Any) -> None:
     ascend_ops.gather_pa_kv_cache(**{**given, **changed})
 
 
+def update(**changed: Any) -> torch.Tensor:
+    given = {"input": torch.zeros(5, 3, dtype=torch.int64), "indices": WHERE, "updates": ROWS}
+    return ascend_ops.scatter_nd_update_(**{**given, **changed})
+
+
+def select(**changed: Any) -> torch.Tensor:
+    given: dict[str, Any] = {"rows": ROWS, "dim": 0, "index": torch.tensor([1])}
+    return ascend_ops.index_select(**{**given, **changed})
+
+
 def test_scatter_writes_each_row_to_its_slot() -> None:
     key, value = numbers(3, HEADS, DIM), numbers(3, HEADS, 8)
     caches = [torch.zeros(BLOCKS, SIZE, HEADS, d, dtype=torch.float16) for d in (DIM, 8)]
@@ -55,6 +68,12 @@ def test_scatter_writes_each_row_to_its_slot() -> None:
         pool = cache.view(SLOTS, HEADS, -1).view(torch.int16)
         assert pool[[7, 0, 11]].equal(rows.view(torch.int16))
         assert not pool[[1, 2, 3, 4, 5, 6, 8, 9, 10]].any()
+
+
+def test_an_update_writes_rows() -> None:
+    matrix = torch.zeros(5, 3, dtype=torch.int64)
+    assert update(input=matrix) is matrix
+    assert matrix[[4, 1]].equal(ROWS)
 
 
 def test_gather_reads_block_after_block() -> None:
@@ -78,83 +97,52 @@ LACKING = (torch.float32, torch.int16, torch.uint8, torch.float64)
 WIDE = torch.zeros(3, HEADS, 2 * DIM, dtype=torch.float16)
 
 
-@pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        ({"cache_mode": "PA_NZ"}, "is for NZ"),
-        ({"slot_mapping": SLOT([7, -1, 11])}, "holds -1, of 0 to 11"),
-        ({"slot_mapping": SLOT([7, 12, 11])}, "holds 12, of 0 to 11"),
-        ({"slot_mapping": SLOT([7, 1])}, "one slot for each token"),
-        ({"slot_mapping": SLOT([7, 0, 11, 3, 4, 5])[::2]}, "is not contiguous"),
-        ({"slot_mapping": SLOT([7, 0, 11], dtype=torch.int16)}, "not int32 or int64"),
-        ({"key": WIDE[..., ::2]}, "is not contiguous"),
-        ({"key": WIDE}, "other heads or dims"),
-        ({"key": numbers(3, HEADS, DIM, dtype=torch.bfloat16)}, "dtypes"),
-        ({"key": numbers(3, HEADS * DIM)}, r"\[tokens, heads, dim\]"),
-        ({"value": numbers(2, HEADS, DIM)}, "differ in tokens or heads"),
-        ({"value_cache": numbers(BLOCKS + 1, SIZE, HEADS, DIM)}, "differ in blocks"),
-        ({"key_cache": numbers(SLOTS, HEADS, DIM)}, r"\[blocks, block_size, heads, dim\]"),
-        ({"compress_lens": SLOT([1])}, "compression"),
-        *((of_dtype(lacking), str(lacking)) for lacking in LACKING),
-    ],
-)
-def test_scatter_refuses(changed: dict[str, Any], why: str) -> None:
-    with pytest.raises(Refused, match=why):
-        scatter(**changed)
+REFUSED: list[tuple[Callable[..., object], dict[str, Any], str]] = [
+    (scatter, {"cache_mode": "PA_NZ"}, "is for NZ"),
+    (scatter, {"slot_mapping": SLOT([7, -1, 11])}, "holds -1, of 0 to 11"),
+    (scatter, {"slot_mapping": SLOT([7, 12, 11])}, "holds 12, of 0 to 11"),
+    (scatter, {"slot_mapping": SLOT([7, 1])}, "one slot for each token"),
+    (scatter, {"slot_mapping": SLOT([7, 0, 11, 3, 4, 5])[::2]}, "is not contiguous"),
+    (scatter, {"slot_mapping": SLOT([7, 0, 11], dtype=torch.int16)}, "not int32 or int64"),
+    (scatter, {"key": WIDE[..., ::2]}, "is not contiguous"),
+    (scatter, {"key": WIDE}, "other heads or dims"),
+    (scatter, {"key": numbers(3, HEADS, DIM, dtype=torch.bfloat16)}, "dtypes"),
+    (scatter, {"key": numbers(3, HEADS * DIM)}, r"\[tokens, heads, dim\]"),
+    (scatter, {"value": numbers(2, HEADS, DIM)}, "differ in tokens or heads"),
+    (scatter, {"value_cache": numbers(BLOCKS + 1, SIZE, HEADS, DIM)}, "differ in blocks"),
+    (scatter, {"key_cache": numbers(SLOTS, HEADS, DIM)}, r"\[blocks, block_size, heads, dim\]"),
+    (scatter, {"compress_lens": SLOT([1])}, "compression"),
+    *((scatter, of_dtype(lacking), str(lacking)) for lacking in LACKING),
+    (gather, {"block_tables": SLOT([[2, 0]])}, "A2 and A3 read int32"),
+    (gather, {"block_tables": SLOT([[2, 3]], dtype=torch.int32)}, "holds 3, of 0 to 2"),
+    (gather, {"block_tables": SLOT([[2, -1]], dtype=torch.int32)}, "holds -1"),
+    (gather, {"block_tables": SLOT([[2]], dtype=torch.int32)}, "shorter than the sequence"),
+    (gather, {"seq_lens": SLOT([5], dtype=torch.int32)}, "says 5, key has 6"),
+    (gather, {"seq_lens": SLOT([6])}, "A2 and A3 read int32"),
+    (gather, {"seq_offset": SLOT([4], dtype=torch.int32)}, "offsets"),
+    (gather, {"key": numbers(0, HEADS, DIM), "value": numbers(0, HEADS, DIM)}, "is empty"),
+    (gather, {"key_cache": numbers(BLOCKS, SIZE, 1, 75 * 1024), "key": numbers(6, 1, 75 * 1024),
+              "value_cache": numbers(BLOCKS, SIZE, 1, DIM), "value": numbers(6, 1, DIM)},
+     "over 148 KiB"),
+    (update, {"indices": WHERE - 2}, "holds -1"),
+    (update, {"indices": WHERE + 1}, "holds 5, of 0 to 4"),
+    (update, {"indices": WHERE[:, 0]}, "indices"),
+    (update, {"updates": ROWS[:, :2]}, "another shape"),
+    (update, {"updates": ROWS.int()}, "updates are"),
+    (update, {"input": torch.zeros(5, 3, dtype=torch.int32), "updates": ROWS.int()},
+     "not among its dtypes"),
+    (select, {"rows": COMPLEX}, "complex128"),
+    (select, {"index": SLOT([4])}, "holds 4"),
+    (ascend_ops.index_copy_,
+     {"rows": COMPLEX, "dim": 0, "index": SLOT([1]), "source": COMPLEX[:1]}, "complex128"),
+    (ascend_ops.index_select_out,
+     {"rows": ROWS, "dim": 0, "index": SLOT([1]), "out": torch.zeros_like(ROWS)}, "resized"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("changed", "why"),
-    [
-        ({"block_tables": SLOT([[2, 0]])}, "A2 and A3 read int32"),
-        ({"block_tables": SLOT([[2, 3]], dtype=torch.int32)}, "holds 3, of 0 to 2"),
-        ({"block_tables": SLOT([[2, -1]], dtype=torch.int32)}, "holds -1"),
-        ({"block_tables": SLOT([[2]], dtype=torch.int32)}, "shorter than the sequence"),
-        ({"seq_lens": SLOT([5], dtype=torch.int32)}, "says 5, key has 6"),
-        ({"seq_lens": SLOT([6])}, "A2 and A3 read int32"),
-        ({"seq_offset": SLOT([4], dtype=torch.int32)}, "offsets"),
-        ({"key": numbers(0, HEADS, DIM), "value": numbers(0, HEADS, DIM)}, "is empty"),
-        (
-            {
-                "key_cache": numbers(BLOCKS, SIZE, 1, 75 * 1024),
-                "key": numbers(6, 1, 75 * 1024),
-                "value": numbers(6, 1, DIM),
-                "value_cache": numbers(BLOCKS, SIZE, 1, DIM),
-            },
-            "over 148 KiB",
-        ),
-    ],
+    ("op", "changed", "why"), REFUSED, ids=[f"{op.__name__}: {why}" for op, _, why in REFUSED]
 )
-def test_gather_refuses(changed: dict[str, Any], why: str) -> None:
+def test_what_an_op_refuses(op: Callable[..., object], changed: dict[str, Any], why: str) -> None:
     with pytest.raises(Refused, match=why):
-        gather(**changed)
-
-
-def test_scatter_nd_update_writes_rows_and_refuses() -> None:
-    matrix, rows = torch.zeros(5, 3, dtype=torch.int64), torch.arange(6).view(2, 3)
-    where = torch.tensor([[4], [1]])
-    assert ascend_ops.scatter_nd_update_(matrix, where, rows) is matrix
-    assert matrix[[4, 1]].equal(rows)
-    for bad, why in [
-        ((matrix, where - 2, rows), "holds -1"),
-        ((matrix, where + 1, rows), "holds 5, of 0 to 4"),
-        ((matrix, where[:, 0], rows), "indices"),
-        ((matrix, where, rows[:, :2]), "another shape"),
-        ((matrix, where, rows.int()), "updates are"),
-        ((matrix.int(), where, rows.int()), "not among its dtypes"),
-    ]:
-        with pytest.raises(Refused, match=why):
-            ascend_ops.scatter_nd_update_(*bad)
-
-
-def test_index_ops_refuse_what_cann_has_no_dtype_for() -> None:
-    wide, index = torch.zeros(4, 2, dtype=torch.complex128), torch.tensor([1])
-    with pytest.raises(Refused, match="complex128"):
-        ascend_ops.index_select(wide, 0, index)
-    with pytest.raises(Refused, match="complex128"):
-        ascend_ops.index_copy_(wide, 0, index, wide[:1])
-    rows = torch.zeros(4, 2, dtype=torch.int16)
-    with pytest.raises(Refused, match="holds 4"):
-        ascend_ops.index_select(rows, 0, index + 3)
-    with pytest.raises(Refused, match="resized"):
-        ascend_ops.index_select_out(rows, 0, index, out=rows[:2])
+        op(**changed)

@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -199,9 +198,9 @@ def test_compiling_needs_no_cuda_core() -> None:
 # Why `cuda` is rejected
 
 
-def _nvrtc_of(major: int, status: int = 0) -> Any:
-    """An NVRTC of some version."""
-    return SimpleNamespace(nvrtcVersion=lambda: (status, major, 2))
+def _tells(name: str, *told: Any) -> Any:
+    """A binding whose version is told by a function of some name."""
+    return SimpleNamespace(**{name: lambda: told})
 
 
 _LOST = RuntimeError("libnvrtc.so.13 was not found\nsearched in:\n  nowhere")
@@ -209,36 +208,22 @@ NOT_THERE = SimpleNamespace(nvrtcVersion=Mock(side_effect=_LOST))
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
-    """A machine on which nothing is missing: tests take one thing away."""
-    has = SimpleNamespace(bindings="13.1.0", nvrtc=_nvrtc_of(13), driver=(0, 13000), device=(9, 0))
-
-    def version(package: str) -> str:
-        if package != "cuda-bindings" or has.bindings is None:
-            raise importlib.metadata.PackageNotFoundError(package)
-        return str(has.bindings)
-
-    bindings = ModuleType("cuda.bindings")
-
-    def find(name: str) -> Any:
-        if name == "driver":
-            return SimpleNamespace(cuDriverGetVersion=lambda: has.driver)
-        if name == "nvrtc" and has.nvrtc is not None:
-            return has.nvrtc
-        raise AttributeError(name)
-
-    bindings.__getattr__ = find  # type: ignore[method-assign]
-    monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+def bindings(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """cuda-bindings of a machine on which nothing is missing: tests take one thing away."""
+    made: Any = ModuleType("cuda.bindings")
+    made.nvrtc = _tells("nvrtcVersion", 0, 13, 2)
+    made.driver = _tells("cuDriverGetVersion", 0, 13000)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", made)
     for name in ("cuda.bindings.nvrtc", "cuda.bindings.driver"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(_nvrtc, "version", version)
+    monkeypatch.setattr(_nvrtc, "version", lambda package: "13.1.0")
     monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80, 90])
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: has.device)
-    return has
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    return made
 
 
-def test_nothing_is_missing(machine: SimpleNamespace) -> None:
+def test_nothing_is_missing(bindings: Any) -> None:
     decision = Cuda.probe(DEVICE)
     assert (decision.accepted, decision.name) == (True, "cuda")
     assert "NVRTC 13.2" in decision.reason
@@ -247,19 +232,26 @@ def test_nothing_is_missing(machine: SimpleNamespace) -> None:
 @pytest.mark.parametrize(
     ("what", "value", "reason"),
     [
-        ("bindings", None, "cuda-bindings is not installed; pip install 'portakv[cuda]'"),
-        ("bindings", "12.9.1", "cuda-bindings 12.9.1 was found, but 13.x is needed; pip install"),
+        ("version", Mock(side_effect=importlib.metadata.PackageNotFoundError),
+         "cuda-bindings is not installed; pip install 'portakv[cuda]'"),
+        ("version", Mock(return_value="12.9.1"),
+         "cuda-bindings 12.9.1 was found, but 13.x is needed; pip install"),
         ("nvrtc", None, "NVRTC cannot be loaded (cannot import name 'nvrtc'"),
-        ("nvrtc", _nvrtc_of(12), "NVRTC 12.2 was found, but 13.x is needed; pip install"),
-        ("nvrtc", _nvrtc_of(13, 7), "NVRTC does not tell its version (7)"),
-        ("driver", (0, 12080), "the driver supports CUDA 12.8, but 13.0 is needed; update the"),
-        ("driver", (3, None), "the driver does not tell its version (3)"),
+        ("nvrtc", _tells("nvrtcVersion", 0, 12, 2), "NVRTC 12.2 was found, but 13.x is needed; pi"),
+        ("nvrtc", _tells("nvrtcVersion", 7, 13, 2), "NVRTC does not tell its version (7)"),
         ("nvrtc", NOT_THERE, "NVRTC cannot be loaded (libnvrtc.so.13 was not found); pip install"),
-        ("device", (7, 0), "Compute capability 7.0 was asked of NVRTC 13.2, which compiles for"),
+        ("driver", _tells("cuDriverGetVersion", 0, 12080),
+         "the driver supports CUDA 12.8, but 13.0 is needed; update the"),
+        ("driver", _tells("cuDriverGetVersion", 3, None), "the driver does not tell its version"),
+        ("get_device_capability", Mock(return_value=(7, 0)),
+         "Compute capability 7.0 was asked of NVRTC 13.2, which compiles for"),
     ],
-)
+)  # fmt: skip
 def test_what_is_missing_is_the_reason(
-    machine: SimpleNamespace, what: str, value: Any, reason: str
+    what: str, value: Any, reason: str, bindings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    setattr(machine, what, value)
+    where = {"version": _nvrtc, "get_device_capability": torch.cuda}.get(what, bindings)
+    monkeypatch.setattr(where, what, value)
+    if value is None:
+        delattr(bindings, what)
     assert rejection(Cuda, DEVICE).startswith(reason)

@@ -236,16 +236,18 @@ def test_a_bad_id_moves_nothing_and_is_told(dtype: torch.dtype, bad: int, carrie
         ([2, -1, 1], [0, 1, 2**63 - 1], 4, (9,)),  # one of the destination
         ([3, 0, 1], [-1, 0, 1], 4, (1,)),  # it is told although the other side skips it
         ([2, -(2**63), 5, 1], [2, 0], 8, (5, 9)),  # of five blocks of 4 half a block of 8 is there
+        ([-1, 0, -1], None, 1, (2,)),  # of a view without slots
     ],
-    ids=["source", "destination", "skipped", "half a block"],
+    ids=["source", "destination", "skipped", "half a block", "no slots"],
 )
 def test_bad_blocks_on_either_side(
-    mine: list[int], theirs: list[int], step: int, told: tuple[int, ...], carrier: Carrier
+    mine: list[int], theirs: list[int] | None, step: int, told: tuple[int, ...], carrier: Carrier
 ) -> None:
-    blocks = 3 if step == 4 else 5
-    ends = by(pool(blocks=blocks), mine, 4), by(pool(blocks=blocks), theirs, step)
-    copy, status = Copy(*ends, 4 * len(mine)), carrier.word()
-    assert copy.plan().unit == 4
+    blocks, unit = {1: 0, 4: 3, 8: 5}[step], min(step, 4)
+    dst = chunk(3) if theirs is None else by(pool(blocks=blocks), theirs, step)
+    copy = Copy(by(pool(blocks=blocks), mine, unit), dst, unit * len(mine))
+    status = carrier.word()
+    assert copy.plan().unit == unit
     carrier.tells(copy, status)
     assert int(status) in told
 
@@ -256,13 +258,6 @@ def test_of_several_bad_ids_one_is_told_and_stays(carrier: Carrier) -> None:
     for slots in ([12, 1, 13, 2, 99, 0, 5, 3], [1, 2, -1, 3, 4, 5, 6, 7]):
         carrier.tells(Copy(by(pool(), slots), chunk(8), 8), status)
         assert int(status) in (1, 3, 5)
-
-
-@by_each(KERNELS)
-def test_a_view_without_slots(carrier: Carrier) -> None:
-    status = carrier.word()
-    carrier.tells(Copy(by(pool(blocks=0), [-1, 0, -1]), chunk(3), 3), status)
-    assert int(status) == 2
 
 
 # Far and large

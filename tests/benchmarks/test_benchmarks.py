@@ -14,6 +14,7 @@ from pathlib import Path
 from time import sleep
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 from weakref import WeakKeyDictionary
 
 import pytest
@@ -51,9 +52,6 @@ TINIES = (
 PRESET = dataclasses.replace(FULL, rounds=5, repeats=1, compiling=False)
 
 
-# --- shapes -----------------------------------------------------------------------------------
-
-
 def test_the_matrix_holds_what_was_asked_for() -> None:
     shapes = load()
     assert all(s.model.strip() and len(s.source) > 20 for s in shapes.values())
@@ -63,8 +61,8 @@ def test_the_matrix_holds_what_was_asked_for() -> None:
     assert {"layer | kv block head token dim", "block layer kv token head dim"} <= {
         s.cache for s in shapes.values()
     }
-    full = {s.name for s in shapes.values() if s.slots_used == 1}
-    assert {"seed-full", "llama3-70b-tp8-full", "deepseek-mla-full"} <= full
+    full = [shapes[x] for x in ("seed-full", "llama3-70b-tp8-full", "deepseek-mla-full")]
+    assert [s.slots_used for s in full] == [1] * 3
     assert any(s.dtype.startswith("float8") for s in shapes.values())
     long = shapes["llama3-8b-131072"]  # its offsets reach past 4 GiB in cache and chunk
     assert not long.apart  # a layer alone would not
@@ -213,11 +211,8 @@ def test_repeats_are_merged_by_their_medians() -> None:
 
 
 def failing(error: Exception) -> Variant:
-    def call(i: int) -> None:
-        raise error
-
     labels = {"backend": "broken", "op": "gather", "index": "random"}
-    return Variant(labels, call, lambda i: None, lambda i: True)
+    return Variant(labels, Mock(side_effect=error), lambda i: None, lambda i: True)
 
 
 def test_a_way_that_raises_is_left_out_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -290,18 +285,12 @@ def test_overhead_rows(device: torch.device) -> None:
 def test_small_payloads_are_measured_several_times_in_other_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    made: list[Workload] = []
-
-    def make(*arguments: Any) -> Workload:
-        made.append(Workload(*arguments))
-        return made[-1]
-
-    monkeypatch.setattr(suite, "Workload", make)
     for repeats, below in ((2, suite.REPEATED_BELOW), (1, 0)):
-        made.clear()
+        made = Mock(wraps=Workload)
+        monkeypatch.setattr(suite, "Workload", made)
         monkeypatch.setattr(suite, "REPEATED_BELOW", below)
         rows = suite.run_task(suite.Task(tiny(), "apart"), FULL, field())
-        assert len(made) == repeats
+        assert made.call_count == repeats
         assert {len(row["repeats"]) for row in rows} == {repeats}
 
 

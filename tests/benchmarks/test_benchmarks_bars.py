@@ -18,8 +18,6 @@ from portakv_benchmarks.host.suite import HOST_PRESETS, KB
 from portakv_benchmarks.shared.harness import having
 from portakv_benchmarks.shared.shapes import load
 
-# --- bars -------------------------------------------------------------------------------------
-
 FULL = HOST_PRESETS["full"]
 ACCEPTED = 'accepted = { figure = 0.45, reason = "cold", tries = ["a", "b", "c"] }'
 
@@ -119,9 +117,6 @@ def test_the_verdict_names_the_worst_row(capsys: pytest.CaptureFixture[str]) -> 
     (verdict,) = check.judge({"machine": {"device_type": "cuda"}, "rows": rows}, [bar])
     assert (verdict.word, verdict.figure, verdict.rows) == ("missed", 0.4, 2)
     assert verdict.row == "s apart cuda gather blocks"
-
-
-# --- bars on recorded results -------------------------------------------------------------------
 
 
 def recorded(name: str = "h200-host") -> dict[str, Any]:

@@ -37,9 +37,6 @@ from portakv_benchmarks.shared.shapes import POISON
 FULL = HOST_PRESETS["full"]
 
 
-# --- cases ------------------------------------------------------------------------------------
-
-
 def test_the_grid_has_every_length_of_runs_and_every_host_side() -> None:
     assert {one.run for one in SCENES} == set(FULL.runs) == {256, 2 * KB, 8 * KB, 32 * KB, 2 * MB}
     sides = {(one.host, one.order) for one in SCENES}
@@ -59,9 +56,7 @@ def test_cases_move_exactly_what_they_say() -> None:
         assert case.on_device.payload == case.on_host.payload == case.payload
         assert case.on_device.slots >= 4 * case.tokens
     assert case_of(scene(32 * KB), GB) is not None
-
-
-def test_a_payload_that_is_no_whole_block_has_no_case() -> None:
+    # A payload that is no whole block has none.
     assert case_of(scene(2 * MB, BLOCK_FIRST, "random"), MB) is None
     assert case_of(scene(8 * KB), 8 * KB) is None
     assert [few.layers for few in cases([scene(32 * KB)], [MB])] == [16]
@@ -156,21 +151,15 @@ def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
 
 
 def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:
-    rows = [
-        linked(way, loop=loop, stream=stream, slowdown_pct=slow, link_gb_per_s=link)
-        for way, loop, stream, slow, link in (
-            ("memcpy", "matmul", "default", 3.0, 50.0),
-            ("host", "matmul", "default", 4.5, 45.0),
-            ("host", "attention", "default", 4.5, 45.0),
-            ("host", "matmul", "own", 4.5, 45.0),
-        )
-    ]
+    rows = [linked("memcpy", loop="matmul", stream="default", slowdown_pct=3.0, link_gb_per_s=50.0)]
+    for loop, stream in (("matmul", "default"), ("attention", "default"), ("matmul", "own")):
+        rows.append(linked("host", loop=loop, stream=stream, slowdown_pct=4.5, link_gb_per_s=45.0))
     interference.compare(rows)
     assert (rows[1]["over_memcpy"], rows[1]["link_ratio"]) == (1.5, 0.9)
     assert "over_memcpy" not in rows[0] | rows[2] | rows[3]
 
 
-def test_pageable_copies_are_against_the_best_plain_ring() -> None:
+def test_pageable_and_small_copies_are_against_the_best_plain_one() -> None:
     rows = [
         linked("torch", 20.0, plain=True), linked("ring a", 10.0, plain=True),
         linked("ring b", 8.0, plain=True, verified=False), linked("host", 12.5, plain=False),
@@ -178,23 +167,19 @@ def test_pageable_copies_are_against_the_best_plain_ring() -> None:
     memory.compare(rows)
     assert (rows[3]["to_ring"], rows[3]["best_ring"]) == (0.8, "ring a")
     assert "to_ring" not in rows[0]
-
-
-def test_small_copies_are_against_a_pinned_one() -> None:
     rows = [linked("SmallCopy", idle_us=5.0, paced_us=30.0),
             linked("pinned copy", idle_us=10.0, paced_us=40.0)]  # fmt: skip
     small.compare(rows)
-    assert [one["idle_to_pinned"] for one in rows] == [0.5, 1.0]
-    assert [one["paced_to_pinned"] for one in rows] == [0.75, 1.0]
+    assert [(one["idle_to_pinned"], one["paced_to_pinned"]) for one in rows] == [
+        (0.5, 0.75),
+        (1, 1),
+    ]
 
 
 def test_what_a_process_has_in_memory() -> None:
     before = memory.resident()
     held = torch.frombuffer(mmap.mmap(-1, 64 * MB), dtype=torch.uint8).fill_(1)
     assert held.numel() - 4 * MB < memory.resident() - before < held.numel() + 16 * MB
-
-
-# --- small copies: idle sends come about as those beside a large copy do --------------------------
 
 
 @pytest.mark.parametrize(("count", "samples", "expected"), [(64, 6, 6), (1000, 31, 10), (1, 2, 1)])
@@ -241,9 +226,6 @@ def test_the_other_copy_is_large_or_short_and_has_ended(flies: bool, moved: int)
     large.start(flies)
     assert int(large._target.sum()) == moved
     assert len(list(answers)) == (3 if flies else 0)
-
-
-# --- several files, plots -----------------------------------------------------------------------
 
 
 def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:

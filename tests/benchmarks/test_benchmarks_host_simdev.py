@@ -7,9 +7,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -22,7 +25,7 @@ from portakv_benchmarks.host.cases import DIRECTIONS, Sides, cases, scene
 from portakv_benchmarks.host.movers import LOOPS, Mover
 from portakv_benchmarks.host.suite import HOST, HOST_PRESETS, KB, MB, STAGED, Bench
 from portakv_benchmarks.shared import harness
-from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant
+from portakv_benchmarks.shared.harness import Row, Rows, Variant
 from portakv_benchmarks.shared.peers import PeerMissing
 
 WORDS = ["--host", "--device", NAME, "--preset", "tiny"]
@@ -138,20 +141,15 @@ PLACE = "beside matmul on the default stream, d2h"
 def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tuple[Rows, list[str]]:
     """The first step of the interference, beside movers of which one may fail: ``fails`` is told
     how often that was asked to move."""
-    asked: list[None] = []
-
-    def fail(i: int) -> None:
-        asked.append(None)
-        fails(len(asked))
+    asked = count(1)
 
     def mover(name: str, call: Callable[[int], None]) -> Mover:
         labels = {"backend": name, "engine": name, "op": "d2h"}
         return Mover(Variant(labels, call, lambda i: None, lambda i: True), 1 << 20, shape="s")
 
-    def three(bench_: Bench, direction: str) -> list[Mover]:
-        return [mover("memcpy", lambda i: None), mover("bad", fail), mover("host", lambda i: None)]
-
-    monkeypatch.setattr(interference, "_engines", three)
+    calls = {"memcpy": Mock(), "bad": lambda i: fails(next(asked)), "host": Mock()}
+    three = [mover(name, call) for name, call in calls.items()]
+    monkeypatch.setattr(interference, "_engines", lambda bench_, direction: three)
     bench_ = Bench(DEVICE, TINY)
     rows = next(iter(interference.interference_steps(bench_)))[1]()
     return rows, bench_.left_out
@@ -177,21 +175,18 @@ def test_a_way_that_takes_the_device_ends_the_step_with_what_there_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     module = torch.get_device_module(DEVICE)
-    whole = module.synchronize
-    lost: list[bool] = []
-
-    def synchronize(*arguments: Any) -> None:
-        if lost:
-            raise RuntimeError("device-side assert")
-        whole(*arguments)
-
+    synchronize = Mock(wraps=module.synchronize)
     monkeypatch.setattr(module, "synchronize", synchronize)
-    rows, left_out = beside(monkeypatch, lambda times: lost.append(True) if times > 1 else None)
+
+    def lose(times: int) -> None:
+        if times > 1:
+            synchronize.side_effect = RuntimeError("device-side assert")
+
+    rows, left_out = beside(monkeypatch, lose)
     assert [(row["backend"], row["repeats"]) for row in rows] == [("memcpy", 1)]
     told = ["bad s: RuntimeError: device-side", "the device cannot be used any more (RuntimeError:"]
-    assert all(
-        line.startswith(f"{PLACE}, {begin}") for line, begin in zip(left_out, told, strict=True)
-    )
+    for line, begin in zip(left_out, told, strict=True):
+        assert line.startswith(f"{PLACE}, {begin}")
 
 
 @pytest.mark.simdev
@@ -205,17 +200,14 @@ def test_a_loop_that_is_held_up_ends_the_way_that_holds_it(monkeypatch: pytest.M
 
 @pytest.mark.simdev
 def test_peers_come_last_and_beside_a_memcpy_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Peer:
-        name = "other"
-
-    def by_peer(peer: Peer, sides: Sides, direction: str) -> Any:
+    def by_peer(peer: Any, sides: Sides, direction: str) -> Any:
         if sides.case.scene.run == 256:
             raise PeerMissing("it takes no such rows")
         return lambda: HOST.move(sides, direction)
 
     monkeypatch.setattr(interference, "_by_peer", by_peer)
     assert list(PARTS)[-1] == "peers"
-    peers: Any = [Peer()]
+    peers: Any = [SimpleNamespace(name="other")]
     bench_ = Bench(DEVICE, TINY, peers)
     rows = [row for _, measure in PARTS["peers"](bench_) for row in measure()]
     assert [row["peer"] for row in rows] == ["other"] * 4
@@ -229,12 +221,7 @@ def test_peers_come_last_and_beside_a_memcpy_of_their_own(monkeypatch: pytest.Mo
 def test_a_part_that_fails_or_is_wrong_is_told_and_the_others_stay(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    def broken(bench_: Bench) -> Iterator[Step]:
-        raise RuntimeError("out of cases")
-
-    def fails() -> Any:
-        raise OSError("out of memory")
-
+    broken, fails = (Mock(side_effect=x) for x in (RuntimeError("no cases"), OSError("no memory")))
     parts = {"grid": broken, "direct": lambda _: iter([("a step", fails)])}
     monkeypatch.setattr(bench, "PARTS", dict(PARTS) | parts)
     monkeypatch.setattr(Sides, "right", lambda self, direction: False)
@@ -242,15 +229,14 @@ def test_a_part_that_fails_or_is_wrong_is_told_and_the_others_stay(
     result = written(tmp_path)
     found = {(row["part"], row["backend"] == "memcpy", row["verified"]) for row in result["rows"]}
     assert found == {("duplex", True, True), ("duplex", False, False)}
-    assert "grid: RuntimeError: out of cases" in result["left_out"]
-    assert "direct: a step: OSError: out of memory" in result["left_out"]
+    assert "grid: RuntimeError: no cases" in result["left_out"]
+    assert "direct: a step: OSError: no memory" in result["left_out"]
 
 
 @pytest.mark.simdev
 def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.get_device_module(DEVICE)
-    taken = [5 << 20]  # left by what came before
-    seen: list[int] = []
+    taken, seen = [5 << 20], []  # 5 MB are left by what came before
 
     def call(i: int) -> None:
         seen.append(module.current_stream(DEVICE).stream_id)
@@ -276,21 +262,17 @@ def test_what_an_overlap_allows_depends_on_the_payload() -> None:
         assert STAGED.taken(transfer) == {}
 
 
-# --- loops --------------------------------------------------------------------------------------
-
-
 @pytest.mark.simdev
 def test_a_loop_keeps_what_a_captured_graph_reads_and_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # A graph holds addresses alone: memory that it writes to was given to the ids of a transfer.
+    """A graph holds addresses alone: memory that it writes to was given to a transfer's ids."""
     monkeypatch.setattr(movers, "_captured", lambda step, device: lambda: None)
     held: list[weakref.ref[torch.Tensor]] = []
     made = torch.empty_like
 
     def watched(*arguments: Any) -> torch.Tensor:
-        tensor = made(*arguments)
-        held.append(weakref.ref(tensor))
+        held.append(weakref.ref(tensor := made(*arguments)))
         return tensor
 
     monkeypatch.setattr(torch, "empty_like", watched)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from enum import IntEnum
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -19,6 +18,9 @@ import portakv_benchmarks.cli as bench
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import peers
+from portakv_benchmarks.shared.harness import Rows
+from portakv_benchmarks.shared.peers import LMCache
+from portakv_benchmarks.shared.shapes import Shape
 
 ONCE = dataclasses.replace(FULL, repeats=1)
 
@@ -33,15 +35,12 @@ class FakeOps:
     EngineKVFormat = SimpleNamespace(**{name: name for name in peers._FORMATS.values()})
     PageBufferShapeDesc = SimpleNamespace
 
-    def __init__(self) -> None:
-        self.work: Workload | None = None
-        self.calls: list[Mapping[str, Any]] = []
+    work: Workload  # which is measured
 
     def multi_layer_kv_transfer(
         self, chunk: torch.Tensor, pointers: torch.Tensor, slots: torch.Tensor,
         device: torch.device, pool: int, direction: int, form: str, **sizes: int,
     ) -> None:  # fmt: skip
-        assert self.work is not None
         shape = self.work.shape
         assert (pool, form) == (shape.slots, "NL_X_TWO_NB_BS_NH_HS")
         assert sizes == {"block_size": shape.block_size, "head_size": shape.dim}
@@ -51,7 +50,6 @@ class FakeOps:
         self, pointers: torch.Tensor, chunks: list[int], blocks: torch.Tensor,
         device: torch.device, direction: int, described: Any, tokens: int, form: str, skip: int,
     ) -> None:  # fmt: skip
-        assert self.work is not None
         shape = self.work.shape
         assert (described.nl, described.nb, described.bs) == (3, shape.blocks, shape.block_size)
         assert (described.nh, described.hs, described.element_size) == (32, 128, 2)
@@ -63,7 +61,6 @@ class FakeOps:
     def _copy(
         self, chunk: torch.Tensor, pointers: torch.Tensor, slots: torch.Tensor, store: bool
     ) -> None:
-        assert self.work is not None
         known = {layer.data_ptr(): layer for layer in (*self.work.source, *self.work.target)}
         for layer, pointer in enumerate(pointers.tolist()):
             rows = known[pointer].flatten(1, 2).flatten(2).view(torch.int16)
@@ -74,7 +71,8 @@ class FakeOps:
 
 
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOps:
+def peer(monkeypatch: pytest.MonkeyPatch) -> LMCache:
+    """LMCache over the stand-in, which sees the workload that is measured."""
     ops = FakeOps()
     monkeypatch.setattr(peers, "_load", lambda package, module: (ops, "0.5.3"))
 
@@ -84,13 +82,18 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> FakeOps:
             ops.work = self
 
     monkeypatch.setattr(suite, "Workload", Seen)
-    return ops
+    return peers.load_peer("lmcache")
 
 
-def test_a_peer_is_called_and_its_bytes_are_checked(fake: FakeOps) -> None:
-    peer = peers.load_peer("lmcache")
-    rows = suite.run_task(suite.Task(tiny(), "apart"), ONCE, asked := field(peers=(peer,)))
-    assert asked.left_out == []
+def measured(shape: Shape, arrangement: str, peer: LMCache) -> tuple[Rows, list[str]]:
+    """The rows of a shape with a peer, and what was left out."""
+    asked = field(peers=(peer,))
+    return suite.run_task(suite.Task(shape, arrangement), ONCE, asked), asked.left_out
+
+
+def test_a_peer_is_called_and_its_bytes_are_checked(peer: LMCache) -> None:
+    rows, left_out = measured(tiny(), "apart", peer)
+    assert left_out == []
     theirs = [row for row in rows if row.get("peer")]
     assert {(row["backend"], row["op"], row["index"]) for row in theirs} == {
         (f"lmcache {kernel}", op, index)
@@ -105,30 +108,23 @@ def test_a_peer_is_called_and_its_bytes_are_checked(fake: FakeOps) -> None:
 
 
 def test_a_peer_that_is_wrong_is_told_and_is_not_compared_with(
-    fake: FakeOps, monkeypatch: pytest.MonkeyPatch
+    peer: LMCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(FakeOps, "_copy", lambda self, chunk, pointers, slots, store: None)
-    peer = peers.load_peer("lmcache")
-    rows = suite.run_task(suite.Task(tiny(), "apart"), ONCE, field(peers=(peer,)))
+    rows, _ = measured(tiny(), "apart", peer)
     suite.relate(rows)
     assert not any("to_peer" in row for row in rows)
     told = suite.peer_failures(rows)
     assert len(told) == 10
-    assert told[0] == (
-        "seed, layers apart, lmcache slot kernel gather random: some bytes were wrong"
-    )
+    assert told[0] == "seed, layers apart, lmcache slot kernel gather random: some bytes were wrong"
 
 
-def test_a_peer_says_which_caches_it_has_no_format_for(fake: FakeOps) -> None:
-    peer = peers.load_peer("lmcache")
-    shape = tiny("encoder-cache", tokens=576)
-    suite.run_task(suite.Task(shape, "together"), ONCE, asked := field(peers=(peer,)))
-    (told,) = asked.left_out
+def test_a_peer_says_which_caches_it_has_no_format_for(peer: LMCache) -> None:
+    _, (told,) = measured(tiny("encoder-cache", tokens=576), "together", peer)
     assert "LMCache has no format" in told
 
 
-def test_a_kernel_that_reads_outside_of_the_cache_is_not_called(fake: FakeOps) -> None:
-    peer = peers.load_peer("lmcache")
+def test_a_kernel_that_reads_outside_of_the_cache_is_not_called(peer: LMCache) -> None:
     work = Workload(tiny("llama3-8b-cross-layer"), "together", CPU)
     with pytest.raises(peers.PeerMissing, match="reads outside"):
         list(suite.peer_ways(peer, work, "random"))
