@@ -365,7 +365,10 @@ def test_a_library_is_refused(text: str, emulated: bool, told: str, built: Built
     assert refusal(built(text), emulated).startswith(told)
 
 
-def test_a_library_that_it_needs_and_that_is_missing(built: Built, tmp_path: Path) -> None:
+def test_a_library_that_is_none_or_lacks_another(built: Built, tmp_path: Path) -> None:
+    (tmp_path / "rows.so").write_text("no ELF")
+    assert "rows.so cannot be loaded (" in refusal(str(tmp_path / "rows.so"))
+    assert "there is no such file" in refusal(str(tmp_path))
     built('extern "C" int aclInit() { return 0; }', name="libascendcl.so")
     uses = 'extern "C" int aclInit();\nint used = aclInit();\n'
     path = built(uses + sound(), f"-L{tmp_path}", "-lascendcl")
@@ -375,12 +378,6 @@ def test_a_library_that_it_needs_and_that_is_missing(built: Built, tmp_path: Pat
         "such file or directory); source CANN's set_env.sh, or build it again, from native/ascend "
         "of this release"
     )
-
-
-def test_a_file_that_is_no_library(tmp_path: Path) -> None:
-    (tmp_path / "rows.so").write_text("no ELF")
-    assert "rows.so cannot be loaded (" in refusal(str(tmp_path / "rows.so"))
-    assert "there is no such file" in refusal(str(tmp_path))
 
 
 def test_a_launch_that_is_refused_tells_its_code(built: Built) -> None:

@@ -24,18 +24,19 @@ from portakv.backends.compiled import Compiled
 from portakv.registry import registry
 
 pytestmark = pytest.mark.xdist_group("compiled")  # one process imports inductor
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 _missing = Compiled.probe(CPU)
 needs_compiler = pytest.mark.skipif(not _missing.accepted, reason=_missing.reason)
 on_each_device = pytest.mark.parametrize(
     "device",
-    [pytest.param("cpu", marks=needs_compiler), pytest.param("cuda", marks=pytest.mark.gpu)],
+    [pytest.param(CPU, marks=needs_compiler), pytest.param(CUDA, marks=pytest.mark.gpu)],
+    ids=str,
 )
 
 
-def compiled(device: str) -> Compiled:
+def compiled(device: torch.device) -> Compiled:
     """The registry's backend: its programs are shared by all tests."""
-    backend = registry.choose(_home(device), "compiled").backend
+    backend = registry.choose(device, "compiled").backend
     assert isinstance(backend, Compiled)
     return backend
 
@@ -44,13 +45,9 @@ def copy(src: KVView, dst: KVView, mine: Any = None, theirs: Any = None, **more:
     copy_rows(src, dst, mine, theirs, backend="compiled", **more).synchronize()
 
 
-def _plan(device: str, *, layers: int = 3) -> CopyPlan:
+def _plan(device: torch.device, *, layers: int = 3) -> CopyPlan:
     src, dst = paged(pool(device, layers=layers)), dense(chunk(device, 4, layers=layers))
     return CopyPlan(src.form, dst.form, 1, 0)
-
-
-def _home(device: str) -> torch.device:
-    return torch.device(device, 0) if device == "cuda" else torch.device(device)
 
 
 @pytest.fixture
@@ -62,7 +59,7 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @on_each_device
-def test_every_dtype_through_one_program(device: str) -> None:
+def test_every_dtype_through_one_program(device: torch.device) -> None:
     dtypes = (
         torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8,
         torch.int64, torch.int16, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -78,7 +75,7 @@ def test_every_dtype_through_one_program(device: str) -> None:
 
 
 @on_each_device
-def test_another_length_stride_pool_or_place_compiles_nothing(device: str) -> None:
+def test_another_length_stride_pool_or_place_compiles_nothing(device: torch.device) -> None:
     """Strides of chunks, and sizes and places of pools, differ each time."""
     first = pool(device)
     copy(paged(first), dense(chunk(device, 3)), [1, 2, 3])
@@ -104,7 +101,7 @@ def test_another_length_stride_pool_or_place_compiles_nothing(device: str) -> No
 @pytest.mark.parametrize(
     "scatters", [pytest.param(False, marks=pytest.mark.full), True], ids=["gather", "scatter"]
 )
-def test_the_code_is_one_kernel_without_a_buffer(device: str, scatters: bool) -> None:
+def test_the_code_is_one_kernel_without_a_buffer(device: torch.device, scatters: bool) -> None:
     """No copy of a cache, and no rows kept between: what is loaded is stored.
 
     A copy of a cache would also have to take as much memory as a process can address.
@@ -115,7 +112,7 @@ def test_the_code_is_one_kernel_without_a_buffer(device: str, scatters: bool) ->
     views = (dst, src) if scatters else (src, dst)
     plan = CopyPlan(views[0].form, views[1].form, int(not scatters), int(scatters))
     with torch._inductor.config.patch(force_disable_caches=True):
-        _, codes = run_and_get_code(Compiled(_home(device)).prepare, plan)
+        _, codes = run_and_get_code(Compiled(device).prepare, plan)
     assert len(codes) == 2  # the copy and the report
     # Units are the outermost loop: otherwise each vector would be divided by a variable.
     outermost = re.search(r"for\(.*?;(.*?);", codes[0])
@@ -142,11 +139,17 @@ def test_a_scatter_takes_no_memory() -> None:
 
 
 @on_each_device
-def test_what_torch_guards_for_does_not_compile_again(device: str) -> None:
+def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> None:
     """Each of these would be a recompilation of a function called through torch.compile."""
-    backend, caches = Compiled(_home(device)), pool(device)
+    backend, caches = Compiled(device), pool(device)
+    threads, promised = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    # Under this promise inductor would write rows by a slow way of its own, over all memory.
+    torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.inference_mode():
         launch = backend.prepare(_plan(device))
+    assert torch.are_deterministic_algorithms_enabled()
+    assert torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(promised)
     ids = Index(torch.tensor([3, 0, 23, 5], device=device))
 
     def check() -> None:
@@ -155,12 +158,11 @@ def test_what_torch_guards_for_does_not_compile_again(device: str) -> None:
         assert torch.equal(rows.cpu(), rows_of(caches)[:, :, [3, 0, 23, 5]])
 
     made = len(backend._programs)
-    threads, promised = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     try:
         check()
         with torch.inference_mode():
             check()
-        with torch.enable_grad(), torch.autocast(device, torch.bfloat16):
+        with torch.enable_grad(), torch.autocast(device.type, torch.bfloat16):
             check()
         torch.use_deterministic_algorithms(True)
         torch.set_num_threads(1)
@@ -173,18 +175,6 @@ def test_what_torch_guards_for_does_not_compile_again(device: str) -> None:
 
 
 @needs_compiler
-def test_a_promise_of_one_order_is_kept_for_others() -> None:
-    """Under it inductor would write rows by a slow way of its own, over all memory."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        Compiled(CPU).prepare(_plan("cpu"))
-        assert torch.are_deterministic_algorithms_enabled()
-        assert torch.is_deterministic_algorithms_warn_only_enabled()
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
-@needs_compiler
 def test_torchs_limit_of_recompilations_is_not_met() -> None:
     """Each program has its own count, so that no number of plans ends in an eager run."""
     backend = Compiled(CPU)
@@ -192,7 +182,7 @@ def test_torchs_limit_of_recompilations_is_not_met() -> None:
     limit = next(name for name in limits if hasattr(torch._dynamo.config, name))
     with torch._dynamo.config.patch({limit: 1}):
         for layers in (1, 2, 3):
-            backend.prepare(_plan("cpu", layers=layers))
+            backend.prepare(_plan(CPU, layers=layers))
     assert len(backend._programs) == 4  # three copies, one report
 
 
@@ -234,7 +224,6 @@ def test_an_eager_run_is_refused_before_it_touches_memory(nothing_chosen: None) 
 
 
 def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    cuda = torch.device("cuda", 0)
     assert "not on xpu" in rejection(Compiled, torch.device("xpu", 0))
     with monkeypatch.context() as patched:
         patched.setenv("CXX", "no-such-compiler")
@@ -248,10 +237,10 @@ def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path
             assert f"switched off by {switch}" in rejection(Compiled, CPU)
     with monkeypatch.context() as patched:
         patched.setattr(module, "find_spec", lambda name: None)
-        assert "triton" in rejection(Compiled, cuda)
+        assert "triton" in rejection(Compiled, CUDA)
         patched.setattr(module, "find_spec", lambda name: name)
         patched.setattr(shutil, "which", lambda name: None)
-        assert "install gcc" in rejection(Compiled, cuda)
+        assert "install gcc" in rejection(Compiled, CUDA)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
         patched.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
@@ -278,5 +267,5 @@ def test_where_it_stands(nothing_chosen: None) -> None:
     assert "compiled" not in registry.REGISTRY.automatic(CPU)
     said = {decision.name: decision for decision in registry.trace(CPU)}
     assert "on cpu it is used only when asked for" in said["compiled"].reason
-    order = registry.REGISTRY.automatic(torch.device("cuda", 0))
+    order = registry.REGISTRY.automatic(CUDA)
     assert order[order.index("triton") :] == ["triton", "compiled", "reference"]

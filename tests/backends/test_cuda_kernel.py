@@ -210,13 +210,19 @@ NOT_THERE = SimpleNamespace(nvrtcVersion=Mock(side_effect=_LOST))
 @pytest.fixture
 def bindings(monkeypatch: pytest.MonkeyPatch) -> Any:
     """cuda-bindings of a machine on which nothing is missing: tests take one thing away."""
+
+    def version(package: str) -> str:
+        if package != "cuda-bindings":
+            raise importlib.metadata.PackageNotFoundError(package)
+        return "13.1.0"
+
     made: Any = ModuleType("cuda.bindings")
     made.nvrtc = _tells("nvrtcVersion", 0, 13, 2)
     made.driver = _tells("cuDriverGetVersion", 0, 13000)
     monkeypatch.setitem(sys.modules, "cuda.bindings", made)
     for name in ("cuda.bindings.nvrtc", "cuda.bindings.driver"):
         monkeypatch.delitem(sys.modules, name, raising=False)
-    monkeypatch.setattr(_nvrtc, "version", lambda package: "13.1.0")
+    monkeypatch.setattr(_nvrtc, "version", version)
     monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80, 90])
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))

@@ -43,7 +43,7 @@ from portakv import (
 )
 from portakv.backends import _triton_rows, rows_kernel
 from portakv.backends.ascend import Ascend
-from portakv.backends.base import Backend
+from portakv.backends.base import Backend, Launch
 from portakv.backends.compiled import Compiled
 from portakv.backends.cuda import Cuda
 from portakv.backends.mlu import Mlu
@@ -185,10 +185,10 @@ def test_every_byte_lands(name: str, carrier: Carrier) -> None:
     carrier.copies(TABLE[name]())
 
 
-@by_each(
-    [x for x in WITH_SPACE if x not in ("hip-emulated", "cuda", "cuda, two vectors")],
-    wide=["compiled"],
-)
+DRAWN = [x for x in WITH_SPACE if x not in ("hip-emulated", "cuda", "cuda, two vectors")]
+
+
+@by_each(DRAWN, wide=["compiled"])
 @pytest.mark.parametrize("share", [4, pytest.param(1, marks=pytest.mark.full)])
 def test_drawn_copies(share: int, carrier: Carrier) -> None:
     profile = settings.default
@@ -447,34 +447,38 @@ def test_the_connector_chooses_it_and_asks_for_no_other_vendor_s_package(
     assert same(rows, landed)
 
 
-def gather(device: Any = "cuda", layers: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
-    """A pool, a chunk of eight tokens, and their views with ids on the device."""
-    caches = paged_cases.pool(device, layers=layers)
-    rows = paged_cases.chunk(device, 8, layers=layers)
-    ids = torch.arange(8, device=device)
-    return caches, rows, (paged_cases.paged(caches), paged_cases.dense(rows), Index(ids), Index())
+def gather(carrier: Carrier, layers: int = 3) -> tuple[list[torch.Tensor], torch.Tensor, Any]:
+    """A pool, a chunk of eight tokens, and what a launch takes: views, ids, and the count."""
+    caches = paged_cases.pool(carrier.device, layers=layers)
+    rows = paged_cases.chunk(carrier.device, 8, layers=layers)
+    ids = Index(torch.arange(8, device=carrier.device))
+    return caches, rows, (paged_cases.paged(caches), paged_cases.dense(rows), ids, Index(), 8)
+
+
+def prepared(carrier: Carrier, given: Any) -> Launch:
+    src, dst, *_ = given
+    return carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
 
 
 @by_each(ON_A_GPU)
 def test_a_captured_launch_reads_the_ids_of_each_replay(carrier: Carrier) -> None:
-    caches, rows, (src, dst, ids, none) = gather()
-    launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
-    status = carrier.word()
-    launch(src, dst, ids, none, 8, None, status)
+    caches, rows, given = gather(carrier)
+    launch, status, ids = prepared(carrier, given), carrier.word(), given[2].ids
+    launch(*given, None, status)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        launch(src, dst, ids, none, 8, None, status)
+        launch(*given, None, status)
     for seed in range(3):
         drawn = torch.randperm(24, generator=torch.Generator().manual_seed(seed))[:8]
         drawn[seed] = -1
-        ids.ids.copy_(drawn)
+        ids.copy_(drawn)
         rows.zero_()
         graph.replay()
         torch.cuda.synchronize()
         wanted = paged_cases.rows_of(caches)[:, :, drawn]
         wanted[:, :, seed] = 0
         assert torch.equal(rows.cpu(), wanted)
-    ids.ids.fill_(99)
+    ids.fill_(99)
     graph.replay()
     torch.cuda.synchronize()
     assert 1 <= int(status) <= 8
@@ -482,7 +486,7 @@ def test_a_captured_launch_reads_the_ids_of_each_replay(carrier: Carrier) -> Non
 
 @by_each(ON_A_GPU)
 def test_a_first_use_inside_a_capture_is_refused(carrier: Carrier) -> None:
-    _, _, (src, dst, *_) = gather(layers=7)
+    _, _, (src, dst, *_) = gather(carrier, layers=7)
     backend, plan = carrier.backend(carrier.device), CopyPlan(src.form, dst.form, 1, 0)
     graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -499,8 +503,8 @@ def test_a_first_use_inside_a_capture_is_refused(carrier: Carrier) -> None:
 @by_each(ON_A_GPU)
 def test_a_stream_is_honoured(carrier: Carrier) -> None:
     """Also one that is not a torch.cuda.Stream."""
-    caches, rows, (src, dst, ids, none) = gather()
-    launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
+    caches, rows, given = gather(carrier)
+    launch = prepared(carrier, given)
     streams: list[Any] = [torch.cuda.Stream(), torch.Stream(device="cuda")]
     for stream in streams:
         rows.zero_()
@@ -508,16 +512,16 @@ def test_a_stream_is_honoured(carrier: Carrier) -> None:
         with torch.cuda.stream(stream):
             torch.cuda._sleep(200_000_000)
             caches[0].add_(1)
-        launch(src, dst, ids, none, 8, stream, None)
+        launch(*given, stream, None)
         stream.synchronize()
         assert torch.equal(rows.cpu(), paged_cases.rows_of(caches)[:, :, :8])
 
 
 @by_each(["hip-emulated", DIRECT[1], "cuda", "triton"])
 def test_a_forked_process_is_refused(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches, rows, (src, dst, ids, none) = gather(carrier.device)
-    launch = carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
+    caches, rows, given = gather(carrier)
+    launch = prepared(carrier, given)
     monkeypatch.setattr(this_process(), "forked", True)
     said = "HIP does not survive fork" if carrier.backend is HipEmulated else "forked"
     with refused(Unsupported, said, watch=[*caches, rows]):
-        launch(src, dst, ids, none, 8, None, None)
+        launch(*given, None, None)

@@ -123,10 +123,12 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """One kernel for less time; where LLVM's tools are, as the module is told."""
     chosen = next(kernels())
     monkeypatch.setattr(hip_code, "kernels", lambda: iter([chosen]))
-    words = []
-    for tool in ("llvm-objdump", "llvm-readelf"):
-        words += [f"--{tool}", shutil.which(tool) or shutil.which(f"{tool}-15") or tool]
-    return words
+    return [f"--{tool}={found(tool)}" for tool in ("llvm-objdump", "llvm-readelf")]
+
+
+def found(tool: str) -> str:
+    """A tool of LLVM; Debian's has its release in its name."""
+    return shutil.which(tool) or shutil.which(f"{tool}-15") or tool
 
 
 @needs_hipcc
@@ -203,8 +205,7 @@ def test_with_a_dtk_it_says_who_built(tmp_path: Path) -> None:
     """In its place hipcc and LLVM's tools of the system, for a target that both know."""
     (tmp_path / "bin").mkdir()
     for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
-        found = shutil.which(tool) or shutil.which(f"{tool}-15")
-        (tmp_path / "bin" / tool).write_text(f'#!/bin/sh\nexec {found} "$@"\n')
+        (tmp_path / "bin" / tool).write_text(f'#!/bin/sh\nexec {found(tool)} "$@"\n')
         (tmp_path / "bin" / tool).chmod(0o755)
     ran = bash(DTK, "gfx906", DTKROOT=str(tmp_path), OUT=str(tmp_path / "out"))
     assert ran.returncode == 0, ran.stdout + ran.stderr

@@ -165,18 +165,15 @@ def _arguments(**others: Any) -> dict[str, Any]:
         ("k_cache", torch.zeros(2, 4, 2, 16), "rows are"),
         ("k_cache", torch.zeros(2, 2, 4, 16, dtype=torch.float16), "one dtype"),
         ("v_cache", None, "together"),
+        *(("k", device, "the current device is mlu:0") for device in (torch.device("cpu"), OTHER)),
     ],
 )
 def test_the_stand_in_refuses_what_the_op_does_not_take(name: str, value: Any, why: str) -> None:
     moved = value.to(DEVICE) if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.device):
+        moved = torch.zeros(3, 2, 16, device=value)
     with pytest.raises(RuntimeError, match=why):
         mlu_standin.reshape_paged_cache(**_arguments(**{name: moved}))
-
-
-def test_the_stand_in_knows_no_other_device() -> None:
-    for other in (torch.zeros(3, 2, 16), torch.zeros(3, 2, 16, device=OTHER)):
-        with pytest.raises(RuntimeError, match="the current device is mlu:0"):
-            mlu_standin.reshape_paged_cache(**_arguments(k=other))
 
 
 def test_the_transfer_takes_chunks_on_the_host_and_skips_a_prefix() -> None:

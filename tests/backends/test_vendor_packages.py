@@ -5,6 +5,7 @@ and what a run on the simulated device says of a package that is not there."""
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from support.command_line import python, run
+from support.command_line import run
+from support.own_process import own_process
 
-from portakv import backends
+from portakv import AdaptiveConnector, BackendUnavailable, backends
 from portakv.backends import _ascend_kernel as _ascendc
 from portakv.backends.ascend import CALLS, Ascend
 from portakv.backends.base import Backend
@@ -36,12 +38,13 @@ VENDORS: dict[str, tuple[type[Backend], str, str]] = {
     "cuda": (Triton, "triton", ""),
     "cpu": (Triton, "triton", ""),
 }  # fmt: skip
+needs_a_child, without_the_package = own_process("mlu", "mlu without its package")
 FIVE = "k, v, k_cache, v_cache, slot_mapping"
 TRANSFER = (
     "key_value, kv_cache_ptrs, slot_mapping, paged_memory_device, page_buffer_size, direction, "
     "kv_format, block_size, head_size, skip_prefix_n_tokens"
 )
-BOTH_WAYS = f"def reshape_paged_cache({FIVE}, direction=False): ..."
+BOTH_WAYS = f"__version__ = '1.4.0'\ndef reshape_paged_cache({FIVE}, direction=False): ..."
 
 
 @pytest.fixture
@@ -116,44 +119,40 @@ def test_a_package_that_is_missing_or_broken_is_the_reason(
 # torch_mlu_ops
 
 
-@pytest.mark.parametrize(
-    ("package", "has"),
-    [
-        ("__version__ = '0.1'", "no such op"),
-        ("reshape_paged_cache = 7", "no such op"),
-        *((f"def reshape_paged_cache({given}): ...", f"reshape_paged_cache({told})")
-          for given, told in (
-            ("key, value, cache", "key, value, cache"),
-            (f"{FIVE}, direction, stream", f"{FIVE}, direction, stream"),
-            ("*args, **kwargs", "args, kwargs"))),
-        ("reshape_paged_cache = type", "reshape_paged_cache(...)"),
-    ],
-)  # fmt: skip
-def test_a_release_with_another_op_is_refused(package: str, has: str, ask: Any) -> None:
-    version = "0.1" if "0.1" in package else "of unknown version"
-    assert ask("mlu", package) == (
-        f"mlu: rejected, reshape_paged_cache is wanted of torch_mlu_ops {version}, which has {has};"
-        f" expected reshape_paged_cache({FIVE}, direction), or the same without direction: install "
+def another(has: str, version: str = "of unknown version") -> str:
+    return (
+        f"rejected, reshape_paged_cache is wanted of torch_mlu_ops {version}, which has {has}; "
+        f"expected reshape_paged_cache({FIVE}, direction), or the same without direction: install "
         f"a release that has it"
     )
+
+
+HAS = "accepted, torch_mlu_ops 1.4.0 has reshape_paged_cache ("
 
 
 @pytest.mark.parametrize(
     ("package", "told"),
     [
-        (f"def reshape_paged_cache({FIVE}): ...",
-         "to the cache only, since it has no direction) and no multi_layer_kv_transfer"),
-        (BOTH_WAYS, "to and from the cache) and no multi_layer_kv_transfer"),
+        ("__version__ = '0.1'", another("no such op", "0.1")),
+        ("reshape_paged_cache = 7", another("no such op")),
+        *((f"def reshape_paged_cache({given}): ...", another(f"reshape_paged_cache({told})"))
+          for given, told in (
+            ("key, value, cache", "key, value, cache"),
+            (f"{FIVE}, direction, stream", f"{FIVE}, direction, stream"),
+            ("*args, **kwargs", "args, kwargs"))),
+        ("reshape_paged_cache = type", another("reshape_paged_cache(...)")),
+        (f"__version__ = '1.4.0'\ndef reshape_paged_cache({FIVE}): ...",
+         f"{HAS}to the cache only, since it has no direction) and no multi_layer_kv_transfer"),
+        (BOTH_WAYS, f"{HAS}to and from the cache) and no multi_layer_kv_transfer"),
         (f"{BOTH_WAYS}\ndef multi_layer_kv_transfer({TRANSFER}): ...",
-         "to and from the cache) and multi_layer_kv_transfer"),
+         f"{HAS}to and from the cache) and multi_layer_kv_transfer"),
         (f"{BOTH_WAYS}\ndef multi_layer_kv_transfer(key_value, slots): ...",
-         "to and from the cache) and a multi_layer_kv_transfer(key_value, slots) that is not the "
-         "known one and is not used"),
+         f"{HAS}to and from the cache) and a multi_layer_kv_transfer(key_value, slots) that is not "
+         "the known one and is not used"),
     ],
 )  # fmt: skip
-def test_what_a_release_has_is_told(package: str, told: str, ask: Any) -> None:
-    said = ask("mlu", f"__version__ = '1.4.0'\n{package}")
-    assert said == f"mlu: accepted, torch_mlu_ops 1.4.0 has reshape_paged_cache ({told}"
+def test_what_it_says_of_a_torch_mlu_ops(package: str, told: str, ask: Any) -> None:
+    assert ask("mlu", package) == f"mlu: {told}"
 
 
 # torch_npu
@@ -178,20 +177,42 @@ def loaded(ask: Any) -> Iterator[Callable[..., str]]:
         torch.ops.npu.__dict__.pop(name, None)
 
 
-@pytest.mark.parametrize("version", ["2.1.0", "1.13.0", f"{RELEASE}1.0"])
-def test_another_release_is_refused(loaded: Any, version: str) -> None:
-    assert loaded(version) == (
-        f"ascend: rejected, torch_npu {version} was found, which is not for torch "
-        f"{torch.__version__}; {VENDORS['npu'][2]}"
-    )
+NPU, INSTALL = f"{RELEASE}.0", VENDORS["npu"][2]
+#: Schemas of ops as other releases have them: an argument less, another name, an argument more.
+OTHERS = {
+    "npu_scatter_pa_kv_cache":  # releases before it had cache_mode
+        "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+        "Tensor slot_mapping) -> ()",
+    "npu_scatter_nd_update_": "(Tensor(a!) var, Tensor indices, Tensor updates) -> ()",
+    "npu_gather_pa_kv_cache":
+        "(Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens, "
+        "Tensor(a!) key, Tensor(b!) value, Tensor seq_offset) -> ()",
+}  # fmt: skip
 
 
-def test_the_release_for_this_torch_is_accepted(loaded: Any) -> None:
-    assert loaded(f"{RELEASE}.0.post3") == (
-        f"ascend: accepted, torch_npu {RELEASE}.0.post3; copies go by its ops, since the AscendC "
-        f"kernel was not built (bash native/ascend/run_in_cann.sh npu builds it, and "
-        f"PORTAKV_ASCENDC names it)"
-    )
+@pytest.mark.parametrize(
+    ("version", "changed", "first", "last"),
+    [
+        *((x, {}, f"rejected, torch_npu {x} was found, which is not for torch {torch.__version__}; "
+           f"{INSTALL}", "") for x in ("2.1.0", "1.13.0", f"{RELEASE}1.0")),
+        (f"{NPU}.post3", {}, f"accepted, torch_npu {NPU}.post3; copies go by its ops, since the "
+         "AscendC kernel was not built (bash native/ascend/run_in_cann.sh npu builds it, and "
+         "PORTAKV_ASCENDC names it)", ""),
+        *((NPU, {x: ""}, f"rejected, torch_npu {NPU} has no op {x}; {INSTALL}", "")
+          for x in sorted(CALLS)),
+        *((NPU, {x: OTHERS[x]}, f"rejected, an op of torch_npu {NPU} is npu::{x}(",
+           "cannot be called with") for x in OTHERS),
+    ],
+)  # fmt: skip
+def test_what_it_says_of_a_torch_npu(
+    version: str, changed: dict[str, str], first: str, last: str, loaded: Any
+) -> None:
+    said = loaded(version, **changed)
+    if last:
+        assert said.startswith(f"ascend: {first}")
+        assert last in said
+    else:
+        assert said == f"ascend: {first}"
 
 
 def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
@@ -204,32 +225,6 @@ def test_a_kernel_that_is_named_and_cannot_be_used_is_a_rejection(
         f"native/ascend/run_in_cann.sh npu builds it, and PORTAKV_ASCENDC names it); without "
         f"PORTAKV_ASCENDC the ops of torch_npu carry plans out"
     )
-
-
-@pytest.mark.parametrize("missing", sorted(CALLS))
-def test_an_op_that_is_missing_is_named(loaded: Any, missing: str) -> None:
-    assert loaded(**{missing: ""}) == (
-        f"ascend: rejected, torch_npu {RELEASE}.0 has no op {missing}; {VENDORS['npu'][2]}"
-    )
-
-
-@pytest.mark.parametrize(
-    ("name", "schema"),
-    [
-        ("npu_scatter_pa_kv_cache",  # releases before it had cache_mode
-         "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-         "Tensor slot_mapping) -> ()"),
-        ("npu_scatter_nd_update_", "(Tensor(a!) var, Tensor indices, Tensor updates) -> ()"),
-        ("npu_gather_pa_kv_cache",
-         "(Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens, "
-         "Tensor(a!) key, Tensor(b!) value, Tensor seq_offset) -> ()"),
-    ],
-    ids=["an argument less", "another name", "an argument more"],
-)  # fmt: skip
-def test_an_op_with_another_signature_is_shown(loaded: Any, name: str, schema: str) -> None:
-    said = loaded(**{name: schema})
-    assert said.startswith(f"ascend: rejected, an op of torch_npu {RELEASE}.0 is npu::{name}(")
-    assert "cannot be called with" in said
 
 
 def test_what_is_called_is_what_is_pinned() -> None:
@@ -248,24 +243,17 @@ def test_the_name_behind_simdev_is_what_torch_gets_to_see(asked: str, seen: str)
     assert _carried(asked) == seen
 
 
-@simulated
+@without_the_package
+@needs_a_child
 def test_a_device_without_the_package_falls_to_reference_with_the_reason() -> None:
-    code = (
-        "from portakv_conformance import simdev; simdev.load('mlu')\n"
-        "from portakv import AdaptiveConnector, BackendUnavailable\n"
-        "layouts = {'kv_layout': 'mlu', 'chunk_layout': 'chunk-2ltd'}\n"
-        "print(AdaptiveConnector('mlu', **layouts).explain())\n"
-        "try:\n"
-        "    AdaptiveConnector('mlu', backend='mlu', **layouts)\n"
-        "except BackendUnavailable as error:\n"
-        "    print(error)\n"
-    )
-    chosen, _, forced = python("-c", code).partition(
-        "Backend 'mlu' was forced, but it cannot serve"
-    )
+    layouts = {"kv_layout": "mlu", "chunk_layout": "chunk-2ltd"}
+    chosen = AdaptiveConnector("mlu", **layouts).explain()
     assert chosen.startswith("mlu:0: backend 'reference' was chosen\n")
-    assert "mlu: rejected, torch_mlu_ops is not installed; install torch_mlu and" in chosen
-    assert forced.startswith(" mlu:0: torch_mlu_ops is not installed; install torch_mlu and")
+    why = "torch_mlu_ops is not installed; install torch_mlu and"
+    assert f"mlu: rejected, {why}" in chosen
+    forced = f"Backend 'mlu' was forced, but it cannot serve mlu:0: {why}"
+    with pytest.raises(BackendUnavailable, match=f"^{re.escape(forced)}"):
+        AdaptiveConnector("mlu", backend="mlu", **layouts)
 
 
 @simulated

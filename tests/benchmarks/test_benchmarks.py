@@ -111,9 +111,6 @@ def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:
         load(file)
 
 
-# --- what is moved, and whether it is right ---------------------------------------------------
-
-
 def test_every_tensor_has_bytes_of_its_own_where_they_were_asked_for() -> None:
     for arrangement, allocations in (("apart", 3), ("together", 1)):
         work = Workload(TINY, arrangement, CPU)
@@ -140,9 +137,6 @@ def test_one_wrong_byte_is_seen(index: str) -> None:
     slot = min(set(range(24)) - set(work.slots(index).tolist()))
     work.target[0].view(torch.uint8)[1, slot // 4, slot % 4, 1, 3] ^= 1
     assert not scatter.right(2)  # a stray write
-
-
-# --- the harness ------------------------------------------------------------------------------
 
 
 class Script(Timer):
@@ -253,9 +247,6 @@ def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
     assert timer.alone[call] > 0
     del call
     assert not timer.alone
-
-
-# --- the suite --------------------------------------------------------------------------------
 
 
 @ON_CPU_AND_CUDA

@@ -166,9 +166,6 @@ def test_what_is_only_reported_is_not_judged() -> None:
     assert before == after
 
 
-# --- the decision guide -----------------------------------------------------------------------
-
-
 def test_the_guide_is_what_the_results_say() -> None:
     assert guide.PAGE.read_text() == guide.page(guide.RESULTS.glob("*.json")), (
         "docs/choosing.md is old: python -m benchmarks.guide"

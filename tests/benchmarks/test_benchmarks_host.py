@@ -80,9 +80,6 @@ def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
     assert not suite.HOST.left_out(found[3])
 
 
-# --- whether bytes are right --------------------------------------------------------------------
-
-
 def moved(one: Scene, direction: str) -> tuple[Sides, torch.Tensor, torch.Tensor]:
     """A small case that was moved by `reference` between two regions of the host; the bytes of
     its destination, and where in them poison is left."""
@@ -130,9 +127,6 @@ def test_plain_copies_in_the_halves_of_a_region() -> None:
     sides.flat.copy_(sides.dense)
     assert sides.plain_right()
     assert sides.flat.data_ptr() == sides.chunk.data_ptr()
-
-
-# --- figures across rows ------------------------------------------------------------------------
 
 
 def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
