@@ -215,7 +215,7 @@ def test_which_backend_a_torch_for_rocm_gets(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    seed_bug(monkeypatch, ("Argument copy)", "Argument nothing)", "gather"))
+    seed_bug(monkeypatch, ("if (at >= all)", "if (nothing >= all)", "gather"))
     with pytest.raises(RuntimeError) as caught:
         HipEmulated(CPU).prepare(COPIES["gather"]().plan())
     assert str(caught.value).startswith("hipRTC refused the kernel for gfx906:\nportakv_rows.hip:")

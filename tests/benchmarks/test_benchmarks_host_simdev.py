@@ -147,7 +147,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tup
         labels = {"backend": name, "engine": name, "op": "d2h"}
         return Mover(Variant(labels, call, lambda i: None, lambda i: True), 1 << 20, shape="s")
 
-    calls = {"memcpy": Mock(), "bad": lambda i: fails(next(asked)), "host": Mock()}
+    calls: dict[str, Any] = {"memcpy": Mock(), "bad": lambda i: fails(next(asked)), "host": Mock()}
     three = [mover(name, call) for name, call in calls.items()]
     monkeypatch.setattr(interference, "_engines", lambda bench_, direction: three)
     bench_ = Bench(DEVICE, TINY)
