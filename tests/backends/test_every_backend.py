@@ -43,7 +43,7 @@ from portakv import (
 )
 from portakv.backends import _triton_rows, rows_kernel
 from portakv.backends.ascend import Ascend
-from portakv.backends.base import Backend, Launch
+from portakv.backends.base import Backend
 from portakv.backends.compiled import Compiled
 from portakv.backends.cuda import Cuda
 from portakv.backends.mlu import Mlu
@@ -455,7 +455,7 @@ def gather(carrier: Carrier, layers: int = 3) -> tuple[list[torch.Tensor], torch
     return caches, rows, (paged_cases.paged(caches), paged_cases.dense(rows), ids, Index(), 8)
 
 
-def prepared(carrier: Carrier, given: Any) -> Launch:
+def prepared(carrier: Carrier, given: Any) -> Any:
     src, dst, *_ = given
     return carrier.backend(carrier.device).prepare(CopyPlan(src.form, dst.form, 1, 0))
 

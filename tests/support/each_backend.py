@@ -144,8 +144,10 @@ class Carrier(NamedTuple):
             backend = self._made(state is None)
             can = backend.capabilities()
             home = can.home_of_ids(self.device)
-            placed = [x if x.ids is None else x.placed(home, can.index_dtypes) for x in indices]
-            pending = backend.prepare(plan)(src, dst, *placed, copy.count, None, status)
+            mine, theirs = [
+                x if x.ids is None else x.placed(home, can.index_dtypes) for x in indices
+            ]
+            pending = backend.prepare(plan)(src, dst, mine, theirs, copy.count, None, status)
             if pending is not None:
                 pending.wait()
         if self.device.type != "cpu":

@@ -9,12 +9,16 @@ from portakv import KVView
 from support.core_cases import noise
 
 
-def pool(device: str, *, blocks: int = 6, dim: int = 8, layers: int = 3) -> list[torch.Tensor]:
+def pool(
+    device: torch.device | str, *, blocks: int = 6, dim: int = 8, layers: int = 3
+) -> list[torch.Tensor]:
     """Layers ``[kv, block, token (4), head (2), dim]`` of their own allocations."""
     return [noise(2, blocks, 4, 2, dim, seed=n).to(device) for n in range(layers)]
 
 
-def chunk(device: str, tokens: int, *, dim: int = 8, layers: int = 3) -> torch.Tensor:
+def chunk(
+    device: torch.device | str, tokens: int, *, dim: int = 8, layers: int = 3
+) -> torch.Tensor:
     return noise(2, layers, tokens, 2 * dim, seed=99).to(device)
 
 
