@@ -178,6 +178,18 @@ def test_a_unit_of_more_vectors_than_are_counted(
         engine(CPU).prepare(tall(3).plan())
 
 
+def test_the_most_vectors_are_divided_exactly() -> None:
+    """`Divisor` of native/host/direct.cuh is exact below 2^30."""
+    assert MAX_VECTORS <= 2**30
+    for divisor in [*range(1, 200), 641, 2**16 + 1, 2**29 - 1, 2**29, 2**29 + 1, 2**30 - 1]:
+        shift = 30 + (divisor - 1).bit_length()
+        factor = -(-(2**shift) // divisor)
+        assert factor < 2**32
+        last = divisor * (2**30 // divisor - 1)
+        for number in (0, 1, 2, 3, 2**29, 2**30 - 2, 2**30 - 1, last - 1, last, last + 1):
+            assert number * factor >> shift == number // divisor
+
+
 @pytest.mark.usefixtures("driver")
 def test_the_argument_is_as_the_kernel_takes_it() -> None:
     for name in ("gather", "scatter", "memory objects, blocks", "NZ blocks", "two nests"):
