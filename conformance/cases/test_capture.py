@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from portakv import Transfer, TransferError, Unsupported
-from portakv_conformance.cases import Bench, Case, Shape, asked_of
+from portakv_conformance.cases import Bench, Case, Shape, index_of, view_of
 from portakv_conformance.judge.judging import changed
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import pattern_bytes
@@ -109,8 +108,14 @@ def test_host_ids_inside_a_capture(home: Bench, direction: str) -> None:
 
 
 def _warm(home: Bench, case: Case) -> Callable[[], Transfer]:
-    """The copy of a case, which was made once."""
-    call = partial(home.subject.copy, *asked_of(case), count=case.count)
+    """The copy of a case, which was made once: under other indices, since one that was used before
+    has its ids on the device."""
+    views = view_of(case.src), view_of(case.dst)
+
+    def call() -> Transfer:
+        mine, theirs = index_of(case.src), index_of(case.dst)
+        return home.subject.copy(*views, mine, theirs, count=case.count)
+
     call().synchronize()
     return call
 
