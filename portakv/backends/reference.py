@@ -15,9 +15,18 @@ from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveL
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan, Move
 
+
+def _put_bits(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tensor) -> None:
+    """`Tensor.index_copy_` of elements that may be complex numbers. Under deterministic algorithms
+    torch multiplies by one on CUDA, and a part that is no number spoils the other one."""
+    if target.is_complex() and torch.are_deterministic_algorithms_enabled():
+        target, source = target.view(torch.int64), source.view(torch.int64)
+    target.index_copy_(dim, rows, source)
+
+
 # complex128 is torch's only 16-byte dtype, and not every vendor has it. A CPU is faster with a call
 # for each plane than with strides over all of them.
-_OPS = {"cpu": Ops(16, by_plane=True), "cuda": Ops(16)}
+_OPS = {"cpu": Ops(16, by_plane=True), "cuda": Ops(16, put=_put_bits)}
 
 
 class Reference(Backend):
