@@ -179,7 +179,7 @@ def accelerator_asked(name: str | None) -> torch.device | None:
     Raises `DeviceMismatch` if torch cannot use it, or it has no memory to copy from."""
     usual = usual_device()
     device = usual if name is None else usable_device(name)
-    if device.type not in ("cpu", usual.type):
+    if device.index is None and device.type not in ("cpu", usual.type):
         raise DeviceMismatch(
             f"Device {name!r} was asked about copies between it and the host, but torch does not "
             f"take it for an accelerator here; name one that torch.accelerator lists."

@@ -111,7 +111,7 @@ def _shapes(names: Sequence[str]) -> list[Pair]:
             f"`pip install 'portakv[bench]'`, or name two layouts with --layout."
         ) from error
     known = load()
-    for name in set(names) - set(known):
+    for name in (x for x in names if x not in known):
         has = ", ".join(known)
         raise PortaKVError(f"Shape {name!r} was asked for, but the benchmarks have {has}.")
     pairs = []

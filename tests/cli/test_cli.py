@@ -72,6 +72,7 @@ NOT_UNDERSTOOD = {
     "calibrate --seconds=0": "expected seconds above 0",
     "calibrate --seconds soon": "expected seconds above 0",
     "calibrate --seconds nan": "expected seconds above 0",
+    "calibrate --seconds inf": "expected seconds above 0",
     "warmup --arch x": "--arch",
     "warmup --arch 900000": "--arch",
     "warmup --arch gfx": "--arch",

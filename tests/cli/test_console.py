@@ -37,6 +37,14 @@ def test_nothing_is_cropped(
         assert "\na-name-that-is-twenty-six " in out
 
 
+def test_prose_is_folded_at_the_terminals_width(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    print_prose("one two three four five six seven")
+    assert capsys.readouterr().out == "one two three four\nfive six seven\n"
+
+
 def test_numbers_stand_on_the_right(capsys: pytest.CaptureFixture[str]) -> None:
     print_table(COLUMNS, ROWS)
     lines = capsys.readouterr().out.splitlines()

@@ -130,6 +130,9 @@ def test_logits_that_changed_make_the_demo_fail(monkeypatch: pytest.MonkeyPatch)
 
 def test_the_check_of_a_chunk_and_of_pages_counts_wrong_bytes() -> None:
     made = Founding(torch.device("cpu"), SMALL)
+    for ids in (made.slots.tolist(), made.blocks.tolist()):
+        assert len(ids) == len(set(ids))
+        assert sorted(ids) != ids
     made.poison()
     slots = made.slots.tolist()
     assert made.wrong_in_chunk(made.slots) > PAYLOAD // 2

@@ -138,6 +138,8 @@ def _random_bits(shape: tuple[int, ...], draw: torch.Generator) -> torch.Tensor:
 
 def _differing(found: torch.Tensor, expected: torch.Tensor) -> int:
     """Bytes that differ, whatever numbers they spell."""
+    if torch.equal(found.view(torch.int64), expected.view(torch.int64)):
+        return 0  # a tenth of the time of what follows
     return int((found.view(torch.uint8) != expected.view(torch.uint8)).sum())
 
 
