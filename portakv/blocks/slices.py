@@ -14,6 +14,7 @@ import torch
 
 from portakv.blocks.handle import BlockTransfer, token_bytes
 from portakv.copy.copy import check_ids, copy_move, drop_bad_ids, follow_current
+from portakv.engines.engine import Engine
 from portakv.plan.plan import CopyPlan, Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice
@@ -133,7 +134,7 @@ def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator
     """Inside, a stream and its device are the current ones, and the ids are on the device."""
     device, indices = choice.backend.device, (move.src_index, move.dst_index)
     ignore_captures_elsewhere(device)
-    half: Choice = getattr(choice.backend, "half", choice)  # an engine has one
+    half = choice.backend.half if isinstance(choice.backend, Engine) else choice
     dtypes = half.can.index_dtypes
     with inside(stream):
         bring(indices, device, dtypes)

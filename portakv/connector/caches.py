@@ -76,7 +76,7 @@ class Registration:
         try:
             leaves, levels = flatten(kv_caches)
             return levels == self.allocations.levels and _facts(leaves) == self._facts
-        except (AttributeError, LayoutError):  # no tensors: said of the layout when they are read
+        except (AttributeError, LayoutError, RuntimeError):  # the layout says what they lack
             return False
 
     def check_memory(self) -> None:

@@ -19,6 +19,7 @@ from portakv.layout.language import Factor, Group, Layout
 DECLARED_AS = {"layer": "layers", "head": "heads", "token": "block_size", "page": "dim"}
 
 Values = list[dict[str, int]]  # for each kv, the extent of each axis
+_MOST_KV = 1024  # far above what any cache has, and what is walked through at once
 Sized = tuple[Group, Sequence[int]]  # a group and, for each kv, its size
 
 
@@ -65,6 +66,8 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
             f"{layout.text!r} holds opaque pages, whose number of tokens cannot be read from "
             f"a shape; declare block_size."
         )
+    if shared["kv"] > _MOST_KV:
+        raise LayoutError(f"kv={shared['kv']} was declared; a token has at most {_MOST_KV} planes.")
     values = [dict(shared) for _ in range(shared["kv"])]
     if "dim" in given:
         _declare_widths(layout, values, given.pop("dim"))

@@ -187,6 +187,8 @@ def _not_read(layout: Layout, asked: str, found: object, expected: str) -> Layou
             f"A numpy array of shape {found.shape} was found where tensors are read; hand over "
             f"torch.from_numpy(array), which shares its memory."
         )
+    if not isinstance(found, (torch.Tensor, list, tuple, Mapping)):
+        expected = "; expected tensors, in lists, tuples or dicts."
     kind = type(found).__name__
     return LayoutError(f"{layout.text!r} {asked}, but a {kind} was found{expected}")
 

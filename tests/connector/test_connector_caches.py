@@ -198,3 +198,13 @@ def test_a_connector_shows_what_it_is() -> None:
     assert "nothing registered" in repr(connector)
     connector.register_kv_caches([torch.zeros(2, 4, 4, 2, 8)])
     assert "16 slots" in repr(connector)
+
+
+@pytest.mark.parametrize(
+    "given", ["x", [torch.zeros(2, 4, 4, 2, 8).to_sparse()]], ids=["str", "sparse"]
+)
+def test_what_is_no_cache_is_refused_beside_registered_ones(given: Any) -> None:
+    connector = AdaptiveConnector("cpu")
+    connector.register_kv_caches([torch.zeros(2, 4, 4, 2, 8)])
+    with pytest.raises(LayoutError, match="was found"):
+        connector.from_gpu(torch.zeros(2, 1, 3, 16), given, [1, 2, 3])

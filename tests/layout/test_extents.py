@@ -88,6 +88,7 @@ CONTRADICTIONS: list[tuple[str, tuple[int, ...], dict[str, Any], str]] = [
     ("token dim", (5, 8), {"block_size": 4}, "no `block` axis"),
     ("block page", (5, 8), {}, "declare block_size"),
     ("layer token dim", (1, 5, 8), {"layers": 0}, "layers=0 .* positive integer"),
+    ("kv token dim", (2, 5, 8), {"kv": 2**70}, "at most 1024 planes"),
     ("token head dim", (5, 1, 8), {"heads": -1}, "heads=-1 .* positive integer"),
     ("token dim", (5, 1), {"dim": True}, "dim=True .* positive integer"),
     ("token head dim", (5, 2, 8), {"heads": 2.5}, "heads=2.5 .* positive integer"),
