@@ -15,6 +15,7 @@ Nodes are bound by the kernel's own call, so that no libnuma is needed.
 from __future__ import annotations
 
 import atexit
+import bisect
 import ctypes
 import errno
 import itertools
@@ -32,7 +33,7 @@ from contextlib import suppress
 from functools import cache
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -62,8 +63,9 @@ PORTABLE, MAPPED, READ_ONLY = 1, 2, 8
 # cudaErrorInvalidValue, cudaErrorHostMemoryAlreadyRegistered and ...NotRegistered; HIP likewise.
 INVALID, ALREADY, UNKNOWN = 1, 712, 713
 
+_by_pages = operator.attrgetter("_pages")
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
-_live: list[Registration] = []  # no two overlap
+_live: list[Registration] = []  # by their pages; no two overlap
 _seams: set[int] = set()  # of all these
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 _told: set[str] = set()
@@ -266,20 +268,20 @@ def loaded_library(maps: str, stem: str, version: str) -> str | None:
     """The file of a library that a process has loaded, from its map, of a major version if there
     are several and one is named; ``stem``: how its name begins, up to ``.so``."""
     found = re.findall(rf"(?m)/(?:.*/)?{stem}(?:-[0-9a-f]+)?\.so[^/\n]*$", maps)
-    return max(found, key=lambda path: f".so.{version}" in path, default=None)
+    return max(found, key=lambda path: bool(version) and f".so.{version}" in path, default=None)
 
 
 def quiesce() -> None:
     """Block the host until no device of this process reads or writes host memory any more. One
     that has failed does neither: its error is left to its next user."""
-    others = through_torch()
+    others, inside = through_torch(), cast(Any, torch._C)
     if not others and not torch.cuda.is_initialized():
         return
-    inside: Any = torch._C
-    for index in range(torch.accelerator.device_count()):
+    module: Any = torch.accelerator if others else torch.cuda
+    for index in range(module.device_count()):
         if others or inside._cuda_hasPrimaryContext(index):  # waiting must not make a context
             with suppress(RuntimeError):
-                torch.accelerator.synchronize(index)
+                module.synchronize(index)
 
 
 def capturing() -> bool:
@@ -318,8 +320,7 @@ class Registration:
         self.registered: list[int] = []
         settle()
         self._claim(*self._pages)
-        # At exit nothing is unmapped: tensors may outlive the interpreter.
-        atexit.register(self.undo)
+        _watch_exit()
         try:
             self._register()
         except BaseException:
@@ -328,7 +329,8 @@ class Registration:
 
     def _claim(self, start: int, end: int) -> None:
         with _lock:
-            for taken, until in (each._pages for each in [*_live]):  # a finalizer may take one out
+            at = bisect.bisect_left(_live, self._pages, key=_by_pages)
+            for taken, until in map(_by_pages, _live[max(0, at - 1) : at + 1]):
                 if taken < end and start < until:
                     raise HostMemoryError(
                         f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
@@ -336,7 +338,8 @@ class Registration:
                         f"as one range, unregister the first, or keep memory that shares a page "
                         f"apart."
                     )
-            _live.append(self)
+            # Looked up again: a finalizer may have taken one out meanwhile.
+            bisect.insort(_live, self, key=_by_pages)
             _seams.update(at for at, _ in self.pieces[1:])
 
     def _register(self) -> None:
@@ -388,7 +391,6 @@ class Registration:
             _postponed.append((self, owner))
             return
         self._unregister()
-        atexit.unregister(self.undo)
         with suppress(ValueError):
             _live.remove(self)
             _seams.difference_update(at for at, _ in self.pieces[1:])
@@ -405,6 +407,18 @@ def settle() -> None:
         with suppress(IndexError):  # another thread was faster
             registration, _owner = _postponed.pop()
             registration.undo()  # before the owner gives the memory back
+
+
+@cache
+def _watch_exit() -> None:
+    """At exit unregister what is left; called when first needed, as an import has no effects.
+    Nothing is unmapped: tensors may outlive the interpreter."""
+
+    @atexit.register
+    def undo_all() -> None:
+        settle()
+        for registration in [*_live]:
+            registration.undo()
 
 
 def warn_once(why: str) -> None:
@@ -424,41 +438,38 @@ def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
     """Which bytes a tensor, an array or another buffer covers: their address and number from the
     first to the last, whether they can only be read, and what holds them. Raises `HostMemoryError`
     if it is freed, empty or no memory at all, `DeviceMismatch` for a tensor on a device."""
-    kind = type(memory).__name__
-    if isinstance(memory, torch.Tensor) and memory.device.type != "cpu":
+    kind, tensor = type(memory).__name__, isinstance(memory, torch.Tensor)
+    if tensor and memory.device.type != "cpu":
         raise DeviceMismatch(
             f"A {kind} on {memory.device} was asked to be registered; expected memory of the host. "
             f"Copy it there first."
         )
+    freed = why = "was freed before ({}); register memory before it is closed"
     try:
-        if isinstance(memory, torch.Tensor) and memory.layout == torch.strided:
-            array = _over_storage(memory)
-        elif isinstance(memory, np.ndarray):
-            array = memory
+        if tensor and memory.layout == torch.strided:
+            size, fixed, address = memory.element_size(), False, memory.data_ptr()
+            shape, steps = memory.shape, [size * step for step in memory.stride()]
         else:
-            buffer = memory.buf if isinstance(memory, SharedMemory) else memory
-            if buffer is None:
-                raise ValueError("it is closed")
-            memory = memoryview(buffer)  # which cannot be closed while the view is held
+            if not isinstance(memory, np.ndarray):
+                buffer = memory.buf if isinstance(memory, SharedMemory) else memory
+                if buffer is None:
+                    raise ValueError("it is closed")
+                memory = memoryview(buffer)  # which cannot be closed while the view is held
+                why = "has elements that numpy does not know ({}); pass np.frombuffer(it, np.uint8)"
             array = np.asarray(memory)
+            size, fixed, address = array.itemsize, not array.flags.writeable, array.ctypes.data
+            shape, steps = array.shape, list(array.strides)
     except ValueError as error:
-        why = f"was freed before ({error}); register memory before it is closed"
+        why = why.format(error)
     except TypeError:
         why = "is no strided tensor, array, mmap, shared memory or other buffer; pass one of these"
     else:
-        reach = [(count - 1) * step for count, step in zip(array.shape, array.strides, strict=True)]
-        low, high = (sum(part(step, 0) for step in reach) for part in (min, max))
-        if array.nbytes:
-            nbytes = high - low + array.itemsize
-            return array.ctypes.data + low, nbytes, not array.flags.writeable, memory
-        why = "has 0 bytes, of which nothing can be pinned; leave it out"
+        reach = [(count - 1) * step for count, step in zip(shape, steps, strict=True)]
+        low, high = sum(min(step, 0) for step in reach), sum(max(step, 0) for step in reach) + size
+        if math.prod(shape) * size == 0:
+            why = "has 0 bytes, of which nothing can be pinned; leave it out"
+        elif tensor and memory.untyped_storage().nbytes() < memory.storage_offset() * size + high:
+            why = freed.format("its storage is smaller")
+        else:
+            return address + low, high - low, fixed, memory
     raise HostMemoryError(f"A {kind} was asked to be registered, which {why}.")
-
-
-def _over_storage(tensor: torch.Tensor) -> Any:
-    """An array with the strides of a tensor; raises `ValueError` if its storage is too small."""
-    storage, size = tensor.untyped_storage(), tensor.element_size()
-    # Of an empty buffer numpy checks nothing.
-    buffer = bytes_at(storage.data_ptr(), storage.nbytes()) or bytes(1)
-    start, *steps = (size * step for step in (tensor.storage_offset(), *tensor.stride()))
-    return np.ndarray(tensor.shape, f"V{size}", buffer, start, steps)

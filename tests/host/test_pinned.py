@@ -4,6 +4,8 @@ refused; through a stand-in for the CUDA runtime, and pageable without any devic
 
 from __future__ import annotations
 
+import atexit
+import ctypes
 import mmap
 import os
 import platform
@@ -125,6 +127,7 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: pinned.register(torch.zeros(0)), "0 bytes"),
         (lambda: pinned.register(np.zeros((3, 0))), "0 bytes"),
         (lambda: pinned.register(bytearray()), "0 bytes"),
+        (lambda: pinned.register((ctypes.c_void_p * 9)()), "numpy does not know .*frombuffer"),
         (lambda: pinned.register(torch.zeros(4, device="meta")), "on meta"),
         *((lambda n=n: pinned.allocate(ODD, numa=n), "nodes have whole numbers")
           for n in (1.5, "0", [0, "1"], np.array(0.0), int, [])),
@@ -146,7 +149,7 @@ def test_what_makes_no_memory(
 @each_way
 def test_memory_is_not_freed_while_registered_nor_registered_once_freed() -> None:
     gone, released = private(), memoryview(bytearray(9))
-    tensor, cut = torch.zeros(5000), torch.zeros(50, 100).t()
+    tensor, cut, byte = torch.zeros(5000), torch.zeros(50, 100).t(), torch.zeros(1).bool()
     shared = SharedMemory(create=True, size=3 * PAGE)
     shared.unlink()
     held = pinned.register(shared)
@@ -160,8 +163,9 @@ def test_memory_is_not_freed_while_registered_nor_registered_once_freed() -> Non
     shared.close()
     released.release()
     tensor.untyped_storage().resize_(0)
+    byte.untyped_storage().resize_(0)
     cut.untyped_storage().resize_(19999)
-    for memory in (gone, tensor, cut, shared, released):
+    for memory in (gone, tensor, cut, byte, shared, released):
         with pytest.raises(HostMemoryError, match="freed before"):
             pinned.register(memory)
     for start in (address, 0):
@@ -246,6 +250,9 @@ def test_tensors_and_arrays_hold_what_was_closed(cuda: FakeLibrary) -> None:
     assert cuda.log == ["register", "quiesce", "unregister"]
     with pytest.raises(HostMemoryError, match="closed"):
         _ = memory.tensor
+    handlers = atexit._ncallbacks()
+    pinned.allocate(PAGE).close()
+    assert atexit._ncallbacks() == handlers
 
 
 def test_nothing_is_unregistered_during_a_capture(
@@ -391,10 +398,25 @@ def test_the_library_that_torch_loaded() -> None:
     for version, found in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
         assert _pages.loaded_library(maps, "libcudart", version) == found
     assert _pages.loaded_library(maps, "libamdhip64", "6") is None
+    maps += " /torch/libamdhip64.so\n /opt/rocm/lib/libamdhip64.so.6\n"
+    assert _pages.loaded_library(maps, "libamdhip64", "") == "/torch/libamdhip64.so"
+
+
+def test_cuda_s_devices_are_waited_for_beside_another_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch.accelerator stands for."""
+    waited: list[int] = []
+    monkeypatch.setattr(_pages, "why_not", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda at: at != 1, raising=False)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
+    for name, stand_in in (("is_initialized", lambda: True), ("device_count", lambda: 3),
+                           ("synchronize", waited.append)):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    _pages.quiesce()
+    assert waited == [0, 2]
 
 
 SCRIPT = """
-import pytest, sys
+import atexit, pytest, sys
 from support.pinned_runtime import absent, installed
 from portakv.host import pinned
 patch = pytest.MonkeyPatch()
@@ -414,13 +436,15 @@ held = pinned.allocate(4096)
 tensor = held.tensor
 closed = pinned.allocate(4096)
 closed.close()
+atexit.register(print, "workers", flush=True)
 mine = pinned.register(bytearray(50000))
 print("end", flush=True)
 """
 
 
 def test_a_process_that_ends(tmp_path: Path) -> None:
-    """Each reason is told once, where the caller asked, and what is left is unregistered once."""
+    """Each reason is told once, where the caller asked, and what is left is unregistered once,
+    below no worker that was started after the first registration."""
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     paths = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
@@ -430,7 +454,7 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
     )  # fmt: skip
     said = done.stdout.split("end\n")
     assert said[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
-    assert sorted(said[1].split()) == ["quiesce"] * 2 + ["unregister"] * 2
+    assert said[1].split() == ["workers"] + ["quiesce", "unregister"] * 2
     told = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
     wanted = [(8, "the test has taken"), (8, "of the test"), (12, "of the test")]
     for line, (at, why) in zip(told, wanted, strict=True):
