@@ -12,6 +12,7 @@ import torch
 
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv_conformance.cases import Bench, Judge, Shape, Subject
+from portakv_conformance.judge.pattern import pattern_bytes
 
 pytestmark = pytest.mark.area("safety")
 
@@ -64,8 +65,10 @@ def test_a_copy_under_a_setting(home: Bench, direction: str, state: str) -> None
 
     def judged() -> None:
         case = home.move(direction, shape, slots)
-        for guard in case.src.guards:
-            guard.payload()[7::8], guard.payload()[6::8] = 0x7F, 0xF4  # float64: signalling NaNs
+        for number, guard in enumerate(case.src.guards):
+            fresh = pattern_bytes(home.seed, number, guard.nbytes).copy()
+            fresh[7::8], fresh[6::8] = 0x7F, 0xF4  # each float64 is a signalling NaN
+            guard.payload().copy_(torch.from_numpy(fresh))
 
         def carry() -> None:
             with _STATES[state](home.subject.device):
