@@ -341,7 +341,8 @@ class ReadLater:
         return slots[0]
 
     def __del__(self) -> None:
-        """The allocator of pinned memory knows of no kernel that reads a slot, so the slots of
-        sends that are under way are held for longer than this."""
+        """The allocator of pinned memory knows of copies from a slot, but of no kernel that reads
+        it, so the slots of sends that are under way are held for longer than this."""
         for slot in getattr(self, "_slots", ()):
-            hold_memory(Completion(slot.ended, kept=slot.memory), retire=False)
+            if self._issue is not by_copy:
+                hold_memory(Completion(slot.ended, kept=slot.memory), retire=False)

@@ -155,7 +155,7 @@ class Pool:
                 f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, "
                 f"or None to wait without end."
             )
-        within = "" if timeout is None or not wait else f" within {timeout:g} s"
+        within = "" if timeout is None or not wait else f" within {float(timeout):g} s"
         until = time.monotonic() + (math.inf if timeout is None else timeout) if wait else 0.0
         grow_at, refused = 0.0, None
         self._refuse()  # before the lock, which a forked child may find taken for ever
@@ -342,12 +342,15 @@ class PinnedPool(Pool):
         return self.leaks()
 
     def _add(self, blocks: int) -> None:
-        nbytes = (blocks - 1) * self._stride + self.block_bytes
-        memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
-        self.pinned &= memory.pinned
-        self._segments.append((self.blocks, memory.tensor))
-        self._ready.extend(range(self.blocks, self.blocks + blocks))
-        self.blocks += blocks
+        most = max(1, _pages.LARGEST // self._stride)  # in one registration, which cuts no block
+        for done in range(0, blocks, most):
+            count = min(blocks - done, most)
+            nbytes = (count - 1) * self._stride + self.block_bytes
+            memory = pinned.allocate(nbytes, unit=self._stride, **self._options)
+            self.pinned &= memory.pinned
+            self._segments.append((self.blocks, memory.tensor))
+            self._ready.extend(range(self.blocks, self.blocks + count))
+            self.blocks += count
 
     def _grown(self, missing: int) -> HostMemoryError | None:
         """Grow by `grow` blocks, or else by as many as are missing; or why not even by these."""
@@ -355,7 +358,7 @@ class PinnedPool(Pool):
         most = min(max(self._grow, missing), self.limit - self.blocks)
         for count in dict.fromkeys((most, missing)):
             try:
-                self._add(count)
+                self._add(min(count, self.limit - self.blocks))
                 return None
             except HostMemoryError as error:
                 # Its frames hold the very memory that there is too little of.

@@ -23,7 +23,7 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,8 @@ class SharedPool(Pool):
             memory, or not there; or too many processes are attached.
     """
 
+    _fd = _me = -1
+
     def __init__(
         self,
         name: str,
@@ -88,7 +90,6 @@ class SharedPool(Pool):
         keep: bool = False,
         fallback: bool = True,
     ) -> None:
-        self._fd = self._me = -1
         super().__init__(f"The shared pool {name!r}", "open it there by its name")
         self.name, self._keep, wanted = name, keep, None
         if block_bytes is not None and blocks is not None:
@@ -132,10 +133,12 @@ class SharedPool(Pool):
         Raises:
             HostMemoryError: released before, another pool's, or adopted by another process.
         """
+        self._refuse()
+        self._check(block)
         if after is not None:
             after.synchronize()
         with self._exclusive():
-            self._check(block)
+            self._check(block)  # again: another thread may have released it meanwhile
             block.drop()
             if self._table["generation"][block.index] != block.generation:
                 raise HostMemoryError(
@@ -463,8 +466,9 @@ def _watch() -> None:
     """A forked child must not keep its parent's locks alive; an exit leaves every pool."""
 
     def end(call: Callable[[SharedPool], None]) -> None:
-        for pool in list(_open):
-            call(pool)
+        with ExitStack() as each:  # one that fails keeps none of the others
+            for pool in list(_open):
+                each.callback(call, pool)
 
     os.register_at_fork(after_in_child=partial(end, SharedPool._unlock))
-    atexit.register(end, SharedPool.close)
+    atexit.register(end, SharedPool.__del__)  # some may never have opened

@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,7 @@ from support.pool_processes import Child, unused_name
 from support.threads import run_threads
 
 from portakv.errors import SlotError
-from portakv.host import pinned
+from portakv.host import _pages, pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import PinnedPool, PoolExhausted
 from portakv.host.shared import SharedPool
@@ -74,9 +75,10 @@ def test_waiting_ends_with_the_time_or_a_release(
     with make(1) as pool:
         block = pool.acquire()
         began = time.monotonic()
-        with pytest.raises(PoolExhausted, match=r"within 0.05 s"):
-            pool.acquire(wait=True, timeout=0.05)
-        assert time.monotonic() - began >= 0.05
+        for short in (0.05, Fraction(1, 20)):
+            with pytest.raises(PoolExhausted, match=r"within 0.05 s"):
+                pool.acquire(wait=True, timeout=short)
+        assert time.monotonic() - began >= 0.1
         for timeout in (None, 30, float("inf"), 1e300):
             threading.Timer(0.02, block.release).start()
             block = pool.acquire(wait=True, timeout=timeout)
@@ -88,15 +90,16 @@ def test_waiting_ends_with_the_time_or_a_release(
 def test_released_twice_or_elsewhere(make: Make) -> None:
     with make(2) as pool, PinnedPool(SIZE, 2) as other:
         block, theirs = pool.acquire(), other.acquire()
+        never = SimpleNamespace(synchronize=lambda: pytest.fail("it waited first"), done=bool)
         for place, strange in ((other, block), (pool, theirs)):
             with refused(HostMemoryError, "another pool"):
-                place.release(strange)
+                place.release(strange, never)
         theirs.release()
         block.release()
         for count in (0, 2):  # the same block is somebody else's then
             again = [pool.acquire() for _ in range(count)]
             with pytest.raises(HostMemoryError, match="released twice"):
-                block.release()
+                block.release(never)
         with pytest.raises(HostMemoryError, match="after it had been released"):
             _ = block.tensor
         assert pool.free == 0
@@ -234,6 +237,15 @@ def test_it_grows_up_to_its_limit_and_then_names_the_owners_of_blocks() -> None:
         for number, block in enumerate(blocks):
             block.tensor.fill_(number)
         assert [int(block.tensor[-1]) for block in blocks] == list(range(10))
+
+
+def test_no_block_lies_in_two_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor one of a size whose multiples end with no page before the largest registration does."""
+    most = 4 * _pages.PAGE
+    monkeypatch.setattr(_pages, "LARGEST", most)
+    with PinnedPool(most // 4 + 1, 4, limit=11, alignment=1, largest=most) as pool:
+        for block in pool.acquire_many(11):
+            assert not any(0 < seam - block.address < block.nbytes for seam in pinned.seams())
 
 
 class Scarce:

@@ -6,6 +6,8 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -75,8 +77,39 @@ def test_closed_with_blocks_out(name: str) -> None:
                 call()
 
 
-def test_a_pool_that_nobody_closed_leaves_nothing(name: str) -> None:
+def test_a_pool_that_nobody_closed_leaves_nothing(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does one that was never made say anything."""
     SharedPool(name, SIZE, 2)
+    told: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", told.append)
+    with pytest.raises(TypeError, match="block_byte"):
+        SharedPool(name, block_byte=3)  # type: ignore[call-arg]
+    assert told == []
+
+
+EXIT = """
+import sys
+from portakv.host.shared import SharedPool
+name, kept = sys.argv[1], []
+pools = [SharedPool(f"{name}{nth}", 64, 1) for nth in range(8)]
+pools[3]._end = lambda: 1 / 0
+for nth in range(8):
+    try:
+        SharedPool(name)
+    except Exception as error:
+        kept.append(error)
+"""
+
+
+def test_an_exit_leaves_every_pool_though_one_fails_and_others_never_opened(name: str) -> None:
+    ended = [sys.executable, "-W", "ignore", "-c", EXIT, name]
+    done = subprocess.run(ended, capture_output=True, text=True, check=True, timeout=120)
+    assert "ZeroDivisionError" in done.stderr
+    assert "AttributeError" not in done.stderr
+    assert [each for each in shared.names() if each.startswith(name)] == [f"{name}3"]
+    shared.remove(f"{name}3")
 
 
 def test_kept_and_removed(name: str) -> None:

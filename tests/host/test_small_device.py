@@ -145,7 +145,8 @@ def test_values_are_kept_until_they_were_read(place: Place, call: str, side: tor
                 small_copy(call, place.way)(wanted + nth, out.zero_())
             assert not (slow and side.query())
             if slow:
-                held = 4 if place.way in ("mapped", "copy") else 0
+                # Of a copy from a slot of its own torch's allocator knows by itself.
+                held = 4 if place.way == "mapped" or (place.way, call) == ("copy", "new") else 0
                 assert copies_holding_memory() == held
             gc.collect()
             rubbish = [torch.zeros(500, dtype=torch.int64, pin_memory=True) for _ in range(32)]
