@@ -92,7 +92,7 @@ SPOILT: dict[str, tuple[Any, str, Any, dict[str, bool]]] = {
 def test_the_example_sees_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     owner, name, spoilt, expected = SPOILT[what]
     monkeypatch.setattr(owner, name, spoilt)
-    outcome = vars(offload_transformers.main(DEVICE, str))
+    outcome = vars(offload_transformers.main(DEVICE, lambda line: None))
     assert {name: outcome[name] for name in expected} == expected
     assert (outcome["tokens"], outcome["chunks"]) == (235, 4)
 

@@ -101,11 +101,14 @@ def waive(record: RunRecord, at: int) -> None:
 
 
 def command(old: str, new: str) -> Callable[[RunRecord], None]:
-    return lambda record: setattr(record, "command", record.command.replace(old, new, 1))
+    def edit(record: RunRecord) -> None:
+        record.command = record.command.replace(old, new, 1)
+
+    return edit
 
 
 def each_to(name: str, value: object) -> Callable[[RunRecord], object]:
-    return lambda record: [setattr(case, name, value) for case in record.cases]
+    return lambda record: [vars(case).update({name: value}) for case in record.cases]
 
 
 def interpreted(record: RunRecord) -> None:

@@ -89,7 +89,7 @@ def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, text in told.items():
         (tmp_path / name).write_text(text)
     beside = {"/sys/fs/cgroup": tmp_path, "/sys/devices/system/node": tmp_path}
-    monkeypatch.setattr(_pages, "Path", lambda at, *name: Path(beside.get(at, at), *name))
+    monkeypatch.setattr(_pages, "Path", lambda at, *name: Path(beside.get(at, Path(at)), *name))
     assert _pages.available() == 1000 - 700 + 400
     assert _pages.nodes() == [0, 1, 2, 5]
     (tmp_path / "memory.max").write_text("max\n")
