@@ -246,7 +246,7 @@ def test_what_a_stand_in_takes_for_true_stands_in_every_form(
     (shown,) = (each for each in device["candidates"] if each["name"] == "mlu")
     assert shown["verified"].endswith(f"R3 on mlu, emulated, {ASSUMED}")
     portakv(["backends", "--device", "mlu"])
-    assert "by assumption:" in capsys.readouterr().out
+    assert "assumption" in capsys.readouterr().out  # in a column of words, wherever they fold
 
 
 # -- records of jobs -----------------------------------------------------------------------------
