@@ -42,7 +42,7 @@ class Unsupported(PortaKVError, NotImplementedError):
         self.why = why
 
 
-class InvalidTerms(Unsupported, ValueError):
+class InvalidTerms(PortaKVError, ValueError):
     """An argument that says how to copy, and is none of the values that it may have."""
 
 

@@ -204,7 +204,8 @@ def _first_tensor(level: Any) -> torch.Tensor:
         if not isinstance(level, (list, tuple, Mapping)):
             raise LayoutError(
                 f"The memory_obj holds a {type(level).__name__}; expected a tensor, the containers "
-                f"that chunk_layout names, or an object with one of these as `.tensor`."
+                f"that chunk_layout names, or an object with one of these as `.tensor`. Of a numpy "
+                f"array make a tensor by torch.from_numpy."
             )
         items = list(level.values()) if isinstance(level, Mapping) else list(level)
         if not items:

@@ -104,10 +104,7 @@ def checked(
 def is_strict(check: object) -> bool:
     """What the argument ``check`` asks; raises `InvalidTerms` if it is neither word."""
     if check not in ("usual", "strict"):
-        raise InvalidTerms(
-            f"A copy with check={check!r}",
-            "expected 'usual' or 'strict'; pass one of these, or leave it out",
-        )
+        raise InvalidTerms(f"A copy with check={check!r}: expected 'usual' or 'strict'.")
     return check == "strict"
 
 

@@ -63,7 +63,7 @@ class Terms:
         for name, right, expected in known:
             if not right:
                 asked = f"A transfer with {name}={getattr(self, name)!r}"
-                raise InvalidTerms(asked, f"expected {expected}")
+                raise InvalidTerms(f"{asked}: expected {expected}.")
 
     @property
     def of_engine(self) -> Terms:

@@ -39,6 +39,7 @@ import numpy as np
 import torch
 
 from portakv.errors import DeviceMismatch, HostMemoryError, Unsupported
+from portakv.runtime.devices import this_process
 
 PAGE = mmap.PAGESIZE
 HugePages = Literal["auto", "transparent", "reserved", "never"]
@@ -316,7 +317,7 @@ class Registration:
         edges = [address, *range(start + step, end, step), end]  # between pages
         self._pages = start, to_pages(end)
         self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
-        self._process = os.getpid()
+        self._process = this_process()
         self.registered: list[int] = []
         settle()
         self._claim(*self._pages)
@@ -367,7 +368,7 @@ class Registration:
 
     def _unregister(self) -> None:
         pieces, self.registered = self.registered, []
-        if not pieces or self._process != os.getpid():
+        if not pieces or self._process.forked:
             return
         quiesce()
         for piece in pieces:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
+from portakv.errors import InvalidTerms, PortaKVError, SlotError, TransferError, TransferTimeout
 
 #: A weak reference to the object that reports an error for which no caller asked: a connector.
 Owner: TypeAlias = "weakref.ref[Any]"
@@ -292,6 +292,9 @@ class Transfer:
 
     def _await_end(self, seconds: float) -> None:
         """Ask for the end until it is seen, less and less often: torch waits without a limit."""
+        if not isinstance(seconds, (int, float)):
+            asked = f"synchronize(timeout={seconds!r}) was asked"
+            raise InvalidTerms(f"{asked}; expected seconds, or None for no limit.")
         limit, pause = time.monotonic() + seconds, 20e-6
         while not all(completion.ended() for completion in self.completions):
             left = limit - time.monotonic()

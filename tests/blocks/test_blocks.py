@@ -311,6 +311,7 @@ def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
     with refused(InvalidTerms, words, str(next(iter(terms))), watch=blocks.dst.tensors) as caught:
         blocks.start(**terms)
     assert isinstance(caught.value, ValueError)
+    assert not isinstance(caught.value, Unsupported)
 
 
 def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:

@@ -221,6 +221,7 @@ blocks: Any = copy_blocks
 #: Calls on a scene that are refused, by the error that they raise, and words of its sentence.
 COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
     LayoutError: [
+        (lambda s: s.connector.from_gpu(np.zeros((2, 3, 4)), s.caches, [7]), "torch.from_numpy"),
         (lambda s: KVView(torch.zeros(3, 4, dtype=torch.complex64).conj(), "token dim"),
          "conjugated", "resolve_conj"),
         (lambda s: KVView(fake(), "token dim"), "without memory"),

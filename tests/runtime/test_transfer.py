@@ -21,7 +21,7 @@ from support.guarded_memory import refused, same
 from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, Transfer, register_backend
-from portakv.errors import SlotError, TransferError, TransferTimeout
+from portakv.errors import InvalidTerms, SlotError, TransferError, TransferTimeout
 from portakv.registry import registry
 from portakv.runtime import transfer
 from portakv.runtime.streams import own_stream
@@ -204,6 +204,8 @@ def test_waiting_with_a_limit(later: Later) -> None:
     transfer = start()[0]
     with refused(TransferTimeout, "after 0.01 s it has not ended; it goes on. Wait again"):
         transfer.synchronize(timeout=0.01)
+    with refused(InvalidTerms, "timeout='soon'", "seconds, or None for no limit"):
+        transfer.synchronize(timeout="soon")  # type: ignore[arg-type]
     assert issubclass(TransferTimeout, TimeoutError)
     assert issubclass(TransferTimeout, TransferError)
     ending = threading.Timer(0.05, lambda: setattr(later, "ended", True))
