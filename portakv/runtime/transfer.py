@@ -293,7 +293,7 @@ class Transfer:
     def _await_end(self, seconds: float) -> None:
         """Ask for the end until it is seen, less and less often: torch waits without a limit."""
         if not isinstance(seconds, (int, float)):
-            asked = f"synchronize(timeout={seconds!r}) was asked"
+            asked = f"The end was waited for with timeout={seconds!r}"
             raise InvalidTerms(f"{asked}; expected seconds, or None for no limit.")
         limit, pause = time.monotonic() + seconds, 20e-6
         while not all(completion.ended() for completion in self.completions):
