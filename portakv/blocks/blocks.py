@@ -44,10 +44,10 @@ def copy_blocks(
     With ``detached`` it begins behind the same work, and no stream waits for its end unless
     `Transfer.wait` makes one. A transfer that follows then need not wait for this one's last bytes,
     which keeps the link busy beside a model that leaves few gaps. Nor are two of them ordered:
-    until the end nobody may write what is read, or use what is written.
+    until the end no caller may write what is read, or use what is written.
 
     Args:
-        src, dst: paged views, or chunks where that side's blocks are None (consecutive tokens).
+        src, dst: paged views, or chunks if that side's blocks are None (consecutive tokens).
         src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped; or an `Index` of
             them with ``step=block_size``, which is validated once however often it is used.
         backend: the name of a backend or of an engine, which then must carry it out.

@@ -45,7 +45,7 @@ def add_options(parser: Any) -> None:
     add("--run-bytes", type=read_bytes, metavar="N", help=run)
     add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
     add("--direction", choices=DIRECTIONS, help="default: d2h")
-    runs = "runs in host memory, 1 where it is dense (default: as many as on the device)"
+    runs = "runs in host memory, 1 if it is dense (default: as many as on the device)"
     add("--host-runs", type=positive, metavar="N", help=runs)
     add("--pageable", action="store_true", default=None, help=memory)
     add("--overlap", choices=OVERLAPS, help="what else the device does (compute)")
@@ -58,7 +58,7 @@ def add_options(parser: Any) -> None:
 
 
 def misplaced(asked: argparse.Namespace) -> str:
-    """What was asked that does not go together, as a sentence; empty where it does."""
+    """What was asked that does not go together, as a sentence; empty if it does."""
     if asked.host and asked.src is not None:
         return "--host takes no layouts, but --blocks, --run-bytes and --direction"
     if asked.host and asked.payload is not None and asked.blocks is not None:

@@ -3,7 +3,7 @@
 
 A slice should be one run of host memory: a copy engine moves those at the link's full speed, and
 rows at a pitch a little slower (D2H, 16 MiB in 64 rows: 0.94 of a plain memcpy on an H200 beside a
-gather, against 0.99 in one run). So where planes lie outside the tokens the planes are cut, else
+gather, against 0.99 in one run). So if planes lie outside the tokens the planes are cut, else
 the positions.
 """
 

@@ -32,11 +32,11 @@ class Preset:
         name: what a caller writes instead of the string.
         layout: the layout string.
         engine: the engine or tool that uses it.
-        releases: the releases it is true for, in words; empty where no release is known.
+        releases: the releases it is true for, in words; empty if no release is known.
         extents: extents that are always true for it, as `KVView` takes them; ``dim`` counts
             elements of the tensors' dtype, one number or one for each ``kv``.
         note: what a caller has to know; one or two sentences.
-        memory: the same groups in the order in which they lie in memory, where that is not the
+        memory: the same groups in the order in which they lie in memory, if that is not the
             order of ``layout``. What stands right of ``|`` is one allocation.
     """
 

@@ -363,7 +363,7 @@ def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:
 
 
 def _join(nests: list[Nest]) -> tuple[Nest, ...]:
-    """One nest with a kv loop where all kv differ by equal distances, else one for each kv."""
+    """One nest with a kv loop if all kv differ by equal distances, else one for each kv."""
     shapes = {(nest.loops, nest.src.units, nest.dst.units) for nest in nests}
     origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
     steps = {tuple(b - a for a, b in zip(x, y, strict=True)) for x, y in pairwise(origins)}
