@@ -97,7 +97,7 @@ def run(asked: argparse.Namespace) -> int:
     compiled, kept = (sum(one[name] for one in warmed) for name in ("compiled", "kept"))
     print()
     print_prose(f"{compiled} kernels compiled by {' and '.join(compilers)} in {seconds:.1f} s, "
-                f"{kept} were there before: {folder}")  # fmt: skip
+                f"{kept} were there, from before or from another shape: {folder}")  # fmt: skip
     return 0
 
 

@@ -71,9 +71,6 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
     values = [dict(shared) for _ in range(shared["kv"])]
     if "dim" in given:
         _declare_widths(layout, values, given.pop("dim"))
-    if given:
-        names = ", ".join(sorted(given))
-        raise LayoutError(f"Unknown extents {names}; declare layers, kv, block_size, heads or dim.")
     return values
 
 

@@ -135,6 +135,11 @@ def bind_layout(
     """
     text, always = resolve(layout)
     declared = dict(always)
+    if unknown := extents.keys() - {"layers", "kv", "block_size", "heads", "dim"}:
+        raise LayoutError(
+            f"Unknown extents {', '.join(sorted(unknown))}; declare layers, kv, block_size, heads "
+            f"or dim. A connector takes its layout as kv_layout."
+        )
     for name, value in extents.items():
         if value is None:
             continue
