@@ -122,7 +122,7 @@ REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
     (noise(5, 8), "token dim", {"heads": [1]}, "positive integer"),
     (noise(5, 8), "token dim", {"kv": "1"}, "positive integer"),
     (noise(5, 8), "token dim", {"head": 2}, "Unknown extents head; declare"),
-    (noise(5, 8), "token dim", {"layout": "vllm-nhd"}, "Unknown extents layout; .* kv_layout"),
+    (noise(5, 8), "token dim", {"dtype": torch.half}, "Unknown extents dtype; .* kv_layout"),
 ]  # fmt: skip
 
 
