@@ -302,13 +302,13 @@ def _launch(
     pendings: list[Pending] = []
     status: list[tuple[StatusWord, int]] = []
     carried = NOTHING
-    for (ready, first, tokens), whole in zip(pieces, placed, strict=True):
+    for (ready, first, tokens), own in zip(pieces, placed, strict=True):
         word = None
         if on_device and ready.can.guards:
             status_word = acquire_word()
             status.append((status_word, first))  # it counts from there
             word = status_word.tensor
-        pending = ready.launch(*whole.part(first, tokens), stream, word)
+        pending = ready.launch(*own.part(first, tokens), stream, word)
         if carried is NOTHING:
             carried = ready.carried
         if pending is not None:
