@@ -19,6 +19,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from portakv.engines import link
+from portakv.runtime import cuda
 from portakv_conformance import simdev
 
 OPT_IN = ("wheel", "visitor", "bigmem", "slow", "full")
@@ -106,6 +108,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Load the simulated device before the first test that needs it."""
     if item.get_closest_marker("simdev"):
         simdev.load(os.environ.get("SIMDEV_NAME", "simdev"))
+
+
+@pytest.fixture(autouse=True)
+def answers_are_asked_again() -> Iterator[None]:
+    """A test that patches the build of torch leaves no answer about it to the next test."""
+    yield
+    cuda.why_not.cache_clear()
+    link.why_not.cache_clear()
 
 
 @pytest.fixture
