@@ -37,7 +37,7 @@ _OTHERS = 2
 #: Repeats with the loop on a stream of its own, at most.
 _ON_OWN = 3
 #: Seconds after which a loop beside a mover is given up: it would never begin.
-_HELD_UP = 15.0
+HELD_UP = 15.0
 _JUDGED = (MEMCPY, suite.CHOSEN, HOST_DETACHED.name)
 
 #: The movers of a direction.
@@ -139,12 +139,12 @@ class _Meeting:
         with uncollected():
             queue.fill()
             self._start(first, last)
-            while not last.query() and perf_counter() - began < _HELD_UP:
+            while not last.query() and perf_counter() - began < HELD_UP:
                 queue.go_on()
             held_up, within = not last.query(), len(queue.stamps)
             self._bench.module.synchronize()
         if held_up:
-            raise RuntimeError(f"the loop was held up: it had not ended after {_HELD_UP:g} s")
+            raise RuntimeError(f"the loop was held up: it had not ended after {HELD_UP:g} s")
         queue.land()
         mover.look()
         ended = max(1, within)

@@ -28,7 +28,7 @@ from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short
 Values = npt.NDArray[np.int64]
 
 OURS, PINNED, PLAIN = "SmallCopy", "pinned copy", "torch.tensor"
-_WARM_UP = 3
+WARM_UP = 3
 #: Seconds that a large copy is given to be under way, and a short one to end.
 _HEAD_START = 3e-4
 _SHORT = 4096  # bytes
@@ -143,7 +143,7 @@ def _sends(
     samples = bench.preset.small_samples
     if count != _BARRED:
         samples = max(1, samples // _FEWER)
-    for way, n in product(ways.values(), range(_WARM_UP)):
+    for way, n in product(ways.values(), range(WARM_UP)):
         _send(bench, way, count, n)
     bench.module.synchronize()
     for _, name, n in product(range(_TURNS), ways, range(samples)):

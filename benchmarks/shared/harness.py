@@ -199,7 +199,7 @@ LINK_NEVER_HIDDEN = 3000.0
 _TRIES = 4
 #: Calls on an idle device that say how long the host takes.
 _SETTLING, _LINK_SETTLING = 5, 3
-_REST = 0.02  # seconds
+REST = 0.02  # seconds
 
 
 class Sample(NamedTuple):
@@ -255,7 +255,7 @@ class HostTimer(Timer):
     def sample(self, call: Call, i: int, settled: float) -> Sample:
         if not self._on_cpu:
             self._module.synchronize()
-            sleep(_REST)
+            sleep(REST)
         start = perf_counter()
         call(i)
         issued = perf_counter()

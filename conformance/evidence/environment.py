@@ -26,7 +26,7 @@ from portakv_conformance.judge.subject import Subject
 from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY
 from portakv_conformance.vendor import standins
 
-_ROOT = Path("/")
+ROOT = Path("/")
 # By the type of device, a file and what stands around the version in it: torch_npu's page on
 # ``get_cann_version`` names the first, Cambricon's driver leaves the second for each card.
 _FILES = {
@@ -52,7 +52,7 @@ def driver_version(device: torch.device) -> str:
 
 
 def _told(pattern: str, around: str) -> str:
-    for file in sorted(_ROOT.glob(pattern)):
+    for file in sorted(ROOT.glob(pattern)):
         with suppress(OSError):
             if found := re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE):
                 return found.group(1)

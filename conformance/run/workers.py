@@ -29,15 +29,15 @@ INTERRUPTED = threading.Event()
 
 # A backend that crashes or hangs everywhere is not worth hours: so many losses in a row, without a
 # case between them that came to its end, or so many seconds lost in all.
-_MOST_LOSSES = 20
-_MOST_SECONDS = 1800.0
+MOST_LOSSES = 20
+MOST_SECONDS = 1800.0
 _PROGRESS = 2  # cases that have to end between two losses, so that they are not in a row
 _POLL = 0.02  # seconds between two looks at the workers
 # Threads of each of several workers at once: two, so that kernels with threads still run so.
 _LEAST_THREADS = 2
 # Seconds before the first case: torch and the backend load, the simulated device may be built.
 _STARTING = 600.0
-_ENDING = 60.0  # seconds that a worker may take to end after its last case
+ENDING = 60.0  # seconds that a worker may take to end after its last case
 _STACKS_WAIT = 3.0  # seconds that a process may take to write its stacks
 _TAIL = 6000  # characters of what a worker printed that a report keeps
 #: What pytest must not take from the surroundings: options and plugins that are not the suite's.
@@ -159,7 +159,7 @@ class Worker:
                 return ""
         limit = self._limit
         if not self.listed or self._finished:
-            limit = _ENDING if self._finished else _STARTING
+            limit = ENDING if self._finished else _STARTING
         if events:
             self.heard = time.monotonic()
             self.ready = self.ready or (self.heard - self._began if self.listed else 0.0)
@@ -204,7 +204,7 @@ class Worker:
         ended = self._finished and not self._running and journal.ids
         if ended and not journal.waiting(self._share):
             if code is None:
-                journal.miss(f"The worker did not end within {_ENDING:g} s of its last case.")
+                journal.miss(f"The worker did not end within {ENDING:g} s of its last case.")
             elif code < 0:
                 how = f"{self.process.how()} after the last case"
                 journal.miss(f"The worker {how}; memory may have been corrupted before.")
@@ -277,10 +277,10 @@ class Workers:
     def _go_on(self) -> bool:
         """Start the workers that are wanting; False if there is nothing left to do."""
         why = ""
-        if self._losses >= _MOST_LOSSES:
-            why = f"the worker had been lost {_MOST_LOSSES} times in a row"
-        elif self._losses and self._seconds > _MOST_SECONDS:
-            why = f"lost workers had cost more than {_MOST_SECONDS / 60:g} minutes"
+        if self._losses >= MOST_LOSSES:
+            why = f"the worker had been lost {MOST_LOSSES} times in a row"
+        elif self._losses and self._seconds > MOST_SECONDS:
+            why = f"lost workers had cost more than {MOST_SECONDS / 60:g} minutes"
         if why:
             self._journal.progress.say(f"The other cases are not run: {why}.")
             for id in self._journal.left():

@@ -93,10 +93,10 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
     report.mkdir(parents=True, exist_ok=True)
     python = asked.venv.absolute() / "bin" / "python"
     wheel = _environment(asked.venv, python)
-    paths = _run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
+    paths = run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"])
     raising = cann_stub.build(Path(paths.strip()), work / "cann")
     variables = {**os.environ, **cann_stub.environment(work / "cann"), **_variables(work)}
-    checks = _run([str(python), "-m", f"{__package__}.ascend_checks"], variables)
+    checks = run([str(python), "-m", f"{__package__}.ascend_checks"], variables)
     suite = _suite(python, variables, asked.profile, report.absolute())
     calls: Counter[str] = Counter()  # of each op, in all processes of the suite
     for file in (work / "calls").glob("*.json"):
@@ -125,14 +125,14 @@ def _environment(venv: Path, python: Path) -> Path:
     """Make the environment where it is not whole; returns the vendor's wheel."""
     wheels = venv / "wheels"
     if not python.exists():
-        _run([sys.executable, "-m", "venv", str(venv)])
+        run([sys.executable, "-m", "venv", str(venv)])
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    _run([*pip, "install", *_NEEDS])
+    run([*pip, "install", *_NEEDS])
     if not list(wheels.glob("torch_npu-*.whl")):
-        _run([*pip, "download", "--no-deps", "--dest", str(wheels), f"torch_npu=={TORCH_NPU}"])
+        run([*pip, "download", "--no-deps", "--dest", str(wheels), f"torch_npu=={TORCH_NPU}"])
     [wheel] = wheels.glob("torch_npu-*.whl")
     check_wheel(wheel, ladder.read().vendor)
-    _run([*pip, "install", "--no-deps", str(wheel)])
+    run([*pip, "install", "--no-deps", str(wheel)])
     return wheel
 
 
@@ -168,7 +168,7 @@ def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) 
     """Run the suite; what its report says of itself."""
     command = ["-m", "portakv", "conform", "ascend", "--device", "npu", "--emulated"]
     command += ["--profile", profile, "--report", str(report)]
-    done = _run([str(python), *command], variables, accepted=(0, 1))
+    done = run([str(python), *command], variables, accepted=(0, 1))
     file = report / "conformance.json"
     if not file.is_file():
         raise JobError(f"The suite left no report. It said: {done.strip()}")
@@ -182,7 +182,7 @@ def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) 
     }  # fmt: skip
 
 
-def _run(command: Sequence[str], variables: Any = None, accepted: Sequence[int] = (0,)) -> str:
+def run(command: Sequence[str], variables: Any = None, accepted: Sequence[int] = (0,)) -> str:
     done = subprocess.run(
         command, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS
     )

@@ -43,17 +43,17 @@ def build(packages: Path, folder: Path) -> list[str]:
     wanted = _symbols(libraries, "--undefined-only") - _symbols(libraries, "--defined-only")
     text = _SOURCE.read_text(encoding="utf-8")
     object_file = folder / "cann_stub.o"
-    _run("gcc", "-Wall", "-Wextra", "-Werror", "-c", "-fPIC", "-o", str(object_file), str(_SOURCE))
+    run("gcc", "-Wall", "-Wextra", "-Werror", "-c", "-fPIC", "-o", str(object_file), str(_SOURCE))
     have = _symbols([object_file], "--defined-only", dynamic=False)
     raising = sorted(name for name in wanted - have if _FUNCTION.match(name))
     whole = folder / "cann_stub.c"
     whole.write_text(text + "".join(f"RAISES({name})\n" for name in raising), encoding="utf-8")
     lib = folder / "lib"
-    _run("gcc", "-O1", "-shared", "-fPIC", "-o", str(lib / f"lib{_WHOLE}.so"), str(whole))
+    run("gcc", "-O1", "-shared", "-fPIC", "-o", str(lib / f"lib{_WHOLE}.so"), str(whole))
     empty = folder / "empty.c"
     empty.write_text("", encoding="utf-8")
     for name in _NAMES:
-        _run("gcc", "-shared", "-fPIC", str(empty), "-Wl,--no-as-needed", f"-L{lib}",
+        run("gcc", "-shared", "-fPIC", str(empty), "-Wl,--no-as-needed", f"-L{lib}",
              f"-l{_WHOLE}", "-Wl,-rpath,$ORIGIN", "-o", str(lib / f"lib{name}.so"))  # fmt: skip
     return raising
 
@@ -69,12 +69,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 def _symbols(files: Iterable[Path], which: str, *, dynamic: bool = True) -> set[str]:
     options = ["-D", which] if dynamic else [which]
-    told = _run("nm", "--format=posix", *options, *map(str, files))
+    told = run("nm", "--format=posix", *options, *map(str, files))
     lines = (line.split() for line in told.splitlines())
     return {line[0].partition("@")[0] for line in lines if len(line) > 1 and line[1] not in "vw"}
 
 
-def _run(*command: str) -> str:
+def run(*command: str) -> str:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300)
     except FileNotFoundError as error:

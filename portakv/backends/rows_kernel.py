@@ -44,7 +44,7 @@ _SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
 _TABLES_AT = _REQUEST.size + 2 * _SIDE_BYTES
 # Vectors of one launch are counted in 32 bits; a larger copy is split.
 _MAX_VECTORS = 2**31
-_MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
+MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
 
 
 class Tuning(NamedTuple):
@@ -253,10 +253,10 @@ class SideArguments:
         """base (an address, or the bytes behind the table's), address of the table or 0, address
         of the ids or 0, whether they are int64, the unit at position 0, units in the view."""
         side, unit, limit = self.side, self.unit, view.slots // self.unit
-        if self.narrow and limit > _MAX_NUMBERS:
+        if self.narrow and limit > MAX_NUMBERS:
             raise Unsupported(
                 f"A view of {view.slots} tokens in units of {unit}",
-                f"the kernel counts {_MAX_NUMBERS} units; use backend 'reference'",
+                f"the kernel counts {MAX_NUMBERS} units; use backend 'reference'",
             )
         table, base = 0, side.offset
         if self.kind == "UNITS":

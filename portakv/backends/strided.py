@@ -288,7 +288,7 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
 
 #: What torch gives to several of its threads. It has threads for the caller: others would be slower
 #: to wake, and would share the cores with those.
-_HERE = Ops(16, False, True, True, _pick_here, _put_here, _copy_bytes)
+HOST_OPS = Ops(16, False, True, True, _pick_here, _put_here, _copy_bytes)
 
 
 class HostRows:
@@ -300,7 +300,7 @@ class HostRows:
         self._narrow = CopyPlan(src, dst, src_step, dst_step, unit)
         self._wide = widest if widest.unit > unit and widest.unit % unit == 0 else None
         self._nests = {
-            plan.unit: [StridedCopy(nest, plan.unit, _HERE) for nest in plan.nests]
+            plan.unit: [StridedCopy(nest, plan.unit, HOST_OPS) for nest in plan.nests]
             for plan in (self._narrow, self._wide or self._narrow)
         }
 
@@ -322,7 +322,7 @@ class HostRows:
             start = past
         # All of them are settled, so that nothing was touched if memory is refused.
         for call in calls:
-            _run(_HERE, False, *call)
+            _run(HOST_OPS, False, *call)
 
     def _parts(self, src_index: Index, dst_index: Index, count: int) -> list[tuple[int, int]]:
         """Head, whole units and tail: the unit of each, and up to which position."""

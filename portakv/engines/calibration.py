@@ -259,7 +259,7 @@ DELAYED = (
     f"{SEEN * 1e3:.0f} ms and for {SHARE:.0%} of their time"
 )
 _FLUSHED = 128 << 20  # bytes that clear a cache whose size torch does not tell
-_CYCLES = 2_000_000
+CYCLES = 2_000_000
 
 
 class Timed(NamedTuple):
@@ -289,8 +289,8 @@ class Timer:
             properties = module.get_device_properties(device)
             flushed = 2 * (getattr(properties, "L2_cache_size", 0) or _FLUSHED)
             self._flushed = torch.empty(flushed // 8, dtype=torch.int64, device=device)
-            asleep = partial(self._asleep, self._sleep, _CYCLES)
-            self._rate = max(_CYCLES / self._seen(asleep).seconds for _ in range(5))
+            asleep = partial(self._asleep, self._sleep, CYCLES)
+            self._rate = max(CYCLES / self._seen(asleep).seconds for _ in range(5))
 
     def time(self, call: Call, host_seconds: float = 0.0) -> Timed:
         """Time a call, whose work is ordered on the current stream unless it is pending; again, if

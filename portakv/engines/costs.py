@@ -34,7 +34,7 @@ FORMAT = 2
 _LEAST = 1e-12  # seconds of any copy
 
 #: Where Linux tells the version of NVIDIA's module, and of AMD's.
-_MODULES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
+DRIVER_FILES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
 
 Columns = Mapping[int, Sequence["Point"]]  # by bytes of a run, with rising numbers of runs
 
@@ -148,7 +148,7 @@ def identity(device: torch.device) -> dict[str, str]:
 
 def _driver() -> str:
     """The kernel module's version, else the CUDA version that the driver supports; or nothing."""
-    module = _MODULES[torch.version.hip is not None]
+    module = DRIVER_FILES[torch.version.hip is not None]
     with suppress(OSError, UnicodeDecodeError):
         found = re.search(r"(?:^|\s)(\d+\.\d[\d.]*)", module.read_text())
         if found:
@@ -250,20 +250,20 @@ def _time(number: Any, least: float = 0.0) -> float:
     return float(number)
 
 
-_known: Bounded[torch.device, Table] = Bounded("tables of costs", 64)
+tables: Bounded[torch.device, Table] = Bounded("tables of costs", 64)
 _lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Table:
     """The table of a device, read once in a process."""
     with _lock:
-        return _known.get_or_make(device, lambda: _find(device))
+        return tables.get_or_make(device, lambda: _find(device))
 
 
 def forget() -> None:
     """Read tables anew when they are next asked for."""
     with _lock:
-        _known.clear()
+        tables.clear()
 
 
 def _find(device: torch.device) -> Table:

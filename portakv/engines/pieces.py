@@ -243,7 +243,7 @@ def _cut(runs: Runs, side: int, seams: Int64) -> Runs:
 _KEPT = 256  # counts that are remembered for each plan
 #: Units up to which ids are sorted, since runs are merged in the order of their addresses; counted
 #: in the order of the index, the runs of more units may seem to be more than they are.
-_SORTED = 1 << 16
+SORTED = 1 << 16
 
 
 class Shape(NamedTuple):
@@ -346,7 +346,7 @@ def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> i
     that follow each other once they are sorted.
     """
     first = numbers[0]
-    if falling and first.size <= _SORTED and bool((first[1:] < first[:-1]).any()):
+    if falling and first.size <= SORTED and bool((first[1:] < first[:-1]).any()):
         order = np.argsort(first, kind="stable")
         numbers = [column[order] for column in numbers]
     rises = [np.diff(column) for column in numbers]
@@ -354,7 +354,7 @@ def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> i
     for column, limit in zip(numbers, limits, strict=True):
         if limit:
             joins &= column[1:] % limit != 0
-    if falling and first.size > _SORTED:
+    if falling and first.size > SORTED:
         joins |= np.logical_and.reduce([rise == -1 for rise in rises])
     return int(joins.size + 1 - np.count_nonzero(joins))
 

@@ -35,7 +35,7 @@ RING, DETACHED_RING = 2, 4
 BUFFERS = 3
 
 _APART = 256  # bytes: buffers begin at multiples, so that vectors are as wide as they can be
-_STREAMS = 8  # whose staging is kept
+STREAMS = 8  # whose staging is kept
 _VIEWS = 64  # of buffers, kept for each staging
 _UNBOUNDED = 0
 _OUTERMOST = 1 << 62  # where an axis of extent 1 stands: no step of it is ever made
@@ -221,7 +221,7 @@ class Staging(_Buffers):
         return [(first + nth) % self.buffers for nth in range(slices)]
 
 
-_known: Bounded[tuple[torch.device, int, bool], Staging] = Bounded("staging of streams", _STREAMS)
+kept: Bounded[tuple[torch.device, int, bool], Staging] = Bounded("staging of streams", STREAMS)
 _lock = threading.Lock()
 
 
@@ -230,8 +230,8 @@ def staging(device: torch.device, work: torch.Stream, detached: bool = False) ->
     the stream that was used longest ago it is given back."""
     key = device, work.stream_id, detached
     with _lock:
-        found = _known.pop(key, None) or Staging(device, detached)
-        _known[key] = found
+        found = kept.pop(key, None) or Staging(device, detached)
+        kept[key] = found
     return found
 
 

@@ -44,10 +44,10 @@ from portakv.runtime.devices import this_process
 PAGE = mmap.PAGESIZE
 HugePages = Literal["auto", "transparent", "reserved", "never"]
 _HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
-_MAP_HUGETLB, _MS_ASYNC, _MPOL_BIND = 0x40000, 1, 2
+MAP_HUGETLB, _MS_ASYNC, _MPOL_BIND = 0x40000, 1, 2
 _MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
 _load = cache(ctypes.CDLL)
-_SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
+SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
 
 # Numbers of the system call, from the kernel's tables of each architecture.
 _MBIND = {"x86_64": 237, "aarch64": 235, "riscv64": 235, "loongarch64": 235, "ppc64le": 259}
@@ -105,7 +105,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
     if huge_pages == "reserved":
         length = to_pages(nbytes, _HUGE)
         with suppress(OSError):
-            mapping = mmap.mmap(-1, length, flags=flags | _MAP_HUGETLB)
+            mapping = mmap.mmap(-1, length, flags=flags | MAP_HUGETLB)
             return mapping, [f"reserved huge pages hold it, {length} bytes of them"]
         notes.append("no reserved huge pages are free (vm.nr_hugepages); asked for transparent")
     try:
@@ -118,7 +118,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
             f"({error.strerror}); ask for less, or raise the limit (cgroup, ulimit -v, overcommit)."
         ) from None
     if huge_pages != "never":
-        code = _call("madvise", address_of(mapping), nbytes, _MADV_HUGEPAGE)
+        code = libc("madvise", address_of(mapping), nbytes, _MADV_HUGEPAGE)
         if huge_pages != "auto":
             found = f"refused ({os.strerror(code)})" if code else "advised"
             notes.append(f"transparent huge pages were {found}")
@@ -128,7 +128,7 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
 def is_mapped(address: int, nbytes: int) -> bool:
     """True if every page of the range belongs to the process; reads none of them."""
     start = address // PAGE * PAGE
-    return _call("msync", start, to_pages(address + nbytes) - start, _MS_ASYNC) == 0
+    return libc("msync", start, to_pages(address + nbytes) - start, _MS_ASYNC) == 0
 
 
 def touch(address: int, nbytes: int, threads: int | None = None) -> None:
@@ -137,7 +137,7 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
     has no pages left, or none on the node asked for."""
     end = address + nbytes
     # Cut at multiples of a slice, so that two threads do not share a huge page.
-    edges = [address, *range((address // _SLICE + 1) * _SLICE, end, _SLICE), end]
+    edges = [address, *range((address // SLICE + 1) * SLICE, end, SLICE), end]
     if len(edges) == 2:
         _touch_slice(address, end)
         return
@@ -146,7 +146,7 @@ def touch(address: int, nbytes: int, threads: int | None = None) -> None:
 
 
 def _touch_slice(start: int, end: int) -> None:
-    code = _call("madvise", start, end - start, _MADV_POPULATE_WRITE)
+    code = libc("madvise", start, end - start, _MADV_POPULATE_WRITE)
     if code in (errno.EINVAL, errno.ENOSYS, errno.EPERM):
         # A kernel without it: what the page holds is written back, since it may be a shared one.
         np.frombuffer(bytes_at(start, end - start), np.uint8)[::PAGE] |= 0  # without the GIL
@@ -173,7 +173,7 @@ def available() -> int:
     return min(rooms)
 
 
-def _call(name: str, *arguments: Any) -> int:
+def libc(name: str, *arguments: Any) -> int:
     """A call of the C library, its numbers as words; its errno, or 0."""
     words = [ctypes.c_ulong(one) if isinstance(one, int) else one for one in arguments]
     failed = getattr(_load(None, use_errno=True), name)(*words)
@@ -208,7 +208,7 @@ def bind(address: int, nbytes: int, wanted: Any) -> None:
     else:
         bits = sum(1 << node for node in set(asked))
         mask = bits.to_bytes(8 * (max(asked) // 64 + 1), "little")
-        code = _call("syscall", number, address, nbytes, _MPOL_BIND, mask, 8 * len(mask) + 1, 0)
+        code = libc("syscall", number, address, nbytes, _MPOL_BIND, mask, 8 * len(mask) + 1, 0)
         if code == 0:
             return
         why = _WHY.get(code, f"the kernel refused it ({os.strerror(code)})")
@@ -222,7 +222,7 @@ def bind(address: int, nbytes: int, wanted: Any) -> None:
 def call(name: str, *arguments: Any) -> tuple[int, str]:
     """Call a function of the runtime, by its name without ``cuda`` or ``hip``, if `why_not` is
     None: its error, which is cleared, and the runtime's words for that; 0 and none."""
-    library, prefix = _runtime()
+    library, prefix = device_runtime()
     code = int(getattr(library, f"{prefix}{name}")(*arguments))
     if code == 0:
         return 0, ""
@@ -245,7 +245,7 @@ def through_torch() -> bool:
 
 
 @cache
-def _runtime() -> tuple[Any, str]:
+def device_runtime() -> tuple[Any, str]:
     # Until torch has begun with the device torch takes no memory for pinned, even if it is.
     torch.cuda.init()
     library, prefix = ctypes.CDLL(_library()), "cuda" if torch.version.hip is None else "hip"

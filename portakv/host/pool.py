@@ -27,7 +27,7 @@ from portakv.runtime.devices import this_process
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
 
 _ASK_AGAIN = 0.0005  # seconds between two looks at work that only tells when asked
-_GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
+GROW_AGAIN = 0.1  # seconds until a waiting caller asks again for memory that could not be had
 _Pool = TypeVar("_Pool", bound="Pool")
 
 
@@ -168,7 +168,7 @@ class Pool:
                     return found
                 now = time.monotonic()
                 if grow:
-                    refused, grow_at = found, now + _GROW_AGAIN
+                    refused, grow_at = found, now + GROW_AGAIN
                 if now >= until:
                     raise self._exhausted(count, within, refused) from refused
                 self._changed.wait(min(until - now, self._pause))
@@ -375,7 +375,7 @@ class PinnedPool(Pool):
             if ended:
                 del self._in_use[index]
                 self._ready.append(index)
-        self._pause = _ASK_AGAIN if self._in_use else _GROW_AGAIN
+        self._pause = _ASK_AGAIN if self._in_use else GROW_AGAIN
         return self._ready
 
 

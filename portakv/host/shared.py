@@ -42,8 +42,8 @@ __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 _FOLDER, _PREFIX = Path("/dev/shm"), "portakv-"
 _MAGIC = 0x3130564B41545250  # changes with the layout of the file
 _MEMBERS = 128
-_GRACE = 1.0  # seconds until a dead process of another container has let go of its devices
-_PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes microseconds
+GRACE = 1.0  # seconds until a dead process of another container has let go of its devices
+PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes microseconds
 
 #: A member; ``pid`` 0: a free place. ``noticed``: when its lock was first found free.
 _MEMBER = [("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed", "f8"), ("name", "S32")]
@@ -241,7 +241,7 @@ class SharedPool(Pool):
             if self._lock(1 + place):
                 self._clear(place)  # blocks that a predecessor left
                 started = _started(os.getpid()) or 0
-                members[place] = 0, _space(), started, 0.0, str(label).encode()[:32]
+                members[place] = 0, process_space(), started, 0.0, str(label).encode()[:32]
                 members["pid"][place] = os.getpid()  # last: until then the place is free
                 self._me = place
                 return
@@ -261,13 +261,13 @@ class SharedPool(Pool):
             return False
         self._lock(1 + place, fcntl.F_UNLCK)
         member = self._members[place]
-        if member["space"] == _space():
+        if member["space"] == process_space():
             # The kernel closes a dying process's files one after the other: this lock may be free
             # while its device still writes. A process that is a zombie has closed them all.
             return bool(_started(member["pid"]) != member["started"])
         if member["noticed"] == 0.0:
             member["noticed"] = time.monotonic()
-        return bool(time.monotonic() - member["noticed"] > _GRACE)
+        return bool(time.monotonic() - member["noticed"] > GRACE)
 
     def _clear(self, place: int) -> int:
         """Free a member's blocks and then its place; how many blocks they were."""
@@ -328,12 +328,12 @@ class SharedPool(Pool):
         self._refuse()
         with self._changed:
             self._refuse()
-            until, pause = time.monotonic() + _PATIENCE, 20e-6
+            until, pause = time.monotonic() + PATIENCE, 20e-6
             while not self._lock(0):
                 if time.monotonic() > until:
                     raise HostMemoryError(
                         f"A shared pool was used, and another process has held its tables for "
-                        f"{_PATIENCE:g} s; it may be stopped. Continue it, or end it."
+                        f"{PATIENCE:g} s; it may be stopped. Continue it, or end it."
                     )
                 time.sleep(pause)
                 pause = min(2 * pause, 1e-3)
@@ -446,7 +446,7 @@ def _opened(name: str, make: bool) -> tuple[int, Path]:
     )
 
 
-def _space() -> int:
+def process_space() -> int:
     """Whose numbering of processes this is: containers have their own."""
     with suppress(OSError):
         return os.stat("/proc/self/ns/pid").st_ino

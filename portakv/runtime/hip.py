@@ -98,9 +98,9 @@ class Driver(NamedTuple):
 def driver() -> Driver:
     """The libraries of this process, those that torch has loaded if it has; `DriverMissing` if one
     was not found or lacks a function."""
-    runtime = _open([place for stem in _RUNTIMES for place in _places(stem)], "the HIP runtime")
+    runtime = _open([place for stem in _RUNTIMES for place in places(stem)], "the HIP runtime")
     try:
-        compiler = _open([*_places(_COMPILER, Path(runtime._name).parent)], "hipRTC")
+        compiler = _open([*places(_COMPILER, Path(runtime._name).parent)], "hipRTC")
     except DriverMissing:
         if not hasattr(runtime, "hiprtcCompileProgram"):
             raise
@@ -133,7 +133,7 @@ def _open(places: list[str], what: str) -> ctypes.CDLL:
     raise DriverMissing(f"{what} cannot be loaded ({why}); {_INSTALL}")
 
 
-def _places(stem: str, beside: Path | None = None) -> Iterator[str]:
+def places(stem: str, beside: Path | None = None) -> Iterator[str]:
     """Where a library may be, best first: a process must not have two copies of a runtime;
     ``beside``: the folder of a library that it belongs to."""
     name = f"lib{stem}.so"
@@ -170,7 +170,7 @@ def compile_kernel(driver: Driver, source: str, architecture: str) -> bytes:
     """The code object of a text for an architecture such as ``gfx90a:xnack-``, kept on disk; raises
     `RuntimeError` with hipRTC's log."""
     key = _cache_key(driver, source, architecture)
-    return kernel_cache.cached(key, lambda: _compile(driver, source, architecture))
+    return kernel_cache.cached(key, lambda: compile_text(driver, source, architecture))
 
 
 def compiled_before(driver: Driver, source: str, architecture: str) -> bool:
@@ -182,7 +182,7 @@ def _cache_key(driver: Driver, source: str, architecture: str) -> tuple[str, ...
     return source, " ".join(FLAGS), architecture, f"hipRTC {hiprtc_version(driver)}"
 
 
-def _compile(driver: Driver, source: str, architecture: str) -> bytes:
+def compile_text(driver: Driver, source: str, architecture: str) -> bytes:
     rtc, program = driver.compiler, ctypes.c_void_p()
     name = b"portakv_rows.hip"
     error = rtc.hiprtcCreateProgram(ctypes.byref(program), source.encode(), name, 0, None, None)

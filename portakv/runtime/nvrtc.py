@@ -73,7 +73,7 @@ def compile_kernel(source: str, capability: int) -> bytes:
     """The binary of a text for a compute capability, kept on disk; raises `RuntimeError` with
     NVRTC's log, and as `target_for` does."""
     target = target_for(capability)
-    return kernel_cache.cached(_key(source, target), lambda: _compile(source, target))
+    return kernel_cache.cached(_key(source, target), lambda: compile_text(source, target))
 
 
 def compiled_before(source: str, capability: int) -> bool:
@@ -85,7 +85,7 @@ def _key(source: str, target: str) -> tuple[str, ...]:
     return source, " ".join(FLAGS), target, nvrtc_version()
 
 
-def _compile(source: str, target: str) -> bytes:
+def compile_text(source: str, target: str) -> bytes:
     from cuda.bindings import nvrtc
 
     error, program = nvrtc.nvrtcCreateProgram(source.encode(), b"portakv_rows.cu", 0, [], [])

@@ -30,7 +30,7 @@ from portakv.runtime.transfer import (
 
 # Handles without an owner. The one that was given back last comes first, since staging is kept for
 # it. No lock: what gives one back may run wherever memory is collected.
-_free: defaultdict[tuple[torch.device, int], list[int]] = defaultdict(list)
+free_handles: defaultdict[tuple[torch.device, int], list[int]] = defaultdict(list)
 
 
 def own_stream(device: torch.device, priority: int = 0) -> Any:
@@ -41,17 +41,17 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
     if cuda.no_cuda(device) is not None or cuda.stream_maker() is None:
         make = getattr(torch.get_device_module(device), "Stream", torch.Stream)
         return make(device, priority=priority) if priority else make(device)
-    free = _free[device, priority]
+    free = free_handles[device, priority]
     try:
         handle = free.pop()
     except IndexError:
         handle = cuda.make_stream(device, priority)
-    stream: Any = _Own(handle, device=device)  # type: ignore[no-untyped-call]
+    stream: Any = OwnStream(handle, device=device)  # type: ignore[no-untyped-call]
     stream.lent = free, handle
     return stream
 
 
-class _Own(torch.cuda.ExternalStream):
+class OwnStream(torch.cuda.ExternalStream):
     """Gives its handle back with its end. (Not by a weak reference: of those torch 2.11's streams
     know nothing when they end, and the interpreter falls over them.)"""
 

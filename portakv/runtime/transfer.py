@@ -51,27 +51,27 @@ class StatusWord:
 _BATCH = 64  # words allocated at once
 _CLEAR = bytes(8 * _BATCH)
 #: Given back only after everything that may write them has ended.
-_free_words: deque[StatusWord] = deque()
+free_words: deque[StatusWord] = deque()
 # Pinned memory, never freed: a launch may still write a word whose transfer was dropped.
-_batches: list[npt.NDArray[np.int64]] = []
+word_batches: list[npt.NDArray[np.int64]] = []
 
 
 def acquire_word() -> StatusWord:
     """A status word that holds 0."""
     try:
-        return _free_words.pop()
+        return free_words.pop()
     except IndexError:
         with torch.inference_mode(False):  # a launch may write it by torch, in any mode
             batch = torch.zeros(_BATCH, dtype=torch.int64, device="cpu").pin_memory()
             words = [StatusWord(batch[i : i + 1]) for i in range(_BATCH)]
-        _batches.append(batch.numpy())
-        _free_words.extend(words[1:])
+        word_batches.append(batch.numpy())
+        free_words.extend(words[1:])
         return words[0]
 
 
 def any_word_set() -> bool:
     """True if any status word in use does not hold 0; reads them all at once."""
-    for batch in _batches:  # noqa: SIM110 - every transfer asks; a generator is twice as dear
+    for batch in word_batches:  # noqa: SIM110 - every transfer asks; a generator is twice as dear
         if batch.tobytes() != _CLEAR:
             return True
     return False
@@ -185,7 +185,7 @@ class Completion:
             for word, start in self.words:
                 self._read(word, start)
                 word.value[0] = 0
-                _free_words.append(word)
+                free_words.append(word)
             self.event, self.words, self.settled = None, (), True
 
     def _read(self, word: StatusWord, start: int) -> None:
@@ -332,8 +332,8 @@ def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -
 
 # What is in flight. Work that no stream orders, and status words, must outlive a handle that the
 # caller dropped.
-_in_flight: deque[Completion] = deque()
-_UNCHECKED = 16  # looked through only if there are more, so that a call seldom pays for it
+in_flight: deque[Completion] = deque()
+UNCHECKED = 16  # looked through only if there are more, so that a call seldom pays for it
 #: Completions with an error, until their owner reports it.
 failed: list[Completion] = []
 
@@ -341,10 +341,10 @@ failed: list[Completion] = []
 def hold(completion: Completion, owner: Owner | None = None) -> None:
     """Hold a launch's completion until it has ended; ``owner`` as it has one."""
     completion.owner = owner
-    _in_flight.append(completion)
+    in_flight.append(completion)
     # Two for each new one, so that a long queue becomes shorter again.
     for _ in range(2):
-        if len(_in_flight) <= _UNCHECKED or not _retire(_in_flight):
+        if len(in_flight) <= UNCHECKED or not _retire(in_flight):
             return
 
 
@@ -362,7 +362,7 @@ def _retire(flying: deque[Completion]) -> bool:
 
 def unreported_error(owner: Owner | None) -> PortaKVError | None:
     """An error of this owner's transfers that was not reported yet, once; never blocks."""
-    flying = tuple(_in_flight)
+    flying = tuple(in_flight)
     for completion in flying:
         if completion.owner is owner or completion.owner is None:
             completion.ended()  # takes an error out of its word, if no caller holds the transfer

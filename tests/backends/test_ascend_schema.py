@@ -105,7 +105,7 @@ def test_another_wheel_of_the_same_name_is_refused(
     assert ascend_schema.check_wheel(wheel, {}) == digest
     assert ascend_schema.check_wheel(wheel, {name: digest}) == digest
     asked: list[str] = []
-    monkeypatch.setattr(ascend_schema, "_run", lambda command: asked.append(" ".join(command)))
+    monkeypatch.setattr(ascend_schema, "run", lambda command: asked.append(" ".join(command)))
     words = ["--venv", str(tmp_path / "venv"), "--report", str(tmp_path / "out")]
     assert ascend_schema.main(words) == 1
     said = capsys.readouterr().err
@@ -135,11 +135,11 @@ def test_what_the_stub_does_not_know_raises(tmp_path: Path) -> None:
     inner.mkdir()
     source = tmp_path / "c.c"
     source.write_text("int aclrtNew(void), aclInit(void); int f(void) { return aclrtNew(); }")
-    cann_stub._run("gcc", "-shared", "-fPIC", "-o", str(inner / "_C.so"), str(source))
+    cann_stub.run("gcc", "-shared", "-fPIC", "-o", str(inner / "_C.so"), str(source))
     assert cann_stub.build(tmp_path, tmp_path / "cann") == ["aclrtNew"]
     code = "import ctypes, sys; x = ctypes.CDLL(sys.argv[1]); print(x.aclInit(), x.aclrtNew())"
     library = str(tmp_path / "cann" / "lib" / "libhccl.so")
-    said = cann_stub._run(sys.executable, "-c", code, library)
+    said = cann_stub.run(sys.executable, "-c", code, library)
     assert said == "0 200001\n"
 
 

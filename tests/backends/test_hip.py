@@ -137,7 +137,7 @@ def test_a_release_is_read_from_its_number(number: int, release: str) -> None:
 def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """Where libraries are looked for; nowhere."""
     places: dict[str, list[str]] = {}
-    monkeypatch.setattr(_hip_driver, "_places", lambda stem, _=None: iter(places.get(stem, [])))
+    monkeypatch.setattr(_hip_driver, "places", lambda stem, _=None: iter(places.get(stem, [])))
     monkeypatch.setattr(_hip_driver, "driver", _hip_driver.driver.__wrapped__)
     monkeypatch.setattr(torch.version, "hip", "6.3")
     return places
@@ -177,12 +177,12 @@ def test_the_runtime_of_the_dtk_with_hiprtc_in_it(
 
 def test_a_loaded_library_is_preferred_then_one_beside(tmp_path: Path) -> None:
     """The C library stands for it: whatever torch loaded comes before every other copy."""
-    places = list(_hip_driver._places("c"))
+    places = list(_hip_driver.places("c"))
     assert Path(places[0]).name.startswith("libc.so")
     assert Path(places[0]).is_absolute()
     assert places[-4:] == ["libc.so", "libc.so.7", "libc.so.6", "libc.so.5"]
     (tmp_path / "libportakv_none.so.7").touch()
-    beside = list(_hip_driver._places("portakv_none", tmp_path))
+    beside = list(_hip_driver.places("portakv_none", tmp_path))
     assert beside[0] == str(tmp_path / "libportakv_none.so.7")
 
 

@@ -114,7 +114,7 @@ def test_plans_with_more_than_the_arguments_hold(
 
 
 def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows_kernel, "_MAX_NUMBERS", 11)
+    monkeypatch.setattr(rows_kernel, "MAX_NUMBERS", 11)
     carrier, copied = Carrier(CudaOnCpu, CPU), gathered(48)
     with refused(Unsupported, "12 tokens", "reference", watch=copied.dst.tensors):
         carrier.copies(copied)

@@ -191,7 +191,7 @@ def test_only_the_copy_in_flight_differs(
     module = SimpleNamespace(synchronize=lambda: noted.append("ends"))
     bench: Any = SimpleNamespace(preset=preset, module=module)
     large: Any = SimpleNamespace(pass_by=lambda: noted.append("large"))
-    monkeypatch.setattr(small, "_WARM_UP", 0)
+    monkeypatch.setattr(small, "WARM_UP", 0)
     ways: Any = {"one": "one", "other": "other"}
     seen = small._sends(bench, ways, count, large)
     turn = [f"{way} idle" for way in ways for _ in range(expected)] * small._TURNS

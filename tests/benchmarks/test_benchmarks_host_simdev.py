@@ -43,7 +43,7 @@ KINDS = {"host_copy", "host_direct", "host_duplex", "host_call", "host_small",
 @pytest.fixture(autouse=True)
 def _unforced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
-    monkeypatch.setattr(harness, "_REST", 0.0)  # no figure counts here
+    monkeypatch.setattr(harness, "REST", 0.0)  # no figure counts here
 
 
 def written(folder: Path) -> Row:
@@ -191,7 +191,7 @@ def test_a_way_that_takes_the_device_ends_the_step_with_what_there_is(
 
 @pytest.mark.simdev
 def test_a_loop_that_is_held_up_ends_the_way_that_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(interference, "_HELD_UP", 0)
+    monkeypatch.setattr(interference, "HELD_UP", 0)
     rows, left_out = beside(monkeypatch, lambda times: None)
     assert not rows
     assert len(left_out) == 3

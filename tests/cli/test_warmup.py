@@ -37,8 +37,10 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both compilers answer at once; what is kept, and under which name, is as ever."""
-    monkeypatch.setattr(_nvrtc, "_compile", lambda source, target: f"{source} {target}".encode())
-    monkeypatch.setattr(_hip_driver, "_compile", lambda *_: b"code")
+    monkeypatch.setattr(
+        _nvrtc, "compile_text", lambda source, target: f"{source} {target}".encode()
+    )
+    monkeypatch.setattr(_hip_driver, "compile_text", lambda *_: b"code")
 
 
 def devices(monkeypatch: pytest.MonkeyPatch, hip: str | None, told: list[Any]) -> None:
@@ -187,7 +189,7 @@ BROKEN: dict[str, tuple[Any, str, Mock, str, str]] = {
         _hip_driver, "driver", Mock(side_effect=NO_HIPRTC), "gfx906",
         "hip backend cannot be compiled: hipRTC cannot be loaded (no such file); install"),
     "NVRTC refuses": (
-        _nvrtc, "_compile", Mock(side_effect=REFUSED), "90", "the kernel:\na line"),
+        _nvrtc, "compile_text", Mock(side_effect=REFUSED), "90", "the kernel:\na line"),
     "no device": (
         torch.cuda, "is_available", Mock(return_value=False), "",
         "finds no CUDA device here; name architectures"),

@@ -138,7 +138,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
                 raise DriverMissing("the HIP runtime cannot be loaded")
             return SimpleNamespace(number={"hipRuntimeGetVersion": hip}.__getitem__)
 
-        monkeypatch.setattr(environment, "_ROOT", tmp_path)
+        monkeypatch.setattr(environment, "ROOT", tmp_path)
         monkeypatch.setenv("PATH", str(tmp_path / "bin"))
         for name, text in files.items():
             file = tmp_path / name

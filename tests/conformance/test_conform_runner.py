@@ -122,7 +122,7 @@ def test_a_case_that_takes_the_process_with_it_has_failed(how: str, told: str) -
 def test_a_worker_that_does_not_end_well_is_no_certificate(
     how: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_ENDING", 0.2)
+    monkeypatch.setattr(workers, "ENDING", 0.2)
     record = ran({CORE + "a": "pass", "finish": how})
     assert statuses(record) == {CORE + "a": "passed"}
     assert (record.verdict, record.rung) == ("incomplete", "")
@@ -133,7 +133,7 @@ def test_a_worker_that_does_not_end_well_is_no_certificate(
 def test_a_backend_that_always_crashes_is_given_up(
     jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_MOST_LOSSES", 3)
+    monkeypatch.setattr(workers, "MOST_LOSSES", 3)
     record = ran({f"{CORE}{n}": "crash" for n in range(6)}, jobs=jobs)
     assert sorted(statuses(record).values()) == ["error"] * 3 + ["failed"] * 3
     assert record.cases[-1].reason == "It was not run: the worker had been lost 3 times in a row."
@@ -145,14 +145,14 @@ def test_a_backend_that_always_crashes_is_given_up(
 def test_losses_that_are_not_in_a_row_cost_their_cases_only(
     jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_MOST_LOSSES", 2 * jobs)
+    monkeypatch.setattr(workers, "MOST_LOSSES", 2 * jobs)
     behaviours = {f"{CORE}{n}": "crash" if n % 3 == 0 else "pass" for n in range(12)}
     found = statuses(ran(behaviours, jobs=jobs))
     assert list(found.values()) == ["failed", "passed", "passed"] * 4
 
 
 def test_losses_that_cost_too_much_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_MOST_SECONDS", 0.5)
+    monkeypatch.setattr(workers, "MOST_SECONDS", 0.5)
     behaviours = {f"{CORE}{n}": "pass" if n % 3 else "hang" for n in range(9)}
     record = ran(behaviours, limit=0.3)
     assert record.totals["failed"] <= 2

@@ -20,5 +20,5 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settle(monkeypatch)
     found = tmp_path / "a" / "cache"
     monkeypatch.setenv(kernel_cache.ENVIRONMENT, str(found))
-    monkeypatch.setattr(costs, "_known", Bounded("tables", 4))
+    monkeypatch.setattr(costs, "tables", Bounded("tables", 4))
     return found

@@ -238,7 +238,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(module, "_sleep", sleep, raising=False)
     cache = SimpleNamespace(L2_cache_size=1 << 16)
     monkeypatch.setattr(module, "get_device_properties", lambda device: cache, raising=False)
-    monkeypatch.setattr(calibration, "_CYCLES", 20_000)
+    monkeypatch.setattr(calibration, "CYCLES", 20_000)
     return asked
 
 

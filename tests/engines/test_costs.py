@@ -238,6 +238,6 @@ def test_the_driver_of_a_table(
     file = tmp_path / "version"
     if told is not None:
         file.write_text(told)
-    monkeypatch.setattr(costs, "_MODULES", (file, file))
+    monkeypatch.setattr(costs, "DRIVER_FILES", (file, file))
     monkeypatch.setattr(_cuda_driver, "driver_version", version)
     assert costs._driver() == driver

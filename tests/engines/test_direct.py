@@ -359,7 +359,7 @@ _PTX = {16: ".v4.u32", 8: ".u64", 4: ".u32", 2: ".u16", 1: ".u8"}
 @needs_nvrtc
 def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
     for kernel in kernels():
-        text = _nvrtc._compile(kernel.source, "compute_80").decode()
+        text = _nvrtc.compile_text(kernel.source, "compute_80").decode()
         assert text.count(".entry") == 1
         assert f".entry {NAME}(" in text
         assert f".maxntid {CUT.threads}" in text
@@ -373,7 +373,7 @@ def test_nvrtc_keeps_all_vectors_of_a_thread_in_registers() -> None:
 @pytest.mark.parametrize("architecture", WIDER)
 def test_nvrtc_makes_machine_code(architecture: int) -> None:
     for kernel in kernels()[:4]:
-        binary = _nvrtc._compile(kernel.source, f"sm_{architecture}")
+        binary = _nvrtc.compile_text(kernel.source, f"sm_{architecture}")
         assert binary.startswith(b"\x7fELF")
 
 

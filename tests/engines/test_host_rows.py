@@ -60,7 +60,7 @@ def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], in
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """The copies that are made: how many elements, and whether ids pick the rows that are written
     or those that are read."""
-    seen, ops = list[tuple[int, bool]](), strided._HERE
+    seen, ops = list[tuple[int, bool]](), strided.HOST_OPS
 
     def select(*given: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is not None:
@@ -75,7 +75,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
         seen.append((target.nbytes, False))
         ops.copy(target, source)
 
-    monkeypatch.setattr(strided, "_HERE", ops._replace(select=select, put=put, copy=copy))
+    monkeypatch.setattr(strided, "HOST_OPS", ops._replace(select=select, put=put, copy=copy))
     return seen
 
 

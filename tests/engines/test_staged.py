@@ -79,7 +79,7 @@ TABLE: dict[str, Callable[[], Copy]] = {
 
 @pytest.fixture(autouse=True)
 def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "_known", Bounded("staging", staging._STREAMS))
+    monkeypatch.setattr(staging, "kept", Bounded("staging", staging.STREAMS))
 
 
 @pytest.fixture(params=[None, 512], ids=["default", "small"])
@@ -264,7 +264,7 @@ def test_staging_stays_below_its_limit() -> None:
     for case in CASES[::4]:
         Transfers(Staged(DEVICE), True, case)()
     most = staging.RING * staged.LARGEST
-    assert max(each.nbytes for each in staging._known.values()) <= most
+    assert max(each.nbytes for each in staging.kept.values()) <= most
 
 
 @DOWNWARD
@@ -277,7 +277,7 @@ def test_transfers_go_on_after_one_that_found_no_memory(
         patch.setattr(torch, "empty", full)
         with pytest.raises(torch.OutOfMemoryError):
             transfer.go()
-    (room,) = staging._known.values()
+    (room,) = staging.kept.values()
     assert not room.nbytes
     transfer(tokens=8)
     transfer()
@@ -285,14 +285,14 @@ def test_transfers_go_on_after_one_that_found_no_memory(
 
 @pytest.mark.simdev
 def test_of_too_many_streams_the_one_used_longest_ago_gives_its_staging_back() -> None:
-    streams = [torch.Stream(DEVICE) for _ in range(staging._STREAMS + 1)]
+    streams = [torch.Stream(DEVICE) for _ in range(staging.STREAMS + 1)]
     assert len({stream.stream_id for stream in streams}) == len(streams)
     first, second, *_ = rooms = [staging.staging(DEVICE, stream) for stream in streams[:-1]]
     second.reserve(1 << 12)
     gone = weakref.ref(second)
     assert staging.staging(DEVICE, streams[0]) is first  # used again, so not the next to go
     staging.staging(DEVICE, streams[-1])
-    assert list(staging._known.values())[:-2] == rooms[2:]
+    assert list(staging.kept.values())[:-2] == rooms[2:]
     del second, rooms, _
     gc.collect()
     assert gone() is None

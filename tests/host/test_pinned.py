@@ -43,7 +43,7 @@ def test_so_many_bytes_and_no_more(
     nbytes: int, either: FakeLibrary | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the kernel gave every page before anything was written."""
-    monkeypatch.setattr(_pages, "_SLICE", 5 * PAGE)  # which threads touch each in turn
+    monkeypatch.setattr(_pages, "SLICE", 5 * PAGE)  # which threads touch each in turn
     with pinned.allocate(nbytes, huge_pages="never", threads=3) as memory:
         assert either is None or either.registered == {memory.address: (nbytes, 3)}
         assert resident(memory.address, nbytes)
@@ -76,7 +76,7 @@ def test_without_populate_pages_keep_what_they_hold(monkeypatch: pytest.MonkeyPa
     memory[0:1] = b"\x05"
     address = _pages.address_of(memory)
     assert not resident(address, 8 * PAGE)
-    monkeypatch.setattr(_pages, "_call", lambda *_: 22)
+    monkeypatch.setattr(_pages, "libc", lambda *_: 22)
     _pages.touch(address, 8 * PAGE)
     assert resident(address, 8 * PAGE)
     assert memory[0:1] == b"\x05"
@@ -98,7 +98,7 @@ def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     absent(monkeypatch)
-    monkeypatch.setattr(_pages, "_MAP_HUGETLB", 0x40000 | 20 << 26)  # of 1 MB, which no kernel has
+    monkeypatch.setattr(_pages, "MAP_HUGETLB", 0x40000 | 20 << 26)  # of 1 MB, which no kernel has
     with pinned.allocate(ODD, huge_pages="reserved") as memory:
         assert "no reserved huge pages" in memory.notes[0]
         assert "transparent huge pages were" in memory.notes[1]
@@ -222,7 +222,7 @@ def test_a_node_that_exists_and_one_that_does_not() -> None:
 def test_what_the_kernel_refuses(
     call: str, code: int, error: type[Exception], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_pages, "_call", lambda name, *_: code if name == call else 0)
+    monkeypatch.setattr(_pages, "libc", lambda name, *_: code if name == call else 0)
     monkeypatch.setattr(_pages, "nodes", lambda: [0])
     with pytest.raises(error, match=why):
         pinned.allocate(PAGE, numa=0)

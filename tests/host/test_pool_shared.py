@@ -238,7 +238,7 @@ def test_a_process_killed_while_it_makes_the_file(name: str) -> None:
 def test_one_that_lives_and_holds_the_tables_is_told_of(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shared, "_PATIENCE", 0.05)
+    monkeypatch.setattr(shared, "PATIENCE", 0.05)
     with SharedPool(name, SIZE, 1) as pool, SharedPool(name) as other:
         with other._exclusive(), pytest.raises(HostMemoryError, match="may be stopped"):
             pool.acquire()
@@ -280,8 +280,8 @@ def test_the_dead_of_another_container_are_buried_later(
 ) -> None:
     with SharedPool(name, SIZE, 1) as pool:
         child = holder(name, 1)
-        monkeypatch.setattr(shared, "_space", lambda: -1)
-        monkeypatch.setattr(shared, "_GRACE", 0.1)
+        monkeypatch.setattr(shared, "process_space", lambda: -1)
+        monkeypatch.setattr(shared, "GRACE", 0.1)
         assert pool.reclaim() == []
         child.kill()
         assert pool.reclaim() == []  # its device may still write

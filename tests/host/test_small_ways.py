@@ -150,7 +150,7 @@ def test_through_mapped_memory(nbytes: int, offset: int, libcuda: FakeLibrary) -
 @pytest.mark.skipif(nvrtc.missing() is not None, reason=nvrtc.missing() or "")
 def test_nvrtc_reads_parameters_where_they_lie() -> None:
     """Without a GPU: it compiles, and no thread makes a copy of 32 KB for itself."""
-    code = nvrtc._compile(_small_ways.source(), "compute_80").decode()
+    code = nvrtc.compile_text(_small_ways.source(), "compute_80").decode()
     assert ".local" not in code
     assert f"{_small_ways.VALUES_NAME}_param_0[{VALUE + 16}]" in code
     assert code.count("st.global.v4.u32") == 2

@@ -75,7 +75,7 @@ def test_what_decides_a_binary_is_in_its_key(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(_nvrtc, "architectures", lambda: [80, 90])
     monkeypatch.setattr(_nvrtc, "nvrtc_version", lambda: "13.0")
     made = Mock(side_effect=lambda source, target: f"{source} {target}".encode())
-    monkeypatch.setattr(_nvrtc, "_compile", made)
+    monkeypatch.setattr(_nvrtc, "compile_text", made)
     for _ in range(2):
         assert _nvrtc.compile_kernel("text", 90) == b"text sm_90"
         assert _nvrtc.compile_kernel("text", 80) == b"text sm_80"

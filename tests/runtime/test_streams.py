@@ -37,7 +37,7 @@ class Stream:
     def __init__(self, handle: int, device: torch.device) -> None:
         self.handle, self.device = handle, device
 
-    __del__ = _streams._Own.__del__
+    __del__ = _streams.OwnStream.__del__
 
 
 @pytest.fixture
@@ -49,8 +49,8 @@ def driver(
     monkeypatch.setattr(_cuda_driver, "no_cuda", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
-    monkeypatch.setattr(_streams, "_Own", Stream)
-    monkeypatch.setattr(_streams, "_free", defaultdict(list))
+    monkeypatch.setattr(_streams, "OwnStream", Stream)
+    monkeypatch.setattr(_streams, "free_handles", defaultdict(list))
     _cuda_driver.stream_maker.cache_clear()
     yield
     _cuda_driver.stream_maker.cache_clear()

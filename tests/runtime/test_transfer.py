@@ -47,13 +47,13 @@ class Later:
 @pytest.fixture
 def apart(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is in flight, and words are had without a device, in memory that is not pinned."""
-    monkeypatch.setattr(transfer, "_in_flight", type(transfer._in_flight)())
+    monkeypatch.setattr(transfer, "in_flight", type(transfer.in_flight)())
     monkeypatch.setattr(transfer, "failed", [])
-    monkeypatch.setattr(transfer, "_UNCHECKED", 4)
+    monkeypatch.setattr(transfer, "UNCHECKED", 4)
     batch = torch.zeros(64, dtype=torch.int64)
     made = [StatusWord(batch[i : i + 1]) for i in range(64)]
-    monkeypatch.setattr(transfer, "_free_words", type(transfer._free_words)(made))
-    monkeypatch.setattr(transfer, "_batches", [batch.numpy()])
+    monkeypatch.setattr(transfer, "free_words", type(transfer.free_words)(made))
+    monkeypatch.setattr(transfer, "word_batches", [batch.numpy()])
 
 
 def _troubled() -> bool:
@@ -75,15 +75,15 @@ def bad(word: StatusWord, position: int) -> None:
 @pytest.mark.usefixtures("apart")
 def test_words_come_back_once_their_work_has_ended() -> None:
     works = [begun()[0] for _ in range(12)]
-    assert len(transfer._free_words) == 64 - 12
+    assert len(transfer.free_words) == 64 - 12
     for work in works:
         work.ended = True
     for _ in range(4):
         begun()
-    assert len(transfer._in_flight) == 8  # two went for each that came
+    assert len(transfer.in_flight) == 8  # two went for each that came
     for _ in range(4):
         begun()
-    assert len(transfer._in_flight) == 8  # the oldest has not ended
+    assert len(transfer.in_flight) == 8  # the oldest has not ended
 
 
 @pytest.mark.usefixtures("apart")
@@ -248,7 +248,7 @@ def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
 def test_words_and_events_are_made_under_any_settings(
     state: str, accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("_free_words", "_batches"):
+    for name in ("free_words", "word_batches"):
         monkeypatch.setattr(transfer, name, type(getattr(transfer, name))())
     with STATES[state](accelerator):
         word = acquire_word()

@@ -59,7 +59,7 @@ class FakeLibrary:
 def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
     """A stand-in in the place of the runtime."""
     library = FakeLibrary()
-    patch.setattr(_pages, "_runtime", lambda: (library, "cuda"))
+    patch.setattr(_pages, "device_runtime", lambda: (library, "cuda"))
     patch.setattr(_pages, "why_not", lambda: None)
     patch.setattr(_pages, "quiesce", lambda: library.log.append("quiesce"))
     return library
