@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -201,10 +202,12 @@ def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
 
 def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatch) -> None:
     """A destination said to be shorter than it is: the first byte past its end is told."""
-    monkeypatch.setattr(
-        _ascendc, "_spans",
-        lambda view, writable: [(first, past - first - 1, 1) for first, past in view.spans],
-    )  # fmt: skip
+
+    def shorter(move: Move, further: Any) -> list[tuple[int, int, bool]]:
+        return [(at, nbytes - written, written) for at, nbytes, written in reached(move, further)]
+
+    reached = _ascendc.reached
+    monkeypatch.setattr(ascendc_emulated, "reached", shorter)
     copied = gathered(64)
     with refused(TransferError, "emulated AscendC kernel", "lies in no allocation"):
         Carrier(AscendC, CPU).launches(copied)

@@ -51,7 +51,7 @@ BOTH_WAYS = f"__version__ = '1.4.0'\ndef reshape_paged_cache({FIVE}, direction=F
 def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., str]]:
     """What a backend says if its vendor's package is a module of some text, or is not there."""
     monkeypatch.delenv(_ascendc.VARIABLE, raising=False)
-    monkeypatch.setattr(_ascendc, "_PLACE", ("lib", "none.so"))  # whatever was built here
+    monkeypatch.setattr(_ascendc, "files", lambda package: tmp_path)  # whatever was built here
     packages = {"torch_npu", "torch_mlu_ops", "torch_mlu"}
     for name in (*packages, "triton", "portakv.backends._triton_kernel"):
         monkeypatch.delitem(sys.modules, name, raising=False)

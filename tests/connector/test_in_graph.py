@@ -9,7 +9,6 @@ import gc
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from portakv import (
     TransferError,
     copy_rows,
 )
+from portakv.connector.caches import Registration
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
 SLOTS = BLOCKS * SIZE
@@ -158,7 +158,7 @@ def test_the_compiler_makes_no_copy_of_the_caches(
 ) -> None:
     connector, caches = AdaptiveConnector(device), make(device)
     connector.register_kv_caches(caches)
-    monkeypatch.setattr(connector, "_read", None)  # only other tensors would be read
+    monkeypatch.setattr(Registration, "__init__", None)  # only other tensors would be read
 
     def step(chunk: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         connector.from_gpu(chunk, caches if passed else None, slots)
@@ -233,15 +233,20 @@ def test_an_empty_batch_is_no_op() -> None:
 
 def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     connector, caches, chunk = AdaptiveConnector("cpu"), make_caches(), make_chunk()
-    reading = Mock(wraps=connector._read)
-    monkeypatch.setattr(connector, "_read", reading)
+    made, read = Registration.__init__, list[Any]()
+
+    def reading(self: Registration, kv_caches: Any, *rest: Any) -> None:
+        read.append(kv_caches)
+        made(self, kv_caches, *rest)
+
+    monkeypatch.setattr(Registration, "__init__", reading)
 
     compiled = storing(connector, chunk, caches)
     for first in range(5):
         slots = torch.arange(first, first + 4)
         compiled(slots)
         assert torch.equal(chunk, rows_of(caches, slots))
-    assert reading.call_count == 1
+    assert len(read) == 1
 
 
 def test_other_caches_registered_after_the_compilation() -> None:

@@ -185,11 +185,13 @@ def test_pinned_memory_that_the_host_packs_is_written_first(
     accelerator: torch.device, source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its strides fit no 2-D copy, so that the host reads it, after what the stream holds."""
-    write = memcpy._write
+    copy = torch.Tensor.copy_
+
+    def packed(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        return copy(dst, src.contiguous(), non_blocking)
+
     if accelerator.type != "cuda":  # as CUDA does
-        monkeypatch.setattr(
-            memcpy, "_write", lambda dst, src, late: write(dst, src.contiguous(), late)
-        )
+        monkeypatch.setattr(torch.Tensor, "copy_", packed)
     src, dst = place(source, accelerator), there(accelerator, ROWS, WIDTH)
     fresh, side = there(accelerator, ROWS, WIDTH), torch.Stream(accelerator)
     settle(accelerator)

@@ -10,6 +10,7 @@ import gc
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -164,19 +165,20 @@ def test_what_a_capture_carries_changes_with_refill(monkeypatch: pytest.MonkeyPa
     """A replay is played by hand: the simulated device has no graphs."""
     replay: list[Callable[[], None]] = []
 
-    def crossing(out: torch.Tensor, slot: Any, nbytes: int, stream: Any) -> None:
-        replay.append(lambda: _small_ways.by_copy(out, slot, nbytes, None))
+    by_copy = _small_ways.by_copy
 
+    def crossing(out: torch.Tensor, slot: Any, nbytes: int, stream: Any) -> None:
+        replay.append(partial(by_copy, out, slot, nbytes, None))
+
+    monkeypatch.setattr(_small_ways, "by_copy", crossing)
     sender = SmallCopy(4, torch.int32, SIMDEV, way="copy")
     with refused(Unsupported, "never captured"):
         sender.refill([1, 2, 3])
-    ring: Any = sender._send
     with monkeypatch.context() as patched:
         patched.setattr(_small_ways, "capturing", lambda device: True)
-        patched.setattr(ring, "_issue", crossing)
         landed = sender.send([1, 2, 3])
     sender.send([9, 9, 9, 9])  # an eager send takes other memory
-    (play,) = replay
+    play = replay[0]
     play()
     assert landed.tolist() == [1, 2, 3]
     sender.refill(torch.tensor([4, 5, 6]))
