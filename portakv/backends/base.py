@@ -101,8 +101,9 @@ class Launch(Protocol):
     ) -> Pending | None: ...
 
 
-class MoveLaunch(ABC):
-    """A launch that is given its copy as one value, inside the stream that it is ordered on.
+class MoveLaunch:
+    """A launch that is given its copy as one value. A subclass implements `carry`; or `enqueue`, if
+    it needs no stream to be the current one.
 
     Attributes:
         device: made the current one if no stream is given; None: ops find it by their tensors.
@@ -119,19 +120,27 @@ class MoveLaunch(ABC):
         count: int,
         stream: torch.Stream | None,
         status: torch.Tensor | None,
-    ) -> None:
+    ) -> Pending | None:
         """See `Launch`."""
-        move = Move(src, dst, src_index, dst_index, count)
+        if not count:
+            return None
+        return self.enqueue(Move(src, dst, src_index, dst_index, count), stream, status)
+
+    def enqueue(
+        self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
+    ) -> Pending | None:
+        """Order a copy of at least one token on ``stream`` (None: the caller's current one)."""
         where = self.device if stream is None else stream
         if where is None:
             self.carry(move, status)
-            return
+            return None
         with inside(where):
             self.carry(move, status)
+        return None
 
-    @abstractmethod
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
         """Order the copy on the current stream."""
+        raise NotImplementedError
 
 
 class Again(Protocol):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Launch, places_on
+from portakv.backends.base import Backend, Capabilities, Launch, MoveLaunch, places_on
 from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
@@ -73,7 +73,7 @@ class RowsBackend(Backend):
         return RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
 
 
-class RowsLaunch:
+class RowsLaunch(MoveLaunch):
     """The launch of a plan by its kernels; see `base.Launch`.
 
     Args:
@@ -104,17 +104,14 @@ class RowsLaunch:
             parts.append((packer, functions, kernel))
         return RowsAgain(parts, fixed, self._driver)
 
-    def __call__(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
-        stream: torch.Stream | None, status: torch.Tensor | None,
-    ) -> None:  # fmt: skip
-        move = Move(src, dst, src_index, dst_index, count)
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        """See `MoveLaunch`; on a stream of the driver's."""
         handle = self._handle(stream)
         if handle is None:
             with self._driver.current():
-                self(*move, stream, status)
+                self.enqueue(move, stream, status)
             return
-        units, arguments = count // self._unit, self._arguments
+        units, arguments = move.count // self._unit, self._arguments
         word = 0 if status is None else self._driver.word(status.data_ptr())
         for at, (kernel, functions) in enumerate(self._parts):
             buffer, threads = arguments.buffers[at], kernel.threads

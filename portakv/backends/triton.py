@@ -127,7 +127,7 @@ class _OnDevice:
         self._process = this_process()
 
 
-class _TritonLaunch(_OnDevice):
+class _TritonLaunch(_OnDevice, MoveLaunch):
     def __init__(
         self, unit: int, nests: list[NestKernel], kernels: list[Any], device: torch.device
     ) -> None:
@@ -148,13 +148,9 @@ class _TritonLaunch(_OnDevice):
             return None
         return _TritonAgain(self._device, self._parts, (src, dst, src_index, dst_index))
 
-    def __call__(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
-        stream: torch.Stream | None, status: torch.Tensor | None,
-    ) -> None:  # fmt: skip
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
-        move = Move(src, dst, src_index, dst_index, count)
         if stream is None and self._current_device() == self._index:
             self._run(move, status)
             return

@@ -12,7 +12,7 @@ from portakv.blocks.slices import in_layers, in_slices
 from portakv.copy.copy import Ids, carrier, checked, copy_move, follow_current, is_strict, source_of
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError
-from portakv.plan.plan import Move
+from portakv.plan.move import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
 from portakv.view import Index, KVView

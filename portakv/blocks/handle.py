@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from portakv.errors import TransferError
-from portakv.plan.plan import Move
+from portakv.plan.move import Move
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.form import Form

@@ -19,7 +19,7 @@ from portakv.plan.plan import CopyPlan, Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import check_stream, ignore_captures_elsewhere, own_stream
+from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
 from portakv.runtime.worker import WINDOW, Landing, RateLimit, Slice, Worker
 
@@ -36,7 +36,6 @@ def in_layers(
     move: Move, choice: Choice, stream: torch.Stream | None, strict: bool, began: float
 ) -> BlockTransfer:
     """Issue one layer behind the other; arguments and errors are those of `copy_move`."""
-    check_stream(stream, choice.backend.device)
     _check_memory(move)
     layers = [
         copy_move(_layer(move, i), choice, stream, known_good=True, strict=strict)

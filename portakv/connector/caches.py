@@ -17,7 +17,7 @@ from portakv.copy.shortcut import Shortcuts
 from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
-from portakv.plan.plan import Move
+from portakv.plan.move import Move
 from portakv.registry.registry import Choice
 from portakv.view import Index, KVView
 from portakv.view.bound import BoundLayout, bind_layout

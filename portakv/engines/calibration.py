@@ -152,6 +152,7 @@ class _Work:
         columns, one = self.found.get((engine, direction)), _FIXED + runs * _PER_RUN
         one += runs * size * _PER_BYTE
         if columns:
+            columns = dict(sorted(columns.items()))
             host = cost(columns, "host_seconds", size, runs)
             one = cost(columns, "seconds", size, runs) + host + min(host, SEEN)
         return one * (self._grid.times(size * runs) + 2)

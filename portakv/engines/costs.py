@@ -36,7 +36,7 @@ _LEAST = 1e-12  # seconds of any copy
 #: Where Linux tells the version of NVIDIA's module, and of AMD's.
 DRIVER_FILES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
 
-Columns = Mapping[int, Sequence["Point"]]  # by bytes of a run, with rising numbers of runs
+Columns = Mapping[int, Sequence["Point"]]  # by rising bytes of a run, with rising numbers of runs
 
 
 class TableError(ValueError):
@@ -99,7 +99,7 @@ def cost(columns: Columns, what: str, run_bytes: int, runs: int) -> float:
     Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
     in how many runs they lie in. That is exact for what each run and each byte has its price.
     """
-    sizes = sorted(columns)
+    sizes = list(columns)
     runs = max(1, runs)
     nbytes = max(1, run_bytes) * runs
     if run_bytes <= sizes[0]:  # narrower runs cost what the narrowest do, each
@@ -220,11 +220,10 @@ def _parsed(content: Mapping[str, Any], path: Path) -> Table:
             if direction not in DIRECTIONS:
                 raise ValueError(f"direction {direction!r}")
             columns = points.setdefault((engine, direction), {})
-            for size, runs, seconds, host_seconds in rows:
+            for size, runs, seconds, host_seconds in sorted(rows):
                 point = Point(_count(runs), _time(seconds, _LEAST), _time(host_seconds))
                 columns.setdefault(_count(size), []).append(point)
             for column in columns.values():
-                column.sort(key=lambda p: p.runs)
                 if len({p.runs for p in column}) < len(column):
                     raise ValueError("a point occurs twice")
     device, left_out = (

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -28,9 +28,7 @@ from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
 from portakv.runtime.transfer import event_pool
-
-if TYPE_CHECKING:
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 NAME = "portakv_direct"
 #: Thread blocks of one launch unless the caller's terms say otherwise. Of a plain kernel of this
@@ -172,7 +170,7 @@ class _DirectLaunch(EngineLaunch):
         if self._wants_table:
             table_on(host, self.device, stream)
         try:
-            self._rows(*move, stream, status)
+            self._rows.enqueue(move, stream, status)
         finally:
             # No allocator knows of these kernels, so the host's memory is held until they ended. A
             # graph's memory is its owner's.

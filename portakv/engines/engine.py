@@ -3,17 +3,16 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from math import inf
 from numbers import Real
 
 import torch
 
-from portakv.backends.base import Backend, Decision, Pending
+from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
 from portakv.errors import InvalidTerms
+from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
-from portakv.plan.plan import Move as Move
 from portakv.registry.registry import Choice, choose
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -96,25 +95,13 @@ class Engine(Backend):
         return self._half
 
 
-class EngineLaunch(ABC):
-    """A launch across the link; see `base.Launch`. ``downward``: from the device to the host."""
+class EngineLaunch(MoveLaunch):
+    """A launch across the link; ``downward``: from the device to the host."""
+
+    device: torch.device
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device, self.downward = device, plan.src.place == "device"
-
-    def __call__(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int,
-        stream: torch.Stream | None, status: torch.Tensor | None,
-    ) -> Pending | None:  # fmt: skip
-        if not count:
-            return None
-        return self.enqueue(Move(src, dst, src_index, dst_index, count), stream, status)
-
-    @abstractmethod
-    def enqueue(
-        self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
-    ) -> Pending | None:
-        """Launch a copy of at least one token."""
 
     def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
         """The rows of the device, those of the host, and the index of each."""

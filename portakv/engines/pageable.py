@@ -10,7 +10,7 @@ engine blocks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,11 +24,9 @@ from portakv.engines.staged import Passage, StagedLaunch
 from portakv.engines.staging import BUFFERS, bounce_buffers, staging
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
+from portakv.view.form import Form
 from portakv.view.index import Index
-
-if TYPE_CHECKING:
-    from portakv.view.form import Form
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 #: Each slice costs the caller about 0.1 ms, and in the first one only the link is busy, or only the
 #: host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores); a device takes

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import lcm
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,13 +20,11 @@ from portakv.engines.staging import dense_rows
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared, prepared
+from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
+from portakv.view.form import Form
 from portakv.view.index import Index
-
-if TYPE_CHECKING:
-    from portakv.registry.registry import Choice
-    from portakv.view.form import Form
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 #: So much longer each slice is than the one before it: only at one end of a transfer is the link
 #: idle (the first gather, the last scatter).

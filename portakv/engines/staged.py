@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,9 +24,7 @@ from portakv.registry.prepared import Prepared
 from portakv.runtime import streams
 from portakv.runtime.devices import inside
 from portakv.view.index import Index
-
-if TYPE_CHECKING:
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 #: Bytes of the largest slice, and of the smallest. Of 8, 16 and 32 MiB the largest lose least to
 #: the gaps between slices (H200).
@@ -115,7 +112,7 @@ class StagedLaunch(EngineLaunch):
 
 
 #: Enqueues what has to cross for a slice, by its buffer and its number, on the link's stream.
-Cross = Callable[[Slice, "KVView", int, torch.Stream], None]
+Cross = Callable[[Slice, KVView, int, torch.Stream], None]
 
 
 class Passage:

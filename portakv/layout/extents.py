@@ -148,9 +148,12 @@ def _settle(layout: Layout, values: Values, group: Group, sizes: Sequence[int]) 
             elif group.factors:
                 parts = ", ".join(f"{f}={factor_extent(f, known) or '?'}" for f in group.factors)
                 what = f"The dimension {group} ({parts})"
+            extent = (
+                f"an extent that {expected or 1} divides" if unknown else f"extent {expected or 1}"
+            )
             raise LayoutError(
-                f"{what} of {layout.text!r} was expected to have extent {expected or 1}, but "
-                f"{size} was found; correct the layout, the declared extents or the tensors."
+                f"{what} of {layout.text!r} was expected to have {extent}, but {size} was found; "
+                f"correct the layout, the declared extents or the tensors."
             )
         for factor in unknown:
             known[factor.axis] = size // expected * (factor.n or 1)

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Move`, one copy as a value, and `CopyPlan`, what a copy between two forms needs, worked out
-before any address or index is known.
+"""`CopyPlan`: what a copy between two forms needs, worked out before any address or index is known.
 
 A plan is one nest of loops, or one for each kv if they differ: units x strided loops x one
 contiguous run. Its cost does not depend on how many tokens or blocks will be moved.
@@ -13,7 +12,6 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
 from math import gcd, prod
-from typing import NamedTuple
 
 import numpy as np
 
@@ -21,52 +19,11 @@ from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.plan.loops import Loop, close, refine
 from portakv.plan.loops import Nest as Nest
 from portakv.plan.loops import Side as Side
+from portakv.plan.move import Move as Move
 from portakv.plan.runs import Runs, factors, summed
 from portakv.view.form import Form, Part, Step, Steps, merge_steps
 from portakv.view.index import Index
 from portakv.view.view import KVView
-
-
-class Move(NamedTuple):
-    """``count`` tokens from the rows of one view to the rows of another.
-
-    The order of the fields is that of a launch: ``launch(*move, stream, status)``. Making one costs
-    the host as little as a tuple.
-
-    Attributes:
-        src, dst: views.
-        src_index, dst_index: for each side, which slot each position uses.
-        count: tokens.
-    """
-
-    src: KVView
-    dst: KVView
-    src_index: Index
-    dst_index: Index
-    count: int  # type: ignore[assignment]  # tuples have a method of that name
-
-    @property
-    def steps(self) -> tuple[int, int]:
-        """The steps that a plan of this copy is made for."""
-        return self.src_index.plan_step, self.dst_index.plan_step
-
-    def part(self, first: int, tokens: int) -> Move:
-        """``tokens`` positions from position ``first`` on; shares the ids and their copies."""
-        if not first:
-            return self if tokens == self.count else Move(*self[:4], tokens)
-        mine, theirs = self.src_index.shifted(first), self.dst_index.shifted(first)
-        return Move(self.src, self.dst, mine, theirs, tokens)
-
-    def layer(self, layer: int) -> Move:
-        """One layer of the copy; the views must have equally many."""
-        return self.planes((layer, layer + 1), None)
-
-    def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> Move:
-        """The rows of some layers and kv, each range [first, past the last); None: all."""
-        if layers is None and kv is None:
-            return self
-        src, dst = self.src.planes(layers, kv), self.dst.planes(layers, kv)
-        return Move(src, dst, self.src_index, self.dst_index, self.count)
 
 
 class CopyPlan:
@@ -274,11 +231,13 @@ def _check_forms(src: Form, dst: Form) -> None:
             "what a page holds is unknown, so it moves only whole and to another page view; use a "
             "layout that names the token's place in the page",
         )
-    if src.widths != dst.widths:
-        raise LayoutError(
-            f"The source's rows are {src.widths} bytes wide for each kv and head, the "
-            f"destination's {dst.widths}; widths are compared in bytes and must be equal."
-        )
+    for k, (mine, theirs) in enumerate(zip(src.widths, dst.widths, strict=True)):
+        if mine != theirs:
+            raise LayoutError(
+                f"The source's rows of kv {k} are {mine} bytes wide for each head of each layer, "
+                f"the destination's {theirs}; widths are compared in bytes and must be equal: "
+                f"declare dim alike, or slice the kv that agree."
+            )
     if src.opaque and src.block_size != dst.block_size:
         raise LayoutError(
             f"The source's pages hold {src.block_size} tokens and the destination's "

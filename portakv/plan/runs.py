@@ -4,17 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import SlotError
 from portakv.plan.loops import Loop, Nest
-
-if TYPE_CHECKING:
-    from portakv.plan.plan import Move
-    from portakv.view.view import KVView
+from portakv.plan.move import Move
+from portakv.view.view import KVView
 
 Int64 = npt.NDArray[np.int64]
 

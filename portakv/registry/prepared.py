@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,12 +19,10 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.transfer import Pending
 from portakv.view.form import Form
 from portakv.view.index import Index
-
-if TYPE_CHECKING:
-    from portakv.runtime.transfer import Pending
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 CAPACITY = 1024  # launches
 #: Types of devices to which ids go by a small copy that the host does not wait for. To others torch

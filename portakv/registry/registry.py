@@ -134,8 +134,13 @@ class Registry:
             self._forget(name)  # it may have been asked for in vain
 
     def unregister(self, name: str) -> None:
-        """Forget a backend that `register` added."""
+        """Forget a backend that `register` added; raises `BackendUnavailable` if it added none."""
         with self._lock:
+            if not isinstance(name, str) or name not in self._targets or name in BUILT_IN:
+                raise BackendUnavailable(
+                    f"Backend {name!r} was to be unregistered, but none was registered under that "
+                    f"name; pass a name that was passed to register_backend."
+                )
             del self._targets[name]
             self._forget(name)
 

@@ -287,8 +287,8 @@ class Transfer:
             state = f"failed with {errors[0]}"
         elif all(completion.settled for completion in self.completions):
             state = "ended"
-        number = len(self.completions)
-        return f"<{type(self).__name__} of {number} launch{'es' * (number != 1)}, {state}>"
+        by = "" if self.carried is NOTHING else f" by {self.carried[0]}"
+        return f"<{type(self).__name__}{by}, {state}>"
 
     def _await_end(self, seconds: float) -> None:
         """Ask for the end until it is seen, less and less often: torch waits without a limit."""

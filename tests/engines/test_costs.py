@@ -108,6 +108,11 @@ def test_a_table_comes_back_as_it_was(folder: Path) -> None:
     assert (after.left_out, after.timer) == ({"ring": "it was slow"}, "a good clock")
     assert str(path) in after.origin
     assert [entry.name for entry in folder.iterdir()] == [path.name]  # nothing half-written
+    content = json.loads(path.read_text())
+    content["engines"]["staged"]["d2h"].reverse()  # rows may stand in any order
+    path.write_text(json.dumps(content))
+    assert read(path).points == after.points
+    assert list(read(path).points["staged", "d2h"]) == list(SIZES)
 
 
 def test_it_is_read_once_and_used_from_then_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,13 @@ def test_what_is_no_backend_or_no_name_is_refused_at_once(target: Any) -> None:
             register_backend(name, "some.where:Class")  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("name", ["odd", "reference", "", [], None])
+def test_only_what_was_registered_is_unregistered(name: Any) -> None:
+    with refused(BackendUnavailable, repr(name), "was to be unregistered", "register_backend"):
+        registry.REGISTRY.unregister(name)
+    assert "reference" in registry.REGISTRY.names()
+
+
 def test_what_was_chosen_is_logged_once(
     caplog: pytest.LogCaptureFixture, caches: list[torch.Tensor]
 ) -> None:

@@ -229,16 +229,18 @@ def test_waiting_with_a_limit_raises_what_the_work_met() -> None:
 
 def test_a_transfer_shows_what_is_known_of_it(later: Later) -> None:
     transfer, _ = start()
-    assert repr(transfer) == "<Transfer of 1 launch, not seen to have ended>"
+    assert repr(transfer) == "<Transfer by later, not seen to have ended>"
     later.ended = True
     assert "not seen" in repr(transfer)  # which asks nothing: a graph may be being captured
     transfer.synchronize()
-    assert repr(transfer) == "<Transfer of 1 launch, ended>"
-    assert repr(Transfer()) == "<Transfer of 0 launches, ended>"
+    assert repr(transfer) == "<Transfer by later, ended>"
+    assert repr(Transfer(carried=("reference", "it runs everywhere"))) == (
+        "<Transfer by reference, ended>"
+    )
     failed = Transfer([Completion(error=SlotError("no")), Completion()])
-    assert repr(failed) == "<Transfer of 2 launches, failed with SlotError>"
+    assert repr(failed) == "<Transfer, failed with SlotError>"
     captured = Transfer([Completion(standing=True)])
-    assert repr(captured) == "<Transfer of 1 launch, captured into a graph>"
+    assert repr(captured) == "<Transfer, captured into a graph>"
 
 
 # What torch is set to
