@@ -85,7 +85,7 @@ def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Rows:
         sides.fill(direction)
         known = [suite.by_engine(way, sides, direction) for way in named.values()]
         good = harness.usable(known, case.name, bench.left_out)
-        more = [_staging(bench, variant) for variant in good]
+        more = [staging_of(bench, variant) for variant in good]
         found = bench.measure(suite.by_memcpy(sides, direction), good, case.payload)
         for variant, told in zip(good, more, strict=True):
             told["alone_us"] = short(bench.timer.alone.get(variant.call, 0.0))
@@ -108,7 +108,7 @@ def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
     }  # fmt: skip
 
 
-def _staging(bench: Bench, variant: Variant) -> Row:
+def staging_of(bench: Bench, variant: Variant) -> Row:
     """``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes; empty if
     torch does not say. Engines keep staging memory for each stream: the call comes on a new one."""
     module, device = bench.module, bench.device

@@ -58,7 +58,7 @@ class Met:
 def interference_steps(bench: Bench) -> Iterator[Step]:
     """A step for each loop and direction, beside plain memcpy and every engine; and with the loop
     on a stream of its own, beside what bars judge."""
-    kinds = (movers.DEFAULT, _engines, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
+    kinds = (movers.DEFAULT, each_engine, bench.preset.repeats), (OWN, _chosen, _ON_OWN)
     for (where, make, most), direction, loop in product(kinds, DIRECTIONS, LOOPS):
         asked = loop, where, direction
         yield _place(*asked), partial(_measure, bench, *asked, make, most)
@@ -179,7 +179,7 @@ class _Meeting:
         }  # fmt: skip
 
 
-def _engines(bench: Bench, direction: str) -> Iterator[Mover]:
+def each_engine(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
     yield from _chosen(bench, direction, suite.direct(8))
     for way in bench.serving((suite.STAGED, suite.DESCRIPTORS)):
@@ -199,7 +199,7 @@ def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
     for peer, run in product(bench.peers, movers.RUNS):
         sides, name = movers.sides_of(bench, run), peer.name
         try:
-            call = _by_peer(peer, sides, direction)
+            call = by_peer(peer, sides, direction)
         except PortaKVError as error:
             bench.left_out.append(f"beside a loop, {name} {direction}: {error}")
         else:
@@ -207,7 +207,7 @@ def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
             yield movers.moved(sides, suite.by_call(*labels, peer=name))
 
 
-def _by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]:
+def by_peer(peer: LMCache, sides: Sides, direction: str) -> Callable[[], object]:
     """A peer's slot kernel with a chunk in pinned memory, as its connector has it."""
     kernel, *_ = peer.kernels(sides.case.on_device, by_blocks=False)
     move = peer.move_by(kernel, sides.case.on_device, sides.slots, sides.caches)

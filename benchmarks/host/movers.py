@@ -170,7 +170,7 @@ class Loop:
         # others, such as ids of what is moved beside the loop, and be overwritten by each replay.
         self._step = step
         self._module = torch.get_device_module(device)
-        self._batch = _captured(step, device)
+        self._batch = captured(step, device)
         self._times = 1
         taken = min(self._time() for _ in range(3))
         self._times = max(1, ceil(1.05 * seconds * 1e3 / taken)) if taken else 1
@@ -212,7 +212,7 @@ def attention(device: torch.device, preset: HostPreset) -> Loop:
 LOOPS = {"matmul": matmul, "attention": attention}
 
 
-def _captured(step: Callable[[], object], device: torch.device) -> Callable[[], None]:
+def captured(step: Callable[[], object], device: torch.device) -> Callable[[], None]:
     def batch() -> None:
         for _ in range(_BATCH):
             step()

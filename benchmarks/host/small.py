@@ -31,15 +31,15 @@ OURS, PINNED, PLAIN = "SmallCopy", "pinned copy", "torch.tensor"
 WARM_UP = 3
 #: Seconds that a large copy is given to be under way, and a short one to end.
 _HEAD_START = 3e-4
-_SHORT = 4096  # bytes
+SHORT = 4096  # bytes
 _CADENCE = (
     f"each send comes {_HEAD_START * 1e6:.0f} us after another copy was issued, behind a large one "
-    f"that has ended: as large and still flying (busy), or of {_SHORT} bytes (paced); idle sends "
+    f"that has ended: as large and still flying (busy), or of {SHORT} bytes (paced); idle sends "
     f"follow one another, the ways in turns"
 )
 #: The count of integers that the bars look at; others take less of the time.
 _BARRED, _FEWER = 64, 3
-_TURNS = 3  # of idle sends
+TURNS = 3  # of idle sends
 
 
 class Route(NamedTuple):
@@ -68,15 +68,15 @@ def small_steps(bench: Bench) -> Iterator[Step]:
 def _measure(bench: Bench, count: int) -> Rows:
     ways = _ways(bench, count)
     with bench.module.stream(bench.stream()):
-        seen = _sends(bench, ways, count, _Large(bench))
-    rows = [_row(bench, name, count, sends) for name, sends in seen.items()]
+        seen = sends_of(bench, ways, count, Large(bench))
+    rows = [row_of(bench, name, count, sends) for name, sends in seen.items()]
     compare(rows)
     for row in having(rows, backend=OURS):
         row["why"] = choose(8 * count, bench.device).why
     return rows
 
 
-class _Large:
+class Large:
     """A large copy from pinned memory, on a stream of its own."""
 
     def __init__(self, bench: Bench) -> None:
@@ -93,7 +93,7 @@ class _Large:
     def start(self, flies: bool) -> None:
         """Begin it, and wait until it has surely begun; or do the same with a few bytes of it, and
         wait until they have landed."""
-        part = slice(None if flies else _SHORT)
+        part = slice(None if flies else SHORT)
         self._issue(self._source[part], self._target[part])
         began = perf_counter()
         # Either asks at least once, so that the driver is as warm for the one as for the other.
@@ -111,7 +111,7 @@ class _Large:
         return not self._ended.query()
 
 
-def _row(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) -> Row:
+def row_of(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) -> Row:
     figures: Row = {}
     for state, sends in seen.items():
         figures[f"{state}_us"] = short(median(one.landed for one in sends))
@@ -128,8 +128,8 @@ def _row(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) ->
     }  # fmt: skip
 
 
-def _sends(
-    bench: Bench, ways: Mapping[str, Route], count: int, large: _Large
+def sends_of(
+    bench: Bench, ways: Mapping[str, Route], count: int, large: Large
 ) -> dict[str, dict[str, list[Seen]]]:
     """Every send of every way, idle, paced and busy. The ways take turns, each with many sends: the
     first of all would meet a colder driver, and a way that alternates others' caches."""
@@ -137,16 +137,16 @@ def _sends(
 
     def send(name: str, state: str, n: int) -> None:
         beside = None if state == "idle" else large
-        seen[name][state].append(_send(bench, ways[name], count, n, beside, state == "busy"))
+        seen[name][state].append(timed(bench, ways[name], count, n, beside, state == "busy"))
         bench.module.synchronize()
 
     samples = bench.preset.small_samples
     if count != _BARRED:
         samples = max(1, samples // _FEWER)
     for way, n in product(ways.values(), range(WARM_UP)):
-        _send(bench, way, count, n)
+        timed(bench, way, count, n)
     bench.module.synchronize()
-    for _, name, n in product(range(_TURNS), ways, range(samples)):
+    for _, name, n in product(range(TURNS), ways, range(samples)):
         send(name, "idle", n)
     for name in ways:
         large.pass_by()  # from then on the one that flew beside the last send has passed by
@@ -164,8 +164,8 @@ def compare(rows: Rows) -> None:
         row[f"{state}_to_pinned"] = short(row[f"{state}_us"] / known[f"{state}_us"])
 
 
-def _send(
-    bench: Bench, way: Route, count: int, n: int, large: _Large | None = None, flies: bool = False
+def timed(
+    bench: Bench, way: Route, count: int, n: int, large: Large | None = None, flies: bool = False
 ) -> Seen:
     """Send other values than before."""
     values = np.arange(n + 1, n + 1 + count, dtype=np.int64) * 0x10001

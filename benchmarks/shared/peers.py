@@ -29,7 +29,7 @@ Move = Callable[[torch.Tensor, bool], object]
 PEERS: Mapping[str, str] = {"lmcache": "0.5.3"}
 
 # LMCache's name of each cache layout that occurs in shapes.toml.
-_FORMATS = {
+FORMATS = {
     "layer | kv block token head dim": "NL_X_TWO_NB_BS_NH_HS",
     "layer | block kv token head dim": "NL_X_NB_TWO_BS_NH_HS",
     "layer | kv block head token dim": "NL_X_TWO_NB_NH_BS_HS",
@@ -58,13 +58,13 @@ class LMCache:
     name = "lmcache"  # what its rows are called
 
     def __init__(self) -> None:
-        self._ops, self.release = _load("lmcache", "c_ops")
+        self._ops, self.release = load("lmcache", "c_ops")
         self._ways = (self._ops.TransferDirection.H2D, self._ops.TransferDirection.D2H)
 
     def kernels(self, shape: Shape, by_blocks: bool) -> list[str]:
         """The kernels that carry such a shape out: ``slot kernel``, and with block ids ``block
         kernel``; raises `PeerMissing` if there is none."""
-        if shape.cache not in _FORMATS or shape.chunk != _CHUNK:
+        if shape.cache not in FORMATS or shape.chunk != _CHUNK:
             raise PeerMissing(
                 f"LMCache has no format for a cache {shape.cache!r} with chunks {shape.chunk!r}."
             )
@@ -81,7 +81,7 @@ class LMCache:
         """A call of one of its kernels, with everything that can be made beforehand: from caches on
         a device to a chunk or back, by the slot of each token, int64 on the host."""
         tensors = caches if isinstance(caches, list) else [caches]
-        form, device = getattr(self._ops.EngineKVFormat, _FORMATS[shape.cache]), tensors[0].device
+        form, device = getattr(self._ops.EngineKVFormat, FORMATS[shape.cache]), tensors[0].device
         addresses = [tensor.data_ptr() for tensor in tensors]
         pointers = torch.tensor(addresses, dtype=torch.int64).to(device)
         if kernel == "slot kernel":
@@ -111,7 +111,7 @@ def load_peer(name: str) -> LMCache:
     return LMCache()
 
 
-def _load(package: str, module: str) -> tuple[ModuleType, str]:
+def load(package: str, module: str) -> tuple[ModuleType, str]:
     """A compiled module of a package whose own ``__init__`` is not run, and its release."""
     install = f"pip install --no-deps {package}=={PEERS[package]}"
     try:

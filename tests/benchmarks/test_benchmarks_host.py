@@ -186,15 +186,15 @@ def test_only_the_copy_in_flight_differs(
         noted.append(f"{way} {'idle' if large is None else 'busy' if flies else 'paced'}")
         return small.Seen(9.0 if flies else 6.0 if large else 5.0, 1.0, 2.0, flies, True)
 
-    monkeypatch.setattr(small, "_send", send)
+    monkeypatch.setattr(small, "timed", send)
     preset = SimpleNamespace(small_samples=samples, large=1 << 30)
     module = SimpleNamespace(synchronize=lambda: noted.append("ends"))
     bench: Any = SimpleNamespace(preset=preset, module=module)
     large: Any = SimpleNamespace(pass_by=lambda: noted.append("large"))
     monkeypatch.setattr(small, "WARM_UP", 0)
     ways: Any = {"one": "one", "other": "other"}
-    seen = small._sends(bench, ways, count, large)
-    turn = [f"{way} idle" for way in ways for _ in range(expected)] * small._TURNS
+    seen = small.sends_of(bench, ways, count, large)
+    turn = [f"{way} idle" for way in ways for _ in range(expected)] * small.TURNS
     beside = [
         [f"{way} paced", "large", f"{way} busy"] * expected for way in ways
     ]  # a large copy has ended before each
@@ -202,23 +202,27 @@ def test_only_the_copy_in_flight_differs(
         *turn, "large", *beside[0], "large", *beside[1]
     ]  # fmt: skip
     assert all(noted[at + 1] == "ends" for at, one in enumerate(noted) if " " in one)
-    row = small._row(bench, "one", count, seen["one"])
+    row = small.row_of(bench, "one", count, seen["one"])
     assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (expected, expected, 1.5)
     assert (row["idle_us"], row["paced_us"], row["busy_us"]) == (5.0, 6.0, 9.0)
-    assert (row["idle_samples"], row["verified"]) == (small._TURNS * expected, True)
+    assert (row["idle_samples"], row["verified"]) == (small.TURNS * expected, True)
 
 
-@pytest.mark.parametrize(("flies", "moved"), [(False, small._SHORT), (True, 100_000)])
-def test_the_other_copy_is_large_or_short_and_has_ended(flies: bool, moved: int) -> None:
+@pytest.mark.parametrize(("flies", "moved"), [(False, small.SHORT), (True, 100_000)])
+def test_the_other_copy_is_large_or_short_and_has_ended(
+    flies: bool, moved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     answers = iter([False, False, False, True])
     event = SimpleNamespace(record=lambda stream: None, query=lambda: next(answers))
-    large = object.__new__(small._Large)
-    large._module = SimpleNamespace(stream=lambda stream: nullcontext())
-    large._stream, large._ended = None, event  # type: ignore[assignment]
-    large._source = torch.ones(100_000, dtype=torch.uint8)
-    large._target = torch.zeros(100_000, dtype=torch.uint8)
-    large.start(flies)
-    assert int(large._target.sum()) == moved
+    monkeypatch.setattr(torch, "Event", lambda device: event)
+    source, target = (make(100_000, dtype=torch.uint8) for make in (torch.ones, torch.zeros))
+    bench: Any = SimpleNamespace(
+        device=None, stream=lambda: None, preset=SimpleNamespace(large=source.nbytes),
+        module=SimpleNamespace(stream=lambda stream: nullcontext()),
+        region=lambda nbytes: SimpleNamespace(host=source, device=target),
+    )  # fmt: skip
+    small.Large(bench).start(flies)
+    assert int(target.sum()) == moved
     assert len(list(answers)) == (3 if flies else 0)
 
 

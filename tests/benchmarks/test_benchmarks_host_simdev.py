@@ -149,7 +149,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tup
 
     calls: dict[str, Any] = {"memcpy": Mock(), "bad": lambda i: fails(next(asked)), "host": Mock()}
     three = [mover(name, call) for name, call in calls.items()]
-    monkeypatch.setattr(interference, "_engines", lambda bench_, direction: three)
+    monkeypatch.setattr(interference, "each_engine", lambda bench_, direction: three)
     bench_ = Bench(DEVICE, TINY)
     rows = next(iter(interference.interference_steps(bench_)))[1]()
     return rows, bench_.left_out
@@ -205,7 +205,7 @@ def test_peers_come_last_and_beside_a_memcpy_of_their_own(monkeypatch: pytest.Mo
             raise PeerMissing("it takes no such rows")
         return lambda: HOST.move(sides, direction)
 
-    monkeypatch.setattr(interference, "_by_peer", by_peer)
+    monkeypatch.setattr(interference, "by_peer", by_peer)
     assert list(PARTS)[-1] == "peers"
     peers: Any = [SimpleNamespace(name="other")]
     bench_ = Bench(DEVICE, TINY, peers)
@@ -246,7 +246,7 @@ def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(module, "reset_peak_memory_stats", lambda _: None, raising=False)
     monkeypatch.setattr(module, "max_memory_allocated", lambda _: max(taken), raising=False)
     variant = Variant({}, call, lambda i: None, lambda i: True)
-    told = [grid._staging(Bench(DEVICE, TINY), variant) for _ in range(2)]
+    told = [grid.staging_of(Bench(DEVICE, TINY), variant) for _ in range(2)]
     assert told == [{"staging_mb": 3.0}] * 2
     assert len({*seen, module.current_stream(DEVICE).stream_id}) == 3
 
@@ -267,7 +267,7 @@ def test_a_loop_keeps_what_a_captured_graph_reads_and_writes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A graph holds addresses alone: memory that it writes to was given to a transfer's ids."""
-    monkeypatch.setattr(movers, "_captured", lambda step, device: lambda: None)
+    monkeypatch.setattr(movers, "captured", lambda step, device: lambda: None)
     held: list[weakref.ref[torch.Tensor]] = []
     made = torch.empty_like
 

@@ -32,7 +32,7 @@ class FakeOps:
         H2D = 0
         D2H = 1
 
-    EngineKVFormat = SimpleNamespace(**{name: name for name in peers._FORMATS.values()})
+    EngineKVFormat = SimpleNamespace(**{name: name for name in peers.FORMATS.values()})
     PageBufferShapeDesc = SimpleNamespace
 
     work: Workload  # which is measured
@@ -74,7 +74,7 @@ class FakeOps:
 def peer(monkeypatch: pytest.MonkeyPatch) -> LMCache:
     """LMCache over the stand-in, which sees the workload that is measured."""
     ops = FakeOps()
-    monkeypatch.setattr(peers, "_load", lambda package, module: (ops, "0.5.3"))
+    monkeypatch.setattr(peers, "load", lambda package, module: (ops, "0.5.3"))
 
     class Seen(Workload):
         def __init__(self, *arguments: Any) -> None:

@@ -8,6 +8,7 @@ import copy
 import re
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,8 @@ from support.conform_fake_worker import CLAIM, CORE
 from support.conform_reports import changed
 from support.conform_runs import ran
 
-from portakv_conformance import SUITE_VERSION
+from portakv_conformance import SUITE_VERSION, cli
 from portakv_conformance.cli import main
-from portakv_conformance.evidence import verify
 from portakv_conformance.evidence.evidence import of_report
 from portakv_conformance.evidence.verdict import (
     LEFT_OUT,
@@ -296,7 +296,7 @@ def test_the_command(
     record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(verify.check_report, "__defaults__", (listing,))
+    monkeypatch.setattr(cli, "check_report", partial(check_report, listing=listing))
     file = tmp_path / "conformance.json"
     file.write_text(record.document(), encoding="utf-8")
     assert main(["verify", str(file)]) == 0

@@ -10,6 +10,7 @@ import importlib
 import json
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -369,8 +370,8 @@ def test_a_stand_in_s_signatures_and_their_sources() -> None:
 def test_a_result_is_kept_with_its_row(
     tmp_path: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keep, "__defaults__", (lambda text: [],))  # cases that no suite has
-    monkeypatch.setattr(ladders.why_expired, "__defaults__", (lambda target: "a" * 64,))
+    monkeypatch.setattr(keeper, "keep", partial(keep, check=lambda text: []))  # no suite has them
+    monkeypatch.setattr(ladders, "why_expired", partial(why_expired, digest=lambda _: "a" * 64))
     job = record_in(tmp_path, "R4", name="ascendc-emulated", backend=ASCENDC)
     with pytest.raises(ValueError, match=r"is not kept: .* emulates a vendor's backend"):
         keeper.place(job, "", None)
@@ -382,7 +383,7 @@ def test_a_result_is_kept_with_its_row(
     keeper.place(tmp_path / "conformance.json", "", None)
     record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908", date="2026-11-21")
     again = keeper.place(job, "AMD gfx906, gfx908", None)
-    monkeypatch.setattr(ladders.why_expired, "__defaults__", (lambda target: "b" * 64,))
+    monkeypatch.setattr(ladders, "why_expired", partial(why_expired, digest=lambda _: "b" * 64))
     with pytest.raises(ValueError, match="is expired: source changed since"):
         keeper.place(job, "AMD gfx906, gfx908", None)
     assert (again.date, again.note) == ("2026-11-21", "not run")
