@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from portakv import CopyPlan, Index, KVView, Unsupported, copy_rows
-from portakv.backends._ascend_kernel import VARIABLE
 from portakv.backends.ascend import Ascend
+from portakv.backends.ascend_kernel import VARIABLE
 from portakv_conformance.vendor import ascend_ops, ascendc_emulated, ascendc_npu
 from portakv_conformance.vendor.ascend_device import enter
 

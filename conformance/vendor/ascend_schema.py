@@ -27,7 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv.backends._ascend_kernel import VARIABLE
+from portakv.backends.ascend_kernel import VARIABLE
 from portakv.runtime.kernel_cache import directory
 from portakv_conformance.evidence import ladder
 from portakv_conformance.evidence.environment import hashed

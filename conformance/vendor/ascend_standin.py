@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from portakv.backends._ascend_kernel import VARIABLE
+from portakv.backends.ascend_kernel import VARIABLE
 from portakv_conformance.vendor import ascend_ops, ascendc_npu
 
 #: What it always says of itself.

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import CopyPlan, TransferError, Unsupported
-from portakv.backends._ascend_kernel import Arguments, reached
+from portakv.backends.ascend_kernel import Arguments, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.plan.plan import Move
 from portakv_conformance.vendor import cpp

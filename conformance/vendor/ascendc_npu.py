@@ -4,7 +4,7 @@
 An emulation of the kernel (``native/ascend/emulation``) has no streams and no device memory. Here
 its launches become jobs of the simulated device: they run late, in the order of their stream, on
 bytes that the host cannot touch. All before that is as on an NPU: the library is found, loaded,
-asked and launched by `portakv.backends._ascend_kernel`::
+asked and launched by `portakv.backends.ascend_kernel`::
 
     portakv conform portakv_conformance.vendor.ascendc_npu:AscendKernel --device simdev:npu
 
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 
 from portakv import TransferError
-from portakv.backends._ascend_kernel import Kernel, open_kernel
 from portakv.backends.ascend import Ascend
+from portakv.backends.ascend_kernel import Kernel, open_kernel
 from portakv_conformance.vendor import ascendc_emulated
 from portakv_conformance.vendor.ascendc_emulated import Setting
 

@@ -112,8 +112,8 @@ def copy_rows(
 ):  # fmt: skip
     """Copy ``units`` units of one nest, from unit ``start`` on, in all planes.
 
-    ``src`` and ``dst`` are `_triton_rows.SideArguments`. ``tokens`` of a unit name the position of
-    a bad id, which goes to the word at ``status`` (0: nowhere). A vector is ``LANES`` elements of
+    ``src`` and ``dst`` are `_triton_rows.Side`. A unit has ``tokens`` tokens; the position of a
+    bad id goes to the word at ``status`` (0: nowhere). A vector is ``LANES`` elements of
     ``ELEMENT``; ``RUN`` and ``ROW`` count vectors: contiguous ones, and those of one unit in one
     plane.
     """

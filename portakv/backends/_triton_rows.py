@@ -1,23 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the Triton kernel is given for a plan: constants that a model fixes, arguments that a
-request changes. Imports torch only."""
+request changes. It does not import triton."""
 
 from __future__ import annotations
 
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-from portakv.backends.rows_kernel import SideArguments, split_loops
+import torch
+
+from portakv.backends._sides import SideArguments, split_loops
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Nest
-
-if TYPE_CHECKING:
-    import torch
-
-    from portakv.plan.plan import Move
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
+from portakv.plan.plan import CopyPlan, Move, Nest
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 MAX_PLANES = 65535  # programs along y
 # Vectors of one launch are counted in 32 bits, the last program's included; a larger copy is split.

@@ -5,17 +5,14 @@ gaps, and ids that were guarded by torch where they do it in part or not at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan, Move
+from portakv.view.form import Form, Part
 from portakv.view.index import Index
-
-if TYPE_CHECKING:
-    from portakv.view.form import Form, Part
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 #: Orders of a plane's axes, outermost first. ``kv`` stands where key and value alternate.
 HND = ("block", "head", "token", "dim")

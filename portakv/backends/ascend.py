@@ -27,19 +27,17 @@ aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceInd
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from portakv.backends._ascend_kernel import KernelRows, find_kernel, refusal
 from portakv.backends._vendor_rows import TOKENS, packed, planes
+from portakv.backends.ascend_kernel import KernelRows, find_kernel, refusal
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, Tells
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
-
-if TYPE_CHECKING:
-    from portakv.view.form import Form
+from portakv.view.form import Form
 
 #: The arguments that each op is called with. The strings of all schemas: conformance/vendor.
 CALLS = {

@@ -7,18 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
-from portakv.plan.plan import Move
+from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Pending as Pending
-
-if TYPE_CHECKING:
-    from portakv.plan.plan import CopyPlan
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 
 @dataclass(frozen=True, slots=True)

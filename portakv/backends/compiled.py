@@ -17,7 +17,7 @@ from functools import cached_property
 from importlib.util import find_spec
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -31,17 +31,15 @@ from portakv.backends._compiled_program import (
     memory_from,
     report,
 )
+from portakv.backends._sides import SideArguments
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
-from portakv.backends.rows_kernel import SideArguments
 from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.streams import beside
-
-if TYPE_CHECKING:
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 # Elements that the example of a program moves; inductor sizes its blocks by it.
 _EXAMPLE = 2**18

@@ -32,7 +32,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -50,10 +50,8 @@ from portakv.backends._vendor_rows import (
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
-
-if TYPE_CHECKING:
-    from portakv.view.form import Form
-    from portakv.view.view import KVView
+from portakv.view.form import Form
+from portakv.view.view import KVView
 
 # What both ops move; anything else goes as int8, which is among them.
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.int8)

@@ -14,19 +14,14 @@ from importlib.resources import files
 from itertools import chain
 from math import prod
 from posixpath import normpath
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-import torch
-
+from portakv.backends._sides import SideArguments, split_loops
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
-from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.bounded import Bounded
-
-if TYPE_CHECKING:
-    from portakv.plan.plan import Move
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 #: Threads of a block unless a device wants others.
 THREADS = 128
@@ -225,52 +220,6 @@ def _extents(numbers: list[int]) -> str:
     return f"Extents<{', '.join(map(str, numbers))}>"
 
 
-class SideArguments:
-    """What a plan fixes about one side of a nest, and a request of it, for any kernel.
-
-    Attributes:
-        per_id: units that one id covers; 0 without ids.
-        walks: for each of ``outer`` its entries of the table and its bytes.
-        strides: of the loops ``inner``.
-        kind: where addresses come from: ``NONE``, one; ``UNITS``, the view's table.
-        narrow: the kernel counts units in 32 bits.
-    """
-
-    narrow = False
-
-    def __init__(
-        self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop],
-        inner: Sequence[Loop] = (),
-    ) -> None:  # fmt: skip
-        self.side: Side = getattr(nest, name)
-        self.unit, self.per_id = plan.unit, getattr(plan, f"{name}_step") // plan.unit
-        self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
-        self.strides = [getattr(x, f"{name}_stride") for x in inner]
-        looks_up = self.side.tabled or any(table for table, _ in self.walks)
-        self.kind = "UNITS" if looks_up else "NONE"
-
-    def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
-        """base (an address, or the bytes behind the table's), address of the table or 0, address
-        of the ids or 0, whether they are int64, the unit at position 0, units in the view."""
-        side, unit, limit = self.side, self.unit, view.slots // self.unit
-        if self.narrow and limit > MAX_NUMBERS:
-            raise Unsupported(
-                f"A view of {view.slots} tokens in units of {unit}",
-                f"the kernel counts {MAX_NUMBERS} units; use backend 'reference'",
-            )
-        table, base = 0, side.offset
-        if self.kind == "UNITS":
-            table = view.table.data_ptr() + 8 * side.table
-        elif self.kind == "NONE":
-            base += view.origins[side.table]
-        first, rest = divmod(index.offset, unit)
-        ids = index.ids  # contiguous and on the device: the library places them
-        if ids is None:
-            # A flat side may start anywhere, also between two units.
-            return base + rest * (side.units[-1].stride // unit), table, 0, 0, first, limit
-        return base, table, ids.data_ptr(), ids.dtype is torch.int64, first, limit
-
-
 class _SideWords(SideArguments):
     """A side of the rows kernel.
 
@@ -280,13 +229,11 @@ class _SideWords(SideArguments):
         fixed: what a plan fixes, as the kernel's text declares it.
     """
 
-    narrow = True
-
     def __init__(
         self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop], inner: Sequence[Loop]
     ) -> None:
         super().__init__(nest, plan, name, outer, inner)
-        self.ids, self.entries = self.per_id > 0, 0
+        self.ids, self.entries, self.countable = self.per_id > 0, 0, MAX_NUMBERS
         loops = zip(outer, self.walks, strict=True)
         entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
         if self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
@@ -311,9 +258,3 @@ class _SideWords(SideArguments):
             entries = view.origins[self.side.table :][: self.entries]
             kept = view.derived[self] = struct.pack(f"<{self.entries}q", *entries)
         return kept
-
-
-def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
-    """Loops over planes, which blocks walk along y, and loops inside a unit of a plane."""
-    outer = [x for x in loops if x.tabled or x.over_planes]
-    return outer, [x for x in loops if x not in outer]

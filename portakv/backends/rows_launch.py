@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, Protocol
 
 import torch
 
@@ -14,16 +15,23 @@ from portakv.backends.base import Backend, Capabilities, Launch, MoveLaunch, pla
 from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.cuda import ArgumentLists, CudaDriver
+from portakv.runtime.cuda import ArgumentLists
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
-if TYPE_CHECKING:
-    from portakv.runtime.hip import Card
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
 
-#: A device's driver: `CudaDriver` says what each function does.
-RowsDriver: TypeAlias = "CudaDriver | Card"
+class RowsDriver(Protocol):
+    """One device's driver; `runtime.cuda.CudaDriver` says what each function does."""
+
+    success: Any
+    launch: Callable[..., Any]
+
+    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]: ...
+    def handle(self, stream: torch.Stream | None) -> Any: ...
+    def current(self) -> AbstractContextManager[object]: ...
+    def check(self, answer: Any, what: str) -> None: ...
+    def word(self, address: int) -> int: ...
 
 
 class LoadedKernels:

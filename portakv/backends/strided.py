@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator
 from itertools import groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from portakv.plan.plan import CopyPlan, Move, Nest
-
-if TYPE_CHECKING:
-    from portakv.view.form import Form
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
+from portakv.view.form import Form
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 #: An opaque element for each width in bytes; copying complex numbers moves bits.
 ELEMENTS = {

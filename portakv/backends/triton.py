@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -19,10 +19,8 @@ from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveL
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
-
-if TYPE_CHECKING:
-    from portakv.view.index import Index
-    from portakv.view.view import KVView
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 INTERPRET = "TRITON_INTERPRET"
 

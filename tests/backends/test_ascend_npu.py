@@ -20,9 +20,9 @@ from support.own_process import in_child, own_process
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from portakv import CopyPlan, Index, KVView, TransferError
-from portakv.backends import _ascend_kernel
-from portakv.backends._ascend_kernel import Arguments, Kernel, KernelRows
+from portakv.backends import ascend_kernel
 from portakv.backends.ascend import Ascend
+from portakv.backends.ascend_kernel import Arguments, Kernel, KernelRows
 from portakv.plan.plan import Move
 from portakv.registry.registry import choose
 from portakv_conformance import simdev
@@ -183,7 +183,7 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     ]:  # fmt: skip
         assert str(backend.check(plan)) == f"ascend: {told}"
     assert str(kernel.check(scatters)).endswith("takes the plan by the AscendC kernel")
-    monkeypatch.setattr(_ascend_kernel, "MAX_LOOPS", 0)
+    monkeypatch.setattr(ascend_kernel, "MAX_LOOPS", 0)
     assert str(kernel.check(scatters)) == (
         "ascend-kernel: accepted, takes the plan by index ops, after a wait, since the AscendC "
         "kernel takes 0 loops beside the rows and 4 steps of a unit, and the plan has 2 and 1"

@@ -28,8 +28,8 @@ from support.each_backend import Carrier
 from support.guarded_memory import refused
 
 from portakv import TransferError, Unsupported
-from portakv.backends import _ascend_kernel as _ascendc
-from portakv.backends._ascend_kernel import find_kernel, open_kernel
+from portakv.backends import ascend_kernel as _ascendc
+from portakv.backends.ascend_kernel import find_kernel, open_kernel
 from portakv.plan.plan import Move
 from portakv.runtime.devices import Unusable
 from portakv_conformance.evidence.evidence import read

@@ -19,7 +19,7 @@ from support.each_backend import Carrier
 from support.guarded_memory import refused
 
 from portakv import Unsupported
-from portakv.backends import _ascend_kernel, rows_kernel
+from portakv.backends import ascend_kernel, rows_kernel
 from portakv.backends.base import Backend
 from portakv.backends.rows_kernel import kernel_text
 from portakv.backends.rows_launch import RowsLaunch
@@ -106,7 +106,7 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
 def test_plans_with_more_than_the_arguments_hold(
     backend: type[Backend], limit: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, module = COPIES[name]().plan(), rows_kernel if backend is CudaOnCpu else _ascend_kernel
+    plan, module = COPIES[name]().plan(), rows_kernel if backend is CudaOnCpu else ascend_kernel
     backend(CPU).prepare(plan)
     monkeypatch.setattr(module, limit, int(backend is CudaOnCpu))
     with refused(Unsupported, "kernel takes", "reference"):

@@ -18,7 +18,7 @@ from support.command_line import run
 from support.own_process import own_process
 
 from portakv import AdaptiveConnector, BackendUnavailable, backends
-from portakv.backends import _ascend_kernel as _ascendc
+from portakv.backends import ascend_kernel as _ascendc
 from portakv.backends.ascend import CALLS, Ascend
 from portakv.backends.base import Backend
 from portakv.backends.mlu import Mlu

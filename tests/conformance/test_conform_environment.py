@@ -61,8 +61,9 @@ VENDOR = "portakv_conformance.vendor"
 @pytest.mark.parametrize(("module", "files"), [
     ("portakv.backends.cuda",
      "portakv.backends.cuda.py portakv.runtime.nvrtc.py portakv_native.cuda/rows.cuh"),
-    # The function that packs a side lies with the kernel: so its text counts here too.
-    ("portakv.backends.compiled", "portakv.backends.strided.py portakv_native.cuda/rows.cuh"),
+    # What any kernel is given counts here, and the text of the CUDA kernel does not.
+    ("portakv.backends.compiled", "portakv.backends.strided.py portakv.backends._sides.py"),
+    ("portakv.backends.triton", "portakv.backends._triton_rows.py portakv.backends._sides.py"),
     ("portakv.backends.hip", "portakv.runtime.hip.py portakv_native.cuda/rows.cuh"),
     ("portakv.backends.ascend", "portakv_native.ascend/rows.h"),
     ("portakv.backends.reference", "portakv.backends.reference.py portakv.backends.strided.py"),
@@ -84,6 +85,10 @@ def test_a_module_of_ours_counts_with_what_it_builds_on(module: str, files: str)
     if module.startswith("portakv.backends"):
         native = any(name.startswith("portakv_native") for name in found)
         assert native == ("portakv_native" in files)
+        # No backend expires with another one's driver or kernel.
+        theirs = {"cuda": "runtime.hip", "ascend": "native.cuda", "hip": "backends.cuda"}
+        other = theirs.get(module.rpartition(".")[2], "backends.rows_")
+        assert not [name for name in found if other in name]
 
 
 def test_a_source_that_is_not_here_is_told(judged: Subject) -> None:

@@ -18,21 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from portakv.backends._sides import SideArguments
 from portakv.backends._vendor_rows import GuardedRows
-from portakv.backends.rows_kernel import SideArguments
 from portakv.errors import TransferError, Unsupported
-from portakv.plan.plan import CopyPlan, Nest
+from portakv.plan.loops import Loop
+from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import Unusable
-
-if TYPE_CHECKING:
-    from portakv.plan.loops import Loop
-    from portakv.plan.plan import Move
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 VARIABLE = "PORTAKV_ASCENDC"
 #: What this file launches, as ``portakv::kAbi`` counts it.

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What any kernel is given of a nest: its loops, and for each side what the plan fixes and what a
+request adds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from portakv.errors import Unsupported
+from portakv.plan.loops import Loop
+from portakv.plan.plan import CopyPlan, Nest, Side
+from portakv.view.index import Index
+from portakv.view.view import KVView
+
+
+def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
+    """Loops over planes, which blocks walk along y, and loops inside a unit of a plane."""
+    outer = [x for x in loops if x.tabled or x.over_planes]
+    return outer, [x for x in loops if x not in outer]
+
+
+class SideArguments:
+    """What a plan fixes about one side of a nest, and a request of it, for any kernel.
+
+    Attributes:
+        per_id: units that one id covers; 0 without ids.
+        walks: for each of ``outer`` its entries of the table and its bytes.
+        strides: of the loops ``inner``.
+        kind: where addresses come from: ``NONE``, one; ``UNITS``, the view's table.
+        countable: the most units of a view that the kernel counts.
+    """
+
+    countable = 2**63 - 1
+
+    def __init__(
+        self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop],
+        inner: Sequence[Loop] = (),
+    ) -> None:  # fmt: skip
+        self.side: Side = getattr(nest, name)
+        self.unit, self.per_id = plan.unit, getattr(plan, f"{name}_step") // plan.unit
+        self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
+        self.strides = [getattr(x, f"{name}_stride") for x in inner]
+        looks_up = self.side.tabled or any(table for table, _ in self.walks)
+        self.kind = "UNITS" if looks_up else "NONE"
+
+    def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
+        """base (an address, or the bytes behind the table's), address of the table or 0, address
+        of the ids or 0, whether they are int64, the unit at position 0, units in the view."""
+        side, unit, limit = self.side, self.unit, view.slots // self.unit
+        if limit > self.countable:
+            raise Unsupported(
+                f"A view of {view.slots} tokens in units of {unit}",
+                f"the kernel counts {self.countable} units; use backend 'reference'",
+            )
+        table, base = 0, side.offset
+        if self.kind == "UNITS":
+            table = view.table.data_ptr() + 8 * side.table
+        elif self.kind == "NONE":
+            base += view.origins[side.table]
+        first, rest = divmod(index.offset, unit)
+        ids = index.ids  # contiguous and on the device: the library places them
+        if ids is None:
+            # A flat side may start anywhere, also between two units.
+            return base + rest * (side.units[-1].stride // unit), table, 0, 0, first, limit
+        return base, table, ids.data_ptr(), ids.dtype is torch.int64, first, limit
