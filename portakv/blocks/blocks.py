@@ -79,6 +79,8 @@ def copy_blocks(
     src = source_of(src, dst, reinterpret)
     mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
     move, choice = checked(src, dst, mine, theirs, None, backend)
+    if stream is not None:  # now: some ways use it before their first copy looks at it
+        check_stream(stream, choice.backend.device)
     if terms is not None:
         choice = carrier(src, dst, choice, terms)
     if sliced:
@@ -96,8 +98,7 @@ def copy_blocks(
 
 def _beside(stream: torch.Stream | None, device: torch.device, move: Move) -> torch.Stream:
     """The stream of a copy that begins behind ``stream``, which does not wait for its end; raises
-    `DeviceMismatch` for a stream of another device, `Unsupported` while a graph is captured."""
-    check_stream(stream, device)
+    `Unsupported` while a graph is captured."""
     with inside(stream):
         captured, behind = capturing(device), torch.accelerator.current_stream(device.index)
     if captured or capturing(device):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support import simdev_cases
 from support.block_cases import BLOCKS, SIZE, block_first, layered, pair, wanted
-from support.device_cases import current, delay, settle
+from support.device_cases import current, delay, on, settle
 from support.engine_cases import broken_at, full
 from support.engine_cases import small_slices as small_mirrors
 from support.threads import run_threads
@@ -118,6 +118,18 @@ def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
         del rubbish
     settle(accelerator)
     assert pairs.landed()
+
+
+def test_the_link_touches_new_buffers_behind_the_stream_that_they_were_made_on(
+    accelerator: torch.device,
+) -> None:
+    """An allocator hands out memory that was freed on a stream while that is still at work."""
+    room = staging.staging(accelerator, current(accelerator), detached=True)
+    with on(room.half):
+        delay(room.half)
+        room.reserve(1 << 12)
+    staging.mark(room.link).synchronize()
+    assert room.half.query()
 
 
 @pytest.mark.simdev

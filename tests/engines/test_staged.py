@@ -440,6 +440,22 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.simdev
+@DOWNWARD
+def test_a_list_of_one_call_is_not_remembered(downward: bool) -> None:
+    """It is never met again, and would push out lists that are."""
+    case = replace(USUAL, host_ids=(range(TOKENS), 1))
+    transfer = Transfers(Descriptors(DEVICE), downward, case)
+    kept, ids = transfer.mine, list(range(TOKENS))
+    for mine, theirs in ((Index.of(ids), transfer.theirs), (kept, Index.of(ids))):
+        transfer.mine, transfer.theirs = mine, theirs
+        transfer()
+        assert not transfer.prepared().known
+    transfer.theirs = Index(ids)
+    transfer()
+    assert len(transfer.prepared().known) == 1
+
+
+@pytest.mark.simdev
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptors, "MOST_KEPT", 500)
     monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
