@@ -71,7 +71,7 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
     place, simulated = _device(device, emulated)
     if ":" in name:
         name = _register(name, place)
-    place = _indexed(place)
+    place = found(place)
     # Judging wrong bytes is the suite's work: a self-check that failed must not end it early.
     decision = REGISTRY.admit(name, place)
     backend = REGISTRY.ask(name, place, check=False)[0]
@@ -152,21 +152,6 @@ def _register(target: str, device: torch.device) -> str:
         if name not in REGISTRY.names():
             register_backend(name, made)
             break
-        if type(REGISTRY.ask(name, _indexed(device), check=False)[0]) is made:
+        if type(REGISTRY.ask(name, found(device), check=False)[0]) is made:
             break
     return name
-
-
-def _indexed(device: torch.device) -> torch.device:
-    """The device with its index; BackendUnavailable where torch cannot use it here."""
-    place = found(device)
-    try:
-        count = torch.get_device_module(place).device_count()
-        if place.type == "cpu" or (place.index or 0) < count:
-            return place
-        why = f"torch finds {count} of its kind"
-    except (RuntimeError, AssertionError, AttributeError) as error:
-        why = str(error).splitlines()[0].rstrip(".")
-    raise BackendUnavailable(
-        f"Device {str(device)!r} was asked for, but torch cannot use it here ({why})."
-    )

@@ -358,10 +358,11 @@ def found(device: torch.device | str) -> torch.device:
             torch.device(device)  # what a candidate imports may have brought it
             return indexed(device)
         todo = "Mend that, or pass" if absent.known else "Pass"
-        more = f" `portakv backends --device {device}` shows what every candidate says."
+        more = f" `portakv backends --device {absent.device}` shows what every candidate says."
         here, stop = ", ".join(map(str, devices_present())), "" if absent.meant else "."
+        asked = str(device) if isinstance(device, torch.device) else device
         error = BackendUnavailable(
-            f"Device {str(device)!r} was asked for, but {absent}{stop} {todo} a device of this "
+            f"Device {asked!r} was asked for, but {absent}{stop} {todo} a device of this "
             f"machine: {here}.{more * absent.known}"
         )
         error.trace = said

@@ -97,23 +97,29 @@ def version_of(module: Any) -> str:
     return str(getattr(module, "__version__", "of unknown version"))
 
 
-def known(device: torch.device | str) -> torch.device:
+def known(device: torch.device | str | int) -> torch.device:
     """The device of that name. A type that is not torch's own comes with a package of its vendor's,
     ``torch_`` and the type, which is imported if it is here and torch has not loaded it.
 
     Raises:
         DeviceAbsent: torch does not know the type, or the package fails, in its own words.
     """
+    kind, _, index = str(device).partition(":")
+    named = Named(kind, int(index) if index.isdecimal() else None)
     try:
-        return torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        kind, _, index = str(device).partition(":")
-        named = Named(kind, int(index) if index.isdecimal() else None)
-        if not isinstance(device, str) or str(named) != device or not kind.isidentifier():
+        place = torch.device(device)
+        if kind != "hip":  # torch has a type of that name, and calls no device by it
+            return place
+    except TypeError:
+        why = "it is no device of torch's; expected one such as 'cuda', 'cuda:0', or a torch.device"
+        raise DeviceAbsent(named, why) from None
+    except RuntimeError as error:
+        if kind in _OF_TORCH or str(named) != device or not kind.isidentifier():
             why = f"it is no device of torch's ({_first_line(error)})"
             raise DeviceAbsent(named, why, meant=_meant(named)) from error
     package, install = VENDOR_PACKAGES.get(kind, (f"torch_{kind}", ""))
-    why = f"torch knows no {kind} devices"
+    called = _ALIASES.get(kind.lower(), "")
+    why = f"torch calls {kind} devices {called}" if called else f"torch knows no {kind} devices"
     if not install:
         installed = None
         with suppress(ImportError, ValueError):
@@ -135,7 +141,7 @@ def known(device: torch.device | str) -> torch.device:
 def _meant(named: Named) -> str:
     """The device that was probably meant by a name that torch does not know; or empty."""
     kind = named.type.lower()
-    near = difflib.get_close_matches(kind, (*_OF_TORCH, *VENDOR_PACKAGES), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(kind, (*_OF_TORCH, *VENDOR_PACKAGES), n=1, cutoff=0.7)
     found = _ALIASES.get(kind, near[0] if near else None)
     if found is None:
         return ""
@@ -143,31 +149,34 @@ def _meant(named: Named) -> str:
     return str(Named(found or ("cuda" if here is None else here.type), named.index))
 
 
-def indexed(device: torch.device | str) -> torch.device:
+def indexed(device: torch.device | str | int) -> torch.device:
     """The device with its index, so that ``cuda`` and ``cuda:0`` are one; raises `DeviceAbsent` as
-    `known` does, or if torch finds no current device of its type."""
+    `known` does, or if torch does not find the device."""
     place = known(device)
     if place.type == "cpu":
         return _HOST
-    if place.index is not None:
-        return place
     try:
         module = torch.get_device_module(place)
-        # torch.mps has one device, or none, and no such function.
-        place = torch.device(place.type, getattr(module, "current_device", lambda: 0)())
-        count = getattr(module, "device_count", lambda: 1)()
+        # Asked with an index too: it fails if the driver does. torch.mps has no such function.
+        current = getattr(module, "current_device", lambda: 0)()
+        index = current if place.index is None else place.index
+        count = getattr(module, "device_count", lambda: index + 1)()
     except (RuntimeError, AssertionError, AttributeError, OSError) as error:
-        raise DeviceAbsent(place, f"torch cannot use it here ({_first_line(error)})") from error
-    if not count:
-        raise DeviceAbsent(place, "torch cannot use it here (it finds no device of that type)")
-    return place
+        built = place.type != "cuda" or torch.backends.cuda.is_built()
+        install = "" if built else "torch's build for CUDA, or for ROCm"
+        why = f"torch cannot use it here ({_first_line(error)})"
+        raise DeviceAbsent(place, why, install) from error
+    if not 0 <= index < count:
+        found = f"{count} of that type, and counts from 0" if count else "no device of that type"
+        raise DeviceAbsent(place, f"torch cannot use it here (it finds {found})")
+    return torch.device(place.type, index)
 
 
 def resolve(device: torch.device | str | int) -> torch.device:
     """A device with an index, unless it is the CPU; `BackendUnavailable` if it is not here."""
     try:
-        return indexed(torch.device(device) if isinstance(device, int) else device)
-    except (DeviceAbsent, RuntimeError) as error:
+        return indexed(device)
+    except DeviceAbsent as error:
         why = str(error).rstrip(".")
         raise BackendUnavailable(
             f"Host memory was to be used with the device {device}, and {why}"

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from portakv import BackendUnavailable, DeviceMismatch
+from portakv import AdaptiveConnector, BackendUnavailable, DeviceMismatch
 from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, found, trace
 from portakv.runtime.devices import (
     DeviceAbsent,
@@ -125,8 +125,9 @@ def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) 
     ("asked", "meant"),
     [
         ("CPU", "cpu"), ("Cuda:1", "cuda:1"), ("nvidia", "cuda"), ("rocm:2", "cuda:2"),
+        ("hip", "cuda"), ("HIP:0", "cuda:0"), ("hip:1", "cuda:1"), ("dcu", "cuda"),
         ("ascend", "npu"), ("cuda0", "cuda"), ("npuu", "npu"), ("gpu", ""), ("GPU:1", ":1"),
-        ("nonsense", None),
+        ("nonsense", None), ("tpu", None),
     ],
 )  # fmt: skip
 def test_a_name_that_torch_does_not_know_suggests_the_device_that_was_meant(
@@ -137,12 +138,14 @@ def test_a_name_that_torch_does_not_know_suggests_the_device_that_was_meant(
         here = torch.accelerator.current_accelerator()
         meant = ("cuda" if here is None else here.type) + (meant or "")
     kind, present = asked.partition(":")[0], ", ".join(map(str, devices_present()))
+    why = f"torch knows no {kind} devices"
+    if kind.lower() in ("nvidia", "rocm", "hip", "dcu", "ascend"):
+        why = f"torch calls {kind} devices {str(meant).partition(':')[0]}"
     hint = "." if meant is None else f"; did you mean {meant!r}?"
     with pytest.raises(BackendUnavailable) as refused:
         found(asked)
     assert str(refused.value) == (
-        f"Device {asked!r} was asked for, but torch knows no {kind} devices{hint} Pass a device of "
-        f"this machine: {present}."
+        f"Device {asked!r} was asked for, but {why}{hint} Pass a device of this machine: {present}."
     )
     with pytest.raises(BackendUnavailable) as host:
         resolve(asked)
@@ -259,6 +262,38 @@ def test_what_is_no_name_of_a_device_imports_nothing(
         known(text)
     with pytest.raises(BackendUnavailable, match="was asked for, but"):
         found(text)
+
+
+@pytest.mark.parametrize("asked", ["cuda", "cuda:0", "cuda:99", torch.device("cuda", 99)])
+def test_a_device_that_torch_does_not_find_is_one_line(asked: str | torch.device) -> None:
+    """The reason and what to do; what each backend says of it comes when it is asked for."""
+    built, count = torch.backends.cuda.is_built(), torch.cuda.device_count()
+    if count and "99" not in str(asked):
+        pytest.skip("torch finds that device here")
+    with pytest.raises(BackendUnavailable) as refused:
+        AdaptiveConnector(asked)
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"Device '{asked}' was asked for, but torch cannot use it here (")
+    assert ("; install torch's build for CUDA, or for ROCm. " in line) == (not built)
+    assert (f"it finds {count} of that type, and counts from 0" in line) == (count > 0)
+    assert " Mend that, or pass a device of this machine: cpu" in line
+    assert line.endswith(f"`portakv backends --device {asked}` shows what every candidate says.")
+    assert len(refused.value.trace) == len(REGISTRY.names())
+    with pytest.raises(BackendUnavailable, match="torch cannot use it here"):
+        resolve(asked)
+
+
+def test_a_driver_that_fails_is_seen_behind_an_index_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVML may count devices that the driver then does not begin with."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: refuse("No driver.\nLong log."))
+    with pytest.raises(DeviceAbsent, match=r"torch cannot use it here \(No driver\)"):
+        indexed("cuda:0")
+
+
+def refuse(text: str) -> None:
+    """What fails as torch does."""
+    raise RuntimeError(text)
 
 
 def test_devices_of_torch_itself() -> None:
