@@ -96,7 +96,7 @@ def _claims(backend: Backend) -> tuple[Capabilities, str]:
 
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
     simulated = emulated or str(device).partition(":")[0] == SIMULATED
-    asked, device = str(device), _carried(str(device))
+    asked, device = str(device), torch_name(str(device))
     kind = device.partition(":")[0]
     from portakv_conformance import simdev
     from portakv_conformance.vendor import standins
@@ -125,7 +125,7 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
         raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
 
 
-def _carried(device: str) -> str:
+def torch_name(device: str) -> str:
     """The name that torch gets to see: of ``simdev:mlu:1`` ``mlu:1``. ``simdev:1`` stays."""
     kind, _, rest = device.partition(":")
     named = kind == SIMULATED and rest and not rest.partition(":")[0].isdigit()

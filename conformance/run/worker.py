@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
     """Judge a backend; returns pytest's exit code. Told are the worker's folder, the process of the
     runner, whose end is the worker's, and options of the suite."""
     home, runner, *asked = argv
-    _end_with(int(runner))
+    end_with(int(runner))
     stacks = open(Path(home, STACKS), "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
     faulthandler.enable(file=stacks, all_threads=True)
     faulthandler.register(STACKS_PLEASE, file=stacks, all_threads=True)
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     return int(pytest.main([*where, *_PLUGINS, *_QUIET, *asked]))
 
 
-def _end_with(runner: int) -> None:
+def end_with(runner: int) -> None:
     """End when the runner ends, however it ends: nothing must go on occupying a device."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)

@@ -54,7 +54,7 @@ class Compiled(Backend):
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._lock = threading.RLock()
-        self._programs: Bounded[CopyShape | tuple[bool, bool], Program] = Bounded(
+        self.programs: Bounded[CopyShape | tuple[bool, bool], Program] = Bounded(
             "compiled programs", 512
         )
         self._lost: Bounded[int, torch.Tensor] = Bounded("memory nobody reads", 512)
@@ -104,7 +104,7 @@ class Compiled(Backend):
                 example += [0] * (numbers + steps)
             return Program(copy, {"SHAPE": shape}, [*example, *[0] * shape.has_ids])
 
-        return self._programs.get_or_make(shape, make)
+        return self.programs.get_or_make(shape, make)
 
     def _reporting(self, plan: CopyPlan) -> Program | None:
         """The program that reports bad ids; None for a plan without ids."""
@@ -118,7 +118,7 @@ class Compiled(Backend):
                 example += [self._all_from(zeros), 0, 0, 0, 1]
             return Program(report, {"SIDES": sum(key)}, example)
 
-        return self._programs.get_or_make(key, make) if any(key) else None
+        return self.programs.get_or_make(key, make) if any(key) else None
 
     def _all_from(self, tensor: torch.Tensor) -> torch.Tensor:
         return memory_from(tensor.data_ptr(), self.device, torch.int64)

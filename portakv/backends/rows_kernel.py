@@ -38,7 +38,7 @@ _SPAN_AT = 12 * 8
 _SIDE_BYTES = 16 * MAX_UNITS + 16 * MAX_OUTER + 8 * MAX_INNER
 _TABLES_AT = _REQUEST.size + 2 * _SIDE_BYTES
 # Vectors of one launch are counted in 32 bits; a larger copy is split.
-_MAX_VECTORS = 2**31
+MAX_VECTORS = 2**31
 MAX_NUMBERS = 2**32  # of units in a view: the kernel counts them in 32 bits
 
 
@@ -108,7 +108,7 @@ class RowsKernel:
             or len(inner) > MAX_INNER
             or max(len(nest.src.units), len(nest.dst.units)) > MAX_UNITS
             or self.planes > MAX_PLANES
-            or self.row >= _MAX_VECTORS
+            or self.row >= MAX_VECTORS
         ):
             raise Unsupported(
                 f"A nest of {len(nest.loops)} loops over {self.planes} planes",
@@ -119,7 +119,7 @@ class RowsKernel:
         self._dst_table_at = _TABLES_AT + 8 * max(1, self.src.entries)
         self._unit_bytes = self.row * self.planes * self.vector
         #: The most units of one launch.
-        self.most_units = max(1, (_MAX_VECTORS - 1) // self.row)
+        self.most_units = max(1, (MAX_VECTORS - 1) // self.row)
         self.run = nest.run
         self.outer, self.inner = [[x.extent for x in loops] for loops in (outer, inner)]
         tables = max(1, self.src.entries) + max(1, self.dst.entries)

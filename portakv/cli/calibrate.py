@@ -59,11 +59,11 @@ def run(asked: argparse.Namespace) -> int:
     if asked.json:
         print_json({"file": str(path), **costs.as_json(measured)})
     else:
-        _print(measured, calibration.by_point(measured), path, device)
+        show(measured, calibration.by_point(measured), path, device)
     return 0
 
 
-def _print(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: Any) -> None:
+def show(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: Any) -> None:
     names = list(dict.fromkeys(engine for engine, _ in table.points))
     columns = [Column("direction", whole=True)]
     numbers = ["bytes of a run", "runs", "payload", *(f"{name}, GB/s" for name in names)]

@@ -98,7 +98,7 @@ def calibrate(
     """
     began = clock()
     grid = grid or GRID
-    work = _Work(device, grid, timer or Timer(device), Host(device, terms=Terms(overlap="idle")))
+    work = Work(device, grid, timer or Timer(device), Host(device, terms=Terms(overlap="idle")))
     whole = True
     for point in work.points():
         if clock() - began + work.expected(*point) > seconds:
@@ -122,7 +122,7 @@ def calibrate(
 _FIXED, _PER_RUN, _PER_BYTE = 50e-6, 0.5e-6, 1 / 20e9
 
 
-class _Work:
+class Work:
     """What is measured with, and what was found so far. A point is an engine, a direction, bytes
     of a run, and runs."""
 
@@ -136,8 +136,8 @@ class _Work:
     def points(self) -> Iterator[tuple[str, str, int, int]]:
         """Every point; the ends of the grid first, so that a part of them spans it."""
         there = [engine for engine in ORDER if engine in self._host.engines]
-        for size, pageable in product(_spread(self._grid.run_bytes), (False, True)):
-            counts = _spread(self._grid.runs(size, pageable))
+        for size, pageable in product(spread(self._grid.run_bytes), (False, True)):
+            counts = spread(self._grid.runs(size, pageable))
             engines = [engine for engine in there if self._pageable(engine) == pageable]
             for runs, direction, engine in product(counts, DIRECTIONS, engines):
                 yield engine, direction, size, runs
@@ -226,7 +226,7 @@ class _Work:
         return self._pools[place][: runs * pitch].view(runs, 1, pitch)[:, :, :size]
 
 
-def _spread(values: Sequence[int]) -> list[int]:
+def spread(values: Sequence[int]) -> list[int]:
     """The ends first, then the middle of each gap."""
     order, spans = list(dict.fromkeys((values[0], values[-1]))), [(0, len(values) - 1)]
     for low, high in spans:

@@ -353,7 +353,7 @@ class HostLaunch(EngineLaunch):
 
 
 #: A kind of engine is told by what it runs on and over, and by terms without a rate.
-_made: Bounded[tuple[Choice, Terms], Choice] = Bounded("engines across the link", 64)
+hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("engines across the link", 64)
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
@@ -364,14 +364,14 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         BackendUnavailable: its self-check failed on this device.
     """
     key = half, (terms or _NO_TERMS).of_engine
-    if (found := _made.get(key)) is not None:
+    if (found := hosts.get(key)) is not None:
         return found
     device = half.backend.device
     if isinstance(half.backend, Engine):
         if key[1] == _NO_TERMS:
             return half
         named = type(half.backend)(device, None, key[1])
-        return _made.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
+        return hosts.setdefault(key, Choice(named, half.trace, half.forced, named.capabilities()))
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(
@@ -380,4 +380,4 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         )
     engine = Host(device, *key)
     made = Choice(engine, (*half.trace, decision), False, engine.capabilities())
-    return _made.setdefault(key, made)
+    return hosts.setdefault(key, made)

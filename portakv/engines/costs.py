@@ -139,14 +139,14 @@ def identity(device: torch.device) -> dict[str, str]:
     """What a table is true for: the device's model, its driver and runtime, and torch."""
     driver = runtime = ""
     if device.type == "cuda":
-        driver, runtime = _driver(), torch.version.cuda or torch.version.hip or ""
+        driver, runtime = installed_driver(), torch.version.cuda or torch.version.hip or ""
     return {
         "type": device.type, "model": device_name(device), "driver": driver, "runtime": runtime,
         "torch": torch.__version__,
     }  # fmt: skip
 
 
-def _driver() -> str:
+def installed_driver() -> str:
     """The kernel module's version, else the CUDA version that the driver supports; or nothing."""
     module = DRIVER_FILES[torch.version.hip is not None]
     with suppress(OSError, UnicodeDecodeError):
@@ -249,20 +249,20 @@ def _time(number: Any, least: float = 0.0) -> float:
     return float(number)
 
 
-tables: Bounded[torch.device, Table] = Bounded("tables of costs", 64)
+_tables: Bounded[torch.device, Table] = Bounded("tables of costs", 64)
 _lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Table:
     """The table of a device, read once in a process."""
     with _lock:
-        return tables.get_or_make(device, lambda: _find(device))
+        return _tables.get_or_make(device, lambda: _find(device))
 
 
 def forget() -> None:
     """Read tables anew when they are next asked for."""
     with _lock:
-        tables.clear()
+        _tables.clear()
 
 
 def _find(device: torch.device) -> Table:

@@ -40,7 +40,7 @@ BLOCKS = 8
 MAX_VECTORS = 2**30
 
 # Where the argument has the tables of both requests: each is six words, the table its second.
-_TABLE, _SRC_TABLE_AT, _DST_TABLE_AT = struct.Struct("<q"), 8, 7 * 8
+_TABLE, SRC_TABLE_AT, DST_TABLE_AT = struct.Struct("<q"), 8, 7 * 8
 
 
 class Cut(NamedTuple):
@@ -85,8 +85,8 @@ class DirectKernel(RowsKernel):
                 f"the kernel counts {MAX_VECTORS}; use backend 'staged'",
             )
         self.most_units = (MAX_VECTORS - 1) // self._whole
-        self._most, self._table = most, (_TABLE_ON, device)
-        self._table_at = _SRC_TABLE_AT if self._reads_host else _DST_TABLE_AT
+        self._most, self._table = most, (TABLE_ON, device)
+        self._table_at = SRC_TABLE_AT if self._reads_host else DST_TABLE_AT
         side = self.src if self._reads_host else self.dst
         #: The kernel reads the host side's addresses from device memory.
         self.wants_table, self._first = side.kind == "UNITS", 8 * side.side.table
@@ -111,7 +111,7 @@ class DirectKernel(RowsKernel):
 
 
 _WIDEST = 16  # bytes of a vector that fills the link
-_REACHED, _TABLE_ON = "direct: reached by", "direct: table on"  # kept in a view, with the device
+_REACHED, TABLE_ON = "direct: reached by", "direct: table on"  # kept in a view, with the device
 
 
 class Direct(Engine):
@@ -216,13 +216,13 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
         Unsupported: inside graph capture, where it would be made at each replay.
     """
     held = capturing(device)
-    kept: _Table | None = view.derived.get((_TABLE_ON, device))
+    kept: _Table | None = view.derived.get((TABLE_ON, device))
     if kept is None:
         if held:
             raise refuse_capture()
         addresses = to_device(view.addresses, device, stream=stream)
         made = _Table(addresses, event_pool(device).recorded(stream))
-        kept = view.derived.setdefault((_TABLE_ON, device), made)
+        kept = view.derived.setdefault((TABLE_ON, device), made)
     if not held:  # inside, nothing may wait for what was enqueued outside
         used = stream or torch.accelerator.current_stream(device.index)
         used.wait_event(kept.there)

@@ -66,10 +66,10 @@ INVALID, ALREADY, UNKNOWN = 1, 712, 713
 
 _by_pages = operator.attrgetter("_pages")
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
-_live: list[Registration] = []  # by their pages; no two overlap
+live: list[Registration] = []  # by their pages; no two overlap
 _seams: set[int] = set()  # of all these
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
-_told: set[str] = set()
+warned: set[str] = set()
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
 
 
@@ -330,8 +330,8 @@ class Registration:
 
     def _claim(self, start: int, end: int) -> None:
         with _lock:
-            at = bisect.bisect_left(_live, self._pages, key=_by_pages)
-            for taken, until in map(_by_pages, _live[max(0, at - 1) : at + 1]):
+            at = bisect.bisect_left(live, self._pages, key=_by_pages)
+            for taken, until in map(_by_pages, live[max(0, at - 1) : at + 1]):
                 if taken < end and start < until:
                     raise HostMemoryError(
                         f"Pages {start:#x} - {end:#x} were asked to be registered, and {taken:#x} "
@@ -340,7 +340,7 @@ class Registration:
                         f"apart."
                     )
             # Looked up again: a finalizer may have taken one out meanwhile.
-            bisect.insort(_live, self, key=_by_pages)
+            bisect.insort(live, self, key=_by_pages)
             _seams.update(at for at, _ in self.pieces[1:])
 
     def _register(self) -> None:
@@ -393,7 +393,7 @@ class Registration:
             return
         self._unregister()
         with suppress(ValueError):
-            _live.remove(self)
+            live.remove(self)
             _seams.difference_update(at for at, _ in self.pieces[1:])
 
 
@@ -418,15 +418,15 @@ def _watch_exit() -> None:
     @atexit.register
     def undo_all() -> None:
         settle()
-        for registration in [*_live]:
+        for registration in [*live]:
             registration.undo()
 
 
 def warn_once(why: str) -> None:
     """Say for the first time in this process that host memory is pageable, and why."""
-    if why in _told:
+    if why in warned:
         return
-    _told.add(why)
+    warned.add(why)
     frame, level = sys._getframe(), 1
     # The first line up the stack that is not PortaKV's own is the one to point to.
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):

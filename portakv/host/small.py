@@ -191,7 +191,7 @@ class SmallCopy:
 
 # --- the target -----------------------------------------------------------------------------------
 
-_targets: Bounded[torch.device | str | int, Target] = Bounded("small copies' targets", 64)
+targets: Bounded[torch.device | str | int, Target] = Bounded("small copies' targets", 64)
 
 
 def _target(device: torch.device | str | int | None, out: Tensor | None) -> Target:
@@ -208,13 +208,13 @@ def _target(device: torch.device | str | int | None, out: Tensor | None) -> Targ
                 "them to say where the values go."
             )
         device = out.device
-    known = _targets.get(device)
+    known = targets.get(device)
     if known is None:
         place = resolve(device)
-        known = _targets.get_or_make(place, lambda: Target(place))
+        known = targets.get_or_make(place, lambda: Target(place))
         # A name without a number means the current device, which another call may have changed.
         if place.type == "cpu" or str(device) == str(place):
-            _targets[device] = known
+            targets[device] = known
     return known
 
 

@@ -232,7 +232,7 @@ class Registry:
                 classes = []
                 for name in self.names():
                     with suppress(Exception, SystemExit):  # what does not load knows of no tensors
-                        classes.append(self._class(name))
+                        classes.append(self.class_of(name))
                 # Not suppressed: without an answer bytes of a private format might be moved.
                 told = (cls.hides(device) for cls in classes)
                 self._tells[device] = tuple(tell for tell in told if tell is not None)
@@ -245,7 +245,7 @@ class Registry:
             told = "%s: backend %s in place of %s, which rejects a plan: %s"
             _log.info(told, device, taken, chosen, why)
 
-    def _class(self, name: str) -> type[Backend]:
+    def class_of(self, name: str) -> type[Backend]:
         target = self._targets[name]
         return (
             _check_class(pkgutil.resolve_name(target), name) if isinstance(target, str) else target
@@ -256,7 +256,7 @@ class Registry:
         if name not in self._targets:
             return _Answer(None, self.unknown(name).reason)
         try:
-            cls = self._class(name)
+            cls = self.class_of(name)
             decision = cls.probe(device)
             if not (decision.accepted and make):
                 why = "it needs the device" if decision.accepted else decision.reason

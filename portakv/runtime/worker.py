@@ -88,14 +88,14 @@ class Worker:
 
     def start(self) -> None:
         """Start the thread; at the end of the interpreter it is stopped between slices."""
-        _running.add(self)
+        running.add(self)
         # Handlers run last in, first out: memory must not be given back below a running worker.
         atexit.unregister(_stop_all)
         atexit.register(_stop_all)
         try:
             self._thread.start()
         except RuntimeError:
-            _running.discard(self)
+            running.discard(self)
             raise
 
     def cancel(self) -> bool:
@@ -161,7 +161,7 @@ class Worker:
         with self._change:
             self.ended_at = time.perf_counter()
             self._change.notify_all()
-        _running.discard(self)
+        running.discard(self)
 
     def _issue_all(self) -> None:
         for piece in self.slices:
@@ -230,12 +230,12 @@ class Landing(Completion):
         self.error = self.error or self._worker.failure(self._slices)
 
 
-_running: set[Worker] = set()
+running: set[Worker] = set()
 
 
 def _stop_all() -> None:
     """Stop what still runs when the interpreter ends, which kills threads at any place."""
-    workers = list(_running)
+    workers = list(running)
     for worker in workers:
         worker.cancel()
     for worker in workers:

@@ -69,7 +69,7 @@ def test_every_dtype_through_one_program(device: torch.device) -> None:
         caches = [filled((2, 6, 4, 2, 32 // dtype.itemsize), dtype, device=device)]
         rows = filled((2, 1, 5, 64 // dtype.itemsize), dtype, poison=True, device=device)
         copy(paged(caches), dense(rows), slots)
-        found.add(len(compiled(device)._programs))
+        found.add(len(compiled(device).programs))
         assert same(rows, caches[0].flatten(3).flatten(1, 2)[:, slots].unsqueeze(1)), dtype
     assert len(found) == 1
 
@@ -80,7 +80,7 @@ def test_another_length_stride_pool_or_place_compiles_nothing(device: torch.devi
     first = pool(device)
     copy(paged(first), dense(chunk(device, 3)), [1, 2, 3])
     copy(dense(chunk(device, 3)), paged(first), None, [1, 2, 3])
-    made = len(compiled(device)._programs)
+    made = len(compiled(device).programs)
     for n, tokens in enumerate((1, 2, 3, 4, 5, 8, 13, 21, 34, 55, 89, 144, 12, 233)):
         caches = pool(device, blocks=60 + n)
         # Of a longer one: neither the tokens nor the distances between planes are the same.
@@ -94,7 +94,7 @@ def test_another_length_stride_pool_or_place_compiles_nothing(device: torch.devi
         wanted[:, :, slots] = rows.cpu()
         copy(dense(rows), paged(caches), None, ids)
         assert torch.equal(rows_of(caches), wanted), tokens
-    assert len(compiled(device)._programs) == made
+    assert len(compiled(device).programs) == made
 
 
 @on_each_device
@@ -157,7 +157,7 @@ def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> N
         launch(paged(caches), dense(rows), ids, Index(), 4, None, None)
         assert torch.equal(rows.cpu(), rows_of(caches)[:, :, [3, 0, 23, 5]])
 
-    made = len(backend._programs)
+    made = len(backend.programs)
     try:
         check()
         with torch.inference_mode():
@@ -171,7 +171,7 @@ def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> N
     finally:
         torch.use_deterministic_algorithms(promised)
         torch.set_num_threads(threads)
-    assert len(backend._programs) == made == 2
+    assert len(backend.programs) == made == 2
 
 
 @needs_compiler
@@ -183,7 +183,7 @@ def test_torchs_limit_of_recompilations_is_not_met() -> None:
     with torch._dynamo.config.patch({limit: 1}):
         for layers in (1, 2, 3):
             backend.prepare(_plan(CPU, layers=layers))
-    assert len(backend._programs) == 4  # three copies, one report
+    assert len(backend.programs) == 4  # three copies, one report
 
 
 @needs_compiler

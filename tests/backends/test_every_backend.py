@@ -304,7 +304,7 @@ def test_strides_past_four_gib_inside_a_unit_and_between_planes(carrier: Carrier
 @by_each(["cuda-on-cpu", "hip-emulated", "triton interpreted", "cuda", "triton"])
 def test_a_copy_of_several_launches(carrier: Carrier, monkeypatch: pytest.MonkeyPatch) -> None:
     """More vectors than one launch may count; positions are named by their place in the whole."""
-    for module, limit in ((rows_kernel, "_MAX_VECTORS"), (_triton_rows, "MAX_VECTORS")):
+    for module, limit in ((rows_kernel, "MAX_VECTORS"), (_triton_rows, "MAX_VECTORS")):
         monkeypatch.setattr(module, limit, 8)
     slots = [*range(11, -1, -1), *range(11)]
     slots[17] = 12

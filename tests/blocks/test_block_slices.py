@@ -71,7 +71,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.armed = True
     yield gate
     gate.open()
-    until(lambda: not worker._running)
+    until(lambda: not worker.running)
 
 
 class Started(Pair):
@@ -285,7 +285,7 @@ def test_a_thread_that_cannot_start(gate: Gate, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(threading.Thread, "start", refuse)
     with pytest.raises(RuntimeError, match="can't start"):
         Started()
-    assert not worker._running
+    assert not worker.running
 
 
 # Signals and processes

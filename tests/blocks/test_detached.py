@@ -18,7 +18,6 @@ from support.threads import run_threads
 from portakv import Index, copy_blocks
 from portakv.engines import staging
 from portakv.engines.link import TorchLink
-from portakv.runtime.bounded import Bounded
 
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 IDS, MANY = list(range(BLOCKS)), 12
@@ -28,7 +27,7 @@ DETACHED: dict[str, Any] = {"backend": "staged", "detached": True}
 @pytest.fixture(autouse=True)
 def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     small_mirrors(monkeypatch)
-    monkeypatch.setattr(staging, "kept", Bounded("staging", 8))
+    staging.kept.clear()
 
 
 class Pairs:
@@ -104,7 +103,7 @@ def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
     accelerator: torch.device, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mirrors grow, and go to others, while transfers through them are under way."""
-    monkeypatch.setattr(staging, "STREAMS", 1)
+    monkeypatch.setattr(staging.kept, "limit", 1)
     pairs = Pairs(accelerator, downward)
     for nth, blocks in enumerate(pairs.each):
         few = IDS[: 2 + nth % 7]
@@ -143,7 +142,7 @@ def test_one_that_failed_leaves_the_next_right(
     for moved in Pairs(simdev_cases.DEVICE, downward, 1).started():  # to prepare takes memory too
         moved.synchronize()
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "kept", Bounded("staging", 8))
+        staging.kept.clear()
         if fault == "full":  # no room on the device, and then some
             patch.setattr(torch, "empty", full)
         else:

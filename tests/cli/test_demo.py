@@ -286,6 +286,6 @@ def test_copies_are_timed_with_the_threads_that_serve(monkeypatch: pytest.Monkey
     """With other work on the cores, four threads wait for each other: one is faster."""
     for power, fastest in ((1, 1), (-1, 4)):
         monkeypatch.setattr(moves, "seconds", lambda *_, x=power: torch.get_num_threads() ** x)
-        with moves._threads(4):
-            assert moves._fastest_threads([int]) == fastest
+        with moves.torch_threads(4):
+            assert moves.fastest_threads([int]) == fastest
             assert torch.get_num_threads() == 4

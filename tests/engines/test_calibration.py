@@ -203,7 +203,7 @@ def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_grid_leaves_room_between_blocks() -> None:
-    work = calibration._Work(DEVICE, SMALL, Timer(DEVICE), Host(DEVICE))
+    work = calibration.Work(DEVICE, SMALL, Timer(DEVICE), Host(DEVICE))
     blocks = work.blocks("pinned", 4096, 8)
     assert blocks.is_pinned()
     assert (tuple(blocks.shape), blocks.stride(0)) == ((8, 1, 4096), 4096 + calibration.GAP)

@@ -59,7 +59,7 @@ def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None
 @pytest.mark.parametrize("count", range(1, 12))
 def test_the_ends_come_first_and_nothing_twice(count: int) -> None:
     values = list(range(0, 10 * count, 10))
-    found = calibration._spread(values)
+    found = calibration.spread(values)
     assert sorted(found) == values
     assert found[:2] == [values[0], values[-1]][: len(found)]
     if count >= 5:
@@ -160,7 +160,7 @@ def test_the_table_that_is_printed(
         {"descriptors": "it was not there"}, took=3.21, whole=False, timer="a good clock",
     )  # fmt: skip
     device = torch.device("cpu")
-    verb._print(measured, by_point(measured), Path("/somewhere/table.json"), device)
+    verb.show(measured, by_point(measured), Path("/somewhere/table.json"), device)
     out = capsys.readouterr().out
     (line,) = [line for line in out.splitlines() if "d2h" in line]
     # Pageable memory is no rival of pinned memory.

@@ -245,4 +245,4 @@ def test_the_driver_of_a_table(
         file.write_text(told)
     monkeypatch.setattr(costs, "DRIVER_FILES", (file, file))
     monkeypatch.setattr(_cuda_driver, "driver_version", version)
-    assert costs._driver() == driver
+    assert costs.installed_driver() == driver

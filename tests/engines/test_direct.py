@@ -198,8 +198,8 @@ def test_the_argument_is_as_the_kernel_takes_it() -> None:
             kernel = DirectKernel(nest, plan)
             library = compiled(kernel.source)
             assert library.argument_bytes() == len(kernel.fixed)
-            assert library.src_table_at() == direct._SRC_TABLE_AT
-            assert library.dst_table_at() == direct._DST_TABLE_AT
+            assert library.src_table_at() == direct.SRC_TABLE_AT
+            assert library.dst_table_at() == direct.DST_TABLE_AT
 
 
 def test_tables_of_the_host_lie_on_the_device(engine: type[Stores]) -> None:
@@ -311,11 +311,11 @@ def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.
     view, side = objects().view(), torch.Stream(accelerator)
     delay(current(accelerator))
     first = direct.table_on(view, accelerator, None)
-    kept = view.derived[direct._TABLE_ON, accelerator]
+    kept = view.derived[direct.TABLE_ON, accelerator]
     with on(side):
         assert direct.table_on(view, accelerator, side) == first
         read = kept.addresses.clone()
-    assert kept is view.derived[direct._TABLE_ON, accelerator]
+    assert kept is view.derived[direct.TABLE_ON, accelerator]
     view.derived.clear()
     del kept  # the allocator knows which stream reads it
     rubbish = [torch.full_like(read, 7) for _ in range(4)]

@@ -49,7 +49,6 @@ from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
 from portakv.plan.runs import Runs
 from portakv.registry.registry import Choice
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.transfer import copies_holding_memory
 
 CASES = cases()
@@ -78,8 +77,8 @@ TABLE: dict[str, Callable[[], Copy]] = {
 
 
 @pytest.fixture(autouse=True)
-def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(staging, "kept", Bounded("staging", staging.STREAMS))
+def _staging_of_its_own() -> None:
+    staging.kept.clear()
 
 
 @pytest.fixture(params=[None, 512], ids=["default", "small"])

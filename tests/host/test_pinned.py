@@ -425,7 +425,7 @@ for turn in range(2):
     pinned.allocate(4096)
     patch.setattr(pinned._pages, "why_not", lambda: "of the test")
 pinned.empty((4, 4))
-pinned._pages._told.clear()
+pinned._pages.warned.clear()
 pinned.register(bytearray(9))
 library = installed(patch)
 class Told(list):

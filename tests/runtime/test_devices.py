@@ -308,7 +308,7 @@ def test_devices_of_torch_itself() -> None:
 
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_table_says_what_the_probes_say(name: str) -> None:
-    loaded = REGISTRY._class(name)
+    loaded = REGISTRY.class_of(name)
     elsewhere: Any = Named("zpu")
     only = re.fullmatch(r"it runs on (\w+) devices, not on zpu", loaded.probe(elsewhere).reason)
     assert (only and only.group(1)) == MADE_FOR.get(name)

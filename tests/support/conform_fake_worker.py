@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv_conformance.run.worker import EVENTS, STACKS, STACKS_PLEASE, Share, _end_with
+from portakv_conformance.run.worker import EVENTS, STACKS, STACKS_PLEASE, Share, end_with
 
 CORE, CLAIM = "cases/test_core.py::test_", "cases/test_claims.py::test_"
 SUBJECT = {
@@ -65,7 +65,7 @@ def gone(process: int) -> bool:
 def main(argv: Sequence[str]) -> None:
     behaviours: dict[str, str] = json.loads(argv[0])
     home = Path(argv[1])
-    _end_with(int(argv[2]))
+    end_with(int(argv[2]))
     number = home.name
     of_second = {key: behaviours.pop(key) for key in list(behaviours) if key.startswith("2 ")}
     if number == "2":

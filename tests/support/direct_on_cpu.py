@@ -101,7 +101,7 @@ class Loads(Stores):
 def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> None:
     """A copy that is kept by the view, as on a device: its own table is not what is read."""
     made = SimpleNamespace(addresses=torch.tensor(view.origins, device=CPU))
-    view.derived.setdefault((direct._TABLE_ON, device), made)
+    view.derived.setdefault((direct.TABLE_ON, device), made)
     view.table.fill_(0)
 
 

@@ -72,4 +72,4 @@ def absent(patch: pytest.MonkeyPatch) -> None:
 
 def claimed() -> int:
     """How many page ranges are registered or claimed."""
-    return len(_pages._live)
+    return len(_pages.live)

@@ -91,7 +91,7 @@ def small_copy(call: str, way: str | None) -> Callable[..., torch.Tensor]:
 
 def forget() -> None:
     """Forget what small copies know of devices and keep ready for them."""
-    small._targets.clear()
+    small.targets.clear()
     capture_question.cache_clear()
 
 

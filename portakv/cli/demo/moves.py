@@ -193,8 +193,8 @@ def measured(
     rows = [_checked(founding, move, forced) for move in moves]
     timed = [i for i, row in enumerate(rows) if row.right or row.backend == "torch"]
     works = [moves[i].run for i in timed]
-    threads = _fastest_threads(works) if founding.device.type == "cpu" else None
-    with _threads(threads):
+    threads = fastest_threads(works) if founding.device.type == "cpu" else None
+    with torch_threads(threads):
         times = interleaved(founding.device, works)
     for i, own in zip(timed, times, strict=True):
         rows[i] = replace(rows[i], seconds=own, ratio=times[0] / own)
@@ -222,18 +222,18 @@ def seconds(device: torch.device, work: Work) -> float:
     return first.elapsed_time(last) / 1e3 / REPEATS
 
 
-def _fastest_threads(works: Sequence[Work]) -> int:
+def fastest_threads(works: Sequence[Work]) -> int:
     """The number of torch's threads with which these copies take the least time now: one, if other
     work on the cores sets a thread aside, for which a copy of a few milliseconds waits."""
     most, taken = torch.get_num_threads(), dict[int, float]()
     for count in dict.fromkeys((most, max(1, most // 2), 1)):
-        with _threads(count):
+        with torch_threads(count):
             taken[count] = sum(interleaved(torch.device("cpu"), works, 3))
     return min(taken, key=taken.__getitem__)
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def torch_threads(count: int | None) -> Iterator[None]:
     """Inside, torch has so many threads; None: as many as it has."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
