@@ -37,14 +37,14 @@ def copy_blocks(
 ) -> BlockTransfer:
     """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
 
-    Everything is issued before this returns, ordered on a stream. Not so with ``cancellable`` or
-    ``max_gbps``: then a thread issues it in slices, behind what the current stream holds by now,
-    and no stream orders it: `Transfer.wait` blocks the host.
+    Everything is issued before this returns, ordered on a stream. With ``cancellable`` or
+    ``max_gbps`` a thread issues the copy in slices instead, behind what the current stream holds at
+    the call, and no stream orders them: `Transfer.wait` blocks the host.
 
-    With ``detached`` it begins behind the same work, and no stream waits for its end unless
-    `Transfer.wait` makes one. A transfer that follows then need not wait for this one's last bytes,
-    which keeps the link busy beside a model that leaves few gaps. Nor are two of them ordered:
-    until the end no caller may write what is read, or use what is written.
+    A ``detached`` copy begins behind the same work, and no stream waits for its end unless
+    `Transfer.wait` makes one. The next transfer then need not wait for this one's last bytes, which
+    keeps the link busy beside a model that leaves few gaps. Two detached copies are not ordered
+    either: until the end the caller must not write what is read, nor use what is written.
 
     Args:
         src, dst: paged views, or chunks if that side's blocks are None (consecutive tokens).
@@ -54,7 +54,7 @@ def copy_blocks(
         stream: where to order the work; it first waits for the current stream. Its priority is
             that of the kernels; copy engines know none.
         by_layer: one layer behind the other, each with an end of its own: `BlockTransfer.layers`.
-        overlap: what the device does meanwhile: ``compute``, a model runs; or ``idle``.
+        overlap: what else the device does: ``compute``, it runs a model; or ``idle``, nothing.
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory.
         max_gbps: the most 10^9 bytes in a second.
         cancellable: `BlockTransfer.cancel` stops it between two slices.

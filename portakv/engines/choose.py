@@ -267,7 +267,7 @@ class HostLaunch(EngineLaunch):
         count, theirs, out = move.count, self.ends(move)[3], self.out
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
-        # An engine that turns out to be out ends every pick that was made before.
+        # Once another engine refuses the plan, picks that were made before no longer count.
         key = whole, of_host, count, len(out)
         found = self._picks.get(key)
         if found is None:

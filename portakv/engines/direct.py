@@ -209,8 +209,8 @@ class _Table(NamedTuple):
 
 
 def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
-    """The address of a host view's table on a device, in time for a launch on ``stream``, made
-    once: a view's own lies beside its memory, where each thread would fetch it over the link.
+    """The address of a host view's table on a device, in time for a launch on ``stream``; made
+    once. From the view's own table, in host memory, each thread would read over the link.
 
     Raises:
         Unsupported: inside graph capture, where it would be made at each replay.

@@ -31,7 +31,7 @@ class Terms:
 
     Attributes:
         overlap: ``compute``, the device runs a model as well, so that nothing but copy engines
-            and short kernels may be used; or ``idle``, the fastest way whatever it takes.
+            and short kernels may be used; or ``idle``, the fastest way, whatever it uses.
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory;
             None: the engine's own limit.
         max_gbps: the most 10^9 bytes in a second; None: the link's own.

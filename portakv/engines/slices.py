@@ -26,8 +26,8 @@ from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: So much longer each slice is than the one before it: only at one end of a transfer is the link
-#: idle (the first gather, the last scatter).
+#: Each slice is so many times as long as the one before it: only at one end of a transfer is the
+#: link idle (the first gather, the last scatter).
 GROWTH = 4
 
 

@@ -82,8 +82,8 @@ class StagedLaunch(EngineLaunch):
     def slices(
         self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool = True
     ) -> list[Slice]:
-        """The slices of a transfer, kept with its rows for others of its kind; ``idle``: the link
-        is."""
+        """The slices of a transfer, kept with its rows for others of its kind; ``idle``: nothing
+        crosses the link now."""
         key, outside, exactly, sizes = self.cutting(host, theirs, idle)
 
         def make() -> list[Slice]:
@@ -118,10 +118,10 @@ Cross = Callable[[Slice, KVView, int, torch.Stream], None]
 class Passage:
     """One transfer under way: on which streams, and through which buffers of the device.
 
-    The caller's stream ``work`` stands before and behind it. In between the device's stage has a
-    stream with priority, since a slice that waits for a model's kernels would leave the link idle;
-    a single slice, which has nothing to overlap with, stays on the caller's stream. The caller
-    holds the lock of ``room``.
+    It begins behind the caller's stream ``work``, which waits for its end. In between the device's
+    stage has a stream with priority, since a slice that waits for a model's kernels would leave the
+    link idle; a single slice, which overlaps with nothing, stays on ``work``. The caller holds the
+    lock of ``room``.
     """
 
     def __init__(
@@ -132,17 +132,17 @@ class Passage:
         self._slices, self._cross = slices, cross
         alone = len(slices) == 1 and not room.detached
         self._half, self._link = (work, work) if alone else (room.half, room.link)
-        # Of each slice its buffer and the number of that, the device's stage, its device's rows.
+        # For each slice a buffer, its number, the device's stage, and the index of its rows there.
         self._staged: list[tuple[KVView, int, Prepared, Index]] = []
 
     @contextmanager
     def begun(self, mine: Index, current: torch.Stream) -> Iterator[None]:
-        """Inside, slices can be moved, of the device's rows under an index; the stream of the
-        transfer then waits for them."""
+        """Inside, `move` issues slices of the device's rows under an index; at the end the caller's
+        stream waits for them."""
         room, work = self._room, self._work
-        # Detached: behind the current stream alone, and not behind the transfer before: buffers are
-        # free one by one. Ids that are brought for one call are ordered on the current stream,
-        # whatever reads them.
+        # A detached transfer begins behind the current stream, not behind the transfer before it:
+        # each buffer is free at an event of its own. Ids that are brought for one call are ordered
+        # on the current stream, whichever stream reads them.
         first = current if room.detached else work
         with inside(room.half if room.detached else work):
             room.reserve(max(each.nbytes for each in self._slices))

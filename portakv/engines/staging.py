@@ -193,10 +193,11 @@ class Staging(_Buffers):
         self._turn = 0
 
     def reserve(self, nbytes: int) -> None:
-        """Have room for so many bytes in each buffer; on the current stream.
+        """Make each buffer hold so many bytes, allocated on the current stream, which is ``half``
+        if transfers are detached.
 
-        Smaller memory is given back: to what the allocator serves later on this stream, which by
-        then waits for every use. If transfers are detached this stream is ``half``.
+        Buffers that are too small are freed. The allocator hands their memory out again on that
+        stream alone, which by then waits for every use.
         """
         if self._memory and self._memory[0].numel() >= nbytes:
             return
@@ -226,8 +227,8 @@ _lock = threading.Lock()
 
 
 def staging(device: torch.device, work: torch.Stream, detached: bool = False) -> Staging:
-    """The staging of a stream; ``detached``: of transfers on it whose next does not wait for it. Of
-    the stream that was used longest ago it is given back."""
+    """The staging of a stream's transfers, or of its ``detached`` ones, which do not wait for each
+    other. Beyond `STREAMS` the staging that was used longest ago is freed."""
     key = device, work.stream_id, detached
     with _lock:
         found = kept.pop(key, None) or Staging(device, detached)
@@ -257,11 +258,11 @@ class BounceBuffers(_Buffers):
         self._memory = [pinned.empty(nbytes, torch.uint8) for _ in range(BUFFERS)]
 
     def begin(self, at: int, stream: torch.Stream) -> None:
-        """Something is about to cross on a stream: until `end`, the buffer waits for all of it."""
+        """A copy is about to be enqueued on a stream: until `end`, `wait` waits for all of it."""
         self._crossing[at] = stream
 
     def end(self, at: int, stream: torch.Stream) -> None:
-        """It has been enqueued."""
+        """The copy has been enqueued."""
         self._crossing[at] = mark(stream)
 
     def wait(self, at: int) -> None:

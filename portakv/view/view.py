@@ -37,7 +37,7 @@ class KVView:
 
     Attributes:
         form: strides, widths, alignment and place.
-        origins: the addresses as integers (one where all is strided).
+        origins: the addresses as integers (one if all is strided).
         owners: for each entry, the tensor whose storage it lies in.
         slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
         device: where the tensors are.
