@@ -44,7 +44,7 @@ struct Nest {
 struct Request {
     int64_t table;   // addresses in global memory, int64; or 0
     int64_t base;    // bytes behind the table's addresses; without a table: the address itself
-    int64_t ids;     // int32 or int64 in global memory; 0 where the side has none
+    int64_t ids;     // int32 or int64 in global memory; 0 if the side has none
     int64_t wide;    // ids are int64
     int64_t first;   // number of the unit at position 0
     int64_t limit;   // units in the view: ids past it move nothing
@@ -59,7 +59,7 @@ struct Copy {
 
 constexpr uint32_t kLeastUb = 1024;  // bytes: far below any core's, far above what tiling needs
 
-// Why a launch cannot be right, as a sentence; null where it can. Checked on the host.
+// Why a launch cannot be right, as a sentence; null if it can. Checked on the host.
 inline const char* why_not(const Copy& copy, uint32_t blocks, uint32_t ub_bytes) {
     if (copy.nest == 0) return "A launch without a nest was asked for.";
     if (copy.units < 0) return "A launch of a negative number of units was asked for.";
@@ -70,19 +70,19 @@ inline const char* why_not(const Copy& copy, uint32_t blocks, uint32_t ub_bytes)
 
 }  // namespace portakv
 
-// What a library exports, one built with CANN and one built with emulation/ alike. Who loads it asks
-// for the first two before anything else.
+// What a library exports, one built with CANN and one built with emulation/ alike. Its caller asks
+// the first two before anything else.
 
 namespace portakv {
 constexpr uint32_t kAbi = 1;  // counts changes of the structures above and of the functions below
 }
 
 extern "C" uint32_t portakv_ascend_abi();
-// 1 where it emulates the kernel on a CPU, 0 where it launches on an NPU.
+// 1 if it emulates the kernel on a CPU, 0 if it launches on an NPU.
 extern "C" uint32_t portakv_ascend_emulated();
-// Vector cores, and bytes of one core's unified buffer; returns 0 where the platform tells both.
+// Vector cores, and bytes of one core's unified buffer; returns 0 if the platform tells both.
 extern "C" int portakv_ascend_platform(uint32_t* blocks, uint32_t* ub_bytes);
 // Launch on `blocks` vector cores, ordered on `stream`, whose device is the current one; returns 0, or
-// 1 where the arguments cannot be right (`portakv::why_not`). `copy` is read before it returns.
+// 1 if the arguments cannot be right (`portakv::why_not`). `copy` is read before it returns.
 extern "C" int portakv_ascend_rows(
     const portakv::Copy* copy, uint32_t blocks, uint32_t ub_bytes, void* stream);

@@ -52,7 +52,7 @@ public:
     }
 
 private:
-    // One rectangle of bytes: where it is read, where it is written.
+    // One rectangle of bytes: its addresses on both sides, and its size.
     struct Part {
         int64_t src, dst;  // addresses
         int64_t rows, bytes;
@@ -149,7 +149,7 @@ private:
         return (bytes + kAlign - 1) / kAlign * kAlign;
     }
 
-    // The rectangle of a part; false where it is not moved.
+    // The rectangle of a part; false if it is not moved.
     __aicore__ inline bool FindPart(int64_t at, Part& part) {
         const int64_t in = at % parts_, above = at / parts_;
         const int64_t plane = above % planes_;
@@ -183,7 +183,7 @@ private:
         return table.GetValue(static_cast<uint64_t>(entry)) + request.base;
     }
 
-    // Where a unit lies on both sides, kept for all its parts. Only the core that has a unit's first
+    // The place of a unit on both sides, kept for all its parts. Only the core that has a unit's first
     // part tells that its id is bad.
     __aicore__ inline void FindUnit(int64_t unit, bool tells) {
         if (unit == unit_) return;
@@ -199,7 +199,7 @@ private:
         Walk(nest_.dst, to, dst_entry_, dst_bytes_);
     }
 
-    // The number of a unit on one side; false where it is skipped or past the end (then `bad`).
+    // The number of a unit on one side; false if it is skipped or past the end (then `bad`).
     static __aicore__ inline bool FindNumber(
         const Side& side, const Request& request, int64_t unit, int64_t& number, bool& bad) {
         const int64_t at = request.first + unit;

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the CUDA sources will live; there are none yet.
+"""The row kernel for CUDA and HIP: `rows.cuh`.
 
-Planned: ``*.cuh`` files that take raw pointers and integers, include no torch header, and build
-under NVRTC, nvcc, hipRTC and hipcc alike. Until they exist no backend uses this folder.
+It takes raw pointers and integers, includes no torch header, and builds under NVRTC, nvcc, hipRTC
+and hipcc alike. Whatever lies here counts as source of the backends `cuda` and `hip`.
 """

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# For whoever has Hygon's DTK, which alone knows the newer DCUs: builds the row kernel of `hip` for
-# them, and judges the backend where there is a card.
+# Builds the row kernel of `hip` for Hygon's newer DCUs, which only Hygon's DTK knows, and judges the
+# backend if there is a card.
 #
 #   bash native/cuda/check_dtk.sh [target ...]      default: gfx928 gfx936
 #
-# Nobody of PortaKV has run this: no DTK and no DCU were at hand. The targets are those of public
+# Not run by PortaKV: no DTK and no DCU were at hand. The targets are those of public
 # build files (gfx906 Z100, gfx926, gfx928 K500SM_AI, gfx936 BW1000, gfx938). DTKROOT names another
 # folder than /opt/dtk, OUT one for results (default: out/ of this repository). Send what it prints
 # and that folder, as docs/hardware.md says.

@@ -6,10 +6,10 @@
 #   bash native/cuda/check_hip.sh [--report FILE] [target ...]      default: gfx906 gfx908 gfx90a
 #
 # HIPCC, LLVM_BIN (a folder with llvm-objdump and llvm-readelf) and PYTHON name other tools.
-# Ends with 0 where all is right, 1 where a kernel is wrong, 2 where a tool is missing.
+# Ends with 0 if all is right, 1 if a kernel is wrong, 2 if a tool is missing.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-export HIP_PLATFORM=amd # where nvcc is installed, hipcc would else act as nvcc
+export HIP_PLATFORM=amd # if nvcc is installed, hipcc would else act as nvcc
 
 missing() {
     echo "$1 was not found; $2" >&2

@@ -11,7 +11,7 @@
 // hints: on an H200 every one of them cost bandwidth (benchmarks/NOTES.md). The instances that a plan
 // needs are written behind it (portakv/backends/rows_kernel.py), and both are compiled as one text.
 
-// Arguments stay in constant memory where the compiler has a word for it.
+// Arguments stay in constant memory if the compiler has a word for it.
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
 #define PORTAKV_CONSTANT __grid_constant__
 #else
@@ -19,7 +19,7 @@
 #endif
 
 // AMD's compiler keeps a vector type in registers, but takes a structure through LDS, and uses the
-// instructions for global memory only where the type of a pointer says that it points there.
+// instructions for global memory only if the type of a pointer says that it points there.
 #if defined(__AMDGCN__)
 #define PORTAKV_GLOBAL __attribute__((address_space(1)))
 #else
@@ -56,10 +56,10 @@ struct Step { i64 table, stride; };
 // What a request fixes about one side.
 struct Request {
     i64 base;           // origin: an address, or bytes behind the table's addresses
-    const i64* table;   // addresses, where the shape says UNITS
-    const void* ids;    // int32 or int64, where the shape says that there are any
+    const i64* table;   // addresses, if the shape says UNITS
+    const void* ids;    // int32 or int64, if the shape says that there are any
     i64 wide;           // ids are int64
-    i64 first;          // number of the unit at position 0 (of its id, where there are ids)
+    i64 first;          // number of the unit at position 0 (of its id, if there are ids)
     i64 limit;          // units in the view: ids past it move nothing
 };
 
@@ -92,7 +92,7 @@ enum Table {
     UNITS    // entries in device memory, also chosen by the number of a unit
 };
 
-// Ids: there is an index. PerId: units of one id. Entries: of the table, where it is PLANES.
+// Ids: there is an index. PerId: units of one id. Entries: of the table, if it is PLANES.
 // Bounded: extents of the split number.
 template <bool Ids, unsigned PerId, int Kind, unsigned Entries, class Bounded> struct SideShape {
     static constexpr bool ids = Ids;
@@ -139,7 +139,7 @@ template <unsigned First, unsigned... Rest> struct Walk<First, Rest...> {
 template <class E> struct WalkOf;
 template <unsigned... E> struct WalkOf<Extents<E...>> { typedef Walk<E...> type; };
 
-// The number of a unit on one side: false where it is skipped or past the end (then `bad`).
+// The number of a unit on one side: false if it is skipped or past the end (then `bad`).
 template <class Shape>
 __device__ __forceinline__ bool number_of(
     const Request& request, unsigned unit, unsigned& number, bool& bad) {
@@ -177,7 +177,7 @@ __device__ __forceinline__ char* address_of(
     return (char*)base + bytes;
 }
 
-// Both addresses of a piece of a unit; false where it is not moved. A bad id is reported once.
+// Both addresses of a piece of a unit; false if it is not moved. A bad id is reported once.
 template <class Outer, class Inner, class Src, class Dst>
 __device__ __forceinline__ bool both_addresses(
     const CopyOf<Src, Dst>& copy, unsigned unit, unsigned plane, unsigned piece, bool reports,
@@ -248,7 +248,7 @@ __device__ __forceinline__ void copy_rows(const CopyOf<Src, Dst>& copy) {
         targets[nth] = dst + byte;
         vectors[nth] = *(const PORTAKV_GLOBAL V*)(src + byte);
     }
-    // All loads are under way before the first store waits for its own.
+    // All loads are in flight before the first store waits for its own.
     PORTAKV_UNROLL
     for (unsigned nth = 0; nth < Each; ++nth) {
         if (!targets[nth]) continue;

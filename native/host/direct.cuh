@@ -3,8 +3,8 @@
 // host, which a kernel reaches over the link. The link is busy long before the device is, so that
 // more blocks would only take room from other kernels.
 //
-// Takes the same argument. It does not lie beside that file, since what lies there counts as the
-// source of the backends that are judged by it.
+// Takes the same argument. It does not lie beside that file: what lies there counts as source of
+// the backends `cuda` and `hip`.
 
 #include "../cuda/rows.cuh"
 
@@ -75,8 +75,8 @@ __device__ __forceinline__ bool number_by(
     }
 }
 
-// Strip: threads next to each other that take vectors next to each other; it divides a block.
-// Each: strips, one behind the other, of which a thread has its vectors under way at once.
+// Strip: neighbouring threads that take neighbouring vectors; it divides a block.
+// Each: strips in a row, of which a thread has its vectors in flight at once.
 template <int Bytes, unsigned Run, unsigned Strip, unsigned Each, class Inner, class Outer,
           class Src, class Dst>
 __device__ __forceinline__ void copy_direct(const CopyOf<Src, Dst>& copy) {
@@ -123,7 +123,7 @@ __device__ __forceinline__ void copy_direct(const CopyOf<Src, Dst>& copy) {
             targets[nth] = dst + byte;
             vectors[nth] = fetch<V>(src + byte);
         }
-        // All loads are under way before the first store waits for its own.
+        // All loads are in flight before the first store waits for its own.
         PORTAKV_UNROLL
         for (unsigned nth = 0; nth < Each; ++nth)
             if (targets[nth]) put<V>(targets[nth], vectors[nth]);

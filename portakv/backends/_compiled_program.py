@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The functions that `compiled` compiles, and how one is compiled once and for all.
+"""The functions that `compiled` compiles, and how each is compiled only once.
 
 All memory from an address on is one tensor here, and addresses are numbers in it. So a plan over
 any number of allocations is one indexed copy, one kernel, and what a request changes (addresses,
-strides of a chunk, tokens) are arguments, never shapes. Memory is only touched where rows lie.
+strides of a chunk, tokens) are arguments, never shapes. Only the memory of rows is touched.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SideShape(NamedTuple):
 
     @property
     def tabled(self) -> bool:
-        """True where addresses are looked up."""
+        """True if addresses are looked up."""
         return any(self.unit_entries) or any(self.loop_entries)
 
 
@@ -94,14 +94,14 @@ SIDES = 0
 def copy(*arguments: Argument) -> None:
     """The copy of a nest of ``SHAPE``: ``(units, *source's side, *destination's side, lost)``.
 
-    ``lost``, given where a side has ids, is the row, counted in grains of the destination's memory,
+    ``lost``, given if a side has ids, is the row, counted in grains of the destination's memory,
     that units with a negative or bad id are sent to: so such a unit moves nothing, and no id has to
     be known to the host. The arguments of a side are, as far as its shape needs them: its memory;
     ids int64; the table of addresses; then the numbers ``at`` (grains from the memory's start),
     ``first`` (the id, or without ids the unit, to begin with), ``limit`` (units in the view),
-    ``rest`` (units of the first id to pass over, where an id covers several), ``entry`` (of the
+    ``rest`` (units of the first id to pass over, if an id covers several), ``entry`` (of the
     table); for each step of the units its stride in grains or its entries; for each loop its stride
-    in grains, and its entries where it has any.
+    in grains, and its entries if it has any.
     """
     _refuse_plain_python()
     given: Iterator[Any] = iter(arguments)
@@ -118,9 +118,9 @@ def copy(*arguments: Argument) -> None:
 def report(*arguments: Argument) -> None:
     """The report of bad ids: ``(memory of int64, units, unit, word, lost, *side...)``.
 
-    Writes position + 1 of a bad id, in tokens, to row ``word`` of the memory, and nothing where
-    there is none (``lost`` is a row that nobody reads). The arguments of each of the ``SIDES`` with
-    ids are ids, ``first``, ``rest``, ``limit`` and ``per_id``.
+    Writes position + 1 of a bad id, in tokens, to row ``word`` of the memory, and nothing if
+    there is none (row ``lost`` is never read). The arguments of each of the ``SIDES`` with ids are
+    ids, ``first``, ``rest``, ``limit`` and ``per_id``.
     """
     _refuse_plain_python()
     given: Iterator[Any] = iter(arguments)

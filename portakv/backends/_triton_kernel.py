@@ -68,8 +68,8 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
 def find_plane(plane, side, TABLE: tl.constexpr, OUTER: tl.constexpr, ENTRIES: tl.constexpr):
     """Where a plane lies on one side: (bytes, entry of the table).
 
-    ``TABLE``: 0 where one address is the base of all, 1 where each plane looks one up, 2 where
-    each unit does, so that the entry is still open.
+    ``TABLE``: 0 if one address is the base of all, 1 if each plane looks one up, 2 if each unit
+    does, so that the entry is still open.
     """
     place = walk(plane, side.base.to(tl.int64), side.outer, OUTER, 0)
     entry = walk(plane, plane.to(tl.int64) * 0, ENTRIES, OUTER, 0)

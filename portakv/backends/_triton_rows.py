@@ -19,7 +19,7 @@ from portakv.view.view import KVView
 MAX_PLANES = 65535  # programs along y
 # Vectors of one launch are counted in 32 bits, the last program's included; a larger copy is split.
 MAX_VECTORS = 2**31 - 2**16
-# Steps travel in tuples of these lengths, longer only where a plan needs it: a launcher is built
+# Steps travel in tuples of these lengths, longer only if a plan needs it: a launcher is built
 # for each combination of lengths, so that nearly all plans share one.
 _LEAST_STEPS = 3, 4, 4  # of units, outer and inner loops
 

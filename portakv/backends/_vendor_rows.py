@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vendors' ops are given: planes that lie in memory as they expect them, in order and without
-gaps, and ids that were guarded by torch where they do it in part or not at all."""
+"""For vendors' ops, which take whole planes and guard ids in part or not at all: is a plane in the
+order that an op takes, and without gaps; ids that torch has guarded."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from portakv.view.form import Form, Part
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Orders of a plane's axes, outermost first. ``kv`` stands where key and value alternate.
+#: Orders of a plane's axes, outermost first. With ``kv`` key and value alternate.
 HND = ("block", "head", "token", "dim")
 HND_IN_BLOCKS = ("block", "kv", "head", "token", "dim")
 TOKENS = ("token", "head", "dim")
 
 
 def packed(form: Form, order: Sequence[str]) -> bool:
-    """True where each plane of ``form`` has its axes in ``order``, without a gap.
+    """True if each plane of ``form`` has its axes in ``order``, without a gap.
 
-    Where layers lie does not matter.
+    Layers may lie anywhere.
     """
     if form.opaque or form.paged != ("block" in order):
         return False
@@ -49,7 +49,7 @@ def steps(part: Part, axis: str) -> list[tuple[int, int, int]]:
 
 
 def apart(form: Form) -> int | None:
-    """Bytes from key to value behind one address; None where they have none in common."""
+    """Bytes from key to value, if one address leads to both; else None."""
     if form.kv != 2:
         return None
     first, second = form.parts
@@ -72,8 +72,8 @@ def planes(view: KVView, dtype: torch.dtype) -> list[list[torch.Tensor]]:
 def guarded_slots(
     view: KVView, index: Index, count: int, device: torch.device, status: torch.Tensor | None
 ) -> torch.Tensor:
-    """The slot of each position, int32 ``[count]`` on ``device``; -1 where an id is past the end,
-    which the status word then tells. For ops that skip negative slots; nothing here waits.
+    """The slot of each position, int32 ``[count]`` on ``device``; -1 for an id past the end,
+    which is reported in the status word. For ops that skip negative slots; the host does not wait.
 
     ``view`` has at most 2**31 - 1 slots.
     """

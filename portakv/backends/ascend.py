@@ -5,7 +5,7 @@ What serves which plan; the first that takes it:
 
 | a plan that                                         | is carried out by                  |
 |-----------------------------------------------------|------------------------------------|
-| is any, where the kernel was built (see below)      | the AscendC kernel                 |
+| is any, if the kernel was built (see below)         | the AscendC kernel                 |
 | scatters by slots into dense pages, two kv at once  | `npu_scatter_pa_kv_cache` (layers) |
 | gathers whole blocks of dense pages, two kv at once | `npu_gather_pa_kv_cache` (layers)  |
 | reads other rows under ids                          | `index_select`, into the chunk     |
@@ -18,7 +18,7 @@ caches, MLA's latent and rope of unequal widths. Of three kv (DSA) the third goe
 does everything else: head-major pages, NZ described by its layout, pages with holes. NZ as a
 format that only the vendor knows (``FRACTAL_NZ``) is `Unsupported`: strides do not tell where its
 bytes lie. The paged ops forbid negative slots, and no op skips or guards: the caller of a launch
-removes bad ids. The kernel does both. Neither was run on an NPU by us: ``conformance/ladder.toml``.
+removes bad ids. The kernel does both. Neither has run on an NPU: ``conformance/ladder.toml``.
 
 Sources: docstrings of torch_npu 2.13.0; CANN's pages on aclnnScatterPaKvCache,
 aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceIndexCopy.
@@ -60,7 +60,7 @@ _SCATTER_ND = (torch.int64, torch.int8)
 
 
 class Ascend(Backend):
-    """The AscendC kernel where it was built, else the ops of torch_npu."""
+    """The AscendC kernel if it was built, else the ops of torch_npu."""
 
     name = "ascend"
     find_kernel = staticmethod(find_kernel)
@@ -145,8 +145,7 @@ class _Launch(MoveLaunch):
 
     @torch.no_grad()
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
-        if move.count:  # the ops forbid a copy of nothing
-            self._rows(move, status)
+        self._rows(move, status)
 
 
 class _OpRows:
@@ -155,7 +154,7 @@ class _OpRows:
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self._unit, self._device = plan.unit, device
         self._op = _paged_op(plan)
-        # A half number where rows are even: moved, never computed with.
+        # Rows of even size move as float16, which is never computed with.
         even = all(size % 2 == 0 for size in (plan.vector, *plan.src.widths))
         self._dtype = torch.float16 if even else torch.int8
         pairs = plan.src.kv // 2 if self._op else 0
@@ -190,7 +189,7 @@ class _OpRows:
 
 
 def _paged_op(plan: CopyPlan) -> str:
-    """The paged op that serves a plan; empty where none does."""
+    """The paged op that serves a plan; empty if none does."""
     src, dst = plan.src, plan.dst
     alone = src.kv % 2 and len(plan.nests) != src.kv  # the last kv cannot be told from the others
     if src.kv < 2 or alone or not (_dense(src) and _dense(dst)) or src.paged == dst.paged:
@@ -221,7 +220,7 @@ _OPS = Ops(by_plane=True, holes=False, put=_scatter_rows)  # see `Ops.holes`
 
 
 def _private_format(tensor: torch.Tensor) -> str:
-    """Why a tensor lies as only the vendor knows, and what to do; empty where it does not."""
+    """Why strides do not tell where a tensor's bytes lie, and what to do; empty if they do."""
     number = int(torch.ops.npu.get_npu_format.default(tensor))
     if number in _STRIDED:
         return ""

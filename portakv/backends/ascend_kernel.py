@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The AscendC kernel of ``native/ascend``: found, loaded, given its arguments, and launched.
 
-`PORTAKV_ASCENDC` names the library; else it is looked for where ``run_in_cann.sh npu`` leaves it. A
-library that emulates the kernel has the same interface: it is taken for an emulated device only.
+`PORTAKV_ASCENDC` names the library; else it is the one that ``run_in_cann.sh npu`` builds. One that
+emulates the kernel has the same interface: it is taken for an emulated device only.
 
 Its arguments are those of ``copy.h``: for each nest of a plan a ``Nest``, which is uploaded once,
 and for each request a ``Copy``, which travels as scalars. All members are 64-bit integers; strides
@@ -38,7 +38,7 @@ _NATIVE = "portakv_native.ascend"
 _PLACE = ("lib", "libportakv_ascend.so")
 _BUILD = f"bash native/ascend/run_in_cann.sh npu builds it, and {VARIABLE} names it"
 _AGAIN = "build it again, from native/ascend of this release"
-_ELEMENT = 8  # of a row that is indexed where the kernel does not take the plan
+_ELEMENT = 8  # bytes of an element, if a plan that the kernel does not take goes by indexing
 
 MAX_UNITS, MAX_LOOPS = 4, 8  # lengths of arrays in copy.h
 _MOST_GAP = 2**32  # bytes between rows of one transfer
@@ -72,7 +72,7 @@ class Kernel:
 
     def launch(self, copy: bytes, memory: Sequence[Memory], stream: int) -> None:
         """Launch a ``portakv::Copy`` on the stream with a raw handle, whose device is the current
-        one. What it may touch only an emulation wants to know, which has no device memory.
+        one. ``memory`` is what it may touch: an emulation, without device memory, has to be told.
 
         Raises:
             TransferError: the launch was refused.
@@ -90,7 +90,7 @@ class Kernel:
 
 
 def find_kernel(emulated: bool) -> tuple[Kernel | None, str]:
-    """The kernel for a device, or None where none was built; and who carries plans out, in words.
+    """The kernel for a device, or None if none was built; and what carries plans out, in words.
 
     Raises:
         Unusable: `PORTAKV_ASCENDC` names one that cannot be used.
@@ -168,7 +168,7 @@ def _type(library: Any, name: str, functions: Sequence[str]) -> None:
 
 
 class KernelRows:
-    """A plan by the kernel, which skips and guards; by indexing where the kernel does not take it.
+    """A plan by the kernel, which skips and guards; by indexing if the kernel does not take it.
 
     Calls order their work on the current stream of ``device``, which is the current device.
     """
@@ -265,7 +265,7 @@ def _read_only(tensor: torch.Tensor) -> Memory:
 
 
 def _nest(nest: Nest, sides: Sequence[SideArguments], unit: int) -> bytes:
-    """A nest as ``portakv::Nest``; where its sides begin is a part of each request."""
+    """A nest as ``portakv::Nest``; each request says where its sides begin."""
     loops, rows, src_stride, dst_stride = _split_rows(nest)
     numbers: list[int] = []
     for side in sides:

@@ -47,8 +47,8 @@ class Capabilities:
 
     Attributes:
         places: pairs (source place, destination place) that it copies between.
-        index_on: ``host`` or ``device``: where it reads ids; ``any``: it takes them wherever they
-            are, and brings each side's where it needs them.
+        index_on: ``host`` or ``device``: where it reads ids; ``any``: it takes them from both, and
+            brings each side's to where it needs them.
         index_dtypes: dtypes of ids that it reads.
         skips_negative: it skips positions whose id is negative.
         guards: it moves nothing for an id past the end, and reports it in the status word.
@@ -82,7 +82,7 @@ class Launch(Protocol):
 
     ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
     work (None: the caller's current stream). ``status`` is a pinned int64 word: a backend that
-    guards writes position + 1 of a bad id there (None: it only moves nothing). Returns None where
+    guards writes position + 1 of a bad id there (None: it only moves nothing). Returns None if
     the work is ordered on the stream, else a `Pending`.
     """
 
@@ -161,10 +161,10 @@ class Repeatable(Launch, Protocol):
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
         """The launch with these arguments, between a cache under device ids of step 1 and one
-        dense tensor without ids; None where it cannot be settled further."""
+        dense tensor without ids; None if more than that can change."""
 
 
-#: Says of a tensor why its bytes do not lie where its strides say and what to do; else "".
+#: Says why a tensor's bytes do not lie where its strides say, and what to do; "" if they do.
 Tells = Callable[[torch.Tensor], str]
 
 
@@ -175,7 +175,7 @@ class Backend(ABC):
     """
 
     name: str = ""
-    #: What carries plans out where a backend has more than one way, such as ``the AscendC kernel``,
+    #: What carries plans out if a backend has more than one way, such as ``the AscendC kernel``,
     #: and the file of the library that was built for it beforehand. Reports of the suite say both.
     carrier: str = ""
     library: str = ""
@@ -188,7 +188,7 @@ class Backend(ABC):
     def probe(cls, device: torch.device) -> Decision:
         """Whether this backend can run on ``device``; cheap, without side effects.
 
-        Where torch does not know the device's type, ``device`` is a name with ``type`` and
+        If torch does not know the device's type, ``device`` is a name with ``type`` and
         ``index`` only. Then the answer counts for its reason: what to install.
         """
 

@@ -57,7 +57,7 @@ class Compiled(Backend):
         self.programs: Bounded[CopyShape | tuple[bool, bool], Program] = Bounded(
             "compiled programs", 512
         )
-        self._lost: Bounded[int, torch.Tensor] = Bounded("memory nobody reads", 512)
+        self._lost: Bounded[int, torch.Tensor] = Bounded("bytes for skipped rows", 512)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -82,7 +82,7 @@ class Compiled(Backend):
             return _CompiledLaunch(plan, copies, self._reporting(plan), self._lost_bytes(_WORD))
 
     def _lost_bytes(self, nbytes: int) -> torch.Tensor:
-        """Memory that is not read, for what is not to be moved."""
+        """Memory for rows that are not to be moved; it is never read."""
         with torch.inference_mode(False):
             return self._lost.get_or_make(
                 nbytes, lambda: torch.zeros(nbytes, dtype=torch.uint8, device=self.device)
@@ -138,8 +138,6 @@ class _CompiledLaunch(MoveLaunch):
     @torch.no_grad()
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
         units = move.count // self._unit
-        if not units:
-            return  # inductor divides by the length
         side = None
         if self._report is not None and status is not None:
             side = self._beside(self._report, self._to_report(move, units, status))
@@ -154,8 +152,8 @@ class _CompiledLaunch(MoveLaunch):
 
     def _beside(self, report: Program, arguments: list[Argument]) -> torch.cuda.Stream | None:
         """Report bad ids while the copy runs, on a stream beside its own, which is returned: behind
-        it the report took 15 % of the time of a 33 MB copy. In a capture before it, where a fork
-        would gain nothing that graphs do not gain anyway."""
+        it the report took 15 % of the time of a 33 MB copy. In a capture it comes before the copy:
+        a fork would gain nothing there."""
         device = self._lost.device
         if device.type == "cpu" or capturing(device):
             report(arguments)
@@ -264,8 +262,8 @@ class _SideArguments(SideArguments):
 def id_arguments(
     ids: int, device: torch.device, first: int, per_id: int
 ) -> tuple[torch.Tensor, int, int]:
-    """Memory that ids lie in, where in it unit ``first`` has its own, and how many of that id's
-    units are passed over."""
+    """The memory that holds ids, the position there of the id of unit ``first``, and how many of
+    that id's units come before."""
     low = ids // ALIGNMENT * ALIGNMENT
     first, rest = divmod(first, per_id)
     return memory_from(low, device, torch.int64), (ids - low) // 8 + first, rest

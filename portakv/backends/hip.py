@@ -33,7 +33,7 @@ class Hip(RowsBackend):
 
     @staticmethod
     def open_driver() -> Driver:
-        """The libraries of HIP; `DriverMissing` where they cannot be had."""
+        """The libraries of HIP; `DriverMissing` if they cannot be had."""
         return _hip_driver.driver()
 
     @staticmethod

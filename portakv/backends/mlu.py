@@ -11,11 +11,11 @@ Which op serves which plan. The first that takes the plan, and the call at hand,
 
 `reshape_paged_cache` gathers only in releases that have ``direction``. Both ops take heads of whole
 32 bytes here: they are known with head sizes of 16 elements and more, and a third party's script
-shows a release that left half of a cache unwritten where a head had 8 bytes. They skip negative
-slots by themselves and nobody waits. For indexing bad ids are taken out, and that waits.
+shows a release that left half of a cache unwritten if a head had 8 bytes. They skip negative
+slots, and the host does not wait. For indexing bad ids are taken out, and the host waits for that.
 
 Written against documentation; nothing here has run on an MLU. `torch_mlu_ops` has no public source.
-Where its signatures come from:
+Sources of its signatures:
 
 - `reshape_paged_cache`, the first five parameters: what Cambricon/vllm-mlu@8fa99fd passes
   (vllm_mlu/_mlu_ops.py), so the vendor's own use.
@@ -123,7 +123,7 @@ class _Layers:
         self._direction = ops.directions.get("D2H" if gather else "H2D")
         self._row = cache.heads * cache.widths[0]  # bytes of a token in one plane
         page = cache.block_size * self._row
-        # Bytes from key to value where both lie in each block.
+        # Bytes from key to value, if both lie in each block.
         self._inside = page if packed(cache, HND_IN_BLOCKS) and apart(cache) == page else 0
         name = "NB_TWO_HN_BS_HS" if self._inside else "TWO_NB_HN_BS_HS"
         self._format = ops.formats.get("NB_HN_BS_HS" if cache.kv == 1 else name)
@@ -180,7 +180,7 @@ def _pointers(call: _Call) -> torch.Tensor:
 
 
 class _Planes:
-    """`reshape_paged_cache`: a call for each layer, or for each plane where widths differ."""
+    """`reshape_paged_cache`: a call for each layer, or for each plane if widths differ."""
 
     op = "reshape_paged_cache"
 
@@ -231,7 +231,7 @@ class _MluLaunch(MoveLaunch):
         dtype = own if own in _DTYPES and own.itemsize <= self._plan.vector else torch.int8
         call = _Call(cache, dense, rows.offset, count, dtype)
         way = next((way for way in self._ways if way.takes(call)), None)
-        if way is None or not count or cache.slots > _INT32:
+        if way is None or cache.slots > _INT32:
             self._rest(move, status)
         else:
             way(call, guarded_slots(cache, index, count, dense.device, status))

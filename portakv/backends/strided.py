@@ -42,7 +42,7 @@ class Ops(NamedTuple):
             that all strides are multiples of, and the tensors have no holes. CANN's ops take one
             with holes through a contiguous copy of all of it (the flow in its header
             ``aclnn_index_select.h``): for a cache that costs its own size, and a scatter would put
-            back old bytes over those that another stream has written meanwhile.
+            back old bytes over those that another stream has written in between.
         evenly: ids on the host are looked at: those that rise evenly make a plain copy, which pays
             if torch gives plain copies to more threads.
         select: picks rows: (source, 0, rows) and perhaps ``out``.
@@ -159,9 +159,9 @@ class _Rows:
     def find(
         self, index: Index, units: int, device: torch.device
     ) -> tuple[int, torch.Tensor | None, torch.Tensor | None]:
-        """Where the units lie that an index names: the byte that the first one begins at, if they
-        follow each other; else their numbers, in grains, behind the address of their entries (None:
-        of the first)."""
+        """The units that an index names: the byte that the first one begins at, if they follow each
+        other; else their numbers, in grains, behind the address of their entries (None: of the
+        first)."""
         if index.ids is None and self._flat:
             first, rest = divmod(index.offset, self._unit)
             return first * self._pitch + rest * (self._pitch // self._unit), None, None

@@ -253,7 +253,7 @@ class Kernels:
 
 def source() -> str:
     """The text of both kernels."""
-    text = files("portakv_native.cuda").joinpath("small.cuh").read_text()
+    text = files("portakv_native").joinpath("host").joinpath("small.cuh").read_text()
     return f"#define PORTAKV_SMALL_VECTORS {MOST['value'] // _WIDE}\n{text}"
 
 

@@ -286,7 +286,7 @@ class CudaDriver(Caller):
         check(answer[0], what)
 
     def word(self, address: int) -> int:
-        """Where the device finds pinned memory: where the host does."""
+        """The device's address of pinned memory: the host's."""
         return address
 
 

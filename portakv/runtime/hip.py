@@ -134,7 +134,7 @@ def _open(places: list[str], what: str) -> ctypes.CDLL:
 
 
 def places(stem: str, beside: Path | None = None) -> Iterator[str]:
-    """Where a library may be, best first: a process must not have two copies of a runtime;
+    """Paths that a library may have, best first: a process must not have two copies of a runtime;
     ``beside``: the folder of a library that it belongs to."""
     name = f"lib{stem}.so"
     with suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
@@ -289,7 +289,7 @@ class Card:
         self._driver.check(answer, what)
 
     def word(self, address: int) -> int:
-        """Where the device finds pinned memory: not where the host does, if it was registered."""
+        """The device's address of pinned memory: not the host's, if the memory was registered."""
         found: Any = ctypes.c_void_p()
         error = self._driver.runtime.hipHostGetDevicePointer(ctypes.byref(found), address, 0)
         self.check(error, "Finding the status word")

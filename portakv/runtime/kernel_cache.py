@@ -54,7 +54,7 @@ def refusal() -> str | None:
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not _private(folder):
-            return f"{folder} belongs to somebody else, or others may write to it"
+            return f"{folder} belongs to another user, or other users may write to it"
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:

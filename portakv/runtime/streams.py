@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Streams for the library's own use, order between streams, and host memory held by copies on them.
 
-Torch hands out 32 streams of a priority in turns: one that it gives to the library may be a
-caller's as well, whose copies then stand behind every transfer, or serve the library twice, so that
-both directions of the link wait for each other. On an NVIDIA device the library makes its own by
-the driver, and uses one again when its last owner is gone.
+Torch has 32 streams of a priority, and hands them out in turns. The library may be given a caller's
+stream, whose copies then wait for every transfer, or one stream twice, so that both directions of
+the link wait for each other. On an NVIDIA device the library makes its own by the driver, and uses
+one again when its last owner is gone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
 
 class OwnStream(torch.cuda.ExternalStream):
     """Gives its handle back with its end. (Not by a weak reference: of those torch 2.11's streams
-    know nothing when they end, and the interpreter falls over them.)"""
+    know nothing when they end, and the interpreter crashes.)"""
 
     lent: tuple[list[int], int]
 

@@ -71,7 +71,7 @@ def acquire_word() -> StatusWord:
 
 def any_word_set() -> bool:
     """True if any status word in use does not hold 0; reads them all at once."""
-    for batch in word_batches:  # noqa: SIM110 - every transfer asks; a generator is twice as dear
+    for batch in word_batches:  # noqa: SIM110 - every transfer asks; a generator costs twice as much
         if batch.tobytes() != _CLEAR:
             return True
     return False
@@ -144,7 +144,7 @@ class Completion:
         """Make a stream wait for the event; block the host for what is not on a stream."""
         for pending in self.pendings:
             pending.wait()
-        event = self.event  # not before: another thread may have given it back meanwhile
+        event = self.event  # not before: another thread may have given it back by now
         if event is not None:
             # An event that is given no stream takes the current device's, which may be another.
             event.wait(stream or torch.accelerator.current_stream(event.device))
@@ -351,7 +351,7 @@ def hold(completion: Completion, owner: Owner | None = None) -> None:
 def _retire(flying: deque[Completion]) -> bool:
     """Let the oldest completion go; False if it has not ended."""
     try:
-        oldest = flying.popleft()  # taken at once: no other thread looks at it meanwhile
+        oldest = flying.popleft()  # taken at once, so that no other thread looks at it
     except IndexError:
         return False
     if not oldest.ended():

@@ -177,7 +177,7 @@ def test_a_folder_that_others_may_write_is_neither_read_nor_written(
     builds(2)
     assert cached(("other", *KEY), lambda: BINARY) == BINARY
     assert len(list(folder.iterdir())) == 1
-    assert refusal() == f"{folder} belongs to somebody else, or others may write to it"
+    assert refusal() == f"{folder} belongs to another user, or other users may write to it"
 
 
 # Races

@@ -48,7 +48,7 @@ inline std::vector<portakv_emulation::Memory> Allocations() {
     return {{(uint64_t)bench.source, kBytes, 0}, {(uint64_t)bench.target, kBytes, 1}};
 }
 
-// What the machine says of a kernel; empty where it finds nothing.
+// What the machine says of a kernel; empty if it finds nothing.
 inline std::string Told(void (*kernel)(), When when, uint32_t blocks = 1, uint32_t seed = 1) {
     try {
         Machine on(Allocations(), kUb, when, seed);

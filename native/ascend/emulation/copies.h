@@ -33,7 +33,7 @@ template <typename T> void move(const Place<T>& place, const Rows& rows, bool lo
         fault("A copy at UB offset %llu, no multiple of 32",
               (unsigned long long)(on.At(buffer).first + place.local.offset));
     if (load && state != Buffer::kAllocated)
-        fault("A copy into a tensor that is not allocated from a queue: nobody would wait for it");
+        fault("A copy into a tensor that is not allocated from a queue: nothing would wait for it");
     if (!load && state != Buffer::kDequeued && state != Buffer::kScratch)
         fault("A copy out of a tensor that was not enqueued and dequeued: its bytes may not be there");
     for (uint64_t row = 0; row < rows.count; ++row) {

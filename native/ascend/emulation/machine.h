@@ -22,7 +22,7 @@
 namespace portakv_emulation {
 
 constexpr uint64_t kBlock = 32;        // bytes of a data block in UB
-constexpr uint8_t kPoison = 0xCD;      // what UB holds where nothing was written
+constexpr uint8_t kPoison = 0xCD;      // what UB holds until something is written
 constexpr uint32_t kMostBuffers = 64;  // of a pipe
 
 struct Fault : std::runtime_error {
@@ -170,7 +170,7 @@ public:
 
     void WaitFlag(int event) {
         if (event < 0 || event >= 8 || !flags_[event])
-            fault("Event %d was waited for and nobody set it: the core would hang", event);
+            fault("Event %d was waited for and never set: the core would hang", event);
         flags_[event] = false;
         unseen_.erase(unseen_.begin(), unseen_.begin() + static_cast<long>(flagged_));
         flagged_ = 0;

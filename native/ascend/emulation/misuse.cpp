@@ -95,7 +95,7 @@ const Misuse kMisuses[] = {
         Kernel k;
         DataCopy(LocalTensor<uint8_t>(), k.from, 32);
     }},
-    {"a queue that nobody gave buffers", "no free buffer", [] {
+    {"a queue without buffers", "no free buffer", [] {
         Kernel(0).queue.AllocTensor<uint8_t>();
     }},
     {"a queue initialised twice", "second time", [] {
@@ -177,7 +177,7 @@ const Misuse kMisuses[] = {
         WaitFlag<HardEvent::S_MTE3>(0);
         DataCopyPad(k.into, k.scratch.Get<uint8_t>(), DataCopyExtParams(1, 8, 0, 0, 0));
     }},
-    {"a wait for an event that nobody sets", "would hang", [] {
+    {"a wait for an event that is never set", "would hang", [] {
         Kernel k;
         WaitFlag<HardEvent::S_MTE3>(0);
     }},
@@ -216,7 +216,7 @@ const Misuse kMisuses[] = {
         Kernel k;
         DataCopy(k.from, k.Loaded(), 32);
     }},
-    {"a scalar read of nobody's memory", "A read of 4 bytes", [] {
+    {"a scalar read outside all memory", "A read of 4 bytes", [] {
         GlobalTensor<int32_t> ids;
         ids.SetGlobalBuffer((int32_t*)bench.beyond);
         ids.GetValue(0);
@@ -280,7 +280,7 @@ void ShowsLateCopies() {
     Expect(told.empty() && before == 0x11 && stored == 0x11, "a copy at once", told);
 }
 
-// Bytes that nothing brought are poison, also where the buffer held others before.
+// Bytes that nothing brought are poison, also if the buffer held others before.
 void ShowsPoison() {
     Reset();
     const std::string told = Told([] {

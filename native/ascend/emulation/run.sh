@@ -4,7 +4,7 @@
 # and nothing here says how one would perform. Needs g++; the suite also needs this package's
 # Python (PYTHON, or python3 from PATH).
 #
-#   run.sh [matrix|misuse|mutants|suite|npu|sanitized]...  all of them where none is named
+#   run.sh [matrix|misuse|mutants|suite|npu|sanitized]...  all of them if none is named
 #   FULL=1 run.sh                                          the suite's full profile, not core
 #   RECORD=FILE run.sh sanitized                           leaves a record that the ladder can keep
 #   run.sh library FILE                                    builds the emulation, as PORTAKV_ASCENDC

@@ -7,7 +7,7 @@
 // pointers and integers only: builds under NVRTC, nvcc, hipRTC and hipcc.
 #pragma once
 
-// Parameters are read where they lie; without the word each thread would copy all of them first.
+// Parameters stay in constant memory; without the word each thread would copy all of them first.
 #if !defined(PORTAKV_CONSTANT)
 #if defined(__CUDACC_RTC__) || defined(__NVCC__)
 #define PORTAKV_CONSTANT __grid_constant__
