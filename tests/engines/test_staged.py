@@ -9,6 +9,7 @@ import gc
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,9 @@ from support.cuda_cases import COPIES, Copy, End, by, chunk
 from support.device_cases import current, delay
 from support.each_backend import REPEATED, Elsewhere
 from support.engine_cases import (
+    CHUNKS,
     DOWNWARD,
+    PAGED,
     TOKENS,
     USUAL,
     Case,
@@ -332,6 +335,26 @@ def test_threads_that_settle_one_slice_at_once_agree(
     for nth in range(3):
         check(nth)
     assert Slice.crossing is real
+
+
+@DOWNWARD
+@pytest.mark.simdev
+@pytest.mark.parametrize("host", [CHUNKS[0], PAGED[0]], ids=["one allocation", "several"])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
+def test_what_is_kept_of_a_transfer_serves_no_other(
+    engine: type[Engine], listed: bool, host: str, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other ids of the host, another offset, count or memory, by one launch of the same rows."""
+    small_slices(monkeypatch, 512)
+    orders = [np.random.default_rng(seed).permutation(TOKENS).tolist() for seed in (1, 2)]
+    case = replace(USUAL, host=host, host_ids=(orders[0], 1) if listed else None)
+    transfer = Transfers(engine(DEVICE), downward, case)
+    indices = [Index(order) for order in orders] if listed else [Index()]
+    indices.append(indices[0].shifted(3))
+    memories = [transfer.host, transfer.chunk(5), transfer.chunk(6)]
+    for transfer.theirs, memory, tokens in product(indices, memories, (TOKENS - 3, 16)):
+        transfer(memory, tokens)
 
 
 @DOWNWARD
