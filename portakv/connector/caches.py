@@ -46,10 +46,10 @@ class Batch(NamedTuple):
 
 
 class Registration:
-    """Caches that a connector holds, and the reader of memory objects beside them, which it reads
-    with every extent that the caches tell: their ``view``, their ``allocations``, of which a
-    compiler is shown, and the ``shortcuts`` to and from them. Raises `LayoutError` for caches that
-    contradict the layout, `DeviceMismatch` for those of another device.
+    """Caches that a connector holds. It reads memory objects beside them, with every extent that
+    the caches tell. ``view``: the caches; ``allocations``: what a compiler is shown of them;
+    ``shortcuts``: to and from them. Raises `LayoutError` for caches that contradict the layout,
+    `DeviceMismatch` for caches of another device.
     """
 
     def __init__(

@@ -102,7 +102,7 @@ def checked(
 
 
 def is_strict(check: object) -> bool:
-    """What the argument ``check`` asks; raises `InvalidTerms` if it is neither word."""
+    """Whether ``check`` is 'strict'; raises `InvalidTerms` for anything but that and 'usual'."""
     if check not in ("usual", "strict"):
         raise InvalidTerms(f"A copy with check={check!r}: expected 'usual' or 'strict'.")
     return check == "strict"

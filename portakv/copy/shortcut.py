@@ -26,8 +26,8 @@ _MOST = 256  # a chunk length that comes once must not stay for ever
 
 
 class Shortcuts:
-    """The shortcuts of one registration: of caches, the first of their tensors as the caller has
-    it, and the backend of their connector, which is the ``owner`` of errors that no caller saw."""
+    """The shortcuts of one registration. ``cache``: its caches; ``first``: the first of their
+    tensors, as the caller has it; ``owner``: the connector, which reports errors later."""
 
     def __init__(self, cache: KVView, first: torch.Tensor, choice: Choice, owner: Owner) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner

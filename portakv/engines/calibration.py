@@ -3,8 +3,8 @@
 
 Each point copies so many runs of one size between blocks in random order, on the device and on the
 host alike, with room between them, so that no two runs are neighbours and none fold. Every engine
-copies the same blocks, and an engine whose bytes are wrong is left out. What a call keeps the host
-is measured beside what the device takes, and is no part of it if it can be hidden.
+copies the same blocks, and an engine whose bytes are wrong is left out. The time that a call keeps
+the host is measured beside the device's, and is no part of that if it can be hidden.
 """
 
 from __future__ import annotations
@@ -295,8 +295,8 @@ class Timer:
 
     def time(self, call: Call, host_seconds: float = 0.0) -> Timed:
         """Time a call, whose work is ordered on the current stream unless it is pending; again, if
-        the host was late. ``host_seconds``: what the call is taken to keep the host, which is to be
-        hidden; 0: the call itself waits for the device."""
+        the host was late. ``host_seconds``: how long the call is expected to keep the host, which
+        is to be hidden; 0: the call itself waits for the device."""
         if self._sleep is None or host_seconds <= 0:
             return self._seen(call)
         if host_seconds >= SEEN:
@@ -314,7 +314,7 @@ class Timer:
             if asked + timed.host_seconds < delay:  # all of it was issued during the delay
                 return timed
             delay *= 2
-        # The host waited for the delay itself: what it told is not the call's.
+        # The host waited for the delay itself: what it measured is not the call's time.
         return self._seen(call)
 
     def _seen(self, call: Call) -> Timed:

@@ -340,7 +340,7 @@ class HostLaunch(EngineLaunch):
         if can.index_on == "any":
             return move
         home, dtypes = can.home_of_ids(self.device), can.index_dtypes
-        # Detached, the next layer's engine may read them on a stream that waits for no other.
+        # The next layer of a detached copy may be read on a stream that waits for no other.
         apart = stream is not None and self._terms.detached
         with inside(None if apart else stream):
             bring((move.src_index, move.dst_index), home, dtypes)
@@ -352,13 +352,13 @@ class HostLaunch(EngineLaunch):
         return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
 
 
-#: A kind of engine is told by what it runs on and over, and by terms without a rate.
+#: Engines by the backend that they run over, and by terms without a rate.
 hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("engines across the link", 64)
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
-    """The engine that chooses engines, over a device's backend and under a caller's terms, or the
-    engine itself that was asked for by its name: one for all rates.
+    """The engine ``host`` over a device's backend and under a caller's terms, or the engine that
+    the caller named; one engine for all rates.
 
     Raises:
         BackendUnavailable: its self-check failed on this device.

@@ -265,9 +265,9 @@ class Shape(NamedTuple):
 
 
 class RunCounter:
-    """Counts the runs of one plan; if it is ``dense``, whose sides are one, those between that
-    side's memory and dense rows in the order of its index. ``fold_below``: as of a link; 0: nothing
-    folds, however many lie together."""
+    """Counts the runs of one plan. ``dense``: both sides of the plan are one form, and its runs are
+    counted between that form's memory and dense rows in the order of its index. ``fold_below``: as
+    of a link; 0: nothing folds, however many lie together."""
 
     def __init__(self, plan: CopyPlan, dense: bool = False, fold_below: int = ALL) -> None:
         self._unit, self._nests, self._dense = plan.unit, plan.nests, dense

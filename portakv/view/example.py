@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -14,9 +14,7 @@ from portakv.layout.extents import Values, factor_extent, known_parts, positive
 from portakv.layout.language import Group, Layout, parse
 from portakv.layout.presets import memory_order, resolve
 from portakv.view.bound import as_dtype
-
-if TYPE_CHECKING:
-    from portakv.view.view import KVView
+from portakv.view.view import KVView
 
 
 def example_tensors(
