@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the values of a small copy reach a device: in the driver's command, in a launch's parameters,
-or through pinned memory that is read later.
-
-``inline``: CUDA documents that a copy of up to 64 KB from pageable host memory is asynchronous, and
-that the memory was read when the call returns. That it waits for no copy engine is measured alone:
-on an H200 65,536 bytes did not wait, and 80,000 did (docs/host.md, "Small copies").
+or through pinned memory that is read later (docs/host.md, "Small copies").
 """
 
 from __future__ import annotations

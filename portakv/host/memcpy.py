@@ -1,16 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plain copies of tensors between host and device, within a device, and between devices.
 
-Torch's ``copy_`` does most of the work: for contiguous memory it issues the very memcpy that could
-be issued here, and inside a device one kernel of its own takes any strides. These calls add:
-
-- "blocking" means that the host waits, in every direction, and "non-blocking" that it does not, or
-  that `Copied.waited` says so (pageable memory, and strides that the host has to lay out itself);
-- rows at a pitch between a device and pinned memory cross in one 2-D memcpy, without intermediate
-  tensors and without a wait (NVIDIA, extra ``cuda``);
-- nothing is converted, broadcast or reinterpreted: what does not fit is an error, before anything
-  is written;
-- host memory is held until the copy has ended, also if torch's allocator knows nothing of it.
+Torch's ``copy_`` does most of the work. Added are: a blocking copy waits in every direction, and
+another says if it had to; rows at a pitch cross in one 2-D memcpy; what does not fit is an error
+before anything is written; host memory is held until the copy has ended.
 """
 
 from __future__ import annotations
@@ -279,10 +272,10 @@ def _check_alike(dst: Any, src: Any) -> None:
                 f"A copy was asked whose {name} is a {type(given).__name__}; expected a tensor. "
                 f"Make one of it first, for example by torch.from_numpy."
             )
-        if given.layout != torch.strided:
+        if given.layout != torch.strided or given.is_nested:
             raise LayoutError(
-                f"A copy was asked whose {name} has the layout {given.layout}; expected "
-                f"torch.strided. Copy the tensors that it is made of."
+                f"A copy was asked whose {name} is {given.layout}, or nested; expected a plain "
+                f"torch.strided tensor. Copy the tensors that it is made of."
             )
     if dst.dtype != src.dtype:
         raise LayoutError(

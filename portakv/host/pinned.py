@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, get_args
@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import HostMemoryError, Unsupported
-from portakv.host import _pages
-from portakv.host._pages import LARGEST, HugePages, Registration, Terms, available, seams, terms
+from portakv.host import _pages, _registration
+from portakv.host._pages import HugePages, available, whole
+from portakv.host._registration import Options, Registration, seams
 
 __all__ = ["HostMemoryError", "PinnedMemory", "allocate", "available", "empty", "register",
            "register_address", "registered", "seams", "unregister", "why_not"]  # fmt: skip
@@ -61,7 +62,7 @@ class PinnedMemory:
     def array(self) -> npt.NDArray[np.uint8]:
         """All of it, uint8 ``[nbytes]``. Holds the memory."""
         found: npt.NDArray[np.uint8] = self.tensor.numpy()
-        if self._how is not None and self._how.flags & _pages.READ_ONLY:
+        if self._how is not None and self._how.flags & _registration.READ_ONLY:
             found.flags.writeable = False
         return found
 
@@ -73,18 +74,27 @@ class PinnedMemory:
     def parts(self, offset: int, nbytes: int) -> list[tuple[int, int]]:
         """A range as (offset, bytes) that cross no seam, in order. Raises `HostMemoryError` if some
         of it is not in this memory."""
-        asked = f"{nbytes!r} bytes from {offset!r} on were asked of {self.nbytes} bytes"
-        do = "ask for a range that ends with the memory or before"
-        _pages.whole(offset, 0, asked, do)
-        _pages.whole(self.nbytes - offset - _pages.whole(nbytes, 0, asked, do), 0, asked, do)
+        end = whole("offset", offset) + whole("nbytes", nbytes)
+        if end > self.nbytes:
+            raise HostMemoryError(
+                f"{nbytes} bytes from {offset} on were asked of {self.nbytes} bytes; expected a "
+                f"range that ends with the memory or before. Ask for a shorter one."
+            )
         cuts = [seam for seam in self.seams if offset < seam < offset + nbytes]
         return [(a, b - a) for a, b in pairwise([offset, *cuts, offset + nbytes])]
 
     def view(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
         """All of it as another dtype and shape, without a copy."""
-        with torch.inference_mode(False):  # else nothing could write to it outside of that mode
-            typed = self.tensor.view(dtype)
-            return typed if shape is None else typed.view(tuple(shape))
+        tensor, dtype = self.tensor, _dtype(dtype)
+        try:
+            with torch.inference_mode(False):  # else nothing could write to it outside of that mode
+                typed = tensor.view(dtype)
+                return typed if shape is None else typed.view(tuple(shape))
+        except (TypeError, RuntimeError):
+            raise HostMemoryError(
+                f"{self.nbytes} bytes were asked for as {dtype}, shape {shape!r}; expected a shape "
+                f"that takes as many bytes. Pass one, or none."
+            ) from None
 
     def device_address(self, offset: int = 0) -> int:
         """The address of a byte for a kernel on the current device; on ROCm not the host's. Raises
@@ -120,48 +130,44 @@ class PinnedMemory:
 
 
 def allocate(
-    nbytes: int, *, portable: bool = True, mapped: bool = True, huge_pages: HugePages = "auto",
-    numa: int | Sequence[int] | None = None, threads: int | None = None, largest: int = LARGEST,
-    unit: int = 1, fallback: bool = True,
+    nbytes: int, *, huge_pages: HugePages = "auto", numa: int | Sequence[int] | None = None,
+    threads: int | None = None, **options: Any,
 ) -> PinnedMemory:  # fmt: skip
     """Pinned memory of exactly so many bytes, on a page, touched by several threads at once; on
     devices other than CUDA's and ROCm's from torch's own allocator.
 
     Args:
         nbytes: one or more; only the last page is rounded up, by the kernel.
-        portable: pinned for every device, not only the current one.
-        mapped: kernels may read and write it.
         huge_pages: ``auto`` asks for transparent ones and does not mind a refusal;
             ``transparent`` and ``reserved`` (hugetlbfs) note one; ``never`` asks for none.
         numa: the node or nodes that its pages come from.
         threads: how many touch the pages; None: one a core, at most 16.
-        largest: bytes of one registration; more are cut into `PinnedMemory.pieces`.
-        unit: cut only at multiples of so many bytes.
-        fallback: pageable memory and one warning if it cannot be pinned; False: an error.
+        options: how it is registered. ``portable=True``: pinned for every device, not only the
+            current one. ``mapped=True``: kernels may read and write it. ``largest=511 << 30``:
+            bytes of one registration; more are cut into `PinnedMemory.pieces`. ``unit=1``: cut only
+            at multiples of so many bytes. ``fallback=True``: pageable memory and one warning if it
+            cannot be pinned; False: an error.
 
     Raises:
         HostMemoryError: no bytes, more than there is room for, or an argument not as above.
         Unsupported: a NUMA node that cannot be bound.
     """
-    if huge_pages not in (known := get_args(HugePages)):
+    if str(huge_pages) not in (known := get_args(HugePages)):
         raise HostMemoryError(
             f"Host memory was asked for with huge_pages={huge_pages!r}; expected one of "
             f"{', '.join(known)}: pass one of these, or leave it out for auto."
         )
     if threads is not None:
-        asked = f"{threads!r} threads were asked to touch pages"
-        _pages.whole(threads, 1, asked, "pass None for one a core, at most 16")
-    on = terms(portable=portable, mapped=mapped, largest=largest, unit=unit, fallback=fallback)
-    asked = f"{nbytes!r} bytes of host memory were asked for"
-    nbytes = _pages.whole(nbytes, 1, asked, "ask for one at least")
-    if _pages.through_torch() and (given := _from_torch(nbytes, huge_pages, numa)):
+        whole("threads", threads, 1, "pass None for one a core, at most 16")
+    how, nbytes = Options(**options), whole("nbytes", nbytes, 1)
+    if _registration.through_torch() and (given := _from_torch(nbytes, huge_pages, numa)):
         return given
     mapping, notes = _pages.map_private(nbytes, huge_pages)
     address = _pages.address_of(mapping)
     if numa is not None:
         _pages.bind(address, len(mapping), numa)
     _pages.touch(address, len(mapping), threads)
-    return _pinned(address, nbytes, mapping, on, *notes)
+    return _pinned(mapping, Registration(address, nbytes, how), notes)
 
 
 def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
@@ -169,25 +175,15 @@ def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **option
     """An uninitialised pinned tensor, to the byte; its last view gives the memory back. One of no
     elements is a plain tensor. Without ``dtype`` it is float32, whatever torch's default is.
     Options and errors as of `allocate`; a size that is no whole number is a `HostMemoryError`."""
-    asked, do = f"A pinned tensor of shape {shape!r} was asked for", "name each dimension's size"
-    each = shape if isinstance(shape, Iterable) else (shape,)
-    sizes = tuple(_pages.whole(size, 0, asked, do) for size in each)
-    dtype = dtype or torch.float32
+    each: Any = shape if np.iterable(shape) else (shape,)
+    sizes = tuple(whole("size", size, do="name each dimension's size") for size in each)
+    dtype = _dtype(torch.float32 if dtype is None else dtype)
     if 0 in sizes:
         return torch.empty(sizes, dtype=dtype, device="cpu")
     return allocate(math.prod(sizes) * dtype.itemsize, **options).view(dtype, sizes)
 
 
-def register(
-    memory: Any,
-    *,
-    portable: bool = True,
-    mapped: bool = True,
-    read_only: bool = False,
-    largest: int = LARGEST,
-    unit: int = 1,
-    fallback: bool = True,
-) -> PinnedMemory:
+def register(memory: Any, *, read_only: bool = False, **options: Any) -> PinnedMemory:
     """Pin memory that exists, where it is, until `unregister`, `PinnedMemory.close` or the end.
 
     It need not begin on a page; but a page is pinned only once, so memory that shares one with
@@ -196,13 +192,13 @@ def register(
     Args:
         memory: a CPU tensor, a numpy array, an mmap, shared memory, anything with a buffer.
         read_only: allow memory that cannot be written, for copies to a device alone.
-        portable, mapped, largest, unit, fallback: as in `allocate`.
+        options: how it is registered, as in `allocate`.
 
     Raises:
         HostMemoryError: registered already, freed, read-only without ``read_only``, or empty.
         DeviceMismatch: a tensor that is not on the host.
     """
-    address, nbytes, fixed, owner = _pages.buffer_of(memory)
+    address, nbytes, fixed, owner = _registration.buffer_of(memory)
     why = ""
     if isinstance(memory, torch.Tensor) and memory.is_pinned():
         why = "are pinned already, here or by torch; use them as they are"
@@ -211,26 +207,22 @@ def register(
     if why:
         asked = f"{nbytes} bytes at {address:#x} were asked to be registered"
         raise HostMemoryError(f"{asked}, and they {why}.")
-    return register_address(
-        address, nbytes, held=owner, portable=portable, mapped=mapped, read_only=read_only,
-        largest=largest, unit=unit, fallback=fallback,
-    )  # fmt: skip
+    return register_address(address, nbytes, held=owner, read_only=read_only, **options)
 
 
 def register_address(
-    address: int, nbytes: int, *, held: object = None, **options: Any
+    address: int, nbytes: int, *, held: object = None, read_only: bool = False, **options: Any
 ) -> PinnedMemory:
     """As `register`, with its options, of bytes at an address; ``held``, which owns the memory, is
     kept until it is unregistered."""
-    asked = f"{nbytes!r} bytes at address {address!r} were asked to be registered"
-    nbytes = _pages.whole(nbytes, 1, asked, "register one at least")
-    address = _pages.whole(address, 0, asked, "pass an address")
+    address, nbytes = whole("address", address), whole("nbytes", nbytes, 1)
     if not _pages.is_mapped(address, nbytes):
         raise HostMemoryError(
-            f"{asked}, and some of them belong to no memory of this process; register memory "
-            f"before it is freed."
+            f"{nbytes} bytes at address {address:#x} were asked to be registered, and some of them "
+            f"belong to no memory of this process; register memory before it is freed."
         )
-    memory = _pinned(address, nbytes, held, terms(**options))
+    how = Registration(address, nbytes, Options(**options), read_only)
+    memory = _pinned(held, how)
     _open.append(memory)
     return memory
 
@@ -239,7 +231,7 @@ def unregister(memory: Any) -> None:
     """Undo `register`: of the same memory, or of what it returned. Raises `HostMemoryError` for
     memory that it did not register."""
     held = isinstance(memory, PinnedMemory)
-    at = memory.address if held else _pages.buffer_of(memory)[0]
+    at = memory.address if held else _registration.buffer_of(memory)[0]
     found = next((one for one in _open if one is memory or (one.address == at and not held)), None)
     if found is None:
         raise HostMemoryError(
@@ -256,17 +248,23 @@ def registered() -> list[PinnedMemory]:
 
 def why_not() -> str | None:
     """Why host memory stays pageable in this process; None if it can be pinned."""
-    return None if _pages.through_torch() else _pages.why_not()
+    return None if _registration.through_torch() else _registration.why_not()
 
 
-def _pinned(address: int, nbytes: int, owner: object, on: Terms, *notes: str) -> PinnedMemory:
-    """Memory whose registration and owner are held by every tensor that is made from it."""
-    registration = Registration(address, nbytes, on)
-    buffer = _pages.bytes_at(address, nbytes)
+def _pinned(owner: object, how: Registration, notes: Sequence[str] = ()) -> PinnedMemory:
+    """Registered memory that every tensor made from it holds, with its owner."""
+    (first, _), (last, nbytes) = how.pieces[0], how.pieces[-1]
+    buffer = _pages.bytes_at(first, last + nbytes - first)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
         base = torch.frombuffer(buffer, dtype=torch.uint8)
-    weakref.finalize(buffer, registration.undo, owner).atexit = False  # then it stays mapped
-    return PinnedMemory(base, registration, notes)
+    weakref.finalize(buffer, how.undo, owner).atexit = False  # then it stays mapped
+    return PinnedMemory(base, how, notes)
+
+
+def _dtype(asked: Any) -> torch.dtype:
+    if isinstance(asked, torch.dtype):
+        return asked
+    raise HostMemoryError(f"Host memory was asked for as {asked!r}; expected a torch.dtype.")
 
 
 def _from_torch(nbytes: int, huge_pages: HugePages, numa: Any) -> PinnedMemory | None:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import threading
@@ -21,7 +20,7 @@ from weakref import WeakValueDictionary
 import torch
 
 from portakv.errors import HostMemoryError, PoolExhausted
-from portakv.host import _pages, pinned
+from portakv.host import _pages, _registration, pinned
 from portakv.runtime.devices import this_process
 
 __all__ = ["Block", "Leak", "PinnedPool", "PoolExhausted"]
@@ -144,8 +143,7 @@ class Pool:
         """Several blocks, all or none, so that two callers cannot each wait for the other's half.
 
         Else as `acquire`; `HostMemoryError` also for a count below 0 or of no whole number."""
-        asked, do = f"{count!r} blocks were asked of a pool", "say how many are needed"
-        if _pages.whole(count, 0, asked, do) > self.limit:
+        if _pages.whole("count", count) > self.limit:
             raise PoolExhausted(
                 f"{self._name} was asked for {count} blocks, and it may have {self.limit}; ask for "
                 f"fewer, or make it with a higher limit."
@@ -246,23 +244,15 @@ class PinnedPool(Pool):
     """
 
     def __init__(
-        self,
-        block_bytes: int,
-        blocks: int,
-        *,
-        limit: int | None = None,
-        grow: int | None = None,
-        alignment: int = 64,
-        stacks: bool = False,
-        **options: Any,
-    ) -> None:
+        self, block_bytes: int, blocks: int, *, limit: int | None = None, grow: int | None = None,
+        alignment: int = 64, stacks: bool = False, **options: Any,
+    ) -> None:  # fmt: skip
         super().__init__("The pool", "make one there, or use a SharedPool in spawned processes")
         self.block_bytes, self._stride = block_bytes, stride(block_bytes, blocks, alignment)
         most, each = (blocks if number is None else number for number in (limit, grow))
-        asked = f"A pool of {blocks} blocks was asked to grow by {each!r} up to {most!r}"
-        self.limit = _pages.whole(most, blocks, asked, "set a limit of what it begins with or more")
-        self._grow = _pages.whole(each, 1, asked, "let it grow by one block or more")
-        known = inspect.signature(pinned.allocate).parameters.keys() - {"nbytes", "unit"}
+        self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
+        self._grow = _pages.whole("grow", each, 1)
+        known = {"huge_pages", "numa", "threads", *vars(_registration.Options())} - {"unit"}
         if unknown := sorted(options.keys() - known):
             raise HostMemoryError(
                 f"A pool was asked for with {', '.join(unknown)}, which it does not take; expected "
@@ -288,16 +278,10 @@ class PinnedPool(Pool):
         self._refuse(closed=False)
         with self._changed:
             self._check(block)
-            ask = getattr(after, "query", None) or getattr(after, "done", None)
             if after is None:
                 self._ready.append(block.index)
-            elif ask is not None:
-                self._in_use[block.index] = ask
             else:
-                raise HostMemoryError(
-                    f"A block was released after a {type(after).__name__}, which does not say "
-                    f"when it ends; pass a transfer, an event, or anything with done() or query()."
-                )
+                self._in_use[block.index] = ending(after, "query", "done")
             del self._out[block.index]
             block.drop()
             self._changed.notify_all()
@@ -342,7 +326,9 @@ class PinnedPool(Pool):
         return self.leaks()
 
     def _add(self, blocks: int) -> None:
-        most = max(1, _pages.LARGEST // self._stride)  # in one registration, which cuts no block
+        most = max(
+            1, _registration.LARGEST // self._stride
+        )  # in one registration, which cuts no block
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes
@@ -379,9 +365,21 @@ class PinnedPool(Pool):
         return self._ready
 
 
+def ending(after: Any, *names: str) -> Callable[[], Any]:
+    """The first of these methods of what a block is released after, which tells its end."""
+    for ask in (getattr(after, name, None) for name in names):
+        if callable(ask) and not isinstance(after, type):
+            return ask
+    raise HostMemoryError(
+        f"A block was released after a {type(after).__name__}, which does not say when it ends; "
+        f"pass a transfer, an event, or anything with {'() or '.join(names)}()."
+    )
+
+
 def stride(block_bytes: int, blocks: int, alignment: int) -> int:
     """Bytes from one block to the next; raises `HostMemoryError` for numbers that make no pool."""
-    whole = all(isinstance(number, int) and number > 0 for number in (block_bytes, blocks))
+    numbers = block_bytes, blocks, alignment
+    whole = all(isinstance(number, int) and number > 0 for number in numbers)
     if not whole or alignment not in [1 << bit for bit in range(13)]:
         raise HostMemoryError(
             f"A pool of {blocks!r} blocks of {block_bytes!r} bytes, aligned to {alignment!r}, was "

@@ -34,8 +34,8 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import HostMemoryError, PoolExhausted, SlotError
-from portakv.host import _pages, pinned
-from portakv.host.pool import Block, Pool, stride
+from portakv.host import _pages, _registration, pinned
+from portakv.host.pool import Block, Pool, ending, stride
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
@@ -80,16 +80,9 @@ class SharedPool(Pool):
     _fd = _me = -1
 
     def __init__(
-        self,
-        name: str,
-        block_bytes: int | None = None,
-        blocks: int | None = None,
-        *,
-        alignment: int = 64,
-        label: str = "",
-        keep: bool = False,
-        fallback: bool = True,
-    ) -> None:
+        self, name: str, block_bytes: int | None = None, blocks: int | None = None, *,
+        alignment: int = 64, label: str = "", keep: bool = False, fallback: bool = True,
+    ) -> None:  # fmt: skip
         super().__init__(f"The shared pool {name!r}", "open it there by its name")
         self.name, self._keep, wanted = name, keep, None
         if block_bytes is not None and blocks is not None:
@@ -106,7 +99,7 @@ class SharedPool(Pool):
             try:
                 with self._exclusive():
                     if self._begin(wanted):
-                        self._join(label)
+                        self._join(str(label).encode(errors="replace")[:32])
             finally:
                 if self._me < 0:
                     self._unlock()
@@ -136,7 +129,7 @@ class SharedPool(Pool):
         self._refuse()
         self._check(block)
         if after is not None:
-            after.synchronize()
+            ending(after, "synchronize")()
         with self._exclusive():
             self._check(block)  # again: another thread may have released it meanwhile
             block.drop()
@@ -157,6 +150,8 @@ class SharedPool(Pool):
             HostMemoryError: it is free, or changed hands since it had that generation.
         """
         self.bytes_of(index)
+        if generation is not None:
+            generation = _pages.whole("generation", generation, do="pass the block's own")
         with self._exclusive():
             now = self._table["generation"][index]
             if self._table["owner"][index] == 0 or generation not in (None, now):
@@ -172,7 +167,7 @@ class SharedPool(Pool):
     def bytes_of(self, index: int) -> torch.Tensor:
         """The bytes of any block, uint8 ``[block_bytes]``; `SlotError` if there is no such one."""
         self._refuse()
-        if not isinstance(index, int) or not 0 <= index < self.blocks:
+        if type(index) is not int or not 0 <= index < self.blocks:
             raise SlotError(
                 f"Block {index!r} was asked of a shared pool of {self.blocks}; ask for one of "
                 f"0 .. {self.blocks - 1}."
@@ -199,7 +194,7 @@ class SharedPool(Pool):
                     return None
             used = self.blocks - len(free) + count
             self._head["high_water"] = max(self._head["high_water"], used)
-            self._table["label"][free[:count]] = str(owner).encode()[:40]
+            self._table["label"][free[:count]] = str(owner).encode(errors="replace")[:40]
             return [self._assign(index) for index in free[:count].tolist()]
 
     def _assign(self, index: int) -> Block:
@@ -232,7 +227,7 @@ class SharedPool(Pool):
 
     # --- members
 
-    def _join(self, label: str) -> None:
+    def _join(self, label: bytes) -> None:
         """Take a free place among the members, if need be a dead one's."""
         members = self._members
         if members["pid"].all():
@@ -241,7 +236,7 @@ class SharedPool(Pool):
             if self._lock(1 + place):
                 self._clear(place)  # blocks that a predecessor left
                 started = _started(os.getpid()) or 0
-                members[place] = 0, process_space(), started, 0.0, str(label).encode()[:32]
+                members[place] = 0, process_space(), started, 0.0, label
                 members["pid"][place] = os.getpid()  # last: until then the place is free
                 self._me = place
                 return
@@ -283,7 +278,7 @@ class SharedPool(Pool):
     def _end(self) -> list[str]:
         left = self._lines(self._find(self._me))
         if left:
-            _pages.quiesce()  # others may write these blocks as soon as they are free
+            _registration.quiesce()  # others may write these blocks as soon as they are free
         for block in self._held.values():
             block.drop()
         self._leave()

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from contextlib import suppress
 from math import prod
 from typing import Any, NamedTuple
 
@@ -37,15 +38,11 @@ from portakv.runtime.devices import refuse_capture, resolve
 Values = Sequence[int] | bytes | bytearray | memoryview | Array | Tensor
 
 _TORCH: dict[np.dtype[Any], torch.dtype] = {own: dtype for dtype, own in NUMPY.items()}
-# Sends that no capture takes, by the way that was asked for.
-_UNCAPTURED = {None: "whose way was left open", "inline": "by way='inline'"}
-_NO_REFILL = {  # what is not refilled, and why
-    "host": ("to the CPU", "there are no graphs; send the values again"),
-    "inline": ("that goes inline",
-               "it cannot be captured; make it with way='mapped', or send instead of refill"),
-    "value": ("by value",
-              "its contents were fixed when it was captured; make it with way='mapped'"),
-}  # fmt: skip
+_NO_REFILL = {  # ways by which nothing is refilled, and why
+    "host": "there are no graphs; send the values again",
+    "inline": "it cannot be captured; make it with way='mapped', or send instead of refill",
+    "value": "its contents were fixed when it was captured; make it with way='mapped'",
+}
 
 
 class Chosen(NamedTuple):
@@ -58,7 +55,7 @@ class Chosen(NamedTuple):
 def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> Chosen:
     """The way that so many bytes of values take to a device; ``way``: one that is asked for. Raises
     `BackendUnavailable` for one that is unknown, or that this device or size does not allow."""
-    return _choose(_target(resolve(device), None), nbytes, way)
+    return _choose(_target(resolve(device), None), _count(nbytes, "bytes"), way)
 
 
 def to_device(
@@ -86,9 +83,9 @@ def to_device(
     """
     target = _target(device, out)
     place = target.device
-    dtype = dtype or (None if out is None else out.dtype)
+    dtype = out.dtype if dtype is None and out is not None else dtype
     array = _as_array(values, None if dtype is None else _numpy_dtype(dtype))
-    dtype = dtype or _TORCH[array.dtype]
+    dtype = _TORCH[array.dtype] if dtype is None else dtype
     if stream is not None:
         streams.check_stream(stream, place)
     best = way is None and array.nbytes <= target.most
@@ -138,12 +135,11 @@ class SmallCopy:
         out: Tensor | None = None, way: str | None = None,
     ) -> None:  # fmt: skip
         self._own = _numpy_dtype(dtype)
-        if not isinstance(n, int) or n < 0:
-            raise LayoutError(f"A SmallCopy of {n!r} values was asked; expected 0 or more values.")
+        n = _count(n, "values")
         target = _target(device, out)
         self._n, self._device, self._captures = n, target.device, target.captures
         self.way, self.why = _choose(target, n * dtype.itemsize, way)
-        self._uncaptured = _UNCAPTURED.get(way)
+        self._uncaptured = {None: "whose way was left open", "inline": "by way='inline'"}.get(way)
         self._send = target.make(self.way, dtype, n)
         self.out = _checked(out, (n,), dtype, target.device)
 
@@ -184,8 +180,7 @@ class SmallCopy:
         was captured; `LayoutError` for another number of values.
         """
         if not isinstance(self._send, ReadLater):
-            what, why = _NO_REFILL[self.way]
-            raise Unsupported(f"Refilling a small copy {what}", why)
+            raise Unsupported(f"Refilling a small copy by {self.way!r}", _NO_REFILL[self.way])
         self._send.refill(_as_array(values, self._own))
 
 
@@ -208,7 +203,10 @@ def _target(device: torch.device | str | int | None, out: Tensor | None) -> Targ
                 "them to say where the values go."
             )
         device = out.device
-    known = targets.get(device)
+    try:
+        known = targets.get(device)
+    except (TypeError, ValueError):  # it has no hash; `resolve` says that it is no device
+        known = None
     if known is None:
         place = resolve(device)
         known = targets.get_or_make(place, lambda: Target(place))
@@ -224,7 +222,7 @@ def _choose(target: Target, nbytes: int, way: str | None) -> Chosen:
         better = WAYS[: WAYS.index(best)]
         lacks = dict.fromkeys(str(target.why_not(each, nbytes)) for each in better)
         return Chosen(best, " and ".join(lacks) or HOLDS[best])
-    if way not in [*WAYS]:
+    if str(way) not in WAYS:
         raise BackendUnavailable(
             f"A small copy by {way!r} was asked; expected one of {', '.join(WAYS)}, or None for "
             f"the best."
@@ -252,14 +250,22 @@ def _checked(
             f"A small copy to {device} was given an out tensor on {out.device}; expected one on "
             f"{device}. Pass another, or leave the device away."
         )
-    count = prod(shape)
-    if out.dtype != dtype or out.numel() != count or not out.is_contiguous():
+    count, strided = prod(shape), out.layout == torch.strided and not out.is_nested
+    if out.dtype != dtype or out.numel() != count or not strided or not out.is_contiguous():
+        lies = f"strides {list(out.stride())}" if strided else "not strided"
         raise LayoutError(
             f"A small copy of {count} values of {dtype} was given an out tensor of {out.numel()} "
-            f"of {out.dtype}, strides {list(out.stride())}; expected as many of that dtype, "
-            f"contiguous. Pass another, or none."
+            f"of {out.dtype}, {lies}; expected as many, contiguous. Pass another, or none."
         )
     return out
+
+
+def _count(number: Any, what: str) -> int:
+    """How many values or bytes; raises `LayoutError` for what cannot be a number of these."""
+    with suppress(TypeError):
+        if 0 <= operator.index(number) < 1 << 48:
+            return operator.index(number)
+    raise LayoutError(f"A small copy of {number!r} {what} was asked; expected 0 or more of them.")
 
 
 # --- the values -----------------------------------------------------------------------------------
@@ -287,9 +293,10 @@ def _as_array(values: Values, wanted: np.dtype[Any] | None) -> Array:
     """
     array: Array
     if isinstance(values, Tensor):
-        if values.layout != torch.strided:
+        if values.layout != torch.strided or values.is_nested:
+            layout = "nested" if values.is_nested else values.layout
             raise LayoutError(
-                f"A small copy was asked of a tensor with the layout {values.layout}; expected "
+                f"A small copy was asked of a tensor with the layout {layout}; expected "
                 f"torch.strided. Call to_dense() first."
             )
         if not values.is_cpu:

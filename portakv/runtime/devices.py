@@ -110,7 +110,7 @@ def known(device: torch.device | str | int) -> torch.device:
         place = torch.device(device)
         if kind != "hip":  # torch has a type of that name, and calls no device by it
             return place
-    except TypeError:
+    except (TypeError, ValueError):
         why = "it is no device of torch's; expected one such as 'cuda', 'cuda:0', or a torch.device"
         raise DeviceAbsent(named, why) from None
     except RuntimeError as error:

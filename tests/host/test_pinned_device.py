@@ -23,7 +23,7 @@ from support.device_cases import DEVICE, current, delay, settle
 from support.simdev_cases import DEVICE as SIMDEV
 
 from portakv.errors import HostMemoryError, Unsupported
-from portakv.host import _pages, pinned
+from portakv.host import _pages, _registration, pinned
 from portakv.host.pool import PinnedPool
 from portakv.host.shared import SharedPool
 
@@ -40,7 +40,7 @@ def pattern(nbytes: int, device: torch.device = DEVICE) -> torch.Tensor:
 
 def last_error() -> int:
     """What the runtime that torch uses remembers; reading it clears it."""
-    return _pages.call("GetLastError")[0]
+    return _registration.call("GetLastError")[0]
 
 
 def resident() -> int:
@@ -155,7 +155,7 @@ def test_somebody_else_registered_it_and_no_error_is_left() -> None:
         assert float(torch.ones(4, device="cuda").sum()) == 4
         # The library is the one whose errors torch sees.
         again = cudart.cudaHostRegister(start, 4096, 0)
-        assert int(again.value) == last_error() == _pages.ALREADY
+        assert int(again.value) == last_error() == _registration.ALREADY
     finally:
         cudart.cudaHostUnregister(start)
     assert last_error() == 0
@@ -214,7 +214,7 @@ def test_freed_and_read_only_leave_no_error() -> None:
         pinned.register(fixed, read_only=True, fallback=False).close()
     assert last_error() == 0
     # Behind the library's own checks, the runtime's refusal is cleared as well.
-    assert _pages.call("HostRegister", address, ODD, 0)[0] != 0
+    assert _registration.call("HostRegister", address, ODD, 0)[0] != 0
     assert last_error() == 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from portakv.host import _pages
+from portakv.host import _registration
 
 
 class FakeLibrary:
@@ -59,17 +59,17 @@ class FakeLibrary:
 def installed(patch: pytest.MonkeyPatch) -> FakeLibrary:
     """A stand-in in the place of the runtime."""
     library = FakeLibrary()
-    patch.setattr(_pages, "device_runtime", lambda: (library, "cuda"))
-    patch.setattr(_pages, "why_not", lambda: None)
-    patch.setattr(_pages, "quiesce", lambda: library.log.append("quiesce"))
+    patch.setattr(_registration, "device_runtime", lambda: (library, "cuda"))
+    patch.setattr(_registration, "why_not", lambda: None)
+    patch.setattr(_registration, "quiesce", lambda: library.log.append("quiesce"))
     return library
 
 
 def absent(patch: pytest.MonkeyPatch) -> None:
     """No device at all, whatever this machine has."""
-    patch.setattr(_pages, "why_not", lambda: "the test has taken every device away")
+    patch.setattr(_registration, "why_not", lambda: "the test has taken every device away")
 
 
 def claimed() -> int:
     """How many page ranges are registered or claimed."""
-    return len(_pages.live)
+    return len(_registration.live)
