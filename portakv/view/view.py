@@ -228,7 +228,10 @@ class KVView:
         stride = [steps[0].stride if steps else 0 for _, steps in chain]
         width, row = element.itemsize, self.widths[kv]
         if any(place % width for place in (self.origins[entry] + offset, row, *stride)):
-            raise LayoutError(f"A plane of {self.layout.text!r} cannot be read as {element}.")
+            raise LayoutError(
+                f"A plane of {self.layout.text!r} cannot be read as {element}: its rows of {row} "
+                f"bytes do not all begin and end at multiples of {width}; pass dtype=torch.uint8."
+            )
         size = [*(extent for extent, _ in chain), row // width]
         return self.strided(entry, offset, element, size, [*(s // width for s in stride), 1])
 

@@ -119,9 +119,7 @@ def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
     assert pairs.landed()
 
 
-def test_the_link_touches_new_buffers_behind_the_stream_that_they_were_made_on(
-    accelerator: torch.device,
-) -> None:
+def test_the_link_touches_new_buffers_behind_their_stream(accelerator: torch.device) -> None:
     """An allocator hands out memory that was freed on a stream while that is still at work."""
     room = staging.staging(accelerator, current(accelerator), detached=True)
     with on(room.half):

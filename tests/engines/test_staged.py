@@ -382,6 +382,25 @@ def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
 
 @DOWNWARD
 @pytest.mark.simdev
+def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch makes them on a stream of its own, and they may go with their view at any time."""
+    small_slices(monkeypatch)
+    transfer, told = Transfers(Staged(DEVICE), downward), list[tuple[KVView, int]]()
+    monkeypatch.setattr(
+        KVView, "record_table", lambda view, stream: told.append((view, stream.stream_id))
+    )
+    transfer.go()
+    slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.theirs, TOKENS)
+    (room,), work = staging.kept.values(), current(DEVICE).stream_id
+    for each, at in zip(slices, room.turns(len(slices)), strict=True):
+        assert (each.rows, work) in told
+        assert (room.view(at, each.dense, each.held), work) in told
+
+
+@DOWNWARD
+@pytest.mark.simdev
 @pytest.mark.parametrize("host_ids", [False, True], ids=["dense", "host ids"])
 @pytest.mark.parametrize("engine", [Staged, Descriptors])
 def test_memory_that_is_pinned_in_other_parts_is_cut_there(
@@ -457,8 +476,6 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
     transfer.mine = Index(ids)
     transfer(tokens=32)
     assert len(asked) == 3
-    transfer.mine = Index(ids)
-    transfer(transfer.chunk(5), 32)  # another memory under a list of the same ids
 
 
 @pytest.mark.simdev

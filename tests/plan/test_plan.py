@@ -286,11 +286,7 @@ class TestRefusals:
             ((torch.uint8,), (torch.float32,), ""),
             ((torch.int8,), (torch.float32,), ""),
             ((torch.float16, torch.uint8), (torch.float16, torch.float32), ""),
-            (
-                (torch.float16,),
-                (torch.bfloat16,),
-                "kv 0 are float16 and the destination's bfloat16",
-            ),
+            ((torch.half,), (torch.bfloat16,), "kv 0 are float16 and the destination's bfloat16"),
             ((torch.float32,), (torch.int32,), "kv 0 are float32 and the destination's int32"),
             ((torch.int16,), (torch.float16,), "kv 0 are int16"),
             ((torch.half, torch.float32), (torch.half, torch.bfloat16), "kv 1 are float32"),
