@@ -207,7 +207,7 @@ private:
         if (side.per_id == 0) return true;
         const int64_t id = ReadId(request, at / side.per_id);
         if (id < 0) return false;
-        // Compared before it is multiplied: no id, however wild, can overflow.
+        // Compared before it is multiplied: no id, however large, can overflow.
         if (id > request.limit / side.per_id) {
             bad = true;
             return false;

@@ -152,7 +152,7 @@ __device__ __forceinline__ bool number_of(
         const i64 id = request.wide ? ((const i64*)request.ids)[slot]
                                     : ((const int*)request.ids)[slot];
         if (id < 0) return false;
-        // Compared before it is multiplied: no id, however wild, can overflow.
+        // Compared before it is multiplied: no id, however large, can overflow.
         if (id >= request.limit / Shape::per_id + 1) { bad = true; return false; }
         const i64 found = Shape::per_id == 1 ? id : id * Shape::per_id + at % Shape::per_id;
         if (found >= request.limit) { bad = true; return false; }

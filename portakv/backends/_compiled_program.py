@@ -182,7 +182,7 @@ def _from_ids(
     else:
         found = ids[:, 0][first + (at + rest) // side.per_id]
         number = found * side.per_id + (at + rest) % side.per_id
-        # A product of a wild id may have overflowed into what looks like a good number.
+        # The product of a huge id may have overflowed into what looks like a good number.
         good = (found >= 0) & (found < limit) & (number < limit)
     return torch.where(good, number, 0), good
 

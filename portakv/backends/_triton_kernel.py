@@ -52,7 +52,7 @@ def find_units(at, inside, side, PER_ID: tl.constexpr):
             ids.to(tl.pointer_type(tl.int32)) + slot, mask=inside & (side.wide == 0), other=0
         )
         found = wide + narrow.to(tl.int64)
-        # Compared before it is multiplied: no id, however wild, can overflow.
+        # Compared before it is multiplied: no id, however large, can overflow.
         moved = inside & (found >= 0) & (found < side.past)
         past = inside & (found >= side.past)
         if PER_ID == 1:

@@ -80,7 +80,7 @@ def guarded_slots(
     slots = index.units(count, 1, device)
     bad = slots >= view.slots
     _report(bad, 1, status)
-    # Clamped before it is narrowed: of a wild negative number only the low bits would be left.
+    # Clamped before it is narrowed: of a large negative number only the low bits would be left.
     return torch.where(bad, -1, slots.clamp(-1)).to(torch.int32)
 
 

@@ -154,7 +154,7 @@ class Again(Protocol):
 
 
 class Repeatable(Launch, Protocol):
-    """A launch that spares the host time of a transfer that is made again and again.
+    """A launch that takes less host time if the same transfer is made again.
 
     Having `again` is no claim: without it the library calls the launch itself each time.
     """

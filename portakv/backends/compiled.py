@@ -142,7 +142,7 @@ class _CompiledLaunch(MoveLaunch):
         if self._report is not None and status is not None:
             side = self._beside(self._report, self._to_report(move, units, status))
         try:
-            # A view without slots has no memory to speak of, and every id is bad.
+            # A view without slots has no memory, and every id is bad.
             if move.src.slots and move.dst.slots:
                 for nest, program in self._copies:
                     program(nest.launch(move, units))

@@ -38,7 +38,7 @@ class Hip(RowsBackend):
 
     @staticmethod
     def find_card(device: torch.device, driver: Driver) -> Card:
-        """The device as it is spoken to."""
+        """The device, as launches call it."""
         return Card(device, driver)
 
     @classmethod

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`mlu`: Cambricon MLU, by ops of ``torch_mlu_ops`` for paged caches, and by torch indexing.
 
-Which op serves which plan. The first that takes the plan, and the call at hand, carries it out:
+Which op serves which plan. The first that takes the plan, and the call, carries it out:
 
     op                         side with ids                    other side
     multi_layer_kv_transfer    HND, a tensor for each layer     one whole chunk [kv, L, T, h*d]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`reference`: plain tensor indexing, short enough to trust at sight, on any torch device.
+"""`reference`: plain tensor indexing, short enough to check by reading, on any torch device.
 
 Each side of a nest becomes a strided tensor ``[units, loops..., run]`` for each entry of the
 address table, its elements as wide as the plan's vector; the copy is then ``index_select``,

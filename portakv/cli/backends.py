@@ -21,7 +21,7 @@ from portakv.errors import BackendUnavailable, DeviceMismatch
 from portakv.plan.plan import CopyPlan
 from portakv.registry import ENVIRONMENT, MADE_FOR, REGISTRY, choose, found, trace
 from portakv.registry.registry import Choice
-from portakv.runtime.devices import DeviceAbsent, device_count, device_name, devices_present
+from portakv.runtime.devices import DeviceAbsent, device_name, devices_present
 
 _RUNGS = (
     "verified: R6 run on the hardware, R5 built by the vendor's toolchain, R4 cross-compiled, R3 "
@@ -84,7 +84,7 @@ def _told(device: torch.device | str) -> dict[str, Any]:
     absent = isinstance(device, str)
     return {
         "device": str(device), "name": "" if absent else device_name(torch.device(device)),
-        "count": 0 if absent else device_count(torch.device(device)),
+        "count": 0 if absent else torch.get_device_module(device).device_count(),
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
         "candidates": [{**one, "verified": rungs.get(one["name"], "")} for one in candidates],
     }  # fmt: skip

@@ -120,11 +120,11 @@ def check(error: Any, what: str) -> None:
         raise refused(getattr(error, "name", str(error)), what)
 
 
-def refused(name: str, what: str) -> TransferError:
-    """The error for what the driver answered with an error of that name."""
+def refused(name: str, what: str, driver: str = "the CUDA driver") -> TransferError:
+    """The error for what a driver answered with an error of that name."""
     return TransferError(
-        f"{what} was asked of the CUDA driver, which answered {name}; success was expected, "
-        f"and nothing was moved. Check that the memory still exists, and earlier errors."
+        f"{what} was asked of {driver}, which answered {name}; success was expected, and nothing "
+        f"was moved. Check that the memory still exists, and earlier errors."
     )
 
 
@@ -257,8 +257,7 @@ class Caller:
 
 
 class CudaDriver(Caller):
-    """What launching kernels on one device takes; `hip.Card` has the same functions, by which
-    everything that launches the rows kernel speaks to a device.
+    """What launching kernels on one device takes; `hip.Card` has the same functions.
 
     ``launch`` takes a function, the blocks along x, y and z, the threads along x, y and z, the
     bytes of shared memory, a stream's handle, the address of the list of parameters, and 0; it

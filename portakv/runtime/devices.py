@@ -217,11 +217,6 @@ def usable_device(text: str) -> torch.device:
     return device
 
 
-def device_count(device: torch.device) -> int:
-    """How many devices of that type there are."""
-    return 1 if device.type == "cpu" else torch.accelerator.device_count()
-
-
 def device_name(device: torch.device) -> str:
     """The model's name if torch tells it, else the machine's architecture or nothing."""
     if device.type == "cpu":

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.runtime import kernel_cache
-from portakv.runtime.cuda import raw
+from portakv.runtime.cuda import raw, refused
 from portakv.runtime.devices import inside, refuse_fork, this_process
 
 # AMD's runtime, and that of Hygon's DTK (the same pull request).
@@ -68,9 +68,9 @@ class Driver(NamedTuple):
     compiler: Any
 
     def check(self, error: int, what: str) -> None:
-        """RuntimeError if a function of the runtime returned an error."""
+        """Raise `TransferError` if a function of the runtime returned an error."""
         if error:
-            raise RuntimeError(f"{what} failed: {self.error(error)}; the copy was not made.")
+            raise refused(self.error(error), what, "HIP")
 
     def error(self, error: int) -> str:
         """An error of the runtime: its name, its number and what more is said of it."""
@@ -79,7 +79,7 @@ class Driver(NamedTuple):
         return f"{name} ({error})" + (f", {text}" if text != name else "")
 
     def check_compiler(self, error: int, what: str) -> None:
-        """RuntimeError if a function of the compiler returned an error."""
+        """Raise `RuntimeError` if a function of the compiler returned an error."""
         if error:
             raise RuntimeError(f"{what} of hipRTC failed: {self.compiler_error(error)}")
 
@@ -88,9 +88,11 @@ class Driver(NamedTuple):
         return f"{self.compiler.hiprtcGetErrorString(error).decode()} ({error})"
 
     def number(self, function: str) -> int:
-        """The number that a function gives; RuntimeError if it fails."""
+        """The number that a function gives; `RuntimeError` if it fails."""
         found = ctypes.c_int()
-        self.check(getattr(self.runtime, function)(ctypes.byref(found)), function)
+        error = getattr(self.runtime, function)(ctypes.byref(found))
+        if error:
+            raise RuntimeError(f"{function} failed: {self.error(error)}")
         return found.value
 
 
@@ -251,7 +253,8 @@ class Card:
         return f"{kind} ({self.name or 'unnamed'}{', a Hygon DCU' if hygon else ''})"
 
     def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        """Compile a text, or find it on disk, and load its kernels; raises `RuntimeError`."""
+        """Compile a text, or find it on disk, and load its kernels; raises as `compile_kernel` and
+        `check` do."""
         binary = compile_kernel(self._driver, source, self.architecture)
         module, functions = ctypes.c_void_p(), {}
         runtime = self._driver.runtime
@@ -285,7 +288,7 @@ class Card:
         return inside(self.device)
 
     def check(self, answer: Any, what: str) -> None:
-        """Raise `RuntimeError` for an answer that is not ``success``."""
+        """Raise `TransferError` for an answer that is not ``success``."""
         self._driver.check(answer, what)
 
     def word(self, address: int) -> int:

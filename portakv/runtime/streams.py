@@ -71,7 +71,8 @@ _beside: Bounded[tuple[torch.device, int, str, str], torch.Stream] = Bounded(
 
 def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
     """The stream of transfers between two places that begin behind ``stream``, which does not wait
-    for them: neither those of another stream are held up nor those the other way round."""
+    for them. Each direction, and each caller's stream, has its own, so that none waits for another.
+    """
     key = stream.device, stream.stream_id, src, dst
     return _beside.get_or_make(key, lambda: own_stream(stream.device))
 

@@ -75,7 +75,7 @@ class Worker:
     ) -> None:
         self.slices, self._limit = slices, limit
         self._issue, self._inside = issue, inside  # both hold the views, and go at the end
-        # In a child of the process the thread does not exist, and its lock may be held for ever.
+        # In a child of the process the thread does not exist, and its lock may never be released.
         self._process = this_process()
         self._change = threading.Condition()
         self.cancelled = self._gap = False
