@@ -32,15 +32,7 @@ from support.guarded_memory import filled, refused, same
 from support.own_process import in_child, own_process
 from support.threads import run_threads
 
-from portakv import (
-    AdaptiveConnector,
-    CopyPlan,
-    Index,
-    KVView,
-    LayoutError,
-    Unsupported,
-    copy_rows,
-)
+from portakv import AdaptiveConnector, CopyPlan, Index, KVView, copy_rows
 from portakv.backends import _triton_rows, rows_kernel
 from portakv.backends.ascend import Ascend
 from portakv.backends.base import Backend
@@ -49,6 +41,7 @@ from portakv.backends.cuda import Cuda
 from portakv.backends.mlu import Mlu
 from portakv.backends.reference import Reference
 from portakv.backends.triton import Triton
+from portakv.errors import LayoutError, Unsupported
 from portakv.registry import registry
 from portakv.runtime.devices import this_process
 from portakv_conformance import simdev

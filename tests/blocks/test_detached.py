@@ -130,6 +130,22 @@ def test_the_link_touches_new_buffers_behind_their_stream(accelerator: torch.dev
 
 
 @pytest.mark.simdev
+@pytest.mark.parametrize("detached", [True, False])
+def test_buffers_are_made_on_the_stream_that_they_are_given_back_on(
+    detached: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, of_half = staging.Staging.reserve, list[bool]()
+
+    def reserve(room: staging.Staging, nbytes: int) -> None:
+        of_half.append(current(simdev_cases.DEVICE).stream_id == room.half.stream_id)
+        real(room, nbytes)
+
+    monkeypatch.setattr(staging.Staging, "reserve", reserve)
+    Pairs(simdev_cases.DEVICE, True, 1).started(detached=detached)[0].synchronize()
+    assert set(of_half) == {detached}
+
+
+@pytest.mark.simdev
 @DOWNWARD
 @pytest.mark.parametrize("fault", ["full", "broken"])
 def test_one_that_failed_leaves_the_next_right(

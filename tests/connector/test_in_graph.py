@@ -17,16 +17,9 @@ from support.small_backends import small_backend
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from portakv import (
-    AdaptiveConnector,
-    Index,
-    KVView,
-    LayoutError,
-    SlotError,
-    TransferError,
-    copy_rows,
-)
+from portakv import AdaptiveConnector, Index, KVView, copy_rows
 from portakv.connector.caches import Registration
+from portakv.errors import LayoutError, SlotError, TransferError
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
 SLOTS = BLOCKS * SIZE

@@ -27,15 +27,8 @@ from support.device_cases import (
 )
 from support.guarded_memory import check_sentence, refused, untouched
 
-from portakv import (
-    AdaptiveConnector,
-    DeviceMismatch,
-    Index,
-    KVView,
-    PortaKVError,
-    SlotError,
-    copy_rows,
-)
+from portakv import AdaptiveConnector, Index, KVView, copy_rows
+from portakv.errors import DeviceMismatch, PortaKVError, SlotError
 
 DTYPES = [
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8,

@@ -15,14 +15,8 @@ from support.connector_cases import BLOCKS, DIM, HEADS, LAYERS, SIZE, caches, fr
 from support.guarded_memory import filled, refused, same
 from support.small_backends import small_backend
 
-from portakv import (
-    AdaptiveConnector,
-    BackendUnavailable,
-    CopyPlan,
-    KVView,
-    Unsupported,
-    register_backend,
-)
+from portakv import AdaptiveConnector, CopyPlan, KVView, register_backend
+from portakv.errors import BackendUnavailable, Unsupported
 from portakv.registry import registry
 
 __all__ = ["caches", "fresh"]  # fixtures
