@@ -20,7 +20,7 @@ from portakv.engines import pageable, staged
 from portakv.engines.link import link_of
 from portakv.engines.pageable import Ring
 from portakv.engines.slices import Sizes
-from portakv.engines.staging import BUFFERS, bounce_buffers
+from portakv.engines.staging import BUFFERS, BounceBuffers, bounce_buffers
 from portakv.plan.plan import CopyPlan
 
 SLICE, TOKEN, TOKENS = 2048, 3 * 2 * 2 * 16 * 2, 96  # bytes, of a token; tokens of a copy
@@ -148,6 +148,20 @@ def test_pinned_memory_is_bounded_and_no_more_than_a_payload_needs() -> None:
     for tokens, nbytes in ((1, TOKEN), (1000, SLICE)):
         between_chunks(DEVICE, True, tokens).go()
         assert bounce_buffers(DEVICE).nbytes == BUFFERS * nbytes
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_buffers_are_replaced_once_nothing_crosses(accelerator: torch.device, ended: bool) -> None:
+    """Each of them is read or written until then, as after a transfer that was interrupted."""
+    buffers, link = BounceBuffers(), torch.Stream(accelerator)
+    buffers.reserve(64)
+    for at in range(BUFFERS):
+        delay(link)
+        buffers.begin(at, link)
+        if ended:
+            buffers.end(at, link)
+        buffers.reserve(128 << at)
+        assert link.query()
 
 
 # Slices

@@ -16,25 +16,12 @@ from support.fake_libcuda import FakeLibrary
 from support.guarded_memory import filled, refused, same
 
 from portakv import DeviceMismatch, LayoutError, PortaKVError, TransferError
-from portakv.host.memcpy import (
-    MAX_PITCH,
-    Pitched,
-    check_disjoint,
-    copy_,
-    copy_d2d,
-    copy_d2h,
-    copy_h2d,
-    direction_of,
-    is_available,
-    pitched,
-)
+from portakv.host import memcpy
+from portakv.host.memcpy import Pitched, copy_, copy_d2d, copy_d2h, copy_h2d
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.devices import inside
 
 BYTES = torch.uint8
-
-
-# What is copied
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, BYTES])
@@ -98,6 +85,7 @@ def test_tensors_that_differ(device: torch.device) -> None:
         (LayoutError, torch.zeros(4, 8, dtype=torch.int16), ("int16", "int32")),
         (LayoutError, plain.numpy(), ("ndarray", "source")),
         (LayoutError, plain.to_sparse(), ("sparse", "source")),
+        (LayoutError, torch.nested.nested_tensor([plain]), ("nested", "source")),
         (DeviceMismatch, plain.to("meta"), ("meta", str(dst.device))),
     ]
     for shape in ((4,), (4, 1), (1, 4, 4), (2, 8), ()):
@@ -120,10 +108,10 @@ def test_two_kinds_of_device() -> None:
         return SimpleNamespace(device=torch.device(device))
 
     with refused(DeviceMismatch, "xla:0", "cuda:1"):
-        direction_of(on("cuda:1"), on("xla:0"))
+        memcpy.direction_of(on("cuda:1"), on("xla:0"))
     pairs = {("cpu", "cuda:0"): "h2d", ("cuda:1", "cpu"): "d2h", ("cuda:0", "cuda:0"): "d2d",
              ("cuda:0", "cuda:1"): "peer", ("cpu", "cpu"): "h2h"}  # fmt: skip
-    assert {(src, dst): direction_of(on(dst), on(src)) for src, dst in pairs} == pairs
+    assert {(src, dst): memcpy.direction_of(on(dst), on(src)) for src, dst in pairs} == pairs
 
 
 @pytest.mark.parametrize(
@@ -172,7 +160,7 @@ def test_no_overlap_passes(
     read = _strided(places, other, shift).reshape(-1).tolist()
     bad = len(set(written)) < len(written) or bool(set(written) & set(read))
     try:
-        check_disjoint(dst, src)
+        memcpy.check_disjoint(dst, src)
     except LayoutError:
         apart = max(written) < min(read) or max(read) < min(written)
         assert bad or not (_nested(one) and apart)
@@ -211,13 +199,13 @@ def _strided(memory: torch.Tensor, dims: list[tuple[int, int]], offset: int) -> 
         (lambda m: m[:, ::2], lambda m: m[:, 1::2], Pitched(4, 128, 8, 8)),
         (lambda m: m[:4, :8], lambda m: m[0, :8].expand(4, 8), "lie 0 and 128"),
         (lambda m: m[:8, :8], lambda m: m[:8, :8].t(), "2 loops"),
-        (lambda m: torch.empty_strided((2, 256), (MAX_PITCH + 1, 1), dtype=BYTES, device="meta"),
-         lambda m: torch.empty(2, 256, dtype=BYTES, device="meta"), str(MAX_PITCH)),
+        (lambda m: torch.empty_strided((2, 256), (2**31, 1), dtype=BYTES, device="meta"),
+         lambda m: torch.empty(2, 256, dtype=BYTES, device="meta"), str(memcpy.MAX_PITCH)),
     ],
 )  # fmt: skip
 def test_rows_at_a_pitch(dst: Any, src: Any, rows: Pitched | str) -> None:
     memory, other = filled((8, 32), torch.int32), filled((8, 32), torch.int32)
-    found = pitched(dst(memory), src(other))
+    found = memcpy.pitched(dst(memory), src(other))
     assert rows in found if isinstance(rows, str) else rows == found
 
 
@@ -234,7 +222,7 @@ def test_rows_are_the_copy(data: Any) -> None:
         whole = memory.permute(back)
         tensors.append(whole[tuple(slice(0, n) for n in extents)])
     dst, src = tensors
-    rows = pitched(dst, src)
+    rows = memcpy.pitched(dst, src)
     if isinstance(rows, str):
         assert "loops round a run" in rows
         return
@@ -243,9 +231,6 @@ def test_rows_are_the_copy(data: Any) -> None:
         at = dst.data_ptr() + row * rows.dst_pitch
         ctypes.memmove(at, src.data_ptr() + row * rows.src_pitch, rows.width)
     assert torch.equal(dst, src)
-
-
-# What is asked of the CUDA driver
 
 
 @pytest.mark.parametrize("to_device", [True, False])
@@ -259,7 +244,7 @@ def test_the_structure_says_what_is_meant(
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: 7 if stream is None else 0)
     memory, other = filled((6, 64), torch.int32), filled((6, 80), torch.int32)
     dst, src = memory[1:5, :20], other[:4, 60:]
-    rows = pitched(dst, src)
+    rows = memcpy.pitched(dst, src)
     assert isinstance(rows, Pitched)
     before, wanted = memory.clone(), src.clone()
     places = dst.data_ptr(), src.data_ptr(), to_device, rows, torch.device("cuda", 0)
@@ -278,6 +263,6 @@ def test_the_structure_says_what_is_meant(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
 def test_without_cuda_it_says_so() -> None:
-    assert not any(map(is_available, (None, "cpu", "xpu", "nonsense")))
+    assert not any(map(memcpy.is_available, (None, "cpu", "xpu", "nonsense")))
     why = _cuda_driver.why_not(torch.device("cuda", 0))
     assert why == "torch finds no usable CUDA device here"

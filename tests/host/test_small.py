@@ -19,10 +19,9 @@ from portakv.host import _small_ways
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 
-META, CARD = torch.device("meta"), torch.device("cuda", 0)
-
-
-# What is accepted
+META, CARD, INT = torch.device("meta"), torch.device("cuda", 0), torch.int64
+ONE, ARRAY = torch.zeros(1, dtype=INT), np.zeros(3)
+NESTED = torch.nested.nested_tensor([ONE])
 
 
 @pytest.mark.parametrize(
@@ -78,9 +77,6 @@ def test_values(place: Place, values: Any, dtype: torch.dtype | None, wanted: to
         assert torch.equal(bits(out)[wanted.nbytes :], rest)
 
 
-# What is refused
-
-
 @pytest.mark.parametrize(
     ("values", "dtype", "names"),
     [
@@ -132,24 +128,30 @@ def test_wrong_values(
         (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu .*meta"),
         (lambda: to_device([1]), DeviceMismatch, "neither a device nor an out tensor"),
         (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta.*copy_"),
-        (lambda: to_device([1], "cpu", torch.float16), LayoutError, "float16"),
-        (lambda: SmallCopy(-1, torch.int32, "cpu"), LayoutError, "-1 values"),
-        (lambda: SmallCopy(1, torch.bfloat16, "cpu"), LayoutError, "bfloat16"),
-        (lambda: SmallCopy("x", torch.int32, "cpu"), LayoutError, "'x' values"),  # type: ignore
-        (lambda: SmallCopy(1.5, torch.int32, "cpu"), LayoutError, "1.5 values"),  # type: ignore
-        (lambda: SmallCopy(1, "int32", "cpu"), LayoutError, "int32"),  # type: ignore
-        (lambda: SmallCopy(1, [], "cpu"), LayoutError, r"\[\]"),  # type: ignore
-        (lambda: SmallCopy(1, torch.int32, out=[0]), LayoutError, "list"),  # type: ignore
-        (lambda: to_device([1], out=[0]), LayoutError, "list .*tensor"),  # type: ignore
-        (lambda: to_device(zeros(2).to_sparse(), "cpu"), LayoutError, "sparse.*strided"),
+        *((partial(SmallCopy, n, INT, "cpu"), LayoutError, f"of {n!r} values .*0 or more")
+          for n in (-1, "x", 1.5, None, 1 << 70)),
+        *((partial(choose, n, "cpu"), LayoutError, "bytes .*expected 0 or more")
+          for n in (-1, "x", None, [], ARRAY, ONE.expand(2))),
+        *((partial(call, dtype=dtype), LayoutError, "it carries integers and bytes")
+          for dtype in (torch.bfloat16, "int32", [], 0, ARRAY, ONE.expand(2))
+          for call in (partial(to_device, [1], "cpu"), partial(SmallCopy, 1, device="cpu"))),
+        *((partial(call, out=out), LayoutError, "list.*tensor|not strided; expected as many")
+          for out in ([0], ONE.to_sparse(), NESTED)
+          for call in (partial(to_device, [1]), partial(SmallCopy, 1, INT))),
+        *((partial(to_device, each, "cpu"), LayoutError, "(sparse|nested).*torch.strided")
+          for each in (ONE.to_sparse(), NESTED)),
         (lambda: to_device([[1], [2, 3]], "cpu"), LayoutError, "list at position 0"),  # type: ignore
         *((partial(call, name), BackendUnavailable, f"{name}.* Name a device of")
           for name in ("xpu", "nonsense")
           for call in (partial(choose, 64), partial(to_device, [1]))),
+        *((partial(call, device), BackendUnavailable, "no device of torch's|cannot")
+          for device in ([], {}, "", -1, 1 << 70, 1.5, True, ARRAY, ONE, object())
+          for call in (partial(choose, 64), partial(to_device, []), partial(SmallCopy, 1, INT))),
         *((lambda way=way: choose(1, "cpu", way), BackendUnavailable, "on the CPU.*ask for 'host'")
           for way in ("inline", "value", "mapped", "copy")),
         (lambda: choose(1, "cpu", "pigeon"), BackendUnavailable, "'pigeon'.*inline, value, mapped"),
-        (lambda: choose(1, "cpu", []), BackendUnavailable, r"\[\].*copy, host"),  # type: ignore
+        *((lambda way=way: choose(1, "cpu", way), BackendUnavailable, "by .* copy, host, or None")
+          for way in ([], 1, ARRAY, ONE.expand(2))),
     ],
 )  # fmt: skip
 def test_a_wrong_target(call: Any, error: type[PortaKVError], words: str) -> None:

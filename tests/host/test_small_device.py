@@ -265,9 +265,6 @@ def test_what_is_not_captured() -> None:
     assert calls[-1]([1, 2, 3, 4, 5], out).tolist() == [1, 2, 3, 4, 5]
 
 
-# Others at the same time
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("way", "count"),

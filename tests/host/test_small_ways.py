@@ -270,9 +270,6 @@ def test_inside_a_capture(libcuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch)
         assert (followed, card.asked) == ([], [])
 
 
-# Out of which memory
-
-
 @pytest.mark.parametrize("count", [1, 64, INLINE // 8])
 def test_the_source_is_whole_pages_that_nobody_pins(card: Card, count: int) -> None:
     """Private, of no file, and not the heap, parts of which others register with their own; nor
@@ -297,9 +294,6 @@ def test_the_source_is_whole_pages_that_nobody_pins(card: Card, count: int) -> N
 
 def _addresses(mapping: str) -> range:
     return range(*(int(one, 16) for one in mapping.split("-")))
-
-
-# Where it cannot be had
 
 
 def test_where_it_can_be_had(card: Card) -> None:
