@@ -30,7 +30,7 @@ _OPTIONS = {
     "triton.cudagraphs": False,
     # One kernel needs no pool of compiling processes.
     "compile_threads": 1,
-    # The caller makes every argument to one pattern, so that nothing is left to assert.
+    # The caller makes all arguments in one pattern, so that nothing is left to assert.
     "size_asserts": False,
     "alignment_asserts": False,
 }
@@ -80,7 +80,7 @@ def memory_from(
     rows ``[rows, run]`` that begin ``ratio`` elements apart. It owns and allocates nothing."""
     storage = torch._C._construct_storage_from_data_pointer(address, device, SPAN)
     rows = (SPAN // dtype.itemsize - run) // ratio
-    # One made in inference mode could not be written outside of it.
+    # A tensor made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
         memory = torch.empty(0, dtype=dtype, device=device)
         return memory.set_(storage, 0, (rows, run), (ratio, 1))
@@ -279,8 +279,8 @@ class Program:
 
 @contextmanager
 def _any_order() -> Iterator[None]:
-    """Without the promise of one order of writes, which would be kept by a slow way: rows do not
-    meet, so that any order gives one result."""
+    """Without torch's deterministic algorithms, which order writes and are slow: rows do not
+    overlap, so that any order gives one result."""
     promised = torch.are_deterministic_algorithms_enabled()
     warned = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(False)

@@ -61,7 +61,7 @@ def planes(view: KVView, dtype: torch.dtype) -> list[list[torch.Tensor]]:
     """For each layer the planes of each kv, as `KVView.plane` gives them; kept with the view."""
     key = (planes, dtype)
     if key not in view.derived:
-        with torch.inference_mode(False):  # one made in it could not be written outside of it
+        with torch.inference_mode(False):  # made in it, one could not be written elsewhere
             view.derived[key] = [
                 [view.plane(layer, kv, dtype) for kv in range(view.kv)]
                 for layer in range(view.layers)

@@ -67,7 +67,7 @@ class Ascend(Backend):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        #: What stands in for torch_npu, or for what is below it, says so of itself.
+        #: True if torch_npu, or the driver below it, says that it is a stand-in.
         self.emulated = bool(getattr(_vendor(), "EMULATED", False))
         self._kernel, _ = self.find_kernel(self.emulated)
         self.carrier = "the AscendC kernel" if self._kernel else "the ops of torch_npu"

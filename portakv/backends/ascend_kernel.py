@@ -53,7 +53,7 @@ _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "portakv_ascend_emulated": (_number, ()),
     "portakv_ascend_platform": (ctypes.c_int, (ctypes.POINTER(_number),) * 2),
     "portakv_ascend_rows": (ctypes.c_int, (ctypes.c_char_p, _number, _number, _pointer)),
-    # And what one that emulates exports beside it (emulation/library.cpp).
+    # One that emulates the kernel exports this as well (emulation/library.cpp).
     "portakv_emulation_lend": (None, (ctypes.c_char_p, _number)),
 }
 _MEMORY = struct.Struct("<4Q")

@@ -78,7 +78,7 @@ class Capabilities:
 
 
 class Launch(Protocol):
-    """A prepared copy. Immutable; allocates, synchronises and logs nothing if it can help it.
+    """A prepared copy. It is immutable, and allocates, synchronises and logs as little as it can.
 
     ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
     work (None: the caller's current stream). ``status`` is a pinned int64 word: a backend that
@@ -194,10 +194,10 @@ class Backend(ABC):
 
     @classmethod
     def hides(cls, device: torch.device) -> Tells | None:
-        """What tells of a tensor on ``device`` that it is in a private format of the vendor's.
+        """A function that says whether a tensor on ``device`` has a private format of the vendor's.
 
-        Of the class, since no backend may move such a tensor, whichever serves the plan. Asked
-        only of devices that extend torch, once; each view is told about once.
+        Asked of the class, since no backend may move such a tensor, whichever serves the plan: once
+        for each device that extends torch. The function is called once for each view.
         """
         return None
 

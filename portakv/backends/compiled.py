@@ -159,7 +159,7 @@ class _CompiledLaunch(MoveLaunch):
             report(arguments)
             return None
         current = torch.cuda.current_stream(device)
-        # Of this stream alone: shared, one would wait for the work of several others.
+        # One for each caller's stream: a shared one would wait for the work of them all.
         side: Any = beside(current, "ids", "report")
         side.wait_stream(current)
         with torch.cuda.stream(side):

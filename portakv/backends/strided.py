@@ -188,7 +188,7 @@ class _Rows:
         key = (self, entry)
         known: _Tensors | None = view.derived.get(key)
         if known is None:
-            # One made in inference mode could not be written outside of it.
+            # A tensor made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
                 rows = self._rows_of(view)
                 known = view.derived[key] = self._over(view, entry, 0, self._grain, rows)
@@ -284,8 +284,8 @@ def _copy_bytes(target: torch.Tensor, source: torch.Tensor) -> None:
     target.view(torch.uint8).copy_(source.view(torch.uint8))
 
 
-#: What torch gives to several of its threads. It has threads for the caller: others would be slower
-#: to wake, and would share the cores with those.
+#: What torch gives to several of its threads. Threads of the library's own would be slower to wake,
+#: and would share the cores with torch's.
 HOST_OPS = Ops(16, False, True, True, _pick_here, _put_here, _copy_bytes)
 
 
@@ -318,7 +318,7 @@ class HostRows:
             for nest in self._nests[unit]:
                 calls += nest.planes(move.part(start, past - start))
             start = past
-        # All of them are settled, so that nothing was touched if memory is refused.
+        # Every call is worked out before the first, so that nothing is written if one is refused.
         for call in calls:
             _run(HOST_OPS, False, *call)
 

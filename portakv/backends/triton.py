@@ -176,7 +176,7 @@ class _TritonAgain(_OnDevice):
         for nest, run, function, metadata, constants in parts:
             mine, theirs = nest.src.arguments(src, src_index), nest.dst.arguments(dst, dst_index)
             paged, dense = (mine, theirs) if self._store else (theirs, mine)
-            # What an address or a count changes stands between what stays.
+            # The arguments in their order, without those that an address or a count changes.
             begins = paged[:2], paged[3], paged[5:], dense[1:]
             behind = (nest.dst if self._store else nest.src).side.offset
             rest = (None, None, None), constants

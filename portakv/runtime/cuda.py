@@ -25,7 +25,7 @@ DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 nee
 
 
 def of_others(device: torch.device) -> str | None:
-    """That a device is of a kind that the driver does not serve, as a phrase; None: it is not."""
+    """Why the driver serves no devices of that kind, as a phrase; None if it does."""
     if device.type != "cuda":
         return f"the CUDA driver does not serve {device.type} devices"
     if torch.version.hip is not None:
@@ -48,7 +48,7 @@ def why_not(device: torch.device) -> str | None:
 
 
 def driver_too_old() -> str | None:
-    """That the driver is older than CUDA 13 or does not tell, as a phrase; None if it is not."""
+    """Why the driver is not known to support CUDA 13, as a phrase; None if it does."""
     error, found = bindings().cuDriverGetVersion()
     if int(error):
         return f"the driver does not tell its version ({error})"
@@ -73,7 +73,7 @@ def capability(device: torch.device) -> int:
 
 
 def device_too_old(device: torch.device) -> str | None:
-    """That NVRTC compiles nothing for a device, as a sentence; None if it does."""
+    """Why NVRTC compiles nothing for a device, as a sentence; None if it does."""
     try:
         nvrtc.target_for(capability(device))
     except RuntimeError as error:
@@ -99,7 +99,7 @@ def library() -> Any:
 
 def function(library: Any, name: str, *arguments: Any) -> Any:
     """A function that returns an error's number; raises `AttributeError` if it is not there."""
-    found = library[name]  # an object of its own: no other module's declarations
+    found = library[name]  # an object of its own, without other modules' declarations
     found.argtypes, found.restype = arguments, ctypes.c_int
     return found
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The devices of this machine: by name or why not, the current one, what is being captured there,
-and the process that they belong to."""
+"""Devices: one by its name, or why it cannot be used; the current device and stream; graph capture;
+forked processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HOST = torch.device("cpu")
 
 # --- names ----------------------------------------------------------------------------------------
 
-#: Of each type that torch learns of by a vendor's package: the package, and what to install.
+#: For each type that a vendor's package adds to torch: the package, and what to install.
 VENDOR_PACKAGES = {
     "npu": (
         "torch_npu",
@@ -34,7 +34,7 @@ VENDOR_PACKAGES = {
 }
 #: Types that torch knows by itself and that have memory for a cache.
 _OF_TORCH = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
-#: What devices are called elsewhere, and the type that torch has for them; "": the one of here.
+#: Other names of devices, and the type that torch has for them; "": that of this machine's.
 _ALIASES = {
     "gpu": "", "nvidia": "cuda", "amd": "cuda", "rocm": "cuda", "hip": "cuda", "dcu": "cuda",
     "hygon": "cuda", "ascend": "npu", "huawei": "npu", "cambricon": "mlu", "intel": "xpu",
@@ -44,7 +44,7 @@ _ALIASES = {
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A device whose type torch does not know: a name, if no `torch.device` can be made of it."""
+    """The name of a device whose type torch does not know, so that there is no `torch.device`."""
 
     type: str
     index: int | None = None
@@ -173,7 +173,7 @@ def indexed(device: torch.device | str | int) -> torch.device:
 
 
 def resolve(device: torch.device | str | int) -> torch.device:
-    """A device with an index, unless it is the CPU; `BackendUnavailable` if it is not here."""
+    """As `indexed`, for memory of the host; `BackendUnavailable` if the device is not here."""
     try:
         return indexed(device)
     except DeviceAbsent as error:

@@ -77,7 +77,7 @@ def _read(path: Path) -> bytes | None:
 
 
 def _digest(name: str, binary: bytes) -> bytes:
-    # Of the name too: a whole entry under another key's name is corrupt as well.
+    # It covers the name: a whole entry under another key's name is corrupt as well.
     return hashlib.sha256(name.encode() + binary).digest()
 
 

@@ -28,8 +28,8 @@ from portakv.runtime.transfer import (
     hold_memory,
 )
 
-# Handles without an owner. The one that was given back last comes first, since staging is kept for
-# it. No lock: what gives one back may run wherever memory is collected.
+# Handles without an owner. The one that was given back last goes out first, since staging is kept
+# for it. No lock: the garbage collector may give one back at any moment.
 free_handles: defaultdict[tuple[torch.device, int], list[int]] = defaultdict(list)
 
 
@@ -52,8 +52,8 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
 
 
 class OwnStream(torch.cuda.ExternalStream):
-    """Gives its handle back with its end. (Not by a weak reference: of those torch 2.11's streams
-    know nothing when they end, and the interpreter crashes.)"""
+    """Gives its handle back when it ends. (Not by a weak reference: torch 2.11's streams do not
+    clear those when they end, and the interpreter crashes.)"""
 
     lent: tuple[list[int], int]
 
@@ -62,8 +62,8 @@ class OwnStream(torch.cuda.ExternalStream):
         free.append(handle)
 
 
-# By a caller's stream and two places. One that goes out serves others, behind what it has left to
-# do; that orders more than need be and nothing less.
+# By a caller's stream and two places. One that is dropped may get another owner, whose work then
+# follows what it has left to do: more is ordered than is needed, never less.
 _beside: Bounded[tuple[torch.device, int, str, str], torch.Stream] = Bounded(
     "streams beside callers' streams", 64
 )
@@ -79,8 +79,8 @@ def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
 
 def ignore_captures_elsewhere(device: torch.device) -> None:
     """Let this thread work while another one captures a graph; for as long as the thread lives.
-    CUDA forbids other threads much, `torch.cuda.Event.query` for one, and ends the capture if one
-    of them does it. Of other devices no such way is known here."""
+    CUDA forbids other threads many calls, such as `torch.cuda.Event.query`, and ends the capture if
+    one of them is made. For other devices no such switch is known."""
     if cuda.of_others(device) is not None:
         return
     try:
