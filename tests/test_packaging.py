@@ -24,11 +24,12 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 NATIVE_SUFFIXES = (".cuh", ".cu", ".h", ".hpp", ".cpp", ".md", ".sh")
+TEMPLATES = (".css", ".js", ".html", ".md", ".svg", ".xml")
 #: What travels beside Python files, by package.
 TRAVELS = {
     "portakv_native": NATIVE_SUFFIXES,
     "portakv_benchmarks": (".toml",),
-    "portakv_conformance": (".toml", ".c", ".cpp", ".h", ".css", ".js"),
+    "portakv_conformance": (".toml", ".c", ".cpp", ".h", *TEMPLATES),
 }
 PIN = re.compile(r"[a-z0-9][a-z0-9._-]*==[0-9][0-9a-z.]*( ; python_full_version .+)?")
 
@@ -88,7 +89,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy of the tree that holds one native source of each kind."""
     tree = tmp_path_factory.mktemp("build") / "tree"
     left = shutil.ignore_patterns(".*", "build", "dist", "site", "*.egg-info", "__pycache__")
-    shutil.copytree(ROOT, tree, ignore=left)
+    shutil.copytree(ROOT, tree, symlinks=True, ignore=left)
     for seeded in seeded_sources():
         (tree / "native" / seeded).parent.mkdir(parents=True, exist_ok=True)
         (tree / "native" / seeded).write_text("// seeded by a test\n")
