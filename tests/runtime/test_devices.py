@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from portakv import AdaptiveConnector, BackendUnavailable, DeviceMismatch
-from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, found
+from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, found, trace
 from portakv.runtime.devices import (
     DeviceAbsent,
     Named,
@@ -279,7 +279,7 @@ def test_a_device_that_torch_does_not_find_is_one_line(asked: str | torch.device
     assert (f"it finds {count} of that type, and counts from 0" in line) == (count > 0)
     assert line.endswith(f"`portakv backends --device {asked}` shows what every candidate says.")
     assert "\n" not in line
-    assert not any(decision.accepted for decision in refused.value.trace)
+    assert not any(decision.accepted for decision in trace(asked))
 
 
 def test_a_driver_that_fails_is_seen_behind_an_index_too(monkeypatch: pytest.MonkeyPatch) -> None:
