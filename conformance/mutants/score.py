@@ -133,11 +133,10 @@ python -m portakv_conformance.mutants.score --write docs/mutants.md
 portakv conform portakv_conformance.mutants.addressing:OffByOneSlot      # one of them by hand
 ```
 
-Each mutant is judged by its profile on its device up to the first case that fails, with the
-registry's power-on self-check out of the way; where that check alone turns a mutant down when it is
-chosen, the table says so. A file of cases that names a mutant's weakness may come after a case that
-meets it by chance; the table shows what came first. Seconds are those of the first run, on two
-cores, two mutants at a time, loading torch and the suite included.
+Each mutant is judged by its profile on its device up to the first case that fails, without the
+registry's self-check; if that check alone turns a mutant down, the table says so. A file of cases
+that names a mutant's weakness may come after a case that meets it by chance; the table shows what
+came first. Seconds are of the first run, on two cores, two mutants at a time, loading included.
 """
 
 
@@ -156,9 +155,10 @@ def document(trials: Sequence[Trial], self_checked: Collection[str]) -> str:
         parts.append(f"\n## {title.rstrip('.')}\n")
         parts.append("| mutant | bug | profile | caught by | s |\n|---|---|---|---|---:|")
         for group in mutants:
-            # A bar would end the cell, in code as well.
-            cells = [cell.replace("|", "\\|") for cell in _row(group, self_checked)]
-            parts.append(f"| `{cells[0]}` | {' | '.join(cells[1:])} |")
+            name, *told, case, took = _row(group, self_checked)
+            # A bar would end the cell, and code in backticks would show what stands for one.
+            case = case.replace("`", "<code>", 1).replace("`", "</code>").replace("|", "&#124;")
+            parts.append(f"| `{name}` | {' | '.join(told)} | {case} | {took} |")
     return "\n".join(parts) + "\n"
 
 

@@ -47,8 +47,8 @@ class Capabilities:
 
     Attributes:
         places: pairs (source place, destination place) that it copies between.
-        index_on: ``host`` or ``device``: where it reads ids; ``any``: it takes them from both, and
-            brings each side's to where it needs them.
+        index_on: ``host`` or ``device``: where it reads ids. Engines alone say ``any``: they bring
+            each side's ids to where they need them.
         index_dtypes: dtypes of ids that it reads.
         skips_negative: it skips positions whose id is negative.
         guards: it moves nothing for an id past the end, and reports it in the status word.
@@ -81,7 +81,7 @@ class Launch(Protocol):
     """A prepared copy. It is immutable, and allocates, synchronises and logs as little as it can.
 
     ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
-    work (None: the caller's current stream). ``status`` is a pinned int64 word: a backend that
+    work (None: the current stream of its device). ``status`` is a pinned int64 word: a backend that
     guards writes position + 1 of a bad id there (None: it only moves nothing). Returns None if
     the work is ordered on the stream, else a `Pending`.
     """
@@ -126,7 +126,7 @@ class MoveLaunch:
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        """Order a copy of at least one token on ``stream`` (None: the caller's current one)."""
+        """Order a copy of at least one token on ``stream`` (None: the device's current one)."""
         where = self.device if stream is None else stream
         if where is None:
             self.carry(move, status)

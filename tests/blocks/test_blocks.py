@@ -347,6 +347,20 @@ def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
         copy_blocks(src.view, dst.view, SRC, DST, backend="addresses", **options)
 
 
+@pytest.mark.parametrize("how", ["data", "set_"])
+def test_a_kept_view_goes_on_with_the_memory_that_it_read(device: torch.device, how: str) -> None:
+    """As docs/errors.md says: the view keeps that memory alive, whatever its tensor is given."""
+    src, dst = layered(device), layered(device)
+    expected, cache = src.rows(), src.tensors[1]
+    fresh = torch.zeros_like(cache)
+    if how == "data":
+        cache.data = fresh
+    else:
+        cache.set_(fresh)
+    copy_rows(src.view, dst.view).synchronize()
+    assert torch.equal(dst.rows(), expected)
+
+
 # Indices that are used again
 
 

@@ -35,6 +35,18 @@ def test_what_is_refused(
         copy_rows(src.view, dst.view, *slots, check="strict")
 
 
+@pytest.mark.parametrize("options", [{"cancellable": True}, {"max_gbps": 1.0}], ids=str)
+def test_slices_read_ids_on_a_device_and_refuse_the_same(
+    device: torch.device, options: Any
+) -> None:
+    src, dst = layered(device), layered(device)
+    for theirs, words in (([3, 3], "occurs 2 times"), ([1, BLOCKS], f"{BLOCKS * SIZE} slots")):
+        with refused(SlotError, words, "destination", watch=dst.tensors):
+            copy_blocks(
+                src.view, dst.view, placed([0, 1], device), placed(theirs, device), **options
+            )
+
+
 def test_what_is_right_is_moved(device: torch.device) -> None:
     src, dst = layered(device), layered(device)
     mine, theirs = [5, -1, 7, 5], [1, 6, -2, 0]  # a block may be read twice
