@@ -18,6 +18,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from support import seams
 
 from portakv.engines import link
 from portakv.runtime import cuda
@@ -41,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
+    seams.guard()
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
     if "PYTEST_XDIST_WORKER" in os.environ:

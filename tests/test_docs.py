@@ -11,8 +11,7 @@ import pytest
 import torch
 from support.conform_runs import python
 
-import portakv
-from portakv.registry.registry import Registry
+from portakv.registry import registry
 from portakv_conformance.simdev import build
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -41,8 +40,7 @@ PAGES = [
 @pytest.fixture
 def acme(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/backends.md registers a backend, which no other test should meet."""
-    registry = Registry()
-    monkeypatch.setattr(portakv, "register_backend", registry.register)
+    monkeypatch.setattr(registry, "REGISTRY", registry.Registry())
 
 
 def _named_anywhere(check_available: bool = False) -> torch.device | None:
@@ -53,9 +51,7 @@ def _named_anywhere(check_available: bool = False) -> torch.device | None:
 @pytest.mark.usefixtures("acme")
 @pytest.mark.parametrize("page", PAGES)
 @pytest.mark.parametrize("no_driver", [False, True], ids=["as it is", "cuda without a driver"])
-def test_the_code_of_a_page_runs(
-    no_driver: bool, page: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_page_s_code_runs(no_driver: bool, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     if no_driver:
         if torch.accelerator.is_available():

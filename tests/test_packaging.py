@@ -47,9 +47,7 @@ def folders(declared: dict[str, Any]) -> dict[str, Path]:
     return {link.name: link.resolve() for link in (ROOT / source).iterdir() if link.is_symlink()}
 
 
-def test_each_package_of_the_tree_is_declared(
-    declared: dict[str, Any], folders: dict[str, Path]
-) -> None:
+def test_each_package_is_declared(declared: dict[str, Any], folders: dict[str, Path]) -> None:
     found = {
         ".".join((name, *init.parent.relative_to(folder).parts))
         for name, folder in folders.items()

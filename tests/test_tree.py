@@ -8,10 +8,12 @@ cannot say.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import seams
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
@@ -46,6 +48,9 @@ BUDGETS = {
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {"portakv": 94, "conformance": 112, "benchmarks": 62, "tests": 262}
+#: A private name of another object than a test's own or torch's, and how many; none may be added.
+PRIVATE = re.compile(r"\b(?!self\b|cls\b|torch\b|_C\b|os\b)\w+\._(?!_|replace\b|asdict\b)\w+")
+PRIVATE_READS = 62
 MODULES = 100  # of `portakv`
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.
@@ -110,6 +115,20 @@ def test_a_folder_keeps_to_its_lines(folder: str) -> None:
 def test_no_more_lines_are_packed(folder: str) -> None:
     texts = [path.read_text(encoding="utf-8") for path in modules(ROOT / folder)]
     assert sum(text.count("# fmt: " + "skip") for text in texts) <= PACKED[folder]
+
+
+def test_a_seam_is_a_public_name_that_a_test_replaces() -> None:
+    """`support.seams` refuses to replace anything else."""
+    tests = "".join(path.read_text(encoding="utf-8") for path in modules(ROOT / "tests"))
+    for seam in seams.listed():
+        name = seam.rpartition(".")[2]
+        assert not re.match("_[^_]", name), seam
+        assert re.search(rf'[".]{name}"[,:)]', tests), seam
+
+
+def test_tests_read_no_more_private_names() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in modules(ROOT / "tests")]
+    assert sum(len(PRIVATE.findall(text)) for text in texts) <= PRIVATE_READS
 
 
 def test_the_library_keeps_to_its_modules() -> None:

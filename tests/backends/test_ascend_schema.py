@@ -84,9 +84,7 @@ SPOILED: dict[str, Callable[[dict[str, Any]], None]] = {
 
 
 @pytest.mark.parametrize("spoiled", SPOILED)
-def test_a_report_with_one_thing_wrong_carries_nothing(
-    report: dict[str, Any], spoiled: str
-) -> None:
+def test_a_report_with_one_error_carries_nothing(report: dict[str, Any], spoiled: str) -> None:
     changed = copy.deepcopy(report)
     SPOILED[spoiled](changed)
     assert not ascend_schema.right(changed)
@@ -114,9 +112,7 @@ def test_another_wheel_of_the_same_name_is_refused(
     assert not any(name in command for command in asked)
 
 
-def test_no_wheel_and_no_compiler_are_sentences(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_wheel_no_compiler_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(cann_stub.StubError, match="No libraries of torch_npu were found in"):
         cann_stub.build(tmp_path, tmp_path / "cann")
     (tmp_path / "torch_npu").mkdir()

@@ -323,9 +323,7 @@ def refusal(path: str, emulated: bool = False) -> str:
     return str(raised.value)
 
 
-def test_where_it_is_looked_for(
-    built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_it_is_sought(built: Built, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lib = tmp_path / "native" / "lib"
     lib.mkdir(parents=True)
     shutil.copy(built(sound()), lib)
@@ -459,9 +457,7 @@ def test_the_emulation_launches_nothing_by_itself(emulation: str) -> None:
 
 @pytest.mark.skipif(build.missing() is not None, reason=str(build.missing()))
 @pytest.mark.parametrize("by", ["kernel", pytest.param("ops", marks=pytest.mark.full)])
-def test_the_command_of_docs_hardware_judges_the_kernel(
-    by: str, emulation: str, tmp_path: Path
-) -> None:
+def test_the_command_of_the_page_judges_the_kernel(by: str, emulation: str, tmp_path: Path) -> None:
     """Here on the simulated device; the report says by what copies went."""
     done = subprocess.run(
         [sys.executable, "-m", "portakv", "conform", "ascend", "--device", "simdev:npu",

@@ -97,9 +97,9 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "limit", "name"),
     [
-        *((CudaOnCpu, f"MAX_{x}", name) for x, name in (
-            ("OUTER", "gather"), ("INNER", "NZ blocks"), ("UNITS", "split tokens"),
-            ("PLANES", "blocks"))),
+        *((CudaOnCpu, limit, name) for limit, name in (
+            ("MAX_OUTER", "gather"), ("MAX_INNER", "NZ blocks"), ("MAX_UNITS", "split tokens"),
+            ("MAX_PLANES", "blocks"))),
         (AscendC, "MAX_LOOPS", "NZ blocks"), (AscendC, "MAX_UNITS", "gather"),
     ],
 )  # fmt: skip

@@ -273,9 +273,7 @@ def test_overhead_rows(device: torch.device) -> None:
     assert all(row["verified"] and row["launch_us"] > 0 for row in rows)
 
 
-def test_small_payloads_are_measured_several_times_in_other_memory(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_small_payloads_are_measured_again_in_other_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     for repeats, below in ((2, suite.REPEATED_BELOW), (1, 0)):
         made = Mock(wraps=Workload)
         monkeypatch.setattr(suite, "Workload", made)
@@ -285,9 +283,7 @@ def test_small_payloads_are_measured_several_times_in_other_memory(
         assert {len(row["repeats"]) for row in rows} == {repeats}
 
 
-def test_backends_that_compile_serve_the_marked_shapes_only(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_backends_that_compile_serve_marked_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "COMPILING", ("reference",))
     marked, other = tiny("seed", compiled=True), tiny("seed", compiled=False)
     assert [task.shape.compiled for task in suite.tasks(FULL, [marked, other], CPU)][-1]
@@ -296,9 +292,7 @@ def test_backends_that_compile_serve_the_marked_shapes_only(
         assert {row["index"] for row in rows[1:]} == indices
 
 
-def test_what_memory_cannot_hold_is_left_out_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_memory_cannot_hold_is_left_out_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "free_memory", lambda device: 10_000_000_000)
     found = list(suite.tasks(suite.PRESETS["full"], list(load().values()), CPU))
     left_out = {task.shape.name for task in found if task.left_out}

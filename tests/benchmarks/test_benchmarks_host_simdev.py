@@ -106,9 +106,7 @@ def test_every_part_is_measured_and_every_byte_right(
 
 @pytest.mark.simdev
 @pytest.mark.full
-def test_parts_on_their_own_make_one_result(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_single_parts_make_one_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for part in ("small", "pinning"):
         assert bench.main([*WORDS, "--only", part, "--out", str(tmp_path / part)]) == 0
     files = sorted(str(file) for file in tmp_path.glob("*/*.json"))
@@ -157,7 +155,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tup
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("at", [1, 2, 8])  # while it is tried alone, and beside the loop
-def test_a_way_that_fails_beside_a_loop_leaves_the_others(
+def test_one_that_fails_beside_a_loop_leaves_others(
     at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(times: int) -> None:
@@ -263,9 +261,7 @@ def test_what_an_overlap_allows_depends_on_the_payload() -> None:
 
 
 @pytest.mark.simdev
-def test_a_loop_keeps_what_a_captured_graph_reads_and_writes(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_loop_keeps_what_its_graph_reads_and_writes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph holds addresses alone: memory that it writes to was given to a transfer's ids."""
     monkeypatch.setattr(movers, "captured", lambda step, device: lambda: None)
     held: list[weakref.ref[torch.Tensor]] = []

@@ -284,9 +284,7 @@ REFUSED: list[tuple[Callable[[Cache, Cache], tuple[Any, ...]], Any, list[str]]] 
 @pytest.mark.parametrize(
     ("given", "error", "words"), REFUSED, ids=[" ".join(words) for _, _, words in REFUSED]
 )
-def test_what_every_way_refuses(
-    given: Any, error: Any, words: list[str], options: dict[str, Any]
-) -> None:
+def test_what_all_refuse(given: Any, error: Any, words: list[str], options: dict[str, Any]) -> None:
     src, dst = layered(), block_first()
     with refused(error, *words, watch=[src.tensors, dst.tensors]):
         copy_blocks(*given(src, dst), **options)

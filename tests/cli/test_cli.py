@@ -31,9 +31,7 @@ from portakv.runtime.devices import devices_present
 # the command itself
 
 
-def test_no_words_print_the_help_and_an_option_the_version(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_no_words_print_help_and_an_option_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run()
     assert code == 0
     for verb in ("demo", "backends", "explain", "layouts", "bench"):
@@ -125,7 +123,7 @@ def test_what_cannot_be_obeyed_ends_with_a_sentence(line: str, option: list[str]
 
 
 @pytest.mark.parametrize("line", ["demo", "explain epd epd"])
-def test_an_unknown_forced_name_says_where_the_trace_is(
+def test_an_unknown_name_says_where_the_trace_is(
     line: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")

@@ -100,9 +100,7 @@ def test_the_example_sees_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPat
 # the first part
 
 
-def test_without_transformers_the_model_part_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_without_transformers_the_model_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, demo.EXAMPLE)
     code, out, _ = run("demo", "--device", "cpu")
@@ -234,9 +232,7 @@ def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced_and_then_it_runs_
 
 
 @pytest.mark.parametrize(("kind", "forced"), [("rich", ""), ("plain", "reference")])
-def test_the_whole_demo_fits_80_columns(
-    kind: str, forced: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_demo_fits_80_columns(kind: str, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
     choose_tables(kind, monkeypatch)
     monkeypatch.setenv("PORTAKV_BACKEND", forced)
     monkeypatch.setattr("portakv.cli.demo.FOUNDING", replace(FOUNDING, layers=1))
@@ -273,9 +269,7 @@ def test_what_the_demo_says_is_what_it_did(room: bool, monkeypatch: pytest.Monke
     assert (said in told) is not room
 
 
-def test_times_are_medians_of_rounds_after_one_that_does_not_count(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_times_are_medians_of_rounds_but_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rounds of (copy_, work): the machine is busy in the second, the first is left out."""
     times = iter([9.0, 900.0, 1.0, 2.0, 10.0, 20.0, 1.0, 4.0])
     monkeypatch.setattr(moves, "seconds", lambda device, work: next(times))

@@ -117,9 +117,7 @@ def test_what_copies_need_is_there(device: torch.device) -> None:
 
 @needs_nvrtc
 @pytest.mark.usefixtures("quick")
-def test_the_default_is_every_shape_for_this_machines_devices(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_by_default_every_shape_for_these_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     devices(monkeypatch, None, [(9, 0), (8, 0), (9, 0)])
     warmed = run_json("warmup")["warmed"]
     assert [w["target"] for w in warmed] == ["sm_90", "sm_80"] * len(load())

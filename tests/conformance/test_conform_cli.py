@@ -187,9 +187,7 @@ def test_fuzzing_draws_another_seed_each_time_and_tells_it(command: Command) -> 
     assert "seed 9, 50 examples" in command.out
 
 
-def test_a_report_is_printed_or_written_and_stands_by_itself(
-    command: Command, tmp_path: Path
-) -> None:
+def test_a_report_is_printed_or_written_and_stands(command: Command, tmp_path: Path) -> None:
     assert command({CORE + "a": "pass", CORE + "b": "fail"}, "--json") == 1
     printed = RunRecord.read(command.out)
     assert [case.status for case in printed.cases] == ["passed", "failed"]
@@ -225,9 +223,7 @@ def test_an_example_is_told_with_its_replay(
 
 
 @pytest.mark.parametrize("tables", ["rich", "plain"])
-def test_a_bar_on_a_terminal(
-    command: Command, tables: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_s_bar(command: Command, tables: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The ids' brackets are no markup, and a failure is told at once."""
     choose_tables(tables, monkeypatch)
     if tables == "plain":
@@ -238,9 +234,7 @@ def test_a_bar_on_a_terminal(
     assert f"failed: {CORE}b[/bold]" in command.err
 
 
-def test_interrupted_runs_end_their_worker(
-    command: Command, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupted_runs_end_workers(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def started(self: Progress, id: str) -> None:
         raise KeyboardInterrupt
 

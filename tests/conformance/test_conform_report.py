@@ -199,9 +199,7 @@ def test_every_form_is_written_and_the_report_reads_back(record: RunRecord, tmp_
         assert RunRecord.read((folder / "conformance.json").read_text()) == each
 
 
-def test_junit_counts_what_it_holds_and_names_cases_as_pytest_does(
-    name: str, record: RunRecord
-) -> None:
+def test_junit_counts_what_it_holds_and_names_as_pytest_does(name: str, record: RunRecord) -> None:
     root = ElementTree.fromstring(forms.junit(record))
     assert root.tag == "testsuites"
     kinds = {"tests": "testcase", "failures": "failure", "errors": "error", "skipped": "skipped"}

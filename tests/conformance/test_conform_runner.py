@@ -130,9 +130,7 @@ def test_a_worker_that_does_not_end_well_is_no_certificate(
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_backend_that_always_crashes_is_given_up(
-    jobs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_always_crashes_is_given_up(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MOST_LOSSES", 3)
     record = ran({f"{CORE}{n}": "crash" for n in range(6)}, jobs=jobs)
     assert sorted(statuses(record).values()) == ["error"] * 3 + ["failed"] * 3
@@ -181,9 +179,7 @@ def test_the_first_failure_can_be_the_end(how: str) -> None:
     ({"load": "exit"}, SuiteBroken, "exit code 7 before it loaded anything"),
     ({"collect": "crash"}, SuiteBroken, "SIGSEGV before the cases were collected"),
 ])  # fmt: skip
-def test_nothing_can_be_judged(
-    behaviours: dict[str, str], error: type[Exception], why: str
-) -> None:
+def test_nothing_to_be_judged(behaviours: dict[str, str], error: type[Exception], why: str) -> None:
     with pytest.raises(error, match=why):
         ran(behaviours, only=("nothing",))
 

@@ -71,9 +71,7 @@ def test_a_class_is_registered_under_its_own_name() -> None:
     *((malformed, ValueError, "was asked")
       for malformed in ("a b:C", ":", "reference, z/pu", "reference, cpu:x")),
 ])  # fmt: skip
-def test_what_is_not_there_is_told_with_the_reason(
-    asked: str, error: type[Exception], why: str
-) -> None:
+def test_what_is_not_there_is_told_and_why(asked: str, error: type[Exception], why: str) -> None:
     name, _, device = asked.partition(", ")
     with pytest.raises(error, match=why):
         subject(name, device or "cpu")
@@ -158,9 +156,7 @@ def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
 
 
 @pytest.mark.parametrize("check", [lambda plan: Decision("none", False, "none"), {}.__getitem__])
-def test_a_home_of_what_takes_none_is_the_first(
-    monkeypatch: pytest.MonkeyPatch, check: Any
-) -> None:
+def test_the_home_of_what_takes_none(monkeypatch: pytest.MonkeyPatch, check: Any) -> None:
     modest = subject(f"{BACKENDS}:Modest")
     monkeypatch.setattr(modest.backend, "check", check)
     assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
@@ -236,9 +232,7 @@ def test_a_block_that_is_split_is_launched_in_a_unit_that_fits_its_parts() -> No
     assert largest_unit(split, flat, ids, Index(), 6) == CopyPlan(split.form, flat.form, 6, 0).unit
 
 
-def test_what_fails_only_beside_other_work_is_not_kept_as_an_example(
-    tmp_path: Path, conform: Any
-) -> None:
+def test_what_fails_beside_other_work_alone_is_no_example(tmp_path: Path, conform: Any) -> None:
     """A saved example that passes when it is replayed would only mislead."""
     mutant = "portakv_conformance.mutants.ordering:NoWaitOnProducer"
     words = ["--only", "test_ordering", "--device", "simdev", "--profile", "core", "-x"]

@@ -223,9 +223,7 @@ KERNEL = {"carried out by": "the AscendC kernel", "library": {"libportakv_ascend
     (KERNEL | {"library": {"a.so": "1" * 63}}, "hash of a.so, which carried"),
     (KERNEL | {"library": "a.so"}, "Its library is 'a.so'"),
 ])  # fmt: skip
-def test_a_report_says_what_emulated_and_what_carried_plans_out(
-    facts: dict[str, Any], why: str
-) -> None:
+def test_a_report_says_what_emulated_and_what_carried(facts: dict[str, Any], why: str) -> None:
     said = conform_reports.refusals(changed(conform_reports.emulated(), facts))
     assert why in said
     assert bool(why) == bool(re.search("emulat|librar|hash|holds by", said))

@@ -225,9 +225,7 @@ def test_pairs_stand_in_the_readme_s_order() -> None:
 # -- what never stands apart from a result ---------------------------------------------------------
 
 
-def test_what_a_stand_in_takes_for_true_stands_in_every_form(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_what_a_stand_in_assumes_stands_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
     """In the report, what is printed of it, the ladder's row and list, and `portakv backends`."""
     assert assumed(emulating("mlu")) == ASSUMED
     assert assumed(emulating("npu")) == assumed(emulating("simdev")) == ""
@@ -329,9 +327,7 @@ def test_a_record_that_shows_all_is_read(tmp_path: Path, rung: str) -> None:
 
 
 @pytest.mark.parametrize(("rung", "values", "why"), FORGED)
-def test_a_forged_record_is_refused(
-    tmp_path: Path, rung: str, values: dict[str, Any], why: str
-) -> None:
+def test_forgeries_are_refused(tmp_path: Path, rung: str, values: dict[str, Any], why: str) -> None:
     with pytest.raises(ValueError, match=re.escape(why)) as refused:
         rung_of(read(record_in(tmp_path, rung, **values)), "job.json")
     assert "job.json" in str(refused.value)

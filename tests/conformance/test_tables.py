@@ -92,9 +92,7 @@ def test_a_result_holds_no_place_of_the_machine_and_the_backend_s_own_name(name:
         assert COMMITTED[name]["name"] == name_of(COMMITTED[name]["backend"])
 
 
-def test_the_hardware_table_follows_the_ladder(
-    tables: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hardware_follows_the_ladder(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (mine,) = (r for r in ladders.read().rungs if (r.backend, r.rung) == ("mlu", "R3"))
     real = replace(mine, device="MLU590", rung="R6", emulated=False, told="9 cases", note="")
     gone = replace(mine, source_sha256="0" * 64)

@@ -95,9 +95,7 @@ def test_caches_in_every_container(connector: AdaptiveConnector) -> None:
     [(None, "NoneType"), (SimpleNamespace(tensor=None), "NoneType"), ([3], "int"), ([], "empty")],
     ids=str,
 )
-def test_what_is_no_memory_object(
-    connector: AdaptiveConnector, memory_obj: Any, found: str
-) -> None:
+def test_no_memory_object(connector: AdaptiveConnector, memory_obj: Any, found: str) -> None:
     caches = make_caches()
     with refused(LayoutError, "memory_obj", found, watch=caches):
         connector.to_gpu(memory_obj, caches, SLOTS)

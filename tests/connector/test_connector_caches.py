@@ -78,9 +78,7 @@ def test_reallocated_caches_are_noticed(connector: AdaptiveConnector, change: st
 
 
 @pytest.mark.parametrize("release", [True, False], ids=["unregistered", "replaced"])
-def test_caches_are_kept_while_registered_and_let_go_after(
-    device: torch.device, release: bool
-) -> None:
+def test_caches_are_kept_while_registered_not_after(device: torch.device, release: bool) -> None:
     connector, slots = AdaptiveConnector(device), [1, 6, 15]
     caches, chunk = make_caches(device=device), make_chunk(3, device=device)
     wanted = rows(caches, slots)

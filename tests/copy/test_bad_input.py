@@ -290,9 +290,7 @@ def test_steps_of_any_integer_type() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16])
-def test_rows_of_another_number_type_unless_their_bits_are_meant(
-    scene: Scene, dtype: torch.dtype
-) -> None:
+def test_rows_of_another_type_unless_their_bits_are_meant(scene: Scene, dtype: torch.dtype) -> None:
     """1.0 of float16 would be 0.0078 of bfloat16."""
     caches, chunk = scene.caches, scene.chunk.view(dtype)
     views = KVView(chunk, CHUNK_LAYOUT, heads=HEADS), scene.cache

@@ -309,9 +309,7 @@ def test_calibrate_and_then_explain(folder: Path) -> None:
     assert told["staged"]["measured"]
 
 
-def test_calibrate_as_json_and_what_is_no_table(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibrate_as_json_and_no_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_json("calibrate", "--device", NAME, "--seconds", "30")
     path = Path(found.pop("file"))
     assert path.parent == folder

@@ -268,9 +268,7 @@ def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.Mo
     assert driver.held == [], "a graph's memory is its owner's"
 
 
-def test_the_host_s_memory_is_held_until_the_copy_ended(
-    engine: type[Stores], driver: Driver
-) -> None:
+def test_host_memory_is_held_until_the_copy_ended(engine: type[Stores], driver: Driver) -> None:
     copied = COPIES["gather"]()
     assert judged(copied, engine) == 0
     host = copied.src if engine is Loads else copied.dst
@@ -324,9 +322,7 @@ def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.
     del rubbish
 
 
-def test_a_table_inside_a_capture(
-    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_in_a_capture(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has to be there before; then nothing waits for what was enqueued outside."""
     view = objects().view()
     with monkeypatch.context() as inside:

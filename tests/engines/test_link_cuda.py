@@ -10,6 +10,7 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -161,7 +162,7 @@ class Crossing:
         self._views = []
         for buffer, place in buffers:
             view = KVView(buffer.view(-1, 16), "token dim")
-            patch.setattr(view, "form", SimpleNamespace(place=place))
+            view.form = replace(view.form, place=place)
             self._views.append(view)
         self.links = [CudaLink(torch.device("cuda", at)) for at in range(2)]
 

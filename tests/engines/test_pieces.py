@@ -440,9 +440,7 @@ def test_the_host_side_alone() -> None:
 @pytest.mark.parametrize(
     ("offset", "count", "runs"), [(0, 4 * B, 4), (0, 4 * B - 1, 4 * 2 * L), (1, 2 * B, 3 * 2 * L)]
 )
-def test_whole_blocks_are_one_run_however_they_are_named(
-    offset: int, count: int, runs: int
-) -> None:
+def test_whole_blocks_are_one_run_whatever_names_them(offset: int, count: int, runs: int) -> None:
     """By slots on the device, host blocks that are taken whole lie in one piece all the same; parts
     of blocks are runs of each plane."""
     slots = Index(np.random.default_rng(2).permutation(N * B)[: 4 * B])

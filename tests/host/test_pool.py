@@ -70,9 +70,7 @@ def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make, either: An
         assert pool.pinned == (either is not None)
 
 
-def test_waiting_ends_with_the_time_or_a_release(
-    make: Make, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_ends_by_time_or_a_release(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portakv.host.pool.GROW_AGAIN", 9)  # a release is told of, not found
     with make(1) as pool:
         block = pool.acquire()

@@ -77,9 +77,7 @@ def test_closed_with_blocks_out(name: str) -> None:
                 call()
 
 
-def test_a_pool_that_nobody_closed_leaves_nothing(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_pool_left_open_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does one that was never made say anything."""
     SharedPool(name, SIZE, 2)
     told: list[object] = []
@@ -176,9 +174,7 @@ def test_there_is_room_for_128_and_for_one_in_the_place_of_the_dead(name: str) -
         pool.acquire()
 
 
-def test_the_tables_of_many_blocks_count_in_full(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tables_of_many_blocks_count_in_full(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """64 bytes for each block are more than a numpy type may have."""
     monkeypatch.setattr(_pages, "available", lambda: 1 << 31)
     with refused(HostMemoryError, f"of {(1 << 31) * 128 + 12288} bytes was asked for"):
@@ -235,9 +231,7 @@ def test_a_process_killed_while_it_makes_the_file(name: str) -> None:
         SharedPool(name)
 
 
-def test_one_that_lives_and_holds_the_tables_is_told_of(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_that_holds_the_tables_is_told_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shared, "PATIENCE", 0.05)
     with SharedPool(name, SIZE, 1) as pool, SharedPool(name) as other:
         with other._exclusive(), pytest.raises(HostMemoryError, match="may be stopped"):
@@ -275,9 +269,7 @@ def test_a_child_does_not_keep_its_parent_s_locks(name: str) -> None:
         pool.acquire().release()
 
 
-def test_the_dead_of_another_container_are_buried_later(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_another_container_s_dead_go_later(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with SharedPool(name, SIZE, 1) as pool:
         child = holder(name, 1)
         monkeypatch.setattr(shared, "process_space", lambda: -1)

@@ -88,9 +88,7 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("text", "at", "why"), ERRORS, ids=[repr(e[0]) for e in ERRORS])
-def test_an_error_shows_the_string_with_the_place_marked(
-    text: str, at: int | str, why: str
-) -> None:
+def test_an_error_shows_the_string_and_the_place(text: str, at: int | str, why: str) -> None:
     with pytest.raises(LayoutError, match=why) as caught:
         parse(text)
     _, shown, caret = str(caught.value).split("\n")

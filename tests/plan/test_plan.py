@@ -78,9 +78,7 @@ def test_the_unit_is_what_is_asked_or_the_most_that_steps_and_block_sizes_allow(
     [(FLAT, 0, False), (FLAT, 4, True), (POOL, 0, False), (POOL, 1, True), (P16, 0, True),
      (LISTED, 0, True)],
 )  # fmt: skip
-def test_sides_with_ids_or_with_tokens_apart_are_aligned(
-    src: Form, step: int, aligned: bool
-) -> None:
+def test_sides_with_ids_or_tokens_apart_are_aligned(src: Form, step: int, aligned: bool) -> None:
     plan = CopyPlan(src, FLAT, step, 0)
     assert (plan.aligned("src"), plan.aligned("dst")) == (aligned, False)
 

@@ -227,7 +227,7 @@ def test_what_was_chosen_is_logged_once(
     assert len([line for line in said if "backend reference in place of picky" in line]) == 1
 
 
-def test_an_entry_point_cannot_replace_a_built_in(
+def test_an_entry_point_replaces_no_built_in(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_entry_point(tmp_path, "reference", "support.small_backends:Small")
@@ -298,7 +298,7 @@ def fails(plan: CopyPlan) -> bool:
 @pytest.mark.parametrize(
     ("how", "judge"), [("rejects", no_layers), ("refuses", no_layers), ("refuses", fails)]
 )
-def test_a_plan_not_taken_falls_back_and_says_so(
+def test_a_plan_not_taken_falls_back_aloud(
     caches: list[torch.Tensor], how: str, judge: Any
 ) -> None:
     backend = small_backend("picky", **{how: judge})

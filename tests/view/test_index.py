@@ -39,9 +39,7 @@ def indices(draw: st.DrawFn) -> tuple[Index, int, list[int]]:
 
 
 @given(indices(), st.integers(0, 48))
-def test_the_definition_from_any_position_on(
-    case: tuple[Index, int, list[int]], passed: int
-) -> None:
+def test_the_definition_from_any_position(case: tuple[Index, int, list[int]], passed: int) -> None:
     index, count, slots = case
     passed = min(passed, count)
     found = index.shifted(passed).slots(count - passed)
