@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inside the schema job: torch_npu's own schemas against the pinned ones, and calls it must refuse.
 
-Runs as ``python -m portakv_conformance.vendor.ascend_checks`` where torch_npu can be imported, and
+Runs as ``python -m portakv_conformance.vendor.ascend_checks`` if torch_npu can be imported, and
 prints one JSON document.
 """
 

@@ -3,8 +3,8 @@
 
 `enter` makes the device ``npu`` known to torch through the vendor's own package, and puts torch's
 CPU kernels behind exactly the ops named here, on the memory that the vendor's allocator gave. Any
-other op raises: here, where its thread is watched, else in the stub. What computes is never the
-vendor's; what decides whether a call is well formed is.
+other op raises: here, if its thread is watched, else in the stub. The vendor's code never computes;
+it decides whether a call is well formed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from portakv_conformance.vendor import ascend_ops
 
 #: What emulates below the vendor's package: it is hashed with this file, since it is named here.
 BENEATH = "portakv_conformance.vendor.cann_stub"
-#: Names a folder where each process leaves, as JSON, how often it called each op.
+#: Names a folder in which each process leaves, as JSON, how often it called each op.
 CALLS = "PORTAKV_ASCEND_CALLS"
 #: How often each op was called in this process.
 calls: Counter[str] = Counter()
@@ -43,7 +43,7 @@ _VENDOR: dict[str, Callable[..., Any]] = {
     "aten::index_copy_": ascend_ops.index_copy_,
 }
 # What the library and the suite need around them, by torch's own kernels: arithmetic on ids,
-# comparisons, fills. `clone` and `copy_` are the vendor's where they move plain bytes.
+# comparisons, fills. `clone` and `copy_` are the vendor's if they move plain bytes.
 _PLAIN = (
     "aten::add.Tensor", "aten::add_.Tensor", "aten::mul.Tensor", "aten::floor_divide",
     "aten::remainder.Scalar", "aten::clamp", "aten::ge.Scalar", "aten::__and__.Tensor",
@@ -155,7 +155,7 @@ def _run(name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> 
 
 
 def _copy(vendor: Any, target: torch.Tensor, source: torch.Tensor, late: bool = False) -> Any:
-    """`copy_` by the vendor's kernel where it moves plain bytes; CANN would compute the rest."""
+    """`copy_` by the vendor's kernel if it moves plain bytes; CANN would compute the rest."""
     alike = target.dtype == source.dtype and target.shape == source.shape
     if alike and target.is_contiguous() and source.is_contiguous():
         calls["aten::copy_, the vendor's"] += 1

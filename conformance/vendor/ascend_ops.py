@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What torch_npu's ops do that ``portakv.backends.ascend`` calls, in torch, and what they forbid.
+"""The ops of torch_npu that ``portakv.backends.ascend`` calls, in torch, and what they forbid.
 
 The constraints are those of the docstrings in torch_npu 2.13.0 and of CANN's pages on
 aclnnScatterPaKvCache, aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and
-aclnnInplaceIndexCopy, for Atlas A2 and A3. Where the hardware would fault or write what nobody
+aclnnInplaceIndexCopy, for Atlas A2 and A3. If the hardware would fault, or write what was not
 asked for, these raise `Refused`. They run on tensors of any device; numbers that only the device
-knows are checked where they can be read without waiting, which is on a CPU.
+knows are checked if they can be read without waiting: on a CPU.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Refused(RuntimeError):
 
 
 def check_current(name: str, tensors: Iterable[torch.Tensor]) -> None:
-    """Raise `Refused` where an op is called with tensors of another device than the current one,
+    """Raise `Refused` if an op is called with tensors of another device than the current one,
     on which torch_npu would launch it."""
     current = torch.accelerator.current_device_index()
     for where in (tensor.device for tensor in tensors):

@@ -56,7 +56,7 @@ class JobError(RuntimeError):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Do the job; 0 where every schema is as pinned and the suite passes, 1 where not."""
+    """Do the job; 0 if every schema is as pinned and the suite passes, else 1."""
     asked = _parser().parse_args(argv)
     began = time.monotonic()
     try:
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     add = parser.add_argument
     add("--venv", type=Path, default=directory() / "ascend-venv", metavar="DIR",
-        help="the environment; made where it is not, kept for the next time")  # fmt: skip
+        help="the environment; made if it is not there, kept for the next time")  # fmt: skip
     add("--report", type=Path, default=Path("out"), metavar="DIR", help="where reports go")
     add("--profile", choices=("core", "full"), default="full", help="of the suite (default: full)")
     return parser
@@ -122,7 +122,7 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
 
 
 def _environment(venv: Path, python: Path) -> Path:
-    """Make the environment where it is not whole; returns the vendor's wheel."""
+    """Make the environment if it is not whole; returns the vendor's wheel."""
     wheels = venv / "wheels"
     if not python.exists():
         run([sys.executable, "-m", "venv", str(venv)])

@@ -114,7 +114,7 @@ def run(
     emulation found what hardware would refuse.
 
     Args:
-        memory: what it may touch: address, bytes, whether it may be written, where the bytes are.
+        memory: what it may touch: address, bytes, whether it may be written, address of its bytes.
     """
     lent = b"".join(_MEMORY.pack(*one) for one in memory)
     why = ctypes.create_string_buffer(512)
@@ -127,7 +127,7 @@ def run(
 
 @cache
 def library() -> ctypes.CDLL:
-    """The kernel with the emulation, loaded; built by g++ where no process did before.
+    """The kernel with the emulation, loaded; built by g++ unless a process did before.
 
     Raises:
         Unsupported: g++ failed.
@@ -141,7 +141,7 @@ def library() -> ctypes.CDLL:
 
 @cache
 def library_file() -> str:
-    """Where this process can load that library from."""
+    """The path from which this process can load that library."""
     with as_file(files("portakv_native.ascend")) as sources:
         texts = [path.read_text() for path in sorted(sources.rglob("*.h"))]
         main = sources / "emulation" / "library.cpp"

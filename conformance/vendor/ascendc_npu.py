@@ -8,7 +8,7 @@ asked and launched by `portakv.backends.ascend_kernel`::
 
     portakv conform portakv_conformance.vendor.ascendc_npu:AscendKernel --device simdev:npu
 
-judges `ascend` with its kernel, and so does ``portakv conform ascend --device simdev:npu`` where
+judges `ascend` with its kernel, and so does ``portakv conform ascend --device simdev:npu`` if
 ``PORTAKV_ASCENDC`` names a library that ``native/ascend/emulation/run.sh library`` has built.
 """
 
@@ -49,7 +49,7 @@ _kept: list[Any] = []
 
 
 class AscendKernel(Ascend):
-    """`ascend` with the emulated kernel, built by g++ where nobody has."""
+    """`ascend` with the emulated kernel, built by g++ if it is not yet."""
 
     name = "ascend-kernel"
 
@@ -69,8 +69,8 @@ class _Stream(torch.Stream):
 
 
 def install(path: str | None) -> None:
-    """Let the simulated device run the launches of the library at a path; nothing where that is
-    none which emulates."""
+    """Let the simulated device run the launches of the library at a path; nothing if that does
+    not emulate the kernel."""
     with suppress(OSError, AttributeError):
         if path:
             _install(path)
@@ -95,8 +95,8 @@ def _install(path: str) -> None:
 
 
 def run_at_once(path: str) -> list[int]:
-    """Let the library at a path run its launches when they are made, where the device's memory is
-    the host's: torch_npu over a stub of CANN. The handles of the streams come into the list."""
+    """Let the library at a path run its launches when they are made: for torch_npu over a stub of
+    CANN, whose device memory is the host's. The handles of the streams come into the list."""
     library, handles = ctypes.CDLL(path), []
     rows = ascendc_emulated.library().portakv_emulated_rows
 
@@ -145,7 +145,7 @@ def _serve(
             )  # fmt: skip
     except _HostMemory:
         return _NO_DEVICE_MEMORY
-    except Exception:  # who called is C++: it would go no further, and nobody would be told
+    except Exception:  # the caller is C++, which would drop it without a word
         traceback.print_exc()
         return _INTERNAL_ERROR
     return 0

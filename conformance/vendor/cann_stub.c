@@ -50,7 +50,7 @@ int aclrtDeviceCanAccessPeer(int32_t *can, int32_t from, int32_t to) {
 }
 QUIET(aclrtDeviceEnablePeerAccess)
 
-// Memory. What nobody wrote is poison, so that reading it shows.
+// Memory. It is filled with poison, so that a read of what was not written shows.
 static int allocate(void **to, size_t bytes) {
     size_t whole = (bytes + LINE - 1) / LINE * LINE + LINE;
     *to = aligned_alloc(LINE, whole);

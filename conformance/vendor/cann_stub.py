@@ -20,7 +20,7 @@ _NAMES = (
     "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "opapi", "cust_opapi",
 )  # fmt: skip
 _FUNCTION = re.compile(r"^(?:acl|rt|Msprof|Hccl|hccl)[A-Za-z0-9_]*$")
-# The adapter for ATB, which torch_npu loads only where NNAL is installed.
+# The adapter for ATB, which torch_npu loads only if NNAL is installed.
 _OPTIONAL = "libop_plugin_atb.so"
 
 

@@ -59,9 +59,9 @@ def _build(command: Sequence[str]) -> bytes:
 
 
 def in_memory(name: str, library: bytes) -> str:
-    """Where this process can load a library from. It has no name on disk: nothing can put another
-    in its place between check and load. And it stays open: the loader takes a name that comes
-    again for the library that it had."""
+    """The path from which this process can load a library. It has no name on disk: nothing can put
+    another in its place between check and load. And it stays open: the loader takes a path that
+    comes again for the library that it had."""
     handle = os.memfd_create(name)
     with os.fdopen(handle, "wb", closefd=False) as file:
         file.write(library)

@@ -150,7 +150,7 @@ def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[C
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    # Where nvcc is installed, hipcc would else act as nvcc.
+    # If nvcc is installed, hipcc would else act as nvcc.
     environment = {**os.environ, "HIP_PLATFORM": "amd"}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
 
@@ -169,7 +169,7 @@ def _print(found: list[Code], targets: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Build, judge and print; 1 where something is wrong, else 0."""
+    """Build, judge and print; 1 if something is wrong, else 0."""
     asked = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
     asked.add_argument("targets", nargs="*", default=list(TARGETS))
     asked.add_argument("--report", type=Path, help="a JSON file for what was found")

@@ -30,7 +30,7 @@ _FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC"
 
 
 def compiler() -> str | None:
-    """The C++ compiler that builds the library and then the kernels; None where there is none."""
+    """The C++ compiler that builds the library and then the kernels; None if there is none."""
     return cpp.compiler("g++")
 
 
@@ -69,7 +69,7 @@ def fake_driver() -> Driver:
 
 
 class HostCard(Card):
-    """The CPU where a HIP device would be."""
+    """The CPU in place of a HIP device."""
 
     def _facts(self) -> tuple[str, str]:
         return "emulated on the CPU", ARCHITECTURE

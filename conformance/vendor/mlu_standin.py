@@ -21,7 +21,7 @@ import torch
 EMULATED = True
 #: What has to be true for a result on this stand-in to be one on the device; reports say it.
 ASSUMPTION = "by assumption: the vendor has not confirmed the ops' signatures"
-#: Where the signature of each function is known from; a record of R1 lists them (`contents`).
+#: The source of each function's signature; a record of R1 lists them (`contents`).
 SOURCES = {
     "torch_mlu_ops.reshape_paged_cache": (
         "Cambricon/vllm-mlu@8fa99fd, vllm_mlu/_mlu_ops.py: what the vendor's own code passes, all "

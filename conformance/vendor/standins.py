@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from importlib import import_module
 
-#: Names what emulates a device where that is not the simulated one, ``package.module:function``;
+#: Names what emulates a device if that is not the simulated one, ``package.module:function``;
 #: the vendor's jobs set it for the processes that they start. The function gets the device's name.
 EMULATION = "PORTAKV_EMULATION"
 
@@ -20,8 +20,8 @@ STANDINS = {
 
 
 def emulating(name: str) -> tuple[str, ...]:
-    """The modules that emulate a device of that name, where `source.source_files` starts: what a
-    report holds for, and expires with."""
+    """The modules that emulate a device of that name, from which `source.source_files` starts: a
+    report holds for them, and expires with them."""
     module = os.environ.get(EMULATION, "").partition(":")[0]
     if module:
         return (module,)
@@ -36,7 +36,7 @@ def install(name: str) -> None:
 
 
 def enter(name: str) -> bool:
-    """Make a device known by what `EMULATION` names; False where it names nothing."""
+    """Make a device known by what `EMULATION` names; False if it names nothing."""
     module, _, function = os.environ.get(EMULATION, "").partition(":")
     if not module:
         return False
