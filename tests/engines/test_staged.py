@@ -342,11 +342,11 @@ def test_threads_that_settle_one_slice_at_once_agree(
 @pytest.mark.parametrize("host", [CHUNKS[0], PAGED[0]], ids=["one allocation", "several"])
 @pytest.mark.parametrize("listed", [False, True])
 @pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
+@pytest.mark.usefixtures("slices")
 def test_what_is_kept_of_a_transfer_serves_no_other(
-    engine: type[Engine], listed: bool, host: str, downward: bool, monkeypatch: pytest.MonkeyPatch
+    engine: type[Engine], listed: bool, host: str, downward: bool
 ) -> None:
     """Other ids of the host, another offset, count or memory, by one launch of the same rows."""
-    small_slices(monkeypatch, 512)
     orders = [np.random.default_rng(seed).permutation(TOKENS).tolist() for seed in (1, 2)]
     case = replace(USUAL, host=host, host_ids=(orders[0], 1) if listed else None)
     transfer = Transfers(engine(DEVICE), downward, case)
