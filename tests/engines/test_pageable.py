@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.device_cases import delay, on
+from support.device_cases import current, delay, on
 from support.engine_cases import CHUNKS, DOWNWARD, Case, Transfers, broken_at, small_slices
 from support.guarded_memory import tensors_in
 from support.simdev_cases import DEVICE
@@ -16,7 +16,7 @@ from support.threads import run_threads
 
 from portakv import Index, KVView
 from portakv.backends.strided import HostRows
-from portakv.engines import pageable, staged
+from portakv.engines import pageable, staged, staging
 from portakv.engines.link import link_of
 from portakv.engines.pageable import Ring
 from portakv.engines.slices import Sizes
@@ -163,6 +163,22 @@ def test_buffers_are_replaced_once_nothing_crosses(accelerator: torch.device, en
             buffers.end(at, link)
         buffers.reserve(128 << at)
         assert link.query()
+
+
+@pytest.mark.simdev
+@pytest.mark.usefixtures("small")
+def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer, busy, copy = between_chunks(DEVICE, True), list[bool](), HostRows.copy
+    transfer()
+    link = staging.staging(DEVICE, current(DEVICE)).link
+
+    def noted(*arguments: Any) -> None:
+        busy.append(not link.query())
+        copy(*arguments)
+
+    monkeypatch.setattr(HostRows, "copy", noted)
+    transfer()
+    assert all(busy[:-1])
 
 
 # Slices
