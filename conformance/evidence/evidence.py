@@ -125,7 +125,7 @@ def _of_job(file: Path, values: Any) -> Rung:
         raise ValueError(f"{file}: {what!r} is not borne out. {' '.join(wrong)}")
     if what not in JOBS:
         raise ValueError(f"{file} says {what!r}; expected one of {', '.join(JOBS)}.")
-    told = ", ".join(str(part) for part in (what, values.get("told")) if part)
+    told = f"{what}, {_counts(values)}".removesuffix(", ")
     return Rung(
         evidence="", rung=JOBS[what] if right else "", told=told if right else f"failed: {told}",
         backend=values["name"], target=values["backend"], source_sha256=values["source_sha256"],
@@ -136,6 +136,15 @@ def _of_job(file: Path, values: Any) -> Rung:
         vendor=dict(values.get("vendor", {})), emulation=dict(values.get("emulation", {})),
         assumption=str(values.get("assumption", "")),
     )  # fmt: skip
+
+
+def _counts(values: dict[str, Any]) -> str:
+    """What a job told; counts as in the row of a report: ``1,797 passed, 2 not claimed``."""
+    told = str(values.get("told") or "")
+    printed = " ".join(map(str, values["printed"])) if told else ""
+    if whole := re.search(re.escape(told) + r", \d+ not-claimed", printed):
+        told = whole[0]
+    return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", told.replace("-claimed", " claimed"))
 
 
 def rung_of(said: Rung, file: str, *, device: str = "", note: str = "") -> Rung:

@@ -455,13 +455,16 @@ def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
         "backend": ASCENDC, "device": "cpu, emulated", "emulated_by": sources,
         "tells": r"profile\s+\w+,\s+seed\s+\d+:\s+\d[^.]*?(?=\s+in\s)",
     }  # fmt: skip
-    printed, file = "on cpu: profile full, seed 0: 1721 passed in 9.1 s", tmp_path / "job.json"
+    printed = "on cpu: profile full, seed 0: 1721 passed, 2 not-claimed in 9.1 s"
+    file = tmp_path / "job.json"
     assert not recorded("R3", printed, tmp_path, **job | {"tells": r"\d+ failed"})["right"]
     record = recorded("R3", printed, tmp_path, **job)
     row = rung_of(read(file), "job.json")
     assert (row.backend, row.assumption) == ("ascendc-emulated", ASSUMED)
     assert row.emulation == {module: source_sha256(module) for module in sources}
-    assert row.told == "semantics emulated, profile full, seed 0: 1721 passed"
+    assert row.told == "semantics emulated, profile full, seed 0: 1,721 passed, 2 not claimed"
+    file.write_text(json.dumps(record | {"told": "profile full, seed 0: 1721 passed"}))
+    assert read(file).told == row.told, "the rest of the sentence belongs to it"
     file.write_text(json.dumps(record | {"told": "profile full: 9999 passed"}))
     with pytest.raises(ValueError, match="'profile full: 9999 passed' was not printed"):
         read(file)
