@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 from weakref import ref
@@ -36,13 +36,18 @@ class Batch(NamedTuple):
     starts: list[int]
     ends: list[int | None]
 
-    def check(self) -> None:
-        """Refuse a batch whose memory objects have not one start and one end each."""
-        if not len(self.memory_objs) == len(self.starts) == len(self.ends):
+    @classmethod
+    def of(cls, memory_objs: Any, slot_mapping: Ids | None, starts: Any, ends: Any) -> Batch:
+        """As a caller passed them; `SlotError` unless each object has one start and one end."""
+        passed = memory_objs, starts, ends
+        lists: list[Any] = [[*each] if isinstance(each, Iterable) else None for each in passed]
+        count, *others = (None if each is None else len(each) for each in lists)
+        if count is None or others != [count, count]:
             raise SlotError(
-                f"{len(self.memory_objs)} memory objects came with {len(self.starts)} starts and "
-                f"{len(self.ends)} ends; pass one start and one end for each."
+                f"{count} memory objects came with {others[0]} starts and {others[1]} ends; pass a "
+                f"list of each, one start and one end for each memory object."
             )
+        return cls(lists[0], slot_mapping, lists[1], lists[2])
 
 
 class Registration:

@@ -153,7 +153,7 @@ class AdaptiveConnector:
         stream: torch.Stream | None = None,
     ) -> Transfer:
         """`from_gpu` of several chunks; one launch for each set of equal shape and strides."""
-        batch = Batch(list(memory_objs), slot_mapping, list(starts), list(ends))
+        batch = Batch.of(memory_objs, slot_mapping, starts, ends)
         return self._move_batch(True, kv_caches, batch, stream)
 
     def batched_to_gpu(
@@ -167,7 +167,7 @@ class AdaptiveConnector:
         stream: torch.Stream | None = None,
     ) -> Transfer:
         """`to_gpu` of several chunks; one launch for each set of equal shape and strides."""
-        batch = Batch(list(memory_objs), slot_mapping, list(starts), list(ends))
+        batch = Batch.of(memory_objs, slot_mapping, starts, ends)
         return self._move_batch(False, kv_caches, batch, stream)
 
     def explain(self, tokens: int = 256) -> str:
@@ -247,7 +247,6 @@ class AdaptiveConnector:
     def _move_batch(
         self, store: bool, kv_caches: Caches, batch: Batch, stream: torch.Stream | None
     ) -> Transfer:
-        batch.check()
         if is_compiling():
             return self._traced(store, kv_caches, batch, stream)
         caches = self._caches(kv_caches)

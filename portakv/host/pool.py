@@ -10,7 +10,7 @@ import time
 import traceback
 import warnings
 from collections import deque
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Real
@@ -367,9 +367,9 @@ class PinnedPool(Pool):
 
 def ending(after: Any, *names: str) -> Callable[[], Any]:
     """The first of these methods of what a block is released after, which tells its end."""
-    for ask in (getattr(after, name, None) for name in names):
-        if callable(ask) and not isinstance(after, type):
-            return ask
+    asks: Iterator[Callable[[], Any]] = filter(callable, (getattr(after, x, None) for x in names))
+    if not isinstance(after, type) and (ask := next(asks, None)) is not None:
+        return ask
     raise HostMemoryError(
         f"A block was released after a {type(after).__name__}, which does not say when it ends; "
         f"pass a transfer, an event, or anything with {'() or '.join(names)}()."
