@@ -74,9 +74,6 @@ def test_nothing_to_copy() -> None:
         copy_(memory.as_strided((3, 4), (1, 1)), filled((3, 4), torch.int32))
 
 
-# What is refused
-
-
 def test_tensors_that_differ(device: torch.device) -> None:
     dst = filled((4, 4), torch.int32, device=device)
     plain = torch.zeros(4, 4, dtype=torch.int32)
@@ -180,9 +177,6 @@ def _nested(dims: list[tuple[int, int]]) -> bool:
 
 def _strided(memory: torch.Tensor, dims: list[tuple[int, int]], offset: int) -> torch.Tensor:
     return memory.as_strided([n for n, _ in dims], [stride for _, stride in dims], offset)
-
-
-# Rows at a pitch
 
 
 @pytest.mark.parametrize(

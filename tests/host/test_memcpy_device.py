@@ -128,9 +128,6 @@ def test_every_byte_lands(
         assert copied.waited is not (non_blocking and late)
 
 
-# Order
-
-
 @pytest.mark.parametrize(
     ("target", "source"),
     [("pinned", "device"), ("device", "pinned"), ("pinned rows", "device"),
@@ -224,9 +221,6 @@ def test_the_default_stream_is_a_stream() -> None:
     assert same(dst, src)
 
 
-# Memory
-
-
 def test_what_is_freed_while_a_copy_flies(accelerator: torch.device, way: str) -> None:
     src, back = pinned(ROWS, 2 * WIDTH)[:, :WIDTH], pinned(ROWS, 2 * WIDTH)[:, :WIDTH]
     wanted, side = src.clone(), torch.Stream(accelerator)
@@ -280,9 +274,6 @@ def test_memory_that_is_pinned_only_at_its_beginning(
     assert (copied.way, copied.waited) == ("torch", True)
     assert same(dst, src[:, :WIDTH])
     del held
-
-
-# Two devices, graphs, refusals
 
 
 @pytest.mark.parametrize("on_source", [None, True, False])

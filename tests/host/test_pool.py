@@ -45,9 +45,6 @@ def make(request: pytest.FixtureRequest) -> Make:
     return lambda blocks, size=SIZE, **more: request.param(*named, size, blocks, **more)
 
 
-# Of either kind
-
-
 def test_blocks_lie_apart_have_their_size_and_are_counted(make: Make, either: Any) -> None:
     with make(5, alignment=256) as pool:
         assert (pool.free, pool.blocks, pool.high_water) == (5, 5, 0)
@@ -222,9 +219,6 @@ def test_arguments_that_mean_nothing(make: Make) -> None:
                     pool.adopt(block.index, wrong)
             pool.acquire("\ud800").release()  # no text that could be encoded
         assert pool.free == 1
-
-
-# In one process
 
 
 def test_it_grows_up_to_its_limit_and_then_names_the_owners_of_blocks() -> None:

@@ -189,9 +189,6 @@ def test_a_block_that_a_predecessor_left_is_free(name: str) -> None:
             assert next_one.free == 2
 
 
-# When one of the processes dies
-
-
 def test_blocks_of_a_killed_process_are_taken_back_when_needed(name: str) -> None:
     with SharedPool(name, SIZE, 4) as pool:
         dead, living = holder(name, 2), holder(name, 1)

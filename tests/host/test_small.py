@@ -164,8 +164,6 @@ def zeros(count: int) -> torch.Tensor:
     return torch.zeros(count, dtype=torch.int64)
 
 
-# The way
-
 SHARED = "it reads pageable memory by the host's page tables"
 WITHOUT = "cuda-bindings is not installed"
 OLD = "Compute capability 6.0 was asked of NVRTC 13."

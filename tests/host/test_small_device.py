@@ -54,9 +54,6 @@ def test_the_best_way() -> None:
     assert str(INLINE) in longer.why
 
 
-# Order
-
-
 @each_way
 @pytest.mark.parametrize("pinned", [False, True])
 @pytest.mark.parametrize("count", [1, 64, INLINE // 8])
@@ -155,9 +152,6 @@ def test_values_are_kept_until_they_were_read(place: Place, call: str, side: tor
         assert all(same_bits(one, wanted + nth) for nth, one in enumerate(landed))
         assert len(rubbish) == 32
         assert copies_holding_memory() == 0
-
-
-# Graphs
 
 
 @pytest.mark.simdev
