@@ -59,7 +59,7 @@ def test_the_report_is_about_what_is_pinned_and_called_now(report: dict[str, Any
     assert all(report["ops_called"][name] for name in moves)
 
 
-def test_the_suite_s_report_beside_it_stands_and_is_about_the_backend_as_it_is(
+def test_the_suite_s_report_stands_and_is_about_the_backend_as_it_is(
     report: dict[str, Any],
 ) -> None:
     suite = report["conformance"]

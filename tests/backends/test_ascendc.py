@@ -217,9 +217,7 @@ def test_memory_that_was_not_given_is_not_touched(monkeypatch: pytest.MonkeyPatc
     ("setting", "told"),
     [(Setting(0, 4096, 0), "no core"), (Setting(1, 512, 0), "ask the platform")],
 )
-def test_launches_that_cannot_be_right(
-    setting: Setting, told: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_launches(setting: Setting, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ascendc_emulated, "SETTINGS", (setting,))
     copied = gathered(64)
     with refused(TransferError, told, watch=copied.dst.tensors):

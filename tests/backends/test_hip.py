@@ -163,9 +163,7 @@ def test_libraries_that_cannot_be_used(
     assert reason().endswith(last)
 
 
-def test_the_dtk_s_runtime_with_hiprtc_in_it(
-    libraries: dict[str, list[str]], tmp_path: Path
-) -> None:
+def test_the_dtk_s_runtime_with_hiprtc(libraries: dict[str, list[str]], tmp_path: Path) -> None:
     """As `libgalaxyhip.so`, behind one that does not load; the compiler is in the runtime."""
     place = tmp_path / "libgalaxyhip.so.5"
     place.write_bytes(built())

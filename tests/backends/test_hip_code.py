@@ -172,7 +172,7 @@ def test_without_the_words_for_amd_the_check_fails(
 
 
 @needs_hipcc
-def test_a_target_that_the_compiler_does_not_know(
+def test_a_target_unknown_to_the_compiler(
     few: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert hip_code.main([*few, "gfx936"]) == 1

@@ -76,7 +76,7 @@ def ask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 @pytest.mark.parametrize("kind", ["npu", "mlu"])
-def test_other_devices_are_refused_before_the_package_is_imported(
+def test_others_are_refused_before_the_package_is_imported(
     kind: str, device: str, ask: Any
 ) -> None:
     told = ask(kind, "raise SystemExit('imported')", device)

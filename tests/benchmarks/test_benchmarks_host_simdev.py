@@ -155,9 +155,7 @@ def beside(monkeypatch: pytest.MonkeyPatch, fails: Callable[[int], None]) -> tup
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("at", [1, 2, 8])  # while it is tried alone, and beside the loop
-def test_one_that_fails_beside_a_loop_leaves_others(
-    at: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_beside_a_loop_leaves_others(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(times: int) -> None:
         if times >= at:
             raise RuntimeError("no such kernel\nand more")
@@ -169,9 +167,7 @@ def test_one_that_fails_beside_a_loop_leaves_others(
 
 
 @pytest.mark.simdev
-def test_a_way_that_takes_the_device_ends_the_step_with_what_there_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_that_takes_the_device_ends_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.get_device_module(DEVICE)
     synchronize = Mock(wraps=module.synchronize)
     monkeypatch.setattr(module, "synchronize", synchronize)

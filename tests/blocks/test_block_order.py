@@ -201,7 +201,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.simdev
 @SIDE
-def test_ids_of_one_call_cross_together_and_keep_no_host_waiting(
+def test_ids_of_one_call_cross_together_without_a_wait(
     side: bool, way: str, sent: list[int]
 ) -> None:
     device = simdev_cases.DEVICE

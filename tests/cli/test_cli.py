@@ -123,9 +123,7 @@ def test_what_cannot_be_obeyed_ends_with_a_sentence(line: str, option: list[str]
 
 
 @pytest.mark.parametrize("line", ["demo", "explain epd epd"])
-def test_an_unknown_name_says_where_the_trace_is(
-    line: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unknown_names_say_where_the_trace_is(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
     code, out, err = run(*line.split())
     assert (code, out) == (1, "")

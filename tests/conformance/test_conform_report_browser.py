@@ -105,9 +105,7 @@ def test_the_matrix_scrolls_in_its_own_box_on_a_phone(browser: Browser, pages: P
     assert browser.ask(f"Math.abs({left} - {box}.getBoundingClientRect().left)") < 3
 
 
-def test_cases_are_filtered_by_status_area_words_and_a_cell_of_the_matrix(
-    browser: Browser, pages: Pages
-) -> None:
+def test_cases_are_filtered_by_status_area_words_and_a_cell(browser: Browser, pages: Pages) -> None:
     record = conform_reports.failing()
     browser.open(pages["failing"], 1280, 900, "light")
     assert browser.ask(SEEN) == len(record.cases)

@@ -140,9 +140,7 @@ def test_one_that_always_crashes_is_given_up(jobs: int, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
-def test_losses_that_are_not_in_a_row_cost_their_cases_only(
-    jobs: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_losses_not_in_a_row_cost_their_cases(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MOST_LOSSES", 2 * jobs)
     behaviours = {f"{CORE}{n}": "crash" if n % 3 == 0 else "pass" for n in range(12)}
     found = statuses(ran(behaviours, jobs=jobs))

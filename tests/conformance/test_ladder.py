@@ -363,9 +363,7 @@ def test_a_stand_in_s_signatures_and_their_sources() -> None:
     assert "vllm-mlu@8fa99fd" in scatter["source"]
 
 
-def test_a_result_is_kept_with_its_row(
-    tmp_path: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_results_are_kept(tmp_path: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "keep", partial(keep, check=lambda text: []))  # no suite has them
     monkeypatch.setattr(ladders, "why_expired", partial(why_expired, digest=lambda _: "a" * 64))
     job = record_in(tmp_path, "R4", name="ascendc-emulated", backend=ASCENDC)
@@ -512,9 +510,7 @@ def test_places_are_left_out(printed: str, kept: str) -> None:
     ({"backend": {"name": "acme"}}, "unreadable: it does not say the backend's target"),
     ({"environment": {"python": " "}}, "is unreadable"),
 ])  # fmt: skip
-def test_an_old_or_foreign_report_is_refused_in_words(
-    tmp_path: Path, values: dict[str, Any], why: str
-) -> None:
+def test_old_or_foreign_reports_refused(tmp_path: Path, values: dict[str, Any], why: str) -> None:
     known = {name: values[name] for name in ("environment", "backend") if values.get(name)}
     run = changed(passing(), **known)  # sealed anew
     told = json.loads(run.document()) | ({} if known else values)

@@ -159,9 +159,7 @@ def test_caches_of_two_threads_are_not_mixed_up(connector: AdaptiveConnector, at
 
 @pytest.mark.parametrize("how", ["data", "set_", "resized", "freed"])
 @pytest.mark.parametrize("layer", [0, 1])
-def test_caches_that_were_given_other_memory_are_noticed(
-    how: str, layer: int, device: torch.device
-) -> None:
+def test_caches_given_other_memory_are_noticed(how: str, layer: int, device: torch.device) -> None:
     """The long way, which host ids take, looks at every layer; a shortcut at the first."""
     shape = (2, 4, 4, 2, 8)
     caches = [torch.zeros(shape, dtype=torch.float16, device=device) for _ in range(3)]

@@ -89,9 +89,7 @@ class Counter(CompileCounterWithBackend):
 @DEVICE
 @COMPILER
 @pytest.mark.parametrize("registered", [True, False])
-def test_a_store_stands_behind_writes_and_before_reads(
-    device: str, compiler: str, registered: bool
-) -> None:
+def test_a_store_behind_writes_before_reads(device: str, compiler: str, registered: bool) -> None:
     connector, caches, _ = scene(device)
     passed = None if registered else caches
 

@@ -242,9 +242,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return asked
 
 
-def test_a_delay_hides_what_the_host_does_first(
-    delays: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_delay_hides_the_host_s_work(delays: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibration, "SEEN", 0.2)
     timer = Timer(DEVICE)
     assert timer.name == DELAYED

@@ -237,9 +237,7 @@ def test_a_forced_engine_carries_out_what_another_would() -> None:
             launch.launch_by(name, move, None)
 
 
-def test_costs_are_read_when_it_is_prepared_and_a_pick_is_made_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_costs_are_read_and_a_pick_is_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[torch.device] = []
     with monkeypatch.context() as patch:
         patch.setattr(chosen, "costs_of", asked.append)
@@ -251,9 +249,7 @@ def test_costs_are_read_when_it_is_prepared_and_a_pick_is_made_once(
     assert launch.pick(moved(*move[:2], apart(30))) is first
 
 
-def test_a_pick_that_was_under_way_when_its_engine_went_out_does_not_last(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_pick_under_way_when_its_engine_goes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     real = chosen.pick
     with engines(monkeypatch, direct="Late"):
         launch, move = ready(2)

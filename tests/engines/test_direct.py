@@ -169,9 +169,7 @@ def test_a_copy_of_several_launches(
     assert len(driver.launches) == launches, "nothing is no launch"
 
 
-def test_a_unit_of_more_vectors_than_are_counted(
-    engine: type[Stores], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_unit_of_too_many_vectors(engine: type[Stores], monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_VECTORS <= 2**30  # `Divisor` is exact below
     monkeypatch.setattr(direct, "MAX_VECTORS", 12)
     with refused(Unsupported, "12 vectors", "'staged'"):
@@ -497,9 +495,7 @@ def test_a_store_comes_behind_what_its_stream_holds_and_the_host_does_not_wait(
 
 @pytest.mark.gpu
 @DOWNWARD
-def test_a_captured_copy_moves_what_is_there_at_each_replay(
-    gpu: Direct, listed: bool, downward: bool
-) -> None:
+def test_a_replay_moves_what_is_there_then(gpu: Direct, listed: bool, downward: bool) -> None:
     moved = Moved(gpu, downward, listed)
     moved.launch()
     torch.cuda.synchronize()

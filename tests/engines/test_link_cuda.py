@@ -218,7 +218,7 @@ def test_the_default_stream_is_not_given_to_a_batch(cuda: Crossing, handle: int)
 
 
 @pytest.mark.parametrize("library", [13], indirect=True)
-def test_the_default_stream_waits_also_for_what_failed(
+def test_the_default_stream_awaits_failures(
     cuda: Crossing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cuda.library.forget(refuse_at=0)
@@ -243,9 +243,7 @@ def test_others_get_in_between_copies_in_a_row(
             assert cuda.log == (order if turn else [])
 
 
-def test_only_the_first_batch_of_a_long_list_is_short(
-    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_batch_alone_is_short(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, size in (("IN_A_ROW", 480), ("FIRST_DESCRIPTORS", 3), ("GROWTH", 2)):
         monkeypatch.setattr(link, name, size)
     cuda.copy(plain(60), 5)

@@ -316,9 +316,7 @@ def test_buffers_that_grow_leave_nothing_of_the_smaller_ones(pinned: bool) -> No
 
 @DOWNWARD
 @pytest.mark.simdev
-def test_threads_that_settle_one_slice_at_once_agree(
-    downward: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one works out the pieces another settles them, whose staging lies elsewhere: each gets
     those of the buffer that it asks for. The other thread is a call, so that it does come."""
     transfer = Transfers(Staged(DEVICE), downward)

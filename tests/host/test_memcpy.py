@@ -146,9 +146,7 @@ def test_parts_of_one_tensor(device: torch.device, cut: Any, other: Any) -> None
     st.integers(0, 40),
 )
 @example([(3, 2), (2, 3)], [], 0)  # woven: strides do not show that no two are at one address
-def test_overlaps_fail(
-    one: list[tuple[int, int]], other: list[tuple[int, int]], shift: int
-) -> None:
+def test_no_overlap(one: list[tuple[int, int]], other: list[tuple[int, int]], shift: int) -> None:
     """Against every address, written out; of what shares no byte the nested strides pass alone."""
     memory = torch.zeros(128, dtype=torch.int16)
     dst, src = _strided(memory, one, 0), _strided(memory, other, shift)

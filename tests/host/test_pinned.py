@@ -270,9 +270,7 @@ def test_tensors_and_arrays_hold_what_was_closed(cuda: FakeLibrary) -> None:
     assert atexit._ncallbacks() == handlers
 
 
-def test_nothing_is_unregistered_during_a_capture(
-    cuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_capture_unregisters_nothing(cuda: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = pinned.empty(PAGE, torch.uint8)
     address = tensor.data_ptr()
     monkeypatch.setattr(_registration, "capturing", lambda: True)

@@ -45,9 +45,7 @@ def test_environment_beats_argument_beats_choice(monkeypatch: pytest.MonkeyPatch
     assert registry.choose("cpu").name == "one"
 
 
-def test_one_that_cannot_tell_of_private_formats_is_not_passed_over(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_one_that_tells_no_formats_is_not_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its device's tensors may not be moved unasked."""
     broken: Any = small_backend("one")
 
@@ -227,9 +225,7 @@ def test_what_was_chosen_is_logged_once(
     assert len([line for line in said if "backend reference in place of picky" in line]) == 1
 
 
-def test_an_entry_point_replaces_no_built_in(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_entry_points_replace_no_built_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     add_entry_point(tmp_path, "reference", "support.small_backends:Small")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert type(registry.choose("cpu", "reference").backend).__name__ == "Reference"
@@ -298,9 +294,7 @@ def fails(plan: CopyPlan) -> bool:
 @pytest.mark.parametrize(
     ("how", "judge"), [("rejects", no_layers), ("refuses", no_layers), ("refuses", fails)]
 )
-def test_a_plan_not_taken_falls_back_aloud(
-    caches: list[torch.Tensor], how: str, judge: Any
-) -> None:
+def test_plans_not_taken_fall_back_aloud(caches: list[torch.Tensor], how: str, judge: Any) -> None:
     backend = small_backend("picky", **{how: judge})
     register_backend("picky", backend)
     connector = AdaptiveConnector("cpu")

@@ -131,9 +131,7 @@ def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) 
         ("nonsense", None), ("tpu", None),
     ],
 )  # fmt: skip
-def test_a_name_that_torch_does_not_know_suggests_the_device_that_was_meant(
-    asked: str, meant: str | None
-) -> None:
+def test_a_name_unknown_to_torch_suggests_the_device_meant(asked: str, meant: str | None) -> None:
     """And names no package: the project knows of none."""
     if asked.lower().startswith("gpu"):
         here = torch.accelerator.current_accelerator()
@@ -170,9 +168,7 @@ def test_a_name_that_torch_does_not_know_suggests_the_device_that_was_meant(
     ],
     ids=["at once", "after its name", "half"],
 )  # fmt: skip
-def test_a_broken_package_is_named_with_its_own_words(
-    packages: dict[str, tuple[str, str]], tmp_path: Path
-) -> None:
+def test_a_broken_package_s_own_words(packages: dict[str, tuple[str, str]], tmp_path: Path) -> None:
     texts = {f"torch_{kind}": text for kind, (text, _) in packages.items()}
     told = run(CONNECT, texts, tmp_path, *packages)
     for (kind, (_, words)), (said, traced, *_) in zip(packages.items(), told, strict=True):
@@ -255,9 +251,7 @@ def test_a_package_that_torch_did_not_load_serves(kind: str, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "text", ["a b", "", "cpu:x", "npu:", ":1", "../npu", "npu:-1", "os.path:0"]
 )
-def test_what_is_no_name_of_a_device_imports_nothing(
-    text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_names_no_device_imports_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portakv.runtime.devices.imported", lambda *_: pytest.fail("imported"))
     with pytest.raises(DeviceAbsent, match="it is no device of torch's"):
         known(text)
@@ -306,9 +300,7 @@ def test_the_table_says_what_the_probes_say(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_backend_is_judged_on_its_own_kind_of_device(
-    kind: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_backend_is_judged_on_its_own_kind(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert conform([BACKEND[kind]]) == 3
     told = capsys.readouterr().err
     assert f"Device {kind!r} was asked for" in told

@@ -147,9 +147,7 @@ def test_a_folder_that_cannot_be_used_is_no_error(
     assert spoilt != "read-only" or why == f"{folder} cannot be written (Read-only file system)"
 
 
-def test_a_disk_that_fills_up_leaves_nothing_behind(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing_behind(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError(28, "No space left on device")))
     builds(2)
     assert list(folder.iterdir()) == []
