@@ -167,8 +167,7 @@ def plain(value: Any) -> Any:
 def is_emulated(subject: Subject) -> bool:
     """Whether less than the real device was at work: a simulated device, or an interpreter. A
     backend of a third party that emulates says so with ``emulated = True`` in its class."""
-    says = bool(getattr(subject.backend, "emulated", False))
-    return subject.emulated or interpreted(subject) or says
+    return subject.emulated or interpreted(subject) or bool(subject.backend.emulated)
 
 
 def interpreted(subject: Subject) -> bool:

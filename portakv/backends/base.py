@@ -175,8 +175,10 @@ class Backend(ABC):
     """
 
     name: str = ""
-    #: What carries plans out if a backend has more than one way, such as ``the AscendC kernel``,
-    #: and the file of the library that was built for it beforehand. Reports of the suite say both.
+    #: What the suite's reports say of it: whether it emulates its device; what carries plans out if
+    #: there is more than one way, such as ``the AscendC kernel``; and the file of the library that
+    #: was built for it beforehand.
+    emulated: bool = False
     carrier: str = ""
     library: str = ""
 
