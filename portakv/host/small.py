@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small copies: integers or bytes from the host to a device, without a copy engine.
 
-A copy engine ends what it has begun, whatever the streams' priorities: 64 integers wait behind a
-gigabyte that was asked for earlier. What the driver takes along with a command does not, and a
+A copy engine ends what it has begun, whatever the streams' priorities: 1,000 integers wait behind
+a gigabyte that was asked for earlier. What the driver takes along with a command does not, and a
 kernel does not. The first way is taken that can be had; `choose` tells which, and why:
 
 - ``inline``: up to 65,536 bytes that the CUDA driver takes along with the command to copy them. Not
