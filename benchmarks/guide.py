@@ -12,7 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import product
+from itertools import compress, product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,7 +30,7 @@ _ORDER = ("cuda", "triton", "compiled", "compiled graph", "reference")
 _LAYERS = {"apart": "each layer an allocation", "together": "all layers in one allocation"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 _ENGINES = ("staged", "descriptors", "direct")
-_LARGE, _LINK_LARGE = 32_000_000, 128_000_000
+_LARGE, _LINK_LARGE, _SLOW = 32_000_000, 128_000_000, 0.9
 
 _HEAD = """<!-- Made from the files in benchmarks/results: python -m benchmarks.guide -->
 # Choosing a backend
@@ -41,6 +41,11 @@ asks is the order of *which one* below, the fastest first. *x cuda* is a backend
 time as a multiple of that of `cuda`, *of copy_* is the time of `copy_` of the same bytes / its own:
 1.00 is a memory copy. *compiled graph* is `compiled` captured into
 a CUDA graph. Every byte behind these figures was checked in the same run."""
+
+_CPU_HEAD = """
+With {torch_threads} threads of torch on {cores} cores. Neighbours share the third-level cache, from
+which `copy_` gains more than an indexed copy: ratios differ from one minute to the next. `portakv
+demo` takes the number of threads that serves best when it runs, and prints it."""
 
 _LINK_HEAD = """\
 *Of memcpy* is the time of one plain memcpy of the same bytes, between the device and the same
@@ -64,7 +69,9 @@ _WAY: Mapping[str, Cell] = {"direction": lambda row: _WORDS[row["op"]], "way": "
 #: stands in each column.
 _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "overhead": (
-        "What a call costs the host", "",
+        "What a call costs the host",
+        "One token of one layer, call after call: the prepared launch, and `from_gpu` by a kept "
+        "`Index` or a tensor. One on the host is read, and copied to the device, each time.",
         {"backend": "`{backend}`", "slots": "{ids}", "launch alone, us": "{launch_us:.1f}",
          "registered call, us": "{call_us:.1f}"},
     ),
@@ -73,10 +80,10 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         {"backend": "`{backend}`", "cache of kernels": "{cache}", "seconds": "{seconds:.2f}"},
     ),
     "ladder": (
-        "Ways of moving the founding scenario",
-        "A gather of 128 tokens of 32 layers, 67 MB, each layer an allocation.",
+        "Ways of moving one chunk",
+        "A gather of 128 tokens of 32 layers, 67 MB, each layer an allocation (a 7B model).",
         {"way": lambda row: f"`{row['way']}`" if row["way"] in (*_ORDER, "copy_") else row["way"],
-         "device time, us": "{p50_us:,.4g}",
+         "time, us": "{p50_us:,.4g}",
          "x cuda": lambda row: _times(row["to_cuda"]) if "to_cuda" in row else ""},
     ),
     "host_interference": (
@@ -135,8 +142,10 @@ def _device(result: Mapping[str, Any]) -> list[str]:
     driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
     gathers = [row for row in rows if row.get("op") in ("gather", "copy_")]
     gathers.sort(key=lambda row: -float(row["p50_us"]))
+    on_cpu = [_CPU_HEAD.format_map(machine)] if machine["device_type"] == "cpu" else []
     return [
-        "", f"## {machine['device']}", "", f"{_measured(machine)}{driver}.", *_which(copies),
+        "", f"## {machine['device']}", "", f"{_measured(machine)}{driver}.", *on_cpu,
+        *_which(copies),
         *_slower(copies), *_sizes(copies), *_listed(rows, "overhead"), *_listed(rows, "startup"),
         *_peers(rows), *_listed(gathers, "ladder"),
     ]  # fmt: skip
@@ -195,9 +204,10 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
         cells = [f"{r['p50_us']:.4g} us ({r['host_us']:.0f})" if r else "" for r in mine]
         table.append([in_decimal(size), *cells])
     told = (
-        "Device time of a gather of random slots, and in brackets the host time of the call, both "
-        "in microseconds: Llama-3 8B, rows of 2 KB, each layer an allocation. Where the host time "
-        "is the larger, a faster kernel is not seen unless other work hides the call."
+        "Device time of a gather of random slots, and in brackets the host time of the call (in "
+        "turns with others, so with cold caches), both in microseconds: Llama-3 8B, rows of 2 KB, "
+        "each layer an allocation. If the host time is the larger, a faster kernel is not seen "
+        "unless other work hides the call."
     )
     fastest, *others = ways
     heads = ["payload", *(f"`{way}`" for way in ways)]
@@ -205,11 +215,11 @@ def _sizes(copies: Sequence[Row]) -> list[str]:
     for way in others:
         both = [n for n in sizes if (n, way) in by and (n, fastest) in by]
         slower = [n for n in both if by[n, way]["p50_us"] > CLOSE * by[n, fastest]["p50_us"]]
-        told = f"at most {CLOSE - 1:.0%} slower than `{fastest}` at every size measured"
-        if slower:
-            told = f"more than {CLOSE - 1:.0%} slower than `{fastest}`, of the sizes measured, at "
-            told += ", ".join(map(in_decimal, slower))
-        lines.append(f"- `{way}` is {told}.")
+        at = ", ".join(map(in_decimal, slower)) if slower else "every size measured"
+        if slower == both:
+            at = "every size measured" if len(both) > 1 else f"{at}, the only size measured"
+        lead = f"{'more than' if slower else 'at most'} {CLOSE - 1:.0%} slower than `{fastest}`"
+        lines.append(f"- `{way}` is {lead} at {at}.")
     return lines
 
 
@@ -243,7 +253,13 @@ def _link_sizes(rows: Sequence[Row]) -> list[str]:
             cells += [f"{median(found):.3f}", f"{min(found):.3f}"] if found else ["", ""]
         table.append(cells)
     heads = ["payload", *(h for words in _WORDS.values() for h in (f"{words}, median", "worst"))]
-    told = "The engine that PortaKV chooses, of memcpy, over all layouts that were measured."
+    slow = Counter(f"*{row['host_side']}*" for row in chosen if row["ratio"] < _SLOW).most_common()
+    told = (
+        "The engine that PortaKV chooses, of memcpy, over all layouts that were measured. Of these "
+        f"{len(chosen)} rows {' and '.join(f'{times} {side}' for side, times in slow)} are below "
+        f"{_SLOW}. A pool that is layer-first comes in runs of one block in one plane; if they are "
+        "short, only `direct` would be faster, at the cost of what runs beside it."
+    )
     return _section("What to expect", told, heads, table)
 
 
@@ -270,7 +286,9 @@ def _listed(rows: Sequence[Row], kind: str) -> list[str]:
         [cell.format_map(row) if isinstance(cell, str) else cell(row) for cell in cells.values()]
         for row in mine
     ]
-    return _section(title, told.format_map(mine[0]) if mine else "", [*cells], table)
+    filled = [any(column) for column in zip(*table, strict=True)]
+    table, heads = [[*compress(line, filled)] for line in table], [*compress(cells, filled)]
+    return _section(title, told.format_map(mine[0]) if mine else "", heads, table)
 
 
 def _spread(rows: Sequence[Row], figure: str) -> list[str]:
