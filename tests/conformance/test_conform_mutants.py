@@ -119,7 +119,7 @@ def without_a_compiler(options: Options, progress: Any) -> RunRecord:
 
 
 @pytest.mark.parametrize(("ends", "ending", "row"), [
-    ("passed not-claimed failed failed", "caught by c", "`c`"),
+    ("passed not-claimed failed failed", "caught by c", "<code>c</code>"),
     ("passed", "SURVIVES: every case passed", "**survives**"),
     ("passed error", "SURVIVES: b is in error: b is error", "**survives**"),
     (stopped, "SURVIVES: it was not caught within -1 s", "**survives**"),
