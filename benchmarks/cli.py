@@ -26,7 +26,7 @@ import numpy
 import torch
 
 import portakv
-from portakv.cli.console import print_json
+from portakv.cli.console import installing, print_json
 from portakv.engines.costs import costs_of
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT
@@ -326,7 +326,7 @@ def write(results: Row, folder: Path, stem: str) -> list[Path]:
     try:
         from portakv_benchmarks.shared.plots import draw
     except ImportError as error:
-        print(f"no plots: {error}; pip install 'portakv[bench]'", file=sys.stderr)
+        print(f"no plots: {error}; {installing('bench')} brings it", file=sys.stderr)
         return [path]
     return [path, *draw(results, folder, stem)]
 

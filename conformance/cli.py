@@ -14,18 +14,20 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+from portakv.cli.console import installing
+from portakv.cli.sides import read_above_zero
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT, MADE_FOR
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.waivers import WaiverError, problems, read_waivers
-from portakv_conformance.record import RunRecord
-from portakv_conformance.report.summary import compare_runs, differences, print_summary
+from portakv_conformance.record import SCHEMA, RunRecord
+from portakv_conformance.report import summary
 from portakv_conformance.run.journal import BadRequest, SubjectUnavailable, SuiteBroken
 from portakv_conformance.run.options import whole_number
 from portakv_conformance.run.progress import shown
@@ -42,9 +44,9 @@ def compare(words: list[str]) -> int:
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
     asked = parser.parse_args(words)
     old, new = _record(asked.old), _record(asked.new)
-    for sentence in differences(old, new):
+    for sentence in summary.differences(old, new):
         print(sentence, file=sys.stderr)
-    changes = compare_runs(old, new)
+    changes = summary.compare_runs(old, new)
     for change in changes:
         print(change)
         if change.bad and change.reason:
@@ -57,21 +59,32 @@ def compare(words: list[str]) -> int:
 def verify(words: list[str]) -> int:
     """Print whether a report stands; 1 with every reason if it does not."""
     parser = _parser("verify", "Checks a report: its schema and seal, its case list against the "
-        "installed suite's, that totals, verdict and rung follow from its cases. Needs no "
-        "device.")  # fmt: skip
-    parser.add_argument("report", type=Path, metavar="REPORT", help="a conformance.json")
+        "installed suite's, that totals, verdict and rung follow from its cases. Of the record of "
+        "another job it checks what that has to show. Needs no device.")  # fmt: skip
+    parser.add_argument("report", type=Path, metavar="REPORT", help="conformance.json, or a record")
     asked = parser.parse_args(words)
     text = _text(asked.report)
+    if f'"{SCHEMA}"' not in text:
+        return _verify_job(asked.report)
     if wrong := check_report(text):
         print("\n".join([*wrong, f"{asked.report} is refused: {len(wrong)} contradictions."]))
         return 1
-    record = RunRecord.read(text)
-    rung = f", {record.rung}" if record.rung else ""
-    place = record.environment["device_name"]
-    place += " (emulated)" if record.environment["emulated"] else ""
-    who = f"{record.backend['name']} on {place}, suite {record.suite}, profile {record.profile}"
-    print(f"{asked.report} stands: {who}: {record.verdict}{rung}.")
+    print(f"{asked.report} stands: {summary.verdict_line(RunRecord.read(text))}")
     return 0
+
+
+def _verify_job(file: Path) -> int:
+    """Print what a record of a job bears out, which is no report; 1 with the reason if nothing."""
+    from portakv_conformance.evidence.evidence import read
+
+    try:
+        said = read(file)
+    except ValueError as error:
+        print(f"{error} Pass the conformance.json of `portakv conform --report`.")
+        return 1
+    print(f"{file} is no report, but the record of a job: {said.backend}, {said.told}.")
+    print(f"It shows what it has to. Rung: {said.rung or 'none'}. Again: {said.command}")
+    return 0 if said.rung else 1
 
 
 def replay_example(words: list[str]) -> int:
@@ -86,7 +99,7 @@ def replay_example(words: list[str]) -> int:
     from portakv_conformance.draw.saved import read_about, replay
     from portakv_conformance.judge.subject import subject
 
-    text = _text(asked.file)
+    text = _text(asked.file, "an example")
     try:
         said = read_about(text)
         name = asked.backend or said.get("backend")
@@ -111,18 +124,20 @@ def _parser(verb: str, description: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(prog=f"portakv conform {verb}", description=description)
 
 
-def _text(path: Path) -> str:
+def _text(path: Path, what: str = "a report") -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadRequest(f"{path} cannot be read: {error}.") from error
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise BadRequest(f"{path} cannot be read: {why}. Pass {what} that a run wrote.") from error
 
 
 def _record(path: Path) -> RunRecord:
     try:
         return RunRecord.read(_text(path))
     except (ValueError, TypeError, KeyError) as error:
-        raise BadRequest(f"{path} is no report of this suite: {error}") from error
+        why = f"{path} is no report of this suite: {error}"
+        raise BadRequest(f"{why} Pass the conformance.json of a run.") from error
 
 
 CONFORMANT, FAILURES, USAGE, UNAVAILABLE = 0, 1, 2, 3
@@ -191,7 +206,7 @@ def _conform(words: list[str]) -> int:
     if asked.json:
         print(record.document(), end="")
     else:
-        print_summary(record, options)
+        summary.print_summary(record, options)
     if asked.report is not None:
         from portakv_conformance.report.page import write  # needs jinja2
 
@@ -207,13 +222,11 @@ def _conform(words: list[str]) -> int:
 def _list(words: list[str]) -> int:
     """Print the ids of a profile's cases; no backend is judged."""
     parser = _parser("--list", "Prints the ids of the cases of a profile on a kind of device, "
-        "which need not be here. Any beginning of an id, up to `::` or `[`, names its cases behind "
-        "--only.")  # fmt: skip
+        "which need not be here. --only takes ids, or any beginnings of them.")  # fmt: skip
     _add_profile(parser, "core", "core")
     parser.add_argument("--device", default="cpu", metavar="D", help="a kind (default: cpu)")
-    asked, _ = parser.parse_known_args(words)  # the words of a run may stand beside
-    for id in cases_of(asked.profile, asked.device):
-        print(id)
+    asked = parser.parse_args(words)
+    print("\n".join(cases_of(asked.profile, asked.device)))
     return CONFORMANT
 
 
@@ -244,7 +257,7 @@ def _examples_folder(report: Path | None) -> Path:
     if report is None:
         return Path(tempfile.mkdtemp(prefix="portakv-examples-"))
     if find_spec("jinja2") is None:  # said before the run, not behind it
-        raise BadRequest("--report needs jinja2; `pip install 'portakv[conformance]'` brings it.")
+        raise BadRequest(f"--report needs jinja2; {installing('conformance')} brings it.")
     try:
         report.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -265,15 +278,16 @@ def make_parser() -> argparse.ArgumentParser:
         "or cpu)")  # fmt: skip
     _add_profile(parser, None, "full with --report, which a rung needs; else core")
     count, seed = whole_number(1), whole_number(0)
+    seconds = partial(read_above_zero, what="seconds above 0")
     add("--fuzz", type=count, default=0, metavar="N", help="draw N examples in each drawn case")
     add("--seed", type=seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
     add("--report", type=Path, metavar="DIR", help="write conformance.json, report.html and more")
-    add("--limit", type=_seconds, metavar="SECONDS", help="that one case may take (default: 120)")
+    add("--limit", type=seconds, metavar="SECONDS", help="that one case may take (default: 120)")
     add("--jobs", type=count, default=1, metavar="N", help="cases at a time (default: 1)")
     add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
     add("--json", action="store_true", help="print the report itself, one JSON value")
-    add("--only", nargs="+", default=[], metavar="ID", help="only these: ids or their beginnings")
+    add("--only", nargs="+", default=[], metavar="ID", help="only these: ids, or any beginnings")
     add("--emulated", action="store_true", help="the simulated device carries the name of D")
     return parser
 
@@ -281,10 +295,3 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_profile(parser: argparse.ArgumentParser, default: str | None, told: str) -> None:
     told = f"which cases (default: {told})"
     parser.add_argument("--profile", choices=("core", "full"), default=default, help=told)
-
-
-def _seconds(text: str) -> float:
-    with suppress(ValueError):
-        if 0 < (value := float(text)) < float("inf"):
-            return value
-    raise argparse.ArgumentTypeError(f"{text!r} was given, expected seconds above 0")

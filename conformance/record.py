@@ -129,10 +129,8 @@ def _odd(cls: type[CaseRecord | RunRecord], values: dict[str, Any]) -> list[str]
 def _of_kind(record: _Record, place: str) -> _Record:
     """The record; ValueError if a value is of another type than the field's."""
     for entry in fields(record):
-        kind, value = (
-            _KINDS.get(str(entry.type).partition("[")[0], str),
-            getattr(record, entry.name),
-        )
+        kind = _KINDS.get(str(entry.type).partition("[")[0], str)
+        value = getattr(record, entry.name)
         if not isinstance(value, kind) or isinstance(value, bool):
             told = json.dumps(value)[:60]
             raise ValueError(f"In {place} {entry.name!r} is {told}, not {entry.type}.")

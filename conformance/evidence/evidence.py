@@ -65,7 +65,8 @@ def read(file: Path) -> Rung:
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        wrong = "is no JSON" if isinstance(error, ValueError) else "cannot be read"
+        raise ValueError(f"{file} {wrong}: {error}.") from error
     if not (isinstance(values, dict) and values.get("schema") == SCHEMA):
         return _of_job(file, values)
     record = results.read(file)

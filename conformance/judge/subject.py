@@ -76,8 +76,10 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
     decision = REGISTRY.admit(name, place)
     backend = REGISTRY.ask(name, place, check=False)[0]
     if backend is None:
-        choose(place, name)  # raises, with what the others said
-        raise BackendUnavailable(f"{name!r} was asked for, but {decision.reason}.")
+        raise BackendUnavailable(
+            f"Backend {name!r} was asked for on {place}, but {decision.reason}. Install what is "
+            f"missing, name the device that it serves with --device, or pass pkg.mod:Class."
+        )
     can, flaw = _claims(backend)
     trace = (decision,) if flaw else (*choose(place, name).trace,)
     target = f"{type(backend).__module__}:{type(backend).__qualname__}"
@@ -142,7 +144,10 @@ def _register(target: str, device: torch.device) -> str:
         made = getattr(importlib.import_module(module), attribute)
     except Exception as error:  # somebody else's module may fail in any way
         why = f"{type(error).__name__}: {error}"
-        raise BackendUnavailable(f"{target!r} was asked for, but it does not load: {why}") from None
+        raise BackendUnavailable(
+            f"{target!r} was asked for, but it does not load: {why}. Pass pkg.mod:Class of an "
+            f"installed package, or of a module in the current folder."
+        ) from None
     if not (isinstance(made, type) and issubclass(made, Backend)) or inspect.isabstract(made):
         raise BackendUnavailable(
             f"{target!r} was asked for, but it is {made!r}; expected a class of "

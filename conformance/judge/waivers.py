@@ -56,7 +56,8 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
     except tomllib.TOMLDecodeError as error:
         raise WaiverError(f"The waiver file {path} is no TOML: {error}.") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise WaiverError(f"The waiver file {path} cannot be read: {error}.") from error
+        why = getattr(error, "strerror", None) or "it is no UTF-8 text"
+        raise WaiverError(f"{path} cannot be read: {why}. Pass a waiver file, in TOML.") from error
     if unknown := sorted(set(values) - {_TABLE}):
         raise WaiverError(
             f"The waiver file {path} has the unknown key {unknown[0]!r}; it holds [[{_TABLE}]] "

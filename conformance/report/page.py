@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from base64 import b64encode
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -48,12 +48,13 @@ def write(record: RunRecord, folder: Path) -> list[Path]:
     """Write every form of a report into a folder, which is made if it is missing; the files. Of
     these ``conformance.json`` is the report itself."""
     folder.mkdir(parents=True, exist_ok=True)
-    forms = {
-        "conformance.json": record.document(), "report.html": page(record),
-        "report.md": markdown(record), "junit.xml": junit(record), "badge.svg": badge(record),
+    # The report itself first: it is not lost if another form cannot be made.
+    forms: dict[str, Callable[[RunRecord], str]] = {
+        "conformance.json": RunRecord.document, "report.html": page, "report.md": markdown,
+        "junit.xml": junit, "badge.svg": badge,
     }  # fmt: skip
-    for name, text in forms.items():
-        file = folder / name
+    for name, form in forms.items():
+        text, file = form(record), folder / name
         file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     return [folder / name for name in forms]
 

@@ -123,9 +123,8 @@ class Change:
     @property
     def bad(self) -> bool:
         """Whether it makes a comparison fail: so does a new case that is wrong."""
-        return self.kind in ("REGRESSION", "MISSING") or (
-            self.kind == "NEW" and self.after in WRONG
-        )
+        worse = self.kind in ("REGRESSION", "MISSING")
+        return worse or (self.kind == "NEW" and self.after in WRONG)
 
     def __str__(self) -> str:
         way = f"{self.before or 'not there'} -> {self.after or 'not there'}"

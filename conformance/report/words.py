@@ -121,9 +121,8 @@ def sentence(record: RunRecord) -> str:
     found = totals_of(record.cases)
     if record.verdict == "failed":
         if wrong := sum(found[status] for status in WRONG):
-            return (
-                f"{wrong} of {plural(len(record.cases), 'case')} failed; each is explained below."
-            )
+            cases = plural(len(record.cases), "case")
+            return f"{wrong} of {cases} failed; each is explained below."
         return "No case failed, but waivers do not hold, and a waiver that does not fails the run."
     if record.verdict == "incomplete":
         gaps = plural(len(record.missing), "part")

@@ -176,9 +176,9 @@ class Suite:
             ids, unknown = chosen(profile, sorted(set(filter(None, words))))
             if unknown:
                 self._refuse(
-                    f"Case {unknown[0]!r} was asked for, but the profile {self.profile!r} on "
-                    f"{self.subject.device} has none of that name; `portakv conform --list` prints "
-                    f"the ids."
+                    f"Case {unknown[0]!r} was asked for, but no id of the profile "
+                    f"{self.profile!r} on {self.subject.device} begins so; `portakv conform "
+                    f"--list` prints the ids."
                 )
         wanted = set(ids)
         config.hook.pytest_deselected(items=[i for i in mine if case_id(i) not in wanted])

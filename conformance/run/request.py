@@ -68,9 +68,12 @@ class Options:
 
 def chosen(ids: Sequence[str], words: Iterable[str]) -> tuple[list[str], list[str]]:
     """The ids that words mean, in the order of ``ids``, and the words that mean none. A word is an
-    id, ``file::test`` for all its parameters, or a file for all its tests; ``cases/`` and ``.py``
-    need not be written."""
-    wanted = {word: {id for id in ids if _means(word, id)} for word in words}
+    id, ``file::test`` for all its parameters, a file for all its tests, else any beginning of ids;
+    ``cases/`` and ``.py`` need not be written."""
+    wanted = {
+        word: {id for id in ids if _means(word, id)} or {id for id in ids if _begins(word, id)}
+        for word in words
+    }
     found = set().union(*wanted.values())
     return [id for id in ids if id in found], [word for word, some in wanted.items() if not some]
 
@@ -85,3 +88,8 @@ def _means(word: str, id: str) -> bool:
     asked_file, _, asked_test = word.removeprefix(_CASES).partition("::")
     same_file = asked_file.removesuffix(".py") == file.removesuffix(".py")
     return same_file and asked_test in ("", test, test.partition("[")[0])
+
+
+def _begins(word: str, id: str) -> bool:
+    asked, short = word.removeprefix(_CASES), id.removeprefix(_CASES)
+    return word != "" and (short.startswith(asked) or short.replace(".py", "").startswith(asked))

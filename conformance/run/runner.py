@@ -44,8 +44,7 @@ def run(
         journal.miss(f"{counted(len(left))} behind the first failure and did not run (-x).")
     subject, environment = journal.subject, journal.subject["environment"]
     if journal.lone:
-        left_out = f"{counted(journal.lone)} left out, since one device was found"
-        environment[LEFT_OUT] = left_out
+        environment[LEFT_OUT] = f"{counted(journal.lone)} left out, since one device was found"
     record = RunRecord(
         schema=SCHEMA, suite=SUITE_VERSION, spec=SPEC_VERSION, backend=subject["backend"],
         environment=environment, capabilities=subject["capabilities"], trace=subject["trace"],

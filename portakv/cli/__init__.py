@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 from portakv import __version__
 from portakv.cli import backends, calibrate, explain, layouts, warmup
+from portakv.cli.console import installing
 from portakv.errors import PortaKVError
 from portakv.runtime.devices import usable_device
 
@@ -122,10 +123,7 @@ def _delegate(verb: str, words: list[str]) -> int:
         command = importlib.import_module(f"{package}.cli")
     except ModuleNotFoundError as error:
         missing = error.name or str(error)
-        why = (
-            f"needs the package {missing!r}, which is not installed; `pip install "
-            f"'portakv[{extra}]'` brings what it needs."
-        )
+        why = f"needs {missing!r}, which is not installed; {installing(extra)} brings it."
         if missing.partition(".")[0] == package:
             why = (
                 f"runs the package {package}, but this installation has no {missing}; install "

@@ -39,6 +39,11 @@ def output_width() -> int:
     return shutil.get_terminal_size(fallback=(PIPED_WIDTH, 24)).columns
 
 
+def installing(extra: str) -> str:
+    """The command that brings what an extra needs, in a clone and once there is a release."""
+    return f"`pip install '.[{extra}]'` in a clone of PortaKV ('portakv[{extra}]' once released)"
+
+
 def print_table(columns: Sequence[Column], rows: Rows, title: str = "") -> None:
     """Print a table, for each row one text for each column, with a title above it."""
     widths = fit_widths(columns, rows, output_width())

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.backends.rows_kernel import RowsKernel
-from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.console import Column, installing, print_json, print_prose, print_table
 from portakv.cli.sides import Extents, Side, add_extents, check_cache, make_sides, said_extents
 from portakv.errors import PortaKVError
 from portakv.plan.plan import CopyPlan
@@ -108,7 +108,7 @@ def _shapes(names: Sequence[str]) -> list[Pair]:
     except ImportError as error:
         raise PortaKVError(
             f"Shapes are read by portakv_benchmarks, which cannot be loaded ({error}); "
-            f"`pip install 'portakv[bench]'`, or name two layouts with --layout."
+            f"{installing('bench')}, or name two layouts with --layout."
         ) from error
     known = load()
     for name in (x for x in names if x not in known):

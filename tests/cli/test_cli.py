@@ -301,7 +301,7 @@ def test_words_are_handed_on(
     ("missing", "said"),
     [
         ("portakv_benchmarks.cli", ["runs the package portakv_benchmarks, but this installation"]),
-        ("matplotlib", ["needs the package 'matplotlib'", "portakv[bench]"]),
+        ("matplotlib", ["needs 'matplotlib'", "pip install '.[bench]'"]),
     ],
 )
 def test_bench_without_a_package(

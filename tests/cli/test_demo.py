@@ -104,7 +104,7 @@ def test_without_transformers_the_model_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, demo.EXAMPLE)
     code, out, _ = run("demo", "--device", "cpu")
-    assert (code, "pip install 'portakv[demo]'" in out, "all right through" in out) == (
+    assert (code, "pip install '.[demo]'" in out, "all right through" in out) == (
         0,
         True,
         True,

@@ -140,7 +140,7 @@ def test_nothing_runs_under_a_forced_backend(
 @pytest.mark.parametrize("words", [
     "", "a b", "fake --profile most", "fake --fuzz 0", "fake --seed -1", "fake --limit 0",
     "fake --limit inf", "fake --limit soon", "fake --only", "fake --jobs 0", "fake --jobs many",
-    "diff one", "verify", "replay", "--mutants fake",
+    "diff one", "verify", "replay", "--mutants fake", "--list bogus", "--list --only a",
 ])  # fmt: skip
 @pytest.mark.usefixtures("asked")
 def test_what_is_not_understood_ends_with_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,15 +243,19 @@ def test_interrupted_runs_end_workers(command: Command, monkeypatch: pytest.Monk
     assert "interrupted" in command.err
 
 
-@pytest.mark.parametrize("missing", ["pytest", "hypothesis", "portakv_conformance.cli"])
+@pytest.mark.parametrize("missing", ["pytest", "hypothesis", "portakv_conformance.cli", "jinja2"])
 def test_an_extra_that_is_missing_is_no_failure_of_a_backend(
-    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    settle(monkeypatch)
-    monkeypatch.setitem(sys.modules, missing, None)
-    assert portakv(["conform", "reference"]) == 2
-    expected = missing if missing.startswith("portakv") else "portakv[conformance]"
+    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    asked: list[Options],
+) -> None:  # fmt: skip
+    """And it is missed before any case is run."""
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    if missing != "jinja2":
+        monkeypatch.setitem(sys.modules, missing, None)
+    assert portakv(["conform", "reference", "--report", "out"]) == 2
+    expected = missing if missing.startswith("portakv") else "pip install '.[conformance]'"
     assert expected in capsys.readouterr().err
+    assert not asked
 
 
 def test_a_file_that_is_no_example_ends_with_2(command: Command, tmp_path: Path) -> None:

@@ -199,6 +199,15 @@ def test_every_form_is_written_and_the_report_reads_back(record: RunRecord, tmp_
         assert RunRecord.read((folder / "conformance.json").read_text()) == each
 
 
+def test_the_report_itself_is_not_lost_with_another_form(
+    record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forms, "_templates", dict)
+    with pytest.raises(AttributeError):
+        write(record, tmp_path)
+    assert RunRecord.read((tmp_path / "conformance.json").read_text()) == record
+
+
 def test_junit_counts_what_it_holds_and_names_as_pytest_does(name: str, record: RunRecord) -> None:
     root = ElementTree.fromstring(forms.junit(record))
     assert root.tag == "testsuites"

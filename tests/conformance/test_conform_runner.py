@@ -54,7 +54,11 @@ IDS = [
     ("test_core::test_one_row", IDS[:2]),
     ("test_core.py", IDS[:3]),
     ("test_corners", IDS[3:]),
-    *((word, []) for word in ("", "core", "test_cor", "test_core::test_one", "test_core[1]")),
+    ("test_core.py::test_one_row_m", IDS[2:3]),
+    ("cases/test_core.py::test_one_row[sc", IDS[1:2]),
+    ("test_core::test_one", IDS[:3]),
+    ("test_cor", IDS),
+    *((word, []) for word in ("", "core", "test_one_row", "test_core[1]")),
     (f"{IDS[3]} test_core {IDS[0]}", IDS),  # in the list's order, and nothing twice
 ])  # fmt: skip
 def test_a_beginning_names_all_that_begin_so(words: str, found: list[str]) -> None:

@@ -59,10 +59,13 @@ def test_a_class_is_registered_under_its_own_name() -> None:
 
 
 @pytest.mark.parametrize(("asked", "error", "why"), [
-    ("nonsense", BackendUnavailable, "no such backend"),
+    ("nonsense", BackendUnavailable, "'nonsense' was asked for on cpu, but no such backend"),
+    ("nonsense", BackendUnavailable, "or pass pkg.mod:Class"),
+    ("mlu", BackendUnavailable, "'mlu' .* not on cpu. .* that it serves with --device"),
     (f"{BACKENDS}:Absent", BackendUnavailable, "its driver is from another century"),
     (f"{BACKENDS}:Nothing", BackendUnavailable, "does not load: AttributeError"),
-    ("no_such_package:Backend", BackendUnavailable, "does not load: ModuleNotFoundError"),
+    ("no_such_package:Backend", BackendUnavailable,
+     "does not load: ModuleNotFoundError.* Pass pkg.mod:Class of an installed package"),
     ("portakv.backends.base:Backend", BackendUnavailable,
      "implements probe, capabilities and prepare"),
     ("json:dumps", BackendUnavailable, "expected a class of"),

@@ -5,6 +5,7 @@ expiry, CORE never, and never for what passes."""
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from support.conform_runs import ran
 from portakv_conformance import SUITE_VERSION, cli
 from portakv_conformance.cli import main
 from portakv_conformance.evidence.evidence import of_report
+from portakv_conformance.evidence.ladder import RESULTS
 from portakv_conformance.evidence.verdict import (
     LEFT_OUT,
     SEAL,
@@ -298,11 +300,34 @@ def test_the_command(
     file = tmp_path / "conformance.json"
     file.write_text(record.document(), encoding="utf-8")
     assert main(["verify", str(file)]) == 0
-    assert "fake on CPU, suite 2026.12, profile full: conformant, R6." in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"{file} stands: fake on cpu (CPU): conformant, R6. Suite 2026.12, profile full," in out
     file.write_text(record.document().replace('"passed": 2', '"passed": 3'), encoding="utf-8")
     assert main(["verify", str(file)]) == 1
     assert "2 contradictions" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "nothing.json")]) == 2
+    told = capsys.readouterr().err
+    assert "nothing.json cannot be read: No such file or directory. Pass a report" in told
+
+
+@pytest.mark.parametrize(("change", "code", "told"), [
+    ({}, 0, "no report, but the record of a job: hip, cross-compiled, not executed."),
+    ({}, 0, "It shows what it has to. Rung: R4. Again: bash native/cuda/check_hip.sh gfx906"),
+    ({"right": False}, 1, "Rung: none."),
+    ({"kernels": []}, 1, "is not borne out."),
+    ({"what": 3}, 1, "neither a report of the suite nor a record of a job: what missing or of"),
+    (None, 1, "is no JSON: Expecting value"),
+])  # fmt: skip
+def test_a_record_of_a_job_is_told_apart(
+    change: dict[str, Any] | None, code: int, told: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (kept,) = (Path(__file__).parents[2] / RESULTS).glob("hip-amd-*-r4.json")
+    file = tmp_path / "job.json"
+    changed = "" if change is None else json.dumps(json.loads(kept.read_text()) | change)
+    file.write_text(changed)
+    assert main(["verify", str(file)]) == code
+    assert told in capsys.readouterr().out
 
 
 # -- waivers ---------------------------------------------------------------------------------------
@@ -349,7 +374,7 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, told: str)
         read_waivers(written(tmp_path, text))
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
     for name in "nothing", "latin":
-        with pytest.raises(WaiverError, match="cannot be read"):
+        with pytest.raises(WaiverError, match=r"cannot be read: .*Pass a waiver file, in TOML"):
             read_waivers(tmp_path / f"{name}.toml")
 
 

@@ -22,7 +22,7 @@ import torch
 
 from portakv import __version__
 from portakv.cli.backends import Candidate, candidates_for, print_candidates
-from portakv.cli.console import Column, print_json, print_table
+from portakv.cli.console import Column, installing, print_json, print_table
 from portakv.cli.demo import moves
 from portakv.cli.demo.moves import FOUNDING, Founding, Row, Scenario
 from portakv.cli.sides import in_bytes, in_time
@@ -91,7 +91,7 @@ def run_model(device: torch.device) -> dict[str, Any]:
     except ImportError as error:
         if (error.name or "").startswith("portakv"):
             raise
-        why = f"it needs transformers ({error}); pip install 'portakv[demo]' adds it"
+        why = f"it needs transformers ({error}); {installing('demo')} adds it"
         _tell(f"  skipped  {why}")
         return {"skipped": why, "story": []}
     story: list[str] = []
