@@ -364,7 +364,7 @@ def test_what_is_kept_of_a_transfer_serves_no_other(
     indices = [Index(order) for order in orders] if listed else [Index()]
     indices.append(indices[0].shifted(3))
     memories = [transfer.host, transfer.chunk(5), transfer.chunk(6)]
-    for transfer.theirs, memory, tokens in product(indices, memories, (TOKENS - 3, 16)):
+    for transfer.theirs, memory, tokens in product(indices, memories, (16, TOKENS - 3)):
         transfer(memory, tokens)
 
 
