@@ -41,7 +41,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(asked: argparse.Namespace) -> int:
     """Print the traces. 1 if no device is served, as under a forced name that is unknown."""
-    asks = [_device(asked.device)] if asked.device else devices_present()
+    asks = devices_present() if asked.device is None else [_device(asked.device)]
     told: dict[str, Any] = {
         "portakv": __version__, "torch": str(torch.__version__),
         "python": platform.python_version(), "forced": forced_backend(),
@@ -69,12 +69,9 @@ def _device(text: str) -> torch.device | str:
     assert isinstance(absent, DeviceAbsent)
     if absent.known and str(absent.device) == text:
         return text
-    todo = f"name one of {', '.join(sorted({'cpu', *MADE_FOR.values()}))}, or cuda:1."
-    if absent.meant:
-        todo = f"did you mean {absent.meant!r}?"
-    raise DeviceMismatch(
-        f"Device {text!r} was asked about, but neither torch nor a backend knows that name; {todo}"
-    )
+    names = ", ".join(sorted({"cpu", *MADE_FOR.values()}))
+    why = f"neither torch nor a backend knows that name; name one of {names}, or cuda:1."
+    raise DeviceMismatch(f"Device {text!r} was asked about, but {absent if absent.meant else why}")
 
 
 def _told(device: torch.device | str) -> dict[str, Any]:

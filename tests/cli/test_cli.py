@@ -93,6 +93,8 @@ REFUSED = {
     "backends --device nonsense": "name one of cpu, cuda, mlu, npu, or cuda:1.",
     "backends --device gpu": "did you mean 'cuda'?",
     "backends --device CPU": "did you mean 'cpu'?",
+    "backends --device hip:1": "torch calls hip devices cuda; did you mean 'cuda:1'?",
+    "backends --device=": "name one of cpu, cuda, mlu, npu, or cuda:1.",
     "backends --device cuda:x": "did you mean 'cuda'?",
     "layouts sglang-mhaa": "sglang-mha",
     "demo --device nonsense": "this machine has cpu",
