@@ -137,7 +137,7 @@ def host_cost(rows: list[Row], device: str) -> Figure:
 
 
 def ladder(rows: list[Row], device: str) -> Figure:
-    """Every way of moving the founding scenario, slowest first, on a logarithmic axis."""
+    """Every way of moving one chunk, slowest first, on a logarithmic axis."""
     slowest = {own[0]["way"]: max(r["p50_us"] for r in own) for own in grouped(rows, "way")}
     order = sorted(slowest, key=lambda way: -slowest[way])
     figure = Figure(figsize=(7.2, 0.9 + 0.42 * len(order)))
@@ -156,7 +156,7 @@ def ladder(rows: list[Row], device: str) -> Figure:
     axes.set_xscale("log")
     axes.set_xlim(right=30 * max(slowest.values()))
     axes.set_xlabel("device time in microseconds (logarithmic)")
-    axes.set_title(f"Ways of moving the founding scenario, 67 MB · {device}", fontsize=9)
+    axes.set_title(f"Ways of moving one chunk, 67 MB · {device}", fontsize=9)
     return figure
 
 

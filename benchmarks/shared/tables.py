@@ -79,7 +79,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("x cuda", "to_cuda:.3f"), ("x peer", "to_peer:.3f"), ("host us", "host_us:.1f"), _BYTES),
     ),
     "ladder": (
-        "ladder: every way of moving the founding scenario",
+        "ladder: ways of moving one chunk of a 7B model",
         (("way", "way"), ("op", "op"), ("us", _time), ("of copy_", "ratio:.4f"),
          ("x cuda", "to_cuda:.3f"), ("host us", "host_us:.1f"), _BYTES),
     ),
