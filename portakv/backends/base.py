@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Protocol
 
@@ -61,9 +61,7 @@ class Capabilities:
 
     places: frozenset[tuple[str, str]]
     index_on: str = "device"
-    index_dtypes: frozenset[torch.dtype] = field(
-        default_factory=lambda: frozenset({torch.int32, torch.int64})
-    )
+    index_dtypes: frozenset[torch.dtype] = frozenset({torch.int32, torch.int64})
     skips_negative: bool = False
     guards: bool = False
     alignment: int = 1

@@ -94,7 +94,7 @@ class BlockTransfer(Transfer):
         """Move no more than what is in flight already; never blocks.
 
         Returns:
-            True if some blocks will not be moved: the transfer then ends early, with
+            True if some blocks will not be moved; the transfer then ends early, with
             `TransferCancelled`. False if all have been issued or moved, which is so from the
             beginning without ``cancellable`` or ``max_gbps``.
         """

@@ -91,7 +91,7 @@ class Side:
         """Where units lie, by their numbers (an int64 array, or a tensor on any device).
 
         Returns:
-            The entries of the address table behind ``table`` (None: all lie behind one address),
+            The entries of the address table behind ``table``, None if all lie behind one address;
             and the distances behind ``offset`` in multiples of ``grain`` bytes, which divides the
             strides of the units.
         """

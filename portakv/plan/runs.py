@@ -18,7 +18,7 @@ Int64 = npt.NDArray[np.int64]
 
 
 class Runs(NamedTuple):
-    """Contiguous pieces: three int64 arrays of equal length, addresses and bytes."""
+    """Contiguous pieces: int64 arrays of equal length; ``src`` and ``dst`` hold addresses."""
 
     src: Int64
     dst: Int64

@@ -61,13 +61,13 @@ class Index:
     Attributes:
         length: positions that the ids cover; None without ids.
         on_host: True if ids can be validated before launch.
-        plan_step: what a plan is made for: ``step``, or 0 without ids.
-        fleeting: a caller's ids for one call, which are not used again.
 
     Raises:
         SlotError: another dtype (float and bool included), rank, or a bad step or offset.
     """
 
+    # plan_step: what a plan is made for: ``step``, or 0 without ids.
+    # fleeting: a caller's ids for one call, which are not used again.
     __slots__ = (
         "_placed", "_served", "_store", "fleeting", "ids", "length", "offset", "on_host",
         "plan_step", "step",

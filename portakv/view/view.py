@@ -37,18 +37,19 @@ class KVView:
 
     Attributes:
         form: strides, widths, alignment and place.
-        origins: the addresses as integers (one if all is strided).
-        owners: for each entry, the tensor whose storage it lies in.
+        tensors: what was read, as it was passed.
         slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
         device: where the tensors are.
-        spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
-        derived: what slices, launches and engines made of this view; lives as long as the view.
 
     Raises:
         LayoutError: a contradiction, naming the axis, the expected and the found extent.
         DeviceMismatch: tensors on different devices.
     """
 
+    # origins: the addresses as integers (one if all is strided).
+    # owners: for each entry, the tensor whose storage it lies in.
+    # spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
+    # derived: what slices, launches and engines made of this view; lives as long as the view.
     __slots__ = (
         "_memory", "_table", "_unwritable", "derived", "device", "form", "layout", "origins",
         "owners", "requires_grad", "slots", "spans", "tensors",
