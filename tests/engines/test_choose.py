@@ -133,6 +133,15 @@ def test_the_pick_depends_on_the_ids() -> None:
     assert runs_of(upward.pick(move._replace(src_index=near)))["staged"] == 1
 
 
+def test_each_shape_of_a_copy_has_a_pick_of_its_own() -> None:
+    launch, move = ready(30, view("device"))
+    sides, near, far = move[:2], Index(range(5, 35), SIZE), apart(30)
+    shapes = [runs_of(launch.pick(moved(*sides, *x))) for x in ((near, near), (far, near), (far,))]
+    assert [(x["descriptors"], x["staged"]) for x in shapes] == [(1, 1), (30, 1), (30, 30)]
+    few = launch.pick(moved(*sides, Index([5, 6], SIZE)))  # in one piece as well
+    assert few.engine == "direct"
+
+
 @pytest.mark.parametrize(
     ("below", "tall", "folds"),
     [(None, TALL, False), (None, 16, False), (1, TALL, False), (1, 16, True), (256, TALL, False),
