@@ -148,6 +148,8 @@ def test_refusals_are_those_of_the_long_way(rig: Again) -> None:
         rig.start(chunk=inside)
     with untouched(caches), pytest.raises(LayoutError, match="requires grad"):
         rig.start(chunk=make_chunk(5).requires_grad_())
+    with untouched(caches), pytest.raises(LayoutError, match="converts nothing"):
+        rig.start(chunk=make_chunk(5, torch.bfloat16))
     with untouched(caches), pytest.raises(SlotError, match="one dimension"):
         rig.start(rig.ids(IDS).view(1, 5))
 
