@@ -225,9 +225,9 @@ def test_overlapping_ranges_are_stored_but_not_loaded(connector: AdaptiveConnect
 @pytest.mark.parametrize("at", range(3), ids=["memory_objs", "starts", "ends"])
 @pytest.mark.parametrize("wrong", [None, 3, 1.5, object(), [], [0, 0]], ids=str)
 def test_batches_of_lists_that_do_not_fit(at: int, wrong: object) -> None:
-    caches, (objs, starts, ends) = make_caches(), ([wrong if at == n else [0] for n in range(3)])
+    caches, given = make_caches(), list[Any](wrong if at == n else [0] for n in range(3))
     with refused(SlotError, "one start and one end for each", watch=caches):
-        AdaptiveConnector("cpu").batched_to_gpu(objs, caches, MANY, starts, ends)
+        AdaptiveConnector("cpu").batched_to_gpu(given[0], caches, MANY, *given[1:])
 
 
 @pytest.mark.parametrize("tokens", [(4, 4), (4, 3)], ids=["one set", "two sets"])

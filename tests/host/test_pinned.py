@@ -114,8 +114,8 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         *((lambda n=n: pinned.allocate(n), "1 or more") for n in (0, -1, 1.5, "4")),
         (lambda: pinned.allocate(1 << 50), "available to this process"),
         (lambda: pinned.allocate(PAGE, unit=0), "unit=0 .* 1 or more: pass 1"),
-        (lambda: pinned.allocate(PAGE, unit="x"), "unit='x'"),  # type: ignore
-        (lambda: pinned.allocate(PAGE, largest="x"), "largest='x'"),  # type: ignore
+        (lambda: pinned.allocate(PAGE, unit="x"), "unit='x'"),
+        (lambda: pinned.allocate(PAGE, largest="x"), "largest='x'"),
         (lambda: pinned.allocate(PAGE, largest=100), "whole pages"),
         (lambda: pinned.allocate(PAGE, huge_pages="no"), "'no'; expected one of auto, .*pass one"),  # type: ignore
         (lambda: pinned.allocate(PAGE, threads=-3), "threads=-3 .* 1 or more: pass None"),
@@ -123,7 +123,7 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: pinned.allocate(PAGE, huge_pages=np.zeros(3)), "huge_pages=array"),  # type: ignore
         *((lambda s=s: pinned.empty(s), "size=.* expected a whole number, 0 or more")
           for s in ((-2, -4), (-2, 4), (0, -1), -1, 1.5, "x", (3, "4"), None, np.array(-3))),
-        *((lambda d=d: pinned.empty(3, d), "expected a torch.dtype")
+        *((lambda d=d: pinned.empty(3, d), "expected a torch.dtype")  # type: ignore
           for d in ("float32", [], 0, np.float32, torch.zeros(2))),
         (lambda: BYTES.view("int8"), "'int8'; expected a torch.dtype"),  # type: ignore
         *((lambda s=s: BYTES.view(torch.int16, s), "16 bytes .*torch.int16, shape .*as many bytes")

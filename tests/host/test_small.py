@@ -128,11 +128,11 @@ def test_wrong_values(
         (lambda: to_device([1], "cpu", out=zeros(1).to(META)), DeviceMismatch, "cpu .*meta"),
         (lambda: to_device([1]), DeviceMismatch, "neither a device nor an out tensor"),
         (lambda: to_device(zeros(1).to(META), "cpu"), DeviceMismatch, "meta.*copy_"),
-        *((partial(SmallCopy, n, INT, "cpu"), LayoutError, f"of {n!r} values .*0 or more")
+        *((partial(SmallCopy, n, INT, "cpu"), LayoutError, f"of {n!r} values .*0 or more")  # type: ignore
           for n in (-1, "x", 1.5, None, 1 << 70)),
-        *((partial(choose, n, "cpu"), LayoutError, "bytes .*expected 0 or more")
+        *((partial(choose, n, "cpu"), LayoutError, "bytes .*expected 0 or more")  # type: ignore
           for n in (-1, "x", None, [], ARRAY, ONE.expand(2))),
-        *((partial(call, dtype=dtype), LayoutError, "it carries integers and bytes")
+        *((partial(call, dtype=dtype), LayoutError, "it carries integers and bytes")  # type: ignore
           for dtype in (torch.bfloat16, "int32", [], 0, ARRAY, ONE.expand(2))
           for call in (partial(to_device, [1], "cpu"), partial(SmallCopy, 1, device="cpu"))),
         *((partial(call, out=out), LayoutError, "list.*tensor|not strided; expected as many")
@@ -150,7 +150,7 @@ def test_wrong_values(
         *((lambda way=way: choose(1, "cpu", way), BackendUnavailable, "on the CPU.*ask for 'host'")
           for way in ("inline", "value", "mapped", "copy")),
         (lambda: choose(1, "cpu", "pigeon"), BackendUnavailable, "'pigeon'.*inline, value, mapped"),
-        *((lambda way=way: choose(1, "cpu", way), BackendUnavailable, "by .* copy, host, or None")
+        *((partial(choose, 1, "cpu", way), BackendUnavailable, "by .* copy, host, or None")  # type: ignore
           for way in ([], 1, ARRAY, ONE.expand(2))),
     ],
 )  # fmt: skip
