@@ -40,7 +40,7 @@ def GuardOffByOne(right: HostRows, src: Int64, dst: Int64, call: Call) -> Mask:
 
 @HostRows.mutate("told")
 def StatusIgnored(right: HostRows, bad: Int64, call: Call) -> int:
-    """A bad slot moves nothing, and nobody is told: the status word stays 0."""
+    """A bad slot moves nothing and is not reported: the status word stays 0."""
     return 0
 
 
