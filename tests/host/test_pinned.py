@@ -278,7 +278,7 @@ def test_a_capture_unregisters_nothing(cuda: FakeLibrary, monkeypatch: pytest.Mo
     assert cuda.registered
     assert _pages.is_mapped(address, PAGE)
     monkeypatch.setattr(_registration, "capturing", lambda: False)
-    _registration.settle()
+    pinned.allocate(PAGE).close()
     assert not cuda.registered
     assert not _pages.is_mapped(address, PAGE)
 
@@ -433,6 +433,7 @@ def test_cuda_s_devices_are_waited_for_beside_another_kind(monkeypatch: pytest.M
 
 SCRIPT = """
 import atexit, pytest, sys
+atexit.register(lambda: tensor.fill_(1))  # the last thing of all
 from support.pinned_runtime import absent, installed
 from portakv.host import pinned
 patch = pytest.MonkeyPatch()
@@ -472,7 +473,7 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
     assert said[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
     assert said[1].split() == ["workers"] + ["quiesce", "unregister"] * 2
     told = [line for line in done.stderr.splitlines() if "RuntimeWarning" in line]
-    wanted = [(8, "the test has taken"), (8, "of the test"), (12, "of the test")]
+    wanted = [(9, "the test has taken"), (9, "of the test"), (13, "of the test")]
     for line, (at, why) in zip(told, wanted, strict=True):
         assert line.startswith(f"{script}:{at}: ")
         assert why in line

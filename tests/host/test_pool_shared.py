@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from support.guarded_memory import refused
+from support.pinned_runtime import absent
 from support.pool_processes import SIZE, Child, Opener, holder, unused_name
 
 from portakv.host import _pages, shared
@@ -84,6 +85,9 @@ def test_a_pool_left_open_leaves_nothing(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "unraisablehook", told.append)
     with pytest.raises(TypeError, match="block_byte"):
         SharedPool(name, block_byte=3)  # type: ignore[call-arg]
+    absent(monkeypatch)
+    with pytest.raises(HostMemoryError, match="fallback=True"):
+        SharedPool(name, SIZE, 2, fallback=False)
     assert told == []
 
 
@@ -213,6 +217,7 @@ def test_a_process_killed_while_it_changes_the_tables(name: str) -> None:
         assert not pool._lock(0)
         child.kill()
         pool.acquire_many(2)
+        holder(name, 0).kill()  # the last that lives removes the file
 
 
 def test_a_process_killed_while_it_makes_the_file(name: str) -> None:

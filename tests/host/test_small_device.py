@@ -19,6 +19,7 @@ import torch
 from support.device_cases import DEVICE, current, delay, on, settle
 from support.guarded_memory import refused
 from support.simdev_cases import DEVICE as SIMDEV
+from support.simdev_cases import OTHER
 from support.small_cases import WAYS, Place, drawn, same_bits, small_copy
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
@@ -42,6 +43,18 @@ def test_the_simulated_device_has_one_way() -> None:
     assert SmallCopy(3, torch.int32, SIMDEV).why == choose(64, SIMDEV).why
     with refused(BackendUnavailable, "does not serve", "'copy'"):
         to_device([1], SIMDEV, way="value")
+
+
+@pytest.mark.simdev
+def test_a_device_that_is_not_current_or_named_without_a_number() -> None:
+    sender = SmallCopy(16, torch.int32, OTHER)
+    delay(current(OTHER))
+    landed = [sender.send([nth] * 16).clone() for nth in range(5 * _small_ways.MOST_SLOTS)]
+    assert [one.tolist() for one in landed] == [[nth] * 16 for nth in range(len(landed))]
+    for device in (SIMDEV, OTHER):
+        with torch.get_device_module(device).device(device):
+            assert to_device([1], device.type).device == device
+        settle(device)
 
 
 @pytest.mark.gpu

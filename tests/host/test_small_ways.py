@@ -153,9 +153,6 @@ def test_nvrtc_reads_parameters_where_they_lie() -> None:
     assert code.count("st.global.v4.u32") == 2
 
 
-# What is asked of the CUDA driver: out of which memory, on which stream, of which device
-
-
 @pytest.fixture(params=["inline", "value"])
 def way(request: pytest.FixtureRequest, card: Card) -> Send:
     """Carries up to 64 int64 to the second device."""
