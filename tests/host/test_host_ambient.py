@@ -31,11 +31,6 @@ def _warned() -> None:
         pass
 
 
-def host(*shape: int) -> torch.Tensor:
-    """Distinct int32 on the host, whatever the setting."""
-    return torch.from_numpy(np.arange(int(np.prod(shape)), dtype=np.int32)).view(shape)
-
-
 def same(tensor: torch.Tensor, wanted: np.ndarray) -> bool:
     """By numpy, as torch's own functions are under the setting as well."""
     return bool(np.array_equal(tensor.detach().cpu().numpy(), wanted))
@@ -68,7 +63,7 @@ def test_plain_copies(device: torch.device, state: State, made: str) -> None:
         return [torch.zeros(6, 8, dtype=torch.int32, device=device),
                 torch.zeros(6, 8, dtype=torch.int32, device="cpu")]  # fmt: skip
 
-    source = host(6, 8)
+    source, other = (torch.from_numpy(NUMBERS).view(shape) for shape in ((6, 8), (8, 6)))
     there, back = places()
     with state(device):
         if made == "under it":
@@ -77,9 +72,9 @@ def test_plain_copies(device: torch.device, state: State, made: str) -> None:
         copy_(back[:, :3], there[:, :3], non_blocking=True).synchronize()
         copy_(back[:, 3:], there[:, 3:]).synchronize()
     assert same(back, source.numpy())
-    copy_(there, host(8, 6).t()).synchronize()
+    copy_(there, other.t()).synchronize()
     copy_(back, there).synchronize()
-    assert same(back, host(8, 6).t().numpy())
+    assert same(back, other.t().numpy())
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 
 META, CARD, INT = torch.device("meta"), torch.device("cuda", 0), torch.int64
-ONE, ARRAY = torch.zeros(1, dtype=INT), np.zeros(3)
+zeros = partial(torch.zeros, dtype=INT)
+ONE, ARRAY = zeros(1), np.zeros(3)
 NESTED = torch.nested.nested_tensor([ONE])
 
 
@@ -158,10 +159,6 @@ def test_a_wrong_target(call: Any, error: type[PortaKVError], words: str) -> Non
     with refused(error) as caught:
         call()
     assert re.search(words, str(caught.value))
-
-
-def zeros(count: int) -> torch.Tensor:
-    return torch.zeros(count, dtype=torch.int64)
 
 
 SHARED = "it reads pageable memory by the host's page tables"
