@@ -35,20 +35,16 @@ from support.device_cases import current, settle
 from support.guarded_memory import filled, refused, same, untouched
 from support.small_backends import small_backend
 
-from portakv import (
-    BlockTransfer,
+from portakv import BlockTransfer, Index, KVView, copy_blocks, copy_rows
+from portakv.blocks import slices as block_slices
+from portakv.errors import (
     DeviceMismatch,
-    Index,
-    KVView,
+    InvalidTerms,
     LayoutError,
     SlotError,
     TransferError,
     Unsupported,
-    copy_blocks,
-    copy_rows,
 )
-from portakv.blocks import slices as block_slices
-from portakv.errors import InvalidTerms
 
 pytestmark = pytest.mark.usefixtures("small_slices")
 

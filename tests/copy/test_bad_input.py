@@ -11,19 +11,14 @@ import pytest
 import torch
 from support.guarded_memory import filled, refused, same
 
-from portakv import (
-    AdaptiveConnector,
+from portakv import AdaptiveConnector, CopyPlan, Index, KVView, copy_blocks, copy_rows
+from portakv.errors import (
     BackendUnavailable,
-    CopyPlan,
     DeviceMismatch,
-    Index,
     InvalidTerms,
-    KVView,
     LayoutError,
     PortaKVError,
     SlotError,
-    copy_blocks,
-    copy_rows,
 )
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 5, 4, 2, 8

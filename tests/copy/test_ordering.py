@@ -95,6 +95,17 @@ def test_a_copy_waits_for_its_producer(
 
 
 @pytest.mark.simdev
+def test_the_stream_that_reads_a_table_of_addresses_holds_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rig, told = Rig(simdev_cases.DEVICE), list[torch.Tensor]()
+    monkeypatch.setattr(streams, "follow_current", lambda stream, *used: told.extend(used))
+    views = KVView(rig.caches, KV_LAYOUT), KVView(rig.chunk(), CHUNK_LAYOUT, heads=HEADS)
+    copy_rows(*views, rig.ids(IDS), stream=torch.Stream(rig.device)).synchronize()
+    assert any(used is views[0].table for used in told)
+
+
+@pytest.mark.simdev
 @PLACES
 @STORE
 def test_without_the_connectors_wait_a_copy_is_wrong(
