@@ -32,7 +32,7 @@ class BackendUnavailable(PortaKVError, RuntimeError):
 
 
 class Unsupported(PortaKVError, NotImplementedError):
-    """A plan that this backend, or no backend, can carry out: ``what`` was asked, and ``why`` it
+    """A plan that this backend cannot carry out, or none can: ``what`` was asked, and ``why`` it
     cannot be done, with what to do instead."""
 
     def __init__(self, what: str, why: str) -> None:
