@@ -43,8 +43,7 @@ def bytes_at(address: int, nbytes: int) -> Any:
 
 
 def whole(name: str, number: Any, least: int = 0, do: str = "pass one") -> int:
-    """An argument that must be a whole number and no less; raises `HostMemoryError`, which ends
-    with what to do."""
+    """A whole number that is no less; raises `HostMemoryError`, which ends with what to do."""
     with suppress(TypeError):
         if operator.index(number) >= least:
             return operator.index(number)
