@@ -158,7 +158,7 @@ def _dtype_of(case: CaseRecord) -> str:
 def _filled(name: str, record: RunRecord, **more: Any) -> str:
     """A template filled with a record and with what every form says of it."""
     rung, left_out = record.rung, record.environment.get(LEFT_OUT)
-    return _templates().get_template(name).render(
+    return templates().get_template(name).render(
         more, record=record, name=record.backend.get("name", "?"), device=words.device(record),
         verdict=words.verdict(record), sentence=words.sentence(record),
         rung=f"{rung}: {words.RUNGS[rung]}" if rung in words.RUNGS else rung,
@@ -170,7 +170,7 @@ def _filled(name: str, record: RunRecord, **more: Any) -> str:
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
     made = Environment(
         loader=PackageLoader(__package__ or "", "templates"), finalize=_final, trim_blocks=True,
         autoescape=lambda name: name != "report.md", lstrip_blocks=True, keep_trailing_newline=True,

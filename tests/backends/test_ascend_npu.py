@@ -273,9 +273,7 @@ def test_a_prepared_launch_serves_any_request_of_its_plan() -> None:
     pools, there = [cache("tuples"), cache("tuples")], Elsewhere(DEVICE)
     first, second = there.views(*pools)
     launch = AscendKernel(DEVICE).prepare(CopyPlan(first.form, second.form, SIZE, SIZE))
-    for (mine, theirs), (src, dst) in (
-        ((first, second), pools), ((second, first), pools[::-1])
-    ):  # fmt: skip
+    for (mine, theirs), (src, dst) in (((first, second), pools), ((second, first), pools[::-1])):
         read, written = (Index(torch.tensor([at]).to(DEVICE), SIZE) for at in (1, 3))
         move = Move(mine, theirs, read, written, SIZE)
 

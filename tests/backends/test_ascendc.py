@@ -111,7 +111,7 @@ def test_each_check_of_the_emulation_bites(header: str, site: int, tmp_path: Pat
         ("run_in_cann.sh", "cpu", "", 3, "ASCEND_HOME_PATH"),
         ("run_in_cann.sh", "gpu", "", 2, "'gpu'"),
     ],
-)  # fmt: skip
+)
 def test_a_script_says_what_it_does_not_know_or_misses(
     script: str, word: str, record: str, code: int, told: str, tmp_path: Path
 ) -> None:

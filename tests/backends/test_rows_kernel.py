@@ -135,12 +135,12 @@ BUGS = {
     "the last vector is left out": ("if (at >= all)", "if (at + 1 >= all)", "blocks"),
     "every other plane": ("plane = blockIdx.y;", "plane = blockIdx.y / 2 * 2;", "scatter"),
     "a prefetch of another place": ("+ (i64)(in % Run) * Bytes);", "+ (1 << 20));", "gather"),
-}  # fmt: skip
+}
 #: The same in the words for AMD's compiler.
 BUGS_OF_HIP = {
     "16 bytes are read as 4": ("__attribute__((vector_size(16)))", "", "gather"),
     "stores go elsewhere": ("V*)targets[nth] =", "V*)(targets[nth] + 16) =", "one plane"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

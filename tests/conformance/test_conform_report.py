@@ -202,7 +202,7 @@ def test_every_form_is_written_and_the_report_reads_back(record: RunRecord, tmp_
 def test_the_report_itself_is_not_lost_with_another_form(
     record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forms, "_templates", dict)
+    monkeypatch.setattr(forms, "templates", dict)
     with pytest.raises(AttributeError):
         write(record, tmp_path)
     assert RunRecord.read((tmp_path / "conformance.json").read_text()) == record

@@ -205,9 +205,9 @@ def test_a_copy_by_hand_is_right_and_a_wrong_byte_is_named(what: str, names: lis
     assert all(name in verdict for name in names), verdict
 
 
-@pytest.mark.parametrize(("shape", "extents"), [
-    ((2, 2, 4, 12), {}), ((1, 2, 4, 10), {"kv": 1}), ((2, 3, 4, 10), {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("shape", "extents"), [((2, 2, 4, 12), {}), ((1, 2, 4, 10), {"kv": 1}), ((2, 3, 4, 10), {})]
+)
 def test_sides_that_hold_other_rows_are_refused(shape: Any, extents: dict[str, Any]) -> None:
     arguments = gather()
     arguments[3:] = [torch.zeros(shape), arguments[4], arguments[5] | extents, [0], [0]]

@@ -36,7 +36,7 @@ SOLVED: list[tuple[str, tuple[int, ...], dict[str, Any], tuple[Any, ...]]] = [
     ("block token dim", (0, 4, 8), {}, (1, 1, 1, (16,), 4, 0)),
     ("kv token dim", (2, 0, 8), {}, (1, 2, 1, (16, 16), None, 0)),
     ("(layer token) dim", (0, 8), {"layers": 3}, (3, 1, 1, (16,), None, 0)),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("layout", "shape", "extents", "expected"), SOLVED)
