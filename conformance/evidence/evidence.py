@@ -141,9 +141,8 @@ def _of_job(file: Path, values: Any) -> Rung:
 
 def _counts(values: dict[str, Any]) -> str:
     """What a job told; counts as in the row of a report: ``1,797 passed, 2 not claimed``."""
-    told = str(values.get("told") or "")
-    printed = " ".join(map(str, values["printed"])) if told else ""
-    if whole := re.search(re.escape(told) + r", \d+ not-claimed", printed):
+    told, printed = str(values.get("told") or ""), " ".join(map(str, values.get("printed", ())))
+    if told and (whole := re.search(re.escape(told) + r", \d+ not-claimed", printed)):
         told = whole[0]
     return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", told.replace("-claimed", " claimed"))
 

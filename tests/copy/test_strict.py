@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""With check="strict" ids on a device are judged as those on the host, before anything is moved."""
+"""With check="strict", and in slices, ids on a device are judged as those on the host, before
+anything is moved."""
 
 from __future__ import annotations
 
@@ -12,39 +13,30 @@ from support.guarded_memory import refused
 
 from portakv import Index, SlotError, copy_blocks, copy_rows
 
+#: Slices read the ids whatever is asked of them.
+SLICED = [{"cancellable": True, "check": "usual"}, {"max_gbps": 1.0, "check": "usual"}]
+
 
 def placed(ids: list[int], device: torch.device) -> torch.Tensor:
     return torch.tensor(ids, dtype=torch.int64, device=device)
 
 
-@pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"detached": True}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"by_layer": True}, {"detached": True}, *SLICED], ids=str)
 @pytest.mark.parametrize(
     ("mine", "theirs", "words"),
     [([0, 1, 2], [3, 4, 3], ["occurs 2 times", "destination"]),
      ([0, BLOCKS], [1, 2], ["source", f"{BLOCKS * SIZE} slots"])],
 )  # fmt: skip
 def test_what_is_refused(
-    device: torch.device, mine: list[int], theirs: list[int], words: list[str], options: Any
+    device: torch.device, mine: list[int], theirs: list[int], words: list[str], more: Any
 ) -> None:
     src, dst = layered(device), layered(device)
     ids = placed(mine, device), placed(theirs, device)
     with refused(SlotError, *words, watch=dst.tensors):
-        copy_blocks(src.view, dst.view, *ids, check="strict", **options)
+        copy_blocks(src.view, dst.view, *ids, **{"check": "strict"} | more)
     slots = [Index(one, SIZE) for one in ids]
     with refused(SlotError, *words, watch=dst.tensors):
         copy_rows(src.view, dst.view, *slots, check="strict")
-
-
-@pytest.mark.parametrize("options", [{"cancellable": True}, {"max_gbps": 1.0}], ids=str)
-def test_slices_read_ids_on_a_device_and_refuse_the_same(
-    device: torch.device, options: Any
-) -> None:
-    src, dst = layered(device), layered(device)
-    for theirs, words in (([3, 3], "occurs 2 times"), ([1, BLOCKS], f"{BLOCKS * SIZE} slots")):
-        with refused(SlotError, words, "destination", watch=dst.tensors):
-            copy_blocks(
-                src.view, dst.view, placed([0, 1], device), placed(theirs, device), **options
-            )
 
 
 def test_what_is_right_is_moved(device: torch.device) -> None:
