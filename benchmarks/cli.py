@@ -2,7 +2,7 @@
 """`portakv bench`: measure backends on real models' shapes, and with ``--host`` the copies between
 a device and host memory; print tables, write JSON.
 
-Exit codes: 0 all bytes right, 1 some bytes wrong, 2 the command cannot be carried out.
+Exit codes: 0 all bytes right, 1 some wrong or nothing measured, 2 the command line is wrong.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ import torch
 
 import portakv
 from portakv.cli.console import installing, print_json
+from portakv.cli.sides import read_above_zero
 from portakv.engines.costs import costs_of
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = (run_host if asked.host else run_device)(asked, device)
     except PortaKVError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
+        return 1
     # Stable from run to run; with backends by name, these are part of it.
     named = () if asked.host else asked.backend or ()
     stem = results["name"] if asked.host else "-".join([short_name(device), *named])
@@ -101,7 +102,7 @@ def _parser(host: bool) -> argparse.ArgumentParser:
     presets, preset = (HOST_PRESETS, "full") if host else (suite.PRESETS, "core")
     add("--preset", choices=sorted(presets), default=preset, help=f"default: {preset}")
     add("--device", help="a torch device (default: the accelerator, if any)")
-    add("--seconds", type=float, help="start nothing new after this time; tell what was left out")
+    add("--seconds", type=read_above_zero, metavar="S", help="begin nothing new after this time")
     add("--out", type=Path, metavar="DIR", help="write DIR/<device>.json, and plots of it")
     add("--json", action="store_true", help="print one JSON value")
     add("--bars", action="store_true",
@@ -187,7 +188,7 @@ def _device_steps(
         yield f"{task}", partial(suite.run_task, task, preset, field)
     for shape in shapes:
         if preset.ladder and shape.name == LADDER:
-            yield f"ladder of {LADDER}", partial(run_ladder, shape, field, preset.rounds)
+            yield f"every way of moving {LADDER}", partial(run_ladder, shape, field, preset.rounds)
     yield from (step for name, step in overheads.items() if name not in fast)
 
 

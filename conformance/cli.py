@@ -15,7 +15,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -278,12 +277,11 @@ def make_parser() -> argparse.ArgumentParser:
         "or cpu)")  # fmt: skip
     _add_profile(parser, None, "full with --report, which a rung needs; else core")
     count, seed = whole_number(1), whole_number(0)
-    seconds = partial(read_above_zero, what="seconds above 0")
     add("--fuzz", type=count, default=0, metavar="N", help="draw N examples in each drawn case")
     add("--seed", type=seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")
     add("--report", type=Path, metavar="DIR", help="write conformance.json, report.html and more")
-    add("--limit", type=seconds, metavar="SECONDS", help="that one case may take (default: 120)")
+    add("--limit", type=read_above_zero, metavar="SECONDS", help="for one case (default: 120)")
     add("--jobs", type=count, default=1, metavar="N", help="cases at a time (default: 1)")
     add("-x", dest="exit_first", action="store_true", help="stop at the first failure")
     add("--json", action="store_true", help="print the report itself, one JSON value")

@@ -176,6 +176,12 @@ def run(words: list[str] | None = None) -> int:
     parser.add_argument("device", nargs="?", default=usual, help=f"a torch device ({usual})")
     parser.add_argument("--host", choices=("pageable", "pinned"), default="pageable")
     asked = parser.parse_args(words)
+    try:
+        torch.empty(0, device=asked.device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # one for each device
+        why = f"torch cannot use it here ({str(error).splitlines()[0].rstrip('.')})"
+        print(f"Device {asked.device!r} was asked for, but {why}; name another.", file=sys.stderr)
+        return 1
     outcome = main(asked.device, host=asked.host)
     return 0 if outcome.identical and outcome.control_differs else 1
 

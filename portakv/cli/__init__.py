@@ -3,8 +3,8 @@
 are handed to the packages that do them, which are imported only then.
 
 Exit codes: 0 all went well, 1 it did not (one sentence on standard error says why), 2 the command
-was not understood; `portakv conform` has more. With ``--json`` a verb writes one JSON value to
-standard output, nothing else.
+line is wrong, or a file that it names is; `portakv conform` has more. With ``--json`` a verb writes
+one JSON value to standard output, nothing else.
 """
 
 from __future__ import annotations
@@ -60,7 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif words[0] in _DELEGATED:  # its words are not argparse's to judge here
             code = _delegate(words[0], words[1:])
         else:
-            asked = parser.parse_args(words)
+            asked, more = parser.parse_known_args(words)
+            if more:  # told with the usage of the verb, not of all
+                asked.misunderstood(f"unrecognized arguments: {' '.join(more)}")
             code = asked.run(asked)
         sys.stdout.flush()
         return code
@@ -91,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     demo.add_argument("--json", action="store_true", help="print one JSON value")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(run=_demo, misunderstood=demo.error)
     for verb in (backends, explain, layouts, warmup, calibrate):
         own = verbs.add_parser(
             verb.__name__.rpartition(".")[2], help=verb.HELP, description=verb.DESCRIPTION,
@@ -99,7 +101,7 @@ def make_parser() -> argparse.ArgumentParser:
         )  # fmt: skip
         verb.add_options(own)
         own.add_argument("--json", action="store_true", help="print one JSON value")
-        own.set_defaults(run=verb.run)
+        own.set_defaults(run=verb.run, misunderstood=own.error)
     for name, (*_, does) in _DELEGATED.items():
         verbs.add_parser(name, help=f"{does}; see `portakv {name} --help`", add_help=False)
     return parser

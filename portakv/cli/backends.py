@@ -10,7 +10,7 @@ import platform
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -41,11 +41,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(asked: argparse.Namespace) -> int:
     """Print the traces. 1 if no device is served, as under a forced name that is unknown."""
-    asks = devices_present() if asked.device is None else [_device(asked.device)]
+    asks = [(d, "") for d in devices_present()] if asked.device is None else [_device(asked.device)]
     told: dict[str, Any] = {
         "portakv": __version__, "torch": str(torch.__version__),
         "python": platform.python_version(), "forced": forced_backend(),
-        "devices": [_told(device) for device in asks],
+        "devices": [_told(*device) for device in asks],
     }  # fmt: skip
     (print_json if asked.json else _print)(told)
     if any(one["chosen"] for one in told["devices"]):
@@ -55,26 +55,27 @@ def run(asked: argparse.Namespace) -> int:
     return 1
 
 
-def _device(text: str) -> torch.device | str:
-    """The device; its name, if torch cannot use it here. Raises `DeviceMismatch` if neither torch
-    nor a backend has devices of that name."""
+def _device(text: str) -> tuple[torch.device | str, str]:
+    """The device; or its name, if torch cannot use it here, and a sentence that says why. Raises
+    `DeviceMismatch` if neither torch nor a backend has devices of that name."""
     try:
         device = found(text)
         torch.empty(0, device=device)
-        return device
+        return device, ""
     except BackendUnavailable as error:
         absent = error.__cause__
-    except Exception:  # torch says in a different type for each device that it is not here
-        return text
+    except Exception as error:  # torch says in a different type for each device that it is not here
+        return text, f"{text} is not here: {type(error).__name__}: {error}"
     assert isinstance(absent, DeviceAbsent)
-    if absent.known and str(absent.device) == text:
-        return text
+    known = absent.known and str(absent.device) == text
+    if known or REGISTRY.serves(cast(torch.device, absent.device)):
+        return text, f"{text} is not here: {absent}."
     names = ", ".join(sorted({"cpu", *MADE_FOR.values()}))
     why = f"neither torch nor a backend knows that name; name one of {names}, or cuda:1."
     raise DeviceMismatch(f"Device {text!r} was asked about, but {absent if absent.meant else why}")
 
 
-def _told(device: torch.device | str) -> dict[str, Any]:
+def _told(device: torch.device | str, missing: str) -> dict[str, Any]:
     """What is said of a device, or of the name of one that torch cannot use here."""
     candidates = candidates_for(device)
     rungs = _verified([c["name"] for c in candidates], device)
@@ -82,6 +83,7 @@ def _told(device: torch.device | str) -> dict[str, Any]:
     return {
         "device": str(device), "name": "" if absent else device_name(torch.device(device)),
         "count": 0 if absent else torch.get_device_module(device).device_count(),
+        "missing": missing,
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
         "candidates": [{**one, "verified": rungs.get(one["name"], "")} for one in candidates],
     }  # fmt: skip
@@ -95,6 +97,8 @@ def _print(told: Mapping[str, Any]) -> None:
     print(f"{ENVIRONMENT}{is_set}\n")
     for one in told["devices"]:
         count = {0: "not here", 1: ""}.get(one["count"], f"{one['count']} devices")
+        if one["missing"]:
+            print_prose(one["missing"])
         parts = one["device"], one["name"], count
         print_candidates(one["candidates"], ", ".join(filter(None, parts)))
         print()
@@ -120,7 +124,8 @@ def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str
     return {name: ladder.told(name, listed, rungs) for name in names}
 
 
-#: A backend's answer as JSON has it: ``name, accepted, chosen, reason``; at most one is chosen.
+#: A backend's answer as JSON has it: ``name, accepted, on_request, chosen, reason``; at most one is
+#: chosen, and what is ``on_request`` is accepted and used only if it is named.
 Candidate = dict[str, Any]
 
 
@@ -136,13 +141,14 @@ def candidates_for(device: torch.device | str) -> list[Candidate]:
     with suppress(BackendUnavailable):  # which the answers explain
         chosen = choose(device).name
     decisions = [*trace(device)]
+    usual = [] if isinstance(device, str) else REGISTRY.automatic(device)
     forced = forced_backend()
     if forced is not None and forced not in REGISTRY.names():
         decisions.insert(0, REGISTRY.unknown(forced))
     # An entry point that was refused shares its name with a backend: accepted tells them apart.
     return [
         {"name": d.name, "accepted": d.accepted, "chosen": d.accepted and d.name == chosen,
-         "reason": d.reason} for d in decisions
+         "on_request": d.accepted and d.name not in usual, "reason": d.reason} for d in decisions
     ]  # fmt: skip
 
 
@@ -153,6 +159,8 @@ def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:
     why = "was forced" if taken.forced else "is asked before it"
     for one in (one for one in found if one["accepted"]):
         name, told = one["name"], f"takes the plan too, but {taken.name} {why}"
+        if one["on_request"] and not taken.forced:
+            told = "takes the plan too, if it is named"
         # One that was not asked about the plan is asked now.
         known = answers.get(name) or _passed_over(name, plan, taken)
         one["chosen"] = name == taken.name
@@ -176,12 +184,11 @@ def _passed_over(name: str, plan: CopyPlan, taken: Choice) -> Decision:
 
 def print_candidates(candidates: Sequence[Candidate], title: str) -> None:
     """Print a table of candidates, with ``verified`` if any says it."""
-    shown = ["reason"]
-    if any(one.get("verified") for one in candidates):
-        shown.insert(0, "verified")
+    shown = ["verified", "reason"] if any(c.get("verified") for c in candidates) else ["reason"]
     columns = [Column("backend", whole=True), Column("answer", whole=True), *map(Column, shown)]
     rows = []
     for one in candidates:
-        answer = "chosen" if one["chosen"] else "accepted" if one["accepted"] else "rejected"
+        accepted = "on request" if one["on_request"] else "accepted"
+        answer = "chosen" if one["chosen"] else accepted if one["accepted"] else "rejected"
         rows.append([one["name"], answer, *(one[name] for name in shown)])
     print_table(columns, rows, title)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,8 @@ and runtime, and torch's release; another one is measured beside it."""
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
     parser.add_argument("--device", help="a torch device (default: the accelerator)")
-    above_zero = partial(read_above_zero, what="seconds above 0")
     parser.add_argument(
-        "--seconds", type=above_zero, metavar="S", default=20.0,
+        "--seconds", type=read_above_zero, metavar="S", default=20.0,
         help="time to measure at most; what is left then is interpolated (default: 20)",
     )  # fmt: skip
 

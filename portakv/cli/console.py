@@ -18,7 +18,7 @@ from typing import Any
 PIPED_WIDTH = 160
 
 # A cell that is one of these words is coloured, on terminals that have colours.
-_STYLES = {"chosen": "bold green", "accepted": "green", "rejected": "red"}
+_STYLES = {"chosen": "bold green", "accepted": "green", "on request": "cyan", "rejected": "red"}
 _GAP = 2  # blanks between two columns
 _LEAST = 8  # a column of prose is made narrower than this only together with all others
 

@@ -41,7 +41,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     for name in ("src", "dst"):
         metavar = f"{name.upper()}_LAYOUT"
         parser.add_argument(name, nargs="?", metavar=metavar, help="a layout string or a preset")
-    add_extents(parser.add_argument_group("extents"))
+    blocks = "blocks of a paged side (default: for --tokens); with --host, runs (default: 1)"
+    add_extents(parser.add_argument_group("extents"), blocks)
     group = parser.add_argument_group("indices")
     group.add_argument(
         "--index", choices=("slots", "blocks"), default="slots",
@@ -58,7 +59,6 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="list instead everything in the library that remembers: its name, size and limit",
     )  # fmt: skip
     explain_link.add_options(parser)
-    parser.set_defaults(misunderstood=parser.error)
 
 
 def _step(text: str) -> int:

@@ -10,20 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from portakv.cli import sides
 from portakv.cli.console import Column, print_json, print_prose, print_table
-from portakv.cli.sides import (
-    accelerator_asked,
-    in_bytes,
-    in_time,
-    positive,
-    read_above_zero,
-    read_bytes,
-)
 from portakv.engines.choose import ORDER, Host, pick
 from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
 from portakv.engines.engine import OVERLAPS, Terms
 from portakv.engines.pieces import Shape
-from portakv.errors import PortaKVError
 
 #: Options that only `--host` reads, by where argparse leaves them.
 _ONLY = (
@@ -42,19 +34,28 @@ def add_options(parser: Any) -> None:
     add, memory = group.add_argument, "host memory that is not pinned"
     add("--host", action="store_true", help="explain the choice of an engine, instead of a plan")
     run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
-    add("--run-bytes", type=read_bytes, metavar="N", help=run)
-    add("--payload", type=read_bytes, metavar="N", help="all bytes, instead of --blocks")
+    add("--run-bytes", type=sides.read_bytes, metavar="N", help=run)
+    add("--payload", type=sides.read_bytes, metavar="N", help="all bytes, instead of --blocks")
     add("--direction", choices=DIRECTIONS, help="default: d2h")
     runs = "runs in host memory, 1 if it is dense (default: as many as on the device)"
-    add("--host-runs", type=positive, metavar="N", help=runs)
+    add("--host-runs", type=sides.positive, metavar="N", help=runs)
     add("--pageable", action="store_true", default=None, help=memory)
     add("--overlap", choices=OVERLAPS, help="what else the device does (compute)")
-    rate = partial(read_above_zero, what="10^9 bytes in a second, above 0")
+    rate = partial(sides.read_above_zero, what="10^9 bytes in a second, above 0")
     add("--max-gbps", type=rate, metavar="R", help="the most 10^9 bytes in a second")
     blocks = "the most thread blocks of a kernel that reads or writes host memory"
-    add("--max-thread-blocks", type=positive, metavar="N", help=blocks)
+    add("--max-thread-blocks", type=sides.positive, metavar="N", help=blocks)
     table = "a table of `portakv calibrate`, perhaps of another device"
-    add("--table", metavar="FILE", help=table)
+    add("--table", type=_table, metavar="FILE", help=table)
+
+
+def _table(file: str) -> Table:
+    try:
+        return read(Path(file))
+    except TableError as error:
+        why = f"{file} was to be read as a table, but {error}"
+        todo = "pass a file that `portakv calibrate` wrote"
+        raise argparse.ArgumentTypeError(f"{why}; {todo}") from error
 
 
 def misplaced(asked: argparse.Namespace) -> str:
@@ -73,8 +74,8 @@ def misplaced(asked: argparse.Namespace) -> str:
 
 def run(asked: argparse.Namespace) -> int:
     """Print the engine, what each would take, the terms, and where the figures come from. Raises
-    `PortaKVError` for a file that is no table or a device that torch cannot use, `Unsupported` if
-    no engine takes the copy."""
+    `DeviceMismatch` for a device that torch cannot use, `Unsupported` if no engine takes the
+    copy."""
     run_bytes = asked.run_bytes or _RUN_BYTES
     runs = asked.blocks or (-(-asked.payload // run_bytes) if asked.payload else 1)
     nbytes = asked.payload or runs * run_bytes
@@ -121,14 +122,7 @@ def _in_words(terms: Terms) -> str:
 
 def _known(asked: argparse.Namespace) -> tuple[Table, dict[str, str], str]:
     """Costs, the engines that do not serve the device, and what a reader has to know of both."""
-    device = accelerator_asked(asked.device)
-    try:
-        costs = None if asked.table is None else read(Path(asked.table))
-    except TableError as error:
-        raise PortaKVError(
-            f"{asked.table} was to be read as a table, but {error}. Pass a file that `portakv "
-            f"calibrate` wrote."
-        ) from error
+    device, costs = sides.accelerator_asked(asked.device), asked.table
     if device is None:
         note = "There is no accelerator here; all engines are taken to serve one."
         return costs or unmeasured("there is no accelerator to measure"), {}, note
@@ -139,20 +133,20 @@ def _known(asked: argparse.Namespace) -> tuple[Table, dict[str, str], str]:
 def _print(found: Mapping[str, Any]) -> None:
     ends = ["the device", f"{found['host_memory']} host memory"]
     first, last = ends if found["direction"] == "d2h" else ends[::-1]
-    print_prose(
-        f"{in_bytes(found['bytes'])} from {first} to {last}. Runs: {found['runs']} on the device, "
-        f"{found['host_runs']} on the host. {found['note']}"
-    )
+    runs = f"Runs: {found['runs']} on the device, {found['host_runs']} on the host."
+    print_prose(f"{sides.in_bytes(found['bytes'])} from {first} to {last}. {runs} {found['note']}")
     print_prose(f"{found['engine']} carries it out: {found['why']}.")
     print()
     numbers = ("takes", "GB/s", "host")
-    names = ("engine", "answer", *numbers, "looked up as", "why not")
+    names = ("engine", "answer", *numbers, "cost of", "why not")
     columns = [Column(name, whole=name != "why not", right=name in numbers) for name in names]
     rows = []
     for one in found["engines"]:
-        times = [in_time(one[name]) if one[name] else "" for name in ("seconds", "host_seconds")]
+        times = [
+            sides.in_time(one[name]) if one[name] else "" for name in ("seconds", "host_seconds")
+        ]
         rate = f"{one['gbps']:.1f}" if one["gbps"] else ""
-        size = f"{one['runs']} x {in_bytes(one['run_bytes'])}"
+        size = f"{one['runs']} x {sides.in_bytes(one['run_bytes'])}"
         answers = [one["engine"], one["answer"], times[0] or "not known", rate, times[1]]
         rows.append([*answers, size, one["refused"]])
     print_table(columns, rows)

@@ -32,9 +32,7 @@ def run(asked: argparse.Namespace) -> int:
     rows = [[getattr(preset, name) for name in names] for preset in PRESETS.values()]
     print_table([Column(name, whole=name in ("name", "releases")) for name in names], rows)
     print()
-    print_prose(
-        f"{len(rows)} layouts. `portakv layouts NAME` prints one with its note and picture."
-    )
+    print_prose(f"{len(rows)} layouts. `portakv layouts NAME` prints the note and picture of one.")
     return 0
 
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.errors import DeviceMismatch, LayoutError, PortaKVError
+from portakv.errors import DeviceMismatch, PortaKVError
 from portakv.layout.language import Layout, parse
 from portakv.layout.presets import resolve
 from portakv.runtime import kernel_cache as _kernel_cache
@@ -44,7 +44,7 @@ class Extents:
     dtype: torch.dtype | None = None
 
 
-def add_extents(group: Any) -> None:
+def add_extents(group: Any, blocks: str = "blocks of a paged side (default: for --tokens)") -> None:
     """Add the options that say the extents of two sides."""
 
     def add(name: str, kind: Any, help: str | None = None, default: Any = None) -> None:
@@ -57,7 +57,7 @@ def add_extents(group: Any) -> None:
     add("--dim", _positives, "elements: of all kv, or for each kv")
     size = f"tokens of a block: of both sides, or source, destination (default: {BLOCK_SIZE})"
     add("--block-size", _pair, size, (BLOCK_SIZE, BLOCK_SIZE))
-    add("--blocks", positive, "blocks of a paged side (default: for --tokens)")
+    add("--blocks", positive, blocks)
     add("--tokens", positive, f"default: {TOKENS}", TOKENS)
     group.add_argument("--dtype", type=_dtype, help="a torch dtype (default: float16)")
 
@@ -144,11 +144,8 @@ def _declared(
         widths = widths[0]
     found = {"dim": widths}
     kv = len(widths) if isinstance(widths, tuple) else KV
-    for name, axis, usual in (
-        ("layers", "layer", LAYERS),
-        ("kv", "kv", kv),
-        ("heads", "head", HEADS),
-    ):
+    known = ("layers", "layer", LAYERS), ("kv", "kv", kv), ("heads", "head", HEADS)
+    for name, axis, usual in known:
         value = getattr(said, name) or always.get(name)
         found[name] = value or (usual if on_both(axis) else 1)
     return found
@@ -163,8 +160,6 @@ def _view(
             "tokens": size if layout.paged else said.tokens}  # fmt: skip
     try:
         tensors = example_tensors(text, **declared, **made, dtype=dtype, device=device)
-    except LayoutError:
-        raise
     except (RuntimeError, OverflowError, TypeError) as error:  # torch, of a size it cannot make
         why = str(error).splitlines()[0]
         raise PortaKVError(
@@ -219,7 +214,7 @@ def read_bytes(text: str) -> int:
     raise argparse.ArgumentTypeError(f"{text!r} was given, {expected}")
 
 
-def read_above_zero(text: str, what: str) -> float:
+def read_above_zero(text: str, what: str = "seconds above 0") -> float:
     """A number above 0; for argparse, whose error says what was expected."""
     with suppress(ValueError):
         if 0 < float(text) < inf:

@@ -78,9 +78,9 @@ def run(asked: argparse.Namespace) -> int:
     """Compile, and print what was compiled and what was there before. Raises `PortaKVError` if a
     compiler or the cache cannot be used, for an unknown shape or architecture, and if there is no
     device and none was named; and what a copy between the layouts would raise."""
+    pairs = _shapes(asked.shape) if asked.shape or not asked.layout else []
     compiled_for = targets(asked.arch)
     check_cache("Compiled kernels")
-    pairs = _shapes(asked.shape) if asked.shape or not asked.layout else []
     said = said_extents(asked)
     pairs += [Pair(f"{cache} <-> {chunk}", cache, chunk, said) for cache, chunk in asked.layout]
     began = perf_counter()
@@ -96,8 +96,8 @@ def run(asked: argparse.Namespace) -> int:
     print_table(columns, [[str(value) for value in one.values()] for one in warmed])
     compiled, kept = (sum(one[name] for one in warmed) for name in ("compiled", "kept"))
     print()
-    print_prose(f"{compiled} kernels compiled by {' and '.join(compilers)} in {seconds:.1f} s, "
-                f"{kept} were there, from before or from another shape: {folder}")  # fmt: skip
+    print_prose(f"Compiled {compiled} kernels by {' and '.join(compilers)} in {seconds:.1f} s; "
+                f"{kept} had been compiled before. All are kept in {folder}")  # fmt: skip
     return 0
 
 

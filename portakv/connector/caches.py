@@ -103,8 +103,8 @@ class Registration:
         chunk = self.chunk(memory_obj)
         if chunk.slots < count:
             raise SlotError(
-                f"{count} tokens were asked, but the memory_obj holds {chunk.slots}; pass a larger "
-                f"one or a smaller range."
+                f"{count} tokens were asked for, but the memory_obj holds {chunk.slots}; pass a "
+                f"larger one or a smaller range."
             )
         if chunk.overlaps(self.view):
             raise LayoutError(

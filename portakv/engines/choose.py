@@ -375,7 +375,7 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(
-            f"A copy between {device} and the host was asked, but no engine can make it: "
+            f"A copy between {device} and the host was asked for, but no engine can make it: "
             f"{decision.reason}. Copy through a tensor on the device."
         )
     engine = Host(device, *key)

@@ -222,6 +222,14 @@ class Registry:
             found.append(said)
         return (*found, *self._refused_entries)
 
+    def serves(self, device: torch.device) -> bool:
+        """Whether a third party's probe accepts a device, which need not be here."""
+        for name in self.names():
+            with suppress(Exception, SystemExit):  # what does not load serves nothing
+                if name not in BUILT_IN and self.class_of(name).probe(device).accepted:
+                    return True
+        return False
+
     def tells(self, device: torch.device) -> tuple[Tells, ...]:
         """What tells, of tensors on a device, those that no backend may move by their strides."""
         # Only what extends torch can have formats that torch knows nothing of.
@@ -259,8 +267,8 @@ class Registry:
             cls = self.class_of(name)
             decision = cls.probe(device)
             if not (decision.accepted and make):
-                why = "it needs the device" if decision.accepted else decision.reason
-                return _Answer(None, why)
+                needs = "; it needs the device, which is not here" * decision.accepted
+                return _Answer(None, decision.reason + needs)
             backend = cls(device)
         except (Exception, SystemExit) as error:  # a broken package must not take others down
             return _Answer(None, f"it failed to load: {type(error).__name__}: {error}")

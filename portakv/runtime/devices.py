@@ -211,8 +211,8 @@ def usable_device(text: str) -> torch.device:
         if isinstance(error, DeviceAbsent) and not error.known:
             more = ""
         raise DeviceMismatch(
-            f"Device {text!r} was asked, but torch cannot use it here ({_first_line(error)}); this "
-            f"machine has {', '.join(map(str, devices_present()))}.{more}"
+            f"Device {text!r} was asked for, but torch cannot use it here ({_first_line(error)}); "
+            f"this machine has {', '.join(map(str, devices_present()))}.{more}"
         ) from error
     return device
 

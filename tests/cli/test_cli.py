@@ -45,7 +45,8 @@ def test_no_words_print_help_and_an_option_the_version(capsys: pytest.CaptureFix
 NOT_UNDERSTOOD = {
     "nonsense": "invalid choice",
     "layouts epd opaque": "opaque",
-    "backends cpu": "cpu",
+    "backends cpu": "usage: portakv backends",
+    "demo foo": "usage: portakv demo",
     "backends --device": "expected one argument",
     "explain": "SRC_LAYOUT, DST_LAYOUT",
     "explain epd": "SRC_LAYOUT, DST_LAYOUT",
@@ -67,6 +68,8 @@ NOT_UNDERSTOOD = {
     "explain --host --max-thread-blocks 0": "expected a number above 0",
     "explain --host --direction up": "invalid choice",
     "explain --host --overlap both": "invalid choice",
+    "explain --host --table nope": "nope was to be read as a table, but it cannot be read (No such",
+    "explain --host --table /dev/null": "pass a file that `portakv calibrate` wrote",
     "calibrate --seconds=0": "expected seconds above 0",
     "calibrate --seconds soon": "expected seconds above 0",
     "calibrate --seconds nan": "expected seconds above 0",
@@ -97,7 +100,7 @@ REFUSED = {
     "backends --device=": "name one of cpu, cuda, mlu, npu, or cuda:1.",
     "backends --device cuda:x": "did you mean 'cuda'?",
     "layouts sglang-mhaa": "sglang-mha",
-    "demo --device nonsense": "this machine has cpu",
+    "demo --device nonsense": "'nonsense' was asked for, but torch cannot use it here",
     "explain 'layer | blok token dim' epd": "Unknown axis 'blok'",
     "explain vllm-nh epd": "Near names: vllm-nhd",
     "explain vllm-dsa vllm-nhd": "opaque pages and rows",
@@ -164,6 +167,7 @@ def test_backends() -> None:
     assert "PORTAKV_BACKEND is not set" in out
     row = next(line for line in out.splitlines() if line.startswith("reference"))
     assert row.split()[1] == "chosen"
+    assert "on request" in next(line for line in out.splitlines() if line.startswith("compiled"))
     assert "every byte right" in " ".join(out.split())
     assert max(map(len, out.splitlines())) <= 80
 
@@ -174,10 +178,13 @@ def test_backends_as_json() -> None:
     assert (found["torch"], found["forced"]) == (torch.__version__, None)
     assert [d["device"] for d in found["devices"]] == [str(d) for d in devices_present()]
     cpu = found["devices"][0]
-    assert list(cpu) == ["device", "name", "count", "chosen", "candidates"]
+    assert list(cpu) == ["device", "name", "count", "missing", "chosen", "candidates"]
     assert (cpu["device"], cpu["count"], cpu["chosen"]) == ("cpu", 1, "reference")
+    answers = {c["name"]: c["on_request"] for c in cpu["candidates"]}
+    assert (answers["compiled"], answers["reference"]) == (True, False)
     assert [c["name"] for c in cpu["candidates"]] == REGISTRY.names()
-    assert list(cpu["candidates"][-1]) == ["name", "accepted", "chosen", "reason", "verified"]
+    fields = ["name", "accepted", "chosen", "on_request", "reason", "verified"]
+    assert list(cpu["candidates"][-1]) == fields
 
 
 @pytest.mark.usefixtures("either")
@@ -194,12 +201,18 @@ def test_backends_tell_why_not_the_others() -> None:
     assert "its self-check failed" in text
 
 
-@pytest.mark.parametrize(("name", "lacks"), [("mlu:1", "torch_mlu"), ("cuda:99", "rejected")])
+@pytest.mark.parametrize(("name", "lacks"), [
+    ("mlu:1", "torch_mlu"), ("cuda:99", "rejected"), ("mps", "mps is not here: torch cannot use"),
+    ("card:1", "it is a test; it needs the device, which is not here"),
+])  # fmt: skip
 def test_backends_of_a_device_that_is_not_here(name: str, lacks: str) -> None:
-    code, out, err = run("backends", "--device", name)
+    """With a sentence first, and what a third party's probe says of it."""
+    with registered(card=small_backend("card")):
+        code, out, err = run("backends", "--device", name)
     assert (code, err) == (1, f"portakv: no backend is chosen for {name}.\n")
+    assert f"\n{name} is not here: torch " in out
     assert f"{name}, not here" in out
-    assert lacks in out
+    assert lacks in " ".join(out.split())
 
 
 @pytest.mark.usefixtures("either")

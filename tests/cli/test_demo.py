@@ -104,11 +104,7 @@ def test_without_transformers_the_model_names_the_extra(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.delitem(sys.modules, demo.EXAMPLE)
     code, out, _ = run("demo", "--device", "cpu")
-    assert (code, "pip install '.[demo]'" in out, "all right through" in out) == (
-        0,
-        True,
-        True,
-    )
+    assert (code, "pip install '.[demo]'" in out, "all right through" in out) == (0, True, True)
 
 
 def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:

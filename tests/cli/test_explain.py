@@ -256,17 +256,3 @@ def test_a_table_of_another_machine(seconds: float, engine: str, tmp_path: Path)
     engines = {one["engine"]: one for one in found["engines"]}
     assert (engines["staged"]["seconds"], engines["staged"]["measured"]) == (seconds, True)
     assert engines["direct"]["measured"] is False
-
-
-@host
-@pytest.mark.parametrize(
-    ("content", "why"), [("{}", "its format is None"), ("x", "it is no JSON"), (None, "be read (")]
-)
-def test_a_file_that_is_no_table(content: str | None, why: str, tmp_path: Path) -> None:
-    path = tmp_path / "table.json"
-    if content is not None:
-        path.write_text(content)
-    code, out, err = run(*ASKED, "--table", str(path))
-    assert (code, out) == (1, "")
-    assert err.startswith(f"portakv: {path} was to be read as a table, but")
-    assert why in err

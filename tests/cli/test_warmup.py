@@ -85,8 +85,9 @@ def test_the_table(cache: Path) -> None:
     assert (ran.code, ran.err) == (0, "")
     newest = _nvrtc.architectures()[-1]
     assert f"compute_{newest}" in ran.out, "PTX where NVRTC does not know the architecture"
-    assert "8 kernels compiled by NVRTC 13." in ran.out
-    assert f"0 were there, from before or from another shape: {cache}" in " ".join(ran.out.split())
+    assert "Compiled 8 kernels by NVRTC 13." in ran.out
+    told = f"0 had been compiled before. All are kept in {cache}"
+    assert told in " ".join(ran.out.split())
 
 
 def _needed(device: torch.device) -> list[str]:
@@ -150,10 +151,7 @@ def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "said"),
     [
         (["--arch", "50", "--shape", "seed"], "Compute capability 5.0"),
-        (
-            ["--arch", "90", "--shape", "seed", "sed"],
-            "'sed' was asked for, but the benchmarks have",
-        ),
+        (["--shape", "seed", "sed"], "'sed' was asked for, but the benchmarks have"),
         (["--arch", "90", "--layout", "layer | bock dim", CHUNK], "axis"),
     ],
 )

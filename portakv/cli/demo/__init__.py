@@ -29,8 +29,6 @@ from portakv.cli.sides import in_bytes, in_time
 from portakv.registry.registry import ENVIRONMENT, REGISTRY, choose
 from portakv.runtime.devices import device_name, usual_device
 
-__all__ = ["run_demo"]
-
 EXAMPLE = "portakv_examples.offload_transformers"
 
 
