@@ -118,9 +118,7 @@ DEVICES = {
 }  # fmt: skip
 
 
-def test_a_backend_is_judged_where_it_is_made_to_run(
-    asked: list[Options], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_is_judged_elsewhere(asked: list[Options], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
     for words in DEVICES:
@@ -341,9 +339,7 @@ def test_each_step_has_its_kind(record: RunRecord) -> None:
     ("incomplete none", "failed none", "REGRESSION"),
     ("failed none", "conformant R3", "FIX"),
 ])  # fmt: skip
-def test_verdict_and_rung_are_compared(
-    record: RunRecord, diff: Any, before: str, after: str, kind: str
-) -> None:
+def test_verdicts_compare(record: RunRecord, diff: Any, before: str, after: str, kind: str) -> None:
     """Though no case ended in another way: one was left out, or the device is another."""
     was, now = before.split(), after.split()
     code, out = diff(*(

@@ -181,9 +181,7 @@ def test_caches_nested_otherwise_are_other_caches() -> None:
         ("cpu", {"chunk_layout": "layer | foo"}, LayoutError, ["Unknown axis 'foo'"]),
     ],
 )  # fmt: skip
-def test_connectors_that_cannot_be_made(
-    device: Any, options: dict[str, Any], error: Any, words: list[str]
-) -> None:
+def test_bad_connectors(device: Any, options: dict[str, Any], error: Any, words: list[str]) -> None:
     with refused(error, *words):
         AdaptiveConnector(device, **options)
 

@@ -133,9 +133,7 @@ ROWS: dict[str, Callable[[], Rows]] = {
 
 @OUTWARD
 @pytest.mark.parametrize("name", ROWS)
-def test_as_which_calls_of_torch_rows_are_copied(
-    name: str, outward: bool, made: list[tuple[int, bool]]
-) -> None:
+def test_by_which_calls_of_torch(name: str, outward: bool, made: list[tuple[int, bool]]) -> None:
     view, index, count, unit, indexed, calls = ROWS[name]()
     (memory, slot), (twin, other) = dense_of(view, count), dense_of(view, count, 0)
     for inference in (True, False):

@@ -216,9 +216,7 @@ class OnlyByLayer(Reference):
 
 
 @DOWNWARD
-def test_a_backend_that_refuses_the_hosts_order_gets_the_other(
-    accelerator: torch.device, downward: bool
-) -> None:
+def test_one_that_refuses_the_hosts_order(accelerator: torch.device, downward: bool) -> None:
     backend = OnlyByLayer(accelerator)
     half = Choice(backend, (Decision(backend.name, True, "chosen"),), True, backend.capabilities())
     host = Transfers(Staged(accelerator), downward).host

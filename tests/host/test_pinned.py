@@ -147,9 +147,7 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
           for n in (np.int64(4096), [np.int32(4096)], np.array([4096]))),
     ],
 )  # fmt: skip
-def test_what_makes_no_memory(
-    call: Callable[[], object], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_memory(call: Callable[[], object], words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     other = {"node": Unsupported, "meta": DeviceMismatch}
     error = next((other[word] for word in other if word in words), HostMemoryError)
     if not re.search("available|node", words):

@@ -210,9 +210,7 @@ def test_only_what_was_registered_is_unregistered(name: Any) -> None:
     assert "reference" in registry.REGISTRY.names()
 
 
-def test_what_was_chosen_is_logged_once(
-    caplog: pytest.LogCaptureFixture, caches: list[torch.Tensor]
-) -> None:
+def test_logged_once(caplog: pytest.LogCaptureFixture, caches: list[torch.Tensor]) -> None:
     caplog.set_level("INFO", logger="portakv")
     register_backend("picky", small_backend("picky", rejects=no_layers))
     for _ in range(3):

@@ -227,7 +227,7 @@ class TestPlanes:
         ],
         ids=["pages", "turned", "one element", "split", "listed", "width", "stride", "origin"],
     )
-    def test_why_there_is_no_plane(
+    def test_no_plane(
         self, make: Callable[[], KVView], dtype: torch.dtype | None, why: str
     ) -> None:
         with pytest.raises(LayoutError, match=why):
