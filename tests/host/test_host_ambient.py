@@ -78,9 +78,10 @@ def test_plain_copies(device: torch.device, state: State, made: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [NUMBERS, NUMBERS.tolist(), range(48), torch.from_numpy(NUMBERS), bytes(range(48))],
+    "values",
+    [NUMBERS, NUMBERS.tolist(), range(48), torch.from_numpy(NUMBERS), bytes(range(48))],
     ids=lambda values: type(values).__name__,
-)  # fmt: skip
+)
 def test_small_copies(device: torch.device, state: State, values: object) -> None:
     out = torch.zeros(48, dtype=torch.int32, device=device)
     with state(device):

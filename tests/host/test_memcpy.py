@@ -129,8 +129,9 @@ def test_parts_of_one_tensor(device: torch.device, cut: Any, other: Any) -> None
         wanted = memory[src].clone()
         copy_(memory[dst], memory[src])
         assert torch.equal(memory[dst], wanted)
-        copy_(memory.t()[dst[::-1]] if isinstance(dst, tuple) else memory.t()[:, dst],
-              memory[src].t())  # fmt: skip
+        copy_(
+            memory.t()[dst[::-1]] if isinstance(dst, tuple) else memory.t()[:, dst], memory[src].t()
+        )
     flat = memory.view(torch.uint8).view(-1)
     with refused(LayoutError, "share bytes", watch=memory):
         copy_(flat[7:15], flat[:8])
@@ -246,8 +247,9 @@ def test_the_structure_says_what_is_meant(
     assert torch.equal(dst, wanted)
     assert torch.equal(memory[:, 20:], before[:, 20:])
     assert [(call.kind, call.copies, call.stream) for call in libcuda.calls] == [
-        ("r", 4, 7), ("r", 4, 0),
-    ]  # fmt: skip
+        ("r", 4, 7),
+        ("r", 4, 0),
+    ]
     libcuda.forget(refuse_at=0)
     with refused(TransferError, "4 rows of 80 bytes", "CUDA_ERROR_INVALID_VALUE", watch=dst):
         _cuda_driver.copy_pitched(*places, None)

@@ -127,18 +127,14 @@ def test_reserved_huge_pages_or_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda: BYTES.view("int8"), "'int8'; expected a torch.dtype"),  # type: ignore
         *((lambda s=s: BYTES.view(torch.int16, s), "16 bytes .*torch.int16, shape .*as many bytes")
           for s in ((9,), (-2, 4), [], 8, 1.5, "x", [None], (1 << 70,), np.zeros(3))),
-        (lambda: pinned.register_address(PAGE, 1 << 70), "no memory of this process"),
-        (lambda: pinned.register_address(1 << 70, PAGE), "no memory of this process"),
-        (lambda: pinned.register_address(PAGE, None), "nbytes=None"),  # type: ignore
         (lambda: pinned.register(torch.nested.nested_tensor([torch.zeros(2)])), "is no strided"),
         (lambda: pinned.register(torch.zeros(5000), unit=-4096), "1 or more: pass 1"),
-        (lambda: pinned.register_address("x", 64), "'x'"),  # type: ignore
-        (lambda: pinned.register_address(-1, 64), "-1"),
+        *((lambda a=a, n=n: pinned.register_address(a, n), "address=|nbytes=|no memory of this")
+          for a, n in (("x", 64), (-1, 64), (PAGE, None), (PAGE, 1 << 70), (1 << 70, PAGE))),
         (lambda: pinned.register(torch.zeros(4).to_sparse()), "strided"),
         (lambda: pinned.register([1, 2]), "is no strided tensor"),
-        (lambda: pinned.register(torch.zeros(0)), "0 bytes"),
-        (lambda: pinned.register(np.zeros((3, 0))), "0 bytes"),
-        (lambda: pinned.register(bytearray()), "0 bytes"),
+        *((lambda m=m: pinned.register(m), "0 bytes")
+          for m in (torch.zeros(0), np.zeros((3, 0)), bytearray())),
         (lambda: pinned.register((ctypes.c_void_p * 9)()), "numpy does not know .*frombuffer"),
         (lambda: pinned.register(torch.zeros(4, device="meta")), "on meta"),
         *((lambda n=n: pinned.allocate(ODD, numa=n), "nodes have whole numbers")
