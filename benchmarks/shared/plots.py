@@ -3,7 +3,7 @@
 
 SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time against
 `copy_`, what a call costs the host, and the ladder; of ``h200-host.json`` speed against a memcpy,
-and what a transfer does to what runs beside it. Needs matplotlib (`pip install 'portakv[bench]'`).
+and what a transfer does to what runs beside it. Needs matplotlib (`pip install '.[bench]'`).
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def _missing(device: torch.device) -> str | None:
     try:
         from portakv.backends._triton_kernel import copy_rows
     except ModuleNotFoundError as error:
-        return f"the package {error.name!r} is missing; install portakv[triton]"
+        return f"the package {error.name!r} is missing; pip install triton"
     except Exception as error:  # a Triton that does not fit torch or the system breaks in many ways
         return f"Triton cannot be imported: {_first_line(error)}"
     if on_host:

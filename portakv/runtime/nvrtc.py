@@ -9,7 +9,7 @@ from typing import Any
 from portakv.runtime import kernel_cache
 
 FLAGS = ("-std=c++17", "-default-device")
-NEEDED = "pip install 'portakv[cuda]'"
+NEEDED = "pip install '.[cuda]' in a clone of PortaKV ('portakv[cuda]' once released)"
 
 
 def missing() -> str | None:

@@ -239,7 +239,7 @@ def test_nothing_is_missing(bindings: Any) -> None:
     ("what", "value", "reason"),
     [
         ("version", Mock(side_effect=importlib.metadata.PackageNotFoundError),
-         "cuda-bindings is not installed; pip install 'portakv[cuda]'"),
+         "cuda-bindings is not installed; pip install '.[cuda]' in a clone"),
         ("version", Mock(return_value="12.9.1"),
          "cuda-bindings 12.9.1 was found, but 13.x is needed; pip install"),
         ("nvrtc", None, "NVRTC cannot be loaded (cannot import name 'nvrtc'"),

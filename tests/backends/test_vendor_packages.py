@@ -102,7 +102,7 @@ def test_others_are_refused_before_the_package_is_imported(
           for kind in ("cuda", "cpu")
           for error, said in (
             ("ModuleNotFoundError('x', name='triton')",
-             "the package 'triton' is missing; install portakv[triton]"),
+             "the package 'triton' is missing; pip install triton"),
             *((f"{error}('libtriton.so: foo\\nmore')",
                f"Triton cannot be imported: {error}: libtriton.so: foo")
               for error in ("ImportError", "OSError", "RuntimeError")))),

@@ -97,6 +97,11 @@ def test_the_example_sees_what_is_wrong(what: str, monkeypatch: pytest.MonkeyPat
     assert (outcome["tokens"], outcome["chunks"]) == (235, 4)
 
 
+def test_the_example_refuses_what_is_no_device(capsys: pytest.CaptureFixture[str]) -> None:
+    assert offload_transformers.run(["nonsense"]) == 1
+    assert "Device 'nonsense' was asked for, but torch cannot use it" in capsys.readouterr().err
+
+
 # the first part
 
 
@@ -259,7 +264,7 @@ def test_what_the_demo_says_is_what_it_did(room: bool, monkeypatch: pytest.Monke
     assert "a small Llama with random weights; nothing is downloaded" in told
     assert "of KV cache through reference 24 tokens" in told
     assert "every backend" not in told
-    assert ("compiled accepted" in told) == ("so the demo did not run it" in told)
+    assert ("compiled on request" in told) == ("so the demo did not run it" in told)
     assert ("24 tokens of 1 layers" in told) is not room
     said = "Scaled down: 3 layers would take more than half of the free memory of cpu."
     assert (said in told) is not room
