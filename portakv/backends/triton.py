@@ -235,7 +235,8 @@ def _missing(device: torch.device) -> str | None:
         # Cambricon's driver does not have it; its target is named as torch names the device.
         served = _target().backend if asked is None else asked().type
     except Exception as error:  # whatever a vendor's driver, or the compiler that it needs, raises
-        return f"Triton finds no driver for {device.type} devices here ({_first_line(error)})"
+        why = f"Triton finds no driver for {device.type} devices here"
+        return why if "0 active drivers" in str(error) else f"{why} ({_first_line(error)})"
     if served != device.type:
         return f"Triton's active driver serves {served} devices, not {device.type}"
     return None

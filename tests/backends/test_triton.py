@@ -100,15 +100,18 @@ def test_what_it_says_under_a_vendor_s_driver(
         monkeypatch.setattr(driver, "_active", active)
         return str(Triton.probe(torch.device(name, 0)))
 
-    fails = f"triton: rejected, Triton finds no driver for {name} devices here (RuntimeError: "
-    assert torch.cuda.is_available() or told(None).startswith(f"{fails}0 active driver")
+    fails = f"triton: rejected, Triton finds no driver for {name} devices here"
+    assert torch.cuda.is_available() or told(None) == fails
     for right in (Driver(name), Target(name)):
         assert told(right).startswith("triton: accepted, ")
         assert told(right).endswith(f"compiles its kernel for {target}")
     serves = f"triton: rejected, Triton's active driver serves {{}} devices, not {name}"
     assert told(Driver("cuda")) == serves.format("cuda")
     assert told(Target("maca")) == serves.format("maca")
-    assert told(Driver("")) == f"{fails}libascendcl.so: cannot open shared object file)"
+    assert (
+        told(Driver(""))
+        == f"{fails} (RuntimeError: libascendcl.so: cannot open shared object file)"
+    )
 
 
 # The code for targets that are not here
