@@ -7,8 +7,6 @@ its reasons on record.
 
 from __future__ import annotations
 
-import sys
-
 from portakv.blocks.blocks import copy_blocks
 from portakv.blocks.handle import BlockTransfer
 from portakv.connector.connector import AdaptiveConnector
@@ -27,16 +25,14 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
+from portakv.index import Index  # loads its old module, for one release
 from portakv.layout.presets import PRESETS
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import register_backend
 from portakv.runtime.transfer import Transfer
-from portakv.view import index
-from portakv.view.index import Index
 from portakv.view.view import KVView
 
 __version__ = "0.1.0.dev0"
-sys.modules["portakv.index"] = index  # its old place, for one release
 
 __all__ = [
     "PRESETS", "AdaptiveConnector", "BackendUnavailable", "BlockTransfer", "CopyPlan",

@@ -65,6 +65,8 @@ MANY_IMPORTS = {
 }
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
 BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}
+#: The streams' handles without an owner, by device and priority: none may be let go of.
+HANDLES = "free_handles: defaultdict["
 #: Calls that make a cache without a limit, or a mapping that nothing empties.
 REMEMBER = {"cache", "lru_cache", "dict", "defaultdict", "WeakKeyDictionary", "OrderedDict"}
 
@@ -172,8 +174,9 @@ def remembering(tree: ast.Module) -> Iterator[int]:
     for node in tree.body:
         value = node.value if isinstance(node, ast.Assign | ast.AnnAssign) else None
         empty = isinstance(value, ast.Dict) and not value.keys
-        made = isinstance(value, ast.Call) and called(value) in REMEMBER and not value.args
-        if empty or made:
+        if isinstance(value, ast.Call) and called(value) in REMEMBER:
+            empty = called(value) == "defaultdict" or not value.args  # its factory fills nothing
+        if empty and HANDLES not in ast.unparse(node):
             yield node.lineno
     for inner in ast.walk(tree):
         if isinstance(inner, ast.FunctionDef) and inner.args.args:

@@ -293,9 +293,7 @@ def _launch(
     captured = on_device and capturing(device)
     if captured:
         _check_capture(pieces, move)
-    placed = []
-    for ready, _, _ in pieces:
-        placed.append(ready.place_both(move))
+    placed = [ready.place_both(move) for ready, _, _ in pieces]
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:

@@ -54,13 +54,13 @@ class Shortcuts:
             if type(chunk) is not torch.Tensor:
                 return None
         try:
-            address = chunk.data_ptr()
+            address, first_id = chunk.data_ptr(), ids.data_ptr()
             # The last bits of the address are its alignment, on which a plan's vectors rest.
             key = (store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype)
             shortcut = self._known.get(key)
-        except RuntimeError:  # a tensor that has no strides
+        except RuntimeError:  # a tensor that has no strides, or no memory
             return None
-        if shortcut is None or not shortcut.fits(chunk, ids):
+        if shortcut is None or not (address and first_id) or not shortcut.fits(chunk, ids):
             return None
         length = ids.numel()
         if end is None:
@@ -76,7 +76,7 @@ class Shortcuts:
         if _current_device() != self._index or self._capturing():
             return None
         word, event = acquire_word(), self._events.acquire()
-        shortcut.again(address, ids.data_ptr(), start, count, word.address)
+        shortcut.again(address, first_id, start, count, word.address)
         event.record()
         completion = Completion(event, (), ((word, 0),), None, None, self._events)
         hold(completion, self._owner)

@@ -24,7 +24,7 @@ from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import RunCounter, Shape
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.plan.plan import CopyPlan, Move
-from portakv.registry.prepared import bring
+from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
@@ -197,7 +197,7 @@ class Host(Engine):
         self, device: torch.device, half: Choice | None = None, terms: Terms | None = None
     ) -> None:
         super().__init__(device, half, terms)
-        self._logged: set[str] = set()
+        self._logged = REGISTRY.logged_engines.setdefault(device, set())
         made = {name: self._make(name) for name in ORDER}
         self.engines = {name: x for name, x in made.items() if not isinstance(x, str)}
         self.out = {name: why for name, why in made.items() if isinstance(why, str)}
@@ -224,7 +224,7 @@ class Host(Engine):
         return launch
 
     def log(self, engine: str, why: str) -> None:
-        """Log, once for each engine, that it carries copies out."""
+        """Log, once for each engine of a device, that it carries copies out."""
         if engine not in self._logged:
             self._logged.add(engine)
             _log.info("%s: engine %s, %s", self.device, engine, why)
@@ -324,14 +324,12 @@ class HostLaunch(EngineLaunch):
             return launch
         with self._lock:
             if name in self._engines and name not in self._launches:
-                try:
-                    self._launches[name] = self._engines[name].prepare(self.plan)
-                except Exception as error:  # a compiler that fails must not end the transfer
-                    why = f"it failed to prepare: {type(error).__name__}: {error}"
-                    if isinstance(error, Unsupported):
-                        why = str(error)
-                    self.out = {**self.out, name: why}
+                launch, decision = prepare_by(self._engines[name], self.plan)
+                if launch is None:
+                    self.out = {**self.out, name: decision.reason}
                     del self._engines[name]
+                else:
+                    self._launches[name] = launch
             return self._launches.get(name)
 
     def _placed(self, name: str, move: Move, stream: torch.Stream | None) -> Move:

@@ -104,7 +104,7 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
             backend = choice.backend  # also one that no test pattern suits, or on terms
         launch = None
         if backend is not None:
-            launch, decision = _prepare(backend, plan)
+            launch, decision = prepare_by(backend, plan)
         if backend is None or launch is None:
             refused.append(Decision(name, False, decision.reason))
             continue
@@ -120,7 +120,7 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
     raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
 
 
-def _prepare(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
+def prepare_by(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
     """The launch of one backend, or None and the reason."""
     try:
         decision = backend.check(plan)

@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import entry_points
+from inspect import isabstract
 from typing import NamedTuple, cast
 
 import torch
@@ -98,6 +99,7 @@ class Registry:
         self._installed: set[str] = set()
         self._refused_entries: list[Decision] = []
         self._logged: set[tuple[torch.device, str, str]] = set()
+        self.logged_engines: dict[torch.device, set[str]] = {}
 
     @cached_property
     def _targets(self) -> dict[str, str | type[Backend]]:
@@ -115,22 +117,20 @@ class Registry:
     def register(self, name: str, target: str | type[Backend]) -> None:
         """Register a backend under a name; see `register_backend`."""
         with self._lock:
+            why = ""
             if not name or not isinstance(name, str):
-                raise BackendUnavailable(
-                    f"A backend was to be registered as {name!r}; its name is a word that is not "
-                    f"empty."
+                why = "its name is a word that is not empty"
+            elif name in self._targets:
+                why = (
+                    "one is registered already; silent replacement is refused, choose another name"
                 )
-            if name in self._targets:
-                raise BackendUnavailable(
-                    f"A backend named {name!r} is registered already; silent replacement is "
-                    f"refused. Choose another name."
-                )
-            if isinstance(target, str) and not _TARGET.fullmatch(target):
-                raise BackendUnavailable(
-                    f"Backend {name!r} was to be registered as {target!r}; expected "
-                    f"'package.module:Class', or the class."
-                )
-            self._targets[name] = target if isinstance(target, str) else _check_class(target, name)
+            elif not isinstance(target, str):
+                _check_class(target, name)
+            elif not _TARGET.fullmatch(target):
+                why = f"found {target!r}; expected 'package.module:Class', or the class"
+            if why:
+                raise BackendUnavailable(f"A backend was to be registered as {name!r}: {why}.")
+            self._targets[name] = target
             self._forget(name)  # it may have been asked for in vain
 
     def unregister(self, name: str) -> None:
@@ -304,10 +304,10 @@ def _unavailable(
 
 def _check_class(found: object, name: str) -> type[Backend]:
     """The class of a backend; raises `BackendUnavailable` for anything else."""
-    if not (isinstance(found, type) and issubclass(found, Backend)):
+    if not (isinstance(found, type) and issubclass(found, Backend)) or isabstract(found):
         raise BackendUnavailable(
             f"Backend {name!r} is {found!r}, which is not a portakv Backend class; expected a "
-            f"subclass of portakv.backends.base.Backend."
+            f"subclass of portakv.backends.base.Backend, with its probe, capabilities and prepare."
         )
     return found
 

@@ -19,14 +19,7 @@ import torch
 from portakv.errors import DeviceMismatch
 from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.transfer import (
-    NOTHING,
-    Completion,
-    StatusWord,
-    Transfer,
-    event_pool,
-    hold_memory,
-)
+from portakv.runtime.transfer import Completion, StatusWord, Transfer, event_pool, hold_memory
 
 # Handles without an owner. The one that was given back last goes out first, since staging is kept
 # for it. No lock: the garbage collector may give one back at any moment.
@@ -133,11 +126,11 @@ def captured(
     stream: torch.Stream | None,
     kept: object,
     words: Sequence[tuple[StatusWord, int]] = (),
-    carried: tuple[str, str] = NOTHING,
+    *carried: tuple[str, str],
 ) -> Transfer:
     """The handle of a copy that was captured; with ``stream``, `Transfer.wait` joins the fork."""
     event = None if stream is None else torch.Event(device)
     if event is not None:
         event.record(stream)
     completion = Completion(event, words=words, standing=True)
-    return Transfer((completion,), kept, carried)
+    return Transfer((completion,), kept, *carried)

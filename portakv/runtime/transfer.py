@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -146,8 +147,9 @@ class Completion:
             pending.wait()
         event = self.event  # not before: another thread may have given it back by now
         if event is not None:
-            # An event that is given no stream takes the current device's, which may be another.
-            event.wait(stream or torch.accelerator.current_stream(event.device))
+            if stream is None:  # the event would take the current device's, which may be another
+                stream = torch.accelerator.current_stream(event.device)
+            event.wait(stream)
 
     def synchronize(self) -> None:
         """Block the host until all bytes have landed."""
@@ -256,7 +258,11 @@ class Transfer:
         return True
 
     def wait(self, stream: torch.Stream | None = None) -> None:
-        """Make the current stream (or ``stream``) wait; blocks the host only for staged work."""
+        """Make the current stream (or ``stream``) wait; blocks the host only for staged work.
+        Raises `InvalidTerms` for a stream that is not one of torch's."""
+        if stream is not None and not hasattr(stream, "stream_id"):
+            asked = f"The end was waited for with stream={stream!r}"
+            raise InvalidTerms(f"{asked}; expected a stream of torch, or None for the current one.")
         for completion in self.completions:
             completion.wait(stream)
 
@@ -268,6 +274,7 @@ class Transfer:
 
         Raises:
             TransferTimeout: it has not ended after ``timeout`` seconds, and goes on.
+            InvalidTerms: ``timeout`` is no number from 0 on.
             SlotError, TransferError: as `done` does.
         """
         self._refuse_captured("synchronize()")
@@ -292,9 +299,10 @@ class Transfer:
 
     def _await_end(self, seconds: float) -> None:
         """Ask for the end until it is seen, less and less often: torch waits without a limit."""
-        if not isinstance(seconds, (int, float)):
+        if not (isinstance(seconds, Real) and seconds >= 0):
             asked = f"The end was waited for with timeout={seconds!r}"
-            raise InvalidTerms(f"{asked}; expected seconds, or None for no limit.")
+            raise InvalidTerms(f"{asked}; expected seconds from 0 on, or None for no limit.")
+        seconds = float(min(seconds, 1e9))  # an integer may be more than a float holds
         limit, pause = time.monotonic() + seconds, 20e-6
         while not all(completion.ended() for completion in self.completions):
             left = limit - time.monotonic()

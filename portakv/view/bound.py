@@ -63,7 +63,7 @@ class BoundLayout:
             or tensors.is_nested
             or tensors.is_conj()
             or tensors.is_neg()
-            or not (address := _address(tensors))
+            or not (address := address_of(tensors))
         ):
             return self._read_all(tensors)
         # The storage offset tells whether the storage's base is as aligned as the address.
@@ -256,25 +256,23 @@ def _one_device(tensors: Sequence[torch.Tensor]) -> torch.device:
         if tensor.layout is not _STRIDED or tensor.is_nested:
             kind = "nested" if tensor.is_nested else tensor.layout
             raise LayoutError(f"A view reads strided tensors, but a {kind} one was found.")
-        if device.type != "meta" and tensor.numel() and not _address(tensor):
+        if device.type != "meta" and tensor.numel() and not address_of(tensor):
             raise LayoutError(
-                f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory was "
-                f"found; hand over allocated tensors."
+                f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory of its "
+                f"own was found, as inside torch.vmap or torch.func.grad; hand over allocated "
+                f"tensors, outside of function transforms."
             )
     if device.type == "meta":
         raise LayoutError("Tensors on device meta have no memory; hand over allocated tensors.")
     return device
 
 
-def _address(tensor: torch.Tensor) -> int:
+def address_of(tensor: torch.Tensor) -> int:
+    """The address of a tensor's first byte; 0 if it has no memory of its own."""
     try:
         return tensor.data_ptr()
-    except RuntimeError:
-        raise LayoutError(
-            f"A {type(tensor).__name__} of shape {tuple(tensor.shape)} without memory of its own "
-            f"was found, as inside torch.vmap or torch.func.grad; hand over tensors outside of "
-            f"function transforms."
-        ) from None
+    except RuntimeError:  # inside torch.vmap; inside functionalize it is 0
+        return 0
 
 
 def as_dtype(dtype: object) -> torch.dtype:

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import SlotError, Unsupported
+from portakv.view.bound import address_of
 
 IdList: TypeAlias = "torch.Tensor | npt.NDArray[np.signedinteger[Any]] | Sequence[int]"
 #: Slots or blocks: int32 or int64, one dimension, on host or device.
@@ -369,13 +370,11 @@ def _as_ids(ids: object) -> torch.Tensor:
             "An index on device meta was given, which holds no ids; expected ids on the host or a "
             "device."
         )
-    try:
-        ids.data_ptr()
-    except RuntimeError:
+    if not address_of(ids) and ids.numel():
         raise SlotError(
             "An index without memory of its own was given, as inside torch.vmap; call the copy "
             "outside of function transforms."
-        ) from None
+        )
     return ids
 
 

@@ -137,6 +137,9 @@ class KVView:
 
     def overlaps(self, other: KVView) -> bool:
         """True if the two views' tensors share memory."""
+        if not isinstance(other, KVView):
+            kind = type(other).__name__
+            raise LayoutError(f"Overlap with a {kind} was asked; expected a KVView. Pass one.")
         if self.device != other.device:
             return False
         mine, theirs = self.spans, other.spans
@@ -211,10 +214,14 @@ class KVView:
             LayoutError: no strided tensor can show it (`Form.unshown` says why), or its rows do not
                 begin and end at whole numbers of ``dtype``.
         """
-        if not (0 <= layer < self.layers and 0 <= kv < self.kv):
+        try:
+            there = 0 <= index(layer) < self.layers and 0 <= index(kv) < self.kv
+        except TypeError:
+            there = False
+        if not there:
             raise LayoutError(
-                f"The plane of layer {layer} and kv {kv} was asked of a view of {self.layers} "
-                f"layers and {self.kv} kv; both count from 0."
+                f"The plane of layer {layer!r} and kv {kv!r} was asked of a view of {self.layers} "
+                f"layers and {self.kv} kv; both are integers that count from 0."
             )
         if self.form.unshown:
             raise LayoutError(

@@ -221,6 +221,9 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: s.cache.plane(3000, 0), "plane", "count from 0"),
         (lambda s: s.cache.plane(-1, 0), "plane", "count from 0"),
         (lambda s: s.cache.plane(0, 2), "plane", "count from 0"),
+        (lambda s: s.cache.plane("a", 0), "layer 'a'", "integers"),
+        (lambda s: s.cache.plane(0, 0.5), "kv 0.5", "integers"),
+        (lambda s: s.cache.overlaps(3), "a int", "expected a KVView"),
         (lambda s: rows(None, s.cache), "asked", "expected"),
         (lambda s: blocks(s.cache, None, [0], [0]), "asked", "expected"),
         (lambda s: CopyPlan(s.cache, s.cache), "asked", "expected"),
@@ -232,6 +235,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
     ],
     SlotError: [
         (lambda s: CopyPlan(s.rows.form, s.rows.form, -1, 0), "steps -1"),
+        (lambda s: Index(fake()[:, 0].long()), "without memory"),
         (lambda s: blocks(s.cache, s.rows, Index([0], 2), None), "src_blocks", "step 2", "step=4"),
         (lambda s: blocks(s.cache, s.cache, [0], [1, 2]), "covers 4", "stination 8"),
         (lambda s: rows(s.cache, s.rows, [0, 1, 2], count=-1), "count", "was asked"),

@@ -23,7 +23,7 @@ from portakv.engines import choose as chosen
 from portakv.engines import staging
 from portakv.engines.choose import ORDER, Host, HostLaunch, across
 from portakv.engines.engine import PINNED, Engine, Terms
-from portakv.registry.registry import BUILT_IN, choose
+from portakv.registry.registry import BUILT_IN, REGISTRY, choose
 
 pytestmark = pytest.mark.usefixtures("folder")  # no device was measured
 #: By blocks on both sides.
@@ -61,6 +61,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
 ) -> None:  # fmt: skip
     """By another engine, of which the launch tells, and the log once."""
     caplog.set_level(logging.INFO, "portakv.engines")
+    REGISTRY.logged_engines.clear()
     transfer = Transfers(Host(accelerator), downward, BY_BLOCKS)
     launch, move = transfer.prepared(), transfer.move()
     assert launch.carried is None
@@ -81,6 +82,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
         assert launch.carried is not None
         assert launch.carried[0] == "descriptors"
         assert "no memory left" in launch.carried[1]
+    Host(accelerator, terms=Terms(max_thread_blocks=2)).log("descriptors", "again")
     told = [record.getMessage().partition(", ")[0] for record in caplog.records]
     assert told == list(
         dict.fromkeys(f"{accelerator}: engine {name}" for name in (picked.engine, "descriptors"))

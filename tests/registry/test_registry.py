@@ -16,6 +16,7 @@ from support.guarded_memory import filled, refused, same
 from support.small_backends import small_backend
 
 from portakv import AdaptiveConnector, CopyPlan, KVView, register_backend
+from portakv.backends.base import Backend
 from portakv.errors import BackendUnavailable, Unsupported
 from portakv.registry import registry
 
@@ -193,7 +194,7 @@ def test_third_parties_come_before_what_runs_everywhere_on_other_devices(
         assert order.index("triton") < order.index("mine")
 
 
-@pytest.mark.parametrize("target", [7, object, "no_colon", "a b:C", ":C", "pkg.mod:", None])
+@pytest.mark.parametrize("target", [7, object, Backend, "no_colon", "a b:C", ":C", "pkg:", None])
 def test_what_is_no_backend_or_no_name_is_refused_at_once(target: Any) -> None:
     with refused(BackendUnavailable, "'odd'", "class"):
         register_backend("odd", target)

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from support.ambient import STATES
@@ -204,8 +205,12 @@ def test_waiting_with_a_limit(later: Later) -> None:
     transfer = start()[0]
     with refused(TransferTimeout, "after 0.01 s it has not ended; it goes on. Wait again"):
         transfer.synchronize(timeout=0.01)
-    with refused(InvalidTerms, "timeout='soon'", "seconds, or None for no limit"):
-        transfer.synchronize(timeout="soon")  # type: ignore[arg-type]
+    for timeout in ("soon", float("nan"), -1, 1j):
+        with refused(InvalidTerms, f"timeout={timeout!r}", "from 0 on, or None for no limit"):
+            transfer.synchronize(timeout=timeout)  # type: ignore[arg-type]
+    for stream in ("soon", 0, torch.device("cpu")):
+        with refused(InvalidTerms, f"stream={stream!r}", "a stream of torch, or None"):
+            transfer.wait(stream)  # type: ignore[arg-type]
     assert issubclass(TransferTimeout, TimeoutError)
     assert issubclass(TransferTimeout, TransferError)
     ending = threading.Timer(0.05, lambda: setattr(later, "ended", True))
@@ -214,6 +219,8 @@ def test_waiting_with_a_limit(later: Later) -> None:
     ending.join()
     transfer.synchronize(timeout=0)
     assert later.waited <= 2  # it is never left to wait without a limit
+    transfer.synchronize(timeout=np.float32(1))
+    transfer.synchronize(timeout=10**400)
     assert transfer.done()
 
 

@@ -125,8 +125,9 @@ def test_lists_that_are_no_slots(ids: Any, why: str) -> None:
 
 
 def test_ids_inside_function_transforms() -> None:
-    with pytest.raises(SlotError, match=r"without memory of its own .* torch.vmap"):
-        torch.vmap(lambda one: Index(one) and one)(torch.arange(6).view(2, 3))
+    for transform, ids in ((torch.vmap, [[1]]), (torch.func.functionalize, [1])):
+        with pytest.raises(SlotError, match=r"without memory of its own .* torch.vmap"):
+            transform(Index)(torch.tensor(ids))
 
 
 @pytest.mark.parametrize(
