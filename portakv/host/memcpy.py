@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Stream, Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
@@ -272,10 +273,10 @@ def _check_alike(dst: Any, src: Any) -> None:
                 f"A copy was asked whose {name} is a {type(given).__name__}; expected a tensor. "
                 f"Make one of it first, for example by torch.from_numpy."
             )
-        if given.layout != torch.strided or given.is_nested:
+        if given.layout != torch.strided or given.is_nested or is_functorch_wrapped_tensor(given):
             raise LayoutError(
-                f"A copy was asked whose {name} is {given.layout}, or nested; expected a plain "
-                f"torch.strided tensor. Copy the tensors that it is made of."
+                f"A copy was asked whose {name} is {given.layout}, nested or inside torch.vmap or "
+                f"its like; expected a plain torch.strided tensor. Copy the tensors behind it."
             )
     if dst.dtype != src.dtype:
         raise LayoutError(

@@ -121,9 +121,7 @@ class Registry:
             if not name or not isinstance(name, str):
                 why = "its name is a word that is not empty"
             elif name in self._targets:
-                why = (
-                    "one is registered already; silent replacement is refused, choose another name"
-                )
+                why = "it is registered already; silent replacement is refused, use another name"
             elif not isinstance(target, str):
                 _check_class(target, name)
             elif not _TARGET.fullmatch(target):

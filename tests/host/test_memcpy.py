@@ -91,6 +91,8 @@ def test_tensors_that_differ(device: torch.device) -> None:
     for error, src, names in wrong:
         with refused(error, *names, watch=dst):
             copy_(dst, src)
+    with refused(LayoutError, "torch.vmap", watch=dst):
+        torch.vmap(lambda one: copy_(dst, one))(plain[None])
 
 
 def test_a_direction_that_was_not_asked() -> None:
