@@ -75,10 +75,8 @@ def in_slices(
 
     slices, limit = _cut(kept, rate, by_layer), None if rate is None else RateLimit(rate)
     worker = Worker(slices, issue, partial(_inside, kept, choice, stream), limit)
-    layers = None
-    if by_layer:
-        last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
-        layers = [Transfer((Landing(worker, nth),)) for nth in last.values()]
+    last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
+    layers = [Transfer((Landing(worker, nth),)) for nth in last.values()] if by_layer else None
     end = Transfer((Landing(worker, len(slices), (src, dst)),))
     transfer = BlockTransfer(end, move, began, layers, worker)
     worker.start()

@@ -328,13 +328,11 @@ def _launch(
 
 
 def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
-    """Make ``stream`` wait for the current one, and tell the allocator that it uses the memory of
-    copies between two views."""
+    """Let ``stream`` wait for the current one, and tell the allocator what of two views it uses."""
     src, dst = moves[0].src, moves[0].dst
     # Tables are made on the current stream, so they have to be there before the other waits.
-    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
-    indices = [index for move in moves for index in (move.src_index, move.dst_index)]
-    ids = [index.ids for index in indices if index.ids is not None]
+    tables = [view.table for view in (src, dst) if len(view.origins) > 1 or view.form.lists]
+    ids = [index.ids for move in moves for index in move[2:4] if index.ids is not None]
     streams.follow_current(stream, *src.owners, *dst.owners, *ids, *tables)
 
 

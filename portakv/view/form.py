@@ -136,6 +136,11 @@ class Form:
         # The hash of a string differs between processes, so a form is made anew on arrival.
         return type(self), tuple(getattr(self, each.name) for each in fields(self) if each.init)
 
+    @property
+    def lists(self) -> bool:
+        """True if its blocks or tokens lie in a list of tensors, perhaps of one."""
+        return any(step.table for part in self.parts for step in part.block + part.token)
+
     def _why_unwritable(self) -> str:
         for name, part in product(PART_AXES, self.parts):
             if any(step.stride == step.table == 0 and step.extent != 1 for step in part.axis(name)):

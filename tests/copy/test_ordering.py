@@ -95,14 +95,13 @@ def test_a_copy_waits_for_its_producer(
 
 
 @pytest.mark.simdev
-def test_the_stream_that_reads_a_table_of_addresses_holds_it(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_stream_of_a_table_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     rig, told = Rig(simdev_cases.DEVICE), list[torch.Tensor]()
     monkeypatch.setattr(streams, "follow_current", lambda stream, *used: told.extend(used))
-    views = KVView(rig.caches, KV_LAYOUT), KVView(rig.chunk(), CHUNK_LAYOUT, heads=HEADS)
+    list_of_one = KVView([rig.chunk()], "block | kv layer token (head dim)", heads=HEADS)
+    views = KVView(rig.caches, KV_LAYOUT), list_of_one
     copy_rows(*views, rig.ids(IDS), stream=torch.Stream(rig.device)).synchronize()
-    assert any(used is views[0].table for used in told)
+    assert all(any(used is view.table for used in told) for view in views)
 
 
 @pytest.mark.simdev
