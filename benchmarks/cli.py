@@ -147,7 +147,7 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     timer = HostTimer(device) if device.type == "cpu" else DeviceTimer(device)
     field = suite.Field(asked.backend or usual, peers, timer, device, [])
     machine = describe(device)
-    steps = [*_device_steps(preset, shapes, field)]
+    steps = [*_on_device(preset, shapes, field)]
     rows = carry_out(steps, device, asked.seconds, field.left_out)
     suite.relate(rows)
     return {
@@ -168,9 +168,7 @@ def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
             raise PortaKVError(f"{what} {name!r} was asked for; known are {', '.join(known)}.")
 
 
-def _device_steps(
-    preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
-) -> Iterator[Step]:
+def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field) -> Iterator[Step]:
     """Everything to measure, by name; what compiles for seconds comes last."""
     device = field.device
     fast = [name for name in field.backends if name not in suite.COMPILING]

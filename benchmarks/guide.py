@@ -257,8 +257,7 @@ def _link_sizes(rows: Sequence[Row]) -> list[str]:
     told = (
         "The engine that PortaKV chooses, of memcpy, over all layouts that were measured. Of these "
         f"{len(chosen)} rows {' and '.join(f'{times} {side}' for side, times in slow)} are below "
-        f"{_SLOW}. A pool that is layer-first comes in runs of one block in one plane; if they are "
-        "short, only `direct` would be faster, at the cost of what runs beside it."
+        f"{_SLOW}. A pool that is layer-first comes in runs of one block in one plane."
     )
     return _section("What to expect", told, heads, table)
 

@@ -107,9 +107,7 @@ def test_the_names_of_the_design_are_there(folder: str) -> None:
 
 @pytest.mark.parametrize("folder", BUDGETS)
 def test_a_folder_keeps_to_its_lines(folder: str) -> None:
-    lines = sum(
-        len(path.read_text(encoding="utf-8").splitlines()) for path in modules(ROOT / folder)
-    )
+    lines = sum(len(one.read_text(encoding="utf-8").splitlines()) for one in modules(ROOT / folder))
     assert lines <= BUDGETS[folder], f"{folder} holds {lines} lines; simplify"
 
 

@@ -66,11 +66,9 @@ class Workload:
 
     def stored_right(self, i: int, index: str) -> bool:
         """Whether memory object ``i`` holds the source's rows, every byte."""
-        cached, chunks, places = self._rows(self.source, self.stored[i], index)
+        cached, chunks, at = self._rows(self.source, self.stored[i], index)
         pairs = zip(cached, chunks, strict=True)
-        return bool(
-            torch.stack([(chunk[0] == cache[places]).all() for cache, chunk in pairs]).all()
-        )
+        return bool(torch.stack([(chunk[0] == cache[at]).all() for cache, chunk in pairs]).all())
 
     def copied_right(self, i: int) -> bool:
         """Whether memory object ``i`` that is written equals the one that is read."""

@@ -194,7 +194,9 @@ class Way:
         return copy_blocks(*arguments, backend=self.engine, stream=stream, **self.terms)
 
 
-STAGED, DESCRIPTORS, DIRECT = (Way(name, name) for name in ("staged", "descriptors", "direct"))
+STAGED, DESCRIPTORS = Way("staged", "staged"), Way("descriptors", "descriptors")
+#: On an idle device, and beside a model.
+DIRECT, DIRECT_BESIDE = Way("direct", "direct", {"overlap": "idle"}), Way("direct beside", "direct")
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
 HOST = Way(CHOSEN, CHOSEN)
 HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})

@@ -142,9 +142,7 @@ def _print(found: Mapping[str, Any]) -> None:
     columns = [Column(name, whole=name != "why not", right=name in numbers) for name in names]
     rows = []
     for one in found["engines"]:
-        times = [
-            sides.in_time(one[name]) if one[name] else "" for name in ("seconds", "host_seconds")
-        ]
+        times = [sides.in_time(one[x]) if one[x] else "" for x in ("seconds", "host_seconds")]
         rate = f"{one['gbps']:.1f}" if one["gbps"] else ""
         size = f"{one['runs']} x {sides.in_bytes(one['run_bytes'])}"
         answers = [one["engine"], one["answer"], times[0] or "not known", rate, times[1]]

@@ -114,7 +114,7 @@ def make_sides(
     resolved = [resolve(text) for text in asked]
     layouts = [parse(text) for text, _ in resolved]
     always: dict[str, Any] = {**resolved[0][1], **resolved[1][1]}
-    declared = _declared(layouts, said, always)
+    declared = _extents(layouts, said, always)
     # The presets that fix a width count bytes: their rows mix dtypes.
     dtype = said.dtype or (torch.uint8 if "dim" in always else torch.float16)
     sides = []
@@ -126,9 +126,7 @@ def make_sides(
     return sides[0], sides[1]
 
 
-def _declared(
-    layouts: Sequence[Layout], said: Extents, always: Mapping[str, Any]
-) -> dict[str, Any]:
+def _extents(layouts: Sequence[Layout], said: Extents, always: Mapping[str, Any]) -> dict[str, Any]:
     """layers, kv, heads and dim for both sides. An axis that a side does not write has extent 1,
     so unless it was said it has extent 1 on the other side too."""
 

@@ -199,16 +199,14 @@ class Work:
         hide = 0.0 if pageable else host
         return [self.timer.time(call, hide) for _ in range(self._grid.times(size * runs))]
 
-    def _prove(
-        self, call: Call, ends: Sequence[torch.Tensor], orders: Sequence[torch.Tensor]
-    ) -> None:
+    def _prove(self, call: Call, ends: Sequence[torch.Tensor], ids: Sequence[torch.Tensor]) -> None:
         """Raise `PortaKVError` unless a copy brings every block where it belongs."""
         for blocks, first in zip(ends, (1, 128), strict=True):
             number = torch.arange(blocks.shape[0], device=blocks.device) % 127 + first
             blocks[:, 0, :] = number.to(torch.uint8)[:, None]
         finish(call())
         torch.accelerator.synchronize(self.device)
-        sides = zip(ends, orders, strict=True)
+        sides = zip(ends, ids, strict=True)
         wanted, found = (blocks.cpu()[order] for blocks, order in sides)
         if not torch.equal(wanted, found):
             raise PortaKVError("its bytes were wrong")

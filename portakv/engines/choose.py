@@ -19,7 +19,7 @@ import torch
 
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
 from portakv.engines.costs import Table, costs_of
-from portakv.engines.engine import Engine, EngineLaunch, Terms, read_on
+from portakv.engines.engine import SMALL, Engine, EngineLaunch, Terms, read_on
 from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import RunCounter, Shape
 from portakv.errors import BackendUnavailable, Unsupported
@@ -33,10 +33,6 @@ _log = logging.getLogger(__name__)
 
 #: The engines, the gentlest to a running model first: it wins if two cost the same in all.
 ORDER = ("staged", "descriptors", "direct", "ring")
-#: The most bytes that a kernel may move across the link while the device computes, by direction.
-#: Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it costs a
-#: model no more than a copy engine does.
-SMALL = {"d2h": 2 << 20, "h2d": 12 << 20}
 #: Bytes of runs in the default rule. Of 234 copies that were recorded on an H200 it loses more than
 #: 5 % to the best engine that the terms allow in 4 beside a model and in 17 on an idle device; a
 #: table of the device in 2 and 1 (benchmarks/NOTES.md, section 11).
@@ -85,7 +81,7 @@ class Pick(NamedTuple):
 def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> tuple[str, str]:
     """The engine for a copy on a device that was never measured, and why, as a phrase.
 
-    ``kernel``: the terms allow a kernel to move it, however large it is.
+    ``kernel``: the terms allow a kernel to move it.
     """
     staged, whole = shapes["staged"], shapes["descriptors"]
     if whole.nbytes <= SMALL[direction]:
@@ -117,8 +113,8 @@ def pick(
     """
     found = []
     for name in (name for name in ORDER if name in shapes):
-        refused = out.get(name) or _kept_out(name, direction, shapes[name].nbytes, terms)
-        found.append(_alternative(name, shapes[name], direction, costs, refused))
+        refused = out.get(name) or _kept_out(name, direction, shapes["staged"], terms)
+        found.append(_candidate(name, shapes[name], direction, costs, refused))
     able = [one for one in found if one.engine not in out]
     if not able:
         raise _none_left(out)
@@ -131,9 +127,8 @@ def pick(
     elif any(one.seconds is not None for one in allowed):
         engine, why = _quickest(allowed, able)
     else:
-        wanted, rule = default_rule(
-            shapes, direction, not _kept_out("direct", direction, inf, terms)
-        )
+        kernel = not _kept_out("direct", direction, shapes["staged"], terms)
+        wanted, rule = default_rule(shapes, direction, kernel)
         why = "the gentlest of those that are left, as nothing was measured here"
         if wanted in [one.engine for one in allowed]:
             engine, why = wanted, f"the default rule {rule}, as nothing was measured here"
@@ -159,9 +154,7 @@ def _seconds(one: Alternative) -> float:
     return inf if one.seconds is None else one.seconds
 
 
-def _alternative(
-    name: str, shape: Shape, direction: str, costs: Table, refused: str
-) -> Alternative:
+def _candidate(name: str, shape: Shape, direction: str, costs: Table, refused: str) -> Alternative:
     runs, pieces = max(1, shape.runs), max(1, shape.pieces)
     asked = name, direction, max(1, shape.nbytes // pieces), pieces
     seconds, host_seconds = costs.seconds(*asked), costs.host_seconds(*asked)
@@ -170,15 +163,16 @@ def _alternative(
     return Alternative(name, asked[2], pieces, seconds, host_seconds, refused)
 
 
-def _kept_out(name: str, direction: str, nbytes: float, terms: Terms) -> str:
-    """Why the terms keep an engine out of a copy, as a phrase; empty if they do not."""
-    small = SMALL[direction]
+def _kept_out(name: str, direction: str, host: Shape, terms: Terms) -> str:
+    """Why the terms keep an engine out of a copy whose host memory has a shape, as a phrase; empty
+    if they do not. By copy engines short runs cost a model, and the host, more (NOTES, 12)."""
     limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
-    if name != "direct" or terms.overlap == "idle" or nbytes <= small or limited:
+    short = host.nbytes <= SMALL[direction] or (host.run_bytes < EVEN and not terms.detached)
+    if name != "direct" or terms.overlap == "idle" or short or limited:
         return ""
     return (
-        f"with overlap='compute' it moves at most {small >> 20} MiB, unless max_gbps or "
-        f"max_thread_blocks limit it"
+        f"with overlap='compute' it moves at most {SMALL[direction] >> 20} MiB, or host runs under "
+        f"{EVEN >> 10} KiB not detached, unless max_gbps or max_thread_blocks limit it"
     )
 
 

@@ -23,6 +23,10 @@ PAGEABLE = frozenset({("device", "pageable"), ("pageable", "device")})
 
 #: What else the device does during a transfer: it computes, and must not be slowed; or nothing.
 OVERLAPS = ("compute", "idle")
+#: The most bytes that a kernel may move across the link at full speed while the device computes, by
+#: direction. Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it
+#: costs a model no more than a copy engine does.
+SMALL = {"d2h": 2 << 20, "h2d": 12 << 20}
 
 
 @dataclass(frozen=True, slots=True)

@@ -326,9 +326,8 @@ class PinnedPool(Pool):
         return self.leaks()
 
     def _add(self, blocks: int) -> None:
-        most = max(
-            1, _registration.LARGEST // self._stride
-        )  # in one registration, which cuts no block
+        # One registration holds so many: it cuts no block.
+        most = max(1, _registration.LARGEST // self._stride)
         for done in range(0, blocks, most):
             count = min(blocks - done, most)
             nbytes = (count - 1) * self._stride + self.block_bytes

@@ -59,18 +59,16 @@ if in_child():
 INTERPRETED = own_process("", "triton interpreted", TRITON_INTERPRET="1")
 GPU = [pytest.mark.gpu, pytest.mark.sanitize]
 #: What compiles kernels here keeps them in its process: one of pytest's has all tests of each.
-ONE_PROCESS = {
-    x: [pytest.mark.xdist_group(x)] for x in ("cuda-on-cpu", "hip", "ascendc", "compiled")
-}
+TOGETHER = {x: [pytest.mark.xdist_group(x)] for x in ("cuda-on-cpu", "hip", "ascendc", "compiled")}
 #: Backends that skip and guard: class, the device's type, vectors of a thread, marks.
 KERNELS: dict[str, tuple[type[Backend], str, int, Any]] = {
-    "cuda-on-cpu": (CudaOnCpu, "cpu", 1, ONE_PROCESS["cuda-on-cpu"]),
-    "cuda-on-cpu, two vectors": (CudaOnCpu, "cpu", 2, ONE_PROCESS["cuda-on-cpu"]),
-    "hip-emulated": (HipEmulated, "cpu", 1, ONE_PROCESS["hip"]),
-    "ascendc": (AscendC, "cpu", 0, ONE_PROCESS["ascendc"]),
+    "cuda-on-cpu": (CudaOnCpu, "cpu", 1, TOGETHER["cuda-on-cpu"]),
+    "cuda-on-cpu, two vectors": (CudaOnCpu, "cpu", 2, TOGETHER["cuda-on-cpu"]),
+    "hip-emulated": (HipEmulated, "cpu", 1, TOGETHER["hip"]),
+    "ascendc": (AscendC, "cpu", 0, TOGETHER["ascendc"]),
     "direct, loads": (Loads, "cpu", 0, ()),
     "direct, stores": (Stores, "cpu", 0, ()),
-    "compiled": (Compiled, "cpu", 0, ONE_PROCESS["compiled"]),
+    "compiled": (Compiled, "cpu", 0, TOGETHER["compiled"]),
     "triton interpreted": (Triton, "cpu", 0, INTERPRETED),
     "ascend kernel": (AscendKernel, "privateuseone", 0, own_process("npu", "ascend")),
     "cuda": (Cuda, "cuda", 1, GPU),

@@ -361,9 +361,7 @@ def test_a_card_asks_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Under the name cuda, by the functions that a torch for ROCm has."""
     rocm(monkeypatch, "MI210", "gfx90a")
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
-    monkeypatch.setattr(
-        torch._C, "_cuda_getCurrentRawStream", lambda index: 7 + index, raising=False
-    )
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda at: 7 + at, raising=False)
     cards = [Card(torch.device("cuda", n), Mock()) for n in (0, 1)]
     assert [card.is_current() for card in cards] == [False, True]
     assert cards[1].stream(None) == 8

@@ -136,12 +136,13 @@ def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
         linked("direct", 8.0, ratio=0.875), linked("host", 11.0, allowed=gentle),
         linked("host idle", 10.0, allowed=every), linked("staged", 4.0, op="h2d"),
         linked("host", 9.0, allowed=["ring"]),  # what the terms allow was not measured
+        linked("direct beside", 8.5, engine="direct"), linked("host", 10.2, allowed=every),
     ]  # fmt: skip
     grid.compare(rows)
-    losses = [None, None, None, None, 0.1, 0.25, None, None]
-    assert [one.get("chosen_loss") for one in rows] == losses
+    losses = [one.get("chosen_loss") for one in rows]
+    assert losses == [None, None, None, None, 0.1, 0.25, None, None, None, 0.2]
     best = [(one.get("best_engine"), one.get("best_ratio")) for one in rows]
-    assert best[4:] == [("direct", 0.875), ("direct", 0.875), (None, None), ("direct", 0.875)]
+    assert best[4:8] == [("direct", 0.875), ("direct", 0.875), (None, None), ("direct", 0.875)]
 
 
 def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:

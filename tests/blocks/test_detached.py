@@ -111,10 +111,8 @@ def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
         blocks.start(**DETACHED)
         if nth % 3 == 0:  # another stream takes the only staging that is kept
             pairs.each[nth - 1].start(backend="staged")
-        rubbish = [
-            torch.full((1 << 12,), 7, dtype=torch.int16, device=accelerator) for _ in range(4)
-        ]
-        del rubbish
+        junk = [torch.full((1 << 12,), 7, dtype=torch.int16, device=accelerator) for _ in range(4)]
+        del junk
     settle(accelerator)
     assert pairs.landed()
 
@@ -187,10 +185,10 @@ def test_ids_that_an_index_keeps_and_everybody_forgets(accelerator: torch.device
         moved = copy_blocks(here.view, there[1].view, theirs, mine, **options)
         del mine, theirs, moved
         gc.collect()
-        rubbish = [torch.full((8,), 99, dtype=torch.int64, device=accelerator) for _ in range(20)]
+        junk = [torch.full((8,), 99, dtype=torch.int64, device=accelerator) for _ in range(20)]
         settle(accelerator)
         assert torch.equal(there[1].rows(), again)
-        del rubbish
+        del junk
 
 
 def test_a_quick_stream_does_not_wait_for_a_slow_one(accelerator: torch.device) -> None:

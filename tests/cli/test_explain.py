@@ -216,7 +216,7 @@ def test_host_as_json() -> None:
         (["--max-gbps", "30"], "direct"),
         (["--blocks", "4000", "--host-runs", "60"], "staged"),
         (["--run-bytes", "1K"], "direct"),
-        (["--run-bytes", "4K"], "staged"),
+        (["--run-bytes", "4K"], "direct"),
         (["--pageable"], "ring"),
         (["--blocks", "10"], "direct"),
         (["--run-bytes", "4M", "--blocks", "64"], "descriptors"),

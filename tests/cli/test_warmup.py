@@ -37,9 +37,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both compilers answer at once; what is kept, and under which name, is as ever."""
-    monkeypatch.setattr(
-        _nvrtc, "compile_text", lambda source, target: f"{source} {target}".encode()
-    )
+    monkeypatch.setattr(_nvrtc, "compile_text", lambda text, target: f"{text} {target}".encode())
     monkeypatch.setattr(_hip_driver, "compile_text", lambda *_: b"code")
 
 

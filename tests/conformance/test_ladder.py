@@ -215,9 +215,7 @@ def test_what_is_no_ladder_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_pairs_stand_in_the_readme_s_order() -> None:
-    made = Ladder(
-        tuple(rung(backend=name) for name in ["zeta", "mlu", "reference", "cuda", "ascend"])
-    )
+    made = Ladder(tuple(rung(backend=x) for x in ["zeta", "mlu", "reference", "cuda", "ascend"]))
     names = [name for name, _ in ladders.by_pair(made)]
     assert " ".join(names) == "reference cuda ascend mlu zeta"
 

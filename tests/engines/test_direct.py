@@ -128,6 +128,17 @@ def test_no_more_thread_blocks_than_the_terms_allow_and_have_something_to_do(
     assert driver.launches == [(blocks, cut.threads, 7)]
 
 
+@pytest.mark.parametrize("terms", [Terms(), Terms("idle"), Terms(max_thread_blocks=5)], ids=str)
+def test_beside_a_model_a_large_launch_has_few(engine: type[Stores], terms: Terms) -> None:
+    plan = between(COPIES["gather"](), *engine.sides)
+    direction = "h2d" if engine is Loads else "d2h"
+    most = terms.max_thread_blocks or BLOCKS
+    beside = direct.BESIDE[direction] if terms == Terms() else most
+    kernel = DirectKernel(plan.nests[0], plan, CPU, terms)
+    small = direct.SMALL[direction] // plan.token_bytes
+    assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
+
+
 CUTS = [SMALL, Cut(), Cut(threads=64, each=4, strip=32), Cut(threads=2, each=1, strip=1)]
 
 

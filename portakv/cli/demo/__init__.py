@@ -67,7 +67,7 @@ def _demo(device: str | None) -> dict[str, Any]:
     candidates = candidates_for(where)
     _tell_choice(candidates, where, forced, serving)
     identical = bool(model["skipped"]) or (model["identical"] and model["control_differs"])
-    _tell_verdict(model["skipped"], identical, rows, time.perf_counter() - began)
+    _tell_result(model["skipped"], identical, rows, time.perf_counter() - began)
     return {
         "portakv": __version__, "torch": str(torch.__version__), "device": str(where),
         "device_name": device_name(where), "forced": forced,
@@ -190,9 +190,7 @@ def _tell_choice(
     _tell("\n" + _folded(text))
 
 
-def _tell_verdict(
-    skipped: str | None, identical: bool, rows: Sequence[Row], seconds: float
-) -> None:
+def _tell_result(skipped: str | None, identical: bool, rows: Sequence[Row], seconds: float) -> None:
     failed = dict.fromkeys(row.backend for row in rows if not row.good)
     proven = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
     right, wrong = ", ".join(proven), ", ".join(failed)
