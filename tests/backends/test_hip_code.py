@@ -172,9 +172,7 @@ def test_without_the_words_for_amd_the_check_fails(
 
 
 @needs_hipcc
-def test_a_target_unknown_to_the_compiler(
-    few: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_target_the_compiler_lacks(few: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert hip_code.main([*few, "gfx936"]) == 1
     told = capsys.readouterr().out
     assert "hipcc refused it:" in told

@@ -33,7 +33,7 @@ from portakv.engines import choose as chosen
 from portakv.engines import pieces as pieces_of
 from portakv.engines.choose import ORDER, Host, HostLaunch, Pick, pick
 from portakv.engines.costs import DIRECTIONS, Point, Table
-from portakv.engines.engine import PAGEABLE, PINNED, Terms
+from portakv.engines.engine import PAGEABLE, PINNED, SMALL, Terms
 from portakv.engines.link import FOLD_BELOW
 from portakv.engines.pageable import SIZES
 from portakv.engines.pieces import LEAST_HEIGHT, TALL, Shape
@@ -302,7 +302,7 @@ def picked(
 def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: str) -> None:
     """Gathering pays if it makes runs longer; if it does not, and for long runs, the copy engine
     goes by itself; a kernel moves little, or what may be slow."""
-    large, small = 64 * MIB, chosen.SMALL[direction]
+    large, small = 64 * MIB, SMALL[direction]
     wide, even, narrow = (large // each for each in (chosen.WIDE, chosen.EVEN, chosen.NARROW))
     for payload, runs, host_runs, engine in (
         (large, 2048, 1, "staged"),  # scattered to a dense chunk
@@ -455,7 +455,7 @@ def test_the_guide_tells_the_rule() -> None:
         f"runs of {chosen.WIDE >> 10} KiB or more",
         f"runs of {chosen.EVEN >> 10} KiB or more that gathering would not merge",
         f"three pinned slots of at most {SIZES.largest >> 20} MiB each",
-        "{} MiB from the device and {} MiB to it".format(*(n >> 20 for n in chosen.SMALL.values())),
+        "{} MiB from the device and {} MiB to it".format(*(n >> 20 for n in SMALL.values())),
     ):
         assert told in flat
     assert BUFFERS == 3

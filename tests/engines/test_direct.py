@@ -26,6 +26,7 @@ from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
 from portakv.engines.engine import PINNED, Terms
+from portakv.engines.engine import SMALL as MOST_BESIDE
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
 
@@ -135,7 +136,7 @@ def test_beside_a_model_a_large_launch_has_few(engine: type[Stores], terms: Term
     most = terms.max_thread_blocks or BLOCKS
     beside = direct.BESIDE[direction] if terms == Terms() else most
     kernel = DirectKernel(plan.nests[0], plan, CPU, terms)
-    small = direct.SMALL[direction] // plan.token_bytes
+    small = MOST_BESIDE[direction] // plan.token_bytes
     assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
 
 
