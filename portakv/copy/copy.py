@@ -334,10 +334,10 @@ def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
     copies between two views."""
     src, dst = moves[0].src, moves[0].dst
     # Tables are made on the current stream, so they have to be there before the other waits.
-    tables = [view.table for view in (src, dst) if len(view.origins) > 1]
+    tables = [view.table for view in (src, dst) if view.entries > 1]
     indices = [index for move in moves for index in (move.src_index, move.dst_index)]
     ids = [index.ids for index in indices if index.ids is not None]
-    streams.follow_current(stream, *src.owners, *dst.owners, *ids, *tables)
+    streams.follow_current(stream, *src.held, *dst.held, *ids, *tables)
 
 
 def check_not_captured(device: torch.device, why: str) -> None:

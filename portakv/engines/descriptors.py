@@ -73,7 +73,7 @@ class _DescriptorsLaunch(EngineLaunch):
         finally:
             # No allocator knows of these copies, so the host's memory is held until they ended.
             host = dst if self.downward else src
-            streams.completion(self.device, stream, *host.owners)
+            streams.completion(self.device, stream, *host.held)
 
     def _remember(self, key: Hashable, pieces: Pieces) -> None:
         with self._lock:

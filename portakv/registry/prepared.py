@@ -171,7 +171,8 @@ class _Careful:
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         for view in (src, dst) if self._tells else ():
             if _PLAIN not in view.derived:
-                for owner in view.owners if view.form.place == "device" else ():
+                # Of foreign memory there is no tensor that could have a private format.
+                for owner in view.held if view.form.place == "device" and not view.foreign else ():
                     for why in filter(None, (tell(owner) for tell in self._tells)):
                         what = f"A copy of tensors of {view.layout.text!r}"
                         raise Unsupported(what, f"{why}; nothing was moved")
