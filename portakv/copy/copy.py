@@ -190,10 +190,9 @@ def copy_move(
         return Transfer()
     skips, error = check_ids(move, strict), None
     pieces = _pieces(ready, move, choice)
-    trusted = (mine.on_host or mine.is_clean(count, src.slots)) and (
-        theirs.on_host or theirs.is_clean(count, dst.slots)
-    )
-    if (skips or not trusted) and not _take(pieces, trusted):
+    clean = mine.is_clean(count, src.slots) and theirs.is_clean(count, dst.slots)
+    if (skips or not clean) and not _take(pieces, move, clean):
+        clean = True
         check_not_captured(choice.backend.device, UNCHECKED)
         move, error = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
         if move.count == 0:
@@ -201,7 +200,7 @@ def copy_move(
         pieces = _pieces(prepared(src.form, dst.form, *move.steps, None, choice), move, choice)
     if not known_good:
         check_disjoint(move)
-    return _launch(pieces, move, stream, error)
+    return _launch(pieces, move, stream, error, clean)
 
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
@@ -238,10 +237,11 @@ def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
     return pieces
 
 
-def _take(pieces: list[Piece], trusted: bool) -> bool:
-    """Whether the backends of a copy take ids that are negative, and those that are not trusted."""
-    for ready, _, _ in pieces:
-        if not ready.can.skips_negative or not (trusted or ready.can.guards):
+def _take(pieces: list[Piece], move: Move, clean: bool) -> bool:
+    """Whether the backends of a copy take ids that are negative, and those that are not clean."""
+    for ready, first, tokens in pieces:
+        can = ready.claims(move.part(first, tokens))
+        if not can.skips_negative or not (clean or can.guards):
             return False
     return True
 
@@ -284,10 +284,12 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
 
 def _launch(
-    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: SlotError | None
-) -> Transfer:
+    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: SlotError | None,
+    clean: bool,
+) -> Transfer:  # fmt: skip
     """Launch every piece, ordered behind the current stream (or, after it, on ``stream``). Inside
-    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins."""
+    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins. Ids that are
+    not ``clean`` are guarded."""
     device = pieces[0][0].choice.backend.device
     on_device = move.src.form.place == "device" or move.dst.form.place == "device"
     captured = on_device and capturing(device)
@@ -305,7 +307,7 @@ def _launch(
     carried = NOTHING
     for (ready, first, tokens), own in zip(pieces, placed, strict=True):
         word = None
-        if on_device and ready.can.guards:
+        if on_device and (ready.can.guards or not clean):
             status_word = acquire_word()
             status.append((status_word, first))  # it counts from there
             word = status_word.tensor

@@ -32,6 +32,7 @@ class Descriptors(Engine):
     """A copy for every piece: batched if the driver can, of rows at a pitch if they are."""
 
     name = "descriptors"
+    reads = "both"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(places=PINNED, index_on="any")

@@ -38,6 +38,7 @@ class Staged(Engine):
     """Gather on the device, then a memcpy of each slice; or a memcpy, then scatter."""
 
     name = "staged"
+    reads = "host"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(places=PINNED, index_on="any")

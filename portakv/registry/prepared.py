@@ -5,7 +5,7 @@ new memory objects, reallocated caches and other layers of known form find their
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,11 @@ class Prepared:
         or the engine that was picked."""
         told: tuple[str, str] | None = getattr(self.launch, "carried", None)
         return told or (self.choice.backend.name, self.choice.trace[-1].reason)
+
+    def claims(self, move: Move) -> Capabilities:
+        """What carries this copy out can do: if an engine is picked for each copy, that one."""
+        told = getattr(self.launch, "claims", None)
+        return self.can if told is None else told(move)  # type: ignore[no-any-return]
 
     def place(self, index: Index) -> Index:
         """An index with its ids on the device, and in a dtype, that the backend reads."""
@@ -179,6 +184,11 @@ class _Careful:
                 view.derived[_PLAIN] = True
         with self._lock:
             return self._launch(src, dst, *rest, **named)
+
+    @property
+    def claims(self) -> Callable[[Move], Capabilities] | None:
+        """What an engine that picks engines tells of a copy."""
+        return getattr(self._launch, "claims", None)
 
     @property
     def carried(self) -> tuple[str, str] | None:

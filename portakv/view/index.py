@@ -57,10 +57,16 @@ class Index:
             consecutive slots.
         step: tokens for each id.
         offset: tokens of the first id that are passed over.
+        trusted: the caller promises that ids on a device are neither negative nor past the end, so
+            that no copy waits for the device to look at them. A kernel that skips and guards still
+            moves nothing for a bad one; what others do then is undefined. Ids on the host are
+            looked at all the same. Engines that need ids on the host read those of a device there
+            once, if the terms of a transfer leave no other engine.
 
     Attributes:
         length: positions that the ids cover; None without ids.
         on_host: True if ids can be validated before launch.
+        trusted: ids on a device are clean by promise.
 
     Raises:
         SlotError: another dtype (float and bool included), rank, or a bad step or offset.
@@ -70,10 +76,12 @@ class Index:
     # fleeting: a caller's ids for one call, which are not used again.
     __slots__ = (
         "_placed", "_served", "_store", "fleeting", "ids", "length", "offset", "on_host",
-        "plan_step", "step",
+        "plan_step", "step", "trusted",
     )  # fmt: skip
 
-    def __init__(self, ids: IdList | None = None, step: int = 1, offset: int = 0) -> None:
+    def __init__(
+        self, ids: IdList | None = None, step: int = 1, offset: int = 0, *, trusted: bool = False
+    ) -> None:
         if type(step) is not int or type(offset) is not int:
             with suppress(TypeError):
                 step, offset = whole_number(step), whole_number(offset)
@@ -82,17 +90,19 @@ class Index:
                 f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
                 f"at least 1 and offset at least 0."
             )
-        self._set(None if ids is None else _as_ids(ids), step, offset, _Store(), False)
+        made = None if ids is None else _as_ids(ids)
+        self._set(made, step, offset, _Store(), False, bool(trusted))
 
     def _set(
-        self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool
-    ) -> None:
+        self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool,
+        trusted: bool,
+    ) -> None:  # fmt: skip
         # Plain attributes: every call reads them, and asking a tensor each time is dear.
         self.ids, self.step, self.offset, self._store = ids, step, offset, store
         self.length = None if ids is None else ids.numel() * step - offset
         self.on_host = ids is None or ids.is_cpu
         self.plan_step = 0 if ids is None else step
-        self.fleeting = fleeting
+        self.fleeting, self.trusted = fleeting, trusted
         self._served: tuple[torch.device, frozenset[torch.dtype]] | None = None
         self._placed: Index | None = None  # what `placed` answered to that; None: this one
 
@@ -120,7 +130,7 @@ class Index:
     def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
         """An index of the same list, or with ``store`` of a part of it."""
         index = Index.__new__(Index)
-        index._set(ids, self.step, offset, store or self._store, self.fleeting)
+        index._set(ids, self.step, offset, store or self._store, self.fleeting, self.trusted)
         return index
 
     def shifted(self, tokens: int) -> Index:
@@ -294,8 +304,10 @@ class Index:
         self._store.remember((self.offset, count, slots, None), False)
 
     def is_clean(self, count: int, slots: int) -> bool:
-        """True if ids need no guard: they are on the host, or were marked clean."""
-        return self.on_host or (self.offset, count, slots, None) in self._store.checked
+        """True if ids need no guard: they are on the host, trusted, or were marked clean."""
+        return (
+            self.on_host or self.trusted or (self.offset, count, slots, None) in self._store.checked
+        )
 
     def _check_slots(self, count: int, slots: int, side: str, distinct: bool) -> None:
         expanded = self.slots(count)
