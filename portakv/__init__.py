@@ -10,9 +10,9 @@ from __future__ import annotations
 import sys
 
 from portakv.blocks.blocks import copy_blocks
-from portakv.blocks.handle import BlockTransfer
 from portakv.connector.connector import AdaptiveConnector
-from portakv.copy.copy import copy_rows
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.rows import copy_rows
 from portakv.errors import (
     BackendUnavailable,
     DeviceMismatch,

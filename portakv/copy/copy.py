@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one primitive: copy rows from one view to another, under an index on either side."""
+"""The one primitive: a copy as one value, checked, cut and ordered on a stream."""
 
 from __future__ import annotations
 
@@ -48,43 +48,6 @@ UNCHECKED = "its ids have to be checked before they are used"  # inside graph ca
 Piece: TypeAlias = tuple[Prepared, int, int]
 #: A chunk.
 MemoryObject: TypeAlias = "Tensors | HasTensor"
-
-
-def copy_rows(
-    src: KVView,
-    dst: KVView,
-    src_index: Ids | None = None,
-    dst_index: Ids | None = None,
-    *,
-    count: int | None = None,
-    backend: str | None = None,
-    stream: torch.Stream | None = None,
-    reinterpret: bool = False,
-    check: str = "usual",
-) -> Transfer:
-    """Copy rows between views.
-
-    Args:
-        src, dst: views of equal extents and widths in bytes, of any layouts.
-        src_index, dst_index: an `Index`, or ids as a slot mapping (step 1); None: consecutive.
-        count: tokens to move; by default what the indices cover.
-        backend: a backend's name, which then must carry the copy out.
-        stream: where to order the work; it first waits for the current stream.
-        reinterpret: rows of one number type may go to rows of another: their bits are moved.
-        check: ``usual`` looks at ids on the host; ``strict`` also at ids on a device, which it
-            waits for: ids past the end and destinations that occur twice are refused before
-            anything is moved.
-
-    Raises:
-        LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
-        SlotError: a bad index on the host; bad device ids are raised by the transfer.
-        DeviceMismatch, BackendUnavailable, Unsupported: no backend carries it out; with the trace.
-        InvalidTerms: another ``check``.
-    """
-    src = source_of(src, dst, reinterpret)
-    mine, theirs = Index.of(src_index), Index.of(dst_index)
-    move, choice = checked(src, dst, mine, theirs, count, backend)
-    return copy_move(move, choice, stream, strict=is_strict(check))
 
 
 def checked(

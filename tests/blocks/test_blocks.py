@@ -47,7 +47,7 @@ from portakv import (
     copy_blocks,
     copy_rows,
 )
-from portakv.blocks import slices as block_slices
+from portakv.copy import slices as block_slices
 from portakv.errors import InvalidTerms
 
 pytestmark = pytest.mark.usefixtures("small_slices")

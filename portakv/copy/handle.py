@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handle that `copy_blocks` returns, which tells how far the copy is."""
+"""The handle that `copy_rows` and `copy_blocks` return, which tells how far the copy is."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from portakv.view.form import Form
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What became of a block transfer so far.
+    """What became of a transfer so far.
 
     Attributes:
         nbytes: bytes that have landed.
-        blocks: blocks that have landed in all layers, in blocks of the source, or of the
-            destination if the source is a chunk.
+        blocks: blocks that have landed in all layers, in blocks of the source's ids, or of the
+            destination's if the source has none; with a slot mapping each token is one.
         blocks_asked: blocks to move. Ids on the host that are skipped do not count; ids on a
             device are not looked at.
         engine: the backend, or the engine across the link, that carried it out; of several pieces,
@@ -56,8 +56,8 @@ def token_bytes(form: Form) -> float:
 
 
 class BlockTransfer(Transfer):
-    """What `copy_blocks` returns; it keeps no view of its move. Its ``worker`` issues what is not
-    issued yet."""
+    """What `copy_rows` and `copy_blocks` return; it keeps no view of its move. Its ``worker``
+    issues what is not issued yet."""
 
     __slots__ = ("_began", "_ended", "_form", "_indices", "_layers", "_tokens", "_worker")
 
@@ -86,7 +86,7 @@ class BlockTransfer(Transfer):
         if self._layers is None:
             raise TransferError(
                 "The layers of a block transfer were asked for, but it was made as a whole; pass "
-                "by_layer=True to copy_blocks to wait for each layer."
+                "by_layer=True to wait for each layer."
             )
         return self._layers
 
