@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from portakv.copy.copy import Ids, source_of
+from portakv.copy.copy import Ids, source_of, whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, SlotError
@@ -18,6 +18,8 @@ def copy_blocks(
     src_blocks: Ids | None,
     dst_blocks: Ids | None,
     *,
+    count: int | None = None,
+    skip: int | tuple[int, int] = 0,
     backend: str | None = None,
     stream: torch.Stream | None = None,
     by_layer: bool = False,
@@ -37,18 +39,31 @@ def copy_blocks(
         src, dst: paged views, or chunks if that side's blocks are None (consecutive tokens).
         src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped; or an `Index` of
             them with ``step=block_size``, which is validated once however often it is used.
+        count: tokens to move, so that the last blocks may be moved in part; by default all that
+            are left.
+        skip: tokens that are passed over where the lists begin, so that the first blocks may be
+            moved in part: as many on both sides, or a pair, of the source and of the destination.
 
     Raises:
         LayoutError: ids for a view that is not paged.
+        SlotError: a ``skip`` that is no whole number, or a pair of them, of at least 0.
         PortaKVError: what `copy_rows` raises.
     """
     source_of(src, dst, reinterpret=False)
-    indices = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
+    first, behind = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
+    indices = (
+        _block_index(src, src_blocks, "src").shifted(_tokens(first)),
+        _block_index(dst, dst_blocks, "dst").shifted(_tokens(behind)),
+    )
     return copy_rows(
-        src, dst, *indices, backend=backend, stream=stream, by_layer=by_layer, overlap=overlap,
-        max_thread_blocks=max_thread_blocks, max_gbps=max_gbps, cancellable=cancellable,
-        detached=detached, reinterpret=reinterpret, check=check,
+        src, dst, *indices, count=count, backend=backend, stream=stream, by_layer=by_layer,
+        overlap=overlap, max_thread_blocks=max_thread_blocks, max_gbps=max_gbps,
+        cancellable=cancellable, detached=detached, reinterpret=reinterpret, check=check,
     )  # fmt: skip
+
+
+def _tokens(skip: object) -> int:
+    return whole("skip", skip, "tokens to pass over: a whole number of at least 0, or two", 0)
 
 
 def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
