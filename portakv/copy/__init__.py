@@ -4,3 +4,4 @@
 from portakv.copy.copy import copy_move as copy_move
 from portakv.copy.handle import BlockTransfer as BlockTransfer
 from portakv.copy.rows import copy_rows as copy_rows
+from portakv.copy.runs import copy_runs as copy_runs
