@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from operator import index
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from portakv.view.form import Form, widest_vector
 UNKNOWN_SLOTS = 1 << 31
 _ENDLESS = 1 << 62  # bytes behind an address of which no end is known
 _WORDS = (torch.int64, torch.uint64)
-_forms: Bounded[tuple[Any, ...], tuple[Form, int, list[int], int]]
+#: Form, slots, the order of the addresses in the table (None: as they are), bytes of a tensor.
+_Known: TypeAlias = "tuple[Form, int, list[int] | None, int]"
+_forms: Bounded[tuple[Any, ...], _Known]
 _forms = Bounded("forms of memory at addresses", 256)
 
 
@@ -46,13 +48,12 @@ class Foreign(NamedTuple):
 
     def spans(self, origins: Sequence[int]) -> Spans:
         """The ranges that it covers, as `KVView.spans` has them; none if its end is unknown."""
-        merged: Spans = []
-        for first in sorted(set(origins)) if self.nbytes else ():
-            start, past = first, first + self.nbytes
-            if merged and first < merged[-1][1]:
-                start, _ = merged.pop()
-            merged.append((start, past))
-        return merged
+        if not self.nbytes:
+            return []
+        firsts = np.sort(np.array(origins, dtype=np.int64))
+        begins = np.flatnonzero(np.append(True, np.diff(firsts) >= self.nbytes))
+        lasts = np.append(firsts[begins[1:] - 1], firsts[-1:])
+        return list(zip(firsts[begins].tolist(), (lasts + self.nbytes).tolist(), strict=True))
 
 
 class Found(NamedTuple):
@@ -94,9 +95,11 @@ def read_addresses(
         known = _forms[key] = _read(*key)
     form, slots, order, nbytes = known
     if table is not None:
-        table = _in_order(table, order)
+        table = table.contiguous().view(torch.int64).reshape(-1)
+        if order is not None:
+            table = table[torch.tensor(order, dtype=torch.int64).to(table.device)]
     else:
-        origins = tuple(numbers[order].tolist())
+        origins = tuple((numbers if order is None else numbers[order]).tolist())
     return Found(form, slots, home, origins, table, Foreign(dtype, nbytes))
 
 
@@ -104,9 +107,8 @@ def _read(
     bound: BoundLayout, sizes: Sequence[int], shape: tuple[int, ...],
     strides: tuple[int, ...] | None, dtype: torch.dtype, place: str, alignment: int,
     on_device: bool,
-) -> tuple[Form, int, list[int], int]:  # fmt: skip
-    """The form and slots of such tensors, the order of the addresses in its table, and bytes behind
-    each of them."""
+) -> _Known:  # fmt: skip
+    """What tensors at addresses in containers of these sizes share."""
     open_ended = [at for at, extent in enumerate(shape) if extent == -1]
     if open_ended:
         shape = _closed(bound, shape, open_ended)
@@ -120,7 +122,7 @@ def _read(
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     form, slots, order = bound.read_table(sizes, like, alignment, place, on_device)
     nbytes = 0 if open_ended else reach(shape, strides) * dtype.itemsize
-    return form, slots, order, nbytes
+    return form, slots, None if order == list(range(len(order))) else order, nbytes
 
 
 def _closed(bound: BoundLayout, shape: tuple[int, ...], at: list[int]) -> tuple[int, ...]:
@@ -184,11 +186,3 @@ def _place(origins: Sequence[int], device: torch.device, pinned: bool | None) ->
         found = Foreign(torch.uint8, 1).tensors(origins, device)
         pinned = all(tensor.is_pinned() for tensor in found)
     return "pinned" if pinned else "pageable"
-
-
-def _in_order(table: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
-    """A table on a device as the form walks through it; copied only if that is another order."""
-    flat = table.contiguous().view(torch.int64).reshape(-1)
-    if list(order) == list(range(len(order))):
-        return flat
-    return flat[torch.tensor(order, dtype=torch.int64).to(flat.device)]
