@@ -48,7 +48,7 @@ class Foreign(NamedTuple):
 
     def spans(self, origins: Sequence[int]) -> Spans:
         """The ranges that it covers, as `KVView.spans` has them; none if its end is unknown."""
-        if not self.nbytes:
+        if not (self.nbytes and origins):
             return []
         firsts = np.sort(np.array(origins, dtype=np.int64))
         begins = np.flatnonzero(np.append(True, np.diff(firsts) >= self.nbytes))

@@ -127,6 +127,61 @@ class Index:
         home = next((piece.device for piece in pieces if not piece.is_cpu), _HOST)
         return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
 
+    @classmethod
+    def of_requests(
+        cls, tables: torch.Tensor, lengths: Ids, step: int, *, first: Ids | None = None,
+        count: int | None = None, trusted: bool = False,
+    ) -> Index:  # fmt: skip
+        """The tokens of several requests, one request behind the other, as slots. On a device the
+        host waits for nothing if ``count`` is told, and it can be captured into a graph.
+
+        Args:
+            tables: block ids ``[requests, blocks]``, int32 or int64, on host or device; what lies
+                behind the last block of a request is not looked at.
+            lengths: tokens of each request ``[requests]``.
+            step: tokens of a block.
+            first: tokens of each request that are passed over, ``[requests]``; None: none are.
+            count: positions in all; None: the sum of the lengths. Those past the sum are skipped.
+            trusted: as for the constructor; then no position may be skipped.
+
+        Raises:
+            SlotError: other dtypes or shapes; on the host, a request that is longer than its table.
+        """
+        if not isinstance(tables, torch.Tensor) or tables.dim() != 2 or tables.dtype not in _DTYPES:
+            kind = type(tables).__name__
+            if isinstance(tables, torch.Tensor):
+                kind = f"{tables.dtype} tensor of shape {tuple(tables.shape)}"
+            raise SlotError(
+                f"Tables of requests were given as a {kind}; expected block ids [requests, blocks] "
+                f"in an int32 or int64 tensor."
+            )
+        requests, blocks = tables.shape
+        given = [lengths, [0] * requests if first is None else first]
+        sizes, begins = (_as_ids(x).to(tables.device, torch.int64) for x in given)
+        if not len(sizes) == len(begins) == requests or not (requests and blocks):
+            raise SlotError(
+                f"{len(sizes)} lengths and {len(begins)} first tokens were given for tables of "
+                f"shape {tuple(tables.shape)}; expected one of each for each request, and at least "
+                f"one block."
+            )
+        ends = sizes.cumsum(0)
+        at = torch.arange(int(ends[-1]) if count is None else count, device=tables.device)
+        request = torch.searchsorted(ends, at, right=True)
+        inside, request = request < requests, request.clamp(max=requests - 1)
+        token = at + (begins - ends + sizes)[request]
+        block = token // step
+        ids = tables[request, block.clamp(max=blocks - 1)].long()
+        slots = torch.where(ids < 0, -1, ids.clamp(max=_WILD // step) * step + token % step)
+        past = inside & (block >= blocks)  # which a copy refuses, or moves nothing for
+        if tables.is_cpu and bool(past.any()):
+            longest = int(request[past.nonzero()[0, 0]])
+            raise SlotError(
+                f"Request {longest} has {int(begins[longest] + sizes[longest])} tokens, but its "
+                f"table covers {blocks} blocks x {step}; pass a wider table or shorter lengths."
+            )
+        slots = torch.where(past, _WILD, slots)
+        return cls(torch.where(inside, slots, -1), trusted=trusted)
+
     def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
         """An index of the same list, or with ``store`` of a part of it."""
         index = Index.__new__(Index)
