@@ -129,7 +129,7 @@ class Index:
 
     @classmethod
     def of_requests(
-        cls, tables: torch.Tensor, lengths: Ids, step: int, *, first: Ids | None = None,
+        cls, tables: torch.Tensor, lengths: IdList, step: int, *, first: IdList | None = None,
         count: int | None = None, trusted: bool = False,
     ) -> Index:  # fmt: skip
         """The tokens of several requests, one request behind the other, as slots. On a device the
@@ -156,8 +156,10 @@ class Index:
                 f"in an int32 or int64 tensor."
             )
         requests, blocks = tables.shape
-        given = [lengths, [0] * requests if first is None else first]
-        sizes, begins = (_as_ids(x).to(tables.device, torch.int64) for x in given)
+        sizes = _as_ids(lengths).to(tables.device, torch.int64)
+        begins = torch.zeros_like(sizes)
+        if first is not None:
+            begins = _as_ids(first).to(tables.device, torch.int64)
         if not len(sizes) == len(begins) == requests or not (requests and blocks):
             raise SlotError(
                 f"{len(sizes)} lengths and {len(begins)} first tokens were given for tables of "
