@@ -220,7 +220,7 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
     if kept is None:
         if view.form.table_on_device and view.table.device == device:
             # The caller's own, which is there by the time of the copy.
-            view.derived[_TABLE_ON, device] = _Table(view.table, None)
+            view.derived[TABLE_ON, device] = _Table(view.table, None)
             return view.table.data_ptr()
         if held:
             raise refuse_capture()
