@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
+from portakv.backends.base import Capabilities, Decision, Launch, Pending
 from portakv.engines.costs import Table, costs_of
 from portakv.engines.engine import Engine, EngineLaunch, Terms, read_on
 from portakv.engines.link import by_torch, link_of
@@ -235,7 +235,7 @@ class Host(Engine):
             self._logged.add(engine)
             _log.info("%s: engine %s, %s", self.device, engine, why)
 
-    def _make(self, name: str) -> Backend | str:
+    def _make(self, name: str) -> Engine | str:
         """An engine, or why it does not serve this device."""
         module, _, attribute = BUILT_IN[name].partition(":")
         try:

@@ -263,10 +263,9 @@ def adopt(pieces: Iterable[tuple[int, int]]) -> Adopted:
     """
     found, do = [], "pass (address, bytes) of each registration"
     for piece in pieces:
-        asked = f"Host memory was adopted with the piece {piece!r}"
         if not (isinstance(piece, (tuple, list)) and len(piece) == 2):
-            raise HostMemoryError(f"{asked}; {do}.")
-        found.append((whole(piece[0], 1, asked, do), whole(piece[1], 1, asked, do)))
+            raise HostMemoryError(f"Host memory was adopted with the piece {piece!r}; {do}.")
+        found.append((whole("address", piece[0], 1, do), whole("nbytes", piece[1], 1, do)))
     for (a, nbytes), (b, _) in pairwise(sorted(found)):
         if a + nbytes > b:
             raise HostMemoryError(

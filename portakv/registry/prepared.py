@@ -49,8 +49,8 @@ class Prepared:
 
     def claims(self, move: Move) -> Capabilities:
         """What carries this copy out can do: if an engine is picked for each copy, that one."""
-        told = getattr(self.launch, "claims", None)
-        return self.can if told is None else told(move)  # type: ignore[no-any-return]
+        told: Callable[[Move], Capabilities] | None = getattr(self.launch, "claims", None)
+        return self.can if told is None else told(move)
 
     def place(self, index: Index) -> Index:
         """An index with its ids on the device, and in a dtype, that the backend reads."""
