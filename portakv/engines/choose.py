@@ -27,7 +27,9 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import bring
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import inside
+from portakv.runtime.devices import capturing, inside
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +53,7 @@ EQUAL = 0.02
 ROW = {"d2h": 100e-9, "h2d": 50e-9}
 
 _NO_TERMS = Terms()
+_NONE = frozenset[str]()
 _PICKS = 1024  # that one launch remembers
 _UNSTAGED = ("descriptors", "direct")  # they take no memory of the device
 
@@ -108,12 +111,12 @@ def pick(
     Of those that the terms allow and that were measured to take the device at most `EQUAL` longer
     than the quickest, it is the one that keeps the host least; of equals the first in `ORDER`. If
     none of them was measured it is what `default_rule` says, or the first in `ORDER`. One that
-    waits for ids is picked only if the terms leave no other.
+    waits for the device is picked only if the terms leave no other.
 
     Args:
         shapes: what the copy is to each engine that might carry it out.
         out: engines that do not, and why, as a phrase.
-        waits: engines that would wait for ids that only the device has.
+        waits: engines that would wait for ids or addresses that only the device has.
 
     Raises:
         Unsupported: no engine is left, with each one's reason.
@@ -131,7 +134,7 @@ def pick(
     if not allowed:
         why = f"no other engine takes the copy, although {able[0].refused}"
     elif len(at_once) == 1 < len(allowed):
-        why = "the only engine that does not wait for ids that the device has"
+        why = "the only engine that does not wait for what only the device knows"
     elif len(allowed) == 1:
         why = "the only engine that is left"
     elif any(one.seconds is not None for one in allowed):
@@ -270,12 +273,11 @@ class HostLaunch(EngineLaunch):
 
     def pick(self, move: Move) -> Pick:
         """The engine that a transfer takes; moves nothing. Raises as the function `pick` does."""
-        count, theirs, out = move.count, self.ends(move)[3], self.out
+        rows, host, mine, theirs = self.ends(move)
+        count, out = move.count, self.out
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
-        unknown = [x.ids is not None and x.known_ids() is None for x in (theirs, *move[2:4])]
-        reading = {"host": unknown[0], "both": any(unknown), "none": False}
-        waits = frozenset(name for name, x in self._engines.items() if reading[x.reads])
+        waits = self._waiting(_told(rows, mine), _told(host, theirs))
         # Once another engine refuses the plan, picks that were made before no longer count.
         key = whole, of_host, count, len(out), waits
         found = self._picks.get(key)
@@ -291,8 +293,18 @@ class HostLaunch(EngineLaunch):
             self._picks[key] = found
         return found
 
+    def _waiting(self, rows: bool, host: bool) -> frozenset[str]:
+        """The engines that would wait for a device, by whether the host is told where the device's
+        rows are, and its own."""
+        if rows and host:
+            return _NONE
+        told = {"none": True, "host": host, "both": rows and host}
+        return frozenset(name for name, engine in self._engines.items() if not told[engine.reads])
+
     def claims(self, move: Move) -> Capabilities:
         """What the engine that a transfer takes can do; raises as the function `pick` does."""
+        if capturing(self.device):  # nothing can be prepared, and no engine is to be out for that
+            return self._host.capabilities()
         return self._engines[self._pick_prepared(move).engine].capabilities()
 
     def _pick_prepared(self, move: Move) -> Pick:
@@ -371,6 +383,11 @@ class HostLaunch(EngineLaunch):
         if stream is not None and apart:
             stream.wait_stream(torch.accelerator.current_stream(self.device.index))
         return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
+
+
+def _told(view: KVView, index: Index) -> bool:
+    """Whether the host knows the addresses and the ids of one side."""
+    return view.known and (index.ids is None or index.known_ids() is not None)
 
 
 #: Engines by the backend that they run over, and by terms without a rate.

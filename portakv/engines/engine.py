@@ -76,8 +76,8 @@ class Engine(Backend):
     the device's half of a copy (None: what the registry chooses).
 
     Attributes:
-        reads: whose ids it needs on the host, and waits for if only the device has them: those of
-            the ``host``'s rows, of ``both`` sides, or of ``none``.
+        reads: whose ids and addresses it needs on the host, and waits for if only the device has
+            them: those of the ``host``'s rows, of ``both`` sides, or of ``none``.
     """
 
     reads: str = "none"

@@ -153,6 +153,11 @@ class KVView:
         return self._origins
 
     @property
+    def known(self) -> bool:
+        """True if the host knows the addresses, so that `origins` waits for nothing."""
+        return self._origins is not None
+
+    @property
     def entries(self) -> int:
         """How many addresses there are."""
         if self._origins is None:
@@ -424,7 +429,7 @@ class KVView:
         form, blocks = self.form, self.slots // (self.form.block_size or 1)
         tokens = f"{blocks} blocks of {form.block_size}" if form.paged else f"{self.slots}"
         if self._foreign is not None and not self._foreign.nbytes:
-            tokens = f"{form.block_size or 'any number of'} a block, unknown blocks"
+            tokens = f"unknown blocks of {form.block_size}" if form.paged else "unknown"
         types = [x.dtype for x in self.owners] if self._foreign is None else [self._foreign.dtype]
         kinds = ", ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in types))
         place = self.device if form.place == "device" else f"{self.device} ({form.place})"

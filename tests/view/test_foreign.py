@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,12 +12,12 @@ import torch
 from support.command_line import registered
 from support.core_cases import noise
 from support.cuda_on_cpu import CudaOnCpu, why_not
+from support.foreign_cases import blind
 from support.guarded_memory import check_sentence
 
 from portakv import Index, KVView, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.view.foreign import UNKNOWN_SLOTS
-from portakv.view.form import same_form
 
 CPU = torch.device("cpu")
 LAYOUT, CHUNK = "layer kv | block token head dim", "kv layer token head dim"
@@ -162,14 +161,6 @@ def test_what_are_no_addresses_is_refused(given: Any, named: Any, told: str) -> 
     assert any(each in message for each in told.split("|")), message
 
 
-def blind(view: KVView) -> KVView:
-    """A view on the host as one whose addresses only the device has."""
-    table = view.table.clone()
-    view.form = same_form(replace(view.form, table_on_device=True))
-    view._table, view._origins = table, None
-    return view
-
-
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
 @pytest.mark.parametrize("part", [{}, {"layers": slice(1, 3), "heads": 1}, {"kv": 0, "layers": 2}])
 @pytest.mark.parametrize("store", [True, False])
@@ -187,7 +178,7 @@ def test_a_kernel_reads_a_table_that_the_host_never_sees(part: Any, store: bool)
             copy_rows(view, dense, SLOTS, backend=CudaOnCpu.name).synchronize()
         else:
             copy_rows(dense, view, None, SLOTS, backend=CudaOnCpu.name).synchronize()
-    assert view._origins is None
+    assert not view.known
     expected = chunk()
     whole = KVView(before, LAYOUT).slice(**part)
     if store:
@@ -210,7 +201,7 @@ def test_a_device(accelerator: torch.device, where: str) -> None:
     copy_rows(view, KVView(out, CHUNK), ids).synchronize()
     assert torch.equal(out.cpu(), rows(tensors, SLOTS))
     if where == "device" and accelerator.type == "cuda":
-        assert view._origins is None
+        assert not view.known
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
