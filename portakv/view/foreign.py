@@ -97,7 +97,7 @@ def read_addresses(
     if table is not None:
         table = table.contiguous().view(torch.int64).reshape(-1)
         if order is not None:
-            table = table[torch.tensor(order, dtype=torch.int64).to(table.device)]
+            table = table[torch.tensor(order, dtype=torch.int64, device="cpu").to(table.device)]
     else:
         origins = tuple((numbers if order is None else numbers[order]).tolist())
     return Found(form, slots, home, origins, table, Foreign(dtype, nbytes))
