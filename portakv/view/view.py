@@ -174,6 +174,15 @@ class KVView:
             self._owners = self._foreign.tensors(self.origins, self.device)
         return self._owners
 
+    def edges(self) -> npt.NDArray[np.int64]:
+        """Where allocations begin and end, in any order; of memory that is known by addresses
+        alone, where its tensors do."""
+        if self._foreign is not None:
+            begins = self.addresses
+            return np.concatenate([begins, begins + self._foreign.nbytes])
+        storages = {x.data_ptr(): x.nbytes() for x in (y.untyped_storage() for y in self.owners)}
+        return np.array([*storages, *map(sum, storages.items())], dtype=np.int64)
+
     @property
     def foreign(self) -> bool:
         """True if the memory is known by addresses alone, so that nothing here holds it."""
