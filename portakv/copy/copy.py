@@ -14,7 +14,7 @@ from portakv.engines.choose import across
 from portakv.engines.engine import Engine, Terms
 from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, Unsupported
 from portakv.plan.plan import Move, check_disjoint
-from portakv.registry.prepared import Prepared, prepared
+from portakv.registry.prepared import Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, refuse_capture
@@ -261,6 +261,9 @@ def _launch(
     placed = []
     for ready, _, _ in pieces:
         placed.append(ready.place_both(move))
+    for view, tabled in zip(move[:2], pieces[0][0].tabled, strict=True):
+        if tabled and view.fleeting and not captured:
+            bring_table(view, device)
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:

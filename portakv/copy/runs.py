@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -78,6 +79,8 @@ def copy_runs(
         ]
         for (size, height, *pitches), which in _alike(shapes, ends)
     ]  # fmt: skip
+    for view in chain.from_iterable(sides):
+        view.fleeting = True
     moved = [copy_rows(src, dst, **terms) for src, dst in sides]
     return BlockTransfer.together(moved)
 

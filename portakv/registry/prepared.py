@@ -39,6 +39,8 @@ class Prepared:
     choice: Choice
     can: Capabilities
     home_of_ids: torch.device
+    #: For each side whether a unit's number decides which address of the view it lies behind.
+    tabled: tuple[bool, bool]
 
     @property
     def carried(self) -> tuple[str, str]:
@@ -89,7 +91,9 @@ def prepared(
         return found
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, taken = prepare(plan, choice)
-    found = Prepared(plan, launch, taken, taken.can, taken.can.home_of_ids(taken.backend.device))
+    home = taken.can.home_of_ids(taken.backend.device)
+    tabled = any(x.src.tabled for x in plan.nests), any(x.dst.tabled for x in plan.nests)
+    found = Prepared(plan, launch, taken, taken.can, home, tabled)
     # Another thread may have been here first: one launch for all, with its one lock.
     return _prepared.setdefault(key, found)
 
@@ -158,6 +162,16 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
     ids = to_device(np.concatenate(listed), home, torch.int64)
     for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
         index.add_copy(own)
+
+
+def bring_table(view: KVView, home: torch.device) -> None:
+    """Send the addresses of a fleeting view to its device in a small copy, ordered on the current
+    stream, which `KVView.table` would wait for."""
+    if view.device != home or home.type not in AT_ONCE or view.has_table():
+        return
+    from portakv.host.small import to_device  # not before it is needed
+
+    view.add_table(to_device(view.addresses, home, torch.int64))
 
 
 _PLAIN = "bytes lie where strides say"

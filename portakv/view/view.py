@@ -52,11 +52,12 @@ class KVView:
         DeviceMismatch: tensors on different devices.
     """
 
+    # fleeting: made for one call, and used on no stream but that call's.
     # spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
     # derived: what slices, launches and engines made of this view; lives as long as the view.
     __slots__ = (
         "_foreign", "_memory", "_origins", "_owners", "_table", "_unwritable", "derived", "device",
-        "form", "layout", "requires_grad", "slots", "spans", "tensors",
+        "fleeting", "form", "layout", "requires_grad", "slots", "spans", "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -133,6 +134,7 @@ class KVView:
         rows, self.slots, self.device, self.requires_grad = facts
         self.form, self._origins, self._owners, self.spans = rows
         self._foreign, self._table = foreign, table
+        self.fleeting = not (lasting or foreign)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
         self.derived: dict[Hashable, Any] = {}
@@ -238,6 +240,14 @@ class KVView:
         if self._table is None:
             self._table = torch.from_numpy(self.addresses).to(self.device)
         return self._table
+
+    def has_table(self) -> bool:
+        """True if `table` copies nothing."""
+        return self._table is not None
+
+    def add_table(self, table: torch.Tensor) -> None:
+        """Keep a copy of the addresses on the device, made elsewhere, as `table`."""
+        self._table = table
 
     def record_table(self, stream: torch.Stream) -> None:
         """Tell the allocator that a stream uses the table of addresses, if there is one."""

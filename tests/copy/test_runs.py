@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import simdev_cases
 from support.core_cases import noise
 from support.device_cases import settle
 from support.guarded_memory import refused
 
 from portakv import LayoutError, SlotError, copy_runs
-from portakv.host import pinned
+from portakv.host import pinned, small
+from portakv.registry import prepared
 
 CPU = torch.device("cpu")
 BYTES = 1 << 14
@@ -88,6 +90,26 @@ def test_addresses_that_only_a_device_has(accelerator: torch.device, way: str) -
         for side in zip((src, dst), offsets, strict=True)
     ]
     copy_runs(*tables, 256, src_device=src.device, dst_device=dst.device).synchronize()
+    assert torch.equal(dst.cpu(), expected)
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("side", [False, True], ids=["current", "another stream"])
+def test_addresses_are_sent_without_waiting(side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices that are sent small values by a kernel: behind work that goes on."""
+    device = simdev_cases.DEVICE
+    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({device.type}))
+    sent, send = list[int](), small.to_device
+    monkeypatch.setattr(
+        small, "to_device", lambda values, *rest: sent.append(len(values)) or send(values, *rest)
+    )
+    src, dst = ends(device, "inside")
+    expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
+    stream = torch.Stream(device) if side else None
+    copy_runs(
+        at(src, SRC), at(dst, DST), 64, src_device=device, dst_device=device, stream=stream
+    ).synchronize()
+    assert sent == [4, 4]
     assert torch.equal(dst.cpu(), expected)
 
 
