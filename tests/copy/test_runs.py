@@ -89,7 +89,8 @@ def test_addresses_that_only_a_device_has(accelerator: torch.device, way: str) -
         torch.tensor(at(*side)).view(torch.uint64).to(accelerator)
         for side in zip((src, dst), offsets, strict=True)
     ]
-    copy_runs(*tables, 256, src_device=src.device, dst_device=dst.device).synchronize()
+    mine, theirs = tables
+    copy_runs(mine, theirs, 256, src_device=src.device, dst_device=dst.device).synchronize()
     assert torch.equal(dst.cpu(), expected)
 
 
@@ -100,9 +101,12 @@ def test_addresses_are_sent_without_waiting(side: bool, monkeypatch: pytest.Monk
     device = simdev_cases.DEVICE
     monkeypatch.setattr(prepared, "AT_ONCE", frozenset({device.type}))
     sent, send = list[int](), small.to_device
-    monkeypatch.setattr(
-        small, "to_device", lambda values, *rest: sent.append(len(values)) or send(values, *rest)
-    )
+
+    def noted(values: Any, *rest: Any) -> torch.Tensor:
+        sent.append(len(values))
+        return send(values, *rest)
+
+    monkeypatch.setattr(small, "to_device", noted)
     src, dst = ends(device, "inside")
     expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
     stream = torch.Stream(device) if side else None

@@ -101,6 +101,7 @@ def test_what_is_no_number_of_tokens_to_skip(skip: Any) -> None:
 
 def test_more_than_the_lists_hold() -> None:
     src, dst = layered(), layered()
+    asked: Any
     for asked in ({"count": SIZE + 1}, {"skip": 1, "count": SIZE}, {"skip": SIZE + 1}):
         with refused(SlotError, watch=dst.tensors):
             copy_blocks(src.view, dst.view, [1], [2], **asked)

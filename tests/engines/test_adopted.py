@@ -59,11 +59,15 @@ def test_copies_are_cut_where_pieces_meet(
     with pinned.adopt(pieces[::-1]) as adopted:
         assert adopted.pieces == tuple(pieces)
         if engine == "runs":
-            sides = {"src_device": src.device, "dst_device": dst.device, "backend": "descriptors"}
+            sides: Any = {
+                "src_device": src.device,
+                "dst_device": dst.device,
+                "backend": "descriptors",
+            }
             copy_runs([src.data_ptr()], [dst.data_ptr()], ROWS * ROW, **sides).synchronize()
         else:
-            views = [KVView(x.view(ROWS, ROW), "token dim") for x in (src, dst)]
-            copy_rows(*views, backend=engine).synchronize()
+            mine, theirs = (KVView(x.view(ROWS, ROW), "token dim") for x in (src, dst))
+            copy_rows(mine, theirs, backend=engine).synchronize()
     assert torch.equal(dst.cpu(), expected)
     assert crossed
     assert not any(over(cuts[1:-1], each) for each in crossed)
