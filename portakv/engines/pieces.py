@@ -221,7 +221,7 @@ def _seams(views: list[KVView]) -> Int64:
 
 def _search(seams: Int64, addresses: Int64, side: Literal["left", "right"]) -> Int64:
     """`np.searchsorted`, of many seams in the order of the addresses: six times as fast."""
-    if seams.size < _FEW:
+    if seams.size < FEW:
         return np.asarray(np.searchsorted(seams, addresses, side))
     order = np.argsort(addresses)
     found = np.empty_like(addresses)
@@ -246,7 +246,8 @@ def _cut(runs: Runs, side: int, seams: Int64) -> Runs:
     return Runs(runs.src[of_run] + moved, runs.dst[of_run] + moved, end - begin)
 
 
-_FEW = 1024  # seams that lie in a core's nearest cache
+#: Seams that lie in a core's nearest cache.
+FEW = 1024
 _KEPT = 256  # counts that are remembered for each plan
 #: Units up to which ids are sorted, since runs are merged in the order of their addresses; counted
 #: in the order of the index, the runs of more units may seem to be more than they are.

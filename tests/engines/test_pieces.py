@@ -147,7 +147,7 @@ def test_memory_at_addresses_is_cut_where_each_tensor_ends(
 ) -> None:
     """Tensors that touch on both sides are no piece, since nothing tells that they are one
     allocation; and no tensor is made of an address for that."""
-    monkeypatch.setattr(folding, "_FEW", few)
+    monkeypatch.setattr(folding, "FEW", few)
     order = [3, 0, 1, 5, 4, 2]
     views = [
         KVView.at(

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from support.block_cases import LAYERS, layered
-from support.device_cases import current, delay
 from support.guarded_memory import check_sentence
+from support.read_back import ReadBack
 
 from portakv import Index, KVView, SlotError, copy_rows
 
@@ -40,7 +40,7 @@ def test_slots(device: torch.device, dtype: torch.dtype, count: int | None, firs
 
 
 def test_requests_are_gathered_in_one_copy(accelerator: torch.device) -> None:
-    """Behind work that goes on: nothing waits for the device."""
+    """And the host waits for nothing."""
     src = layered(accelerator)
     out = torch.zeros(2, LAYERS, 23, 2, 16, dtype=torch.float16, device=accelerator)
     dense = KVView(out, "kv layer token head dim")
@@ -53,9 +53,9 @@ def test_requests_are_gathered_in_one_copy(accelerator: torch.device) -> None:
 
     gathered().synchronize()
     out.zero_()
-    delay(current(accelerator))
-    transfer = gathered()
-    assert not current(accelerator).query()
+    with ReadBack() as read:
+        transfer = gathered()
+    assert not read.seen
     transfer.synchronize()
     found = out.cpu().view(torch.int16).view(2, LAYERS, 23, -1).transpose(0, 1)
     assert torch.equal(found, src.rows()[:, :, slots(LENGTHS, [0] * 3)])
