@@ -15,7 +15,7 @@ class ReadBack(TorchDispatchMode):
     WAITING = ("nonzero", "_local_scalar_dense", "unique")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: list[str] = []
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
