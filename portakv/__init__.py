@@ -8,9 +8,10 @@ its reasons on record.
 from __future__ import annotations
 
 from portakv.blocks.blocks import copy_blocks
-from portakv.blocks.handle import BlockTransfer
 from portakv.connector.connector import AdaptiveConnector
-from portakv.copy.copy import copy_rows
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.rows import copy_rows
+from portakv.copy.runs import copy_runs
 from portakv.errors import (
     BackendUnavailable,
     DeviceMismatch,
@@ -38,5 +39,6 @@ __all__ = [
     "PRESETS", "AdaptiveConnector", "BackendUnavailable", "BlockTransfer", "CopyPlan",
     "DeviceMismatch", "HostMemoryError", "Index", "InvalidTerms", "KVView", "LayoutError",
     "PoolExhausted", "PortaKVError", "SlotError", "Transfer", "TransferCancelled", "TransferError",
-    "TransferTimeout", "Unsupported", "__version__", "copy_blocks", "copy_rows", "register_backend",
+    "TransferTimeout", "Unsupported", "__version__", "copy_blocks", "copy_rows", "copy_runs",
+    "register_backend",
 ]  # fmt: skip

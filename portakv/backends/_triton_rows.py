@@ -70,6 +70,8 @@ class _Side(SideArguments):
     ) -> None:
         super().__init__(nest, plan, name, outer, inner)
         units, walks = self.side.units, self.walks
+        if getattr(plan, name).table_on_device:
+            self.kind = "UNITS"  # also a single address, which the host does not know
         self.looks_up = 2 if self.side.tabled else int(self.kind == "UNITS")
         strides = [x.stride for x in units], [stride for _, stride in walks], self.strides
         self._steps = tuple(

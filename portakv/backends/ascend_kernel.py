@@ -246,7 +246,7 @@ def refusal(plan: CopyPlan) -> str | None:
 
 def reached(move: Move, further: Sequence[Memory]) -> list[Memory]:
     """All memory that a launch may touch, for an emulation; ``further``: nests and status word."""
-    read = [view.table for view in move[:2] if len(view.origins) > 1 or view.form.lists]
+    read = [view.table for view in move[:2] if view.tabled]
     read += [index.ids for index in move[2:4] if index.ids is not None]
     return [*_spans(move.src, False), *_spans(move.dst, True), *map(_read_only, read), *further]
 

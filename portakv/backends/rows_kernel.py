@@ -236,7 +236,9 @@ class _SideWords(SideArguments):
         self.ids, self.entries, self.countable = self.per_id > 0, 0, MAX_NUMBERS
         loops = zip(outer, self.walks, strict=True)
         entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
-        if self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
+        if getattr(plan, name).table_on_device:
+            self.kind = "UNITS"  # also a single address: the host has none to put into arguments
+        elif self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
             self.kind, self.entries = "PLANES", entries
         walks = [(x.table, x.stride) for x in self.side.units]
         walks += [(0, 0)] * (MAX_UNITS - len(walks)) + self.walks

@@ -2,4 +2,4 @@
 """`copy_blocks`: whole blocks by their ids, within a device or between a device and the host."""
 
 from portakv.blocks.blocks import copy_blocks as copy_blocks
-from portakv.blocks.handle import BlockTransfer as BlockTransfer
+from portakv.copy.handle import BlockTransfer as BlockTransfer

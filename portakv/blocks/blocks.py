@@ -1,20 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block transfers: copies of whole blocks by their ids, all at once, by layer, or in slices."""
+"""`copy_blocks`: copies of whole blocks by their ids."""
 
 from __future__ import annotations
 
-import time
-
 import torch
 
-from portakv.blocks.handle import BlockTransfer
-from portakv.blocks.slices import in_layers, in_slices
-from portakv.copy.copy import Ids, carrier, checked, copy_move, follow_current, is_strict, source_of
-from portakv.engines.engine import Terms
+from portakv.copy.copy import Ids, source_of, whole
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, SlotError
-from portakv.plan.move import Move
-from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import beside, check_stream
 from portakv.view import Index, KVView
 
 
@@ -24,6 +18,8 @@ def copy_blocks(
     src_blocks: Ids | None,
     dst_blocks: Ids | None,
     *,
+    count: int | None = None,
+    skip: int | tuple[int, int] = 0,
     backend: str | None = None,
     stream: torch.Stream | None = None,
     by_layer: bool = False,
@@ -37,77 +33,37 @@ def copy_blocks(
 ) -> BlockTransfer:
     """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
 
-    Everything is issued before this returns, ordered on a stream. With ``cancellable`` or
-    ``max_gbps`` a thread issues the copy in slices instead, behind what the current stream holds at
-    the call, and no stream orders them: `Transfer.wait` blocks the host.
-
-    A ``detached`` copy begins behind the same work, and no stream waits for its end unless
-    `Transfer.wait` makes one. The next transfer then need not wait for this one's last bytes, which
-    keeps the link busy beside a model that leaves few gaps. Two detached copies are not ordered
-    either: until the end the caller must not write what is read, nor use what is written.
+    It is `copy_rows` under ids of blocks; arguments that are not named here are those.
 
     Args:
         src, dst: paged views, or chunks if that side's blocks are None (consecutive tokens).
         src_blocks, dst_blocks: block ids, int32 or int64, negative = skipped; or an `Index` of
             them with ``step=block_size``, which is validated once however often it is used.
-        backend: the name of a backend or of an engine, which then must carry it out.
-        stream: where to order the work; it first waits for the current stream. Its priority is
-            that of the kernels; copy engines know none.
-        by_layer: one layer behind the other, each with an end of its own: `BlockTransfer.layers`.
-        overlap: what else the device does: ``compute``, it runs a model; or ``idle``, nothing.
-        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory.
-        max_gbps: the most 10^9 bytes in a second.
-        cancellable: `BlockTransfer.cancel` stops it between two slices.
-        detached: no stream waits for its end, not even ``stream``; the handle alone tells it.
-        reinterpret: rows of one number type may go to rows of another: their bits are moved.
-        check: ``usual`` looks at ids on the host; ``strict`` also at ids on a device, which it
-            waits for: ids past the end and destinations that occur twice are refused before
-            anything is moved.
+        count: tokens to move, so that the last blocks may be moved in part; by default all that
+            are left.
+        skip: tokens that are passed over where the lists begin, so that the first blocks may be
+            moved in part: as many on both sides, or a pair, of the source and of the destination.
 
     Raises:
         LayoutError: ids for a view that is not paged.
-        SlotError: the two sides cover different numbers of tokens.
-        DeviceMismatch: a stream of another device.
-        InvalidTerms: another ``overlap`` or ``check``, or a number that is none for its term.
-        Unsupported: terms that cannot be kept; in slices, detached or strict, inside graph capture.
-        PortaKVError: what `copy_rows` raises. Slices also refuse bad ids on a device at once.
+        SlotError: a ``skip`` that is no whole number, or a pair of them, of at least 0.
+        PortaKVError: what `copy_rows` raises.
     """
-    strict, sliced = is_strict(check), cancellable or max_gbps is not None
-    terms = None
-    if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
-        # No stream orders slices anyway.
-        terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
-    src = source_of(src, dst, reinterpret)
-    mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
-    move, choice = checked(src, dst, mine, theirs, None, backend)
-    if stream is not None:  # now: some ways use it before their first copy looks at it
-        check_stream(stream, choice.backend.device)
-    if terms is not None:
-        choice = carrier(src, dst, choice, terms)
-    if sliced:
-        return in_slices(move, choice, stream, max_gbps, by_layer)
-    began, behind = time.perf_counter(), None
-    if detached and choice.backend.device.type != "cpu":
-        behind, stream = stream, _beside(stream, choice.backend.device, move)
-    elif not by_layer:  # it spares the host the context
-        return BlockTransfer(copy_move(move, choice, stream, strict=strict), move, began)
-    with inside(behind):
-        if by_layer:
-            return in_layers(move, choice, stream, strict, began)
-        return BlockTransfer(copy_move(move, choice, stream, strict=strict), move, began)
+    source_of(src, dst, reinterpret=False)
+    first, behind = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
+    indices = (
+        _block_index(src, src_blocks, "src").shifted(_tokens(first)),
+        _block_index(dst, dst_blocks, "dst").shifted(_tokens(behind)),
+    )
+    return copy_rows(
+        src, dst, *indices, count=count, backend=backend, stream=stream, by_layer=by_layer,
+        overlap=overlap, max_thread_blocks=max_thread_blocks, max_gbps=max_gbps,
+        cancellable=cancellable, detached=detached, reinterpret=reinterpret, check=check,
+    )  # fmt: skip
 
 
-def _beside(stream: torch.Stream | None, device: torch.device, move: Move) -> torch.Stream:
-    """The stream of a copy that begins behind ``stream``, which does not wait for its end; raises
-    `Unsupported` while a graph is captured."""
-    with inside(stream):
-        captured, behind = capturing(device), torch.accelerator.current_stream(device.index)
-    if captured or capturing(device):
-        why = "a graph has no work that its stream does not wait for; leave out detached"
-        raise refuse_capture("A detached copy", why)
-    if stream is not None:
-        follow_current(stream, [move])
-    return beside(behind, move.src.form.place, move.dst.form.place)
+def _tokens(skip: object) -> int:
+    return whole("skip", skip, "tokens to pass over: a whole number of at least 0, or two", 0)
 
 
 def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:

@@ -2,4 +2,6 @@
 """The one primitive: rows from one view to another, ordered on a stream."""
 
 from portakv.copy.copy import copy_move as copy_move
-from portakv.copy.copy import copy_rows as copy_rows
+from portakv.copy.handle import BlockTransfer as BlockTransfer
+from portakv.copy.rows import copy_rows as copy_rows
+from portakv.copy.runs import copy_runs as copy_runs

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one primitive: copy rows from one view to another, under an index on either side."""
+"""The one primitive: a copy as one value, checked, cut and ordered on a stream."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from portakv.engines.choose import across
 from portakv.engines.engine import Engine, Terms
 from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, Unsupported
 from portakv.plan.plan import Move, check_disjoint
-from portakv.registry.prepared import Prepared, prepared
+from portakv.registry.prepared import Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, refuse_capture
@@ -48,43 +48,6 @@ UNCHECKED = "its ids have to be checked before they are used"  # inside graph ca
 Piece: TypeAlias = tuple[Prepared, int, int]
 #: A chunk.
 MemoryObject: TypeAlias = "Tensors | HasTensor"
-
-
-def copy_rows(
-    src: KVView,
-    dst: KVView,
-    src_index: Ids | None = None,
-    dst_index: Ids | None = None,
-    *,
-    count: int | None = None,
-    backend: str | None = None,
-    stream: torch.Stream | None = None,
-    reinterpret: bool = False,
-    check: str = "usual",
-) -> Transfer:
-    """Copy rows between views.
-
-    Args:
-        src, dst: views of equal extents and widths in bytes, of any layouts.
-        src_index, dst_index: an `Index`, or ids as a slot mapping (step 1); None: consecutive.
-        count: tokens to move; by default what the indices cover.
-        backend: a backend's name, which then must carry the copy out.
-        stream: where to order the work; it first waits for the current stream.
-        reinterpret: rows of one number type may go to rows of another: their bits are moved.
-        check: ``usual`` looks at ids on the host; ``strict`` also at ids on a device, which it
-            waits for: ids past the end and destinations that occur twice are refused before
-            anything is moved.
-
-    Raises:
-        LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
-        SlotError: a bad index on the host; bad device ids are raised by the transfer.
-        DeviceMismatch, BackendUnavailable, Unsupported: no backend carries it out; with the trace.
-        InvalidTerms: another ``check``.
-    """
-    src = source_of(src, dst, reinterpret)
-    mine, theirs = Index.of(src_index), Index.of(dst_index)
-    move, choice = checked(src, dst, mine, theirs, count, backend)
-    return copy_move(move, choice, stream, strict=is_strict(check))
 
 
 def checked(
@@ -190,10 +153,9 @@ def copy_move(
         return Transfer()
     skips, error = check_ids(move, strict), None
     pieces = _pieces(ready, move, choice)
-    trusted = (mine.on_host or mine.is_clean(count, src.slots)) and (
-        theirs.on_host or theirs.is_clean(count, dst.slots)
-    )
-    if (skips or not trusted) and not _take(pieces, trusted):
+    clean = mine.is_clean(count, src.slots) and theirs.is_clean(count, dst.slots)
+    if (skips or not clean) and not _take(pieces, move, clean):
+        clean = True
         check_not_captured(choice.backend.device, UNCHECKED)
         move, error = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
         if move.count == 0:
@@ -201,7 +163,7 @@ def copy_move(
         pieces = _pieces(prepared(src.form, dst.form, *move.steps, None, choice), move, choice)
     if not known_good:
         check_disjoint(move)
-    return _launch(pieces, move, stream, error)
+    return _launch(pieces, move, stream, error, clean)
 
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
@@ -238,10 +200,11 @@ def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
     return pieces
 
 
-def _take(pieces: list[Piece], trusted: bool) -> bool:
-    """Whether the backends of a copy take ids that are negative, and those that are not trusted."""
-    for ready, _, _ in pieces:
-        if not ready.can.skips_negative or not (trusted or ready.can.guards):
+def _take(pieces: list[Piece], move: Move, clean: bool) -> bool:
+    """Whether the backends of a copy take ids that are negative, and those that are not clean."""
+    for ready, first, tokens in pieces:
+        can = ready.claims(move.part(first, tokens))
+        if not can.skips_negative or not (clean or can.guards):
             return False
     return True
 
@@ -284,16 +247,21 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
 
 def _launch(
-    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: SlotError | None
-) -> Transfer:
+    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: SlotError | None,
+    clean: bool,
+) -> Transfer:  # fmt: skip
     """Launch every piece, ordered behind the current stream (or, after it, on ``stream``). Inside
-    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins."""
+    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins. Ids that are
+    not ``clean`` are guarded."""
     device = pieces[0][0].choice.backend.device
     on_device = move.src.form.place == "device" or move.dst.form.place == "device"
     captured = on_device and capturing(device)
     if captured:
         _check_capture(pieces, move)
     placed = [ready.place_both(move) for ready, _, _ in pieces]
+    for view, tabled in zip(move[:2], pieces[0][0].tabled, strict=True):
+        if tabled and view.fleeting and not captured:
+            bring_table(view, device)
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:
@@ -303,7 +271,7 @@ def _launch(
     carried = NOTHING
     for (ready, first, tokens), own in zip(pieces, placed, strict=True):
         word = None
-        if on_device and ready.can.guards:
+        if on_device and (ready.can.guards or not clean):
             status_word = acquire_word()
             status.append((status_word, first))  # it counts from there
             word = status_word.tensor
@@ -331,9 +299,9 @@ def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
     """Let ``stream`` wait for the current one, and tell the allocator what of two views it uses."""
     src, dst = moves[0].src, moves[0].dst
     # Tables are made on the current stream, so they have to be there before the other waits.
-    tables = [view.table for view in (src, dst) if len(view.origins) > 1 or view.form.lists]
+    tables = [view.table for view in (src, dst) if view.tabled]
     ids = [index.ids for move in moves for index in move[2:4] if index.ids is not None]
-    streams.follow_current(stream, *src.owners, *dst.owners, *ids, *tables)
+    streams.follow_current(stream, *src.held, *dst.held, *ids, *tables)
 
 
 def check_not_captured(device: torch.device, why: str) -> None:

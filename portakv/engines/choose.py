@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
+from portakv.backends.base import Capabilities, Decision, Launch, Pending
 from portakv.engines.costs import Table, costs_of
 from portakv.engines.engine import SMALL, Engine, EngineLaunch, Terms, read_on
 from portakv.engines.link import by_torch, link_of
@@ -27,7 +27,9 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import inside
+from portakv.runtime.devices import capturing, inside
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
@@ -47,6 +49,7 @@ EQUAL = 0.02
 ROW = {"d2h": 100e-9, "h2d": 50e-9}
 
 _NO_TERMS = Terms()
+_NONE = frozenset[str]()
 _PICKS = 1024  # that one launch remembers
 _UNSTAGED = ("descriptors", "direct")  # they take no memory of the device
 
@@ -96,17 +99,20 @@ def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> t
 
 
 def pick(
-    shapes: Mapping[str, Shape], direction: str, out: Mapping[str, str], terms: Terms, costs: Table
-) -> Pick:
+    shapes: Mapping[str, Shape], direction: str, out: Mapping[str, str], terms: Terms,
+    costs: Table, waits: frozenset[str] = frozenset(),
+) -> Pick:  # fmt: skip
     """The engine for a copy.
 
     Of those that the terms allow and that were measured to take the device at most `EQUAL` longer
     than the quickest, it is the one that keeps the host least; of equals the first in `ORDER`. If
-    none of them was measured it is what `default_rule` says, or the first in `ORDER`.
+    none of them was measured it is what `default_rule` says, or the first in `ORDER`. One that
+    waits for the device is picked only if the terms leave no other.
 
     Args:
         shapes: what the copy is to each engine that might carry it out.
         out: engines that do not, and why, as a phrase.
+        waits: engines that would wait for ids or addresses that only the device has.
 
     Raises:
         Unsupported: no engine is left, with each one's reason.
@@ -119,18 +125,21 @@ def pick(
     if not able:
         raise _none_left(out)
     allowed = [one for one in able if not one.refused]
-    engine = (allowed or able)[0].engine
+    at_once = [one for one in allowed if one.engine not in waits]
+    engine = (at_once or allowed or able)[0].engine
     if not allowed:
         why = f"no other engine takes the copy, although {able[0].refused}"
+    elif len(at_once) == 1 < len(allowed):
+        why = "the only engine that does not wait for what only the device knows"
     elif len(allowed) == 1:
         why = "the only engine that is left"
     elif any(one.seconds is not None for one in allowed):
-        engine, why = _quickest(allowed, able)
+        engine, why = _quickest(at_once or allowed, able)
     else:
         kernel = not _kept_out("direct", direction, shapes["staged"], terms)
         wanted, rule = default_rule(shapes, direction, kernel)
         why = "the gentlest of those that are left, as nothing was measured here"
-        if wanted in [one.engine for one in allowed]:
+        if wanted in [one.engine for one in at_once or allowed]:
             engine, why = wanted, f"the default rule {rule}, as nothing was measured here"
     return Pick(engine, why, tuple(found))
 
@@ -223,7 +232,7 @@ class Host(Engine):
             self._logged.add(engine)
             _log.info("%s: engine %s, %s", self.device, engine, why)
 
-    def _make(self, name: str) -> Backend | str:
+    def _make(self, name: str) -> Engine | str:
         """An engine, or why it does not serve this device."""
         module, _, attribute = BUILT_IN[name].partition(":")
         try:
@@ -253,16 +262,18 @@ class HostLaunch(EngineLaunch):
         self._launches: dict[str, Launch] = {}
         self._whole = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
-        self._picks: Bounded[tuple[int, int, int, int], Pick] = Bounded("picks of engines", _PICKS)
+        self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of engines", _PICKS)
         self._last = threading.local()
 
     def pick(self, move: Move) -> Pick:
         """The engine that a transfer takes; moves nothing. Raises as the function `pick` does."""
-        count, theirs, out = move.count, self.ends(move)[3], self.out
+        rows, host, mine, theirs = self.ends(move)
+        count, out = move.count, self.out
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
+        waits = self._waiting(_told(rows, mine), _told(host, theirs))
         # Once another engine refuses the plan, picks that were made before no longer count.
-        key = whole, of_host, count, len(out)
+        key = whole, of_host, count, len(out), waits
         found = self._picks.get(key)
         if found is None:
             dense = self._of_host.shape(of_host, count)
@@ -272,28 +283,50 @@ class HostLaunch(EngineLaunch):
                 "direct": self._whole.unmerged(count),
                 "ring": dense,
             }
-            found = pick(shapes, self.direction, out, self._terms, costs_of(self.device))
+            found = pick(shapes, self.direction, out, self._terms, costs_of(self.device), waits)
             self._picks[key] = found
         return found
 
-    def launch_by(self, engine: str, move: Move, stream: torch.Stream | None) -> Pending | None:
+    def _waiting(self, rows: bool, host: bool) -> frozenset[str]:
+        """The engines that would wait for a device, by whether the host is told where the device's
+        rows are, and its own."""
+        if rows and host:
+            return _NONE
+        told = {"none": True, "host": host, "both": rows and host}
+        return frozenset(name for name, engine in self._engines.items() if not told[engine.reads])
+
+    def claims(self, move: Move) -> Capabilities:
+        """What the engine that a transfer takes can do; raises as the function `pick` does."""
+        if capturing(self.device):  # nothing can be prepared, and no engine is to be out for that
+            return self._host.capabilities()
+        return self._engines[self._pick_prepared(move).engine].capabilities()
+
+    def _pick_prepared(self, move: Move) -> Pick:
+        """The engine that a transfer takes, which is prepared by now."""
+        picked = self.pick(move)
+        while self.prepared(picked.engine) is None:  # refused just now: pick another one
+            picked = self.pick(move)
+        return picked
+
+    def launch_by(
+        self, engine: str, move: Move, stream: torch.Stream | None,
+        status: torch.Tensor | None = None,
+    ) -> Pending | None:  # fmt: skip
         """Carry a transfer out by one engine, whatever would be picked. Raises `Unsupported` if it
         does not carry the plan out."""
         launch = self.prepared(engine)
         if launch is None:
             why = self.out.get(engine, "there is no such engine")
             raise Unsupported(f"A copy by the engine {engine!r}", why)
-        return launch(*self._placed(engine, move, stream), stream, None)
+        return launch(*self._placed(engine, move, stream), stream, status)
 
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
-        picked = self.pick(move)
-        while self.prepared(picked.engine) is None:  # refused just now: pick another one
-            picked = self.pick(move)
+        picked = self._pick_prepared(move)
         engine, why = picked.engine, picked.why
         try:
-            pending = self.launch_by(engine, move, stream)
+            pending = self.launch_by(engine, move, stream, status)
         except torch.OutOfMemoryError:
             # The device has no room for staging. Others need none, and may move rows once more.
             able = [name for name in _UNSTAGED if name != engine and self.prepared(name)]
@@ -301,7 +334,7 @@ class HostLaunch(EngineLaunch):
                 raise
             why = f"{engine} was picked ({why}), but the device had no memory left for it"
             engine = able[0]
-            pending = self.launch_by(engine, move, stream)
+            pending = self.launch_by(engine, move, stream, status)
         self._host.log(engine, why)
         self._last.carried = engine, why
         return pending
@@ -342,6 +375,11 @@ class HostLaunch(EngineLaunch):
         if stream is not None and apart:
             stream.wait_stream(torch.accelerator.current_stream(self.device.index))
         return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
+
+
+def _told(view: KVView, index: Index) -> bool:
+    """Whether the host knows the addresses and the ids of one side."""
+    return view.known and (index.ids is None or index.known_ids() is not None)
 
 
 #: Engines by the backend that they run over, and by terms without a rate.

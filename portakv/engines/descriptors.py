@@ -32,6 +32,7 @@ class Descriptors(Engine):
     """A copy for every piece: batched if the driver can, of rows at a pitch if they are."""
 
     name = "descriptors"
+    reads = "both"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(places=PINNED, index_on="any")
@@ -73,7 +74,7 @@ class _DescriptorsLaunch(EngineLaunch):
         finally:
             # No allocator knows of these copies, so the host's memory is held until they ended.
             host = dst if self.downward else src
-            streams.completion(self.device, stream, *host.owners)
+            streams.completion(self.device, stream, *host.held)
 
     def _remember(self, key: Hashable, pieces: Pieces) -> None:
         with self._lock:

@@ -185,14 +185,14 @@ class _DirectLaunch(EngineLaunch):
             # No allocator knows of these kernels, so the host's memory is held until they ended. A
             # graph's memory is its owner's.
             if not capturing(self.device):
-                streams.completion(self.device, stream, *host.owners)
+                streams.completion(self.device, stream, *host.held)
 
 
 def check_reach(view: KVView, device: torch.device) -> None:
     """Raise `Unsupported` if a device does not reach a view of pinned memory by its addresses, as
     if it was registered but not mapped: a kernel would fault. One address is asked for, once."""
-    if (_REACHED, device) in view.derived or not view.origins:
-        return
+    if (_REACHED, device) in view.derived or not view.entries or view.form.table_on_device:
+        return  # what a caller has on the device are addresses of the device
     address = view.origins[0]
     if device_address(address, device) != address:
         raise Unsupported(
@@ -215,7 +215,7 @@ def device_address(address: int, device: torch.device) -> int:
 
 class _Table(NamedTuple):
     addresses: torch.Tensor
-    there: torch.Event  # they are
+    there: torch.Event | None  # they are; None: a caller's, ordered as all that it hands over
 
 
 def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
@@ -228,6 +228,10 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
     held = capturing(device)
     kept: _Table | None = view.derived.get((TABLE_ON, device))
     if kept is None:
+        if view.form.table_on_device and view.table.device == device:
+            # The caller's own, which is there by the time of the copy.
+            view.derived[TABLE_ON, device] = _Table(view.table, None)
+            return view.table.data_ptr()
         if held:
             raise refuse_capture()
         addresses = to_device(view.addresses, device, stream=stream)
@@ -235,6 +239,7 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
         kept = view.derived.setdefault((TABLE_ON, device), made)
     if not held:  # inside, nothing may wait for what was enqueued outside
         used = stream or torch.accelerator.current_stream(device.index)
-        used.wait_event(kept.there)
+        if kept.there is not None:
+            used.wait_event(kept.there)
         kept.addresses.record_stream(used)
     return kept.addresses.data_ptr()

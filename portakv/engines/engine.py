@@ -77,7 +77,14 @@ class Terms:
 
 class Engine(Backend):
     """A backend between a device and host memory, under the terms of a caller; ``half`` carries out
-    the device's half of a copy (None: what the registry chooses)."""
+    the device's half of a copy (None: what the registry chooses).
+
+    Attributes:
+        reads: whose ids and addresses it needs on the host, and waits for if only the device has
+            them: those of the ``host``'s rows, of ``both`` sides, or of ``none``.
+    """
+
+    reads: str = "none"
 
     def __init__(
         self, device: torch.device, half: Choice | None = None, terms: Terms | None = None

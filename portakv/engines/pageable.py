@@ -38,6 +38,7 @@ class Ring(Engine):
     """Dense on the device, across to pinned memory, and on to the rows by the host; or back."""
 
     name = "ring"
+    reads = "host"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(places=PAGEABLE, index_on="any")

@@ -38,6 +38,7 @@ class Staged(Engine):
     """Gather on the device, then a memcpy of each slice; or a memcpy, then scatter."""
 
     name = "staged"
+    reads = "host"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(places=PINNED, index_on="any")
@@ -77,7 +78,7 @@ class StagedLaunch(EngineLaunch):
         finally:
             # No allocator knows of the link's copies: the host's memory is held until they ended,
             # also those that were under way when something failed.
-            streams.completion(self.device, work, *host.owners)
+            streams.completion(self.device, work, *host.held)
 
     def slices(
         self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool = True

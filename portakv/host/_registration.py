@@ -20,6 +20,8 @@ import re
 import sys
 import threading
 import warnings
+from collections import Counter
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -43,7 +45,7 @@ INVALID, ALREADY, UNKNOWN = 1, 712, 713
 
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
 live: list[Registration] = []  # no two share a page
-_seams: set[int] = set()  # of all these
+_seams: Counter[int] = Counter()  # of all these, and of what others registered
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 warned: set[str] = set()
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
@@ -172,7 +174,7 @@ class Registration:
                         f"apart."
                     )
             live.append(self)
-            _seams.update(at for at, _ in self.pieces[1:])
+            add_seams(at for at, _ in self.pieces[1:])
 
     def _register(self) -> None:
         code, why = 0, why_not()
@@ -225,7 +227,21 @@ class Registration:
         self._unregister()
         with suppress(ValueError):
             live.remove(self)
-            _seams.difference_update(at for at, _ in self.pieces[1:])
+            drop_seams(at for at, _ in self.pieces[1:])
+
+
+def add_seams(addresses: Iterable[int]) -> None:
+    """Let no copy reach over these addresses."""
+    with _lock:
+        _seams.update(addresses)
+
+
+def drop_seams(addresses: Iterable[int]) -> None:
+    """Undo `add_seams` of the same addresses; those that others added too stay."""
+    with _lock:
+        _seams.subtract(addresses)
+        for at in [at for at, number in _seams.items() if number < 1]:
+            del _seams[at]
 
 
 def seams() -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 from typing import Any, get_args
@@ -24,8 +24,10 @@ from portakv.host import _pages, _registration
 from portakv.host._pages import HugePages, available, whole
 from portakv.host._registration import Options, Registration, seams
 
-__all__ = ["HostMemoryError", "PinnedMemory", "allocate", "available", "empty", "register",
-           "register_address", "registered", "seams", "unregister", "why_not"]  # fmt: skip
+__all__ = [
+    "Adopted", "HostMemoryError", "PinnedMemory", "adopt", "allocate", "available", "empty",
+    "register", "register_address", "registered", "seams", "unregister", "why_not",
+]  # fmt: skip
 
 _open: list[PinnedMemory] = []  # what `register` returned, until it is closed
 
@@ -225,6 +227,52 @@ def register_address(
     memory = _pinned(held, how)
     _open.append(memory)
     return memory
+
+
+class Adopted:
+    """Memory that others registered, in pieces. A context manager; `close` may be called again."""
+
+    def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
+        self.pieces = tuple(sorted(pieces))
+        # Where two pieces touch, a copy could reach from one into the other; elsewhere none does.
+        self._seams = [b for (a, nbytes), (b, _) in pairwise(self.pieces) if a + nbytes == b]
+        _registration.add_seams(self._seams)
+
+    def close(self) -> None:
+        """Forget it, as when it was unregistered."""
+        seams, self._seams = self._seams, []
+        _registration.drop_seams(seams)
+
+    def __enter__(self) -> Adopted:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def adopt(pieces: Iterable[tuple[int, int]]) -> Adopted:
+    """Tell of host memory that others registered in several pieces, such as an engine that shares
+    one mapping among workers: a copy over the seam between two registrations fails in the driver,
+    so that engines cut theirs there. It registers and holds nothing.
+
+    Args:
+        pieces: for each registration its address and bytes.
+
+    Raises:
+        HostMemoryError: pieces that are no whole numbers, hold nothing, or overlap.
+    """
+    found, do = [], "pass (address, bytes) of each registration"
+    for piece in pieces:
+        if not (isinstance(piece, (tuple, list)) and len(piece) == 2):
+            raise HostMemoryError(f"Host memory was adopted with the piece {piece!r}; {do}.")
+        found.append((whole("address", piece[0], 1, do), whole("nbytes", piece[1], 1, do)))
+    for (a, nbytes), (b, _) in pairwise(sorted(found)):
+        if a + nbytes > b:
+            raise HostMemoryError(
+                f"Host memory was adopted with {nbytes} bytes at {a:#x} and a piece at {b:#x}, "
+                f"which overlap; memory is registered once: {do}, as they were registered."
+            )
+    return Adopted(found)
 
 
 def unregister(memory: Any) -> None:

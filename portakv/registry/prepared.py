@@ -5,7 +5,7 @@ new memory objects, reallocated caches and other layers of known form find their
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +39,8 @@ class Prepared:
     choice: Choice
     can: Capabilities
     home_of_ids: torch.device
+    #: For each side whether a unit's number decides which address of the view it lies behind.
+    tabled: tuple[bool, bool]
 
     @property
     def carried(self) -> tuple[str, str]:
@@ -46,6 +48,11 @@ class Prepared:
         or the engine that was picked."""
         told: tuple[str, str] | None = getattr(self.launch, "carried", None)
         return told or (self.choice.backend.name, self.choice.trace[-1].reason)
+
+    def claims(self, move: Move) -> Capabilities:
+        """What carries this copy out can do: if an engine is picked for each copy, that one."""
+        told: Callable[[Move], Capabilities] | None = getattr(self.launch, "claims", None)
+        return self.can if told is None else told(move)
 
     def place(self, index: Index) -> Index:
         """An index with its ids on the device, and in a dtype, that the backend reads."""
@@ -84,7 +91,9 @@ def prepared(
         return found
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, taken = prepare(plan, choice)
-    found = Prepared(plan, launch, taken, taken.can, taken.can.home_of_ids(taken.backend.device))
+    home = taken.can.home_of_ids(taken.backend.device)
+    tabled = any(x.src.tabled for x in plan.nests), any(x.dst.tabled for x in plan.nests)
+    found = Prepared(plan, launch, taken, taken.can, home, tabled)
     # Another thread may have been here first: one launch for all, with its one lock.
     return _prepared.setdefault(key, found)
 
@@ -155,6 +164,16 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
         index.add_copy(own)
 
 
+def bring_table(view: KVView, home: torch.device) -> None:
+    """Send the addresses of a fleeting view to its device in a small copy, ordered on the current
+    stream, which `KVView.table` would wait for."""
+    if view.device != home or home.type not in AT_ONCE or view.has_table():
+        return
+    from portakv.host.small import to_device  # not before it is needed
+
+    view.add_table(to_device(view.addresses, home, torch.int64))
+
+
 _PLAIN = "bytes lie where strides say"
 
 
@@ -171,13 +190,19 @@ class _Careful:
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
         for view in (src, dst) if self._tells else ():
             if _PLAIN not in view.derived:
-                for owner in view.owners if view.form.place == "device" else ():
+                # Of foreign memory there is no tensor that could have a private format.
+                for owner in view.held if view.form.place == "device" and not view.foreign else ():
                     for why in filter(None, (tell(owner) for tell in self._tells)):
                         what = f"A copy of tensors of {view.layout.text!r}"
                         raise Unsupported(what, f"{why}; nothing was moved")
                 view.derived[_PLAIN] = True
         with self._lock:
             return self._launch(src, dst, *rest, **named)
+
+    @property
+    def claims(self) -> Callable[[Move], Capabilities] | None:
+        """What an engine that picks engines tells of a copy."""
+        return getattr(self._launch, "claims", None)
 
     @property
     def carried(self) -> tuple[str, str] | None:

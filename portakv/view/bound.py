@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import prod
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -29,8 +30,8 @@ Grid = npt.NDArray[np.int64]
 Walks = dict[Factor, tuple[int, tuple[int, ...]]]
 #: Sorted, disjoint ranges [first byte, past the last byte).
 Spans = list[tuple[int, int]]
-#: Form, origins, owners and spans of a view, as `KVView` documents them.
-Rows = tuple[Form, tuple[int, ...], tuple[torch.Tensor, ...], Spans]
+#: Form, origins, owners and spans of a view, as `KVView` documents them; None: found when needed.
+Rows = tuple[Form, tuple[int, ...] | None, tuple[torch.Tensor, ...] | None, Spans]
 #: Rows, slots, device, and whether a tensor requires grad. Every call would pay for names.
 Facts = tuple[Rows, int, torch.device, bool]
 
@@ -82,27 +83,59 @@ class BoundLayout:
         return (form, (address,), (tensors,), spans), slots, device, tensors.requires_grad
 
     def _read_all(self, tensors: Tensors) -> Facts:
-        layout = self.layout
-        flat, sizes = _flatten(layout, tensors)
+        flat, sizes = _flatten(self.layout, tensors)
         device = _one_device(flat)
-        values = [dict(known) for known in self.declared]
-        kv = len(values)
-        pairs = zip(layout.containers, sizes, strict=True)
-        solve(layout, values, [(group, [size] * kv) for group, size in pairs])
-        factors = [f for group in layout.containers for f in group.factors]
-        extents = [factor_extent(f, values[0]) or 1 for f in factors]
-        grid = np.arange(len(flat)).reshape(extents)  # positions in ``flat``
-        picks = _pick_per_kv(factors, flat, grid, kv)
-        shapes = [_dim_shapes(layout, tensor) for tensor in picks]
-        solve(layout, values, [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)])
-        entries, walks = _tabulate(factors, flat, grid, kv)
-        strides = [[stride for _, stride in shape] for shape in shapes]
-        itemsizes = [tensor.element_size() for tensor in picks]
+        values, factors, grid = self._contained(sizes)
+        picks = _pick_per_kv(factors, flat, grid, len(values))
+        entries, walks = _tabulate(factors, grid, len(values), flat)
         # Torch addresses memory from its storage's base, so the base has to be aligned as well.
         begins = [t.data_ptr() | t.untyped_storage().data_ptr() for t in flat]
         place = "device"
         if device.type == "cpu":
             place = "pinned" if all(tensor.is_pinned() for tensor in flat) else "pageable"
+        form, slots = self._form(values, picks, walks, widest_vector(begins), place)
+        grad = any(tensor.requires_grad for tensor in flat)
+        owners = tuple(flat[i] for i in entries)
+        origins = tuple(owner.data_ptr() for owner in owners)
+        return (form, origins, owners, _spans(flat)), slots, device, grad
+
+    def read_table(
+        self, sizes: Sequence[int], like: torch.Tensor, alignment: int, place: str, on_device: bool
+    ) -> tuple[Form, int, list[int]]:
+        """Form and slots of tensors that are ``like`` one, at addresses in nested containers of
+        these sizes; and which of the addresses, one behind the other, the table has in turn.
+
+        ``on_device``: the addresses are known to a device alone.
+
+        Raises:
+            LayoutError: sizes or tensors that contradict the layout or the extents.
+        """
+        values, factors, grid = self._contained(sizes)
+        entries, walks = _tabulate(factors, grid, len(values))
+        picks = [like] * len(values)
+        form, slots = self._form(values, picks, walks, alignment, place, on_device)
+        return form, slots, entries
+
+    def _contained(self, sizes: Sequence[int]) -> tuple[list[dict[str, int]], list[Factor], Grid]:
+        """What nested containers of these sizes tell of the extents of each kv, the factors that
+        they walk through, and the position of each tensor, one behind the other."""
+        values = [dict(known) for known in self.declared]
+        pairs = zip(self.layout.containers, sizes, strict=True)
+        solve(self.layout, values, [(group, [size] * len(values)) for group, size in pairs])
+        factors = [f for group in self.layout.containers for f in group.factors]
+        extents = [factor_extent(f, values[0]) or 1 for f in factors]
+        return values, factors, np.arange(prod(sizes)).reshape(extents)
+
+    def _form(
+        self, values: list[dict[str, int]], picks: Sequence[torch.Tensor], walks: Walks,
+        alignment: int, place: str, table_on_device: bool = False,
+    ) -> tuple[Form, int]:  # fmt: skip
+        """The form of tensors of which each kv has one in ``picks``, and the slots."""
+        layout = self.layout
+        shapes = [_dim_shapes(layout, tensor) for tensor in picks]
+        solve(layout, values, [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)])
+        strides = [[stride for _, stride in shape] for shape in shapes]
+        itemsizes = [tensor.element_size() for tensor in picks]
         known, axis = values[0], "page" if layout.opaque else "dim"
         dtypes = tuple("" if t.dtype in _BYTES else str(t.dtype).partition(".")[2] for t in picks)
         form = Form(
@@ -112,15 +145,12 @@ class BoundLayout:
             widths=tuple(v[axis] * size for v, size in zip(values, itemsizes, strict=True)),
             block_size=known["token"] if layout.paged else 0,
             opaque=layout.opaque,
-            alignment=widest_vector(begins),
+            alignment=alignment,
             place=place,
             dtypes=dtypes if any(dtypes) and not (layout.opaque or self.reinterpret) else (),
+            table_on_device=table_on_device,
         )
-        slots = known["token"] * known.get("block", 1)
-        grad = any(tensor.requires_grad for tensor in flat)
-        owners = tuple(flat[i] for i in entries)
-        origins = tuple(owner.data_ptr() for owner in owners)
-        return (same_form(form), origins, owners, _spans(flat)), slots, device, grad
+        return same_form(form), known["token"] * known.get("block", 1)
 
 
 _bound = lru_cache(maxsize=256)(BoundLayout)
@@ -206,22 +236,23 @@ def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
 
 
 def _tabulate(
-    factors: Sequence[Factor], flat: Sequence[torch.Tensor], grid: Grid, kv: int
+    factors: Sequence[Factor], grid: Grid, kv: int, flat: Sequence[torch.Tensor] = ()
 ) -> tuple[list[int], Walks]:
     """Collapse a grid of tensors into the smallest table: those that stay entries, and how each
     container factor walks through them.
 
     Tensors of one allocation at equal distances become a stride, so that a block that is contiguous
-    over all layers is one run; what is left stays a table.
+    over all layers is one run; what is left stays a table. So does all of it without tensors: of
+    bare addresses nothing tells which lie in one allocation.
     """
     # Blocks stand outermost: then no step of another axis depends on how many there are.
     rank = {"block": 0, "token": 1}
     order = sorted(range(len(factors)), key=lambda i: rank.get(factors[i].axis, 2))
     grid, axes = grid.transpose(order), [factors[i] for i in order]
     places = [(tensor.data_ptr(), tensor.untyped_storage().data_ptr()) for tensor in flat]
-    where, homes = np.array(places, dtype=np.int64).T
+    where, homes = np.array(places, dtype=np.int64).reshape(-1, 2).T
     walks: Walks = {}
-    for at, factor in enumerate(axes):
+    for at, factor in enumerate(axes if flat else ()):
         # Memory objects come and go: whether they lie at equal distances must not change a form.
         if factor.axis in ("block", "token"):
             continue

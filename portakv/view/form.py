@@ -108,6 +108,7 @@ class Form:
         alignment: the largest power of two up to 16 that divides all addresses.
         place: one of ``device``, ``pinned``, ``pageable``, ``remote``.
         dtypes: for each kv the number type, such as ``float16``, or "" for bytes; () if all are.
+        table_on_device: the addresses are known to a device alone, which has a table of them.
         unwritable: why rows of this form cannot be a destination; empty if they can.
     """
 
@@ -120,13 +121,16 @@ class Form:
     alignment: int
     place: str
     dtypes: tuple[str, ...] = ()
+    table_on_device: bool = False
     unwritable: str = field(default="", init=False, compare=False, repr=False)
     _hash: int = field(default=0, init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         # Forms key the cache of launches on the hot path: hash the nested tuples only once.
         key = (self.parts, self.layers, self.heads, self.widths, self.block_size, self.alignment)
-        object.__setattr__(self, "_hash", hash((key, self.opaque, self.place, self.dtypes)))
+        object.__setattr__(
+            self, "_hash", hash((key, self.opaque, self.place, self.dtypes, self.table_on_device))
+        )
         object.__setattr__(self, "unwritable", self._why_unwritable())
 
     def __hash__(self) -> int:

@@ -58,10 +58,16 @@ class Index:
             consecutive slots.
         step: tokens for each id.
         offset: tokens of the first id that are passed over.
+        trusted: the caller promises that ids on a device are neither negative nor past the end, so
+            that no copy waits for the device to look at them. A kernel that skips and guards still
+            moves nothing for a bad one; what others do then is undefined. Ids on the host are
+            looked at all the same. Engines that need ids on the host read those of a device there
+            once, if the terms of a transfer leave no other engine.
 
     Attributes:
         length: positions that the ids cover; None without ids.
         on_host: True if ids can be validated before launch.
+        trusted: ids on a device are clean by promise.
 
     Raises:
         SlotError: another dtype (float and bool included), rank, or a bad step or offset.
@@ -71,10 +77,12 @@ class Index:
     # fleeting: a caller's ids for one call, which are not used again.
     __slots__ = (
         "_placed", "_served", "_store", "fleeting", "ids", "length", "offset", "on_host",
-        "plan_step", "step",
+        "plan_step", "step", "trusted",
     )  # fmt: skip
 
-    def __init__(self, ids: IdList | None = None, step: int = 1, offset: int = 0) -> None:
+    def __init__(
+        self, ids: IdList | None = None, step: int = 1, offset: int = 0, *, trusted: bool = False
+    ) -> None:
         if type(step) is not int or type(offset) is not int:
             with suppress(TypeError):
                 step, offset = whole_number(step), whole_number(offset)
@@ -83,17 +91,19 @@ class Index:
                 f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
                 f"at least 1 and offset at least 0."
             )
-        self._set(None if ids is None else _as_ids(ids), step, offset, _Store(), False)
+        made = None if ids is None else _as_ids(ids)
+        self._set(made, step, offset, _Store(), False, bool(trusted))
 
     def _set(
-        self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool
-    ) -> None:
+        self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool,
+        trusted: bool,
+    ) -> None:  # fmt: skip
         # Plain attributes: every call reads them, and asking a tensor each time is dear.
         self.ids, self.step, self.offset, self._store = ids, step, offset, store
         self.length = None if ids is None else ids.numel() * step - offset
         self.on_host = ids is None or ids.is_cpu
         self.plan_step = 0 if ids is None else step
-        self.fleeting = fleeting
+        self.fleeting, self.trusted = fleeting, trusted
         self._served: tuple[torch.device, frozenset[torch.dtype]] | None = None
         self._placed: Index | None = None  # what `placed` answered to that; None: this one
 
@@ -118,10 +128,67 @@ class Index:
         home = next((piece.device for piece in pieces if not piece.is_cpu), _HOST)
         return cls(torch.cat([piece.to(home, torch.int64) for piece in pieces]))
 
+    @classmethod
+    def of_requests(
+        cls, tables: torch.Tensor, lengths: IdList, step: int, *, first: IdList | None = None,
+        count: int | None = None, trusted: bool = False,
+    ) -> Index:  # fmt: skip
+        """The tokens of several requests, one request behind the other, as slots. On a device the
+        host waits for nothing if ``count`` is told, and it can be captured into a graph.
+
+        Args:
+            tables: block ids ``[requests, blocks]``, int32 or int64, on host or device; what lies
+                behind the last block of a request is not looked at.
+            lengths: tokens of each request ``[requests]``.
+            step: tokens of a block.
+            first: tokens of each request that are passed over, ``[requests]``; None: none are.
+            count: positions in all; None: the sum of the lengths. Those past the sum are skipped.
+            trusted: as for the constructor; then no position may be skipped.
+
+        Raises:
+            SlotError: other dtypes or shapes; on the host, a request that is longer than its table.
+        """
+        if not isinstance(tables, torch.Tensor) or tables.dim() != 2 or tables.dtype not in _DTYPES:
+            kind = type(tables).__name__
+            if isinstance(tables, torch.Tensor):
+                kind = f"{tables.dtype} tensor of shape {tuple(tables.shape)}"
+            raise SlotError(
+                f"Tables of requests were given as a {kind}; expected block ids [requests, blocks] "
+                f"in an int32 or int64 tensor."
+            )
+        requests, blocks = tables.shape
+        sizes = _as_ids(lengths).to(tables.device, torch.int64)
+        begins = torch.zeros_like(sizes)
+        if first is not None:
+            begins = _as_ids(first).to(tables.device, torch.int64)
+        if not len(sizes) == len(begins) == requests or not (requests and blocks):
+            raise SlotError(
+                f"{len(sizes)} lengths and {len(begins)} first tokens were given for tables of "
+                f"shape {tuple(tables.shape)}; expected one of each for each request, and at least "
+                f"one block."
+            )
+        ends = sizes.cumsum(0)
+        at = torch.arange(int(ends[-1]) if count is None else count, device=tables.device)
+        request = torch.searchsorted(ends, at, right=True)
+        inside, request = request < requests, request.clamp(max=requests - 1)
+        token = at + (begins - ends + sizes)[request]
+        block = token // step
+        ids = tables[request, block.clamp(max=blocks - 1)].long()
+        slots = torch.where(ids < 0, -1, ids.clamp(max=_WILD // step) * step + token % step)
+        past = inside & (block >= blocks)  # which a copy refuses, or moves nothing for
+        if tables.is_cpu and bool(past.any()):
+            longest = int(request[past.nonzero()[0, 0]])
+            raise SlotError(
+                f"Request {longest} has {int(begins[longest] + sizes[longest])} tokens, but its "
+                f"table covers {blocks} blocks x {step}; pass a wider table or shorter lengths."
+            )
+        slots = torch.where(past, _WILD, slots)
+        return cls(torch.where(inside, slots, -1), trusted=trusted)
+
     def _derived(self, ids: torch.Tensor | None, offset: int, store: _Store | None = None) -> Index:
         """An index of the same list, or with ``store`` of a part of it."""
         index = Index.__new__(Index)
-        index._set(ids, self.step, offset, store or self._store, self.fleeting)
+        index._set(ids, self.step, offset, store or self._store, self.fleeting, self.trusted)
         return index
 
     def shifted(self, tokens: int) -> Index:
@@ -295,8 +362,10 @@ class Index:
         self._store.remember((self.offset, count, slots, None), False)
 
     def is_clean(self, count: int, slots: int) -> bool:
-        """True if ids need no guard: they are on the host, or were marked clean."""
-        return self.on_host or (self.offset, count, slots, None) in self._store.checked
+        """True if ids need no guard: they are on the host, trusted, or were marked clean."""
+        return (
+            self.on_host or self.trusted or (self.offset, count, slots, None) in self._store.checked
+        )
 
     def _check_slots(self, count: int, slots: int, side: str, distinct: bool) -> None:
         expanded = self.slots(count)

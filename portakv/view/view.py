@@ -10,8 +10,9 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from operator import index
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,14 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
+from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
+from portakv.view.foreign import Foreign, read_addresses
 from portakv.view.form import ALIASED, gather, locate, same_form, widest_vector
+
+#: Addresses as `KVView.at` takes them: in lists as a layout names containers, or in a tensor.
+Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
 
 
 class KVView:
@@ -46,13 +52,12 @@ class KVView:
         DeviceMismatch: tensors on different devices.
     """
 
-    # origins: the addresses as integers (one if all is strided).
-    # owners: for each entry, the tensor whose storage it lies in.
+    # fleeting: made for one call, and used on no stream but that call's.
     # spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
     # derived: what slices, launches and engines made of this view; lives as long as the view.
     __slots__ = (
-        "_memory", "_table", "_unwritable", "derived", "device", "form", "layout", "origins",
-        "owners", "requires_grad", "slots", "spans", "tensors",
+        "_foreign", "_memory", "_origins", "_owners", "_table", "_unwritable", "derived", "device",
+        "fleeting", "form", "layout", "requires_grad", "slots", "spans", "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -76,17 +81,127 @@ class KVView:
         view._set(bound.layout, tensors, bound.read(tensors), lasting)
         return view
 
-    def _set(self, layout: Layout, tensors: Any, facts: Facts, lasting: bool) -> None:
+    @classmethod
+    def at(
+        cls, addresses: Addresses, layout: str, *, shape: Sequence[int],
+        strides: Sequence[int] | None = None, dtype: torch.dtype, device: torch.device | str,
+        pinned: bool | None = None, layers: int | None = None, kv: int | None = None,
+        block_size: int | None = None, heads: int | None = None,
+        dim: int | Sequence[int] | None = None, reinterpret: bool = False, **unknown: NoReturn,
+    ) -> KVView:  # fmt: skip
+        """A view over memory that is known by addresses alone, all of tensors of one shape.
+
+        It holds no memory and cannot see that it was freed or moved: the caller promises that it
+        stays until copies have ended, and that a table on a device is not written meanwhile. Such a
+        table is never read back by a kernel's launch; what needs the addresses on the host (engines
+        that cut a copy, plain indexing) reads it once.
+
+        Args:
+            addresses: whole numbers: one, or in lists as the layout names containers; or an int64
+                or uint64 tensor with a dimension for each container level, on the host or on a
+                device. Those on a device must be multiples of 16.
+            layout: a layout string, or the name of a preset.
+            shape: of the tensor at each address. The extent of the dimension that holds ``block``
+                (of a chunk, ``token``) may be -1: unknown. Then no id is past the end, and nobody
+                looks whether two views share memory.
+            strides: in elements; None: contiguous.
+            dtype: of the tensors' elements.
+            device: where the memory is; ``cpu``: on the host.
+            pinned: host memory is pinned, and mapped to devices; None: torch is asked. Memory whose
+                addresses lie on a device is.
+            layers, kv, block_size, heads, dim, reinterpret: as for the constructor.
+
+        Raises:
+            LayoutError: what are no addresses, or not as many levels of them as the layout has; an
+                address that is 0, or no multiple of the element's bytes; a contradiction.
+        """
+        bound = bind_layout(
+            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=dim,
+            reinterpret=reinterpret, **unknown,
+        )  # fmt: skip
+        found = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
+        view, spans = cls.__new__(cls), found.memory.spans(found.origins or ())
+        rows = found.form, found.origins, None, spans
+        facts = rows, found.slots, found.device, False
+        view._set(bound.layout, (), facts, lasting=False, foreign=found.memory, table=found.table)
+        return view
+
+    def _set(
+        self, layout: Layout, tensors: Any, facts: Facts, lasting: bool,
+        foreign: Foreign | None = None, table: torch.Tensor | None = None,
+    ) -> None:  # fmt: skip
         self.layout, self.tensors = layout, tensors
         rows, self.slots, self.device, self.requires_grad = facts
-        self.form, self.origins, self.owners, self.spans = rows
-        self._table: torch.Tensor | None = None
+        self.form, self._origins, self._owners, self.spans = rows
+        self._foreign, self._table = foreign, table
+        self.fleeting = not (lasting or foreign)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
         self.derived: dict[Hashable, Any] = {}
         if lasting:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
-            self.owners, self._memory = tuple(owner.detach() for owner in self.owners), ()
+            self._owners, self._memory = tuple(owner.detach() for owner in self.owners), ()
+
+    @property
+    def origins(self) -> tuple[int, ...]:
+        """The addresses as integers (one if all is strided). Of a table that only a device has,
+        it reads them once, and waits for that; raises `Unsupported` inside graph capture."""
+        if self._origins is None:
+            assert self._table is not None
+            if capturing(self._table.device):
+                why = "the host would wait for addresses that only the device has"
+                raise refuse_capture("Reading addresses back", f"{why}; hand them over on the host")
+            self._origins = tuple(self._table.tolist())
+        return self._origins
+
+    @property
+    def known(self) -> bool:
+        """True if the host knows the addresses, so that `origins` waits for nothing."""
+        return self._origins is not None
+
+    @property
+    def entries(self) -> int:
+        """How many addresses there are."""
+        if self._origins is None:
+            assert self._table is not None
+            return self._table.numel()
+        return len(self._origins)
+
+    @property
+    def tabled(self) -> bool:
+        """Whether a kernel may read the addresses from their table."""
+        return self.entries > 1 or self.form.lists
+
+    @property
+    def owners(self) -> tuple[torch.Tensor, ...]:
+        """For each address the tensor whose storage it lies in; of foreign memory one that owns
+        nothing."""
+        if self._owners is None:
+            assert self._foreign is not None
+            self._owners = self._foreign.tensors(self.origins, self.device)
+        return self._owners
+
+    def edges(self) -> npt.NDArray[np.int64]:
+        """Where allocations begin and end, in any order; of memory that is known by addresses
+        alone, where its tensors do."""
+        if self._foreign is not None:
+            begins = self.addresses
+            return np.concatenate([begins, begins + self._foreign.nbytes])
+        storages = {x.data_ptr(): x.nbytes() for x in (y.untyped_storage() for y in self.owners)}
+        return np.array([*storages, *map(sum, storages.items())], dtype=np.int64)
+
+    @property
+    def foreign(self) -> bool:
+        """True if the memory is known by addresses alone, so that nothing here holds it."""
+        return self._foreign is not None
+
+    @property
+    def held(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that keep memory while a copy uses it: the owners, or of foreign memory the
+        table that a caller has on a device."""
+        if self._foreign is None:
+            return self.owners
+        return (self._table,) if self._table is not None else ()
 
     @property
     def layers(self) -> int:
@@ -125,10 +240,19 @@ class KVView:
 
     @property
     def table(self) -> torch.Tensor:
-        """The table of addresses on the view's device, int64; made once."""
+        """The table of addresses on the view's device, int64; made once. A caller's own lies where
+        the caller has it."""
         if self._table is None:
             self._table = torch.from_numpy(self.addresses).to(self.device)
         return self._table
+
+    def has_table(self) -> bool:
+        """True if `table` copies nothing."""
+        return self._table is not None
+
+    def add_table(self, table: torch.Tensor) -> None:
+        """Keep a copy of the addresses on the device, made elsewhere, as `table`."""
+        self._table = table
 
     def record_table(self, stream: torch.Stream) -> None:
         """Tell the allocator that a stream uses the table of addresses, if there is one."""
@@ -157,7 +281,7 @@ class KVView:
             why = self.form.unwritable
             if self.requires_grad:
                 why = "it requires grad; pass tensor.detach()"
-            elif not why and len(self.origins) > 1:
+            elif not why and self._origins is not None and len(self._origins) > 1:
                 found = [self.origins[entry] + offset for entry, offset in self.form.planes]
                 distinct = all(len(set(each)) == len(each) for each in (found, self.origins))
                 why = "" if distinct else ALIASED
@@ -180,6 +304,8 @@ class KVView:
 
     def check_memory(self) -> None:
         """Raise `LayoutError` if the memory behind a tensor was freed or replaced in place."""
+        if self._foreign is not None:
+            return
         for storage, address, nbytes in self._memory or ():
             if storage.data_ptr() != address or storage.nbytes() != nbytes:
                 break
@@ -260,12 +386,12 @@ class KVView:
                 f"A slice by {asked} was asked; expected layers, heads or kv; pass an Index of "
                 f"the blocks or tokens to the copy."
             )
-        form, origins, owners, spans = self.form, self.origins, self.owners, self.spans
+        form, spans = self.form, self.spans
         kv_range = _range("kv", kv, form.kv)
         layer_range = _range("layers", layers, form.layers)
         head_range = _range("heads", heads, form.heads)
         if (len(kv_range), len(layer_range), len(head_range)) == (form.kv, form.layers, form.heads):
-            return self._with((form, origins, owners, spans))
+            return self._with((form, self._origins, self._owners, spans), self._table)
         parts = [form.parts[k].cut("head", head_range) for k in kv_range]
         fewer_layers = len(layer_range) < form.layers
         # What the origins of such slices share at any layer, so that no layer has its own form.
@@ -287,11 +413,16 @@ class KVView:
             alignment=alignment,
             dtypes=dtypes if any(dtypes) else (),
         )
-        origins = tuple(origins[number // n] + gain for number, gain in gained.items())
-        left = tuple(owners[number // n] for number in gained)
-        if len(left) < n * len(owners):
-            spans = _within(spans, left)
-        return self._with((same_form(form), origins, left, spans))
+        table, origins, left = None, None, None
+        if self._origins is not None:
+            origins = tuple(self._origins[number // n] + gain for number, gain in gained.items())
+        elif self._table is not None:
+            table = _moved(self._table, [number // n for number in gained], [*gained.values()])
+        if self._foreign is None:
+            left = tuple(self.owners[number // n] for number in gained)
+            if len(left) < n * len(self.owners):
+                spans = _within(spans, left)
+        return self._with((same_form(form), origins, left, spans), table)
 
     def as_bytes(self) -> KVView:
         """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
@@ -299,8 +430,8 @@ class KVView:
             return self
         view: KVView | None = self.derived.get("bytes")
         if view is None:
-            rows = same_form(self.form.untyped()), self.origins, self.owners, self.spans
-            view = self.derived["bytes"] = self._with(rows)
+            rows = same_form(self.form.untyped()), self._origins, self._owners, self.spans
+            view = self.derived["bytes"] = self._with(rows, self._table)
         return view
 
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
@@ -315,21 +446,37 @@ class KVView:
             view = self.derived[key] = self.slice(layers=ends[0], kv=ends[1])
         return view
 
-    def _with(self, rows: Rows) -> KVView:
+    def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
         view = KVView.__new__(KVView)
-        facts = rows, self.slots, self.device, self.requires_grad
-        view._set(self.layout, self.tensors, facts, lasting=self._memory is not None)
+        facts, lasting = (
+            (rows, self.slots, self.device, self.requires_grad),
+            self._memory is not None,
+        )
+        own = table if self.form.table_on_device else None  # others are made when they are needed
+        view._set(self.layout, self.tensors, facts, lasting, self._foreign, own)
         return view
 
     def __repr__(self) -> str:
         form, blocks = self.form, self.slots // (self.form.block_size or 1)
         tokens = f"{blocks} blocks of {form.block_size}" if form.paged else f"{self.slots}"
-        kinds = ", ".join(dict.fromkeys(str(x.dtype).removeprefix("torch.") for x in self.owners))
+        if self._foreign is not None and not self._foreign.nbytes:
+            tokens = f"unknown blocks of {form.block_size}" if form.paged else "unknown"
+        types = [x.dtype for x in self.owners] if self._foreign is None else [self._foreign.dtype]
+        kinds = ", ".join(dict.fromkeys(str(x).removeprefix("torch.") for x in types))
         place = self.device if form.place == "device" else f"{self.device} ({form.place})"
         return (
             f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
             f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
         )
+
+
+def _moved(table: torch.Tensor, entries: list[int], gains: list[int]) -> torch.Tensor:
+    """Some entries of a table, each with bytes added; the host neither reads it nor waits."""
+    steps = {b - a for a, b in pairwise(entries)}
+    if len(set(gains)) == 1 and len(steps) < 2 and min(steps, default=1) > 0:
+        picked = table[entries[0] : entries[-1] + 1 : min(steps, default=1)]
+        return (picked + gains[0] if gains[0] else picked).contiguous()
+    return torch.stack([table[at] + gain for at, gain in zip(entries, gains, strict=True)])
 
 
 def _range(name: str, asked: slice | int | None, extent: int) -> range:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.foreign_cases import blind
 from support.host_choice_cases import (
     CPU,
     H200,
@@ -188,6 +189,39 @@ def test_ids_are_where_the_engine_reads_them() -> None:
     far = moved(*move[:2], apart(30), apart(30))
     launch(*far, None, None)
     assert Fake.launched[-1] == ("staged", (*far, None, None))
+
+
+class OnDevice(Index):
+    """Ids that only a device has, as the host sees them."""
+
+    __slots__ = ()
+
+    def known_ids(self) -> None:
+        return None
+
+
+def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same ids, known and unknown to the host: of far blocks, which would be staged."""
+    host_ids, ids = apart(30), OnDevice([2 * n for n in range(30)], SIZE)
+    for overlap, expected in (("compute", "staged"), ("idle", "direct")):
+        launch, move = ready(30, overlap=overlap)
+        for name, reads in (("staged", "host"), ("descriptors", "both")):
+            launch._engines[name].reads = reads
+        known = launch.pick(move).engine
+        unknown = move._replace(src_index=ids, dst_index=ids)
+        assert launch.pick(unknown).engine == expected, "terms come first"
+        claims = launch.claims(unknown)
+        assert (claims.guards, claims.skips_negative) == (expected == "direct",) * 2
+        # Staging needs the ids of the host's rows alone.
+        assert launch.pick(move._replace(src_index=ids, dst_index=host_ids)).engine == known
+    assert "does not wait" in launch.pick(unknown).why
+    monkeypatch.setattr(chosen, "capturing", lambda device: True)
+    assert not launch.claims(unknown).guards, "inside a capture nothing is prepared"
+    # Nor can the host cut a copy between addresses that it does not know.
+    blind(move.dst)
+    assert launch.pick(move).engine == "direct"
 
 
 @pytest.mark.parametrize(

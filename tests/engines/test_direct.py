@@ -19,6 +19,7 @@ from support.device_cases import LONG, current, delay, on
 from support.direct_on_cpu import CPU, SMALL, Driver, Loads, Stores, compiled, installed, why_not
 from support.each_backend import Elsewhere
 from support.engine_cases import DOWNWARD
+from support.foreign_cases import blind
 from support.guarded_memory import filled, refused, tensors_in
 
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
@@ -31,6 +32,7 @@ from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
 
 CUDA = torch.device("cuda", 0)
+TABLE_ON = direct.table_on  # which `installed` replaces
 # One of them in every run.
 WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in (80, 90, 100)]
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
@@ -343,6 +345,23 @@ def test_a_table_in_a_capture(accelerator: torch.device, monkeypatch: pytest.Mon
     monkeypatch.setattr(direct, "capturing", lambda device: True)
     monkeypatch.setattr(torch.accelerator, "current_stream", None)
     assert direct.table_on(view, accelerator, None) == there
+
+
+@pytest.mark.parametrize("name", ["gather", "memory objects, blocks", "NZ"])
+def test_a_table_that_only_the_device_has_is_read_where_it_is(
+    engine: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On both sides, and the host never asks for an address."""
+    monkeypatch.setattr(direct, "table_on", TABLE_ON)
+    copied, status = COPIES[name](), torch.zeros(1, dtype=torch.int64)
+    src, dst = blind(copied.src.view()), blind(copied.dst.view())
+    indices = copied.src.index(), copied.dst.index()
+    plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in indices))
+    prepared = engine(CPU).prepare(plan)
+    copied.check(lambda: prepared(src, dst, *indices, copied.count, None, status))
+    assert not src.known
+    assert not dst.known
+    assert driver.launches
 
 
 # What compilers make of the kernel

@@ -141,6 +141,28 @@ def test_allocations_are_never_joined() -> None:
     judge(one, to_2d_copies(one, src))
 
 
+@pytest.mark.parametrize("few", [0, 1 << 20], ids=["sorted", "plain"])
+def test_memory_at_addresses_is_cut_where_each_tensor_ends(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that touch on both sides are no piece, since nothing tells that they are one
+    allocation; and no tensor is made of an address for that."""
+    monkeypatch.setattr(folding, "FEW", few)
+    order = [3, 0, 1, 5, 4, 2]
+    views = [
+        KVView.at(
+            [start + 96 * at for at in order], "block | token dim", shape=(4, 24),
+            dtype=torch.uint8, device="cpu", pinned=True,
+        )
+        for start in (1 << 20, 1 << 22)
+    ]  # fmt: skip
+    plan = CopyPlan(views[0].form, views[1].form)
+    pieces = pieces_of(plan, Move(*views, Index(), Index(), 24))
+    assert sorted(pieces.src.tolist()) == [(1 << 20) + 96 * at for at in range(6)]
+    assert (pieces.width * pieces.height).tolist() == [96] * 6
+    assert not any(view._owners for view in views)
+
+
 @pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 def test_seams_between_registrations() -> None:
     before = pinned.seams()

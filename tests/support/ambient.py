@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows, copy_runs
 from support.connector_cases import KV_LAYOUT, LAYERS, SLOTS, make_caches, make_chunk
 
 State = Callable[[torch.device], AbstractContextManager[object]]
@@ -109,6 +109,35 @@ class Scene:
         assert (_blocks(self.host)[:, :, [4, 5, 1, 0]] == self.wanted[:, :, :4]).all()
         copy_blocks(host, dst, [4, 5], [0, 1]).synchronize()
         assert (_blocks(self.empty)[:, :, [0, 1, 5]] == self.wanted[:, :, [0, 1, 0]]).all()
+        self._check_addresses(src, dst)
+
+    def _check_addresses(self, src: KVView, dst: KVView) -> None:
+        """The same rows by addresses, on the host and on the device, and by lists of requests."""
+        cache, table = self.caches[0], torch.tensor(src.origins, dtype=torch.int64, device="cpu")
+        shape = (2, -1, *cache.shape[2:])
+        for addresses in (table.tolist(), table, table.to(self.device)):
+            self.empty[0].zero_()
+            at = KVView.at(
+                addresses, KV_LAYOUT, shape=shape, strides=cache.stride(), dtype=cache.dtype,
+                device=self.device, block_size=cache.shape[2],
+            )  # fmt: skip
+            copy_rows(at, dst, Index(self.on_device, trusted=True), self.slots).synchronize()
+            assert (_rows(self.empty)[0][:, self.slots] == self.gathered[:, 0]).all()
+        nbytes = cache.numel() * cache.itemsize
+        self.empty[1].zero_()
+        copy_runs(
+            [self.caches[1].data_ptr()], [self.empty[1].data_ptr()], nbytes,
+            src_device=self.device, dst_device=self.device,
+        ).synchronize()  # fmt: skip
+        assert (self.empty[1].cpu().numpy() == self.wanted[1]).all()
+        tables = torch.tensor([[2, 4], [1, 0]], device=self.device)
+        requests = Index.of_requests(tables, [3, 3], cache.shape[2], count=6)
+        self.chunk.zero_()
+        chunk = KVView(self.chunk, "kv layer token (head dim)", heads=cache.shape[3])
+        copy_rows(src, chunk, requests).synchronize()
+        slots = [block * cache.shape[2] + token for block in (2, 1) for token in range(3)]
+        rows = _rows(self.caches)[:, :, slots].swapaxes(0, 1)
+        assert (self.chunk.cpu().numpy() == rows).all()
 
 
 def _blocks(caches: list[torch.Tensor]) -> Any:

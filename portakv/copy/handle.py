@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handle that `copy_blocks` returns, which tells how far the copy is."""
+"""The handle that `copy_rows` and `copy_blocks` return, which tells how far the copy is."""
 
 from __future__ import annotations
 
@@ -11,19 +11,20 @@ import numpy as np
 
 from portakv.errors import TransferError
 from portakv.plan.move import Move
-from portakv.runtime.transfer import Transfer
+from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.form import Form
 
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """What became of a block transfer so far.
+    """What became of a transfer so far.
 
     Attributes:
         nbytes: bytes that have landed.
-        blocks: blocks that have landed in all layers, in blocks of the source, or of the
-            destination if the source is a chunk.
+        blocks: blocks that have landed in all layers, in blocks of the source's ids, or of the
+            destination's if the source has none; with a slot mapping each token is one. Without
+            ids in the source's own blocks.
         blocks_asked: blocks to move. Ids on the host that are skipped do not count; ids on a
             device are not looked at.
         engine: the backend, or the engine across the link, that carried it out; of several pieces,
@@ -56,8 +57,8 @@ def token_bytes(form: Form) -> float:
 
 
 class BlockTransfer(Transfer):
-    """What `copy_blocks` returns; it keeps no view of its move. Its ``worker`` issues what is not
-    issued yet."""
+    """What `copy_rows` and `copy_blocks` return; it keeps no view of its move. Its ``worker``
+    issues what is not issued yet."""
 
     __slots__ = ("_began", "_ended", "_form", "_indices", "_layers", "_tokens", "_worker")
 
@@ -75,6 +76,12 @@ class BlockTransfer(Transfer):
         self._layers = None if layers is None else tuple(layers)
         self._ended: float | None = None if transfer.completions else time.perf_counter()
 
+    @classmethod
+    def together(cls, transfers: Sequence[BlockTransfer]) -> BlockTransfer:
+        """Several transfers as one handle: the first error counts, bytes and blocks are added, and
+        the time is that from the first call to the last end."""
+        return transfers[0] if len(transfers) == 1 else _Together(transfers)
+
     @property
     def layers(self) -> tuple[Transfer, ...]:
         """A `Transfer` for each layer, which ends when that layer's bytes have landed; the block
@@ -86,7 +93,7 @@ class BlockTransfer(Transfer):
         if self._layers is None:
             raise TransferError(
                 "The layers of a block transfer were asked for, but it was made as a whole; pass "
-                "by_layer=True to copy_blocks to wait for each layer."
+                "by_layer=True to wait for each layer."
             )
         return self._layers
 
@@ -108,8 +115,7 @@ class BlockTransfer(Transfer):
     @property
     def statistics(self) -> Statistics:
         """What became of it so far; never blocks or raises."""
-        worker, layers, (mine, theirs) = self._worker, self._layers or (), self._indices
-        moving, block = self._moving(), mine.plan_step or theirs.plan_step or 1
+        worker, layers, moving = self._worker, self._layers or (), self._moving()
         if worker is None:
             nbytes, tokens = self._landed(moving)
             ended_at, pieces, carried = self._ended, max(1, len(layers)), self.carried
@@ -120,6 +126,8 @@ class BlockTransfer(Transfer):
             tokens = sum(piece.tokens for piece in landed if piece.layer == last)
             pieces, carried = worker.issued, worker.carried
         seconds = None if ended_at is None else ended_at - self._began
+        mine, theirs = self._indices
+        block = mine.plan_step or theirs.plan_step or self._form.block_size or 1
         counts = nbytes, tokens // block, moving // block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)
 
@@ -151,3 +159,55 @@ class BlockTransfer(Transfer):
         """The end was seen now; the first time counts."""
         if self._ended is None:
             self._ended = time.perf_counter()
+
+
+class _Together(BlockTransfer):
+    """Several transfers as one handle."""
+
+    __slots__ = ("_all",)
+
+    def __init__(self, transfers: Sequence[BlockTransfer]) -> None:
+        completions = [completion for each in transfers for completion in each.completions]
+        carried = transfers[0].carried if transfers else NOTHING
+        Transfer.__init__(self, completions, None, carried)
+        self._all = tuple(transfers)
+
+    @property
+    def layers(self) -> tuple[Transfer, ...]:
+        """Those of all transfers, one behind the other."""
+        return tuple(layer for each in self._all for layer in each.layers)
+
+    def cancel(self) -> bool:
+        """See `BlockTransfer.cancel`; True if some blocks of any will not be moved."""
+        return True in [each.cancel() for each in self._all]  # all of them are asked
+
+    @property
+    def cancelled(self) -> bool:
+        """True if some blocks of any will not be moved because of `cancel`."""
+        return any(each.cancelled for each in self._all)
+
+    @property
+    def statistics(self) -> Statistics:
+        """What became of all of them so far; never blocks or raises."""
+        told = [each.statistics for each in self._all]
+        began = min((each._began for each in self._all), default=0.0)
+        ends = [
+            None if one.seconds is None else each._began + one.seconds
+            for each, one in zip(self._all, told, strict=True)
+        ]
+        seconds = max((end for end in ends if end is not None), default=began) - began
+        return Statistics(
+            sum(one.nbytes for one in told),
+            sum(one.blocks for one in told),
+            sum(one.blocks_asked for one in told),
+            *(told[0].engine, told[0].why) if told else NOTHING,
+            None if None in ends else seconds,
+            sum(one.slices for one in told),
+            self.cancelled,
+        )
+
+    def _finish(self) -> None:
+        for each in self._all:
+            each._note_end()
+            each._kept = None
+        Transfer._finish(self)

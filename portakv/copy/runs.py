@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`copy_runs`: runs of bytes from addresses to addresses, for callers that have no tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from portakv.copy.copy import whole
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.rows import copy_rows
+from portakv.errors import SlotError
+from portakv.view.view import KVView
+
+#: A number for each run, or one for all of them.
+Numbers: TypeAlias = "int | Sequence[int] | npt.NDArray[Any] | torch.Tensor"
+#: Each run is a block of its own: rows of bytes, at a pitch.
+_RUNS = "block | token dim"
+_Int64 = npt.NDArray[np.int64]
+
+
+def copy_runs(
+    src_addresses: Numbers,
+    dst_addresses: Numbers,
+    sizes: Numbers,
+    *,
+    src_device: torch.device | str,
+    dst_device: torch.device | str,
+    rows: Numbers = 1,
+    src_pitch: Numbers | None = None,
+    dst_pitch: Numbers | None = None,
+    pinned: bool | None = None,
+    **terms: Any,
+) -> BlockTransfer:
+    """Copy runs of bytes, each from one address to another.
+
+    Runs of one size are one copy, whose way is chosen as that of every other; so few sizes are
+    better than many. The memory is promised as `KVView.at` says.
+
+    Args:
+        src_addresses, dst_addresses: where runs begin: whole numbers, a numpy array, or a tensor of
+            one dimension on the host. Also int64 or uint64 tensors on a device, which are not read
+            back: multiples of 16, if all runs are of one size.
+        sizes: bytes of each run, or of each of its rows.
+        src_device, dst_device: where the memory is; ``cpu``: on the host.
+        rows: how many rows each run has, ``src_pitch`` and ``dst_pitch`` bytes apart (None: one
+            behind the other).
+        pinned: host memory is pinned; None: torch is asked.
+        terms: how it is carried out, as `copy_rows` takes them.
+
+    Returns:
+        One handle for all; it counts runs as blocks.
+
+    Raises:
+        SlotError: lists of different lengths, or numbers that no run can have; of runs of one size
+            a byte that is both read and written, where the host can see it.
+        LayoutError: what are no addresses, or runs that begin at one destination.
+        PortaKVError: what `copy_rows` raises.
+    """
+    number = len(src_addresses) if not isinstance(src_addresses, int) else 1
+    given = ("src_addresses", src_addresses), ("dst_addresses", dst_addresses)
+    ends = [_ends(name, addresses, number) for name, addresses in given]
+    shapes = _shapes(number, sizes, rows, src_pitch, dst_pitch)
+    if not number:
+        return BlockTransfer.together([])
+    # All views first, so that addresses that are none are refused before anything is moved.
+    sides = [
+        [
+            KVView.at(
+                end if which is None else end[which], _RUNS, shape=(height, size),
+                strides=(pitch, 1), dtype=torch.uint8, device=device, pinned=pinned,
+            )
+            for end, pitch, device in zip(ends, pitches, (src_device, dst_device), strict=True)
+        ]
+        for (size, height, *pitches), which in _alike(shapes, ends)
+    ]  # fmt: skip
+    for view in chain.from_iterable(sides):
+        view.fleeting = True
+    moved = [copy_rows(src, dst, **terms) for src, dst in sides]
+    return BlockTransfer.together(moved)
+
+
+def _ends(name: str, addresses: Any, number: int) -> Any:
+    """Addresses as an array on the host, or as a tensor on a device."""
+    on_device = isinstance(addresses, torch.Tensor) and not addresses.is_cpu
+    found = addresses if on_device else np.asarray(addresses).reshape(-1)
+    if len(found) != number or found.ndim != 1:
+        raise SlotError(
+            f"{name} of shape {tuple(found.shape)} was given for {number} runs; pass an address "
+            f"for each run on both sides."
+        )
+    return found
+
+
+def _shapes(
+    number: int, sizes: Numbers, rows: Numbers, src_pitch: Numbers | None, dst_pitch: Numbers | None
+) -> _Int64:
+    """Size, rows and both pitches of each run, ``[runs, 4]``, or of all of them, ``[1, 4]``."""
+    width, height = _each("sizes", sizes, number, 1), _each("rows", rows, number, 1)
+    pitches = [
+        width if pitch is None else _each(name, pitch, number, 0)
+        for name, pitch in (("src_pitch", src_pitch), ("dst_pitch", dst_pitch))
+    ]
+    found = np.stack(np.broadcast_arrays(width, height, *pitches), 1)
+    found[found[:, 1] == 1, 2:] = found[found[:, 1] == 1, :1]  # of a single row no pitch counts
+    return found
+
+
+def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
+    """A number for each run, or one for all; raises `SlotError` for another count, or too small."""
+    if isinstance(numbers, int):
+        return np.array([whole(name, numbers, f"whole numbers of at least {least}", least)])
+    found = np.asarray(numbers)
+    if (
+        (number and found.dtype.kind not in "iu")
+        or found.shape != (number,)
+        or (found < least).any()
+    ):
+        raise SlotError(
+            f"{name} of {found.dtype} and shape {found.shape} was given for {number} runs; "
+            f"expected a whole number of at least {least} for each run, or one for all."
+        )
+    return found.astype(np.int64)
+
+
+def _alike(shapes: _Int64, ends: Sequence[Any]) -> Iterator[tuple[list[int], _Int64 | None]]:
+    """Each shape that occurs, and which runs have it (None: all of them)."""
+    kinds, of_run = np.unique(shapes, axis=0, return_inverse=True)
+    if len(kinds) == 1:
+        yield kinds[0].tolist(), None
+        return
+    if any(isinstance(end, torch.Tensor) for end in ends):
+        raise SlotError(
+            f"Runs of {len(kinds)} sizes were asked at addresses that only a device has; expected "
+            f"one size for all. Pass the addresses on the host, or a call for each size."
+        )
+    for nth, kind in enumerate(kinds.tolist()):
+        yield kind, np.flatnonzero(of_run.reshape(-1) == nth)

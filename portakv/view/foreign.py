@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is known by addresses alone: what `KVView.at` reads, and tensors over it.
+
+Nothing here holds the memory or can tell whether it is still there; that is the caller's promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from operator import index
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import torch
+
+from portakv.errors import LayoutError
+from portakv.runtime.bounded import Bounded
+from portakv.view.bound import BoundLayout, Spans, as_dtype, reach
+from portakv.view.form import Form, widest_vector
+
+#: Tokens that a view has if nobody says how many there are: kernels count them in 32 bits.
+UNKNOWN_SLOTS = 1 << 31
+_ENDLESS = 1 << 62  # bytes behind an address of which no end is known
+_WORDS = (torch.int64, torch.uint64)
+#: Form, slots, the order of the addresses in the table (None: as they are), bytes of a tensor.
+_Known: TypeAlias = "tuple[Form, int, list[int] | None, int]"
+_forms: Bounded[tuple[Any, ...], _Known]
+_forms = Bounded("forms of memory at addresses", 256)
+
+
+class Foreign(NamedTuple):
+    """Memory behind each address of a view: what it holds, and how many bytes (0: unknown)."""
+
+    dtype: torch.dtype
+    nbytes: int
+
+    def tensors(self, origins: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
+        """For each address a tensor over all of its memory; it owns nothing."""
+        n, made = self.nbytes or _ENDLESS, []
+        # One made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            for origin in origins:
+                storage = torch._C._construct_storage_from_data_pointer(origin, device, n)
+                empty = torch.empty(0, dtype=self.dtype, device=device)
+                made.append(empty.set_(storage, 0, (n // self.dtype.itemsize,), (1,)))
+        return tuple(made)
+
+    def spans(self, origins: Sequence[int]) -> Spans:
+        """The ranges that it covers, as `KVView.spans` has them; none if its end is unknown."""
+        if not (self.nbytes and origins):
+            return []
+        firsts = np.sort(np.array(origins, dtype=np.int64))
+        begins = np.flatnonzero(np.append(True, np.diff(firsts) >= self.nbytes))
+        lasts = np.append(firsts[begins[1:] - 1], firsts[-1:])
+        return list(zip(firsts[begins].tolist(), (lasts + self.nbytes).tolist(), strict=True))
+
+
+class Found(NamedTuple):
+    """What `read_addresses` found; ``origins`` None: only a device knows them, by its ``table``."""
+
+    form: Form
+    slots: int
+    device: torch.device
+    origins: tuple[int, ...] | None
+    table: torch.Tensor | None
+    memory: Foreign
+
+
+def read_addresses(
+    bound: BoundLayout, addresses: Any, shape: Sequence[int], strides: Sequence[int] | None,
+    dtype: torch.dtype, device: torch.device | str, pinned: bool | None,
+) -> Found:  # fmt: skip
+    """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
+    home, wide = torch.device(device), as_dtype(dtype).itemsize
+    if home.type != "cpu" and home.index is None:
+        home = torch.device(home.type, torch.accelerator.current_device_index())
+    shape, strides = _whole("shape", shape), None if strides is None else _whole("strides", strides)
+    origins, table, sizes = None, None, _depth(bound, addresses)
+    if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
+        table, alignment = addresses, 16
+        place = "pinned" if home.type == "cpu" else "device"
+    else:
+        numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
+        alignment = widest_vector([int(np.bitwise_or.reduce(numbers, initial=0))])
+        place = _place(numbers.tolist(), home, pinned)
+        if numbers.size and (int(numbers.min()) <= 0 or alignment < min(16, wide & -wide)):
+            raise LayoutError(
+                f"A view at addresses {[hex(x) for x in numbers.tolist()[:4]]} was asked for "
+                f"{dtype}; expected addresses above 0, multiples of {wide} bytes."
+            )
+    key = bound, tuple(sizes), shape, strides, dtype, place, alignment, table is not None
+    known = _forms.get(key)
+    if known is None:
+        known = _forms[key] = _read(*key)
+    form, slots, order, nbytes = known
+    if table is not None:
+        table = table.contiguous().view(torch.int64).reshape(-1)
+        if order is not None:
+            table = table[torch.tensor(order, dtype=torch.int64, device="cpu").to(table.device)]
+    else:
+        origins = tuple((numbers if order is None else numbers[order]).tolist())
+    return Found(form, slots, home, origins, table, Foreign(dtype, nbytes))
+
+
+def _read(
+    bound: BoundLayout, sizes: Sequence[int], shape: tuple[int, ...],
+    strides: tuple[int, ...] | None, dtype: torch.dtype, place: str, alignment: int,
+    on_device: bool,
+) -> _Known:  # fmt: skip
+    """What tensors at addresses in containers of these sizes share."""
+    open_ended = [at for at, extent in enumerate(shape) if extent == -1]
+    if open_ended:
+        shape = _closed(bound, shape, open_ended)
+    if strides is None:
+        strides = tuple(prod(shape[at + 1 :]) for at in range(len(shape)))
+    if len(strides) != len(shape):
+        raise LayoutError(
+            f"A view at addresses was asked for shape {shape} with strides {strides}; expected a "
+            f"stride, in elements, for each dimension, or None for a contiguous tensor."
+        )
+    like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+    form, slots, order = bound.read_table(sizes, like, alignment, place, on_device)
+    nbytes = 0 if open_ended else reach(shape, strides) * dtype.itemsize
+    return form, slots, None if order == list(range(len(order))) else order, nbytes
+
+
+def _closed(bound: BoundLayout, shape: tuple[int, ...], at: list[int]) -> tuple[int, ...]:
+    """The shape with as many tokens as can be counted in place of the extent that is unknown."""
+    layout, growing = bound.layout, "block" if bound.layout.paged else "token"
+    dims = layout.dims[at[0]].factors if at[0] < len(layout.dims) else ()
+    if len(at) > 1 or growing not in [factor.axis for factor in dims]:
+        raise LayoutError(
+            f"A view of {layout.text!r} was asked for shape {shape}; one extent may be -1, that of "
+            f"the dimension of {growing!r}. Pass the others."
+        )
+    most = UNKNOWN_SLOTS // bound.declared[0].get("token", 1)
+    others = prod(
+        bound.declared[0].get(factor.axis, 1) for factor in dims if factor.axis != growing
+    )
+    return (*shape[: at[0]], most * others, *shape[at[0] + 1 :])
+
+
+def _depth(bound: BoundLayout, addresses: Any) -> list[int]:
+    """The extent of each container level; raises `LayoutError` for what are no addresses."""
+    levels, text = len(bound.layout.containers), bound.layout.text
+    if isinstance(addresses, torch.Tensor):
+        found, right = addresses.dtype, addresses.dtype in _WORDS
+    else:
+        try:
+            addresses = np.asarray(addresses)
+        except ValueError:  # lists of unequal lengths
+            addresses = np.empty(0, dtype=object)
+        words = addresses.dtype.kind in "iu" and addresses.itemsize == 8
+        found, right = addresses.dtype, words or (addresses.dtype != object and not addresses.size)
+    if not right:
+        raise LayoutError(
+            f"Addresses of {found} were given for {text!r}; expected whole numbers of 64 bits, in "
+            f"lists of equal lengths, or in an int64 or uint64 tensor."
+        )
+    sizes = list(addresses.shape)
+    if levels == 0 and sizes == [1]:
+        sizes = []
+    if len(sizes) != levels or 0 in sizes:
+        raise LayoutError(
+            f"Addresses of shape {sizes} were given for {text!r}, which names {levels} container "
+            f"level(s) left of `|`; pass one dimension for each, and at least one address."
+        )
+    return sizes
+
+
+def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(map(index, numbers))
+    except TypeError:
+        raise LayoutError(
+            f"A view at addresses was asked for with {name}={numbers!r}; expected whole numbers, "
+            f"one for each dimension of the tensor at an address."
+        ) from None
+
+
+def _place(origins: Sequence[int], device: torch.device, pinned: bool | None) -> str:
+    if device.type != "cpu":
+        return "device"
+    if pinned is None:
+        found = Foreign(torch.uint8, 1).tensors(origins, device)
+        pinned = all(tensor.is_pinned() for tensor in found)
+    return "pinned" if pinned else "pageable"

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`copy_runs`: bytes between addresses, whatever lies there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import simdev_cases
+from support.core_cases import noise
+from support.device_cases import settle
+from support.guarded_memory import refused
+
+from portakv import LayoutError, SlotError, copy_runs
+from portakv.host import pinned, small
+from portakv.registry import prepared
+
+CPU = torch.device("cpu")
+BYTES = 1 << 14
+SRC, DST = [64, 4096, 1024, 9000], [0, 512, 8192, 12288]
+EVERY = ("to host", "to device", "inside")
+
+
+def ends(device: torch.device, way: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random bytes on both sides, on the host pinned if there is a device."""
+    places = {"to host": (device, CPU), "to device": (CPU, device), "inside": (device, device)}
+    made = [noise(BYTES, dtype=torch.uint8, seed=seed).to(x) for seed, x in enumerate(places[way])]
+    if device.type != "cpu":
+        made = [pinned.empty(BYTES, x.dtype).copy_(x) if x.is_cpu else x for x in made]
+    settle(device)
+    return made[0], made[1]
+
+
+def wanted(src: torch.Tensor, dst: torch.Tensor, runs: Sequence[tuple[int, int, int]]) -> Any:
+    mine, theirs = src.cpu().clone(), dst.cpu().clone()
+    for a, b, size in runs:
+        theirs[b : b + size] = mine[a : a + size]
+    return theirs
+
+
+def at(tensor: torch.Tensor, offsets: Sequence[int]) -> list[int]:
+    return [tensor.data_ptr() + offset for offset in offsets]
+
+
+@pytest.mark.parametrize("way", EVERY)
+@pytest.mark.parametrize("sizes", [512, [512, 96, 512, 96], [1, 2, 300, 4096 - 8]], ids=str)
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor], ids=["list", "numpy", "tensor"])
+def test_every_byte(device: torch.device, way: str, sizes: Any, kind: Any) -> None:
+    src, dst = ends(device, way)
+    each = [sizes] * 4 if isinstance(sizes, int) else sizes
+    expected = wanted(src, dst, list(zip(SRC, DST, each, strict=True)))
+    transfer = copy_runs(
+        kind(at(src, SRC)), kind(at(dst, DST)), sizes if isinstance(sizes, int) else kind(sizes),
+        src_device=src.device, dst_device=dst.device,
+    )  # fmt: skip
+    transfer.synchronize()
+    assert torch.equal(dst.cpu(), expected)
+    told = transfer.statistics
+    assert (told.nbytes, told.blocks, told.blocks_asked) == (sum(each), 4, 4)
+    assert told.seconds is not None
+
+
+@pytest.mark.parametrize("way", EVERY)
+@pytest.mark.parametrize("pitches", [(128, 64), (64, 200), ([128, 64, 128, 64], 64)], ids=str)
+def test_rows_at_a_pitch(device: torch.device, way: str, pitches: Any) -> None:
+    src, dst = ends(device, way)
+    rows, size = 5, 64
+    steps = [each if isinstance(each, list) else [each] * 4 for each in pitches]
+    expected = wanted(src, dst, [
+        (a + row * step, b + row * pitch, size)
+        for a, b, step, pitch in zip(SRC, DST, *steps, strict=True) for row in range(rows)
+    ])  # fmt: skip
+    copy_runs(
+        at(src, SRC), at(dst, DST), size, src_device=src.device, dst_device=dst.device, rows=rows,
+        src_pitch=pitches[0], dst_pitch=pitches[1],
+    ).synchronize()  # fmt: skip
+    assert torch.equal(dst.cpu(), expected)
+
+
+@pytest.mark.parametrize("way", EVERY)
+def test_addresses_that_only_a_device_has(accelerator: torch.device, way: str) -> None:
+    src, dst = ends(accelerator, way)
+    offsets = [[each // 16 * 16 for each in side] for side in (SRC, DST)]
+    expected = wanted(src, dst, [(a, b, 256) for a, b in zip(*offsets, strict=True)])
+    tables = [
+        torch.tensor(at(*side)).view(torch.uint64).to(accelerator)
+        for side in zip((src, dst), offsets, strict=True)
+    ]
+    mine, theirs = tables
+    copy_runs(mine, theirs, 256, src_device=src.device, dst_device=dst.device).synchronize()
+    assert torch.equal(dst.cpu(), expected)
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("side", [False, True], ids=["current", "another stream"])
+def test_addresses_are_sent_without_waiting(side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on devices that are sent small values by a kernel: behind work that goes on."""
+    device = simdev_cases.DEVICE
+    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({device.type}))
+    sent, send = list[int](), small.to_device
+
+    def noted(values: Any, *rest: Any) -> torch.Tensor:
+        sent.append(len(values))
+        return send(values, *rest)
+
+    monkeypatch.setattr(small, "to_device", noted)
+    src, dst = ends(device, "inside")
+    expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
+    stream = torch.Stream(device) if side else None
+    copy_runs(
+        at(src, SRC), at(dst, DST), 64, src_device=device, dst_device=device, stream=stream
+    ).synchronize()
+    assert sent == [4, 4]
+    assert torch.equal(dst.cpu(), expected)
+
+
+@pytest.mark.parametrize(
+    "terms", [{"overlap": "idle"}, {"detached": True}, {"max_gbps": 10.0}, {"cancellable": True}],
+    ids=str,
+)  # fmt: skip
+def test_on_terms(device: torch.device, terms: dict[str, Any]) -> None:
+    src, dst = ends(device, "to host")
+    expected = wanted(src, dst, list(zip(SRC, DST, [512, 96, 96, 512], strict=True)))
+    transfer = copy_runs(
+        at(src, SRC), at(dst, DST), [512, 96, 96, 512], src_device=device, dst_device="cpu", **terms
+    )
+    transfer.synchronize()
+    assert torch.equal(dst.cpu(), expected)
+    assert not transfer.cancelled
+
+
+def test_nothing() -> None:
+    transfer = copy_runs([], [], [], src_device="cpu", dst_device="cpu")
+    transfer.synchronize()
+    assert transfer.done()
+    assert transfer.statistics.nbytes == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"dst": DST[:3]}, SlotError, ["dst_addresses", "4 runs"]),
+        ({"sizes": [1, 2]}, SlotError, ["sizes", "4 runs"]),
+        ({"sizes": 0}, SlotError, ["sizes=0"]),
+        ({"sizes": [1, 2, -3, 4]}, SlotError, ["sizes", "at least 1"]),
+        ({"sizes": [1.5] * 4}, SlotError, ["sizes", "float64"]),
+        ({"rows": "two"}, SlotError, ["rows"]),
+        ({"rows": 2, "src_pitch": -1}, SlotError, ["src_pitch=-1"]),
+        ({"dst": [0, 0, 512, 1024]}, LayoutError, ["one address"]),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_are_no_runs(change: dict[str, Any], error: Any, words: list[str]) -> None:
+    src, dst = ends(CPU, "inside")
+    asked = {"src": SRC, "dst": DST, "sizes": 64, **change}
+    lists = [at(side, asked.pop(name)) for name, side in (("src", src), ("dst", dst))]
+    with refused(error, *words, watch=[dst]):
+        copy_runs(*lists, **asked, src_device="cpu", dst_device="cpu")
+
+
+def test_a_byte_that_is_read_and_written() -> None:
+    memory = noise(BYTES, dtype=torch.uint8)
+    with refused(SlotError, "both source and destination", watch=[memory]):
+        copy_runs(
+            at(memory, [0, 512]), at(memory, [100, 4096]), 256, src_device="cpu", dst_device="cpu"
+        )

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies of rows on terms: every way that blocks can be issued, by slots and by parts of blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.block_cases import BLOCKS, SIZE, SLICED, WAYS, Cache, block_first, layered
+from support.guarded_memory import refused
+
+from portakv import Index, InvalidTerms, SlotError, Unsupported, copy_blocks, copy_rows
+from portakv.copy import slices
+
+MINE, THEIRS = [5, -1, 31, 8, 9, 10], [0, 3, 2, 17, 18, 30]
+DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+PARTS = [
+    # blocks of the source and destination, skip, count, the first slots, how many
+    ([5, 0, 7], [1, 6, 0], 0, 7),
+    ([5, 0, 7], [1, 6, 0], 3, None),
+    ([5, 0, 7], [1, 6, 0], 2, 5),
+    ([5, 0, 7], [1, 6, 0, 2], (1, 3), 9),
+    ([5, 0, 7], [1, 6, 0], 12, None),
+]
+
+
+@pytest.fixture(params=WAYS)
+def options(request: pytest.FixtureRequest) -> dict[str, Any]:
+    return WAYS[request.param]
+
+
+@pytest.fixture
+def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "SLICE", 1024)
+
+
+def sides(device: torch.device, downward: bool) -> tuple[Cache, Cache]:
+    there, here = layered(device), block_first(pin=device.type != "cpu")
+    return (there, here) if downward else (here, there)
+
+
+def moved(src: Cache, dst: Cache, mine: list[int], theirs: list[int]) -> torch.Tensor:
+    """The destination's rows once slots were copied; a negative one skips its position."""
+    found, rows = dst.rows(), src.rows()
+    for a, b in zip(mine, theirs, strict=True):
+        if a >= 0 and b >= 0:
+            found[:, :, b] = rows[:, :, a]
+    return found
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("_small_slices")
+def test_slots(device: torch.device, downward: bool, options: dict[str, Any]) -> None:
+    src, dst = sides(device, downward)
+    expected = moved(src, dst, MINE, THEIRS)
+    transfer = copy_rows(src.view, dst.view, MINE, THEIRS, **options)
+    transfer.synchronize()
+    assert torch.equal(dst.rows(), expected)
+    told = transfer.statistics
+    assert (told.blocks, told.blocks_asked) == (5, 5), "a slot that is skipped does not count"
+    assert told.nbytes == 5 * src.view.form.token_bytes
+    assert len(transfer.layers if "by_layer" in options else "one") == 3
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("_small_slices")
+@pytest.mark.parametrize(("mine", "theirs", "skip", "count"), PARTS, ids=str)
+def test_blocks_in_part(
+    device: torch.device, downward: bool, options: dict[str, Any], mine: list[int],
+    theirs: list[int], skip: Any, count: int | None,
+) -> None:  # fmt: skip
+    src, dst = sides(device, downward)
+    first, behind = skip if isinstance(skip, tuple) else (skip, skip)
+    slots = [side.slots(ids)[at:] for side, ids, at in ((src, mine, first), (dst, theirs, behind))]
+    slots = [each[:count] for each in slots]
+    expected = moved(src, dst, *slots)
+    copy_blocks(src.view, dst.view, mine, theirs, skip=skip, count=count, **options).synchronize()
+    assert torch.equal(dst.rows(), expected)
+
+
+def test_blocks_of_two_sizes_in_part() -> None:
+    """A chunk of several blocks of which the first and the last one are partial."""
+    pages, chunks = layered(), block_first(size=3 * SIZE)
+    mine, theirs, skip = [4, 0, 6, 1, 2], [5, 2], 2 * SIZE
+    slots = pages.slots(mine), chunks.slots(theirs)[skip:][: 5 * SIZE]
+    slots = slots[0][: len(slots[1])], slots[1]
+    expected = moved(pages, chunks, *slots)
+    copy_blocks(
+        pages.view, chunks.view, mine, theirs, skip=(0, skip), count=len(slots[1])
+    ).synchronize()
+    assert torch.equal(chunks.rows(), expected)
+
+
+@pytest.mark.parametrize("skip", [-1, 1.5, (1,), (0, -2), "two", None], ids=str)
+def test_what_is_no_number_of_tokens_to_skip(skip: Any) -> None:
+    src, dst = layered(), layered()
+    with refused(SlotError, "skip=", watch=dst.tensors):
+        copy_blocks(src.view, dst.view, [1], [2], skip=skip)
+
+
+def test_more_than_the_lists_hold() -> None:
+    src, dst = layered(), layered()
+    asked: Any
+    for asked in ({"count": SIZE + 1}, {"skip": 1, "count": SIZE}, {"skip": SIZE + 1}):
+        with refused(SlotError, watch=dst.tensors):
+            copy_blocks(src.view, dst.view, [1], [2], **asked)
+
+
+@pytest.mark.parametrize(
+    ("terms", "words"),
+    [({"overlap": "none"}, "overlap='none'"), ({"max_gbps": 0}, "max_gbps=0"),
+     ({"max_thread_blocks": 0}, "max_thread_blocks=0"), ({"detached": 1}, "detached=1")],
+    ids=str,
+)  # fmt: skip
+def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
+    src, dst = layered(), layered()
+    with refused(InvalidTerms, words, watch=dst.tensors):
+        copy_rows(src.view, dst.view, [1], [2], **terms)
+
+
+def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
+    src, dst = layered(device), block_first(device)
+    with refused(Unsupported, "max_thread_blocks=4", "leave it out", watch=dst.tensors):
+        copy_rows(src.view, dst.view, [1], [2], max_thread_blocks=4)
+
+
+def test_a_rate_is_kept_by_a_worker_that_can_be_cancelled() -> None:
+    src, dst = layered(), layered()
+    transfer = copy_rows(src.view, dst.view, range(BLOCKS * SIZE), range(BLOCKS * SIZE),
+                         max_gbps=1e-6)  # fmt: skip
+    assert transfer.cancel()
+    assert transfer.statistics.blocks_asked == BLOCKS * SIZE
+    assert SLICED
+
+
+def test_an_index_is_kept_as_it_was() -> None:
+    src, dst, index = layered(), layered(), Index([1, 2], SIZE)
+    copy_blocks(src.view, dst.view, index, index, skip=1, count=2).synchronize()
+    assert (index.offset, index.length) == (0, 2 * SIZE)

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BlockTransfer.together`: several transfers as one handle, as the groups of one job are."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from support.block_cases import BLOCKS, SIZE, SLICED, WAYS, layered, wanted
+from support.device_cases import current, delay, settle
+from support.guarded_memory import refused
+
+from portakv import BlockTransfer, SlotError, TransferCancelled, TransferError, copy_blocks
+
+MINE, THEIRS = [5, 0, 7], [1, 6, 0]
+GROUPS = 3
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_bytes_blocks_and_the_end(device: torch.device, way: str) -> None:
+    pairs = [(layered(device), layered(device)) for _ in range(GROUPS)]
+    expected = [wanted(src, dst, MINE, THEIRS) for src, dst in pairs]
+    began = time.perf_counter()
+    job = BlockTransfer.together(
+        [copy_blocks(src.view, dst.view, MINE, THEIRS, **WAYS[way]) for src, dst in pairs]
+    )
+    job.synchronize()
+    assert job.done()
+    took = time.perf_counter() - began
+    assert all(
+        torch.equal(dst.rows(), each) for (_, dst), each in zip(pairs, expected, strict=True)
+    )
+    told = job.statistics
+    tokens = GROUPS * len(MINE) * SIZE
+    assert told.nbytes == tokens * pairs[0][0].view.form.token_bytes
+    assert (told.blocks, told.blocks_asked) == (GROUPS * len(MINE),) * 2
+    assert told.slices >= GROUPS
+    assert told.seconds is not None
+    assert 0 < told.seconds <= took
+    assert not told.cancelled
+    assert told.engine != "none"
+    if "by_layer" in WAYS[way]:
+        assert len(job.layers) == GROUPS * pairs[0][0].view.layers
+        job.layers[-1].synchronize()
+    else:
+        with pytest.raises(TransferError, match="by_layer"):
+            _ = job.layers
+
+
+def test_the_time_is_that_from_the_first_call_to_the_last_end(accelerator: torch.device) -> None:
+    src, dst = layered(accelerator), layered(accelerator)
+    copy_blocks(src.view, dst.view, [0], [0]).synchronize()
+    delay(current(accelerator))
+    parts = [copy_blocks(src.view, dst.view, [n], [n]) for n in (1, 2)]
+    job = BlockTransfer.together(parts)
+    assert not job.done()
+    assert job.statistics.seconds is None
+    settle(accelerator)
+    assert job.done()
+    own, whole = parts[1].statistics.seconds, job.statistics.seconds
+    assert own is not None
+    assert whole is not None
+    assert whole > own
+
+
+def test_an_error_of_any_of_them_is_told(accelerator: torch.device) -> None:
+    src, dst = layered(accelerator), layered(accelerator)
+    ids = [torch.tensor([n], device=accelerator) for n in (0, BLOCKS)]
+    job = BlockTransfer.together([copy_blocks(src.view, dst.view, each, [1]) for each in ids])
+    with refused(SlotError, "Position 0"):
+        job.synchronize()
+
+
+@pytest.mark.parametrize("way", SLICED)
+def test_cancelling_asks_all_of_them(way: str) -> None:
+    pairs = [(layered(), layered()) for _ in range(GROUPS)]
+    options: dict[str, Any] = {**WAYS[way], "max_gbps": 1e-6}
+    job = BlockTransfer.together(
+        [copy_blocks(src.view, dst.view, MINE, THEIRS, **options) for src, dst in pairs]
+    )
+    assert job.cancel()
+    assert job.cancelled
+    with pytest.raises(TransferCancelled):
+        job.synchronize(timeout=30)
+
+
+def test_none_and_one() -> None:
+    src, dst = layered(), layered()
+    one = copy_blocks(src.view, dst.view, MINE, THEIRS)
+    assert BlockTransfer.together([one]) is one
+    none = BlockTransfer.together([])
+    none.synchronize()
+    assert none.done()
+    assert not none.cancel()
+    assert (none.statistics.nbytes, none.statistics.seconds) == (0, 0.0)

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ids on a device that are clean by promise: nothing waits for the device to look at them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.block_cases import BLOCKS, SIZE, layered, wanted
+from support.guarded_memory import refused
+from support.read_back import ReadBack
+
+from portakv import Index, SlotError, copy_rows
+
+MINE, THEIRS = [5, 1, 7], [1, 6, 0]
+
+
+def indices(device: torch.device, trusted: bool, *lists: list[int]) -> list[Index]:
+    return [Index(torch.tensor(ids, device=device), SIZE, trusted=trusted) for ids in lists]
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_host_waits_only_for_ids_without_a_promise(
+    accelerator: torch.device, trusted: bool
+) -> None:
+    src, dst = layered(accelerator), layered(accelerator)
+    ids = indices(accelerator, trusted, MINE, THEIRS)
+    copy_rows(src.view, dst.view, *indices(accelerator, True, [0], [0])).synchronize()  # prepared
+    expected = wanted(src, dst, MINE, THEIRS)
+    with ReadBack() as read:
+        transfer = copy_rows(src.view, dst.view, *ids)
+    transfer.synchronize()
+    assert torch.equal(dst.rows(), expected)
+    # A kernel guards ids, so that it needs no promise.
+    assert bool(read.seen) == (not trusted and accelerator.type != "cuda"), read.seen
+
+
+def test_parts_of_a_list_keep_the_promise() -> None:
+    index = Index([0, 1, 2], 2, 1, trusted=True)
+    parts = [index.shifted(1), index.part(1, 2), index.to_host(), index]
+    assert [each.trusted for each in parts] == [True] * 4
+    assert not Index([0]).trusted
+
+
+def test_a_promise_about_ids_on_the_host_changes_nothing() -> None:
+    src, dst = layered(torch.device("cpu")), layered(torch.device("cpu"))
+    with refused(SlotError, "source", watch=dst.tensors):
+        copy_rows(src.view, dst.view, *[Index([BLOCKS], SIZE, trusted=True)] * 2)
+
+
+def test_strict_looks_all_the_same(accelerator: torch.device) -> None:
+    src, dst = layered(accelerator), layered(accelerator)
+    ids = indices(accelerator, True, [0, BLOCKS], [1, 2])
+    with refused(SlotError, "source", watch=dst.tensors):
+        copy_rows(src.view, dst.view, *ids, check="strict")

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory that others registered in pieces: no copy crosses from one piece into another."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from support.core_cases import noise
+from support.device_cases import settle
+from support.guarded_memory import check_sentence
+
+from portakv import HostMemoryError, KVView, copy_rows, copy_runs
+from portakv.engines.link import link_of
+from portakv.engines.pieces import Pieces
+from portakv.host import pinned
+
+ROWS, ROW = 64, 96
+
+
+@pytest.fixture
+def crossed(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Pieces]:
+    """What the link of a device is given."""
+    link, found = link_of(accelerator), list[Pieces]()
+    copy: Any = link.copy
+
+    def seen(pieces: Pieces, *rest: Any) -> None:
+        found.append(pieces)
+        copy(pieces, *rest)
+
+    monkeypatch.setattr(link, "copy", seen)
+    return found
+
+
+def over(seams: list[int], pieces: Pieces) -> int:
+    """Pieces that reach over a seam on either side."""
+    return sum(
+        int(((start < seam) & (start + (pieces.height - 1) * pitch + pieces.width > seam)).sum())
+        for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch))
+        for seam in seams
+    )
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+@pytest.mark.parametrize("engine", ["staged", "descriptors", "runs"])
+def test_copies_are_cut_where_pieces_meet(
+    accelerator: torch.device, crossed: list[Pieces], engine: str, downward: bool
+) -> None:
+    here = pinned.empty(ROWS * ROW, torch.uint8)
+    here.copy_(noise(ROWS * ROW, dtype=torch.uint8))
+    there = noise(ROWS * ROW, dtype=torch.uint8, seed=1).to(accelerator)
+    settle(accelerator)
+    src, dst = (there, here) if downward else (here, there)
+    expected, begin = src.cpu().clone(), here.data_ptr()
+    cuts = [begin, begin + 1000, begin + 4096, begin + 4100, begin + ROWS * ROW]
+    pieces = [(a, b - a) for a, b in pairwise(cuts)]
+    with pinned.adopt(pieces[::-1]) as adopted:
+        assert adopted.pieces == tuple(pieces)
+        if engine == "runs":
+            sides: Any = {
+                "src_device": src.device,
+                "dst_device": dst.device,
+                "backend": "descriptors",
+            }
+            copy_runs([src.data_ptr()], [dst.data_ptr()], ROWS * ROW, **sides).synchronize()
+        else:
+            mine, theirs = (KVView(x.view(ROWS, ROW), "token dim") for x in (src, dst))
+            copy_rows(mine, theirs, backend=engine).synchronize()
+    assert torch.equal(dst.cpu(), expected)
+    assert crossed
+    assert not any(over(cuts[1:-1], each) for each in crossed)
+
+
+def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
+    before, pieces = pinned.seams(), [(1 << 20, 4096), ((1 << 20) + 4096, 4096), (1 << 22, 4096)]
+    first, second = pinned.adopt(pieces), pinned.adopt(pieces)
+    told = tuple(sorted((*before, (1 << 20) + 4096)))
+    assert pinned.seams() == told, "pieces that do not touch have no seam"
+    first.close()
+    first.close()
+    assert pinned.seams() == told
+    second.close()
+    assert pinned.seams() == before
+
+
+@pytest.mark.parametrize(
+    "pieces", [[(0, 4096)], [(4096, 0)], [(4096, 1.5)], [4096], [(4096, 4096), (8000, 10)]], ids=str
+)
+def test_what_are_no_pieces(pieces: Any) -> None:
+    before = pinned.seams()
+    with pytest.raises(HostMemoryError) as refused:
+        pinned.adopt(pieces)
+    check_sentence(str(refused.value), "(address, bytes)")
+    assert pinned.seams() == before

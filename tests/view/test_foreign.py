@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`KVView.at`: views over memory that is known by addresses alone, on the host and on a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.command_line import registered
+from support.core_cases import noise
+from support.cuda_on_cpu import CudaOnCpu, why_not
+from support.foreign_cases import blind
+from support.guarded_memory import check_sentence
+
+from portakv import Index, KVView, LayoutError, copy_rows
+from portakv.host import pinned
+from portakv.view.foreign import UNKNOWN_SLOTS
+
+CPU = torch.device("cpu")
+LAYOUT, CHUNK = "layer kv | block token head dim", "kv layer token head dim"
+SLOTS = [3, -1, 39, 8, 9]
+BLOCKS, SIZE, HEADS, DIM = 10, 4, 2, 8
+
+
+def caches(device: torch.device = CPU) -> list[list[torch.Tensor]]:
+    """Keys and values of three layers, each an allocation of its own."""
+    return [
+        [noise(BLOCKS, SIZE, HEADS, DIM, seed=2 * layer + kv).to(device) for kv in (0, 1)]
+        for layer in range(3)
+    ]
+
+
+def addresses(tensors: list[list[torch.Tensor]]) -> list[list[int]]:
+    return [[tensor.data_ptr() for tensor in pair] for pair in tensors]
+
+
+def at(given: Any, blocks: int = BLOCKS, device: torch.device = CPU, **named: Any) -> KVView:
+    shape = (blocks, SIZE, HEADS, DIM)
+    if blocks < 0:
+        named.setdefault("block_size", SIZE)
+    return KVView.at(given, LAYOUT, shape=shape, dtype=torch.int16, device=device, **named)
+
+
+def rows(tensors: list[list[torch.Tensor]], slots: list[int]) -> torch.Tensor:
+    """The rows of some slots as a chunk has them; zeros for those that are skipped."""
+    picked = torch.stack([torch.stack(pair) for pair in tensors], 1).flatten(2, 3).cpu()
+    kept = torch.tensor(slots) >= 0
+    return picked[:, :, torch.tensor(slots).clamp(0)] * kept[:, None, None]
+
+
+def chunk(device: torch.device = CPU) -> torch.Tensor:
+    return torch.zeros(2, 3, len(SLOTS), HEADS, DIM, dtype=torch.int16, device=device)
+
+
+KINDS: dict[str, Callable[[list[list[int]]], Any]] = {
+    "lists": lambda numbers: numbers,
+    "int64": torch.tensor,
+    "uint64": lambda numbers: torch.tensor(numbers).view(torch.uint64),
+    "numpy": np.array,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("blocks", [BLOCKS, -1], ids=["known", "unknown"])
+def test_addresses_are_read_as_tensors_are(kind: str, blocks: int) -> None:
+    tensors = caches()
+    view, out = at(KINDS[kind](addresses(tensors)), blocks), chunk()
+    assert view.form == KVView(tensors, LAYOUT).form
+    assert view.slots == (BLOCKS * SIZE if blocks > 0 else UNKNOWN_SLOTS)
+    copy_rows(view, KVView(out, CHUNK), SLOTS).synchronize()
+    assert torch.equal(out, rows(tensors, SLOTS))
+    back = caches()
+    back = [[torch.zeros_like(tensor) for tensor in pair] for pair in back]
+    copy_rows(KVView(out, CHUNK), at(addresses(back), blocks), None, SLOTS).synchronize()
+    assert torch.equal(rows(back, SLOTS), out)
+
+
+def test_strides_are_elements_and_may_leave_holes() -> None:
+    wide = noise(BLOCKS, SIZE, HEADS, 2 * DIM)
+    numbers = [wide.data_ptr(), wide.data_ptr() + 2 * DIM]
+    view = KVView.at(
+        numbers, "kv | block token head dim", shape=(BLOCKS, SIZE, HEADS, DIM),
+        strides=wide.stride(), dtype=torch.int16, device="cpu",
+    )  # fmt: skip
+    out = torch.zeros(2, 5, HEADS, DIM, dtype=torch.int16)
+    copy_rows(view, KVView(out, "kv token head dim"), SLOTS).synchronize()
+    halves = [list(wide.split(DIM, -1))]
+    assert torch.equal(out, rows(halves, SLOTS)[:, 0])
+
+
+def test_a_block_behind_each_address() -> None:
+    """What a list of runs of one size is: a table that the block's number walks through."""
+    pages = [noise(SIZE, DIM, seed=seed) for seed in range(7)]
+    layout, target = "block | token dim", torch.zeros(3, SIZE, DIM, dtype=torch.int16)
+    view = KVView.at(
+        [page.data_ptr() for page in pages], layout, shape=(SIZE, DIM), dtype=torch.int16,
+        device="cpu",
+    )  # fmt: skip
+    assert view.slots == 7 * SIZE
+    copy_rows(view, KVView(target, "block token dim"), Index([5, 0, 6], SIZE)).synchronize()
+    assert torch.equal(target, torch.stack([pages[at] for at in (5, 0, 6)]))
+
+
+def test_slices_are_views_of_the_same_memory() -> None:
+    tensors, out = caches(), chunk()
+    view = at(addresses(tensors), -1)
+    for layer in range(3):
+        part = view.slice(layers=layer, heads=1)
+        copy_rows(part, KVView(out, CHUNK).slice(layers=layer, heads=1), SLOTS).synchronize()
+    assert torch.equal(out[..., 1, :], rows(tensors, SLOTS)[..., 1, :])
+    assert not out[..., 0, :].any()
+
+
+def test_what_is_shared_is_found_where_extents_are_known() -> None:
+    tensors = caches()
+    known, other = at(addresses(tensors)), at(addresses(caches()))
+    assert known.overlaps(KVView(tensors[1][0], "block token head dim"))
+    assert not known.overlaps(other)
+    assert not at(addresses(tensors), -1).overlaps(known)
+
+
+def test_it_holds_nothing_and_says_so() -> None:
+    view = at(addresses(caches()), -1)
+    assert view.foreign
+    assert view.held == ()
+    assert "unknown blocks" in repr(view)
+    view.check_memory()
+
+
+def test_a_plane_shows_memory_at_an_address() -> None:
+    tensors = caches()
+    assert torch.equal(at(addresses(tensors)).plane(2, 1), tensors[2][1])
+
+
+@pytest.mark.parametrize(
+    ("given", "named", "told"),
+    [
+        ([1 << 12], {}, "2 container"),
+        ([[1 << 12, 0]], {}, "above 0"),
+        ([[1 << 12, (1 << 12) + 1]], {}, "multiples of 2 bytes"),
+        ([[]], {}, "at least one address"),
+        ([[1.5, 2.5]], {}, "float64"),
+        ([[1 << 12], [1 << 12, 1 << 13]], {}, "whole numbers"),
+        (torch.ones(3, 2, dtype=torch.int32), {}, "int32"),
+        ([[1 << 12, 1 << 13]], {"shape": (BLOCKS, SIZE, -1, DIM)}, "one extent may be -1"),
+        ([[1 << 12, 1 << 13]], {"shape": (BLOCKS, SIZE, HEADS)}, "3 dimension(s)|(10, 4, 2)"),
+        ([[1 << 12, 1 << 13]], {"strides": (1, 2)}, "(1, 2)"),
+        ([[1 << 12, 1 << 13]], {"shape": "wide"}, "shape='wide'"),
+        ([[1 << 12, 1 << 13]], {"dtype": "float16"}, "'float16'"),
+    ],
+)  # fmt: skip
+def test_what_are_no_addresses_is_refused(given: Any, named: Any, told: str) -> None:
+    asked = {"shape": (BLOCKS, SIZE, HEADS, DIM), "dtype": torch.int16, "device": "cpu", **named}
+    with pytest.raises(LayoutError) as refused:
+        KVView.at(given, LAYOUT, **asked)
+    message = str(refused.value)
+    check_sentence(message)
+    assert any(each in message for each in told.split("|")), message
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("part", [{}, {"layers": slice(1, 3), "heads": 1}, {"kv": 0, "layers": 2}])
+@pytest.mark.parametrize("store", [True, False])
+def test_a_kernel_reads_a_table_that_the_host_never_sees(part: Any, store: bool) -> None:
+    tensors, other = caches(), chunk()
+    if not store:
+        other.copy_(noise(*other.shape, seed=9))
+    view, dense = (
+        blind(at(addresses(tensors), -1)).slice(**part),
+        KVView(other, CHUNK).slice(**part),
+    )
+    before = [[tensor.clone() for tensor in pair] for pair in tensors]
+    with registered(**{CudaOnCpu.name: CudaOnCpu}):
+        if store:
+            copy_rows(view, dense, SLOTS, backend=CudaOnCpu.name).synchronize()
+        else:
+            copy_rows(dense, view, None, SLOTS, backend=CudaOnCpu.name).synchronize()
+    assert not view.known
+    expected = chunk()
+    whole = KVView(before, LAYOUT).slice(**part)
+    if store:
+        copy_rows(whole, KVView(expected, CHUNK).slice(**part), SLOTS).synchronize()
+        assert torch.equal(other, expected)
+    else:
+        copy_rows(dense, whole, None, SLOTS).synchronize()
+        assert all(torch.equal(a, b) for x, y in zip(tensors, before, strict=True)
+                   for a, b in zip(x, y, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_a_device(accelerator: torch.device, where: str) -> None:
+    """Addresses of a device's memory, known to the host or to the device alone."""
+    tensors, out = caches(accelerator), chunk(accelerator)
+    table = torch.tensor(addresses(tensors))
+    view = at(table if where == "host" else table.to(accelerator), -1, accelerator)
+    assert view.form.table_on_device == (where == "device")
+    ids = torch.tensor(SLOTS, device=accelerator)
+    copy_rows(view, KVView(out, CHUNK), ids).synchronize()
+    assert torch.equal(out.cpu(), rows(tensors, SLOTS))
+    if where == "device" and accelerator.type == "cuda":
+        assert not view.known
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+def test_across_the_link(accelerator: torch.device, where: str) -> None:
+    """Both sides are addresses: device memory and pinned memory of the host."""
+    tensors = caches(accelerator)
+    host = [[pinned.empty(x.shape, x.dtype) for x in pair] for pair in caches()]
+    tables = [torch.tensor(addresses(x)) for x in (tensors, host)]
+    if where == "device":
+        tables = [table.to(accelerator) for table in tables]
+    src, dst = at(tables[0], -1, accelerator), at(tables[1], -1, pinned=True)
+    copy_rows(src, dst, [3, 8, 9], [1, 0, 2]).synchronize()
+    assert torch.equal(rows(host, [1, 0, 2]), rows(tensors, [3, 8, 9]))

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Index.of_requests`: the tokens of several requests in one list."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.block_cases import LAYERS, layered
+from support.guarded_memory import check_sentence
+from support.read_back import ReadBack
+
+from portakv import Index, KVView, SlotError, copy_rows
+
+SIZE = 4
+TABLES = [[5, 0, 7, -9], [2, -9, -9, -9], [1, 6, 3, 4]]
+LENGTHS, FIRST = [9, 0, 14], [2, 1, 1]
+
+
+def slots(lengths: list[int], first: list[int]) -> list[int]:
+    return [
+        table[token // SIZE] * SIZE + token % SIZE
+        for table, begin, length in zip(TABLES, first, lengths, strict=True)
+        for token in range(begin, begin + length)
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [None, 23, 30])
+@pytest.mark.parametrize("first", [None, FIRST], ids=["all", "later"])
+def test_slots(device: torch.device, dtype: torch.dtype, count: int | None, first: Any) -> None:
+    tables = torch.tensor(TABLES, dtype=dtype, device=device)
+    lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+    index = Index.of_requests(tables, lengths, SIZE, first=first, count=count)
+    expected = slots(LENGTHS, first or [0] * 3)
+    assert index.ids is not None
+    assert index.ids.device == tables.device
+    assert index.ids.tolist() == expected + [-1] * ((count or 23) - 23)
+
+
+def test_requests_are_gathered_in_one_copy(accelerator: torch.device) -> None:
+    """And the host waits for nothing."""
+    src = layered(accelerator)
+    out = torch.zeros(2, LAYERS, 23, 2, 16, dtype=torch.float16, device=accelerator)
+    dense = KVView(out, "kv layer token head dim")
+    tables = torch.tensor(TABLES, device=accelerator)
+    lengths = torch.tensor(LENGTHS, device=accelerator)
+
+    def gathered() -> Any:
+        index = Index.of_requests(tables, lengths, SIZE, count=23, trusted=True)
+        return copy_rows(src.view, dense, index)
+
+    gathered().synchronize()
+    out.zero_()
+    with ReadBack() as read:
+        transfer = gathered()
+    assert not read.seen
+    transfer.synchronize()
+    found = out.cpu().view(torch.int16).view(2, LAYERS, 23, -1).transpose(0, 1)
+    assert torch.equal(found, src.rows()[:, :, slots(LENGTHS, [0] * 3)])
+
+
+def test_a_request_longer_than_its_table(device: torch.device) -> None:
+    tables = torch.tensor(TABLES, device=device)[:, :2]
+    if device.type != "cpu":
+        index = Index.of_requests(tables, LENGTHS, SIZE, count=23)
+        src, out = layered(device), torch.zeros(2, LAYERS, 23, 2, 16, dtype=torch.float16)
+        transfer = copy_rows(src.view, KVView(out.to(device), "kv layer token head dim"), index)
+        with pytest.raises(SlotError, match="Position 8"):
+            transfer.synchronize()
+        return
+    with pytest.raises(SlotError) as refused:
+        Index.of_requests(tables, LENGTHS, SIZE)
+    check_sentence(str(refused.value), "Request 0", "9 tokens", "2 blocks x 4")
+
+
+@pytest.mark.parametrize(
+    ("tables", "lengths", "words"),
+    [
+        ([[1]], [1], "list"),
+        (torch.zeros(3, dtype=torch.int64), [1], "shape (3,)"),
+        (torch.zeros(2, 3), [1, 1], "torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.int32), [1], "1 lengths"),
+        (torch.zeros(2, 0, dtype=torch.int32), [1, 1], "(2, 0)"),
+        (torch.zeros(2, 3, dtype=torch.int32), [1.0, 2.0], "1.0"),
+    ],
+)  # fmt: skip
+def test_what_are_no_requests(tables: Any, lengths: Any, words: str) -> None:
+    with pytest.raises(SlotError) as refused:
+        Index.of_requests(tables, lengths, SIZE)
+    check_sentence(str(refused.value), words)
