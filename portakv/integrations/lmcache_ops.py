@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LMCache's transfer ops, with LMCache's names and arguments, over `copy_rows`.
+
+No engine is imported. The module also stands for `lmcache.c_ops` of older releases, since numbers
+are taken for its enums. Ops order their work on the current stream, and do not wait for it; an
+object in pageable memory is waited for, since no stream orders that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv import Index, KVView, SlotError, copy_rows
+from portakv.integrations.lmcache_formats import (
+    FUSED,
+    LAYOUTS,
+    MLA,
+    Held,
+    Pool,
+    caches_of,
+    layout_of,
+    objects_of,
+    tensor_at,
+)
+
+H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
+
+
+def is_store(direction: Any) -> bool:
+    if int(direction) not in (H2D, D2H):
+        raise ValueError(f"The direction {direction!r} was asked for; expected H2D (0) or D2H (1).")
+    return int(direction) == D2H
+
+
+def move(
+    store: bool, caches: KVView, chunk: KVView, ids: Index, positions: Index, count: int
+) -> None:
+    """Copy rows between the caches, under the ids, and a chunk; behind the current stream."""
+    if count <= 0:
+        return
+    src, dst, mine, theirs = caches, chunk, ids, positions
+    if not store:
+        src, dst, mine, theirs = chunk, caches, positions, ids
+    transfer = copy_rows(src, dst, mine, theirs, count=count)
+    if transfer.completions and not transfer.ordered:
+        transfer.synchronize()
+
+
+def ids_of(ids: Any, store: bool) -> Any:
+    """Ids as an index takes them. Of a block that a load names several times, as engines do with
+    the one that stands for none, the last is kept: LMCache's own ops leave the choice open."""
+    if isinstance(ids, torch.Tensor) and not ids.is_cpu:
+        return ids
+    found = np.array(ids, dtype=np.int64)
+    if not store and found.size > 1:
+        _, last = np.unique(found[::-1], return_index=True)
+        if last.size < found.size:
+            kept = np.full_like(found, -1)
+            kept[found.size - 1 - last] = found[found.size - 1 - last]
+            return kept
+    return found
+
+
+def multi_layer_kv_transfer(
+    key_value: torch.Tensor,
+    key_value_ptrs: Held,
+    slot_mapping: torch.Tensor,
+    paged_memory_device: torch.device | str,
+    page_buffer_size: int,
+    direction: Any,
+    engine_kv_format: Any,
+    block_size: int = 0,
+    head_size: int = 0,
+    skip_prefix_n_tokens: int = 0,
+    block_stride_elems: int = 0,
+) -> None:
+    """Rows of all layers between an object ``[kv, layers, tokens, row]`` and the slots of a list.
+
+    Args:
+        key_value_ptrs: addresses of the layers, int64 or uint64 on host or device; or tensors.
+        slot_mapping: int32 or int64 ``[tokens]``; negative ones are skipped.
+        page_buffer_size: slots of the caches; 0: unknown, as for MLA.
+        head_size: elements of a head, of keys alone where a row holds keys and values.
+        skip_prefix_n_tokens: tokens at the begin that are neither read nor written.
+        block_stride_elems: elements from block to block; 0: blocks are dense.
+
+    Raises:
+        SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
+    """
+    number, _, two_planes = layout_of(engine_kv_format)
+    if number == 0:  # this op reads the layers one by one
+        number, two_planes = 1, True
+    tokens, width = key_value.shape[2], key_value.element_size()
+    if slot_mapping.numel() != tokens:
+        raise SlotError(
+            f"{slot_mapping.numel()} slots were given for an object of {tokens} tokens; expected "
+            f"one for each token."
+        )
+    row = key_value.shape[3] * width
+    if not page_buffer_size:  # until G1: no caller knows it, and a guess must not be too small
+        page_buffer_size = max(int(slot_mapping.max()) + 1, 1) if tokens else 1
+    per_block, heads = block_size or 1, 1
+    if head_size and "head token" in LAYOUTS[number]:
+        heads = row // (head_size * width * (2 if number in FUSED else 1))
+    blocks = -(-page_buffer_size // per_block)
+    step = block_stride_elems * width
+    pool = Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
+    caches = caches_of(number, key_value_ptrs, pool, torch.device(paged_memory_device))
+    store = is_store(direction)
+    slots = Index(ids_of(slot_mapping, store), offset=skip_prefix_n_tokens)
+    chunk = objects_of(number, two_planes, caches, [key_value])
+    positions = Index(offset=skip_prefix_n_tokens)
+    move(store, caches, chunk, slots, positions, tokens - skip_prefix_n_tokens)
+
+
+def multi_layer_kv_transfer_unilateral(
+    key_value: torch.Tensor,
+    key_value_ptrs: Held,
+    slot_mapping: torch.Tensor,
+    paged_memory_device: torch.device | str,
+    page_buffer_size: int,
+    direction: Any,
+    engine_kv_format: Any,
+) -> None:
+    """As `multi_layer_kv_transfer`, for caches of keys and of values apart: the addresses of all
+    keys, then of all values. MLA has one list."""
+    number = int(engine_kv_format)
+    multi_layer_kv_transfer(
+        key_value, key_value_ptrs, slot_mapping, paged_memory_device, page_buffer_size, direction,
+        engine_kv_format if number in MLA else 4,
+    )  # fmt: skip
+
+
+def single_layer_kv_transfer(
+    lmc_key_value_cache: torch.Tensor,
+    vllm_key_value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    direction: Any,
+    engine_kv_format: Any,
+    token_major: bool = False,
+) -> None:
+    """Rows of one layer between a buffer, ``[tokens, 2, row]`` if ``token_major``, else ``[2,
+    tokens, row]`` (MLA: ``[tokens, row]``), and the slots of a list."""
+    cache = vllm_key_value_cache
+    pool = Pool(1, 1, 1, 1, 1)  # all is read from the tensor
+    caches = caches_of(engine_kv_format, [cache], pool, cache.device)
+    _one_layer(caches, lmc_key_value_cache, slot_mapping, direction, token_major)
+
+
+def single_layer_kv_transfer_sgl(
+    lmc_key_value_cache: torch.Tensor,
+    sgl_key_cache: torch.Tensor,
+    sgl_value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    direction: Any,
+    token_major: bool = False,
+) -> None:
+    """As `single_layer_kv_transfer`, of keys and values ``[blocks, block_size, heads, dim]``."""
+    text = "kv | block token head dim"
+    caches = KVView([sgl_key_cache, sgl_value_cache], text, reinterpret=True)
+    _one_layer(caches, lmc_key_value_cache, slot_mapping, direction, token_major)
+
+
+def load_and_reshape_flash(
+    key_value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layer_idx: int,
+) -> None:
+    """Store one layer: slots of ``[blocks, block_size, heads, dim]`` to ``[2, layers, tokens,
+    row]``."""
+    layer = key_value[:, layer_idx]
+    single_layer_kv_transfer_sgl(layer, key_cache, value_cache, slot_mapping, D2H)
+
+
+def reshape_and_cache_back_flash(
+    key_value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layer_idx: int,
+) -> None:
+    """Load one layer: the reverse of `load_and_reshape_flash`."""
+    layer = key_value[:, layer_idx]
+    single_layer_kv_transfer_sgl(layer, key_cache, value_cache, slot_mapping, H2D)
+
+
+def _one_layer(
+    caches: KVView, buffer: torch.Tensor, slots: torch.Tensor, direction: Any, token_major: bool
+) -> None:
+    text = "token (head dim)"
+    if caches.kv == 2:
+        text = "token kv (head dim)" if token_major else "kv token (head dim)"
+    chunk = KVView(buffer, text, heads=caches.heads, reinterpret=True)
+    store = is_store(direction)
+    move(store, caches, chunk, Index(ids_of(slots, store)), Index(), slots.numel())
+
+
+def multi_layer_block_kv_transfer(
+    paged_buffer_ptrs_tensor: torch.Tensor | list[Any],
+    lmcache_objects_ptrs: list[int] | list[torch.Tensor],
+    block_ids: torch.Tensor | list[int],
+    device: torch.device | str,
+    direction: Any,
+    shape_desc: Any,
+    lmcache_chunk_size: int,
+    engine_kv_format: Any,
+    skip_prefix_n_blocks: int,
+) -> None:
+    """Whole blocks of all layers between any number of objects and the blocks of a list.
+
+    Args:
+        paged_buffer_ptrs_tensor: addresses of the layers, int64 or uint64; or tensors.
+        lmcache_objects_ptrs: objects ``[2, layers, tokens, row]`` (one plane: ``[layers, tokens,
+            row]``); an address is memory of ``device`` with ``lmcache_chunk_size`` tokens. Its
+            annotation tells LMCache that tensors may be passed.
+        block_ids: int32 or int64; fewer than the objects hold are moved to their begin.
+        shape_desc: LMCache's ``PageBufferShapeDesc``.
+        skip_prefix_n_blocks: of all objects together.
+
+    Raises:
+        ValueError: a chunk that holds no whole blocks, or a negative number to skip.
+        TypeError: objects that are neither tensors nor addresses.
+        SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
+    """
+    bs, chunk, skip = int(shape_desc.bs), lmcache_chunk_size, skip_prefix_n_blocks
+    if bs < 1 or chunk < 1 or chunk % bs:
+        raise ValueError(
+            f"A lmcache_chunk_size of {chunk} tokens was asked for with blocks of {bs}; expected "
+            f"a positive multiple."
+        )
+    if skip < 0:
+        raise ValueError(f"skip_prefix_n_blocks={skip} was asked for; expected at least 0.")
+    store, per_object = is_store(direction), chunk // bs
+    number, _, two_planes = layout_of(engine_kv_format)
+    device = torch.device(device)
+    pool = pool_of(shape_desc)
+    caches = caches_of(number, paged_buffer_ptrs_tensor, pool, device)
+    objects = objects_at(lmcache_objects_ptrs, pool, chunk, two_planes, device)
+    ids = ids_of(block_ids, store)
+    for first, alike in _runs(objects):
+        held = ids[first * per_object : (first + len(alike)) * per_object]
+        begin = max(skip - first * per_object, 0) * bs
+        blocks = Index(held, step=bs, offset=begin)
+        # An object alone may be shorter than a chunk.
+        order = None if len(alike) == 1 else range(len(alike))
+        positions = Index(order, step=chunk if order else 1, offset=begin)
+        chunks = objects_of(number, two_planes, caches, alike)
+        move(store, caches, chunks, blocks, positions, len(held) * bs - begin)
+
+
+def pool_of(desc: Any) -> Pool:
+    size = int(desc.element_size)
+    step = int(getattr(desc, "block_stride_elems", 0) or 0) * size
+    sizes = (desc.nl, desc.nb, desc.bs, desc.nh, desc.hs * size, step)
+    return Pool(*(int(each) for each in sizes))
+
+
+def objects_at(
+    objects: Sequence[Any], pool: Pool, chunk: int, two_planes: bool, device: torch.device
+) -> list[torch.Tensor]:
+    """Objects as tensors; addresses are read as the caches' rows require."""
+    if not isinstance(objects, (list, tuple)):
+        raise TypeError(
+            f"Memory objects were handed over as a {type(objects).__name__}; expected a list of "
+            f"tensors or addresses."
+        )
+    shape = [*([2] if two_planes else []), pool.layers, chunk, pool.heads * pool.row]
+    found = []
+    for each in objects:
+        if not isinstance(each, (int, torch.Tensor)):
+            raise TypeError(
+                f"A memory object was handed over as a {type(each).__name__}; expected a tensor or "
+                f"an address."
+            )
+        found.append(each if isinstance(each, torch.Tensor) else tensor_at(each, shape, device))
+    return found
+
+
+def _runs(objects: list[torch.Tensor]) -> list[tuple[int, list[torch.Tensor]]]:
+    """Objects that follow each other and are alike, with the number of the first one."""
+    runs: list[tuple[int, list[torch.Tensor]]] = []
+    for number, each in enumerate(objects):
+        last = runs[-1][1][0] if runs else None
+        if last is not None and (last.shape, last.stride(), last.dtype) == (
+            each.shape, each.stride(), each.dtype
+        ):  # fmt: skip
+            runs[-1][1].append(each)
+        else:
+            runs.append((number, [each]))
+    return runs
