@@ -9,9 +9,9 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import partial
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 
 from portakv import KVView, Unsupported
@@ -79,17 +79,21 @@ def tensor_at(
     """Bytes at an address, as a uint8 tensor that owns nothing; strides count bytes."""
     if not address:
         raise ValueError("A tensor at address 0 was asked for; pass the address of the memory.")
-    dense = np.append(np.cumprod(shape[:0:-1])[::-1], 1).tolist() if strides is None else strides
+    dense = _dense(shape) if strides is None else strides
     nbytes = 1 + sum((n - 1) * step for n, step in zip(shape, dense, strict=True))
     storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, shape, dense)
+
+
+def _dense(shape: Sequence[int]) -> list[int]:
+    return [prod(shape[at + 1 :]) for at in range(len(shape))]
 
 
 def typed_at(
     address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """A dense tensor over an address, which owns nothing."""
-    rows = tensor_at(address, [int(np.prod(shape)) * dtype.itemsize], torch.device(device))
+    rows = tensor_at(address, [prod(shape) * dtype.itemsize], torch.device(device))
     return rows.view(dtype).view(tuple(shape))
 
 
@@ -168,8 +172,7 @@ def _leaf(held: Any, dims: str, pool: Pool, device: torch.device) -> torch.Tenso
         shape = pool.shape(dims)
         if not pool.step or not dims.startswith("block "):
             return tensor_at(held, shape, device)
-        inner = np.append(np.cumprod(shape[:1:-1])[::-1], 1).tolist()
-        return tensor_at(held, shape, device, [pool.step, *inner])
+        return tensor_at(held, shape, device, [pool.step, *_dense(shape)[1:]])
     if held.dim() == number:
         return held
     if held.dim() > number:
@@ -178,6 +181,7 @@ def _leaf(held: Any, dims: str, pool: Pool, device: torch.device) -> torch.Tenso
 
 
 def _values_and_scales(layer: torch.Tensor) -> list[torch.Tensor]:
+    layer = layer.view(torch.uint8)
     blocks, block_size, row = layer.shape
     step, width = layer.stride(0), row - _SCALE
     start = layer.storage_offset()

@@ -15,7 +15,13 @@ import torch
 
 from portakv import Index
 from portakv.host.memcpy import copy_
-from portakv.integrations.lmcache_formats import LAYOUTS, caches_of, layout_of, objects_of, tensor_at
+from portakv.integrations.lmcache_formats import (
+    LAYOUTS,
+    caches_of,
+    layout_of,
+    objects_of,
+    tensor_at,
+)
 from portakv.integrations.lmcache_ops import ids_of, is_store, move, objects_at, pool_of
 
 
@@ -137,7 +143,9 @@ def lmcache_memcpy_async(
     while at < nbytes:
         left = host_buffer_alignments - (host_buffer_offset + at) % host_buffer_alignments
         part = min(nbytes - at, left)
-        to, of = (tensor_at(x + at, [part], home) for x, home in ((dest, homes[0]), (src, homes[1])))
+        to, of = (
+            tensor_at(x + at, [part], home) for x, home in ((dest, homes[0]), (src, homes[1]))
+        )
         copy_(to, of, non_blocking=True)
         at += part
 

@@ -17,7 +17,6 @@ import torch
 from portakv import Index, KVView, SlotError, copy_rows
 from portakv.integrations.lmcache_formats import (
     FUSED,
-    LAYOUTS,
     MLA,
     Held,
     Pool,
@@ -55,7 +54,7 @@ def ids_of(ids: Any, store: bool) -> Any:
     the one that stands for none, the last is kept: LMCache's own ops leave the choice open."""
     if isinstance(ids, torch.Tensor) and not ids.is_cpu:
         return ids
-    found = np.array(ids, dtype=np.int64)
+    found = np.asarray(ids.numpy() if isinstance(ids, torch.Tensor) else ids, dtype=np.int64)
     if not store and found.size > 1:
         _, last = np.unique(found[::-1], return_index=True)
         if last.size < found.size:
@@ -91,9 +90,8 @@ def multi_layer_kv_transfer(
     Raises:
         SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
     """
-    number, _, two_planes = layout_of(engine_kv_format)
-    if number == 0:  # this op reads the layers one by one
-        number, two_planes = 1, True
+    # Of format 0 this op reads the layers one by one.
+    number, text, two_planes = layout_of(int(engine_kv_format) or 1)
     tokens, width = key_value.shape[2], key_value.element_size()
     if slot_mapping.numel() != tokens:
         raise SlotError(
@@ -104,7 +102,7 @@ def multi_layer_kv_transfer(
     if not page_buffer_size:  # until G1: no caller knows it, and a guess must not be too small
         page_buffer_size = max(int(slot_mapping.max()) + 1, 1) if tokens else 1
     per_block, heads = block_size or 1, 1
-    if head_size and "head token" in LAYOUTS[number]:
+    if head_size and 0 <= text.find("head") < text.find("token"):
         heads = row // (head_size * width * (2 if number in FUSED else 1))
     blocks = -(-page_buffer_size // per_block)
     step = block_stride_elems * width
