@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LMCache's ops over PortaKV: every format, by addresses and by tensors, against numpy. No engine is
-imported; `test_lmcache.py` runs the same ops inside the real package."""
+"""LMCache's ops over PortaKV: every format, by addresses and by tensors, against numpy. No engine
+is imported; `test_lmcache.py` runs the same ops inside the real package."""
 
 from __future__ import annotations
 
