@@ -7,6 +7,7 @@ process of its own; all else runs here, where LMCache was told to take PortaKV f
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -135,17 +136,14 @@ def test_every_entry_point_loads_as_its_name() -> None:
 
 
 def test_the_ops_have_the_signatures_of_lmcache(ops: Any) -> None:
-    import inspect
-
     for name in plug.OPS[lmcache_ops]:
         theirs = inspect.signature(getattr(torch_ops, name)).parameters
-        assert list(inspect.signature(getattr(ops, name)).parameters) == list(theirs), name
+        mine = list(inspect.signature(getattr(ops, name)).parameters)
+        assert mine[: len(theirs)] == list(theirs), name  # releases add to the end
 
 
 def test_lmcache_finds_that_tensors_may_be_passed(ops: Any) -> None:
-    from inspect import signature
-
-    said = signature(ops.multi_layer_block_kv_transfer).parameters["lmcache_objects_ptrs"]
+    said = inspect.signature(ops.multi_layer_block_kv_transfer).parameters["lmcache_objects_ptrs"]
     assert "Tensor" in str(said.annotation)
 
 
@@ -228,11 +226,12 @@ def test_keys_and_values_apart_as_by_the_torch_op(ops: Any) -> None:
 
 # --- Engine-driven mode: LMCache's own calls ------------------------------------------------------
 
+# As many heads as tokens of a block: 0.5.4 takes all caches on the host for HND.
 LAYERWISE = [
-    ("NHD", (2, 8, 4, 2, 8), 1),
-    ("HND", (2, 8, 2, 4, 8), 1),
-    ("NHD", (8, 2, 4, 2, 8), 0),
-    ("HND", (8, 2, 2, 4, 8), 0),
+    ("NHD", (2, 8, 4, 4, 8), 1),
+    ("HND", (2, 8, 4, 4, 8), 1),
+    ("NHD", (8, 2, 4, 4, 8), 0),
+    ("HND", (8, 2, 4, 4, 8), 0),
     ("NHD", (8, 4, 24), 0),
 ]
 
