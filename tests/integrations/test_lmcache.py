@@ -257,6 +257,65 @@ def test_gather_and_scatter(order: str, shape: tuple[int, ...], axis: int, skip:
         assert each.equal(expected)
 
 
+# --- The daemon's path: caches in shared memory, objects of LMCache's allocator -------------------
+
+DAEMON = """
+import hashlib
+import lmcache
+import lmcache.lmcache_native as native
+import torch
+from lmcache.v1.memory_allocators.tensor_memory_allocator import TensorMemoryAllocator
+from lmcache.v1.multiprocess import object_group_transfer as groups
+from lmcache.v1.platform import resolve_kv_wrapper_factory
+from lmcache.v1.platform.cache_context import create_cache_context
+
+def transfer(direction, skip):
+    host = IDS if DIRECT else ()
+    groups.transfer_kv_per_object_group(
+        context, groups.downsample_and_stage_block_ids(context, IDS), objects, 0, 2, skip,
+        direction, transfer_key="test", block_ids_host=host)
+
+torch.manual_seed(0)
+made = [torch.randn(SHAPE).bfloat16() for _ in range(3)]
+wrapped = [resolve_kv_wrapper_factory("cpu")(each) for each in made]
+context = create_cache_context(wrapped, 8, {"kv_layout": ORDER})
+caches = context.kv_caches_
+before = [each.clone() for each in caches]
+memory = TensorMemoryAllocator(torch.zeros(2**20, dtype=torch.uint8))
+nbytes = context.get_temp_object_group_buffer(0, 0).nbytes
+objects = [memory.allocate(torch.Size([nbytes]), torch.uint8) for _ in range(3)]
+for each in objects:
+    each.raw_tensor.zero_()
+transfer(native.TransferDirection.D2H, 0)
+held = b"".join(each.raw_tensor.numpy().tobytes() for each in objects)
+for each in caches:
+    each.zero_()
+transfer(native.TransferDirection.H2D, 4)
+for each, old in zip(caches, before):
+    expected, kept = torch.zeros_like(old), torch.tensor(IDS[0][1:])
+    expected.index_copy_(AXIS, kept, old.index_select(AXIS, kept))
+    assert each.equal(expected)
+for each in objects:
+    each.ref_count_down()
+print(type(lmcache.device_ops).__name__, hashlib.sha1(held).hexdigest())
+"""
+
+
+@pytest.mark.parametrize(("order", "shape", "axis"), LAYERWISE[1:])
+def test_the_daemons_objects_are_the_same(order: str, shape: tuple[int, ...], axis: int) -> None:
+    pytest.importorskip("lmcache.v1.multiprocess.object_group_transfer", reason="0.5.6 and newer")
+    given = f"ORDER, SHAPE, AXIS, IDS = {order!r}, {shape}, {axis}, [[3, 0, 6, 2, 5, 1]]"
+    found = {}
+    for backend, direct in (("cpu", False), ("portakv-cpu", False), ("portakv-cpu", True)):
+        chosen = {plug.VARIABLE: backend} if backend != "cpu" else {}
+        code = f"{given}\nDIRECT = {direct}\n{DAEMON}"
+        found[backend, direct] = answer(code, **chosen).split()
+    theirs = found.pop(("cpu", False))
+    assert theirs[0] == "CpuDeviceOps"
+    for mine in found.values():
+        assert mine == ["PortaKVOps", theirs[1]]
+
+
 # --- The state of a process -----------------------------------------------------------------------
 
 ROUND_TRIP = """

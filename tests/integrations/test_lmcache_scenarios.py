@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LMCache's own scenarios of the replaced ops, on the simulated device: its tests know the devices of
-three vendors by name, so that the scenarios are called here with another one.
+"""LMCache's own scenarios of the replaced ops, on the simulated device: its tests know the devices
+of three vendors by name, so that the scenarios are called here with another one.
 
-`.ci/plugs` names the folder of LMCache's sources, and starts a process in which the device is `mlu`.
+`.ci/plugs` names the folder of LMCache's sources, and starts a process whose device is ``mlu``.
 """
 
 from __future__ import annotations
