@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from portakv.integrations import check_release, lmcache_host, lmcache_ops
-from portakv.integrations.lmcache_formats import typed_at
+from portakv.integrations.lmcache_memory import typed_at
 
 #: The classes of this module with the type of device that each serves.
 DEVICES = {"CpuSpec": "cpu", "CudaSpec": "cuda", "NpuSpec": "npu", "MluSpec": "mlu"}

@@ -6,15 +6,14 @@ No engine is imported. Adding a format is adding a line to `LAYOUTS`.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Sequence
 from functools import partial
-from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
 from portakv import KVView, Unsupported
+from portakv.integrations.lmcache_memory import addresses_of, aliases, dense, key_of, tensor_at
 from portakv.runtime.bounded import Bounded
 
 _BLOCKED_SCALES, _PLANES = 14, 17
@@ -44,6 +43,7 @@ LAYOUTS = {
 MLA = (3, 5, _BLOCKED_SCALES, _PLANES)
 FUSED = (10, 11, 12, 13)
 _SCALE = 4  # bytes of a token's scale in a blocked-scale cache
+_views: Bounded[tuple[Any, ...], KVView] = Bounded("views of LMCache's caches", 64)
 #: Caches: a table of addresses, a tensor, or the containers that the layout names.
 Held: TypeAlias = "torch.Tensor | Sequence[Any]"
 
@@ -68,50 +68,6 @@ class Pool(NamedTuple):
         return [sizes[each] for each in dims.split()]
 
 
-# --- Memory by its address: until G1 (views over addresses) the plug makes the tensors itself -----
-_tables: Bounded[int, tuple[Any, int, tuple[int, ...]]] = Bounded("LMCache's tables", 64)
-_views: Bounded[tuple[Any, ...], KVView] = Bounded("views of LMCache's caches", 64)
-
-
-def tensor_at(
-    address: int, shape: Sequence[int], device: torch.device, strides: Sequence[int] | None = None
-) -> torch.Tensor:
-    """Bytes at an address, as a uint8 tensor that owns nothing; strides count bytes."""
-    if not address:
-        raise ValueError("A tensor at address 0 was asked for; pass the address of the memory.")
-    dense = _dense(shape) if strides is None else strides
-    nbytes = 1 + sum((n - 1) * step for n, step in zip(shape, dense, strict=True))
-    storage = torch._C._construct_storage_from_data_pointer(address, device, nbytes)
-    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage, 0, shape, dense)
-
-
-def _dense(shape: Sequence[int]) -> list[int]:
-    return [prod(shape[at + 1 :]) for at in range(len(shape))]
-
-
-def typed_at(
-    address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """A dense tensor over an address, which owns nothing."""
-    rows = tensor_at(address, [prod(shape) * dtype.itemsize], torch.device(device))
-    return rows.view(dtype).view(tuple(shape))
-
-
-def _addresses(table: Held) -> tuple[int, ...] | None:
-    """The addresses that caches are handed over as; None if they are tensors. A table on a device
-    is read once, and again if it was written since."""
-    if not isinstance(table, torch.Tensor):
-        return tuple(table) if len(table) and isinstance(table[0], int) else None
-    if table.dim() != 1 or table.dtype not in (torch.int64, torch.uint64):
-        return None
-    version = 0 if table.is_inference() else table._version  # of such a tensor none is kept
-    known = _tables.get(id(table))
-    if known is None or known[0]() is not table or known[1] != version:
-        found = tuple(address % 2**64 for address in table.tolist())
-        known = _tables[id(table)] = weakref.ref(table), version, found
-    return known[2]
-
-
 # --- Views ----------------------------------------------------------------------------------------
 
 
@@ -129,17 +85,23 @@ def layout_of(engine_kv_format: Any) -> tuple[int, str, bool]:
 
 
 def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.device) -> KVView:
-    """The caches of a call as a view; one over addresses is kept, since it holds no memory."""
+    """The caches of a call as a view. It is kept for the next call, since it keeps no memory; but
+    on a device whose vendor has storages of its own kind it is made of the tensors themselves."""
     number, text, _ = layout_of(engine_kv_format)
-    addresses = _addresses(held)
-    if addresses is None:
-        leaves = [held] if isinstance(held, torch.Tensor) else list(held)
+    addresses = addresses_of(held)
+    if addresses is not None:
+        key: tuple[Any, ...] = number, addresses, pool, device
+        return _views.get_or_make(key, partial(_view, number, text, addresses, pool, device))
+    leaves = [held] if isinstance(held, torch.Tensor) else list(held)
+    if device.type == "npu":
         return _view(number, text, leaves, pool, device)
-    key = number, addresses, pool, device
-    return _views.get_or_make(key, partial(_view, number, text, list(addresses), pool, device))
+    key = number, key_of(leaves), pool, device
+    return _views.get_or_make(key, lambda: _view(number, text, aliases(leaves), pool, device))
 
 
-def _view(number: int, text: str, leaves: list[Any], pool: Pool, device: torch.device) -> KVView:
+def _view(
+    number: int, text: str, leaves: Sequence[Any], pool: Pool, device: torch.device
+) -> KVView:
     containers, _, dims = text.rpartition(" | ")
     if number == _BLOCKED_SCALES:
         split = [_values_and_scales(_leaf(each, "block token dim", pool, device))
@@ -172,7 +134,7 @@ def _leaf(held: Any, dims: str, pool: Pool, device: torch.device) -> torch.Tenso
         shape = pool.shape(dims)
         if not pool.step or not dims.startswith("block "):
             return tensor_at(held, shape, device)
-        return tensor_at(held, shape, device, [pool.step, *_dense(shape)[1:]])
+        return tensor_at(held, shape, device, [pool.step, *dense(shape)[1:]])
     if held.dim() == number:
         return held
     if held.dim() > number:

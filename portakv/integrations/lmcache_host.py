@@ -20,8 +20,8 @@ from portakv.integrations.lmcache_formats import (
     caches_of,
     layout_of,
     objects_of,
-    tensor_at,
 )
+from portakv.integrations.lmcache_memory import tensor_at
 from portakv.integrations.lmcache_ops import ids_of, is_store, move, objects_at, pool_of
 
 

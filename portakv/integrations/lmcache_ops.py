@@ -23,8 +23,8 @@ from portakv.integrations.lmcache_formats import (
     caches_of,
     layout_of,
     objects_of,
-    tensor_at,
 )
+from portakv.integrations.lmcache_memory import tensor_at
 
 H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
 
@@ -98,9 +98,11 @@ def multi_layer_kv_transfer(
             f"{slot_mapping.numel()} slots were given for an object of {tokens} tokens; expected "
             f"one for each token."
         )
+    if tokens <= skip_prefix_n_tokens:
+        return
     row = key_value.shape[3] * width
     if not page_buffer_size:  # until G1: no caller knows it, and a guess must not be too small
-        page_buffer_size = max(int(slot_mapping.max()) + 1, 1) if tokens else 1
+        page_buffer_size = max(int(slot_mapping.max()) + 1, 1)
     per_block, heads = block_size or 1, 1
     if head_size and 0 <= text.find("head") < text.find("token"):
         heads = row // (head_size * width * (2 if number in FUSED else 1))
@@ -241,7 +243,7 @@ def multi_layer_block_kv_transfer(
     caches = caches_of(number, paged_buffer_ptrs_tensor, pool, device)
     objects = objects_at(lmcache_objects_ptrs, pool, chunk, two_planes, device)
     ids = ids_of(block_ids, store)
-    for first, alike in _runs(objects):
+    for first, alike in _runs(objects, device):
         held = ids[first * per_object : (first + len(alike)) * per_object]
         begin = max(skip - first * per_object, 0) * bs
         blocks = Index(held, step=bs, offset=begin)
@@ -280,15 +282,18 @@ def objects_at(
     return found
 
 
-def _runs(objects: list[torch.Tensor]) -> list[tuple[int, list[torch.Tensor]]]:
-    """Objects that follow each other and are alike, with the number of the first one."""
+def _runs(
+    objects: list[torch.Tensor], device: torch.device
+) -> list[tuple[int, list[torch.Tensor]]]:
+    """Objects that follow each other and are alike, with the number of the first one: those that
+    one launch can move. On the host, where nothing is launched, each is by itself."""
     runs: list[tuple[int, list[torch.Tensor]]] = []
+    before = None
     for number, each in enumerate(objects):
-        last = runs[-1][1][0] if runs else None
-        if last is not None and (last.shape, last.stride(), last.dtype) == (
-            each.shape, each.stride(), each.dtype
-        ):  # fmt: skip
+        kind = each.shape, each.stride(), each.dtype
+        if kind == before and device.type != "cpu":
             runs[-1][1].append(each)
         else:
             runs.append((number, [each]))
+        before = kind
     return runs
