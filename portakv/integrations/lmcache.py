@@ -83,7 +83,7 @@ def _own_spec(device_type: str) -> type[Any]:
 def _ops(base: type[Any], device_type: str) -> type[Any]:
     """LMCache's ops of a device with PortaKV's over them."""
 
-    class PortaKVOps(base):  # type: ignore[misc, valid-type]
+    class PortaKVOps(base):  # type: ignore[misc]
         def ensure_native(self) -> None:
             # Where LMCache wants a package of the vendor, PortaKV's ops do without.
             with suppress(ImportError):

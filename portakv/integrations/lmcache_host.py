@@ -81,7 +81,8 @@ def execute_direct_copy_transfer(
         per_chunk = slots // pool.block_size
         row = pool.heads * pool.row
         nbytes = (2 if two_planes else 1) * pool.layers * slots * row
-        ids, places = [], []
+        ids: list[int] = []
+        places: list[int] = []
         for order, each in enumerate(objects):
             skip, first = each.skip_prefix_n_blocks[place], each.chunk_idx * per_chunk
             end = spec.byte_offset_in_object + nbytes
@@ -123,31 +124,29 @@ def lmcache_memcpy_async(
     before the host's address. ``device_type`` None: the process's accelerator, else the host."""
     _check_power(host_buffer_alignments, "host_buffer_alignments")
     store = is_store(direction)
-    if isinstance(dest, int) != isinstance(src, int):
+    if isinstance(dest, int) and isinstance(src, int):
+        homes = torch.device("cpu"), _current(device_type)
+        to, of = homes if store else homes[::-1]
+        at = 0
+        while at < nbytes:
+            left = host_buffer_alignments - (host_buffer_offset + at) % host_buffer_alignments
+            part = [min(nbytes - at, left)]
+            pieces = tensor_at(dest + at, part, to), tensor_at(src + at, part, of)
+            copy_(*pieces, non_blocking=True)
+            at += part[0]
+    elif isinstance(dest, int) or isinstance(src, int):
         raise TypeError(
             f"A copy from a {type(src).__name__} to a {type(dest).__name__} was asked for; "
             f"expected two addresses or two tensors."
         )
-    if not isinstance(dest, int) and not isinstance(src, int):
-        if nbytes % dest.element_size():
-            raise ValueError(
-                f"nbytes={nbytes} was asked of elements of {dest.element_size()} bytes; nbytes "
-                f"must align with the tensor's element size."
-            )
+    elif nbytes % dest.element_size():
+        raise ValueError(
+            f"nbytes={nbytes} was asked of elements of {dest.element_size()} bytes; nbytes must "
+            f"align with the tensor's element size."
+        )
+    else:
         flat = [each.view(-1).view(torch.uint8)[:nbytes] for each in (dest, src)]
         copy_(flat[0], flat[1], non_blocking=True)
-        return
-    host, device = torch.device("cpu"), _current(device_type)
-    homes = (host, device) if store else (device, host)
-    at = 0
-    while at < nbytes:
-        left = host_buffer_alignments - (host_buffer_offset + at) % host_buffer_alignments
-        part = min(nbytes - at, left)
-        to, of = (
-            tensor_at(x + at, [part], home) for x, home in ((dest, homes[0]), (src, homes[1]))
-        )
-        copy_(to, of, non_blocking=True)
-        at += part
 
 
 def _check_power(value: int, name: str) -> None:
@@ -156,9 +155,10 @@ def _check_power(value: int, name: str) -> None:
 
 
 def _current(device_type: str | None) -> torch.device:
-    if device_type is None and torch.accelerator.is_available():
-        return torch.device(torch.accelerator.current_accelerator().type,
-                            torch.accelerator.current_device_index())  # fmt: skip
-    if device_type in (None, "cpu"):
+    """The current device of a type; None: of the process's accelerator, else the host."""
+    if device_type is None:
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        device_type = "cpu" if accelerator is None else accelerator.type
+    if device_type == "cpu":
         return torch.device("cpu")
-    return torch.device(str(device_type), torch.accelerator.current_device_index())
+    return torch.device(device_type, torch.accelerator.current_device_index())
