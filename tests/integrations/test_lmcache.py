@@ -353,6 +353,50 @@ def test_a_device_that_lmcache_does_not_know() -> None:
     assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "True"
 
 
+COUNT = """
+import lmcache.lmcache_native as native
+from torch.utils._python_dispatch import TorchDispatchMode
+from lmcache.v1.platform import resolve_device_ops, torch_ops
+
+class Calls(TorchDispatchMode):
+    number = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+desc = native.PageBufferShapeDesc()
+for name, value in dict(kv_size=2, nl=32, nb=8, bs=4, nh=2, hs=8, element_size=4).items():
+    setattr(desc, name, value)
+desc.dtype = torch.float32
+objects = [torch.zeros(2, 32, 8, 16) for _ in range(2)]
+counted = []
+for name, shape in SHAPES.items():
+    caches = [torch.zeros(shape, device="mlu") for _ in range(32)]
+    for ops in (torch_ops, resolve_device_ops("mlu")):
+        for again in range(2):
+            with Calls() as calls:
+                ops.multi_layer_block_kv_transfer(
+                    caches, objects, [3, 0, 6, 2], torch.device("mlu:0"),
+                    native.TransferDirection.D2H, desc, 8,
+                    native.EngineKVFormat.__members__[name], 0)
+        counted.append(calls.number)
+print(*counted)
+"""
+
+
+def test_fewer_calls_than_by_lmcaches_own() -> None:
+    shapes = {
+        "NL_X_TWO_NB_NH_BS_HS": (2, 8, 2, 4, 8),
+        "NL_X_NB_TWO_NH_BS_HS": (8, 2, 2, 4, 8),
+        "NL_X_TWO_NB_BS_NH_HS": (2, 8, 4, 2, 8),
+    }
+    code = f"{SIMULATED}\nSHAPES = {shapes}\n{COUNT}"
+    found = [int(x) for x in answer(code, LMCACHE_DEVICE_BACKEND="portakv-mlu").split()]
+    print(found)
+    for theirs, mine, least in zip(found[::2], found[1::2], (5, 5, 4), strict=True):
+        assert theirs >= least * mine
+
+
 def test_two_kinds_of_device_in_one_process() -> None:
     code = "import lmcache\nround_trip('mlu')\nround_trip('cpu')\nprint('right')"
     assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "right"
