@@ -31,6 +31,8 @@ OPS = {
         "direct_copy_format_supported", "execute_direct_copy_transfer",
     ),
 }  # fmt: skip
+#: Devices that LMCache drives by tensors alone: until G1 views over their addresses are unproven.
+BY_TENSORS = ("npu", "mlu")
 VARIABLE = "LMCACHE_DEVICE_BACKEND"
 
 
@@ -42,17 +44,26 @@ def __getattr__(name: str) -> type[Any]:
     return made
 
 
-def _spec(name: str, device_type: str) -> type[Any]:
+def _spec(name: str, kind: str) -> type[Any]:
     """A class of specs over LMCache's own for this type of device, if it has one."""
-    base = _own_spec(device_type)
+    base = _own_spec(kind)
 
     class Spec(base):  # type: ignore[misc, valid-type]
-        device_type = torch_module_name = property(lambda _: _device_type)
-        backend_name = property(lambda _: f"portakv-{_device_type}")
+        @property
+        def device_type(self) -> str:
+            return kind
+
+        @property
+        def torch_module_name(self) -> str:
+            return kind
+
+        @property
+        def backend_name(self) -> str:
+            return f"portakv-{kind}"
 
         @property
         def ops_cls(self) -> type[Any]:
-            return _ops(super().ops_cls, _device_type)
+            return _ops(super().ops_cls, kind)
 
         def is_available(self) -> bool:
             """Only if it was asked for: two available backends of one device are an error."""
@@ -60,9 +71,15 @@ def _spec(name: str, device_type: str) -> type[Any]:
             if chosen != self.backend_name:
                 return False
             check_release("lmcache")
-            return _present(_device_type)
+            return _present(kind)
 
-    _device_type = device_type
+        def is_lmcache_driven_available(self) -> bool:
+            return kind not in BY_TENSORS and bool(super().is_lmcache_driven_available())
+
+        def is_handle_transfer_available(self) -> bool:
+            """The same question, as 0.5.4 asks it."""
+            return kind not in BY_TENSORS
+
     Spec.__name__ = Spec.__qualname__ = name
     return Spec
 
@@ -70,6 +87,10 @@ def _spec(name: str, device_type: str) -> type[Any]:
 def _own_spec(device_type: str) -> type[Any]:
     """LMCache's spec of a type of device; its base class, which drives engines by tensors alone, if
     it has none."""
+    import torch
+
+    if device_type == "cuda" and torch.version.hip:
+        device_type = "rocm"
     base: type[Any] = importlib.import_module("lmcache.v1.platform.base.device_spec").DeviceSpec
     for folder in ("lmcache.v1.platform.devices", "lmcache.v1.platform"):
         with suppress(ImportError):
@@ -95,6 +116,9 @@ def _ops(base: type[Any], device_type: str) -> type[Any]:
             self.lmcache_memcpy_async = staged
 
         def tensor_from_ptr(self, ptr: int, shape: Any, dtype: Any, device: Any) -> Any:
+            """LMCache's own way, if it has one for this device."""
+            with suppress(AttributeError, ValueError):
+                return super().tensor_from_ptr(ptr, shape, dtype, device)
             return typed_at(ptr, shape, dtype, device)
 
     PortaKVOps.device_type = device_type

@@ -68,6 +68,13 @@ class Pool(NamedTuple):
         return [sizes[each] for each in dims.split()]
 
 
+def pool_of(desc: Any) -> Pool:
+    size = int(desc.element_size)
+    step = int(getattr(desc, "block_stride_elems", 0) or 0) * size
+    sizes = (desc.nl, desc.nb, desc.bs, desc.nh, desc.hs * size, step)
+    return Pool(*(int(each) for each in sizes))
+
+
 # --- Views ----------------------------------------------------------------------------------------
 
 
@@ -150,6 +157,27 @@ def _values_and_scales(layer: torch.Tensor) -> list[torch.Tensor]:
     values = layer.as_strided((blocks, block_size, width), (step, width, 1), start)
     sizes, steps = (blocks, block_size, _SCALE), (step, _SCALE, 1)
     return [values, layer.as_strided(sizes, steps, start + block_size * width)]
+
+
+def objects_at(
+    objects: Sequence[Any], pool: Pool, chunk: int, two_planes: bool, device: torch.device
+) -> list[torch.Tensor]:
+    """Objects as tensors; addresses are read as the caches' rows require."""
+    if not isinstance(objects, (list, tuple)):
+        raise TypeError(
+            f"Memory objects were handed over as a {type(objects).__name__}; expected a list of "
+            f"tensors or addresses."
+        )
+    shape = [*([2] if two_planes else []), pool.layers, chunk, pool.heads * pool.row]
+    found = []
+    for each in objects:
+        if not isinstance(each, (int, torch.Tensor)):
+            raise TypeError(
+                f"A memory object was handed over as a {type(each).__name__}; expected a tensor or "
+                f"an address."
+            )
+        found.append(each if isinstance(each, torch.Tensor) else tensor_at(each, shape, device))
+    return found
 
 
 def objects_of(

@@ -19,10 +19,12 @@ from portakv.integrations.lmcache_formats import (
     LAYOUTS,
     caches_of,
     layout_of,
+    objects_at,
     objects_of,
+    pool_of,
 )
 from portakv.integrations.lmcache_memory import tensor_at
-from portakv.integrations.lmcache_ops import ids_of, is_store, move, objects_at, pool_of
+from portakv.integrations.lmcache_ops import ids_of, is_store, move
 
 
 class DirectCopyGroupSpec(NamedTuple):

@@ -8,7 +8,6 @@ object in pageable memory is waited for, since no stream orders that.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,9 +21,10 @@ from portakv.integrations.lmcache_formats import (
     Pool,
     caches_of,
     layout_of,
+    objects_at,
     objects_of,
+    pool_of,
 )
-from portakv.integrations.lmcache_memory import tensor_at
 
 H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
 
@@ -252,34 +252,6 @@ def multi_layer_block_kv_transfer(
         positions = Index(order, step=chunk if order else 1, offset=begin)
         chunks = objects_of(number, two_planes, caches, alike)
         move(store, caches, chunks, blocks, positions, len(held) * bs - begin)
-
-
-def pool_of(desc: Any) -> Pool:
-    size = int(desc.element_size)
-    step = int(getattr(desc, "block_stride_elems", 0) or 0) * size
-    sizes = (desc.nl, desc.nb, desc.bs, desc.nh, desc.hs * size, step)
-    return Pool(*(int(each) for each in sizes))
-
-
-def objects_at(
-    objects: Sequence[Any], pool: Pool, chunk: int, two_planes: bool, device: torch.device
-) -> list[torch.Tensor]:
-    """Objects as tensors; addresses are read as the caches' rows require."""
-    if not isinstance(objects, (list, tuple)):
-        raise TypeError(
-            f"Memory objects were handed over as a {type(objects).__name__}; expected a list of "
-            f"tensors or addresses."
-        )
-    shape = [*([2] if two_planes else []), pool.layers, chunk, pool.heads * pool.row]
-    found = []
-    for each in objects:
-        if not isinstance(each, (int, torch.Tensor)):
-            raise TypeError(
-                f"A memory object was handed over as a {type(each).__name__}; expected a tensor or "
-                f"an address."
-            )
-        found.append(each if isinstance(each, torch.Tensor) else tensor_at(each, shape, device))
-    return found
 
 
 def _runs(

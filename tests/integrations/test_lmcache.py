@@ -110,6 +110,15 @@ def test_a_release_outside_the_matrix_is_refused_with_both_versions(found: str) 
     assert in_a_process(code).returncode == 0  # nobody asked for it
 
 
+def test_devices_whose_memory_is_only_reached_by_tensors() -> None:
+    for name, device in plug.DEVICES.items():
+        spec = getattr(plug, name)()
+        driven = device in ("cpu", "cuda")
+        assert spec.is_handle_transfer_available() is driven
+        if metadata.version("lmcache") != "0.5.4":
+            assert spec.is_lmcache_driven_available() is driven
+
+
 def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> str:
         raise metadata.PackageNotFoundError(name)

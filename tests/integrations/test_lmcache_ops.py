@@ -359,6 +359,24 @@ def test_bytes_are_cut_at_the_seams(offset: int, nbytes: int, device: torch.devi
     assert not back[offset + nbytes :].any()
 
 
+@pytest.mark.parametrize(("offset", "nbytes"), [(0, 64), (32, 64), (16, 200), (64, 128), (5, 0)])
+def test_no_piece_crosses_a_seam(offset: int, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[tuple[int, int]] = []
+    host, there = torch.zeros(256, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)
+
+    def recorded(dest: torch.Tensor, src: torch.Tensor, **_: Any) -> None:
+        pieces.append((src.data_ptr() - host.data_ptr(), src.numel()))
+
+    monkeypatch.setattr(lmcache_host, "copy_", recorded)
+    lmcache_host.lmcache_memcpy_async(
+        there.data_ptr() + offset, host.data_ptr() + offset, nbytes, H2D, offset, 64,
+        device_type="cpu",
+    )  # fmt: skip
+    assert sum(size for _, size in pieces) == nbytes
+    assert all(at // 64 == (at + size - 1) // 64 for at, size in pieces)
+    assert len(pieces) == len({at // 64 for at, _ in pieces})
+
+
 # --- What is refused ------------------------------------------------------------------------------
 
 
@@ -426,3 +444,48 @@ def test_a_table_that_comes_after_another_is_read() -> None:
             chunk, pointers(caches, CPU), torch.tensor([9, 2]), CPU, g.slots, D2H, 1
         )
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
+
+
+@pytest.mark.parametrize(
+    ("changed", "field"),
+    [
+        ({"nbytes": 100}, "object"),
+        ({"chunk_idx": 1}, "object"),
+        ({"skip_prefix_n_blocks": [3]}, "object"),
+        ({"slots_per_chunk": 6}, "group"),
+        ({"block_ids": [3, 7]}, "group"),
+    ],
+)
+def test_a_direct_copy_that_cannot_be(changed: Any, field: str) -> None:
+    g = GEOMETRIES[1]
+    _, caches = held(g, CPU, 1)
+    memory = torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)
+    group = lmcache_host.DirectCopyGroupSpec(
+        pointers(caches, CPU).tolist(), g.descriptor(), 1, 2 * g.block_size, 0, [3, 0]
+    )
+    one = lmcache_host.DirectCopyObject(memory.data_ptr(), 0, memory.nbytes, 0, [0])
+    group = group._replace(**changed) if field == "group" else group
+    one = one._replace(**changed) if field == "object" else one
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 - `SlotError` is one
+        lmcache_host.execute_direct_copy_transfer(D2H, CPU, 2**26, [group], [one])
+    check_sentence(str(caught.value))
+    assert not memory.any()
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"host_buffer_alignments": 48}, ValueError),
+        ({"direction": 2}, ValueError),
+        ({"dest": 1}, TypeError),
+        ({"nbytes": 3}, ValueError),
+    ],
+)
+def test_a_copy_of_bytes_that_cannot_be(changed: Any, error: type[Exception]) -> None:
+    given: dict[str, Any] = {
+        "dest": torch.zeros(8), "src": torch.zeros(8), "nbytes": 8, "direction": D2H,
+        "host_buffer_offset": 0, "host_buffer_alignments": 64,
+    }  # fmt: skip
+    with pytest.raises(error) as caught:
+        lmcache_host.lmcache_memcpy_async(**given | changed)
+    check_sentence(str(caught.value))
