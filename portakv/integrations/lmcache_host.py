@@ -25,6 +25,7 @@ from portakv.integrations.lmcache_formats import (
 )
 from portakv.integrations.lmcache_memory import tensor_at
 from portakv.integrations.lmcache_ops import ids_of, is_store, move
+from portakv.runtime.devices import indexed
 
 
 class DirectCopyGroupSpec(NamedTuple):
@@ -76,7 +77,7 @@ def execute_direct_copy_transfer(
         SlotError: a block id past the end; nothing of its group was moved.
     """
     _check_power(host_buffer_alignment, "host_buffer_alignment")
-    store, device = is_store(direction), torch.device(device)
+    store, device = is_store(direction), indexed(device)
     for place, spec in enumerate(group_specs):
         number, _, two_planes = layout_of(spec.engine_kv_format)
         pool, slots = pool_of(spec.shape_desc), spec.slots_per_chunk
@@ -106,8 +107,8 @@ def execute_direct_copy_transfer(
         at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
         held = objects_at(at, pool, slots, two_planes, torch.device("cpu"))
         chunks = objects_of(number, two_planes, caches, held)
-        blocks = Index(ids_of(ids, store), step=pool.block_size)
-        units = Index(np.array(places, dtype=np.int64), step=pool.block_size)
+        blocks = Index.of(ids_of(ids, store), pool.block_size)
+        units = Index.of(np.array(places, dtype=np.int64), pool.block_size)
         move(store, caches, chunks, blocks, units, len(ids) * pool.block_size)
 
 

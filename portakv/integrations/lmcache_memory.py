@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import indexed
 
 #: Tables that were read: a weak reference to the tensor, its version, and its addresses.
 _tables: Bounded[int, tuple[Any, int, tuple[int, ...]]] = Bounded("LMCache's tables", 64)
@@ -41,7 +42,7 @@ def typed_at(
     address: int, shape: Sequence[int], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
     """A dense tensor over an address, which owns nothing."""
-    rows = tensor_at(address, [prod(shape) * dtype.itemsize], torch.device(device))
+    rows = tensor_at(address, [prod(shape) * dtype.itemsize], indexed(device))
     return rows.view(dtype).view(tuple(shape))
 
 

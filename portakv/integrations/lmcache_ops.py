@@ -25,6 +25,7 @@ from portakv.integrations.lmcache_formats import (
     objects_of,
     pool_of,
 )
+from portakv.runtime.devices import indexed
 
 H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
 
@@ -109,9 +110,9 @@ def multi_layer_kv_transfer(
     blocks = -(-page_buffer_size // per_block)
     step = block_stride_elems * width
     pool = Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
-    caches = caches_of(number, key_value_ptrs, pool, torch.device(paged_memory_device))
+    caches = caches_of(number, key_value_ptrs, pool, indexed(paged_memory_device))
     store = is_store(direction)
-    slots = Index(ids_of(slot_mapping, store), offset=skip_prefix_n_tokens)
+    slots = Index.of(ids_of(slot_mapping, store)).shifted(skip_prefix_n_tokens)
     chunk = objects_of(number, two_planes, caches, [key_value])
     positions = Index(offset=skip_prefix_n_tokens)
     move(store, caches, chunk, slots, positions, tokens - skip_prefix_n_tokens)
@@ -198,7 +199,7 @@ def _one_layer(
         text = "token kv (head dim)" if token_major else "kv token (head dim)"
     chunk = KVView(buffer, text, heads=caches.heads, reinterpret=True)
     store = is_store(direction)
-    move(store, caches, chunk, Index(ids_of(slots, store)), Index(), slots.numel())
+    move(store, caches, chunk, Index.of(ids_of(slots, store)), Index(), slots.numel())
 
 
 def multi_layer_block_kv_transfer(
@@ -238,7 +239,7 @@ def multi_layer_block_kv_transfer(
         raise ValueError(f"skip_prefix_n_blocks={skip} was asked for; expected at least 0.")
     store, per_object = is_store(direction), chunk // bs
     number, _, two_planes = layout_of(engine_kv_format)
-    device = torch.device(device)
+    device = indexed(device)
     pool = pool_of(shape_desc)
     caches = caches_of(number, paged_buffer_ptrs_tensor, pool, device)
     objects = objects_at(lmcache_objects_ptrs, pool, chunk, two_planes, device)
@@ -246,7 +247,7 @@ def multi_layer_block_kv_transfer(
     for first, alike in _runs(objects, device):
         held = ids[first * per_object : (first + len(alike)) * per_object]
         begin = max(skip - first * per_object, 0) * bs
-        blocks = Index(held, step=bs, offset=begin)
+        blocks = Index.of(held, bs).shifted(begin)
         # An object alone may be shorter than a chunk.
         order = None if len(alike) == 1 else range(len(alike))
         positions = Index(order, step=chunk if order else 1, offset=begin)

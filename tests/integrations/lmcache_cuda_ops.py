@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin for LMCache's own tests on a CUDA device: the module ``lmcache.cuda_ops``, which
-they call by name, has PortaKV's ops in front of LMCache's, or of its torch ops if those do not load.
+"""A pytest plugin for LMCache's own tests on a CUDA device: in ``lmcache.cuda_ops``, which they
+call by name, PortaKV's ops stand before LMCache's, or before its torch ops if those do not load.
 
     python -m pytest --noconftest -p lmcache_cuda_ops tests/v1/test_mem_kernels.py \
         tests/v1/test_mp_mem_kernels.py tests/v1/multiprocess/test_blocked_scale_format.py \

@@ -14,19 +14,21 @@ import subprocess
 import sys
 import textwrap
 from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+if find_spec("lmcache") is None:
+    pytest.skip("LMCache is not installed; see .ci/plugs", allow_module_level=True)
 os.environ.setdefault("LMCACHE_DEVICE_BACKEND", "portakv-cpu")
-lmcache = pytest.importorskip("lmcache", reason="LMCache is not installed; see .ci/plugs")
 
-import lmcache.lmcache_native as native  # noqa: E402
-from lmcache.v1.platform import resolve_device_ops, torch_ops  # noqa: E402
-from support.guarded_memory import check_sentence  # noqa: E402
-from support.lmcache_cases import (  # noqa: E402
+import lmcache.lmcache_native as native
+from lmcache.v1.platform import resolve_device_ops, torch_ops
+from support.guarded_memory import check_sentence
+from support.lmcache_cases import (
     GEOMETRIES,
     Geometry,
     arrays,
@@ -36,10 +38,10 @@ from support.lmcache_cases import (  # noqa: E402
     tensors,
 )
 
-from portakv import integrations  # noqa: E402
-from portakv.integrations import lmcache as plug  # noqa: E402
-from portakv.integrations import lmcache_host, lmcache_ops  # noqa: E402
-from portakv.integrations.lmcache_formats import LAYOUTS  # noqa: E402
+from portakv import integrations
+from portakv.integrations import lmcache as plug
+from portakv.integrations import lmcache_host, lmcache_ops
+from portakv.integrations.lmcache_formats import LAYOUTS
 
 CPU = torch.device("cpu")
 FORMATS = {int(each): each for each in native.EngineKVFormat.__members__.values()}
@@ -96,6 +98,7 @@ def test_a_device_that_is_not_here_is_refused() -> None:
 def test_a_release_outside_the_matrix_is_refused_with_both_versions(found: str) -> None:
     code = f"""
         from importlib import metadata
+from importlib.util import find_spec
         real = metadata.version
         metadata.version = lambda name: {found!r} if name == "lmcache" else real(name)
         import lmcache
@@ -176,8 +179,8 @@ def descriptor(g: Geometry) -> Any:
 def test_blocks_as_by_the_torch_op(number: int, skip: int, ops: Any) -> None:
     g = GEOMETRIES[number]
     caches = tensors(physical(g, g.logical(1)), CPU)
-    ids, shape = [3, 0, 6, 2, 5], (g.layers, 2 * g.block_size, g.row)
-    shape = (2, *shape) if g.kv == 2 else shape
+    ids = [3, 0, 6, 2, 5]
+    shape = [*([2] if g.kv == 2 else []), g.layers, 2 * g.block_size, g.row]
     found = []
     for module in (torch_ops, ops):
         held = caches
@@ -427,6 +430,21 @@ if __name__ == "__main__":
         print(subprocess.run([sys.executable, "-c", "import lmcache"]).returncode)
 """
     assert answer(f"{HOST}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-cpu") == "0"
+
+
+def test_a_process_may_end_while_transfers_are_under_way() -> None:
+    code = """
+        from lmcache.v1.platform import resolve_device_ops
+        caches = [torch.ones(2, 64, 16, 4, 64, device="mlu") for _ in range(8)]
+        chunk = torch.zeros(2, 8, 256, 256).pin_memory()
+        slots = torch.arange(256, device="mlu")
+        for _ in range(20):
+            resolve_device_ops("mlu").multi_layer_kv_transfer(
+                chunk, caches, slots, torch.device("mlu:0"), 1024, 1, 1, block_size=16)
+        print("issued")
+    """
+    both = f"{SIMULATED}\n{textwrap.dedent(code)}"
+    assert answer(both, LMCACHE_DEVICE_BACKEND="portakv-mlu") == "issued"
 
 
 def test_threads_that_transfer_at_once(ops: Any) -> None:

@@ -124,6 +124,18 @@ def test_a_prefix_is_neither_read_nor_written(device: torch.device) -> None:
     np.testing.assert_array_equal(arrays(chunk), expected)
 
 
+def test_a_device_without_its_number_is_the_current_one(device: torch.device) -> None:
+    g = GEOMETRIES[1]
+    logical, caches = held(g, device, 1)
+    chunk = torch.zeros(g.kv, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)
+    slots = torch.tensor([9, 2]).to(device)
+    lmcache_ops.multi_layer_kv_transfer(
+        chunk, pointers(caches, device), slots, device.type, g.slots, D2H, 1
+    )
+    synchronize(device)
+    np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
+
+
 @pytest.mark.parametrize("number", [3, 5])
 def test_a_pool_of_unknown_size(number: int, device: torch.device) -> None:
     g = GEOMETRIES[number]

@@ -4,6 +4,7 @@ the plug's tests, which knows no layout strings."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ def physical(geometry: Geometry, logical: Array) -> list[Any]:
     if number == 17:
         cuts = np.cumsum(PLANES)[:-1]
         return [tuple(_own(part) for part in np.split(page[0], cuts, -1)) for page in pages]
-    made = {
+    made: dict[int, Callable[[Array], Array]] = {
         1: lambda p: p,
         2: lambda p: p.swapaxes(0, 1),
         3: lambda p: p[0, :, :, 0],
@@ -103,11 +104,12 @@ def _blocked_scales(page: Array) -> Array:
     blocks, block_size, dim = rows.shape
     values = rows[..., :-2].reshape(blocks, -1)
     scales = rows[..., -2:].reshape(blocks, -1)
-    return np.concatenate([values, scales], axis=1).reshape(blocks, block_size, dim)
+    page = np.concatenate([values, scales], axis=1)
+    return page.reshape(blocks, block_size, dim)
 
 
 def _own(array: Array) -> Array:
-    return np.ascontiguousarray(array).copy()
+    return np.array(array, dtype=np.int16, order="C")
 
 
 def tensors(held: Any, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Any:
