@@ -80,7 +80,7 @@ def physical(geometry: Geometry, logical: Array) -> list[Any]:
     if number == 17:
         cuts = np.cumsum(PLANES)[:-1]
         return [tuple(_own(part) for part in np.split(page[0], cuts, -1)) for page in pages]
-    made: dict[int, Callable[[Array], Array]] = {
+    orders: dict[int, Callable[[Array], Array]] = {
         1: lambda p: p,
         2: lambda p: p.swapaxes(0, 1),
         3: lambda p: p[0, :, :, 0],
@@ -94,8 +94,8 @@ def physical(geometry: Geometry, logical: Array) -> list[Any]:
         14: _blocked_scales,
         15: lambda p: p.swapaxes(2, 3)[:, :, :, None],
         18: lambda p: p[0],
-    }[number]
-    return [_own(made(page)) for page in pages]
+    }
+    return [_own(orders[number](page)) for page in pages]
 
 
 def _blocked_scales(page: Array) -> Array:
