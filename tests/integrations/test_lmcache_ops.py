@@ -21,8 +21,8 @@ from support.lmcache_cases import (
     tensors,
 )
 
-from portakv import SlotError, Unsupported
-from portakv.integrations import lmcache_host, lmcache_ops
+from portakv import SlotError, Transfer, Unsupported, copy_rows
+from portakv.integrations import lmcache_host, lmcache_memory, lmcache_ops
 from portakv.integrations.lmcache_formats import LAYOUTS
 from portakv.integrations.lmcache_ops import D2H, H2D
 
@@ -264,6 +264,25 @@ def test_a_block_that_stands_for_none_may_be_named_again() -> None:
     assert_equal(caches, physical(g, logical))
 
 
+def test_an_object_in_pageable_memory_is_waited_for(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfers: list[Transfer] = []
+
+    def kept(*given: Any, **named: Any) -> Transfer:
+        transfers.append(copy_rows(*given, **named))
+        return transfers[-1]
+
+    monkeypatch.setattr(lmcache_ops, "copy_rows", kept)
+    g = GEOMETRIES[1]
+    _, caches = held(g, accelerator, 1)
+    objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)]
+    lmcache_ops.multi_layer_block_kv_transfer(
+        caches, objects, [3, 0], accelerator, D2H, g.descriptor(), 2 * g.block_size, 1, 0
+    )
+    assert [transfer.done() for transfer in transfers] == [True]
+
+
 # --- One layer ------------------------------------------------------------------------------------
 
 
@@ -447,15 +466,14 @@ def test_a_table_that_is_written_anew_is_read_anew() -> None:
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
 
 
-def test_a_table_that_comes_after_another_is_read() -> None:
-    g = GEOMETRIES[1]
-    for seed in range(8):  # the tables are likely to have one number, `id`
-        logical, caches = held(g, CPU, seed)
-        chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
-        lmcache_ops.multi_layer_kv_transfer(
-            chunk, pointers(caches, CPU), torch.tensor([9, 2]), CPU, g.slots, D2H, 1
-        )
-        np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
+def test_what_was_read_of_a_table_that_is_gone_is_not_used() -> None:
+    gone = torch.ones(3, dtype=torch.int64)
+    assert lmcache_memory.addresses_of(gone) == (1, 1, 1)
+    table = torch.full((3,), 2, dtype=torch.int64)
+    # As if the new tensor had come to lie where the old one was.
+    lmcache_memory._tables[id(table)] = lmcache_memory._tables[id(gone)]
+    del gone
+    assert lmcache_memory.addresses_of(table) == (2, 2, 2)
 
 
 @pytest.mark.parametrize(
