@@ -31,7 +31,7 @@ from portakv.errors import (
 from portakv.layout.presets import PRESETS
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import register_backend
-from portakv.runtime.transfer import Transfer
+from portakv.runtime.transfer import LateErrors, Transfer
 from portakv.view import index
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -41,8 +41,8 @@ sys.modules["portakv.index"] = index  # its old place, for one release
 
 __all__ = [
     "PRESETS", "AdaptiveConnector", "BackendUnavailable", "BlockTransfer", "CopyPlan",
-    "DeviceMismatch", "HostMemoryError", "Index", "InvalidTerms", "KVView", "LayoutError",
-    "PoolExhausted", "PortaKVError", "SlotError", "Transfer", "TransferCancelled", "TransferError",
-    "TransferTimeout", "Unsupported", "__version__", "copy_blocks", "copy_rows", "copy_runs",
-    "register_backend",
+    "DeviceMismatch", "HostMemoryError", "Index", "InvalidTerms", "KVView", "LateErrors",
+    "LayoutError", "PoolExhausted", "PortaKVError", "SlotError", "Transfer", "TransferCancelled",
+    "TransferError", "TransferTimeout", "Unsupported", "__version__", "copy_blocks", "copy_rows",
+    "copy_runs", "register_backend",
 ]  # fmt: skip
