@@ -9,7 +9,7 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
 from typing import NamedTuple
@@ -109,6 +109,29 @@ def _run(
             ops.put(target, 0, written, source)
 
 
+class _Grid(NamedTuple):
+    """Rows of ``each`` planes ``near`` bytes apart; the rows begin ``far`` bytes apart."""
+
+    first: int
+    rows: int
+    far: int
+    each: int
+    near: int
+
+
+def _grids(moves: list[int]) -> list[_Grid]:
+    """Distances of planes as one grid; if they are none, each by itself."""
+    number, first = len(moves), moves[0]
+    for each in (n for n in range(1, number + 1) if number % n == 0):
+        far = moves[each] - first if each < number else 0
+        near = moves[1] - first if each > 1 else 0
+        rows = number // each
+        made = [first + row * far + at * near for row in range(rows) for at in range(each)]
+        if made == moves and min(near, far) >= 0:
+            return [_Grid(first, rows, far, each, near)]
+    return [_Grid(move, 1, 0, 1, 0) for move in moves]
+
+
 class _Rows:
     """How the units of one side become rows.
 
@@ -155,7 +178,8 @@ class _Rows:
         moves = [(sum(map(mul, at, tables)), sum(map(mul, at, strides))) for at in places]
         #: For each entry of the table in turn, how far its planes lie behind the address.
         self._planes = [
-            (table, [move for _, move in group]) for table, group in groupby(moves, itemgetter(0))
+            (table, _grids([move for _, move in group]))
+            for table, group in groupby(moves, itemgetter(0))
         ]
 
     def find(
@@ -222,16 +246,17 @@ class _Rows:
         """The tensor over ``rows`` rows from byte ``start`` on, for each plane."""
         size, stride = [rows, *self._size], [pitch // self._width, *self._stride]
         entry, start, made = self._side.table + entry, self._side.offset + start, []
-        for table, moves in self._planes:
-            first, *others = moves
-            tensor = view.strided(entry + table, start + first, self._dtype, size, stride)
-            made.append(tensor)
-            if others:  # the last one reaches farthest: what lies between is in the storage too
-                view.strided(entry + table, start + others[-1], self._dtype, size, stride)
-                origin = tensor.storage_offset() - first // self._width
-                made += [
-                    tensor.as_strided(size, stride, origin + move // self._width) for move in others
-                ]
+        for table, grids in self._planes:
+            for grid in grids:
+                at, first = entry + table, start + grid.first
+                if grid.rows == grid.each == 1:
+                    made.append(view.strided(at, first, self._dtype, size, stride))
+                    continue
+                steps = [grid.near // self._width, grid.far // self._width, *stride]
+                sizes = [grid.each, grid.rows, *size]
+                planes = view.strided(at, first, self._dtype, sizes, steps).unbind()
+                # Few calls for many planes: one for each costs three times as much.
+                made += chain.from_iterable(zip(*(x.unbind() for x in planes), strict=True))
         return made
 
     def _rows_of(self, view: KVView) -> int:

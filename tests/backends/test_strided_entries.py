@@ -13,7 +13,7 @@ from support.core_cases import noise
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from portakv import Index, KVView, copy_rows
-from portakv.backends.strided import _by_entry
+from portakv.backends.strided import _by_entry, _grids
 
 LAYERS, BLOCKS, BLOCK_SIZE, TOKENS, ROW = 4, 9, 4, 8, 6
 
@@ -44,6 +44,7 @@ def test_a_call_for_each_layer_of_each_chunk(store: bool) -> None:
     ids, order = [7, 2, 0, 5, 8, 3], [2, 0, 1]
     sides = (paged, Index(ids, BLOCK_SIZE)), (paged_chunks, Index(order, TOKENS))
     (src, mine), (dst, theirs) = sides if store else sides[::-1]
+    copy_rows(src, dst, mine, theirs, backend="reference")  # the backend checks itself once
     with Calls() as calls:
         copy_rows(src, dst, mine, theirs, backend="reference")
     rows = torch.stack([layer[ids].reshape(-1, ROW) for layer in caches])
@@ -85,3 +86,19 @@ def test_units_by_the_entries_of_both_sides(kind: str) -> None:
             assert dst == (0 if other is None else int(other[place]))
         seen += places
     assert sorted(seen) == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("moves", "grids"),
+    [([7], 1), ([0, 8, 16], 1), ([0, 96, 8, 104], 1), ([0, 0, 0], 1), ([0, 8, 24], 3), ([8, 0], 2),
+     ([0, 4, 10, 14, 20, 24], 1), ([0, 4, 10, 15], 4)],
+)  # fmt: skip
+def test_planes_are_grids_or_each_by_itself(moves: list[int], grids: int) -> None:
+    found = _grids(moves)
+    assert len(found) == grids
+    assert moves == [
+        grid.first + row * grid.far + at * grid.near
+        for grid in found
+        for row in range(grid.rows)
+        for at in range(grid.each)
+    ]
