@@ -12,10 +12,12 @@ import importlib
 import os
 from contextlib import suppress
 from functools import partial
-from typing import Any
+from math import prod
+from typing import Any, ClassVar
 
+from portakv import KVView
+from portakv.host import pinned
 from portakv.integrations import check_release, lmcache_host, lmcache_ops
-from portakv.integrations.lmcache_memory import typed_at
 
 #: The classes of this module with the type of device that each serves.
 DEVICES = {"CpuSpec": "cpu", "CudaSpec": "cuda", "NpuSpec": "npu", "MluSpec": "mlu"}
@@ -31,7 +33,7 @@ OPS = {
         "direct_copy_format_supported", "execute_direct_copy_transfer",
     ),
 }  # fmt: skip
-#: Devices that LMCache drives by tensors alone: until G1 views over their addresses are unproven.
+#: Devices that LMCache drives by tensors alone: views over their addresses are unproven.
 BY_TENSORS = ("npu", "mlu")
 VARIABLE = "LMCACHE_DEVICE_BACKEND"
 
@@ -49,6 +51,8 @@ def _spec(name: str, kind: str) -> type[Any]:
     base = _own_spec(kind)
 
     class Spec(base):  # type: ignore[misc, valid-type]
+        adopted: ClassVar[dict[int, pinned.Adopted]] = {}  # what is pinned now, by address
+
         @property
         def device_type(self) -> str:
             return kind
@@ -75,6 +79,19 @@ def _spec(name: str, kind: str) -> type[Any]:
 
         def is_lmcache_driven_available(self) -> bool:
             return kind not in BY_TENSORS and bool(super().is_lmcache_driven_available())
+
+        def pin_memory(self, ptr: int, size: int, flags: int = 0) -> bool:
+            """LMCache registers its memory piece by piece: no copy may cross from one to another,
+            so PortaKV is told of each."""
+            done = bool(super().pin_memory(ptr, size, flags))
+            if done:
+                self.adopted[ptr] = pinned.adopt([(ptr, size)])
+            return done
+
+        def unpin_memory(self, ptr: int) -> bool:
+            if (known := self.adopted.pop(ptr, None)) is not None:
+                known.close()
+            return bool(super().unpin_memory(ptr))
 
         def is_handle_transfer_available(self) -> bool:
             """The same question, as 0.5.4 asks it."""
@@ -119,7 +136,8 @@ def _ops(base: type[Any], device_type: str) -> type[Any]:
             """LMCache's own way, if it has one for this device."""
             with suppress(AttributeError, ValueError):
                 return super().tensor_from_ptr(ptr, shape, dtype, device)
-            return typed_at(ptr, shape, dtype, device)
+            flat = KVView.at(ptr, "dim", shape=[prod(shape)], dtype=dtype, device=device)
+            return flat.owners[0].view(tuple(shape))
 
     PortaKVOps.device_type = device_type
     return PortaKVOps

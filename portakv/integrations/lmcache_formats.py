@@ -7,14 +7,14 @@ No engine is imported. Adding a format is adding a line to `LAYOUTS`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 
-from portakv import KVView, Unsupported
-from portakv.integrations.lmcache_memory import addresses_of, aliases, dense, key_of, tensor_at
-from portakv.runtime.bounded import Bounded
+from portakv import KVView, LayoutError, Unsupported
 
 _BLOCKED_SCALES, _PLANES = 14, 17
 #: How LMCache's formats are read, by the number of its EngineKVFormat. Keys and values that lie
@@ -34,7 +34,7 @@ LAYOUTS = {
     11: "layer | block token head dim",
     12: "layer | block head token dim",
     13: "layer | block token head dim",
-    _BLOCKED_SCALES: "layer kv | block token dim",  # of each block the values, then the scales
+    _BLOCKED_SCALES: "layer | block (kv token dim)",  # of each block the values, then the scales
     15: "layer | kv block head 1 token dim",
     16: "layer kv | block token head dim",
     _PLANES: "layer kv | block token 1 dim",
@@ -43,29 +43,48 @@ LAYOUTS = {
 MLA = (3, 5, _BLOCKED_SCALES, _PLANES)
 FUSED = (10, 11, 12, 13)
 _SCALE = 4  # bytes of a token's scale in a blocked-scale cache
-_views: Bounded[tuple[Any, ...], KVView] = Bounded("views of LMCache's caches", 64)
+_KEPT = 64  # views of caches
+_WORDS = (torch.int64, torch.uint64)
+#: Torch has storages of another kind there, so that memory is handed over as tensors alone.
+BY_TENSORS = ("npu",)
 #: Caches: a table of addresses, a tensor, or the containers that the layout names.
 Held: TypeAlias = "torch.Tensor | Sequence[Any]"
+
+
+class Memory(NamedTuple):
+    """A tensor at an address; strides count elements, None: it is contiguous."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
 
 
 class Pool(NamedTuple):
     """What is known of caches beside their addresses; sizes in bytes."""
 
     layers: int
-    blocks: int
+    blocks: int  # -1: unknown
     block_size: int
     heads: int
     row: int  # of one head
     step: int = 0  # from block to block; 0: they are dense
 
-    def shape(self, dims: str) -> list[int]:
-        """The shape of a tensor of bytes with such dimensions."""
-        fused = {"(block token)": self.blocks * self.block_size}
+    def memory(self, dims: str) -> Memory:
+        """A tensor of bytes with such dimensions."""
         sizes = {"layer": self.layers, "kv": 2, "block": self.blocks, "token": self.block_size}
         sizes |= {"head": self.heads, "dim": self.row, "1": 1}
-        if dims.startswith("(block token)"):
-            return [fused["(block token)"], *(sizes[each] for each in dims.split()[2:])]
-        return [sizes[each] for each in dims.split()]
+        sizes["slots"] = max(self.blocks * self.block_size, -1)
+        names = _names(dims)
+        if self.blocks < 0 and names[0] not in ("block", "slots"):
+            raise LayoutError(
+                f"Caches of an unknown number of blocks were handed over as {dims!r}; expected "
+                f"blocks that stand outermost. Pass page_buffer_size."
+            )
+        shape = tuple(sizes[each] for each in names)
+        if not self.step or names[0] != "block":
+            return Memory(shape, None, torch.uint8)
+        inner = (prod(shape[at + 1 :]) for at in range(1, len(shape)))
+        return Memory(shape, (self.step, *inner), torch.uint8)
 
 
 def pool_of(desc: Any) -> Pool:
@@ -73,6 +92,11 @@ def pool_of(desc: Any) -> Pool:
     step = int(getattr(desc, "block_stride_elems", 0) or 0) * size
     sizes = (desc.nl, desc.nb, desc.bs, desc.nh, desc.hs * size, step)
     return Pool(*(int(each) for each in sizes))
+
+
+def _names(dims: str) -> list[str]:
+    """What each dimension of a tensor of the caches is called."""
+    return dims.replace("(block token)", "slots").replace("(kv token dim)", "token dim").split()
 
 
 # --- Views ----------------------------------------------------------------------------------------
@@ -88,128 +112,129 @@ def layout_of(engine_kv_format: Any) -> tuple[int, str, bool]:
             f"formats 0 to {max(LAYOUTS)} are known; install a release of PortaKV that knows it",
         )
     text = LAYOUTS[number]
-    return number, text, "kv" in text.split() and number not in (_BLOCKED_SCALES, _PLANES)
+    return number, text, "kv" in text.split() and number != _PLANES
 
 
 def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.device) -> KVView:
-    """The caches of a call as a view. It is kept for the next call, since it keeps no memory; but
-    on a device whose vendor has storages of its own kind it is made of the tensors themselves."""
+    """The caches of a call as a view. It is kept for other calls, since it keeps no memory; but one
+    of tensors that differ, or on a device of `BY_TENSORS`, holds these and is made each time."""
     number, text, _ = layout_of(engine_kv_format)
-    addresses = addresses_of(held)
-    if addresses is not None:
-        key: tuple[Any, ...] = number, addresses, pool, device
-        return _views.get_or_make(key, partial(_view, number, text, addresses, pool, device))
-    leaves = [held] if isinstance(held, torch.Tensor) else list(held)
-    if device.type == "npu":
-        return _view(number, text, leaves, pool, device)
-    key = number, key_of(leaves), pool, device
-    return _views.get_or_make(key, lambda: _view(number, text, aliases(leaves), pool, device))
-
-
-def _view(
-    number: int, text: str, leaves: Sequence[Any], pool: Pool, device: torch.device
-) -> KVView:
     containers, _, dims = text.rpartition(" | ")
-    if number == _BLOCKED_SCALES:
-        split = [_values_and_scales(_leaf(each, "block token dim", pool, device))
-                 for each in leaves]  # fmt: skip
-        return KVView(split, text, reinterpret=True)
-    if containers == "layer kv":
-        if not isinstance(leaves[0], (list, tuple)):
-            raise TypeError(
-                f"Caches of LMCache's format {number} were handed over as a "
-                f"{type(leaves[0]).__name__}; expected a tuple of tensors for each layer."
-            )
-        return KVView(leaves, text, kv=len(leaves[0]), reinterpret=True)
-    if containers == "kv layer" and not isinstance(leaves[0], (list, tuple)):
-        half = len(leaves) // 2
-        leaves = [leaves[:half], leaves[half:]]
-    if containers == "kv layer":
-        tensors: Any = [[_leaf(each, dims, pool, device) for each in plane] for plane in leaves]
+    version: object = 0
+    if isinstance(held, torch.Tensor) and held.dim() == 1 and held.dtype in _WORDS:
+        at, memory = tuple(held.tolist()) if held.is_cpu else held, pool.memory(dims)
+        if not held.is_cpu:  # in inference mode torch does not count what is written to it
+            version = object() if held.is_inference() else held._version
+    elif not isinstance(held, torch.Tensor) and isinstance(held[0], int):
+        at, memory = tuple(held), pool.memory(dims)
     else:
-        tensors = [_leaf(each, dims, pool, device) for each in leaves]
-    block_size = pool.block_size if "(block token)" in dims else None
-    return KVView(tensors if containers else tensors[0], text, block_size=block_size,
-                  reinterpret=True)  # fmt: skip
+        leaves = _leaves(number, containers, held)
+        kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
+        if device.type in BY_TENSORS or len(kinds) > 1:
+            return _of_tensors(number, [_like(x, dims, pool) for x in leaves], held, pool)
+        like = _like(leaves[0], dims, pool)
+        at = tuple(x.data_ptr() for x in leaves)
+        memory = Memory(tuple(like.shape), like.stride(), like.dtype)
+    return _view(number, at, memory, pool.block_size, device, version)
 
 
-def _leaf(held: Any, dims: str, pool: Pool, device: torch.device) -> torch.Tensor:
-    """One tensor of the caches: made over an address, or as the caller has it; one with fewer or
-    more dimensions than the format's is read as these."""
-    number = len(dims.replace("(block token)", "slot").split())
-    if not isinstance(held, torch.Tensor):
-        shape = pool.shape(dims)
-        if not pool.step or not dims.startswith("block "):
-            return tensor_at(held, shape, device)
-        return tensor_at(held, shape, device, [pool.step, *dense(shape)[1:]])
-    if held.dim() == number:
-        return held
-    if held.dim() > number:
-        return held.flatten(number - 1)
-    return held.view(torch.uint8).view(pool.shape(dims))
+@lru_cache(_KEPT)
+def _view(
+    number: int, at: Any, memory: Memory, block_size: int, device: torch.device, version: object
+) -> KVView:
+    """The view of caches at addresses: numbers, or a table on a device as of one ``version``."""
+    text = LAYOUTS[number]
+    containers = text.rpartition(" | ")[0]
+    if "kv" in containers:
+        by = (2, -1) if containers == "kv layer" else (-1, 2)
+        at = at.view(by) if isinstance(at, torch.Tensor) else np.array(at).reshape(by)
+    declared = _declared(number, memory.shape, memory.dtype, block_size)
+    return KVView.at(at, text, **memory._asdict(), device=device, reinterpret=True, **declared)
 
 
-def _values_and_scales(layer: torch.Tensor) -> list[torch.Tensor]:
-    layer = layer.view(torch.uint8)
-    blocks, block_size, row = layer.shape
-    step, width = layer.stride(0), row - _SCALE
-    start = layer.storage_offset()
-    values = layer.as_strided((blocks, block_size, width), (step, width, 1), start)
-    sizes, steps = (blocks, block_size, _SCALE), (step, _SCALE, 1)
-    return [values, layer.as_strided(sizes, steps, start + block_size * width)]
+def _of_tensors(number: int, leaves: list[torch.Tensor], held: Any, pool: Pool) -> KVView:
+    """The view of caches as tensors in the containers of their format."""
+    text = LAYOUTS[number]
+    containers = text.rpartition(" | ")[0]
+    nested: Any = leaves
+    declared = _declared(number, leaves[0].shape, leaves[0].dtype, pool.block_size)
+    if "kv" in containers:
+        by = len(leaves) // 2 if containers == "kv layer" else len(held[0])
+        nested = [leaves[at : at + by] for at in range(0, len(leaves), by)]
+        declared["kv"] = 2 if containers == "kv layer" else by
+    return KVView(nested if containers else leaves[0], text, reinterpret=True, **declared)
 
 
-def objects_at(
-    objects: Sequence[Any], pool: Pool, chunk: int, two_planes: bool, device: torch.device
-) -> list[torch.Tensor]:
-    """Objects as tensors; addresses are read as the caches' rows require."""
-    if not isinstance(objects, (list, tuple)):
+def _declared(
+    number: int, shape: Sequence[int], dtype: torch.dtype, block_size: int
+) -> dict[str, Any]:
+    """The extents that a tensor of the caches does not tell."""
+    if number == _BLOCKED_SCALES:
+        scale = _SCALE // dtype.itemsize
+        return {"block_size": shape[1], "dim": (shape[2] - scale, scale)}
+    return {"block_size": block_size} if "(block token)" in LAYOUTS[number] else {}
+
+
+def _leaves(number: int, containers: str, held: Held) -> list[torch.Tensor]:
+    """The tensors of caches, in the order of their containers."""
+    if isinstance(held, torch.Tensor):
+        return [held]
+    if "kv" in containers and not isinstance(held[0], torch.Tensor):
+        return [each for inner in held for each in inner]
+    if containers == "layer kv" or not isinstance(held[0], torch.Tensor):
         raise TypeError(
-            f"Memory objects were handed over as a {type(objects).__name__}; expected a list of "
-            f"tensors or addresses."
+            f"Caches of LMCache's format {number} were handed over as a list of "
+            f"{type(held[0]).__name__}; expected "
+            f"{'a tuple of tensors' if containers == 'layer kv' else 'a tensor'} for each layer."
         )
-    shape = [*([2] if two_planes else []), pool.layers, chunk, pool.heads * pool.row]
-    found = []
-    for each in objects:
-        if not isinstance(each, (int, torch.Tensor)):
-            raise TypeError(
-                f"A memory object was handed over as a {type(each).__name__}; expected a tensor or "
-                f"an address."
-            )
-        found.append(each if isinstance(each, torch.Tensor) else tensor_at(each, shape, device))
-    return found
+    return list(held)
+
+
+def _like(held: torch.Tensor, dims: str, pool: Pool) -> torch.Tensor:
+    """A tensor of the caches with the format's dimensions: one with more or fewer is read as
+    these."""
+    names = _names(dims)
+    if held.dim() == len(names):
+        return held
+    if held.dim() > len(names):
+        return held.flatten(len(names) - 1)
+    return held.view(torch.uint8).view(pool.memory(dims).shape)
 
 
 def objects_of(
-    number: int, two_planes: bool, caches: KVView, objects: Sequence[torch.Tensor]
+    number: int, caches: KVView, objects: Sequence[Any], chunk: int, device: torch.device
 ) -> KVView:
-    """Memory objects as one view, paged by objects if there are several of one shape."""
-    text, kv = "kv layer token (head dim)" if two_planes else "layer token (head dim)", None
-    if number in (_BLOCKED_SCALES, _PLANES):
-        cut = [_row_of_planes(each).split(caches.widths, -1) for each in objects]
-        text, kv, tensors = "kv | layer token dim", caches.kv, cut
-    elif two_planes:
-        tensors = list(objects)
-    else:
-        row = caches.heads * caches.widths[0]
-        tensors = [_one_plane(each, caches.layers, row) for each in objects]
-    if len(tensors) == 1:
-        return KVView(tensors[0], text, heads=_heads(text, caches), kv=kv, reinterpret=True)
-    paged = f"block {text}" if "|" in text else f"block | {text}"
-    return KVView(tensors, paged, heads=_heads(text, caches), kv=kv, reinterpret=True)
+    """Memory objects as one view, paged by objects if there are several.
+
+    Args:
+        objects: tensors of one shape; or addresses of memory of ``device``, each of as many tokens
+            as ``chunk`` says, in rows as the caches have them.
+    """
+    two_planes = layout_of(number)[2]
+    text = "kv layer token (head dim)" if two_planes else "layer token (head dim)"
+    extents: dict[str, Any] = {"heads": caches.heads}
+    row, wide = caches.heads * caches.widths[0], 1
+    if isinstance(objects[0], torch.Tensor):
+        wide = objects[0].element_size()
+        if not two_planes:
+            objects = [_one_plane(x, caches.layers) for x in objects]
+    if number in (_BLOCKED_SCALES, _PLANES):  # the planes of a token lie side by side
+        text, row = "layer token (kv dim)", sum(caches.widths)
+        extents = {"kv": caches.kv, "dim": tuple(width // wide for width in caches.widths)}
+    text = text if len(objects) == 1 else f"block | {text}"
+    if isinstance(objects[0], torch.Tensor):
+        held = objects[0] if len(objects) == 1 else list(objects)
+        return KVView(held, text, reinterpret=True, **extents)
+    shape = [*([2] if two_planes else []), caches.layers, chunk, row]
+    return KVView.at(
+        np.array(objects), text, shape=shape, dtype=torch.uint8, device=device, reinterpret=True,
+        **extents,
+    )  # fmt: skip
 
 
-def _heads(text: str, caches: KVView) -> int | None:
-    return caches.heads if "head" in text else None
-
-
-def _row_of_planes(each: torch.Tensor) -> torch.Tensor:
-    return (each[0] if each.dim() == 4 else each).view(torch.uint8)
-
-
-def _one_plane(each: torch.Tensor, layers: int, row: int) -> torch.Tensor:
+def _one_plane(each: torch.Tensor, layers: int) -> torch.Tensor:
     """An object of one plane as ``[layers, tokens, row]``; it may come as ``[1, layers, tokens,
     row]``, or as planes of half the row that were meant to be one."""
-    if each.dim() == 4:
-        return each[0] if each.shape[0] == 1 else each.view(layers, -1, row // each.element_size())
-    return each
+    if each.dim() < 4:
+        return each
+    return each[0] if each.shape[0] == 1 else each.view(layers, -1, 2 * each.shape[-1])

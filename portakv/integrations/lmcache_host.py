@@ -13,18 +13,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from portakv import Index
+from portakv import Index, copy_runs
 from portakv.host.memcpy import copy_
 from portakv.integrations.lmcache_formats import (
     LAYOUTS,
     caches_of,
     layout_of,
-    objects_at,
     objects_of,
     pool_of,
 )
-from portakv.integrations.lmcache_memory import tensor_at
-from portakv.integrations.lmcache_ops import ids_of, is_store, move
+from portakv.integrations.lmcache_ops import blocks_of, is_store, move
 from portakv.runtime.devices import indexed
 
 
@@ -105,10 +103,8 @@ def execute_direct_copy_transfer(
             places += range(order * per_chunk + skip, (order + 1) * per_chunk)
         caches = caches_of(number, spec.paged_layer_ptrs, pool, device)
         at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
-        held = objects_at(at, pool, slots, two_planes, torch.device("cpu"))
-        chunks = objects_of(number, two_planes, caches, held)
-        blocks = Index.of(ids_of(ids, store), pool.block_size)
-        units = Index.of(np.array(places, dtype=np.int64), pool.block_size)
+        chunks = objects_of(number, caches, at, slots, torch.device("cpu"))
+        blocks, units = blocks_of(ids, pool.block_size), Index.of(places, pool.block_size)
         move(store, caches, chunks, blocks, units, len(ids) * pool.block_size)
 
 
@@ -130,13 +126,11 @@ def lmcache_memcpy_async(
     if isinstance(dest, int) and isinstance(src, int):
         homes = torch.device("cpu"), _current(device_type)
         to, of = homes if store else homes[::-1]
-        at = 0
-        while at < nbytes:
-            left = host_buffer_alignments - (host_buffer_offset + at) % host_buffer_alignments
-            part = [min(nbytes - at, left)]
-            pieces = tensor_at(dest + at, part, to), tensor_at(src + at, part, of)
-            copy_(*pieces, non_blocking=True)
-            at += part[0]
+        before = host_buffer_offset % host_buffer_alignments
+        cuts = np.arange(-before, nbytes, host_buffer_alignments).clip(0)
+        sizes = np.diff(cuts, append=nbytes)
+        if nbytes:
+            copy_runs(src + cuts, dest + cuts, sizes, src_device=of, dst_device=to)
     elif isinstance(dest, int) or isinstance(src, int):
         raise TypeError(
             f"A copy from a {type(src).__name__} to a {type(dest).__name__} was asked for; "

@@ -8,12 +8,15 @@ object in pageable memory is waited for, since no stream orders that.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
 from typing import Any
 
-import numpy as np
 import torch
 
-from portakv import Index, KVView, SlotError, copy_rows
+from portakv import Index, KVView, LateErrors, SlotError, copy_rows
 from portakv.integrations.lmcache_formats import (
     FUSED,
     MLA,
@@ -21,13 +24,27 @@ from portakv.integrations.lmcache_formats import (
     Pool,
     caches_of,
     layout_of,
-    objects_at,
     objects_of,
     pool_of,
 )
 from portakv.runtime.devices import indexed
 
 H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
+
+
+#: An error that an op finds late, such as a bad id on a device, is raised by the next op.
+_LATE = LateErrors()
+
+
+@cache
+def terms() -> dict[str, Any]:
+    """How copies between a device and the host are carried out, as the user's variables say."""
+    found: dict[str, Any] = {}
+    if overlap := os.environ.get("PORTAKV_LMCACHE_OVERLAP"):
+        found["overlap"] = overlap
+    if blocks := os.environ.get("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS"):
+        found["max_thread_blocks"] = int(blocks)
+    return found
 
 
 def is_store(direction: Any) -> bool:
@@ -39,30 +56,20 @@ def is_store(direction: Any) -> bool:
 def move(
     store: bool, caches: KVView, chunk: KVView, ids: Index, positions: Index, count: int
 ) -> None:
-    """Copy rows between the caches, under the ids, and a chunk; behind the current stream."""
+    """Copy rows between the caches, under the ids, and a chunk; behind the current stream. Of a
+    block that a load names several times, as engines do with the one that stands for none, the last
+    counts; on a device nothing is promised, as by LMCache's own ops."""
     if count <= 0:
         return
     src, dst, mine, theirs = caches, chunk, ids, positions
     if not store:
         src, dst, mine, theirs = chunk, caches, positions, ids
-    transfer = copy_rows(src, dst, mine, theirs, count=count)
+        if ids.on_host:
+            theirs = ids.without_repeats()
+    across = terms() if caches.device != chunk.device else {}
+    transfer = copy_rows(src, dst, mine, theirs, count=count, late=_LATE, **across)
     if transfer.completions and not transfer.ordered:
         transfer.synchronize()
-
-
-def ids_of(ids: Any, store: bool) -> Any:
-    """Ids as an index takes them. Of a block that a load names several times, as engines do with
-    the one that stands for none, the last is kept: LMCache's own ops leave the choice open."""
-    if isinstance(ids, torch.Tensor) and not ids.is_cpu:
-        return ids
-    found = np.asarray(ids.numpy() if isinstance(ids, torch.Tensor) else ids, dtype=np.int64)
-    if not store and found.size > 1:
-        _, last = np.unique(found[::-1], return_index=True)
-        if last.size < found.size:
-            kept = np.full_like(found, -1)
-            kept[found.size - 1 - last] = found[found.size - 1 - last]
-            return kept
-    return found
 
 
 def multi_layer_kv_transfer(
@@ -92,7 +99,7 @@ def multi_layer_kv_transfer(
         SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
     """
     # Of format 0 this op reads the layers one by one.
-    number, text, two_planes = layout_of(int(engine_kv_format) or 1)
+    number, text, _ = layout_of(int(engine_kv_format) or 1)
     tokens, width = key_value.shape[2], key_value.element_size()
     if slot_mapping.numel() != tokens:
         raise SlotError(
@@ -102,20 +109,18 @@ def multi_layer_kv_transfer(
     if tokens <= skip_prefix_n_tokens:
         return
     row = key_value.shape[3] * width
-    if not page_buffer_size:  # until G1: no caller knows it, and a guess must not be too small
-        page_buffer_size = max(int(slot_mapping.max()) + 1, 1)
     per_block, heads = block_size or 1, 1
     if head_size and 0 <= text.find("head") < text.find("token"):
         heads = row // (head_size * width * (2 if number in FUSED else 1))
-    blocks = -(-page_buffer_size // per_block)
+    blocks = -(-page_buffer_size // per_block) or -1
     step = block_stride_elems * width
     pool = Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
     caches = caches_of(number, key_value_ptrs, pool, indexed(paged_memory_device))
-    store = is_store(direction)
-    slots = Index.of(ids_of(slot_mapping, store)).shifted(skip_prefix_n_tokens)
-    chunk = objects_of(number, two_planes, caches, [key_value])
+    slots = Index.of(slot_mapping).shifted(skip_prefix_n_tokens)
+    chunk = objects_of(number, caches, [key_value], tokens, caches.device)
     positions = Index(offset=skip_prefix_n_tokens)
-    move(store, caches, chunk, slots, positions, tokens - skip_prefix_n_tokens)
+    left = tokens - skip_prefix_n_tokens
+    move(is_store(direction), caches, chunk, slots, positions, left)
 
 
 def multi_layer_kv_transfer_unilateral(
@@ -198,8 +203,7 @@ def _one_layer(
     if caches.kv == 2:
         text = "token kv (head dim)" if token_major else "kv token (head dim)"
     chunk = KVView(buffer, text, heads=caches.heads, reinterpret=True)
-    store = is_store(direction)
-    move(store, caches, chunk, Index.of(ids_of(slots, store)), Index(), slots.numel())
+    move(is_store(direction), caches, chunk, Index.of(slots), Index(), slots.numel())
 
 
 def multi_layer_block_kv_transfer(
@@ -237,36 +241,46 @@ def multi_layer_block_kv_transfer(
         )
     if skip < 0:
         raise ValueError(f"skip_prefix_n_blocks={skip} was asked for; expected at least 0.")
-    store, per_object = is_store(direction), chunk // bs
-    number, _, two_planes = layout_of(engine_kv_format)
-    device = indexed(device)
-    pool = pool_of(shape_desc)
-    caches = caches_of(number, paged_buffer_ptrs_tensor, pool, device)
-    objects = objects_at(lmcache_objects_ptrs, pool, chunk, two_planes, device)
-    ids = ids_of(block_ids, store)
-    for first, alike in _runs(objects, device):
-        held = ids[first * per_object : (first + len(alike)) * per_object]
+    if not isinstance(lmcache_objects_ptrs, (list, tuple)):
+        raise TypeError(
+            f"Memory objects were handed over as a {type(lmcache_objects_ptrs).__name__}; expected "
+            f"a list of tensors or addresses."
+        )
+    store, per_object, device = is_store(direction), chunk // bs, indexed(device)
+    number = layout_of(engine_kv_format)[0]
+    caches = caches_of(number, paged_buffer_ptrs_tensor, pool_of(shape_desc), device)
+    # One launch moves those that are alike; on the host, where nothing is launched, each is by
+    # itself.
+    kinds, first = [_kind(each) for each in lmcache_objects_ptrs], 0
+    apart = device.type == "cpu"
+    for _, run in groupby(range(len(kinds)), lambda at: at if apart else kinds[at]):
+        objects = [lmcache_objects_ptrs[at] for at in run]
+        held = block_ids[first * per_object : (first + len(objects)) * per_object]
         begin = max(skip - first * per_object, 0) * bs
-        blocks = Index.of(held, bs).shifted(begin)
+        first += len(objects)
         # An object alone may be shorter than a chunk.
-        order = None if len(alike) == 1 else range(len(alike))
+        order = None if len(objects) == 1 else range(len(objects))
         positions = Index(order, step=chunk if order else 1, offset=begin)
-        chunks = objects_of(number, two_planes, caches, alike)
+        chunks = objects_of(number, caches, objects, chunk, device)
+        blocks = blocks_of(held, bs).shifted(begin)
         move(store, caches, chunks, blocks, positions, len(held) * bs - begin)
 
 
-def _runs(
-    objects: list[torch.Tensor], device: torch.device
-) -> list[tuple[int, list[torch.Tensor]]]:
-    """Objects that follow each other and are alike, with the number of the first one: those that
-    one launch can move. On the host, where nothing is launched, each is by itself."""
-    runs: list[tuple[int, list[torch.Tensor]]] = []
-    before = None
-    for number, each in enumerate(objects):
-        kind = each.shape, each.stride(), each.dtype
-        if kind == before and device.type != "cpu":
-            runs[-1][1].append(each)
-        else:
-            runs.append((number, [each]))
-        before = kind
-    return runs
+def blocks_of(ids: torch.Tensor | Sequence[int], block_size: int) -> Index:
+    """Block ids of a call; those on a device are an engine's own tables, which name its blocks and
+    nothing else."""
+    if isinstance(ids, torch.Tensor) and not ids.is_cpu:
+        return Index(ids, block_size, trusted=True)
+    return Index.of(ids, block_size)
+
+
+def _kind(memory_object: Any) -> Any:
+    """What memory objects have in common that one copy can move."""
+    if isinstance(memory_object, torch.Tensor):
+        return memory_object.shape, memory_object.stride(), memory_object.dtype
+    if isinstance(memory_object, int):
+        return int
+    raise TypeError(
+        f"A memory object was handed over as a {type(memory_object).__name__}; expected a tensor "
+        f"or an address."
+    )

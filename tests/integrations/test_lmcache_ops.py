@@ -20,9 +20,11 @@ from support.lmcache_cases import (
     pointers,
     tensors,
 )
+from support.read_back import ReadBack
 
-from portakv import SlotError, Transfer, Unsupported, copy_rows
-from portakv.integrations import lmcache_host, lmcache_memory, lmcache_ops
+from portakv import InvalidTerms, LayoutError, SlotError, Transfer, Unsupported, copy_rows
+from portakv.engines.link import link_of
+from portakv.integrations import lmcache_host, lmcache_ops
 from portakv.integrations.lmcache_formats import LAYOUTS
 from portakv.integrations.lmcache_ops import D2H, H2D
 
@@ -146,6 +148,17 @@ def test_a_pool_of_unknown_size(number: int, device: torch.device) -> None:
     )
     synchronize(device)
     np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [27, 3]])
+
+
+def test_a_pool_of_unknown_size_whose_planes_lie_outside_of_blocks() -> None:
+    g = GEOMETRIES[1]
+    _, caches = held(g, CPU, 1)
+    chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
+    with pytest.raises(LayoutError, match="page_buffer_size") as caught:
+        lmcache_ops.multi_layer_kv_transfer(
+            chunk, pointers(caches, CPU), torch.tensor([27, 3]), CPU, 0, D2H, 1
+        )
+    check_sentence(str(caught.value))
 
 
 @pytest.mark.parametrize("direction", [D2H, H2D])
@@ -390,22 +403,32 @@ def test_bytes_are_cut_at_the_seams(offset: int, nbytes: int, device: torch.devi
     assert not back[offset + nbytes :].any()
 
 
+@pytest.mark.parametrize("direction", [D2H, H2D])
 @pytest.mark.parametrize(("offset", "nbytes"), [(0, 64), (32, 64), (16, 200), (64, 128), (5, 0)])
-def test_no_piece_crosses_a_seam(offset: int, nbytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    pieces: list[tuple[int, int]] = []
-    host, there = torch.zeros(256, dtype=torch.uint8), torch.zeros(256, dtype=torch.uint8)
+def test_no_piece_crosses_a_seam(
+    offset: int, nbytes: int, direction: int, accelerator: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    host = torch.zeros(256, dtype=torch.uint8).pin_memory()
+    there = torch.zeros(256, dtype=torch.uint8, device=accelerator)
+    pieces, link = list[tuple[int, int]](), link_of(accelerator)
+    copy: Any = link.copy
 
-    def recorded(dest: torch.Tensor, src: torch.Tensor, **_: Any) -> None:
-        pieces.append((src.data_ptr() - host.data_ptr(), src.numel()))
+    def recorded(given: Any, *rest: Any) -> None:
+        assert (given.height == 1).all()
+        ends = given.src if direction == H2D else given.dst
+        pieces.extend(zip((ends - host.data_ptr()).tolist(), given.width.tolist(), strict=True))
+        copy(given, *rest)
 
-    monkeypatch.setattr(lmcache_host, "copy_", recorded)
+    monkeypatch.setattr(link, "copy", recorded)
+    dest, src = (there, host) if direction == H2D else (host, there)
     lmcache_host.lmcache_memcpy_async(
-        there.data_ptr() + offset, host.data_ptr() + offset, nbytes, H2D, offset, 64,
-        device_type="cpu",
+        dest.data_ptr() + offset, src.data_ptr() + offset, nbytes, direction, offset, 64,
+        device_type=accelerator.type,
     )  # fmt: skip
+    synchronize(accelerator)
     assert sum(size for _, size in pieces) == nbytes
     assert all(at // 64 == (at + size - 1) // 64 for at, size in pieces)
-    assert len(pieces) == len({at // 64 for at, _ in pieces})
 
 
 # --- What is refused ------------------------------------------------------------------------------
@@ -466,14 +489,64 @@ def test_a_table_that_is_written_anew_is_read_anew() -> None:
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
 
 
-def test_what_was_read_of_a_table_that_is_gone_is_not_used() -> None:
-    gone = torch.ones(3, dtype=torch.int64)
-    assert lmcache_memory.addresses_of(gone) == (1, 1, 1)
-    table = torch.full((3,), 2, dtype=torch.int64)
-    # As if the new tensor had come to lie where the old one was.
-    lmcache_memory._tables[id(table)] = lmcache_memory._tables[id(gone)]
-    del gone
-    assert lmcache_memory.addresses_of(table) == (2, 2, 2)
+def test_a_table_on_a_device_is_read_once_until_it_is_written(accelerator: torch.device) -> None:
+    g = GEOMETRIES[1]
+    table = torch.zeros(g.layers, dtype=torch.int64, device=accelerator)
+    for seed in (1, 2):
+        logical, caches = held(g, accelerator, seed)
+        table.copy_(pointers(caches, accelerator))
+        chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16, device=accelerator)
+        slots = torch.tensor([9, 2])
+        for again in range(2):
+            with ReadBack() as waited:
+                lmcache_ops.multi_layer_kv_transfer(
+                    chunk, table, slots, accelerator, g.slots, D2H, 1
+                )
+            assert not (again and waited.seen)
+        synchronize(accelerator)
+        np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
+
+
+def test_a_bad_block_on_a_device_is_told_by_the_next_call(device: torch.device) -> None:
+    if device.type == "cpu":
+        pytest.skip("ids on the host are refused at once")
+    g = GEOMETRIES[1]
+    _, caches = held(g, device, 1)
+    chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16, device=device)
+    table = pointers(caches, device)
+
+    def store(slots: list[int]) -> None:
+        lmcache_ops.multi_layer_kv_transfer(
+            chunk, table, torch.tensor(slots).to(device), device, g.slots, D2H, 1
+        )
+        synchronize(device)
+
+    store([9, 99])
+    with pytest.raises(SlotError, match="past the end"):
+        store([9, 2])
+    store([9, 2])
+
+
+def test_terms_are_a_users_variables(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lmcache_ops.terms.cache_clear()
+    monkeypatch.setenv("PORTAKV_LMCACHE_OVERLAP", "everything")
+    g = GEOMETRIES[1]
+    _, caches = held(g, accelerator, 1)
+    objects = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
+    rest = pointers(caches, accelerator), torch.tensor([9, 2]), accelerator, g.slots, D2H, 1
+    try:
+        with pytest.raises(InvalidTerms):
+            lmcache_ops.multi_layer_kv_transfer(objects, *rest)
+        lmcache_ops.multi_layer_kv_transfer(objects.to(accelerator), *rest)
+        lmcache_ops.terms.cache_clear()
+        monkeypatch.setenv("PORTAKV_LMCACHE_OVERLAP", "idle")
+        monkeypatch.setenv("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS", "2")
+        assert lmcache_ops.terms() == {"overlap": "idle", "max_thread_blocks": 2}
+        lmcache_ops.multi_layer_kv_transfer(objects, *rest)
+    finally:
+        lmcache_ops.terms.cache_clear()
 
 
 @pytest.mark.parametrize(
