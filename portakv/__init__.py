@@ -30,15 +30,15 @@ from portakv.index import Index  # loads its old module, for one release
 from portakv.layout.presets import PRESETS
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import register_backend
-from portakv.runtime.transfer import Transfer
+from portakv.runtime.transfer import LateErrors, Transfer
 from portakv.view.view import KVView
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
     "PRESETS", "AdaptiveConnector", "BackendUnavailable", "BlockTransfer", "CopyPlan",
-    "DeviceMismatch", "HostMemoryError", "Index", "InvalidTerms", "KVView", "LayoutError",
-    "PoolExhausted", "PortaKVError", "SlotError", "Transfer", "TransferCancelled", "TransferError",
-    "TransferTimeout", "Unsupported", "__version__", "copy_blocks", "copy_rows", "copy_runs",
-    "register_backend",
+    "DeviceMismatch", "HostMemoryError", "Index", "InvalidTerms", "KVView", "LateErrors",
+    "LayoutError", "PoolExhausted", "PortaKVError", "SlotError", "Transfer", "TransferCancelled",
+    "TransferError", "TransferTimeout", "Unsupported", "__version__", "copy_blocks", "copy_rows",
+    "copy_runs", "register_backend",
 ]  # fmt: skip

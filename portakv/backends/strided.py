@@ -9,11 +9,12 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from portakv.plan.plan import CopyPlan, Move, Nest
@@ -44,7 +45,7 @@ class Ops(NamedTuple):
             ``aclnn_index_select.h``): for a cache that costs its own size, and a scatter would put
             back old bytes over those that another stream has written in between.
         evenly: ids on the host are looked at: those that rise evenly make a plain copy, which pays
-            if torch gives plain copies to more threads.
+            if torch gives plain copies to more threads. Units behind several addresses always are.
         select: picks rows: (source, 0, rows) and perhaps ``out``.
         put: writes rows: (target, 0, rows, source).
         copy: copies all rows: (target, source).
@@ -108,6 +109,29 @@ def _run(
             ops.put(target, 0, written, source)
 
 
+class _Grid(NamedTuple):
+    """Rows of ``each`` planes ``near`` bytes apart; the rows begin ``far`` bytes apart."""
+
+    first: int
+    rows: int
+    far: int
+    each: int
+    near: int
+
+
+def _grids(moves: list[int]) -> list[_Grid]:
+    """Distances of planes as one grid; if they are none, each by itself."""
+    number, first = len(moves), moves[0]
+    for each in (n for n in range(1, number + 1) if number % n == 0):
+        far = moves[each] - first if each < number else 0
+        near = moves[1] - first if each > 1 else 0
+        rows = number // each
+        made = [first + row * far + at * near for row in range(rows) for at in range(each)]
+        if made == moves and min(near, far) >= 0:
+            return [_Grid(first, rows, far, each, near)]
+    return [_Grid(move, 1, 0, 1, 0) for move in moves]
+
+
 class _Rows:
     """How the units of one side become rows.
 
@@ -146,14 +170,16 @@ class _Rows:
         # From a row of consecutive units to the next in bytes, and from a unit to the next in rows.
         self._near = self._pitch if ops.holes else self._grain
         self._apart = 1 if ops.holes else self._pitch // self._grain
-        self._evenly = ops.evenly and not self._walk
+        # Few units lie behind each of several addresses, often in their order.
+        self._evenly = (ops.evenly or side.tabled) and not self._walk
         places = product(*(range(x.extent) for x in outer))
         tables = [getattr(x, f"{name}_table") for x in outer]
         strides = [getattr(x, f"{name}_stride") for x in outer]
         moves = [(sum(map(mul, at, tables)), sum(map(mul, at, strides))) for at in places]
         #: For each entry of the table in turn, how far its planes lie behind the address.
         self._planes = [
-            (table, [move for _, move in group]) for table, group in groupby(moves, itemgetter(0))
+            (table, _grids([move for _, move in group]))
+            for table, group in groupby(moves, itemgetter(0))
         ]
 
     def find(
@@ -182,9 +208,11 @@ class _Rows:
             numbers = numbers[at.to(numbers.device)]
         elif at.stop - at.start < numbers.numel():
             numbers = numbers[at]
-        if self._evenly and (step := _step(numbers)):
-            start, pitch = int(numbers[0]) * self._grain, step * self._grain
-            return self._over(view, entry, start, pitch, numbers.numel()), None
+        if self._evenly and numbers.is_cpu:
+            first, step = _rise(numbers)
+            if step:
+                start, pitch = first * self._grain, step * self._grain
+                return self._over(view, entry, start, pitch, numbers.numel()), None
         key = (self, entry)
         known: _Tensors | None = view.derived.get(key)
         if known is None:
@@ -218,16 +246,17 @@ class _Rows:
         """The tensor over ``rows`` rows from byte ``start`` on, for each plane."""
         size, stride = [rows, *self._size], [pitch // self._width, *self._stride]
         entry, start, made = self._side.table + entry, self._side.offset + start, []
-        for table, moves in self._planes:
-            first, *others = moves
-            tensor = view.strided(entry + table, start + first, self._dtype, size, stride)
-            made.append(tensor)
-            if others:  # the last one reaches farthest: what lies between is in the storage too
-                view.strided(entry + table, start + others[-1], self._dtype, size, stride)
-                origin = tensor.storage_offset() - first // self._width
-                made += [
-                    tensor.as_strided(size, stride, origin + move // self._width) for move in others
-                ]
+        for table, grids in self._planes:
+            for grid in grids:
+                at, first = entry + table, start + grid.first
+                if grid.rows == grid.each == 1:
+                    made.append(view.strided(at, first, self._dtype, size, stride))
+                    continue
+                steps = [grid.near // self._width, grid.far // self._width, *stride]
+                sizes = [grid.each, grid.rows, *size]
+                planes = view.strided(at, first, self._dtype, sizes, steps).unbind()
+                # Few calls for many planes: one for each costs three times as much.
+                made += chain.from_iterable(zip(*(x.unbind() for x in planes), strict=True))
         return made
 
     def _rows_of(self, view: KVView) -> int:
@@ -239,12 +268,16 @@ class _Rows:
         return max(last + 1, 0)
 
 
-def _step(numbers: torch.Tensor) -> int:
-    """What numbers on the host rise by each time; 0 if they do not rise evenly."""
-    if numbers.numel() < 2:
-        return 1
-    step = int(numbers[1] - numbers[0])
-    return step if step > 0 and bool((numbers.diff() == step).all()) else 0
+def _rise(numbers: torch.Tensor) -> tuple[int, int]:
+    """The first of numbers on the host, and what they rise by each time; 0 if not evenly."""
+    found = numbers.numpy()
+    if found.size < 2:
+        return int(found[0]), 1
+    first, step = int(found[0]), int(found[1] - found[0])
+    # Most lists that are in no order end here.
+    if step < 1 or found[-1] - first != step * (found.size - 1) or (np.diff(found) != step).any():
+        return first, 0
+    return first, step
 
 
 def _by_entry(
@@ -254,14 +287,18 @@ def _by_entry(
     if mine is None and theirs is None:
         yield (0, 0), slice(0, units)
         return
-    zero = torch.zeros(1, dtype=torch.int64, device=_HOST)
-    columns = [zero if x is None else x.to(_HOST) for x in (mine, theirs)]
-    pairs = torch.stack(torch.broadcast_tensors(*columns))
-    found, group = pairs.unique(dim=1, return_inverse=True)
-    for i, (src, dst) in enumerate(found.T.tolist()):
-        at = (group == i).nonzero()[:, 0]
+    # By numpy: torch would take more calls, each of which costs more.
+    zero = np.zeros(units, dtype=np.int64)
+    pairs = np.stack([zero if x is None else x.to(_HOST).numpy() for x in (mine, theirs)])
+    order = np.lexsort(pairs[::-1])
+    ends = np.flatnonzero((np.diff(pairs[:, order]) != 0).any(axis=0)) + 1
+    for at in np.split(order, ends):
         first, last = int(at[0]), int(at[-1])
-        yield (src, dst), slice(first, last + 1) if last + 1 - first == at.numel() else at
+        dense = last + 1 - first == at.size
+        yield (
+            tuple(pairs[:, first].tolist()),
+            slice(first, last + 1) if dense else torch.from_numpy(at),
+        )
 
 
 # Rows of the host

@@ -9,6 +9,7 @@ from portakv.copy.copy import Ids, source_of, whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import copy_rows
 from portakv.errors import LayoutError, SlotError
+from portakv.runtime.transfer import LateErrors
 from portakv.view import Index, KVView
 
 
@@ -30,6 +31,7 @@ def copy_blocks(
     detached: bool = False,
     reinterpret: bool = False,
     check: str = "usual",
+    late: LateErrors | None = None,
 ) -> BlockTransfer:
     """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.
 
@@ -58,7 +60,7 @@ def copy_blocks(
     return copy_rows(
         src, dst, *indices, count=count, backend=backend, stream=stream, by_layer=by_layer,
         overlap=overlap, max_thread_blocks=max_thread_blocks, max_gbps=max_gbps,
-        cancellable=cancellable, detached=detached, reinterpret=reinterpret, check=check,
+        cancellable=cancellable, detached=detached, reinterpret=reinterpret, check=check, late=late,
     )  # fmt: skip
 
 

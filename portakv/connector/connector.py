@@ -6,8 +6,6 @@ It decides which views, which direction and which stream; the copy itself is `co
 
 from __future__ import annotations
 
-import weakref
-from collections import deque
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -22,15 +20,12 @@ from portakv.layout.language import parse
 from portakv.layout.presets import resolve
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import choose
-from portakv.runtime.devices import capturing
-from portakv.runtime.transfer import Completion, Transfer, any_word_set, failed, unreported_error
+from portakv.runtime.transfer import LateErrors, Transfer
 from portakv.view.bound import bind_layout
 from portakv.view.example import example_chunk
 
 KV_LAYOUT = "layer | kv block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
-#: Captured transfers whose status words are read; a graph beyond these tells of no bad slot.
-CAPTURED = 1024
 #: Caches as a caller passes them, or those that a call was found to be about.
 Caches: TypeAlias = "Tensors | Registration | None"
 
@@ -75,8 +70,7 @@ class AdaptiveConnector:
         parse(resolve(chunk_layout)[0])  # a layout that cannot be read is refused now
         self._layouts = kv_layout, chunk_layout
         self._registered: Registration | None = None
-        self._captured: deque[Completion] = deque(maxlen=CAPTURED)
-        self._owner = weakref.ref(self)
+        self._late = LateErrors()
         self._number = in_graph.enlist(self)
         self._passing: Registration | None = None
 
@@ -196,8 +190,7 @@ class AdaptiveConnector:
     def _caches(self, kv_caches: Caches) -> Registration:
         """What is registered; caches that differ from it register again. Raises the error of an
         earlier transfer that the caller was not told of."""
-        if failed or any_word_set():
-            self._report()
+        self._late.check(self.device)
         if kv_caches is None:
             return self._held()
         if isinstance(kv_caches, Registration):
@@ -310,22 +303,10 @@ class AdaptiveConnector:
         return self._passing
 
     def _read(self, kv_caches: Tensors) -> Registration:
-        return Registration(kv_caches, self._bound, self._layouts[1], self._choice, self._owner)
+        return Registration(
+            kv_caches, self._bound, self._layouts[1], self._choice, self._late.owner
+        )
 
     def _keep(self, transfer: Transfer) -> Transfer:
-        for completion in transfer.completions:
-            completion.owner = self._owner
-            if completion.standing:
-                self._captured.append(completion)
-            elif completion.error is not None:
-                failed.append(completion)
+        self._late.keep(transfer)
         return transfer
-
-    def _report(self) -> None:
-        """Raise the error of an earlier transfer that the caller was not told of."""
-        if capturing(self.device):
-            return
-        errors = (completion.take_error() for completion in tuple(self._captured))
-        error = next(filter(None, errors), None) or unreported_error(self._owner)
-        if error is not None:
-            raise error

@@ -22,6 +22,7 @@ from portakv.engines.engine import Terms
 from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
+from portakv.runtime.transfer import LateErrors
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -43,6 +44,7 @@ def copy_rows(
     detached: bool = False,
     reinterpret: bool = False,
     check: str = "usual",
+    late: LateErrors | None = None,
 ) -> BlockTransfer:
     """Copy rows between views.
 
@@ -72,6 +74,8 @@ def copy_rows(
         check: ``usual`` looks at ids on the host; ``strict`` also at ids on a device, which it
             waits for: ids past the end and destinations that occur twice are refused before
             anything is moved.
+        late: raises, before this copy, an error that an earlier copy with it found after its call;
+            for callers that keep no handles.
 
     Raises:
         LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
@@ -82,6 +86,16 @@ def copy_rows(
         BackendUnavailable, Unsupported: no backend carries it out, with the trace; terms that
             cannot be kept; in slices, detached or strict, inside graph capture.
     """
+    if late is not None:
+        late.check(src.device if src.device.type != "cpu" else dst.device)
+        transfer = copy_rows(
+            src, dst, src_index, dst_index, count=count, backend=backend, stream=stream,
+            by_layer=by_layer, overlap=overlap, max_thread_blocks=max_thread_blocks,
+            max_gbps=max_gbps, cancellable=cancellable, detached=detached,
+            reinterpret=reinterpret, check=check,
+        )  # fmt: skip
+        late.keep(transfer)
+        return transfer
     strict, sliced = is_strict(check), cancellable or max_gbps is not None
     terms = None
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:

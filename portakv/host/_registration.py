@@ -45,7 +45,9 @@ INVALID, ALREADY, UNKNOWN = 1, 712, 713
 
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
 live: list[Registration] = []  # no two share a page
-_seams: Counter[int] = Counter()  # of all these, and of what others registered
+_seams: Counter[int] = Counter()  # of all these
+_begins, _ends = Counter[int](), Counter[int]()  # of pieces that others registered
+_told: tuple[int, ...] = ()  # what `seams` says
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 warned: set[str] = set()
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
@@ -234,19 +236,46 @@ def add_seams(addresses: Iterable[int]) -> None:
     """Let no copy reach over these addresses."""
     with _lock:
         _seams.update(addresses)
+        _tell()
 
 
 def drop_seams(addresses: Iterable[int]) -> None:
     """Undo `add_seams` of the same addresses; those that others added too stay."""
     with _lock:
         _seams.subtract(addresses)
-        for at in [at for at, number in _seams.items() if number < 1]:
-            del _seams[at]
+        _tell()
+
+
+def adopt(pieces: Iterable[tuple[int, int]]) -> None:
+    """Let no copy reach from one of the pieces that others registered into another."""
+    with _lock:
+        for address, nbytes in pieces:
+            _begins[address] += 1
+            _ends[address + nbytes] += 1
+        _tell()
+
+
+def disown(pieces: Iterable[tuple[int, int]]) -> None:
+    """Undo `adopt` of the same pieces."""
+    with _lock:
+        for address, nbytes in pieces:
+            _begins[address] -= 1
+            _ends[address + nbytes] -= 1
+        _tell()
+
+
+def _tell() -> None:
+    """Work out what `seams` says: every copy asks."""
+    global _told
+    for counted in (_seams, _begins, _ends):
+        for at in [at for at, number in counted.items() if number < 1]:
+            del counted[at]
+    _told = tuple(sorted(_seams.keys() | (_begins.keys() & _ends.keys())))
 
 
 def seams() -> tuple[int, ...]:
     """Addresses, in order, between two registrations of one memory: no copy may reach across."""
-    return tuple(sorted(_seams)) if _seams else ()
+    return _told
 
 
 def settle() -> None:

@@ -234,14 +234,13 @@ class Adopted:
 
     def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
         self.pieces = tuple(sorted(pieces))
-        # Where two pieces touch, a copy could reach from one into the other; elsewhere none does.
-        self._seams = [b for (a, nbytes), (b, _) in pairwise(self.pieces) if a + nbytes == b]
-        _registration.add_seams(self._seams)
+        self._open = list(self.pieces)
+        _registration.adopt(self._open)
 
     def close(self) -> None:
         """Forget it, as when it was unregistered."""
-        seams, self._seams = self._seams, []
-        _registration.drop_seams(seams)
+        pieces, self._open = self._open, []
+        _registration.disown(pieces)
 
     def __enter__(self) -> Adopted:
         return self
@@ -253,7 +252,8 @@ class Adopted:
 def adopt(pieces: Iterable[tuple[int, int]]) -> Adopted:
     """Tell of host memory that others registered in several pieces, such as an engine that shares
     one mapping among workers: a copy over the seam between two registrations fails in the driver,
-    so that engines cut theirs there. It registers and holds nothing.
+    so that engines cut theirs there: where two pieces touch, told of in one call or in several. It
+    registers and holds nothing.
 
     Args:
         pieces: for each registration its address and bytes.

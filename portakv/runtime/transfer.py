@@ -20,8 +20,9 @@ import numpy.typing as npt
 import torch
 
 from portakv.errors import InvalidTerms, PortaKVError, SlotError, TransferError, TransferTimeout
+from portakv.runtime.devices import capturing
 
-#: A weak reference to the object that reports an error for which no caller asked: a connector.
+#: A weak reference to the `LateErrors` that report an error for which no caller asked.
 Owner: TypeAlias = "weakref.ref[Any]"
 
 _settling = threading.Lock()  # of the words and events of every completion
@@ -336,6 +337,46 @@ def bad_slot(position: int, slot: int | None = None, slots: int | None = None) -
         f"Position {position} of a device index{found} is past the end of its view; that position "
         f"was not moved, all others were. Correct the index and repeat the call."
     )
+
+
+#: Captured transfers whose status words are read; a graph beyond these tells of no bad slot.
+CAPTURED = 1024
+
+
+class LateErrors:
+    """What transfers find after their call returned, such as a bad id on a device, for callers that
+    keep no handles. Given to copies, it has each raise what an earlier one found; `check` asks at
+    any time. An error is raised once, by whichever asks first, a handle among them.
+    """
+
+    __slots__ = ("__weakref__", "_captured", "owner")
+
+    def __init__(self) -> None:
+        self.owner: Owner = weakref.ref(self)
+        self._captured: deque[Completion] = deque(maxlen=CAPTURED)
+
+    def keep(self, transfer: Transfer) -> None:
+        """Report what becomes of a transfer, unless its handle does."""
+        for completion in transfer.completions:
+            completion.owner = self.owner
+            if completion.standing:
+                self._captured.append(completion)
+            elif completion.error is not None:
+                failed.append(completion)
+
+    def check(self, device: torch.device | None = None) -> None:
+        """Raise an error that was found since and not reported yet; never blocks. While the current
+        stream of ``device`` is captured into a graph it asks nothing.
+
+        Raises:
+            PortaKVError: what a transfer's handle would have raised.
+        """
+        if not (failed or any_word_set()) or (device is not None and capturing(device)):
+            return
+        errors = (completion.take_error() for completion in tuple(self._captured))
+        error = next(filter(None, errors), None) or unreported_error(self.owner)
+        if error is not None:
+            raise error
 
 
 # What is in flight. Work that no stream orders, and status words, must outlive a handle that the

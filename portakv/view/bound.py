@@ -39,7 +39,7 @@ Facts = tuple[Rows, int, torch.device, bool]
 class BoundLayout:
     """A layout and declared extents; with ``reinterpret`` rows are bytes, whatever the dtype."""
 
-    __slots__ = ("_known", "declared", "layout", "reinterpret")
+    __slots__ = ("_forms", "_known", "declared", "layout", "reinterpret")
 
     def __init__(
         self, text: str, extents: tuple[tuple[str, Extent], ...], reinterpret: bool
@@ -49,6 +49,9 @@ class BoundLayout:
         # What tensors of one key share: form, slots, device, bytes from the first to past the last.
         self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
         self._known = Bounded("forms of tensors", 256)
+        # The same of tensors in containers: form and slots.
+        self._forms: Bounded[tuple[Any, ...], tuple[Form, int]]
+        self._forms = Bounded("forms of tensors in containers", 256)
 
     def read(self, tensors: Tensors) -> Facts:
         """Find form and addresses.
@@ -131,6 +134,13 @@ class BoundLayout:
         alignment: int, place: str, table_on_device: bool = False,
     ) -> tuple[Form, int]:  # fmt: skip
         """The form of tensors of which each kv has one in ``picks``, and the slots."""
+        key = (
+            tuple((t.shape, t.stride(), t.dtype) for t in picks), tuple(walks.items()), alignment,
+            place, table_on_device, *(tuple(known.items()) for known in values),
+        )  # fmt: skip
+        found = self._forms.get(key)
+        if found is not None:
+            return found
         layout = self.layout
         shapes = [_dim_shapes(layout, tensor) for tensor in picks]
         solve(layout, values, [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)])
@@ -150,7 +160,8 @@ class BoundLayout:
             dtypes=dtypes if any(dtypes) and not (layout.opaque or self.reinterpret) else (),
             table_on_device=table_on_device,
         )
-        return same_form(form), known["token"] * known.get("block", 1)
+        found = self._forms[key] = same_form(form), known["token"] * known.get("block", 1)
+        return found
 
 
 _bound = lru_cache(maxsize=256)(BoundLayout)

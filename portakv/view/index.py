@@ -195,6 +195,35 @@ class Index:
         """This index from position ``tokens`` on; shares ids and copies."""
         return self._derived(self.ids, self.offset + tokens) if tokens else self
 
+    def without_repeats(self) -> Index:
+        """This index with each slot named once. Of equal ids the last one stays and the others
+        become padding, so that a destination that was named several times is written by the last
+        position that names it. An id that an offset or a count cuts stands for all of its slots.
+
+        On a device the host does not wait for it; but those ids are trusted no longer, so that a
+        backend that does not skip negative ids itself waits when it copies.
+        """
+        if self.ids is None:
+            return self
+        if self.on_host:
+            found = self.host_ids()
+            if not _repeats(found):
+                return self
+            _, behind = np.unique(found[::-1], return_index=True)
+            last = found.size - 1 - behind
+            kept = np.full_like(found, -1)
+            kept[last] = found[last]
+            ids = torch.from_numpy(kept)
+        else:
+            order = self.ids.argsort(stable=True)
+            ordered = self.ids[order]
+            again = torch.zeros_like(ordered, dtype=torch.bool)
+            again[:-1] = ordered[1:] == ordered[:-1]
+            ids = torch.empty_like(ordered).scatter_(0, order, ordered.masked_fill(again, -1))
+        index = self._derived(ids, self.offset, _Store())
+        index.trusted = False
+        return index
+
     def part(self, first: int, count: int) -> Index:
         """``count`` positions from ``first`` on, without the other ids; shares their copies."""
         if self.ids is None:
@@ -448,7 +477,7 @@ def _as_ids(ids: object) -> torch.Tensor:
 
 
 def _repeats(used: npt.NDArray[np.int64]) -> bool:
-    """Whether an id occurs twice; none is negative."""
+    """Whether a number occurs twice."""
     if used.size <= 512:
         return len(set(used.tolist())) < used.size
     ordered = np.sort(used)

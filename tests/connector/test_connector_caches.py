@@ -25,9 +25,7 @@ from support.connector_cases import (
 from support.guarded_memory import filled, refused, same, untouched
 from support.threads import run_threads
 
-from portakv import AdaptiveConnector, LayoutError, Transfer
-from portakv.connector.connector import CAPTURED
-from portakv.runtime.transfer import Completion
+from portakv import AdaptiveConnector, LayoutError
 
 
 @pytest.fixture
@@ -179,13 +177,6 @@ def test_caches_given_other_memory_are_noticed(how: str, layer: int, device: tor
     for move in (connector.from_gpu, connector.to_gpu):
         with refused(LayoutError, "replaced", "register", watch=[chunk]):
             move(chunk, None, slots)
-
-
-def test_captured_transfers_are_not_kept_without_bound() -> None:
-    connector = AdaptiveConnector("cpu")
-    for _ in range(CAPTURED + 10):
-        connector._keep(Transfer((Completion(standing=True),)))
-    assert len(connector._captured) == CAPTURED
 
 
 def test_a_connector_shows_what_it_is() -> None:

@@ -85,6 +85,17 @@ def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
     assert pinned.seams() == before
 
 
+def test_pieces_that_were_told_of_one_by_one_meet_as_well() -> None:
+    before, page = pinned.seams(), 4096
+    told = [pinned.adopt([(at * page, page)]) for at in (300, 302, 301, 310)]
+    assert {*pinned.seams()} - {*before} == {301 * page, 302 * page}
+    told[0].close()
+    assert {*pinned.seams()} - {*before} == {302 * page}
+    for each in told:
+        each.close()
+    assert pinned.seams() == before
+
+
 @pytest.mark.parametrize(
     "pieces", [[(0, 4096)], [(4096, 0)], [(4096, 1.5)], [4096], [(4096, 4096), (8000, 10)]], ids=str
 )

@@ -14,6 +14,7 @@ from support.core_cases import noise
 from support.presets_cases import KINDS, side
 
 from portakv import KVView, LayoutError
+from portakv.view.bound import BoundLayout, bind_layout
 from portakv.view.example import example_tensors
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.oracle import Rows
@@ -75,6 +76,29 @@ def test_tensors_that_stay_a_table(tensors: Any) -> None:
     listed = list(tensors.values()) if isinstance(tensors, dict) else tensors
     view = KVView(tensors, "layer | token dim")
     assert view.addresses.tolist() == [t.data_ptr() for t in listed]
+
+
+def test_forms_of_containers_are_not_confused() -> None:
+    text, wide = "layer | block token dim", torch.zeros(4, 3, 6, 9)
+    kinds = [
+        [torch.zeros(3, 6, 8) for _ in range(4)],
+        [torch.zeros(3, 6, 8) for _ in range(2)],
+        [torch.zeros(5, 6, 8) for _ in range(4)],
+        [torch.zeros(3, 6, 8, dtype=torch.float16) for _ in range(4)],
+        [torch.zeros(6, 3, 8).transpose(0, 1) for _ in range(4)],
+        list(torch.zeros(4, 3, 6, 8)),
+        list(wide[..., 1:]),
+        [wide[0, ..., 1:], *(torch.zeros(3, 6, 9)[..., :8] for _ in range(3))],
+    ]
+    for _ in range(2):
+        for tensors in kinds:
+            own = BoundLayout(text, (), False)
+            for bound in (bind_layout(text), own):
+                (form, origins, _, _), slots, *_ = bound.read(tensors)
+                view = KVView(tensors, text)
+                assert (form, origins, slots) == (view.form, view.origins, view.slots)
+    declared = [KVView(kinds[0], "layer | block token (head dim)", heads=n).form for n in (2, 4)]
+    assert [form.heads for form in declared] == [2, 4]
 
 
 def test_tensors_of_one_allocation_are_a_stride() -> None:

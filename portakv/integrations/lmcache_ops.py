@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LMCache's transfer ops, with LMCache's names and arguments, over `copy_rows`.
+
+No engine is imported. The module also stands for `lmcache.c_ops` of older releases, since numbers
+are taken for its enums. Ops order their work on the current stream, and do not wait for it; an
+object in pageable memory is waited for, since no stream orders that.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from portakv import Index, KVView, LateErrors, SlotError, copy_rows
+from portakv.integrations.lmcache_formats import (
+    FUSED,
+    MLA,
+    Held,
+    Pool,
+    caches_of,
+    layout_of,
+    objects_of,
+    pool_of,
+)
+from portakv.runtime.devices import indexed
+
+H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
+
+
+#: An error that an op finds late, such as a bad id on a device, is raised by the next op.
+_LATE = LateErrors()
+
+
+@cache
+def terms() -> dict[str, Any]:
+    """How copies between a device and the host are carried out, as the user's variables say."""
+    found: dict[str, Any] = {}
+    if overlap := os.environ.get("PORTAKV_LMCACHE_OVERLAP"):
+        found["overlap"] = overlap
+    if blocks := os.environ.get("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS"):
+        found["max_thread_blocks"] = int(blocks)
+    return found
+
+
+def is_store(direction: Any) -> bool:
+    if int(direction) not in (H2D, D2H):
+        raise ValueError(f"The direction {direction!r} was asked for; expected H2D (0) or D2H (1).")
+    return int(direction) == D2H
+
+
+def move(
+    store: bool, caches: KVView, chunk: KVView, ids: Index, positions: Index, count: int
+) -> None:
+    """Copy rows between the caches, under the ids, and a chunk; behind the current stream. Of a
+    block that a load names several times, as engines do with the one that stands for none, the last
+    counts; on a device nothing is promised, as by LMCache's own ops."""
+    if count <= 0:
+        return
+    src, dst, mine, theirs = caches, chunk, ids, positions
+    if not store:
+        src, dst, mine, theirs = chunk, caches, positions, ids
+        if ids.on_host:
+            theirs = ids.without_repeats()
+    across = terms() if caches.device != chunk.device else {}
+    transfer = copy_rows(src, dst, mine, theirs, count=count, late=_LATE, **across)
+    if transfer.completions and not transfer.ordered:
+        transfer.synchronize()
+
+
+def multi_layer_kv_transfer(
+    key_value: torch.Tensor,
+    key_value_ptrs: Held,
+    slot_mapping: torch.Tensor,
+    paged_memory_device: torch.device | str,
+    page_buffer_size: int,
+    direction: Any,
+    engine_kv_format: Any,
+    block_size: int = 0,
+    head_size: int = 0,
+    skip_prefix_n_tokens: int = 0,
+    block_stride_elems: int = 0,
+) -> None:
+    """Rows of all layers between an object ``[kv, layers, tokens, row]`` and the slots of a list.
+
+    Args:
+        key_value_ptrs: addresses of the layers, int64 or uint64 on host or device; or tensors.
+        slot_mapping: int32 or int64 ``[tokens]``; negative ones are skipped.
+        page_buffer_size: slots of the caches; 0: unknown, as for MLA.
+        head_size: elements of a head, of keys alone where a row holds keys and values.
+        skip_prefix_n_tokens: tokens at the begin that are neither read nor written.
+        block_stride_elems: elements from block to block; 0: blocks are dense.
+
+    Raises:
+        SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
+    """
+    # Of format 0 this op reads the layers one by one.
+    number, text, _ = layout_of(int(engine_kv_format) or 1)
+    tokens, width = key_value.shape[2], key_value.element_size()
+    if slot_mapping.numel() != tokens:
+        raise SlotError(
+            f"{slot_mapping.numel()} slots were given for an object of {tokens} tokens; expected "
+            f"one for each token."
+        )
+    if tokens <= skip_prefix_n_tokens:
+        return
+    row = key_value.shape[3] * width
+    per_block, heads = block_size or 1, 1
+    if head_size and 0 <= text.find("head") < text.find("token"):
+        heads = row // (head_size * width * (2 if number in FUSED else 1))
+    blocks = -(-page_buffer_size // per_block) or -1
+    step = block_stride_elems * width
+    pool = Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
+    caches = caches_of(number, key_value_ptrs, pool, indexed(paged_memory_device))
+    slots = Index.of(slot_mapping).shifted(skip_prefix_n_tokens)
+    chunk = objects_of(number, caches, [key_value], tokens, caches.device)
+    positions = Index(offset=skip_prefix_n_tokens)
+    left = tokens - skip_prefix_n_tokens
+    move(is_store(direction), caches, chunk, slots, positions, left)
+
+
+def multi_layer_kv_transfer_unilateral(
+    key_value: torch.Tensor,
+    key_value_ptrs: Held,
+    slot_mapping: torch.Tensor,
+    paged_memory_device: torch.device | str,
+    page_buffer_size: int,
+    direction: Any,
+    engine_kv_format: Any,
+) -> None:
+    """As `multi_layer_kv_transfer`, for caches of keys and of values apart: the addresses of all
+    keys, then of all values. MLA has one list."""
+    number = int(engine_kv_format)
+    multi_layer_kv_transfer(
+        key_value, key_value_ptrs, slot_mapping, paged_memory_device, page_buffer_size, direction,
+        engine_kv_format if number in MLA else 4,
+    )  # fmt: skip
+
+
+def single_layer_kv_transfer(
+    lmc_key_value_cache: torch.Tensor,
+    vllm_key_value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    direction: Any,
+    engine_kv_format: Any,
+    token_major: bool = False,
+) -> None:
+    """Rows of one layer between a buffer, ``[tokens, 2, row]`` if ``token_major``, else ``[2,
+    tokens, row]`` (MLA: ``[tokens, row]``), and the slots of a list."""
+    cache = vllm_key_value_cache
+    pool = Pool(1, 1, 1, 1, 1)  # all is read from the tensor
+    caches = caches_of(engine_kv_format, [cache], pool, cache.device)
+    _one_layer(caches, lmc_key_value_cache, slot_mapping, direction, token_major)
+
+
+def single_layer_kv_transfer_sgl(
+    lmc_key_value_cache: torch.Tensor,
+    sgl_key_cache: torch.Tensor,
+    sgl_value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    direction: Any,
+    token_major: bool = False,
+) -> None:
+    """As `single_layer_kv_transfer`, of keys and values ``[blocks, block_size, heads, dim]``."""
+    text = "kv | block token head dim"
+    caches = KVView([sgl_key_cache, sgl_value_cache], text, reinterpret=True)
+    _one_layer(caches, lmc_key_value_cache, slot_mapping, direction, token_major)
+
+
+def load_and_reshape_flash(
+    key_value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layer_idx: int,
+) -> None:
+    """Store one layer: slots of ``[blocks, block_size, heads, dim]`` to ``[2, layers, tokens,
+    row]``."""
+    layer = key_value[:, layer_idx]
+    single_layer_kv_transfer_sgl(layer, key_cache, value_cache, slot_mapping, D2H)
+
+
+def reshape_and_cache_back_flash(
+    key_value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    layer_idx: int,
+) -> None:
+    """Load one layer: the reverse of `load_and_reshape_flash`."""
+    layer = key_value[:, layer_idx]
+    single_layer_kv_transfer_sgl(layer, key_cache, value_cache, slot_mapping, H2D)
+
+
+def _one_layer(
+    caches: KVView, buffer: torch.Tensor, slots: torch.Tensor, direction: Any, token_major: bool
+) -> None:
+    text = "token (head dim)"
+    if caches.kv == 2:
+        text = "token kv (head dim)" if token_major else "kv token (head dim)"
+    chunk = KVView(buffer, text, heads=caches.heads, reinterpret=True)
+    move(is_store(direction), caches, chunk, Index.of(slots), Index(), slots.numel())
+
+
+def multi_layer_block_kv_transfer(
+    paged_buffer_ptrs_tensor: torch.Tensor | list[Any],
+    lmcache_objects_ptrs: list[int] | list[torch.Tensor],
+    block_ids: torch.Tensor | list[int],
+    device: torch.device | str,
+    direction: Any,
+    shape_desc: Any,
+    lmcache_chunk_size: int,
+    engine_kv_format: Any,
+    skip_prefix_n_blocks: int,
+) -> None:
+    """Whole blocks of all layers between any number of objects and the blocks of a list.
+
+    Args:
+        paged_buffer_ptrs_tensor: addresses of the layers, int64 or uint64; or tensors.
+        lmcache_objects_ptrs: objects ``[2, layers, tokens, row]`` (one plane: ``[layers, tokens,
+            row]``); an address is memory of ``device`` with ``lmcache_chunk_size`` tokens. Its
+            annotation tells LMCache that tensors may be passed.
+        block_ids: int32 or int64; fewer than the objects hold are moved to their begin.
+        shape_desc: LMCache's ``PageBufferShapeDesc``.
+        skip_prefix_n_blocks: of all objects together.
+
+    Raises:
+        ValueError: a chunk that holds no whole blocks, or a negative number to skip.
+        TypeError: objects that are neither tensors nor addresses.
+        SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
+    """
+    bs, chunk, skip = int(shape_desc.bs), lmcache_chunk_size, skip_prefix_n_blocks
+    if bs < 1 or chunk < 1 or chunk % bs:
+        raise ValueError(
+            f"A lmcache_chunk_size of {chunk} tokens was asked for with blocks of {bs}; expected "
+            f"a positive multiple."
+        )
+    if skip < 0:
+        raise ValueError(f"skip_prefix_n_blocks={skip} was asked for; expected at least 0.")
+    if not isinstance(lmcache_objects_ptrs, (list, tuple)):
+        raise TypeError(
+            f"Memory objects were handed over as a {type(lmcache_objects_ptrs).__name__}; expected "
+            f"a list of tensors or addresses."
+        )
+    store, per_object, device = is_store(direction), chunk // bs, indexed(device)
+    number = layout_of(engine_kv_format)[0]
+    caches = caches_of(number, paged_buffer_ptrs_tensor, pool_of(shape_desc), device)
+    # One launch moves those that are alike; on the host, where nothing is launched, each is by
+    # itself.
+    kinds, first = [_kind(each) for each in lmcache_objects_ptrs], 0
+    apart = device.type == "cpu"
+    for _, run in groupby(range(len(kinds)), lambda at: at if apart else kinds[at]):
+        objects = [lmcache_objects_ptrs[at] for at in run]
+        held = block_ids[first * per_object : (first + len(objects)) * per_object]
+        begin = max(skip - first * per_object, 0) * bs
+        first += len(objects)
+        # An object alone may be shorter than a chunk.
+        order = None if len(objects) == 1 else range(len(objects))
+        positions = Index(order, step=chunk if order else 1, offset=begin)
+        chunks = objects_of(number, caches, objects, chunk, device)
+        blocks = blocks_of(held, bs).shifted(begin)
+        move(store, caches, chunks, blocks, positions, len(held) * bs - begin)
+
+
+def blocks_of(ids: torch.Tensor | Sequence[int], block_size: int) -> Index:
+    """Block ids of a call; those on a device are an engine's own tables, which name its blocks and
+    nothing else."""
+    if isinstance(ids, torch.Tensor) and not ids.is_cpu:
+        return Index(ids, block_size, trusted=True)
+    return Index.of(ids, block_size)
+
+
+def _kind(memory_object: Any) -> Any:
+    """What memory objects have in common that one copy can move."""
+    if isinstance(memory_object, torch.Tensor):
+        return memory_object.shape, memory_object.stride(), memory_object.dtype
+    if isinstance(memory_object, int):
+        return int
+    raise TypeError(
+        f"A memory object was handed over as a {type(memory_object).__name__}; expected a tensor "
+        f"or an address."
+    )

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies between views of several allocations: few calls of torch, each row in its place."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.core_cases import noise
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from portakv import Index, KVView, copy_rows
+from portakv.backends.strided import _by_entry, _grids
+
+LAYERS, BLOCKS, BLOCK_SIZE, TOKENS, ROW = 4, 9, 4, 8, 6
+
+
+class Calls(TorchDispatchMode):
+    """Counts the ops of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen[op.overloadpacket.__name__] += 1
+        return op(*args, **(kwargs or {}))
+
+
+def made() -> tuple[list[torch.Tensor], list[torch.Tensor], KVView, KVView]:
+    """Paged caches of each layer, chunks, and both as views."""
+    caches = [noise(BLOCKS, BLOCK_SIZE, ROW, seed=n) for n in range(LAYERS)]
+    chunks = [noise(LAYERS, TOKENS, ROW, seed=9 + n) for n in range(3)]
+    views = KVView(caches, "layer | block token dim"), KVView(chunks, "block | layer token dim")
+    return caches, chunks, *views
+
+
+@pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+def test_a_call_for_each_layer_of_each_chunk(store: bool) -> None:
+    caches, chunks, paged, paged_chunks = made()
+    ids, order = [7, 2, 0, 5, 8, 3], [2, 0, 1]
+    sides = (paged, Index(ids, BLOCK_SIZE)), (paged_chunks, Index(order, TOKENS))
+    (src, mine), (dst, theirs) = sides if store else sides[::-1]
+    copy_rows(src, dst, mine, theirs, backend="reference")  # the backend checks itself once
+    with Calls() as calls:
+        copy_rows(src, dst, mine, theirs, backend="reference")
+    rows = torch.stack([layer[ids].reshape(-1, ROW) for layer in caches])
+    there = torch.cat([chunks[n] for n in order], dim=1)
+    assert torch.equal(rows, there)
+    # Chunks are written and read as they lie: no row is moved twice.
+    moved = LAYERS * len(chunks)
+    assert calls.seen["index_select"] == (moved if store else 0)
+    assert calls.seen["index_copy_"] == (0 if store else moved)
+    assert not calls.seen["_local_scalar_dense"]
+    assert not calls.seen["copy_"]
+
+
+def test_rows_of_a_chunk_that_do_not_follow_each_other() -> None:
+    caches, chunks, paged, paged_chunks = made()
+    slots = [20, 3, 11, 9, 0]  # of the chunks: two lie in the first, in no order
+    before = [chunk.clone() for chunk in chunks]
+    copy_rows(paged, paged_chunks, Index(offset=1), Index(slots), count=5, backend="reference")
+    for at, slot in enumerate(slots):
+        for layer in range(LAYERS):
+            before[slot // TOKENS][layer, slot % TOKENS] = caches[layer].reshape(-1, ROW)[1 + at]
+    assert all(torch.equal(a, b) for a, b in zip(before, chunks, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["both", "mine", "theirs", "none"])
+def test_units_by_the_entries_of_both_sides(kind: str) -> None:
+    drawn = np.random.default_rng(1)
+    mine, theirs = (torch.from_numpy(drawn.integers(0, 3, 50)) for _ in range(2))
+    if kind == "both":
+        theirs[:20], mine[:20] = 0, 1  # some lie one behind the other
+    first = mine if kind in ("both", "mine") else None
+    other = theirs if kind in ("both", "theirs") else None
+    seen: list[int] = []
+    for (src, dst), at in _by_entry(first, other, 50):
+        places = list(range(50))[at] if isinstance(at, slice) else at.tolist()
+        assert places == sorted(places)
+        for place in places:
+            assert src == (0 if first is None else int(first[place]))
+            assert dst == (0 if other is None else int(other[place]))
+        seen += places
+    assert sorted(seen) == list(range(50))
+
+
+@pytest.mark.parametrize(
+    ("moves", "grids"),
+    [([7], 1), ([0, 8, 16], 1), ([0, 96, 8, 104], 1), ([0, 0, 0], 1), ([0, 8, 24], 3), ([8, 0], 2),
+     ([0, 4, 10, 14, 20, 24], 1), ([0, 4, 10, 15], 4)],
+)  # fmt: skip
+def test_planes_are_grids_or_each_by_itself(moves: list[int], grids: int) -> None:
+    found = _grids(moves)
+    assert len(found) == grids
+    assert moves == [
+        grid.first + row * grid.far + at * grid.near
+        for grid in found
+        for row in range(grid.rows)
+        for at in range(grid.each)
+    ]

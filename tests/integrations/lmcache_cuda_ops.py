@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pytest plugin for LMCache's own tests on a CUDA device: in ``lmcache.cuda_ops``, which they
+call by name, PortaKV's ops stand before LMCache's, or before its torch ops if those do not load.
+
+    python -m pytest --noconftest -p lmcache_cuda_ops tests/v1/test_mem_kernels.py \
+        tests/v1/test_mp_mem_kernels.py tests/v1/multiprocess/test_blocked_scale_format.py \
+        tests/v1/multiprocess/test_direct_copy_transfer_gpu.py
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from portakv.integrations import lmcache_host
+from portakv.integrations.lmcache import OPS
+
+
+class _Ops(ModuleType):
+    """PortaKV's ops, then those of another module."""
+
+    def __init__(self, behind: Any) -> None:
+        super().__init__("lmcache.cuda_ops")
+        self._behind = behind
+        for module, names in OPS.items():
+            for name in names:
+                setattr(self, name, getattr(module, name))
+        self.lmcache_memcpy_async = lmcache_host.lmcache_memcpy_async
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._behind, name)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Put the module in its place before a test module takes it."""
+    import lmcache
+
+    try:
+        behind: Any = importlib.import_module("lmcache.cuda_ops")
+    except ImportError:
+        behind = importlib.import_module("lmcache.v1.platform.torch_ops")
+    made = _Ops(behind)
+    sys.modules["lmcache.cuda_ops"] = made
+    lmcache.cuda_ops = made

@@ -1,0 +1,544 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plug inside the real LMCache, which `.ci/plugs` installs in an environment of its own.
+
+What is true of a whole process (which backend was chosen, a default device, a fork) is asked of a
+process of its own; all else runs here, where LMCache was told to take PortaKV for the host.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from importlib import metadata
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+if find_spec("lmcache") is None:
+    pytest.skip("LMCache is not installed; see .ci/plugs", allow_module_level=True)
+os.environ.setdefault("LMCACHE_DEVICE_BACKEND", "portakv-cpu")
+
+import lmcache.lmcache_native as native
+from lmcache.v1.platform import resolve_device_ops, torch_ops
+from support.guarded_memory import check_sentence
+from support.lmcache_cases import (
+    GEOMETRIES,
+    Geometry,
+    arrays,
+    assert_equal,
+    physical,
+    pointers,
+    tensors,
+)
+
+from portakv import integrations
+from portakv.host import pinned
+from portakv.integrations import lmcache as plug
+from portakv.integrations import lmcache_host, lmcache_ops
+from portakv.integrations.lmcache_formats import LAYOUTS
+
+CPU = torch.device("cpu")
+FORMATS = {int(each): each for each in native.EngineKVFormat.__members__.values()}
+H2D, D2H = native.TransferDirection.H2D, native.TransferDirection.D2H
+#: LMCache's torch op moves a page of format 14 as if it held rows, unlike its own kernels.
+WRONG_THERE = (14,)
+
+
+@pytest.fixture
+def ops() -> Any:
+    return resolve_device_ops("cpu")
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process, in which no backend was chosen."""
+    inherited = {name: value for name, value in os.environ.items() if name != plug.VARIABLE}
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], env=inherited | environment, text=True,
+        capture_output=True, timeout=240,
+    )  # fmt: skip
+
+
+def answer(code: str, **environment: str) -> str:
+    """What code in a new process prints last."""
+    done = in_a_process(code, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+# --- Chosen by configuration alone ----------------------------------------------------------------
+
+WHICH = "import lmcache; print(type(lmcache.device_ops).__name__, lmcache.device_ops.device_type)"
+
+
+def test_an_installed_plug_does_nothing() -> None:
+    done = in_a_process(WHICH)
+    assert done.stdout.split()[-2:] == ["CpuDeviceOps", "cpu"]
+    assert "portakv" not in done.stderr.lower()
+
+
+def test_one_variable_chooses_it() -> None:
+    assert answer(WHICH, LMCACHE_DEVICE_BACKEND="portakv-cpu") == "PortaKVOps cpu"
+    assert answer(WHICH, LMCACHE_DEVICE_BACKEND=" PortaKV-CPU ") == "PortaKVOps cpu"
+
+
+def test_a_device_that_is_not_here_is_refused() -> None:
+    device = next(x for x in ("mlu", "npu", "cuda") if not plug._present(x))
+    done = in_a_process(WHICH, LMCACHE_DEVICE_BACKEND=f"portakv-{device}")
+    assert done.returncode != 0
+    assert f"'portakv-{device}' is registered but not available" in done.stderr
+
+
+@pytest.mark.parametrize("found", ["0.5.3", "0.6.0"])
+def test_a_release_outside_the_matrix_is_refused_with_both_versions(found: str) -> None:
+    code = f"""
+        from importlib import metadata
+        real = metadata.version
+        metadata.version = lambda name: {found!r} if name == "lmcache" else real(name)
+        import lmcache
+    """
+    done = in_a_process(code, LMCACHE_DEVICE_BACKEND="portakv-cpu")
+    said = done.stderr.strip().splitlines()[-1]
+    assert done.returncode != 0
+    assert "IntegrationError" in said
+    assert f"lmcache {found}" in said
+    assert "PortaKV 0." in said
+    check_sentence(said.partition(": ")[2])
+
+
+def test_a_release_outside_the_matrix_starts_if_the_plug_is_not_asked_for() -> None:
+    code = """
+        from importlib import metadata
+        metadata.version = lambda name: "0.5.3"
+        import lmcache
+        print(type(lmcache.device_ops).__name__)
+    """
+    assert answer(code) == "CpuDeviceOps"
+
+
+def test_devices_whose_memory_is_only_reached_by_tensors() -> None:
+    for name, device in plug.DEVICES.items():
+        spec = getattr(plug, name)()
+        driven = device in ("cpu", "cuda")
+        assert spec.is_handle_transfer_available() is driven
+        if metadata.version("lmcache") != "0.5.4":
+            assert spec.is_lmcache_driven_available() is driven
+
+
+def test_what_a_spec_pins_is_adopted_piece_by_piece() -> None:
+    own = plug.CpuSpec.__mro__[1]
+
+    class Pinning(own):  # type: ignore[misc, valid-type]
+        def pin_memory(self, ptr: int, size: int, flags: int = 0) -> bool:
+            return size < 8192
+
+        def unpin_memory(self, ptr: int) -> bool:
+            return True
+
+    class Spec(plug.CpuSpec, Pinning):  # type: ignore[misc]
+        """PortaKV's spec over one that can pin."""
+
+    before, spec = {*pinned.seams()}, Spec()
+    assert [spec.pin_memory(at, 4096, 2) for at in (1 << 20, (1 << 20) + 4096)] == [True, True]
+    assert not spec.pin_memory((1 << 20) + 8192, 8192, 2)
+    assert {*pinned.seams()} - before == {(1 << 20) + 4096}
+    assert spec.unpin_memory((1 << 20) + 4096)
+    assert {*pinned.seams()} == before
+    assert spec.unpin_memory(1 << 20)
+
+
+def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    said = integrations.why_not("lmcache")
+    assert said is not None
+    assert "lmcache is not installed" in said
+    check_sentence(said)
+
+
+def test_the_installed_release_is_in_the_matrix() -> None:
+    assert integrations.why_not("lmcache") is None
+
+
+def test_every_entry_point_loads_as_its_name() -> None:
+    found = metadata.entry_points(group="lmcache.device_plugins")
+    mine = [each for each in found if each.name.startswith("portakv-")]
+    assert {each.name for each in mine} == {f"portakv-{x}" for x in plug.DEVICES.values()}
+    for each in mine:
+        spec = each.load()()
+        assert spec.backend_name == each.name
+        assert spec.is_available() is (each.name == "portakv-cpu")
+
+
+def test_the_ops_have_the_signatures_of_lmcache(ops: Any) -> None:
+    for name in plug.OPS[lmcache_ops]:
+        theirs = inspect.signature(getattr(torch_ops, name)).parameters
+        mine = list(inspect.signature(getattr(ops, name)).parameters)
+        assert mine[: len(theirs)] == list(theirs), name  # releases add to the end
+
+
+def test_lmcache_finds_that_tensors_may_be_passed(ops: Any) -> None:
+    said = inspect.signature(ops.multi_layer_block_kv_transfer).parameters["lmcache_objects_ptrs"]
+    assert "Tensor" in str(said.annotation)
+
+
+# --- The same bytes as LMCache's own --------------------------------------------------------------
+
+
+def test_every_format_of_this_release_is_known() -> None:
+    assert FORMATS.keys() <= LAYOUTS.keys()
+
+
+def descriptor(g: Geometry) -> Any:
+    desc = native.PageBufferShapeDesc()
+    for name, value in vars(g.descriptor()).items():
+        setattr(desc, name, value)
+    desc.dtype = torch.bfloat16
+    return desc
+
+
+@pytest.mark.parametrize("skip", [0, 3])
+@pytest.mark.parametrize("number", [x for x in FORMATS if x not in WRONG_THERE])
+def test_blocks_as_by_the_torch_op(number: int, skip: int, ops: Any) -> None:
+    g = GEOMETRIES[number]
+    caches = tensors(physical(g, g.logical(1)), CPU)
+    ids = [3, 0, 6, 2, 5]
+    shape = [*([2] if g.kv == 2 else []), g.layers, 2 * g.block_size, g.row]
+    found = []
+    for module in (torch_ops, ops):
+        held = caches
+        if number == 15 and module is torch_ops:
+            held = [each.squeeze(3) for each in caches]
+        objects = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(3)]
+        given = held[0] if len(held) == 1 else held
+        module.multi_layer_block_kv_transfer(
+            given, objects, ids, CPU, D2H, descriptor(g), 2 * g.block_size, FORMATS[number], skip
+        )
+        into = tensors(physical(g, g.logical(5)), CPU)
+        held = [x.squeeze(3) for x in into] if number == 15 and module is torch_ops else into
+        given = held[0] if len(held) == 1 else held
+        module.multi_layer_block_kv_transfer(
+            given, objects, ids, CPU, H2D, descriptor(g), 2 * g.block_size, FORMATS[number], skip
+        )
+        found.append((objects, into))
+    for mine, theirs in zip(found[1][0], found[0][0], strict=True):
+        assert mine.view(torch.int16).equal(theirs.view(torch.int16))
+    assert_equal(found[1][1], arrays(found[0][1]))
+
+
+@pytest.mark.parametrize("direction", [D2H, H2D])
+@pytest.mark.parametrize("number", [0, 1, 2, 3, 5])
+def test_slots_as_by_the_torch_op(number: int, direction: Any, ops: Any) -> None:
+    g = GEOMETRIES[number]
+    layers = GEOMETRIES[1] if number == 0 else g
+    slots = torch.tensor([5, 20, -1, 3, 27, 0])
+    found = []
+    for module in (torch_ops, ops):
+        caches = tensors(physical(layers, layers.logical(1)), CPU)
+        chunk = torch.from_numpy(g.logical(2)).view(torch.bfloat16)
+        chunk = chunk.reshape(g.kv, g.layers, g.slots, g.row)[:, :, :6].contiguous()
+        module.multi_layer_kv_transfer(
+            chunk, pointers(caches, CPU), slots, CPU, g.slots, direction, FORMATS[number],
+            block_size=g.block_size, skip_prefix_n_tokens=1,
+        )  # fmt: skip
+        found.append((chunk, caches))
+    np.testing.assert_array_equal(arrays(found[1][0]), arrays(found[0][0]))
+    assert_equal(found[1][1], arrays(found[0][1]))
+
+
+def test_keys_and_values_apart_as_by_the_torch_op(ops: Any) -> None:
+    g = GEOMETRIES[4]
+    slots, found = torch.tensor([5, 20, -1, 3]), []
+    for module in (torch_ops, ops):
+        caches = tensors(physical(g, g.logical(1)), CPU)
+        chunk = torch.zeros(2, g.layers, 4, g.row, dtype=torch.bfloat16)
+        module.multi_layer_kv_transfer_unilateral(
+            chunk, pointers(caches, CPU), slots, CPU, g.slots, D2H, FORMATS[4]
+        )
+        found.append(chunk)
+    np.testing.assert_array_equal(arrays(found[1]), arrays(found[0]))
+
+
+# --- Engine-driven mode: LMCache's own calls ------------------------------------------------------
+
+# As many heads as tokens of a block: 0.5.4 takes all caches on the host for HND.
+LAYERWISE = [
+    ("NHD", (2, 8, 4, 4, 8), 1),
+    ("HND", (2, 8, 4, 4, 8), 1),
+    ("NHD", (8, 2, 4, 4, 8), 0),
+    ("HND", (8, 2, 4, 4, 8), 0),
+    ("NHD", (8, 4, 24), 0),
+]
+
+
+@pytest.mark.parametrize("skip", [0, 8])
+@pytest.mark.parametrize(("order", "shape", "axis"), LAYERWISE)
+def test_gather_and_scatter(order: str, shape: tuple[int, ...], axis: int, skip: int) -> None:
+    base = pytest.importorskip("lmcache.v1.multiprocess.transfer_context.base")
+    hints = {"kv_layout": order}
+    caches = {f"layer.{n}": torch.randn(shape).bfloat16() for n in range(3)}
+    before = {name: each.clone() for name, each in caches.items()}
+    ids = [3, 0, 6, 2]
+    chunks = base.gather_paged_kv_to_cpu(caches, ids, 2, layout_hints=hints)
+    for each in caches.values():
+        each.zero_()
+    base.scatter_cpu_to_paged_kv(
+        caches, ids, chunks, 2, skip_first_n_tokens=skip, layout_hints=hints
+    )
+    for name, each in caches.items():
+        expected = torch.zeros_like(each)
+        kept = torch.tensor(ids[skip // 4 :])
+        expected.index_copy_(axis, kept, before[name].index_select(axis, kept))
+        assert each.equal(expected)
+
+
+# --- The daemon's path: caches in shared memory, objects of LMCache's allocator -------------------
+
+DAEMON = """
+import hashlib
+import lmcache
+import lmcache.lmcache_native as native
+import torch
+from lmcache.v1.memory_allocators.tensor_memory_allocator import TensorMemoryAllocator
+from lmcache.v1.multiprocess import object_group_transfer as groups
+from lmcache.v1.platform import resolve_kv_wrapper_factory
+from lmcache.v1.platform.cache_context import create_cache_context
+
+IDS = [[3, 0, 6, 2, 5, 1]]
+memory = TensorMemoryAllocator(torch.zeros(2**20, dtype=torch.uint8))
+
+def there_and_back(order, shape, axis, host):
+    def transfer(direction, skip):
+        groups.transfer_kv_per_object_group(
+            context, groups.downsample_and_stage_block_ids(context, IDS), objects, 0, 2, skip,
+            direction, transfer_key="test", block_ids_host=host)
+
+    torch.manual_seed(0)
+    made = [torch.randn(shape).bfloat16() for _ in range(3)]
+    wrapped = [resolve_kv_wrapper_factory("cpu")(each) for each in made]
+    context = create_cache_context(wrapped, 8, {"kv_layout": order})
+    caches = context.kv_caches_
+    before = [each.clone() for each in caches]
+    nbytes = context.get_temp_object_group_buffer(0, 0).nbytes
+    objects = [memory.allocate(torch.Size([nbytes]), torch.uint8) for _ in range(3)]
+    for each in objects:
+        each.raw_tensor.zero_()
+    transfer(native.TransferDirection.D2H, 0)
+    held = b"".join(each.raw_tensor.numpy().tobytes() for each in objects)
+    for each in caches:
+        each.zero_()
+    transfer(native.TransferDirection.H2D, 4)
+    for each, old in zip(caches, before):
+        expected, kept = torch.zeros_like(old), torch.tensor(IDS[0][1:])
+        expected.index_copy_(axis, kept, old.index_select(axis, kept))
+        assert each.equal(expected)
+    for each in objects:
+        each.ref_count_down()
+    return hashlib.sha1(held).hexdigest()
+
+ways = ((), IDS) if "PortaKV" in type(lmcache.device_ops).__name__ else ((),)
+print(*(there_and_back(*each, host) for host in ways for each in CASES))
+"""
+
+
+def test_the_daemons_objects_are_the_same() -> None:
+    if find_spec("lmcache.v1.multiprocess.object_group_transfer") is None:
+        pytest.skip("this release has no module of its own for it")
+    code = f"CASES = {LAYERWISE[1:]}\n{DAEMON}"
+    theirs = answer(code).split()
+    staged_then_direct = answer(code, LMCACHE_DEVICE_BACKEND="portakv-cpu").split()
+    assert len(set(theirs)) == len(theirs)
+    assert staged_then_direct == theirs + theirs
+
+
+# --- The state of a process -----------------------------------------------------------------------
+
+ROUND_TRIP = """
+    def round_trip(device, order="HND", shape=(8, 2, 2, 4, 8)):
+        from lmcache.v1.multiprocess.transfer_context import base
+        hints = {"kv_layout": order}
+        made = [torch.randn(shape, device="cpu", dtype=torch.float32) for _ in range(3)]
+        caches = {f"layer.{n}": each.to(device) for n, each in enumerate(made)}
+        chunks = base.gather_paged_kv_to_cpu(caches, [3, 0, 6, 2], 2, layout_hints=hints)
+        for each in caches.values():
+            each.zero_()
+        base.scatter_cpu_to_paged_kv(caches, [3, 0, 6, 2], chunks, 2, layout_hints=hints)
+        for n, each in enumerate(caches.values()):
+            for block in range(8):
+                found = each.cpu()[block]
+                assert found.equal(made[n][block] if block in (3, 0, 6, 2) else 0 * found)
+"""
+HOST = f"import torch\n{textwrap.dedent(ROUND_TRIP)}"
+SIMULATED = f"""
+from portakv_conformance import simdev
+simdev.load("mlu")
+{HOST}
+"""
+
+
+def test_a_default_device_and_dtype_set_before_first_use() -> None:
+    code = "torch.set_default_dtype(torch.bfloat16)\nround_trip('cpu')\nprint('right')"
+    assert answer(f"{HOST}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-cpu") == "right"
+    code = f"torch.set_default_device('mlu:0')\n{code.replace('cpu', 'mlu')}"
+    assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "right"
+
+
+def test_a_device_that_lmcache_does_not_know() -> None:
+    code = "round_trip('mlu:0')\nround_trip('mlu:1')\nprint(not simdev.take_faults())"
+    assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "True"
+
+
+COUNT = """
+import lmcache.lmcache_native as native
+from torch.utils._python_dispatch import TorchDispatchMode
+from lmcache.v1.platform import resolve_device_ops, torch_ops
+
+class Calls(TorchDispatchMode):
+    number = 0
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+desc = native.PageBufferShapeDesc()
+for name, value in dict(kv_size=2, nl=32, nb=8, bs=4, nh=2, hs=8, element_size=4).items():
+    setattr(desc, name, value)
+desc.dtype = torch.float32
+objects = [torch.zeros(2, 32, 8, 16) for _ in range(2)]
+counted = []
+for name, shape in SHAPES.items():
+    caches = [torch.zeros(shape, device="mlu") for _ in range(32)]
+    for ops in (torch_ops, resolve_device_ops("mlu")):
+        for again in range(2):
+            with Calls() as calls:
+                ops.multi_layer_block_kv_transfer(
+                    caches, objects, [3, 0, 6, 2], torch.device("mlu:0"),
+                    native.TransferDirection.D2H, desc, 8,
+                    native.EngineKVFormat.__members__[name], 0)
+        counted.append(calls.number)
+print(*counted)
+"""
+
+
+def test_fewer_calls_than_by_lmcaches_own() -> None:
+    shapes = {
+        "NL_X_TWO_NB_NH_BS_HS": (2, 8, 2, 4, 8),
+        "NL_X_NB_TWO_NH_BS_HS": (8, 2, 2, 4, 8),
+        "NL_X_TWO_NB_BS_NH_HS": (2, 8, 4, 2, 8),
+    }
+    code = f"{SIMULATED}\nSHAPES = {shapes}\n{COUNT}"
+    found = [int(x) for x in answer(code, LMCACHE_DEVICE_BACKEND="portakv-mlu").split()]
+    print(found)
+    for theirs, mine in zip(found[::2], found[1::2], strict=True):
+        assert theirs >= 5 * mine
+
+
+def test_two_kinds_of_device_in_one_process() -> None:
+    code = "import lmcache\nround_trip('mlu')\nround_trip('cpu')\nprint('right')"
+    assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "right"
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_in_a_worker_process(how: str) -> None:
+    code = f"""
+import multiprocessing as mp
+if __name__ == "__main__":
+    round_trip("cpu")
+    if {how!r} == "fork":
+        worker = mp.get_context("fork").Process(target=round_trip, args=("cpu",))
+        worker.start()
+        worker.join(120)
+        print(worker.exitcode)
+    else:
+        import subprocess, sys
+        print(subprocess.run([sys.executable, "-c", "import lmcache"]).returncode)
+"""
+    assert answer(f"{HOST}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-cpu") == "0"
+
+
+def test_a_process_may_end_while_transfers_are_under_way() -> None:
+    code = """
+        from lmcache.v1.platform import resolve_device_ops
+        caches = [torch.ones(2, 64, 16, 4, 64, device="mlu") for _ in range(8)]
+        chunk = torch.zeros(2, 8, 256, 256).pin_memory()
+        slots = torch.arange(256, device="mlu")
+        for _ in range(20):
+            resolve_device_ops("mlu").multi_layer_kv_transfer(
+                chunk, caches, slots, torch.device("mlu:0"), 1024, 1, 1, block_size=16)
+        print("issued")
+    """
+    both = f"{SIMULATED}\n{textwrap.dedent(code)}"
+    assert answer(both, LMCACHE_DEVICE_BACKEND="portakv-mlu") == "issued"
+
+
+def test_threads_that_transfer_at_once(ops: Any) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    g = GEOMETRIES[6]
+    logical = g.logical(1)
+    caches = tensors(physical(g, logical), CPU)
+    table, rows = pointers(caches, CPU), g.rows(logical)
+
+    def store(seed: int) -> bool:
+        drawn = np.random.default_rng(seed).permutation(g.slots)[:9]
+        chunk = torch.zeros(2, g.layers, 9, g.row, dtype=torch.bfloat16)
+        ops.multi_layer_kv_transfer(
+            chunk, table, torch.from_numpy(drawn), CPU, g.slots, D2H, FORMATS[6],
+            block_size=g.block_size, head_size=g.dim,
+        )  # fmt: skip
+        return bool((arrays(chunk) == rows[:, :, drawn]).all())
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(store, range(64)))
+
+
+def test_inference_mode(ops: Any) -> None:
+    g = GEOMETRIES[1]
+    logical = g.logical(1)
+    with torch.inference_mode():
+        caches = tensors(physical(g, logical), CPU)
+        chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
+        ops.multi_layer_kv_transfer(
+            chunk, pointers(caches, CPU), torch.tensor([9, 2]), CPU, g.slots, D2H, FORMATS[1]
+        )
+    np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
+
+
+def test_caches_reallocated_between_calls(ops: Any) -> None:
+    g = GEOMETRIES[1]
+    for seed in range(6):
+        logical = g.logical(seed)
+        caches = tensors(physical(g, logical), CPU)
+        objects = [torch.zeros(2, g.layers, g.block_size, g.row, dtype=torch.bfloat16)]
+        ops.multi_layer_block_kv_transfer(
+            caches, objects, [4], CPU, D2H, descriptor(g), g.block_size, FORMATS[1], 0
+        )
+        expected = g.rows(logical)[:, :, 16:20]
+        np.testing.assert_array_equal(arrays(objects[0]), expected)
+        del caches
+
+
+def test_a_layout_that_was_never_seen_is_refused_with_shape_and_strides(ops: Any) -> None:
+    g = GEOMETRIES[1]
+    odd = [torch.zeros(3, g.blocks, g.block_size, g.heads, g.dim) for _ in range(g.layers)]
+    objects = [torch.zeros(2, g.layers, g.block_size, g.row)]
+    with pytest.raises(ValueError, match=re.escape("kv")) as caught:
+        ops.multi_layer_block_kv_transfer(
+            odd, objects, [4], CPU, D2H, descriptor(g), g.block_size, FORMATS[1], 0
+        )
+    check_sentence(str(caught.value))
+
+
+def test_the_stand_ins_of_direct_copies_take_lmcaches_arguments(ops: Any) -> None:
+    spec = ops.DirectCopyGroupSpec([1], descriptor(GEOMETRIES[1]), FORMATS[1], 8, 0, [0])
+    assert spec.slots_per_chunk == 8
+    assert ops.DirectCopyObject(1, 0, 8, 0, [0]).chunk_idx == 0
+    assert ops.direct_copy_format_supported(FORMATS[7])
+    assert ops.batch_memcpy_supported() is lmcache_host.batch_memcpy_supported()

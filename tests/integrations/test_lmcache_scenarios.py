@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LMCache's own scenarios of the replaced ops, on the simulated device: its tests know the devices
+of three vendors by name, so that the scenarios are called here with another one.
+
+`.ci/plugs` names the folder of LMCache's sources, and starts a process whose device is ``mlu``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SOURCES = os.environ.get("LMCACHE_SOURCES", "")
+if not SOURCES or os.environ.get("SIMDEV_NAME") != "mlu":
+    pytest.skip("LMCACHE_SOURCES names no sources; see .ci/plugs", allow_module_level=True)
+
+from lmcache.v1.platform import resolve_device_ops  # noqa: E402
+
+from portakv.integrations.lmcache import OPS  # noqa: E402
+from portakv_conformance import simdev  # noqa: E402
+
+NAMES = [*next(iter(OPS.values())), "lmcache_memcpy_async"]
+
+
+@pytest.fixture(scope="module")
+def scenarios() -> dict[str, Any]:
+    path = Path(SOURCES) / "tests/v1/test_torch_ops.py"
+    spec = importlib.util.spec_from_file_location("lmcache_test_torch_ops", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found: dict[str, Any] = module.SCENARIO_REGISTRY
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scenario(name: str, scenarios: dict[str, Any]) -> None:
+    scenarios[name](resolve_device_ops("mlu"), "mlu:0")
+    assert not simdev.take_faults()
