@@ -19,7 +19,8 @@ Ids on the host are checked before anything is moved. Those on a device are trus
 upstream: nothing is read back. A table of addresses on a device is read back once, and again if it
 was written since. Pointers that were freed cannot be told from others, as upstream.
 
-Errors are PortaKV's: `LayoutError` for tensors and sizes that do not fit, `SlotError` for ids.
+Errors are PortaKV's: `LayoutError` for tensors and sizes that do not fit, `SlotError` for bad ids,
+`IntegrationError`, a RuntimeError as upstream's, for lists of ids of unequal lengths.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import torch
 from portakv import Index, KVView, copy_rows, copy_runs
 from portakv.errors import LayoutError, SlotError
 from portakv.host import small
+from portakv.integrations import IntegrationError
 from portakv.integrations import kvcacheio_pools as pools
 
 _is_hip = torch.version.hip is not None
@@ -250,9 +252,14 @@ def _mla_block_quota(asked: int | None) -> int:
 
 def _copy(src: KVView, dst: KVView, src_ids: Any, dst_ids: Any, limit: int | None = None) -> None:
     """Copy tokens; ids on a device are trusted. ``limit``: of thread blocks, for host memory."""
-    indices = [
+    mine, theirs = (
         each if isinstance(each, Index) else Index(each, trusted=True)
         for each in (src_ids, dst_ids)
-    ]
+    )
+    if mine.length != theirs.length:
+        raise IntegrationError(
+            f"Ids of {mine.length} tokens of the source and of {theirs.length} tokens of the "
+            f"destination were given; both must have the same length. Pass one for each token."
+        )
     across = src.device != dst.device
-    copy_rows(src, dst, *indices, max_thread_blocks=limit if across else None)
+    copy_rows(src, dst, mine, theirs, max_thread_blocks=limit if across else None)

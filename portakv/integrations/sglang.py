@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PortaKV inside SGLang's hierarchical cache: the host pools of MHA, of unequal keys and values, and of
-MLA move their tokens by PortaKV, for every ``--hicache-mem-layout`` and I/O backend.
+"""PortaKV inside SGLang's hierarchical cache: its host pools of MHA, of MHA with keys and values of
+unequal widths, and of MLA move tokens by PortaKV, in every memory layout and by every I/O backend.
 
     PORTAKV_SGLANG=1 python -m sglang.launch_server ... --enable-hierarchical-cache
 
-`register` stands in the entry-point group ``sglang.srt.plugins``, which SGLang runs in every process:
-it returns at once unless ``PORTAKV_SGLANG`` is set. Pools that PortaKV does not read stay SGLang's.
+`register` stands in the entry-point group ``sglang.srt.plugins``, which SGLang runs in every
+process: it returns at once unless ``PORTAKV_SGLANG`` is set. Other pools stay SGLang's.
 """
 
 from __future__ import annotations
@@ -83,9 +83,8 @@ def load(
     """One layer from the host to the device, in the place of a pool's method ``own``."""
     held = _held(pool)
     if held is None:
-        own(
-            pool, device_pool, host_indices, device_indices, layer_id, io_backend, is_draft=is_draft
-        )
+        arguments = pool, device_pool, host_indices, device_indices, layer_id, io_backend
+        own(*arguments, is_draft=is_draft)
         return
     pair = _layer(pool, layer_id, is_draft)
     if pair is not None:
@@ -102,14 +101,15 @@ def backup(
     if held is None:
         own(pool, device_pool, host_indices, device_indices, io_backend)
         return
-    src, dst = held.device, held.host
-    if src.layers < dst.layers:  # of other ranks, which keep theirs
-        dst = dst.slice(layers=slice(0, src.layers))
-    held.copy(src, dst, device_indices, host_indices, io_backend)
+    pairs = [(held.host, held.device)]
+    if held.host.layers != held.device.layers:  # a rank that owns some of the layers
+        pairs = [held.layers(*pair) for pair in _owned(pool)]
+    for dst, src in pairs:
+        held.copy(src, dst, device_indices, host_indices, io_backend)
 
 
 def release(pool: Any) -> None:
-    """Before SGLang unregisters the memory of a pool: wait for the last copy, and forget its views."""
+    """Wait for a pool's last copy and forget its views, before SGLang unregisters its memory."""
     held = pool.__dict__.pop(_KEPT, None)
     if held is not None:
         held.close()
@@ -177,8 +177,8 @@ def _held(pool: Any) -> _Held | None:
         return None
     if pool.kv_buffer is None:
         raise IntegrationError(
-            f"A transfer was asked of a {type(pool).__name__} that was destroyed; expected one that "
-            f"is in use. Make the pool anew."
+            f"A transfer was asked of a {type(pool).__name__} that was destroyed; expected one "
+            f"that is in use. Make the pool anew."
         )
     sides = _mla(pool) if hasattr(pool, "kv_cache_dim") else _mha(pool)
     if sides is None:
@@ -214,6 +214,12 @@ def _mla(pool: Any) -> tuple[KVView, KVView] | None:
 
 def _device_buffers(pool: Any) -> Any:
     return getattr(pool, "device_k_buffers", None) or getattr(pool, "device_kv_buffers", None)
+
+
+def _owned(pool: Any) -> list[tuple[int, int]]:
+    """Where each layer of a rank is on the host and on the device."""
+    on_device = pool._buffer_index_by_layer
+    return [(at, on_device[layer]) for layer, at in pool._host_layer_by_controller.items()]
 
 
 def _layer(pool: Any, layer_id: int, is_draft: bool) -> tuple[int, int] | None:
