@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The names of `sgl_kernel.kvcacheio` over PortaKV against plain torch: every pair of orders, ids in
-both places and of both dtypes. No engine is imported; `test_sglang.py` has the real pools."""
+"""The names of `sgl_kernel.kvcacheio` over PortaKV against plain torch: every pair of orders, ids
+in both places and of both dtypes. No engine is imported; `test_sglang.py` has the real pools."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lets SGLang be imported beside a torch without CUDA: the index has torchvision for CUDA alone. Its
+"""Lets SGLang be imported beside a torch without CUDA. The index has torchvision for CUDA; its
 library does not load there, and its Python part then asks for operators that do not exist."""
 
 from __future__ import annotations
