@@ -160,7 +160,7 @@ def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
 def _count(pools: Tensors, unit: int, item: int, layers: int, heads: int) -> int:
     """How many units of bytes contiguous pools hold, each with ``layers`` items at least."""
     first = pools[0]
-    for each in pools:
+    for each in pools[1:]:
         _alike(first, each)
     if not first.is_contiguous() or unit < 1 or first.nbytes % unit:
         raise _unfit(pools, "units", unit, item, heads)
