@@ -3,9 +3,9 @@
 
     python examples/sglang_kvcacheio.py [device]
 
-The calls are those of SGLang's host pool (page first), by the names of `sgl_kernel.kvcacheio`. The
-one line that chooses PortaKV is the one that puts its module in the place of SGLang's. The layers are
-lost between the two halves, and every byte that comes back is compared.
+The calls are those of SGLang's host pool (page first), by the names of `sgl_kernel.kvcacheio`. One
+line chooses PortaKV: that which puts its module in the place of SGLang's. The layers are lost
+between the two halves, and every byte that comes back is compared.
 """
 
 from __future__ import annotations

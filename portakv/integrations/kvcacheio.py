@@ -115,8 +115,8 @@ def transfer_kv_per_layer_mla(
     item_size: int, block_quota: int | None = None, num_warps_per_block: int = _WARPS,
 ) -> None:  # fmt: skip
     """One layer of one pool, lf to lf."""
-    sides = (pools.rows((each,), item_size, item_size) for each in (src, dst))
-    _copy(*sides, src_indices, dst_indices, _mla_block_quota(block_quota))
+    one, other = (pools.rows((each,), item_size, item_size) for each in (src, dst))
+    _copy(one, other, src_indices, dst_indices, _mla_block_quota(block_quota))
 
 
 def transfer_kv_per_layer_mla_pf_lf(
@@ -136,8 +136,8 @@ def transfer_kv_all_layer_mla(
     num_warps_per_block: int = _WARPS,
 ) -> None:  # fmt: skip
     """All layers of one pool, lf to lf, each side by a table of addresses."""
-    sides = (pools.listed((each,), item_size, num_layers) for each in (src_layers, dst_layers))
-    _copy(*sides, src_indices, dst_indices, block_quota)
+    src, dst = (pools.listed((each,), item_size, num_layers) for each in (src_layers, dst_layers))
+    _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
 def transfer_kv_all_layer_mla_lf_pf(

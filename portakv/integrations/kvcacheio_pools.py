@@ -59,11 +59,12 @@ def rows(
     """Contiguous pools as tokens ``pitch`` bytes apart: ``layers``, or if 0 the one ``layer``."""
     tokens = _count(pools, pitch, item, layer + max(layers, 1), heads)
     width = item // heads
-    if layers:
-        shape, strides = (tokens, layers, heads, width), (pitch, item, width, 1)
-        return _in_pools(pools, "kv | token layer head dim", shape, strides)
-    shape, strides = (tokens, heads, width), (pitch, width, 1)
-    return _in_pools(pools, "kv | token head dim", shape, strides, layer * item)
+    if not layers:
+        shape: tuple[int, ...] = tokens, heads, width
+        one = pitch, width, 1
+        return _in_pools(pools, "kv | token head dim", shape, one, layer * item)
+    shape = tokens, layers, heads, width
+    return _in_pools(pools, "kv | token layer head dim", shape, (pitch, item, width, 1))
 
 
 def page_head(
@@ -85,6 +86,11 @@ def listed(tables: Tensors, item: int, layers: int, heads: int = 1) -> KVView:
     if item < 1 or item % heads or not 0 < layers <= min(len(found) for found, _ in read):
         raise _unfit(tables, f"{layers} layers", item, item, heads)
     home = read[0][1]
+    if any(other != home for _, other in read):
+        raise LayoutError(
+            f"Tables of memory on {home} and on {read[1][1]} were given for one side of a copy; "
+            f"expected both in one place. Copy keys and values by themselves."
+        )
     pinned = True if home.type == "cpu" and not tables[0].is_cpu else None
     shape = -1, heads, item // heads
     lists = [found[:layers] for found, _ in read]
