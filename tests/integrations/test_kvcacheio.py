@@ -378,6 +378,29 @@ def test_no_ids_move_nothing(device: torch.device) -> None:
     assert torch.equal(logical(here.k), before)
 
 
+@pytest.mark.parametrize("order", ["pf", "ph"])
+def test_copies_are_ordered_on_the_current_stream(order: str, accelerator: torch.device) -> None:
+    """Each reads what the stream wrote before, and is read by what the stream does behind it."""
+    there, here = on_host(order, accelerator, 1), on_device(accelerator, 50)
+    fresh, s = drawn((TOKENS, HEADS, DIM), 99).pin_memory(), torch.arange(TOKENS, device="cpu")
+    on = s.to(accelerator)
+    tables, out = (table(here.k), table(here.v)), torch.empty_like(here.k[0])
+    extra = (PAGE, HEADS) if order == "ph" else ()
+    down = io.transfer_kv_all_layer_lf_ph if extra else io.transfer_kv_all_layer_lf_pf
+    up = io.transfer_kv_per_layer_ph_lf if extra else io.transfer_kv_per_layer_pf_lf
+    synchronize(accelerator)
+    stream = torch.Stream(accelerator)
+    with stream:
+        here.k[1].copy_(fresh, non_blocking=True)
+        down(tables[0], there.k, tables[1], there.v, on, on, ITEM, PITCH, LAYERS, *extra)
+        here.k[1].zero_()
+        up(there.k, here.k[1], there.v, here.v[1], on, on, 1, ITEM, PITCH, *extra)
+        out.copy_(here.k[1], non_blocking=True)
+    stream.synchronize()
+    assert torch.equal(out.cpu(), fresh)
+    assert torch.equal(logical(there.k, order)[1], fresh)
+
+
 # --- Tables of addresses --------------------------------------------------------------------------
 
 

@@ -23,6 +23,8 @@ if find_spec("sglang") is None:
 os.environ["PORTAKV_SGLANG"] = "1"
 
 from support import sglang_on_cpu  # noqa: F401, I001  before SGLang
+import msgspec
+from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_host import common, mha, mla
 from sglang.srt.plugins import load_plugins
@@ -138,12 +140,10 @@ def each_zeroed(buffer: Any) -> Any:
 
 def moved(info: Any, kind: str, buffers: list[torch.Tensor], device: torch.device) -> Any:
     """What SGLang tells of a pool, with its buffers on another device."""
-    import msgspec
 
     def table(layers: Any) -> torch.Tensor:
         return torch.tensor([x.data_ptr() for x in layers], dtype=torch.uint64).to(device)
 
-    at = torch.device(device.type, device.index or 0)
     if kind == "mla":
         return msgspec.structs.replace(
             info, buffers=tuple(buffers), data_ptrs=table(buffers), device=buffers[0].device
@@ -152,7 +152,7 @@ def moved(info: Any, kind: str, buffers: list[torch.Tensor], device: torch.devic
     both = msgspec.structs.replace(
         info.buffers, k=k, v=v, k_data_ptrs=table(k), v_data_ptrs=table(v)
     )
-    return msgspec.structs.replace(info, buffers=both, device=buffers[0].device or at)
+    return msgspec.structs.replace(info, buffers=both, device=buffers[0].device)
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -247,8 +247,6 @@ def test_layers_that_a_pool_does_not_have_are_passed_over() -> None:
 def test_layers_of_a_draft_model_lie_behind_those_of_the_target(kind: str) -> None:
     draft = build(kind, "layer_first", CPU)
     info = draft.device_pool._mla_buffer_info() if kind == "mla" else draft.host._buffer_infos[0]
-    import msgspec
-
     if kind == "mla":
         one = msgspec.structs.replace(
             info, buffers=info.buffers[:1], data_ptrs=info.data_ptrs[:1], layer_indices=(0,),
@@ -282,6 +280,80 @@ def test_context_parallel_ranks_keep_every_nth_token() -> None:
     pools.host.backup_from_device_all_layer(pools.device_pool, wide, wide + 2 * PAGE, "direct")
     for layer in range(LAYERS):
         assert torch.equal(pools.host.kv_buffer[:PAGE, layer], before[layer][PAGE : 2 * PAGE])
+
+
+def test_a_rank_that_owns_some_layers_of_mla() -> None:
+    whole = build("mla", "layer_first", CPU)
+    info = whole.device_pool._mla_buffer_info()
+    owned = msgspec.structs.replace(
+        info, buffers=info.buffers[1:], data_ptrs=info.data_ptrs[1:], layer_indices=(1, 2)
+    )
+    for rows in (2, 3):  # as many as it owns, and one that is reserved
+        host = mla.MLATokenToKVPoolHost(
+            owned, 2.0, 0, PAGE, "page_first", pin_memory=False, device_capacity_tokens=TOKENS,
+            start_layer=0, end_layer=LAYERS, target_layer_num=rows, layer_shard_enabled=True,
+        )  # fmt: skip
+        pools = whole._replace(host=host)
+        on_host, on_device = pools.ids(2)
+        before = pools.held()
+        host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
+        pools.lose()
+        for layer in range(LAYERS):
+            host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "kernel")
+        for layer, (mine, right) in enumerate(zip(pools.held(), before, strict=True)):
+            assert torch.equal(mine[on_device], right[on_device]) is (layer in (1, 2))
+        for each, right in zip(pools.buffers, before, strict=True):
+            each.copy_(right)
+
+
+@pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
+def test_rows_of_the_device_that_lie_apart(layout: str, device: torch.device) -> None:
+    """As in SGLang's unified pool, whose tokens hold all layers."""
+    pools = build("mha", layout, CPU)
+    kept = torch.stack(pools.buffers, 1).to(device)
+    strided = list(kept.unbind(1))
+    info = moved(pools.host._buffer_infos[0], "mha", strided, device)
+    host = mha.MHATokenToKVPoolHost(
+        info, 2.0, 0, PAGE, layout, pin_memory=False, device_capacity_tokens=TOKENS,
+        start_layer=0, end_layer=LAYERS,
+    )  # fmt: skip
+    assert not host.device_rows_packed
+    again = pools._replace(host=host, buffers=strided, device=device)
+    on_host, on_device = again.ids(2)
+    before = again.held()
+    host.backup_from_device_all_layer(again.device_pool, on_host, on_device, "direct")
+    again.lose()
+    for layer in range(LAYERS):
+        host.load_to_device_per_layer(again.device_pool, on_host, on_device, layer, "direct")
+    for mine, right in zip(again.held(), before, strict=True):
+        assert torch.equal(mine[on_device], right[on_device])
+
+
+def test_pages_of_ascend_without_its_kernels(device: torch.device) -> None:
+    """What SGLang tells of its pool on an NPU: pages, and no tables of addresses."""
+    pools = build("mha", "page_first_direct", CPU)
+    paged = [x.view(-1, PAGE, HEADS, DIM).to(device) for x in pools.buffers]
+    info = moved(pools.host._buffer_infos[0], "mha", paged, device)
+    both = msgspec.structs.replace(
+        info.buffers, k_data_ptrs=None, v_data_ptrs=None, layout=KVBufferLayout.PAGED_NHD
+    )
+    info = msgspec.structs.replace(
+        info, buffers=both, transfer_buffers=lambda: pytest.fail("SGLang's own method was called")
+    )
+    host = mha.MHATokenToKVPoolHost(
+        info, 2.0, 0, PAGE, "page_first_direct", pin_memory=False,
+        device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
+    )  # fmt: skip
+    again = pools._replace(host=host, buffers=paged, device=device)
+    on_host, on_device = again.ids(2, device)
+    before = again.held()
+    host.backup_from_device_all_layer(again.device_pool, on_host, on_device, "kernel_ascend")
+    again.lose()
+    for layer in range(LAYERS):
+        host.load_to_device_per_layer(again.device_pool, on_host, on_device, layer, "kernel_ascend")
+    pages = on_device.cpu()[::PAGE] // PAGE
+    for mine, right in zip(again.held(), before, strict=True):
+        assert torch.equal(mine[pages], right[pages])
 
 
 # --- Bad input ------------------------------------------------------------------------------------
@@ -329,9 +401,6 @@ def test_buffers_that_were_made_again_between_two_calls() -> None:
 
 
 def test_a_layout_of_the_device_that_is_not_read_stays_sglangs() -> None:
-    import msgspec
-    from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
-
     pools = build("mha", "page_head", CPU)
     info = pools.host._buffer_infos[0]
     odd = msgspec.structs.replace(info.buffers, layout=KVBufferLayout.VECTORIZED_5D)
@@ -402,7 +471,9 @@ ROUND = """
     {before}
     from sglang.srt.plugins import load_plugins
     load_plugins()
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    import msgspec
+from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
     from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
     def made():
