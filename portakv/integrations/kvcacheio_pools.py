@@ -144,7 +144,8 @@ def _pinned(pools: Tensors) -> bool | None:
 def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
     """The addresses of a table, and where that memory is. One on a device is read once, and again
     if it was written since."""
-    version = 0 if table.is_inference() else table._version  # of such a tensor none is kept
+    # An inference tensor has no version: the caller does not write such a table.
+    version = 0 if table.is_inference() else table._version
     known = _tables.get(id(table))
     if known is None or known[0]() is not table or known[1] != version:
         if table.dtype not in (torch.int64, torch.uint64) or table.dim() != 1:

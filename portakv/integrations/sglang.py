@@ -180,12 +180,16 @@ def _held(pool: Any) -> _Held | None:
             f"A transfer was asked of a {type(pool).__name__} that was destroyed; expected one "
             f"that is in use. Make the pool anew."
         )
-    sides = _mla(pool) if hasattr(pool, "kv_cache_dim") else _mha(pool)
+    sides = _mla(pool) if _is_mla(pool) else _mha(pool)
     if sides is None:
         return None
     release(pool)
     pool.__dict__[_KEPT] = made = _Held(pool, *sides)
     return made
+
+
+def _is_mla(pool: Any) -> bool:
+    return hasattr(pool, "kv_lora_rank")
 
 
 def _mha(pool: Any) -> tuple[KVView, KVView] | None:
@@ -213,7 +217,7 @@ def _mla(pool: Any) -> tuple[KVView, KVView] | None:
 
 
 def _device_buffers(pool: Any) -> Any:
-    return getattr(pool, "device_k_buffers", None) or getattr(pool, "device_kv_buffers", None)
+    return pool.device_kv_buffers if _is_mla(pool) else pool.device_k_buffers
 
 
 def _owned(pool: Any) -> list[tuple[int, int]]:
@@ -224,7 +228,7 @@ def _owned(pool: Any) -> list[tuple[int, int]]:
 
 def _layer(pool: Any, layer_id: int, is_draft: bool) -> tuple[int, int] | None:
     """Where a layer is on the host and on the device; None if the pool has none of that number."""
-    if hasattr(pool, "_host_layer_by_controller"):  # MLA
+    if _is_mla(pool):
         if not is_draft and layer_id not in pool._target_layer_indices:
             return None
         return pool._host_layer_by_controller[layer_id], pool._buffer_index_by_layer[layer_id]

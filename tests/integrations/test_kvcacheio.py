@@ -416,9 +416,14 @@ def test_a_table_is_read_once_and_again_when_it_was_written(
         io.transfer_kv_all_layer_mla(kept, target, s, s, ITEM, LAYERS)
         synchronize(device)
         assert torch.equal(logical(into.k)[:, :4], logical(expected.k)[:, :4])
-    reads = []
+    reads: list[torch.Size] = []
     real = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda x: reads.append(x.shape) or real(x))
+
+    def seen(tensor: torch.Tensor) -> Any:
+        reads.append(tensor.shape)
+        return real(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", seen)
     io.transfer_kv_all_layer_mla(kept, target, s, s, ITEM, LAYERS)
     assert (LAYERS,) not in reads
 
@@ -449,7 +454,8 @@ def test_nothing_holds_the_memory_of_a_pool() -> None:
     array = np.zeros((TOKENS, 16), dtype=np.int16)
     gone = weakref.ref(array)
     rows = torch.from_numpy(array)
-    io.transfer_kv_per_layer_mla(rows, drawn((TOKENS, 16), 1), *[torch.arange(3)] * 2, ITEM)
+    s = torch.arange(3)
+    io.transfer_kv_per_layer_mla(rows, drawn((TOKENS, 16), 1), s, s, ITEM)
     del array, rows
     gc.collect()
     assert gone() is None
@@ -470,15 +476,15 @@ def test_sizes_that_do_not_fit() -> None:
     s = torch.arange(4)
     odd = torch.zeros(TOKENS, HEADS, DIM + 1).bfloat16()
     cut = torch.zeros(TOKENS, 2 * HEADS, DIM).bfloat16()[:, :HEADS]
-    shape = str(tuple(cut.shape))
+    shape, kept = str(tuple(cut.shape)), table(here.k)
     calls: list[tuple[Callable[[], None], tuple[str, ...]]] = [
         (lambda: io.transfer_kv_per_layer_mla(odd, here.k[0], s, s, ITEM + 1), ()),
         (lambda: io.transfer_kv_per_layer_mla(cut, here.k[0], s, s, ITEM), (shape, "(32, 8, 1)")),
         (lambda: io.transfer_kv_per_layer_mla(here.k[0], here.k[1], s, s, 0), ()),
         (lambda: io.transfer_kv_per_layer_mla_pf_lf(there.k, here.k[0], s, s, 3, ITEM, PITCH), ()),
         (lambda: io.transfer_kv_per_layer_mla_pf_lf(there.k, here.k[0], s, s, -1, ITEM, PITCH), ()),
-        (lambda: io.transfer_kv_all_layer_mla(*[table(here.k)] * 2, s, s, ITEM, 4), ("4 layers",)),
-        (lambda: io.transfer_kv_all_layer_mla(*[here.k[0]] * 2, s, s, ITEM, 2), ("addresses",)),
+        (lambda: io.transfer_kv_all_layer_mla(kept, kept, s, s, ITEM, 4), ("4 layers",)),
+        (lambda: io.transfer_kv_all_layer_mla(here.k[0], kept, s, s, ITEM, 2), ("addresses",)),
         (lambda: io.transfer_kv_per_layer_ph_lf(
             head.k, here.k[0], head.v, here.v[0], s, s, 3, ITEM, PITCH, PAGE, HEADS), ()),
         (lambda: io.transfer_kv_per_layer_ph_lf(
