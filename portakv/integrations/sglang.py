@@ -109,7 +109,7 @@ def backup(
 
 
 def release(pool: Any) -> None:
-    """Wait for a pool's last copy and forget its views, before SGLang unregisters its memory."""
+    """Wait for a pool's last copies and forget its views, before SGLang unregisters its memory."""
     held = pool.__dict__.pop(_KEPT, None)
     if held is not None:
         held.close()
@@ -124,7 +124,7 @@ class _Held:
         self._page_size = pool.page_size
         self._dcp = getattr(pool, "dcp_size", 1), getattr(pool, "dcp_rank", 0)
         self._layers: dict[tuple[int, int], tuple[KVView, KVView]] = {}
-        self._last: BlockTransfer | None = None
+        self._last: dict[torch.device, BlockTransfer] = {}  # to each side
         buffers = pool.kv_buffer
         buffers = [buffers] if isinstance(buffers, torch.Tensor) else buffers
         self._adopted = pinned.adopt(
@@ -152,19 +152,17 @@ class _Held:
         if size > 1:  # each rank keeps every ``size``-th token
             src_ids, dst_ids = (ids[rank::size] // size for ids in (src_ids, dst_ids))
         kernel = way == "kernel"
-        read = (
-            partial(Index, trusted=True)
-            if kernel
-            else partial(kvcacheio_pools.pages, page_size=self._page_size)
-        )
+        read = partial(Index, trusted=True)
+        if not kernel:
+            read = partial(kvcacheio_pools.pages, page_size=self._page_size)
         limit = _LIMIT if kernel and src.device != dst.device else None
         indices = read(src_ids), read(dst_ids)
-        self._last = copy_rows(src, dst, *indices, max_thread_blocks=limit)
+        self._last[dst.device] = copy_rows(src, dst, *indices, max_thread_blocks=limit)
 
     def close(self) -> None:
-        """Wait for the last copy."""
-        if self._last is not None:
-            self._last.synchronize()
+        """Wait for the last copy to each side."""
+        for copy in self._last.values():
+            copy.synchronize()
         self._adopted.close()
 
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from support.ambient import STATES
 from support.guarded_memory import check_sentence
+from support.read_back import ReadBack
 
 from portakv import LayoutError, SlotError
 from portakv.errors import InvalidTerms, PortaKVError
@@ -404,9 +405,7 @@ def test_copies_are_ordered_on_the_current_stream(order: str, accelerator: torch
 # --- Tables of addresses --------------------------------------------------------------------------
 
 
-def test_a_table_is_read_once_and_again_when_it_was_written(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_table_is_read_once_and_again_when_it_was_written(device: torch.device) -> None:
     first, second, into = (on_device(device, seed) for seed in (1, 20, 50))
     kept, target = table(first.k), table(into.k)
     s = torch.arange(4)
@@ -416,16 +415,19 @@ def test_a_table_is_read_once_and_again_when_it_was_written(
         io.transfer_kv_all_layer_mla(kept, target, s, s, ITEM, LAYERS)
         synchronize(device)
         assert torch.equal(logical(into.k)[:, :4], logical(expected.k)[:, :4])
-    reads: list[torch.Size] = []
-    real = torch.Tensor.tolist
 
-    def seen(tensor: torch.Tensor) -> Any:
-        reads.append(tensor.shape)
-        return real(tensor)
 
-    monkeypatch.setattr(torch.Tensor, "tolist", seen)
-    io.transfer_kv_all_layer_mla(kept, target, s, s, ITEM, LAYERS)
-    assert (LAYERS,) not in reads
+def test_ids_and_tables_of_a_device_are_not_read_back(accelerator: torch.device) -> None:
+    """Once a table is known, a copy within the device waits for nothing."""
+    src, dst = on_device(accelerator, 1), on_device(accelerator, 50)
+    s = torch.arange(8, device=accelerator)
+    tables = [table(x) for x in (src.k, dst.k, src.v, dst.v)]
+    io.transfer_kv_all_layer(*tables, s, s, ITEM, LAYERS)
+    with ReadBack() as waited:
+        io.transfer_kv_all_layer(*tables, s, s, ITEM, LAYERS)
+        io.transfer_kv_per_layer_mla(src.k[0], dst.k[0], s, s, ITEM)
+        io.transfer_kv_direct(src.k, dst.k, s, s, PAGE)
+    assert not waited.seen
 
 
 def test_a_table_in_the_place_of_one_that_was_freed() -> None:

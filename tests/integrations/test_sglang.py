@@ -375,9 +375,12 @@ def test_a_pool_that_was_destroyed(device: torch.device) -> None:
     pools.host.pin_memory = False  # torch's own pinned memory, which SGLang does not unregister
     on_host, on_device = pools.ids(2)
     pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
+    for layer in range(LAYERS):
+        pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "direct")
     last = pools.host.__dict__[plug._KEPT]._last
     pools.host.destroy()
-    assert last.done()
+    assert set(last) == {CPU, pools.buffers[0].device}
+    assert all(each.done() for each in last.values())
     assert plug._KEPT not in pools.host.__dict__
     with pytest.raises(IntegrationError) as raised:
         pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
