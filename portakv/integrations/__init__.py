@@ -32,7 +32,10 @@ class Releases(NamedTuple):
 
 
 #: For each plug what it is tested with; `tests/integrations` runs the ends of each range.
-MATRIX = {"lmcache": Releases("lmcache", "0.5.4", "0.6")}
+MATRIX = {
+    "lmcache": Releases("lmcache", "0.5.4", "0.6"),
+    "sglang": Releases("sglang", "0.5.23", "0.6"),
+}
 
 
 def why_not(plug: str) -> str | None:

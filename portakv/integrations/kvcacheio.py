@@ -1,0 +1,266 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The names, arguments and defaults of ``sgl_kernel.kvcacheio`` (sglang-kernel 0.4.4 to 0.4.10),
+for every device that PortaKV serves, and ``copy_to_gpu_no_ce`` of ``sgl_kernel.elementwise``.
+
+    sys.modules["sgl_kernel.kvcacheio"] = portakv.integrations.kvcacheio  # before SGLang
+
+Sizes named ``item_size`` and ``*_layout_dim`` are bytes, and ids are tokens: int32 or int64, on the
+host or on a device. Pools are named by their order:
+
+- ``lf``, layer first: ``[layer][token, head, dim]``
+- ``pf``, page first: ``[token, layer, head, dim]``; of the direct functions ``[page, layer, token,
+  ...]``
+- ``ph``, page head: ``[page, head, token, layer, dim]``
+
+Every copy is ordered on the current stream. ``block_quota`` limits the thread blocks of kernels
+that read or write host memory; ``num_warps_per_block`` is taken and not used.
+
+Ids on the host are checked before anything is moved. Those on a device are trusted, as they are
+upstream: nothing is read back. A table of addresses on a device is read back once, and again if
+torch wrote it since (of inference tensors torch does not know). Pointers that were freed cannot be
+told from others, as upstream.
+
+Errors are PortaKV's: `LayoutError` for tensors and sizes that do not fit, `SlotError` for bad ids,
+`IntegrationError`, a RuntimeError as upstream's, for lists of ids of unequal lengths.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from portakv import Index, KVView, copy_rows, copy_runs
+from portakv.errors import LayoutError, SlotError
+from portakv.host import small
+from portakv.integrations import IntegrationError
+from portakv.integrations import kvcacheio_pools as pools
+
+_is_hip = torch.version.hip is not None
+_WARPS = 16 if _is_hip else 32
+
+
+def transfer_kv_per_layer(
+    src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
+    src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int, block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """One layer, lf to lf."""
+    src, dst = (pools.rows(each, item_size, item_size) for each in ((src_k, src_v), (dst_k, dst_v)))
+    _copy(src, dst, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_per_layer_pf_lf(
+    src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
+    src_indices: torch.Tensor, dst_indices: torch.Tensor, layer_id: int, item_size: int,
+    src_layout_dim: int, block_quota: int = 2, num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """One layer, pf to lf."""
+    src = pools.rows((src_k, src_v), item_size, src_layout_dim, layer=layer_id)
+    dst = pools.rows((dst_k, dst_v), item_size, item_size)
+    _copy(src, dst, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_per_layer_ph_lf(
+    src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
+    src_indices: torch.Tensor, dst_indices: torch.Tensor, layer_id: int, item_size: int,
+    src_layout_dim: int, page_size: int, head_num: int, block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """One layer, ph to lf."""
+    src = pools.page_head(
+        (src_k, src_v), item_size, src_layout_dim, page_size, head_num, layer_id, 1
+    )
+    dst = pools.rows((dst_k, dst_v), item_size, item_size, heads=head_num)
+    _copy(src, dst, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_all_layer(
+    src_k_layers: torch.Tensor, dst_k_layers: torch.Tensor, src_v_layers: torch.Tensor,
+    dst_v_layers: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
+    item_size: int, num_layers: int, block_quota: int = 2, num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """All layers, lf to lf, each side by tables of addresses."""
+    src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers)
+    dst = pools.listed((dst_k_layers, dst_v_layers), item_size, num_layers)
+    _copy(src, dst, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_all_layer_lf_pf(
+    src_k_layers: torch.Tensor, dst_k: torch.Tensor, src_v_layers: torch.Tensor,
+    dst_v: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int,
+    dst_layout_dim: int, num_layers: int, block_quota: int = 2, num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """All layers, lf by tables of addresses to pf."""
+    src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers)
+    dst = pools.rows((dst_k, dst_v), item_size, dst_layout_dim, layers=num_layers)
+    _copy(src, dst, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_all_layer_lf_ph(
+    src_k_layers: torch.Tensor, dst_k: torch.Tensor, src_v_layers: torch.Tensor,
+    dst_v: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int,
+    dst_layout_dim: int, num_layers: int, page_size: int, head_num: int, block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """All layers, lf by tables of addresses to ph."""
+    src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers, head_num)
+    both = dst_k, dst_v
+    dst = pools.page_head(both, item_size, dst_layout_dim, page_size, head_num, 0, num_layers)
+    _copy(src, dst, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_per_layer_mla(
+    src: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
+    item_size: int, block_quota: int | None = None, num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """One layer of one pool, lf to lf."""
+    one, other = (pools.rows((each,), item_size, item_size) for each in (src, dst))
+    _copy(one, other, src_indices, dst_indices, _mla_block_quota(block_quota))
+
+
+def transfer_kv_per_layer_mla_pf_lf(
+    src: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
+    layer_id: int, item_size: int, src_layout_dim: int, block_quota: int | None = None,
+    num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """One layer of one pool, pf to lf."""
+    whole = pools.rows((src,), item_size, src_layout_dim, layer=layer_id)
+    one = pools.rows((dst,), item_size, item_size)
+    _copy(whole, one, src_indices, dst_indices, _mla_block_quota(block_quota))
+
+
+def transfer_kv_all_layer_mla(
+    src_layers: torch.Tensor, dst_layers: torch.Tensor, src_indices: torch.Tensor,
+    dst_indices: torch.Tensor, item_size: int, num_layers: int, block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """All layers of one pool, lf to lf, each side by a table of addresses."""
+    src, dst = (pools.listed((each,), item_size, num_layers) for each in (src_layers, dst_layers))
+    _copy(src, dst, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_all_layer_mla_lf_pf(
+    src_layers: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor,
+    dst_indices: torch.Tensor, item_size: int, dst_layout_dim: int, num_layers: int,
+    block_quota: int = 2, num_warps_per_block: int = _WARPS,
+) -> None:  # fmt: skip
+    """All layers of one pool, lf by a table of addresses to pf."""
+    listed = pools.listed((src_layers,), item_size, num_layers)
+    whole = pools.rows((dst,), item_size, dst_layout_dim, layers=num_layers)
+    _copy(listed, whole, src_indices, dst_indices, block_quota)
+
+
+def transfer_kv_direct(
+    src_layers: list[torch.Tensor], dst_layers: list[torch.Tensor], src_indices: torch.Tensor,
+    dst_indices: torch.Tensor, page_size: int,
+) -> None:  # fmt: skip
+    """Pages of tensors ``[token, ...]``, each to the tensor at its place in the other list. Of the
+    ids the first of each page counts."""
+    pools.same_number(src_layers, dst_layers)
+    src, dst = (pools.tokens([[each] for each in layers]) for layers in (src_layers, dst_layers))
+    _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
+
+
+def transfer_kv_per_layer_direct_pf_lf(
+    src_ptrs: list[torch.Tensor], dst_ptrs: list[torch.Tensor], src_indices: torch.Tensor,
+    dst_indices: torch.Tensor, layer_id: int, page_size: int,
+) -> None:  # fmt: skip
+    """Pages from pf, from ``layer_id`` on, to tensors ``[token, ...]``: those of keys, then those
+    of values, or with one pool its layers."""
+    layers = pools.by_pool(dst_ptrs, src_ptrs)
+    src, dst = pools.page_first(src_ptrs, layer_id, len(layers[0]), page_size), pools.tokens(layers)
+    _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
+
+
+def transfer_kv_all_layer_direct_lf_pf(
+    src_ptrs: list[torch.Tensor], dst_ptrs: list[torch.Tensor], src_indices: torch.Tensor,
+    dst_indices: torch.Tensor, page_size: int,
+) -> None:  # fmt: skip
+    """Pages from tensors ``[token, ...]``, those of keys, then those of values, to pf."""
+    layers = pools.by_pool(src_ptrs, dst_ptrs)
+    src, dst = pools.tokens(layers), pools.page_first(dst_ptrs, 0, len(layers[0]), page_size)
+    _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
+
+
+def transfer_embedding_ranges_direct(
+    src: torch.Tensor, dst: torch.Tensor, src_starts: list[int], dst_starts: list[int],
+    lengths: list[int],
+) -> None:  # fmt: skip
+    """Ranges of rows from one tensor to another."""
+    (size, src_pitch), (wanted, dst_pitch) = pools.row_bytes(src), pools.row_bytes(dst)
+    if size != wanted or not len(src_starts) == len(dst_starts) == len(lengths):
+        raise LayoutError(
+            f"Ranges were asked from {pools.told(src)} to {pools.told(dst)}, with "
+            f"{len(src_starts)} and {len(dst_starts)} starts and {len(lengths)} lengths; expected "
+            f"rows of equal bytes, and lists of equal lengths."
+        )
+    for tensor, starts in ((src, src_starts), (dst, dst_starts)):
+        for start, length in zip(starts, lengths, strict=True):
+            if not 0 <= start <= start + length <= len(tensor):
+                raise SlotError(
+                    f"{length} rows from {start} on were asked of {pools.told(tensor)}, which has "
+                    f"rows 0 to {len(tensor) - 1}; nothing was moved. Correct the ranges."
+                )
+    ranges = [each for each in zip(src_starts, dst_starts, lengths, strict=True) if each[2]]
+    copy_runs(
+        [src.data_ptr() + first * src_pitch for first, _, _ in ranges],
+        [dst.data_ptr() + first * dst_pitch for _, first, _ in ranges],
+        size, rows=[length for _, _, length in ranges], src_pitch=src_pitch, dst_pitch=dst_pitch,
+        src_device=src.device, dst_device=dst.device,
+    )  # fmt: skip
+
+
+def copy_all_layer_kv_cache_cpu(
+    data_ptrs: torch.Tensor, strides: torch.Tensor, tgt_loc: torch.Tensor, src_loc: torch.Tensor
+) -> None:
+    """Rows of pools on the host, ``[layers]`` addresses and bytes of a row, to others of the same
+    pools. A row that is both read and written is a `SlotError`."""
+    rows = strides.long()[:, None]
+    src, dst = (
+        (data_ptrs.long()[:, None] + at.long() * rows).flatten() for at in (src_loc, tgt_loc)
+    )
+    sizes = rows.expand(-1, len(src_loc)).flatten()
+    copy_runs(src, dst, sizes, src_device="cpu", dst_device="cpu").synchronize()
+
+
+def get_device_accessible_ptr(tensor: torch.Tensor, device_index: int) -> int:
+    """The address by which kernels reach a tensor's memory."""
+    if tensor.is_cpu and _is_hip:
+        raise LayoutError(
+            f"The address of host memory for kernels of device {device_index} was asked for, which "
+            f"differs from the host's under ROCm; expected memory of the device. Pass tensors."
+        )
+    return tensor.data_ptr()
+
+
+def copy_to_gpu_no_ce(input: torch.Tensor, output: torch.Tensor) -> None:
+    """A few numbers of the host to a device, without a copy engine; any size."""
+    small.to_device(input, out=output)
+
+
+def _mla_block_quota(asked: int | None) -> int:
+    """What upstream takes if nothing is asked."""
+    default = 16 if _is_hip else 2
+    if asked is not None:
+        return asked
+    try:
+        return int(os.environ.get("SGLANG_HICACHE_BLOCK_QUOTA", default))
+    except ValueError:
+        return default
+
+
+def _copy(src: KVView, dst: KVView, src_ids: Any, dst_ids: Any, limit: int | None = None) -> None:
+    """Copy tokens; ids on a device are trusted. ``limit``: of thread blocks, for host memory."""
+    mine, theirs = (
+        each if isinstance(each, Index) else Index(each, trusted=True)
+        for each in (src_ids, dst_ids)
+    )
+    if mine.length != theirs.length:
+        raise IntegrationError(
+            f"Ids of {mine.length} tokens of the source and of {theirs.length} tokens of the "
+            f"destination were given; both must have the same length. Pass one for each token."
+        )
+    across = src.device != dst.device
+    copy_rows(src, dst, mine, theirs, max_thread_blocks=limit if across else None)

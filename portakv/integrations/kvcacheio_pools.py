@@ -1,0 +1,230 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How `kvcacheio` reads the pools of SGLang: views over bytes at addresses.
+
+A view holds no memory, as upstream's kernels hold none, and is kept under all that it rests on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from portakv import Index, KVView
+from portakv.errors import LayoutError, SlotError
+from portakv.runtime.bounded import Bounded
+
+Tensors = Sequence[torch.Tensor]
+_views: Bounded[tuple[Any, ...], KVView] = Bounded("views of kvcacheio", 1024)
+#: Tables that were read: a weak reference, the version, the addresses, and where the memory is.
+_tables: Bounded[int, tuple[Any, int, list[int], torch.device]] = Bounded("tables of kvcacheio", 64)
+
+
+def pages(ids: torch.Tensor, page_size: int) -> Index:
+    """Ids of tokens, a page behind the other, as ids of pages."""
+    if page_size < 1 or ids.numel() % page_size:
+        raise SlotError(
+            f"{ids.numel()} ids were given for pages of {page_size} tokens; expected a multiple of "
+            f"the page size. Pass the ids of whole pages."
+        )
+    firsts = ids[::page_size]
+    if ids.is_cpu and bool((firsts % page_size).any()):  # pages that begin anywhere
+        return Index((firsts[:, None] + torch.arange(page_size, device="cpu")).flatten())
+    return Index(firsts // page_size, page_size, trusted=True)
+
+
+def view(
+    addresses: Any, layout: str, shape: Sequence[int], strides: Sequence[int] | None,
+    device: torch.device, pinned: bool | None,
+) -> KVView:  # fmt: skip
+    """Bytes at addresses, which are one list for each pool: of its layers, or one address."""
+    listed = tuple(tuple(each) for each in addresses)
+    key = listed, layout, tuple(shape), strides, device, pinned
+    found = _views.get(key)
+    if found is None:
+        whole = layout.startswith("kv |")
+        found = _views[key] = KVView.at(
+            [each[0] for each in listed] if whole else listed, layout, shape=shape,
+            strides=strides, dtype=torch.uint8, device=device, pinned=pinned, kv=len(listed),
+        )  # fmt: skip
+    return found
+
+
+def rows(
+    pools: Tensors, item: int, pitch: int, *, layer: int = 0, layers: int = 0, heads: int = 1
+) -> KVView:
+    """Contiguous pools as tokens ``pitch`` bytes apart: ``layers``, or if 0 the one ``layer``."""
+    tokens = _count(pools, pitch, item, layer + max(layers, 1), heads)
+    width = item // heads
+    if not layers:
+        shape: tuple[int, ...] = tokens, heads, width
+        one = pitch, width, 1
+        return _in_pools(pools, "kv | token head dim", shape, one, layer * item)
+    shape = tokens, layers, heads, width
+    return _in_pools(pools, "kv | token layer head dim", shape, (pitch, item, width, 1))
+
+
+def page_head(
+    pools: Tensors, item: int, pitch: int, page_size: int, heads: int, layer: int, layers: int
+) -> KVView:
+    """Contiguous pools of pages ``[head, token, layer, dim]``, from ``layer`` on ``layers``."""
+    pages = _count(pools, pitch * page_size, item, 1, heads)
+    width, row = item // heads, pitch // heads
+    if (layer + layers) * width > row or layer < 0 or pitch % heads:
+        raise _unfit(pools, f"layers {layer} to {layer + layers - 1}", pitch, item, heads)
+    shape = pages, heads, page_size, layers, width
+    strides = pitch * page_size, row * page_size, row, width, 1
+    return _in_pools(pools, "kv | block head token layer dim", shape, strides, layer * width)
+
+
+def listed(tables: Tensors, item: int, layers: int, heads: int = 1) -> KVView:
+    """Tokens behind the first ``layers`` addresses of each table; nobody knows how many."""
+    read = [_addresses(table) for table in tables]
+    if item < 1 or item % heads or not 0 < layers <= min(len(found) for found, _ in read):
+        raise _unfit(tables, f"{layers} layers", item, item, heads)
+    home = read[0][1]
+    if any(other != home for _, other in read):
+        raise LayoutError(
+            f"Tables of memory on {home} and on {read[1][1]} were given for one side of a copy; "
+            f"expected both in one place. Copy keys and values by themselves."
+        )
+    pinned = True if home.type == "cpu" and not tables[0].is_cpu else None
+    shape = -1, heads, item // heads
+    lists = [found[:layers] for found, _ in read]
+    return view(lists, "kv layer | token head dim", shape, None, home, pinned)
+
+
+def tokens(pools: Sequence[Tensors]) -> KVView:
+    """Tensors ``[token, ...]``, alike, of each pool one for each layer."""
+    first = pools[0][0]
+    row, pitch = row_bytes(first)
+    for each in (tensor for layers in pools for tensor in layers):
+        _alike(first, each)
+    addresses = [[each.data_ptr() for each in layers] for layers in pools]
+    shape, strides = (len(first), row), (pitch, 1)
+    return view(addresses, "kv layer | token dim", shape, strides, first.device, _pinned([first]))
+
+
+def page_first(pools: Tensors, layer: int, layers: int, page_size: int) -> KVView:
+    """Pools ``[page, layer, token, ...]``, alike, from ``layer`` on ``layers``."""
+    first = pools[0]
+    if (
+        first.dim() < 3
+        or first.shape[2] != page_size
+        or not 0 <= layer <= layer + layers <= first.shape[1]
+    ):
+        raise LayoutError(
+            f"Layers {layer} to {layer + layers - 1} in pages of {page_size} tokens were asked of "
+            f"{told(first)}; expected [page, layer, token, ...]. Pass a pool in that order."
+        )
+    for each in pools:
+        _alike(first, each)
+    row, pitch = row_bytes(first[0, 0])
+    wide = first.element_size()
+    shape = first.shape[0], layers, page_size, row
+    strides = first.stride(0) * wide, first.stride(1) * wide, pitch, 1
+    return _in_pools(pools, "kv | block layer token dim", shape, strides, layer * strides[1])
+
+
+def _in_pools(
+    pools: Tensors, layout: str, shape: Sequence[int], strides: Sequence[int], offset: int = 0
+) -> KVView:
+    """Bytes of pools that are alike, one address for each, ``offset`` bytes behind its begin."""
+    addresses = [[each.data_ptr() + offset] for each in pools]
+    return view(addresses, layout, shape, strides, pools[0].device, _pinned(pools))
+
+
+def _pinned(pools: Tensors) -> bool | None:
+    return all(each.is_pinned() for each in pools) if pools[0].is_cpu else None
+
+
+def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
+    """The addresses of a table, and where that memory is. One on a device is read once, and again
+    if it was written since."""
+    # An inference tensor has no version: the caller does not write such a table.
+    version = 0 if table.is_inference() else table._version
+    known = _tables.get(id(table))
+    if known is None or known[0]() is not table or known[1] != version:
+        if table.dtype not in (torch.int64, torch.uint64) or table.dim() != 1:
+            raise LayoutError(
+                f"Layers were given by {told(table)}; expected addresses in a uint64 or int64 "
+                f"tensor of one dimension."
+            )
+        found, home = [address % 2**64 for address in table.tolist()], table.device
+        if found and not table.is_cpu:
+            # A driver knows host memory that kernels reach as pinned.
+            one = KVView.at(
+                found[:1], "layer | token dim", shape=(1, 1), dtype=torch.uint8, device="cpu"
+            )
+            home = torch.device("cpu") if one.form.place == "pinned" else home
+        known = _tables[id(table)] = weakref.ref(table), version, found, home
+    return known[2], known[3]
+
+
+def _count(pools: Tensors, unit: int, item: int, layers: int, heads: int) -> int:
+    """How many units of bytes contiguous pools hold, each with ``layers`` items at least."""
+    first = pools[0]
+    for each in pools[1:]:
+        _alike(first, each)
+    if not first.is_contiguous() or unit < 1 or first.nbytes % unit:
+        raise _unfit(pools, "units", unit, item, heads)
+    if item < 1 or heads < 1 or item % heads or layers < 1 or layers * item > unit:
+        raise _unfit(pools, f"{layers} layers", unit, item, heads)
+    return first.nbytes // unit
+
+
+def row_bytes(tensor: torch.Tensor) -> tuple[int, int]:
+    """Bytes of a row of a tensor ``[row, ...]``, and from each row to the next."""
+    if not (tensor.dim() and tensor[:1].is_contiguous()):
+        raise LayoutError(
+            f"Rows were asked of {told(tensor)}; expected the dimensions behind the first to be "
+            f"contiguous together. Pass such a tensor."
+        )
+    wide = tensor.element_size()
+    return prod(tensor.shape[1:]) * wide, tensor.stride(0) * wide
+
+
+def by_pool(layers: Tensors, pools: Tensors) -> list[Tensors]:
+    """The layers of each pool, which lie one behind the other in a list."""
+    each, rest = divmod(len(layers), len(pools) or 1)
+    if len(pools) not in (1, 2) or rest or not each:
+        raise LayoutError(
+            f"{len(layers)} layers were given for {len(pools)} pools; expected one pool or two, "
+            f"and the layers of the first before those of the second."
+        )
+    return [layers[at * each : (at + 1) * each] for at in range(len(pools))]
+
+
+def same_number(src: Tensors, dst: Tensors) -> None:
+    if len(src) != len(dst) or not len(src):
+        raise LayoutError(
+            f"{len(src)} tensors were given to be copied to {len(dst)}; expected one for each, and "
+            f"at least one."
+        )
+
+
+def _alike(first: torch.Tensor, each: torch.Tensor) -> None:
+    facts = [(x.shape, x.stride(), x.element_size(), x.device) for x in (first, each)]
+    if facts[0] != facts[1]:
+        raise LayoutError(
+            f"{told(first)} and {told(each)} were given for one copy; expected tensors of one "
+            f"shape, with equal strides. Copy them one by one."
+        )
+
+
+def _unfit(pools: Tensors, asked: str, unit: int, item: int, heads: int) -> LayoutError:
+    return LayoutError(
+        f"{asked.capitalize()} of {item} bytes in {heads} heads, {unit} bytes apart, were asked of "
+        f"{told(pools[0])}; expected contiguous tensors that hold a whole number of them. Pass "
+        f"the sizes of the pool in bytes."
+    )
+
+
+def told(tensor: torch.Tensor) -> str:
+    return (
+        f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
+        f"{tensor.device}"
+    )

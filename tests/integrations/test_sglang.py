@@ -1,0 +1,522 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plug inside the real SGLang, which `.ci/plugs` installs in its own environment: its host
+pools as SGLang builds them, hooked by its own `load_plugins`.
+
+What is true of a whole process (a plug that was not asked for, a default device, a fork) is asked
+of a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+if find_spec("sglang") is None:
+    pytest.skip("SGLang is not installed; see .ci/plugs", allow_module_level=True)
+os.environ["PORTAKV_SGLANG"] = "1"
+
+from support import sglang_on_cpu  # noqa: F401, I001  before SGLang
+import msgspec
+from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+from sglang.srt.mem_cache.pool_host import common, mha, mla
+from sglang.srt.plugins import load_plugins
+from support.guarded_memory import check_sentence
+
+from portakv import SlotError
+from portakv.integrations import IntegrationError, kvcacheio
+from portakv.integrations import sglang as plug
+
+load_plugins()
+
+LAYERS, TOKENS, PAGE, HEADS, DIM = 3, 64, 8, 2, 16
+CPU = torch.device("cpu")
+#: What SGLang's own methods serve, by name of the functions of `sgl_kernel.kvcacheio`.
+THEIRS = [
+    ("mha", "layer_first", "kernel"), ("mha", "layer_first", "direct"),
+    ("mha", "page_first", "kernel"), ("mha", "page_first_direct", "direct"),
+    ("mha", "page_head", "kernel"), ("unequal", "page_first", "kernel"),
+    ("unequal", "page_first_direct", "direct"), ("mla", "layer_first", "kernel"),
+    ("mla", "layer_first", "direct"), ("mla", "page_first", "kernel"),
+    ("mla", "page_first_direct", "direct"),
+]  # fmt: skip
+LAYOUTS = {
+    "mha": tuple(plug.HOST), "unequal": ("page_first", "page_first_direct"),
+    "mla": tuple(plug.MLA_HOST),
+}  # fmt: skip
+CASES = [
+    (kind, each, io) for kind, x in LAYOUTS.items() for each in x for io in ("kernel", "direct")
+]
+cases = pytest.mark.parametrize(
+    ("kind", "layout", "io"), CASES, ids=["-".join(each) for each in CASES]
+)
+
+
+class Pools(NamedTuple):
+    """A pool of the device and its host pool, both SGLang's own."""
+
+    device_pool: Any
+    host: Any
+    buffers: list[torch.Tensor]
+    device: torch.device
+
+    def ids(self, seed: int, where: torch.device = CPU) -> tuple[torch.Tensor, torch.Tensor]:
+        """Tokens of some pages on the host and on the device."""
+        generator = torch.Generator().manual_seed(seed)
+        found = []
+        for pages in (self.host.size // PAGE, TOKENS // PAGE + 1):
+            first = torch.randperm(pages, generator=generator)[:3] * PAGE
+            found.append((first[:, None] + torch.arange(PAGE)).flatten().to(where))
+        return found[0], found[1]
+
+    def held(self) -> list[torch.Tensor]:
+        """A copy of what the device holds."""
+        synchronize(self.device)
+        return [each.cpu().clone() for each in self.buffers]
+
+    def lose(self) -> None:
+        for each in self.buffers:
+            each.zero_()
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+@pytest.fixture(autouse=True)
+def pinned_pools_of_the_simulated_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang's table of allocators names the devices whose memory torch itself pins."""
+    for name in ("simdev", "privateuseone"):
+        monkeypatch.setitem(common.ALLOC_MEMORY_FUNCS, name, common.alloc_with_pin_memory)
+
+
+def build(kind: str, layout: str, device: torch.device, **options: Any) -> Pools:
+    """Pools whose device holds random rows."""
+    if kind == "mla":
+        width = {"kv_lora_rank": DIM, "qk_rope_head_dim": DIM // 2}
+        pool = MLATokenToKVPool(
+            TOKENS, PAGE, torch.bfloat16, layer_num=LAYERS, device="cpu",
+            enable_memory_saver=False, **width,
+        )  # fmt: skip
+        info, buffers = pool._mla_buffer_info(), list(pool.kv_buffer)
+    else:
+        pool = MHATokenToKVPool(
+            TOKENS, PAGE, torch.bfloat16, HEADS, DIM, LAYERS, "cpu", False,
+            v_head_dim=DIM // 2 if kind == "unequal" else None,
+        )  # fmt: skip
+        info, buffers = pool._mha_buffer_info(), [*pool.k_buffer, *pool.v_buffer]
+    generator = torch.Generator().manual_seed(1)
+    for each in buffers:
+        each.copy_(torch.randn(each.shape, generator=generator))
+    if device.type != "cpu":  # what SGLang would have built there
+        buffers = [each.to(device) for each in buffers]
+        info = moved(info, kind, buffers, device)
+    made = dict(
+        device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
+        pin_memory=device.type != "cpu", **options,
+    )  # fmt: skip
+    if kind == "mla":
+        made["target_layer_num"] = LAYERS
+        host = mla.MLATokenToKVPoolHost(info, 2.0, 0, PAGE, layout, **made)
+    else:
+        host = mha.get_mha_host_pool_cls(info)(info, 2.0, 0, PAGE, layout, **made)
+    host.kv_buffer = each_zeroed(host.kv_buffer)
+    return Pools(pool, host, buffers, device)
+
+
+def each_zeroed(buffer: Any) -> Any:
+    for each in [buffer] if isinstance(buffer, torch.Tensor) else buffer:
+        each.zero_()
+    return buffer
+
+
+def moved(info: Any, kind: str, buffers: list[torch.Tensor], device: torch.device) -> Any:
+    """What SGLang tells of a pool, with its buffers on another device."""
+
+    def table(layers: Any) -> torch.Tensor:
+        return torch.tensor([x.data_ptr() for x in layers], dtype=torch.uint64).to(device)
+
+    if kind == "mla":
+        return msgspec.structs.replace(
+            info, buffers=tuple(buffers), data_ptrs=table(buffers), device=buffers[0].device
+        )
+    k, v = tuple(buffers[:LAYERS]), tuple(buffers[LAYERS:])
+    both = msgspec.structs.replace(
+        info.buffers, k=k, v=v, k_data_ptrs=table(k), v_data_ptrs=table(v)
+    )
+    return msgspec.structs.replace(info, buffers=both, device=buffers[0].device)
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process, in which SGLang was not imported."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PORTAKV_SGLANG"}
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    lines = "from support import sglang_on_cpu\n" + textwrap.dedent(code)
+    return subprocess.run(
+        [sys.executable, "-c", lines], env=inherited | environment, text=True,
+        capture_output=True, timeout=280,
+    )  # fmt: skip
+
+
+def answer(code: str, **environment: str) -> str:
+    """What code in a new process prints last."""
+    done = in_a_process(code, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+# --- Every pool, layout and I/O backend -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["host", "device"])
+@cases
+def test_backup_and_load(kind: str, layout: str, io: str, where: str, device: torch.device) -> None:
+    pools = build(kind, layout, device)
+    on_host, on_device = pools.ids(2, device if where == "device" else CPU)
+    before = pools.held()
+    pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, io)
+    pools.lose()
+    for layer in range(LAYERS):
+        pools.host.load_to_device_per_layer(
+            pools.device_pool, on_host, on_device, layer, io_backend=io
+        )
+    assert plug._KEPT in pools.host.__dict__
+    found, rows = pools.held(), on_device.cpu()
+    for mine, right in zip(found, before, strict=True):
+        wanted = torch.zeros_like(right)
+        wanted[rows] = right[rows]
+        assert torch.equal(mine, wanted)
+
+
+@pytest.mark.parametrize(("kind", "layout", "io"), THEIRS, ids=["-".join(each) for each in THEIRS])
+def test_the_same_bytes_as_sglangs_own_methods(
+    kind: str, layout: str, io: str, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SGLang's methods, unhooked, with the functions that they import from `sgl_kernel` where there
+    is one, fill a host pool of the same bytes."""
+    ours, theirs = build(kind, layout, device), build(kind, layout, device)
+    on_host, on_device = ours.ids(3, device if io == "kernel" else CPU)
+    module = mla if kind == "mla" else mha
+    for name in dir(kvcacheio):
+        if name.startswith("transfer_kv"):
+            monkeypatch.setattr(module, name, getattr(kvcacheio, name), raising=False)
+    own = type(theirs.host)
+    ours.host.backup_from_device_all_layer(ours.device_pool, on_host, on_device, io)
+    own.backup_from_device_all_layer.__wrapped__(
+        theirs.host, theirs.device_pool, on_host, on_device, io
+    )
+    synchronize(device)
+    pairs = zip(*(flat(each.host.kv_buffer) for each in (ours, theirs)), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    for each in (ours, theirs):
+        each.lose()
+    for layer in range(LAYERS):
+        asked = on_host, on_device, layer, io
+        ours.host.load_to_device_per_layer(ours.device_pool, *asked)
+        own.load_to_device_per_layer.__wrapped__(theirs.host, theirs.device_pool, *asked)
+    assert all(map(torch.equal, ours.held(), theirs.held()))
+
+
+def flat(buffer: Any) -> list[torch.Tensor]:
+    return [buffer] if isinstance(buffer, torch.Tensor) else list(buffer)
+
+
+def test_layers_that_a_pool_does_not_have_are_passed_over() -> None:
+    for kind in ("mha", "mla"):
+        pools = build(kind, "layer_first", CPU)
+        on_host, on_device = pools.ids(2)
+        before = pools.held()
+        for layer in (-1, LAYERS, 99):
+            pools.host.load_to_device_per_layer(
+                pools.device_pool, on_host, on_device, layer, "kernel"
+            )
+        assert all(map(torch.equal, pools.held(), before))
+
+
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_layers_of_a_draft_model_lie_behind_those_of_the_target(kind: str) -> None:
+    draft = build(kind, "layer_first", CPU)
+    info = draft.device_pool._mla_buffer_info() if kind == "mla" else draft.host._buffer_infos[0]
+    if kind == "mla":
+        one = msgspec.structs.replace(
+            info, buffers=info.buffers[:1], data_ptrs=info.data_ptrs[:1], layer_indices=(0,),
+            device_layer_num=1,
+        )  # fmt: skip
+    else:
+        first = msgspec.structs.replace(
+            info.buffers, k=info.buffers.k[:1], v=info.buffers.v[:1],
+            k_data_ptrs=info.buffers.k_data_ptrs[:1], v_data_ptrs=info.buffers.v_data_ptrs[:1],
+        )  # fmt: skip
+        one = msgspec.structs.replace(info, buffers=first)
+    pools = build(kind, "page_first", CPU, draft_buffer_infos=(one,))
+    on_host, on_device = pools.ids(2)
+    kept = [draft.buffers[0]] if kind == "mla" else [draft.buffers[0], draft.buffers[LAYERS]]
+    before = [each.clone() for each in kept]
+    pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
+    for each in kept:
+        each.zero_()
+    pools.host.load_to_device_per_layer(
+        pools.device_pool, on_host, on_device, LAYERS, "kernel", is_draft=True
+    )
+    for mine, right in zip(kept, before, strict=True):
+        assert torch.equal(mine[on_device], right[on_device])
+
+
+def test_context_parallel_ranks_keep_every_nth_token() -> None:
+    pools = build("mla", "page_first", CPU)
+    pools.host.dcp_size, pools.host.dcp_rank = 2, 1
+    before = pools.held()
+    wide = torch.arange(2 * PAGE)
+    pools.host.backup_from_device_all_layer(pools.device_pool, wide, wide + 2 * PAGE, "direct")
+    for layer in range(LAYERS):
+        assert torch.equal(pools.host.kv_buffer[:PAGE, layer], before[layer][PAGE : 2 * PAGE])
+
+
+def test_a_rank_that_owns_some_layers_of_mla() -> None:
+    whole = build("mla", "layer_first", CPU)
+    info = whole.device_pool._mla_buffer_info()
+    owned = msgspec.structs.replace(
+        info, buffers=info.buffers[1:], data_ptrs=info.data_ptrs[1:], layer_indices=(1, 2)
+    )
+    for rows in (2, 3):  # as many as it owns, and one that is reserved
+        host = mla.MLATokenToKVPoolHost(
+            owned, 2.0, 0, PAGE, "page_first", pin_memory=False, device_capacity_tokens=TOKENS,
+            start_layer=0, end_layer=LAYERS, target_layer_num=rows, layer_shard_enabled=True,
+        )  # fmt: skip
+        pools = whole._replace(host=host)
+        on_host, on_device = pools.ids(2)
+        before = pools.held()
+        host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
+        pools.lose()
+        for layer in range(LAYERS):
+            host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "kernel")
+        for layer, (mine, right) in enumerate(zip(pools.held(), before, strict=True)):
+            assert torch.equal(mine[on_device], right[on_device]) is (layer in (1, 2))
+        for each, right in zip(pools.buffers, before, strict=True):
+            each.copy_(right)
+
+
+@pytest.mark.parametrize("layout", ["page_first", "page_first_direct"])
+def test_rows_of_the_device_that_lie_apart(layout: str, device: torch.device) -> None:
+    """As in SGLang's unified pool, whose tokens hold all layers."""
+    pools = build("mha", layout, CPU)
+    kept = torch.stack(pools.buffers, 1).to(device)
+    strided = list(kept.unbind(1))
+    info = moved(pools.host._buffer_infos[0], "mha", strided, device)
+    host = mha.MHATokenToKVPoolHost(
+        info, 2.0, 0, PAGE, layout, pin_memory=False, device_capacity_tokens=TOKENS,
+        start_layer=0, end_layer=LAYERS,
+    )  # fmt: skip
+    assert not host.device_rows_packed
+    again = pools._replace(host=host, buffers=strided, device=device)
+    on_host, on_device = again.ids(2)
+    before = again.held()
+    host.backup_from_device_all_layer(again.device_pool, on_host, on_device, "direct")
+    again.lose()
+    for layer in range(LAYERS):
+        host.load_to_device_per_layer(again.device_pool, on_host, on_device, layer, "direct")
+    for mine, right in zip(again.held(), before, strict=True):
+        assert torch.equal(mine[on_device], right[on_device])
+
+
+def test_pages_of_ascend_without_its_kernels(device: torch.device) -> None:
+    """What SGLang tells of its pool on an NPU: pages, and no tables of addresses."""
+    pools = build("mha", "page_first_direct", CPU)
+    paged = [x.view(-1, PAGE, HEADS, DIM).to(device) for x in pools.buffers]
+    info = moved(pools.host._buffer_infos[0], "mha", paged, device)
+    both = msgspec.structs.replace(
+        info.buffers, k_data_ptrs=None, v_data_ptrs=None, layout=KVBufferLayout.PAGED_NHD
+    )
+    info = msgspec.structs.replace(
+        info, buffers=both, transfer_buffers=lambda: pytest.fail("SGLang's own method was called")
+    )
+    host = mha.MHATokenToKVPoolHost(
+        info, 2.0, 0, PAGE, "page_first_direct", pin_memory=False,
+        device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
+    )  # fmt: skip
+    again = pools._replace(host=host, buffers=paged, device=device)
+    on_host, on_device = again.ids(2, device)
+    before = again.held()
+    host.backup_from_device_all_layer(again.device_pool, on_host, on_device, "kernel_ascend")
+    again.lose()
+    for layer in range(LAYERS):
+        host.load_to_device_per_layer(again.device_pool, on_host, on_device, layer, "kernel_ascend")
+    pages = on_device.cpu()[::PAGE] // PAGE
+    for mine, right in zip(again.held(), before, strict=True):
+        assert torch.equal(mine[pages], right[pages])
+
+
+# --- Bad input ------------------------------------------------------------------------------------
+
+
+def test_ids_past_a_pool_are_refused_before_anything_is_moved() -> None:
+    for kind in ("mha", "mla"):
+        pools = build(kind, "page_first_direct", CPU)
+        on_host, on_device = pools.ids(2)
+        before = pools.held()
+        for asked in ((on_host + pools.host.size, on_device), (on_host, on_device + TOKENS + PAGE)):
+            for io in ("kernel", "direct"):
+                with pytest.raises(SlotError) as raised:
+                    pools.host.load_to_device_per_layer(pools.device_pool, *asked, 0, io)
+                check_sentence(str(raised.value))
+        assert all(map(torch.equal, pools.held(), before))
+
+
+def test_a_pool_that_was_destroyed(device: torch.device) -> None:
+    pools = build("mha", "page_first", device, allocator_type="default")
+    pools.host.pin_memory = False  # torch's own pinned memory, which SGLang does not unregister
+    on_host, on_device = pools.ids(2)
+    pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
+    for layer in range(LAYERS):
+        pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "direct")
+    last = pools.host.__dict__[plug._KEPT]._last
+    pools.host.destroy()
+    assert set(last) == {CPU, pools.buffers[0].device}
+    assert all(each.done() for each in last.values())
+    assert plug._KEPT not in pools.host.__dict__
+    with pytest.raises(IntegrationError) as raised:
+        pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
+    check_sentence(str(raised.value), "MHATokenToKVPoolHost")
+
+
+def test_buffers_that_were_made_again_between_two_calls() -> None:
+    pools = build("mha", "page_first", CPU)
+    on_host, on_device = pools.ids(2)
+    pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
+    old = pools.host.kv_buffer
+    pools.host.kv_buffer = torch.zeros_like(old)
+    pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
+    assert torch.equal(pools.host.kv_buffer, old)
+    others = tuple(torch.zeros_like(each) for each in pools.host.device_k_buffers)
+    pools.host.device_k_buffers = others
+    pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, 1, "kernel")
+    assert torch.equal(others[1][on_device], pools.buffers[1][on_device])
+
+
+def test_a_layout_of_the_device_that_is_not_read_stays_sglangs() -> None:
+    pools = build("mha", "page_head", CPU)
+    info = pools.host._buffer_infos[0]
+    odd = msgspec.structs.replace(info.buffers, layout=KVBufferLayout.VECTORIZED_5D)
+    pools.host._buffer_infos = (msgspec.structs.replace(info, buffers=odd),)
+    with pytest.raises(ValueError, match="Unsupported layout: page_head"):
+        pools.host.load_to_device_per_layer(pools.device_pool, *pools.ids(2), 0, "direct")
+
+
+def test_host_memory_that_sglang_registered_in_pieces_is_cut_there() -> None:
+    pools = build("mha", "page_first", CPU)
+    at, half = pools.host.kv_buffer.data_ptr(), pools.host.kv_buffer.nbytes // 2
+    pieces = ((at, half), (at + half, half))
+    setattr(pools.host.kv_buffer, plug._RANGES, list(pieces))
+    assert plug._RANGES == common._CUDA_HOST_REGISTERED_RANGES_ATTR
+    pools.host.backup_from_device_all_layer(pools.device_pool, *pools.ids(2), "kernel")
+    held = pools.host.__dict__[plug._KEPT]
+    assert held._adopted.pieces == pieces
+
+
+def test_two_engines_in_one_process() -> None:
+    a, b = build("mha", "page_head", CPU), build("mha", "page_head", CPU)
+    b.lose()
+    for pools in (a, b):
+        ids = pools.ids(2)
+        pools.host.backup_from_device_all_layer(pools.device_pool, *ids, "kernel")
+    assert a.host.kv_buffer.any()
+    assert not b.host.kv_buffer.any()
+
+
+# --- Chosen by configuration alone ----------------------------------------------------------------
+
+WHICH = """
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    import sys
+    from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost as pool
+    hooked = hasattr(pool.backup_from_device_all_layer, "__wrapped__")
+    print(hooked, "sgl_kernel.kvcacheio" in sys.modules)
+"""
+
+
+def test_an_installed_plug_does_nothing_until_it_is_asked_for() -> None:
+    assert answer(WHICH) == "False False"
+    assert answer(WHICH, PORTAKV_SGLANG="0") == "False False"
+
+
+def test_one_variable_chooses_it_and_stands_for_kernels_that_are_missing() -> None:
+    assert answer(WHICH, PORTAKV_SGLANG="1") == "True True"
+
+
+@pytest.mark.parametrize("found", ["0.5.22", "0.6.0"])
+def test_a_release_outside_the_matrix_is_refused_with_both_versions(found: str) -> None:
+    before = f"""
+    from importlib import metadata
+    real = metadata.version
+    metadata.version = lambda name: {found!r} if name == "sglang" else real(name)
+    """
+    done = in_a_process(before + WHICH, PORTAKV_SGLANG="1")
+    assert done.stdout.strip().splitlines()[-1] == "False False"  # SGLang logs it and goes on
+    said = next(x for x in done.stderr.splitlines() if "IntegrationError: " in x)
+    assert f"sglang {found}" in said
+    assert "PortaKV 0." in said
+    check_sentence(said.partition(": ")[2])
+
+
+ROUND = """
+    import torch
+    {before}
+    from sglang.srt.plugins import load_plugins
+    load_plugins()
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+    from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+
+    def made():
+        pool = MHATokenToKVPool(64, 8, torch.bfloat16, 2, 16, 3, "cpu", False)
+        host = MHATokenToKVPoolHost(
+            pool._mha_buffer_info(), 2.0, 0, 8, "page_head", pin_memory=False,
+            device_capacity_tokens=64, start_layer=0, end_layer=3)
+        return pool, host
+
+    def judge(pool, host):
+        for each in (*pool.k_buffer, *pool.v_buffer):
+            each.copy_(torch.arange(each.numel(), device="cpu").view(each.shape) % 251)
+        ids = torch.arange(16, 32, device="cpu")
+        before = [x.clone() for x in (*pool.k_buffer, *pool.v_buffer)]
+        host.backup_from_device_all_layer(pool, ids, ids, "kernel")
+        for each in (*pool.k_buffer, *pool.v_buffer):
+            each.zero_()
+        for layer in range(3):
+            host.load_to_device_per_layer(pool, ids, ids, layer, "direct")
+        now = (*pool.k_buffer, *pool.v_buffer)
+        return all(a[ids].equal(b[ids]) for a, b in zip(now, before))
+    {after}
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.bfloat16)",
+     "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"],
+    ids=["device", "dtype", "both"],
+)  # fmt: skip
+def test_defaults_of_torch_that_were_set_before_the_first_use(before: str) -> None:
+    after = f"torch.set_default_device('cpu'); pair = made(); {before}; print(judge(*pair))"
+    assert answer(ROUND.format(before="", after=after), PORTAKV_SGLANG="1") == "True"
+
+
+def test_workers_that_were_forked_and_spawned() -> None:
+    after = """
+    import os
+    pair = made()
+    first = judge(*pair)
+    child = os.fork()
+    if not child:
+        os._exit(0 if judge(*pair) and judge(*made()) else 1)
+    print(first, os.waitpid(child, 0)[1])
+    """
+    assert answer(ROUND.format(before="", after=after), PORTAKV_SGLANG="1") == "True 0"

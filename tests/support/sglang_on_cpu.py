@@ -1,0 +1,17 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Lets SGLang be imported beside a torch without CUDA. The index has torchvision for CUDA; its
+library does not load there, and its Python part then asks for operators that do not exist."""
+
+from __future__ import annotations
+
+import torch
+
+_OPERATORS = (
+    "nms", "qnms", "roi_align", "qroi_align", "roi_pool", "ps_roi_align", "ps_roi_pool",
+    "deform_conv2d",
+)  # fmt: skip
+_library = torch.library.Library("torchvision", "DEF")
+if torch.version.cuda is None:
+    for name in _OPERATORS:
+        _library.define(f"{name}(Tensor boxes) -> Tensor")
+        _library.define(f"_{name}_backward(Tensor boxes) -> Tensor")
