@@ -97,7 +97,7 @@ def test_store_lookup_and_load(device: torch.device, blocks_per_chunk: int) -> N
     worker.shutdown()
 
 
-# --- What is moved ----------------------------------------------------------------------------------
+# --- What is moved --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("blocks_per_chunk", [1, 3])
@@ -158,7 +158,9 @@ def test_first_and_last_chunk_in_part(
     stored[first : first + count] = went
     caches.expect(all_of_it, [stored, []])
     caches.lose()
-    worker.submit_load(4, host_spec(chunks), device_spec([[12, 3, 5, 8, 0][:count], []], [first, 0]))
+    worker.submit_load(
+        4, host_spec(chunks), device_spec([[12, 3, 5, 8, 0][:count], []], [first, 0])
+    )
     finish(worker, {4})
     caches.expect([[12, 3, 5, 8, 0][:count], []], [went, []])
 
@@ -182,7 +184,7 @@ def test_a_job_without_blocks_ends(make: Make) -> None:
     assert [(x.job_id, x.transfer_size) for x in worker.get_finished()] == [(5, 0)]
 
 
-# --- Order ------------------------------------------------------------------------------------------
+# --- Order ----------------------------------------------------------------------------------------
 
 
 def delay(device: torch.device, stream: torch.Stream | None = None) -> None:
@@ -285,7 +287,7 @@ def test_another_thread_may_ask(device: torch.device, make: Make) -> None:
     assert all(mine == sorted(mine) for mine in taken)
 
 
-# --- Errors at submit -------------------------------------------------------------------------------
+# --- Errors at submit -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -358,7 +360,7 @@ def test_no_room_for_one_chunk(make: Make) -> None:
         worker.submit_store(1, device_spec([[3]], [0]), host_spec([0]))
 
 
-# --- Configuration ----------------------------------------------------------------------------------
+# --- Configuration --------------------------------------------------------------------------------
 
 
 def test_terms_come_from_the_configuration(device: torch.device) -> None:
@@ -400,7 +402,7 @@ def test_the_installed_release_is_in_the_matrix() -> None:
     assert integrations.why_not("vllm") is None
 
 
-# --- The memory that workers share ------------------------------------------------------------------
+# --- The memory that workers share ----------------------------------------------------------------
 
 
 class Sharing(plug.PortaKVOffloadingSpec):
@@ -451,7 +453,7 @@ def test_registrations_of_a_region_are_adopted() -> None:
     region.cleanup()
 
 
-# --- Whole processes --------------------------------------------------------------------------------
+# --- Whole processes ------------------------------------------------------------------------------
 
 PROCESS = """
     import torch
