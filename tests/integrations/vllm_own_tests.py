@@ -17,7 +17,18 @@ from typing import Any
 import pytest
 import torch
 
+from portakv.host import pinned
 from portakv_conformance import simdev
+
+
+def host_pages(pages: Any, blocks_per_chunk: int, chunks: int, region: Any) -> list[torch.Tensor]:
+    """As the worker's own, but in memory of each tensor's own: some tests flatten it in place."""
+    widths = [each.shape[1] * blocks_per_chunk for each in pages]
+    if region is not None:
+        rows = [region.create_next_worker_view(width) for width in widths]
+    else:
+        rows = [pinned.empty((chunks, width), torch.int8) for width in widths]
+    return [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
 
 
 def pytest_configure() -> None:
@@ -25,7 +36,7 @@ def pytest_configure() -> None:
     from vllm.platforms import current_platform
     from vllm.v1.kv_offload.cpu import gpu_worker
 
-    from portakv.integrations.vllm import PortaKVOffloadingWorker
+    from portakv.integrations import vllm as plug
 
     if not current_platform.is_cuda_alike():  # the wheel finds no platform without its device
         name = os.environ.get("SIMDEV_NAME", "cpu")
@@ -46,7 +57,7 @@ def pytest_configure() -> None:
         def _transfers(self) -> list[Any]:
             return [SimpleNamespace(job_id=job) for job in self.lane.jobs]
 
-    class CPUOffloadingWorker(PortaKVOffloadingWorker):  # type: ignore[misc]
+    class CPUOffloadingWorker(plug.PortaKVOffloadingWorker):  # type: ignore[misc]
         """With the arguments of vLLM's, and with the tensors of its handlers."""
 
         def __init__(
@@ -73,6 +84,7 @@ def pytest_configure() -> None:
             super().shutdown()
 
     gpu_worker.CPUOffloadingWorker = CPUOffloadingWorker
+    plug._host_pages = host_pages
 
 
 @pytest.fixture
