@@ -36,6 +36,8 @@ _DEVICE, _HOST = "layer | block (token dim)", "layer | block token dim"
 class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
     """vLLM's own tier of host memory, whose worker moves blocks by PortaKV, on any device."""
 
+    _worker: OffloadingWorker | None
+
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         if getattr(config, "canonical_layout", False):
@@ -102,7 +104,7 @@ class Move(NamedTuple):
     parts: Sequence[Part]
     blocks: Index
     places: Index  # pages in chunks
-    count: int
+    pages: int
 
 
 class Lane:

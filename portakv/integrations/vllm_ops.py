@@ -22,9 +22,6 @@ __all__ = [
     "reshape_and_cache_flash", "swap_blocks", "swap_blocks_batch",
 ]  # fmt: skip
 
-_PAGES = "block | token dim"
-
-
 # --- Blocks between devices, or a device and the host ---------------------------------------------
 
 
@@ -38,8 +35,8 @@ def swap_blocks(
         SlotError: a block past a tensor's end, or one that is written twice.
         LayoutError: a tensor that is not contiguous.
     """
-    views = [_blocks(each, block_size_in_bytes) for each in (src, dst)]
-    _behind(copy_rows(*views, *map(Index, block_mapping.unbind(1))))
+    here, there = (_blocks(each, block_size_in_bytes) for each in (src, dst))
+    _behind(copy_rows(here, there, *map(Index, block_mapping.unbind(1))))
 
 
 def swap_blocks_batch(
@@ -80,17 +77,16 @@ def reshape_and_cache(
     and ``[blocks, heads, dim, block_size]``; with ``interleaved_v`` the values' are ``[blocks,
     heads, block_size / x, dim, x]``. Negative slots are skipped."""
     _as_they_are("reshape_and_cache", kv_cache_dtype)
-    x, values = key_cache.shape[-1], "block | head dim token"
+    x, values = key_cache.shape[-1], "block head dim token"
     if interleaved_v:
-        values = f"block | head token/{x} dim token%{x}"
+        values = f"block head token/{x} dim token%{x}"
         size = (*value_cache.shape[:2], key_cache.shape[3] // x, key.shape[2], x)
         value_cache = value_cache.view(size)
     for rows, cache, layout in (
-        (key, key_cache, f"block | head dim/{x} token dim%{x}"),
+        (key, key_cache, f"block head dim/{x} token dim%{x}"),
         (value, value_cache, values),
     ):
-        paged = KVView(cache, layout.replace("block | ", "block "))
-        _write(KVView(rows, "token head dim"), paged, slot_mapping)
+        _write(KVView(rows, "token head dim"), KVView(cache, layout), slot_mapping)
 
 
 def reshape_and_cache_flash(
