@@ -39,6 +39,9 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
     in that memory, which may still be written; `prefetch`, then `land`, bring them back.
     """
 
+    keys: torch.Tensor
+    values: torch.Tensor
+
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.is_away = False
@@ -65,10 +68,9 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_away or self._came is not None:
             return
         away, stream = (self.keys, self.values), _streams(self.device)[1]
-        came = tuple(torch.empty(x.shape, dtype=x.dtype, device=self.device) for x in away)
+        self._came = self._empty(self.keys), self._empty(self.values)
         self._storing.wait(stream)
-        self._coming = copy_rows(_rows(away), _rows(came), stream=stream)
-        self._came = came
+        self._coming = copy_rows(_rows(away), _rows(self._came), stream=stream)
 
     def land(self) -> None:
         """Keys and values are on the device again for what follows on the current stream."""
@@ -119,13 +121,16 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
 
     def _room(self, pair: Pair) -> Pair:
         """Host memory with room for these rows; larger one has none of them yet."""
-        tokens, host = pair[0].shape[2], self._host
-        if host is None or host[0].shape[2] < tokens or host[0].shape[:2] != pair[0].shape[:2]:
-            room = tokens + max(_GRAIN, tokens // 4)
-            shapes = [(*each.shape[:2], room, each.shape[3]) for each in pair]
-            host = tuple(map(pinned.empty, shapes, [each.dtype for each in pair]))
-            self._host, self._stored = host, 0
+        (batch, heads, tokens, _), host = pair[0].shape, self._host
+        if host is None or host[0].shape[2] < tokens or host[0].shape[:2] != (batch, heads):
+            sizes = [(batch, heads, tokens + max(_GRAIN, tokens // 4), x.shape[3]) for x in pair]
+            keys, values = map(pinned.empty, sizes, [each.dtype for each in pair])
+            host = self._host = keys, values
+            self._stored = 0
         return host
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
 
 
 class OffloadedCache(DynamicCache):  # type: ignore[misc]
@@ -138,6 +143,9 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
     Args:
         config: of the model; None: all layers attend to all tokens.
     """
+
+    layers: list[Any]
+    layer_class_to_replicate: Any
 
     def __init__(self, config: Any = None) -> None:
         super().__init__(config=config)
@@ -220,7 +228,7 @@ def load_prefix(
     while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     batch = len(torch.as_tensor(blocks).reshape(-1, torch.as_tensor(blocks).shape[-1]))
-    rows = []
+    rows: list[tuple[torch.Tensor, ...]] = []
     for layer in _layers(cache):
         planes = [pool.plane(len(rows), kv) for kv in range(pool.kv)]
         sizes = [(batch, pool.heads, tokens, each.shape[-1]) for each in planes]
