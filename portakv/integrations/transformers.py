@@ -89,9 +89,9 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         return updated
 
     def reset(self) -> None:
-        """Forget all rows."""
+        """As transformers' own, which forgets all rows, or in 5.17 zeroes them."""
+        self._mixed()
         super().reset()
-        self.is_away, self._came, self._stored = False, None, 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers' own; what is left need not leave again."""
@@ -115,7 +115,7 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         super().batch_select_indices(indices)
 
     def _mixed(self) -> None:
-        """Rows will be those of other sequences, so that the host memory has none of them."""
+        """Rows will be others, so that the host memory has none of them."""
         self.land()
         self._stored = 0
 

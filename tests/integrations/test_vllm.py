@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +96,88 @@ def test_store_lookup_and_load(device: torch.device, blocks_per_chunk: int) -> N
     assert [each.job_id for each in finish(worker, {2})] == [2]
     manager.complete_load(keys, context)
     caches.expect([came], [went])
+    worker.shutdown()
+
+
+ORDERS = ["LBNHC", "LBHNC"] if NEW else []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_the_connector_does(device: torch.device, order: str) -> None:
+    """vLLM's own caches, layers and groups, and the connector's calls of the worker: stores wait
+    for the next step, or for a preemption, and loads are told when they have ended."""
+    connector, common, specs, utils = (
+        importlib.import_module(f"vllm.{name}")
+        for name in (
+            "distributed.kv_transfer.kv_connector.v1.offloading.worker",
+            "distributed.kv_transfer.kv_connector.v1.offloading.common",
+            "v1.kv_cache_interface",
+            "v1.worker.utils",
+        )
+    )
+    heads = {"num_kv_heads": 2, "head_size": 16, "dtype": torch.bfloat16}
+    full = specs.FullAttentionSpec(block_size=16, **heads)
+    latent = specs.MLAAttentionSpec(
+        block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16
+    )
+    page, blocks = full.page_size_bytes, 13
+    assert latent.page_size_bytes == page
+    names = ["full.0", "full.1"], ["latent.0", "latent.1"]
+    config = specs.KVCacheConfig(
+        num_blocks=blocks,
+        kv_cache_tensors=[
+            specs.KVCacheTensor(
+                size=2 * page * blocks, layers=each, layer_stride=page * blocks, block_stride=page
+            )
+            for each in names
+        ],
+        kv_cache_groups=[
+            specs.KVCacheGroupSpec(layer_names=each, kv_cache_spec=spec)
+            for each, spec in zip(names, (full, latent), strict=True)
+        ],
+    )
+    layout = specs.KVCacheLayout[order]
+    caches = utils.allocate_kv_cache(config, device, layout, [16, 16])
+    for each in caches.values():
+        each.normal_()
+    before = {name: each.cpu().clone() for name, each in caches.items()}
+    spec = OffloadingSpecFactory.create_spec(offloading_config(2 * page, 2, 8))
+    parallel = SimpleNamespace(  # two workers without tensor parallelism: nothing is canonical
+        tensor_parallel_size=1, prefill_context_parallel_size=1, world_size=2
+    )
+    worker = connector.OffloadingConnectorWorker(
+        spec, SimpleNamespace(parallel_config=parallel), config
+    )
+    worker.register_kv_caches(caches)
+
+    def job(src: Any, dst: Any) -> Any:
+        return common.TransferJob(req_id="request", src_spec=src, dst_spec=dst)
+
+    def told(loads: dict[int, Any], stores: dict[int, Any], flush: set[int] | None = None) -> Any:
+        return common.OffloadingConnectorMetadata(
+            load_jobs=loads, store_jobs=stores, jobs_to_flush=flush
+        )
+
+    some, more = [[1, 2, 3], [4, 5]], [[6], [7]]
+    first = told({}, {1: job(device_spec(some, [0, 0]), host_spec([0, 1, 2]))})
+    worker.start_kv_transfers(first)
+    worker.prepare_store_kv(first)
+    preempted = told({}, {2: job(device_spec(more, [0, 0]), host_spec([3, 4]))}, {2})
+    worker.handle_preemptions(preempted)
+    for each in caches.values():  # those blocks may be written now
+        each.zero_()
+    settle(device)
+    worker.worker.wait({1})
+    assert worker.get_finished(set()) == (set(), set())
+    assert worker.build_connector_worker_meta().completed_jobs == {1: 1, 2: 1}
+    into = device_spec([[9], [10, 8]], [0, 0])
+    worker.start_kv_transfers(told({3: job(host_spec([3, 2]), into)}, {}))
+    worker.worker.wait({3})
+    assert worker.get_finished(set()) == (set(), {"request"})
+    for group, (new, old) in zip(names, (([9], [6]), ([10, 8], [4, 5])), strict=True):
+        for name in group:
+            blocked = specs.group_kernel_blocks(caches[name], blocks).cpu()
+            assert torch.equal(blocked[new], specs.group_kernel_blocks(before[name], blocks)[old])
     worker.shutdown()
 
 
