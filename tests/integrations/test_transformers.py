@@ -67,6 +67,8 @@ def test_the_same_logits(model: Any, batch: int, configured: bool) -> None:
     assert [type(layer) for layer in cache.layers] == [plug.PortaKVLayer] * LAYERS
     assert all(layer.is_away for layer in cache.layers)
     assert {layer._stored for layer in cache.layers} == {21 + STEPS - 1}
+    coming = [layer._came is not None for layer in cache.layers]
+    assert coming == [True, False, False]
 
 
 def test_generate_takes_it(model: Any) -> None:
@@ -127,13 +129,13 @@ def test_a_layer_is_as_transformers_own(
     for layer in (ours, theirs):
         change(layer, device)
     for tokens in (more, 1, 2):
-        ours.offload()
         assert ours.get_seq_length() == theirs.get_seq_length()
         batch = len(theirs.keys) if theirs.is_initialized else 2
         rows = torch.randn(2, batch, KV_HEADS, tokens, DIM, generator=drawn, device="cpu")
         mine, own = fed(device, ours, rows), fed(device, theirs, rows)
         assert all(each.device == device for each in mine)
         assert all(map(torch.equal, mine, own))
+        ours.offload()
 
 
 def test_only_new_rows_leave(accelerator: torch.device) -> None:
@@ -141,8 +143,9 @@ def test_only_new_rows_leave(accelerator: torch.device) -> None:
     layer, rows = plug.PortaKVLayer(), torch.randn(2, 1, KV_HEADS, 9, DIM)
     fed(accelerator, layer, rows)
     layer.offload()
+    layer.land()
     torch.accelerator.synchronize(accelerator)
-    layer._host[0][:, :, :9] = 7.0  # what the host has counts from here on
+    layer._host[0][:, :, :9] = 7.0
     fed(accelerator, layer, rows[:, :, :, :1])
     layer.offload()
     torch.accelerator.synchronize(accelerator)
