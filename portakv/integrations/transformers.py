@@ -227,7 +227,8 @@ def load_prefix(
         )
     while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    batch = len(torch.as_tensor(blocks).reshape(-1, torch.as_tensor(blocks).shape[-1]))
+    ids = _ids(blocks)
+    batch = ids.shape[0] if ids.dim() > 1 else 1
     rows: list[tuple[torch.Tensor, ...]] = []
     for layer in _layers(cache):
         planes = [pool.plane(len(rows), kv) for kv in range(pool.kv)]
@@ -240,7 +241,7 @@ def load_prefix(
         layer.lazy_initialization(*pair)
         layer.keys, layer.values = pair
         rows.append(tuple(pair))
-    slots = _slots(pool, blocks, batch, tokens)
+    slots = _slots(pool, ids, batch, tokens)
     transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), slots)
     transfer.wait()
     return transfer
@@ -265,8 +266,11 @@ def _slots(pool: KVView, blocks: Any, batch: int, tokens: int) -> Index:
             f"A prefix was asked for in {pool.layout.text!r}, which has no `block` axis; pass a "
             f"view of paged memory."
         )
-    ids = torch.as_tensor(blocks)
-    return Index.of_requests(ids.reshape(batch, -1), [tokens] * batch, pool.block_size)
+    return Index.of_requests(_ids(blocks).reshape(batch, -1), [tokens] * batch, pool.block_size)
+
+
+def _ids(blocks: Any) -> torch.Tensor:
+    return blocks if isinstance(blocks, torch.Tensor) else torch.tensor(blocks, device="cpu")
 
 
 def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:

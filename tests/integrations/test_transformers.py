@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from support.ambient import STATES, State
 from support.device_cases import current, delay
 from support.guarded_memory import check_sentence, refused
 from transformers import DynamicCache
@@ -216,6 +217,23 @@ def test_part_of_a_prefix_serves_another_request(model: Any) -> None:
     plug.load_prefix(shared, pool, [5, 2], 16)
     came = model(other[:, 16:], past_key_values=shared).logits
     assert torch.allclose(came, model(other).logits[:, 16:], atol=1e-5)
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_whatever_torch_was_told_before(device: torch.device, state: State) -> None:
+    """A layer leaves and comes back, and a prefix goes through a pool."""
+    pool = pool_of(device, "block layer kv head token dim")
+    rows = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
+    before, after = plug.OffloadedCache(), plug.OffloadedCache()
+    with state(device):
+        for n in range(LAYERS):
+            before.update(*rows[n].unbind(0), n)
+        plug.save_prefix(before, pool, [4, 2]).synchronize()
+        plug.load_prefix(after, pool, [4, 2], 9)
+        came = [after.update(*rows[n, :, :, :, :1].unbind(0), n) for n in range(LAYERS)]
+    for pair, wanted in zip(came, rows, strict=True):
+        for each, right in zip(pair, wanted, strict=True):
+            assert torch.equal(each[:, :, :9].cpu(), right.cpu())
 
 
 def test_what_is_refused(model: Any) -> None:

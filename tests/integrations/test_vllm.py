@@ -20,6 +20,7 @@ import torch
 if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; see .ci/plugs", allow_module_level=True)
 
+from support.ambient import STATES, State
 from support.guarded_memory import check_sentence, refused
 from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
 from vllm.v1.kv_offload import base
@@ -266,6 +267,19 @@ def test_a_job_without_blocks_ends(make: Make) -> None:
     worker = make(Caches(torch.device("cpu"), [64], [[0]]))
     worker.submit_store(5, device_spec([[]], [0]), host_spec([]))
     assert [(x.job_id, x.transfer_size) for x in worker.get_finished()] == [(5, 0)]
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_whatever_torch_was_told_before(device: torch.device, make: Make, state: State) -> None:
+    caches = Caches(device, [512, 96], [[0], [1]])
+    with state(device):
+        worker = make(caches, 2, 9)
+        worker.submit_store(1, device_spec([[1, 2, 3], [4]], [1, 0]), host_spec([7, 0, 3]))
+        finish(worker, {1})
+        caches.lose()
+        worker.submit_load(2, host_spec([7, 0, 3]), device_spec([[4, 6, 9], [0]], [1, 0]))
+        finish(worker, {2})
+    caches.expect([[4, 6, 9], [0]], [[1, 2, 3], [4]])
 
 
 # --- Order ----------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.ambient import STATES, State
 from support.guarded_memory import refused
 
 from portakv import LayoutError, SlotError, Unsupported
@@ -198,6 +199,23 @@ def test_swapping_runs(device: torch.device, noise: Noise, sizes: list[int]) -> 
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     assert torch.equal(host, expected)
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_whatever_torch_was_told_before(device: torch.device, noise: Noise, state: State) -> None:
+    """One op that writes rows, one that gathers those of requests, one that moves blocks."""
+    cache, rows, came = noise(BLOCKS, SIZE, 80), noise(len(SLOTS), 80), noise(11, 80)
+    expected, other = written(cache, rows, SLOTS), noise(BLOCKS, SIZE, 80)
+    slots, bounds = torch.tensor(SLOTS, device=device), torch.tensor([0, 11], device=device)
+    table = torch.tensor([[4, 0]], dtype=torch.int32, device=device)
+    mapping = torch.tensor([[4, 2]])
+    with state(device):
+        vllm_ops.concat_and_cache_mla(*rows.split([64, 16], 1), cache, slots, "auto")
+        vllm_ops.cp_gather_cache(cache, came, table, bounds.int(), 1)
+        vllm_ops.swap_blocks(cache, other, cache[0].nbytes, mapping)
+    assert torch.equal(cache.cpu(), expected)
+    assert torch.equal(came.cpu(), torch.cat([expected[4], expected[0]])[:11])
+    assert torch.equal(other[2].cpu(), expected[4])
 
 
 def test_what_is_refused() -> None:
