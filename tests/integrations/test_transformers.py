@@ -5,6 +5,7 @@ as it does with transformers' own cache."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -141,7 +142,8 @@ def test_a_layer_is_as_transformers_own(
 
 def test_only_new_rows_leave(accelerator: torch.device) -> None:
     """Rows that are in host memory are not written there again."""
-    layer, rows = plug.PortaKVLayer(), torch.randn(2, 1, KV_HEADS, 9, DIM)
+    layer: Any = plug.PortaKVLayer()
+    rows = torch.randn(2, 1, KV_HEADS, 9, DIM)
     fed(accelerator, layer, rows)
     layer.offload()
     layer.land()
@@ -223,7 +225,7 @@ def test_part_of_a_prefix_serves_another_request(model: Any) -> None:
 def test_whatever_torch_was_told_before(device: torch.device, state: State) -> None:
     """A layer leaves and comes back, and a prefix goes through a pool."""
     pool = pool_of(device, "block layer kv head token dim")
-    rows = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
+    rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
     before, after = plug.OffloadedCache(), plug.OffloadedCache()
     with state(device):
         for n in range(LAYERS):
@@ -260,7 +262,7 @@ def test_what_is_refused(model: Any) -> None:
 def test_a_release_outside_the_matrix_is_refused_with_both_versions(
     found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(integrations.metadata, "version", lambda name: found)
+    monkeypatch.setattr(metadata, "version", lambda name: found)
     said = integrations.why_not("transformers")
     assert said is not None
     assert f"transformers {found}" in said

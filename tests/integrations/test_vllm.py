@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
@@ -53,7 +54,7 @@ def make() -> Iterator[Make]:
         each.shutdown()
 
 
-def finish(worker: Any, jobs: set[int]) -> list[base.TransferResult]:
+def finish(worker: Any, jobs: set[int]) -> Any:
     worker.wait(jobs)
     return worker.get_finished()
 
@@ -363,7 +364,8 @@ def test_preempted_blocks_are_waited_for(accelerator: torch.device, make: Make) 
 def test_another_thread_may_ask(device: torch.device, make: Make) -> None:
     """Each result is given once, in the order of its direction."""
     caches = Caches(device, [64], [[0]])
-    worker, taken = make(caches, 1, 9), [[], []]
+    worker = make(caches, 1, 9)
+    taken: list[list[int]] = [[], []]
     stop = threading.Event()
 
     def take(mine: list[int]) -> None:
@@ -488,7 +490,7 @@ def test_a_canonical_layout_is_refused() -> None:
 def test_a_release_outside_the_matrix_is_refused_with_both_versions(
     found: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(integrations.metadata, "version", lambda name: found)
+    monkeypatch.setattr(metadata, "version", lambda name: found)
     said = integrations.why_not("vllm")
     assert said is not None
     assert f"vllm {found}" in said

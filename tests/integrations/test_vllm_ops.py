@@ -23,7 +23,7 @@ from portakv.integrations import IntegrationError, vllm_ops
 SLOTS = [37, 0, -1, 5, 63, 36]
 BLOCKS, SIZE, HEADS, DIM = 8, 8, 3, 16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-Noise = Callable[..., torch.Tensor]
+Noise = Callable[..., Any]  # a tensor; its parts are handed over by *
 
 
 @pytest.fixture
@@ -61,7 +61,8 @@ def test_reshape_and_cache_flash(
     expected = [written(cache, row, SLOTS) for cache, row in zip(caches, rows, strict=True)]
     slots = torch.tensor(SLOTS, device=device)
     scale = torch.ones(1, device=device)
-    vllm_ops.reshape_and_cache_flash(*rows, *caches, slots, "auto", scale, scale)
+    given: Any = (*rows, *caches, slots, "auto", scale, scale)
+    vllm_ops.reshape_and_cache_flash(*given)
     assert all(map(torch.equal, (each.cpu() for each in caches), expected))
 
 
@@ -85,8 +86,9 @@ def test_reshape_and_cache(
         as_rows = value_cache.permute(0, 3, 1, 2)
     values = written(as_rows, rows[1], SLOTS)
     slots = torch.tensor(SLOTS, device=device)
+    keyed, valued = rows
     vllm_ops.reshape_and_cache(
-        *rows, key_cache, value_cache, slots, "auto", interleaved_v=interleaved
+        keyed, valued, key_cache, value_cache, slots, "auto", interleaved_v=interleaved
     )
     assert torch.equal(key_cache.cpu().permute(0, 3, 1, 2, 4).flatten(3), keys)
     came = value_cache.cpu()
@@ -129,7 +131,7 @@ def test_concat_and_cache_mla_grouped(
     addresses = torch.tensor([each.data_ptr() for each in caches])
     if place == "device":
         addresses = addresses.to(device)
-    strides = caches[0].stride()[:2]
+    strides: Any = caches[0].stride()[:2]
     vllm_ops.concat_and_cache_mla_grouped(latent, rotary, addresses, slots, SIZE, *strides)
     assert all(map(torch.equal, caches.cpu(), expected))
 
@@ -210,7 +212,8 @@ def test_whatever_torch_was_told_before(device: torch.device, noise: Noise, stat
     table = torch.tensor([[4, 0]], dtype=torch.int32, device=device)
     mapping = torch.tensor([[4, 2]])
     with state(device):
-        vllm_ops.concat_and_cache_mla(*rows.split([64, 16], 1), cache, slots, "auto")
+        kv_c, k_pe = rows.split([64, 16], 1)
+        vllm_ops.concat_and_cache_mla(kv_c, k_pe, cache, slots, "auto")
         vllm_ops.cp_gather_cache(cache, came, table, bounds.int(), 1)
         vllm_ops.swap_blocks(cache, other, cache[0].nbytes, mapping)
     assert torch.equal(cache.cpu(), expected)
@@ -255,16 +258,18 @@ def test_ops_can_be_captured(op: str) -> None:
     device = torch.device("cuda", 0)
     slots = torch.tensor([1, -1, 7], device=device)
     key, value = torch.randn(2, 3, 2, 16, device=device)
-    caches = torch.zeros(2, 4, 8, 2, 16, device=device)
-    latent, cache = torch.randn(3, 80, device=device), torch.zeros(4, 8, 80, device=device)
+    caches: Any = torch.zeros(2, 4, 8, 2, 16, device=device)
+    latent: Any = torch.randn(3, 80, device=device)
+    cache = torch.zeros(4, 8, 80, device=device)
     table = torch.tensor([[1, 2]], dtype=torch.int32, device=device)
     bounds = torch.tensor([0, 3], dtype=torch.int32, device=device)
 
     def run() -> None:
         if op == "flash":
-            vllm_ops.reshape_and_cache_flash(key, value, *caches, slots, "auto")
+            vllm_ops.reshape_and_cache_flash(key, value, caches[0], caches[1], slots, "auto")
         elif op == "mla":
-            vllm_ops.concat_and_cache_mla(*latent.split([64, 16], 1), cache, slots, "auto")
+            kv_c, k_pe = latent.split([64, 16], 1)
+            vllm_ops.concat_and_cache_mla(kv_c, k_pe, cache, slots, "auto")
         else:
             vllm_ops.cp_gather_cache(cache, latent, table, bounds, 1)
 

@@ -57,7 +57,7 @@ def pytest_configure() -> None:
         def _transfers(self) -> list[Any]:
             return [SimpleNamespace(job_id=job) for job in self.lane.jobs]
 
-    class CPUOffloadingWorker(plug.PortaKVOffloadingWorker):  # type: ignore[misc]
+    class CPUOffloadingWorker(plug.PortaKVOffloadingWorker):
         """With the arguments of vLLM's, and with the tensors of its handlers."""
 
         def __init__(
