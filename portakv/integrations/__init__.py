@@ -35,6 +35,8 @@ class Releases(NamedTuple):
 MATRIX = {
     "lmcache": Releases("lmcache", "0.5.4", "0.6"),
     "sglang": Releases("sglang", "0.5.23", "0.6"),
+    "transformers": Releases("transformers", "5.17", "5.24"),
+    "vllm": Releases("vllm", "0.26", "0.34"),
 }
 
 

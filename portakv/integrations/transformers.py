@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""transformers' caches over PortaKV: layers that leave the device while others run, and prefixes
+that live in a pool of blocks.
+
+``model.generate(..., past_key_values=OffloadedCache(config=model.config))`` keeps keys and values
+in pinned host memory, on any device; `save_prefix` and `load_prefix` copy them between a cache and
+paged memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+
+from portakv import Index, KVView, LayoutError, Transfer, copy_rows
+from portakv.host import pinned
+from portakv.integrations import check_release
+
+check_release("transformers")
+
+from transformers.cache_utils import DynamicCache, DynamicLayer  # noqa: E402
+
+__all__ = ["OffloadedCache", "PortaKVLayer", "load_prefix", "save_prefix"]
+
+#: Keys and values, ``[batch, heads, tokens, dim]`` each.
+Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
+_ROWS = "kv | block head token dim"
+_GRAIN = 256  # the fewest tokens of room for more
+
+
+class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
+    """A layer whose keys and values may leave the device, and come back before they are used.
+
+    Its host memory stays, so that rows that lie there already do not leave again: a step of
+    decoding stores one row of each head. While the layer is away, `keys` and `values` are tensors
+    in that memory, which may still be written; `prefetch`, then `land`, bring them back.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.is_away = False
+        self._host: Pair | None = None
+        self._stored = 0  # how many of the tokens the host memory has
+        self._storing, self._coming = Transfer(), Transfer()
+        self._came: Pair | None = None
+
+    def offload(self) -> None:
+        """Begin to copy what the host memory lacks, and let go of the device's memory."""
+        if not self.is_initialized or self.is_away or not self.get_seq_length():
+            return
+        tokens, here = self.get_seq_length(), (self.keys, self.values)
+        there = self._room(here)
+        if self._stored < tokens:
+            fresh = slice(self._stored, tokens)
+            rows, room = _rows(here, fresh), _rows(there, fresh)
+            self._storing = copy_rows(rows, room, stream=_streams(self.device)[0])
+        self.keys, self.values = (each[:, :, :tokens] for each in there)
+        self.is_away, self._stored = True, tokens
+
+    def prefetch(self) -> None:
+        """Begin to copy keys and values to the device, if they are away; blocks nothing."""
+        if not self.is_away or self._came is not None:
+            return
+        away, stream = (self.keys, self.values), _streams(self.device)[1]
+        self._came = self._empty(self.keys), self._empty(self.values)
+        self._storing.wait(stream)
+        self._coming = copy_rows(_rows(away), _rows(self._came), stream=stream)
+
+    def land(self) -> None:
+        """Keys and values are on the device again for what follows on the current stream."""
+        self.prefetch()
+        if self._came is not None:
+            self._coming.wait()
+            self.keys, self.values = self._came
+            self._came, self.is_away = None, False
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> Pair:
+        """Add rows; returns all, on the device."""
+        self.land()
+        updated: Pair = super().update(key_states, value_states, *args, **kwargs)
+        return updated
+
+    def reset(self) -> None:
+        """As transformers' own, which forgets all rows, or in 5.17 zeroes them."""
+        self._mixed()
+        super().reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As transformers' own; what is left need not leave again."""
+        self.land()
+        super().crop(tokens_to_remove)
+        self._stored = min(self._stored, self.get_seq_length())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """As transformers' own."""
+        self._mixed()
+        super().reorder_cache(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """As transformers' own."""
+        self._mixed()
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """As transformers' own."""
+        self._mixed()
+        super().batch_select_indices(indices)
+
+    def _mixed(self) -> None:
+        """Rows will be others, so that the host memory has none of them."""
+        self.land()
+        self._stored = 0
+
+    def _room(self, pair: Pair) -> Pair:
+        """Host memory with room for these rows; larger one has none of them yet."""
+        (batch, heads, tokens, _), host = pair[0].shape, self._host
+        if host is None or host[0].shape[2] < tokens or host[0].shape[:2] != (batch, heads):
+            sizes = [(batch, heads, tokens + max(_GRAIN, tokens // 4), x.shape[3]) for x in pair]
+            keys, values = map(pinned.empty, sizes, [each.dtype for each in pair])
+            host = self._host = keys, values
+            self._stored = 0
+        return host
+
+    def _empty(self, like: torch.Tensor) -> torch.Tensor:
+        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
+
+
+class OffloadedCache(DynamicCache):  # type: ignore[misc]
+    """A cache whose layers are in host memory but for the one that runs and the next one.
+
+    As ``DynamicCache(offloading=True)``, but on any device, from and to pinned memory, and without
+    storing again what has not changed. Layers with a sliding window, or of another kind, stay on
+    the device.
+
+    Args:
+        config: of the model; None: all layers attend to all tokens.
+    """
+
+    layers: list[Any]
+    layer_class_to_replicate: Any
+
+    def __init__(self, config: Any = None) -> None:
+        super().__init__(config=config)
+        self.layers = [PortaKVLayer() if type(x) is DynamicLayer else x for x in self.layers]
+        if self.layer_class_to_replicate is DynamicLayer:
+            self.layer_class_to_replicate = PortaKVLayer
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any,
+        **kwargs: Any,
+    ) -> Pair:  # fmt: skip
+        """Add rows to a layer, which then leaves, while the next one comes."""
+        if self.layers and isinstance(following := self._behind(layer_idx), PortaKVLayer):
+            following.prefetch()
+        updated: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        if isinstance(layer := self.layers[layer_idx], PortaKVLayer):
+            layer.offload()
+        return updated
+
+    def _behind(self, layer_idx: int) -> Any:
+        """The layer that runs next, in this step or in the next one."""
+        return self.layers[(layer_idx + 1) % len(self.layers)]
+
+
+def save_prefix(
+    cache: DynamicCache, pool: KVView, blocks: torch.Tensor | Sequence[Any],
+    tokens: int | None = None,
+) -> Transfer:  # fmt: skip
+    """Copy the first tokens of a cache into blocks of a pool.
+
+    Args:
+        cache: whose layers attend to all tokens.
+        pool: a paged view with as many layers, kv, heads and bytes of a row.
+        blocks: ids, ``[n]``, or for a batch ``[batch, n]``, on host or device.
+        tokens: of each sequence; None: all.
+
+    Returns:
+        Wait for it before the blocks are used on another stream.
+
+    Raises:
+        LayoutError: layers of another kind, or a pool that is not paged or holds other rows.
+        PortaKVError: what `portakv.copy_rows` raises.
+    """
+    pairs = []
+    for layer in _layers(cache):
+        if isinstance(layer, PortaKVLayer):
+            layer.land()
+        pairs.append((layer.keys, layer.values))
+    tokens = cache.get_seq_length() if tokens is None else tokens
+    rows = [tuple(each[:, :, :tokens] for each in pair) for pair in pairs]
+    slots = _slots(pool, blocks, len(rows[0][0]), tokens)
+    return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, slots)
+
+
+def load_prefix(
+    cache: DynamicCache, pool: KVView, blocks: torch.Tensor | Sequence[Any], tokens: int,
+    device: torch.device | str | None = None,
+) -> Transfer:  # fmt: skip
+    """Fill an empty cache with tokens out of blocks of a pool; a model goes on behind them.
+
+    Args:
+        cache: whose layers attend to all tokens.
+        pool: a paged view.
+        blocks: ids, ``[n]``, or for a batch ``[batch, n]``, on host or device.
+        tokens: of each sequence.
+        device: where the model is; None: where the pool is.
+
+    Returns:
+        What follows on the current stream need not wait for it; of pageable memory it is done.
+
+    Raises:
+        LayoutError: a cache that holds tokens; and what `save_prefix` raises.
+        PortaKVError: what `portakv.copy_rows` raises.
+    """
+    if cache.get_seq_length():
+        raise LayoutError(
+            f"A prefix was to be loaded into a cache that holds {cache.get_seq_length()} tokens; "
+            f"expected an empty one. Reset it, or make another."
+        )
+    while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    ids = _ids(blocks)
+    batch = ids.shape[0] if ids.dim() > 1 else 1
+    rows: list[tuple[torch.Tensor, ...]] = []
+    for layer in _layers(cache):
+        planes = [pool.plane(len(rows), kv) for kv in range(pool.kv)]
+        sizes = [(batch, pool.heads, tokens, each.shape[-1]) for each in planes]
+        home = pool.device if device is None else device
+        pair = [
+            torch.empty(size, dtype=each.dtype, device=home)
+            for size, each in zip(sizes, planes, strict=True)
+        ]
+        layer.lazy_initialization(*pair)
+        layer.keys, layer.values = pair
+        rows.append(tuple(pair))
+    slots = _slots(pool, ids, batch, tokens)
+    transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), slots)
+    transfer.wait()
+    return transfer
+
+
+def _layers(cache: DynamicCache) -> list[DynamicLayer]:
+    """A cache's layers, all of which attend to all tokens."""
+    for number, layer in enumerate(cache.layers):
+        if type(layer) not in (DynamicLayer, PortaKVLayer):
+            raise LayoutError(
+                f"Layer {number} of a cache is a {type(layer).__name__}; a prefix is moved between "
+                f"a pool and layers that keep every token: DynamicLayer or PortaKVLayer. Make the "
+                f"cache without config=, if the model may attend to all tokens."
+            )
+    return list(cache.layers)
+
+
+def _slots(pool: KVView, blocks: Any, batch: int, tokens: int) -> Index:
+    """The slots of each sequence's tokens, one sequence behind the other."""
+    if pool.block_size is None:
+        raise LayoutError(
+            f"A prefix was asked for in {pool.layout.text!r}, which has no `block` axis; pass a "
+            f"view of paged memory."
+        )
+    return Index.of_requests(_ids(blocks).reshape(batch, -1), [tokens] * batch, pool.block_size)
+
+
+def _ids(blocks: Any) -> torch.Tensor:
+    return blocks if isinstance(blocks, torch.Tensor) else torch.tensor(blocks, device="cpu")
+
+
+def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:
+    return KVView(tuple(each[:, :, tokens] for each in pair), _ROWS)
+
+
+@lru_cache(maxsize=16)
+def _streams(device: torch.device) -> tuple[torch.Stream | None, torch.Stream | None]:
+    """Those on which layers leave a device and come back."""
+    if device.type == "cpu":
+        return None, None
+    return torch.Stream(device), torch.Stream(device)

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's offloading of KV blocks to host memory, with PortaKV's copies.
+
+Chosen by two keys of ``kv_connector_extra_config``: ``"spec_name": "PortaKVOffloadingSpec"`` and
+``"spec_module_path": "portakv.integrations.vllm"``. The key ``"portakv"`` may hold terms of
+`portakv.copy_rows`, such as ``{"max_thread_blocks": 2}``. vLLM's scheduler side (lookup, eviction,
+accounting) stays as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from portakv import BlockTransfer, Index, InvalidTerms, KVView, SlotError, copy_rows
+from portakv.host import pinned
+from portakv.integrations import IntegrationError, check_release
+
+check_release("vllm")
+
+from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult  # noqa: E402
+from vllm.v1.kv_offload.cpu import gpu_worker  # noqa: E402
+from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
+
+#: What ``"portakv"`` in the configuration may hold.
+TERMS = ("backend", "max_gbps", "max_thread_blocks", "overlap")
+_DEVICE, _HOST = "layer | block (token dim)", "layer | block token dim"
+
+
+class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
+    """vLLM's own tier of host memory, whose worker moves blocks by PortaKV, on any device."""
+
+    _worker: OffloadingWorker | None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        if getattr(config, "canonical_layout", False):
+            raise IntegrationError(
+                "The offloading spec of PortaKV was asked for with canonical_layout=True, which "
+                "rearranges pages; it moves them as they are. Leave canonical_layout out."
+            )
+        given = self.extra_config.get("portakv", {})
+        if not isinstance(given, Mapping) or not set(given) <= set(TERMS):
+            raise InvalidTerms(
+                f"kv_connector_extra_config has portakv={given!r}; expected a mapping with some of "
+                f"{', '.join(TERMS)}. Correct it, or leave it out."
+            )
+        self.terms = dict(given)
+
+    def create_worker(self, kv_caches: Any) -> OffloadingWorker:
+        """The worker of one process, with its part of the host memory."""
+        # The number of chunks has another name in 0.26.
+        chunks: int = self.num_chunks if hasattr(self, "num_chunks") else self.num_blocks
+        uses_shared_region = getattr(self, "_uses_shared_region", bool)
+        region = self._shared_region() if uses_shared_region() and chunks else None
+        try:
+            return PortaKVOffloadingWorker(
+                kv_caches, self.blocks_per_chunk, chunks, region, self.terms
+            )
+        except Exception:
+            if region is not None:
+                region.cleanup()
+            raise
+
+    def get_worker(self, kv_caches: Any) -> OffloadingWorker:
+        """As vLLM's own, on other devices than CUDA's, ROCm's and XPU's too."""
+        if self._worker is None:
+            self._worker = self.create_worker(kv_caches)
+        return self._worker
+
+    def _shared_region(self) -> Any:
+        """The memory that all workers of an engine share, pinned as vLLM pins it."""
+        rank, workers = self.config.parallel.rank, self.config.parallel.world_size
+        region = cpu_spec.SharedOffloadRegion(
+            engine_id=self.config.engine_id,
+            num_chunks=self.num_chunks,
+            rank=0 if self.replicated_layout else rank,
+            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
+            cpu_page_size=self.cpu_page_size_per_worker,
+            barrier=cpu_spec._all_workers_barrier,
+            num_segments=cpu_spec._REGION_SEGMENTS,
+            populate_shard=(rank, workers) if self.replicated_layout else None,
+        )
+        gpu_worker.pin_mmap_region(region, worker_slot_only=True)
+        return region
+
+
+class Part(NamedTuple):
+    """Pages of one shape in a group, on both sides: one copy moves them all."""
+
+    device: KVView  # a row is a page
+    host: KVView  # a block is a chunk, its rows are pages
+
+
+class Move(NamedTuple):
+    """The blocks of one group in a job."""
+
+    parts: Sequence[Part]
+    blocks: Index
+    places: Index  # pages in chunks
+    pages: int
+
+
+class Lane:
+    """Jobs that end in the order in which they were submitted, on a stream of their own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = None if device.type == "cpu" else torch.Stream(device)
+        self.jobs: dict[int, BlockTransfer] = {}
+
+    def finished(self) -> Iterable[tuple[int, BlockTransfer]]:
+        """Takes out the oldest jobs that have ended."""
+        for job, transfer in list(self.jobs.items()):
+            if not transfer.done():
+                return
+            yield job, self.jobs.pop(job)
+
+
+class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
+    """Moves blocks between an engine's caches and chunks in host memory.
+
+    Args:
+        kv_caches: vLLM's `CanonicalKVCaches`: int8 tensors ``[blocks, page]``, whose pages may lie
+            apart, and for each group the tensors that it uses.
+        blocks_per_chunk: blocks of the engine in a chunk.
+        chunks: how many there are.
+        region: vLLM's `SharedOffloadRegion`, which `shutdown` gives back; None: memory of its own.
+        terms: of `copy_rows`.
+    """
+
+    def __init__(
+        self, kv_caches: Any, blocks_per_chunk: int, chunks: int, region: Any = None,
+        terms: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.blocks_per_chunk = blocks_per_chunk
+        self._region, self._terms, self._adopted = region, dict(terms or {}), None
+        pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
+        host = _host_pages(pages, blocks_per_chunk, chunks, region)
+        if region is not None and region.is_pinned:
+            self._adopted = _adopt(region)
+        self._groups = [_parts(refs, pages, host) for refs in kv_caches.group_data_refs]
+        device = pages[0].device
+        self._store, self._load, self._expedited = (Lane(device) for _ in range(3))
+        self._lanes = self._store, self._load, self._expedited
+        self._taking = threading.Lock()
+
+    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
+        """Begin to copy blocks into chunks, behind the current stream.
+
+        Raises:
+            SlotError: an id past the caches or the chunks, one that is written twice, or lists that
+                do not fit each other; nothing was moved then.
+            IntegrationError: a job that is under way already, or after `shutdown`.
+        """
+        return self._submit(self._store, job_id, src_spec, dst_spec, store=True)
+
+    def submit_load(
+        self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False
+    ) -> bool:
+        """Begin to copy chunks into blocks, behind the current stream; ``expedited``: past the
+        loads that are under way. Raises as `submit_store` does."""
+        lane = self._expedited if expedited else self._load
+        return self._submit(lane, job_id, dst_spec, src_spec, store=False)
+
+    def get_finished(self) -> list[TransferResult]:
+        """The jobs that have ended since the last call; never blocks."""
+        with self._taking:
+            ended = [each for lane in self._lanes for each in lane.finished()]
+        told = [(job, transfer.statistics) for job, transfer in ended]
+        return [TransferResult(job, True, each.nbytes, each.seconds) for job, each in told]
+
+    def wait(self, job_ids: set[int]) -> None:
+        """Block the host until these jobs have ended; unknown ones have."""
+        for lane in self._lanes:
+            for job in job_ids & lane.jobs.keys():
+                with suppress(KeyError):  # another thread took it, so it has ended
+                    lane.jobs[job].synchronize()
+
+    def shutdown(self) -> None:
+        """Wait for all jobs, and give the host memory back; again: nothing."""
+        region, self._region = self._region, None
+        try:
+            for lane in self._lanes:
+                for transfer in list(lane.jobs.values()):
+                    transfer.synchronize()
+        finally:
+            for lane in self._lanes:
+                lane.jobs.clear()
+            self._groups = []  # its views hold the region's memory
+            if self._adopted is not None:
+                self._adopted.close()
+            if region is not None:
+                region.cleanup()
+
+    def _submit(self, lane: Lane, job: int, device: Any, host: Any, store: bool) -> bool:
+        if not self._groups:
+            raise IntegrationError(f"Job {job} was submitted after shutdown; make a new worker.")
+        if any(job in each.jobs for each in self._lanes):
+            raise IntegrationError(
+                f"Job {job} was submitted while it is under way; number it anew."
+            )
+        # All groups are looked at before any of them moves.
+        moves, moved = self._moves(device, host, store), []
+        terms = {"stream": lane.stream, **self._terms}
+        for parts, blocks, places, count in moves:
+            for part in parts:
+                if store:
+                    copy = copy_rows(part.device, part.host, blocks, places, count=count, **terms)
+                else:
+                    copy = copy_rows(part.host, part.device, places, blocks, count=count, **terms)
+                moved.append(copy)
+        lane.jobs[job] = BlockTransfer.together(moved)
+        return True
+
+    def _moves(self, device: Any, host: Any, store: bool) -> list[Move]:
+        """What a job moves, group by group; raises `SlotError` for what is known to be wrong."""
+        sizes, firsts = list(device.group_sizes), list(device.block_indices)
+        skips = [first % self.blocks_per_chunk for first in firsts]
+        used = [
+            -(-(skip + count) // self.blocks_per_chunk) if count else 0
+            for skip, count in zip(skips, sizes, strict=True)
+        ]
+        given = len(device.block_ids), len(host.block_ids)
+        if len(sizes) != len(self._groups) or given != (sum(sizes), sum(used)):
+            raise SlotError(
+                f"A job names {given[0]} blocks, {given[1]} chunks and groups of {sizes} blocks "
+                f"from {firsts} on; expected {len(self._groups)} groups, with {sum(sizes)} blocks "
+                f"in {sum(used)} chunks of {self.blocks_per_chunk}. Pass as many."
+            )
+        blocks = np.split(device.block_ids, np.cumsum(sizes)[:-1])
+        chunks = np.split(host.block_ids, np.cumsum(used)[:-1])
+        moves = []
+        for parts, ids, places, skip, count in zip(
+            self._groups, blocks, chunks, skips, sizes, strict=True
+        ):
+            if not count:
+                continue
+            move = Move(parts, Index(ids), Index(places, self.blocks_per_chunk, skip), count)
+            sides = (move.blocks, parts[0].device, not store), (move.places, parts[0].host, store)
+            for index, view, written in sides:
+                side = "destination" if written else "source"
+                if index.check(count, view.slots, side, distinct=written):
+                    raise SlotError(
+                        f"A job names {index.host_ids().min()} in its {side}; vLLM's ids are at "
+                        f"least 0. Nothing was moved."
+                    )
+            moves.append(move)
+        return moves
+
+
+def _host_pages(
+    pages: Sequence[torch.Tensor], blocks_per_chunk: int, chunks: int, region: Any
+) -> list[torch.Tensor]:
+    """For each tensor of the engine its pages in host memory ``[chunks, blocks_per_chunk, page]``:
+    all tensors of a chunk lie side by side."""
+    widths = [each.shape[1] * blocks_per_chunk for each in pages]
+    if region is not None:
+        rows = [region.create_next_worker_view(width) for width in widths]
+    else:
+        rows = list(pinned.empty((chunks, sum(widths)), torch.int8).split(widths, dim=1))
+    return [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
+
+
+def _parts(
+    refs: Iterable[Any], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
+) -> list[Part]:
+    """The tensors of a group, those of equal shape and strides as one part. Padding stays."""
+    alike: dict[Any, dict[int, None]] = {}
+    for ref in refs:
+        at, width = ref.tensor_idx, ref.page_size_bytes
+        shape = pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride(), width
+        alike.setdefault(shape, {})[at] = None
+    return [
+        Part(
+            KVView([pages[at][:, :width] for at in tensors], _DEVICE, block_size=1),
+            KVView([host[at][:, :, :width] for at in tensors], _HOST),
+        )
+        for (*_, width), tensors in alike.items()
+    ]
+
+
+def _adopt(region: Any) -> pinned.Adopted:
+    """Tell where the region's registrations meet."""
+    begin = region.base_tensor.data_ptr()
+    edges = [*sorted(region.pinned_addresses or [begin]), begin + region.total_size_bytes]
+    return pinned.adopt([(first, past - first) for first, past in pairwise(edges)])

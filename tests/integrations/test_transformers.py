@@ -1,0 +1,274 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches of the real transformers over PortaKV: a small model with random weights goes on exactly
+as it does with transformers' own cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from support.ambient import STATES, State
+from support.device_cases import current, delay
+from support.guarded_memory import check_sentence, refused
+from transformers import DynamicCache
+
+from portakv import KVView, LayoutError, SlotError, integrations
+from portakv.integrations import transformers as plug
+
+LAYERS, KV_HEADS, DIM = 3, 2, 16
+BLOCKS, SIZE = 24, 8
+STEPS = 6
+
+
+def small(kind: str = "Llama", **more: Any) -> Any:
+    """A model of three layers on the host, always the same."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4, "num_key_value_heads": KV_HEADS, "head_dim": DIM,
+        "max_position_embeddings": 1024, "pad_token_id": 0, "eos_token_id": None,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**sizes | more)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return small()
+
+
+def prompt(batch: int = 1, tokens: int = 21) -> torch.Tensor:
+    return torch.randint(1, 64, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def steps(model: Any, cache: Any, tokens: torch.Tensor, number: int = STEPS) -> torch.Tensor:
+    """The logits of several steps, greedily from ``tokens`` on."""
+    told = []
+    for _ in range(number):
+        logits = model(tokens, past_key_values=cache, use_cache=True).logits[:, -1:]
+        told.append(logits)
+        tokens = logits.argmax(-1)
+    return torch.cat(told, 1)
+
+
+# --- A cache whose layers leave the device --------------------------------------------------------
+
+
+@pytest.mark.parametrize("configured", [True, False])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_the_same_logits(model: Any, batch: int, configured: bool) -> None:
+    """And every layer is away but the next one; the host has all of its rows."""
+    cache = plug.OffloadedCache(model.config if configured else None)
+    expected = steps(model, DynamicCache(), prompt(batch))
+    assert torch.equal(steps(model, cache, prompt(batch)), expected)
+    assert [type(layer) for layer in cache.layers] == [plug.PortaKVLayer] * LAYERS
+    assert all(layer.is_away for layer in cache.layers)
+    assert {layer._stored for layer in cache.layers} == {21 + STEPS - 1}
+    coming = [layer._came is not None for layer in cache.layers]
+    assert coming == [True, False, False]
+
+
+def test_generate_takes_it(model: Any) -> None:
+    asked = {"max_new_tokens": 9, "do_sample": False}
+    expected = model.generate(prompt(2), **asked)
+    cache = plug.OffloadedCache(config=model.config)
+    assert torch.equal(model.generate(prompt(2), past_key_values=cache, **asked), expected)
+
+
+def test_beams_are_reordered(model: Any) -> None:
+    asked = {"max_new_tokens": 7, "num_beams": 3, "do_sample": False}
+    expected = model.generate(prompt(2), **asked)
+    cache = plug.OffloadedCache(config=model.config)
+    assert torch.equal(model.generate(prompt(2), past_key_values=cache, **asked), expected)
+
+
+def test_layers_with_a_window_stay(model: Any) -> None:
+    sliding = small("Mistral", sliding_window=8)
+    cache = plug.OffloadedCache(config=sliding.config)
+    assert not any(isinstance(layer, plug.PortaKVLayer) for layer in cache.layers)
+    expected = steps(sliding, DynamicCache(config=sliding.config), prompt())
+    assert torch.equal(steps(sliding, cache, prompt()), expected)
+
+
+def fed(device: torch.device, layer: Any, rows: torch.Tensor) -> Any:
+    """Rows ``[2, batch, heads, tokens, dim]`` as keys and values of a layer."""
+    return layer.update(*rows.to(device).unbind(0))
+
+
+CHANGES: dict[str, Callable[[Any, torch.device], Any]] = {
+    "nothing": lambda layer, device: None,
+    "cropped": lambda layer, device: layer.crop(-5),
+    "reordered": lambda layer, device: layer.reorder_cache(torch.tensor([1, 0], device=device)),
+    "repeated": lambda layer, device: layer.batch_repeat_interleave(2),
+    "selected": lambda layer, device: layer.batch_select_indices(torch.tensor([1], device=device)),
+    "reset": lambda layer, device: layer.reset(),
+}
+
+
+@pytest.mark.parametrize("moment", ["here", "away", "coming"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("more", [1, 400], ids=["fits", "grows"])
+def test_a_layer_is_as_transformers_own(
+    device: torch.device, change: Any, moment: str, more: int
+) -> None:
+    """Whatever changes it, at whatever moment, and whether its host memory grows or not."""
+    drawn = torch.Generator().manual_seed(0)
+    ours, theirs = plug.PortaKVLayer(), transformers.cache_utils.DynamicLayer()
+    first = torch.randn(2, 2, KV_HEADS, 9, DIM, generator=drawn, device="cpu")
+    for layer in (ours, theirs):
+        fed(device, layer, first)
+    ours.offload()
+    ours.land()
+    if moment != "here":
+        ours.offload()
+    if moment == "coming":
+        ours.prefetch()
+    for layer in (ours, theirs):
+        change(layer, device)
+    for tokens in (more, 1, 2):
+        assert ours.get_seq_length() == theirs.get_seq_length()
+        batch = len(theirs.keys) if theirs.is_initialized else 2
+        rows = torch.randn(2, batch, KV_HEADS, tokens, DIM, generator=drawn, device="cpu")
+        mine, own = fed(device, ours, rows), fed(device, theirs, rows)
+        assert all(each.device == device for each in mine)
+        assert all(map(torch.equal, mine, own))
+        ours.offload()
+
+
+def test_only_new_rows_leave(accelerator: torch.device) -> None:
+    """Rows that are in host memory are not written there again."""
+    layer: Any = plug.PortaKVLayer()
+    rows = torch.randn(2, 1, KV_HEADS, 9, DIM)
+    fed(accelerator, layer, rows)
+    layer.offload()
+    layer.land()
+    torch.accelerator.synchronize(accelerator)
+    layer._host[0][:, :, :9] = 7.0
+    fed(accelerator, layer, rows[:, :, :, :1])
+    layer.offload()
+    torch.accelerator.synchronize(accelerator)
+    assert (layer._host[0][:, :, :9] == 7).all()
+    assert torch.equal(layer._host[0][:, :, 9], rows[0, :, :, 0])
+
+
+def test_it_waits_for_the_model_and_the_model_for_it(accelerator: torch.device) -> None:
+    layer, rows = plug.PortaKVLayer(), torch.randn(2, 1, KV_HEADS, 9, DIM).to(accelerator)
+    late = torch.zeros_like(rows)
+    torch.accelerator.synchronize(accelerator)
+    delay(current(accelerator))
+    late.copy_(rows)
+    layer.update(*late.unbind(0))
+    layer.offload()
+    layer.prefetch()
+    keys, values = layer.update(*late[:, :, :, :1].unbind(0))
+    assert torch.equal(keys[:, :, :9].cpu(), rows[0].cpu())
+    assert torch.equal(values[:, :, :9].cpu(), rows[1].cpu())
+
+
+# --- Prefixes in a pool ---------------------------------------------------------------------------
+
+
+def pool_of(device: torch.device, layout: str) -> KVView:
+    """Paged memory with noise in it, in the layout of an engine."""
+    if layout.startswith("layer | kv"):
+        size: tuple[int, ...] = (2, BLOCKS, SIZE, KV_HEADS, DIM)
+        return KVView([torch.randn(size).to(device) for _ in range(LAYERS)], layout)
+    size = (BLOCKS, LAYERS, 2, KV_HEADS, SIZE, DIM)
+    return KVView(torch.randn(size).to(device), layout)
+
+
+POOLS = pytest.mark.parametrize(
+    "layout", ["layer | kv block token head dim", "block layer kv head token dim"]
+)
+
+
+@POOLS
+@pytest.mark.parametrize("kind", [DynamicCache, plug.OffloadedCache])
+@pytest.mark.parametrize("batch", [1, 2])
+@torch.no_grad()
+def test_a_model_goes_on_behind_a_prefix(
+    model: Any, device: torch.device, layout: str, kind: type[Any], batch: int
+) -> None:
+    """The prefix leaves one cache, stays in blocks of a pool, and another cache takes it."""
+    pool, tokens = pool_of(device, layout), prompt(batch)
+    before = kind()
+    first = model(tokens, past_key_values=before).logits[:, -1:].argmax(-1)
+    blocks = torch.randperm(BLOCKS)[: 3 * batch].reshape(batch, 3)
+    plug.save_prefix(before, pool, blocks if batch > 1 else blocks[0]).synchronize()
+    expected = steps(model, before, first)
+    after = kind()
+    plug.load_prefix(after, pool, blocks if batch > 1 else blocks[0].tolist(), 21, "cpu")
+    assert after.get_seq_length() == 21
+    assert torch.equal(steps(model, after, first), expected)
+
+
+@torch.no_grad()
+def test_part_of_a_prefix_serves_another_request(model: Any) -> None:
+    """Two requests that share 16 tokens: the second one reads the rest alone."""
+    pool, tokens = pool_of(torch.device("cpu"), "layer | kv block token head dim"), prompt(1, 30)
+    cache = DynamicCache()
+    model(tokens, past_key_values=cache)
+    plug.save_prefix(cache, pool, [5, 2], 16)
+    other = torch.cat([tokens[:, :16], prompt(1, 9)], 1)
+    shared = DynamicCache(config=model.config)
+    plug.load_prefix(shared, pool, [5, 2], 16)
+    came = model(other[:, 16:], past_key_values=shared).logits
+    assert torch.allclose(came, model(other).logits[:, 16:], atol=1e-5)
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_whatever_torch_was_told_before(device: torch.device, state: State) -> None:
+    """A layer leaves and comes back, and a prefix goes through a pool."""
+    pool = pool_of(device, "block layer kv head token dim")
+    rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
+    before, after = plug.OffloadedCache(), plug.OffloadedCache()
+    with state(device):
+        for n in range(LAYERS):
+            before.update(*rows[n].unbind(0), n)
+        plug.save_prefix(before, pool, [4, 2]).synchronize()
+        plug.load_prefix(after, pool, [4, 2], 9)
+        came = [after.update(*rows[n, :, :, :, :1].unbind(0), n) for n in range(LAYERS)]
+    for pair, wanted in zip(came, rows, strict=True):
+        for each, right in zip(pair, wanted, strict=True):
+            assert torch.equal(each[:, :, :9].cpu(), right.cpu())
+
+
+def test_what_is_refused(model: Any) -> None:
+    pool = pool_of(torch.device("cpu"), "layer | kv block token head dim")
+    cache = DynamicCache()
+    steps(model, cache, prompt(), 1)
+    with refused(LayoutError, "21 tokens"):
+        plug.load_prefix(cache, pool, [1, 2, 3], 21)
+    with refused(SlotError, "21 tokens", "2 blocks"):
+        plug.save_prefix(cache, pool, [1, 2])
+    with refused(SlotError, "slot"):
+        plug.save_prefix(cache, pool, [1, 2, BLOCKS])
+    chunk = KVView(torch.zeros(2, LAYERS, 32, KV_HEADS, DIM), "kv layer token head dim")
+    with refused(LayoutError, "`block` axis"):
+        plug.save_prefix(cache, chunk, [0])
+    sliding = small("Mistral", sliding_window=8)
+    windowed = DynamicCache(config=sliding.config)
+    steps(sliding, windowed, prompt(), 1)
+    with refused(LayoutError, "Layer 0", "DynamicSlidingWindowLayer"):
+        plug.save_prefix(windowed, pool, [1, 2, 3])
+
+
+@pytest.mark.parametrize("found", ["5.16.2", "5.24.0"])
+def test_a_release_outside_the_matrix_is_refused_with_both_versions(
+    found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: found)
+    said = integrations.why_not("transformers")
+    assert said is not None
+    assert f"transformers {found}" in said
+    assert "PortaKV 0." in said
+    check_sentence(said)
+
+
+def test_the_installed_release_is_in_the_matrix() -> None:
+    assert integrations.why_not("transformers") is None

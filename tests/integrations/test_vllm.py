@@ -1,0 +1,593 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plug inside the real vLLM, which `.ci/plugs` installs in an environment of its own."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+if find_spec("vllm") is None:
+    pytest.skip("vLLM is not installed; see .ci/plugs", allow_module_level=True)
+
+from support.ambient import STATES, State
+from support.guarded_memory import check_sentence, refused
+from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
+from vllm.v1.kv_offload import base
+from vllm.v1.kv_offload.cpu import spec as cpu_spec
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+from portakv import InvalidTerms, SlotError, integrations
+from portakv.integrations import IntegrationError
+from portakv.integrations import vllm as plug
+from portakv_conformance import simdev
+
+NEW = hasattr(cpu_spec, "SharedOffloadRegion")
+Make = Callable[..., plug.PortaKVOffloadingWorker]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    """Makes workers, and shuts them down."""
+    made: list[plug.PortaKVOffloadingWorker] = []
+
+    def worker(caches: Caches, blocks_per_chunk: int = 1, chunks: int = 9, **options: Any) -> Any:
+        made.append(
+            plug.PortaKVOffloadingWorker(caches.canonical(), blocks_per_chunk, chunks, **options)
+        )
+        return made[-1]
+
+    yield worker
+    for each in made:
+        each.shutdown()
+
+
+def finish(worker: Any, jobs: set[int]) -> Any:
+    worker.wait(jobs)
+    return worker.get_finished()
+
+
+def settle(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+# --- vLLM's own factory, spec and manager ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks_per_chunk", [1, 3])
+def test_store_lookup_and_load(device: torch.device, blocks_per_chunk: int) -> None:
+    """As the connector does it: the manager names chunks, the worker moves them."""
+    caches = Caches(device, [256, 256, 96], [[0, 1, 2]])
+    spec = OffloadingSpecFactory.create_spec(offloading_config(608, blocks_per_chunk, 8))
+    assert type(spec) is plug.PortaKVOffloadingSpec
+    manager, worker = spec.get_manager(), spec.get_worker(caches.canonical())
+    assert isinstance(manager, CPUOffloadingManager)
+    assert spec.get_worker(caches.canonical()) is worker
+    context = base.ReqContext(req_id="request")
+    manager.on_new_request(context)
+    keys = [base.make_offload_key(bytes([n]) * 8, 0) for n in range(2)]
+    assert manager.lookup(keys[0], context) is base.LookupResult.MISS
+
+    went = list(range(1, 1 + 2 * blocks_per_chunk))
+    planned = manager.prepare_store(keys, context)
+    assert planned is not None
+    assert worker.submit_store(1, device_spec([went], [0]), planned.store_spec)
+    (result,) = finish(worker, {1})
+    assert (result.job_id, result.success) == (1, True)
+    assert result.transfer_size == 608 * len(went)
+    assert result.transfer_time >= 0
+    manager.complete_store(keys, context)
+    assert manager.lookup(keys[1], context) is base.LookupResult.HIT
+
+    caches.lose()
+    came = list(range(12, 12 - 2 * blocks_per_chunk, -1))
+    assert worker.submit_load(2, manager.prepare_load(keys, context), device_spec([came], [0]))
+    assert [each.job_id for each in finish(worker, {2})] == [2]
+    manager.complete_load(keys, context)
+    caches.expect([came], [went])
+    worker.shutdown()
+
+
+ORDERS = ["LBNHC", "LBHNC"] if NEW else []
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_what_the_connector_does(device: torch.device, order: str) -> None:
+    """vLLM's own caches, layers and groups, and the connector's calls of the worker: stores wait
+    for the next step, or for a preemption, and loads are told when they have ended."""
+    connector, common, specs, utils = (
+        importlib.import_module(f"vllm.{name}")
+        for name in (
+            "distributed.kv_transfer.kv_connector.v1.offloading.worker",
+            "distributed.kv_transfer.kv_connector.v1.offloading.common",
+            "v1.kv_cache_interface",
+            "v1.worker.utils",
+        )
+    )
+    heads = {"num_kv_heads": 2, "head_size": 16, "dtype": torch.bfloat16}
+    full = specs.FullAttentionSpec(block_size=16, **heads)
+    latent = specs.MLAAttentionSpec(
+        block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16
+    )
+    page, blocks = full.page_size_bytes, 13
+    assert latent.page_size_bytes == page
+    names = ["full.0", "full.1"], ["latent.0", "latent.1"]
+    config = specs.KVCacheConfig(
+        num_blocks=blocks,
+        kv_cache_tensors=[
+            specs.KVCacheTensor(
+                size=2 * page * blocks, layers=each, layer_stride=page * blocks, block_stride=page
+            )
+            for each in names
+        ],
+        kv_cache_groups=[
+            specs.KVCacheGroupSpec(layer_names=each, kv_cache_spec=spec)
+            for each, spec in zip(names, (full, latent), strict=True)
+        ],
+    )
+    layout = specs.KVCacheLayout[order]
+    caches = utils.allocate_kv_cache(config, device, layout, [16, 16])
+    for each in caches.values():
+        each.normal_()
+    before = {name: each.cpu().clone() for name, each in caches.items()}
+    spec = OffloadingSpecFactory.create_spec(offloading_config(2 * page, 2, 8))
+    parallel = SimpleNamespace(  # two workers without tensor parallelism: nothing is canonical
+        tensor_parallel_size=1, prefill_context_parallel_size=1, world_size=2
+    )
+    worker = connector.OffloadingConnectorWorker(
+        spec, SimpleNamespace(parallel_config=parallel), config
+    )
+    worker.register_kv_caches(caches)
+
+    def job(src: Any, dst: Any) -> Any:
+        return common.TransferJob(req_id="request", src_spec=src, dst_spec=dst)
+
+    def told(loads: dict[int, Any], stores: dict[int, Any], flush: set[int] | None = None) -> Any:
+        return common.OffloadingConnectorMetadata(
+            load_jobs=loads, store_jobs=stores, jobs_to_flush=flush
+        )
+
+    some, more = [[1, 2, 3], [4, 5]], [[6], [7]]
+    first = told({}, {1: job(device_spec(some, [0, 0]), host_spec([0, 1, 2]))})
+    worker.start_kv_transfers(first)
+    worker.prepare_store_kv(first)
+    preempted = told({}, {2: job(device_spec(more, [0, 0]), host_spec([3, 4]))}, {2})
+    worker.handle_preemptions(preempted)
+    for each in caches.values():  # those blocks may be written now
+        each.zero_()
+    settle(device)
+    worker.worker.wait({1})
+    assert worker.get_finished(set()) == (set(), set())
+    assert worker.build_connector_worker_meta().completed_jobs == {1: 1, 2: 1}
+    into = device_spec([[9], [10, 8]], [0, 0])
+    worker.start_kv_transfers(told({3: job(host_spec([3, 2]), into)}, {}))
+    worker.worker.wait({3})
+    assert worker.get_finished(set()) == (set(), {"request"})
+    for group, (new, old) in zip(names, (([9], [6]), ([10, 8], [4, 5])), strict=True):
+        for name in group:
+            blocked = specs.group_kernel_blocks(caches[name], blocks).cpu()
+            assert torch.equal(blocked[new], specs.group_kernel_blocks(before[name], blocks)[old])
+    worker.shutdown()
+
+
+# --- What is moved --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blocks_per_chunk", [1, 3])
+@pytest.mark.parametrize(
+    ("pages", "groups", "gap"),
+    [
+        ([64], [[0]], 0),
+        ([512] * 5, [[0, 1, 2, 3, 4]], 0),
+        ([512, 96, 512, 96], [[0, 1], [2, 3]], 0),
+        ([512, 512], [[0, 1], [0], [1]], 0),
+        ([512, 512], [[(0, 400), (1, 400)], [(0, 33), (1, 512)]], 0),
+        ([768, 768], [[0, 1]], 256),
+        ([4160], [[0], [0], [0]], 0),
+    ],
+    ids=["one", "layers", "groups", "overlaid", "padded", "apart", "packed"],
+)
+def test_every_byte_comes_back(
+    device: torch.device, make: Make, pages: Sequence[int], groups: Any, gap: int,
+    blocks_per_chunk: int,
+) -> None:  # fmt: skip
+    """Blocks of each group go into chunks of their own, and come back elsewhere."""
+    caches = Caches(device, pages, groups, gap=gap)
+    worker = make(caches, blocks_per_chunk, 3 * 4)
+    went = [[g, g + 3, g + 6] for g in range(len(groups))]
+    came = [[12 - g, 9 - g, 6 - g] for g in range(len(groups))]
+    each = -(-3 // blocks_per_chunk)
+    chunks = list(range(11, 11 - each * len(groups), -1))
+    firsts = [0] * len(groups)
+    worker.submit_store(1, device_spec(went, firsts), host_spec(chunks))
+    moved = sum(3 * width for group in caches.groups for _, width in group)
+    assert [x.transfer_size for x in finish(worker, {1})] == [moved]
+    caches.lose()
+    worker.submit_load(2, host_spec(chunks), device_spec(came, firsts))
+    finish(worker, {2})
+    caches.expect(came, went)
+
+
+@pytest.mark.parametrize("first", range(7))
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_first_and_last_chunk_in_part(
+    device: torch.device, make: Make, first: int, count: int
+) -> None:
+    """A request's blocks from ``first`` on, in chunks of three; what lies beside them stays."""
+    caches = Caches(device, [128, 128], [[0], [1]])
+    worker = make(caches, 3, 9)
+    all_of_it = [list(range(12)), []]
+    worker.submit_store(1, device_spec(all_of_it, [0, 0]), host_spec([4, 2, 7, 0]))
+    went = list(range(20 - first - count, 20 - first))
+    went = [block % 13 for block in went]
+    used = -(-(first % 3 + count) // 3)
+    chunks = [4, 2, 7, 0][first // 3 :][:used]
+    worker.submit_store(2, device_spec([went, []], [first, 5]), host_spec(chunks))
+    finish(worker, {1, 2})
+    caches.lose()
+    worker.submit_load(3, host_spec([4, 2, 7, 0]), device_spec(all_of_it, [0, 0]))
+    finish(worker, {3})
+    stored = list(range(12))
+    stored[first : first + count] = went
+    caches.expect(all_of_it, [stored, []])
+    caches.lose()
+    worker.submit_load(
+        4, host_spec(chunks), device_spec([[12, 3, 5, 8, 0][:count], []], [first, 0])
+    )
+    finish(worker, {4})
+    caches.expect([[12, 3, 5, 8, 0][:count], []], [went, []])
+
+
+def test_a_group_without_blocks_is_skipped(device: torch.device, make: Make) -> None:
+    caches = Caches(device, [128, 128, 128], [[0], [1], [2]])
+    worker = make(caches, 2, 9)
+    went, firsts = [[4, 5, 6], [], [1]], [3, 8, 1]
+    worker.submit_store(1, device_spec(went, firsts), host_spec([3, 8, 5]))
+    (result,) = finish(worker, {1})
+    assert result.transfer_size == 4 * 128
+    caches.lose()
+    worker.submit_load(2, host_spec([3, 8, 5]), device_spec(went, firsts))
+    finish(worker, {2})
+    caches.expect(went, went)
+
+
+def test_a_job_without_blocks_ends(make: Make) -> None:
+    worker = make(Caches(torch.device("cpu"), [64], [[0]]))
+    worker.submit_store(5, device_spec([[]], [0]), host_spec([]))
+    assert [(x.job_id, x.transfer_size) for x in worker.get_finished()] == [(5, 0)]
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_whatever_torch_was_told_before(device: torch.device, make: Make, state: State) -> None:
+    caches = Caches(device, [512, 96], [[0], [1]])
+    with state(device):
+        worker = make(caches, 2, 9)
+        worker.submit_store(1, device_spec([[1, 2, 3], [4]], [1, 0]), host_spec([7, 0, 3]))
+        finish(worker, {1})
+        caches.lose()
+        worker.submit_load(2, host_spec([7, 0, 3]), device_spec([[4, 6, 9], [0]], [1, 0]))
+        finish(worker, {2})
+    caches.expect([[4, 6, 9], [0]], [[1, 2, 3], [4]])
+
+
+# --- Order ----------------------------------------------------------------------------------------
+
+
+def delay(device: torch.device, stream: torch.Stream | None = None) -> None:
+    """Keep a stream busy: the current one, or another."""
+    stream = stream or torch.accelerator.current_stream(device)
+    if device.type == "cuda":
+        with stream:
+            torch.cuda._sleep(400_000_000)
+    else:
+        simdev.delay(stream, 200)
+
+
+def test_both_directions_wait_for_the_model(accelerator: torch.device, make: Make) -> None:
+    """A store must not overtake the writing of its blocks, nor a load their zeroing."""
+    caches = Caches(accelerator, [256, 256], [[0, 1]])
+    worker = make(caches)
+    worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
+    finish(worker, {1})
+    settle(accelerator)
+    delay(accelerator)
+    caches.tensors[0][7] = 5
+    worker.submit_store(2, device_spec([[7]], [0]), host_spec([2]))
+    finish(worker, {2})
+    delay(accelerator)
+    caches.lose()
+    worker.submit_load(3, host_spec([1]), device_spec([[9]], [0]))
+    worker.submit_load(4, host_spec([2]), device_spec([[4]], [0]))
+    finish(worker, {3, 4})
+    caches.before[0][7] = 5
+    caches.expect([[9, 4]], [[3, 7]])
+
+
+def test_submitting_and_asking_never_wait(accelerator: torch.device, make: Make) -> None:
+    caches = Caches(accelerator, [256], [[0]])
+    worker = make(caches)
+    worker.submit_store(1, device_spec([[0]], [0]), host_spec([0]))
+    finish(worker, {1})
+    settle(accelerator)
+    delay(accelerator)
+    worker.submit_store(2, device_spec([[3]], [0]), host_spec([1]))
+    worker.submit_store(3, device_spec([[4]], [0]), host_spec([2]))
+    assert worker.get_finished() == []
+    worker.wait({3})
+    assert [each.job_id for each in worker.get_finished()] == [2, 3]
+
+
+def test_expedited_loads_pass_the_others(accelerator: torch.device, make: Make) -> None:
+    caches = Caches(accelerator, [256], [[0]])
+    worker = make(caches)
+    worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
+    finish(worker, {1})
+    settle(accelerator)
+    delay(accelerator, worker._load.stream)
+    worker.submit_load(2, host_spec([1]), device_spec([[5]], [0]))
+    worker.submit_load(3, host_spec([1]), device_spec([[6]], [0]), expedited=True)
+    worker.wait({3})
+    assert [each.job_id for each in worker.get_finished()] == [3]
+    worker.wait({2})
+    assert [each.job_id for each in worker.get_finished()] == [2]
+
+
+def test_preempted_blocks_are_waited_for(accelerator: torch.device, make: Make) -> None:
+    """After `wait` the blocks may be written by the next request."""
+    caches = Caches(accelerator, [256], [[0]])
+    worker = make(caches)
+    settle(accelerator)
+    delay(accelerator)
+    worker.submit_store(1, device_spec([[3, 4]], [0]), host_spec([1, 2]))
+    worker.wait({1, 99})
+    with torch.Stream(accelerator):  # which no copy follows
+        caches.lose()
+    settle(accelerator)
+    worker.submit_load(2, host_spec([1, 2]), device_spec([[8, 9]], [0]))
+    finish(worker, {2})
+    caches.expect([[8, 9]], [[3, 4]])
+
+
+def test_another_thread_may_ask(device: torch.device, make: Make) -> None:
+    """Each result is given once, in the order of its direction."""
+    caches = Caches(device, [64], [[0]])
+    worker = make(caches, 1, 9)
+    taken: list[list[int]] = [[], []]
+    stop = threading.Event()
+
+    def take(mine: list[int]) -> None:
+        while not stop.is_set():
+            mine += [each.job_id for each in worker.get_finished()]
+
+    threads = [threading.Thread(target=take, args=(mine,)) for mine in taken]
+    for thread in threads:
+        thread.start()
+    for job in range(60):
+        worker.submit_store(job, device_spec([[job % 13]], [0]), host_spec([job % 9]))
+    worker.wait(set(range(60)))
+    while sum(map(len, taken)) < 60:
+        pass
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert sorted(taken[0] + taken[1]) == list(range(60))
+    assert all(mine == sorted(mine) for mine in taken)
+
+
+# --- Errors at submit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("blocks", "firsts", "chunks", "told"),
+    [
+        ([[3], [13]], [0, 0], [0, 1], ("slot 13", "13 slots")),
+        ([[3], [-1]], [0, 0], [0, 1], ("-1",)),
+        ([[3], [4]], [0, 0], [0, 4], ("id 4", "8 slots")),
+        ([[3], [4]], [0, 0], [0, -2], ("-2",)),
+        ([[3], [4]], [0, 0], [0, 1, 2], ("3 chunks", "2 chunks of 2")),
+        ([[3, 4], [4]], [1, 0], [0, 1], ("2 chunks", "3 chunks of 2")),
+        ([[3]], [0], [0], ("2 groups",)),
+        ([[1, 2, 3, 4], [4]], [0, 0], [1, 1, 0], ("2 times",)),
+    ],
+    ids=["block", "negative block", "chunk", "negative chunk", "more", "fewer", "groups", "twice"],
+)
+def test_bad_stores_are_refused_and_move_nothing(
+    device: torch.device, make: Make, blocks: Any, firsts: list[int], chunks: list[int],
+    told: tuple[str, ...],
+) -> None:  # fmt: skip
+    worker = make(Caches(device, [64, 64], [[0], [1]]), 2, 4)
+    settle(device)
+    watched = [part.host.tensors[0] for parts in worker._groups for part in parts]
+    with refused(SlotError, *told, watch=watched):
+        worker.submit_store(1, device_spec(blocks, firsts), host_spec(chunks))
+    assert worker.get_finished() == []
+
+
+@pytest.mark.parametrize(
+    ("blocks", "told"), [([[3, 4], [5, 13]], "slot 13"), ([[3, 4], [5, 5]], "2 times")]
+)
+def test_bad_loads_are_refused_and_move_nothing(
+    device: torch.device, make: Make, blocks: Any, told: str
+) -> None:
+    caches = Caches(device, [64, 64], [[0], [1]])
+    worker = make(caches, 2, 4)
+    with refused(SlotError, told, watch=caches.tensors):
+        worker.submit_load(1, host_spec([0, 1]), device_spec(blocks, [0, 0]))
+
+
+def test_a_job_under_way_is_not_submitted_again(accelerator: torch.device, make: Make) -> None:
+    worker = make(Caches(accelerator, [64], [[0]]))
+    delay(accelerator)
+    worker.submit_store(7, device_spec([[3]], [0]), host_spec([1]))
+    with refused(IntegrationError, "Job 7"):
+        worker.submit_load(7, host_spec([2]), device_spec([[4]], [0]))
+    finish(worker, {7})
+    worker.submit_store(7, device_spec([[3]], [0]), host_spec([1]))  # the number is free again
+
+
+def test_shutdown_waits_and_is_the_end(device: torch.device, make: Make) -> None:
+    caches = Caches(device, [64], [[0]])
+    worker = make(caches)
+    host = worker._groups[0][0].host.tensors[0]
+    if device.type != "cpu":
+        delay(device)
+    worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
+    worker.shutdown()
+    assert torch.equal(host[1].flatten(), caches.before[0][3])
+    assert worker.get_finished() == []
+    with refused(IntegrationError, "Job 2", "shutdown"):
+        worker.submit_store(2, device_spec([[3]], [0]), host_spec([1]))
+    worker.shutdown()
+
+
+def test_no_room_for_one_chunk(make: Make) -> None:
+    """vLLM starts all the same, and its manager stores nothing."""
+    worker = make(Caches(torch.device("cpu"), [64], [[0]]), 3, 0)
+    with pytest.raises(SlotError):
+        worker.submit_store(1, device_spec([[3]], [0]), host_spec([0]))
+
+
+# --- Configuration --------------------------------------------------------------------------------
+
+
+def test_terms_come_from_the_configuration(device: torch.device) -> None:
+    caches = Caches(device, [64], [[0]])
+    given = {"overlap": "idle"}
+    spec = OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=given))
+    worker = spec.get_worker(caches.canonical())
+    assert worker._terms == given
+    worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
+    assert len(finish(worker, {1})) == 1
+    worker.shutdown()
+
+
+@pytest.mark.parametrize("given", [{"detached": True}, "idle", ["overlap"]])
+def test_other_terms_are_refused(given: Any) -> None:
+    with refused(InvalidTerms, "portakv=", "max_thread_blocks"):
+        OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=given))
+
+
+@pytest.mark.skipif(not NEW, reason="0.26 has no canonical layout")
+def test_a_canonical_layout_is_refused() -> None:
+    with refused(IntegrationError, "canonical_layout"):
+        OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, canonical_layout=True))
+
+
+@pytest.mark.parametrize("found", ["0.24.0", "0.34.0"])
+def test_a_release_outside_the_matrix_is_refused_with_both_versions(
+    found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: found)
+    said = integrations.why_not("vllm")
+    assert said is not None
+    assert f"vllm {found}" in said
+    assert "PortaKV 0." in said
+    check_sentence(said)
+
+
+def test_the_installed_release_is_in_the_matrix() -> None:
+    assert integrations.why_not("vllm") is None
+
+
+# --- The memory that workers share ----------------------------------------------------------------
+
+
+class Sharing(plug.PortaKVOffloadingSpec):
+    """As on CUDA, whatever the platform."""
+
+    def _uses_shared_region(self) -> bool:
+        return True
+
+
+@pytest.mark.skipif(not NEW, reason="0.26 shares none")
+def test_workers_share_one_region(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM's own region, as on CUDA: laid out as vLLM lays it out, and given back at the end."""
+    monkeypatch.setattr(cpu_spec, "_all_workers_barrier", lambda: None)
+    caches = Caches(device, [256, 96], [[0], [0, 1]])
+    spec = Sharing(offloading_config(352, 3, 8))
+    worker = spec.get_worker(caches.canonical())
+    region = worker._region
+    went = [[4, 5, 6, 7], [1]]
+    worker.submit_store(1, device_spec(went, [2, 0]), host_spec([3, 6, 5]))
+    finish(worker, {1})
+    rows = region.base_tensor.view(-1, region._row_stride)
+    assert torch.equal(rows[3, 512:768], caches.before[0][4])
+    assert torch.equal(rows[6, :256], caches.before[0][5])
+    assert torch.equal(rows[5, 768:864], caches.before[1][1])
+    del rows
+    caches.lose()
+    worker.submit_load(2, host_spec([3, 6, 5]), device_spec(went, [2, 0]))
+    finish(worker, {2})
+    caches.expect(went, went)
+    worker.submit_store(3, device_spec(went, [2, 0]), host_spec([3, 6, 5]))
+    with caplog.at_level(logging.WARNING):
+        worker.shutdown()
+    assert region.mmap_obj is None  # nothing held it
+    assert "mapped" not in caplog.text
+
+
+@pytest.mark.skipif(not NEW, reason="0.26 shares none")
+def test_registrations_of_a_region_are_adopted() -> None:
+    """Copies are cut where vLLM cut its registrations."""
+    region = cpu_spec.SharedOffloadRegion("portakv-seams", 6, 0, 4096, 192, lambda: None)
+    begin = region.base_tensor.data_ptr()
+    region.pinned_addresses = [begin, begin + 2 * 4096, begin + 4 * 4096]
+    adopted = plug._adopt(region)
+    assert [nbytes for _, nbytes in adopted.pieces] == [8192] * 3
+    adopted.close()
+    region.cleanup()
+
+
+# --- Whole processes ------------------------------------------------------------------------------
+
+PROCESS = """
+    import torch
+    {before}
+    from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+    caches = Caches(torch.device("cpu"), [256, 256], [[0, 1]])
+    spec = OffloadingSpecFactory.create_spec(offloading_config(512, 2, 8))
+    worker = spec.get_worker(caches.canonical())
+    {after}
+    worker.submit_store(1, device_spec([[1, 2, 3]], [0]), host_spec([5, 2]))
+    worker.wait({{1}})
+    caches.lose()
+    worker.submit_load(2, host_spec([5, 2]), device_spec([[7, 8, 9]], [0]))
+    worker.wait({{2}})
+    caches.expect([[7, 8, 9]], [[1, 2, 3]])
+    print("right")
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("torch.set_default_dtype(torch.bfloat16)", ""),
+        ("", "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"),
+        ("", "import os; pid = os.fork(); pid and (os.waitpid(pid, 0), os._exit(0))"),
+    ],
+    ids=["dtype before", "device before the first use", "fork"],
+)
+def test_in_a_process_of_its_own(before: str, after: str) -> None:
+    code = textwrap.dedent(PROCESS.format(before=before, after=after))
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests')\n" + code],
+        text=True, capture_output=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip().splitlines()[-1] == "right"

@@ -1,0 +1,292 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops with vLLM's names, judged by plain torch; no engine is needed.
+
+`.ci/plugs` runs them in vLLM's environment too, where their signatures are compared with vLLM's.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from support.ambient import STATES, State
+from support.guarded_memory import refused
+
+from portakv import LayoutError, SlotError, Unsupported
+from portakv.host import pinned
+from portakv.integrations import IntegrationError, vllm_ops
+
+SLOTS = [37, 0, -1, 5, 63, 36]
+BLOCKS, SIZE, HEADS, DIM = 8, 8, 3, 16
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+Noise = Callable[..., Any]  # a tensor; its parts are handed over by *
+
+
+@pytest.fixture
+def noise(device: torch.device) -> Noise:
+    drawn = torch.Generator().manual_seed(0)
+
+    def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.randn(*shape, generator=drawn, device="cpu").to(dtype).to(device)
+
+    return make
+
+
+def written(cache: torch.Tensor, rows: torch.Tensor, slots: list[int]) -> torch.Tensor:
+    """A copy on the host of a cache ``[blocks, block_size, ...]`` with rows at their slots."""
+    made = cache.cpu().clone()
+    for row, slot in zip(rows.cpu(), slots, strict=False):
+        if slot >= 0:
+            made[slot // made.shape[1], slot % made.shape[1]] = row
+    return made
+
+
+@DTYPES
+@pytest.mark.parametrize("order", ["NHD", "HND"])
+@pytest.mark.parametrize("wide", [False, True], ids=["apart", "of one projection"])
+def test_reshape_and_cache_flash(
+    device: torch.device, noise: Noise, dtype: torch.dtype, order: str, wide: bool
+) -> None:
+    """There are more rows than slots, as in a padded batch."""
+    caches = [noise(BLOCKS, SIZE, HEADS, DIM, dtype=dtype) for _ in range(2)]
+    if order == "HND":
+        caches = [each.transpose(1, 2).contiguous().transpose(1, 2) for each in caches]
+    rows = noise(len(SLOTS) + 3, 3, HEADS, DIM, dtype=dtype).unbind(1)[1:]
+    if not wide:
+        rows = tuple(each.contiguous() for each in rows)
+    expected = [written(cache, row, SLOTS) for cache, row in zip(caches, rows, strict=True)]
+    slots = torch.tensor(SLOTS, device=device)
+    scale = torch.ones(1, device=device)
+    given: Any = (*rows, *caches, slots, "auto", scale, scale)
+    vllm_ops.reshape_and_cache_flash(*given)
+    assert all(map(torch.equal, (each.cpu() for each in caches), expected))
+
+
+@DTYPES
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_reshape_and_cache(
+    device: torch.device, noise: Noise, dtype: torch.dtype, interleaved: bool
+) -> None:
+    x = 16 // dtype.itemsize
+    size = 2 * x  # of a block
+    key_cache = noise(BLOCKS, HEADS, DIM // x, size, x, dtype=dtype)
+    value_cache = noise(BLOCKS, HEADS, DIM, size, dtype=dtype)
+    if interleaved:
+        value_cache = value_cache.view(BLOCKS, HEADS, size // x, DIM, x)
+    rows = noise(2, len(SLOTS), HEADS, DIM, dtype=dtype)
+    as_rows = key_cache.permute(0, 3, 1, 2, 4).flatten(3)
+    keys = written(as_rows, rows[0], SLOTS)
+    if interleaved:
+        as_rows = value_cache.permute(0, 2, 4, 1, 3).flatten(1, 2)
+    else:
+        as_rows = value_cache.permute(0, 3, 1, 2)
+    values = written(as_rows, rows[1], SLOTS)
+    slots = torch.tensor(SLOTS, device=device)
+    keyed, valued = rows
+    vllm_ops.reshape_and_cache(
+        keyed, valued, key_cache, value_cache, slots, "auto", interleaved_v=interleaved
+    )
+    assert torch.equal(key_cache.cpu().permute(0, 3, 1, 2, 4).flatten(3), keys)
+    came = value_cache.cpu()
+    came = came.permute(0, 2, 4, 1, 3).flatten(1, 2) if interleaved else came.permute(0, 3, 1, 2)
+    assert torch.equal(came, values)
+
+
+@DTYPES
+@pytest.mark.parametrize("padding", [0, 8])
+def test_concat_and_cache_mla(
+    device: torch.device, noise: Noise, dtype: torch.dtype, padding: int
+) -> None:
+    latent, rotary = noise(9, 64, dtype=dtype), noise(9, 16, dtype=dtype)
+    cache = noise(BLOCKS, SIZE, 80 + padding, dtype=dtype)
+    expected = cache.cpu().clone()
+    expected[..., :80] = written(cache[..., :80], torch.cat([latent, rotary], 1), SLOTS)
+    slots = torch.tensor(SLOTS, device=device)
+    vllm_ops.concat_and_cache_mla(latent, rotary, cache, slots, "auto", torch.ones(1))
+    assert torch.equal(cache.cpu(), expected)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_concat_and_cache_mla_grouped(
+    device: torch.device, noise: Noise, shared: bool, place: str
+) -> None:
+    """Slots of all layers in one list, or each layer's own; addresses where vLLM has them."""
+    layers = 3
+    latent, rotary = noise(layers, len(SLOTS), 64), noise(layers, len(SLOTS), 16)
+    caches = noise(layers, BLOCKS, SIZE, 80)
+    lists = [
+        SLOTS if shared else [-1 if x < 0 else (x + n) % 64 for x in SLOTS] for n in range(layers)
+    ]
+    expected = [
+        written(caches[n], torch.cat([latent[n], rotary[n]], 1), lists[n]) for n in range(layers)
+    ]
+    slots = torch.tensor(lists, device=device)
+    if shared:
+        slots = slots[:1].expand(layers, -1)
+    addresses = torch.tensor([each.data_ptr() for each in caches])
+    if place == "device":
+        addresses = addresses.to(device)
+    strides: Any = caches[0].stride()[:2]
+    vllm_ops.concat_and_cache_mla_grouped(latent, rotary, addresses, slots, SIZE, *strides)
+    assert all(map(torch.equal, caches.cpu(), expected))
+
+
+@pytest.mark.parametrize("starts", [None, [0, 8, 0, 3]])
+@pytest.mark.parametrize(
+    "op", ["cp_gather_cache", "gather_cache", "gather_and_maybe_dequant_cache"]
+)
+@pytest.mark.parametrize("heads", [False, True])
+def test_gathering_requests(
+    device: torch.device, noise: Noise, starts: list[int] | None, op: str, heads: bool
+) -> None:
+    """One request is empty, and the destination is longer than all of them."""
+    entry = (HEADS, DIM) if heads else (DIM,)
+    cache, dst = noise(BLOCKS, SIZE, *entry), noise(40, *entry)
+    table = torch.tensor([[3, 1, 7], [0, 5, 2], [4, 4, 4], [6, 2, 1]], dtype=torch.int32)
+    lengths = [17, 8, 0, 12]
+    expected, at = dst.cpu().clone(), 0
+    for request, length in enumerate(lengths):
+        for token in range(length):
+            slot = token + (starts[request] if starts else 0)
+            expected[at] = cache[int(table[request, slot // SIZE]), slot % SIZE].cpu()
+            at += 1
+    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    passed = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=device)
+    table = table.to(device)
+    if op == "gather_and_maybe_dequant_cache":
+        of_token = torch.zeros(at, dtype=torch.int32, device=device)
+        scale = torch.ones(1, device=device)
+        some = (cache, dst, table, bounds, of_token, at, "auto", scale, passed)
+        vllm_ops.gather_and_maybe_dequant_cache(*some)
+    else:
+        getattr(vllm_ops, op)(cache, dst, table, bounds, 4, passed)
+    assert torch.equal(dst.cpu(), expected)
+
+
+@pytest.mark.parametrize("way", ["store", "load", "within"])
+@pytest.mark.parametrize("memory", ["pinned", "pageable"])
+def test_swapping_blocks(device: torch.device, noise: Noise, way: str, memory: str) -> None:
+    caches = noise(2, BLOCKS, SIZE, DIM)
+    host = pinned.empty((2, BLOCKS, SIZE, DIM), torch.bfloat16)
+    host = host if memory == "pinned" else torch.zeros_like(host, pin_memory=False)
+    host.copy_(noise(2, BLOCKS, SIZE, DIM))
+    src, dst = {"store": (caches, host), "load": (host, caches), "within": (caches, caches)}[way]
+    src, dst = src[0], dst[1]
+    expected, wanted = dst.cpu().clone(), src.cpu().clone()
+    mapping = torch.tensor([[0, 3], [5, 1], [2, 7]])
+    expected[mapping[:, 1]] = wanted[mapping[:, 0]]
+    vllm_ops.swap_blocks(src, dst, src[0].nbytes, mapping)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    assert torch.equal(dst.cpu(), expected)
+
+
+@pytest.mark.parametrize("sizes", [[64, 64, 64], [64, 32, 128]])
+def test_swapping_runs(device: torch.device, noise: Noise, sizes: list[int]) -> None:
+    cache, host = noise(1024), pinned.empty(1024, torch.bfloat16)
+    host.zero_()
+    expected, wanted = host.clone(), cache.cpu()
+    froms, tos = [128, 512, 1024], [1024, 256, 0]
+    for begin, end, size in zip(froms, tos, sizes, strict=True):
+        expected[end // 2 : (end + size) // 2] = wanted[begin // 2 : (begin + size) // 2]
+    vllm_ops.swap_blocks_batch(
+        torch.tensor(froms) + cache.data_ptr(), torch.tensor(tos) + host.data_ptr(),
+        torch.tensor(sizes), True, src_device=device, dst_device="cpu",
+    )  # fmt: skip
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    assert torch.equal(host, expected)
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_whatever_torch_was_told_before(device: torch.device, noise: Noise, state: State) -> None:
+    """One op that writes rows, one that gathers those of requests, one that moves blocks."""
+    cache, rows, came = noise(BLOCKS, SIZE, 80), noise(len(SLOTS), 80), noise(11, 80)
+    expected, other = written(cache, rows, SLOTS), noise(BLOCKS, SIZE, 80)
+    slots, bounds = torch.tensor(SLOTS, device=device), torch.tensor([0, 11], device=device)
+    table = torch.tensor([[4, 0]], dtype=torch.int32, device=device)
+    mapping = torch.tensor([[4, 2]])
+    with state(device):
+        kv_c, k_pe = rows.split([64, 16], 1)
+        vllm_ops.concat_and_cache_mla(kv_c, k_pe, cache, slots, "auto")
+        vllm_ops.cp_gather_cache(cache, came, table, bounds.int(), 1)
+        vllm_ops.swap_blocks(cache, other, cache[0].nbytes, mapping)
+    assert torch.equal(cache.cpu(), expected)
+    assert torch.equal(came.cpu(), torch.cat([expected[4], expected[0]])[:11])
+    assert torch.equal(other[2].cpu(), expected[4])
+
+
+def test_what_is_refused() -> None:
+    cache, rows = torch.zeros(4, 8, 2, 16), torch.zeros(3, 2, 16)
+    slots = torch.tensor([1, 2, 3])
+    with refused(Unsupported, "kv_cache_dtype='fp8'", "auto"):
+        vllm_ops.reshape_and_cache_flash(rows, rows, cache, cache, slots, "fp8")
+    with refused(SlotError, "slot 32"):
+        slots[1] = 32
+        vllm_ops.reshape_and_cache_flash(rows, rows, cache, cache.clone(), slots, "auto")
+    with refused(LayoutError, "(4, 2, 8, 16)", "contiguous"):
+        vllm_ops.swap_blocks(cache.transpose(1, 2), cache, 64, torch.tensor([[0, 1]]))
+    with refused(SlotError, "slot 4"):
+        vllm_ops.swap_blocks(cache, cache.clone(), cache[0].nbytes, torch.tensor([[4, 1]]))
+    with refused(IntegrationError, "src_device="):
+        vllm_ops.swap_blocks_batch(slots, slots, slots)
+
+
+@pytest.mark.parametrize("name", vllm_ops.__all__)
+def test_arguments_are_those_of_vllm(name: str) -> None:
+    """Names and order, up to what vLLM calls by keyword; ours may have more behind."""
+    if find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed; see .ci/plugs")
+    from vllm import _custom_ops
+
+    own: Any = getattr(_custom_ops, name, None)
+    if own is None:
+        pytest.skip("this release has no such op")
+    theirs = list(inspect.signature(own).parameters)
+    assert list(inspect.signature(getattr(vllm_ops, name)).parameters)[: len(theirs)] == theirs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", ["flash", "mla", "gather"])
+def test_ops_can_be_captured(op: str) -> None:
+    """Nothing is read back, so that a graph holds them; a replay sees new slots."""
+    device = torch.device("cuda", 0)
+    slots = torch.tensor([1, -1, 7], device=device)
+    key, value = torch.randn(2, 3, 2, 16, device=device)
+    caches: Any = torch.zeros(2, 4, 8, 2, 16, device=device)
+    latent: Any = torch.randn(3, 80, device=device)
+    cache = torch.zeros(4, 8, 80, device=device)
+    table = torch.tensor([[1, 2]], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, 3], dtype=torch.int32, device=device)
+
+    def run() -> None:
+        if op == "flash":
+            vllm_ops.reshape_and_cache_flash(key, value, caches[0], caches[1], slots, "auto")
+        elif op == "mla":
+            kv_c, k_pe = latent.split([64, 16], 1)
+            vllm_ops.concat_and_cache_mla(kv_c, k_pe, cache, slots, "auto")
+        else:
+            vllm_ops.cp_gather_cache(cache, latent, table, bounds, 1)
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    slots.copy_(torch.tensor([3, 9, -1]))
+    cache.normal_()
+    caches.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    if op == "flash":
+        assert torch.equal(caches[0].view(32, 2, 16)[[3, 9]], key[:2])
+        assert not caches[0].view(32, 2, 16)[1].any()
+    elif op == "mla":
+        assert torch.equal(cache.view(32, 80)[[3, 9]], latent[:2])
+    else:
+        assert torch.equal(latent, cache[1, :3])

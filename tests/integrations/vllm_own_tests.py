@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A pytest plugin for vLLM's own tests of its offloading worker: PortaKV's stands in its place.
+
+    SIMDEV_NAME=simdev python -m pytest --noconftest -p vllm_own_tests \
+        tests/v1/kv_offload/cpu/test_gpu_worker.py -k test_transfer
+
+On a CUDA device without the variable. They look into vLLM's handlers, so the stand-in has them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from portakv.host import pinned
+from portakv_conformance import simdev
+
+
+def host_pages(pages: Any, blocks_per_chunk: int, chunks: int, region: Any) -> list[torch.Tensor]:
+    """As the worker's own, but in memory of each tensor's own: some tests flatten it in place."""
+    widths = [each.shape[1] * blocks_per_chunk for each in pages]
+    if region is not None:
+        rows = [region.create_next_worker_view(width) for width in widths]
+    else:
+        rows = [pinned.empty((chunks, width), torch.int8) for width in widths]
+    return [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
+
+
+def pytest_configure() -> None:
+    """Put the worker in its place before a test module takes it."""
+    from vllm.platforms import current_platform
+    from vllm.v1.kv_offload.cpu import gpu_worker
+
+    from portakv.integrations import vllm as plug
+
+    if not current_platform.is_cuda_alike():  # the wheel finds no platform without its device
+        name = os.environ.get("SIMDEV_NAME", "cpu")
+        if name != "cpu":
+            simdev.load(name)
+        type(current_platform).device_type = name
+        type(current_platform).manual_seed_all = staticmethod(torch.manual_seed)
+
+    class Handler(SimpleNamespace):
+        """What the tests ask of one direction."""
+
+        def __init__(self, lane: Any, src: list[Any], dst: list[Any], refs: Any) -> None:
+            super().__init__(
+                src_tensors=src[:], dst_tensors=dst[:], layer_refs_per_group=refs, lane=lane
+            )
+
+        @property
+        def _transfers(self) -> list[Any]:
+            return [SimpleNamespace(job_id=job) for job in self.lane.jobs]
+
+    class CPUOffloadingWorker(plug.PortaKVOffloadingWorker):
+        """With the arguments of vLLM's, and with the tensors of its handlers."""
+
+        def __init__(
+            self, kv_caches: Any, blocks_per_chunk: int, num_cpu_chunks: int,
+            mmap_region: Any = None, canonical_layout: bool = False,
+        ) -> None:  # fmt: skip
+            if mmap_region is not None:
+                gpu_worker.pin_mmap_region(mmap_region, worker_slot_only=True)
+            super().__init__(kv_caches, blocks_per_chunk, num_cpu_chunks, mmap_region)
+            device = [each.tensor for each in kv_caches.tensors]
+            host: list[Any] = [None] * len(device)
+            for parts, refs in zip(self._groups, kv_caches.group_data_refs, strict=True):
+                tensors = [each for part in parts for each in part.host.tensors]
+                for ref, each in zip(refs, tensors, strict=True):
+                    host[ref.tensor_idx] = each.flatten(1)
+            refs = kv_caches.group_data_refs
+            self._store_handler = Handler(self._store, device, host, refs)
+            self._load_handler = Handler(self._load, host, device, refs)
+
+        def shutdown(self) -> None:
+            for handler in (self._store_handler, self._load_handler):
+                handler.src_tensors.clear()
+                handler.dst_tensors.clear()
+            super().shutdown()
+
+    gpu_worker.CPUOffloadingWorker = CPUOffloadingWorker
+    plug._host_pages = host_pages
+
+
+@pytest.fixture
+def default_vllm_config() -> Iterator[None]:
+    """As vLLM's conftest has it, which imports more than is installed here."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+
+    with set_current_vllm_config(VllmConfig()):
+        yield
+
+
+@pytest.fixture(autouse=True)
+def the_same_device_each_time() -> Iterator[None]:
+    yield
+    torch.set_default_device(None)
