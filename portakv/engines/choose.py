@@ -104,10 +104,11 @@ def pick(
 ) -> Pick:  # fmt: skip
     """The engine for a copy.
 
-    Of those that the terms allow and that were measured to take the device at most `EQUAL` longer
-    than the quickest, it is the one that keeps the host least; of equals the first in `ORDER`. If
-    none of them was measured it is what `default_rule` says, or the first in `ORDER`. One that
-    waits for the device is picked only if the terms leave no other.
+    Of those that the terms allow and that were measured to take at most `EQUAL` longer than the
+    quickest, it is the one that keeps the host least; of equals the first in `ORDER`. If none of
+    them was measured it is what `default_rule` says, or the first in `ORDER`. One that waits for
+    the device is picked only if the terms leave no other; beside a model a kernel of few thread
+    blocks costs less than a host that waits.
 
     Args:
         shapes: what the copy is to each engine that might carry it out.
@@ -117,29 +118,31 @@ def pick(
     Raises:
         Unsupported: no engine is left, with each one's reason.
     """
-    found = []
+    found, kept_out = [], _kept_out(direction, shapes["staged"], terms)
+    others = shapes.keys() - out.keys() - {"direct"}
+    if others and others <= waits and not terms.detached:
+        kept_out = ""
     for name in (name for name in ORDER if name in shapes):
-        refused = out.get(name) or _kept_out(name, direction, shapes["staged"], terms)
+        refused = out.get(name) or (kept_out if name == "direct" else "")
         found.append(_candidate(name, shapes[name], direction, costs, refused))
     able = [one for one in found if one.engine not in out]
     if not able:
         raise _none_left(out)
     allowed = [one for one in able if not one.refused]
-    at_once = [one for one in allowed if one.engine not in waits]
-    engine = (at_once or allowed or able)[0].engine
+    waitless = [one for one in allowed if one.engine not in waits]
+    engine = (waitless or allowed or able)[0].engine
     if not allowed:
         why = f"no other engine takes the copy, although {able[0].refused}"
-    elif len(at_once) == 1 < len(allowed):
+    elif len(waitless) == 1 < len(allowed):
         why = "the only engine that does not wait for what only the device knows"
     elif len(allowed) == 1:
         why = "the only engine that is left"
     elif any(one.seconds is not None for one in allowed):
-        engine, why = _quickest(at_once or allowed, able)
+        engine, why = _quickest(waitless or allowed, able)
     else:
-        kernel = not _kept_out("direct", direction, shapes["staged"], terms)
-        wanted, rule = default_rule(shapes, direction, kernel)
+        wanted, rule = default_rule(shapes, direction, kernel=not kept_out)
         why = "the gentlest of those that are left, as nothing was measured here"
-        if wanted in [one.engine for one in at_once or allowed]:
+        if wanted in [one.engine for one in waitless or allowed]:
             engine, why = wanted, f"the default rule {rule}, as nothing was measured here"
     return Pick(engine, why, tuple(found))
 
@@ -172,12 +175,12 @@ def _candidate(name: str, shape: Shape, direction: str, costs: Table, refused: s
     return Alternative(name, asked[2], pieces, seconds, host_seconds, refused)
 
 
-def _kept_out(name: str, direction: str, host: Shape, terms: Terms) -> str:
-    """Why the terms keep an engine out of a copy whose host memory has a shape, as a phrase; empty
+def _kept_out(direction: str, host: Shape, terms: Terms) -> str:
+    """Why the terms keep `direct` out of a copy whose host memory has a shape, as a phrase; empty
     if they do not. By copy engines short runs cost a model, and the host, more (NOTES, 12)."""
     limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
     short = host.nbytes <= SMALL[direction] or (host.run_bytes < EVEN and not terms.detached)
-    if name != "direct" or terms.overlap == "idle" or short or limited:
+    if terms.overlap == "idle" or short or limited:
         return ""
     return (
         f"with overlap='compute' it moves at most {SMALL[direction] >> 20} MiB, or host runs under "

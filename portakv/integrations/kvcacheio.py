@@ -13,7 +13,8 @@ host or on a device. Pools are named by their order:
 - ``ph``, page head: ``[page, head, token, layer, dim]``
 
 Every copy is ordered on the current stream. ``block_quota`` limits the thread blocks of kernels
-that read or write host memory; ``num_warps_per_block`` is taken and not used.
+that read or write host memory; by default PortaKV's own limits hold, which leave a model its memory
+as upstream's two blocks do. ``num_warps_per_block`` is taken and not used.
 
 Ids on the host are checked before anything is moved. Those on a device are trusted, as they are
 upstream: nothing is read back. A table of addresses on a device is read back once, and again if
@@ -39,6 +40,7 @@ from portakv.integrations import kvcacheio_pools as pools
 
 _is_hip = torch.version.hip is not None
 _WARPS = 16 if _is_hip else 32
+_QUOTA = 2  # upstream's default
 
 
 def transfer_kv_per_layer(
@@ -252,7 +254,8 @@ def _mla_block_quota(asked: int | None) -> int:
 
 
 def _copy(src: KVView, dst: KVView, src_ids: Any, dst_ids: Any, limit: int | None = None) -> None:
-    """Copy tokens; ids on a device are trusted. ``limit``: of thread blocks, for host memory."""
+    """Copy tokens; ids on a device are trusted. ``limit``: of thread blocks, for host memory, if it
+    is not upstream's default."""
     mine, theirs = (
         each if isinstance(each, Index) else Index(each, trusted=True)
         for each in (src_ids, dst_ids)
@@ -262,5 +265,6 @@ def _copy(src: KVView, dst: KVView, src_ids: Any, dst_ids: Any, limit: int | Non
             f"Ids of {mine.length} tokens of the source and of {theirs.length} tokens of the "
             f"destination were given; both must have the same length. Pass one for each token."
         )
-    across = src.device != dst.device
-    copy_rows(src, dst, mine, theirs, max_thread_blocks=limit if across else None)
+    if src.device == dst.device or limit == _QUOTA:
+        limit = None
+    copy_rows(src, dst, mine, theirs, max_thread_blocks=limit)

@@ -53,8 +53,6 @@ _POOLS = (
 )
 _KEPT = "_portakv"  # the attribute of a pool that holds its views
 _RANGES = "_sglang_cuda_host_registered_ranges"  # of host memory that SGLang registered in pieces
-#: Thread blocks of a kernel that reads or writes host memory: as many as SGLang's own take.
-_LIMIT = 2
 
 
 def register() -> None:
@@ -151,13 +149,10 @@ class _Held:
         size, rank = self._dcp
         if size > 1:  # each rank keeps every ``size``-th token
             src_ids, dst_ids = (ids[rank::size] // size for ids in (src_ids, dst_ids))
-        kernel = way == "kernel"
         read = partial(Index, trusted=True)
-        if not kernel:
+        if way != "kernel":
             read = partial(kvcacheio_pools.pages, page_size=self._page_size)
-        limit = _LIMIT if kernel and src.device != dst.device else None
-        indices = read(src_ids), read(dst_ids)
-        self._last[dst.device] = copy_rows(src, dst, *indices, max_thread_blocks=limit)
+        self._last[dst.device] = copy_rows(src, dst, read(src_ids), read(dst_ids))
 
     def close(self) -> None:
         """Wait for the last copy to each side."""

@@ -23,12 +23,13 @@ from support.host_choice_cases import (
     engines,
     plan_of,
     planes,
+    put,
     refusals,
     view,
 )
 from support.threads import run_threads
 
-from portakv import Index, KVView, Unsupported
+from portakv import CopyPlan, Index, KVView, Unsupported
 from portakv.backends.base import Capabilities
 from portakv.engines import choose as chosen
 from portakv.engines import pieces as pieces_of
@@ -205,13 +206,16 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
 ) -> None:
     """The same ids, known and unknown to the host: of far blocks, which would be staged."""
     host_ids, ids = apart(30), OnDevice([2 * n for n in range(30)], SIZE)
-    for overlap, expected in (("compute", "staged"), ("idle", "direct")):
-        launch, move = ready(30, overlap=overlap)
+    for terms, expected in (({"detached": True}, "staged"), ({}, "direct"),
+                            ({"overlap": "idle"}, "direct")):  # fmt: skip
+        launch, move = ready(30, **terms)
         for name, reads in (("staged", "host"), ("descriptors", "both")):
             launch._engines[name].reads = reads
         known = launch.pick(move).engine
         unknown = move._replace(src_index=ids, dst_index=ids)
-        assert launch.pick(unknown).engine == expected, "terms come first"
+        assert launch.pick(unknown).engine == expected, (
+            "no kernel holds a detached copy's stream up"
+        )
         claims = launch.claims(unknown)
         assert (claims.guards, claims.skips_negative) == (expected == "direct",) * 2
         # Staging needs the ids of the host's rows alone.
@@ -222,6 +226,48 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
     # Nor can the host cut a copy between addresses that it does not know.
     blind(move.dst)
     assert launch.pick(move).engine == "direct"
+
+
+#: How engines keep a pool of 4 layers on the host, and the bytes of a page's run there.
+POOLS = {
+    "kv | layer (block token) head dim": 32 << 10,
+    "kv | (block token) layer head dim": 128 << 10,
+    "kv | block layer token head dim": 128 << 10,
+    "kv | block head token layer dim": 128 << 10,
+}
+
+
+@pytest.mark.parametrize("layout", POOLS)
+@pytest.mark.parametrize("downward", [True, False])
+def test_pools_of_engines(layout: str, downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of 16 tokens of 2 KiB in each layer; by ids of tokens that only the device has nothing
+    but a kernel goes at once, by pages that the host knows runs of 32 KiB go to copy engines."""
+    monkeypatch.setattr(chosen, "costs_of", lambda device: UNMEASURED)
+    sizes = {"layer": 4, "block": 128, "token": SIZE, "head": 8, "dim": 128}
+    dims = layout.partition(" | ")[2]
+    shape = [
+        128 * SIZE if name == "slots" else sizes[name]
+        for name in dims.replace("(block token)", "slots").split()
+    ]
+    size = SIZE if "(" in dims else None
+    far = [torch.empty(shape, dtype=torch.float16) for _ in range(2)]
+    pool = put(KVView(far, layout, block_size=size), "pinned")
+    rows = [[torch.empty(128 * SIZE, 8, 128, dtype=torch.float16) for _ in range(4)] for _ in "kv"]
+    caches = put(KVView(rows, "kv layer | (block token) head dim", block_size=SIZE), "device")
+    src, dst = (caches, pool) if downward else (pool, caches)
+    pages = apart(64)
+    tokens = torch.arange(128 * SIZE).view(128, SIZE)[::2].flatten()
+    for ids, expected in (
+        (OnDevice(tokens), "direct"),
+        (OnDevice(tokens[:16]), "direct"),
+        (pages, "descriptors" if POOLS[layout] == chosen.EVEN else "staged"),
+    ):
+        launch = host().prepare(CopyPlan(src.form, dst.form, ids.step, ids.step))
+        for name, reads in (("staged", "host"), ("descriptors", "both")):
+            launch._engines[name].reads = reads
+        found = launch.pick(moved(src, dst, ids))
+        assert found.engine == expected
+    assert {one.engine: one.run_bytes for one in found.alternatives}["staged"] >= POOLS[layout]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from support.guarded_memory import check_sentence
 from support.read_back import ReadBack
 
 from portakv import LayoutError, SlotError
+from portakv.engines.choose import hosts
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.integrations import IntegrationError
 from portakv.integrations import kvcacheio as io
@@ -612,5 +613,9 @@ def test_the_quota_limits_kernels_that_reach_the_host(accelerator: torch.device)
     with pytest.raises(InvalidTerms, match="max_thread_blocks"):
         io.transfer_kv_per_layer_mla(there[0], here[0], s, s, ITEM, block_quota=0)
     io.transfer_kv_per_layer_mla(here[1], here[0], s, s, ITEM, block_quota=0)
+    hosts.clear()
+    for quota, limits in ((2, {None}), (1, {None, 1})):
+        io.transfer_kv_per_layer_mla(there[0], here[2], s, s, ITEM, block_quota=quota)
+        assert {terms.max_thread_blocks for _, terms in hosts} == limits, "upstream's default is 2"
     synchronize(accelerator)
     assert torch.equal(here[0][:3].cpu(), here[1][:3].cpu())
