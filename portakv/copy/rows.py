@@ -19,6 +19,7 @@ from portakv.copy.copy import (
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.slices import in_layers, in_slices
 from portakv.engines.engine import Terms
+from portakv.errors import InvalidTerms
 from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
@@ -87,6 +88,8 @@ def copy_rows(
             cannot be kept; in slices, detached or strict, inside graph capture.
     """
     if late is not None:
+        if not isinstance(late, LateErrors):
+            raise InvalidTerms(f"A copy with late={late!r}: expected a LateErrors, or None.")
         late.check(src.device if src.device.type != "cpu" else dst.device)
         transfer = copy_rows(
             src, dst, src_index, dst_index, count=count, backend=backend, stream=stream,

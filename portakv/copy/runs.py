@@ -15,6 +15,7 @@ from portakv.copy.copy import whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import copy_rows
 from portakv.errors import SlotError
+from portakv.view.bound import address_of
 from portakv.view.view import KVView
 
 #: A number for each run, or one for all of them.
@@ -62,9 +63,13 @@ def copy_runs(
         LayoutError: what are no addresses, or runs that begin at one destination.
         PortaKVError: what `copy_rows` raises.
     """
-    number = len(src_addresses) if not isinstance(src_addresses, int) else 1
-    given = ("src_addresses", src_addresses), ("dst_addresses", dst_addresses)
-    ends = [_ends(name, addresses, number) for name, addresses in given]
+    ends = _ends(src_addresses), _ends(dst_addresses)
+    number = len(ends[0])
+    if not len(ends[1]) == number:
+        raise SlotError(
+            f"{number} src_addresses and {len(ends[1])} dst_addresses were given; pass an address "
+            f"for each run on both sides."
+        )
     shapes = _shapes(number, sizes, rows, src_pitch, dst_pitch)
     if not number:
         return BlockTransfer.together([])
@@ -85,16 +90,11 @@ def copy_runs(
     return BlockTransfer.together(moved)
 
 
-def _ends(name: str, addresses: Any, number: int) -> Any:
-    """Addresses as an array on the host, or as a tensor on a device."""
-    on_device = isinstance(addresses, torch.Tensor) and not addresses.is_cpu
-    found = addresses if on_device else np.asarray(addresses).reshape(-1)
-    if len(found) != number or found.ndim != 1:
-        raise SlotError(
-            f"{name} of shape {tuple(found.shape)} was given for {number} runs; pass an address "
-            f"for each run on both sides."
-        )
-    return found
+def _ends(addresses: Any) -> Any:
+    """Addresses as an array on the host, or as the tensor that a view has to judge."""
+    if isinstance(addresses, torch.Tensor) and not (addresses.is_cpu and address_of(addresses)):
+        return addresses.reshape(-1)
+    return np.asarray(addresses).reshape(-1)
 
 
 def _shapes(

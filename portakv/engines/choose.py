@@ -296,7 +296,8 @@ class HostLaunch(EngineLaunch):
         if rows and host:
             return _NONE
         told = {"none": True, "host": host, "both": rows and host}
-        return frozenset(name for name, engine in self._engines.items() if not told[engine.reads])
+        engines = tuple(self._engines.items())  # another thread may take one out meanwhile
+        return frozenset(name for name, engine in engines if not told[engine.reads])
 
     def claims(self, move: Move) -> Capabilities:
         """What the engine that a transfer takes can do; raises as the function `pick` does."""
@@ -331,9 +332,10 @@ class HostLaunch(EngineLaunch):
         try:
             pending = self.launch_by(engine, move, stream, status)
         except torch.OutOfMemoryError:
-            # The device has no room for staging. Others need none, and may move rows once more.
-            able = [name for name in _UNSTAGED if name != engine and self.prepared(name)]
-            if not able:
+            # The device has no room for staging. Others need none, and may move rows once more; but
+            # none takes over from `direct`, which alone skips and guards ids.
+            able = [name for name in _UNSTAGED if self.prepared(name)]
+            if not able or engine in _UNSTAGED:
                 raise
             why = f"{engine} was picked ({why}), but the device had no memory left for it"
             engine = able[0]

@@ -16,7 +16,7 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.runtime.bounded import Bounded
-from portakv.view.bound import BoundLayout, Spans, as_dtype, reach
+from portakv.view.bound import BoundLayout, Spans, address_of, as_dtype, reach
 from portakv.view.form import Form, widest_vector
 
 #: Tokens that a view has if nobody says how many there are: kernels count them in 32 bits.
@@ -146,6 +146,11 @@ def _depth(bound: BoundLayout, addresses: Any) -> list[int]:
     levels, text = len(bound.layout.containers), bound.layout.text
     if isinstance(addresses, torch.Tensor):
         found, right = addresses.dtype, addresses.dtype in _WORDS
+        if right and (addresses.is_meta or (addresses.numel() and not address_of(addresses))):
+            raise LayoutError(
+                f"Addresses for {text!r} were given in a tensor without memory of its own, as on "
+                f"device meta or inside torch.vmap; call KVView.at outside of function transforms."
+            )
     else:
         try:
             addresses = np.asarray(addresses)

@@ -157,6 +157,14 @@ class Index:
                 f"in an int32 or int64 tensor."
             )
         requests, blocks = tables.shape
+        with suppress(TypeError):
+            step, count = whole_number(step), None if count is None else whole_number(count)
+        if not (isinstance(step, int) and isinstance(count or 0, int) and step > 0 <= (count or 0)):
+            raise SlotError(
+                f"Requests of step={step!r} and count={count!r} were asked for; expected integers, "
+                f"step at least 1 and count at least 0."
+            )
+        _as_ids(tables.reshape(-1))  # inside torch.vmap and its like there are none
         sizes = _as_ids(lengths).to(tables.device, torch.int64)
         begins = torch.zeros_like(sizes)
         if first is not None:
@@ -167,6 +175,8 @@ class Index:
                 f"shape {tuple(tables.shape)}; expected one of each for each request, and at least "
                 f"one block."
             )
+        if tables.is_cpu and bool(((begins < 0) | (sizes < 0)).any()):
+            raise SlotError("Lengths or first tokens below 0 were given; pass tokens of requests.")
         ends = sizes.cumsum(0)
         at = torch.arange(int(ends[-1]) if count is None else count, device=tables.device)
         request = torch.searchsorted(ends, at, right=True)

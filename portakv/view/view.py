@@ -170,7 +170,7 @@ class KVView:
     @property
     def tabled(self) -> bool:
         """Whether a kernel may read the addresses from their table."""
-        return self.entries > 1 or self.form.lists
+        return self.entries > 1 or self.form.lists or self.form.table_on_device
 
     @property
     def owners(self) -> tuple[torch.Tensor, ...]:

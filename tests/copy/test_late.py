@@ -9,7 +9,15 @@ import pytest
 import torch
 from support.guarded_memory import check_sentence
 
-from portakv import KVView, LateErrors, SlotError, Transfer, copy_blocks, copy_rows
+from portakv import (
+    InvalidTerms,
+    KVView,
+    LateErrors,
+    SlotError,
+    Transfer,
+    copy_blocks,
+    copy_rows,
+)
 from portakv.runtime.transfer import CAPTURED, Completion, acquire_word, hold
 
 
@@ -43,6 +51,13 @@ def test_it_can_be_asked_at_any_time(accelerator: torch.device) -> None:
     with pytest.raises(SlotError):
         late.check(accelerator)
     late.check()
+
+
+def test_what_keeps_no_errors(device: torch.device) -> None:
+    src, dst = sides(device)
+    with pytest.raises(InvalidTerms) as refused:
+        copy_rows(src, dst, late="later")  # type: ignore[arg-type]
+    check_sentence(str(refused.value), "late='later'")
 
 
 def test_what_a_handle_told_is_not_told_again(accelerator: torch.device) -> None:

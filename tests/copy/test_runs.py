@@ -142,7 +142,7 @@ def test_nothing() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "words"),
     [
-        ({"dst": DST[:3]}, SlotError, ["dst_addresses", "4 runs"]),
+        ({"dst": DST[:3]}, SlotError, ["4 src_addresses", "3 dst_addresses"]),
         ({"sizes": [1, 2]}, SlotError, ["sizes", "4 runs"]),
         ({"sizes": 0}, SlotError, ["sizes=0"]),
         ({"sizes": [1, 2, -3, 4]}, SlotError, ["sizes", "at least 1"]),

@@ -270,6 +270,33 @@ def test_pools_of_engines(layout: str, downward: bool, monkeypatch: pytest.Monke
     assert {one.engine: one.run_bytes for one in found.alternatives}["staged"] >= POOLS[layout]
 
 
+def test_none_takes_over_ids_that_direct_alone_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    launch, move = ready(2)
+    assert launch.pick(move).engine == "direct"
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(launch._launches, "direct", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        launch(*move, None, None)
+    assert launched() == []
+
+
+def test_an_engine_that_another_thread_takes_out_while_one_is_picked() -> None:
+    class Reads(str):
+        __slots__ = ()
+
+        def __hash__(self) -> int:
+            launch._engines.pop("descriptors", None)
+            return hash(str(self))
+
+    launch, move = ready(2)
+    launch._engines["staged"].reads = Reads("host")
+    ids = OnDevice([0, 2], SIZE)
+    assert launch.pick(move._replace(src_index=ids, dst_index=ids)).engine == "direct"
+
+
 @pytest.mark.parametrize(
     ("fake", "why"),
     [

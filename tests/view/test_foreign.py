@@ -15,7 +15,7 @@ from support.cuda_on_cpu import CudaOnCpu, why_not
 from support.foreign_cases import blind
 from support.guarded_memory import check_sentence
 
-from portakv import Index, KVView, LayoutError, copy_rows
+from portakv import Index, KVView, LayoutError, copy_rows, copy_runs
 from portakv.host import pinned
 from portakv.view.foreign import UNKNOWN_SLOTS
 
@@ -159,6 +159,16 @@ def test_what_are_no_addresses_is_refused(given: Any, named: Any, told: str) -> 
     message = str(refused.value)
     check_sentence(message)
     assert any(each in message for each in told.split("|")), message
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, None])
+def test_a_table_without_memory_of_its_own_is_refused(transform: Any) -> None:
+    """Torch would hand over whatever lies in memory as addresses."""
+    table = torch.full((1, 3, 2), 4096, device="meta" if transform is None else "cpu")
+    for read in (at, lambda given: copy_runs(given, given, 2, src_device="cpu", dst_device="cpu")):
+        with pytest.raises(LayoutError) as refused:
+            (transform or (lambda call: call))(read)(table if transform is torch.vmap else table[0])
+        check_sentence(str(refused.value), "without memory of its own")
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))

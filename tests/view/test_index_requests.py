@@ -84,9 +84,26 @@ def test_a_request_longer_than_its_table(device: torch.device) -> None:
         (torch.zeros(2, 3, dtype=torch.int32), [1], "1 lengths"),
         (torch.zeros(2, 0, dtype=torch.int32), [1, 1], "(2, 0)"),
         (torch.zeros(2, 3, dtype=torch.int32), [1.0, 2.0], "1.0"),
+        (torch.zeros(2, 3, dtype=torch.int32), [1, -2], "below 0"),
+        (torch.zeros(1, 3, dtype=torch.int32, device="meta"), [1], "meta"),
     ],
 )  # fmt: skip
 def test_what_are_no_requests(tables: Any, lengths: Any, words: str) -> None:
     with pytest.raises(SlotError) as refused:
         Index.of_requests(tables, lengths, SIZE)
     check_sentence(str(refused.value), words)
+
+
+@pytest.mark.parametrize("asked", [{"step": 0}, {"step": "four"}, {"count": -1}, {"count": 2.5}])
+def test_what_are_no_numbers(asked: Any) -> None:
+    with pytest.raises(SlotError) as refused:
+        Index.of_requests(torch.zeros(1, 3, dtype=torch.int32), [1], **{"step": SIZE, **asked})
+    check_sentence(str(refused.value), *(f"{name}={given!r}" for name, given in asked.items()))
+
+
+@pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize])
+def test_tables_inside_function_transforms(transform: Any) -> None:
+    """Whose numbers torch hands over as whatever lies in memory."""
+    tables = torch.zeros(2, 1, 3, dtype=torch.int64)[0 if transform is not torch.vmap else slice(2)]
+    with pytest.raises(SlotError, match="without memory of its own"):
+        transform(lambda given: Index.of_requests(given, [1], SIZE).ids)(tables)
