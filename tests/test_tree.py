@@ -32,7 +32,7 @@ BUDGETS = {
     "portakv": 18_500,
     "portakv/backends": 3_450,
     "portakv/blocks": 440,
-    "portakv/cli": 1_950,
+    "portakv/cli": 2_090,
     "portakv/connector": 840,
     "portakv/copy": 540,
     "portakv/engines": 3_080,

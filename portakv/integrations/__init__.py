@@ -13,7 +13,7 @@ from typing import NamedTuple
 import portakv
 from portakv.errors import PortaKVError
 
-__all__ = ["MATRIX", "IntegrationError", "Releases", "check_release", "why_not"]
+__all__ = ["MATRIX", "PLUGS", "IntegrationError", "Plug", "Releases", "check_release", "why_not"]
 
 
 class IntegrationError(PortaKVError, RuntimeError):
@@ -40,23 +40,62 @@ MATRIX = {
 }
 
 
+class Plug(NamedTuple):
+    """How a user chooses a plug, and how its engine finds it; ``{device}`` stands for a type of
+    device."""
+
+    line: str  # of configuration
+    devices: tuple[str, ...] = ()  # types; none: every one that PortaKV serves
+    group: str = ""  # of entry points; none: the line names the module
+    entry: str = ""  # its name there
+    allows: str = ""  # the engine's variable that lists the entry points to load, if it has one
+
+    @property
+    def variable(self) -> str:
+        """The variable of the environment that the line sets, if the plug has an entry point."""
+        return self.line.partition("=")[0] if self.group else ""
+
+    def at(self, device: str) -> str:
+        """The name of the entry point for a type of device."""
+        return self.entry.replace("{device}", device)
+
+
+_OFFLOADING = (
+    '{"kv_connector": "OffloadingConnector", "kv_role": "kv_both", "kv_connector_extra_config": '
+    '{"spec_name": "PortaKVOffloadingSpec", "spec_module_path": "portakv.integrations.vllm", '
+    '"cpu_bytes_to_use": 68719476736}}'
+)
+PLUGS = {
+    "lmcache": Plug(
+        "LMCACHE_DEVICE_BACKEND=portakv-{device}",
+        ("cpu", "cuda", "npu", "mlu"),
+        "lmcache.device_plugins",
+        "portakv-{device}",
+    ),
+    "sglang": Plug(
+        "PORTAKV_SGLANG=1", group="sglang.srt.plugins", entry="portakv", allows="SGLANG_PLUGINS"
+    ),
+    "transformers": Plug(
+        "past_key_values=portakv.integrations.transformers.OffloadedCache(config=model.config)"
+    ),
+    "vllm": Plug(f"--kv-transfer-config '{_OFFLOADING}'"),
+}
+
+
 def why_not(plug: str) -> str | None:
     """None if the engine of a plug is installed in a release that it serves; else why not, as a
     sentence that names both versions."""
     releases = MATRIX[plug]
+    serves = f"The plug {plug!r} of PortaKV {portakv.__version__} serves {releases}"
     try:
-        found = metadata.version(releases.package)
+        found = str(metadata.version(releases.package))  # None if its metadata is broken
     except metadata.PackageNotFoundError:
-        return (
-            f"The plug {plug!r} of PortaKV {portakv.__version__} was asked for, but "
-            f"{releases.package} is not installed; expected {releases}. Install it."
-        )
+        return f"{serves}, and {releases.package} is not installed. Install one of these releases."
     if _numbers(releases.least) <= _numbers(found) < _numbers(releases.below):
         return None
     return (
-        f"The plug {plug!r} of PortaKV {portakv.__version__} was asked for beside "
-        f"{releases.package} {found}; expected {releases}. Install one of these, or a release of "
-        f"PortaKV that serves {releases.package} {found}."
+        f"{serves}, and {releases.package} {found} is installed. Install one of these releases, or "
+        f"a PortaKV that serves {found}."
     )
 
 

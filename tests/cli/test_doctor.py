@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv doctor`, beside engines that a folder of metadata says are installed."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.command_line import python, run, run_json
+from support.guarded_memory import check_sentence
+
+from portakv.cli.doctor import EXTRAS
+from portakv.integrations import MATRIX, PLUGS
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+PROJECT = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))[
+    "project"
+]
+VARIABLES = ("LMCACHE_DEVICE_BACKEND", "PORTAKV_SGLANG", "SGLANG_PLUGINS")
+Install = Callable[..., None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Leaves the metadata of a package where the interpreter looks first."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+
+    def installed(package: str, release: str, **groups: dict[str, str]) -> None:
+        folder = tmp_path / f"{package}-{release}.dist-info"
+        folder.mkdir()
+        about = f"Metadata-Version: 2.1\nName: {package}\nVersion: {release}\n"
+        (folder / "METADATA").write_text(about)
+        lines = [
+            "\n".join([f"[{group}]", *(f"{name} = {value}" for name, value in each.items())])
+            for group, each in groups.items()
+        ]
+        (folder / "entry_points.txt").write_text("\n".join(lines))
+
+    return installed
+
+
+@pytest.fixture
+def engines(install: Install) -> Install:
+    """PortaKV with its entry points, beside the least release of each engine."""
+    install("portakv", "0.1", **PROJECT["entry-points"])
+    for releases in MATRIX.values():
+        install(releases.package, releases.least)
+    return install
+
+
+def told(plug: str) -> Any:
+    return next(one for one in run_json("doctor")["plugs"] if one["plug"] == plug)
+
+
+def refusal(plug: str, *names: str) -> None:
+    """A plug is rejected by one sentence, which has these names."""
+    found = told(plug)
+    (reason,) = found["reasons"]
+    assert found["answer"] == "rejected"
+    check_sentence(reason, *names)
+
+
+# --- Plugs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("engines")
+def test_plugs_that_would_work() -> None:
+    found = run_json("doctor")
+    assert list(found) == ["portakv", "torch", "python", "forced", "plugs", "devices", "extras"]
+    for one in found["plugs"]:
+        assert one["found"] == MATRIX[one["plug"]].least
+        assert (one["answer"], one["reasons"], one["notes"]) == ("on request", [], [])
+        assert one["devices"][0] == "cpu"
+    assert [one["plug"] for one in found["plugs"]] == list(PLUGS) == [*MATRIX]
+
+
+@pytest.mark.parametrize(("plug", "release"), [(x, y) for x in MATRIX for y in ("0.1", "99.0")])
+def test_a_release_outside_the_matrix(install: Install, plug: str, release: str) -> None:
+    releases = MATRIX[plug]
+    install(releases.package, release)
+    refusal(plug, f"{releases.package} {release}", str(releases), "PortaKV 0.", "Install")
+
+
+def test_an_engine_whose_metadata_is_broken(install: Install) -> None:
+    install("vllm", "0.33.0")
+    (about,) = Path(sys.path[0]).glob("vllm-*/METADATA")
+    about.write_text("")
+    refusal("vllm", "vllm None", "Install")
+
+
+def test_an_engine_that_is_missing() -> None:
+    """Of those that are missing from this environment."""
+    for one in run_json("doctor")["plugs"]:
+        if one["found"] is None:
+            (reason,) = one["reasons"]
+            check_sentence(reason, f"{one['plug']} is not installed", "Install")
+            assert one["answer"] == "rejected"
+
+
+@pytest.mark.parametrize("plug", ["lmcache", "sglang"])
+def test_an_entry_point_that_is_not_installed(install: Install, plug: str) -> None:
+    install("portakv", "0.1")  # shadows the one that is installed
+    install(plug, MATRIX[plug].least)
+    refusal(plug, PLUGS[plug].at("cpu"), PLUGS[plug].group, "Install PortaKV again")
+
+
+@pytest.mark.parametrize("plug", ["lmcache", "sglang"])
+def test_another_plug_of_the_same_name(engines: Install, plug: str) -> None:
+    engines("acme", "1.0", **{PLUGS[plug].group: {PLUGS[plug].at("cpu"): "acme:Other"}})
+    refusal(plug, PLUGS[plug].at("cpu"), "acme:Other", "Uninstall acme")
+
+
+@pytest.mark.usefixtures("engines")
+def test_what_the_environment_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_DEVICE_BACKEND", " PortaKV-CPU ")
+    assert (told("lmcache")["answer"], told("sglang")["answer"]) == ("chosen", "on request")
+    assert told("lmcache")["line"] == "LMCACHE_DEVICE_BACKEND=portakv-cpu"
+    monkeypatch.setenv("PORTAKV_SGLANG", "0")
+    assert told("sglang")["answer"] == "on request"
+    monkeypatch.setenv("PORTAKV_SGLANG", "1")
+    monkeypatch.setenv("SGLANG_PLUGINS", "acme, portakv")
+    assert told("sglang")["answer"] == "chosen"
+    monkeypatch.setenv("SGLANG_PLUGINS", "acme")
+    refusal("sglang", "SGLANG_PLUGINS=acme", "Unset it")
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize("name", ["portakv-mlu", "acme"])
+def test_another_backend_of_lmcache_is_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_DEVICE_BACKEND", name)
+    refusal("lmcache", f"LMCACHE_DEVICE_BACKEND={name}", "portakv-cpu")
+
+
+@pytest.mark.usefixtures("engines")
+def test_no_device_is_served_under_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAKV_BACKEND", "nonsense")
+    found = run_json("doctor")
+    assert found["forced"] == "nonsense"
+    assert [one["backend"] for one in found["devices"]] == [None] * len(found["devices"])
+    for plug in PLUGS:
+        refusal(plug, "no device of this machine", "portakv backends")
+
+
+SIMULATED = """
+from portakv_conformance import simdev
+from portakv.cli import main
+simdev.load({name!r})
+main(["doctor", "--json"])
+"""
+
+
+@pytest.mark.usefixtures("engines")
+@pytest.mark.parametrize("name", ["mlu", "simdev"])
+def test_beside_an_accelerator(name: str) -> None:
+    written = python("-c", SIMULATED.format(name=name), PYTHONPATH=":".join(sys.path))
+    found = json.loads(written)
+    plugs = {one["plug"]: one for one in found["plugs"]}
+    assert [one["device"] for one in found["devices"]] == ["cpu", f"{name}:0"]
+    assert plugs["vllm"]["devices"] == ["cpu", name]
+    lmcache = plugs["lmcache"]
+    assert lmcache["answer"] == "on request"
+    if name == "mlu":
+        assert lmcache["line"] == "LMCACHE_DEVICE_BACKEND=portakv-mlu"
+        return
+    assert lmcache["line"] == "LMCACHE_DEVICE_BACKEND=portakv-cpu"
+    (note,) = lmcache["notes"]
+    assert note == "It serves cpu, cuda, npu, mlu, and not simdev."
+
+
+# --- What is printed ------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("either", "engines")
+def test_doctor() -> None:
+    code, out, err = run("doctor")
+    assert (code, err) == (0, "")
+    firsts = {line.split()[0]: line for line in out.splitlines() if line.split()}
+    for name, plug in PLUGS.items():
+        assert f"{name}: {plug.line.replace('{device}', 'cpu')}\n" in out
+        assert firsts[name].split()[-2:] == ["on", "request"]
+    assert firsts["cpu"].split()[2] == "reference"
+    lines = [
+        line for line in out.splitlines() if not line.startswith(tuple(f"{x}:" for x in PLUGS))
+    ]
+    assert max(map(len, lines)) <= 80
+
+
+@pytest.mark.usefixtures("engines")
+def test_nothing_that_is_asked_about_is_imported() -> None:
+    code = (
+        "import sys; from portakv.cli import main; main(['doctor']); "
+        f"assert not { ({*MATRIX, 'matplotlib', 'hypothesis', 'pytest'}) } & set(sys.modules)"
+    )
+    assert "on request" in python("-c", code, PYTHONPATH=":".join(sys.path))
+
+
+def test_extras_are_those_of_the_project() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert EXTRAS.keys() == extras.keys() - {"docs", "lint", "test", "all"}
+    for extra, (modules, _) in EXTRAS.items():
+        wanted = " ".join(extras[extra])
+        assert all(module.replace(".", "-") in wanted for module in modules), extra
+
+
+def test_an_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    found = run_json("doctor")["extras"]
+    assert next(x for x in found if x["extra"] == "bench")["missing"] == ["matplotlib"]
+    out = " ".join(run("doctor").out.split())
+    assert "portakv[bench" in out
