@@ -30,8 +30,8 @@ def copy_runs(
     dst_addresses: Numbers,
     sizes: Numbers,
     *,
-    src_device: torch.device | str,
-    dst_device: torch.device | str,
+    src_device: torch.device | str | None = None,
+    dst_device: torch.device | str | None = None,
     rows: Numbers = 1,
     src_pitch: Numbers | None = None,
     dst_pitch: Numbers | None = None,
@@ -48,7 +48,8 @@ def copy_runs(
             one dimension on the host. Also int64 or uint64 tensors on a device, which are not read
             back: multiples of 16, if all runs are of one size.
         sizes: bytes of each run, or of each of its rows.
-        src_device, dst_device: where the memory is; ``cpu``: on the host.
+        src_device, dst_device: where the memory is; ``cpu``: on the host. None: the driver is asked
+            about the first run of each size, as `KVView.at` says.
         rows: how many rows each run has, ``src_pitch`` and ``dst_pitch`` bytes apart (None: one
             behind the other).
         pinned: host memory is pinned; None: torch is asked.

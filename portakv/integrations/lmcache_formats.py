@@ -202,13 +202,13 @@ def _like(held: torch.Tensor, dims: str, pool: Pool) -> torch.Tensor:
 
 
 def objects_of(
-    number: int, caches: KVView, objects: Sequence[Any], chunk: int, device: torch.device
+    number: int, caches: KVView, objects: Sequence[Any], chunk: int, device: torch.device | None
 ) -> KVView:
     """Memory objects as one view, paged by objects if there are several.
 
     Args:
-        objects: tensors of one shape; or addresses of memory of ``device``, each of as many tokens
-            as ``chunk`` says, in rows as the caches have them.
+        objects: tensors of one shape; or addresses of memory of ``device`` (None: the driver says
+            where), each of as many tokens as ``chunk`` says, in rows as the caches have them.
     """
     two_planes = layout_of(number)[2]
     text = "kv layer token (head dim)" if two_planes else "layer token (head dim)"

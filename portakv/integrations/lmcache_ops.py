@@ -222,8 +222,9 @@ def multi_layer_block_kv_transfer(
     Args:
         paged_buffer_ptrs_tensor: addresses of the layers, int64 or uint64; or tensors.
         lmcache_objects_ptrs: objects ``[2, layers, tokens, row]`` (one plane: ``[layers, tokens,
-            row]``); an address is memory of ``device`` with ``lmcache_chunk_size`` tokens. Its
-            annotation tells LMCache that tensors may be passed.
+            row]``); at an address there are ``lmcache_chunk_size`` tokens, on CUDA and ROCm where
+            the driver says, else on ``device``. Its annotation tells LMCache that tensors may be
+            passed.
         block_ids: int32 or int64; fewer than the objects hold are moved to their begin.
         shape_desc: LMCache's ``PageBufferShapeDesc``.
         skip_prefix_n_blocks: of all objects together.
@@ -261,7 +262,8 @@ def multi_layer_block_kv_transfer(
         # An object alone may be shorter than a chunk.
         order = None if len(objects) == 1 else range(len(objects))
         positions = Index(order, step=chunk if order else 1, offset=begin)
-        chunks = objects_of(number, caches, objects, chunk, device)
+        home = None if device.type == "cuda" else device
+        chunks = objects_of(number, caches, objects, chunk, home)
         blocks = blocks_of(held, bs).shifted(begin)
         move(store, caches, chunks, blocks, positions, len(held) * bs - begin)
 

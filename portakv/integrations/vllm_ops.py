@@ -14,7 +14,6 @@ from math import prod
 import torch
 
 from portakv import BlockTransfer, Index, KVView, LayoutError, Unsupported, copy_rows, copy_runs
-from portakv.integrations import IntegrationError
 
 __all__ = [
     "concat_and_cache_mla", "concat_and_cache_mla_grouped", "cp_gather_cache",
@@ -49,17 +48,11 @@ def swap_blocks_batch(
     ``is_src_access_order_any`` is taken and ignored: sources are read in the stream's order.
 
     Args:
-        src_device, dst_device: where the memory is, which vLLM's op asks the driver.
+        src_device, dst_device: where the memory is; None: the driver is asked, as by vLLM's op.
 
     Raises:
-        IntegrationError: a device that is not told.
-        PortaKVError: what `portakv.copy_runs` raises.
+        PortaKVError: what `portakv.copy_runs` raises, for devices whose driver cannot be asked too.
     """
-    if src_device is None or dst_device is None:
-        raise IntegrationError(
-            "swap_blocks_batch was called with addresses alone; expected also src_device= and "
-            "dst_device=, since no address tells on every device whose memory it is. Pass them."
-        )
     runs = (src_ptrs, dst_ptrs, sizes)
     _behind(copy_runs(*runs, src_device=src_device, dst_device=dst_device))
 

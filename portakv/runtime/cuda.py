@@ -104,6 +104,22 @@ def function(library: Any, name: str, *arguments: Any) -> Any:
     return found
 
 
+_DEVICE_ORDINAL, _INVALID_VALUE = 9, 1  # of CUpointer_attribute and CUresult; HIP likewise
+
+
+def owner_of(address: int, library: Any, name: str) -> int | None:
+    """The number of the device that memory was allocated on or registered for, as the function
+    ``name`` of a driver's ``library`` says (cuPointerGetAttribute, hipPointerGetAttribute); None:
+    the driver does not know it. This thread has a context. Raises `TransferError` for another
+    error, `AttributeError` if there is no such function."""
+    number = ctypes.POINTER(ctypes.c_int)
+    ask, found = function(library, name, number, ctypes.c_int, ctypes.c_uint64), ctypes.c_int(-1)
+    error = ask(ctypes.byref(found), _DEVICE_ORDINAL, address)
+    if error not in (0, _INVALID_VALUE):
+        raise refused(error_name(error, library), f"The device of memory at {address:#x}")
+    return None if error or found.value < 0 else found.value
+
+
 def error_name(error: int, library: Any) -> str:
     """What the driver calls an error."""
     called = ctypes.c_char_p()

@@ -15,7 +15,10 @@ import numpy as np
 import torch
 
 from portakv.errors import LayoutError
+from portakv.runtime import cuda as _cuda_driver
+from portakv.runtime import hip
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import usual_device
 from portakv.view.bound import BoundLayout, Spans, address_of, as_dtype, reach
 from portakv.view.form import Form, widest_vector
 
@@ -23,6 +26,7 @@ from portakv.view.form import Form, widest_vector
 UNKNOWN_SLOTS = 1 << 31
 _ENDLESS = 1 << 62  # bytes behind an address of which no end is known
 _WORDS = (torch.int64, torch.uint64)
+_HOST = torch.device("cpu")
 #: Form, slots, the order of the addresses in the table (None: as they are), bytes of a tensor.
 _Known: TypeAlias = "tuple[Form, int, list[int] | None, int]"
 _forms: Bounded[tuple[Any, ...], _Known]
@@ -69,10 +73,14 @@ class Found(NamedTuple):
 
 def read_addresses(
     bound: BoundLayout, addresses: Any, shape: Sequence[int], strides: Sequence[int] | None,
-    dtype: torch.dtype, device: torch.device | str, pinned: bool | None,
+    dtype: torch.dtype, device: torch.device | str | None, pinned: bool | None,
 ) -> Found:  # fmt: skip
     """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
-    home, wide = torch.device(device), as_dtype(dtype).itemsize
+    wide = as_dtype(dtype).itemsize
+    if device is None:
+        device, told = _home(bound, addresses)
+        pinned = told if pinned is None else pinned
+    home = torch.device(device)
     if home.type != "cpu" and home.index is None:
         home = torch.device(home.type, torch.accelerator.current_device_index())
     shape, strides = _whole("shape", shape), None if strides is None else _whole("strides", strides)
@@ -184,10 +192,50 @@ def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
         ) from None
 
 
+def _home(bound: BoundLayout, addresses: Any) -> tuple[torch.device, bool | None]:
+    """Where the memory at the first address is, and whether it is pinned, if that was told as well;
+    raises `LayoutError` if nothing here can tell."""
+    _depth(bound, addresses)
+    device, why = usual_device(), ""
+    if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
+        why = f"its addresses lie on {addresses.device} themselves"
+    elif device.type == "cpu":
+        return device, None
+    else:
+        address = int(np.asarray(addresses).reshape(-1)[0])
+        if _is_pinned(address):
+            return _HOST, True
+        try:
+            number = _owner(address, device)
+            return (_HOST, False) if number is None else (torch.device("cuda", number), None)
+        except (OSError, AttributeError, hip.DriverMissing) as error:
+            why = f"the driver of {device} cannot be asked where its memory is ({error})"
+    raise LayoutError(
+        f"A view of {bound.layout.text!r} at addresses was asked for without a device, and {why}; "
+        f"expected to be told. Pass device=."
+    )
+
+
+def _owner(address: int, device: torch.device) -> int | None:
+    """The number of the device that memory which is not pinned belongs to; None: it is the host's.
+    Raises `OSError`, `AttributeError` or `DriverMissing` if no driver can be asked."""
+    if device.type != "cuda":
+        raise OSError(f"it is not known how a driver of {device.type} devices is asked")
+    _cuda_driver.adopt(device)
+    if torch.version.hip is not None:
+        return _cuda_driver.owner_of(address, hip.driver().runtime, "hipPointerGetAttribute")
+    return _cuda_driver.owner_of(address, _cuda_driver.library(), "cuPointerGetAttribute")
+
+
 def _place(origins: Sequence[int], device: torch.device, pinned: bool | None) -> str:
     if device.type != "cpu":
         return "device"
     if pinned is None:
-        found = Foreign(torch.uint8, 1).tensors(origins, device)
-        pinned = all(tensor.is_pinned() for tensor in found)
+        pinned = all(map(_is_pinned, origins))
     return "pinned" if pinned else "pageable"
+
+
+def _is_pinned(address: int) -> bool:
+    """Whether host memory at an address is pinned, as torch says."""
+    (found,) = Foreign(torch.uint8, 1).tensors([address], _HOST)
+    return found.is_pinned()

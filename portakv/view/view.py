@@ -84,7 +84,8 @@ class KVView:
     @classmethod
     def at(
         cls, addresses: Addresses, layout: str, *, shape: Sequence[int],
-        strides: Sequence[int] | None = None, dtype: torch.dtype, device: torch.device | str,
+        strides: Sequence[int] | None = None, dtype: torch.dtype,
+        device: torch.device | str | None = None,
         pinned: bool | None = None, layers: int | None = None, kv: int | None = None,
         block_size: int | None = None, heads: int | None = None,
         dim: int | Sequence[int] | None = None, reinterpret: bool = False, **unknown: NoReturn,
@@ -106,14 +107,18 @@ class KVView:
                 looks whether two views share memory.
             strides: in elements; None: contiguous.
             dtype: of the tensors' elements.
-            device: where the memory is; ``cpu``: on the host.
+            device: where the memory is; ``cpu``: on the host. None: the driver of the accelerator
+                (CUDA, HIP) says it of the first address, and whether that is pinned; all others are
+                taken to lie in memory of that kind. Without an accelerator it is the host.
             pinned: host memory is pinned, and mapped to devices; None: torch is asked. Memory whose
                 addresses lie on a device is.
             layers, kv, block_size, heads, dim, reinterpret: as for the constructor.
 
         Raises:
             LayoutError: what are no addresses, or not as many levels of them as the layout has; an
-                address that is 0, or no multiple of the element's bytes; a contradiction.
+                address that is 0, or no multiple of the element's bytes; a contradiction; no
+                ``device``, and no driver that can be asked.
+            TransferError: the driver fails when it is asked.
         """
         bound = bind_layout(
             layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=dim,

@@ -116,6 +116,25 @@ int cuDeviceGetAttribute(int *value, int attribute, int device) {
     return 0;
 }
 
+// One address belongs to a device; for address 13 there is no context.
+static uint64_t owned;
+static int owner;
+void fake_owner(uint64_t address, int device) {
+    owned = address;
+    owner = device;
+}
+
+int cuPointerGetAttribute(int *found, int attribute, uint64_t address) {
+    if (address == 13) return 201;
+    if (attribute != 9 || address != owned) return INVALID_VALUE;
+    *found = owner;
+    return 0;
+}
+
+int hipPointerGetAttribute(int *found, int attribute, uint64_t address) {
+    return cuPointerGetAttribute(found, attribute, address);
+}
+
 int cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D *asked, uint64_t stream) {
     const char *src = asked->srcMemoryType == 1 ? asked->srcHost : (const char *)asked->srcDevice;
     char *dst = asked->dstMemoryType == 1 ? asked->dstHost : (char *)asked->dstDevice;

@@ -81,3 +81,7 @@ class FakeLibrary:
         """Let the device of that number read pageable memory by the host's page tables; or let
         the driver not tell which does."""
         self.library.fake_page_tables(device, untold)
+
+    def give(self, address: int, device: int) -> None:
+        """Let an address, and no other, belong to the device of that number."""
+        self.library.fake_owner(ctypes.c_uint64(address), device)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,14 @@ import torch
 from support.command_line import registered
 from support.core_cases import noise
 from support.cuda_on_cpu import CudaOnCpu, why_not
+from support.fake_libcuda import FakeLibrary
 from support.foreign_cases import blind
 from support.guarded_memory import check_sentence
 
-from portakv import Index, KVView, LayoutError, copy_rows, copy_runs
+from portakv import Index, KVView, LayoutError, TransferError, copy_rows, copy_runs
 from portakv.host import pinned
+from portakv.runtime import cuda, hip
+from portakv.view import foreign
 from portakv.view.foreign import UNKNOWN_SLOTS
 
 CPU = torch.device("cpu")
@@ -225,3 +229,72 @@ def test_across_the_link(accelerator: torch.device, where: str) -> None:
     src, dst = at(tables[0], -1, accelerator), at(tables[1], -1, pinned=True)
     copy_rows(src, dst, [3, 8, 9], [1, 0, 2]).synchronize()
     assert torch.equal(rows(host, [1, 0, 2]), rows(tensors, [3, 8, 9]))
+
+
+def test_without_a_device_memory_is_the_host_s(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine without an accelerator; and pinned memory anywhere."""
+    memory = torch.zeros(64, dtype=torch.uint8, device="cpu")
+    if device == CPU:
+        monkeypatch.setattr(foreign, "usual_device", lambda: CPU)
+    else:
+        memory = pinned.empty(64, torch.uint8)
+    view = KVView.at(memory.data_ptr(), "token dim", shape=(4, 16), dtype=torch.uint8)
+    assert view.device == CPU
+    assert view.form.place == ("pinned" if memory.is_pinned() else "pageable")
+
+
+@pytest.mark.parametrize("build", ["cuda", "hip"])
+def test_the_driver_says_where_memory_is(
+    build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, asked = FakeLibrary(tmp_path, None), list[torch.device]()
+    first = torch.device("cuda", 0)
+    monkeypatch.setattr(foreign, "usual_device", lambda: first)
+    monkeypatch.setattr(cuda, "adopt", asked.append)
+    if build == "hip":
+        monkeypatch.setattr(torch.version, "hip", "6.2")
+        monkeypatch.setattr(hip, "driver", lambda: hip.Driver(fake.library, fake.library))
+    else:
+        monkeypatch.setattr(cuda, "library", lambda: fake.library)
+    memory = torch.zeros(64, dtype=torch.uint8)
+
+    def view(address: Any) -> KVView:
+        return KVView.at(address, "token dim", shape=(4, 16), dtype=torch.uint8)
+
+    assert view(memory.data_ptr()).form.place == "pageable"
+    fake.give(memory.data_ptr(), 3)
+    found = view(memory.data_ptr())
+    assert (found.device, found.form.place) == (torch.device("cuda", 3), "device")
+    several = KVView.at(
+        [memory.data_ptr(), 4096], "layer | token dim", shape=(4, 16), dtype=torch.uint8
+    )
+    assert several.device == found.device, "the first is asked, the others are promised"
+    assert asked == [first] * 3, "a thread has a context before it asks"
+    with pytest.raises(TransferError, match="nothing was moved") as caught:
+        view(13)
+    check_sentence(str(caught.value))
+    monkeypatch.setattr(cuda, "library", no_driver)
+    monkeypatch.setattr(hip, "driver", no_driver)
+    with pytest.raises(LayoutError, match="no driver") as refused:
+        view(memory.data_ptr())
+    check_sentence(str(refused.value))
+
+
+def no_driver() -> Any:
+    raise OSError("no driver is installed")
+
+
+def test_what_no_driver_tells_has_to_be_said(accelerator: torch.device) -> None:
+    if accelerator.type == "cuda":
+        pytest.skip("its driver tells")
+    there = torch.zeros(64, dtype=torch.uint8, device=accelerator)
+    table = torch.tensor([there.data_ptr()]).to(accelerator)
+    for given, told in ((there.data_ptr(), str(accelerator)), (table, "themselves")):
+        with pytest.raises(LayoutError, match=told) as refused:
+            KVView.at(
+                given, "layer | token dim" if given is table else "token dim", shape=(4, 16),
+                dtype=torch.uint8,
+            )  # fmt: skip
+        check_sentence(str(refused.value))
