@@ -24,8 +24,7 @@ from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
 from portakv.runtime.transfer import LateErrors
-from portakv.view.index import Index
-from portakv.view.view import KVView
+from portakv.view import Index, KVView
 
 
 def copy_rows(
@@ -87,6 +86,7 @@ def copy_rows(
         BackendUnavailable, Unsupported: no backend carries it out, with the trace; terms that
             cannot be kept; in slices, detached or strict, inside graph capture.
     """
+    src = source_of(src, dst, reinterpret)
     if late is not None:
         if not isinstance(late, LateErrors):
             raise InvalidTerms(f"A copy with late={late!r}: expected a LateErrors, or None.")
@@ -104,7 +104,6 @@ def copy_rows(
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
         # No stream orders slices anyway.
         terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
-    src = source_of(src, dst, reinterpret)
     mine, theirs = Index.of(src_index), Index.of(dst_index)
     move, choice = checked(src, dst, mine, theirs, count, backend)
     if stream is not None:  # now: some ways use it before their first copy looks at it

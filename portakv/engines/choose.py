@@ -19,7 +19,7 @@ import torch
 
 from portakv.backends.base import Capabilities, Decision, Launch, Pending
 from portakv.engines.costs import Table, costs_of
-from portakv.engines.engine import SMALL, Engine, EngineLaunch, Terms, read_on
+from portakv.engines.engine import SMALL, Engine, EngineLaunch, Terms, read_on, told_of
 from portakv.engines.link import by_torch, link_of
 from portakv.engines.pieces import RunCounter, Shape
 from portakv.errors import BackendUnavailable, Unsupported
@@ -28,8 +28,6 @@ from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside
-from portakv.view.index import Index
-from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
@@ -256,7 +254,7 @@ class HostLaunch(EngineLaunch):
         self.plan, self.direction = plan, "d2h" if self.downward else "h2d"
         self._host, self._terms = host, host.terms
         answers = {name: engine.check(plan) for name, engine in host.engines.items()}
-        self._engines = {name: host.engines[name] for name, x in answers.items() if x.accepted}
+        self.engines = {name: host.engines[name] for name, x in answers.items() if x.accepted}
         refused = {name: x.reason for name, x in answers.items() if not x.accepted}
         self.out = {**host.out, **refused}
         # To torch each row on the host is a call: nothing folds.
@@ -274,7 +272,7 @@ class HostLaunch(EngineLaunch):
         count, out = move.count, self.out
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
-        waits = self._waiting(_told(rows, mine), _told(host, theirs))
+        waits = self._waiting(told_of(rows, mine), told_of(host, theirs))
         # Once another engine refuses the plan, picks that were made before no longer count.
         key = whole, of_host, count, len(out), waits
         found = self._picks.get(key)
@@ -296,14 +294,14 @@ class HostLaunch(EngineLaunch):
         if rows and host:
             return _NONE
         told = {"none": True, "host": host, "both": rows and host}
-        engines = tuple(self._engines.items())  # another thread may take one out meanwhile
+        engines = tuple(self.engines.items())  # another thread may take one out meanwhile
         return frozenset(name for name, engine in engines if not told[engine.reads])
 
     def claims(self, move: Move) -> Capabilities:
         """What the engine that a transfer takes can do; raises as the function `pick` does."""
         if capturing(self.device):  # nothing can be prepared, and no engine is to be out for that
             return self._host.capabilities()
-        return self._engines[self._pick_prepared(move).engine].capabilities()
+        return self.engines[self._pick_prepared(move).engine].capabilities()
 
     def _pick_prepared(self, move: Move) -> Pick:
         """The engine that a transfer takes, which is prepared by now."""
@@ -352,21 +350,21 @@ class HostLaunch(EngineLaunch):
     def prepared(self, name: str) -> Launch | None:
         """The launch of an engine, prepared now if need be; None if it cannot be."""
         launch = self._launches.get(name)
-        if launch is not None or name not in self._engines:
+        if launch is not None or name not in self.engines:
             return launch
         with self._lock:
-            if name in self._engines and name not in self._launches:
-                launch, decision = prepare_by(self._engines[name], self.plan)
+            if name in self.engines and name not in self._launches:
+                launch, decision = prepare_by(self.engines[name], self.plan)
                 if launch is None:
                     self.out = {**self.out, name: decision.reason}
-                    del self._engines[name]
+                    del self.engines[name]
                 else:
                     self._launches[name] = launch
             return self._launches.get(name)
 
     def _placed(self, name: str, move: Move, stream: torch.Stream | None) -> Move:
         """The copy with the ids of both sides where an engine reads them."""
-        can = self._engines[name].capabilities()
+        can = self.engines[name].capabilities()
         if can.index_on == "any":
             return move
         home, dtypes = can.home_of_ids(self.device), can.index_dtypes
@@ -380,11 +378,6 @@ class HostLaunch(EngineLaunch):
         if stream is not None and apart:
             stream.wait_stream(torch.accelerator.current_stream(self.device.index))
         return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
-
-
-def _told(view: KVView, index: Index) -> bool:
-    """Whether the host knows the addresses and the ids of one side."""
-    return view.known and (index.ids is None or index.known_ids() is not None)
 
 
 #: Engines by the backend that they run over, and by terms without a rate.

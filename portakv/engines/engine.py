@@ -128,6 +128,11 @@ def read_on(stream: torch.Stream | None, index: Index) -> Index:
     return index
 
 
+def told_of(view: KVView, index: Index) -> bool:
+    """Whether the host knows the addresses and the ids of one side."""
+    return view.known and (index.ids is None or index.known_ids() is not None)
+
+
 def finish(pending: Pending | None) -> None:
     """Wait for work that is not ordered on its stream."""
     if pending is not None:

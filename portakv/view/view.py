@@ -453,11 +453,9 @@ class KVView:
 
     def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
         view = KVView.__new__(KVView)
-        facts, lasting = (
-            (rows, self.slots, self.device, self.requires_grad),
-            self._memory is not None,
-        )
+        facts = rows, self.slots, self.device, self.requires_grad
         own = table if self.form.table_on_device else None  # others are made when they are needed
+        lasting = self._memory is not None
         view._set(self.layout, self.tensors, facts, lasting, self._foreign, own)
         return view
 

@@ -13,6 +13,7 @@ from portakv import (
     InvalidTerms,
     KVView,
     LateErrors,
+    LayoutError,
     SlotError,
     Transfer,
     copy_blocks,
@@ -57,6 +58,8 @@ def test_what_keeps_no_errors(device: torch.device) -> None:
     src, dst = sides(device)
     with pytest.raises(InvalidTerms) as refused:
         copy_rows(src, dst, late="later")  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="expected two views"):
+        copy_rows([], dst, late=LateErrors())  # type: ignore[arg-type]
     check_sentence(str(refused.value), "late='later'")
 
 

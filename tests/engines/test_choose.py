@@ -210,7 +210,7 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
                             ({"overlap": "idle"}, "direct")):  # fmt: skip
         launch, move = ready(30, **terms)
         for name, reads in (("staged", "host"), ("descriptors", "both")):
-            launch._engines[name].reads = reads
+            launch.engines[name].reads = reads
         known = launch.pick(move).engine
         unknown = move._replace(src_index=ids, dst_index=ids)
         assert launch.pick(unknown).engine == expected, (
@@ -264,7 +264,7 @@ def test_pools_of_engines(layout: str, downward: bool, monkeypatch: pytest.Monke
     ):
         launch = host().prepare(CopyPlan(src.form, dst.form, ids.step, ids.step))
         for name, reads in (("staged", "host"), ("descriptors", "both")):
-            launch._engines[name].reads = reads
+            launch.engines[name].reads = reads
         found = launch.pick(moved(src, dst, ids))
         assert found.engine == expected
     assert {one.engine: one.run_bytes for one in found.alternatives}["staged"] >= POOLS[layout]
@@ -277,7 +277,7 @@ def test_none_takes_over_ids_that_direct_alone_guards(monkeypatch: pytest.Monkey
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setitem(launch._launches, "direct", full)
+    monkeypatch.setattr(launch, "launch_by", full)
     with pytest.raises(torch.OutOfMemoryError):
         launch(*move, None, None)
     assert launched() == []
@@ -288,11 +288,11 @@ def test_an_engine_that_another_thread_takes_out_while_one_is_picked() -> None:
         __slots__ = ()
 
         def __hash__(self) -> int:
-            launch._engines.pop("descriptors", None)
+            launch.engines.pop("descriptors", None)
             return hash(str(self))
 
     launch, move = ready(2)
-    launch._engines["staged"].reads = Reads("host")
+    launch.engines["staged"].reads = Reads("host")
     ids = OnDevice([0, 2], SIZE)
     assert launch.pick(move._replace(src_index=ids, dst_index=ids)).engine == "direct"
 
