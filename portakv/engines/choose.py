@@ -269,12 +269,13 @@ class HostLaunch(EngineLaunch):
     def pick(self, move: Move) -> Pick:
         """The engine that a transfer takes; moves nothing. Raises as the function `pick` does."""
         rows, host, mine, theirs = self.ends(move)
-        count, out = move.count, self.out
+        count, engines = move.count, tuple(self.engines.items())
+        out = self.out | {name: why for name, x in engines if (why := x.refuses(host))}
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
         waits = self._waiting(told_of(rows, mine), told_of(host, theirs))
         # Once another engine refuses the plan, picks that were made before no longer count.
-        key = whole, of_host, count, len(out), waits
+        key = whole, of_host, count, tuple(out), waits
         found = self._picks.get(key)
         if found is None:
             dense = self._of_host.shape(of_host, count)

@@ -158,6 +158,9 @@ class Direct(Engine):
             return Decision(self.name, True, why)
         return decision
 
+    def refuses(self, host: KVView) -> str:
+        return unreached(host, self.device)
+
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [DirectKernel(nest, plan, self.device, self.terms) for nest in plan.nests]
         rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
@@ -189,18 +192,24 @@ class _DirectLaunch(EngineLaunch):
 
 
 def check_reach(view: KVView, device: torch.device) -> None:
-    """Raise `Unsupported` if a device does not reach a view of pinned memory by its addresses, as
-    if it was registered but not mapped: a kernel would fault. One address is asked for, once."""
+    """Raise `Unsupported` if kernels on a device do not reach a view of pinned memory."""
+    if why := unreached(view, device):
+        raise Unsupported(f"A direct copy of pinned memory at {view.origins[0]:#x}", why)
+
+
+def unreached(view: KVView, device: torch.device) -> str:
+    """Why kernels on a device do not reach a view of pinned memory by its addresses, as a phrase,
+    as if it was registered but not mapped: they would fault. Empty if they do. One address is asked
+    for, until it is reached."""
     if (_REACHED, device) in view.derived or not view.entries or view.form.table_on_device:
-        return  # what a caller has on the device are addresses of the device
-    address = view.origins[0]
-    if device_address(address, device) != address:
-        raise Unsupported(
-            f"A direct copy of pinned memory at {address:#x}",
-            f"{device} does not reach it by that address; pin it with mapped=True, or use backend "
-            f"'staged'",
-        )
-    view.derived[_REACHED, device] = True
+        return ""  # what a caller has on the device are addresses of the device
+    found = device_address(view.origins[0], device)
+    if found == view.origins[0]:
+        view.derived[_REACHED, device] = True
+        return ""
+    if found:
+        return f"{device} reaches it at {found:#x} alone; use backend 'staged'"
+    return f"{device} does not reach it; pin it with mapped=True, or use backend 'staged'"
 
 
 def device_address(address: int, device: torch.device) -> int:

@@ -99,6 +99,11 @@ class Engine(Backend):
         which = "this" if here else "a"
         return Decision(cls.name, here, f"it copies between {which} device and the host")
 
+    def refuses(self, host: KVView) -> str:
+        """Why it cannot use the host's memory of a copy whose plan it takes, as a phrase; empty if
+        it can."""
+        return ""
+
     @property
     def half(self) -> Choice:
         """What carries out the device's half; chosen when it is first asked for."""

@@ -321,6 +321,19 @@ def test_an_engine_that_cannot_be_prepared_is_out_with_its_reason(
             launch.launch_by("direct", move, None)
 
 
+def test_an_engine_that_cannot_use_the_host_s_memory_is_out_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with engines(monkeypatch, direct="Unreaching"):
+        launch, move = ready(2)
+        found = launch.pick(move)
+        assert (found.engine, refusals(found)["direct"]) == ("staged", "it does not reach it")
+        launch(*move, None, None)
+        assert launched() == ["staged"]
+        move.dst.spans = [(0, 1)]  # other memory, of the same form
+        assert launch.pick(move).engine == "direct"
+
+
 def test_the_first_engine_that_can_be_prepared_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     with engines(monkeypatch, staged="Late"):
         launch, _ = ready(2)

@@ -22,6 +22,7 @@ import torch
 from support.device_cases import DEVICE, current, delay, settle
 from support.simdev_cases import DEVICE as SIMDEV
 
+from portakv import KVView, copy_blocks
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pool import PinnedPool
@@ -117,6 +118,18 @@ def test_what_exists_is_pageable_with_the_same_results() -> None:
     with pinned.register(torch.arange(50000)) as held:
         assert not held.pinned
         assert held.view(torch.int64).to(SIMDEV).cpu().sum() == 50000 * 49999 // 2
+    memory = mmap.mmap(-1, 1 << 16)
+    with pinned.register(memory) as mapped:
+        there = torch.arange(1 << 14, dtype=torch.int32, device=SIMDEV).view(64, 4, 64)
+        host = KVView(mapped.view(torch.int32, (64, 4, 64)), "block token dim")
+        assert host.form.place == "pageable"
+        blocks = torch.randperm(64)
+        copy_blocks(KVView(there, "block token dim"), host, blocks, range(64)).synchronize()
+        landed = torch.frombuffer(memory, dtype=torch.int32).view(64, 4, 64)
+        assert torch.equal(landed, there.cpu()[blocks])
+        back = torch.zeros_like(there)
+        copy_blocks(host, KVView(back, "block token dim"), range(64), blocks).synchronize()
+        assert torch.equal(back.cpu(), there.cpu())
     with SharedPool(f"test-simdev-{os.getpid()}", 4096, 2) as pool, pool.acquire() as block:
         assert not pool.pinned
         block.tensor.copy_(torch.full((4096,), 7, dtype=torch.uint8, device=SIMDEV))

@@ -102,6 +102,13 @@ class Direct(Fake):
         return super().prepare(plan)
 
 
+class Unreaching(Direct):
+    """Does not reach host memory of 64 KiB or more."""
+
+    def refuses(self, host: KVView) -> str:
+        return "it does not reach it" if host.spans[0][1] - host.spans[0][0] >= 1 << 16 else ""
+
+
 class Ring(Fake):
     name = "ring"
     places = PAGEABLE
