@@ -156,8 +156,8 @@ def test_memory_at_addresses_is_cut_where_each_tensor_ends(
         )
         for start in (1 << 20, 1 << 22)
     ]  # fmt: skip
-    plan = CopyPlan(views[0].form, views[1].form)
-    pieces = pieces_of(plan, Move(*views, Index(), Index(), 24))
+    src, dst = views
+    pieces = pieces_of(CopyPlan(src.form, dst.form), Move(src, dst, Index(), Index(), 24))
     assert sorted(pieces.src.tolist()) == [(1 << 20) + 96 * at for at in range(6)]
     assert (pieces.width * pieces.height).tolist() == [96] * 6
     assert not any(view._owners for view in views)

@@ -422,7 +422,7 @@ def test_ids_and_tables_of_a_device_are_not_read_back(accelerator: torch.device)
     """Once a table is known, a copy within the device waits for nothing."""
     src, dst = on_device(accelerator, 1), on_device(accelerator, 50)
     s = torch.arange(8, device=accelerator)
-    tables = [table(x) for x in (src.k, dst.k, src.v, dst.v)]
+    tables = table(src.k), table(dst.k), table(src.v), table(dst.v)
     io.transfer_kv_all_layer(*tables, s, s, ITEM, LAYERS)
     with ReadBack() as waited:
         io.transfer_kv_all_layer(*tables, s, s, ITEM, LAYERS)
