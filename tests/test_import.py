@@ -14,26 +14,34 @@ import json, sys, time
 import numpy, torch
 before = set(sys.modules)
 start = time.process_time()
-import portakv
+import {modules}
 seconds = time.process_time() - start
-roots = {name.partition(".")[0] for name in set(sys.modules) - before}
-print(json.dumps({
-    "seconds": seconds,
-    "roots": sorted(roots - set(sys.stdlib_module_names) - {"numpy", "torch"}),
-    "cuda": torch.cuda.is_initialized(),
-}))
+roots = set(name.partition(".")[0] for name in set(sys.modules) - before)
+print(json.dumps(dict(
+    seconds=seconds,
+    roots=sorted(roots - set(sys.stdlib_module_names) - set(("numpy", "torch"))),
+    cuda=torch.cuda.is_initialized(),
+)))
 """
 
 
 @pytest.fixture(scope="module")
 def imports() -> list[dict[str, Any]]:
     """What three new interpreters printed after importing portakv behind torch."""
-    return [json.loads(python("-c", PROBE)) for _ in range(3)]
+    return [json.loads(python("-c", PROBE.format(modules="portakv"))) for _ in range(3)]
 
 
 def test_import_brings_nothing_but_portakv(imports: list[dict[str, Any]]) -> None:
     """No vendor package, no extra and no test tool: only torch, numpy and the standard library."""
     assert [found["roots"] for found in imports] == [["portakv"]] * 3
+
+
+def test_plugs_bring_no_engine() -> None:
+    """Those of vLLM and transformers derive from the engine's classes, and are loaded by it."""
+    plugs = ("kvcacheio", "lmcache", "lmcache_ops", "sglang", "vllm_ops")
+    modules = ", ".join(f"portakv.integrations.{plug}" for plug in plugs)
+    found = json.loads(python("-c", PROBE.format(modules=modules)))
+    assert (found["roots"], found["cuda"]) == (["portakv"], False)
 
 
 def test_import_does_not_start_cuda(imports: list[dict[str, Any]]) -> None:
