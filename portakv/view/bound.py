@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from typing import Any, TypeAlias
@@ -49,8 +49,8 @@ class BoundLayout:
         # What tensors of one key share: form, slots, device, bytes from the first to past the last.
         self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
         self._known = Bounded("forms of tensors", 256)
-        # The same of tensors in containers: form and slots.
-        self._forms: Bounded[tuple[Any, ...], tuple[Form, int]]
+        # The same of tensors in containers: form, slots, those that the table has, bytes of each.
+        self._forms: Bounded[tuple[Any, ...], tuple[Form, int, list[int], list[int]]]
         self._forms = Bounded("forms of tensors in containers", 256)
 
     def read(self, tensors: Tensors) -> Facts:
@@ -87,20 +87,33 @@ class BoundLayout:
 
     def _read_all(self, tensors: Tensors) -> Facts:
         flat, sizes = _flatten(self.layout, tensors)
-        device = _one_device(flat)
-        values, factors, grid = self._contained(sizes)
-        picks = _pick_per_kv(factors, flat, grid, len(values))
-        entries, walks = _tabulate(factors, grid, len(values), flat)
-        # Torch addresses memory from its storage's base, so the base has to be aligned as well.
-        begins = [t.data_ptr() | t.untyped_storage().data_ptr() for t in flat]
+        device, begins = _one_device(flat), [tensor.data_ptr() for tensor in flat]
         place = "device"
         if device.type == "cpu":
             place = "pinned" if all(tensor.is_pinned() for tensor in flat) else "pageable"
-        form, slots = self._form(values, picks, walks, widest_vector(begins), place)
+        # Where tensors lie counts within a storage alone, and how a storage is aligned.
+        bases = [tensor.untyped_storage().data_ptr() for tensor in flat]
+        number = {base: nth for nth, base in enumerate(dict.fromkeys(bases))}
+        lie = [
+            (number[base], begin - base, base & 15, tensor.shape, tensor.stride(), tensor.dtype)
+            for tensor, begin, base in zip(flat, begins, bases, strict=True)
+        ]
+        key = place, *sizes, *lie
+        known = self._forms.get(key)
+        if known is None:
+            values, factors, grid = self._contained(sizes)
+            picks = _pick_per_kv(factors, flat, grid, len(values))
+            entries, walks = _tabulate(factors, grid, len(values), begins, bases)
+            # Torch addresses memory from its storage's base, so the base has to be aligned as well.
+            form, slots = self._form(values, picks, walks, widest_vector(begins + bases), place)
+            lengths = [reach(t.shape, t.stride()) * t.element_size() for t in flat]
+            known = self._forms[key] = form, slots, entries, lengths
+        form, slots, entries, lengths = known
         grad = any(tensor.requires_grad for tensor in flat)
         owners = tuple(flat[i] for i in entries)
-        origins = tuple(owner.data_ptr() for owner in owners)
-        return (form, origins, owners, _spans(flat)), slots, device, grad
+        origins = tuple(begins[i] for i in entries)
+        rows = form, origins, owners, _spans(zip(begins, lengths, strict=True))
+        return rows, slots, device, grad
 
     def read_table(
         self, sizes: Sequence[int], like: torch.Tensor, alignment: int, place: str, on_device: bool
@@ -134,13 +147,6 @@ class BoundLayout:
         alignment: int, place: str, table_on_device: bool = False,
     ) -> tuple[Form, int]:  # fmt: skip
         """The form of tensors of which each kv has one in ``picks``, and the slots."""
-        key = (
-            tuple((t.shape, t.stride(), t.dtype) for t in picks), tuple(walks.items()), alignment,
-            place, table_on_device, *(tuple(known.items()) for known in values),
-        )  # fmt: skip
-        found = self._forms.get(key)
-        if found is not None:
-            return found
         layout = self.layout
         shapes = [_dim_shapes(layout, tensor) for tensor in picks]
         solve(layout, values, [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)])
@@ -160,8 +166,7 @@ class BoundLayout:
             dtypes=dtypes if any(dtypes) and not (layout.opaque or self.reinterpret) else (),
             table_on_device=table_on_device,
         )
-        found = self._forms[key] = same_form(form), known["token"] * known.get("block", 1)
-        return found
+        return same_form(form), known["token"] * known.get("block", 1)
 
 
 _bound = lru_cache(maxsize=256)(BoundLayout)
@@ -247,10 +252,14 @@ def _by_kv(array: Grid, axes: Sequence[Factor], but: int = -1) -> Grid:
 
 
 def _tabulate(
-    factors: Sequence[Factor], grid: Grid, kv: int, flat: Sequence[torch.Tensor] = ()
+    factors: Sequence[Factor],
+    grid: Grid,
+    kv: int,
+    begins: Sequence[int] = (),
+    bases: Sequence[int] = (),
 ) -> tuple[list[int], Walks]:
-    """Collapse a grid of tensors into the smallest table: those that stay entries, and how each
-    container factor walks through them.
+    """Collapse a grid of tensors, which begin at addresses in storages with their bases, into the
+    smallest table: those that stay entries, and how each container factor walks through them.
 
     Tensors of one allocation at equal distances become a stride, so that a block that is contiguous
     over all layers is one run; what is left stays a table. So does all of it without tensors: of
@@ -260,10 +269,9 @@ def _tabulate(
     rank = {"block": 0, "token": 1}
     order = sorted(range(len(factors)), key=lambda i: rank.get(factors[i].axis, 2))
     grid, axes = grid.transpose(order), [factors[i] for i in order]
-    places = [(tensor.data_ptr(), tensor.untyped_storage().data_ptr()) for tensor in flat]
-    where, homes = np.array(places, dtype=np.int64).reshape(-1, 2).T
+    where, homes = np.array(begins, dtype=np.int64), np.array(bases, dtype=np.int64)
     walks: Walks = {}
-    for at, factor in enumerate(axes if flat else ()):
+    for at, factor in enumerate(axes if begins else ()):
         # Memory objects come and go: whether they lie at equal distances must not change a form.
         if factor.axis in ("block", "token"):
             continue
@@ -371,10 +379,10 @@ def reach(size: Sequence[int], stride: Sequence[int]) -> int:
     return 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True)) if all(size) else 0
 
 
-def _spans(tensors: Sequence[torch.Tensor]) -> Spans:
-    found = {(t.data_ptr(), reach(t.shape, t.stride()) * t.element_size()) for t in tensors}
+def _spans(tensors: Iterable[tuple[int, int]]) -> Spans:
+    """What tensors cover that begin at addresses and have so many bytes."""
     merged: Spans = []
-    for first, past in sorted((at, at + nbytes) for at, nbytes in found if nbytes):
+    for first, past in sorted({(at, at + nbytes) for at, nbytes in tensors if nbytes}):
         if merged and first < merged[-1][1]:
             first, end = merged.pop()
             past = max(past, end)

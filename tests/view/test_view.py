@@ -78,6 +78,21 @@ def test_tensors_that_stay_a_table(tensors: Any) -> None:
     assert view.addresses.tolist() == [t.data_ptr() for t in listed]
 
 
+FOURS, OTHERS = list(torch.zeros(5, 3, 6, 8)), list(torch.zeros(4, 3, 6, 8))
+
+
+def spans_of(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
+    """The ranges that tensors cover, those that overlap as one."""
+    ends = {(x.data_ptr(), x[-1, -1, -1].data_ptr() + x.element_size()) for x in tensors}
+    found: list[tuple[int, int]] = []
+    for first, past in sorted(ends):
+        if found and first < found[-1][1]:
+            first, end = found.pop()
+            past = max(past, end)
+        found.append((first, past))
+    return found
+
+
 def test_forms_of_containers_are_not_confused() -> None:
     text, wide = "layer | block token dim", torch.zeros(4, 3, 6, 9)
     kinds = [
@@ -89,14 +104,24 @@ def test_forms_of_containers_are_not_confused() -> None:
         list(torch.zeros(4, 3, 6, 8)),
         list(wide[..., 1:]),
         [wide[0, ..., 1:], *(torch.zeros(3, 6, 9)[..., :8] for _ in range(3))],
+        # Where they lie in their storages decides, and which share one.
+        *([FOURS[i] for i in order] for order in ((0, 1, 3, 2), (3, 2, 1, 0), (0, 2, 1, 3))),
+        [FOURS[0], FOURS[1], OTHERS[0], OTHERS[1]],
+        [FOURS[0], OTHERS[1], FOURS[1], OTHERS[0]],
+        [FOURS[0]] * 4,
+        [torch.from_numpy(np.zeros(3 * 6 * 8 * 4 + 4, np.uint8)[4:].view(np.float32)).view(3, 6, 8)]
+        * 2,
     ]
     for _ in range(2):
         for tensors in kinds:
             own = BoundLayout(text, (), False)
             for bound in (bind_layout(text), own):
-                (form, origins, _, _), slots, *_ = bound.read(tensors)
+                (form, origins, owners, spans), slots, *_ = bound.read(tensors)
                 view = KVView(tensors, text)
                 assert (form, origins, slots) == (view.form, view.origins, view.slots)
+                assert spans == view.spans == spans_of(tensors)
+                listed = [x.data_ptr() for x in owners]
+                assert listed == list(origins) == [x.data_ptr() for x in tensors][: len(listed)]
     declared = [KVView(kinds[0], "layer | block token (head dim)", heads=n).form for n in (2, 4)]
     assert [form.heads for form in declared] == [2, 4]
 
