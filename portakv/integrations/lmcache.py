@@ -136,8 +136,9 @@ def _ops(base: type[Any], device_type: str) -> type[Any]:
             """LMCache's own way, if it has one for this device."""
             with suppress(AttributeError, ValueError):
                 return super().tensor_from_ptr(ptr, shape, dtype, device)
-            flat = KVView.at(ptr, "dim", shape=[prod(shape)], dtype=dtype, device=device)
-            return flat.owners[0].view(tuple(shape))
+            one = 1, prod(shape)
+            flat = KVView.at(ptr, "token dim", shape=one, dtype=dtype, device=device)
+            return flat.plane(0, 0).view(tuple(shape))
 
     PortaKVOps.device_type = device_type
     return PortaKVOps

@@ -68,7 +68,7 @@ def move(
             theirs = ids.without_repeats()
     across = terms() if caches.device != chunk.device else {}
     transfer = copy_rows(src, dst, mine, theirs, count=count, late=_LATE, **across)
-    if transfer.completions and not transfer.ordered:
+    if not transfer.ordered:
         transfer.synchronize()
 
 

@@ -247,7 +247,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                 side = "destination" if written else "source"
                 if index.check(count, view.slots, side, distinct=written):
                     raise SlotError(
-                        f"A job names {index.host_ids().min()} in its {side}; vLLM's ids are at "
+                        f"A job names {index.slots(count).min()} in its {side}; vLLM's ids are at "
                         f"least 0. Nothing was moved."
                     )
             moves.append(move)

@@ -198,5 +198,5 @@ def _write(rows: KVView, paged: KVView, slots: torch.Tensor) -> None:
 
 def _behind(transfer: BlockTransfer) -> None:
     """vLLM's ops are ordered on the stream: what no stream orders is waited for."""
-    if transfer.completions and not transfer.ordered:
+    if not transfer.ordered:
         transfer.synchronize()

@@ -241,8 +241,10 @@ class Transfer:
 
     @property
     def ordered(self) -> bool:
-        """True if a stream orders all of the work; False also if it ended with the call."""
-        return bool(self.completions) and not any(x.pendings for x in self.completions)
+        """True if what follows on the copy's stream finds it done: streams order all of it, or it
+        ended with the call. Otherwise `synchronize` (or `wait`) blocks until then: pageable memory
+        was copied, or the transfer is issued in slices."""
+        return not any(x.pendings for x in self.completions)
 
     def done(self) -> bool:
         """True once all bytes have landed; never blocks.

@@ -72,6 +72,17 @@ def answer(code: str, **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
+def test_a_tensor_over_an_address(ops: Any) -> None:
+    """Which LMCache itself refuses on the host."""
+    memory = torch.zeros(2, 3, 4, dtype=torch.bfloat16)
+    made = ops.tensor_from_ptr(memory.data_ptr(), (2, 3, 4), torch.bfloat16, CPU)
+    made[1, 2] = 7
+    assert (made.shape, made.dtype, made.data_ptr()) == (
+        memory.shape, memory.dtype, memory.data_ptr()
+    )  # fmt: skip
+    assert memory.sum() == 28
+
+
 # --- Chosen by configuration alone ----------------------------------------------------------------
 
 WHICH = "import lmcache; print(type(lmcache.device_ops).__name__, lmcache.device_ops.device_type)"

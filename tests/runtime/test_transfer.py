@@ -74,6 +74,13 @@ def bad(word: StatusWord, position: int) -> None:
 
 
 @pytest.mark.usefixtures("apart")
+def test_what_no_stream_orders_is_told() -> None:
+    assert Transfer().ordered, "it ended with the call"
+    assert not Transfer([begun()[2]]).ordered
+    assert Transfer([Completion()]).ordered
+
+
+@pytest.mark.usefixtures("apart")
 def test_words_come_back_once_their_work_has_ended() -> None:
     works = [begun()[0] for _ in range(12)]
     assert len(transfer.free_words) == 64 - 12
