@@ -242,13 +242,16 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             if not count:
                 continue
             move = Move(parts, Index(ids), Index(places, self.blocks_per_chunk, skip), count)
-            sides = (move.blocks, parts[0].device, not store), (move.places, parts[0].host, store)
-            for index, view, written in sides:
+            sides = (
+                (move.blocks, ids, parts[0].device, not store),
+                (move.places, places, parts[0].host, store),
+            )
+            for index, named, view, written in sides:
                 side = "destination" if written else "source"
                 if index.check(count, view.slots, side, distinct=written):
                     raise SlotError(
-                        f"A job names {index.slots(count).min()} in its {side}; vLLM's ids are at "
-                        f"least 0. Nothing was moved."
+                        f"A job names {min(named)} in its {side}; vLLM's ids are at least 0. "
+                        f"Nothing was moved."
                     )
             moves.append(move)
         return moves
