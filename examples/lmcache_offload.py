@@ -32,9 +32,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"LMCache cannot be imported: {error}. See docs/plugs/lmcache.md.", file=sys.stderr)
         return 2
     import torch
-    from lmcache.v1.platform import resolve_device_ops, synchronize_device
+    from lmcache.v1.platform import resolve_device_ops
 
     device = torch.device(asked.device)
+
+    def finish() -> None:
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+
     inner = (BLOCK_SIZE, HEADS) if asked.order == "NHD" else (HEADS, BLOCK_SIZE)
     shape = (2, BLOCKS, *inner, DIM)
     made = [torch.randn(shape, device="cpu").bfloat16() for _ in range(LAYERS)]
@@ -44,12 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     began = time.perf_counter()
     chunks = base.gather_paged_kv_to_cpu(caches, blocks, BLOCKS_PER_CHUNK, layout_hints=hints)
-    synchronize_device(device)
+    finish()
     stored = time.perf_counter()
     for each in caches.values():
         each.zero_()
     base.scatter_cpu_to_paged_kv(caches, blocks, chunks, BLOCKS_PER_CHUNK, layout_hints=hints)
-    synchronize_device(device)
+    finish()
     loaded = time.perf_counter()
 
     same = all(
