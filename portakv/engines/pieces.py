@@ -83,6 +83,10 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
     src, dst = move[:2]
     plan.runs(*move[:4], 0)  # only to be refused what it refuses
     several = factors(plan.nests, plan.unit, move)
+    if any(_whole_entries(plan, view) for view in (src, dst)) and several[0].planes.src.size == 1:
+        # Each unit is all that lies behind one address, so none is joined to another: where they
+        # end need not be looked up.
+        return _plain(_apart(_in_parts(summed(several), plan.nests[0].run), [])[0])
     if sum(planes.src.size * lines.src.size for planes, lines in several) >= LARGE:
         seams = _seams([src, dst])
         if all(_between(seams, *each) for each in several):
@@ -91,6 +95,19 @@ def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
                 return found[0]
             return Pieces(*(np.concatenate(column) for column in zip(*found, strict=True)))
     return to_2d_copies(summed(several), src, dst, below)
+
+
+def _whole_entries(plan: CopyPlan, view: KVView) -> bool:
+    """Whether a run of a plan is all that lies behind one of several addresses of a view."""
+    return view.entries > 1 and [view.entry_bytes] == [nest.run for nest in plan.nests]
+
+
+def _in_parts(runs: Runs, nbytes: int) -> Runs:
+    """Runs cut into parts of so many bytes."""
+    parts = runs.nbytes // nbytes
+    of_run = np.repeat(np.arange(parts.size), parts)
+    moved = nbytes * (np.arange(of_run.size) - np.repeat(np.cumsum(parts) - parts, parts))
+    return Runs(runs.src[of_run] + moved, runs.dst[of_run] + moved, np.full_like(moved, nbytes))
 
 
 def _between(seams: Int64, planes: Runs, lines: Runs) -> bool:

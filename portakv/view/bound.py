@@ -31,7 +31,7 @@ Walks = dict[Factor, tuple[int, tuple[int, ...]]]
 #: Sorted, disjoint ranges [first byte, past the last byte).
 Spans = list[tuple[int, int]]
 #: Form, origins, owners and spans of a view, as `KVView` documents them; None: found when needed.
-Rows = tuple[Form, tuple[int, ...] | None, tuple[torch.Tensor, ...] | None, Spans]
+Rows = tuple[Form, tuple[int, ...] | None, tuple[torch.Tensor, ...] | None, Spans | None]
 #: Rows, slots, device, and whether a tensor requires grad. Every call would pay for names.
 Facts = tuple[Rows, int, torch.device, bool]
 

@@ -53,11 +53,10 @@ class KVView:
     """
 
     # fleeting: made for one call, and used on no stream but that call's.
-    # spans: sorted, disjoint ranges [first byte, past the last byte) that the tensors cover.
     # derived: what slices, launches and engines made of this view; lives as long as the view.
     __slots__ = (
-        "_foreign", "_memory", "_origins", "_owners", "_table", "_unwritable", "derived", "device",
-        "fleeting", "form", "layout", "requires_grad", "slots", "spans", "tensors",
+        "_foreign", "_memory", "_origins", "_owners", "_spans", "_table", "_unwritable", "derived",
+        "device", "fleeting", "form", "layout", "requires_grad", "slots", "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -125,9 +124,8 @@ class KVView:
             reinterpret=reinterpret, **unknown,
         )  # fmt: skip
         found = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
-        view, spans = cls.__new__(cls), found.memory.spans(found.origins or ())
-        rows = found.form, found.origins, None, spans
-        facts = rows, found.slots, found.device, False
+        view = cls.__new__(cls)
+        facts = (found.form, found.origins, None, None), found.slots, found.device, False
         view._set(bound.layout, (), facts, lasting=False, foreign=found.memory, table=found.table)
         return view
 
@@ -137,7 +135,7 @@ class KVView:
     ) -> None:  # fmt: skip
         self.layout, self.tensors = layout, tensors
         rows, self.slots, self.device, self.requires_grad = facts
-        self.form, self._origins, self._owners, self.spans = rows
+        self.form, self._origins, self._owners, self._spans = rows
         self._foreign, self._table = foreign, table
         self.fleeting = not (lasting or foreign)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
@@ -196,6 +194,20 @@ class KVView:
         return np.array([*storages, *map(sum, storages.items())], dtype=np.int64)
 
     @property
+    def spans(self) -> Spans:
+        """Sorted, disjoint ranges [first byte, past the last byte) that the tensors cover; none if
+        only a device has the addresses."""
+        if self._spans is None:
+            assert self._foreign is not None
+            self._spans = self._foreign.spans(self._origins or ())
+        return self._spans
+
+    @property
+    def entry_bytes(self) -> int:
+        """Of memory that is known by addresses alone, the bytes behind each; 0: unknown."""
+        return self._foreign.nbytes if self._foreign is not None else 0
+
+    @property
     def foreign(self) -> bool:
         """True if the memory is known by addresses alone, so that nothing here holds it."""
         return self._foreign is not None
@@ -240,8 +252,11 @@ class KVView:
 
     @property
     def addresses(self) -> npt.NDArray[np.int64]:
-        """The table of addresses as an int64 array on the host."""
-        return np.array(self.origins, dtype=np.int64)
+        """The table of addresses as an int64 array on the host, which is not to be written."""
+        found: npt.NDArray[np.int64] | None = self.derived.get("addresses")
+        if found is None:
+            found = self.derived["addresses"] = np.array(self.origins, dtype=np.int64)
+        return found
 
     @property
     def table(self) -> torch.Tensor:

@@ -330,7 +330,7 @@ def test_an_engine_that_cannot_use_the_host_s_memory_is_out_for_that(
         assert (found.engine, refusals(found)["direct"]) == ("staged", "it does not reach it")
         launch(*move, None, None)
         assert launched() == ["staged"]
-        move.dst.spans = [(0, 1)]  # other memory, of the same form
+        move.dst.derived["reached"] = True  # other memory, of the same form
         assert launch.pick(move).engine == "direct"
 
 

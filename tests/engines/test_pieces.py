@@ -163,6 +163,46 @@ def test_memory_at_addresses_is_cut_where_each_tensor_ends(
     assert not any(view._owners for view in views)
 
 
+@pytest.mark.parametrize("tokens", [4, 2, 1])
+@pytest.mark.parametrize("mine", ["at addresses", "of tensors"])
+def test_units_at_addresses_are_pieces_of_their_own(
+    tokens: int, mine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tensors, the fast way; parts of them, that begin in one and end in the next, the long
+    way. Half of the addresses follow each other on both sides, and one seam of a registration lies
+    in a tensor."""
+    rng, number = np.random.default_rng(tokens), 60
+    order = np.concatenate([rng.permutation(number // 2), np.arange(number // 2, number)])
+    memory = torch.zeros(number, 4, 24, dtype=torch.uint8)
+    views = [
+        KVView.at(
+            96 * order + start, "block | token dim", shape=(4, 24), dtype=torch.uint8,
+            device="cpu", pinned=True,
+        )
+        for start in (1 << 20, 1 << 22)
+    ]  # fmt: skip
+    if mine == "of tensors":
+        views[0] = KVView(memory, "block token dim")
+    at = views[0].addresses[0] + 96 * 7 + 40
+    monkeypatch.setattr(folding.pinned, "seams", lambda: (int(at),))
+    named = rng.permutation(number)[:40]
+    ids = Index(named, 4)
+    if tokens < 4:
+        ids = Index((4 * named[:, None] + np.arange(1, 1 + tokens)).reshape(-1))
+    move = Move(*views, ids, ids, ids.length or 0)
+    plan = CopyPlan(views[0].form, views[1].form, ids.step, ids.step)
+    pieces = pieces_of(plan, move)
+    assert np.array_equal(bytes_of_pieces(pieces), bytes_of_runs(plan.runs(*move)))
+    # The destination's addresses end a piece, and so does the seam.
+    for begins, pitch, seams in (
+        (pieces.src, pieces.src_pitch, np.array([at])),
+        (pieces.dst, pieces.dst_pitch, views[1].addresses),
+    ):
+        ends = begins + (pieces.height - 1) * pitch + pieces.width
+        inside = (begins[:, None] < seams) & (seams < ends[:, None])
+        assert not inside.any()
+
+
 @pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
 def test_seams_between_registrations() -> None:
     before = pinned.seams()
