@@ -108,7 +108,12 @@ def _own_spec(device_type: str) -> type[Any]:
 
     if device_type == "cuda" and torch.version.hip:
         device_type = "rocm"
-    base: type[Any] = importlib.import_module("lmcache.v1.platform.base.device_spec").DeviceSpec
+    try:
+        general = importlib.import_module("lmcache.v1.platform.base.device_spec")
+    except ImportError:  # no LMCache, or one that is too old
+        check_release("lmcache")
+        raise
+    base: type[Any] = general.DeviceSpec
     for folder in ("lmcache.v1.platform.devices", "lmcache.v1.platform"):
         with suppress(ImportError):
             module = importlib.import_module(f"{folder}.{device_type}")

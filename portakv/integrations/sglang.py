@@ -100,7 +100,7 @@ def backup(
         own(pool, device_pool, host_indices, device_indices, io_backend)
         return
     pairs = [(held.host, held.device)]
-    if held.host.layers != held.device.layers:  # a rank that owns some of the layers
+    if _is_mla(pool) and held.host.layers != held.device.layers:  # a rank that owns some layers
         pairs = [held.layers(*pair) for pair in _owned(pool)]
     for dst, src in pairs:
         held.copy(src, dst, device_indices, host_indices, io_backend)

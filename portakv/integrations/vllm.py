@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from portakv import BlockTransfer, Index, InvalidTerms, KVView, SlotError, copy_rows
+from portakv import BlockTransfer, Index, InvalidTerms, KVView, LayoutError, SlotError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 
@@ -141,6 +141,12 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         self.blocks_per_chunk = blocks_per_chunk
         self._region, self._terms, self._adopted = region, dict(terms or {}), None
         pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
+        for page in pages:
+            if page.dim() != 2:
+                raise LayoutError(
+                    f"A tensor of shape {tuple(page.shape)}, strides {page.stride()} in bytes was "
+                    f"registered; expected [blocks, page]. Hand over vLLM's canonical caches."
+                )
         host = _host_pages(pages, blocks_per_chunk, chunks, region)
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)

@@ -148,8 +148,13 @@ class BoundLayout:
     ) -> tuple[Form, int]:  # fmt: skip
         """The form of tensors of which each kv has one in ``picks``, and the slots."""
         layout = self.layout
-        shapes = [_dim_shapes(layout, tensor) for tensor in picks]
-        solve(layout, values, [(g, [s[i][0] for s in shapes]) for i, g in enumerate(layout.dims)])
+        try:
+            shapes = [_dim_shapes(layout, tensor) for tensor in picks]
+            sizes = [[shape[at][0] for shape in shapes] for at in range(len(layout.dims))]
+            solve(layout, values, list(zip(layout.dims, sizes, strict=True)))
+        except LayoutError as error:
+            kinds = dict.fromkeys(f"shape {tuple(t.shape)}, strides {t.stride()}" for t in picks)
+            raise LayoutError(f"{error} The tensors have {'; '.join(kinds)}.") from None
         strides = [[stride for _, stride in shape] for shape in shapes]
         itemsizes = [tensor.element_size() for tensor in picks]
         known, axis = values[0], "page" if layout.opaque else "dim"
@@ -358,15 +363,14 @@ def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
     if extra < 0 or (extra and not layout.open_end):
         raise LayoutError(
             f"{layout.text!r} has {len(groups)} dimension(s) right of its containers, but a tensor "
-            f"of shape {tuple(shape)} was found; write an axis (or `1`) for each dimension."
+            f"of {len(shape)} was found; write an axis (or `1`) for each dimension."
         )
     for _ in range(extra):
         size, stride = shape.pop(), strides.pop()
         if shape[-1] != 1 and size != 1 and strides[-1] != size * stride:
             raise LayoutError(
-                f"{groups[-1]} of {layout.text!r} covers several dimensions of a tensor of shape "
-                f"{tuple(tensor.shape)} and strides {tensor.stride()}, which are not contiguous "
-                f"together; write an axis for each dimension."
+                f"{groups[-1]} of {layout.text!r} covers several dimensions of a tensor, which are "
+                f"not contiguous together; write an axis for each dimension."
             )
         if size != 1:
             strides[-1] = stride

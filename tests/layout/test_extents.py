@@ -67,13 +67,13 @@ CONTRADICTIONS: list[tuple[str, tuple[int, ...], dict[str, Any], str]] = [
     ("token dim/4 dim%4", (5, 2, 4), {"dim": 16}, "Axis 'dim' .* extent 4, but 2 was found"),
     ("token dim/4 dim%4", (5, 2, 4), {"dim": 10}, "extent 10, which dim/4 cannot divide"),
     ("block page", (5, 24), {"block_size": 4, "dim": 32}, "'page' .* extent 32, but 24 was found"),
-    ("(block token) dim", (20, 8), {}, r"block and token share.*: declare block_size\.$"),
-    ("token (head dim)", (5, 24), {}, r"head and dim share.*: declare heads or dim\.$"),
-    ("(layer head) token dim", (6, 5, 8), {}, r"head share.*: declare layers or heads\.$"),
+    ("(block token) dim", (20, 8), {}, r"block and token share.*: declare block_size\."),
+    ("token (head dim)", (5, 24), {}, r"head and dim share.*: declare heads or dim\."),
+    ("(layer head) token dim", (6, 5, 8), {}, r"head share.*: declare layers or heads\."),
     # What grows cannot be declared, so the message must not ask for it.
-    ("(token head) dim", (12, 8), {}, r"token and head share.*: declare heads\.$"),
-    ("(block head) token dim", (12, 4, 8), {}, r"block and head share.*: declare heads\.$"),
-    ("(block token head) dim", (24, 8), {}, r"share.*: declare block_size or heads\.$"),
+    ("(token head) dim", (12, 8), {}, r"token and head share.*: declare heads\."),
+    ("(block head) token dim", (12, 4, 8), {}, r"block and head share.*: declare heads\."),
+    ("(block token head) dim", (24, 8), {}, r"share.*: declare block_size or heads\."),
     # A loop of extent 0 must never be taken for one of extent 1, nor a block of no tokens for a
     # view without blocks: only blocks and the tokens of a chunk may be none.
     ("layer kv token dim", (0, 2, 5, 8), {}, "Axis 'layer' .* has extent 0"),

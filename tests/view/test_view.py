@@ -135,9 +135,9 @@ def test_tensors_of_one_allocation_are_a_stride() -> None:
 TOGETHER = "not contiguous together"
 NESTED: Any = torch.nested.nested_tensor([torch.zeros(4, 8), torch.zeros(2, 8)])
 REFUSED: list[tuple[Any, str, dict[str, Any], str]] = [
-    (noise(5, 3, 8), "token dim", {}, r"2 dimension\(s\) .* a tensor of shape"),
-    (noise(20, 3, 8), "(block token) dim", {}, r"2 dimension\(s\) .* a tensor of shape"),
-    (noise(15, 3, 8), "(token head) dim", {"heads": 3}, r"2 dimension\(s\) .* a tensor of shape"),
+    (noise(5, 3, 8), "token dim", {}, r"2 dimension\(s\) .* The tensors have shape"),
+    (noise(20, 3, 8), "(block token) dim", {}, r"2 dimension\(s\) .* The tensors have shape"),
+    (noise(15, 3, 8), "(token head) dim", {"heads": 3}, r"2 dimension\(s\) .* The tensors have"),
     (noise(5, 24), "kv token (head dim)", {"heads": 3}, r"3 dimension\(s\)"),
     (noise(5, 3, 16)[:, :, :8], "token (head dim)", {"heads": 3}, TOGETHER),
     (noise(5, 8, 3).transpose(1, 2), "token (head dim)", {"heads": 3}, TOGETHER),
@@ -180,6 +180,21 @@ def test_what_is_refused(tensors: Any, layout: str, extents: dict[str, Any], why
     KVView(noise(5, 8), "token dim", dim=8, heads=1, kv=1)
     with pytest.raises(LayoutError, match=why):
         KVView(tensors, layout, **extents)
+
+
+@pytest.mark.parametrize("layout", ["kv token dim", "layer kv token dim", "kv layer | token dim"])
+def test_tensors_that_do_not_fit_are_named_by_shape_and_strides(layout: str) -> None:
+    """By tensors and by addresses alike: two kv of three."""
+    tensor = torch.zeros(3, 5, 9)[:, :, :8]
+    held = [[tensor], [tensor[:, :, :4]]] if "|" in layout else tensor
+    with pytest.raises(LayoutError, match=re.escape("shape (3, 5, 8), strides (45, 9, 1)")):
+        KVView(held, layout)
+    if "|" not in layout:
+        with pytest.raises(LayoutError, match=re.escape("shape (3, 5, 8), strides (45, 9, 1)")):
+            KVView.at(
+                tensor.data_ptr(), layout, shape=tensor.shape, strides=tensor.stride(),
+                dtype=tensor.dtype, device="cpu",
+            )  # fmt: skip
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])
