@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from portakv import Index, KVView, LayoutError, Transfer, copy_rows
+from portakv import Index, KVView, LayoutError, SlotError, Transfer, copy_rows
 from portakv.host import pinned
 from portakv.integrations import check_release
 
@@ -121,6 +121,8 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
 
     def _room(self, pair: Pair) -> Pair:
         """Host memory with room for these rows; larger one has none of them yet."""
+        if pair[0].dim() != 4:
+            KVView(pair, _ROWS)  # raises, with shape and strides
         (batch, heads, tokens, _), host = pair[0].shape, self._host
         if host is None or host[0].shape[2] < tokens or host[0].shape[:2] != (batch, heads):
             sizes = [(batch, heads, tokens + max(_GRAIN, tokens // 4), x.shape[3]) for x in pair]
@@ -186,15 +188,21 @@ def save_prefix(
         Wait for it before the blocks are used on another stream.
 
     Raises:
-        LayoutError: layers of another kind, or a pool that is not paged or holds other rows.
+        LayoutError: other layers, fewer tokens, or a pool that is not paged or holds other rows.
+        SlotError: no tokens, and on the host a negative id.
         PortaKVError: what `portakv.copy_rows` raises.
     """
-    pairs = []
+    held, pairs = cache.get_seq_length(), []
+    tokens = held if tokens is None else tokens
+    if tokens > held or not held:
+        raise LayoutError(
+            f"A prefix of {tokens} tokens was to be saved from a cache of {held}; expected one "
+            f"that holds them. Run the model before."
+        )
     for layer in _layers(cache):
         if isinstance(layer, PortaKVLayer):
             layer.land()
         pairs.append((layer.keys, layer.values))
-    tokens = cache.get_seq_length() if tokens is None else tokens
     rows = [tuple(each[:, :, :tokens] for each in pair) for pair in pairs]
     slots = _slots(pool, blocks, len(rows[0][0]), tokens)
     return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, slots)
@@ -217,7 +225,7 @@ def load_prefix(
         What follows on the current stream need not wait for it; of pageable memory it is done.
 
     Raises:
-        LayoutError: a cache that holds tokens; and what `save_prefix` raises.
+        LayoutError: a cache that holds tokens, or has other layers; and what `save_prefix` raises.
         PortaKVError: what `portakv.copy_rows` raises.
     """
     if cache.get_seq_length():
@@ -229,20 +237,21 @@ def load_prefix(
         cache.layers.append(cache.layer_class_to_replicate())
     ids = _ids(blocks)
     batch = ids.shape[0] if ids.dim() > 1 else 1
+    slots, layers = _slots(pool, ids, batch, tokens), _layers(cache)
     rows: list[tuple[torch.Tensor, ...]] = []
-    for layer in _layers(cache):
-        planes = [pool.plane(len(rows), kv) for kv in range(pool.kv)]
+    for number in range(len(layers)):
+        planes = [pool.plane(number, kv) for kv in range(pool.kv)]
         sizes = [(batch, pool.heads, tokens, each.shape[-1]) for each in planes]
         home = pool.device if device is None else device
-        pair = [
+        made = (
             torch.empty(size, dtype=each.dtype, device=home)
             for size, each in zip(sizes, planes, strict=True)
-        ]
+        )
+        rows.append(tuple(made))
+    transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), slots)
+    for layer, pair in zip(layers, rows, strict=True):  # of a refused copy the cache has nothing
         layer.lazy_initialization(*pair)
         layer.keys, layer.values = pair
-        rows.append(tuple(pair))
-    slots = _slots(pool, ids, batch, tokens)
-    transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), slots)
     transfer.wait()
     return transfer
 
@@ -266,7 +275,13 @@ def _slots(pool: KVView, blocks: Any, batch: int, tokens: int) -> Index:
             f"A prefix was asked for in {pool.layout.text!r}, which has no `block` axis; pass a "
             f"view of paged memory."
         )
-    return Index.of_requests(_ids(blocks).reshape(batch, -1), [tokens] * batch, pool.block_size)
+    ids = _ids(blocks).reshape(batch, -1)
+    if tokens < 1 or (ids.is_cpu and ids.numel() and ids.min() < 0):
+        raise SlotError(
+            f"A prefix of {tokens} tokens was asked for in blocks {ids.tolist()}; expected one at "
+            f"least, and ids that are at least 0. Nothing was moved."
+        )
+    return Index.of_requests(ids, [tokens] * batch, pool.block_size)
 
 
 def _ids(blocks: Any) -> torch.Tensor:

@@ -196,8 +196,9 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                 for transfer in list(lane.jobs.values()):
                     transfer.synchronize()
         finally:
-            for lane in self._lanes:
-                lane.jobs.clear()
+            with self._taking:  # another thread may be asking for results
+                for lane in self._lanes:
+                    lane.jobs.clear()
             self._groups = []  # its views hold the region's memory
             if self._adopted is not None:
                 self._adopted.close()

@@ -10,8 +10,6 @@ from __future__ import annotations
 import inspect
 import os
 import re
-import subprocess
-import sys
 import textwrap
 from importlib import metadata
 from importlib.util import find_spec
@@ -27,6 +25,7 @@ os.environ.setdefault("LMCACHE_DEVICE_BACKEND", "portakv-cpu")
 
 import lmcache.lmcache_native as native
 from lmcache.v1.platform import resolve_device_ops, torch_ops
+from support.engine_process import answer, in_a_process, in_a_worker
 from support.guarded_memory import check_sentence
 from support.lmcache_cases import (
     GEOMETRIES,
@@ -54,22 +53,6 @@ WRONG_THERE = (14,)
 @pytest.fixture
 def ops() -> Any:
     return resolve_device_ops("cpu")
-
-
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process, in which no backend was chosen."""
-    inherited = {name: value for name, value in os.environ.items() if name != plug.VARIABLE}
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], env=inherited | environment, text=True,
-        capture_output=True, timeout=240,
-    )  # fmt: skip
-
-
-def answer(code: str, **environment: str) -> str:
-    """What code in a new process prints last."""
-    done = in_a_process(code, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().splitlines()[-1]
 
 
 def test_a_tensor_over_an_address(ops: Any) -> None:
@@ -104,6 +87,9 @@ def test_a_device_that_is_not_here_is_refused() -> None:
     done = in_a_process(WHICH, LMCACHE_DEVICE_BACKEND=f"portakv-{device}")
     assert done.returncode != 0
     assert f"'portakv-{device}' is registered but not available" in done.stderr
+    done = in_a_process(WHICH, LMCACHE_DEVICE_BACKEND="portakv-xpu")
+    assert done.returncode != 0
+    assert "'portakv-xpu' is not registered" in done.stderr
 
 
 @pytest.mark.parametrize("found", ["0.5.3", "0.6.0"])
@@ -162,17 +148,6 @@ def test_what_a_spec_pins_is_adopted_piece_by_piece() -> None:
     assert spec.unpin_memory((1 << 20) + 4096)
     assert {*pinned.seams()} == before
     assert spec.unpin_memory(1 << 20)
-
-
-def test_a_missing_engine_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(name: str) -> str:
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
-    said = integrations.why_not("lmcache")
-    assert said is not None
-    assert "lmcache is not installed" in said
-    check_sentence(said)
 
 
 def test_the_installed_release_is_in_the_matrix() -> None:
@@ -458,20 +433,23 @@ def test_two_kinds_of_device_in_one_process() -> None:
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])
 def test_in_a_worker_process(how: str) -> None:
-    code = f"""
-import multiprocessing as mp
-if __name__ == "__main__":
-    round_trip("cpu")
-    if {how!r} == "fork":
-        worker = mp.get_context("fork").Process(target=round_trip, args=("cpu",))
-        worker.start()
-        worker.join(120)
-        print(worker.exitcode)
-    else:
-        import subprocess, sys
-        print(subprocess.run([sys.executable, "-c", "import lmcache"]).returncode)
-"""
-    assert answer(f"{HOST}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-cpu") == "0"
+    code = f"{HOST}\ndef work():\n    round_trip('cpu')\n"
+    assert in_a_worker(code, how, LMCACHE_DEVICE_BACKEND="portakv-cpu") == "0"
+
+
+def test_beside_another_engine_in_one_process() -> None:
+    code = """
+        from portakv.integrations.transformers import PortaKVLayer
+        layer, rows = PortaKVLayer(), torch.randn(2, 1, 2, 9, 16)
+        for first in range(0, 9, 3):
+            round_trip("cpu")
+            found = layer.update(*rows[:, :, :, first : first + 3])
+            layer.offload()
+        assert all(map(torch.equal, found, rows))
+        print("right")
+    """
+    both = f"{HOST}\n{textwrap.dedent(code)}"
+    assert answer(both, LMCACHE_DEVICE_BACKEND="portakv-cpu") == "right"
 
 
 def test_a_process_may_end_while_transfers_are_under_way() -> None:
@@ -540,7 +518,8 @@ def test_a_layout_that_was_never_seen_is_refused_with_shape_and_strides(ops: Any
     g = GEOMETRIES[1]
     odd = [torch.zeros(3, g.blocks, g.block_size, g.heads, g.dim) for _ in range(g.layers)]
     objects = [torch.zeros(2, g.layers, g.block_size, g.row)]
-    with pytest.raises(ValueError, match=re.escape("kv")) as caught:
+    odd_one = f"shape {tuple(odd[0].shape)}, strides {odd[0].stride()}"
+    with pytest.raises(ValueError, match=re.escape(odd_one)) as caught:
         ops.multi_layer_block_kv_transfer(
             odd, objects, [4], CPU, D2H, descriptor(g), g.block_size, FORMATS[1], 0
         )

@@ -4,6 +4,8 @@ is imported; `test_lmcache.py` runs the same ops inside the real package."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import numpy as np
@@ -474,6 +476,42 @@ def test_an_object_of_another_length_than_the_slots() -> None:
             chunk, pointers(caches, CPU), torch.arange(4), CPU, g.slots, D2H, 1
         )
     check_sentence(str(caught.value))
+
+
+def test_a_slot_past_the_caches_moves_nothing() -> None:
+    g = GEOMETRIES[1]
+    _, caches = held(g, CPU, 1)
+    for direction in (D2H, H2D):
+        for by in ("tensors", "int64"):
+            chunk = torch.ones(2, g.layers, 2, g.row, dtype=torch.bfloat16)
+            held_bits = [each.view(torch.int16) for each in (chunk, *caches)]
+            before = [each.clone() for each in held_bits]
+            with pytest.raises(SlotError) as caught:
+                lmcache_ops.multi_layer_kv_transfer(
+                    chunk, caches_argument(caches, by, CPU), torch.tensor([9, g.slots]), CPU,
+                    g.slots, direction, 1,
+                )  # fmt: skip
+            check_sentence(str(caught.value), f"slot {g.slots}")
+            assert all(map(torch.equal, before, held_bits))
+
+
+@pytest.mark.parametrize("by", ["tensors", "int64"])
+def test_caches_in_the_place_of_others_that_were_freed(by: str) -> None:
+    """The same addresses or others, nothing holds the memory of the caches before."""
+    g = GEOMETRIES[1]
+    for seed in range(4):
+        logical = g.logical(seed)
+        memory = [np.ascontiguousarray(each) for each in physical(g, logical)]
+        caches = [bits(each, CPU) for each in memory]
+        gone = [weakref.ref(each) for each in memory]
+        chunk = torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16)
+        lmcache_ops.multi_layer_kv_transfer(
+            chunk, caches_argument(caches, by, CPU), torch.tensor([9, 2]), CPU, g.slots, D2H, 1
+        )
+        np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
+        del caches, memory
+        gc.collect()
+        assert [each() for each in gone] == [None] * g.layers
 
 
 def test_a_table_that_is_written_anew_is_read_anew() -> None:

@@ -9,8 +9,7 @@ of a process of its own.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import re
 import textwrap
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -22,7 +21,7 @@ if find_spec("sglang") is None:
     pytest.skip("SGLang is not installed; see .ci/plugs", allow_module_level=True)
 os.environ["PORTAKV_SGLANG"] = "1"
 
-from support import sglang_on_cpu  # noqa: F401, I001  before SGLang
+from support import engine_process, sglang_on_cpu  # noqa: F401, I001  before SGLang
 import msgspec
 from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
@@ -30,7 +29,7 @@ from sglang.srt.mem_cache.pool_host import common, mha, mla
 from sglang.srt.plugins import load_plugins
 from support.guarded_memory import check_sentence
 
-from portakv import SlotError
+from portakv import BackendUnavailable, LayoutError, SlotError
 from portakv.integrations import IntegrationError, kvcacheio
 from portakv.integrations import sglang as plug
 
@@ -38,6 +37,7 @@ load_plugins()
 
 LAYERS, TOKENS, PAGE, HEADS, DIM = 3, 64, 8, 2, 16
 CPU = torch.device("cpu")
+BEFORE = "from support import sglang_on_cpu\n"
 #: What SGLang's own methods serve, by name of the functions of `sgl_kernel.kvcacheio`.
 THEIRS = [
     ("mha", "layer_first", "kernel"), ("mha", "layer_first", "direct"),
@@ -155,22 +155,9 @@ def moved(info: Any, kind: str, buffers: list[torch.Tensor], device: torch.devic
     return msgspec.structs.replace(info, buffers=both, device=buffers[0].device)
 
 
-def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process, in which SGLang was not imported."""
-    inherited = {name: value for name, value in os.environ.items() if name != "PORTAKV_SGLANG"}
-    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-    lines = "from support import sglang_on_cpu\n" + textwrap.dedent(code)
-    return subprocess.run(
-        [sys.executable, "-c", lines], env=inherited | environment, text=True,
-        capture_output=True, timeout=280,
-    )  # fmt: skip
-
-
 def answer(code: str, **environment: str) -> str:
-    """What code in a new process prints last."""
-    done = in_a_process(code, **environment)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.strip().splitlines()[-1]
+    """What code beside SGLang prints last, in a new process."""
+    return engine_process.answer(BEFORE + textwrap.dedent(code), **environment)
 
 
 # --- Every pool, layout and I/O backend -----------------------------------------------------------
@@ -387,6 +374,47 @@ def test_a_pool_that_was_destroyed(device: torch.device) -> None:
     check_sentence(str(raised.value), "MHATokenToKVPoolHost")
 
 
+ODD = {
+    "fewer dimensions": ("mha", "page_first", lambda x: x.flatten(-2)),
+    "one of MLA": ("mla", "page_first", lambda x: x[0]),
+    "none to divide": ("mha", "page_first", lambda x: x[:, :-1]),
+}
+
+
+@pytest.mark.parametrize(("kind", "layout", "change"), ODD.values(), ids=ODD)
+def test_a_layout_that_was_never_seen(kind: str, layout: str, change: Any) -> None:
+    """It is refused with shape and strides, and by both directions."""
+    pools = build(kind, layout, CPU)
+    pools.host.kv_buffer = odd = change(pools.host.kv_buffer)
+    shape, strides = (odd.shape, odd.stride()) if kind == "mla" else (odd[0].shape, odd[0].stride())
+    named = re.escape(f"shape {tuple(shape)}, strides {strides}")
+    on_host, on_device = pools.ids(2)
+    with pytest.raises(LayoutError, match=named) as raised:
+        pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
+    check_sentence(str(raised.value))
+    with pytest.raises(LayoutError, match=named):
+        pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, 0, "kernel")
+
+
+def test_a_pool_of_other_layers_is_refused() -> None:
+    pools = build("mha", "page_head", CPU)
+    pools.host.kv_buffer = pools.host.kv_buffer.transpose(-1, -2)
+    with pytest.raises(LayoutError, match="'layer' extent") as raised:
+        pools.host.backup_from_device_all_layer(pools.device_pool, *pools.ids(2), "kernel")
+    check_sentence(str(raised.value))
+
+
+def test_a_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = build("mha", "page_first", CPU)
+    on_host, on_device = pools.ids(2)
+    before = pools.held()
+    monkeypatch.setenv("PORTAKV_BACKEND", "cuda")
+    with pytest.raises(BackendUnavailable) as raised:
+        pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, 0, "kernel")
+    check_sentence(str(raised.value), "cpu")
+    assert all(map(torch.equal, pools.held(), before))
+
+
 def test_buffers_that_were_made_again_between_two_calls() -> None:
     pools = build("mha", "page_first", CPU)
     on_host, on_device = pools.ids(2)
@@ -459,7 +487,8 @@ def test_a_release_outside_the_matrix_is_refused_with_both_versions(found: str) 
     real = metadata.version
     metadata.version = lambda name: {found!r} if name == "sglang" else real(name)
     """
-    done = in_a_process(before + WHICH, PORTAKV_SGLANG="1")
+    code = BEFORE + textwrap.dedent(before) + textwrap.dedent(WHICH)
+    done = engine_process.in_a_process(code, PORTAKV_SGLANG="1")
     assert done.stdout.strip().splitlines()[-1] == "False False"  # SGLang logs it and goes on
     said = next(x for x in done.stderr.splitlines() if "IntegrationError: " in x)
     assert f"sglang {found}" in said
@@ -509,14 +538,13 @@ def test_defaults_of_torch_that_were_set_before_the_first_use(before: str) -> No
     assert answer(ROUND.format(before="", after=after), PORTAKV_SGLANG="1") == "True"
 
 
-def test_workers_that_were_forked_and_spawned() -> None:
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_in_a_worker_process(how: str) -> None:
     after = """
-    import os
     pair = made()
-    first = judge(*pair)
-    child = os.fork()
-    if not child:
-        os._exit(0 if judge(*pair) and judge(*made()) else 1)
-    print(first, os.waitpid(child, 0)[1])
+    def work():
+        assert judge(*pair)
+        assert judge(*made())
     """
-    assert answer(ROUND.format(before="", after=after), PORTAKV_SGLANG="1") == "True 0"
+    code = BEFORE + textwrap.dedent(ROUND.format(before="", after=after))
+    assert engine_process.in_a_worker(code, how, PORTAKV_SGLANG="1") == "0"

@@ -4,19 +4,22 @@ as it does with transformers' own cache."""
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
-from importlib import metadata
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from support.ambient import STATES, State
 from support.device_cases import current, delay
-from support.guarded_memory import check_sentence, refused
+from support.engine_process import answer, in_a_worker
+from support.guarded_memory import refused
 from transformers import DynamicCache
 
-from portakv import KVView, LayoutError, SlotError, integrations
+from portakv import BackendUnavailable, KVView, LayoutError, SlotError, integrations
 from portakv.integrations import transformers as plug
 
 LAYERS, KV_HEADS, DIM = 3, 2, 16
@@ -248,6 +251,14 @@ def test_what_is_refused(model: Any) -> None:
         plug.save_prefix(cache, pool, [1, 2])
     with refused(SlotError, "slot"):
         plug.save_prefix(cache, pool, [1, 2, BLOCKS])
+    with refused(SlotError, "-1"):
+        plug.save_prefix(cache, pool, [1, 2, -1])
+    with refused(LayoutError, "22 tokens", "of 21"):
+        plug.save_prefix(cache, pool, [1, 2, 3], 22)
+    with refused(LayoutError, "0 tokens", "of 0"):
+        plug.save_prefix(DynamicCache(), pool, [1, 2, 3])
+    with refused(SlotError, "A prefix of 0 tokens"):
+        plug.save_prefix(cache, pool, [1, 2, 3], 0)
     chunk = KVView(torch.zeros(2, LAYERS, 32, KV_HEADS, DIM), "kv layer token head dim")
     with refused(LayoutError, "`block` axis"):
         plug.save_prefix(cache, chunk, [0])
@@ -258,16 +269,144 @@ def test_what_is_refused(model: Any) -> None:
         plug.save_prefix(windowed, pool, [1, 2, 3])
 
 
-@pytest.mark.parametrize("found", ["5.16.2", "5.24.0"])
-def test_a_release_outside_the_matrix_is_refused_with_both_versions(
-    found: str, monkeypatch: pytest.MonkeyPatch
+REFUSED = {
+    "a block past the pool": ([1, 2, BLOCKS], 21, LAYERS, SlotError, "slot"),
+    "a negative block": ([1, 2, -1], 21, LAYERS, SlotError, "-1"),
+    "no tokens": ([1, 2, 3], 0, LAYERS, SlotError, "of 0 tokens"),
+    "fewer than none": ([1, 2, 3], -1, LAYERS, SlotError, "of -1 tokens"),
+    "fewer layers": ([1, 2, 3], 21, LAYERS - 1, LayoutError, "extent 3"),
+    "more layers": ([1, 2, 3], 21, LAYERS + 1, LayoutError, "layer 3"),
+}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "tokens", "layers", "error", "told"), REFUSED.values(), ids=REFUSED
+)
+def test_a_refused_prefix_leaves_the_cache_empty(
+    blocks: list[int], tokens: int, layers: int, error: Any, told: str
 ) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: found)
-    said = integrations.why_not("transformers")
-    assert said is not None
-    assert f"transformers {found}" in said
-    assert "PortaKV 0." in said
-    check_sentence(said)
+    pool = pool_of(torch.device("cpu"), "layer | kv block token head dim")
+    config = small(num_hidden_layers=layers).config
+    cache = DynamicCache(config=config)
+    with refused(error, told):
+        plug.load_prefix(cache, pool, blocks, tokens)
+    assert cache.get_seq_length() == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 9, DIM), (1, KV_HEADS, 9, DIM, 2)])
+def test_rows_that_were_never_seen(shape: tuple[int, ...]) -> None:
+    layer, rows = plug.PortaKVLayer(), torch.zeros(shape)
+    layer.update(rows, rows)
+    with refused(LayoutError, f"shape {shape}, strides {rows.stride()}"):
+        layer.offload()
+    assert not layer.is_away
+
+
+def test_a_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer stays where it is, with all of its rows."""
+    layer, rows = plug.PortaKVLayer(), torch.randn(2, 1, KV_HEADS, 9, DIM)
+    layer.update(*rows)
+    monkeypatch.setenv("PORTAKV_BACKEND", "cuda")
+    with refused(BackendUnavailable, "cpu"):
+        layer.offload()
+    assert not layer.is_away
+    assert torch.equal(layer.keys, rows[0])
+    assert torch.equal(layer.values, rows[1])
+
+
+def test_two_models_in_one_process(model: Any) -> None:
+    """Step by step, each with a cache and a number type of its own."""
+    other = small("Qwen2").to(torch.bfloat16)
+    pairs = [(each, plug.OffloadedCache(each.config)) for each in (model, other)]
+    expected = [steps(each, DynamicCache(), prompt()) for each, _ in pairs]
+    tokens, told = [prompt()] * 2, [list[torch.Tensor](), list[torch.Tensor]()]
+    for _ in range(STEPS):
+        for n, (each, cache) in enumerate(pairs):
+            told[n].append(steps(each, cache, tokens[n], 1))
+            tokens[n] = told[n][-1].argmax(-1)
+    for mine, right in zip(told, expected, strict=True):
+        assert torch.equal(torch.cat(mine, 1), right)
+
+
+def test_a_pool_that_was_made_again() -> None:
+    """The same addresses or others, nothing holds the memory of the pool before."""
+    cache, after = DynamicCache(), DynamicCache()
+    rows = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM)
+    for n in range(LAYERS):
+        cache.update(*rows[n], n)
+    for _ in range(3):
+        memory = np.zeros((BLOCKS, LAYERS, 2, KV_HEADS, SIZE, DIM), dtype=np.float32)
+        gone = weakref.ref(memory)
+        pool = KVView(torch.from_numpy(memory), "block layer kv head token dim")
+        plug.save_prefix(cache, pool, [4, 2])
+        after = DynamicCache()
+        plug.load_prefix(after, pool, [4, 2], 9)
+        assert all(torch.equal(after.layers[n].keys, rows[n, 0]) for n in range(LAYERS))
+        del pool, memory
+        gc.collect()
+        assert gone() is None
+
+
+# --- Whole processes ------------------------------------------------------------------------------
+
+ROUND = """
+import torch
+
+def judge(device="cpu"):
+    from transformers import DynamicCache
+    from portakv import KVView
+    from portakv.integrations.transformers import OffloadedCache, load_prefix, save_prefix
+    rows = torch.randn(3, 2, 1, 2, 9, 16, device="cpu", dtype=torch.float32)
+    pool = KVView(
+        torch.zeros(24, 3, 2, 2, 8, 16, device=device, dtype=torch.float32),
+        "block layer kv head token dim",
+    )
+    cache, other = OffloadedCache(), OffloadedCache()
+    for first in range(0, 9, 3):
+        for n in range(3):
+            cache.update(*rows[n, :, :, :, first : first + 3].to(device), n)
+    save_prefix(cache, pool, [4, 2]).synchronize()
+    load_prefix(other, pool, [4, 2], 9)
+    for n in range(3):
+        found = other.update(*rows[n, :, :, :, :1].to(device), n)
+        for each, right in zip(found, rows[n]):
+            assert each[:, :, :9].cpu().equal(right)
+"""
+SIMULATED = "from portakv_conformance import simdev\nsimdev.load()\n"
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.bfloat16)",
+     "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"],
+    ids=["device", "dtype", "both"],
+)  # fmt: skip
+def test_defaults_of_torch_that_were_set_before_the_first_use(before: str) -> None:
+    assert answer(f"{ROUND}\n{before}\njudge()\nprint('right')") == "right"
+
+
+def test_an_accelerator_that_is_the_default_device() -> None:
+    before = "torch.set_default_device('simdev'); torch.set_default_dtype(torch.bfloat16)"
+    code = f"{SIMULATED}{ROUND}\n{before}\njudge('simdev')\nprint(not simdev.take_faults())"
+    assert answer(code) == "True"
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_in_a_worker_process(how: str) -> None:
+    assert in_a_worker(f"{ROUND}\nwork = judge\n", how) == "0"
+
+
+def test_a_process_may_end_while_layers_are_under_way() -> None:
+    code = f"""{SIMULATED}
+import torch
+from portakv.integrations.transformers import OffloadedCache
+cache, rows = OffloadedCache(), torch.ones(2, 4, 8, 512, 64, device="simdev")
+for n in (*range(8), 0, 1):
+    simdev.delay(torch.accelerator.current_stream(), 200)
+    cache.update(*rows, n)
+print("issued")
+"""
+    assert answer(code) == "issued"
 
 
 def test_the_installed_release_is_in_the_matrix() -> None:

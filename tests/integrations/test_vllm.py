@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
-import subprocess
 import sys
-import textwrap
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Sequence
-from importlib import metadata
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; see .ci/plugs", allow_module_level=True)
 
 from support.ambient import STATES, State
+from support.engine_process import answer, in_a_process, in_a_worker
 from support.guarded_memory import check_sentence, refused
 from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
 from vllm.v1.kv_offload import base
@@ -29,7 +31,7 @@ from vllm.v1.kv_offload.cpu import spec as cpu_spec
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-from portakv import InvalidTerms, SlotError, integrations
+from portakv import BackendUnavailable, InvalidTerms, LayoutError, SlotError, integrations
 from portakv.integrations import IntegrationError
 from portakv.integrations import vllm as plug
 from portakv_conformance import simdev
@@ -453,6 +455,58 @@ def test_shutdown_waits_and_is_the_end(device: torch.device, make: Make) -> None
     worker.shutdown()
 
 
+def test_results_may_be_asked_for_during_shutdown(make: Make) -> None:
+    """By another thread; each job ends there or here."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(60):
+            worker = make(Caches(torch.device("cpu"), [64], [[0]]))
+            for job in range(30):
+                worker.submit_store(job, device_spec([[job % 13]], [0]), host_spec([job % 9]))
+            with ThreadPoolExecutor() as pool:
+                asked = [pool.submit(worker.get_finished) for _ in range(3)]
+                worker.shutdown()
+            told = [each.job_id for one in asked for each in one.result()]
+            assert len(told) == len({*told})
+    finally:
+        sys.setswitchinterval(before)
+
+
+@pytest.mark.parametrize("shape", [(13,), (13, 4, 16)])
+def test_caches_that_were_never_seen(shape: tuple[int, ...], make: Make) -> None:
+    caches = Caches(torch.device("cpu"), [64], [[0]])
+    caches.tensors = [odd := torch.zeros(shape, dtype=torch.int8)]
+    with refused(LayoutError, f"shape {shape}, strides {odd.stride()}", "[blocks, page]"):
+        make(caches)
+
+
+def test_a_device_without_a_backend(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    caches = Caches(torch.device("cpu"), [64], [[0]])
+    worker = make(caches)
+    monkeypatch.setenv("PORTAKV_BACKEND", "cuda")
+    with refused(BackendUnavailable, "cpu", watch=caches.tensors):
+        worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
+    assert worker.get_finished() == []
+
+
+def test_caches_that_were_made_again(make: Make) -> None:
+    """A worker lets go of them with its shutdown, and the next one has others."""
+    for seed in range(3):
+        memory = np.full((13, 64), seed, dtype=np.int8)
+        gone = weakref.ref(memory)
+        caches = Caches(torch.device("cpu"), [64], [[0]])
+        caches.tensors, caches.before = [torch.from_numpy(memory)], [torch.from_numpy(memory + 0)]
+        worker = plug.PortaKVOffloadingWorker(caches.canonical(), 1, 9)
+        worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
+        worker.submit_load(2, host_spec([1]), device_spec([[5]], [0]))
+        assert len(finish(worker, {1, 2})) == 2
+        worker.shutdown()
+        del caches, memory
+        gc.collect()
+        assert gone() is None
+
+
 def test_no_room_for_one_chunk(make: Make) -> None:
     """vLLM starts all the same, and its manager stores nothing."""
     worker = make(Caches(torch.device("cpu"), [64], [[0]]), 3, 0)
@@ -486,16 +540,22 @@ def test_a_canonical_layout_is_refused() -> None:
         OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, canonical_layout=True))
 
 
-@pytest.mark.parametrize("found", ["0.24.0", "0.34.0"])
-def test_a_release_outside_the_matrix_is_refused_with_both_versions(
-    found: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(metadata, "version", lambda name: found)
-    said = integrations.why_not("vllm")
-    assert said is not None
-    assert f"vllm {found}" in said
-    assert "PortaKV 0." in said
-    check_sentence(said)
+def test_the_factory_refuses_a_release_outside_the_matrix() -> None:
+    """At the start, with both versions; other specs of that release stay vLLM's."""
+    code = """
+        from importlib import metadata
+        real = metadata.version
+        metadata.version = lambda name: "0.34.0" if name == "vllm" else real(name)
+        from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+        print(OffloadingSpecFactory.get_spec_cls({}).__name__)
+        where = {"spec_module_path": "portakv.integrations.vllm"}
+        OffloadingSpecFactory.get_spec_cls({"spec_name": "PortaKVOffloadingSpec"} | where)
+    """
+    done = in_a_process(code)
+    assert done.stdout.strip().splitlines()[-1] == "CPUOffloadingSpec"
+    said = done.stderr.strip().splitlines()[-1]
+    assert "IntegrationError" in said
+    check_sentence(said.partition(": ")[2], "vllm 0.34.0", "PortaKV 0.")
 
 
 def test_the_installed_release_is_in_the_matrix() -> None:
@@ -556,38 +616,58 @@ def test_registrations_of_a_region_are_adopted() -> None:
 # --- Whole processes ------------------------------------------------------------------------------
 
 PROCESS = """
-    import torch
-    {before}
-    from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
-    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
-    caches = Caches(torch.device("cpu"), [256, 256], [[0, 1]])
-    spec = OffloadingSpecFactory.create_spec(offloading_config(512, 2, 8))
-    worker = spec.get_worker(caches.canonical())
-    {after}
-    worker.submit_store(1, device_spec([[1, 2, 3]], [0]), host_spec([5, 2]))
-    worker.wait({{1}})
-    caches.lose()
-    worker.submit_load(2, host_spec([5, 2]), device_spec([[7, 8, 9]], [0]))
-    worker.wait({{2}})
-    caches.expect([[7, 8, 9]], [[1, 2, 3]])
-    print("right")
+import torch
+{before}
+from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
+from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+
+def made(page):
+    caches = Caches(torch.device("cpu"), [page, page], [[0, 1]])
+    spec = OffloadingSpecFactory.create_spec(offloading_config(2 * page, 2, 8))
+    return caches, spec.get_worker(caches.canonical())
+
+def judge(*engines):
+    for caches, worker in engines:
+        worker.submit_store(1, device_spec([[1, 2, 3]], [0]), host_spec([5, 2]))
+    for caches, worker in engines:
+        worker.wait({{1}})
+        caches.lose()
+        worker.submit_load(2, host_spec([5, 2]), device_spec([[7, 8, 9]], [0]))
+    for caches, worker in engines:
+        worker.wait({{2}})
+        caches.expect([[7, 8, 9]], [[1, 2, 3]])
+        assert [each.job_id for each in worker.get_finished()] == [1, 2]
 """
 
 
 @pytest.mark.parametrize(
-    ("before", "after"),
-    [
-        ("torch.set_default_dtype(torch.bfloat16)", ""),
-        ("", "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"),
-        ("", "import os; pid = os.fork(); pid and (os.waitpid(pid, 0), os._exit(0))"),
-    ],
-    ids=["dtype before", "device before the first use", "fork"],
-)
-def test_in_a_process_of_its_own(before: str, after: str) -> None:
-    code = textwrap.dedent(PROCESS.format(before=before, after=after))
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests')\n" + code],
-        text=True, capture_output=True, timeout=240,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip().splitlines()[-1] == "right"
+    "defaults",
+    ["torch.set_default_dtype(torch.bfloat16)",
+     "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"],
+    ids=["dtype", "both"],
+)  # fmt: skip
+def test_defaults_of_torch_that_were_set_before_the_first_use(defaults: str) -> None:
+    before = "torch.set_default_dtype(torch.bfloat16)"
+    code = PROCESS.format(before=before) + f"engine = made(256)\n{defaults}\njudge(engine)"
+    assert answer(f"{code}\nprint('right')") == "right"
+
+
+@pytest.mark.parametrize("how", ["fork", "spawn"])
+def test_in_a_worker_process(how: str) -> None:
+    code = PROCESS.format(before="") + "def work():\n    judge(made(256))\n"
+    assert in_a_worker(code, how) == "0"
+
+
+def test_two_engines_in_one_process() -> None:
+    """Two of vLLM's, and a cache of transformers beside them."""
+    code = """
+from portakv.integrations.transformers import PortaKVLayer
+layer, rows = PortaKVLayer(), torch.randn(2, 1, 2, 9, 16)
+layer.update(*rows)
+layer.offload()
+judge(made(256), made(96))
+layer.land()
+assert torch.equal(layer.keys, rows[0])
+print("right")
+"""
+    assert answer(PROCESS.format(before="") + code) == "right"

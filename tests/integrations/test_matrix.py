@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every plug beside an engine that is missing, too old or too new; whatever is installed here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from support.engine_process import answer
+from support.guarded_memory import check_sentence
+
+from portakv.integrations import MATRIX
+
+#: What an engine does to reach its plug.
+REACHED = {
+    "lmcache": "from portakv.integrations.lmcache import CpuSpec\nCpuSpec().is_available()",
+    "sglang": "from portakv.integrations.sglang import register\nregister()",
+    "transformers": "import portakv.integrations.transformers",
+    "vllm": "import portakv.integrations.vllm",
+}
+RELEASES = (None, "0.1", "99.0")
+CODE = f"""
+import json, sys
+from importlib import metadata
+
+real, told = metadata.version, {{}}
+for plug, code in {REACHED!r}.items():
+    for found in {RELEASES!r}:
+        def version(name):
+            if name == plug and found is None:
+                raise metadata.PackageNotFoundError(name)
+            return found if name == plug else real(name)
+        metadata.version = version
+        try:
+            exec(code)
+            said = "nothing"
+        except Exception as error:
+            said = type(error).__name__, str(error)
+        told[f"{{plug}} {{found}}"] = said
+here = [name for name in ("sglang", "transformers", "vllm") if name in sys.modules]
+print(json.dumps([told, here]))
+"""
+
+
+@pytest.fixture(scope="module")
+def told() -> Any:
+    return json.loads(answer(CODE, LMCACHE_DEVICE_BACKEND="portakv-cpu", PORTAKV_SGLANG="1"))
+
+
+@pytest.mark.parametrize("found", RELEASES)
+@pytest.mark.parametrize("plug", MATRIX)
+def test_a_release_that_is_not_served(plug: str, found: str | None, told: Any) -> None:
+    kind, sentence = told[0][f"{plug} {found}"]
+    assert kind == "IntegrationError", sentence
+    has = "is not installed" if found is None else f"{plug} {found}"
+    check_sentence(sentence, has, str(MATRIX[plug]), "PortaKV 0.", "Install")
+
+
+def test_no_engine_is_imported_before_its_release_is_known(told: Any) -> None:
+    assert told[1] == []

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Code beside a real engine in a process of its own, for what is true of a whole process: which
+plug was chosen, the defaults of torch before the first use, workers that were forked or spawned."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from portakv.integrations import PLUGS
+
+#: Says with which exit code a worker ended that did the same ``work`` as its parent before.
+_IN_A_WORKER = """
+if __name__ == "__main__":
+    import multiprocessing
+
+    work()
+    worker = multiprocessing.get_context("{how}").Process(target=work)
+    worker.start()
+    worker.join(240)
+    print(worker.exitcode)
+"""
+
+
+def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process, in which no plug was chosen but by ``environment``."""
+    chosen = {plug.variable for plug in PLUGS.values()}
+    inherited = {name: value for name, value in os.environ.items() if name not in chosen}
+    inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+    with TemporaryDirectory() as folder:
+        script = Path(folder, "script.py")  # a file, since a spawned worker reads it again
+        script.write_text(textwrap.dedent(code), encoding="utf-8")
+        return subprocess.run(
+            [sys.executable, script], env=inherited | environment, text=True, capture_output=True,
+            timeout=280,
+        )  # fmt: skip
+
+
+def answer(code: str, **environment: str) -> str:
+    """What code in a new process prints last."""
+    done = in_a_process(code, **environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def in_a_worker(code: str, how: str, **environment: str) -> str:
+    """The exit code of a worker that was started as ``how`` says, behind its parent's first use:
+    both do ``work()``, which the code defines."""
+    return answer(textwrap.dedent(code) + _IN_A_WORKER.format(how=how), **environment)
