@@ -18,7 +18,7 @@ from portakv.errors import LayoutError
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import hip
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import usual_device
+from portakv.runtime.devices import usable_device, usual_device
 from portakv.view.bound import BoundLayout, Spans, address_of, as_dtype, reach
 from portakv.view.form import Form, widest_vector
 
@@ -80,9 +80,17 @@ def read_addresses(
     if device is None:
         device, told = _home(bound, addresses)
         pinned = told if pinned is None else pinned
-    home = torch.device(device)
-    if home.type != "cpu" and home.index is None:
-        home = torch.device(home.type, torch.accelerator.current_device_index())
+    try:
+        home = torch.device(device)
+        if home.type != "cpu" and home.index is None:
+            home = torch.device(home.type, torch.accelerator.current_device_index())
+    except RuntimeError:  # torch does not know it, or finds none
+        home = usable_device(str(device))
+    if home.type == "meta":
+        raise LayoutError(
+            f"Addresses of {bound.layout.text!r} were said to be on device meta, which has no "
+            f"memory; name the device where they are."
+        )
     shape, strides = _whole("shape", shape), None if strides is None else _whole("strides", strides)
     origins, table, sizes = None, None, _depth(bound, addresses)
     if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:

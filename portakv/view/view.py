@@ -117,6 +117,7 @@ class KVView:
             LayoutError: what are no addresses, or not as many levels of them as the layout has; an
                 address that is 0, or no multiple of the element's bytes; a contradiction; no
                 ``device``, and no driver that can be asked.
+            DeviceMismatch: a ``device`` that torch does not know, or cannot use here.
             TransferError: the driver fails when it is asked.
         """
         bound = bind_layout(

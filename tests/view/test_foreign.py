@@ -17,7 +17,15 @@ from support.fake_libcuda import FakeLibrary
 from support.foreign_cases import blind
 from support.guarded_memory import check_sentence
 
-from portakv import Index, KVView, LayoutError, TransferError, copy_rows, copy_runs
+from portakv import (
+    DeviceMismatch,
+    Index,
+    KVView,
+    LayoutError,
+    TransferError,
+    copy_rows,
+    copy_runs,
+)
 from portakv.host import pinned
 from portakv.runtime import cuda, hip
 from portakv.view import foreign
@@ -163,6 +171,16 @@ def test_what_are_no_addresses_is_refused(given: Any, named: Any, told: str) -> 
     message = str(refused.value)
     check_sentence(message)
     assert any(each in message for each in told.split("|")), message
+
+
+@pytest.mark.parametrize(
+    ("device", "error"), [("nope", DeviceMismatch), ("meta", LayoutError), ("xpu", DeviceMismatch)]
+)
+def test_a_device_that_is_none_here(device: str, error: type[Exception]) -> None:
+    if device == "xpu" and torch.accelerator.is_available():
+        pytest.skip("torch names the accelerator for any other type")
+    with pytest.raises(error, match=f"{device}.*(this machine has|name the device)"):
+        at([[4096, 8192]], device=device)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, None])
