@@ -131,14 +131,16 @@ def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
 
 def _alike(shapes: _Int64, ends: Sequence[Any]) -> Iterator[tuple[list[int], _Int64 | None]]:
     """Each shape that occurs, and which runs have it (None: all of them)."""
-    kinds, of_run = np.unique(shapes, axis=0, return_inverse=True)
-    if len(kinds) == 1:
-        yield kinds[0].tolist(), None
+    order = np.lexsort(shapes.T[::-1])
+    ordered = shapes[order]
+    which = np.split(order, np.flatnonzero((ordered[1:] != ordered[:-1]).any(axis=1)) + 1)
+    if len(which) == 1:
+        yield shapes[0].tolist(), None
         return
     if any(isinstance(end, torch.Tensor) for end in ends):
         raise SlotError(
-            f"Runs of {len(kinds)} sizes were asked at addresses that only a device has; expected "
+            f"Runs of {len(which)} sizes were asked at addresses that only a device has; expected "
             f"one size for all. Pass the addresses on the host, or a call for each size."
         )
-    for nth, kind in enumerate(kinds.tolist()):
-        yield kind, np.flatnonzero(of_run.reshape(-1) == nth)
+    for group in which:
+        yield shapes[group[0]].tolist(), group
