@@ -268,9 +268,19 @@ class HostLaunch(EngineLaunch):
 
     def pick(self, move: Move) -> Pick:
         """The engine that a transfer takes; moves nothing. Raises as the function `pick` does."""
+        out, host = self.out, self.ends(move)[1]
+        while True:
+            found = self._pick(move, out)
+            engine = self.engines.get(found.engine)  # another thread may have taken it out
+            why = engine.refuses(host) if engine is not None else ""
+            if not why:
+                return found
+            out = {**out, found.engine: why}
+
+    def _pick(self, move: Move, out: Mapping[str, str]) -> Pick:
+        """As `pick`, without the engines that are out, and why, as a phrase."""
         rows, host, mine, theirs = self.ends(move)
-        count, engines = move.count, tuple(self.engines.items())
-        out = self.out | {name: why for name, x in engines if (why := x.refuses(host))}
+        count = move.count
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
         waits = self._waiting(told_of(rows, mine), told_of(host, theirs))
