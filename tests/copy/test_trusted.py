@@ -9,7 +9,8 @@ from support.block_cases import BLOCKS, SIZE, layered, wanted
 from support.guarded_memory import refused
 from support.read_back import ReadBack
 
-from portakv import Index, SlotError, copy_rows
+from portakv import BlockTransfer, Index, KVView, SlotError, copy_rows
+from portakv.host import pinned
 
 MINE, THEIRS = [5, 1, 7], [1, 6, 0]
 
@@ -32,6 +33,34 @@ def test_the_host_waits_only_for_ids_without_a_promise(
     assert torch.equal(dst.rows(), expected)
     # A kernel guards ids, so that it needs no promise.
     assert bool(read.seen) == (not trusted and accelerator.type != "cuda"), read.seen
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("downward", [True, False])
+def test_pools_with_wide_rows_on_the_host_are_not_waited_for(downward: bool) -> None:
+    """A page-first pool, whose tokens are runs of 64 KiB, by ids that only the device has: 32 MiB,
+    more than a kernel usually carries beside a model."""
+    device, slots = torch.device("cuda", 0), 512
+    caches = [torch.randint(9, (slots, 8, 1024), dtype=torch.int16, device=device) for _ in "1234"]
+    pool = pinned.empty((slots, 4, 8, 1024), torch.int16)
+    pool.random_(9)
+    before, layers = pool.clone(), torch.stack(caches, 1).cpu()
+    views = KVView(caches, "layer | token head dim"), KVView(pool, "token layer head dim")
+    ids = [torch.randperm(slots), torch.randperm(slots)]
+    src, dst = views if downward else views[::-1]
+
+    def copy() -> BlockTransfer:
+        return copy_rows(src, dst, *(Index(each.to(device), trusted=True) for each in ids))
+
+    copy().synchronize()  # prepared
+    with ReadBack() as read:
+        transfer = copy()
+    assert not read.seen
+    transfer.synchronize()
+    assert transfer.carried[0] == "direct"
+    expected, source = (before, layers) if downward else (layers, before)
+    expected[ids[1]] = source[ids[0]]
+    assert torch.equal(pool if downward else torch.stack(caches, 1).cpu(), expected)
 
 
 def test_parts_of_a_list_keep_the_promise() -> None:

@@ -300,6 +300,18 @@ def test_the_driver_says_where_memory_is(
     check_sentence(str(refused.value))
 
 
+@pytest.mark.gpu
+def test_nvidia_s_driver_says_where_memory_is() -> None:
+    there = torch.arange(64, dtype=torch.uint8, device="cuda").view(4, 16)
+    page, heap = pinned.empty((4, 16), torch.uint8), torch.zeros(4, 16, dtype=torch.uint8)
+    for memory, place in ((there, "device"), (page, "pinned"), (heap, "pageable")):
+        found = KVView.at(memory[1:].data_ptr(), "token dim", shape=(3, 16), dtype=torch.uint8)
+        assert (found.device, found.form.place) == (memory.device, place)
+    for memory in (page, heap):
+        copy_runs(there.data_ptr(), memory.data_ptr(), 64).synchronize()
+        assert torch.equal(memory, there.cpu())
+
+
 def no_driver() -> Any:
     raise OSError("no driver is installed")
 
