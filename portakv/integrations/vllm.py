@@ -217,11 +217,9 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         terms = {"stream": lane.stream, **self._terms}
         for parts, blocks, places, count in moves:
             for part in parts:
-                if store:
-                    copy = copy_rows(part.device, part.host, blocks, places, count=count, **terms)
-                else:
-                    copy = copy_rows(part.host, part.device, places, blocks, count=count, **terms)
-                moved.append(copy)
+                src, dst = (part.device, part.host) if store else (part.host, part.device)
+                ids = (blocks, places) if store else (places, blocks)
+                moved.append(copy_rows(src, dst, *ids, count=count, **terms))
         lane.jobs[job] = BlockTransfer.together(moved)
         return True
 
