@@ -184,12 +184,12 @@ def test_units_at_addresses_are_pieces_of_their_own(
     if mine == "of tensors":
         views[0] = KVView(memory, "block token dim")
     at = views[0].addresses[0] + 96 * 7 + 40
-    monkeypatch.setattr(folding.pinned, "seams", lambda: (int(at),))
+    monkeypatch.setattr(pinned, "seams", lambda: (int(at),))
     named = rng.permutation(number)[:40]
     ids = Index(named, 4)
     if tokens < 4:
         ids = Index((4 * named[:, None] + np.arange(1, 1 + tokens)).reshape(-1))
-    move = Move(*views, ids, ids, ids.length or 0)
+    move = Move(views[0], views[1], ids, ids, ids.length or 0)
     plan = CopyPlan(views[0].form, views[1].form, ids.step, ids.step)
     pieces = pieces_of(plan, move)
     assert np.array_equal(bytes_of_pieces(pieces), bytes_of_runs(plan.runs(*move)))

@@ -120,8 +120,10 @@ def test_forms_of_containers_are_not_confused() -> None:
                 view = KVView(tensors, text)
                 assert (form, origins, slots) == (view.form, view.origins, view.slots)
                 assert spans == view.spans == spans_of(tensors)
-                listed = [x.data_ptr() for x in owners]
-                assert listed == list(origins) == [x.data_ptr() for x in tensors][: len(listed)]
+                listed = [x.data_ptr() for x in owners or ()]
+                assert (
+                    listed == list(origins or ()) == [x.data_ptr() for x in tensors][: len(listed)]
+                )
     declared = [KVView(kinds[0], "layer | block token (head dim)", heads=n).form for n in (2, 4)]
     assert [form.heads for form in declared] == [2, 4]
 
