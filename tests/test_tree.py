@@ -34,7 +34,7 @@ APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
     "portakv": 19_900,
-    PLUGS: 2_550,
+    PLUGS: 2_600,
     "portakv/backends": 3_450,
     "portakv/blocks": 100,
     "portakv/cli": 2_090,
@@ -70,7 +70,7 @@ PRIVATE = re.compile(
 )
 #: In the tests of plugs they are also the engines', which have no public ones.
 PRIVATE_READS = {"tests": 63, "tests/integrations": 35}
-MODULES = {"portakv": 101, PLUGS: 11}
+MODULES = {"portakv": 100, PLUGS: 11}
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.
 MANY_IMPORTS = {
