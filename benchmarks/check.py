@@ -23,8 +23,10 @@ else:
     import tomli as tomllib
 
 FILE = Path(__file__).with_name("bars.toml")
-#: What a result of `portakv bench --host` says of itself; its rows are of kinds that begin so.
-HOST_SUITE = "host"
+#: What results of `portakv bench --host` and `--plugs` say of themselves, and how the kinds of
+#: their rows begin; those of copies inside a device say nothing.
+HOST_SUITE, PLUG_SUITE = "host", "plugs"
+SUITES = {HOST_SUITE: "host_", PLUG_SUITE: "plug_"}
 
 #: How much worse than its accepted figure a bar may come out: the noise between two runs.
 TOLERANCE = 0.03
@@ -73,9 +75,10 @@ class Bar:
             )
 
     @property
-    def of_host(self) -> bool:
-        """True if it is about results of `portakv bench --host`."""
-        return str(self.where.get("kind", "")).startswith(f"{HOST_SUITE}_")
+    def suite(self) -> str | None:
+        """What the results that it is about say of themselves."""
+        kind = str(self.where.get("kind", ""))
+        return next((name for name, begin in SUITES.items() if kind.startswith(begin)), None)
 
     def __str__(self) -> str:
         return f">= {self.at_least:g}" if self.at_most is None else f"<= {self.at_most:g}"
@@ -119,12 +122,11 @@ def load_bars(path: Path = FILE) -> list[Bar]:
 
 def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
     """A verdict for each bar that concerns the device, and the suite, of the results."""
-    device = results["machine"]["device_type"]
-    host = results.get("suite") == HOST_SUITE
+    device, suite = results["machine"]["device_type"], results.get("suite")
     return [
         _judge(bar, results["rows"])
         for bar in bars
-        if bar.device in (None, device) and bar.of_host == host
+        if bar.device in (None, device) and bar.suite == suite
     ]
 
 
@@ -150,6 +152,7 @@ def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
 
 def _named(row: Mapping[str, Any]) -> str:
     names = ["shape", "layers", "backend", "way", "op", "index", "ids", "loop", "stream", "other"]
+    names.append("format")
     if row.get("kind") == "startup":
         names.append("cache")  # of compiled kernels; in other rows it is a layout
     return " ".join(str(row[name]) for name in names if name in row)

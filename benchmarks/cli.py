@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv bench`: measure backends on real models' shapes, and with ``--host`` the copies between
-a device and host memory; print tables, write JSON.
+"""`portakv bench`: measure backends on real models' shapes, with ``--host`` the copies between a
+device and host memory, and with ``--plugs`` engines' own transfers beside those of PortaKV's plugs;
+print tables, write JSON.
 
 Exit codes: 0 all bytes right, 1 some wrong or nothing measured, 2 the command line is wrong.
 """
@@ -20,7 +21,7 @@ from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy
 import torch
@@ -32,15 +33,26 @@ from portakv.engines.costs import costs_of
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
-from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
+from portakv_benchmarks.check import (
+    HOST_SUITE,
+    PLUG_SUITE,
+    SUITES,
+    judge,
+    load_bars,
+    print_verdicts,
+)
 from portakv_benchmarks.device import suite
 from portakv_benchmarks.device.cold_start import measure_startup
 from portakv_benchmarks.device.overhead import measure_overhead
 from portakv_benchmarks.device.ways import run_ladder
 from portakv_benchmarks.host import calls, grid, interference, memory, small
 from portakv_benchmarks.host.suite import HOST_PRESETS, Bench
+from portakv_benchmarks.plugs.lmcache import lmcache_steps
+from portakv_benchmarks.plugs.sglang import sglang_steps
+from portakv_benchmarks.plugs.suite import PLUG_PRESETS, PlugBench, medians
+from portakv_benchmarks.plugs.vllm import vllm_steps
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Row, Rows, Step, in_a_line
-from portakv_benchmarks.shared.peers import PEERS, LMCache, load_peer
+from portakv_benchmarks.shared.peers import PEERS, load_peer
 from portakv_benchmarks.shared.shapes import Shape, load
 from portakv_benchmarks.shared.tables import print_results
 
@@ -55,13 +67,20 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "pageable": memory.pageable_steps, "pinning": memory.pinning_steps,
     "peers": interference.peer_steps,
 }  # fmt: skip
+#: What ``--plugs`` measures, by engine.
+PLUGS: Mapping[str, Callable[[PlugBench], Iterator[Step]]] = {
+    "lmcache": lmcache_steps,
+    "vllm": vllm_steps,
+    "sglang": sglang_steps,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, write to ``--out``, and print; returns the exit code. ``argv`` are the words behind
     `portakv bench`, by default the process's own."""
     words = list(sys.argv[1:] if argv is None else argv)
-    parser = _parser("--host" in words)
+    kind = next((name for name in SUITES if f"--{name}" in words), None)
+    parser = _parser(kind)
     asked = parser.parse_args(words)
     try:
         if os.environ.get(ENVIRONMENT):
@@ -70,13 +89,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"so that nothing can be compared. Unset it, and name backends with --backend."
             )
         device = pick_device(asked.device)
-        results = (run_host if asked.host else run_device)(asked, device)
+        run = {HOST_SUITE: run_host, PLUG_SUITE: run_plugs}.get(kind or "", run_device)
+        results = run(asked, device)
     except PortaKVError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 1
     # Stable from run to run; with backends by name, these are part of it.
-    named = () if asked.host else asked.backend or ()
-    stem = results["name"] if asked.host else "-".join([short_name(device), *named])
+    stem = results.get("name") or "-".join([short_name(device), *(asked.backend or ())])
     written = write(results, asked.out, stem) if asked.out else []
     if asked.json:
         print_json(results)
@@ -89,17 +108,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if all(row["verified"] for row in results["rows"] if not row.get("peer")) else 1
 
 
-def _parser(host: bool) -> argparse.ArgumentParser:
-    what = ("copies between a device and host memory by every engine, in turns with a plain memcpy"
-            if host else "backends on real models' shapes, in turns with copy_")  # fmt: skip
+_MEASURED = {
+    None: "backends on real models' shapes, in turns with copy_",
+    HOST_SUITE: "copies between a device and host memory by every engine, in turns with a memcpy",
+    PLUG_SUITE: "engines' transfers by their own code and by the plugs, in turns with a memcpy",
+}
+_INSTEAD = {
+    HOST_SUITE: "copies between the device and the host",
+    PLUG_SUITE: "engines' own transfers beside those of PortaKV's plugs",
+}
+
+
+def _parser(kind: str | None) -> argparse.ArgumentParser:
+    """The options of a suite; None: of copies inside a device."""
     parser = argparse.ArgumentParser(
-        prog="portakv bench --host" if host else "portakv bench",
-        description=f"Measures {what} of the same bytes, and checks every byte in the same run.",
+        prog="portakv bench" + (f" --{kind}" if kind else ""),
+        description=f"Measures {_MEASURED[kind]} of the same bytes, and checks every byte in the "
+        f"same run.",
     )
     add = parser.add_argument
-    instead = "measure copies between the device and the host; see `bench --host --help`"
-    add("--host", action="store_true", help=argparse.SUPPRESS if host else instead)
-    presets, preset = (HOST_PRESETS, "full") if host else (suite.PRESETS, "core")
+    for name in (kind,) if kind else _INSTEAD:
+        instead = f"measure {_INSTEAD[name]}; see `bench --{name} --help`"
+        add(f"--{name}", action="store_true", help=argparse.SUPPRESS if kind else instead)
+    known: dict[str | None, Mapping[str, Any]]
+    known = {None: suite.PRESETS, HOST_SUITE: HOST_PRESETS, PLUG_SUITE: PLUG_PRESETS}
+    presets, preset = known[kind], "full" if kind else "core"
     add("--preset", choices=sorted(presets), default=preset, help=f"default: {preset}")
     add("--device", help="a torch device (default: the accelerator, if any)")
     add("--seconds", type=read_above_zero, metavar="S", help="begin nothing new after this time")
@@ -109,14 +142,15 @@ def _parser(host: bool) -> argparse.ArgumentParser:
         help="judge the figures by this project's own bars, which were set for its own machines",
     )  # fmt: skip
     several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
-    if host:
-        add("--only", metavar="PARTS",
-            help=f"some parts alone, separated by commas: {', '.join(PARTS)}")  # fmt: skip
+    if kind:
+        parts = ", ".join(PARTS if kind == HOST_SUITE else PLUGS)
+        add("--only", metavar="PARTS", help=f"some parts alone, separated by commas: {parts}")
     else:
         add("--backend", help="may be repeated (default: all accepted)", **several)
         add("--shape", help="may be repeated (default: the preset's)", **several)
-    use = ", for the part `peers`" if host else " to measure beside"
-    add("--peer", help=f"a released peer{use}; may be repeated: {', '.join(PEERS)}", **several)
+    use = ", for the part `peers`" if kind else " to measure beside"
+    if kind != PLUG_SUITE:
+        add("--peer", help=f"a released peer{use}; may be repeated: {', '.join(PEERS)}", **several)
     return parser
 
 
@@ -152,14 +186,10 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     suite.relate(rows)
     return {
         "format": RESULT_FORMAT, "machine": machine,
-        "asked": {"preset": asked.preset, "backends": field.backends, **_with(peers, timer.name)},
+        "asked": {"preset": asked.preset, "backends": field.backends,
+                  "peers": {peer.name: peer.release for peer in peers}, "timer": timer.name},
         "left_out": field.left_out + suite.peer_failures(rows), "rows": rows,
     }  # fmt: skip
-
-
-def _with(peers: Sequence[LMCache], timer: str) -> Row:
-    """What the results of both suites say of what was asked for."""
-    return {"peers": {peer.name: peer.release for peer in peers}, "timer": timer}
 
 
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -197,40 +227,62 @@ def run_host(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             "copies between a device and the host were to be measured, but torch finds no "
             "accelerator here. Run it on a machine that has one."
         )
-    if getattr(torch.get_device_module(device), "EMULATED", False) and asked.preset != "tiny":
+    peers = [load_peer(name) for name in asked.peer or ()]
+    return _run_parts(asked, HOST_SUITE, PARTS, Bench(device, HOST_PRESETS[asked.preset], peers))
+
+
+def run_plugs(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure engines' transfers by their own code and by the plugs; returns what is written as
+    JSON, with the releases whose own code was measured as peers."""
+    results = _run_parts(asked, PLUG_SUITE, PLUGS, PlugBench(device, asked.preset))
+    results["rows"] += medians(results["rows"])
+    return results
+
+
+AnyBench = TypeVar("AnyBench", bound=Bench)
+Parts = Mapping[str, Callable[[AnyBench], Iterator[Step]]]
+
+
+def _run_parts(
+    asked: argparse.Namespace, kind: str, known: Parts[AnyBench], bench: AnyBench
+) -> dict[str, Any]:
+    """Measure the parts of a suite that were asked for."""
+    words = [*known] if asked.only is None else [word.strip() for word in asked.only.split(",")]
+    _check_known("Part", words, known)
+    parts, device = [part for part in known if part in words], bench.device
+    if getattr(bench.module, "EMULATED", False) and asked.preset != "tiny":
         raise PortaKVError(
             f"{device} is emulated, and figures come from real hardware only; --preset tiny tries "
             f"the benchmark itself."
         )
-    words = [*PARTS] if asked.only is None else [word.strip() for word in asked.only.split(",")]
-    _check_known("Part", words, PARTS)
-    parts = [part for part in PARTS if part in words]
-    peers = [load_peer(name) for name in asked.peer or ()]
-    bench, machine = Bench(device, HOST_PRESETS[asked.preset], peers), describe(device)
-    steps = [step for part in parts for step in _host_steps(part, bench)]
+    machine = describe(device)
+    steps = [step for part in parts for step in _steps_of(part, known[part], bench)]
     rows = carry_out(steps, device, asked.seconds, bench.left_out)
     bench.forget()
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
-    name = f"{short_name(device)}-{HOST_SUITE}"
+    name = f"{short_name(device)}-{kind}"
     return {
-        "format": RESULT_FORMAT, "suite": HOST_SUITE,
-        "name": name if len(parts) == len(PARTS) else "-".join([name, *parts]),
+        "format": RESULT_FORMAT, "suite": kind,
+        "name": name if len(parts) == len(known) else "-".join([name, *parts]),
         "machine": machine,
-        "asked": {"preset": asked.preset, "parts": parts, **_with(peers, bench.timer.name),
+        "asked": {"preset": asked.preset, "parts": parts,
+                  "peers": bench.releases, "timer": bench.timer.name,
                   "calibrated": costs_of(device).measured},
         # Some steps leave out the same for the same reason.
         "left_out": absent + list(dict.fromkeys(bench.left_out)), "rows": rows,
     }  # fmt: skip
 
 
-def _host_steps(part: str, bench: Bench) -> list[Step]:
+def _steps_of(
+    part: str, steps: Callable[[AnyBench], Iterator[Step]], bench: AnyBench
+) -> list[Step]:
     """The steps of a part, whose rows name it; of one that cannot tell them none, and why."""
 
     def labelled(measure: Callable[[], Rows]) -> Rows:
         return [{**row, "part": part} for row in measure()]
 
     try:
-        return [(f"{part}: {name}", partial(labelled, step)) for name, step in PARTS[part](bench)]
+        return [(f"{part}: {name}", partial(labelled, step)) for name, step in steps(bench)]
     except Exception as error:
         bench.left_out.append(f"{part}: {in_a_line(error)}")
         return []

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from portakv_benchmarks.check import HOST_SUITE
+from portakv_benchmarks.check import HOST_SUITE, PLUG_SUITE
 from portakv_benchmarks.shared.harness import Row, grouped, having, quickest
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
@@ -126,8 +126,9 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
 
 
 def page(files: Iterable[Path]) -> str:
-    """The whole page for result files, those of accelerators first."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(files)]
+    """The whole page for result files, those of accelerators first; plugs are no choice of ways."""
+    read = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(files))
+    results = [result for result in read if result.get("suite") != PLUG_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
     results.sort(key=lambda result: result.get("suite") == HOST_SUITE)
     parts = [_HEAD]

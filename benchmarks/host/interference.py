@@ -14,7 +14,7 @@ waited so long that the copy engine may stay with the transfers for ever is give
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from itertools import product
 from statistics import median
@@ -76,24 +76,25 @@ def _place(loop: str, where: str, direction: str) -> str:
 
 
 def _measure(bench: Bench, loop: str, where: str, direction: str, make: Movers, most: int) -> Rows:
-    rows = _Meeting(bench, loop, where, direction).rows(make, min(most, bench.preset.repeats))
+    rows = Meeting(bench, loop, where, direction).rows(make, min(most, bench.preset.repeats))
     return [row for row in rows if make is not _peers or "peer" in row]
 
 
-class _Meeting:
+class Meeting:
     """A loop on a stream, and what moves in one direction on another one meanwhile."""
 
-    def __init__(self, bench: Bench, loop: str, where: str, direction: str) -> None:
+    def __init__(self, bench: Bench, loop: str, where: str, direction: str, what: str = "") -> None:
         self._bench, self._direction = bench, direction
         self._labels = {"loop": loop, "stream": where}
-        self._ways = Ways(bench, _place(loop, where, direction))
+        self._ways = Ways(bench, what + _place(loop, where, direction))
         self._loop = LOOPS[loop](bench.device, bench.preset)
         own = where == OWN
         self._work = bench.stream() if own else bench.module.default_stream(bench.device)
         self._side = bench.stream()
 
-    def rows(self, make: Movers, repeats: int) -> Rows:
-        """A row for each mover that could meet the loop."""
+    def rows(self, make: Movers, repeats: int, judged: Container[str] = _JUDGED) -> Rows:
+        """A row for each mover that could meet the loop; those that are not ``judged`` meet it less
+        often."""
         ways = self._ways
         found = make(self._bench, self._direction)
         usable = [Met(one) for one in found if ways.tried(one, Mover.once)]
@@ -103,7 +104,7 @@ class _Meeting:
             turn = n % max(1, len(usable))
             taking_part = [
                 met for met in [*usable[turn:], *usable[:turn]]
-                if n < _OTHERS or met.mover.labels["backend"] in _JUDGED
+                if n < _OTHERS or met.mover.labels["backend"] in judged
             ]  # fmt: skip
             stayed = self._repeat(taking_part)
             usable = [met for met in usable if met in stayed or met not in taking_part]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One result out of several of `portakv bench --host --only ...`, with plots and verdicts.
+"""One result out of several of `portakv bench --host --only ...`, or `--plugs`, with plots and
+verdicts.
 
 ``python -m benchmarks.host.merge FILE... --out DIR``; a part that occurs twice counts as it is in
 the last file. Exit code 1 where a bar is missed, 2 where the files are not of one machine.
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from portakv_benchmarks.check import HOST_SUITE, judge, load_bars, print_verdicts
+from portakv_benchmarks.check import SUITES, judge, load_bars, print_verdicts
 from portakv_benchmarks.cli import write
 from portakv_benchmarks.shared.tables import print_results
 
@@ -24,12 +25,14 @@ _SAME = ("device", "driver_version", "torch", "portakv", "python")
 
 def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """All rows, of each part those of the last result that has it; raises `ValueError` for a result
-    of another suite, or of another machine."""
+    without parts, of another suite, or of another machine."""
     last = results[-1]
+    suite = last.get("suite")
     parts: dict[str, int] = {}
     for n, result in enumerate(results):
-        if result.get("suite") != HOST_SUITE:
-            raise ValueError(f"file {n + 1} is no result of `portakv bench --host`")
+        if suite not in SUITES or result.get("suite") != suite:
+            expected = suite if suite in SUITES else " or --".join(SUITES)
+            raise ValueError(f"file {n + 1} is no result of `portakv bench --{expected}`")
         for name in _SAME:
             mine, theirs = result["machine"].get(name), last["machine"].get(name)
             if mine != theirs:
@@ -45,7 +48,7 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         left_out = [line for line in left_out if not line.startswith("interrupted:")]
     peers = {k: v for result in results for k, v in result["asked"]["peers"].items()}
     asked = {**last["asked"], "parts": list(parts), "peers": peers}
-    name = last["name"].partition(f"-{HOST_SUITE}")[0] + f"-{HOST_SUITE}"
+    name = last["name"].partition(f"-{suite}")[0] + f"-{suite}"
     return {**last, "name": name, "asked": asked, "left_out": left_out, "rows": rows}
 
 

@@ -79,7 +79,7 @@ class Queue:
     def _issue(self) -> None:
         with self._module.stream(self._stream):
             done = self.mover.variant.call(0)
-            if isinstance(done, Transfer):
+            if hasattr(done, "done"):
                 self._flying.append(done.done)
             else:
                 self._flying.append(recorded(self._module, self._stream).query)

@@ -109,6 +109,11 @@ class Bench:
             if one.name in ENGINES and not one.accepted
         }  # fmt: skip
 
+    @property
+    def releases(self) -> dict[str, str]:
+        """Of each peer, by name."""
+        return {peer.name: peer.release for peer in self.peers}
+
     def region(self, payload: int, *, pageable: bool = False) -> Region:
         """Memory for cases of up to so many bytes; kept, and made anew if it is too small."""
         if pageable not in self._regions or self._regions[pageable].host.numel() < 2 * payload:

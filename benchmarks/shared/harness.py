@@ -32,7 +32,9 @@ Rows = list[Row]
 Step = tuple[str, Callable[[], Rows]]
 
 #: What goes wrong with a way, and is told in place of its figures.
-FAILURES = (PortaKVError, RuntimeError, TypeError, ValueError)
+FAILURES = (
+    PortaKVError, RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError,
+)  # fmt: skip
 #: A row whose p90 is above this many times its median is flagged as noisy.
 NOISY = 1.2
 _LEAST_ROUNDS = 5

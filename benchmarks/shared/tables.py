@@ -69,6 +69,7 @@ _LINK: tuple[Cell, ...] = (
     *_WHAT, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
     ("p90/p50", _spread), ("alone us", "alone_us:.4g"), ("host us", "host_us:.4g"),
 )  # fmt: skip
+_PLUG: tuple[Cell, ...] = (("engine", "part"), *_WHAT, ("format", "format:"))
 _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "copy": (
         "copies, in turns with copy_; pool = slots of the cache and the share that is moved",
@@ -144,5 +145,26 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
          ("runs", "merged_runs:"), ("host us", "host_us:.4g"), ("p90", "host_us_p90:.4g"),
          ("idle", "idle_us:.4g"), ("first", "first_us:.4g"), ("us a run", "us_per_run:.3g"),
          _BYTES),
+    ),
+    "plug_copy": (
+        "engines' transfers by their own code and by PortaKV, in turns with a memcpy of the same "
+        "bytes",
+        (*_PLUG, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
+         ("x own", "of_own:.3f"), ("p90/p50", _spread), ("host us", "host_us:.4g"),
+         ("x own", "host_of_own:.3f"), _BYTES),
+    ),
+    "plug_interference": (
+        "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
+        (("loop", "loop"), *_PLUG, ("slow-down %", "slowdown_pct:.4g"),
+         ("over own", "over_own:.4g"), ("GB/s", "link_gb_per_s:.4g"),
+         ("x own", "link_to_own:.3f"), ("ran dry", "ran_dry:"), _BYTES),
+    ),
+    "plug_calls": (
+        "calls of torch's operators, and those that the host waits for",
+        (*_PLUG, ("calls", "calls:"), ("waits", "waits:"), ("own / these", "fewer:.3g"), _BYTES),
+    ),
+    "plug_median": (
+        "time of the plug / that of the engine's own code, the median of all wide rows",
+        (("engine", "part"), ("over", "shape"), ("x own", "of_own:.3f"), _BYTES),
     ),
 }  # fmt: skip

@@ -140,7 +140,7 @@ def test_full_presets_measure_what_the_recorded_results_hold() -> None:
 def test_every_bar_is_missed_by_one_worse_row(result: dict[str, Any]) -> None:
     judged = check.judge(result, check.load_bars())
     assert len(judged) > 25
-    assert len({verdict.bar.of_host for verdict in judged}) == 1  # of the other suite none
+    assert len({verdict.bar.suite for verdict in judged}) == 1  # of the other suite none
     for bar in (verdict.bar for verdict in judged):
         worst = bar.worst([row for row in result["rows"] if bar.picks(row)])
         limit = bar.at_least if bar.at_least is not None else bar.at_most

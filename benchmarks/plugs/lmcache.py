@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LMCache's ops as its connectors and its daemon call them, with its own and with PortaKV's code.
+
+Its own are the compiled ones if they load here, by addresses; else the torch ops of its package, by
+tensors, as it has them on devices without kernels. Of these the calls of torch and the waits of the
+host are counted, too: 32 layers, two objects in pageable memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from itertools import product
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from portakv.errors import PortaKVError
+from portakv.integrations import lmcache_ops
+from portakv.integrations.lmcache_formats import FUSED, LAYOUTS, MLA
+from portakv_benchmarks.host.cases import DIRECTIONS
+from portakv_benchmarks.plugs import suite
+from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBench, Side
+from portakv_benchmarks.shared.harness import Rows, Step, in_a_line, short
+from portakv_benchmarks.shared.peers import load
+from portakv_benchmarks.shared.shapes import Shape, in_words
+
+#: Where its ops are: up to 0.5.3, from 0.5.4 on, and over torch alone.
+_MODULES = ("c_ops", "cuda_ops", "v1.platform.torch_ops")
+_BLOCK, _HEADS, _DIM, _LATENT = 16, 8, 128, 576
+_NARROW = 32  # elements of the one head of narrow rows
+#: Pages of 14 are no list of rows, and caches of 16 and 17 are tuples. By slots LMCache reads pools
+#: of whole blocks as layers, and its torch op reads keys and values in one row as two planes.
+_FORMATS = [number for number in LAYOUTS if number not in (14, 16, 17)]
+_KERNELS, _BY_BLOCKS = ("slots", "blocks"), (0, 8)
+_UNILATERAL, _WITH_ONE_HEAD = (4, 5, 9), 5
+#: Formats whose calls are counted: tokens outermost, heads outermost, keys beside values.
+_COUNTED, _COUNTED_LAYERS = (1, 6, 7), 32
+
+
+class Ops(NamedTuple):
+    """One set of ops."""
+
+    functions: Any
+    desc: Callable[[], Any]  # makes a description of caches
+    forms: Mapping[int, Any]  # formats by number
+    ways: tuple[Any, Any]  # of a load and of a store
+    addresses: bool  # caches and objects are handed over as such, else as tensors
+
+    def takes(self, task: Task) -> bool:
+        torch_reads_planes = self.functions is not lmcache_ops and not self.addresses
+        fused = task.kernel == "slots" and task.number in FUSED
+        return task.number in self.forms and not (torch_reads_planes and fused)
+
+
+def lmcache_steps(bench: PlugBench) -> Iterator[Step]:
+    """A step for each kind of op, format, memory of the objects, payload and direction; then one
+    for each format that is counted."""
+    own = own_ops(bench)
+    addresses = own is not None and own.addresses
+    ours = Ops(lmcache_ops, SimpleNamespace, {x: x for x in LAYOUTS}, (0, 1), addresses)
+    yield from suite.steps(bench, "lmcache", _asked(bench, own, ours))
+    if bench.device.type != "cuda":  # whose kernels torch does not see
+        for number in _COUNTED:
+            yield f"calls of torch, format {number}", partial(_count, bench, own, ours, number)
+
+
+def own_ops(bench: PlugBench) -> Ops | None:
+    """LMCache's own ops: compiled ones, or those over torch; None if it is not here."""
+    why = []
+    for module in _MODULES if bench.device.type == "cuda" else _MODULES[-1:]:
+        try:
+            return _load(bench, module)
+        except (ImportError, PortaKVError) as error:
+            why.append(in_a_line(error))
+    bench.left_out.append(f"lmcache: its own ops: {'; '.join(why)}")
+    return None
+
+
+def _load(bench: PlugBench, module: str) -> Ops:
+    compiled, package = module != _MODULES[-1], "lmcache"
+    functions = load(package, module)[0] if compiled else import_module(f"{package}.{module}")
+    types = functions if module == "c_ops" else import_module("lmcache.lmcache_native")
+    forms = {int(each): each for each in types.EngineKVFormat.__members__.values()}
+    ways = types.TransferDirection.H2D, types.TransferDirection.D2H
+    bench.found[package] = f"{version(package)} {module}"
+    return Ops(functions, types.PageBufferShapeDesc, forms, ways, compiled)
+
+
+class Task(NamedTuple):
+    """One call of an op."""
+
+    kernel: str  # by slots or by blocks
+    number: int  # the format
+    narrow: bool  # rows of 64 bytes
+    payload: int
+    on_host: bool  # the object's memory; else that of the device
+    op: str
+
+    def __str__(self) -> str:
+        """``slots, narrow rows, 1 MB, object on the host``; the format is told beside it."""
+        rows = ", narrow rows" if self.narrow else ""
+        place = "host" if self.on_host else "device"
+        return f"{self.kernel}{rows}, {in_words(self.payload)}, object on the {place}"
+
+
+def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
+    """A format of vLLM's caches first, since time may run out."""
+    rows = [(1, False), (1, True), *((x, False) for x in bench.sizes.formats or _FORMATS)]
+    ways = product(bench.sizes.payloads, (True, False), dict.fromkeys(rows), DIRECTIONS, _KERNELS)
+    for payload, on_host, (number, narrow), op, kernel in ways:
+        if kernel == "slots" and number in _BY_BLOCKS:
+            continue
+        task = Task(kernel, number, narrow, payload, on_host, op)
+        beside = Task("slots", *rows[0], bench.sizes.payloads[-1], True, op)
+        make = partial(_case, bench, own, ours, task)
+        yield Asked(f"{task}, format {number}, {op}", make, task == beside)
+
+
+def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
+    shape = shape_of(task.number, bench.sizes.layers, task.payload, task.narrow)
+    caches, objects = sides_of(bench, shape, task.number, task.op, task.on_host)
+    found, given = {OWN: own, OURS: ours}, (task.kernel, task.number, shape, caches, objects)
+    makes = {
+        name: partial(call_of, ops, *given, task.op)
+        for name, ops in found.items()
+        if ops is not None and ops.takes(task)
+    }
+    told = {"shape": str(task), "format": task.number, "kernel": task.kernel}
+    told |= {"narrow": task.narrow, "row_bytes": shape.row_bytes}
+    return suite.case(bench, "lmcache", told, task.op, caches, objects, makes)
+
+
+def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Shape:
+    """Caches of a format and a transfer of about so many bytes, whole blocks in one object."""
+    kv = 2 if "kv" in LAYOUTS[number] else 1
+    heads, dim = (1, _NARROW) if narrow else (_HEADS, 2 * _DIM if number in FUSED else _DIM)
+    if number in MLA:
+        heads, dim = 1, _LATENT
+    text = LAYOUTS[number].replace(" 1 ", " ").replace("kv layer |", "layer |")
+    sized = replace(suite.LIKE, cache=text, layers=layers, kv=kv, heads=heads, dim=dim, pool=4)
+    blocks = max(1, payload // replace(sized, tokens=_BLOCK).payload)
+    return replace(sized, block_size=_BLOCK, tokens=blocks * _BLOCK)
+
+
+def sides_of(
+    bench: PlugBench, shape: Shape, number: int, op: str, on_host: bool, objects: int = 1
+) -> tuple[Side, Side]:
+    """Caches, and objects that lie behind each other; what is read has bytes of its own."""
+    tensors, salts = shape.layers if shape.layered else 1, suite.turned(op, 1, None)
+    if LAYOUTS[number].startswith("kv layer"):
+        tensors *= 2
+    caches = Side.make(bench, shape.cache, shape, number, tensors=tensors, salt=salts[0])
+    whole = replace(shape, block_size=shape.tokens // objects, pool=1)
+    text = "block kv layer token (head dim)"
+    return caches, Side.make(bench, text, whole, None, on_host=on_host, salt=salts[1])
+
+
+def call_of(
+    ops: Ops, kernel: str, number: int, shape: Shape, caches: Side, objects: Side, op: str
+) -> Call:
+    """One call, with everything that can be made beforehand."""
+    device, form, way = caches.tensors[0].device, ops.forms[number], ops.ways[op == "d2h"]
+    twice, ours = LAYOUTS[number].startswith("kv layer"), ops.functions is lmcache_ops
+    held: Any = caches.tensors
+    if twice:  # all keys, then all values
+        held = [*held[::2], *held[1::2]]
+    memory = objects.tensors[0].unbind()
+    if kernel == "slots":
+        one = number in _UNILATERAL
+        move = getattr(ops.functions, "multi_layer_kv_transfer" + ("_unilateral" if one else ""))
+        if ops.addresses:
+            held = suite.addresses(held).to(device)
+        elif one or not ours:
+            held = [each.view(_as_torch_reads(shape, ours)) for each in held]
+        size = 0 if number in MLA and ops.addresses else shape.slots
+        by_slots = memory[0], held, caches.rows.to(device), device, size, way, form
+        head = shape.dim // 2 if number in FUSED else shape.dim
+        return partial(
+            move, *by_slots, **({} if one else {"block_size": _BLOCK, "head_size": head})
+        )
+    desc = ops.desc()
+    desc.kv_size, desc.nl, desc.nb, desc.bs = shape.kv, shape.layers, shape.blocks, _BLOCK
+    desc.nh, desc.hs, desc.element_size = shape.heads, shape.dim, shape.torch_dtype.itemsize
+    desc.block_stride_elems = 0
+    ids, chunks = caches.rows[::_BLOCK] // _BLOCK, [x if shape.kv == 2 else x[0] for x in memory]
+    blocks: Any = ids.to(device) if ops.addresses else ids.tolist()
+    passed: Any = chunks
+    # Compiled ops take addresses; PortaKV's get tensors from LMCache if these are in host memory.
+    if ops.addresses and not (ours and chunks[0].is_cpu):
+        passed = [each.data_ptr() for each in chunks]
+    if ops.addresses:
+        held = suite.addresses(held).to(device)
+    else:
+        desc.dtype = shape.torch_dtype
+        if number == _WITH_ONE_HEAD:
+            held = [each.unsqueeze(1) for each in held]
+        held = [held[: shape.layers], held[shape.layers :]] if twice else held
+        held = held if shape.layered else held[0]
+    given = held, passed, blocks, device, way, desc, shape.tokens // len(chunks), form, 0
+    return partial(ops.functions.multi_layer_block_kv_transfer, *given)
+
+
+def _as_torch_reads(shape: Shape, ours: bool) -> tuple[int, ...]:
+    """A layer's shape in which LMCache's torch op by slots reads an address; or PortaKV's, of keys
+    or values apart."""
+    if ours:
+        return shape.slots, shape.heads, shape.dim
+    if "block kv" in shape.cache:
+        return shape.blocks, 2, _BLOCK, -1
+    return (2, shape.slots, -1) if "| kv" in shape.cache else (shape.slots, -1)
+
+
+# --- Calls and waits ------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of torch's operators, and those whose results the host waits for."""
+
+    _WAITING = ("nonzero", "_local_scalar_dense", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls = self.waits = 0
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = op(*args, **(kwargs or {}))
+        away = any(isinstance(x, torch.Tensor) and not x.is_cpu for x in args)
+        here = isinstance(answer, torch.Tensor) and answer.is_cpu
+        self.calls += 1
+        self.waits += away and (here or op.overloadpacket.__name__ in self._WAITING)
+        return answer
+
+
+def _count(bench: PlugBench, own: Ops | None, ours: Ops, number: int) -> Rows:
+    """A store and a load by blocks with either set of ops, by tensors, behind others of each."""
+    rows: Rows = []
+    shape = replace(shape_of(number, _COUNTED_LAYERS, 0, narrow=True), tokens=4 * _BLOCK)
+    for op in DIRECTIONS:
+        caches, objects = sides_of(bench, shape, number, op, False, objects=2)
+        objects = objects._replace(tensors=[each.cpu() for each in objects.tensors])  # pageable
+        sides, before = suite.Sides(bench, *suite.turned(op, caches, objects)), 0
+        for name, ops in {OWN: own, OURS: ours}.items():
+            if ops is None:
+                continue
+            call = call_of(ops, "blocks", number, shape, caches, objects, op)
+            right = []
+            for counted in (Calls(), Calls()):  # the second sees what is kept from the first
+                sides.poison()
+                with counted:
+                    call()
+                right.append(sides.right())
+            count = counted.calls + counted.waits
+            before = before or count
+            told = {"shape": "2 objects of 2 blocks", "format": number, "calls": counted.calls}
+            fewer = {"fewer": short(before / count)} if name == OURS and own else {}
+            told |= {"waits": counted.waits, **fewer, "verified": all(right)}
+            rows.append({"kind": "plug_calls", **suite.labels(name, op, "lmcache"), **told})
+    return rows

@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The functions of ``sgl_kernel.kvcacheio`` as SGLang's host pools call them, and PortaKV's of the
+same names: each order of a host pool, all layers and one, both directions.
+
+A load of all layers from a pool that has no function for it is one call for each layer, as SGLang
+loads them. Without ``sgl_kernel`` SGLang itself has no other way on a device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from importlib import import_module
+from itertools import product
+from typing import Any
+
+import torch
+
+from portakv.integrations import kvcacheio
+from portakv_benchmarks.host.cases import DIRECTIONS
+from portakv_benchmarks.plugs import suite
+from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBench, Side
+from portakv_benchmarks.shared.harness import Step, in_a_line
+from portakv_benchmarks.shared.shapes import in_words
+
+_PAGE, _HEADS, _DIM = 16, 8, 128
+_ITEM = _HEADS * _DIM * 2  # bytes of a token in one layer
+_FEW = 16  # rows of the smallest transfer
+#: Of keys, and likewise of values: one tensor of the host; on the device one for each layer.
+ORDERS = {
+    "lf": "kv | layer (block token) head dim", "pf": "kv | (block token) layer head dim",
+    "ph": "kv | block head token layer dim", "pfd": "kv | block layer token head dim",
+}  # fmt: skip
+_DEVICE = "layer | (block token) head dim"
+
+
+def sglang_steps(bench: PlugBench) -> Iterator[Step]:
+    """A step for each order, direction and number of layers."""
+    yield from suite.steps(bench, "sglang", _asked(bench, own_kernels(bench)))
+
+
+def own_kernels(bench: PlugBench) -> Any:
+    """SGLang's own module; None if it is not here, or does not load."""
+    try:
+        found = import_module("sgl_kernel.kvcacheio")
+    except Exception as error:  # a library that does not load ends in errors of all kinds
+        bench.left_out.append(f"sglang: its own kernels: {in_a_line(error)}")
+        return None
+    bench.found["sglang"] = str(getattr(import_module("sgl_kernel"), "__version__", "unknown"))
+    return found
+
+
+def _asked(bench: PlugBench, own: Any) -> Iterator[Asked]:
+    layers = bench.sizes.layers
+    tokens = bench.sizes.pool // (2 * layers * _ITEM * _PAGE) * _PAGE
+    for way, op in product(("kernel", "direct"), DIRECTIONS):
+        for order in ("lf", "pf", "ph") if way == "kernel" else ("lf", "pfd"):
+            make = partial(_case, bench, own, way, order, op, layers, tokens)
+            beside = (way, order) == ("kernel", "lf")
+            yield Asked(f"{way}, all layers, {order}, {op}", make, beside)
+    for order, rows in product(("lf", "pf", "ph"), (tokens, _FEW)):
+        name = f"kernel, one layer, {order}, {rows} rows, h2d"
+        yield Asked(name, partial(_case, bench, own, "kernel", order, "h2d", 1, rows))
+
+
+def _case(
+    bench: PlugBench, own: Any, way: str, order: str, op: str, layers: int, tokens: int
+) -> Case:
+    sized = replace(suite.LIKE, layers=bench.sizes.layers, heads=_HEADS, dim=_DIM, pool=2)
+    shape, salts = replace(sized, block_size=_PAGE, tokens=tokens), suite.turned(op, 1, None)
+    only = slice(0, None, shape.layers) if layers == 1 else slice(None)  # the first layer's
+    make = partial(Side.make, bench, only=only)
+    device = make(_DEVICE, shape, 4, tensors=2 * shape.layers, salt=salts[0])
+    host = make(ORDERS[order], shape, 5, tensors=2, on_host=True, salt=salts[1])
+    given = way, order, op, layers, device, host
+    found = {OWN: own, OURS: kvcacheio}
+    makes = {name: partial(_carrying_out, ops, *given) for name, ops in found.items() if ops}
+    told = {"kernel": way, "order": order, "layers": layers, "rows": tokens, "row_bytes": _ITEM}
+    name = f"{way}, {'all layers' if layers > 1 else 'one layer'}, {order}"
+    told |= {"shape": f"{name}, {in_words(device.payload)}"}
+    told |= {"calls": len(calls_of(kvcacheio, *given))}
+    return suite.case(bench, "sglang", told, op, device, host, makes)
+
+
+def _carrying_out(*given: Any) -> Call:
+    calls = calls_of(*given)
+
+    def carry_out() -> None:
+        for call in calls:
+            call()
+
+    return carry_out
+
+
+def calls_of(
+    ops: Any, way: str, order: str, op: str, layers: int, device: Side, host: Side
+) -> list[Call]:
+    """The calls of a transfer, with everything that can be made beforehand."""
+    many, on = device.shape.layers, device.tensors[0].device
+    k, v = device.tensors[:many], device.tensors[many:]
+    there_k, there_v = host.tensors
+    # Kernels read ids where they run.
+    mine, theirs = (x.rows.to(on) if way == "kernel" else x.rows for x in (device, host))
+    pitch = many * _ITEM
+    if way == "direct" and order == "lf":
+        ends = ([*k, *v], mine), ([*there_k, *there_v], theirs)
+        (src, at), (dst, to) = suite.turned(op, *ends)
+        return [partial(ops.transfer_kv_direct, src, dst, at, to, _PAGE)]
+    if way == "direct":
+        pools = [there_k, there_v]
+        if op == "d2h":
+            move = ops.transfer_kv_all_layer_direct_lf_pf
+            return [partial(move, [*k, *v], pools, mine, theirs, _PAGE)]
+        move = ops.transfer_kv_per_layer_direct_pf_lf
+        return [partial(move, pools, [k[n], v[n]], theirs, mine, n, _PAGE) for n in range(layers)]
+    heads = (_PAGE, _HEADS) if order == "ph" else ()
+    if layers > 1 and (order == "lf" or op == "d2h"):
+        tables = [suite.addresses(x, torch.uint64).to(on) for x in (k, v, there_k, there_v)]
+        if order == "lf":
+            (src, at), (dst, to) = suite.turned(op, (tables[:2], mine), (tables[2:], theirs))
+            fixed = src[0], dst[0], src[1], dst[1], at, to
+            return [partial(ops.transfer_kv_all_layer, *fixed, _ITEM, many)]
+        move = getattr(ops, f"transfer_kv_all_layer_lf_{order}")
+        fixed = tables[0], there_k, tables[1], there_v, mine, theirs
+        return [partial(move, *fixed, _ITEM, pitch, many, *heads)]
+    if order == "lf":
+        each = zip(there_k[:layers], k, there_v, v, strict=False)
+        return [partial(ops.transfer_kv_per_layer, *x, theirs, mine, _ITEM) for x in each]
+    move = getattr(ops, f"transfer_kv_per_layer_{order}_lf")
+    found: list[Call] = []
+    for n in range(layers):
+        pair = there_k, k[n], there_v, v[n]
+        found.append(partial(move, *pair, theirs, mine, n, _ITEM, pitch, *heads))
+    return found

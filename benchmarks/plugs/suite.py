@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of the benchmark of plugs share: sizes, memory of both sides, and how a transfer
+is measured by an engine's own code, by PortaKV and by a plain copy, in turns.
+
+Every byte is judged by plain indexing. Own code that is not here, or that fails, is left out, and
+the others are measured all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from itertools import product
+from math import prod
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+
+from portakv.host import pinned
+from portakv_benchmarks.host import interference, movers
+from portakv_benchmarks.host.movers import LOOPS, Mover
+from portakv_benchmarks.host.suite import HOST_PRESETS, KB, MB, MEMCPY, Bench, plain_copy
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, having, short
+from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
+
+#: What rows call the ways: the engine's own code, and the plug.
+OWN, OURS = "own", "portakv"
+#: What shapes have that say no more.
+LIKE = Shape("", "none", "benchmarks/plugs", "", "", 1, 1, "bfloat16", 1, 1)
+Call = Callable[[], object]
+#: How often a loop meets each way, at most.
+_REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class PlugPreset:
+    """How much is measured; sizes in bytes."""
+
+    layers: int
+    payloads: tuple[int, ...]  # of LMCache's ops
+    blocks: int  # of one of vLLM's jobs
+    pages: tuple[int, ...]  # of a block in one layer, in vLLM
+    pool: int  # payload of SGLang's transfers of all layers
+    formats: tuple[int, ...] = ()  # of LMCache; none: all
+
+
+PLUG_PRESETS: Mapping[str, PlugPreset] = {
+    "full": PlugPreset(32, (1 * MB, 32 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
+    "tiny": PlugPreset(2, (128 * KB,), 4, (512,), 512 * KB, (1, 4, 6, 12)),
+}
+
+
+class PlugBench(Bench):
+    """The device, what times it, and which releases of engines were found."""
+
+    def __init__(self, device: torch.device, preset: str) -> None:
+        of_loops = HOST_PRESETS[preset]
+        super().__init__(device, replace(of_loops, repeats=min(of_loops.repeats, _REPEATS)))
+        self.sizes, self.absent = PLUG_PRESETS[preset], {}
+        self.found: dict[str, str] = {}
+
+    @property
+    def releases(self) -> dict[str, str]:
+        """Of each engine whose own code is measured, by name."""
+        return self.found
+
+    def memory(self, nbytes: int, on_host: bool, salt: int | None = None) -> torch.Tensor:
+        """Bytes that name their places, or poison, as uint8; on the host they are pinned if there
+        is an accelerator."""
+        if on_host and self.device.type != "cpu":
+            made = pinned.empty(nbytes, torch.uint8)
+        else:
+            made = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        if salt is None:
+            return made.fill_(POISON)
+        fill(made.view(torch.int64), salt)
+        return made
+
+
+# --- Bytes ----------------------------------------------------------------------------------------
+
+
+class Side(NamedTuple):
+    """Tensors of one side, and which of their rows a transfer touches."""
+
+    tensors: list[torch.Tensor]
+    layout: str  # of each tensor; behind "|" if there are several
+    shape: Shape
+    rows: torch.Tensor  # slots, int64 on the host
+    only: slice  # the planes that are touched
+
+    @classmethod
+    def make(
+        cls, bench: PlugBench, layout: str, shape: Shape, seed: int | None, *, tensors: int = 1,
+        on_host: bool = False, salt: int | None = None, only: slice = slice(None),
+    ) -> Side:  # fmt: skip
+        """Memory for so many tensors: poison, or with a ``salt`` bytes that name their places.
+        Blocks are drawn by a ``seed``, or all in order."""
+        extents, dtype = sizes(layout, shape, shape.blocks, shape.block_size), shape.torch_dtype
+        nbytes = prod(extents) * dtype.itemsize
+        made = [bench.memory(nbytes, on_host, salt and salt + 7 * n) for n in range(tensors)]
+        blocks = torch.arange(shape.blocks)
+        if seed is not None:
+            blocks = torch.randperm(shape.blocks, generator=torch.Generator().manual_seed(seed))
+        rows = (blocks[:, None] * shape.block_size + torch.arange(shape.block_size)).flatten()
+        held = [each.view(dtype).view(extents) for each in made]
+        return cls(held, layout, shape, rows[: shape.tokens], only)
+
+    @property
+    def payload(self) -> int:
+        touched = len(range(self.shape.layers * self.shape.kv)[self.only])
+        return touched * self.shape.tokens * self.shape.row_bytes
+
+    def places(self, device: torch.device, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
+        """The planes that are touched, and where in them each row is."""
+        shape, size = self.shape, self.shape.block_size
+        at = self.rows // size, self.rows % size
+        if "(block token)" in self.layout:
+            shape, at = replace(shape, tokens=shape.slots), (torch.zeros_like(self.rows), self.rows)
+        found = planes(tensors if "|" in self.layout else tensors[0], self.layout, shape)
+        return found[self.only], tuple(each.to(device) for each in at)
+
+
+class Sides(NamedTuple):
+    """What one transfer reads and writes, and whether all of it went right."""
+
+    bench: PlugBench
+    source: Side
+    target: Side
+
+    def poison(self, i: int = 0) -> None:
+        self.bench.module.synchronize()
+        for each in self.target.tensors:
+            each.view(torch.uint8).fill_(POISON)
+        self.bench.module.synchronize()
+
+    def right(self, i: int = 0) -> bool:
+        """Whether the target holds the source's rows and poison elsewhere, every byte. Overwrites
+        those rows if they are on the device."""
+        self.bench.module.synchronize()
+        device = self.bench.device
+        copies = [[x.to(device) for x in side.tensors] for side in (self.source, self.target)]
+        src, out_of = self.source.places(device, copies[0])
+        dst, into = self.target.places(device, copies[1])
+        same = moved(src, out_of, dst, into)
+        return bool(same) and all(bool((x.view(torch.uint8) == POISON).all()) for x in copies[1])
+
+
+def memcpy(bench: PlugBench, payload: int, op: str, to_host: bool) -> Variant:
+    """One plain copy of as many bytes between the device and the host, or inside the device."""
+    source, target = turned(op, bench.memory(payload, False), bench.memory(payload, to_host))
+    fill(source.view(torch.int64), 1)
+
+    def right(i: int) -> bool:
+        bench.module.synchronize()
+        return torch.equal(target.cpu(), source.cpu())
+
+    told, poison = {"backend": MEMCPY, "op": op}, partial(target.fill_, POISON)
+    return Variant(told, lambda i: plain_copy(target, source), lambda i: poison(), right)
+
+
+def turned(op: str, mine: Any, theirs: Any) -> tuple[Any, Any]:
+    """Source and destination of what the device and the other side have."""
+    return (mine, theirs) if op == "d2h" else (theirs, mine)
+
+
+def addresses(tensors: Iterable[torch.Tensor], dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """Where tensors begin, on the host."""
+    return torch.tensor([each.data_ptr() for each in tensors], dtype=dtype)
+
+
+# --- Measuring ------------------------------------------------------------------------------------
+
+
+class Case(NamedTuple):
+    """One transfer of an engine, and the ways to carry it out."""
+
+    labels: Row  # ``shape``, and what else identifies it
+    op: str  # d2h or h2d
+    payload: int
+    ways: list[Variant]
+    on_host: bool = True  # one side is host memory
+    streams: bool = False  # ways have streams of their own: the host's clock tells their time
+
+
+def labels(name: str, op: str, engine: str) -> Row:
+    """What tells a way from others; an engine's own is a peer."""
+    return {"backend": name, "op": op, **({"peer": engine} if name == OWN else {})}
+
+
+def case(
+    bench: PlugBench, engine: str, told: Row, op: str, device: Side, other: Side,
+    makes: Mapping[str, Callable[[], Call]],
+) -> Case:  # fmt: skip
+    """Ways by name, each made by its first call."""
+    sides, ways = Sides(bench, *turned(op, device, other)), []
+    for name, make in makes.items():
+        move = partial(_first_made, cache(make))
+        ways.append(Variant(labels(name, op, engine), move, sides.poison, sides.right))
+    return Case(told, op, device.payload, ways, other.tensors[0].is_cpu)
+
+
+def _first_made(make: Callable[[], Call], i: int) -> None:
+    make()()
+
+
+class Asked(NamedTuple):
+    """A case to measure, made when it is due."""
+
+    name: str
+    make: Callable[[], Case]
+    beside: bool = False  # measured beside loops of compute, too
+
+
+def steps(bench: PlugBench, part: str, asked: Iterable[Asked]) -> Iterator[Step]:
+    """A step for each case, then one for each loop beside those that ask for it."""
+    asked = list(asked)
+    for one in asked:
+        yield one.name, partial(_measure, bench, part, one)
+    if bench.device.type == "cpu":
+        bench.left_out.append(f"{part}: beside a loop: there is no accelerator that computes")
+        return
+    for one, loop in product((one for one in asked if one.beside), LOOPS):
+        yield f"{one.name}, beside {loop}", partial(_beside, bench, part, one, loop)
+
+
+def _measure(bench: PlugBench, part: str, asked: Asked) -> Rows:
+    case = asked.make()
+    ways = harness.usable(case.ways, f"{part}: {asked.name}", bench.left_out)
+    if not ways:
+        return []
+    ceiling = memcpy(bench, case.payload, case.op, case.on_host)
+    found = bench.measure(ceiling, ways, case.payload, wall=case.streams)
+    timer = bench.wall if case.streams else bench.timer
+    told = {"kind": "plug_copy", **case.labels, "payload_bytes": case.payload, "timer": timer.name}
+    rows = [{**told, **one.labels, **one.row(case.payload)} for one in found]
+    compare(rows)
+    return rows
+
+
+def compare(rows: Rows) -> None:
+    """Write into PortaKV's rows ``of_own`` and ``host_of_own``, its time and the host's part of it
+    / those of the engine's own code."""
+    for own, row in product(having(rows, backend=OWN), having(rows, backend=OURS)):
+        if own["verified"]:
+            row["of_own"] = short(row["p50_us"] / own["p50_us"])
+            row["host_of_own"] = short(row["host_us"] / own["host_us"])
+
+
+def medians(rows: Rows) -> Rows:
+    """A row for each engine: the median of ``of_own`` over its cases; narrow rows aside."""
+    found = []
+    for part in harness.grouped(having(rows, kind="plug_copy", backend=OURS), "part"):
+        known = [row for row in part if "of_own" in row and not row.get("narrow")]
+        if known:
+            figure = short(median(row["of_own"] for row in known))
+            told = {"part": known[0]["part"], "backend": OURS, "shape": f"{len(known)} cases"}
+            right = all(row["verified"] for row in known)
+            found.append({"kind": "plug_median", **told, "of_own": figure, "verified": right})
+    return found
+
+
+def _beside(bench: PlugBench, part: str, asked: Asked, loop: str) -> Rows:
+    case = asked.make()
+    ways = [memcpy(bench, case.payload, case.op, case.on_host), *case.ways]
+    found = [Mover(one, case.payload, **case.labels) for one in ways]
+    meeting = interference.Meeting(bench, loop, movers.DEFAULT, case.op, f"{part}: {asked.name}, ")
+    names = {MEMCPY, OWN, OURS}
+    rows = meeting.rows(lambda *_: found, bench.preset.repeats, names)
+    for own, row in product(having(rows, backend=OWN), having(rows, backend=OURS)):
+        row["over_own"] = round(row["slowdown_pct"] - own["slowdown_pct"], 2)
+        row["link_to_own"] = short(row["link_gb_per_s"] / own["link_gb_per_s"])
+    return [{**row, "kind": "plug_interference"} for row in rows]

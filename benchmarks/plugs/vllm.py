@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's offloading worker with its own code and with PortaKV's, and `swap_blocks_batch` below it.
+
+A job is submitted as the connector does it, behind the collection of those that have ended. What a
+worker keeps in host memory is judged through it: blocks that were stored are loaded into others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.metadata import version
+from itertools import product
+from typing import Any
+
+import torch
+
+from portakv.integrations import check_release, vllm_ops
+from portakv_benchmarks.host.cases import DIRECTIONS
+from portakv_benchmarks.plugs import suite
+from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBench, Side
+from portakv_benchmarks.shared.harness import Row, Step, Variant
+from portakv_benchmarks.shared.shapes import POISON, in_words
+
+_OP = "swap_blocks_batch"
+#: Blocks that no job names, whose bytes must stay.
+_REST = 8
+
+
+def vllm_steps(bench: PlugBench) -> Iterator[Step]:
+    """A step for each page size and direction, of the worker and of the op; raises
+    `IntegrationError` if vLLM is not here."""
+    check_release("vllm")
+    import_module("portakv.integrations.vllm")  # fails here, and not in each step
+    why = ""
+    if bench.device.type != "cuda":
+        why = f"its worker takes CUDA's and XPU's tensors alone, and this is {bench.device.type}"
+    elif not hasattr(import_module("vllm._custom_ops").torch.ops._C_cache_ops, _OP):
+        why = f"its kernels do not load beside torch {torch.__version__}"
+    if why:
+        bench.left_out.append(f"vllm: its own code: {why}")
+    else:
+        bench.found["vllm"] = version("vllm")
+    yield from suite.steps(bench, "vllm", _asked(bench, not why))
+
+
+def _asked(bench: PlugBench, own: bool) -> Iterator[Asked]:
+    pair = lru_cache(maxsize=1)(partial(_workers, bench, own))  # pinned once for both directions
+    for kernel, page, op in product(("worker", _OP), bench.sizes.pages, DIRECTIONS):
+        made = partial(_job, pair) if kernel == "worker" else partial(_batch, own)
+        name = f"{kernel}, {bench.sizes.blocks} blocks, pages of {in_words(page)}"
+        beside = kernel == "worker" and page == bench.sizes.pages[0]
+        told = {"shape": name, "kernel": kernel, "row_bytes": page}
+        yield Asked(f"{name}, {op}", partial(made, bench, told, page, op), beside)
+
+
+# --- The worker -----------------------------------------------------------------------------------
+
+
+class Worker:
+    """One of vLLM's workers and its jobs: blocks that are stored, and others that they are loaded
+    into. Caches are int8 ``[blocks, page]`` for each layer."""
+
+    def __init__(self, bench: PlugBench, worker: Any, layers: list[torch.Tensor]) -> None:
+        base = import_module("vllm.v1.kv_offload.base")
+        common = import_module("vllm.v1.kv_offload.cpu.common")
+        self._bench, self._worker, self._layers = bench, worker, layers
+        self._jobs, self._flying, count = 0, set[int](), bench.sizes.blocks
+        drawn = torch.Generator().manual_seed(1)
+        order = torch.randperm(len(layers[0]), generator=drawn).split([count, count, _REST])
+        self._ids = [each.to(bench.device) for each in order]  # stored, loaded, the rest
+        self._stored, self._loaded = (
+            base.GPULoadStoreSpec(ids.tolist(), group_sizes=[count], block_indices=[0])
+            for ids in order[:2]
+        )
+        chunks = torch.randperm(count, generator=drawn).tolist()
+        self._chunks = common.CPULoadStoreSpec(chunks)
+        self._before = [[each[ids] for ids in self._ids[::2]] for each in layers]
+
+    def done(self, job: int) -> bool:
+        """Whether a job has ended."""
+        self._flying -= {each.job_id for each in self._worker.get_finished()}
+        return job not in self._flying
+
+    def submit(self, *specs: Any) -> Job:
+        """Move between chunks and blocks, the source first."""
+        self._jobs += 1
+        self.done(self._jobs)
+        self._flying.add(self._jobs)
+        loads = specs[0] is self._chunks
+        (self._worker.submit_load if loads else self._worker.submit_store)(self._jobs, *specs)
+        return Job(self, self._jobs)
+
+    def wait(self) -> None:
+        self._worker.wait(set(self._flying))
+        self._bench.module.synchronize()
+
+    def poison(self, *first: Any) -> None:
+        """Poison the blocks that are loaded, behind a job, if any."""
+        if first:
+            self.submit(*first)
+        self.wait()
+        for each in self._layers:
+            each[self._ids[1]] = POISON - 256
+
+    def right(self) -> bool:
+        """Whether the blocks that were loaded are those that were stored, and all others as they
+        were."""
+        self.wait()
+        (stored, loaded, rest), pairs = self._ids, zip(self._layers, self._before, strict=True)
+        return all(
+            now[loaded].equal(old[0]) and now[stored].equal(old[0]) and now[rest].equal(old[1])
+            for now, old in pairs
+        )
+
+    def variant(self, name: str, op: str) -> Variant:
+        """A store, judged by a load of what it left; or a load."""
+        labels = suite.labels(name, op, "vllm")
+        store, load = (self._stored, self._chunks), (self._chunks, self._loaded)
+
+        def spoil(i: int) -> None:
+            self.poison()
+            self.poison(self._loaded, self._chunks)
+
+        def stored(i: int) -> bool:
+            self.poison()
+            self.submit(*load)
+            return self.right()
+
+        if op == "d2h":
+            return Variant(labels, lambda i: self.submit(*store), spoil, stored)
+        keep, right = partial(self.poison, *store), self.right
+        return Variant(labels, lambda i: self.submit(*load), lambda i: keep(), lambda i: right())
+
+
+class Job:
+    """A job that was submitted."""
+
+    def __init__(self, worker: Worker, number: int) -> None:
+        self._worker, self._number = worker, number
+
+    def done(self) -> bool:
+        return self._worker.done(self._number)
+
+
+Pair = Callable[[int], dict[str, Worker]]
+
+
+def _workers(bench: PlugBench, own: bool, page: int) -> dict[str, Worker]:
+    """Both workers over the same caches, each with host memory of its own."""
+    base, sizes = import_module("vllm.v1.kv_offload.base"), bench.sizes
+    blocks = 2 * sizes.blocks + _REST
+    memory = [bench.memory(blocks * page, False, 1 + n) for n in range(sizes.layers)]
+    layers = [each.view(torch.int8).view(blocks, page) for each in memory]
+    tensors = [base.CanonicalKVCacheTensor(each, page) for each in layers]
+    refs = [base.CanonicalKVCacheRef(at, page) for at in range(len(tensors))]
+    given = base.CanonicalKVCaches(tensors, [refs]), 1, sizes.blocks
+    made: dict[str, Worker] = {}
+    if own:
+        theirs = import_module("vllm.v1.kv_offload.cpu.gpu_worker").CPUOffloadingWorker
+        made[OWN] = Worker(bench, theirs(*given), layers)
+    ours = import_module("portakv.integrations.vllm").PortaKVOffloadingWorker
+    made[OURS] = Worker(bench, ours(*given), layers)
+    return made
+
+
+def _job(pair: Pair, bench: PlugBench, told: Row, page: int, op: str) -> Case:
+    ways = [worker.variant(name, op) for name, worker in pair(page).items()]
+    return Case(told, op, bench.sizes.blocks * page * bench.sizes.layers, ways, streams=True)
+
+
+def _batch(own: bool, bench: PlugBench, told: Row, page: int, op: str) -> Case:
+    """As many runs as a job has pages: of blocks of each layer, and of a pool block by block."""
+    layers, salts = bench.sizes.layers, suite.turned(op, 1, None)
+    sized = replace(suite.LIKE, layers=layers, dim=page, dtype="int8", kv=1, pool=2)
+    shape = replace(sized, tokens=bench.sizes.blocks)
+    device = Side.make(bench, "layer | block dim", shape, 3, tensors=layers, salt=salts[0])
+    host = Side.make(bench, "block layer dim", shape, 4, on_host=True, salt=salts[1])
+    mine = suite.addresses(device.tensors)[:, None] + device.rows * page
+    theirs = suite.addresses(host.tensors) + torch.arange(layers)[:, None] * page
+    theirs = theirs + host.rows * layers * page
+    (at, where), (to, into) = suite.turned(op, (mine, bench.device), (theirs, torch.device("cpu")))
+    runs = at.flatten(), to.flatten(), torch.full((at.numel(),), page)
+    moves: dict[str, Call] = {}
+    if own:
+        moves[OWN] = partial(import_module("vllm._custom_ops").swap_blocks_batch, *runs)
+    ends = {"src_device": where, "dst_device": into}
+    moves[OURS] = partial(vllm_ops.swap_blocks_batch, *runs, **ends)
+    makes = {name: partial(lambda move: move, move) for name, move in moves.items()}
+    return suite.case(bench, "vllm", told, op, device, host, makes)

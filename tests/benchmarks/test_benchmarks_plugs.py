@@ -1,0 +1,248 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of plugs, in sizes that mean nothing: each part with whatever engine is installed,
+and with own code that is a fake only at the seam between the benchmark and an engine.
+
+No test here judges a time. `.ci/plugs` runs it in the engines' environments, too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.benchmarks_cases import CPU, MACHINE, host_result
+from support.simdev_cases import DEVICE, NAME
+
+import portakv_benchmarks.cli as bench
+from portakv.integrations import kvcacheio
+from portakv_benchmarks import check
+from portakv_benchmarks.host import merge
+from portakv_benchmarks.plugs import lmcache, sglang, suite
+from portakv_benchmarks.plugs.suite import OURS, OWN, PLUG_PRESETS, PlugBench, Side, Sides
+from portakv_benchmarks.shared import harness
+from portakv_benchmarks.shared.harness import Row, Rows, having
+
+TINY = PLUG_PRESETS["tiny"]
+DEVICES = [
+    pytest.param(CPU, id="cpu"),
+    pytest.param(DEVICE, marks=[pytest.mark.simdev, pytest.mark.full], id="simdev"),
+    pytest.param(torch.device("cuda", 0), marks=pytest.mark.gpu, id="cuda"),
+]
+on_devices = pytest.mark.parametrize("device", DEVICES, indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def _unforced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    monkeypatch.setattr(harness, "REST", 0.0)  # no figure counts here
+
+
+def run(folder: Path, device: str, *words: str) -> tuple[int, Row]:
+    """The exit code and what was written."""
+    code = bench.main(
+        ["--plugs", "--device", device, "--preset", "tiny", *words, "--out", str(folder)]
+    )
+    (file,) = folder.glob("*-plugs*.json")
+    return code, json.loads(file.read_text())
+
+
+@on_devices
+@pytest.mark.parametrize("part", ["lmcache", "vllm", "sglang"])
+def test_a_part_with_the_engine_that_is_here(
+    part: str, device: torch.device, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = NAME if device == DEVICE else device.type
+    code, result = run(tmp_path, name, "--only", part)
+    rows, left_out, shown = result["rows"], result["left_out"], capsys.readouterr().out
+    assert code == 0
+    assert (result["suite"], result["asked"]["parts"]) == ("plugs", [part])
+    assert all(row["verified"] and row["part"] == part for row in rows)
+    assert all(f"left out: {line}"[:60] in shown for line in left_out)
+    if part == "vllm" and find_spec("vllm") is None:
+        assert rows == []
+        assert left_out[0].startswith("vllm: IntegrationError: The plug 'vllm' of PortaKV")
+        return
+    ours, own = having(rows, backend=OURS), having(rows, backend=OWN)
+    assert {row["op"] for row in ours if "op" in row} == {"d2h", "h2d"}
+    assert bool(own) == (part in result["asked"]["peers"])
+    assert bool(own) or any(line.startswith(f"{part}: its own") for line in left_out)
+    if part == "lmcache":
+        assert bool(own) == (find_spec("lmcache") is not None)
+        assert {row["format"] for row in ours if "format" in row} >= {1, 4, 6, 7, 12}
+    kinds = {"plug_copy"}
+    if device.type != "cpu":
+        kinds.add("plug_interference")
+    else:
+        assert any("there is no accelerator" in line for line in left_out)
+    if part == "lmcache" and device.type != "cuda":
+        kinds.add("plug_calls")
+    if own:
+        kinds.add("plug_median")
+        compared = having(ours, kind="plug_copy")
+        assert any(row["of_own"] > 0 < row["host_of_own"] for row in compared if "of_own" in row)
+        beside = having(ours, kind="plug_interference")
+        assert all({"over_own", "link_to_own"} <= row.keys() for row in beside)
+    assert {row["kind"] for row in rows} == kinds
+    # PortaKV's own rows are all there: nothing of them was left out.
+    assert not [line for line in left_out if OURS in line or "no time" in line]
+
+
+@pytest.mark.simdev
+@pytest.mark.full
+def test_calls_of_lmcaches_torch_ops_are_fewer_by_the_bar(tmp_path: Path) -> None:
+    if find_spec("lmcache") is None:
+        pytest.skip("LMCache is not installed; see .ci/plugs")
+    _, result = run(tmp_path, NAME, "--only", "lmcache")
+    machine = {**result["machine"], "device_type": "simdev"}
+    (verdict,) = check.judge({**result, "machine": machine}, check.load_bars())
+    assert (verdict.word, verdict.rows) == ("met", 6)
+
+
+# --- Own code that is a fake ----------------------------------------------------------------------
+
+
+def fake_ops(functions: Any) -> Callable[[PlugBench], lmcache.Ops]:
+    """In the place of LMCache's ops some others, which take tensors."""
+    forms = {x: x for x in (1, 4, 6, 12)}
+    return lambda bench_: lmcache.Ops(functions, SimpleNamespace, forms, (0, 1), False)
+
+
+def tried(part: Callable[[PlugBench], Any], steps: slice = slice(2)) -> tuple[Rows, list[str]]:
+    """The rows of some steps on the CPU, and what was left out."""
+    bench_ = PlugBench(CPU, "tiny")
+    rows = [row for _, measure in [*part(bench_)][steps] for row in measure()]
+    return rows, bench_.left_out
+
+
+def test_own_code_that_is_as_good_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "own_kernels", lambda bench_: kvcacheio)
+    rows, _ = tried(sglang.sglang_steps)
+    assert [row["backend"] for row in rows] == ["memcpy", OWN, OURS] * 2
+    for row in rows:
+        assert row["verified"]
+        assert ("of_own" in row) == ("host_of_own" in row) == (row["backend"] == OURS)
+        assert ("peer" in row) == (row["backend"] == OWN)
+    (told,) = suite.medians([{**row, "part": "sglang"} for row in rows])
+    assert told["of_own"] == pytest.approx(sum(row["of_own"] for row in rows[2::3]) / 2, rel=1e-3)
+
+
+def test_own_code_that_fails_is_told_and_ours_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*given: Any, **more: Any) -> None:
+        raise IndexError("no such layout")
+
+    ops = SimpleNamespace(multi_layer_kv_transfer=broken, multi_layer_block_kv_transfer=broken)
+    monkeypatch.setattr(lmcache, "own_ops", fake_ops(ops))
+    rows, left_out = tried(lmcache.lmcache_steps)
+    assert [row["backend"] for row in rows] == ["memcpy", OURS] * 2
+    assert all("of_own" not in row for row in rows)
+    told = [line for line in left_out if "own d2h: IndexError: no such layout" in line]
+    assert [line.partition(",")[0] for line in told] == ["lmcache: slots", "lmcache: blocks"]
+
+
+def test_own_code_whose_bytes_are_wrong_is_no_measure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    nothing = SimpleNamespace(
+        multi_layer_kv_transfer=lambda *given, **more: None,
+        multi_layer_kv_transfer_unilateral=lambda *given, **more: None,
+        multi_layer_block_kv_transfer=lambda *given, **more: None,
+    )
+    monkeypatch.setattr(lmcache, "own_ops", fake_ops(nothing))
+    code, result = run(tmp_path, "cpu", "--only", "lmcache")
+    assert code == 0  # it is the engine's, not PortaKV's
+    own = having(result["rows"], backend=OWN)
+    assert own
+    assert not any(row["verified"] for row in own)
+    assert all(row["verified"] for row in having(result["rows"], backend=OURS))
+    assert not any("of_own" in row for row in result["rows"])
+
+
+def test_one_wrong_byte_is_seen(device: torch.device) -> None:
+    bench_ = PlugBench(device, "tiny")
+    shape = dataclasses.replace(suite.LIKE, dim=64, block_size=4, tokens=8, heads=2, pool=2)
+    src = Side.make(bench_, "(block token) head dim", shape, 1, salt=1)
+    dst = Side.make(bench_, "block head token dim", shape, 1, on_host=True)
+    sides, rows = Sides(bench_, src, dst), src.rows
+
+    def copy() -> None:
+        moved = src.tensors[0][rows.to(device)].cpu()
+        for at, row in zip(rows.tolist(), moved, strict=True):
+            dst.tensors[0][at // 4, :, at % 4] = row
+
+    sides.poison()
+    assert not sides.right()
+    copy()
+    assert sides.right()
+    words = dst.tensors[0].view(torch.uint8).view(-1)
+    for at in (0, words.numel() // 2, words.numel() - 1):
+        sides.poison()
+        copy()
+        words[at] ^= 1
+        assert not sides.right()
+
+
+# --- Options, bars and several files --------------------------------------------------------------
+
+
+def test_what_no_time_is_left_for_is_told(tmp_path: Path) -> None:
+    code, result = run(tmp_path, "cpu", "--only", "sglang", "--seconds", "1e-9")
+    assert (code, result["rows"]) == (0, [])
+    late = [line for line in result["left_out"] if line.endswith("no time was left")]
+    assert late[0] == "sglang: kernel, all layers, lf, d2h: no time was left"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--only", "nonsense"], "known are lmcache, vllm, sglang"),
+        (["--host"], "unrecognized arguments: --plugs"),
+        (["--peer", "lmcache"], "unrecognized arguments"),
+    ],
+)
+def test_options_that_do_not_fit(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code: Any = bench.main(["--plugs", "--device", "cpu", "--preset", "tiny", *words])
+    except SystemExit as error:
+        code = error.code
+    assert code in (1, 2)
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.simdev
+def test_times_of_an_emulated_device_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["--plugs", "--device", NAME, "--only", "sglang"]) == 1
+    assert "figures come from real hardware only" in capsys.readouterr().err
+
+
+def plugs_result(rows: Rows, part: str) -> Row:
+    more = {"suite": "plugs", "name": f"some-gpu-plugs-{part}"}
+    return host_result(rows, **more, asked={"parts": [part], "peers": {part: "1"}})
+
+
+def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
+    row = {"kind": "plug_copy", "part": "lmcache", "backend": OURS, "narrow": False, "shape": "s",
+           "payload_bytes": 1 << 20, "of_own": 1.5, "verified": True, "op": "d2h"}  # fmt: skip
+    verdicts = check.judge(plugs_result([row], "lmcache"), check.load_bars())
+    assert MACHINE["device_type"] == "cuda"
+    assert {verdict.bar.suite for verdict in verdicts} == {"plugs"}
+    (judged,) = [verdict for verdict in verdicts if verdict.rows]
+    assert (judged.word, judged.figure) == ("missed", 1.5)
+    assert check.SUITES.keys() == {"host", "plugs"}
+
+
+def test_parts_of_several_files_make_one_result() -> None:
+    files = [plugs_result([{"part": part, "kind": "plug_copy"}], part) for part in ("a", "b")]
+    whole = merge.merge(files)
+    assert (whole["name"], whole["asked"]["parts"]) == ("some-gpu-plugs", ["a", "b"])
+    assert [row["part"] for row in whole["rows"]] == ["a", "b"]
+    with pytest.raises(ValueError, match="no result of `portakv bench --plugs`"):
+        merge.merge([host_result([]), files[0]])
