@@ -25,7 +25,7 @@ os.environ.setdefault("LMCACHE_DEVICE_BACKEND", "portakv-cpu")
 
 import lmcache.lmcache_native as native
 from lmcache.v1.platform import resolve_device_ops, torch_ops
-from support.engine_process import answer, in_a_process, in_a_worker
+from support.engine_process import accelerators, answer, defaults, in_a_process, in_a_worker
 from support.guarded_memory import check_sentence
 from support.lmcache_cases import (
     GEOMETRIES,
@@ -368,11 +368,15 @@ simdev.load("mlu")
 """
 
 
-def test_a_default_device_and_dtype_set_before_first_use() -> None:
+def test_a_default_dtype_set_before_the_first_use() -> None:
     code = "torch.set_default_dtype(torch.bfloat16)\nround_trip('cpu')\nprint('right')"
     assert answer(f"{HOST}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-cpu") == "right"
-    code = f"torch.set_default_device('mlu:0')\n{code.replace('cpu', 'mlu')}"
-    assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "right"
+
+
+@accelerators
+def test_an_accelerator_that_is_the_default_device(name: str) -> None:
+    code = f"{HOST}{defaults(name)}round_trip({name!r})\nprint('right')"
+    assert answer(code, LMCACHE_DEVICE_BACKEND=f"portakv-{name}") == "right"
 
 
 def test_a_device_that_lmcache_does_not_know() -> None:

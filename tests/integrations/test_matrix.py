@@ -7,10 +7,11 @@ import json
 from typing import Any
 
 import pytest
+from support.command_line import run_json
 from support.engine_process import answer
 from support.guarded_memory import check_sentence
 
-from portakv.integrations import MATRIX
+from portakv.integrations import MATRIX, PLUGS, why_not
 
 #: What an engine does to reach its plug.
 REACHED = {
@@ -59,3 +60,13 @@ def test_a_release_that_is_not_served(plug: str, found: str | None, told: Any) -
 
 def test_no_engine_is_imported_before_its_release_is_known(told: Any) -> None:
     assert told[1] == []
+
+
+def test_doctor_agrees_with_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the real packages: a plug whose engine is here would work, and no other."""
+    for plug in PLUGS.values():
+        if plug.variable:
+            monkeypatch.delenv(plug.variable, raising=False)
+    for one in run_json("doctor")["plugs"]:
+        expected = "rejected" if why_not(one["plug"]) else "on request"
+        assert (one["plug"], one["answer"]) == (one["plug"], expected), one["reasons"]

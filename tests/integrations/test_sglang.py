@@ -27,6 +27,7 @@ from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_host import common, mha, mla
 from sglang.srt.plugins import load_plugins
+from support.ambient import STATES, State
 from support.guarded_memory import check_sentence
 
 from portakv import BackendUnavailable, LayoutError, SlotError
@@ -210,6 +211,22 @@ def test_the_same_bytes_as_sglangs_own_methods(
         ours.host.load_to_device_per_layer(ours.device_pool, *asked)
         own.load_to_device_per_layer.__wrapped__(theirs.host, theirs.device_pool, *asked)
     assert all(map(torch.equal, ours.held(), theirs.held()))
+
+
+@pytest.mark.parametrize("state", STATES.values(), ids=STATES)
+def test_whatever_torch_was_told_before(device: torch.device, state: State) -> None:
+    pools = build("mha", "page_head", device)
+    on_host, on_device = pools.ids(2)
+    before = pools.held()
+    with state(device):
+        pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "kernel")
+        pools.lose()
+        for layer in range(LAYERS):
+            pools.host.load_to_device_per_layer(
+                pools.device_pool, on_host, on_device, layer, "direct"
+            )
+    for mine, right in zip(pools.held(), before, strict=True):
+        assert torch.equal(mine[on_device], right[on_device])
 
 
 def flat(buffer: Any) -> list[torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 import transformers
 from support.ambient import STATES, State
 from support.device_cases import current, delay
-from support.engine_process import answer, in_a_worker
+from support.engine_process import accelerators, answer, defaults, in_a_worker
 from support.guarded_memory import refused
 from transformers import DynamicCache
 
@@ -385,10 +385,10 @@ def test_defaults_of_torch_that_were_set_before_the_first_use(before: str) -> No
     assert answer(f"{ROUND}\n{before}\njudge()\nprint('right')") == "right"
 
 
-def test_an_accelerator_that_is_the_default_device() -> None:
-    before = "torch.set_default_device('simdev'); torch.set_default_dtype(torch.bfloat16)"
-    code = f"{SIMULATED}{ROUND}\n{before}\njudge('simdev')\nprint(not simdev.take_faults())"
-    assert answer(code) == "True"
+@accelerators
+def test_an_accelerator_that_is_the_default_device(name: str) -> None:
+    code = f"{ROUND}{defaults(name)}judge({name!r})\nprint('right')"
+    assert answer(code) == "right"
 
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])

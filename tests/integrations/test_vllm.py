@@ -23,7 +23,7 @@ if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; see .ci/plugs", allow_module_level=True)
 
 from support.ambient import STATES, State
-from support.engine_process import answer, in_a_process, in_a_worker
+from support.engine_process import accelerators, answer, defaults, in_a_process, in_a_worker
 from support.guarded_memory import check_sentence, refused
 from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
 from vllm.v1.kv_offload import base
@@ -621,8 +621,8 @@ import torch
 from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-def made(page):
-    caches = Caches(torch.device("cpu"), [page, page], [[0, 1]])
+def made(page, device="cpu"):
+    caches = Caches(torch.device(device), [page, page], [[0, 1]])
     spec = OffloadingSpecFactory.create_spec(offloading_config(2 * page, 2, 8))
     return caches, spec.get_worker(caches.canonical())
 
@@ -641,15 +641,21 @@ def judge(*engines):
 
 
 @pytest.mark.parametrize(
-    "defaults",
+    "told",
     ["torch.set_default_dtype(torch.bfloat16)",
      "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"],
     ids=["dtype", "both"],
 )  # fmt: skip
-def test_defaults_of_torch_that_were_set_before_the_first_use(defaults: str) -> None:
+def test_defaults_of_torch_that_were_set_before_the_first_use(told: str) -> None:
     before = "torch.set_default_dtype(torch.bfloat16)"
-    code = PROCESS.format(before=before) + f"engine = made(256)\n{defaults}\njudge(engine)"
+    code = PROCESS.format(before=before) + f"engine = made(256)\n{told}\njudge(engine)"
     assert answer(f"{code}\nprint('right')") == "right"
+
+
+@accelerators
+def test_an_accelerator_that_is_the_default_device(name: str) -> None:
+    code = f"{PROCESS.format(before='')}{defaults(name)}judge(made(256, {name!r}))\nprint('right')"
+    assert answer(code) == "right"
 
 
 @pytest.mark.parametrize("how", ["fork", "spawn"])

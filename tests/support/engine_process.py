@@ -11,8 +11,21 @@ import textwrap
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import pytest
+
 from portakv.integrations import PLUGS
 
+#: What an engine may have told torch before PortaKV's first use.
+_DEFAULTS = """
+import torch
+if "{name}" != "cuda":
+    from portakv_conformance import simdev
+    simdev.load("{name}")
+torch.set_default_device("{name}")
+torch.set_default_dtype(torch.bfloat16)
+"""
+#: The simulated device under a vendor's name, and a real one.
+accelerators = pytest.mark.parametrize("name", ["mlu", pytest.param("cuda", marks=pytest.mark.gpu)])
 #: Says with which exit code a worker ended that did the same ``work`` as its parent before.
 _IN_A_WORKER = """
 if __name__ == "__main__":
@@ -24,6 +37,11 @@ if __name__ == "__main__":
     worker.join(240)
     print(worker.exitcode)
 """
+
+
+def defaults(name: str) -> str:
+    """Code after which an accelerator is torch's default device, and bf16 its default dtype."""
+    return _DEFAULTS.format(name=name)
 
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -66,7 +66,7 @@ class Caches:
         self, device: torch.device, pages: Sequence[int], groups: Sequence[Sequence[Any]],
         blocks: int = 13, gap: int = 0,
     ) -> None:  # fmt: skip
-        drawn = torch.Generator().manual_seed(len(pages))
+        drawn = torch.Generator("cpu").manual_seed(len(pages))
         self.blocks, self.pages = blocks, list(pages)
         self.groups = [
             [each if isinstance(each, tuple) else (each, pages[each]) for each in group]
@@ -74,7 +74,9 @@ class Caches:
         ]
         self.tensors = []
         for page in pages:
-            made = torch.randint(-128, 128, (blocks, page + gap), generator=drawn, dtype=torch.int8)
+            made = torch.randint(
+                -128, 128, (blocks, page + gap), generator=drawn, dtype=torch.int8, device="cpu"
+            )
             self.tensors.append(made.to(device)[:, :page])
         self.before = [each.cpu().clone() for each in self.tensors]
 
