@@ -34,7 +34,7 @@ from portakv.runtime.devices import devices_present
 def test_no_words_print_help_and_an_option_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run()
     assert code == 0
-    for verb in ("demo", "backends", "explain", "layouts", "bench"):
+    for verb in ("demo", "doctor", "backends", "explain", "layouts", "bench"):
         assert f"\n    {verb} " in out
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])
@@ -46,6 +46,7 @@ NOT_UNDERSTOOD = {
     "nonsense": "invalid choice",
     "layouts epd opaque": "opaque",
     "backends cpu": "usage: portakv backends",
+    "doctor cpu": "usage: portakv doctor",
     "demo foo": "usage: portakv demo",
     "backends --device": "expected one argument",
     "explain": "SRC_LAYOUT, DST_LAYOUT",
