@@ -67,11 +67,11 @@ PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
     "pageable": memory.pageable_steps, "pinning": memory.pinning_steps,
     "peers": interference.peer_steps,
 }  # fmt: skip
-#: What ``--plugs`` measures, by engine.
+#: What ``--plugs`` measures, by engine; last LMCache, whose kernels take any layout for theirs.
 PLUGS: Mapping[str, Callable[[PlugBench], Iterator[Step]]] = {
-    "lmcache": lmcache_steps,
-    "vllm": vllm_steps,
     "sglang": sglang_steps,
+    "vllm": vllm_steps,
+    "lmcache": lmcache_steps,
 }
 
 

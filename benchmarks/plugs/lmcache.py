@@ -39,6 +39,7 @@ _NARROW = 32  # elements of the one head of narrow rows
 _FORMATS = [number for number in LAYOUTS if number not in (14, 16, 17)]
 _KERNELS, _BY_BLOCKS = ("slots", "blocks"), (0, 8)
 _UNILATERAL, _WITH_ONE_HEAD = (4, 5, 9), 5
+_KEYS_ALONE = (10, 12)  # whose head size by slots is that of keys, though a row holds both
 #: Formats whose calls are counted: tokens outermost, heads outermost, keys beside values.
 _COUNTED, _COUNTED_LAYERS = (1, 6, 7), 32
 
@@ -117,7 +118,7 @@ def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
         if kernel == "slots" and number in _BY_BLOCKS:
             continue
         task = Task(kernel, number, narrow, payload, on_host, op)
-        beside = Task("slots", *rows[0], bench.sizes.payloads[-1], True, op)
+        beside = Task("slots", *rows[0], bench.sizes.payloads[0], True, op)
         make = partial(_case, bench, own, ours, task)
         yield Asked(f"{task}, format {number}, {op}", make, task == beside)
 
@@ -180,7 +181,7 @@ def call_of(
             held = [each.view(_as_torch_reads(shape, ours)) for each in held]
         size = 0 if number in MLA and ops.addresses else shape.slots
         by_slots = memory[0], held, caches.rows.to(device), device, size, way, form
-        head = shape.dim // 2 if number in FUSED else shape.dim
+        head = shape.dim // 2 if number in _KEYS_ALONE else shape.dim
         return partial(
             move, *by_slots, **({} if one else {"block_size": _BLOCK, "head_size": head})
         )

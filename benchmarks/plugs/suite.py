@@ -48,7 +48,7 @@ class PlugPreset:
 
 
 PLUG_PRESETS: Mapping[str, PlugPreset] = {
-    "full": PlugPreset(32, (1 * MB, 32 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
+    "full": PlugPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
     "tiny": PlugPreset(2, (128 * KB,), 4, (512,), 512 * KB, (1, 4, 6, 12)),
 }
 
@@ -216,15 +216,14 @@ class Asked(NamedTuple):
 
 
 def steps(bench: PlugBench, part: str, asked: Iterable[Asked]) -> Iterator[Step]:
-    """A step for each case, then one for each loop beside those that ask for it."""
-    asked = list(asked)
+    """A step for each case, and one for each loop beside those that ask for it."""
+    alone = bench.device.type == "cpu"
+    if alone:
+        bench.left_out.append(f"{part}: beside a loop: there is no accelerator that computes")
     for one in asked:
         yield one.name, partial(_measure, bench, part, one)
-    if bench.device.type == "cpu":
-        bench.left_out.append(f"{part}: beside a loop: there is no accelerator that computes")
-        return
-    for one, loop in product((one for one in asked if one.beside), LOOPS):
-        yield f"{one.name}, beside {loop}", partial(_beside, bench, part, one, loop)
+        for loop in LOOPS if one.beside and not alone else ():
+            yield f"{one.name}, beside {loop}", partial(_beside, bench, part, one, loop)
 
 
 def _measure(bench: PlugBench, part: str, asked: Asked) -> Rows:

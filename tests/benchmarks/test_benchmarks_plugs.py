@@ -201,7 +201,7 @@ def test_what_no_time_is_left_for_is_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--only", "nonsense"], "known are lmcache, vllm, sglang"),
+        (["--only", "nonsense"], "known are sglang, vllm, lmcache"),
         (["--host"], "unrecognized arguments: --plugs"),
         (["--peer", "lmcache"], "unrecognized arguments"),
     ],
