@@ -48,9 +48,9 @@ BUDGETS = {
     "portakv/runtime": 2_130,
     "portakv/view": 2_070,
     "conformance": 13_500,
-    "benchmarks": 4_600,
+    "benchmarks": 4_630,
     "benchmarks/plugs": 900,
-    "tests": 32_600,
+    "tests": 32_900,
     "tests/integrations": 4_200,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.

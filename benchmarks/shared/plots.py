@@ -3,7 +3,8 @@
 
 SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time against
 `copy_`, what a call costs the host, and the ladder; of ``h200-host.json`` speed against a memcpy,
-and what a transfer does to what runs beside it. Needs matplotlib (`pip install '.[bench]'`).
+and what a transfer does to what runs beside it; of ``h200-plugs.json`` the time of each plug, of
+the engine's own. Needs matplotlib (`pip install '.[bench]'`).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ COLOURS = {
     "reference": "#D55E00", "lmcache slot kernel": "#777777", "lmcache block kernel": "#AAAAAA",
     "copy_": "black", "memcpy": "black", "host": "#0072B2", "host detached": "#56B4E9",
     "staged": "#009E73", "descriptors": "#CC79A7", "direct": "#D55E00", "direct 8": "#D55E00",
-    "lmcache": "#777777",
+    "lmcache": "#777777", "own": "#777777", "portakv": "#0072B2",
 }  # fmt: skip
 _MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
 _SWEEP = "llama3-8b"  # the shape that is measured from one token up
@@ -50,6 +51,7 @@ def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
         "bandwidth": ("copy", bandwidth), "heatmap": ("copy", heat_map),
         "host": ("overhead", host_cost), "ladder": ("ladder", ladder),
         "ratio": ("host_copy", ratio), "interference": ("host_interference", interference),
+        "own": ("plug_copy", beside_own), "beside": ("plug_interference", interference),
     }  # fmt: skip
     with matplotlib.rc_context(_INK):
         for name, (kind, make) in kinds.items():
@@ -220,6 +222,27 @@ def interference(rows: list[Row], device: str) -> Figure:
         axes.set_xlabel("slow-down of the loop in %", fontsize=8)
     figure.suptitle(f"What a transfer does to what runs beside it · {device}", fontsize=10)
     figure.tight_layout(rect=(0, 0, 1, 0.985))
+    return figure
+
+
+def beside_own(rows: list[Row], device: str) -> Figure | None:
+    """The time of the plugs, of the engines' own code: a point for each case."""
+    known = [row for row in rows if "of_own" in row and row["verified"]]
+    if not known:
+        return None
+    figure = Figure(figsize=(9.5, 2.6))
+    axes, parts = figure.subplots(), sorted({row["part"] for row in known})
+    for (at, part), (op, mark) in product(enumerate(parts), {"d2h": "v", "h2d": "^"}.items()):
+        found = [row["of_own"] for row in having(known, part=part, op=op)]
+        place = [at + (0.12 if op == "h2d" else -0.12)] * len(found)
+        label = _WORDS[op] if at == 0 else None
+        axes.plot(found, place, mark, label=label, alpha=0.5, color=COLOURS["portakv"])
+    axes.axvline(1.0, color="black", linestyle="--", linewidth=1)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(parts)), parts)
+    axes.set_xlabel("time by PortaKV / by the engine's own code")
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(f"Engines' transfers, by the plugs · {device}", fontsize=10)
     return figure
 
 

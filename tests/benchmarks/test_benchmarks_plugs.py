@@ -60,6 +60,7 @@ def test_a_part_with_the_engine_that_is_here(
 ) -> None:
     name = NAME if device == DEVICE else device.type
     code, result = run(tmp_path, name, "--only", part)
+    drawn = {path.stem.rpartition("-")[2] for path in tmp_path.glob("*.svg")}
     rows, left_out, shown = result["rows"], result["left_out"], capsys.readouterr().out
     assert code == 0
     assert (result["suite"], result["asked"]["parts"]) == ("plugs", [part])
@@ -90,6 +91,9 @@ def test_a_part_with_the_engine_that_is_here(
         beside = having(ours, kind="plug_interference")
         assert all({"over_own", "link_to_own"} <= row.keys() for row in beside)
     assert {row["kind"] for row in rows} == kinds
+    if find_spec("matplotlib") is not None:
+        plots = {"plug_median": "own", "plug_interference": "beside"}
+        assert drawn == {plots[kind] for kind in kinds & plots.keys()}
     # PortaKV's own rows are all there: nothing of them was left out.
     assert not [line for line in left_out if OURS in line or "no time" in line]
 
@@ -121,7 +125,9 @@ def tried(part: Callable[[PlugBench], Any], steps: slice = slice(2)) -> tuple[Ro
     return rows, bench_.left_out
 
 
-def test_own_code_that_is_as_good_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_own_code_that_is_as_good_is_compared_and_drawn(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(sglang, "own_kernels", lambda bench_: kvcacheio)
     rows, _ = tried(sglang.sglang_steps)
     assert [row["backend"] for row in rows] == ["memcpy", OWN, OURS] * 2
@@ -129,7 +135,13 @@ def test_own_code_that_is_as_good_is_compared(monkeypatch: pytest.MonkeyPatch) -
         assert row["verified"]
         assert ("of_own" in row) == ("host_of_own" in row) == (row["backend"] == OURS)
         assert ("peer" in row) == (row["backend"] == OWN)
-    (told,) = suite.medians([{**row, "part": "sglang"} for row in rows])
+    named = [{**row, "part": "sglang"} for row in rows]
+    if find_spec("matplotlib") is not None:
+        from portakv_benchmarks.shared.plots import draw
+
+        (drawn,) = draw({"rows": named, "machine": MACHINE}, tmp_path, "x")
+        assert drawn.name == "x-own.svg"
+    (told,) = suite.medians(named)
     assert told["of_own"] == pytest.approx(sum(row["of_own"] for row in rows[2::3]) / 2, rel=1e-3)
 
 
