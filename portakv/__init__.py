@@ -7,10 +7,10 @@ its reasons on record.
 
 from __future__ import annotations
 
-from portakv.blocks.blocks import copy_blocks
-from portakv.blocks.handle import BlockTransfer
 from portakv.connector.connector import AdaptiveConnector
+from portakv.copy.blocks import copy_blocks
 from portakv.copy.copy import copy_rows
+from portakv.copy.handle import BlockTransfer
 from portakv.errors import (
     BackendUnavailable,
     DeviceMismatch,

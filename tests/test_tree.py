@@ -18,7 +18,7 @@ from support import seams
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
-    "portakv": "cli connector blocks copy engines registry backends plan host view runtime layout",
+    "portakv": "cli connector copy engines registry backends plan host view runtime layout",
     "portakv/backends": "base reference compiled triton cuda hip ascend mlu",
     "portakv/host": "pinned pool shared memcpy small",
     "native": "cuda host ascend",
@@ -31,10 +31,9 @@ TREE = {
 BUDGETS = {
     "portakv": 18_500,
     "portakv/backends": 3_450,
-    "portakv/blocks": 440,
     "portakv/cli": 1_950,
     "portakv/connector": 840,
-    "portakv/copy": 540,
+    "portakv/copy": 980,
     "portakv/engines": 3_080,
     "portakv/host": 2_720,
     "portakv/layout": 770,

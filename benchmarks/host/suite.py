@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 
 from portakv import Index, copy_blocks
-from portakv.blocks.handle import BlockTransfer
+from portakv.copy.handle import BlockTransfer
 from portakv.engines.choose import HostLaunch, across
 from portakv.engines.engine import Terms
 from portakv.plan.plan import Move

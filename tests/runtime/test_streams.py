@@ -21,7 +21,7 @@ from support.guarded_memory import refused
 from support.threads import run_threads
 
 from portakv import TransferError, copy_blocks
-from portakv.blocks import slices as block_slices
+from portakv.copy import slices as block_slices
 from portakv.host.small import SmallCopy
 from portakv.registry.prepared import bring
 from portakv.runtime import cuda as _cuda_driver

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from support.block_cases import BLOCK_BYTES, WAYS
 
-from portakv.blocks import slices
+from portakv.copy import slices
 from portakv.runtime.worker import WINDOW
 
 

@@ -7,9 +7,9 @@ import time
 
 import torch
 
-from portakv.blocks.handle import BlockTransfer
-from portakv.blocks.slices import in_layers, in_slices
 from portakv.copy.copy import Ids, carrier, checked, copy_move, follow_current, is_strict, source_of
+from portakv.copy.handle import BlockTransfer
+from portakv.copy.slices import in_layers, in_slices
 from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, SlotError
 from portakv.plan.move import Move

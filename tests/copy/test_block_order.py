@@ -31,7 +31,7 @@ from support.device_cases import current, delay, on, settle
 from support.threads import run_threads
 
 from portakv import Index, copy_blocks
-from portakv.blocks import slices as block_slices
+from portakv.copy import slices as block_slices
 from portakv.host import small
 from portakv.registry import prepared
 from portakv.runtime import transfer

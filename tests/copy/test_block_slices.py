@@ -23,7 +23,7 @@ from support.small_backends import small_backend
 from support.threads import run_threads
 
 from portakv import KVView, copy_blocks, register_backend
-from portakv.blocks import slices as block_slices
+from portakv.copy import slices as block_slices
 from portakv.errors import SlotError, TransferCancelled, TransferError
 from portakv.registry import registry
 from portakv.runtime import worker

@@ -36,7 +36,7 @@ from support.guarded_memory import filled, refused, same, untouched
 from support.small_backends import small_backend
 
 from portakv import BlockTransfer, Index, KVView, copy_blocks, copy_rows
-from portakv.blocks import slices as block_slices
+from portakv.copy import slices as block_slices
 from portakv.errors import (
     DeviceMismatch,
     InvalidTerms,
