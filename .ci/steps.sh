@@ -5,7 +5,7 @@ exec </dev/null
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_QUIET=2
 export NO_MKDOCS_2_WARNING=1 # an advertisement, not a warning of this build
-unset PORTAKV_BACKEND # a forced backend is not what we test
+unset PORTAKV_BACKEND PYTHONPATH # neither a forced backend nor another tree is what we test
 timings=() now= summary=
 
 # The table of steps, on the screen and in build/: the last line is how the tests went.

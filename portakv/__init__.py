@@ -7,8 +7,8 @@ its reasons on record.
 
 from __future__ import annotations
 
-from portakv.blocks.blocks import copy_blocks
 from portakv.connector.connector import AdaptiveConnector
+from portakv.copy.blocks import copy_blocks
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import copy_rows
 from portakv.copy.runs import copy_runs

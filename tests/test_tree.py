@@ -18,7 +18,7 @@ from support import seams
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
-    "portakv": "cli connector blocks copy engines registry backends plan host view runtime layout",
+    "portakv": "cli connector copy engines registry backends plan host view runtime layout",
     "portakv/backends": "base reference compiled triton cuda hip ascend mlu",
     "portakv/integrations": "lmcache vllm sglang transformers kvcacheio",
     "portakv/host": "pinned pool shared memcpy small",
@@ -36,10 +36,9 @@ BUDGETS = {
     "portakv": 19_900,
     PLUGS: 2_600,
     "portakv/backends": 3_450,
-    "portakv/blocks": 100,
     "portakv/cli": 2_090,
     "portakv/connector": 840,
-    "portakv/copy": 1_150,
+    "portakv/copy": 1_250,
     "portakv/engines": 3_130,
     "portakv/host": 2_830,
     "portakv/layout": 770,

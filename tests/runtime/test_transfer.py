@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transfers and completions: what is in flight, its errors, waiting with a limit, events and status
-words under any settings of torch; when slices start, of which `tests/blocks` judges the rest."""
+words under any settings of torch; when slices start, of which `tests/copy` judges the rest."""
 
 from __future__ import annotations
 
