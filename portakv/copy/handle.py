@@ -80,7 +80,13 @@ class BlockTransfer(Transfer):
     def together(cls, transfers: Sequence[BlockTransfer]) -> BlockTransfer:
         """Several transfers as one handle: the first error counts, bytes and blocks are added, and
         the time is that from the first call to the last end."""
-        return transfers[0] if len(transfers) == 1 else _Together(transfers)
+        flat = [one for each in transfers for one in each._parts]
+        return flat[0] if len(flat) == 1 else _Together(flat)
+
+    @property
+    def _parts(self) -> tuple[BlockTransfer, ...]:
+        """The transfers that it joins; itself, if it joins none."""
+        return (self,)
 
     @property
     def layers(self) -> tuple[Transfer, ...]:
@@ -171,6 +177,10 @@ class _Together(BlockTransfer):
         carried = transfers[0].carried if transfers else NOTHING
         Transfer.__init__(self, completions, None, carried)
         self._all = tuple(transfers)
+
+    @property
+    def _parts(self) -> tuple[BlockTransfer, ...]:
+        return self._all
 
     @property
     def layers(self) -> tuple[Transfer, ...]:

@@ -95,3 +95,16 @@ def test_none_and_one() -> None:
     assert none.done()
     assert not none.cancel()
     assert (none.statistics.nbytes, none.statistics.seconds) == (0, 0.0)
+
+
+def test_one_that_is_joined_already() -> None:
+    pairs = [(layered(), layered()) for _ in range(GROUPS)]
+    parts = [copy_blocks(src.view, dst.view, MINE, THEIRS) for src, dst in pairs]
+    job = BlockTransfer.together(
+        [BlockTransfer.together(parts[:2]), BlockTransfer.together([]), parts[2]]
+    )
+    job.synchronize()
+    told = job.statistics
+    assert told.blocks == GROUPS * len(MINE)
+    assert told.engine == parts[0].statistics.engine
+    assert told.seconds is not None
