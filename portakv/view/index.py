@@ -133,24 +133,30 @@ class Index:
         cls, tables: torch.Tensor, lengths: IdList, step: int, *, first: IdList | None = None,
         count: int | None = None, trusted: bool = False,
     ) -> Index:  # fmt: skip
-        """The tokens of several requests, one request behind the other, as slots. On a device the
-        host waits for nothing if ``count`` is told, and it can be captured into a graph.
+        """The tokens of several requests, one request behind the other, as slots. If all tensors
+        are on a device and ``count`` is told, the host waits for nothing, and it can be captured
+        into a graph; lengths or first tokens on the host are copied there, behind its work.
 
         Args:
             tables: block ids ``[requests, blocks]``, int32 or int64, on host or device; what lies
-                behind the last block of a request is not looked at.
-            lengths: tokens of each request ``[requests]``.
+                behind the last block of a request is not looked at. There may be no requests.
+            lengths: tokens of each request ``[requests]``. One below 0 on a device is 0.
             step: tokens of a block.
             first: tokens of each request that are passed over, ``[requests]``; None: none are.
             count: positions in all; None: the sum of the lengths. Those past the sum are skipped.
             trusted: as for the constructor; then no position may be skipped.
 
         Raises:
-            SlotError: other dtypes or shapes; on the host, a request that is longer than its table.
+            SlotError: other dtypes or shapes; a length or first token below 0 on the host, or
+                anywhere without ``count``; with tables on the host, a request that is longer than
+                its table. On a device the copy raises it for tokens outside of a table.
         """
-        if not isinstance(tables, torch.Tensor) or tables.dim() != 2 or tables.dtype not in _DTYPES:
-            kind = type(tables).__name__
-            if isinstance(tables, torch.Tensor):
+        kind = type(tables).__name__
+        dense = isinstance(tables, torch.Tensor)
+        if dense and (tables.is_nested or tables.layout is not torch.strided):
+            kind, dense = "nested or sparse tensor", False
+        if not dense or tables.dim() != 2 or tables.dtype not in _DTYPES:
+            if dense:
                 kind = f"{tables.dtype} tensor of shape {tuple(tables.shape)}"
             raise SlotError(
                 f"Tables of requests were given as a {kind}; expected block ids [requests, blocks] "
@@ -165,27 +171,33 @@ class Index:
                 f"step at least 1 and count at least 0."
             )
         _as_ids(tables.reshape(-1))  # inside torch.vmap and its like there are none
-        sizes = _as_ids(lengths).to(tables.device, torch.int64)
-        begins = torch.zeros_like(sizes)
-        if first is not None:
-            begins = _as_ids(first).to(tables.device, torch.int64)
-        if not len(sizes) == len(begins) == requests or not (requests and blocks):
+        sizes = _as_ids(lengths)
+        begins = torch.zeros_like(sizes) if first is None else _as_ids(first)
+        if not len(sizes) == len(begins) == requests or (requests and not blocks):
             raise SlotError(
                 f"{len(sizes)} lengths and {len(begins)} first tokens were given for tables of "
                 f"shape {tuple(tables.shape)}; expected one of each for each request, and at least "
                 f"one block."
             )
-        if tables.is_cpu and bool(((begins < 0) | (sizes < 0)).any()):
+        waits = tables.is_cpu or count is None
+        if any(bool((each < 0).any()) for each in (sizes, begins) if waits or each.is_cpu):
             raise SlotError("Lengths or first tokens below 0 were given; pass tokens of requests.")
+        if not requests:
+            skipped = torch.full((count or 0,), -1, dtype=torch.int64, device=tables.device)
+            return cls(skipped, trusted=trusted)
+        begins = begins.to(tables.device, torch.int64)
+        sizes = sizes.to(tables.device, torch.int64).clamp(min=0)
         ends = sizes.cumsum(0)
         at = torch.arange(int(ends[-1]) if count is None else count, device=tables.device)
         request = torch.searchsorted(ends, at, right=True)
         inside, request = request < requests, request.clamp(max=requests - 1)
         token = at + (begins - ends + sizes)[request]
         block = token // step
-        ids = tables[request, block.clamp(max=blocks - 1)].long()
+        ids = tables[request, block.clamp(0, blocks - 1)].long()
         slots = torch.where(ids < 0, -1, ids.clamp(max=_WILD // step) * step + token % step)
-        past = inside & (block >= blocks)  # which a copy refuses, or moves nothing for
+        past = inside & (
+            (block < 0) | (block >= blocks)
+        )  # which a copy refuses, or moves nothing for
         if tables.is_cpu and bool(past.any()):
             longest = int(request[past.nonzero()[0, 0]])
             raise SlotError(

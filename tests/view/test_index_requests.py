@@ -76,11 +76,51 @@ def test_a_request_longer_than_its_table(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
+    ("lengths", "first", "count"),
+    [([9, 0, -1], None, 9), ([9, 0, 1], [0, 0, -2], 10), ([9, -4, 1], [0, 0, 0], None)],
+)
+def test_numbers_below_0(device: torch.device, lengths: Any, first: Any, count: Any) -> None:
+    """Lists are looked at wherever the tables are; tensors on a device only without a count."""
+    tables = torch.tensor(TABLES, device=device)
+    with pytest.raises(SlotError) as refused:
+        Index.of_requests(tables, lengths, SIZE, first=first, count=count)
+    check_sentence(str(refused.value), "below 0")
+    if count is None:
+        with pytest.raises(SlotError, match="below 0"):
+            Index.of_requests(tables, torch.tensor(lengths, device=device), SIZE)
+
+
+def test_numbers_below_0_on_a_device(accelerator: torch.device) -> None:
+    """A length is 0 then, and no other block of a table is taken for a first token."""
+    tables = torch.tensor(TABLES, device=accelerator)
+    lengths = torch.tensor([2, -4, 5], device=accelerator)
+    first = torch.tensor([0, 0, -2], device=accelerator)
+    index = Index.of_requests(tables, lengths, SIZE, first=first, count=8)
+    assert index.ids is not None
+    ids = index.ids.tolist()
+    assert ids[:2] == [20, 21]
+    assert min(ids[2:4]) > 2**32  # past the end of any view, so that the copy refuses it
+    assert ids[4:] == [4, 5, 6, -1]
+
+
+@pytest.mark.parametrize("count", [None, 0, 3])
+@pytest.mark.parametrize("blocks", [0, 3])
+def test_no_requests(device: torch.device, blocks: int, count: int | None) -> None:
+    tables = torch.zeros(0, blocks, dtype=torch.int32, device=device)
+    index = Index.of_requests(tables, [], SIZE, first=[], count=count)
+    assert index.ids is not None
+    assert index.ids.device == tables.device
+    assert index.ids.tolist() == [-1] * (count or 0)
+
+
+@pytest.mark.parametrize(
     ("tables", "lengths", "words"),
     [
         ([[1]], [1], "list"),
         (torch.zeros(3, dtype=torch.int64), [1], "shape (3,)"),
         (torch.zeros(2, 3), [1, 1], "torch.float32"),
+        (torch.zeros(2, 3, dtype=torch.int32).to_sparse(), [1, 1], "sparse tensor"),
+        (torch.nested.nested_tensor([torch.zeros(3).int()], layout=torch.jagged), [1], "nested"),
         (torch.zeros(2, 3, dtype=torch.int32), [1], "1 lengths"),
         (torch.zeros(2, 0, dtype=torch.int32), [1, 1], "(2, 0)"),
         (torch.zeros(2, 3, dtype=torch.int32), [1.0, 2.0], "1.0"),
