@@ -218,7 +218,12 @@ def copy_all_layer_kv_cache_cpu(
     data_ptrs: torch.Tensor, strides: torch.Tensor, tgt_loc: torch.Tensor, src_loc: torch.Tensor
 ) -> None:
     """Rows of pools on the host, ``[layers]`` addresses and bytes of a row, to others of the same
-    pools. A row that is both read and written is a `SlotError`."""
+    pools. How many rows a pool has is not handed over: no id may lie past its end.
+
+    Raises:
+        SlotError: a negative id, lists of unequal lengths, a row that is both read and written.
+    """
+    pools.same_rows(data_ptrs, strides, tgt_loc, src_loc)
     rows = strides.long()[:, None]
     src, dst = (
         (data_ptrs.long()[:, None] + at.long() * rows).flatten() for at in (src_loc, tgt_loc)

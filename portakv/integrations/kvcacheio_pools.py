@@ -206,6 +206,28 @@ def same_number(src: Tensors, dst: Tensors) -> None:
         )
 
 
+def same_rows(addresses: torch.Tensor, strides: torch.Tensor, *ids: torch.Tensor) -> None:
+    """Raise unless every pool has its stride, and ids of rows go by pairs, none below 0."""
+    if addresses.shape != strides.shape or addresses.dim() != 1:
+        raise LayoutError(
+            f"Pools were given by {told(addresses)} and {told(strides)}; expected one address and "
+            f"the bytes of one row for each. Pass two tensors of one dimension and one length."
+        )
+    shapes = [tuple(each.shape) for each in ids]
+    if shapes[0] != shapes[1] or any(
+        not each.is_cpu
+        or each.dim() != 1
+        or each.dtype not in (torch.int32, torch.int64)
+        or bool((each < 0).any())
+        for each in ids
+    ):
+        raise SlotError(
+            f"Ids of rows were given by {' and '.join(map(told, ids))}; expected int32 or int64 on "
+            f"the host, of one dimension and one length, 0 or more each; nothing was moved. "
+            f"Correct the ids."
+        )
+
+
 def _alike(first: torch.Tensor, each: torch.Tensor) -> None:
     facts = [(x.shape, x.stride(), x.element_size(), x.device) for x in (first, each)]
     if facts[0] != facts[1]:

@@ -352,6 +352,22 @@ def test_rows_within_pools_of_the_host() -> None:
     assert all(map(torch.equal, buffers, wanted))
 
 
+def test_bad_rows_within_pools_of_the_host() -> None:
+    """The pool is the middle of its memory: what an id below 0 would reach is there to be seen."""
+    memory = drawn((3, TOKENS, 16), 1)
+    pool, before = memory[1], memory.clone()
+    one, stride = torch.tensor([1]), torch.tensor([32])
+    for dst, src in ((one, -one), (-one, one), (one, one[:0]), (one, one.float()), (one[0], one)):
+        bad(
+            lambda d=dst, s=src: io.copy_all_layer_kv_cache_cpu(table([pool]), stride, d, s),
+            SlotError,
+        )
+    bad(
+        lambda: io.copy_all_layer_kv_cache_cpu(table([pool] * 2), stride, one, one + 1), LayoutError
+    )
+    assert torch.equal(memory, before)
+
+
 def test_small_copies_without_a_copy_engine(device: torch.device) -> None:
     values = torch.arange(72, dtype=torch.int32, device="cpu")
     for count in (64, 72, 5):
