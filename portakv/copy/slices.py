@@ -77,8 +77,8 @@ def in_slices(
     worker = Worker(slices, issue, partial(_inside, kept, choice, stream), limit)
     last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
     layers = [Transfer((Landing(worker, nth),)) for nth in last.values()] if by_layer else None
-    end = Transfer((Landing(worker, len(slices), (src, dst)),))
-    transfer = BlockTransfer(end, move, began, layers, worker)
+    worker.end = end = Landing(worker, len(slices), (src, dst))
+    transfer = BlockTransfer(Transfer((end,)), move, began, layers, worker)
     worker.start()
     return transfer
 

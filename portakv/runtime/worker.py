@@ -18,7 +18,7 @@ import torch
 
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.runtime.devices import this_process
-from portakv.runtime.transfer import NOTHING, Completion, Transfer
+from portakv.runtime.transfer import NOTHING, Completion, Transfer, failed
 
 #: Slices in flight: while one crosses, the next waits behind it and a third is being issued.
 WINDOW = 3
@@ -64,6 +64,7 @@ class Worker:
         carried: what carried the first slice out, as `Transfer.carried`.
         cancelled: some slices are not moved because `cancel` was called.
         ended_at: since when no slice is in flight and none will be, by `time.perf_counter`.
+        end: the end of all slices, which tells `LateErrors` of a failure; None once it did.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class Worker:
         self.issued = self.landed = 0
         self.carried = NOTHING
         self.ended_at: float | None = None
+        self.end: Landing | None = None
         self._thread = threading.Thread(target=self._run, name="portakv worker", daemon=True)
 
     def start(self) -> None:
@@ -142,9 +144,9 @@ class Worker:
         if isinstance(error, PortaKVError):
             return error
         why = f"{type(error).__name__}: {error}."
-        failed = TransferError(f"The transfer failed when {so_far}, with {why}")
-        failed.__cause__ = error
-        return failed
+        found = TransferError(f"The transfer failed when {so_far}, with {why}")
+        found.__cause__ = error
+        return found
 
     def _run(self) -> None:
         try:
@@ -161,6 +163,9 @@ class Worker:
         with self._change:
             self.ended_at = time.perf_counter()
             self._change.notify_all()
+        end, self.end = self.end, None
+        if end is not None:
+            end.report()
         running.discard(self)
 
     def _issue_all(self) -> None:
@@ -228,6 +233,13 @@ class Landing(Completion):
     def _settle(self) -> None:
         super()._settle()
         self.error = self.error or self._worker.failure(self._slices)
+
+    def report(self) -> None:
+        """Tell `LateErrors` of a failure, unless it is that a caller cancelled."""
+        self.ended()  # sets the error, before the owner is asked for: one that comes later finds it
+        told = self.error is None or isinstance(self.error, TransferCancelled)
+        if not told and self.owner is not None:
+            failed.append(self)
 
 
 running: set[Worker] = set()

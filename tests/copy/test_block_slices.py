@@ -22,7 +22,7 @@ from support.guarded_memory import check_sentence
 from support.small_backends import small_backend
 from support.threads import run_threads
 
-from portakv import KVView, copy_blocks, register_backend
+from portakv import KVView, LateErrors, copy_blocks, register_backend
 from portakv.copy import slices as block_slices
 from portakv.errors import SlotError, TransferCancelled, TransferError
 from portakv.registry import registry
@@ -235,6 +235,35 @@ def test_a_slice_that_fails_at_its_launch(gate: Gate) -> None:
     assert not transfer.cancelled
     assert gate.started == 3, "nothing is issued behind an error"
     assert transfer.statistics.blocks == 2
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["goes on", "ended with the call"])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_failure_whose_handle_was_dropped(gate: Gate, ended: bool, by_layer: bool) -> None:
+    class Late(LateErrors):
+        def keep(self, transfer: Any) -> None:
+            if ended:
+                gate.open()
+                until(lambda: not worker.running)
+            super().keep(transfer)
+
+    late = Late()
+    gate.failing[2] = OSError("the link is down")
+    del Started(by_layer=by_layer, late=late).transfer
+    gate.open()
+    until(lambda: not worker.running)
+    LateErrors().check()
+    with pytest.raises(TransferError, match="2 of "):
+        late.check()
+    late.check()
+
+
+def test_a_transfer_that_was_cancelled_is_no_late_error(gate: Gate) -> None:
+    late = LateErrors()
+    assert Started(late=late).transfer.cancel()
+    gate.open()
+    until(lambda: not worker.running)
+    late.check()
 
 
 def test_an_error_of_the_library_stays_what_it_is(gate: Gate) -> None:
