@@ -7,6 +7,7 @@ Nothing here holds the memory or can tell whether it is still there; that is the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 from operator import index
 from typing import Any, NamedTuple, TypeAlias
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from portakv.errors import LayoutError
+from portakv.errors import DeviceMismatch, LayoutError
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import hip
 from portakv.runtime.bounded import Bounded
@@ -78,14 +79,12 @@ def read_addresses(
     """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
     wide = as_dtype(dtype).itemsize
     if device is None:
-        device, told = _home(bound, addresses)
+        home, told = _home(bound, addresses)
         pinned = told if pinned is None else pinned
-    try:
-        home = torch.device(device)
-        if home.type != "cpu" and home.index is None:
+    else:
+        home = _usable(str(device))
+        if home.type not in ("cpu", "meta") and home.index is None:
             home = torch.device(home.type, torch.accelerator.current_device_index())
-    except RuntimeError:  # torch does not know it, or finds none
-        home = usable_device(str(device))
     if home.type == "meta":
         raise LayoutError(
             f"Addresses of {bound.layout.text!r} were said to be on device meta, which has no "
@@ -96,6 +95,16 @@ def read_addresses(
     if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
         table, alignment = addresses, 16
         place = "pinned" if home.type == "cpu" else "device"
+        if place == "device" and table.device != home:
+            raise DeviceMismatch(
+                f"Addresses of memory on {home} were given in a table on {table.device}; expected "
+                f"one on {home}, or on the host. Pass table.to({str(home)!r})."
+            )
+        if place == "pinned" and pinned is False:
+            raise LayoutError(
+                f"Addresses of host memory that is not pinned were given in a table on "
+                f"{table.device}, which does not reach it; pass the table on the host."
+            )
     else:
         numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
         alignment = widest_vector([int(np.bitwise_or.reduce(numbers, initial=0))])
@@ -127,9 +136,19 @@ def _read(
     """What tensors at addresses in containers of these sizes share."""
     open_ended = [at for at, extent in enumerate(shape) if extent == -1]
     if open_ended:
-        shape = _closed(bound, shape, open_ended)
+        given, shape = shape, _closed(bound, shape, open_ended)
+        if strides is None and prod(shape[: open_ended[0]]) > 1:
+            raise LayoutError(
+                f"A view at addresses was asked for shape {given} without strides; those outside "
+                f"of an extent that is unknown follow from no shape. Pass strides=, in elements."
+            )
     if strides is None:
         strides = tuple(prod(shape[at + 1 :]) for at in range(len(shape)))
+    if min((*shape, *strides), default=0) < 0:
+        raise LayoutError(
+            f"A view at addresses was asked for shape {shape} with strides {strides}; expected no "
+            f"number below 0. Pass the address of the first byte, and positive strides."
+        )
     if len(strides) != len(shape):
         raise LayoutError(
             f"A view at addresses was asked for shape {shape} with strides {strides}; expected a "
@@ -198,6 +217,12 @@ def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
             f"A view at addresses was asked for with {name}={numbers!r}; expected whole numbers, "
             f"one for each dimension of the tensor at an address."
         ) from None
+
+
+@cache
+def _usable(text: str) -> torch.device:
+    """As `usable_device`, which asks torch for memory once for each device."""
+    return usable_device(text)
 
 
 def _home(bound: BoundLayout, addresses: Any) -> tuple[torch.device, bool | None]:

@@ -162,6 +162,8 @@ def test_a_plane_shows_memory_at_an_address() -> None:
         ([[1 << 12, 1 << 13]], {"strides": (1, 2)}, "(1, 2)"),
         ([[1 << 12, 1 << 13]], {"shape": "wide"}, "shape='wide'"),
         ([[1 << 12, 1 << 13]], {"dtype": "float16"}, "'float16'"),
+        ([[1 << 12, 1 << 13]], {"shape": (-2, SIZE, HEADS, DIM)}, "no number below 0"),
+        ([[1 << 12, 1 << 13]], {"strides": (-64, 16, 8, 1)}, "no number below 0"),
     ],
 )  # fmt: skip
 def test_what_are_no_addresses_is_refused(given: Any, named: Any, told: str) -> None:
@@ -181,6 +183,41 @@ def test_a_device_that_is_none_here(device: str, error: type[Exception]) -> None
         pytest.skip("torch names the accelerator for any other type")
     with pytest.raises(error, match=f"{device}.*(this machine has|name the device)"):
         at([[4096, 8192]], device=device)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("device", [3.5, "cuda:63"])
+def test_a_device_that_is_told_is_asked_for_memory(device: Any) -> None:
+    with pytest.raises(DeviceMismatch, match=f"{device}.*this machine has"):
+        at([[4096, 8192]] * 3, device=device)
+
+
+def test_an_unknown_extent_inside_another_needs_strides() -> None:
+    """Where the second of ``kv`` begins would follow from the number of blocks."""
+    memory, out = noise(2, BLOCKS, SIZE, DIM), torch.zeros(2, len(SLOTS), DIM, dtype=torch.int16)
+
+    def view(strides: Any) -> KVView:
+        return KVView.at(
+            memory.data_ptr(), "kv block token dim", shape=(2, -1, SIZE, DIM), dtype=torch.int16,
+            strides=strides, device="cpu", block_size=SIZE,
+        )  # fmt: skip
+
+    with pytest.raises(LayoutError, match="strides=") as refused:
+        view(None)
+    check_sentence(str(refused.value))
+    copy_rows(view(memory.stride()), KVView(out, "kv token dim"), SLOTS).synchronize()
+    assert torch.equal(out, rows([list(memory[:, :, :, None])], SLOTS)[:, 0, :, 0])
+
+
+def test_a_table_on_a_device_that_does_not_reach_the_memory(accelerator: torch.device) -> None:
+    table = torch.full((3, 2), 4096, device=accelerator)
+    if accelerator.type != "cuda" or torch.cuda.device_count() > 1:
+        other = torch.device(accelerator.type, 1)
+        with pytest.raises(DeviceMismatch, match=f"table on {accelerator}") as refused:
+            at(table, device=other)
+        check_sentence(str(refused.value), str(other))
+    with pytest.raises(LayoutError, match="not pinned") as unreached:
+        at(table, pinned=False)
+    check_sentence(str(unreached.value), str(accelerator))
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, None])
