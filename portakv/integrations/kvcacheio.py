@@ -18,7 +18,8 @@ as upstream's two blocks do. ``num_warps_per_block`` is taken and not used.
 
 Ids on the host are checked before anything is moved. Those on a device are trusted, as they are
 upstream: nothing is read back. A table of addresses on a device is read back once, and again if
-torch wrote it since (of inference tensors torch does not know). Pointers that were freed cannot be
+torch wrote it since; one that is an inference tensor, whose writes torch does not count, for every
+copy. Pointers that were freed cannot be
 told from others, as upstream.
 
 Errors are PortaKV's: `LayoutError` for tensors and sizes that do not fit, `SlotError` for bad ids,

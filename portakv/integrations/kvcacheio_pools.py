@@ -19,7 +19,8 @@ from portakv.runtime.bounded import Bounded
 
 Tensors = Sequence[torch.Tensor]
 _views: Bounded[tuple[Any, ...], KVView] = Bounded("views of kvcacheio", 1024)
-#: Tables that were read: a weak reference, the version, the addresses, and where the memory is.
+#: Tables of a device that were read: a weak reference, the version, the addresses, and where that
+#: memory is.
 _tables: Bounded[int, tuple[Any, int, list[int], torch.device]] = Bounded("tables of kvcacheio", 64)
 
 
@@ -143,10 +144,10 @@ def _pinned(pools: Tensors) -> bool | None:
 
 def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
     """The addresses of a table, and where that memory is. One on a device is read once, and again
-    if it was written since."""
-    # An inference tensor has no version: the caller does not write such a table.
-    version = 0 if table.is_inference() else table._version
-    known = _tables.get(id(table))
+    if it was written since; one whose writes torch does not count is read each time."""
+    # What numpy writes on the host is not counted, and inference tensors have no version.
+    version = None if table.is_cpu or table.is_inference() else table._version
+    known = None if version is None else _tables.get(id(table))
     if known is None or known[0]() is not table or known[1] != version:
         if table.dtype not in (torch.int64, torch.uint64) or table.dim() != 1:
             raise LayoutError(
@@ -160,6 +161,8 @@ def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
                 found[:1], "layer | token dim", shape=(1, 1), dtype=torch.uint8, device="cpu"
             )
             home = torch.device("cpu") if one.form.place == "pinned" else home
+        if version is None:
+            return found, home
         known = _tables[id(table)] = weakref.ref(table), version, found, home
     return known[2], known[3]
 

@@ -434,6 +434,28 @@ def test_a_table_is_read_once_and_again_when_it_was_written(device: torch.device
         assert torch.equal(logical(into.k)[:, :4], logical(expected.k)[:, :4])
 
 
+def test_a_table_that_was_written_without_torch_knowing(device: torch.device) -> None:
+    """By numpy, or in inference mode."""
+    first, second, into = (on_device(device, seed) for seed in (1, 20, 50))
+    s, new = torch.arange(4), table(second.k)
+
+    def by_numpy(kept: torch.Tensor) -> None:
+        kept.numpy()[:] = new.numpy()
+
+    def in_inference_mode(kept: torch.Tensor) -> None:
+        kept.copy_(new)
+
+    ways = [in_inference_mode, by_numpy] if new.is_cpu else [in_inference_mode]
+    for write in ways:
+        with torch.inference_mode(write is in_inference_mode):
+            kept = table(first.k)
+            for expected in (first, second):
+                io.transfer_kv_all_layer_mla(kept, table(into.k), s, s, ITEM, LAYERS)
+                synchronize(device)
+                assert torch.equal(logical(into.k)[:, :4], logical(expected.k)[:, :4])
+                write(kept)
+
+
 def test_ids_and_tables_of_a_device_are_not_read_back(accelerator: torch.device) -> None:
     """Once a table is known, a copy within the device waits for nothing."""
     src, dst = on_device(accelerator, 1), on_device(accelerator, 50)
