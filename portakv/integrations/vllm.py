@@ -13,14 +13,14 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 
-from portakv import BlockTransfer, Index, InvalidTerms, KVView, LayoutError, SlotError, copy_rows
+from portakv import BlockTransfer, InvalidTerms, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
+from portakv.integrations.vllm_moves import moves_of, parts_of
 
 check_release("vllm")
 
@@ -30,7 +30,6 @@ from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
 
 #: What ``"portakv"`` in the configuration may hold.
 TERMS = ("backend", "max_gbps", "max_thread_blocks", "overlap")
-_DEVICE, _HOST = "layer | block (token dim)", "layer | block token dim"
 
 
 class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
@@ -91,22 +90,6 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
         return region
 
 
-class Part(NamedTuple):
-    """Pages of one shape in a group, on both sides: one copy moves them all."""
-
-    device: KVView  # a row is a page
-    host: KVView  # a block is a chunk, its rows are pages
-
-
-class Move(NamedTuple):
-    """The blocks of one group in a job."""
-
-    parts: Sequence[Part]
-    blocks: Index
-    places: Index  # pages in chunks
-    pages: int
-
-
 class Lane:
     """Jobs that end in the order in which they were submitted, on a stream of their own."""
 
@@ -150,7 +133,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         host = _host_pages(pages, blocks_per_chunk, chunks, region)
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
-        self._groups = [_parts(refs, pages, host) for refs in kv_caches.group_data_refs]
+        self._groups = [parts_of(refs, pages, host) for refs in kv_caches.group_data_refs]
         device = pages[0].device
         self._store, self._load, self._expedited = (Lane(device) for _ in range(3))
         self._lanes = self._store, self._load, self._expedited
@@ -213,53 +196,20 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                 f"Job {job} was submitted while it is under way; number it anew."
             )
         # All groups are looked at before any of them moves.
-        moves, moved = self._moves(device, host, store), []
-        terms = {"stream": lane.stream, **self._terms}
-        for parts, blocks, places, count in moves:
-            for part in parts:
-                src, dst = (part.device, part.host) if store else (part.host, part.device)
-                ids = (blocks, places) if store else (places, blocks)
-                moved.append(copy_rows(src, dst, *ids, count=count, **terms))
+        moves = moves_of(self._groups, self.blocks_per_chunk, device, host, store)
+        moved: list[BlockTransfer] = []
+        try:
+            for parts, blocks, places, count in moves:
+                for part in parts:
+                    src, dst = (part.device, part.host) if store else (part.host, part.device)
+                    ids = (blocks, places) if store else (places, blocks)
+                    terms = {"stream": lane.stream, **self._terms}
+                    moved.append(copy_rows(src, dst, *ids, count=count, **terms))
+        except BaseException:
+            BlockTransfer.together(moved).synchronize()  # a job that is refused leaves none behind
+            raise
         lane.jobs[job] = BlockTransfer.together(moved)
         return True
-
-    def _moves(self, device: Any, host: Any, store: bool) -> list[Move]:
-        """What a job moves, group by group; raises `SlotError` for what is known to be wrong."""
-        sizes, firsts = list(device.group_sizes), list(device.block_indices)
-        skips = [first % self.blocks_per_chunk for first in firsts]
-        used = [
-            -(-(skip + count) // self.blocks_per_chunk) if count else 0
-            for skip, count in zip(skips, sizes, strict=True)
-        ]
-        given = len(device.block_ids), len(host.block_ids)
-        if len(sizes) != len(self._groups) or given != (sum(sizes), sum(used)):
-            raise SlotError(
-                f"A job names {given[0]} blocks, {given[1]} chunks and groups of {sizes} blocks "
-                f"from {firsts} on; expected {len(self._groups)} groups, with {sum(sizes)} blocks "
-                f"in {sum(used)} chunks of {self.blocks_per_chunk}. Pass as many."
-            )
-        blocks = np.split(device.block_ids, np.cumsum(sizes)[:-1])
-        chunks = np.split(host.block_ids, np.cumsum(used)[:-1])
-        moves = []
-        for parts, ids, places, skip, count in zip(
-            self._groups, blocks, chunks, skips, sizes, strict=True
-        ):
-            if not count:
-                continue
-            move = Move(parts, Index(ids), Index(places, self.blocks_per_chunk, skip), count)
-            sides = (
-                (move.blocks, ids, parts[0].device, not store),
-                (move.places, places, parts[0].host, store),
-            )
-            for index, named, view, written in sides:
-                side = "destination" if written else "source"
-                if index.check(count, view.slots, side, distinct=written):
-                    raise SlotError(
-                        f"A job names {min(named)} in its {side}; vLLM's ids are at least 0. "
-                        f"Nothing was moved."
-                    )
-            moves.append(move)
-        return moves
 
 
 def _host_pages(
@@ -273,24 +223,6 @@ def _host_pages(
     else:
         rows = list(pinned.empty((chunks, sum(widths)), torch.int8).split(widths, dim=1))
     return [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
-
-
-def _parts(
-    refs: Iterable[Any], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
-) -> list[Part]:
-    """The tensors of a group, those of equal shape and strides as one part. Padding stays."""
-    alike: dict[Any, dict[int, None]] = {}
-    for ref in refs:
-        at, width = ref.tensor_idx, ref.page_size_bytes
-        shape = pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride(), width
-        alike.setdefault(shape, {})[at] = None
-    return [
-        Part(
-            KVView([pages[at][:, :width] for at in tensors], _DEVICE, block_size=1),
-            KVView([host[at][:, :, :width] for at in tensors], _HOST),
-        )
-        for (*_, width), tensors in alike.items()
-    ]
 
 
 def _adopt(region: Any) -> pinned.Adopted:

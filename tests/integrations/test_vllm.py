@@ -430,6 +430,21 @@ def test_bad_loads_are_refused_and_move_nothing(
         worker.submit_load(1, host_spec([0, 1]), device_spec(blocks, [0, 0]))
 
 
+def test_a_refused_job_leaves_no_copy_under_way(accelerator: torch.device, make: Make) -> None:
+    """If the second copy of a job is refused, the first one has ended: no job would tell of it."""
+    caches = Caches(accelerator, [256, 96], [[0, 1]])
+    caches.tensors[1] = caches.tensors[1][:1].expand(13, 96)  # which cannot be written
+    worker = make(caches)
+    worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
+    finish(worker, {1})
+    settle(accelerator)
+    delay(accelerator)
+    with refused(LayoutError, "stride 0"):
+        worker.submit_load(2, host_spec([1]), device_spec([[5]], [0]))
+    assert torch.accelerator.current_stream(accelerator).query()
+    assert worker.get_finished() == []
+
+
 def test_a_job_under_way_is_not_submitted_again(accelerator: torch.device, make: Make) -> None:
     worker = make(Caches(accelerator, [64], [[0]]))
     delay(accelerator)

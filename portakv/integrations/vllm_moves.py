@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a job of vLLM's offloading moves: pages of each group, judged before any of them moves.
+
+No engine is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from portakv import Index, KVView, SlotError
+
+_DEVICE, _HOST = "layer | block (token dim)", "layer | block token dim"
+
+
+class Part(NamedTuple):
+    """Pages of one shape in a group, on both sides: one copy moves them all."""
+
+    device: KVView  # a row is a page
+    host: KVView  # a block is a chunk, its rows are pages
+
+
+class Move(NamedTuple):
+    """The blocks of one group in a job."""
+
+    parts: Sequence[Part]
+    blocks: Index
+    places: Index  # pages in chunks
+    pages: int
+
+
+def parts_of(
+    refs: Iterable[Any], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
+) -> list[Part]:
+    """The tensors of a group, those of equal shape and strides as one part. Padding stays."""
+    alike: dict[Any, dict[int, None]] = {}
+    for ref in refs:
+        at, width = ref.tensor_idx, ref.page_size_bytes
+        shape = pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride(), width
+        alike.setdefault(shape, {})[at] = None
+    return [
+        Part(
+            KVView([pages[at][:, :width] for at in tensors], _DEVICE, block_size=1),
+            KVView([host[at][:, :, :width] for at in tensors], _HOST),
+        )
+        for (*_, width), tensors in alike.items()
+    ]
+
+
+def moves_of(
+    groups: Sequence[Sequence[Part]], blocks_per_chunk: int, device: Any, host: Any, store: bool
+) -> list[Move]:
+    """What a job moves, group by group; raises `SlotError` for what is known to be wrong.
+
+    Args:
+        groups: the parts of each group.
+        blocks_per_chunk: blocks of the engine in a chunk.
+        device: vLLM's `GPULoadStoreSpec`: blocks, one group behind the other.
+        host: vLLM's `CPULoadStoreSpec`: their chunks.
+        store: whether chunks are written; else blocks are.
+    """
+    sizes, firsts = list(device.group_sizes), list(device.block_indices)
+    skips = [first % blocks_per_chunk for first in firsts]
+    used = [
+        -(-(skip + count) // blocks_per_chunk) if count else 0
+        for skip, count in zip(skips, sizes, strict=True)
+    ]
+    given = len(device.block_ids), len(host.block_ids)
+    if len(sizes) != len(groups) or given != (sum(sizes), sum(used)):
+        raise SlotError(
+            f"A job names {given[0]} blocks, {given[1]} chunks and groups of {sizes} blocks "
+            f"from {firsts} on; expected {len(groups)} groups, with {sum(sizes)} blocks "
+            f"in {sum(used)} chunks of {blocks_per_chunk}. Pass as many."
+        )
+    blocks = np.split(device.block_ids, np.cumsum(sizes)[:-1])
+    chunks = np.split(host.block_ids, np.cumsum(used)[:-1])
+    moves = []
+    for parts, ids, places, skip, count in zip(groups, blocks, chunks, skips, sizes, strict=True):
+        if not count:
+            continue
+        move = Move(parts, Index(ids), Index(places, blocks_per_chunk, skip), count)
+        sides = (
+            (move.blocks, ids, parts[0].device, not store),
+            (move.places, places, parts[0].host, store),
+        )
+        for index, named, view, written in sides:
+            side = "destination" if written else "source"
+            if index.check(count, view.slots, side, distinct=written):
+                raise SlotError(
+                    f"A job names {min(named)} in its {side}; vLLM's ids are at least 0. "
+                    f"Nothing was moved."
+                )
+        moves.append(move)
+    return moves
