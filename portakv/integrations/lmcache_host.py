@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from portakv import Index, copy_runs
+from portakv import Index, Unsupported, copy_runs
 from portakv.host.memcpy import copy_
 from portakv.integrations.lmcache_formats import (
     LAYOUTS,
@@ -72,12 +72,18 @@ def execute_direct_copy_transfer(
 
     Raises:
         ValueError: what a group or an object says of itself contradicts the other.
+        Unsupported: caches of a format that `direct_copy_format_supported` denies.
         SlotError: a block id past the end; nothing of its group was moved.
     """
     _check_power(host_buffer_alignment, "host_buffer_alignment")
     store, device = is_store(direction), indexed(device)
     for place, spec in enumerate(group_specs):
         number, _, two_planes = layout_of(spec.engine_kv_format)
+        if not direct_copy_format_supported(number):
+            raise Unsupported(
+                f"A direct copy of caches of LMCache's format {number} was asked for",
+                "its caches are tuples of tensors; call multi_layer_block_kv_transfer with them",
+            )
         pool, slots = pool_of(spec.shape_desc), spec.slots_per_chunk
         per_chunk = slots // pool.block_size
         row = pool.heads * pool.row
@@ -86,18 +92,18 @@ def execute_direct_copy_transfer(
         places: list[int] = []
         for order, each in enumerate(objects):
             skip, first = each.skip_prefix_n_blocks[place], each.chunk_idx * per_chunk
-            end = spec.byte_offset_in_object + nbytes
+            begin = spec.byte_offset_in_object
             if (
                 slots % pool.block_size
-                or end > each.nbytes
+                or not 0 <= begin <= each.nbytes - nbytes
                 or not 0 <= skip <= per_chunk
-                or first + per_chunk > len(spec.block_ids)
+                or not 0 <= first <= len(spec.block_ids) - per_chunk
             ):
                 raise ValueError(
                     f"Group {place} with {len(spec.block_ids)} blocks of {pool.block_size} tokens "
-                    f"and {slots} tokens for each object, up to byte {end} of it, was asked for, "
-                    f"but object {each.chunk_idx} has {each.nbytes} bytes and skips {skip} blocks; "
-                    f"expected whole blocks that lie in both."
+                    f"and {slots} tokens for each object, from byte {begin} to {begin + nbytes} of "
+                    f"it, was asked for, but object {each.chunk_idx} has {each.nbytes} bytes and "
+                    f"skips {skip} blocks; expected whole blocks that lie in both."
                 )
             ids += spec.block_ids[first + skip : first + per_chunk]
             places += range(order * per_chunk + skip, (order + 1) * per_chunk)
