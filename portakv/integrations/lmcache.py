@@ -54,8 +54,14 @@ def _spec(name: str, kind: str) -> type[Any]:
         adopted: ClassVar[dict[int, pinned.Adopted]] = {}  # what is pinned now, by address
 
         @property
+        def chosen(self) -> bool:
+            return os.environ.get(VARIABLE, "").strip().lower() == self.backend_name
+
+        @property
         def device_type(self) -> str:
-            return kind
+            """LMCache takes the only spec of a type without asking whether it is available; so one
+            that was not asked for stands for no type that torch has."""
+            return kind if self.chosen else self.backend_name
 
         @property
         def torch_module_name(self) -> str:
@@ -71,8 +77,7 @@ def _spec(name: str, kind: str) -> type[Any]:
 
         def is_available(self) -> bool:
             """Only if it was asked for: two available backends of one device are an error."""
-            chosen = os.environ.get(VARIABLE, "").strip().lower()
-            if chosen != self.backend_name:
+            if not self.chosen:
                 return False
             check_release("lmcache")
             return _present(kind)

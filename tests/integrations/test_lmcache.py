@@ -384,6 +384,20 @@ def test_a_device_that_lmcache_does_not_know() -> None:
     assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "True"
 
 
+@pytest.mark.parametrize("chosen", ["", "portakv-cpu"])
+def test_a_device_that_lmcache_does_not_know_is_served_only_if_asked_for(chosen: str) -> None:
+    code = """
+        from portakv_conformance import simdev
+        simdev.load("mlu")
+        from lmcache.v1.platform import resolve_device_ops
+        try:
+            print(type(resolve_device_ops("mlu")).__name__)
+        except RuntimeError as error:
+            print("refused" if "No DeviceSpec registered" in str(error) else error)
+    """
+    assert answer(code, LMCACHE_DEVICE_BACKEND=chosen) == "refused"
+
+
 COUNT = """
 import lmcache.lmcache_native as native
 from torch.utils._python_dispatch import TorchDispatchMode
