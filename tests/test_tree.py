@@ -33,7 +33,7 @@ PLUGS = "portakv/integrations"
 APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 19_900,
+    "portakv": 19_990,
     PLUGS: 2_600,
     "portakv/backends": 3_450,
     "portakv/cli": 2_090,

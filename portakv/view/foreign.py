@@ -119,6 +119,11 @@ def read_addresses(
     if known is None:
         known = _forms[key] = _read(*key)
     form, slots, order, nbytes = known
+    if table is None and int(numbers.max()) + nbytes > 2 * _ENDLESS:
+        raise LayoutError(
+            f"A view at address {int(numbers.max()):#x} was asked for {nbytes} bytes behind it; "
+            f"expected memory that ends below 2**63. Pass the address of the first byte."
+        )
     if table is not None:
         table = table.contiguous().view(torch.int64).reshape(-1)
         if order is not None:
@@ -131,17 +136,20 @@ def read_addresses(
 def _read(
     bound: BoundLayout, sizes: Sequence[int], shape: tuple[int, ...],
     strides: tuple[int, ...] | None, dtype: torch.dtype, place: str, alignment: int,
-    on_device: bool,
+    on_device: bool, tokens: int = 0,
 ) -> _Known:  # fmt: skip
-    """What tensors at addresses in containers of these sizes share."""
+    """What tensors at addresses in containers of these sizes share. ``tokens``: how many a step of
+    an unknown extent has; 0: as many as are declared."""
+    given, tokens = shape, tokens or bound.declared[0].get("token", 1)
     open_ended = [at for at, extent in enumerate(shape) if extent == -1]
     if open_ended:
-        given, shape = shape, _closed(bound, shape, open_ended)
+        shape = _closed(bound, shape, open_ended, tokens)
         if strides is None and prod(shape[: open_ended[0]]) > 1:
             raise LayoutError(
                 f"A view at addresses was asked for shape {given} without strides; those outside "
                 f"of an extent that is unknown follow from no shape. Pass strides=, in elements."
             )
+    asked = strides
     if strides is None:
         strides = tuple(prod(shape[at + 1 :]) for at in range(len(shape)))
     if min((*shape, *strides), default=0) < 0:
@@ -154,13 +162,25 @@ def _read(
             f"A view at addresses was asked for shape {shape} with strides {strides}; expected a "
             f"stride, in elements, for each dimension, or None for a contiguous tensor."
         )
+    reached = reach(shape, strides) * dtype.itemsize
+    if max(prod(shape) * dtype.itemsize, reached) > _ENDLESS:
+        raise LayoutError(
+            f"A view at addresses was asked for shape {given} with strides {strides}; expected at "
+            f"most {_ENDLESS} bytes, with {UNKNOWN_SLOTS} tokens if an extent is -1. Pass smaller "
+            f"numbers, or the extent."
+        )
     like = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
     form, slots, order = bound.read_table(sizes, like, alignment, place, on_device)
-    nbytes = 0 if open_ended else reach(shape, strides) * dtype.itemsize
+    if open_ended and slots > UNKNOWN_SLOTS:  # the shape or a container told of more tokens
+        tokens = -(-tokens * slots // UNKNOWN_SLOTS)
+        return _read(bound, sizes, given, asked, dtype, place, alignment, on_device, tokens)
+    nbytes = 0 if open_ended else reached
     return form, slots, None if order == list(range(len(order))) else order, nbytes
 
 
-def _closed(bound: BoundLayout, shape: tuple[int, ...], at: list[int]) -> tuple[int, ...]:
+def _closed(
+    bound: BoundLayout, shape: tuple[int, ...], at: list[int], tokens: int
+) -> tuple[int, ...]:
     """The shape with as many tokens as can be counted in place of the extent that is unknown."""
     layout, growing = bound.layout, "block" if bound.layout.paged else "token"
     dims = layout.dims[at[0]].factors if at[0] < len(layout.dims) else ()
@@ -169,11 +189,10 @@ def _closed(bound: BoundLayout, shape: tuple[int, ...], at: list[int]) -> tuple[
             f"A view of {layout.text!r} was asked for shape {shape}; one extent may be -1, that of "
             f"the dimension of {growing!r}. Pass the others."
         )
-    most = UNKNOWN_SLOTS // bound.declared[0].get("token", 1)
     others = prod(
         bound.declared[0].get(factor.axis, 1) for factor in dims if factor.axis != growing
     )
-    return (*shape[: at[0]], most * others, *shape[at[0] + 1 :])
+    return (*shape[: at[0]], UNKNOWN_SLOTS // tokens * others, *shape[at[0] + 1 :])
 
 
 def _depth(bound: BoundLayout, addresses: Any) -> list[int]:

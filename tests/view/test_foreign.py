@@ -162,6 +162,12 @@ def test_a_plane_shows_memory_at_an_address() -> None:
         ([[1 << 12, 1 << 13]], {"strides": (1, 2)}, "(1, 2)"),
         ([[1 << 12, 1 << 13]], {"shape": "wide"}, "shape='wide'"),
         ([[1 << 12, 1 << 13]], {"dtype": "float16"}, "'float16'"),
+        ([[1 << 12, 1 << 13]], {"shape": (1 << 62, SIZE, HEADS, DIM)}, "at most"),
+        ([[1 << 12, 1 << 13]], {"shape": (1 << 70, SIZE, HEADS, DIM)}, "at most"),
+        ([[1 << 12, 1 << 13]], {"strides": (1 << 62, 16, 8, 1)}, "at most"),
+        ([[1 << 12, 1 << 13]], {"shape": (-1, 4, 2, 8), "strides": (1 << 34, 16, 8, 1)}, "at most"),
+        ([[(1 << 63) - 16] * 2], {}, "ends below"),
+        (torch.tensor([[1 << 63] * 2], dtype=torch.uint64), {}, "above 0"),
         ([[1 << 12, 1 << 13]], {"shape": (-2, SIZE, HEADS, DIM)}, "no number below 0"),
         ([[1 << 12, 1 << 13]], {"strides": (-64, 16, 8, 1)}, "no number below 0"),
     ],
@@ -218,6 +224,20 @@ def test_a_table_on_a_device_that_does_not_reach_the_memory(accelerator: torch.d
     with pytest.raises(LayoutError, match="not pinned") as unreached:
         at(table, pinned=False)
     check_sentence(str(unreached.value), str(accelerator))
+
+
+@pytest.mark.parametrize("size", [4, 12, 16])
+def test_the_shape_tells_how_many_blocks_can_be_counted(size: int) -> None:
+    """Kernels count tokens in 32 bits, also if ``block_size`` stands in the shape alone."""
+    told, read = (
+        KVView.at(
+            4096, "block token dim", shape=(-1, size, 8), dtype=torch.uint8, device="cpu",
+            block_size=declared,
+        )
+        for declared in (size, None)
+    )  # fmt: skip
+    assert (read.slots, read.form) == (told.slots, told.form)
+    assert UNKNOWN_SLOTS - size < read.slots <= UNKNOWN_SLOTS
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.functionalize, None])
