@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -14,8 +15,10 @@ import torch
 from portakv.copy.copy import whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import copy_rows
-from portakv.errors import SlotError
+from portakv.errors import PortaKVError, SlotError
+from portakv.plan.plan import Move, check_disjoint
 from portakv.view.bound import address_of
+from portakv.view.index import Index
 from portakv.view.view import KVView
 
 #: A number for each run, or one for all of them.
@@ -41,7 +44,8 @@ def copy_runs(
     """Copy runs of bytes, each from one address to another.
 
     Runs of one size are one copy, whose way is chosen as that of every other; so few sizes are
-    better than many. The memory is promised as `KVView.at` says.
+    better than many. If one size is refused nothing is moved. Sizes have no order: what a run
+    writes, no run of another size may read or write. The memory is promised as `KVView.at` says.
 
     Args:
         src_addresses, dst_addresses: where runs begin: whole numbers, a numpy array, or a tensor of
@@ -87,8 +91,28 @@ def copy_runs(
     ]  # fmt: skip
     for view in chain.from_iterable(sides):
         view.fleeting = True
-    moved = [copy_rows(src, dst, **terms) for src, dst in sides]
-    return BlockTransfer.together(moved)
+    return copy_rows(*sides[0], **terms) if len(sides) == 1 else _of_sizes(sides, terms)
+
+
+def _of_sizes(sides: Sequence[Sequence[KVView]], terms: dict[str, Any]) -> BlockTransfer:
+    """Copy runs of several sizes: none of them if one is refused, or an earlier copy failed."""
+    late, moved = terms.pop("late", None), list[BlockTransfer]()
+    for src, dst in sides:
+        copy_rows(src, dst, **{**terms, "late": late, "count": 0})
+        check_disjoint(Move(src, dst, Index(), Index(), src.slots))
+    try:
+        for src, dst in sides:
+            moved.append(copy_rows(src, dst, **terms))
+    except BaseException:  # such as no memory on the device: no caller has a handle of the others
+        issued = BlockTransfer.together(moved)
+        issued.cancel()
+        with suppress(PortaKVError):
+            issued.synchronize()
+        raise
+    job = BlockTransfer.together(moved)
+    if late is not None:
+        late.keep(job)
+    return job
 
 
 def _ends(addresses: Any) -> Any:

@@ -14,13 +14,15 @@ from support.core_cases import noise
 from support.device_cases import settle
 from support.guarded_memory import refused
 
-from portakv import LayoutError, SlotError, copy_runs
+from portakv import LateErrors, LayoutError, SlotError, Transfer, copy_runs
 from portakv.host import pinned, small
 from portakv.registry import prepared
+from portakv.runtime.transfer import Completion
 
 CPU = torch.device("cpu")
 BYTES = 1 << 14
 SRC, DST = [64, 4096, 1024, 9000], [0, 512, 8192, 12288]
+FAILED = "An earlier copy failed, of which no caller kept the handle."
 EVERY = ("to host", "to device", "inside")
 
 
@@ -167,3 +169,34 @@ def test_a_byte_that_is_read_and_written() -> None:
         copy_runs(
             at(memory, [0, 512]), at(memory, [100, 4096]), 256, src_device="cpu", dst_device="cpu"
         )
+
+
+def test_a_refused_size_stops_all_of_them() -> None:
+    memory = noise(BYTES, dtype=torch.uint8)
+    with refused(SlotError, "both source and destination", watch=[memory]):
+        copy_runs(
+            at(memory, [0, 512]), at(memory, [4096, 600]), [64, 128],
+            src_device="cpu", dst_device="cpu",
+        )  # fmt: skip
+
+
+def test_late_errors_are_asked_for_before_anything_is_moved() -> None:
+    src, dst = ends(CPU, "inside")
+    sizes, late = [64, 128, 256, 512], LateErrors()
+    asked = at(src, SRC), at(dst, DST), sizes
+
+    class Second(LateErrors):
+        """It learns of an error behind the first size that asks."""
+
+        asked = 0
+
+        def check(self, device: torch.device | None = None) -> None:
+            self.asked += 1
+            if self.asked == 2:
+                self.keep(Transfer((Completion(error=SlotError(FAILED)),)))
+            super().check(device)
+
+    with refused(SlotError, FAILED, watch=[dst]):
+        copy_runs(*asked, src_device="cpu", dst_device="cpu", late=Second())
+    copy_runs(*asked, src_device="cpu", dst_device="cpu", late=late).synchronize()
+    late.check()
