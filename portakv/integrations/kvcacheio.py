@@ -219,18 +219,21 @@ def copy_all_layer_kv_cache_cpu(
     data_ptrs: torch.Tensor, strides: torch.Tensor, tgt_loc: torch.Tensor, src_loc: torch.Tensor
 ) -> None:
     """Rows of pools on the host, ``[layers]`` addresses and bytes of a row, to others of the same
-    pools. How many rows a pool has is not handed over: no id may lie past its end.
+    pools. All are read before any is written, and a pair of ids may stand there again, as SGLang
+    pads. How many rows a pool has is not handed over: no id may lie past its end.
 
     Raises:
-        SlotError: a negative id, lists of unequal lengths, a row that is both read and written.
+        SlotError: a negative id, lists of unequal lengths, a row that two others are written to.
     """
-    pools.same_rows(data_ptrs, strides, tgt_loc, src_loc)
+    written, read = pools.moves(data_ptrs, strides, tgt_loc, src_loc)
     rows = strides.long()[:, None]
-    src, dst = (
-        (data_ptrs.long()[:, None] + at.long() * rows).flatten() for at in (src_loc, tgt_loc)
-    )
-    sizes = rows.expand(-1, len(src_loc)).flatten()
-    copy_runs(src, dst, sizes, src_device="cpu", dst_device="cpu").synchronize()
+    src, dst = ((data_ptrs.long()[:, None] + at * rows).flatten() for at in (read, written))
+    sizes = rows.expand(-1, len(read)).flatten()
+    ends = sizes.cumsum(0)
+    between = torch.empty(int(sizes.sum()), dtype=torch.uint8, device="cpu")
+    held = ends - sizes + between.data_ptr()
+    for these, those in ((src, held), (held, dst)):
+        copy_runs(these, those, sizes, src_device="cpu", dst_device="cpu").synchronize()
 
 
 def get_device_accessible_ptr(tensor: torch.Tensor, device_index: int) -> int:

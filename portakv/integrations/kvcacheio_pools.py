@@ -209,26 +209,37 @@ def same_number(src: Tensors, dst: Tensors) -> None:
         )
 
 
-def same_rows(addresses: torch.Tensor, strides: torch.Tensor, *ids: torch.Tensor) -> None:
-    """Raise unless every pool has its stride, and ids of rows go by pairs, none below 0."""
-    if addresses.shape != strides.shape or addresses.dim() != 1:
+def moves(
+    addresses: torch.Tensor, strides: torch.Tensor, into: torch.Tensor, out_of: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of rows that are written, and of those they are read from: each pair once, without rows
+    that stay. Raises unless every pool has its stride, and ids go by pairs, none below 0."""
+    if addresses.shape != strides.shape or addresses.dim() != 1 or bool((strides < 1).any()):
         raise LayoutError(
             f"Pools were given by {told(addresses)} and {told(strides)}; expected one address and "
             f"the bytes of one row for each. Pass two tensors of one dimension and one length."
         )
-    shapes = [tuple(each.shape) for each in ids]
-    if shapes[0] != shapes[1] or any(
+    if into.shape != out_of.shape or any(
         not each.is_cpu
         or each.dim() != 1
         or each.dtype not in (torch.int32, torch.int64)
         or bool((each < 0).any())
-        for each in ids
+        for each in (into, out_of)
     ):
         raise SlotError(
-            f"Ids of rows were given by {' and '.join(map(told, ids))}; expected int32 or int64 on "
-            f"the host, of one dimension and one length, 0 or more each; nothing was moved. "
+            f"Ids of rows were given by {told(into)} and {told(out_of)}; expected int32 or int64 "
+            f"on the host, of one dimension and one length, 0 or more each; nothing was moved. "
             f"Correct the ids."
         )
+    pairs = torch.stack((into.long(), out_of.long())).unique(dim=1)
+    twice = pairs[0, 1:][pairs[0, 1:] == pairs[0, :-1]]
+    if len(twice):
+        raise SlotError(
+            f"Row {twice[0]} was asked to be written from several rows; expected one source for "
+            f"each row; nothing was moved. Correct the ids."
+        )
+    written, read = pairs[:, pairs[0] != pairs[1]]
+    return written, read
 
 
 def _alike(first: torch.Tensor, each: torch.Tensor) -> None:

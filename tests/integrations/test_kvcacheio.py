@@ -352,19 +352,50 @@ def test_rows_within_pools_of_the_host() -> None:
     assert all(map(torch.equal, buffers, wanted))
 
 
+@pytest.mark.parametrize(
+    ("dst", "src"),
+    [
+        ([1, 2, 3], [2, 3, 4]),
+        ([4, 3, 2], [3, 2, 1]),
+        ([5, 6], [6, 5]),
+        ([8, 9, 16, 0, 0, 0], [8, 11, 17, 0, 0, 0]),  # what SGLang asks after it verified a draft
+        ([7], [7]),
+        ([], []),
+    ],
+)
+def test_rows_within_pools_of_the_host_that_are_read_and_written(
+    dst: list[int], src: list[int]
+) -> None:
+    buffers = [drawn((TOKENS, 16), 1), drawn((TOKENS, 8), 2)]
+    wanted = [x.clone() for x in buffers]
+    for each in wanted:
+        each[dst] = each[src]
+    strides = torch.tensor([x.stride(0) * 2 for x in buffers])
+    at = (torch.tensor(each, dtype=torch.int64) for each in (dst, src))
+    io.copy_all_layer_kv_cache_cpu(table(buffers), strides, *at)
+    assert all(map(torch.equal, buffers, wanted))
+
+
 def test_bad_rows_within_pools_of_the_host() -> None:
     """The pool is the middle of its memory: what an id below 0 would reach is there to be seen."""
     memory = drawn((3, TOKENS, 16), 1)
     pool, before = memory[1], memory.clone()
     one, stride = torch.tensor([1]), torch.tensor([32])
-    for dst, src in ((one, -one), (-one, one), (one, one[:0]), (one, one.float()), (one[0], one)):
+    twice = torch.tensor([1, 1]), torch.tensor([1, 2])
+    for dst, src in (
+        (one, -one),
+        (-one, one),
+        (one, one[:0]),
+        (one, one.float()),
+        (one[0], one),
+        twice,
+    ):
         bad(
             lambda d=dst, s=src: io.copy_all_layer_kv_cache_cpu(table([pool]), stride, d, s),
             SlotError,
         )
-    bad(
-        lambda: io.copy_all_layer_kv_cache_cpu(table([pool] * 2), stride, one, one + 1), LayoutError
-    )
+    for at, sizes in ((table([pool] * 2), stride), (table([pool]), -stride)):
+        bad(lambda p=at, n=sizes: io.copy_all_layer_kv_cache_cpu(p, n, one, one + 1), LayoutError)
     assert torch.equal(memory, before)
 
 
