@@ -80,6 +80,7 @@ def _spec(name: str, kind: str) -> type[Any]:
             if not self.chosen:
                 return False
             check_release("lmcache")
+            lmcache_ops.terms()  # a bad variable is told at the start, not by the first store
             return _present(kind)
 
         def is_lmcache_driven_available(self) -> bool:

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from portakv import Index, KVView, LateErrors, SlotError, copy_rows
+from portakv import Index, InvalidTerms, KVView, LateErrors, SlotError, copy_rows
+from portakv.engines.engine import Terms
 from portakv.integrations.lmcache_formats import (
     FUSED,
     MLA,
@@ -38,12 +39,20 @@ _LATE = LateErrors()
 
 @cache
 def terms() -> dict[str, Any]:
-    """How copies between a device and the host are carried out, as the user's variables say."""
+    """How copies between a device and the host are carried out, as the user's variables say.
+
+    Raises:
+        InvalidTerms: a value that a term cannot have; it names the variable.
+    """
     found: dict[str, Any] = {}
-    if overlap := os.environ.get("PORTAKV_LMCACHE_OVERLAP"):
-        found["overlap"] = overlap
-    if blocks := os.environ.get("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS"):
-        found["max_thread_blocks"] = int(blocks)
+    for name in ("overlap", "max_thread_blocks"):
+        variable = f"PORTAKV_LMCACHE_{name.upper()}"
+        if text := os.environ.get(variable, "").strip():
+            found[name] = int(text) if text.isdecimal() else text
+            try:
+                Terms(**{name: found[name]})
+            except InvalidTerms as error:
+                raise InvalidTerms(f"{variable}={text} was set. {error}") from None
     return found
 
 

@@ -117,6 +117,13 @@ def test_a_release_outside_the_matrix_starts_if_the_plug_is_not_asked_for() -> N
     assert answer(code) == "CpuDeviceOps"
 
 
+def test_a_variable_that_cannot_be_is_refused_at_the_start() -> None:
+    variables = {"LMCACHE_DEVICE_BACKEND": "portakv-cpu", "PORTAKV_LMCACHE_OVERLAP": "all"}
+    done = in_a_process(WHICH, **variables)
+    assert done.returncode != 0
+    assert "PORTAKV_LMCACHE_OVERLAP=all was set" in done.stderr.strip().splitlines()[-1]
+
+
 def test_devices_whose_memory_is_only_reached_by_tensors() -> None:
     for name, device in plug.DEVICES.items():
         spec = getattr(plug, name)()

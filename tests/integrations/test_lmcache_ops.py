@@ -588,6 +588,26 @@ def test_terms_are_a_users_variables(
 
 
 @pytest.mark.parametrize(
+    ("variable", "text"),
+    [
+        ("PORTAKV_LMCACHE_OVERLAP", "everything"),
+        ("PORTAKV_LMCACHE_OVERLAP", "2"),
+        ("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS", "0"),
+        ("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS", "-2"),
+        ("PORTAKV_LMCACHE_MAX_THREAD_BLOCKS", "many"),
+    ],
+)
+def test_a_variable_that_no_term_can_have(
+    variable: str, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lmcache_ops.terms.cache_clear()
+    monkeypatch.setenv(variable, text)
+    with pytest.raises(InvalidTerms) as caught:
+        lmcache_ops.terms()
+    check_sentence(str(caught.value), f"{variable}={text}")
+
+
+@pytest.mark.parametrize(
     ("changed", "field"),
     [
         ({"nbytes": 100}, "object"),
