@@ -13,8 +13,8 @@ host or on a device. Pools are named by their order:
 - ``ph``, page head: ``[page, head, token, layer, dim]``
 
 Every copy is ordered on the current stream. ``block_quota`` limits the thread blocks of kernels
-that read or write host memory; by default PortaKV's own limits hold, which leave a model its memory
-as upstream's two blocks do. ``num_warps_per_block`` is taken and not used.
+that read or write host memory; at its default, 2, PortaKV's own limits hold, which are a few blocks
+more. ``num_warps_per_block`` is taken and not used.
 
 Ids on the host are checked before anything is moved. Those on a device are trusted, as they are
 upstream: nothing is read back. A table of addresses on a device is read back once, and again if

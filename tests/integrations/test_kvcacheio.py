@@ -9,6 +9,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,9 @@ from support.guarded_memory import check_sentence
 from support.read_back import ReadBack
 
 from portakv import LayoutError, SlotError
+from portakv.engines import direct
 from portakv.engines.choose import hosts
+from portakv.engines.engine import SMALL
 from portakv.errors import InvalidTerms, PortaKVError
 from portakv.integrations import IntegrationError
 from portakv.integrations import kvcacheio as io
@@ -674,6 +677,16 @@ def test_the_quota_of_mla_is_set_by_sglangs_variable(
     usual = 16 if torch.version.hip else 2
     assert io._mla_block_quota(None) == (taken or usual)
     assert io._mla_block_quota(7) == 7
+
+
+def test_the_page_says_the_limits_that_hold() -> None:
+    page = Path(__file__).parents[2].joinpath("docs/plugs/sglang.md").read_text(encoding="utf-8")
+    blocks, small = direct.BESIDE, {way: size >> 20 for way, size in SMALL.items()}
+    assert (
+        f"with {blocks['d2h']} thread blocks to the host and {blocks['h2d']} to the device, and "
+        f"copies of up to {small['d2h']} MiB to the host and {small['h2d']} MiB to the device with "
+        f"{direct.BLOCKS}."
+    ) in " ".join(page.split())
 
 
 def test_the_quota_limits_kernels_that_reach_the_host(accelerator: torch.device) -> None:
