@@ -91,7 +91,10 @@ def copy_runs(
     ]  # fmt: skip
     for view in chain.from_iterable(sides):
         view.fleeting = True
-    return copy_rows(*sides[0], **terms) if len(sides) == 1 else _of_sizes(sides, terms)
+    if len(sides) > 1:
+        return _of_sizes(sides, terms)
+    src, dst = sides[0]
+    return copy_rows(src, dst, **terms)
 
 
 def _of_sizes(sides: Sequence[Sequence[KVView]], terms: dict[str, Any]) -> BlockTransfer:
@@ -138,9 +141,16 @@ def _shapes(
 
 def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
     """A number for each run, or one for all; raises `SlotError` for another count, or too small."""
-    if isinstance(numbers, int):
-        return np.array([whole(name, numbers, f"whole numbers of at least {least}", least)])
-    found = np.asarray(numbers)
+    least_said = f"a whole number of at least {least}"
+    try:
+        found = np.asarray(numbers)
+    except (RuntimeError, TypeError, ValueError):
+        raise SlotError(
+            f"{name} was given as a {type(numbers).__name__} that is no array on the host; "
+            f"expected {least_said} for each run, or one for all. Pass a list of them."
+        ) from None
+    if found.ndim == 0 and found.dtype.kind != "b":
+        return np.array([whole(name, numbers, least_said, least)])
     if (
         (number and found.dtype.kind not in "iu")
         or found.shape != (number,)
@@ -148,7 +158,7 @@ def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
     ):
         raise SlotError(
             f"{name} of {found.dtype} and shape {found.shape} was given for {number} runs; "
-            f"expected a whole number of at least {least} for each run, or one for all."
+            f"expected {least_said} for each run, or one for all."
         )
     return found.astype(np.int64)
 

@@ -150,6 +150,10 @@ def test_nothing() -> None:
         ({"sizes": [1, 2, -3, 4]}, SlotError, ["sizes", "at least 1"]),
         ({"sizes": [1.5] * 4}, SlotError, ["sizes", "float64"]),
         ({"rows": "two"}, SlotError, ["rows"]),
+        ({"rows": True}, SlotError, ["rows", "bool"]),
+        ({"sizes": torch.tensor(64.0)}, SlotError, ["sizes=tensor(64.)"]),
+        ({"sizes": [[64], [64, 64]]}, SlotError, ["sizes", "list"]),
+        ({"sizes": torch.empty(4, dtype=torch.int64, device="meta")}, SlotError, ["sizes"]),
         ({"rows": 2, "src_pitch": -1}, SlotError, ["src_pitch=-1"]),
         ({"dst": [0, 0, 512, 1024]}, LayoutError, ["one address"]),
     ],
@@ -200,3 +204,18 @@ def test_late_errors_are_asked_for_before_anything_is_moved() -> None:
         copy_runs(*asked, src_device="cpu", dst_device="cpu", late=Second())
     copy_runs(*asked, src_device="cpu", dst_device="cpu", late=late).synchronize()
     late.check()
+
+
+@pytest.mark.parametrize("one", [np.int64(96), np.array(96), torch.tensor(96)], ids=repr)
+def test_one_number_for_all_of_any_kind(one: Any) -> None:
+    src, dst = ends(CPU, "inside")
+    expected = wanted(src, dst, [(a, b, 96) for a, b in zip(SRC, DST, strict=True)])
+    copy_runs(at(src, SRC), at(dst, DST), one, src_device="cpu", dst_device="cpu").synchronize()
+    assert torch.equal(dst, expected)
+
+
+def test_sizes_that_only_a_device_has(accelerator: torch.device) -> None:
+    src, dst = ends(CPU, "inside")
+    sizes: Any = torch.tensor([64] * 4).to(accelerator)
+    with refused(SlotError, "sizes", "Tensor", watch=[dst]):
+        copy_runs(at(src, SRC), at(dst, DST), sizes, src_device="cpu", dst_device="cpu")
