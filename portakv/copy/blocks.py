@@ -7,7 +7,7 @@ import torch
 
 from portakv.copy.copy import Ids, source_of, whole
 from portakv.copy.handle import BlockTransfer
-from portakv.copy.rows import copy_rows
+from portakv.copy.rows import issued
 from portakv.errors import LayoutError, SlotError
 from portakv.runtime.transfer import LateErrors
 from portakv.view import Index, KVView
@@ -51,16 +51,14 @@ def copy_blocks(
         SlotError: a ``skip`` that is no whole number, or a pair of them, of at least 0.
         PortaKVError: what `copy_rows` raises.
     """
-    source_of(src, dst, reinterpret=False)
-    first, behind = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
-    indices = (
-        _block_index(src, src_blocks, "src").shifted(_tokens(first)),
-        _block_index(dst, dst_blocks, "dst").shifted(_tokens(behind)),
-    )
-    return copy_rows(
-        src, dst, *indices, count=count, backend=backend, stream=stream, by_layer=by_layer,
-        overlap=overlap, max_thread_blocks=max_thread_blocks, max_gbps=max_gbps,
-        cancellable=cancellable, detached=detached, reinterpret=reinterpret, check=check, late=late,
+    source = source_of(src, dst, reinterpret)
+    mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
+    if skip or type(skip) is not int:
+        first, behind = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
+        mine, theirs = mine.shifted(_tokens(first)), theirs.shifted(_tokens(behind))
+    return issued(
+        source, dst, mine, theirs, count, backend, stream, by_layer, overlap, max_thread_blocks,
+        max_gbps, cancellable, detached, check, late,
     )  # fmt: skip
 
 

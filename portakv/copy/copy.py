@@ -259,9 +259,10 @@ def _launch(
     if captured:
         _check_capture(pieces, move)
     placed = [ready.place_both(move) for ready, _, _ in pieces]
-    for view, tabled in zip(move[:2], pieces[0][0].tabled, strict=True):
-        if tabled and view.fleeting and not captured:
-            bring_table(view, device)
+    if (move.src.fleeting or move.dst.fleeting) and not captured:
+        for view, tabled in zip(move[:2], pieces[0][0].tabled, strict=True):
+            if tabled and view.fleeting:
+                bring_table(view, device)
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:

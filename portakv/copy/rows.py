@@ -86,17 +86,26 @@ def copy_rows(
         BackendUnavailable, Unsupported: no backend carries it out, with the trace; terms that
             cannot be kept; in slices, detached or strict, inside graph capture.
     """
-    src = source_of(src, dst, reinterpret)
+    return issued(
+        source_of(src, dst, reinterpret), dst, src_index, dst_index, count, backend, stream,
+        by_layer, overlap, max_thread_blocks, max_gbps, cancellable, detached, check, late,
+    )  # fmt: skip
+
+
+def issued(
+    src: KVView, dst: KVView, src_index: Ids | None, dst_index: Ids | None, count: int | None,
+    backend: str | None, stream: torch.Stream | None, by_layer: bool, overlap: str,
+    max_thread_blocks: int | None, max_gbps: float | None, cancellable: bool, detached: bool,
+    check: str, late: LateErrors | None,
+) -> BlockTransfer:  # fmt: skip
+    """`copy_rows` from what `source_of` made of the source. All terms by position: a call with as
+    many by name takes longer."""
     if late is not None:
         if not isinstance(late, LateErrors):
             raise InvalidTerms(f"A copy with late={late!r}: expected a LateErrors, or None.")
         late.check(src.device if src.device.type != "cpu" else dst.device)
-        transfer = copy_rows(
-            src, dst, src_index, dst_index, count=count, backend=backend, stream=stream,
-            by_layer=by_layer, overlap=overlap, max_thread_blocks=max_thread_blocks,
-            max_gbps=max_gbps, cancellable=cancellable, detached=detached,
-            reinterpret=reinterpret, check=check,
-        )  # fmt: skip
+        given = count, backend, stream, by_layer, overlap, max_thread_blocks, max_gbps, cancellable
+        transfer = issued(src, dst, src_index, dst_index, *given, detached, check, None)
         late.keep(transfer)
         return transfer
     strict, sliced = is_strict(check), cancellable or max_gbps is not None

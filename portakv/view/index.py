@@ -195,9 +195,8 @@ class Index:
         block = token // step
         ids = tables[request, block.clamp(0, blocks - 1)].long()
         slots = torch.where(ids < 0, -1, ids.clamp(max=_WILD // step) * step + token % step)
-        past = inside & (
-            (block < 0) | (block >= blocks)
-        )  # which a copy refuses, or moves nothing for
+        # Those past their table a copy refuses, or moves nothing for.
+        past = inside & ((block < 0) | (block >= blocks))
         if tables.is_cpu and bool(past.any()):
             longest = int(request[past.nonzero()[0, 0]])
             raise SlotError(

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -92,7 +93,7 @@ def test_blocks_of_two_sizes_in_part() -> None:
     assert torch.equal(chunks.rows(), expected)
 
 
-@pytest.mark.parametrize("skip", [-1, 1.5, (1,), (0, -2), "two", None], ids=str)
+@pytest.mark.parametrize("skip", [-1, 1.5, 0.0, (1,), (0, -2), "two", None], ids=str)
 def test_what_is_no_number_of_tokens_to_skip(skip: Any) -> None:
     src, dst = layered(), layered()
     with refused(SlotError, "skip=", watch=dst.tensors):
@@ -138,3 +139,20 @@ def test_an_index_is_kept_as_it_was() -> None:
     src, dst, index = layered(), layered(), Index([1, 2], SIZE)
     copy_blocks(src.view, dst.view, index, index, skip=1, count=2).synchronize()
     assert (index.offset, index.length) == (0, 2 * SIZE)
+
+
+def test_blocks_cost_the_host_what_rows_do() -> None:
+    """And one more call for each side, which makes an index of its blocks."""
+    src, dst, index = layered(), layered(), Index([1, 2], SIZE)
+
+    def calls(copy: Any) -> int:
+        copy(src.view, dst.view, index, index)  # what is remembered is made now
+        seen: list[str] = []
+        sys.setprofile(lambda frame, event, argument: seen.append(event))
+        try:
+            copy(src.view, dst.view, index, index)
+        finally:
+            sys.setprofile(None)
+        return seen.count("call")
+
+    assert calls(copy_blocks) <= calls(copy_rows) + 2
