@@ -20,7 +20,7 @@ import torch
 from portakv import BlockTransfer, InvalidTerms, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
-from portakv.integrations.vllm_moves import moves_of, parts_of
+from portakv.integrations.vllm_moves import moves_of, parts_of, sharing
 
 check_release("vllm")
 
@@ -134,6 +134,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
         self._groups = [parts_of(refs, pages, host) for refs in kv_caches.group_data_refs]
+        self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
         self._store, self._load, self._expedited = (Lane(device) for _ in range(3))
         self._lanes = self._store, self._load, self._expedited
@@ -196,7 +197,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                 f"Job {job} was submitted while it is under way; number it anew."
             )
         # All groups are looked at before any of them moves.
-        moves = moves_of(self._groups, self.blocks_per_chunk, device, host, store)
+        moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
         moved: list[BlockTransfer] = []
         try:
             for parts, blocks, places, count in moves:

@@ -51,13 +51,22 @@ def parts_of(
     ]
 
 
+def sharing(groups: Iterable[Iterable[Any]]) -> set[tuple[int, ...]]:
+    """The numbers of groups that lie in one tensor."""
+    used = [{ref.tensor_idx for ref in refs} for refs in groups]
+    found = {tuple(n for n, some in enumerate(used) if at in some) for at in set().union(*used)}
+    return {numbers for numbers in found if len(numbers) > 1}
+
+
 def moves_of(
-    groups: Sequence[Sequence[Part]], blocks_per_chunk: int, device: Any, host: Any, store: bool
-) -> list[Move]:
+    groups: Sequence[Sequence[Part]], together: Iterable[Sequence[int]], blocks_per_chunk: int,
+    device: Any, host: Any, store: bool,
+) -> list[Move]:  # fmt: skip
     """What a job moves, group by group; raises `SlotError` for what is known to be wrong.
 
     Args:
         groups: the parts of each group.
+        together: the numbers of groups that lie in one tensor.
         blocks_per_chunk: blocks of the engine in a chunk.
         device: vLLM's `GPULoadStoreSpec`: blocks, one group behind the other.
         host: vLLM's `CPULoadStoreSpec`: their chunks.
@@ -95,4 +104,13 @@ def moves_of(
                     f"Nothing was moved."
                 )
         moves.append(move)
+    written = chunks if store else blocks
+    for numbers in together:
+        ids, times = np.unique(np.concatenate([written[n] for n in numbers]), return_counts=True)
+        if len(twice := ids[times > 1]):
+            raise SlotError(
+                f"A job names {twice[0]} in its destination for more than one of the groups "
+                f"{numbers}, which lie in one tensor; expected one group for each "
+                f"{'chunk' if store else 'block'}. Nothing was moved."
+            )
     return moves

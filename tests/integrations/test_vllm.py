@@ -430,6 +430,18 @@ def test_bad_loads_are_refused_and_move_nothing(
         worker.submit_load(1, host_spec([0, 1]), device_spec(blocks, [0, 0]))
 
 
+def test_two_groups_in_one_tensor_write_no_block_twice(device: torch.device, make: Make) -> None:
+    caches = Caches(device, [64, 64], [[0, 1], [(0, 48)]])
+    worker = make(caches)
+    worker.submit_store(1, device_spec([[3], [3]], [0, 0]), host_spec([0, 1]))  # read twice
+    finish(worker, {1})
+    both = device_spec([[5, 4], [6, 5]], [0, 0])
+    with refused(SlotError, "5 in its destination", "(0, 1)", watch=caches.tensors):
+        worker.submit_load(2, host_spec([0, 1, 2, 3]), both)
+    with refused(SlotError, "2 in its destination", "chunk"):
+        worker.submit_store(3, both, host_spec([0, 2, 2, 1]))
+
+
 def test_a_refused_job_leaves_no_copy_under_way(accelerator: torch.device, make: Make) -> None:
     """If the second copy of a job is refused, the first one has ended: no job would tell of it."""
     caches = Caches(accelerator, [256, 96], [[0, 1]])
