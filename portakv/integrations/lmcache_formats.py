@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import torch
 
-from portakv import KVView, LayoutError, Unsupported
+from portakv import Index, KVView, LayoutError, Unsupported
 
 _BLOCKED_SCALES, _PLANES = 14, 17
 #: How LMCache's formats are read, by the number of its EngineKVFormat. Keys and values that lie
@@ -238,3 +238,23 @@ def _one_plane(each: torch.Tensor, layers: int) -> torch.Tensor:
     if each.dim() < 4:
         return each
     return each[0] if each.shape[0] == 1 else each.view(layers, -1, 2 * each.shape[-1])
+
+
+def blocks_of(ids: torch.Tensor | Sequence[int], block_size: int) -> Index:
+    """Block ids of a call; those on a device are an engine's own tables, which name its blocks and
+    nothing else."""
+    if isinstance(ids, torch.Tensor) and not ids.is_cpu:
+        return Index(ids, block_size, trusted=True)
+    return Index.of(ids, block_size)
+
+
+def kind_of(memory_object: Any) -> Any:
+    """What memory objects have in common that one copy can move."""
+    if isinstance(memory_object, torch.Tensor):
+        return memory_object.shape, memory_object.stride(), memory_object.dtype
+    if isinstance(memory_object, int):
+        return int
+    raise TypeError(
+        f"A memory object was handed over as a {type(memory_object).__name__}; expected a tensor "
+        f"or an address."
+    )

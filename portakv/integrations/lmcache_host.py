@@ -17,12 +17,13 @@ from portakv import Index, Unsupported, copy_runs
 from portakv.host.memcpy import copy_
 from portakv.integrations.lmcache_formats import (
     LAYOUTS,
+    blocks_of,
     caches_of,
     layout_of,
     objects_of,
     pool_of,
 )
-from portakv.integrations.lmcache_ops import blocks_of, is_store, move
+from portakv.integrations.lmcache_ops import is_store, move
 from portakv.runtime.devices import indexed
 
 

@@ -9,7 +9,7 @@ object in pageable memory is waited for, since no stream orders that.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import threading
 from functools import cache
 from itertools import groupby
 from typing import Any
@@ -23,7 +23,9 @@ from portakv.integrations.lmcache_formats import (
     MLA,
     Held,
     Pool,
+    blocks_of,
     caches_of,
+    kind_of,
     layout_of,
     objects_of,
     pool_of,
@@ -33,8 +35,15 @@ from portakv.runtime.devices import indexed
 H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
 
 
-#: An error that an op finds late, such as a bad id on a device, is raised by the next op.
-_LATE = LateErrors()
+class _Late(threading.local):
+    """An error that an op finds late, such as a bad id on a device, is raised by the next op of the
+    same thread: another one's knows nothing of these caches."""
+
+    def __init__(self) -> None:
+        self.errors = LateErrors()
+
+
+_late = _Late()
 
 
 @cache
@@ -76,7 +85,7 @@ def move(
         if ids.on_host:
             theirs = ids.without_repeats()
     across = terms() if caches.device != chunk.device else {}
-    transfer = copy_rows(src, dst, mine, theirs, count=count, late=_LATE, **across)
+    transfer = copy_rows(src, dst, mine, theirs, count=count, late=_late.errors, **across)
     if not transfer.ordered:
         transfer.synchronize()
 
@@ -261,7 +270,7 @@ def multi_layer_block_kv_transfer(
     caches = caches_of(number, paged_buffer_ptrs_tensor, pool_of(shape_desc), device)
     # One launch moves those that are alike; on the host, where nothing is launched, each is by
     # itself.
-    kinds, first = [_kind(each) for each in lmcache_objects_ptrs], 0
+    kinds, first = [kind_of(each) for each in lmcache_objects_ptrs], 0
     apart = device.type == "cpu"
     for _, run in groupby(range(len(kinds)), lambda at: at if apart else kinds[at]):
         objects = [lmcache_objects_ptrs[at] for at in run]
@@ -275,23 +284,3 @@ def multi_layer_block_kv_transfer(
         chunks = objects_of(number, caches, objects, chunk, home)
         blocks = blocks_of(held, bs).shifted(begin)
         move(store, caches, chunks, blocks, positions, len(held) * bs - begin)
-
-
-def blocks_of(ids: torch.Tensor | Sequence[int], block_size: int) -> Index:
-    """Block ids of a call; those on a device are an engine's own tables, which name its blocks and
-    nothing else."""
-    if isinstance(ids, torch.Tensor) and not ids.is_cpu:
-        return Index(ids, block_size, trusted=True)
-    return Index.of(ids, block_size)
-
-
-def _kind(memory_object: Any) -> Any:
-    """What memory objects have in common that one copy can move."""
-    if isinstance(memory_object, torch.Tensor):
-        return memory_object.shape, memory_object.stride(), memory_object.dtype
-    if isinstance(memory_object, int):
-        return int
-    raise TypeError(
-        f"A memory object was handed over as a {type(memory_object).__name__}; expected a tensor "
-        f"or an address."
-    )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -545,7 +546,9 @@ def test_a_table_on_a_device_is_read_once_until_it_is_written(accelerator: torch
         np.testing.assert_array_equal(arrays(chunk), g.rows(logical)[:, :, [9, 2]])
 
 
-def test_a_bad_block_on_a_device_is_told_by_the_next_call(device: torch.device) -> None:
+def test_a_bad_slot_on_a_device_is_told_by_the_next_call_of_its_thread(
+    device: torch.device,
+) -> None:
     if device.type == "cpu":
         pytest.skip("ids on the host are refused at once")
     g = GEOMETRIES[1]
@@ -560,6 +563,8 @@ def test_a_bad_block_on_a_device_is_told_by_the_next_call(device: torch.device) 
         synchronize(device)
 
     store([9, 99])
+    with ThreadPoolExecutor(1) as another:
+        another.submit(store, [9, 2]).result()
     with pytest.raises(SlotError, match="past the end"):
         store([9, 2])
     store([9, 2])
