@@ -45,7 +45,7 @@ BUDGETS = {
     "portakv/plan": 720,
     "portakv/registry": 710,
     "portakv/runtime": 2_130,
-    "portakv/view": 2_090,
+    "portakv/view": 2_140,
     "conformance": 13_500,
     "benchmarks": 4_630,
     "benchmarks/plugs": 900,

@@ -7,7 +7,6 @@ Nothing here holds the memory or can tell whether it is still there; that is the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 from math import prod
 from operator import index
 from typing import Any, NamedTuple, TypeAlias
@@ -32,6 +31,7 @@ _HOST = torch.device("cpu")
 _Known: TypeAlias = "tuple[Form, int, list[int] | None, int]"
 _forms: Bounded[tuple[Any, ...], _Known]
 _forms = Bounded("forms of memory at addresses", 256)
+_usable: Bounded[str, torch.device] = Bounded("devices that addresses were on", 64)
 
 
 class Foreign(NamedTuple):
@@ -82,7 +82,7 @@ def read_addresses(
         home, told = _home(bound, addresses)
         pinned = told if pinned is None else pinned
     else:
-        home = _usable(str(device))
+        home = _usable.get_or_make(str(device), lambda: usable_device(str(device)))
         if home.type not in ("cpu", "meta") and home.index is None:
             home = torch.device(home.type, torch.accelerator.current_device_index())
     if home.type == "meta":
@@ -236,12 +236,6 @@ def _whole(name: str, numbers: Sequence[int]) -> tuple[int, ...]:
             f"A view at addresses was asked for with {name}={numbers!r}; expected whole numbers, "
             f"one for each dimension of the tensor at an address."
         ) from None
-
-
-@cache
-def _usable(text: str) -> torch.device:
-    """As `usable_device`, which asks torch for memory once for each device."""
-    return usable_device(text)
 
 
 def _home(bound: BoundLayout, addresses: Any) -> tuple[torch.device, bool | None]:

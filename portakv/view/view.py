@@ -200,7 +200,9 @@ class KVView:
         only a device has the addresses."""
         if self._spans is None:
             assert self._foreign is not None
-            self._spans = self._foreign.spans(self._origins or ())
+            if self._origins is None:
+                return []  # not kept: they may be read back later
+            self._spans = self._foreign.spans(self._origins)
         return self._spans
 
     @property
@@ -306,7 +308,8 @@ class KVView:
                 found = [self.origins[entry] + offset for entry, offset in self.form.planes]
                 distinct = all(len(set(each)) == len(each) for each in (found, self.origins))
                 why = "" if distinct else ALIASED
-            self._unwritable = why
+            if self.known:  # else the addresses may be read back later
+                self._unwritable = why
         if why:
             raise LayoutError(f"The destination, {self.layout.text!r}, cannot be written: {why}.")
 
@@ -407,7 +410,7 @@ class KVView:
                 f"A slice by {asked} was asked; expected layers, heads or kv; pass an Index of "
                 f"the blocks or tokens to the copy."
             )
-        form, spans = self.form, self.spans
+        form, spans = self.form, self.spans if self.known else None
         kv_range = _range("kv", kv, form.kv)
         layer_range = _range("layers", layers, form.layers)
         head_range = _range("heads", heads, form.heads)
@@ -441,9 +444,13 @@ class KVView:
             table = _moved(self._table, [number // n for number in gained], [*gained.values()])
         if self._foreign is None:
             left = tuple(self.owners[number // n] for number in gained)
-            if len(left) < n * len(self.owners):
+            if spans and len(left) < n * len(self.owners):
                 spans = _within(spans, left)
-        return self._with((same_form(form), origins, left, spans), table)
+        view = self._with((same_form(form), origins, left, spans), table)
+        if spans is None and self._foreign and self._foreign.nbytes:  # to be found from origins
+            nbytes = self._foreign.nbytes - min(gained.values())
+            view._foreign = self._foreign._replace(nbytes=nbytes)
+        return view
 
     def as_bytes(self) -> KVView:
         """This view with rows of bytes, whatever the dtypes of its tensors; see ``reinterpret``."""
@@ -451,7 +458,7 @@ class KVView:
             return self
         view: KVView | None = self.derived.get("bytes")
         if view is None:
-            rows = same_form(self.form.untyped()), self._origins, self._owners, self.spans
+            rows = same_form(self.form.untyped()), self._origins, self._owners, self._spans
             view = self.derived["bytes"] = self._with(rows, self._table)
         return view
 

@@ -134,6 +134,23 @@ def test_what_is_shared_is_found_where_extents_are_known() -> None:
     assert not at(addresses(tensors), -1).overlaps(known)
 
 
+def test_what_only_a_device_knows_is_found_once_it_was_read() -> None:
+    """A slice and the check of a destination keep no answer from before the addresses were."""
+    tensors = caches()
+    tensors[2][1] = tensors[0][0]  # two planes at one address
+    view, dense = blind(at(addresses(tensors))), KVView(tensors[0][0], "block token head dim")
+    part = view.slice(layers=0, heads=1)
+    for each in (view, part, view.as_bytes()):
+        assert not each.overlaps(dense)
+        each.check_writable()
+        assert each.origins
+        assert each.overlaps(dense)
+    memory = [(x.data_ptr(), x.data_ptr() + x.nbytes) for x in tensors[0]]
+    assert part.spans == [(first + 2 * DIM, past) for first, past in sorted(memory)]
+    with pytest.raises(LayoutError, match="at one address"):
+        view.check_writable()
+
+
 def test_it_holds_nothing_and_says_so() -> None:
     view = at(addresses(caches()), -1)
     assert view.foreign
@@ -203,9 +220,14 @@ def test_an_unknown_extent_inside_another_needs_strides() -> None:
 
     def view(strides: Any) -> KVView:
         return KVView.at(
-            memory.data_ptr(), "kv block token dim", shape=(2, -1, SIZE, DIM), dtype=torch.int16,
-            strides=strides, device="cpu", block_size=SIZE,
-        )  # fmt: skip
+            memory.data_ptr(),
+            "kv block token dim",
+            shape=(2, -1, SIZE, DIM),
+            dtype=torch.int16,
+            strides=strides,
+            device="cpu",
+            block_size=SIZE,
+        )
 
     with pytest.raises(LayoutError, match="strides=") as refused:
         view(None)
@@ -231,11 +253,15 @@ def test_the_shape_tells_how_many_blocks_can_be_counted(size: int) -> None:
     """Kernels count tokens in 32 bits, also if ``block_size`` stands in the shape alone."""
     told, read = (
         KVView.at(
-            4096, "block token dim", shape=(-1, size, 8), dtype=torch.uint8, device="cpu",
+            4096,
+            "block token dim",
+            shape=(-1, size, 8),
+            dtype=torch.uint8,
+            device="cpu",
             block_size=declared,
         )
         for declared in (size, None)
-    )  # fmt: skip
+    )
     assert (read.slots, read.form) == (told.slots, told.form)
     assert UNKNOWN_SLOTS - size < read.slots <= UNKNOWN_SLOTS
 
