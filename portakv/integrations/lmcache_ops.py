@@ -83,7 +83,7 @@ def move(
     if not store:
         src, dst, mine, theirs = chunk, caches, positions, ids
         if ids.on_host:
-            theirs = ids.without_repeats()
+            theirs = ids.without_repeats(count)
     across = terms() if caches.device != chunk.device else {}
     transfer = copy_rows(src, dst, mine, theirs, count=count, late=_late.errors, **across)
     if not transfer.ordered:

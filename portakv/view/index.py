@@ -216,14 +216,29 @@ class Index:
         """This index from position ``tokens`` on; shares ids and copies."""
         return self._derived(self.ids, self.offset + tokens) if tokens else self
 
-    def without_repeats(self) -> Index:
+    def without_repeats(self, count: int | None = None) -> Index:
         """This index with each slot named once. Of equal ids the last one stays and the others
         become padding, so that a destination that was named several times is written by the last
         position that names it. An id that an offset or a count cuts stands for all of its slots.
 
         On a device the host does not wait for it; but those ids are trusted no longer, so that a
         backend that does not skip negative ids itself waits when it copies.
+
+        Args:
+            count: positions of the copy, if it moves fewer than the index covers: ids behind them
+                are left out, so that none stays in place of one that is moved.
+
+        Raises:
+            SlotError: a count that is no whole number of at least 0.
         """
+        if count is not None:
+            if not isinstance(count, (int, np.integer)) or count < 0:
+                raise SlotError(
+                    f"An index without repeats was asked for count={count!r}; expected a whole "
+                    f"number of at least 0."
+                )
+            if count < (self.length or 0):
+                return self.part(0, int(count)).without_repeats()
         if self.ids is None:
             return self
         if self.on_host:

@@ -60,6 +60,21 @@ def test_blocks_that_are_named_again(device: torch.device) -> None:
     assert dst[..., 0].tolist() == [[4, 5], [6, 7], [-1, -1], [-1, -1]]
 
 
+@pytest.mark.parametrize("on_host", [True, False], ids=["host ids", "device ids"])
+def test_ids_behind_the_count_are_not_kept(device: torch.device, on_host: bool) -> None:
+    src = torch.arange(6, dtype=torch.float32).reshape(6, 1).to(device)
+    dst = torch.full((4, 2, 1), -1.0, device=device)
+    views = KVView(src, "token dim"), KVView(dst, "block token dim")
+    index = Index(torch.tensor([2, 1, 0, 1]).to("cpu" if on_host else device), 2, 1)
+    kept = index.without_repeats(4)
+    copy_rows(*views, None, kept, count=4).synchronize()
+    assert dst[..., 0].tolist() == [[3, -1], [1, 2], [-1, 0], [-1, -1]]
+    assert index.without_repeats(7).host_ids().tolist() == [2, -1, 0, 1]
+    for refused in (-1, 1.5):
+        with pytest.raises(SlotError, match="count="):
+            index.without_repeats(refused)  # type: ignore[arg-type]
+
+
 def test_without_ids_and_without_repeats_nothing_is_made() -> None:
     for index in (Index(), Index([3, 1])):
         assert index.without_repeats() is index
