@@ -38,7 +38,7 @@ BUDGETS = {
     "portakv/backends": 3_450,
     "portakv/cli": 2_090,
     "portakv/connector": 840,
-    "portakv/copy": 1_250,
+    "portakv/copy": 1_270,
     "portakv/engines": 3_130,
     "portakv/host": 2_830,
     "portakv/layout": 770,
