@@ -20,8 +20,8 @@ import re
 import sys
 import threading
 import warnings
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -47,6 +47,8 @@ _lock = threading.RLock()  # a finalizer may run wherever its own thread holds i
 live: list[Registration] = []  # no two share a page
 _seams: Counter[int] = Counter()  # of all these
 _begins, _ends = Counter[int](), Counter[int]()  # of pieces that others registered
+#: Pieces whose `Adopted` died. A finalizer runs at any place, so it changes no counts itself.
+dropped: deque[Sequence[tuple[int, int]]] = deque()
 _told: tuple[int, ...] = ()  # what `seams` says
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 warned: set[str] = set()
@@ -275,6 +277,9 @@ def _tell() -> None:
 
 def seams() -> tuple[int, ...]:
     """Addresses, in order, between two registrations of one memory: no copy may reach across."""
+    while dropped:
+        with suppress(IndexError):  # another thread was faster
+            disown(dropped.pop())
     return _told
 
 

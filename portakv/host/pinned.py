@@ -230,17 +230,19 @@ def register_address(
 
 
 class Adopted:
-    """Memory that others registered, in pieces. A context manager; `close` may be called again."""
+    """Memory that others registered, in pieces, for as long as this is held. A context manager;
+    `close` may be called again."""
 
     def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
         self.pieces = tuple(sorted(pieces))
-        self._open = list(self.pieces)
-        _registration.adopt(self._open)
+        _registration.adopt(self.pieces)
+        self._dropped = weakref.finalize(self, _registration.dropped.append, self.pieces)
+        self._dropped.atexit = False
 
     def close(self) -> None:
         """Forget it, as when it was unregistered."""
-        pieces, self._open = self._open, []
-        _registration.disown(pieces)
+        if self._dropped.detach():  # once, whatever other threads do
+            _registration.disown(self.pieces)
 
     def __enter__(self) -> Adopted:
         return self
@@ -253,7 +255,7 @@ def adopt(pieces: Iterable[tuple[int, int]]) -> Adopted:
     """Tell of host memory that others registered in several pieces, such as an engine that shares
     one mapping among workers: a copy over the seam between two registrations fails in the driver,
     so that engines cut theirs there: where two pieces touch, told of in one call or in several. It
-    registers and holds nothing.
+    registers and holds nothing. What it returns must be held: the pieces are forgotten with it.
 
     Args:
         pieces: for each registration its address and bytes.

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 from typing import Any
 
@@ -93,6 +94,15 @@ def test_pieces_that_were_told_of_one_by_one_meet_as_well() -> None:
     assert {*pinned.seams()} - {*before} == {302 * page}
     for each in told:
         each.close()
+    assert pinned.seams() == before
+
+
+def test_pieces_are_forgotten_if_nothing_holds_them() -> None:
+    before, page = pinned.seams(), 4096
+    adopted = pinned.adopt([(500 * page, page), (501 * page, page)])
+    assert {*pinned.seams()} - {*before} == {501 * page}
+    del adopted
+    gc.collect()
     assert pinned.seams() == before
 
 
