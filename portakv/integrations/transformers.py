@@ -51,10 +51,10 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         self._came: Pair | None = None
 
     def offload(self) -> None:
-        """Begin to copy what the host memory lacks, and let go of the device's memory."""
-        if not self.is_initialized or self.is_away or not self.get_seq_length():
-            return
+        """Copy what the host lacks, and let go of the device's memory; gradients keep it there."""
         tokens, here = self.get_seq_length(), (self.keys, self.values)
+        if self.is_away or not tokens or any(each.requires_grad for each in here):
+            return
         there = self._room(here)
         if self._stored < tokens:
             fresh = slice(self._stored, tokens)

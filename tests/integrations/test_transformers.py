@@ -90,6 +90,22 @@ def test_beams_are_reordered(model: Any) -> None:
     assert torch.equal(model.generate(prompt(2), past_key_values=cache, **asked), expected)
 
 
+def test_gradients_go_through_it(model: Any) -> None:
+    """As through transformers' own: rows that need gradients do not leave."""
+
+    def gradient(cache: Any) -> torch.Tensor:
+        with torch.no_grad():
+            model(prompt(), past_key_values=cache)
+        for _ in range(2):
+            logits = model(prompt(tokens=5), past_key_values=cache).logits
+        weight = model.model.layers[0].self_attn.k_proj.weight
+        return torch.autograd.grad(logits.sum(), weight)[0]
+
+    cache = plug.OffloadedCache(model.config)
+    assert torch.equal(gradient(cache), gradient(DynamicCache()))
+    assert not any(layer.is_away for layer in cache.layers)
+
+
 def test_layers_with_a_window_stay(model: Any) -> None:
     sliding = small("Mistral", sliding_window=8)
     cache = plug.OffloadedCache(config=sliding.config)
