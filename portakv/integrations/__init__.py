@@ -76,7 +76,9 @@ PLUGS = {
         "PORTAKV_SGLANG=1", group="sglang.srt.plugins", entry="portakv", allows="SGLANG_PLUGINS"
     ),
     "transformers": Plug(
-        "past_key_values=portakv.integrations.transformers.OffloadedCache(config=model.config)"
+        "from portakv.integrations.transformers import OffloadedCache; "
+        "cache = OffloadedCache(config=model.config); "
+        "model.generate(**inputs, past_key_values=cache)"
     ),
     "vllm": Plug(f"--kv-transfer-config '{_OFFLOADING}'"),
 }

@@ -84,6 +84,15 @@ def test_plugs_that_would_work() -> None:
     assert [one["plug"] for one in found["plugs"]] == list(PLUGS) == [*MATRIX]
 
 
+def test_a_line_of_python_brings_its_imports() -> None:
+    """In the order in which the page of the plug has them."""
+    line = PLUGS["transformers"].line
+    page = (Path(__file__).parents[2] / "docs/plugs/transformers.md").read_text("utf-8")
+    at = [page.index(statement) for statement in line.split("; ")]
+    assert at == sorted(at)
+    assert "import OffloadedCache" in line
+
+
 @pytest.mark.parametrize(("plug", "release"), [(x, y) for x in MATRIX for y in ("0.1", "99.0")])
 def test_a_release_outside_the_matrix(install: Install, plug: str, release: str) -> None:
     releases = MATRIX[plug]
