@@ -168,6 +168,7 @@ class Passage:
         index, by = mine, None
         for each, at in zip(self._slices, turns, strict=True):
             dense = self._room.view(at, each.dense, each.held)
+            each.rows.follow_table()
             prepared = each.prepared(dense)
             if prepared is not by:
                 index, by = read_on(self._work, prepared.place(mine)), prepared

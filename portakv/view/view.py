@@ -21,6 +21,7 @@ import torch
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.transfer import event_pool
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.foreign import Foreign, read_addresses
@@ -28,6 +29,8 @@ from portakv.view.form import ALIASED, gather, locate, same_form, widest_vector
 
 #: Addresses as `KVView.at` takes them: in lists as a layout names containers, or in a tensor.
 Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
+
+_MADE = "table is made"
 
 
 class KVView:
@@ -469,10 +472,25 @@ class KVView:
             return self
         key = "planes", layers, kv
         view: KVView | None = self.derived.get(key)
-        if view is None:
+        if view is None or (_MADE in view.derived and capturing(view.table.device)):
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
-            view = self.derived[key] = self.slice(layers=ends[0], kv=ends[1])
+            view = self.slice(layers=ends[0], kv=ends[1])
+            if (table := view._table) is not None and not table.is_cpu:
+                if capturing(table.device):
+                    return view  # its table is made at each replay
+                view.derived[_MADE] = event_pool(table.device).recorded(None)
+            view = self.derived.setdefault(key, view)
+        view.follow_table()
         return view
+
+    def follow_table(self) -> None:
+        """Order the current stream behind the making of a table that `planes` made on a device, on
+        the stream that was the current one then."""
+        made: torch.Event | None = self.derived.get(_MADE)
+        if made is not None and not capturing(self.table.device):
+            stream = torch.accelerator.current_stream(self.table.device.index)
+            stream.wait_event(made)
+            self.record_table(stream)
 
     def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
         view = KVView.__new__(KVView)

@@ -319,6 +319,19 @@ def test_a_device(accelerator: torch.device, where: str) -> None:
         assert not view.known
 
 
+def test_planes_that_one_stream_made_are_read_on_another(accelerator: torch.device) -> None:
+    tensors = caches(accelerator)
+    view = at(torch.tensor(addresses(tensors)).to(accelerator), -1, accelerator)
+    torch.accelerator.synchronize()
+    on = torch.get_device_module(accelerator).stream
+    with on(torch.Stream(accelerator)):
+        made = view.planes(None, (1, 2))
+    with on(torch.Stream(accelerator)):
+        found = view.planes(None, (1, 2))
+        assert found.table.tolist() == [pair[1].data_ptr() for pair in tensors]
+    assert found is made
+
+
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_across_the_link(accelerator: torch.device, where: str) -> None:
     """Both sides are addresses: device memory and pinned memory of the host."""
