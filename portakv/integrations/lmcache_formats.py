@@ -119,6 +119,11 @@ def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.devic
     """The caches of a call as a view. It is kept for other calls, since it keeps no memory; but one
     of tensors that differ, or on a device of `BY_TENSORS`, holds these and is made each time."""
     number, text, _ = layout_of(engine_kv_format)
+    if not isinstance(held, (torch.Tensor, Sequence)) or not len(held):
+        raise TypeError(
+            f"Caches of LMCache's format {number} were handed over as {held!r}; expected a table "
+            f"of addresses, or tensors, of at least one layer."
+        )
     containers, _, dims = text.rpartition(" | ")
     version: object = 0
     if isinstance(held, torch.Tensor) and held.dim() == 1 and held.dtype in _WORDS:
@@ -246,6 +251,14 @@ def blocks_of(ids: torch.Tensor | Sequence[int], block_size: int) -> Index:
     if isinstance(ids, torch.Tensor) and not ids.is_cpu:
         return Index(ids, block_size, trusted=True)
     return Index.of(ids, block_size)
+
+
+def check_chunk(tokens: int, block_size: int, name: str) -> None:
+    if block_size < 1 or tokens < 1 or tokens % block_size:
+        raise ValueError(
+            f"{name}={tokens} tokens was asked for with blocks of {block_size}; expected a "
+            f"positive multiple."
+        )
 
 
 def kind_of(memory_object: Any) -> Any:

@@ -19,6 +19,7 @@ from portakv.integrations.lmcache_formats import (
     LAYOUTS,
     blocks_of,
     caches_of,
+    check_chunk,
     layout_of,
     objects_of,
     pool_of,
@@ -86,17 +87,18 @@ def execute_direct_copy_transfer(
                 "its caches are tuples of tensors; call multi_layer_block_kv_transfer with them",
             )
         pool, slots = pool_of(spec.shape_desc), spec.slots_per_chunk
+        check_chunk(slots, pool.block_size, "slots_per_chunk")
         per_chunk = slots // pool.block_size
         row = pool.heads * pool.row
         nbytes = (2 if two_planes else 1) * pool.layers * slots * row
         ids: list[int] = []
         places: list[int] = []
         for order, each in enumerate(objects):
-            skip, first = each.skip_prefix_n_blocks[place], each.chunk_idx * per_chunk
+            skips, first = each.skip_prefix_n_blocks, each.chunk_idx * per_chunk
+            skip = skips[place] if place < len(skips) else -1
             begin = spec.byte_offset_in_object
             if (
-                slots % pool.block_size
-                or not 0 <= begin <= each.nbytes - nbytes
+                not 0 <= begin <= each.nbytes - nbytes
                 or not 0 <= skip <= per_chunk
                 or not 0 <= first <= len(spec.block_ids) - per_chunk
             ):
@@ -104,7 +106,7 @@ def execute_direct_copy_transfer(
                     f"Group {place} with {len(spec.block_ids)} blocks of {pool.block_size} tokens "
                     f"and {slots} tokens for each object, from byte {begin} to {begin + nbytes} of "
                     f"it, was asked for, but object {each.chunk_idx} has {each.nbytes} bytes and "
-                    f"skips {skip} blocks; expected whole blocks that lie in both."
+                    f"skips {skips} blocks of the groups; expected whole blocks that lie in both."
                 )
             ids += spec.block_ids[first + skip : first + per_chunk]
             places += range(order * per_chunk + skip, (order + 1) * per_chunk)
@@ -130,6 +132,8 @@ def lmcache_memcpy_async(
     before the host's address. ``device_type`` None: the process's accelerator, else the host."""
     _check_power(host_buffer_alignments, "host_buffer_alignments")
     store = is_store(direction)
+    if nbytes < 0:
+        raise ValueError(f"nbytes={nbytes} was asked for; expected a number of bytes from 0 on.")
     if isinstance(dest, int) and isinstance(src, int):
         homes = torch.device("cpu"), _current(device_type)
         to, of = homes if store else homes[::-1]

@@ -25,6 +25,7 @@ from portakv.integrations.lmcache_formats import (
     Pool,
     blocks_of,
     caches_of,
+    check_chunk,
     kind_of,
     layout_of,
     objects_of,
@@ -114,11 +115,13 @@ def multi_layer_kv_transfer(
         block_stride_elems: elements from block to block; 0: blocks are dense.
 
     Raises:
+        ValueError: slots that are no whole blocks, or rows that are no whole heads.
         SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
     """
     # Of format 0 this op reads the layers one by one.
     number, text, _ = layout_of(int(engine_kv_format) or 1)
     tokens, width = key_value.shape[2], key_value.element_size()
+    _check_slots(slot_mapping)
     if slot_mapping.numel() != tokens:
         raise SlotError(
             f"{slot_mapping.numel()} slots were given for an object of {tokens} tokens; expected "
@@ -127,10 +130,16 @@ def multi_layer_kv_transfer(
     if tokens <= skip_prefix_n_tokens:
         return
     row = key_value.shape[3] * width
-    per_block, heads = block_size or 1, 1
+    per_block, heads, head = block_size or 1, 1, row
     if head_size and 0 <= text.find("head") < text.find("token"):
-        heads = row // (head_size * width * (2 if number in FUSED else 1))
-    blocks = -(-page_buffer_size // per_block) or -1
+        head = head_size * width * (2 if number in FUSED else 1)
+        heads = row // head
+    if per_block < 1 or page_buffer_size % per_block or head < 1 or row % head:
+        raise ValueError(
+            f"Caches of {page_buffer_size} slots in blocks of {block_size}, and rows of {row} "
+            f"bytes in heads of {head}, were asked for; expected whole blocks and whole heads."
+        )
+    blocks = page_buffer_size // per_block or -1
     step = block_stride_elems * width
     pool = Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
     caches = caches_of(number, key_value_ptrs, pool, indexed(paged_memory_device))
@@ -217,11 +226,20 @@ def reshape_and_cache_back_flash(
 def _one_layer(
     caches: KVView, buffer: torch.Tensor, slots: torch.Tensor, direction: Any, token_major: bool
 ) -> None:
+    _check_slots(slots)
     text = "token (head dim)"
     if caches.kv == 2:
         text = "token kv (head dim)" if token_major else "kv token (head dim)"
     chunk = KVView(buffer, text, heads=caches.heads, reinterpret=True)
     move(is_store(direction), caches, chunk, Index.of(slots), Index(), slots.numel())
+
+
+def _check_slots(slots: Any) -> None:
+    if not isinstance(slots, torch.Tensor):
+        raise TypeError(
+            f"Slots were handed over as a {type(slots).__name__}; expected a tensor of int32 or "
+            f"int64, one for each token."
+        )
 
 
 def multi_layer_block_kv_transfer(
@@ -253,11 +271,7 @@ def multi_layer_block_kv_transfer(
         SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
     """
     bs, chunk, skip = int(shape_desc.bs), lmcache_chunk_size, skip_prefix_n_blocks
-    if bs < 1 or chunk < 1 or chunk % bs:
-        raise ValueError(
-            f"A lmcache_chunk_size of {chunk} tokens was asked for with blocks of {bs}; expected "
-            f"a positive multiple."
-        )
+    check_chunk(chunk, bs, "lmcache_chunk_size")
     if skip < 0:
         raise ValueError(f"skip_prefix_n_blocks={skip} was asked for; expected at least 0.")
     if not isinstance(lmcache_objects_ptrs, (list, tuple)):

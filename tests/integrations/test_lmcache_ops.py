@@ -479,6 +479,33 @@ def test_an_object_of_another_length_than_the_slots() -> None:
     check_sentence(str(caught.value))
 
 
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({"key_value_ptrs": []}, TypeError),
+        ({"key_value_ptrs": None}, TypeError),
+        ({"slot_mapping": [9, 2]}, TypeError),
+        ({"page_buffer_size": 30}, ValueError),
+        ({"block_size": -4}, ValueError),
+        ({"head_size": 5}, ValueError),
+        ({"head_size": 4096}, ValueError),
+    ],
+)
+def test_a_transfer_by_slots_that_cannot_be(changed: Any, error: type[Exception]) -> None:
+    g = GEOMETRIES[6]
+    _, caches = held(g, CPU, 1)
+    given: dict[str, Any] = {
+        "key_value": torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16),
+        "key_value_ptrs": pointers(caches, CPU), "slot_mapping": torch.tensor([9, 2]),
+        "paged_memory_device": CPU, "page_buffer_size": g.slots, "direction": D2H,
+        "engine_kv_format": 6, **slot_arguments(g),
+    }  # fmt: skip
+    lmcache_ops.multi_layer_kv_transfer(**given)
+    with pytest.raises(error) as caught:
+        lmcache_ops.multi_layer_kv_transfer(**given | changed)
+    check_sentence(str(caught.value))
+
+
 def test_a_slot_past_the_caches_moves_nothing() -> None:
     g = GEOMETRIES[1]
     _, caches = held(g, CPU, 1)
@@ -619,6 +646,8 @@ def test_a_variable_that_no_term_can_have(
         ({"chunk_idx": 1}, "object"),
         ({"chunk_idx": -1}, "object"),
         ({"skip_prefix_n_blocks": [3]}, "object"),
+        ({"skip_prefix_n_blocks": []}, "object"),
+        ({"slots_per_chunk": 0}, "group"),
         ({"slots_per_chunk": 6}, "group"),
         ({"block_ids": [3, 7]}, "group"),
         ({"byte_offset_in_object": -4}, "group"),
@@ -649,6 +678,7 @@ def test_a_direct_copy_that_cannot_be(changed: Any, field: str) -> None:
         ({"direction": 2}, ValueError),
         ({"dest": 1}, TypeError),
         ({"nbytes": 3}, ValueError),
+        ({"nbytes": -64, "dest": 64, "src": 128}, ValueError),
     ],
 )
 def test_a_copy_of_bytes_that_cannot_be(changed: Any, error: type[Exception]) -> None:
