@@ -496,10 +496,14 @@ def test_a_transfer_by_slots_that_cannot_be(changed: Any, error: type[Exception]
     _, caches = held(g, CPU, 1)
     given: dict[str, Any] = {
         "key_value": torch.zeros(2, g.layers, 2, g.row, dtype=torch.bfloat16),
-        "key_value_ptrs": pointers(caches, CPU), "slot_mapping": torch.tensor([9, 2]),
-        "paged_memory_device": CPU, "page_buffer_size": g.slots, "direction": D2H,
-        "engine_kv_format": 6, **slot_arguments(g),
-    }  # fmt: skip
+        "key_value_ptrs": pointers(caches, CPU),
+        "slot_mapping": torch.tensor([9, 2]),
+        "paged_memory_device": CPU,
+        "page_buffer_size": g.slots,
+        "direction": D2H,
+        "engine_kv_format": 6,
+        **slot_arguments(g),
+    }
     lmcache_ops.multi_layer_kv_transfer(**given)
     with pytest.raises(error) as caught:
         lmcache_ops.multi_layer_kv_transfer(**given | changed)
