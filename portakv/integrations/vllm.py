@@ -111,7 +111,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
     Args:
         kv_caches: vLLM's `CanonicalKVCaches`: int8 tensors ``[blocks, page]``, whose pages may lie
             apart, and for each group the tensors that it uses.
-        blocks_per_chunk: blocks of the engine in a chunk.
+        blocks_per_chunk: blocks of the engine in a chunk, 1 at least.
         chunks: how many there are.
         region: vLLM's `SharedOffloadRegion`, which `shutdown` gives back; None: memory of its own.
         terms: of `copy_rows`.
@@ -121,6 +121,13 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         self, kv_caches: Any, blocks_per_chunk: int, chunks: int, region: Any = None,
         terms: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
+        numbers = len(kv_caches.tensors), len(kv_caches.group_data_refs), blocks_per_chunk
+        if min(numbers) < 1:
+            raise LayoutError(
+                f"A worker was asked for with {numbers[0]} tensors, {numbers[1]} groups and chunks "
+                f"of {numbers[2]} blocks; expected one of each at least. Hand over vLLM's "
+                f"canonical caches."
+            )
         self.blocks_per_chunk = blocks_per_chunk
         self._region, self._terms, self._adopted = region, dict(terms or {}), None
         pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]

@@ -89,7 +89,7 @@ def moves_of(
     chunks = np.split(host.block_ids, np.cumsum(used)[:-1])
     moves = []
     for parts, ids, places, skip, count in zip(groups, blocks, chunks, skips, sizes, strict=True):
-        if not count:
+        if not count or not parts:
             continue
         move = Move(parts, Index(ids), Index(places, blocks_per_chunk, skip), count)
         sides = (

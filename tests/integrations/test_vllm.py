@@ -509,6 +509,28 @@ def test_caches_that_were_never_seen(shape: tuple[int, ...], make: Make) -> None
         make(caches)
 
 
+@pytest.mark.parametrize(
+    ("pages", "groups", "blocks"), [([], [[]], 1), ([64], [], 1), ([64], [[0]], 0)]
+)
+def test_nothing_to_move_at_all(pages: Any, groups: Any, blocks: int, make: Make) -> None:
+    told = f"{len(pages)} tensors, {len(groups)} groups", f"{blocks} blocks"
+    with refused(LayoutError, *told):
+        make(Caches(torch.device("cpu"), pages, groups), blocks)
+
+
+def test_a_group_without_tensors(device: torch.device, make: Make) -> None:
+    """Its blocks have no bytes; those of the others are moved."""
+    caches = Caches(device, [64], [[], [0]])
+    worker = make(caches)
+    went, came = [[1, 2], [3]], [[4, 6], [5]]
+    worker.submit_store(1, device_spec(went, [0, 0]), host_spec([0, 1, 2]))
+    assert [each.transfer_size for each in finish(worker, {1})] == [64]
+    caches.lose()
+    worker.submit_load(2, host_spec([0, 1, 2]), device_spec(came, [0, 0]))
+    finish(worker, {2})
+    caches.expect(came, went)
+
+
 def test_a_device_without_a_backend(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     caches = Caches(torch.device("cpu"), [64], [[0]])
     worker = make(caches)
