@@ -33,7 +33,7 @@ PLUGS = "portakv/integrations"
 APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 19_990,
+    "portakv": 20_060,
     PLUGS: 2_660,
     "portakv/backends": 3_450,
     "portakv/cli": 2_090,
@@ -45,7 +45,7 @@ BUDGETS = {
     "portakv/plan": 720,
     "portakv/registry": 710,
     "portakv/runtime": 2_130,
-    "portakv/view": 2_140,
+    "portakv/view": 2_170,
     "conformance": 13_500,
     "benchmarks": 4_630,
     "benchmarks/plugs": 900,
@@ -59,7 +59,7 @@ PACKED = {
     "conformance": 112,
     "benchmarks": 62,
     "benchmarks/plugs": 10,
-    "tests": 285,
+    "tests": 287,
     "tests/integrations": 33,
 }
 #: A private name of another object than a test's own or torch's, and how many; none may be added.
