@@ -107,7 +107,7 @@ class KVView:
             shape: of the tensor at each address. The extent of the dimension that holds ``block``
                 (of a chunk, ``token``) may be -1: unknown. Then no id is past the end, and nobody
                 looks whether two views share memory.
-            strides: in elements; None: contiguous.
+            strides: in elements; None: contiguous, if no extent outside of one of -1 is above 1.
             dtype: of the tensors' elements.
             device: where the memory is; ``cpu``: on the host. None: the driver of the accelerator
                 (CUDA, HIP) says it of the first address, and whether that is pinned; all others are
@@ -120,7 +120,8 @@ class KVView:
             LayoutError: what are no addresses, or not as many levels of them as the layout has; an
                 address that is 0, or no multiple of the element's bytes; a contradiction; no
                 ``device``, and no driver that can be asked.
-            DeviceMismatch: a ``device`` that torch does not know, or cannot use here.
+            DeviceMismatch: a ``device`` that torch does not know, or cannot use here; a table on
+                another device than the memory.
             TransferError: the driver fails when it is asked.
         """
         bound = bind_layout(
