@@ -236,9 +236,12 @@ class Landing(Completion):
 
     def report(self) -> None:
         """Tell `LateErrors` of a failure, unless it is that a caller cancelled."""
-        self.ended()  # sets the error, before the owner is asked for: one that comes later finds it
+        # Set before the owner is asked for, so that one that comes later finds it. Memory is left
+        # to a caller that waits, which would find it half freed by this thread.
+        self.error = self.error or self._worker.failure(self._slices)
         told = self.error is None or isinstance(self.error, TransferCancelled)
         if not told and self.owner is not None:
+            self.kept = None
             failed.append(self)
 
 
