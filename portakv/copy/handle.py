@@ -14,6 +14,7 @@ from portakv.plan.move import Move
 from portakv.runtime.transfer import NOTHING, Transfer
 from portakv.runtime.worker import Worker
 from portakv.view.form import Form
+from portakv.view.index import Index
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +61,7 @@ class BlockTransfer(Transfer):
     """What `copy_rows` and `copy_blocks` return; it keeps no view of its move. Its ``worker``
     issues what is not issued yet."""
 
-    __slots__ = ("_began", "_ended", "_form", "_indices", "_layers", "_tokens", "_worker")
+    __slots__ = ("_asked", "_began", "_block", "_ended", "_form", "_layers", "_worker")
 
     def __init__(
         self,
@@ -71,7 +72,11 @@ class BlockTransfer(Transfer):
         worker: Worker | None = None,
     ) -> None:
         super().__init__(transfer.completions, transfer._kept, transfer.carried)
-        self._form, self._indices, self._tokens = move.src.form, move[2:4], move.count
+        _, _, mine, theirs, count = move
+        self._form = form = move.src.form
+        self._block = mine.plan_step or theirs.plan_step or form.block_size or 1
+        # Tokens, and the indices that may skip some of them, until the end: it counts them.
+        self._asked: tuple[int, tuple[Index, ...]] = count, (mine, theirs)
         self._began, self._worker = began, worker
         self._layers = None if layers is None else tuple(layers)
         self._ended: float | None = None if transfer.completions else time.perf_counter()
@@ -132,19 +137,18 @@ class BlockTransfer(Transfer):
             tokens = sum(piece.tokens for piece in landed if piece.layer == last)
             pieces, carried = worker.issued, worker.carried
         seconds = None if ended_at is None else ended_at - self._began
-        mine, theirs = self._indices
-        block = mine.plan_step or theirs.plan_step or self._form.block_size or 1
-        counts = nbytes, tokens // block, moving // block
+        counts = nbytes, tokens // self._block, moving // self._block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)
 
     def _moving(self) -> int:
         """The tokens of which no id on the host says that they are skipped."""
+        tokens, indices = self._asked
         skipped = [
-            index.slots(self._tokens) < 0
-            for index in self._indices
-            if index.ids is not None and index.on_host and (index.host_ids() < 0).any()
+            index.slots(tokens) < 0
+            for index in indices
+            if index.ids is not None and index.on_host and index.host_ids().min(initial=0) < 0
         ]
-        return self._tokens - int(np.count_nonzero(np.logical_or.reduce(skipped)))
+        return tokens - int(np.count_nonzero(np.logical_or.reduce(skipped))) if skipped else tokens
 
     def _landed(self, moving: int) -> tuple[int, int]:
         """Bytes that have landed, and tokens that have in all layers, of what is on streams."""
@@ -162,9 +166,10 @@ class BlockTransfer(Transfer):
         super()._finish()
 
     def _note_end(self) -> None:
-        """The end was seen now; the first time counts."""
+        """The end was seen now; the first time counts. The indices are let go."""
         if self._ended is None:
             self._ended = time.perf_counter()
+        self._asked = self._moving(), ()
 
 
 class _Together(BlockTransfer):

@@ -223,9 +223,10 @@ def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
 
 def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> None:
     src, dst = layered(), layered()
-    refs = [weakref.ref(x) for x in (*src.tensors, *dst.tensors)]
-    transfer = copy_blocks(src.view, dst.view, SRC, DST, **options)
-    del src, dst
+    mine, theirs = torch.tensor([*SRC, -1]), torch.tensor([*DST, 3])
+    refs = [weakref.ref(x) for x in (*src.tensors, *dst.tensors, mine, theirs)]
+    transfer = copy_blocks(src.view, dst.view, mine, theirs, **options)
+    del src, dst, mine, theirs
     transfer.synchronize()
     gc.collect()
     assert not any(ref() is not None for ref in refs)
