@@ -60,7 +60,7 @@ PACKED = {
     "benchmarks": 62,
     "benchmarks/plugs": 10,
     "tests": 287,
-    "tests/integrations": 33,
+    "tests/integrations": 34,
 }
 #: A private name of another object than a test's own or torch's, and how many; none may be added.
 PRIVATE = re.compile(

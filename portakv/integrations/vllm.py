@@ -9,10 +9,10 @@ accounting) stays as it is.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -115,6 +115,10 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         chunks: how many there are.
         region: vLLM's `SharedOffloadRegion`, which `shutdown` gives back; None: memory of its own.
         terms: of `copy_rows`.
+
+    Raises:
+        LayoutError: no tensors, groups or blocks in a chunk, or tensors that are no pages.
+        InvalidTerms, BackendUnavailable, Unsupported: terms that no copy can keep.
     """
 
     def __init__(
@@ -141,6 +145,10 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
         self._groups = [parts_of(refs, pages, host) for refs in kv_caches.group_data_refs]
+        if self._terms:  # copies of nothing judge them
+            for part in itertools.chain(*self._groups):
+                copy_rows(part.device, part.host, count=0, **self._terms)
+                copy_rows(part.host, part.device, count=0, **self._terms)
         self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
         self._store, self._load, self._expedited = (Lane(device) for _ in range(3))
@@ -237,4 +245,4 @@ def _adopt(region: Any) -> pinned.Adopted:
     """Tell where the region's registrations meet."""
     begin = region.base_tensor.data_ptr()
     edges = [*sorted(region.pinned_addresses or [begin]), begin + region.total_size_bytes]
-    return pinned.adopt([(first, past - first) for first, past in pairwise(edges)])
+    return pinned.adopt([(first, past - first) for first, past in itertools.pairwise(edges)])

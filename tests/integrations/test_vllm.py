@@ -584,6 +584,21 @@ def test_other_terms_are_refused(given: Any) -> None:
         OffloadingSpecFactory.create_spec(offloading_config(64, 1, 4, portakv=given))
 
 
+@pytest.mark.parametrize(
+    ("terms", "error"),
+    [({"backend": "nope"}, BackendUnavailable), ({"max_thread_blocks": -1}, InvalidTerms),
+     ({"overlap": "nope"}, InvalidTerms), ({"max_gbps": 0}, InvalidTerms)],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("chunks", [9, 0])
+def test_terms_are_judged_at_the_start(
+    device: torch.device, make: Make, terms: Any, error: Any, chunks: int
+) -> None:
+    """And not by the first store, when the engine runs."""
+    with refused(error, *map(str, terms.values())):
+        make(Caches(device, [64], [[0]]), 1, chunks, terms=terms)
+
+
 @pytest.mark.skipif(not NEW, reason="0.26 has no canonical layout")
 def test_a_canonical_layout_is_refused() -> None:
     with refused(IntegrationError, "canonical_layout"):
