@@ -34,7 +34,7 @@ APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
     "portakv": 20_060,
-    PLUGS: 2_660,
+    PLUGS: 2_690,
     "portakv/backends": 3_450,
     "portakv/cli": 2_090,
     "portakv/connector": 840,
@@ -50,7 +50,7 @@ BUDGETS = {
     "benchmarks": 4_630,
     "benchmarks/plugs": 900,
     "tests": 32_900,
-    "tests/integrations": 4_290,
+    "tests/integrations": 4_340,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {

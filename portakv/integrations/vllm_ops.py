@@ -32,8 +32,14 @@ def swap_blocks(
 
     Raises:
         SlotError: a block past a tensor's end, or one that is written twice.
-        LayoutError: a tensor that is not contiguous.
+        LayoutError: a tensor that is not contiguous, another mapping, or blocks without bytes.
     """
+    if block_size_in_bytes < 1 or block_mapping.shape[1:] != (2,):
+        raise LayoutError(
+            f"swap_blocks was asked for blocks of {block_size_in_bytes} bytes by a mapping of "
+            f"shape {tuple(block_mapping.shape)}; expected 1 byte at least, and [blocks, 2]. Pass "
+            f"these."
+        )
     here, there = (_blocks(each, block_size_in_bytes) for each in (src, dst))
     _behind(copy_rows(here, there, *map(Index, block_mapping.unbind(1))))
 

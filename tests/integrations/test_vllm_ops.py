@@ -295,3 +295,12 @@ def test_ops_can_be_captured(op: str) -> None:
         assert torch.equal(cache.view(32, 80)[[3, 9]], latent[:2])
     else:
         assert torch.equal(latent, cache[1, :3])
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "shape"), [(0, (1, 2)), (-16, (1, 2)), (16, (2,)), (16, (1, 3))], ids=str
+)
+def test_swap_blocks_of_no_bytes_or_by_another_mapping(nbytes: int, shape: tuple[int, ...]) -> None:
+    src, dst = torch.ones(4, 16), torch.zeros(4, 16)
+    with refused(LayoutError, f"{nbytes} bytes", f"shape {shape}", "[blocks, 2]", watch=dst):
+        vllm_ops.swap_blocks(src, dst, nbytes, torch.zeros(shape, dtype=torch.int64))
