@@ -124,7 +124,7 @@ def concat_and_cache_mla_grouped(
     slots are one list that is expanded, else one for each layer. Strides count elements."""
     _as_they_are("concat_and_cache_mla_grouped", kv_cache_dtype)
     layers, widths = kv_c.shape[0], (kv_c.shape[-1], k_pe.shape[-1])
-    each = layers if slot_mapping.stride(0) == 0 else 1
+    each = max(layers, 1) if slot_mapping.stride(0) == 0 else 1
     for first in range(0, layers, each):
         some = slice(first, first + each)
         rows = KVView((kv_c[some], k_pe[some]), "kv | layer token dim", dim=widths)

@@ -304,3 +304,9 @@ def test_swap_blocks_of_no_bytes_or_by_another_mapping(nbytes: int, shape: tuple
     src, dst = torch.ones(4, 16), torch.zeros(4, 16)
     with refused(LayoutError, f"{nbytes} bytes", f"shape {shape}", "[blocks, 2]", watch=dst):
         vllm_ops.swap_blocks(src, dst, nbytes, torch.zeros(shape, dtype=torch.int64))
+
+
+def test_no_layers_write_nothing() -> None:
+    rows, slots = torch.zeros(0, 3, 16), torch.arange(3).expand(0, 3)
+    pointers = torch.zeros(0, dtype=torch.int64)
+    vllm_ops.concat_and_cache_mla_grouped(rows, rows, pointers, slots, 8, 8 * 32, 32)
