@@ -200,8 +200,8 @@ class Way:
 
 
 STAGED, DESCRIPTORS = Way("staged", "staged"), Way("descriptors", "descriptors")
-#: On an idle device, and beside a model.
-DIRECT, DIRECT_BESIDE = Way("direct", "direct", {"overlap": "idle"}), Way("direct beside", "direct")
+DIRECT = Way("direct", "direct", {"overlap": "idle"})
+DIRECT_BESIDE = Way("direct beside", "direct")  # with fewer thread blocks
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
 HOST = Way(CHOSEN, CHOSEN)
 HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})

@@ -38,7 +38,8 @@ BLOCKS = 8
 #: The same for more than `SMALL` bytes while the device computes, by direction: one more, and what
 #: the kernel writes holds up a model's own memory (H200: 46 % slower, with three 6 %, with 0.8 of
 #: memcpy; of four that read 5 % and 0.73, of eight 11 - 20 % and 0.87).
-BESIDE, IDLE = {"d2h": 3, "h2d": 4}, Terms(overlap="idle")
+BESIDE = {"d2h": 3, "h2d": 4}
+IDLE = Terms(overlap="idle")
 #: Vectors of one launch, counted in 32 bits with room for one turn past the end; a larger copy is
 #: split.
 MAX_VECTORS = 2**30
