@@ -34,7 +34,7 @@ APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
     "portakv": 20_060,
-    PLUGS: 2_690,
+    PLUGS: 2_760,
     "portakv/backends": 3_450,
     "portakv/cli": 2_090,
     "portakv/connector": 840,
@@ -50,7 +50,7 @@ BUDGETS = {
     "benchmarks": 4_630,
     "benchmarks/plugs": 900,
     "tests": 32_900,
-    "tests/integrations": 4_340,
+    "tests/integrations": 4_390,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {
@@ -69,7 +69,7 @@ PRIVATE = re.compile(
 )
 #: In the tests of plugs they are also the engines', which have no public ones.
 PRIVATE_READS = {"tests": 63, "tests/integrations": 35}
-MODULES = {"portakv": 100, PLUGS: 12}
+MODULES = {"portakv": 100, PLUGS: 13}
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.
 MANY_IMPORTS = {

@@ -23,7 +23,8 @@ copy. Pointers that were freed cannot be
 told from others, as upstream.
 
 Errors are PortaKV's: `LayoutError` for tensors and sizes that do not fit, `SlotError` for bad ids,
-`IntegrationError`, a RuntimeError as upstream's, for lists of ids of unequal lengths.
+`Unsupported` for a table that is to be read inside graph capture, and `IntegrationError`, a
+RuntimeError as upstream's, for arguments of another type and lists of ids of unequal lengths.
 """
 
 from __future__ import annotations
@@ -38,12 +39,14 @@ from portakv.errors import LayoutError, SlotError
 from portakv.host import small
 from portakv.integrations import IntegrationError
 from portakv.integrations import kvcacheio_pools as pools
+from portakv.integrations.arguments import told, typed
 
 _is_hip = torch.version.hip is not None
 _WARPS = 16 if _is_hip else 32
 _QUOTA = 2  # upstream's default
 
 
+@typed
 def transfer_kv_per_layer(
     src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
     src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int, block_quota: int = 2,
@@ -54,6 +57,7 @@ def transfer_kv_per_layer(
     _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_per_layer_pf_lf(
     src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
     src_indices: torch.Tensor, dst_indices: torch.Tensor, layer_id: int, item_size: int,
@@ -65,6 +69,7 @@ def transfer_kv_per_layer_pf_lf(
     _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_per_layer_ph_lf(
     src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
     src_indices: torch.Tensor, dst_indices: torch.Tensor, layer_id: int, item_size: int,
@@ -79,6 +84,7 @@ def transfer_kv_per_layer_ph_lf(
     _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_all_layer(
     src_k_layers: torch.Tensor, dst_k_layers: torch.Tensor, src_v_layers: torch.Tensor,
     dst_v_layers: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
@@ -90,6 +96,7 @@ def transfer_kv_all_layer(
     _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_all_layer_lf_pf(
     src_k_layers: torch.Tensor, dst_k: torch.Tensor, src_v_layers: torch.Tensor,
     dst_v: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int,
@@ -101,6 +108,7 @@ def transfer_kv_all_layer_lf_pf(
     _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_all_layer_lf_ph(
     src_k_layers: torch.Tensor, dst_k: torch.Tensor, src_v_layers: torch.Tensor,
     dst_v: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int,
@@ -114,6 +122,7 @@ def transfer_kv_all_layer_lf_ph(
     _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_per_layer_mla(
     src: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
     item_size: int, block_quota: int | None = None, num_warps_per_block: int = _WARPS,
@@ -123,6 +132,7 @@ def transfer_kv_per_layer_mla(
     _copy(one, other, src_indices, dst_indices, _mla_block_quota(block_quota))
 
 
+@typed
 def transfer_kv_per_layer_mla_pf_lf(
     src: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
     layer_id: int, item_size: int, src_layout_dim: int, block_quota: int | None = None,
@@ -134,6 +144,7 @@ def transfer_kv_per_layer_mla_pf_lf(
     _copy(whole, one, src_indices, dst_indices, _mla_block_quota(block_quota))
 
 
+@typed
 def transfer_kv_all_layer_mla(
     src_layers: torch.Tensor, dst_layers: torch.Tensor, src_indices: torch.Tensor,
     dst_indices: torch.Tensor, item_size: int, num_layers: int, block_quota: int = 2,
@@ -144,6 +155,7 @@ def transfer_kv_all_layer_mla(
     _copy(src, dst, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_all_layer_mla_lf_pf(
     src_layers: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor,
     dst_indices: torch.Tensor, item_size: int, dst_layout_dim: int, num_layers: int,
@@ -155,6 +167,7 @@ def transfer_kv_all_layer_mla_lf_pf(
     _copy(listed, whole, src_indices, dst_indices, block_quota)
 
 
+@typed
 def transfer_kv_direct(
     src_layers: list[torch.Tensor], dst_layers: list[torch.Tensor], src_indices: torch.Tensor,
     dst_indices: torch.Tensor, page_size: int,
@@ -166,6 +179,7 @@ def transfer_kv_direct(
     _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
+@typed
 def transfer_kv_per_layer_direct_pf_lf(
     src_ptrs: list[torch.Tensor], dst_ptrs: list[torch.Tensor], src_indices: torch.Tensor,
     dst_indices: torch.Tensor, layer_id: int, page_size: int,
@@ -177,6 +191,7 @@ def transfer_kv_per_layer_direct_pf_lf(
     _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
+@typed
 def transfer_kv_all_layer_direct_lf_pf(
     src_ptrs: list[torch.Tensor], dst_ptrs: list[torch.Tensor], src_indices: torch.Tensor,
     dst_indices: torch.Tensor, page_size: int,
@@ -187,6 +202,7 @@ def transfer_kv_all_layer_direct_lf_pf(
     _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
+@typed
 def transfer_embedding_ranges_direct(
     src: torch.Tensor, dst: torch.Tensor, src_starts: list[int], dst_starts: list[int],
     lengths: list[int],
@@ -195,7 +211,7 @@ def transfer_embedding_ranges_direct(
     (size, src_pitch), (wanted, dst_pitch) = pools.row_bytes(src), pools.row_bytes(dst)
     if size != wanted or not len(src_starts) == len(dst_starts) == len(lengths):
         raise LayoutError(
-            f"Ranges were asked from {pools.told(src)} to {pools.told(dst)}, with "
+            f"Ranges were asked from {told(src)} to {told(dst)}, with "
             f"{len(src_starts)} and {len(dst_starts)} starts and {len(lengths)} lengths; expected "
             f"rows of equal bytes, and lists of equal lengths."
         )
@@ -203,7 +219,7 @@ def transfer_embedding_ranges_direct(
         for start, length in zip(starts, lengths, strict=True):
             if not 0 <= start <= start + length <= len(tensor):
                 raise SlotError(
-                    f"{length} rows from {start} on were asked of {pools.told(tensor)}, which has "
+                    f"{length} rows from {start} on were asked of {told(tensor)}, which has "
                     f"rows 0 to {len(tensor) - 1}; nothing was moved. Correct the ranges."
                 )
     ranges = [each for each in zip(src_starts, dst_starts, lengths, strict=True) if each[2]]
@@ -215,6 +231,7 @@ def transfer_embedding_ranges_direct(
     )  # fmt: skip
 
 
+@typed
 def copy_all_layer_kv_cache_cpu(
     data_ptrs: torch.Tensor, strides: torch.Tensor, tgt_loc: torch.Tensor, src_loc: torch.Tensor
 ) -> None:
@@ -236,6 +253,7 @@ def copy_all_layer_kv_cache_cpu(
         copy_runs(these, those, sizes, src_device="cpu", dst_device="cpu").synchronize()
 
 
+@typed
 def get_device_accessible_ptr(tensor: torch.Tensor, device_index: int) -> int:
     """The address by which kernels reach a tensor's memory."""
     if tensor.is_cpu and _is_hip:
@@ -246,6 +264,7 @@ def get_device_accessible_ptr(tensor: torch.Tensor, device_index: int) -> int:
     return tensor.data_ptr()
 
 
+@typed
 def copy_to_gpu_no_ce(input: torch.Tensor, output: torch.Tensor) -> None:
     """A few numbers of the host to a device, without a copy engine; any size."""
     small.to_device(input, out=output)

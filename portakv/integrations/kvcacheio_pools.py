@@ -15,9 +15,12 @@ import torch
 
 from portakv import Index, KVView
 from portakv.errors import LayoutError, SlotError
+from portakv.integrations.arguments import told
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import capturing, refuse_capture
 
 Tensors = Sequence[torch.Tensor]
+_IDS = torch.int32, torch.int64
 _views: Bounded[tuple[Any, ...], KVView] = Bounded("views of kvcacheio", 1024)
 #: Tables of a device that were read: a weak reference, the version, the addresses, and where that
 #: memory is.
@@ -26,10 +29,10 @@ _tables: Bounded[int, tuple[Any, int, list[int], torch.device]] = Bounded("table
 
 def pages(ids: torch.Tensor, page_size: int) -> Index:
     """Ids of tokens, a page behind the other, as ids of pages."""
-    if page_size < 1 or ids.numel() % page_size:
+    if page_size < 1 or ids.numel() % page_size or ids.dim() != 1 or ids.dtype not in _IDS:
         raise SlotError(
-            f"{ids.numel()} ids were given for pages of {page_size} tokens; expected a multiple of "
-            f"the page size. Pass the ids of whole pages."
+            f"Ids were given by {told(ids)} for pages of {page_size} tokens; expected int32 or "
+            f"int64 in one dimension, a multiple of the page size. Pass the ids of whole pages."
         )
     firsts = ids[::page_size]
     if ids.is_cpu and bool((firsts % page_size).any()):  # pages that begin anywhere
@@ -84,7 +87,12 @@ def page_head(
 def listed(tables: Tensors, item: int, layers: int, heads: int = 1) -> KVView:
     """Tokens behind the first ``layers`` addresses of each table; nobody knows how many."""
     read = [_addresses(table) for table in tables]
-    if item < 1 or item % heads or not 0 < layers <= min(len(found) for found, _ in read):
+    if (
+        item < 1
+        or heads < 1
+        or item % heads
+        or not 0 < layers <= min(len(found) for found, _ in read)
+    ):
         raise _unfit(tables, f"{layers} layers", item, item, heads)
     home = read[0][1]
     if any(other != home for _, other in read):
@@ -154,6 +162,12 @@ def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
                 f"Layers were given by {told(table)}; expected addresses in a uint64 or int64 "
                 f"tensor of one dimension."
             )
+        if not table.is_cpu and capturing(table.device):
+            raise refuse_capture(
+                "Reading a table of addresses",
+                "the host has to read them first; make the same call once before the capture, with "
+                "a table that was not made in inference mode",
+            )
         found, home = [address % 2**64 for address in table.tolist()], table.device
         if found and not table.is_cpu:
             # A driver knows host memory that kernels reach as pinned.
@@ -220,10 +234,7 @@ def moves(
             f"the bytes of one row for each. Pass two tensors of one dimension and one length."
         )
     if into.shape != out_of.shape or any(
-        not each.is_cpu
-        or each.dim() != 1
-        or each.dtype not in (torch.int32, torch.int64)
-        or bool((each < 0).any())
+        not each.is_cpu or each.dim() != 1 or each.dtype not in _IDS or bool((each < 0).any())
         for each in (into, out_of)
     ):
         raise SlotError(
@@ -256,11 +267,4 @@ def _unfit(pools: Tensors, asked: str, unit: int, item: int, heads: int) -> Layo
         f"{asked.capitalize()} of {item} bytes in {heads} heads, {unit} bytes apart, were asked of "
         f"{told(pools[0])}; expected contiguous tensors that hold a whole number of them. Pass "
         f"the sizes of the pool in bytes."
-    )
-
-
-def told(tensor: torch.Tensor) -> str:
-    return (
-        f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
-        f"{tensor.device}"
     )

@@ -9,6 +9,7 @@ import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,8 +24,8 @@ from portakv import LayoutError, SlotError
 from portakv.engines import direct
 from portakv.engines.choose import hosts
 from portakv.engines.engine import SMALL
-from portakv.errors import InvalidTerms, PortaKVError
-from portakv.integrations import IntegrationError
+from portakv.errors import InvalidTerms, PortaKVError, Unsupported
+from portakv.integrations import IntegrationError, kvcacheio_pools
 from portakv.integrations import kvcacheio as io
 
 CPU = torch.device("cpu")
@@ -393,12 +394,9 @@ def test_bad_rows_within_pools_of_the_host() -> None:
         (one[0], one),
         twice,
     ):
-        bad(
-            lambda d=dst, s=src: io.copy_all_layer_kv_cache_cpu(table([pool]), stride, d, s),
-            SlotError,
-        )
+        bad(partial(io.copy_all_layer_kv_cache_cpu, table([pool]), stride, dst, src), SlotError)
     for at, sizes in ((table([pool] * 2), stride), (table([pool]), -stride)):
-        bad(lambda p=at, n=sizes: io.copy_all_layer_kv_cache_cpu(p, n, one, one + 1), LayoutError)
+        bad(partial(io.copy_all_layer_kv_cache_cpu, at, sizes, one, one + 1), LayoutError)
     assert torch.equal(memory, before)
 
 
@@ -503,6 +501,23 @@ def test_ids_and_tables_of_a_device_are_not_read_back(accelerator: torch.device)
     assert not waited.seen
 
 
+def test_a_table_that_is_not_known_is_refused_in_a_capture(
+    accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    src, dst = on_device(accelerator, 1), on_device(accelerator, 50)
+    s, known = torch.arange(8, device=accelerator), (src.k_table, dst.k_table)
+    io.transfer_kv_all_layer_mla(*known, s, s, ITEM, LAYERS)
+    monkeypatch.setattr(kvcacheio_pools, "capturing", lambda device: device == accelerator)
+    io.transfer_kv_all_layer_mla(*known, s, s, ITEM, LAYERS)
+    with torch.inference_mode():
+        uncounted = table(src.v)
+    for new in (src.v_table, uncounted):
+        call = partial(io.transfer_kv_all_layer_mla, new, known[1], s, s, ITEM, LAYERS)
+        bad(call, Unsupported, "inside graph capture", "before the capture")
+    synchronize(accelerator)
+    assert torch.equal(logical(dst.k)[:, :8], logical(src.k)[:, :8])
+
+
 def test_a_table_in_the_place_of_one_that_was_freed() -> None:
     pools = [on_device(CPU, seed).k for seed in (1, 20, 30)]
     into = on_device(CPU, 50).k
@@ -566,6 +581,8 @@ def test_sizes_that_do_not_fit() -> None:
             head.k, here.k[0], head.v, here.v[0], s, s, 0, ITEM, PITCH, PAGE, 3), ()),
         (lambda: io.transfer_kv_per_layer_ph_lf(
             head.k, here.k[0], head.v, here.v[0], s, s, 0, ITEM, PITCH, 5, HEADS), ()),
+        (lambda: io.transfer_kv_all_layer_lf_ph(
+            kept, head.k, kept, head.v, s, s, ITEM, PITCH, LAYERS, PAGE, 0), ("0 heads",)),
         (lambda: io.transfer_kv_direct([cut.mT], [here.k[0]], s, s, PAGE), ("strides",)),
         (lambda: io.transfer_kv_direct(here.k, here.v[:2], s, s, PAGE), ("3 tensors",)),
         (lambda: io.transfer_kv_direct([], [], s, s, PAGE), ()),
@@ -579,6 +596,45 @@ def test_sizes_that_do_not_fit() -> None:
         bad(call, LayoutError, *names)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("src", None),
+        ("src", 7),
+        ("src", torch.zeros(TOKENS, HEADS, DIM).to_sparse()),
+        ("src", torch.zeros(TOKENS, HEADS, DIM, device="meta")),
+        ("src_indices", [0, 1, 2, 3]),
+        ("item_size", float(ITEM)),
+        ("block_quota", "2"),
+    ],
+)
+def test_arguments_of_another_type(name: str, value: Any) -> None:
+    a, b, s = on_device(CPU, 1).k[0], on_device(CPU, 50).k[0], torch.arange(4)
+    given: dict[str, Any] = {
+        "src": a,
+        "dst": b,
+        "src_indices": s,
+        "dst_indices": s,
+        "item_size": ITEM,
+    }
+    given |= {name: value}
+    names = "transfer_kv_per_layer_mla", f"{name} = "
+    bad(lambda: io.transfer_kv_per_layer_mla(**given), IntegrationError, *names)
+    bad(lambda: io.transfer_kv_per_layer_mla(*given.values()), IntegrationError, *names)
+
+
+def test_lists_of_another_type() -> None:
+    a, s = on_device(CPU, 1).k, torch.arange(PAGE)
+    move: Any = io.transfer_kv_direct
+    ranges: Any = io.transfer_embedding_ranges_direct
+    bad(lambda: move([*a, None], a, s, s, PAGE), IntegrationError, "src_layers")
+    bad(lambda: move(a, a[0], s, s, PAGE), IntegrationError, "dst_layers")
+    bad(lambda: ranges(a[0], a[1], [0], [0], [1.5]), IntegrationError, "lengths")
+    with pytest.raises(TypeError, match="nothing"):  # as Python says it
+        move(a, a, s, s, PAGE, nothing=1)
+    ranges(a[0], a[1], (np.int64(0),), [0], [1])
+
+
 def test_bad_ids() -> None:
     a, b = on_device(CPU, 1).k[0], on_device(CPU, 50).k[0]
     before = b.clone()
@@ -590,6 +646,8 @@ def test_bad_ids() -> None:
         lambda: io.transfer_kv_direct([a], [b], s + TOKENS, s, PAGE),
         lambda: io.transfer_kv_direct([a], [b], s[:3], s[:3], PAGE),
         lambda: io.transfer_kv_direct([a], [b], s, s, 0),
+        lambda: io.transfer_kv_direct([a], [b], s.view(2, 2), s, 2),
+        lambda: io.transfer_kv_direct([a], [b], s, s.to(torch.uint64), PAGE),
     ):
         bad(call, SlotError)
     bad(lambda: io.transfer_kv_per_layer_mla(a, b, s, s[:3], ITEM), IntegrationError, "same length")

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arguments of functions that stand for an engine's own: types as their signatures say."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from numbers import Integral
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from portakv.integrations import IntegrationError
+
+_Asked = ParamSpec("_Asked")
+_Answer = TypeVar("_Answer")
+
+
+def typed(function: Callable[_Asked, _Answer]) -> Callable[_Asked, _Answer]:
+    """``function``, which raises `IntegrationError` for arguments of other types than it says."""
+    says = {name: each.annotation for name, each in inspect.signature(function).parameters.items()}
+
+    @wraps(function)
+    def checked(*args: _Asked.args, **named: _Asked.kwargs) -> _Answer:
+        for name, value in (*zip(says, args, strict=False), *named.items()):
+            if name in says and not _FITS[says[name]](value):
+                found = told(value) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
+                raise IntegrationError(
+                    f"{function.__name__} was given {name} = {found}; expected {says[name]}, and "
+                    f"of tensors strided ones that have memory. Pass such an argument."
+                )
+        return function(*args, **named)
+
+    return checked
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_meta
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, Integral))
+
+
+#: Whether a value is what an annotation says.
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "torch.Tensor": _is_tensor,
+    "int": _is_number,
+    "int | None": lambda value: value is None or _is_number(value),
+    "list[torch.Tensor]": lambda value: isinstance(value, Sequence) and all(map(_is_tensor, value)),
+    "list[int]": lambda value: isinstance(value, Sequence) and all(map(_is_number, value)),
+}
+
+
+def told(tensor: torch.Tensor) -> str:
+    return (
+        f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
+        f"{tensor.device}"
+    )
