@@ -154,8 +154,9 @@ def copy_move(
     skips, error = check_ids(move, strict), None
     pieces = _pieces(ready, move, choice)
     clean = mine.is_clean(count, src.slots) and theirs.is_clean(count, dst.slots)
-    if (skips or not clean) and not _take(pieces, move, clean):
-        clean = True
+    guarded = skips or not clean
+    if guarded and not _take(pieces, move, clean):
+        guarded = False
         check_not_captured(choice.backend.device, UNCHECKED)
         move, error = drop_bad_ids(move, max(ready.plan.unit for ready, _, _ in pieces))
         if move.count == 0:
@@ -163,7 +164,7 @@ def copy_move(
         pieces = _pieces(prepared(src.form, dst.form, *move.steps, None, choice), move, choice)
     if not known_good:
         check_disjoint(move)
-    return _launch(pieces, move, stream, error, clean)
+    return _launch(pieces, move, stream, error, guarded)
 
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
@@ -248,11 +249,11 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
 def _launch(
     pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: SlotError | None,
-    clean: bool,
+    guarded: bool,
 ) -> Transfer:  # fmt: skip
     """Launch every piece, ordered behind the current stream (or, after it, on ``stream``). Inside
-    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins. Ids that are
-    not ``clean`` are guarded."""
+    graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins. What carries
+    out ids that are to be ``guarded`` has a status word, by which an engine is picked that does."""
     device = pieces[0][0].choice.backend.device
     on_device = move.src.form.place == "device" or move.dst.form.place == "device"
     captured = on_device and capturing(device)
@@ -272,7 +273,7 @@ def _launch(
     carried = NOTHING
     for (ready, first, tokens), own in zip(pieces, placed, strict=True):
         word = None
-        if on_device and (ready.can.guards or not clean):
+        if on_device and (ready.can.guards or guarded):
             status_word = acquire_word()
             status.append((status_word, first))  # it counts from there
             word = status_word.tensor

@@ -266,9 +266,14 @@ class HostLaunch(EngineLaunch):
         self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of engines", _PICKS)
         self._last = threading.local()
 
-    def pick(self, move: Move) -> Pick:
-        """The engine that a transfer takes; moves nothing. Raises as the function `pick` does."""
+    def pick(self, move: Move, guarded: bool = False) -> Pick:
+        """The engine that a transfer takes, with ``guarded`` one that skips and guards ids; moves
+        nothing. Raises as the function `pick` does."""
         out, host = self.out, self.ends(move)[1]
+        if guarded:
+            engines = tuple(self.engines.items())  # another thread may take one out meanwhile
+            unfit = [name for name, each in engines if not each.capabilities().guards]
+            out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
         while True:
             found = self._pick(move, out)
             engine = self.engines.get(found.engine)  # another thread may have taken it out
@@ -314,11 +319,11 @@ class HostLaunch(EngineLaunch):
             return self._host.capabilities()
         return self.engines[self._pick_prepared(move).engine].capabilities()
 
-    def _pick_prepared(self, move: Move) -> Pick:
-        """The engine that a transfer takes, which is prepared by now."""
-        picked = self.pick(move)
+    def _pick_prepared(self, move: Move, guarded: bool = False) -> Pick:
+        """As `pick`; the engine is prepared by now."""
+        picked = self.pick(move, guarded)
         while self.prepared(picked.engine) is None:  # refused just now: pick another one
-            picked = self.pick(move)
+            picked = self.pick(move, guarded)
         return picked
 
     def launch_by(
@@ -337,6 +342,9 @@ class HostLaunch(EngineLaunch):
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
         picked = self._pick_prepared(move)
+        if status is not None and not self.engines[picked.engine].capabilities().guards:
+            # `claims` told of one that does; since then another thread read the ids back.
+            picked = self._pick_prepared(move, guarded=True)
         engine, why = picked.engine, picked.why
         try:
             pending = self.launch_by(engine, move, stream, status)

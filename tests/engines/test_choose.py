@@ -228,6 +228,17 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
     assert launch.pick(move).engine == "direct"
 
 
+def test_ids_that_are_read_back_once_an_engine_was_asked_keep_one_that_guards_them() -> None:
+    """Another thread that uses the same index reads them back between `claims` and the launch."""
+    launch, move = ready(30)
+    launch.engines["staged"].reads, launch.engines["descriptors"].reads = "host", "both"
+    ids = OnDevice([2 * n for n in range(30)], SIZE)
+    assert launch.claims(move._replace(src_index=ids, dst_index=ids)).guards
+    launch(*move, None, None)
+    launch(*move, None, torch.zeros(1, dtype=torch.int64))
+    assert launched() == ["staged", "direct"]
+
+
 #: How engines keep a pool of 4 layers on the host, and the bytes of a page's run there.
 POOLS = {
     "kv | layer (block token) head dim": 32 << 10,

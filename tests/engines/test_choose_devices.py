@@ -48,7 +48,7 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
         pytest.skip(launch.out[how])
     if how in ORDER:
         named = SimpleNamespace(engine=how, why="asked")
-        monkeypatch.setattr(HostLaunch, "pick", lambda self, move: named)
+        monkeypatch.setattr(HostLaunch, "pick", lambda self, move, guarded=False: named)
     transfer(stream=torch.Stream(accelerator) if side else None)
     assert launch.carried is not None
     assert how not in ORDER or launch.carried[0] == how
@@ -76,7 +76,7 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     with pytest.raises(torch.OutOfMemoryError):  # by name, it is told
         launch.launch_by("staged", move, None)
     only = SimpleNamespace(engine="staged", why="asked")
-    monkeypatch.setattr(launch, "pick", lambda move: only)
+    monkeypatch.setattr(launch, "pick", lambda move, guarded=False: only)
     for seed in range(2):
         transfer(transfer.chunk(seed))
         assert launch.carried is not None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,15 @@ from support.guarded_memory import check_sentence, filled, same
 from support.small_backends import small_backend
 from support.threads import run_threads
 
-from portakv import Index, KVView, PortaKVError, Unsupported, copy_rows, register_backend
+from portakv import (
+    CopyPlan,
+    Index,
+    KVView,
+    PortaKVError,
+    Unsupported,
+    copy_rows,
+    register_backend,
+)
 from portakv.registry import registry
 
 __all__ = ["caches", "fresh"]  # fixtures
@@ -46,6 +55,29 @@ def test_negative_ids_reach_only_those_that_skip_them(
     given = backend.given[-1]
     assert bool((given.ids()[0] < 0).any()) is skips
     assert given.count == (6 if skips else 3) * step
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("ids", [[3, -1], [3, 1]])
+def test_ids_that_are_to_be_skipped_have_a_status_word(ids: list[int]) -> None:
+    """By it a launch that picks among engines knows that it needs one that skips."""
+    backend, given = small_backend("skipper", skips_negative=True), list[Any]()
+
+    class Told(backend):  # type: ignore[valid-type, misc]
+        def prepare(self, plan: CopyPlan) -> Any:
+            launch = super().prepare(plan)
+
+            def told(src: KVView, dst: KVView, mine: Index, *rest: Any) -> None:
+                given.append(rest[-1])
+                if mine.ids is None or bool((mine.ids >= 0).all()):
+                    launch(src, dst, mine, *rest)
+
+            return told
+
+    register_backend("skipper", Told)
+    src, dst = (KVView(torch.zeros(5, 1, 4, device="simdev"), "token head dim") for _ in "ab")
+    copy_rows(src, dst, ids, [0, 2], backend="skipper").synchronize()
+    assert (given[-1] is not None) == (-1 in ids)
 
 
 @pytest.mark.parametrize("count", [22, 20, 3])
