@@ -33,12 +33,12 @@ PLUGS = "portakv/integrations"
 APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 20_060,
+    "portakv": 20_090,
     PLUGS: 2_760,
     "portakv/backends": 3_450,
     "portakv/cli": 2_090,
     "portakv/connector": 840,
-    "portakv/copy": 1_270,
+    "portakv/copy": 1_290,
     "portakv/engines": 3_130,
     "portakv/host": 2_830,
     "portakv/layout": 770,
@@ -49,7 +49,7 @@ BUDGETS = {
     "conformance": 13_500,
     "benchmarks": 4_630,
     "benchmarks/plugs": 900,
-    "tests": 32_900,
+    "tests": 33_100,
     "tests/integrations": 4_390,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.

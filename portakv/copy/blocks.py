@@ -68,7 +68,7 @@ def _tokens(skip: object) -> int:
 
 def _block_index(view: KVView, blocks: Ids | None, side: str) -> Index:
     if blocks is None:
-        return Index()
+        return Index.of(None)
     size = view.form.block_size
     if not size:
         raise LayoutError(

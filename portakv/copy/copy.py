@@ -153,7 +153,9 @@ def copy_move(
         return Transfer()
     skips, error = check_ids(move, strict), None
     pieces = _pieces(ready, move, choice)
-    clean = mine.is_clean(count, src.slots) and theirs.is_clean(count, dst.slots)
+    clean = (mine.on_host or mine.is_clean(count, src.slots)) and (
+        theirs.on_host or theirs.is_clean(count, dst.slots)
+    )
     guarded = skips or not clean
     if guarded and not _take(pieces, move, clean):
         guarded = False

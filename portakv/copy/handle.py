@@ -71,7 +71,8 @@ class BlockTransfer(Transfer):
         layers: Sequence[Transfer] | None = None,
         worker: Worker | None = None,
     ) -> None:
-        super().__init__(transfer.completions, transfer._kept, transfer.carried)
+        self.completions, self._kept = transfer.completions, transfer._kept
+        self.carried = transfer.carried
         _, _, mine, theirs, count = move
         self._form = form = move.src.form
         self._block = mine.plan_step or theirs.plan_step or form.block_size or 1

@@ -113,7 +113,8 @@ def issued(
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
         # No stream orders slices anyway.
         terms = Terms(overlap, max_thread_blocks, max_gbps, False if sliced else detached)
-    mine, theirs = Index.of(src_index), Index.of(dst_index)
+    mine = src_index if isinstance(src_index, Index) else Index.of(src_index)
+    theirs = dst_index if isinstance(dst_index, Index) else Index.of(dst_index)
     move, choice = checked(src, dst, mine, theirs, count, backend)
     if stream is not None:  # now: some ways use it before their first copy looks at it
         check_stream(stream, choice.backend.device)

@@ -112,8 +112,10 @@ class Index:
         """An index as it is; None as consecutive slots; ids of ``step`` tokens, for one call."""
         if isinstance(index, Index):
             return index
+        if index is None:
+            return _CONSECUTIVE
         made = cls(index, step)
-        made.fleeting = made.ids is not None
+        made.fleeting = True
         return made
 
     @classmethod
@@ -455,6 +457,9 @@ class Index:
     def __repr__(self) -> str:
         ids = "None" if self.ids is None else f"<{self.ids.numel()} ids on {self.ids.device}>"
         return f"Index({ids}, step={self.step}, offset={self.offset})"
+
+
+_CONSECUTIVE = Index()  # what None stands for; without ids nothing of a copy stays in it
 
 
 def _as_ids(ids: object) -> torch.Tensor:

@@ -293,7 +293,8 @@ class KVView:
             raise LayoutError(f"Overlap with a {kind} was asked; expected a KVView. Pass one.")
         if self.device != other.device:
             return False
-        mine, theirs = self.spans, other.spans
+        mine = self.spans if self._spans is None else self._spans  # the property costs a call
+        theirs = other.spans if other._spans is None else other._spans
         few, many = (mine, theirs) if len(mine) < len(theirs) else (theirs, mine)
         for first, past in few:
             at = bisect_left(many, (past,))
