@@ -21,22 +21,25 @@ class IntegrationError(PortaKVError, RuntimeError):
 
 
 class Releases(NamedTuple):
-    """The releases of an engine that a plug is tested with: ``least`` and all below ``below``."""
+    """The releases of an engine that a plug serves: ``least`` and all below ``below``, of which it
+    is run beside those of ``tested``. A pre-release and a development release count as the release
+    that they lead to."""
 
     package: str
     least: str
     below: str
+    tested: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.package} >= {self.least} and < {self.below}"
 
 
-#: For each plug what it is tested with; `tests/integrations` runs the ends of each range.
+#: For each plug what it serves.
 MATRIX = {
-    "lmcache": Releases("lmcache", "0.5.4", "0.6"),
-    "sglang": Releases("sglang", "0.5.23", "0.6"),
-    "transformers": Releases("transformers", "5.17", "5.24"),
-    "vllm": Releases("vllm", "0.26", "0.34"),
+    "lmcache": Releases("lmcache", "0.5.4", "0.6", ("0.5.4", "0.5.6")),
+    "sglang": Releases("sglang", "0.5.23", "0.6", ("0.5.23",)),
+    "transformers": Releases("transformers", "5.17", "5.24", ("5.17.0", "5.23.0")),
+    "vllm": Releases("vllm", "0.26", "0.34", ("0.26.0", "0.33.0")),
 }
 
 
@@ -108,6 +111,7 @@ def check_release(plug: str) -> None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: a pre-release counts as its release."""
+    """The leading numbers of a version: a pre-release counts as its release, since it has most of
+    what that one has."""
     found = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(each) for each in found.group().split(".")) if found else ()

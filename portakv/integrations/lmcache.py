@@ -33,6 +33,8 @@ OPS = {
         "direct_copy_format_supported", "execute_direct_copy_transfer",
     ),
 }  # fmt: skip
+#: A compiled op of LMCache's that its daemon prefers to those above; it has kernels of its own.
+BYPASS = "execute_object_group_transfer"
 #: Devices that LMCache drives by tensors alone: views over their addresses are unproven.
 BY_TENSORS = ("npu", "mlu")
 VARIABLE = "LMCACHE_DEVICE_BACKEND"
@@ -137,6 +139,7 @@ def _ops(base: type[Any], device_type: str) -> type[Any]:
             # Where LMCache wants a package of the vendor, PortaKV's ops do without.
             with suppress(ImportError):
                 super().ensure_native()
+            vars(self).pop(BYPASS, None)  # the daemon then calls the ops one by one
             for module, names in OPS.items():
                 for name in names:
                     setattr(self, name, getattr(module, name))

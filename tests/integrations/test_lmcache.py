@@ -13,6 +13,7 @@ import re
 import textwrap
 from importlib import metadata
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -174,6 +175,27 @@ def test_the_ops_have_the_signatures_of_lmcache(ops: Any) -> None:
         theirs = inspect.signature(getattr(torch_ops, name)).parameters
         mine = list(inspect.signature(getattr(ops, name)).parameters)
         assert mine[: len(theirs)] == list(theirs), name  # releases add to the end
+
+
+def test_no_compiled_op_of_the_daemon_goes_past_the_plug() -> None:
+    """The daemon of 0.5.4 asks for it before anything else, that of 0.5.6 behind direct copies."""
+    base = plug.CpuSpec.__mro__[1]
+
+    class Compiled(base().ops_cls):  # type: ignore[misc]
+        def ensure_native(self) -> None:
+            self.bind_native(SimpleNamespace(execute_object_group_transfer=print, encode=print))
+
+    class Own(base):  # type: ignore[misc, valid-type]
+        ops_cls = Compiled
+
+    class Spec(plug.CpuSpec, Own):  # type: ignore[misc]
+        """PortaKV's spec over one whose ops are compiled."""
+
+    made = Spec().ops_cls()
+    made.ensure_native()
+    assert made.encode is print
+    assert not hasattr(made, "execute_object_group_transfer")
+    assert made.multi_layer_block_kv_transfer is lmcache_ops.multi_layer_block_kv_transfer
 
 
 def test_lmcache_finds_that_tensors_may_be_passed(ops: Any) -> None:
@@ -342,7 +364,7 @@ print(*(there_and_back(*each, host) for host in ways for each in CASES))
 
 def test_the_daemons_objects_are_the_same() -> None:
     if find_spec("lmcache.v1.multiprocess.object_group_transfer") is None:
-        pytest.skip("this release has no module of its own for it")
+        pytest.skip("the daemon of 0.5.4 leaves objects of the host's own device empty")
     code = f"CASES = {LAYERWISE[1:]}\n{DAEMON}"
     theirs = answer(code).split()
     staged_then_direct = answer(code, LMCACHE_DEVICE_BACKEND="portakv-cpu").split()

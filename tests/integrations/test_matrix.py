@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import json
+import re
+from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,6 +59,45 @@ def test_a_release_that_is_not_served(plug: str, found: str | None, told: Any) -
     assert kind == "IntegrationError", sentence
     has = "is not installed" if found is None else f"{plug} {found}"
     check_sentence(sentence, has, str(MATRIX[plug]), "PortaKV 0.", "Install")
+
+
+@pytest.mark.parametrize(
+    ("found", "served"),
+    [
+        ("0.5.3", False),
+        ("0.5.3.post1", False),
+        ("0.5.4.dev2+g1a2b3c4", True),
+        ("0.5.4rc1", True),
+        ("0.5.4", True),
+        ("0.5.5", True),
+        ("0.5.6.post1", True),
+        ("0.5.99", True),
+        ("0.5.100", True),
+        ("0.6.0.dev1", False),
+        ("0.6rc1", False),
+        ("0.6", False),
+        ("0.10.1", False),
+        ("1.0", False),
+        ("dev", False),
+        ("", False),
+    ],
+)
+def test_releases_between_those_that_were_run(
+    found: str, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: found)
+    said = why_not("lmcache")
+    assert (said is None) is served, said
+    if said is not None:
+        check_sentence(said, f"lmcache {found} ")
+
+
+def test_the_matrix_names_the_releases_that_are_run() -> None:
+    script = (Path(__file__).parents[2] / ".ci/plugs").read_text()
+    listed = re.search(r"^all=\((.*)\)$", script, re.MULTILINE)
+    assert listed is not None
+    named = [f"{plug}-{each}" for plug, found in MATRIX.items() for each in found.tested]
+    assert sorted(listed[1].split()) == sorted(named)
 
 
 def test_no_engine_is_imported_before_its_release_is_known(told: Any) -> None:
