@@ -50,7 +50,7 @@ BUDGETS = {
     "benchmarks": 4_630,
     "benchmarks/plugs": 900,
     "tests": 33_100,
-    "tests/integrations": 4_390,
+    "tests/integrations": 4_650,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {
