@@ -188,12 +188,12 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                     lane.jobs[job].synchronize()
 
     def shutdown(self) -> None:
-        """Wait for all jobs, and give the host memory back; again: nothing."""
+        """Wait for all jobs, and give the host memory back; again: nothing. Raises the first error
+        of a job behind both."""
         region, self._region = self._region, None
         try:
-            for lane in self._lanes:
-                for transfer in list(lane.jobs.values()):
-                    transfer.synchronize()
+            jobs = [each for lane in self._lanes for each in list(lane.jobs.values())]
+            BlockTransfer.together(jobs).synchronize()
         finally:
             with self._taking:  # another thread may be asking for results
                 for lane in self._lanes:

@@ -31,7 +31,14 @@ from vllm.v1.kv_offload.cpu import spec as cpu_spec
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
 from vllm.v1.kv_offload.factory import OffloadingSpecFactory
 
-from portakv import BackendUnavailable, InvalidTerms, LayoutError, SlotError, integrations
+from portakv import (
+    BackendUnavailable,
+    InvalidTerms,
+    LayoutError,
+    SlotError,
+    TransferError,
+    integrations,
+)
 from portakv.integrations import IntegrationError
 from portakv.integrations import vllm as plug
 from portakv_conformance import simdev
@@ -481,6 +488,22 @@ def test_shutdown_waits_and_is_the_end(device: torch.device, make: Make) -> None
     with refused(IntegrationError, "Job 2", "shutdown"):
         worker.submit_store(2, device_spec([[3]], [0]), host_spec([1]))
     worker.shutdown()
+
+
+def test_shutdown_waits_for_all_jobs_if_one_failed(accelerator: torch.device, make: Make) -> None:
+    """Else a copy would go on into memory that was given back."""
+    caches = Caches(accelerator, [64], [[0]])
+    worker = make(caches)
+    host, gone = worker._groups[0][0].host.tensors[0], []
+    worker._region = SimpleNamespace(cleanup=lambda: gone.append(host[1].clone()))
+    worker.submit_store(1, device_spec([[2]], [0]), host_spec([0]))
+    worker._store.jobs[1].completions[0].error = TransferError("Job 1 failed.")
+    settle(accelerator)
+    delay(accelerator)
+    worker.submit_store(2, device_spec([[3]], [0]), host_spec([1]))
+    with pytest.raises(TransferError, match="Job 1 failed"):
+        worker.shutdown()
+    assert torch.equal(gone[0].flatten(), caches.before[0][3])
 
 
 def test_results_may_be_asked_for_during_shutdown(make: Make) -> None:
