@@ -4,10 +4,10 @@
     python examples/offload_transformers.py [device] [--host pinned]
 
 A Llama from `transformers` (random weights, nothing is downloaded) reads a prompt. Its keys and
-values go into paged caches as a serving engine keeps them, are stored as chunks in host memory and
-lost from the pages; the chunks are loaded into other slots, and decoding goes on from there. With
-``--host pinned`` the chunks lie in pinned memory: they cross the link in the background, all of
-them under way at once.
+values go as a prefix into paged caches as a serving engine keeps them, are stored as chunks in host
+memory and lost from the pages; the chunks are loaded into other blocks, and decoding goes on from
+there. With ``--host pinned`` the chunks lie in pinned memory: they cross the link in the
+background, all of them under way at once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from portakv import AdaptiveConnector, KVView, copy_rows
+from portakv import AdaptiveConnector, KVView
 from portakv.host import pinned
+from portakv.integrations.transformers import load_prefix, save_prefix
 
 PROMPT = (
     b"A serving engine keeps the keys and values of every token in pages that are scattered over "
@@ -62,28 +63,29 @@ def main(
     cache, first = prefilled.past_key_values, prefilled.logits[:, -1:].argmax(-1)
     tell(f"prefill  a Llama of {LAYERS} layers, random weights, read {tokens} bytes of English")
 
-    # 2. From there into an engine's paged caches, each token in a slot anywhere in the pool.
+    # 2. From there into an engine's paged caches, as a prefix in blocks anywhere in the pool.
     kv_caches = empty_pages(device)
     paged = KVView(kv_caches, "layer | kv block token head dim")
-    slots, other_slots = torch.randperm(BLOCKS * BLOCK_SIZE)[: 2 * tokens].split(tokens)
-    copy_rows(view_of(cache), paged, dst_index=slots)
-    tell(f"paged    its KV cache went to shuffled slots of {LAYERS} paged caches")
+    needed = -(-tokens // BLOCK_SIZE)
+    blocks, other_blocks = torch.randperm(BLOCKS)[: 2 * needed].split(needed)
+    save_prefix(cache, paged, blocks)
+    tell(f"paged    its KV cache went to shuffled blocks of {LAYERS} paged caches")
 
     # 3. Store chunks in host memory; then the pages are somebody else's.
     connector = AdaptiveConnector(device)
     connector.register_kv_caches(kv_caches)
-    chunks = store(connector, slots, host)
+    chunks = store(connector, slots_of(blocks, tokens), host)
     sizes = " + ".join(str(chunk.shape[2]) for chunk in chunks)
     found = "pinned" if chunks[0].is_pinned() else "pageable"
     tell(f"stored   from_gpu: {len(chunks)} chunks of {sizes} tokens in {found} memory")
     overwrite(kv_caches)
-    noise = taken_from(paged, slots, cache)
+    noise = prefix_at(blocks, tokens, paged)
     tell("lost     all of the paged memory was overwritten with noise")
 
-    # 4. Load the chunks into other slots, and hand the rows back to transformers.
-    load(connector, chunks, other_slots)
-    returned = taken_from(paged, other_slots, cache)
-    tell("loaded   to_gpu: the chunks came back, into other slots")
+    # 4. Load the chunks into other blocks, and hand the prefix back to transformers.
+    load(connector, chunks, slots_of(other_blocks, tokens))
+    returned = prefix_at(other_blocks, tokens, paged)
+    tell("loaded   to_gpu: the chunks came back, into other blocks")
 
     # 5. Decode on: from the cache that never left, the one that did, and the noise.
     stayed, came_back, control = (decode(model, x, first) for x in (cache, returned, noise))
@@ -131,17 +133,15 @@ def load(connector: AdaptiveConnector, chunks: list[torch.Tensor], slots: torch.
         transfer.synchronize()
 
 
-def view_of(cache: DynamicCache) -> KVView:
-    """transformers' own cache where it lies: for each layer keys and values ``[1, H, T, D]``."""
-    return KVView([(x.keys, x.values) for x in cache.layers], "layer kv | 1 head token dim")
+def slots_of(blocks: torch.Tensor, tokens: int) -> torch.Tensor:
+    """Where the tokens of a prefix in these blocks lie."""
+    return (blocks[:, None] * BLOCK_SIZE + torch.arange(BLOCK_SIZE)).flatten()[:tokens]
 
 
-def taken_from(paged: KVView, slots: torch.Tensor, like: DynamicCache) -> DynamicCache:
-    """A new cache for transformers, as long as ``like``, with the rows at ``slots``."""
+def prefix_at(blocks: torch.Tensor, tokens: int, paged: KVView) -> DynamicCache:
+    """A new cache for transformers with a prefix out of the pool."""
     cache = DynamicCache()
-    for i, layer in enumerate(like.layers):  # room first; then all rows in one copy
-        cache.update(torch.zeros_like(layer.keys), torch.zeros_like(layer.values), i)
-    copy_rows(paged, view_of(cache), src_index=slots)
+    load_prefix(cache, paged, blocks, tokens)
     return cache
 
 

@@ -112,6 +112,16 @@ def test_without_transformers_the_model_names_the_extra(monkeypatch: pytest.Monk
     assert (code, "pip install '.[demo]'" in out, "all right through" in out) == (0, True, True)
 
 
+def test_a_release_of_transformers_that_is_not_served_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in (demo.EXAMPLE, "portakv.integrations.transformers"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "4.57")
+    assert "serves transformers >= " in run_model(DEVICE)["skipped"]
+    assert "4.57 is installed" in capsys.readouterr().out
+
+
 def test_a_missing_example_is_not_blamed_on_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "EXAMPLE", "portakv_examples.no_such_example")
     with pytest.raises(ModuleNotFoundError, match="no_such_example"):

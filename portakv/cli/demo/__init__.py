@@ -26,6 +26,7 @@ from portakv.cli.console import Column, installing, print_json, print_table
 from portakv.cli.demo import moves
 from portakv.cli.demo.moves import FOUNDING, Founding, Row, Scenario
 from portakv.cli.sides import in_bytes, in_time
+from portakv.errors import PortaKVError
 from portakv.registry.registry import ENVIRONMENT, REGISTRY, choose
 from portakv.runtime.devices import device_name, usual_device
 
@@ -82,12 +83,12 @@ def _demo(device: str | None) -> dict[str, Any]:
 
 def run_model(device: torch.device) -> dict[str, Any]:
     """Run the example on ``device`` and print its lines as they come; what came of it by name,
-    ``skipped``: why it did not run, and ``story``: its lines. A `transformers` that is missing or
-    cannot be imported is told, not raised."""
+    ``skipped``: why it did not run, and ``story``: its lines. A `transformers` that is missing,
+    cannot be imported or is not served is told, not raised."""
     try:
         example = importlib.import_module(EXAMPLE)
-    except ImportError as error:
-        if (error.name or "").startswith("portakv"):
+    except (ImportError, PortaKVError) as error:  # a release that the plug does not serve, too
+        if (getattr(error, "name", "") or "").startswith("portakv"):
             raise
         why = f"it needs transformers ({error}); {installing('demo')} adds it"
         _tell(f"  skipped  {why}")
