@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from portakv.integrations import MATRIX
+
 if sys.version_info >= (3, 11):
     import tomllib
 else:
@@ -45,6 +47,12 @@ def folders(declared: dict[str, Any]) -> dict[str, Path]:
     """Import name -> folder of this repository, for each top-level package."""
     (source,) = declared["tool"]["setuptools"]["package-dir"].values()
     return {link.name: link.resolve() for link in (ROOT / source).iterdir() if link.is_symlink()}
+
+
+def test_the_demo_asks_for_what_its_plug_serves(declared: dict[str, Any]) -> None:
+    served = MATRIX["transformers"]
+    wanted = declared["project"]["optional-dependencies"]["demo"]
+    assert wanted == [f"transformers>={served.least},<{served.below}"]
 
 
 def test_each_package_is_declared(declared: dict[str, Any], folders: dict[str, Path]) -> None:

@@ -10,7 +10,9 @@ paged memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
+from operator import index as whole_number
 from typing import Any, TypeAlias
 
 import torch
@@ -68,7 +70,8 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         if not self.is_away or self._came is not None:
             return
         away, stream = (self.keys, self.values), _streams(self.device)[1]
-        self._came = self._empty(self.keys), self._empty(self.values)
+        keys, values = (torch.empty_like(each, device=self.device) for each in away)
+        self._came = keys, values
         self._storing.wait(stream)
         self._coming = copy_rows(_rows(away), _rows(self._came), stream=stream)
 
@@ -131,9 +134,6 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
             self._stored = 0
         return host
 
-    def _empty(self, like: torch.Tensor) -> torch.Tensor:
-        return torch.empty(like.shape, dtype=like.dtype, device=self.device)
-
 
 class OffloadedCache(DynamicCache):  # type: ignore[misc]
     """A cache whose layers are in host memory but for the one that runs and the next one.
@@ -160,16 +160,14 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         **kwargs: Any,
     ) -> Pair:  # fmt: skip
         """Add rows to a layer, which then leaves, while the next one comes."""
-        if self.layers and isinstance(following := self._behind(layer_idx), PortaKVLayer):
+        # The layer that runs next, in this step or in the next one.
+        following = self.layers[(layer_idx + 1) % len(self.layers)] if self.layers else None
+        if isinstance(following, PortaKVLayer):
             following.prefetch()
         updated: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         if isinstance(layer := self.layers[layer_idx], PortaKVLayer):
             layer.offload()
         return updated
-
-    def _behind(self, layer_idx: int) -> Any:
-        """The layer that runs next, in this step or in the next one."""
-        return self.layers[(layer_idx + 1) % len(self.layers)]
 
 
 def save_prefix(
@@ -189,22 +187,22 @@ def save_prefix(
 
     Raises:
         LayoutError: other layers, fewer tokens, or a pool that is not paged or holds other rows.
-        SlotError: no tokens, and on the host a negative id.
+        SlotError: no tokens, what are no ids, and on the host a negative one.
         PortaKVError: what `portakv.copy_rows` raises.
     """
-    held, pairs = cache.get_seq_length(), []
-    tokens = held if tokens is None else tokens
+    held = cache.get_seq_length()
+    tokens = held if tokens is None else _whole(tokens)
     if tokens > held or not held:
         raise LayoutError(
             f"A prefix of {tokens} tokens was to be saved from a cache of {held}; expected one "
             f"that holds them. Run the model before."
         )
+    rows = []
     for layer in _layers(cache):
         if isinstance(layer, PortaKVLayer):
             layer.land()
-        pairs.append((layer.keys, layer.values))
-    rows = [tuple(each[:, :, :tokens] for each in pair) for pair in pairs]
-    slots = _slots(pool, blocks, len(rows[0][0]), tokens)
+        rows.append((layer.keys[:, :, :tokens], layer.values[:, :, :tokens]))
+    slots, _ = _slots(pool, blocks, tokens, len(rows[0][0]))
     return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, slots)
 
 
@@ -235,18 +233,12 @@ def load_prefix(
         )
     while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    ids = _ids(blocks)
-    batch = ids.shape[0] if ids.dim() > 1 else 1
-    slots, layers = _slots(pool, ids, batch, tokens), _layers(cache)
+    (slots, batch), layers = _slots(pool, blocks, _whole(tokens)), _layers(cache)
+    home, size = pool.device if device is None else device, (batch, pool.heads, tokens)
     rows: list[tuple[torch.Tensor, ...]] = []
     for number in range(len(layers)):
         planes = [pool.plane(number, kv) for kv in range(pool.kv)]
-        sizes = [(batch, pool.heads, tokens, each.shape[-1]) for each in planes]
-        home = pool.device if device is None else device
-        made = (
-            torch.empty(size, dtype=each.dtype, device=home)
-            for size, each in zip(sizes, planes, strict=True)
-        )
+        made = (torch.empty((*size, x.shape[-1]), dtype=x.dtype, device=home) for x in planes)
         rows.append(tuple(made))
     transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), slots)
     for layer, pair in zip(layers, rows, strict=True):  # of a refused copy the cache has nothing
@@ -268,24 +260,32 @@ def _layers(cache: DynamicCache) -> list[DynamicLayer]:
     return list(cache.layers)
 
 
-def _slots(pool: KVView, blocks: Any, batch: int, tokens: int) -> Index:
-    """The slots of each sequence's tokens, one sequence behind the other."""
+def _whole(tokens: Any) -> int:
+    """A number of tokens, from what may be none."""
+    with suppress(TypeError):
+        if (number := whole_number(tokens)) > 0:
+            return number
+    raise SlotError(f"A prefix of {tokens!r} tokens was asked for; expected one at least.")
+
+
+def _slots(pool: KVView, blocks: Any, tokens: int, batch: int = 0) -> tuple[Index, int]:
+    """The slots of a prefix, one sequence behind the other, and how many sequences there are."""
     if pool.block_size is None:
         raise LayoutError(
-            f"A prefix was asked for in {pool.layout.text!r}, which has no `block` axis; pass a "
-            f"view of paged memory."
+            f"A prefix was asked for in {pool.layout.text!r}, without a `block` axis; pass pages."
         )
-    ids = _ids(blocks).reshape(batch, -1)
-    if tokens < 1 or (ids.is_cpu and ids.numel() and ids.min() < 0):
+    try:
+        ids = blocks if isinstance(blocks, torch.Tensor) else torch.tensor(blocks, device="cpu")
+        ids = ids.reshape(batch or (len(ids) if ids.dim() > 1 else 1), -1)
+        wrong = bool(ids.is_cpu and ids.numel() and ids.min() < 0)
+    except (RuntimeError, TypeError, ValueError):
+        wrong = True
+    if wrong:
         raise SlotError(
-            f"A prefix of {tokens} tokens was asked for in blocks {ids.tolist()}; expected one at "
-            f"least, and ids that are at least 0. Nothing was moved."
+            f"A prefix was asked for in blocks {blocks!r}; expected ids that are at least 0, [n] "
+            f"or for each of {batch or 'the'} sequences as many. Nothing was moved."
         )
-    return Index.of_requests(ids, [tokens] * batch, pool.block_size)
-
-
-def _ids(blocks: Any) -> torch.Tensor:
-    return blocks if isinstance(blocks, torch.Tensor) else torch.tensor(blocks, device="cpu")
+    return Index.of_requests(ids, [tokens] * len(ids), pool.block_size), len(ids)
 
 
 def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:

@@ -309,6 +309,26 @@ def test_a_refused_prefix_leaves_the_cache_empty(
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.parametrize("blocks", ["x", None, [[1, 2], [3]], [2**70], [1, 2, 3]])
+def test_what_are_no_blocks(blocks: Any) -> None:
+    pool = pool_of(torch.device("cpu"), "layer | kv block token head dim")
+    cache = DynamicCache()
+    for n in range(LAYERS):
+        cache.update(*torch.zeros(2, 2, KV_HEADS, 9, DIM), n)
+    with refused(SlotError, "blocks", repr(blocks)[:9], "2 sequences"):
+        plug.save_prefix(cache, pool, blocks)
+    if blocks != [1, 2, 3]:  # which one sequence may have
+        with refused(SlotError, "blocks", repr(blocks)[:9]):
+            plug.load_prefix(DynamicCache(), pool, blocks, 9)
+
+
+@pytest.mark.parametrize("tokens", ["48", None, 4.5, torch.ones(2)])
+def test_what_are_no_tokens(tokens: Any) -> None:
+    pool = pool_of(torch.device("cpu"), "layer | kv block token head dim")
+    with refused(SlotError, f"of {tokens!r} tokens"):
+        plug.load_prefix(DynamicCache(), pool, [1, 2], tokens)
+
+
 @pytest.mark.parametrize("shape", [(2, 9, DIM), (1, KV_HEADS, 9, DIM, 2)])
 def test_rows_that_were_never_seen(shape: tuple[int, ...]) -> None:
     layer, rows = plug.PortaKVLayer(), torch.zeros(shape)
