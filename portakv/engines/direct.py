@@ -239,13 +239,12 @@ def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) ->
     kept: _Table | None = view.derived.get((TABLE_ON, device))
     if kept is None:
         if view.form.table_on_device and view.table.device == device:
-            # The caller's own, which is there by the time of the copy.
-            view.derived[TABLE_ON, device] = _Table(view.table, None)
-            return view.table.data_ptr()
-        if held:
+            made = _Table(view.table, None)  # the caller's own, which is there by then
+        elif held:
             raise refuse_capture()
-        addresses = to_device(view.addresses, device, stream=stream)
-        made = _Table(addresses, event_pool(device).recorded(stream))
+        else:
+            addresses = to_device(view.addresses, device, stream=stream)
+            made = _Table(addresses, event_pool(device).recorded(stream))
         kept = view.derived.setdefault((TABLE_ON, device), made)
     if not held:  # inside, nothing may wait for what was enqueued outside
         used = stream or torch.accelerator.current_stream(device.index)

@@ -30,7 +30,7 @@ _HOST = torch.device("cpu")
 #: Form, slots, the order of the addresses in the table (None: as they are), bytes of a tensor.
 _Known: TypeAlias = "tuple[Form, int, list[int] | None, int]"
 _forms: Bounded[tuple[Any, ...], _Known]
-_forms = Bounded("forms of memory at addresses", 256)
+_forms = Bounded("forms of memory at addresses", 1024)
 _usable: Bounded[str, torch.device] = Bounded("devices that addresses were on", 64)
 
 

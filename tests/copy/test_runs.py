@@ -17,6 +17,7 @@ from support.guarded_memory import refused
 from portakv import LateErrors, LayoutError, SlotError, Transfer, copy_runs
 from portakv.host import pinned, small
 from portakv.registry import prepared
+from portakv.runtime.bounded import caches
 from portakv.runtime.transfer import Completion
 
 CPU = torch.device("cpu")
@@ -212,6 +213,16 @@ def test_one_number_for_all_of_any_kind(one: Any) -> None:
     expected = wanted(src, dst, [(a, b, 96) for a, b in zip(SRC, DST, strict=True)])
     copy_runs(at(src, SRC), at(dst, DST), one, src_device="cpu", dst_device="cpu").synchronize()
     assert torch.equal(dst, expected)
+
+
+def test_several_hundred_sizes_are_remembered() -> None:
+    src, dst = (torch.zeros(1 << 17, dtype=torch.uint8) for _ in "ab")
+    sizes = list(range(1, 400))
+    places = np.cumsum(sizes)
+    copy_runs(at(src, places), at(dst, places), sizes, src_device="cpu", dst_device="cpu")
+    known = {cache.name: len(cache) for cache in caches()}
+    assert known["forms of memory at addresses"] >= len(sizes)
+    assert known["prepared copies"] >= len(sizes)
 
 
 def test_sizes_that_only_a_device_has(accelerator: torch.device) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support.cuda_cases import COPIES, NHD, Copy, End, by, chunk, objects, pool, seed_bug
-from support.device_cases import LONG, current, delay, on
+from support.device_cases import LONG, current, delay, on, settle
 from support.direct_on_cpu import CPU, SMALL, Driver, Loads, Stores, compiled, installed, why_not
 from support.each_backend import Elsewhere
 from support.engine_cases import DOWNWARD
@@ -335,6 +335,27 @@ def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.
     del rubbish
 
 
+def test_a_callers_table_is_held_for_the_stream_that_reads_it_first(
+    accelerator: torch.device,
+) -> None:
+    made, side = objects(), torch.Stream(accelerator)
+    table = torch.tensor(made.view().origins).to(accelerator)
+    view = KVView.at(
+        table, "block | kv layer token (head dim)", shape=(2, 3, 4, 16), dtype=torch.float16,
+        device="cpu", heads=2,
+    )  # fmt: skip
+    settle(accelerator)
+    delay(side)
+    assert direct.table_on(view, accelerator, side) == table.data_ptr()
+    with on(side):
+        read = table.clone()
+    del table, view
+    rubbish = [torch.full_like(read, 7) for _ in range(4)]
+    with on(side):
+        assert read.tolist() == list(made.view().origins)
+    del rubbish
+
+
 def test_a_table_in_a_capture(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """It has to be there before; then nothing waits for what was enqueued outside."""
     view = objects().view()
@@ -359,6 +380,7 @@ def test_a_table_that_only_the_device_has_is_read_where_it_is(
     indices = copied.src.index(), copied.dst.index()
     plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in indices))
     prepared = engine(CPU).prepare(plan)
+    monkeypatch.setattr(direct, "capturing", lambda device: True)  # no allocator is told of tables
     copied.check(lambda: prepared(src, dst, *indices, copied.count, None, status))
     assert not src.known
     assert not dst.known
