@@ -262,10 +262,11 @@ def _launch(
     if captured:
         _check_capture(pieces, move)
     placed = [ready.place_both(move) for ready, _, _ in pieces]
-    if (move.src.fleeting or move.dst.fleeting) and not captured:
+    if on_device and not captured:
         for view, tabled in zip(move[:2], pieces[0][0].tabled, strict=True):
-            if tabled and view.fleeting:
+            if tabled and (view.fleeting or view.foreign):  # registered caches have theirs
                 bring_table(view, device)
+                view.follow_table()
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:

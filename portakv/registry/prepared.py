@@ -19,7 +19,7 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
 from portakv.registry.registry import Choice
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.transfer import Pending
+from portakv.runtime.transfer import Pending, event_pool
 from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
@@ -39,7 +39,7 @@ class Prepared:
     choice: Choice
     can: Capabilities
     home_of_ids: torch.device
-    #: For each side whether a unit's number decides which address of the view it lies behind.
+    #: For each side whether kernels look addresses up, by a unit's number or in a loop.
     tabled: tuple[bool, bool]
 
     @property
@@ -92,7 +92,10 @@ def prepared(
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, taken = prepare(plan, choice)
     home = taken.can.home_of_ids(taken.backend.device)
-    tabled = any(x.src.tabled for x in plan.nests), any(x.dst.tabled for x in plan.nests)
+    tabled = (
+        any(x.src.tabled or any(y.src_table for y in x.loops) for x in plan.nests),
+        any(x.dst.tabled or any(y.dst_table for y in x.loops) for x in plan.nests),
+    )
     found = Prepared(plan, launch, taken, taken.can, home, tabled)
     # Another thread may have been here first: one launch for all, with its one lock.
     return _prepared.setdefault(key, found)
@@ -165,13 +168,14 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
 
 
 def bring_table(view: KVView, home: torch.device) -> None:
-    """Send the addresses of a fleeting view to its device in a small copy, ordered on the current
-    stream, which `KVView.table` would wait for."""
+    """Send the addresses of a view to its device in a small copy, ordered on the current stream,
+    which `KVView.table` would wait for."""
     if view.device != home or home.type not in AT_ONCE or view.has_table():
         return
     from portakv.host.small import to_device  # not before it is needed
 
-    view.add_table(to_device(view.addresses, home, torch.int64))
+    table = to_device(view.addresses, home, torch.int64)
+    view.add_table(table, None if view.fleeting else event_pool(home).recorded(None))
 
 
 _PLAIN = "bytes lie where strides say"

@@ -268,8 +268,11 @@ class KVView:
     @property
     def table(self) -> torch.Tensor:
         """The table of addresses on the view's device, int64; made once. A caller's own lies where
-        the caller has it."""
+        the caller has it. Raises `Unsupported` if it would be made inside graph capture."""
         if self._table is None:
+            if capturing(self.device):
+                why = "the host would wait for them; make the same call once before the capture"
+                raise refuse_capture("Sending addresses to a device", why)
             self._table = torch.from_numpy(self.addresses).to(self.device)
         return self._table
 
@@ -277,8 +280,11 @@ class KVView:
         """True if `table` copies nothing."""
         return self._table is not None
 
-    def add_table(self, table: torch.Tensor) -> None:
-        """Keep a copy of the addresses on the device, made elsewhere, as `table`."""
+    def add_table(self, table: torch.Tensor, made: torch.Event | None) -> None:
+        """Keep a copy of the addresses on the device, made elsewhere, as `table`: of several the
+        first. ``made``: behind its making, for `follow_table`; None: no other stream reads it."""
+        if made is not None:
+            table, self.derived[_MADE] = self.derived.setdefault("table", (table, made))
         self._table = table
 
     def record_table(self, stream: torch.Stream) -> None:
@@ -474,7 +480,9 @@ class KVView:
             return self
         key = "planes", layers, kv
         view: KVView | None = self.derived.get(key)
-        if view is None or (_MADE in view.derived and capturing(view.table.device)):
+        if view is None or (
+            view.form.table_on_device and _MADE in view.derived and capturing(view.table.device)
+        ):
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
             view = self.slice(layers=ends[0], kv=ends[1])
             if (table := view._table) is not None and not table.is_cpu:
@@ -486,8 +494,8 @@ class KVView:
         return view
 
     def follow_table(self) -> None:
-        """Order the current stream behind the making of a table that `planes` made on a device, on
-        the stream that was the current one then."""
+        """Order the current stream behind the making of a table on a device by `planes` or
+        `add_table`, on the stream that was the current one then."""
         made: torch.Event | None = self.derived.get(_MADE)
         if made is not None and not capturing(self.table.device):
             stream = torch.accelerator.current_stream(self.table.device.index)

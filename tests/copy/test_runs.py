@@ -11,10 +11,10 @@ import pytest
 import torch
 from support import simdev_cases
 from support.core_cases import noise
-from support.device_cases import settle
+from support.device_cases import current, delay, on, settle
 from support.guarded_memory import refused
 
-from portakv import LateErrors, LayoutError, SlotError, Transfer, copy_runs
+from portakv import KVView, LateErrors, LayoutError, SlotError, Transfer, copy_rows, copy_runs
 from portakv.host import pinned, small
 from portakv.registry import prepared
 from portakv.runtime.bounded import caches
@@ -120,6 +120,39 @@ def test_addresses_are_sent_without_waiting(side: bool, monkeypatch: pytest.Monk
     assert torch.equal(dst.cpu(), expected)
 
 
+@pytest.mark.simdev
+@pytest.mark.parametrize("layout", ["block | token dim", "layer | token dim"])
+def test_addresses_of_a_view_that_is_kept_are_sent_once(
+    layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By any thread; each stream that reads them waits until they are there."""
+    device, sent, send = simdev_cases.DEVICE, list[int](), small.to_device
+    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({device.type}))
+
+    def noted(values: Any, *rest: Any) -> torch.Tensor:
+        sent.append(len(values))
+        return send(values, *rest)
+
+    monkeypatch.setattr(small, "to_device", noted)
+    src, dst = ends(device, "inside")
+    expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
+    mine, theirs = (
+        KVView.at(at(end, places), layout, shape=(1, 64), dtype=torch.uint8, device=device)
+        for end, places in ((src, SRC), (dst, DST))
+    )
+    other = torch.Stream(device)
+    delay(current(device))
+    copy_rows(mine, theirs)
+    with on(other):
+        transfer = copy_rows(mine, theirs)  # orders it behind the making of the tables
+        tables = [view.table.clone() for view in (mine, theirs)]
+    transfer.synchronize()
+    settle(device)
+    assert sent == [4, 4]
+    assert torch.equal(dst.cpu(), expected)
+    assert [x.tolist() for x in tables] == [list(x.origins) for x in (mine, theirs)]
+
+
 @pytest.mark.parametrize(
     "terms", [{"overlap": "idle"}, {"detached": True}, {"max_gbps": 10.0}, {"cancellable": True}],
     ids=str,
@@ -218,7 +251,7 @@ def test_one_number_for_all_of_any_kind(one: Any) -> None:
 def test_several_hundred_sizes_are_remembered() -> None:
     src, dst = (torch.zeros(1 << 17, dtype=torch.uint8) for _ in "ab")
     sizes = list(range(1, 400))
-    places = np.cumsum(sizes)
+    places = np.cumsum(sizes).tolist()
     copy_runs(at(src, places), at(dst, places), sizes, src_device="cpu", dst_device="cpu")
     known = {cache.name: len(cache) for cache in caches()}
     assert known["forms of memory at addresses"] >= len(sizes)

@@ -23,12 +23,14 @@ from portakv import (
     KVView,
     LayoutError,
     TransferError,
+    Unsupported,
     copy_rows,
     copy_runs,
 )
 from portakv.host import pinned
 from portakv.runtime import cuda, hip
 from portakv.view import foreign
+from portakv.view import view as view_of
 from portakv.view.foreign import UNKNOWN_SLOTS
 
 CPU = torch.device("cpu")
@@ -424,3 +426,19 @@ def test_what_no_driver_tells_has_to_be_said(accelerator: torch.device) -> None:
                 dtype=torch.uint8,
             )  # fmt: skip
         check_sentence(str(refused.value))
+
+
+def test_a_table_is_not_made_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = [torch.zeros(4, 8) for _ in "ab"]
+    addresses = [x.data_ptr() for x in held]
+    view = KVView.at(
+        addresses, "layer | token dim", shape=(4, 8), dtype=torch.float32, device="cpu"
+    )
+    with monkeypatch.context() as inside:
+        inside.setattr(view_of, "capturing", lambda device: True)
+        with pytest.raises(Unsupported) as raised:
+            view.table  # noqa: B018
+        check_sentence(str(raised.value), "Sending addresses", "once before the capture")
+    there = view.table
+    monkeypatch.setattr(view_of, "capturing", lambda device: True)
+    assert view.table is there
