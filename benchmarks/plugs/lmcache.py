@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LMCache's ops as its connectors and its daemon call them, with its own and with PortaKV's code.
+"""LMCache's ops as its connectors and its daemon call them, with its own and with PortaKV's code;
+and the path of its engine-driven connector with either, from caches to chunks and back.
 
 Its own are the compiled ones if they load here, by addresses; else the torch ops of its package, by
 tensors, as it has them on devices without kernels. Of these the calls of torch and the waits of the
@@ -8,6 +9,7 @@ host are counted, too: 32 layers, two objects in pageable memory.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -34,10 +36,14 @@ from portakv_benchmarks.shared.shapes import Shape, in_words
 _MODULES = ("c_ops", "cuda_ops", "v1.platform.torch_ops")
 _BLOCK, _HEADS, _DIM, _LATENT = 16, 8, 128, 576
 _NARROW = 32  # elements of the one head of narrow rows
-#: Pages of 14 are no list of rows, and caches of 16 and 17 are tuples. By slots LMCache reads pools
-#: of whole blocks as layers, and its torch op reads keys and values in one row as two planes.
-_FORMATS = [number for number in LAYOUTS if number not in (14, 16, 17)]
-_KERNELS, _BY_BLOCKS = ("slots", "blocks"), (0, 8)
+#: Pages of 14, values before scales, are no rows. By slots LMCache reads a pool of 0 as layers, and
+#: knows no 8; its torch op reads keys and values in one row as two planes.
+_FORMATS = [number for number in LAYOUTS if number != 14]
+_KERNELS, _AS_LAYERS, _OURS_ALONE = ("slots", "blocks"), {0: 1}, 8
+_TUPLES, _SIDE_BY_SIDE = (16, 17), 17  # of tensors for each layer; planes of a token in an object
+#: What the connector's path is measured with, and what it calls its modules' ops.
+_CONNECTOR, _OP = (1, 7), "multi_layer_block_kv_transfer"
+_PATH = "lmcache.v1.multiprocess.transfer_context.base"
 _UNILATERAL, _WITH_ONE_HEAD = (4, 5, 9), 5
 _KEYS_ALONE = (10, 12)  # whose head size by slots is that of keys, though a row holds both
 #: Formats whose calls are counted: tokens outermost, heads outermost, keys beside values.
@@ -54,9 +60,11 @@ class Ops(NamedTuple):
     addresses: bool  # caches and objects are handed over as such, else as tensors
 
     def takes(self, task: Task) -> bool:
-        torch_reads_planes = self.functions is not lmcache_ops and not self.addresses
-        fused = task.kernel == "slots" and task.number in FUSED
-        return task.number in self.forms and not (torch_reads_planes and fused)
+        by_slots, theirs = task.kernel == "slots", self.functions is not lmcache_ops
+        torch_reads_planes = theirs and not self.addresses
+        fused = by_slots and torch_reads_planes and task.number in FUSED
+        unknown = by_slots and theirs and task.number == _OURS_ALONE
+        return task.number in self.forms and not fused and not unknown
 
 
 def lmcache_steps(bench: PlugBench) -> Iterator[Step]:
@@ -96,7 +104,7 @@ def _load(bench: PlugBench, module: str) -> Ops:
 class Task(NamedTuple):
     """One call of an op."""
 
-    kernel: str  # by slots or by blocks
+    kernel: str  # by slots, by blocks, or the connector
     number: int  # the format
     narrow: bool  # rows of 64 bytes
     payload: int
@@ -115,20 +123,28 @@ def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
     rows = [(1, False), (1, True), *((x, False) for x in bench.sizes.formats or _FORMATS)]
     ways = product(bench.sizes.payloads, (True, False), dict.fromkeys(rows), DIRECTIONS, _KERNELS)
     for payload, on_host, (number, narrow), op, kernel in ways:
-        if kernel == "slots" and number in _BY_BLOCKS:
+        if kernel == "slots" and number in _TUPLES:
             continue
         task = Task(kernel, number, narrow, payload, on_host, op)
         beside = Task("slots", *rows[0], bench.sizes.payloads[0], True, op)
         make = partial(_case, bench, own, ours, task)
         yield Asked(f"{task}, format {number}, {op}", make, task == beside)
+    formats = _CONNECTOR if own is not None else ()
+    for payload, number, op in product(bench.sizes.payloads, formats, DIRECTIONS):
+        task = Task("connector", number, False, payload, True, op)
+        yield Asked(f"{task}, format {number}, {op}", partial(_case, bench, own, ours, task))
 
 
 def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
-    shape = shape_of(task.number, bench.sizes.layers, task.payload, task.narrow)
+    looks = _AS_LAYERS.get(task.number, task.number) if task.kernel == "slots" else task.number
+    shape = shape_of(looks, bench.sizes.layers, task.payload, task.narrow)
     caches, objects = sides_of(bench, shape, task.number, task.op, task.on_host)
     found, given = {OWN: own, OURS: ours}, (task.kernel, task.number, shape, caches, objects)
+    call = call_of
+    if task.kernel == "connector" and own is not None:  # which looks at LMCache's own formats
+        call, found[OURS] = path_of, ours._replace(forms=own.forms)
     makes = {
-        name: partial(call_of, ops, *given, task.op)
+        name: partial(call, ops, *given, task.op)
         for name, ops in found.items()
         if ops is not None and ops.takes(task)
     }
@@ -139,11 +155,11 @@ def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
 
 def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Shape:
     """Caches of a format and a transfer of about so many bytes, whole blocks in one object."""
-    kv = 2 if "kv" in LAYOUTS[number] else 1
+    kv = 2 if "kv" in LAYOUTS[number].split() else 1
     heads, dim = (1, _NARROW) if narrow else (_HEADS, 2 * _DIM if number in FUSED else _DIM)
     if number in MLA:
         heads, dim = 1, _LATENT
-    text = LAYOUTS[number].replace(" 1 ", " ").replace("kv layer |", "layer |")
+    text = re.sub("^(kv layer|layer kv) ", "layer ", LAYOUTS[number].replace(" 1 ", " "))
     sized = replace(suite.LIKE, cache=text, layers=layers, kv=kv, heads=heads, dim=dim, pool=4)
     blocks = max(1, payload // replace(sized, tokens=_BLOCK).payload)
     return replace(sized, block_size=_BLOCK, tokens=blocks * _BLOCK)
@@ -154,11 +170,13 @@ def sides_of(
 ) -> tuple[Side, Side]:
     """Caches, and objects that lie behind each other; what is read has bytes of its own."""
     tensors, salts = shape.layers if shape.layered else 1, suite.turned(op, 1, None)
-    if LAYOUTS[number].startswith("kv layer"):
+    if LAYOUTS[number].startswith(("kv layer", "layer kv")):
         tensors *= 2
     caches = Side.make(bench, shape.cache, shape, number, tensors=tensors, salt=salts[0])
     whole = replace(shape, block_size=shape.tokens // objects, pool=1)
     text = "block kv layer token (head dim)"
+    if number == _SIDE_BY_SIDE:
+        text = "block layer token (kv dim)"
     return caches, Side.make(bench, text, whole, None, on_host=on_host, salt=salts[1])
 
 
@@ -177,6 +195,8 @@ def call_of(
         move = getattr(ops.functions, "multi_layer_kv_transfer" + ("_unilateral" if one else ""))
         if ops.addresses:
             held = suite.addresses(held).to(device)
+        elif not shape.layered:
+            (held,) = held
         elif one or not ours:
             held = [each.view(_as_torch_reads(shape, ours)) for each in held]
         size = 0 if number in MLA and ops.addresses else shape.slots
@@ -189,13 +209,15 @@ def call_of(
     desc.kv_size, desc.nl, desc.nb, desc.bs = shape.kv, shape.layers, shape.blocks, _BLOCK
     desc.nh, desc.hs, desc.element_size = shape.heads, shape.dim, shape.torch_dtype.itemsize
     desc.block_stride_elems = 0
-    ids, chunks = caches.rows[::_BLOCK] // _BLOCK, [x if shape.kv == 2 else x[0] for x in memory]
+    ids, chunks = caches.rows[::_BLOCK] // _BLOCK, [x[0] if len(x) == 1 else x for x in memory]
     blocks: Any = ids.to(device) if ops.addresses else ids.tolist()
     passed: Any = chunks
     # Compiled ops take addresses; PortaKV's get tensors from LMCache if these are in host memory.
     if ops.addresses and not (ours and chunks[0].is_cpu):
         passed = [each.data_ptr() for each in chunks]
-    if ops.addresses:
+    if number in _TUPLES:
+        held = [*zip(held[::2], held[1::2], strict=True)]
+    elif ops.addresses:
         held = suite.addresses(held).to(device)
     else:
         desc.dtype = shape.torch_dtype
@@ -205,6 +227,49 @@ def call_of(
         held = held if shape.layered else held[0]
     given = held, passed, blocks, device, way, desc, shape.tokens // len(chunks), form, 0
     return partial(ops.functions.multi_layer_block_kv_transfer, *given)
+
+
+def path_of(
+    ops: Ops, kernel: str, number: int, shape: Shape, caches: Side, objects: Side, op: str
+) -> Call:
+    """LMCache's own way from caches to chunks or back, which looks at the caches, makes tables and
+    descriptions, and calls one op: of these ops."""
+    path = import_module(_PATH)
+    held = {str(at): each for at, each in enumerate(caches.tensors)}
+    ids = (caches.rows[::_BLOCK] // _BLOCK).tolist()
+    chunks = list(objects.tensors[0].unbind())
+    hints = {"kv_layout": "HND" if "head token" in shape.cache else "NHD"}
+    more = {"layout_hints": hints, "engine_kv_format": ops.forms[number]}
+    if op == "d2h":
+        move = partial(path.gather_paged_kv_to_cpu, held, ids, len(ids), out=chunks, **more)
+    else:
+        move = partial(path.scatter_cpu_to_paged_kv, held, ids, chunks, len(ids), **more)
+    return partial(_through, path, getattr(ops.functions, _OP), move)
+
+
+def _through(path: Any, function: Any, move: Call) -> None:
+    """Carry out a move whose module finds its op where this release has it."""
+    package = import_module("lmcache")
+    places = (path, "resolve_device_ops"), (package, "device_ops"), (package, "c_ops")
+    home, name = next(each for each in places if hasattr(*each))
+    kept = getattr(home, name)
+    ops = _Over(kept, function)
+    setattr(home, name, (lambda kind: ops) if home is path else ops)
+    try:
+        move()
+    finally:
+        setattr(home, name, kept)
+
+
+class _Over:
+    """Ops of LMCache's with another function in the place of one."""
+
+    def __init__(self, ops: Any, function: Any) -> None:
+        self._ops = ops
+        setattr(self, _OP, function)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ops, name)
 
 
 def _as_torch_reads(shape: Shape, ours: bool) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 same names: each order of a host pool, all layers and one, both directions.
 
 A load of all layers from a pool that has no function for it is one call for each layer, as SGLang
-loads them. Without ``sgl_kernel`` SGLang itself has no other way on a device.
+loads them. Kernels are measured with more thread blocks than SGLang's default, too. Without
+``sgl_kernel`` SGLang itself has no other way on a device.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from portakv_benchmarks.shared.shapes import in_words
 _PAGE, _HEADS, _DIM = 16, 8, 128
 _ITEM = _HEADS * _DIM * 2  # bytes of a token in one layer
 _FEW = 16  # rows of the smallest transfer
+_QUOTAS = (8, 32)  # thread blocks beside SGLang's default; 0: that
 #: Of keys, and likewise of values: one tensor of the host; on the device one for each layer.
 ORDERS = {
     "lf": "kv | layer (block token) head dim", "pf": "kv | (block token) layer head dim",
@@ -36,7 +38,7 @@ _DEVICE = "layer | (block token) head dim"
 
 
 def sglang_steps(bench: PlugBench) -> Iterator[Step]:
-    """A step for each order, direction and number of layers."""
+    """A step for each order, direction, number of layers and limit of thread blocks."""
     yield from suite.steps(bench, "sglang", _asked(bench, own_kernels(bench)))
 
 
@@ -59,25 +61,31 @@ def _asked(bench: PlugBench, own: Any) -> Iterator[Asked]:
             make = partial(_case, bench, own, way, order, op, layers, tokens)
             beside = (way, order) == ("kernel", "lf")
             yield Asked(f"{way}, all layers, {order}, {op}", make, beside)
+    for quota, op in product(_QUOTAS, DIRECTIONS):
+        make = partial(_case, bench, own, "kernel", "lf", op, layers, tokens, quota)
+        yield Asked(f"kernel, all layers, lf, {quota} thread blocks, {op}", make, True)
     for order, rows in product(("lf", "pf", "ph"), (tokens, _FEW)):
         name = f"kernel, one layer, {order}, {rows} rows, h2d"
         yield Asked(name, partial(_case, bench, own, "kernel", order, "h2d", 1, rows))
 
 
 def _case(
-    bench: PlugBench, own: Any, way: str, order: str, op: str, layers: int, tokens: int
-) -> Case:
+    bench: PlugBench, own: Any, way: str, order: str, op: str, layers: int, tokens: int,
+    quota: int = 0,
+) -> Case:  # fmt: skip
     sized = replace(suite.LIKE, layers=bench.sizes.layers, heads=_HEADS, dim=_DIM, pool=2)
     shape, salts = replace(sized, block_size=_PAGE, tokens=tokens), suite.turned(op, 1, None)
     only = slice(0, None, shape.layers) if layers == 1 else slice(None)  # the first layer's
     make = partial(Side.make, bench, only=only)
     device = make(_DEVICE, shape, 4, tensors=2 * shape.layers, salt=salts[0])
     host = make(ORDERS[order], shape, 5, tensors=2, on_host=True, salt=salts[1])
-    given = way, order, op, layers, device, host
+    given = way, order, op, layers, device, host, quota
     found = {OWN: own, OURS: kvcacheio}
     makes = {name: partial(_carrying_out, ops, *given) for name, ops in found.items() if ops}
     told = {"kernel": way, "order": order, "layers": layers, "rows": tokens, "row_bytes": _ITEM}
     name = f"{way}, {'all layers' if layers > 1 else 'one layer'}, {order}"
+    name += f", {quota} thread blocks" * bool(quota)
+    told |= {"block_quota": quota} if quota else {}
     told |= {"shape": f"{name}, {in_words(device.payload)}"}
     told |= {"calls": len(calls_of(kvcacheio, *given))}
     return suite.case(bench, "sglang", told, op, device, host, makes)
@@ -94,7 +102,7 @@ def _carrying_out(*given: Any) -> Call:
 
 
 def calls_of(
-    ops: Any, way: str, order: str, op: str, layers: int, device: Side, host: Side
+    ops: Any, way: str, order: str, op: str, layers: int, device: Side, host: Side, quota: int = 0
 ) -> list[Call]:
     """The calls of a transfer, with everything that can be made beforehand."""
     many, on = device.shape.layers, device.tensors[0].device
@@ -120,7 +128,8 @@ def calls_of(
         if order == "lf":
             (src, at), (dst, to) = suite.turned(op, (tables[:2], mine), (tables[2:], theirs))
             fixed = src[0], dst[0], src[1], dst[1], at, to
-            return [partial(ops.transfer_kv_all_layer, *fixed, _ITEM, many)]
+            limit = {"block_quota": quota} if quota else {}
+            return [partial(ops.transfer_kv_all_layer, *fixed, _ITEM, many, **limit)]
         move = getattr(ops, f"transfer_kv_all_layer_lf_{order}")
         fixed = tables[0], there_k, tables[1], there_v, mine, theirs
         return [partial(move, *fixed, _ITEM, pitch, many, *heads)]

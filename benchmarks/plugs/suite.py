@@ -49,7 +49,7 @@ class PlugPreset:
 
 PLUG_PRESETS: Mapping[str, PlugPreset] = {
     "full": PlugPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
-    "tiny": PlugPreset(2, (128 * KB,), 4, (512,), 512 * KB, (1, 4, 6, 12)),
+    "tiny": PlugPreset(2, (128 * KB,), 4, (512,), 512 * KB, (0, 1, 4, 6, 8, 12, 16, 17)),
 }
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's offloading worker with its own code and with PortaKV's, and `swap_blocks_batch` below it.
 
-A job is submitted as the connector does it, behind the collection of those that have ended. What a
-worker keeps in host memory is judged through it: blocks that were stored are loaded into others.
+A job is submitted as the connector does it, behind the collection of those that have ended; `both`
+is one of either direction at once, of half the blocks each. What a worker keeps in host memory is
+judged through it: blocks that were stored are loaded into others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from portakv_benchmarks.shared.shapes import POISON, in_words
 _OP = "swap_blocks_batch"
 #: Blocks that no job names, whose bytes must stay.
 _REST = 8
+_BOTH = "both"
 
 
 def vllm_steps(bench: PlugBench) -> Iterator[Step]:
@@ -48,10 +50,12 @@ def vllm_steps(bench: PlugBench) -> Iterator[Step]:
 
 def _asked(bench: PlugBench, own: bool) -> Iterator[Asked]:
     pair = lru_cache(maxsize=1)(partial(_workers, bench, own))  # pinned once for both directions
-    for kernel, page, op in product(("worker", _OP), bench.sizes.pages, DIRECTIONS):
+    for kernel, page, op in product(("worker", _OP), bench.sizes.pages, (*DIRECTIONS, _BOTH)):
+        if (kernel, op) == (_OP, _BOTH):
+            continue
         made = partial(_job, pair) if kernel == "worker" else partial(_batch, own)
         name = f"{kernel}, {bench.sizes.blocks} blocks, pages of {in_words(page)}"
-        beside = kernel == "worker" and page == bench.sizes.pages[0]
+        beside = kernel == "worker" and page == bench.sizes.pages[0] and op != _BOTH
         told = {"shape": name, "kernel": kernel, "row_bytes": page}
         yield Asked(f"{name}, {op}", partial(made, bench, told, page, op), beside)
 
@@ -71,12 +75,20 @@ class Worker:
         drawn = torch.Generator().manual_seed(1)
         order = torch.randperm(len(layers[0]), generator=drawn).split([count, count, _REST])
         self._ids = [each.to(bench.device) for each in order]  # stored, loaded, the rest
-        self._stored, self._loaded = (
-            base.GPULoadStoreSpec(ids.tolist(), group_sizes=[count], block_indices=[0])
-            for ids in order[:2]
-        )
-        chunks = torch.randperm(count, generator=drawn).tolist()
-        self._chunks = common.CPULoadStoreSpec(chunks)
+        chunks = torch.randperm(count, generator=drawn)
+
+        def specs(part: slice) -> tuple[Any, Any, Any]:
+            """Blocks that are stored, their chunks, and blocks that these are loaded into."""
+            stored, loaded = (
+                base.GPULoadStoreSpec(
+                    ids[part].tolist(), group_sizes=[len(ids[part])], block_indices=[0]
+                )
+                for ids in order[:2]
+            )
+            return stored, common.CPULoadStoreSpec(chunks[part].tolist()), loaded
+
+        self._stored, self._chunks, self._loaded = specs(slice(None))
+        self._halves = specs(slice(count // 2)), specs(slice(count // 2, None))
         self._before = [[each[ids] for ids in self._ids[::2]] for each in layers]
 
     def done(self, job: int) -> bool:
@@ -89,7 +101,7 @@ class Worker:
         self._jobs += 1
         self.done(self._jobs)
         self._flying.add(self._jobs)
-        loads = specs[0] is self._chunks
+        loads = isinstance(specs[0], type(self._chunks))
         (self._worker.submit_load if loads else self._worker.submit_store)(self._jobs, *specs)
         return Job(self, self._jobs)
 
@@ -129,10 +141,33 @@ class Worker:
             self.submit(*load)
             return self.right()
 
+        if op == _BOTH:
+            return self._both(labels)
         if op == "d2h":
             return Variant(labels, lambda i: self.submit(*store), spoil, stored)
         keep, right = partial(self.poison, *store), self.right
         return Variant(labels, lambda i: self.submit(*load), lambda i: keep(), lambda i: right())
+
+    def _both(self, labels: Row) -> Variant:
+        """A store of one half of the blocks and a load of the other, whose chunks hold them; judged
+        by a load of what was stored."""
+        (store, full, load), (more, empty, rest) = self._halves
+
+        def spoil(i: int) -> None:
+            self.poison(store, full)
+            self.submit(rest, empty)
+            self.wait()
+
+        def call(i: int) -> Job:
+            self.submit(more, empty)
+            return self.submit(full, load)
+
+        def right(i: int) -> bool:
+            self.wait()
+            self.submit(empty, rest)
+            return self.right()
+
+        return Variant(labels, call, spoil, right)
 
 
 class Job:

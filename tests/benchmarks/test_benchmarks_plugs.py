@@ -71,12 +71,17 @@ def test_a_part_with_the_engine_that_is_here(
         assert left_out[0].startswith("vllm: IntegrationError: The plug 'vllm' of PortaKV")
         return
     ours, own = having(rows, backend=OURS), having(rows, backend=OWN)
-    assert {row["op"] for row in ours if "op" in row} == {"d2h", "h2d"}
+    both = {"both"} if part == "vllm" else set()
+    assert {row["op"] for row in ours if "op" in row} == {"d2h", "h2d"} | both
+    quotas = {row["block_quota"] for row in ours if "block_quota" in row}
+    assert quotas == ({8, 32} if part == "sglang" else set())
     assert bool(own) == (part in result["asked"]["peers"])
     assert bool(own) or any(line.startswith(f"{part}: its own") for line in left_out)
     if part == "lmcache":
         assert bool(own) == (find_spec("lmcache") is not None)
-        assert {row["format"] for row in ours if "format" in row} >= {1, 4, 6, 7, 12}
+        assert {row["format"] for row in ours if "format" in row} >= {0, 1, 4, 6, 7, 8, 12, 16, 17}
+        kernels = {"slots", "blocks", "connector"} if own else {"slots", "blocks"}
+        assert {row["kernel"] for row in ours if "kernel" in row} == kernels
     kinds = {"plug_copy"}
     if device.type != "cpu":
         kinds.add("plug_interference")
