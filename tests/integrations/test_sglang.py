@@ -23,6 +23,7 @@ os.environ["PORTAKV_SGLANG"] = "1"
 
 from support import engine_process, sglang_on_cpu  # noqa: F401, I001  before SGLang
 import msgspec
+from sglang.kernels.ops.kvcache import cache_move
 from sglang.srt.mem_cache.device_pool_info import KVBufferLayout
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
 from sglang.srt.mem_cache.pool_host import common, mha, mla
@@ -356,6 +357,22 @@ def test_pages_of_ascend_without_its_kernels(device: torch.device) -> None:
     pages = on_device.cpu()[::PAGE] // PAGE
     for mine, right in zip(again.held(), before, strict=True):
         assert torch.equal(mine[pages], right[pages])
+
+
+def test_its_moves_within_pools_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang pads the rows that it moves on a CPU, and hands over more than it means."""
+    monkeypatch.setattr(cache_move, "_is_cpu", True)
+    move = kvcacheio.copy_all_layer_kv_cache_cpu
+    monkeypatch.setattr(cache_move, "copy_all_layer_kv_cache_cpu", move, raising=False)
+    layers = [torch.randn(TOKENS, HEADS, DIM) for _ in range(LAYERS)]
+    wanted = [each.clone() for each in layers]
+    for each in wanted:
+        each[[3, 4, 0]] = each[[4, 9, 0]]
+    at = torch.tensor([each.data_ptr() for each in layers], dtype=torch.uint64)
+    rows = torch.full((LAYERS,), HEADS * DIM * 4)
+    into, out_of = torch.tensor([3, 4, 0, 0, 7]), torch.tensor([4, 9, 0, 0, 8])
+    cache_move.copy_all_layer_kv_cache_func(at, rows, into, out_of, 4, 8, {})
+    assert all(map(torch.equal, layers, wanted))
 
 
 # --- Bad input ------------------------------------------------------------------------------------
