@@ -116,6 +116,7 @@ class Worker:
         self.wait()
         for each in self._layers:
             each[self._ids[1]] = POISON - 256
+        self._bench.module.synchronize()  # vLLM's own loads wait for no stream
 
     def right(self) -> bool:
         """Whether the blocks that were loaded are those that were stored, and all others as they

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +25,7 @@ import portakv_benchmarks.cli as bench
 from portakv.integrations import kvcacheio
 from portakv_benchmarks import check
 from portakv_benchmarks.host import merge
-from portakv_benchmarks.plugs import lmcache, sglang, suite
+from portakv_benchmarks.plugs import lmcache, sglang, suite, vllm
 from portakv_benchmarks.plugs.suite import OURS, OWN, PLUG_PRESETS, PlugBench, Side, Sides
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, having
@@ -203,6 +204,38 @@ def test_one_wrong_byte_is_seen(device: torch.device) -> None:
         copy()
         words[at] ^= 1
         assert not sides.right()
+
+
+def test_blocks_are_poisoned_before_a_load_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own loads wait for no stream, so that what is enqueued could follow them."""
+    done: list[str] = []
+
+    class Layer(list[int]):
+        def __getitem__(self, at: Any) -> Any:
+            return self
+
+        def __setitem__(self, at: Any, value: Any) -> None:
+            done.append("poison")
+
+    def specs(*given: Any, **named: Any) -> tuple[Any, ...]:
+        return given
+
+    engine = SimpleNamespace(GPULoadStoreSpec=specs, CPULoadStoreSpec=specs)
+    for name in ("base", "cpu.common"):
+        monkeypatch.setitem(sys.modules, f"vllm.v1.kv_offload.{name}", engine)
+    module = SimpleNamespace(synchronize=lambda: done.append("synchronize"))
+    bench_: Any = SimpleNamespace(device=CPU, sizes=TINY, module=module)
+    theirs = SimpleNamespace(
+        get_finished=list,
+        wait=lambda jobs: None,
+        submit_store=lambda *job: done.append("store"),
+        submit_load=lambda *job: done.append("load"),
+    )
+    layers: Any = [Layer(range(2 * TINY.blocks + 8))]
+    way = vllm.Worker(bench_, theirs, layers).variant(OWN, "h2d")
+    way.poison(0)
+    way.call(0)
+    assert done == ["store", "synchronize", "poison", "synchronize", "load"]
 
 
 # --- Options, bars and several files --------------------------------------------------------------
