@@ -27,8 +27,10 @@ UNKNOWN_SLOTS = 1 << 31
 _ENDLESS = 1 << 62  # bytes behind an address of which no end is known
 _WORDS = (torch.int64, torch.uint64)
 _HOST = torch.device("cpu")
-#: Form, slots, the order of the addresses in the table (None: as they are), bytes of a tensor.
-_Known: TypeAlias = "tuple[Form, int, list[int] | None, int]"
+#: Extents and strides in which the addresses are walked.
+_Walk: TypeAlias = "tuple[list[int], list[int]]"
+#: Form, slots, how the addresses come into the table (None: as they are), bytes of a tensor.
+_Known: TypeAlias = "tuple[Form, int, _Walk | None, int]"
 _forms: Bounded[tuple[Any, ...], _Known]
 _forms = Bounded("forms of memory at addresses", 1024)
 _usable: Bounded[str, torch.device] = Bounded("devices that addresses were on", 64)
@@ -108,7 +110,8 @@ def read_addresses(
     else:
         numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
         alignment = widest_vector([int(np.bitwise_or.reduce(numbers, initial=0))])
-        place = _place(numbers.tolist(), home, pinned)
+        listed = numbers.tolist()
+        place = _place(listed, home, pinned)
         if numbers.size and (int(numbers.min()) <= 0 or alignment < min(16, wide & -wide)):
             raise LayoutError(
                 f"A view at addresses {[hex(x) for x in numbers.tolist()[:4]]} was asked for "
@@ -118,7 +121,7 @@ def read_addresses(
     known = _forms.get(key)
     if known is None:
         known = _forms[key] = _read(*key)
-    form, slots, order, nbytes = known
+    form, slots, walk, nbytes = known
     if table is None and int(numbers.max()) + nbytes > 2 * _ENDLESS:
         raise LayoutError(
             f"A view at address {int(numbers.max()):#x} was asked for {nbytes} bytes behind it; "
@@ -126,10 +129,12 @@ def read_addresses(
         )
     if table is not None:
         table = table.contiguous().view(torch.int64).reshape(-1)
-        if order is not None:
-            table = table[torch.tensor(order, dtype=torch.int64, device="cpu").to(table.device)]
+        if walk is not None:
+            table = table.as_strided(*walk).reshape(-1)  # the host sends no list of places
     else:
-        origins = tuple((numbers if order is None else numbers[order]).tolist())
+        origins = tuple(listed)
+        if walk is not None:
+            origins = tuple(torch.from_numpy(numbers).as_strided(*walk).reshape(-1).tolist())
     return Found(form, slots, home, origins, table, Foreign(dtype, nbytes))
 
 
@@ -175,7 +180,19 @@ def _read(
         tokens = -(-tokens * slots // UNKNOWN_SLOTS)
         return _read(bound, sizes, given, asked, dtype, place, alignment, on_device, tokens)
     nbytes = 0 if open_ended else reached
-    return form, slots, None if order == list(range(len(order))) else order, nbytes
+    return form, slots, None if order == list(range(len(order))) else _walked(order), nbytes
+
+
+def _walked(order: Sequence[int]) -> _Walk:
+    """The extents and strides of a list of places that is a grid, walked in another order."""
+    extents, strides = list[int](), list[int]()
+    while len(order) > 1:
+        step = order[1] - order[0]
+        ends = (at for at in range(2, len(order)) if order[at] - order[at - 1] != step)
+        extents.insert(0, next(ends, len(order)))
+        strides.insert(0, step)
+        order = order[:: extents[0]]
+    return extents, strides
 
 
 def _closed(
@@ -249,7 +266,7 @@ def _home(bound: BoundLayout, addresses: Any) -> tuple[torch.device, bool | None
         return device, None
     else:
         address = int(np.asarray(addresses).reshape(-1)[0])
-        if _is_pinned(address):
+        if _all_pinned([address]):
             return _HOST, True
         try:
             number = _owner(address, device)
@@ -277,11 +294,14 @@ def _place(origins: Sequence[int], device: torch.device, pinned: bool | None) ->
     if device.type != "cpu":
         return "device"
     if pinned is None:
-        pinned = all(map(_is_pinned, origins))
+        pinned = _all_pinned(origins)
     return "pinned" if pinned else "pageable"
 
 
-def _is_pinned(address: int) -> bool:
-    """Whether host memory at an address is pinned, as torch says."""
-    (found,) = Foreign(torch.uint8, 1).tensors([address], _HOST)
-    return found.is_pinned()
+def _all_pinned(addresses: Sequence[int]) -> bool:
+    """Whether host memory at addresses is pinned, as torch says of one of each page."""
+    one_of_each = {address >> 12: address for address in addresses}.values()
+    storage = torch._C._construct_storage_from_data_pointer
+    with torch.inference_mode(False):
+        at = torch.empty(0, dtype=torch.uint8, device=_HOST)
+        return all(at.set_(storage(each, _HOST, 1)).is_pinned() for each in one_of_each)

@@ -16,6 +16,8 @@ from support.cuda_on_cpu import CudaOnCpu, why_not
 from support.fake_libcuda import FakeLibrary
 from support.foreign_cases import blind
 from support.guarded_memory import check_sentence
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from portakv import (
     DeviceMismatch,
@@ -248,6 +250,57 @@ def test_a_table_on_a_device_that_does_not_reach_the_memory(accelerator: torch.d
     with pytest.raises(LayoutError, match="not pinned") as unreached:
         at(table, pinned=False)
     check_sentence(str(unreached.value), str(accelerator))
+
+
+class Sent(TorchDispatchMode):
+    """The ops that take something from the host to a device."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ops: list[str] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        answer = op(*args, **(kwargs or {}))
+        given = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        if isinstance(answer, torch.Tensor) and not answer.is_cpu and any(x.is_cpu for x in given):
+            self.ops.append(op.overloadpacket.__name__)
+        return answer
+
+
+@pytest.mark.parametrize(
+    "layout", ["layer block | token dim", "block layer | token dim", "layer kv block | token dim"]
+)
+def test_a_table_in_another_order_is_permuted_where_it_is(
+    accelerator: torch.device, layout: str
+) -> None:
+    sizes = [4, 2, 6] if "kv" in layout else [4, 12]
+    addresses = (torch.arange(48) + 1).reshape(sizes) * 4096
+    asked: dict[str, Any] = {"shape": (SIZE, DIM), "dtype": torch.int16, "device": accelerator}
+    listed = KVView.at(addresses, layout, **asked)
+    table = addresses.to(accelerator)
+    with Sent() as sent:
+        view = KVView.at(table, layout, **asked)
+    assert view.table.tolist() == list(listed.origins)
+    assert sorted(listed.origins) == addresses.reshape(-1).tolist()
+    assert sent.ops == []
+
+
+def test_torch_is_asked_of_one_address_in_each_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def is_pinned(tensor: torch.Tensor) -> bool:
+        asked.append(tensor.data_ptr() >> 12)
+        return asked[-1] != 9
+
+    monkeypatch.setattr(torch.Tensor, "is_pinned", is_pinned)
+    for last, place in ((8, "pinned"), (9, "pageable")):
+        addresses = [*range(5 << 12, 6 << 12, 256), 7 << 12, last << 12]
+        view = KVView.at(
+            addresses, "block | token dim", shape=(1, 64), dtype=torch.uint8, device="cpu"
+        )
+        assert view.form.place == place
+        assert asked == [5, 7, last]
+        asked.clear()
 
 
 @pytest.mark.parametrize("size", [4, 12, 16])
