@@ -112,8 +112,8 @@ class KVView:
             device: where the memory is; ``cpu``: on the host. None: the driver of the accelerator
                 (CUDA, HIP) says it of the first address, and whether that is pinned; all others are
                 taken to lie in memory of that kind. Without an accelerator it is the host.
-            pinned: host memory is pinned, and mapped to devices; None: torch is asked, of one
-                address in each page if ``device`` is told. Memory whose addresses lie on a device is.
+            pinned: host memory is pinned, and mapped to devices; None: torch is asked, if
+                ``device`` is told of one address in each page. Memory of a table on a device is.
             layers, kv, block_size, heads, dim, reinterpret: as for the constructor.
 
         Raises:

@@ -17,7 +17,6 @@ from support.fake_libcuda import FakeLibrary
 from support.foreign_cases import blind
 from support.guarded_memory import check_sentence
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from portakv import (
     DeviceMismatch,
@@ -261,7 +260,8 @@ class Sent(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         answer = op(*args, **(kwargs or {}))
-        given = [x for x in tree_leaves(args) if isinstance(x, torch.Tensor)]
+        each = [x for arg in args for x in (arg if isinstance(arg, (list, tuple)) else [arg])]
+        given = [x for x in each if isinstance(x, torch.Tensor)]
         if isinstance(answer, torch.Tensor) and not answer.is_cpu and any(x.is_cpu for x in given):
             self.ops.append(op.overloadpacket.__name__)
         return answer
