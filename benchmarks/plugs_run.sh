@@ -4,9 +4,9 @@
 # installed too (pip install --no-deps -e .), since engines find plugs by entry points:
 # bash benchmarks/plugs_run.sh FOLDER. FOLDER gets what doctor says, a log of each engine's tests, of
 # which none takes more than 100 s, and the result (<device>-plugs.json) with its plots and tables,
-# after 2 minutes an engine. LMCACHE_SOURCES and VLLM_SOURCES name unpacked source archives whose own
-# tests are run against the plugs. ENGINES are the parts to measure; SKIP_TESTS=1 leaves the tests out.
-# DEVICE=cpu PRESET=tiny tries the script itself.
+# after 2 minutes an engine. LMCACHE_SOURCES and VLLM_SOURCES name unpacked source archives, and
+# SGLANG_SOURCES a checkout, whose own tests are run against the plugs. ENGINES are the parts to measure;
+# SKIP_TESTS=1 leaves PortaKV's tests out. DEVICE=cpu PRESET=tiny tries the script itself.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 mkdir -p "${1:?where the results go}"
@@ -43,6 +43,9 @@ fi
 if [[ -n ${LMCACHE_SOURCES:-} ]]; then
     tests lmcache-own "$LMCACHE_SOURCES" --noconftest -p lmcache_cuda_ops tests/v1/test_{,mp_}mem_kernels.py \
         tests/v1/multiprocess/test_{blocked_scale_format,direct_copy_transfer_gpu}.py
+fi
+if [[ -n ${SGLANG_SOURCES:-} ]]; then
+    tests sglang-own "$SGLANG_SOURCES" --noconftest -p sglang_own_tests sgl-kernel/tests/test_kvcacheio.py
 fi
 if [[ -n ${VLLM_SOURCES:-} ]]; then
     tests vllm-own "$VLLM_SOURCES" --noconftest -p vllm_own_tests -k "test_transfer or load_waits" \
