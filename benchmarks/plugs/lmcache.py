@@ -39,7 +39,7 @@ _NARROW = 32  # elements of the one head of narrow rows
 #: Pages of 14, values before scales, are no rows. By slots LMCache reads a pool of 0 as layers, and
 #: knows no 8; its torch op reads keys and values in one row as two planes.
 _FORMATS = [number for number in LAYOUTS if number != 14]
-_KERNELS, _AS_LAYERS, _OURS_ALONE = ("slots", "blocks"), {0: 1}, 8
+_KERNELS, _AS_LAYERS, _OURS_ALONE = ("slots", "blocks", "connector"), {0: 1}, 8
 _TUPLES, _SIDE_BY_SIDE = (16, 17), 17  # of tensors for each layer; planes of a token in an object
 #: What the connector's path is measured with, and what it calls its modules' ops.
 _CONNECTOR, _OP = (1, 7), "multi_layer_block_kv_transfer"
@@ -123,16 +123,20 @@ def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
     rows = [(1, False), (1, True), *((x, False) for x in bench.sizes.formats or _FORMATS)]
     ways = product(bench.sizes.payloads, (True, False), dict.fromkeys(rows), DIRECTIONS, _KERNELS)
     for payload, on_host, (number, narrow), op, kernel in ways:
-        if kernel == "slots" and number in _TUPLES:
-            continue
         task = Task(kernel, number, narrow, payload, on_host, op)
+        if not _is_called(task, own):
+            continue
         beside = Task("slots", *rows[0], bench.sizes.payloads[0], True, op)
         make = partial(_case, bench, own, ours, task)
         yield Asked(f"{task}, format {number}, {op}", make, task == beside)
-    formats = _CONNECTOR if own is not None else ()
-    for payload, number, op in product(bench.sizes.payloads, formats, DIRECTIONS):
-        task = Task("connector", number, False, payload, True, op)
-        yield Asked(f"{task}, format {number}, {op}", partial(_case, bench, own, ours, task))
+
+
+def _is_called(task: Task, own: Ops | None) -> bool:
+    """Whether LMCache carries out such a task: by slots it takes no tuples, and the path of its
+    connector is code of its own, with chunks on the host."""
+    if task.kernel == "connector":
+        return own is not None and task.on_host and not task.narrow and task.number in _CONNECTOR
+    return task.kernel == "blocks" or task.number not in _TUPLES
 
 
 def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
