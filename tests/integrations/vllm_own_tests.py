@@ -2,7 +2,7 @@
 """A pytest plugin for vLLM's own tests of its offloading worker: PortaKV's stands in its place.
 
     SIMDEV_NAME=simdev python -m pytest --noconftest -p vllm_own_tests \
-        tests/v1/kv_offload/cpu/test_gpu_worker.py -k test_transfer
+        tests/v1/kv_offload/cpu/test_gpu_worker.py -k "not test_worker"
 
 On a CUDA device without the variable. They look into vLLM's handlers, so the stand-in has them.
 """
@@ -17,18 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from portakv.host import pinned
 from portakv_conformance import simdev
 
 
-def host_pages(pages: Any, blocks_per_chunk: int, chunks: int, region: Any) -> list[torch.Tensor]:
-    """As the worker's own, but in memory of each tensor's own: some tests flatten it in place."""
-    widths = [each.shape[1] * blocks_per_chunk for each in pages]
-    if region is not None:
-        rows = [region.create_next_worker_view(width) for width in widths]
-    else:
-        rows = [pinned.empty((chunks, width), torch.int8) for width in widths]
-    return [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
+class Rows(torch.Tensor):
+    """Host memory as the worker lays it out, all tensors of a chunk side by side; some tests read
+    it by ``view``, which takes each tensor in memory of its own, as vLLM's is."""
+
+    def view(self, *size: int) -> torch.Tensor:
+        return self.reshape(*size)
 
 
 def pytest_configure() -> None:
@@ -50,8 +47,9 @@ def pytest_configure() -> None:
 
         def __init__(self, lane: Any, src: list[Any], dst: list[Any], refs: Any) -> None:
             super().__init__(
-                src_tensors=src[:], dst_tensors=dst[:], layer_refs_per_group=refs, lane=lane
-            )
+                src_tensors=src[:], dst_tensors=dst[:], lane=lane, layer_refs_per_group=refs,
+                kv_cache_groups_data_refs=refs,  # its name in 0.26
+            )  # fmt: skip
 
         @property
         def _transfers(self) -> list[Any]:
@@ -61,18 +59,22 @@ def pytest_configure() -> None:
         """With the arguments of vLLM's, and with the tensors of its handlers."""
 
         def __init__(
-            self, kv_caches: Any, blocks_per_chunk: int, num_cpu_chunks: int,
-            mmap_region: Any = None, canonical_layout: bool = False,
+            self, kv_caches: Any, blocks_per_chunk: int, num_cpu_chunks: int = 0,
+            mmap_region: Any = None, canonical_layout: bool = False, num_cpu_blocks: int = 0,
         ) -> None:  # fmt: skip
+            if hasattr(mmap_region, "create_next_view"):
+                mmap_region.cleanup()
+                pytest.skip("Beside vLLM 0.26 the worker has memory of its own.")
             if mmap_region is not None:
                 gpu_worker.pin_mmap_region(mmap_region, worker_slot_only=True)
-            super().__init__(kv_caches, blocks_per_chunk, num_cpu_chunks, mmap_region)
+            chunks = num_cpu_chunks or num_cpu_blocks  # 0.26 calls them blocks
+            super().__init__(kv_caches, blocks_per_chunk, chunks, mmap_region)
             device = [each.tensor for each in kv_caches.tensors]
             host: list[Any] = [None] * len(device)
             for parts, refs in zip(self._groups, kv_caches.group_data_refs, strict=True):
                 tensors = [each for part in parts for each in part.host.tensors]
                 for ref, each in zip(refs, tensors, strict=True):
-                    host[ref.tensor_idx] = each.flatten(1)
+                    host[ref.tensor_idx] = each.flatten(1).as_subclass(Rows)
             refs = kv_caches.group_data_refs
             self._store_handler = Handler(self._store, device, host, refs)
             self._load_handler = Handler(self._load, host, device, refs)
@@ -84,7 +86,6 @@ def pytest_configure() -> None:
             super().shutdown()
 
     gpu_worker.CPUOffloadingWorker = CPUOffloadingWorker
-    plug._host_pages = host_pages
 
 
 @pytest.fixture
