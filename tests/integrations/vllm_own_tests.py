@@ -46,10 +46,8 @@ def pytest_configure() -> None:
         """What the tests ask of one direction."""
 
         def __init__(self, lane: Any, src: list[Any], dst: list[Any], refs: Any) -> None:
-            super().__init__(
-                src_tensors=src[:], dst_tensors=dst[:], lane=lane, layer_refs_per_group=refs,
-                kv_cache_groups_data_refs=refs,  # its name in 0.26
-            )  # fmt: skip
+            super().__init__(src_tensors=src[:], dst_tensors=dst[:], lane=lane)
+            self.layer_refs_per_group = self.kv_cache_groups_data_refs = refs  # in 0.33, in 0.26
 
         @property
         def _transfers(self) -> list[Any]:
