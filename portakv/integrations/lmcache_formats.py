@@ -46,7 +46,7 @@ _SCALE = 4  # bytes of a token's scale in a blocked-scale cache
 _KEPT = 64  # views of caches
 _WORDS = (torch.int64, torch.uint64)
 #: Torch has storages of another kind there, so that memory is handed over as tensors alone.
-BY_TENSORS = ("npu",)
+NO_ADDRESSES = ("npu",)
 #: Caches: a table of addresses, a tensor, or the containers that the layout names.
 Held: TypeAlias = "torch.Tensor | Sequence[Any]"
 
@@ -117,7 +117,7 @@ def layout_of(engine_kv_format: Any) -> tuple[int, str, bool]:
 
 def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.device) -> KVView:
     """The caches of a call as a view. It is kept for other calls, since it keeps no memory; but one
-    of tensors that differ, or on a device of `BY_TENSORS`, holds these and is made each time."""
+    of tensors that differ, or on a device of `NO_ADDRESSES`, holds these and is made each time."""
     number, text, _ = layout_of(engine_kv_format)
     if not isinstance(held, (torch.Tensor, Sequence)) or not len(held):
         raise TypeError(
@@ -135,7 +135,7 @@ def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.devic
     else:
         leaves = _leaves(number, containers, held)
         kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
-        if device.type in BY_TENSORS or len(kinds) > 1:
+        if device.type in NO_ADDRESSES or len(kinds) > 1:
             return _of_tensors(number, [_like(x, dims, pool) for x in leaves], held, pool)
         like = _like(leaves[0], dims, pool)
         at = tuple(x.data_ptr() for x in leaves)
