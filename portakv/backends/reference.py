@@ -24,9 +24,29 @@ def _put_bits(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.
     target.index_copy_(dim, rows, source)
 
 
+def _pick(
+    source: torch.Tensor, dim: int, rows: torch.Tensor, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`index_select` by numbers of any shape; ``out`` may have holes."""
+    if rows.dim() == 1:
+        return torch.index_select(source, dim, rows, out=out)
+    if out is None:
+        return source[rows]
+    return torch.ops.aten.index.Tensor_out(source, [rows], out=out)  # type: ignore[no-any-return]
+
+
+def _put(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.Tensor) -> None:
+    """`Tensor.index_copy_` by numbers of any shape."""
+    if rows.dim() == 1:
+        target.index_copy_(dim, rows, source)
+    else:
+        target.index_put_((rows,), source)
+
+
 # complex128 is torch's only 16-byte dtype, and not every vendor has it. A CPU is faster with a call
 # for each plane than with strides over all of them.
 _OPS = {"cpu": Ops(16, by_plane=True), "cuda": Ops(16, put=_put_bits)}
+_NESTED = Ops(nested=True, select=_pick, put=_put)
 
 
 class Reference(Backend):
@@ -42,7 +62,7 @@ class Reference(Backend):
         return Capabilities(places=places_on(self.device))
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _IndexingLaunch(plan, _OPS.get(self.device.type, Ops()))
+        return _IndexingLaunch(plan, _OPS.get(self.device.type, _NESTED))
 
 
 class _IndexingLaunch(MoveLaunch):

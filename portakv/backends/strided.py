@@ -8,7 +8,7 @@ loop over tokens. Ids must be clean: neither negative nor past the end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, groupby, product
 from math import gcd, prod
 from operator import itemgetter, mul
@@ -49,6 +49,8 @@ class Ops(NamedTuple):
         select: picks rows: (source, 0, rows) and perhaps ``out``.
         put: writes rows: (target, 0, rows, source).
         copy: copies all rows: (target, source).
+        nested: `select` and `put` take numbers of rows in any shape, so that rows of the other side
+            which lie in loops need neither numbers nor a call of their own.
     """
 
     widest: int = 8
@@ -60,6 +62,7 @@ class Ops(NamedTuple):
         torch.Tensor.index_copy_
     )
     copy: Callable[[torch.Tensor, torch.Tensor], object] = torch.Tensor.copy_
+    nested: bool = False
 
 
 class StridedCopy:
@@ -82,6 +85,9 @@ class StridedCopy:
         units = count // self._unit
         if not units:
             return
+        if self._ops.nested and (nested := self._nested(move, units)):
+            yield nested
+            return
         start, number, entries = self._src.find(src_index, units, src.device)
         to_start, to_number, to_entries = self._dst.find(dst_index, units, dst.device)
         for (entry, to_entry), at in _by_entry(entries, to_entries, units):
@@ -89,6 +95,23 @@ class StridedCopy:
                 *self._src.tensors(src, entry, start, number, at),
                 *self._dst.tensors(dst, to_entry, to_start, to_number, at),
             )
+
+    def _nested(self, move: Move, units: int) -> _Planes | None:
+        """As `planes`, if one side has ids and the units of the other lie in loops."""
+        gather = move.dst_index.ids is None
+        sides = (self._src, move.src, move.src_index), (self._dst, move.dst, move.dst_index)
+        (rows, view, index), (other, even, positions) = sides if gather else sides[::-1]
+        if index.ids is None or positions.ids is not None or rows.tabled:
+            return None
+        loops = other.loops(positions, units)
+        if loops is None:
+            return None
+        start, number, _ = rows.find(index, units, view.device)
+        there, picked = rows.tensors(view, 0, start, number, slice(0, units))
+        assert picked is not None  # it has ids, which such a device does not look at
+        picked = picked.view([extent for extent, _ in loops[1]])
+        here = other.over(even, 0, *loops)
+        return (there, picked, here, None) if gather else (here, None, there, picked)
 
 
 def _run(
@@ -147,6 +170,7 @@ class _Rows:
         side, width = getattr(nest, name), min(nest.vector, ops.widest)
         loops = [(x.extent, getattr(x, f"{name}_stride")) for x in inner]
         self._side, self._unit, self._width, self._dtype = side, unit, width, ELEMENTS[width]
+        self.tabled = side.tabled
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
         if ops.holes:
@@ -197,6 +221,17 @@ class _Rows:
         entries, numbers = self._side.locate(number, self._grain)
         return 0, numbers.to(device), entries
 
+    def loops(self, index: Index, units: int) -> tuple[int, list[tuple[int, int]]] | None:
+        """Units that an index without ids names as loops: the byte that the first one begins at,
+        the extent of each loop and its pitch in bytes. None if they begin or end amid one."""
+        first, *bounded = self._side.units
+        inner = prod(step.extent for step in bounded)
+        begin, rest = divmod(index.offset, self._unit * inner)
+        if rest or units % inner or not bounded or self.tabled:
+            return None
+        sizes = [(units // inner, first.stride), *((x.extent, x.stride) for x in bounded)]
+        return begin * first.stride, sizes
+
     def tensors(
         self, view: KVView, entry: int, start: int, numbers: _Picked, at: slice | torch.Tensor
     ) -> tuple[_Tensors, _Picked]:
@@ -212,14 +247,14 @@ class _Rows:
             first, step = _rise(numbers)
             if step:
                 start, pitch = first * self._grain, step * self._grain
-                return self._over(view, entry, start, pitch, numbers.numel()), None
+                return self.over(view, entry, start, [(numbers.numel(), pitch)]), None
         key = (self, entry)
         known: _Tensors | None = view.derived.get(key)
         if known is None:
             # A tensor made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
                 rows = self._rows_of(view)
-                known = view.derived[key] = self._over(view, entry, 0, self._grain, rows)
+                known = view.derived[key] = self.over(view, entry, 0, [(rows, self._grain)])
         return known, self._walked(numbers) if self._walk else numbers
 
     def _consecutive(
@@ -229,11 +264,11 @@ class _Rows:
         if isinstance(at, slice):
             if self._dense:
                 start, rows = start + at.start * self._pitch, (at.stop - at.start) * self._each
-                return self._over(view, entry, start, self._near, rows), None
+                return self.over(view, entry, start, [(rows, self._near)]), None
             at = torch.arange(at.start, at.stop)
         at = at * self._apart
         rows, at = int(at[-1]) + self._reach + 1, at.to(view.device)
-        return self._over(view, entry, start, self._near, rows), self._walked(at)
+        return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
 
     def _walked(self, rows: torch.Tensor) -> torch.Tensor:
         """All rows of units that begin at ``rows``, one behind the other."""
@@ -242,9 +277,13 @@ class _Rows:
             rows = (rows[:, None] + inner).reshape(-1)
         return rows
 
-    def _over(self, view: KVView, entry: int, start: int, pitch: int, rows: int) -> _Tensors:
-        """The tensor over ``rows`` rows from byte ``start`` on, for each plane."""
-        size, stride = [rows, *self._size], [pitch // self._width, *self._stride]
+    def over(
+        self, view: KVView, entry: int, start: int, loops: Sequence[tuple[int, int]]
+    ) -> _Tensors:
+        """For each plane the tensor over rows from byte ``start`` on; of each loop round them its
+        extent, and how many bytes apart its steps are."""
+        size = [*(extent for extent, _ in loops), *self._size]
+        stride = [*(pitch // self._width for _, pitch in loops), *self._stride]
         entry, start, made = self._side.table + entry, self._side.offset + start, []
         for table, grids in self._planes:
             for grid in grids:
@@ -253,6 +292,10 @@ class _Rows:
                     made.append(view.strided(at, first, self._dtype, size, stride))
                     continue
                 steps = [grid.near // self._width, grid.far // self._width, *stride]
+                if grid.each == 1:
+                    sizes = [grid.rows, *size]
+                    made += view.strided(at, first, self._dtype, sizes, steps[1:]).unbind()
+                    continue
                 sizes = [grid.each, grid.rows, *size]
                 planes = view.strided(at, first, self._dtype, sizes, steps).unbind()
                 # Few calls for many planes: one for each costs three times as much.

@@ -231,13 +231,19 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
     src, dst, *indices, count = move
     unit = gcd(unit, *(index.offset for index in indices), count)
     device = next((x.ids.device for x in indices if x.ids is not None), src.device)
-    numbers = [x.units(count, unit, device) for x in indices]
-    bad = [number >= view.slots // unit for number, view in zip(numbers, (src, dst), strict=True)]
-    kept = ((numbers[0] >= 0) & (numbers[1] >= 0) & ~bad[0] & ~bad[1]).nonzero()[:, 0]
-    if kept.numel() == numbers[0].numel():
+    listed = [
+        (x.units(count, unit, device), view.slots // unit)
+        for x, view in zip(indices, (src, dst), strict=True)
+        if x.ids is not None  # else its length was checked
+    ]
+    good = [(number >= 0) & (number < slots) for number, slots in listed]
+    kept = (good[0] & good[1] if len(good) == 2 else good[0]).nonzero()[:, 0]
+    if kept.numel() * unit == count:
         for index, view in zip(indices, (src, dst), strict=True):
             index.mark_clean(count, view.slots)
         return move, None
+    numbers = [x.units(count, unit, device) for x in indices]
+    bad = [number >= view.slots // unit for number, view in zip(numbers, (src, dst), strict=True)]
     error = None
     at = (bad[0] | bad[1]).nonzero()[:, 0]
     if at.numel():

@@ -97,7 +97,7 @@ class TorchLink:
                 it; some of the pieces may have been moved.
         """
         late = "pageable" not in (src.form.place, dst.form.place)
-        mine, theirs = _Storages(src), _Storages(dst)
+        mine, theirs = _Storages.of(src), _Storages.of(dst)
         to_device = dst.form.place == "device"
         with inside(stream), torch.no_grad():
             for at, start, width, height, dst_pitch, src_pitch in zip(
@@ -118,8 +118,20 @@ class _Storages:
     def __init__(self, view: KVView) -> None:
         storages = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in view.owners}
         self._starts = sorted(storages)
-        none = torch.empty(0, dtype=torch.uint8, device=view.device)
-        self._bytes = [none.new_empty(0).set_(storages[start]) for start in self._starts]
+        self._bytes = [
+            torch.empty(0, dtype=torch.uint8, device=view.device).set_(storages[start])
+            for start in self._starts
+        ]
+
+    @classmethod
+    def of(cls, view: KVView) -> _Storages:
+        """Those of a view, kept with it."""
+        known: _Storages | None = view.derived.get(cls)
+        if known is None:
+            # A tensor made in inference mode could not be written outside of it.
+            with torch.inference_mode(False):
+                known = view.derived[cls] = cls(view)
+        return known
 
     def rows(self, address: int, width: int, height: int, pitch: int) -> torch.Tensor:
         """Rows at an address, uint8 ``[height, width]``."""

@@ -58,6 +58,51 @@ def test_a_call_for_each_layer_of_each_chunk(store: bool) -> None:
     assert not calls.seen["copy_"]
 
 
+@pytest.mark.parametrize(
+    ("first", "last"), [(0, 6), (2, 6), (0, 4), (2, 3), (1, 6), (0, 5), (1, 2)]
+)
+@pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+def test_blocks_of_chunks_on_a_device_take_one_call_for_each_layer(
+    store: bool, first: int, last: int, accelerator: torch.device
+) -> None:
+    """Chunks of two blocks, from any block to any other; those of whole chunks need no numbers."""
+    caches = [noise(BLOCKS, BLOCK_SIZE, ROW, seed=n) for n in range(LAYERS)]
+    chunks = noise(3, LAYERS, TOKENS, ROW, seed=9)
+    there = [each.to(accelerator) for each in caches], chunks.to(accelerator)
+    paged = KVView(there[0], "layer | block token dim")
+    dense = KVView(there[1], "block layer token dim")
+    ids = [7, 2, 0, 5, 8, 3][first:last]
+    begin, count = first * BLOCK_SIZE, len(ids) * BLOCK_SIZE
+    sides = (paged, Index(ids, BLOCK_SIZE)), (dense, Index(offset=begin))
+    (src, mine), (dst, theirs) = sides if store else sides[::-1]
+    for _ in range(2):  # the backend checks itself once
+        with Calls() as calls:
+            copy_rows(src, dst, mine, theirs, count=count, backend="reference").synchronize()
+    for place, block in enumerate(ids, first):
+        at = slice(place % 2 * BLOCK_SIZE, (place % 2 + 1) * BLOCK_SIZE)
+        for layer in range(LAYERS):
+            pair = caches[layer][block], chunks[place // 2, layer, at]
+            pair[store].copy_(pair[not store])
+    assert all(map(torch.equal, caches, (each.cpu() for each in there[0])))
+    assert torch.equal(chunks, there[1].cpu())
+    if first % 2 == last % 2 == 0 and accelerator.type != "cuda":
+        assert calls.seen["index" if store else "index_put_"] == LAYERS
+        assert not {"index_select", "index_copy_", "copy_", "arange"} & calls.seen.keys()
+
+
+def test_of_two_sides_only_ids_are_looked_at(accelerator: torch.device) -> None:
+    """Slots that follow each other are known to lie in their view."""
+    cache, chunk = noise(20, ROW, seed=1).to(accelerator), noise(5, ROW, seed=2).to(accelerator)
+    views = [KVView(each, "token dim") for each in (cache, chunk)]
+    for _ in range(2):  # the backend checks itself once
+        ids = torch.tensor([7, 2, 0, 5, 8]).to(accelerator)
+        with Calls() as calls:
+            copy_rows(*views, Index(ids), backend="reference")
+    assert torch.equal(chunk.cpu(), cache.cpu()[[7, 2, 0, 5, 8]])
+    assert calls.seen["ge"] == calls.seen["lt"] == 1
+    assert not {"arange", "bitwise_not"} & calls.seen.keys()
+
+
 def test_rows_of_a_chunk_that_do_not_follow_each_other() -> None:
     caches, chunks, paged, paged_chunks = made()
     slots = [20, 3, 11, 9, 0]  # of the chunks: two lie in the first, in no order
