@@ -33,7 +33,7 @@ PLUGS = "portakv/integrations"
 APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 20_090,
+    "portakv": 20_180,
     PLUGS: 2_760,
     "portakv/backends": 3_450,
     "portakv/cli": 2_090,
