@@ -21,10 +21,10 @@ import sys
 import threading
 import warnings
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any, cast
@@ -47,8 +47,9 @@ _lock = threading.RLock()  # a finalizer may run wherever its own thread holds i
 live: list[Registration] = []  # no two share a page
 _seams: Counter[int] = Counter()  # of all these
 _begins, _ends = Counter[int](), Counter[int]()  # of pieces that others registered
-#: Pieces whose `Adopted` died. A finalizer runs at any place, so it changes no counts itself.
-dropped: deque[Sequence[tuple[int, int]]] = deque()
+#: What forgets seams and pieces that are gone. A finalizer runs at any place, also inside `_tell`,
+#: so that it changes no counts itself: `seams` does.
+dropped: deque[Callable[[], None]] = deque()
 _told: tuple[int, ...] = ()  # what `seams` says
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 warned: set[str] = set()
@@ -231,7 +232,8 @@ class Registration:
         self._unregister()
         with suppress(ValueError):
             live.remove(self)
-            drop_seams(at for at, _ in self.pieces[1:])
+            if between := [at for at, _ in self.pieces[1:]]:
+                dropped.append(partial(drop_seams, between))
 
 
 def add_seams(addresses: Iterable[int]) -> None:
@@ -279,7 +281,7 @@ def seams() -> tuple[int, ...]:
     """Addresses, in order, between two registrations of one memory: no copy may reach across."""
     while dropped:
         with suppress(IndexError):  # another thread was faster
-            disown(dropped.pop())
+            dropped.pop()()
     return _told
 
 

@@ -12,6 +12,7 @@ import math
 import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import pairwise
 from typing import Any, get_args
 
@@ -236,13 +237,13 @@ class Adopted:
     def __init__(self, pieces: Sequence[tuple[int, int]]) -> None:
         self.pieces = tuple(sorted(pieces))
         _registration.adopt(self.pieces)
-        self._dropped = weakref.finalize(self, _registration.dropped.append, self.pieces)
+        forget = partial(_registration.disown, self.pieces)
+        self._dropped = weakref.finalize(self, _registration.dropped.append, forget)
         self._dropped.atexit = False
 
     def close(self) -> None:
         """Forget it, as when it was unregistered."""
-        if self._dropped.detach():  # once, whatever other threads do
-            _registration.disown(self.pieces)
+        self._dropped()  # once, whatever other threads do
 
     def __enter__(self) -> Adopted:
         return self

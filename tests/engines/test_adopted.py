@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -103,6 +105,31 @@ def test_pieces_are_forgotten_if_nothing_holds_them() -> None:
     assert {*pinned.seams()} - {*before} == {501 * page}
     del adopted
     gc.collect()
+    assert pinned.seams() == before
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> None:
+    """It may run at any place of a thread, also where that one holds the lock."""
+    before, page = pinned.seams(), 4096
+    if registered:
+        gone: Any = pinned.allocate(4 * page, largest=2 * page)
+    else:
+        gone = pinned.adopt([(600 * page, page), (601 * page, page)])
+
+    def finalize(frame: FrameType, event: str, argument: object) -> None:
+        if argument is sorted and frame.f_code.co_name == "_tell":
+            sys.setprofile(None)
+            gone.close()
+
+    sys.setprofile(finalize)
+    try:
+        adopted = pinned.adopt([(500 * page, page), (501 * page, page)])
+    finally:
+        sys.setprofile(None)
+    assert {*pinned.seams()} - {*before} == {501 * page}
+    adopted.close()
     assert pinned.seams() == before
 
 
