@@ -11,7 +11,7 @@ from portakv.copy.copy import Ids, carrier, checked, copy_move, follow_current, 
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.slices import in_layers, in_slices
 from portakv.engines.engine import Terms
-from portakv.errors import LayoutError, SlotError
+from portakv.errors import LayoutError, SlotError, flag
 from portakv.plan.move import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
@@ -72,7 +72,8 @@ def copy_blocks(
         Unsupported: terms that cannot be kept; in slices, detached or strict, inside graph capture.
         PortaKVError: what `copy_rows` raises. Slices also refuse bad ids on a device at once.
     """
-    strict, sliced = is_strict(check), cancellable or max_gbps is not None
+    strict, sliced = is_strict(check), flag("cancellable", cancellable) or max_gbps is not None
+    flag("by_layer", by_layer)
     terms = None
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
         # No stream orders slices anyway.

@@ -26,8 +26,7 @@ class Statistics:
             destination if the source is a chunk.
         blocks_asked: blocks to move. Ids on the host that are skipped do not count; ids on a
             device are not looked at.
-        engine: the backend, or the engine across the link, that carried it out; of several pieces,
-            the first.
+        engine: the backend, or the engine across the link, that carried it out, or its first piece.
         why: why that one, as a phrase.
         seconds: what it took by the host's clock, from the call to the moment when the end was
             noticed; None before the end, and inside graph capture.
@@ -56,8 +55,7 @@ def token_bytes(form: Form) -> float:
 
 
 class BlockTransfer(Transfer):
-    """What `copy_blocks` returns; it keeps no view of its move. Its ``worker`` issues what is not
-    issued yet."""
+    """What `copy_blocks` returns; it keeps no view of its move. Its ``worker`` issues the rest."""
 
     __slots__ = ("_began", "_ended", "_form", "_indices", "_layers", "_tokens", "_worker")
 

@@ -78,10 +78,10 @@ class Index:
         if type(step) is not int or type(offset) is not int:
             with suppress(TypeError):
                 step, offset = whole_number(step), whole_number(offset)
-        if type(step) is not int or type(offset) is not int or step < 1 or offset < 0:
+        if type(step) is not int or type(offset) is not int or not 0 < step <= _INT32 or offset < 0:
             raise SlotError(
                 f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
-                f"at least 1 and offset at least 0."
+                f"from 1 to {_INT32} and offset at least 0."
             )
         self._set(None if ids is None else _as_ids(ids), step, offset, _Store(), False)
 
