@@ -74,8 +74,7 @@ def misplaced(asked: argparse.Namespace) -> str:
 
 def run(asked: argparse.Namespace) -> int:
     """Print the engine, what each would take, the terms, and where the figures come from. Raises
-    `DeviceMismatch` for a device that torch cannot use, `Unsupported` if no engine takes the
-    copy."""
+    `DeviceMismatch` for a device that torch cannot use, `Unsupported` if none takes it."""
     run_bytes = asked.run_bytes or _RUN_BYTES
     runs = asked.blocks or (-(-asked.payload // run_bytes) if asked.payload else 1)
     nbytes = asked.payload or runs * run_bytes

@@ -39,8 +39,7 @@ class AdaptiveConnector:
         kv_layout: layout of ``kv_caches``, a string or a preset. Default: vLLM flash attention,
             a list over layers of ``(2, blocks, block_size, heads, head_dim)``.
         chunk_layout: layout of memory objects. Default ``[2, L, T, H*D]``.
-        reinterpret: memory objects may be of another number type than the caches: their bits are
-            moved.
+        reinterpret: memory objects may be of another number type than the caches: bits are moved.
         check: ``usual`` looks at slots on the host; ``strict`` also at slots on a device, which
             each call then waits for: those past the end, and destinations that occur twice, are
             refused before anything is moved.
@@ -167,8 +166,8 @@ class AdaptiveConnector:
     def explain(self, tokens: int = 256) -> str:
         """The trace of candidates and, if caches are registered, the plan of storing a contiguous
         chunk of ``tokens`` tokens."""
-        if type(tokens) is not int or tokens < 1:
-            raise SlotError(f"explain(tokens={tokens!r}) was asked; expected a positive integer.")
+        if type(tokens) is not int or not 0 < tokens < 1 << 31:
+            raise SlotError(f"explain(tokens={tokens!r}) was asked; expected 1 to 2**31 - 1.")
         lines = [f"{self.device}: backend {self._choice.name!r} was chosen"]
         lines += [f"  {decision}" for decision in self._choice.trace]
         registered = self._registered

@@ -12,7 +12,7 @@ import torch
 
 from portakv.engines.choose import across
 from portakv.engines.engine import Engine, Terms
-from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, Unsupported
+from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, Unsupported, flag
 from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
@@ -80,7 +80,7 @@ def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
                 f"A copy was asked of a {type(view).__name__}; expected two views. Read tensors "
                 f"through a layout: KVView(tensors, layout)."
             )
-    return src.as_bytes() if reinterpret else src
+    return src.as_bytes() if flag("reinterpret", reinterpret) else src
 
 
 def common_device(src: KVView, dst: KVView) -> torch.device:

@@ -28,8 +28,7 @@ class Statistics:
             ids in the source's own blocks.
         blocks_asked: blocks to move. Ids on the host that are skipped do not count; ids on a
             device are not looked at.
-        engine: the backend, or the engine across the link, that carried it out; of several pieces,
-            the first.
+        engine: the backend, or the engine across the link, that carried it out, or its first piece.
         why: why that one, as a phrase.
         seconds: what it took by the host's clock, from the call to the moment when the end was
             noticed; None before the end, and inside graph capture.

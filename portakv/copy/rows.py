@@ -19,7 +19,7 @@ from portakv.copy.copy import (
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.slices import in_layers, in_slices
 from portakv.engines.engine import Terms
-from portakv.errors import InvalidTerms
+from portakv.errors import InvalidTerms, flag
 from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
@@ -108,7 +108,8 @@ def issued(
         transfer = issued(src, dst, src_index, dst_index, *given, detached, check, None)
         late.keep(transfer)
         return transfer
-    strict, sliced = is_strict(check), cancellable or max_gbps is not None
+    strict, sliced = is_strict(check), flag("cancellable", cancellable) or max_gbps is not None
+    flag("by_layer", by_layer)
     terms = None
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
         # No stream orders slices anyway.

@@ -90,8 +90,7 @@ def calibrate(
     timer: Timer | None = None, clock: Callable[[], float] = perf_counter,
 ) -> Table:  # fmt: skip
     """Measure the engines of an accelerator, which is idle, on a grid (default: `GRID`) by a timer
-    (default: a `Timer`), in so many ``seconds`` by a ``clock``; points that are left then are not
-    measured.
+    (default: a `Timer`), in so many ``seconds`` by a ``clock``; the points left are not measured.
 
     Raises:
         PortaKVError: no engine could be measured, with the reasons.

@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 
 from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
-from portakv.errors import InvalidTerms
+from portakv.errors import InvalidTerms, flag
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
@@ -52,15 +52,14 @@ class Terms:
     detached: bool = False
 
     def __post_init__(self) -> None:
+        flag("detached", self.detached)
         blocks, rate = self.max_thread_blocks, self.max_gbps
         known = (
             ("overlap", self.overlap in OVERLAPS,
              f"one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for {OVERLAPS[0]}"),
-            ("detached", isinstance(self.detached, bool),
-             "True or False; pass one, or leave it out for False"),
             ("max_thread_blocks", blocks is None or (isinstance(blocks, int) and blocks >= 1),
              "a whole number from 1 on; pass one, or None for the engine's own limit"),
-            ("max_gbps", rate is None or (isinstance(rate, Real) and rate > 0),
+            ("max_gbps", rate in (None, inf) or (isinstance(rate, Real) and 0 < rate < 1e9),
              "10^9 bytes in a second, above 0; pass so many, or None for the link's own rate"),
         )  # fmt: skip
         for name, right, expected in known:

@@ -52,8 +52,7 @@ class Sizes(NamedTuple):
 def cuts(
     form: Form, outside: tuple[str, ...], count: int, quantum: int, rising: bool, sizes: Sizes
 ) -> list[Cut]:
-    """Cut ``count`` positions of the host's form into slices, in the order in which they should be
-    moved.
+    """Cut ``count`` positions of the host's form into slices, in the order of their moves.
 
     Args:
         outside: which of ``kv`` and ``layer`` lie outside the positions in memory, outermost first.
@@ -111,8 +110,7 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
 
 
 class Stages:
-    """Both stages of a plan: between the device's rows and dense ones, by ``half``, and across the
-    link.
+    """Both stages of a plan: between rows and dense ones on the device, by ``half``, and the link.
 
     Attributes:
         dense: how dense rows lie: as the host has them, or ``by_layer``.

@@ -248,7 +248,7 @@ def _check_forms(src: Form, dst: Form) -> None:
             raise LayoutError(
                 f"The source's rows of kv {k} are {one} and the destination's {other}; a copy "
                 f"moves bits and converts nothing. Make the dtypes equal, or pass reinterpret=True "
-                f"if the bits are meant."
+                f"(to a connector when it is made) if the bits are meant."
             )
 
 

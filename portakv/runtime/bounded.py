@@ -31,8 +31,7 @@ class Bounded(dict[Key, Value]):
         self._shrink()
 
     def setdefault(self, key: Key, value: Value) -> Value:
-        """The value of ``key``, which is ``value`` if there was none: of several threads, the value
-        of the first."""
+        """The value of ``key``, which is ``value`` if there was none: the first thread's."""
         value = super().setdefault(key, value)
         self._shrink()
         return value

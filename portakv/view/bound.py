@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.errors import DeviceMismatch, LayoutError
+from portakv.errors import DeviceMismatch, LayoutError, flag
 from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import Factor, Layout, parse
 from portakv.layout.presets import Extent, resolve
@@ -204,7 +204,7 @@ def bind_layout(
                 f"{name}={extent} was declared, but preset {layout!r} is true only for "
                 f"{name}={always[name]}; declare that, or write the layout string."
             )
-    return _bound(text, tuple(sorted(declared.items())), bool(reinterpret))
+    return _bound(text, tuple(sorted(declared.items())), flag("reinterpret", reinterpret))
 
 
 def _flatten(layout: Layout, tensors: object) -> tuple[list[torch.Tensor], list[int]]:
@@ -241,7 +241,7 @@ def _not_read(layout: Layout, asked: str, found: object, expected: str) -> Layou
     if isinstance(found, np.ndarray):
         return LayoutError(
             f"A numpy array of shape {found.shape} was found where tensors are read; hand over "
-            f"torch.from_numpy(array), which shares its memory."
+            f"torch.from_numpy(array), which shares its memory, or a copy if a stride is negative."
         )
     if not isinstance(found, (torch.Tensor, list, tuple, Mapping)):
         expected = "; expected tensors, in lists, tuples or dicts."

@@ -86,10 +86,10 @@ class Index:
         if type(step) is not int or type(offset) is not int:
             with suppress(TypeError):
                 step, offset = whole_number(step), whole_number(offset)
-        if type(step) is not int or type(offset) is not int or step < 1 or offset < 0:
+        if type(step) is not int or type(offset) is not int or not 0 < step <= _INT32 or offset < 0:
             raise SlotError(
                 f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
-                f"at least 1 and offset at least 0."
+                f"from 1 to {_INT32} and offset at least 0."
             )
         made = None if ids is None else _as_ids(ids)
         self._set(made, step, offset, _Store(), False, bool(trusted))

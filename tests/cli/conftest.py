@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every test of the commands has: 80 columns without colours, nothing forced, and tables of
-either kind."""
+"""What tests of the commands have: 80 columns, no colours, nothing forced, either kind of table."""
 
 from __future__ import annotations
 

@@ -90,8 +90,7 @@ def test_how_a_run_ends(
     behaviours: dict[str, str], words: str, code: int, told: list[str], command: Command,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """Its exit code and its words, those of what cannot be judged to standard error; no folder is
-    left behind."""
+    """Its exit code and its words, what cannot be judged to standard error; no folder stays."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert command(behaviours, *words.split()) == code
     said = " ".join((command.err if code > 1 else command.out + command.err).split())

@@ -298,6 +298,10 @@ def test_what_all_refuse(given: Any, error: Any, words: list[str], options: dict
         ({"max_thread_blocks": 2.5}, "whole number"),
         ({"detached": "no"}, "expected True or False"),
         ({"detached": 1}, "expected True or False"),
+        ({"by_layer": "no"}, "expected True or False"),
+        ({"cancellable": 0}, "expected True or False"),
+        ({"reinterpret": "no"}, "expected True or False"),
+        ({"max_gbps": 10**400}, "above 0; pass so many, or None"),
     ],
     ids=str,
 )

@@ -151,8 +151,7 @@ def test_what_is_freed_right_after_the_call(rig: Rig, freed: str, keep: bool) ->
     moved: Any = rig.move(store, chunk, None, ids, stream=rig.delayed())
     del ids, chunk
     moved = moved if keep else None
-    # The allocator gives that memory to others. Zeros are slots as well: a wrong row, never a wild
-    # one.
+    # The allocator gives that memory to others. Zeros are slots too: a wrong row, never a wild one.
     junk = [torch.zeros(n, dtype=torch.uint8, device=rig.device) for n in sizes for _ in range(16)]
     settle(rig.device)
     check(targets, wanted)

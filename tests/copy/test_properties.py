@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Drawn structure, and every kind of preset as source and as destination, judged by the oracle byte
-by byte.
+"""Drawn structure, and every kind of preset as source and destination, judged by the oracle.
 
 1,000 derandomised examples in an ordinary run, 20,000 in `.ci/full`; ``pytest --fuzz N`` draws N
 fresh ones in each test. Of the pairs of presets an ordinary run makes a third, `.ci/full` all.

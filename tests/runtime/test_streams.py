@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of the library's own: each has one owner. With a stand-in for the CUDA driver, and on a
-device."""
+"""Streams of the library's own: each has one owner. With a stand-in of CUDA's driver, and it."""
 
 from __future__ import annotations
 

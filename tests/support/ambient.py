@@ -55,7 +55,9 @@ STATES: dict[str, State] = {
     "default dtype bfloat16": _set(torch.set_default_dtype, torch.bfloat16, torch.float32),
     "inference mode": lambda device: torch.inference_mode(),
     "no grad": lambda device: torch.no_grad(),
-    "autocast": lambda device: torch.autocast("cpu", dtype=torch.bfloat16),
+    "autocast": lambda device: torch.autocast(
+        device.type if device.type == "cuda" else "cpu", dtype=torch.bfloat16
+    ),
     # What torch.use_deterministic_algorithms calls, which imports all of inductor before.
     "deterministic algorithms": _set(torch._C._set_deterministic_algorithms, True, False),
     "another current device": _another_current_device,

@@ -22,8 +22,7 @@ from portakv.backends.reference import Reference
 
 
 class Right(Reference):
-    """Nothing is wrong with it; it does what `reference` does. Subclasses are named after their
-    class."""
+    """Nothing is wrong with it; it does what `reference` does. Subclasses add to its name."""
 
     name = "suite-right"
 

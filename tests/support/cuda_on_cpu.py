@@ -99,8 +99,7 @@ class CudaOnCpu(Backend):
 
 
 class _Launch(RowsLaunch):
-    """Tells its driver where a prefetch may be: one of a wrong address does no harm on a device,
-    and no good."""
+    """Tells its driver where a prefetch may be: one of a wrong address does a device no harm."""
 
     def __call__(self, src: KVView, *rest: Any, **named: Any) -> None:
         assert isinstance(self._driver, HostDriver)
