@@ -80,7 +80,7 @@ def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
                 f"A copy was asked of a {type(view).__name__}; expected two views. Read tensors "
                 f"through a layout: KVView(tensors, layout)."
             )
-    return src.as_bytes() if flag("reinterpret", reinterpret) else src
+    return src if reinterpret is False or not flag("reinterpret", reinterpret) else src.as_bytes()
 
 
 def common_device(src: KVView, dst: KVView) -> torch.device:

@@ -108,8 +108,9 @@ def issued(
         transfer = issued(src, dst, src_index, dst_index, *given, detached, check, None)
         late.keep(transfer)
         return transfer
-    strict, sliced = is_strict(check), flag("cancellable", cancellable) or max_gbps is not None
-    flag("by_layer", by_layer)
+    if by_layer is not False or cancellable is not False:
+        flag("by_layer", by_layer), flag("cancellable", cancellable)
+    strict, sliced = is_strict(check), cancellable or max_gbps is not None
     terms = None
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
         # No stream orders slices anyway.

@@ -126,11 +126,11 @@ class _Storages:
     @classmethod
     def of(cls, view: KVView) -> _Storages:
         """Those of a view, kept with it."""
-        known: _Storages | None = view.derived.get(cls)
+        known: _Storages | None = view.derived.get("storages")
         if known is None:
             # A tensor made in inference mode could not be written outside of it.
             with torch.inference_mode(False):
-                known = view.derived[cls] = cls(view)
+                known = view.derived["storages"] = cls(view)
         return known
 
     def rows(self, address: int, width: int, height: int, pitch: int) -> torch.Tensor:

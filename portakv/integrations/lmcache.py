@@ -139,7 +139,7 @@ def _ops(base: type[Any], device_type: str) -> type[Any]:
             # Where LMCache wants a package of the vendor, PortaKV's ops do without.
             with suppress(ImportError):
                 super().ensure_native()
-            vars(self).pop(BYPASS, None)  # the daemon then calls the ops one by one
+            self.__dict__.pop(BYPASS, None)  # the daemon then calls the ops one by one
             for module, names in OPS.items():
                 for name in names:
                     setattr(self, name, getattr(module, name))

@@ -104,9 +104,9 @@ def moves_of(
                     f"Nothing was moved."
                 )
         moves.append(move)
-    written = chunks if store else blocks
+    targets = chunks if store else blocks
     for numbers in together:
-        ids, times = np.unique(np.concatenate([written[n] for n in numbers]), return_counts=True)
+        ids, times = np.unique(np.concatenate([targets[n] for n in numbers]), return_counts=True)
         if len(twice := ids[times > 1]):
             raise SlotError(
                 f"A job names {twice[0]} in its destination for more than one of the groups "

@@ -93,11 +93,11 @@ def test_blocks_of_chunks_on_a_device_take_one_call_for_each_layer(
 def test_of_two_sides_only_ids_are_looked_at(accelerator: torch.device) -> None:
     """Slots that follow each other are known to lie in their view."""
     cache, chunk = noise(20, ROW, seed=1).to(accelerator), noise(5, ROW, seed=2).to(accelerator)
-    views = [KVView(each, "token dim") for each in (cache, chunk)]
+    src, dst = KVView(cache, "token dim"), KVView(chunk, "token dim")
     for _ in range(2):  # the backend checks itself once
         ids = torch.tensor([7, 2, 0, 5, 8]).to(accelerator)
         with Calls() as calls:
-            copy_rows(*views, Index(ids), backend="reference")
+            copy_rows(src, dst, Index(ids), backend="reference")
     assert torch.equal(chunk.cpu(), cache.cpu()[[7, 2, 0, 5, 8]])
     assert calls.seen["ge"] == calls.seen["lt"] == 1
     assert not {"arange", "bitwise_not"} & calls.seen.keys()

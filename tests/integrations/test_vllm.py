@@ -26,6 +26,7 @@ from support.ambient import STATES, State
 from support.engine_process import accelerators, answer, defaults, in_a_process, in_a_worker
 from support.guarded_memory import check_sentence, refused
 from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
+from torch.cuda import _sleep
 from vllm.v1.kv_offload import base
 from vllm.v1.kv_offload.cpu import spec as cpu_spec
 from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
@@ -66,6 +67,10 @@ def make() -> Iterator[Make]:
 def finish(worker: Any, jobs: set[int]) -> Any:
     worker.wait(jobs)
     return worker.get_finished()
+
+
+def hosts(worker: plug.PortaKVOffloadingWorker) -> list[torch.Tensor]:
+    return [part.host.tensors[0] for parts in worker._groups for part in parts]
 
 
 def settle(device: torch.device) -> None:
@@ -300,7 +305,7 @@ def delay(device: torch.device, stream: torch.Stream | None = None) -> None:
     stream = stream or torch.accelerator.current_stream(device)
     if device.type == "cuda":
         with stream:
-            torch.cuda._sleep(400_000_000)
+            _sleep(400_000_000)
     else:
         simdev.delay(stream, 200)
 
@@ -419,8 +424,7 @@ def test_bad_stores_are_refused_and_move_nothing(
 ) -> None:  # fmt: skip
     worker = make(Caches(device, [64, 64], [[0], [1]]), 2, 4)
     settle(device)
-    watched = [part.host.tensors[0] for parts in worker._groups for part in parts]
-    with refused(SlotError, *told, watch=watched):
+    with refused(SlotError, *told, watch=hosts(worker)):
         worker.submit_store(1, device_spec(blocks, firsts), host_spec(chunks))
     assert worker.get_finished() == []
 
@@ -478,7 +482,7 @@ def test_a_job_under_way_is_not_submitted_again(accelerator: torch.device, make:
 def test_shutdown_waits_and_is_the_end(device: torch.device, make: Make) -> None:
     caches = Caches(device, [64], [[0]])
     worker = make(caches)
-    host = worker._groups[0][0].host.tensors[0]
+    host = hosts(worker)[0]
     if device.type != "cpu":
         delay(device)
     worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
@@ -494,7 +498,7 @@ def test_shutdown_waits_for_all_jobs_if_one_failed(accelerator: torch.device, ma
     """Else a copy would go on into memory that was given back."""
     caches = Caches(accelerator, [64], [[0]])
     worker = make(caches)
-    host, gone = worker._groups[0][0].host.tensors[0], []
+    host, gone = hosts(worker)[0], []
     worker._region = SimpleNamespace(cleanup=lambda: gone.append(host[1].clone()))
     worker.submit_store(1, device_spec([[2]], [0]), host_spec([0]))
     worker._store.jobs[1].completions[0].error = TransferError("Job 1 failed.")

@@ -24,7 +24,7 @@ class Rows(torch.Tensor):
     """Host memory as the worker lays it out, all tensors of a chunk side by side; some tests read
     it by ``view``, which takes each tensor in memory of its own, as vLLM's is."""
 
-    def view(self, *size: int) -> torch.Tensor:
+    def view(self, *size: int) -> torch.Tensor:  # type: ignore[override]
         return self.reshape(*size)
 
 
