@@ -39,7 +39,7 @@ BUDGETS = {
     "portakv/cli": 2_090,
     "portakv/connector": 840,
     "portakv/copy": 1_290,
-    "portakv/engines": 3_130,
+    "portakv/engines": 3_180,
     "portakv/host": 2_830,
     "portakv/layout": 770,
     "portakv/plan": 720,
@@ -49,7 +49,7 @@ BUDGETS = {
     "conformance": 13_500,
     "benchmarks": 4_630,
     "benchmarks/plugs": 1_020,
-    "tests": 33_220,
+    "tests": 33_230,
     "tests/integrations": 4_650,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.

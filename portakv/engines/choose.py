@@ -288,7 +288,8 @@ class HostLaunch(EngineLaunch):
         count = move.count
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
-        waits = self._waiting(told_of(rows, mine), told_of(host, theirs))
+        clean = mine.is_clean(count, rows.slots) and theirs.is_clean(count, host.slots)
+        waits = self._waiting(told_of(rows, mine), told_of(host, theirs), clean)
         # Once another engine refuses the plan, picks that were made before no longer count.
         key = whole, of_host, count, tuple(out), waits
         found = self._picks.get(key)
@@ -304,14 +305,18 @@ class HostLaunch(EngineLaunch):
             self._picks[key] = found
         return found
 
-    def _waiting(self, rows: bool, host: bool) -> frozenset[str]:
+    def _waiting(self, rows: bool, host: bool, clean: bool) -> frozenset[str]:
         """The engines that would wait for a device, by whether the host is told where the device's
-        rows are, and its own."""
+        rows are, and its own, and whether ids need no guard: without one they are read back."""
         if rows and host:
             return _NONE
         told = {"none": True, "host": host, "both": rows and host}
         engines = tuple(self.engines.items())  # another thread may take one out meanwhile
-        return frozenset(name for name, engine in engines if not told[engine.reads])
+        return frozenset(
+            name
+            for name, engine in engines
+            if not told[engine.reads] or not (clean or engine.capabilities().guards)
+        )
 
     def claims(self, move: Move) -> Capabilities:
         """What the engine that a transfer takes can do; raises as the function `pick` does."""

@@ -220,6 +220,12 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
         assert (claims.guards, claims.skips_negative) == (expected == "direct",) * 2
         # Staging needs the ids of the host's rows alone.
         assert launch.pick(move._replace(src_index=ids, dst_index=host_ids)).engine == known
+        # But it cannot guard the device's, which are read back for it unless they are trusted.
+        for trusted in (True, False):
+            there = OnDevice([2 * n for n in range(30)], SIZE, trusted=trusted)
+            there.on_host = False
+            found = launch.pick(move._replace(src_index=there, dst_index=host_ids)).engine
+            assert found == (known if trusted else expected)
     assert "does not wait" in launch.pick(unknown).why
     monkeypatch.setattr(chosen, "capturing", lambda device: True)
     assert not launch.claims(unknown).guards, "inside a capture nothing is prepared"

@@ -305,7 +305,7 @@ def delay(device: torch.device, stream: torch.Stream | None = None) -> None:
     stream = stream or torch.accelerator.current_stream(device)
     if device.type == "cuda":
         with stream:
-            _sleep(400_000_000)
+            _sleep(4_000_000_000)
     else:
         simdev.delay(stream, 200)
 

@@ -67,7 +67,7 @@ def test_a_request_longer_than_its_table(device: torch.device) -> None:
         index = Index.of_requests(tables, LENGTHS, SIZE, count=23)
         src, out = layered(device), torch.zeros(2, LAYERS, 23, 2, 16, dtype=torch.float16)
         transfer = copy_rows(src.view, KVView(out.to(device), "kv layer token head dim"), index)
-        with pytest.raises(SlotError, match="Position 8"):
+        with pytest.raises(SlotError, match=r"Position (8|20)"):
             transfer.synchronize()
         return
     with pytest.raises(SlotError) as refused:
