@@ -39,7 +39,7 @@ BUDGETS = {
     "portakv/cli": 2_090,
     "portakv/connector": 840,
     "portakv/copy": 1_290,
-    "portakv/engines": 3_180,
+    "portakv/engines": 3_140,
     "portakv/host": 2_830,
     "portakv/layout": 770,
     "portakv/plan": 720,
