@@ -220,7 +220,7 @@ def test_blocks_are_poisoned_before_a_load_begins(monkeypatch: pytest.MonkeyPatc
     def specs(*given: Any, **named: Any) -> tuple[Any, ...]:
         return given
 
-    engine = SimpleNamespace(GPULoadStoreSpec=specs, CPULoadStoreSpec=specs)
+    engine = SimpleNamespace(GPULoadStoreSpec=specs, CPULoadStoreSpec=list)
     for name in ("base", "cpu.common"):
         monkeypatch.setitem(sys.modules, f"vllm.v1.kv_offload.{name}", engine)
     module = SimpleNamespace(synchronize=lambda: done.append("synchronize"))
