@@ -68,7 +68,7 @@ def copy_blocks(
         LayoutError: ids for a view that is not paged.
         SlotError: the two sides cover different numbers of tokens.
         DeviceMismatch: a stream of another device.
-        InvalidTerms: another ``overlap`` or ``check``, or a number that is none for its term.
+        InvalidTerms: another ``overlap`` or ``check``, a flag or number that is none for its term.
         Unsupported: terms that cannot be kept; in slices, detached or strict, inside graph capture.
         PortaKVError: what `copy_rows` raises. Slices also refuse bad ids on a device at once.
     """

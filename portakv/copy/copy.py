@@ -79,7 +79,7 @@ def copy_rows(
         LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
         SlotError: a bad index on the host; bad device ids are raised by the transfer.
         DeviceMismatch, BackendUnavailable, Unsupported: no backend carries it out; with the trace.
-        InvalidTerms: another ``check``.
+        InvalidTerms: another ``check``, or a ``reinterpret`` that is neither True nor False.
     """
     src = source_of(src, dst, reinterpret)
     mine, theirs = Index.of(src_index), Index.of(dst_index)
