@@ -255,7 +255,7 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
     ],
     InvalidTerms: [
         (lambda s: rows(s.cache, s.rows, [0], reinterpret="no"), "'no'", "True or False"),
-        (lambda s: AdaptiveConnector("cpu", reinterpret=1), "reinterpret=1", "True or False"),
+        (lambda s: s.connector.__class__("cpu", reinterpret=1), "reinterpret=1", "True or False"),
         (lambda s: rows(s.cache, s.rows, [0], check="loose"), "='loose'", "'usual' or 'strict'"),
     ],
     DeviceMismatch: [
