@@ -31,7 +31,7 @@ examples:
 PORTAKV_BACKEND=name forces a backend: it serves, or the command ends with an
 error that says what every candidate answered."""
 
-#: Verbs of other packages: package, the extra that brings what it needs, that, what it does.
+#: Verbs of other packages: the package, its extra, what that brings, and what the verb does.
 _DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "conform": ("portakv_conformance", "conformance", ("pytest", "hypothesis"),
                 "judge a backend by the conformance suite"),

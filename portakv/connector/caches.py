@@ -72,7 +72,7 @@ class Registration:
             view.table  # noqa: B018 - made now, so that no transfer has to
         self.allocations = Allocations(kv_caches)
         self._facts = _facts(self.allocations.leaves)
-        self.shortcuts = Shortcuts(view, self.allocations.leaves, choice, owner)
+        self.shortcuts = Shortcuts(view, self.allocations.unchanged, choice, owner)
         self._layout = chunk_layout
         self._bound: dict[tuple[str, int], BoundLayout] = {}
 

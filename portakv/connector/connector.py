@@ -48,7 +48,7 @@ class AdaptiveConnector:
     Raises:
         LayoutError: a layout that cannot be parsed, or extents that it does not have.
         BackendUnavailable: no backend, or not the forced one, serves the device.
-        InvalidTerms: another ``check``.
+        InvalidTerms: another ``check``, or a ``reinterpret`` that is neither True nor False.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class AdaptiveConnector:
         """The trace of candidates and, if caches are registered, the plan of storing a contiguous
         chunk of ``tokens`` tokens."""
         if type(tokens) is not int or not 0 < tokens < 1 << 31:
-            raise SlotError(f"explain(tokens={tokens!r}) was asked; expected 1 to 2**31 - 1.")
+            raise SlotError(f"A plan of tokens={tokens!r} was asked; pass from 1 to 2**31 - 1.")
         lines = [f"{self.device}: backend {self._choice.name!r} was chosen"]
         lines += [f"  {decision}" for decision in self._choice.trace]
         registered = self._registered

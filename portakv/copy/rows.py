@@ -82,7 +82,7 @@ def copy_rows(
         SlotError: a bad index on the host, or sides that cover different numbers of tokens; bad
             device ids are raised by the transfer. Slices also refuse those at once.
         DeviceMismatch: a stream of another device.
-        InvalidTerms: another ``overlap`` or ``check``, or a number that is none for its term.
+        InvalidTerms: another ``overlap`` or ``check``, a flag or number that is none for its term.
         BackendUnavailable, Unsupported: no backend carries it out, with the trace; terms that
             cannot be kept; in slices, detached or strict, inside graph capture.
     """

@@ -9,6 +9,7 @@ not fit goes through `copy_move` again, which also finds the words for an error.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 
 import torch
 
@@ -21,23 +22,22 @@ from portakv.runtime.transfer import Completion, Owner, Transfer, acquire_word, 
 from portakv.view.index import Ids, Index
 from portakv.view.view import KVView
 
-_address_of = torch.Tensor.data_ptr
 _current_device = torch.accelerator.current_device_index
 _MOST = 256  # a chunk length that comes once must not stay for ever
 
 
 class Shortcuts:
-    """The shortcuts of one registration. ``cache``: its caches; ``tensors``: theirs, as the caller
-    has them; ``owner``: the connector, which reports errors later."""
+    """The shortcuts of one registration. ``cache``: its caches; ``unchanged``: whether each of
+    their tensors lies where it lay; ``owner``: the connector, which reports errors later."""
 
     def __init__(
-        self, cache: KVView, tensors: list[torch.Tensor], choice: Choice, owner: Owner
+        self, cache: KVView, unchanged: Callable[[], bool], choice: Choice, owner: Owner
     ) -> None:
         self._cache, self._choice, self._owner = cache, choice, owner
         device = choice.backend.device
         self._events, self._index = event_pool(device), device.index
         self._capturing = capture_question(device)
-        self._tensors, self._begins = tensors, [*map(_address_of, tensors)]
+        self._unchanged = unchanged
         self._known: Bounded[tuple[object, ...], _Shortcut] = Bounded("shortcuts", _MOST)
         self._repeatable = device.type != "cpu"  # until a launch shows that it is not
 
@@ -72,7 +72,7 @@ class Shortcuts:
         count = end - start
         if count > shortcut.slots or shortcut.overlaps(address):
             return None
-        if [*map(_address_of, self._tensors)] != self._begins:  # memory was freed or replaced
+        if not self._unchanged():
             return None
         # The question of a capture and the event are about the current device.
         if _current_device() != self._index or self._capturing():

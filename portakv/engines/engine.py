@@ -60,7 +60,7 @@ class Terms:
             ("max_thread_blocks", blocks is None or (isinstance(blocks, int) and blocks >= 1),
              "a whole number from 1 on; pass one, or None for the engine's own limit"),
             ("max_gbps", rate in (None, inf) or (isinstance(rate, Real) and 0 < rate < 1e9),
-             "10^9 bytes in a second, above 0; pass so many, or None for the link's own rate"),
+             "10^9 bytes a second, under 10^9 and above 0; pass so many, or None for the link's"),
         )  # fmt: skip
         for name, right, expected in known:
             if not right:

@@ -110,7 +110,7 @@ def multiple(nbytes: int, quantum: int, token_bytes: float) -> int:
 
 
 class Stages:
-    """Both stages of a plan: between rows and dense ones on the device, by ``half``, and the link.
+    """Both stages of a plan: the device's rows to or from dense ones, by ``half``, and the link.
 
     Attributes:
         dense: how dense rows lie: as the host has them, or ``by_layer``.

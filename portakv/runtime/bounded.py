@@ -31,7 +31,7 @@ class Bounded(dict[Key, Value]):
         self._shrink()
 
     def setdefault(self, key: Key, value: Value) -> Value:
-        """The value of ``key``, which is ``value`` if there was none: the first thread's."""
+        """The value of ``key``; ``value`` if there was none, of several threads the first's."""
         value = super().setdefault(key, value)
         self._shrink()
         return value

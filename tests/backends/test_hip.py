@@ -185,7 +185,7 @@ def test_a_loaded_library_is_preferred_then_one_beside(tmp_path: Path) -> None:
 
 
 def test_which_backend_a_torch_for_rocm_gets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No tensor can lie on such a device here: the self-check copies by that driver on the host."""
+    """No tensor can lie on such a device here: the self-check copies by its driver on the host."""
     rocm(monkeypatch, "BW1000", "gfx936")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

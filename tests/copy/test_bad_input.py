@@ -251,8 +251,11 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
         (lambda s: blocks(s.rows, s.cache, None, [2, 2]), "2 times", "once"),
         (lambda s: s.connector.batched_to_gpu([s.chunk], s.caches, [0, 1], [0, 1], [2]),
          "1 memory objects", "2 starts", "1 ends"),
+        (lambda s: s.connector.explain(2**70), "was asked", "from 1 to 2**31 - 1"),
     ],
     InvalidTerms: [
+        (lambda s: rows(s.cache, s.rows, [0], reinterpret="no"), "'no'", "True or False"),
+        (lambda s: s.connector.__class__("cpu", reinterpret=1), "reinterpret=1", "True or False"),
         (lambda s: rows(s.cache, s.rows, [0], check="loose"), "='loose'", "'usual' or 'strict'"),
     ],
     DeviceMismatch: [

@@ -27,7 +27,7 @@ from support.block_cases import (
     until,
     wanted,
 )
-from support.device_cases import current, delay, on, settle
+from support.device_cases import SIDE, STORE, current, delay, on, settle
 from support.threads import run_threads
 
 from portakv import Index, copy_blocks
@@ -39,8 +39,6 @@ from portakv.runtime.worker import WINDOW
 from portakv_conformance import simdev
 
 pytestmark = pytest.mark.usefixtures("small_slices")
-STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
-SIDE = pytest.mark.parametrize("side", [True, False], ids=["side stream", "current stream"])
 ENGINES: list[dict[str, Any]] = [
     {"backend": name, **more}
     for name in ("staged", "descriptors", "direct")

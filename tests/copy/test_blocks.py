@@ -31,7 +31,7 @@ from support.block_cases import (
     pair,
 )
 from support.command_line import registered
-from support.device_cases import current, settle
+from support.device_cases import STORE, current, settle
 from support.guarded_memory import filled, refused, same, untouched
 from support.small_backends import small_backend
 
@@ -47,9 +47,6 @@ from portakv.errors import (
 )
 
 pytestmark = pytest.mark.usefixtures("small_slices")
-
-
-STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
 
 
 # The bytes

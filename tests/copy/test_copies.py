@@ -16,6 +16,7 @@ from support.device_cases import (
     KV_LAYOUT,
     SIZE,
     SLOTS,
+    STORE,
     Rig,
     check,
     gathered,
@@ -35,7 +36,6 @@ DTYPES = [
     torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
 ]  # fmt: skip
 IDS = [9, -1, 17, 6, 0, -5, 23]
-STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
 PLACES = pytest.mark.parametrize("place", ["host", "device"])
 
 

@@ -17,6 +17,8 @@ from support.device_cases import (
     CHUNK_LAYOUT,
     HEADS,
     KV_LAYOUT,
+    SIDE,
+    STORE,
     Rig,
     check,
     current,
@@ -35,8 +37,6 @@ from portakv_benchmarks.shared.harness import DeviceTimer
 from portakv_conformance import simdev
 
 IDS = [9, 2, 17, 6, 0]
-STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
-SIDE = pytest.mark.parametrize("side", [True, False], ids=["side stream", "current stream"])
 PLACES = pytest.mark.parametrize("place", ["host", "device"])
 
 

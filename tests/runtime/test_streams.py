@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams of the library's own: each has one owner. With a stand-in of CUDA's driver, and it."""
+"""Streams of the library's own: each has one owner. By a stand-in for CUDA, and on a device."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from portakv.backends.reference import Reference
 
 
 class Right(Reference):
-    """Nothing is wrong with it; it does what `reference` does. Subclasses add to its name."""
+    """Nothing is wrong with it; it does what `reference` does. Subclasses are named by class."""
 
     name = "suite-right"
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 
 from portakv import AdaptiveConnector, Transfer
@@ -15,6 +16,8 @@ from support.guarded_memory import filled, storages
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 16
 SLOTS = BLOCKS * SIZE
 DEVICE = torch.device("cuda", 0)
+STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+SIDE = pytest.mark.parametrize("side", [True, False], ids=["side stream", "current stream"])
 LONG = 400_000_000  # clock cycles, a fifth of a second
 KV_LAYOUT, CHUNK_LAYOUT = "layer | kv block token head dim", "kv layer token (head dim)"
 
