@@ -23,8 +23,8 @@ from torch.utils import backend_registration
 from portakv_conformance.simdev.build import SimulatedDeviceError, load_library, missing
 
 __all__ = [
-    "EMULATED", "NAMES", "SimulatedDeviceError", "available", "copy_runs", "delay", "early", "load",
-    "loaded", "synchronised", "take_faults",
+    "EMULATED", "NAMES", "SimulatedDeviceError", "available", "copy_runs", "counted", "delay",
+    "early", "load", "loaded", "synchronised", "take_faults",
 ]  # fmt: skip
 
 #: What it always says of itself.
@@ -127,6 +127,13 @@ def take_faults() -> list[str]:
 def synchronised() -> list[str]:
     """The operators that had to wait for the device so far, since their shapes depend on values."""
     return [] if _name is None else list(torch.ops.portakv_simdev.waited())
+
+
+def counted() -> tuple[int, int]:
+    """How many operators and copies were launched so far, and how often a host waited: by any
+    thread, on any device. Views are not launched."""
+    launches, waits = torch.ops.portakv_simdev.counted()
+    return launches, waits
 
 
 @contextmanager

@@ -74,10 +74,12 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   }
   void synchronizeStream(const Stream& stream) const override { wait_for(mark(stream)); }
   void synchronizeDevice(const c10::DeviceIndex device) const override {
-    for (;;) {
+    for (bool first = true;;) {
       JobPtr latest;
       {
         std::lock_guard lock(machine.mutex);
+        machine.waits += first;
+        first = false;
         for (const auto& entry : machine.pending)
           if (entry.second->queue->device == device) latest = entry.second;
       }
@@ -311,6 +313,11 @@ std::vector<std::string> waited() {
   return {machine.waited.begin(), machine.waited.end()};
 }
 
+std::vector<int64_t> counted() {
+  std::lock_guard lock(machine.mutex);
+  return {machine.launches, machine.waits};
+}
+
 void run_early(bool early) {
   std::unique_lock lock(machine.mutex);
   machine.early = early;
@@ -338,6 +345,7 @@ TORCH_LIBRARY(portakv_simdev, m) {
         &copy_runs);
   m.def("taken_faults() -> str[]", &taken_faults);
   m.def("waited() -> str[]", &waited);
+  m.def("counted() -> int[]", &counted);
   m.def("run_early(bool early) -> ()", &run_early);
 }
 

@@ -128,7 +128,7 @@ struct Machine {
   std::set<std::string> waited;  // operations that had to wait for the device
   size_t kept = 0;  // in the pool
   uint64_t jobs = 0;
-  int64_t streams = 0;
+  int64_t streams = 0, launches = 0, waits = 0;  // of any thread's
   bool busy = false, early = false, working = false;
 };
 auto& machine = *new Machine;
@@ -225,6 +225,10 @@ void raise_faults() {
 }
 
 void wait_for(const JobPtr& job) {
+  {
+    std::lock_guard lock(machine.mutex);
+    ++machine.waits;
+  }
   need(job);
   raise_faults();
 }
@@ -357,6 +361,8 @@ JobPtr launch(const Stream& stream, std::string name, std::vector<Touch> touches
     job = make(queue, std::move(name), std::move(touches), std::move(work));
     append(job);
     job->awaited = awaited;
+    ++machine.launches;
+    machine.waits += awaited;
     if (machine.early || awaited) urgent = job;
     else if (machine.pending.size() > kPending) urgent = machine.pending.begin()->second;
   }

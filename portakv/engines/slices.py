@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from portakv.engines.pieces import Pieces, to_2d_copies
-from portakv.engines.staging import dense_rows
+from portakv.engines.staging import Order, dense_rows
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared, prepared
@@ -113,31 +113,31 @@ class Stages:
     """Both stages of a plan: the device's rows to or from dense ones, by ``half``, and the link.
 
     Attributes:
-        dense: how dense rows lie: as the host has them, or ``by_layer``.
+        dense: how dense rows lie, in an ``order`` of the host's form.
         quantum: slices along the positions are multiples of it, but for the last.
     """
 
-    def __init__(self, plan: CopyPlan, half: Choice, by_layer: bool = False) -> None:
+    def __init__(self, plan: CopyPlan, half: Choice, order: Order) -> None:
         self.plan, self.downward = plan, plan.src.place == "device"
-        self.dense = dense_rows(plan.dst if self.downward else plan.src, by_layer)
+        self.dense = dense_rows(plan.dst if self.downward else plan.src, order)
         self.quantum = lcm(plan.unit, self.dense.block_size)
-        self._half, self._by_layer = half, by_layer
+        self._half, self._order = half, order
         self._made: Bounded[int, tuple[Prepared, CopyPlan]] = Bounded("stages of slices", 64)
         self._parts: dict[tuple[Form, Form], Stages] = {}
 
     @classmethod
-    def tried(cls, plan: CopyPlan, half: Choice, device: torch.device) -> Stages:
+    def tried(cls, plan: CopyPlan, half: Choice, device: torch.device, order: Order) -> Stages:
         """The stages of a plan, with the one on the device prepared.
 
         Raises:
-            Unsupported: no backend takes dense rows as the host has them, nor layer by layer; why
-                not the second.
+            Unsupported: no backend takes dense rows in that order, nor layer by layer; why not the
+                second.
         """
-        made = cls(plan, half)
+        made = cls(plan, half, order)
         try:
             made._try(device)
         except Unsupported:
-            made = cls(plan, half, by_layer=True)
+            made = cls(plan, half, "layer")
             made._try(device)
         return made
 
@@ -154,7 +154,7 @@ class Stages:
             return self
         if forms not in self._parts:
             part = CopyPlan(src, dst, plan.src_step, plan.dst_step, plan.unit)
-            self._parts[forms] = Stages(part, self._half, self._by_layer)
+            self._parts[forms] = Stages(part, self._half, self._order)
         return self._parts[forms]
 
     def held(self, count: int, first: int, exactly: bool, largest: int) -> int:

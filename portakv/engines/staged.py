@@ -17,7 +17,7 @@ from portakv.backends.base import Capabilities, Launch
 from portakv.engines.engine import PINNED, Engine, EngineLaunch, Move, finish, read_on
 from portakv.engines.link import link_of
 from portakv.engines.slices import Sizes, Slice, Stages, cuts, kept_slices
-from portakv.engines.staging import Staging, mark, staging
+from portakv.engines.staging import Order, Staging, mark, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared
@@ -52,11 +52,11 @@ class StagedLaunch(EngineLaunch):
 
     kind: type[Slice] = Slice
 
-    def __init__(self, plan: CopyPlan, engine: Engine) -> None:
+    def __init__(self, plan: CopyPlan, engine: Engine, order: Order = "form") -> None:
         super().__init__(plan, engine.device)
         self._detached = engine.terms.detached
         self._host = plan.dst if self.downward else plan.src
-        self.stages = Stages.tried(plan, engine.half, engine.device)
+        self.stages = Stages.tried(plan, engine.half, engine.device, order)
         self.link = link_of(engine.device)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:

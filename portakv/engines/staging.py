@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import cache, lru_cache, partial
 from itertools import pairwise, takewhile
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 
@@ -37,6 +37,9 @@ BUFFERS = 3
 _APART = 256  # bytes: buffers begin at multiples, so that vectors are as wide as they can be
 STREAMS = 8  # whose staging is kept
 _VIEWS = 64  # of buffers, kept for each staging
+#: How rows lie while they are dense: as their form has them; with planes that lie outside tokens
+#: outside of blocks at addresses of their own, layers first; or in an order that all backends know.
+Order: TypeAlias = Literal["form", "planes", "layer"]
 _UNBOUNDED = 0
 _OUTERMOST = 1 << 62  # where an axis of extent 1 stands: no step of it is ever made
 
@@ -51,8 +54,7 @@ class _Factor(NamedTuple):
 
 
 class DenseRows:
-    """How rows of a form lie while they are dense: in its order, or ``by_layer``, in the order that
-    every backend knows.
+    """How rows of a form lie while they are dense.
 
     Attributes:
         block_size: tokens of a block; 1 if the form is not paged.
@@ -60,7 +62,7 @@ class DenseRows:
             extent 1 does not.
     """
 
-    def __init__(self, form: Form, by_layer: bool = False) -> None:
+    def __init__(self, form: Form, order: Order = "form") -> None:
         self.form = form
         self.block_size = form.block_size or 1
         extents: dict[str, Any] = {"layers": form.layers, "kv": form.kv, "dim": tuple(form.widths)}
@@ -68,7 +70,7 @@ class DenseRows:
             extents["block_size"] = form.block_size
         if not form.opaque:
             extents["heads"] = form.heads
-        layout, self._shape = _described(form, extents, by_layer)
+        layout, self._shape = _described(form, extents, order)
         self._bound = bind_layout(layout, **extents)
         names = [name for name, n in zip(layout.split(), self._shape, strict=False) if n != 1]
         self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
@@ -86,14 +88,14 @@ class DenseRows:
 
 
 @lru_cache(maxsize=256)
-def dense_rows(form: Form, by_layer: bool = False) -> DenseRows:
+def dense_rows(form: Form, order: Order = "form") -> DenseRows:
     """The dense rows of a form; made once."""
-    return DenseRows(form, by_layer)
+    return DenseRows(form, order)
 
 
-def _described(form: Form, extents: Mapping[str, Any], by_layer: bool) -> tuple[str, list[int]]:
+def _described(form: Form, extents: Mapping[str, Any], order: Order) -> tuple[str, list[int]]:
     """Layout and shape (0: unbounded) of dense rows."""
-    if not by_layer and (found := _in_order(form)) is not None:
+    if order != "layer" and (found := _in_order(form, order == "planes")) is not None:
         layout, shape = found
         sizes = [extent or 1 for extent in shape]
         with suppress(PortaKVError):  # of an order that the language cannot say
@@ -109,10 +111,16 @@ def _described(form: Form, extents: Mapping[str, Any], by_layer: bool) -> tuple[
     return "layer token (kv head dim)", [form.layers, _UNBOUNDED, each]
 
 
-def _in_order(form: Form) -> tuple[str, list[int]] | None:
-    """Layout and shape of the form's own order in memory, outermost first; None: no layout has
-    it."""
+def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
+    """Layout and shape of the form's own order in memory, outermost first, perhaps with planes
+    outside; None: no layout has it."""
     factors = sorted(_factors(form), key=lambda f: (f.table, f.stride), reverse=True)
+    if planes_outside:
+        apart = [each for each in factors if each.name == "block" and each.table]
+        rest = [each for each in factors if each not in apart]
+        planes = [*takewhile(lambda each: each.name in ("kv", "layer") or each.extent == 1, rest)]
+        inside = rest[len(planes) :]
+        factors = [*sorted(planes, key=lambda each: each.name == "kv"), *apart, *inside]
     names = [factor.name for factor in factors]
     shape = [factor.extent for factor in factors]
     if len(set(form.widths)) > 1:

@@ -85,7 +85,7 @@ def test_what_portakv_needs_does_not_wait_for_the_device() -> None:
     more than they read, such as a blocking copy of ids behind a producer."""
     x = torch.zeros(8, 4, dtype=torch.int64, device=DEVICE)
     ids, out = torch.tensor([1, 2], device=DEVICE), torch.empty(2, 4, dtype=x.dtype, device=DEVICE)
-    before = simdev.synchronised()
+    before, (launches, waits) = simdev.synchronised(), simdev.counted()
     torch.accelerator.synchronize()
     x.fill_(1)
     marker = torch.Event(DEVICE)
@@ -100,6 +100,7 @@ def test_what_portakv_needs_does_not_wait_for_the_device() -> None:
     assert torch.tensor([3, 4], device=DEVICE).cpu().tolist() == [3, 4]
     assert not marker.query()
     assert simdev.synchronised() == before
+    assert simdev.counted() == (launches + 13, waits + 3)
 
 
 def test_errors_of_shapes_and_places_are_raised_by_the_call() -> None:

@@ -4,6 +4,7 @@ devices; and how its slices are cut."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from portakv.engines.pageable import Ring
 from portakv.engines.slices import Sizes
 from portakv.engines.staging import BUFFERS, BounceBuffers, bounce_buffers
 from portakv.plan.plan import CopyPlan
+from portakv.registry.registry import choose
 
 SLICE, TOKEN, TOKENS = 2048, 3 * 2 * 2 * 16 * 2, 96  # bytes, of a token; tokens of a copy
 REPEATS = 8
@@ -33,11 +35,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def between_chunks(
-    device: torch.device, downward: bool, tokens: int = TOKENS, seed: int = 1
+    device: torch.device, downward: bool, tokens: int = TOKENS, seed: int = 1, kernel: bool = False
 ) -> Transfers:
-    """One chunk on each side; backwards, so that the device's half is no plain copy."""
+    """One chunk on each side; backwards, so that the device's half is no plain copy. It is cut as
+    if that had a ``kernel``, or none."""
     case = Case(CHUNKS[0], CHUNKS[0], (range(tokens - 1, -1, -1), 1), None, tokens)
-    return Transfers(Ring(device), downward, case, seed)
+    half = choose(device)
+    half = replace(half, can=replace(half.can, guards=kernel))
+    return Transfers(Ring(device, half), downward, case, seed)
 
 
 def slices_of(transfer: Transfers) -> list[Any]:
@@ -47,9 +52,10 @@ def slices_of(transfer: Transfers) -> list[Any]:
 
 
 @DOWNWARD
+@pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.usefixtures("small")
-def test_slices_go_round_the_buffers(accelerator: torch.device, downward: bool) -> None:
-    transfer = between_chunks(accelerator, downward)
+def test_slices_go_round_buffers(accelerator: torch.device, downward: bool, kernel: bool) -> None:
+    transfer = between_chunks(accelerator, downward, kernel=kernel)
     assert len(slices_of(transfer)) > 2 * BUFFERS
     for seed in range(REPEATS):
         chunk = transfer.chunk(seed)

@@ -224,7 +224,7 @@ def test_one_that_refuses_the_hosts_order(accelerator: torch.device, downward: b
     with pytest.raises(Unsupported):
         Transfers(Staged(accelerator, half), downward).prepared()
     assert OnlyByLayer.refused == 2  # both were tried
-    dense = dense_rows(host.form, True)
+    dense = dense_rows(host.form, "layer")
     held = {TOKENS, *(1 << n for n in range(12))}
     room = torch.empty(dense.nbytes(max(held)), dtype=torch.uint8, device=accelerator)
     OnlyByLayer.takes = {dense.view(room, each).form for each in held}

@@ -24,12 +24,16 @@ from support.lmcache_cases import (
     tensors,
 )
 from support.read_back import ReadBack
+from support.simdev_cases import DEVICE
 
 from portakv import InvalidTerms, LayoutError, SlotError, Transfer, Unsupported, copy_rows
+from portakv.engines import pageable
 from portakv.engines.link import link_of
+from portakv.engines.slices import Sizes
 from portakv.integrations import lmcache_host, lmcache_ops
 from portakv.integrations.lmcache_formats import LAYOUTS
 from portakv.integrations.lmcache_ops import D2H, H2D
+from portakv_conformance import simdev
 
 CPU = torch.device("cpu")
 BY_TENSORS_ALONE = (16, 17)
@@ -297,6 +301,33 @@ def test_an_object_in_pageable_memory_is_waited_for(
         caches, objects, [3, 0], accelerator, D2H, g.descriptor(), 2 * g.block_size, 1, 0
     )
     assert [transfer.done() for transfer in transfers] == [True]
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("direction", [D2H, H2D])
+def test_without_a_kernel_each_layer_takes_one_call(
+    direction: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many slices the objects cross in: a slice is of whole layers."""
+    g = GEOMETRIES[1]._replace(layers=16)
+    logical, caches = held(g, DEVICE, 1)
+    ids, stored = [3, 0, 6, 2, 5, 1], g.logical(2)
+    objects = [bits(object_rows(g, stored, [at, at + 1]), CPU) for at in (0, 2, 4)]
+    whole = sum(each.nbytes for each in objects)
+    monkeypatch.setattr(pageable, "SIZES", Sizes(whole // 16, whole // 16, whole // 8))
+    for _ in range(2):  # the second time nothing is prepared
+        before = simdev.counted()
+        lmcache_ops.multi_layer_block_kv_transfer(
+            caches, objects, ids, DEVICE, direction, g.descriptor(), 2 * g.block_size, 1, 0
+        )
+        launches = simdev.counted()[0] - before[0]
+    assert launches <= 2 * g.layers  # of which nine slices
+    if direction == D2H:
+        found = np.concatenate(arrays(objects), axis=2)
+        np.testing.assert_array_equal(found, object_rows(g, logical, ids))
+    else:
+        logical[:, :, ids] = stored[:, :, :6]
+        assert_equal(caches, physical(g, logical))
 
 
 # --- One layer ------------------------------------------------------------------------------------
