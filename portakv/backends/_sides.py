@@ -5,6 +5,7 @@ request adds."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 
@@ -13,6 +14,9 @@ from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Nest, Side
 from portakv.view.index import Index
 from portakv.view.view import KVView
+
+#: What a request adds to one side; see `SideArguments.request`.
+Request: TypeAlias = tuple[int, int, int, int, int, int]
 
 
 def split_loops(loops: tuple[Loop, ...]) -> tuple[list[Loop], list[Loop]]:
@@ -45,7 +49,7 @@ class SideArguments:
         looks_up = self.side.tabled or any(table for table, _ in self.walks)
         self.kind = "UNITS" if looks_up else "NONE"
 
-    def request(self, view: KVView, index: Index) -> tuple[int, int, int, int, int, int]:
+    def request(self, view: KVView, index: Index) -> Request:
         """base (an address, or the bytes behind the table's), address of the table or 0, address
         of the ids or 0, whether they are int64, the unit at position 0, units in the view."""
         side, unit, limit = self.side, self.unit, view.slots // self.unit

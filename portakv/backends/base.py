@@ -141,14 +141,15 @@ class MoveLaunch:
 class Again(Protocol):
     """A launch with everything settled but addresses and a count; see `Repeatable`.
 
-    ``most`` is the most tokens that one call moves. Arguments: the address of the dense side, the
-    address of the ids, the position of the first id, the tokens to move, and the address of the
-    status word. The work is ordered on the current stream.
+    ``most`` is the most tokens that one call moves. Arguments: of the source and of the destination
+    the address of its ids, or without ids of its tensor; the position of the first id, the tokens
+    to move, and the address of the status word (0: none). The work is ordered on the current
+    stream.
     """
 
     most: int
 
-    def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None: ...
+    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None: ...
 
 
 class Repeatable(Launch, Protocol):
@@ -158,8 +159,8 @@ class Repeatable(Launch, Protocol):
     """
 
     def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
-        """The launch with these arguments, between a cache under device ids of step 1 and one
-        dense tensor without ids; None if more than that can change."""
+        """The launch with these arguments: each side is memory that stays, under device ids of step
+        1 and offset 0, or one dense tensor without ids. None if more than that can change."""
 
 
 #: Says why a tensor's bytes do not lie where its strides say, and what to do; "" if they do.

@@ -16,11 +16,12 @@ from math import prod
 from posixpath import normpath
 from typing import NamedTuple
 
-from portakv.backends._sides import SideArguments, split_loops
+from portakv.backends._sides import Request, SideArguments, split_loops
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.bounded import Bounded
+from portakv.view.index import Index
 from portakv.view.view import KVView
 
 #: Threads of a block unless a device wants others.
@@ -168,41 +169,33 @@ class RowsKernel:
 
     def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
         """Put a request's addresses and counts into the argument; `pack_span` completes it."""
-        src, dst, src_index, dst_index, _ = move
-        _REQUEST.pack_into(
-            buffer, 0, *self.src.request(src, src_index), *self.dst.request(dst, dst_index),
-            0, 0, self.unit, ahead, status,
-        )  # fmt: skip
+        mine, theirs = self.requests(move)
+        _REQUEST.pack_into(buffer, 0, *mine, *theirs, 0, 0, self.unit, ahead, status)
         if self.src.entries:
-            table = self.src.table(src)
+            table = self.src.table(move.src)
             buffer[_TABLES_AT : _TABLES_AT + len(table)] = table
         if self.dst.entries:
-            table = self.dst.table(dst)
+            table = self.dst.table(move.dst)
             buffer[self._dst_table_at : self._dst_table_at + len(table)] = table
+
+    def requests(self, move: Move) -> tuple[Request, Request]:
+        """What a request adds to each side; see `SideArguments.request`."""
+        src, dst, src_index, dst_index, _ = move
+        return self.src.request(src, src_index), self.dst.request(dst, dst_index)
 
     def packer(
         self, move: Move
     ) -> Callable[[bytearray, int, int, int, int, int, int], None] | None:
-        """`pack` and `pack_span` of one launch with everything settled but (address of the dense
-        side, address of the ids, first id, units, vectors to prefetch ahead, status word); None
-        if a table is needed."""
-        store = move.src_index.ids is not None
-        mine, dense = (self.src, self.dst) if store else (self.dst, self.src)
-        if dense.kind != "NONE" or self.unit != 1:
+        """`pack` and `pack_span` of one launch with everything settled but (addresses of the source
+        and of the destination, as `base.Again` has them, first id, units, vectors to prefetch
+        ahead, status word); None if a side without ids is not one tensor."""
+        sides = (self.src, move.src_index), (self.dst, move.dst_index)
+        if self.unit != 1 or any(x.kind != "NONE" and y.ids is None for x, y in sides):
             return None
-        paged = (move.src, move.src_index) if store else (move.dst, move.dst_index)
-        base, table, _, wide, _, limit = mine.request(*paged)
-        behind, pack = dense.side.offset, _REQUEST.pack_into
-
-        if store:
-            return lambda buffer, address, ids, first, units, ahead, status: pack(
-                buffer, 0, base, table, ids, wide, first, limit, address + behind, 0, 0, 0, 0, 0,
-                units, 0, 1, ahead, status,
-            )  # fmt: skip
-        return lambda buffer, address, ids, first, units, ahead, status: pack(
-            buffer, 0, address + behind, 0, 0, 0, 0, 0, base, table, ids, wide, first, limit,
-            units, 0, 1, ahead, status,
-        )  # fmt: skip
+        (mine, theirs), pack = map(_settled, self.requests(move), sides), _REQUEST.pack_into
+        return lambda buffer, src, dst, first, units, ahead, status: pack(
+            buffer, 0, *mine(src, first), *theirs(dst, first), units, 0, 1, ahead, status
+        )
 
     def spans(self, units: int) -> list[tuple[int, int]]:
         """(first unit, units) of each launch."""
@@ -214,6 +207,15 @@ class RowsKernel:
     def pack_span(self, buffer: bytearray, start: int, units: int) -> None:
         """Which units this launch moves."""
         _SPAN.pack_into(buffer, _SPAN_AT, units, start)
+
+
+def _settled(request: Request, side: tuple[SideArguments, Index]) -> Callable[[int, int], Request]:
+    """A side's request by the address of its ids and the first of them, or of its tensor."""
+    base, table, _, wide, _, limit = request
+    if side[1].ids is not None:
+        return lambda ids, first: (base, table, ids, wide, first, limit)
+    behind = side[0].side.offset
+    return lambda address, first: (address + behind, 0, 0, 0, 0, 0)
 
 
 def _extents(numbers: list[int]) -> str:

@@ -145,29 +145,27 @@ class RowsAgain:
     ) -> None:  # fmt: skip
         self.most = min(kernel.most_units for *_, kernel in parts)
         self._parts = [
-            (pack, functions, k.row, k.planes, k.threads, k.small, k.tuned)
-            for pack, functions, k in parts
+            (pack, functions, k.grid, k.threads, k.small, k.tuned) for pack, functions, k in parts
         ]
         self._driver, self._arguments = driver, ArgumentLists(fixed, driver.current)
         self._handle, self._launch, self._word = driver.handle, driver.launch, driver.word
         self._success = driver.success
 
-    def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
+    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
         handle = self._handle(None)
         if handle is None:
             with self._driver.current():
-                self(dense, ids, first, count, status)
+                self(src, dst, first, count, status)
             return
-        arguments, word = self._arguments, self._word(status)
+        arguments, word = self._arguments, self._word(status) if status else 0
         for part, buffer, address in zip(
             self._parts, arguments.buffers, arguments.addresses, strict=True
         ):
-            pack, functions, row, planes, threads, small, tuned = part
+            pack, functions, grid, threads, small, tuned = part
             each, ahead = (1, 0) if count < small else tuned(count)
-            pack(buffer, dense, ids, first, count, ahead, word)
+            pack(buffer, src, dst, first, count, ahead, word)
             answer = self._launch(
-                functions[each], -(-count * row // (threads * each)), planes, 1,
-                threads, 1, 1, 0, handle, address, 0,
-            )  # fmt: skip
+                functions[each], *grid(count, each), 1, threads, 1, 1, 0, handle, address, 0
+            )
             if answer != self._success:
                 self._driver.check(answer, "The launch")

@@ -141,8 +141,9 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> _TritonAgain | None:
         """See `base.Repeatable`."""
-        store = src_index.ids is not None
-        if self._unit != 1 or any((x.dst if store else x.src).looks_up for x, *_ in self._parts):
+        store, load = src_index.ids is not None, dst_index.ids is not None
+        dense = [x.dst if store else x.src for x, *_ in self._parts]
+        if self._unit != 1 or store == load or any(x.looks_up for x in dense):
             return None
         return _TritonAgain(self._device, self._parts, (src, dst, src_index, dst_index))
 
@@ -183,13 +184,14 @@ class _TritonAgain(_OnDevice):
             self._parts.append((nest, run, function, metadata, begins, behind, rest))
         self.most = min(nest.most_units for nest, *_ in parts)
 
-    def __call__(self, dense: int, ids: int, first: int, count: int, status: int) -> None:
+    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
         if self._process.forked:
             raise refuse_fork("the device's context")
         if self._current_device() != self._index:
             with torch.get_device_module(self._device).device(self._device):
-                self(dense, ids, first, count, status)
+                self(src, dst, first, count, status)
             return
+        ids, dense = (src, dst) if self._store else (dst, src)
         stream = self._current_stream(self._index)
         for nest, run, function, metadata, begins, behind, (hooks, constants) in self._parts:
             base, wide, steps, side = begins

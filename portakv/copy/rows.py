@@ -17,6 +17,7 @@ from portakv.copy.copy import (
     source_of,
 )
 from portakv.copy.handle import BlockTransfer
+from portakv.copy.repeat import remember, repeated
 from portakv.copy.slices import in_layers, in_slices
 from portakv.engines.engine import Terms
 from portakv.errors import InvalidTerms, flag
@@ -125,6 +126,12 @@ def issued(
     if sliced:
         return in_slices(move, choice, stream, max_gbps, by_layer)
     began, behind = time.perf_counter(), None
+    if src.foreign and dst.foreign and stream is None and not (by_layer or strict or detached):
+        made = repeated(move, choice)
+        if made is None:
+            made = copy_move(move, choice, None)
+            remember(move, choice, made)
+        return BlockTransfer(made, move, began)
     if detached and choice.backend.device.type != "cpu":
         behind, stream = stream, _beside(stream, choice.backend.device, move)
     elif not by_layer:  # it spares the host the context

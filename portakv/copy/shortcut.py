@@ -78,7 +78,8 @@ class Shortcuts:
         if _current_device() != self._index or self._capturing():
             return None
         word, event = acquire_word(), self._events.acquire()
-        shortcut.again(address, first_id, start, count, word.address)
+        sides = (first_id, address) if store else (address, first_id)
+        shortcut.again(*sides, start, count, word.address)
         event.record()
         completion = Completion(event, (), ((word, 0),), None, None, self._events)
         hold(completion, self._owner)

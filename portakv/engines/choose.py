@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.backends.base import Capabilities, Decision, Launch, Pending
+from portakv.backends.base import Again, Capabilities, Decision, Launch, Pending
 from portakv.engines.costs import Table, costs_of
 from portakv.engines.engine import SMALL, Engine, EngineLaunch, Terms, read_on, told_of
 from portakv.engines.link import by_torch, link_of
@@ -28,6 +28,8 @@ from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
@@ -317,6 +319,11 @@ class HostLaunch(EngineLaunch):
             for name, engine in engines
             if not told[engine.reads] or not (clean or engine.capabilities().guards)
         )
+
+    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
+        """See `base.Repeatable`; by the engine of this thread's last transfer."""
+        found = getattr(self._launches.get(self._last.carried[0]), "again", None)
+        return None if found is None else found(src, dst, src_index, dst_index)
 
     def claims(self, move: Move) -> Capabilities:
         """What the engine that a transfer takes can do; raises as the function `pick` does."""

@@ -8,7 +8,6 @@ small payloads, for a limited rate, and for host memory in short runs.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -17,9 +16,10 @@ from typing import NamedTuple
 
 import torch
 
+from portakv.backends._sides import Request
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import RowsKernel, Tuning
-from portakv.backends.rows_launch import LoadedKernels, RowsLaunch
+from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
 from portakv.engines.engine import PINNED, SMALL, Engine, EngineLaunch, Move, Terms
 from portakv.errors import Unsupported
 from portakv.host.small import to_device
@@ -28,6 +28,7 @@ from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
 from portakv.runtime.transfer import event_pool
+from portakv.view.index import Index
 from portakv.view.view import KVView
 
 NAME = "portakv_direct"
@@ -43,9 +44,6 @@ IDLE = Terms(overlap="idle")
 #: Vectors of one launch, counted in 32 bits with room for one turn past the end; a larger copy is
 #: split.
 MAX_VECTORS = 2**30
-
-# Where the argument has the tables of both requests: each is six words, the table its second.
-_TABLE, SRC_TABLE_AT, DST_TABLE_AT = struct.Struct("<q"), 8, 7 * 8
 
 
 class Cut(NamedTuple):
@@ -96,7 +94,6 @@ class DirectKernel(RowsKernel):
         # Of launches up to so many bytes, and of larger ones.
         self._small, limit = SMALL[direction], terms.max_thread_blocks
         self._most = (limit, limit) if limit else (BLOCKS, beside)
-        self._table_at = SRC_TABLE_AT if self._reads_host else DST_TABLE_AT
         side = self.src if self._reads_host else self.dst
         #: The kernel reads the host side's addresses from device memory.
         self.wants_table, self._first = side.kind == "UNITS", 8 * side.side.table
@@ -114,12 +111,16 @@ class DirectKernel(RowsKernel):
         most = self._most[vectors * self.vector > self._small]
         return min(most, -(-vectors // (self.threads * self.cut.each))), 1
 
-    def pack(self, buffer: bytearray, move: Move, status: int, ahead: int) -> None:
-        """See `RowsKernel.pack`; of the host's addresses those that `table_on` put there."""
-        super().pack(buffer, move, status, ahead)
-        if self.wants_table:
-            table: _Table = (move.src if self._reads_host else move.dst).derived[self._table]
-            _TABLE.pack_into(buffer, self._table_at, table.addresses.data_ptr() + self._first)
+    def requests(self, move: Move) -> tuple[Request, Request]:
+        """See `RowsKernel.requests`; of the host's addresses those that `table_on` put there."""
+        mine, theirs = super().requests(move)
+        if not self.wants_table:
+            return mine, theirs
+        made: _Table = (move.src if self._reads_host else move.dst).derived[self._table]
+        table = made.addresses.data_ptr() + self._first
+        if self._reads_host:
+            return (mine[0], table, *mine[2:]), theirs
+        return mine, (theirs[0], table, *theirs[2:])
 
 
 _WIDEST = 16  # bytes of a vector that fills the link
@@ -169,8 +170,7 @@ class Direct(Engine):
 
 
 class _DirectLaunch(EngineLaunch):
-    """A launch of the kernel, with what it needs of the host's memory. It cannot be settled
-    further, as `RowsLaunch` can."""
+    """A launch of the kernel, with what it needs of the host's memory."""
 
     def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, table: bool) -> None:
         super().__init__(plan, device)
@@ -188,8 +188,30 @@ class _DirectLaunch(EngineLaunch):
         finally:
             # No allocator knows of these kernels, so the host's memory is held until they ended. A
             # graph's memory is its owner's.
-            if not capturing(self.device):
+            if host.held and not capturing(self.device):
                 streams.completion(self.device, stream, *host.held)
+
+    def again(
+        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
+    ) -> _DirectAgain | None:
+        """See `base.Repeatable`; None if host memory is to be held until the kernel ended."""
+        host = dst if self.downward else src
+        rows = self._rows.again(src, dst, src_index, dst_index)
+        if rows is None or host.held:
+            return None
+        return _DirectAgain(rows, host if self._wants_table else None, self.device)
+
+
+class _DirectAgain:
+    """See `base.Again`; ``tabled``: the host's view, if the kernel reads its addresses."""
+
+    def __init__(self, rows: RowsAgain, tabled: KVView | None, device: torch.device) -> None:
+        self._rows, self._tabled, self._device, self.most = rows, tabled, device, rows.most
+
+    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
+        if self._tabled is not None:
+            table_on(self._tabled, self._device, None)
+        self._rows(src, dst, first, count, status)
 
 
 def check_reach(view: KVView, device: torch.device) -> None:

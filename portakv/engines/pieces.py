@@ -341,9 +341,9 @@ class RunCounter:
 
 
 def _list_of(index: Index) -> tuple[object, bool, int]:
-    """Which slots an index names, and whether the host knows them."""
+    """Which slots an index names, and whether the host knows them: of others all are alike."""
     known = index.ids is None or index.known_ids() is not None
-    return index.ids_token, known, index.offset
+    return index.ids_token if known else None, known, index.offset
 
 
 def _limit(steps: Steps) -> int:

@@ -20,19 +20,28 @@ _Answer = TypeVar("_Answer")
 def typed(function: Callable[_Asked, _Answer]) -> Callable[_Asked, _Answer]:
     """``function``, which raises `IntegrationError` for arguments of other types than it says."""
     says = {name: each.annotation for name, each in inspect.signature(function).parameters.items()}
+    fits = [(name, _FITS[kind]) for name, kind in says.items()]
+    named_fits = dict(fits)
 
     @wraps(function)
     def checked(*args: _Asked.args, **named: _Asked.kwargs) -> _Answer:
-        for name, value in (*zip(says, args, strict=False), *named.items()):
-            if name in says and not _FITS[says[name]](value):
-                found = told(value) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
-                raise IntegrationError(
-                    f"{function.__name__} was given {name} = {found}; expected {says[name]}, and "
-                    f"of tensors strided ones that have memory. Pass such an argument."
-                )
+        for (name, right), value in zip(fits, args, strict=False):
+            if not right(value):
+                raise _of_another_type(function.__name__, name, value, says[name])
+        for name, value in named.items():
+            if name in says and not named_fits[name](value):
+                raise _of_another_type(function.__name__, name, value, says[name])
         return function(*args, **named)
 
     return checked
+
+
+def _of_another_type(function: str, name: str, value: object, says: str) -> IntegrationError:
+    found = told(value) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
+    return IntegrationError(
+        f"{function} was given {name} = {found}; expected {says}, and of tensors strided ones that "
+        f"have memory. Pass such an argument."
+    )
 
 
 def _is_tensor(value: object) -> bool:

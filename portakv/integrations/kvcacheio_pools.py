@@ -7,7 +7,7 @@ A view holds no memory, as upstream's kernels hold none, and is kept under all t
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any
 
@@ -24,7 +24,8 @@ _IDS = torch.int32, torch.int64
 _views: Bounded[tuple[Any, ...], KVView] = Bounded("views of kvcacheio", 1024)
 #: Tables of a device that were read: a weak reference, the version, the addresses, and where that
 #: memory is.
-_tables: Bounded[int, tuple[Any, int, list[int], torch.device]] = Bounded("tables of kvcacheio", 64)
+_tables: Bounded[int, tuple[Any, int, tuple[int, ...], torch.device]]
+_tables = Bounded("tables of kvcacheio", 64)
 
 
 def pages(ids: torch.Tensor, page_size: int) -> Index:
@@ -40,27 +41,36 @@ def pages(ids: torch.Tensor, page_size: int) -> Index:
     return Index(firsts // page_size, page_size, trusted=True)
 
 
-def view(
-    addresses: Any, layout: str, shape: Sequence[int], strides: Sequence[int] | None,
-    device: torch.device, pinned: bool | None,
+def _kept(make: Callable[..., KVView], pools: Tensors, *asked: Any) -> KVView:
+    """The view of pools that ``make`` makes as is ``asked``; found again by where they lie, and
+    by what a view rests on."""
+    where = [
+        (x.data_ptr(), x.shape, x.stride(), x.dtype, x.is_pinned() if x.is_cpu else x.device)
+        for x in pools
+    ]
+    return _views.get_or_make((make, asked, *where), lambda: make(pools, *asked))
+
+
+def _view(
+    addresses: Sequence[Sequence[int]], layout: str, shape: Sequence[int],
+    strides: Sequence[int] | None, device: torch.device, pinned: bool | None,
 ) -> KVView:  # fmt: skip
     """Bytes at addresses, which are one list for each pool: of its layers, or one address."""
-    listed = tuple(tuple(each) for each in addresses)
-    key = listed, layout, tuple(shape), strides, device, pinned
-    found = _views.get(key)
-    if found is None:
-        whole = layout.startswith("kv |")
-        found = _views[key] = KVView.at(
-            [each[0] for each in listed] if whole else listed, layout, shape=shape,
-            strides=strides, dtype=torch.uint8, device=device, pinned=pinned, kv=len(listed),
-        )  # fmt: skip
-    return found
+    whole = layout.startswith("kv |")
+    return KVView.at(
+        [each[0] for each in addresses] if whole else addresses, layout, shape=shape,
+        strides=strides, dtype=torch.uint8, device=device, pinned=pinned, kv=len(addresses),
+    )  # fmt: skip
 
 
 def rows(
     pools: Tensors, item: int, pitch: int, *, layer: int = 0, layers: int = 0, heads: int = 1
 ) -> KVView:
     """Contiguous pools as tokens ``pitch`` bytes apart: ``layers``, or if 0 the one ``layer``."""
+    return _kept(_rows, pools, item, pitch, layer, layers, heads)
+
+
+def _rows(pools: Tensors, item: int, pitch: int, layer: int, layers: int, heads: int) -> KVView:
     tokens = _count(pools, pitch, item, layer + max(layers, 1), heads)
     width = item // heads
     if not layers:
@@ -75,6 +85,12 @@ def page_head(
     pools: Tensors, item: int, pitch: int, page_size: int, heads: int, layer: int, layers: int
 ) -> KVView:
     """Contiguous pools of pages ``[head, token, layer, dim]``, from ``layer`` on ``layers``."""
+    return _kept(_page_head, pools, item, pitch, page_size, heads, layer, layers)
+
+
+def _page_head(
+    pools: Tensors, item: int, pitch: int, page_size: int, heads: int, layer: int, layers: int
+) -> KVView:
     pages = _count(pools, pitch * page_size, item, 1, heads)
     width, row = item // heads, pitch // heads
     if (layer + layers) * width > row or layer < 0 or pitch % heads:
@@ -102,23 +118,33 @@ def listed(tables: Tensors, item: int, layers: int, heads: int = 1) -> KVView:
         )
     pinned = True if home.type == "cpu" and not tables[0].is_cpu else None
     shape = -1, heads, item // heads
-    lists = [found[:layers] for found, _ in read]
-    return view(lists, "kv layer | token head dim", shape, None, home, pinned)
+    lists = tuple(found[:layers] for found, _ in read)
+    given = lists, "kv layer | token head dim", shape, None, home, pinned
+    return _views.get_or_make(given, lambda: _view(*given))
 
 
 def tokens(pools: Sequence[Tensors]) -> KVView:
     """Tensors ``[token, ...]``, alike, of each pool one for each layer."""
-    first = pools[0][0]
+    return _kept(_tokens, [each for layers in pools for each in layers], len(pools))
+
+
+def _tokens(layers: Tensors, pools: int) -> KVView:
+    first, many = layers[0], len(layers) // pools
     row, pitch = row_bytes(first)
-    for each in (tensor for layers in pools for tensor in layers):
+    for each in layers:
         _alike(first, each)
-    addresses = [[each.data_ptr() for each in layers] for layers in pools]
+    at = [each.data_ptr() for each in layers]
+    addresses = [at[pool * many : (pool + 1) * many] for pool in range(pools)]
     shape, strides = (len(first), row), (pitch, 1)
-    return view(addresses, "kv layer | token dim", shape, strides, first.device, _pinned([first]))
+    return _view(addresses, "kv layer | token dim", shape, strides, first.device, _pinned([first]))
 
 
 def page_first(pools: Tensors, layer: int, layers: int, page_size: int) -> KVView:
     """Pools ``[page, layer, token, ...]``, alike, from ``layer`` on ``layers``."""
+    return _kept(_page_first, pools, layer, layers, page_size)
+
+
+def _page_first(pools: Tensors, layer: int, layers: int, page_size: int) -> KVView:
     first = pools[0]
     if (
         first.dim() < 3
@@ -143,14 +169,14 @@ def _in_pools(
 ) -> KVView:
     """Bytes of pools that are alike, one address for each, ``offset`` bytes behind its begin."""
     addresses = [[each.data_ptr() + offset] for each in pools]
-    return view(addresses, layout, shape, strides, pools[0].device, _pinned(pools))
+    return _view(addresses, layout, shape, strides, pools[0].device, _pinned(pools))
 
 
 def _pinned(pools: Tensors) -> bool | None:
     return all(each.is_pinned() for each in pools) if pools[0].is_cpu else None
 
 
-def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
+def _addresses(table: torch.Tensor) -> tuple[tuple[int, ...], torch.device]:
     """The addresses of a table, and where that memory is. One on a device is read once, and again
     if it was written since; one whose writes torch does not count is read each time."""
     # What numpy writes on the host is not counted, and inference tensors have no version.
@@ -168,7 +194,7 @@ def _addresses(table: torch.Tensor) -> tuple[list[int], torch.device]:
                 "the host has to read them first; make the same call once before the capture, with "
                 "a table that was not made in inference mode",
             )
-        found, home = [address % 2**64 for address in table.tolist()], table.device
+        found, home = tuple(address % 2**64 for address in table.tolist()), table.device
         if found and not table.is_cpu:
             # A driver knows host memory that kernels reach as pinned.
             one = KVView.at(

@@ -86,8 +86,9 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
     for end in (copied.src, copied.dst):
         if end.ids is not None:
             end.ids = slots.tolist()
-    given = (slots.data_ptr(), 0, copied.count, status.data_ptr())
-    copied.check(lambda: repeat(dense.origins[0], *given))
+    sides = (slots.data_ptr(), dense.origins[0])
+    given = (*(sides if paged is src else sides[::-1]), 0, copied.count, status.data_ptr())
+    copied.check(lambda: repeat(*given))
     assert int(status) == 5
 
 

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copies between memory known by addresses that are made again and again: the second takes less of
+the host, and moves what the first did."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.device_cases import DEVICE
+
+from portakv import Index, KVView, SlotError, copy_rows
+from portakv.copy.repeat import _ways
+from portakv.host import pinned
+
+TOKENS, HEADS, DIM, LAYERS = 96, 2, 16, 5
+LAYERED, WHOLE = "layer | token head dim", "token layer head dim"
+
+
+class Pools:
+    """A pool of the device, layer by layer, and another one, token by token, known by addresses."""
+
+    def __init__(self, other: torch.device) -> None:
+        made: Any = pinned.empty if other.type == "cpu" else torch.empty
+        kwargs: Any = {"dtype": torch.int32} if other.type == "cpu" else {"device": other}
+        self.layers = torch.zeros(LAYERS, TOKENS, HEADS, DIM, dtype=torch.int32, device=DEVICE)
+        shape = TOKENS, LAYERS, HEADS, DIM
+        self.whole = made(shape, **kwargs).view(torch.int32).zero_()
+        at = [each.data_ptr() for each in self.layers]
+        self.views = (
+            KVView.at(at, LAYERED, shape=shape[:1] + shape[2:], dtype=torch.int32, device=DEVICE),
+            KVView.at([self.whole.data_ptr()], WHOLE, shape=shape, dtype=torch.int32, device=other),
+        )
+
+    def copied(self, store: bool, read: list[int], written: list[int], **terms: Any) -> None:
+        """Copy rows that differ from each other and from before, and look at every byte."""
+        src, dst = self.views if store else self.views[::-1]
+        source, target = (self.layers, self.whole) if store else (self.whole, self.layers)
+        source.copy_(torch.randint(1, 1 << 30, source.shape, dtype=torch.int32))
+        target.fill_(-1)
+        wanted = target.cpu().clone()
+        rows = source.cpu() if not store else source.cpu().transpose(0, 1)
+        into = wanted if store else wanted.transpose(0, 1)
+        into[written] = rows[read]
+        mine, theirs = (torch.tensor(x, device=DEVICE) for x in (read, written))
+        torch.accelerator.synchronize(DEVICE)
+        ids = Index(mine, trusted=True), Index(theirs, trusted=True)
+        copy_rows(src, dst, *ids, **terms).synchronize()
+        assert torch.equal(target.cpu(), wanted)
+
+
+@pytest.fixture(params=["pinned", "device"])
+def pools(request: pytest.FixtureRequest) -> Pools:
+    return Pools(torch.device("cpu") if request.param == "pinned" else DEVICE)
+
+
+def repeats() -> int:
+    return len(_ways)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
+class TestsOfRepeats:
+    def test_other_ids_and_other_rows(self, pools: Pools, store: bool) -> None:
+        before = repeats()
+        for read, written in (
+            ([9, 2, 17], [0, 5, 3]), ([1, 2, 3], [95, 0, 7]), ([40], [41]), ([1, 2, 3], [3, 2, 1]),
+        ):  # fmt: skip
+            pools.copied(store, read, written)
+        assert repeats() == before + 1
+
+    def test_a_limit_of_thread_blocks_is_another_way(self, pools: Pools, store: bool) -> None:
+        if pools.whole.is_cuda:
+            pytest.skip("the limit is of kernels that read or write host memory")
+        before = repeats()
+        for _ in range(3):
+            pools.copied(store, [9, 2, 17], [0, 5, 3], max_thread_blocks=1)
+            pools.copied(store, [9, 2, 17], [0, 5, 3])
+        assert repeats() == before + 2
+
+    def test_on_another_stream(self, pools: Pools, store: bool) -> None:
+        for _ in range(3):
+            with torch.Stream(DEVICE):
+                pools.copied(store, [9, 2, 17], [0, 5, 3])
+
+    def test_behind_what_the_stream_holds(self, pools: Pools, store: bool) -> None:
+        source = pools.layers if store else pools.whole
+        target = pools.whole if store else pools.layers
+        src, dst = pools.views if store else pools.views[::-1]
+        if not source.is_cuda:
+            pytest.skip("rows of the host are not written by a stream")
+        ids = Index(torch.arange(TOKENS, device=DEVICE), trusted=True)
+        copy_rows(src, dst, ids, ids).synchronize()
+        for value in (3, 4):
+            torch.cuda._sleep(20_000_000)
+            source.fill_(value)
+            copy_rows(src, dst, ids, ids).synchronize()
+            assert bool((target == value).all())
+
+    def test_in_a_capture_it_is_a_copy_like_any_other(self, pools: Pools, store: bool) -> None:
+        src, dst = pools.views if store else pools.views[::-1]
+        source, target = (pools.layers, pools.whole) if store else (pools.whole, pools.layers)
+        mine, theirs = (torch.tensor(x, device=DEVICE) for x in ([1, 2], [3, 4]))
+        backend = None if pools.whole.is_cuda else "direct"
+        ids = Index(mine, trusted=True), Index(theirs, trusted=True)
+        for _ in range(2):
+            copy_rows(src, dst, *ids, backend=backend).synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            copy_rows(src, dst, *ids, backend=backend)
+        for value in (7, 8):
+            source.fill_(value)
+            target.zero_()
+            graph.replay()
+            torch.accelerator.synchronize(DEVICE)
+            assert int((target == value).sum()) == 2 * LAYERS * HEADS * DIM
+
+    def test_with_another_current_device(self, pools: Pools, store: bool) -> None:
+        if torch.cuda.device_count() < 2:
+            pytest.skip("it takes two devices")
+        for _ in range(2):
+            pools.copied(store, [9, 2, 17], [0, 5, 3])
+        with torch.cuda.device(1):
+            for _ in range(2):
+                pools.copied(store, [8, 2, 17], [0, 6, 3])
+
+
+@pytest.mark.gpu
+def test_ids_without_a_promise_are_guarded_each_time() -> None:
+    pools, before = Pools(DEVICE), repeats()
+    ids = torch.tensor([1, TOKENS + 5], device=DEVICE)
+    for _ in range(2):
+        transfer = copy_rows(*pools.views, ids, torch.tensor([0, 1], device=DEVICE))
+        with pytest.raises(SlotError, match="Position 1"):
+            transfer.synchronize()
+    assert repeats() == before
+
+
+def test_without_addresses_or_on_the_host_nothing_is_remembered() -> None:
+    before, ids = repeats(), Index(torch.tensor([1, 2]), trusted=True)
+    one, other = torch.arange(8.0).view(8, 1), torch.zeros(8, 1)
+    for _ in range(2):
+        copy_rows(KVView(one, "token dim"), KVView(other, "token dim"), ids, ids)
+    at = [
+        KVView.at(
+            [x.data_ptr()], "token dim", shape=(8, 1), dtype=x.dtype, device="cpu", pinned=False
+        )
+        for x in (one, other)
+    ]
+    for _ in range(2):
+        copy_rows(at[0], at[1], ids, ids)
+    assert repeats() == before
+    assert other[:, 0].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
