@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A pytest plugin for LMCache's own tests on a CUDA device: in ``lmcache.cuda_ops``, which they
-call by name, PortaKV's ops stand before LMCache's, or before its torch ops if those do not load.
+"""A pytest plugin for LMCache's own tests on a CUDA device: in ``lmcache.cuda_ops``, ``c_ops``
+before 0.5.4, which they call by name, PortaKV's ops stand before LMCache's, or before its torch ops
+if those do not load.
 
     python -m pytest --noconftest -p lmcache_cuda_ops tests/v1/test_mem_kernels.py \
         tests/v1/test_mp_mem_kernels.py tests/v1/multiprocess/test_blocked_scale_format.py \
@@ -23,8 +24,8 @@ from portakv.integrations.lmcache import OPS
 class _Ops(ModuleType):
     """PortaKV's ops, then those of another module."""
 
-    def __init__(self, behind: Any) -> None:
-        super().__init__("lmcache.cuda_ops")
+    def __init__(self, name: str, behind: Any) -> None:
+        super().__init__(name)
         self._behind = behind
         for module, names in OPS.items():
             for name in names:
@@ -39,10 +40,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """Put the module in its place before a test module takes it."""
     import lmcache
 
+    name = "c_ops" if "lmcache.c_ops" in sys.modules else "cuda_ops"
     try:
-        behind: Any = importlib.import_module("lmcache.cuda_ops")
+        behind: Any = importlib.import_module(f"lmcache.{name}")
     except ImportError:
         behind = importlib.import_module("lmcache.v1.platform.torch_ops")
-    made = _Ops(behind)
-    sys.modules["lmcache.cuda_ops"] = made
-    lmcache.cuda_ops = made
+    made = sys.modules[f"lmcache.{name}"] = _Ops(f"lmcache.{name}", behind)
+    setattr(lmcache, name, made)

@@ -10,8 +10,8 @@ _OPERATORS = (
     "nms", "qnms", "roi_align", "qroi_align", "roi_pool", "ps_roi_align", "ps_roi_pool",
     "deform_conv2d",
 )  # fmt: skip
-_library = torch.library.Library("torchvision", "DEF")
 if torch.version.cuda is None:
+    _library = torch.library.Library("torchvision", "DEF")
     for name in _OPERATORS:
         _library.define(f"{name}(Tensor boxes) -> Tensor")
         _library.define(f"_{name}_backward(Tensor boxes) -> Tensor")
