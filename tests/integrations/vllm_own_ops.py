@@ -43,7 +43,8 @@ TAKEN = {"kv_cache_dtype": ("auto",), "implementation": ("cuda",)}
 SIZES = "num_blocks", "block_size", "head_size"
 #: Blocks x their tokens x dim of a head: larger pools take a CPU minutes, and a GPU many GiB.
 MOST = 1 << (23 if NAME == "cuda" else 19)
-_library = torch.library.Library("_C_cache_ops", "FRAGMENT")
+SPACE = "_C_cache_ops"  # of torch.ops, where vLLM calls them
+_library = torch.library.Library(SPACE, "FRAGMENT")
 _calls: Counter[str] = Counter()
 
 
@@ -65,10 +66,10 @@ def pytest_configure() -> None:
     for name, written in WRITTEN.items():
         op = globals().get(name, getattr(vllm_ops, name))
         key = "CPU" if name == "swap_blocks_batch" else "CUDA"  # its addresses lie on the host
-        if not hasattr(torch.ops._C_cache_ops, name):
+        if not hasattr(getattr(torch.ops, SPACE), name):
             schema = torch.library.infer_schema(op, mutates_args=written)
             _library.define(name + schema)
-            torch.library.register_fake(f"_C_cache_ops::{name}", lambda *_: None, lib=_library)
+            torch.library.register_fake(f"{SPACE}::{name}", lambda *_: None, lib=_library)
             key = "CompositeExplicitAutograd"
         _library.impl(name, _counted(name, op), key, allow_override=True)
     if NAME not in ("cpu", "cuda"):
