@@ -290,8 +290,10 @@ def _as_torch_reads(shape: Shape, ours: bool) -> tuple[int, ...]:
 
 
 class Calls(TorchDispatchMode):
-    """Counts calls of torch's operators, and those whose results the host waits for."""
+    """Counts calls of torch's operators that move or compute something, and those whose results the
+    host waits for."""
 
+    _FREE = ("empty", "empty_strided", "set_")
     _WAITING = ("nonzero", "_local_scalar_dense", "unique")
 
     def __init__(self) -> None:
@@ -302,17 +304,18 @@ class Calls(TorchDispatchMode):
         answer = op(*args, **(kwargs or {}))
         away = any(isinstance(x, torch.Tensor) and not x.is_cpu for x in args)
         here = isinstance(answer, torch.Tensor) and answer.is_cpu
-        self.calls += 1
-        self.waits += away and (here or op.overloadpacket.__name__ in self._WAITING)
+        name = op.overloadpacket.__name__
+        self.calls += not (op.is_view or name in self._FREE)
+        self.waits += away and (here or name in self._WAITING)
         return answer
 
 
 def _count(bench: PlugBench, own: Ops | None, ours: Ops, number: int) -> Rows:
     """A store and a load by blocks with either set of ops, by tensors, behind others of each."""
     rows: Rows = []
-    shape = replace(shape_of(number, _COUNTED_LAYERS, 0, narrow=True), tokens=4 * _BLOCK)
+    shape = replace(shape_of(number, _COUNTED_LAYERS, 0, narrow=True), tokens=32 * _BLOCK)
     for op in DIRECTIONS:
-        caches, objects = sides_of(bench, shape, number, op, False, objects=2)
+        caches, objects = sides_of(bench, shape, number, op, False, objects=16)
         objects = objects._replace(tensors=[each.cpu() for each in objects.tensors])  # pageable
         sides, before = suite.Sides(bench, *suite.turned(op, caches, objects)), 0
         for name, ops in {OWN: own, OURS: ours}.items():
@@ -327,7 +330,7 @@ def _count(bench: PlugBench, own: Ops | None, ours: Ops, number: int) -> Rows:
                 right.append(sides.right())
             count = counted.calls + counted.waits
             before = before or count
-            told = {"shape": "2 objects of 2 blocks", "format": number, "calls": counted.calls}
+            told = {"shape": "16 objects of 2 blocks", "format": number, "calls": counted.calls}
             fewer = {"fewer": short(before / count)} if name == OURS and own else {}
             told |= {"waits": counted.waits, **fewer, "verified": all(right)}
             rows.append({"kind": "plug_calls", **suite.labels(name, op, "lmcache"), **told})

@@ -431,84 +431,87 @@ def test_a_device_that_lmcache_does_not_know_is_served_only_if_asked_for(chosen:
 COUNT = """
 import json
 from contextlib import suppress
-from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 import lmcache.lmcache_native as native
 from lmcache.v1.platform import torch_ops
+from portakv.engines import pageable
+from portakv.engines.slices import Sizes
 from portakv.integrations import lmcache_ops
-from portakv.integrations.lmcache_formats import LAYOUTS
-from portakv_benchmarks.plugs import lmcache as plugs, suite
-from support.lmcache_cases import GEOMETRIES, physical, tensors
+from portakv.integrations.lmcache_formats import FUSED, MLA
+from support.lmcache_cases import GEOMETRIES, physical, pointers, tensors
 
-device, counted = torch.device("mlu:0"), {}
-bench = suite.PlugBench(device, "tiny")
-known = {int(each): each for each in native.EngineKVFormat.__members__.values()}
-own = plugs.own_ops(bench)
-mine = plugs.Ops(lmcache_ops, SimpleNamespace, {x: x for x in LAYOUTS}, (0, 1), False)
+OBJECTS, CHUNK, BLOCK, LAYERS = 16, 256, 16, 32  # a prompt of 4,096 tokens
+# By slots; LMCache's torch op refuses heads outside of tokens, and reads past rows of one plane.
+READ_RIGHT = (0, 1, 2, 3, 4, 5, 9)
+device, usual = torch.device("mlu:0"), pageable.SIZES
 
-def count(name, calls):
-    counted[name] = []
-    for call in calls:
-        found = None
-        with suppress(IndexError, NotImplementedError, RuntimeError):
-            for again in range(2):  # the second time of a layout
-                with plugs.Calls() as seen:
-                    call()
-            found = seen.calls + seen.waits
-        counted[name].append(found)
+def sized(number):
+    # Rows are narrower than a model's, and slices of a copy are smaller by as much.
+    g = GEOMETRIES[number]
+    row = 132 if number == 14 else 1152 if number in MLA else 4096 if number in FUSED else 2048
+    pageable.SIZES = Sizes(*(size * 2 * g.row // row for size in usual))
+    return g._replace(layers=LAYERS, blocks=OBJECTS * CHUNK // BLOCK, block_size=BLOCK)
 
-def in_containers(number, op):
-    g = GEOMETRIES[number]._replace(layers=32)
-    caches = tensors(physical(g, g.logical(1)), device)
-    objects = [torch.zeros(32, 8, g.row, dtype=torch.bfloat16) for _ in range(2)]
-    if g.kv == 2:
-        objects = [torch.zeros(2, 32, 8, g.row, dtype=torch.bfloat16) for _ in range(2)]
-    for ops in own, mine:
-        desc = ops.desc()
-        for name, value in vars(g.descriptor()).items():
-            setattr(desc, name, value)
-        desc.dtype = torch.bfloat16
-        yield lambda: ops.functions.multi_layer_block_kv_transfer(
-            caches, objects, [3, 0, 6, 2], device, ops.ways[op == "d2h"], desc, 8,
-            ops.forms[number], 0)
+def blocks(ops, form, way):
+    g = sized(int(form))
+    held = tensors(physical(g, g.logical()), device)
+    if int(form) == 15 and ops is torch_ops:
+        held = [each.squeeze(3) for each in held]
+    shape = [*([2] if g.kv == 2 else []), LAYERS, CHUNK, g.row]
+    objects = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(OBJECTS)]
+    ids = torch.randperm(g.blocks).tolist()
+    return partial(ops.multi_layer_block_kv_transfer, held[0] if len(held) == 1 else held,
+                   objects, ids, device, way, g.descriptor(), CHUNK, form, 0)
 
-for number in sorted(known):
-    for op in ("h2d", "d2h"):
-        if number in (14, 16, 17):
-            count(f"blocks {number} {op}", in_containers(number, op))
-            continue
-        for kernel in ("blocks", "slots"):
-            if kernel == "slots" and number in (0, 8):
-                continue
-            shape = replace(plugs.shape_of(number, 32, 0, narrow=True), tokens=64)
-            objects = 2 if kernel == "blocks" else 1
-            caches, chunks = plugs.sides_of(bench, shape, number, op, False, objects=objects)
-            chunks = chunks._replace(tensors=[each.cpu() for each in chunks.tensors])
-            rest = kernel, number, shape, caches, chunks, op
-            count(f"{kernel} {number} {op}", [plugs.call_of(ops, *rest) for ops in (own, mine)])
+def slots(ops, form, way):
+    g = sized(int(form) or 1)
+    held = tensors(physical(g, g.logical()), device)
+    chunk = torch.zeros(g.kv, LAYERS, CHUNK, g.row, dtype=torch.bfloat16)
+    ids = torch.randperm(g.slots)[:CHUNK].to(device)
+    given = chunk, pointers(held, device), ids, device, g.slots, way, form
+    move = partial(ops.multi_layer_kv_transfer_unilateral, *given)
+    if int(form) not in (4, 5, 9):
+        head = g.dim // 2 if int(form) in (10, 12) else g.dim
+        move = partial(ops.multi_layer_kv_transfer, *given, block_size=BLOCK, head_size=head)
+    move.held = held  # of which it has addresses alone
+    return move
+
+def calls(move):
+    for again in range(2):  # the second time of a layout
+        before = sum(simdev.counted())
+        move()
+        counted = sum(simdev.counted()) - before
+        torch.accelerator.synchronize()
+    return counted
+
+counted = {}
+for form in native.EngineKVFormat.__members__.values():
+    for make in (blocks, slots)[: 1 if int(form) in (14, 16, 17) else 2]:
+        for way in native.TransferDirection.__members__.values():
+            theirs, mine = None, calls(make(lmcache_ops, form, way))
+            if make is blocks or int(form) in READ_RIGHT:
+                with suppress(RuntimeError, ValueError):  # 0.5.4 takes no addresses there
+                    theirs = calls(make(torch_ops, form, way))
+            counted[f"{make.__name__} {int(form)} {int(way)}"] = theirs, mine
 print(json.dumps(counted))
 """
-#: How often LMCache's calls and waits are PortaKV's, at least, where that is less than the bar of
-#: 5. Without kernels each layer takes one call, since layers lie in memory of their own; beside it
-#: LMCache takes 4 for a slot's layer and 6 for a block's of one plane.
-LESS = {
-    "blocks": dict.fromkeys((3, 5, 11, 13, 18), 2.5)
-    | {4: 4.8, 10: 3.4, 12: 3.4, 14: 1.4, 16: 4.7, 17: 2.8},
-    "slots": {1: 2.2, 2: 2.6, 3: 2.7, 4: 3.5, 5: 2.7, 9: 3.5, 15: 2.1},
-}
+#: How often LMCache's calls and waits are PortaKV's by slots, at least: for each layer of an object
+#: it takes three calls and two waits, and PortaKV, without a kernel, one call.
+BY_SLOTS = {0: 3.6, 1: 3.6, 2: 2.9, 3: 3.8, 4: 4.2, 5: 3.8, 9: 4.2}
 
 
 def test_fewer_calls_than_by_lmcaches_own() -> None:
-    """On a device for which neither has kernels: 32 layers, each format by blocks and by slots, but
-    those that LMCache's torch op refuses by slots."""
+    """On a device for which neither has kernels, counted by the device: operators and copies that
+    were launched, and waits of the host. What LMCache's torch op refuses is served."""
     code = f"{SIMULATED}\n{COUNT}"
     counted = json.loads(answer(code, LMCACHE_DEVICE_BACKEND="portakv-mlu"))
     print(counted)
     for name, (theirs, mine) in counted.items():
         kernel, number, _ = name.split()
-        assert mine < 500, name
+        assert mine <= 180, name
         if theirs is not None:
-            assert theirs >= LESS[kernel].get(int(number), 5) * mine, (name, theirs, mine)
+            fewer = 5 if kernel == "blocks" else BY_SLOTS[int(number)]
+            assert theirs >= fewer * mine, (name, theirs, mine)
 
 
 def test_two_kinds_of_device_in_one_process() -> None:
