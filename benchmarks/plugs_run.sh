@@ -41,8 +41,9 @@ if [[ -z ${SKIP_TESTS:-} ]]; then
     done
 fi
 if [[ -n ${LMCACHE_SOURCES:-} ]]; then
-    tests lmcache-own "$LMCACHE_SOURCES" --noconftest -p lmcache_cuda_ops tests/v1/test_{,mp_}mem_kernels.py \
-        tests/v1/multiprocess/test_{blocked_scale_format,direct_copy_transfer_gpu}.py
+    LMCACHE_DEVICE_BACKEND=portakv-cuda tests lmcache-own "$LMCACHE_SOURCES" --noconftest -p lmcache_cuda_ops \
+        tests/v1/test_{{,mp_}mem_kernels,gpu_connector}.py tests/v1/gpu_connector/test_blocks_first_kernel_roundtrip.py \
+        tests/v1/multiprocess/test_{blocked_scale_format,direct_copy_{planner,transfer}_gpu}.py
 fi
 if [[ -n ${SGLANG_SOURCES:-} ]]; then
     tests sglang-own "$SGLANG_SOURCES" --noconftest -p sglang_own_tests sgl-kernel/tests/test_kvcacheio.py
@@ -50,6 +51,8 @@ fi
 if [[ -n ${VLLM_SOURCES:-} ]]; then
     tests vllm-own "$VLLM_SOURCES" --noconftest -p vllm_own_tests -k "test_transfer or load_waits" \
         tests/v1/kv_offload/cpu/test_gpu_worker.py
+    tests vllm-ops-own "$VLLM_SOURCES" --noconftest -p vllm_own_ops tests/kernels/attention/test_cache.py \
+        tests/v1/kv_offload/cpu/test_swap_blocks_batch.py
 fi
 
 for each in "${engines[@]}"; do

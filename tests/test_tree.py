@@ -50,7 +50,7 @@ BUDGETS = {
     "benchmarks": 4_630,
     "benchmarks/plugs": 1_020,
     "tests": 33_230,
-    "tests/integrations": 4_760,
+    "tests/integrations": 4_800,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {

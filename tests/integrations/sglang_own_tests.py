@@ -40,7 +40,7 @@ class InPlaceOfCuda(TorchFunctionMode):
 
     def _other(self, value: Any) -> Any:
         is_cuda = isinstance(value, (str, torch.device)) and str(value).startswith("cuda")
-        return self._device if is_cuda else value
+        return str(value).replace("cuda", self._device) if is_cuda else value
 
 
 def pytest_configure() -> None:

@@ -27,6 +27,7 @@ from portakv.integrations import vllm_ops
 from portakv_conformance import simdev
 
 NAME = "cuda" if torch.cuda.is_available() else os.environ.get("SIMDEV_NAME", "cpu")
+SIMULATED = {NAME} - {"cpu", "cuda"}
 #: What each op writes; those that take addresses write no tensor that they are handed.
 WRITTEN = {
     "concat_and_cache_mla": ("kv_cache",),
@@ -54,8 +55,11 @@ def swap_blocks_batch(
     sizes: torch.Tensor,
     is_src_access_order_any: bool = False,
 ) -> None:
-    """With the arguments of vLLM's alone."""
-    vllm_ops.swap_blocks_batch(src_ptrs, dst_ptrs, sizes, is_src_access_order_any)
+    """With the arguments of vLLM's alone; its tests hand over addresses of the device."""
+    home = NAME if NAME in SIMULATED else None
+    vllm_ops.swap_blocks_batch(
+        src_ptrs, dst_ptrs, sizes, is_src_access_order_any, src_device=home, dst_device=home
+    )
 
 
 def pytest_configure() -> None:
@@ -72,7 +76,7 @@ def pytest_configure() -> None:
             torch.library.register_fake(f"{SPACE}::{name}", lambda *_: None, lib=_library)
             key = "CompositeExplicitAutograd"
         _library.impl(name, _counted(name, op), key, allow_override=True)
-    if NAME not in ("cpu", "cuda"):
+    if NAME in SIMULATED:
         simdev.load(NAME)
     if not current_platform.is_cuda_alike():  # the wheel finds no platform without its device
         type(current_platform).manual_seed_all = staticmethod(torch.manual_seed)
@@ -107,6 +111,10 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     if NAME == "cpu":
         monkeypatch.setattr("torch.accelerator.set_device_index", lambda _: None)
         monkeypatch.setattr("torch.accelerator.synchronize", lambda: None)
+    if NAME in SIMULATED:  # torch's check of an op keeps the state of a device's random numbers
+        module, get = torch.get_device_module(NAME), torch.get_rng_state
+        monkeypatch.setattr(module, "get_rng_state", lambda *_: get(), raising=False)
+        monkeypatch.setattr(module, "set_rng_state", lambda *_: None, raising=False)
     if NAME != "cuda":
         made = nullcontext if NAME == "cpu" else functools.partial(torch.Stream, NAME)
         monkeypatch.setattr("torch.cuda.Stream", made)
