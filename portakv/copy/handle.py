@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import numpy as np
 
@@ -67,19 +67,18 @@ class BlockTransfer(Transfer):
         transfer: Transfer,
         move: Move,
         began: float,
-        layers: Sequence[Transfer] | None = None,
+        layers: tuple[Transfer, ...] | None = None,
         worker: Worker | None = None,
     ) -> None:
         self.completions, self._kept = transfer.completions, transfer._kept
         self.carried = transfer.carried
-        _, _, mine, theirs, count = move
-        self._form = form = move.src.form
+        src, _, mine, theirs, count = move
+        self._form = form = src.form
         self._block = mine.plan_step or theirs.plan_step or form.block_size or 1
         # Tokens, and the indices that may skip some of them, until the end: it counts them.
         self._asked: tuple[int, tuple[Index, ...]] = count, (mine, theirs)
-        self._began, self._worker = began, worker
-        self._layers = None if layers is None else tuple(layers)
-        self._ended: float | None = None if transfer.completions else time.perf_counter()
+        self._began, self._worker, self._layers = began, worker, layers
+        self._ended: float | None = None if transfer.completions else perf_counter()
 
     @classmethod
     def together(cls, transfers: Sequence[BlockTransfer]) -> BlockTransfer:
@@ -168,7 +167,7 @@ class BlockTransfer(Transfer):
     def _note_end(self) -> None:
         """The end was seen now; the first time counts. The indices are let go."""
         if self._ended is None:
-            self._ended = time.perf_counter()
+            self._ended = perf_counter()
         self._asked = self._moving(), ()
 
 

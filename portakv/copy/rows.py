@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import time
+from time import perf_counter
 
 import torch
 
@@ -125,7 +125,7 @@ def issued(
         choice = carrier(src, dst, choice, terms)
     if sliced:
         return in_slices(move, choice, stream, max_gbps, by_layer)
-    began, behind = time.perf_counter(), None
+    began, behind = perf_counter(), None
     if src.foreign and dst.foreign and stream is None and not (by_layer or strict or detached):
         made = repeated(move, choice)
         if made is None:

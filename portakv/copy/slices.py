@@ -37,10 +37,10 @@ def in_layers(
 ) -> BlockTransfer:
     """Issue one layer behind the other; arguments and errors are those of `copy_move`."""
     _check_memory(move)
-    layers = [
+    layers = tuple(
         copy_move(_layer(move, i), choice, stream, known_good=True, strict=strict)
         for i in range(move.src.layers)
-    ]
+    )
     return BlockTransfer(Transfer.join(layers), move, began, layers)
 
 
@@ -62,7 +62,7 @@ def in_slices(
         kept, _ = drop_bad_ids(kept, gcd(*kept.steps))  # positions that are skipped
     _check_memory(kept)
     if not kept.count:
-        none = [Transfer()] * src.layers if by_layer else None
+        none = (Transfer(),) * src.layers if by_layer else None
         return BlockTransfer(Transfer(), move, began, none)
     # Indices of its own: copies of ids that the thread makes are on no other stream.
     kept = _part(kept, Slice(None, 0, kept.count, 0))
@@ -76,7 +76,8 @@ def in_slices(
     slices, limit = _cut(kept, rate, by_layer), None if rate is None else RateLimit(rate)
     worker = Worker(slices, issue, partial(_inside, kept, choice, stream), limit)
     last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
-    layers = [Transfer((Landing(worker, nth),)) for nth in last.values()] if by_layer else None
+    ends = (Transfer((Landing(worker, nth),)) for nth in last.values())
+    layers = tuple(ends) if by_layer else None
     worker.end = end = Landing(worker, len(slices), (src, dst))
     transfer = BlockTransfer(Transfer((end,)), move, began, layers, worker)
     worker.start()
