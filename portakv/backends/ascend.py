@@ -142,6 +142,8 @@ class _Launch(MoveLaunch):
     # The kernel and the ops are launched on the current device, wherever their tensors are.
     def __init__(self, device: torch.device, rows: KernelRows | _OpRows) -> None:
         self.device, self._rows = device, rows
+        if isinstance(rows, _OpRows):
+            self.tables = False, False
 
     @torch.no_grad()
     def carry(self, move: Move, status: torch.Tensor | None) -> None:

@@ -81,7 +81,8 @@ class Launch(Protocol):
     ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
     work (None: the current stream of its device). ``status`` is a pinned int64 word: a backend that
     guards writes position + 1 of a bad id there (None: it only moves nothing). Returns None if
-    the work is ordered on the stream, else a `Pending`.
+    the work is ordered on the stream, else a `Pending`. With ``tables``, a pair, it tells for each
+    side whether it reads `KVView.table`; without, that is so if its plan looks addresses up.
     """
 
     def __call__(

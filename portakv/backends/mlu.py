@@ -216,6 +216,8 @@ def _ways(plan: CopyPlan, ops: Ops) -> list[_Layers | _Planes]:
 
 
 class _MluLaunch(MoveLaunch):
+    tables = False, False
+
     # The ops are not known to make their tensors' device current by themselves.
     def __init__(self, device: torch.device, plan: CopyPlan, ways: list[_Layers | _Planes]) -> None:
         self.device, self._plan, self._ways = device, plan, ways

@@ -66,6 +66,8 @@ class Reference(Backend):
 
 
 class _IndexingLaunch(MoveLaunch):
+    tables = False, False
+
     def __init__(self, plan: CopyPlan, ops: Ops) -> None:
         self._copies = [StridedCopy(nest, plan.unit, ops) for nest in plan.nests]
 

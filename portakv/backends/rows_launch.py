@@ -94,6 +94,8 @@ class RowsLaunch(MoveLaunch):
     ) -> None:
         self._parts = list(zip(kernels, functions, strict=True))
         self._unit, self._driver = kernels[0].unit, driver
+        kinds = zip(*((kernel.src.kind, kernel.dst.kind) for kernel in kernels), strict=True)
+        self.tables = tuple("UNITS" in side for side in kinds)
         self._handle, self._launch, self._success = driver.handle, driver.launch, driver.success
         self._arguments = ArgumentLists([kernel.fixed for kernel in kernels], driver.current)
 

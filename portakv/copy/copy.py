@@ -269,10 +269,9 @@ def _launch(
         _check_capture(pieces, move)
     placed = [ready.place_both(move) for ready, _, _ in pieces]
     if on_device and not captured:
-        for view, tabled in zip(move[:2], pieces[0][0].tabled, strict=True):
-            if tabled and (view.fleeting or view.foreign):  # registered caches have theirs
+        for view, read in zip(move[:2], pieces[0][0].tables, strict=True):
+            if read and view.device == device:
                 bring_table(view, device)
-                view.follow_table()
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:
@@ -309,8 +308,7 @@ def _launch(
 def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
     """Let ``stream`` wait for the current one, and tell the allocator what of two views it uses."""
     src, dst = moves[0].src, moves[0].dst
-    # Tables are made on the current stream, so they have to be there before the other waits.
-    tables = [view.table for view in (src, dst) if view.tabled]
+    tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
     ids = [index.ids for move in moves for index in move[2:4] if index.ids is not None]
     streams.follow_current(stream, *src.held, *dst.held, *ids, *tables)
 

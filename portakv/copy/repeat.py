@@ -47,7 +47,7 @@ def repeated(move: Move, choice: Choice) -> Transfer | None:
     if way is None or count > way.again.most:
         return None
     for view in way.tabled:
-        view.follow_table()
+        view.follow_table(choice.backend.device)
     read = src.origins[0] if mine.ids is None else mine.ids.data_ptr()
     written = dst.origins[0] if theirs.ids is None else theirs.ids.data_ptr()
     word = acquire_word() if way.guards else None
@@ -74,15 +74,15 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
         found = again(src, dst, mine, theirs) if again else None
         if found is None:
             return
-        tabled = tuple(view for view, read in zip((src, dst), ready.tabled, strict=True) if read)
+        tabled = tuple(view for view in (src, dst) if view.table_on(device) is not None)
         _ways[key] = _Way(found, tabled, ready.can.guards, event_pool(device), made.carried)
     _carriers[src.form, dst.form, kind, choice, count] = name
 
 
 def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:
     """What a copy's indices have in common with another's that needs no other answer; None unless
-    both views are known by addresses and ids lie, clean by promise, where kernels read them."""
-    if not (move.src.foreign and move.dst.foreign):
+    both views are known by addresses, for more than one call, and ids lie, clean by promise, where kernels read them."""
+    if not all(view.foreign and not view.fleeting for view in (move.src, move.dst)):
         return None
     kind: tuple[Any, ...] = ()
     for index in move.src_index, move.dst_index:

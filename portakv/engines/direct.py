@@ -22,12 +22,11 @@ from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
 from portakv.engines.engine import PINNED, SMALL, Engine, EngineLaunch, Move, Terms
 from portakv.errors import Unsupported
-from portakv.host.small import to_device
 from portakv.plan.plan import CopyPlan, Nest
+from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
-from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
-from portakv.runtime.transfer import event_pool
+from portakv.runtime.devices import capturing, refuse_fork, this_process
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -41,6 +40,7 @@ BLOCKS = 8
 #: memcpy; of four that read 5 % and 0.73, of eight 11 - 20 % and 0.87).
 BESIDE = {"d2h": 3, "h2d": 4}
 IDLE = Terms(overlap="idle")
+_HOST = torch.device("cpu")
 #: Vectors of one launch, counted in 32 bits with room for one turn past the end; a larger copy is
 #: split.
 MAX_VECTORS = 2**30
@@ -72,7 +72,7 @@ class DirectKernel(RowsKernel):
     names: Mapping[int, str] = MappingProxyType({1: NAME})
 
     def __init__(
-        self, nest: Nest, plan: CopyPlan, device: torch.device | None = None, terms: Terms = IDLE
+        self, nest: Nest, plan: CopyPlan, device: torch.device = _HOST, terms: Terms = IDLE
     ) -> None:
         self._reads_host = plan.src.place != "device"
         if self._reads_host:
@@ -88,14 +88,14 @@ class DirectKernel(RowsKernel):
                 f"the kernel counts {MAX_VECTORS}; use backend 'staged'",
             )
         self.most_units = (MAX_VECTORS - 1) // self._whole
-        self._table = TABLE_ON, device
+        self._device = device
         direction = "h2d" if self._reads_host else "d2h"
         beside = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
         # Of launches up to so many bytes, and of larger ones.
         self._small, limit = SMALL[direction], terms.max_thread_blocks
         self._most = (limit, limit) if limit else (BLOCKS, beside)
         side = self.src if self._reads_host else self.dst
-        #: The kernel reads the host side's addresses from device memory.
+        #: The host side's addresses, too, are read from device memory.
         self.wants_table, self._first = side.kind == "UNITS", 8 * side.side.table
 
     def entry(self, each: int, name: str) -> str:
@@ -112,19 +112,20 @@ class DirectKernel(RowsKernel):
         return min(most, -(-vectors // (self.threads * self.cut.each))), 1
 
     def requests(self, move: Move) -> tuple[Request, Request]:
-        """See `RowsKernel.requests`; of the host's addresses those that `table_on` put there."""
+        """See `RowsKernel.requests`; of the host's addresses those on the device."""
         mine, theirs = super().requests(move)
         if not self.wants_table:
             return mine, theirs
-        made: _Table = (move.src if self._reads_host else move.dst).derived[self._table]
-        table = made.addresses.data_ptr() + self._first
+        sent = (move.src if self._reads_host else move.dst).table_on(self._device)
+        assert sent is not None  # the launch had it sent
+        table = sent.data_ptr() + self._first
         if self._reads_host:
             return (mine[0], table, *mine[2:]), theirs
         return mine, (theirs[0], table, *theirs[2:])
 
 
 _WIDEST = 16  # bytes of a vector that fills the link
-_REACHED, TABLE_ON = "direct: reached by", "direct: table on"  # kept in a view, with the device
+_REACHED = "direct: reached by"  # kept in a view, with the device
 
 
 class Direct(Engine):
@@ -166,23 +167,24 @@ class Direct(Engine):
     def prepare(self, plan: CopyPlan) -> Launch:
         kernels = [DirectKernel(nest, plan, self.device, self.terms) for nest in plan.nests]
         rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
-        return _DirectLaunch(plan, self.device, rows, any(x.wants_table for x in kernels))
+        return _DirectLaunch(plan, self.device, rows)
 
 
 class _DirectLaunch(EngineLaunch):
     """A launch of the kernel, with what it needs of the host's memory."""
 
-    def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch, table: bool) -> None:
+    def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch) -> None:
         super().__init__(plan, device)
-        self._rows, self._wants_table, self._process = rows, table, this_process()
+        self._rows, self._process = rows, this_process()
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
             raise refuse_fork("CUDA")
         host = move.dst if self.downward else move.src
         check_reach(host, self.device)
-        if self._wants_table:
-            table_on(host, self.device, stream)
+        for view, read in zip(move[:2], self._rows.tables, strict=True):
+            if read:  # of the host's own, in host memory, each thread would read over the link
+                bring_table(view, self.device, stream)
         try:
             self._rows.enqueue(move, stream, status)
         finally:
@@ -193,25 +195,10 @@ class _DirectLaunch(EngineLaunch):
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
-    ) -> _DirectAgain | None:
+    ) -> RowsAgain | None:
         """See `base.Repeatable`; None if host memory is to be held until the kernel ended."""
-        host = dst if self.downward else src
-        rows = self._rows.again(src, dst, src_index, dst_index)
-        if rows is None or host.held:
-            return None
-        return _DirectAgain(rows, host if self._wants_table else None, self.device)
-
-
-class _DirectAgain:
-    """See `base.Again`; ``tabled``: the host's view, if the kernel reads its addresses."""
-
-    def __init__(self, rows: RowsAgain, tabled: KVView | None, device: torch.device) -> None:
-        self._rows, self._tabled, self._device, self.most = rows, tabled, device, rows.most
-
-    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
-        if self._tabled is not None:
-            table_on(self._tabled, self._device, None)
-        self._rows(src, dst, first, count, status)
+        held = (dst if self.downward else src).held
+        return None if held else self._rows.again(src, dst, src_index, dst_index)
 
 
 def check_reach(view: KVView, device: torch.device) -> None:
@@ -243,34 +230,3 @@ def device_address(address: int, device: torch.device) -> int:
         _cuda_driver.adopt(device)
         error, found = driver.cuPointerGetAttribute(asked, address)
     return 0 if int(error) else int(found)
-
-
-class _Table(NamedTuple):
-    addresses: torch.Tensor
-    there: torch.Event | None  # they are; None: a caller's, ordered as all that it hands over
-
-
-def table_on(view: KVView, device: torch.device, stream: torch.Stream | None) -> int:
-    """The address of a host view's table on a device, in time for a launch on ``stream``; made
-    once. From the view's own table, in host memory, each thread would read over the link.
-
-    Raises:
-        Unsupported: inside graph capture, where it would be made at each replay.
-    """
-    held = capturing(device)
-    kept: _Table | None = view.derived.get((TABLE_ON, device))
-    if kept is None:
-        if view.form.table_on_device and view.table.device == device:
-            made = _Table(view.table, None)  # the caller's own, which is there by then
-        elif held:
-            raise refuse_capture()
-        else:
-            addresses = to_device(view.addresses, device, stream=stream)
-            made = _Table(addresses, event_pool(device).recorded(stream))
-        kept = view.derived.setdefault((TABLE_ON, device), made)
-    if not held:  # inside, nothing may wait for what was enqueued outside
-        used = stream or torch.accelerator.current_stream(device.index)
-        if kept.there is not None:
-            used.wait_event(kept.there)
-        kept.addresses.record_stream(used)
-    return kept.addresses.data_ptr()

@@ -114,6 +114,7 @@ class EngineLaunch(MoveLaunch):
     """A launch across the link; ``downward``: from the device to the host."""
 
     device: torch.device
+    tables = False, False  # what its kernels read it sends itself
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device, self.downward = device, plan.src.place == "device"

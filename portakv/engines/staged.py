@@ -20,7 +20,7 @@ from portakv.engines.slices import Sizes, Slice, Stages, cuts, kept_slices
 from portakv.engines.staging import Order, Staging, mark, staging
 from portakv.host import pinned
 from portakv.plan.plan import CopyPlan
-from portakv.registry.prepared import Prepared
+from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime import streams
 from portakv.runtime.devices import inside
 from portakv.view.index import Index
@@ -160,7 +160,7 @@ class Passage:
             for each in others:
                 work.wait_stream(each)
             for piece, (dense, *_) in zip(self._slices, self._staged, strict=True):
-                piece.rows.record_table(work)  # made in a launch, for one stream's kernel
+                piece.rows.record_table(work)
                 dense.record_table(work)
 
     def _settle(self, mine: Index, turns: Sequence[int]) -> None:
@@ -168,8 +168,11 @@ class Passage:
         index, by = mine, None
         for each, at in zip(self._slices, turns, strict=True):
             dense = self._room.view(at, each.dense, each.held)
-            each.rows.follow_table()
             prepared = each.prepared(dense)
+            sides = (each.rows, dense) if self._downward else (dense, each.rows)
+            for view, read in zip(sides, prepared.tables, strict=True):
+                if read:
+                    bring_table(view, self._work.device)
             if prepared is not by:
                 index, by = read_on(self._work, prepared.place(mine)), prepared
             self._staged.append((dense, at, prepared, index.shifted(each.cut.start)))

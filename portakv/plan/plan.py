@@ -109,9 +109,7 @@ class CopyPlan:
         """
         unit, count = self.unit, move.count
         src, dst, mine, theirs, _ = move
-        if unit == 1 or unit == gcd(
-            unit, count, src.slots, dst.slots, mine.offset, theirs.offset
-        ):
+        if unit == 1 or unit == gcd(unit, count, src.slots, dst.slots, mine.offset, theirs.offset):
             return [(0, count, unit)]
         starts = [x.offset for x, side in ((mine, "src"), (theirs, "dst")) if self.aligned(side)]
         # A flat pool may end inside a unit; then no unit may be moved that is partly past the end.

@@ -39,8 +39,8 @@ class Prepared:
     choice: Choice
     can: Capabilities
     home_of_ids: torch.device
-    #: For each side whether kernels look addresses up, by a unit's number or in a loop.
-    tabled: tuple[bool, bool]
+    #: For each side whether the launch reads the view's table of addresses.
+    tables: tuple[bool, bool]
 
     @property
     def carried(self) -> tuple[str, str]:
@@ -92,11 +92,12 @@ def prepared(
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
     launch, taken = prepare(plan, choice)
     home = taken.can.home_of_ids(taken.backend.device)
-    tabled = (
+    looked_up = (
         any(x.src.tabled or any(y.src_table for y in x.loops) for x in plan.nests),
         any(x.dst.tabled or any(y.dst_table for y in x.loops) for x in plan.nests),
     )
-    found = Prepared(plan, launch, taken, taken.can, home, tabled)
+    tables = getattr(launch, "tables", looked_up)
+    found = Prepared(plan, launch, taken, taken.can, home, tables)
     # Another thread may have been here first: one launch for all, with its one lock.
     return _prepared.setdefault(key, found)
 
@@ -167,15 +168,18 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
         index.add_copy(own)
 
 
-def bring_table(view: KVView, home: torch.device) -> None:
-    """Send the addresses of a view to its device in a small copy, ordered on the current stream,
-    which `KVView.table` would wait for."""
-    if view.device != home or home.type not in AT_ONCE or view.has_table():
-        return
-    from portakv.host.small import to_device  # not before it is needed
+def bring_table(view: KVView, home: torch.device, stream: torch.Stream | None = None) -> None:
+    """Have a view's table of addresses on a device, in time for what reads it on ``stream`` (None:
+    the current one). It is sent once, by a small copy that the host does not wait for, if the
+    device is of a type `AT_ONCE`. Raises `Unsupported` if that would be inside graph capture."""
+    if view.device == home and home.type not in AT_ONCE:
+        view.table  # noqa: B018 - made now, if it is not there
+    elif view.table_on(home) is None:
+        from portakv.host.small import to_device  # not before it is needed
 
-    table = to_device(view.addresses, home, torch.int64)
-    view.add_table(table, None if view.fleeting else event_pool(home).recorded(None))
+        sent = to_device(view.addresses_for(home), home, torch.int64, stream=stream)
+        view.keep_table(sent, None if view.fleeting else event_pool(home).recorded(stream))
+    view.follow_table(home, stream)
 
 
 _PLAIN = "bytes lie where strides say"

@@ -30,7 +30,8 @@ from portakv.view.form import ALIASED, gather, locate, same_form, widest_vector
 #: Addresses as `KVView.at` takes them: in lists as a layout names containers, or in a tensor.
 Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
 
-_MADE = "table is made"
+_HOST = torch.device("cpu")
+_TABLE = "table on"  # with a device: the table that was made there, and the event behind that
 
 
 class KVView:
@@ -270,27 +271,48 @@ class KVView:
         """The table of addresses on the view's device, int64; made once. A caller's own lies where
         the caller has it. Raises `Unsupported` if it would be made inside graph capture."""
         if self._table is None:
-            if capturing(self.device):
-                why = "the host would wait for them; make the same call once before the capture"
-                raise refuse_capture("Sending addresses to a device", why)
-            self._table = torch.from_numpy(self.addresses).to(self.device)
+            sent = torch.from_numpy(self.addresses_for(self.device)).to(self.device)
+            return self.keep_table(sent, None)
         return self._table
 
-    def has_table(self) -> bool:
-        """True if `table` copies nothing."""
-        return self._table is not None
+    def addresses_for(self, device: torch.device) -> npt.NDArray[np.int64]:
+        """`addresses`, to be sent to a device; raises `Unsupported` inside graph capture."""
+        if capturing(device):
+            why = "the host would wait for them; make the same call once before the capture"
+            raise refuse_capture("Sending addresses to a device", why)
+        return self.addresses
 
-    def add_table(self, table: torch.Tensor, made: torch.Event | None) -> None:
-        """Keep a copy of the addresses on the device, made elsewhere, as `table`: of several the
-        first. ``made``: behind its making, for `follow_table`; None: no other stream reads it."""
+    def table_on(self, device: torch.device) -> torch.Tensor | None:
+        """The table of addresses that lies on a device, if there is one."""
+        if self._table is not None and self._table.device == device:
+            return self._table
+        kept: tuple[torch.Tensor, object] | None = self.derived.get((_TABLE, device))
+        return None if kept is None else kept[0]
+
+    def keep_table(self, table: torch.Tensor, made: torch.Event | None) -> torch.Tensor:
+        """Keep a copy of the addresses that was made on a device, of several there the first.
+        ``made``: behind its making; None: its readers need not wait for it."""
+        table, _ = self.derived.setdefault((_TABLE, table.device), (table, made))
+        if table.device == self.device:
+            self._table = table
+        return table
+
+    def follow_table(self, device: torch.device, stream: torch.Stream | None = None) -> None:
+        """Order ``stream`` (None: the current one) behind the making of the table on a device, and
+        hold the table for it. Inside graph capture nothing waits for what was enqueued outside."""
+        if capturing(device):
+            return
+        used = stream or torch.accelerator.current_stream(device.index)
+        _, made = self.derived.get((_TABLE, device), (None, None))
         if made is not None:
-            table, self.derived[_MADE] = self.derived.setdefault("table", (table, made))
-        self._table = table
+            used.wait_event(made)
+        self.record_table(used)
 
     def record_table(self, stream: torch.Stream) -> None:
-        """Tell the allocator that a stream uses the table of addresses, if there is one."""
-        if self._table is not None and self._table.device == stream.device:
-            self._table.record_stream(stream)
+        """Tell the allocator that a stream uses the table on its device, if there is one."""
+        table = self.table_on(stream.device)
+        if table is not None:
+            table.record_stream(stream)
 
     def overlaps(self, other: KVView) -> bool:
         """True if the two views' tensors share memory."""
@@ -480,27 +502,19 @@ class KVView:
             return self
         key = "planes", layers, kv
         view: KVView | None = self.derived.get(key)
-        if view is None or (
-            view.form.table_on_device and _MADE in view.derived and capturing(view.table.device)
-        ):
+        home = self.table.device if self.form.table_on_device else _HOST
+        captured = home != _HOST and capturing(home)
+        if view is None or (captured and (_TABLE, home) in view.derived):
             ends = [None if x is None else slice(*x) for x in (layers, kv)]
             view = self.slice(layers=ends[0], kv=ends[1])
-            if (table := view._table) is not None and not table.is_cpu:
-                if capturing(table.device):
-                    return view  # its table is made at each replay
-                view.derived[_MADE] = event_pool(table.device).recorded(None)
+            if captured:
+                return view  # its table is made at each replay
+            if home != _HOST:
+                view.keep_table(view.table, event_pool(home).recorded(None))
             view = self.derived.setdefault(key, view)
-        view.follow_table()
+        if home != _HOST:
+            view.follow_table(home)
         return view
-
-    def follow_table(self) -> None:
-        """Order the current stream behind the making of a table on a device by `planes` or
-        `add_table`, on the stream that was the current one then."""
-        made: torch.Event | None = self.derived.get(_MADE)
-        if made is not None and not capturing(self.table.device):
-            stream = torch.accelerator.current_stream(self.table.device.index)
-            stream.wait_event(made)
-            self.record_table(stream)
 
     def _with(self, rows: Rows, table: torch.Tensor | None) -> KVView:
         view = KVView.__new__(KVView)

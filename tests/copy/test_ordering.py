@@ -100,8 +100,9 @@ def test_the_stream_of_a_table_holds_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(streams, "follow_current", lambda stream, *used: told.extend(used))
     list_of_one = KVView([rig.chunk()], "block | kv layer token (head dim)", heads=HEADS)
     views = KVView(rig.caches, KV_LAYOUT), list_of_one
+    tables = [view.table for view in views]
     copy_rows(*views, rig.ids(IDS), stream=torch.Stream(rig.device)).synchronize()
-    assert all(any(used is view.table for used in told) for view in views)
+    assert all(any(used is table for used in told) for table in tables)
 
 
 @pytest.mark.simdev

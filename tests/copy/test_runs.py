@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,11 @@ from support.device_cases import current, delay, on, settle
 from support.guarded_memory import refused
 
 from portakv import KVView, LateErrors, LayoutError, SlotError, Transfer, copy_rows, copy_runs
+from portakv.backends.reference import Reference
 from portakv.host import pinned, small
+from portakv.plan.plan import CopyPlan
 from portakv.registry import prepared
+from portakv.registry.registry import REGISTRY, register_backend
 from portakv.runtime.bounded import caches
 from portakv.runtime.transfer import Completion
 
@@ -97,54 +100,77 @@ def test_addresses_that_only_a_device_has(accelerator: torch.device, way: str) -
     assert torch.equal(dst.cpu(), expected)
 
 
-@pytest.mark.simdev
-@pytest.mark.parametrize("side", [False, True], ids=["current", "another stream"])
-def test_addresses_are_sent_without_waiting(side: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on devices that are sent small values by a kernel: behind work that goes on."""
-    device = simdev_cases.DEVICE
-    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({device.type}))
-    sent, send = list[int](), small.to_device
+class Reading(Reference):
+    """As if it read tables of addresses on the device, which ops of torch do not."""
 
-    def noted(values: Any, *rest: Any) -> torch.Tensor:
-        sent.append(len(values))
-        return send(values, *rest)
+    name = "reading"
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        launch: Any = super().prepare(plan)
+        launch.tables = True, True
+        return launch
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """What is sent to the simulated device, as to one that takes small values by a kernel: behind
+    work that goes on."""
+    register_backend(Reading.name, Reading)
+    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({simdev_cases.DEVICE.type}))
+    found, send = list[int](), small.to_device
+
+    def noted(values: Any, *rest: Any, **named: Any) -> torch.Tensor:
+        found.append(len(values))
+        return send(values, *rest, **named)
 
     monkeypatch.setattr(small, "to_device", noted)
+    yield found
+    REGISTRY.unregister(Reading.name)
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("backend", ["reading", "reference"])
+@pytest.mark.parametrize("side", [False, True], ids=["current", "another stream"])
+def test_addresses_are_sent_without_waiting(side: bool, backend: str, sent: list[int]) -> None:
+    """If the launch reads them."""
+    device = simdev_cases.DEVICE
     src, dst = ends(device, "inside")
     expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
     stream = torch.Stream(device) if side else None
     copy_runs(
-        at(src, SRC), at(dst, DST), 64, src_device=device, dst_device=device, stream=stream
+        *(at(src, SRC), at(dst, DST), 64),
+        src_device=device,
+        dst_device=device,
+        stream=stream,
+        backend=backend,
     ).synchronize()
-    assert sent == [4, 4]
+    assert sent == [4, 4] * (backend == Reading.name)
     assert torch.equal(dst.cpu(), expected)
 
 
 @pytest.mark.simdev
 @pytest.mark.parametrize("layout", ["block | token dim", "layer | token dim"])
+@pytest.mark.parametrize("foreign", [False, True], ids=["tensors", "addresses"])
 def test_addresses_of_a_view_that_is_kept_are_sent_once(
-    layout: str, monkeypatch: pytest.MonkeyPatch
+    foreign: bool, layout: str, sent: list[int]
 ) -> None:
     """By any thread; each stream that reads them waits until they are there."""
-    device, sent, send = simdev_cases.DEVICE, list[int](), small.to_device
-    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({device.type}))
-
-    def noted(values: Any, *rest: Any) -> torch.Tensor:
-        sent.append(len(values))
-        return send(values, *rest)
-
-    monkeypatch.setattr(small, "to_device", noted)
+    device = simdev_cases.DEVICE
     src, dst = ends(device, "inside")
     expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
     mine, theirs = (
         KVView.at(at(end, places), layout, shape=(1, 64), dtype=torch.uint8, device=device)
+        if foreign
+        else KVView([end[place : place + 64].view(1, 64) for place in places], layout)
         for end, places in ((src, SRC), (dst, DST))
     )
     other = torch.Stream(device)
     delay(current(device))
-    copy_rows(mine, theirs)
+    copy_rows(mine, theirs, backend=Reading.name)
     with on(other):
-        transfer = copy_rows(mine, theirs)  # orders it behind the making of the tables
+        transfer = copy_rows(
+            mine, theirs, backend=Reading.name
+        )  # orders it behind the making of the tables
         tables = [view.table.clone() for view in (mine, theirs)]
     transfer.synchronize()
     settle(device)

@@ -28,11 +28,12 @@ from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
 from portakv.engines.engine import PINNED, Terms
 from portakv.engines.engine import SMALL as MOST_BESIDE
+from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
+from portakv.view import view as view_of
 
 CUDA = torch.device("cuda", 0)
-TABLE_ON = direct.table_on  # which `installed` replaces
 # One of them in every run.
 WIDER = [pytest.param(n, marks=[pytest.mark.full] * (n != 90)) for n in (80, 90, 100)]
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
@@ -321,12 +322,13 @@ def test_a_view_is_asked_until_it_is_reached(
 def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.device) -> None:
     view, side = objects().view(), torch.Stream(accelerator)
     delay(current(accelerator))
-    first = direct.table_on(view, accelerator, None)
-    kept = view.derived[direct.TABLE_ON, accelerator]
+    bring_table(view, accelerator)
+    kept = view.table_on(accelerator)
+    assert kept is not None
     with on(side):
-        assert direct.table_on(view, accelerator, side) == first
-        read = kept.addresses.clone()
-    assert kept is view.derived[direct.TABLE_ON, accelerator]
+        bring_table(view, accelerator, side)
+        read = kept.clone()
+    assert kept is view.table_on(accelerator)
     view.derived.clear()
     del kept  # the allocator knows which stream reads it
     rubbish = [torch.full_like(read, 7) for _ in range(4)]
@@ -346,10 +348,13 @@ def test_a_callers_table_is_held_for_the_stream_that_reads_it_first(
     )  # fmt: skip
     settle(accelerator)
     delay(side)
-    assert direct.table_on(view, accelerator, side) == table.data_ptr()
+    bring_table(view, accelerator, side)
+    kept = view.table_on(accelerator)
+    assert kept is not None
+    assert kept.data_ptr() == table.data_ptr()
     with on(side):
         read = table.clone()
-    del table, view
+    del table, kept, view
     rubbish = [torch.full_like(read, 7) for _ in range(4)]
     with on(side):
         assert read.tolist() == list(made.view().origins)
@@ -360,13 +365,15 @@ def test_a_table_in_a_capture(accelerator: torch.device, monkeypatch: pytest.Mon
     """It has to be there before; then nothing waits for what was enqueued outside."""
     view = objects().view()
     with monkeypatch.context() as inside:
-        inside.setattr(direct, "capturing", lambda device: True)
+        inside.setattr(view_of, "capturing", lambda device: True)
         with refused(Unsupported, "make the same call once before the capture"):
-            direct.table_on(view, accelerator, None)
-    there = direct.table_on(view, accelerator, None)
-    monkeypatch.setattr(direct, "capturing", lambda device: True)
+            bring_table(view, accelerator)
+    bring_table(view, accelerator)
+    there = view.table_on(accelerator)
+    monkeypatch.setattr(view_of, "capturing", lambda device: True)
     monkeypatch.setattr(torch.accelerator, "current_stream", None)
-    assert direct.table_on(view, accelerator, None) == there
+    bring_table(view, accelerator)
+    assert view.table_on(accelerator) is there
 
 
 @pytest.mark.parametrize("name", ["gather", "memory objects, blocks", "NZ"])
@@ -374,7 +381,6 @@ def test_a_table_that_only_the_device_has_is_read_where_it_is(
     engine: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On both sides, and the host never asks for an address."""
-    monkeypatch.setattr(direct, "table_on", TABLE_ON)
     copied, status = COPIES[name](), torch.zeros(1, dtype=torch.int64)
     src, dst = blind(copied.src.view()), blind(copied.dst.view())
     indices = copied.src.index(), copied.dst.index()

@@ -98,11 +98,9 @@ class Loads(Stores):
     sides = ("pinned", "device")
 
 
-def _table_elsewhere(view: KVView, device: torch.device, stream: torch.Stream | None) -> None:
-    """A copy that is kept by the view, as on a device: its own table is not what is read."""
-    made = SimpleNamespace(addresses=torch.tensor(view.origins, device=CPU))
-    view.derived.setdefault((direct.TABLE_ON, device), made)
-    view.table.fill_(0)
+def _bring_table(view: KVView, home: torch.device, stream: torch.Stream | None) -> None:
+    """There is no stream to wait for."""
+    assert view.table.device == home
 
 
 @contextmanager
@@ -117,7 +115,7 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
         patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
         patched.setattr(direct, "device_address", lambda address, device: address)
-        patched.setattr(direct, "table_on", _table_elsewhere)
+        patched.setattr(direct, "bring_table", _bring_table)
         patched.setattr(streams, "completion", driver.hold)
         patched.setattr(direct, "CUT", cut)
         yield driver
