@@ -81,7 +81,8 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
 
 def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:
     """What a copy's indices have in common with another's that needs no other answer; None unless
-    both views are known by addresses, for more than one call, and ids lie, clean by promise, where kernels read them."""
+    both views are known by addresses, for more than one call, and ids lie, clean by promise, where
+    kernels read them."""
     if not all(view.foreign and not view.fleeting for view in (move.src, move.dst)):
         return None
     kind: tuple[Any, ...] = ()
