@@ -215,26 +215,21 @@ def objects_of(
         objects: tensors of one shape; or addresses of memory of ``device`` (None: the driver says
             where), each of as many tokens as ``chunk`` says, in rows as the caches have them.
     """
-    two_planes = layout_of(number)[2]
+    two_planes, tensors = layout_of(number)[2], isinstance(objects[0], torch.Tensor)
     text = "kv layer token (head dim)" if two_planes else "layer token (head dim)"
-    extents: dict[str, Any] = {"heads": caches.heads}
-    row, wide = caches.heads * caches.widths[0], 1
-    if isinstance(objects[0], torch.Tensor):
-        wide = objects[0].element_size()
-        if not two_planes:
-            objects = [_one_plane(x, caches.layers) for x in objects]
+    rest: dict[str, Any] = {"reinterpret": True, "heads": caches.heads}
     if number in (_BLOCKED_SCALES, _PLANES):  # the planes of a token lie side by side
-        text, row = "layer token (kv dim)", sum(caches.widths)
-        extents = {"kv": caches.kv, "dim": tuple(width // wide for width in caches.widths)}
+        wide = objects[0].element_size() if tensors else 1
+        text, rest["kv"] = "layer token (kv dim)", caches.kv
+        rest["dim"] = tuple(width // wide for width in caches.widths)
     text = text if len(objects) == 1 else f"block | {text}"
-    if isinstance(objects[0], torch.Tensor):
-        held = objects[0] if len(objects) == 1 else list(objects)
-        return KVView(held, text, reinterpret=True, **extents)
+    if tensors:
+        held = [x if two_planes else _one_plane(x, caches.layers) for x in objects]
+        return KVView(held[0] if len(held) == 1 else held, text, **rest)
+    row = caches.heads * (caches.widths[0] if two_planes else sum(caches.widths))
     shape = [*([2] if two_planes else []), caches.layers, chunk, row]
-    return KVView.at(
-        np.array(objects), text, shape=shape, dtype=torch.uint8, device=device, reinterpret=True,
-        **extents,
-    )  # fmt: skip
+    at = np.array(objects)
+    return KVView.at(at, text, shape=shape, dtype=torch.uint8, device=device, **rest)
 
 
 def _one_plane(each: torch.Tensor, layers: int) -> torch.Tensor:

@@ -25,7 +25,7 @@ from portakv.integrations.lmcache_formats import (
     pool_of,
 )
 from portakv.integrations.lmcache_ops import is_store, move
-from portakv.runtime.devices import indexed
+from portakv.runtime.devices import indexed, usual_device
 
 
 class DirectCopyGroupSpec(NamedTuple):
@@ -135,8 +135,8 @@ def lmcache_memcpy_async(
     if nbytes < 0:
         raise ValueError(f"nbytes={nbytes} was asked for; expected a number of bytes from 0 on.")
     if isinstance(dest, int) and isinstance(src, int):
-        homes = torch.device("cpu"), _current(device_type)
-        to, of = homes if store else homes[::-1]
+        there = indexed(device_type) if device_type else usual_device()
+        to, of = ("cpu", there) if store else (there, "cpu")
         before = host_buffer_offset % host_buffer_alignments
         cuts = np.arange(-before, nbytes, host_buffer_alignments).clip(0)
         sizes = np.diff(cuts, append=nbytes)
@@ -160,13 +160,3 @@ def lmcache_memcpy_async(
 def _check_power(value: int, name: str) -> None:
     if value < 1 or value & (value - 1):
         raise ValueError(f"{name}={value} was asked for; it must be power of two.")
-
-
-def _current(device_type: str | None) -> torch.device:
-    """The current device of a type; None: of the process's accelerator, else the host."""
-    if device_type is None:
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
-        device_type = "cpu" if accelerator is None else accelerator.type
-    if device_type == "cpu":
-        return torch.device("cpu")
-    return torch.device(device_type, torch.accelerator.current_device_index())

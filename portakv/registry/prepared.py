@@ -129,8 +129,9 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
         trace = (*refused, Decision(name, True, decision.reason))
         return launch, Choice(backend, trace, choice.forced, can)
     lines = "\n".join(f"  {d}" for d in refused)
-    forced = f"backend {choice.name!r} was forced and" if choice.forced else "no backend"
-    raise Unsupported("This copy", f"{forced} does not take its plan:\n{lines}\n{plan}")
+    forced = f"backend {choice.name!r} was forced and does not take"
+    why = f"{forced if choice.forced else 'no backend takes'} its plan:\n{lines}\n{plan}"
+    raise Unsupported("This copy", why)
 
 
 def prepare_by(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
