@@ -20,12 +20,13 @@ import torch
 
 from portakv.errors import LayoutError
 from portakv.layout.language import Layout
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.transfer import event_pool
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
 from portakv.view.foreign import Foreign, read_addresses
-from portakv.view.form import ALIASED, gather, locate, same_form, widest_vector
+from portakv.view.form import ALIASED, Form, gather, locate, same_form, widest_vector
 
 #: Addresses as `KVView.at` takes them: in lists as a layout names containers, or in a tensor.
 Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
@@ -449,27 +450,9 @@ class KVView:
         head_range = _range("heads", heads, form.heads)
         if (len(kv_range), len(layer_range), len(head_range)) == (form.kv, form.layers, form.heads):
             return self._with((form, self._origins, self._owners, spans), self._table)
-        parts = [form.parts[k].cut("head", head_range) for k in kv_range]
-        fewer_layers = len(layer_range) < form.layers
-        # What the origins of such slices share at any layer, so that no layer has its own form.
-        strides = [step.stride for part in parts if fewer_layers for step in part.layer]
-        alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
-        # Parts behind one address that drift apart from layer to layer get entries of their own.
-        shared = len({part.table for part in parts}) < len(parts)
-        drift = fewer_layers and shared and len({part.layer for part in parts}) > 1
-        n = len(parts) if drift else 1
         count = self.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
-        gathered, gained = gather([part.cut("layer", layer_range) for part in parts], count, n)
-        dtypes = tuple(form.dtypes[k] for k in kv_range) if form.dtypes else ()
-        form = replace(
-            form,
-            parts=gathered,
-            layers=len(layer_range),
-            heads=len(head_range),
-            widths=tuple(form.widths[k] for k in kv_range),
-            alignment=alignment,
-            dtypes=dtypes if any(dtypes) else (),
-        )
+        key = self.form, count, kv_range, layer_range, head_range
+        form, gained, n = _slices.get_or_make(key, lambda: _sliced(*key))
         table, origins, left = None, None, None
         if self._origins is not None:
             origins = tuple(self._origins[number // n] + gain for number, gain in gained.items())
@@ -479,7 +462,7 @@ class KVView:
             left = tuple(self.owners[number // n] for number in gained)
             if spans and len(left) < n * len(self.owners):
                 spans = _within(spans, left)
-        view = self._with((same_form(form), origins, left, spans), table)
+        view = self._with((form, origins, left, spans), table)
         if spans is None and self._foreign and self._foreign.nbytes:  # to be found from origins
             nbytes = self._foreign.nbytes - min(gained.values())
             view._foreign = self._foreign._replace(nbytes=nbytes)
@@ -536,6 +519,37 @@ class KVView:
             f"KVView({self.layout.text!r}: {form.layers} layers, {form.kv} kv, {form.heads} heads, "
             f"{tokens} tokens, widths {form.widths} B, {kinds} on {place})"
         )
+
+
+#: A form, the bytes that each of its table's entries gains, by its number times the last one, and
+#: how many entries become of one.
+_Sliced: TypeAlias = "tuple[Form, dict[int, int], int]"
+_slices: Bounded[tuple[object, ...], _Sliced] = Bounded("forms of slices", 1024)
+
+
+def _sliced(form: Form, count: int, kv: range, layers: range, heads: range) -> _Sliced:
+    """The form of a slice of a view of ``count`` blocks, or of a chunk's tokens."""
+    parts = [form.parts[k].cut("head", heads) for k in kv]
+    fewer_layers = len(layers) < form.layers
+    # What the origins of such slices share at any layer, so that no layer has its own form.
+    strides = [step.stride for part in parts if fewer_layers for step in part.layer]
+    alignment = widest_vector([form.alignment, *strides, *(part.offset for part in parts)])
+    # Parts behind one address that drift apart from layer to layer get entries of their own.
+    shared = len({part.table for part in parts}) < len(parts)
+    drift = fewer_layers and shared and len({part.layer for part in parts}) > 1
+    n = len(parts) if drift else 1
+    gathered, gained = gather([part.cut("layer", layers) for part in parts], count, n)
+    dtypes = tuple(form.dtypes[k] for k in kv) if form.dtypes else ()
+    sliced = replace(
+        form,
+        parts=gathered,
+        layers=len(layers),
+        heads=len(heads),
+        widths=tuple(form.widths[k] for k in kv),
+        alignment=alignment,
+        dtypes=dtypes if any(dtypes) else (),
+    )
+    return same_form(sliced), gained, n
 
 
 def _moved(table: torch.Tensor, entries: list[int], gains: list[int]) -> torch.Tensor:
