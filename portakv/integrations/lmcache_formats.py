@@ -224,7 +224,8 @@ def objects_of(
         rest["dim"] = tuple(width // wide for width in caches.widths)
     text = text if len(objects) == 1 else f"block | {text}"
     if tensors:
-        held = [x if two_planes else _one_plane(x, caches.layers) for x in objects]
+        fused = number in FUSED
+        held = [x if two_planes else _one_plane(x, caches.layers, fused) for x in objects]
         return KVView(held[0] if len(held) == 1 else held, text, **rest)
     row = caches.heads * (caches.widths[0] if two_planes else sum(caches.widths))
     shape = [*([2] if two_planes else []), caches.layers, chunk, row]
@@ -232,12 +233,12 @@ def objects_of(
     return KVView.at(at, text, shape=shape, dtype=torch.uint8, device=device, **rest)
 
 
-def _one_plane(each: torch.Tensor, layers: int) -> torch.Tensor:
-    """An object of one plane as ``[layers, tokens, row]``; it may come as ``[1, layers, tokens,
-    row]``, or as planes of half the row that were meant to be one."""
+def _one_plane(each: torch.Tensor, layers: int, fused: bool) -> torch.Tensor:
+    """An object of one plane as ``[layers, tokens, row]``; it may come as the first of several, or
+    if ``fused`` as two of half the row that were meant to be one."""
     if each.dim() < 4:
         return each
-    return each[0] if each.shape[0] == 1 else each.view(layers, -1, 2 * each.shape[-1])
+    return each.view(layers, -1, 2 * each.shape[-1]) if fused and len(each) == 2 else each[0]
 
 
 def blocks_of(ids: torch.Tensor | Sequence[int], block_size: int) -> Index:

@@ -15,6 +15,7 @@ import torch
 
 from portakv import Index, Unsupported, copy_runs
 from portakv.host.memcpy import copy_
+from portakv.integrations import IntegrationError
 from portakv.integrations.lmcache_formats import (
     LAYOUTS,
     blocks_of,
@@ -73,9 +74,9 @@ def execute_direct_copy_transfer(
         host_buffer_alignment: bytes of one registration of the host's memory, a power of two.
 
     Raises:
-        ValueError: what a group or an object says of itself contradicts the other.
+        IntegrationError: what a group or an object says of itself contradicts the other, or a block
+            id that no cache has; nothing of the group was moved.
         Unsupported: caches of a format that `direct_copy_format_supported` denies.
-        SlotError: a block id past the end; nothing of its group was moved.
     """
     _check_power(host_buffer_alignment, "host_buffer_alignment")
     store, device = is_store(direction), indexed(device)
@@ -102,14 +103,21 @@ def execute_direct_copy_transfer(
                 or not 0 <= skip <= per_chunk
                 or not 0 <= first <= len(spec.block_ids) - per_chunk
             ):
-                raise ValueError(
+                raise IntegrationError(
                     f"Group {place} with {len(spec.block_ids)} blocks of {pool.block_size} tokens "
                     f"and {slots} tokens for each object, from byte {begin} to {begin + nbytes} of "
                     f"it, was asked for, but object {each.chunk_idx} has {each.nbytes} bytes and "
-                    f"skips {skips} blocks of the groups; expected whole blocks that lie in both."
+                    f"skips {skips} blocks of the groups; expected whole blocks in both, none of "
+                    f"them past the object size."
                 )
             ids += spec.block_ids[first + skip : first + per_chunk]
             places += range(order * per_chunk + skip, (order + 1) * per_chunk)
+        bad = [block for block in ids if not 0 <= block < pool.blocks]
+        if bad:
+            raise IntegrationError(
+                f"The block id {bad[0]} was asked for in group {place}, whose caches have "
+                f"{pool.blocks} blocks; nothing of the group was moved. Correct the ids."
+            )
         caches = caches_of(number, spec.paged_layer_ptrs, pool, device)
         at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
         chunks = objects_of(number, caches, at, slots, torch.device("cpu"))

@@ -112,7 +112,7 @@ def multi_layer_kv_transfer(
         page_buffer_size: slots of the caches; 0: unknown, as for MLA.
         head_size: elements of a head, of keys alone where a row holds keys and values.
         skip_prefix_n_tokens: tokens at the begin that are neither read nor written.
-        block_stride_elems: elements from block to block; 0: blocks are dense.
+        block_stride_elems: elements from block to block of `FUSED` formats; 0: blocks are dense.
 
     Raises:
         ValueError: slots that are no whole blocks, or rows that are no whole heads.
@@ -140,7 +140,8 @@ def multi_layer_kv_transfer(
             f"bytes in heads of {head}, were asked for; expected whole blocks and whole heads."
         )
     blocks = page_buffer_size // per_block or -1
-    step = block_stride_elems * width
+    # Its connectors hand over the step of their first caches for all, and its kernel heeds it here.
+    step = block_stride_elems * width if number in FUSED else 0
     pool = Pool(key_value.shape[1], blocks, per_block, heads, row // heads, step)
     caches = caches_of(number, key_value_ptrs, pool, indexed(paged_memory_device))
     slots = Index.of(slot_mapping).shifted(skip_prefix_n_tokens)

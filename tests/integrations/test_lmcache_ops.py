@@ -198,6 +198,30 @@ def test_blocks_of_a_shared_pool_lie_further_apart(
     assert not any(pool[:, dense:].any().item() for pool in pools)
 
 
+@pytest.mark.parametrize("direction", [D2H, H2D])
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 6])
+def test_a_step_of_other_caches_and_an_object_of_more_planes(
+    number: int, direction: int, device: torch.device
+) -> None:
+    """LMCache's connectors hand both over, and its kernel heeds neither by slots."""
+    g, slots = GEOMETRIES[number], torch.tensor([4, 27, 0, 9])
+    logical, caches = held(g, device, 1)
+    objects = g.logical(2).reshape(g.kv, g.layers, g.slots, g.row)[:, :, :4]
+    chunk = torch.zeros(2, g.layers, 4, g.row, dtype=torch.bfloat16, device=device)
+    chunk[: g.kv] = bits(objects, device)
+    lmcache_ops.multi_layer_kv_transfer(
+        chunk, pointers(caches, device), slots.to(device), device, g.slots, direction, number,
+        block_stride_elems=g.block_size * g.row - 8, **slot_arguments(g),
+    )  # fmt: skip
+    synchronize(device)
+    rows = g.rows(logical).copy()
+    if direction == H2D:
+        rows[:, :, slots] = objects
+        assert_equal(caches, physical(g, rows.reshape(logical.shape)))
+    else:
+        np.testing.assert_array_equal(arrays(chunk[: g.kv]), rows[:, :, slots])
+
+
 # --- By blocks ------------------------------------------------------------------------------------
 
 
@@ -685,6 +709,7 @@ def test_a_variable_that_no_term_can_have(
         ({"slots_per_chunk": 0}, "group"),
         ({"slots_per_chunk": 6}, "group"),
         ({"block_ids": [3, 7]}, "group"),
+        ({"block_ids": [3, -1]}, "group"),
         ({"byte_offset_in_object": -4}, "group"),
         ({"engine_kv_format": 16}, "group"),
         ({"engine_kv_format": 17}, "group"),
@@ -700,7 +725,7 @@ def test_a_direct_copy_that_cannot_be(changed: Any, field: str) -> None:
     one = lmcache_host.DirectCopyObject(memory.data_ptr(), 0, memory.nbytes, 0, [0])
     group = group._replace(**changed) if field == "group" else group
     one = one._replace(**changed) if field == "object" else one
-    with pytest.raises((ValueError, Unsupported)) as caught:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
         lmcache_host.execute_direct_copy_transfer(D2H, CPU, 2**26, [group], [one])
     check_sentence(str(caught.value))
     assert not memory.any()
