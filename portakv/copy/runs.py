@@ -15,7 +15,7 @@ import torch
 from portakv.copy.copy import whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import copy_rows
-from portakv.errors import PortaKVError, SlotError
+from portakv.errors import InvalidTerms, PortaKVError, SlotError
 from portakv.plan.plan import Move, check_disjoint
 from portakv.view.bound import address_of
 from portakv.view.index import Index
@@ -70,8 +70,14 @@ def copy_runs(
         SlotError: lists of different lengths, or numbers that no run can have; of runs of one size
             a byte that is both read and written, where the host can see it.
         LayoutError: what are no addresses, or runs that begin at one destination.
+        InvalidTerms: an index or a count, which runs do not have.
         PortaKVError: what `copy_rows` raises.
     """
+    for name in terms.keys() & {"src_index", "dst_index", "count"}:
+        raise InvalidTerms(
+            f"A copy of runs with {name}={terms[name]!r} was asked: expected terms of how it is "
+            f"carried out. Leave it out, and pass the addresses of what is to move."
+        )
     ends = _ends(src_addresses), _ends(dst_addresses)
     number = len(ends[0])
     if not len(ends[1]) == number:

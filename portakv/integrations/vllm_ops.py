@@ -149,16 +149,16 @@ def cp_gather_cache(
         src_cache: ``[blocks, block_size, entry...]``.
         dst: ``[tokens, entry...]``; rows behind the last request stay as they are.
         block_table: int32 ``[batch, blocks]``.
-        cu_seq_lens: int32 ``[batch + 1]``: where each request begins in ``dst``, from 0 on.
+        cu_seq_lens: int32 ``[batch + 1]``: where each request begins in ``dst``; rows in front of
+            the first stay as they are, too.
         seq_starts: int32 ``[batch]``: tokens of each request that are passed over.
     """
-    ends = cu_seq_lens[: batch_size + 1]
+    tables, ends, size = block_table[:batch_size], cu_seq_lens[: batch_size + 1], src_cache.shape[1]
     first = None if seq_starts is None else seq_starts[:batch_size]
-    ids = Index.of_requests(
-        block_table[:batch_size], ends.diff(), src_cache.shape[1], first=first, count=dst.shape[0]
-    )
     # The rest of a shape is a row: its dimensions must lie behind each other.
     rows, paged = dst.flatten(1), src_cache.flatten(2)
+    within = rows.shape[0]
+    ids = Index.of_requests(tables, ends.diff(), size, first=first, front=ends[:1], count=within)
     _behind(copy_rows(KVView(paged, "block token dim"), KVView(rows, "token dim"), ids))
 
 

@@ -133,7 +133,7 @@ class Index:
     @classmethod
     def of_requests(
         cls, tables: torch.Tensor, lengths: IdList, step: int, *, first: IdList | None = None,
-        count: int | None = None, trusted: bool = False,
+        front: IdList | None = None, count: int | None = None, trusted: bool = False,
     ) -> Index:  # fmt: skip
         """The tokens of several requests, one request behind the other, as slots. If all tensors
         are on a device and ``count`` is told, the host waits for nothing, and it can be captured
@@ -145,7 +145,8 @@ class Index:
             lengths: tokens of each request ``[requests]``. One below 0 on a device is 0.
             step: tokens of a block.
             first: tokens of each request that are passed over, ``[requests]``; None: none are.
-            count: positions in all; None: the sum of the lengths. Those past the sum are skipped.
+            front: positions in front of the first request, which are skipped, ``[1]``; None: 0.
+            count: positions in all; None: the sum of them and the lengths. Those past are skipped.
             trusted: as for the constructor; then no position may be skipped.
 
         Raises:
@@ -175,24 +176,35 @@ class Index:
         _as_ids(tables.reshape(-1))  # inside torch.vmap and its like there are none
         sizes = _as_ids(lengths)
         begins = torch.zeros_like(sizes) if first is None else _as_ids(first)
-        if not len(sizes) == len(begins) == requests or (requests and not blocks):
+        ahead = sizes[:0] if front is None else _as_ids(front)
+        if (
+            not len(sizes) == len(begins) == requests
+            or (requests and not blocks)
+            or len(ahead) != (front is not None)
+        ):
             raise SlotError(
-                f"{len(sizes)} lengths and {len(begins)} first tokens were given for tables of "
-                f"shape {tuple(tables.shape)}; expected one of each for each request, and at least "
-                f"one block."
+                f"{len(sizes)} lengths, {len(begins)} first tokens and {len(ahead)} numbers of "
+                f"positions in front were given for tables of shape {tuple(tables.shape)}; "
+                f"expected one of each for each request, one in front or none, and at least one "
+                f"block."
             )
         waits = tables.is_cpu or count is None
-        if any(bool((each < 0).any()) for each in (sizes, begins) if waits or each.is_cpu):
+        if any(bool((x < 0).any()) for x in (sizes, begins, ahead) if waits or x.is_cpu):
             raise SlotError("Lengths or first tokens below 0 were given; pass tokens of requests.")
         if not requests:
-            skipped = torch.full((count or 0,), -1, dtype=torch.int64, device=tables.device)
+            number = int(ahead.sum()) if count is None else count
+            skipped = torch.full((number,), -1, dtype=torch.int64, device=tables.device)
             return cls(skipped, trusted=trusted)
         begins = begins.to(tables.device, torch.int64)
         sizes = sizes.to(tables.device, torch.int64).clamp(min=0)
+        ahead = ahead.to(tables.device, torch.int64)
         ends = sizes.cumsum(0)
+        ends = ends if front is None else ends + ahead
         at = torch.arange(int(ends[-1]) if count is None else count, device=tables.device)
         request = torch.searchsorted(ends, at, right=True)
         inside, request = request < requests, request.clamp(max=requests - 1)
+        if front is not None:
+            inside &= at >= ahead
         token = at + (begins - ends + sizes)[request]
         block = token // step
         ids = tables[request, block.clamp(0, blocks - 1)].long()

@@ -16,6 +16,7 @@ from support.guarded_memory import refused
 
 from portakv import KVView, LateErrors, LayoutError, SlotError, Transfer, copy_rows, copy_runs
 from portakv.backends.reference import Reference
+from portakv.errors import InvalidTerms
 from portakv.host import pinned, small
 from portakv.plan.plan import CopyPlan
 from portakv.registry import prepared
@@ -216,6 +217,8 @@ def test_nothing() -> None:
         ({"sizes": torch.empty(4, dtype=torch.int64, device="meta")}, SlotError, ["sizes"]),
         ({"rows": 2, "src_pitch": -1}, SlotError, ["src_pitch=-1"]),
         ({"dst": [0, 0, 512, 1024]}, LayoutError, ["one address"]),
+        ({"count": 2}, InvalidTerms, ["count=2", "Leave it out"]),
+        ({"src_index": [3, 2, 1, 0]}, InvalidTerms, ["src_index=[3, 2, 1, 0]"]),
     ],
     ids=str,
 )  # fmt: skip

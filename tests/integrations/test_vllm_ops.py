@@ -138,25 +138,27 @@ def test_concat_and_cache_mla_grouped(
 
 
 @pytest.mark.parametrize("starts", [None, [0, 8, 0, 3]])
+@pytest.mark.parametrize("front", [0, 2])
 @pytest.mark.parametrize(
     "op", ["cp_gather_cache", "gather_cache", "gather_and_maybe_dequant_cache"]
 )
 @pytest.mark.parametrize("heads", [False, True])
 def test_gathering_requests(
-    device: torch.device, noise: Noise, starts: list[int] | None, op: str, heads: bool
+    device: torch.device, noise: Noise, starts: list[int] | None, front: int, op: str, heads: bool
 ) -> None:
-    """One request is empty, and the destination is longer than all of them."""
+    """One request is empty, and the destination is longer than all of them; the first one begins
+    where it is said to, as with vLLM's kernel."""
     entry = (HEADS, DIM) if heads else (DIM,)
     cache, dst = noise(BLOCKS, SIZE, *entry), noise(40, *entry)
     table = torch.tensor([[3, 1, 7], [0, 5, 2], [4, 4, 4], [6, 2, 1]], dtype=torch.int32)
     lengths = [17, 8, 0, 12]
-    expected, at = dst.cpu().clone(), 0
+    expected, at = dst.cpu().clone(), front
     for request, length in enumerate(lengths):
         for token in range(length):
             slot = token + (starts[request] if starts else 0)
             expected[at] = cache[int(table[request, slot // SIZE]), slot % SIZE].cpu()
             at += 1
-    bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    bounds = torch.tensor([front, *lengths]).cumsum(0).int().to(device)
     passed = None if starts is None else torch.tensor(starts, dtype=torch.int32, device=device)
     table = table.to(device)
     if op == "gather_and_maybe_dequant_cache":

@@ -39,6 +39,19 @@ def test_slots(device: torch.device, dtype: torch.dtype, count: int | None, firs
     assert index.ids.tolist() == expected + [-1] * ((count or 23) - 23)
 
 
+@pytest.mark.parametrize("count", [None, 26, 30])
+@pytest.mark.parametrize("tables", [TABLES, []], ids=["three", "none"])
+def test_positions_in_front(device: torch.device, tables: Any, count: int | None) -> None:
+    """They are skipped, as those behind the last request are."""
+    given = torch.tensor(tables, dtype=torch.int64, device=device).view(-1, 4)
+    lengths, front = LENGTHS[: len(tables)], torch.tensor([3], device=device)
+    index = Index.of_requests(given, lengths, SIZE, front=front, count=count)
+    assert index.ids is not None
+    expected = [-1] * 3 + (slots(LENGTHS, [0] * 3) if tables else [])
+    number = len(expected) if count is None else count
+    assert index.ids.tolist() == expected + [-1] * (number - len(expected))
+
+
 def test_requests_are_gathered_in_one_copy(accelerator: torch.device) -> None:
     """And the host waits for nothing."""
     src = layered(accelerator)
@@ -88,6 +101,14 @@ def test_numbers_below_0(device: torch.device, lengths: Any, first: Any, count: 
     if count is None:
         with pytest.raises(SlotError, match="below 0"):
             Index.of_requests(tables, torch.tensor(lengths, device=device), SIZE)
+
+
+def test_what_is_no_number_in_front(device: torch.device) -> None:
+    tables = torch.tensor(TABLES, device=device)
+    for front, told in (([-1], "below 0"), ([1, 2], "2 numbers of positions in front")):
+        with pytest.raises(SlotError) as refused:
+            Index.of_requests(tables, LENGTHS, SIZE, front=front, count=23)
+        check_sentence(str(refused.value), told)
 
 
 def test_numbers_below_0_on_a_device(accelerator: torch.device) -> None:
