@@ -8,11 +8,17 @@ from typing import Any
 
 import pytest
 import torch
+from support import simdev_cases as simulated
+from support.command_line import registered
 from support.device_cases import DEVICE
 
 from portakv import Index, KVView, SlotError, copy_rows
+from portakv.backends.base import Launch, MoveLaunch, Pending
+from portakv.backends.reference import Reference
 from portakv.copy.repeat import _ways
 from portakv.host import pinned
+from portakv.plan.plan import CopyPlan, Move
+from portakv.view.foreign import Foreign
 
 TOKENS, HEADS, DIM, LAYERS = 96, 2, 16, 5
 LAYERED, WHOLE = "layer | token head dim", "token layer head dim"
@@ -152,3 +158,75 @@ def test_without_addresses_or_on_the_host_nothing_is_remembered() -> None:
         copy_rows(at[0], at[1], ids, ids)
     assert repeats() == before
     assert other[:, 0].tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
+
+
+# --- Without a GPU --------------------------------------------------------------------------------
+
+
+class _Again:
+    """A launch that finds its ids by their addresses, by plain indexing."""
+
+    most = 1 << 20
+
+    def __init__(self, launch: Launch, sides: tuple[KVView, KVView], like: torch.Tensor) -> None:
+        self._launch, self._sides, self._like = launch, sides, like
+        self.calls = 0
+
+    def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
+        self.calls += 1
+        device, wide = self._like.device, self._like.itemsize
+        ids = [
+            Foreign(self._like.dtype, count * wide).tensors([at], device)[0] for at in (src, dst)
+        ]
+        self._launch(*self._sides, Index(ids[0]), Index(ids[1]), count, None, None)
+
+
+class _Launch(MoveLaunch):
+    def __init__(self, launch: Launch) -> None:
+        self._launch = launch
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: Any) -> Pending | None:
+        return self._launch(*move, stream, status)
+
+    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> _Again:
+        assert src_index.ids is not None
+        made.append(_Again(self._launch, (src, dst), src_index.ids))
+        return made[-1]
+
+
+made: list[_Again] = []
+
+
+class Repeating(Reference):
+    name = "repeating"
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        return _Launch(super().prepare(plan))
+
+
+@pytest.mark.simdev
+def test_on_the_simulated_device() -> None:
+    made.clear()
+    shape, device = (TOKENS, HEADS, DIM), simulated.DEVICE
+    one, other = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
+    views = [
+        KVView.at([x.data_ptr()], "token head dim", shape=shape, dtype=torch.int32, device=x.device)
+        for x in (one, other)
+    ]
+    with registered(repeating=Repeating):
+        for turn, (read, written) in enumerate([([9, 2], [0, 5]), ([1, 7], [8, 3]), ([4], [6])]):
+            rows = torch.randint(1, 1 << 30, shape, dtype=torch.int32)
+            one.copy_(rows)
+            other.zero_()
+            ids = [Index(torch.tensor(x, device=device), trusted=True) for x in (read, written)]
+            transfer = copy_rows(views[0], views[1], *ids, backend="repeating")
+            transfer.synchronize()
+            assert transfer.carried[0] == "repeating"
+            expected = torch.zeros(shape, dtype=torch.int32)
+            expected[written] = rows[read]
+            assert torch.equal(other.cpu(), expected)
+            # A third number of tokens is asked about first.
+            assert [each.calls for each in made] == [[0], [1], [1]][turn]
+        with pytest.raises(SlotError):
+            copy_rows(views[0], views[1], *ids, count=5, backend="repeating")
+    assert len(made) == 1
