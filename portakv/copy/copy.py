@@ -74,12 +74,12 @@ def is_strict(check: object) -> bool:
 
 def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
     """The source of a copy as it is read; raises `LayoutError` if one side is no view."""
-    for view in (src, dst):
-        if not isinstance(view, KVView):
-            raise LayoutError(
-                f"A copy was asked of a {type(view).__name__}; expected two views. Read tensors "
-                f"through a layout: KVView(tensors, layout)."
-            )
+    if not (isinstance(src, KVView) and isinstance(dst, KVView)):
+        kind = type(dst if isinstance(src, KVView) else src).__name__
+        raise LayoutError(
+            f"A copy was asked of a {kind}; expected two views. Read tensors through a layout: "
+            f"KVView(tensors, layout)."
+        )
     return src if reinterpret is False or not flag("reinterpret", reinterpret) else src.as_bytes()
 
 
@@ -267,7 +267,10 @@ def _launch(
     captured = on_device and capturing(device)
     if captured:
         _check_capture(pieces, move)
-    placed = [ready.place_both(move) for ready, _, _ in pieces]
+    parts = [
+        (ready, first, ready.place_both(move).part(first, tokens))
+        for ready, first, tokens in pieces
+    ]
     if on_device and not captured:
         for view, read in zip(move[:2], pieces[0][0].tables, strict=True):
             if read and view.device == device:
@@ -275,17 +278,17 @@ def _launch(
     if captured:  # a graph's memory is its owner's, so that no allocator is told of it
         streams.follow_current(stream)
     elif stream is not None:
-        follow_current(stream, placed)
+        follow_current(stream, [part for *_, part in parts])
     pendings: list[Pending] = []
     status: list[tuple[StatusWord, int]] = []
     carried = NOTHING
-    for (ready, first, tokens), own in zip(pieces, placed, strict=True):
+    for ready, first, part in parts:
         word = None
         if on_device and (ready.can.guards or guarded):
             status_word = acquire_word()
             status.append((status_word, first))  # it counts from there
             word = status_word.tensor
-        pending = ready.launch(*own.part(first, tokens), stream, word)
+        pending = ready.launch(*part, stream, word)
         if carried is NOTHING:
             carried = ready.carried
         if pending is not None:
@@ -293,7 +296,7 @@ def _launch(
     if captured:
         # The graph may write these words at every replay, so they are never given back.
         return streams.captured(device, stream, move, status, carried)
-    event, pool, kept = None, None, (move.src, move.dst, placed)
+    event, pool, kept = None, None, (move.src, move.dst, parts)
     if on_device:
         pool = event_pool(device)
         event = pool.recorded(stream)

@@ -41,13 +41,13 @@ class Prepared:
     home_of_ids: torch.device
     #: For each side whether the launch reads the view's table of addresses.
     tables: tuple[bool, bool]
+    _backend: tuple[str, str]
 
     @property
     def carried(self) -> tuple[str, str]:
         """What carried out the launch that this thread made last, and why that one: the backend,
         or the engine that was picked."""
-        told: tuple[str, str] | None = getattr(self.launch, "carried", None)
-        return told or (self.choice.backend.name, self.choice.trace[-1].reason)
+        return getattr(self.launch, "carried", None) or self._backend
 
     def claims(self, move: Move) -> Capabilities:
         """What carries this copy out can do: if an engine is picked for each copy, that one."""
@@ -97,7 +97,8 @@ def prepared(
         any(x.dst.tabled or any(y.dst_table for y in x.loops) for x in plan.nests),
     )
     tables = getattr(launch, "tables", looked_up)
-    found = Prepared(plan, launch, taken, taken.can, home, tables)
+    by = taken.name, taken.trace[-1].reason
+    found = Prepared(plan, launch, taken, taken.can, home, tables, by)
     # Another thread may have been here first: one launch for all, with its one lock.
     return _prepared.setdefault(key, found)
 
