@@ -17,10 +17,15 @@ _Asked = ParamSpec("_Asked")
 _Answer = TypeVar("_Answer")
 
 
+class ArgumentError(IntegrationError, TypeError):
+    """An engine's op was called with an argument of another type than it says."""
+
+
 def typed(function: Callable[_Asked, _Answer]) -> Callable[_Asked, _Answer]:
-    """``function``, which raises `IntegrationError` for arguments of other types than it says."""
+    """``function``, which raises `ArgumentError` for arguments of other types than it says; types
+    that are not in `_FITS` are not looked at."""
     says = {name: each.annotation for name, each in inspect.signature(function).parameters.items()}
-    fits = [(name, _FITS[kind]) for name, kind in says.items()]
+    fits = [(name, _fit(kind)) for name, kind in says.items()]
     named_fits = dict(fits)
 
     @wraps(function)
@@ -36,9 +41,15 @@ def typed(function: Callable[_Asked, _Answer]) -> Callable[_Asked, _Answer]:
     return checked
 
 
-def _of_another_type(function: str, name: str, value: object, says: str) -> IntegrationError:
+def _fit(says: str) -> Callable[[Any], bool]:
+    """Whether a value is of one of the types that an annotation says."""
+    known = [_FITS.get(each, lambda _: True) for each in says.split(" | ")]
+    return known[0] if len(known) == 1 else lambda value: any(fit(value) for fit in known)
+
+
+def _of_another_type(function: str, name: str, value: object, says: str) -> ArgumentError:
     found = told(value) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
-    return IntegrationError(
+    return ArgumentError(
         f"{function} was given {name} = {found}; expected {says}, and of tensors strided ones that "
         f"have memory. Pass such an argument."
     )
@@ -52,11 +63,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, Integral))
 
 
-#: Whether a value is what an annotation says.
+#: Whether a value is of a type.
 _FITS: dict[str, Callable[[Any], bool]] = {
     "torch.Tensor": _is_tensor,
     "int": _is_number,
-    "int | None": lambda value: value is None or _is_number(value),
+    "None": lambda value: value is None,
     "list[torch.Tensor]": lambda value: isinstance(value, Sequence) and all(map(_is_tensor, value)),
     "list[int]": lambda value: isinstance(value, Sequence) and all(map(_is_number, value)),
 }

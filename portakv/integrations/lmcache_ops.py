@@ -3,7 +3,8 @@
 
 No engine is imported. The module also stands for `lmcache.c_ops` of older releases, since numbers
 are taken for its enums. Ops order their work on the current stream, and do not wait for it; an
-object in pageable memory is waited for, since no stream orders that.
+object in pageable memory is waited for, since no stream orders that. Arguments of another type are
+refused by an `ArgumentError`, which is a TypeError.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 
 from portakv import Index, InvalidTerms, KVView, LateErrors, SlotError, copy_rows
 from portakv.engines.engine import Terms
+from portakv.integrations.arguments import typed
 from portakv.integrations.lmcache_formats import (
     FUSED,
     MLA,
@@ -91,6 +93,7 @@ def move(
         transfer.synchronize()
 
 
+@typed
 def multi_layer_kv_transfer(
     key_value: torch.Tensor,
     key_value_ptrs: Held,
@@ -121,7 +124,6 @@ def multi_layer_kv_transfer(
     # Of format 0 this op reads the layers one by one.
     number, text, _ = layout_of(int(engine_kv_format) or 1)
     tokens, width = key_value.shape[2], key_value.element_size()
-    _check_slots(slot_mapping)
     if slot_mapping.numel() != tokens:
         raise SlotError(
             f"{slot_mapping.numel()} slots were given for an object of {tokens} tokens; expected "
@@ -169,6 +171,7 @@ def multi_layer_kv_transfer_unilateral(
     )  # fmt: skip
 
 
+@typed
 def single_layer_kv_transfer(
     lmc_key_value_cache: torch.Tensor,
     vllm_key_value_cache: torch.Tensor,
@@ -185,6 +188,7 @@ def single_layer_kv_transfer(
     _one_layer(caches, lmc_key_value_cache, slot_mapping, direction, token_major)
 
 
+@typed
 def single_layer_kv_transfer_sgl(
     lmc_key_value_cache: torch.Tensor,
     sgl_key_cache: torch.Tensor,
@@ -227,7 +231,6 @@ def reshape_and_cache_back_flash(
 def _one_layer(
     caches: KVView, buffer: torch.Tensor, slots: torch.Tensor, direction: Any, token_major: bool
 ) -> None:
-    _check_slots(slots)
     text = "token (head dim)"
     if caches.kv == 2:
         text = "token kv (head dim)" if token_major else "kv token (head dim)"
@@ -235,14 +238,7 @@ def _one_layer(
     move(is_store(direction), caches, chunk, Index.of(slots), Index(), slots.numel())
 
 
-def _check_slots(slots: Any) -> None:
-    if not isinstance(slots, torch.Tensor):
-        raise TypeError(
-            f"Slots were handed over as a {type(slots).__name__}; expected a tensor of int32 or "
-            f"int64, one for each token."
-        )
-
-
+@typed
 def multi_layer_block_kv_transfer(
     paged_buffer_ptrs_tensor: torch.Tensor | list[Any],
     lmcache_objects_ptrs: list[int] | list[torch.Tensor],
@@ -268,18 +264,12 @@ def multi_layer_block_kv_transfer(
 
     Raises:
         ValueError: a chunk that holds no whole blocks, or a negative number to skip.
-        TypeError: objects that are neither tensors nor addresses.
         SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
     """
     bs, chunk, skip = int(shape_desc.bs), lmcache_chunk_size, skip_prefix_n_blocks
     check_chunk(chunk, bs, "lmcache_chunk_size")
     if skip < 0:
         raise ValueError(f"skip_prefix_n_blocks={skip} was asked for; expected at least 0.")
-    if not isinstance(lmcache_objects_ptrs, (list, tuple)):
-        raise TypeError(
-            f"Memory objects were handed over as a {type(lmcache_objects_ptrs).__name__}; expected "
-            f"a list of tensors or addresses."
-        )
     store, per_object, device = is_store(direction), chunk // bs, indexed(device)
     number = layout_of(engine_kv_format)[0]
     caches = caches_of(number, paged_buffer_ptrs_tensor, pool_of(shape_desc), device)
