@@ -78,17 +78,30 @@ def test_without_it_nothing_is_raised_for_others(accelerator: torch.device) -> N
     LateErrors().check()
 
 
+class Flying:
+    """Work under way."""
+
+    landed = False
+
+    def done(self) -> bool:
+        return self.landed
+
+    def wait(self) -> None:
+        raise AssertionError("nothing waits for it")
+
+
 def test_what_a_launch_reports_in_its_word(accelerator: torch.device) -> None:
-    late, word = LateErrors(), acquire_word()
-    completion = Completion(words=((word, 10),))
+    late, word, flying = LateErrors(), acquire_word(), Flying()
+    completion = Completion(words=((word, 10),), pendings=(flying,))
     hold(completion)
     late.keep(Transfer((completion,)))
     late.check()
     word.value[0] = 6
-    del completion
     with pytest.raises(SlotError, match="Position 15 "):
         late.check()
     late.check()
+    flying.landed = True
+    assert completion.ended()  # and gives its word back
 
 
 def test_captured_transfers_are_not_kept_without_bound() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import gc
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,15 @@ from support.lmcache_cases import (
 from support.read_back import ReadBack
 from support.simdev_cases import DEVICE
 
-from portakv import InvalidTerms, LayoutError, SlotError, Transfer, Unsupported, copy_rows
+from portakv import (
+    InvalidTerms,
+    LayoutError,
+    SlotError,
+    Transfer,
+    Unsupported,
+    copy_rows,
+    copy_runs,
+)
 from portakv.engines import pageable
 from portakv.engines.link import link_of
 from portakv.engines.slices import Sizes
@@ -478,6 +487,10 @@ def test_no_piece_crosses_a_seam(
         pieces.extend(zip((ends - host.data_ptr()).tolist(), given.width.tolist(), strict=True))
         copy(given, *rest)
 
+    # A kernel, which moves so few bytes on a GPU, knows no pieces.
+    move = partial(copy_runs, backend="descriptors")
+    move(host.data_ptr(), there.data_ptr(), 64, src_device="cpu", dst_device=accelerator)  # judged
+    monkeypatch.setattr(lmcache_host, "copy_runs", move)
     monkeypatch.setattr(link, "copy", recorded)
     dest, src = (there, host) if direction == H2D else (host, there)
     lmcache_host.lmcache_memcpy_async(
