@@ -150,6 +150,18 @@ def test_addresses_are_sent_without_waiting(side: bool, backend: str, sent: list
 
 
 @pytest.mark.simdev
+def test_addresses_are_sent_to_what_gathers(sent: list[int]) -> None:
+    """Rows that are made dense on the device; those of the host are known there."""
+    device = simdev_cases.DEVICE
+    src, dst = ends(device, "to host")
+    expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
+    ways: Any = {"src_device": device, "dst_device": CPU, "backend": "staged"}
+    copy_runs(at(src, SRC), at(dst, DST), 64, **ways).synchronize()
+    assert sent.count(4) == 1  # beside those of a self-check, and of the rows on the device
+    assert torch.equal(dst, expected)
+
+
+@pytest.mark.simdev
 @pytest.mark.parametrize("layout", ["block | token dim", "layer | token dim"])
 @pytest.mark.parametrize("foreign", [False, True], ids=["tensors", "addresses"])
 def test_addresses_of_a_view_that_is_kept_are_sent_once(
