@@ -47,16 +47,10 @@ _KEPT = 64  # views of caches
 _WORDS = (torch.int64, torch.uint64)
 #: Torch has storages of another kind there, so that memory is handed over as tensors alone.
 NO_ADDRESSES = ("npu",)
+#: A tensor at an address: shape, strides in elements (None: it is contiguous) and dtype.
+Memory: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype]"
 #: Caches: a table of addresses, a tensor, or the containers that the layout names.
 Held: TypeAlias = "torch.Tensor | Sequence[Any]"
-
-
-class Memory(NamedTuple):
-    """A tensor at an address; strides count elements, None: it is contiguous."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...] | None
-    dtype: torch.dtype
 
 
 class Pool(NamedTuple):
@@ -82,9 +76,9 @@ class Pool(NamedTuple):
             )
         shape = tuple(sizes[each] for each in names)
         if not self.step or names[0] != "block":
-            return Memory(shape, None, torch.uint8)
+            return shape, None, torch.uint8
         inner = (prod(shape[at + 1 :]) for at in range(1, len(shape)))
-        return Memory(shape, (self.step, *inner), torch.uint8)
+        return shape, (self.step, *inner), torch.uint8
 
 
 def pool_of(desc: Any) -> Pool:
@@ -139,7 +133,7 @@ def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.devic
             return _of_tensors(number, [_like(x, dims, pool) for x in leaves], held, pool)
         like = _like(leaves[0], dims, pool)
         at = tuple(x.data_ptr() for x in leaves)
-        memory = Memory(tuple(like.shape), like.stride(), like.dtype)
+        memory = tuple(like.shape), like.stride(), like.dtype
     return _view(number, at, memory, pool.block_size, device, version)
 
 
@@ -153,8 +147,9 @@ def _view(
     if "kv" in containers:
         by = (2, -1) if containers == "kv layer" else (-1, 2)
         at = at.view(by) if isinstance(at, torch.Tensor) else np.array(at).reshape(by)
-    declared = _declared(number, memory.shape, memory.dtype, block_size)
-    return KVView.at(at, text, **memory._asdict(), device=device, reinterpret=True, **declared)
+    shape, strides, dtype = memory
+    rest = {"reinterpret": True} | _declared(number, shape, dtype, block_size)
+    return KVView.at(at, text, shape=shape, strides=strides, dtype=dtype, device=device, **rest)
 
 
 def _of_tensors(number: int, leaves: list[torch.Tensor], held: Any, pool: Pool) -> KVView:
@@ -203,7 +198,7 @@ def _like(held: torch.Tensor, dims: str, pool: Pool) -> torch.Tensor:
         return held
     if held.dim() > len(names):
         return held.flatten(len(names) - 1)
-    return held.view(torch.uint8).view(pool.memory(dims).shape)
+    return held.view(torch.uint8).view(pool.memory(dims)[0])
 
 
 def objects_of(

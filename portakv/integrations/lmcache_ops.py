@@ -38,15 +38,9 @@ from portakv.runtime.devices import indexed
 H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
 
 
-class _Late(threading.local):
-    """An error that an op finds late, such as a bad id on a device, is raised by the next op of the
-    same thread: another one's knows nothing of these caches."""
-
-    def __init__(self) -> None:
-        self.errors = LateErrors()
-
-
-_late = _Late()
+#: What an op finds late, such as a bad id on a device, is raised by the next op of the same thread:
+#: another one's knows nothing of these caches.
+_late = threading.local()
 
 
 @cache
@@ -88,7 +82,8 @@ def move(
         if ids.on_host:
             theirs = ids.without_repeats(count)
     across = terms() if caches.device != chunk.device else {}
-    transfer = copy_rows(src, dst, mine, theirs, count=count, late=_late.errors, **across)
+    late = vars(_late).setdefault("errors", LateErrors())
+    transfer = copy_rows(src, dst, mine, theirs, count=count, late=late, **across)
     if not transfer.ordered:
         transfer.synchronize()
 
