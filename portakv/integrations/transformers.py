@@ -9,9 +9,9 @@ paged memory.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, wraps
 from operator import index as whole_number
 from typing import Any, TypeAlias
 
@@ -19,7 +19,7 @@ import torch
 
 from portakv import Index, KVView, LayoutError, SlotError, Transfer, copy_rows
 from portakv.host import pinned
-from portakv.integrations import check_release
+from portakv.integrations import IntegrationError, check_release
 
 check_release("transformers")
 
@@ -33,47 +33,83 @@ _ROWS = "kv | block head token dim"
 _GRAIN = 256  # the fewest tokens of room for more
 
 
+def _mixing(name: str) -> Callable[..., None]:
+    """A method of transformers' own that makes rows others, so that the host has none of them."""
+    own = getattr(DynamicLayer, name)
+
+    @wraps(own)
+    def method(self: PortaKVLayer, *args: Any, **named: Any) -> None:
+        self.land()
+        self._stored = 0
+        own(self, *args, **named)
+
+    return method
+
+
 class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
     """A layer whose keys and values may leave the device, and come back before they are used.
 
     Its host memory stays, so that rows that lie there already do not leave again: a step of
-    decoding stores one row of each head. While the layer is away, `keys` and `values` are tensors
-    in that memory, which may still be written; `prefetch`, then `land`, bring them back.
+    decoding stores one row of each head. `prefetch` begins to bring keys and values back; `land`,
+    and whatever reads `keys` or `values`, has them on the device.
     """
 
-    keys: torch.Tensor
+    keys: torch.Tensor  # neither is there while the layer is away
     values: torch.Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.is_away = False
         self._host: Pair | None = None
         self._stored = 0  # how many of the tokens the host memory has
         self._storing, self._coming = Transfer(), Transfer()
+        self._away: Pair | None = None  # the rows, in the host memory
         self._came: Pair | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("keys", "values") and self.__dict__.get("_away"):
+            self.land()
+        return super().__getattribute__(name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copy, or a pickle: it is on the device, and makes host memory of its own."""
+        was_away, fresh = self.is_away, vars(PortaKVLayer())
+        self.land()
+        state = vars(self) | {name: fresh[name] for name in fresh if name.startswith("_")}
+        if was_away:
+            self.offload()
+        return state
+
+    @property
+    def is_away(self) -> bool:
+        """True if keys and values are in host memory alone."""
+        return self._away is not None
+
+    def get_seq_length(self) -> int:
+        """How many tokens the layer has, wherever they are."""
+        return super().get_seq_length() if self._away is None else self._away[0].shape[2]
 
     def offload(self) -> None:
         """Copy what the host lacks, and let go of the device's memory; gradients keep it there."""
-        tokens, here = self.get_seq_length(), (self.keys, self.values)
-        if self.is_away or not tokens or any(each.requires_grad for each in here):
+        tokens = self.get_seq_length()
+        if self.is_away or not tokens or self.keys.requires_grad or self.values.requires_grad:
             return
+        here = self.keys, self.values
         there = self._room(here)
         if self._stored < tokens:
             fresh = slice(self._stored, tokens)
             rows, room = _rows(here, fresh), _rows(there, fresh)
             self._storing = copy_rows(rows, room, stream=_streams(self.device)[0])
-        self.keys, self.values = (each[:, :, :tokens] for each in there)
-        self.is_away, self._stored = True, tokens
+        self._away, self._stored = (there[0][:, :, :tokens], there[1][:, :, :tokens]), tokens
+        del self.keys, self.values
 
     def prefetch(self) -> None:
         """Begin to copy keys and values to the device, if they are away; blocks nothing."""
-        if not self.is_away or self._came is not None:
+        if self._away is None or self._came is not None:
             return
-        away, stream = (self.keys, self.values), _streams(self.device)[1]
-        keys, values = (torch.empty_like(each, device=self.device) for each in away)
-        self._came = keys, values
+        keys, values = (torch.empty_like(each, device=self.device) for each in self._away)
+        self._came, stream = (keys, values), _streams(self.device)[1]
         self._storing.wait(stream)
-        self._coming = copy_rows(_rows(away), _rows(self._came), stream=stream)
+        self._coming = copy_rows(_rows(self._away), _rows(self._came), stream=stream)
 
     def land(self) -> None:
         """Keys and values are on the device again for what follows on the current stream."""
@@ -81,46 +117,17 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         if self._came is not None:
             self._coming.wait()
             self.keys, self.values = self._came
-            self._came, self.is_away = None, False
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Pair:
-        """Add rows; returns all, on the device."""
-        self.land()
-        updated: Pair = super().update(key_states, value_states, *args, **kwargs)
-        return updated
-
-    def reset(self) -> None:
-        """As transformers' own, which forgets all rows, or in 5.17 zeroes them."""
-        self._mixed()
-        super().reset()
+            self._came = self._away = None
 
     def crop(self, tokens_to_remove: int) -> None:
         """As transformers' own; what is left need not leave again."""
-        self.land()
         super().crop(tokens_to_remove)
         self._stored = min(self._stored, self.get_seq_length())
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """As transformers' own."""
-        self._mixed()
-        super().reorder_cache(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """As transformers' own."""
-        self._mixed()
-        super().batch_repeat_interleave(repeats)
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """As transformers' own."""
-        self._mixed()
-        super().batch_select_indices(indices)
-
-    def _mixed(self) -> None:
-        """Rows will be others, so that the host memory has none of them."""
-        self.land()
-        self._stored = 0
+    reset = _mixing("reset")  # forgets all rows, or in 5.17 zeroes them
+    reorder_cache = _mixing("reorder_cache")
+    batch_repeat_interleave = _mixing("batch_repeat_interleave")
+    batch_select_indices = _mixing("batch_select_indices")
 
     def _room(self, pair: Pair) -> Pair:
         """Host memory with room for these rows; larger one has none of them yet."""
@@ -143,13 +150,17 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
     the device.
 
     Args:
-        config: of the model; None: all layers attend to all tokens.
+        config: of the model, else `IntegrationError`; None: all layers attend to all tokens.
     """
 
     layers: list[Any]
     layer_class_to_replicate: Any
 
     def __init__(self, config: Any = None) -> None:
+        if config is not None and not hasattr(config, "get_text_config"):
+            raise IntegrationError(
+                f"OffloadedCache(config={config!r:.60}) was asked for; pass model.config, or None."
+            )
         super().__init__(config=config)
         self.layers = [PortaKVLayer() if type(x) is DynamicLayer else x for x in self.layers]
         if self.layer_class_to_replicate is DynamicLayer:
@@ -174,16 +185,14 @@ def save_prefix(
     cache: DynamicCache, pool: KVView, blocks: torch.Tensor | Sequence[Any],
     tokens: int | None = None,
 ) -> Transfer:  # fmt: skip
-    """Copy the first tokens of a cache into blocks of a pool.
+    """Copy the first tokens of a cache into blocks of a pool. Wait for the transfer before the
+    blocks are used on another stream.
 
     Args:
         cache: whose layers attend to all tokens.
         pool: a paged view with as many layers, kv, heads and bytes of a row.
         blocks: ids, ``[n]``, or for a batch ``[batch, n]``, on host or device.
         tokens: of each sequence; None: all.
-
-    Returns:
-        Wait for it before the blocks are used on another stream.
 
     Raises:
         LayoutError: other layers, fewer tokens, or a pool that is not paged or holds other rows.
@@ -197,11 +206,7 @@ def save_prefix(
             f"A prefix of {tokens} tokens was to be saved from a cache of {held}; expected one "
             f"that holds them. Run the model before."
         )
-    rows = []
-    for layer in _layers(cache):
-        if isinstance(layer, PortaKVLayer):
-            layer.land()
-        rows.append((layer.keys[:, :, :tokens], layer.values[:, :, :tokens]))
+    rows = [(x.keys[:, :, :tokens], x.values[:, :, :tokens]) for x in _layers(cache)]
     slots, _ = _slots(pool, blocks, tokens, len(rows[0][0]))
     return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, slots)
 
@@ -210,21 +215,17 @@ def load_prefix(
     cache: DynamicCache, pool: KVView, blocks: torch.Tensor | Sequence[Any], tokens: int,
     device: torch.device | str | None = None,
 ) -> Transfer:  # fmt: skip
-    """Fill an empty cache with tokens out of blocks of a pool; a model goes on behind them.
+    """Fill an empty cache with tokens out of blocks of a pool; a model goes on behind them. What
+    follows on the current stream need not wait for the transfer; of pageable memory it is done.
 
     Args:
         cache: whose layers attend to all tokens.
-        pool: a paged view.
-        blocks: ids, ``[n]``, or for a batch ``[batch, n]``, on host or device.
+        pool, blocks: as of `save_prefix`.
         tokens: of each sequence.
         device: where the model is; None: where the pool is.
 
-    Returns:
-        What follows on the current stream need not wait for it; of pageable memory it is done.
-
     Raises:
         LayoutError: a cache that holds tokens, or has other layers; and what `save_prefix` raises.
-        PortaKVError: what `portakv.copy_rows` raises.
     """
     if cache.get_seq_length():
         raise LayoutError(
@@ -295,6 +296,4 @@ def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:
 @lru_cache(maxsize=16)
 def _streams(device: torch.device) -> tuple[torch.Stream | None, torch.Stream | None]:
     """Those on which layers leave a device and come back."""
-    if device.type == "cpu":
-        return None, None
-    return torch.Stream(device), torch.Stream(device)
+    return (None, None) if device.type == "cpu" else (torch.Stream(device), torch.Stream(device))

@@ -4,7 +4,9 @@ as it does with transformers' own cache."""
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +22,7 @@ from support.guarded_memory import refused
 from transformers import DynamicCache
 
 from portakv import BackendUnavailable, KVView, LayoutError, SlotError, integrations
+from portakv.integrations import IntegrationError
 from portakv.integrations import transformers as plug
 
 LAYERS, KV_HEADS, DIM = 3, 2, 16
@@ -189,6 +192,58 @@ def test_it_waits_for_the_model_and_the_model_for_it(accelerator: torch.device) 
     assert torch.equal(values[:, :, :9].cpu(), rows[1].cpu())
 
 
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["copy", "pickle"],
+)
+def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], Any]) -> None:
+    """As prompts that share a beginning do; both go on by themselves, and the first stays away."""
+    caches = [plug.OffloadedCache(), DynamicCache()]
+    rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
+    for cache in caches:
+        for n in range(LAYERS):
+            cache.update(*rows[n].unbind(0), n)
+    caches.append(copied(caches[0]))
+    away = [layer.is_away for cache in caches[::2] for layer in cache.layers]
+    assert away == [True, True, True, False, False, False]
+    for more in (rows[..., :1, :], rows[..., 3:5, :] + 1):
+        for n in range(LAYERS):
+            came = [cache.update(*more[n].unbind(0), n) for cache in caches]
+            for pair in zip(*came, strict=True):
+                assert torch.equal(pair[0], pair[1])
+                assert torch.equal(pair[2], pair[1])
+    assert caches[0].layers[1]._host[0].data_ptr() != caches[2].layers[1]._host[0].data_ptr()
+
+
+def test_rows_that_are_read_come_back(device: torch.device) -> None:
+    """As attention to an encoder reads them, which adds none."""
+    cache, rows = plug.OffloadedCache(), torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
+    for n in range(LAYERS):
+        cache.update(*rows.unbind(0), n)
+    for layer in cache.layers:
+        assert layer.is_away
+        assert layer.get_seq_length() == 9
+        assert torch.equal(layer.values, rows[1])
+        assert not layer.is_away
+        assert torch.equal(layer.keys, rows[0])
+
+
+def test_a_model_with_an_encoder() -> None:
+    config = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=DIM, d_ff=32, num_layers=LAYERS, num_heads=2,
+        decoder_start_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model: Any = transformers.T5ForConditionalGeneration(config).eval()
+    asked = {"max_new_tokens": 7, "do_sample": False}
+    both = transformers.EncoderDecoderCache(plug.OffloadedCache(), plug.OffloadedCache())
+    assert torch.equal(
+        model.generate(prompt(), past_key_values=both, **asked), model.generate(prompt(), **asked)
+    )
+    assert [x.is_away for x in both.self_attention_cache.layers] == [True] * LAYERS
+
+
 # --- Prefixes in a pool ---------------------------------------------------------------------------
 
 
@@ -283,6 +338,8 @@ def test_what_is_refused(model: Any) -> None:
     steps(sliding, windowed, prompt(), 1)
     with refused(LayoutError, "Layer 0", "DynamicSlidingWindowLayer"):
         plug.save_prefix(windowed, pool, [1, 2, 3])
+    with refused(IntegrationError, "config='llama'", "model.config"):
+        plug.OffloadedCache("llama")
 
 
 REFUSED = {
