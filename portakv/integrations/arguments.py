@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
+from portakv import Index, KVView, SlotError
 from portakv.integrations import IntegrationError
 
 _Asked = ParamSpec("_Asked")
@@ -71,6 +72,22 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "list[torch.Tensor]": lambda value: isinstance(value, Sequence) and all(map(_is_tensor, value)),
     "list[int]": lambda value: isinstance(value, Sequence) and all(map(_is_number, value)),
 }
+
+
+def check_ids(index: Index, count: int, view: KVView, written: bool) -> None:
+    """Judge ids on the host before anything is moved. A negative one skips its position in PortaKV;
+    engines that have no such ids mean none by it.
+
+    Raises:
+        SlotError: a negative id, one past the view's end, and of a side that is ``written`` one
+            that occurs twice.
+    """
+    side = "destination" if written else "source"
+    if index.check(count, view.slots, side, distinct=written):
+        raise SlotError(
+            f"Id {index.host_ids().min()} was given in the {side}, for {index.step} tokens; "
+            f"expected 0 or more. Nothing was moved. Correct the ids."
+        )
 
 
 def told(tensor: torch.Tensor) -> str:

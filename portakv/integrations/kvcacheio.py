@@ -19,8 +19,7 @@ more. ``num_warps_per_block`` is taken and not used.
 Ids on the host are checked before anything is moved. Those on a device are trusted, as they are
 upstream: nothing is read back. A table of addresses on a device is read back once, and again if
 torch wrote it since; one that is an inference tensor, whose writes torch does not count, for every
-copy. Pointers that were freed cannot be
-told from others, as upstream.
+copy. Pointers that were freed cannot be told from others, as upstream.
 
 Errors are PortaKV's: `LayoutError` for tensors and sizes that do not fit, `SlotError` for bad ids,
 `Unsupported` for a table that is to be read inside graph capture, and `IntegrationError`, a
@@ -34,12 +33,12 @@ from typing import Any
 
 import torch
 
-from portakv import Index, KVView, copy_rows, copy_runs
+from portakv import BlockTransfer, Index, KVView, copy_rows, copy_runs
 from portakv.errors import LayoutError, SlotError
 from portakv.host import small
 from portakv.integrations import IntegrationError
 from portakv.integrations import kvcacheio_pools as pools
-from portakv.integrations.arguments import told, typed
+from portakv.integrations.arguments import check_ids, told, typed
 
 _is_hip = torch.version.hip is not None
 _WARPS = 16 if _is_hip else 32
@@ -54,7 +53,7 @@ def transfer_kv_per_layer(
 ) -> None:  # fmt: skip
     """One layer, lf to lf."""
     src, dst = (pools.rows(each, item_size, item_size) for each in ((src_k, src_v), (dst_k, dst_v)))
-    _copy(src, dst, src_indices, dst_indices, block_quota)
+    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -66,7 +65,7 @@ def transfer_kv_per_layer_pf_lf(
     """One layer, pf to lf."""
     src = pools.rows((src_k, src_v), item_size, src_layout_dim, layer=layer_id)
     dst = pools.rows((dst_k, dst_v), item_size, item_size)
-    _copy(src, dst, src_indices, dst_indices, block_quota)
+    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -81,7 +80,7 @@ def transfer_kv_per_layer_ph_lf(
         (src_k, src_v), item_size, src_layout_dim, page_size, head_num, layer_id, 1
     )
     dst = pools.rows((dst_k, dst_v), item_size, item_size, heads=head_num)
-    _copy(src, dst, src_indices, dst_indices, block_quota)
+    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -93,7 +92,7 @@ def transfer_kv_all_layer(
     """All layers, lf to lf, each side by tables of addresses."""
     src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers)
     dst = pools.listed((dst_k_layers, dst_v_layers), item_size, num_layers)
-    _copy(src, dst, src_indices, dst_indices, block_quota)
+    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -105,7 +104,7 @@ def transfer_kv_all_layer_lf_pf(
     """All layers, lf by tables of addresses to pf."""
     src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers)
     dst = pools.rows((dst_k, dst_v), item_size, dst_layout_dim, layers=num_layers)
-    _copy(src, dst, src_indices, dst_indices, block_quota)
+    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -119,7 +118,7 @@ def transfer_kv_all_layer_lf_ph(
     src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers, head_num)
     both = dst_k, dst_v
     dst = pools.page_head(both, item_size, dst_layout_dim, page_size, head_num, 0, num_layers)
-    _copy(src, dst, src_indices, dst_indices, block_quota)
+    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -129,7 +128,7 @@ def transfer_kv_per_layer_mla(
 ) -> None:  # fmt: skip
     """One layer of one pool, lf to lf."""
     one, other = (pools.rows((each,), item_size, item_size) for each in (src, dst))
-    _copy(one, other, src_indices, dst_indices, _mla_block_quota(block_quota))
+    copy_tokens(one, other, src_indices, dst_indices, _mla_block_quota(block_quota))
 
 
 @typed
@@ -141,7 +140,7 @@ def transfer_kv_per_layer_mla_pf_lf(
     """One layer of one pool, pf to lf."""
     whole = pools.rows((src,), item_size, src_layout_dim, layer=layer_id)
     one = pools.rows((dst,), item_size, item_size)
-    _copy(whole, one, src_indices, dst_indices, _mla_block_quota(block_quota))
+    copy_tokens(whole, one, src_indices, dst_indices, _mla_block_quota(block_quota))
 
 
 @typed
@@ -152,7 +151,7 @@ def transfer_kv_all_layer_mla(
 ) -> None:  # fmt: skip
     """All layers of one pool, lf to lf, each side by a table of addresses."""
     src, dst = (pools.listed((each,), item_size, num_layers) for each in (src_layers, dst_layers))
-    _copy(src, dst, src_indices, dst_indices, block_quota)
+    copy_tokens(src, dst, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -164,7 +163,7 @@ def transfer_kv_all_layer_mla_lf_pf(
     """All layers of one pool, lf by a table of addresses to pf."""
     listed = pools.listed((src_layers,), item_size, num_layers)
     whole = pools.rows((dst,), item_size, dst_layout_dim, layers=num_layers)
-    _copy(listed, whole, src_indices, dst_indices, block_quota)
+    copy_tokens(listed, whole, src_indices, dst_indices, block_quota)
 
 
 @typed
@@ -176,7 +175,7 @@ def transfer_kv_direct(
     ids the first of each page counts."""
     pools.same_number(src_layers, dst_layers)
     src, dst = (pools.tokens([[each] for each in layers]) for layers in (src_layers, dst_layers))
-    _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
+    copy_tokens(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
 @typed
@@ -188,7 +187,7 @@ def transfer_kv_per_layer_direct_pf_lf(
     of values, or with one pool its layers."""
     layers = pools.by_pool(dst_ptrs, src_ptrs)
     src, dst = pools.page_first(src_ptrs, layer_id, len(layers[0]), page_size), pools.tokens(layers)
-    _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
+    copy_tokens(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
 @typed
@@ -199,7 +198,7 @@ def transfer_kv_all_layer_direct_lf_pf(
     """Pages from tensors ``[token, ...]``, those of keys, then those of values, to pf."""
     layers = pools.by_pool(src_ptrs, dst_ptrs)
     src, dst = pools.tokens(layers), pools.page_first(dst_ptrs, 0, len(layers[0]), page_size)
-    _copy(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
+    copy_tokens(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
 @typed
@@ -281,18 +280,18 @@ def _mla_block_quota(asked: int | None) -> int:
         return default
 
 
-def _copy(src: KVView, dst: KVView, src_ids: Any, dst_ids: Any, limit: int | None = None) -> None:
-    """Copy tokens; ids on a device are trusted. ``limit``: of thread blocks, for host memory, if it
-    is not upstream's default."""
-    mine, theirs = (
-        each if isinstance(each, Index) else Index(each, trusted=True)
-        for each in (src_ids, dst_ids)
-    )
+def copy_tokens(
+    src: KVView, dst: KVView, src_ids: Any, dst_ids: Any, limit: int | None = None
+) -> BlockTransfer:
+    """Copy tokens; ids on a device are trusted. ``limit``: of thread blocks; `_QUOTA` is none."""
+    mine, theirs = (x if type(x) is Index else Index(x, trusted=True) for x in (src_ids, dst_ids))
     if mine.length != theirs.length:
         raise IntegrationError(
-            f"Ids of {mine.length} tokens of the source and of {theirs.length} tokens of the "
-            f"destination were given; both must have the same length. Pass one for each token."
+            f"Ids of {mine.length} tokens to read and of {theirs.length} to write were given; both "
+            f"must have the same length. Pass one for each token."
         )
+    check_ids(mine, mine.length or 0, src, written=False)
+    check_ids(theirs, theirs.length or 0, dst, written=True)
     if src.device == dst.device or limit == _QUOTA:
         limit = None
-    copy_rows(src, dst, mine, theirs, max_thread_blocks=limit)
+    return copy_rows(src, dst, mine, theirs, max_thread_blocks=limit)

@@ -118,6 +118,8 @@ def execute_direct_copy_transfer(
                 f"The block id {bad[0]} was asked for in group {place}, whose caches have "
                 f"{pool.blocks} blocks; nothing of the group was moved. Correct the ids."
             )
+        if not ids:  # no objects, or none of their blocks
+            continue
         caches = caches_of(number, spec.paged_layer_ptrs, pool, device)
         at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
         chunks = objects_of(number, caches, at, slots, torch.device("cpu"))

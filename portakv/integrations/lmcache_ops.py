@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """LMCache's transfer ops, with LMCache's names and arguments, over `copy_rows`.
 
-No engine is imported. The module also stands for `lmcache.c_ops` of older releases, since numbers
-are taken for its enums. Ops order their work on the current stream, and do not wait for it; an
-object in pageable memory is waited for, since no stream orders that. Arguments of another type are
-refused by an `ArgumentError`, which is a TypeError.
+No engine is imported; numbers are taken for its enums. Ops order their work on the current stream,
+and do not wait for it; an object in pageable memory is waited for, since no stream orders that.
+Arguments of another type are refused by an `ArgumentError`, which is a TypeError.
 """
 
 from __future__ import annotations

@@ -13,16 +13,17 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-from portakv import BlockTransfer, Index, KVView, copy_rows
+from portakv import BlockTransfer, KVView
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release, kvcacheio, kvcacheio_pools
 
+#: The I/O backends that PortaKV stands for; a call by another stays SGLang's.
+WAYS = ("kernel", "direct", "kernel_ascend")
 #: How a host pool of keys and values lies in memory, by ``--hicache-mem-layout``.
 HOST = {
     "layer_first": "kv | layer (block token) head dim",
@@ -79,7 +80,7 @@ def load(
     device_indices: torch.Tensor, layer_id: int, io_backend: str, *, is_draft: bool = False,
 ) -> None:  # fmt: skip
     """One layer from the host to the device, in the place of a pool's method ``own``."""
-    held = _held(pool)
+    held = _held(pool) if io_backend in WAYS else None
     if held is None:
         arguments = pool, device_pool, host_indices, device_indices, layer_id, io_backend
         own(*arguments, is_draft=is_draft)
@@ -95,7 +96,7 @@ def backup(
     device_indices: torch.Tensor, io_backend: str,
 ) -> None:  # fmt: skip
     """All layers from the device to the host, in the place of a pool's method ``own``."""
-    held = _held(pool)
+    held = _held(pool) if io_backend in WAYS else None
     if held is None:
         own(pool, device_pool, host_indices, device_indices, io_backend)
         return
@@ -149,10 +150,10 @@ class _Held:
         size, rank = self._dcp
         if size > 1:  # each rank keeps every ``size``-th token
             src_ids, dst_ids = (ids[rank::size] // size for ids in (src_ids, dst_ids))
-        read = partial(Index, trusted=True)
+        ids: list[Any] = [src_ids, dst_ids]
         if way != "kernel":
-            read = partial(kvcacheio_pools.pages, page_size=self._page_size)
-        self._last[dst.device] = copy_rows(src, dst, read(src_ids), read(dst_ids))
+            ids = [kvcacheio_pools.pages(each, self._page_size) for each in ids]
+        self._last[dst.device] = kvcacheio.copy_tokens(src, dst, *ids)
 
     def close(self) -> None:
         """Wait for the last copy to each side."""

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from portakv import Index, KVView, SlotError
+from portakv import Index, KVView, LayoutError, SlotError
+from portakv.integrations.arguments import check_ids
 
 _DEVICE, _HOST = "layer | block (token dim)", "layer | block token dim"
 
@@ -36,10 +37,17 @@ class Move(NamedTuple):
 def parts_of(
     refs: Iterable[Any], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
 ) -> list[Part]:
-    """The tensors of a group, those of equal shape and strides as one part. Padding stays."""
+    """The tensors of a group, those of equal shape and strides as one part. Padding stays. Raises
+    `LayoutError` for a tensor that is not there, and for pages that are wider than it has."""
     alike: dict[Any, dict[int, None]] = {}
     for ref in refs:
         at, width = ref.tensor_idx, ref.page_size_bytes
+        widest = pages[at].shape[1] if 0 <= at < len(pages) else 0
+        if not 0 < width <= widest:
+            raise LayoutError(
+                f"A group names pages of {width} bytes in tensor {at}; of {len(pages)} tensors it "
+                f"has pages of {widest}. Hand over vLLM's canonical caches."
+            )
         shape = pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride(), width
         alike.setdefault(shape, {})[at] = None
     return [
@@ -92,17 +100,8 @@ def moves_of(
         if not count or not parts:
             continue
         move = Move(parts, Index(ids), Index(places, blocks_per_chunk, skip), count)
-        sides = (
-            (move.blocks, ids, parts[0].device, not store),
-            (move.places, places, parts[0].host, store),
-        )
-        for index, named, view, written in sides:
-            side = "destination" if written else "source"
-            if index.check(count, view.slots, side, distinct=written):
-                raise SlotError(
-                    f"A job names {min(named)} in its {side}; vLLM's ids are at least 0. "
-                    f"Nothing was moved."
-                )
+        check_ids(move.blocks, count, parts[0].device, not store)
+        check_ids(move.places, count, parts[0].host, store)
         moves.append(move)
     targets = chunks if store else blocks
     for numbers in together:

@@ -747,6 +747,21 @@ def test_a_direct_copy_that_cannot_be(changed: Any, field: str) -> None:
     assert not memory.any()
 
 
+@pytest.mark.parametrize("skips", [[], [2]], ids=["no objects", "all blocks are skipped"])
+def test_a_direct_copy_of_nothing(skips: list[int]) -> None:
+    g = GEOMETRIES[1]
+    _, caches = held(g, CPU, 1)
+    memory = torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)
+    group = lmcache_host.DirectCopyGroupSpec(
+        pointers(caches, CPU).tolist(), g.descriptor(), 1, 2 * g.block_size, 0, [3, 0]
+    )
+    objects = [
+        lmcache_host.DirectCopyObject(memory.data_ptr(), 0, memory.nbytes, 0, [x]) for x in skips
+    ]
+    lmcache_host.execute_direct_copy_transfer(D2H, CPU, 2**26, [group], objects)
+    assert not memory.any()
+
+
 @pytest.mark.parametrize(
     ("changed", "error"),
     [

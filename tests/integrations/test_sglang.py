@@ -383,12 +383,24 @@ def test_ids_past_a_pool_are_refused_before_anything_is_moved() -> None:
         pools = build(kind, "page_first_direct", CPU)
         on_host, on_device = pools.ids(2)
         before = pools.held()
-        for asked in ((on_host + pools.host.size, on_device), (on_host, on_device + TOKENS + PAGE)):
+        past = (on_host + pools.host.size, on_device), (on_host, on_device + TOKENS + PAGE)
+        below = (on_host - TOKENS, on_device), (on_host, on_device - TOKENS)
+        for asked in (*past, *below):
             for io in ("kernel", "direct"):
                 with pytest.raises(SlotError) as raised:
                     pools.host.load_to_device_per_layer(pools.device_pool, *asked, 0, io)
                 check_sentence(str(raised.value))
         assert all(map(torch.equal, pools.held(), before))
+
+
+def test_another_io_backend_stays_sglangs() -> None:
+    """Which knows none of that name."""
+    pools = build("mha", "page_first", CPU)
+    given = pools.device_pool, *pools.ids(2)
+    with pytest.raises(ValueError, match="Unsupported IO backend: nonsense"):
+        pools.host.backup_from_device_all_layer(*given, "nonsense")
+    with pytest.raises(ValueError, match="Unsupported IO backend: nonsense"):
+        pools.host.load_to_device_per_layer(*given, 0, "nonsense")
 
 
 def test_a_pool_that_was_destroyed(device: torch.device) -> None:

@@ -218,7 +218,8 @@ def test_a_filled_cache_is_copied(device: torch.device, copied: Callable[[Any], 
 
 def test_rows_that_are_read_come_back(device: torch.device) -> None:
     """As attention to an encoder reads them, which adds none."""
-    cache, rows = plug.OffloadedCache(), torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
+    cache = plug.OffloadedCache()
+    rows: Any = torch.randn(2, 1, KV_HEADS, 9, DIM).to(device)
     for n in range(LAYERS):
         cache.update(*rows.unbind(0), n)
     for layer in cache.layers:

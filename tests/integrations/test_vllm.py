@@ -545,6 +545,14 @@ def test_nothing_to_move_at_all(pages: Any, groups: Any, blocks: int, make: Make
         make(Caches(torch.device("cpu"), pages, groups), blocks)
 
 
+@pytest.mark.parametrize("ref", [(1, 64), (-1, 64), (0, 65), (0, 0)])
+def test_a_group_of_pages_that_no_tensor_has(ref: tuple[int, int], make: Make) -> None:
+    caches = Caches(torch.device("cpu"), [64], [[0]])
+    caches.groups = [[ref]]
+    with refused(LayoutError, f"pages of {ref[1]} bytes in tensor {ref[0]}", "1 tensors"):
+        make(caches)
+
+
 def test_a_group_without_tensors(device: torch.device, make: Make) -> None:
     """Its blocks have no bytes; those of the others are moved."""
     caches = Caches(device, [64], [[], [0]])
