@@ -284,7 +284,7 @@ def copy_tokens(
     src: KVView, dst: KVView, src_ids: Any, dst_ids: Any, limit: int | None = None
 ) -> BlockTransfer:
     """Copy tokens; ids on a device are trusted. ``limit``: of thread blocks; `_QUOTA` is none."""
-    mine, theirs = (x if type(x) is Index else Index(x, trusted=True) for x in (src_ids, dst_ids))
+    mine, theirs = (x if type(x) is Index else pools.index(x) for x in (src_ids, dst_ids))
     if mine.length != theirs.length:
         raise IntegrationError(
             f"Ids of {mine.length} tokens to read and of {theirs.length} to write were given; both "

@@ -37,8 +37,13 @@ def pages(ids: torch.Tensor, page_size: int) -> Index:
         )
     firsts = ids[::page_size]
     if ids.is_cpu and bool((firsts % page_size).any()):  # pages that begin anywhere
-        return Index((firsts[:, None] + torch.arange(page_size, device="cpu")).flatten())
-    return Index(firsts // page_size, page_size, trusted=True)
+        return Index.of((firsts[:, None] + torch.arange(page_size, device="cpu")).flatten())
+    return index(firsts // page_size, page_size)
+
+
+def index(ids: torch.Tensor, step: int = 1) -> Index:
+    """Ids of one call; those on a device are trusted."""
+    return Index.of(ids, step) if ids.is_cpu else Index(ids, step, trusted=True)
 
 
 def _kept(make: Callable[..., KVView], pools: Tensors, *asked: Any) -> KVView:

@@ -278,7 +278,7 @@ def multi_layer_block_kv_transfer(
         first += len(objects)
         # An object alone may be shorter than a chunk.
         order = None if len(objects) == 1 else range(len(objects))
-        positions = Index(order, step=chunk if order else 1, offset=begin)
+        positions = Index.of(order, chunk).shifted(begin)
         home = None if device.type == "cuda" else device
         chunks = objects_of(number, caches, objects, chunk, home)
         blocks = blocks_of(held, bs).shifted(begin)

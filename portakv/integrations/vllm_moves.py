@@ -99,7 +99,9 @@ def moves_of(
     for parts, ids, places, skip, count in zip(groups, blocks, chunks, skips, sizes, strict=True):
         if not count or not parts:
             continue
-        move = Move(parts, Index(ids), Index(places, blocks_per_chunk, skip), count)
+        # Of one call: so they are sent to a device without waiting for it.
+        there = Index.of(places, blocks_per_chunk).shifted(skip)
+        move = Move(parts, Index.of(ids), there, count)
         check_ids(move.blocks, count, parts[0].device, not store)
         check_ids(move.places, count, parts[0].host, store)
         moves.append(move)
