@@ -3,8 +3,8 @@
 
 For platforms that have no kernels for them: ``from portakv.integrations import vllm_ops as ops``
 stands for ``from vllm import _custom_ops as ops``. No engine is imported. Ops order their work on
-the current stream; copies from or to pageable memory are waited for. Rows are not converted:
-``kv_cache_dtype`` other than ``"auto"`` is refused.
+the current stream; copies from or to pageable memory are waited for. Rows are not converted: of
+``kv_cache_dtype`` all is refused but ``"auto"``, and ``"float16"`` or ``"bfloat16"`` for such rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ __all__ = [
     "gather_and_maybe_dequant_cache", "gather_cache", "reshape_and_cache",
     "reshape_and_cache_flash", "swap_blocks", "swap_blocks_batch",
 ]  # fmt: skip
+
+#: The names by which vLLM asks for caches whose rows are not quantised.
+_UNCONVERTED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # --- Blocks between devices, or a device and the host ---------------------------------------------
 
@@ -75,7 +78,7 @@ def reshape_and_cache(
     """Rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, heads, dim / x, block_size, x]``
     and ``[blocks, heads, dim, block_size]``; with ``interleaved_v`` the values' are ``[blocks,
     heads, block_size / x, dim, x]``. Negative slots are skipped."""
-    _as_they_are("reshape_and_cache", kv_cache_dtype)
+    _as_they_are("reshape_and_cache", kv_cache_dtype, key)
     x, values = key_cache.shape[-1], "block head dim token"
     if interleaved_v:
         values = f"block head token/{x} dim token%{x}"
@@ -95,7 +98,7 @@ def reshape_and_cache_flash(
 ) -> None:  # fmt: skip
     """Rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, block_size, heads, dim]`` of any
     strides. Negative slots are skipped, and so are rows behind the last slot."""
-    _as_they_are("reshape_and_cache_flash", kv_cache_dtype)
+    _as_they_are("reshape_and_cache_flash", kv_cache_dtype, key)
     rows = KVView((key, value), "kv | token head dim")
     paged = KVView((key_cache, value_cache), "kv | block token head dim")
     _write(rows, paged, slot_mapping)
@@ -107,7 +110,7 @@ def concat_and_cache_mla(
 ) -> None:  # fmt: skip
     """A latent and a rotary key of each token, ``[tokens, a]`` and ``[tokens, b]``, side by side to
     slots of ``[blocks, block_size, a + b]``. Negative slots are skipped."""
-    _as_they_are("concat_and_cache_mla", kv_cache_dtype)
+    _as_they_are("concat_and_cache_mla", kv_cache_dtype, kv_c)
     widths = kv_c.shape[-1], k_pe.shape[-1]
     # Padding that a cache has behind its rows stays as it is.
     paged = KVView(kv_cache[..., : sum(widths)], "block token (kv dim)", dim=widths)
@@ -122,7 +125,7 @@ def concat_and_cache_mla_grouped(
     """`concat_and_cache_mla` for all layers: rows ``[layers, tokens, a]`` and ``[layers, tokens,
     b]``, the caches' addresses int64 ``[layers]``, slots ``[layers, tokens]``; one copy if the
     slots are one list that is expanded, else one for each layer. Strides count elements."""
-    _as_they_are("concat_and_cache_mla_grouped", kv_cache_dtype)
+    _as_they_are("concat_and_cache_mla_grouped", kv_cache_dtype, kv_c)
     layers, widths = kv_c.shape[0], (kv_c.shape[-1], k_pe.shape[-1])
     each = max(layers, 1) if slot_mapping.stride(0) == 0 else 1
     for first in range(0, layers, each):
@@ -169,7 +172,7 @@ def gather_and_maybe_dequant_cache(
     seq_starts: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """`cp_gather_cache` of the first ``num_tokens`` rows."""
-    _as_they_are("gather_and_maybe_dequant_cache", kv_cache_dtype)
+    _as_they_are("gather_and_maybe_dequant_cache", kv_cache_dtype, dst)
     batch = block_table.shape[0]
     cp_gather_cache(src_cache, dst[:num_tokens], block_table, cu_seq_lens, batch, seq_starts)
 
@@ -177,10 +180,10 @@ def gather_and_maybe_dequant_cache(
 gather_cache = cp_gather_cache  # its older name
 
 
-def _as_they_are(op: str, kv_cache_dtype: str) -> None:
-    if kv_cache_dtype != "auto":
+def _as_they_are(op: str, kv_cache_dtype: str, rows: torch.Tensor) -> None:
+    if kv_cache_dtype != "auto" and _UNCONVERTED.get(kv_cache_dtype) != rows.dtype:
         raise Unsupported(
-            f"{op} with kv_cache_dtype={kv_cache_dtype!r}",
+            f"{op} of {rows.dtype} with kv_cache_dtype={kv_cache_dtype!r}",
             "rows are moved as they are; use vLLM's own op, or kv_cache_dtype='auto'",
         )
 

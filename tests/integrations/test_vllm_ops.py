@@ -230,6 +230,24 @@ def test_whatever_torch_was_told_before(device: torch.device, noise: Noise, stat
     assert torch.equal(other[2].cpu(), expected[4])
 
 
+@pytest.mark.parametrize(("name", "other"), [("float16", "bfloat16"), ("bfloat16", "float16")])
+def test_a_dtype_by_its_name(device: torch.device, noise: Noise, name: str, other: str) -> None:
+    """As users ask for caches that are not quantised; another dtype would be a conversion."""
+    dtype = getattr(torch, name)
+    caches = noise(2, BLOCKS, SIZE, HEADS, DIM, dtype=dtype)
+    rows = noise(2, len(SLOTS), HEADS, DIM, dtype=dtype)
+    expected = [written(cache, row, SLOTS) for cache, row in zip(caches, rows, strict=True)]
+    slots = torch.tensor(SLOTS, device=device)
+    vllm_ops.reshape_and_cache_flash(rows[0], rows[1], caches[0], caches[1], slots, name)
+    assert all(map(torch.equal, caches.cpu(), expected))
+    with refused(Unsupported, f"torch.{name} with kv_cache_dtype='{other}'", watch=[*caches]):
+        vllm_ops.reshape_and_cache_flash(rows[0], rows[1], caches[0], caches[1], slots, other)
+    table = torch.tensor([[4]], dtype=torch.int32, device=device)
+    bounds = torch.tensor([0, 6], dtype=torch.int32, device=device)
+    vllm_ops.gather_and_maybe_dequant_cache(caches[0], rows[0], table, bounds, None, 6, name)
+    assert torch.equal(rows[0].cpu(), expected[0][4, :6])
+
+
 def test_what_is_refused() -> None:
     cache, rows = torch.zeros(4, 8, 2, 16), torch.zeros(3, 2, 16)
     slots = torch.tensor([1, 2, 3])
@@ -259,7 +277,7 @@ def test_arguments_are_those_of_vllm(name: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("op", ["flash", "mla", "gather"])
+@pytest.mark.parametrize("op", ["flash", "paged", "mla", "grouped", "gather"])
 def test_ops_can_be_captured(op: str) -> None:
     """Nothing is read back, so that a graph holds them; a replay sees new slots."""
     device = torch.device("cuda", 0)
@@ -268,6 +286,7 @@ def test_ops_can_be_captured(op: str) -> None:
     caches: Any = torch.zeros(2, 4, 8, 2, 16, device=device)
     latent: Any = torch.randn(3, 80, device=device)
     cache = torch.zeros(4, 8, 80, device=device)
+    layers = torch.tensor([cache.data_ptr(), cache[2:].data_ptr()], device=device)
     table = torch.tensor([[1, 2]], dtype=torch.int32, device=device)
     bounds = torch.tensor([0, 3], dtype=torch.int32, device=device)
 
@@ -277,6 +296,13 @@ def test_ops_can_be_captured(op: str) -> None:
         elif op == "mla":
             kv_c, k_pe = latent.split([64, 16], 1)
             vllm_ops.concat_and_cache_mla(kv_c, k_pe, cache, slots, "auto")
+        elif op == "paged":
+            paged = caches[0].view(4, 2, 4, 8, 4), caches[1].view(4, 2, 16, 8)
+            vllm_ops.reshape_and_cache(key, value, *paged, slots, "auto")
+        elif op == "grouped":  # two layers of two blocks
+            kv_c, k_pe = latent.expand(2, -1, -1).split([64, 16], 2)
+            both = slots.expand(2, -1)
+            vllm_ops.concat_and_cache_mla_grouped(kv_c, k_pe, layers, both, 8, 8 * 80, 80)
         else:
             vllm_ops.cp_gather_cache(cache, latent, table, bounds, 1)
 
@@ -293,6 +319,13 @@ def test_ops_can_be_captured(op: str) -> None:
     if op == "flash":
         assert torch.equal(caches[0].view(32, 2, 16)[[3, 9]], key[:2])
         assert not caches[0].view(32, 2, 16)[1].any()
+    elif op == "paged":
+        for row, slot in ((0, 3), (1, 9)):
+            block, at = divmod(slot, 8)
+            assert torch.equal(caches[0].view(4, 2, 4, 8, 4)[block, :, :, at].flatten(1), key[row])
+            assert torch.equal(caches[1].view(4, 2, 16, 8)[block, :, :, at], value[row])
+    elif op == "grouped":
+        assert torch.equal(cache.view(2, 16, 80)[:, [3, 9]], latent[:2].expand(2, -1, -1))
     elif op == "mla":
         assert torch.equal(cache.view(32, 80)[[3, 9]], latent[:2])
     else:
