@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,8 +28,6 @@ from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside
-from portakv.view.index import Index
-from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
@@ -320,10 +318,10 @@ class HostLaunch(EngineLaunch):
             if not told[engine.reads] or not (clean or engine.capabilities().guards)
         )
 
-    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
+    def again(self, *sides: Any) -> Again | None:
         """See `base.Repeatable`; by the engine of this thread's last transfer."""
         found = getattr(self._launches.get(self._last.carried[0]), "again", None)
-        return None if found is None else found(src, dst, src_index, dst_index)
+        return None if found is None else found(*sides)
 
     def claims(self, move: Move) -> Capabilities:
         """What the engine that a transfer takes can do; raises as the function `pick` does."""
