@@ -51,6 +51,7 @@ from portakv_benchmarks.plugs.lmcache import lmcache_steps
 from portakv_benchmarks.plugs.sglang import sglang_steps
 from portakv_benchmarks.plugs.suite import PLUG_PRESETS, PlugBench, medians
 from portakv_benchmarks.plugs.vllm import vllm_steps
+from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Row, Rows, Step, in_a_line
 from portakv_benchmarks.shared.peers import PEERS, load_peer
 from portakv_benchmarks.shared.shapes import Shape, load
@@ -181,7 +182,7 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     timer = HostTimer(device) if device.type == "cpu" else DeviceTimer(device)
     field = suite.Field(asked.backend or usual, peers, timer, device, [])
     machine = describe(device)
-    steps = [*_on_device(preset, shapes, field)]
+    steps = _on_device(preset, shapes, field)
     rows = carry_out(steps, device, asked.seconds, field.left_out)
     suite.relate(rows)
     return {
@@ -256,7 +257,7 @@ def _run_parts(
             f"the benchmark itself."
         )
     machine = describe(device)
-    steps = [step for part in parts for step in _steps_of(part, known[part], bench)]
+    steps = (step for part in parts for step in _steps_of(part, known[part], bench))
     rows = carry_out(steps, device, asked.seconds, bench.left_out)
     bench.forget()
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
@@ -289,12 +290,13 @@ def _steps_of(
 
 
 def carry_out(
-    steps: Sequence[Step], device: torch.device, seconds: float | None, left_out: list[str]
+    asked: Iterable[Step], device: torch.device, seconds: float | None, left_out: list[str]
 ) -> Rows:
-    """What the steps measure; nothing new is begun after so many seconds. What is over time, fails
-    or is interrupted is left out, and told."""
+    """What the steps measure; nothing new is begun after so many seconds, in which engines are
+    loaded too. What is over time, fails or is interrupted is left out, and told."""
     rows: Rows = []
     began = perf_counter()
+    steps = [*asked]
     with torch.no_grad():
         for done, (name, step) in enumerate(steps):
             elapsed = perf_counter() - began
@@ -309,6 +311,7 @@ def carry_out(
                 break
             except Exception as error:  # what was measured before must not be lost
                 left_out.append(f"{name}: {in_a_line(error)}")
+                harness.take_error()
             try:  # give memory back, so that the next workload sees what it can have
                 gc.collect()
                 if hasattr(torch.get_device_module(device), "empty_cache"):

@@ -4,7 +4,7 @@
 # installed too (pip install --no-deps -e .), since engines find plugs by entry points:
 # bash benchmarks/plugs_run.sh FOLDER. FOLDER gets what doctor says, a log of each engine's tests, of
 # which none takes more than 100 s, and the result (<device>-plugs.json) with its plots and tables,
-# after 2 minutes an engine. LMCACHE_SOURCES and VLLM_SOURCES name unpacked source archives, and
+# after 60 to 100 s an engine. LMCACHE_SOURCES and VLLM_SOURCES name unpacked source archives, and
 # SGLANG_SOURCES a checkout, whose own tests are run against the plugs. ENGINES are the parts to measure;
 # SKIP_TESTS=1 leaves PortaKV's tests out. DEVICE=cpu PRESET=tiny tries the script itself.
 set -uo pipefail
@@ -56,9 +56,10 @@ if [[ -n ${VLLM_SOURCES:-} ]]; then
         tests/v1/kv_offload/cpu/test_swap_blocks_batch.py
 fi
 
+declare -A seconds=([sglang]=60 [vllm]=75 [lmcache]=100)
 for each in "${engines[@]}"; do
     timeout --signal=INT --kill-after=10 120 python3 -m portakv_benchmarks.cli --plugs --device "$device" \
-        --preset "${PRESET:-full}" --only "$each" --seconds 100 --out "$parts/$each" \
+        --preset "${PRESET:-full}" --only "$each" --seconds "${seconds[$each]}" --out "$parts/$each" \
         >"$out/bench-$each.log" 2>&1 || status=1
 done
 python3 -m portakv_benchmarks.host.merge "$parts"/*/*.json --out "$out" >"$out/plugs.log" 2>&1 || status=1

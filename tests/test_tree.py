@@ -48,7 +48,7 @@ BUDGETS = {
     "portakv/view": 2_220,
     "conformance": 13_500,
     "benchmarks": 4_630,
-    "benchmarks/plugs": 1_020,
+    "benchmarks/plugs": 1_140,
     "tests": 33_310,
     "tests/integrations": 4_800,
 }

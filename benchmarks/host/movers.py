@@ -16,7 +16,7 @@ from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host import suite
 from portakv_benchmarks.host.cases import Sides, case_of, scene
 from portakv_benchmarks.host.suite import DESCRIPTORS, KB, Bench, HostPreset, Way
-from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line
+from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line, take_error
 
 #: Lengths of rows that are moved beside something else; `descriptors` has blocks.
 RUNS, BLOCK_RUN = (2 * KB, 256), 32 * KB
@@ -110,6 +110,7 @@ class Ways:
             synchronise()
         except FAILURES as error:
             self._tell(f"{mover}: {in_a_line(error)}")
+            take_error()
         else:
             return True
         try:

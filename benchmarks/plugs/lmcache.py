@@ -46,6 +46,8 @@ _CONNECTOR, _OP = (1, 7), "multi_layer_block_kv_transfer"
 _PATH = "lmcache.v1.multiprocess.transfer_context.base"
 _UNILATERAL, _WITH_ONE_HEAD = (4, 5, 9), 5
 _KEYS_ALONE = (10, 12)  # whose head size by slots is that of keys, though a row holds both
+#: The format of vLLM's caches, and those that are measured in several sizes and places.
+_FIRST, _SOME = 1, (1, 5, 6, 7)
 #: Formats whose calls are counted: tokens outermost, heads outermost, keys beside values.
 _COUNTED, _COUNTED_LAYERS = (1, 6, 7), 32
 
@@ -119,16 +121,24 @@ class Task(NamedTuple):
 
 
 def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
-    """A format of vLLM's caches first, since time may run out."""
-    rows = [(1, False), (1, True), *((x, False) for x in bench.sizes.formats or _FORMATS)]
-    ways = product(bench.sizes.payloads, (True, False), dict.fromkeys(rows), DIRECTIONS, _KERNELS)
-    for payload, on_host, (number, narrow), op, kernel in ways:
-        task = Task(kernel, number, narrow, payload, on_host, op)
-        if not _is_called(task, own):
-            continue
-        beside = Task("slots", *rows[0], bench.sizes.payloads[0], True, op)
-        make = partial(_case, bench, own, ours, task)
-        yield Asked(f"{task}, format {number}, {op}", make, task == beside)
+    """What each bar judges comes first, since time may run out; then all formats, and the other
+    size of some of them; that of the others comes late."""
+    large, *smaller = bench.sizes.payloads
+    several = bench.sizes.formats or _FORMATS
+    found: dict[Task, bool] = {}
+    for payload, on_host, formats, narrow in (
+        *product((large,), (True, False), ((_FIRST,),), (False, True)),
+        (large, True, several, False), (large, False, _SOME, False),
+        *product(smaller, (True,), (_SOME, several), (False,)),
+    ):  # fmt: skip
+        late = payload != large and formats is several
+        for number, op, kernel in product(formats, DIRECTIONS, _KERNELS):
+            found.setdefault(Task(kernel, number, narrow, payload, on_host, op), late)
+    for task, late in found.items():
+        if _is_called(task, own):
+            beside = task == Task("slots", _FIRST, False, large, True, task.op)
+            make = partial(_case, bench, own, ours, task)
+            yield Asked(f"{task}, format {task.number}, {task.op}", make, beside, late)
 
 
 def _is_called(task: Task, own: Ops | None) -> bool:
@@ -153,19 +163,20 @@ def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
         if ops is not None and ops.takes(task)
     }
     told = {"shape": str(task), "format": task.number, "kernel": task.kernel}
-    told |= {"narrow": task.narrow, "row_bytes": shape.row_bytes}
+    told |= {"narrow": task.narrow, "on_host": task.on_host, "row_bytes": shape.row_bytes}
+    told["aside"] = task.narrow or task.kernel == "connector"
     return suite.case(bench, "lmcache", told, task.op, caches, objects, makes)
 
 
 def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Shape:
-    """Caches of a format and a transfer of about so many bytes, whole blocks in one object."""
+    """Caches of a format and a transfer of so many bytes at least, whole blocks in one object."""
     kv = 2 if "kv" in LAYOUTS[number].split() else 1
     heads, dim = (1, _NARROW) if narrow else (_HEADS, 2 * _DIM if number in FUSED else _DIM)
     if number in MLA:
         heads, dim = 1, _LATENT
     text = re.sub("^(kv layer|layer kv) ", "layer ", LAYOUTS[number].replace(" 1 ", " "))
     sized = replace(suite.LIKE, cache=text, layers=layers, kv=kv, heads=heads, dim=dim, pool=4)
-    blocks = max(1, payload // replace(sized, tokens=_BLOCK).payload)
+    blocks = max(1, -(-payload // replace(sized, tokens=_BLOCK).payload))
     return replace(sized, block_size=_BLOCK, tokens=blocks * _BLOCK)
 
 

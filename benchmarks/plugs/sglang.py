@@ -3,7 +3,7 @@
 same names: each order of a host pool, all layers and one, both directions.
 
 A load of all layers from a pool that has no function for it is one call for each layer, as SGLang
-loads them. Kernels are measured with more thread blocks than SGLang's default, too. Without
+loads them. Kernels are measured with more thread blocks than SGLang's default of two, too. Without
 ``sgl_kernel`` SGLang itself has no other way on a device.
 """
 
@@ -56,17 +56,25 @@ def own_kernels(bench: PlugBench) -> Any:
 def _asked(bench: PlugBench, own: Any) -> Iterator[Asked]:
     layers = bench.sizes.layers
     tokens = bench.sizes.pool // (2 * layers * _ITEM * _PAGE) * _PAGE
-    for way, op in product(("kernel", "direct"), DIRECTIONS):
-        for order in ("lf", "pf", "ph") if way == "kernel" else ("lf", "pfd"):
-            make = partial(_case, bench, own, way, order, op, layers, tokens)
-            beside = (way, order) == ("kernel", "lf")
-            yield Asked(f"{way}, all layers, {order}, {op}", make, beside)
+    made = partial(_case, bench, own)
+
+    def all_layers(way: str, orders: str, beside: str = "") -> Iterator[Asked]:
+        for order, op in product(orders.split(), DIRECTIONS):
+            make = partial(made, way, order, op, layers, tokens)
+            yield Asked(f"{way}, all layers, {order}, {op}", make, order == beside)
+
+    def one_layer(rows: int) -> Iterator[Asked]:
+        for order in ("lf", "pf", "ph"):
+            name = f"kernel, one layer, {order}, {rows} rows, h2d"
+            yield Asked(name, partial(made, "kernel", order, "h2d", 1, rows))
+
+    yield from all_layers("kernel", "lf pf ph", beside="lf")
+    yield from one_layer(_FEW)
+    yield from all_layers("direct", "lf pfd")
+    yield from one_layer(tokens)
     for quota, op in product(_QUOTAS, DIRECTIONS):
-        make = partial(_case, bench, own, "kernel", "lf", op, layers, tokens, quota)
-        yield Asked(f"kernel, all layers, lf, {quota} thread blocks, {op}", make, True)
-    for order, rows in product(("lf", "pf", "ph"), (tokens, _FEW)):
-        name = f"kernel, one layer, {order}, {rows} rows, h2d"
-        yield Asked(name, partial(_case, bench, own, "kernel", order, "h2d", 1, rows))
+        make = partial(made, "kernel", "lf", op, layers, tokens, quota)
+        yield Asked(f"kernel, all layers, lf, {quota} thread blocks, {op}", make)
 
 
 def _case(
@@ -85,8 +93,7 @@ def _case(
     told = {"kernel": way, "order": order, "layers": layers, "rows": tokens, "row_bytes": _ITEM}
     name = f"{way}, {'all layers' if layers > 1 else 'one layer'}, {order}"
     name += f", {quota} thread blocks" * bool(quota)
-    told |= {"block_quota": quota} if quota else {}
-    told |= {"shape": f"{name}, {in_words(device.payload)}"}
+    told |= {"shape": f"{name}, {in_words(device.payload)}", "block_quota": quota}
     told |= {"calls": len(calls_of(kvcacheio, *given))}
     return suite.case(bench, "sglang", told, op, device, host, makes)
 

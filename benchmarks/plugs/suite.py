@@ -31,8 +31,8 @@ OWN, OURS = "own", "portakv"
 #: What shapes have that say no more.
 LIKE = Shape("", "none", "benchmarks/plugs", "", "", 1, 1, "bfloat16", 1, 1)
 Call = Callable[[], object]
-#: How often a loop meets each way, at most.
-_REPEATS = 3
+#: At most: how often a loop meets each way, its seconds, and those of a case's rounds behind five.
+_REPEATS, _LOOP, _ROUNDS = 3, 0.2, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class PlugPreset:
 
 PLUG_PRESETS: Mapping[str, PlugPreset] = {
     "full": PlugPreset(32, (32 * MB, 1 * MB), 1000, (64 * KB, 8 * KB), 256 * MB),
-    "tiny": PlugPreset(2, (128 * KB,), 4, (512,), 512 * KB, (0, 1, 4, 6, 8, 12, 16, 17)),
+    "tiny": PlugPreset(2, (128 * KB,), 8, (512,), 512 * KB, (0, 1, 4, 6, 8, 12, 16, 17)),
 }
 
 
@@ -58,7 +58,9 @@ class PlugBench(Bench):
 
     def __init__(self, device: torch.device, preset: str) -> None:
         of_loops = HOST_PRESETS[preset]
-        super().__init__(device, replace(of_loops, repeats=min(of_loops.repeats, _REPEATS)))
+        most = {"repeats": _REPEATS, "loop_seconds": _LOOP, "seconds": _ROUNDS}
+        fewer = {name: min(getattr(of_loops, name), limit) for name, limit in most.items()}
+        super().__init__(device, replace(of_loops, **fewer))
         self.sizes, self.absent = PLUG_PRESETS[preset], {}
         self.found: dict[str, str] = {}
 
@@ -156,7 +158,7 @@ def memcpy(bench: PlugBench, payload: int, op: str, to_host: bool) -> Variant:
 
     def right(i: int) -> bool:
         bench.module.synchronize()
-        return torch.equal(target.cpu(), source.cpu())
+        return torch.equal(*(each.to(bench.device) for each in (target, source)))
 
     told, poison = {"backend": MEMCPY, "op": op}, partial(target.fill_, POISON)
     return Variant(told, lambda i: plain_copy(target, source), lambda i: poison(), right)
@@ -213,17 +215,21 @@ class Asked(NamedTuple):
     name: str
     make: Callable[[], Case]
     beside: bool = False  # measured beside loops of compute, too
+    late: bool = False  # comes behind those
 
 
 def steps(bench: PlugBench, part: str, asked: Iterable[Asked]) -> Iterator[Step]:
-    """A step for each case, and one for each loop beside those that ask for it."""
+    """A step for each case; then one for each loop beside those that ask for it, and late cases."""
     alone = bench.device.type == "cpu"
     if alone:
         bench.left_out.append(f"{part}: beside a loop: there is no accelerator that computes")
-    for one in asked:
-        yield one.name, partial(_measure, bench, part, one)
-        for loop in LOOPS if one.beside and not alone else ():
+    cases = [*asked]
+    of_cases = [(one.late, (one.name, partial(_measure, bench, part, one))) for one in cases]
+    yield from (step for late, step in of_cases if not late)
+    for one, loop in product(cases, () if alone else LOOPS):
+        if one.beside:
             yield f"{one.name}, beside {loop}", partial(_beside, bench, part, one, loop)
+    yield from (step for late, step in of_cases if late)
 
 
 def _measure(bench: PlugBench, part: str, asked: Asked) -> Rows:
@@ -241,19 +247,25 @@ def _measure(bench: PlugBench, part: str, asked: Asked) -> Rows:
 
 
 def compare(rows: Rows) -> None:
-    """Write into PortaKV's rows ``of_own`` and ``host_of_own``, its time and the host's part of it
-    / those of the engine's own code."""
+    """Write into PortaKV's rows ``of_own``, ``host_of_own`` and ``whole_of_own``: its time, the
+    host's part of it and both together / those of the engine's own code."""
     for own, row in product(having(rows, backend=OWN), having(rows, backend=OURS)):
         if own["verified"]:
             row["of_own"] = short(row["p50_us"] / own["p50_us"])
             row["host_of_own"] = short(row["host_us"] / own["host_us"])
+            row["whole_of_own"] = short(_whole(row) / _whole(own))
+
+
+def _whole(row: Row) -> float:
+    """Microseconds of a call and its copy, if both are seen one behind the other."""
+    return float(row["p50_us"] + (row["host_us"] if row["host_hidden"] else 0.0))
 
 
 def medians(rows: Rows) -> Rows:
-    """A row for each engine: the median of ``of_own`` over its cases; narrow rows aside."""
+    """A row for each engine: the median of ``of_own`` over its cases but those set ``aside``."""
     found = []
     for part in harness.grouped(having(rows, kind="plug_copy", backend=OURS), "part"):
-        known = [row for row in part if "of_own" in row and not row.get("narrow")]
+        known = [row for row in part if "of_own" in row and not row.get("aside")]
         if known:
             figure = short(median(row["of_own"] for row in known))
             told = {"part": known[0]["part"], "backend": OURS, "shape": f"{len(known)} cases"}
@@ -271,5 +283,14 @@ def _beside(bench: PlugBench, part: str, asked: Asked, loop: str) -> Rows:
     rows = meeting.rows(lambda *_: found, bench.preset.repeats, names)
     for own, row in product(having(rows, backend=OWN), having(rows, backend=OURS)):
         row["over_own"] = round(row["slowdown_pct"] - own["slowdown_pct"], 2)
+        row["over_noise"] = round(row["over_own"] - noise(rows), 2)
         row["link_to_own"] = short(row["link_gb_per_s"] / own["link_gb_per_s"])
     return [{**row, "kind": "plug_interference"} for row in rows]
+
+
+def noise(rows: Rows) -> float:
+    """Points of slow-down that mean nothing in a meeting: how far repeats beside a memcpy or the
+    engine's own code lie apart, or how much quicker the loop ever was beside something."""
+    found = {row["backend"]: row["slowdowns_pct"] for row in rows}
+    apart = [max(x) - min(x) for name, x in found.items() if name != OURS]
+    return float(max(*apart, *(-min(x) for x in found.values())))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's offloading worker with its own code and with PortaKV's, and `swap_blocks_batch` below it.
+"""vLLM's offloading worker with its own code and with PortaKV's, and `swap_blocks_batch` below it;
+then its ops of a step.
 
 A job is submitted as the connector does it, behind the collection of those that have ended; `both`
 is one of either direction at once, of half the blocks each. What a worker keeps in host memory is
@@ -21,13 +22,14 @@ import torch
 from portakv.integrations import check_release, vllm_ops
 from portakv_benchmarks.host.cases import DIRECTIONS
 from portakv_benchmarks.plugs import suite
+from portakv_benchmarks.plugs.step_ops import step_ops
 from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBench, Side
 from portakv_benchmarks.shared.harness import Row, Step, Variant
 from portakv_benchmarks.shared.shapes import POISON, in_words
 
 _OP = "swap_blocks_batch"
-#: Blocks that no job names, whose bytes must stay.
-_REST = 8
+#: Blocks that no job names, whose bytes must stay; and a job's blocks / those of a call of the op.
+_REST, _PART = 8, 4
 _BOTH = "both"
 
 
@@ -49,15 +51,16 @@ def vllm_steps(bench: PlugBench) -> Iterator[Step]:
 
 
 def _asked(bench: PlugBench, own: bool) -> Iterator[Asked]:
-    pair = lru_cache(maxsize=1)(partial(_workers, bench, own))  # pinned once for both directions
-    for kernel, page, op in product(("worker", _OP), bench.sizes.pages, (*DIRECTIONS, _BOTH)):
-        if (kernel, op) == (_OP, _BOTH):
-            continue
-        made = partial(_job, pair) if kernel == "worker" else partial(_batch, own)
-        name = f"{kernel}, {bench.sizes.blocks} blocks, pages of {in_words(page)}"
-        beside = kernel == "worker" and page == bench.sizes.pages[0] and op != _BOTH
+    sizes, ways = bench.sizes, [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
+    pair = lru_cache(maxsize=2)(partial(_workers, bench, own))  # each pins once for all its cases
+    of_job, of_op = (partial(_job, pair), sizes.blocks), (partial(_batch, own), _of_op(bench))
+    for page, (kernel, op) in product(sizes.pages, ways):
+        made, blocks = of_op if kernel == _OP else of_job
+        name = f"{kernel}, {blocks} blocks, pages of {in_words(page)}"
+        beside = kernel != _OP and page == sizes.pages[0] and op != _BOTH
         told = {"shape": name, "kernel": kernel, "row_bytes": page}
         yield Asked(f"{name}, {op}", partial(made, bench, told, page, op), beside)
+    yield from step_ops(bench, import_module("vllm._custom_ops") if own else None)
 
 
 # --- The worker -----------------------------------------------------------------------------------
@@ -207,11 +210,15 @@ def _job(pair: Pair, bench: PlugBench, told: Row, page: int, op: str) -> Case:
     return Case(told, op, bench.sizes.blocks * page * bench.sizes.layers, ways, streams=True)
 
 
+def _of_op(bench: PlugBench) -> int:
+    return bench.sizes.blocks // _PART
+
+
 def _batch(own: bool, bench: PlugBench, told: Row, page: int, op: str) -> Case:
-    """As many runs as a job has pages: of blocks of each layer, and of a pool block by block."""
+    """Runs of blocks of each layer, and of a pool block by block: a quarter of a job's pages."""
     layers, salts = bench.sizes.layers, suite.turned(op, 1, None)
     sized = replace(suite.LIKE, layers=layers, dim=page, dtype="int8", kv=1, pool=2)
-    shape = replace(sized, tokens=bench.sizes.blocks)
+    shape = replace(sized, tokens=_of_op(bench))
     device = Side.make(bench, "layer | block dim", shape, 3, tensors=layers, salt=salts[0])
     host = Side.make(bench, "block layer dim", shape, 4, on_host=True, salt=salts[1])
     mine = suite.addresses(device.tensors)[:, None] + device.rows * page

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from statistics import median
 from time import perf_counter, sleep
@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from portakv.errors import PortaKVError
+from portakv.runtime.devices import usual_device
 
 Call = Callable[[int], object]  # takes the number of the memory object
 Row = dict[str, Any]
@@ -90,9 +91,17 @@ def usable(variants: Sequence[Variant], place: str, left_out: list[str]) -> list
         except FAILURES as error:
             names = [variant.labels[n] for n in ("backend", "op", "index") if n in variant.labels]
             left_out.append(f"{place}, {' '.join(names)}: {in_a_line(error)}")
+            take_error()
         else:
             good.append(variant)
     return good
+
+
+def take_error() -> None:
+    """Take the error that a failed call left behind. CUDA keeps the last one, and torch raises it
+    at the next launch of a kernel, which is another way's."""
+    with suppress(RuntimeError):
+        torch.ones(1, device=usual_device())
 
 
 def in_a_line(error: BaseException) -> str:

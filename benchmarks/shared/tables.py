@@ -151,13 +151,14 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         "bytes",
         (*_PLUG, ("us", _time), ("GB/s", "gb_per_s:.4g"), ("of memcpy", "ratio:.3f"),
          ("x own", "of_own:.3f"), ("p90/p50", _spread), ("host us", "host_us:.4g"),
-         ("x own", "host_of_own:.3f"), _BYTES),
+         ("x own", "host_of_own:.3f"), ("whole x own", "whole_of_own:.3f"), _BYTES),
     ),
     "plug_interference": (
         "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
         (("loop", "loop"), *_PLUG, ("slow-down %", "slowdown_pct:.4g"),
-         ("over own", "over_own:.4g"), ("GB/s", "link_gb_per_s:.4g"),
-         ("x own", "link_to_own:.3f"), ("ran dry", "ran_dry:"), _BYTES),
+         ("over own", "over_own:.4g"), ("over noise", "over_noise:.4g"),
+         ("GB/s", "link_gb_per_s:.4g"), ("x own", "link_to_own:.3f"),
+         ("ran dry", "ran_dry:"), _BYTES),
     ),
     "plug_calls": (
         "calls of torch's operators, and those that the host waits for",

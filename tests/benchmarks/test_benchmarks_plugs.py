@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ import pytest
 import torch
 from support.benchmarks_cases import CPU, MACHINE, host_result
 from support.simdev_cases import DEVICE, NAME
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import portakv_benchmarks.cli as bench
 from portakv.integrations import kvcacheio
@@ -72,10 +74,10 @@ def test_a_part_with_the_engine_that_is_here(
         assert left_out[0].startswith("vllm: IntegrationError: The plug 'vllm' of PortaKV")
         return
     ours, own = having(rows, backend=OURS), having(rows, backend=OWN)
-    both = {"both"} if part == "vllm" else set()
+    both = {"both", "step"} if part == "vllm" else set()
     assert {row["op"] for row in ours if "op" in row} == {"d2h", "h2d"} | both
     quotas = {row["block_quota"] for row in ours if "block_quota" in row}
-    assert quotas == ({8, 32} if part == "sglang" else set())
+    assert quotas == ({0, 8, 32} if part == "sglang" else set())
     assert bool(own) == (part in result["asked"]["peers"])
     assert bool(own) or any(line.startswith(f"{part}: its own") for line in left_out)
     if part == "lmcache":
@@ -96,7 +98,7 @@ def test_a_part_with_the_engine_that_is_here(
         compared = having(ours, kind="plug_copy")
         assert any(row["of_own"] > 0 < row["host_of_own"] for row in compared if "of_own" in row)
         beside = having(ours, kind="plug_interference")
-        assert all({"over_own", "link_to_own"} <= row.keys() for row in beside)
+        assert all({"over_own", "over_noise", "link_to_own"} <= row.keys() for row in beside)
     assert {row["kind"] for row in rows} == kinds
     if find_spec("matplotlib") is not None:
         plots = {"plug_median": "own", "plug_interference": "beside"}
@@ -150,6 +152,75 @@ def test_own_code_that_is_as_good_is_compared_and_drawn(
         assert drawn.name == "x-own.svg"
     (told,) = suite.medians(named)
     assert told["of_own"] == pytest.approx(sum(row["of_own"] for row in rows[2::3]) / 2, rel=1e-3)
+
+
+def test_the_whole_of_a_call_is_its_host_time_and_what_follows() -> None:
+    told = {"host_us": 10.0, "p50_us": 20.0}
+    rows: Rows = [
+        {**told, "backend": OWN, "host_hidden": True, "verified": True},
+        {"backend": OURS, "host_us": 5.0, "p50_us": 60.0, "host_hidden": False},
+    ]
+    suite.compare(rows)
+    found = [rows[1][name] for name in ("of_own", "host_of_own", "whole_of_own")]
+    assert found == [3.0, 0.5, 2.0]
+
+
+def test_a_slow_down_within_the_noise_of_its_meeting_is_none() -> None:
+    repeats = {"memcpy": [1.0, 1.5, 2.0], OWN: [3.0, 2.5, 2.0], OURS: [9.0, 5.0, 7.0]}
+    rows: Rows = [{"backend": name, "slowdowns_pct": found} for name, found in repeats.items()]
+    assert suite.noise(rows) == 1.0  # of PortaKV's own repeats none
+    rows[2]["slowdowns_pct"] = [4.0, -1.25, 4.0]
+    assert suite.noise(rows) == 1.25  # nothing makes a loop quicker
+
+
+class Left(TorchDispatchMode):
+    """An error of a failed call, which the next op of torch's raises."""
+
+    left = False
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.left:
+            self.left = False
+            raise RuntimeError("CUDA error: invalid argument")
+        return op(*args, **(kwargs or {}))
+
+
+def test_an_error_that_a_failed_way_leaves_is_not_the_next_way_s() -> None:
+    mode, told = Left(), list[str]()
+
+    def fails(i: int) -> None:
+        mode.left = True
+        raise RuntimeError("cudaMemcpyBatchAsync failed")
+
+    ways = [
+        harness.Variant({"backend": name}, call, lambda i: None, lambda i: True)
+        for name, call in ((OWN, fails), (OURS, lambda i: torch.zeros(1)))
+    ]
+    with mode:
+        assert harness.usable(ways, "somewhere", told) == ways[1:]
+    assert told == ["somewhere, own: RuntimeError: cudaMemcpyBatchAsync failed"]
+
+
+def test_what_bars_judge_comes_first_and_what_they_can_do_without_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lmcache, "own_ops", fake_ops(None))
+    large, small = "32 MB, object on the host", "1 MB, object on the host"
+    bench_: Any = SimpleNamespace(sizes=PLUG_PRESETS["full"], device=DEVICE, left_out=[], found={})
+    names = [name for name, _ in lmcache.lmcache_steps(bench_) if not name.startswith("calls")]
+    cases = [name for name in names if "beside" not in name]
+    loops = [at for at, name in enumerate(names) if "beside" in name]
+    assert {name.partition(", format")[0] for name in names[loops[-1] + 1 :]} == {
+        f"{kernel}, {small}" for kernel in ("slots", "blocks")
+    }
+    assert len(names) == len({*names}) == len(cases) + 4
+    for words in ("slots, 32", "blocks, 32", "connector", "narrow", "object on the device"):
+        assert [name for name in cases[:20] if words in name], words
+    for number, place, op in product(lmcache.LAYOUTS, (large, small), ("d2h", "h2d")):
+        found = {name for name in cases if name.endswith(f"{place}, format {number}, {op}")}
+        kernels = {"blocks"} | ({"slots"} if number not in (16, 17) else set())
+        kernels |= {"connector"} if number in (1, 7) else set()
+        assert {name.partition(",")[0] for name in found} == (kernels if number != 14 else set())
 
 
 def test_own_code_that_fails_is_told_and_ours_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +352,8 @@ def plugs_result(rows: Rows, part: str) -> Row:
 
 def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
     row = {"kind": "plug_copy", "part": "lmcache", "backend": OURS, "narrow": False, "shape": "s",
-           "payload_bytes": 1 << 20, "of_own": 1.5, "verified": True, "op": "d2h"}  # fmt: skip
+           "kernel": "slots", "payload_bytes": 1 << 20, "of_own": 1.5, "verified": True,
+           "op": "d2h"}  # fmt: skip
     verdicts = check.judge(plugs_result([row], "lmcache"), check.load_bars())
     assert MACHINE["device_type"] == "cuda"
     assert {verdict.bar.suite for verdict in verdicts} == {"plugs"}
