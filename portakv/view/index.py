@@ -190,7 +190,7 @@ class Index:
             )
         waits = tables.is_cpu or count is None
         if any(bool((x < 0).any()) for x in (sizes, begins, ahead) if waits or x.is_cpu):
-            raise SlotError("Lengths or first tokens below 0 were given; pass tokens of requests.")
+            raise SlotError("Lengths, first or front below 0 were given; pass numbers from 0 on.")
         if not requests:
             number = int(ahead.sum()) if count is None else count
             skipped = torch.full((number,), -1, dtype=torch.int64, device=tables.device)

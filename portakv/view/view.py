@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from operator import index
+from operator import index, methodcaller
 from typing import Any, NoReturn, TypeAlias
 
 import numpy as np
@@ -32,6 +32,7 @@ from portakv.view.form import ALIASED, Form, gather, locate, same_form, widest_v
 Addresses: TypeAlias = "int | Sequence[Addresses] | npt.NDArray[Any] | torch.Tensor"
 
 _HOST = torch.device("cpu")
+_detached = methodcaller("detach")
 _TABLE = "table on"  # with a device: the table that was made there, and the event behind that
 
 
@@ -150,7 +151,7 @@ class KVView:
         self.derived: dict[Hashable, Any] = {}
         if lasting:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
-            self._owners, self._memory = tuple(owner.detach() for owner in self.owners), ()
+            self._owners, self._memory = tuple(map(_detached, self.owners)), ()
 
     @property
     def origins(self) -> tuple[int, ...]:
