@@ -2,8 +2,8 @@
 """`ring`: between a device and pageable memory, through pinned memory that is used in turns.
 
 A device cannot read or write pageable memory beside the host. So rows are made dense on the device,
-as `staged` does, and cross in one copy each slice to or from bounce buffers, where they lie in the
-order of the host's rows; and the caller copies between those and the rows, by torch's threads,
+as `staged` does, and cross in one copy each slice to or from bounce buffers, where they lie as the
+host's rows, or layers first; and the caller copies between those and the rows, by torch's threads,
 while other slices cross. It is busy until the host has read or written all: a copy through this
 engine blocks.
 """
