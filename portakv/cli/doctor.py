@@ -17,7 +17,7 @@ import torch
 from portakv import __version__
 from portakv.cli.backends import candidates_for, forced_backend
 from portakv.cli.console import Column, installing, print_json, print_prose, print_table
-from portakv.integrations import MATRIX, PLUGS, Plug, why_not
+from portakv.integrations import MATRIX, PLUGS, Plug, untested, why_not
 from portakv.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, devices_present
 
@@ -73,6 +73,11 @@ def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
             f"The plug {name!r} needs a device with a backend, and no device of this machine has "
             f"one. Run `portakv backends`, which tells why."
         )
+    notes = [
+        f"It serves {', '.join(plug.devices)}, and not {other}."
+        for other in served
+        if other not in kinds
+    ]
     return {
         "plug": name,
         "found": _found(releases.package),
@@ -81,11 +86,7 @@ def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
         "answer": "rejected" if reasons else "chosen" if named else "on request",
         "line": plug.line.replace("{device}", kind),
         "reasons": reasons,
-        "notes": [
-            f"It serves {', '.join(plug.devices)}, and not {other}."
-            for other in served
-            if other not in kinds
-        ],
+        "notes": [*notes, *filter(None, [untested(name)])],
     }
 
 

@@ -7,13 +7,14 @@ Importing this package imports no engine. An installed plug does nothing until i
 from __future__ import annotations
 
 import re
+import warnings
 from importlib import metadata
 from typing import NamedTuple
 
 import portakv
 from portakv.errors import PortaKVError
 
-__all__ = ["MATRIX", "PLUGS", "IntegrationError", "Plug", "Releases", "check_release", "why_not"]
+__all__ = ["MATRIX", "PLUGS", "IntegrationError", "Plug", "check_release", "untested", "why_not"]
 
 
 class IntegrationError(PortaKVError, RuntimeError):
@@ -104,10 +105,29 @@ def why_not(plug: str) -> str | None:
     )
 
 
+def untested(plug: str) -> str | None:
+    """None if the plug is run beside the release of its engine that is installed, or serves none
+    such; else a sentence that names this one and those."""
+    releases = MATRIX[plug]
+    if why_not(plug):
+        return None
+    found = metadata.version(releases.package)
+    if found.partition("+")[0] in releases.tested:
+        return None
+    return (
+        f"{releases.package} {found} is installed, which the plug {plug!r} of PortaKV "
+        f"{portakv.__version__} serves but was not run beside; it was beside "
+        f"{' and '.join(releases.tested)}. If something fails, install one of these."
+    )
+
+
 def check_release(plug: str) -> None:
-    """Raise `IntegrationError` if the engine of a plug is missing, too old or too new."""
+    """Raise `IntegrationError` if the engine of a plug is missing, too old or too new; warn if it
+    is of a release that the plug was not run beside."""
     if sentence := why_not(plug):
         raise IntegrationError(sentence)
+    if sentence := untested(plug):
+        warnings.warn(sentence, RuntimeWarning, stacklevel=2)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

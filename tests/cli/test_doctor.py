@@ -51,10 +51,10 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 @pytest.fixture
 def engines(install: Install) -> Install:
-    """PortaKV with its entry points, beside the least release of each engine."""
+    """PortaKV with its entry points, beside the oldest release of each engine that is tested."""
     install("portakv", "0.1", **PROJECT["entry-points"])
     for releases in MATRIX.values():
-        install(releases.package, releases.least)
+        install(releases.package, releases.tested[0])
     return install
 
 
@@ -78,7 +78,7 @@ def test_plugs_that_would_work() -> None:
     found = run_json("doctor")
     assert list(found) == ["portakv", "torch", "python", "forced", "plugs", "devices", "extras"]
     for one in found["plugs"]:
-        assert one["found"] == MATRIX[one["plug"]].least
+        assert one["found"] == MATRIX[one["plug"]].tested[0]
         assert (one["answer"], one["reasons"], one["notes"]) == ("on request", [], [])
         assert one["devices"][0] == "cpu"
     assert [one["plug"] for one in found["plugs"]] == list(PLUGS) == [*MATRIX]
@@ -98,6 +98,13 @@ def test_a_release_outside_the_matrix(install: Install, plug: str, release: str)
     releases = MATRIX[plug]
     install(releases.package, release)
     refusal(plug, f"{releases.package} {release}", str(releases), "PortaKV 0.", "Install")
+
+
+def test_a_release_that_was_not_run_is_told(install: Install) -> None:
+    install("vllm", "0.29.1")
+    found = told("vllm")
+    assert found["answer"] == "on request"
+    check_sentence(*found["notes"], "vllm 0.29.1", "0.26.0 and 0.33.0")
 
 
 def test_an_engine_whose_metadata_is_broken(install: Install) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from support.command_line import run_json
 from support.engine_process import answer
 from support.guarded_memory import check_sentence
 
-from portakv.integrations import MATRIX, PLUGS, why_not
+from portakv.integrations import MATRIX, PLUGS, check_release, why_not
 
 #: What an engine does to reach its plug.
 REACHED = {
@@ -90,6 +91,23 @@ def test_releases_between_those_that_were_run(
     assert (said is None) is served, said
     if said is not None:
         check_sentence(said, f"lmcache {found} ")
+
+
+@pytest.mark.parametrize(
+    ("found", "run"),
+    [("0.5.4", True), ("0.5.6+cpu", True), ("0.5.7", False), ("0.5.6rc1", False)],
+)
+def test_a_release_that_was_not_run_is_warned_of_once(
+    found: str, run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: found)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # as Python begins
+        for _ in range(2):
+            check_release("lmcache")
+    assert len(caught) == (not run)
+    for each in caught:
+        check_sentence(str(each.message), f"lmcache {found}", "0.5.4 and 0.5.6", "PortaKV 0.")
 
 
 def test_the_matrix_names_the_releases_that_are_run() -> None:
