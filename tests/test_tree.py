@@ -75,6 +75,7 @@ IMPORTS = 10  # modules of the library that one module may import
 MANY_IMPORTS = {
     "portakv/connector/connector.py": 12,
     "portakv/copy/copy.py": 11,
+    "portakv/copy/rows.py": 11,
     "portakv/engines/calibration.py": 11,
     "portakv/engines/choose.py": 11,
     "portakv/engines/direct.py": 13,

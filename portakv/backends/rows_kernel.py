@@ -16,7 +16,8 @@ from math import prod
 from posixpath import normpath
 from typing import NamedTuple
 
-from portakv.backends._sides import Request, SideArguments, split_loops
+from portakv.backends._sides import Request as Request
+from portakv.backends._sides import SideArguments, split_loops
 from portakv.errors import Unsupported
 from portakv.plan.loops import Loop
 from portakv.plan.plan import CopyPlan, Move, Nest

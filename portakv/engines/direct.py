@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from portakv.backends._sides import Request
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.backends.rows_kernel import RowsKernel, Tuning
+from portakv.backends.rows_kernel import Request, RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
 from portakv.engines.engine import PINNED, SMALL, Engine, EngineLaunch, Move, Terms
 from portakv.errors import Unsupported

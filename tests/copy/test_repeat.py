@@ -11,6 +11,7 @@ import torch
 from support import simdev_cases as simulated
 from support.command_line import registered
 from support.device_cases import DEVICE
+from torch.cuda import _sleep
 
 from portakv import Index, KVView, SlotError, copy_rows
 from portakv.backends.base import Launch, MoveLaunch, Pending
@@ -70,10 +71,10 @@ def repeats() -> int:
 class TestsOfRepeats:
     def test_other_ids_and_other_rows(self, pools: Pools, store: bool) -> None:
         before = repeats()
-        for read, written in (
-            ([9, 2, 17], [0, 5, 3]), ([1, 2, 3], [95, 0, 7]), ([40], [41]), ([1, 2, 3], [3, 2, 1]),
-        ):  # fmt: skip
-            pools.copied(store, read, written)
+        pools.copied(store, [9, 2, 17], [0, 5, 3])
+        pools.copied(store, [1, 2, 3], [95, 0, 7])
+        pools.copied(store, [40], [41])
+        pools.copied(store, [1, 2, 3], [3, 2, 1])
         assert repeats() == before + 1
 
     def test_a_limit_of_thread_blocks_is_another_way(self, pools: Pools, store: bool) -> None:
@@ -99,7 +100,7 @@ class TestsOfRepeats:
         ids = Index(torch.arange(TOKENS, device=DEVICE), trusted=True)
         copy_rows(src, dst, ids, ids).synchronize()
         for value in (3, 4):
-            torch.cuda._sleep(20_000_000)
+            _sleep(20_000_000)
             source.fill_(value)
             copy_rows(src, dst, ids, ids).synchronize()
             assert bool((target == value).all())
