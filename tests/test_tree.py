@@ -45,7 +45,7 @@ BUDGETS = {
     "portakv/plan": 720,
     "portakv/registry": 720,
     "portakv/runtime": 2_130,
-    "portakv/view": 2_220,
+    "portakv/view": 2_230,
     "conformance": 13_500,
     "benchmarks": 4_630,
     "benchmarks/plugs": 1_140,

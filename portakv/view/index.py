@@ -177,16 +177,12 @@ class Index:
         sizes = _as_ids(lengths)
         begins = torch.zeros_like(sizes) if first is None else _as_ids(first)
         ahead = sizes[:0] if front is None else _as_ids(front)
-        if (
-            not len(sizes) == len(begins) == requests
-            or (requests and not blocks)
-            or len(ahead) != (front is not None)
-        ):
+        alike = len(sizes) == len(begins) == requests and len(ahead) == (front is not None)
+        if not alike or (requests and not blocks):
             raise SlotError(
-                f"{len(sizes)} lengths, {len(begins)} first tokens and {len(ahead)} numbers of "
-                f"positions in front were given for tables of shape {tuple(tables.shape)}; "
-                f"expected one of each for each request, one in front or none, and at least one "
-                f"block."
+                f"{len(sizes)} lengths, {len(begins)} first tokens and {len(ahead)} front were "
+                f"given for tables of shape {tuple(tables.shape)}; expected one of each for each "
+                f"request, one front or none, and at least one block."
             )
         waits = tables.is_cpu or count is None
         if any(bool((x < 0).any()) for x in (sizes, begins, ahead) if waits or x.is_cpu):
@@ -198,8 +194,7 @@ class Index:
         begins = begins.to(tables.device, torch.int64)
         sizes = sizes.to(tables.device, torch.int64).clamp(min=0)
         ahead = ahead.to(tables.device, torch.int64)
-        ends = sizes.cumsum(0)
-        ends = ends if front is None else ends + ahead
+        ends = sizes.cumsum(0) if front is None else sizes.cumsum(0) + ahead
         at = torch.arange(int(ends[-1]) if count is None else count, device=tables.device)
         request = torch.searchsorted(ends, at, right=True)
         inside, request = request < requests, request.clamp(max=requests - 1)

@@ -105,7 +105,7 @@ def test_numbers_below_0(device: torch.device, lengths: Any, first: Any, count: 
 
 def test_what_is_no_number_in_front(device: torch.device) -> None:
     tables = torch.tensor(TABLES, device=device)
-    for front, told in (([-1], "below 0"), ([1, 2], "2 numbers of positions in front")):
+    for front, told in (([-1], "below 0"), ([1, 2], "2 front")):
         with pytest.raises(SlotError) as refused:
             Index.of_requests(tables, LENGTHS, SIZE, front=front, count=23)
         check_sentence(str(refused.value), told)
