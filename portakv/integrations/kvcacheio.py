@@ -246,6 +246,7 @@ def copy_all_layer_kv_cache_cpu(
     src, dst = ((data_ptrs.long()[:, None] + at * rows).flatten() for at in (read, written))
     sizes = rows.expand(-1, len(read)).flatten()
     ends = sizes.cumsum(0)
+    # Rows that one copy reads and writes have no order, so that they are held in between.
     between = torch.empty(int(sizes.sum()), dtype=torch.uint8, device="cpu")
     held = ends - sizes + between.data_ptr()
     for these, those in ((src, held), (held, dst)):

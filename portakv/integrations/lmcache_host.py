@@ -3,6 +3,8 @@
 staging (0.5.6 and newer), and of bytes.
 
 LMCache registers its memory in pieces, and a driver's copy must not cross from one to the next.
+`lmcache_memcpy_async` is told where they end, and cuts there: what was registered past the plug is
+unknown to PortaKV.
 """
 
 from __future__ import annotations
