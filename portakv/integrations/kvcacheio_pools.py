@@ -296,6 +296,5 @@ def _alike(first: torch.Tensor, each: torch.Tensor) -> None:
 def _unfit(pools: Tensors, asked: str, unit: int, item: int, heads: int) -> LayoutError:
     return LayoutError(
         f"{asked.capitalize()} of {item} bytes in {heads} heads, {unit} bytes apart, were asked of "
-        f"{told(pools[0])}; expected contiguous tensors that hold a whole number of them. Pass "
-        f"the sizes of the pool in bytes."
+        f"{told(pools[0])}; expected contiguous tensors that hold them. Pass sizes in bytes."
     )

@@ -232,12 +232,11 @@ def test_rows_that_are_read_come_back(device: torch.device) -> None:
 
 def test_a_model_with_an_encoder() -> None:
     config = transformers.T5Config(
-        vocab_size=64, d_model=32, d_kv=DIM, d_ff=32, num_layers=LAYERS, num_heads=2,
-        decoder_start_token_id=0, eos_token_id=None,
-    )  # fmt: skip
+        vocab_size=64, d_model=32, d_kv=DIM, d_ff=32, num_layers=LAYERS, num_heads=2
+    )
     torch.manual_seed(0)
     model: Any = transformers.T5ForConditionalGeneration(config).eval()
-    asked = {"max_new_tokens": 7, "do_sample": False}
+    asked = {"max_new_tokens": 7, "do_sample": False, "decoder_start_token_id": 0}
     both = transformers.EncoderDecoderCache(plug.OffloadedCache(), plug.OffloadedCache())
     assert torch.equal(
         model.generate(prompt(), past_key_values=both, **asked), model.generate(prompt(), **asked)
