@@ -120,6 +120,25 @@ def owner_of(address: int, library: Any, name: str) -> int | None:
     return None if error or found.value < 0 else found.value
 
 
+_RANGE_START, _RANGE_SIZE = 11, 12  # of CUpointer_attribute
+
+
+def range_of(address: int) -> tuple[int, int] | None:
+    """The first byte and past the last of the allocation or registration that memory lies in, as
+    CUDA's driver says; None if it does not."""
+    if torch.version.cuda is None or not torch.cuda.is_initialized():
+        return None
+    number, told = ctypes.POINTER(ctypes.c_uint64), []
+    ask = function(library(), "cuPointerGetAttribute", number, ctypes.c_int, ctypes.c_uint64)
+    for attribute in (_RANGE_START, _RANGE_SIZE):
+        found = ctypes.c_uint64()
+        if ask(ctypes.byref(found), attribute, address):
+            return None
+        told.append(found.value)
+    first, past = told[0], sum(told)
+    return (first, past) if first <= address < past else None
+
+
 def error_name(error: int, library: Any) -> str:
     """What the driver calls an error."""
     called = ctypes.c_char_p()

@@ -12,6 +12,7 @@ from operator import index
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.errors import DeviceMismatch, LayoutError
@@ -111,7 +112,7 @@ def read_addresses(
         numbers = np.asarray(addresses).reshape(-1).astype(np.int64)
         alignment = widest_vector([int(np.bitwise_or.reduce(numbers, initial=0))])
         listed = numbers.tolist()
-        place = _place(listed, home, pinned)
+        place = _place(numbers, home, pinned)
         if numbers.size and (int(numbers.min()) <= 0 or alignment < min(16, wide & -wide)):
             raise LayoutError(
                 f"A view at addresses {[hex(x) for x in numbers.tolist()[:4]]} was asked for "
@@ -290,7 +291,7 @@ def _owner(address: int, device: torch.device) -> int | None:
     return _cuda_driver.owner_of(address, _cuda_driver.library(), "cuPointerGetAttribute")
 
 
-def _place(origins: Sequence[int], device: torch.device, pinned: bool | None) -> str:
+def _place(origins: npt.NDArray[np.int64], device: torch.device, pinned: bool | None) -> str:
     if device.type != "cpu":
         return "device"
     if pinned is None:
@@ -298,10 +299,21 @@ def _place(origins: Sequence[int], device: torch.device, pinned: bool | None) ->
     return "pinned" if pinned else "pageable"
 
 
-def _all_pinned(addresses: Sequence[int]) -> bool:
-    """Whether host memory at addresses is pinned, as torch says of one of each page."""
-    one_of_each = {address >> 12: address for address in addresses}.values()
-    storage = torch._C._construct_storage_from_data_pointer
+def _all_pinned(addresses: Sequence[int] | npt.NDArray[np.int64]) -> bool:
+    """Whether host memory at addresses is pinned, as torch says of one of each allocation whose
+    reach a driver tells, else of one of each page."""
+    left, storage = np.asarray(addresses), torch._C._construct_storage_from_data_pointer
     with torch.inference_mode(False):
         at = torch.empty(0, dtype=torch.uint8, device=_HOST)
-        return all(at.set_(storage(each, _HOST, 1)).is_pinned() for each in one_of_each)
+
+        def is_pinned(address: int) -> bool:
+            return at.set_(storage(address, _HOST, 1)).is_pinned()
+
+        while left.size:
+            reach = _cuda_driver.range_of(int(left[0]))
+            if reach is None:
+                return all(map(is_pinned, {each >> 12: each for each in left.tolist()}.values()))
+            if not is_pinned(int(left[0])):
+                return False
+            left = left[(left < reach[0]) | (left >= reach[1])]
+    return True

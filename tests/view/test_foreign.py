@@ -495,3 +495,19 @@ def test_a_table_is_not_made_inside_a_capture(monkeypatch: pytest.MonkeyPatch) -
     there = view.table
     monkeypatch.setattr(view_of, "capturing", lambda device: True)
     assert view.table is there
+
+
+@pytest.mark.gpu
+def test_many_addresses_in_a_few_allocations() -> None:
+    """CUDA's driver tells how far one reaches, so that one question answers for all in it."""
+    pools = [torch.empty(1 << 20, dtype=torch.uint8).pin_memory() for _ in range(2)]
+    at = [pool.data_ptr() + 4096 * page for page in range(200) for pool in pools]
+    shape: dict[str, Any] = {"shape": (16, 4), "dtype": torch.uint8, "device": "cpu"}
+    assert KVView.at(at, "layer | token dim", **shape).form.place == "pinned"
+    heap = torch.empty(1 << 20, dtype=torch.uint8)
+    view = KVView.at([*at, heap.data_ptr()], "layer | token dim", **shape)
+    assert view.form.place == "pageable"
+    for pool in pools:
+        begin, end = pool.data_ptr(), pool.data_ptr() + pool.nbytes
+        first, past = cuda.range_of(begin + 5) or (0, 0)
+        assert first <= begin < end <= past
