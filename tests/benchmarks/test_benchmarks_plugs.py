@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import portakv_benchmarks.cli as bench
 from portakv.integrations import kvcacheio
+from portakv.integrations.lmcache_formats import LAYOUTS
 from portakv_benchmarks import check
 from portakv_benchmarks.host import merge
 from portakv_benchmarks.plugs import lmcache, sglang, suite, vllm
@@ -178,6 +179,9 @@ class Left(TorchDispatchMode):
 
     left = False
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.left:
             self.left = False
@@ -216,7 +220,7 @@ def test_what_bars_judge_comes_first_and_what_they_can_do_without_last(
     assert len(names) == len({*names}) == len(cases) + 4
     for words in ("slots, 32", "blocks, 32", "connector", "narrow", "object on the device"):
         assert [name for name in cases[:20] if words in name], words
-    for number, place, op in product(lmcache.LAYOUTS, (large, small), ("d2h", "h2d")):
+    for number, place, op in product(LAYOUTS, (large, small), ("d2h", "h2d")):
         found = {name for name in cases if name.endswith(f"{place}, format {number}, {op}")}
         kernels = {"blocks"} | ({"slots"} if number not in (16, 17) else set())
         kernels |= {"connector"} if number in (1, 7) else set()

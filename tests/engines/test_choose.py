@@ -456,6 +456,8 @@ def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: s
         assert picked(payload, runs, host_runs, direction).engine == engine
     assert picked(large, 4096, narrow + 1, direction, overlap="idle").engine == "direct"
     assert picked(large, 4096, narrow, direction, overlap="idle").engine == "staged"
+    for terms in ({"overlap": "idle"}, {"max_thread_blocks": 3}):  # no copy engine, run by run
+        assert picked(large, even, even, direction, **terms).engine == "direct"
     # A detached transfer's stream must not wait for a kernel.
     assert picked(large, even + 1, even + 1, direction, detached=True).engine == "staged"
     pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")

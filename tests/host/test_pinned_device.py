@@ -136,6 +136,24 @@ def test_what_exists_is_pageable_with_the_same_results() -> None:
         assert bool((block.tensor == 7).all())
 
 
+@pytest.mark.simdev
+@pytest.mark.parametrize("downward", [True, False])
+def test_what_a_vendor_s_runtime_registered_is_pinned_if_the_caller_says_so(downward: bool) -> None:
+    memory = mmap.mmap(-1, 1 << 16)
+    here = torch.frombuffer(memory, dtype=torch.int32).view(64, 4, 64)
+    here.copy_(torch.arange(1 << 14, dtype=torch.int32).view(64, 4, 64).flip(0))
+    there = torch.arange(1 << 14, dtype=torch.int32, device=SIMDEV).view(64, 4, 64)
+    rest: dict[str, Any] = {"shape": here.shape, "dtype": here.dtype, "device": "cpu"}
+    host = KVView.at([here.data_ptr()], "block token dim", pinned=True, **rest)
+    caches, blocks = KVView(there, "block token dim"), torch.randperm(64)
+    assert host.form.place == "pinned"
+    sides = (caches, host, blocks, range(64)) if downward else (host, caches, range(64), blocks)
+    copy_blocks(*sides).synchronize()
+    assert torch.equal(there.cpu()[blocks], here)
+    assert int(here.min()) == 0
+    assert int(here.max()) == (1 << 14) - 1
+
+
 @gpu
 @pytest.mark.parametrize(
     ("nbytes", "huge_pages"),
