@@ -85,7 +85,7 @@ def check_ids(index: Index, count: int, view: KVView, written: bool) -> None:
     side = "destination" if written else "source"
     if index.check(count, view.slots, side, distinct=written):
         raise SlotError(
-            f"Id {index.host_ids().min()} was given in the {side}, for {index.step} tokens; "
+            f"Id {index.host_ids().min()} of {index.step} token(s) was given in the {side}; "
             f"expected 0 or more. Nothing was moved. Correct the ids."
         )
 
