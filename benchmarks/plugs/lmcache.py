@@ -127,9 +127,10 @@ def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
     several = bench.sizes.formats or _FORMATS
     found: dict[Task, bool] = {}
     for payload, on_host, formats, narrow in (
-        *product((large,), (True, False), ((_FIRST,),), (False, True)),
+        (large, True, [_FIRST], False), (large, True, [_FIRST], True),
+        (large, False, [_FIRST], False), (large, False, [_FIRST], True),
         (large, True, several, False), (large, False, _SOME, False),
-        *product(smaller, (True,), (_SOME, several), (False,)),
+        *((small, True, some, False) for small in smaller for some in (_SOME, several)),
     ):  # fmt: skip
         late = payload != large and formats is several
         for number, op, kernel in product(formats, DIRECTIONS, _KERNELS):

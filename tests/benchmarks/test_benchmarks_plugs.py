@@ -367,6 +367,16 @@ def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
     assert check.SUITES.keys() == {"host", "plugs"}
 
 
+@pytest.mark.full
+def test_each_bar_of_sglang_s_transfers_finds_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sglang, "own_kernels", lambda bench_: kvcacheio)
+    rows = [{**row, "part": "sglang"} for row in tried(sglang.sglang_steps, slice(None))[0]]
+    verdicts = check.judge(plugs_result(rows, "sglang"), check.load_bars())
+    judged = {verdict.bar.figure: verdict.rows for verdict in verdicts if verdict.rows}
+    assert judged == {"of_own": 6, "host_us": 6, "whole_of_own": 3}  # none with other quotas
+    assert max(verdict.rows for verdict in verdicts) == 10  # and those without a kernel
+
+
 def test_parts_of_several_files_make_one_result() -> None:
     files = [plugs_result([{"part": part, "kind": "plug_copy"}], part) for part in ("a", "b")]
     whole = merge.merge(files)
