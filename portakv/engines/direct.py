@@ -34,8 +34,6 @@ NAME = "portakv_direct"
 #: kind eight reached on an H200 what any number did, 0.95 of memcpy to the host and 0.93 from it;
 #: four 0.94 and 0.92, and one 0.62 and 0.49.
 BLOCKS = 8
-#: The same for up to `SMALL` bytes, which are over before a model notices.
-AT_ONCE = 8
 #: The same for more than `SMALL` bytes while the device computes, by direction: one more, and what
 #: the kernel writes holds up a model's own memory (H200: 46 % slower, with three 6 %, with 0.8 of
 #: memcpy; of four that read 5 % and 0.73, of eight 11 - 20 % and 0.87).
@@ -94,7 +92,7 @@ class DirectKernel(RowsKernel):
         beside = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
         # Of launches up to so many bytes, and of larger ones.
         self._small, limit = SMALL[direction], terms.max_thread_blocks
-        self._most = (limit, limit) if limit else (AT_ONCE, beside)
+        self._most = (limit, limit) if limit else (BLOCKS, beside)
         side = self.src if self._reads_host else self.dst
         #: The host side's addresses, too, are read from device memory.
         self.wants_table, self._first = side.kind == "UNITS", 8 * side.side.table
