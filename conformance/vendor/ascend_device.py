@@ -48,7 +48,7 @@ _PLAIN = (
     "aten::add.Tensor", "aten::add_.Tensor", "aten::mul.Tensor", "aten::floor_divide",
     "aten::remainder.Scalar", "aten::clamp", "aten::ge.Scalar", "aten::__and__.Tensor",
     "aten::bitwise_not", "aten::bitwise_or.Tensor", "aten::nonzero", "aten::index.Tensor",
-    "aten::index_put_",
+    "aten::index_put_", "aten::lt.Scalar",
     "aten::equal", "aten::arange", "aten::arange.start", "aten::cat", "aten::stack",
     "aten::fill_.Scalar", "aten::zero_", "aten::clone",
 )  # fmt: skip
