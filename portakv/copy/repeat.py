@@ -31,7 +31,7 @@ class _Way(NamedTuple):
     carried: tuple[str, str]
 
 
-_ways: Bounded[tuple[Any, ...], _Way] = Bounded("copies made again", 4096)
+_AGAIN, _KEPT = "copies made again", 64  # kept with the source, so that they go when it goes
 #: What carried so many tokens between such forms; engines differ by that.
 _carriers: Bounded[tuple[Any, ...], str] = Bounded("carriers of copies made again", 4096)
 
@@ -43,7 +43,7 @@ def repeated(move: Move, choice: Choice) -> Transfer | None:
     if kind is None or count < 1 or capturing(choice.backend.device):
         return None
     name = _carriers.get((src.form, dst.form, kind, choice, count))
-    way = _ways.get((src, dst, kind, choice, name))
+    way: _Way | None = src.derived.get(_AGAIN, {}).get((dst, kind, choice, name))
     if way is None or count > way.again.most:
         return None
     for view in way.tabled:
@@ -60,7 +60,8 @@ def repeated(move: Move, choice: Choice) -> Transfer | None:
 
 
 def remember(move: Move, choice: Choice, made: Transfer) -> None:
-    """Remember a copy that was made just now, by this thread, if its like can be repeated."""
+    """Remember a copy that was made just now, by this thread, if its like can be repeated: once its
+    like was made twice, as views that are made for one call never are."""
     src, dst, mine, theirs, count = move
     device = choice.backend.device
     kind = _kind(move, device)
@@ -69,20 +70,24 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
     half = choice if src.device == dst.device else carrier(src, dst, choice, None)
     ready = prepared(src.form, dst.form, *move.steps, None, half)
     name, again = made.carried[0], getattr(ready.launch, "again", None)
-    key = src, dst, kind, choice, name
-    if key not in _ways:
+    key = dst, kind, choice, name
+    ways = src.derived.setdefault(_AGAIN, Bounded(_AGAIN, _KEPT))
+    if key not in ways:
+        ways[key] = None
+        return
+    if ways[key] is None:
         found = again(src, dst, mine, theirs) if again else None
         if found is None:
             return
         tabled = tuple(view for view in (src, dst) if view.table_on(device) is not None)
-        _ways[key] = _Way(found, tabled, ready.can.guards, event_pool(device), made.carried)
+        ways[key] = _Way(found, tabled, ready.can.guards, event_pool(device), made.carried)
     _carriers[src.form, dst.form, kind, choice, count] = name
 
 
 def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:
     """What a copy's indices have in common with another's that needs no other answer; None unless
     both views are known by addresses, for more than one call, and ids lie, clean by promise, where
-    kernels read them."""
+    kernels read them. Without any ids it would depend on the tokens which rows both sides share."""
     if not all(view.foreign and not view.fleeting for view in (move.src, move.dst)):
         return None
     kind: tuple[Any, ...] = ()
@@ -96,4 +101,4 @@ def _kind(move: Move, device: torch.device) -> tuple[Any, ...] | None:
             kind = *kind, ids.dtype
         else:
             return None
-    return kind
+    return kind if any(kind) else None

@@ -50,6 +50,8 @@ def _fit(says: str) -> Callable[[Any], bool]:
 
 def _of_another_type(function: str, name: str, value: object, says: str) -> ArgumentError:
     found = told(value) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
+    if isinstance(value, Sequence) and any(isinstance(x, torch.Tensor) for x in value):
+        found = f"a list of {' and '.join(sorted({type(x).__name__ for x in value}))}"
     return ArgumentError(
         f"{function} was given {name} = {found}; expected {says}, and of tensors strided ones that "
         f"have memory. Pass such an argument."

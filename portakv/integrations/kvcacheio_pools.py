@@ -125,6 +125,8 @@ def listed(tables: Tensors, item: int, layers: int, heads: int = 1) -> KVView:
     shape = -1, heads, item // heads
     lists = tuple(found[:layers] for found, _ in read)
     given = lists, "kv layer | token head dim", shape, None, home, pinned
+    if tables[0].is_cpu:  # what is pinned there may change without a word
+        return _view(*given)
     return _views.get_or_make(given, lambda: _view(*given))
 
 
@@ -141,7 +143,7 @@ def _tokens(layers: Tensors, pools: int) -> KVView:
     at = [each.data_ptr() for each in layers]
     addresses = [at[pool * many : (pool + 1) * many] for pool in range(pools)]
     shape, strides = (len(first), row), (pitch, 1)
-    return _view(addresses, "kv layer | token dim", shape, strides, first.device, _pinned([first]))
+    return _view(addresses, "kv layer | token dim", shape, strides, first.device, _pinned(layers))
 
 
 def page_first(pools: Tensors, layer: int, layers: int, page_size: int) -> KVView:

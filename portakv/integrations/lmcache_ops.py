@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from portakv import Index, InvalidTerms, KVView, LateErrors, SlotError, copy_rows
+from portakv import Index, InvalidTerms, KVView, LateErrors, LayoutError, SlotError, copy_rows
 from portakv.engines.engine import Terms
-from portakv.integrations.arguments import typed
+from portakv.integrations.arguments import told, typed
 from portakv.integrations.lmcache_formats import (
     FUSED,
     MLA,
@@ -62,7 +62,7 @@ def terms() -> dict[str, Any]:
 
 
 def is_store(direction: Any) -> bool:
-    if int(direction) not in (H2D, D2H):
+    if isinstance(direction, str) or int(direction) not in (H2D, D2H):
         raise ValueError(f"The direction {direction!r} was asked for; expected H2D (0) or D2H (1).")
     return int(direction) == D2H
 
@@ -117,6 +117,10 @@ def multi_layer_kv_transfer(
     """
     # Of format 0 this op reads the layers one by one.
     number, text, _ = layout_of(int(engine_kv_format) or 1)
+    if key_value.dim() != 4:
+        raise LayoutError(
+            f"An object was handed over as {told(key_value)}; expected [kv, layers, tokens, row]."
+        )
     tokens, width = key_value.shape[2], key_value.element_size()
     if slot_mapping.numel() != tokens:
         raise SlotError(

@@ -190,7 +190,7 @@ class Left(TorchDispatchMode):
 
 
 def test_an_error_that_a_failed_way_leaves_is_not_the_next_way_s() -> None:
-    mode, told = Left(), list[str]()  # type: ignore[no-untyped-call]
+    mode, told = Left(), list[str]()
 
     def fails(i: int) -> None:
         mode.left = True
