@@ -108,12 +108,8 @@ def _page_head(
 def listed(tables: Tensors, item: int, layers: int, heads: int = 1) -> KVView:
     """Tokens behind the first ``layers`` addresses of each table; nobody knows how many."""
     read = [_addresses(table) for table in tables]
-    if (
-        item < 1
-        or heads < 1
-        or item % heads
-        or not 0 < layers <= min(len(found) for found, _ in read)
-    ):
+    most = min(len(found) for found, _ in read)
+    if item < 1 or heads < 1 or item % heads or not 0 < layers <= most:
         raise _unfit(tables, f"{layers} layers", item, item, heads)
     home = read[0][1]
     if any(other != home for _, other in read):
