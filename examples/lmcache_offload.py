@@ -61,7 +61,11 @@ def main(arguments: list[str] | None = None) -> int:
         each.cpu()[:, blocks].equal(made[n][:, blocks]) for n, each in enumerate(caches.values())
     )
     nbytes = sum(chunk.nbytes for chunk in chunks)
-    print(f"{type(resolve_device_ops(device.type)).__name__} on {device}, {asked.order} caches")
+    ops = type(resolve_device_ops(device.type))
+    print(f"{ops.__name__} on {device}, {asked.order} caches")
+    if not ops.__module__.startswith("portakv."):
+        print("PortaKV was not chosen; `portakv doctor` says why.")
+        return 1
     print(f"stored {len(chunks)} chunks of {nbytes // len(chunks)} bytes in {stored - began:.4f} s")
     print(
         f"loaded them in {loaded - stored:.4f} s; "

@@ -277,14 +277,15 @@ def _slots(pool: KVView, blocks: Any, tokens: int, batch: int = 0) -> tuple[Inde
         )
     try:
         ids = blocks if isinstance(blocks, torch.Tensor) else torch.tensor(blocks, device="cpu")
-        ids = ids.reshape(batch or (len(ids) if ids.dim() > 1 else 1), -1)
-        wrong = bool(ids.is_cpu and ids.numel() and ids.min() < 0)
+        ids = ids[None] if ids.dim() == 1 else ids
+        shaped = ids.dim() == 2 and len(ids) == (batch or len(ids))
+        wrong = not shaped or bool(ids.is_cpu and ids.numel() and ids.min() < 0)
     except (RuntimeError, TypeError, ValueError):
         wrong = True
     if wrong:
         raise SlotError(
-            f"A prefix was asked for in blocks {blocks!r}; expected ids that are at least 0, [n] "
-            f"or for each of {batch or 'the'} sequences as many. Nothing was moved."
+            f"A prefix was asked for in blocks {blocks!r}; expected ids that are at least 0, a "
+            f"list for each of {batch or 'the'} sequences, or one for one. Nothing was moved."
         )
     return Index.of_requests(ids, [tokens] * len(ids), pool.block_size), len(ids)
 
