@@ -69,9 +69,10 @@ def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
     kind = next((x for x in kinds if plug.at(x) == named), (kinds or ["cpu"])[-1])
     reasons = [missing] if (missing := why_not(name)) else list(_in_the_way(plug, kind, named))
     if not kinds:
+        forced = f" with PORTAKV_BACKEND={x!r}" if (x := os.environ.get("PORTAKV_BACKEND")) else ""
         reasons.append(
             f"The plug {name!r} needs a device with a backend, and no device of this machine has "
-            f"one. Run `portakv backends`, which tells why."
+            f"one{forced}. Run `portakv backends`, which tells why."
         )
     notes = [
         f"It serves {', '.join(plug.devices)}, and not {other}."

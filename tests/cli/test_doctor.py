@@ -164,7 +164,7 @@ def test_no_device_is_served_under_an_unknown_name(monkeypatch: pytest.MonkeyPat
     assert found["forced"] == "nonsense"
     assert [one["backend"] for one in found["devices"]] == [None] * len(found["devices"])
     for plug in PLUGS:
-        refusal(plug, "no device of this machine", "portakv backends")
+        refusal(plug, "no device of this machine", "PORTAKV_BACKEND", "portakv backends")
 
 
 SIMULATED = """

@@ -14,13 +14,24 @@ from support.core_cases import noise
 from support.device_cases import current, delay, on, settle
 from support.guarded_memory import refused
 
-from portakv import KVView, LateErrors, LayoutError, SlotError, Transfer, copy_rows, copy_runs
+from portakv import (
+    Index,
+    KVView,
+    LateErrors,
+    LayoutError,
+    SlotError,
+    Transfer,
+    copy_rows,
+    copy_runs,
+)
 from portakv.backends.reference import Reference
+from portakv.copy.copy import copy_move
+from portakv.engines.staged import Staged
 from portakv.errors import InvalidTerms
 from portakv.host import pinned, small
-from portakv.plan.plan import CopyPlan
+from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import prepared
-from portakv.registry.registry import REGISTRY, register_backend
+from portakv.registry.registry import REGISTRY, Choice, choose, register_backend
 from portakv.runtime.bounded import caches
 from portakv.runtime.transfer import Completion
 
@@ -155,8 +166,15 @@ def test_addresses_are_sent_to_what_gathers(sent: list[int]) -> None:
     device = simdev_cases.DEVICE
     src, dst = ends(device, "to host")
     expected = wanted(src, dst, [(a, b, 64) for a, b in zip(SRC, DST, strict=True)])
-    ways: Any = {"src_device": device, "dst_device": CPU, "backend": "staged"}
-    copy_runs(at(src, SRC), at(dst, DST), 64, **ways).synchronize()
+    # One of its own: that of the process may have made its choice of what gathers before.
+    engine = Staged(device, choose(device, Reading.name))
+    choice = Choice(engine, (), True, engine.capabilities())
+    shaped: Any = {"shape": (1, 64), "dtype": torch.uint8}
+    views = [
+        KVView.at(at(x, each), "block | token dim", device=x.device, **shaped)
+        for x, each in ((src, SRC), (dst, DST))
+    ]
+    copy_move(Move(views[0], views[1], Index(), Index(), 4), choice, None).synchronize()
     assert sent.count(4) == 1  # beside those of a self-check, and of the rows on the device
     assert torch.equal(dst, expected)
 
