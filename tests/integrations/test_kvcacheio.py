@@ -746,9 +746,8 @@ def test_the_page_says_the_limits_that_hold() -> None:
     page = Path(__file__).parents[2].joinpath("docs/plugs/sglang.md").read_text(encoding="utf-8")
     blocks, small = direct.BESIDE, {way: size >> 20 for way, size in SMALL.items()}
     assert (
-        f"with {blocks['d2h']} thread blocks to the host and {blocks['h2d']} to the device, and "
-        f"copies of up to {small['d2h']} MiB to the host and {small['h2d']} MiB to the device with "
-        f"{direct.BLOCKS}."
+        f"with {blocks['d2h']} thread blocks to the host ({direct.BLOCKS} up to {small['d2h']} MiB)"
+        f" and {blocks['h2d']} to the device ({direct.BLOCKS} up to {small['h2d']} MiB)."
     ) in " ".join(page.split())
 
 
