@@ -70,13 +70,15 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
     half = choice if src.device == dst.device else carrier(src, dst, choice, None)
     ready = prepared(src.form, dst.form, *move.steps, None, half)
     name, again = made.carried[0], getattr(ready.launch, "again", None)
+    if again is None:
+        return
     key = dst, kind, choice, name
     ways = src.derived.setdefault(_AGAIN, Bounded(_AGAIN, _KEPT))
     if key not in ways:
         ways[key] = None
         return
     if ways[key] is None:
-        found = again(src, dst, mine, theirs) if again else None
+        found = again(src, dst, mine, theirs)
         if found is None:
             return
         tabled = tuple(view for view in (src, dst) if view.table_on(device) is not None)
