@@ -58,6 +58,14 @@ class TransferCancelled(TransferError):
     """A transfer was cancelled, so that some of its blocks were not moved."""
 
 
+class StoreError(PortaKVError, RuntimeError):
+    """A block store that cannot be made, opened, read or written as asked."""
+
+
+class StoreBusy(StoreError):
+    """A store's folder that another process has open; the sentence names it."""
+
+
 class HostMemoryError(PortaKVError, RuntimeError):
     """Host memory that cannot be had, registered or given back as asked."""
 

@@ -18,7 +18,7 @@ from support import seams
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
-    "portakv": "cli connector copy engines registry backends plan host view runtime layout",
+    "portakv": "cli storage connector graph copy engines registry backends plan host view runtime layout",
     "portakv/backends": "base reference compiled triton cuda hip ascend mlu",
     "portakv/integrations": "lmcache vllm sglang transformers kvcacheio",
     "portakv/host": "pinned pool shared memcpy small",
@@ -29,14 +29,17 @@ TREE = {
     ".": "examples docs tests pyproject.toml constraints.txt README.md .ci/run .ci/full",
 }
 PLUGS = "portakv/integrations"
-#: Folders of the plugs into engines: what the folders round them may hold does not count them.
-APART = (PLUGS, "benchmarks/plugs", "tests/integrations")
+#: Folders of the plugs into engines and of block stores, which have numbers of their own.
+STORAGE = ("portakv/storage", "portakv/graph")
+APART = (PLUGS, *STORAGE, "benchmarks/plugs", "tests/integrations", "tests/storage", "tests/graph")
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 20_380,
+    "portakv": 20_800,
     PLUGS: 2_830,
+    "portakv/storage": 1_600,
+    "portakv/graph": 400,
     "portakv/backends": 3_470,
-    "portakv/cli": 2_090,
+    "portakv/cli": 2_480,
     "portakv/connector": 840,
     "portakv/copy": 1_410,
     "portakv/engines": 3_130,
@@ -47,10 +50,12 @@ BUDGETS = {
     "portakv/runtime": 2_150,
     "portakv/view": 2_240,
     "conformance": 13_500,
-    "benchmarks": 4_630,
+    "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
-    "tests": 33_700,
+    "tests": 34_300,
     "tests/integrations": 5_000,
+    "tests/storage": 4_500,
+    "tests/graph": 1_200,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {
@@ -69,7 +74,7 @@ PRIVATE = re.compile(
 )
 #: In the tests of plugs they are also the engines', which have no public ones.
 PRIVATE_READS = {"tests": 63, "tests/integrations": 35}
-MODULES = {"portakv": 100, PLUGS: 13}
+MODULES = {"portakv": 100, PLUGS: 13, "portakv/storage": 12, "portakv/graph": 5}
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.
 MANY_IMPORTS = {
