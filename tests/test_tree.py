@@ -18,7 +18,8 @@ from support import seams
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
-    "portakv": "cli storage connector graph copy engines registry backends plan host view runtime layout",
+    "portakv": "cli storage connector graph copy engines registry backends plan host view runtime "
+    "layout",
     "portakv/backends": "base reference compiled triton cuda hip ascend mlu",
     "portakv/integrations": "lmcache vllm sglang transformers kvcacheio",
     "portakv/host": "pinned pool shared memcpy small",
