@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The block image, one for disks, object stores and peers: a header of 4,096 bytes, the payload,
+zeros up to a multiple of 4,096. Whoever reads one checks it.
+
+Header, little endian: magic 8 bytes, form digest 16, key 32, generation u64, payload bytes u64,
+segments u32, flags u32, 48 checksums u64, of which each segment has one; zeros; in the last 8 bytes
+the seal, a checksum of all before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.errors import StoreError
+from portakv.storage.form import HEADER as HEADER
+from portakv.storage.form import MOST_SEGMENTS, BlockForm
+
+MAGIC = b"PKVBLK\x00\x01"
+_BODY, _SEAL = Struct(f"<8s16s32sQQII{MOST_SEGMENTS}Q"), Struct("<Q")
+_END = HEADER - _SEAL.size
+Row = npt.NDArray[np.uint8]  # one image: contiguous, of at least ``form.image_bytes``
+
+
+class Header(NamedTuple):
+    """What an image says of itself; ``checksums`` has one for each segment."""
+
+    key: bytes
+    generation: int
+    checksums: tuple[int, ...]
+
+
+def checksum(data: Any, seed: int = 0) -> int:
+    """XXH3-64 of a contiguous buffer, which is not copied; raises `StoreError` without xxhash."""
+    try:
+        from xxhash import xxh3_64_intdigest
+    except ImportError:
+        raise StoreError(
+            "A store was asked for, and xxhash, which checks its blocks, was not found; install it "
+            "by `pip install portakv[storage]`."
+        ) from None
+    return xxh3_64_intdigest(data, seed=seed & (1 << 64) - 1)
+
+
+def seal(row: Row, form: BlockForm, key: bytes, generation: int) -> tuple[int, ...]:
+    """Write the header (of a key of 32 bytes) before a payload that is in place, and zeros behind
+    it; return the checksums of its segments."""
+    past = HEADER + form.payload_bytes
+    sums = tuple(checksum(x, generation) for x in _pieces(row, form))
+    row[:HEADER], row[past : form.image_bytes] = 0, 0
+    rest = (*sums, *[0] * (MOST_SEGMENTS - len(sums)))
+    numbers = form.payload_bytes, len(sums), 0
+    _BODY.pack_into(row.data, 0, MAGIC, form.digest, key, generation, *numbers, *rest)
+    _SEAL.pack_into(row.data, _END, checksum(row[:_END]))
+    return sums
+
+
+def header(row: Row, form: BlockForm) -> Header | str:
+    """What the header of an image says, or why it is none of this form. The caller compares the key
+    and the generation with those that it expects; nothing looks at the payload."""
+    if _SEAL.unpack_from(row.data, _END)[0] != checksum(row[:_END]):
+        return "its header has a broken seal"
+    magic, digest, key, generation, *numbers = _BODY.unpack_from(row.data)
+    count = len(form.segments)
+    if (magic, digest, *numbers[:3]) != (MAGIC, form.digest, form.payload_bytes, count, 0):
+        return f"its header is of another format or form ({magic!r}, {digest.hex()})"
+    return Header(key, generation, tuple(numbers[3 : 3 + count]))
+
+
+def verify(
+    row: Row,
+    form: BlockForm,
+    checksums: Sequence[int],
+    generation: int,
+    segments: Sequence[int] | None = None,
+) -> bool:
+    """Whether some segments of a payload (numbers in ``form.segments``; None: all) are what was
+    sealed under this generation; ``checksums`` has one for each segment of the form."""
+    pieces, wanted = _pieces(row, form), range(len(form.segments)) if segments is None else segments
+    return all(checksum(pieces[i], generation) == checksums[i] for i in wanted)
+
+
+def _pieces(row: Row, form: BlockForm) -> list[Row]:
+    return [row[HEADER + x.offset : HEADER + x.offset + x.nbytes] for x in form.segments]
