@@ -22,7 +22,7 @@ FORMAT = 1  # of images, and of what a form tells of itself
 HEADER = 4096  # bytes before the payload of an image, and what images and segments are multiples of
 LEAST_SEGMENT, MOST_SEGMENTS = 256 << 10, 48
 Range = tuple[int, int, int]  # from, to, of: [from, to) of what the whole model has
-Slices = dict[str, slice]  # arguments of `KVView.slice`
+Slices = dict[str, Any]  # arguments of `KVView.slice`
 
 
 class Segment(NamedTuple):
@@ -37,8 +37,7 @@ class Segment(NamedTuple):
 @dataclass(frozen=True)
 class BlockForm:
     """What stored blocks hold. ``dtype`` is torch's name, ``uint8`` for all that is read as bytes;
-    ``widths`` are elements of `dim` for each kv (bytes of a page); ``salt`` is a digest in hex.
-    Raises `StoreError` if they contradict each other."""
+    ``widths`` are elements of `dim` for each kv (bytes of a page); ``salt`` is a digest in hex."""
 
     model: str
     dtype: str
@@ -50,18 +49,6 @@ class BlockForm:
     layout: str
     salt: str = ""
     notes: str = ""
-
-    def __post_init__(self) -> None:
-        try:
-            for first, past, of in (self.layers, self.heads):
-                if not (0 <= first < past <= of and self.layout.startswith("block ")):
-                    raise ValueError(f"{first}..{past} of {of} in {self.layout!r}")
-            self.view(torch.empty((1, self.image_bytes), dtype=torch.uint8, device="cpu"))
-        except (AttributeError, TypeError, ValueError, RuntimeError) as error:
-            raise StoreError(
-                f"{self} was asked for ({error}): expected ranges (from, to, of), a dtype of torch "
-                f"and a layout of one tensor, `block` first, that holds all; correct the form."
-            ) from None
 
     @classmethod
     def of(
@@ -81,17 +68,16 @@ class BlockForm:
         view holds; ``block_size`` is in tokens, by default the view's; ``salt`` keeps tenants
         apart; ``notes`` say what else fixes the bytes, such as a quantisation.
         """
-        layers, heads = (
-            layers or (0, view.layers, view.layers),
-            heads or (0, view.heads, view.heads),
-        )
+        layers = layers or (0, view.layers, view.layers)
+        heads = heads or (0, view.heads, view.heads)
         size, kinds = block_size or view.block_size or 0, {*view.form.dtypes}
         held = (layers[1] - layers[0], heads[1] - heads[0]) == (view.layers, view.heads)
+        held = held and all(0 <= first and past <= of for first, past, of in (layers, heads))
         if not (held and view.block_size) or (view.opaque and size != view.block_size):
             raise StoreError(
-                f"Blocks of {size} tokens, layers {layers} and heads {heads} were asked for with "
-                f"{view}: expected a paged view of as many layers and heads, and of as many tokens "
-                f"if its pages are opaque; correct the form's arguments."
+                f"A form of layers {layers}, heads {heads} and blocks of {size} was asked for "
+                f"{view}: expected a paged view, ranges (from, to, of) of as many as it holds, and "
+                f"of opaque pages its own block size; correct the form's arguments."
             )
         dtype = kinds.pop() if len(kinds) == 1 and "" not in kinds else "uint8"
         widths = tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
@@ -105,15 +91,16 @@ class BlockForm:
         """The form that `json` told; raises `StoreError` for any other text or format."""
         try:
             told: dict[str, Any] = json.loads(text)
-            told |= {name: tuple(told[name]) for name in ("widths", "layers", "heads")}
-            if told.pop("format") != FORMAT:
-                raise ValueError("another format")
-            return cls(**told)
+            found, ranges = told.pop("format"), ("widths", "layers", "heads")
+            form = cls(**{**told, **{name: tuple(told[name]) for name in ranges}})
+            if found == FORMAT and form.image_bytes > HEADER:
+                return form
         except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"A form of blocks was to be read from {text[:80]!r} ({error!r}): expected what "
-                f"format {FORMAT} tells; use the release that wrote it, or wipe the store."
-            ) from None
+            found = error
+        raise StoreError(
+            f"A form of blocks was to be read from {text[:80]!r} and {found!r} was found: expected "
+            f"format {FORMAT}; use the release that wrote it, or wipe the store."
+        )
 
     def json(self) -> str:
         """Canonical JSON; the digest is made of it."""

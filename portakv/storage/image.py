@@ -23,6 +23,7 @@ from portakv.storage.form import MOST_SEGMENTS, BlockForm
 MAGIC = b"PKVBLK\x00\x01"
 _BODY, _SEAL = Struct(f"<8s16s32sQQII{MOST_SEGMENTS}Q"), Struct("<Q")
 _END = HEADER - _SEAL.size
+Ints = Sequence[int]
 Row = npt.NDArray[np.uint8]  # one image: contiguous, of at least ``form.image_bytes``
 
 
@@ -72,11 +73,7 @@ def header(row: Row, form: BlockForm) -> Header | str:
 
 
 def verify(
-    row: Row,
-    form: BlockForm,
-    checksums: Sequence[int],
-    generation: int,
-    segments: Sequence[int] | None = None,
+    row: Row, form: BlockForm, checksums: Ints, generation: int, segments: Ints | None = None
 ) -> bool:
     """Whether some segments of a payload (numbers in ``form.segments``; None: all) are what was
     sealed under this generation; ``checksums`` has one for each segment of the form."""

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keys: PortaKV's chain against its definition, the others against values that the released
+packages computed."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from portakv import InvalidTerms, Unsupported
+from portakv.storage.keys import check_keys, lmcache_keys, prefix_keys, vllm_keys
+
+#: At the edges of CBOR's lengths of numbers, in two blocks of four.
+TOKENS = [0, 23, 24, 255, 256, 65_535, 65_536, 151_935]
+
+
+@pytest.mark.parametrize("salt", [b"", b"tenant"])
+@pytest.mark.parametrize("extra", [None, [b"lora", b"", b"image"]])
+def test_a_key_is_the_hash_of_all_before_it(salt: bytes, extra: list[bytes] | None) -> None:
+    keys = prefix_keys(range(14), 4, salt, extra)
+    previous = hashlib.sha256(b"portakv" + salt).digest()
+    assert len(keys) == 3
+    for number, key in enumerate(keys):
+        told = previous + struct.pack("<4I", *range(4 * number, 4 * number + 4))
+        previous = hashlib.sha256(told + (extra[number] if extra else b"")).digest()
+        assert key == previous
+
+
+def test_a_change_anywhere_changes_all_keys_behind_it() -> None:
+    one = prefix_keys(TOKENS * 4, 4)
+    for at in range(len(TOKENS) * 4):
+        tokens = TOKENS * 4
+        tokens[at] += 1
+        same = [a == b for a, b in zip(one, prefix_keys(tokens, 4), strict=True)]
+        assert same == [True] * (at // 4) + [False] * (8 - at // 4)
+    assert not {*one} & {*prefix_keys(TOKENS * 4, 4, b"tenant")}
+    assert not {*one} & {*prefix_keys(TOKENS * 4, 8)}
+
+
+@pytest.mark.parametrize("kind", [tuple, np.array, torch.tensor, lambda x: np.array(x, np.uint32)])
+def test_tokens_of_any_kind_have_the_same_keys(kind: Any) -> None:
+    assert prefix_keys(kind(TOKENS), 4) == prefix_keys(TOKENS, 4)
+    assert prefix_keys(kind([2**32 - 1] * 4), 4) == prefix_keys([2**32 - 1] * 4, 4)
+
+
+@pytest.mark.parametrize("tokens", [[], [1, 2, 3]])
+def test_what_fills_no_block_has_no_keys(tokens: list[int]) -> None:
+    assert prefix_keys(tokens, 4) == lmcache_keys(tokens, 4) == vllm_keys(tokens, 4) == []
+
+
+@pytest.mark.parametrize("tokens", [[-1] * 4, [2**32] * 4, [0.5] * 4, [[1] * 4] * 2, ["a"] * 4])
+def test_what_is_no_token_is_refused(tokens: Any) -> None:
+    for keys in (prefix_keys, lmcache_keys, vllm_keys):
+        with pytest.raises(InvalidTerms, match="whole numbers from 0 to"):
+            keys(tokens, 4)
+
+
+@pytest.mark.parametrize(("size", "extra"), [(0, None), (-4, None), (4, [b""])])
+def test_a_wrong_block_size_or_too_few_extras_are_refused(size: int, extra: Any) -> None:
+    with pytest.raises(InvalidTerms, match="an extra for each block"):
+        prefix_keys(TOKENS, size, extra=extra)
+
+
+def test_lmcache_s_chain() -> None:
+    """``TokenHasher(4).compute_chunk_hashes(TOKENS)`` of lmcache 0.5.6."""
+    assert [key.hex() for key in lmcache_keys(TOKENS, 4)] == [
+        "90f5eacb797a60bcb698ac9a18415f534679b59e2bd5c0163410b0a8377ea7dd",
+        "e3f0fb33d877169845b0c684e2493c158586010eeb8476fb4e9743ad56d6d93c",
+    ]
+
+
+def test_lmcache_s_chain_without_blake3(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "blake3", None)
+    with pytest.raises(Unsupported, match="pip install blake3"):
+        lmcache_keys(TOKENS, 4)
+
+
+@pytest.mark.parametrize(
+    ("seed", "extra", "keys"),
+    [
+        (None, None, ("dc7fbfd287fac7b6243222eb8a406c3a", "a174cdc874a91cc4a2939cf7a4f234fa")),
+        ("0", None, ("ca90027d467f8ae0c02e71aa4eff29f1", "a00e16765098cf2d30bf90a61b546e19")),
+        (
+            "0",
+            [("lora-a",), ("image", 3, b"\x01\x02", ("x", None))],
+            ("dac8f4c2ed9b89f094b6a065ce5b5081", "4f4a51e17a697edd90f4234d9604a1fd"),
+        ),
+        (
+            "0",
+            [("a" * 30, -5, -300), (2**40, 70_000, [], b"\x00" * 256)],
+            ("958402ecd63b1ed07a9a4de90a82924b", "870758170a35f2d0fcae16ee3f68c74e"),
+        ),
+    ],
+)
+def test_vllm_s_chain(seed: str | None, extra: Any, keys: tuple[str, str]) -> None:
+    """The first halves of what ``init_none_hash(sha256_cbor)`` with PYTHONHASHSEED=``seed``, then
+    ``hash_block_tokens`` with extra keys make, in vllm 0.33.0 with cbor2 6.3.0."""
+    told: dict[str, Any] = {} if seed is None else {"seed": seed}
+    found = vllm_keys(TOKENS, 4, extra=extra, **told)
+    assert [key.hex()[:32] for key in found] == [*keys]
+
+
+def test_shorter_keys_get_zeros_behind_them() -> None:
+    """Fault 63. Keys of wrong length: what may be padded is, in order, duplicates included."""
+    keys = [bytes(range(size)) for size in (16, 20, 32, 32)]
+    assert check_keys(keys) == [key + bytes(32 - len(key)) for key in keys]
+    assert check_keys([b"12345678"], weak_keys=True) == [b"12345678" + bytes(24)]
+
+
+@pytest.mark.parametrize(
+    ("key", "weak"),
+    [
+        *((bytes(15), False), (b"", False), (b"", True), (bytes(33), False), (bytes(33), True)),
+        *(("a" * 32, False), (2**63, True), (None, False), (bytearray(32), False)),
+    ],
+)
+def test_keys_of_a_wrong_length_are_refused(key: Any, weak: bool) -> None:
+    """Fault 63. Keys of wrong length: a sentence that tells the key's number, not the key."""
+    with pytest.raises(InvalidTerms, match="Key 1 is") as error:
+        check_keys([bytes(32), key], weak)
+    assert "aaa" not in str(error.value)
