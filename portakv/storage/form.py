@@ -145,18 +145,13 @@ class BlockForm:
         """The blocks of images: ``rows`` is uint8 ``[n, >= image_bytes]`` on the host, its rows at
         multiples of 4,096 bytes. Copies nothing."""
         layers, heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
-        size, n = self.block_size, len(rows)
-        extents = {"block": n, "layer": layers, "kv": self.kv, "head": heads, "token": size}
+        size, axes = self.block_size, ("block", "layer", "kv", "head", "token")
+        extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
         values = [{**extents, "dim": width, "page": width} for width in self.widths]
         shape = [known_parts(group, values)[0] for group in parse(self.layout).dims]
         payload = rows[:, HEADER : HEADER + self.payload_bytes].view(getattr(torch, self.dtype))
-        names: dict[str, Any] = {
-            "layers": layers,
-            "kv": self.kv,
-            "heads": heads,
-            "block_size": size,
-        }
-        return KVView(payload.view(shape), self.layout, dim=self.widths, **names)
+        names: dict[str, Any] = {"layers": layers, "kv": self.kv, "heads": heads}
+        return KVView(payload.view(shape), self.layout, block_size=size, dim=self.widths, **names)
 
     def same_cache(self, other: BlockForm) -> bool:
         """Whether both are of one cache, whatever their parts of it and their layouts."""
