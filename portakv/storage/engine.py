@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a disk tier reads and writes: requests, and which engine carries them out here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from portakv.backends.base import Decision
+from portakv.errors import InvalidTerms, StoreError
+
+
+class Request(NamedTuple):
+    """Bytes between an open file and memory, which the caller keeps until `Engine.run` returns."""
+
+    fd: int
+    offset: int
+    address: int
+    nbytes: int
+    write: bool
+
+
+class Engine(Protocol):
+    """Carries requests out for any number of threads. ``run`` returns when all have ended: the
+    bytes of each, all moved, or a negative errno (``-ENODATA``: the file ends before; after
+    ``close`` ``-ECANCELED``). ``notes`` tell what it does without."""
+
+    name: str
+    notes: tuple[str, ...]
+
+    def run(self, requests: Sequence[Request]) -> list[int]: ...
+
+    def close(self) -> None: ...
+
+
+def choose(
+    memory: Sequence[tuple[int, int]] = (), name: str | None = None, entries: int = 512
+) -> tuple[Engine, list[Decision]]:
+    """The first engine that runs here, or the one that ``PORTAKV_IO`` or else ``name`` forces, and
+    what each that was asked said. ``memory`` (address, bytes) is registered with the kernel."""
+    from portakv.storage import ring, threads
+
+    asked, said = os.environ.get("PORTAKV_IO") or name, list[Decision]()
+    if asked not in (None, "ring", "threads"):
+        raise InvalidTerms(f"I/O engine {asked!r} was asked for; expected ring or threads.")
+    for each in sorted(("ring", "threads"), key=lambda each: each != asked):
+        try:
+            engine = threads.Threads() if each == "threads" else ring.Ring(memory, entries)
+        except OSError as error:
+            said.append(Decision(each, False, str(error.strerror)))
+            continue
+        said.append(Decision(each, True, "; ".join(engine.notes) or "it has all that it uses"))
+        if asked in (None, each):
+            return engine, said
+    found = "; ".join(map(str, said))
+    raise StoreError(f"I/O engine {asked!r} was asked for, and found was {found}; take another.")
