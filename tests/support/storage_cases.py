@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import mmap
 from typing import Any
 
 import numpy as np
@@ -44,3 +45,8 @@ def sealed(form: BlockForm, keys: list[bytes], generation: int = 1, seed: int = 
 def payloads(rows: torch.Tensor, form: BlockForm) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The payloads of images, uint8 ``[images, payload bytes]``."""
     return rows.numpy()[:, image.HEADER : image.HEADER + form.payload_bytes]
+
+
+def aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Zeroed bytes that begin with a page."""
+    return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)

@@ -1,0 +1,246 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both engines of the disk tier do, on real files; and which of them is chosen."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.storage_cases import aligned
+from support.threads import run_threads
+
+from portakv.errors import InvalidTerms, StoreError
+from portakv.storage import ring
+from portakv.storage.engine import Engine, Request, choose
+from portakv.storage.ring import Ring
+from portakv.storage.threads import Threads
+
+PAGE = 4096
+SPACE = aligned(8 << 20)
+AT = SPACE.ctypes.data
+
+
+@pytest.fixture(params=["ring", "registered", "threads"])
+def engine(request: pytest.FixtureRequest) -> Iterator[Engine]:
+    try:
+        memory = [(AT, len(SPACE))] if request.param == "registered" else []
+        made = Threads() if request.param == "threads" else Ring(memory, 16)
+    except OSError as error:
+        pytest.skip(str(error))
+    assert not made.notes
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=["direct", "buffered", "tmpfs"])
+def file(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[int]:
+    """An open file of 4 MiB; on a disk with and without O_DIRECT, and in memory."""
+    folder = "/dev/shm" if request.param == "tmpfs" else tmp_path
+    path = Path(folder) / f"portakv-{os.getpid()}"
+    path.write_bytes(np.random.default_rng(0).bytes(4 << 20))
+    try:
+        fd = os.open(path, os.O_RDWR | (os.O_DIRECT if request.param == "direct" else 0))
+    except OSError:
+        pytest.skip("its filesystem refuses O_DIRECT")
+    yield fd
+    os.close(fd)
+    path.unlink()
+
+
+def content(fd: int) -> np.ndarray[Any, Any]:
+    """What a file holds, read past the engine."""
+    return np.fromfile(f"/proc/self/fd/{fd}", np.uint8)
+
+
+def reads(fd: int, pieces: Sequence[tuple[int, int]]) -> list[Request]:
+    """Requests for pieces (offset, bytes), to memory at the same offset."""
+    return [Request(fd, at, AT + at, nbytes, False) for at, nbytes in pieces]
+
+
+def rings() -> int:
+    """How many rings this process has."""
+    links = [os.path.join("/proc/self/fd", each) for each in os.listdir("/proc/self/fd")]
+    return sum("io_uring" in os.readlink(each) for each in links if os.path.islink(each))
+
+
+def test_bytes_are_read_and_written_right(engine: Engine, file: int) -> None:
+    """More requests than a ring has entries, of many sizes."""
+    rng, before = np.random.default_rng(1), content(file)
+    cuts = [0, *sorted((rng.choice(1023, 99, replace=False) + 1).tolist()), 1024]
+    pieces = [(a * PAGE, (b - a) * PAGE) for a, b in pairwise(cuts)]
+    SPACE[:] = 0
+    assert engine.run(reads(file, pieces[::-1])) == [nbytes for _, nbytes in pieces[::-1]]
+    assert np.array_equal(SPACE[: 4 << 20], before)
+    SPACE[:] = ~SPACE
+    writes = [each._replace(write=True) for each in reads(file, pieces)]
+    assert engine.run(writes) == [nbytes for _, nbytes in pieces]
+    assert np.array_equal(content(file), ~before)
+    assert engine.run([]) == []
+    assert engine.run(reads(file, [(0, 0)])) == [0]
+
+
+@pytest.mark.parametrize(("offset", "address", "nbytes"), [(1, 0, 0), (0, 1, 0), (0, 0, 1)])
+def test_an_unaligned_request_is_carried(
+    engine: Engine, file: int, offset: int, address: int, nbytes: int
+) -> None:
+    """Fault 33. O_DIRECT refuses it; it goes by the page cache, and no other byte changes."""
+    before, start, size = content(file), 2 * PAGE + offset, 3 * PAGE + nbytes
+    SPACE[:] = 7
+    one = Request(file, start, AT + PAGE + address, size, False)
+    aside = reads(file, [(1 << 20, PAGE)])
+    assert engine.run([*aside, one, *aside]) == [PAGE, size, PAGE]
+    place = slice(PAGE + address, PAGE + address + size)
+    assert np.array_equal(SPACE[place], before[start : start + size])
+    assert SPACE[place.start - 1] == SPACE[place.stop] == 7
+    SPACE[place] = before[start : start + size] = ~SPACE[place]
+    assert engine.run([one._replace(write=True)]) == [size]
+    assert np.array_equal(content(file), before)
+    assert engine.run(reads(file, [(3 * PAGE, PAGE)])) == [PAGE]  # and no old bytes come back
+    assert np.array_equal(SPACE[3 * PAGE : 4 * PAGE], before[3 * PAGE : 4 * PAGE])
+
+
+@pytest.mark.parametrize("length", [0, 1, 5 * PAGE, 5 * PAGE + 100])
+def test_the_end_of_a_file_is_an_error(engine: Engine, file: int, length: int) -> None:
+    """Fault 30. Whether it lies before, at, or inside a request."""
+    os.ftruncate(file, length)
+    pieces = [(0, PAGE), (0, 8 * PAGE), (8 * PAGE, PAGE), (length // PAGE * PAGE, PAGE)]
+    first = PAGE if length >= PAGE else -errno.ENODATA
+    assert engine.run(reads(file, pieces)) == [first, *[-errno.ENODATA] * 3]
+
+
+def test_what_the_kernel_refuses_fails_its_request_alone(
+    engine: Engine, file: int, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    read_only = os.open(tmp_path / "a", os.O_RDONLY)
+    good = Request(file, PAGE, AT, PAGE, False)
+    bad = [
+        good._replace(fd=999),
+        Request(read_only, 0, AT, PAGE, True),
+        good._replace(address=PAGE),
+    ]
+    results = engine.run([good, bad[0], good, bad[1], good, bad[2], good])
+    assert results[::2] == [PAGE] * 4
+    assert results[1::2] == [-errno.EBADF, -errno.EBADF, -errno.EFAULT]
+    os.close(read_only)
+
+
+def test_threads_may_ask_at_once(engine: Engine, file: int) -> None:
+    """Each has a ring of its own, which goes with it."""
+    before = content(file)
+
+    def work(number: int) -> None:
+        mine = slice(number << 20, (number + 1) << 20)
+        for _ in range(4):
+            SPACE[mine] = 0
+            pieces = [(at, 1 << 15) for at in range(mine.start, mine.stop, 1 << 15)]
+            assert engine.run(reads(file, pieces)) == [1 << 15] * 32
+            assert np.array_equal(SPACE[mine], before[mine])
+
+    run_threads(work, range(4))
+    assert rings() == 0
+
+
+def test_a_closed_engine_carries_nothing_out(engine: Engine, file: int) -> None:
+    ask = partial(engine.run, reads(file, [(0, PAGE)] * 2))
+    assert ask() == [PAGE] * 2
+    assert rings() == (engine.name == "ring")
+    engine.close()
+    assert ask() == [-errno.ECANCELED] * 2
+    assert rings() == 0
+
+
+def test_a_forked_child_is_refused(engine: Engine, file: int) -> None:
+    """And holds no ring of another thread of its parent."""
+    ask = partial(engine.run, reads(file, [(0, PAGE)]))
+    asked, go = threading.Event(), threading.Event()
+
+    def work() -> None:
+        ask()
+        asked.set()
+        go.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    asked.wait()
+    if not (child := os.fork()):
+        try:
+            ask()
+        except StoreError as error:
+            os._exit(40 + rings() if "forked" in str(error) else 1)
+        os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 40
+    assert ask() == [PAGE]
+    go.set()
+    thread.join()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_caller_waits_for_the_memory(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 34. The memory may go once `run` has left it, and not before the kernel has."""
+    ours, theirs = os.pipe()
+    monkeypatch.setattr(os, "preadv", lambda fd, buffers, _: os.readv(fd, buffers))  # of `threads`
+    later = threading.Timer(0.4, os.write, (theirs, b"x" * 10))
+    SPACE[:] = 0
+    before = signal.signal(signal.SIGALRM, interrupt)
+    later.start()
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run([Request(ours, 0, AT, 10, False)])
+    assert bytes(SPACE[:11]) == b"x" * 10 + b"\0"
+    signal.signal(signal.SIGALRM, before)
+    later.join()
+    for each in (ours, theirs):
+        os.close(each)
+
+
+def refusing(call: int, code: int) -> Any:
+    """A kernel that answers one system call with an error."""
+    real = ring.system_call
+    return lambda number, *rest: -code if number == call else real(number, *rest)
+
+
+@pytest.mark.parametrize(
+    ("code", "why"), [(errno.EPERM, "container"), (errno.ENOSYS, "not implemented")]
+)
+def test_threads_serve_if_io_uring_is_refused(
+    code: int, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 24. The reason is kept; an engine that was forced is an error."""
+    monkeypatch.setattr(ring, "system_call", refusing(ring.SETUP, code))
+    monkeypatch.delenv("PORTAKV_IO", raising=False)
+    engine, said = choose()
+    assert (engine.name, [each.accepted for each in said]) == ("threads", [False, True])
+    assert why in said[0].reason
+    with pytest.raises(StoreError, match=r"'ring'.*ring: rejected.*threads: accepted"):
+        choose(name="ring")
+    monkeypatch.setenv("PORTAKV_IO", "ring")
+    with pytest.raises(StoreError, match=r"'ring'.*ring: rejected.*threads: accepted"):
+        choose(name="threads")
+
+
+def test_an_engine_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_IO", raising=False)
+    engine, said = choose(name="threads")
+    assert (engine.name, [each.name for each in said]) == ("threads", ["threads"])
+    with pytest.raises(InvalidTerms, match=r"'aio'.*expected ring or threads"):
+        choose(name="aio")
+    monkeypatch.setenv("PORTAKV_IO", "threads")
+    assert choose(name="ring")[0].name == "threads"
+    monkeypatch.setenv("PORTAKV_IO", "uring")
+    with pytest.raises(InvalidTerms, match="uring"):
+        choose()
