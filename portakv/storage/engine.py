@@ -30,7 +30,6 @@ class Engine(Protocol):
     notes: tuple[str, ...]
 
     def run(self, requests: Sequence[Request]) -> list[int]: ...
-
     def close(self) -> None: ...
 
 

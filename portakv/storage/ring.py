@@ -10,7 +10,6 @@ import ctypes
 import errno
 import mmap
 import os
-import platform
 import threading
 import time
 import weakref
@@ -82,12 +81,12 @@ class OneRing:
             if (fd := system_call(SETUP, entries, said.ctypes.data)) != -errno.EINVAL:
                 break
         if fd < 0:
-            why = f"{os.strerror(-fd)}; kernel.io_uring_disabled or the container may forbid it"
+            why = f"{os.strerror(-fd)}; see kernel.io_uring_disabled, and the container's profile"
             raise OSError(-fd, f"io_uring is refused: {why}")
         maps: list[tuple[int, int]] = []
         # Not at exit: a daemon thread may use it until the very end.
         weakref.finalize(self, _release, fd, maps, os.getpid()).atexit = False
-        if ~int(said[5]) & FEATURES or (flags == FLAGS[2] and platform.machine() != "x86_64"):
+        if ~int(said[5]) & FEATURES or (flags == FLAGS[2] and os.uname().machine != "x86_64"):
             raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 has what is needed")
         self.fd, self.entries, ends = fd, int(said[0]), CQE.itemsize * int(said[1])
         sq, cq = said[10:20].tolist(), said[20:30].tolist()
@@ -98,18 +97,16 @@ class OneRing:
         self.taken, self.put, self.seen, self.told = (at // 4 for at in (*sq[:2], *cq[:2]))
         if flags != FLAGS[0]:
             self.words[sq[6] // 4 :][: self.entries] = np.arange(self.entries)
-        self._second = np.array([0, 0, 0, 1, 0])  # io_uring_getevents_arg and its timespec
+        self._second = np.array([0, 0, 0, 1, 0], np.int64)  # getevents_arg, timespec
         self._second[2] = self._second.ctypes.data + 24
-        self.poisoned, self._generation, self.notes = False, 0, self._register(memory)
-
-    def _register(self, memory: Sequence[tuple[int, int]]) -> tuple[str, ...]:
+        self.poisoned, self._generation = False, 0
         cuts = [(at, start + n) for start, n in memory for at in range(start, start + n, LARGEST)]
         vectors = np.array([(at, min(LARGEST, past - at)) for at, past in sorted(cuts)], np.int64)
-        code = system_call(REGISTER, self.fd, 0, vectors.ctypes.data, len(cuts)) if cuts else 0
+        code = system_call(REGISTER, fd, 0, vectors.ctypes.data, len(cuts)) if cuts else 0
         vectors = np.array([(0, 0), *vectors[: len(cuts) if code >= 0 else 0]])  # the first: none
         self._starts, self._ends = vectors[:, 0], vectors.sum(axis=1)
         why = f"no buffers are registered ({os.strerror(-code)}), see ulimit -l; it costs CPU"
-        return (why,) if code < 0 else ()
+        self.notes = (why,) if code < 0 else ()
 
     def run(self, requests: Sequence[Request]) -> list[int]:
         """See `Engine`."""
@@ -127,7 +124,11 @@ class OneRing:
                 if code < 0:
                     stop = stop if code in PASSING else code
                     time.sleep(0.001)  # short of memory, it may say so at once again
-                self._look(batch)
+                seen, ends = int(self.words[self.seen]), self._count(self.seen, self.told)
+                cqes = self.cqes[(seen + np.arange(ends)) % len(self.cqes)]
+                for key, got in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
+                    self.poisoned |= not batch.ended(key - (self._generation << 32), got)
+                self.words[self.seen] = (seen + ends) & WORD
             except BaseException as raised:  # Ctrl-C, for one: the kernel still writes to memory
                 error, stop = raised, -errno.ECANCELED
         self.poisoned |= stop < 0
@@ -157,14 +158,6 @@ class OneRing:
         self.words[self.put] = (put + len(new)) & WORD
         del batch.waiting[: len(new)]
 
-    def _look(self, batch: Batch) -> None:
-        """Note what ended."""
-        seen, count = int(self.words[self.seen]), self._count(self.seen, self.told)
-        cqes = self.cqes[(seen + np.arange(count)) % len(self.cqes)]
-        for key, got in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
-            self.poisoned |= not batch.ended(key - (self._generation << 32), got)
-        self.words[self.seen] = (seen + count) & WORD
-
 
 class Ring(Threads):
     """A ring for each thread that asks; one that was poisoned is replaced."""
@@ -178,11 +171,10 @@ class Ring(Threads):
 
     def carry(self, requests: Sequence[Request]) -> list[int]:
         """By the ring of this thread, or as `Threads` if it gets none."""
-        local = self._local
-        ring = getattr(local, "ring", None)
+        ring = getattr(self._local, "ring", None)
         if ring is None or ring.poisoned:
             try:
-                ring = local.ring = OneRing(*self._asked)
+                ring = self._local.ring = OneRing(*self._asked)
             except OSError as error:
                 self.notes = (f"a thread had no ring ({error.strerror})",)
                 return super().carry(requests)

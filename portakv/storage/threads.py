@@ -55,8 +55,7 @@ class Threads:
         """See `Engine`. Raises `StoreError` in a process forked from the one that made it."""
         if self._process.forked:
             raise StoreError(
-                f"I/O engine {self.name!r} was used in a process forked from the one that opened "
-                f"its store; expected that one: open a store of its own in the child."
+                f"I/O engine {self.name!r} was used in a forked process; open it there."
             )
         return [-errno.ECANCELED] * len(requests) if self._closed else self.carry(requests)
 

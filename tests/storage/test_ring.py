@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ring under a kernel that plays what a real one seldom does; every byte is moved for real."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.storage_cases import aligned
+
+from portakv.storage import ring
+from portakv.storage.engine import Request
+from portakv.storage.ring import OneRing, Ring
+
+PAGE, COUNT = 4096, 8
+SPACE = aligned(COUNT * PAGE)
+REAL = ring.system_call
+EINTR, EAGAIN = -errno.EINTR, -errno.EAGAIN
+#: Answers one ``enter``, given its arguments; `REAL` carries it out.
+Step = Callable[..., int]
+
+
+@pytest.fixture
+def one() -> OneRing:
+    try:
+        return OneRing([(SPACE.ctypes.data, SPACE.nbytes)], COUNT)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    (tmp_path / "a").write_bytes(np.random.default_rng(0).bytes(SPACE.nbytes))
+    fd = os.open(tmp_path / "a", os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+def play(monkeypatch: pytest.MonkeyPatch, *steps: Step) -> list[Step]:
+    """Have each step answer one ``enter``, and the kernel those that follow; what is left of it."""
+    left = list(steps)
+
+    def system_call(number: int, *rest: int) -> int:
+        played = number == ring.ENTER and left
+        return left.pop(0)(number, *rest) if played else REAL(number, *rest)
+
+    monkeypatch.setattr(ring, "system_call", system_call)
+    return left
+
+
+def ask(file: int, write: bool = False) -> list[Request]:
+    """Page n of the file and page n of the memory, for each n."""
+    at = SPACE.ctypes.data
+    return [Request(file, n * PAGE, at + n * PAGE, PAGE, write) for n in range(COUNT)]
+
+
+def right(file: int) -> bool:
+    """The file and the memory hold the same."""
+    return bytes(SPACE) == Path(f"/proc/self/fd/{file}").read_bytes()
+
+
+def told(one: OneRing, index: int, result: int) -> Step:
+    """The kernel carries out what was put, but tells this of one request."""
+
+    def step(*numbers: int) -> int:
+        done = REAL(*numbers)
+        one.cqes["result"][(one.cqes["key"] & ring.WORD) == index] = result
+        return done
+
+    return step
+
+
+@pytest.mark.parametrize("write", [False, True])
+@pytest.mark.parametrize("index", range(COUNT))
+def test_a_short_move_goes_on_at_every_place(
+    one: OneRing, file: int, index: int, write: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 29. It is cut short twice, at odd bytes."""
+
+    def cut(*numbers: int) -> int:
+        which = (one.sqes["key"] & ring.WORD) == index
+        one.sqes["nbytes"][which] = np.minimum(one.sqes["nbytes"][which], 1001)
+        return REAL(*numbers)
+
+    left = play(monkeypatch, cut, cut)
+    SPACE[:] = 0 if not write else np.arange(SPACE.nbytes) % 251
+    assert one.run(ask(file, write)) == [PAGE] * COUNT
+    assert right(file)
+    assert not left
+    assert not one.poisoned
+
+
+def test_an_enter_that_is_interrupted_or_does_half_is_repeated(
+    one: OneRing, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 31."""
+
+    def some(number: int, fd: int, put: int, least: int, *rest: int) -> int:
+        return REAL(number, fd, min(put, 3), 0, *rest)
+
+    codes = [EINTR, EAGAIN, -errno.EBUSY, -errno.ETIME]
+    steps: list[Step] = [lambda *_, code=code: code for code in codes]
+    left = play(monkeypatch, *steps, some, steps[0], some, steps[1])
+    SPACE[:] = 0
+    assert one.run(ask(file)) == [PAGE] * COUNT
+    assert right(file)
+    assert not left
+    assert not one.poisoned
+
+
+@pytest.mark.parametrize("code", [EINTR, EAGAIN])
+@pytest.mark.parametrize(("times", "result"), [(ring.TRIES, PAGE), (ring.TRIES + 1, None)])
+def test_a_request_that_is_interrupted_is_repeated_a_few_times(
+    one: OneRing,
+    file: int,
+    code: int,
+    times: int,
+    result: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 31. It fails alone if it goes on so."""
+    left = play(monkeypatch, *[told(one, 2, code)] * times)
+    others = [PAGE] * (COUNT - 3)
+    assert one.run(ask(file)) == [PAGE, PAGE, result or code, *others]
+    assert not left
+    assert not one.poisoned
+
+
+@pytest.mark.parametrize("code", [-errno.EIO, -errno.ENOSPC, 0])
+def test_a_request_that_fails_does_so_alone(
+    one: OneRing, file: int, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play(monkeypatch, told(one, 5, code))
+    expected = [PAGE] * COUNT
+    expected[5] = code or -errno.ENODATA
+    assert one.run(ask(file)) == expected
+
+
+@pytest.mark.parametrize("key", [0, 5, 1 << 40])
+def test_an_end_of_another_batch_poisons_the_ring(
+    one: OneRing, file: int, key: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 32. It is counted for no request of this one, whatever number it bears."""
+
+    def stale(number: int, fd: int, put: int, least: int, *rest: int) -> int:
+        at = int(one.words[one.put])
+        one.sqes[at % one.entries] = np.zeros((), ring.SQE)  # a NOP
+        one.sqes["key"][at % one.entries] = key
+        one.words[one.put] = at + 1
+        return REAL(number, fd, put + 1, least + 1, *rest)
+
+    few = ask(file)[:-1]
+    assert one.run(few) == [PAGE] * len(few)
+    play(monkeypatch, stale)
+    SPACE[:] = 0
+    assert one.run(few) == [PAGE] * len(few)
+    assert one.poisoned
+    SPACE[-PAGE:] = np.fromfile(f"/proc/self/fd/{file}", np.uint8)[-PAGE:]
+    assert right(file)
+
+
+def test_a_ring_that_fails_is_drained_and_replaced(
+    file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 32. What the kernel had taken has landed; the rest fails, and the next ask is right."""
+    made = []
+
+    def half(number: int, fd: int, put: int, least: int, *rest: int) -> int:
+        return REAL(number, fd, 3, 0, *rest)
+
+    try:
+        engine = Ring(entries=COUNT)
+    except OSError as error:
+        pytest.skip(str(error))
+    play(monkeypatch, half, lambda *_: -errno.EBADFD)
+    played = ring.system_call
+
+    def counted(number: int, *rest: int) -> int:
+        made.append(number == ring.SETUP)
+        return played(number, *rest)
+
+    monkeypatch.setattr(ring, "system_call", counted)
+    SPACE[:] = 0
+    assert engine.run(ask(file)) == [PAGE] * 3 + [-errno.EBADFD] * (COUNT - 3)
+    assert not SPACE[3 * PAGE :].any()
+    assert engine.run(ask(file)) == [PAGE] * COUNT
+    assert right(file)
+    assert sum(made) == 2
+
+
+@pytest.mark.parametrize("unknown", [0x10000, 0x12000])
+def test_an_older_kernel_has_a_ring_too(
+    unknown: int, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It refuses flags that it does not know: of Linux 6.6, or of 6.1 as well."""
+
+    def older(number: int, *rest: int) -> int:
+        flags = ctypes.c_uint32.from_address(rest[1] + 8).value if number == ring.SETUP else 0
+        return -errno.EINVAL if flags & unknown else REAL(number, *rest)
+
+    monkeypatch.setattr(ring, "system_call", older)
+    try:
+        engine = Ring(entries=COUNT // 2)
+    except OSError as error:
+        pytest.skip(str(error))
+    SPACE[:] = 0
+    assert engine.run(ask(file)) == [PAGE] * COUNT
+    assert right(file)
+
+
+def test_a_ring_goes_on_without_registered_buffers(
+    file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 24. The limit of locked memory; it says so."""
+
+    def limited(number: int, *rest: int) -> int:
+        return -errno.ENOMEM if number == ring.REGISTER else REAL(number, *rest)
+
+    monkeypatch.setattr(ring, "system_call", limited)
+    try:
+        engine = Ring([(SPACE.ctypes.data, SPACE.nbytes)])
+    except OSError as error:
+        pytest.skip(str(error))
+    assert "ulimit -l" in engine.notes[0]
+    SPACE[:] = 0
+    assert engine.run(ask(file)) == [PAGE] * COUNT
+    assert right(file)
+    assert len(engine.notes) == 1
+
+
+def test_buffers_are_registered_in_pieces(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that lies across two of them, or outside, goes without; a long one in moves."""
+    monkeypatch.setattr(ring, "LARGEST", 2 * PAGE + 512)
+    at = SPACE.ctypes.data
+    try:
+        small = OneRing([(at + 4 * PAGE, 3 * PAGE), (at, 3 * PAGE)], COUNT)
+    except OSError as error:
+        pytest.skip(str(error))
+    SPACE[:] = 0
+    assert small.run(ask(file)) == [PAGE] * COUNT
+    assert right(file)
+    opcodes = [ring.READ_FIXED, ring.READ_FIXED, ring.READ, ring.READ]
+    assert small.sqes["opcode"].tolist() == opcodes * 2
+    SPACE[:] = 0
+    assert small.run([ask(file)[0]._replace(nbytes=SPACE.nbytes)]) == [SPACE.nbytes]
+    assert right(file)
+
+
+def test_a_thread_without_a_ring_is_served(file: int) -> None:
+    """Fault 25. The process has no descriptor left (EMFILE)."""
+    try:
+        engine = Ring(entries=COUNT)
+    except OSError as error:
+        pytest.skip(str(error))
+    results: list[Any] = []
+    spare = os.dup(file)
+    os.close(spare)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    SPACE[:] = 0
+    thread = threading.Thread(target=lambda: results.append(engine.run(ask(file))))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+    try:
+        thread.start()
+        thread.join()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert results == [[PAGE] * COUNT]
+    assert right(file)
+    assert "Too many open files" in engine.notes[0]
+    assert engine.run(ask(file)) == [PAGE] * COUNT

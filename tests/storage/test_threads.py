@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of plain calls, under a system that plays what a real one seldom does; what it does on
+real files stands in test_engine.py."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.storage_cases import aligned
+
+from portakv.storage.engine import Request
+from portakv.storage.threads import Threads
+
+PAGE = 4096
+
+
+@pytest.mark.parametrize("write", [False, True])
+def test_a_short_move_goes_on(write: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 29. Each move is cut to 1,001 bytes."""
+    name = "pwritev" if write else "preadv"
+    real: Callable[[int, Any, int], int] = getattr(os, name)
+    monkeypatch.setattr(os, name, lambda fd, parts, at: real(fd, [parts[0][:1001]], at))
+    space, file = aligned(8 * PAGE), tmp_path / "a"
+    file.write_bytes(np.random.default_rng(0).bytes(space.nbytes))
+    space[:] = 7 * write
+    with file.open("r+b", buffering=0) as opened:
+        at = space.ctypes.data
+        asked = [Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, write) for n in range(8)]
+        assert Threads().run(asked) == [PAGE] * 8
+    assert file.read_bytes() == bytes(space)
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EINVAL])
+def test_a_request_that_fails_does_so_alone(
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An EINVAL that is not for alignment, too: the file was not opened with O_DIRECT."""
+    real, space = os.preadv, aligned(3 * PAGE)
+
+    def failing(fd: int, parts: Any, at: int) -> int:
+        if at == PAGE:
+            raise OSError(code, os.strerror(code))
+        return real(fd, parts, at)
+
+    monkeypatch.setattr(os, "preadv", failing)
+    (tmp_path / "a").write_bytes(b"x" * 3 * PAGE)
+    with (tmp_path / "a").open("rb") as opened:
+        at = space.ctypes.data
+        asked = [Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, False) for n in range(3)]
+        assert Threads().run(asked) == [PAGE, -code, PAGE]
