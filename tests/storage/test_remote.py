@@ -1,0 +1,531 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The remote tier against a real S3 server over HTTP (moto's, or that of ``PORTAKV_TEST_S3``:
+``http://host:port/bucket`` with credentials in the environment), through a proxy that cuts, stalls,
+slows and flips."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+from uuid import uuid4
+
+import numpy as np
+import obstore
+import pytest
+from moto.server import ThreadedMotoServer
+from obstore.store import MemoryStore, S3Store
+from support.storage_proxy import Fault, Proxy
+
+from portakv.errors import StoreError
+from portakv.graph.graph import Graph
+from portakv.storage.form import BlockForm
+from portakv.storage.image import HEADER, Row, seal
+from portakv.storage.remote import FAILURES, Remote, Shelf
+
+CANONICAL = "block layer head kv token dim"
+SMALL = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), CANONICAL)
+LAYERED = BlockForm("m", "float16", 2, (512, 512), 16, (0, 8, 8), (0, 8, 8), CANONICAL)  # 2 MiB
+SECRET = "wJalrXUtnSECRETbPxRfi"
+OPEN = {"allow_http": True}
+CREDENTIALS: Any = {"access_key_id": "AKTEST", "secret_access_key": SECRET}
+if "PORTAKV_TEST_S3" in os.environ:
+    CREDENTIALS = {}
+KEYS = [bytes([n]) * 32 for n in range(40)]
+
+
+class Case:
+    """A prefix of its own in the store, which is reached through the proxy, or around it."""
+
+    def __init__(self, proxy: Proxy, bucket: str) -> None:
+        self.proxy, self.bucket, self.prefix, self.graph = proxy, bucket, uuid4().hex, Graph()
+        self.now = 0.0
+        self.raw = self.store(f"http://{proxy.store[0]}:{proxy.store[1]}", self.prefix)
+        proxy.play()
+
+    def store(self, endpoint: str, prefix: str) -> S3Store:
+        options: Any = {
+            "endpoint": endpoint,
+            "region": "us-east-1",
+            "client_options": OPEN,
+            **CREDENTIALS,
+        }
+        return S3Store(self.bucket, prefix=prefix, **options)
+
+    def remote(
+        self, url: str = "", read_timeout: float = 0.3, retries: int = 3, **settings: Any
+    ) -> Remote:
+        options = {"read_timeout": timedelta(seconds=read_timeout), **OPEN}
+        pauses = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.02)}
+        retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=2), "backoff": pauses}
+        where: Any = {"endpoint": self.proxy.url, "region": "us-east-1", "client_options": options}
+        url = url or f"s3://{self.bucket}/{self.prefix}"
+        remote = Remote(url, retry_config=retry, **where, **CREDENTIALS, **settings)
+        remote.now = lambda: self.now
+        return remote
+
+    def shelf(self, form: BlockForm = SMALL, **settings: Any) -> Shelf:
+        return self.opened(self.remote(**settings), form)[0]
+
+    def opened(self, remote: Remote, form: BlockForm) -> list[Shelf]:
+        """The shelves of a form, and what was found for it, as a store opens them."""
+        shelves = remote.open(self.graph, None, [form, *remote.forms(form)])
+        self.proxy.play()
+        return shelves
+
+    def counted(self) -> dict[str, int]:
+        """Blocks by what was done and what came of it."""
+        counts = self.graph.statistics()["counts"]
+        return {f"{one['op']} {one['result']}": one["blocks"] for one in counts}
+
+    def path(self, key: bytes, form: BlockForm = SMALL) -> str:
+        return f"1/{form.name}/{key.hex()[:2]}/{key.hex()}"
+
+    def lay(
+        self, key: bytes, form: BlockForm = SMALL, data: Any = None, generation: int = 1
+    ) -> Row:
+        """Put a block around the proxy."""
+        row = image(form, key, generation)
+        data = row if data is None else data
+        obstore.put(self.raw, self.path(key, form), data, use_multipart=False)
+        return row
+
+
+def image(form: BlockForm, key: bytes, generation: int = 1) -> Row:
+    """A sealed image of random bytes."""
+    row = np.random.default_rng([*key]).integers(0, 256, form.image_bytes, np.uint8)
+    seal(row, form, key, generation)
+    return row
+
+
+def load(shelf: Shelf, key: bytes, **how: Any) -> tuple[bool, Row]:
+    """Whether a block came, and the row that it was to come into."""
+    row = np.full(shelf.form.image_bytes, 0xEE, np.uint8)
+    (well,) = shelf.read([key], [row], **how)
+    return well, row
+
+
+def save(shelf: Shelf, *keys: bytes) -> list[bool]:
+    """Write blocks of random bytes."""
+    rows = [image(shelf.form, key) for key in keys]
+    return shelf.write(shelf.link_for_write(1), keys, rows, [1] * len(keys), [()] * len(keys))
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[tuple[Proxy, str]]:
+    url, moto = os.environ.get("PORTAKV_TEST_S3"), None
+    if not url:
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        moto.start()
+        url = "http://{}:{}/blocks".format(*moto.get_host_and_port())
+        urlopen(Request(url, method="PUT", headers={"x-amz-acl": "public-read-write"}))
+    parts = urlsplit(url)
+    proxy = Proxy(parts.hostname or "", parts.port or 80)
+    yield proxy, parts.path.strip("/")
+    proxy.shutdown()
+    proxy.server_close()
+    if moto:
+        moto.stop()
+
+
+@pytest.fixture
+def case(server: tuple[Proxy, str]) -> Case:
+    return Case(*server)
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["FIN", "RST"])
+@pytest.mark.parametrize("cut", [0, 1, SMALL.image_bytes // 2, SMALL.image_bytes - 1])
+def test_a_body_that_is_cut_is_resumed_from_its_first_missing_byte(
+    case: Case, cut: int, reset: bool
+) -> None:
+    """Fault 35."""
+    sealed, shelf = case.lay(KEYS[0]), case.shelf()
+    case.proxy.play(Fault("GET", cut=cut, reset=reset))
+    well, row = load(shelf, KEYS[0])
+    assert well
+    assert np.array_equal(row, sealed)
+    assert len(case.proxy.asked) == 2
+    assert case.proxy.sent <= len(sealed) + (64 << 10)
+
+
+def test_three_cuts_cost_three_requests_and_few_bytes(case: Case) -> None:
+    """Fault 35."""
+    sealed, shelf = case.lay(KEYS[0], LAYERED), case.shelf(LAYERED)
+    case.proxy.play(*(Fault("GET", cut=500_000, reset=n == 1) for n in range(3)))
+    well, row = load(shelf, KEYS[0])
+    assert well
+    assert np.array_equal(row, sealed)
+    last = len(sealed) - 1
+    ranges = [line.partition("bytes=")[2] for line in case.proxy.asked]
+    assert ranges == ["", f"500000-{last}", f"1000000-{last}", f"1500000-{last}"]
+    assert case.proxy.sent <= len(sealed) + 3 * (64 << 10)
+
+
+def test_more_cuts_than_the_budget_are_a_miss_in_time(case: Case) -> None:
+    """Fault 36."""
+    case.lay(KEYS[0])
+    shelf, start = case.shelf(), time.monotonic()
+    case.proxy.play(Fault("GET", cut=100, times=99))
+    assert not load(shelf, KEYS[0])[0]
+    assert time.monotonic() - start < 4
+    assert case.counted() == {"load error": 1}
+    case.proxy.play()
+    assert load(shelf, KEYS[0])[0]
+
+
+def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
+    """Fault 37."""
+    sealed, shelf, start = case.lay(KEYS[0]), case.shelf(), time.monotonic()
+    case.proxy.play(Fault("GET", stall=5.0))
+    well, row = load(shelf, KEYS[0])
+    assert well
+    assert np.array_equal(row, sealed)
+    assert time.monotonic() - start < 4
+    assert len(case.proxy.asked) == 2
+
+
+def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -> None:
+    """Fault 38."""
+    case.lay(KEYS[0], LAYERED)
+    shelf, start, asks = case.shelf(LAYERED), time.monotonic(), []
+    case.proxy.play(Fault("GET", rate=4e6))
+    well, _ = load(shelf, KEYS[0], stop=lambda: asks.append(1) or True)  # type: ignore[func-returns-value]
+    assert not well
+    assert time.monotonic() - start < 0.5  # all of it takes longer
+    assert case.counted() == {"load late": 1}
+    assert asks == [1]
+
+
+@pytest.mark.parametrize("at", [9, 5000])
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_byte_flipped_in_transit_is_fetched_again_then_a_miss(
+    case: Case, at: int, times: int
+) -> None:
+    """Fault 39."""
+    sealed, shelf = case.lay(KEYS[0]), case.shelf()
+    case.proxy.play(Fault("GET", flip=at, times=times))
+    well, row = load(shelf, KEYS[0])
+    assert well == (times == 1)
+    assert not well or np.array_equal(row, sealed)
+    assert [line[:3] for line in case.proxy.asked] == ["GET", "GET", "POS"][: 1 + times]
+    assert shelf.has([KEYS[0]]) == [well]  # what is wrong twice with one ETag is deleted
+
+
+OTHER = replace(SMALL, model="another")
+WRONG: dict[str, Callable[[Row], Any]] = {
+    "truncated": lambda row: row[:-1],
+    "empty": lambda row: b"",
+    "too long": lambda row: bytes(row) + b"x",
+    "another form": lambda row: image(OTHER, KEYS[0]),
+    "another key": lambda row: image(SMALL, KEYS[1]),
+    "another payload": lambda row: np.concatenate([row[:HEADER], image(SMALL, KEYS[1])[HEADER:]]),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_object_is_a_miss_and_can_be_written_again(case: Case, wrong: str) -> None:
+    """Fault 40."""
+    case.lay(KEYS[0], data=WRONG[wrong](image(SMALL, KEYS[0])))
+    shelf = case.shelf()
+    assert not load(shelf, KEYS[0])[0]
+    assert case.counted() == {"load refetched": 1, "load fault": 1}
+    assert shelf.has([KEYS[0]]) == [False]
+    case.now += 10
+    assert save(shelf, KEYS[0]) == [True]
+    assert load(shelf, KEYS[0])[0]
+
+
+def test_an_object_that_changes_in_between_is_never_mixed(case: Case) -> None:
+    """Fault 41."""
+    case.lay(KEYS[0], LAYERED)
+    shelf, new = case.shelf(LAYERED), image(LAYERED, KEYS[0], 2)
+    change = Fault("GET", before=lambda: case.lay(KEYS[0], LAYERED, new))
+    case.proxy.play(Fault("GET", cut=700_000), change)
+    assert not load(shelf, KEYS[0])[0]
+    well, row = load(shelf, KEYS[0])
+    assert well
+    assert np.array_equal(row, new)
+
+
+def test_a_range_that_is_ignored_never_gives_wrong_bytes(case: Case) -> None:
+    """Fault 42."""
+    sealed, shelf = case.lay(KEYS[0], LAYERED), case.shelf(LAYERED)
+    case.proxy.play(Fault("GET", cut=700_000), Fault("GET", whole=True))
+    assert not load(shelf, KEYS[0])[0]
+    case.proxy.play(Fault("GET", whole=True))
+    assert not load(shelf, KEYS[0], segments=[3])[0]
+    assert np.array_equal(load(shelf, KEYS[0])[1], sealed)
+
+
+def test_a_storm_of_503_opens_the_breaker_which_closes_again(case: Case) -> None:
+    """Fault 43."""
+    case.lay(KEYS[0])
+    shelf = case.shelf(retries=1)
+
+    def asked(well: bool) -> int:
+        before = len(case.proxy.asked)
+        assert load(shelf, KEYS[0])[0] == well
+        return len(case.proxy.asked) - before
+
+    case.proxy.play(Fault("GET", answer=b"503 Slow Down\nx", times=2 * (FAILURES + 7)))
+    assert [asked(False) for _ in range(FAILURES)] == [2] * FAILURES
+    assert shelf.statistics()["left_alone"]
+    assert asked(False) == 0
+    assert shelf.has(KEYS[:1]) == [False]
+    assert save(shelf, KEYS[1]) == [False]
+    pauses = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0, 60.0]
+    for at, pause in enumerate(pauses):  # after each one request goes, the probe
+        case.now += pause - 0.5
+        assert asked(False) == 0
+        case.now += 0.5
+        assert asked(at == len(pauses) - 1) == (2 if at < len(pauses) - 1 else 1)
+    assert not shelf.statistics()["left_alone"]
+    assert shelf.has(KEYS[:1]) == [True]  # a refusal was not remembered
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"403 Forbidden\n<Error><Code>AccessDenied</Code><K>{SECRET}</K></Error>",
+        f"400 Bad Request\n<Error><Code>ExpiredToken</Code><T>{SECRET}</T></Error>",
+        f"401 Unauthorized\n{SECRET}",
+    ],
+)
+def test_credentials_that_are_refused_are_told_once_a_minute_and_never_shown(
+    case: Case, answer: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault 44."""
+    remote = case.remote()
+    (shelf,) = case.opened(remote, SMALL)
+    case.proxy.play(Fault("", answer=answer.encode(), times=99))
+    assert not load(shelf, KEYS[0])[0]
+    assert shelf.has(KEYS[:1]) == [False]
+    assert save(shelf, KEYS[0]) == [False]
+    assert len(caplog.records) == 1
+    case.now += 61
+    assert not load(shelf, KEYS[0])[0]
+    assert len(caplog.records) == 2
+    code = answer.partition("<Code>")[2].partition("<")[0] or "401"
+    assert code in caplog.text
+    assert repr(remote) in caplog.text
+    assert KEYS[0].hex() not in caplog.text
+    with pytest.raises(StoreError) as raised:
+        remote.wipe()
+    with pytest.raises(TypeError, match="pickle") as pickled:
+        pickle.dumps(remote)  # the secret would stand in it
+    (again,) = remote.open(case.graph, None, [SMALL])
+    seen = [caplog.text, repr(remote), repr(vars(remote)), repr(vars(shelf)), str(again.notes)]
+    seen += [json.dumps([shelf.statistics(), case.counted(), *map(str, caplog.records)])]
+    for error in (raised.value, pickled.value):
+        told = traceback.TracebackException.from_exception(error, capture_locals=True)
+        kept = [x for x in told.stack if x.filename != __file__]  # here stands the answer itself
+        seen += [*told.format_exception_only(), *traceback.StackSummary.from_list(kept).format()]
+        assert error.__cause__ is None
+    assert not [text for text in seen if SECRET in text or "secret" in text.lower()]
+
+
+def test_a_secret_in_an_address_or_a_refused_setting_is_not_shown() -> None:
+    """Fault 44."""
+    wrong: list[tuple[str, Any]] = [
+        (f"ftp://me:{SECRET}@host/x?sig={SECRET}", {}),
+        ("s3://b/x", {"secret": SECRET}),
+        ("s3://b/x", {"client_options": {"nothing": SECRET}}),
+    ]
+    for url, more in wrong:
+        with pytest.raises(StoreError) as raised:
+            Remote(url, **more)
+        assert SECRET not in "".join(traceback.format_exception(raised.value))
+    assert repr(Remote(f"s3://me:{SECRET}@b/x?sig={SECRET}")) == "Remote('s3://b/x')"
+
+
+def test_without_obstore_a_sentence_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(StoreError, match=r"portakv\[remote\]"):
+        Remote("memory://")
+
+
+def test_a_put_whose_answer_is_lost_is_a_success(case: Case) -> None:
+    """Fault 45."""
+    shelf = case.shelf()
+    case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", cut=-1))
+    assert save(shelf, KEYS[0]) == [True]
+    assert (
+        bytes(obstore.get(case.raw, case.path(KEYS[0])).bytes()) == image(SMALL, KEYS[0]).tobytes()
+    )
+    assert shelf.statistics()["error"] == ""
+
+
+def test_an_object_deleted_after_lookup_is_a_miss_and_its_verdict_goes(case: Case) -> None:
+    """Fault 46."""
+    case.lay(KEYS[0])
+    shelf = case.shelf()
+    assert shelf.has(KEYS[:1]) == [True]
+    obstore.delete(case.raw, [case.path(KEYS[0])])
+    assert shelf.has(KEYS[:1]) == [True]
+    assert not load(shelf, KEYS[0])[0]
+    assert case.counted() == {"load miss": 1}
+    assert shelf.has(KEYS[:1]) == [False]
+
+
+def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
+    """Fault 47."""
+    big = replace(LAYERED, layers=(0, 68, 68))  # 17 MiB, two parts
+    shelf = case.shelf(big, multipart=16 << 20, read_timeout=5.0)
+    case.proxy.play(Fault("partNumber=2", answer=b"500 Oh\nx", times=99))
+    assert save(shelf, KEYS[0]) == [False]
+    assert "DELETE" in " ".join(case.proxy.asked)  # the upload
+    assert shelf.has(KEYS[:1]) == [False]
+    case.proxy.play()
+    assert save(shelf, KEYS[0]) == [True]
+    assert sum("partNumber" in line for line in case.proxy.asked) == 2
+    well, row = load(shelf, KEYS[0])
+    assert well
+    assert np.array_equal(row, image(big, KEYS[0]))
+
+
+def test_a_bucket_that_is_missing_is_told_and_misses(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault 48."""
+    (shelf,) = case.opened(case.remote("s3://nowhere/x"), SMALL)
+    assert "NoSuchBucket" in shelf.notes[0]
+    assert shelf.has(KEYS[:1]) == [False]
+    assert save(shelf, KEYS[0]) == [False]
+    assert not load(shelf, KEYS[0])[0]
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("name", ["a b/ü/漢", "a%2Fb", "x/1"])
+def test_names_of_a_prefix_stay_what_they_are(case: Case, name: str) -> None:
+    """Fault 49."""
+    url = f"s3://{case.bucket}/{case.prefix}/{name}"
+    (shelf,) = case.opened(case.remote(url), SMALL)
+    assert save(shelf, *KEYS[:2]) == [True, True]
+    case.now += 61
+    assert shelf.has(KEYS[:3]) == [True, True, False]
+    paths = [one["path"] for batch in obstore.list(case.raw) for one in batch]
+    assert len(paths) == 3
+    assert len({path.partition("/1/" + SMALL.name)[0] for path in paths}) == 1
+
+
+@pytest.mark.parametrize("url", ["s3://b/a/../c", "s3://b/..", "s3://b/%2e%2E/c", "s3://b/./c"])
+def test_a_prefix_that_leads_out_is_refused(url: str) -> None:
+    """Fault 49."""
+    with pytest.raises(StoreError, match=r"without \. and \.\."):
+        Remote(url)
+
+
+def test_a_lookup_asks_in_batches_and_remembers_for_a_while(case: Case) -> None:
+    for key in KEYS[:18]:
+        if key != KEYS[13]:
+            case.lay(key)
+    shelf = case.shelf(workers=8)
+
+    def asked(count: int) -> int:
+        case.proxy.play()
+        assert shelf.has(KEYS[:20]) == [at < count for at in range(20)]
+        return len(case.proxy.asked)
+
+    assert asked(13) == 16  # two batches; the third is not asked
+    case.now += 4
+    assert asked(13) == 0
+    case.lay(KEYS[13])
+    case.now += 2  # nothing is missing for more than 5 s
+    assert asked(18) == 1 + 4
+    case.now += 55  # or there for more than 60
+    assert asked(18) == 15 + 2
+    assert shelf.has([]) == []
+
+
+def test_parts_of_a_block_are_read_and_verified_alone(case: Case) -> None:
+    sealed, shelf = case.lay(KEYS[0], LAYERED), case.shelf(LAYERED)
+    assert len(LAYERED.segments) == 8
+    well, row = load(shelf, KEYS[0], segments=[2, 5])
+    assert well
+    for n, part in enumerate(LAYERED.segments):
+        at = slice(HEADER + part.offset, HEADER + part.offset + part.nbytes)
+        assert np.array_equal(row[at], sealed[at]) == (n in (2, 5))
+    assert case.proxy.sent == HEADER + 2 * LAYERED.segments[0].nbytes
+    broken = sealed.copy()
+    broken[HEADER + LAYERED.segments[2].offset] ^= 4
+    case.lay(KEYS[0], LAYERED, broken)
+    assert load(shelf, KEYS[0], segments=[3])[0]
+    assert not load(shelf, KEYS[0], segments=[2])[0]
+
+
+def test_a_slow_upload_is_not_cut_by_the_read_timeout(case: Case) -> None:
+    shelf = case.shelf(LAYERED, read_timeout=0.2)
+    case.proxy.play(Fault(f"PUT .*{KEYS[0].hex()}", slow_upload=4e6))
+    assert save(shelf, KEYS[0]) == [True]
+    assert sum(line.startswith("PUT") for line in case.proxy.asked) == 2  # the form, the block
+
+
+def test_a_block_that_is_there_is_not_written_again(case: Case) -> None:
+    older = case.lay(KEYS[0])
+    older[HEADER] ^= 1
+    case.lay(KEYS[0], data=older)
+    shelf = case.shelf()
+    assert save(shelf, KEYS[0]) == [True]
+    assert bytes(obstore.get(case.raw, case.path(KEYS[0])).bytes()) == older.tobytes()
+
+
+def test_blocks_of_other_forms_of_the_cache_are_found_and_read(case: Case) -> None:
+    part, other = replace(SMALL, heads=(1, 2, 2)), replace(SMALL, model="another")
+    for form in (SMALL, part, other):
+        assert save(case.shelf(form), KEYS[0]) == [True]
+    for name, text in [("0" * 32, part.json()), ("1" * 32, "{"), ("2" * 32, "\xff")]:
+        obstore.put(case.raw, f"1/{name}/form.json", text.encode("latin-1"))
+    shelves = case.opened(case.remote(), SMALL)
+    assert [(x.form, x.writable) for x in shelves] == [(SMALL, True), (part, False)]
+    assert load(shelves[1], KEYS[0])[0]
+
+
+# Without credentials only moto's bucket can be read over plain HTTP.
+@pytest.mark.parametrize("kind", ["file", "memory", "object", *(["http"] if CREDENTIALS else [])])
+def test_every_kind_of_store_keeps_and_wipes_its_blocks(
+    case: Case, kind: str, tmp_path: Path
+) -> None:
+    url = {
+        "file": f"file://{tmp_path}/a b/c",
+        "memory": "memory://",
+        "object": MemoryStore(),
+        "http": f"{case.proxy.url}/{case.bucket}/{case.prefix}",
+    }[kind]
+    remote = Remote(url)
+    for again in (False, True):  # a second store on the same tier
+        (shelf,) = case.opened(remote, SMALL)
+        assert shelf.has(KEYS[:2]) == [again, False]
+        assert save(shelf, KEYS[0]) == [True]
+        assert save(shelf, KEYS[0]) == [True]
+        well, row = load(shelf, KEYS[0])
+        assert well
+        assert np.array_equal(row, image(SMALL, KEYS[0]))
+        assert not load(shelf, KEYS[1])[0]
+    if kind == "http":
+        with pytest.raises(StoreError, match="was to be wiped"):
+            remote.wipe()
+    else:
+        assert remote.wipe() == 2  # and form.json
+        assert case.opened(remote, SMALL)[0].has(KEYS[:1]) == [False]
+
+
+def test_a_wipe_takes_nothing_beside_the_prefix(case: Case) -> None:
+    beside = case.store(case.proxy.url, "")
+    obstore.put(beside, f"{case.prefix}2/1/x", b"1")
+    obstore.put(beside, f"{case.prefix}/other", b"1")
+    assert save(case.shelf(), *KEYS) == [True] * len(KEYS)
+    assert case.remote().wipe() == len(KEYS) + 1
+    paths = [one["path"] for batch in obstore.list(beside) for one in batch]
+    assert {x for x in paths if case.prefix in x} == {f"{case.prefix}2/1/x", f"{case.prefix}/other"}
