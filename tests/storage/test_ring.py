@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import resource
 import threading
@@ -145,26 +146,31 @@ def test_a_request_that_fails_does_so_alone(
 
 
 @pytest.mark.parametrize("key", [0, 5, 1 << 40])
-def test_an_end_of_another_batch_poisons_the_ring(
-    one: OneRing, file: int, key: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_end_of_another_batch_poisons_the_ring(one: OneRing, file: int, key: int) -> None:
     """Fault 32. It is counted for no request of this one, whatever number it bears."""
-
-    def stale(number: int, fd: int, put: int, least: int, *rest: int) -> int:
-        at = int(one.words[one.put])
-        one.sqes[at % one.entries] = np.zeros((), ring.SQE)  # a NOP
-        one.sqes["key"][at % one.entries] = key
-        one.words[one.put] = at + 1
-        return REAL(number, fd, put + 1, least + 1, *rest)
-
-    few = ask(file)[:-1]
-    assert one.run(few) == [PAGE] * len(few)
-    play(monkeypatch, stale)
+    one.sqes[0] = np.zeros((), ring.SQE)  # a NOP
+    one.sqes["key"][0] = key
+    one.words[one.put] = 1
+    assert REAL(ring.ENTER, one.fd, 1, 0) == 1
     SPACE[:] = 0
-    assert one.run(few) == [PAGE] * len(few)
-    assert one.poisoned
-    SPACE[-PAGE:] = np.fromfile(f"/proc/self/fd/{file}", np.uint8)[-PAGE:]
+    assert one.run(ask(file)) == [PAGE] * COUNT
     assert right(file)
+    assert one.poisoned
+
+
+def test_an_end_that_is_told_twice_and_one_that_never_is(
+    one: OneRing, file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 32. Nobody knows whether the other one's bytes came."""
+
+    def confused(*numbers: int) -> int:
+        done = REAL(*numbers)
+        one.cqes["key"][(one.cqes["key"] & ring.WORD) == 3] -= 1
+        return done
+
+    play(monkeypatch, confused)
+    assert one.run(ask(file)) == [*[PAGE] * 3, -errno.EIO, *[PAGE] * 4]
+    assert one.poisoned
 
 
 def test_a_ring_that_fails_is_drained_and_replaced(
@@ -276,3 +282,20 @@ def test_a_thread_without_a_ring_is_served(file: int) -> None:
     assert right(file)
     assert "Too many open files" in engine.notes[0]
     assert engine.run(ask(file)) == [PAGE] * COUNT
+
+
+def test_a_forked_child_keeps_what_it_maps_where_the_ring_was() -> None:
+    """The ring's memory is not in the child, and must not be given back there."""
+    try:
+        one = OneRing([], COUNT)
+    except OSError as error:
+        pytest.skip(str(error))
+    at, libc = one.words.ctypes.data, ctypes.CDLL(None)
+    libc.mmap.argtypes, libc.mmap.restype = [ctypes.c_long] * 6, ctypes.c_long
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if not (child := os.fork()):
+        gone = "io_uring" not in Path("/proc/self/maps").read_text()
+        mine = libc.mmap(at, PAGE, mmap.PROT_READ, flags, -1, 0)  # there, as it is free
+        del one
+        os._exit(40 if gone and mine == at and ctypes.string_at(at, 1) == b"\0" else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 40
