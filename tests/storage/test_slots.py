@@ -1,0 +1,457 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Slots`: what its files hold after any end of the process, and what it does if they are wrong."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support import slot_cases as cases
+from support.slot_cases import FORM, KEYS
+from support.storage_cases import small_form
+
+from portakv.errors import StoreBusy, StoreError
+from portakv.storage.engine import Request
+from portakv.storage.form import BlockForm
+from portakv.storage.slots import Entry, Slots
+
+IMAGE = FORM.image_bytes
+ENGINE = cases.Faulty()
+
+
+def opened(folder: Path, slots: int | None = 8, form: BlockForm = FORM, **more: Any) -> Slots:
+    return Slots(folder, form, slots and slots * form.image_bytes, ENGINE, **more)
+
+
+def put(slots: Slots, key: bytes, generation: int) -> bool:
+    """Write a block as `DiskShelf.write` does."""
+    row = cases.images(1, slots.form)[0]
+    sums = cases.fill(row, slots.form, key, generation)
+    slot = slots.take(key)
+    if slot is None:
+        return False
+    ask = Request(slots.fd, slots.offset(slot), row.ctypes.data, row.size, True)
+    assert ENGINE.run([ask]) == [row.size]
+    return slots.seal(slot, key, generation, sums)
+
+
+def entries(slots: Slots) -> dict[bytes, Entry]:
+    """All that the index has; nothing stays pinned."""
+    found = {key: pinned(slots, key) for key in list(slots.keys())}
+    for entry in found.values():
+        slots.unpin(entry)
+    return found
+
+
+def pinned(slots: Slots, key: bytes) -> Entry:
+    entry = slots.pin(key)
+    assert entry is not None
+    return entry
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / FORM.name
+
+
+@pytest.fixture
+def six(folder: Path) -> tuple[Path, dict[bytes, Entry]]:
+    """A folder of eight slots with six blocks, and their entries."""
+    with closing(opened(folder)) as slots:
+        assert all(put(slots, key, 10 + i) for i, key in enumerate(KEYS[:6]))
+        return folder, entries(slots)
+
+
+@pytest.mark.parametrize("many", [1, 2, 30])  # with 30 a record takes 512 bytes
+def test_what_was_entered_is_there_again(tmp_path: Path, many: int) -> None:
+    form = FORM if many == 1 else small_form(many, 2, widths=(8192, 8192))
+    assert len(form.segments) == many
+    with closing(opened(tmp_path / "x", 4, form)) as slots:
+        assert put(slots, KEYS[1], 7)
+        assert put(slots, KEYS[0], 1 << 63)
+        before = entries(slots)
+        assert len(before[KEYS[0]].checksums) == len(form.segments)
+    with closing(opened(tmp_path / "x", 4, form)) as slots:
+        assert entries(slots) == before
+        assert slots.keys() == [KEYS[1], KEYS[0]]  # by generation
+        assert slots.generation == 1 << 63
+        assert os.stat(slots.folder / "slots").st_blocks * 512 >= 4 * form.image_bytes
+
+
+def test_files_are_their_owners_alone(six: tuple[Path, dict[bytes, Entry]]) -> None:
+    folder = six[0]
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert [(folder / x).stat().st_mode & 0o777 for x in ("slots", "table")] == [0o600] * 2
+    assert BlockForm.from_json((folder / "form.json").read_text()) == FORM
+
+
+@pytest.mark.parametrize("rescued", [True, False])
+def test_one_bit_in_a_record(six: tuple[Path, dict[bytes, Entry]], rescued: bool) -> None:
+    """Fault 3. The record is made again from the image's header; without one the block is gone."""
+    folder, before = six
+    table, slot = (folder / "table").read_bytes(), before[KEYS[2]].slot
+    if not rescued:
+        with open(folder / "slots", "r+b") as file:
+            os.pwrite(file.fileno(), bytes(4096), slot * IMAGE)
+    draw = np.random.default_rng(3)
+    for bit in [0, 255, 256, 2047, *draw.integers(0, 2048, 20).tolist()]:
+        wrong = bytearray(table)
+        wrong[slot * 256 + bit // 8] ^= 1 << bit % 8
+        (folder / "table").write_bytes(wrong)
+        with closing(opened(folder)) as slots:
+            assert entries(slots) == {k: e for k, e in before.items() if rescued or k != KEYS[2]}
+
+
+def test_a_record_in_the_place_of_another(six: tuple[Path, dict[bytes, Entry]]) -> None:
+    """Fault 5. Its seal holds for its own slot alone."""
+    folder, before = six
+    table = (folder / "table").read_bytes()
+    a, b = (before[key].slot * 256 for key in KEYS[:2])
+    (folder / "table").write_bytes(table[:b] + table[a : a + 256] + table[b + 256 :])
+    with closing(opened(folder)) as slots:
+        assert entries(slots) == before
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda table: table.unlink(),
+        lambda table: os.truncate(table, 4 * 256),
+        lambda table: table.write_bytes(bytes(8 * 256)),
+        lambda table: os.truncate(table, 7 * 256),
+        lambda table: os.truncate(table, 5 * 256 + 99),
+    ],
+    ids=["missing", "cut in half", "zeros", "one record short", "torn"],
+)
+def test_a_table_that_is_lost(
+    six: tuple[Path, dict[bytes, Entry]], harm: Callable[[Path], object]
+) -> None:
+    """Fault 7. It is made again from the headers of the images."""
+    folder, before = six
+    harm(folder / "table")
+    for _ in range(2):  # the second time from the table
+        with closing(opened(folder)) as slots:
+            assert entries(slots) == before
+            assert put(slots, KEYS[7], 99)
+            slots.drop(KEYS[7], pinned(slots, KEYS[7]))
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda path: path.unlink(),
+        lambda path: path.write_text(""),
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        lambda path: path.write_text(path.read_text().replace('"format":1', '"format":2')),
+        lambda path: path.write_text(path.read_text().replace("org/model@1", "another")),
+    ],
+    ids=["missing", "empty", "no text", "a newer format", "another form"],
+)
+def test_a_folder_of_who_knows_what(
+    six: tuple[Path, dict[bytes, Entry]], harm: Callable[[Path], object]
+) -> None:
+    """Fault 8. It is refused, and nothing is written."""
+    folder, _ = six
+    harm(folder / "form.json")
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    with pytest.raises(StoreError, match="wipe"):
+        opened(folder)
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    assert after == before
+
+
+@pytest.mark.parametrize("newer_first", [True, False])
+def test_two_entries_for_one_key(folder: Path, newer_first: bool) -> None:
+    """Fault 9. The newer generation counts, and the other one's slot is free."""
+    with closing(opened(folder)) as slots:
+        a, b = slots.take(KEYS[0]), slots.take(KEYS[0])
+        assert a is not None
+        assert b is not None
+        for slot, generation in [(a, 2), (b, 1)] if newer_first else [(a, 1), (b, 2)]:
+            assert slots.seal(slot, KEYS[0], generation, (generation,))
+    with closing(opened(folder)) as slots:
+        assert entries(slots) == {KEYS[0]: Entry(a if newer_first else b, 2, (2,))}
+        assert all(put(slots, key, 3) for key in KEYS[1:8])
+        assert slots.evicted == 0
+
+
+def test_two_processes_and_one_folder(folder: Path) -> None:
+    """Fault 12. The second is refused by a sentence with the pid of the first, until its end."""
+    ready, done = os.pipe(), os.pipe()
+
+    def hold() -> None:
+        opened(folder)
+        os.write(ready[1], b"x")
+        os.read(done[0], 1)
+
+    pid = cases.forked(hold)
+    os.read(ready[0], 1)
+    for _ in range(2):
+        with pytest.raises(StoreBusy, match=f"process {pid} has it open"):
+            opened(folder)
+    os.write(done[1], b"x")
+    assert cases.ended_well(pid)  # Fault 14, too: it had not closed its store
+    opened(folder).close()
+
+
+def test_a_forked_child_is_refused(folder: Path) -> None:
+    """Fault 13. Its copies of the files are closed at once, so that it neither reads, nor writes,
+    nor holds the lock when the parent has ended with the store."""
+    slots, done = opened(folder), os.pipe()
+    assert put(slots, KEYS[0], 1)
+
+    def child() -> None:
+        assert slots.fd == -1
+        assert slots.take(KEYS[1]) is None
+        slots.close()
+        with pytest.raises(StoreBusy):
+            opened(folder)
+        os.read(done[0], 1)
+
+    pid = cases.forked(child)
+    assert put(slots, KEYS[2], 2)
+    time.sleep(0.05)
+    slots.close()
+    opened(folder).close()  # while the child lives
+    os.write(done[1], b"x")
+    os.waitpid(pid, 0)
+
+
+def test_a_process_that_exits_without_close(folder: Path) -> None:
+    """Fault 14. What it had entered is there."""
+    assert cases.ended_well(
+        cases.forked(lambda: [put(slots, key, 1) for slots in [opened(folder)] for key in KEYS[:3]])
+    )
+    with closing(opened(folder)) as slots:
+        assert {*slots.keys()} == {*KEYS[:3]}
+
+
+@pytest.fixture
+def small_device(tmp_path: Path) -> Iterator[Path]:
+    """A filesystem of one MiB."""
+    place = tmp_path / "device"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", place], check=False)
+    if made.returncode:
+        pytest.skip("needs to mount a filesystem")
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+def test_no_room_when_it_is_made(small_device: Path, folder: Path) -> None:
+    """Fault 17. A sentence says how much is free, and no space stays taken."""
+    slots = opened(small_device / "x", 64)
+    slots.close()
+    with pytest.raises(StoreError, match="bytes are free"):
+        opened(small_device / "x", 200)
+    opened(small_device / "x", 64).close()
+    with pytest.raises(StoreError, match=r"bytes are free.*correct the path or the capacity"):
+        opened(folder, 1 << 40)
+    assert (folder / "slots").stat().st_blocks == 0
+
+
+def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 17. Space runs out in the middle of it."""
+
+    def allocate(fd: int, offset: int, nbytes: int) -> None:
+        os.ftruncate(fd, nbytes // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    opened(folder, 4).close()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", allocate)
+        with pytest.raises(StoreError, match="No space left"):
+            opened(folder)
+    assert (folder / "slots").stat().st_size == 4 * IMAGE
+    opened(folder).close()
+
+
+@pytest.mark.parametrize("moved", [OSError(errno.ENOSPC, "no space"), 100])
+def test_no_room_in_the_table(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, moved: OSError | int
+) -> None:
+    """Fault 18. The block is dropped, its slot comes back, and what was there stays."""
+
+    def pwrite(*_: object) -> int:
+        if isinstance(moved, OSError):
+            raise moved
+        return moved
+
+    slots = opened(folder, 2)
+    assert put(slots, KEYS[0], 1)
+    slot = slots.take(KEYS[1])
+    assert slot is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", pwrite)
+        assert not slots.seal(slot, KEYS[1], 2, (1,))
+        assert slots.take(KEYS[1]) is None
+    assert slots.keys() == [KEYS[0]]
+    assert put(slots, KEYS[1], 2)
+    assert slots.evicted == 0
+    slots.close()
+
+
+def test_a_folder_that_is_removed_below_a_store(folder: Path) -> None:
+    """Fault 21. It goes on in the files that it has; the next one begins with none."""
+    slots = opened(folder)
+    assert put(slots, KEYS[0], 1)
+    shutil.rmtree(folder)
+    assert put(slots, KEYS[1], 2)
+    assert len(entries(slots)) == 2
+    slots.close()
+    with closing(opened(folder)) as slots:
+        assert slots.keys() == []
+
+
+def test_a_read_only_filesystem(small_device: Path) -> None:
+    """Fault 22. A sentence, whether a store is there or not."""
+    opened(small_device / "x").close()
+    subprocess.run(["mount", "-o", "remount,ro", small_device], check=True)
+    for name in ("x", "y"):
+        with pytest.raises(StoreError, match="Read-only file system"):
+            opened(small_device / name)
+
+
+def test_o_direct_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 23. The same blocks go by the page cache, and a note says so."""
+    real = fcntl.fcntl
+
+    def refused(fd: int, command: int, flags: int = 0) -> Any:
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(fd, command, flags)
+
+    monkeypatch.setattr(fcntl, "fcntl", refused)
+    for _ in range(2):
+        with closing(opened(folder)) as slots:
+            assert not slots.direct
+            assert "refuses O_DIRECT (Invalid argument)" in slots.notes[0]
+            assert put(slots, KEYS[0], 1)
+
+
+@pytest.mark.parametrize("what", ["link", "file", "owner"])
+def test_something_else_in_place_of_the_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Fault 27. A link, a file, another user's folder: refused, and nothing is made there."""
+    place = folder.parent / "place"
+    place.mkdir()
+    if what == "link":
+        folder.symlink_to(place)
+    elif what == "file":
+        folder.write_text("")
+    else:
+        place.rename(folder)
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(StoreError, match="Expected a folder of this user, no link"):
+        opened(folder)
+    assert what == "file" or list(folder.iterdir()) == []
+
+
+def test_a_link_in_place_of_a_file(folder: Path) -> None:
+    """Fault 27."""
+    opened(folder).close()
+    (folder / "slots").rename(folder.parent / "slots")
+    (folder / "slots").symlink_to(folder.parent / "slots")
+    with pytest.raises(StoreError, match="symbolic links"):
+        opened(folder)
+
+
+def test_a_clock_that_is_set_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 28. Order is by generation, and no clock is asked."""
+    now = iter(range(10**6, 0, -1))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    with closing(opened(folder, 3)) as slots:
+        assert all(put(slots, key, i) for i, key in enumerate(KEYS[:4]))
+    with closing(opened(folder, 3)) as slots:
+        assert slots.keys() == KEYS[1:4]
+        assert next(now) == 10**6
+
+
+def test_a_block_that_is_read_is_not_evicted(folder: Path) -> None:
+    """Fault 58."""
+    with closing(opened(folder, 3)) as slots:
+        assert all(put(slots, key, 1) for key in KEYS[:3])
+        entry = pinned(slots, KEYS[0])
+        assert all(put(slots, key, 2) for key in KEYS[3:9])
+        assert slots.keys() == [KEYS[0], *KEYS[7:9]]
+        slots.unpin(entry)
+        assert put(slots, KEYS[9], 3)
+        assert KEYS[0] not in slots
+
+
+def test_all_slots_are_pinned(folder: Path) -> None:
+    """Fault 59. There is no slot for a block, until one is let go of."""
+    with closing(opened(folder, 2)) as slots:
+        assert all(put(slots, key, 1) for key in KEYS[:2])
+        held = [pinned(slots, key) for key in [*KEYS[:2], KEYS[0]]]
+        assert slots.take(KEYS[2]) is None
+        slots.unpin(held[0])
+        assert slots.take(KEYS[2]) is None
+        slots.unpin(held[2])
+        assert slots.take(KEYS[2]) == held[0].slot
+
+
+def test_a_dropped_block_leaves_its_slot_when_the_last_reader_does(folder: Path) -> None:
+    with closing(opened(folder, 2)) as slots:
+        assert put(slots, KEYS[0], 1)
+        first, second = pinned(slots, KEYS[0]), pinned(slots, KEYS[0])
+        slots.drop(KEYS[0], first)
+        slots.unpin(first)
+        assert put(slots, KEYS[0], 2)  # anew, in the other slot
+        slots.drop(KEYS[0], second)  # late, and of what is gone
+        assert slots.keys() == [KEYS[0]]
+        assert slots.take(KEYS[1]) is None or slots.evicted
+        slots.unpin(second)
+        assert slots.take(KEYS[2]) == first.slot
+
+
+def test_capacity_changes(folder: Path) -> None:
+    """Larger: extended. Smaller: what lies above is dropped, and the space given back."""
+    with closing(opened(folder, 4)) as slots:
+        assert all(put(slots, key, i) for i, key in enumerate(KEYS[:4]))
+    with closing(opened(folder, 6)) as slots:
+        assert slots.keys() == KEYS[:4]
+        assert all(put(slots, key, 9) for key in KEYS[4:6])
+        assert slots.evicted == 0
+    with closing(opened(folder, 3)) as slots:
+        assert slots.keys() == KEYS[:3]
+        assert (folder / "slots").stat().st_size == 3 * IMAGE
+    with closing(opened(folder, None)) as slots:
+        assert slots.count == 3
+        assert slots.keys() == KEYS[:3]
+    with pytest.raises(StoreError, match=f"a block takes {IMAGE}"):
+        Slots(folder, FORM, IMAGE - 1, ENGINE)
+
+
+def test_a_prefix_outlives_its_suffix(folder: Path) -> None:
+    with closing(opened(folder, 6)) as slots:
+        assert all(put(slots, key, 1) for key in KEYS[:6])
+        slots.touch([*KEYS[:3], KEYS[20]])
+        assert slots.keys() == [*KEYS[3:6], KEYS[2], KEYS[1], KEYS[0]]
+
+
+def test_a_block_is_taken_the_second_time(folder: Path) -> None:
+    with closing(opened(folder, admit="second")) as slots:
+        assert [put(slots, KEYS[0], 1), put(slots, KEYS[1], 1)] == [False, False]
+        assert put(slots, KEYS[0], 2)
+        assert slots.keys() == [KEYS[0]]
+
+
+def test_a_broken_slot_is_not_used_again(folder: Path) -> None:
+    with closing(opened(folder, 2)) as slots:
+        slot = slots.take(KEYS[0])
+        assert slot is not None
+        slots.give(slot, broken=True)
+        assert [put(slots, key, 1) for key in KEYS[:3]] == [True] * 3
+        assert [slots.broken, slots.evicted, len(slots.keys())] == [1, 2, 1]

@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For the tests of the disk tier: blocks whose bytes follow from their key, an engine that fails on
+demand, what a shelf needs of a graph, and children that end in any way."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.storage import image
+from portakv.storage.engine import Request
+from portakv.storage.form import BlockForm
+from portakv.storage.threads import carry
+from support.storage_cases import aligned, key_of, small_form
+
+Bytes = npt.NDArray[np.uint8]
+FORM = small_form(2, 1, widths=(8, 8))  # images of 8,192 bytes
+LARGE = small_form(2, 2, widths=(8192, 8192))  # two segments of 256 KiB
+KEYS = [key_of(number) for number in range(1, 100)]
+
+
+def images(count: int, of: BlockForm) -> Bytes:
+    """Memory for so many."""
+    return aligned(count * of.image_bytes).reshape(count, -1)
+
+
+def payload(of: BlockForm, key: bytes) -> Bytes:
+    """What a block of ``key`` holds."""
+    return np.random.default_rng([*key]).integers(0, 256, of.payload_bytes, np.uint8)
+
+
+def fill(row: Bytes, of: BlockForm, key: bytes, generation: int) -> tuple[int, ...]:
+    """Write the image of ``key`` into a row; its checksums."""
+    row[image.HEADER : image.HEADER + of.payload_bytes] = payload(of, key)
+    return image.seal(row, of, key, generation)
+
+
+def holds(row: Bytes, of: BlockForm, key: bytes) -> bool:
+    """Whether a row has the block of ``key``."""
+    held = row[image.HEADER : image.HEADER + of.payload_bytes]
+    return bool(np.array_equal(held, payload(of, key)))
+
+
+class Faulty:
+    """An engine: ``fail(request)`` is the result of a request that it does not carry out."""
+
+    name: str = "faulty"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, fail: Callable[[Request], int | None] = lambda request: None) -> None:
+        self.fail, self.closed = fail, False
+        self.asked: list[Request] = []
+
+    def run(self, requests: Sequence[Request]) -> list[int]:
+        self.asked += requests
+        failed = [self.fail(each) for each in requests]
+        return [carry(x) if y is None else y for x, y in zip(requests, failed, strict=True)]
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Tally:
+    """What a shelf needs of a graph: links, and a place to count."""
+
+    def __init__(self) -> None:
+        self.links: dict[str, Any] = {}
+        self.counts: Counter[tuple[str, str]] = Counter()
+
+    def link(self, name: str, width: int = 1) -> Any:
+        link = SimpleNamespace(name=name, width=width, queued_bytes=0)
+        return self.links.setdefault(name, link)
+
+    def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
+        assert tier == "disk"
+        self.counts[op, result] += blocks
+
+
+def forked(work: Callable[[], object]) -> int:
+    """The pid of a child that does ``work`` and exits with 0, or 1 if it raises."""
+    if pid := os.fork():
+        return pid
+    try:
+        work()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def ended_well(pid: int) -> bool:
+    """Whether a child's work did not raise."""
+    return os.waitpid(pid, 0)[1] == 0
+
+
+def kill(pid: int) -> None:
+    """Kill -9, and wait for the end."""
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
