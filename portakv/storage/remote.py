@@ -201,10 +201,10 @@ class Shelf:
             remote.ask(remote.obs.delete, remote.store, [self._path(key)])
         if result != "hit":
             self._verdicts.pop(key, None)
-        every = self.form.segments
+        hit, every = bool(result == "hit"), self.form.segments
         nbytes = sum(every[i].nbytes for i in segments or range(len(every)))
-        count(self.tier, "load", result, 1, nbytes)
-        return bool(result == "hit")
+        count(self.tier, "load", result, 1, nbytes if hit else 0)
+        return hit
 
     def _read_once(self, key: bytes, row: Row, segments: Any, stop: Any) -> tuple[str, Any]:
         """``hit``, ``late`` or ``fault``, and the object's ETag."""
@@ -239,9 +239,10 @@ class Shelf:
         for key, row in zip(keys, rows, strict=True):
             landed.append(self._there(key))  # asked: no bytes go for what somebody else has put
             if not landed[-1]:
-                landed[-1] = ask(put, self._path(key), row[:nbytes]) is True
-                self._graph.count(self.tier, "save", "hit" if landed[-1] else "error", 1, nbytes)
-                if landed[-1]:
+                landed[-1] = well = ask(put, self._path(key), row[:nbytes]) is True
+                counted = ("hit", 1, nbytes) if well else ("error", 1)
+                self._graph.count(self.tier, "save", *counted)
+                if well:
                     self._verdicts[key] = self._remote.now() + THERE
         return landed
 

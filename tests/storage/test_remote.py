@@ -86,8 +86,8 @@ class Case:
 
     def counted(self) -> dict[str, int]:
         """Blocks by what was done and what came of it."""
-        counts = self.graph.statistics()["counts"]
-        return {f"{one['op']} {one['result']}": one["blocks"] for one in counts}
+        counts = self.graph.statistics()["tier_blocks_total"]
+        return {f"{one['op']} {one['result']}": one["value"] for one in counts}
 
     def path(self, key: bytes, form: BlockForm = SMALL) -> str:
         return f"1/{form.name}/{key.hex()[:2]}/{key.hex()}"
