@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from portakv import __version__
-from portakv.cli import backends, calibrate, doctor, explain, layouts, warmup
+from portakv.cli import backends, calibrate, doctor, explain, layouts, store, warmup
 from portakv.cli.console import installing
 from portakv.errors import PortaKVError
 from portakv.runtime.devices import usable_device
@@ -93,7 +93,7 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
-    for verb in (doctor, backends, explain, layouts, warmup, calibrate):
+    for verb in (doctor, backends, explain, layouts, store, warmup, calibrate):
         own = verbs.add_parser(
             verb.__name__.rpartition(".")[2], help=verb.HELP, description=verb.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -35,6 +35,9 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "conformance": (("pytest", "hypothesis", "jinja2"), "`portakv conform`"),
     "bench": (("rich", "matplotlib"), "the tables and plots of `portakv bench`"),
     "cuda": (("cuda.bindings",), "the backend `cuda` and copies by the driver, on NVIDIA's GPUs"),
+    "storage": (("xxhash",), "block stores on the host and on disks"),
+    "remote": (("xxhash", "obstore"), "block stores in S3, GCS, Azure and the like"),
+    "metrics": (("prometheus_client",), "the counters of block stores for Prometheus"),
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
 

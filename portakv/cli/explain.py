@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from portakv.cli import explain_link
+from portakv.cli import explain_link, store
 from portakv.cli.backends import candidates_for_plan, forced_backend, print_candidates
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import Side, add_extents, make_sides, positive, said_extents
@@ -28,7 +28,8 @@ bytes of a token; then the backend that carries it out and what the others
 answered. The plan is made for example tensors, contiguous or in the memory
 order that a preset names; nothing is moved. With --host it explains instead
 which engine copies between a device and host memory, and takes no layouts.
-With --caches it lists what the library remembers.
+With --caches it lists what the library remembers; with --storage DIR it says
+how a block store in that folder would be read and written.
 
 What is not said is taken as 32 layers, keys and values, 32 heads, 128 elements
 (576 where a side has no kv), float16. An axis that one side does not write has
@@ -58,6 +59,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "--caches", action="store_true",
         help="list instead everything in the library that remembers: its name, size and limit",
     )  # fmt: skip
+    parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
     explain_link.add_options(parser)
 
 
@@ -69,6 +71,8 @@ def run(asked: argparse.Namespace) -> int:
     """Print the plan and the candidates; raises what the copy would raise."""
     if asked.caches:
         return _caches(asked.json)
+    if asked.storage is not None:
+        return store.explain_folder(asked.storage, asked.json)
     why = explain_link.misplaced(asked)
     if why:
         asked.misunderstood(why)

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv store` and `portakv explain --storage`."""
+
+from __future__ import annotations
+
+import io
+import mmap
+import os
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.command_line import run, run_json
+
+from portakv.cli import store as verbs
+from portakv.storage import image
+from portakv.storage.engine import Request, choose
+from portakv.storage.form import BlockForm
+from portakv.storage.slots import Slots
+
+FORM = BlockForm(
+    "m", "float16", 2, (64, 64), 16, (0, 4, 4), (0, 4, 4), "block layer head kv token dim"
+)
+OTHER = BlockForm(
+    "m", "float16", 2, (64, 64), 32, (0, 4, 4), (0, 4, 4), "block layer head kv token dim"
+)
+SLOTS = 9
+
+
+def fill(folder: Path, form: BlockForm = FORM, blocks: int = 5) -> None:
+    """A store of a form with some blocks in a folder."""
+    row = np.frombuffer(mmap.mmap(-1, form.image_bytes), np.uint8)
+    size = SLOTS * form.image_bytes
+    with (
+        closing(choose()[0]) as engine,
+        closing(Slots(folder / form.name, form, size, engine)) as s,
+    ):
+        for number in range(1, blocks + 1):
+            key = bytes([number]) * 32
+            row[image.HEADER :] = number
+            sums = image.seal(row, form, key, number)
+            slot = s.take(key)
+            assert slot is not None
+            at = s.offset(slot)
+            assert engine.run([Request(s.fd, at, row.ctypes.data, len(row), True)]) == [len(row)]
+            s.seal(slot, key, number, sums)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    fill(tmp_path)
+    return tmp_path
+
+
+def spoil(folder: Path, offset: int, form: BlockForm = FORM) -> None:
+    """Flip a bit of the image in the middle."""
+    with (folder / form.name / "slots").open("r+b") as file:
+        file.seek(2 * form.image_bytes + offset)
+        was = file.read(1)
+        file.seek(-1, 1)
+        file.write(bytes([was[0] ^ 1]))
+
+
+def test_show_tells_each_form_in_the_folder(folder: Path) -> None:
+    fill(folder, OTHER, 2)
+    found = {one["form"]: one for one in run_json("store", "show", str(folder))["stores"]}
+    assert {name: one["used"] for name, one in found.items()} == {FORM.name: 5, OTHER.name: 2}
+    one = found[OTHER.name]
+    assert (one["slots"], one["user"], one["block_size"], one["model"]) == (
+        SLOTS,
+        "nobody",
+        32,
+        "m",
+    )
+    assert one["bytes"] >= SLOTS * OTHER.image_bytes
+    told = run("store", "show", str(folder)).out
+    assert "nobody" in told
+    assert FORM.name[:8] in told
+
+
+@pytest.mark.usefixtures("either")
+@pytest.mark.parametrize(
+    ("offset", "why"),
+    [
+        (None, ""),
+        (100, "broken seal"),
+        (5000, "its payload is not what was sealed"),
+    ],
+)
+def test_check_verifies_every_image(folder: Path, offset: int | None, why: str) -> None:
+    """Faults 1 and 2, found by a person: exit code 1, and which block it is."""
+    fill(folder, OTHER, 1)
+    if offset is not None:
+        spoil(folder, offset)
+    ran = run("store", "check", str(folder))
+    assert ran.code == (1 if why else 0)
+    assert (why in ran.out, "slot 2" in ran.out) == (True, bool(why))
+    assert "010101010101" not in ran.out  # no key in full
+
+
+def test_a_store_that_is_open_is_shown_and_neither_checked_nor_wiped(folder: Path) -> None:
+    """Fault 12. The sentence names the process."""
+    with closing(choose()[0]) as engine, closing(Slots(folder / FORM.name, FORM, None, engine)):
+        found = run_json("store", "show", str(folder))["stores"]
+        ran = [run("store", *words, str(folder)) for words in (["check"], ["wipe", "--yes"])]
+    assert found[0]["user"] == f"process {os.getpid()}"
+    for code, out, err in ran:
+        assert (code, out) == (1, "")
+        assert f"process {os.getpid()}" in err
+    assert run("store", "check", str(folder)).code == 0
+
+
+@pytest.mark.parametrize(("said", "gone"), [("y\n", True), ("", False), ("--yes", True)])
+def test_wipe_asks_and_leaves_what_is_not_a_store(
+    folder: Path, said: str, gone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "notes").mkdir()
+    (folder / FORM.name / "form.json").write_text("of another release")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    ran = run("store", "wipe", str(folder), *(["--yes"] if said == "--yes" else []))
+    assert ran.code == (0 if gone else 1)
+    assert ((folder / FORM.name).exists(), (folder / "notes").exists()) == (not gone, True)
+    assert ("[y/N]" in ran.err) == (said != "--yes")
+
+
+@pytest.mark.parametrize("words", [["store", "check"], ["store", "show"], ["explain", "--storage"]])
+def test_a_folder_without_a_store_or_of_another_release_is_a_sentence(
+    words: list[str], folder: Path
+) -> None:
+    (folder / FORM.name / "form.json").write_text('{"format": 99}')
+    for where in (folder, folder / "nothing"):
+        code, out, err = run(*words, str(where))
+        assert (code, out) == (1, "")
+        assert str(where) in err
+
+
+def test_check_shows_a_bar_if_it_takes_longer_than_a_second(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("rich")
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    told = Terminal()
+    monkeypatch.setattr(verbs, "LATE", 0.0)
+    monkeypatch.setattr(sys, "stderr", told)
+    assert verbs.run(_asked("check", folder)) == 0
+    assert "checking" in told.getvalue()
+    assert "100%" in told.getvalue()
+
+
+def _asked(action: str, folder: Path) -> Any:
+    from argparse import Namespace
+
+    return Namespace(action=action, folder=str(folder), yes=False, json=False)
+
+
+@pytest.mark.parametrize("engine", ["", "threads"])
+def test_explain_tells_how_a_folder_is_read(
+    engine: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if engine:
+        monkeypatch.setenv("PORTAKV_IO", engine)
+    found = run_json("explain", "--storage", str(folder))
+    said = {one["name"]: one["accepted"] for one in found["engines"]}
+    assert said[found["engine"]]
+    assert not engine or found["engine"] == engine
+    assert (found["alignment"], found["free"] > 0) == (4096, True)
+    assert [one["used"] for one in found["stores"]] == [5]
+    told = run("explain", "--storage", str(folder)).out
+    assert f"{found['engine']} serves" in told
+    assert [path.name for path in folder.iterdir()] == [FORM.name]
