@@ -90,8 +90,10 @@ class Remote:
             if well := there or gone:
                 return there or miss  # there: also after a put whose answer was lost
             self.last_error, now = f"{type(error).__name__}: {_clean(error)}", self.now()
-            if now - self._told_at >= TOLD:
-                self._told_at = now
+            with self._lock:
+                if tell := now >= self._told_at + TOLD:
+                    self._told_at = now
+            if tell:
                 _log.error("%r failed; its blocks are misses: %s", self, self.last_error)
             return None
         finally:
