@@ -219,7 +219,8 @@ class Slots:
             self._put(slot)
             return slot
         except OSError:
-            return self.give(slot)
+            self.give(slot)
+            return None
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
         """Enter a block whose image was written; False if its record cannot be."""
@@ -244,7 +245,7 @@ class Slots:
     def close(self) -> None:
         """Put all on the device, and let go of the folder."""
         for fd in (self.fd, self._table):
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # it was closed before
                 os.fdatasync(fd)
         self.close_files()
 
@@ -296,4 +297,9 @@ _opened: WeakSet[Slots] = WeakSet()
 @cache
 def _watch_forks() -> None:
     """A child's copies of the files would hold the parent's lock: the child closes them."""
-    os.register_at_fork(after_in_child=lambda: [one.close_files() for one in [*_opened]])
+
+    def close() -> None:
+        for slots in list(_opened):
+            slots.close_files()
+
+    os.register_at_fork(after_in_child=close)

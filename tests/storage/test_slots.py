@@ -224,7 +224,7 @@ def test_a_forked_child_is_refused(folder: Path) -> None:
     slots.close()
     opened(folder).close()  # while the child lives
     os.write(done[1], b"x")
-    os.waitpid(pid, 0)
+    assert cases.ended_well(pid)
 
 
 def test_a_process_that_exits_without_close(folder: Path) -> None:

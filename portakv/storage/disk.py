@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Disk` is a block store's tier of folders, each of which stands alone: one for each device, that
+may be added or lost. A block goes to the folder with the fewest bytes queued."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+from portakv.errors import InvalidTerms, StoreError
+from portakv.graph.graph import Graph, Link
+from portakv.storage.engine import Engine, Request, choose
+from portakv.storage.form import HEADER, BlockForm
+from portakv.storage.image import Header, Row, header, verify
+from portakv.storage.slots import PAGE, Entry, Slots
+
+
+class Disk:
+    """Blocks in ``folders``, each of which holds an equal part of ``capacity`` bytes.
+
+    ``admit="second"``: a block is stored when it is offered the second time. ``workers``: how many
+    nodes read or write in a folder at once. ``io``: "ring", "threads", an engine; None: what runs.
+    """
+
+    def __init__(
+        self,
+        *folders: str | Path,
+        capacity: int,
+        admit: str = "always",
+        workers: int = 2,
+        io: str | Engine | None = None,
+    ) -> None:
+        if not folders or admit not in ("always", "second"):
+            raise InvalidTerms(
+                f"A disk tier in {folders} with admit={admit!r} was asked: expected one folder or "
+                f"more, and 'always' or 'second'; correct them."
+            )
+        self.folders = [Path(folder) for folder in folders]
+        self.capacity, self.admit, self.workers, self.io = capacity, admit, workers, io
+
+    def forms(self, form: BlockForm) -> list[BlockForm]:
+        """Other forms of the same cache that lie in the folders."""
+        found = []
+        for told in sorted(path for each in self.folders for path in each.glob("*/form.json")):
+            with suppress(StoreError, OSError):
+                other = BlockForm.from_json(told.read_text(errors="replace"))
+                if other != form and other.name == told.parent.name and form.same_cache(other):
+                    found.append(other)
+        return list(dict.fromkeys(found))
+
+    def open(
+        self, graph: Graph, rows: Any, forms: Sequence[BlockForm], generation: int = 0
+    ) -> list[DiskShelf]:
+        """A shelf of the first form, which is made, and of each other one that lies here, to read;
+        of these, what cannot be had is left out with a note. Requests go to ``rows.memory``.
+
+        Raises `StoreBusy` or `StoreError` for a folder of the first form.
+        """
+        engine, notes = self.io, list[str]()
+        if engine is None or isinstance(engine, str):
+            engine, said = choose(rows.memory, engine)
+            notes = [str(each) for each in said]
+        with ExitStack() as undo:
+            undo.callback(engine.close)
+            shelves: list[DiskShelf] = []
+            for form in forms:
+                own, parts = form == forms[0], list[tuple[Slots, Link]]()
+                for folder in self.folders:
+                    place = folder / form.name
+                    capacity = self.capacity // len(self.folders) if own else None
+                    if own or (place / "form.json").exists():
+                        try:
+                            slots = Slots(place, form, capacity, engine, self.admit)
+                        except StoreError as error:
+                            if own:
+                                raise
+                            shelves[0].notes.append(str(error))
+                            continue
+                        undo.callback(slots.close)
+                        parts.append((slots, graph.link(f"disk:{folder}", width=self.workers)))
+                if parts:
+                    shelves.append(DiskShelf(graph, form, parts, engine, own, notes, shelves))
+            undo.pop_all()
+        return shelves
+
+
+class DiskShelf:
+    """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier."""
+
+    tier = "disk"
+
+    def __init__(
+        self,
+        graph: Graph,
+        form: BlockForm,
+        parts: list[tuple[Slots, Link]],
+        engine: Engine,
+        writable: bool,
+        notes: list[str],
+        shelves: list[DiskShelf],
+    ) -> None:
+        self.form, self.writable, self.parts = form, writable, parts
+        self.graph, self._engine, self._shelves = graph, engine, shelves  # those that are open
+        self.notes = notes + [note for slots, _ in parts for note in slots.notes]
+        self.generation = max(slots.generation for slots, _ in parts)
+
+    def has(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which blocks are there."""
+        return [any(key in slots for slots, _ in self.parts) for key in keys]
+
+    def link(self, key: bytes) -> Link:
+        """What a block is read by."""
+        return next((link for slots, link in self.parts if key in slots), self.parts[0][1])
+
+    def link_for_write(self, nbytes: int) -> Link:
+        """What a block is written by: the folder with the fewest bytes queued."""
+        return min((link for _, link in self.parts), key=lambda link: link.queued_bytes)
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Note that a prefix was used."""
+        for slots, _ in self.parts:
+            slots.touch(keys)
+
+    def read(
+        self,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
+        segments: Sequence[int] | None = None,
+        stop: Callable[[], bool] | None = None,
+    ) -> list[bool]:
+        """Read images, or only some segments of them, into rows; which ones came, and are right."""
+        landed, size = [False] * len(keys), self.form.image_bytes
+        found = [(i, *place) for i, key in enumerate(keys) if (place := self.pin(key))]
+        spans = [(0, size)]
+        if segments is not None:  # whole pages, and the header with the first one
+            parts = [self.form.segments[i] for i in segments]
+            ends = [min(size, HEADER + -(-(x.offset + x.nbytes) // PAGE) * PAGE) for x in parts]
+            starts = [HEADER + x.offset if x.offset else 0 for x in parts]
+            spans = list(zip(starts, ends, strict=True))
+        try:
+            late = stop is not None and stop()
+            asks = [
+                Request(slots.fd, slots.offset(at.slot) + a, rows[i].ctypes.data + a, b - a, False)
+                for i, slots, at in found
+                for a, b in spans
+            ]
+            moved = [] if late else self._engine.run(asks)
+            for n, (i, slots, at) in enumerate(found[: len(moved)]):
+                got = moved[n * len(spans) : (n + 1) * len(spans)]
+                whole = got == [b - a for a, b in spans]
+                landed[i] = whole and self._right(rows[i], keys[i], at, segments)
+                if not landed[i]:
+                    slots.drop(keys[i], at)
+        finally:
+            for _, slots, at in found:
+                slots.unpin(at)
+        hits, there = sum(landed), len(found)
+        self._count("load", "hit", hits, hits * sum(b - a for a, b in spans))
+        self._count("load", "late" if late else "fault", there - hits)
+        self._count("load", "miss", len(keys) - there)
+        return landed
+
+    def write(
+        self,
+        link: Link,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
+        generations: Sequence[int],
+        checksums: Sequence[Sequence[int]],
+    ) -> list[bool]:
+        """Write sealed images in the link's folder; which blocks are there now."""
+        slots = next(slots for slots, each in self.parts if each is link)
+        landed, size = self.has(keys), self.form.image_bytes
+        new = [i for i, there in enumerate(landed) if not there]
+        taken = [(i, slot) for i in new if (slot := slots.take(keys[i])) is not None]
+        moved = self._engine.run(
+            [Request(slots.fd, slots.offset(s), rows[i].ctypes.data, size, True) for i, s in taken]
+        )
+        # The last block first, so that a prefix outlives its suffix.
+        for (i, slot), got in reversed([*zip(taken, moved, strict=True)]):
+            if got == size:
+                landed[i] = slots.seal(slot, keys[i], generations[i], checksums[i])
+            else:
+                slots.give(slot, broken=got == -errno.EIO)
+        hits = sum(landed[i] for i in new)
+        self._count("save", "hit", hits, hits * size)
+        self._count("save", "fault", len(taken) - hits)
+        self._count("save", "dropped", len(new) - len(taken))
+        return landed
+
+    def statistics(self) -> dict[str, Any]:
+        """Numbers of slots by folder."""
+        return {
+            str(slots.folder): {
+                "slots": slots.count,
+                "used": len(slots.keys()),
+                "broken": slots.broken,
+                "evicted": slots.evicted,
+                "direct": slots.direct,
+                "io": self._engine.name,
+            }
+            for slots, _ in self.parts
+        }
+
+    def close(self) -> None:
+        """Put all on the devices, and let go of the folders."""
+        for slots, _ in self.parts:
+            slots.close()
+        if self in self._shelves:
+            self._shelves.remove(self)
+            if not self._shelves:
+                self._engine.close()
+
+    def pin(self, key: bytes) -> tuple[Slots, Entry] | None:
+        for slots, _ in self.parts:
+            if (entry := slots.pin(key)) is not None:
+                return slots, entry
+        return None
+
+    def _right(self, row: Row, key: bytes, at: Entry, segments: Sequence[int] | None) -> bool:
+        """Whether what was read is what the record tells of."""
+        whole = segments is None or 0 in segments  # the header was read as well
+        if whole and header(row, self.form) != Header(key, at.generation, at.checksums):
+            return False
+        return verify(row, self.form, at.checksums, at.generation, segments)
+
+    def _count(self, op: str, result: str, blocks: int, nbytes: int = 0) -> None:
+        if blocks:
+            self.graph.count(self.tier, op, result, blocks, nbytes)

@@ -1,0 +1,384 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Disk` and its shelves: blocks come back whole and right, or not at all, whatever is done to the
+files, the device or the process."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from support import slot_cases as cases
+from support.slot_cases import FORM, KEYS, LARGE, Faulty, Tally
+
+from portakv.errors import InvalidTerms, StoreBusy, StoreError
+from portakv.storage import image
+from portakv.storage.disk import Disk, DiskShelf
+from portakv.storage.engine import Engine
+from portakv.storage.form import BlockForm
+
+GRAPH: Any = Tally
+NO_ROWS = SimpleNamespace(memory=())
+Open = Callable[..., DiskShelf]
+
+
+def disk(*folders: Path, blocks: int = 8, of: BlockForm = FORM, **more: Any) -> Disk:
+    return Disk(*folders, capacity=len(folders) * blocks * of.image_bytes, **more)
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Open]:
+    """Opens the shelf of a form in folders of the test, and closes it at the end."""
+    opened: list[DiskShelf] = []
+
+    def make(of: BlockForm = FORM, *names: str, graph: Any = None, **more: Any) -> DiskShelf:
+        places = [tmp_path / name for name in names or ("a",)]
+        tier = disk(*places, of=of, **{"io": Faulty(), **more})
+        opened.extend(tier.open(graph or GRAPH(), NO_ROWS, [of]))
+        return opened[-1]
+
+    yield make
+    for each in opened:
+        each.close()
+
+
+def save(shelf: DiskShelf, keys: Sequence[bytes], generation: int = 1) -> list[bool]:
+    rows = cases.images(len(keys), shelf.form)
+    sums = [
+        cases.fill(row, shelf.form, key, generation) for row, key in zip(rows, keys, strict=True)
+    ]
+    link = shelf.link_for_write(rows.nbytes)
+    return shelf.write(link, keys, [*rows], [generation] * len(keys), sums)
+
+
+def load(shelf: DiskShelf, keys: Sequence[bytes]) -> list[bool]:
+    """What landed; which must be right."""
+    rows = cases.images(len(keys), shelf.form)
+    landed = shelf.read(keys, [*rows])
+    for row, key, there in zip(rows, keys, landed, strict=True):
+        assert not there or cases.holds(row, shelf.form, key)
+    return landed
+
+
+def counts(shelf: DiskShelf) -> dict[tuple[str, str], int]:
+    graph: Any = shelf.graph
+    return dict(graph.counts)
+
+
+def slot_of(shelf: DiskShelf, key: bytes) -> tuple[Path, int]:
+    """The file of blocks, and where in it a block lies."""
+    slots, entry = shelf.pin(key) or pytest.fail("no such block")
+    slots.unpin(entry)
+    return slots.folder / "slots", slots.offset(entry.slot)
+
+
+@pytest.mark.parametrize("io", ["ring", "threads", Faulty()], ids=["ring", "threads", "plain"])
+@pytest.mark.parametrize("of", [FORM, LARGE], ids=["small", "large"])
+def test_blocks_come_back(shelf: Open, io: str | Engine, of: BlockForm) -> None:
+    one = shelf(of, io=io, blocks=6)
+    assert save(one, KEYS[:6]) == [True] * 6
+    assert one.has(KEYS[3:9]) == [True] * 3 + [False] * 3
+    assert load(one, KEYS[2:8]) == [True] * 4 + [False] * 2
+    assert counts(one) == {("save", "hit"): 6, ("load", "hit"): 4, ("load", "miss"): 2}
+    one.close()
+    again = shelf(of, io=io, blocks=6)
+    assert load(again, KEYS[:6]) == [True] * 6
+    assert save(again, KEYS[:6], 9) == [True] * 6  # they are there: nothing is written
+    assert counts(again) == {("load", "hit"): 6}
+
+
+def test_segments_alone(shelf: Open) -> None:
+    """A segment is read by itself, and verified by the record; the first one with the header."""
+    one = shelf(LARGE)
+    save(one, KEYS[:2])
+    first, second = LARGE.segments
+    for segments, begin, end in [([1], second.offset, None), ([0], -image.HEADER, first.nbytes)]:
+        rows = cases.images(1, LARGE)
+        assert one.read(KEYS[:1], [*rows], segments) == [True]
+        piece = slice(begin + image.HEADER, None if end is None else end + image.HEADER)
+        whole = cases.images(1, LARGE)
+        one.read(KEYS[:1], [*whole])
+        assert np.array_equal(rows[0, piece], whole[0, piece])
+        assert np.count_nonzero(rows) <= len(whole[0, piece])
+    path, begin = slot_of(one, KEYS[0])
+    flip(path, begin + image.HEADER + second.offset)
+    assert one.read(KEYS[:2], [*cases.images(2, LARGE)], [0]) == [True, True]
+    assert one.read(KEYS[:2], [*cases.images(2, LARGE)], [0, 1]) == [False, True]
+    assert one.has(KEYS[:2]) == [False, True]
+
+
+def flip(path: Path, offset: int, bit: int = 0) -> None:
+    with open(path, "r+b") as file:
+        old = os.pread(file.fileno(), 1, offset)[0]
+        os.pwrite(file.fileno(), bytes([old ^ 1 << bit]), offset)
+
+
+@pytest.mark.parametrize("at", [0, 40, 70, 4095, 4096, 4350], ids=lambda at: f"byte {at}")
+def test_one_bit_of_an_image(shelf: Open, at: int) -> None:
+    """Faults 1 and 2. The block is a miss, its slot is free, and it is counted."""
+    one = shelf(blocks=3)
+    save(one, KEYS[:3])
+    path, begin = slot_of(one, KEYS[1])
+    flip(path, begin + at, at % 8)
+    assert load(one, KEYS[:3]) == [True, False, True]
+    assert counts(one)["load", "fault"] == 1
+    assert one.has(KEYS[:3]) == [True, False, True]
+    assert save(one, [KEYS[5]]) == [True]
+    assert load(one, [KEYS[0], KEYS[5], KEYS[2]]) == [True] * 3
+
+
+def test_sectors_that_were_torn_back(shelf: Open) -> None:
+    """Fault 4. Each 512 bytes of an image as they were before, one after the other."""
+    one = shelf(blocks=1)
+    save(one, KEYS[:1], 1)
+    path, _ = slot_of(one, KEYS[0])
+    old = path.read_bytes()
+    for sector in range(0, FORM.image_bytes, 512):
+        save(one, KEYS[1:2], 2)
+        new = path.read_bytes()
+        torn = new[:sector] + old[sector : sector + 512] + new[sector + 512 :]
+        path.write_bytes(torn)
+        assert load(one, KEYS[1:2]) == [torn == new]
+        save(one, KEYS[:1], 1)
+        assert path.read_bytes() == old
+
+
+def test_an_image_in_the_slot_of_another(shelf: Open) -> None:
+    """Fault 6."""
+    one = shelf()
+    save(one, KEYS[:2])
+    (path, a), (_, b) = (slot_of(one, key) for key in KEYS[:2])
+    held = path.read_bytes()
+    with open(path, "r+b") as file:
+        os.pwrite(file.fileno(), held[a : a + FORM.image_bytes], b)
+    assert load(one, KEYS[:2]) == [True, False]
+
+
+@pytest.mark.parametrize("result", [-errno.EIO, -errno.ENODATA, 4096])
+def test_a_read_that_fails(shelf: Open, result: int) -> None:
+    """Fault 19. It is a miss, the block is forgotten, and others come."""
+    io = Faulty()
+    one = shelf(io=io)
+    save(one, KEYS[:3])
+    _, bad = slot_of(one, KEYS[1])
+    io.fail = lambda ask: result if ask.offset == bad else None
+    assert load(one, KEYS[:3]) == [True, False, True]
+    assert counts(one)["load", "fault"] == 1
+    io.fail = lambda ask: None
+    assert load(one, KEYS[:3]) == [True, False, True]
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+def test_a_write_that_fails(shelf: Open, code: int) -> None:
+    """Fault 20. The key is not entered; after an error of the device the slot is out of use."""
+    io = Faulty()
+    one = shelf(io=io, blocks=3)
+    io.fail = lambda ask: -code if ask.offset == FORM.image_bytes else None
+    assert save(one, KEYS[:3]) == [True, False, True]
+    assert one.has(KEYS[:3]) == [True, False, True]
+    assert counts(one) == {("save", "hit"): 2, ("save", "fault"): 1}
+    io.fail = lambda ask: None
+    assert save(one, KEYS[1:2]) == [True]
+    (numbers,) = one.statistics().values()
+    bad = int(code == errno.EIO)
+    assert (numbers["broken"], numbers["evicted"], numbers["used"]) == (bad, bad, 3 - bad)
+
+
+def test_a_store_when_all_slots_are_pinned(shelf: Open) -> None:
+    """Fault 59. It is dropped, and counted."""
+    one = shelf(blocks=1)
+    save(one, KEYS[:1])
+    slots, entry = one.pin(KEYS[0]) or pytest.fail("no such block")
+    assert save(one, KEYS[1:3]) == [False, False]
+    assert counts(one) == {("save", "hit"): 1, ("save", "dropped"): 2}
+    slots.unpin(entry)
+    assert save(one, KEYS[1:2]) == [True]
+
+
+def test_evicted_while_it_is_read(shelf: Open) -> None:
+    """Fault 58. A block that is read stays until the read has ended."""
+    io = Faulty()
+    one = shelf(io=io, blocks=2)
+    save(one, KEYS[:2])
+
+    def crowd(ask: Any) -> None:
+        if not ask.write:
+            io.fail = lambda ask: None
+            assert [save(one, [key]) for key in KEYS[2:6]] == [[True]] * 4
+
+    io.fail = crowd
+    assert load(one, KEYS[1:2]) == [True]
+    assert one.has(KEYS[:6]) == [False, True, False, False, False, True]
+
+
+def test_a_read_that_comes_too_late(shelf: Open) -> None:
+    io = Faulty()
+    one = shelf(io=io)
+    save(one, KEYS[:2])
+    io.asked.clear()
+    rows = cases.images(2, FORM)
+    assert one.read(KEYS[:2], [*rows], None, lambda: True) == [False, False]
+    assert not io.asked
+    assert counts(one)["load", "late"] == 2
+    assert load(one, KEYS[:2]) == [True, True]
+
+
+def test_several_folders(shelf: Open) -> None:
+    """A block goes where the fewest bytes are queued; a folder may be lost, and another added."""
+    one = shelf(FORM, "a", "b")
+    graph: Any = one.graph
+    a, b = graph.links.values()
+    assert save(one, KEYS[:1]) == [True]
+    a.queued_bytes = 1
+    assert save(one, KEYS[1:2]) == [True]
+    assert [one.link(key) for key in KEYS[:2]] == [a, b]
+    assert load(one, KEYS[:3]) == [True, True, False]
+    assert [each["used"] for each in one.statistics().values()] == [1, 1]
+    one.close()
+    assert load(shelf(FORM, "c", "b"), KEYS[:2]) == [False, True]
+
+
+def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
+    """They are found and read; one that another process has open is left out, with a note."""
+    heads = [replace(FORM, heads=(i, i + 1, 4)) for i in range(4)]
+    stranger = replace(heads[0], model="another")
+    shelves = [shelf(each) for each in [*heads[:3], stranger]]
+    assert [save(each, KEYS[:2]) for each in shelves] == [[True, True]] * 4
+    for each in (*shelves[:2], shelves[3]):
+        each.close()
+    (tmp_path / "a" / "junk").mkdir()
+    (tmp_path / "a" / "junk" / "form.json").write_text("{}")
+    tier = disk(tmp_path / "a", tmp_path / "none", io=Faulty())
+    assert {*tier.forms(heads[3])} == {*heads[:3]}
+    own, *others = tier.open(GRAPH(), NO_ROWS, [heads[3], *tier.forms(heads[3])])
+    assert (own.form, own.writable) == (heads[3], True)
+    assert {each.form for each in others} == {*heads[:2]}
+    assert not any(each.writable for each in others)
+    assert [load(each, KEYS[:2]) for each in others] == [[True, True]] * 2
+    assert any("has it open" in note for note in own.notes)
+    engine: Any = tier.io
+    for each in (own, *others):
+        assert not engine.closed
+        each.close()
+    assert engine.closed
+
+
+def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
+    """Nothing of it stays open."""
+    (tmp_path / "b").write_text("")
+    engine = Faulty()
+    with pytest.raises(StoreError):
+        shelf(FORM, "a", "b", io=engine)
+    assert engine.closed
+    save(shelf(FORM, "a"), KEYS[:1])
+    with pytest.raises(StoreBusy):
+        shelf(FORM, "a")
+    with pytest.raises(InvalidTerms, match="folder"):
+        Disk(capacity=1)
+    with pytest.raises(InvalidTerms, match="'second'"):
+        Disk("x", capacity=1, admit="third")
+
+
+def test_a_child_of_the_process_reads_and_writes_nothing(shelf: Open) -> None:
+    """Fault 13."""
+    one = shelf(io="threads")
+    save(one, KEYS[:1])
+
+    def child() -> None:
+        for use in (load, save):
+            with pytest.raises(StoreError, match="forked"):
+                use(one, KEYS[:1] if use is load else KEYS[1:2])
+
+    assert cases.ended_well(cases.forked(child))
+    assert load(one, KEYS[:1]) == [True]
+
+
+def test_a_folder_that_is_removed(shelf: Open, tmp_path: Path) -> None:
+    """Fault 21. The shelf goes on in the files that it holds; cut short, its blocks are misses."""
+    one = shelf()
+    save(one, KEYS[:2])
+    path, _ = slot_of(one, KEYS[0])
+    path.rename(tmp_path / "away")
+    path.parent.rename(tmp_path / "gone")
+    assert load(one, KEYS[:2]) == [True, True]
+    os.truncate(tmp_path / "away", 0)
+    assert load(one, KEYS[:2]) == [False, False]
+    assert save(one, KEYS[:2]) == [True, True]
+    assert load(one, KEYS[:2]) == [True, True]
+
+
+def writer(folder: Path, io: str, ready: int) -> Callable[[], None]:
+    """What a child does until it is killed: overwrite a store, eight blocks at a time."""
+
+    def work() -> None:
+        of, draw = LARGE, random.Random(os.getpid())
+        (one,) = disk(folder, blocks=12, of=of, io=io).open(GRAPH(), NO_ROWS, [of])
+        rows = cases.images(8, of)
+        for generation in range(one.generation + 1, 10**6):
+            keys = draw.sample(KEYS, 8)
+            sums = [
+                cases.fill(row, of, key, generation) for row, key in zip(rows, keys, strict=True)
+            ]
+            one.write(one.link(keys[0]), keys, [*rows], [generation] * 8, sums)
+            os.write(ready, b"x")
+
+    return work
+
+
+@pytest.mark.parametrize("io", ["ring", "threads"])
+@pytest.mark.parametrize(
+    "rounds", [5, pytest.param(100, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_killed_at_random(tmp_path: Path, io: str, rounds: int) -> None:
+    """Fault 10. Whatever a sealed record tells of is there, whole and right."""
+    ready, checked = os.pipe(), 0
+    for _ in range(rounds):
+        pid = cases.forked(writer(tmp_path, io, ready[1]))
+        os.read(ready[0], 1)
+        time.sleep(random.random() * 0.03)
+        cases.kill(pid)
+        one = reopened(disk(tmp_path, blocks=12, of=LARGE, io=io))
+        try:
+            held = [key for key, there in zip(KEYS, one.has(KEYS), strict=True) if there]
+            assert load(one, held) == [True] * len(held)
+        finally:
+            one.close()
+        checked += len(held)
+    assert checked > 8 * rounds / 2
+
+
+def reopened(tier: Disk) -> DiskShelf:
+    """The shelf, as soon as the requests of a process that was killed have landed."""
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return tier.open(GRAPH(), NO_ROWS, [LARGE])[0]
+        except StoreBusy:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+
+@pytest.mark.parametrize("io", ["ring", "threads"])
+def test_restarted_while_writes_are_in_flight(tmp_path: Path, io: str) -> None:
+    """Fault 11. Once the folder can be had, nothing changes any more but by its new owner."""
+    ready = os.pipe()
+    for _ in range(3):
+        pid = cases.forked(writer(tmp_path, io, ready[1]))
+        os.read(ready[0], 1)
+        os.kill(pid, signal.SIGKILL)
+        one = reopened(disk(tmp_path, blocks=12, of=LARGE, io=io))
+        path = tmp_path / LARGE.name / "slots"
+        before = path.read_bytes()
+        time.sleep(0.05)
+        assert path.read_bytes() == before
+        one.close()
+        os.waitpid(pid, 0)
