@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,30 +83,30 @@ class Disk:
                         undo.callback(slots.close)
                         parts.append((slots, graph.link(f"disk:{folder}", width=self.workers)))
                 if parts:
-                    shelves.append(DiskShelf(graph, form, parts, engine, own, notes, shelves))
+                    told = [*notes, *(note for slots, _ in parts for note in slots.notes)]
+                    shelves.append(DiskShelf(graph, form, parts, engine, own, told, shelves))
+                    notes = []
             undo.pop_all()
         return shelves
 
 
+@dataclass(eq=False)
 class DiskShelf:
     """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier."""
 
+    graph: Graph
+    form: BlockForm
+    parts: list[tuple[Slots, Link]]
+    engine: Engine
+    writable: bool
+    notes: list[str]
+    shelves: list[DiskShelf]  # which share the engine, and are open
     tier = "disk"
 
-    def __init__(
-        self,
-        graph: Graph,
-        form: BlockForm,
-        parts: list[tuple[Slots, Link]],
-        engine: Engine,
-        writable: bool,
-        notes: list[str],
-        shelves: list[DiskShelf],
-    ) -> None:
-        self.form, self.writable, self.parts = form, writable, parts
-        self.graph, self._engine, self._shelves = graph, engine, shelves  # those that are open
-        self.notes = notes + [note for slots, _ in parts for note in slots.notes]
-        self.generation = max(slots.generation for slots, _ in parts)
+    @property
+    def generation(self) -> int:
+        """The highest that was found."""
+        return max(slots.generation for slots, _ in self.parts)
 
     def has(self, keys: Sequence[bytes]) -> list[bool]:
         """Which blocks are there."""
@@ -137,7 +138,7 @@ class DiskShelf:
         spans = [(0, size)]
         if segments is not None:  # whole pages, and the header with the first one
             parts = [self.form.segments[i] for i in segments]
-            ends = [min(size, HEADER + -(-(x.offset + x.nbytes) // PAGE) * PAGE) for x in parts]
+            ends = [HEADER + -(-(x.offset + x.nbytes) // PAGE) * PAGE for x in parts]
             starts = [HEADER + x.offset if x.offset else 0 for x in parts]
             spans = list(zip(starts, ends, strict=True))
         try:
@@ -147,7 +148,7 @@ class DiskShelf:
                 for i, slots, at in found
                 for a, b in spans
             ]
-            moved = [] if late else self._engine.run(asks)
+            moved = [] if late else self.engine.run(asks)
             for n, (i, slots, at) in enumerate(found[: len(moved)]):
                 got = moved[n * len(spans) : (n + 1) * len(spans)]
                 whole = got == [b - a for a, b in spans]
@@ -158,9 +159,9 @@ class DiskShelf:
             for _, slots, at in found:
                 slots.unpin(at)
         hits, there = sum(landed), len(found)
-        self._count("load", "hit", hits, hits * sum(b - a for a, b in spans))
-        self._count("load", "late" if late else "fault", there - hits)
-        self._count("load", "miss", len(keys) - there)
+        self.graph.count(self.tier, "load", "hit", hits, hits * sum(b - a for a, b in spans))
+        self.graph.count(self.tier, "load", "late" if late else "fault", there - hits)
+        self.graph.count(self.tier, "load", "miss", len(keys) - there)
         return landed
 
     def write(
@@ -176,7 +177,7 @@ class DiskShelf:
         landed, size = self.has(keys), self.form.image_bytes
         new = [i for i, there in enumerate(landed) if not there]
         taken = [(i, slot) for i in new if (slot := slots.take(keys[i])) is not None]
-        moved = self._engine.run(
+        moved = self.engine.run(
             [Request(slots.fd, slots.offset(s), rows[i].ctypes.data, size, True) for i, s in taken]
         )
         # The last block first, so that a prefix outlives its suffix.
@@ -186,22 +187,17 @@ class DiskShelf:
             else:
                 slots.give(slot, broken=got == -errno.EIO)
         hits = sum(landed[i] for i in new)
-        self._count("save", "hit", hits, hits * size)
-        self._count("save", "fault", len(taken) - hits)
-        self._count("save", "dropped", len(new) - len(taken))
+        self.graph.count(self.tier, "save", "hit", hits, hits * size)
+        self.graph.count(self.tier, "save", "fault", len(taken) - hits)
+        self.graph.count(self.tier, "save", "dropped", len(new) - len(taken))
         return landed
 
     def statistics(self) -> dict[str, Any]:
         """Numbers of slots by folder."""
+        told = ("count", "broken", "evicted", "direct")
         return {
-            str(slots.folder): {
-                "slots": slots.count,
-                "used": len(slots.keys()),
-                "broken": slots.broken,
-                "evicted": slots.evicted,
-                "direct": slots.direct,
-                "io": self._engine.name,
-            }
+            str(slots.folder): {"io": self.engine.name, "used": len(slots.keys())}
+            | {name: getattr(slots, name) for name in told}
             for slots, _ in self.parts
         }
 
@@ -209,10 +205,10 @@ class DiskShelf:
         """Put all on the devices, and let go of the folders."""
         for slots, _ in self.parts:
             slots.close()
-        if self in self._shelves:
-            self._shelves.remove(self)
-            if not self._shelves:
-                self._engine.close()
+        if self in self.shelves:
+            self.shelves.remove(self)
+            if not self.shelves:
+                self.engine.close()
 
     def pin(self, key: bytes) -> tuple[Slots, Entry] | None:
         for slots, _ in self.parts:
@@ -226,7 +222,3 @@ class DiskShelf:
         if whole and header(row, self.form) != Header(key, at.generation, at.checksums):
             return False
         return verify(row, self.form, at.checksums, at.generation, segments)
-
-    def _count(self, op: str, result: str, blocks: int, nbytes: int = 0) -> None:
-        if blocks:
-            self.graph.count(self.tier, op, result, blocks, nbytes)

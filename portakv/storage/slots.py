@@ -40,8 +40,8 @@ class Entry(NamedTuple):
 
 
 class Slots:
-    """The blocks of ``form`` in ``folder``, in ``capacity`` bytes (None: as large as it is, and not
-    made). ``admit="second"``: a key is taken the second time it is offered.
+    """The blocks of ``form`` in ``folder``, in ``room`` for so many bytes (None: as large as it is,
+    and not made). ``admit="second"``: a key is taken the second time it is offered.
 
     Raises `StoreBusy` if another process has the folder, `StoreError` if it cannot be used.
     Attributes: ``count``, ``broken``, ``evicted`` slots; ``generation``, the highest found; ``fd``
@@ -49,12 +49,7 @@ class Slots:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        form: BlockForm,
-        capacity: int | None,
-        engine: Engine,
-        admit: str = "always",
+        self, folder: Path, form: BlockForm, room: int | None, engine: Engine, admit: str = "always"
     ) -> None:
         self.folder, self.form, self._second = folder, form, admit == "second"
         self._size = 256 if len(form.segments) <= 24 else 512  # of a record
@@ -65,27 +60,27 @@ class Slots:
         self._pins: Counter[int] = Counter()
         self._free: deque[int] = deque()
         try:
-            records, known = self._open(capacity)
+            records, known = self._open(room)
             self._records = np.zeros((self.count, self._size // 8), "<u8")
             self._recover(engine, records, known)
         except BaseException as error:
-            self.close_files()
+            self.close(sync=False)
             if not isinstance(error, OSError):
                 raise
             raise StoreError(
-                f"The store's folder {folder} was asked for with {capacity} bytes, and this was "
-                f"found: {error.strerror}. Expected a folder of this user, no link, that can be "
-                f"written and has the room; correct the path or the capacity."
+                f"The store's folder {folder} was asked for with {room} bytes, and this was found: "
+                f"{error.strerror}. Expected a folder of this user, no link, that can be written "
+                f"and has the room; correct the path or the capacity."
             ) from error
         self._free = deque(sorted({*range(self.count)}.difference(self._index.values())))
         self._offered: Bounded[bytes, None] = Bounded("keys offered once", self.count)
         _watch_forks()
         _opened.add(self)
 
-    def _open(self, capacity: int | None) -> tuple[int, int]:
+    def _open(self, room: int | None) -> tuple[int, int]:
         """Open, lock and size the files; returns how many records and slots there were."""
         size, told = self.form.image_bytes, self.folder / "form.json"
-        if capacity is not None:
+        if room is not None:
             os.makedirs(self.folder, 0o700, exist_ok=True)
         if self.folder.is_symlink() or self.folder.stat().st_uid != os.geteuid():
             raise PermissionError(1, "it is a link, or another user's")
@@ -98,7 +93,7 @@ class Slots:
         self.fd = os.open(self.folder / "slots", OPEN, 0o600)
         self._lock()
         known = os.fstat(self.fd).st_size // size
-        self.count = known if capacity is None else capacity // size
+        self.count = known if room is None else room // size
         if not self.count:
             raise OSError(22, f"a block takes {size}, so that none fits")
         if found is None:
@@ -129,7 +124,8 @@ class Slots:
                 f"The store's folder {self.folder} was asked for, and process {who} has it open; "
                 f"one may. Close it there, or give this process a folder of its own."
             ) from None
-        holder.write_text(str(os.getpid()))
+        with suppress(OSError):  # on a full disk, too, a store can be opened
+            holder.write_text(str(os.getpid()))
 
     def _recover(self, engine: Engine, records: int, known: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
@@ -150,8 +146,10 @@ class Slots:
                 if not isinstance(told, str):
                     self._put(slot, told.key, told.generation, told.checksums)
                     found.append((told.generation, slot, told.key))
-        for self.generation, slot, key in sorted(found):
-            self._enter(slot, key)
+        # A prefix outlives its suffix, which was written first or has the higher slot.
+        for self.generation, slot, key in sorted(found, key=lambda x: (x[0], -x[1])):
+            self._forget(key)
+            self._index[key] = slot
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._index
@@ -196,8 +194,7 @@ class Slots:
         with self._change:
             if self._index.get(key) == entry.slot:
                 self._forget(key)
-        with suppress(OSError):
-            self._put(entry.slot)
+        self._put(entry.slot)
 
     def take(self, key: bytes) -> int | None:
         """A slot for a block, its record zeroed; None if all others are pinned, the key is not
@@ -206,34 +203,31 @@ class Slots:
             if self._second and self._offered.pop(key, self) is self:
                 self._offered[key] = None
                 return None
+            idle = (one for one, slot in self._index.items() if slot not in self._pins)
+            if not self._free and (victim := next(idle, None)) is not None:
+                self._forget(victim)
+                self.evicted += 1
             if not self._free:
-                for victim, slot in self._index.items():
-                    if slot not in self._pins:
-                        self._forget(victim)
-                        self.evicted += 1
-                        break
-                else:
-                    return None
+                return None
             slot = self._free.popleft()
-        try:
-            self._put(slot)
+        if self._put(slot):
             return slot
-        except OSError:
-            self.give(slot)
-            return None
+        self.give(slot)
+        return None
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
         """Enter a block whose image was written; False if its record cannot be."""
         if not self.direct:
-            os.posix_fadvise(self.fd, self.offset(slot), self.form.image_bytes, 4)  # DONTNEED
-        try:
-            self._put(slot, key, generation, checksums)
-        except OSError:
-            self.give(slot)
-            return False
+            size = self.form.image_bytes
+            os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
+        written = self._put(slot, key, generation, checksums)
         with self._change:
-            self._enter(slot, key)
-        return True
+            if written:
+                self._forget(key)
+                self._index[key] = slot
+            else:
+                self._free.append(slot)
+        return written
 
     def give(self, slot: int, broken: bool = False) -> None:
         """Give a taken slot back; a broken one is not used again."""
@@ -242,15 +236,16 @@ class Slots:
             if not broken:
                 self._free.append(slot)
 
-    def close(self) -> None:
+    def close(self, sync: bool = True) -> None:
         """Put all on the device, and let go of the folder."""
-        for fd in (self.fd, self._table):
-            with suppress(OSError, ValueError):  # it was closed before
-                os.fdatasync(fd)
-        self.close_files()
+        for act in (os.fdatasync, os.close) if sync else (os.close,):
+            for fd in (self.fd, self._table):
+                with suppress(OSError, ValueError):  # ValueError: it was closed before
+                    act(fd)
+        self.fd = self._table = -1
 
-    def _put(self, slot: int, key: bytes = b"", number: int = 0, sums: Sequence[int] = ()) -> None:
-        """Write a record of a generation ``number``; zeros, without a key."""
+    def _put(self, slot: int, key: bytes = b"", number: int = 0, sums: Sequence[int] = ()) -> bool:
+        """Write a record of a generation ``number``, or zeros; False if it cannot be written."""
         record = self._records[slot]
         record[:] = 0
         if key:
@@ -258,24 +253,15 @@ class Slots:
             record[GENERATION:SUMS] = number, self.form.payload_bytes, len(sums)
             record[SUMS : SUMS + len(sums)] = np.array(sums, "<u8")
             record[-1] = checksum(record[:-1], slot)
-        if os.pwrite(self._table, record.data, slot * self._size) != self._size:
-            raise OSError(28, "a record was written in part")
-
-    def _enter(self, slot: int, key: bytes) -> None:
-        if key in self._index:
-            self._forget(key)
-        self._index[key] = slot
+        try:
+            return os.pwrite(self._table, record.data, slot * self._size) == self._size
+        except OSError:
+            return False
 
     def _forget(self, key: bytes) -> None:
-        slot = self._index.pop(key)
-        if slot not in self._pins:
+        slot = self._index.pop(key, None)
+        if slot is not None and slot not in self._pins:
             self._free.append(slot)
-
-    def close_files(self) -> None:
-        for fd in (self.fd, self._table):
-            with suppress(OSError):
-                os.close(fd)
-        self.fd = self._table = -1
 
 
 def _allocate(fd: int, nbytes: int) -> None:
@@ -300,6 +286,6 @@ def _watch_forks() -> None:
 
     def close() -> None:
         for slots in list(_opened):
-            slots.close_files()
+            slots.close(sync=False)
 
     os.register_at_fork(after_in_child=close)

@@ -71,7 +71,7 @@ def load(shelf: DiskShelf, keys: Sequence[bytes]) -> list[bool]:
 
 def counts(shelf: DiskShelf) -> dict[tuple[str, str], int]:
     graph: Any = shelf.graph
-    return dict(graph.counts)
+    return dict(+graph.counts)
 
 
 def slot_of(shelf: DiskShelf, key: bytes) -> tuple[Path, int]:
