@@ -10,7 +10,6 @@ import logging
 import os
 import pickle
 import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -68,11 +67,11 @@ class Case:
         return S3Store(self.bucket, prefix=prefix, **options)
 
     def remote(
-        self, url: str = "", read_timeout: float = 0.3, retries: int = 3, **settings: Any
+        self, url: str = "", read_timeout: float = 5.0, retries: int = 3, **settings: Any
     ) -> Remote:
         options = {"read_timeout": timedelta(seconds=read_timeout), **OPEN}
         pauses = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.02)}
-        retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=2), "backoff": pauses}
+        retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=20), "backoff": pauses}
         where: Any = {"endpoint": self.proxy.url, "region": "us-east-1", "client_options": options}
         url = url or f"s3://{self.bucket}/{self.prefix}"
         remote = Remote(url, retry_config=retry, **where, **CREDENTIALS, **settings)
@@ -191,10 +190,10 @@ def test_a_part_of_a_block_that_is_cut_is_resumed(case: Case) -> None:
 def test_more_cuts_than_the_budget_are_a_miss_in_time(case: Case) -> None:
     """Fault 36."""
     case.lay(KEYS[0])
-    shelf, start = case.shelf(), time.monotonic()
+    shelf = case.shelf(retries=3)
     case.proxy.play(Fault("GET", cut=100, times=99))
     assert not load(shelf, KEYS[0])[0]
-    assert time.monotonic() - start < 4
+    assert len(case.proxy.asked) == 4
     assert case.counted() == {"load error": 1}
     case.proxy.play()
     assert load(shelf, KEYS[0])[0]
@@ -202,25 +201,23 @@ def test_more_cuts_than_the_budget_are_a_miss_in_time(case: Case) -> None:
 
 def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
     """Fault 37."""
-    sealed, shelf, start = case.lay(KEYS[0]), case.shelf(), time.monotonic()
+    sealed, shelf = case.lay(KEYS[0]), case.shelf(read_timeout=0.3)
     case.proxy.play(Fault("GET", stall=5.0))
     well, row = load(shelf, KEYS[0])
     assert well
     assert np.array_equal(row, sealed)
-    assert time.monotonic() - start < 4
-    assert len(case.proxy.asked) == 2
+    assert len(case.proxy.asked) >= 2  # it did not wait for the first answer
 
 
 def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -> None:
     """Fault 38."""
     case.lay(KEYS[0], LAYERED)
-    shelf, start, asks = case.shelf(LAYERED), time.monotonic(), []
+    shelf, asks = case.shelf(LAYERED), []
     case.proxy.play(Fault("GET", rate=4e6))
     well, _ = load(shelf, KEYS[0], stop=lambda: asks.append(1) or True)  # type: ignore[func-returns-value]
     assert not well
-    assert time.monotonic() - start < 0.5  # all of it takes longer
     assert case.counted() == {"load late": 1}
-    assert asks == [1]
+    assert asks == [1]  # after the first of three pieces
 
 
 @pytest.mark.parametrize("at", [9, 5000])
@@ -401,7 +398,7 @@ def test_an_object_deleted_after_lookup_is_a_miss_and_its_verdict_goes(case: Cas
 def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
     """Fault 47."""
     big = replace(LAYERED, layers=(0, 68, 68))  # 17 MiB, two parts
-    shelf = case.shelf(big, multipart=16 << 20, read_timeout=5.0)
+    shelf = case.shelf(big, multipart=16 << 20)
     case.proxy.play(Fault("partNumber=2", answer=b"500 Oh\nx", times=99))
     assert save(shelf, KEYS[0]) == [False]
     assert "DELETE" in " ".join(case.proxy.asked)  # the upload
@@ -422,8 +419,10 @@ def test_a_bucket_that_is_missing_is_told_and_misses(
     assert "NoSuchBucket" in shelf.notes[0]
     assert shelf.has(KEYS[:1]) == [False]
     assert save(shelf, KEYS[0]) == [False]
-    assert not load(shelf, KEYS[0])[0]
     assert len(caplog.records) == 1
+    case.now += 61
+    assert not load(shelf, KEYS[0])[0]
+    assert "NoSuchBucket" in caplog.records[1].message
 
 
 @pytest.mark.parametrize("name", ["a b/ü/漢", "a%2Fb", "x/1"])
@@ -491,13 +490,15 @@ def test_a_slow_upload_is_not_cut_by_the_read_timeout(case: Case) -> None:
     assert sum(line.startswith("PUT") for line in case.proxy.asked) == 2  # the form, the block
 
 
-def test_a_block_that_is_there_is_not_written_again(case: Case) -> None:
-    older = case.lay(KEYS[0])
-    older[HEADER] ^= 1
+def test_a_block_that_is_there_or_comes_first_is_not_written_again(case: Case) -> None:
+    older = image(SMALL, KEYS[1])
     case.lay(KEYS[0], data=older)
     shelf = case.shelf()
-    assert save(shelf, KEYS[0]) == [True]
-    assert bytes(obstore.get(case.raw, case.path(KEYS[0])).bytes()) == older.tobytes()
+    case.proxy.play(Fault(f"PUT .*{KEYS[2].hex()}", before=lambda: case.lay(KEYS[2], data=older)))
+    assert save(shelf, KEYS[0], KEYS[2]) == [True, True]
+    assert not [line for line in case.proxy.asked if line.startswith("PUT") and "0000" in line]
+    for key in (KEYS[0], KEYS[2]):
+        assert bytes(obstore.get(case.raw, case.path(key)).bytes()) == older.tobytes()
 
 
 def test_blocks_of_other_forms_of_the_cache_are_found_and_read(case: Case) -> None:
