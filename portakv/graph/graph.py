@@ -8,7 +8,7 @@ import atexit
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from heapq import heappop, heappush
@@ -109,19 +109,12 @@ class Link:
     """A pair of places with ``width`` workers, made by `Graph.link`. ``queued_bytes`` are those of
     nodes that were submitted for it and have not ended."""
 
-    def __init__(
-        self,
-        graph: Graph,
-        name: str,
-        width: int,
-        max_gbps: float = 0.0,
-        stall_seconds: float = 10.0,
-    ) -> None:
+    def __init__(self, graph: Graph, name: str, width: int, max_gbps: Any, stall_seconds: float):
         self.graph, self.name, self.width, self.stall = graph, name, max(1, width), stall_seconds
         self.limit = RateLimit(max_gbps, graph.clock) if max_gbps else None
         self.tier, self.change = name.partition(":")[0], threading.Condition(graph.lock)
         self.queued_bytes = self.idle = self.background = self.workers = 0
-        # (due, number, node), and those of the background; what runs, the oldest first.
+        # (due, number, node), and those of the background; since when what runs does, in order.
         self.heaps, self.running = (list[Any](), list[Any]()), dict[Node, float]()
 
     @property
@@ -144,62 +137,53 @@ class Link:
             self.idle -= 1
             self.change.notify()
         elif self.workers < self.width:
-            # Handlers run last in, first out: memory must not go before the workers.
-            atexit.unregister(self.graph.close)
-            atexit.register(self.graph.close)
+            atexit.register(self.graph.close)  # once more, as memory must not go before a worker
             self.workers += 1
             thread = threading.Thread(target=self.serve, args=(self.workers,), daemon=True)
             self.graph.threads.append(thread)
             thread.start()
 
-    def pop(self) -> Node | None:
-        """The next node, which runs from now on; None if none may."""
-        background = self.background < max(1, self.width - 1)
-        while heaps := [heap for heap in self.heaps[: 1 + background] if heap]:
-            node: Node = heappop(min(heaps))[2]
-            if node.state == "queued":  # not if it was cancelled
-                node.state, self.running[node] = "running", self.graph.clock()
-                self.background += node.background
-                return node
-        return None
+    def next(self) -> Node | None:
+        """Wait for a node, which runs from now on; None if the graph is closed."""
+        with self.graph.lock:
+            while True:
+                background = self.background < max(1, self.width - 1)
+                while heaps := [heap for heap in self.heaps[: 1 + background] if heap]:
+                    node: Node = heappop(min(heaps))[2]
+                    if node.state == "queued":  # not if it was cancelled
+                        node.state, self.running[node] = "running", self.graph.clock()
+                        self.background += node.background
+                        return node
+                if self.graph.closed.is_set():
+                    return None
+                self.idle += 1
+                self.change.wait()
 
     def serve(self, worker: int) -> None:
         """What a worker does until the graph is closed."""
-        graph, node, landed, error = self.graph, cast(Any, None), cast(Any, None), cast(Any, None)
-        while True:
-            with graph.lock:
-                if node:
-                    self.finish(worker, node, landed, error)
-                while (node := self.pop()) is None:
-                    if graph.closed.is_set():
-                        return
-                    self.idle += 1
-                    self.change.wait()
+        graph = self.graph
+        while node := self.next():
             if self.limit:
                 graph.closed.wait(self.limit.left(self.limit.start_of(node.nbytes)))
+            error, all_of = None, node.left
             try:
-                landed, error = node.work(node, np.full(node.blocks, True) & node.left), None
+                landed = node.work(node, np.full(node.blocks, True) & all_of)
                 if landed is not None:
-                    landed = np.asarray(landed, bool).reshape(node.blocks)
+                    all_of = all_of & np.asarray(landed, bool).reshape(node.blocks)
             except BaseException as caught:  # no caller stands above this thread
-                landed, error = False, caught
-
-    def finish(self, worker: int, node: Node, landed: Any, error: BaseException | None) -> None:
-        """Note what became of a node that ran."""
-        graph, start, end, key = (
-            self.graph,
-            self.running.pop(node),
-            self.graph.clock(),
-            (self.tier, node.name),
-        )
-        self.background -= node.background
-        graph.trace.add(node, self.name, worker, start, end)
-        graph.seconds.setdefault(key, [0] * len(SECONDS))[bisect_left(SECONDS, end - start)] += 1
-        graph.sums[key] += end - start
-        landed = node.left if landed is None else node.left & landed
-        graph._end(node, landed, "failed" if error else "landed", error)
-        graph._settle()
-        graph.sweep()
+                error, all_of = caught, False
+            with graph.lock:
+                start, end = self.running.pop(node), graph.clock()
+                self.background -= node.background
+                told = {"node": node.number, "blocks": node.blocks, "bytes": node.nbytes}
+                after = [before.number for before, *_ in node.after]
+                graph.trace.ran.append((node.name, self.name, worker, start, end, told, after))
+                seconds = graph.seconds[self.tier, node.name]
+                seconds[bisect_left(SECONDS, end - start)] += 1
+                seconds[-1] += end - start  # the sum
+                graph.end(node, all_of, "failed" if error else "landed", error)
+                graph.settle()
+                graph.sweep()
 
 
 class Graph:
@@ -209,18 +193,19 @@ class Graph:
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
         self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
-        self.counts, self.nbytes, self.sums = Counter[Any](), Counter[Any](), cast(Any, Counter())
-        self.seconds, self.links = dict[Any, list[int]](), dict[str, Link]()
+        self.seconds = defaultdict[Any, list[float]](lambda: [0.0] * (len(SECONDS) + 1))
+        self.counts, self.nbytes, self.links = Counter[Any](), Counter[Any](), dict[str, Link]()
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
-        self.rooms = dict[Any, Any]()  # by pool: loads that wait, stores, leases that stores have
+        self.rooms = dict[Any, Any]()  # by pool: loads that wait, stores that do, leases of stores
 
-    def link(self, name: str, width: int = 1, **terms: Any) -> Link:
-        """The link of that name, made if there is none; what stands before ":" is its tier. Its
-        workers begin at most ``max_gbps`` 10^9 bytes a second, and it is slow while a node has run
-        for more than ``stall_seconds`` (10)."""
+    def link(
+        self, name: str, width: int = 1, max_gbps: float | None = None, stall_seconds: float = 10.0
+    ) -> Link:
+        """The link of that name, made if there is none; what stands before ":" is its tier."""
         with self.lock:
-            return self.links.setdefault(name, Link(self, name, width, **terms))
+            link = Link(self, name, width, max_gbps, stall_seconds)
+            return self.links.setdefault(name, link)
 
     def submit(
         self, nodes: Sequence[Node], *, priority: str = "normal", deadline: float | None = None
@@ -254,7 +239,7 @@ class Graph:
                 if node.background and node.link and node.link.slow:
                     self.cancel(node, "dropped")
             self.todo += [node for node in nodes if not node.waits and node.state == "waiting"]
-            self._settle()
+            self.settle()
 
     def cancel(self, node: Node, state: str = "cancelled") -> bool:
         """End a node that does not run and, in turn, what it follows if nobody else does; a gate
@@ -269,8 +254,8 @@ class Graph:
                     nodes += [x for x, *_ in node.after if all(y.cut for y in x.followers)]
                     if node.link:
                         found = True
-                        self._end(node, False, state, error)
-            self._settle()
+                        self.end(node, False, state, error)
+            self.settle()
         return found
 
     def sweep(self) -> float:
@@ -282,7 +267,7 @@ class Graph:
                 self.cancel(node, state)
         return now
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Go on with nodes for which all that they follow has ended."""
         while self.todo:
             node = self.todo.pop()
@@ -298,13 +283,13 @@ class Graph:
                     left[np.asarray(mine)[~landed[theirs]] if landed is not False else mine] = False
             node.left, lease = left, node.lease
             if not node.link or left is False or (left is not True and not left.any()):
-                self._end(node, False if node.link else left, "landed")
+                self.end(node, False if node.link else left, "landed")
             elif not lease or lease.items is not None or not lease.count:
                 node.link.push(node)
             else:
                 node.state = "room"
                 heappush(self.timers, (lease.until, node.number, "dropped", node))
-                room = self.rooms.setdefault(lease.pool, ([], [], []))
+                room = self.rooms.setdefault(lease.pool, [[], [], 0])
                 heappush(room[lease.store], (node.due, node.number, node))
                 self.grant(lease.pool)
 
@@ -312,7 +297,8 @@ class Graph:
         """Grant leases, in order; to be called if items of a pool came free but not from a lease.
         Loads pass a store that waits for other stores, but none that waits for loads."""
         with self.lock:
-            *heaps, stores = self.rooms.get(pool, ([],))
+            room = self.rooms.get(pool, [])
+            heaps = room[:2]
             while heaps := [heap for heap in heaps if heap]:
                 heap = min(heaps)
                 node = heap[0][2]
@@ -320,14 +306,14 @@ class Graph:
                 if node.state == "room" and lease.items is None:
                     lease.items = pool.take(lease.count, lease.store)
                     if lease.items is None:
-                        heaps = [x for x in heaps if x is not heap and (stores or not lease.store)]
+                        heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
                         continue
-                    stores += [lease] * lease.store
+                    room[2] += lease.store
                 heappop(heap)
                 if node.state == "room":
                     node.link.push(node)
 
-    def _end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
+    def end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
         """Note how a node ended, and what does not wait for it any more."""
         node.error, node.mask, node.state = node.error or error, landed | node.base, state
         self.live.discard(node)
@@ -345,16 +331,12 @@ class Graph:
         if lease := node.lease:
             lease.users -= 1
             if not lease.users:
-                self._give(lease)
-
-    def _give(self, lease: Lease) -> None:
-        if lease.ended:
-            lease.ended(lease)
-        if lease.items:
-            lease.pool.give(lease.items)
-            if lease.store:
-                self.rooms[lease.pool][2].remove(lease)
-        self.grant(lease.pool)
+                if lease.ended:
+                    lease.ended(lease)
+                if lease.items:
+                    lease.pool.give(lease.items)
+                    self.rooms[lease.pool][2] -= lease.store
+                self.grant(lease.pool)
 
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to what `statistics` tells."""
@@ -368,14 +350,14 @@ class Graph:
         with self.lock:
             links, times = self.links.values(), self.seconds.items()
             buckets = {
-                (*k, le): n for k, x in times for le, n in zip(BOUNDS, accumulate(x), strict=True)
+                (*k, le): n for k, x in times for le, n in zip(BOUNDS, accumulate(x), strict=False)
             }
             return {
                 "tier_blocks_total": rows("tier op result", self.counts),
                 "tier_bytes_total": rows("tier op", self.nbytes),
                 "tier_seconds_bucket": rows("tier op le", buckets),
-                "tier_seconds_sum": rows("tier op", self.sums),
-                "tier_seconds_count": rows("tier op", {k: sum(x) for k, x in times}),
+                "tier_seconds_sum": rows("tier op", {k: x[-1] for k, x in times}),
+                "tier_seconds_count": rows("tier op", {k: sum(x[:-1]) for k, x in times}),
                 "link_queue_bytes": rows("link", {(x.name,): x.queued_bytes for x in links}),
                 "link_oldest_seconds": rows("link", {(x.name,): x.oldest_wait for x in links}),
                 "link_slow": rows("link", {(x.name,): x.slow for x in links}),

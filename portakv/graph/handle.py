@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The handle of a transfer that a graph carries out, for the caller of a block store."""
+"""The handle of blocks that a graph moves, for the caller of a block store."""
 
 from __future__ import annotations
 
@@ -8,68 +8,30 @@ from typing import Any, cast
 
 import torch
 
-from portakv.errors import PortaKVError, TransferCancelled, TransferError
+from portakv.errors import TransferCancelled, TransferError
 from portakv.graph.graph import Graph, Node
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
 
-class _End(Completion):
-    """The end of a gate, which holds ``kept`` until then."""
-
-    __slots__ = ("gate", "skip")
-
-    def __init__(self, gate: Node, skip: bool, kept: object) -> None:
-        super().__init__(pendings=(cast(Pending, gate),), kept=kept)
-        self.gate, self.skip = gate, skip
-
-    def wait(self, stream: torch.Stream | None) -> None:
-        """Block the host; raises for blocks that a stream would wait for in vain."""
-        super().wait(stream)
-        if (failure := self._failure()) is not None:
-            raise failure
-
-    def _settle(self) -> None:
-        super()._settle()
-        self.error = self.error or self._failure()
-
-    def _failure(self) -> PortaKVError | None:
-        landed, cause = self.gate.landed, self.gate.error
-        if self.gate.graph.process.forked:
-            landed[:], cause = False, TransferError("This process was forked; ask in the parent.")
-        cancelled = isinstance(cause, TransferCancelled)
-        if landed.all() or (self.skip and not cancelled):
-            return None
-        kind = TransferCancelled if cancelled else TransferError
-        why = cause or "No tier has the others; ask for missing='skip' if that is no error."
-        found = kind(f"{landed.sum()} of {len(landed)} blocks landed. {why}")
-        found.__cause__ = cause
-        return found
-
-
 class Handle(Transfer):
-    """A transfer of blocks, which ends with a gate.
+    """A transfer that ends with a gate, and holds ``kept`` until then. If blocks did not land, its
+    end raises `TransferError`, unless they are ``missing="skip"``; `TransferCancelled` if it was
+    cancelled. ``layers``: the gate of each layer, which becomes a handle in the attribute."""
 
-    Args:
-        layers: gates of the single layers; missing: "skip" if blocks that do not land are no error;
-            kept: what must live until the end.
-
-    Attributes:
-        layers: a handle for each layer; cancelled: a `cancel` left blocks that will not be moved.
-    """
-
-    __slots__ = ("_gates", "_graph", "cancelled", "layers")
+    __slots__ = ("_gates", "_graph", "_skip", "cancelled", "layers")
 
     def __init__(
         self,
         graph: Graph,
         gate: Node,
-        layers: Sequence[Node] | None = None,
+        layers: Sequence[Node] = (),
         missing: str = "raise",
         kept: object = None,
     ) -> None:
-        super().__init__((_End(gate, missing == "skip", kept),))
-        self.layers = [Handle(graph, one, missing=missing) for one in layers or ()]
-        self._graph, self._gates, self.cancelled = graph, (*(layers or ()), gate), False
+        super().__init__((Completion(pendings=(cast(Pending, gate),), kept=kept),))
+        self.layers = [Handle(graph, layer, missing=missing) for layer in layers or ()]
+        self._graph, self._gates, self._skip = graph, (*(layers or ()), gate), missing == "skip"
+        self.cancelled = False
 
     @property
     def landed(self) -> Any:
@@ -78,7 +40,21 @@ class Handle(Transfer):
 
     def cancel(self) -> bool:
         """Let no further block begin; True if some will not be moved."""
-        # All gates are asked: each of them keeps what the others follow.
-        left = [self._graph.cancel(gate) for gate in self._gates]
+        left = [self._graph.cancel(gate) for gate in self._gates]  # each keeps what it follows
         self.cancelled = self.cancelled or any(left)
         return any(left)
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Block the host, as nothing is on a stream any more when it ends; raises as `done`."""
+        super().wait(stream)
+        self._finish()
+
+    def _finish(self) -> None:
+        super()._finish()
+        landed, cause = self.landed, self._gates[-1].error
+        if self._graph.process.forked:
+            landed[:], cause = False, TransferError("It goes on in the process that was forked.")
+        kind = TransferCancelled if isinstance(cause, TransferCancelled) else TransferError
+        if not (landed.all() or (self._skip and kind is TransferError)):
+            why = cause or "No tier has the others; missing='skip' makes that no error."
+            raise kind(f"{landed.sum()} of {len(landed)} blocks landed. {why}") from cause

@@ -12,27 +12,24 @@ KINDS = {"total": "counter", "bucket": "histogram", "sum": "histogram", "count":
 
 
 class Collector:
-    """What ``prometheus_client.REGISTRY.register`` takes; ``source`` is a graph, a block store, or
-    what else has ``statistics()`` as `Graph` has it. Raises `Unsupported` without the package."""
+    """What ``prometheus_client.REGISTRY.register`` takes; ``source`` has ``statistics()`` as
+    `Graph` has it. Raises `Unsupported` if the package is not installed."""
 
     def __init__(self, source: Any) -> None:
         try:
             from prometheus_client.core import Metric
-        except ImportError:
-            why = "prometheus_client is not installed; install portakv[metrics]"
-            raise Unsupported("Figures for Prometheus", why) from None
-        self._source, self._metric = source, Metric
+        except ImportError as error:
+            raise Unsupported("Figures for Prometheus", "install portakv[metrics]") from error
+        self.source, self.metric = source, Metric
 
     def collect(self) -> Iterator[Any]:
         """Each family of figures, as they are now."""
         families: dict[str, Any] = {}
-        for name, samples in self._source.statistics().items():
-            front, _, end = name.rpartition("_")
-            name, family = f"portakv_{name}", f"portakv_{front if end in KINDS else name}"
-            if family not in families:
-                told = family.replace("_", " ")
-                families[family] = self._metric(family, told, KINDS.get(end, "gauge"))
+        for name, samples in self.source.statistics().items():
+            front, _, end = f"portakv_{name}".rpartition("_")
+            family = front if end in KINDS else f"portakv_{name}"
+            kind = KINDS.get(end, "gauge")
+            metric = families.setdefault(family, self.metric(family, family, kind))
             for labels in samples:
-                value = labels.pop("value")
-                families[family].add_sample(name, labels, float(value))
+                metric.add_sample(f"portakv_{name}", labels, float(labels.pop("value")))
         yield from families.values()

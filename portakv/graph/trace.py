@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ran when, for people: the last nodes of a graph, as a file that ui.perfetto.dev opens."""
+"""What ran when, for people: the last nodes of a graph, in a file that ui.perfetto.dev opens."""
 
 from __future__ import annotations
 
@@ -9,39 +9,30 @@ from typing import Any
 
 
 class Trace:
-    """The last ``limit`` nodes that ran: on which link and worker, from when to when."""
+    """The last nodes that ran, as (name, link, worker, start and end in seconds, {"node": number,
+    "blocks", "bytes"}, numbers of what it followed)."""
 
     def __init__(self, limit: int) -> None:
-        self._ran: deque[Any] = deque(maxlen=limit)
-
-    def add(self, node: Any, link: str, worker: int, start: float, end: float) -> None:
-        """Remember a node, before it forgets what it followed."""
-        after = [before.number for before, *_ in node.after]
-        told = {"node": node.number, "blocks": node.blocks, "bytes": node.nbytes}
-        self._ran.append((node.name, link, worker, start * 1e6, end * 1e6, told, after))
+        self.ran: deque[tuple[Any, ...]] = deque(maxlen=limit)
 
     def events(self) -> list[dict[str, Any]]:
-        """Chrome's events: a process for each link, a thread for each worker, flows from a node to
-        those that followed it; times in microseconds."""
-        ran, events, ends = tuple(self._ran), list[dict[str, Any]](), dict[int, dict[str, Any]]()
-        pids = {link: pid for pid, link in enumerate(sorted({x[1] for x in ran}))}
-        for link, pid in pids.items():
+        """Chrome's events: a process for each link, a thread for each worker, a flow from a node to
+        each that followed it."""
+        ran, events, ends = tuple(self.ran), list[Any](), dict[int, Any]()
+        links = list(dict.fromkeys(node[1] for node in ran))
+        for pid, link in enumerate(links):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": link}})
-        for name, link, worker, start, end, told, after in ran:
-            place = {"pid": pids[link], "tid": worker, "cat": "portakv"}
-            events.append(
-                {**place, "ph": "X", "name": name, "ts": start, "dur": end - start, "args": told}
-            )
-            for number in [number for number in after if number in ends]:
-                flow = {"name": "after", "id": f"{number}-{told['node']}"}
-                events += (
-                    {**ends[number], **flow},
-                    {**place, **flow, "ph": "f", "bp": "e", "ts": start},
-                )
-            ends[told["node"]] = {**place, "ph": "s", "ts": end}
+        for name, link, worker, start, end, told, followed in ran:
+            here = {"pid": links.index(link), "tid": worker, "cat": "node", "ts": start * 1e6}
+            done = {"ph": "X", "name": name, "dur": (end - start) * 1e6, "args": told}
+            events.append({**here, **done})
+            for before in filter(ends.get, followed):
+                flow = {"name": "after", "id": f"{before}-{told['node']}"}
+                events += {**ends[before], **flow}, {**here, **flow, "ph": "f", "bp": "e"}
+            ends[told["node"]] = {**here, "ph": "s", "ts": end * 1e6}
         return events
 
     def write(self, path: Any) -> None:
         """Write them into a file."""
         with open(path, "w", encoding="utf-8") as file:
-            json.dump({"traceEvents": self.events(), "displayTimeUnit": "ms"}, file)
+            json.dump({"traceEvents": self.events()}, file)

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a caller learns of the blocks that a graph moves."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from portakv.errors import TransferCancelled, TransferError, TransferTimeout
+from portakv.graph.graph import Graph, Node
+from portakv.graph.handle import Handle
+
+
+@pytest.fixture
+def graph() -> Iterator[Graph]:
+    graph = Graph()
+    yield graph
+    assert graph.close(30.0)
+
+
+def submitted(graph: Graph, work: Any, blocks: int = 3, **terms: Any) -> Handle:
+    """A handle of one node and its gate."""
+    node = Node(work, blocks, link=graph.link("disk"))
+    gate = Node(None, blocks, after=[node])
+    graph.submit([node, gate], priority="urgent")
+    return Handle(graph, gate, **terms)
+
+
+def test_all_landed(graph: Graph) -> None:
+    handle = submitted(graph, lambda node, mask: None, kept=object())
+    handle.wait()
+    handle.synchronize()
+    assert handle.done()
+    assert handle.landed.tolist() == [True] * 3
+    assert handle.completions[0].kept is None
+
+
+@pytest.mark.parametrize("call", ["synchronize", "wait", "done"])
+def test_blocks_that_are_missing_raise_unless_they_may(graph: Graph, call: str) -> None:
+    """Fault 55, in the graph's sense: it says exactly which."""
+    for mask in ([False, True, True], [True, False, True], [True, True, False]):
+        raises = submitted(graph, lambda node, mask, mine=mask: mine)
+        skips = submitted(graph, lambda node, mask, mine=mask: mine, missing="skip")
+        skips.synchronize()  # and by then the other has ended as well
+        with pytest.raises(TransferError, match=r"^2 of 3 blocks landed\. No tier has"):
+            getattr(raises, call)()
+        assert skips.landed.tolist() == raises.landed.tolist() == mask
+
+
+def test_the_first_cause_is_named(graph: Graph) -> None:
+    handle = submitted(graph, lambda node, mask: 1 // 0)
+    with pytest.raises(TransferError, match=r"0 of 3 .*division") as caught:
+        handle.synchronize()
+    assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize("missing", ["raise", "skip"])
+def test_cancel_is_told(graph: Graph, missing: str) -> None:
+    go = threading.Event()
+    running = submitted(graph, lambda node, mask: go.wait(30) and None)
+    queued = submitted(graph, lambda node, mask: None, missing=missing)
+    assert not running.cancel() or running.cancelled  # it may not have begun
+    assert (queued.cancel(), queued.cancelled, queued.cancel()) == (True, True, False)
+    with pytest.raises(TransferCancelled):
+        queued.synchronize()
+    go.set()
+
+
+def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
+    go, disk = threading.Event(), graph.link("disk")
+    first = Node(lambda node, mask: None, 2, link=disk)
+    second = Node(lambda node, mask: go.wait(30) and None, 2, link=disk)
+    third = Node(lambda node, mask: None, 2, link=disk)
+    parts = [[first], [first, second], [second, third]]  # segments that layers share
+    layers = [Node(None, 2, after=part) for part in parts]
+    gate = Node(None, 2, after=[first, second, third])
+    graph.submit([first, second, third, *layers, gate])
+    handle = Handle(graph, gate, layers)
+    handle.layers[0].synchronize(30.0)
+    with pytest.raises(TransferTimeout):
+        handle.layers[1].synchronize(0.01)
+    assert handle.cancel()
+    go.set()
+    handle.layers[1].synchronize()
+    with pytest.raises(TransferCancelled):
+        handle.layers[2].synchronize()
+    with pytest.raises(TransferCancelled):
+        handle.synchronize()
+
+
+def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
+    """Fault 16."""
+    go, main = threading.Event(), threading.main_thread().ident or 0
+
+    def work(node: Node, mask: Any) -> None:
+        signal.pthread_kill(main, signal.SIGINT)  # as the terminal's Ctrl-C comes
+        assert go.wait(30)
+
+    handle = submitted(graph, work)
+    with pytest.raises(KeyboardInterrupt):
+        handle.synchronize()
+    go.set()
+    handle.synchronize()
+    assert handle.landed.all()

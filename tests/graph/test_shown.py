@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a graph shows of itself: figures, for Prometheus too, and a trace."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from portakv.errors import Unsupported
+from portakv.graph.graph import Graph, Node
+from portakv.graph.prometheus import Collector
+
+
+def ran() -> Graph:
+    """A graph on which a read of a disk and what followed it ran."""
+    graph = Graph()
+    read = Node(lambda node, mask: None, 2, link=graph.link("disk:/a", 2), name="read", nbytes=10)
+    leg = Node(lambda node, mask: None, 2, link=graph.link("device"), name="copy", after=[read])
+    graph.submit([read, leg])
+    assert leg.wait(30.0)
+    assert graph.close()
+    graph.count("disk", "read", "hit", 2, 20)
+    graph.count("disk", "read", "miss")
+    return graph
+
+
+def test_prometheus_reads_every_figure() -> None:
+    class Source:
+        def statistics(self) -> dict[str, Any]:
+            return {**graph.statistics(), "staging_bytes": [{"state": "free", "value": 4096}]}
+
+    graph, registry = ran(), CollectorRegistry()
+    registry.register(Collector(Source()))
+    text = generate_latest(registry).decode()
+    families = {x.name: x for x in text_string_to_metric_families(text)}
+    found = {
+        (x.name, *sorted(x.labels.values())): x.value for y in families.values() for x in y.samples
+    }
+    assert found["portakv_tier_bytes_total", "disk", "read"] == 20
+    assert found["portakv_tier_blocks_total", "disk", "hit", "read"] == 2
+    assert found["portakv_tier_blocks_total", "disk", "miss", "read"] == 1
+    assert found["portakv_tier_seconds_bucket", "+Inf", "disk", "read"] == 1
+    assert found["portakv_tier_seconds_count", "copy", "device"] == 1
+    assert 0 < found["portakv_tier_seconds_sum", "copy", "device"] < 30
+    assert found["portakv_link_queue_bytes", "disk:/a"] == 0
+    assert found["portakv_staging_bytes", "free"] == 4096
+    assert {x.name: x.type for x in families.values()} == {
+        "portakv_tier_blocks": "counter",
+        "portakv_tier_bytes": "counter",
+        "portakv_tier_seconds": "histogram",
+        "portakv_link_queue_bytes": "gauge",
+        "portakv_link_oldest_seconds": "gauge",
+        "portakv_link_slow": "gauge",
+        "portakv_staging_bytes": "gauge",
+    }
+
+
+def test_without_the_package_a_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
+    with pytest.raises(Unsupported, match=r"portakv\[metrics\]"):
+        Collector(Graph())
+
+
+def test_figures_can_be_written_as_json() -> None:
+    assert json.loads(json.dumps(ran().statistics()))["link_slow"][0] == {
+        "link": "disk:/a",
+        "value": False,
+    }
+
+
+def test_a_trace_has_the_form_that_perfetto_opens(tmp_path: Path) -> None:
+    """Each event has what its phase needs, and a flow leads from a node's end to the next one."""
+    ran().trace.write(tmp_path / "trace.json")
+    events = json.loads((tmp_path / "trace.json").read_text(encoding="utf-8"))["traceEvents"]
+    needs = {"M": {"args"}, "X": {"ts", "dur"}, "s": {"ts", "id"}, "f": {"ts", "id", "bp"}}
+    for event in events:
+        assert {"name", "pid", *needs[event["ph"]]} <= event.keys()
+    links = {x["pid"]: x["args"]["name"] for x in events if x["ph"] == "M"}
+    read, copy = [x for x in events if x["ph"] == "X"]
+    assert [links[read["pid"]], links[copy["pid"]]] == ["disk:/a", "device"]
+    assert (read["name"], read["args"]) == ("read", {"node": 1, "blocks": 2, "bytes": 10})
+    start, end = [x for x in events if x["ph"] in "sf"]
+    assert (start["id"], start["name"], start["cat"]) == (end["id"], end["name"], end["cat"])
+    assert (start["pid"], end["pid"]) == (read["pid"], copy["pid"])
+    assert start["ts"] == pytest.approx(read["ts"] + read["dur"])
+    assert end["ts"] == copy["ts"]
+
+
+def test_a_trace_keeps_the_last_nodes_alone() -> None:
+    graph = Graph(trace_events=3)
+    nodes = [Node(lambda node, mask: None, 1, link=graph.link("any")) for _ in range(9)]
+    graph.submit(nodes)
+    assert all(node.wait(30.0) for node in nodes)
+    assert [x["args"]["node"] for x in graph.trace.events() if x["ph"] == "X"] == [7, 8, 9]
+    assert graph.close()
