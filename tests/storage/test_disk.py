@@ -10,6 +10,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -218,6 +219,33 @@ def test_evicted_while_it_is_read(shelf: Open) -> None:
     io.fail = crowd
     assert load(one, KEYS[1:2]) == [True]
     assert one.has(KEYS[:6]) == [False, True, False, False, False, True]
+
+
+@pytest.mark.parametrize("steps", [300, pytest.param(20_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("io", ["ring", "threads"])
+def test_threads_at_once(shelf: Open, io: str, steps: int) -> None:
+    """Saves, loads, evictions and damage at random from four threads: what lands is right, and at
+    the end each slot is in use or free."""
+    one = shelf(io=io, blocks=10)
+    path = one.parts[0][0].folder / "slots"
+
+    def work(seed: int) -> None:
+        draw = random.Random(seed)
+        for _ in range(steps):
+            keys = draw.sample(KEYS[:20], draw.randint(1, 4))
+            if draw.random() < 0.5:
+                save(one, keys, draw.randint(1, 100))
+            elif draw.random() < 0.9:
+                load(one, keys)
+            else:
+                flip(path, draw.randrange(10 * FORM.image_bytes))
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert save(one, KEYS[20:30], 1) == [True] * 10
+    assert load(one, KEYS[20:30]) == [True] * 10
+    one.close()
+    assert load(shelf(io=io, blocks=10), KEYS[20:30]) == [True] * 10
 
 
 def test_a_read_that_comes_too_late(shelf: Open) -> None:

@@ -276,6 +276,16 @@ def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch
     opened(folder).close()
 
 
+def test_a_device_that_is_full(small_device: Path) -> None:
+    """A store that was made has its space: it opens, and overwrites."""
+    opened(small_device / "x", 64).close()
+    free = os.statvfs(small_device).f_bavail * os.statvfs(small_device).f_frsize
+    (small_device / "other").write_bytes(bytes(free))
+    assert os.statvfs(small_device).f_bavail == 0
+    with closing(opened(small_device / "x", 64)) as slots:
+        assert all(put(slots, key, 1) for key in KEYS[:70])
+
+
 @pytest.mark.parametrize("moved", [OSError(errno.ENOSPC, "no space"), 100])
 def test_no_room_in_the_table(
     folder: Path, monkeypatch: pytest.MonkeyPatch, moved: OSError | int
