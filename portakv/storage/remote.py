@@ -220,7 +220,8 @@ class Shelf:
             tag = found.meta["e_tag"]
             if found.meta["size"] != form.image_bytes:
                 return "fault", tag
-            for piece in found.stream(PIECE):
+            small = end - at <= PIECE + HEADER  # a stream would copy it once more
+            for piece in (found.bytes(),) if small else found.stream(PIECE):
                 row[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
                 at += len(piece)
                 if stop is not None and stop():
