@@ -141,23 +141,20 @@ class DiskShelf:
             ends = [HEADER + -(-(x.offset + x.nbytes) // PAGE) * PAGE for x in parts]
             starts = [HEADER + x.offset if x.offset else 0 for x in parts]
             spans = list(zip(starts, ends, strict=True))
+        late, moved = stop is not None and stop(), list[int]()
         try:
-            late = stop is not None and stop()
             asks = [
                 Request(slots.fd, slots.offset(at.slot) + a, rows[i].ctypes.data + a, b - a, False)
                 for i, slots, at in found
                 for a, b in spans
             ]
             moved = [] if late else self.engine.run(asks)
-            for n, (i, slots, at) in enumerate(found[: len(moved)]):
-                got = moved[n * len(spans) : (n + 1) * len(spans)]
-                whole = got == [b - a for a, b in spans]
+            for n, (i, _, at) in enumerate(found[: len(moved)]):
+                whole = moved[n * len(spans) :][: len(spans)] == [b - a for a, b in spans]
                 landed[i] = whole and self._right(rows[i], keys[i], at, segments)
-                if not landed[i]:
-                    slots.drop(keys[i], at)
         finally:
-            for _, slots, at in found:
-                slots.unpin(at)
+            for i, slots, at in found:
+                slots.unpin(at, good=landed[i] or not moved)
         hits, there = sum(landed), len(found)
         self.graph.count(self.tier, "load", "hit", hits, hits * sum(b - a for a, b in spans))
         self.graph.count(self.tier, "load", "late" if late else "fault", there - hits)

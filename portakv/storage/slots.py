@@ -11,7 +11,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 from weakref import WeakSet
@@ -179,22 +179,21 @@ class Slots:
             generation, _, many, *sums = self._records[slot, GENERATION:].tolist()
             return Entry(slot, generation, tuple(sums[:many]))
 
-    def unpin(self, entry: Entry) -> None:
-        """Let go of a pin; with the last one a slot that was dropped is free."""
-        slot = entry.slot
+    def unpin(self, entry: Entry, good: bool = True) -> None:
+        """Let go of a pin. A block that is no ``good`` is forgotten; its slot is free when the last
+        pin goes."""
+        slot, held = entry.slot, self._records[entry.slot, :GENERATION].tobytes()
+        with self._change:
+            if not good and self._index.get(held) == slot:
+                del self._index[held]
+        if not good:
+            self._put(slot)
         with self._change:
             self._pins[slot] -= 1
             if not self._pins[slot]:
                 del self._pins[slot]
-                if self._index.get(self._records[slot, :GENERATION].tobytes()) != slot:
+                if self._index.get(held) != slot:
                     self._free.append(slot)
-
-    def drop(self, key: bytes, entry: Entry) -> None:
-        """Forget a pinned block, which could not be read or failed its checks."""
-        with self._change:
-            if self._index.get(key) == entry.slot:
-                self._forget(key)
-        self._put(entry.slot)
 
     def take(self, key: bytes) -> int | None:
         """A slot for a block, its record zeroed; None if all others are pinned, the key is not
@@ -283,9 +282,4 @@ _opened: WeakSet[Slots] = WeakSet()
 @cache
 def _watch_forks() -> None:
     """A child's copies of the files would hold the parent's lock: the child closes them."""
-
-    def close() -> None:
-        for slots in list(_opened):
-            slots.close(sync=False)
-
-    os.register_at_fork(after_in_child=close)
+    os.register_at_fork(after_in_child=lambda: [*map(partial(Slots.close, sync=False), _opened)])

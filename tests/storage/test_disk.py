@@ -22,6 +22,7 @@ from support import slot_cases as cases
 from support.slot_cases import FORM, KEYS, LARGE, Faulty, Tally
 
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
+from portakv.graph.graph import Graph
 from portakv.storage import image
 from portakv.storage.disk import Disk, DiskShelf
 from portakv.storage.engine import Engine
@@ -115,6 +116,17 @@ def test_segments_alone(shelf: Open) -> None:
     assert one.read(KEYS[:2], [*cases.images(2, LARGE)], [0]) == [True, True]
     assert one.read(KEYS[:2], [*cases.images(2, LARGE)], [0, 1]) == [False, True]
     assert one.has(KEYS[:2]) == [False, True]
+
+
+def test_links_and_counts_of_a_graph(shelf: Open) -> None:
+    graph = Graph()
+    one = shelf(FORM, "a", "b", graph=graph, workers=3)
+    save(one, KEYS[:2])
+    assert [link.width for link in graph.links.values()] == [3, 3]
+    assert one.link_for_write(1) in graph.links.values()
+    assert graph.counts["disk", "save", "hit"] == 2
+    assert graph.nbytes["disk", "save"] == 2 * FORM.image_bytes
+    graph.close()
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:
