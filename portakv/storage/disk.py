@@ -87,10 +87,10 @@ class Disk:
                     shelves.append(DiskShelf(graph, form, parts, engine, own, told, shelves))
                     notes = []
             undo.pop_all()
-        return shelves
+        return [*shelves]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class DiskShelf:
     """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier."""
 

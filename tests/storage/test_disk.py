@@ -299,14 +299,14 @@ def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
     (tmp_path / "a" / "junk" / "form.json").write_text("{}")
     tier = disk(tmp_path / "a", tmp_path / "none", io=Faulty())
     assert {*tier.forms(heads[3])} == {*heads[:3]}
-    own, *others = tier.open(GRAPH(), NO_ROWS, [heads[3], *tier.forms(heads[3])])
+    own, *others = every = tier.open(GRAPH(), NO_ROWS, [heads[3], *tier.forms(heads[3])])
     assert (own.form, own.writable) == (heads[3], True)
     assert {each.form for each in others} == {*heads[:2]}
     assert not any(each.writable for each in others)
     assert [load(each, KEYS[:2]) for each in others] == [[True, True]] * 2
     assert any("has it open" in note for note in own.notes)
     engine: Any = tier.io
-    for each in (own, *others):
+    for each in every:
         assert not engine.closed
         each.close()
     assert engine.closed
