@@ -8,11 +8,10 @@ import atexit
 import threading
 import time
 from bisect import bisect_left
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from heapq import heappop, heappush
-from itertools import accumulate
 from typing import Any, cast
 
 import numpy as np
@@ -25,13 +24,8 @@ from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 #: Seconds after its submission at which a node of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Bounds of the histogram of the seconds that nodes ran.
-SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, np.inf)
-BOUNDS = [*map(str, SECONDS[:-1]), "+Inf"]
-
-
-def rows(labels: str, figures: Mapping[Any, float]) -> list[dict[str, Any]]:
-    """Each figure as its labels and its value."""
-    return [{**dict(zip(labels.split(), k, strict=True)), "value": n} for k, n in figures.items()]
+SECONDS = (0.001, 0.01, 0.1, 1.0, 10.0)
+BOUNDS = (*map(str, SECONDS), "+Inf")
 
 
 @dataclass(eq=False)
@@ -44,7 +38,7 @@ class Lease:
     pool: Any
     count: int  # 0: it needs none
     store: bool = False
-    until: float = np.inf
+    until: float | None = None
     ended: Callable[[Lease], object] | None = None
     items: Any = None  # once granted
     users: int = 0  # nodes that name it and did not end
@@ -65,7 +59,7 @@ class Node:
     work: Any
     blocks: int
     _: KW_ONLY
-    link: Link | None = None
+    link: Any = None
     nbytes: int = 0
     after: Sequence[Any] = ()
     rescue: bool = False
@@ -113,7 +107,7 @@ class Link:
         self.graph, self.name, self.width, self.stall = graph, name, max(1, width), stall_seconds
         self.limit = RateLimit(max_gbps, graph.clock) if max_gbps else None
         self.tier, self.change = name.partition(":")[0], threading.Condition(graph.lock)
-        self.queued_bytes = self.idle = self.background = self.workers = 0
+        self.queued_bytes = self.background = self.workers = 0
         # (due, number, node), and those of the background; since when what runs does, in order.
         self.heaps, self.running = (list[Any](), list[Any]()), dict[Node, float]()
 
@@ -133,15 +127,13 @@ class Link:
         """Have a worker run a node in its turn."""
         node.state, node.since = "queued", self.graph.clock()
         heappush(self.heaps[node.background], (node.due, node.number, node))
-        if self.idle:
-            self.idle -= 1
-            self.change.notify()
-        elif self.workers < self.width:
+        self.change.notify()
+        if self.workers < self.width:
             atexit.register(self.graph.close)  # once more, as memory must not go before a worker
             self.workers += 1
-            thread = threading.Thread(target=self.serve, args=(self.workers,), daemon=True)
-            self.graph.threads.append(thread)
-            thread.start()
+            terms = self.serve, f"portakv {self.name}", (self.workers,)
+            self.graph.threads.append(threading.Thread(None, *terms, daemon=True))
+            self.graph.threads[-1].start()
 
     def next(self) -> Node | None:
         """Wait for a node, which runs from now on; None if the graph is closed."""
@@ -156,7 +148,6 @@ class Link:
                         return node
                 if self.graph.closed.is_set():
                     return None
-                self.idle += 1
                 self.change.wait()
 
     def serve(self, worker: int) -> None:
@@ -175,12 +166,11 @@ class Link:
             with graph.lock:
                 start, end = self.running.pop(node), graph.clock()
                 self.background -= node.background
-                told = {"node": node.number, "blocks": node.blocks, "bytes": node.nbytes}
-                after = [before.number for before, *_ in node.after]
-                graph.trace.ran.append((node.name, self.name, worker, start, end, told, after))
-                seconds = graph.seconds[self.tier, node.name]
-                seconds[bisect_left(SECONDS, end - start)] += 1
-                seconds[-1] += end - start  # the sum
+                graph.trace.add(node, self.name, worker, start, end)
+                graph.counts["tier_seconds_sum", self.tier, node.name] += end - start
+                graph.counts["tier_seconds_count", self.tier, node.name] += 1
+                for bound in BOUNDS[bisect_left(SECONDS, end - start) :]:
+                    graph.counts["tier_seconds_bucket", self.tier, node.name, bound] += 1
                 graph.end(node, all_of, "failed" if error else "landed", error)
                 graph.settle()
                 graph.sweep()
@@ -193,8 +183,7 @@ class Graph:
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
         self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
-        self.seconds = defaultdict[Any, list[float]](lambda: [0.0] * (len(SECONDS) + 1))
-        self.counts, self.nbytes, self.links = Counter[Any](), Counter[Any](), dict[str, Link]()
+        self.counts, self.links = defaultdict[Any, float](int), dict[str, Link]()
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
         self.rooms = dict[Any, Any]()  # by pool: loads that wait, stores that do, leases of stores
@@ -214,25 +203,32 @@ class Graph:
         now those that nobody follows are cancelled. Raises `TransferError` after `close`, in a
         forked process, or for an unknown priority."""
         if self.process.forked or self.closed.is_set() or priority not in SLACK:
-            raise TransferError(
-                f"Work of priority {priority!r} was given to a graph; expected one of "
-                f"{', '.join(SLACK)}, and a graph that this process made and did not close."
-            )
+            terms = f"{', '.join(SLACK)}, and a graph that this process made and did not close"
+            raise TransferError(f"Work of priority {priority!r} was asked for; expected {terms}.")
         with self.lock:
             now, by = self.clock(), np.inf if deadline is None else deadline
             for node in nodes:
                 kind, self.number = node.priority or priority, self.number + 1
                 node.graph, node.state, node.number = self, "waiting", self.number
                 node.background, node.due = kind == "background", now + min(by, SLACK[kind])
-                before = [x for x, *_ in node.after if x.mask is None]
-                node.waits = len(before)
-                for one in before:
-                    one.followers.append(node)
                 self.live.add(node)
                 if node.link:
                     node.link.queued_bytes += node.nbytes
                 if node.lease:
                     node.lease.users += 1
+                before = [x for x, *_ in node.after if x.mask is None]
+                node.waits = len(before)
+                for one in before:
+                    one.followers.append(node)
+                while (
+                    before
+                ):  # what another transfer began is due as early as what now waits for it
+                    one = before.pop()
+                    if one.due > node.due and one.mask is None and one.state != "running":
+                        one.due, one.background = node.due, False
+                        before += [x for x, *_ in one.after]
+                        if one.state in ("room", "queued"):
+                            self.place(one)
             for node in nodes:
                 if by < np.inf and not node.followers:
                     heappush(self.timers, (now + by, node.number, "late", node))
@@ -281,17 +277,23 @@ class Graph:
                 elif landed is not True:
                     left = np.full(node.blocks, True) & left
                     left[np.asarray(mine)[~landed[theirs]] if landed is not False else mine] = False
-            node.left, lease = left, node.lease
-            if not node.link or left is False or (left is not True and not left.any()):
-                self.end(node, False if node.link else left, "landed")
-            elif not lease or lease.items is not None or not lease.count:
-                node.link.push(node)
+            node.left = left
+            if node.link and left is not False and (left is True or left.any()):
+                self.place(node)
             else:
-                node.state = "room"
-                heappush(self.timers, (lease.until, node.number, "dropped", node))
-                room = self.rooms.setdefault(lease.pool, [[], [], 0])
-                heappush(room[lease.store], (node.due, node.number, node))
-                self.grant(lease.pool)
+                self.end(node, False if node.link else left, "landed")
+
+    def place(self, node: Node) -> None:
+        """Queue a node for its lease, or its link."""
+        lease = node.lease
+        if not lease or lease.items is not None or not lease.count:
+            node.link.push(node)
+            return
+        if lease.until is not None:
+            heappush(self.timers, (lease.until, node.number, "dropped", node))
+        node.state, room = "room", self.rooms.setdefault(lease.pool, [[], [], 0])
+        heappush(room[lease.store], (node.due, node.number, node))
+        self.grant(lease.pool)
 
     def grant(self, pool: Any) -> None:
         """Grant leases, in order; to be called if items of a pool came free but not from a lease.
@@ -341,27 +343,23 @@ class Graph:
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to what `statistics` tells."""
         with self.lock:
-            self.counts[tier, op, result] += blocks
-            self.nbytes[tier, op] += nbytes
+            self.counts["tier_blocks_total", tier, op, result] += blocks
+            self.counts["tier_bytes_total", tier, op] += nbytes
 
-    def statistics(self) -> dict[str, Any]:
-        """Figures by the names that they have in Prometheus, but for "portakv_": for each a list of
-        its labels with their "value". `Collector` takes any others beside them."""
+    def statistics(self) -> dict[str, list[dict[str, Any]]]:
+        """Figures by the names that they have in Prometheus, but for "portakv_": of each a list of
+        its labels and "value". `Collector` takes any others beside them."""
         with self.lock:
-            links, times = self.links.values(), self.seconds.items()
-            buckets = {
-                (*k, le): n for k, x in times for le, n in zip(BOUNDS, accumulate(x), strict=False)
-            }
-            return {
-                "tier_blocks_total": rows("tier op result", self.counts),
-                "tier_bytes_total": rows("tier op", self.nbytes),
-                "tier_seconds_bucket": rows("tier op le", buckets),
-                "tier_seconds_sum": rows("tier op", {k: x[-1] for k, x in times}),
-                "tier_seconds_count": rows("tier op", {k: sum(x[:-1]) for k, x in times}),
-                "link_queue_bytes": rows("link", {(x.name,): x.queued_bytes for x in links}),
-                "link_oldest_seconds": rows("link", {(x.name,): x.oldest_wait for x in links}),
-                "link_slow": rows("link", {(x.name,): x.slow for x in links}),
-            }
+            found, now = dict(self.counts), defaultdict[str, list[dict[str, Any]]](list)
+            for x in self.links.values():
+                found["link_queue_bytes", x.name] = x.queued_bytes
+                found["link_oldest_seconds", x.name] = x.oldest_wait
+                found["link_slow", x.name] = x.slow
+        for (name, *values), value in found.items():
+            last = "le" if name.endswith("bucket") else "result"
+            labels = zip(("tier", "op", last) if values[1:] else ("link",), values, strict=False)
+            now[name].append({**dict(labels), "value": value})
+        return dict(now)
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:
         """Cancel what does not run and wait for what does; True if it ended in time."""

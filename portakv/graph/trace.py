@@ -9,27 +9,32 @@ from typing import Any
 
 
 class Trace:
-    """The last nodes that ran, as (name, link, worker, start and end in seconds, {"node": number,
-    "blocks", "bytes"}, numbers of what it followed)."""
+    """The last ``limit`` nodes that ran."""
 
     def __init__(self, limit: int) -> None:
-        self.ran: deque[tuple[Any, ...]] = deque(maxlen=limit)
+        self._ran: deque[tuple[Any, ...]] = deque(maxlen=limit)
+
+    def add(self, node: Any, link: str, worker: int, start: float, end: float) -> None:
+        """Note a node that ran from ``start`` to ``end``, in seconds."""
+        told = node.number, node.name, node.blocks, node.nbytes
+        self._ran.append((link, worker, start, end, *told, *[x.number for x, *_ in node.after]))
 
     def events(self) -> list[dict[str, Any]]:
         """Chrome's events: a process for each link, a thread for each worker, a flow from a node to
         each that followed it."""
-        ran, events, ends = tuple(self.ran), list[Any](), dict[int, Any]()
-        links = list(dict.fromkeys(node[1] for node in ran))
+        ran, events, ends = tuple(self._ran), list[Any](), dict[int, Any]()
+        links = list(dict.fromkeys(node[0] for node in ran))
         for pid, link in enumerate(links):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": link}})
-        for name, link, worker, start, end, told, followed in ran:
+        for link, worker, start, end, number, name, blocks, nbytes, *followed in ran:
             here = {"pid": links.index(link), "tid": worker, "cat": "node", "ts": start * 1e6}
-            done = {"ph": "X", "name": name, "dur": (end - start) * 1e6, "args": told}
-            events.append({**here, **done})
+            told = {"node": number, "blocks": blocks, "bytes": nbytes}
+            run = {"ph": "X", "name": name, "dur": (end - start) * 1e6, "args": told}
+            events.append({**here, **run})
             for before in filter(ends.get, followed):
-                flow = {"name": "after", "id": f"{before}-{told['node']}"}
+                flow = {"name": "after", "id": f"{before}-{number}"}
                 events += {**ends[before], **flow}, {**here, **flow, "ph": "f", "bp": "e"}
-            ends[told["node"]] = {**here, "ph": "s", "ts": end * 1e6}
+            ends[number] = {**here, "ph": "s", "ts": end * 1e6}
         return events
 
     def write(self, path: Any) -> None:

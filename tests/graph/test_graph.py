@@ -182,6 +182,26 @@ def test_due_times_are_priority_ageing_and_deadline_in_one(
     assert ", ".join(ran) == order
 
 
+@pytest.mark.parametrize("waits", ["for a worker", "for its lease", "for a node"])
+def test_what_an_urgent_one_follows_is_as_urgent(graph: Graph, plug: Held, waits: str) -> None:
+    """As a load joins the read of a prefetch."""
+    ran, one, pool = list[str](), graph.link("one"), Items(0)
+    work = lambda node, mask: ran.append(node.name)  # noqa: E731
+    leases = [Lease(pool, 1) if waits == "for its lease" else None for _ in range(3)]
+    nodes = [Node(work, 1, link=one, name=name, lease=leases.pop()) for name in ("a", "b", "c")]
+    behind = Node(work, 1, link=one, name="behind", after=nodes[-1:])
+    graph.submit([*nodes, behind], priority="background")
+    followed = behind if waits == "for a node" else nodes[-1]
+    urgent = Node(None, 1, after=[followed])
+    graph.submit([urgent], priority="urgent")
+    pool.give([0])
+    graph.grant(pool)
+    plug.end.set()
+    assert all(node.wait(WAIT) for node in (*nodes, behind, urgent))
+    assert ran[0] == "c"
+    assert ran.index("behind") == (1 if waits == "for a node" else 3)
+
+
 @pytest.mark.parametrize(("width", "most"), [(1, 1), (2, 1), (4, 3)])
 def test_background_leaves_a_worker_to_others(graph: Graph, width: int, most: int) -> None:
     link, held = graph.link("many", width), [Held() for _ in range(5)]
@@ -290,7 +310,7 @@ def test_a_store_without_room_is_dropped_within_its_slack(graph: Graph, now: lis
     now[0] = 2.0
     assert write.done()
     assert (gather.state, write.state, str(write.error)) == ("dropped", "landed", str(gather.error))
-    assert graph.counts["disk", "gather", "dropped"] == 4
+    assert graph.counts["tier_blocks_total", "disk", "gather", "dropped"] == 4
 
 
 def test_items_that_come_back_otherwise_are_granted_when_told(graph: Graph) -> None:
@@ -407,7 +427,7 @@ def test_a_deadline_in_the_past_begins_nothing(graph: Graph) -> None:
     graph.submit([node, gate], priority="urgent", deadline=-1.0)
     assert gate.done()
     assert (ran, node.state, gate.landed.tolist()) == ([], "late", [False])
-    assert graph.counts["disk", "read", "late"] == 1
+    assert graph.counts["tier_blocks_total", "disk", "read", "late"] == 1
 
 
 def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, now: list[float]) -> None:
@@ -455,7 +475,7 @@ def test_work_that_raises_fails_its_node_alone(graph: Graph, error: BaseExceptio
     assert other.wait(WAIT)
     assert (read.state, gate.error is error, other.landed.all()) == ("failed", True, True)
     assert gate.landed.tolist() == [True, False]
-    assert graph.counts["disk", "read", "failed"] == 2
+    assert graph.counts["tier_blocks_total", "disk", "read", "failed"] == 2
 
 
 @pytest.mark.parametrize("landed", [np.zeros(2, bool), "no mask", [True] * 3])
@@ -520,7 +540,7 @@ def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> N
     assert graph.close(WAIT)
     assert gate.done()
     for priority in ("normal", "hasty"):
-        with pytest.raises(TransferError, match="expected one of urgent"):
+        with pytest.raises(TransferError, match="expected urgent, normal"):
             graph.submit([Node(nothing, 1)], priority=priority)
 
 
