@@ -8,7 +8,7 @@ import atexit
 import threading
 import time
 from bisect import bisect_left
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from heapq import heappop, heappush
@@ -36,7 +36,7 @@ class Lease:
     ``until``, by the graph's clock, nodes that still wait for it end as dropped."""
 
     pool: Any
-    count: int  # 0: it needs none
+    count: int  # 0: it takes none, and its items are the maker's
     store: bool = False
     until: float | None = None
     ended: Callable[[Lease], object] | None = None
@@ -167,10 +167,10 @@ class Link:
                 start, end = self.running.pop(node), graph.clock()
                 self.background -= node.background
                 graph.trace.add(node, self.name, worker, start, end)
-                graph.counts["tier_seconds_sum", self.tier, node.name] += end - start
-                graph.counts["tier_seconds_count", self.tier, node.name] += 1
+                graph.times["tier_seconds_sum", self.tier, node.name] += end - start
+                graph.times["tier_seconds_count", self.tier, node.name] += 1
                 for bound in BOUNDS[bisect_left(SECONDS, end - start) :]:
-                    graph.counts["tier_seconds_bucket", self.tier, node.name, bound] += 1
+                    graph.times["tier_seconds_bucket", self.tier, node.name, bound] += 1
                 graph.end(node, all_of, "failed" if error else "landed", error)
                 graph.settle()
                 graph.sweep()
@@ -183,7 +183,8 @@ class Graph:
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
         self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
-        self.counts, self.links = defaultdict[Any, float](int), dict[str, Link]()
+        self.counts, self.nbytes, self.links = Counter[Any](), Counter[Any](), dict[str, Link]()
+        self.times = defaultdict[Any, float](int)  # figures of `statistics`
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
         self.rooms = dict[Any, Any]()  # by pool: loads that wait, stores that do, leases of stores
@@ -335,7 +336,7 @@ class Graph:
             if not lease.users:
                 if lease.ended:
                     lease.ended(lease)
-                if lease.items:
+                if lease.count and lease.items is not None:
                     lease.pool.give(lease.items)
                     self.rooms[lease.pool][2] -= lease.store
                 self.grant(lease.pool)
@@ -343,14 +344,16 @@ class Graph:
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to what `statistics` tells."""
         with self.lock:
-            self.counts["tier_blocks_total", tier, op, result] += blocks
-            self.counts["tier_bytes_total", tier, op] += nbytes
+            self.counts[tier, op, result] += blocks
+            self.nbytes[tier, op] += nbytes
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, but for "portakv_": of each a list of
         its labels and "value". `Collector` takes any others beside them."""
         with self.lock:
-            found, now = dict(self.counts), defaultdict[str, list[dict[str, Any]]](list)
+            found, now = dict(self.times), defaultdict[str, list[dict[str, Any]]](list)
+            found |= {("tier_blocks_total", *key): n for key, n in self.counts.items()}
+            found |= {("tier_bytes_total", *key): n for key, n in self.nbytes.items()}
             for x in self.links.values():
                 found["link_queue_bytes", x.name] = x.queued_bytes
                 found["link_oldest_seconds", x.name] = x.oldest_wait

@@ -28,8 +28,9 @@ class Collector:
         for name, samples in self.source.statistics().items():
             front, _, end = f"portakv_{name}".rpartition("_")
             family = front if end in KINDS else f"portakv_{name}"
-            kind = KINDS.get(end, "gauge")
-            metric = families.setdefault(family, self.metric(family, family, kind))
             for labels in samples:
-                metric.add_sample(f"portakv_{name}", labels, float(labels.pop("value")))
+                if "value" in labels:  # else it is for people
+                    kind = KINDS.get(end, "gauge")
+                    metric = families.setdefault(family, self.metric(family, family, kind))
+                    metric.add_sample(f"portakv_{name}", labels, float(labels.pop("value")))
         yield from families.values()

@@ -33,7 +33,9 @@ def ran() -> Graph:
 def test_prometheus_reads_every_figure() -> None:
     class Source:
         def statistics(self) -> dict[str, Any]:
-            return {**graph.statistics(), "staging_bytes": [{"state": "free", "value": 4096}]}
+            staging = [{"state": "free", "value": 4096}]
+            told = {"tiers": [{"tier": "disk"}], "rows": {"free": 1}}
+            return {**graph.statistics(), **told, "staging_bytes": staging}
 
     graph, registry = ran(), CollectorRegistry()
     registry.register(Collector(Source()))
