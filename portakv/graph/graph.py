@@ -12,6 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
 from heapq import heappop, heappush
+from traceback import clear_frames
 from typing import Any, cast
 
 import numpy as np
@@ -139,6 +140,7 @@ class Link:
         """Wait for a node, which runs from now on; None if the graph is closed."""
         with self.graph.lock:
             while True:
+                self.graph.sweep()
                 background = self.background < max(1, self.width - 1)
                 while heaps := [heap for heap in self.heaps[: 1 + background] if heap]:
                     node: Node = heappop(min(heaps))[2]
@@ -155,13 +157,16 @@ class Link:
         graph = self.graph
         while node := self.next():
             if self.limit:
-                graph.closed.wait(self.limit.left(self.limit.start_of(node.nbytes)))
+                with graph.lock:
+                    start = self.limit.start_of(node.nbytes)
+                graph.closed.wait(self.limit.left(start))
             error, all_of = None, node.left
             try:
                 landed = node.work(node, np.full(node.blocks, True) & all_of)
                 if landed is not None:
                     all_of = all_of & np.asarray(landed, bool).reshape(node.blocks)
             except BaseException as caught:  # no caller stands above this thread
+                clear_frames(caught.__traceback__)  # which hold views
                 error, all_of = caught, False
             with graph.lock:
                 start, end = self.running.pop(node), graph.clock()
@@ -173,7 +178,6 @@ class Link:
                     graph.times["tier_seconds_bucket", self.tier, node.name, bound] += 1
                 graph.end(node, all_of, "failed" if error else "landed", error)
                 graph.settle()
-                graph.sweep()
 
 
 class Graph:
@@ -194,8 +198,7 @@ class Graph:
     ) -> Link:
         """The link of that name, made if there is none; what stands before ":" is its tier."""
         with self.lock:
-            link = Link(self, name, width, max_gbps, stall_seconds)
-            return self.links.setdefault(name, link)
+            return self.links.setdefault(name, Link(self, name, width, max_gbps, stall_seconds))
 
     def submit(
         self, nodes: Sequence[Node], *, priority: str = "normal", deadline: float | None = None
@@ -221,9 +224,7 @@ class Graph:
                 node.waits = len(before)
                 for one in before:
                     one.followers.append(node)
-                while (
-                    before
-                ):  # what another transfer began is due as early as what now waits for it
+                while before:  # what another transfer began is as urgent as what now waits for it
                     one = before.pop()
                     if one.due > node.due and one.mask is None and one.state != "running":
                         one.due, one.background = node.due, False
@@ -237,6 +238,7 @@ class Graph:
                     self.cancel(node, "dropped")
             self.todo += [node for node in nodes if not node.waits and node.state == "waiting"]
             self.settle()
+            self.sweep()
 
     def cancel(self, node: Node, state: str = "cancelled") -> bool:
         """End a node that does not run and, in turn, what it follows if nobody else does; a gate
@@ -368,6 +370,7 @@ class Graph:
         """Cancel what does not run and wait for what does; True if it ended in time."""
         if self.process.forked:
             return True
+        atexit.unregister(self.close)  # one wait at the end of the interpreter, if work hangs
         until = time.monotonic() + timeout
         with self.lock:
             self.closed.set()
@@ -377,5 +380,4 @@ class Graph:
                 link.change.notify_all()
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
-        atexit.unregister(self.close)
         return not self.live
