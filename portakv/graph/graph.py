@@ -314,9 +314,11 @@ class Graph:
                         heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
                         continue
                     room[2] += lease.store
+                    # Others that name it must not wait behind nodes that wait for its end.
+                    for *_, one in heap:
+                        if one.lease is lease and one.state == "room":
+                            one.link.push(one)
                 heappop(heap)
-                if node.state == "room":
-                    node.link.push(node)
 
     def end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
         """Note how a node ended, and what does not wait for it any more."""

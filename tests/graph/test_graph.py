@@ -283,6 +283,18 @@ def test_a_lease_is_taken_once_and_goes_back_behind_the_last_node(graph: Graph) 
     assert sorted(pool.free) == [0, 1]
 
 
+def test_all_nodes_of_a_lease_go_on_when_it_is_granted(graph: Graph) -> None:
+    """Also those behind a node that waits for the end of this very lease."""
+    pool, link, held = Items(1), graph.link("any", 2), Held()
+    graph.submit([Node(held, 1, link=link, lease=Lease(pool, 1))])
+    leases = [Lease(pool, 1), Lease(pool, 1)]
+    nodes = [Node(nothing, 1, link=link, lease=leases[i]) for i in (0, 1, 0, 1)]
+    graph.submit(nodes)
+    held.end.set()
+    assert all(node.wait(WAIT) for node in nodes)
+    assert pool.free == [0]
+
+
 def test_leases_come_in_order_and_stores_do_not_starve(graph: Graph, now: list[float]) -> None:
     """A store that waits for loads lets no later load pass, and one that waits for stores does."""
     pool, link, held = Items(2), graph.link("any", 9), Held()
