@@ -393,7 +393,7 @@ def test_killed_at_random(tmp_path: Path, io: str, rounds: int) -> None:
         finally:
             one.close()
         checked += len(held)
-    assert checked > 8 * rounds / 2
+    assert checked >= 4 * rounds  # eight of twelve slots may have been under way
 
 
 def reopened(tier: Disk) -> DiskShelf:

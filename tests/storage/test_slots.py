@@ -207,7 +207,7 @@ def test_two_processes_and_one_folder(folder: Path) -> None:
 def test_a_forked_child_is_refused(folder: Path) -> None:
     """Fault 13. Its copies of the files are closed at once, so that it neither reads, nor writes,
     nor holds the lock when the parent has ended with the store."""
-    slots, done = opened(folder), os.pipe()
+    slots, tried, done = opened(folder), os.pipe(), os.pipe()
     assert put(slots, KEYS[0], 1)
 
     def child() -> None:
@@ -216,11 +216,12 @@ def test_a_forked_child_is_refused(folder: Path) -> None:
         slots.close()
         with pytest.raises(StoreBusy):
             opened(folder)
+        os.write(tried[1], b"x")
         os.read(done[0], 1)
 
     pid = cases.forked(child)
     assert put(slots, KEYS[2], 2)
-    time.sleep(0.05)
+    os.read(tried[0], 1)
     slots.close()
     opened(folder).close()  # while the child lives
     os.write(done[1], b"x")
