@@ -38,7 +38,7 @@ BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
     "portakv/storage": 1_600,
-    "portakv/graph": 600,
+    "portakv/graph": 535,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,
     "portakv/connector": 840,

@@ -14,6 +14,7 @@ from dataclasses import KW_ONLY, dataclass
 from heapq import heappop, heappush
 from traceback import clear_frames
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -27,6 +28,12 @@ SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Bounds of the histogram of the seconds that nodes ran.
 SECONDS = (0.001, 0.01, 0.1, 1.0, 10.0)
 BOUNDS = (*map(str, SECONDS), "+Inf")
+
+WHY = {
+    "cancelled": "they were cancelled",
+    "late": "their deadline passed: allow more time, or make them urgent",
+    "dropped": "staging had no room in time, or the link was slow: they may be offered again",
+}
 
 
 @dataclass(eq=False)
@@ -171,7 +178,9 @@ class Link:
             with graph.lock:
                 start, end = self.running.pop(node), graph.clock()
                 self.background -= node.background
-                graph.trace.add(node, self.name, worker, start, end)
+                told = node.number, node.name, node.blocks, node.nbytes
+                after = (x.number for x, *_ in node.after)
+                graph.trace.ran.append((self.name, worker, start, end, *told, *after))
                 graph.times["tier_seconds_sum", self.tier, node.name] += end - start
                 graph.times["tier_seconds_count", self.tier, node.name] += 1
                 for bound in BOUNDS[bisect_left(SECONDS, end - start) :]:
@@ -191,7 +200,8 @@ class Graph:
         self.times = defaultdict[Any, float](int)  # figures of `statistics`
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
-        self.rooms = dict[Any, Any]()  # by pool: loads that wait, stores that do, leases of stores
+        # By pool, which another may hold: loads that wait, stores that do, leases of stores.
+        self.rooms = WeakKeyDictionary[Any, Any]()
 
     def link(
         self, name: str, width: int = 1, max_gbps: float | None = None, stall_seconds: float = 10.0
@@ -244,7 +254,7 @@ class Graph:
         """End a node that does not run and, in turn, what it follows if nobody else does; a gate
         ends behind what runs. True if some blocks will not be moved."""
         kind = TransferCancelled if state == "cancelled" else TransferError
-        error, nodes, found = kind(f"Some blocks were {state} before they began."), [node], False
+        error, nodes, found = kind(f"Some blocks had not begun when {WHY[state]}."), [node], False
         with self.lock:
             while nodes:
                 node = nodes.pop()

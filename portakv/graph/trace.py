@@ -9,28 +9,25 @@ from typing import Any
 
 
 class Trace:
-    """The last ``limit`` nodes that ran."""
+    """The last ``limit`` nodes that ran: link, worker, start and end in seconds, number, name,
+    blocks, bytes, and the numbers of what it followed."""
 
     def __init__(self, limit: int) -> None:
-        self._ran: deque[tuple[Any, ...]] = deque(maxlen=limit)
-
-    def add(self, node: Any, link: str, worker: int, start: float, end: float) -> None:
-        """Note a node that ran from ``start`` to ``end``, in seconds."""
-        told = node.number, node.name, node.blocks, node.nbytes
-        self._ran.append((link, worker, start, end, *told, *[x.number for x, *_ in node.after]))
+        self.ran: deque[tuple[Any, ...]] = deque(maxlen=limit)
 
     def events(self) -> list[dict[str, Any]]:
         """Chrome's events: a process for each link, a thread for each worker, a flow from a node to
         each that followed it."""
-        ran, events, ends = tuple(self._ran), list[Any](), dict[int, Any]()
+        ran, events, ends = tuple(self.ran), list[Any](), dict[int, Any]()
         links = list(dict.fromkeys(node[0] for node in ran))
         for pid, link in enumerate(links):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": link}})
         for link, worker, start, end, number, name, blocks, nbytes, *followed in ran:
             here = {"pid": links.index(link), "tid": worker, "cat": "node", "ts": start * 1e6}
             told = {"node": number, "blocks": blocks, "bytes": nbytes}
-            run = {"ph": "X", "name": name, "dur": (end - start) * 1e6, "args": told}
-            events.append({**here, **run})
+            events.append(
+                {**here, "ph": "X", "name": name, "dur": (end - start) * 1e6, "args": told}
+            )
             for before in filter(ends.get, followed):
                 flow = {"name": "after", "id": f"{before}-{number}"}
                 events += {**ends[before], **flow}, {**here, **flow, "ph": "f", "bp": "e"}

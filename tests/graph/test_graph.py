@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from graphlib import TopologicalSorter
@@ -293,6 +295,24 @@ def test_all_nodes_of_a_lease_go_on_when_it_is_granted(graph: Graph) -> None:
     held.end.set()
     assert all(node.wait(WAIT) for node in nodes)
     assert pool.free == [0]
+
+
+def test_what_ended_is_forgotten(graph: Graph) -> None:
+    """Nodes hold views, and a pool is all of a store's memory; a graph may outlive them."""
+    pool = Items(1)
+    node = Node(Held(), 1, link=graph.link("any"), lease=Lease(pool, 1))
+    behind = Node(nothing, 1, after=[node], link=graph.link("any"), lease=node.lease)
+    refs = [weakref.ref(x) for x in (pool, node.work, node, behind)]
+    graph.submit([node, behind], deadline=99.0)
+    node.work.end.set()
+    assert behind.wait(WAIT)
+    graph.submit([Node(nothing, 1, link=graph.link("any"))])  # the worker's last node is another
+    graph.sweep()
+    del pool, node, behind
+    until = time.monotonic() + WAIT
+    while any(ref() for ref in refs) and time.monotonic() < until:
+        gc.collect()
+    assert [ref() for ref in refs] == [None] * 4
 
 
 def test_leases_come_in_order_and_stores_do_not_starve(graph: Graph, now: list[float]) -> None:
