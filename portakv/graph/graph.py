@@ -10,7 +10,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from heapq import heappop, heappush
 from traceback import clear_frames
 from typing import Any, cast
@@ -50,6 +50,7 @@ class Lease:
     ended: Callable[[Lease], object] | None = None
     items: Any = None  # once granted
     users: int = 0  # nodes that name it and did not end
+    nodes: list[Node] = field(default_factory=list, init=False)  # that wait for it
 
 
 @dataclass(eq=False, repr=False)
@@ -305,7 +306,8 @@ class Graph:
         if lease.until is not None:
             heappush(self.timers, (lease.until, node.number, "dropped", node))
         node.state, room = "room", self.rooms.setdefault(lease.pool, [[], [], 0])
-        heappush(room[lease.store], (node.due, node.number, node))
+        lease.nodes.append(node)
+        heappush(room[lease.store], (node.due, node.number, lease))
         self.grant(lease.pool)
 
     def grant(self, pool: Any) -> None:
@@ -316,19 +318,18 @@ class Graph:
             heaps = room[:2]
             while heaps := [heap for heap in heaps if heap]:
                 heap = min(heaps)
-                node = heap[0][2]
-                lease = node.lease
-                if node.state == "room" and lease.items is None:
+                lease = heap[0][2]
+                nodes = [node for node in lease.nodes if node.state == "room"]
+                if nodes and lease.items is None:
                     lease.items = pool.take(lease.count, lease.store)
                     if lease.items is None:
                         heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
                         continue
                     room[2] += lease.store
-                    # Others that name it must not wait behind nodes that wait for its end.
-                    for *_, one in heap:
-                        if one.lease is lease and one.state == "room":
-                            one.link.push(one)
                 heappop(heap)
+                lease.nodes.clear()
+                for node in nodes:  # all at once: none may wait behind who waits for this lease
+                    node.link.push(node)
 
     def end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
         """Note how a node ended, and what does not wait for it any more."""
