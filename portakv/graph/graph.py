@@ -7,7 +7,6 @@ from __future__ import annotations
 import atexit
 import threading
 import time
-from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
@@ -26,9 +25,8 @@ from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 #: Seconds after its submission at which a node of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Bounds of the histogram of the seconds that nodes ran.
-SECONDS = (0.001, 0.01, 0.1, 1.0, 10.0)
-BOUNDS = (*map(str, SECONDS), "+Inf")
-
+SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
+#: Why blocks had not begun.
 WHY = {
     "cancelled": "they were cancelled",
     "late": "their deadline passed: allow more time, or make them urgent",
@@ -182,10 +180,11 @@ class Link:
                 told = node.number, node.name, node.blocks, node.nbytes
                 after = (x.number for x, *_ in node.after)
                 graph.trace.ran.append((self.name, worker, start, end, *told, *after))
-                graph.times["tier_seconds_sum", self.tier, node.name] += end - start
-                graph.times["tier_seconds_count", self.tier, node.name] += 1
-                for bound in BOUNDS[bisect_left(SECONDS, end - start) :]:
-                    graph.times["tier_seconds_bucket", self.tier, node.name, bound] += 1
+                tier, op, seconds = self.tier, node.name, end - start
+                graph.times["tier_seconds_sum", tier, op] += seconds
+                graph.times["tier_seconds_count", tier, op] += 1
+                for le, most in SECONDS.items():
+                    graph.times["tier_seconds_bucket", tier, op, le] += seconds <= most
                 graph.end(node, all_of, "failed" if error else "landed", error)
                 graph.settle()
 
