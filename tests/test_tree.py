@@ -37,7 +37,7 @@ APART = (PLUGS, *STORAGE, "benchmarks/plugs", "tests/integrations", "tests/stora
 BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
-    "portakv/storage": 1_600,
+    "portakv/storage": 2_200,
     "portakv/graph": 535,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,
