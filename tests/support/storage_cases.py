@@ -50,3 +50,109 @@ def payloads(rows: torch.Tensor, form: BlockForm) -> np.ndarray[Any, np.dtype[np
 def aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """Zeroed bytes that begin with a page."""
     return np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+
+
+class FakeTier:
+    """A tier whose blocks are bytes in a dict by form and key, and that fails as a test says.
+
+    ``faults`` maps a key to what its next reads do: "flip", "error", or a callable that waits.
+    """
+
+    def __init__(self, tier: str = "fake", writable: bool = True, width: int = 2) -> None:
+        self.tier, self.writable, self.width = tier, writable, width
+        self.blocks: dict[tuple[BlockForm, bytes], bytes] = {}
+        self.faults: dict[bytes, list[Any]] = {}
+        self.reads: list[tuple[bytes, Any]] = []
+        self.asked: list[bytes] = []  # by `has`, over what would be a network
+        self.hold: Any = None  # an event that writes wait for
+        self.refuse, self.writes, self.closed = False, 0, 0
+
+    def forms(self, form: BlockForm) -> list[BlockForm]:
+        return [x for x in dict.fromkeys(x for x, _ in self.blocks) if form.same_cache(x)]
+
+    def open(self, graph: Any, rows: Any, forms: Any, generation: int = 0) -> list[FakeShelf]:
+        link = graph.link(f"{self.tier}:x", width=self.width)
+        return [FakeShelf(self, form, link, form == forms[0]) for form in forms]
+
+    def put(self, form: BlockForm, keys: list[bytes], rows: torch.Tensor) -> None:
+        """Blocks that are there, as sealed images."""
+        for key, row in zip(keys, rows.numpy(), strict=True):
+            self.blocks[form, key] = row[: form.image_bytes].tobytes()
+
+
+class FakeShelf:
+    """What a `BlockStore` knows of a `FakeTier`."""
+
+    def __init__(self, owner: FakeTier, form: BlockForm, link: Any, own: bool) -> None:
+        self.tier, self.form, self.notes = owner.tier, form, ["a dict of bytes"]
+        self.writable, self.generation = own and owner.writable, 0
+        self._owner, self._link = owner, link
+
+    def has(self, keys: Any) -> list[bool]:
+        self._owner.asked += keys
+        return self._there(keys)
+
+    def known(self, keys: Any) -> list[bool]:
+        near = self.tier != "remote"
+        there = zip(keys, self._there(keys), strict=True)
+        return [x and (near or key in self._owner.asked) for key, x in there]
+
+    def _there(self, keys: Any) -> list[bool]:
+        return [(self.form, key) in self._owner.blocks for key in keys]
+
+    def link(self, key: bytes) -> Any:
+        return self._link
+
+    def link_for_write(self, nbytes: int) -> Any:
+        return self._link
+
+    def read(self, keys: Any, rows: Any, segments: Any = None, stop: Any = None) -> list[bool]:
+        return [self._read(key, row, segments) for key, row in zip(keys, rows, strict=True)]
+
+    def _read(self, key: bytes, row: Any, segments: Any) -> bool:
+        self._owner.reads.append((key, segments))
+        stored = self._owner.blocks.get((self.form, key))
+        fault = self._owner.faults[key].pop(0) if self._owner.faults.get(key) else None
+        if callable(fault):
+            fault()
+        if fault == "error":
+            raise OSError(5, "Input/output error")
+        if stored is None:
+            return False
+        data = np.frombuffer(stored, np.uint8).copy()
+        if fault == "flip":
+            data[image.HEADER + 7] ^= 4
+        head = image.header(data, self.form)
+        assert not isinstance(head, str)
+        assert head.key == key
+        spans = [(0, len(data))]
+        if segments is not None:
+            cut = [self.form.segments[i] for i in segments]
+            spans = [(image.HEADER + x.offset, image.HEADER + x.offset + x.nbytes) for x in cut]
+        for a, b in spans:
+            row[a:b] = data[a:b]
+        right = image.verify(row, self.form, head.checksums, head.generation, segments)
+        if not right:
+            self._owner.blocks.pop((self.form, key), None)
+        return right
+
+    def write(self, link: Any, keys: Any, rows: Any, generations: Any, sums: Any) -> list[bool]:
+        if self._owner.hold is not None:
+            assert self._owner.hold.wait(60)
+        if self._owner.refuse:
+            return [False] * len(keys)
+        self._owner.writes += len(keys)
+        for key, row, generation, checks in zip(keys, rows, generations, sums, strict=True):
+            head = image.header(row, self.form)
+            assert head == (key, generation, checks)
+            self._owner.blocks[self.form, key] = row[: self.form.image_bytes].tobytes()
+        return [True] * len(keys)
+
+    def touch(self, keys: Any) -> None:
+        pass
+
+    def statistics(self) -> dict[str, Any]:
+        return {"blocks": len(self._owner.blocks)}
+
+    def close(self) -> None:
+        self._owner.closed += 1

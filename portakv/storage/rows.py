@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Rows` is the host memory of a block store: rows that hold a block's image each, lent as staging
+or kept under a key as the host tier, so that nothing is copied between these. `Crossing` copies
+blocks between them and a view."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Sequence
+from math import gcd
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv.copy.rows import copy_rows
+from portakv.errors import InvalidTerms, LayoutError, SlotError
+from portakv.host import pinned as pinned_memory
+from portakv.runtime.devices import capturing, inside, refuse_capture
+from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
+from portakv.runtime.transfer import event_pool
+from portakv.view import Index, KVView
+from portakv.view.index import IdList
+
+_PAGE = 4096
+_local = threading.local()  # the streams of a worker, by device
+
+
+class Rows:
+    """At most ``staging`` rows are lent at once and at most ``host`` are kept, so no transfer waits
+    for what is kept. All calls are quick, and may come from any thread.
+
+    Attributes:
+        tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
+        memory: its address and bytes, for an engine to register; pinned: False if it is pageable.
+        most: rows that one lease may have.
+        evicted: rows that lost their key to another one's.
+    """
+
+    def __init__(self, row_bytes: int, staging: int, host: int, pinned: bool = True) -> None:
+        self.row_bytes, self.staging, self.host = row_bytes, staging, host
+        self.most, self.evicted = max(1, staging // 2), 0
+        nbytes = (staging + host) * row_bytes
+        self.pinned = pinned and pinned_memory.why_not() is None
+        with torch.inference_mode(False):  # transfers write it in any mode
+            if self.pinned:
+                held = pinned_memory.allocate(nbytes + _PAGE, unit=row_bytes)
+                self.pinned, room = held.pinned, held.tensor
+            else:
+                room = torch.empty(nbytes + _PAGE, dtype=torch.uint8, device="cpu")
+            first = -room.data_ptr() % _PAGE
+            self.tensor = room[first : first + nbytes].view(-1, row_bytes)
+        self.memory = ((self.tensor.data_ptr(), nbytes),)
+        self._array: Any = self.tensor.numpy()
+        self._lock = threading.Lock()  # nothing is called while it is held
+        self._free = deque(range(staging + host))
+        self._lent: dict[int, bool] = {}  # whether it is lent to a store
+        self._kept: OrderedDict[bytes, int] = OrderedDict()  # the least recently used key first
+        self._unused: OrderedDict[bytes, int] = OrderedDict()  # prefetched, and not found since
+        self._pins: Counter[int] = Counter()
+
+    def array(self, item: int) -> Any:
+        """A row's bytes, uint8 ``[row_bytes]``."""
+        return self._array[item]
+
+    def take(self, count: int, store: bool) -> list[int] | None:
+        """So many rows for a transfer, all or none; stores have at most `most` of them in sum."""
+        with self._lock:
+            stores = sum(self._lent.values()) + count if store else 0
+            if stores > self.most or len(self._lent) + count > self.staging:
+                return None
+            items = [self._free.popleft() for _ in range(count)]
+            self._lent.update(dict.fromkeys(items, store))
+            return items
+
+    def give(self, items: Sequence[int]) -> None:
+        """The end of a transfer: its rows that it did not `keep` are free."""
+        with self._lock:
+            self._free.extend(item for item in items if self._lent.pop(item, None) is not None)
+
+    def keep(self, item: int, key: bytes, prefetched: bool = False) -> bool:
+        """Keep a lent row under a key, in place of those used least recently; False if the key has
+        a row, or no row can go. Half of the rows at most were ``prefetched`` and not found yet."""
+        with self._lock:
+            if not self.host or key in self._kept:
+                return False
+            crowd = prefetched and len(self._unused) >= max(1, self.host // 2)
+            among = self._unused if crowd else self._kept
+            if crowd or len(among) >= self.host:
+                last = next((one for one, row in among.items() if not self._pins[row]), None)
+                if last is None:
+                    return False
+                self._free.append(self._kept.pop(last))
+                self._unused.pop(last, None)
+                self.evicted += 1
+            del self._lent[item]
+            self._kept[key] = item
+            if prefetched:
+                self._unused[key] = item
+            return True
+
+    def find(self, key: bytes) -> int | None:
+        """The row that a key has, which stays until `unpin`."""
+        with self._lock:
+            if (item := self._kept.get(key)) is not None:
+                self._unused.pop(key, None)
+                self._pins[item] += 1
+            return item
+
+    def unpin(self, items: Sequence[int]) -> None:
+        """The end of what `find` found."""
+        with self._lock:
+            self._pins.subtract(items)
+            self._pins += Counter()  # without those that are 0
+
+    def touch(self, keys: Sequence[bytes]) -> None:
+        """Keys were used, the first one last, so that a prefix outlives its suffix."""
+        with self._lock:
+            for key in reversed(keys):
+                if key in self._kept:
+                    self._kept.move_to_end(key)
+
+    def has(self, key: bytes) -> bool:
+        """Whether a key has a row."""
+        return key in self._kept
+
+    def counts(self) -> dict[str, int]:
+        """Rows by what they are."""
+        return {"free": len(self._free), "lent": len(self._lent), "kept": len(self._kept)}
+
+
+class Crossing:
+    """Copies between rows, seen as ``inner``, and ``blocks`` of a view, whose tokens are ``many``
+    stored blocks of ``size`` tokens. Refuses at once what can never be carried out."""
+
+    def __init__(
+        self, inner: KVView, view: KVView, blocks: IdList, many: int, size: int, store: bool = False
+    ) -> None:
+        if not isinstance(view, KVView) or not view.block_size:
+            raise LayoutError(f"A block store was given {view!r}: expected a paged view; make one.")
+        if capturing(view.device):
+            why = "workers on the host move blocks; save and load outside of it"
+            raise refuse_capture("A transfer of a block store", why)
+        whole, ids = view.block_size, Index(blocks).host_ids()
+        if many * size > len(ids) * whole:
+            raise InvalidTerms(
+                f"{many} keys of {size} tokens were given with {len(ids)} blocks of {whole}: "
+                f"expected no more tokens than the blocks have; pass fewer keys."
+            )
+        if Index(ids, step=whole).check(len(ids) * whole, view.slots, "view", distinct=not store):
+            raise SlotError("A block store was given a negative block; pass blocks of the view.")
+        self._view, self._size, self._store, self._step = view, size, store, gcd(whole, size)
+        split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
+        self._fine = split[: many * size // self._step].reshape(many, size // self._step)
+        host = view.device.type == "cpu"
+        self._behind = None if host else event_pool(view.device).recorded(None)
+        self.copy(inner, view, [], [])
+
+    def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
+        """Copy blocks between rows ``items`` and places ``at`` of the view, each side seen as a
+        view, and wait for the end: on a device on a stream of this thread's own, behind what the
+        maker's stream held."""
+        mine = Index(np.array(items, np.int64), step=self._size)
+        theirs = Index(self._fine[np.array(at, np.int64)].reshape(-1), step=self._step)
+        sides = (outer, inner, theirs, mine) if self._store else (inner, outer, mine, theirs)
+        device, stream = self._view.device, None
+        if self._behind is not None:
+            own = _local.__dict__
+            if (stream := own.get(str(device))) is None:
+                ignore_captures_elsewhere(device)
+                stream = own[str(device)] = own_stream(device)
+            self._behind.wait(stream)
+        with torch.inference_mode(False), inside(stream):
+            copy_rows(*sides).synchronize()

@@ -1,0 +1,516 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BlockStore` saves blocks of a cache under keys and loads them into any view of that cache: it
+plans which nodes of a transfer graph move which bytes between views, rows on the host, and tiers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count, pairwise
+from operator import itemgetter
+from typing import Any, TypeAlias
+from weakref import WeakSet
+
+import numpy as np
+
+from portakv.errors import InvalidTerms, StoreError, TransferTimeout
+from portakv.graph.graph import SLACK, Graph, Lease, Link, Node
+from portakv.graph.handle import Handle
+from portakv.storage import image
+from portakv.storage.form import BlockForm, Slices
+from portakv.storage.keys import check_keys
+from portakv.storage.rows import Crossing, Rows
+from portakv.view import KVView
+from portakv.view.index import IdList
+
+PIECE = 16 << 20  # bytes of a node, unless one block has more
+_KEPT = "kept"  # a spot: the host tier
+PARTS = 8  # of the device's leg by layer, if blocks are read as a whole
+Keys: TypeAlias = "Sequence[bytes]"
+#: The blocks of one form in one tier: `disk.Shelf`, `remote.Shelf`. Their ``read`` and ``write``
+#: block, in a worker of their link, and say which blocks landed; what was read is verified.
+Shelf: TypeAlias = Any
+
+
+@dataclass(eq=False)
+class Part:
+    """Blocks of one form, and the rectangle that they share with the store's form."""
+
+    form: BlockForm
+    shelves: list[Shelf]
+    theirs: Slices
+    mine: Slices
+    rows: KVView  # that rectangle of all rows of the store
+
+
+@dataclass(eq=False)
+class Call:
+    """What one call wants and its plan: nodes with the number of their segment, and where blocks
+    end: in a node, which of the call's blocks the node's are, and which layers it has of them."""
+
+    kind: str
+    keys: list[bytes]
+    gate: Node
+    terms: dict[str, Any]  # of `Graph.submit`
+    nodes: list[tuple[int, Node]] = field(default_factory=list)
+    ends: list[tuple[Node, Any, Any, range]] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Fill(Lease):
+    """Rows that are being filled: the i-th has block ``keys[i]`` of the part once all of ``ends``
+    landed it (one for each segment, or one). Calls that follow them use the rows as well."""
+
+    part: Any = None
+    keys: list[bytes] = field(default_factory=list)
+    calls: list[Any] = field(default_factory=list)  # with their blocks
+    ends: list[Node] = field(default_factory=list)
+    seals: dict[int, tuple[int, Any]] = field(default_factory=dict)  # of a save: of each row
+
+
+class BlockStore:
+    """Blocks of one cache in host memory and in tiers, nearest first.
+
+    Args:
+        form: of the blocks that are saved; views hold its layers and heads.
+        staging: bytes of pinned memory that transfers go through; host: bytes of it that keep
+            blocks, the host tier.
+        tiers: `Disk`, `Remote`, or anything with their ``forms`` and ``open``.
+        graph: to share workers with others; by default the store's own.
+        full: what a save does that finds no staging within its slack: ``drop`` or ``wait``.
+        weak_keys: take keys of less than 16 bytes, of which two may meet.
+
+    Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
+    mixes both. A save reads behind what the current stream holds at the call, and until its end.
+
+    Raises:
+        StoreError, StoreBusy: memory for no block; a tier that cannot be opened; after `close`.
+        InvalidTerms: keys or terms that are none, a key twice in a call, more keys than blocks.
+        LayoutError, SlotError: a view of another cache; blocks that it lacks, or one twice.
+        Unsupported: `save` or `load` inside graph capture.
+    """
+
+    def __init__(
+        self,
+        form: BlockForm,
+        *,
+        staging: int = 1 << 30,
+        host: int = 0,
+        tiers: Sequence[Any] = (),
+        graph: Graph | None = None,
+        full: str = "drop",
+        weak_keys: bool = False,
+    ) -> None:
+        if full not in ("drop", "wait"):
+            raise InvalidTerms(f"full={full!r} was asked: expected 'drop' or 'wait'; pass one.")
+        forms = [*dict.fromkeys([form, *(x for tier in tiers for x in tier.forms(form))])]
+        size = max(each.image_bytes for each in forms)
+        if staging < size or not (tiers or host >= size):
+            raise StoreError(
+                f"A store was asked with {staging} bytes of staging, {host} of the host tier and "
+                f"{len(tiers)} other tiers: expected room for a block in staging, and somewhere to "
+                f"keep it; a block takes {size} bytes here. Give it more."
+            )
+        self.form, self._weak, self._drop, self._closed = form, weak_keys, full == "drop", False
+        self.rows, self._shelves = Rows(size, staging // size, host // size), list[Shelf]()
+        self.graph, self._own_graph = graph or Graph(), graph is None
+        self._up, self._down = (self.graph.link(x, width=2) for x in ("host-device", "device-host"))
+        # Under the graph's lock: what is under way, by form and key, with its row; ends of calls.
+        self._fills, self._gates = dict[bytes, tuple[Fill, int]](), WeakSet[Node]()
+        try:
+            for tier in tiers:
+                self._shelves += tier.open(self.graph, self.rows, forms, 0)
+        except BaseException:
+            self.close()
+            raise
+        self._generation = count(max([x.generation for x in self._shelves], default=0) + 1)
+        parts = list[Part]()
+        for each in forms:
+            if slices := form.part_of(each):
+                rows = each.view(self.rows.tensor).slice(**slices[0])
+                parts.append(
+                    Part(each, [x for x in self._shelves if x.form == each], *slices, rows)
+                )
+        self._own, self._tilings = parts[0], _tilings(parts)
+
+    def lookup(self, keys: Keys) -> int:
+        """How many leading blocks can be loaded, from the host or some tier."""
+        keys = self._call("lookup", keys, "normal").keys
+        there = np.zeros(len(keys) + 1, np.bool_)
+        for tiling in self._tilings:
+            whole = there[:-1] ^ True
+            for part in tiling:
+                found = np.array([self.rows.has(part.form.digest + key) for key in keys], np.bool_)
+                for shelf in part.shelves:
+                    left = np.flatnonzero(whole & (found ^ True))
+                    found[left] = shelf.has([keys[i] for i in left])
+                whole &= found
+            there[:-1] |= whole
+        leading = int(there.argmin())
+        self._touch(keys[:leading])
+        return leading
+
+    def save(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        priority: str = "background",
+        deadline: float | None = None,
+    ) -> Handle:
+        """Save blocks of a view under keys; a key that every writable tier has, or whose save is
+        under way, is nothing. ``blocks``: ids of the view's blocks, whose tokens the keys name in
+        order; of another size than the form's, they need not be filled by the last key."""
+        call, own = self._call("save", keys, priority, deadline), self._own
+        crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size, store=True)
+        shelves = [shelf for shelf in own.shelves if shelf.writable]
+        known = [shelf.known(call.keys) for shelf in shelves]
+        until = self.graph.clock() + SLACK[priority] if self._drop else None
+        groups = dict[tuple[Shelf, ...], list[int]]()  # by the tiers that lack them
+        with self.graph.lock:
+            for i, key in enumerate(call.keys):
+                name = own.form.digest + key
+                lacks = tuple(shelf for shelf, x in zip(shelves, known, strict=True) if not x[i])
+                fill, row = self._fills.get(name, (None, 0))
+                if fill is not None and fill.store:
+                    first, at = fill.calls[0]
+                    call.ends.append((first.gate, [i], [at[row]], range(0)))
+                elif lacks or not (shelves or self.rows.has(name)):
+                    groups.setdefault(lacks, []).append(i)
+            for lacks, some in groups.items():
+                for at in self._chunks(some, *(shelf.link_for_write(0) for shelf in lacks)):
+                    fill = self._fill(own, call, at, until)
+                    work = partial(self._gather, crossing, view, next(self._generation), fill)
+                    fill.ends.append(self._node(call, work, self._down, fill, len(at)))
+                    ends = fill.ends
+                    for shelf in lacks:
+                        link = shelf.link_for_write(len(at) * own.form.image_bytes)
+                        work = partial(self._write, shelf, link, fill)
+                        ends = [*ends, self._node(call, work, link, fill, len(at), fill.ends)]
+                    call.ends += [(end, at, range(len(at)), range(0)) for end in ends]
+                    self._submit(call)  # now, so that the links' queues show it
+            return self._ended(call, [True] * len(call.keys), view)
+
+    def load(
+        self,
+        view: KVView,
+        blocks: IdList,
+        keys: Keys,
+        *,
+        priority: str = "urgent",
+        deadline: float | None = None,
+        by_layer: bool = False,
+        missing: str = "raise",
+    ) -> Handle:
+        """Load blocks into a view, of whatever layout, device, and size of blocks.
+
+        Blocks that no tier has, or not in right bytes, do not land (`Handle.landed`), and nothing
+        is written for them. ``by_layer``: layers are read, verified and handed on one behind the
+        other, each with an end of its own (`Handle.layers`); blocks of a form with one segment are
+        read as a whole, and only the device's leg goes by layer.
+        """
+        if missing not in ("raise", "skip"):
+            raise InvalidTerms(f"missing={missing!r} was asked: expected 'raise' or 'skip'.")
+        call = self._call("load", keys, priority, deadline)
+        own, legs = self._own, dict[Part, list[Any]]()
+        crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size)
+        with self._spots(call) as (given, groups):
+            for (part, spot), some in groups.items():
+                legs[part] = legs.get(part) or _legs(part, view, by_layer)
+                pieces = [segment for _, segment, _ in legs[part]]
+                for lease, ends, at, rows in self._rows(call, part, spot, some, pieces):
+                    for number, (layers, _, sides) in enumerate(legs[part]):
+                        one = ends[number : number + 1] if len(ends) == len(pieces) else ends
+                        after = [(end, range(len(at)), rows) for end in one]
+                        work = partial(_cross, crossing, sides, lease, rows, at)
+                        order = number, len(pieces)
+                        node = self._node(call, work, self._up, lease, len(at), after, order)
+                        call.ends.append((node, at, range(len(at)), layers))
+            self._touch(call.keys)
+            return self._ended(call, given, view, by_layer, missing)
+
+    def prefetch(self, keys: Keys, priority: str = "background") -> Handle:
+        """Read blocks into the host tier, of which what is prefetched and not yet loaded takes half
+        at most: blocks above that do not land. Raises `StoreError` without a host tier."""
+        if not self.rows.host:
+            raise StoreError("A prefetch was asked of a store without a host tier; give it host=.")
+        call, most = self._call("prefetch", keys, priority), max(1, self.rows.host // 2)
+        with self._spots(call) as (given, groups):
+            given[most:] = False
+            for (part, spot), some in groups.items():
+                some = [i for i in some if i < most and spot != _KEPT]
+                for _, ends, at, rows in self._rows(call, part, spot, some, [None]):
+                    call.ends += [(end, at, rows, range(0)) for end in ends if at]
+            return self._ended(call, given, None, missing="skip")
+
+    def statistics(self) -> dict[str, list[dict[str, Any]]]:
+        """Figures by the names that they have in Prometheus, as `Graph.statistics`; what each tier
+        tells beside them."""
+        rows = self.rows.counts().items()
+        staging = [{"state": x, "value": n * self.rows.row_bytes} for x, n in rows]
+        tiers = [{"tier": x.tier, "form": x.form.name, **x.statistics()} for x in self._shelves]
+        evicted = [{"value": self.rows.evicted}]
+        more: dict[str, list[dict[str, Any]]]
+        more = {"staging_bytes": staging, "host_evicted_total": evicted, "tiers": tiers}
+        return {**self.graph.statistics(), **more}
+
+    def trace(self, path: str) -> None:
+        """Write what the graph did last, for Perfetto or Chrome to show."""
+        self.graph.trace.write(path)
+
+    def explain(self) -> str:
+        """How blocks are kept and moved, a line each."""
+        rows, many = self.rows, len(self.form.segments)
+        how = f"in {many} segments" if many > 1 else "as a whole, in one segment"
+        lines = [f"Blocks of {self.form.payload_bytes} bytes, by layer read {how}."]
+        kind = "pinned" if rows.pinned else "pageable"
+        lines += [f"{rows.staging} {kind} rows of staging, {rows.host} of the host tier."]
+        lines += [f"{x.tier} {x.form.name}: {note}" for x in self._shelves for note in x.notes]
+        return "\n".join(lines)
+
+    def close(self, timeout: float = 10.0) -> None:
+        """Let what is under way end, for so many seconds; cancel the rest; close the tiers. Raises
+        `TransferTimeout` if a read or save hangs: tiers then stay open, as it uses the rows."""
+        if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
+            return
+        with self.graph.lock:
+            self._closed, until, gates = True, self.graph.clock() + timeout, [*self._gates]
+        for gate in gates:
+            gate.wait(max(0.0, until - self.graph.clock()))
+            self.graph.cancel(gate)
+        if self._own_graph:
+            self.graph.close(max(0.0, until - self.graph.clock()))
+        if busy := {fill for fill, _ in self._fills.values()}:
+            raise TransferTimeout(
+                f"A block store was closed, and after {timeout:g} s {len(busy)} reads or saves had "
+                f"not ended, so that tiers stay open; close it again, or end the process."
+            )
+        while self._shelves:
+            self._shelves.pop().close()
+
+    # --- plans ---
+
+    def _call(self, kind: str, keys: Keys, priority: str, deadline: float | None = None) -> Call:
+        """A call with keys of 32 bytes; refuses what is wrong with them, and a closed store."""
+        keys = check_keys(keys, self._weak)
+        if self._closed or self.graph.process.forked:
+            why = "closed, or opened by a process that this one was forked from; open another one"
+            raise StoreError(f"A {kind} was asked of a block store that was {why}.")
+        if (many := len({*keys})) < len(keys) or priority not in SLACK:
+            raise InvalidTerms(
+                f"A {kind} was asked of {many} different keys among {len(keys)}, with "
+                f"priority={priority!r}: expected each once, and one of {', '.join(SLACK)}."
+            )
+        terms = {"priority": priority, "deadline": deadline}
+        return Call(kind, keys, Node(None, len(keys)), terms)
+
+    def _touch(self, keys: list[bytes]) -> None:
+        for shelf in self._shelves:
+            shelf.touch(keys)
+        for part in {part for tiling in self._tilings for part in tiling}:
+            self.rows.touch([part.form.digest + key for key in keys])
+
+    @contextmanager
+    def _spots(self, call: Call) -> Iterator[tuple[Any, dict[tuple[Part, Any], list[int]]]]:
+        """Inside, the graph is locked: which blocks are anywhere, and by part and spot which.
+
+        A spot is `_KEPT`, a `Fill`, or links with their shelves, the nearest first. A remote tier
+        is taken to have what nearer ones lack; only if there are blocks of other forms as well is
+        it asked before."""
+        sure, groups = len(self._tilings) == 1, dict[tuple[Part, Any], list[int]]()
+
+        def spot(part: Part, key: bytes) -> Any:
+            name, links = part.form.digest + key, list[tuple[Shelf, Link]]()
+            if self.rows.has(name):
+                return _KEPT
+            fill, _ = self._fills.get(name, (None, 0))
+            if fill and not (fill.store and any(x.known([key])[0] for x in part.shelves)):
+                return fill
+            for shelf in part.shelves:
+                far = shelf.tier == "remote" and (sure or bool(links))
+                if far or shelf.known([key])[0]:
+                    links.append((shelf, shelf.link(key)))
+            return tuple(links)
+
+        def spots(key: bytes) -> list[tuple[Part, Any]]:
+            for tiling in self._tilings:
+                found = [(part, spot(part, key)) for part in tiling]
+                if all(where for _, where in found):
+                    return found
+            return []
+
+        for shelf in self._shelves if not sure else ():
+            for key in call.keys:
+                spots(key) or shelf.has([key])
+        with self.graph.lock:
+            found = [spots(key) for key in call.keys]
+            for i, places in enumerate(found):
+                for place in places:
+                    groups.setdefault(place, []).append(i)
+            yield np.array([bool(x) for x in found], np.bool_), groups
+
+    def _rows(
+        self, call: Call, part: Part, spot: Any, some: list[int], segments: list[int | None]
+    ) -> Iterator[tuple[Lease, list[Node], list[int], list[int]]]:
+        """Bring blocks into rows: a lease, the nodes after which its rows are right (one for each
+        segment, or one, or none), the blocks, and their rows."""
+        names = {i: part.form.digest + call.keys[i] for i in some}
+        if isinstance(spot, Fill):
+            spot.calls.append((call, some))
+            yield spot, spot.ends, some, [self._fills[names[i]][1] for i in some]
+            return
+        for at in self._chunks(some, *([] if spot == _KEPT else [spot[0][1]])):
+            if spot == _KEPT:
+                lease = Lease(self.rows, 0, ended=lambda lease: self.rows.unpin(lease.items))
+                lease.items = [self.rows.find(names[i]) for i in at]
+                self.graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
+                yield lease, [], at, [*range(len(at))]
+                continue
+            fill, pieces = self._fill(part, call, at), [*dict.fromkeys(segments)]
+            for number, segment in enumerate(pieces):
+                before, order = list[Node](), (number, len(pieces))
+                for shelf, link in spot:
+                    work = partial(self._read, shelf, segment, fill)
+                    before = [self._node(call, work, link, fill, len(at), before, order)]
+                fill.ends += before
+            yield fill, fill.ends, at, [*range(len(at))]
+
+    def _chunks(self, blocks: list[int], *links: Link) -> Iterator[list[int]]:
+        """The blocks of nodes, so many that all workers of the widest link have some."""
+        share = -(-len(blocks) // max([2, *(link.width for link in links)]))
+        most = max(1, min(self.rows.most, PIECE // self.rows.row_bytes, share))
+        yield from (blocks[first : first + most] for first in range(0, len(blocks), most))
+
+    def _fill(self, part: Part, call: Call, at: list[int], until: float | None = None) -> Fill:
+        """Rows to be filled for blocks of a call; a save drops what has none at ``until``."""
+        keys = [call.keys[i] for i in at]
+        fill = Fill(self.rows, len(at), call.kind == "save", until, self._over, None, 0, part, keys)
+        fill.calls.append((call, at))
+        self._fills.update((part.form.digest + key, (fill, row)) for row, key in enumerate(keys))
+        return fill
+
+    def _over(self, fill: Any) -> None:
+        """Rows go back, under the graph's lock; those that landed whole are kept, the last first,
+        so that a prefix outlives its suffix."""
+        landed = np.zeros(fill.count, np.bool_)
+        if fill.items and len(fill.ends) in (1, len(fill.part.form.segments)):
+            landed = np.logical_and.reduce([end.landed for end in fill.ends])
+        prefetched = all(call.kind == "prefetch" for call, _ in fill.calls)
+        for row in range(fill.count)[::-1]:
+            name = fill.part.form.digest + fill.keys[row]
+            if self._fills.get(name, (None,))[0] is fill:
+                del self._fills[name]
+            if landed[row]:
+                self.rows.keep(fill.items[row], name, prefetched)
+
+    def _node(
+        self,
+        call: Call,
+        work: Any,
+        link: Link,
+        lease: Lease,
+        size: int,
+        after: Any = (),
+        order: Any = (0, 1),
+    ) -> Node:
+        """Plan ``work(node, mask)`` on ``size`` rows of a lease: of ``order[1]`` segments the
+        ``order[0]``-th. A read that follows another one rescues what that one did not get."""
+        rescue = call.kind != "save" and bool(after) and isinstance(after[0], Node)
+        nbytes = size * self.rows.row_bytes // order[1]
+        given = {"after": after, "rescue": rescue, "lease": lease, "name": call.kind}
+        node = Node(work, size, link=link, nbytes=nbytes, **given)
+        call.nodes.append((order[0], node))
+        return node
+
+    def _submit(self, call: Call, *gates: Node) -> None:
+        nodes = [node for _, node in sorted(call.nodes, key=itemgetter(0))]
+        call.nodes.clear()
+        self.graph.submit([*nodes, *gates], **call.terms)
+
+    def _ended(
+        self, call: Call, given: Any, view: Any, by_layer: bool = False, missing: str = "raise"
+    ) -> Handle:
+        """Begin a call, behind a gate of all and, by layer, one of each layer."""
+        layers = [Node(None, len(given)) for _ in range(*self.form.layers[:2])] if by_layer else []
+        for layer, gate in enumerate([call.gate, *layers], -1):
+            gate.given = given
+            gate.after = [x[:3] for x in call.ends if layer < 0 or layer in x[3]]
+        self._submit(call, *layers, call.gate)
+        self._gates.add(call.gate)
+        return Handle(self.graph, call.gate, layers, missing, view)
+
+    # --- what nodes do, in workers, for the blocks of a mask ---
+
+    def _read(self, shelf: Shelf, segment: int | None, fill: Fill, _: Node, mask: Any) -> Any:
+        def stop() -> bool:
+            return all(call.gate.done() or call.gate.cut for call, _ in fill.calls)
+
+        rows, segments = np.flatnonzero(mask).tolist(), None if segment is None else [segment]
+        data = [self.rows.array(fill.items[row]) for row in rows]
+        mask[rows] = shelf.read([fill.keys[row] for row in rows], data, segments, stop)
+        return mask
+
+    def _gather(
+        self, crossing: Crossing, view: KVView, generation: int, fill: Fill, _: Node, mask: Any
+    ) -> None:
+        at, form = fill.calls[0][1], fill.part.form
+        _cross(crossing, (fill.part.rows, view), fill, range(fill.count), at, _, mask)
+        for row in np.flatnonzero(mask).tolist():
+            sums = image.seal(self.rows.array(fill.items[row]), form, fill.keys[row], generation)
+            fill.seals[row] = generation, sums
+
+    def _write(self, shelf: Shelf, link: Link, fill: Fill, _: Node, mask: Any) -> Any:
+        rows = np.flatnonzero(mask).tolist()
+        rows = [row for row in rows if not shelf.has([fill.keys[row]])[0]]
+        if rows:
+            data = [self.rows.array(fill.items[row]) for row in rows]
+            generations, sums = zip(*(fill.seals[row] for row in rows), strict=True)
+            keys = [fill.keys[row] for row in rows]
+            mask[rows] = shelf.write(link, keys, data, generations, sums)
+        return mask
+
+
+def _cross(
+    crossing: Crossing, sides: Any, lease: Lease, rows: Any, at: Any, _: Node, mask: Any
+) -> None:
+    left, (inner, outer) = np.flatnonzero(mask), sides
+    crossing.copy(inner, outer, np.array(lease.items)[np.array(rows)[left]], np.array(at)[left])
+
+
+def _legs(part: Part, view: KVView, by_layer: bool) -> list[tuple[range, int | None, Any]]:
+    """What crosses at once between rows of a part and a view: layers of the view, the segment that
+    has them (None: the image), and both sides of the copy."""
+    first, past = part.theirs["layers"].start, part.theirs["layers"].stop
+    to = part.mine["layers"].start
+    cuts: list[tuple[int, int, int | None]] = [(first, past, None)]
+    if by_layer and part.form.segments[1:]:
+        cuts = [(max(first, x[0]), min(past, x[1]), i) for i, x in enumerate(part.form.segments)]
+    elif by_layer:
+        many = min(PARTS, past - first)
+        ends = [first + (past - first) * i // many for i in range(many + 1)]
+        cuts = [(a, b, None) for a, b in pairwise(ends)]
+    sides, found = (part.rows, view.slice(**part.mine)), list[Any]()
+    for a, b, segment in cuts:
+        if a < b:
+            pair = [side.slice(layers=slice(a - first, b - first)) for side in sides]
+            found.append((range(to + a - first, to + b - first), segment, pair))
+    return found
+
+
+def _tilings(parts: list[Part]) -> list[list[Part]]:
+    """The store's own form, and sets of other forms that cover its rectangle once."""
+    found = [parts[:1]]
+    for first in parts[1:]:
+        chosen, cover = list[Part](), np.zeros([x.stop for x in parts[0].mine.values()], np.bool_)
+        for part in (first, *parts[1:]):
+            mine = part.mine["layers"], part.mine["heads"]
+            if not cover[mine].any():
+                cover[mine] = True
+                chosen.append(part)
+        if cover.all() and not any(first in tiling for tiling in found):
+            found.append(chosen)
+    return found

@@ -1,0 +1,694 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`BlockStore` over tiers that are dicts of bytes: which bytes land where, whatever fails."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from prometheus_client import CollectorRegistry, generate_latest
+from support.ambient import STATES
+from support.core_cases import noise
+from support.device_cases import current, delay
+from support.storage_cases import FakeTier, key_of, small_form
+
+from portakv import KVView
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    SlotError,
+    StoreError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+    Unsupported,
+)
+from portakv.graph.graph import Graph
+from portakv.graph.prometheus import Collector
+from portakv.storage.form import BlockForm
+from portakv.storage.store import BlockStore
+
+LIMIT = 20.0  # seconds; nothing here takes as long
+KEYS = [key_of(i) for i in range(8)]
+
+
+def cache(
+    blocks: int = 12, layers: int = 4, heads: int = 2, size: int = 4, seed: int = 0
+) -> KVView:
+    """A paged cache of noise in a layout of vLLM."""
+    shape = (blocks, 2, size, heads, 32)
+    tensors = [noise(*shape, dtype=torch.float16, seed=seed + i) for i in range(layers)]
+    return KVView(tensors, "layer | block kv token head dim")
+
+
+def tokens_of(view: KVView, blocks: Any, heads: slice = slice(None)) -> Any:
+    """All bytes of blocks, ``[layers, kv, tokens, heads, bytes]``."""
+    found = []
+    for tensor in view.tensors:
+        raw = tensor.cpu().view(torch.uint8).numpy()[np.array([*blocks])]
+        found.append(np.moveaxis(raw, 0, 1).reshape(2, -1, *raw.shape[3:])[:, :, heads])
+    return np.stack(found)
+
+
+def same(one: KVView, mine: Any, other: KVView, theirs: Any) -> bool:
+    return bool((tokens_of(one, mine) == tokens_of(other, theirs)).all())
+
+
+@pytest.fixture
+def opened() -> Iterator[Any]:
+    """Makes stores, ``staging`` and ``host`` in rows; at the end no row may be out."""
+    stores: list[BlockStore] = []
+
+    def make(
+        form: BlockForm | None = None, staging: int = 8, host: int = 0, **terms: Any
+    ) -> BlockStore:
+        form, terms = form or small_form(), {"full": "wait", **terms}
+        size = max(
+            [
+                form.image_bytes,
+                *(x.image_bytes for t in terms.get("tiers", ()) for x in t.forms(form)),
+            ]
+        )
+        stores.append(BlockStore(form, staging=staging * size, host=host * size, **terms))
+        return stores[-1]
+
+    yield make
+    for store in stores:
+        store.close(LIMIT)
+        counts = store.rows.counts()
+        assert counts["lent"] == 0
+        assert counts["free"] + counts["kept"] == store.rows.tensor.shape[0]
+        assert not store.rows._pins
+
+
+def saved(store: BlockStore, view: KVView, blocks: Any = range(8), keys: Any = KEYS) -> None:
+    handle = store.save(view, blocks, keys, priority="urgent", deadline=LIMIT)
+    handle.synchronize(LIMIT)
+    assert handle.landed.all()
+
+
+# --- bytes ---
+
+
+@pytest.mark.parametrize("host", [0, 3, 8])
+@pytest.mark.parametrize("staging", [1, 3, 40])
+def test_what_was_saved_is_loaded_into_another_cache(opened: Any, host: int, staging: int) -> None:
+    source, target, tier = cache(), cache(seed=50), FakeTier()
+    store = opened(tiers=[tier], staging=staging, host=host)
+    handle = store.save(source, range(2, 10), KEYS)
+    handle.synchronize(LIMIT)
+    assert handle.landed.all()
+    assert len(tier.blocks) == 8
+    assert store.lookup([*KEYS[:5], key_of(99), *KEYS[5:]]) == 5
+    assert store.lookup(KEYS) == 8
+    rest = tokens_of(target, [0, 9, 10, 11])
+    loaded = store.load(target, range(1, 9), KEYS)
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.all()
+    assert same(source, range(2, 10), target, range(1, 9))
+    assert (tokens_of(target, [0, 9, 10, 11]) == rest).all()
+    assert len(tier.reads) == 8 - min(host, 8), "the host tier has the blocks of a save"
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 6, 8])
+@pytest.mark.parametrize("ids", ["list", "tensor", "array"])
+def test_views_with_blocks_of_any_size(opened: Any, size: int, ids: str) -> None:
+    """Keys need not fill the last block."""
+    make: Any = {"list": list, "tensor": torch.tensor, "array": np.array}[ids]
+    source, target = cache(), cache(20, size=size, seed=9)
+    store = opened(host=8)
+    saved(store, source)
+    blocks = np.random.default_rng(size).permutation(20)[: -(-7 * 4 // size)].tolist()
+    before = tokens_of(target, blocks)
+    store.load(target, make(blocks), KEYS[:7]).synchronize(LIMIT)
+    after, wanted = tokens_of(target, blocks), tokens_of(source, range(7))
+    assert (after[:, :, :28] == wanted).all()
+    assert (after[:, :, 28:] == before[:, :, 28:]).all()
+    again = opened(host=8)
+    saved(again, target, blocks, KEYS[:7])
+    copy = cache(seed=70)
+    again.load(copy, range(7), KEYS[:7]).synchronize(LIMIT)
+    assert same(source, range(7), copy, range(7))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_store_in_any_state_of_torch(opened: Any, state: str) -> None:
+    source, target = cache(), cache(seed=50)
+    with STATES[state](torch.device("cpu")):
+        store = opened(host=2, tiers=[FakeTier()])
+        saved(store, source)
+        store.load(target, range(8), KEYS).synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+
+
+# --- what fails ---
+
+
+@pytest.mark.parametrize("missing", [[0], [4], [7], [0, 3, 7], list(range(8))])
+def test_missing_blocks_are_told_exactly(opened: Any, missing: list[int]) -> None:
+    """Fault 55: nothing is written for them, and all others land."""
+    source, target, tier = cache(), cache(seed=50), FakeTier()
+    store = opened(tiers=[tier], staging=3)
+    saved(store, source)
+    for i in missing:
+        del tier.blocks[store.form, KEYS[i]]
+    there = [i for i in range(8) if i not in missing]
+    before = tokens_of(target, range(12))
+    loaded = store.load(target, range(8), KEYS)
+    with pytest.raises(TransferError, match=f"{len(there)} of 8 blocks"):
+        loaded.synchronize(LIMIT)
+    assert loaded.landed.tolist() == [i in there for i in range(8)]
+    assert not there or same(source, there, target, there)
+    assert (
+        tokens_of(target, [*missing, 8])
+        == before.reshape(4, 2, 12, 4, 2, 64)[:, :, [*missing, 8]].reshape(4, 2, -1, 2, 64)
+    ).all()
+    again = store.load(target, range(8), KEYS, missing="skip")
+    again.synchronize(LIMIT)
+    assert (again.landed == loaded.landed).all()
+    assert store.lookup(KEYS) == min(missing)
+
+
+@pytest.mark.parametrize("fault", ["flip", "error"])
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_the_next_tier_is_asked_for_what_does_not_land(
+    opened: Any, fault: str, by_layer: bool
+) -> None:
+    source, target, near, far = cache(), cache(seed=50), FakeTier("near"), FakeTier("remote")
+    store = opened(tiers=[near, far])
+    saved(store, source)
+    near.faults = {KEYS[2]: [fault], KEYS[7]: [fault]}
+    del near.blocks[store.form, KEYS[4]]
+    near.reads.clear()
+    store.load(target, range(8), KEYS, by_layer=by_layer).synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+    assert {key for key, _ in far.reads} >= {KEYS[2], KEYS[4], KEYS[7]}
+    assert KEYS[4] not in {key for key, _ in near.reads}
+
+
+def test_a_block_that_is_wrong_in_the_only_tier_is_a_miss(opened: Any) -> None:
+    source, target, tier = cache(), cache(seed=50), FakeTier()
+    store = opened(tiers=[tier])
+    saved(store, source)
+    tier.faults = {KEYS[3]: ["flip"]}
+    loaded = store.load(target, range(8), KEYS, missing="skip")
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.tolist() == [i != 3 for i in range(8)]
+    assert store.lookup(KEYS) == 3
+    saved(store, source)  # the one that is missing, and no other
+    assert store.lookup(KEYS) == 8
+
+
+def test_one_key_loaded_by_16_threads_is_read_once(opened: Any) -> None:
+    """Fault 56."""
+    source, tier, go = cache(), FakeTier(), threading.Event()
+    store = opened(tiers=[tier])
+    saved(store, source)
+    tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
+    targets = [cache(seed=100 + i) for i in range(16)]
+    handles = list[Any]()
+    threads = [
+        threading.Thread(target=lambda x=x: handles.append(store.load(x, [3], KEYS[:1])))
+        for x in targets
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(LIMIT)
+    go.set()
+    for handle in handles:
+        handle.synchronize(LIMIT)
+    assert len(handles) == 16
+    assert tier.reads == [(KEYS[0], None)]
+    assert all(same(source, [0], target, [3]) for target in targets)
+
+
+def test_a_block_whose_save_is_under_way_is_loaded_from_its_rows(opened: Any) -> None:
+    """Fault 57; and a second save of it is nothing, which ends with the first."""
+    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    store = opened(tiers=[tier], staging=16)
+    tier.hold = go
+    first = store.save(source, range(8), KEYS, priority="urgent")
+    store.load(target, range(8), KEYS).synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+    assert not tier.reads
+    second = store.save(target, range(8), KEYS, priority="urgent")
+    assert not first.done()
+    assert not second.done()
+    go.set()
+    second.synchronize(LIMIT)
+    assert first.landed.all()
+    assert second.landed.all()
+    assert tier.writes == 8
+
+
+def test_a_key_that_every_tier_has_is_not_saved_again(opened: Any) -> None:
+    source, near, far = cache(), FakeTier("near"), FakeTier("far")
+    store = opened(tiers=[near, far])
+    saved(store, source)
+    del far.blocks[store.form, KEYS[1]]
+    saved(store, cache(seed=3))  # other bytes: a key names contents, so nothing may change
+    assert (near.writes, far.writes) == (8, 9)
+    assert near.blocks[store.form, KEYS[0]] == far.blocks[store.form, KEYS[0]]
+    far.refuse = True
+    handle = store.save(source, [9], [key_of(9)], priority="urgent")
+    with pytest.raises(TransferError):
+        handle.synchronize(LIMIT)
+    assert not handle.landed.any()
+    assert store.lookup([key_of(9)]) == 1
+
+
+@pytest.mark.parametrize("full", ["drop", "wait"])
+def test_a_save_without_room_is_dropped_or_waits(opened: Any, full: str) -> None:
+    """Fault 59: all rows are out."""
+    source, tier, go = cache(), FakeTier(), threading.Event()
+    store = opened(tiers=[tier], staging=2, full=full)
+    tier.hold = go
+    first = store.save(source, [0], KEYS[:1], priority="urgent")
+    second = store.save(source, [1], KEYS[1:2], priority="urgent")
+    if full == "drop":
+        with pytest.raises(TransferError):
+            second.synchronize(LIMIT)
+    else:
+        with pytest.raises(TransferTimeout):
+            second.synchronize(0.05)
+    go.set()
+    first.synchronize(LIMIT)
+    if full == "wait":
+        second.synchronize(LIMIT)
+    assert second.landed.all() == (full == "wait")
+
+
+def test_a_read_that_hangs_costs_its_caller_alone(opened: Any) -> None:
+    """Fault 26: the deadline ends its load; its row stays out; others go on."""
+    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    store = opened(tiers=[tier], staging=4)
+    saved(store, source)
+    tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
+    before = tokens_of(target, [0])
+    hangs = store.load(target, [0], KEYS[:1], deadline=0.1)
+    with pytest.raises(TransferTimeout):
+        hangs.synchronize(0.01)
+    with pytest.raises(TransferError):
+        hangs.synchronize(LIMIT)
+    assert store.rows.counts()["lent"] == 1
+    assert not hangs.landed.any()
+    store.load(target, range(1, 8), KEYS[1:]).synchronize(LIMIT)
+    assert same(source, range(1, 8), target, range(1, 8))
+    go.set()
+    assert (tokens_of(target, [0]) == before).all()
+    stuck = threading.Event()
+    tier.faults = {KEYS[1]: [stuck.wait]}
+    store.load(target, [1], KEYS[1:2])
+    with pytest.raises(TransferTimeout, match="1 reads"):
+        store.close(0.05)
+    stuck.set()
+
+
+def test_close_lets_saves_end_and_refuses_more(opened: Any) -> None:
+    """Fault 15; what hangs keeps the tier open until it ended, and is told."""
+    source, tier, go = cache(), FakeTier(), threading.Event()
+    store = opened(tiers=[tier], staging=2)
+    tier.hold = go
+    handle = store.save(source, range(8), KEYS)
+    with pytest.raises(TransferTimeout):
+        store.close(0.05)
+    assert not tier.closed
+    go.set()
+    store.close(LIMIT)
+    assert [tier.closed] == [1]
+    with pytest.raises(TransferCancelled):
+        handle.synchronize(LIMIT)
+    assert 0 < handle.landed.sum() == len(tier.blocks) < 8
+    quick = opened(host=8)
+    handle = quick.save(source, range(8), KEYS)
+    quick.close(LIMIT)
+    assert handle.landed.all()
+    for ask in (quick.lookup, quick.prefetch):
+        with pytest.raises(StoreError, match="closed"):
+            ask(KEYS)
+
+
+def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
+    """Fault 16."""
+    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    store = opened(tiers=[tier])
+    saved(store, source)
+    tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
+    handle = store.load(target, range(8), KEYS)
+    threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    with pytest.raises(KeyboardInterrupt):
+        handle.synchronize(LIMIT)
+    go.set()
+    handle.synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+
+
+def test_cancel_leaves_the_rest(opened: Any) -> None:
+    source, target, tier, go = cache(), cache(seed=50), FakeTier(width=1), threading.Event()
+    store = opened(tiers=[tier], staging=2)
+    saved(store, source)
+    tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
+    before = tokens_of(target, range(8))
+    handle = store.load(target, range(8), KEYS)
+    assert handle.cancel()
+    assert handle.cancelled
+    go.set()
+    with pytest.raises(TransferCancelled):
+        handle.synchronize(LIMIT)
+    assert not handle.landed.any()
+    assert (tokens_of(target, range(8)) == before).all()
+    store.load(target, range(8), KEYS).synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+
+
+# --- parts, layers, prefetch ---
+
+
+def ranks(view: KVView, count: int, by: str) -> list[tuple[BlockForm, KVView]]:
+    """The forms and views of ranks that each hold an equal part of the layers or the heads."""
+    found = []
+    for rank in range(count):
+        of = view.layers if by == "layers" else view.heads
+        cut = slice(rank * of // count, (rank + 1) * of // count)
+        part = view.slice(layers=cut) if by == "layers" else view.slice(heads=cut)
+        one = KVView(
+            [
+                x[:, :, :, cut if by == "heads" else slice(None)].clone()
+                for x in view.tensors[cut if by == "layers" else slice(None)]
+            ],
+            "layer | block kv token head dim",
+        )
+        assert (one.layers, one.heads) == (part.layers, part.heads)
+        ranges: Any = {by: (cut.start, cut.stop, of)}
+        found.append((BlockForm.of(one, "org/model@1", **ranges), one))
+    return found
+
+
+@pytest.mark.parametrize("remote", [False, True])
+@pytest.mark.parametrize("by", ["layers", "heads"])
+@pytest.mark.parametrize(("writers", "readers"), [(1, 4), (4, 1), (2, 4), (4, 2)])
+def test_ranks_of_another_size_load_what_others_saved(
+    opened: Any, by: str, writers: int, readers: int, remote: bool
+) -> None:
+    whole, tier = cache(layers=4, heads=4), FakeTier("remote" if remote else "fake")
+    for form, view in ranks(whole, writers, by):
+        saved(opened(form, tiers=[tier]), view)
+    for (form, target), (_, source) in zip(
+        ranks(cache(layers=4, heads=4, seed=90), readers, by),
+        ranks(whole, readers, by),
+        strict=True,
+    ):
+        store = opened(form, tiers=[tier], host=3)
+        assert store.lookup(KEYS) == 8
+        loaded = store.load(target, range(8), KEYS, by_layer=readers == 1)
+        loaded.synchronize(LIMIT)
+        assert same(source, range(8), target, range(8))
+        store.load(target, range(2, 10), KEYS).synchronize(LIMIT)  # of host rows in part
+        assert same(source, range(8), target, range(2, 10))
+
+
+def test_a_part_that_is_missing_is_a_miss_for_that_block_alone(opened: Any) -> None:
+    """Fault 62."""
+    whole, target, tier = cache(heads=4), cache(heads=4, seed=50), FakeTier()
+    forms = []
+    for form, view in ranks(whole, 4, "heads"):
+        forms.append(form)
+        saved(opened(form, tiers=[tier]), view)
+    del tier.blocks[forms[2], KEYS[5]]
+    tier.faults = {KEYS[1]: ["flip"]}  # in the part that is read first
+    store, before = opened(small_form(heads=4), tiers=[tier]), tokens_of(target, [5])
+    loaded = store.load(target, range(8), KEYS, missing="skip")
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.tolist() == [i not in (1, 5) for i in range(8)]
+    assert same(whole, [0, 2, 3, 4, 6, 7], target, [0, 2, 3, 4, 6, 7])
+    assert (tokens_of(target, [5]) == before).all()
+
+
+BIG = {"layers": 8, "heads": 8, "size": 64}  # 64 KiB a layer: segments of four layers
+
+
+@pytest.mark.parametrize("big", [True, False])
+def test_layers_end_one_behind_the_other(opened: Any, big: bool) -> None:
+    """Each is verified before it is handed on; with one segment the device's leg alone is cut."""
+    shape: Any = BIG if big else {}
+    source, target, tier, go = (
+        cache(4, **shape),
+        cache(4, seed=50, **shape),
+        FakeTier(width=1),
+        threading.Event(),
+    )
+    form = BlockForm.of(source, "org/model@1")
+    assert len(form.segments) == (2 if big else 1)
+    store = opened(form, tiers=[tier], staging=4)
+    saved(store, source, range(2), KEYS[:2])
+    reads = 4 if big else 2
+    tier.faults = {KEYS[1]: [None, lambda: go.wait(LIMIT)]} if big else {}
+    loaded = store.load(target, range(2), KEYS[:2], by_layer=True)
+    assert len(loaded.layers) == source.layers
+    loaded.layers[0].synchronize(LIMIT)
+    if big:
+        assert same_layers(source, target, range(4))
+        assert not loaded.layers[4].done()
+        go.set()
+    loaded.synchronize(LIMIT)
+    assert all(layer.done() for layer in loaded.layers)
+    assert len(tier.reads) == reads
+    assert same(source, range(2), target, range(2))
+    assert ("2 segments" if big else "as a whole") in store.explain()
+
+
+def same_layers(one: KVView, other: KVView, layers: Any) -> bool:
+    return all(
+        torch.equal(one.tensors[i][:2].view(torch.uint8), other.tensors[i][:2].view(torch.uint8))
+        for i in layers
+    )
+
+
+def test_a_whole_load_joins_one_by_layer_and_the_other_way(opened: Any) -> None:
+    source, tier = cache(4, **BIG), FakeTier()
+    store = opened(BlockForm.of(source, "org/model@1"), tiers=[tier], staging=4, host=2)
+    saved(store, source, range(2), KEYS[:2])
+    for first in (True, False):
+        for key in KEYS[:2]:
+            store.rows._kept.pop(key, None)
+        targets = [cache(4, seed=50 + i, **BIG) for i in range(2)]
+        handles = [
+            store.load(x, range(2), KEYS[:2], by_layer=(i == 0) == first)
+            for i, x in enumerate(targets)
+        ]
+        for handle, target in zip(handles, targets, strict=True):
+            handle.synchronize(LIMIT)
+            assert same(source, range(2), target, range(2))
+
+
+def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any) -> None:
+    shape: Any = {"layers": 4, "heads": 8, "size": 128}  # a segment for each two layers
+    source, target, tier = cache(12, **shape), cache(12, seed=50, **shape), FakeTier()
+    store = opened(BlockForm.of(source, "org/model@1"), tiers=[tier], staging=2)
+    saved(store, source)
+    store.load(target, range(8), KEYS, by_layer=True).synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+    assert len(tier.reads) == 8 * len(store.form.segments) > 8
+
+
+def test_prefetched_blocks_are_loaded_without_the_tier(opened: Any) -> None:
+    """Blocks that are prefetched and not yet used take half of the host tier."""
+    source, target, tier = cache(), cache(seed=50), FakeTier()
+    saved(opened(tiers=[tier]), source)
+    store = opened(tiers=[tier], host=8)
+    handle = store.prefetch(KEYS, priority="urgent")
+    handle.synchronize(LIMIT)
+    assert handle.landed.tolist() == [True] * 4 + [False] * 4
+    assert store.rows.counts()["kept"] == 4
+    tier.reads.clear()
+    store.load(target, range(4), KEYS[:4]).synchronize(LIMIT)
+    assert not tier.reads
+    assert same(source, range(4), target, range(4))
+    again = store.prefetch(KEYS[:4])
+    again.synchronize(LIMIT)
+    assert again.landed.all()
+    assert not tier.reads
+    with pytest.raises(StoreError, match="host tier"):
+        opened(tiers=[tier]).prefetch(KEYS)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("blocks", "keys", "error", "says"),
+    [
+        (range(2), [b"short", key_of(1)], InvalidTerms, "Key 0 is a bytes of 5"),
+        (range(2), [b"x" * 33, key_of(1)], InvalidTerms, "33 bytes"),
+        (range(2), [key_of(1), key_of(1)], InvalidTerms, "1 different keys among 2"),
+        (range(2), KEYS, InvalidTerms, "8 keys of 4 tokens .* 2 blocks of 4"),
+        ([0, 12], KEYS[:2], SlotError, "12 blocks|48 slots"),
+        ([0, -1], KEYS[:2], SlotError, "negative"),
+        ([0.5, 1.0], KEYS[:2], SlotError, "integers"),
+    ],
+)
+@pytest.mark.parametrize("call", ["save", "load"])
+def test_keys_and_blocks_that_fit_no_call(
+    opened: Any, call: str, blocks: Any, keys: Any, error: Any, says: str
+) -> None:
+    """Fault 63: wrong lengths, duplicates, more keys than blocks; nothing is moved."""
+    view = cache()
+    store, before = opened(host=8), tokens_of(view, range(12))
+    with pytest.raises(error, match=says):
+        getattr(store, call)(view, blocks, keys)
+    assert (tokens_of(view, range(12)) == before).all()
+    assert store.rows.counts()["free"] == 16
+
+
+def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
+    view, store = cache(), opened(host=2)
+    with pytest.raises(SlotError, match="occurs 2 times"):  # Fault 63: two blocks would meet
+        store.load(view, [3, 3], KEYS[:2])
+    for other, error in (
+        (cache(heads=3), LayoutError),
+        (cache(layers=3), LayoutError),
+        ("view", LayoutError),
+    ):
+        with pytest.raises(error):
+            store.load(other, [0], KEYS[:1])
+    chunk = KVView(
+        torch.zeros(2, 4, 8, 64, dtype=torch.float16), "kv layer token (head dim)", heads=2
+    )
+    with pytest.raises(LayoutError, match="paged"):
+        store.save(chunk, [0], KEYS[:1])
+    wrong = KVView(
+        [x.view(torch.bfloat16) for x in view.tensors], "layer | block kv token head dim"
+    )
+    with pytest.raises(LayoutError):
+        store.save(wrong, [0], KEYS[:1])
+    with pytest.raises(InvalidTerms, match="priority"):
+        store.lookup(KEYS) or store.prefetch(KEYS, priority="high")
+    with pytest.raises(InvalidTerms, match="missing"):
+        store.load(view, [0], KEYS[:1], missing="hide")
+    with pytest.raises(InvalidTerms, match="'drop' or 'wait'"):
+        opened(full="grow")
+    for rows in ({"staging": 0, "host": 4}, {"staging": 4, "host": 0}):
+        with pytest.raises(StoreError, match=r"takes \d+ bytes"):
+            opened(**rows)
+    assert opened(host=1, weak_keys=True).lookup([b"weak"]) == 0
+
+
+def test_a_tier_that_cannot_be_opened_closes_the_others() -> None:
+    first, second, form = FakeTier(), FakeTier(), small_form()
+    second.open = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
+    with pytest.raises(ZeroDivisionError):
+        BlockStore(form, staging=form.image_bytes, tiers=[first, second])
+    assert first.closed == 1
+
+
+def test_what_can_be_seen(opened: Any, tmp_path: Path) -> None:
+    source, tier = cache(), FakeTier()
+    store = opened(tiers=[tier], host=2, graph=(graph := Graph()))
+    saved(store, source)
+    store.load(source, range(8), KEYS).synchronize(LIMIT)
+    told = store.statistics()
+    assert told["tiers"][0]["blocks"] == 8
+    json.dumps(told)
+    registry = CollectorRegistry()
+    registry.register(Collector(store))
+    text = generate_latest(registry).decode()
+    size = store.form.image_bytes
+    assert f'portakv_staging_bytes{{state="kept"}} {2.0 * size}' in text
+    assert 'portakv_tier_blocks_total{op="load",result="hit",tier="host"} 2.0' in text
+    store.trace(str(tmp_path / "run.json"))
+    names = {x["name"] for x in json.loads((tmp_path / "run.json").read_text())["traceEvents"]}
+    assert {"save", "load"} <= names
+    assert "fake " in store.explain()
+    assert "a dict of bytes" in store.explain()
+    store.close()
+    assert graph.close(LIMIT)
+
+
+def test_a_forked_child_is_refused(opened: Any) -> None:
+    """Fault 13, and it may close the store and end, which changes nothing for its parent."""
+    source, target = cache(), cache(seed=50)
+    store = opened(host=8)
+    saved(store, source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that threads run
+        child = os.fork()
+    if not child:
+        refused = 0
+        for ask in (store.lookup, store.prefetch, lambda x: store.load(target, range(8), x)):
+            try:
+                ask(KEYS)
+            except StoreError:
+                refused += 1
+        store.close()
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    store.load(target, range(8), KEYS).synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+
+
+# --- devices ---
+
+
+def test_a_save_waits_for_the_kernel_that_writes_the_blocks(
+    opened: Any, accelerator: torch.device
+) -> None:
+    """Fault 61: the copy is behind what the caller's stream held, which is late."""
+    fresh, target, tier = cache(), cache(seed=50), FakeTier()
+    on_device = KVView(
+        [torch.zeros_like(x, device=accelerator) for x in fresh.tensors],
+        "layer | block kv token head dim",
+    )
+    sent = [x.to(accelerator) for x in fresh.tensors]
+    torch.accelerator.synchronize(accelerator)
+    store = opened(tiers=[tier], host=4)
+    store.load(on_device, [0], KEYS[:1], missing="skip").synchronize(LIMIT)  # what is prepared once
+    delay(current(accelerator))
+    for mine, theirs in zip(on_device.tensors, sent, strict=True):
+        mine.copy_(theirs)
+    saved(store, on_device)
+    store.load(target, range(8), KEYS).synchronize(LIMIT)
+    assert same(fresh, range(8), target, range(8))
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_load_waits_for_what_reads_the_blocks(
+    opened: Any, accelerator: torch.device, by_layer: bool
+) -> None:
+    source, tier = cache(), FakeTier()
+    store = opened(tiers=[tier], host=4)
+    saved(store, source)
+    target = KVView(
+        [x.to(accelerator) for x in cache(seed=50).tensors], "layer | block kv token head dim"
+    )
+    torch.accelerator.synchronize(accelerator)
+    before = tokens_of(target, range(12))
+    delay(current(accelerator))
+    kept = [x.clone() for x in target.tensors]
+    loaded = store.load(target, torch.arange(8), KEYS, by_layer=by_layer)
+    loaded.wait()
+    after = tokens_of(target, range(8))
+    assert (after == tokens_of(source, range(8))).all()
+    read = KVView(kept, "layer | block kv token head dim")
+    assert (tokens_of(read, range(12)) == before).all()
+
+
+@pytest.mark.gpu
+def test_inside_graph_capture_nothing_is_moved(opened: Any) -> None:
+    device, store = torch.device("cuda", 0), opened(host=2)
+    view = KVView([x.to(device) for x in cache().tensors], "layer | block kv token head dim")
+    for call in (store.save, store.load):
+        with (
+            pytest.raises(Unsupported, match="graph capture"),
+            torch.cuda.graph(torch.cuda.CUDAGraph()),
+        ):
+            call(view, [0], KEYS[:1])
