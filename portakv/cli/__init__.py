@@ -91,6 +91,10 @@ def make_parser() -> argparse.ArgumentParser:
         "the backends that PortaKV chooses from here. Nothing is downloaded.",
     )
     demo.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
+    demo.add_argument(
+        "--store", metavar="DIR",
+        help="instead: save a prefix to a folder, kill the process, go on from there in another",
+    )  # fmt: skip
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
     for verb in (doctor, backends, explain, layouts, store, warmup, calibrate):
@@ -109,8 +113,11 @@ def make_parser() -> argparse.ArgumentParser:
 def _demo(asked: argparse.Namespace) -> int:
     # Its model part imports much more than any other verb needs.
     from portakv.cli.demo import run_demo
+    from portakv.cli.demo import store as store_demo
 
     device = None if asked.device is None else str(usable_device(asked.device))
+    if asked.store is not None:
+        return store_demo.run_store_demo(asked.store, device=device, json=asked.json)
     return run_demo(device=device, json=asked.json)
 
 

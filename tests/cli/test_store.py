@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv store` and `portakv explain --storage`."""
+"""`portakv store`, `portakv explain --storage` and `portakv demo --store`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import pytest
 from support.command_line import run, run_json
 
 from portakv.cli import store as verbs
+from portakv.cli.demo.store import is_good
 from portakv.storage import image
 from portakv.storage.engine import Request, choose
 from portakv.storage.form import BlockForm
@@ -175,3 +176,47 @@ def test_explain_tells_how_a_folder_is_read(
     told = run("explain", "--storage", str(folder)).out
     assert f"{found['engine']} serves" in told
     assert [path.name for path in folder.iterdir()] == [FORM.name]
+
+
+# the demo
+
+
+def test_the_demo_kills_the_process_and_goes_on_with_the_same_tokens(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    found = run_json("demo", "--store", str(tmp_path), "--device", "cpu")
+    wrote, read = found["wrote"], found["read"]
+    assert (found["killed"], found["ok"]) == (True, True)
+    assert wrote["tokens"] == read["tokens"] != read["noise"]
+    assert wrote["layout"] != read["layout"]
+    assert (wrote["loaded"], read["loaded"]) == (0, wrote["computed"] // 16 * 16)
+    assert run("store", "check", str(tmp_path)).code == 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "noise", "loaded", "good"),
+    [([1], [3], 16, True), ([2], [3], 16, False), ([1], [1], 16, False), ([1], [3], 0, False)],
+)
+def test_the_demo_fails_if_tokens_differ_or_nothing_was_loaded(
+    tokens: list[int], noise: list[int], loaded: int, good: bool
+) -> None:
+    assert is_good({"tokens": [1]}, {"tokens": tokens, "noise": noise, "loaded": loaded}) is good
+
+
+def test_the_demo_names_the_extra_that_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "transformers.py").write_text("raise ImportError('not here')")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    code, _, err = run("demo", "--store", str(tmp_path), "--device", "cpu")
+    assert (code, "pip install '.[demo]'" in err) == (1, True)
+
+
+def test_the_example_finds_a_prefix_in_a_remote_store(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("obstore")
+    from portakv_examples import prefix_store
+
+    assert prefix_store.run(["cpu", "--remote", "memory://"]) == 0
+    told = capsys.readouterr().out
+    assert "the same twice" in told
+    assert "0 tokens of the prompt loaded" in told

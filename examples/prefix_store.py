@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A prompt's keys and values outlive the cache that held them: in an object store, on a disk.
+
+    python examples/prefix_store.py [device] [--remote memory://] [--disk FOLDER] [--model NAME]
+
+A model from `transformers` (a small Llama with random weights, so that nothing is downloaded, or
+``--model NAME``) answers a prompt, and the whole blocks of the prompt are stored under the hashes
+of its tokens. A second engine, whose pages lie in another layout, finds them, loads them, computes
+what is left of the prompt and gives the same answer. ``--remote s3://bucket/folder`` takes its
+credentials from the environment; run it twice, and the first engine finds the blocks, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig
+
+from portakv import KVView
+from portakv.errors import PortaKVError
+from portakv.integrations.transformers import load_prefix, save_prefix
+from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+
+PROMPT = (
+    "A serving engine computes the keys and values of every prompt that it meets. Most prompts "
+    "begin as others did: with the same instructions, the same document, the same conversation. "
+    "What was computed once can be stored under the tokens that it follows from, and loaded."
+)
+BLOCK_SIZE, BLOCKS = 16, 256  # of the paged memory
+STEPS = 24  # tokens of an answer
+#: An engine's pages, and those of another: a list of layers, and one tensor.
+LAYOUTS = ("layer | kv block token head dim", "block layer kv head token dim")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Tokens of the prompt that came from the store and that were computed, and the next ones."""
+
+    loaded: int
+    computed: int
+    tokens: list[int]
+
+
+def small_model() -> Any:
+    """A Llama with random weights, the same in each process; a byte is a token."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=8, num_key_value_heads=4,
+        initializer_range=0.2,  # wide enough that attention looks at some tokens more than others
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def pages_for(model: Any, layout: str) -> KVView:
+    """Paged memory for a model's keys and values, empty, as ``layout`` has it."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    extents = {"layer": layers, "kv": 2, "block": BLOCKS, "token": BLOCK_SIZE, "head": heads}
+    extents["dim"] = head_dim
+    lists, _, dims = layout.rpartition("|")
+    size = [extents[axis] for axis in dims.split()]
+    count = layers if lists else 1
+    made = [torch.empty(size, dtype=model.dtype, device=model.device) for _ in range(count)]
+    return KVView(made if lists else made[0], layout)
+
+
+def answer(
+    model: Any, prompt: Sequence[int], pages: KVView, store: BlockStore, salt: bytes = b""
+) -> Answer:
+    """Answer a prompt, with what the store has of it, and store the rest."""
+    whole = (len(prompt) - 1) // BLOCK_SIZE  # blocks; a token at least is computed
+    keys = prefix_keys(prompt[: whole * BLOCK_SIZE], BLOCK_SIZE, salt)
+    blocks = torch.randperm(BLOCKS, device="cpu")[:whole]
+    found, cache = store.lookup(keys), DynamicCache()
+    if found:
+        loaded = store.load(pages, blocks[:found], keys[:found], missing="skip")
+        loaded.synchronize(timeout=60)
+        found = int(loaded.landed.cumprod().sum())  # a block may be gone or damaged by now
+    if found:
+        load_prefix(cache, pages, blocks[:found], found * BLOCK_SIZE)
+    done = found * BLOCK_SIZE
+    tokens = go_on(model, cache, prompt[done:])
+    if found < whole:
+        save_prefix(cache, pages, blocks, whole * BLOCK_SIZE)
+        store.save(pages, blocks[found:], keys[found:]).synchronize(timeout=60)
+    return Answer(done, len(prompt) - done, tokens)
+
+
+@torch.no_grad()
+def go_on(model: Any, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
+    """The next tokens, greedily, behind a cache and the tokens that it lacks."""
+    given, answered = list(tokens), list[int]()
+    while len(answered) < STEPS:
+        ids = torch.tensor([given], dtype=torch.int64, device=model.device)
+        given = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
+        answered += given
+    return answered
+
+
+def main(
+    device: str = "cpu", name: str | None = None, tiers: Sequence[Any] = (),
+    tell: Callable[[str], None] = print,
+) -> bool:  # fmt: skip
+    """Answer twice, by engines of different layouts; True if the answers are the same."""
+    if name is None:
+        model, prompt = small_model().to(device), list(PROMPT.encode())
+    else:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+        prompt = AutoTokenizer.from_pretrained(name)(PROMPT)["input_ids"]
+    answers = []
+    for layout in LAYOUTS:
+        pages = pages_for(model, layout)
+        form = BlockForm.of(pages, model=name or "a small Llama, seed 0")
+        store = BlockStore(form, staging=64 << 20, tiers=tiers)
+        try:
+            answers.append(answer(model, prompt, pages, store))
+        finally:
+            store.close()
+        last = answers[-1]
+        tell(f"{layout!r}: {last.loaded} tokens of the prompt loaded, {last.computed} computed")
+    same = answers[0].tokens == answers[1].tokens
+    tell(f"{STEPS} tokens follow: {'the same twice' if same else 'NOT the same'}")
+    return same and answers[1].loaded > 0
+
+
+def run(words: list[str] | None = None) -> int:
+    """The command line; 0 if the second engine found the prompt and answered the same."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("device", nargs="?", default=usual, help=f"a torch device ({usual})")
+    parser.add_argument("--remote", metavar="URL", help="s3://, gs://, az://, file://, memory://")
+    parser.add_argument("--disk", metavar="FOLDER", help="a folder on a local disk")
+    parser.add_argument("--model", metavar="NAME", help="of the Hugging Face hub, or a folder")
+    asked = parser.parse_args(words)
+    tiers: list[Any] = [Disk(asked.disk, capacity=256 << 20)] if asked.disk else []
+    try:
+        if asked.remote or not tiers:
+            tiers.append(Remote(asked.remote or "memory://"))
+        return 0 if main(asked.device, asked.model, tiers) else 1
+    except PortaKVError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())
