@@ -22,12 +22,7 @@ from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 
 PICTURE = Path(__file__).with_suffix(".svg")
 SAVED, LOADED = 96, 24  # blocks of 1 MiB
-COLOURS = {
-    "disk": "#0072B2",
-    "remote": "#009E73",
-    "device-host": "#D55E00",
-    "host-device": "#CC79A7",
-}
+COLOURS = {"load": "#2f6fde", "save": "#0f9d8f"}  # as in tiers.svg
 
 
 def make(path: Path) -> None:
@@ -60,7 +55,7 @@ def draw(events: list[dict[str, Any]]) -> Figure:
     axes = figure.subplots()
     for e in bars:
         row = rows.index((links[e["pid"]], e["tid"]))
-        colour = COLOURS.get(links[e["pid"]].partition(":")[0], "#777777")
+        colour = COLOURS.get(e["name"], "#777777")
         span = [((e["ts"] - began) / 1e3, max(e["dur"], 50) / 1e3)]
         axes.broken_barh(span, (row - 0.36, 0.72), facecolors=colour, edgecolors="white", lw=0.4)
     begun: dict[Any, dict[str, Any]] = {}
@@ -73,6 +68,9 @@ def draw(events: list[dict[str, Any]]) -> Figure:
             ]
             axes.plot(*zip(*ends, strict=True), color="#555555", lw=0.4, alpha=0.6, zorder=3)
     axes.set_yticks(range(len(rows)), [f"{link}, worker {worker}" for link, worker in rows])
+    for name, colour in COLOURS.items():
+        axes.bar(0, 0, color=colour, label=name)
+    axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     axes.set_xlabel("milliseconds")
     axes.spines[["top", "right"]].set_visible(False)
     return figure
