@@ -8,8 +8,10 @@ they are written, an urgent load of blocks that were saved before. Needs ``porta
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from matplotlib.figure import Figure
 from portakv import KVView
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
 
-PICTURE = Path(__file__).with_suffix(".svg")
+PICTURE = Path(__file__).resolve().with_suffix(".svg")
 SAVED, LOADED = 96, 24  # blocks of 1 MiB
 COLOURS = {"load": "#2f6fde", "save": "#0f9d8f"}  # as in tiers.svg
 
@@ -32,17 +34,22 @@ def make(path: Path) -> None:
     view = KVView(caches, "layer | kv block token head dim")
     keys = prefix_keys(list(range(16 * (SAVED + LOADED))), 16)
     form = BlockForm.of(view, model="a trace")
+    remote = Remote("memory://")
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        tiers = [Disk(folder, capacity=256 << 20), Remote("memory://")]
-        store = BlockStore(form, staging=128 << 20, tiers=tiers, full="wait")
-        first = list(range(LOADED))
-        store.save(view, first, keys[:LOADED], priority="normal").synchronize()
-        saved = store.save(view, list(range(LOADED, LOADED + SAVED)), keys[LOADED:])
-        there = list(range(LOADED + SAVED, 2 * LOADED + SAVED))
-        store.load(view, there, keys[:LOADED], deadline=10.0).synchronize()
-        saved.synchronize()
-        store.trace(str(path))
-        store.close()
+        os.chdir(folder)
+        for first in (True, False):
+            tiers = [Disk("nvme0", capacity=256 << 20), remote]
+            store = BlockStore(form, staging=128 << 20, tiers=tiers, full="wait")
+            if first:
+                saved = store.save(view, list(range(LOADED)), keys[:LOADED])
+            else:  # what was stored is loaded beside other saves
+                saved = store.save(view, list(range(LOADED, LOADED + SAVED)), keys[LOADED:])
+                time.sleep(0.02)
+                there = list(range(LOADED + SAVED, 2 * LOADED + SAVED))
+                store.load(view, there, keys[:LOADED], deadline=10.0).synchronize()
+            saved.synchronize()
+            store.trace(path)
+            store.close()
 
 
 def draw(events: list[dict[str, Any]]) -> Figure:
@@ -69,7 +76,7 @@ def draw(events: list[dict[str, Any]]) -> Figure:
             axes.plot(*zip(*ends, strict=True), color="#555555", lw=0.4, alpha=0.6, zorder=3)
     axes.set_yticks(range(len(rows)), [f"{link}, worker {worker}" for link, worker in rows])
     for name, colour in COLOURS.items():
-        axes.bar(0, 0, color=colour, label=name)
+        axes.barh(0, 0, color=colour, label=name)
     axes.legend(frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 1.0))
     axes.set_xlabel("milliseconds")
     axes.spines[["top", "right"]].set_visible(False)
@@ -79,7 +86,7 @@ def draw(events: list[dict[str, Any]]) -> Figure:
 def main(words: list[str]) -> None:
     """Draw a trace, the one that is named or a new one."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
-        path = Path(words[0] if words else Path(folder) / "trace.json")
+        path = Path(words[0]) if words else Path(folder, "trace.json").resolve()
         if not words:
             make(path)
         events = json.loads(path.read_text())["traceEvents"]
