@@ -136,13 +136,17 @@ def run(words: list[str] | None = None) -> int:
     usual = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("device", nargs="?", default=usual, help=f"a torch device ({usual})")
     parser.add_argument("--remote", metavar="URL", help="s3://, gs://, az://, file://, memory://")
+    parser.add_argument("--allow-http", action="store_true", help="an endpoint without TLS")
     parser.add_argument("--disk", metavar="FOLDER", help="a folder on a local disk")
     parser.add_argument("--model", metavar="NAME", help="of the Hugging Face hub, or a folder")
     asked = parser.parse_args(words)
     tiers: list[Any] = [Disk(asked.disk, capacity=256 << 20)] if asked.disk else []
     try:
         if asked.remote or not tiers:
-            tiers.append(Remote(asked.remote or "memory://"))
+            settings: dict[str, Any] = (
+                {"client_options": {"allow_http": True}} if asked.allow_http else {}
+            )
+            tiers.append(Remote(asked.remote or "memory://", **settings))
         return 0 if main(asked.device, asked.model, tiers) else 1
     except PortaKVError as error:
         print(error, file=sys.stderr)
