@@ -1,2 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of a KV cache outside of the device: on the host, on disks, in object stores."""
+
+from portakv.storage.disk import Disk
+from portakv.storage.form import BlockForm
+from portakv.storage.keys import prefix_keys
+from portakv.storage.remote import Remote
+from portakv.storage.store import BlockStore
+
+__all__ = ["BlockForm", "BlockStore", "Disk", "Remote", "prefix_keys"]
