@@ -53,7 +53,7 @@ BUDGETS = {
     "conformance": 13_500,
     "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
-    "tests": 34_300,
+    "tests": 34_700,
     "tests/integrations": 5_000,
     "tests/storage": 4_500,
     "tests/graph": 1_200,
