@@ -182,7 +182,7 @@ class BlockStore:
                 elif lacks or not (shelves or self.rows.has(name)):
                     groups.setdefault(lacks, []).append(i)
             for lacks, some in groups.items():
-                for at in self._chunks(some, *(shelf.link_for_write(0) for shelf in lacks)):
+                for at in self._chunks(some, 1, *(shelf.link_for_write(0) for shelf in lacks)):
                     fill = self._fill(own, call, at, until)
                     work = partial(self._gather, crossing, view, next(self._generation), fill)
                     fill.ends.append(self._node(call, work, self._down, fill, len(at)))
@@ -363,7 +363,8 @@ class BlockStore:
             spot.calls.append((call, some))
             yield spot, spot.ends, some, [self._fills[names[i]][1] for i in some]
             return
-        for at in self._chunks(some, *([] if spot == _KEPT else [spot[0][1]])):
+        links = [] if spot == _KEPT else [spot[0][1]]
+        for at in self._chunks(some, len({*segments}), *links):
             if spot == _KEPT:
                 lease = Lease(self.rows, 0, ended=lambda lease: self.rows.unpin(lease.items))
                 lease.items = [self.rows.find(names[i]) for i in at]
@@ -379,10 +380,10 @@ class BlockStore:
                 fill.ends += before
             yield fill, fill.ends, at, [*range(len(at))]
 
-    def _chunks(self, blocks: list[int], *links: Link) -> Iterator[list[int]]:
-        """The blocks of nodes, so many that all workers of the widest link have some."""
+    def _chunks(self, blocks: list[int], pieces: int, *links: Link) -> Iterator[list[int]]:
+        """The blocks of nodes that move them in so many pieces: all workers of a link have some."""
         share = -(-len(blocks) // max([2, *(link.width for link in links)]))
-        most = max(1, min(self.rows.most, PIECE // self.rows.row_bytes, share))
+        most = max(1, min(self.rows.most, pieces * PIECE // self.rows.row_bytes, share))
         yield from (blocks[first : first + most] for first in range(0, len(blocks), most))
 
     def _fill(self, part: Part, call: Call, at: list[int], until: float | None = None) -> Fill:

@@ -692,3 +692,12 @@ def test_inside_graph_capture_nothing_is_moved(opened: Any) -> None:
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
             call(view, [0], KEYS[:1])
+
+
+def test_blocks_belong_to_a_load_until_its_end(opened: Any) -> None:
+    """Fault 60. It is written there; blocks that lie at one address are refused."""
+    assert "belong to a load until its end" in str(BlockStore.__doc__)
+    store, once = opened(host=2), torch.zeros(1, 2, 4, 2, 32, dtype=torch.float16)
+    twice = KVView([once.expand(3, -1, -1, -1, -1)] * 4, "layer | block kv token head dim")
+    with pytest.raises(LayoutError):
+        store.load(twice, [0, 1], KEYS[:2])
