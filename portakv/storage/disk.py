@@ -31,7 +31,7 @@ class Disk:
         *folders: str | Path,
         capacity: int,
         admit: str = "always",
-        workers: int = 2,
+        workers: int = 4,
         io: str | Engine | None = None,
     ) -> None:
         if not folders or admit not in ("always", "second"):

@@ -5,9 +5,11 @@ blocks between them and a view."""
 
 from __future__ import annotations
 
+import mmap
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
+from contextlib import suppress
 from math import gcd
 from typing import Any
 
@@ -48,7 +50,10 @@ class Rows:
                 held = pinned_memory.allocate(nbytes + _PAGE, unit=row_bytes)
                 self.pinned, room = held.pinned, held.tensor
             else:
-                room = torch.empty(nbytes + _PAGE, dtype=torch.uint8, device="cpu")
+                pages = mmap.mmap(-1, nbytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+                with suppress(OSError):  # large pages make the requests of a disk fewer
+                    pages.madvise(mmap.MADV_HUGEPAGE)
+                room = torch.frombuffer(pages, dtype=torch.uint8)
             first = -room.data_ptr() % _PAGE
             self.tensor = room[first : first + nbytes].view(-1, row_bytes)
         self.memory = ((self.tensor.data_ptr(), nbytes),)
