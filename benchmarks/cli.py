@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`portakv bench`: measure backends on real models' shapes, with ``--host`` the copies between a
-device and host memory, and with ``--plugs`` engines' own transfers beside those of PortaKV's plugs;
-print tables, write JSON.
+device and host memory, with ``--plugs`` engines' own transfers beside those of PortaKV's plugs, and
+with ``--storage`` block stores in a folder; print tables, write JSON.
 
 Exit codes: 0 all bytes right, 1 some wrong or nothing measured, 2 the command line is wrong.
 """
@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,7 @@ from portakv.runtime.devices import device_name, usable_device, usual_device
 from portakv_benchmarks.check import (
     HOST_SUITE,
     PLUG_SUITE,
+    STORAGE_SUITE,
     SUITES,
     judge,
     load_bars,
@@ -54,8 +56,10 @@ from portakv_benchmarks.plugs.vllm import vllm_steps
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import DeviceTimer, HostTimer, Row, Rows, Step, in_a_line
 from portakv_benchmarks.shared.peers import PEERS, load_peer
-from portakv_benchmarks.shared.shapes import Shape, load
+from portakv_benchmarks.shared.shapes import Shape, in_bytes, load
 from portakv_benchmarks.shared.tables import print_results
+from portakv_benchmarks.storage import costs, stores, tiers
+from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
 RESULT_FORMAT = 2
 LADDER = "seed"  # the founding scenario
@@ -74,6 +78,14 @@ PLUGS: Mapping[str, Callable[[PlugBench], Iterator[Step]]] = {
     "vllm": vllm_steps,
     "lmcache": lmcache_steps,
 }
+#: What ``--storage`` measures.
+STORAGE: Mapping[str, Callable[[StorageBench], Iterator[Step]]] = {
+    "engine": tiers.engine_steps,
+    "tier": tiers.tier_steps,
+    "costs": costs.cost_steps,
+    "remote": tiers.remote_steps,
+    "store": stores.store_steps,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"so that nothing can be compared. Unset it, and name backends with --backend."
             )
         device = pick_device(asked.device)
-        run = {HOST_SUITE: run_host, PLUG_SUITE: run_plugs}.get(kind or "", run_device)
+        runs = {HOST_SUITE: run_host, PLUG_SUITE: run_plugs, STORAGE_SUITE: run_storage}
+        run = runs.get(kind or "", run_device)
         results = run(asked, device)
     except PortaKVError as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
@@ -113,10 +126,12 @@ _MEASURED = {
     None: "backends on real models' shapes, in turns with copy_",
     HOST_SUITE: "copies between a device and host memory by every engine, in turns with a memcpy",
     PLUG_SUITE: "engines' transfers by their own code and by the plugs, in turns with a memcpy",
+    STORAGE_SUITE: "block stores and what they are made of, in turns with fio and LMCache,",
 }
 _INSTEAD = {
     HOST_SUITE: "copies between the device and the host",
     PLUG_SUITE: "engines' own transfers beside those of PortaKV's plugs",
+    STORAGE_SUITE: "block stores in a folder beside fio and LMCache",
 }
 
 
@@ -132,7 +147,12 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         instead = f"measure {_INSTEAD[name]}; see `bench --{name} --help`"
         add(f"--{name}", action="store_true", help=argparse.SUPPRESS if kind else instead)
     known: dict[str | None, Mapping[str, Any]]
-    known = {None: suite.PRESETS, HOST_SUITE: HOST_PRESETS, PLUG_SUITE: PLUG_PRESETS}
+    known = {
+        None: suite.PRESETS,
+        HOST_SUITE: HOST_PRESETS,
+        PLUG_SUITE: PLUG_PRESETS,
+        STORAGE_SUITE: STORAGE_PRESETS,
+    }
     presets, preset = known[kind], "full" if kind else "core"
     add("--preset", choices=sorted(presets), default=preset, help=f"default: {preset}")
     add("--device", help="a torch device (default: the accelerator, if any)")
@@ -144,13 +164,21 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     )  # fmt: skip
     several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
     if kind:
-        parts = ", ".join(PARTS if kind == HOST_SUITE else PLUGS)
+        parts = ", ".join({HOST_SUITE: PARTS, PLUG_SUITE: PLUGS, STORAGE_SUITE: STORAGE}[kind])
         add("--only", metavar="PARTS", help=f"some parts alone, separated by commas: {parts}")
     else:
         add("--backend", help="may be repeated (default: all accepted)", **several)
         add("--shape", help="may be repeated (default: the preset's)", **several)
     use = ", for the part `peers`" if kind else " to measure beside"
-    if kind != PLUG_SUITE:
+    if kind == STORAGE_SUITE:
+        add("--dir", type=Path, required=True, help="a folder on the disk; left as it was")
+        add("--sizes", metavar="LIST", help="of a slot, such as 256K,1M (default: the preset's)")
+        add("--gib", type=read_above_zero, help="moved in one trial (default: the preset's)")
+        add("--rounds", type=int, help="trials of each way (default: the preset's)")
+        add("--pause", type=float, metavar="S", help="before each trial (default: the preset's)")
+        add("--fio", metavar="FILE", help="fio's program (default: that of the path)")
+        add("--lmcache-python", metavar="FILE", help="a Python that has LMCache")
+    elif kind != PLUG_SUITE:
         add("--peer", help=f"a released peer{use}; may be repeated: {', '.join(PEERS)}", **several)
     return parser
 
@@ -238,6 +266,31 @@ def run_plugs(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]
     results = _run_parts(asked, PLUG_SUITE, PLUGS, PlugBench(device, asked.preset))
     results["rows"] += medians(results["rows"])
     return results
+
+
+def run_storage(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure block stores in a folder, which is left as it was; returns what is written as
+    JSON."""
+    preset = STORAGE_PRESETS[asked.preset]
+    if forced := os.environ.get("PORTAKV_IO"):
+        raise PortaKVError(f"PORTAKV_IO={forced} forces one engine on every way. Unset it.")
+    try:
+        sizes = tuple(map(in_bytes, asked.sizes.split(","))) if asked.sizes else preset.sizes
+        given = {
+            "nbytes": asked.gib and int(asked.gib * (1 << 30)),
+            "rounds": asked.rounds,
+            "pause": asked.pause,
+        }
+        more = {name: value for name, value in given.items() if value is not None}
+        preset = replace(preset, sizes=sizes, **more)
+        peers = {"fio": asked.fio, "lmcache": asked.lmcache_python}
+        bench = StorageBench(device, preset, asked.dir, peers)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise PortaKVError(f"block stores were to be measured in {asked.dir}: {error}") from None
+    try:
+        return _run_parts(asked, STORAGE_SUITE, STORAGE, bench)
+    finally:
+        bench.forget()
 
 
 AnyBench = TypeVar("AnyBench", bound=Bench)

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from portakv_benchmarks.check import HOST_SUITE, PLUG_SUITE
+from portakv_benchmarks.check import HOST_SUITE, PLUG_SUITE, STORAGE_SUITE
 from portakv_benchmarks.shared.harness import Row, grouped, having, quickest
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
@@ -63,8 +63,34 @@ def _median_wait(row: Row) -> str:
 
 #: A column's text for a row: a format of its fields, or what makes it.
 Cell = str | Callable[[Row], str]
+
+
+def _if_there(field: str, form: str) -> Cell:
+    """A field in a format, nothing in rows that lack it."""
+    return lambda row: format(row[field], form) if field in row else ""
+
+
 _NEVER = "given up"
 _WAY: Mapping[str, Cell] = {"direction": lambda row: _WORDS[row["op"]], "way": "`{backend}`"}
+
+
+def _in_ms(field: str) -> Cell:
+    return lambda row: f"{row[field] / 1e3:.1f}" if field in row else ""
+
+
+_STORED: Mapping[str, Cell] = {
+    "blocks": "{shape}",
+    "what": "{op}",
+    "way": "`{backend}`",
+    "GB/s": "{gb_per_s:.2f}",
+    "of fio": _if_there("of_fio", ".2f"),
+    "of the engine": _if_there("of_engine", ".2f"),
+    "of LMCache": _if_there("of_lmcache", ".2f"),
+    "of requests": _if_there("of_raw", ".2f"),
+    "of the whole": _if_there("of_whole", ".2f"),
+    "first layer after": _if_there("first_of_whole", ".2f"),
+    "processor, us a MiB": "{cpu_us_per_mib:.0f}",
+}
 #: For each kind of rows that are listed one by one: the section's title, what it says, and what
 #: stands in each column.
 _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
@@ -122,6 +148,34 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         {"allocator": "`{backend}`", "asked": lambda row: in_words(row["payload_bytes"]),
          "taken": lambda row: in_words(row["taken_bytes"]), "seconds": "{seconds:.2f}"},
     ),
+    "storage_engine": (
+        "Reading and writing a disk",
+        "Random slots of one file past the page cache, by PortaKV's engines and by fio with the "
+        "same requests.", _STORED,
+    ),
+    "storage_tier": (
+        "A disk's tier",
+        "With checksums and index, beside its engine alone and LMCache's `fs_native` (O_DIRECT, 8 "
+        "workers), which checks nothing, in the same folder.", _STORED,
+    ),
+    "storage_remote": (
+        "A remote tier", "Against moto on the same cores, beside plain requests of obstore.",
+        _STORED,
+    ),
+    "storage_layered": (
+        "From a disk to the device", "As a whole and layer by layer, beside the disk's engine.",
+        _STORED,
+    ),
+    "storage_beside": (
+        "Urgent loads beside stores that keep the disk busy", "",
+        {"what": "{op}", "ms, median": _in_ms("p50_us"), "alone": _in_ms("p50_alone_us"),
+         "99 of 100": _in_ms("p99_us"), "alone ": _in_ms("p99_alone_us"),
+         "GB/s": _if_there("gb_per_s", ".2f"), "alone  ": _if_there("alone_gb_per_s", ".2f")},
+    ),
+    "storage_cost": (
+        "What a store costs the host", "",
+        {"what": "{shape}", "us": "{us:,.4g}", "of the processor, us": "{cpu_us:,.4g}"},
+    ),
 }  # fmt: skip
 
 
@@ -130,10 +184,11 @@ def page(files: Iterable[Path]) -> str:
     read = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(files))
     results = [result for result in read if result.get("suite") != PLUG_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
-    results.sort(key=lambda result: result.get("suite") == HOST_SUITE)
+    suites = {None: _device, HOST_SUITE: _link, STORAGE_SUITE: _storage}
+    results.sort(key=lambda result: [*suites].index(result.get("suite")))
     parts = [_HEAD]
     for result in results:
-        parts += _link(result) if result.get("suite") == HOST_SUITE else _device(result)
+        parts += suites[result.get("suite")](result)
     return "\n".join(parts) + "\n"
 
 
@@ -155,10 +210,27 @@ def _device(result: Mapping[str, Any]) -> list[str]:
 def _link(result: Mapping[str, Any]) -> list[str]:
     machine, rows = result["machine"], having(result["rows"], verified=True)
     return [
-        "", f"## Host memory, {machine['device']}", "", f"{_measured(machine)}.", "", _LINK_HEAD,
-        *_link_sizes(rows), *_link_best(rows),
+        "",
+        f"## Host memory, {machine['device']}",
+        "",
+        f"{_measured(machine)}.",
+        "",
+        _LINK_HEAD,
+        *_link_sizes(rows),
+        *_link_best(rows),
         *(line for kind in _LISTS for line in _listed(rows, kind)),
-    ]  # fmt: skip
+    ]
+
+
+def _storage(result: Mapping[str, Any]) -> list[str]:
+    machine, rows = result["machine"], having(result["rows"], verified=True)
+    return [
+        "",
+        f"## Block stores, {machine['device']}",
+        "",
+        f"{_measured(machine)}.",
+        *(line for kind in _LISTS for line in _listed(rows, kind)),
+    ]
 
 
 def _measured(machine: Mapping[str, Any]) -> str:

@@ -26,13 +26,16 @@ TREE = {
     "native": "cuda host ascend",
     "native/ascend": "emulation",
     "conformance": "judge draw run evidence report cases mutants simdev vendor results",
-    "benchmarks": "device host plugs shared shapes.toml bars.toml results",
+    "benchmarks": "device host plugs shared storage shapes.toml bars.toml results",
     ".": "examples docs tests pyproject.toml constraints.txt README.md .ci/run .ci/full",
 }
 PLUGS = "portakv/integrations"
 #: Folders of the plugs into engines and of block stores, which have numbers of their own.
 STORAGE = ("portakv/storage", "portakv/graph")
-APART = (PLUGS, *STORAGE, "benchmarks/plugs", "tests/integrations", "tests/storage", "tests/graph")
+APART = (
+    *(PLUGS, "benchmarks/plugs", "tests/integrations"),
+    *(*STORAGE, "benchmarks/storage", "tests/storage", "tests/graph"),
+)
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
     "portakv": 20_800,
@@ -53,6 +56,7 @@ BUDGETS = {
     "conformance": 13_500,
     "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
+    "benchmarks/storage": 560,
     "tests": 34_700,
     "tests/integrations": 5_000,
     "tests/storage": 4_500,

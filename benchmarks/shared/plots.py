@@ -4,7 +4,8 @@
 SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time against
 `copy_`, what a call costs the host, and the ladder; of ``h200-host.json`` speed against a memcpy,
 and what a transfer does to what runs beside it; of ``h200-plugs.json`` the time of each plug, of
-the engine's own. Needs matplotlib (`pip install '.[bench]'`).
+the engine's own; of ``h200-storage.json`` rates, and loads beside stores. Needs matplotlib
+(`pip install '.[bench]'`).
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ COLOURS = {
     "reference": "#D55E00", "lmcache slot kernel": "#777777", "lmcache block kernel": "#AAAAAA",
     "copy_": "black", "memcpy": "black", "host": "#0072B2", "host detached": "#56B4E9",
     "staged": "#009E73", "descriptors": "#CC79A7", "direct": "#D55E00", "direct 8": "#D55E00",
-    "lmcache": "#777777", "own": "#777777", "portakv": "#0072B2",
+    "lmcache": "#777777", "own": "#777777", "portakv": "#0072B2", "ring": "#0072B2",
+    "threads": "#56B4E9", "tier": "#0072B2", "fio io_uring": "#444444", "fio psync": "#999999",
+    "engine": "#444444",
 }  # fmt: skip
 _MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
 _SWEEP = "llama3-8b"  # the shape that is measured from one token up
@@ -52,6 +55,8 @@ def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
         "host": ("overhead", host_cost), "ladder": ("ladder", ladder),
         "ratio": ("host_copy", ratio), "interference": ("host_interference", interference),
         "own": ("plug_copy", beside_own), "beside": ("plug_interference", interference),
+        "rates": ("storage_engine", stored), "tier": ("storage_tier", stored),
+        "urgent": ("storage_beside", urgent),
     }  # fmt: skip
     with matplotlib.rc_context(_INK):
         for name, (kind, make) in kinds.items():
@@ -243,6 +248,50 @@ def beside_own(rows: list[Row], device: str) -> Figure | None:
     axes.set_xlabel("time by PortaKV / by the engine's own code")
     axes.legend(fontsize=8, frameon=False)
     axes.set_title(f"Engines' transfers, by the plugs · {device}", fontsize=10)
+    return figure
+
+
+def stored(rows: list[Row], device: str) -> Figure:
+    """The rate of each way of storing and loading, with the spread of its trials."""
+    cases = grouped(rows, "op", "shape")
+    figure = Figure(figsize=(9.5, 0.7 + 0.17 * (len(rows) + len(cases))))
+    axes, places, names = figure.subplots(), list[float](), list[str]()
+    at = furthest = 0.0
+    for mine in cases:
+        for row in mine:
+            rate, times = row["gb_per_s"], (row["p50_us"] / row[p] for p in ("p90_us", "p10_us"))
+            low, high = (rate * factor for factor in times)
+            axes.barh(at, rate, 0.8, color=COLOURS.get(row["backend"], "#BBBBBB"))
+            axes.plot([low, high], [at, at], color="#D55E00", linewidth=1)
+            words = f" {rate:.2f} GB/s · {row['cpu_us_per_mib']:.0f} us of CPU a MiB"
+            axes.text(max(rate, high), at, words, va="center", fontsize=7)
+            furthest = max(furthest, high)
+            places.append(at)
+            names.append(f"{row['shape']} {row['op']}, {row['backend']}")
+            at += 1
+        at += 0.6
+    axes.set_yticks(places, names, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.45 * furthest)
+    axes.set_xlabel("GB/s, medians; the line goes from the first to the last decile")
+    axes.set_title(f"Storing and loading in one folder, in turns · {device}", fontsize=10)
+    return figure
+
+
+def urgent(rows: list[Row], device: str) -> Figure:
+    """How long urgent loads take alone and beside stores that keep the disk busy."""
+    figure = Figure(figsize=(6.2, 2.4))
+    axes, (row, *_), stores = figure.subplots(), having(rows, op="load"), having(rows, op="store")
+    for at, (name, end) in enumerate(product(("p50", "p99"), ("_alone_us", "_us"))):
+        time = row[name + end] / 1e3
+        axes.barh(at, time, color="#999999" if "alone" in end else "#0072B2")
+        axes.text(time, at, f" {time:.1f} ms", va="center", fontsize=8)
+    axes.set_yticks(range(4), ["p50 alone", "p50 beside", "p99 alone", "p99 beside"], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.15)
+    axes.set_xlabel(f"ms of a load of {row['shape']}, {row['loads']} loads")
+    rates = "".join(f": {x['gb_per_s']:.2f} of {x['alone_gb_per_s']:.2f} GB/s" for x in stores)
+    axes.set_title(f"Urgent loads beside stores{rates} · {device}", fontsize=9)
     return figure
 
 

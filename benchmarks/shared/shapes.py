@@ -190,3 +190,11 @@ def in_words(nbytes: int) -> str:
 def in_decimal(nbytes: int) -> str:
     """``0.131 MB``, ``1.07 GB``, by 1000."""
     return f"{nbytes / 1e6:.3g} MB" if nbytes < 999_500_000 else f"{nbytes / 1e9:.3g} GB"
+
+
+def in_bytes(words: str) -> int:
+    """The number of ``256K``, ``4M``, ``1G``."""
+    found = re.fullmatch(r"(\d+)([KMG])", words.strip().upper())
+    if not found:
+        raise ValueError(f"{words!r} is no size; write it as 256K, 1M or 1G.")
+    return int(found[1]) << {"K": 10, "M": 20, "G": 30}[found[2]]

@@ -28,9 +28,11 @@ def print_results(results: Mapping[str, Any]) -> None:
         rows = having(results["rows"], kind=kind)
         if kind == "ladder":
             rows.sort(key=lambda row: (row["op"], -row["p50_us"]))
-        if rows:
-            columns = [Column(name, _is_name(shown), not _is_name(shown)) for name, shown in cells]
-            lines = [[_text(row, shown) for _, shown in cells] for row in rows]
+        # Columns that no row fills are left out.
+        filled = [cell for cell in cells if {_text(row, cell[1]) for row in rows} - {"-"}]
+        if filled:
+            columns = [Column(name, _is_name(shown), not _is_name(shown)) for name, shown in filled]
+            lines = [[_text(row, shown) for _, shown in filled] for row in rows]
             print_table(columns, lines, title=title)
     for line in results["left_out"]:
         print(f"left out: {line}")
@@ -70,6 +72,13 @@ _LINK: tuple[Cell, ...] = (
     ("p90/p50", _spread), ("alone us", "alone_us:.4g"), ("host us", "host_us:.4g"),
 )  # fmt: skip
 _PLUG: tuple[Cell, ...] = (("engine", "part"), *_WHAT, ("format", "format:"))
+_STORED: tuple[Cell, ...] = (
+    *_WHAT,
+    *(("ms", lambda row: f"{row['p50_us'] / 1e3:.4g}"), ("GB/s", "gb_per_s:.4g")),
+    *(("of fio", "of_fio:.3f"), ("of engine", "of_engine:.3f"), ("of lmcache", "of_lmcache:.3f")),
+    *(("of raw", "of_raw:.3f"), ("first", "first_of_whole:.3f"), ("of whole", "of_whole:.3f")),
+    *(("CPU us/MiB", "cpu_us_per_mib:.4g"), ("p90/p50", _spread), ("rounds", "rounds:"), _BYTES),
+)
 _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "copy": (
         "copies, in turns with copy_; pool = slots of the cache and the share that is moved",
@@ -167,5 +176,22 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "plug_median": (
         "time of the plug / that of the engine's own code, the median of all wide rows",
         (("engine", "part"), ("over", "shape"), ("x own", "of_own:.3f"), _BYTES),
+    ),
+    "storage_engine": ("reading and writing random slots of one file", _STORED),
+    "storage_tier": ("a disk's tier beside its engine with as many bytes", _STORED),
+    "storage_remote": ("a remote tier beside plain requests", _STORED),
+    "storage_layered": ("from a disk to the device", _STORED),
+    "storage_cost": (
+        "what a store costs the host",
+        (("case", "shape"), ("us", "us:,.4g"), ("CPU us", "cpu_us:,.4g"), _BYTES),
+    ),
+    "storage_beside": (
+        "urgent loads beside stores that keep the disk busy",
+        (
+            *(*_WHAT, ("p50 alone us", "p50_alone_us:,.4g"), ("p50 us", "p50_us:,.4g")),
+            *(("of alone", "p50_ratio:.3f"), ("p99 alone us", "p99_alone_us:,.4g")),
+            *(("p99 us", "p99_us:,.4g"), ("of alone", "p99_ratio:.3f"), ("loads", "loads:")),
+            *(("GB/s", "gb_per_s:.4g"), ("of alone", "rate_ratio:.3f"), _BYTES),
+        ),
     ),
 }  # fmt: skip

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block store costs the host apart from moving bytes: a node of the graph, and the start
+over a full table."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from statistics import median
+
+import torch
+
+from portakv.graph.graph import Graph, Node
+from portakv.storage.engine import choose
+from portakv.storage.form import BlockForm
+from portakv.storage.slots import Slots
+from portakv_benchmarks.host.suite import KB
+from portakv_benchmarks.shared.harness import Row, Rows, Step, short
+from portakv_benchmarks.shared.trials import Sample, timed
+from portakv_benchmarks.storage.suite import StorageBench
+from portakv_benchmarks.storage.tiers import caches
+
+ROUNDS, CHAIN = 5, 4
+CPU = torch.device("cpu")
+
+
+def cost_steps(bench: StorageBench) -> Iterator[Step]:
+    """Each cost, in the median of five."""
+    yield "nodes", partial(_nodes, bench.sizes.nodes)
+    yield "start", partial(_start, bench)
+
+
+def cost_row(shape: str, samples: list[Sample], each: int, right: bool) -> Rows:
+    """The median of samples, each of so many things."""
+    us, cpu = (short(median(found) * 1e6 / each) for found in [*zip(*samples, strict=True)][:2])
+    told: Row = {"kind": "storage_cost", "shape": shape, "backend": "portakv", "verified": right}
+    return [{**told, "us": us, "cpu_us": cpu, "rounds": len(samples)}]
+
+
+def _nodes(count: int) -> Rows:
+    """Chains of four nodes without work, by two workers."""
+    samples = [timed(partial(_chains, count)) for _ in range(ROUNDS)]
+    return cost_row("a node of the graph, in chains of 4", samples, count, True)
+
+
+def _chains(count: int) -> None:
+    graph, ends = Graph(), list[Node]()
+    link = graph.link("bench", width=2)
+    for _ in range(count // CHAIN):
+        chain = list[Node]()
+        for _ in range(CHAIN):
+            chain.append(Node(lambda node, mask: None, 1, link=link, after=chain[-1:]))
+        graph.submit(chain)
+        ends.append(chain[-1])
+    if not all(node.wait(60) and node.landed.all() for node in ends):
+        raise RuntimeError("a node did not land")
+    graph.close()
+
+
+def _start(bench: StorageBench) -> Rows:
+    """A folder whose table is full is opened again and again."""
+    form, count = BlockForm.of(caches(1, 4 * KB, CPU, 1), "bench"), bench.sizes.slots
+    engine, _ = choose()
+    given = bench.folder / "start", form, count * form.image_bytes, engine
+    slots = Slots(*given)
+    for n in range(count):
+        key = n.to_bytes(32, "big")
+        slots.seal(slots.take(key) or 0, key, n + 1, (n,))
+    slots.close()
+    samples, right = [], True
+    for _ in range(ROUNDS):
+        made: list[Slots] = []
+        samples.append(timed(lambda made=made: made.append(Slots(*given))))  # type: ignore[misc]
+        right &= len(made[0].keys()) == made[0].generation == count
+        made[0].close()
+    engine.close()
+    return cost_row(f"start with {count:,} slots", samples, 1, right)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block store over one disk: lookups, urgent loads while saves keep the disk busy, and loads to
+the device as a whole and layer by layer, beside the disk's engine."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+
+import torch
+
+from portakv import KVView
+from portakv.graph.handle import Handle
+from portakv.storage.disk import Disk
+from portakv.storage.engine import choose
+from portakv.storage.form import BlockForm
+from portakv.storage.store import BlockStore
+from portakv_benchmarks.host.suite import KB, MB
+from portakv_benchmarks.shared.files import Slab, close
+from portakv_benchmarks.shared.harness import Rows, Step, quantile, short
+from portakv_benchmarks.shared.shapes import in_words
+from portakv_benchmarks.shared.trials import Sample, Way, cpu_seconds, timed
+from portakv_benchmarks.storage.costs import CPU, cost_row
+from portakv_benchmarks.storage.suite import StorageBench
+from portakv_benchmarks.storage.tiers import caches, words
+
+LOOKED_UP = 1000
+#: Blocks of 1 MB: that are loaded, in one load, in one store; stores in flight; seconds between the
+#: beginnings of two loads; how much is stored in a phase, in trials of the other parts.
+LOADED, LOAD, STORE, FLIGHT, PACE, PHASE = 64, 8, 32, 4, 0.1, 4
+PHASES = ("loads", "stores", "both")
+
+
+def store_steps(bench: StorageBench) -> Iterator[Step]:
+    """A lookup; loads alone, saves alone and both; blocks of 4 MB on their way to the device."""
+    yield "lookup", partial(_lookup, bench)
+    yield "loads beside stores", partial(_beside, bench)
+    yield "disk to device", partial(_layered, bench)
+
+
+def _lookup(bench: StorageBench) -> Rows:
+    view = caches(LOOKED_UP, 4 * KB, CPU, 1)
+    form = BlockForm.of(view, "bench")
+    keys = [n.to_bytes(32, "big") for n in range(LOOKED_UP)]
+    disk = Disk(bench.folder / "lookup", capacity=LOOKED_UP * form.image_bytes)
+    store = BlockStore(form, staging=1 << 26, tiers=[disk], full="wait")
+    store.save(view, range(LOOKED_UP), keys).synchronize(60)
+    found: list[int] = []
+    samples = [timed(lambda: found.append(store.lookup(keys))) for _ in range(50)]
+    store.close()
+    return cost_row("lookup of 1,000 keys", samples, 1, {*found} == {LOOKED_UP})
+
+
+class Meeting:
+    """A store over one folder, and the blocks that it loads and stores."""
+
+    def __init__(self, bench: StorageBench) -> None:
+        self.bench, self.stored = bench, max(STORE, PHASE * bench.sizes.nbytes // MB)
+        self.sources, self.view = caches(LOADED, MB, CPU), caches(LOADED, MB, CPU)
+        form = BlockForm.of(self.view, "bench")
+        # No phase reaches the blocks that are loaded: they were used after those that it evicts.
+        capacity = (LOADED + 2 * self.stored) * form.image_bytes
+        disk = Disk(bench.folder / "beside", capacity=capacity)
+        self.store = BlockStore(form, staging=256 * MB, tiers=[disk], full="wait")
+        self.numbers, self.keys = count(1 << 32), [n.to_bytes(32, "big") for n in range(LOADED)]
+        self.store.save(self.sources, range(LOADED), self.keys).synchronize(60)
+        self.right, self.loads = True, bench.sizes.loads
+        self.times, self.rates = ({name: list[float]() for name in PHASES} for _ in range(2))
+
+    def saturate(self, name: str) -> None:
+        """Store as many new blocks as a phase has, as fast as they go."""
+        began, flying = time.perf_counter(), deque[Handle]()
+        for _ in range(0, self.stored, STORE):
+            keys = [next(self.numbers).to_bytes(32, "big") for _ in range(STORE)]
+            flying.append(self.store.save(self.sources, range(STORE), keys))
+            if len(flying) == FLIGHT:
+                flying.popleft().synchronize(60)
+        for handle in flying:
+            handle.synchronize(60)
+        self.rates[name].append(self.stored * MB / (time.perf_counter() - began) / 1e9)
+
+    def load(self, name: str) -> None:
+        """Load some blocks, look at them, and rest for what is left of the pace."""
+        first = self.bench.trials.random.randrange(LOADED - LOAD + 1)
+        part, began = slice(first, first + LOAD), time.perf_counter()
+        self.store.load(self.view, range(LOADED)[part], self.keys[part]).synchronize(60)
+        self.times[name].append(time.perf_counter() - began)
+        for views in zip(words(self.view.tensors), words(self.sources.tensors), strict=True):
+            mine, theirs = (each[:, part] for each in views)
+            self.right &= torch.equal(mine, theirs)
+            mine.zero_()
+        time.sleep(max(0.0, began + PACE - time.perf_counter()))
+
+    def phase(self, name: str) -> None:
+        """Loads, stores, or loads until the stores have ended."""
+        self.store.load(self.view, range(LOADED), self.keys).synchronize(60)
+        time.sleep(self.bench.sizes.pause)
+        if name == "loads":
+            for _ in range(self.loads):
+                self.load(name)
+            return
+        thread = threading.Thread(target=self.saturate, args=(name,))
+        thread.start()
+        while name == "both" and thread.is_alive():
+            self.load(name)
+        thread.join()
+
+
+def _beside(bench: StorageBench) -> Rows:
+    meeting = Meeting(bench)
+    for _ in range(bench.sizes.rounds):
+        for name in bench.trials.random.sample(PHASES, len(PHASES)):
+            meeting.phase(name)
+    meeting.store.close()
+    times, rates = meeting.times, meeting.rates
+    told = {"kind": "storage_beside", "shape": "8 blocks of 1 MB", "verified": meeting.right}
+    row = {**told, "op": "load", "backend": "urgent", "loads": len(times["both"])}
+    for q in (50, 99):
+        alone, both = (quantile(times[name], q / 100) * 1e6 for name in ("loads", "both"))
+        row |= {f"p{q}_alone_us": short(alone), f"p{q}_us": short(both)}
+        row[f"p{q}_ratio"] = short(both / alone)
+    alone, both = (quantile(rates[name], 0.5) for name in ("stores", "both"))
+    stored = {**told, "op": "store", "backend": "background", "gb_per_s": short(both)}
+    return [row, {**stored, "alone_gb_per_s": short(alone), "rate_ratio": short(both / alone)}]
+
+
+#: Bytes of a block (Llama-3 8B, 32 tokens), and how often the slab goes into the bytes of a load.
+BLOCK, TIMES = 4 * MB, 4
+
+
+def _layered(bench: StorageBench) -> Rows:
+    sizes, device = bench.sizes, bench.device
+    nbytes = sizes.layered // (16 if device.type == "cpu" else 1)
+    amount = nbytes // BLOCK
+    source, view = (caches(amount, BLOCK, device, sizes.layers) for _ in range(2))
+    form = BlockForm.of(view, "bench")
+    disk = Disk(bench.folder / "layered", capacity=amount * form.image_bytes)
+    store = BlockStore(form, staging=2 * nbytes, tiers=[disk], full="wait")
+    keys = [n.to_bytes(32, "big") for n in range(amount)]
+    store.save(source, range(amount), keys).synchronize(120)
+    slab = Slab(bench.trials, bench.folder, form.image_bytes, amount // TIMES)
+    engine, _ = choose(slab.places)
+
+    def load(by_layer: bool) -> Sample:
+        began, cpu, first = time.perf_counter(), cpu_seconds(), 0.0
+        order = torch.randperm(amount).tolist()
+        handle = store.load(view, order, [keys[n] for n in order], by_layer=by_layer)
+        if by_layer:
+            handle.layers[0].synchronize(120)
+            first = time.perf_counter() - began
+        handle.synchronize(120)
+        return Sample(time.perf_counter() - began, cpu_seconds() - cpu, first)
+
+    ways = [slab.way(engine, "read", "engine", TIMES)]
+    for name in ("whole", "by layer"):
+        right = partial(_taken, view, source)
+        ways.append(Way(name, partial(load, name == "by layer"), right=right))
+    told = {"kind": "storage_layered", "shape": in_words(nbytes), "op": "load"}
+    beside = {"of_engine": "engine", "of_whole": "whole"}
+    rows = bench.trials.rows(told, amount * BLOCK, ways, beside)
+    close(store, slab, engine)
+    return rows
+
+
+def _taken(view: KVView, source: KVView) -> bool:
+    """Whether both hold the same bits; overwrites the first."""
+    same = all(map(torch.equal, words(view.tensors), words(source.tensors)))
+    torch._foreach_zero_(words(view.tensors))
+    return same

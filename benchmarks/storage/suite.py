@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of the benchmark of storage share: how much is measured, which peers were found,
+and a folder that is removed at the end."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import mkdtemp
+
+import torch
+
+from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
+from portakv_benchmarks.shared.files import said
+from portakv_benchmarks.shared.trials import Trials
+
+VERSION = "from importlib.metadata import version; print(version('lmcache'))"
+
+
+@dataclass(frozen=True, slots=True)
+class StoragePreset:
+    """How much is measured; sizes in bytes."""
+
+    sizes: tuple[int, ...]  # of a slot
+    nbytes: int  # of one trial
+    rounds: int
+    pause: float  # seconds before each trial
+    slots: int  # of a table that is read at start
+    nodes: int  # of a graph
+    loads: int  # urgent ones in a round
+    remote: int  # objects of 1 MB
+    layered: int  # bytes that go to the device layer by layer, on a CPU a sixteenth
+    layers: int = 32
+
+    @property
+    def usual(self) -> int:
+        """The size that is measured the most: 1 MB, if it was asked for."""
+        return MB if MB in self.sizes else self.sizes[0]
+
+    def slots_of(self, size: int) -> int:
+        """How many slots one trial moves, which fio's 8 threads share evenly."""
+        return max(8, self.nbytes // size // 8 * 8)
+
+
+STORAGE_PRESETS: Mapping[str, StoragePreset] = {
+    "full": StoragePreset((256 * KB, MB, 4 * MB), GB // 4, 9, 1.2, 250_000, 10_000, 20, 64, 4 * GB),
+    "quick": StoragePreset((MB,), GB // 8, 3, 1.2, 50_000, 4000, 10, 16, GB),
+    "tiny": StoragePreset((256 * KB,), 2 * MB, 1, 0.0, 200, 100, 2, 2, 256 * MB, 4),
+}
+
+
+class StorageBench(Bench):
+    """The device, the folder and the peers that were found: fio and a Python with LMCache."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        preset: StoragePreset,
+        folder: Path,
+        peers: Mapping[str, str | None],  # programs: fio, and a Python with LMCache
+    ) -> None:
+        super().__init__(device, HOST_PRESETS["tiny"])
+        self.absent, self.found, self.sizes = {}, dict[str, str](), preset
+        self.trials = Trials(preset.rounds, preset.pause, self.left_out)
+        self.fio = peers["fio"] or shutil.which("fio")
+        self.lmcache = peers["lmcache"] or (sys.executable if find_spec("lmcache") else None)
+        asked = {"fio": self.fio and [self.fio, "--version"]}
+        asked["lmcache"] = self.lmcache and [self.lmcache, "-c", VERSION]
+        for name, words in asked.items():
+            if words:
+                self.found[name] = said(words).removeprefix("fio-")
+            else:
+                self.absent[name] = "not installed; see --fio and --lmcache-python"
+        self.folder = Path(mkdtemp(prefix="portakv-bench-", dir=folder))
+
+    @property
+    def releases(self) -> dict[str, str]:
+        """Of each peer, by name."""
+        return self.found
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

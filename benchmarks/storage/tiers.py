@@ -1,0 +1,222 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engines that read and write a disk, beside fio; tiers as a block store drives them, with
+checksums and index: a disk's beside its engine alone and LMCache's `fs_native` in one folder, a
+remote one beside plain requests for the same bytes."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any
+from urllib.request import Request, urlopen
+
+import numpy as np
+import torch
+
+from portakv import KVView
+from portakv.graph.graph import Graph, Link, Node
+from portakv.storage import image
+from portakv.storage.disk import Disk
+from portakv.storage.engine import choose
+from portakv.storage.form import BlockForm
+from portakv.storage.remote import Remote
+from portakv.storage.rows import Rows as Memory
+from portakv_benchmarks.host.suite import MB
+from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
+from portakv_benchmarks.shared.harness import Rows, Step
+from portakv_benchmarks.shared.shapes import POISON, in_words
+from portakv_benchmarks.shared.trials import Sample, Way, timed
+from portakv_benchmarks.storage.suite import StorageBench
+
+LAYERS, HEADS, DIM, CHUNK = 32, 8, 64, 16 * MB
+REQUESTS = 8  # of a remote store, at once
+
+
+def caches(blocks: int, nbytes: int, device: torch.device, layers: int = LAYERS) -> KVView:
+    """A paged cache of bfloat16 whose blocks hold so many bytes in all layers, with random bits."""
+    tokens = max(1, nbytes // (layers * HEADS * DIM * 4))
+    shape = (2, blocks, tokens, HEADS, DIM)
+    made = [torch.empty(shape, dtype=torch.bfloat16, device=device) for _ in range(layers)]
+    for tensor in words(made):
+        tensor.random_()
+    return KVView(made, "layer | kv block token head dim", block_size=tokens)
+
+
+def words(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
+    """Tensors of a cache as bits that can be compared."""
+    return [tensor.view(torch.int16) for tensor in tensors]
+
+
+class Tier:
+    """One shelf of a disk or remote tier: in its memory blocks to store, and behind them rows to
+    load them into."""
+
+    def __init__(self, nbytes: int, amount: int, kind: Disk | Remote, chunk: int = CHUNK) -> None:
+        self.form = BlockForm.of(caches(1, nbytes, torch.device("cpu")), "bench")
+        self.kind, self.amount, self.chunk = kind, amount, max(1, chunk // self.form.image_bytes)
+        self.memory = Memory(self.form.image_bytes, 2 * amount, 0)
+        self.payload = self.memory.tensor[:, image.HEADER :][:, : self.form.payload_bytes]
+        self.payload.random_()
+        self.first = {"store": 0, "load": amount}
+        self.numbers, self.keys = count(1), list[bytes]()
+        self.open()
+
+    def open(self) -> None:
+        self.graph = Graph()
+        self.shelf: Any = self.kind.open(self.graph, self.memory, [self.form], 0)[0]
+
+    def anew(self, folder: Path) -> None:
+        """The same over a folder that holds nothing."""
+        self.close()
+        shutil.rmtree(folder)
+        self.open()
+
+    def close(self) -> None:
+        close(self.graph, self.shelf)
+
+    def run(self, op: str) -> Sample:
+        """Store new blocks, or load them, in nodes as a store makes them."""
+        if op == "store":
+            start = next(self.numbers) * self.amount
+            self.keys = [(start + n).to_bytes(32, "big") for n in range(self.amount)]
+        return timed(partial(self._run, op))
+
+    def _run(self, op: str) -> None:
+        nodes, shelf, first = list[Node](), self.shelf, self.first[op]
+        for at in range(0, self.amount, self.chunk):
+            keys = self.keys[at : at + self.chunk]
+            rows = [self.memory.array(first + at + n) for n in range(len(keys))]
+            nbytes = len(keys) * self.form.image_bytes
+            link = shelf.link(keys[0]) if op == "load" else shelf.link_for_write(nbytes)
+            work = partial(self._move, op, link, keys, rows)
+            nodes.append(Node(work, len(keys), link=link, nbytes=nbytes))
+        self.graph.submit(nodes)
+        for node in nodes:
+            node.wait()
+            if node.error or not node.landed.all():
+                raise RuntimeError(f"{op}: blocks did not land ({node.error})")
+
+    def _move(self, op: str, link: Link, keys: list[bytes], rows: Any, *_: object) -> Any:
+        if op == "load":
+            return np.array(self.shelf.read(keys, rows))
+        numbers = [next(self.numbers) for _ in keys]
+        told = zip(rows, keys, numbers, strict=True)
+        sums = [image.seal(row, self.form, key, number) for row, key, number in told]
+        return np.array(self.shelf.write(link, keys, rows, numbers, sums))
+
+    def way(self, op: str, prepare: Callable[[], object] = lambda: None) -> Way:
+        """Storing or loading as a way; what was stored is loaded to be judged."""
+        return Way("tier", partial(self.run, op), prepare, self.right)
+
+    def right(self) -> bool:
+        """Whether what is on the disk is what was to be stored."""
+        stored, loaded = self.payload.split(self.amount)
+        loaded.fill_(POISON)
+        self.run("load")
+        return torch.equal(stored, loaded)
+
+
+def engine_steps(bench: StorageBench) -> Iterator[Step]:
+    """Each size, read and written, by each engine; `threads` at one size alone."""
+    for size in bench.sizes.sizes:
+        yield in_words(size), partial(_both_ways, bench, size)
+
+
+def _both_ways(bench: StorageBench, size: int) -> Rows:
+    slab, rows = Slab(bench.trials, bench.folder, size, bench.sizes.slots_of(size)), Rows()
+    engine, decisions = choose(slab.places)
+    engines, told = [engine], f"engine, {in_words(size)}: "
+    bench.left_out += [told + str(one) for one in decisions if not one.accepted]
+    if engine.name != "threads" and size == bench.sizes.usual:
+        engines.append(choose(slab.places, "threads")[0])
+    for op in ("read", "write"):
+        ways = [slab.way(one, op) for one in engines]
+        ways += [slab.fio(bench.fio, name, op) for name in FIO if bench.fio]
+        what = {"kind": "storage_engine", "shape": in_words(size), "slot_bytes": size, "op": op}
+        found = bench.trials.rows(what, slab.nbytes, ways, {"of_fio": "fio"})
+        rows += [{**row, "chosen": row["backend"] == engine.name} for row in found]
+    bench.left_out += [told + note for note in engine.notes]
+    close(slab, *engines)
+    return rows
+
+
+def tier_steps(bench: StorageBench) -> Iterator[Step]:
+    """Blocks of 1 MB: stores into an empty and into a full tier, and loads."""
+    yield in_words(bench.sizes.usual), partial(_tier, bench, bench.sizes.usual)
+
+
+def _tier(bench: StorageBench, size: int) -> Rows:
+    amount, rows = bench.sizes.slots_of(size), Rows()
+    folder, nbytes = bench.folder / "tier", amount * size
+    tier = Tier(size, amount, Disk(folder, capacity=amount * (size + image.HEADER)))
+    slab = Slab(bench.trials, bench.folder, tier.form.image_bytes, amount)
+    engine, _ = choose(slab.places)
+    peers = [FsNative(x, bench.folder, size, amount) for x in [bench.lmcache] if x]
+    told = {"kind": "storage_tier", "shape": in_words(size)}
+    beside = {"of_engine": "engine", "of_lmcache": "lmcache"}
+    ways = [tier.way("store", partial(tier.anew, folder))]
+    ways += [peer.way("store", partial(peer.ask, "clear")) for peer in peers]
+    rows += bench.trials.rows({**told, "op": "first store"}, nbytes, ways, beside)
+    for op, word, plain in (("full store", "replace", "write"), ("load", "load", "read")):
+        ways = [tier.way(op.split()[-1]), slab.way(engine, plain, "engine")]
+        ways += [peer.way(word) for peer in peers]
+        rows += bench.trials.rows({**told, "op": op}, nbytes, ways, beside)
+    close(tier, slab, engine, *peers)
+    return rows
+
+
+def remote_steps(bench: StorageBench) -> Iterator[Step]:
+    """Objects of 1 MB, by eight requests at once."""
+    yield "1 MB", partial(_remote, bench)
+
+
+def _remote(bench: StorageBench) -> Rows:
+    import obstore
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", port]
+    server = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(100):
+            with suppress(OSError):
+                urlopen(Request(f"{address}/bench", method="PUT"), timeout=5).close()
+                break
+            time.sleep(0.2)
+        given: dict[str, Any] = {"endpoint": address, "client_options": {"allow_http": True}}
+        given |= {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
+        remote = Remote("s3://bench/kv", workers=REQUESTS, **given)
+        tier, found = Tier(MB, bench.sizes.remote, remote, chunk=1), list[int]()
+        tier.run("store")
+        listed = [one for batch in obstore.list(remote.store) for one in batch]
+        paths = [one["path"] for one in listed if one["size"] == tier.form.image_bytes]
+
+        def get(path: str) -> None:
+            found.append(len(obstore.get(remote.store, path).bytes()))
+
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            raw = Way(
+                "obs.get",
+                lambda: timed(lambda: list(pool.map(get, paths))),
+                found.clear,
+                lambda: found == [tier.form.image_bytes] * len(paths),
+            )
+            told = {"kind": "storage_remote", "shape": "1 MB, moto", "op": "load"}
+            ways, nbytes = [tier.way("load"), raw], len(paths) * MB
+            rows = bench.trials.rows(told, nbytes, ways, {"of_raw": "obs.get"})
+        tier.close()
+    finally:
+        server.terminate()
+        server.wait(30)
+    return rows

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of block stores, in sizes that mean nothing; no test here judges a time."""
+
+from __future__ import annotations
+
+import json
+import stat
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import portakv_benchmarks.cli as bench
+from portakv_benchmarks import check, guide
+from portakv_benchmarks.shared.files import FIO
+from portakv_benchmarks.shared.harness import Row, having
+from portakv_benchmarks.shared.shapes import in_bytes
+from portakv_benchmarks.shared.trials import Sample, Trials, Way
+
+#: A program that moves nothing and says what fio would, half of it for sizes of 1 MB and more.
+FAKE = """#!{python}
+import json, os, sys
+words = dict(word.partition("=")[::2] for word in sys.argv[1:])
+if "--version" in words:
+    sys.exit(print("fio-3.33"))
+n, op = os.path.getsize(words["--filename"]), words["--rw"][4:]
+moved = n if int(words["--bs"]) < 1 << 20 else n // 2
+told = {{"io_bytes": moved, "bw_bytes": 10**9}}
+job = {{"error": 0, "usr_cpu": 1, "sys_cpu": 1, "job_runtime": 9, op: told}}
+print(json.dumps({{"jobs": [job]}}))
+"""
+
+
+@pytest.fixture
+def fio(tmp_path: Path) -> str:
+    """A program in fio's place."""
+    made = tmp_path / "fio"
+    made.write_text(FAKE.format(python=sys.executable))
+    made.chmod(stat.S_IRWXU)
+    return str(made)
+
+
+def run(folder: Path, *words: str) -> tuple[int, Row]:
+    """The exit code and what was written."""
+    given = ["--dir", str(folder / "disk"), "--out", str(folder), *words]
+    (folder / "disk").mkdir()
+    code = bench.main(["--storage", "--device", "cpu", "--preset", "tiny", *given])
+    assert [*(folder / "disk").iterdir()] == []  # it is left as it was
+    (file,) = folder.glob("*-storage*.json")
+    return code, json.loads(file.read_text())
+
+
+def test_every_part_measures_judges_and_draws(
+    tmp_path: Path, fio: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    monkeypatch.delenv("PORTAKV_IO", raising=False)
+    code, result = run(tmp_path, "--fio", fio, "--sizes", "256K,1M", "--gib", "0.008", "--bars")
+    shown = capsys.readouterr().out
+    rows = result["rows"]
+    assert code == 0, shown
+    kinds = {"engine", "tier", "cost", "beside", "remote", "layered"}
+    assert {row["kind"] for row in rows} == {f"storage_{kind}" for kind in kinds}
+    assert all(row["verified"] for row in rows)
+    assert all(row["of_fio"] > 0 for row in having(rows, slot_bytes=1 << 18, chosen=True))
+    # What fio did not move whole is no measure.
+    assert not [row for row in having(rows, slot_bytes=1 << 20) if "of_fio" in row]
+    assert len([line for line in result["left_out"] if "fio moved" in line]) == 2 * len(FIO)
+    assert any(line.startswith("lmcache:") for line in result["left_out"]) or "lmcache" in shown
+    judged = check.judge(result, check.load_bars())
+    without = {v.bar.name for v in judged if not v.rows}
+    assert all(
+        "1 MiB and more" in name or "LMCache" in name or "250,000" in name for name in without
+    ), without
+    assert "reading and writing random slots" in shown
+    assert "### A disk's tier" in guide.page(tmp_path.glob("*-storage.json"))
+    if find_spec("matplotlib") is not None:
+        drawn = {path.stem.rpartition("-")[2] for path in tmp_path.glob("*.svg")}
+        assert drawn == {"rates", "tier", "urgent"}
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--sizes", "1Q"], "'1Q' is no size"),
+        (["--dir", "/nonexistent"], "No such file or directory"),
+        (["--only", "nonsense"], "known are engine, tier"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(
+    words: list[str], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--storage", "--device", "cpu", "--dir", str(tmp_path), *words]
+    assert bench.main(given) == 1
+    assert told in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_sizes_in_words() -> None:
+    assert [in_bytes(one) for one in ("256K", "4m", " 1G")] == [1 << 18, 4 << 20, 1 << 30]
+
+
+def test_ways_are_tried_in_turns_and_compared_by_round() -> None:
+    tried: list[str] = []
+
+    def way(name: str, seconds: list[float], **more: Any) -> Way:
+        times = iter([9.0, *seconds, 9.0])
+        return Way(name, lambda: Sample(next(times), 1e-3), lambda: tried.append(name), **more)
+
+    def fails() -> Sample:
+        raise OSError(22, "refused")
+
+    left_out: list[str] = []
+    ways = [
+        way("ours", [1.0, 2.0, 3.0]),
+        way("fio a", [2.0, 2.0, 3.0], peer="fio"),
+        way("fio b", [9.0, 9.0, 1.0], peer="fio"),
+        way("wrong", [1.0] * 3, right=lambda: False),
+        Way("fails", fails),
+    ]
+    rows = Trials(3, 0.0, left_out).rows({"kind": "k"}, 1 << 20, ways, {"of_fio": "fio"})
+    assert [row["backend"] for row in rows] == ["ours", "fio a", "fio b", "wrong"]
+    assert [row["verified"] for row in rows] == [True, True, True, False]
+    assert rows[0]["of_fio"] == 1.0  # of 2.0, 1.0, 1.0, beside the one of the better median
+    assert (rows[0]["p50_us"], rows[0]["cpu_us_per_mib"]) == (2e6, 1000.0)
+    assert "of_fio" not in rows[1]
+    assert len(left_out) == 1
+    assert "refused" in left_out[0]
+    assert [tried.count(name) for name in ("ours", "fio a", "fio b", "wrong")] == [5, 5, 5, 4]
