@@ -68,7 +68,7 @@ class Meeting:
         self.store = BlockStore(form, staging=256 * MB, tiers=[disk], full="wait")
         self.numbers, self.keys = count(1 << 32), [n.to_bytes(32, "big") for n in range(LOADED)]
         self.store.save(self.sources, range(LOADED), self.keys).synchronize(60)
-        self.right, self.loads = True, bench.sizes.loads
+        self.right, self.loads, self.loaded = True, bench.sizes.loads, set[int]()
         self.times, self.rates = ({name: list[float]() for name in PHASES} for _ in range(2))
 
     def saturate(self, name: str) -> None:
@@ -84,30 +84,31 @@ class Meeting:
         self.rates[name].append(self.stored * MB / (time.perf_counter() - began) / 1e9)
 
     def load(self, name: str) -> None:
-        """Load some blocks, look at them, and rest for what is left of the pace."""
+        """Load some blocks, and rest for what is left of the pace."""
         first = self.bench.trials.random.randrange(LOADED - LOAD + 1)
         part, began = slice(first, first + LOAD), time.perf_counter()
         self.store.load(self.view, range(LOADED)[part], self.keys[part]).synchronize(60)
         self.times[name].append(time.perf_counter() - began)
-        for views in zip(words(self.view.tensors), words(self.sources.tensors), strict=True):
-            mine, theirs = (each[:, part] for each in views)
-            self.right &= torch.equal(mine, theirs)
-            mine.zero_()
+        self.loaded.update(range(LOADED)[part])
         time.sleep(max(0.0, began + PACE - time.perf_counter()))
 
     def phase(self, name: str) -> None:
         """Loads, stores, or loads until the stores have ended."""
         self.store.load(self.view, range(LOADED), self.keys).synchronize(60)
+        torch._foreach_zero_(words(self.view.tensors))
+        self.loaded.clear()
         time.sleep(self.bench.sizes.pause)
-        if name == "loads":
-            for _ in range(self.loads):
-                self.load(name)
-            return
-        thread = threading.Thread(target=self.saturate, args=(name,))
-        thread.start()
-        while name == "both" and thread.is_alive():
+        thread, times = threading.Thread(target=self.saturate, args=(name,)), self.times[name]
+        if name != "loads":
+            thread.start()
+        past = len(times) + (self.loads if name == "loads" else 0)
+        while name != "stores" and (thread.is_alive() or len(times) < past):
             self.load(name)
-        thread.join()
+        if name != "loads":
+            thread.join()
+        at = sorted(self.loaded)
+        for mine, theirs in zip(words(self.view.tensors), words(self.sources.tensors), strict=True):
+            self.right &= torch.equal(mine[:, at], theirs[:, at])
 
 
 def _beside(bench: StorageBench) -> Rows:

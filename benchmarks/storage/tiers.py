@@ -5,17 +5,15 @@ remote one beside plain requests for the same bytes."""
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
 
@@ -62,23 +60,13 @@ class Tier:
 
     def __init__(self, nbytes: int, amount: int, kind: Disk | Remote, chunk: int = CHUNK) -> None:
         self.form = BlockForm.of(caches(1, nbytes, torch.device("cpu")), "bench")
-        self.kind, self.amount, self.chunk = kind, amount, max(1, chunk // self.form.image_bytes)
+        self.amount, self.chunk = amount, max(1, chunk // self.form.image_bytes)
         self.memory = Memory(self.form.image_bytes, 2 * amount, 0)
         self.payload = self.memory.tensor[:, image.HEADER :][:, : self.form.payload_bytes]
         self.payload.random_()
         self.first = {"store": 0, "load": amount}
-        self.numbers, self.keys = count(1), list[bytes]()
-        self.open()
-
-    def open(self) -> None:
-        self.graph = Graph()
-        self.shelf: Any = self.kind.open(self.graph, self.memory, [self.form], 0)[0]
-
-    def anew(self, folder: Path) -> None:
-        """The same over a folder that holds nothing."""
-        self.close()
-        shutil.rmtree(folder)
-        self.open()
+        self.numbers, self.keys, self.graph = count(1), list[bytes](), Graph()
+        self.shelf: Any = kind.open(self.graph, self.memory, [self.form], 0)[0]
 
     def close(self) -> None:
         close(self.graph, self.shelf)
@@ -113,9 +101,9 @@ class Tier:
         sums = [image.seal(row, self.form, key, number) for row, key, number in told]
         return np.array(self.shelf.write(link, keys, rows, numbers, sums))
 
-    def way(self, op: str, prepare: Callable[[], object] = lambda: None) -> Way:
+    def way(self, op: str) -> Way:
         """Storing or loading as a way; what was stored is loaded to be judged."""
-        return Way("tier", partial(self.run, op), prepare, self.right)
+        return Way("tier", partial(self.run, op), right=self.right)
 
     def right(self) -> bool:
         """Whether what is on the disk is what was to be stored."""
@@ -155,22 +143,24 @@ def tier_steps(bench: StorageBench) -> Iterator[Step]:
 
 
 def _tier(bench: StorageBench, size: int) -> Rows:
-    amount, rows = bench.sizes.slots_of(size), Rows()
-    folder, nbytes = bench.folder / "tier", amount * size
-    tier = Tier(size, amount, Disk(folder, capacity=amount * (size + image.HEADER)))
+    amount, rounds = bench.sizes.slots_of(size), bench.sizes.rounds
+    nbytes, room = amount * size, amount * (size + image.HEADER)
+    # In one of them each store comes into slots that were never written.
+    fresh = Tier(size, amount, Disk(bench.folder / "fresh", capacity=(rounds + 2) * room))
+    tier = Tier(size, amount, Disk(bench.folder / "tier", capacity=room))
     slab = Slab(bench.trials, bench.folder, tier.form.image_bytes, amount)
     engine, _ = choose(slab.places)
     peers = [FsNative(x, bench.folder, size, amount) for x in [bench.lmcache] if x]
     told = {"kind": "storage_tier", "shape": in_words(size)}
     beside = {"of_engine": "engine", "of_lmcache": "lmcache"}
-    ways = [tier.way("store", partial(tier.anew, folder))]
+    ways = [fresh.way("store")]
     ways += [peer.way("store", partial(peer.ask, "clear")) for peer in peers]
-    rows += bench.trials.rows({**told, "op": "first store"}, nbytes, ways, beside)
+    rows = bench.trials.rows({**told, "op": "first store"}, nbytes, ways, beside)
     for op, word, plain in (("full store", "replace", "write"), ("load", "load", "read")):
         ways = [tier.way(op.split()[-1]), slab.way(engine, plain, "engine")]
         ways += [peer.way(word) for peer in peers]
         rows += bench.trials.rows({**told, "op": op}, nbytes, ways, beside)
-    close(tier, slab, engine, *peers)
+    close(fresh, tier, slab, engine, *peers)
     return rows
 
 
