@@ -38,19 +38,18 @@ def choose(
 ) -> tuple[Engine, list[Decision]]:
     """The first engine that runs here, or the one that ``PORTAKV_IO`` or else ``name`` forces, and
     what each that was asked said. ``memory`` (address, bytes) is registered with the kernel."""
-    from portakv.storage import ring, threads
+    from portakv.storage.ring import Ring
+    from portakv.storage.threads import Threads
 
     asked, said = os.environ.get("PORTAKV_IO") or name, list[Decision]()
     if asked not in (None, "ring", "threads"):
         raise InvalidTerms(f"I/O engine {asked!r} was asked for; expected ring or threads.")
-    for each in sorted(("ring", "threads"), key=lambda each: each != asked):
+    for each in (asked,) if asked else ("ring", "threads"):
         try:
-            engine = threads.Threads() if each == "threads" else ring.Ring(memory, entries)
+            engine = Ring(memory, entries) if each == "ring" else Threads()
         except OSError as error:
             said.append(Decision(each, False, str(error.strerror)))
-            continue
-        said.append(Decision(each, True, "; ".join(engine.notes) or "it has all that it uses"))
-        if asked in (None, each):
+        else:
+            said.append(Decision(each, True, "; ".join(engine.notes) or "it has all that it uses"))
             return engine, said
-    found = "; ".join(map(str, said))
-    raise StoreError(f"I/O engine {asked!r} was asked for, and found was {found}; take another.")
+    raise StoreError(f"I/O engine {asked!r} was asked for; found was {said[0]}. Take threads.")

@@ -14,61 +14,32 @@ import threading
 import time
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
 from portakv.storage.engine import Request
-from portakv.storage.threads import Threads, carry
+from portakv.storage.threads import Threads, carry, to_the_end
 
 SETUP, ENTER, REGISTER = 425, 426, 427  # the same on every architecture but alpha
-# CLAMP with SUBMIT_ALL, SINGLE_ISSUER, DEFER_TASKRUN (Linux 6.1) and NO_SQARRAY (6.6); less; least
-FLAGS = (0x13090, 0x3090, 0x10)
-FEATURES = 0x103  # SINGLE_MMAP, NODROP, EXT_ARG: Linux 5.11
-GETEVENTS_EXT_ARG, SQES_AT, DONTFORK = 9, 0x10000000, 10
+FLAGS = (0x3090, 0x10)  # CLAMP with SUBMIT_ALL, SINGLE_ISSUER, DEFER_TASKRUN (Linux 6.1); alone
+FEATURES = 0x3  # SINGLE_MMAP, NODROP: Linux 5.5
+GETEVENTS, SQES_AT = 1, 0x10000000
 READ, READ_FIXED = 22, 4  # one more is WRITE, WRITE_FIXED
-INTERRUPTED, TRIES = (-errno.EINTR, -errno.EAGAIN), 8  # a request is made again so often
-PASSING = (*INTERRUPTED, -errno.EBUSY, -errno.ETIME)  # of ENTER: call it again
+AGAIN = (-errno.EINTR, -errno.EAGAIN, -errno.EINVAL)  # by a plain call; EINVAL: not aligned
+PASSING = (-errno.EINTR, -errno.EAGAIN, -errno.EBUSY)  # of ENTER: call it again
 WORD, LARGEST = 0xFFFFFFFF, 1 << 30  # bytes of a registered buffer, and of one move
 _COLUMNS = "opcode u1, rest0 V3, fd i4, offset i8, address i8, nbytes u4, rest1 u4, key u8"
 SQE = np.dtype([(*each.split(),) for each in f"{_COLUMNS}, buffer u2, rest2 V22".split(", ")])
 CQE = np.dtype([("key", "u8"), ("result", "i4"), ("flags", "u4")])
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.argtypes, _libc.syscall.restype = [ctypes.c_long] * 7, ctypes.c_long
-_libc.mmap.argtypes, _libc.mmap.restype = [ctypes.c_long] * 6, ctypes.c_long
-_libc.madvise.argtypes, _libc.munmap.argtypes = [ctypes.c_long] * 3, [ctypes.c_long] * 2
 
 
 def system_call(*numbers: int) -> int:
     """What the kernel returns, or a negative errno; without the interpreter's lock."""
     result: int = _libc.syscall(*numbers, *[0] * (7 - len(numbers)))
     return result if result >= 0 else -ctypes.get_errno()
-
-
-class Batch:
-    """The requests of one `run`: what is left of each, and how it ended."""
-
-    def __init__(self, requests: Sequence[Request]) -> None:
-        self.left = np.array(requests, np.int64).reshape(-1, 5)
-        self.results: list[int] = self.left[:, 3].tolist()
-        self.waiting = [index for index, nbytes in enumerate(self.results) if nbytes]
-        self.under_way: dict[int, int] = {}  # and its bytes
-        self.tries = [TRIES] * len(self.results)
-
-    def ended(self, index: int, got: int) -> bool:
-        """Note what the kernel told of a request; False if none was under way."""
-        nbytes = self.under_way.pop(index, None)
-        if nbytes is None or got == nbytes:
-            return nbytes is not None
-        again = got in INTERRUPTED and self.tries[index] > 0
-        if got > 0 or again:  # a short one goes on from where it ended
-            self.left[index] += np.array([0, 1, 1, -1, 0]) * max(got, 0)
-            self.tries[index] -= again
-            self.waiting.append(index)
-        elif got != -errno.EINVAL:
-            self.results[index] = got or -errno.ENODATA
-        elif (got := carry(Request(*self.left[index].tolist()))) < 0:  # perhaps for its alignment
-            self.results[index] = got
-        return True
 
 
 class OneRing:
@@ -83,80 +54,84 @@ class OneRing:
         if fd < 0:
             why = f"{os.strerror(-fd)}; see kernel.io_uring_disabled, and the container's profile"
             raise OSError(-fd, f"io_uring is refused: {why}")
-        maps: list[tuple[int, int]] = []
         # Not at exit: a daemon thread may use it until the very end.
-        weakref.finalize(self, _release, fd, maps, os.getpid()).atexit = False
-        if ~int(said[5]) & FEATURES or (flags == FLAGS[2] and os.uname().machine != "x86_64"):
+        weakref.finalize(self, os.close, fd).atexit = False
+        if ~int(said[5]) & FEATURES or (flags == FLAGS[1] and os.uname().machine != "x86_64"):
             raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 has what is needed")
         self.fd, self.entries, ends = fd, int(said[0]), CQE.itemsize * int(said[1])
         sq, cq = said[10:20].tolist(), said[20:30].tolist()
-        shared = _map(fd, max(sq[6] + 4 * self.entries, cq[5] + ends), 0, maps)
+        map_ = partial(mmap.mmap, fd, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        shared = np.frombuffer(map_(max(sq[6] + 4 * self.entries, cq[5] + ends)), np.uint8)
         self.words, self.cqes = shared.view(np.uint32), shared[cq[5] :][:ends].view(CQE)
-        self.sqes = _map(fd, SQE.itemsize * self.entries, SQES_AT, maps).view(SQE)
+        self.sqes = np.frombuffer(map_(SQE.itemsize * self.entries, offset=SQES_AT), SQE)
         # Where four counters stand: taken by the kernel, put here; seen here, told by the kernel.
         self.taken, self.put, self.seen, self.told = (at // 4 for at in (*sq[:2], *cq[:2]))
-        if flags != FLAGS[0]:
-            self.words[sq[6] // 4 :][: self.entries] = np.arange(self.entries)
-        self._second = np.array([0, 0, 0, 1, 0], np.int64)  # getevents_arg, timespec
-        self._second[2] = self._second.ctypes.data + 24
+        self.words[sq[6] // 4 :][: self.entries] = np.arange(self.entries)
         self.poisoned, self._generation = False, 0
         cuts = [(at, start + n) for start, n in memory for at in range(start, start + n, LARGEST)]
-        vectors = np.array([(at, min(LARGEST, past - at)) for at, past in sorted(cuts)], np.int64)
-        code = system_call(REGISTER, fd, 0, vectors.ctypes.data, len(cuts)) if cuts else 0
-        vectors = np.array([(0, 0), *vectors[: len(cuts) if code >= 0 else 0]])  # the first: none
+        buffers = [(0, 0), *((at, min(LARGEST, past - at)) for at, past in sorted(cuts))]
+        vectors = np.array(buffers, np.int64)  # the first: none
+        code = system_call(REGISTER, fd, 0, vectors[1:].ctypes.data, len(cuts)) if cuts else 0
+        vectors = vectors[: 1 if code < 0 else None]
         self._starts, self._ends = vectors[:, 0], vectors.sum(axis=1)
         why = f"no buffers are registered ({os.strerror(-code)}), see ulimit -l; it costs CPU"
         self.notes = (why,) if code < 0 else ()
 
     def run(self, requests: Sequence[Request]) -> list[int]:
         """See `Engine`."""
-        batch, stop, error = Batch(requests), 0, None
-        self._generation = (self._generation + 1) & WORD
-        while (batch.waiting and not stop) or self._count(self.seen, self.put):
-            try:
+        asked, begun, stop = np.array(requests, np.int64).reshape(-1, 5), 0, 0
+        results: list[int | None] = [None] * len(requests)
+        self._generation = (self._generation + 1) % LARGEST  # fits a key
+
+        def go(stopped: bool) -> None:
+            nonlocal begun, stop
+            stop = -errno.ECANCELED * stopped
+            while (begun < len(asked) and not stop) or self._count(self.seen, self.put):
                 if stop:  # what the kernel has not taken yet it shall not take
                     self.words[self.put] = self.words[self.taken]
                 else:
-                    self._fill(batch)
-                least = self._count(self.seen, self.put) // (2 if batch.waiting else 1)
-                until, put = self._second.ctypes.data, self._count(self.taken, self.put)
-                code = system_call(ENTER, self.fd, put, least, GETEVENTS_EXT_ARG, until, 24)
-                if code < 0:
+                    begun += self._fill(asked[begun:], begun)
+                # Wait for all of them, or for half if more follow.
+                least = self._count(self.seen, self.put) // (1 + (begun < len(asked)))
+                put = self._count(self.taken, self.put)
+                if (code := system_call(ENTER, self.fd, put, least, GETEVENTS)) < 0:
                     stop = stop if code in PASSING else code
                     time.sleep(0.001)  # short of memory, it may say so at once again
                 seen, ends = int(self.words[self.seen]), self._count(self.seen, self.told)
                 cqes = self.cqes[(seen + np.arange(ends)) % len(self.cqes)]
                 for key, got in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
-                    self.poisoned |= not batch.ended(key - (self._generation << 32), got)
+                    index = key - (self._generation << 32)
+                    if not 0 <= index < len(results) or results[index] is not None:
+                        self.poisoned = True
+                    elif got in AGAIN or 0 <= got < requests[index].nbytes:
+                        results[index] = carry(requests[index])
+                    else:
+                        results[index] = got
                 self.words[self.seen] = (seen + ends) & WORD
-            except BaseException as raised:  # Ctrl-C, for one: the kernel still writes to memory
-                error, stop = raised, -errno.ECANCELED
+
+        to_the_end(go)
         self.poisoned |= stop < 0
-        if error is not None:
-            raise error
-        for index in (*batch.waiting, *batch.under_way):
-            batch.results[index] = stop or -errno.EIO
-        return batch.results
+        return [stop or -errno.EIO if got is None else got for got in results]
 
     def _count(self, first: int, past: int) -> int:
         return (int(self.words[past]) - int(self.words[first])) & WORD
 
-    def _fill(self, batch: Batch) -> None:
-        """Put as many requests as there is room for."""
-        new = batch.waiting[: self.entries - self._count(self.seen, self.put)]
-        fd, offset, address, nbytes, write = batch.left[new].T
-        batch.under_way.update(zip(new, nbytes.tolist(), strict=True))
-        nbytes = np.minimum(nbytes, LARGEST)
+    def _fill(self, asked: np.ndarray, first: int) -> int:
+        """Put as many requests as there is room for, the first with that number; how many."""
+        new = asked[: self.entries - self._count(self.seen, self.put)]
+        fd, offset, address, nbytes, write = new.T
         buffer = np.searchsorted(self._starts, address, "right") - 1
         fixed = address + nbytes <= self._ends[buffer]
-        put, sqes = int(self.words[self.put]), np.zeros(len(new), SQE)
+        sqes = np.zeros(len(new), SQE)
         sqes["opcode"], sqes["fd"] = np.where(fixed, READ_FIXED, READ) + write, fd
-        sqes["offset"], sqes["address"], sqes["nbytes"] = offset, address, nbytes
+        sqes["offset"], sqes["address"] = offset, address
+        sqes["nbytes"] = np.minimum(nbytes, LARGEST)
         sqes["buffer"] = np.where(fixed, buffer - 1, 0)
-        sqes["key"] = np.array(new, np.uint64) + np.uint64(self._generation << 32)
+        sqes["key"] = np.arange(first, first + len(new)) + (self._generation << 32)
+        put = int(self.words[self.put])
         self.sqes[(put + np.arange(len(new))) % self.entries] = sqes
         self.words[self.put] = (put + len(new)) & WORD
-        del batch.waiting[: len(new)]
+        return len(new)
 
 
 class Ring(Threads):
@@ -167,7 +142,8 @@ class Ring(Threads):
     def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 512) -> None:
         super().__init__()
         self._asked, self._local = (memory, entries), threading.local()
-        self.notes = OneRing(memory, entries).notes
+        self._local.ring = one = OneRing(memory, entries)
+        self.notes = one.notes
 
     def carry(self, requests: Sequence[Request]) -> list[int]:
         """By the ring of this thread, or as `Threads` if it gets none."""
@@ -185,19 +161,3 @@ class Ring(Threads):
         """See `Engine`. Each ring goes once its thread has left it."""
         super().close()
         self._local = threading.local()
-
-
-def _map(fd: int, nbytes: int, offset: int, maps: list[tuple[int, int]]) -> np.ndarray:
-    """Memory that the kernel shares, not mapped in a forked child; `_release` ends it."""
-    flags, access = mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ | mmap.PROT_WRITE
-    if (address := _libc.mmap(0, nbytes, access, flags, fd, offset)) == -1:
-        raise OSError(ctypes.get_errno(), "the memory of io_uring could not be mapped")
-    maps.append((address, nbytes))
-    _libc.madvise(address, nbytes, DONTFORK)
-    return np.ctypeslib.as_array((ctypes.c_ubyte * nbytes).from_address(address))
-
-
-def _release(fd: int, maps: list[tuple[int, int]], pid: int) -> None:
-    for address, nbytes in maps if os.getpid() == pid else ():  # a child may have others there
-        _libc.munmap(address, nbytes)
-    os.close(fd)

@@ -6,8 +6,9 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from fcntl import F_GETFL, fcntl
 
 from portakv.errors import StoreError
@@ -15,12 +16,25 @@ from portakv.runtime.devices import this_process
 from portakv.storage.engine import Request
 
 
+def to_the_end(go: Callable[[bool], None]) -> None:
+    """Call ``go(False)``. If Ctrl-C, for one, breaks it, ``go(True)`` ends what is under way before
+    that is raised: nobody may still use the memory of a caller who goes on."""
+    try:
+        go(False)
+    except BaseException:
+        while True:
+            with suppress(BaseException):
+                go(True)
+                break
+        raise
+
+
 def carry(request: Request) -> int:
     """What `Engine.run` returns for one request. What O_DIRECT refuses for its alignment goes by
     the page cache instead, through another descriptor of the same file."""
-    memory = memoryview((ctypes.c_ubyte * request.nbytes).from_address(request.address))
     move, fd, moved = os.pwritev if request.write else os.preadv, request.fd, 0
     try:
+        memory = memoryview((ctypes.c_ubyte * request.nbytes).from_address(request.address))
         while moved < request.nbytes:
             try:
                 got = move(fd, [memory[moved:]], request.offset + moved)
@@ -33,8 +47,8 @@ def carry(request: Request) -> int:
             if not got:
                 return -errno.ENODATA
             moved += got
-    except OSError as error:
-        return -(error.errno or errno.EIO)
+    except Exception as error:
+        return -(getattr(error, "errno", None) or errno.EIO)
     finally:
         if fd != request.fd:
             os.close(fd)
@@ -60,13 +74,21 @@ class Threads:
         return [-errno.ECANCELED] * len(requests) if self._closed else self.carry(requests)
 
     def carry(self, requests: Sequence[Request]) -> list[int]:
-        """By the threads, all to their end."""
-        ends = [self._pool.submit(carry, each) for each in requests]
-        try:
-            return [end.result() for end in ends]
-        except BaseException:  # Ctrl-C, for one: no thread may still use the caller's memory
-            wait([end for end in ends if not end.cancel()])
-            raise
+        """By the threads; what was not begun when the engine closed is cancelled."""
+        ends = [Future[int]() for _ in requests]
+
+        def work(end: Future[int], request: Request) -> None:
+            if end.set_running_or_notify_cancel():
+                end.set_result(carry(request))
+
+        def go(stopped: bool) -> None:
+            for each in () if stopped else zip(ends, requests, strict=True):
+                self._pool.submit(work, *each)
+            wait([end for end in ends if not (stopped and end.cancel())])
+
+        with suppress(RuntimeError):  # closed, at the interpreter's end, or no thread to be had
+            to_the_end(go)
+        return [-errno.ECANCELED if end.cancelled() else end.result() for end in ends]
 
     def close(self) -> None:
         """See `Engine`."""

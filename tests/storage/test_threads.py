@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,3 +55,43 @@ def test_a_request_that_fails_does_so_alone(
         at = space.ctypes.data
         asked = [Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, False) for n in range(3)]
         assert Threads().run(asked) == [PAGE, -code, PAGE]
+
+
+@pytest.mark.parametrize("way", ["closed", "no thread"])
+def test_what_is_not_begun_is_cancelled(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 15. While `run` still hands requests out the engine closes, or no thread is to be had;
+    none may move once it has returned."""
+    space, engine, real = aligned(PAGE), Threads(), os.preadv
+    moves: list[int] = []
+
+    def move(fd: int, parts: Any, at: int) -> int:
+        if way == "closed":
+            engine.close()
+        moves.append(at)
+        return real(fd, parts, at)
+
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(os, "preadv", move)
+    if way == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", start)
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    with (tmp_path / "a").open("rb") as opened:
+        asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 5_000
+        results = engine.run(asked)
+        monkeypatch.undo()
+        counts = len(moves), results.count(PAGE), results.count(-errno.ECANCELED)
+        assert counts[0] == counts[1] < 5_000
+        assert counts[1] + counts[2] == 5_000
+        assert engine.run(asked) == [-errno.ECANCELED if way == "closed" else PAGE] * 5_000
+
+
+def test_a_request_that_makes_no_sense_fails_alone(tmp_path: Path) -> None:
+    space = aligned(PAGE)
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    with (tmp_path / "a").open("rb") as opened:
+        good = Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)
+        assert Threads().run([good, good._replace(nbytes=-1), good]) == [PAGE, -errno.EIO, PAGE]
