@@ -94,6 +94,8 @@ def test_an_unaligned_request_is_carried(
 ) -> None:
     """Fault 33. O_DIRECT refuses it; it goes by the page cache, and no other byte changes."""
     before, start, size = content(file), 2 * PAGE + offset, 3 * PAGE + nbytes
+    engine.run([])
+    open_before = len(os.listdir("/proc/self/fd"))
     SPACE[:] = 7
     one = Request(file, start, AT + PAGE + address, size, False)
     aside = reads(file, [(1 << 20, PAGE)])
@@ -106,6 +108,7 @@ def test_an_unaligned_request_is_carried(
     assert np.array_equal(content(file), before)
     assert engine.run(reads(file, [(3 * PAGE, PAGE)])) == [PAGE]  # and no old bytes come back
     assert np.array_equal(SPACE[3 * PAGE : 4 * PAGE], before[3 * PAGE : 4 * PAGE])
+    assert len(os.listdir("/proc/self/fd")) == open_before
 
 
 @pytest.mark.parametrize("length", [0, 1, 5 * PAGE, 5 * PAGE + 100])

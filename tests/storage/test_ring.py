@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
+from types import FrameType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -256,6 +256,28 @@ def test_an_older_kernel_has_a_ring_too(file: int, monkeypatch: pytest.MonkeyPat
     assert right(file)
 
 
+@pytest.mark.parametrize("what", ["its order of memory", "its features"])
+def test_a_kernel_that_lacks_too_much_has_no_ring(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without DEFER_TASKRUN the ring needs x86-64; no descriptor is left open."""
+
+    def older(number: int, *rest: int) -> int:
+        said = (ctypes.c_uint32 * 30).from_address(rest[1])
+        if what == "its order of memory" and said[2] & 0x2000:
+            return -errno.EINVAL
+        done = REAL(number, *rest)
+        said[5] &= ~2 if what == "its features" else ring.WORD
+        return done
+
+    monkeypatch.setattr(ring, "system_call", older)
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine="aarch64"))
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(OSError, match=r"too old|refused"):
+        OneRing([], COUNT)
+    assert os.listdir("/proc/self/fd") == before
+
+
 def test_a_ring_goes_on_without_registered_buffers(
     file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +296,14 @@ def test_a_ring_goes_on_without_registered_buffers(
     assert engine.run(ask(file)) == [PAGE] * COUNT
     assert right(file)
     assert len(engine.notes) == 1
+    monkeypatch.undo()
+    engine = Ring([(SPACE.ctypes.data, SPACE.nbytes)])
+    assert not engine.notes
+    monkeypatch.setattr(ring, "system_call", limited)  # as for the second ring of a process
+    thread = threading.Thread(target=engine.run, args=(ask(file),))
+    thread.start()
+    thread.join()
+    assert "ulimit -l" in engine.notes[0]
 
 
 def test_buffers_are_registered_in_pieces(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
