@@ -27,7 +27,7 @@ from portakv.errors import StoreBusy, StoreError
 from portakv.storage import image
 from portakv.storage.engine import Request, choose
 from portakv.storage.form import BlockForm
-from portakv.storage.slots import PAGE, Entry, Slots
+from portakv.storage.slots import PAGE, SEGMENTS, Entry, Slots, form_in, holder, records_in
 
 HELP = "what lies in a folder of a block store: show, check or wipe it"
 DESCRIPTION = """\
@@ -37,7 +37,7 @@ code 1 if one fails. wipe: removes the stores in it, of whatever version; asks
 before, unless --yes. A store that is open is neither checked nor wiped."""
 
 #: Files of a store, in the order in which they are removed: the one that is locked goes last.
-_FILES = ("form.json", "form.json.new", "form.json.lock", "table", "slots")
+_FILES = ("form.json", "form.json.lock", "order", "table", "slots")
 _COLUMNS = ("form", "model", "user", "used", "slots", "bytes", "failed")
 LATE = 1.0  # seconds until a bar of progress is shown
 
@@ -59,7 +59,7 @@ def run(asked: argparse.Namespace) -> int:
             print(f"Wipe {len(stores)} of {asked.folder}, {size}? [y/N] ", file=sys.stderr)
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 raise StoreError("Stores were to be wiped, but nobody agreed; nothing was touched.")
-        found = [act(store) for store in stores]
+        found = [act(store) for store in _with_bar(stores, asked.action)]
     if not found:
         raise StoreError(f"Block stores in {asked.folder} were asked for, and none was found.")
     if asked.json:
@@ -97,11 +97,9 @@ def _shown(store: Path) -> dict[str, Any]:
     form, lock = _form(store), _lock(store)
     if isinstance(lock, int):
         os.close(lock)
-    size = 256 if len(form.segments) <= 24 else 512  # of a record
-    raw = b"".join(table.read_bytes() for table in store.glob("table"))
     counts = {
         "slots": (store / "slots").stat().st_size // form.image_bytes,
-        "used": sum(any(raw[at : at + size]) for at in range(0, len(raw), size)),
+        "used": int(np.count_nonzero(records_in(store, form)[:, SEGMENTS])),
         "bytes": _bytes(store),
     }
     user = "nobody" if isinstance(lock, int) else f"process {lock}"
@@ -112,7 +110,10 @@ def _checked(store: Path) -> dict[str, Any]:
     """Every image of a store, read and verified; keys are shortened."""
     form, failed = _form(store), list[str]()
     row = np.frombuffer(mmap.mmap(-1, form.image_bytes), np.uint8)
-    with closing(choose()[0]) as engine, closing(Slots(store, form, None, engine)) as slots:
+    with (
+        closing(choose()[0]) as engine,
+        closing(Slots(store, form, None, engine, track=_with_bar)) as slots,
+    ):
         keys = slots.keys()
         for key in _with_bar(keys, f"checking {store.name[:8]}"):
             if (entry := slots.pin(key)) is None:
@@ -143,6 +144,7 @@ def _wiped(store: Path) -> dict[str, Any]:
     if isinstance(lock, str):
         raise StoreBusy(f"{store} was to be wiped, but process {lock} has it open; end it first.")
     for name in _FILES:
+        (store / f"{name}.new").unlink(missing_ok=True)
         (store / name).unlink(missing_ok=True)
     os.close(lock)
     with suppress(OSError):  # it holds what is not a store's
@@ -156,7 +158,7 @@ def _bytes(store: Path) -> int:
 
 def _form(store: Path) -> BlockForm:
     try:
-        return BlockForm.from_json((store / "form.json").read_text())
+        return form_in(store)
     except StoreError as error:
         raise StoreError(f"{store} is of another release, or damaged. {error}") from None
 
@@ -168,20 +170,20 @@ def _lock(store: Path) -> int | str:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return held
     os.close(held)
-    return (store / "form.json.lock").read_text().strip()
+    return holder(store)
 
 
-def _with_bar(keys: Sequence[bytes], what: str) -> Iterator[bytes]:
-    """The keys; on a terminal rich shows how far they are, if they take more than a second."""
+def _with_bar(items: Sequence[Any], what: str) -> Iterator[Any]:
+    """The items; on a terminal rich shows how far they are, if they take more than a second."""
     began = time.monotonic()
-    for done, key in enumerate(keys, 1):
-        yield key
-        if sys.stderr.isatty() and time.monotonic() - began > LATE:
+    for done, item in enumerate(items, 1):
+        yield item
+        if time.monotonic() - began > LATE and sys.stderr.isatty():
             with suppress(ImportError):
                 from rich.console import Console
                 from rich.progress import track
 
-                yield from track(keys[done:], what, console=Console(stderr=True))
+                yield from track(items[done:], what, console=Console(stderr=True))
                 return
 
 

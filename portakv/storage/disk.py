@@ -16,7 +16,7 @@ from portakv.graph.graph import Graph, Link
 from portakv.storage.engine import Engine, Request, choose
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, verify
-from portakv.storage.slots import PAGE, Entry, Slots
+from portakv.storage.slots import PAGE, Entry, Slots, form_in
 
 
 class Disk:
@@ -40,17 +40,17 @@ class Disk:
                 f"more, and 'always' or 'second'; correct them."
             )
         self.folders = [Path(folder) for folder in folders]
-        self.capacity, self.admit, self.workers, self.io = capacity, admit, workers, io
+        self.capacity, self.admit, self.workers, self.io = int(capacity), admit, workers, io
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Other forms of the same cache that lie in the folders."""
-        found = []
+        found = dict[BlockForm, None]()
         for told in sorted(path for each in self.folders for path in each.glob("*/form.json")):
             with suppress(StoreError, OSError):
-                other = BlockForm.from_json(told.read_text(errors="replace"))
+                other = form_in(told.parent)
                 if other != form and other.name == told.parent.name and form.same_cache(other):
-                    found.append(other)
-        return list(dict.fromkeys(found))
+                    found[other] = None
+        return [*found]
 
     def open(
         self, graph: Graph, rows: Any, forms: Sequence[BlockForm], generation: int = 0
@@ -64,35 +64,36 @@ class Disk:
         if engine is None or isinstance(engine, str):
             engine, said = choose(rows.memory, engine)
             notes = [str(each) for each in said]
+        shelves: list[DiskShelf] = []
         with ExitStack() as undo:
             undo.callback(engine.close)
-            shelves: list[DiskShelf] = []
             for form in forms:
                 own, parts = form == forms[0], list[tuple[Slots, Link]]()
                 for folder in self.folders:
-                    place = folder / form.name
-                    capacity = self.capacity // len(self.folders) if own else None
-                    if own or (place / "form.json").exists():
-                        try:
-                            slots = Slots(place, form, capacity, engine, self.admit)
-                        except StoreError as error:
-                            if own:
-                                raise
-                            shelves[0].notes.append(str(error))
-                            continue
-                        undo.callback(slots.close)
-                        parts.append((slots, graph.link(f"disk:{folder}", width=self.workers)))
+                    place, room = folder / form.name, self.capacity // len(self.folders)
+                    if not own and not (place / "form.json").exists():
+                        continue
+                    try:
+                        slots = Slots(place, form, room if own else None, engine, self.admit)
+                    except StoreError as error:
+                        if own:
+                            raise
+                        shelves[0].notes.append(str(error))
+                        continue
+                    undo.callback(slots.close)
+                    parts.append((slots, graph.link(f"disk:{folder}", width=self.workers)))
+                    notes += slots.notes
                 if parts:
-                    told = [*notes, *(note for slots, _ in parts for note in slots.notes)]
-                    shelves.append(DiskShelf(graph, form, parts, engine, own, told, shelves))
+                    shelves.append(DiskShelf(graph, form, parts, engine, own, notes))
                     notes = []
             undo.pop_all()
-        return [*shelves]
+        return shelves
 
 
 @dataclass(eq=False, repr=False)
 class DiskShelf:
-    """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier."""
+    """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier. The one
+    that is ``writable`` ends the engine of all: it is closed last."""
 
     graph: Graph
     form: BlockForm
@@ -100,7 +101,6 @@ class DiskShelf:
     engine: Engine
     writable: bool
     notes: list[str]
-    shelves: list[DiskShelf]  # which share the engine, and are open
     tier = "disk"
 
     @property
@@ -119,8 +119,9 @@ class DiskShelf:
         return next((link for slots, link in self.parts if key in slots), self.parts[0][1])
 
     def link_for_write(self, nbytes: int) -> Link:
-        """What a block is written by: the folder with the fewest bytes queued."""
-        return min((link for _, link in self.parts), key=lambda link: link.queued_bytes)
+        """What a block is written by: the folder with the fewest bytes queued, of several the one
+        that has taken the fewest blocks."""
+        return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0]) + x[0].evicted))[1]
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Note that a prefix was used."""
@@ -176,15 +177,19 @@ class DiskShelf:
         landed, size = self.has(keys), self.form.image_bytes
         new = [i for i, there in enumerate(landed) if not there]
         taken = [(i, slot) for i in new if (slot := slots.take(keys[i])) is not None]
-        moved = self.engine.run(
-            [Request(slots.fd, slots.offset(s), rows[i].ctypes.data, size, True) for i, s in taken]
-        )
-        # The last block first, so that a prefix outlives its suffix.
-        for (i, slot), got in reversed([*zip(taken, moved, strict=True)]):
-            if got == size:
-                landed[i] = slots.seal(slot, keys[i], generations[i], checksums[i])
-            else:
-                slots.give(slot, broken=got == -errno.EIO)
+        asks = [
+            Request(slots.fd, slots.offset(slot), rows[i].ctypes.data, size, True)
+            for i, slot in taken
+        ]
+        moved = [0] * len(asks)
+        try:
+            moved = self.engine.run(asks)
+        finally:  # the last block first, so that a prefix outlives its suffix
+            for (i, slot), got in reversed([*zip(taken, moved, strict=True)]):
+                if got == size:
+                    landed[i] = slots.seal(slot, keys[i], generations[i], checksums[i])
+                else:
+                    slots.give(slot, broken=got == -errno.EIO)
         hits = sum(landed[i] for i in new)
         self.graph.count(self.tier, "save", "hit", hits, hits * size)
         self.graph.count(self.tier, "save", "fault", len(taken) - hits)
@@ -195,7 +200,7 @@ class DiskShelf:
         """Numbers of slots by folder."""
         told = ("count", "broken", "evicted", "direct")
         return {
-            str(slots.folder): {"io": self.engine.name, "used": len(slots.keys())}
+            str(slots.folder): {"io": self.engine.name, "used": len(slots)}
             | {name: getattr(slots, name) for name in told}
             for slots, _ in self.parts
         }
@@ -204,10 +209,8 @@ class DiskShelf:
         """Put all on the devices, and let go of the folders."""
         for slots, _ in self.parts:
             slots.close()
-        if self in self.shelves:
-            self.shelves.remove(self)
-            if not self.shelves:
-                self.engine.close()
+        if self.writable:
+            self.engine.close()
 
     def pin(self, key: bytes) -> tuple[Slots, Entry] | None:
         for slots, _ in self.parts:

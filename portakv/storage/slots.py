@@ -5,19 +5,22 @@ record of each in another, written in an order that a kill at any place leaves r
 from __future__ import annotations
 
 import fcntl
+import json
 import mmap
 import os
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import numpy as np
+import numpy.typing as npt
 
+from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.bounded import Bounded
 from portakv.storage.engine import Engine, Request
@@ -27,8 +30,9 @@ from portakv.storage.image import checksum, header
 PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
 OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 #: A record in u64: key (4), generation, bytes of payload, segments, a checksum of each, zeros, and
-#: the seal, which is seeded with the slot, so that it holds for no other.
-GENERATION, SUMS = 4, 7
+#: the seal, which is seeded with the slot, so that it holds for no other. Sealed zeros: no block.
+GENERATION, SEGMENTS, SUMS = 4, 6, 7
+Track = Callable[[Sequence[int], str], Iterable[int]]
 
 
 class Entry(NamedTuple):
@@ -39,9 +43,27 @@ class Entry(NamedTuple):
     checksums: tuple[int, ...]
 
 
+def form_in(folder: Path) -> BlockForm:
+    """What a folder's form.json says, which tells more of the folder; raises `StoreError`."""
+    text = (folder / "form.json").read_text(errors="replace")
+    with suppress(ValueError, AttributeError, TypeError):  # the form refuses it, too
+        told = json.loads(text)
+        told.pop("folder", None)
+        text = json.dumps(told)
+    return BlockForm.from_json(text)
+
+
+def records_in(folder: Path, form: BlockForm) -> npt.NDArray[np.uint64]:
+    """The records of a folder's table, u64 ``[slots, words]``, whatever they are worth."""
+    words = 32 if len(form.segments) <= 24 else 64
+    found = np.fromfile(folder / "table", "<u8")
+    return found[: len(found) // words * words].reshape(-1, words)
+
+
 class Slots:
     """The blocks of ``form`` in ``folder``, in ``room`` for so many bytes (None: as large as it is,
-    and not made). ``admit="second"``: a key is taken the second time it is offered.
+    and not made). ``admit="second"``: a key is taken the second time it is offered. ``track`` shows
+    how far a recovery is: it passes the items on of a sequence with a name.
 
     Raises `StoreBusy` if another process has the folder, `StoreError` if it cannot be used.
     Attributes: ``count``, ``broken``, ``evicted`` slots; ``generation``, the highest found; ``fd``
@@ -49,20 +71,24 @@ class Slots:
     """
 
     def __init__(
-        self, folder: Path, form: BlockForm, room: int | None, engine: Engine, admit: str = "always"
+        self,
+        folder: Path,
+        form: BlockForm,
+        room: int | None,
+        engine: Engine,
+        admit: str = "always",
+        track: Track = lambda items, _: items,
     ) -> None:
         self.folder, self.form, self._second = folder, form, admit == "second"
-        self._size = 256 if len(form.segments) <= 24 else 512  # of a record
         self.fd, self._table, self.direct, self.notes = -1, -1, True, list[str]()
         self.generation = self.broken = self.evicted = 0
         self._change = threading.Lock()
         self._index: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
         self._pins: Counter[int] = Counter()
-        self._free: deque[int] = deque()
+        _watch_forks()
+        _opened.add(self)
         try:
-            records, known = self._open(room)
-            self._records = np.zeros((self.count, self._size // 8), "<u8")
-            self._recover(engine, records, known)
+            self._recover(engine, track, *self._open(room))
         except BaseException as error:
             self.close(sync=False)
             if not isinstance(error, OSError):
@@ -74,18 +100,19 @@ class Slots:
             ) from error
         self._free = deque(sorted({*range(self.count)}.difference(self._index.values())))
         self._offered: Bounded[bytes, None] = Bounded("keys offered once", self.count)
-        _watch_forks()
-        _opened.add(self)
+        if self._free:
+            self._put(self._free[0])  # from now on a table of zeros is one that was lost
 
     def _open(self, room: int | None) -> tuple[int, int]:
         """Open, lock and size the files; returns how many records and slots there were."""
-        size, told = self.form.image_bytes, self.folder / "form.json"
+        size, table = self.form.image_bytes, self.folder / "table"
         if room is not None:
+            os.makedirs(self.folder.parent, 0o700, exist_ok=True)
             os.makedirs(self.folder, 0o700, exist_ok=True)
         if self.folder.is_symlink() or self.folder.stat().st_uid != os.geteuid():
             raise PermissionError(1, "it is a link, or another user's")
-        found = BlockForm.from_json(told.read_text(errors="replace")) if told.exists() else None
-        if found not in (None, self.form) or (found is None and (self.folder / "table").exists()):
+        found = form_in(self.folder) if (self.folder / "form.json").exists() else None
+        if found not in (None, self.form) or (found is None and table.exists()):
             raise StoreError(
                 f"{self.folder} was asked for blocks of {self.form}, and its form.json says "
                 f"{found or 'nothing'}; restore that, or remove all by `portakv store wipe`."
@@ -96,63 +123,83 @@ class Slots:
         self.count = known if room is None else room // size
         if not self.count:
             raise OSError(22, f"a block takes {size}, so that none fits")
-        if found is None:
-            new = self.folder / "form.json.new"
-            new.write_text(self.form.json())
-            new.replace(told)
-        self._table = os.open(self.folder / "table", OPEN, 0o600)
-        records = os.fstat(self._table).st_size // self._size
-        _allocate(self._table, self.count * self._size)
-        _allocate(self.fd, self.count * size)
         try:
+            self._tell("form.json", json.dumps(self._about(), indent=1).encode())
+        except OSError:  # a device that is full
+            if found is None:
+                raise
+        self._table = os.open(table, OPEN, 0o600)
+        old = records_in(self.folder, self.form)[: min(self.count, known)]
+        _allocate({self._table: self.count * 8 * old.shape[1], self.fd: self.count * size})
+        self._records: npt.NDArray[np.uint64] = np.zeros((self.count, old.shape[1]), "<u8")
+        self._records[: len(old)] = old
+        try:  # images lie at multiples of a page: a device that needs more refuses it here
             fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_DIRECT)
             os.preadv(self.fd, [mmap.mmap(-1, PAGE)], PAGE)
         except OSError as error:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, 0)
             self.direct = False
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
-        return min(records, self.count), min(known, self.count)
+        return len(old), min(known, self.count)
+
+    def _about(self) -> dict[str, Any]:
+        """What form.json tells: the form, and of the folder what others may want to know."""
+        told: dict[str, Any] = {"slots": self.count, "slot_bytes": self.form.image_bytes}
+        told |= {"segments": len(self.form.segments), "alignment": PAGE, "checksum": "xxh3-64"}
+        told["written_by"] = f"portakv {__version__}"
+        return {**json.loads(self.form.json()), "folder": told}
 
     def _lock(self) -> None:
         """Lock the very file of the I/O: what a killed process began holds it till it landed."""
-        holder = self.folder / "form.json.lock"
         try:
             fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(self.fd).st_nlink:
+                raise BlockingIOError  # it was wiped in between
         except BlockingIOError:
-            who = holder.read_text() if holder.exists() else "?"
             raise StoreBusy(
-                f"The store's folder {self.folder} was asked for, and process {who} has it open; "
-                f"one may. Close it there, or give this process a folder of its own."
+                f"The store's folder {self.folder} was asked for, and process "
+                f"{holder(self.folder)} has it open; one may. Close it there, or give this process "
+                f"a folder of its own."
             ) from None
         with suppress(OSError):  # on a full disk, too, a store can be opened
-            holder.write_text(str(os.getpid()))
+            self._tell("form.json.lock", b"%d" % os.getpid())
 
-    def _recover(self, engine: Engine, records: int, known: int) -> None:
+    def _recover(self, engine: Engine, track: Track, records: int, known: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
-        words = np.fromfile(self.folder / "table", "<u8", records * self._size // 8)
-        words = self._records[:records] = words.reshape(records, self._size // 8)
+        words = self._records
         used, seals = np.flatnonzero(words.any(1)).tolist(), words[:, -1].tolist()
-        good = [slot for slot in used if checksum(words[slot, :-1], slot) == seals[slot]]
-        keys = [words[slot, :GENERATION].tobytes() for slot in good]
-        found = list(zip(words[good, GENERATION].tolist(), good, keys, strict=True))
+        good = {i for i in track(used, "records") if checksum(words[i, :-1], i) == seals[i]}
         # A table of zeros is a new one, or was lost.
-        torn = [*{*used}.difference(good), *range(records, known)] if used else range(known)
+        torn = [*{*used}.difference(good), *range(records if used else 0, known)]
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
-        for first in range(0, len(torn), BATCH):
+        for first in track(range(0, len(torn), BATCH), "headers"):
             part = list(zip(torn[first : first + BATCH], pages, strict=False))
             asks = [Request(self.fd, self.offset(i), p.ctypes.data, PAGE, False) for i, p in part]
             for (slot, page), moved in zip(part, engine.run(asks), strict=True):
                 told = header(page, self.form) if moved == PAGE else "it cannot be read"
+                words[slot] = 0
                 if not isinstance(told, str):
-                    self._put(slot, told.key, told.generation, told.checksums)
-                    found.append((told.generation, slot, told.key))
-        # A prefix outlives its suffix, which was written first or has the higher slot.
-        for self.generation, slot, key in sorted(found, key=lambda x: (x[0], -x[1])):
-            self._forget(key)
+                    self._put(slot, *told)
+        # The older first, a prefix behind its suffix; or in order of use, as `close` left it.
+        slots = np.flatnonzero(words[:, SEGMENTS])
+        slots = slots[np.lexsort((-slots, words[slots, GENERATION]))]
+        self.generation = int(words[slots, GENERATION].max(initial=0))
+        for slot in slots.tolist():
+            key = words[slot, :GENERATION].tobytes()
+            self._index.pop(key, None)
             self._index[key] = slot
+        used = self.folder / "order"
+        for slot in np.fromfile(used, "<u4").tolist() if used.exists() else ():
+            key = words[slot % self.count, :GENERATION].tobytes()
+            if self._index.get(key) == slot:
+                self._index.move_to_end(key)
+        used.unlink(missing_ok=True)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._index
+
+    def __len__(self) -> int:
+        return len(self._index)
 
     def keys(self) -> list[bytes]:
         """Of all blocks, the least recently used first."""
@@ -182,21 +229,21 @@ class Slots:
     def unpin(self, entry: Entry, good: bool = True) -> None:
         """Let go of a pin. A block that is no ``good`` is forgotten; its slot is free when the last
         pin goes."""
-        slot, held = entry.slot, self._records[entry.slot, :GENERATION].tobytes()
+        slot = entry.slot
         with self._change:
-            if not good and self._index.get(held) == slot:
-                del self._index[held]
-        if not good:
-            self._put(slot)
-        with self._change:
+            key = self._records[slot, :GENERATION].tobytes()
+            if not good:
+                if self._index.get(key) == slot:
+                    del self._index[key]
+                self._put(slot)
             self._pins[slot] -= 1
             if not self._pins[slot]:
                 del self._pins[slot]
-                if self._index.get(held) != slot:
+                if self._index.get(key) != slot:
                     self._free.append(slot)
 
     def take(self, key: bytes) -> int | None:
-        """A slot for a block, its record zeroed; None if all others are pinned, the key is not
+        """A slot for a block, its record empty; None if all others are pinned, the key is not
         admitted yet, or the table cannot be written."""
         with self._change:
             if self._second and self._offered.pop(key, self) is self:
@@ -208,25 +255,24 @@ class Slots:
                 self.evicted += 1
             if not self._free:
                 return None
-            slot = self._free.popleft()
-        if self._put(slot):
-            return slot
-        self.give(slot)
-        return None
+            slot: int = self._free.popleft()
+        if not self._put(slot):
+            self.give(slot)
+            return None
+        return slot
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
         """Enter a block whose image was written; False if its record cannot be."""
         if not self.direct:
             size = self.form.image_bytes
             os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
-        written = self._put(slot, key, generation, checksums)
+        if not self._put(slot, key, generation, checksums):
+            self.give(slot)
+            return False
         with self._change:
-            if written:
-                self._forget(key)
-                self._index[key] = slot
-            else:
-                self._free.append(slot)
-        return written
+            self._forget(key)
+            self._index[key] = slot
+        return True
 
     def give(self, slot: int, broken: bool = False) -> None:
         """Give a taken slot back; a broken one is not used again."""
@@ -236,26 +282,38 @@ class Slots:
                 self._free.append(slot)
 
     def close(self, sync: bool = True) -> None:
-        """Put all on the device, and let go of the folder."""
-        for act in (os.fdatasync, os.close) if sync else (os.close,):
-            for fd in (self.fd, self._table):
-                with suppress(OSError, ValueError):  # ValueError: it was closed before
-                    act(fd)
+        """Put all on the device, with the order of last use, and let go of the folder."""
+        files = [fd for fd in (self.fd, self._table) if fd >= 0]
         self.fd = self._table = -1
+        if sync and files:
+            with suppress(OSError):
+                self._tell("order", np.array([*self._index.values()], "<u4").tobytes())
+        for act in (os.fdatasync, os.close) if sync else (os.close,):
+            for fd in files:
+                with suppress(OSError):
+                    act(fd)
 
     def _put(self, slot: int, key: bytes = b"", number: int = 0, sums: Sequence[int] = ()) -> bool:
-        """Write a record of a generation ``number``, or zeros; False if it cannot be written."""
+        """Write the record of a generation ``number``, or of none; False if it cannot be."""
         record = self._records[slot]
         record[:] = 0
         if key:
             record[:GENERATION] = np.frombuffer(key, "<u8")
             record[GENERATION:SUMS] = number, self.form.payload_bytes, len(sums)
             record[SUMS : SUMS + len(sums)] = np.array(sums, "<u8")
-            record[-1] = checksum(record[:-1], slot)
+        record[-1] = checksum(record[:-1], slot)
         try:
-            return os.pwrite(self._table, record.data, slot * self._size) == self._size
+            moved = os.pwrite(self._table, record.data, slot * record.nbytes)
         except OSError:
             return False
+        return bool(moved == record.nbytes)
+
+    def _tell(self, name: str, data: bytes) -> None:
+        """Write a small file, whole or not at all."""
+        new = self.folder / f"{name}.new"
+        with open(os.open(new, OPEN | os.O_TRUNC, 0o600), "wb") as file:
+            file.write(data)
+        new.replace(self.folder / name)
 
     def _forget(self, key: bytes) -> None:
         slot = self._index.pop(key, None)
@@ -263,17 +321,28 @@ class Slots:
             self._free.append(slot)
 
 
-def _allocate(fd: int, nbytes: int) -> None:
-    """Make a file so large, in real space; or leave it as it was."""
-    before, disk = os.fstat(fd), os.fstatvfs(fd)
-    if nbytes - 512 * before.st_blocks > disk.f_bavail * disk.f_frsize:
-        raise OSError(28, f"{disk.f_bavail * disk.f_frsize} bytes are free")
+def holder(folder: Path) -> str:
+    """The process that opened a store last."""
+    with suppress(OSError):
+        return (folder / "form.json.lock").read_text(errors="replace").strip() or "?"
+    return "?"
+
+
+def _allocate(sizes: dict[int, int]) -> None:
+    """Make open files so large, in real space; or leave all as they were."""
+    before, room = {fd: os.fstat(fd) for fd in sizes}, os.fstatvfs(max(sizes))
+    free = room.f_bavail * room.f_frsize
+    if sum(sizes[fd] - 512 * was.st_blocks for fd, was in before.items()) > free:
+        raise OSError(28, f"{free} bytes are free")
     try:
-        os.posix_fallocate(fd, 0, nbytes)
-        os.ftruncate(fd, nbytes)
+        for fd, nbytes in sizes.items():
+            os.posix_fallocate(fd, 0, nbytes)
     except OSError:
-        os.ftruncate(fd, before.st_size)
+        sizes = {fd: was.st_size for fd, was in before.items()}
         raise
+    finally:
+        for fd, nbytes in sizes.items():
+            os.ftruncate(fd, nbytes)
 
 
 _opened: WeakSet[Slots] = WeakSet()

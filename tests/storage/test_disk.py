@@ -287,6 +287,29 @@ def test_several_folders(shelf: Open) -> None:
     assert load(shelf(FORM, "c", "b"), KEYS[:2]) == [False, True]
 
 
+def test_folders_fill_alike_if_nothing_is_queued(shelf: Open) -> None:
+    one = shelf(FORM, "a", "b", blocks=4)
+    for key in KEYS[:20]:
+        assert save(one, [key]) == [True]
+    assert [each["used"] for each in one.statistics().values()] == [4, 4]
+    assert one.has(KEYS[:20]) == [False] * 12 + [True] * 8
+
+
+def test_a_write_that_raises_gives_its_slots_back(shelf: Open) -> None:
+    io = Faulty()
+    one = shelf(io=io, blocks=3)
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    io.fail = interrupt
+    for _ in range(3):
+        with pytest.raises(KeyboardInterrupt):
+            save(one, KEYS[:2])
+    io.fail = lambda ask: None
+    assert save(one, KEYS[:3]) == [True] * 3
+
+
 def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
     """They are found and read; one that another process has open is left out, with a note."""
     heads = [replace(FORM, heads=(i, i + 1, 4)) for i in range(4)]
@@ -306,7 +329,7 @@ def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
     assert [load(each, KEYS[:2]) for each in others] == [[True, True]] * 2
     assert any("has it open" in note for note in own.notes)
     engine: Any = tier.io
-    for each in every:
+    for each in reversed(every):
         assert not engine.closed
         each.close()
     assert engine.closed

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 import subprocess
@@ -20,10 +21,11 @@ from support import slot_cases as cases
 from support.slot_cases import FORM, KEYS
 from support.storage_cases import small_form
 
+import portakv
 from portakv.errors import StoreBusy, StoreError
 from portakv.storage.engine import Request
 from portakv.storage.form import BlockForm
-from portakv.storage.slots import Entry, Slots
+from portakv.storage.slots import Entry, Slots, form_in
 
 IMAGE = FORM.image_bytes
 ENGINE = cases.Faulty()
@@ -91,8 +93,28 @@ def test_what_was_entered_is_there_again(tmp_path: Path, many: int) -> None:
 def test_files_are_their_owners_alone(six: tuple[Path, dict[bytes, Entry]]) -> None:
     folder = six[0]
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert [(folder / x).stat().st_mode & 0o777 for x in ("slots", "table")] == [0o600] * 2
-    assert BlockForm.from_json((folder / "form.json").read_text()) == FORM
+    names = {"slots", "table", "form.json", "form.json.lock", "order"}
+    assert {x.name: x.stat().st_mode & 0o777 for x in folder.iterdir()} == dict.fromkeys(
+        names, 0o600
+    )
+
+
+def test_form_json_tells_of_the_folder(folder: Path) -> None:
+    """The form as it is everywhere, and beside it what lies here, after a change, too."""
+    for count in (4, 6):
+        opened(folder, count).close()
+        told = json.loads((folder / "form.json").read_text())
+        about = told.pop("folder")
+        assert told == json.loads(FORM.json())
+        assert about == {
+            "slots": count,
+            "slot_bytes": IMAGE,
+            "segments": 1,
+            "alignment": 4096,
+            "checksum": "xxh3-64",
+            "written_by": f"portakv {portakv.__version__}",
+        }
+        assert form_in(folder) == FORM
 
 
 @pytest.mark.parametrize("rescued", [True, False])
@@ -152,10 +174,11 @@ def test_a_table_that_is_lost(
         lambda path: path.unlink(),
         lambda path: path.write_text(""),
         lambda path: path.write_bytes(b"\xff\xfe"),
-        lambda path: path.write_text(path.read_text().replace('"format":1', '"format":2')),
+        lambda path: path.write_text(path.read_text().replace('"format": 1', '"format": 2')),
+        lambda path: path.write_text('["folder"]'),
         lambda path: path.write_text(path.read_text().replace("org/model@1", "another")),
     ],
-    ids=["missing", "empty", "no text", "a newer format", "another form"],
+    ids=["missing", "empty", "no text", "a newer format", "a list", "another form"],
 )
 def test_a_folder_of_who_knows_what(
     six: tuple[Path, dict[bytes, Entry]], harm: Callable[[Path], object]
@@ -258,7 +281,7 @@ def test_no_room_when_it_is_made(small_device: Path, folder: Path) -> None:
     opened(small_device / "x", 64).close()
     with pytest.raises(StoreError, match=r"bytes are free.*correct the path or the capacity"):
         opened(folder, 1 << 40)
-    assert (folder / "slots").stat().st_blocks == 0
+    assert [(folder / x).stat().st_blocks for x in ("slots", "table")] == [0, 0]
 
 
 def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,14 +289,15 @@ def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch
 
     def allocate(fd: int, offset: int, nbytes: int) -> None:
         os.ftruncate(fd, nbytes // 2)
-        raise OSError(errno.ENOSPC, "No space left on device")
+        if nbytes >= 8 * IMAGE:
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     opened(folder, 4).close()
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", allocate)
         with pytest.raises(StoreError, match="No space left"):
             opened(folder)
-    assert (folder / "slots").stat().st_size == 4 * IMAGE
+    assert [(folder / x).stat().st_size for x in ("slots", "table")] == [4 * IMAGE, 4 * 256]
     opened(folder).close()
 
 
@@ -449,6 +473,69 @@ def test_a_prefix_outlives_its_suffix(folder: Path) -> None:
         assert all(put(slots, key, 1) for key in KEYS[:6])
         slots.touch([*KEYS[:3], KEYS[20]])
         assert slots.keys() == [*KEYS[3:6], KEYS[2], KEYS[1], KEYS[0]]
+
+
+def test_order_of_use_is_there_after_a_close_and_not_after_a_kill(folder: Path) -> None:
+    with closing(opened(folder, 6)) as slots:
+        assert all(put(slots, key, i) for i, key in enumerate(KEYS[:6]))
+        slots.touch(KEYS[:3])
+        slots.unpin(pinned(slots, KEYS[4]), good=False)
+        used = slots.keys()
+    (folder / "order").write_bytes((folder / "order").read_bytes() + b"\xff" * 7)
+    slots = opened(folder, 6)
+    assert slots.keys() == used == [KEYS[3], KEYS[5], KEYS[2], KEYS[1], KEYS[0]]
+    slots.touch(KEYS[3:4])
+    slots.close(sync=False)  # as a kill does
+    with closing(opened(folder, 6)) as slots:
+        assert slots.keys() == [*KEYS[:4], KEYS[5]]  # by generation
+    slots.close()
+    opened(folder, 3).close()
+    slots.close()  # once more, when the folder is another's: it is left alone
+    with closing(opened(folder, 3)) as slots:
+        assert slots.keys() == KEYS[:3]
+
+
+def test_killed_in_the_very_first_write(folder: Path) -> None:
+    """Fault 10. The header landed and the payload did not, and no record was ever sealed: that is
+    no lost table, and the image is not entered."""
+    row = cases.images(1, FORM)[0]
+    for number in range(2):
+        slots = opened(folder, 4)
+        assert slots.keys() == []
+        slot = slots.take(KEYS[number])
+        assert slot is not None
+        cases.fill(row, FORM, KEYS[number], 1)
+        os.pwrite(slots.fd, row[:4096], slots.offset(slot))
+        slots.close(sync=False)  # as a kill does
+
+
+def test_recovery_tells_how_far_it_is(six: tuple[Path, dict[bytes, Entry]]) -> None:
+    told: list[tuple[str, int]] = []
+
+    def track(items: Any, what: str) -> Any:
+        told.append((what, len(items)))
+        return items
+
+    opened(six[0], track=track).close()
+    (six[0] / "table").unlink()
+    opened(six[0], track=track).close()
+    assert told == [("records", 6), ("headers", 0), ("records", 0), ("headers", 1)]
+
+
+def test_a_store_that_was_wiped_while_another_waited(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the opening of its file and the lock: there is no store in a file without a name."""
+    opened(folder).close()
+    real = fcntl.flock
+
+    def lock(fd: int, how: int) -> None:
+        (folder / "slots").unlink()
+        real(fd, how)
+
+    monkeypatch.setattr(fcntl, "flock", lock)
+    with pytest.raises(StoreBusy):
+        opened(folder)
 
 
 def test_a_block_is_taken_the_second_time(folder: Path) -> None:
