@@ -8,6 +8,7 @@ import errno
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,11 @@ class Disk:
         workers: int = 4,
         io: str | Engine | None = None,
     ) -> None:
-        if not folders or admit not in ("always", "second"):
+        right = bool(folders) and 0 < capacity < 1 << 63 and workers >= 1
+        if not right or admit not in ("always", "second"):
             raise InvalidTerms(
-                f"A disk tier in {folders} with admit={admit!r} was asked: expected one folder or "
-                f"more, and 'always' or 'second'; correct them."
+                f"A disk tier in {folders} with {capacity=}, {workers=} and {admit=} was asked: "
+                f"expected a folder or more, bytes, a worker or more, 'always' or 'second'."
             )
         self.folders = [Path(folder) for folder in folders]
         self.capacity, self.admit, self.workers, self.io = int(capacity), admit, workers, io
@@ -45,10 +47,10 @@ class Disk:
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Other forms of the same cache that lie in the folders."""
         found = dict[BlockForm, None]()
-        for told in sorted(path for each in self.folders for path in each.glob("*/form.json")):
+        for place in (x / y for x in self.folders for y in sorted(glob("*", root_dir=x))):
             with suppress(StoreError, OSError):
-                other = form_in(told.parent)
-                if other != form and other.name == told.parent.name and form.same_cache(other):
+                other = form_in(place)
+                if other != form and other.name == place.name and form.same_cache(other):
                     found[other] = None
         return [*found]
 

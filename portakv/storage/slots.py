@@ -12,7 +12,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakSet
@@ -55,8 +55,8 @@ def form_in(folder: Path) -> BlockForm:
 
 def records_in(folder: Path, form: BlockForm) -> npt.NDArray[np.uint64]:
     """The records of a folder's table, u64 ``[slots, words]``, whatever they are worth."""
-    words = 32 if len(form.segments) <= 24 else 64
-    found = np.fromfile(folder / "table", "<u8")
+    words, table = 32 if len(form.segments) <= 24 else 64, folder / "table"
+    found = np.fromfile(table, "<u8") if table.exists() else np.zeros(0, "<u8")
     return found[: len(found) // words * words].reshape(-1, words)
 
 
@@ -130,6 +130,7 @@ class Slots:
                 raise
         self._table = os.open(table, OPEN, 0o600)
         old = records_in(self.folder, self.form)[: min(self.count, known)]
+        os.ftruncate(self._table, old.nbytes)  # records of slots that are no more
         _allocate({self._table: self.count * 8 * old.shape[1], self.fd: self.count * size})
         self._records: npt.NDArray[np.uint64] = np.zeros((self.count, old.shape[1]), "<u8")
         self._records[: len(old)] = old
@@ -184,16 +185,15 @@ class Slots:
         slots = np.flatnonzero(words[:, SEGMENTS])
         slots = slots[np.lexsort((-slots, words[slots, GENERATION]))]
         self.generation = int(words[slots, GENERATION].max(initial=0))
-        for slot in slots.tolist():
-            key = words[slot, :GENERATION].tobytes()
-            self._index.pop(key, None)
+        keys = words[slots, :GENERATION].tobytes()
+        for at, slot in enumerate(slots.tolist()):
+            self._index.pop(key := keys[at * 32 : at * 32 + 32], None)
             self._index[key] = slot
-        used = self.folder / "order"
-        for slot in np.fromfile(used, "<u4").tolist() if used.exists() else ():
-            key = words[slot % self.count, :GENERATION].tobytes()
-            if self._index.get(key) == slot:
-                self._index.move_to_end(key)
-        used.unlink(missing_ok=True)
+        order, held = self.folder / "order", {slot: key for key, slot in self._index.items()}
+        for slot in np.fromfile(order, "<u4").tolist() if order.exists() else ():
+            if slot in held:
+                self._index.move_to_end(held[slot])
+        order.unlink(missing_ok=True)
 
     def __contains__(self, key: bytes) -> bool:
         return key in self._index
@@ -351,4 +351,10 @@ _opened: WeakSet[Slots] = WeakSet()
 @cache
 def _watch_forks() -> None:
     """A child's copies of the files would hold the parent's lock: the child closes them."""
-    os.register_at_fork(after_in_child=lambda: [*map(partial(Slots.close, sync=False), _opened)])
+
+    def forked() -> None:
+        for slots in _opened:
+            slots._change = threading.Lock()  # a thread that is not here may have it
+            slots.close(sync=False)
+
+    os.register_at_fork(after_in_child=forked)

@@ -345,10 +345,13 @@ def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
     save(shelf(FORM, "a"), KEYS[:1])
     with pytest.raises(StoreBusy):
         shelf(FORM, "a")
-    with pytest.raises(InvalidTerms, match="folder"):
+    wrong: list[dict[str, Any]] = [{"admit": "third"}, {"workers": 0}, {"capacity": 0}]
+    for terms in [*wrong, {"capacity": float("inf")}]:
+        with pytest.raises(InvalidTerms, match="expected a folder or more"):
+            Disk("x", **{"capacity": 1, **terms})
+    with pytest.raises(InvalidTerms, match="expected a folder or more"):
         Disk(capacity=1)
-    with pytest.raises(InvalidTerms, match="'second'"):
-        Disk("x", capacity=1, admit="third")
+    assert Disk("x" * 300, capacity=1).forms(FORM) == []
 
 
 def test_a_child_of_the_process_reads_and_writes_nothing(shelf: Open) -> None:
