@@ -287,6 +287,17 @@ def test_several_folders(shelf: Open) -> None:
     assert load(shelf(FORM, "c", "b"), KEYS[:2]) == [False, True]
 
 
+def test_a_prefix_is_the_last_to_go(shelf: Open) -> None:
+    """Of blocks that were written together, and after a kill as well."""
+    one = shelf()
+    save(one, KEYS[:4])
+    save(one, KEYS[4:6], 2)
+    order = [*KEYS[3::-1], KEYS[5], KEYS[4]]
+    assert one.parts[0][0].keys() == order
+    one.parts[0][0].close(sync=False)
+    assert shelf().parts[0][0].keys() == order
+
+
 def test_folders_fill_alike_if_nothing_is_queued(shelf: Open) -> None:
     one = shelf(FORM, "a", "b", blocks=4)
     for key in KEYS[:20]:
@@ -319,7 +330,7 @@ def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
     for each in (*shelves[:2], shelves[3]):
         each.close()
     (tmp_path / "a" / "junk").mkdir()
-    (tmp_path / "a" / "junk" / "form.json").write_text("{}")
+    (tmp_path / "a" / "junk" / "form.json").write_text(replace(FORM, heads=(0, 2, 4)).json())
     tier = disk(tmp_path / "a", tmp_path / "none", io=Faulty())
     assert {*tier.forms(heads[3])} == {*heads[:3]}
     own, *others = every = tier.open(GRAPH(), NO_ROWS, [heads[3], *tier.forms(heads[3])])

@@ -367,9 +367,12 @@ def test_o_direct_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
             raise OSError(errno.EINVAL, "Invalid argument")
         return real(fd, command, flags)
 
+    let_go: list[int] = []
     monkeypatch.setattr(fcntl, "fcntl", refused)
-    for _ in range(2):
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, at, *_: let_go.append(at))
+    for number in range(2):
         with closing(opened(folder)) as slots:
+            assert len(let_go) == number
             assert not slots.direct
             assert "refuses O_DIRECT (Invalid argument)" in slots.notes[0]
             assert put(slots, KEYS[0], 1)
@@ -401,6 +404,16 @@ def test_a_link_in_place_of_a_file(folder: Path) -> None:
     (folder / "slots").symlink_to(folder.parent / "slots")
     with pytest.raises(StoreError, match="symbolic links"):
         opened(folder)
+
+
+def test_a_close_puts_both_files_on_the_device(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_there: list[str] = []
+    name = "/proc/self/fd/{}".format
+    monkeypatch.setattr(os, "fdatasync", lambda fd: put_there.append(os.readlink(name(fd))))
+    opened(folder).close()
+    assert put_there == [str(folder / "slots"), str(folder / "table")]
 
 
 def test_a_clock_that_is_set_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -517,6 +530,10 @@ def test_recovery_tells_how_far_it_is(six: tuple[Path, dict[bytes, Entry]]) -> N
         told.append((what, len(items)))
         return items
 
+    opened(six[0].parent / "empty").close()
+    opened(six[0].parent / "empty", track=track).close()
+    assert told == [("records", 1), ("headers", 0)]  # no table that was lost
+    told.clear()
     opened(six[0], track=track).close()
     (six[0] / "table").unlink()
     opened(six[0], track=track).close()
