@@ -27,7 +27,7 @@ from portakv.errors import StoreBusy, StoreError
 from portakv.storage import image
 from portakv.storage.engine import Request, choose
 from portakv.storage.form import BlockForm
-from portakv.storage.slots import PAGE, SEGMENTS, Entry, Slots, form_in, holder, records_in
+from portakv.storage.slots import PAGE, SEGMENTS, Slots, form_in, holder, records_in
 
 HELP = "what lies in a folder of a block store: show, check or wipe it"
 DESCRIPTION = """\
@@ -116,26 +116,27 @@ def _checked(store: Path) -> dict[str, Any]:
     ):
         keys = slots.keys()
         for key in _with_bar(keys, f"checking {store.name[:8]}"):
-            if (entry := slots.pin(key)) is None:
+            if (place := slots.pin(key)) is None:
                 continue
-            at = slots.offset(entry.slot)
+            slot, told = place
+            at = slots.offset(slot)
             [moved] = engine.run([Request(slots.fd, at, row.ctypes.data, len(row), False)])
-            why = os.strerror(-moved) if moved < 0 else _wrong(row, form, key, entry)
+            why = os.strerror(-moved) if moved < 0 else _wrong(row, form, told)
             if why:
-                failed.append(f"slot {entry.slot}, key {key.hex()[:8]}...: {why}")
-            slots.unpin(entry)
+                failed.append(f"slot {slot}, key {key.hex()[:8]}...: {why}")
+            slots.unpin(place)
         found = {"form": store.name, "model": form.model, "slots": slots.count, "used": len(keys)}
     return {**found, "bytes": _bytes(store), "failed": len(failed), "why": failed}
 
 
-def _wrong(row: image.Row, form: BlockForm, key: bytes, entry: Entry) -> str:
+def _wrong(row: image.Row, form: BlockForm, told: image.Header) -> str:
     """Why an image is not what the index says; empty if it is."""
     said = image.header(row, form)
     if isinstance(said, str):
         return said
-    if said[:2] != (key, entry.generation):
+    if said != told:
         return "its header is another block's"
-    right = image.verify(row, form, entry.checksums, entry.generation)
+    right = image.verify(row, form, told.checksums, told.generation)
     return "" if right else "its payload is not what was sealed"
 
 

@@ -17,7 +17,7 @@ from portakv.graph.graph import Graph, Link
 from portakv.storage.engine import Engine, Request, choose
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, verify
-from portakv.storage.slots import PAGE, Entry, Slots, form_in
+from portakv.storage.slots import PAGE, Place, Slots, form_in
 
 
 class Disk:
@@ -112,18 +112,18 @@ class DiskShelf:
 
     def has(self, keys: Sequence[bytes]) -> list[bool]:
         """Which blocks are there."""
-        return [any(key in slots for slots, _ in self.parts) for key in keys]
+        return [any(key in slots.index for slots, _ in self.parts) for key in keys]
 
     known = has  # nobody is asked
 
     def link(self, key: bytes) -> Link:
         """What a block is read by."""
-        return next((link for slots, link in self.parts if key in slots), self.parts[0][1])
+        return next((link for slots, link in self.parts if key in slots.index), self.parts[0][1])
 
     def link_for_write(self, nbytes: int) -> Link:
         """What a block is written by: the folder with the fewest bytes queued, of several the one
         that has taken the fewest blocks."""
-        return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0]) + x[0].evicted))[1]
+        return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Note that a prefix was used."""
@@ -149,14 +149,14 @@ class DiskShelf:
         late, moved = stop is not None and stop(), list[int]()
         try:
             asks = [
-                Request(slots.fd, slots.offset(at.slot) + a, rows[i].ctypes.data + a, b - a, False)
+                Request(slots.fd, slots.offset(at[0]) + a, rows[i].ctypes.data + a, b - a, False)
                 for i, slots, at in found
                 for a, b in spans
             ]
             moved = [] if late else self.engine.run(asks)
             for n, (i, _, at) in enumerate(found[: len(moved)]):
                 whole = moved[n * len(spans) :][: len(spans)] == [b - a for a, b in spans]
-                landed[i] = whole and self._right(rows[i], keys[i], at, segments)
+                landed[i] = whole and self._right(rows[i], at[1], segments)
         finally:
             for i, slots, at in found:
                 slots.unpin(at, good=landed[i] or not moved)
@@ -202,7 +202,7 @@ class DiskShelf:
         """Numbers of slots by folder."""
         told = ("count", "broken", "evicted", "direct")
         return {
-            str(slots.folder): {"io": self.engine.name, "used": len(slots)}
+            str(slots.folder): {"io": self.engine.name, "used": len(slots.index)}
             | {name: getattr(slots, name) for name in told}
             for slots, _ in self.parts
         }
@@ -214,15 +214,14 @@ class DiskShelf:
         if self.writable:
             self.engine.close()
 
-    def pin(self, key: bytes) -> tuple[Slots, Entry] | None:
+    def pin(self, key: bytes) -> tuple[Slots, Place] | None:
         for slots, _ in self.parts:
-            if (entry := slots.pin(key)) is not None:
-                return slots, entry
+            if (place := slots.pin(key)) is not None:
+                return slots, place
         return None
 
-    def _right(self, row: Row, key: bytes, at: Entry, segments: Sequence[int] | None) -> bool:
+    def _right(self, row: Row, told: Header, segments: Sequence[int] | None) -> bool:
         """Whether what was read is what the record tells of."""
-        whole = segments is None or 0 in segments  # the header was read as well
-        if whole and header(row, self.form) != Header(key, at.generation, at.checksums):
+        if (segments is None or 0 in segments) and header(row, self.form) != told:
             return False
-        return verify(row, self.form, at.checksums, at.generation, segments)
+        return verify(row, self.form, told.checksums, told.generation, segments)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -25,7 +25,7 @@ from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.bounded import Bounded
 from portakv.storage.engine import Engine, Request
 from portakv.storage.form import BlockForm
-from portakv.storage.image import checksum, header
+from portakv.storage.image import Header, checksum, header
 
 PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
 OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
@@ -33,14 +33,7 @@ OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
 #: the seal, which is seeded with the slot, so that it holds for no other. Sealed zeros: no block.
 GENERATION, SEGMENTS, SUMS = 4, 6, 7
 Track = Callable[[Sequence[int], str], Iterable[int]]
-
-
-class Entry(NamedTuple):
-    """What the index knows of a block: where it lies, and what its image must be."""
-
-    slot: int
-    generation: int
-    checksums: tuple[int, ...]
+Place = tuple[int, Header]  # the slot of a block, and what its image must say
 
 
 def form_in(folder: Path) -> BlockForm:
@@ -66,8 +59,9 @@ class Slots:
     how far a recovery is: it passes the items on of a sequence with a name.
 
     Raises `StoreBusy` if another process has the folder, `StoreError` if it cannot be used.
-    Attributes: ``count``, ``broken``, ``evicted`` slots; ``generation``, the highest found; ``fd``
-    of the blocks, ``direct`` if it goes past the page cache; ``notes``, sentences for `explain`.
+    Attributes: ``index``, slots by key, the least recently used first; ``count``, ``broken``,
+    ``evicted`` slots; ``generation``, the highest found; ``fd`` of the blocks, ``direct`` if it
+    goes past the page cache; ``notes``, sentences for `explain`.
     """
 
     def __init__(
@@ -83,7 +77,7 @@ class Slots:
         self.fd, self._table, self.direct, self.notes = -1, -1, True, list[str]()
         self.generation = self.broken = self.evicted = 0
         self._change = threading.Lock()
-        self._index: OrderedDict[bytes, int] = OrderedDict()  # the least recently used first
+        self.index: OrderedDict[bytes, int] = OrderedDict()
         self._pins: Counter[int] = Counter()
         _watch_forks()
         _opened.add(self)
@@ -98,7 +92,7 @@ class Slots:
                 f"{error.strerror}. Expected a folder of this user, no link, that can be written "
                 f"and has the room; correct the path or the capacity."
             ) from error
-        self._free = deque(sorted({*range(self.count)}.difference(self._index.values())))
+        self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
         self._offered: Bounded[bytes, None] = Bounded("keys offered once", self.count)
         if self._free:
             self._put(self._free[0])  # from now on a table of zeros is one that was lost
@@ -123,11 +117,11 @@ class Slots:
         self.count = known if room is None else room // size
         if not self.count:
             raise OSError(22, f"a block takes {size}, so that none fits")
-        try:
-            self._tell("form.json", json.dumps(self._about(), indent=1).encode())
-        except OSError:  # a device that is full
-            if found is None:
-                raise
+        about: dict[str, Any] = {"slots": self.count, "slot_bytes": size, "alignment": PAGE}
+        about |= {"segments": len(self.form.segments), "checksum": "xxh3-64"}
+        about["written_by"] = f"portakv {__version__}"
+        told = {**json.loads(self.form.json()), "folder": about}
+        self._tell("form.json", json.dumps(told, indent=1), must=found is None)
         self._table = os.open(table, OPEN, 0o600)
         old = records_in(self.folder, self.form)[: min(self.count, known)]
         os.ftruncate(self._table, old.nbytes)  # records of slots that are no more
@@ -143,13 +137,6 @@ class Slots:
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
         return len(old), min(known, self.count)
 
-    def _about(self) -> dict[str, Any]:
-        """What form.json tells: the form, and of the folder what others may want to know."""
-        told: dict[str, Any] = {"slots": self.count, "slot_bytes": self.form.image_bytes}
-        told |= {"segments": len(self.form.segments), "alignment": PAGE, "checksum": "xxh3-64"}
-        told["written_by"] = f"portakv {__version__}"
-        return {**json.loads(self.form.json()), "folder": told}
-
     def _lock(self) -> None:
         """Lock the very file of the I/O: what a killed process began holds it till it landed."""
         try:
@@ -162,8 +149,7 @@ class Slots:
                 f"{holder(self.folder)} has it open; one may. Close it there, or give this process "
                 f"a folder of its own."
             ) from None
-        with suppress(OSError):  # on a full disk, too, a store can be opened
-            self._tell("form.json.lock", b"%d" % os.getpid())
+        self._tell("form.json.lock", str(os.getpid()))
 
     def _recover(self, engine: Engine, track: Track, records: int, known: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
@@ -187,23 +173,18 @@ class Slots:
         self.generation = int(words[slots, GENERATION].max(initial=0))
         keys = words[slots, :GENERATION].tobytes()
         for at, slot in enumerate(slots.tolist()):
-            self._index.pop(key := keys[at * 32 : at * 32 + 32], None)
-            self._index[key] = slot
-        order, held = self.folder / "order", {slot: key for key, slot in self._index.items()}
-        for slot in np.fromfile(order, "<u4").tolist() if order.exists() else ():
-            if slot in held:
-                self._index.move_to_end(held[slot])
+            self.index.pop(key := keys[at * 32 : at * 32 + 32], None)
+            self.index[key] = slot
+        order, held = self.folder / "order", {slot: key for key, slot in self.index.items()}
+        with suppress(FileNotFoundError, ValueError, TypeError):  # after a kill, for one
+            for slot in json.loads(order.read_bytes()):
+                if slot in held:
+                    self.index.move_to_end(held[slot])
         order.unlink(missing_ok=True)
-
-    def __contains__(self, key: bytes) -> bool:
-        return key in self._index
-
-    def __len__(self) -> int:
-        return len(self._index)
 
     def keys(self) -> list[bytes]:
         """Of all blocks, the least recently used first."""
-        return list(self._index)
+        return list(self.index)
 
     def offset(self, slot: int) -> int:
         """Where a slot begins in the file."""
@@ -213,33 +194,32 @@ class Slots:
         """Note that a prefix was used, the last block first, so that it outlives its suffix."""
         with self._change:
             for key in reversed(keys):
-                if key in self._index:
-                    self._index.move_to_end(key)
+                if key in self.index:
+                    self.index.move_to_end(key)
 
-    def pin(self, key: bytes) -> Entry | None:
+    def pin(self, key: bytes) -> Place | None:
         """Where a block lies, which stays there until `unpin`; None if it is not there."""
         with self._change:
-            slot = self._index.get(key)
+            slot = self.index.get(key)
             if slot is None:
                 return None
             self._pins[slot] += 1
             generation, _, many, *sums = self._records[slot, GENERATION:].tolist()
-            return Entry(slot, generation, tuple(sums[:many]))
+            return slot, Header(key, generation, tuple(sums[:many]))
 
-    def unpin(self, entry: Entry, good: bool = True) -> None:
+    def unpin(self, place: Place, good: bool = True) -> None:
         """Let go of a pin. A block that is no ``good`` is forgotten; its slot is free when the last
         pin goes."""
-        slot = entry.slot
+        slot, (key, *_) = place
         with self._change:
-            key = self._records[slot, :GENERATION].tobytes()
             if not good:
-                if self._index.get(key) == slot:
-                    del self._index[key]
+                if self.index.get(key) == slot:
+                    del self.index[key]
                 self._put(slot)
             self._pins[slot] -= 1
             if not self._pins[slot]:
                 del self._pins[slot]
-                if self._index.get(key) != slot:
+                if self.index.get(key) != slot:
                     self._free.append(slot)
 
     def take(self, key: bytes) -> int | None:
@@ -249,7 +229,7 @@ class Slots:
             if self._second and self._offered.pop(key, self) is self:
                 self._offered[key] = None
                 return None
-            idle = (one for one, slot in self._index.items() if slot not in self._pins)
+            idle = (one for one, slot in self.index.items() if slot not in self._pins)
             if not self._free and (victim := next(idle, None)) is not None:
                 self._forget(victim)
                 self.evicted += 1
@@ -271,7 +251,7 @@ class Slots:
             return False
         with self._change:
             self._forget(key)
-            self._index[key] = slot
+            self.index[key] = slot
         return True
 
     def give(self, slot: int, broken: bool = False) -> None:
@@ -286,8 +266,7 @@ class Slots:
         files = [fd for fd in (self.fd, self._table) if fd >= 0]
         self.fd = self._table = -1
         if sync and files:
-            with suppress(OSError):
-                self._tell("order", np.array([*self._index.values()], "<u4").tobytes())
+            self._tell("order", json.dumps([*self.index.values()]))
         for act in (os.fdatasync, os.close) if sync else (os.close,):
             for fd in files:
                 with suppress(OSError):
@@ -308,24 +287,24 @@ class Slots:
             return False
         return bool(moved == record.nbytes)
 
-    def _tell(self, name: str, data: bytes) -> None:
-        """Write a small file, whole or not at all."""
+    def _tell(self, name: str, text: str, must: bool = False) -> None:
+        """Write a small file, whole or not at all; on a device that is full only if it must."""
         new = self.folder / f"{name}.new"
-        with open(os.open(new, OPEN | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-        new.replace(self.folder / name)
+        with suppress(*[] if must else [OSError]):
+            with open(os.open(new, OPEN | os.O_TRUNC, 0o600), "w") as file:
+                file.write(text)
+            new.replace(self.folder / name)
 
     def _forget(self, key: bytes) -> None:
-        slot = self._index.pop(key, None)
+        slot = self.index.pop(key, None)
         if slot is not None and slot not in self._pins:
             self._free.append(slot)
 
 
 def holder(folder: Path) -> str:
     """The process that opened a store last."""
-    with suppress(OSError):
-        return (folder / "form.json.lock").read_text(errors="replace").strip() or "?"
-    return "?"
+    lock = folder / "form.json.lock"
+    return lock.read_text(errors="replace").strip() if lock.exists() else "?"
 
 
 def _allocate(sizes: dict[int, int]) -> None:

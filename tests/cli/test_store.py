@@ -150,15 +150,19 @@ def test_check_shows_a_bar_if_it_takes_longer_than_a_second(
     told = Terminal()
     monkeypatch.setattr(verbs, "LATE", 0.0)
     monkeypatch.setattr(sys, "stderr", told)
-    assert verbs.run(_asked("check", folder)) == 0
-    assert "checking" in told.getvalue()
+    (folder / FORM.name / "table").unlink()  # so that headers are read, too
+    fill(folder, OTHER, 2)
+    for action in ("check", "wipe"):
+        assert verbs.run(_asked(action, folder)) == 0
+    for what in ("records", "headers", "checking", "wipe"):
+        assert what in told.getvalue()
     assert "100%" in told.getvalue()
 
 
 def _asked(action: str, folder: Path) -> Any:
     from argparse import Namespace
 
-    return Namespace(action=action, folder=str(folder), yes=False, json=False)
+    return Namespace(action=action, folder=str(folder), yes=True, json=False)
 
 
 @pytest.mark.parametrize("engine", ["", "threads"])

@@ -80,7 +80,7 @@ def slot_of(shelf: DiskShelf, key: bytes) -> tuple[Path, int]:
     """The file of blocks, and where in it a block lies."""
     slots, entry = shelf.pin(key) or pytest.fail("no such block")
     slots.unpin(entry)
-    return slots.folder / "slots", slots.offset(entry.slot)
+    return slots.folder / "slots", slots.offset(entry[0])
 
 
 @pytest.mark.parametrize("io", ["ring", "threads", Faulty()], ids=["ring", "threads", "plain"])
