@@ -114,12 +114,12 @@ def _checked(store: Path) -> dict[str, Any]:
         closing(choose()[0]) as engine,
         closing(Slots(store, form, None, engine, track=_with_bar)) as slots,
     ):
-        keys = slots.keys()
+        keys = [*slots.index]
         for key in _with_bar(keys, f"checking {store.name[:8]}"):
             if (place := slots.pin(key)) is None:
                 continue
             slot, told = place
-            at = slots.offset(slot)
+            at = slot * slots.form.image_bytes
             [moved] = engine.run([Request(slots.fd, at, row.ctypes.data, len(row), False)])
             why = os.strerror(-moved) if moved < 0 else _wrong(row, form, told)
             if why:

@@ -16,7 +16,7 @@ from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Link
 from portakv.storage.engine import Engine, Request, choose
 from portakv.storage.form import HEADER, BlockForm
-from portakv.storage.image import Header, Row, header, verify
+from portakv.storage.image import Row, header, verify
 from portakv.storage.slots import PAGE, Place, Slots, form_in
 
 
@@ -149,14 +149,17 @@ class DiskShelf:
         late, moved = stop is not None and stop(), list[int]()
         try:
             asks = [
-                Request(slots.fd, slots.offset(at[0]) + a, rows[i].ctypes.data + a, b - a, False)
-                for i, slots, at in found
+                Request(slots.fd, slot * size + a, rows[i].ctypes.data + a, b - a, False)
+                for i, slots, (slot, _) in found
                 for a, b in spans
             ]
             moved = [] if late else self.engine.run(asks)
-            for n, (i, _, at) in enumerate(found[: len(moved)]):
-                whole = moved[n * len(spans) :][: len(spans)] == [b - a for a, b in spans]
-                landed[i] = whole and self._right(rows[i], at[1], segments)
+            for n, (i, _, (_, told)) in enumerate(found[: len(moved)]):
+                right = moved[n * len(spans) :][: len(spans)] == [b - a for a, b in spans]
+                if right and (segments is None or 0 in segments):
+                    right = header(rows[i], self.form) == told
+                terms = told.checksums, told.generation, segments
+                landed[i] = right and verify(rows[i], self.form, *terms)
         finally:
             for i, slots, at in found:
                 slots.unpin(at, good=landed[i] or not moved)
@@ -179,10 +182,7 @@ class DiskShelf:
         landed, size = self.has(keys), self.form.image_bytes
         new = [i for i, there in enumerate(landed) if not there]
         taken = [(i, slot) for i in new if (slot := slots.take(keys[i])) is not None]
-        asks = [
-            Request(slots.fd, slots.offset(slot), rows[i].ctypes.data, size, True)
-            for i, slot in taken
-        ]
+        asks = [Request(slots.fd, s * size, rows[i].ctypes.data, size, True) for i, s in taken]
         moved = [0] * len(asks)
         try:
             moved = self.engine.run(asks)
@@ -219,9 +219,3 @@ class DiskShelf:
             if (place := slots.pin(key)) is not None:
                 return slots, place
         return None
-
-    def _right(self, row: Row, told: Header, segments: Sequence[int] | None) -> bool:
-        """Whether what was read is what the record tells of."""
-        if (segments is None or 0 in segments) and header(row, self.form) != told:
-            return False
-        return verify(row, self.form, told.checksums, told.generation, segments)

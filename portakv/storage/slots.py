@@ -153,7 +153,7 @@ class Slots:
 
     def _recover(self, engine: Engine, track: Track, records: int, known: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
-        words = self._records
+        words, size = self._records, self.form.image_bytes
         used, seals = np.flatnonzero(words.any(1)).tolist(), words[:, -1].tolist()
         good = {i for i in track(used, "records") if checksum(words[i, :-1], i) == seals[i]}
         # A table of zeros is a new one, or was lost.
@@ -161,7 +161,7 @@ class Slots:
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
         for first in track(range(0, len(torn), BATCH), "headers"):
             part = list(zip(torn[first : first + BATCH], pages, strict=False))
-            asks = [Request(self.fd, self.offset(i), p.ctypes.data, PAGE, False) for i, p in part]
+            asks = [Request(self.fd, i * size, p.ctypes.data, PAGE, False) for i, p in part]
             for (slot, page), moved in zip(part, engine.run(asks), strict=True):
                 told = header(page, self.form) if moved == PAGE else "it cannot be read"
                 words[slot] = 0
@@ -181,14 +181,6 @@ class Slots:
                 if slot in held:
                     self.index.move_to_end(held[slot])
         order.unlink(missing_ok=True)
-
-    def keys(self) -> list[bytes]:
-        """Of all blocks, the least recently used first."""
-        return list(self.index)
-
-    def offset(self, slot: int) -> int:
-        """Where a slot begins in the file."""
-        return slot * self.form.image_bytes
 
     def touch(self, keys: Sequence[bytes]) -> None:
         """Note that a prefix was used, the last block first, so that it outlives its suffix."""

@@ -45,7 +45,7 @@ def fill(folder: Path, form: BlockForm = FORM, blocks: int = 5) -> None:
             sums = image.seal(row, form, key, number)
             slot = s.take(key)
             assert slot is not None
-            at = s.offset(slot)
+            at = slot * s.form.image_bytes
             assert engine.run([Request(s.fd, at, row.ctypes.data, len(row), True)]) == [len(row)]
             s.seal(slot, key, number, sums)
 
