@@ -88,9 +88,9 @@ class Slots:
             if not isinstance(error, OSError):
                 raise
             raise StoreError(
-                f"The store's folder {folder} was asked for with {room} bytes, and this was found: "
-                f"{error.strerror}. Expected a folder of this user, no link, that can be written "
-                f"and has the room; correct the path or the capacity."
+                f"The store's folder {folder} was asked for with {room or 'its own'} bytes, and "
+                f"this was found: {error.strerror}. Expected a folder of this user, no link, that "
+                f"can be written and has the room; correct the path or the capacity."
             ) from error
         self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
         self._offered: Bounded[bytes, None] = Bounded("keys offered once", self.count)
@@ -121,7 +121,7 @@ class Slots:
         about |= {"segments": len(self.form.segments), "checksum": "xxh3-64"}
         about["written_by"] = f"portakv {__version__}"
         told = {**json.loads(self.form.json()), "folder": about}
-        self._tell("form.json", json.dumps(told, indent=1), must=found is None)
+        self._tell("form.json", json.dumps(told), must=found is None)
         self._table = os.open(table, OPEN, 0o600)
         old = records_in(self.folder, self.form)[: min(self.count, known)]
         os.ftruncate(self._table, old.nbytes)  # records of slots that are no more
@@ -303,7 +303,8 @@ def _allocate(sizes: dict[int, int]) -> None:
     """Make open files so large, in real space; or leave all as they were."""
     before, room = {fd: os.fstat(fd) for fd in sizes}, os.fstatvfs(max(sizes))
     free = room.f_bavail * room.f_frsize
-    if sum(sizes[fd] - 512 * was.st_blocks for fd, was in before.items()) > free:
+    more = sum(sizes[fd] - 512 * was.st_blocks for fd, was in before.items())
+    if more > free and room.f_blocks:  # a filesystem of no blocks has no limit
         raise OSError(28, f"{free} bytes are free")
     try:
         for fd, nbytes in sizes.items():

@@ -286,6 +286,14 @@ def test_no_room_when_it_is_made(small_device: Path, folder: Path) -> None:
     assert [(folder / x).stat().st_blocks for x in ("slots", "table")] == [0, 0]
 
 
+def test_a_filesystem_without_a_limit(small_device: Path) -> None:
+    """It says that it has no block, and none free."""
+    if subprocess.run(["mount", "-o", "remount,size=0", small_device], check=False).returncode:
+        pytest.skip("needs a filesystem without a limit")
+    with closing(opened(small_device / "x", 200)) as slots:
+        assert put(slots, KEYS[0], 1)
+
+
 def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 17. Space runs out in the middle of it."""
 
@@ -481,6 +489,9 @@ def test_capacity_changes(folder: Path) -> None:
         assert [*slots.index] == KEYS[:3]
     with pytest.raises(StoreError, match=f"a block takes {IMAGE}"):
         Slots(folder, FORM, IMAGE - 1, ENGINE)
+    os.truncate(folder / "slots", 0)
+    with pytest.raises(StoreError, match="with its own bytes"):
+        opened(folder, None)
 
 
 def test_a_prefix_outlives_its_suffix(folder: Path) -> None:
