@@ -71,7 +71,7 @@ def _start(bench: StorageBench) -> Rows:
     for _ in range(ROUNDS):
         made: list[Slots] = []
         samples.append(timed(lambda made=made: made.append(Slots(*given))))  # type: ignore[misc]
-        right &= len(made[0].keys()) == made[0].generation == count
+        right &= len(made[0].index) == made[0].generation == count
         made[0].close()
     engine.close()
     return cost_row(f"start with {count:,} slots", samples, 1, right)
