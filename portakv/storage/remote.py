@@ -8,21 +8,23 @@ alone for a while, and no secret is told.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any
-from urllib.parse import unquote, urlsplit
+from functools import partial
+from typing import Any, get_args
+from urllib.parse import unquote
 
 import numpy as np
 
 from portakv.errors import StoreError
-from portakv.graph.graph import Graph, Link
+from portakv.graph.graph import Graph, Link, Node
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import this_process
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, header, verify
 
@@ -37,6 +39,8 @@ FAILURES, PAUSE, LONGEST = 5, 1.0, 60.0
 #: Settings of obstore, unless others are given; `read_timeout` for reading alone.
 CLIENT: Any = {"connect_timeout": "2s", "read_timeout": "2s", "timeout": "60s"}
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=2), "base": 2}
+#: Of the environment, as the options of a client hide what obstore takes from there.
+_ENVIRON = re.compile("(?:AWS|AZURE|GOOGLE)_(ALLOW_HTTP|ALLOW_INVALID_CERTIFICATES|PROXY_URL)")
 RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=30), "backoff": BACKOFF}
 
 
@@ -52,55 +56,69 @@ class Remote:
     """
 
     now: Callable[[], float] = time.monotonic
+    _process: Any = None  # that made the first one
 
-    def __init__(
-        self, url: Any, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any
-    ) -> None:
+    def __init__(self, url: Any, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any):
         try:
             import obstore
         except ImportError:
             raise StoreError("A remote tier needs obstore; install portakv[remote].") from None
-        self.obs: Any = obstore
-        self.workers, self._multipart = workers, multipart
-        self.url, self.store, self._sink = _opened(url, settings)
-        self._lock, self.failures, self._pause, self._until = threading.Lock(), 0, 0.0, 0.0
+        Remote._process = Remote._process or this_process()
+        self._obs, self.workers, self._multipart = obstore, workers, multipart
+        self.url = re.sub(r"(?<=//)[^/]*@|[?#].*", "", url if isinstance(url, str) else repr(url))
+        try:
+            if workers < 1:
+                raise ValueError(f"with {workers} workers")
+            self.store, self._sink = _opened(self.obs, url, settings)
+        except BaseException as x:  # also obstore's panic, which is no Exception
+            raise StoreError(
+                f"{self.url} was to be a tier: {_clean(x)}. Expected an address and settings of "
+                f"obstore's, without . and .. in the path, credentials in settings or in the "
+                f"environment and not in a query, and a worker or more."
+            ) from None
+        self._lock, self.failures, self._pause, self._until = threading.Lock(), 0, PAUSE, 0.0
         self.last_error, self._told_at, self._found = "", -TOLD, list[BlockForm]()
-        self.heads = ThreadPoolExecutor(workers, "portakv remote")
 
     def __repr__(self) -> str:
         return f"Remote({self.url!r})"
 
+    @property
+    def obs(self) -> Any:
+        """obstore; refused in a process in which its calls would never return."""
+        if self._process.forked:
+            why = (
+                "was used in a process forked from one with a remote tier, and obstore hangs there"
+            )
+            raise StoreError(f"{self!r} {why}; start it by spawn.")
+        return self._obs
+
     def ask(self, work: Callable[..., Any], *given: Any, miss: Any = None) -> Any:
-        """What ``work`` returns; True if the object exists already, ``miss`` if it does not exist;
-        None if the store fails, which is told once a minute, or is left alone."""
+        """What ``work`` returns; True if the object exists already; ``miss``, if given, if there is
+        none; None if the store fails, which is told once a minute, or is left alone."""
         with self._lock:
             if self.failures >= FAILURES:
                 if self.now() < self._until:
                     return None
-                # This one is the probe, and has failed until it ends well.
-                self._pause = min(LONGEST, 2 * self._pause)
-                self._until = self.now() + self._pause
-        well = False
+                # This one is the probe; nobody else asks before it has ended.
+                self._pause, self._until = min(LONGEST, 2 * self._pause), self.now() + LONGEST
+        result, told = miss, ""
         try:
-            result, well = work(*given), True
-            return result
+            result = work(*given)
         except Exception as error:
-            there = isinstance(error, self.obs.exceptions.AlreadyExistsError)
-            gone = isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error)
-            if well := there or gone:
-                return there or miss  # there: also after a put whose answer was lost
-            self.last_error, now = f"{type(error).__name__}: {_clean(error)}", self.now()
-            with self._lock:
-                if tell := now >= self._told_at + TOLD:
-                    self._told_at = now
-            if tell:
-                _log.error("%r failed; its blocks are misses: %s", self, self.last_error)
-            return None
-        finally:
-            with self._lock:
-                self.failures = 0 if well else self.failures + 1
-                if self.failures == FAILURES:
-                    self._pause, self._until = PAUSE, self.now() + PAUSE
+            missing = isinstance(error, FileNotFoundError) and miss is not None
+            if isinstance(error, self.obs.exceptions.AlreadyExistsError):
+                result = True  # also after a put whose answer was lost
+            elif not missing or re.search("NoSuchBucket|ContainerNotFound", str(error)):
+                result, told = None, f"{type(error).__name__}: {_clean(error)}"
+        with self._lock:
+            self.failures, now = self.failures + 1 if told else 0, self.now()
+            self._pause = self._pause if self.failures > FAILURES else PAUSE
+            self._until, self.last_error = now + self._pause, told or self.last_error
+            if tell := bool(told) and now >= self._told_at + TOLD:
+                self._told_at = now
+        if tell:
+            _log.error("%r failed; its blocks are misses: %s", self, told)
+        return result
 
     def put(self, path: str, data: Any) -> bool:
         """Write an object that is not there (a store that cannot tell, or parts: any object)."""
@@ -117,7 +135,9 @@ class Remote:
         self._found, lists = [], type(self.store).__name__ != "HTTPStore"
         listed = self.ask(self.obs.list_with_delimiter, self.store, "1/") if lists else None
         for path in listed["common_prefixes"] if listed else ():
-            text = self.ask(lambda at: self.obs.get(self.store, at).bytes(), f"{path}/form.json")
+            text = self.ask(
+                lambda at: self.obs.get(self.store, at).bytes(), f"{path}/form.json", miss=b""
+            )
             with suppress(StoreError, ValueError):
                 other = BlockForm.from_json(bytes(text or b"").decode())
                 if path == f"1/{other.name}" and other != form and form.same_cache(other):
@@ -131,10 +151,10 @@ class Remote:
 
     def wipe(self) -> int:
         """Delete all blocks of all forms; how many objects there were. Raises `StoreError`."""
-        gone = 0
+        gone, obs = 0, self.obs
         try:
-            for batch in self.obs.list(self.store, "1/"):
-                self.obs.delete(self.store, [one["path"] for one in batch])
+            for batch in obs.list(self.store, "1/", chunk_size=1000):
+                obs.delete(self.store, [one["path"] for one in batch])
                 gone += len(batch)
         except Exception as error:
             raise StoreError(f"{self!r} was to be wiped, but {_clean(error)}.") from None
@@ -148,20 +168,26 @@ class Shelf:
 
     def __init__(self, remote: Remote, graph: Graph, form: BlockForm, own: bool) -> None:
         self._remote, self._graph, self.form = remote, graph, form
-        self._link = graph.link("remote", width=remote.workers)
+        # Two links, so that a lookup does not wait for blocks.
+        link = graph.link(f"remote:{remote.url}", remote.workers)
+        self._heads = graph.link(f"remote:{remote.url} lookup", remote.workers)
+        self.link = self.link_for_write = lambda _: link  # of a key, of bytes
         self.writable, self._has_form, self.notes = own, False, [remote.last_error or "ready"]
         # Until when a block is believed to be there; negative: until when it is not.
         self._verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
 
     def has(self, keys: Keys) -> list[bool]:
         """Which blocks are there, up to the first that is not; asked in batches."""
-        there, width = 0, self._remote.workers
-        for at in range(0, len(keys), width):
-            batch = keys[at : at + width]
-            way = map if all(self.known(batch)) else self._remote.heads.map
-            there += [*way(self._there, batch), False].index(False)
-            if there < at + len(batch):
-                break
+        found, width = list[bool](), self._remote.workers
+        while all(found[-width:]) and (batch := keys[len(found) : len(found) + width]):
+            if len(batch) == 1 or all(self.known(batch)):
+                found += map(self._there, batch)
+                continue
+            works = [lambda _, mask, key=key: mask & self._there(key) for key in batch]
+            nodes = [Node(work, 1, link=self._heads, name="lookup") for work in works]
+            self._graph.submit(nodes, priority="urgent")
+            found += [node.wait() and bool(node.landed[0]) for node in nodes]
+        there = [*found, False].index(False)
         return [at < there for at in range(len(keys))]
 
     def known(self, keys: Keys) -> list[bool]:
@@ -182,41 +208,40 @@ class Shelf:
     def _path(self, key: bytes) -> str:
         return f"1/{self.form.name}/{key.hex()[:2]}/{key.hex()}"
 
-    def link(self, _: object) -> Link:
-        """What a block is read and written by."""
-        return self._link
-
-    link_for_write = link
-
-    def read(self, keys: Keys, rows: Sequence[Row], segments: Any = None, stop: Any = None) -> Any:
+    def read(self, keys: Keys, rows: Sequence[Row], segments: Any = None, stop: Any = bool) -> Any:
         """Read images, or headers and some segments, into rows; which came whole and right."""
-        return [self._read(x, y, segments, stop) for x, y in zip(keys, rows, strict=True)]
+        ask, count, landed, form = self._remote.ask, self._graph.count, list[bool](), self.form
+        nbytes = sum(form.segments[i].nbytes for i in segments or range(len(form.segments)))
+        for key, row in zip(keys, rows, strict=True):
+            fetch = partial(ask, self._fetch, key, row, segments, stop, miss=("miss", None))
+            result, tag = fetch() or ("error", None)
+            if result == "fault":
+                count(self.tier, "load", "refetched")
+                result, again = fetch() or ("error", None)
+                if (result, again) == ("fault", tag):
+                    ask(self._remote.obs.delete, self._remote.store, [self._path(key)], miss=True)
+            landed.append(result == "hit")
+            if not landed[-1]:
+                self._verdicts.pop(key, None)
+            count(self.tier, "load", result, 1, landed[-1] * nbytes)
+        return landed
 
-    def _read(self, key: bytes, row: Row, segments: Any, stop: Any, before: Any = ()) -> bool:
-        remote, count = self._remote, self._graph.count
-        found = remote.ask(self._read_once, key, row, segments, stop, miss=("miss", None))
-        result, tag = found or ("error", None)
-        if result == "fault" and not before:
-            count(self.tier, "load", "refetched")
-            return self._read(key, row, segments, stop, (tag,))
-        if result == "fault" and before == (tag,):
-            remote.ask(remote.obs.delete, remote.store, [self._path(key)])
-        if result != "hit":
-            self._verdicts.pop(key, None)
-        hit, every = bool(result == "hit"), self.form.segments
-        nbytes = sum(every[i].nbytes for i in segments or range(len(every)))
-        count(self.tier, "load", result, 1, nbytes if hit else 0)
-        return hit
-
-    def _read_once(self, key: bytes, row: Row, segments: Any, stop: Any) -> tuple[str, Any]:
+    def _fetch(self, key: bytes, row: Row, segments: Any, stop: Any) -> tuple[str, Any]:
         """``hit``, ``late`` or ``fault``, and the object's ETag."""
-        form, tag = self.form, None
-        spans = [(0, form.image_bytes)] if segments is None else [(0, HEADER)]
+        form, tag, obs = self.form, None, self._remote.obs
+        spans = [(0, form.image_bytes if segments is None else HEADER)]
         for x in (form.segments[i] for i in segments or ()):
             spans.append((HEADER + x.offset, HEADER + x.offset + x.nbytes))
         for at, end in spans:
+            if stop():
+                return "late", tag
             options = {} if segments is None else {"range": (at, end)}
-            found = self._remote.obs.get(self._remote.store, self._path(key), options=options)
+            try:
+                found = obs.get(self._remote.store, self._path(key), options=options)
+            except obs.exceptions.BaseError as error:
+                if re.search("status code: 416|Invalid range", str(error)):
+                    return "fault", tag  # an object of no bytes
+                raise
             tag = found.meta["e_tag"]
             if found.meta["size"] != form.image_bytes:
                 return "fault", tag
@@ -224,7 +249,7 @@ class Shelf:
             for piece in (found.bytes(),) if small else found.stream(PIECE):
                 row[at : at + len(piece)] = np.frombuffer(piece, np.uint8)
                 at += len(piece)
-                if stop is not None and stop():
+                if at < end and stop():
                     return "late", tag
         head = header(row, form)
         if isinstance(head, str) or head.key != key:
@@ -234,17 +259,17 @@ class Shelf:
 
     def write(self, _: Link, keys: Keys, rows: Sequence[Row], *known: object) -> list[bool]:
         """Put sealed images, and once the form beside them; which are there now."""
-        ask, put, nbytes = self._remote.ask, self._remote.put, self.form.image_bytes
+        ask, put, count = self._remote.ask, self._remote.put, self._graph.count
+        nbytes = self.form.image_bytes
         if not self._has_form:
             path, text = f"1/{self.form.name}/form.json", self.form.json().encode()
-            self._has_form = ask(put, path, text) is True
-        landed = []
+            self._has_form = bool(ask(put, path, text))
+        landed = list[bool]()
         for key, row in zip(keys, rows, strict=True):
             landed.append(self._there(key))  # asked: no bytes go for what somebody else has put
             if not landed[-1]:
-                landed[-1] = well = ask(put, self._path(key), row[:nbytes]) is True
-                counted = ("hit", 1, nbytes) if well else ("error", 1)
-                self._graph.count(self.tier, "save", *counted)
+                landed[-1] = well = bool(ask(put, self._path(key), row[:nbytes]))
+                count(self.tier, "save", "hit" if well else "error", 1, well * nbytes)
                 if well:
                     self._verdicts[key] = self._remote.now() + THERE
         return landed
@@ -263,35 +288,28 @@ class Shelf:
 
 def _clean(error: Exception) -> str:
     """The first line of an error without keys of blocks and what secrets may be in: queries, names
-    before a host, and the server's text but for its code."""
+    before a host, quoted values, what the server (but for its code) and a provider say."""
     text, code = str(error).partition("\n")[0], re.search(r"<Code>(\w+)", str(error))
-    text = re.sub(r"^.*(?=Error performing)|(?<=status code: ...).*|\?\S*|//\S*@", "", text)
-    text = re.sub("[0-9a-f]{64}", "KEY", text)[:300]
+    secret = (
+        r'^.*(?=Error performing)|(?<=status code: ...).*|(provider: \w+).*|"[^"]*"|\?\S*|//\S*@'
+    )
+    text = re.sub("[0-9a-f]{64}", "KEY", re.sub(secret, r"\1", text))[:300]
     return f"{text} ({code[1]})" if code else text
 
 
-def _opened(url: Any, settings: dict[str, Any]) -> tuple[str, Any, Any]:
-    """How a store is shown, the store to read from, and that to write to."""
-    from obstore import store as kinds
-
-    make: Any = kinds.from_url
-    if not isinstance(url, str):
-        return repr(url), url, url
-    parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    if {".", ".."} & set(unquote(parts.path).split("/")):
-        raise StoreError(f"{shown} was to be a tier; expected a path without . and .. in it.")
-    try:
-        if parts.scheme in ("memory", "file"):
-            memory = parts.scheme == "memory"
-            store: Any = kinds.MemoryStore() if memory else make(url, mkdir=True, **settings)
-            return shown, store, store
-        client = CLIENT | {"allow_http": parts.scheme == "http"}
-        client |= settings.pop("client_options", {})
-        settings["retry_config"] = RETRY | settings.get("retry_config", {})
-        store = make(url, client_options=client, **settings)
-        client.pop("read_timeout")  # a body on its way out would end by it, too
-        return shown, store, make(url, client_options=client, **settings)
-    except Exception as error:
-        why = f"{shown} was to be a tier, and obstore refused it or its settings: {_clean(error)}."
-        raise StoreError(why) from None
+def _opened(obs: Any, url: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
+    """The store to read from, and that to write to."""
+    if isinstance(url, get_args(obs.store.ObjectStore)):
+        return url, url
+    if "?" in url or {".", ".."} & {*unquote(url).split("/")}:
+        raise ValueError("its path is wrong, or it has a query")
+    kind = url.partition(":")[0]
+    told = {x[1].lower(): os.environ[x[0]] for x in map(_ENVIRON.fullmatch, os.environ) if x}
+    client = CLIENT | told | ({"allow_http": True} if kind == "http" else {})
+    client |= settings.pop("client_options", {})
+    settings |= {"mkdir": True} if kind == "file" else {}
+    settings["retry_config"] = RETRY | settings.get("retry_config", {})
+    store = obs.store.from_url(url, client_options=client, **settings)
+    client.pop("read_timeout")  # a body on its way out would end by it, too
+    memory = kind == "memory"
+    return store, store if memory else obs.store.from_url(url, client_options=client, **settings)

@@ -9,7 +9,10 @@ import json
 import logging
 import os
 import pickle
+import socket
+import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -212,12 +215,20 @@ def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
 def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -> None:
     """Fault 38."""
     case.lay(KEYS[0], LAYERED)
-    shelf, asks = case.shelf(LAYERED), []
+    shelf, ends = case.shelf(LAYERED), iter([False, True])
     case.proxy.play(Fault("GET", rate=4e6))
-    well, _ = load(shelf, KEYS[0], stop=lambda: asks.append(1) or True)  # type: ignore[func-returns-value]
-    assert not well
-    assert case.counted() == {"load late": 1}
-    assert asks == [1]  # after the first of three pieces
+    rows = [np.zeros(LAYERED.image_bytes, np.uint8) for _ in range(2)]
+    assert shelf.read(KEYS[:2], rows, None, lambda: next(ends, True)) == [False, False]
+    assert case.counted() == {"load late": 2}
+    assert len(case.proxy.asked) == 1  # left after the first of three pieces, and not begun
+    assert case.proxy.sent < LAYERED.image_bytes
+
+
+def test_a_block_that_is_there_when_the_deadline_passes_is_no_miss(case: Case) -> None:
+    """Fault 38."""
+    case.lay(KEYS[0])
+    ends = iter([False])
+    assert load(case.shelf(), KEYS[0], stop=lambda: next(ends, True))[0]
 
 
 @pytest.mark.parametrize("at", [9, 5000])
@@ -246,12 +257,15 @@ WRONG: dict[str, Callable[[Row], Any]] = {
 }
 
 
+@pytest.mark.parametrize("segments", [None, [0]])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_object_is_a_miss_and_can_be_written_again(case: Case, wrong: str) -> None:
+def test_a_wrong_object_is_a_miss_and_can_be_written_again(
+    case: Case, wrong: str, segments: list[int] | None
+) -> None:
     """Fault 40."""
     case.lay(KEYS[0], data=WRONG[wrong](image(SMALL, KEYS[0])))
     shelf = case.shelf()
-    assert not load(shelf, KEYS[0])[0]
+    assert not load(shelf, KEYS[0], segments=segments)[0]
     assert case.counted() == {"load refetched": 1, "load fault": 1}
     assert shelf.has([KEYS[0]]) == [False]
     case.now += 10
@@ -358,12 +372,98 @@ def test_a_secret_in_an_address_or_a_refused_setting_is_not_shown() -> None:
         (f"ftp://me:{SECRET}@host/x?sig={SECRET}", {}),
         ("s3://b/x", {"secret": SECRET}),
         ("s3://b/x", {"client_options": {"nothing": SECRET}}),
+        ("s3://b/x", {"client_options": {"timeout": SECRET}}),
+        ("gs://b/x", {"service_account_key": f'"{SECRET}"'}),
+        (f"https://a.blob.core.windows.net/c/x?sig={SECRET}", {}),
     ]
     for url, more in wrong:
         with pytest.raises(StoreError) as raised:
             Remote(url, **more)
         assert SECRET not in "".join(traceback.format_exception(raised.value))
-    assert repr(Remote(f"s3://me:{SECRET}@b/x?sig={SECRET}")) == "Remote('s3://b/x')"
+    assert repr(Remote(f"s3://me:{SECRET}@b/x")) == "Remote('s3://b/x')"
+
+
+def test_what_a_provider_of_credentials_says_is_not_shown(
+    case: Case, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault 44."""
+
+    def provider() -> Any:
+        raise RuntimeError(f"the token {SECRET} has expired")
+
+    shelf = case.opened(Remote(f"s3://{case.bucket}/x", credential_provider=provider), SMALL)[0]
+    assert not load(shelf, KEYS[0])[0]
+    assert "RuntimeError" in caplog.text
+    assert "RuntimeError" in shelf.statistics()["error"]
+    assert SECRET not in caplog.text + str([shelf.statistics(), shelf.notes])
+
+
+@pytest.mark.parametrize(
+    ("url", "how"),
+    [
+        *((x, {}) for x in ("", "/a/folder", "s3://", "file://not/whole", "http://[::1", None, 5)),
+        *(
+            (Path("/x"), {}),
+            ("az://no/account", {}),
+            ("https://a.blob.core.windows.net/c?sv=1", {}),
+        ),
+        *(("memory://", {"workers": n}) for n in (0, -1, "8")),
+        *(("s3://b/x", {"retry_config": 5}), ("s3://b/x", {"region": 5})),
+        ("s3://b/x", {"allow_http": True}),  # a panic of obstore's, as it belongs to its client
+    ],
+)
+def test_what_can_be_no_remote_is_refused_with_a_sentence(url: Any, how: Any) -> None:
+    with pytest.raises(StoreError, match=r"was to be a tier: .* Expected an address"):
+        Remote(url, **how)
+
+
+@pytest.mark.parametrize(
+    ("url", "kind", "how"),
+    [
+        ("gs://bucket/a/b", "GCSStore", {"skip_signature": True}),
+        ("az://container/a/b", "AzureStore", {"account_name": "me", "account_key": "c2VjcmV0"}),
+        ("abfs://c@me.dfs.core.windows.net/a/b", "AzureStore", {"sas_key": "sv=1&sig=x"}),
+        ("https://me.blob.core.windows.net/c/a/b", "AzureStore", {}),
+        ("s3://bucket/a/b", "S3Store", {"skip_signature": True}),
+    ],
+)
+def test_addresses_of_each_provider_keep_their_prefix(url: str, kind: str, how: Any) -> None:
+    remote = Remote(url, **how)
+    assert type(remote.store).__name__ == kind
+    assert remote.store.prefix == "a/b"
+    assert remote.url.endswith("/a/b")
+
+
+@pytest.mark.skipif(not CREDENTIALS, reason="the environment holds those of a real store")
+def test_plain_http_can_be_allowed_by_the_environment(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case.lay(KEYS[0])
+    named: dict[str, Any] = {"endpoint": case.proxy.url, "region": "us-east-1", **CREDENTIALS}
+    for allowed in (False, True):
+        if allowed:
+            monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
+        (shelf,) = case.opened(Remote(f"s3://{case.bucket}/{case.prefix}", **named), SMALL)
+        assert shelf.has(KEYS[:1]) == [allowed]
+
+
+def test_a_forked_process_is_refused(case: Case) -> None:
+    """Fault 13. Calls of obstore would never return there."""
+    remote, told = case.remote(), []
+    (shelf,) = case.opened(remote, SMALL)
+    works: list[Any] = [
+        partial(Remote, "memory://"), remote.wipe, partial(remote.forms, SMALL),
+        partial(load, shelf, KEYS[0]), partial(shelf.has, KEYS[:1]), partial(save, shelf, KEYS[0]),
+    ]  # fmt: skip
+    child = os.fork()
+    if not child:  # the test's own process ends with os._exit
+        for work in works:
+            try:
+                work()
+            except StoreError as error:
+                told.append("spawn" in str(error))
+        os._exit(0 if told == [True] * len(works) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_without_obstore_a_sentence_says_what_brings_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -409,6 +509,20 @@ def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
     well, row = load(shelf, KEYS[0])
     assert well
     assert np.array_equal(row, image(big, KEYS[0]))
+
+
+@pytest.mark.parametrize("code", ["NoSuchBucket", "ContainerNotFound"])
+def test_a_container_that_is_missing_is_no_missing_block(case: Case, code: str) -> None:
+    """Fault 48."""
+    shelf = case.shelf()
+    answer = f"404 Not Found\n<Error><Code>{code}</Code></Error>".encode()
+    case.proxy.play(Fault("", answer=answer, times=9))
+    assert not load(shelf, KEYS[0])[0]
+    assert code in shelf.statistics()["error"]
+    assert case.counted() == {"load error": 1}
+    case.proxy.play(Fault("", answer=b"404 Not Found\nx", times=9))
+    assert save(shelf, KEYS[0]) == [False]
+    assert "FileNotFoundError" in shelf.statistics()["error"]
 
 
 def test_a_bucket_that_is_missing_is_told_and_misses(
@@ -481,6 +595,38 @@ def test_parts_of_a_block_are_read_and_verified_alone(case: Case) -> None:
     case.lay(KEYS[0], LAYERED, broken)
     assert load(shelf, KEYS[0], segments=[3])[0]
     assert not load(shelf, KEYS[0], segments=[2])[0]
+
+
+def test_each_remote_has_a_link_of_its_own_width(case: Case) -> None:
+    (one,), (two,) = (
+        case.opened(case.remote(f"s3://{case.bucket}/{case.prefix}/{n}", workers=n), SMALL)
+        for n in (2, 3)
+    )
+    assert [x.link(KEYS[0]).width for x in (one, two)] == [2, 3]
+    assert {x.link(KEYS[0]).tier for x in (one, two)} == {"remote"}
+
+
+@pytest.mark.slow  # the graph's 10 s
+def test_a_lookup_that_hangs_does_not_keep_the_process(case: Case) -> None:
+    """Fault 64."""
+    text = """if True:
+        import sys, threading, time
+        from portakv.graph.graph import Graph
+        from portakv.storage.form import BlockForm
+        from portakv.storage.remote import Remote
+        form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), "block layer page")
+        store = Remote("s3://b/x", endpoint=sys.argv[1], region="r", access_key_id="a",
+            secret_access_key="b", client_options={"allow_http": True, "read_timeout": "60s"})
+        (shelf,) = store.open(Graph(), None, [form])
+        keys = [bytes([n]) * 32 for n in range(4)]
+        threading.Thread(target=shelf.has, args=[keys], daemon=True).start()
+        time.sleep(1)
+    """
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        subprocess.run([sys.executable, "-c", text, url], check=True, timeout=60)
+    assert time.monotonic() - began < 20
 
 
 def test_a_slow_upload_is_not_cut_by_the_read_timeout(case: Case) -> None:
