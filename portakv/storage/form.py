@@ -71,20 +71,33 @@ class BlockForm:
         layers = layers or (0, view.layers, view.layers)
         heads = heads or (0, view.heads, view.heads)
         size, kinds = block_size or view.block_size or 0, {*view.form.dtypes}
-        held = (layers[1] - layers[0], heads[1] - heads[0]) == (view.layers, view.heads)
-        held = held and all(0 <= first and past <= of for first, past, of in (layers, heads))
-        if not (held and view.block_size) or (view.opaque and size != view.block_size):
-            raise StoreError(
-                f"A form of layers {layers}, heads {heads} and blocks of {size} was asked for "
-                f"{view}: expected a paged view, ranges (from, to, of) of as many as it holds, and "
-                f"of opaque pages its own block size; correct the form's arguments."
-            )
         dtype = kinds.pop() if len(kinds) == 1 and "" not in kinds else "uint8"
         widths = tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
         inner = "head kv token dim" if len({*widths}) == 1 else "head (kv token dim)"
         inner = inner if not view.opaque else "page" if view.kv == 1 else "(kv page)"
-        layout, salted = f"block layer {inner}", hashlib.sha256(salt).hexdigest() if salt else ""
-        return cls(model, dtype, view.kv, widths, size, layers, heads, layout, salted, notes)
+        texts = isinstance(salt, bytes) and {type(model), type(notes)} == {str}
+        salted = hashlib.sha256(salt).hexdigest() if texts and salt else ""
+        numbers = view.kv, widths, size, layers, heads
+        form = cls(model, dtype, *numbers, f"block layer {inner}", salted, notes)
+        held = texts and bool(view.block_size) and form._sound()
+        held = held and (layers[1] - layers[0], heads[1] - heads[0]) == (view.layers, view.heads)
+        if not held or (view.opaque and size != view.block_size):
+            raise StoreError(
+                f"A form of layers {layers}, heads {heads} and blocks of {size} was asked for "
+                f"{view}: expected a paged view, ranges (from, to, of) of as many as it holds, of "
+                f"opaque pages its own block size, model and notes of text, and a salt of bytes; "
+                f"correct the form's arguments."
+            )
+        return form
+
+    def _sound(self) -> bool:
+        """Whether its numbers are those of blocks."""
+        numbers, ranges = (self.kv, self.block_size, *self.widths), (self.layers, self.heads)
+        whole = all(type(x) is int and x > 0 for x in numbers) and len(self.widths) == self.kv
+        return whole and all(
+            isinstance(x, tuple) and [*map(type, x)] == [int] * 3 and 0 <= x[0] < x[1] <= x[2]
+            for x in ranges
+        )
 
     @classmethod
     def from_json(cls, text: str) -> BlockForm:
@@ -93,9 +106,9 @@ class BlockForm:
             told: dict[str, Any] = json.loads(text)
             found, ranges = told.pop("format"), ("widths", "layers", "heads")
             form = cls(**{**told, **{name: tuple(told[name]) for name in ranges}})
-            if found == FORMAT and form.image_bytes > HEADER:
+            if found == FORMAT and form._sound() and form.image_bytes > HEADER:
                 return form
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             found = error
         raise StoreError(
             f"A form of blocks was to be read from {text[:80]!r} and {found!r} was found: expected "

@@ -4,7 +4,8 @@ vLLM for a caller who has tokens, and the check of keys that an engine made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import sha256
 from typing import Any
 
@@ -32,11 +33,11 @@ def prefix_keys(
 ) -> list[bytes]:
     """The keys of all whole blocks: SHA-256 of the previous key, tokens as little-endian u32, and
     ``extra`` of the block (of a LoRA, an image). The ``salt`` keeps tenants apart."""
-
-    keys = [sha256(b"portakv" + salt).digest()]
-    for block, more in _blocks(tokens, block_size, "<u4", extra):
-        keys.append(sha256(keys[-1] + block + (more or b"")).digest())
-    return keys[1:]
+    with _terms():
+        keys = [sha256(b"portakv" + salt).digest()]
+        for block, more in _blocks(tokens, block_size, "<u4", extra):
+            keys.append(sha256(keys[-1] + block + (more or b"")).digest())
+        return keys[1:]
 
 
 def lmcache_keys(tokens: Any, block_size: int = 256) -> list[bytes]:
@@ -46,10 +47,11 @@ def lmcache_keys(tokens: Any, block_size: int = 256) -> list[bytes]:
     except ImportError:
         why = "blake3 was not found; install it by `pip install blake3`"
         raise Unsupported("The keys of LMCache were asked for", why) from None
-    keys = [blake3(bytes(12)).digest()]  # of int64 0 and the token 0
-    for block, _ in _blocks(tokens, block_size, ">u4"):
-        keys.append(blake3(keys[-1] + block).digest())
-    return keys[1:]
+    with _terms():
+        keys = [blake3(bytes(12)).digest()]  # of int64 0 and the token 0
+        for block, _ in _blocks(tokens, block_size, ">u4"):
+            keys.append(blake3(keys[-1] + block).digest())
+        return keys[1:]
 
 
 def vllm_keys(
@@ -57,39 +59,50 @@ def vllm_keys(
 ) -> list[bytes]:
     """The keys of vLLM by ``sha256_cbor``. ``seed`` is PYTHONHASHSEED of its processes, by default
     what 0.33 takes without it; ``extra`` are for each block its extra keys, a tuple or None."""
-    keys = [sha256(_cbor(seed)).digest()]
-    for block, more in _blocks(tokens, block_size, "<u4", extra):
-        ids = np.frombuffer(block, "<u4").tolist()
-        keys.append(sha256(_cbor((keys[-1], ids, more))).digest())
-    return keys[1:]
+    with _terms():
+        keys = [sha256(_cbor("" + seed)).digest()]  # a number would be another seed
+        for block, more in _blocks(tokens, block_size, "<u4", extra):
+            ids = np.frombuffer(block, "<u4").tolist()
+            keys.append(sha256(_cbor((keys[-1], ids, more))).digest())
+        return keys[1:]
 
 
-def _blocks(tokens: Any, size: int, dtype: str, extra: Any = None) -> Iterable[tuple[bytes, Any]]:
-    """The tokens of each whole block as bytes, and its extra."""
-    ids = np.asarray(tokens)
-    known = not ids.size or (ids.dtype.kind in "iu" and ids.min() >= 0 and not ids.max() >> 32)
-    count = ids.size // size if size > 0 else -1
-    more = [None] * count if extra is None else extra
-    if not known or ids.ndim != 1 or not 0 <= count <= len(more):
+@contextmanager
+def _terms() -> Iterator[None]:
+    """What is refused here, by numpy or by hashlib is refused with a sentence."""
+    try:
+        yield
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidTerms(
-            f"Keys of {ids.size} tokens in blocks of {size} were asked for: expected a list of "
-            f"whole numbers from 0 to 2**32 - 1, a block size of at least 1, and an extra for each "
-            f"block or none at all; pass the ids of one prompt."
-        )
-    text, step = ids.astype(dtype).tobytes(), 4 * size
-    return [(text[step * at : step * (at + 1)], more[at]) for at in range(count)]
+            f"Keys were asked for, and {error}: expected a list of whole numbers from 0 to 2**32 - "
+            f"1 on the host, a block size of at least 1, a salt and extras of bytes, and an extra "
+            f"for each block or none at all; pass the ids of one prompt."
+        ) from None
+
+
+def _blocks(tokens: Any, size: int, dtype: str, extra: Any = None) -> list[tuple[bytes, Any]]:
+    """The tokens of each whole block as bytes, and its extra."""
+    ids, step = np.asarray(tokens), 4 * size
+    more = [None] * ids.size if extra is None else extra
+    known = not ids.size or (ids.dtype.kind in "iu" and ids.min() >= 0 and not ids.max() >> 32)
+    if not known or ids.ndim != 1 or size < 1 or ids.size // size > len(more):
+        raise ValueError(f"{ids.dtype} {[*ids.shape]} in blocks of {size} was found")
+    text = ids.astype(dtype).tobytes()
+    return [(text[step * at : step * (at + 1)], more[at]) for at in range(ids.size // size)]
 
 
 def _cbor(value: Any, kind: int = 0) -> bytes:
-    """Canonical CBOR of None, whole numbers, bytes, text, and lists of these."""
-    if value is None:
-        return b"\xf6"
+    """Canonical CBOR of None, booleans, whole numbers, bytes, text, and lists of these."""
+    if value is None or isinstance(value, bool):
+        return {False: b"\xf4", True: b"\xf5", None: b"\xf6"}[value]
     if isinstance(value, int):
         if value < 24:
             return bytes([kind << 5 | value]) if value >= 0 else _cbor(-1 - value, 1)
         power = ((value.bit_length() - 1) // 8).bit_length()
-        return bytes([kind << 5 | 24 + power]) + value.to_bytes(1 << power, "big")
+        return bytes([kind << 5 | 24 + power]) + value.to_bytes(min(8, 1 << power), "big")
     text = value.encode() if isinstance(value, str) else value
     if isinstance(text, bytes):
         return _cbor(len(text), 2 if text is value else 3) + text
+    if not isinstance(text, (list, tuple)):
+        raise TypeError(f"an extra holds a {type(text).__name__}")
     return _cbor(len(text), 4) + b"".join(map(_cbor, text))

@@ -317,12 +317,17 @@ def test_parts_that_two_forms_share(mine: Any, theirs: Any, found: Any) -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"layers": (0, 3, 4)}, {"heads": (0, 3, 3)}, {"layers": (2, 6, 5)}, {"heads": (-1, 1, 2)}],
+    [
+        *({"layers": x} for x in ((0, 3, 4), (2, 6, 5), (0, 4), 4, (0, 4, "4"), (0.0, 4, 4))),
+        *({"heads": x} for x in ((0, 3, 3), (-1, 1, 2), [0, 2, 2], (0, True, 1))),
+        *({"block_size": x} for x in (-4, "4", 2.5)),
+        *({"salt": "tenant"}, {"notes": b"x"}, {"model": None}),
+    ],
 )
-def test_ranges_that_are_not_the_view_s_are_refused(wrong: Any) -> None:
+def test_terms_that_are_not_the_view_s_are_refused(wrong: Any) -> None:
     view = Cache("vllm-nhd", 4, 2, (8, 8), 3, 4).view
     with pytest.raises(StoreError, match=r"ranges \(from, to, of\)"):
-        BlockForm.of(view, "m", **wrong)
+        BlockForm.of(view, **{"model": "m", **wrong})
 
 
 def test_a_view_that_is_not_paged_has_no_form() -> None:
@@ -339,7 +344,9 @@ def _told(**changes: Any) -> str:
     "text",
     [
         *("", "{}", "[]", "null", "\x00" * 40, FORM.json()[:40], _told(format=2), _told(layers=4)),
-        *(_told(dtype="float99"), _told(layout="block what"), _told(unknown=1)),
+        *(_told(dtype="float99"), _told(layout="block what"), _told(unknown=1), "[" * 100_000),
+        *(_told(heads=[0, 2.0, 4]), _told(layers=[-4, 0, 4]), _told(layers=[0, 9, 4])),
+        *(_told(block_size=2.5), _told(kv=3), _told(widths=[16, -7]), _told(widths=[16])),
     ],
 )
 def test_other_text_is_no_form(text: str) -> None:

@@ -54,17 +54,48 @@ def test_what_fills_no_block_has_no_keys(tokens: list[int]) -> None:
     assert prefix_keys(tokens, 4) == lmcache_keys(tokens, 4) == vllm_keys(tokens, 4) == []
 
 
-@pytest.mark.parametrize("tokens", [[-1] * 4, [2**32] * 4, [0.5] * 4, [[1] * 4] * 2, ["a"] * 4])
+NO_TOKENS = [
+    *([-1] * 4, [2**32] * 4, [0.5] * 4, [[1] * 4] * 2, ["a"] * 4, [[1], [2, 3]], None),
+    torch.zeros(4, dtype=torch.int64, device="meta"),  # as any that is not on the host
+    torch.zeros(4, dtype=torch.bfloat16, device="cpu"),
+]
+
+
+@pytest.mark.parametrize("tokens", NO_TOKENS)
 def test_what_is_no_token_is_refused(tokens: Any) -> None:
     for keys in (prefix_keys, lmcache_keys, vllm_keys):
         with pytest.raises(InvalidTerms, match="whole numbers from 0 to"):
             keys(tokens, 4)
 
 
-@pytest.mark.parametrize(("size", "extra"), [(0, None), (-4, None), (4, [b""])])
-def test_a_wrong_block_size_or_too_few_extras_are_refused(size: int, extra: Any) -> None:
+@pytest.mark.parametrize(
+    "terms",
+    [
+        *({"block_size": x} for x in (0, -4, "4", 4.0, None)),
+        *({"extra": x} for x in ([b""], ["lora", "lora"], 5)),
+        {"salt": "tenant"},
+    ],
+)
+def test_other_wrong_terms_are_refused(terms: dict[str, Any]) -> None:
     with pytest.raises(InvalidTerms, match="an extra for each block"):
-        prefix_keys(TOKENS, size, extra=extra)
+        prefix_keys(TOKENS, **{"block_size": 4, **terms})
+
+
+@pytest.mark.parametrize("extra", [1.5, {"a": 1}, np.int64(3), 2**64, object()])
+def test_extras_that_vllm_would_encode_otherwise_are_refused(extra: Any) -> None:
+    with pytest.raises(InvalidTerms, match="an extra for each block"):
+        vllm_keys(TOKENS, 8, extra=[(extra,)])
+    with pytest.raises(InvalidTerms):
+        vllm_keys(TOKENS, 8, seed=0)  # type: ignore[arg-type]
+
+
+def test_booleans_are_no_numbers_in_vllm_s_chain() -> None:
+    """RFC 8949: 81 f5 is a list of true, 81 01 of one."""
+    ids = b"\x84\x00\x17\x18\x18\x18\xff"
+    seed = hashlib.sha256(b"\x61a").digest()
+    for extra, told in ((True, b"\x81\xf5"), (False, b"\x81\xf4"), (1, b"\x81\x01")):
+        found = vllm_keys(TOKENS[:4], 4, "a", [(extra,)])
+        assert found == [hashlib.sha256(b"\x83\x58\x20" + seed + ids + told).digest()]
 
 
 def test_lmcache_s_chain() -> None:
