@@ -30,7 +30,6 @@ from portakv.storage.image import HEADER, Row, header, verify
 
 _log = logging.getLogger(__name__)
 Keys = Sequence[bytes]
-Forms = Sequence[BlockForm]
 #: Bytes between two looks at deadline and cancel; for how many seconds it is believed that a block
 #: is there, or is not; how often an error is told.
 PIECE, THERE, MISSING, TOLD = 1 << 20, 60.0, 5.0, 60.0
@@ -86,10 +85,7 @@ class Remote:
     def obs(self) -> Any:
         """obstore; refused in a process in which its calls would never return."""
         if self._process.forked:
-            why = (
-                "was used in a process forked from one with a remote tier, and obstore hangs there"
-            )
-            raise StoreError(f"{self!r} {why}; start it by spawn.")
+            raise StoreError(f"{self!r} is obstore's, which hangs once forked; start it by spawn.")
         return self._obs
 
     def ask(self, work: Callable[..., Any], *given: Any, miss: Any = None) -> Any:
@@ -134,20 +130,19 @@ class Remote:
         """Other forms of the same cache that lie there."""
         self._found, lists = [], type(self.store).__name__ != "HTTPStore"
         listed = self.ask(self.obs.list_with_delimiter, self.store, "1/") if lists else None
+        read = partial(self.obs.get, self.store)
         for path in listed["common_prefixes"] if listed else ():
-            text = self.ask(
-                lambda at: self.obs.get(self.store, at).bytes(), f"{path}/form.json", miss=b""
-            )
+            text = self.ask(lambda at: bytes(read(at).bytes()), f"{path}/form.json", miss=b"")
             with suppress(StoreError, ValueError):
-                other = BlockForm.from_json(bytes(text or b"").decode())
+                other = BlockForm.from_json((text or b"").decode())
                 if path == f"1/{other.name}" and other != form and form.same_cache(other):
                     self._found.append(other)
         return self._found
 
-    def open(self, graph: Graph, rows: Any, forms: Forms, generation: int = 0) -> list[Shelf]:
+    def open(self, graph: Graph, _: Any, forms: Any, generation: int = 0) -> list[Shelf]:
         """A shelf of the first form, which is written, and of the others that `forms` found."""
         here = [forms[0], *(form for form in forms[1:] if form in self._found)]
-        return [Shelf(self, graph, form, form == forms[0]) for form in here]
+        return [Shelf(self, graph, form, form is here[0]) for form in here]
 
     def wipe(self) -> int:
         """Delete all blocks of all forms; how many objects there were. Raises `StoreError`."""
@@ -259,8 +254,7 @@ class Shelf:
 
     def write(self, _: Link, keys: Keys, rows: Sequence[Row], *known: object) -> list[bool]:
         """Put sealed images, and once the form beside them; which are there now."""
-        ask, put, count = self._remote.ask, self._remote.put, self._graph.count
-        nbytes = self.form.image_bytes
+        ask, put, nbytes = self._remote.ask, self._remote.put, self.form.image_bytes
         if not self._has_form:
             path, text = f"1/{self.form.name}/form.json", self.form.json().encode()
             self._has_form = bool(ask(put, path, text))
@@ -269,7 +263,8 @@ class Shelf:
             landed.append(self._there(key))  # asked: no bytes go for what somebody else has put
             if not landed[-1]:
                 landed[-1] = well = bool(ask(put, self._path(key), row[:nbytes]))
-                count(self.tier, "save", "hit" if well else "error", 1, well * nbytes)
+                told = ("hit", 1, nbytes) if well else ("error",)
+                self._graph.count(self.tier, "save", *told)
                 if well:
                     self._verdicts[key] = self._remote.now() + THERE
         return landed
@@ -290,10 +285,9 @@ def _clean(error: Exception) -> str:
     """The first line of an error without keys of blocks and what secrets may be in: queries, names
     before a host, quoted values, what the server (but for its code) and a provider say."""
     text, code = str(error).partition("\n")[0], re.search(r"<Code>(\w+)", str(error))
-    secret = (
-        r'^.*(?=Error performing)|(?<=status code: ...).*|(provider: \w+).*|"[^"]*"|\?\S*|//\S*@'
-    )
-    text = re.sub("[0-9a-f]{64}", "KEY", re.sub(secret, r"\1", text))[:300]
+    text = re.sub(r"^.*(?=Error performing)|(?<=status code: ...).*", "", text)
+    text = re.sub(r'(provider: \w+).*|"[^"]*"|\?\S*|//\S*@', r"\1", text)
+    text = re.sub("[0-9a-f]{64}", "KEY", text)[:300]
     return f"{text} ({code[1]})" if code else text
 
 
@@ -307,9 +301,9 @@ def _opened(obs: Any, url: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
     told = {x[1].lower(): os.environ[x[0]] for x in map(_ENVIRON.fullmatch, os.environ) if x}
     client = CLIENT | told | ({"allow_http": True} if kind == "http" else {})
     client |= settings.pop("client_options", {})
+    settings |= {"retry_config": RETRY | settings.get("retry_config", {})}
     settings |= {"mkdir": True} if kind == "file" else {}
-    settings["retry_config"] = RETRY | settings.get("retry_config", {})
-    store = obs.store.from_url(url, client_options=client, **settings)
+    make = partial(obs.store.from_url, url, **settings)
+    store = make(client_options=client)
     client.pop("read_timeout")  # a body on its way out would end by it, too
-    memory = kind == "memory"
-    return store, store if memory else obs.store.from_url(url, client_options=client, **settings)
+    return store, store if kind == "memory" else make(client_options=client)
