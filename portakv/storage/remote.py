@@ -166,7 +166,8 @@ class Shelf:
         # Two links, so that a lookup does not wait for blocks.
         link = graph.link(f"remote:{remote.url}", remote.workers)
         self._heads = graph.link(f"remote:{remote.url} lookup", remote.workers)
-        self.link = self.link_for_write = lambda _: link  # of a key, of bytes
+        self.link: Callable[[object], Link] = lambda _: link
+        self.link_for_write = self.link
         self.writable, self._has_form, self.notes = own, False, [remote.last_error or "ready"]
         # Until when a block is believed to be there; negative: until when it is not.
         self._verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
@@ -281,7 +282,7 @@ class Shelf:
         return {"url": self._remote.url, "left_alone": failing, "error": self._remote.last_error}
 
 
-def _clean(error: Exception) -> str:
+def _clean(error: BaseException) -> str:
     """The first line of an error without keys of blocks and what secrets may be in: queries, names
     before a host, quoted values, what the server (but for its code) and a provider say."""
     text, code = str(error).partition("\n")[0], re.search(r"<Code>(\w+)", str(error))
