@@ -62,12 +62,10 @@ class BlockForm:
         salt: bytes = b"",
         notes: str = "",
     ) -> BlockForm:
-        """The form of a paged view's blocks, in the canonical layout.
-
-        ``model`` is name and revision; ``layers`` and ``heads`` are those of the model that the
-        view holds; ``block_size`` is in tokens, by default the view's; ``salt`` keeps tenants
-        apart; ``notes`` say what else fixes the bytes, such as a quantisation.
-        """
+        """The form of a paged view's blocks, in the canonical layout. ``model`` is name and
+        revision; ``layers`` and ``heads`` are those of the model that the view holds;
+        ``block_size`` is in tokens, by default the view's; ``salt`` keeps tenants apart; ``notes``
+        say what else fixes the bytes, such as a quantisation."""
         layers = layers or (0, view.layers, view.layers)
         heads = heads or (0, view.heads, view.heads)
         size, kinds = block_size or view.block_size or 0, {*view.form.dtypes}
@@ -76,28 +74,26 @@ class BlockForm:
         inner = "head kv token dim" if len({*widths}) == 1 else "head (kv token dim)"
         inner = inner if not view.opaque else "page" if view.kv == 1 else "(kv page)"
         texts = isinstance(salt, bytes) and {type(model), type(notes)} == {str}
-        salted = hashlib.sha256(salt).hexdigest() if texts and salt else ""
-        numbers = view.kv, widths, size, layers, heads
-        form = cls(model, dtype, *numbers, f"block layer {inner}", salted, notes)
+        layout, salted = f"block layer {inner}", salt and texts and hashlib.sha256(salt).hexdigest()
+        form = cls(model, dtype, view.kv, widths, size, layers, heads, layout, salted or "", notes)
         held = texts and bool(view.block_size) and form._sound()
         held = held and (layers[1] - layers[0], heads[1] - heads[0]) == (view.layers, view.heads)
         if not held or (view.opaque and size != view.block_size):
             raise StoreError(
                 f"A form of layers {layers}, heads {heads} and blocks of {size} was asked for "
                 f"{view}: expected a paged view, ranges (from, to, of) of as many as it holds, of "
-                f"opaque pages its own block size, model and notes of text, and a salt of bytes; "
-                f"correct the form's arguments."
+                f"opaque pages its own block size, texts, and a salt of bytes; correct them."
             )
         return form
 
     def _sound(self) -> bool:
         """Whether its numbers are those of blocks."""
-        numbers, ranges = (self.kv, self.block_size, *self.widths), (self.layers, self.heads)
-        whole = all(type(x) is int and x > 0 for x in numbers) and len(self.widths) == self.kv
-        return whole and all(
-            isinstance(x, tuple) and [*map(type, x)] == [int] * 3 and 0 <= x[0] < x[1] <= x[2]
-            for x in ranges
-        )
+        numbers, ranges = (self.kv, self.block_size, *self.widths), [self.layers, self.heads]
+        if {*map(type, ranges)} != {tuple} or {*map(len, ranges)} != {3}:
+            return False
+        whole = {*map(type, (*numbers, *self.layers, *self.heads))} == {int} and min(numbers) > 0
+        whole = whole and len(self.widths) == self.kv
+        return whole and all(0 <= first < past <= of for first, past, of in ranges)
 
     @classmethod
     def from_json(cls, text: str) -> BlockForm:

@@ -74,9 +74,9 @@ def _terms() -> Iterator[None]:
         yield
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise InvalidTerms(
-            f"Keys were asked for, and {error}: expected a list of whole numbers from 0 to 2**32 - "
-            f"1 on the host, a block size of at least 1, a salt and extras of bytes, and an extra "
-            f"for each block or none at all; pass the ids of one prompt."
+            f"Keys were asked for, and {error}: expected a list of whole numbers from 0 to 2**32-1 "
+            f"on the host, a block size of 1 or more, a salt and extras of bytes, and an extra for "
+            f"each block or none at all; pass the ids of one prompt."
         ) from None
 
 

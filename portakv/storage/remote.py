@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import unquote
 
 import numpy as np
@@ -30,23 +30,22 @@ from portakv.storage.image import HEADER, Row, header, verify
 
 _log = logging.getLogger(__name__)
 Keys = Sequence[bytes]
-#: Bytes between two looks at deadline and cancel; for how many seconds it is believed that a block
-#: is there, or is not; how often an error is told.
+#: Bytes between two looks at the deadline; seconds that a block is believed to be there, or not to
+#: be, and between errors that are told.
 PIECE, THERE, MISSING, TOLD = 1 << 20, 60.0, 5.0, 60.0
 #: So many failures in a row, and nothing is asked for a second, then twice as long, up to the last.
 FAILURES, PAUSE, LONGEST = 5, 1.0, 60.0
-#: Settings of obstore, unless others are given; `read_timeout` for reading alone.
+#: Settings of obstore below what is given; what it takes of the environment if it is not given any.
 CLIENT: Any = {"connect_timeout": "2s", "read_timeout": "2s", "timeout": "60s"}
 BACKOFF = {"init_backoff": timedelta(seconds=0.05), "max_backoff": timedelta(seconds=2), "base": 2}
-#: Of the environment, as the options of a client hide what obstore takes from there.
 _ENVIRON = re.compile("(?:AWS|AZURE|GOOGLE)_(ALLOW_HTTP|ALLOW_INVALID_CERTIFICATES|PROXY_URL)")
 RETRY: Any = {"max_retries": 5, "retry_timeout": timedelta(seconds=30), "backoff": BACKOFF}
 
 
 class Remote:
     """Blocks below a prefix of an object store: ``s3://bucket/prefix``, ``gs://``, ``az://``,
-    ``http(s)://`` (finds no other forms: it cannot list), ``file:///folder``, ``memory://`` (lives
-    as long as this object), or a store object of obstore.
+    ``http(s)://`` (finds no other forms: it cannot list), ``file:///folder``, or ``memory://``
+    (lives as long as this object).
 
     Args:
         workers: requests at once; multipart: images above so many bytes go in parts.
@@ -57,18 +56,27 @@ class Remote:
     now: Callable[[], float] = time.monotonic
     _process: Any = None  # that made the first one
 
-    def __init__(self, url: Any, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any):
+    def __init__(self, url: str, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any):
         try:
             import obstore
         except ImportError:
             raise StoreError("A remote tier needs obstore; install portakv[remote].") from None
         Remote._process = Remote._process or this_process()
         self._obs, self.workers, self._multipart = obstore, workers, multipart
-        self.url = re.sub(r"(?<=//)[^/]*@|[?#].*", "", url if isinstance(url, str) else repr(url))
+        self.url = re.sub(r"(?<=//)[^/]*@|[?#].*", "", str(url))
+        kind, make = self.url.partition(":")[0], self.obs.store.from_url
+        told = {x[1].lower(): os.environ[x[0]] for x in map(_ENVIRON.fullmatch, os.environ) if x}
+        client = CLIENT | told | ({"allow_http": True} if kind == "http" else {})
         try:
-            if workers < 1:
-                raise ValueError(f"with {workers} workers")
-            self.store, self._sink = _opened(self.obs, url, settings)
+            if workers < 1 or "?" in url or {".", ".."} & {*unquote(url).split("/")}:
+                raise ValueError("its path is wrong, or it has a query, or no worker")
+            client |= settings.pop("client_options", {})
+            settings |= {"retry_config": RETRY | settings.get("retry_config", {})}
+            settings |= {"mkdir": True} if kind == "file" else {}
+            self.store = self._sink = make(url, client_options=client, **settings)
+            client.pop("read_timeout")  # a body on its way out would end by it, too
+            if kind != "memory":
+                self._sink = make(url, client_options=client, **settings)
         except BaseException as x:  # also obstore's panic, which is no Exception
             raise StoreError(
                 f"{self.url} was to be a tier: {_clean(x)}. Expected an address and settings of "
@@ -128,21 +136,21 @@ class Remote:
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Other forms of the same cache that lie there."""
-        self._found, lists = [], type(self.store).__name__ != "HTTPStore"
-        listed = self.ask(self.obs.list_with_delimiter, self.store, "1/") if lists else None
-        read = partial(self.obs.get, self.store)
+        self._found, obs, store = [], self.obs, self.store
+        lists = type(store).__name__ != "HTTPStore"
+        listed = self.ask(obs.list_with_delimiter, store, "1/") if lists else None
         for path in listed["common_prefixes"] if listed else ():
-            text = self.ask(lambda at: bytes(read(at).bytes()), f"{path}/form.json", miss=b"")
+            text = self.ask(lambda at: obs.get(store, at).bytes(), f"{path}/form.json", miss=b"")
             with suppress(StoreError, ValueError):
-                other = BlockForm.from_json((text or b"").decode())
+                other = BlockForm.from_json(bytes(text or b"").decode())
                 if path == f"1/{other.name}" and other != form and form.same_cache(other):
                     self._found.append(other)
         return self._found
 
     def open(self, graph: Graph, _: Any, forms: Any, generation: int = 0) -> list[Shelf]:
         """A shelf of the first form, which is written, and of the others that `forms` found."""
-        here = [forms[0], *(form for form in forms[1:] if form in self._found)]
-        return [Shelf(self, graph, form, form is here[0]) for form in here]
+        own = forms[0]
+        return [Shelf(self, graph, x, x == own) for x in forms if x == own or x in self._found]
 
     def wipe(self) -> int:
         """Delete all blocks of all forms; how many objects there were. Raises `StoreError`."""
@@ -163,8 +171,8 @@ class Shelf:
 
     def __init__(self, remote: Remote, graph: Graph, form: BlockForm, own: bool) -> None:
         self._remote, self._graph, self.form = remote, graph, form
-        # Two links, so that a lookup does not wait for blocks.
         link = graph.link(f"remote:{remote.url}", remote.workers)
+        # Another one, so that a lookup does not wait for blocks.
         self._heads = graph.link(f"remote:{remote.url} lookup", remote.workers)
         self.link: Callable[[object], Link] = lambda _: link
         self.link_for_write = self.link
@@ -259,22 +267,20 @@ class Shelf:
         if not self._has_form:
             path, text = f"1/{self.form.name}/form.json", self.form.json().encode()
             self._has_form = bool(ask(put, path, text))
-        landed = list[bool]()
+        landed, count = list[bool](), self._graph.count
         for key, row in zip(keys, rows, strict=True):
             landed.append(self._there(key))  # asked: no bytes go for what somebody else has put
             if not landed[-1]:
                 landed[-1] = well = bool(ask(put, self._path(key), row[:nbytes]))
-                told = ("hit", 1, nbytes) if well else ("error",)
-                self._graph.count(self.tier, "save", *told)
+                count(self.tier, "save", "hit" if well else "error", 1, well * nbytes)
                 if well:
                     self._verdicts[key] = self._remote.now() + THERE
         return landed
 
-    def touch(self, keys: Keys) -> None:
-        """Nothing: the bucket's rules say what goes."""
+    def touch(self, _: Any = None) -> None:
+        """Nothing, as at the end: the bucket's rules say what goes, and connections alone stay."""
 
-    def close(self) -> None:
-        """Nothing: no more than connections is held."""
+    close = touch
 
     def statistics(self) -> dict[str, Any]:
         """Beside the graph's counts."""
@@ -290,21 +296,3 @@ def _clean(error: BaseException) -> str:
     text = re.sub(r'(provider: \w+).*|"[^"]*"|\?\S*|//\S*@', r"\1", text)
     text = re.sub("[0-9a-f]{64}", "KEY", text)[:300]
     return f"{text} ({code[1]})" if code else text
-
-
-def _opened(obs: Any, url: Any, settings: dict[str, Any]) -> tuple[Any, Any]:
-    """The store to read from, and that to write to."""
-    if isinstance(url, get_args(obs.store.ObjectStore)):
-        return url, url
-    if "?" in url or {".", ".."} & {*unquote(url).split("/")}:
-        raise ValueError("its path is wrong, or it has a query")
-    kind = url.partition(":")[0]
-    told = {x[1].lower(): os.environ[x[0]] for x in map(_ENVIRON.fullmatch, os.environ) if x}
-    client = CLIENT | told | ({"allow_http": True} if kind == "http" else {})
-    client |= settings.pop("client_options", {})
-    settings |= {"retry_config": RETRY | settings.get("retry_config", {})}
-    settings |= {"mkdir": True} if kind == "file" else {}
-    make = partial(obs.store.from_url, url, **settings)
-    store = make(client_options=client)
-    client.pop("read_timeout")  # a body on its way out would end by it, too
-    return store, store if kind == "memory" else make(client_options=client)
