@@ -246,7 +246,8 @@ class Graph:
                     heappush(self.timers, (now + by, node.number, "late", node))
                 if node.background and node.link and node.link.slow:
                     self.cancel(node, "dropped")
-            self.todo += [node for node in nodes if not node.waits and node.state == "waiting"]
+            ready = [node for node in nodes if not node.waits and node.state == "waiting"]
+            self.todo += ready[::-1]  # the first one is settled first
             self.settle()
             self.sweep()
 
@@ -272,7 +273,7 @@ class Graph:
         now = self.clock()
         while self.timers and (self.timers[0][0] <= now or self.timers[0][3].mask is not None):
             _, _, state, node = heappop(self.timers)
-            if state == "late" or node.state == "room":
+            if state == "late" or (node.state == "room" and node.lease.until is not None):
                 self.cancel(node, state)
         return now
 

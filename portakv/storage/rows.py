@@ -5,11 +5,9 @@ blocks between them and a view."""
 
 from __future__ import annotations
 
-import mmap
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Sequence
-from contextlib import suppress
 from math import gcd
 from typing import Any
 
@@ -18,7 +16,7 @@ import torch
 
 from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
-from portakv.host import pinned as pinned_memory
+from portakv.host import _pages, pinned
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import event_pool
@@ -40,19 +38,17 @@ class Rows:
         evicted: rows that lost their key to another one's.
     """
 
-    def __init__(self, row_bytes: int, staging: int, host: int, pinned: bool = True) -> None:
+    def __init__(self, row_bytes: int, staging: int, host: int, pin: bool = True) -> None:
         self.row_bytes, self.staging, self.host = row_bytes, staging, host
         self.most, self.evicted = max(1, staging // 2), 0
         nbytes = (staging + host) * row_bytes
-        self.pinned = pinned and pinned_memory.why_not() is None
+        self.pinned = pin and pinned.why_not() is None
         with torch.inference_mode(False):  # transfers write it in any mode
             if self.pinned:
-                held = pinned_memory.allocate(nbytes + _PAGE, unit=row_bytes)
+                held = pinned.allocate(nbytes + _PAGE, unit=row_bytes)
                 self.pinned, room = held.pinned, held.tensor
-            else:
-                pages = mmap.mmap(-1, nbytes + _PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-                with suppress(OSError):  # large pages make the requests of a disk fewer
-                    pages.madvise(mmap.MADV_HUGEPAGE)
+            else:  # in large pages, which make the requests of a disk fewer
+                pages, _ = _pages.map_private(nbytes + _PAGE, "auto")
                 room = torch.frombuffer(pages, dtype=torch.uint8)
             first = -room.data_ptr() % _PAGE
             self.tensor = room[first : first + nbytes].view(-1, row_bytes)

@@ -5,13 +5,14 @@ plans which nodes of a transfer graph move which bytes between views, rows on th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import count, pairwise
+from itertools import pairwise
+from numbers import Real
 from operator import itemgetter
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 from weakref import WeakSet
 
 import numpy as np
@@ -30,9 +31,32 @@ PIECE = 16 << 20  # bytes of a node, unless one block has more
 _KEPT = "kept"  # a spot: the host tier
 PARTS = 8  # of the device's leg by layer, if blocks are read as a whole
 Keys: TypeAlias = "Sequence[bytes]"
-#: The blocks of one form in one tier: `disk.Shelf`, `remote.Shelf`. Their ``read`` and ``write``
-#: block, in a worker of their link, and say which blocks landed; what was read is verified.
-Shelf: TypeAlias = Any
+
+
+class Shelf(Protocol):
+    """The blocks of one form in one tier. ``read`` and ``write`` block, in a worker of their link,
+    and say which blocks are there and right; ``stop`` tells a read that nobody waits for it."""
+
+    tier: str
+    form: BlockForm
+    writable: bool
+    notes: list[str]  # for `BlockStore.explain`
+
+    @property
+    def generation(self) -> int: ...  # the highest that was found
+    def has(self, keys: Keys, /) -> list[bool]: ...  # asks, if it is far
+    def known(self, keys: Keys, /) -> list[bool]: ...  # does not
+    def link(self, key: bytes, /) -> Link: ...
+    def link_for_write(self, nbytes: int, /) -> Link: ...
+    def read(
+        self, keys: Keys, rows: list[Any], segments: Any, stop: Callable[[], bool], /
+    ) -> list[bool]: ...
+    def write(
+        self, link: Link, keys: Keys, rows: list[Any], generations: Any, checksums: Any, /
+    ) -> list[bool]: ...
+    def touch(self, keys: Keys, /) -> None: ...
+    def statistics(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
 
 
 @dataclass(eq=False)
@@ -51,24 +75,34 @@ class Call:
     """What one call wants and its plan: nodes with the number of their segment, and where blocks
     end: in a node, which of the call's blocks the node's are, and which layers it has of them."""
 
-    kind: str
     keys: list[bytes]
-    gate: Node
-    terms: dict[str, Any]  # of `Graph.submit`
+    gate: Node  # by the call's name
+    priority: str
+    deadline: float | None
+    given: Any = None  # blocks that are anywhere; None: all
     nodes: list[tuple[int, Node]] = field(default_factory=list)
     ends: list[tuple[Node, Any, Any, range]] = field(default_factory=list)
+    fills: int = 0  # of a save: that did not end
 
 
 @dataclass(eq=False)
 class Fill(Lease):
     """Rows that are being filled: the i-th has block ``keys[i]`` of the part once all of ``ends``
-    landed it (one for each segment, or one). Calls that follow them use the rows as well."""
+    landed it: one for each segment, or that of None. Calls that follow them use the rows as well;
+    a save ends with ``last``, and has a generation, and checksums by row."""
 
     part: Any = None
     keys: list[bytes] = field(default_factory=list)
-    calls: list[Any] = field(default_factory=list)  # with their blocks
-    ends: list[Node] = field(default_factory=list)
-    seals: dict[int, tuple[int, Any]] = field(default_factory=dict)  # of a save: of each row
+    calls: list[Any] = field(default_factory=list)  # with their blocks, the maker first
+    ends: dict[int | None, Node] = field(default_factory=dict)
+    last: list[Node] = field(default_factory=list)
+    generation: int = 0
+    sums: dict[int, Any] = field(default_factory=dict)
+
+    @property
+    def wanted(self) -> bool:
+        """Whether some call that was neither cancelled nor late waits for it; under the lock."""
+        return any(not call.gate.cut for call, _ in self.calls)
 
 
 class BlockStore:
@@ -104,8 +138,13 @@ class BlockStore:
         full: str = "drop",
         weak_keys: bool = False,
     ) -> None:
-        if full not in ("drop", "wait"):
-            raise InvalidTerms(f"full={full!r} was asked: expected 'drop' or 'wait'; pass one.")
+        kinds = (form, BlockForm), (tiers, Sequence), (staging, Real), (host, Real)
+        if not all(isinstance(*each) for each in kinds) or full not in ("drop", "wait"):
+            raise InvalidTerms(
+                f"A block store was asked for with {form=}, {staging=}, {host=}, {tiers=} and "
+                f"{full=}: expected a BlockForm, two numbers of bytes, a list of tiers, and 'drop' "
+                f"or 'wait'."
+            )
         forms = [*dict.fromkeys([form, *(x for tier in tiers for x in tier.forms(form))])]
         size = max(each.image_bytes for each in forms)
         if staging < size or not (tiers or host >= size):
@@ -115,7 +154,10 @@ class BlockStore:
                 f"keep it; a block takes {size} bytes here. Give it more."
             )
         self.form, self._weak, self._drop, self._closed = form, weak_keys, full == "drop", False
-        self.rows, self._shelves = Rows(size, staging // size, host // size), list[Shelf]()
+        self.rows, self._shelves = (
+            Rows(size, int(staging // size), int(host // size)),
+            list[Shelf](),
+        )
         self.graph, self._own_graph = graph or Graph(), graph is None
         self._up, self._down = (self.graph.link(x, width=2) for x in ("host-device", "device-host"))
         # Under the graph's lock: what is under way, by form and key, with its row; ends of calls.
@@ -126,14 +168,13 @@ class BlockStore:
         except BaseException:
             self.close()
             raise
-        self._generation = count(max([x.generation for x in self._shelves], default=0) + 1)
+        self._generation = max([x.generation for x in self._shelves], default=0)
         parts = list[Part]()
         for each in forms:
             if slices := form.part_of(each):
                 rows = each.view(self.rows.tensor).slice(**slices[0])
-                parts.append(
-                    Part(each, [x for x in self._shelves if x.form == each], *slices, rows)
-                )
+                shelves = [x for x in self._shelves if x.form == each]
+                parts.append(Part(each, shelves, *slices, rows))
         self._own, self._tilings = parts[0], _tilings(parts)
 
     def lookup(self, keys: Keys) -> int:
@@ -171,29 +212,30 @@ class BlockStore:
         known = [shelf.known(call.keys) for shelf in shelves]
         until = self.graph.clock() + SLACK[priority] if self._drop else None
         groups = dict[tuple[Shelf, ...], list[int]]()  # by the tiers that lack them
-        with self.graph.lock:
+        with self._planned(call):
             for i, key in enumerate(call.keys):
-                name = own.form.digest + key
+                fill, row = self._fills.get(own.form.digest + key, (None, 0))
                 lacks = tuple(shelf for shelf, x in zip(shelves, known, strict=True) if not x[i])
-                fill, row = self._fills.get(name, (None, 0))
-                if fill is not None and fill.store:
-                    first, at = fill.calls[0]
-                    call.ends.append((first.gate, [i], [at[row]], range(0)))
-                elif lacks or not (shelves or self.rows.has(name)):
+                if fill and fill.store and fill.wanted:
+                    call.ends += [(end, [i], [row], range(0)) for end in fill.last]
+                elif lacks or not (shelves or self.rows.has(own.form.digest + key)):
                     groups.setdefault(lacks, []).append(i)
             for lacks, some in groups.items():
-                for at in self._chunks(some, 1, *(shelf.link_for_write(0) for shelf in lacks)):
+                chunks = self._chunks(some, 1, *(shelf.link_for_write(0) for shelf in lacks))
+                self._generation += len(chunks)
+                for number, at in enumerate(chunks):
                     fill = self._fill(own, call, at, until)
-                    work = partial(self._gather, crossing, view, next(self._generation), fill)
-                    fill.ends.append(self._node(call, work, self._down, fill, len(at)))
-                    ends = fill.ends
+                    fill.generation = self._generation - number  # a prefix is the newer part
+                    work = partial(self._gather, crossing, view, fill)
+                    gather = fill.ends[None] = self._node(call, work, self._down, fill)
+                    fill.last.append(gather)
                     for shelf in lacks:
                         link = shelf.link_for_write(len(at) * own.form.image_bytes)
                         work = partial(self._write, shelf, link, fill)
-                        ends = [*ends, self._node(call, work, link, fill, len(at), fill.ends)]
-                    call.ends += [(end, at, range(len(at)), range(0)) for end in ends]
+                        fill.last.append(self._node(call, work, link, fill, [gather]))
+                    call.ends += [(end, at, range(len(at)), range(0)) for end in fill.last]
                     self._submit(call)  # now, so that the links' queues show it
-            return self._ended(call, [True] * len(call.keys), view)
+            return self._ended(call, view)
 
     def load(
         self,
@@ -215,23 +257,23 @@ class BlockStore:
         """
         if missing not in ("raise", "skip"):
             raise InvalidTerms(f"missing={missing!r} was asked: expected 'raise' or 'skip'.")
-        call = self._call("load", keys, priority, deadline)
-        own, legs = self._own, dict[Part, list[Any]]()
+        call, own = self._call("load", keys, priority, deadline), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size)
-        with self._spots(call) as (given, groups):
+        with self._planned(call):
+            groups = self._spots(call)
+            legs = {part: _legs(part, view, by_layer) for part, _ in groups}
             for (part, spot), some in groups.items():
-                legs[part] = legs.get(part) or _legs(part, view, by_layer)
                 pieces = [segment for _, segment, _ in legs[part]]
                 for lease, ends, at, rows in self._rows(call, part, spot, some, pieces):
-                    for number, (layers, _, sides) in enumerate(legs[part]):
-                        one = ends[number : number + 1] if len(ends) == len(pieces) else ends
-                        after = [(end, range(len(at)), rows) for end in one]
+                    for number, before in ends.items():
+                        layers, _, sides = legs[part][number]
+                        after = [(end, range(len(at)), rows) for end in before]
                         work = partial(_cross, crossing, sides, lease, rows, at)
                         order = number, len(pieces)
-                        node = self._node(call, work, self._up, lease, len(at), after, order)
+                        node = self._node(call, work, self._up, lease, after, order, len(at))
                         call.ends.append((node, at, range(len(at)), layers))
             self._touch(call.keys)
-            return self._ended(call, given, view, by_layer, missing)
+            return self._ended(call, view, by_layer, missing)
 
     def prefetch(self, keys: Keys, priority: str = "background") -> Handle:
         """Read blocks into the host tier, of which what is prefetched and not yet loaded takes half
@@ -239,23 +281,26 @@ class BlockStore:
         if not self.rows.host:
             raise StoreError("A prefetch was asked of a store without a host tier; give it host=.")
         call, most = self._call("prefetch", keys, priority), max(1, self.rows.host // 2)
-        with self._spots(call) as (given, groups):
-            given[most:] = False
+        with self._planned(call):
+            groups = self._spots(call)
+            call.given[most:] = False
             for (part, spot), some in groups.items():
                 some = [i for i in some if i < most and spot != _KEPT]
                 for _, ends, at, rows in self._rows(call, part, spot, some, [None]):
-                    call.ends += [(end, at, rows, range(0)) for end in ends if at]
-            return self._ended(call, given, None, missing="skip")
+                    call.ends += [(end, at, rows, range(0)) for end in ends[0] if at]
+            return self._ended(call, None, missing="skip")
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, as `Graph.statistics`; what each tier
         tells beside them."""
         rows = self.rows.counts().items()
-        staging = [{"state": x, "value": n * self.rows.row_bytes} for x, n in rows]
-        tiers = [{"tier": x.tier, "form": x.form.name, **x.statistics()} for x in self._shelves]
-        evicted = [{"value": self.rows.evicted}]
-        more: dict[str, list[dict[str, Any]]]
-        more = {"staging_bytes": staging, "host_evicted_total": evicted, "tiers": tiers}
+        more: dict[str, list[dict[str, Any]]] = {
+            "staging_bytes": [{"state": x, "value": n * self.rows.row_bytes} for x, n in rows],
+            "host_evicted_total": [{"value": self.rows.evicted}],
+            "tiers": [
+                {"tier": x.tier, "form": x.form.name, **x.statistics()} for x in self._shelves
+            ],
+        }
         return {**self.graph.statistics(), **more}
 
     def trace(self, path: str) -> None:
@@ -273,17 +318,22 @@ class BlockStore:
         return "\n".join(lines)
 
     def close(self, timeout: float = 10.0) -> None:
-        """Let what is under way end, for so many seconds; cancel the rest; close the tiers. Raises
-        `TransferTimeout` if a read or save hangs: tiers then stay open, as it uses the rows."""
+        """Let what is under way end, for so many seconds; cancel prefetches at once, and the rest
+        then; close the tiers. Raises `TransferTimeout` if a read or save hangs: tiers then stay
+        open, as it uses the rows."""
         if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
             return
         with self.graph.lock:
             self._closed, until, gates = True, self.graph.clock() + timeout, [*self._gates]
-        for gate in gates:
-            gate.wait(max(0.0, until - self.graph.clock()))
+        for gate in sorted(gates, key=lambda gate: gate.name != "prefetch"):
+            gate.wait(0.0 if gate.name == "prefetch" else until - self.graph.clock())
             self.graph.cancel(gate)
         if self._own_graph:
             self.graph.close(max(0.0, until - self.graph.clock()))
+        with self.graph.lock:
+            busy = {fill for fill, _ in self._fills.values()}
+        for end in [end for fill in busy for end in (*fill.ends.values(), *fill.last)]:
+            end.wait(until - self.graph.clock())
         if busy := {fill for fill, _ in self._fills.values()}:
             raise TransferTimeout(
                 f"A block store was closed, and after {timeout:g} s {len(busy)} reads or saves had "
@@ -296,117 +346,151 @@ class BlockStore:
 
     def _call(self, kind: str, keys: Keys, priority: str, deadline: float | None = None) -> Call:
         """A call with keys of 32 bytes; refuses what is wrong with them, and a closed store."""
-        keys = check_keys(keys, self._weak)
-        if self._closed or self.graph.process.forked:
+        keys, number = check_keys(keys, self._weak), 0.0 if deadline is None else deadline
+        self._refuse_closed(kind)
+        late = not isinstance(number, Real) or number != number
+        if (many := len({*keys})) < len(keys) or priority not in SLACK or late:
+            raise InvalidTerms(
+                f"A {kind} was asked of {many} different keys among {len(keys)}, with priority="
+                f"{priority!r} and deadline={deadline!r}: expected each once, one of "
+                f"{', '.join(SLACK)}, and seconds or None."
+            )
+        call = Call(keys, Node(None, len(keys), name=kind), priority, deadline)
+        if len(self._tilings) > 1 and kind != "save":  # then what is where decides on the forms
+            for shelf in self._shelves if kind != "lookup" else ():
+                for key in keys:
+                    self._spot(key) or shelf.has([key])
+        return call
+
+    def _refuse_closed(self, kind: str) -> None:
+        if self._closed or self.graph.process.forked or self.graph.closed.is_set():
             why = "closed, or opened by a process that this one was forked from; open another one"
             raise StoreError(f"A {kind} was asked of a block store that was {why}.")
-        if (many := len({*keys})) < len(keys) or priority not in SLACK:
-            raise InvalidTerms(
-                f"A {kind} was asked of {many} different keys among {len(keys)}, with "
-                f"priority={priority!r}: expected each once, and one of {', '.join(SLACK)}."
-            )
-        terms = {"priority": priority, "deadline": deadline}
-        return Call(kind, keys, Node(None, len(keys)), terms)
 
-    def _touch(self, keys: list[bytes]) -> None:
+    @contextmanager
+    def _planned(self, call: Call) -> Iterator[None]:
+        """Inside, the graph is locked and the store open."""
+        with self.graph.lock:
+            self._refuse_closed(call.gate.name)
+            try:
+                yield
+            except BaseException:  # such as Ctrl-C: nobody may wait for what never begins
+                self._fills = {x: one for x, one in self._fills.items() if one[0].users}
+                raise
+
+    def _touch(self, keys: Keys) -> None:
         for shelf in self._shelves:
             shelf.touch(keys)
         for part in {part for tiling in self._tilings for part in tiling}:
             self.rows.touch([part.form.digest + key for key in keys])
 
-    @contextmanager
-    def _spots(self, call: Call) -> Iterator[tuple[Any, dict[tuple[Part, Any], list[int]]]]:
-        """Inside, the graph is locked: which blocks are anywhere, and by part and spot which.
+    def _spots(self, call: Call) -> dict[tuple[Part, Any], list[int]]:
+        """The call's blocks by part and spot; those that are anywhere are given."""
+        groups, found = dict[tuple[Part, Any], list[int]](), [self._spot(key) for key in call.keys]
+        for i, places in enumerate(found):
+            for place in places:
+                groups.setdefault(place, []).append(i)
+        call.given = np.array([bool(x) for x in found], np.bool_)
+        return groups
 
-        A spot is `_KEPT`, a `Fill`, or links with their shelves, the nearest first. A remote tier
-        is taken to have what nearer ones lack; only if there are blocks of other forms as well is
-        it asked before."""
-        sure, groups = len(self._tilings) == 1, dict[tuple[Part, Any], list[int]]()
-
-        def spot(part: Part, key: bytes) -> Any:
-            name, links = part.form.digest + key, list[tuple[Shelf, Link]]()
-            if self.rows.has(name):
-                return _KEPT
-            fill, _ = self._fills.get(name, (None, 0))
-            if fill and not (fill.store and any(x.known([key])[0] for x in part.shelves)):
-                return fill
-            for shelf in part.shelves:
-                far = shelf.tier == "remote" and (sure or bool(links))
-                if far or shelf.known([key])[0]:
-                    links.append((shelf, shelf.link(key)))
-            return tuple(links)
-
-        def spots(key: bytes) -> list[tuple[Part, Any]]:
-            for tiling in self._tilings:
-                found = [(part, spot(part, key)) for part in tiling]
-                if all(where for _, where in found):
-                    return found
-            return []
-
-        for shelf in self._shelves if not sure else ():
-            for key in call.keys:
-                spots(key) or shelf.has([key])
-        with self.graph.lock:
-            found = [spots(key) for key in call.keys]
-            for i, places in enumerate(found):
-                for place in places:
-                    groups.setdefault(place, []).append(i)
-            yield np.array([bool(x) for x in found], np.bool_), groups
+    def _spot(self, key: bytes) -> list[tuple[Part, Any]]:
+        """For each part of a block where it is: `_KEPT`, a `Fill`, or links with their shelves, the
+        nearest first. A remote tier is taken to have what nearer ones lack, unless there are blocks
+        of other forms as well: then it was asked before."""
+        for tiling in self._tilings:
+            found = list[tuple[Part, Any]]()
+            for part in tiling:
+                name, links = part.form.digest + key, list[tuple[Shelf, Link]]()
+                for shelf in part.shelves:
+                    far = shelf.tier == "remote" and (len(self._tilings) == 1 or bool(links))
+                    if far or shelf.known([key])[0]:
+                        links.append((shelf, shelf.link(key)))
+                fill, _ = self._fills.get(name, (None, 0))
+                saved = any(shelf.known([key])[0] for shelf, _ in links)
+                if self.rows.has(name):
+                    found.append((part, _KEPT))
+                elif fill and fill.wanted and not (fill.store and saved):
+                    found.append((part, fill))
+                elif links:
+                    found.append((part, tuple(links)))
+            if len(found) == len(tiling):
+                return found
+        return []
 
     def _rows(
         self, call: Call, part: Part, spot: Any, some: list[int], segments: list[int | None]
-    ) -> Iterator[tuple[Lease, list[Node], list[int], list[int]]]:
-        """Bring blocks into rows: a lease, the nodes after which its rows are right (one for each
-        segment, or one, or none), the blocks, and their rows."""
+    ) -> Iterator[tuple[Lease, dict[int, list[Node]], list[int], list[int]]]:
+        """Bring blocks into rows: a lease; by number of the segments after which nodes the rows
+        are right; the blocks; their rows. What by segments is more than staging holds at once has a
+        lease for each segment, so that the first layers do not wait for the last."""
         names = {i: part.form.digest + call.keys[i] for i in some}
         if isinstance(spot, Fill):
             spot.calls.append((call, some))
-            yield spot, spot.ends, some, [self._fills[names[i]][1] for i in some]
+            spot.until = None  # a save that is waited for is not dropped
+            ends = {
+                number: [spot.ends[x]] if x in spot.ends else [*spot.ends.values()]
+                for number, x in enumerate(segments)
+            }
+            yield spot, ends, some, [self._fills[names[i]][1] for i in some]
             return
+        pieces = [*dict.fromkeys(segments)]
+        apart = len(pieces) > 1 and len(some) > self.rows.staging
         links = [] if spot == _KEPT else [spot[0][1]]
-        for at in self._chunks(some, len({*segments}), *links):
+        for at in self._chunks(some, len(pieces), *links, rows=self.rows.most // (1 + 3 * apart)):
             if spot == _KEPT:
                 lease = Lease(self.rows, 0, ended=lambda lease: self.rows.unpin(lease.items))
                 lease.items = [self.rows.find(names[i]) for i in at]
                 self.graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
-                yield lease, [], at, [*range(len(at))]
+                yield lease, {x: [] for x in range(len(segments))}, at, [*range(len(at))]
                 continue
-            fill, pieces = self._fill(part, call, at), [*dict.fromkeys(segments)]
-            for number, segment in enumerate(pieces):
-                before, order = list[Node](), (number, len(pieces))
-                for shelf, link in spot:
-                    work = partial(self._read, shelf, segment, fill)
-                    before = [self._node(call, work, link, fill, len(at), before, order)]
-                fill.ends += before
-            yield fill, fill.ends, at, [*range(len(at))]
+            for group in [[x] for x in pieces] if apart else [pieces]:
+                fill = self._fill(part, call, at, shared=not apart)
+                for segment in group:
+                    before, order = list[Node](), (pieces.index(segment), len(pieces))
+                    for shelf, link in spot:
+                        work = partial(self._read, shelf, segment, fill)
+                        before = [self._node(call, work, link, fill, before, order)]
+                    fill.ends[segment] = before[0]
+                ends = {n: [fill.ends[x]] for n, x in enumerate(segments) if x in fill.ends}
+                yield fill, ends, at, [*range(len(at))]
 
-    def _chunks(self, blocks: list[int], pieces: int, *links: Link) -> Iterator[list[int]]:
+    def _chunks(
+        self, blocks: list[int], pieces: int, *links: Link, rows: int | None = None
+    ) -> list[list[int]]:
         """The blocks of nodes that move them in so many pieces: all workers of a link have some."""
         share = -(-len(blocks) // max([2, *(link.width for link in links)]))
-        most = max(1, min(self.rows.most, pieces * PIECE // self.rows.row_bytes, share))
-        yield from (blocks[first : first + most] for first in range(0, len(blocks), most))
+        most = self.rows.most if rows is None else rows
+        most = max(1, min(most, pieces * PIECE // self.rows.row_bytes, share))
+        return [blocks[first : first + most] for first in range(0, len(blocks), most)]
 
-    def _fill(self, part: Part, call: Call, at: list[int], until: float | None = None) -> Fill:
-        """Rows to be filled for blocks of a call; a save drops what has none at ``until``."""
-        keys = [call.keys[i] for i in at]
-        fill = Fill(self.rows, len(at), call.kind == "save", until, self._over, None, 0, part, keys)
-        fill.calls.append((call, at))
-        self._fills.update((part.form.digest + key, (fill, row)) for row, key in enumerate(keys))
+    def _fill(
+        self, part: Part, call: Call, at: list[int], until: float | None = None, shared: bool = True
+    ) -> Fill:
+        """Rows to be filled for blocks of a call, which others may use if they are ``shared``; a
+        save drops what has none at ``until``."""
+        keys, store = [call.keys[i] for i in at], call.gate.name == "save"
+        fill = Fill(self.rows, len(at), store, until, self._over, None, 0, part, keys, [(call, at)])
+        call.fills += 1
+        for row, key in enumerate(keys) if shared else ():
+            self._fills[part.form.digest + key] = fill, row
         return fill
 
     def _over(self, fill: Any) -> None:
         """Rows go back, under the graph's lock; those that landed whole are kept, the last first,
         so that a prefix outlives its suffix."""
-        landed = np.zeros(fill.count, np.bool_)
-        if fill.items and len(fill.ends) in (1, len(fill.part.form.segments)):
-            landed = np.logical_and.reduce([end.landed for end in fill.ends])
-        prefetched = all(call.kind == "prefetch" for call, _ in fill.calls)
+        landed, call = np.zeros(fill.count, np.bool_), fill.calls[0][0]
+        if fill.items and (None in fill.ends or len(fill.ends) == len(fill.part.form.segments)):
+            landed = np.logical_and.reduce([end.landed for end in fill.ends.values()])
+        prefetched = all(call.gate.name == "prefetch" for call, _ in fill.calls)
         for row in range(fill.count)[::-1]:
             name = fill.part.form.digest + fill.keys[row]
             if self._fills.get(name, (None,))[0] is fill:
                 del self._fills[name]
             if landed[row]:
                 self.rows.keep(fill.items[row], name, prefetched)
+        call.fills -= 1
+        if fill.store and not call.fills:
+            self._touch(call.keys)
 
     def _node(
         self,
@@ -414,15 +498,16 @@ class BlockStore:
         work: Any,
         link: Link,
         lease: Lease,
-        size: int,
         after: Any = (),
-        order: Any = (0, 1),
+        order: tuple[int, int] = (0, 1),
+        size: int | None = None,
     ) -> Node:
         """Plan ``work(node, mask)`` on ``size`` rows of a lease: of ``order[1]`` segments the
         ``order[0]``-th. A read that follows another one rescues what that one did not get."""
-        rescue = call.kind != "save" and bool(after) and isinstance(after[0], Node)
-        nbytes = size * self.rows.row_bytes // order[1]
-        given = {"after": after, "rescue": rescue, "lease": lease, "name": call.kind}
+        size = lease.count if size is None else size
+        rescue = call.gate.name != "save" and bool(after) and isinstance(after[0], Node)
+        nbytes, name = size * self.rows.row_bytes // order[1], call.gate.name
+        given = {"after": after, "rescue": rescue, "lease": lease, "name": name}
         node = Node(work, size, link=link, nbytes=nbytes, **given)
         call.nodes.append((order[0], node))
         return node
@@ -430,15 +515,17 @@ class BlockStore:
     def _submit(self, call: Call, *gates: Node) -> None:
         nodes = [node for _, node in sorted(call.nodes, key=itemgetter(0))]
         call.nodes.clear()
-        self.graph.submit([*nodes, *gates], **call.terms)
+        late = call.deadline if gates else None  # who joins a node may have more time
+        self.graph.submit([*nodes, *gates], priority=call.priority, deadline=late)
 
     def _ended(
-        self, call: Call, given: Any, view: Any, by_layer: bool = False, missing: str = "raise"
+        self, call: Call, view: Any, by_layer: bool = False, missing: str = "raise"
     ) -> Handle:
         """Begin a call, behind a gate of all and, by layer, one of each layer."""
-        layers = [Node(None, len(given)) for _ in range(*self.form.layers[:2])] if by_layer else []
+        many = self.form.layers[1] - self.form.layers[0] if by_layer else 0
+        layers = [Node(None, len(call.keys)) for _ in range(many)]
         for layer, gate in enumerate([call.gate, *layers], -1):
-            gate.given = given
+            gate.given = call.given
             gate.after = [x[:3] for x in call.ends if layer < 0 or layer in x[3]]
         self._submit(call, *layers, call.gate)
         self._gates.add(call.gate)
@@ -448,30 +535,27 @@ class BlockStore:
 
     def _read(self, shelf: Shelf, segment: int | None, fill: Fill, _: Node, mask: Any) -> Any:
         def stop() -> bool:
-            return all(call.gate.done() or call.gate.cut for call, _ in fill.calls)
+            with self.graph.lock:
+                self.graph.sweep()
+                return not fill.wanted
 
         rows, segments = np.flatnonzero(mask).tolist(), None if segment is None else [segment]
         data = [self.rows.array(fill.items[row]) for row in rows]
         mask[rows] = shelf.read([fill.keys[row] for row in rows], data, segments, stop)
         return mask
 
-    def _gather(
-        self, crossing: Crossing, view: KVView, generation: int, fill: Fill, _: Node, mask: Any
-    ) -> None:
-        at, form = fill.calls[0][1], fill.part.form
-        _cross(crossing, (fill.part.rows, view), fill, range(fill.count), at, _, mask)
+    def _gather(self, crossing: Crossing, view: KVView, fill: Fill, _: Node, mask: Any) -> None:
+        sides, at = (fill.part.rows, view), fill.calls[0][1]
+        _cross(crossing, sides, fill, range(fill.count), at, _, mask)
         for row in np.flatnonzero(mask).tolist():
-            sums = image.seal(self.rows.array(fill.items[row]), form, fill.keys[row], generation)
-            fill.seals[row] = generation, sums
+            data, key = self.rows.array(fill.items[row]), fill.keys[row]
+            fill.sums[row] = image.seal(data, fill.part.form, key, fill.generation)
 
     def _write(self, shelf: Shelf, link: Link, fill: Fill, _: Node, mask: Any) -> Any:
         rows = np.flatnonzero(mask).tolist()
-        rows = [row for row in rows if not shelf.has([fill.keys[row]])[0]]
-        if rows:
-            data = [self.rows.array(fill.items[row]) for row in rows]
-            generations, sums = zip(*(fill.seals[row] for row in rows), strict=True)
-            keys = [fill.keys[row] for row in rows]
-            mask[rows] = shelf.write(link, keys, data, generations, sums)
+        keys, sums = [fill.keys[row] for row in rows], [fill.sums[row] for row in rows]
+        data = [self.rows.array(fill.items[row]) for row in rows]
+        mask[rows] = shelf.write(link, keys, data, [fill.generation] * len(rows), sums)
         return mask
 
 
@@ -486,18 +570,15 @@ def _legs(part: Part, view: KVView, by_layer: bool) -> list[tuple[range, int | N
     """What crosses at once between rows of a part and a view: layers of the view, the segment that
     has them (None: the image), and both sides of the copy."""
     first, past = part.theirs["layers"].start, part.theirs["layers"].stop
-    to = part.mine["layers"].start
-    cuts: list[tuple[int, int, int | None]] = [(first, past, None)]
-    if by_layer and part.form.segments[1:]:
-        cuts = [(max(first, x[0]), min(past, x[1]), i) for i, x in enumerate(part.form.segments)]
-    elif by_layer:
-        many = min(PARTS, past - first)
-        ends = [first + (past - first) * i // many for i in range(many + 1)]
-        cuts = [(a, b, None) for a, b in pairwise(ends)]
-    sides, found = (part.rows, view.slice(**part.mine)), list[Any]()
-    for a, b, segment in cuts:
+    to, found, segmented = part.mine["layers"].start, list[Any](), bool(part.form.segments[1:])
+    ends = np.linspace(first, past, 1 + (min(PARTS, past - first) if by_layer else 1), dtype=int)
+    if by_layer and segmented:
+        ends = np.array([0, *(x.past_layer for x in part.form.segments)])
+    for number, (a, b) in enumerate(pairwise(ends.clip(first, past).tolist())):
         if a < b:
-            pair = [side.slice(layers=slice(a - first, b - first)) for side in sides]
+            cut, mine = slice(a - first, b - first), view.slice(**part.mine)
+            pair = part.rows.slice(layers=cut), mine.slice(layers=cut)
+            segment = number if by_layer and segmented else None
             found.append((range(to + a - first, to + b - first), segment, pair))
     return found
 

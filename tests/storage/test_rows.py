@@ -22,7 +22,7 @@ def kept(rows: Rows, *numbers: int, prefetched: bool = False) -> list[bool]:
 
 
 def test_rows_are_aligned_and_apart() -> None:
-    rows = Rows(8192, 3, 2, pinned=False)
+    rows = Rows(8192, 3, 2, pin=False)
     assert rows.tensor.shape == (5, 8192)
     assert rows.tensor.data_ptr() % 4096 == 0
     assert rows.memory == ((rows.tensor.data_ptr(), 5 * 8192),)
@@ -34,7 +34,7 @@ def test_rows_are_aligned_and_apart() -> None:
 
 @pytest.mark.parametrize("staging", [1, 2, 9])
 def test_a_lease_is_all_or_none_and_stores_leave_half_to_loads(staging: int) -> None:
-    rows = Rows(4096, staging, 4, pinned=False)
+    rows = Rows(4096, staging, 4, pin=False)
     half = max(1, staging // 2)
     assert rows.most == half
     first = rows.take(half, True)
@@ -50,7 +50,7 @@ def test_a_lease_is_all_or_none_and_stores_leave_half_to_loads(staging: int) -> 
 
 def test_the_row_used_least_recently_goes_unless_it_is_pinned() -> None:
     """Fault 58, 59 of the host tier: what is being read stays, and if all is, nothing is kept."""
-    rows = Rows(4096, 2, 3, pinned=False)
+    rows = Rows(4096, 2, 3, pin=False)
     assert kept(rows, 0, 1, 2) == [True] * 3
     assert kept(rows, 1) == [False]
     rows.touch([key_of(0), key_of(2)])  # a prefix: 0 is to outlive 2, and both 1
@@ -69,7 +69,7 @@ def test_the_row_used_least_recently_goes_unless_it_is_pinned() -> None:
 
 
 def test_what_was_prefetched_and_not_used_takes_half() -> None:
-    rows = Rows(4096, 2, 4, pinned=False)
+    rows = Rows(4096, 2, 4, pin=False)
     kept(rows, 0, 1)
     assert kept(rows, 2, 3, 4, prefetched=True) == [True] * 3
     assert [rows.has(key_of(i)) for i in range(5)] == [True, True, False, True, True]
@@ -81,6 +81,6 @@ def test_what_was_prefetched_and_not_used_takes_half() -> None:
 
 
 def test_without_a_host_tier_nothing_is_kept() -> None:
-    rows = Rows(4096, 2, 0, pinned=False)
+    rows = Rows(4096, 2, 0, pin=False)
     assert kept(rows, 0) == [False]
     assert rows.counts()["free"] == 2

@@ -7,10 +7,12 @@ import json
 import os
 import signal
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from threading import Event
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -25,6 +27,7 @@ from portakv import KVView
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
+    PortaKVError,
     SlotError,
     StoreError,
     TransferCancelled,
@@ -34,6 +37,7 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
+from portakv.storage.disk import Disk
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 
@@ -338,6 +342,135 @@ def test_close_lets_saves_end_and_refuses_more(opened: Any) -> None:
             ask(KEYS)
 
 
+@pytest.mark.parametrize("how", ["cancel", "deadline"])
+def test_a_save_goes_on_for_the_other_that_joined_it(opened: Any, how: str) -> None:
+    """The first one is cancelled or late, and the second one ends well."""
+    source, tier, go = cache(), FakeTier(), threading.Event()
+    store = opened(tiers=[tier], staging=4)
+    tier.hold = go
+    first = store.save(
+        source, range(8), KEYS, priority="urgent", deadline=0.2 if how == "deadline" else None
+    )
+    second = store.save(source, range(8), KEYS, priority="urgent")
+    if how == "cancel":
+        assert not first.cancel()
+    else:
+        with pytest.raises(TransferTimeout):
+            first.synchronize(0.4)
+    go.set()
+    second.synchronize(LIMIT)
+    assert second.landed.all()
+    assert len(tier.blocks) == 8
+
+
+def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
+    """Staging is full until after its slack."""
+    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    store = opened(tiers=[tier], staging=2, full="drop")
+    tier.hold = go
+    first = store.save(source, [0], KEYS[:1], priority="urgent")
+    for at in (1, 2):
+        store.save(source, [at], KEYS[at : at + 1], priority="normal")
+    loaded = store.load(target, [1], KEYS[1:2])
+    with pytest.raises(TransferTimeout):
+        loaded.synchronize(0.2)
+    go.set()
+    loaded.synchronize(LIMIT)
+    first.synchronize(LIMIT)
+    assert same(source, [1], target, [1])
+    assert store.lookup(KEYS) == 2, "and the other one was dropped"
+
+
+def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:
+    """Its load was cancelled, and it has been told to stop: another load reads on its own."""
+    source, target, tier, stopped, go = cache(), cache(seed=50), FakeTier(), Event(), Event()
+    store = opened(tiers=[tier])
+    saved(store, source)
+    begun, cancelled, shelf = Event(), Event(), store._shelves[0]
+    read = shelf.read
+
+    def reads(keys: Any, rows: Any, segments: Any, stop: Any) -> Any:
+        begun.set()
+        assert cancelled.wait(LIMIT)
+        if not stop():
+            return read(keys, rows, segments, stop)
+        stopped.set()
+        go.wait(LIMIT)
+        return [False] * len(keys)
+
+    shelf.read = reads
+    first = store.load(cache(), [3], KEYS[:1])
+    assert begun.wait(LIMIT)
+    assert first.cancel()
+    cancelled.set()
+    assert stopped.wait(LIMIT)
+    second = store.load(target, [3], KEYS[:1])
+    go.set()
+    second.synchronize(LIMIT)
+    assert same(source, [0], target, [3])
+
+
+def test_a_prefix_outlives_its_suffix(opened: Any, tmp_path: Path) -> None:
+    """A long save is of many nodes: its head is the newest of them on disk, and used last."""
+    source, target, form = cache(), cache(seed=50), small_form()
+
+    def make(slots: int) -> BlockStore:
+        disk = Disk(tmp_path, capacity=slots * form.image_bytes, io="threads")
+        return cast(BlockStore, opened(tiers=[disk], staging=2, host=4))
+
+    store = make(8)
+    saved(store, source)
+    shelf: Any = store._shelves[0]
+    assert shelf.parts[0][0].keys() == KEYS[::-1]
+    assert [store.rows.has(form.digest + key) for key in KEYS[-2:]] == [True, True]
+    store.close()
+    store = make(8)  # the order of the records
+    saved(store, source, [8, 9], [key_of(8), key_of(9)])
+    assert store.lookup(KEYS) == 6
+    loaded = store.load(target, range(8), KEYS, missing="skip")
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.tolist() == [True] * 6 + [False] * 2
+
+
+def test_a_load_that_nobody_waits_for_does_not_fail_close(opened: Any) -> None:
+    """Of a shared graph: its read has begun, its deadline has passed; close waits for it."""
+    source, tier, go, graph = cache(), FakeTier(), threading.Event(), Graph()
+    store = opened(tiers=[tier], graph=graph)
+    saved(store, source)
+    tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
+    late = store.load(cache(seed=50), [0], KEYS[:1], deadline=0.05, missing="skip")
+    late.synchronize(LIMIT)
+    threading.Timer(0.2, go.set).start()
+    store.close(LIMIT)
+    assert tier.closed == 1
+    refused = opened(tiers=[tier], graph=graph)
+    assert graph.close(LIMIT)
+    with pytest.raises(StoreError, match="closed"):
+        refused.load(source, range(8), KEYS)
+
+
+def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
+    source, tier, told, begun = cache(), FakeTier(), list[bool](), Event()
+    saved(opened(tiers=[tier]), source)
+    store = opened(tiers=[tier], host=4)
+    shelf = store._shelves[0]
+
+    def hangs(keys: Any, rows: Any, segments: Any, stop: Any) -> Any:
+        begun.set()
+        while not stop():
+            time.sleep(0.01)
+        told.append(True)
+        return [False] * len(keys)
+
+    shelf.read = hangs
+    store.prefetch([KEYS[0]])
+    assert begun.wait(LIMIT)
+    began = time.monotonic()
+    store.close(LIMIT)
+    assert time.monotonic() - began < LIMIT / 2
+    assert told == [True]
+
+
 def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
     """Fault 16."""
     source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
@@ -491,14 +624,16 @@ def test_a_whole_load_joins_one_by_layer_and_the_other_way(opened: Any) -> None:
             assert same(source, range(2), target, range(2))
 
 
-def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any) -> None:
+@pytest.mark.parametrize("staging", [2, 5, 8])
+def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any, staging: int) -> None:
+    """Its first layers do not wait for the last ones."""
     shape: Any = {"layers": 4, "heads": 8, "size": 128}  # a segment for each two layers
-    source, target, tier = cache(12, **shape), cache(12, seed=50, **shape), FakeTier()
-    store = opened(BlockForm.of(source, "org/model@1"), tiers=[tier], staging=2)
+    source, target, tier = cache(12, **shape), cache(12, seed=50, **shape), FakeTier(width=1)
+    store = opened(BlockForm.of(source, "org/model@1"), tiers=[tier], staging=staging)
     saved(store, source)
     store.load(target, range(8), KEYS, by_layer=True).synchronize(LIMIT)
+    assert [segment for _, segment in tier.reads] == [[0]] * 8 + [[1]] * 8
     assert same(source, range(8), target, range(8))
-    assert len(tier.reads) == 8 * len(store.form.segments) > 8
 
 
 def test_prefetched_blocks_are_loaded_without_the_tier(opened: Any) -> None:
@@ -575,8 +710,23 @@ def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
         store.lookup(KEYS) or store.prefetch(KEYS, priority="high")
     with pytest.raises(InvalidTerms, match="missing"):
         store.load(view, [0], KEYS[:1], missing="hide")
-    with pytest.raises(InvalidTerms, match="'drop' or 'wait'"):
-        opened(full="grow")
+    for later in ("soon", float("nan")):
+        with pytest.raises(InvalidTerms, match="seconds or None"):
+            store.load(view, [0], KEYS[:1], deadline=later)
+    form, size = small_form(), small_form().image_bytes
+    wrong_terms: list[dict[str, Any]] = [
+        {"form": form, "full": "grow"},
+        {"form": form, "tiers": FakeTier()},
+        {"form": view},
+        {"form": form, "staging": "1 GB"},
+        {"form": form, "host": None},
+    ]
+    for terms in wrong_terms:
+        with pytest.raises(InvalidTerms, match="'drop' or 'wait'"):
+            BlockStore(**{"staging": size, "host": size, **terms})
+    with pytest.raises(PortaKVError, match="less"):
+        BlockStore(form, host=1 << 60)
+    assert BlockStore(form, staging=2.5 * size, host=1e5).rows.staging == 2  # type: ignore[arg-type]
     for rows in ({"staging": 0, "host": 4}, {"staging": 4, "host": 0}):
         with pytest.raises(StoreError, match=r"takes \d+ bytes"):
             opened(**rows)
