@@ -16,7 +16,7 @@ import torch
 
 from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
-from portakv.host import _pages, pinned
+from portakv.host import pinned
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import event_pool
@@ -33,37 +33,33 @@ class Rows:
 
     Attributes:
         tensor: uint8 ``[staging + host, row_bytes]``, at a multiple of 4,096 bytes.
+        array: the same, of numpy.
         memory: its address and bytes, for an engine to register; pinned: False if it is pageable.
         most: rows that one lease may have.
         evicted: rows that lost their key to another one's.
     """
 
     def __init__(self, row_bytes: int, staging: int, host: int, pin: bool = True) -> None:
-        self.row_bytes, self.staging, self.host = row_bytes, staging, host
-        self.most, self.evicted = max(1, staging // 2), 0
-        nbytes = (staging + host) * row_bytes
+        self.row_bytes, self.staging, self.host = row_bytes, int(staging), int(host)
+        self.most, self.evicted = max(1, self.staging // 2), 0
+        nbytes = (self.staging + self.host) * row_bytes
         self.pinned = pin and pinned.why_not() is None
         with torch.inference_mode(False):  # transfers write it in any mode
             if self.pinned:
                 held = pinned.allocate(nbytes + _PAGE, unit=row_bytes)
                 self.pinned, room = held.pinned, held.tensor
-            else:  # in large pages, which make the requests of a disk fewer
-                pages, _ = _pages.map_private(nbytes + _PAGE, "auto")
-                room = torch.frombuffer(pages, dtype=torch.uint8)
+            else:  # numpy asks for large pages, which make the requests of a disk fewer
+                room = torch.from_numpy(np.empty(nbytes + _PAGE, np.uint8))
             first = -room.data_ptr() % _PAGE
             self.tensor = room[first : first + nbytes].view(-1, row_bytes)
         self.memory = ((self.tensor.data_ptr(), nbytes),)
-        self._array: Any = self.tensor.numpy()
+        self.array: Any = self.tensor.numpy()
         self._lock = threading.Lock()  # nothing is called while it is held
-        self._free = deque(range(staging + host))
+        self._free = deque(range(self.staging + self.host))
         self._lent: dict[int, bool] = {}  # whether it is lent to a store
         self._kept: OrderedDict[bytes, int] = OrderedDict()  # the least recently used key first
         self._unused: OrderedDict[bytes, int] = OrderedDict()  # prefetched, and not found since
         self._pins: Counter[int] = Counter()
-
-    def array(self, item: int) -> Any:
-        """A row's bytes, uint8 ``[row_bytes]``."""
-        return self._array[item]
 
     def take(self, count: int, store: bool) -> list[int] | None:
         """So many rows for a transfer, all or none; stores have at most `most` of them in sum."""

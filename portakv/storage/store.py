@@ -5,11 +5,11 @@ plans which nodes of a transfer graph move which bytes between views, rows on th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from numbers import Real
 from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
@@ -48,12 +48,8 @@ class Shelf(Protocol):
     def known(self, keys: Keys, /) -> list[bool]: ...  # does not
     def link(self, key: bytes, /) -> Link: ...
     def link_for_write(self, nbytes: int, /) -> Link: ...
-    def read(
-        self, keys: Keys, rows: list[Any], segments: Any, stop: Callable[[], bool], /
-    ) -> list[bool]: ...
-    def write(
-        self, link: Link, keys: Keys, rows: list[Any], generations: Any, checksums: Any, /
-    ) -> list[bool]: ...
+    def read(self, keys: Keys, rows: Any, segments: Any, stop: Any, /) -> list[bool]: ...
+    def write(self, _: Link, keys: Keys, rows: Any, numbers: Any, sums: Any, /) -> list[bool]: ...
     def touch(self, keys: Keys, /) -> None: ...
     def statistics(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -94,6 +90,7 @@ class Fill(Lease):
     part: Any = None
     keys: list[bytes] = field(default_factory=list)
     calls: list[Any] = field(default_factory=list)  # with their blocks, the maker first
+    names: list[bytes] = field(default_factory=list)  # of its rows in `BlockStore._fills`
     ends: dict[int | None, Node] = field(default_factory=dict)
     last: list[Node] = field(default_factory=list)
     generation: int = 0
@@ -103,6 +100,11 @@ class Fill(Lease):
     def wanted(self) -> bool:
         """Whether some call that was neither cancelled nor late waits for it; under the lock."""
         return any(not call.gate.cut for call, _ in self.calls)
+
+    def of(self, mask: Any) -> tuple[list[int], list[bytes], list[Any]]:
+        """Numbers, keys and bytes of rows."""
+        rows: list[int] = np.flatnonzero(mask).tolist()
+        return rows, [self.keys[i] for i in rows], [self.pool.array[self.items[i]] for i in rows]
 
 
 class BlockStore:
@@ -141,9 +143,8 @@ class BlockStore:
         kinds = (form, BlockForm), (tiers, Sequence), (staging, Real), (host, Real)
         if not all(isinstance(*each) for each in kinds) or full not in ("drop", "wait"):
             raise InvalidTerms(
-                f"A block store was asked for with {form=}, {staging=}, {host=}, {tiers=} and "
-                f"{full=}: expected a BlockForm, two numbers of bytes, a list of tiers, and 'drop' "
-                f"or 'wait'."
+                f"A store of {form=}, {staging=}, {host=}, {tiers=}, {full=} was asked: expected a "
+                f"BlockForm, two numbers of bytes, a list of tiers, and 'drop' or 'wait'."
             )
         forms = [*dict.fromkeys([form, *(x for tier in tiers for x in tier.forms(form))])]
         size = max(each.image_bytes for each in forms)
@@ -154,10 +155,7 @@ class BlockStore:
                 f"keep it; a block takes {size} bytes here. Give it more."
             )
         self.form, self._weak, self._drop, self._closed = form, weak_keys, full == "drop", False
-        self.rows, self._shelves = (
-            Rows(size, int(staging // size), int(host // size)),
-            list[Shelf](),
-        )
+        self.rows, self._shelves = Rows(size, staging // size, host // size), list[Shelf]()
         self.graph, self._own_graph = graph or Graph(), graph is None
         self._up, self._down = (self.graph.link(x, width=2) for x in ("host-device", "device-host"))
         # Under the graph's lock: what is under way, by form and key, with its row; ends of calls.
@@ -226,13 +224,14 @@ class BlockStore:
                 for number, at in enumerate(chunks):
                     fill = self._fill(own, call, at, until)
                     fill.generation = self._generation - number  # a prefix is the newer part
-                    work = partial(self._gather, crossing, view, fill)
-                    gather = fill.ends[None] = self._node(call, work, self._down, fill)
-                    fill.last.append(gather)
+                    steps = [(self._down, partial(self._gather, crossing, view, fill))]
                     for shelf in lacks:
                         link = shelf.link_for_write(len(at) * own.form.image_bytes)
-                        work = partial(self._write, shelf, link, fill)
-                        fill.last.append(self._node(call, work, link, fill, [gather]))
+                        steps.append((link, partial(self._write, shelf, link, fill)))
+                    for link, work in steps:
+                        after = fill.last[:1]
+                        fill.last.append(self._node(call, at, work, link, fill, after, (0, 1)))
+                    fill.ends[None] = fill.last[0]
                     call.ends += [(end, at, range(len(at)), range(0)) for end in fill.last]
                     self._submit(call)  # now, so that the links' queues show it
             return self._ended(call, view)
@@ -256,7 +255,7 @@ class BlockStore:
         read as a whole, and only the device's leg goes by layer.
         """
         if missing not in ("raise", "skip"):
-            raise InvalidTerms(f"missing={missing!r} was asked: expected 'raise' or 'skip'.")
+            raise InvalidTerms(f"{missing=} was asked of a load: expected 'raise' or 'skip'.")
         call, own = self._call("load", keys, priority, deadline), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size)
         with self._planned(call):
@@ -270,10 +269,10 @@ class BlockStore:
                         after = [(end, range(len(at)), rows) for end in before]
                         work = partial(_cross, crossing, sides, lease, rows, at)
                         order = number, len(pieces)
-                        node = self._node(call, work, self._up, lease, after, order, len(at))
+                        node = self._node(call, at, work, self._up, lease, after, order)
                         call.ends.append((node, at, range(len(at)), layers))
             self._touch(call.keys)
-            return self._ended(call, view, by_layer, missing)
+            return self._ended(call, view, view.layers * by_layer, missing)
 
     def prefetch(self, keys: Keys, priority: str = "background") -> Handle:
         """Read blocks into the host tier, of which what is prefetched and not yet loaded takes half
@@ -293,15 +292,12 @@ class BlockStore:
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, as `Graph.statistics`; what each tier
         tells beside them."""
-        rows = self.rows.counts().items()
-        more: dict[str, list[dict[str, Any]]] = {
-            "staging_bytes": [{"state": x, "value": n * self.rows.row_bytes} for x, n in rows],
-            "host_evicted_total": [{"value": self.rows.evicted}],
-            "tiers": [
-                {"tier": x.tier, "form": x.form.name, **x.statistics()} for x in self._shelves
-            ],
-        }
-        return {**self.graph.statistics(), **more}
+        told, rows, shelves = self.graph.statistics(), self.rows, self._shelves
+        staging = {x: n * rows.row_bytes for x, n in rows.counts().items()}
+        told["staging_bytes"] = [{"state": x, "value": n} for x, n in staging.items()]
+        told["host_evicted_total"] = [{"value": rows.evicted}]
+        told["tiers"] = [{"tier": x.tier, "form": x.form.name, **x.statistics()} for x in shelves]
+        return told
 
     def trace(self, path: str) -> None:
         """Write what the graph did last, for Perfetto or Chrome to show."""
@@ -330,10 +326,9 @@ class BlockStore:
             self.graph.cancel(gate)
         if self._own_graph:
             self.graph.close(max(0.0, until - self.graph.clock()))
-        with self.graph.lock:
-            busy = {fill for fill, _ in self._fills.values()}
-        for end in [end for fill in busy for end in (*fill.ends.values(), *fill.last)]:
-            end.wait(until - self.graph.clock())
+        for fill, _ in [*self._fills.values()]:
+            for end in (*fill.ends.values(), *fill.last):
+                end.wait(until - self.graph.clock())
         if busy := {fill for fill, _ in self._fills.values()}:
             raise TransferTimeout(
                 f"A block store was closed, and after {timeout:g} s {len(busy)} reads or saves had "
@@ -346,20 +341,18 @@ class BlockStore:
 
     def _call(self, kind: str, keys: Keys, priority: str, deadline: float | None = None) -> Call:
         """A call with keys of 32 bytes; refuses what is wrong with them, and a closed store."""
-        keys, number = check_keys(keys, self._weak), 0.0 if deadline is None else deadline
         self._refuse_closed(kind)
-        late = not isinstance(number, Real) or number != number
-        if (many := len({*keys})) < len(keys) or priority not in SLACK or late:
+        keys, late = check_keys(keys, self._weak), 0.0 if deadline is None else deadline
+        timed = priority in SLACK and isinstance(late, Real) and late == late
+        if (many := len({*keys})) < len(keys) or not timed:
             raise InvalidTerms(
-                f"A {kind} was asked of {many} different keys among {len(keys)}, with priority="
-                f"{priority!r} and deadline={deadline!r}: expected each once, one of "
-                f"{', '.join(SLACK)}, and seconds or None."
+                f"A {kind} was asked of {many} different keys among {len(keys)}, {priority=} and "
+                f"{deadline=}: expected each once, one of {[*SLACK]}, and seconds or None."
             )
         call = Call(keys, Node(None, len(keys), name=kind), priority, deadline)
-        if len(self._tilings) > 1 and kind != "save":  # then what is where decides on the forms
-            for shelf in self._shelves if kind != "lookup" else ():
-                for key in keys:
-                    self._spot(key) or shelf.has([key])
+        if len(self._tilings) > 1 and kind in ("load", "prefetch"):  # where is what decides then
+            for key, shelf in product(keys, self._shelves):
+                self._spot(key) or shelf.has([key])
         return call
 
     def _refuse_closed(self, kind: str) -> None:
@@ -426,17 +419,15 @@ class BlockStore:
         names = {i: part.form.digest + call.keys[i] for i in some}
         if isinstance(spot, Fill):
             spot.calls.append((call, some))
-            spot.until = None  # a save that is waited for is not dropped
-            ends = {
-                number: [spot.ends[x]] if x in spot.ends else [*spot.ends.values()]
-                for number, x in enumerate(segments)
-            }
+            spot.until, every = None, [*spot.ends.values()]  # what is waited for is not dropped
+            which = enumerate(segments)
+            ends = {n: [spot.ends[x]] if x in spot.ends else every for n, x in which}
             yield spot, ends, some, [self._fills[names[i]][1] for i in some]
             return
         pieces = [*dict.fromkeys(segments)]
         apart = len(pieces) > 1 and len(some) > self.rows.staging
         links = [] if spot == _KEPT else [spot[0][1]]
-        for at in self._chunks(some, len(pieces), *links, rows=self.rows.most // (1 + 3 * apart)):
+        for at in self._chunks(some, len(pieces), *links):
             if spot == _KEPT:
                 lease = Lease(self.rows, 0, ended=lambda lease: self.rows.unpin(lease.items))
                 lease.items = [self.rows.find(names[i]) for i in at]
@@ -444,35 +435,33 @@ class BlockStore:
                 yield lease, {x: [] for x in range(len(segments))}, at, [*range(len(at))]
                 continue
             for group in [[x] for x in pieces] if apart else [pieces]:
-                fill = self._fill(part, call, at, shared=not apart)
+                fill = self._fill(part, call, at, None, str(group).encode() if apart else b"")
                 for segment in group:
                     before, order = list[Node](), (pieces.index(segment), len(pieces))
                     for shelf, link in spot:
                         work = partial(self._read, shelf, segment, fill)
-                        before = [self._node(call, work, link, fill, before, order)]
+                        before = [self._node(call, at, work, link, fill, before, order)]
                     fill.ends[segment] = before[0]
                 ends = {n: [fill.ends[x]] for n, x in enumerate(segments) if x in fill.ends}
                 yield fill, ends, at, [*range(len(at))]
 
-    def _chunks(
-        self, blocks: list[int], pieces: int, *links: Link, rows: int | None = None
-    ) -> list[list[int]]:
+    def _chunks(self, blocks: list[int], pieces: int, *links: Link) -> list[list[int]]:
         """The blocks of nodes that move them in so many pieces: all workers of a link have some."""
         share = -(-len(blocks) // max([2, *(link.width for link in links)]))
-        most = self.rows.most if rows is None else rows
+        most = self.rows.most // (4 if pieces > 1 else 1)
         most = max(1, min(most, pieces * PIECE // self.rows.row_bytes, share))
         return [blocks[first : first + most] for first in range(0, len(blocks), most)]
 
     def _fill(
-        self, part: Part, call: Call, at: list[int], until: float | None = None, shared: bool = True
+        self, part: Part, call: Call, at: list[int], until: float | None, apart: bytes = b""
     ) -> Fill:
-        """Rows to be filled for blocks of a call, which others may use if they are ``shared``; a
-        save drops what has none at ``until``."""
+        """Rows to be filled for blocks of a call, which others may use unless they have a name
+        ``apart``; a save drops what has none at ``until``."""
         keys, store = [call.keys[i] for i in at], call.gate.name == "save"
         fill = Fill(self.rows, len(at), store, until, self._over, None, 0, part, keys, [(call, at)])
+        fill.names = [part.form.digest + key + apart for key in keys]
+        self._fills.update((name, (fill, row)) for row, name in enumerate(fill.names))
         call.fills += 1
-        for row, key in enumerate(keys) if shared else ():
-            self._fills[part.form.digest + key] = fill, row
         return fill
 
     def _over(self, fill: Any) -> None:
@@ -482,8 +471,7 @@ class BlockStore:
         if fill.items and (None in fill.ends or len(fill.ends) == len(fill.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in fill.ends.values()])
         prefetched = all(call.gate.name == "prefetch" for call, _ in fill.calls)
-        for row in range(fill.count)[::-1]:
-            name = fill.part.form.digest + fill.keys[row]
+        for row, name in [*enumerate(fill.names)][::-1]:
             if self._fills.get(name, (None,))[0] is fill:
                 del self._fills[name]
             if landed[row]:
@@ -493,24 +481,15 @@ class BlockStore:
             self._touch(call.keys)
 
     def _node(
-        self,
-        call: Call,
-        work: Any,
-        link: Link,
-        lease: Lease,
-        after: Any = (),
-        order: tuple[int, int] = (0, 1),
-        size: int | None = None,
+        self, call: Call, at: Any, work: Any, link: Link, lease: Lease, after: Any, order: Any
     ) -> Node:
-        """Plan ``work(node, mask)`` on ``size`` rows of a lease: of ``order[1]`` segments the
-        ``order[0]``-th. A read that follows another one rescues what that one did not get."""
-        size = lease.count if size is None else size
-        rescue = call.gate.name != "save" and bool(after) and isinstance(after[0], Node)
-        nbytes, name = size * self.rows.row_bytes // order[1], call.gate.name
-        given = {"after": after, "rescue": rescue, "lease": lease, "name": name}
-        node = Node(work, size, link=link, nbytes=nbytes, **given)
-        call.nodes.append((order[0], node))
-        return node
+        """Plan ``work(node, mask)`` on rows of a lease, of segment ``order[0]`` of ``order[1]``. A
+        read that follows another one rescues what that one did not get."""
+        name, nbytes = call.gate.name, len(at) * self.rows.row_bytes // order[1]
+        rescue = name != "save" and bool(after) and isinstance(after[0], Node)
+        terms = {"after": after, "rescue": rescue, "lease": lease, "name": name}
+        call.nodes.append((order[0], Node(work, len(at), link=link, nbytes=nbytes, **terms)))
+        return call.nodes[-1][1]
 
     def _submit(self, call: Call, *gates: Node) -> None:
         nodes = [node for _, node in sorted(call.nodes, key=itemgetter(0))]
@@ -518,18 +497,15 @@ class BlockStore:
         late = call.deadline if gates else None  # who joins a node may have more time
         self.graph.submit([*nodes, *gates], priority=call.priority, deadline=late)
 
-    def _ended(
-        self, call: Call, view: Any, by_layer: bool = False, missing: str = "raise"
-    ) -> Handle:
+    def _ended(self, call: Call, view: Any, layers: int = 0, missing: str = "raise") -> Handle:
         """Begin a call, behind a gate of all and, by layer, one of each layer."""
-        many = self.form.layers[1] - self.form.layers[0] if by_layer else 0
-        layers = [Node(None, len(call.keys)) for _ in range(many)]
-        for layer, gate in enumerate([call.gate, *layers], -1):
+        each = [Node(None, len(call.keys)) for _ in range(layers)]
+        for layer, gate in enumerate([call.gate, *each], -1):
             gate.given = call.given
             gate.after = [x[:3] for x in call.ends if layer < 0 or layer in x[3]]
-        self._submit(call, *layers, call.gate)
+        self._submit(call, *each, call.gate)
         self._gates.add(call.gate)
-        return Handle(self.graph, call.gate, layers, missing, view)
+        return Handle(self.graph, call.gate, each, missing, view)
 
     # --- what nodes do, in workers, for the blocks of a mask ---
 
@@ -539,22 +515,19 @@ class BlockStore:
                 self.graph.sweep()
                 return not fill.wanted
 
-        rows, segments = np.flatnonzero(mask).tolist(), None if segment is None else [segment]
-        data = [self.rows.array(fill.items[row]) for row in rows]
-        mask[rows] = shelf.read([fill.keys[row] for row in rows], data, segments, stop)
+        rows, keys, data = fill.of(mask)
+        mask[rows] = shelf.read(keys, data, None if segment is None else [segment], stop)
         return mask
 
     def _gather(self, crossing: Crossing, view: KVView, fill: Fill, _: Node, mask: Any) -> None:
         sides, at = (fill.part.rows, view), fill.calls[0][1]
         _cross(crossing, sides, fill, range(fill.count), at, _, mask)
-        for row in np.flatnonzero(mask).tolist():
-            data, key = self.rows.array(fill.items[row]), fill.keys[row]
+        for row, key, data in zip(*fill.of(mask), strict=True):
             fill.sums[row] = image.seal(data, fill.part.form, key, fill.generation)
 
     def _write(self, shelf: Shelf, link: Link, fill: Fill, _: Node, mask: Any) -> Any:
-        rows = np.flatnonzero(mask).tolist()
-        keys, sums = [fill.keys[row] for row in rows], [fill.sums[row] for row in rows]
-        data = [self.rows.array(fill.items[row]) for row in rows]
+        rows, keys, data = fill.of(mask)
+        sums = [fill.sums[row] for row in rows]
         mask[rows] = shelf.write(link, keys, data, [fill.generation] * len(rows), sums)
         return mask
 

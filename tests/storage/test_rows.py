@@ -28,7 +28,7 @@ def test_rows_are_aligned_and_apart() -> None:
     assert rows.memory == ((rows.tensor.data_ptr(), 5 * 8192),)
     assert not rows.pinned
     for item in range(5):
-        rows.array(item)[:] = item
+        rows.array[item][:] = item
     assert (rows.tensor.numpy() == np.arange(5)[:, None]).all()
 
 
