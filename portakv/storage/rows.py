@@ -135,11 +135,12 @@ class Crossing:
         self, inner: KVView, view: KVView, blocks: IdList, many: int, size: int, store: bool = False
     ) -> None:
         if not isinstance(view, KVView) or not view.block_size:
-            raise LayoutError(f"A block store was given {view!r}: expected a paged view; make one.")
+            found = view if isinstance(view, KVView) else type(view)
+            raise LayoutError(f"A block store was given {found}: expected a paged view; make one.")
         if capturing(view.device):
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
-        whole, ids = view.block_size, Index(blocks).host_ids()
+        whole, ids = view.block_size, Index([] if blocks is None else blocks).host_ids()
         if many * size > len(ids) * whole:
             raise InvalidTerms(
                 f"{many} keys of {size} tokens were given with {len(ids)} blocks of {whole}: "

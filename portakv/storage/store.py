@@ -141,14 +141,15 @@ class BlockStore:
         weak_keys: bool = False,
     ) -> None:
         kinds = (form, BlockForm), (tiers, Sequence), (staging, Real), (host, Real)
-        if not all(isinstance(*each) for each in kinds) or full not in ("drop", "wait"):
+        right = all(isinstance(*each) for each in kinds) and all(hasattr(x, "open") for x in tiers)
+        if not right or full not in ("drop", "wait"):
             raise InvalidTerms(
                 f"A store of {form=}, {staging=}, {host=}, {tiers=}, {full=} was asked: expected a "
                 f"BlockForm, two numbers of bytes, a list of tiers, and 'drop' or 'wait'."
             )
         forms = [*dict.fromkeys([form, *(x for tier in tiers for x in tier.forms(form))])]
         size = max(each.image_bytes for each in forms)
-        if staging < size or not (tiers or host >= size):
+        if not (size <= staging < 1 << 62 and 0 <= host < 1 << 62 and (tiers or host >= size)):
             raise StoreError(
                 f"A store was asked with {staging} bytes of staging, {host} of the host tier and "
                 f"{len(tiers)} other tiers: expected room for a block in staging, and somewhere to "
@@ -343,7 +344,7 @@ class BlockStore:
         """A call with keys of 32 bytes; refuses what is wrong with them, and a closed store."""
         self._refuse_closed(kind)
         keys, late = check_keys(keys, self._weak), 0.0 if deadline is None else deadline
-        timed = priority in SLACK and isinstance(late, Real) and late == late
+        timed = priority in [*SLACK] and isinstance(late, Real) and late == late
         if (many := len({*keys})) < len(keys) or not timed:
             raise InvalidTerms(
                 f"A {kind} was asked of {many} different keys among {len(keys)}, {priority=} and "
