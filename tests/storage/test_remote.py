@@ -503,7 +503,8 @@ def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
     shelf = case.shelf(big, multipart=16 << 20)
     case.proxy.play(Fault("partNumber=2", answer=b"500 Oh\nx", times=99))
     assert save(shelf, KEYS[0]) == [False]
-    assert "DELETE" in " ".join(case.proxy.asked)  # the upload
+    if obstore.__version__ >= "0.12":  # before, parts stay for the bucket's rule
+        assert "DELETE" in " ".join(case.proxy.asked)  # the upload
     assert shelf.has(KEYS[:1]) == [False]
     case.proxy.play()
     assert save(shelf, KEYS[0]) == [True]
