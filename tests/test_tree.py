@@ -40,7 +40,7 @@ APART = (
 BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
-    "portakv/storage": 2_288,
+    "portakv/storage": 2_302,
     "portakv/graph": 535,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,

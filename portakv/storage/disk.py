@@ -14,6 +14,7 @@ from typing import Any
 
 from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Link
+from portakv.runtime.bounded import Bounded
 from portakv.storage.engine import Engine, Request, choose
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Row, header, verify
@@ -76,7 +77,7 @@ class Disk:
                     if not own and not (place / "form.json").exists():
                         continue
                     try:
-                        slots = Slots(place, form, room if own else None, engine, self.admit)
+                        slots = Slots(place, form, room if own else None, engine)
                     except StoreError as error:
                         if own:
                             raise
@@ -88,6 +89,9 @@ class Disk:
                 if parts:
                     shelves.append(DiskShelf(graph, form, parts, engine, own, notes))
                     notes = []
+            if self.admit == "second":
+                count = sum(slots.count for slots, _ in shelves[0].parts)
+                shelves[0].offered = Bounded("keys offered once", count)
             undo.pop_all()
         return shelves
 
@@ -103,6 +107,7 @@ class DiskShelf:
     engine: Engine
     writable: bool
     notes: list[str]
+    offered: Bounded[bytes, None] | None = None  # once, if the second time is to be waited for
     tier = "disk"
 
     @property
@@ -115,6 +120,15 @@ class DiskShelf:
         return [any(key in slots.index for slots, _ in self.parts) for key in keys]
 
     known = has  # nobody is asked
+
+    def wants(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which blocks are not there, and admitted."""
+        lacks, once = [not there for there in self.has(keys)], self.offered
+        if once is not None:
+            for i, key in enumerate(keys):
+                if lacks[i] and once.pop(key, self) is self:
+                    once[key], lacks[i] = None, False
+        return lacks
 
     def link(self, key: bytes) -> Link:
         """What a block is read by."""

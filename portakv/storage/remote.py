@@ -195,6 +195,10 @@ class Shelf:
         now = self._remote.now()
         return [self._verdicts.get(key, 0.0) > now for key in keys]
 
+    def wants(self, keys: Keys) -> list[bool]:
+        """Which blocks a save is to bring; the others need not be asked about."""
+        return [not known for known in self.known(keys)]
+
     def _there(self, key: bytes) -> bool:
         until, now = self._verdicts.get(key, 0.0), self._remote.now()
         if abs(until) <= now:

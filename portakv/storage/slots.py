@@ -22,7 +22,6 @@ import numpy.typing as npt
 
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
-from portakv.runtime.bounded import Bounded
 from portakv.storage.engine import Engine, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header
@@ -55,8 +54,8 @@ def records_in(folder: Path, form: BlockForm) -> npt.NDArray[np.uint64]:
 
 class Slots:
     """The blocks of ``form`` in ``folder``, in ``room`` for so many bytes (None: as large as it is,
-    and not made). ``admit="second"``: a key is taken the second time it is offered. ``track`` shows
-    how far a recovery is: it passes the items on of a sequence with a name.
+    and not made). ``track`` shows how far a recovery is: it passes the items on of a sequence with
+    a name.
 
     Raises `StoreBusy` if another process has the folder, `StoreError` if it cannot be used.
     Attributes: ``index``, slots by key, the least recently used first; ``count``, ``broken``,
@@ -70,10 +69,9 @@ class Slots:
         form: BlockForm,
         room: int | None,
         engine: Engine,
-        admit: str = "always",
         track: Track = lambda items, _: items,
     ) -> None:
-        self.folder, self.form, self._second = folder, form, admit == "second"
+        self.folder, self.form = folder, form
         self.fd, self._table, self.direct, self.notes = -1, -1, True, list[str]()
         self.generation = self.broken = self.evicted = 0
         self._change = threading.Lock()
@@ -93,7 +91,6 @@ class Slots:
                 f"can be written and has the room; correct the path or the capacity."
             ) from error
         self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
-        self._offered: Bounded[bytes, None] = Bounded("keys offered once", self.count)
         if self._free:
             self._put(self._free[0])  # from now on a table of zeros is one that was lost
 
@@ -215,12 +212,9 @@ class Slots:
                     self._free.append(slot)
 
     def take(self, key: bytes) -> int | None:
-        """A slot for a block, its record empty; None if all others are pinned, the key is not
-        admitted yet, or the table cannot be written."""
+        """A slot for a block, its record empty; None if all others are pinned, or the table
+        cannot be written."""
         with self._change:
-            if self._second and self._offered.pop(key, self) is self:
-                self._offered[key] = None
-                return None
             idle = (one for one, slot in self.index.items() if slot not in self._pins)
             if not self._free and (victim := next(idle, None)) is not None:
                 self._forget(victim)

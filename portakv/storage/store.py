@@ -46,6 +46,7 @@ class Shelf(Protocol):
     def generation(self) -> int: ...  # the highest that was found
     def has(self, keys: Keys, /) -> list[bool]: ...  # asks, if it is far
     def known(self, keys: Keys, /) -> list[bool]: ...  # does not
+    def wants(self, keys: Keys, /) -> list[bool]: ...  # what it lacks, and admits
     def link(self, key: bytes, /) -> Link: ...
     def link_for_write(self, nbytes: int, /) -> Link: ...
     def read(self, keys: Keys, rows: Any, segments: Any, stop: Any, /) -> list[bool]: ...
@@ -202,19 +203,20 @@ class BlockStore:
         priority: str = "background",
         deadline: float | None = None,
     ) -> Handle:
-        """Save blocks of a view under keys; a key that every writable tier has, or whose save is
-        under way, is nothing. ``blocks``: ids of the view's blocks, whose tokens the keys name in
-        order; of another size than the form's, they need not be filled by the last key."""
+        """Save blocks of a view under keys; a key that every writable tier has, or does not
+        admit yet, or whose save is under way, is nothing. ``blocks``: ids of the view's blocks,
+        whose tokens the keys name in order; of another size than the form's, they need not be
+        filled by the last key."""
         call, own = self._call("save", keys, priority, deadline), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size, store=True)
         shelves = [shelf for shelf in own.shelves if shelf.writable]
-        known = [shelf.known(call.keys) for shelf in shelves]
         until = self.graph.clock() + SLACK[priority] if self._drop else None
         groups = dict[tuple[Shelf, ...], list[int]]()  # by the tiers that lack them
         with self._planned(call):
+            wants = [shelf.wants(call.keys) for shelf in shelves]
             for i, key in enumerate(call.keys):
                 fill, row = self._fills.get(own.form.digest + key, (None, 0))
-                lacks = tuple(shelf for shelf, x in zip(shelves, known, strict=True) if not x[i])
+                lacks = tuple(shelf for shelf, x in zip(shelves, wants, strict=True) if x[i])
                 if fill and fill.store and fill.wanted:
                     call.ends += [(end, [i], [row], range(0)) for end in fill.last]
                 elif lacks or not (shelves or self.rows.has(own.form.digest + key)):

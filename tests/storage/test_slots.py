@@ -578,13 +578,6 @@ def test_a_store_that_was_wiped_while_another_waited(
         opened(folder)
 
 
-def test_a_block_is_taken_the_second_time(folder: Path) -> None:
-    with closing(opened(folder, admit="second")) as slots:
-        assert [put(slots, KEYS[0], 1), put(slots, KEYS[1], 1)] == [False, False]
-        assert put(slots, KEYS[0], 2)
-        assert [*slots.index] == [KEYS[0]]
-
-
 def test_a_broken_slot_is_not_used_again(folder: Path) -> None:
     with closing(opened(folder, 2)) as slots:
         slot = slots.take(KEYS[0])

@@ -270,6 +270,21 @@ def test_a_key_that_every_tier_has_is_not_saved_again(opened: Any) -> None:
     assert store.lookup([key_of(9)]) == 1
 
 
+def test_a_block_is_stored_the_second_time_it_is_offered(opened: Any, tmp_path: Path) -> None:
+    """The first time is no error, and moves nothing, whichever folder it would go to."""
+    source, size = cache(), small_form().image_bytes
+    folders = [tmp_path / str(i) for i in range(2)]
+    disk = Disk(*folders, capacity=20 * size, admit="second", io="threads")
+    store = opened(tiers=[disk])
+    saved(store, source, range(3), KEYS[:3])
+    assert store.lookup(KEYS) == 0
+    assert not store.graph.trace.ran
+    saved(store, source, range(2, 8), KEYS[2:])
+    assert store.lookup(KEYS[2:]) == 1
+    saved(store, source)
+    assert store.lookup(KEYS) == 8
+
+
 @pytest.mark.parametrize("full", ["drop", "wait"])
 def test_a_save_without_room_is_dropped_or_waits(opened: Any, full: str) -> None:
     """Fault 59: all rows are out."""
@@ -368,16 +383,17 @@ def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
     store = opened(tiers=[tier], staging=2, full="drop")
     tier.hold = go
     first = store.save(source, [0], KEYS[:1], priority="urgent")
-    for at in (1, 2):
-        store.save(source, [at], KEYS[at : at + 1], priority="normal")
+    second = store.save(source, [1], KEYS[1:2], priority="normal")
     loaded = store.load(target, [1], KEYS[1:2])
+    third = store.save(source, [2], KEYS[2:3], priority="normal")
     with pytest.raises(TransferTimeout):
         loaded.synchronize(0.2)
     go.set()
-    loaded.synchronize(LIMIT)
-    first.synchronize(LIMIT)
+    for handle in (loaded, first, second):
+        handle.synchronize(LIMIT)
     assert same(source, [1], target, [1])
-    assert store.lookup(KEYS) == 2, "and the other one was dropped"
+    with pytest.raises(TransferError, match="staging had no room"):
+        third.synchronize(LIMIT)
 
 
 def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:

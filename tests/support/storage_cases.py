@@ -97,6 +97,9 @@ class FakeShelf:
         there = zip(keys, self._there(keys), strict=True)
         return [x and (near or key in self._owner.asked) for key, x in there]
 
+    def wants(self, keys: Any) -> list[bool]:
+        return [not known for known in self.known(keys)]
+
     def _there(self, keys: Any) -> list[bool]:
         return [(self.form, key) in self._owner.blocks for key in keys]
 
