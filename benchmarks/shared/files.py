@@ -120,7 +120,11 @@ class FsNative:
         program = Path(__file__).with_name("fs_native.py")
         words = [python, str(program), str(own), str(amount), str(nbytes)]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        self.child = subprocess.Popen(words, **pipes, stderr=subprocess.DEVNULL)
+        # Its disk tier needs no device, and its kernels may not load beside the torch that is here.
+        env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+        self.log = folder / "lmcache.log"
+        with self.log.open("w") as log:
+            self.child = subprocess.Popen(words, **pipes, stderr=log, env=env)
         self.correct = True
 
     def ask(self, word: str) -> Sample:
@@ -130,7 +134,8 @@ class FsNative:
         print(word, file=self.child.stdin, flush=True)
         answer = self.child.stdout.readline()
         if not answer:
-            raise RuntimeError(f"LMCache's process ended with {self.child.wait()}")
+            why = self.log.read_text(errors="replace").strip()[-200:]
+            raise RuntimeError(f"LMCache's process ended with {self.child.wait()}: {why}")
         elapsed, cpu, self.correct = json.loads(answer)
         return Sample(elapsed, cpu)
 

@@ -82,7 +82,7 @@ class Tier:
         nodes, shelf, first = list[Node](), self.shelf, self.first[op]
         for at in range(0, self.amount, self.chunk):
             keys = self.keys[at : at + self.chunk]
-            rows = [self.memory.array(first + at + n) for n in range(len(keys))]
+            rows = [self.memory.array[first + at + n] for n in range(len(keys))]
             nbytes = len(keys) * self.form.image_bytes
             link = shelf.link(keys[0]) if op == "load" else shelf.link_for_write(nbytes)
             work = partial(self._move, op, link, keys, rows)
