@@ -5,20 +5,20 @@ out by the workers of links, for block stores and for whoever else moves blocks.
 from __future__ import annotations
 
 import atexit
+import json
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from traceback import clear_frames
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from portakv.errors import TransferCancelled, TransferError
-from portakv.graph.trace import Trace
+from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.runtime.devices import this_process
 from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 
@@ -26,12 +26,6 @@ from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Bounds of the histogram of the seconds that nodes ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
-#: Why blocks had not begun.
-WHY = {
-    "cancelled": "they were cancelled",
-    "late": "their deadline passed: allow more time, or make them urgent",
-    "dropped": "staging had no room in time, or the link was slow: they may be offered again",
-}
 
 
 @dataclass(eq=False)
@@ -46,7 +40,7 @@ class Lease:
     store: bool = False
     until: float | None = None
     ended: Callable[[Lease], object] | None = None
-    items: Any = None  # once granted
+    items: Any = None  # while it is granted
     users: int = 0  # nodes that name it and did not end
     nodes: list[Node] = field(default_factory=list, init=False)  # that wait for it
 
@@ -73,21 +67,15 @@ class Node:
     lease: Lease | None = None
     given: Any = None
     name: str = ""
-    priority: str | None = None
-    background, cut, number, waits, due, since = False, False, 0, 0, 0.0, 0.0
+
+    state, ended, cut, watched, background = "new", False, False, False, False
+    number, waits, due, since = 0, 0, 0.0, 0.0
+    graph = error = left = cast(Any, None)
 
     def __post_init__(self) -> None:
         self.after = [x if isinstance(x, tuple) else (x, None, None) for x in self.after]
-        self.followers, self.state, self.graph = list[Node](), "new", cast(Graph, None)
-        # Masks of what is to be tried, what landed before a rescue, and what landed (None before
-        # the end). True is all and False is none: most nodes need no array.
-        self.left = self.base = cast(Any, False)
-        self.mask = self.error = self.change = cast(Any, None)
-
-    @property
-    def landed(self) -> Any:
-        """Which blocks landed; none before the end."""
-        return np.full(self.blocks, False) | (False if self.mask is None else self.mask)
+        self.followers = list[Node]()
+        self.landed: Any = np.zeros(self.blocks, np.bool_)  # which blocks landed, once it ended
 
     def done(self) -> bool:
         """True once it ended; never blocks."""
@@ -95,15 +83,16 @@ class Node:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until it ended, at most ``timeout`` seconds; True if it did."""
-        graph = self.graph
-        if self.mask is not None or graph.process.forked:  # a child has no thread to wait for
-            return True
+        if (graph := self.graph) is None or self.ended or graph.process.forked:
+            return (
+                graph is not None
+            )  # a node that is new, or a child that has no thread to wait for
         with graph.lock:
             until = graph.clock() + (3e9 if timeout is None else timeout)
-            while (now := graph.sweep()) < until and self.mask is None:
-                self.change = self.change or threading.Condition(graph.lock)
-                self.change.wait(min(until, now + 3600, *(x[0] for x in graph.timers[:1])) - now)
-            return self.mask is not None
+            while (now := graph.sweep()) < until and not self.ended:
+                self.watched = True
+                graph.change.wait(min(until, now + 3600, *(x[0] for x in graph.timers[:1])) - now)
+            return self.ended
 
 
 class Link:
@@ -112,10 +101,10 @@ class Link:
 
     def __init__(self, graph: Graph, name: str, width: int, max_gbps: Any, stall_seconds: float):
         self.graph, self.name, self.width, self.stall = graph, name, max(1, width), stall_seconds
-        self.limit = RateLimit(max_gbps, graph.clock) if max_gbps else None
+        self.limit, self.pace = RateLimit(max_gbps, graph.clock) if max_gbps else None, 0.0
         self.tier, self.change = name.partition(":")[0], threading.Condition(graph.lock)
         self.queued_bytes = self.background = self.workers = 0
-        # (due, number, node), and those of the background; since when what runs does, in order.
+        # (due, number, node), and those of the background; since when what runs does.
         self.heaps, self.running = (list[Any](), list[Any]()), dict[Node, float]()
 
     @property
@@ -128,7 +117,7 @@ class Link:
     def slow(self) -> bool:
         """A node has run for longer than ``stall_seconds``; new background nodes are dropped."""
         now = self.graph.clock()
-        return now - next(iter(self.running.values()), now) > self.stall
+        return now - min(self.running.values(), default=now) > self.stall
 
     def push(self, node: Node) -> None:
         """Have a worker run a node in its turn."""
@@ -136,57 +125,91 @@ class Link:
         heappush(self.heaps[node.background], (node.due, node.number, node))
         self.change.notify()
         if self.workers < self.width:
+            terms = self.serve, f"portakv {self.name}", (self.workers + 1,)
+            thread = threading.Thread(None, *terms, daemon=True)
+            try:
+                thread.start()
+                self.graph.threads.append(thread)
+                self.workers += 1
+            except RuntimeError as error:  # the system gives no more
+                if not self.workers:
+                    self.graph.end(node, False, "failed", error)
             atexit.register(self.graph.close)  # once more, as memory must not go before a worker
-            self.workers += 1
-            terms = self.serve, f"portakv {self.name}", (self.workers,)
-            self.graph.threads.append(threading.Thread(None, *terms, daemon=True))
-            self.graph.threads[-1].start()
 
     def next(self) -> Node | None:
         """Wait for a node, which runs from now on; None if the graph is closed."""
         with self.graph.lock:
-            while True:
-                self.graph.sweep()
+            while not self.graph.closed:
+                now = self.graph.sweep()
                 background = self.background < max(1, self.width - 1)
-                while heaps := [heap for heap in self.heaps[: 1 + background] if heap]:
-                    node: Node = heappop(min(heaps))[2]
-                    if node.state == "queued":  # not if it was cancelled
-                        node.state, self.running[node] = "running", self.graph.clock()
-                        self.background += node.background
-                        return node
-                if self.graph.closed.is_set():
-                    return None
-                self.change.wait()
+                heaps = [heap for heap in self.heaps[: 1 + background] if heap]
+                if self.pace > now or not heaps:
+                    self.change.wait(self.pace - now if self.pace > now else None)
+                elif (node := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
+                    node.state, self.running[node] = "running", now
+                    self.background += node.background
+                    if self.limit:
+                        self.limit.start_of(node.nbytes)
+                        self.pace = self.limit.start_of(0)
+                        self.change.notify()  # another worker waits until then
+                    return cast(Node, node)
+        return None
 
     def serve(self, worker: int) -> None:
         """What a worker does until the graph is closed."""
         graph = self.graph
         while node := self.next():
-            if self.limit:
-                with graph.lock:
-                    start = self.limit.start_of(node.nbytes)
-                graph.closed.wait(self.limit.left(start))
-            error, all_of = None, node.left
+            error, landed = None, node.left
             try:
-                landed = node.work(node, np.full(node.blocks, True) & all_of)
-                if landed is not None:
-                    all_of = all_of & np.asarray(landed, bool).reshape(node.blocks)
+                if (told := node.work(node, landed.copy())) is not None:
+                    landed = landed & np.asarray(told, np.bool_).reshape(node.blocks)
             except BaseException as caught:  # no caller stands above this thread
                 clear_frames(caught.__traceback__)  # which hold views
-                error, all_of = caught, False
+                error, landed = caught, False
             with graph.lock:
                 start, end = self.running.pop(node), graph.clock()
                 self.background -= node.background
-                told = node.number, node.name, node.blocks, node.nbytes
+                what = node.number, node.name, node.blocks, node.nbytes
                 after = (x.number for x, *_ in node.after)
-                graph.trace.ran.append((self.name, worker, start, end, *told, *after))
+                graph.trace.ran.append((self.name, worker, start, end, *what, *after))
                 tier, op, seconds = self.tier, node.name, end - start
-                graph.times["tier_seconds_sum", tier, op] += seconds
-                graph.times["tier_seconds_count", tier, op] += 1
+                graph.figures["tier_seconds_sum"][tier, op] += seconds
+                graph.figures["tier_seconds_count"][tier, op] += 1
                 for le, most in SECONDS.items():
-                    graph.times["tier_seconds_bucket", tier, op, le] += seconds <= most
-                graph.end(node, all_of, "failed" if error else "landed", error)
+                    graph.figures["tier_seconds_bucket"][tier, op, le] += seconds <= most
+                graph.end(node, landed, "failed" if error else "landed", error)
                 graph.settle()
+            del node, error, landed  # an idle worker holds nothing
+
+
+class Trace:
+    """The last ``limit`` nodes that ran: link, worker, start and end in seconds, number, name,
+    blocks, bytes, and the numbers of what it followed."""
+
+    def __init__(self, limit: int) -> None:
+        self.ran: deque[tuple[Any, ...]] = deque(maxlen=limit)
+
+    def events(self) -> list[dict[str, Any]]:
+        """Chrome's events: a process for each link, a thread for each worker, a flow from a node to
+        each that followed it."""
+        ran, events, ends = tuple(self.ran), list[Any](), dict[int, Any]()
+        links = list(dict.fromkeys(node[0] for node in ran))
+        for pid, link in enumerate(links):
+            events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": link}})
+        for link, worker, start, end, number, name, blocks, nbytes, *followed in ran:
+            here = {"pid": links.index(link), "tid": worker, "cat": "node", "ts": start * 1e6}
+            told = {"args": {"node": number, "blocks": blocks, "bytes": nbytes}}
+            events += [{**here, **told, "ph": "X", "name": name, "dur": (end - start) * 1e6}]
+            for before in filter(ends.get, followed):
+                flow = {"name": "after", "id": f"{before}-{number}"}
+                events += {**ends[before], **flow}, {**here, **flow, "ph": "f", "bp": "e"}
+            ends[number] = {**here, "ph": "s", "ts": end * 1e6}
+        return events
+
+    def write(self, path: Any) -> None:
+        """Write them into a file, which ui.perfetto.dev opens."""
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump({"traceEvents": self.events()}, file)
 
 
 class Graph:
@@ -195,9 +218,10 @@ class Graph:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
-        self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
-        self.counts, self.nbytes, self.links = Counter[Any](), Counter[Any](), dict[str, Link]()
-        self.times = defaultdict[Any, float](int)  # figures of `statistics`
+        self.lock, self.closed, self.number = threading.RLock(), False, 0
+        self.change = threading.Condition(self.lock)  # of nodes that are waited for, and timers
+        self.figures, self.links = defaultdict[str, Any](Counter), dict[str, Link]()
+        self.counts: Counter[Any] = self.figures["tier_blocks_total"]
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
         # By pool, which another may hold: loads that wait, stores that do, leases of stores.
@@ -207,43 +231,53 @@ class Graph:
         self, name: str, width: int = 1, max_gbps: float | None = None, stall_seconds: float = 10.0
     ) -> Link:
         """The link of that name, made if there is none; what stands before ":" is its tier."""
-        with self.lock:
-            return self.links.setdefault(name, Link(self, name, width, max_gbps, stall_seconds))
+        return self.links.setdefault(name, Link(self, name, width, max_gbps, stall_seconds))
 
     def submit(
         self, nodes: Sequence[Node], *, priority: str = "normal", deadline: float | None = None
     ) -> None:
         """Begin nodes, all at once, each behind those that it follows. ``deadline`` seconds from
-        now those that nobody follows are cancelled. Raises `TransferError` after `close`, in a
-        forked process, or for an unknown priority."""
-        if self.process.forked or self.closed.is_set() or priority not in SLACK:
-            terms = f"{', '.join(SLACK)}, and a graph that this process made and did not close"
-            raise TransferError(f"Work of priority {priority!r} was asked for; expected {terms}.")
+        now those that nobody follows are cancelled. Raises `InvalidTerms` for a priority or a
+        deadline that is none, and for a node that was submitted before or follows one that never
+        was; `TransferError` after `close`, or in a forked process."""
+        by, new = np.inf if deadline is None else deadline, {*nodes}
+        after = {x for node in nodes for x, *_ in node.after} - new
+        old = any(x.graph for x in new) or not all(x.graph is self for x in after)
+        if old or priority not in SLACK or not isinstance(by, int | float):
+            raise InvalidTerms(
+                f"Work with priority={priority!r} and deadline={deadline!r} was given; expected "
+                f"one of {', '.join(SLACK)}, seconds, and new nodes behind others of this graph."
+            )
+        gone = "Work was given to a graph that is closed, or of the parent process; make another."
+        if self.process.forked:  # the lock may be held for ever
+            raise TransferError(gone)
         with self.lock:
-            now, by = self.clock(), np.inf if deadline is None else deadline
+            if self.closed:
+                raise TransferError(gone)
+            now = self.clock()
             for node in nodes:
-                kind, self.number = node.priority or priority, self.number + 1
+                self.number += 1
                 node.graph, node.state, node.number = self, "waiting", self.number
-                node.background, node.due = kind == "background", now + min(by, SLACK[kind])
+                node.background, node.due = priority == "background", now + min(by, SLACK[priority])
                 self.live.add(node)
                 if node.link:
                     node.link.queued_bytes += node.nbytes
                 if node.lease:
                     node.lease.users += 1
-                before = [x for x, *_ in node.after if x.mask is None]
+                before = [x for x, *_ in node.after if not x.ended]
                 node.waits = len(before)
                 for one in before:
                     one.followers.append(node)
                 while before:  # what another transfer began is as urgent as what now waits for it
                     one = before.pop()
-                    if one.due > node.due and one.mask is None and one.state != "running":
+                    if one.due > node.due and not one.ended and one.state != "running":
                         one.due, one.background = node.due, False
                         before += [x for x, *_ in one.after]
                         if one.state in ("room", "queued"):
                             self.place(one)
             for node in nodes:
                 if by < np.inf and not node.followers:
-                    heappush(self.timers, (now + by, node.number, "late", node))
+                    self.end_at(now + by, node, "late")
                 if node.background and node.link and node.link.slow:
                     self.cancel(node, "dropped")
             ready = [node for node in nodes if not node.waits and node.state == "waiting"]
@@ -252,26 +286,42 @@ class Graph:
             self.sweep()
 
     def cancel(self, node: Node, state: str = "cancelled") -> bool:
-        """End a node that does not run and, in turn, what it follows if nobody else does; a gate
-        ends behind what runs. True if some blocks will not be moved."""
+        """End a node that does not run and, in turn, what it follows if nobody else does and it is
+        no gate; a gate ends behind what runs. True if some blocks will not be moved."""
+        nodes, found = [node], False
+        why = (
+            "what is late needs more time or urgency, what is dropped more staging or another link"
+        )
         kind = TransferCancelled if state == "cancelled" else TransferError
-        error, nodes, found = kind(f"Some blocks had not begun when {WHY[state]}."), [node], False
+        error = kind(f"Some blocks had not begun and are {state}; {why}.")
+        if node.graph is not self or self.process.forked:
+            return False
         with self.lock:
             while nodes:
                 node = nodes.pop()
                 if not node.cut and node.state != "running":
                     node.cut = True
-                    nodes += [x for x, *_ in node.after if all(y.cut for y in x.followers)]
+                    before = [x for x, *_ in node.after if x.link]
+                    nodes += [x for x in before if all(y.cut for y in x.followers)]
                     if node.link:
                         found = True
                         self.end(node, False, state, error)
             self.settle()
         return found
 
+    def end_at(self, when: float, node: Node, state: str) -> None:
+        """Have `sweep` cancel a node at a time."""
+        if len(self.timers) > 2 * len(self.live) + 100:  # most are of nodes that ended in time
+            self.timers = [x for x in self.timers if not x[3].ended]
+            heapify(self.timers)
+        heappush(self.timers, (when, node.number, state, node))
+        if self.timers[0][3] is node:
+            self.change.notify_all()
+
     def sweep(self) -> float:
         """Cancel what is too late, and tell the time; called by whoever works or waits."""
         now = self.clock()
-        while self.timers and (self.timers[0][0] <= now or self.timers[0][3].mask is not None):
+        while self.timers and (self.timers[0][0] <= now or self.timers[0][3].ended):
             _, _, state, node = heappop(self.timers)
             if state == "late" or (node.state == "room" and node.lease.until is not None):
                 self.cancel(node, state)
@@ -281,21 +331,25 @@ class Graph:
         """Go on with nodes for which all that they follow has ended."""
         while self.todo:
             node = self.todo.pop()
-            left: Any = True if node.given is None else np.asarray(node.given, bool)
-            for before, mine, theirs in node.after:
-                node.error, landed = node.error or before.error, before.mask
-                if node.rescue:
-                    node.base, left = landed, left & (True ^ landed)
-                elif mine is None:
-                    left = left & landed
-                elif landed is not True:
-                    left = np.full(node.blocks, True) & left
-                    left[np.asarray(mine)[~landed[theirs]] if landed is not False else mine] = False
-            node.left = left
-            if node.link and left is not False and (left is True or left.any()):
+            node.left = left = ~node.landed
+            try:
+                if node.given is not None:
+                    left[:] = node.given
+                for before, mine, theirs in node.after:
+                    node.error = node.error or before.error
+                    if node.rescue:
+                        left &= ~before.landed
+                        node.landed = before.landed
+                    elif mine is None:
+                        left &= before.landed
+                    else:
+                        left[np.asarray(mine, int)[~before.landed[theirs]]] = False
+            except (IndexError, ValueError) as error:  # these are no blocks of both
+                node.error, left[:] = error, False
+            if node.link and left.any():
                 self.place(node)
             else:
-                self.end(node, False if node.link else left, "landed")
+                self.end(node, left, "landed")
 
     def place(self, node: Node) -> None:
         """Queue a node for its lease, or its link."""
@@ -304,7 +358,7 @@ class Graph:
             node.link.push(node)
             return
         if lease.until is not None:
-            heappush(self.timers, (lease.until, node.number, "dropped", node))
+            self.end_at(lease.until, node, "dropped")
         node.state, room = "room", self.rooms.setdefault(lease.pool, [[], [], 0])
         lease.nodes.append(node)
         heappush(room[lease.store], (node.due, node.number, lease))
@@ -333,7 +387,8 @@ class Graph:
 
     def end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
         """Note how a node ended, and what does not wait for it any more."""
-        node.error, node.mask, node.state = node.error or error, landed | node.base, state
+        node.error, node.landed, node.state = node.error or error, node.landed | landed, state
+        node.ended = node.cut = True
         self.live.discard(node)
         if node.link:
             node.link.queued_bytes -= node.nbytes
@@ -341,18 +396,19 @@ class Graph:
                 self.count(node.link.tier, node.name, state, node.blocks)
         for follower in node.followers:
             follower.waits -= 1
-            if not follower.waits and follower.mask is None:
+            if not follower.waits and not follower.ended:
                 self.todo.append(follower)
-        node.cut, node.work, node.after, node.followers = True, None, (), []
-        if node.change:
-            node.change.notify_all()
-        if lease := node.lease:
+        lease, node.lease, node.work, node.after, node.followers = node.lease, None, None, (), []
+        if node.watched:
+            self.change.notify_all()
+        if lease:
             lease.users -= 1
             if not lease.users:
                 if lease.ended:
                     lease.ended(lease)
                 if lease.count and lease.items is not None:
                     lease.pool.give(lease.items)
+                    lease.items = None
                     self.rooms[lease.pool][2] -= lease.store
                 self.grant(lease.pool)
 
@@ -360,24 +416,24 @@ class Graph:
         """Add to what `statistics` tells."""
         with self.lock:
             self.counts[tier, op, result] += blocks
-            self.nbytes[tier, op] += nbytes
+            self.figures["tier_bytes_total"][tier, op] += nbytes
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, but for "portakv_": of each a list of
         its labels and "value". `Collector` takes any others beside them."""
+        if self.process.forked:  # its lock may be held for ever
+            return {}
         with self.lock:
-            found, now = dict(self.times), defaultdict[str, list[dict[str, Any]]](list)
-            found |= {("tier_blocks_total", *key): n for key, n in self.counts.items()}
-            found |= {("tier_bytes_total", *key): n for key, n in self.nbytes.items()}
             for x in self.links.values():
-                found["link_queue_bytes", x.name] = x.queued_bytes
-                found["link_oldest_seconds", x.name] = x.oldest_wait
-                found["link_slow", x.name] = x.slow
-        for (name, *values), value in found.items():
-            last = "le" if name.endswith("bucket") else "result"
-            labels = zip(("tier", "op", last) if values[1:] else ("link",), values, strict=False)
-            now[name].append({**dict(labels), "value": value})
-        return dict(now)
+                self.figures["link_queue_bytes"][x.name,] = x.queued_bytes
+                self.figures["link_oldest_seconds"][x.name,] = x.oldest_wait
+                self.figures["link_slow"][x.name,] = x.slow
+            found = dict[str, list[dict[str, Any]]]()
+            for name, table in self.figures.items():
+                last = "le" if name.endswith("bucket") else "result"
+                what = ("link",) if name.startswith("link") else ("tier", "op", last)
+                found[name] = [dict(zip(what, x, strict=False), value=y) for x, y in table.items()]
+            return found
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:
         """Cancel what does not run and wait for what does; True if it ended in time."""
@@ -386,7 +442,7 @@ class Graph:
         atexit.unregister(self.close)  # one wait at the end of the interpreter, if work hangs
         until = time.monotonic() + timeout
         with self.lock:
-            self.closed.set()
+            self.closed = True
             for node in tuple(self.live):
                 self.cancel(node)
             for link in self.links.values():

@@ -3,12 +3,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 
-from portakv.errors import TransferCancelled, TransferError
+from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.graph.graph import Graph, Node
 from portakv.runtime.transfer import Completion, Pending, Transfer
 
@@ -21,22 +20,17 @@ class Handle(Transfer):
     __slots__ = ("_gates", "_graph", "_skip", "cancelled", "layers")
 
     def __init__(
-        self,
-        graph: Graph,
-        gate: Node,
-        layers: Sequence[Node] = (),
-        missing: str = "raise",
-        kept: object = None,
+        self, graph: Graph, gate: Node, layers: Any = (), missing: str = "raise", kept: Any = None
     ) -> None:
         super().__init__((Completion(pendings=(cast(Pending, gate),), kept=kept),))
-        self.layers = [Handle(graph, layer, missing=missing) for layer in layers or ()]
-        self._graph, self._gates, self._skip = graph, (*(layers or ()), gate), missing == "skip"
+        self.layers = [Handle(graph, layer, missing=missing) for layer in layers]
+        self._graph, self._gates, self._skip = graph, (*layers, gate), missing == "skip"
         self.cancelled = False
 
     @property
     def landed(self) -> Any:
         """Which blocks landed, bool ``[blocks]``; none before the end."""
-        return self._gates[-1].landed
+        return self._gates[-1].landed.copy()
 
     def cancel(self) -> bool:
         """Let no further block begin; True if some will not be moved."""
@@ -51,10 +45,12 @@ class Handle(Transfer):
 
     def _finish(self) -> None:
         super()._finish()
-        landed, cause = self.landed, self._gates[-1].error
-        if self._graph.process.forked:
-            landed[:], cause = False, TransferError("It goes on in the process that was forked.")
-        kind = TransferCancelled if isinstance(cause, TransferCancelled) else TransferError
+        gate, landed = self._gates[-1], self.landed
+        if not gate.ended:
+            raise TransferError("A transfer goes on in the process that this was forked from.")
+        kind = TransferCancelled if isinstance(gate.error, TransferCancelled) else TransferError
         if not (landed.all() or (self._skip and kind is TransferError)):
-            why = cause or "No tier has the others; missing='skip' makes that no error."
-            raise kind(f"{landed.sum()} of {len(landed)} blocks landed. {why}") from cause
+            why = "No tier has the others, or one did not take them; missing='skip' lets that pass."
+            if gate.error:
+                why = str(gate.error) if isinstance(gate.error, PortaKVError) else repr(gate.error)
+            raise kind(f"{landed.sum()} of {len(landed)} blocks landed. {why}") from gate.error

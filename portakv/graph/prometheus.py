@@ -27,10 +27,10 @@ class Collector:
         families: dict[str, Any] = {}
         for name, samples in self.source.statistics().items():
             front, _, end = f"portakv_{name}".rpartition("_")
-            family = front if end in KINDS else f"portakv_{name}"
-            for labels in samples:
-                if "value" in labels:  # else it is for people
-                    kind = KINDS.get(end, "gauge")
+            family, kind = (front, KINDS[end]) if end in KINDS else (f"portakv_{name}", "gauge")
+            for sample in samples:
+                if "value" in sample:  # else it is for people
+                    labels = {x: y for x, y in sample.items() if x != "value"}
                     metric = families.setdefault(family, self.metric(family, family, kind))
-                    metric.add_sample(f"portakv_{name}", labels, float(labels.pop("value")))
+                    metric.add_sample(f"portakv_{name}", labels, float(sample["value"]))
         yield from families.values()

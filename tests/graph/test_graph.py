@@ -6,6 +6,7 @@ from __future__ import annotations
 import gc
 import os
 import random
+import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from portakv.errors import TransferCancelled, TransferError
+from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.graph import Graph, Lease, Node
 
 WAIT = 30.0  # seconds, for what takes none
@@ -148,6 +149,64 @@ def test_what_lands_is_what_a_topological_sort_says(data: st.DataObject) -> None
     ]
 
 
+def test_blocks_that_do_not_fit_fail_their_node_alone(graph: Graph) -> None:
+    link = graph.link("any")
+    read = Node(lambda node, mask: [True, False], 2, link=link)
+    others: list[Any] = [read, (read, [3], [1]), (read, [0], [2]), (read, [0, 1], [0, 1, 0])]
+    nodes = [Node(nothing, 1 + bool(one is not read), link=link, after=[one]) for one in others]
+    nodes += [Node(None, 2, given=[True] * 3), Node(None, 1, after=[read])]
+    graph.submit([read, *nodes])
+    assert all(node.wait(WAIT) for node in nodes)
+    assert [(node.state, node.landed.any()) for node in nodes] == [("landed", False)] * 6
+    assert all(isinstance(node.error, IndexError | ValueError) for node in nodes)
+    after = Node(nothing, 1, link=link)
+    graph.submit([after])
+    assert after.wait(WAIT)
+
+
+def test_terms_that_are_none_are_refused_before_anything_begins(graph: Graph) -> None:
+    good, known, other = Node(nothing, 1, link=graph.link("any")), Node(nothing, 1), Graph()
+    graph.submit([known])
+    other.submit([foreign := Node(None, 1)])
+    for nodes, terms in (
+        ([], {"priority": "hasty"}),
+        ([], {"priority": None}),
+        ([], {"deadline": "soon"}),
+        ([known], {}),
+        ([Node(None, 1, after=[Node(nothing, 1)])], {}),
+        ([Node(None, 1, after=[foreign])], {}),
+    ):
+        with pytest.raises(InvalidTerms, match="expected one of urgent, normal, background"):
+            graph.submit([good, *nodes], **terms)
+    assert not good.wait()
+    assert not graph.cancel(good)
+    graph.submit([good])
+    assert good.wait(WAIT)
+    assert good.link.queued_bytes == 0
+
+
+def test_a_system_without_threads_fails_what_it_cannot_begin(
+    graph: Graph, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    plain, wide = Node(nothing, 1, link=graph.link("any")), graph.link("wide", 2)
+    held = Held()
+    graph.submit([Node(held, 1, link=wide)])
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        queued = Node(nothing, 1, link=wide)
+        graph.submit([plain, queued])
+    assert plain.done()
+    assert (plain.state, str(plain.error)) == ("failed", "can't start new thread")
+    held.end.set()
+    assert queued.wait(WAIT)
+    again = Node(nothing, 1, link=plain.link)
+    graph.submit([again])
+    assert again.wait(WAIT)
+
+
 # --- order ----------------------------------------------------------------------------------------
 
 
@@ -234,13 +293,9 @@ def test_background_for_ever_and_urgent_for_ever_both_go_on(
             begin(node.name)
 
     def begin(*kinds: str) -> None:
-        leases = [Lease(pool, 1, kind == "background") if pool else None for kind in kinds]
-        graph.submit(
-            [
-                Node(work, 1, link=link, lease=lease, name=kind, priority=kind)
-                for lease, kind in zip(leases, kinds, strict=True)
-            ]
-        )
+        for kind in kinds:
+            lease = Lease(pool, 1, kind == "background") if pool else None
+            graph.submit([Node(work, 1, link=link, lease=lease, name=kind)], priority=kind)
 
     begin("background", "urgent", "urgent", "urgent")
     while graph.live:
@@ -259,6 +314,26 @@ def test_links_keep_a_pace() -> None:
     assert all(node.wait(WAIT) for node in nodes)
     assert max(begun) - min(begun) >= 0.0199
     assert graph.close(WAIT)
+
+
+def test_what_waits_for_its_pace_can_be_overtaken_and_cancelled(graph: Graph) -> None:
+    """And the link is not slow for it."""
+    ran, now = list[str](), time.monotonic
+    paced = Graph()
+    link = paced.link("paced", 4, max_gbps=0.1, stall_seconds=0.05)
+    work = lambda node, mask: ran.append(node.name)  # noqa: E731
+    nodes = [Node(work, 1, link=link, nbytes=10**7, name=name) for name in "abcd"]
+    paced.submit(nodes, priority="normal")
+    assert nodes[0].wait(WAIT)
+    urgent, began = Node(work, 1, link=link, nbytes=10**7, name="urgent"), now()
+    paced.submit([urgent], priority="urgent")
+    assert paced.cancel(nodes[1])
+    assert urgent.wait(WAIT)
+    assert not link.slow
+    assert nodes[3].wait(WAIT)
+    assert ran == ["a", "urgent", "c", "d"]
+    assert now() - began >= 0.25
+    assert paced.close(WAIT)
 
 
 # --- leases ---------------------------------------------------------------------------------------
@@ -306,7 +381,6 @@ def test_what_ended_is_forgotten(graph: Graph) -> None:
     graph.submit([node, behind], deadline=99.0)
     node.work.end.set()
     assert behind.wait(WAIT)
-    graph.submit([Node(nothing, 1, link=graph.link("any"))])  # the worker's last node is another
     graph.sweep()
     del pool, node, behind
     until = time.monotonic() + WAIT
@@ -343,6 +417,48 @@ def test_a_store_without_room_is_dropped_within_its_slack(graph: Graph, now: lis
     assert write.done()
     assert (gather.state, write.state, str(write.error)) == ("dropped", "landed", str(gather.error))
     assert graph.counts["disk", "gather", "dropped"] == 4
+
+
+def test_who_waits_learns_of_a_time_that_was_set_since(graph: Graph) -> None:
+    """Nobody else looks at the clock: a lease is asked for while somebody waits."""
+    real, held, pool = Graph(), Held(), Items(0)
+    read = Node(held, 1, link=real.link("disk"))
+    lease = Lease(pool, 1, store=True, until=real.clock() + 0.2)
+    behind = Node(nothing, 1, link=real.link("device"), after=[read], lease=lease)
+    real.submit([read, behind])
+    threading.Timer(0.05, held.end.set).start()
+    assert behind.wait(WAIT / 10)
+    assert behind.state == "dropped"
+    assert real.close(WAIT)
+
+
+def test_a_lease_that_went_back_is_taken_anew(graph: Graph) -> None:
+    pool, seen, link = Items(1), list[Any](), graph.link("any")
+    lease = Lease(pool, 1)
+    for _ in range(2):
+        node = Node(lambda node, mask: seen.append((lease.items, list(pool.free))), 1, link=link)
+        node.lease = lease
+        graph.submit([node])
+        assert node.wait(WAIT)
+        while graph.live or lease.users:
+            time.sleep(0.001)
+    assert seen == [([0], [])] * 2
+    assert pool.free == [0]
+
+
+def test_nothing_grows_with_what_ended(graph: Graph) -> None:
+    """Not with times that are far away, nor with what is cancelled while it waits for rows."""
+    pool, link, held = Items(0), graph.link("any"), Held()
+    graph.submit([Node(held, 1, link=link)], deadline=9e9)
+    for _ in range(2000):
+        waits = Node(nothing, 1, link=graph.link("other"), lease=Lease(pool, 1))
+        gate = Node(None, 1, after=[waits])
+        graph.submit([waits, gate], deadline=1e9)
+        assert graph.cancel(gate)
+        assert gate.done()
+    held.end.set()
+    heaps = [x for room in graph.rooms.values() for x in room[:2]]
+    assert max(map(len, (graph.timers, graph.live, *heaps, *link.heaps))) < 300
 
 
 def test_items_that_come_back_otherwise_are_granted_when_told(graph: Graph) -> None:
@@ -452,6 +568,19 @@ def test_what_others_follow_is_not_cancelled(graph: Graph, plug: Held) -> None:
     plug.end.set()
     assert theirs.wait(WAIT)
     assert (mine.landed.all(), theirs.landed.all(), read.state) == (False, True, "landed")
+
+
+def test_a_gate_is_not_cancelled_by_who_follows_it(graph: Graph, plug: Held) -> None:
+    """As a second save of a key waits for the first one's handle."""
+    node = Node(nothing, 1, link=graph.link("one"))
+    first = Node(None, 1, after=[node])
+    second = Node(None, 1, after=[first])
+    graph.submit([node, first])
+    graph.submit([second], deadline=-1.0)
+    assert not graph.cancel(second)
+    plug.end.set()
+    assert second.wait(WAIT)
+    assert (node.state, first.landed.all(), first.error) == ("landed", True, None)
 
 
 def test_a_deadline_in_the_past_begins_nothing(graph: Graph) -> None:
@@ -587,9 +716,30 @@ def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> N
     held.end.set()
     assert graph.close(WAIT)
     assert gate.done()
-    for priority in ("normal", "hasty"):
-        with pytest.raises(TransferError, match="expected urgent, normal"):
-            graph.submit([Node(nothing, 1)], priority=priority)
+    with pytest.raises(TransferError, match="closed, or of the parent"):
+        graph.submit([Node(nothing, 1)])
+
+
+def test_what_comes_while_a_graph_closes_is_refused() -> None:
+    graph, told = Graph(), list[BaseException]()
+    node = Node(nothing, 1, link=graph.link("any"))
+    graph.submit([node])
+    assert node.wait(WAIT)
+
+    def submit() -> None:
+        try:
+            graph.submit([Node(nothing, 1, link=graph.link("any"))])
+        except TransferError as error:
+            told.append(error)
+
+    with graph.lock:
+        late = threading.Thread(target=submit)
+        late.start()
+        time.sleep(0.05)  # it waits for the lock
+        graph.close(0.0)
+    late.join(WAIT)
+    assert len(told) == 1
+    assert graph.close(WAIT)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -600,14 +750,26 @@ def test_a_forked_child_is_refused() -> None:
     node, behind = (Node(held, 1, link=graph.link("any")) for _ in range(2))
     graph.submit([node, behind])
     assert held.began.wait(WAIT)
+    locked, free = threading.Event(), threading.Event()
+
+    def lock() -> None:
+        with graph.lock:
+            locked.set()
+            free.wait(WAIT)
+
+    threading.Thread(target=lock).start()
+    assert locked.wait(WAIT)
     child = os.fork()
     if child == 0:
+        signal.alarm(5)  # ends it if it waits for the lock
         code = 1
         try:
             graph.submit([Node(nothing, 1)])
         except TransferError:
-            code = 0 if node.wait() and graph.close() else 2
+            ended = node.wait() and graph.close() and not graph.cancel(behind)
+            code = 0 if ended and graph.statistics() == {} else 2
         os._exit(code)
+    free.set()
     assert os.waitpid(child, 0)[1] == 0
     held.end.set()
     assert behind.wait(WAIT)

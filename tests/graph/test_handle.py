@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -53,9 +54,39 @@ def test_blocks_that_are_missing_raise_unless_they_may(graph: Graph, call: str) 
 
 def test_the_first_cause_is_named(graph: Graph) -> None:
     handle = submitted(graph, lambda node, mask: 1 // 0)
-    with pytest.raises(TransferError, match=r"0 of 3 .*division") as caught:
+    with pytest.raises(TransferError, match=r"0 of 3 .*ZeroDivisionError\(.*division") as caught:
         handle.synchronize()
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_what_tiers_did_not_take_is_told_as_what_they_do_not_have(graph: Graph) -> None:
+    """A save ends by a handle as well."""
+    handle = submitted(graph, lambda node, mask: ~mask)
+    with pytest.raises(TransferError, match="or one did not take them"):
+        handle.synchronize()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("missing", ["raise", "skip"])
+def test_a_forked_child_learns_what_ended_before(graph: Graph, missing: str) -> None:
+    """And of the rest that it goes on in the parent, if blocks may be missing too."""
+    go = threading.Event()
+    landed = submitted(graph, lambda node, mask: None, missing=missing)
+    landed.synchronize()
+    runs = submitted(graph, lambda node, mask: go.wait(30) and None, missing=missing)
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            landed.synchronize()
+            code = 2 if runs.done() else 3
+        except TransferError as error:
+            code = 0 if "forked from" in str(error) and landed.landed.all() else 4
+        os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    go.set()
+    runs.synchronize()
 
 
 @pytest.mark.parametrize("missing", ["raise", "skip"])

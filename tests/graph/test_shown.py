@@ -33,13 +33,13 @@ def ran() -> Graph:
 def test_prometheus_reads_every_figure() -> None:
     class Source:
         def statistics(self) -> dict[str, Any]:
-            staging = [{"state": "free", "value": 4096}]
             told = {"tiers": [{"tier": "disk"}], "rows": {"free": 1}}
             return {**graph.statistics(), **told, "staging_bytes": staging}
 
-    graph, registry = ran(), CollectorRegistry()
+    graph, registry, staging = ran(), CollectorRegistry(), [{"state": "free", "value": 4096}]
     registry.register(Collector(Source()))
     text = generate_latest(registry).decode()
+    assert generate_latest(registry).decode() == text
     families = {x.name: x for x in text_string_to_metric_families(text)}
     found = {
         (x.name, *sorted(x.labels.values())): x.value for y in families.values() for x in y.samples
