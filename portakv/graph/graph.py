@@ -222,6 +222,7 @@ class Graph:
         self.change = threading.Condition(self.lock)  # of nodes that are waited for, and timers
         self.figures, self.links = defaultdict[str, Any](Counter), dict[str, Link]()
         self.counts: Counter[Any] = self.figures["tier_blocks_total"]
+        self.nbytes: Counter[Any] = self.figures["tier_bytes_total"]
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
         # By pool, which another may hold: loads that wait, stores that do, leases of stores.
@@ -416,7 +417,7 @@ class Graph:
         """Add to what `statistics` tells."""
         with self.lock:
             self.counts[tier, op, result] += blocks
-            self.figures["tier_bytes_total"][tier, op] += nbytes
+            self.nbytes[tier, op] += nbytes
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, but for "portakv_": of each a list of
