@@ -139,7 +139,7 @@ class Link:
     def next(self) -> Node | None:
         """Wait for a node, which runs from now on; None if the graph is closed."""
         with self.graph.lock:
-            while not self.graph.closed:
+            while not self.graph.closed.is_set():
                 now = self.graph.sweep()
                 background = self.background < max(1, self.width - 1)
                 heaps = [heap for heap in self.heaps[: 1 + background] if heap]
@@ -218,7 +218,7 @@ class Graph:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
-        self.lock, self.closed, self.number = threading.RLock(), False, 0
+        self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
         self.change = threading.Condition(self.lock)  # of nodes that are waited for, and timers
         self.figures, self.links = defaultdict[str, Any](Counter), dict[str, Link]()
         self.counts: Counter[Any] = self.figures["tier_blocks_total"]
@@ -253,7 +253,7 @@ class Graph:
         if self.process.forked:  # the lock may be held for ever
             raise TransferError(gone)
         with self.lock:
-            if self.closed:
+            if self.closed.is_set():
                 raise TransferError(gone)
             now = self.clock()
             for node in nodes:
@@ -443,7 +443,7 @@ class Graph:
         atexit.unregister(self.close)  # one wait at the end of the interpreter, if work hangs
         until = time.monotonic() + timeout
         with self.lock:
-            self.closed = True
+            self.closed.set()
             for node in tuple(self.live):
                 self.cancel(node)
             for link in self.links.values():
