@@ -290,11 +290,9 @@ class Graph:
         """End a node that does not run and, in turn, what it follows if nobody else does and it is
         no gate; a gate ends behind what runs. True if some blocks will not be moved."""
         nodes, found = [node], False
-        why = (
-            "what is late needs more time or urgency, what is dropped more staging or another link"
-        )
+        why = "late: allow more time; dropped: staging had no room in time, or the link was slow"
         kind = TransferCancelled if state == "cancelled" else TransferError
-        error = kind(f"Some blocks had not begun and are {state}; {why}.")
+        error = kind(f"Some blocks had not begun and are {state} ({why}).")
         if node.graph is not self or self.process.forked:
             return False
         with self.lock:
