@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise, product
+from itertools import pairwise
 from numbers import Real
 from operator import itemgetter
 from typing import Any, Protocol, TypeAlias
@@ -354,8 +354,10 @@ class BlockStore:
             )
         call = Call(keys, Node(None, len(keys), name=kind), priority, deadline)
         if len(self._tilings) > 1 and kind in ("load", "prefetch"):  # where is what decides then
-            for key, shelf in product(keys, self._shelves):
-                self._spot(key) or shelf.has([key])
+            for shelf in self._shelves:
+                left = [key for key in keys if not self._spot(key)]
+                while left:  # in batches, as a tier that is far stops at what it lacks
+                    left = left[[*shelf.has(left), False].index(False) + 1 :]
         return call
 
     def _refuse_closed(self, kind: str) -> None:

@@ -356,25 +356,30 @@ def test_close_lets_saves_end_and_refuses_more(opened: Any) -> None:
             ask(KEYS)
 
 
-@pytest.mark.parametrize("how", ["cancel", "deadline"])
+@pytest.mark.parametrize("how", ["cancel", "deadline", "cancel before"])
 def test_a_save_goes_on_for_the_other_that_joined_it(opened: Any, how: str) -> None:
     """The first one is cancelled or late, and the second one ends well."""
-    source, tier, go = cache(), FakeTier(), threading.Event()
-    store = opened(tiers=[tier], staging=4)
-    tier.hold = go
+    source, tier, far, go = cache(), FakeTier(), FakeTier("far", width=1), Event()
+    store = opened(tiers=[tier, far], staging=16 if how == "cancel before" else 4)
+    tier.hold = far.hold = go
     first = store.save(
         source, range(8), KEYS, priority="urgent", deadline=0.2 if how == "deadline" else None
     )
+    if how == "cancel before":
+        links = store.graph.links
+        while len(links["fake:x"].running) < 2 or not links["far:x"].running:
+            time.sleep(0.01)
+        assert first.cancel()
     second = store.save(source, range(8), KEYS, priority="urgent")
     if how == "cancel":
         assert not first.cancel()
-    else:
+    elif how == "deadline":
         with pytest.raises(TransferTimeout):
             first.synchronize(0.4)
     go.set()
     second.synchronize(LIMIT)
     assert second.landed.all()
-    assert len(tier.blocks) == 8
+    assert len(tier.blocks) == len(far.blocks) == 8
 
 
 def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
@@ -566,6 +571,21 @@ def test_ranks_of_another_size_load_what_others_saved(
         assert same(source, range(8), target, range(2, 10))
 
 
+def test_a_far_tier_is_asked_in_batches_which_form_it_has(opened: Any) -> None:
+    """It stops at the first block that it lacks; the others are there all the same."""
+    whole, target, tier = cache(heads=4), cache(heads=4, seed=50), FakeTier("remote")
+    for form, view in ranks(whole, 2, "heads"):
+        saved(opened(form, tiers=[tier]), view)
+        del tier.blocks[form, KEYS[2]]
+    store = opened(small_form(heads=4), tiers=[tier])
+    for shelf in store._shelves:
+        has = shelf.has
+        shelf.has = lambda keys, has=has: [all(has(keys)[: i + 1]) for i in range(len(keys))]
+    loaded = store.load(target, range(8), KEYS, missing="skip")
+    loaded.synchronize(LIMIT)
+    assert loaded.landed.tolist() == [i != 2 for i in range(8)]
+
+
 def test_a_part_that_is_missing_is_a_miss_for_that_block_alone(opened: Any) -> None:
     """Fault 62."""
     whole, target, tier = cache(heads=4), cache(heads=4, seed=50), FakeTier()
@@ -649,6 +669,16 @@ def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any, staging: 
     saved(store, source)
     store.load(target, range(8), KEYS, by_layer=True).synchronize(LIMIT)
     assert [segment for _, segment in tier.reads] == [[0]] * 8 + [[1]] * 8
+    kept = opened(store.form, tiers=[tier], staging=staging, host=2)
+    go, other = Event(), cache(12, seed=70, **shape)
+    names = [store.form.digest + key for key in KEYS]
+    tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
+    handles = [kept.load(target, range(8), KEYS, by_layer=True), kept.load(other, range(8), KEYS)]
+    go.set()
+    for handle in handles:
+        handle.synchronize(LIMIT)
+    assert same(source, range(8), other, range(8)), "it reads on its own if it has to"
+    assert kept.rows.counts()["kept"] == sum(map(kept.rows.has, names)) == 2, "whole blocks"
     assert same(source, range(8), target, range(8))
 
 
