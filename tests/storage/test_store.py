@@ -507,6 +507,20 @@ def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
     assert same(source, range(8), target, range(8))
 
 
+def test_ctrl_c_while_a_load_is_planned_leaves_nothing(opened: Any) -> None:
+    """Fault 16: nobody waits for reads that never begin."""
+    source, target, tier = cache(), cache(seed=50), FakeTier()
+    store = opened(tiers=[tier])
+    saved(store, source)
+    shelf: Any = store._shelves[0]
+    shelf.touch = lambda keys: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        store.load(target, range(8), KEYS)
+    shelf.touch = lambda keys: None
+    store.load(target, range(8), KEYS).synchronize(LIMIT)
+    assert same(source, range(8), target, range(8))
+
+
 def test_cancel_leaves_the_rest(opened: Any) -> None:
     source, target, tier, go = cache(), cache(seed=50), FakeTier(width=1), threading.Event()
     store = opened(tiers=[tier], staging=2)
