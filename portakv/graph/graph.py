@@ -104,6 +104,8 @@ class Link:
         self.limit, self.pace = RateLimit(max_gbps, graph.clock) if max_gbps else None, 0.0
         self.tier, self.change = name.partition(":")[0], threading.Condition(graph.lock)
         self.queued_bytes = self.background = self.workers = 0
+        # A worker has ended a node and takes the next: waking another one costs more than a node.
+        self.taker = False
         # (due, number, node), and those of the background; since when what runs does.
         self.heaps, self.running = (list[Any](), list[Any]()), dict[Node, float]()
 
@@ -123,7 +125,9 @@ class Link:
         """Have a worker run a node in its turn."""
         node.state, node.since = "queued", self.graph.clock()
         heappush(self.heaps[node.background], (node.due, node.number, node))
-        self.change.notify()
+        if not self.taker:
+            self.change.notify()
+        self.taker = False
         if self.workers < self.width:
             terms = self.serve, f"portakv {self.name}", (self.workers + 1,)
             thread = threading.Thread(None, *terms, daemon=True)
@@ -139,6 +143,7 @@ class Link:
     def next(self) -> Node | None:
         """Wait for a node, which runs from now on; None if the graph is closed."""
         with self.graph.lock:
+            self.taker = False
             while not self.graph.closed.is_set():
                 now = self.graph.sweep()
                 background = self.background < max(1, self.width - 1)
@@ -177,6 +182,7 @@ class Link:
                 graph.figures["tier_seconds_count"][tier, op] += 1
                 for le, most in SECONDS.items():
                     graph.figures["tier_seconds_bucket"][tier, op, le] += seconds <= most
+                self.taker = not (node.background and self.heaps[1])
                 graph.end(node, landed, "failed" if error else "landed", error)
                 graph.settle()
             del node, error, landed  # an idle worker holds nothing
