@@ -162,8 +162,8 @@ class Link:
 
     def serve(self, worker: int) -> None:
         """What a worker does until the graph is closed."""
-        graph = self.graph
-        while node := self.next():
+        graph, node = self.graph, self.next()
+        while node:
             error, landed = None, node.left
             try:
                 if (told := node.work(node, landed.copy())) is not None:
@@ -185,7 +185,8 @@ class Link:
                 self.taker = not (node.background and self.heaps[1])
                 graph.end(node, landed, "failed" if error else "landed", error)
                 graph.settle()
-            del node, error, landed  # an idle worker holds nothing
+                node = error = landed = None  # an idle worker holds nothing
+                node = self.next()  # within the lock: to take it twice costs more than a node
 
 
 class Trace:
