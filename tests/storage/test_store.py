@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from support.ambient import STATES
 from support.core_cases import noise
 from support.device_cases import current, delay
-from support.storage_cases import FakeTier, key_of, small_form
+from support.storage_cases import FakeShelf, FakeTier, key_of, small_form
 
 from portakv import KVView
 from portakv.errors import (
@@ -36,9 +36,10 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
-from portakv.storage.disk import Disk
+from portakv.storage import remote
+from portakv.storage.disk import Disk, DiskShelf
 from portakv.storage.form import BlockForm
-from portakv.storage.store import BlockStore
+from portakv.storage.store import BlockStore, Shelf
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 KEYS = [key_of(i) for i in range(8)]
@@ -796,6 +797,11 @@ def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"takes \d+ bytes"):
             opened(**rows)
     assert opened(host=1, weak_keys=True).lookup([b"weak"]) == 0
+
+
+def shelves(disk: DiskShelf, far: remote.Shelf, fake: FakeShelf) -> list[Shelf]:
+    """What a type checker sees: each of them is what a store knows of a tier."""
+    return [disk, far, fake]
 
 
 def test_a_tier_that_cannot_be_opened_closes_the_others() -> None:
