@@ -41,7 +41,7 @@ BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
     "portakv/storage": 2_304,
-    "portakv/graph": 553,
+    "portakv/graph": 561,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,
     "portakv/connector": 840,

@@ -38,21 +38,19 @@ def cost_row(shape: str, samples: list[Sample], each: int, right: bool) -> Rows:
 
 
 def _nodes(count: int) -> Rows:
-    """Chains of four nodes without work, by two workers."""
+    """Chains of four nodes without work, by two workers, begun at once as those of a load are."""
     samples = [timed(partial(_chains, count)) for _ in range(ROUNDS)]
     return cost_row("a node of the graph, in chains of 4", samples, count, True)
 
 
 def _chains(count: int) -> None:
-    graph, ends = Graph(), list[Node]()
+    graph, nodes = Graph(), list[Node]()
     link = graph.link("bench", width=2)
-    for _ in range(count // CHAIN):
-        chain = list[Node]()
-        for _ in range(CHAIN):
-            chain.append(Node(lambda node, mask: None, 1, link=link, after=chain[-1:]))
-        graph.submit(chain)
-        ends.append(chain[-1])
-    if not all(node.wait(60) and node.landed.all() for node in ends):
+    for number in range(count // CHAIN * CHAIN):
+        after = nodes[-1:] if number % CHAIN else []
+        nodes.append(Node(lambda node, mask: None, 1, link=link, after=after))
+    graph.submit(nodes)
+    if not all(node.wait(60) and node.landed.all() for node in nodes[CHAIN - 1 :: CHAIN]):
         raise RuntimeError("a node did not land")
     graph.close()
 

@@ -8,10 +8,12 @@ import atexit
 import json
 import threading
 import time
+from bisect import bisect_left
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from heapq import heapify, heappop, heappush
+from itertools import accumulate
 from traceback import clear_frames
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -26,6 +28,7 @@ from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 #: Bounds of the histogram of the seconds that nodes ran.
 SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
+BOUNDS = (*SECONDS.values(),)
 
 
 @dataclass(eq=False)
@@ -177,11 +180,9 @@ class Link:
                 what = node.number, node.name, node.blocks, node.nbytes
                 after = (x.number for x, *_ in node.after)
                 graph.trace.ran.append((self.name, worker, start, end, *what, *after))
-                tier, op, seconds = self.tier, node.name, end - start
-                graph.figures["tier_seconds_sum"][tier, op] += seconds
-                graph.figures["tier_seconds_count"][tier, op] += 1
-                for le, most in SECONDS.items():
-                    graph.figures["tier_seconds_bucket"][tier, op, le] += seconds <= most
+                spent = graph.seconds[self.tier, node.name]
+                spent[0] += end - start
+                spent[1 + bisect_left(BOUNDS, end - start)] += 1
                 self.taker = not (node.background and self.heaps[1])
                 graph.end(node, landed, "failed" if error else "landed", error)
                 graph.settle()
@@ -230,6 +231,8 @@ class Graph:
         self.figures, self.links = defaultdict[str, Any](Counter), dict[str, Link]()
         self.counts: Counter[Any] = self.figures["tier_blocks_total"]
         self.nbytes: Counter[Any] = self.figures["tier_bytes_total"]
+        # By tier and op: seconds that nodes ran in sum, and how many ran up to each bound.
+        self.seconds = defaultdict[Any, list[Any]](lambda: [0.0, *[0] * len(BOUNDS)])
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
         # By pool, which another may hold: loads that wait, stores that do, leases of stores.
@@ -434,6 +437,11 @@ class Graph:
                 self.figures["link_queue_bytes"][x.name,] = x.queued_bytes
                 self.figures["link_oldest_seconds"][x.name,] = x.oldest_wait
                 self.figures["link_slow"][x.name,] = x.slow
+            for (tier, op), (total, *counts) in self.seconds.items():
+                self.figures["tier_seconds_sum"][tier, op] = total
+                self.figures["tier_seconds_count"][tier, op] = sum(counts)
+                for le, many in zip(SECONDS, accumulate(counts), strict=True):
+                    self.figures["tier_seconds_bucket"][tier, op, le] = many
             found = dict[str, list[dict[str, Any]]]()
             for name, table in self.figures.items():
                 last = "le" if name.endswith("bucket") else "result"
