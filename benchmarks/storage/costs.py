@@ -49,8 +49,9 @@ def _chains(count: int) -> None:
     for number in range(count // CHAIN * CHAIN):
         after = nodes[-1:] if number % CHAIN else []
         nodes.append(Node(lambda node, mask: None, 1, link=link, after=after))
-    graph.submit(nodes)
-    if not all(node.wait(60) and node.landed.all() for node in nodes[CHAIN - 1 :: CHAIN]):
+    gate = Node(None, 1, after=nodes[CHAIN - 1 :: CHAIN])
+    graph.submit([*nodes, gate])
+    if not (gate.wait(60) and gate.landed.all()):
         raise RuntimeError("a node did not land")
     graph.close()
 

@@ -789,6 +789,8 @@ link = Graph().link("any", 3)
 atexit.register(lambda: print(link.queued_bytes))  # behind the graph's end
 nodes = [Node(lambda node, mask: time.sleep({seconds}), 1, link=link, nbytes=1) for _ in range(999)]
 link.graph.submit(nodes)
+while len(link.running) < 3:
+    time.sleep(0.001)
 """
     run = [sys.executable, "-c", script]
     done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False)
