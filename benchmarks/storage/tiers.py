@@ -28,6 +28,7 @@ from portakv.storage.engine import choose
 from portakv.storage.form import BlockForm
 from portakv.storage.remote import Remote
 from portakv.storage.rows import Rows as Memory
+from portakv.storage.store import LOADED, SAVED
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
 from portakv_benchmarks.shared.harness import Rows, Step
@@ -35,7 +36,8 @@ from portakv_benchmarks.shared.shapes import POISON, in_words
 from portakv_benchmarks.shared.trials import Sample, Way, timed
 from portakv_benchmarks.storage.suite import StorageBench
 
-LAYERS, HEADS, DIM, CHUNK = 32, 8, 64, 16 * MB
+LAYERS, HEADS, DIM = 32, 8, 64
+CHUNKS = {"store": SAVED, "load": LOADED}  # as a store's nodes
 REQUESTS = 8  # of a remote store, at once
 
 
@@ -58,9 +60,10 @@ class Tier:
     """One shelf of a disk or remote tier: in its memory blocks to store, and behind them rows to
     load them into."""
 
-    def __init__(self, nbytes: int, amount: int, kind: Disk | Remote, chunk: int = CHUNK) -> None:
+    def __init__(self, nbytes: int, amount: int, kind: Disk | Remote, chunk: int = 0) -> None:
         self.form = BlockForm.of(caches(1, nbytes, torch.device("cpu")), "bench")
-        self.amount, self.chunk = amount, max(1, chunk // self.form.image_bytes)
+        self.amount, size = amount, self.form.image_bytes
+        self.chunks = {op: chunk or max(1, n // size) for op, n in CHUNKS.items()}
         self.memory = Memory(self.form.image_bytes, 2 * amount, 0)
         self.payload = self.memory.tensor[:, image.HEADER :][:, : self.form.payload_bytes]
         self.payload.random_()
@@ -80,8 +83,8 @@ class Tier:
 
     def _run(self, op: str) -> None:
         nodes, shelf, first = list[Node](), self.shelf, self.first[op]
-        for at in range(0, self.amount, self.chunk):
-            keys = self.keys[at : at + self.chunk]
+        for at in range(0, self.amount, self.chunks[op]):
+            keys = self.keys[at : at + self.chunks[op]]
             rows = [self.memory.array[first + at + n] for n in range(len(keys))]
             nbytes = len(keys) * self.form.image_bytes
             link = shelf.link(keys[0]) if op == "load" else shelf.link_for_write(nbytes)
