@@ -40,8 +40,8 @@ APART = (
 BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
-    "portakv/storage": 2_310,
-    "portakv/graph": 561,
+    "portakv/storage": 2_321,
+    "portakv/graph": 578,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,
     "portakv/connector": 840,

@@ -85,7 +85,7 @@ def draw(events: list[dict[str, Any]]) -> Figure:
 
 def main(words: list[str]) -> None:
     """Draw a trace, the one that is named or a new one."""
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         path = Path(words[0]) if words else Path(folder, "trace.json").resolve()
         if not words:
             make(path)

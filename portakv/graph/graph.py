@@ -74,11 +74,17 @@ class Node:
     state, ended, cut, watched, background = "new", False, False, False, False
     number, waits, due, since = 0, 0, 0.0, 0.0
     graph = error = left = cast(Any, None)
+    trail: Any = ()  # of one that never ran: numbers of what ran before it, for the trace
+    short = ""  # of a gate: the link of the first that did not move all it could, without an error
 
     def __post_init__(self) -> None:
         self.after = [x if isinstance(x, tuple) else (x, None, None) for x in self.after]
         self.followers = list[Node]()
         self.landed: Any = np.zeros(self.blocks, np.bool_)  # which blocks landed, once it ended
+
+    def ran_before(self) -> set[int]:
+        """Numbers of what it follows, through nodes that never ran."""
+        return {number for x, *_ in self.after for number in x.trail or (x.number,)}
 
     def done(self) -> bool:
         """True once it ended; never blocks."""
@@ -178,8 +184,7 @@ class Link:
                 start, end = self.running.pop(node), graph.clock()
                 self.background -= node.background
                 what = node.number, node.name, node.blocks, node.nbytes
-                after = (x.number for x, *_ in node.after)
-                graph.trace.ran.append((self.name, worker, start, end, *what, *after))
+                graph.trace.ran.append((self.name, worker, start, end, *what, *node.ran_before()))
                 spent = graph.seconds[self.tier, node.name]
                 spent[0] += end - start
                 spent[1 + bisect_left(BOUNDS, end - start)] += 1
@@ -300,9 +305,9 @@ class Graph:
         """End a node that does not run and, in turn, what it follows if nobody else does and it is
         no gate; a gate ends behind what runs. True if some blocks will not be moved."""
         nodes, found = [node], False
-        why = "late: allow more time; dropped: staging had no room in time, or the link was slow"
+        why = {"late": ": allow more time", "dropped": ": no staging in time, or a slow link"}
         kind = TransferCancelled if state == "cancelled" else TransferError
-        error = kind(f"Some blocks had not begun and are {state} ({why}).")
+        error = kind(f"Some blocks had not begun and are {state}{why.get(state, '')}.")
         if node.graph is not self or self.process.forked:
             return False
         with self.lock:
@@ -358,6 +363,11 @@ class Graph:
             if node.link and left.any():
                 self.place(node)
             else:
+                if node.followers:
+                    node.trail = node.ran_before()
+                if not (node.link or node.error or left.all()):
+                    moved = [x for x, *_ in node.after if x.link and (x.left > x.landed).any()]
+                    node.short = moved[0].link.name if moved else ""
                 self.end(node, left, "landed")
 
     def place(self, node: Node) -> None:

@@ -15,7 +15,8 @@ from portakv.runtime.transfer import Completion, Pending, Transfer
 class Handle(Transfer):
     """A transfer that ends with a gate, and holds ``kept`` until then. If blocks did not land, its
     end raises `TransferError`, unless they are ``missing="skip"``; `TransferCancelled` if it was
-    cancelled. ``layers``: the gate of each layer, which becomes a handle in the attribute."""
+    cancelled. ``layers``: the gate of each layer, which becomes a handle in the attribute. A gate
+    of the name "save" is of blocks that are written."""
 
     __slots__ = ("_gates", "_graph", "_skip", "cancelled", "layers")
 
@@ -50,7 +51,9 @@ class Handle(Transfer):
             raise TransferError("A transfer goes on in the process that this was forked from.")
         kind = TransferCancelled if isinstance(gate.error, TransferCancelled) else TransferError
         if not (landed.all() or (self._skip and kind is TransferError)):
-            why = "No tier has the others, or one did not take them; missing='skip' lets that pass."
+            why = "No tier has the others; missing='skip' lets that pass."
+            if gate.name == "save":
+                why = f"{gate.short or 'A tier'} did not take the others; statistics() tell more."
             if gate.error:
                 why = str(gate.error) if isinstance(gate.error, PortaKVError) else repr(gate.error)
             raise kind(f"{landed.sum()} of {len(landed)} blocks landed. {why}") from gate.error

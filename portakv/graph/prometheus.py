@@ -12,25 +12,29 @@ KINDS = {"total": "counter", "bucket": "histogram", "sum": "histogram", "count":
 
 
 class Collector:
-    """What ``prometheus_client.REGISTRY.register`` takes; ``source`` has ``statistics()`` as
-    `Graph` has it. Raises `Unsupported` if the package is not installed."""
+    """What ``prometheus_client.REGISTRY.register`` takes, once; ``source`` has ``statistics()`` as
+    `Graph` has it. Of several, each is named and its figures have the label ``store``:
+    ``Collector(a=store, b=another)``. Raises `Unsupported` if the package is not installed."""
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any = None, /, **stores: Any) -> None:
         try:
             from prometheus_client.core import Metric
         except ImportError as error:
             raise Unsupported("Figures for Prometheus", "install portakv[metrics]") from error
-        self.source, self.metric = source, Metric
+        self.metric, self.sources = Metric, [({"store": x}, y) for x, y in stores.items()]
+        if source is not None:
+            self.sources.append(({}, source))
 
     def collect(self) -> Iterator[Any]:
         """Each family of figures, as they are now."""
         families: dict[str, Any] = {}
-        for name, samples in self.source.statistics().items():
+        told = [(store, *each) for store, x in self.sources for each in x.statistics().items()]
+        for store, name, samples in told:
             front, _, end = f"portakv_{name}".rpartition("_")
             family, kind = (front, KINDS[end]) if end in KINDS else (f"portakv_{name}", "gauge")
             for sample in samples:
                 if "value" in sample:  # else it is for people
-                    labels = {x: y for x, y in sample.items() if x != "value"}
+                    labels = store | {x: y for x, y in sample.items() if x != "value"}
                     metric = families.setdefault(family, self.metric(family, family, kind))
                     metric.add_sample(f"portakv_{name}", labels, float(sample["value"]))
         yield from families.values()

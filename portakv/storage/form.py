@@ -66,6 +66,11 @@ class BlockForm:
         revision; ``layers`` and ``heads`` are those of the model that the view holds;
         ``block_size`` is in tokens, by default the view's; ``salt`` keeps tenants apart; ``notes``
         say what else fixes the bytes, such as a quantisation."""
+        if not isinstance(view, KVView):
+            raise StoreError(
+                f"A form was asked of a {type(view).__name__}: expected a KVView; make one of the "
+                f"tensors and their layout."
+            )
         layers = layers or (0, view.layers, view.layers)
         heads = heads or (0, view.heads, view.heads)
         size, kinds = block_size or view.block_size or 0, {*view.form.dtypes}
@@ -76,13 +81,14 @@ class BlockForm:
         texts = isinstance(salt, bytes) and {type(model), type(notes)} == {str}
         layout, salted = f"block layer {inner}", salt and texts and hashlib.sha256(salt).hexdigest()
         form = cls(model, dtype, view.kv, widths, size, layers, heads, layout, salted or "", notes)
-        held = texts and bool(view.block_size) and form._sound()
+        held = texts and model != "" and bool(view.block_size) and form._sound()
         held = held and (layers[1] - layers[0], heads[1] - heads[0]) == (view.layers, view.heads)
         if not held or (view.opaque and size != view.block_size):
             raise StoreError(
                 f"A form of layers {layers}, heads {heads} and blocks of {size} was asked for "
                 f"{view}: expected a paged view, ranges (from, to, of) of as many as it holds, of "
-                f"opaque pages its own block size, texts, and a salt of bytes; correct them."
+                f"opaque pages its own block size, a model's name, texts, and a salt of bytes; "
+                f"correct them."
             )
         return form
 

@@ -17,13 +17,19 @@ from portakv.errors import InvalidTerms, Unsupported
 def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
     """Keys of 32 bytes; shorter ones get zeros behind them. Raises `InvalidTerms` for a key above
     32 bytes, or below 16 (1 if ``weak_keys``): two of few bits meet in one store."""
+    if isinstance(keys, bytes | bytearray | str) or not isinstance(keys, Iterable):
+        raise InvalidTerms(
+            f"Keys were given as one {type(keys).__name__}: expected a list of bytes; put a single "
+            f"key into a list."
+        )
     found, least = [*keys], 1 if weak_keys else 16
     for number, key in enumerate(found):
         size = len(key) if isinstance(key, bytes) else 0
         if not least <= size <= 32:
             raise InvalidTerms(
-                f"Key {number} is a {type(key).__name__} of {size} bytes: expected {least} to 32. "
-                f"Hash longer ones; pass weak_keys=True if a wrong block now and then does no harm."
+                f"Key {number} is of type {type(key).__name__} with {size} bytes: expected {least} "
+                f"to 32. Hash longer ones; BlockStore(..., weak_keys=True) takes shorter "
+                f"ones if a wrong block now and then does no harm."
             )
     return [key.ljust(32, b"\0") for key in found]
 
@@ -34,6 +40,8 @@ def prefix_keys(
     """The keys of all whole blocks: SHA-256 of the previous key, tokens as little-endian u32, and
     ``extra`` of the block (of a LoRA, an image). The ``salt`` keeps tenants apart."""
     with _terms():
+        if not isinstance(salt, bytes):
+            raise TypeError(f"a salt of type {type(salt).__name__} was found")
         keys = [sha256(b"portakv" + salt).digest()]
         for block, more in _blocks(tokens, block_size, "<u4", extra):
             keys.append(sha256(keys[-1] + block + (more or b"")).digest())

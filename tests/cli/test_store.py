@@ -224,3 +224,12 @@ def test_the_example_finds_a_prefix_in_a_remote_store(capsys: pytest.CaptureFixt
     told = capsys.readouterr().out
     assert "the same twice" in told
     assert "0 tokens of the prompt loaded" in told
+
+
+def test_the_demo_of_a_store_takes_no_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And makes no folder of its name."""
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run("demo", "--store", "s3://bucket/kv", "--device", "cpu")
+    assert code != 0
+    assert "expected a folder of a local disk" in err
+    assert not [*tmp_path.iterdir()]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
@@ -59,11 +60,25 @@ def test_the_first_cause_is_named(graph: Graph) -> None:
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
 
 
-def test_what_tiers_did_not_take_is_told_as_what_they_do_not_have(graph: Graph) -> None:
-    """A save ends by a handle as well."""
-    handle = submitted(graph, lambda node, mask: ~mask)
-    with pytest.raises(TransferError, match="or one did not take them"):
-        handle.synchronize()
+def test_a_save_names_the_first_tier_that_did_not_take_all(graph: Graph) -> None:
+    """And gives no advice of loads."""
+    takes, half, none = (
+        Node(lambda node, mask, n=n: mask & (np.arange(3) < n), 3, link=graph.link(name))
+        for name, n in (("disk:/a", 3), ("disk:/b", 2), ("remote", 0))
+    )
+    gate = Node(None, 3, after=[takes, half, none], name="save")
+    graph.submit([takes, half, none, gate])
+    with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. disk:/b did not") as error:
+        Handle(graph, gate).synchronize()
+    assert "skip" not in str(error.value)
+
+
+def test_a_save_that_fails_names_its_cause(graph: Graph) -> None:
+    work = Node(lambda node, mask: 1 // 0, 3, link=graph.link("disk"))
+    gate = Node(None, 3, after=[work], name="save")
+    graph.submit([work, gate])
+    with pytest.raises(TransferError, match=r"^0 of 3 blocks landed\. ZeroDivisionError"):
+        Handle(graph, gate).synchronize()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -96,7 +111,7 @@ def test_cancel_is_told(graph: Graph, missing: str) -> None:
     queued = submitted(graph, lambda node, mask: None, missing=missing)
     assert not running.cancel() or running.cancelled  # it may not have begun
     assert (queued.cancel(), queued.cancelled, queued.cancel()) == (True, True, False)
-    with pytest.raises(TransferCancelled):
+    with pytest.raises(TransferCancelled, match=r"had not begun and are cancelled\.$"):
         queued.synchronize()
     go.set()
 

@@ -63,6 +63,19 @@ def test_prometheus_reads_every_figure() -> None:
     }
 
 
+def test_several_stores_share_a_registry() -> None:
+    """Each family has one TYPE line, and no sample comes twice."""
+    registry = CollectorRegistry(auto_describe=True)  # as REGISTRY, which refuses two of a name
+    registry.register(Collector(a=ran(), b=ran()))
+    lines = generate_latest(registry).decode().splitlines()
+    types = [line for line in lines if line.startswith("# TYPE")]
+    series = [line.rpartition(" ")[0] for line in lines if line[0] != "#"]
+    assert len({*types}) == len(types) == 6
+    assert len({*series}) == len(series)
+    for store in "ab":
+        assert f'portakv_tier_bytes_total{{op="read",store="{store}",tier="disk"}} 20.0' in lines
+
+
 def test_without_the_package_a_sentence_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "prometheus_client.core", None)
     with pytest.raises(Unsupported, match=r"portakv\[metrics\]"):
@@ -92,6 +105,20 @@ def test_a_trace_has_the_form_that_perfetto_opens(tmp_path: Path) -> None:
     assert (start["pid"], end["pid"]) == (read["pid"], copy["pid"])
     assert start["ts"] == pytest.approx(read["ts"] + read["dur"])
     assert end["ts"] == copy["ts"]
+
+
+def test_arrows_lead_past_nodes_that_never_ran() -> None:
+    """A load's device leg follows rescues, which have nothing to do if the first tier has all."""
+    graph = Graph()
+    read = Node(lambda node, mask: None, 2, link=graph.link("disk"))
+    rescue = Node(lambda node, mask: 1 // 0, 2, link=graph.link("far"), after=[read], rescue=True)
+    last = Node(None, 2, link=graph.link("farther"), after=[rescue], rescue=True)
+    leg = Node(lambda node, mask: None, 2, link=graph.link("device"), after=[last])
+    graph.submit([read, rescue, last, leg])
+    assert leg.wait(30.0)
+    assert graph.close()
+    flows = [(x["ph"], x["id"]) for x in graph.trace.events() if x["ph"] in "sf"]
+    assert flows == [("s", "1-4"), ("f", "1-4")]
 
 
 def test_a_trace_keeps_the_last_nodes_alone() -> None:

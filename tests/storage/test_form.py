@@ -321,13 +321,18 @@ def test_parts_that_two_forms_share(mine: Any, theirs: Any, found: Any) -> None:
         *({"layers": x} for x in ((0, 3, 4), (2, 6, 5), (0, 4), 4, (0, 4, "4"), (0.0, 4, 4))),
         *({"heads": x} for x in ((0, 3, 3), (-1, 1, 2), [0, 2, 2], (0, True, 1))),
         *({"block_size": x} for x in (-4, "4", 2.5)),
-        *({"salt": "tenant"}, {"notes": b"x"}, {"model": None}),
+        *({"salt": "tenant"}, {"notes": b"x"}, {"model": None}, {"model": ""}),
     ],
 )
 def test_terms_that_are_not_the_view_s_are_refused(wrong: Any) -> None:
     view = Cache("vllm-nhd", 4, 2, (8, 8), 3, 4).view
     with pytest.raises(StoreError, match=r"ranges \(from, to, of\)"):
         BlockForm.of(view, **{"model": "m", **wrong})
+
+
+def test_a_tensor_has_no_form() -> None:
+    with pytest.raises(StoreError, match="asked of a Tensor: expected a KVView"):
+        BlockForm.of(torch.zeros(2, 3, device="cpu", dtype=torch.int8), "m")  # type: ignore[arg-type]
 
 
 def test_a_view_that_is_not_paged_has_no_form() -> None:

@@ -89,6 +89,17 @@ def test_extras_that_vllm_would_encode_otherwise_are_refused(extra: Any) -> None
         vllm_keys(TOKENS, 8, seed=0)  # type: ignore[arg-type]
 
 
+def test_a_salt_that_is_no_bytes_is_named() -> None:
+    with pytest.raises(InvalidTerms, match="salt of type str"):
+        prefix_keys(TOKENS, 4, salt="tenant")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keys", [None, 5, bytes(32), bytearray(32), "a" * 32])
+def test_what_is_no_list_of_keys_is_refused(keys: Any) -> None:
+    with pytest.raises(InvalidTerms, match="put a single key into a list"):
+        check_keys(keys)
+
+
 def test_booleans_are_no_numbers_in_vllm_s_chain() -> None:
     """RFC 8949: 81 f5 is a list of true, 81 01 of one."""
     ids = b"\x84\x00\x17\x18\x18\x18\xff"

@@ -21,7 +21,7 @@ from json import dumps, loads
 from typing import Any
 
 from portakv.cli.console import installing, print_json
-from portakv.errors import PortaKVError, StoreError
+from portakv.errors import InvalidTerms, PortaKVError, StoreError
 from portakv.runtime.devices import usual_device
 
 EXAMPLE = "portakv_examples.prefix_store"
@@ -34,7 +34,13 @@ def run_store_demo(folder: str, *, device: str | None = None, json: bool = False
 
     Raises:
         StoreError: transformers or what the store needs is not there, or a process failed.
+        InvalidTerms: the folder is a URL.
     """
+    if "://" in folder:
+        raise InvalidTerms(
+            f"The demo of a store was asked for {folder!r}, a URL: expected a folder of a local "
+            f"disk; the example portakv_examples.prefix_store takes a bucket by --remote."
+        )
     tell: Callable[[str], None] = _silent if json else _tell
     where = str(usual_device() if device is None else device)
     salt = secrets.token_hex(8)  # so that an earlier run's blocks are not found
