@@ -305,7 +305,7 @@ class Graph:
         """End a node that does not run and, in turn, what it follows if nobody else does and it is
         no gate; a gate ends behind what runs. True if some blocks will not be moved."""
         nodes, found = [node], False
-        why = {"late": ": allow more time", "dropped": ": no staging in time, or a slow link"}
+        why = {"late": ": give more time", "dropped": ": staging had no room or the link was slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
         error = kind(f"Some blocks had not begun and are {state}{why.get(state, '')}.")
         if node.graph is not self or self.process.forked:

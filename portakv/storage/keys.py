@@ -27,7 +27,7 @@ def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
         size = len(key) if isinstance(key, bytes) else 0
         if not least <= size <= 32:
             raise InvalidTerms(
-                f"Key {number} is of type {type(key).__name__} with {size} bytes: expected {least} "
+                f"Key {number} is a {type(key).__name__} of {size} bytes: expected bytes, {least} "
                 f"to 32. Hash longer ones; BlockStore(..., weak_keys=True) takes shorter "
                 f"ones if a wrong block now and then does no harm."
             )
