@@ -40,7 +40,7 @@ APART = (
 BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
-    "portakv/storage": 2_321,
+    "portakv/storage": 2_364,
     "portakv/graph": 578,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,
@@ -59,7 +59,7 @@ BUDGETS = {
     "benchmarks/storage": 560,
     "tests": 34_700,
     "tests/integrations": 5_000,
-    "tests/storage": 4_500,
+    "tests/storage": 4_521,
     "tests/graph": 1_200,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.

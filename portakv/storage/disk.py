@@ -5,7 +5,7 @@ may be added or lost. A block goes to the folder with the fewest bytes queued.""
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from glob import glob
@@ -115,7 +115,7 @@ class DiskShelf:
         """The highest that was found."""
         return max(slots.generation for slots, _ in self.parts)
 
-    def has(self, keys: Sequence[bytes]) -> list[bool]:
+    def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Which blocks are there."""
         return [any(key in slots.index for slots, _ in self.parts) for key in keys]
 
@@ -190,12 +190,14 @@ class DiskShelf:
         rows: Sequence[Row],
         generations: Sequence[int],
         checksums: Sequence[Sequence[int]],
+        own: Mapping[bytes, int] | None = None,
     ) -> list[bool]:
-        """Write sealed images in the link's folder; which blocks are there now."""
+        """Write sealed images in the link's folder; which blocks are there now. A block that would
+        evict one that comes before it in ``own``, all of a call's, is dropped."""
         slots = next(slots for slots, each in self.parts if each is link)
         landed, size = self.has(keys), self.form.image_bytes
         new = [i for i, there in enumerate(landed) if not there]
-        taken = [(i, slot) for i in new if (slot := slots.take(keys[i])) is not None]
+        taken = [(i, slot) for i in new if (slot := slots.take(keys[i], own)) is not None]
         asks = [Request(slots.fd, s * size, rows[i].ctypes.data, size, True) for i, s in taken]
         moved = [0] * len(asks)
         try:

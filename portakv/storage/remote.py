@@ -176,17 +176,22 @@ class Shelf:
         # Until when a block is believed to be there; negative: until when it is not.
         self._verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
 
-    def has(self, keys: Keys) -> list[bool]:
-        """Which blocks are there, up to the first that is not; asked in batches."""
-        found, width = list[bool](), self._remote.workers
+    def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
+        """Which blocks are there, up to the first that is not, or about which the store has said
+        nothing after ``timeout`` seconds; asked in batches."""
+        found, width, graph = list[bool](), self._remote.workers, self._graph
+        until = graph.clock() + (3e9 if timeout is None else timeout)
         while all(found[-width:]) and (batch := keys[len(found) : len(found) + width]):
-            if len(batch) == 1 or all(self.known(batch)):
+            if all(self.known(batch)) or (len(batch) == 1 and timeout is None):
                 found += map(self._there, batch)
                 continue
             works = [lambda _, mask, key=key: mask & self._there(key) for key in batch]
             nodes = [Node(work, 1, link=self._heads, name="lookup") for work in works]
-            self._graph.submit(nodes, priority="urgent")
-            found += [node.wait() and bool(node.landed[0]) for node in nodes]
+            graph.submit(nodes, priority="urgent")
+            ends = [node.wait(max(0.0, until - graph.clock())) for node in nodes]
+            found += [end and bool(node.landed[0]) for end, node in zip(ends, nodes, strict=True)]
+            for node in nodes:
+                graph.cancel(node)
         there = [*found, False].index(False)
         return [at < there for at in range(len(keys))]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -76,9 +76,17 @@ class Rows:
         with self._lock:
             self._free.extend(item for item in items if self._lent.pop(item, None) is not None)
 
-    def keep(self, item: int, key: bytes, prefetched: bool = False) -> bool:
+    def keep(
+        self,
+        item: int,
+        key: bytes,
+        prefetched: bool = False,
+        own: Mapping[bytes, int] | None = None,
+    ) -> bool:
         """Keep a lent row under a key, in place of those used least recently; False if the key has
-        a row, or no row can go. Half of the rows at most were ``prefetched`` and not found yet."""
+        a row, or no row can go: none does whose place in ``own`` comes first, which are a call's
+        blocks by the last 32 bytes of their keys. Half of the rows at most were ``prefetched`` and
+        not found yet."""
         with self._lock:
             if not self.host or key in self._kept:
                 return False
@@ -86,7 +94,7 @@ class Rows:
             among = self._unused if crowd else self._kept
             if crowd or len(among) >= self.host:
                 last = next((one for one, row in among.items() if not self._pins[row]), None)
-                if last is None:
+                if last is None or (own and own.get(last[-32:], len(own)) <= own[key[-32:]]):
                     return False
                 self._free.append(self._kept.pop(last))
                 self._unused.pop(last, None)
@@ -115,8 +123,14 @@ class Rows:
         """Keys were used, the first one last, so that a prefix outlives its suffix."""
         with self._lock:
             for key in reversed(keys):
-                if key in self._kept:
-                    self._kept.move_to_end(key)
+                for table in (self._kept, self._unused):
+                    if key in table:
+                        table.move_to_end(key)
+
+    def crowded(self, own: Mapping[bytes, int]) -> bool:
+        """Whether the next row to go is one of a call's (see `keep`)."""
+        with self._lock:
+            return next(iter(self._kept), b"")[-32:] in own
 
     def has(self, key: bytes) -> bool:
         """Whether a key has a row."""

@@ -10,7 +10,7 @@ import mmap
 import os
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -211,12 +211,14 @@ class Slots:
                 if self.index.get(key) != slot:
                     self._free.append(slot)
 
-    def take(self, key: bytes) -> int | None:
-        """A slot for a block, its record empty; None if all others are pinned, or the table
-        cannot be written."""
+    def take(self, key: bytes, own: Mapping[bytes, int] | None = None) -> int | None:
+        """A slot for a block, its record empty; None if all others are pinned, the next to go comes
+        before it in ``own``, the blocks of its call, or the table cannot be written."""
         with self._change:
             idle = (one for one, slot in self.index.items() if slot not in self._pins)
             if not self._free and (victim := next(idle, None)) is not None:
+                if own and own.get(victim, len(own)) <= own[key]:
+                    return None
                 self._forget(victim)
                 self.evicted += 1
             if not self._free:

@@ -47,13 +47,13 @@ class Shelf(Protocol):
 
     @property
     def generation(self) -> int: ...  # the highest that was found
-    def has(self, keys: Keys, /) -> list[bool]: ...  # asks, if it is far
+    def has(self, keys: Keys, timeout: float | None = None, /) -> list[bool]: ...  # asks
     def known(self, keys: Keys, /) -> list[bool]: ...  # does not
     def wants(self, keys: Keys, /) -> list[bool]: ...  # what it lacks, and admits
     def link(self, key: bytes, /) -> Link: ...
     def link_for_write(self, nbytes: int, /) -> Link: ...
     def read(self, keys: Keys, rows: Any, segments: Any, stop: Any, /) -> list[bool]: ...
-    def write(self, _: Link, keys: Keys, rows: Any, numbers: Any, sums: Any, /) -> list[bool]: ...
+    def write(self, _: Link, keys: Keys, rows: Any, *known: Any) -> list[bool]: ...
     def touch(self, keys: Keys, /) -> None: ...
     def statistics(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -76,13 +76,14 @@ class Call:
     end: in a node, which of the call's blocks the node's are, and which layers it has of them."""
 
     keys: list[bytes]
+    order: dict[bytes, int]  # the place of each; a tier loses none for one behind it
     gate: Node  # by the call's name
     priority: str
     deadline: float | None
     given: Any = None  # blocks that are anywhere; None: all
     nodes: list[tuple[int, Node]] = field(default_factory=list)
     ends: list[tuple[Node, Any, Any, range]] = field(default_factory=list)
-    fills: int = 0  # of a save: that did not end
+    fills: int = 0  # that did not end
 
 
 @dataclass(eq=False)
@@ -125,6 +126,7 @@ class BlockStore:
 
     Blocks of a view belong to a load until its end: a model that writes them before `Handle.wait`
     mixes both. A save reads behind what the current stream holds at the call, and until its end.
+    A store is its own context, and closed at the end of it.
 
     Raises:
         StoreError, StoreBusy: memory for no block; a tier that cannot be opened; after `close`.
@@ -180,9 +182,17 @@ class BlockStore:
                 parts.append(Part(each, shelves, *slices, rows))
         self._own, self._tilings = parts[0], _tilings(parts)
 
-    def lookup(self, keys: Keys) -> int:
-        """How many leading blocks can be loaded, from the host or some tier."""
-        keys = self._call("lookup", keys, "normal").keys
+    def __enter__(self) -> BlockStore:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
+        """How many leading blocks can be loaded, from the host or some tier. What a far tier has
+        not said within ``timeout`` seconds counts as not there."""
+        keys = self._call("lookup", keys, "normal", timeout).keys
+        until = self.graph.clock() + (3e9 if timeout is None else timeout)
         there = np.zeros(len(keys) + 1, np.bool_)
         for tiling in self._tilings:
             whole = there[:-1] ^ True
@@ -190,7 +200,8 @@ class BlockStore:
                 found = np.array([self.rows.has(part.form.digest + key) for key in keys], np.bool_)
                 for shelf in part.shelves:
                     left = np.flatnonzero(whole & (found ^ True))
-                    found[left] = shelf.has([keys[i] for i in left])
+                    time = max(0.0, until - self.graph.clock())
+                    found[left] = shelf.has([keys[i] for i in left], time)
                 whole &= found
             there[:-1] |= whole
         leading = int(there.argmin())
@@ -209,13 +220,15 @@ class BlockStore:
         """Save blocks of a view under keys; a key that every writable tier has, or does not
         admit yet, or whose save is under way, is nothing. ``blocks``: ids of the view's blocks,
         whose tokens the keys name in order; of another size than the form's, they need not be
-        filled by the last key."""
+        filled by the last key. A tier with no room for all keeps the first ones; on a disk the
+        others do not land."""
         call, own = self._call("save", keys, priority, deadline), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size, store=True)
         shelves = [shelf for shelf in own.shelves if shelf.writable]
         until = self.graph.clock() + SLACK[priority] if self._drop else None
         groups = dict[tuple[Shelf, ...], list[int]]()  # by the tiers that lack them
         with self._planned(call):
+            self._touch(call.keys)
             wants = [shelf.wants(call.keys) for shelf in shelves]
             for i, key in enumerate(call.keys):
                 fill, row = self._fills.get(own.form.digest + key, (None, 0))
@@ -257,8 +270,9 @@ class BlockStore:
 
         Blocks that no tier has, or not in right bytes, do not land (`Handle.landed`), and nothing
         is written for them. ``by_layer``: layers are read, verified and handed on one behind the
-        other, each with an end of its own (`Handle.layers`); blocks of a form with one segment are
-        read as a whole, and only the device's leg goes by layer.
+        other, each with an end of its own (`Handle.layers`), so that of a block that does not land
+        some layers may be written, in right bytes; blocks of a form with one segment are read as a
+        whole, and only the device's leg goes by layer.
         """
         if missing not in ("raise", "skip"):
             raise InvalidTerms(f"{missing=} was asked of a load: expected 'raise' or 'skip'.")
@@ -350,17 +364,20 @@ class BlockStore:
         self._refuse_closed(kind)
         keys, late = check_keys(keys, self._weak), 0.0 if deadline is None else deadline
         timed = priority in [*SLACK] and isinstance(late, Real) and late == late
-        if (many := len({*keys})) < len(keys) or not timed:
+        order = dict(zip(keys, range(len(keys)), strict=True))
+        if (many := len(order)) < len(keys) or not timed:
             raise InvalidTerms(
                 f"A {kind} was asked of {many} different keys among {len(keys)}, {priority=} and "
                 f"{deadline=}: expected each once, one of {[*SLACK]}, and seconds or None."
             )
-        call = Call(keys, Node(None, len(keys), name=kind), priority, deadline)
+        call = Call(keys, order, Node(None, len(keys), name=kind), priority, deadline)
         if len(self._tilings) > 1 and kind in ("load", "prefetch"):  # where is what decides then
+            until = self.graph.clock() + (3e9 if deadline is None else deadline)
             for shelf in self._shelves:
                 left = [key for key in keys if not self._spot(key)]
-                while left:  # in batches, as a tier that is far stops at what it lacks
-                    left = left[[*shelf.has(left), False].index(False) + 1 :]
+                # In batches, as a tier that is far stops at what it lacks.
+                while left and (time := until - self.graph.clock()) > 0:
+                    left = left[[*shelf.has(left, time), False].index(False) + 1 :]
         return call
 
     def _refuse_closed(self, kind: str) -> None:
@@ -473,19 +490,22 @@ class BlockStore:
         return fill
 
     def _over(self, fill: Any) -> None:
-        """Rows go back, under the graph's lock; those that landed whole are kept, the last first,
-        so that a prefix outlives its suffix."""
+        """Rows go back, under the graph's lock; those that landed whole are kept. When a call's
+        last ones do, its blocks count as used, the last first, so that a prefix outlives its
+        suffix; before, if it has more of them than the host tier."""
         landed, call = np.zeros(fill.count, np.bool_), fill.calls[0][0]
         if fill.items and (None in fill.ends or len(fill.ends) == len(fill.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in fill.ends.values()])
         prefetched = all(call.gate.name == "prefetch" for call, _ in fill.calls)
-        for row, name in [*enumerate(fill.names)][::-1]:
+        if self.rows.crowded(call.order):
+            self._touch(call.keys)
+        for row, name in enumerate(fill.names):
             if self._fills.get(name, (None,))[0] is fill:
                 del self._fills[name]
             if landed[row]:
-                self.rows.keep(fill.items[row], name, prefetched)
+                self.rows.keep(fill.items[row], name, prefetched, call.order)
         call.fills -= 1
-        if fill.store and not call.fills:
+        if not call.fills:
             self._touch(call.keys)
 
     def _node(
@@ -535,8 +555,8 @@ class BlockStore:
 
     def _write(self, shelf: Shelf, link: Link, fill: Fill, _: Node, mask: Any) -> Any:
         rows, keys, data = fill.of(mask)
-        sums = [fill.sums[row] for row in rows]
-        mask[rows] = shelf.write(link, keys, data, [fill.generation] * len(rows), sums)
+        known = [fill.generation] * len(rows), [fill.sums[row] for row in rows]
+        mask[rows] = shelf.write(link, keys, data, *known, fill.calls[0][0].order)
         return mask
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import warnings
@@ -43,6 +44,7 @@ from portakv.storage.store import BlockStore, Shelf
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 KEYS = [key_of(i) for i in range(8)]
+NO_RETRY = {"max_retries": 0}
 
 
 def cache(
@@ -443,7 +445,7 @@ def test_a_prefix_outlives_its_suffix(opened: Any, tmp_path: Path) -> None:
     saved(store, source)
     shelf: Any = store._shelves[0]
     assert [*shelf.parts[0][0].index] == KEYS[::-1]
-    assert [store.rows.has(form.digest + key) for key in KEYS[-2:]] == [True, True]
+    assert [store.rows.has(form.digest + key) for key in KEYS] == [True] * 4 + [False] * 4
     store.close()
     (tmp_path / form.name / "order").unlink()  # as after a kill: then the records tell the order
     store = make(8)
@@ -452,6 +454,72 @@ def test_a_prefix_outlives_its_suffix(opened: Any, tmp_path: Path) -> None:
     loaded = store.load(target, range(8), KEYS, missing="skip")
     loaded.synchronize(LIMIT)
     assert loaded.landed.tolist() == [True] * 6 + [False] * 2
+
+
+@pytest.mark.parametrize("where", ["host", "disk"])
+@pytest.mark.parametrize("older", [False, True])
+def test_a_save_of_more_than_a_tier_holds_leaves_its_beginning(
+    opened: Any, tmp_path: Path, where: str, older: bool
+) -> None:
+    """And what is older goes first, but for blocks of its own that are there already."""
+    source, keys, form = cache(20), [key_of(i) for i in range(20)], small_form()
+    disk = Disk(tmp_path, capacity=10 * form.image_bytes, io="threads", workers=1)
+    terms: Any = {"tiers": [disk]} if where == "disk" else {"host": 10}
+    store = opened(**terms)
+    if older:
+        saved(store, source, range(5), keys[:5])
+        saved(store, cache(), range(5), [key_of(i) for i in range(90, 95)])
+    handle = store.save(source, range(20), keys)
+    assert handle._gates[-1].wait(LIMIT)
+    assert handle.landed.tolist() == [where == "host" or i < 10 for i in range(20)]
+    assert store.lookup(keys) == 10
+    saved(store, source, [11], [key_of(99)])  # of another call: it takes the end's place
+    assert (store.lookup(keys), store.lookup([key_of(99)])) == (9, 1)
+
+
+def test_a_load_of_more_than_the_host_tier_holds_leaves_its_beginning_there(opened: Any) -> None:
+    """Chunks end in any order, and blocks are used once a load or prefetch ends, the first last."""
+    source, keys, tier, go = cache(20), [key_of(i) for i in range(20)], FakeTier(), Event()
+    saved(opened(tiers=[tier]), source, range(20), keys)
+    store, names = opened(tiers=[tier], host=10), [small_form().digest + key for key in keys]
+    tier.faults = {keys[0]: [lambda: go.wait(LIMIT)]}
+    handle = store.load(cache(20, seed=50), range(20), keys)
+    while store.rows.counts()["kept"] < 10:
+        time.sleep(0.01)
+    go.set()
+    handle.synchronize(LIMIT)
+    assert [*store.rows._kept] == names[9::-1]
+    store.load(cache(20, seed=50), range(4, 20), keys[4:]).synchronize(LIMIT)
+    assert [*store.rows._kept] == names[13:3:-1]
+    store.prefetch(keys[:4]).synchronize(LIMIT)
+    assert [*store.rows._kept] == names[9:3:-1] + names[3::-1]
+
+
+@pytest.mark.parametrize("kept", [0, 3])
+def test_a_lookup_does_not_wait_for_a_store_that_is_dead(opened: Any, kept: int) -> None:
+    """What is near counts, and what has not answered is not there."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/kv"
+        far = remote.Remote(address, client_options={"read_timeout": "4s"}, retry_config=NO_RETRY)
+        store = opened(host=4, tiers=[far])
+        for row in range(kept):
+            (item,) = store.rows.take(1, False)
+            assert store.rows.keep(item, store.form.digest + KEYS[row])
+        for keys in (KEYS, KEYS[: kept + 1]):
+            began = time.monotonic()
+            assert store.lookup(keys, timeout=0.2) == kept
+            assert time.monotonic() - began < 2
+    with pytest.raises(InvalidTerms, match="seconds or None"):
+        store.lookup(KEYS, timeout=float("nan"))
+
+
+def test_a_store_is_closed_at_the_end_of_its_context(opened: Any) -> None:
+    tier = FakeTier()
+    with opened(tiers=[tier]) as store:
+        saved(store, cache())
+    assert tier.closed == 1
+    with pytest.raises(StoreError, match="closed"):
+        store.lookup(KEYS)
 
 
 def test_a_load_that_nobody_waits_for_does_not_fail_close(opened: Any) -> None:
@@ -595,7 +663,7 @@ def test_a_far_tier_is_asked_in_batches_which_form_it_has(opened: Any) -> None:
     store = opened(small_form(heads=4), tiers=[tier])
     for shelf in store._shelves:
         has = shelf.has
-        shelf.has = lambda keys, has=has: [all(has(keys)[: i + 1]) for i in range(len(keys))]
+        shelf.has = lambda keys, _, has=has: [all(has(keys)[: i + 1]) for i in range(len(keys))]
     loaded = store.load(target, range(8), KEYS, missing="skip")
     loaded.synchronize(LIMIT)
     assert loaded.landed.tolist() == [i != 2 for i in range(8)]

@@ -88,7 +88,7 @@ class FakeShelf:
         self.writable, self.generation = own and owner.writable, 0
         self._owner, self._link = owner, link
 
-    def has(self, keys: Any) -> list[bool]:
+    def has(self, keys: Any, timeout: float | None = None) -> list[bool]:
         self._owner.asked += keys
         return self._there(keys)
 
@@ -139,7 +139,9 @@ class FakeShelf:
             self._owner.blocks.pop((self.form, key), None)
         return right
 
-    def write(self, link: Any, keys: Any, rows: Any, generations: Any, sums: Any) -> list[bool]:
+    def write(
+        self, link: Any, keys: Any, rows: Any, generations: Any, sums: Any, own: Any = None
+    ) -> list[bool]:
         if self._owner.hold is not None:
             assert self._owner.hold.wait(60)
         if self._owner.refuse:
