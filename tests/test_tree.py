@@ -40,7 +40,7 @@ APART = (
 BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
-    "portakv/storage": 2_364,
+    "portakv/storage": 2_368,
     "portakv/graph": 578,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,
@@ -56,10 +56,10 @@ BUDGETS = {
     "conformance": 13_500,
     "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
-    "benchmarks/storage": 560,
+    "benchmarks/storage": 563,
     "tests": 34_700,
     "tests/integrations": 5_000,
-    "tests/storage": 4_521,
+    "tests/storage": 4_632,
     "tests/graph": 1_200,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.

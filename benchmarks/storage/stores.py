@@ -69,7 +69,8 @@ class Meeting:
         self.numbers, self.keys = count(1 << 32), [n.to_bytes(32, "big") for n in range(LOADED)]
         self.store.save(self.sources, range(LOADED), self.keys).synchronize(60)
         self.right, self.loads, self.loaded = True, bench.sizes.loads, set[int]()
-        self.times, self.rates = ({name: list[float]() for name in PHASES} for _ in range(2))
+        self.times = {name: list[list[float]]() for name in PHASES}  # of each round
+        self.rates = {name: list[float]() for name in PHASES}
 
     def saturate(self, name: str) -> None:
         """Store as many new blocks as a phase has, as fast as they go."""
@@ -88,7 +89,7 @@ class Meeting:
         first = self.bench.trials.random.randrange(LOADED - LOAD + 1)
         part, began = slice(first, first + LOAD), time.perf_counter()
         self.store.load(self.view, range(LOADED)[part], self.keys[part]).synchronize(60)
-        self.times[name].append(time.perf_counter() - began)
+        self.times[name][-1].append(time.perf_counter() - began)
         self.loaded.update(range(LOADED)[part])
         time.sleep(max(0.0, began + PACE - time.perf_counter()))
 
@@ -98,11 +99,12 @@ class Meeting:
         torch._foreach_zero_(words(self.view.tensors))
         self.loaded.clear()
         time.sleep(self.bench.sizes.pause)
-        thread, times = threading.Thread(target=self.saturate, args=(name,)), self.times[name]
+        thread, times = threading.Thread(target=self.saturate, args=(name,)), list[float]()
+        self.times[name].append(times)
         if name != "loads":
             thread.start()
-        past = len(times) + (self.loads if name == "loads" else 0)
-        while name != "stores" and (thread.is_alive() or len(times) < past):
+        least = self.loads if name == "loads" else 1
+        while name != "stores" and (thread.is_alive() or len(times) < least):
             self.load(name)
         if name != "loads":
             thread.join()
@@ -119,14 +121,22 @@ def _beside(bench: StorageBench) -> Rows:
     meeting.store.close()
     times, rates = meeting.times, meeting.rates
     told = {"kind": "storage_beside", "shape": "8 blocks of 1 MB", "verified": meeting.right}
-    row = {**told, "op": "load", "backend": "urgent", "loads": len(times["both"])}
+    row = {**told, "op": "load", "backend": "urgent", "loads": sum(map(len, times["both"]))}
     for q in (50, 99):
-        alone, both = (quantile(times[name], q / 100) * 1e6 for name in ("loads", "both"))
+        alone, both = typical(times["loads"], times["both"], q)
         row |= {f"p{q}_alone_us": short(alone), f"p{q}_us": short(both)}
         row[f"p{q}_ratio"] = short(both / alone)
     alone, both = (quantile(rates[name], 0.5) for name in ("stores", "both"))
     stored = {**told, "op": "store", "backend": "background", "gb_per_s": short(both)}
     return [row, {**stored, "alone_gb_per_s": short(alone), "rate_ratio": short(both / alone)}]
+
+
+def typical(alone: list[list[float]], both: list[list[float]], q: int) -> list[float]:
+    """The q-th of 100 in a round, in the median over the rounds, us; of as many loads alone as of
+    others: the most of more would be more."""
+    rounds = [zip(*zip(*each)) for each in zip(alone, both, strict=True)]  # noqa: B905
+    found = zip(*([quantile(part, q / 100) for part in each] for each in rounds), strict=True)
+    return [quantile(side, 0.5) * 1e6 for side in found]
 
 
 #: Bytes of a block (Llama-3 8B, 32 tokens), and how often the slab goes into the bytes of a load.

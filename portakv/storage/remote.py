@@ -58,8 +58,8 @@ class Remote:
     def __init__(self, url: str, *, workers: int = 8, multipart: int = 64 << 20, **settings: Any):
         try:
             import obstore
-        except ImportError:
-            raise StoreError("A remote tier needs obstore; install portakv[remote].") from None
+        except (ImportError, OSError) as x:
+            raise StoreError(f"A remote tier needs obstore, portakv[remote]: {x}.") from None
         Remote._process = Remote._process or this_process()
         self._obs, self.workers, self._multipart = obstore, workers, multipart
         self.url = re.sub(r"(?<=//)[^/]*@|[?#].*", "", str(url))
@@ -71,6 +71,8 @@ class Remote:
             client |= settings.pop("client_options", {})
             settings |= {"retry_config": RETRY | settings.get("retry_config", {})}
             settings |= {"mkdir": True} if kind == "file" else {}
+            # Its threads begin here: if they cannot, it panics, and so does each later call.
+            self.obs.put(self.obs.store.MemoryStore(), "a", b"")
             self.store = self._sink = make(url, client_options=client, **settings)
             client.pop("read_timeout")  # a body on its way out would end by it, too
             if kind != "memory":
@@ -299,4 +301,6 @@ def _clean(error: BaseException) -> str:
     text, code = str(error).partition("\n")[0], re.search(r"<Code>(\w+)", str(error))
     text = re.sub(r"^.*(?=Error performing)|(?<=status code: ...).*|[0-9a-f]{64}", "", text)
     text = re.sub(r'(provider: \w+).*|"[^"]*"|\?\S*|//\S*@', r"\1", text)[:300]
+    if "HTTP error: builder error" in text:
+        text += " (plain http needs client_options={'allow_http': True})"
     return f"{text} ({code[1]})" if code else text

@@ -18,6 +18,7 @@ from portakv_benchmarks.shared.files import FIO
 from portakv_benchmarks.shared.harness import Row, having
 from portakv_benchmarks.shared.shapes import in_bytes
 from portakv_benchmarks.shared.trials import Sample, Trials, Way
+from portakv_benchmarks.storage.stores import typical
 
 #: A program that moves nothing and says what fio would, half of it for sizes of 1 MB and more.
 FAKE = """#!{python}
@@ -102,6 +103,13 @@ def test_what_cannot_be_measured_is_refused(
 
 def test_sizes_in_words() -> None:
     assert [in_bytes(one) for one in ("256K", "4m", " 1G")] == [1 << 18, 4 << 20, 1 << 30]
+
+
+def test_one_slow_load_of_all_rounds_is_no_quantile_of_them() -> None:
+    alone = [[1.0, 2.0, 3.0, 9.0], [1.0, 90.0, 1.0], [3.0, 2.0, 1.0]]  # the 9 has no counterpart
+    both = [[4.0] * 3, [6.0] * 3, [5.0] * 3]
+    assert typical(alone, both, 50) == pytest.approx([2e6, 5e6])
+    assert typical(alone, both, 99) == pytest.approx([2.98e6, 5e6])
 
 
 def test_ways_are_tried_in_turns_and_compared_by_round() -> None:

@@ -29,17 +29,20 @@ from uuid import uuid4
 import numpy as np
 import obstore
 import pytest
+import torch
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from prometheus_client import CollectorRegistry, generate_latest
 from support.storage_proxy import Fault, Proxy
 
+from portakv import KVView
 from portakv.errors import StoreError
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage.form import BlockForm
 from portakv.storage.image import HEADER, Row, seal
 from portakv.storage.remote import FAILURES, Remote, Shelf
+from portakv.storage.store import BlockStore
 
 CANONICAL = "block layer head kv token dim"
 SMALL = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2), CANONICAL)
@@ -71,11 +74,17 @@ class Case:
         return S3Store(self.bucket, prefix=prefix, **options)
 
     def remote(
-        self, url: str = "", read_timeout: float = 5.0, retries: int = 3, **settings: Any
+        self,
+        url: str = "",
+        read_timeout: float = 5.0,
+        retries: int = 3,
+        retry_timeout: float = 20.0,
+        **settings: Any,
     ) -> Remote:
         options = {"read_timeout": timedelta(seconds=read_timeout), **OPEN}
         pauses = {"init_backoff": timedelta(seconds=0.01), "max_backoff": timedelta(seconds=0.02)}
-        retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=20), "backoff": pauses}
+        retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=retry_timeout)}
+        retry["backoff"] = pauses
         where: Any = {"endpoint": self.proxy.url, "region": "us-east-1", "client_options": options}
         url = url or f"s3://{self.bucket}/{self.prefix}"
         remote = Remote(url, retry_config=retry, **where, **CREDENTIALS, **settings)
@@ -203,6 +212,19 @@ def test_more_cuts_than_the_budget_are_a_miss_in_time(case: Case) -> None:
     assert load(shelf, KEYS[0])[0]
 
 
+@pytest.mark.parametrize("fault", [{"cut": 100}, {"answer": b"503 Slow Down\nx"}, {"cut": -1}])
+def test_no_number_of_retries_outlasts_the_retry_timeout(case: Case, fault: Any) -> None:
+    """Fault 36."""
+    case.lay(KEYS[0], LAYERED)
+    shelf = case.shelf(LAYERED, retries=100_000, retry_timeout=0.5)
+    case.proxy.play(Fault("GET", times=100_000, **fault))
+    began = time.monotonic()
+    assert not load(shelf, KEYS[0])[0]
+    assert time.monotonic() - began < 5
+    assert len(case.proxy.asked) > 4
+    assert case.counted() == {"load error": 1}
+
+
 def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
     """Fault 37."""
     sealed, shelf = case.lay(KEYS[0]), case.shelf(read_timeout=0.3)
@@ -223,6 +245,31 @@ def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -
     assert case.counted() == {"load late": 2}
     assert len(case.proxy.asked) == 1  # left after the first of three pieces, and not begun
     assert case.proxy.sent < LAYERED.image_bytes
+
+
+def test_a_load_with_a_deadline_does_not_wait_for_a_slow_store(case: Case) -> None:
+    """Fault 38. Ten seconds at 1 MB/s; what is under way is left within a piece."""
+    shape = 5, 2, 16, 8, 512
+    tensors = [torch.zeros(shape, dtype=torch.float16, device="cpu") for _ in range(8)]
+    view = KVView(tensors, "layer | block kv token head dim")
+    form = BlockForm.of(view, "m")
+    for key in KEYS[:5]:
+        case.lay(key, form)
+    store = BlockStore(form, staging=64 << 20, tiers=[case.remote(workers=1)], full="wait")
+    case.proxy.play(Fault("GET", rate=1e6, times=9))
+    began = time.monotonic()
+    handle = store.load(view, range(5), KEYS[:5], deadline=0.5, missing="skip")
+    handle.synchronize(20)
+    assert 0.4 < time.monotonic() - began < 4
+    assert not handle.landed.any()
+    store.close()
+    assert time.monotonic() - began < 6
+    assert case.proxy.sent < 3 * form.image_bytes
+    assert not any(tensor.any() for tensor in tensors)
+    counts = store.statistics()["tier_blocks_total"]
+    assert {(x["op"], x["result"]): x["value"] for x in counts if x["tier"] == "remote"} == {
+        ("load", "late"): 5
+    }
 
 
 def test_a_block_that_is_there_when_the_deadline_passes_is_no_miss(case: Case) -> None:
@@ -446,6 +493,7 @@ def test_plain_http_can_be_allowed_by_the_environment(
             monkeypatch.setenv("AWS_ALLOW_HTTP", "true")
         (shelf,) = case.opened(Remote(f"s3://{case.bucket}/{case.prefix}", **named), SMALL)
         assert shelf.has(KEYS[:1]) == [allowed]
+        assert allowed or "'allow_http': True" in shelf.statistics()["error"]
 
 
 def test_a_forked_process_is_refused(case: Case) -> None:
@@ -472,6 +520,43 @@ def test_without_obstore_a_sentence_says_what_brings_it(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(StoreError, match=r"portakv\[remote\]"):
         Remote("memory://")
+
+
+def test_a_store_is_refused_with_a_sentence_if_no_descriptor_is_left(tmp_path: Path) -> None:
+    """Fault 25. With any number of descriptors a store opens and is asked, or says why not."""
+    text = """if True:
+        import os, resource, sys
+        from portakv.errors import StoreError
+        from portakv.storage.disk import Disk
+        from portakv.storage.form import BlockForm
+        from portakv.storage.remote import Remote
+        from portakv.storage.store import BlockStore
+        form = BlockForm("m", "float16", 2, (8, 8), 16, (0, 4, 4), (0, 2, 2),
+            "block layer head kv token dim")
+        ways = [lambda: Disk(sys.argv[1], capacity=1 << 20), lambda: Remote("memory://")]
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        BlockStore(form, staging=1 << 20, tiers=[ways[0]()]).close()  # what it imports
+        for way in ways:
+            for left in range(9):
+                spare = os.dup(0)
+                os.close(spare)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (spare + left, limits[1]))
+                try:
+                    store = BlockStore(form, staging=1 << 20, tiers=[way()])
+                    assert store.lookup([b"k" * 32]) == 0
+                    store.close()
+                    print("opened")
+                except StoreError as error:
+                    print(error)
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    """
+    words = [sys.executable, "-c", text, str(tmp_path / "a")]
+    ran = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 0, ran.stderr
+    told = ran.stdout.splitlines()
+    assert len(told) == 18
+    assert "opened" in told[:9]
+    assert all("Too many open files" in told[n] for n in (0, 9))
 
 
 def test_a_put_whose_answer_is_lost_is_a_success(case: Case) -> None:

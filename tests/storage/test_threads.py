@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
@@ -64,6 +65,31 @@ def test_a_request_that_fails_does_so_alone(
         at = space.ctypes.data
         asked = [Request(opened.fileno(), n * PAGE, at + n * PAGE, PAGE, False) for n in range(3)]
         assert Threads().run(asked) == [PAGE, -code, PAGE]
+
+
+def test_a_request_that_needs_a_descriptor_fails_alone_if_none_is_left(tmp_path: Path) -> None:
+    """Fault 25. What O_DIRECT refuses goes by another descriptor of its file."""
+    space, engine = aligned(3 * PAGE), Threads()
+    (tmp_path / "a").write_bytes(b"x" * 3 * PAGE)
+    try:
+        fd = os.open(tmp_path / "a", os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        pytest.skip("its filesystem refuses O_DIRECT")
+    with os.fdopen(fd, "rb", 0):
+        at = space.ctypes.data
+        good = Request(fd, 0, at, PAGE, False)
+        asked = [good, Request(fd, 1, at + PAGE, PAGE, False), good]
+        assert engine.run(asked) == [PAGE] * 3
+        spare = os.dup(fd)
+        os.close(spare)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+        try:
+            found = engine.run(asked)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert found == [PAGE, -errno.EMFILE, PAGE]
+        assert engine.run(asked) == [PAGE] * 3
 
 
 @pytest.mark.parametrize("way", ["closed", "no thread"])
