@@ -40,7 +40,7 @@ APART = (
 BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
-    "portakv/storage": 2_368,
+    "portakv/storage": 2_371,
     "portakv/graph": 578,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,

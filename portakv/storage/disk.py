@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from glob import glob
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,9 @@ class Disk:
         workers: int = 4,
         io: str | Engine | None = None,
     ) -> None:
-        right = bool(folders) and 0 < capacity < 1 << 63 and workers >= 1
+        given: tuple[Any, Any] = capacity, workers
+        right = isinstance(given[0], Real) and isinstance(given[1], Integral)
+        right = right and bool(folders) and 1 <= capacity < 1 << 63 and workers >= 1
         if not right or admit not in ("always", "second"):
             raise InvalidTerms(
                 f"A disk tier in {folders} with {capacity=}, {workers=} and {admit=} was asked: "

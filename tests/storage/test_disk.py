@@ -357,7 +357,8 @@ def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
     with pytest.raises(StoreBusy):
         shelf(FORM, "a")
     wrong: list[dict[str, Any]] = [{"admit": "third"}, {"workers": 0}, {"capacity": 0}]
-    for terms in [*wrong, {"capacity": float("inf")}]:
+    wrong += [{"workers": x} for x in (1.5, "8", None)]
+    for terms in [*wrong, *({"capacity": x} for x in (float("inf"), "1G", None))]:
         with pytest.raises(InvalidTerms, match="expected a folder or more"):
             Disk("x", **{"capacity": 1, **terms})
     with pytest.raises(InvalidTerms, match="expected a folder or more"):
