@@ -69,6 +69,14 @@ def pytest_configure(config: pytest.Config) -> None:
         settings.load_profile("fuzz")
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, also in a process that was begun in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 _SIMDEV = "privateuseone"  # torch's own name for the simulated device
 #: What a test with the fixture `accelerator` runs on, each with the marker of its device.
 ACCELERATORS = [

@@ -138,6 +138,7 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
         handle.synchronize()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
     """Fault 16."""
     go, main = threading.Event(), threading.main_thread().ident or 0

@@ -561,6 +561,7 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
     assert told == [True]
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
     """Fault 16."""
     source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
@@ -576,6 +577,7 @@ def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
     assert same(source, range(8), target, range(8))
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_load_is_planned_leaves_nothing(opened: Any) -> None:
     """Fault 16: nobody waits for reads that never begin."""
     source, target, tier = cache(), cache(seed=50), FakeTier()
