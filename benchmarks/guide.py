@@ -211,29 +211,19 @@ def _device(result: Mapping[str, Any]) -> list[str]:
 
 
 def _link(result: Mapping[str, Any]) -> list[str]:
-    machine, rows = result["machine"], having(result["rows"], verified=True)
-    return [
-        "",
-        f"## Host memory, {machine['device']}",
-        "",
-        f"{_measured(machine)}.",
-        "",
-        _LINK_HEAD,
-        *_link_sizes(rows),
-        *_link_best(rows),
-        *(line for kind in _LISTS for line in _listed(rows, kind)),
-    ]
+    rows = having(result["rows"], verified=True)
+    return _suite("Host memory", result, ["", _LINK_HEAD, *_link_sizes(rows), *_link_best(rows)])
 
 
 def _storage(result: Mapping[str, Any]) -> list[str]:
+    return _suite("Block stores", result, [])
+
+
+def _suite(name: str, result: Mapping[str, Any], figures: list[str]) -> list[str]:
+    """What a suite measured on a machine: some figures, then its tables."""
     machine, rows = result["machine"], having(result["rows"], verified=True)
-    return [
-        "",
-        f"## Block stores, {machine['device']}",
-        "",
-        f"{_measured(machine)}.",
-        *(line for kind in _LISTS for line in _listed(rows, kind)),
-    ]
+    head = ["", f"## {name}, {machine['device']}", "", f"{_measured(machine)}."]
+    return [*head, *figures, *(line for kind in _LISTS for line in _listed(rows, kind))]
 
 
 def _measured(machine: Mapping[str, Any]) -> str:

@@ -92,10 +92,10 @@ class Node:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until it ended, at most ``timeout`` seconds; True if it did."""
-        if (graph := self.graph) is None or self.ended or graph.process.forked:
-            return (
-                graph is not None
-            )  # a node that is new, or a child that has no thread to wait for
+        if (graph := self.graph) is None:  # it was not submitted
+            return False
+        if self.ended or graph.process.forked:  # a child has no thread to wait for
+            return True
         with graph.lock:
             until = graph.clock() + (3e9 if timeout is None else timeout)
             while (now := graph.sweep()) < until and not self.ended:
