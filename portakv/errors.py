@@ -58,6 +58,14 @@ class TransferCancelled(TransferError):
     """A transfer was cancelled, so that some of its blocks were not moved."""
 
 
+class PeerError(TransferError):
+    """Another process that cannot be reached, refuses, or is gone; nothing was published."""
+
+
+class OfferGone(PeerError):
+    """An offer of rows that holds no more; what was read of it was not published."""
+
+
 class StoreError(PortaKVError, RuntimeError):
     """A block store that cannot be made, opened, read or written as asked."""
 
