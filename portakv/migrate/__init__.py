@@ -1,0 +1,13 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows, blocks and weights of other processes, devices and machines: readers pull what owners
+offer, in whatever layout and sharding either side has, and publish only what still held."""
+
+try:
+    import msgspec as msgspec
+    import zmq as zmq
+except ImportError as error:
+    raise ImportError(
+        f"Migration needs msgspec and pyzmq, `pip install portakv[migrate]`: {error}."
+    ) from error
+
+__all__: list[str] = []
