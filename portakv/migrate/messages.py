@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What owners and readers tell each other: schemas with limits, for the channel and for tickets.
+Nothing that arrives is trusted further than what its schema says."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from hashlib import blake2b
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+
+from portakv.errors import PeerError
+
+VERSION = 1  # of all of this; another one is refused at the handshake
+Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
+Name = Annotated[str, Meta(max_length=64)]
+Text = Annotated[str, Meta(max_length=1024)]
+Bytes = Annotated[int, Meta(ge=0, le=1 << 48)]  # of memory; also extents and strides in elements
+Count = Annotated[int, Meta(ge=0, le=1 << 31)]  # of tokens, blocks, slots
+Small = Annotated[int, Meta(ge=0, le=1 << 16)]  # of layers, heads, groups, regions
+Handle = Annotated[bytes, Meta(max_length=4096)]  # what `ipc` made, for `ipc` alone
+Seconds = Annotated[float, Meta(ge=0, le=1e6)]
+Ids = Annotated[bytes, Meta(max_length=4 << 20)]  # int32, least byte first, one behind the other
+Range = tuple[Small, Small, Small]  # from, to, of: on an axis of the whole model
+Dims = Annotated[tuple[Bytes, ...], Meta(max_length=16)]
+Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
+#: What tensors of a view share: torch's name of the dtype, shape and strides in elements.
+Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
+    """What all have: a tag, and no field that this release does not know."""
+
+
+class Group(Message, frozen=True):
+    """A shard as far as the other side's must be like it: for each kv ``widths`` in bytes and the
+    number types, none if rows are bytes; of opaque pages ``page`` is their tokens, else 0."""
+
+    layers: Range
+    heads: Range
+    widths: Annotated[Dims, Meta(min_length=1)]
+    numbers: Names = ()
+    page: Count = 0
+
+
+class Region(Message, frozen=True):
+    """An allocation, the device that has it, and its handle: empty, with the reason, if none."""
+
+    nbytes: Bytes
+    device: Name
+    handle: Handle = b""
+    why: Text = ""
+
+
+class Described(Message, frozen=True):
+    """A view as what `KVView` takes: tensors in ``containers`` of these lengths, outermost first,
+    each of a place: number of the region, byte offset, number of the kind."""
+
+    group: Group
+    layout: Annotated[str, Meta(max_length=256)]
+    kinds: Annotated[tuple[Kind, ...], Meta(min_length=1, max_length=16)]
+    containers: Annotated[tuple[Small, ...], Meta(max_length=8)]
+    places: Annotated[tuple[tuple[Small, Bytes, Small], ...], Meta(min_length=1, max_length=8192)]
+    block_size: Count
+
+
+class Hello(Message, frozen=True):
+    """A reader asks for a pairing: what it is, what it holds, and by which movers it can take."""
+
+    version: Count
+    model: Text
+    host: Text
+    device: Name
+    groups: Annotated[tuple[Group, ...], Meta(min_length=1, max_length=64)]
+    movers: Names = ()
+
+
+class Welcome(Message, frozen=True):
+    """The owner's answer. What is moved crosses in ``slots`` of so many bytes; ``staging`` is the
+    region of these if no other one is exported."""
+
+    version: Count
+    epoch: Id
+    host: Text
+    described: Annotated[tuple[Described, ...], Meta(min_length=1, max_length=64)]
+    regions: Annotated[tuple[Region, ...], Meta(max_length=1024)]
+    events: Annotated[tuple[Handle, ...], Meta(max_length=256)] = ()
+    movers: Names = ()
+    slots: Small = 0
+    slot_bytes: Bytes = 0
+    staging: Region | None = None
+
+
+class About(Message, frozen=True):
+    """What is about one offer of one owner."""
+
+    epoch: Id
+    offer: Id
+
+
+class Begin(About, frozen=True):
+    """One-way: a reader begins to read an offer, which ends with its channel from now on."""
+
+
+class Close(About, frozen=True):
+    """A reader has read all it wanted; the answer tells whether the offer held until now."""
+
+
+class Renew(About, frozen=True):
+    """Asks for a deadline so many seconds from now."""
+
+    seconds: Seconds
+
+
+class Gather(About, frozen=True):
+    """Asks for ``count`` tokens from ``first`` on, of a rectangle of a group on the model's axes:
+    in a staging slot, for a mover and under a tag; or, without a mover, for their digest."""
+
+    group: Small
+    layers: tuple[Small, Small]
+    heads: tuple[Small, Small]
+    first: Count
+    count: Count
+    mover: Name = ""
+    slot: Small = 0
+    tag: Count = 0
+    unit: Annotated[int, Meta(ge=1, le=8)] = 1  # bytes of a digest's words
+
+
+class Bye(Message, frozen=True):
+    """One-way: a reader lets go of an owner's regions."""
+
+    epoch: Id
+
+
+class Answer(Message, frozen=True):
+    """``seconds``: of a lease that is left, or until "busy" may ask again."""
+
+    state: Literal["held", "gone", "busy", "refused", "done"]
+    why: Text = ""
+    seconds: Seconds = 0.0
+    digest: int = 0
+
+
+class Ticket(About, frozen=True):
+    """An offer: where its owner is reached and, for each group, ids (-1: elsewhere) and the tokens
+    that each counts. ``event``: number of the one behind the rows, -1 if there is none."""
+
+    version: Count
+    address: Text
+    tokens: Count
+    ids: Annotated[tuple[Ids, ...], Meta(min_length=1, max_length=64)]
+    steps: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=64)]
+    lease: Seconds
+    event: Annotated[int, Meta(ge=-1, le=255)] = -1
+
+    def pack(self) -> bytes:
+        """What carries the request carries; a checksum stands before it."""
+        told = msgspec.msgpack.encode(self)
+        return blake2b(told, digest_size=16).digest() + told
+
+    @staticmethod
+    def read(data: bytes) -> Ticket:
+        """The ticket of these bytes; raises `PeerError`, in the same words whatever is wrong."""
+        told = data[16:] if isinstance(data, bytes) else b""
+        if told and blake2b(told, digest_size=16).digest() == data[:16]:
+            with suppress(msgspec.DecodeError):
+                ticket = msgspec.msgpack.decode(told, type=Ticket)
+                if ticket.version == VERSION and len(ticket.ids) == len(ticket.steps):
+                    return ticket
+        raise PeerError(
+            "What was handed over is no ticket of this release: expected the bytes of "
+            "`Offer.ticket`, unchanged; carry them as they are, between sides of one release."
+        )

@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages refuse what their schemas do not allow, and tickets whatever was not packed so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from portakv.errors import PeerError
+from portakv.migrate import messages
+from portakv.migrate.messages import (
+    VERSION,
+    Answer,
+    Begin,
+    Close,
+    Described,
+    Gather,
+    Group,
+    Hello,
+    Message,
+    Region,
+    Ticket,
+)
+
+OWNER, OFFER = b"o" * 16, b"f" * 16
+GROUP = Group((0, 4, 8), (0, 2, 4), (256, 256), ("float16", "float16"))
+TICKET = Ticket(OWNER, OFFER, VERSION, "tcp://h:1", 40, (b"\1\0\0\0" * 3,), (16,), 30.0, 2)
+DESCRIBED = Described(
+    GROUP,
+    "layer | block token dim",
+    (("float16", (8, 16, 64), (1024, 64, 1)),),
+    (4,),
+    ((0, 0, 0), (0, 64, 0)),
+    16,
+)
+encode, decode = msgspec.msgpack.encode, msgspec.msgpack.decode
+
+
+def plain(message: Message) -> dict[str, Any]:
+    """A message as a stranger would write it."""
+    told: dict[str, Any] = decode(encode(message))
+    return told
+
+
+def changed(message: Message, **fields: Any) -> bytes:
+    return encode({**plain(message), **fields})
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        TICKET,
+        DESCRIBED,
+        Hello(VERSION, "llama", "host", "cpu", (GROUP,), ("distributed",)),
+        Gather(OWNER, OFFER, 0, (0, 4), (1, 2), 16, 24, "distributed", 1, 7),
+        Close(OWNER, OFFER),
+        Answer("busy", "no slot", 0.5, (1 << 64) - 1),
+    ],
+)
+def test_what_is_sent_arrives(message: Message) -> None:
+    assert decode(encode(message), type=type(message)) == message
+
+
+def test_every_message_has_its_own_tag() -> None:
+    kinds = [x for x in vars(messages).values() if isinstance(x, type) and issubclass(x, Message)]
+    assert len({kind.__struct_config__.tag for kind in kinds}) == len(kinds) > 12
+    with pytest.raises(msgspec.ValidationError):
+        decode(encode(Begin(OWNER, OFFER)), type=Close)
+
+
+@pytest.mark.parametrize(
+    ("message", "fields"),
+    [
+        (DESCRIBED, {"places": []}),
+        (DESCRIBED, {"places": [[0, -1, 0]]}),
+        (DESCRIBED, {"places": [[0, 1 << 49, 0]]}),
+        (DESCRIBED, {"places": [[0, 0, 0]] * 9000}),
+        (DESCRIBED, {"layout": "layer " * 100}),
+        (DESCRIBED, {"kinds": [["float16; import os", [1], [1]]]}),
+        (DESCRIBED, {"kinds": [["float16", [1], [-1]]]}),
+        (DESCRIBED, {"kinds": [["float16", [1] * 17, [1] * 17]]}),
+        (DESCRIBED, {"unknown": 1}),
+        (GROUP, {"layers": [0, 1]}),
+        (GROUP, {"widths": []}),
+        (GROUP, {"page": 1.5}),
+        (Region(64, "cpu"), {"handle": bytes(5000)}),
+        (Begin(OWNER, OFFER), {"offer": OFFER[:15]}),
+        (Begin(OWNER, OFFER), {"epoch": "o" * 16}),
+        (Answer("held"), {"state": "perhaps"}),
+        (Answer("held"), {"why": "x" * 2000}),
+        (Answer("held"), {"seconds": float("nan")}),
+    ],
+)
+def test_a_schema_refuses(message: Message, fields: dict[str, Any]) -> None:
+    """Fault 14. Unknown fields, wrong types, numbers and lengths past their limits."""
+    assert decode(changed(message), type=type(message)) == message
+    with pytest.raises(msgspec.ValidationError):
+        decode(changed(message, **fields), type=type(message))
+
+
+def test_a_ticket_is_read_as_it_was_packed() -> None:
+    assert Ticket.read(TICKET.pack()) == TICKET
+    assert len(TICKET.pack()) < 250
+
+
+def repacked(**fields: Any) -> Callable[[bytes], bytes]:
+    """Whoever forges a ticket makes its checksum too."""
+    one = TICKET.pack()
+    assert one[16:] == encode(TICKET)
+    new = Ticket.pack(msgspec.structs.replace(TICKET, **fields))
+    return lambda _: new
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda told: b"",
+        lambda told: told[:15],
+        lambda told: told[:-1],
+        lambda told: told + b"\0",
+        lambda told: told[16:],
+        lambda told: told.hex(),
+        lambda told: None,
+        repacked(version=VERSION + 1),
+        repacked(epoch=b"short"),
+        repacked(ids=(b"", b"")),
+        repacked(event=256),
+    ],
+)
+def test_a_ticket_that_was_changed_or_forged_is_refused_in_constant_words(
+    change: Callable[[bytes], bytes],
+) -> None:
+    """Fault 12. Truncated, extended, of another type, forged against the schema."""
+    with pytest.raises(PeerError) as refused:
+        Ticket.read(change(TICKET.pack()))
+    assert str(refused.value) == words()
+
+
+def test_no_bit_of_a_ticket_can_flip() -> None:
+    """Fault 12. Not even one of the ids, which the schema could not tell."""
+    packed, told = TICKET.pack(), set()
+    for bit in range(8 * len(packed)):
+        flipped = bytearray(packed)
+        flipped[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(PeerError) as refused:
+            Ticket.read(bytes(flipped))
+        told.add(str(refused.value))
+    assert told == {words()}
+
+
+def words() -> str:
+    with pytest.raises(PeerError) as refused:
+        Ticket.read(b"no ticket")
+    return str(refused.value)
