@@ -61,9 +61,9 @@ BUDGETS = {
     "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
     "benchmarks/storage": 563,
-    "tests": 34_700,
+    "tests": 34_950,
     "tests/integrations": 5_000,
-    "tests/storage": 4_635,
+    "tests/storage": 4_596,
     "tests/graph": 1_200,
     "tests/migrate": 3_500,
 }

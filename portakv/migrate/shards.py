@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which part of its window a reader reads from which owner: arithmetic on the model's axes alone.
+
+A shard is a view and its window, the layers and heads of the model that it holds. A piece is one
+`copy_rows` from a slice of an owner's view to a slice of the reader's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from portakv.errors import LayoutError
+from portakv.migrate.messages import Group
+from portakv.view import KVView
+
+Range = tuple[int, int, int]  # from, to, of: [from, to) of what the whole model has
+Box = tuple[tuple[int, int], ...]  # from and to on each axis
+Mask = npt.NDArray[np.bool_]  # for each position of a copy
+Part = tuple[int, Box, Mask | None]  # owner, what it brings, at which positions (None: all)
+_TOLD = 4  # holes, and positions, that an error names
+
+
+@dataclass(frozen=True)
+class Window:
+    """The layers and heads of the whole model that a view holds."""
+
+    layers: Range
+    heads: Range
+
+    def __post_init__(self) -> None:
+        for name, asked in (("layers", self.layers), ("heads", self.heads)):
+            if len(asked) != 3 or not 0 <= asked[0] < asked[1] <= asked[2]:
+                raise LayoutError(
+                    f"A window of {name}={asked!r} was asked: expected (from, to, of), counted on "
+                    f"the model's axis, with 0 <= from < to <= of; correct it."
+                )
+
+    @property
+    def box(self) -> Box:
+        """Its layers and heads."""
+        return self.layers[:2], self.heads[:2]
+
+
+@dataclass(eq=False)
+class Shard:
+    """A view and the window that it holds; None: all of that axis."""
+
+    view: KVView
+    layers: Range | None = None
+    heads: Range | None = None
+    window: Window = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers, heads = self.view.layers, self.view.heads
+        self.window = Window(self.layers or (0, layers, layers), self.heads or (0, heads, heads))
+        if [past - first for first, past in self.window.box] != [layers, heads]:
+            raise LayoutError(
+                f"A shard of {_named(self.window.box)} was asked for {self.view}: expected as many "
+                f"layers and heads as it has; correct the window, or slice the view."
+            )
+
+    @property
+    def group(self) -> Group:
+        """The window, and the facts that the other side's shard must share (`unlike`)."""
+        form, window = self.view.form, self.window
+        page = form.block_size if form.opaque else 0
+        return Group(window.layers, window.heads, form.widths, form.dtypes, page)
+
+
+def unlike(mine: Sequence[Group], theirs: Sequence[Group]) -> str:
+    """Why rows of some shards cannot become those of others, as a clause; empty if they can.
+    Windows, layouts and block sizes may differ."""
+    found: list[tuple[str, Any, Any]] = [("groups", len(mine), len(theirs))]
+    for nth, (one, other) in enumerate(zip(mine, theirs, strict=False)):
+        numbers = zip(one.numbers, other.numbers, strict=False)
+        found += [
+            (f"kv of group {nth}", len(one.widths), len(other.widths)),
+            (f"bytes of a row of group {nth}", one.widths, other.widths),
+            (f"layers in all of group {nth}", one.layers[2], other.layers[2]),
+            (f"heads in all of group {nth}", one.heads[2], other.heads[2]),
+            (f"tokens of a page of group {nth}", one.page, other.page),
+            *((f"numbers of group {nth}", a, b) for a, b in numbers if a and b),
+        ]
+    return ", ".join(f"{what}: {a} here and {b} there" for what, a, b in found if a != b)
+
+
+class Piece(NamedTuple):
+    """What one owner brings: slices of both views, and at which positions (None: all)."""
+
+    owner: int
+    mine: dict[str, Any]
+    theirs: dict[str, Any]
+    ids: Mask | None
+
+
+def pieces(
+    mine: Window,
+    theirs: Sequence[Window],
+    here: Sequence[Mask | None] = (),
+    prefer: Sequence[int] = (),
+    whole: bool = False,
+) -> list[Piece]:
+    """The pieces that bring each layer, head and position of ``mine`` once.
+
+    ``here``: which positions each owner has (None: all); several owners bring one cell only if none
+    has them all. ``prefer``: owners that are asked first. ``whole``: only owners of all of ``mine``
+    count, as for opaque pages. Raises `LayoutError` that names what nobody holds.
+    """
+    order = dict.fromkeys((*prefer, *range(len(theirs))))
+    asked = [n for n in order if not whole or overlap(mine.box, theirs[n].box) == mine.box]
+    given, holes = deal(mine.box, {n: (theirs[n].box, here[n] if here else None) for n in asked})
+    if holes:
+        told = [f"{_named(box)}{_positions(mask)}" for box, mask in holes]
+        more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+        raise LayoutError(
+            f"A pull of {_named(mine.box)} was asked: none of {len(asked)} owners"
+            f"{' of all of it' if whole else ''} holds {', '.join(told[:_TOLD])}{more}; hand over "
+            f"a ticket of every owner."
+        )
+    return [Piece(n, _slices(box, mine), _slices(box, theirs[n]), mask) for n, box, mask in given]
+
+
+def deal(
+    box: Box, owners: Mapping[int, tuple[Box, Mask | None]]
+) -> tuple[list[Part], list[tuple[Box, Mask | None]]]:
+    """A box of any number of axes in parts, each given to the first owner that holds it; and what
+    is left. Owners of some positions alone are asked behind all others."""
+    size = next((len(mask) for _, mask in owners.values() if mask is not None), 1)
+    masks = {n: np.ones(size, bool) if x is None else x for n, (_, x) in owners.items()}
+    given, left = [], [(box, np.ones(size, bool))]
+    for n in sorted(owners, key=lambda n: not masks[n].all()):
+        after = []
+        for part, wanted in left:
+            both, brings, still = overlap(part, owners[n][0]), wanted & masks[n], wanted & ~masks[n]
+            if both is None or not brings.any():
+                after.append((part, wanted))
+                continue
+            given.append((n, both, None if brings.all() else brings))
+            after += [(other, wanted) for other in rest(part, both)]
+            after += [(both, still)] if still.any() else []
+        left = after
+    return given, [(part, None if wanted.all() else wanted) for part, wanted in left]
+
+
+def overlap(one: Box, other: Box) -> Box | None:
+    """What two boxes share; None if nothing."""
+    both = zip(one, other, strict=True)
+    ends = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in both)
+    return ends if all(first < past for first, past in ends) else None
+
+
+def rest(box: Box, part: Box) -> Iterator[Box]:
+    """A box without a part of it, as boxes."""
+    for axis, ((first, past), (a, b)) in enumerate(zip(box, part, strict=True)):
+        for ends in ((first, a), (b, past)):
+            if ends[0] < ends[1]:
+                yield (*part[:axis], ends, *box[axis + 1 :])
+
+
+def _slices(box: Box, window: Window) -> dict[str, Any]:
+    """A box on the model's axes as slices of a window's view."""
+    starts = zip(("layers", "heads"), box, window.box, strict=True)
+    return {axis: slice(a - first, b - first) for axis, (a, b), (first, _) in starts}
+
+
+def _named(box: Box) -> str:
+    (a, b), (c, d) = box
+    return f"layers {a}-{b - 1} x heads {c}-{d - 1}"
+
+
+def _positions(mask: Mask | None) -> str:
+    ids = [] if mask is None else np.flatnonzero(mask).tolist()
+    told = ", ".join(map(str, ids[:_TOLD])) + (", ..." if ids[_TOLD:] else "")
+    return f" at positions {told}" if told else ""

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches of any preset, full of noise, and their rows as the oracle finds them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv import KVView
+from portakv.layout.presets import PRESETS
+from portakv.view.example import example_tensors
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.rows import Rows, leaves
+from support.core_cases import noise
+
+Logical = list[np.ndarray[Any, np.dtype[np.uint8]]]  # for each kv [layer, token, head, byte]
+
+
+class Cache:
+    """A cache of a preset, full of noise, of ``blocks`` blocks of ``size`` tokens."""
+
+    def __init__(
+        self,
+        preset: str,
+        layers: int,
+        heads: int,
+        widths: tuple[int, ...],
+        blocks: int,
+        size: int,
+        dtype: torch.dtype = torch.float16,
+        seed: int = 0,
+    ) -> None:
+        shape: dict[str, Any] = {"layers": layers, "heads": heads, "dim": widths, "kv": len(widths)}
+        self.tensors = example_tensors(preset, blocks=blocks, tokens=size, dtype=dtype, **shape)
+        for number, tensor in enumerate(leaves(self.tensors)):
+            tensor.copy_(noise(*tensor.shape, dtype=dtype, seed=seed + number))
+        self.view = KVView(self.tensors, preset, block_size=size, **shape)
+        self.rows = Rows(self.tensors, PRESETS[preset].layout, {"block_size": size, **shape})
+
+    def logical(self, blocks: torch.Tensor) -> Logical:
+        """The rows of these blocks, as the oracle finds them."""
+        rows, memory = self.rows, Memory.snapshot(self.tensors)
+        size = rows.block_size or 1
+        slots = (blocks.numpy()[:, None] * size + np.arange(size)).ravel()
+        return [
+            np.stack([memory.read(rows.row_addresses(k, x, slots)) for x in range(rows.layers)])
+            for k in range(rows.kv)
+        ]
+
+
+def shuffled(count: int, seed: int) -> torch.Tensor:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model in parts: windows that ranks of any TP, PP and CP size hold, and caches full of them."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from hypothesis import strategies as st
+
+from portakv.migrate.shards import Range, Shard, Window
+from portakv_conformance.judge.memory import Memory
+from portakv_conformance.judge.rows import leaves
+from support.cache_cases import Cache
+
+Model = list[np.ndarray[Any, np.dtype[np.uint8]]]  # for each kv [layer, token, head, byte]
+_EQUAL = "vllm-nhd vllm-hnd flexkv-blockfirst flexkv-layerfirst dynamo-universal swifttransformer"
+#: Elements of float16 for each kv, and presets that can hold them.
+WIDTHS: dict[tuple[int, ...], str] = {
+    (8, 8): f"{_EQUAL} epd vllm-0.26-nhd vllm-blhnc sglang-mha vllm-ascend vllm-0.29-cpu",
+    (8, 4): "vllm-0.26-nhd vllm-lhbnc vllm-ascend vllm-0.29-cpu",
+    (12,): "vllm-mla vllm-0.29-mla sglang-mla",
+}
+
+
+class Rank(NamedTuple):
+    """One process of several: what it holds of the model, and which tokens."""
+
+    layers: Range
+    heads: Range
+    tokens: np.ndarray[Any, np.dtype[np.bool_]]
+
+    @property
+    def window(self) -> Window:
+        return Window(self.layers, self.heads)
+
+    def part(self, array: Any) -> Any:
+        """The same of an array [layer, token, head, ...]: all tokens."""
+        return array[slice(*self.layers[:2]), :, slice(*self.heads[:2])]
+
+
+@st.composite
+def ranges(draw: st.DrawFn, extent: int, most: int) -> list[Range]:
+    """An axis as up to ``most`` ranks hold it: in uneven parts, or each part by several ranks."""
+    count = draw(st.integers(1, most))
+    if count > extent:
+        return [(n * extent // count, n * extent // count + 1, extent) for n in range(count)]
+    cuts = draw(st.permutations(range(1, extent)))[: count - 1]
+    ends = [0, *sorted(cuts), extent]
+    return [(a, b, extent) for a, b in pairwise(ends)]
+
+
+@st.composite
+def ranks(draw: st.DrawFn, layers: int, heads: int, tokens: int) -> list[Rank]:
+    """The ranks of one side, in any order: PP, TP and, of tokens dealt out in turns, CP sizes."""
+    cp, turn = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    dealt = [np.arange(tokens) // turn % cp == n for n in range(cp)]
+    stages, parts = draw(ranges(layers, 3)), draw(ranges(heads, 6))
+    return draw(st.permutations([Rank(a, b, c) for a in stages for b in parts for c in dealt]))
+
+
+class Held:
+    """The cache of a rank: its tokens lie in blocks in any order, one more block is not theirs."""
+
+    def __init__(
+        self, rank: Rank, preset: str, widths: tuple[int, ...], size: int, seed: int = 0
+    ) -> None:
+        count = -(-len(rank.tokens) // size)
+        extents = [past - first for first, past, _ in (rank.layers, rank.heads)]
+        self.rank, self.size = rank, size
+        self.cache = Cache(preset, extents[0], extents[1], widths, count + 1, size, seed=seed)
+        self.shard = Shard(self.cache.view, rank.layers, rank.heads)
+        self.blocks = np.random.default_rng(seed).permutation(count + 1)[:count]
+        slots = (self.blocks[:, None] * size + np.arange(size)).ravel()[: len(rank.tokens)]
+        self.slots = np.where(rank.tokens, slots, -1)
+
+    def written(self, model: Model) -> Memory:
+        """The memory of the cache once its rows of the model are in it, by the oracle."""
+        rows, memory = self.cache.rows, Memory.snapshot(self.cache.tensors)
+        for kv, whole in enumerate(model):
+            for layer, own in enumerate(self.rank.part(whole)):
+                at = rows.row_addresses(kv, layer, self.slots[self.rank.tokens])
+                memory.write(at, own[self.rank.tokens])
+        return memory
+
+    def fill(self, model: Model) -> None:
+        """Write its rows of the model."""
+        storages = [tensor.untyped_storage() for tensor in leaves(self.cache.tensors)]
+        empty = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.written(model).restore(empty.new_empty(0).set_(storage) for storage in storages)
+
+
+def drawn_model(layers: int, tokens: int, heads: int, widths: tuple[int, ...]) -> Model:
+    """Random rows of a model of float16."""
+    random = np.random.default_rng([layers, tokens, heads])
+    shapes = [(layers, tokens, heads, 2 * width) for width in widths]
+    return [random.integers(0, 256, shape, dtype=np.uint8) for shape in shapes]
