@@ -5,15 +5,12 @@ out by the workers of links, for block stores and for whoever else moves blocks.
 from __future__ import annotations
 
 import atexit
-import json
 import threading
 import time
-from bisect import bisect_left
-from collections import Counter, defaultdict, deque
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from heapq import heapify, heappop, heappush
-from itertools import accumulate
 from traceback import clear_frames
 from typing import Any, cast
 from weakref import WeakKeyDictionary
@@ -21,14 +18,12 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
+from portakv.graph.trace import Ran, Trace
 from portakv.runtime.devices import this_process
 from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 
 #: Seconds after its submission at which a node of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
-#: Bounds of the histogram of the seconds that nodes ran.
-SECONDS = {"0.001": 0.001, "0.01": 0.01, "0.1": 0.1, "1": 1.0, "10": 10.0, "+Inf": np.inf}
-BOUNDS = (*SECONDS.values(),)
 
 
 @dataclass(eq=False)
@@ -42,7 +37,7 @@ class Lease:
     count: int  # 0: it takes none, and its items are the maker's
     store: bool = False
     until: float | None = None
-    ended: Callable[[Lease], object] | None = None
+    ended: Callable[[Any], object] | None = None
     items: Any = None  # while it is granted
     users: int = 0  # nodes that name it and did not end
     nodes: list[Node] = field(default_factory=list, init=False)  # that wait for it
@@ -138,16 +133,19 @@ class Link:
             self.change.notify()
         self.taker = False
         if self.workers < self.width:
-            terms = self.serve, f"portakv {self.name}", (self.workers + 1,)
-            thread = threading.Thread(None, *terms, daemon=True)
             try:
-                thread.start()
-                self.graph.threads.append(thread)
-                self.workers += 1
-            except RuntimeError as error:  # the system gives no more
+                self._begin_worker()
+            except RuntimeError as error:  # the system gives no more threads
                 if not self.workers:
                     self.graph.end(node, False, "failed", error)
-            atexit.register(self.graph.close)  # once more, as memory must not go before a worker
+
+    def _begin_worker(self) -> None:
+        terms = self.serve, f"portakv {self.name}", (self.workers + 1,)
+        thread = threading.Thread(None, *terms, daemon=True)
+        thread.start()
+        self.graph.threads.append(thread)
+        self.workers += 1
+        atexit.register(self.graph.close)  # once more, as memory must not go before a worker
 
     def next(self) -> Node | None:
         """Wait for a node, which runs from now on; None if the graph is closed."""
@@ -183,46 +181,13 @@ class Link:
             with graph.lock:
                 start, end = self.running.pop(node), graph.clock()
                 self.background -= node.background
-                what = node.number, node.name, node.blocks, node.nbytes
-                graph.trace.ran.append((self.name, worker, start, end, *what, *node.ran_before()))
-                spent = graph.seconds[self.tier, node.name]
-                spent[0] += end - start
-                spent[1 + bisect_left(BOUNDS, end - start)] += 1
+                what = node.number, node.name, node.blocks, node.nbytes, (*node.ran_before(),)
+                graph.trace.add(self.tier, Ran(self.name, worker, start, end, *what))
                 self.taker = not (node.background and self.heaps[1])
                 graph.end(node, landed, "failed" if error else "landed", error)
                 graph.settle()
                 node = error = landed = None  # an idle worker holds nothing
                 node = self.next()  # within the lock: to take it twice costs more than a node
-
-
-class Trace:
-    """The last ``limit`` nodes that ran: link, worker, start and end in seconds, number, name,
-    blocks, bytes, and the numbers of what it followed."""
-
-    def __init__(self, limit: int) -> None:
-        self.ran: deque[tuple[Any, ...]] = deque(maxlen=limit)
-
-    def events(self) -> list[dict[str, Any]]:
-        """Chrome's events: a process for each link, a thread for each worker, a flow from a node to
-        each that followed it."""
-        ran, events, ends = tuple(self.ran), list[Any](), dict[int, Any]()
-        links = list(dict.fromkeys(node[0] for node in ran))
-        for pid, link in enumerate(links):
-            events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": link}})
-        for link, worker, start, end, number, name, blocks, nbytes, *followed in ran:
-            here = {"pid": links.index(link), "tid": worker, "cat": "node", "ts": start * 1e6}
-            told = {"args": {"node": number, "blocks": blocks, "bytes": nbytes}}
-            events += [{**here, **told, "ph": "X", "name": name, "dur": (end - start) * 1e6}]
-            for before in filter(ends.get, followed):
-                flow = {"name": "after", "id": f"{before}-{number}"}
-                events += {**ends[before], **flow}, {**here, **flow, "ph": "f", "bp": "e"}
-            ends[number] = {**here, "ph": "s", "ts": end * 1e6}
-        return events
-
-    def write(self, path: Any) -> None:
-        """Write them into a file, which ui.perfetto.dev opens."""
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"traceEvents": self.events()}, file)
 
 
 class Graph:
@@ -233,11 +198,9 @@ class Graph:
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
         self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
         self.change = threading.Condition(self.lock)  # of nodes that are waited for, and timers
-        self.figures, self.links = defaultdict[str, Any](Counter), dict[str, Link]()
-        self.counts: Counter[Any] = self.figures["tier_blocks_total"]
-        self.nbytes: Counter[Any] = self.figures["tier_bytes_total"]
-        # By tier and op: seconds that nodes ran in sum, and how many ran up to each bound.
-        self.seconds = defaultdict[Any, list[Any]](lambda: [0.0, *[0] * len(BOUNDS)])
+        self.links = dict[str, Link]()
+        self.counts = Counter[tuple[str, str, str]]()  # blocks by tier, op and result
+        self.nbytes = Counter[tuple[str, str]]()
         self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
         # By pool, which another may hold: loads that wait, stores that do, leases of stores.
@@ -272,25 +235,8 @@ class Graph:
                 raise TransferError(gone)
             now = self.clock()
             for node in nodes:
-                self.number += 1
-                node.graph, node.state, node.number = self, "waiting", self.number
                 node.background, node.due = priority == "background", now + min(by, SLACK[priority])
-                self.live.add(node)
-                if node.link:
-                    node.link.queued_bytes += node.nbytes
-                if node.lease:
-                    node.lease.users += 1
-                before = [x for x, *_ in node.after if not x.ended]
-                node.waits = len(before)
-                for one in before:
-                    one.followers.append(node)
-                while before:  # what another transfer began is as urgent as what now waits for it
-                    one = before.pop()
-                    if one.due > node.due and not one.ended and one.state != "running":
-                        one.due, one.background = node.due, False
-                        before += [x for x, *_ in one.after]
-                        if one.state in ("room", "queued"):
-                            self.place(one)
+                self._enter(node)
             for node in nodes:
                 if by < np.inf and not node.followers:
                     self.end_at(now + by, node, "late")
@@ -300,6 +246,27 @@ class Graph:
             self.todo += ready[::-1]  # the first one is settled first
             self.settle()
             self.sweep()
+
+    def _enter(self, node: Node) -> None:
+        """Note what a new node waits for. What another transfer began becomes as urgent."""
+        self.number += 1
+        node.graph, node.state, node.number = self, "waiting", self.number
+        self.live.add(node)
+        if node.link:
+            node.link.queued_bytes += node.nbytes
+        if node.lease:
+            node.lease.users += 1
+        before = [x for x, *_ in node.after if not x.ended]
+        node.waits = len(before)
+        for one in before:
+            one.followers.append(node)
+        while before:
+            one = before.pop()
+            if one.due > node.due and not one.ended and one.state != "running":
+                one.due, one.background = node.due, False
+                before += [x for x, *_ in one.after]
+                if one.state in ("room", "queued"):
+                    self.place(one)
 
     def cancel(self, node: Node, state: str = "cancelled") -> bool:
         """End a node that does not run and, in turn, what it follows if nobody else does and it is
@@ -345,21 +312,7 @@ class Graph:
         """Go on with nodes for which all that they follow has ended."""
         while self.todo:
             node = self.todo.pop()
-            node.left = left = ~node.landed
-            try:
-                if node.given is not None:
-                    left[:] = node.given
-                for before, mine, theirs in node.after:
-                    node.error = node.error or before.error
-                    if node.rescue:
-                        left &= ~before.landed
-                        node.landed = before.landed
-                    elif mine is None:
-                        left &= before.landed
-                    else:
-                        left[np.asarray(mine, int)[~before.landed[theirs]]] = False
-            except (IndexError, ValueError) as error:  # these are no blocks of both
-                node.error, left[:] = error, False
+            node.left = left = self._left(node)
             if node.link and left.any():
                 self.place(node)
             else:
@@ -369,6 +322,25 @@ class Graph:
                     moved = [x for x, *_ in node.after if x.link and (x.left > x.landed).any()]
                     node.short = moved[0].link.name if moved else ""
                 self.end(node, left, "landed")
+
+    def _left(self, node: Node) -> Any:
+        """The blocks that a node may move, by what it follows: bool ``[blocks]``."""
+        left = ~node.landed
+        try:
+            if node.given is not None:
+                left[:] = node.given
+            for before, mine, theirs in node.after:
+                node.error = node.error or before.error
+                if node.rescue:
+                    left &= ~before.landed
+                    node.landed = before.landed
+                elif mine is None:
+                    left &= before.landed
+                else:
+                    left[np.asarray(mine, int)[~before.landed[theirs]]] = False
+        except (IndexError, ValueError) as error:  # these are no blocks of both
+            node.error, left[:] = error, False
+        return left
 
     def place(self, node: Node) -> None:
         """Queue a node for its lease, or its link."""
@@ -443,20 +415,17 @@ class Graph:
         if self.process.forked:  # its lock may be held for ever
             return {}
         with self.lock:
-            for x in self.links.values():
-                self.figures["link_queue_bytes"][x.name,] = x.queued_bytes
-                self.figures["link_oldest_seconds"][x.name,] = x.oldest_wait
-                self.figures["link_slow"][x.name,] = x.slow
-            for (tier, op), (total, *counts) in self.seconds.items():
-                self.figures["tier_seconds_sum"][tier, op] = total
-                self.figures["tier_seconds_count"][tier, op] = sum(counts)
-                for le, many in zip(SECONDS, accumulate(counts), strict=True):
-                    self.figures["tier_seconds_bucket"][tier, op, le] = many
-            found = dict[str, list[dict[str, Any]]]()
-            for name, table in self.figures.items():
-                last = "le" if name.endswith("bucket") else "result"
-                what = ("link",) if name.startswith("link") else ("tier", "op", last)
-                found[name] = [dict(zip(what, x, strict=False), value=y) for x, y in table.items()]
+            links, found = [*self.links.values()], self.trace.statistics()
+            found["tier_blocks_total"] = [
+                {"tier": tier, "op": op, "result": result, "value": blocks}
+                for (tier, op, result), blocks in self.counts.items()
+            ]
+            found["tier_bytes_total"] = [
+                {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
+            ]
+            found["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in links]
+            found["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in links]
+            found["link_slow"] = [{"link": x.name, "value": x.slow} for x in links]
             return found
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:
