@@ -43,8 +43,8 @@ APART = (
 BUDGETS = {
     "portakv": 20_800,
     PLUGS: 2_830,
-    "portakv/storage": 2_371,
-    "portakv/graph": 578,
+    "portakv/storage": 2_456,
+    "portakv/graph": 629,
     "portakv/migrate": 2_000,
     "portakv/backends": 3_470,
     "portakv/cli": 2_480,
@@ -84,7 +84,7 @@ PRIVATE = re.compile(
 )
 #: In the tests of plugs they are also the engines', which have no public ones.
 PRIVATE_READS = {"tests": 63, "tests/integrations": 35}
-MODULES = {"portakv": 102, PLUGS: 13, "portakv/storage": 12, "portakv/graph": 4}
+MODULES = {"portakv": 102, PLUGS: 13, "portakv/storage": 13, "portakv/graph": 5}
 MODULES["portakv/migrate"] = 15
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.

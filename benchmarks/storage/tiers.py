@@ -26,9 +26,9 @@ from portakv.storage import image
 from portakv.storage.disk import Disk
 from portakv.storage.engine import choose
 from portakv.storage.form import BlockForm
+from portakv.storage.plan import LOADED, SAVED
 from portakv.storage.remote import Remote
 from portakv.storage.rows import Rows as Memory
-from portakv.storage.store import LOADED, SAVED
 from portakv_benchmarks.host.suite import MB
 from portakv_benchmarks.shared.files import FIO, FsNative, Slab, close
 from portakv_benchmarks.shared.harness import Rows, Step
@@ -69,7 +69,7 @@ class Tier:
         self.payload.random_()
         self.first = {"store": 0, "load": amount}
         self.numbers, self.keys, self.graph = count(1), list[bytes](), Graph()
-        self.shelf: Any = kind.open(self.graph, self.memory, [self.form], 0)[0]
+        self.shelf: Any = kind.open(self.graph, self.memory, [self.form])[0]
 
     def close(self) -> None:
         close(self.graph, self.shelf)

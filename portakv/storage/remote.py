@@ -145,7 +145,7 @@ class Remote:
                     self._found.append(other)
         return self._found
 
-    def open(self, graph: Graph, _: Any, forms: Any, generation: int = 0) -> list[Shelf]:
+    def open(self, graph: Graph, _: Any, forms: Any) -> list[Shelf]:
         """A shelf of the first form, which is written, and of the others that `forms` found."""
         own = forms[0]
         return [Shelf(self, graph, x, x == own) for x in forms if x == own or x in self._found]

@@ -37,10 +37,10 @@ from portakv.errors import (
 )
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
-from portakv.storage import remote
+from portakv.storage import BlockStore, remote
 from portakv.storage.disk import Disk, DiskShelf
 from portakv.storage.form import BlockForm
-from portakv.storage.store import BlockStore, Shelf
+from portakv.storage.plan import Shelf
 
 LIMIT = 20.0  # seconds; nothing here takes as long
 KEYS = [key_of(i) for i in range(8)]

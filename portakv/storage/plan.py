@@ -1,0 +1,391 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a block store plans a call: on which shelves or in which rows each part of a block is, which
+nodes of a transfer graph bring it into rows and into a view, and what of that other calls share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any, NamedTuple, Protocol, TypeAlias
+from weakref import WeakSet
+
+import numpy as np
+
+from portakv.graph.graph import Graph, Lease, Link, Node
+from portakv.graph.handle import Handle
+from portakv.storage import image
+from portakv.storage.form import BlockForm, Slices
+from portakv.storage.rows import Crossing, Rows
+from portakv.view import KVView
+
+#: Bytes of a node of a save, and of a load, unless one block has more. A load of 16 MiB pieces kept
+#: a disk's queue too short on an H200 machine: 1.6 GB/s, by 32 MiB 2.1. An urgent load waits for
+#: one piece of a save.
+SAVED, LOADED = 16 << 20, 32 << 20
+KEPT = "kept"  # a spot: the host tier
+PARTS = 8  # of the device's leg by layer, if blocks are read as a whole
+Keys: TypeAlias = "Sequence[bytes]"
+
+
+class Shelf(Protocol):
+    """The blocks of one form in one tier. ``read`` and ``write`` block, in a worker of their link,
+    and say which blocks are there and right; ``stop`` tells a read that nobody waits for it."""
+
+    tier: str
+    form: BlockForm
+    writable: bool
+    notes: list[str]  # for `BlockStore.explain`
+
+    @property
+    def generation(self) -> int: ...  # the highest that was found
+    def has(self, keys: Keys, timeout: float | None = None, /) -> list[bool]: ...  # asks
+    def known(self, keys: Keys, /) -> list[bool]: ...  # does not
+    def wants(self, keys: Keys, /) -> list[bool]: ...  # what it lacks, and admits
+    def link(self, key: bytes, /) -> Link: ...
+    def link_for_write(self, nbytes: int, /) -> Link: ...
+    def read(self, keys: Keys, rows: Any, segments: Any, stop: Any, /) -> list[bool]: ...
+    def write(self, _: Link, keys: Keys, rows: Any, *known: Any) -> list[bool]: ...
+    def touch(self, keys: Keys, /) -> None: ...
+    def statistics(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class Leg(NamedTuple):
+    """What crosses at once between rows and a view: ``layers`` of the view, the segment that has
+    them (None: the image), and both sides of the copy."""
+
+    layers: range
+    segment: int | None
+    inner: KVView
+    outer: KVView
+
+
+@dataclass(eq=False)
+class Part:
+    """Blocks of one form, and the rectangle that they share with the store's form."""
+
+    form: BlockForm
+    shelves: list[Shelf]
+    theirs: Slices
+    mine: Slices
+    rows: KVView  # that rectangle of all rows of the store
+
+    def name(self, key: bytes) -> bytes:
+        """What this part of a block is called among the rows."""
+        return self.form.digest + key
+
+    def legs(self, view: KVView, by_layer: bool) -> list[Leg]:
+        """Legs between rows and a view, in order of their layers."""
+        first, past = self.theirs["layers"].start, self.theirs["layers"].stop
+        segmented, outer = by_layer and len(self.form.segments) > 1, view.slice(**self.mine)
+        if segmented:
+            ends = [0, *(segment.past_layer for segment in self.form.segments)]
+        else:
+            many = min(PARTS, past - first) if by_layer else 1
+            ends = np.linspace(first, past, 1 + many, dtype=int).tolist()
+        found, to = list[Leg](), self.mine["layers"].start
+        for number, (a, b) in enumerate(pairwise(min(max(x, first), past) - first for x in ends)):
+            if a < b:
+                sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
+                found.append(Leg(range(to + a, to + b), number if segmented else None, *sides))
+        return found
+
+
+def parts_of(form: BlockForm, forms: Any, shelves: Sequence[Shelf], rows: Any) -> list[Part]:
+    """Parts of blocks of a form, itself first, that lie on shelves, and in rows of a tensor."""
+    parts = list[Part]()
+    for other in forms:
+        if slices := form.part_of(other):
+            held = [shelf for shelf in shelves if shelf.form == other]
+            parts.append(Part(other, held, *slices, other.view(rows).slice(**slices[0])))
+    return parts
+
+
+def tilings(parts: Sequence[Part]) -> list[list[Part]]:
+    """The first part, which is a whole block, and sets of others that cover a block once."""
+    found = [[parts[0]]]
+    for first in parts[1:]:
+        chosen, cover = list[Part](), np.zeros([x.stop for x in parts[0].mine.values()], np.bool_)
+        for part in (first, *parts[1:]):
+            mine = part.mine["layers"], part.mine["heads"]
+            if not cover[mine].any():
+                cover[mine] = True
+                chosen.append(part)
+        if cover.all() and not any(first in tiling for tiling in found):
+            found.append(chosen)
+    return found
+
+
+class Flights:
+    """What calls of a store share, under the graph's lock. ``fills``: what is under way, by part
+    and key, with the row of the block; ``gates``: ends of calls."""
+
+    def __init__(self, graph: Graph, rows: Rows, shelves: list[Shelf]) -> None:
+        self.graph, self.rows, self.shelves = graph, rows, shelves
+        self.parts, self.tilings = list[Part](), list[list[Part]]()  # once tiers are open
+        self.fills, self.gates = dict[bytes, tuple[Fill, int]](), WeakSet[Node]()
+
+    def under_way(self) -> set[Fill]:
+        """Reads and saves that did not end."""
+        return {fill for fill, _ in self.fills.values()}
+
+    def touch(self, keys: Keys) -> None:
+        """Keys were used, the first one last, so that a prefix outlives its suffix."""
+        for shelf in self.shelves:
+            shelf.touch(keys)
+        for part in self.parts:
+            self.rows.touch([part.name(key) for key in keys])
+
+    def ask(self, keys: Keys, timeout: float | None) -> None:
+        """Have far tiers say what they have, if it decides of which form blocks are read."""
+        if len(self.tilings) == 1:
+            return
+        until = self.graph.clock() + (3e9 if timeout is None else timeout)
+        for shelf in self.shelves:
+            left = [key for key in keys if not self.spots(key)]
+            # In batches, as a tier that is far stops at what it lacks.
+            while left and (time := until - self.graph.clock()) > 0:
+                left = left[[*shelf.has(left, time), False].index(False) + 1 :]
+
+    def spots(self, key: bytes) -> list[tuple[Part, Any]]:
+        """A block's parts, of one form or another, with their spots; none if a part is nowhere."""
+        for tiling in self.tilings:
+            found = [(part, spot) for part in tiling if (spot := self.spot(part, key))]
+            if len(found) == len(tiling):
+                return found
+        return []
+
+    def spot(self, part: Part, key: bytes) -> Any:
+        """Where a part of a block is: `KEPT`, a `Fill`, or shelves with their links, the nearest
+        first. A remote tier is taken to have what nearer ones lack, unless there are blocks of
+        other forms as well: then it was asked before."""
+        if self.rows.has(part.name(key)):
+            return KEPT
+        links, stored = list[tuple[Shelf, Link]](), False
+        for shelf in part.shelves:
+            known = shelf.known([key])[0]
+            if known or (shelf.tier == "remote" and (len(self.tilings) == 1 or links)):
+                links.append((shelf, shelf.link(key)))
+            stored |= known
+        fill, _ = self.fills.get(part.name(key), (None, 0))
+        return fill if fill and fill.wanted and not (fill.store and stored) else (*links,)
+
+
+class Landing(NamedTuple):
+    """Blocks ``at`` of a call come into ``rows`` of a lease: for leg n once nodes ``ends[n]`` have
+    ended."""
+
+    lease: Lease
+    ends: dict[int, list[Node]]
+    at: Sequence[int]
+    rows: Sequence[int]
+
+    def cross(self, crossing: Crossing, leg: Leg, _: Node, mask: Any) -> None:
+        """What the node of a leg does: copy blocks of a mask from their rows into the view."""
+        left = np.flatnonzero(mask)
+        items = np.array(self.lease.items)[np.array(self.rows)[left]]
+        crossing.copy(leg.inner, leg.outer, items, np.array(self.at)[left])
+
+
+class Call:
+    """What one call wants, and its plan. ``given``: blocks that are anywhere; ``order``: the place
+    of each, as a tier loses none for one behind it. ``ends``: for each node with which blocks end
+    which of the call's they are, and which of the node's; and which layers it has of them."""
+
+    def __init__(
+        self, flights: Flights, kind: str, keys: list[bytes], priority: str, deadline: float | None
+    ) -> None:
+        self.flights, self.kind, self.keys = flights, kind, keys
+        self.priority, self.deadline = priority, deadline
+        self.order = {key: place for place, key in enumerate(keys)}
+        self.gate, self.given = Node(None, len(keys), name=kind), np.ones(len(keys), np.bool_)
+        self.ends = list[tuple[tuple[Node, Any, Any], range]]()
+        self.fills = 0  # that did not end
+        self._nodes = list[tuple[int, Node]]()  # with the number of their leg
+
+    def groups(self) -> dict[tuple[Part, Any], list[int]]:
+        """The call's blocks by part and spot; those that are anywhere are given."""
+        groups = dict[tuple[Part, Any], list[int]]()
+        for i, key in enumerate(self.keys):
+            spots = self.flights.spots(key)
+            self.given[i] = bool(spots)
+            for spot in spots:
+                groups.setdefault(spot, []).append(i)
+        return groups
+
+    def bring(
+        self, part: Part, spot: Any, some: list[int], segments: list[int | None]
+    ) -> Iterator[Landing]:
+        """Bring blocks from a spot into rows, for legs of these segments."""
+        graph, rows = self.flights.graph, self.flights.rows
+        names = {i: part.name(self.keys[i]) for i in some}
+        if isinstance(spot, Fill):  # it is under way
+            spot.calls.append((self, some))
+            spot.until, every = None, [*spot.ends.values()]  # what is waited for is not dropped
+            ends = [[spot.ends[x]] if x in spot.ends else every for x in segments]
+            items = [self.flights.fills[names[i]][1] for i in some]
+            yield Landing(spot, dict(enumerate(ends)), some, items)
+        elif spot == KEPT:  # its rows stay until the nodes that use them have ended
+            for at in self.chunks(some, LOADED, len({*segments})):
+                lease = Lease(rows, 0, ended=lambda lease: rows.unpin(lease.items))
+                lease.items = [rows.find(names[i]) for i in at]
+                graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
+                yield Landing(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
+        else:
+            yield from self._read(part, spot, some, segments)
+
+    def _read(
+        self, part: Part, shelves: Any, some: list[int], segments: list[int | None]
+    ) -> Iterator[Landing]:
+        """Read blocks from the first shelf, and from the next one what does not land. What by
+        segments is more than staging holds at once has a lease for each segment, so that the first
+        layers do not wait for the last."""
+        pieces = [*dict.fromkeys(segments)]
+        apart = len(pieces) > 1 and len(some) > self.flights.rows.staging
+        for at in self.chunks(some, LOADED, len(pieces), shelves[0][1]):
+            for group in [[x] for x in pieces] if apart else [pieces]:
+                fill = Fill(self, part, at, apart=str(group).encode() if apart else b"")
+                for segment in group:
+                    before, order = list[Node](), (pieces.index(segment), len(pieces))
+                    for shelf, link in shelves:
+                        work = partial(fill.read, shelf, segment)
+                        rescue = bool(before)
+                        before = [self.node(at, work, link, fill, before, order, rescue)]
+                    fill.ends[segment] = before[0]
+                ends = {n: [fill.ends[x]] for n, x in enumerate(segments) if x in fill.ends}
+                yield Landing(fill, ends, at, range(len(at)))
+
+    def cross(self, landing: Landing, legs: Sequence[Leg], crossing: Crossing, link: Link) -> None:
+        """Plan the way of blocks from their rows into a view."""
+        many = range(len(landing.at))
+        for number, ends in landing.ends.items():
+            after = [(end, many, landing.rows) for end in ends]
+            work, order = partial(landing.cross, crossing, legs[number]), (number, len(legs))
+            node = self.node(landing.at, work, link, landing.lease, after, order)
+            self.ends.append(((node, landing.at, many), legs[number].layers))
+
+    def chunks(self, blocks: list[int], nbytes: int, pieces: int, *links: Link) -> list[list[int]]:
+        """The blocks of nodes that move them in so many pieces: all workers of a link have some."""
+        rows = self.flights.rows
+        share = -(-len(blocks) // max([2, *(link.width for link in links)]))
+        most = rows.most // (4 if pieces > 1 else 1)
+        most = max(1, min(most, pieces * nbytes // rows.row_bytes, share))
+        return [blocks[first : first + most] for first in range(0, len(blocks), most)]
+
+    def node(
+        self,
+        at: Any,
+        work: Any,
+        link: Link,
+        lease: Lease,
+        after: Any,
+        order: tuple[int, int] = (0, 1),
+        rescue: bool = False,
+    ) -> Node:
+        """Plan ``work(node, mask)`` on rows of a lease, for leg ``order[0]`` of ``order[1]``."""
+        nbytes = len(at) * self.flights.rows.row_bytes // order[1]
+        terms: Any = {"after": after, "rescue": rescue, "lease": lease, "name": self.kind}
+        node = Node(work, len(at), link=link, nbytes=nbytes, **terms)
+        self._nodes.append((order[0], node))
+        return node
+
+    def submit(self, *gates: Node) -> None:
+        """Begin what was planned, the first legs first."""
+        nodes = [node for _, node in sorted(self._nodes, key=itemgetter(0))]
+        self._nodes.clear()
+        late = self.deadline if gates else None  # who joins a node may have more time
+        self.flights.graph.submit([*nodes, *gates], priority=self.priority, deadline=late)
+
+    def handle(self, view: Any, layers: int = 0, missing: str = "raise") -> Handle:
+        """Begin a call, behind a gate of all and, by layer, one of each layer."""
+        gates = [Node(None, len(self.keys), given=self.given) for _ in range(layers)]
+        for layer, gate in enumerate(gates):
+            gate.after = [end for end, has in self.ends if layer in has]
+        self.gate.given, self.gate.after = self.given, [end for end, _ in self.ends]
+        self.submit(*gates, self.gate)
+        self.flights.gates.add(self.gate)
+        return Handle(self.flights.graph, self.gate, gates, missing, view)
+
+
+class Fill(Lease):
+    """Rows that are being filled: the i-th has block ``keys[i]`` of the part once all of ``ends``
+    landed it: one for each segment, or that of None. Calls that follow them use the rows as well,
+    unless they have a name ``apart``; ``calls`` are all of them with their blocks, the maker first.
+    A save ends with ``last``, and has a generation, and checksums by row; it is dropped if it has
+    no rows at ``until``."""
+
+    def __init__(
+        self, call: Call, part: Part, at: list[int], until: float | None = None, apart: bytes = b""
+    ) -> None:
+        flights = call.flights
+        super().__init__(flights.rows, len(at), call.kind == "save", until, Fill.over)
+        self.part, self.calls, self.keys = part, [(call, at)], [call.keys[i] for i in at]
+        self.ends, self.last = dict[int | None, Node](), list[Node]()
+        self.generation, self.sums = 0, dict[int, Any]()
+        self.names = [part.name(key) + apart for key in self.keys]
+        flights.fills.update((name, (self, row)) for row, name in enumerate(self.names))
+        call.fills += 1
+
+    @property
+    def wanted(self) -> bool:
+        """Whether some call that was neither cancelled nor late waits for it; under the lock."""
+        return any(not call.gate.cut for call, _ in self.calls)
+
+    def over(self) -> None:
+        """Rows go back, under the graph's lock; those that landed whole are kept. When a call's
+        last ones do, its blocks count as used, the last first, so that a prefix outlives its
+        suffix; before, if it has more of them than the host tier."""
+        landed, call = np.zeros(self.count, np.bool_), self.calls[0][0]
+        flights, rows = call.flights, call.flights.rows
+        if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
+            landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
+        prefetched = all(call.kind == "prefetch" for call, _ in self.calls)
+        if rows.crowded(call.order):
+            flights.touch(call.keys)
+        for row, name in enumerate(self.names):
+            if flights.fills.get(name, (None,))[0] is self:
+                del flights.fills[name]
+            if landed[row]:
+                rows.keep(self.items[row], name, prefetched, call.order)
+        call.fills -= 1
+        if not call.fills:
+            flights.touch(call.keys)
+
+    # --- what nodes do, in workers, for the blocks of a mask ---
+
+    def read(self, shelf: Shelf, segment: int | None, _: Node, mask: Any) -> Any:
+        """Read blocks, or a segment of them, into the rows."""
+        rows, keys, data = self._of(mask)
+        segments = None if segment is None else [segment]
+        mask[rows] = shelf.read(keys, data, segments, self._given_up)
+        return mask
+
+    def gather(self, crossing: Crossing, view: KVView, _: Node, mask: Any) -> None:
+        """Copy blocks of a view into the rows, and make images of them."""
+        rows, keys, data = self._of(mask)
+        items, at = np.array(self.items)[rows], np.array(self.calls[0][1])[rows]
+        crossing.copy(self.part.rows, view, items, at)
+        for row, key, image_ in zip(rows, keys, data, strict=True):
+            self.sums[row] = image.seal(image_, self.part.form, key, self.generation)
+
+    def write(self, shelf: Shelf, link: Link, _: Node, mask: Any) -> Any:
+        """Write images to a tier."""
+        rows, keys, data = self._of(mask)
+        known = [self.generation] * len(rows), [self.sums[row] for row in rows]
+        mask[rows] = shelf.write(link, keys, data, *known, self.calls[0][0].order)
+        return mask
+
+    def _of(self, mask: Any) -> tuple[list[int], list[bytes], list[Any]]:
+        """Numbers, keys and bytes of rows."""
+        rows: list[int] = np.flatnonzero(mask).tolist()
+        return rows, [self.keys[i] for i in rows], [self.pool.array[self.items[i]] for i in rows]
+
+    def _given_up(self) -> bool:
+        """Whether a read may stop."""
+        graph = self.calls[0][0].flights.graph
+        with graph.lock:
+            graph.sweep()
+            return not self.wanted
