@@ -71,7 +71,8 @@ class StoreError(PortaKVError, RuntimeError):
 
 
 class StoreBusy(StoreError):
-    """A store's folder that another process has open; the sentence names it."""
+    """A folder that another store has open, whose process the sentence names; or a killed one's
+    writes, which have not landed yet."""
 
 
 class HostMemoryError(PortaKVError, RuntimeError):

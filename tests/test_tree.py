@@ -41,13 +41,13 @@ APART = (
 )
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 20_800,
+    "portakv": 20_830,
     PLUGS: 2_830,
-    "portakv/storage": 2_456,
+    "portakv/storage": 2_481,
     "portakv/graph": 629,
     "portakv/migrate": 2_000,
     "portakv/backends": 3_470,
-    "portakv/cli": 2_480,
+    "portakv/cli": 2_505,
     "portakv/connector": 840,
     "portakv/copy": 1_410,
     "portakv/engines": 3_130,
@@ -63,7 +63,7 @@ BUDGETS = {
     "benchmarks/storage": 563,
     "tests": 34_950,
     "tests/integrations": 5_000,
-    "tests/storage": 4_596,
+    "tests/storage": 4_681,
     "tests/graph": 1_200,
     "tests/migrate": 3_500,
 }

@@ -3,8 +3,8 @@
 are handed to the packages that do them, which are imported only then.
 
 Exit codes: 0 all went well, 1 it did not (one sentence on standard error says why), 2 the command
-line is wrong, or a file that it names is; `portakv conform` has more. With ``--json`` a verb writes
-one JSON value to standard output, nothing else.
+line is wrong, or a file that it names is, 130 Ctrl-C; `portakv conform` has more. With ``--json``
+a verb writes one JSON value to standard output, nothing else.
 """
 
 from __future__ import annotations
@@ -67,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except PortaKVError as error:
         print(f"portakv: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("portakv: interrupted", file=sys.stderr)
+        return 130
     except BrokenPipeError:
         # The reader, `head` say, has gone. The interpreter flushes once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

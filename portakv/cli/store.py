@@ -13,8 +13,8 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,21 +24,21 @@ import numpy as np
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes
 from portakv.errors import StoreBusy, StoreError
-from portakv.storage import image
+from portakv.storage import image, slots
 from portakv.storage.engine import Request, choose
 from portakv.storage.form import BlockForm
-from portakv.storage.slots import PAGE, SEGMENTS, Slots, form_in, holder, records_in
 
 HELP = "what lies in a folder of a block store: show, check or wipe it"
 DESCRIPTION = """\
 show: the forms of blocks in a folder of a disk tier, the slots in use, their
-bytes, and which process has it open. check: reads and verifies every image; exit
-code 1 if one fails. wipe: removes the stores in it, of whatever version; asks
-before, unless --yes. A store that is open is neither checked nor wiped."""
+bytes, and which process has it open. check: reads and verifies every image. Exit
+code 1 if an image fails or a form cannot be read. wipe: removes the stores in it,
+of whatever version, or that of one form, DIR/FORM; asks before, unless --yes. A
+folder that is open is neither checked nor wiped."""
 
 #: Files of a store, in the order in which they are removed: the one that is locked goes last.
 _FILES = ("form.json", "form.json.lock", "order", "table", "slots")
-_COLUMNS = ("form", "model", "user", "used", "slots", "bytes", "failed")
+_COLUMNS = ("form", "model", "open_in", "used", "slots", "bytes", "failed")
 LATE = 1.0  # seconds until a bar of progress is shown
 
 
@@ -51,22 +51,23 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def run(asked: argparse.Namespace) -> int:
     """Show, check or wipe. Raises `StoreError` if there is no store, `StoreBusy` if one is open."""
-    act = {"show": _shown, "check": _checked, "wipe": _wiped}[asked.action]
     with _usable(asked.folder):
         stores = _stores(asked.folder)
+        if not stores:
+            raise StoreError(f"Block stores in {asked.folder} were asked for, and none was found.")
         if asked.action == "wipe" and not asked.yes:
             size = in_bytes(sum(map(_bytes, stores)))
             print(f"Wipe {len(stores)} of {asked.folder}, {size}? [y/N] ", file=sys.stderr)
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 raise StoreError("Stores were to be wiped, but nobody agreed; nothing was touched.")
-        found = [act(store) for store in _with_bar(stores, asked.action)]
-    if not found:
-        raise StoreError(f"Block stores in {asked.folder} were asked for, and none was found.")
+        with nullcontext() if asked.action == "show" else _claimed(stores[0].parent):
+            act = {"show": _shown, "check": _checked, "wipe": _wiped}[asked.action]
+            found = [_told(act, store) for store in stores]
     if asked.json:
         print_json({"folder": asked.folder, "stores": found})
     else:
         _print(found)
-    return 1 if any(one.get("failed") for one in found) else 0
+    return 1 if any(one.get("why") for one in found) else 0
 
 
 @contextmanager
@@ -74,19 +75,60 @@ def _usable(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"{folder} was asked for, but cannot be used: {error}.") from error
+        why = {
+            FileNotFoundError: "there is no such folder",
+            NotADirectoryError: "that is no folder",
+            PermissionError: f"this user may not use {error.filename or 'it'}",
+        }.get(type(error), str(error))
+        raise StoreError(
+            f"Block stores in {folder} were asked for, but {why}; expected what `Disk` was given."
+        ) from error
 
 
 def _stores(folder: str) -> list[Path]:
-    inside = sorted(x for x in Path(folder).glob("*") if x.is_dir() and not x.is_symlink())
-    return [store for store in inside if re.fullmatch("[0-9a-f]{32}", store.name)]
+    """The folders of forms in a folder, or that one if it is of a form."""
+    if "://" in folder:
+        raise StoreError(
+            f"{folder} was asked for. A remote tier is not looked at here, only folders of disks; "
+            f"its provider's tools list it, and `Remote(...).wipe()` empties it."
+        )
+    place = Path(os.path.abspath(folder))
+    names = sorted(os.listdir(place))
+    if _is_store(place) and not {"form.json", "slots"}.isdisjoint(names):
+        return [place]
+    return [store for name in names if _is_store(store := place / name)]
+
+
+def _is_store(place: Path) -> bool:
+    named = re.fullmatch("[0-9a-f]{32}", place.name) is not None
+    return named and place.is_dir() and not place.is_symlink()
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """As a store, so that none is opened meanwhile; raises `StoreBusy`."""
+    held = slots.claim(folder)
+    try:
+        yield
+        if not [*filter(_is_store, folder.iterdir())]:  # all were wiped
+            (folder / "lock").unlink()
+    finally:
+        os.close(held)
+
+
+def _told(act: Callable[[Path], dict[str, Any]], store: Path) -> dict[str, Any]:
+    """What an act on a store found, or why it could not."""
+    try:
+        return act(store)
+    except (OSError, StoreError) as error:
+        return {"form": store.name, "bytes": _bytes(store), "why": [str(error)]}
 
 
 def _print(found: Sequence[dict[str, Any]]) -> None:
-    names = [name for name in _COLUMNS if name in found[0]]
-    columns = [Column(name, right=name in _COLUMNS[3:]) for name in names]
+    names = [name for name in _COLUMNS if any(name in one for one in found)]
+    columns = [Column(name.replace("_", " "), right=name in _COLUMNS[3:]) for name in names]
     told = [one | {"bytes": in_bytes(one["bytes"])} for one in found]
-    print_table(columns, [[str(one[name]) for name in names] for one in told])
+    print_table(columns, [[str(one.get(name, "-")) for name in names] for one in told])
     for one in found:
         for why in one.get("why", ()):
             print(f"{one['form']}, {why}")
@@ -94,38 +136,37 @@ def _print(found: Sequence[dict[str, Any]]) -> None:
 
 def _shown(store: Path) -> dict[str, Any]:
     """What a store's files tell, without opening it: another process may have it."""
-    form, lock = _form(store), _lock(store)
-    if isinstance(lock, int):
-        os.close(lock)
-    counts = {
-        "slots": (store / "slots").stat().st_size // form.image_bytes,
-        "used": int(np.count_nonzero(records_in(store, form)[:, SEGMENTS])),
-        "bytes": _bytes(store),
+    form = slots.form_in(store)
+    count = (store / "slots").stat().st_size // form.image_bytes
+    # The records that a recovery believes.
+    blocks = [x for x in enumerate(slots.records_in(store, form)[:count]) if x[1][slots.SEGMENTS]]
+    keys = {
+        x[: slots.GENERATION].tobytes() for i, x in blocks if image.checksum(x[:-1], i) == x[-1]
     }
-    user = "nobody" if isinstance(lock, int) else f"process {lock}"
-    return {"form": store.name, **asdict(form), **counts, "user": user}
+    found = {"used": len(keys), "slots": count, "bytes": _bytes(store)}
+    return {"form": store.name, **asdict(form), **found, "open_in": _open_in(store.parent)}
 
 
 def _checked(store: Path) -> dict[str, Any]:
     """Every image of a store, read and verified; keys are shortened."""
-    form, failed = _form(store), list[str]()
+    form, failed = slots.form_in(store), list[str]()
     row = np.frombuffer(mmap.mmap(-1, form.image_bytes), np.uint8)
     with (
         closing(choose()[0]) as engine,
-        closing(Slots(store, form, None, engine, track=_with_bar)) as slots,
+        closing(slots.Slots(store, form, None, engine, track=_with_bar)) as opened,
     ):
-        keys = [*slots.index]
+        keys = [*opened.index]
         for key in _with_bar(keys, f"checking {store.name[:8]}"):
-            if (place := slots.pin(key)) is None:
+            if (place := opened.pin(key)) is None:
                 continue
             slot, told = place
-            at = slot * slots.form.image_bytes
-            [moved] = engine.run([Request(slots.fd, at, row.ctypes.data, len(row), False)])
+            at = slot * opened.form.image_bytes
+            [moved] = engine.run([Request(opened.fd, at, row.ctypes.data, len(row), False)])
             why = os.strerror(-moved) if moved < 0 else _wrong(row, form, told)
             if why:
                 failed.append(f"slot {slot}, key {key.hex()[:8]}...: {why}")
-            slots.unpin(place)
-        found = {"form": store.name, "model": form.model, "slots": slots.count, "used": len(keys)}
+            opened.unpin(place)
+        found = {"form": store.name, "model": form.model, "slots": opened.count, "used": len(keys)}
     return {**found, "bytes": _bytes(store), "failed": len(failed), "why": failed}
 
 
@@ -141,13 +182,16 @@ def _wrong(row: image.Row, form: BlockForm, told: image.Header) -> str:
 
 
 def _wiped(store: Path) -> dict[str, Any]:
-    found, lock = {"form": store.name, "bytes": _bytes(store)}, _lock(store)
-    if isinstance(lock, str):
-        raise StoreBusy(f"{store} was to be wiped, but process {lock} has it open; end it first.")
+    found, held = {"form": store.name, "bytes": _bytes(store)}, slots.lock(store / "slots")
+    if held < 0:
+        raise StoreBusy("What a process began before it was killed has not landed; try again soon.")
     for name in _FILES:
         (store / f"{name}.new").unlink(missing_ok=True)
         (store / name).unlink(missing_ok=True)
-    os.close(lock)
+    size = os.fstat(held).st_size  # given back bit by bit, since it may take a while
+    for end in _with_bar(range(size, -1, -max(1, size // 100)), f"wiping {store.name[:8]}"):
+        os.ftruncate(held, end)
+    os.close(held)
     with suppress(OSError):  # it holds what is not a store's
         store.rmdir()
     return found
@@ -157,21 +201,16 @@ def _bytes(store: Path) -> int:
     return sum(file.stat().st_blocks * 512 for file in store.glob("*"))
 
 
-def _form(store: Path) -> BlockForm:
+def _open_in(folder: Path) -> str:
+    """The process that has claimed a folder, which is not claimed for that."""
     try:
-        return form_in(store)
-    except StoreError as error:
-        raise StoreError(f"{store} is of another release, or damaged. {error}") from None
-
-
-def _lock(store: Path) -> int | str:
-    """A descriptor with a store's lock, or the process that has it."""
-    held = os.open(store / "slots", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    with suppress(BlockingIOError):
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return held
-    os.close(held)
-    return holder(store)
+        with (folder / "lock").open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return "-"
+    except BlockingIOError:
+        return slots.holder(folder)
+    return "-"
 
 
 def _with_bar(items: Sequence[Any], what: str) -> Iterator[Any]:
@@ -190,17 +229,26 @@ def _with_bar(items: Sequence[Any], what: str) -> Iterator[Any]:
 
 def explain_folder(folder: str, as_json: bool) -> int:
     """Print how a disk tier reads and writes a folder, and what lies there; raises `StoreError`."""
-    page = np.frombuffer(mmap.mmap(-1, PAGE), np.uint8)
-    engine, said = choose([(page.ctypes.data, PAGE)])
-    trial = BlockForm("a trial", "uint8", 1, (PAGE,), 1, (0, 1, 1), (0, 1, 1), "block layer page")
-    with _usable(folder), closing(engine), tempfile.TemporaryDirectory(dir=folder) as inside:
-        slots = Slots(Path(inside), trial, trial.image_bytes, engine)
-        slots.close()
-        free, stores = shutil.disk_usage(folder).free, [_shown(one) for one in _stores(folder)]
+    page = np.frombuffer(mmap.mmap(-1, slots.PAGE), np.uint8)
+    engine, said = choose([(page.ctypes.data, slots.PAGE)])
+    trial = BlockForm(
+        "a trial", "uint8", 1, (slots.PAGE,), 1, (0, 1, 1), (0, 1, 1), "block layer page"
+    )
+    with _usable(folder), closing(engine):
+        stores = [_told(_shown, store) for store in _stores(folder)]
+        with tempfile.TemporaryDirectory(dir=folder) as inside:
+            made = slots.Slots(Path(inside, trial.name), trial, trial.image_bytes, engine)
+            made.close()
+        free = shutil.disk_usage(folder).free
     registered = engine.name == "ring" and not engine.notes
     found: dict[str, Any] = {"folder": folder, "engine": engine.name}
     found["engines"] = [asdict(one) for one in said]
-    found |= {"registered": registered, "o_direct": slots.direct, "alignment": PAGE, "free": free}
+    found |= {
+        "registered": registered,
+        "o_direct": made.direct,
+        "alignment": slots.PAGE,
+        "free": free,
+    }
     if as_json:
         print_json({**found, "stores": stores})
         return 0
@@ -208,8 +256,8 @@ def explain_folder(folder: str, as_json: bool) -> int:
     why = "PORTAKV_IO forces the other" if os.environ.get("PORTAKV_IO") else "the other comes first"
     for text in (*said, *(f"{name}: not asked, {why}" for name in other)):
         print_prose(f"{text}.")
-    direct = "past the page cache" if slots.direct else "by the page cache, O_DIRECT is refused"
-    print_prose(f"{engine.name} serves {folder}, {direct}, in multiples of {PAGE:,} bytes.")
+    direct = "past the page cache" if made.direct else "by the page cache, O_DIRECT is refused"
+    print_prose(f"{engine.name} serves {folder}, {direct}, in multiples of {slots.PAGE:,} bytes.")
     told = "registered with the kernel" if registered else "not registered"
     print_prose(f"Its memory is {told}; {in_bytes(free)} are free in the folder.")
     if stores:

@@ -40,10 +40,12 @@ class Disk:
         given: tuple[Any, Any] = capacity, workers
         right = isinstance(given[0], Real) and isinstance(given[1], Integral)
         right = right and bool(folders) and 1 <= capacity < 1 << 63 and workers >= 1
+        right = right and not any("://" in str(folder) for folder in folders)
         if not right or admit not in ("always", "second"):
             raise InvalidTerms(
                 f"A disk tier in {folders} with {capacity=}, {workers=} and {admit=} was asked: "
-                f"expected a folder or more, bytes, a worker or more, 'always' or 'second'."
+                f"expected a folder or more, bytes, a worker or more, 'always' or 'second'; a "
+                f"URL is for `Remote`."
             )
         self.folders = [Path(folder) for folder in folders]
         self.capacity, self.admit, self.workers, self.io = int(capacity), admit, workers, io

@@ -38,18 +38,21 @@ def choose(
 ) -> tuple[Engine, list[Decision]]:
     """The first engine that runs here, or the one that ``PORTAKV_IO`` or else ``name`` forces, and
     what each that was asked said. ``memory`` (address, bytes) is registered with the kernel."""
-    from portakv.storage.ring import Ring
-    from portakv.storage.threads import Threads
-
     asked, said = os.environ.get("PORTAKV_IO") or name, list[Decision]()
     if asked not in (None, "ring", "threads"):
         raise InvalidTerms(f"I/O engine {asked!r} was asked for; expected ring or threads.")
     for each in (asked,) if asked else ("ring", "threads"):
         try:
+            from portakv.storage.ring import Ring  # which may need a descriptor
+            from portakv.storage.threads import Threads
+
             engine = Ring(memory, entries) if each == "ring" else Threads()
         except OSError as error:
             said.append(Decision(each, False, str(error.strerror)))
         else:
             said.append(Decision(each, True, "; ".join(engine.notes) or "it has all that it uses"))
             return engine, said
-    raise StoreError(f"I/O engine {asked!r} was asked for; found was {said[0]}. Take threads.")
+    raise StoreError(
+        f"I/O engine {asked or 'ring or threads'!r} was asked for, and found was "
+        f"{' and '.join(map(str, said))}. Mend that, or take threads."
+    )

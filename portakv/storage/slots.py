@@ -53,11 +53,11 @@ def records_in(folder: Path, form: BlockForm) -> npt.NDArray[np.uint64]:
 
 
 class Slots:
-    """The blocks of ``form`` in ``folder``, in ``room`` for so many bytes (None: as large as it is,
-    and not made). ``track`` shows how far a recovery is: it passes the items on of a sequence with
-    a name.
+    """The blocks of ``form`` in ``folder``, whose parent is claimed, in ``room`` for so many bytes
+    (None: as large as it is, not made, and nothing is claimed). ``track`` shows how far a recovery
+    is: it passes the items on of a sequence with a name.
 
-    Raises `StoreBusy` if another process has the folder, `StoreError` if it cannot be used.
+    Raises `StoreBusy` if another store has the folder, or a killed one's I/O; else `StoreError`.
     Attributes: ``index``, slots by key, the least recently used first; ``count``, ``broken``,
     ``evicted`` slots; ``generation``, the highest found; ``fd`` of the blocks, ``direct`` if it
     goes past the page cache; ``notes``, sentences for `explain`.
@@ -72,7 +72,8 @@ class Slots:
         track: Track = lambda items, _: items,
     ) -> None:
         self.folder, self.form = folder, form
-        self.fd, self._table, self.direct, self.notes = -1, -1, True, list[str]()
+        self.fd = self._table = self._claim = -1
+        self.direct, self.notes = True, list[str]()
         self.generation = self.broken = self.evicted = 0
         self._change = threading.Lock()
         self.index: OrderedDict[bytes, int] = OrderedDict()
@@ -98,7 +99,7 @@ class Slots:
         """Open, lock and size the files; returns how many records and slots there were."""
         size, table = self.form.image_bytes, self.folder / "table"
         if room is not None:
-            os.makedirs(self.folder.parent, 0o700, exist_ok=True)
+            self._claim = claim(self.folder.parent)
             os.makedirs(self.folder, 0o700, exist_ok=True)
         if self.folder.is_symlink() or self.folder.stat().st_uid != os.geteuid():
             raise PermissionError(1, "it is a link, or another user's")
@@ -108,8 +109,12 @@ class Slots:
                 f"{self.folder} was asked for blocks of {self.form}, and its form.json says "
                 f"{found or 'nothing'}; restore that, or remove all by `portakv store wipe`."
             )
-        self.fd = os.open(self.folder / "slots", OPEN, 0o600)
-        self._lock()
+        self.fd = lock(self.folder / "slots")  # the very file of the I/O
+        if self.fd < 0:
+            raise StoreBusy(
+                f"The store's folder {self.folder} was asked for, and what a process began there "
+                f"before it was killed has not landed; try again soon."
+            )
         known = os.fstat(self.fd).st_size // size
         self.count = known if room is None else room // size
         if not self.count:
@@ -133,20 +138,6 @@ class Slots:
             self.direct = False
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
         return len(old), min(known, self.count)
-
-    def _lock(self) -> None:
-        """Lock the very file of the I/O: what a killed process began holds it till it landed."""
-        try:
-            fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if not os.fstat(self.fd).st_nlink:
-                raise BlockingIOError  # it was wiped in between
-        except BlockingIOError:
-            raise StoreBusy(
-                f"The store's folder {self.folder} was asked for, and process "
-                f"{holder(self.folder)} has it open; one may. Close it there, or give this process "
-                f"a folder of its own."
-            ) from None
-        self._tell("form.json.lock", str(os.getpid()))
 
     def _recover(self, engine: Engine, track: Track, records: int, known: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
@@ -251,8 +242,8 @@ class Slots:
 
     def close(self, sync: bool = True) -> None:
         """Put all on the device, with the order of last use, and let go of the folder."""
-        files = [fd for fd in (self.fd, self._table) if fd >= 0]
-        self.fd = self._table = -1
+        files = [fd for fd in (self.fd, self._table, self._claim) if fd >= 0]
+        self.fd = self._table = self._claim = -1
         if sync and files:
             self._tell("order", json.dumps([*self.index.values()]))
         for act in (os.fdatasync, os.close) if sync else (os.close,):
@@ -289,10 +280,39 @@ class Slots:
             self._free.append(slot)
 
 
+def claim(folder: Path) -> int:
+    """Take a folder of a disk tier for one store, which has it until this descriptor is closed. A
+    link is followed. Raises `StoreBusy` if another store has it."""
+    os.makedirs(folder, 0o700, exist_ok=True)
+    if folder.stat().st_uid not in (0, os.geteuid()):  # root could do anything anyway
+        raise PermissionError(1, f"{folder} is another user's")
+    if (fd := lock(folder / "lock")) < 0:
+        own = folder.resolve() in {x.folder.parent.resolve() for x in _opened if x._claim >= 0}
+        raise StoreBusy(
+            f"The store's folder {folder} was asked for, and "
+            f"{'this process' if own else holder(folder)} has it open already; one store may. "
+            f"Close that one, or give this one a folder of its own."
+        )
+    with suppress(OSError):  # the device is full
+        os.ftruncate(fd, os.pwrite(fd, str(os.getpid()).encode(), 0))
+    return fd
+
+
+def lock(file: Path) -> int:
+    """A descriptor of a file that is locked by it; -1 if another one has it, or removed it."""
+    fd = os.open(file, OPEN, 0o600)
+    with suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            return fd
+    os.close(fd)
+    return -1
+
+
 def holder(folder: Path) -> str:
-    """The process that opened a store last."""
-    lock = folder / "form.json.lock"
-    return lock.read_text(errors="replace").strip() if lock.exists() else "?"
+    """The process that claimed a folder last."""
+    told = folder / "lock"
+    return f"process {told.read_text() if told.exists() else '?'}"
 
 
 def _allocate(sizes: dict[int, int]) -> None:
@@ -318,7 +338,7 @@ _opened: WeakSet[Slots] = WeakSet()
 
 @cache
 def _watch_forks() -> None:
-    """A child's copies of the files would hold the parent's lock: the child closes them."""
+    """A child's copies of the files would hold the parent's locks: the child closes them."""
 
     def forked() -> None:
         for slots in _opened:

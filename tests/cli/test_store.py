@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import mmap
 import os
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +31,7 @@ OTHER = BlockForm(
     "m", "float16", 2, (64, 64), 32, (0, 4, 4), (0, 4, 4), "block layer head kv token dim"
 )
 SLOTS = 9
+ROOM = SLOTS * FORM.image_bytes
 
 
 def fill(folder: Path, form: BlockForm = FORM, blocks: int = 5) -> None:
@@ -70,15 +73,10 @@ def test_show_tells_each_form_in_the_folder(folder: Path) -> None:
     found = {one["form"]: one for one in run_json("store", "show", str(folder))["stores"]}
     assert {name: one["used"] for name, one in found.items()} == {FORM.name: 5, OTHER.name: 2}
     one = found[OTHER.name]
-    assert (one["slots"], one["user"], one["block_size"], one["model"]) == (
-        SLOTS,
-        "nobody",
-        32,
-        "m",
-    )
+    assert (one["slots"], one["open_in"], one["block_size"]) == (SLOTS, "-", 32)
     assert one["bytes"] >= SLOTS * OTHER.image_bytes
     told = run("store", "show", str(folder)).out
-    assert "nobody" in told
+    assert "open in" in told
     assert FORM.name[:8] in told
 
 
@@ -104,13 +102,13 @@ def test_check_verifies_every_image(folder: Path, offset: int | None, why: str) 
 
 def test_a_store_that_is_open_is_shown_and_neither_checked_nor_wiped(folder: Path) -> None:
     """Fault 12. The sentence names the process."""
-    with closing(choose()[0]) as engine, closing(Slots(folder / FORM.name, FORM, None, engine)):
+    with closing(choose()[0]) as engine, closing(Slots(folder / FORM.name, FORM, ROOM, engine)):
         found = run_json("store", "show", str(folder))["stores"]
         ran = [run("store", *words, str(folder)) for words in (["check"], ["wipe", "--yes"])]
-    assert found[0]["user"] == f"process {os.getpid()}"
+    assert found[0]["open_in"] == f"process {os.getpid()}"
     for code, out, err in ran:
         assert (code, out) == (1, "")
-        assert f"process {os.getpid()}" in err
+        assert "this process has it open already" in err
     assert run("store", "check", str(folder)).code == 0
 
 
@@ -127,15 +125,102 @@ def test_wipe_asks_and_leaves_what_is_not_a_store(
     assert ("[y/N]" in ran.err) == (said != "--yes")
 
 
-@pytest.mark.parametrize("words", [["store", "check"], ["store", "show"], ["explain", "--storage"]])
-def test_a_folder_without_a_store_or_of_another_release_is_a_sentence(
-    words: list[str], folder: Path
+WORDS = [
+    ["store", "check"],
+    ["store", "show"],
+    ["store", "wipe", "--yes"],
+    ["explain", "--storage"],
+]
+
+
+@pytest.mark.parametrize("words", WORDS)
+@pytest.mark.parametrize(
+    ("what", "why"),
+    [
+        ("nothing", "there is no such folder"),
+        ("file", "that is no folder"),
+        ("closed", "this user may not use"),
+        ("s3://bucket/kv", "A remote tier is not looked at here"),
+    ],
+)
+def test_what_is_no_folder_is_a_sentence(
+    words: list[str], what: str, why: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / FORM.name / "form.json").write_text('{"format": 99}')
-    for where in (folder, folder / "nothing"):
-        code, out, err = run(*words, str(where))
-        assert (code, out) == (1, "")
-        assert str(where) in err
+    """Each its own; nothing is made."""
+    (folder / "file").touch()
+    (folder / "closed").mkdir()
+    where = what if "://" in what else str(folder / what)
+    real = os.listdir
+
+    def listdir(place: Any) -> list[str]:  # root may look everywhere
+        if str(place) == where:
+            raise PermissionError(errno.EACCES, "Permission denied", where)
+        return real(place)
+
+    if what == "closed":
+        monkeypatch.setattr(os, "listdir", listdir)
+    code, out, err = run(*words, where)
+    assert (code, out) == (1, "")
+    assert where in err
+    assert why in err
+    assert {x.name for x in folder.iterdir()} == {FORM.name, "lock", "file", "closed"}
+
+
+@pytest.mark.parametrize("words", WORDS[:3])
+def test_a_folder_without_stores_is_a_sentence(words: list[str], tmp_path: Path) -> None:
+    assert "none was found" in run(*words, str(tmp_path)).err
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("words", [*WORDS[:2], WORDS[3]])
+@pytest.mark.parametrize("harm", ["another format", "no form", "no slots"])
+def test_a_form_that_cannot_be_read_is_a_row_with_the_reason(
+    words: list[str], harm: str, folder: Path
+) -> None:
+    """The others are told as ever."""
+    fill(folder, OTHER, 2)
+    bad = folder / FORM.name
+    if harm == "another format":
+        (bad / "form.json").write_text('{"format": 99}')
+    else:
+        (bad / ("form.json" if harm == "no form" else "slots")).unlink()
+    if harm == "no slots" and words[1] == "check":
+        return  # which are made anew, empty
+    ran = run(*words, str(folder))
+    assert (ran.code, ran.err) == (int(words[0] == "store"), "")
+    why = "expected format 1" if harm == "another format" else "No such file"
+    assert re.search(rf"{FORM.name}, .*{why}", ran.out)
+    assert re.search(rf"{OTHER.name}.* 2 +{SLOTS} ", ran.out)
+
+
+def test_wipe_of_one_form_leaves_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(folder, OTHER, 2)
+    monkeypatch.chdir(folder / FORM.name)
+    assert run("store", "wipe", "--yes", ".").code == 0
+    assert {x.name for x in folder.iterdir()} == {OTHER.name, "lock"}
+    assert run("store", "wipe", "--yes", str(folder)).code == 0
+    assert not [*folder.iterdir()]
+
+
+def test_show_counts_blocks_that_a_store_would_find(folder: Path) -> None:
+    """Not records that are torn, or below another's slot."""
+    path = folder / FORM.name / "table"
+    table = bytearray(path.read_bytes())
+    table[40] ^= 1
+    table[256:512] = table[512:768]
+    path.write_bytes(table)
+    assert run_json("store", "show", str(folder))["stores"][0]["used"] == 3
+
+
+def test_ctrl_c_is_told_without_a_traceback(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupted(io.StringIO):
+        def readline(self, *_: Any) -> Any:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys, "stdin", Interrupted())
+    code, out, err = run("store", "wipe", str(folder))
+    assert (code, out, err.splitlines()[1:]) == (130, "", ["portakv: interrupted"])
+    assert (folder / FORM.name / "slots").exists()
 
 
 def test_check_shows_a_bar_if_it_takes_longer_than_a_second(
@@ -154,7 +239,7 @@ def test_check_shows_a_bar_if_it_takes_longer_than_a_second(
     fill(folder, OTHER, 2)
     for action in ("check", "wipe"):
         assert verbs.run(_asked(action, folder)) == 0
-    for what in ("records", "headers", "checking", "wipe"):
+    for what in ("records", "headers", "checking", "wiping"):
         assert what in told.getvalue()
     assert "100%" in told.getvalue()
 
@@ -179,7 +264,7 @@ def test_explain_tells_how_a_folder_is_read(
     assert [one["used"] for one in found["stores"]] == [5]
     told = run("explain", "--storage", str(folder)).out
     assert f"{found['engine']} serves" in told
-    assert [path.name for path in folder.iterdir()] == [FORM.name]
+    assert {path.name for path in folder.iterdir()} == {FORM.name, "lock"}
 
 
 # the demo

@@ -27,6 +27,7 @@ from portakv.storage import image
 from portakv.storage.disk import Disk, DiskShelf
 from portakv.storage.engine import Engine
 from portakv.storage.form import BlockForm
+from portakv.storage.slots import lock
 
 GRAPH: Any = Tally
 NO_ROWS = SimpleNamespace(memory=())
@@ -322,13 +323,14 @@ def test_a_write_that_raises_gives_its_slots_back(shelf: Open) -> None:
 
 
 def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
-    """They are found and read; one that another process has open is left out, with a note."""
+    """They are found and read; one that a killed process still writes is left out, with a note."""
     heads = [replace(FORM, heads=(i, i + 1, 4)) for i in range(4)]
     stranger = replace(heads[0], model="another")
-    shelves = [shelf(each) for each in [*heads[:3], stranger]]
-    assert [save(each, KEYS[:2]) for each in shelves] == [[True, True]] * 4
-    for each in (*shelves[:2], shelves[3]):
-        each.close()
+    for form in (*heads[:3], stranger):
+        one = shelf(form)
+        assert save(one, KEYS[:2]) == [True, True]
+        one.close()
+    late = lock(tmp_path / "a" / heads[2].name / "slots")
     (tmp_path / "a" / "junk").mkdir()
     (tmp_path / "a" / "junk" / "form.json").write_text(replace(FORM, heads=(0, 2, 4)).json())
     tier = disk(tmp_path / "a", tmp_path / "none", io=Faulty())
@@ -338,12 +340,35 @@ def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
     assert {each.form for each in others} == {*heads[:2]}
     assert not any(each.writable for each in others)
     assert [load(each, KEYS[:2]) for each in others] == [[True, True]] * 2
-    assert any("has it open" in note for note in own.notes)
+    assert any("has not landed" in note for note in own.notes)
+    os.close(late)
     engine: Any = tier.io
     for each in reversed(every):
         assert not engine.closed
         each.close()
     assert engine.closed
+
+
+def test_one_store_has_a_folder(tmp_path: Path, shelf: Open) -> None:
+    """Fault 12. Ranks or models that share it are told at their first start, of whom, until the
+    first one has closed; also through a link."""
+    other = replace(FORM, model="another")
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    one = shelf()
+    for name in ("a", "link"):
+        with pytest.raises(StoreBusy, match="this process has it open already"):
+            shelf(other, name)
+
+    def child() -> None:
+        with pytest.raises(StoreBusy, match=f"process {os.getppid()} has it open already"):
+            shelf(other)
+
+    assert cases.ended_well(cases.forked(child))
+    assert not (tmp_path / "a" / other.name).exists()
+    one.close()
+    with pytest.raises(StoreError, match="fits"):  # which leaves nothing locked
+        shelf(LARGE, blocks=0.5)
+    assert save(shelf(other, "link"), KEYS[:1]) == [True]
 
 
 def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
@@ -361,8 +386,9 @@ def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
     for terms in [*wrong, *({"capacity": x} for x in (float("inf"), "1G", None))]:
         with pytest.raises(InvalidTerms, match="expected a folder or more"):
             Disk("x", **{"capacity": 1, **terms})
-    with pytest.raises(InvalidTerms, match="expected a folder or more"):
-        Disk(capacity=1)
+    for urls in ((), ("s3://bucket/kv",), ("x", "file:///x")):
+        with pytest.raises(InvalidTerms, match=r"expected a folder or more.*URL is for `Remote`"):
+            Disk(*urls, capacity=1)
     assert Disk("x" * 300, capacity=1).forms(FORM) == []
 
 
@@ -447,13 +473,26 @@ def reopened(tier: Disk) -> DiskShelf:
 
 @pytest.mark.parametrize("io", ["ring", "threads"])
 def test_restarted_while_writes_are_in_flight(tmp_path: Path, io: str) -> None:
-    """Fault 11. Once the folder can be had, nothing changes any more but by its new owner."""
-    ready = os.pipe()
+    """Fault 11. 64 of them. Once the folder can be had, nothing changes any more but by its new
+    owner."""
+    ready, many = os.pipe(), 64
+
+    def work() -> None:
+        (one,) = disk(tmp_path, blocks=many, of=LARGE, io=io).open(GRAPH(), NO_ROWS, [LARGE])
+        rows = cases.images(many, LARGE)
+        for generation in range(10**6):
+            rows[:] = generation % 251
+            keys = [random.randbytes(32) for _ in rows]
+            os.write(ready[1], b"x")
+            one.write(one.link(keys[0]), keys, [*rows], [generation] * many, [[0, 0]] * many)
+
     for _ in range(3):
-        pid = cases.forked(writer(tmp_path, io, ready[1]))
-        os.read(ready[0], 1)
+        pid = cases.forked(work)
+        for _ in range(3):
+            os.read(ready[0], 1)
+        time.sleep(random.random() * 0.01)
         os.kill(pid, signal.SIGKILL)
-        one = reopened(disk(tmp_path, blocks=12, of=LARGE, io=io))
+        one = reopened(disk(tmp_path, blocks=many, of=LARGE, io=io))
         path = tmp_path / LARGE.name / "slots"
         before = path.read_bytes()
         time.sleep(0.05)

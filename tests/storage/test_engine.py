@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -270,11 +272,28 @@ def test_threads_serve_if_io_uring_is_refused(
     engine, said = choose()
     assert (engine.name, [each.accepted for each in said]) == ("threads", [False, True])
     assert why in said[0].reason
-    with pytest.raises(StoreError, match=r"'ring'.*ring: rejected.*Take threads"):
+    with pytest.raises(StoreError, match=r"'ring'.*ring: rejected.*take threads"):
         choose(name="ring")
     monkeypatch.setenv("PORTAKV_IO", "ring")
-    with pytest.raises(StoreError, match=r"'ring'.*ring: rejected.*Take threads"):
+    with pytest.raises(StoreError, match=r"'ring'.*ring: rejected.*take threads"):
         choose(name="threads")
+
+
+def test_without_descriptors_no_engine_is_loaded(
+    file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 25. Their modules are imported when the first engine is chosen."""
+    for name in ("ring", "threads"):
+        monkeypatch.delitem(sys.modules, f"portakv.storage.{name}")
+    monkeypatch.delenv("PORTAKV_IO", raising=False)
+    os.close(spare := os.dup(file))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
+    try:
+        with pytest.raises(StoreError, match=r"ring: rejected, Too many .* threads: rejected, Too"):
+            choose()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def test_an_engine_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

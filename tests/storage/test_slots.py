@@ -94,10 +94,9 @@ def test_what_was_entered_is_there_again(tmp_path: Path, many: int) -> None:
 def test_files_are_their_owners_alone(six: tuple[Path, dict[bytes, Place]]) -> None:
     folder = six[0]
     assert folder.stat().st_mode & 0o777 == 0o700
-    names = {"slots", "table", "form.json", "form.json.lock", "order"}
-    assert {x.name: x.stat().st_mode & 0o777 for x in folder.iterdir()} == dict.fromkeys(
-        names, 0o600
-    )
+    files = [*folder.iterdir(), folder.parent / "lock"]
+    names = {"slots", "table", "form.json", "order", "lock"}
+    assert {x.name: x.stat().st_mode & 0o777 for x in files} == dict.fromkeys(names, 0o600)
 
 
 def test_form_json_tells_of_the_folder(folder: Path) -> None:
@@ -406,6 +405,34 @@ def test_something_else_in_place_of_the_folder(
     assert what == "file" or list(folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("what", ["link", "file", "owner", "link of its lock"])
+def test_something_else_in_place_of_the_tiers_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Fault 27. A link to a folder of one's own is followed; the rest as for a form's folder."""
+    tier, place = tmp_path / "tier", tmp_path / "place"
+    place.mkdir()
+    if what == "link":
+        tier.symlink_to(place)
+        opened(tier / FORM.name).close()
+        assert {x.name for x in place.iterdir()} == {FORM.name, "lock"}
+        return
+    if what == "file":
+        tier.write_text("")
+    else:
+        place.rename(tier)
+    if what == "owner" and not os.geteuid():
+        os.chown(tier, 12345, -1)
+    elif what == "owner":
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    elif what != "file":
+        (tier / "lock").symlink_to(tmp_path / "victim")
+    with pytest.raises(StoreError, match="Expected a folder of this user, no link"):
+        opened(tier / FORM.name)
+    assert not (tmp_path / "victim").exists()
+    assert what != "owner" or list(tier.iterdir()) == []
+
+
 def test_a_link_in_place_of_a_file(folder: Path) -> None:
     """Fault 27."""
     opened(folder).close()
@@ -422,7 +449,7 @@ def test_a_close_puts_both_files_on_the_device(
     name = "/proc/self/fd/{}".format
     monkeypatch.setattr(os, "fdatasync", lambda fd: put_there.append(os.readlink(name(fd))))
     opened(folder).close()
-    assert put_there == [str(folder / "slots"), str(folder / "table")]
+    assert put_there[:2] == [str(folder / "slots"), str(folder / "table")]
 
 
 def test_a_clock_that_is_set_back(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,12 +592,12 @@ def test_slots_that_are_lost(six: tuple[Path, dict[bytes, Place]]) -> None:
 def test_a_store_that_was_wiped_while_another_waited(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the opening of its file and the lock: there is no store in a file without a name."""
+    """Between the opening of its file and the lock: no folder is had by a file without a name."""
     opened(folder).close()
     real = fcntl.flock
 
     def lock(fd: int, how: int) -> None:
-        (folder / "slots").unlink()
+        (folder.parent / "lock").unlink()
         real(fd, how)
 
     monkeypatch.setattr(fcntl, "flock", lock)
