@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A view as data, for whoever sees its memory at other addresses: what `KVView` takes, with places
+in regions for tensors. Whoever rebuilds it has every check of `KVView` made again."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import Any
+
+import msgspec
+import torch
+
+from portakv.errors import LayoutError, PortaKVError
+from portakv.migrate.messages import Described, Kind
+from portakv.migrate.shards import Shard
+from portakv.view import KVView
+from portakv.view.bound import reach
+
+_NORESERVE = 0x4000  # Linux; not named by every Python's mmap
+_NUMBERS = ("bool", "int", "uint", "float", "bfloat", "complex")  # what names of dtypes begin with
+
+
+class Regions:
+    """The allocations under tensors, each once; holds them."""
+
+    def __init__(self) -> None:
+        self.storages: list[torch.UntypedStorage] = []
+        self._numbers: dict[tuple[int, int], int] = {}
+
+    def add(self, tensor: torch.Tensor) -> tuple[int, int]:
+        """The number of the allocation that a tensor lies in, and its byte offset there."""
+        storage = tensor.untyped_storage()
+        key = storage.data_ptr(), storage.nbytes()
+        if key not in self._numbers:
+            self._numbers[key] = len(self.storages)
+            self.storages.append(storage)
+        return self._numbers[key], tensor.data_ptr() - storage.data_ptr()
+
+    def flat(self) -> list[torch.Tensor]:
+        """Each allocation as bytes."""
+        empty = (torch.empty(0, dtype=torch.uint8, device=x.device) for x in self.storages)
+        return [flat.set_(storage) for flat, storage in zip(empty, self.storages, strict=True)]
+
+
+def describe(shard: Shard, regions: Regions) -> Described:
+    """A shard as data; its allocations join ``regions``.
+
+    Raises:
+        LayoutError: a view of addresses alone, a slice of a view, more tensors than a message
+            holds, or memory that was replaced since the view was made.
+    """
+    view, sizes = shard.view, []
+    if view.foreign:
+        raise LayoutError(f"{view} is known by addresses alone; describe a view of tensors.")
+    level: list[Any] = [view.tensors]
+    for _ in view.layout.containers:
+        rows = [[*x.values()] if isinstance(x, Mapping) else [*x] for x in level]
+        sizes.append(len(rows[0]))
+        level = [tensor for row in rows for tensor in row]
+    kinds: dict[Kind, int] = {}
+    places = []
+    for tensor in level:
+        kind = str(tensor.dtype).partition(".")[2], tuple(tensor.shape), tensor.stride()
+        places.append((*regions.add(tensor), kinds.setdefault(kind, len(kinds))))
+    described = Described(
+        *(shard.group, view.layout.text, tuple(kinds), tuple(sizes), tuple(places)),
+        view.block_size or 0,
+    )
+    try:
+        msgspec.msgpack.decode(msgspec.msgpack.encode(described), type=Described)
+        seen = rebuild(described, regions.flat()).view
+        why = "" if (seen.form, seen.origins) == (view.form, view.origins) else f"they are {seen}"
+    except (LayoutError, msgspec.ValidationError) as error:
+        why = str(error)
+    if why:
+        raise LayoutError(
+            f"{view} cannot be described by its {len(places)} tensors: {why.rstrip('.')}; expected "
+            f"a whole view, no slice of one, of few tensors, and of memory that is still theirs."
+        )
+    return described
+
+
+def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
+    """The shard of a description on regions as they lie here, each flat uint8; none is touched.
+
+    Raises:
+        LayoutError: whatever is wrong with the description.
+    """
+    group = described.group
+    try:
+        kinds = [(_dtype(name), shape, strides) for name, shape, strides in described.kinds]
+        tensors: list[Any] = []
+        for number, offset, kind in described.places:
+            tensors.append(_strided(regions[number], offset, *kinds[kind]))
+        if len(tensors) != prod(described.containers):
+            raise LayoutError(f"{len(tensors)} places in containers of {described.containers}")
+        for size in reversed(described.containers):
+            tensors = [tensors[at : at + size] for at in range(0, len(tensors), size)]
+        size = max(dtype.itemsize for dtype, _, _ in kinds)
+        extents: dict[str, Any] = {
+            "layers": group.layers[1] - group.layers[0],
+            "heads": group.heads[1] - group.heads[0],
+            "kv": len(group.widths),
+            "dim": [width // size for width in group.widths] if len(kinds) == 1 else None,
+            "block_size": described.block_size or None,
+            "reinterpret": not group.numbers,
+        }
+        view = KVView(tensors[0], described.layout, **extents)
+        shard = Shard(view, group.layers, group.heads)
+        if shard.group != group:
+            raise LayoutError(f"{shard.group} was found, {group} was told")
+    except (PortaKVError, ArithmeticError, LookupError, RuntimeError, ValueError) as error:
+        raise LayoutError(
+            f"A view of {described.layout!r} was described that {len(regions)} regions do not "
+            f"hold: {error}; describe a view with its own regions."
+        ) from None
+    return shard
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None) if name.startswith(_NUMBERS) else None
+    if not isinstance(found, torch.dtype):
+        raise LayoutError(f"{name} is no dtype of torch {torch.__version__}")
+    return found
+
+
+def _strided(
+    region: torch.Tensor,
+    offset: int,
+    dtype: torch.dtype,
+    shape: Sequence[int],
+    strides: Sequence[int],
+) -> torch.Tensor:
+    """A tensor in a region; `as_strided` never grows it, and what it does not see is checked."""
+    size, ends = dtype.itemsize, offset + reach(shape, strides) * dtype.itemsize
+    if offset % size or ends > region.numel() or len(shape) != len(strides):
+        raise LayoutError(f"bytes {offset} to {ends} of a region of {region.numel()}, as {dtype}")
+    whole = region[: region.numel() // size * size].view(dtype)
+    return whole.as_strided(shape, strides, whole.storage_offset() + offset // size)
+
+
+def reserve(nbytes: int) -> torch.Tensor:
+    """Addresses for a region that is not mapped: uint8 without memory or access rights. Views on it
+    tell where rows lie; reading it ends the process."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    tensor = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1), flags=flags), dtype=torch.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.numel()), 0):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    return tensor[:nbytes]
