@@ -153,8 +153,8 @@ class Link:
             self.taker = False
             while not self.graph.closed.is_set():
                 now = self.graph.sweep()
-                background = self.background < max(1, self.width - 1)
-                heaps = [heap for heap in self.heaps[: 1 + background] if heap]
+                free = self.background < max(1, self.width - 1)  # a worker for the background
+                heaps = [heap for heap in (self.heaps if free else self.heaps[:1]) if heap]
                 if self.pace > now or not heaps:
                     self.change.wait(self.pace - now if self.pace > now else None)
                 elif (node := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
