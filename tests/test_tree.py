@@ -41,7 +41,7 @@ APART = (
 )
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 20_830,
+    "portakv": 20_850,
     PLUGS: 2_830,
     "portakv/storage": 2_481,
     "portakv/graph": 629,
@@ -51,7 +51,7 @@ BUDGETS = {
     "portakv/connector": 840,
     "portakv/copy": 1_410,
     "portakv/engines": 3_130,
-    "portakv/host": 2_830,
+    "portakv/host": 2_850,
     "portakv/layout": 770,
     "portakv/plan": 720,
     "portakv/registry": 720,

@@ -235,8 +235,8 @@ class SharedPool(Pool):
         for place in np.flatnonzero(members["pid"] == 0).tolist():
             if self._lock(1 + place):
                 self._clear(place)  # blocks that a predecessor left
-                started = _started(os.getpid()) or 0
-                members[place] = 0, process_space(), started, 0.0, label
+                began = started(os.getpid()) or 0
+                members[place] = 0, process_space(), began, 0.0, label
                 members["pid"][place] = os.getpid()  # last: until then the place is free
                 self._me = place
                 return
@@ -259,7 +259,7 @@ class SharedPool(Pool):
         if member["space"] == process_space():
             # The kernel closes a dying process's files one after the other: this lock may be free
             # while its device still writes. A process that is a zombie has closed them all.
-            return bool(_started(member["pid"]) != member["started"])
+            return bool(started(member["pid"]) != member["started"])
         if member["noticed"] == 0.0:
             member["noticed"] = time.monotonic()
         return bool(time.monotonic() - member["noticed"] > GRACE)
@@ -399,6 +399,25 @@ class SharedPool(Pool):
             ) from None
 
 
+def unnamed(nbytes: int) -> mmap.mmap:
+    """Shared memory without a name, its pages there, all zero; nothing is left of it if no process
+    has it. Others open its descriptor. Raises `HostMemoryError` if there is no room."""
+    flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+    try:
+        if nbytes > _pages.available():
+            raise OSError(errno.ENOMEM, "more than this process may have")
+        with open(os.memfd_create(_PREFIX, flags), "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+            # If it could become shorter, that would be a SIGBUS for all who have it mapped.
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
+            return mmap.mmap(file.fileno(), nbytes)
+    except OSError as error:
+        raise HostMemoryError(
+            f"Shared memory of {nbytes} bytes was asked for, and the machine does not give it "
+            f"({error.strerror}); ask for less, or raise its limit (cgroup)."
+        ) from None
+
+
 def names() -> list[str]:
     """The shared pools of this machine, of every user."""
     return sorted(path.name.removeprefix(_PREFIX) for path in _FOLDER.glob(f"{_PREFIX}*"))
@@ -448,7 +467,7 @@ def process_space() -> int:
     return 0
 
 
-def _started(pid: int) -> int | None:
+def started(pid: int) -> int | None:
     """When a process began, which tells it from a later one of its number; None: it is over."""
     with suppress(OSError), open(f"/proc/{pid}/stat") as file:
         fields = file.read().rpartition(")")[2].split()  # from the state on

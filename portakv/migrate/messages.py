@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from hashlib import blake2b
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -28,6 +28,9 @@ Dims = Annotated[tuple[Bytes, ...], Meta(max_length=16)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 #: What tensors of a view share: torch's name of the dtype, shape and strides in elements.
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
+
+
+Sent = TypeVar("Sent", bound="Message")
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -157,20 +160,30 @@ class Ticket(About, frozen=True):
     event: Annotated[int, Meta(ge=-1, le=255)] = -1
 
     def pack(self) -> bytes:
-        """What carries the request carries; a checksum stands before it."""
-        told = msgspec.msgpack.encode(self)
-        return blake2b(told, digest_size=16).digest() + told
+        """What carries the request carries."""
+        return sealed(self)
 
     @staticmethod
     def read(data: bytes) -> Ticket:
         """The ticket of these bytes; raises `PeerError`, in the same words whatever is wrong."""
-        told = data[16:] if isinstance(data, bytes) else b""
-        if told and blake2b(told, digest_size=16).digest() == data[:16]:
-            with suppress(msgspec.DecodeError):
-                ticket = msgspec.msgpack.decode(told, type=Ticket)
-                if ticket.version == VERSION and len(ticket.ids) == len(ticket.steps):
-                    return ticket
+        ticket = unsealed(data, Ticket)
+        if ticket and ticket.version == VERSION and len(ticket.ids) == len(ticket.steps):
+            return ticket
         raise PeerError(
             "What was handed over is no ticket of this release: expected the bytes of "
             "`Offer.ticket`, unchanged; carry them as they are, between sides of one release."
         )
+
+
+def sealed(message: Message) -> bytes:
+    """A message that travels by others' ways, with a checksum before it."""
+    told = msgspec.msgpack.encode(message)
+    return blake2b(told, digest_size=16).digest() + told
+
+
+def unsealed(data: bytes, kind: type[Sent]) -> Sent | None:
+    """The message of these bytes; None if they are not as `sealed` made them."""
+    if isinstance(data, bytes) and blake2b(data[16:], digest_size=16).digest() == data[:16]:
+        with suppress(msgspec.DecodeError, UnicodeDecodeError):
+            return msgspec.msgpack.decode(data[16:], type=kind)
+    return None

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that another process of this host opens without a copy: tensors for anybody, allocations
+and events for `Owner` and `Reader`.
+
+Host memory crosses as the descriptor of its file in shared memory, which the other one opens under
+``/proc``: no name is left behind, and it lives as long as anybody has it mapped. Device memory
+crosses by torch's own words, ``_share_cuda_`` and what vendors named after it. The whole allocation
+is handed over, to be read and written, and its owner is believed about its size on a device: both
+ends must trust each other. Nothing that arrives is unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import mmap
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from msgspec import Meta
+
+from portakv.errors import PeerError, Unsupported
+from portakv.host.shared import process_space, started, unnamed
+from portakv.migrate.messages import Bytes, Handle, Kind, Message, Name, Text, sealed, unsealed
+from portakv.runtime import devices
+
+_OPEN = "Opening another process's memory"
+_IN_MEMORY = ("/dev/shm/", "/memfd:")  # what the kernel calls files that are memory
+_FILE = struct.Struct("<3Q")  # the handle of host memory: descriptor, file system, file
+_Number = Annotated[int, Meta(ge=0)]
+
+
+class _Shared(Message, frozen=True):
+    """A tensor or an event: the host, the process (numbering, number, begin), the type of device;
+    torch's handle, bytes, offset, counter of openings and its place, event, flag; the tensor's kind
+    and its offset in elements. Without elements it has no bytes."""
+
+    host: Text
+    process: tuple[_Number, _Number, _Number]
+    device: Name
+    words: tuple[Handle, Bytes, Bytes, Handle, Bytes, Handle, bool]
+    kind: Kind
+    offset: Bytes
+
+
+@dataclass(eq=False)
+class Held:
+    """An allocation, uint8 ``[nbytes]``, that others open by ``handle``, or that was opened by it:
+    until `close`, and until the last tensor made from it dies."""
+
+    handle: bytes
+    tensor: torch.Tensor | None
+
+    def close(self) -> None:
+        """Let go of it; of an own one nobody will begin to use it any more. Again: nothing."""
+        told: _Shared | None = unsealed(self.handle, _Shared)
+        if self.tensor is not None and told and told.process == _here()[1] and told.words[3]:
+            # Else torch would keep it for ever, for one who never opened it, or died.
+            release = getattr(torch.UntypedStorage, f"_release_ipc_counter_{told.device}", None)
+            if release is not None:
+                release(*told.words[3:5])
+        self.tensor = None
+
+
+def share(tensor: torch.Tensor) -> bytes:
+    """What another process of this host gives `open_shared`. Keep the tensor until it was opened,
+    on a device for as long as it is used; there each call counts for one opening, and what nobody
+    opens is never freed: share pools, not temporaries. Raises `Unsupported` if it cannot be shared;
+    it is never moved to where it could be, since views hold its address."""
+    what, where = "Sharing a tensor with other processes", tensor.device
+    odd = tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided
+    if odd or tensor.is_conj() or tensor.is_neg():
+        raise Unsupported(what, "it is no plain tensor of numbers and strides; share its parts")
+    words: Any = b"", 0, 0, b"", 0, b"", False
+    if tensor.numel():
+        storage = tensor.untyped_storage()
+        if where.type == "cpu":
+            words = *_file(what, storage.data_ptr(), storage.nbytes()), *words[3:]
+        else:
+            with _by_torch(what, where):
+                words = getattr(storage, f"_share_{where.type}_")()[1:]
+    kind = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.stride()
+    return sealed(_Shared(*_here(), where.type, words, kind, int(tensor.storage_offset())))
+
+
+def open_shared(data: bytes, device: torch.device | str | int | None = None) -> torch.Tensor:
+    """The tensor that another process shared: the same memory, dtype and strides. Host memory
+    outlives its owner. ``device``: the one of this process that is to read a device's memory; None:
+    the current one. Raises `PeerError` if these are no such bytes, or the memory or its process is
+    gone, `Unsupported` if it cannot be opened here."""
+    told, where = _read(data, device)
+    (name, shape, strides), nbytes = told.kind, told.words[1]
+    dtype, empty = getattr(torch, name, None), 0 in shape
+    if not isinstance(dtype, torch.dtype) or name[0] == "q" or len(shape) != len(strides):
+        raise _changed()
+    count = nbytes // dtype.itemsize
+    last = told.offset + sum((n - 1) * step for n, step in zip(shape, strides, strict=True))
+    if empty != (nbytes == 0) or (last >= count and not empty) or math.prod(shape) >> 62:
+        raise _changed()
+    with torch.inference_mode(False):
+        if empty:
+            return torch.empty_strided(shape, strides, dtype=dtype, device=where)
+        if told.device == "cpu":
+            flat = _mapped(told)
+        else:
+            with _by_torch(_OPEN, where):
+                new = getattr(torch.UntypedStorage, f"_new_shared_{where.type}")
+                storage = new(where.index, *told.words)  # its number here: so it counts as local
+                flat = torch.empty(0, dtype=torch.uint8, device=where).set_(storage)
+        return flat[: count * dtype.itemsize].view(dtype).as_strided(shape, strides, told.offset)
+
+
+def why_not(tensor: torch.Tensor) -> str | None:
+    """Why the tensor cannot be shared; None if it can."""
+    try:
+        Held(share(tensor), tensor).close()
+    except Unsupported as error:
+        return error.why
+    return None
+
+
+def export(storage: torch.UntypedStorage) -> Held:
+    """A whole allocation for any number of others; raises `Unsupported` as `share` does."""
+    with torch.inference_mode(False):
+        flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    return Held(share(flat), flat)
+
+
+def opened(handle: bytes, device: torch.device | str | int | None = None) -> Held:
+    """What another process exported; ``device`` and errors as of `open_shared`."""
+    return Held(handle, open_shared(handle, device))
+
+
+def export_event(event: Any) -> bytes:
+    """What another process gives `open_event`; keep the event while it is used there. Raises
+    `Unsupported` unless it was made with ``interprocess=True``."""
+    with _by_torch("Sharing an event with other processes", None, "make it with interprocess=True"):
+        words = event.ipc_handle(), 0, 0, b"", 0, b"", False
+        return sealed(_Shared(*_here(), event.device.type, words, ("event", (), ()), 0))
+
+
+def open_event(data: bytes, device: torch.device | str | int) -> Any:
+    """Another process's event, for streams of ``device``, which is this process's. Raises as
+    `open_shared`."""
+    told, where = _read(data, device)
+    with _by_torch("Opening another process's event", where, "wait for it there"):
+        return torch.get_device_module(where).Event.from_ipc_handle(where, told.words[0])
+
+
+def shared_empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """A host tensor that can be shared, without a name: nothing is left of it when the last process
+    that has it ends. Its pages are there, all zero; `HostMemoryError` if there is no room."""
+    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    nbytes = math.prod(shape) * dtype.itemsize
+    mapping = unnamed(max(1, nbytes))
+    with torch.inference_mode(False):
+        return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes].view(dtype).view(shape)
+
+
+def host_id() -> str:
+    """The machine since its start, and the shared memory that this process sees: those that tell
+    the same can share, whatever their addresses and containers."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}/{os.stat('/dev/shm').st_dev}"
+
+
+def identity(device: torch.device) -> str:
+    """The device itself, whatever its number here: its UUID; of the host, `host_id`. One without a
+    UUID is like none of another process."""
+    if device.type == "cpu":
+        return host_id()
+    ask = getattr(torch.get_device_module(device), "get_device_properties", lambda _: None)
+    return str(getattr(ask(device), "uuid", f"{_here()}/{device}"))
+
+
+def _file(what: str, address: int, nbytes: int) -> tuple[bytes, int, int]:
+    """The file that host memory is mapped from, as its handle; the bytes, and where in it."""
+    why = "it does not lie in shared memory; take it from `shared_empty` or a SharedPool, or call "
+    why += "its share_memory_() before any view holds its address"
+    at, file, offset = address, (0, 0), 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, mode, start, where, number, *path = line.split(maxsplit=5)
+        first, past = (int(x, 16) for x in span.split("-"))
+        if not first <= at < past or mode[3] != "s" or not path[0].startswith(_IN_MEMORY):
+            continue
+        found = os.makedev(*(int(x, 16) for x in where.split(":"))), int(number)
+        if at == address:
+            file, offset = found, address - first + int(start, 16)
+        at = past if found == file else at
+        if at >= address + nbytes:
+            why = "its file is not open here; have torch's sharing strategy 'file_descriptor'"
+            for name in os.listdir("/proc/self/fd"):
+                with suppress(OSError):
+                    if _number(os.stat(int(name))) == file:
+                        return _FILE.pack(int(name), *file), nbytes, offset
+    raise Unsupported(what, why)
+
+
+def _mapped(told: _Shared) -> torch.Tensor:
+    """Another process's host memory. No file but one in memory is opened."""
+    (space, pid, _), (handle, nbytes, offset, *_) = told.process, told.words
+    if len(handle) != _FILE.size:
+        raise _changed()
+    if space != process_space():
+        raise Unsupported(_OPEN, "its container has own numbers of processes (docker: --pid)")
+    descriptor, *file = _FILE.unpack(handle)
+    path, skipped = f"/proc/{pid}/fd/{descriptor}", offset % mmap.ALLOCATIONGRANULARITY
+    try:
+        if not os.readlink(path).startswith(_IN_MEMORY):
+            raise OSError(errno.ESTALE, "its descriptor has another file")
+        with open(path, "r+b", buffering=0) as memory:
+            found = os.stat(memory.fileno())
+            if _number(found) != (*file,) or found.st_size < offset + nbytes:
+                raise OSError(errno.ESTALE, "its descriptor has another file")
+            mapping = mmap.mmap(memory.fileno(), skipped + nbytes, offset=offset - skipped)
+    except PermissionError as error:
+        why = f"process {pid} lets nobody look into it ({error.strerror}); be one user"
+        raise Unsupported(_OPEN, why) from None
+    except OSError as error:
+        raise PeerError(
+            f"Memory of process {pid} was to be opened, and it is not there any more "
+            f"({error.strerror}); its owner keeps a tensor until it was opened. Share it again."
+        ) from None
+    return torch.frombuffer(mapping, dtype=torch.uint8, offset=skipped, count=nbytes)
+
+
+def _number(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _here() -> tuple[str, tuple[int, int, int]]:
+    pid = os.getpid()
+    return host_id(), (process_space(), pid, started(pid) or 0)
+
+
+def _read(data: bytes, device: torch.device | str | int | None) -> tuple[_Shared, torch.device]:
+    """What these bytes tell of, and the device of this process that is to read it; if it can be."""
+    told: _Shared | None = unsealed(data, _Shared)
+    if told is None:
+        raise _changed()
+    (host, mine), (space, pid, began) = _here(), told.process
+    if told.host != host:
+        why = "it is another host's, or of a container with its own shared memory (docker: --ipc)"
+        raise Unsupported(_OPEN, f"{why}; use a mover")
+    if told.process == mine and told.device != "cpu":
+        raise Unsupported(_OPEN, "it is this process's, and torch opens only others'; use that")
+    if space == mine[0] and started(pid) != began:
+        raise PeerError(
+            f"Memory of process {pid} was to be opened, and that process has ended, whoever has "
+            f"its number now; ask its successor for what it shares."
+        )
+    try:
+        usual = torch.device("cpu") if told.device == "cpu" else devices.usual_device()
+        where = usual if device is None else devices.indexed(device)
+    except devices.DeviceAbsent as error:
+        raise Unsupported(_OPEN, f"it was to be read by {device}: {error}") from None
+    if where.type != told.device:
+        raise Unsupported(_OPEN, f"it is of type {told.device}, and was to be read by {where}")
+    return told, where
+
+
+def _changed() -> PeerError:
+    return PeerError(
+        "Shared memory was to be opened by bytes that describe none: expected what another "
+        "process's `share` or `export` returned, unchanged; carry them as they are."
+    )
+
+
+@contextmanager
+def _by_torch(what: str, device: torch.device | None, do: str = "use a mover") -> Iterator[None]:
+    """Torch's refusal as a sentence. The device is the current one: torch crashes on an event of a
+    device that the process has not used."""
+    try:
+        with devices.inside(device):
+            yield
+    except (RuntimeError, AttributeError, NotImplementedError) as error:
+        why = str(error).partition("\n")[0].rstrip(".")
+        where = f" for {device}" if device else ""
+        raise Unsupported(what, f"torch refuses it{where} ({why}); {do}") from error

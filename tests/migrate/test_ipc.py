@@ -1,0 +1,695 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that processes share without a copy: what crosses, how long it lives, what is refused."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import hashlib
+import mmap
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from support.peer_process import Peer, Refused
+from support.pool_processes import Child, unused_name
+
+from portakv.errors import HostMemoryError, PeerError, PortaKVError, Unsupported
+from portakv.host.shared import SharedPool
+from portakv.migrate import ipc
+
+SHARE = "import os, torch\nfrom portakv.migrate import ipc\n"
+SIMDEV = torch.device("privateuseone", 0)
+two_devices = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="it takes two CUDA devices")
+name = pytest.fixture(unused_name)
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def peer() -> Iterator[Peer]:
+    with Peer() as process:
+        process.do(SHARE)
+        yield process
+
+
+def lied(data: bytes, **fields: Any) -> bytes:
+    """The bytes as an owner that lies would have made them; of lists only the numbered places."""
+    told = msgspec.msgpack.decode(data[16:])
+    for field, value in fields.items():
+        if isinstance(value, dict):
+            value = [value.get(i, old) for i, old in enumerate(told[field])]
+        told[field] = value
+    return sealed(msgspec.msgpack.encode(told))
+
+
+def sealed(told: bytes) -> bytes:
+    return hashlib.blake2b(told, digest_size=16).digest() + told
+
+
+def view_of(tensor: torch.Tensor, at: int, to: int) -> torch.Tensor:
+    """Bytes of a tensor as a storage of their own."""
+    buffer = (ctypes.c_ubyte * (to - at)).from_address(tensor.data_ptr() + at)
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def sample(*shape: int) -> torch.Tensor:
+    """Numbers in shared memory."""
+    tensor = ipc.shared_empty(shape, torch.float32)
+    return tensor.copy_(torch.arange(tensor.numel(), dtype=torch.float32).view(shape))
+
+
+def descriptors() -> list[str]:
+    gc.collect()
+    return os.listdir("/proc/self/fd")
+
+
+def test_both_processes_read_what_either_wrote(peer: Peer) -> None:
+    mine = sample(4, 6)
+    peer.do("theirs = ipc.open_shared(data); theirs[1] = -1", data=ipc.share(mine))
+    assert bool((mine[1] == -1).all())
+    mine[2] = 7
+    assert peer.do("answer = theirs.tolist()") == mine.tolist()
+    data = peer.do(
+        "own = torch.arange(24, dtype=torch.int16).share_memory_().view(2, 12)\n"
+        "answer = ipc.share(own[1])"
+    )
+    opened = ipc.open_shared(data)
+    assert opened.tolist() == list(range(12, 24))
+    opened[3] = 99
+    assert peer.do("answer = own[1, 3].item()") == 99
+
+
+VIEWS = {
+    "slice": lambda x: x[3:5, 1:, 2],
+    "every second": lambda x: x[::2, :, ::3],
+    "transposed": lambda x: x.permute(2, 0, 1),
+    "expanded": lambda x: x[1:2].expand(5, -1, -1),
+    "one number": lambda x: x[5, 6, 7],
+    "no elements": lambda x: x[3:3],
+    "parameter": lambda x: x.detach().requires_grad_()[2],
+    "overlapping": lambda x: x.as_strided((4, 4), (2, 1), 17),
+}
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_views_keep_their_shape_strides_and_offset(peer: Peer, view: str) -> None:
+    part = VIEWS[view](sample(6, 7, 8))
+    code = "x = ipc.open_shared(data); answer = x.tolist(), x.stride(), x.requires_grad"
+    assert peer.do(code, data=ipc.share(part)) == (part.tolist(), part.stride(), False)
+
+
+def test_suballocations_and_every_dtype_cross(peer: Peer) -> None:
+    whole = ipc.shared_empty(1 << 16, torch.uint8)
+    whole.copy_(torch.arange(1 << 16, dtype=torch.int32).to(torch.uint8))
+    names = "bool uint8 int16 uint32 int64 float16 bfloat16 float8_e4m3fn complex64"
+    for at, text in enumerate(names.split()):
+        dtype = getattr(torch, text)
+        part = whole[4096 * at + 24 : 4096 * at + 24 + 6 * 8].view(dtype)[1:]
+        code = "x = ipc.open_shared(data); answer = str(x.dtype), bytes(x.view(torch.uint8))"
+        told = peer.do(code, data=ipc.share(part))
+        assert told == (str(dtype), bytes(part.view(torch.uint8)))
+
+
+def test_memory_whose_end_is_no_whole_element_crosses(peer: Peer) -> None:
+    pages = sample(3000).view(torch.uint8)
+    odd = view_of(pages, 4, 11999)
+    part = odd[8:4008].view(torch.float32)
+    assert part.untyped_storage().nbytes() % 4 == 3
+    told = peer.do("answer = ipc.open_shared(data).tolist()", data=ipc.share(part))
+    assert told == list(map(float, range(3, 1003)))
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+def test_blocks_of_a_shared_pool_cross_by_the_same_words(peer: Peer, name: str) -> None:
+    with SharedPool(name, 3000, 4) as pool, pool.acquire() as first, pool.acquire() as second:
+        first.tensor.fill_(1)
+        second.tensor.fill_(2)
+        code = "x = ipc.open_shared(data); answer = x.numel(), x.unique().tolist()"
+        assert peer.do(code, data=ipc.share(second.tensor)) == (3000, [2])
+        assert peer.do(code, data=ipc.share(first.tensor[5:8])) == (3, [1])
+        peer.do("del x")
+
+
+def test_memory_that_the_kernel_keeps_in_parts_crosses(peer: Peer) -> None:
+    tensor = sample(4 * mmap.PAGESIZE)
+    advise = ctypes.CDLL(None).madvise
+    page = ctypes.c_void_p(tensor.data_ptr() + 5 * mmap.PAGESIZE)
+    assert advise(page, ctypes.c_size_t(mmap.PAGESIZE), 10) == 0  # MADV_DONTFORK
+    lines = Path("/proc/self/maps").read_text().split(f"{tensor.data_ptr():x}-")[1].splitlines()
+    assert int(lines[0].split("-")[0].split()[0], 16) < tensor.data_ptr() + tensor.nbytes
+    told = peer.do("answer = ipc.open_shared(data)[-1].item()", data=ipc.share(tensor))
+    assert told == tensor.numel() - 1
+
+
+def test_whole_allocations_are_exported_and_let_go(peer: Peer) -> None:
+    tensor = sample(100, 10)
+    held = ipc.export(tensor[3].untyped_storage())
+    assert held.tensor is not None
+    assert held.tensor.shape == (4000,)
+    peer.do("held = ipc.opened(handle)", handle=held.handle)
+    assert peer.do("answer = held.tensor.view(torch.float32)[35].item()") == 35
+    again = ipc.opened(held.handle)  # host memory: by its own process too
+    assert again.tensor is not None
+    assert again.tensor.data_ptr() != tensor.data_ptr()
+    for _ in range(2):
+        peer.do("held.close()")
+        held.close()
+        again.close()
+    assert held.tensor is None
+    assert tensor[3, 5] == 35
+
+
+def test_who_opened_memory_passes_it_on(peer: Peer) -> None:
+    mine = sample(10)
+    passed = peer.do("x = ipc.open_shared(data); answer = ipc.share(x[4:])", data=ipc.share(mine))
+    third = Child(lambda pipe: ipc.open_shared(passed)[:1].fill_(50))
+    assert third.end() == 0
+    assert mine[4] == 50
+
+
+# --- how long it lives
+
+
+def test_memory_outlives_the_tensor_that_was_shared(peer: Peer) -> None:
+    mine = sample(5000)
+    peer.do("x = ipc.open_shared(data)", data=ipc.share(mine))
+    del mine
+    gc.collect()
+    assert peer.do("answer = x.sum().item()") == sum(range(5000))
+
+
+def test_memory_outlives_its_owner() -> None:
+    def work(pipe: Any) -> None:
+        tensor = ipc.shared_empty(5000, torch.int32).fill_(3)
+        pipe.send(ipc.share(tensor))
+        pipe.recv()
+
+    owner = Child(work)
+    data = owner.told()
+    opened = ipc.open_shared(data)
+    owner.kill()
+    assert opened.sum() == 15_000
+    with pytest.raises(PeerError, match=f"process {owner.pid} was .* has ended"):
+        ipc.open_shared(data)
+
+
+def test_nothing_is_left_behind(peer: Peer) -> None:
+    before = descriptors()
+    for _ in range(3):
+        mine = sample(1000)
+        peer.do("x = ipc.open_shared(data); answer = ipc.share(x)", data=ipc.share(mine))
+        again = ipc.open_shared(ipc.share(mine))
+        other = ipc.open_shared(peer.do("own = x.clone().share_memory_(); answer = ipc.share(own)"))
+        assert torch.equal(again, other)
+    found = Path("/dev/shm").glob("*portakv*")
+    assert not [one for one in found if str(os.getpid()) in one.name]
+    assert not list(Path("/dev/shm").glob(f"torch_{peer.pid}_*"))
+    del mine, again, other
+    assert descriptors() == before
+
+
+def test_memory_that_is_gone_is_not_opened(peer: Peer) -> None:
+    data = peer.do("x = ipc.shared_empty(10, torch.uint8); answer = ipc.share(x); del x")
+    with pytest.raises(PeerError, match="is not there any more"):
+        ipc.open_shared(data)
+    peer.do("xs = [ipc.shared_empty(10, torch.uint8) for _ in range(9)]")  # take its number
+    with pytest.raises(PeerError, match=r"has another file.* Share it again"):
+        ipc.open_shared(data)
+
+
+def test_a_forked_process_shares_and_opens() -> None:
+    before, mine = sample(6), sample(8)
+    data = ipc.share(mine)
+
+    def work(pipe: Any) -> None:
+        opened = ipc.open_shared(data)
+        opened[0] = 40
+        pipe.send(ipc.share(before))
+        pipe.recv()
+
+    child = Child(work)
+    theirs = ipc.open_shared(child.told())
+    assert mine[0] == 40
+    assert torch.equal(theirs, before)
+    assert theirs.data_ptr() != before.data_ptr()
+    assert child.end() == 0
+
+
+# --- what is refused
+
+
+def test_memory_of_one_process_is_refused_and_not_moved() -> None:
+    """Fault 21: the export is refused, and the reason kept."""
+    tensor = torch.arange(10)
+    address = tensor.data_ptr()
+    with pytest.raises(Unsupported, match=r"does not lie in shared memory; .*shared_empty"):
+        ipc.share(tensor)
+    assert ipc.why_not(tensor) == (
+        "it does not lie in shared memory; take it from `shared_empty` or a SharedPool, or call "
+        "its share_memory_() before any view holds its address"
+    )
+    assert tensor.data_ptr() == address
+    assert not tensor.is_shared()
+    assert ipc.why_not(tensor.share_memory_()) is None
+    with pytest.raises(Unsupported, match="shared memory"):
+        ipc.export(torch.arange(10).untyped_storage())
+
+
+def test_a_file_on_a_disk_is_no_shared_memory(tmp_path: Path) -> None:
+    mapped = torch.from_file(str(tmp_path / "file"), shared=True, size=64, dtype=torch.uint8)
+    assert "shared memory" in str(ipc.why_not(mapped))
+
+
+@pytest.mark.filterwarnings("ignore:.*(quantiz|nested tensors):UserWarning")
+def test_odd_tensors_are_refused() -> None:
+    """Fault 21: not every tensor has memory that strides tell of."""
+    numbers = sample(4, 4)
+    odd = [
+        numbers.to_sparse(),
+        torch.view_as_complex(numbers.view(2, 4, 2)).conj(),
+        torch.quantize_per_tensor(numbers, 0.1, 10, torch.quint8),
+        torch.nested.nested_tensor([numbers[0], numbers[1]]),
+    ]
+    for tensor in odd:
+        assert "no plain tensor" in str(ipc.why_not(tensor))
+    assert "meta" in str(ipc.why_not(torch.empty(3, device="meta")))
+
+
+@pytest.mark.simdev
+def test_a_device_without_a_way_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 21: by torch, or by the system below it."""
+    tensor = torch.zeros(8, device=SIMDEV)
+    assert "_share_simdev_" in str(ipc.why_not(tensor))
+
+    def refuses(_: object) -> None:
+        raise RuntimeError("pidfd_getfd: Operation not permitted\nException raised from ...")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_share_simdev_", refuses, raising=False)
+    why = "torch refuses it for simdev:0 (pidfd_getfd: Operation not permitted); use a mover"
+    assert ipc.why_not(tensor) == why
+    with pytest.raises(Unsupported, match="pidfd_getfd"):
+        ipc.export(tensor.untyped_storage())
+
+
+@pytest.mark.simdev
+def test_a_vendors_words_cross_unchanged_but_for_the_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensor = torch.arange(12, dtype=torch.int32, device=SIMDEV).view(3, 4)
+    storage, opened, released = tensor.untyped_storage(), list[Any](), list[Any]()
+    words = b"h" * 234, storage.nbytes(), 512, b"/counter", 3, b"e" * 64, True
+
+    def open_(*given: Any) -> torch.UntypedStorage:
+        opened.append(given)
+        return tensor.to(torch.device(SIMDEV.type, given[0])).untyped_storage()
+
+    for end, fake in {
+        "share_simdev_": lambda _: (0, *words),
+        "new_shared_simdev": staticmethod(open_),
+        "release_ipc_counter_simdev": staticmethod(lambda *given: released.append(given)),
+    }.items():
+        monkeypatch.setattr(torch.UntypedStorage, f"_{end}", fake, raising=False)
+    data = ipc.share(tensor[1:])
+    with pytest.raises(Unsupported, match="this process's, and torch opens only others'"):
+        ipc.open_shared(data)
+    foreign = lied(data, process={0: 0})
+    found = ipc.open_shared(foreign, torch.device(SIMDEV.type, 1))
+    assert opened == [(1, *words)]
+    assert found.cpu().tolist() == [[4, 5, 6, 7], [8, 9, 10, 11]]
+    held = ipc.export(storage)
+    assert released == []
+    held.close()
+    held.close()
+    assert released == [(b"/counter", 3)]
+    ipc.Held(foreign, found).close()  # another process's is not this one's to release
+    assert len(released) == 1
+    with pytest.raises(Unsupported, match="of type simdev, and was to be read by cpu"):
+        ipc.open_shared(foreign, "cpu")
+
+
+@pytest.mark.simdev
+def test_events_that_cannot_be_shared_say_so() -> None:
+    with pytest.raises(Unsupported, match="interprocess=True"):
+        ipc.export_event(torch.Event(SIMDEV))
+    event = SimpleNamespace(ipc_handle=lambda: b"e" * 64, device=torch.device("cuda", 0))
+    data = ipc.export_event(event)
+    with pytest.raises(PortaKVError):
+        ipc.open_event(data, SIMDEV)
+    with pytest.raises(PeerError, match="describe none"):
+        ipc.open_shared(lied(data, process={0: 0}, device="cpu"))
+
+
+def test_memory_of_a_device_that_is_not_here_is_refused() -> None:
+    data = lied(ipc.share(sample(4)), device="cuda", process={0: 0})
+    for device in ("cuda:17", "nonsense", "cpu"):
+        with pytest.raises(Unsupported, match="was to be read by"):
+            ipc.open_shared(data, device)
+    with pytest.raises(Unsupported, match="was to be read by meta"):
+        ipc.open_shared(ipc.share(sample(4)), "meta")
+
+
+def test_a_number_of_a_process_that_is_used_again_is_refused(peer: Peer) -> None:
+    data = peer.do("x = ipc.shared_empty(10, torch.uint8); answer = ipc.share(x)")
+    assert ipc.open_shared(data).numel() == 10
+    with pytest.raises(
+        PeerError, match=f"process {peer.pid} was .* has ended, whoever has its num"
+    ):
+        ipc.open_shared(lied(data, process={2: 12345}))
+    with pytest.raises(PeerError, match="has ended"):
+        ipc.open_shared(lied(data, process={1: 1 << 40}))
+    with pytest.raises(Unsupported, match="container has own numbers of processes"):
+        ipc.open_shared(lied(data, process={0: 7}))
+
+
+def test_hosts_and_devices_are_known_by_themselves(peer: Peer) -> None:
+    """Fault 33: by the host's start and the device's UUID, not by a name or an address."""
+    assert peer.do("answer = ipc.host_id()") == ipc.host_id()
+    assert ipc.identity(torch.device("cpu")) == ipc.host_id()
+    assert len(ipc.host_id().split("/")[0]) == 36
+    data = lied(ipc.share(sample(4)), host="another/26")
+    with pytest.raises(Unsupported, match=r"another host's, or of a container.* use a mover"):
+        ipc.open_shared(data)
+
+
+@pytest.mark.simdev
+def test_a_device_without_a_uuid_is_like_none_of_another_process() -> None:
+    """Fault 33: what cannot be told apart is taken for two."""
+    one, two = (ipc.identity(torch.device(SIMDEV.type, i)) for i in range(2))
+    assert one == ipc.identity(SIMDEV)
+    assert len({one, two, ipc.host_id()}) == 3
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root becomes another user")
+def test_another_users_memory_is_refused() -> None:
+    data = ipc.share(mine := sample(4))
+
+    def work(pipe: Any) -> None:
+        os.setuid(65534)
+        # The kernel hides a process that changed its user from itself, unless it says otherwise.
+        ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
+        try:
+            ipc.open_shared(data)
+        except Unsupported as error:
+            pipe.send(str(error))
+
+    child = Child(work)
+    told = child.told()
+    assert f"process {os.getpid()} lets nobody look into it (Permission denied); be one us" in told
+    assert child.end() == 0
+    assert mine[3] == 3
+
+
+def test_no_file_but_one_in_memory_is_opened(peer: Peer, tmp_path: Path) -> None:
+    data = peer.do("x = ipc.shared_empty(10, torch.uint8); answer = ipc.share(x)")
+    (tmp_path / "file").write_bytes(b"\0" * 100)
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "file", tmp_path / "pipe", Path("/dev/null")):
+        place = peer.do("fd = os.open(path, os.O_RDWR); answer = fd", path=str(path))
+        file = os.stat(path)
+        handle = np.array([place, file.st_dev, file.st_ino], "<u8").tobytes()
+        with pytest.raises(PeerError, match="has another file"):
+            ipc.open_shared(lied(data, words={0: handle}))
+        peer.do("os.close(fd)")
+    with pytest.raises(PeerError, match="has another file"):
+        ipc.open_shared(lied(data, words={1: 11}))
+    for handle in (b"", b"x" * 23, b"\xff" * 24):
+        with pytest.raises(PeerError):
+            ipc.open_shared(lied(data, words={0: handle}))
+
+
+def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
+    rng, data = random.Random(1), ipc.share(sample(64, 3)[1:, :2])
+    held = ipc.export(sample(10).untyped_storage())
+    before, words = descriptors(), set()
+    for i in range(10_000):
+        was = (data, held.handle)[i % 2]
+        bad = mutated(rng, was)
+        if bad == was:
+            continue
+        with pytest.raises(PeerError) as caught:
+            (ipc.open_shared, ipc.opened)[i % 2](bad)
+        words.add(str(caught.value))
+    assert len(words) == 1
+    assert descriptors() == before
+    for other in (None, "text", 5, b"", b"\0" * 16, sealed(b""), sealed(b"\x90"), [data]):
+        with pytest.raises(PeerError, match="describe none"):
+            ipc.open_shared(other)  # type: ignore[arg-type]
+
+
+def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
+    rng, mine = random.Random(2), sample(64, 3)
+    data, before, refused = ipc.share(mine[1:, :2]), descriptors(), 0
+    for _ in range(3_000):
+        try:
+            found = ipc.open_shared(sealed(mutated(rng, data[16:])))
+        except PortaKVError as error:
+            refused += str(error).endswith(".")
+            continue
+        last = sum((n - 1) * x for n, x in zip(found.shape, found.stride(), strict=True))
+        nbytes = (found.storage_offset() + last + 1) * found.itemsize
+        assert found.untyped_storage().nbytes() <= mine.nbytes
+        assert 0 in found.shape or nbytes <= mine.nbytes
+    assert refused > 2_000
+    del found
+    assert descriptors() == before
+    hostile: list[dict[str, Any]] = [
+        {"kind": ["float32", [1 << 48] * 3, [0, 0, 0]]},
+        {"kind": ["float32", [0], [1]]},
+        {"kind": ["float32", [2], [1, 1]]},
+        {"kind": ["float32", [2], [1 << 48]]},
+        {"kind": ["quint8", [2], [1]]},
+        {"kind": ["nn", [2], [1]]},
+        {"kind": ["float32", [2], [-1]]},
+        {"offset": 1 << 48},
+        {"offset": -1},
+        {"words": [b"", 0, 0, b"", 0, b"", False]},
+        {"more": 1},
+    ]
+    for lie in hostile:
+        with pytest.raises(PeerError, match="describe none"):
+            ipc.open_shared(lied(data, **lie))
+
+
+def mutated(rng: random.Random, data: bytes) -> bytes:
+    """A bit flipped, a byte, a piece cut out, doubled, or the end."""
+    at, to = sorted(rng.randrange(len(data)) for _ in range(2))
+    flipped = bytes([data[at] ^ 1 << rng.randrange(8)])
+    ways = (
+        data[:at] + flipped + data[at + 1 :],
+        data[:at] + rng.randbytes(1) + data[at + 1 :],
+        data[:at] + data[to:],
+        data[:to] + data[at:],
+        data[:at],
+    )
+    return rng.choice(ways)
+
+
+# --- what is set around it
+
+
+def test_settings_of_torch_change_nothing() -> None:
+    mine = sample(6)
+    data, empty = ipc.share(mine), ipc.share(mine[:0])
+    with torch.inference_mode():
+        opened, made, none = (
+            ipc.open_shared(data),
+            ipc.shared_empty(3, torch.int8),
+            ipc.open_shared(empty),
+        )
+        assert ipc.why_not(mine[1:]) is None
+        held = ipc.export(mine.untyped_storage())
+    for tensor in (opened, made, none, held.tensor):
+        assert tensor is not None
+        assert not tensor.is_inference()
+    with torch.device("meta"):
+        opened, made, none = (
+            ipc.open_shared(data),
+            ipc.shared_empty(3, torch.int8),
+            ipc.open_shared(empty),
+        )
+        held = ipc.export(mine.untyped_storage())
+    for tensor in (opened, made, none, held.tensor):
+        assert tensor is not None
+        assert tensor.device.type == "cpu"
+    assert torch.equal(opened, mine)
+
+
+def test_shared_memory_is_there_from_the_start() -> None:
+    tensor = ipc.shared_empty((3, 5), torch.bfloat16)
+    assert (tensor.shape, tensor.dtype, float(tensor.abs().sum())) == ((3, 5), torch.bfloat16, 0)
+    assert ipc.shared_empty(0, torch.uint8).shape == (0,)
+    assert ipc.shared_empty((4, 0), torch.float64).dtype == torch.float64
+    with pytest.raises(HostMemoryError, match=r"bytes was asked for.*ask for less"):
+        ipc.shared_empty(1 << 60, torch.uint8)
+    handle = msgspec.msgpack.decode(ipc.share(tensor)[16:])["words"][0]
+    with pytest.raises(PermissionError):
+        os.ftruncate(int.from_bytes(handle[:8], "little"), 1)  # would kill who has it mapped
+
+
+# --- two processes and a CUDA device
+
+EXPANDABLE = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+OWNER = f"{SHARE}device = torch.device('cuda', 0)\n"
+#: Tensors one behind the other in the allocator's blocks, small and large.
+MANY = """
+xs = [torch.full((n,), i, dtype=torch.int32, device=device)
+      for i, n in enumerate([3, 700, 5, 1 << 19, 9, 1 << 22, 100])]
+torch.cuda.synchronize()
+"""
+
+
+def on_device(owner: Peer, code: str, **values: Any) -> Any:
+    """As `Peer.do`; skips if this platform does not export such memory."""
+    try:
+        return owner.do(code, **values)
+    except Refused as error:
+        if "Unsupported" in str(error):
+            pytest.skip(f"this platform does not share it: {error}")
+        raise
+
+
+def opened_here(data: bytes, device: int = 0) -> torch.Tensor:
+    try:
+        return ipc.open_shared(data, torch.device("cuda", device))
+    except Unsupported as error:
+        pytest.skip(f"this platform does not open it: {error}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("environment", [{}, EXPANDABLE], ids=["blocks", "expandable"])
+def test_device_tensors_cross_with_the_right_offsets(environment: dict[str, str]) -> None:
+    with Peer(**environment) as owner:
+        owner.do(OWNER + MANY)
+        shared = on_device(owner, "answer = [ipc.share(x[1:]) for x in xs]")
+        opened = [opened_here(data) for data in shared]
+        for i, tensor in enumerate(opened):
+            assert tensor.device == torch.device("cuda", 0)
+            assert bool((tensor == i).all())
+            tensor[1] = 100 + i
+        torch.cuda.synchronize()
+        assert owner.do("answer = [x[2].item() for x in xs]") == [100 + i for i in range(7)]
+        owner.do("[x.fill_(55) for x in xs]; torch.cuda.synchronize()")
+        assert all(bool((tensor == 55).all()) for tensor in opened)
+        view = on_device(owner, "answer = ipc.share(xs[3].view(512, 1024).t()[3:9, ::2])")
+        assert opened_here(view).stride() == (1, 2048)
+        with pytest.raises(Unsupported, match="refuses"):
+            ipc.share(opened[3])  # torch passes none on
+        with pytest.raises(Refused, match=r"Unsupported.*this process's"):
+            owner.do("ipc.open_shared(ipc.share(xs[0]))")
+        del opened, tensor
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+@two_devices
+@pytest.mark.parametrize("environment", [{}, EXPANDABLE], ids=["blocks", "expandable"])
+def test_memory_of_another_device_counts_as_the_readers(environment: dict[str, str]) -> None:
+    if not torch.cuda.can_device_access_peer(1, 0):
+        pytest.skip("these devices do not reach each other's memory")
+    with Peer(**environment) as owner:
+        owner.do(OWNER + MANY)
+        data = on_device(owner, "answer = ipc.share(xs[5].view(64, -1)[7:])")
+        opened = opened_here(data, 1)
+        assert opened.device == torch.device("cuda", 1)
+        assert bool((opened + 0 == 5).all())
+        owner.do("xs[5][-1] = 77; torch.cuda.synchronize()")
+        assert opened[-1, -1].item() == 77
+        torch.cuda.synchronize()
+        del opened
+
+
+@pytest.mark.gpu
+def test_device_memory_outlives_its_owner() -> None:
+    with Peer() as owner:
+        owner.do(OWNER)
+        code = "x = torch.arange(1 << 20, device=device); torch.cuda.synchronize()\n"
+        opened = opened_here(on_device(owner, f"{code}answer = ipc.share(x)"))
+        owner.kill()
+        assert torch.equal(opened, torch.arange(1 << 20, device="cuda:0"))
+        torch.cuda.synchronize()
+
+
+@pytest.mark.gpu
+def test_an_exported_allocation_that_nobody_opened_is_freed() -> None:
+    with Peer() as owner:
+        code = """
+x = torch.ones(32 << 20, device=device)
+before = torch.cuda.memory_allocated(device)
+assert ipc.why_not(x) is None
+held = [ipc.export(x.untyped_storage()) for _ in range(3)]
+[one.close() for one in held]
+del x
+torch.cuda.ipc_collect()
+answer = before - torch.cuda.memory_allocated(device)
+"""
+        assert on_device(owner, OWNER + code) == 128 << 20
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("index", [0, pytest.param(1, marks=two_devices)])
+def test_a_stream_waits_for_the_event_of_another_process(index: int) -> None:
+    if index and not torch.cuda.can_device_access_peer(1, 0):
+        pytest.skip("these devices do not reach each other's memory")
+    with Peer() as owner:
+        code = """
+x = torch.zeros(1 << 20, dtype=torch.int32, device=device)
+event = torch.cuda.Event(interprocess=True)
+event.record()
+torch.cuda.synchronize()
+answer = ipc.share(x), ipc.export_event(event)
+"""
+        data, told = on_device(owner, OWNER + code)
+        opened = opened_here(data, index)
+        event = ipc.open_event(told, torch.device("cuda", index))
+        for number in (1, 2, 3):
+            owner.do(
+                "torch.cuda._sleep(400_000_000); x.fill_(number); event.record()", number=number
+            )
+            stream = torch.cuda.Stream(index)
+            stream.wait_event(event)
+            with torch.cuda.stream(stream):
+                copied = opened.clone()
+            stream.synchronize()
+            assert bool((copied == number).all())
+        with pytest.raises(Refused, match=r"Unsupported.*this process's"):
+            owner.do("ipc.open_event(ipc.export_event(event), device)")
+        with pytest.raises(Unsupported, match="interprocess=True"):
+            ipc.export_event(torch.cuda.Event())
+        owner.do("torch.cuda.synchronize()")
+        del opened, event
+
+
+@pytest.mark.gpu
+def test_devices_are_known_by_their_uuid() -> None:
+    """Fault 33: another process numbers the devices in another order."""
+    count = torch.cuda.device_count()
+    mine = [ipc.identity(torch.device("cuda", i)) for i in range(count)]
+    assert len(set(mine)) == count
+    order = ",".join(map(str, reversed(range(count))))
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    with Peer(CUDA_VISIBLE_DEVICES=order) if visible is None else Peer() as other:
+        code = f"answer = [ipc.identity(torch.device('cuda', i)) for i in range({count})]"
+        theirs = other.do(SHARE + code)
+    assert sorted(theirs) == sorted(mine)
+    if visible is None:
+        assert theirs == mine[::-1]
+
+
+@pytest.mark.gpu
+def test_a_forked_process_is_refused_device_memory() -> None:
+    tensor = torch.zeros(4, device="cuda:0")
+
+    def work(pipe: Any) -> None:
+        pipe.send(ipc.why_not(tensor))
+        pipe.recv()
+
+    child = Child(work)
+    assert "fork" in child.told() or "refuses" in child.told()
+    child.end()
