@@ -36,7 +36,7 @@ code 1 if an image fails or a form cannot be read. wipe: removes the stores in i
 of whatever version, or that of one form, DIR/FORM; asks before, unless --yes. A
 folder that is open is neither checked nor wiped."""
 
-#: Files of a store, in the order in which they are removed: the one that is locked goes last.
+#: Files of a store, also of former versions, as they are removed: the one that is locked goes last.
 _FILES = ("form.json", "form.json.lock", "order", "table", "slots")
 _COLUMNS = ("form", "model", "open_in", "used", "slots", "bytes", "failed")
 LATE = 1.0  # seconds until a bar of progress is shown
