@@ -245,7 +245,9 @@ class Call:
         layers do not wait for the last."""
         pieces = [*dict.fromkeys(segments)]
         apart = len(pieces) > 1 and len(some) > self.flights.rows.staging
-        for at in self.chunks(some, LOADED, len(pieces), shelves[0][1]):
+        # A disk reads 8 MiB sooner in two pieces than in four, which leave saves no worker.
+        links = [link for shelf, link in shelves[:1] if shelf.tier != "disk"]
+        for at in self.chunks(some, LOADED, len(pieces), *links):
             for group in [[x] for x in pieces] if apart else [pieces]:
                 fill = Fill(self, part, at, apart=str(group).encode() if apart else b"")
                 for segment in group:
@@ -268,7 +270,7 @@ class Call:
             self.ends.append(((node, landing.at, many), legs[number].layers))
 
     def chunks(self, blocks: list[int], nbytes: int, pieces: int, *links: Link) -> list[list[int]]:
-        """The blocks of nodes that move them in so many pieces: all workers of a link have some."""
+        """The blocks of nodes that move them in so many pieces: two share them, or all workers."""
         rows = self.flights.rows
         share = -(-len(blocks) // max([2, *(link.width for link in links)]))
         most = rows.most // (4 if pieces > 1 else 1)
