@@ -43,7 +43,7 @@ APART = (
 BUDGETS = {
     "portakv": 20_850,
     PLUGS: 2_830,
-    "portakv/storage": 2_481,
+    "portakv/storage": 2_484,
     "portakv/graph": 629,
     "portakv/migrate": 2_000,
     "portakv/backends": 3_470,
