@@ -10,4 +10,6 @@ except ImportError as error:
         f"Migration needs msgspec and pyzmq, `pip install portakv[migrate]`: {error}."
     ) from error
 
-__all__: list[str] = []
+from portakv.migrate.ipc import open_shared, share, shared_empty
+
+__all__ = ["open_shared", "share", "shared_empty"]

@@ -2,11 +2,10 @@
 """Memory that another process of this host opens without a copy: tensors for anybody, allocations
 and events for `Owner` and `Reader`.
 
-Host memory crosses as the descriptor of its file in shared memory, which the other one opens under
-``/proc``: no name is left behind, and it lives as long as anybody has it mapped. Device memory
-crosses by torch's own words, ``_share_cuda_`` and what vendors named after it. The whole allocation
-is handed over, to be read and written, and its owner is believed about its size on a device: both
-ends must trust each other. Nothing that arrives is unpickled.
+Host memory crosses as the descriptor of its file, which the other one opens under ``/proc``: no
+name is left behind, and it lives as long as anybody has it mapped. Device memory crosses by torch's
+own words, ``_share_cuda_`` and what vendors named after it. All of an allocation is handed over, to
+be read and written, and of a device its size is believed: both ends must trust each other.
 """
 
 from __future__ import annotations
@@ -60,11 +59,10 @@ class Held:
     def close(self) -> None:
         """Let go of it; of an own one nobody will begin to use it any more. Again: nothing."""
         told: _Shared | None = unsealed(self.handle, _Shared)
-        if self.tensor is not None and told and told.process == _here()[1] and told.words[3]:
+        if self.tensor is not None and told and told.process == _here()[1] and told.device != "cpu":
             # Else torch would keep it for ever, for one who never opened it, or died.
-            release = getattr(torch.UntypedStorage, f"_release_ipc_counter_{told.device}", None)
-            if release is not None:
-                release(*told.words[3:5])
+            name = f"_release_ipc_counter_{told.device}"
+            getattr(torch.UntypedStorage, name, lambda *_: None)(*told.words[3:5])
         self.tensor = None
 
 
@@ -187,7 +185,7 @@ def _file(what: str, address: int, nbytes: int) -> tuple[bytes, int, int]:
     for line in Path("/proc/self/maps").read_text().splitlines():
         span, mode, start, where, number, *path = line.split(maxsplit=5)
         first, past = (int(x, 16) for x in span.split("-"))
-        if not first <= at < past or mode[3] != "s" or not path[0].startswith(_IN_MEMORY):
+        if not first <= at < past or mode[3] != "s" or not "".join(path).startswith(_IN_MEMORY):
             continue
         found = os.makedev(*(int(x, 16) for x in where.split(":"))), int(number)
         if at == address:
