@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Digests of rows and boxes: those of parts add up to that of the whole, which numpy computes from
+its definition; one byte, or two words in each other's place, change it."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.ambient import STATES
+from support.core_cases import noise
+from support.migrate_cases import WIDTHS, Held, Rank, drawn_model, ranks
+
+from portakv import Index, KVView
+from portakv.migrate.digest import MODULUS, box_digest, digest
+from portakv.migrate.shards import Window
+
+Words = np.ndarray[Any, np.dtype[np.uint64]]
+
+
+def mixed(words: Words, places: Words) -> int:
+    """The sum of splitmix64's finaliser of words and their places."""
+    x = words ^ places * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return int((x ^ x >> np.uint64(31)).sum(dtype=np.uint64))
+
+
+def expected(model: list[Any], first: int = 0) -> int:
+    """The digest of whole rows [layer, token, head, byte] of each kv: their places count by token,
+    layer, head, kv, word; words are as wide as all rows allow, read with their sign."""
+    widths = [kv.shape[3] for kv in model]
+    unit = gcd(8, *widths)
+    layers, tokens, heads, _ = model[0].shape
+    words = [np.ascontiguousarray(kv).view(f"{'u' if unit == 1 else 'i'}{unit}") for kv in model]
+    row = np.concatenate(words, axis=3).astype(np.int64).view(np.uint64).transpose(1, 0, 2, 3)
+    places = np.arange(row.size, dtype=np.uint64) + np.uint64(first * row[0].size)
+    assert row.shape == (tokens, layers, heads, sum(widths) // unit)
+    return mixed(row.reshape(-1), places)
+
+
+def of(held: Held, ids: Any = None, first: int = 0, count: int | None = None) -> int:
+    """The digest of what a rank holds."""
+    slots = held.slots if ids is None else ids
+    index = Index(torch.from_numpy(slots))
+    return digest(held.cache.view, index, len(slots), held.rank.window, first)
+
+
+@given(st.sampled_from([*WIDTHS, (3, 1), (6,)]), st.data())
+def test_digests_of_all_ranks_add_up_to_that_of_the_model(
+    widths: tuple[int, ...], data: st.DataObject
+) -> None:
+    """TP 2 and TP 3, other layouts, other block sizes, tokens dealt out in turns: one digest."""
+    layers, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    heads = 1 if len(widths) == 1 else data.draw(st.integers(1, 6))
+    model, first = drawn_model(layers, tokens, heads, widths), data.draw(st.integers(0, 1 << 20))
+    presets = WIDTHS.get(widths, "vllm-mla" if len(widths) == 1 else "vllm-ascend").split()
+    size, total, seen = data.draw(st.integers(1, 9)), 0, set()
+    for rank in data.draw(ranks(layers, heads, tokens)):
+        told = rank.layers, rank.heads, rank.tokens.tobytes()
+        if told not in seen:
+            held = Held(rank, data.draw(st.sampled_from(presets)), widths, size)
+            held.fill(model)
+            total += of(held, first=first)
+        seen.add(told)
+    assert total % MODULUS == expected(model, first)
+
+
+def whole_rank(tokens: int = 24, layers: int = 2, heads: int = 2) -> Rank:
+    return Rank((0, layers, layers), (0, heads, heads), np.ones(tokens, bool))
+
+
+def test_block_tables_and_slots_have_one_digest() -> None:
+    held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
+    blocks = Index(torch.from_numpy(held.blocks), step=4)
+    view, window = held.cache.view, held.rank.window
+    assert digest(view, blocks, 24, window) == of(held)
+    tail = digest(view, Index(blocks.ids, step=4, offset=6), 18, window, first=6)
+    assert (digest(view, blocks, 6, window) + tail) % MODULUS == of(held)
+
+
+def test_a_flipped_bit_and_swapped_words_change_it() -> None:
+    held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
+    before, rows = of(held), held.cache.tensors[1].view(torch.int64)
+    at = int(held.blocks[0])
+    found = {before}
+    for bit in range(64):
+        rows[0, at, 1, 1, 0] ^= 1 << bit if bit < 63 else -1 << 63
+        found.add(of(held))
+    assert len(found) == 65
+    rows.copy_(rows[:, :, [1, 0, 2, 3]])
+    found.add(of(held))
+    rows.copy_(rows[..., [1, 0]])
+    found.add(of(held))
+    assert len(found) == 67
+    swapped = held.slots.copy()
+    swapped[[2, 9]] = swapped[[9, 2]]
+    assert of(held, swapped) != of(held)
+    assert of(held, first=1) != of(held)
+
+
+def test_what_is_left_out_does_not_count() -> None:
+    """Skipped positions, and slots that no position names."""
+    held = Held(whole_rank(10), "sglang-mha", (8, 8), 4)
+    none, nothing = np.full(10, -1), np.zeros(0, np.int64)
+    assert of(held, none) == of(held, nothing) == 0
+    odd = np.arange(10) % 2 == 1
+    parts = [np.where(odd, held.slots, -1), np.where(odd, -1, held.slots)]
+    assert sum(map(of, [held] * 2, parts)) % MODULUS == of(held)
+    before, other = of(held), int(({*range(12)} - {*held.slots.tolist()}).pop())
+    held.cache.tensors[0][0][other] += 1
+    assert of(held) == before
+
+
+def test_many_rows_are_digested_in_slices() -> None:
+    """More than is gathered at once."""
+    tokens, layers = 3000, 8
+    pool = noise(layers, tokens, 2048, dtype=torch.uint8)
+    view = KVView([*pool], "layer | (block token) dim", block_size=1)
+    window = Window((0, 8, 8), (0, 1, 1))
+    model = [pool.numpy()[:, :, None]]
+    assert digest(view, Index([*range(tokens)]), tokens, window) == expected(model)
+
+
+@pytest.mark.parametrize("kv", [1, 2])
+def test_pages_are_digested_whole(kv: int) -> None:
+    pages = [noise(5, 33 * 4, dtype=torch.uint8, seed=n) for n in range(3 * kv)]
+    layout = "layer | block page" if kv == 1 else "(layer kv) | block page"
+    view = KVView(pages, layout, block_size=4, kv=kv)
+    window, ids = Window((0, 3, 3), (0, 1, 1)), Index([4, -1, 2], step=4)
+    found = digest(view, ids, 12, window)
+    turned = KVView([page.clone() for page in pages], layout, block_size=4, kv=kv)
+    assert found == digest(turned, ids, 12, window)
+    parts = [(Index([4], step=4), 0), (Index([2], step=4), 8)]
+    assert found == sum(digest(turned, x, 4, window, at) for x, at in parts) % MODULUS
+    pages[0][4, 131] += 1
+    assert found != digest(view, ids, 12, window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.float64])
+def test_boxes_of_a_tensor_add_up(dtype: torch.dtype) -> None:
+    """A column, a row and an uneven split of a parameter, none of them contiguous."""
+    bits = noise(6, 10 * dtype.itemsize, dtype=torch.uint8)
+    whole = (bits % 2 if dtype == torch.bool else bits).view(dtype)
+    told = box_digest(whole, (0, 0), whole.shape)
+    for axis, cut in ((0, 3), (1, 5), (1, 1), (0, 5)):
+        one, other = whole.split([cut, whole.shape[axis] - cut], axis)
+        start = (cut, 0) if axis == 0 else (0, cut)
+        parts = box_digest(one, (0, 0), whole.shape) + box_digest(other, start, whole.shape)
+        assert parts % MODULUS == told
+    words = whole.view({1: torch.uint8, 2: torch.int16, 8: torch.int64}[dtype.itemsize]).numpy()
+    told_so = mixed(words.astype(np.int64).view(np.uint64).ravel(), np.arange(60, dtype=np.uint64))
+    assert told == told_so
+    assert box_digest(whole.flip(0), (0, 0), whole.shape) != told
+
+
+def test_scalars_complex_numbers_and_nothing_have_digests() -> None:
+    values = {box_digest(torch.tensor(x, dtype=torch.float32), (), ()) for x in (0.0, 1.0, -0.0)}
+    assert len(values) == 3
+    number = torch.tensor([1 + 2j, 3j], dtype=torch.complex64)
+    assert box_digest(number, (0,), (2,)) != box_digest(number.conj().resolve_conj(), (0,), (2,))
+    assert box_digest(torch.zeros(0, 4, dtype=torch.float32), (0, 0), (0, 4)) == 0
+    grad = torch.ones(3, dtype=torch.float32, requires_grad=True)
+    assert box_digest(grad, (0,), (3,)) == box_digest(torch.ones(3), (0,), (3,))
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_digests_in_any_state_of_torch(state: str) -> None:
+    held, weight = Held(whole_rank(), "vllm-hnd", (8, 8), 4), noise(3, 4, dtype=torch.bfloat16)
+    told = of(held), box_digest(weight, (0, 0), (3, 4))
+    with STATES[state](torch.device("cpu")):
+        assert (of(held), box_digest(weight, (0, 0), (3, 4))) == told
