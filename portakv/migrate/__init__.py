@@ -11,5 +11,6 @@ except ImportError as error:
     ) from error
 
 from portakv.migrate.ipc import open_shared, share, shared_empty
+from portakv.migrate.shards import Shard
 
-__all__ = ["open_shared", "share", "shared_empty"]
+__all__ = ["Shard", "open_shared", "share", "shared_empty"]

@@ -106,9 +106,10 @@ def pieces(
 ) -> list[Piece]:
     """The pieces that bring each layer, head and position of ``mine`` once.
 
-    ``here``: which positions each owner has (None: all); several owners bring one cell only if none
-    has them all. ``prefer``: owners that are asked first. ``whole``: only owners of all of ``mine``
-    count, as for opaque pages. Raises `LayoutError` that names what nobody holds.
+    ``here``: which positions each owner has (None: all), and those that the reader does not want;
+    several owners bring one cell only if none has them all. ``prefer``: owners that are asked
+    first. ``whole``: only owners of all of ``mine`` count, as for opaque pages. Raises
+    `LayoutError` that names what nobody holds.
     """
     order = dict.fromkeys((*prefer, *range(len(theirs))))
     asked = [n for n in order if not whole or overlap(mine.box, theirs[n].box) == mine.box]
