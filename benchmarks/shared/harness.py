@@ -104,6 +104,12 @@ def take_error() -> None:
         torch.ones(1, device=usual_device())
 
 
+class Failed(str):
+    """A line on what was asked for and failed, not on what is absent; the command ends with 1."""
+
+    __slots__ = ()
+
+
 def in_a_line(error: BaseException) -> str:
     """An error in a line, with the one that it came up behind, if any."""
     line = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -17,7 +17,15 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import NamedTuple
 
-from portakv_benchmarks.shared.harness import FAILURES, Row, Rows, in_a_line, quantile, short
+from portakv_benchmarks.shared.harness import (
+    FAILURES,
+    Failed,
+    Row,
+    Rows,
+    in_a_line,
+    quantile,
+    short,
+)
 
 #: A row whose p90 is above this many times its median is flagged as noisy.
 NOISY = 1.5
@@ -94,7 +102,8 @@ class Trials:
             return way.right()
         except (*FAILURES, OSError, subprocess.SubprocessError) as error:
             place = f"{told['kind']} {told.get('shape', '')} {told.get('op', '')}, {way.name}"
-            self.left_out.append(f"{place}: {in_a_line(error)}")
+            line = f"{place}: {in_a_line(error)}"
+            self.left_out.append(line if way.peer else Failed(line))
             return None
 
 

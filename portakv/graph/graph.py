@@ -281,7 +281,7 @@ class Graph:
             while nodes:
                 node = nodes.pop()
                 if not node.cut and node.state != "running":
-                    node.cut = True
+                    node.cut, node.error = True, node.error or (error if state == "late" else None)
                     before = [x for x, *_ in node.after if x.link]
                     nodes += [x for x in before if all(y.cut for y in x.followers)]
                     if node.link:

@@ -557,6 +557,18 @@ def test_cancel_in_every_state(graph: Graph, plug: Held, state: str) -> None:
     assert ran == (["ran"] if state == "landed" else [])
 
 
+def test_what_was_late_says_so_if_another_is_cancelled(graph: Graph, plug: Held) -> None:
+    """Neither may end what both wait for while the other waits; the last one does."""
+    read = Node(nothing, 1, link=graph.link("one"))
+    mine, theirs = (Node(None, 1, after=[read]) for _ in range(2))
+    graph.submit([read, theirs])
+    graph.submit([mine], deadline=0.0)
+    assert graph.cancel(theirs)
+    assert mine.wait(WAIT)
+    assert "late" in str(mine.error)
+    assert isinstance(theirs.error, TransferCancelled)
+
+
 def test_what_others_follow_is_not_cancelled(graph: Graph, plug: Held) -> None:
     read = Node(nothing, 1, link=graph.link("one"))
     mine, theirs = (

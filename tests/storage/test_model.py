@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A block store against a dict of bytes, by Hypothesis: saves, loads, prefetches, lookups, cancels,
+deadlines, restarts and kills in any order, by any rank's part of the model, over a disk tier whose
+bytes rot, whose requests wait, fail or end short, and a far tier that fails."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import run_state_machine_as_test as run_model
+from support.storage_cases import FakeTier, key_of
+from support.store_model import LIMIT, Call, Troubled, WatchedDisk, World
+
+from portakv.storage.engine import choose
+from portakv.storage.store import BlockStore
+
+
+def of(**choices: Any) -> Any:
+    """Arguments that Hypothesis draws."""
+    return {name: st.sampled_from(x) for name, x in choices.items()}
+
+
+PRIORITIES, DEADLINES = ("urgent", "normal", "background"), (None, None, 0.0, -1.0, 0.002, LIMIT)
+RUN: Any = {"run": st.tuples(st.integers(0, 99), st.sampled_from((1, 2, 5, 12)), st.booleans())}
+SAVE = {**RUN, **of(which=(0, 1, 2), priority=PRIORITIES, deadline=DEADLINES)}
+LOAD = {**SAVE, **of(missing=("raise", "skip"), by_layer=(False, True))}
+SIZES = of(slots=(8, 20), staging=(1, 3, 9), host=(0, 1, 6), rank=(0, 0, 0, *range(5)))
+TIERS = of(tiers=("disk", "disk", "disk far", "far"), admit=("always", "always", "second"))
+STORE = {**SIZES, **TIERS, **of(full=("drop", "wait"), io=(None, "threads"))}
+REQUESTS = ("EIO", "short", "flip")
+AT: Any = {"at": st.integers(0, 1 << 30)}
+FREE = precondition(lambda self: len(self.open) < 12)
+
+
+class StoreModel(RuleBasedStateMachine):
+    def __init__(self, world: World) -> None:
+        super().__init__()
+        self.world, self.folder, self.far = world, world.folder / "kv", FakeTier("remote")
+        self.open, self.found, self.loads = list[Call](), dict[Path, Any](), 0
+        self.rotten, self.store = False, cast(Any, None)
+        for cache in world.targets:
+            cache.forget()
+
+    @initialize(**STORE)
+    def start(self, rank: int, io: Any, admit: str, tiers: str, full: str, **sizes: int) -> None:
+        self.age, self.closing, self.admit, self.host = 0, False, admit, sizes["host"]
+        form, self.part = self.world.form(rank), self.world.ranks[rank]
+        self.engine = Troubled(choose((), io)[0])
+        self.far.hold, room = self.engine.go, sizes["slots"] * form.image_bytes
+        self.disk = WatchedDisk(self.folder, capacity=room, admit=admit, io=self.engine)
+        chosen = [getattr(self, name) for name in tiers.split()]
+        self.parts = bool({*self.disk.forms(form), *self.far.forms(form)} - {form})
+        memory: Any = {x: sizes[x] * self.world.form(0).image_bytes for x in ("staging", "host")}
+        self.store = BlockStore(form, tiers=chosen, full=full, **memory)
+        for folder, (keys, count) in self.disk.found().items():
+            before, least = self.found.get(folder, (set(), 0))
+            assert self.rotten or count < least or keys == before, "a sealed entry was lost"
+
+    def take(self, at: int = -1) -> Call:
+        call = self.open.pop(at % len(self.open))
+        call.check(self.world, self.closing)
+        return call
+
+    def settle(self) -> None:
+        self.engine.go.set()
+        while self.open:
+            self.take()
+        graph, rows, until = self.store.graph, self.store.rows, time.monotonic() + LIMIT
+        while graph.live and time.monotonic() < until:
+            time.sleep(0.0005)
+        with graph.lock:
+            counts, live = rows.counts(), graph.live
+        assert not live, "a deadlock"
+        assert (counts["lent"], counts["free"] + counts["kept"]) == (0, len(rows.array)), "a leak"
+        assert not any(link.queued_bytes for link in graph.links.values())
+        assert not any(slots._pins for slots in self.disk.slots()), "a leaked pin"
+        assert self.rotten or graph.counts["disk", "load", "fault"] <= self.engine.fired
+        assert all(cache.holds() for cache in self.world.targets), "a block of no load changed"
+
+    @precondition(lambda self: self.age > 3)
+    @rule(**STORE, **of(kill=(False, True), share=(0.0, 0.5, 1.0)))
+    def restart(self, kill: bool, share: float, **store: Any) -> None:
+        """A process that is killed leaves its last requests half done."""
+        self.closing, self.engine.dead, self.engine.share = True, kill, share
+        for call in self.open if kill else ():
+            call.cancel()
+        self.engine.go.set()
+        if not kill:
+            self.store.close(LIMIT)  # which refuses if a fill was left
+        self.settle()
+        self.found |= self.disk.found()
+        for number in range(self.store.rows.host):  # none is pinned: all that are kept can go
+            (item,) = self.store.rows.take(1, False)
+            assert self.store.rows.keep(item, b"new" + key_of(number)), "a leaked pin"
+        if kill:
+            self.disk.die()
+            assert self.store.graph.close(LIMIT)
+            self.engine.close()
+        if store:  # it is not the end
+            self.start(**store)
+
+    @invariant()
+    def counted(self) -> None:
+        self.age, self.world.steps = self.age + 1, self.world.steps + 1
+
+    def teardown(self) -> None:
+        if sys.exc_info()[0] is None:
+            self.restart(kill=False, share=0.0)
+        elif self.store:  # it failed, or Hypothesis goes no further; the caches are used again
+            self.engine.go.set()
+            self.store.close(LIMIT)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # --- calls ---
+
+    @FREE
+    @rule(**SAVE)
+    def save(self, run: Any, which: int, **terms: Any) -> None:
+        source, size = self.world.sources[which], self.world.size
+        per, more = max(1, source.size // size), max(1, size // source.size)
+        some = self.world.spread(run, per)
+        blocks = [i * size // source.size + n for i in some[::per] for n in range(more)]
+        keys, view = [key_of(i) for i in some], source.view.slice(**self.part)
+        handle = self.store.save(view, blocks, keys, **terms)
+        self.open.append(Call(handle, some, self.part, skip=False))
+
+    @FREE
+    @rule(**LOAD)
+    def load(self, run: Any, which: int, **terms: Any) -> None:
+        target, self.loads = self.world.targets[which], (self.loads + 1) % 1000
+        some = self.world.spread(run)[: len(target.free) * target.size // self.world.size]
+        blocks = target.lend(len(some) * self.world.size, self.loads)
+        keys, view = [key_of(i) for i in some], target.view.slice(**self.part)
+        handle, skip = self.store.load(view, blocks, keys, **terms), terms["missing"] == "skip"
+        loose = terms["by_layer"] or self.parts
+        self.open.append(Call(handle, some, self.part, skip, loose, target, blocks))
+
+    @FREE
+    @rule(**RUN)
+    def ask(self, run: Any) -> None:
+        some = self.world.spread(run)
+        keys = [key_of(i) for i in some]
+        assert 0 <= self.store.lookup(keys) <= len(some)
+        if self.host:
+            self.open.append(Call(self.store.prefetch(keys), some, self.part))
+
+    @precondition(lambda self: self.open)
+    @rule(**AT, **of(cancel=(False, True)))
+    def end(self, at: int, cancel: bool) -> None:
+        if cancel:
+            self.open[at % len(self.open)].cancel()
+        elif self.engine.go.is_set():
+            self.take(at)
+
+    @rule(**RUN, which=st.sampled_from((0, 1, 2)))
+    def undisturbed(self, run: Any, which: int) -> None:
+        """What is found is loaded; what is saved is found, and evicts no more than it must."""
+        self.settle()
+        fired, (first, many, apart) = self.engine.fired, run
+        many = min(many, self.store.lookup([key_of(i) for i in self.world.spread(run)]))
+        self.load((first, many, apart), which, missing="skip", by_layer=False)
+        unsound = self.rotten or any(self.far.faults.values())
+        landed = self.take().handle.landed
+        assert unsound or self.engine.fired > fired or landed.all(), "what was found did not land"
+        before = [(slots, slots.evicted, {*slots.index}) for slots in self.disk.slots()[:1]]
+        self.save((first, 5, False), which)
+        call = self.take()
+        keys, full = {key_of(i) for i in call.keys}, any(x.count - x.broken < 5 for x, *_ in before)
+        if self.admit == "always" and not (full or self.far.refuse or self.engine.fired > fired):
+            assert call.handle.landed.all(), "what was saved did not land"
+            assert all(self.store.lookup([key]) for key in keys), "what was saved is not there"
+            for slots, evicted, held in before:
+                free = slots.count - slots.broken - len(held)
+                assert slots.evicted - evicted == max(0, len(keys - held) - free), "a lost slot"
+
+    # --- what goes wrong ---
+
+    @rule(**AT, **of(kind=(*REQUESTS, "far flip", "far error", "gone", "refuse", "hold", "rot")))
+    def fault(self, at: int, kind: str) -> None:
+        key, go = key_of(at % self.world.keys), self.engine.go
+        if kind in REQUESTS:
+            self.engine.faults[self.engine.count + at % 8] = kind
+        elif kind == "gone":
+            self.far.blocks.pop((self.store.form, key), None)
+        elif kind == "refuse":
+            self.far.refuse = not self.far.refuse
+        elif kind == "hold":  # of both tiers, until it comes again
+            (go.clear if go.is_set() else go.set)()
+        elif kind != "rot":
+            self.far.faults.setdefault(key, []).append(kind[4:])
+        for path in self.folder.glob("*/slots" if at % 3 else "*/table") if kind == "rot" else ():
+            self.rotten = True
+            with path.open("r+b") as file:
+                file.seek(at % (path.stat().st_size - 8))
+                file.write(at.to_bytes(8, "big"))
+
+
+SMALL = {"keys": 24, "size": 4, "layers": 3, "heads": 2, "dim": 24}  # a segment
+LARGE = {"keys": 12, "size": 64, "layers": 4, "heads": 8, "dim": 128}  # four, of 256 KiB
+WIDE = [pytest.param(*each, marks=pytest.mark.slow) for each in ((SMALL, 22.0), (LARGE, 1.0))]
+
+
+@pytest.mark.parametrize(("shape", "times"), [(SMALL, 0.1), (LARGE, 0.02), *WIDE])
+def test_any_order_of_calls(tmp_path: Path, shape: dict[str, int], times: float) -> None:
+    world, many = World(tmp_path, **shape), max(1, int(times * settings().max_examples))
+    given = settings(max_examples=many, stateful_step_count=50)
+    run_model(cast(Any, lambda: StoreModel(world)), settings=given)
+    assert world.steps > 40 * many
+    assert all(cache.holds() for cache in world.sources)

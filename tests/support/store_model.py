@@ -1,0 +1,218 @@
+# SPDX-License-Identifier: Apache-2.0
+"""For the model-based test of block stores: caches in several layouts that show the bytes of any
+block, and an engine that waits, fails and dies when it is told to."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from portakv import KVView
+from portakv.errors import TransferCancelled, TransferError, TransferTimeout
+from portakv.storage.disk import Disk, DiskShelf
+from portakv.storage.engine import Engine, Request
+from portakv.storage.form import BlockForm
+from portakv.storage.slots import Slots
+from portakv.storage.threads import carry
+
+LIMIT = 20.0  # seconds after which it counts as a deadlock
+ORDER = ("block", "kv", "head", "token", "dim")
+#: Of blocks of the size of the form's, of half of it and of twice as many tokens.
+LAYOUTS = {
+    "layer | block kv token head dim": 1.0,
+    "layer | block head kv token dim": 0.5,
+    "block layer token kv head dim": 2.0,
+}
+
+
+class Cache:
+    """A paged cache. ``planes``: the elements of each layer, int16 ``[block, kv, head, token,
+    dim]``, which are no copy; ``was``: what they are to be; ``free``: blocks that no load has."""
+
+    def __init__(self, layout: str, **extents: int) -> None:
+        names, many = layout.rpartition("|")[2].split(), extents["layer"] if "|" in layout else 1
+        shape, left = [extents[name] for name in names], [x for x in names if x != "layer"]
+        tensors = [torch.zeros(shape, dtype=torch.float16) for _ in range(many)]
+        self.view = KVView(tensors if "|" in layout else tensors[0], layout)
+        parts = tensors if "|" in layout else tensors[0].unbind(names.index("layer"))
+        axes = [left.index(name) for name in ORDER]
+        self.planes: Any = [x.view(torch.int16).permute(axes).numpy() for x in parts]
+        self.size, self.blocks = extents["token"], extents["block"]
+        self.forget()
+
+    def forget(self) -> None:
+        """What it holds now is what it is to hold, and no load has any of it."""
+        self.was, self.free = [plane.copy() for plane in self.planes], [*range(self.blocks)]
+
+    def holds(self) -> bool:
+        """Whether it holds what it is to hold."""
+        return all(map(np.array_equal, self.planes, self.was))
+
+    def lend(self, tokens: int, value: int) -> list[int]:
+        """Blocks for so many tokens, in no order, all of whose elements are ``value``."""
+        many = -(-tokens // self.size)
+        blocks = [self.free.pop(7 * many % len(self.free)) for _ in range(many)]
+        for array in (*self.planes, *self.was):
+            array[blocks] = value
+        return blocks
+
+
+def tokens_of(plane: Any, blocks: Sequence[int]) -> Any:
+    """A copy of the tokens of blocks, one behind the other, ``[kv, head, token, dim]``."""
+    some = np.moveaxis(plane[blocks], 0, 2)
+    return some.reshape(*some.shape[:2], -1, some.shape[-1])
+
+
+class World:
+    """Keys and what they name, ``truth``: ``[layer, kv, head, token, dim]``; caches that have it,
+    others to load it into; ``ranks``: the whole model, halves of its heads and of its layers."""
+
+    def __init__(self, folder: Path, keys: int, size: int, layers: int, heads: int, dim: int):
+        self.folder, self.keys, self.size, self.steps = folder, keys, size, 0
+        random, shape = np.random.default_rng(keys), (layers, 2, heads, keys * size, dim)
+        self.truth = random.integers(-(1 << 15), 1 << 15, shape, np.int16)
+        extents = {"layer": layers, "kv": 2, "head": heads, "dim": dim}
+        cut = [(layout, int(size * times)) for layout, times in LAYOUTS.items()]
+        made = [Cache(x, block=keys * size // n, token=n, **extents) for x, n in 2 * cut]
+        self.sources, self.targets = made[:3], made[3:]
+        for cache in self.sources:
+            for plane, tokens in zip(cache.planes, self.truth, strict=True):
+                apart = tokens.reshape(2, heads, cache.blocks, cache.size, dim)
+                plane[...] = np.moveaxis(apart, 2, 0)
+            cache.forget()
+        spans = [(0, layers, 0, heads), (0, layers, 0, heads // 2), (0, layers, heads // 2, heads)]
+        spans += [(0, layers // 2, 0, heads), (layers // 2, layers, 0, heads)]
+        self.ranks: Any = [{"layers": slice(a, b), "heads": slice(c, d)} for a, b, c, d in spans]
+
+    def form(self, rank: int) -> BlockForm:
+        """Of a rank's part."""
+        part, of = self.ranks[rank], {"layers": len(self.truth), "heads": self.truth.shape[2]}
+        ranges: Any = {name: (cut.start, cut.stop, of[name]) for name, cut in part.items()}
+        view = self.sources[0].view.slice(**part)
+        return BlockForm.of(view, "org/model@1", block_size=self.size, **ranges)
+
+    def spread(self, run: tuple[int, int, bool], times: int = 1) -> list[int]:
+        """Keys: the first, how many, and whether they stand apart; ``times`` to a block."""
+        first, step = run[0] * times, 5 if run[2] and times == 1 else 1
+        return [(first + i * step) % self.keys for i in range(min(run[1], self.keys))]
+
+
+@dataclass(eq=False)
+class Call:
+    """What is under way: into which blocks of which target, by which part of the model."""
+
+    handle: Any
+    keys: list[int]
+    part: dict[str, slice]
+    skip: bool = True
+    cancelled = False
+    loose: bool = False  # of a block that does not land, layers or parts may be written
+    target: Cache | None = None
+    blocks: list[int] = field(default_factory=list)
+
+    def cancel(self) -> None:
+        self.cancelled = True
+        self.handle.cancel()
+
+    def check(self, world: World, closing: bool) -> None:
+        """Wait for the end: what landed is right, and if nothing landed nothing changed."""
+        try:
+            self.handle.synchronize(LIMIT)
+        except TransferTimeout:
+            raise AssertionError("a deadlock") from None
+        except TransferCancelled:
+            assert self.cancelled or closing, "another's cancel ended it"
+        except TransferError:
+            assert not self.handle.landed.all()
+        else:
+            assert self.skip or self.handle.landed.all()
+        if self.target is not None:
+            for layer in range(len(world.truth)):
+                self.check_layer(self.target, layer, world)
+            self.target.free += self.blocks
+
+    def check_layer(self, cache: Cache, layer: int, world: World) -> None:
+        held, due = (tokens_of(x[layer], self.blocks) for x in (cache.planes, cache.was))
+        layers, heads, by = self.part["layers"], self.part["heads"], self.handle.layers
+        mine, whole = layers.start <= layer < layers.stop, self.handle.landed
+        landed = whole | by[layer - layers.start].landed if by and mine else whole
+        for i, key in enumerate(self.keys if mine else ()):
+            to, at = (slice(n * world.size, (n + 1) * world.size) for n in (i, key))
+            for head in range(heads.start, heads.stop):
+                right = world.truth[layer][:, head, at]
+                if landed[i] or (self.loose and np.array_equal(held[:, head, to], right)):
+                    due[:, head, to] = right
+        assert np.array_equal(held, due), "a wrong byte, or one of a block that did not land"
+        cache.was[layer][self.blocks] = cache.planes[layer][self.blocks]
+
+
+class Troubled:
+    """An engine: ``faults`` tells by the number of a request what becomes of it ("EIO", "short",
+    "flip"); nothing is carried out while ``go`` is not set. When it died, a request has moved
+    ``share`` of its bytes, and never ends well."""
+
+    name: str = "troubled"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, inner: Engine) -> None:
+        self.inner, self.go = inner, threading.Event()
+        self.faults, self.count, self.fired = dict[int, str](), 0, 0
+        self.dead, self.share, self._lock = False, 0.0, threading.Lock()
+        self.go.set()
+
+    def run(self, requests: Sequence[Request]) -> list[int]:
+        assert self.go.wait(LIMIT)
+        with self._lock:
+            numbers = range(self.count, self.count + len(requests))
+            self.count += len(requests)
+            kinds = [self.faults.pop(number, "") for number in numbers]
+            self.fired += sum(self.dead or bool(kind) for kind in kinds)
+        if self.dead:
+            for each in requests:
+                carry(each._replace(nbytes=int(each.nbytes * self.share)))
+            return [-errno.ECANCELED] * len(requests)
+        whole = [each for each, kind in zip(requests, kinds, strict=True) if kind in ("", "flip")]
+        moved = iter(self.inner.run(whole))
+        return [self._end(*each, moved) for each in zip(numbers, requests, kinds, strict=True)]
+
+    def _end(self, number: int, request: Request, kind: str, moved: Any) -> int:
+        if kind == "short":
+            return carry(request._replace(nbytes=request.nbytes // 2))
+        if kind == "flip" and not request.write:
+            at = number * 97 % 2048 + (number % 5 and 4096)  # of the payload, or the header
+            ctypes.c_ubyte.from_address(request.address + at % request.nbytes).value ^= 16
+        return -errno.EIO if kind == "EIO" else int(next(moved))
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+class WatchedDisk(Disk):
+    """A disk tier that tells its shelves."""
+
+    shelves: Sequence[DiskShelf] = ()
+
+    def open(self, *given: Any) -> list[DiskShelf]:
+        self.shelves = super().open(*given)
+        return [*self.shelves]
+
+    def slots(self) -> list[Slots]:
+        """Of each folder, those of the first form first."""
+        return [slots for shelf in self.shelves for slots, _ in shelf.parts]
+
+    def found(self) -> dict[Path, tuple[set[bytes], int]]:
+        """Of each folder the keys and the number of slots."""
+        return {slots.folder: ({*slots.index}, slots.count) for slots in self.slots()}
+
+    def die(self) -> None:
+        """Let go of the folders as a process that is killed does; nothing may be under way."""
+        for slots in self.slots():
+            slots.close(sync=False)
