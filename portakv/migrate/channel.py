@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The control channel: what owners, readers and movers ask and tell each other, and who is gone.
+
+By ZeroMQ, with CURVE from a secret. Messages have schemas and limits; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import re
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from hashlib import blake2b
+from secrets import token_bytes
+from struct import Struct, unpack_from
+from time import monotonic
+from typing import Any, TypeVar, Union
+
+import zmq
+from msgspec import Struct as Message
+from msgspec.msgpack import Decoder, decode, encode
+from zmq.utils import z85
+
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferTimeout
+from portakv.migrate.messages import VERSION
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import this_process
+
+_log = logging.getLogger(__name__)
+T = TypeVar("T")
+#: Bytes of a message; connections that are served; messages that wait in one, each way.
+LIMIT, PEERS, QUEUED = 64 << 10, 1024, 64
+#: Milliseconds: between signs of life, until a connection without any is dead, for a handshake,
+#: and between an asker's looks at its connection.
+HEARTBEAT, DEAD, HANDSHAKE, LOOK = 1000, 3000, 5000, 20
+REPEAT = 0.25  # seconds until a request without an answer is sent again, then twice as long
+HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the request (0: no answer)
+BACK = Struct("!B?Q")  # version, whether a refusal's sentence follows, number of the request
+
+
+class Peer:
+    """A connection, and who is at its other end: ``id`` is random, of the asker's `Channel`."""
+
+    def __init__(self, id: bytes = b"") -> None:
+        self.id, self.gone, self._calls = id, False, dict[object, Callable[[], object]]()
+
+    def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
+        """Have ``call`` made once, quickly, when the connection ends (now if it has), in the thread
+        that notices; what is returned takes that back."""
+        key = object()
+        self._calls[key] = call
+        if self.gone:
+            self.end()
+        return lambda: self._calls.pop(key, None)
+
+    def end(self) -> None:
+        """The connection has ended."""
+        self.gone = True
+        for key in list(self._calls):
+            if call := self._calls.pop(key, None):  # else another thread was faster
+                try:
+                    call()
+                except Exception:
+                    _log.exception("What was to happen at the end of a connection failed.")
+
+
+class _Link:
+    """The socket for one address, for one thread at a time, and what was seen of its connection."""
+
+    def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
+        self.socket, self.address, self.number, self.asked = socket, address, number, 0
+        self.lock, self.life, self.up, self.why = threading.Lock(), Peer(), False, ""
+        socket.immediate, socket.reconnect_ivl = True, 50  # nothing waits for a connection to come
+        socket.sndtimeo = socket.rcvtimeo = LOOK
+        self.monitor = socket.get_monitor_socket()
+        socket.connect(address)
+
+
+class Channel:
+    """Listens, and asks others; any thread may call it. `close` it, or the interpreter's end does.
+
+    Args:
+        address: ``tcp://10.0.0.1:0`` listens there, at a free port; None: at a Unix socket that
+            only this user of this host reaches.
+        secret: 16 bytes or more, the same for all that talk to each other; TCP needs one.
+        timeout: seconds for a request and its answer.
+    """
+
+    def __init__(
+        self, address: str | None = None, *, secret: bytes | str | None = None, timeout: float = 5.0
+    ) -> None:
+        self._keys, self.address = _keys(secret), address or "a Unix socket"
+        del secret  # no traceback shows it
+        if self._keys == () or (address and not self._keys):
+            raise InvalidTerms("TCP needs a secret, and a secret 16 random bytes or more; pass it.")
+        if address and not re.match(r"tcp://(?!\*|0\.0\.0\.0|\[::\])", address):
+            asked = f"A channel was to listen at {address!r}"
+            raise InvalidTerms(f"{asked}; expected tcp://, an interface's own address and a port.")
+        self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
+        self._process, self._lock, self._closed = this_process(), threading.Lock(), False
+        self._answers: dict[type, Callable[[Peer, Any], Any]] = {}
+        self._decoder = Decoder[Any](None)
+        self._peers, self._fds = dict[bytes, Peer](), dict[int, bytes]()  # of connections to here
+        self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
+        self._links, self._fresh, self._made = dict[str, _Link](), list[_Link](), 0
+        self._context, self._wake, self._path = zmq.Context(), os.eventfd(0), -1
+        self._context.rcvhwm = 0  # of monitors: one that is full would stop ZeroMQ's own thread
+        self._zap = self._context.socket(zmq.REP)  # asks the channel's thread who may connect
+        self._router = self._socket(zmq.ROUTER, self.address)
+        self._seen = self._router.get_monitor_socket()
+        try:
+            self._zap.bind("inproc://zeromq.zap.01")
+            self._listen(address)
+        except (OSError, zmq.ZMQError) as error:
+            self._end()
+            asked = f"A channel was to listen at {self.address}: {error}"
+            raise PeerError(f"{asked}. Pass an address of this host and a free port.") from None
+        self._thread = threading.Thread(target=self._run, name="portakv channel", daemon=True)
+        self._thread.start()
+        atexit.register(self.close)
+
+    def __repr__(self) -> str:
+        return f"Channel({self.address!r})"
+
+    def _listen(self, address: str | None) -> None:
+        with tempfile.TemporaryDirectory(prefix="portakv-") as folder:  # of this user alone
+            self._router.bind(address or f"ipc://{folder}/socket")
+            if address:
+                self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
+            else:  # reached through this process, so that not even SIGKILL leaves a file
+                self._path = os.open(f"{folder}/socket", os.O_PATH)
+                self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
+
+    def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
+        """From now on messages of ``kind`` are answered by ``answer``, in the channel's one thread,
+        so that it must be quick; None: nothing is sent. What it raises is told as a refusal."""
+        self._answers = {**self._answers, kind: answer}
+        self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
+
+    def ask(self, address: str, message: Message, kind: type[T], timeout: float | None = None) -> T:
+        """What the channel at ``address`` answers. A request is repeated until its answer arrives,
+        and carried out once or not at all.
+
+        Raises:
+            PeerError: nobody is reached there, it is gone, it refuses, the secret differs.
+            TransferTimeout: it is there, and did not answer in time.
+        """
+        back = self._send(address, message, self.timeout if timeout is None else timeout, True)
+        what = f"{type(message).__name__} for {address}"
+        if back[0] != VERSION or back[1]:
+            raise PeerError(f"{what} was refused: {back[BACK.size :].decode(errors='replace')}.")
+        try:
+            return decode(memoryview(back)[BACK.size :], type=kind)
+        except Exception:
+            raise PeerError(f"{what} was answered, but by nothing that was expected.") from None
+
+    def tell(self, address: str, message: Message) -> None:
+        """Send what has no answer; raises as `ask` does if nobody is reached."""
+        self._send(address, message, self.timeout, False)
+
+    def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
+        """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""
+        return self._link(address).life.on_gone(gone)
+
+    def statistics(self) -> dict[str, int]:
+        """Connections now, to here and to others, and what was counted."""
+        return {"peers": len(self._peers), "links": len(self._links), **self.counts}
+
+    def close(self) -> None:
+        """End all connections; requests under way raise `PeerError`."""
+        atexit.unregister(self.close)
+        if self._process.forked:
+            return
+        with self._lock:
+            closed, self._closed = self._closed, True
+        if not closed:
+            os.eventfd_write(self._wake, 1)
+            self._thread.join()
+            for link in tuple(self._links.values()):
+                with link.lock:
+                    self._drop(link)
+            for peer in tuple(self._peers.values()):
+                peer.end()
+            self._end()
+
+    def _end(self) -> None:
+        self._router.disable_monitor()
+        self._context.destroy(0)
+        for each in {self._wake, self._path} - {-1}:
+            os.close(each)
+
+    # ---- in an asker's thread
+
+    def _send(self, address: str, message: Message, timeout: float, answer: bool) -> bytes:
+        until, again, pause = monotonic() + timeout, 0.0, REPEAT
+        what, body = f"{type(message).__name__} for {address}", encode(message)
+        if len(body) > LIMIT:
+            raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
+        link = self._link(address)
+        if not link.lock.acquire(timeout=max(0.0, timeout)):
+            raise TransferTimeout(f"{what} waited {timeout:g} s behind another without an answer.")
+        try:
+            link.asked += answer
+            data = HEAD.pack(VERSION, self.id, link.number, link.asked * answer) + body
+            while True:
+                self._look(link, until, what)
+                with suppress(zmq.Again):
+                    if monotonic() >= again:
+                        link.socket.send(data)
+                        again, pause = monotonic() + pause, 2 * pause
+                    back = link.socket.recv() if answer else b""
+                    if not answer or back[0] != VERSION or BACK.unpack_from(back)[2] == link.asked:
+                        return back
+        finally:
+            link.lock.release()
+
+    def _look(self, link: _Link, until: float, what: str) -> None:
+        """Raise what became of a link's connection; if it is over, the next request makes one."""
+        late, why = monotonic() > until, link.why or "the channel was closed" * self._closed
+        if late and link.up and not why:
+            raise TransferTimeout(f"{what} has no answer in time; the connection stands.")
+        if late or why:
+            self._drop(link)
+            raise PeerError(f"{what} reached nobody: {why or 'no connection in time'}.")
+
+    def _link(self, address: str) -> _Link:
+        if self._process.forked or self._closed:
+            why = "was closed" if self._closed else "does not survive fork; start it by spawn"
+            raise PeerError(f"{address} was to be reached by a channel that {why}.")
+        if link := self._links.get(address):
+            return link
+        try:
+            local = re.match("ipc:/(/.+)", address)
+            if not local and not (self._keys and address.startswith("tcp://")):
+                raise InvalidTerms("expected ipc:// of this host or, with a secret, tcp://")
+            if local and os.stat(local[1]).st_uid != os.getuid():
+                raise PermissionError("another user listens there")
+            with self._lock:
+                if not (link := self._links.get(address)):  # else another thread was faster
+                    self._made += 1
+                    link = _Link(self._socket(zmq.DEALER, address), address, self._made)
+                    self._links[address] = link
+                    self._fresh.append(link)
+                    os.eventfd_write(self._wake, 1)
+                return link
+        except (OSError, zmq.ZMQError, InvalidTerms) as error:
+            raise PeerError(f"{address!r} was to be reached, but: {error}.") from None
+
+    def _drop(self, link: _Link) -> None:
+        """Give a link up; its lock is held."""
+        link.why = link.why or "it is gone"
+        if not link.socket.closed:
+            self._links.pop(link.address, None)
+            link.socket.close(0)
+        link.life.end()
+
+    def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
+        made: zmq.Socket[bytes] = self._context.socket(kind)
+        made.linger, made.sndhwm, made.rcvhwm, made.ipv6 = 0, QUEUED, QUEUED, "[" in address
+        made.maxmsgsize, made.handshake_ivl = LIMIT + 256, HANDSHAKE  # CURVE and HEAD add some
+        made.heartbeat_ivl, made.heartbeat_timeout = HEARTBEAT, DEAD
+        if self._keys:
+            made.curve_publickey, made.curve_secretkey = self._keys
+            if kind == zmq.ROUTER:
+                made.curve_server, made.zap_domain = True, b"portakv"
+            else:
+                made.curve_serverkey = self._keys[0]
+        return made
+
+    # ---- in the channel's thread
+
+    def _run(self) -> None:
+        poller, links = zmq.Poller(), dict[Any, _Link]()
+        for each in (self._router, self._zap, self._seen, self._wake):
+            poller.register(each, zmq.POLLIN)
+        while not self._closed:
+            for ready, _ in poller.poll():
+                if ready is self._router:
+                    self._take()
+                elif ready is self._seen:
+                    self._see()
+                elif ready is self._zap:
+                    asked, key = self._zap.recv_multipart(), z85.decode((self._keys or [b""])[0])
+                    well = b"200" if asked[5:] == [b"CURVE", key] else b"400"
+                    self._zap.send_multipart([b"1.0", asked[1], well, b"", b"", b""])
+                elif ready in links:
+                    if self._see_link(links[ready], _event(ready)[0]):
+                        poller.unregister(ready)
+                        links.pop(ready).monitor.close(0)
+                else:
+                    os.eventfd_read(self._wake)
+                    while self._fresh:
+                        link = self._fresh.pop()
+                        links[link.monitor] = link
+                        poller.register(link.monitor, zmq.POLLIN)
+
+    def _see_link(self, link: _Link, event: str) -> bool:
+        """What happened to a connection of an asker; True if nothing will any more."""
+        if event == "HANDSHAKE_SUCCEEDED":
+            link.up = True
+        elif event == "DISCONNECTED" and link.up:
+            self.counts["lost"] += 1
+            link.up, life, link.life = False, link.life, Peer()
+            life.end()
+        elif event == "CLOSED":
+            link.why = link.why or "nobody listens there"
+        elif event.startswith("HANDSHAKE_FAILED"):
+            link.why = "the handshake failed: the secret differs, or no channel listens there"
+        if link.why and link.lock.acquire(blocking=False):  # or else its asker looks
+            self._drop(link)
+            link.lock.release()
+        return event == "MONITOR_STOPPED"
+
+    def _see(self) -> None:
+        """What happened until now to connections that were made to here."""
+        while self._seen.poll(0):
+            event, value = _event(self._seen)
+            if event == "ACCEPTED":
+                self._fds[value] = b""
+            elif event == "DISCONNECTED":
+                name = self._fds.pop(value, b"")
+                if peer := self._peers.pop(name, None):
+                    self.counts["gone"] += 1
+                    peer.end()
+                elif not name:  # it never said anything well
+                    self.counts["strangers"] += 1
+                    if (n := self.counts["strangers"]) & (
+                        n - 1
+                    ) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                        _log.warning("%r refused strangers, %d until now.", self, n)
+
+    def _peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
+        """Whose first message this is; None if the connection is over, or one too many."""
+        self._see()
+        if fd not in self._fds or len(self._peers) >= PEERS:
+            return None
+        if before := self._peers.pop(self._fds[fd], None):
+            before.end()
+        self._fds[fd], self._peers[name] = name, Peer(id)
+        return self._peers[name]
+
+    def _take(self) -> None:
+        """Answer one request."""
+        *names, frame = self._router.recv_multipart(copy=False)
+        name, data = names[0].bytes, frame.bytes
+        if len(names) != 1 or not HEAD.size <= len(data) <= HEAD.size + LIMIT:
+            self.counts["size"] += 1
+            return
+        version, id, _, number = HEAD.unpack_from(data)
+        peer = self._peers.get(name) or self._peer(name, frame.get(zmq.SRCFD), id)
+        last, back = self._last.get(data[1:21], (0, b""))
+        if version != VERSION:
+            back = self._refused(number, "version", f"release of version {VERSION}, not {version}")
+        elif peer is None or peer.id != id:
+            back = self._refused(number, "peers", f"it serves {PEERS} connections; try later")
+        elif number and number <= last:
+            self.counts["repeated"] += 1
+            back = back if number == last else b""
+        else:
+            back = self._answer(peer, memoryview(data)[HEAD.size :], number)
+            if number:
+                self._last.pop(data[1:21], None)  # so that it counts as the youngest
+                self._last[data[1:21]] = number, back
+        if number and back:
+            self._router.send_multipart([name, back])
+
+    def _answer(self, peer: Peer, data: memoryview, number: int) -> bytes:
+        try:
+            message = self._decoder.decode(data)
+        except Exception:
+            return self._refused(number, "schema", "it is no message that is known there")
+        try:
+            answer = self._answers[type(message)](peer, message)
+            body = b"" if answer is None else encode(answer)
+        except PortaKVError as error:
+            return self._refused(number, "refused", str(error)[:4096])
+        except Exception as error:
+            _log.exception("%s could not be answered.", type(message).__name__)
+            return self._refused(number, "failed", f"it failed there by {type(error).__name__}")
+        if len(body) > LIMIT:
+            return self._refused(number, "size", f"its answer has {len(body)} bytes")
+        return BACK.pack(VERSION, False, number) + body if body else b""
+
+    def _refused(self, number: int, reason: str, why: str) -> bytes:
+        self.counts[reason] += 1
+        return BACK.pack(VERSION, True, number) + why.encode()
+
+
+def _event(monitor: zmq.Socket[bytes]) -> tuple[str, int]:
+    """What ZeroMQ tells of a connection, and its file descriptor or so."""
+    event, value = unpack_from("=Hi", monitor.recv_multipart()[0])
+    return str(zmq.Event(event).name), int(value)
+
+
+def _keys(secret: bytes | str | None) -> tuple[bytes, ...] | None:
+    """The public and the private key that a secret stands for; none if it is too short."""
+    given = secret.encode() if isinstance(secret, str) else secret
+    if given is None or len(given) < 16:
+        return None if given is None else ()
+    key = z85.encode(blake2b(given, digest_size=32, person=b"portakv-curve").digest())
+    return zmq.curve_public(key), key

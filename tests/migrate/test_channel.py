@@ -1,0 +1,602 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The channel: requests once, death at once, strangers refused, limits kept, secrets kept."""
+
+from __future__ import annotations
+
+import ast
+import logging
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import zmq
+from support.migrate_channels import (
+    SECRET,
+    Network,
+    Ping,
+    Pong,
+    Server,
+    keys,
+    server_and_asker,
+    until,
+)
+
+import portakv.migrate
+from portakv.errors import InvalidTerms, PeerError, SlotError, TransferTimeout
+from portakv.migrate import channel as module
+from portakv.migrate.channel import BACK, HEAD, LIMIT, Channel, Peer
+from portakv.migrate.messages import VERSION, Message
+
+TCP = "tcp://127.0.0.1:0"
+
+
+class Unknown(Message, frozen=True):
+    """A message that nobody serves."""
+
+    data: bytes = b""
+
+
+@pytest.fixture(params=[None, TCP], ids=["unix", "tcp"])
+def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Server, Channel]]:
+    with server_and_asker(request.param) as both:
+        yield both
+
+
+@pytest.fixture
+def by_tcp() -> Iterator[tuple[Server, Channel]]:
+    with server_and_asker(TCP) as both:
+        yield both
+
+
+class Raw:
+    """A DEALER of ZeroMQ's own, with the keys that are asked for."""
+
+    def __init__(self, server: Server, how: str = "right") -> None:
+        public, private = keys(SECRET)
+        self.context = zmq.Context()
+        self.socket: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
+        self.socket.linger, self.socket.rcvtimeo, self.socket.sndtimeo = 0, 2000, 2000
+        if how != "no curve":
+            self.socket.curve_serverkey = public
+            mine = zmq.curve_keypair() if how == "other key" else (public, private)
+            self.socket.curve_publickey, self.socket.curve_secretkey = mine
+        self.socket.connect(server.address)
+
+    def request(self, body: bytes, number: int = 1, version: int = VERSION) -> bytes:
+        self.socket.send(HEAD.pack(version, b"r" * 16, 1, number) + body)
+        return self.socket.recv() if number else b""
+
+    def __enter__(self) -> Raw:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.context.destroy(0)
+
+
+def test_a_request_has_its_answer(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+    for n in range(1, 20):
+        assert asker.ask(server.address, Ping(b"x" * n), Pong) == Pong(b"x" * n, n)
+    (peer,) = server.peers
+    assert peer.id == asker.id
+    assert not peer.gone
+    assert server.channel.statistics()["peers"] == asker.statistics()["links"] == 1
+
+
+def test_what_is_told_has_no_answer(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+    asker.tell(server.address, Ping(b"told"))
+    assert asker.ask(server.address, Ping(b"asked"), Pong).count == 2
+    assert server.asked == [b"told", b"asked"]
+
+
+def test_many_threads_ask_at_once(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+    wrong = list[Any]()
+
+    def work(name: int) -> None:
+        for n in range(100):
+            data = b"%d %d" % (name, n)
+            if asker.ask(server.address, Ping(data), Pong).data != data:
+                wrong.append(data)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    assert wrong == []
+    assert sorted(server.asked) == sorted(b"%d %d" % (a, b) for a in range(4) for b in range(100))
+
+
+def test_a_refusal_is_the_sentence_of_the_error_there(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+
+    def refuse(_: Peer, ping: Ping) -> Pong:
+        raise SlotError("Slot 9 is past the end") if ping.data else ZeroDivisionError("never told")
+
+    server.channel.serve(Ping, refuse)
+    with pytest.raises(PeerError, match="was refused: Slot 9 is past the end"):
+        asker.ask(server.address, Ping(b"9"), Pong)
+    with pytest.raises(PeerError, match="it failed there by ZeroDivisionError"):
+        asker.ask(server.address, Ping(), Pong)
+    assert server.counts == {"refused": 1, "failed": 1}
+
+
+def test_an_answer_of_another_kind_is_an_error(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+    with pytest.raises(PeerError, match="by nothing that was expected"):
+        asker.ask(server.address, Ping(), Unknown)
+
+
+def test_an_answer_too_large_is_a_refusal(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+    server.channel.serve(Ping, lambda *_: Pong(bytes(LIMIT)))
+    with pytest.raises(PeerError, match="its answer has 655"):
+        asker.ask(server.address, Ping(), Pong)
+    with pytest.raises(PeerError, match="at most 65536 may go"):
+        asker.ask(server.address, Ping(bytes(LIMIT)), Pong)
+    fits = Ping(bytes(LIMIT - len(msgspec.msgpack.encode(Ping(bytes(60000)))) + 60000))
+    server.channel.serve(Ping, lambda _, ping: Pong(b"", len(ping.data)))
+    assert asker.ask(server.address, fits, Pong).count == len(fits.data)
+
+
+def test_a_peer_that_closes_is_gone_at_once_on_both_sides(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+    asker.ask(server.address, Ping(), Pong)
+    (peer,), ends = server.peers, list[str]()
+    peer.on_gone(lambda: ends.append("peer"))
+    forget = peer.on_gone(lambda: ends.append("forgotten"))
+    forget()
+    other = Channel(secret=SECRET if server.address.startswith("tcp") else None)
+    other.ask(server.address, Ping(), Pong)
+    other.watch(server.address, lambda: ends.append("watch"))
+    asker.close()
+    assert until(lambda: ends == ["peer"], 1)
+    assert peer.gone
+    peer.on_gone(lambda: ends.append("late"))
+    server.channel.close()
+    assert until(lambda: ends == ["peer", "late", "watch"], 1)
+    with pytest.raises(PeerError, match=r"reached nobody|was to be reached"):
+        other.ask(server.address, Ping(), Pong, 2.0)
+    assert other.statistics()["links"] == 0
+    other.close()
+
+
+def test_nobody_there_is_an_error_at_once(pair: tuple[Server, Channel]) -> None:
+    server, asker = pair
+    server.channel.close()
+    with pytest.raises(PeerError, match=r"nobody listens there|No such file"):
+        asker.ask(server.address, Ping(), Pong)
+    with pytest.raises(PeerError, match=r"nobody listens there|No such file"):
+        asker.tell(server.address, Ping())
+
+
+def test_a_server_that_starts_again_at_its_address_is_reached() -> None:
+    """Fault 6, as far as it is the channel's: another process is behind the same address."""
+    first = Server()
+    with Channel_(SECRET) as asker:
+        asker.ask(first.address, Ping(), Pong)
+        first.channel.close()
+        second = Server(first.address)
+        assert until(lambda: asker.statistics()["links"] == 0 or asker.counts["lost"], 2)
+        for _ in range(2):
+            try:
+                assert asker.ask(first.address, Ping(), Pong).count == 1
+                break
+            except PeerError:  # told once, if it was looked for between the two
+                continue
+        second.channel.close()
+
+
+class Channel_(Channel):
+    """One that a with block closes."""
+
+    def __init__(self, secret: bytes | None = None) -> None:
+        super().__init__(secret=secret, timeout=3.0)
+
+    def __enter__(self) -> Channel_:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def test_a_network_that_is_cut_is_noticed_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 9. A request ends with its time, both sides count, and both go on afterwards."""
+    monkeypatch.setattr(module, "HEARTBEAT", 100)
+    monkeypatch.setattr(module, "DEAD", 300)
+    with server_and_asker(TCP) as (server, asker):
+        network, ends = Network(server.address), list[str]()
+        asker.ask(network.address, Ping(), Pong)
+        (peer,) = server.peers
+        asker.watch(network.address, lambda: ends.append("watch"))
+        peer.on_gone(lambda: ends.append("peer"))
+        network.cut.set()
+        with pytest.raises((TransferTimeout, PeerError)):
+            asker.ask(network.address, Ping(), Pong, 0.3)
+        assert until(lambda: len(ends) == 2, 3)
+        assert (asker.counts["lost"], server.counts["gone"]) == (1, 1)
+        assert asker.ask(server.address, Ping(), Pong).count == 2
+        network.close()
+
+
+def test_a_lost_answer_is_told_again_and_nothing_is_done_twice(
+    by_tcp: tuple[Server, Channel],
+) -> None:
+    """Fault 10. The connection breaks with the answer on its way; the request is repeated with its
+    number on the next connection."""
+    server, asker = by_tcp
+    network = Network(server.address)
+    asker.ask(network.address, Ping(b"first"), Pong)
+    network.quiet.set()
+    network.eat = 1
+    assert asker.ask(network.address, Ping(b"second"), Pong) == Pong(b"second", 2)
+    assert server.asked == [b"first", b"second"]
+    assert server.counts["repeated"] >= 1
+    assert asker.ask(network.address, Ping(b"third"), Pong).count == 3
+    network.close()
+
+
+def test_a_server_that_is_slow_carries_a_repeated_request_out_once(
+    by_tcp: tuple[Server, Channel],
+) -> None:
+    """Fault 10, with no connection broken: repeated while it is carried out, and later."""
+    server, asker = by_tcp
+    held, asked = threading.Event(), list[bytes]()
+
+    def slow(_: Peer, ping: Ping) -> Pong:
+        asked.append(ping.data)
+        held.wait(3)
+        return Pong(ping.data)
+
+    server.channel.serve(Ping, slow)
+    with pytest.raises(TransferTimeout, match="no answer in time; the connection stands"):
+        asker.ask(server.address, Ping(b"a"), Pong, 0.6)
+    held.set()
+    assert asker.ask(server.address, Ping(b"b"), Pong).data == b"b"
+    assert asked == [b"a", b"b"]
+    assert server.counts["repeated"] >= 1
+
+
+@pytest.mark.parametrize("how", ["wrong secret", "no curve", "other key", "scan", "silent"])
+def test_strangers_get_no_answer(
+    how: str, by_tcp: tuple[Server, Channel], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Fault 13. No answer, no state but a count, which the log tells; the others are served."""
+    server, asker = by_tcp
+    host, _, port = server.address.removeprefix("tcp://").rpartition(":")
+    with caplog.at_level(logging.WARNING):
+        if how == "wrong secret":
+            with Channel_(b"another secret of sixteen bytes") as stranger:
+                with pytest.raises(PeerError, match="the secret differs"):
+                    stranger.ask(server.address, Ping(), Pong)
+                assert stranger.statistics()["links"] == 0
+        elif how in ("scan", "silent"):
+            with socket.create_connection((host, int(port))) as scan:
+                if how == "silent":
+                    scan.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(64))
+                    with suppress(ConnectionResetError):
+                        assert b"Pong" not in scan.recv(4096)
+        else:
+            with Raw(server, how) as raw:
+                raw.socket.rcvtimeo = 300
+                with pytest.raises(zmq.Again):
+                    raw.request(msgspec.msgpack.encode(Ping()))
+        assert until(lambda: server.counts["strangers"] >= 1, 2)
+    assert server.asked == []
+    assert server.channel.statistics()["peers"] == 0
+    assert "refused strangers" in caplog.text
+    assert asker.ask(server.address, Ping(), Pong).count == 1
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        msgspec.msgpack.encode({"type": "Ping", "data": b"", "more": 1}),
+        msgspec.msgpack.encode({"type": "Ping", "data": "text"}),
+        msgspec.msgpack.encode({"type": "Unknown"}),
+        msgspec.msgpack.encode(Unknown()),
+        b"\x91" * 60000,
+        b"",
+    ],
+    ids=["field", "type", "tag", "not served", "nested", "empty"],
+)
+def test_what_has_another_schema_is_refused(body: bytes, by_tcp: tuple[Server, Channel]) -> None:
+    """Fault 14. In constant words, and others are served."""
+    server, asker = by_tcp
+    with Raw(server) as raw:
+        back = raw.request(body)
+        assert BACK.unpack_from(back) == (VERSION, True, 1)
+        assert back[BACK.size :] == b"it is no message that is known there"
+        assert server.counts["schema"] == 1
+        assert asker.ask(server.address, Ping(), Pong).count == 1
+
+
+def test_a_message_over_64_kib_ends_its_connection(by_tcp: tuple[Server, Channel]) -> None:
+    """Fault 14. One that is far larger ends it, one that is a little larger is counted."""
+    server, asker = by_tcp
+    with Raw(server) as raw:
+        raw.request(msgspec.msgpack.encode(Ping()))
+        raw.socket.send(HEAD.pack(VERSION, b"r" * 16, 1, 2) + bytes(LIMIT + 1))
+        raw.socket.send_multipart([b"two", b"frames"])
+        assert until(lambda: server.counts["size"] == 2)
+        assert server.counts["gone"] == 0
+        raw.socket.send(bytes(1 << 20))
+        assert until(lambda: server.counts["gone"] == 1)
+        assert asker.ask(server.address, Ping(), Pong).count == 2
+
+
+def test_floods_hold_up_nobody(by_tcp: tuple[Server, Channel]) -> None:
+    """Fault 14. Somebody who sends what he can, and never reads, is one of several."""
+    server, asker = by_tcp
+    stop = threading.Event()
+    with Raw(server) as raw:
+
+        def flood() -> None:
+            n = 1
+            while not stop.is_set():
+                n += 1
+                raw.socket.send(
+                    HEAD.pack(VERSION, b"r" * 16, 1, n) + msgspec.msgpack.encode(Ping(b"flood"))
+                )
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        assert until(lambda: len(server.asked) > 1000)
+        for _ in range(50):
+            asker.ask(server.address, Ping(), Pong, 2.0)
+        stop.set()
+        thread.join()
+    assert until(lambda: server.counts["gone"] == 1)
+
+
+def test_more_peers_than_a_channel_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PEERS", 1)
+    with server_and_asker(TCP) as (server, asker):
+        asker.ask(server.address, Ping(), Pong)
+        with Channel_(SECRET) as other:
+            with pytest.raises(PeerError, match="it serves 1 connections; try later"):
+                other.ask(server.address, Ping(), Pong)
+            asker.close()
+            assert until(lambda: server.counts["gone"] == 1)
+            assert other.ask(server.address, Ping(), Pong).count == 2
+
+
+def test_another_release_is_refused_by_a_sentence(by_tcp: tuple[Server, Channel]) -> None:
+    """Fault 34. Whatever the other version sends behind its first byte."""
+    server, _ = by_tcp
+    with Raw(server) as raw:
+        back = raw.request(b"whatever", version=VERSION + 1)
+        assert b"release of version 1, not 2" in back
+        assert (server.asked, server.counts["version"]) == ([], 1)
+
+
+def mutated(seed: int) -> bytes:
+    """A request in which bytes were changed, left out, doubled or appended; every other one has a
+    head that is right."""
+    draw, data = random.Random(seed), bytearray(msgspec.msgpack.encode(Ping(b"mutated")))
+    head = HEAD.pack(VERSION, b"r" * 16, 1 + seed % 2, seed + 1)
+    data[:0] = b"" if seed % 2 else head
+    for _ in range(draw.randrange(1, 6)):
+        at = draw.randrange(len(data) + 1)
+        kind = draw.randrange(4)
+        if kind == 0 and at < len(data):
+            data[at] ^= 1 << draw.randrange(8)
+        elif kind == 1:
+            del data[at : at + draw.randrange(1, 9)]
+        elif kind == 2:
+            data[at:at] = data[at : at + draw.randrange(1, 40)]
+        else:
+            data += draw.randbytes(draw.randrange(1, 200))
+    return head + bytes(data) if seed % 2 else bytes(data)
+
+
+@pytest.mark.parametrize(
+    "count", [pytest.param(2000), pytest.param(100_000, marks=pytest.mark.slow)]
+)
+def test_mutated_messages_do_nothing_and_others_are_served(
+    count: int, by_tcp: tuple[Server, Channel]
+) -> None:
+    server, asker = by_tcp
+    ended = list[BaseException]()
+    with Raw(server) as raw:
+
+        def send() -> None:
+            try:
+                for n in range(count):
+                    raw.socket.send(mutated(n))
+            except BaseException as error:
+                ended.append(error)
+
+        thread, served = threading.Thread(target=send), 0
+        thread.start()
+        while thread.is_alive() or served < 20:
+            assert asker.ask(server.address, Ping(b"well"), Pong).data == b"well"
+            served += 1
+        thread.join()
+        assert ended == []
+        asked = (b"mutated", b"well")  # a change may hit the head alone, or the data
+        assert sum(data not in asked for data in server.asked) < count // 4
+        assert server.counts["schema"] > count // 10
+        assert server.counts["failed"] == 0
+
+
+def test_a_forked_child_refuses_and_the_parent_goes_on(pair: tuple[Server, Channel]) -> None:
+    """Fault 31, of a fork: the child ends in order, and takes nothing with it."""
+    server, asker = pair
+    asker.ask(server.address, Ping(), Pong)
+    told, tell = os.pipe()
+    child = os.fork()
+    if not child:
+        try:
+            asker.ask(server.address, Ping(), Pong)
+        except PeerError as error:
+            os.write(tell, str(error).encode())
+        asker.close()
+        server.channel.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    assert b"does not survive fork; start it by spawn" in os.read(told, 4096)
+    os.close(told)
+    os.close(tell)
+    assert asker.ask(server.address, Ping(), Pong).count == 2
+
+
+CHILD = """
+import sys
+sys.path[:0] = [{tests!r}]
+from support.migrate_channels import Server
+server = Server({address!r})
+print(server.address, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("address", [None, TCP], ids=["unix", "tcp"])
+def test_a_process_that_is_killed_is_gone_at_once(address: str | None) -> None:
+    """Faults 4 and 7, as far as they are the channel's; no file stays behind."""
+    text = CHILD.format(tests=str(Path(__file__).parents[1]), address=address)
+    pipe: Any = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", text], stdin=pipe, stdout=pipe) as child:
+        assert child.stdout is not None
+        there = child.stdout.readline().decode().strip()
+        with Channel_(SECRET if address else None) as asker:
+            asker.ask(there, Ping(), Pong)
+            ends = list[int]()
+            asker.watch(there, lambda: ends.append(1))
+            child.send_signal(signal.SIGKILL)
+            assert until(lambda: ends == [1], 1)
+            with pytest.raises(PeerError):
+                asker.ask(there, Ping(), Pong)
+
+
+def test_the_interpreters_end_closes() -> None:
+    """Fault 31, of an exit: with a connection open, and nobody who closed it."""
+    text = CHILD.format(tests=str(Path(__file__).parents[1]), address=None).replace(
+        "sys.stdin", "#"
+    )
+    text += "from portakv.migrate.channel import Channel\nfrom support.migrate_channels import *\n"
+    text += "print(Channel().ask(server.address, Ping(), Pong).count)\n"
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", text], capture_output=True, timeout=60
+    )
+    assert (done.returncode, done.stdout.split()[-1], done.stderr) == (0, b"1", b"")
+
+
+def test_a_closed_channel_ends_what_waits(by_tcp: tuple[Server, Channel]) -> None:
+    server, asker = by_tcp
+    held, errors = threading.Event(), list[str]()
+
+    def slow(*_: object) -> None:
+        held.wait(2)
+
+    server.channel.serve(Ping, slow)
+
+    def ask() -> None:
+        try:
+            asker.ask(server.address, Ping(), Pong)
+        except PeerError as error:
+            errors.append(str(error))
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert until(lambda: asker.statistics()["links"] == 1)
+    asker.close()
+    asker.close()
+    thread.join(2)
+    held.set()
+    assert "closed" in errors[0]
+    with pytest.raises(PeerError, match="by a channel that was closed"):
+        asker.tell(server.address, Ping())
+
+
+@pytest.mark.parametrize(
+    ("address", "secret", "error"),
+    [
+        ("tcp://127.0.0.1:0", None, InvalidTerms),
+        ("tcp://127.0.0.1:0", b"short", InvalidTerms),
+        (None, b"", InvalidTerms),
+        ("tcp://0.0.0.0:0", SECRET, InvalidTerms),
+        ("tcp://*:0", SECRET, InvalidTerms),
+        ("ipc:///tmp/somewhere", SECRET, InvalidTerms),
+        ("tcp://203.0.113.9:0", SECRET, PeerError),
+    ],
+)
+def test_where_a_channel_may_listen(
+    address: str | None, secret: bytes | None, error: type[Exception]
+) -> None:
+    with pytest.raises(error):
+        Channel(address, secret=secret)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["tcp://127.0.0.1:1", "ipc://@name", "ipc:///nothing/there", "inproc://a", "", "x" * 99],
+)
+def test_where_a_channel_without_a_secret_may_ask(address: str) -> None:
+    with Channel_() as asker, pytest.raises(PeerError, match="was to be reached"):
+        asker.ask(address, Ping(), Pong)
+
+
+def test_a_secret_is_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    """Not by repr, in the log, by an error, or by a traceback that shows the values of names."""
+    texts = list[str]()
+
+    def shows(call: Callable[..., object], *given: Any) -> None:
+        try:
+            call(*given)
+        except (PeerError, InvalidTerms) as error:
+            for frame in traceback.TracebackException.from_exception(
+                error, capture_locals=True
+            ).stack:
+                if "portakv" in frame.filename:  # the frames of a caller are its own
+                    texts.append(f"{frame.name}: {frame.locals}")
+            texts.append(str(error))
+
+    with caplog.at_level(logging.DEBUG):
+        server = Server(secret=SECRETS[0])
+        texts += [repr(server.channel), str(server.channel.statistics())]
+        with Channel_(SECRET) as other:
+            shows(other.ask, server.address, Ping(), Pong)
+            for secret, address in zip(
+                SECRETS, ("tcp://203.0.113.9:0", "tcp://*:1", None), strict=True
+            ):
+                shows(lambda: Channel(address, secret=secret))  # noqa: B023
+        server.channel.close()
+    assert len(texts) > 10
+    shown = "\n".join([*texts, caplog.text])
+    for each in (SECRET, *SECRETS):
+        for one in (each, *keys(each)):
+            assert one.decode() not in shown
+
+
+SECRETS = (b"a secret that nobody may read", b"another that nobody may read", b"too short")
+
+
+def test_nothing_looks_at_the_wall_clock() -> None:
+    """Fault 35. Leases and timeouts are of the monotonic clock, in every module."""
+    wrong = list[str]()
+    for path in Path(portakv.migrate.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module in ("time", "datetime"):
+                names = {alias.name for alias in node.names} - {
+                    *("monotonic", "monotonic_ns", "perf_counter", "sleep", "timedelta")
+                }
+                wrong += [f"{path.name}: {name}" for name in names]
+            if isinstance(node, ast.Attribute) and ast.unparse(node) in (
+                *("time.time", "time.time_ns", "datetime.datetime"),
+            ):
+                wrong.append(f"{path.name}: {ast.unparse(node)}")
+    assert wrong == []

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Messages, channels and a cut network for the tests of migration's channel."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from hashlib import blake2b
+from time import monotonic, sleep
+from typing import Any
+
+import zmq
+from zmq.utils import z85
+
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.messages import Message
+
+SECRET = b"0123456789abcdef of tests alone"
+
+
+class Ping(Message, frozen=True):
+    """A request."""
+
+    data: bytes = b""
+
+
+class Pong(Message, frozen=True):
+    """Its answer: how many requests were carried out until now."""
+
+    data: bytes = b""
+    count: int = 0
+
+
+class Server:
+    """A channel that answers `Ping` and keeps who asked."""
+
+    def __init__(self, address: str | None = "tcp://127.0.0.1:0", **given: Any) -> None:
+        secret = given.pop("secret", SECRET if address else None)
+        self.channel = Channel(address, secret=secret, **given)
+        self.peers, self.asked = dict[Peer, None](), list[bytes]()
+        self.channel.serve(Ping, self.answer)
+
+    def answer(self, peer: Peer, ping: Ping) -> Pong:
+        self.peers[peer] = None
+        self.asked.append(ping.data)
+        return Pong(ping.data, len(self.asked))
+
+    @property
+    def address(self) -> str:
+        return self.channel.address
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return self.channel.counts
+
+
+@contextmanager
+def server_and_asker(address: str | None = "tcp://127.0.0.1:0") -> Iterator[tuple[Server, Channel]]:
+    """A server, and a channel that can ask it."""
+    server, asker = Server(address), Channel(secret=SECRET if address else None, timeout=3.0)
+    try:
+        yield server, asker
+    finally:
+        asker.close()
+        server.channel.close()
+
+
+def keys(secret: bytes) -> tuple[bytes, bytes]:
+    """The public and the private key that a secret stands for, as the reference has them."""
+    private = z85.encode(blake2b(secret, digest_size=32, person=b"portakv-curve").digest())
+    return zmq.curve_public(private), private
+
+
+def until(true: Any, seconds: float = 5.0) -> bool:
+    """Whether something becomes true in time."""
+    end = monotonic() + seconds
+    while not true():
+        if monotonic() > end:
+            return False
+        sleep(0.01)
+    return True
+
+
+class Network:
+    """Lies between askers and a TCP address. ``cut``: forwards nothing, with all connections open;
+    ``eat``: so many times the first answer of a connection ends the connection instead."""
+
+    def __init__(self, address: str) -> None:
+        host, _, port = address.removeprefix("tcp://").rpartition(":")
+        self._to, self._listening = (host, int(port)), socket.create_server(("127.0.0.1", 0))
+        self.address = f"tcp://127.0.0.1:{self._listening.getsockname()[1]}"
+        self.cut, self.eat, self._open = threading.Event(), 0, list[socket.socket]()
+        self.quiet = threading.Event()  # until the handshake is over answers pass
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        with suppress(OSError):
+            while True:
+                here = self._listening.accept()[0]
+                there = socket.create_connection(self._to)
+                self._open += here, there
+                for pair in ((here, there, False), (there, here, True)):
+                    threading.Thread(target=self._forward, args=pair, daemon=True).start()
+
+    def _forward(self, source: socket.socket, sink: socket.socket, back: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if back and self.eat and self.quiet.is_set():
+                    self.eat -= 1
+                    break
+                if not self.cut.is_set():
+                    sink.sendall(data)
+        for one in (source, sink):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        for one in (self._listening, *self._open):
+            one.close()
