@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The start of torch.distributed groups over a channel, for movers and for who brings collectives:
+no TCPStore and no port of PortaKV's. The groups open sockets of their own for data."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from datetime import timedelta
+from time import monotonic, sleep
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.distributed as dist
+from msgspec import Meta
+from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store
+
+from portakv.errors import PeerError, TransferTimeout, Unsupported
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import Message
+
+KEYS = 1 << 14  # that one rendezvous keeps
+Key = Annotated[str, Meta(max_length=1024)]
+Value = Annotated[bytes, Meta(max_length=16 << 10)]
+
+
+class Keep(Message, frozen=True):
+    """What is done with keys: see the methods of `torch.distributed.Store`."""
+
+    do: Literal["set", "add", "get", "delete_key"]
+    keys: Annotated[tuple[Key, ...], Meta(min_length=1, max_length=256)]
+    value: Value = b""
+    amount: int = 0
+
+
+class Kept(Message, frozen=True):
+    """The answer: the values of all keys, none if one of them has none; or a number."""
+
+    values: tuple[Value, ...] = ()
+    number: int = 0
+
+
+class ChannelStore(Store):
+    """Keys and values of torch.distributed, kept here or, with ``address``, by the channel there.
+    torch needs it for as long as it works with it: hold it, as `pair` does."""
+
+    def __init__(self, channel: Channel, address: str | None) -> None:
+        super().__init__()
+        self._channel, self._address, self._seconds = channel, address, 300.0
+        self._kept, self._lock = dict[str, bytes](), threading.Lock()
+        if address is None:
+            channel.serve(Keep, lambda _, asked: self._do(asked))
+
+    def _do(self, asked: Keep) -> Kept:
+        kept, key = self._kept, asked.keys[0]
+        with self._lock:
+            if asked.do in ("set", "add") and len(kept) >= KEYS and key not in kept:
+                raise PeerError(f"A rendezvous keeps {KEYS} keys; make another.")
+            if asked.do == "set":
+                kept[key] = asked.value
+            elif asked.do == "add":
+                kept[key] = b"%d" % (int(kept.get(key, b"0")) + asked.amount)
+                return Kept(number=int(kept[key]))
+            elif asked.do == "delete_key":
+                return Kept(number=int(kept.pop(key, None) is not None))
+            found = tuple(kept[each] for each in asked.keys if each in kept)
+            return Kept(found * (len(found) == len(asked.keys)))
+
+    def _ask(self, do: Any, *keys: str, **more: Any) -> Kept:
+        asked = Keep(do, keys, **more)
+        if self._address is None:
+            return self._do(asked)
+        return self._channel.ask(self._address, asked, Kept)
+
+    def _await(self, keys: Sequence[str], seconds: float) -> tuple[bytes, ...]:
+        until, pause = monotonic() + seconds, 0.001
+        while not (found := self._ask("get", *keys).values):
+            if monotonic() > until:
+                raise TransferTimeout(f"Nobody has set {', '.join(keys)[:200]} in {seconds:g} s.")
+            sleep(pause)
+            pause = min(0.02, 2 * pause)
+        return found
+
+    def set(self, key: str, value: Any) -> None:
+        self._ask("set", key, value=value.encode() if isinstance(value, str) else bytes(value))
+
+    def get(self, key: str) -> bytes:
+        return self._await([key], self._seconds)[0]
+
+    def add(self, key: str, value: int) -> int:
+        return self._ask("add", key, amount=value).number
+
+    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
+        self._await(keys, self._seconds if timeout is None else timeout.total_seconds())
+
+    def check(self, keys: list[str]) -> bool:
+        return self._ask("get", *keys).values != ()
+
+    def delete_key(self, key: str) -> bool:
+        return self._ask("delete_key", key).number == 1
+
+    def set_timeout(self, timeout: timedelta) -> None:
+        self._seconds = timeout.total_seconds()
+
+
+def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
+    """A `torch.distributed.Store` over a channel: kept here and served to others, one for each
+    channel, or kept by the channel at ``address``."""
+    return ChannelStore(channel, address)
+
+
+def pair(
+    store: Store, rank: int, size: int, device: Any, timeout: float = 30.0, name: str = ""
+) -> ProcessGroup:
+    """A process group apart from the default one, of gloo, nccl or what a vendor registered for the
+    device; ``name`` tells the groups of one store apart. An abort of it ends nobody else's.
+
+    Raises:
+        Unsupported: torch has no such group for the device.
+        PeerError: the others did not come in ``timeout`` seconds.
+    """
+    kind, seconds = torch.device(device).type, timedelta(seconds=timeout)
+    named, torchs = PrefixStore(f"{name}/", store), dist.distributed_c10d.__dict__
+    backend = dist.Backend.default_device_backend_map.get(kind, "none")
+    plugin: Any = getattr(dist.Backend, "_plugins", {}).get(backend.upper())
+    try:
+        if plugin is not None and plugin.extended_api:
+            given: Any = torchs["_DistributedBackendOptions"]()
+            given.store, given.group_rank, given.group_size = named, rank, size
+            given.timeout, given.group_id = seconds, name
+            made: Any = plugin.creator_fn(given, None)
+        elif plugin is not None:
+            made = plugin.creator_fn(named, rank, size, seconds)
+        elif backend == "gloo" and dist.is_gloo_available():
+            made = torchs["ProcessGroupGloo"](named, rank, size, seconds)
+        elif backend == "nccl" and dist.is_nccl_available():
+            options = torchs["ProcessGroupNCCL"].Options()
+            options._timeout = seconds
+            made = torchs["ProcessGroupNCCL"](named, rank, size, options)
+        else:
+            raise Unsupported(f"A process group for {kind}", "torch has none here")
+    except Unsupported:
+        raise
+    except RuntimeError as error:  # also what the store raised
+        why = str(error).partition("\n")[0]
+        raise PeerError(f"{size} ranks were to meet, here is {rank}, and did not: {why}") from None
+    weakref.finalize(made, bool, (store, named))  # which are held as long as the group
+    group: ProcessGroup = made
+    return group
+
+
+def unique_id() -> bytes:
+    """NCCL's unique id, for who brings a communicator; raises `Unsupported` without NCCL."""
+    if not (torch.cuda.is_available() and dist.is_nccl_available()):
+        raise Unsupported("A unique id", "this torch has no NCCL, or no device for it")
+    return bytes(torch.cuda.nccl.unique_id())
