@@ -1,0 +1,403 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`publish` and `pull_weights` bring a model's weights from processes that serve it into one that
+takes over, whatever TP and PP either side has."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, groupby, pairwise, product
+from math import prod
+from operator import add, sub
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from msgspec import Meta, msgpack, structs
+
+from portakv.errors import LayoutError, OfferGone, PeerError, TransferError, TransferTimeout
+from portakv.graph.graph import Graph, Node
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.digest import box_digest
+from portakv.migrate.ipc import open_shared, share
+from portakv.migrate.messages import Count, Dims, Handle, Id, Message, Text, sealed, unsealed
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.worker import RateLimit
+
+_PAGE, _SUMS, _JOBS = 40 << 10, 256, 64  # bytes of items, digests in an answer; questions at once
+_BATCH, _PACED, _SMALL = 1 << 30, 32 << 20, 16 << 20  # bytes copied at once, with a rate; small
+_OPEN = 256  # pieces that are copied at once: on the host each may cost a descriptor
+
+
+class Box(NamedTuple):
+    """``extents`` elements of a whole tensor from ``offset`` on, and of the one here from ``start``
+    on."""
+
+    offset: Dims
+    start: Dims
+    extents: Dims
+
+    def at(self, offset: Dims) -> Dims:
+        """Where the element at ``offset`` of the whole is here."""
+        return tuple(map(add, map(sub, offset, self.offset), self.start))
+
+
+@dataclass(frozen=True, eq=False)
+class Parameter:
+    """A tensor and which boxes of one of ``shape`` it holds, by default all. ``packing`` names how
+    values were repacked after loading (Marlin, ...); ``block``, how many elements on each axis
+    share a scale, at whose multiples boxes begin and end. Scales are parameters of their own. What
+    is in no box, such as padding, is left alone."""
+
+    tensor: torch.Tensor
+    shape: Sequence[int] | None = None
+    boxes: Sequence[Box] | None = None
+    packing: str = ""
+    block: Sequence[int] = ()
+
+    @classmethod
+    def split(
+        cls,
+        tensor: torch.Tensor,
+        axis: int,
+        parts: Sequence[int],
+        cut: tuple[int, int],
+        unit: int = 1,
+    ) -> Parameter:
+        """What rank ``cut[0]`` of ``cut[1]`` holds of a tensor that is cut along ``axis``.
+        ``parts``: whole extents there of what is fused in it (query, key, value), or one; each is
+        cut at multiples of ``unit`` (a head's rows), and ranks that outnumber these share."""
+        local, boxes, at, done = tuple(tensor.shape), list[Box](), 0, 0
+        before, after = local[:axis], local[axis + 1 :]
+        for part in parts:
+            first, past = (part // unit * (cut[0] + x) // cut[1] * unit for x in (0, 1))
+            n = max(unit, past - first)
+            offset, start = ((*[0] * axis, x, *[0] * len(after)) for x in (done + first, at))
+            boxes.append(Box(offset, start, (*before, n, *after)))
+            at, done = at + n, done + part
+        if local[axis : axis + 1] != (at,) or any(x % unit or x < unit for x in parts):
+            raise LayoutError(
+                f"A tensor of {local} was said to be part {cut} of {parts} along axis {axis}: "
+                f"expected {at} elements there, and multiples of {unit}; correct it, or give boxes."
+            )
+        return cls(tensor, (*before, done, *after), boxes)
+
+
+class Item(Message, frozen=True):
+    """What is told of a parameter; ``tie`` is the first name of its memory, which has ``data``."""
+
+    dtype: Annotated[str, Meta(max_length=32)]
+    shape: Dims
+    boxes: Annotated[tuple[Box, ...], Meta(max_length=1024)]
+    packing: Text
+    block: Dims
+    tie: Text
+    data: Handle = b""
+
+    def __post_init__(self) -> None:
+        of, blocks = self.shape, self.block or (1,) * len(self.shape)
+        for offset, _, extents in self.boxes:
+            axes = zip(offset, map(add, offset, extents), of, blocks, strict=False)
+            if len({*map(len, (offset, extents, of, blocks))}) > 1 or any(
+                a < 0 or b > n or a % k or (b % k and b < n) for a, b, n, k in axes
+            ):
+                raise LayoutError(
+                    f"A parameter was said to hold {extents} elements from {offset} on of {of}: "
+                    f"that is outside, or cuts blocks of {blocks}, which share a scale; correct it."
+                )
+
+
+class Piece(NamedTuple):
+    """A box of the reader's parameter, which an owner's tensor has from ``theirs`` on."""
+
+    name: str
+    owner: int
+    box: Box
+    theirs: Dims
+
+
+def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
+    """A part of a tensor; raises `LayoutError` if it is not there."""
+    axes = zip(start, extents, tensor.shape, strict=False)
+    part = tensor.detach()[tuple(slice(a, a + n) for a, n, _ in axes)]
+    if part.shape != tuple(extents) or part.is_meta:
+        raise LayoutError(
+            f"{tuple(extents)} elements from {tuple(start)} on were asked of {tuple(tensor.shape)} "
+            f"on {tensor.device}: expected that they lie in it, and memory; correct the box."
+        )
+    return part
+
+
+def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
+    """What is told of parameters; one memory under several names is tied."""
+    first, items = dict[Any, str](), dict[str, Item]()
+    for name, x in parameters.items():
+        tensor, local = x.tensor, tuple(x.tensor.shape)
+        shape, zeros = local if x.shape is None else tuple(x.shape), (0,) * len(local)
+        boxes = tuple(Box(*map(tuple, b)) for b in x.boxes or [Box(zeros, zeros, local)])
+        item = Item(str(tensor.dtype)[6:], shape, boxes, x.packing, tuple(x.block), "")
+        for box in boxes:
+            part_of(tensor, box.start, box.extents)
+        memory = tensor.data_ptr() or name, tensor.device, tensor.stride(), item
+        items[name] = structs.replace(item, tie=first.setdefault(memory, name))
+    return items
+
+
+def _unlike(mine: Mapping[str, Item], theirs: Mapping[str, Item]) -> Iterator[tuple[str, str]]:
+    """What an owner tells otherwise of which parameters."""
+    both, tied = [x for x in mine if x in theirs], defaultdict[Any, list[str]](list)
+    for name in both:
+        for side in (mine, theirs):
+            tied[id(side), side[name].tie].append(name)
+    for name in both:
+        for what in ("dtype", "shape", "packing", "block"):
+            here, there = getattr(mine[name], what), getattr(theirs[name], what)
+            if here != there:
+                yield name, f"its {what} is {here!r} here and {there!r} there"
+        here, there = (tied[id(side), side[name].tie] for side in (mine, theirs))
+        if here != there:
+            yield name, f"{here} are one tensor here, and {there} there"
+
+
+def _pieces(name: str, box: Box, owners: Sequence[tuple[int, Box]]) -> Iterator[Piece | str]:
+    """A box cut at the owners' edges; each cell is the first owner's that has it, or a sentence."""
+    edges = list[list[int]]()
+    for i, (low, n) in enumerate(zip(box.offset, box.extents, strict=True)):
+        ends = (y for _, x in owners for y in (x.offset[i], x.offset[i] + x.extents[i]))
+        edges.append(sorted({low, low + n, *(y for y in ends if low < y < low + n)}))
+    for cell in product(*map(pairwise, edges)):
+        first, extents = tuple(a for a, _ in cell), tuple(b - a for a, b in cell)
+        for owner, x in owners:
+            axes = zip(cell, x.offset, x.extents, strict=True)
+            if all(low <= a and b <= low + n for (a, b), low, n in axes):
+                yield Piece(name, owner, Box(first, box.at(first), extents), x.at(first))
+                break
+        else:
+            yield f"{name}: nobody holds {extents} elements from {first} on"
+
+
+def plan(
+    mine: Mapping[str, Item], owners: Sequence[Mapping[str, Item]], some: bool = False
+) -> list[Piece]:
+    """Which piece of each parameter comes from which owner. One `LayoutError` lists all that does
+    not fit; ``some``: what nobody asked for does."""
+    surplus = [] if some else [x for theirs in owners for x in theirs if x not in mine]
+    wrong = [f"{name}: it was not asked for" for name in surplus]
+    unlike = [x for theirs in owners for x in _unlike(mine, theirs)]
+    wrong += [f"{name}: {why}" for name, why in unlike]
+    bad, pieces = {name for name, _ in unlike}, list[Piece]()
+    for name, item in mine.items():
+        theirs = [(i, box) for i, x in enumerate(owners) if name in x for box in x[name].boxes]
+        wrong += [] if theirs else [f"{name}: nobody holds it"]
+        for piece in chain(
+            *(_pieces(name, box, theirs) for box in item.boxes if theirs and name not in bad)
+        ):
+            pieces.append(piece) if isinstance(piece, Piece) else wrong.append(piece)
+    if wrong:
+        raise LayoutError(
+            f"{len(mine)} weights were to be pulled from {len(owners)} owners, and nothing was, "
+            f"since these differ; correct them on either side:\n" + "\n".join(dict.fromkeys(wrong))
+        )
+    return pieces
+
+
+class WeightsTicket(Message, frozen=True):
+    """Where weights are published, and which."""
+
+    address: Text
+    id: Id
+
+
+class AskWeights(Message, frozen=True):
+    """What is published, from item ``first`` on? Or, with a ``job``, and asked until it is done:
+    which digests have these boxes, as they lie at the owner?"""
+
+    id: Id
+    first: Count = 0
+    job: Id | None = None
+    boxes: Annotated[tuple[tuple[Text, Box], ...], Meta(max_length=_SUMS)] = ()
+
+
+class Weights(Message, frozen=True):
+    """Some of the ``total`` items, by name; or digests."""
+
+    state: Literal["held", "gone", "busy"]
+    total: int = 0
+    items: tuple[tuple[Text, Item], ...] = ()
+    sums: tuple[int, ...] = ()
+
+
+def _sum(tensor: torch.Tensor, item: Item, box: Box) -> int:
+    with torch.inference_mode():
+        return box_digest(part_of(tensor, box.start, box.extents), box.offset, item.shape)
+
+
+class Published:
+    """What `publish` returns: ``ticket``, for whoever may pull, and `close`."""
+
+    def __init__(self, channel: Channel, parameters: Mapping[str, Parameter]) -> None:
+        self._held, self._id, self.graph = {**parameters}, secrets.token_bytes(16), Graph()
+        self._items = items_of(parameters)
+        for name, x in parameters.items():
+            if (device := x.tensor.device).type != "cpu":  # what writes them ends first
+                torch.accelerator.current_stream(device.index).synchronize()
+            if self._items[name].tie == name:
+                self._items[name] = structs.replace(self._items[name], data=share(x.tensor))
+        self._jobs = Bounded[bytes, tuple[Node, list[int]]]("questions for digests", _JOBS)
+        self.ticket = sealed(WeightsTicket(channel.address, self._id))
+        channel.serve(AskWeights, self._answer)
+
+    def _answer(self, _: Peer, asked: AskWeights) -> Weights:
+        if asked.id != self._id or self.graph.closed.is_set():
+            return Weights("gone")
+        if asked.job:
+            return self._digests(asked)
+        page, room = list[tuple[str, Item]](), _PAGE
+        for pair in [*self._items.items()][asked.first :]:
+            if (room := room - len(msgpack.encode(pair))) < 0 and page:
+                break
+            page.append(pair)
+        return Weights("held", len(self._items), tuple(page))
+
+    def _digests(self, asked: AskWeights) -> Weights:
+        """They take longer than a channel may: a worker makes them."""
+        if asked.job not in self._jobs and len(self.graph.live) < _JOBS:
+            terms = [(self._held[name].tensor, self._items[name], box) for name, box in asked.boxes]
+            sums, link = list[int](), self.graph.link("weights")
+            node = Node(lambda *_: sums.extend(_sum(*x) for x in terms), 1, link=link, name="sum")
+            self._jobs[asked.job] = node, sums
+            self.graph.submit([node])
+        job = self._jobs.get(asked.job)
+        if not job or not job[0].done():
+            return Weights("busy")
+        if job[0].error:
+            raise job[0].error
+        return Weights("held", sums=tuple(job[1]))
+
+    def close(self) -> None:
+        """Let go of the tensors; who pulls them now is told that they are gone."""
+        self.graph.close()
+        self._held.clear()
+
+
+def publish(channel: Channel, parameters: Mapping[str, Parameter]) -> Published:
+    """Let others pull these tensors, which must not change until `Published.close`; of a channel,
+    those that were published last. They map the memory, with all of the allocation round it: on the
+    host it has to be shared already (``tensor.share_memory_()``), else this raises `Unsupported`.
+    """
+    return Published(channel, parameters)
+
+
+class _Owner:
+    """An owner of weights, for one pull."""
+
+    def __init__(self, channel: Channel, ticket: bytes, timeout: float) -> None:
+        self.channel, self.timeout = channel, timeout
+        if (told := unsealed(ticket, WeightsTicket)) is None:
+            raise PeerError(
+                "What was handed over is no ticket of weights of this release: expected the bytes "
+                "of `Published.ticket`, unchanged; carry them as they are."
+            )
+        self.address, self.id = told.address, told.id
+        self.items, self.opened, more = dict[str, Item](), dict[str, torch.Tensor](), True
+        while more:
+            page = self.ask(AskWeights(self.id, len(self.items)))
+            self.items.update(page.items)
+            more = len(self.items) < page.total and page.items != ()
+
+    def ask(self, asked: AskWeights) -> Weights:
+        """Its answer, once it has one."""
+        until, pause = time.monotonic() + self.timeout, 5e-4
+        while (answer := self.channel.ask(self.address, asked, Weights)).state == "busy":
+            if time.monotonic() > until:
+                raise TransferTimeout(f"{self.address} made no digests in {self.timeout} seconds.")
+            time.sleep(pause := min(2 * pause, 0.05))
+        if answer.state == "gone":
+            raise OfferGone(f"Weights at {self.address} are published no more; get a new ticket.")
+        return answer
+
+    def pair(self, piece: Piece, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a piece goes to, and where it lies in the owner's memory."""
+        box, tie = piece.box, self.items[piece.name].tie
+        if tie not in self.opened:
+            if tensor.is_cpu:
+                self.opened.clear()
+            data = self.items[tie].data if tie in self.items else b""
+            self.opened[tie] = open_shared(data, tensor.device)
+        if (theirs := self.opened[tie]).dtype != tensor.dtype:
+            raise PeerError(f"{piece.name} is not what {self.address} told of it; pull elsewhere.")
+        into = part_of(tensor, box.start, box.extents)
+        return into, part_of(theirs, piece.theirs, box.extents)
+
+    def wrong(self, pieces: Sequence[Piece], parameters: Mapping[str, Parameter]) -> Iterator[str]:
+        """Names of what has another digest there."""
+        for k in range(0, len(pieces), _SUMS):
+            some = pieces[k : k + _SUMS]
+            boxes = tuple((x.name, x.box._replace(start=x.theirs)) for x in some)
+            asked = AskWeights(self.id, 0, secrets.token_bytes(16), boxes)
+            self.channel.ask(self.address, asked, Weights)  # it begins while this side works
+            here = [_sum(parameters[x.name].tensor, self.items[x.name], x.box) for x in some]
+            sums = zip(some, here, self.ask(asked).sums, strict=True)
+            yield from (x.name for x, mine, theirs in sums if mine != theirs)
+
+
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Copy to the end; many small ones by one call."""
+    many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
+    with torch.inference_mode():
+        for into, theirs in pairs:
+            if into.nbytes < _SMALL and into.is_contiguous() and theirs.is_contiguous():
+                lists = many[into.device, into.dtype]
+                lists[0].append(into)
+                lists[1].append(theirs)
+            else:
+                into.copy_(theirs)
+        for lists in many.values():
+            torch._foreach_copy_(*lists)
+    for device in {into.device for into, _ in pairs if not into.is_cpu}:
+        torch.accelerator.current_stream(device.index).synchronize()
+
+
+def pull_weights(
+    channel: Channel,
+    tickets: bytes | Sequence[bytes],
+    parameters: Mapping[str, Parameter],
+    *,
+    some: bool = False,
+    max_gbps: float | None = None,
+    timeout: float = 60.0,
+) -> int:
+    """Fill tensors from owners that publish the same names, preferred ones first, on the current
+    stream, few at a time; block until digests that the owners work out agree. Returns the bytes.
+    ``some``: owners hold others as well (the reader is one stage of a pipeline). ``timeout``:
+    seconds for the digests of 256 boxes.
+
+    Raises `LayoutError`, which lists all that differs, before a byte is written. After any other
+    error the tensors hold an unknown part of the weights, and must not be used until a pull
+    succeeds: `OfferGone`, `PeerError`, `TransferTimeout`, `Unsupported` if an owner's memory cannot
+    be mapped here, `TransferError` with the names whose digests differ.
+    """
+    if any(capturing(x.tensor.device) for x in parameters.values()):
+        raise refuse_capture("Pulling weights", "processes talk to each other; do it before")
+    tickets = [tickets] if isinstance(tickets, bytes) else tickets
+    owners, mine = [_Owner(channel, x, timeout) for x in tickets], items_of(parameters)
+    pieces = plan(mine, [x.items for x in owners], some)
+    once = [x for x in pieces if mine[x.name].tie == x.name]
+    sizes = [prod(x.box.extents) * parameters[x.name].tensor.itemsize for x in once]
+    limit, most = (RateLimit(max_gbps), _PACED) if max_gbps else (None, _BATCH)
+    batch = [(end // most, i // _OPEN) for i, end in enumerate(accumulate(sizes))]
+    for _, group in groupby(zip(batch, once, strict=True), lambda x: x[0]):
+        pairs = [owners[x.owner].pair(x, parameters[x.name].tensor) for _, x in group]
+        if limit:
+            time.sleep(limit.left(limit.start_of(sum(x.nbytes for x, _ in pairs))))
+        _copy(pairs)
+    found = [x.wrong([p for p in pieces if p.owner == i], parameters) for i, x in enumerate(owners)]
+    if wrong := dict.fromkeys(chain(*found)):
+        raise TransferError(
+            f"{len(mine)} weights were pulled, and digests of these differ from their owners': "
+            f"{', '.join(wrong)}. Do not use any of them; pull again."
+        )
+    return sum(sizes)

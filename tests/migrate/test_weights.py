@@ -1,0 +1,508 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights: which piece of a tensor comes from whom for any sharding, judged by numpy's slices of
+the whole tensor, and the exchange between owners and a reader."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise, product
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.ambient import STATES
+from support.peer_process import Peer
+
+from portakv.errors import (
+    LayoutError,
+    OfferGone,
+    PeerError,
+    TransferError,
+    TransferTimeout,
+    Unsupported,
+)
+from portakv.graph.graph import Node
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import unsealed
+from portakv.migrate.weights import (
+    AskWeights,
+    Box,
+    Parameter,
+    Weights,
+    WeightsTicket,
+    items_of,
+    part_of,
+    plan,
+    publish,
+    pull_weights,
+)
+
+Array = npt.NDArray[Any]
+
+
+def whole_of(shape: Sequence[int]) -> Array:
+    """A tensor whose elements are all different."""
+    return np.arange(1, np.prod(shape, dtype=int) + 1, dtype=np.int32).reshape(shape)
+
+
+def rank_of(part: Array, axis: int, rank: int, size: int, unit: int) -> Array:
+    """What a rank holds of one part: whole units, shared if there are fewer than ranks."""
+    units = part.shape[axis] // unit
+    first = units * rank // size
+    past = max(first + 1, units * (rank + 1) // size)
+    return part.take(range(first * unit, past * unit), axis)
+
+
+def local_of(
+    whole: Array, axis: int, parts: Sequence[int], rank: int, size: int, unit: int
+) -> Array:
+    """What a rank holds of a fused tensor: its share of each part, one behind the other."""
+    cut = np.split(whole, np.cumsum(parts)[:-1], axis)
+    return np.concatenate([rank_of(part, axis, rank, size, unit) for part in cut], axis)
+
+
+def pulled(mine: dict[str, Parameter], owners: Sequence[dict[str, Parameter]]) -> None:
+    """Carry a plan out, between tensors of this process."""
+    for name, i, box, theirs in plan(items_of(mine), [items_of(x) for x in owners]):
+        source = part_of(owners[i][name].tensor, theirs, box.extents)
+        part_of(mine[name].tensor, box.start, box.extents).copy_(source)
+
+
+def tensor_of(array: Array, strided: bool) -> torch.Tensor:
+    """The same elements, with others between them if ``strided``."""
+    if not strided or not array.ndim:
+        return torch.from_numpy(array.copy())
+    room = torch.full((*array.shape[:-1], 2 * array.shape[-1] + 1), -7, dtype=torch.int32)
+    held = room[..., 1::2]
+    held.copy_(torch.from_numpy(array))
+    return held
+
+
+@given(st.data())
+def test_any_tp_pulls_from_any_other(data: st.DataObject) -> None:
+    """Column and row parallel, fused with uneven parts, ranks that outnumber the units: each rank
+    of the reader finds numpy's slices, and nothing between its elements is touched."""
+    draw = data.draw
+    axis, dims = draw(st.sampled_from([(0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3)]))
+    unit = draw(st.integers(1, 3))
+    parts = [unit * x for x in draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))]
+    shape = draw(st.lists(st.integers(1, 4), min_size=dims, max_size=dims))
+    shape[axis] = sum(parts)
+    whole, (theirs, ours) = whole_of(shape), draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    ranks = draw(st.permutations(range(theirs)))
+    owners = [
+        {
+            "w": Parameter.split(
+                tensor_of(local_of(whole, axis, parts, r, theirs, unit), draw(st.booleans())),
+                axis,
+                parts,
+                (r, theirs),
+                unit,
+            )
+        }
+        for r in ranks
+    ]
+    for rank in range(ours):
+        expected = local_of(whole, axis, parts, rank, ours, unit)
+        tensor = tensor_of(np.zeros_like(expected), draw(st.booleans()))
+        pulled({"w": Parameter.split(tensor, axis, parts, (rank, ours), unit)}, owners)
+        assert np.array_equal(tensor.numpy(), expected)
+        if not tensor.is_contiguous():
+            assert torch.as_strided(tensor, tensor.shape, tensor.stride(), 0).eq(-7).all()
+
+
+@st.composite
+def grids(draw: st.DrawFn, shape: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
+    """A tensor cut on all its axes, into cells that are in any order."""
+    edges = [sorted({0, n, *draw(st.lists(st.integers(0, n), max_size=2))}) for n in shape]
+    return draw(st.permutations([*product(*map(pairwise, edges))]))
+
+
+def dealt(whole: Array, cells: Sequence[tuple[tuple[int, int], ...]]) -> Parameter:
+    """A process that holds some cells of a tensor, flat, one behind the other."""
+    rows = sum(past - first for (first, past), *_ in cells)
+    room = torch.zeros(rows, *whole.shape[1:], dtype=torch.int32)
+    boxes, at = list[Box](), 0
+    for cell in cells:
+        first, extents = tuple(a for a, _ in cell), tuple(b - a for a, b in cell)
+        start = (at, *[0] * (whole.ndim - 1))
+        boxes.append(Box(first, start, extents))
+        part_of(room, start, extents).copy_(torch.from_numpy(whole[tuple(slice(*x) for x in cell)]))
+        at += extents[0]
+    return Parameter(room, whole.shape, boxes)
+
+
+@given(st.data(), st.lists(st.integers(1, 6), min_size=1, max_size=3))
+def test_boxes_of_any_grid_are_found(data: st.DataObject, shape: list[int]) -> None:
+    """Boxes cut on every axis, dealt out to several owners that may hold one twice."""
+    whole = whole_of(shape)
+    cells, mine = data.draw(grids(shape)), data.draw(grids(shape))
+    count = data.draw(st.integers(1, 3))
+    extra = data.draw(st.lists(st.sampled_from(cells), max_size=2))
+    owners = [{"w": dealt(whole, [*cells[i::count], *extra])} for i in range(count)]
+    reader, expected = dealt(np.zeros_like(whole), mine), dealt(whole, mine)
+    pulled({"w": reader}, owners)
+    assert torch.equal(reader.tensor, expected.tensor)
+
+
+@given(st.data(), st.lists(st.integers(1, 6), min_size=1, max_size=3))
+def test_a_cell_that_nobody_holds_is_named(data: st.DataObject, shape: list[int]) -> None:
+    whole = whole_of(shape)
+    cells = data.draw(grids(shape))
+    gone, *held = cells
+    owners = (
+        [{"w": dealt(whole, held)}]
+        if held
+        else [
+            {
+                "w": Parameter(
+                    torch.zeros(0, *shape[1:], dtype=torch.int32),
+                    shape,
+                    [Box((0,) * len(shape), (0,) * len(shape), (0,) * len(shape))],
+                )
+            }
+        ]
+    )
+    reader = Parameter(torch.zeros(shape, dtype=torch.int32))
+    with pytest.raises(LayoutError, match="w: nobody holds") as caught:
+        pulled({"w": reader}, owners)
+    assert str(tuple(b - a for a, b in gone)) in str(caught.value)
+    assert not reader.tensor.any()
+
+
+def test_scalars_and_empty_tensors_are_parameters() -> None:
+    owner = {"s": Parameter(torch.tensor(3.0)), "e": Parameter(torch.zeros(0, 4))}
+    mine = {"s": Parameter(torch.tensor(0.0)), "e": Parameter(torch.zeros(0, 4))}
+    pulled(mine, [owner])
+    assert mine["s"].tensor == 3.0
+
+
+def test_padding_is_left_alone() -> None:
+    """A vocabulary of 10 rows, padded to 12 by the reader."""
+    mine = Parameter(torch.full((12, 2), -1), (10, 2), [Box((0, 0), (0, 0), (10, 2))])
+    pulled({"w": mine}, [{"w": Parameter(torch.ones(10, 2, dtype=torch.int64))}])
+    assert mine.tensor.tolist() == [[1, 1]] * 10 + [[-1, -1]] * 2
+
+
+def test_the_owner_that_was_named_first_is_preferred() -> None:
+    owners = [{"w": Parameter(torch.full((4,), float(i)))} for i in (1, 2)]
+    mine = Parameter(torch.zeros(4))
+    pulled({"w": mine}, owners)
+    assert mine.tensor.eq(1).all()
+
+
+def test_experts_that_were_moved_are_boxes_of_one_axis() -> None:
+    """Two owners hold experts in an order of their own; the reader has all, in another one."""
+    whole = torch.arange(4 * 6).view(4, 3, 2)
+
+    def holds(*experts: int) -> Parameter:
+        boxes = [Box((e, 0, 0), (i, 0, 0), (1, 3, 2)) for i, e in enumerate(experts)]
+        return Parameter(whole[[*experts]], (4, 3, 2), boxes)
+
+    mine = holds(2, 0, 3, 1)
+    mine.tensor.zero_()
+    pulled({"w": mine}, [{"w": holds(3, 0)}, {"w": holds(1, 2)}])
+    assert torch.equal(mine.tensor, whole[[2, 0, 3, 1]])
+
+
+@pytest.mark.parametrize(
+    ("start", "extents"), [((0, 0), (5, 2)), ((3, 0), (2, 2)), ((-1, 0), (1, 2))]
+)
+def test_a_box_outside_of_its_tensor_is_refused(start: Any, extents: Any) -> None:
+    boxes = [Box((0, 0), start, extents)]
+    with pytest.raises(LayoutError, match="expected that they lie in it"):
+        items_of({"w": Parameter(torch.zeros(4, 2), (100, 2), boxes)})
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape"),
+    [((8, 0), (10, 2)), ((-1, 0), (10, 2)), ((0, 0), (3, 2)), ((0,), (10, 2)), ((0, 0), (9,))],
+)
+def test_a_box_outside_of_the_whole_is_refused(offset: Any, shape: Any) -> None:
+    with pytest.raises(LayoutError, match="is outside"):
+        items_of({"w": Parameter(torch.zeros(4, 2), shape, [Box(offset, (0, 0), (4, 2))])})
+
+
+def test_blocks_that_share_a_scale_are_not_cut() -> None:
+    """Halves of 6 blocks of 4 rows (the last is shorter) may be cut at 12, not at 11."""
+    rows = torch.zeros(11, 2)
+    items_of({"w": Parameter(rows, (23, 2), [Box((12, 0), (0, 0), (11, 2))], block=(4, 2))})
+    for offset, n in ((11, 11), (12, 10)):
+        cut = Parameter(rows, (23, 2), [Box((offset, 0), (0, 0), (n, 2))], block=(4, 2))
+        with pytest.raises(LayoutError, match=r"cuts blocks of \(4, 2\)"):
+            items_of({"w": cut})
+
+
+def test_a_tensor_without_memory_is_refused() -> None:
+    with pytest.raises(LayoutError, match="and memory"):
+        items_of({"w": Parameter(torch.zeros(3, device="meta"))})
+
+
+@pytest.mark.parametrize(
+    ("rows", "axis", "parts", "unit"), [(5, 0, (8,), 1), (4, 0, (8,), 3), (4, 2, (8,), 1)]
+)
+def test_a_split_that_does_not_fit_is_refused(rows: int, axis: int, parts: Any, unit: int) -> None:
+    with pytest.raises(LayoutError, match="or give boxes"):
+        Parameter.split(torch.zeros(rows, 2), axis, parts, (0, 2), unit)
+
+
+def test_mismatches_are_one_error_that_lists_all() -> None:
+    """Fault 37. Names that one side lacks, another dtype, shape, packing and block, tensors tied on
+    one side only, rows that nobody holds: all are told at once, and nothing was written."""
+    tied, half = torch.zeros(4, 2), Parameter.split(torch.ones(2, 2), 0, [4], (0, 2))
+    mine = {
+        "missing": Parameter(torch.zeros(3)),
+        "dtype": Parameter(torch.zeros(3, dtype=torch.float16)),
+        "shape": Parameter(torch.zeros(3)),
+        "packing": Parameter(torch.zeros(3), packing="marlin"),
+        "block": Parameter(torch.zeros(4, 4), block=(2, 2)),
+        "embed": Parameter(tied),
+        "head": Parameter(tied),
+        "half": Parameter(torch.zeros(4, 2)),
+        "right": Parameter(torch.zeros(3)),
+    }
+    owner = {
+        "surplus": Parameter(torch.ones(3)),
+        "dtype": Parameter(torch.ones(3, dtype=torch.bfloat16)),
+        "shape": Parameter(torch.ones(4)),
+        "packing": Parameter(torch.ones(3)),
+        "block": Parameter(torch.ones(4, 4), block=(4, 4)),
+        "embed": Parameter(torch.ones(4, 2)),
+        "head": Parameter(torch.ones(4, 2)),
+        "half": half,
+        "right": Parameter(torch.ones(3)),
+    }
+    with pytest.raises(LayoutError) as caught:
+        pulled(mine, [owner])
+    assert str(caught.value).splitlines()[1:] == [
+        "surplus: it was not asked for",
+        "dtype: its dtype is 'float16' here and 'bfloat16' there",
+        "shape: its shape is (3,) here and (4,) there",
+        "packing: its packing is 'marlin' here and '' there",
+        "block: its block is (2, 2) here and (4, 4) there",
+        "embed: ['embed', 'head'] are one tensor here, and ['embed'] there",
+        "head: ['embed', 'head'] are one tensor here, and ['head'] there",
+        "missing: nobody holds it",
+        "half: nobody holds (2, 2) elements from (2, 0) on",
+    ]
+    assert not any(x.tensor.any() for x in mine.values())
+
+
+# ---- the exchange
+
+
+def shared(array: Array) -> torch.Tensor:
+    """The same elements, in memory that others may map."""
+    tensor = torch.from_numpy(array.copy())
+    tensor.share_memory_()
+    return tensor
+
+
+@pytest.fixture
+def channels() -> Iterator[Callable[[], Channel]]:
+    """Makes channels of this host, which end with the test."""
+    made = list[Channel]()
+
+    def make() -> Channel:
+        made.append(Channel())
+        return made[-1]
+
+    yield make
+    for channel in made:
+        channel.close()
+
+
+class Between:
+    """A channel that does something before it asks for digests."""
+
+    def __init__(self, channel: Channel, before: Callable[[], object]) -> None:
+        self.channel, self.before, self.asked = channel, before, 0
+
+    def ask(self, address: str, asked: AskWeights, kind: type[Weights]) -> Weights:
+        if asked.job and not self.asked:
+            self.before()
+        self.asked += bool(asked.job)
+        return self.channel.ask(address, asked, kind)
+
+
+Channels = Callable[[], Channel]
+
+
+def test_tp_2_becomes_tp_3_between_channels(channels: Channels) -> None:
+    """Column, row parallel and fused parameters, a scale by its own name, all replicated norms."""
+    qkv, down = whole_of((24, 8)), whole_of((6, 12))
+    scale, norm = whole_of((12, 4)), whole_of((8,))
+
+    def rank(r: int, size: int, empty: bool) -> dict[str, Parameter]:
+        def held(array: Array) -> torch.Tensor:
+            return torch.zeros(array.shape, dtype=torch.int32) if empty else shared(array)
+
+        return {
+            "qkv": Parameter.split(
+                held(local_of(qkv, 0, (12, 6, 6), r, size, 1)), 0, (12, 6, 6), (r, size)
+            ),
+            "down": Parameter.split(held(rank_of(down, 1, r, size, 1)), 1, (12,), (r, size)),
+            "scale": Parameter.split(held(rank_of(scale, 0, r, size, 1)), 0, (12,), (r, size)),
+            "norm": Parameter(held(norm)),
+        }
+
+    published = [publish(channels(), rank(r, 2, False)) for r in range(2)]
+    for r in range(3):
+        mine, expected = rank(r, 3, True), rank(r, 3, False)
+        nbytes = pull_weights(channels(), [x.ticket for x in published], mine)
+        assert nbytes == sum(x.tensor.nbytes for x in mine.values())
+        for name, x in mine.items():
+            assert torch.equal(x.tensor, expected[name].tensor), name
+    for owner in published:
+        owner.close()
+
+
+def test_tied_tensors_cross_once(channels: Channels) -> None:
+    rows = whole_of((6, 4))
+    with_head = shared(rows)
+    published = publish(channels(), {x: Parameter(with_head) for x in ("embed", "head")})
+    into = torch.zeros(6, 4, dtype=torch.int32)
+    mine = {x: Parameter(into) for x in ("head", "embed")}
+    assert pull_weights(channels(), published.ticket, mine) == into.nbytes
+    assert torch.equal(into, with_head)
+    published.close()
+
+
+def test_hundreds_of_parameters_are_listed_by_pages(channels: Channels) -> None:
+    """More than one answer holds, and more digests than one question asks for."""
+    room = shared(whole_of((600, 16)))
+    owner = publish(channels(), {f"layer.{i}.{'x' * 100}": Parameter(room[i]) for i in range(600)})
+    into = torch.zeros(600, 16, dtype=torch.int32)
+    mine = {f"layer.{i}.{'x' * 100}": Parameter(into[i]) for i in range(600)}
+    assert pull_weights(channels(), owner.ticket, mine, max_gbps=1e3) == into.nbytes
+    assert torch.equal(into, room)
+    owner.close()
+
+
+def test_a_stage_of_a_pipeline_asks_for_some(channels: Channels) -> None:
+    owner = publish(channels(), {x: Parameter(shared(whole_of((3,)))) for x in "abc"})
+    into = torch.zeros(3, dtype=torch.int32)
+    with pytest.raises(LayoutError, match="a: it was not asked for\nc: it was not"):
+        pull_weights(channels(), owner.ticket, {"b": Parameter(into)})
+    assert pull_weights(channels(), owner.ticket, {"b": Parameter(into)}, some=True) == 12
+    owner.close()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_parameters_of_a_module_are_filled_in_any_state(channels: Channels, state: str) -> None:
+    """Leaves that require a gradient, and tensors of inference mode."""
+    weight = shared(np.full((3, 2), 2.5, np.float32))
+    owner = publish(channels(), {x: Parameter(weight) for x in "ab"})
+    with torch.inference_mode():
+        kept = torch.zeros(3, 2, dtype=torch.float32, device="cpu")
+    grown = torch.nn.Parameter(torch.zeros(3, 2))
+    with STATES[state](torch.device("cpu")):
+        for into in (kept, grown):
+            pull_weights(channels(), owner.ticket, {x: Parameter(into) for x in "ab"})
+    assert kept.eq(2.5).all()
+    assert grown.eq(2.5).all()
+    owner.close()
+
+
+def test_another_digest_is_an_error_that_names_all(channels: Channels) -> None:
+    """Fault 37. The owner's tensors change while they are pulled: one error names them, and says
+    that none of the reader's may be used, which were written by then."""
+    tensors = {x: shared(whole_of((5, 3))) for x in "abc"}
+    owner = publish(channels(), {x: Parameter(y) for x, y in tensors.items()})
+
+    def change() -> None:
+        tensors["a"][4, 2] += 1
+        tensors["c"][0, 0] += 1
+
+    mine = {x: Parameter(torch.zeros(5, 3, dtype=torch.int32)) for x in "abc"}
+    between: Any = Between(channels(), change)
+    with pytest.raises(TransferError, match=r"owners': a, c\. Do not use any of them"):
+        pull_weights(between, owner.ticket, mine)
+    assert pull_weights(channels(), owner.ticket, mine) == 180
+    assert all(torch.equal(mine[x].tensor, tensors[x]) for x in "abc")
+    owner.close()
+
+
+def test_what_is_published_no_more_is_gone(channels: Channels) -> None:
+    """Closed before, closed between the copy and its digests, and replaced by others."""
+    tensor, mine = shared(whole_of((4,))), {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
+    channel = channels()
+    first = publish(channel, {"w": Parameter(tensor)})
+    second = publish(channel, {"w": Parameter(tensor)})
+    with pytest.raises(OfferGone, match="get a new ticket"):
+        pull_weights(channels(), first.ticket, mine)
+    between: Any = Between(channels(), second.close)
+    with pytest.raises(OfferGone, match="published no more"):
+        pull_weights(between, second.ticket, mine)
+    with pytest.raises(OfferGone):
+        pull_weights(channels(), second.ticket, mine)
+    first.close()
+
+
+def test_an_owner_that_makes_no_digests_is_waited_for_until_the_timeout(channels: Channels) -> None:
+    """Its worker has another question that does not end."""
+    release, channel = threading.Event(), channels()
+    owner = publish(channel, {"w": Parameter(shared(whole_of((4,))))})
+    owner.graph.submit([Node(lambda *_: release.wait(10), 1, link=owner.graph.link("weights"))])
+    mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
+    with pytest.raises(TransferTimeout, match=r"no digests in 0\.05"):
+        pull_weights(channels(), owner.ticket, mine, timeout=0.05)
+    release.set()
+    owner.close()
+
+
+@pytest.mark.parametrize("ticket", [b"", b"ticket", bytes(40), "text"])
+def test_what_is_no_ticket_is_refused(channels: Channels, ticket: Any) -> None:
+    with pytest.raises(PeerError, match="no ticket of weights"):
+        pull_weights(channels(), [ticket], {})
+
+
+def test_memory_that_cannot_be_mapped_is_refused(channels: Channels) -> None:
+    with pytest.raises(Unsupported):
+        publish(channels(), {"w": Parameter(torch.zeros(3))})
+
+
+def ask_until_done(channel: Channel, address: str, asked: AskWeights) -> None:
+    while channel.ask(address, asked, Weights).state == "busy":
+        pass
+
+
+def test_boxes_that_an_owner_has_not_are_refused(channels: Channels) -> None:
+    """Digests of what lies outside, or of no parameter of it."""
+    owner, channel = publish(channels(), {"w": Parameter(shared(whole_of((4,))))}), channels()
+    ticket = unsealed(owner.ticket, WeightsTicket)
+    assert ticket is not None
+    for name, start in (("v", (0,)), ("w", (2,))):
+        asked = AskWeights(ticket.id, 0, bytes(16), ((name, Box((0,), start, (3,))),))
+        with pytest.raises(PeerError, match="refused"):
+            ask_until_done(channel, ticket.address, asked)
+    owner.close()
+
+
+_OWNER = """
+import torch
+from portakv.migrate.channel import Channel
+from portakv.migrate.weights import Parameter, publish
+channel = Channel()
+weights = [torch.arange(n * 7, dtype=torch.int16).view(n, 7).share_memory_() for n in (5, 900)]
+owner = publish(channel, {str(i): Parameter(x) for i, x in enumerate(weights)})
+answer = owner.ticket
+"""
+
+
+def test_another_process_serves_its_weights_until_it_dies(channels: Channels) -> None:
+    """Killed between the copy and the digests, it is told so at once."""
+    mine = {str(i): Parameter(torch.zeros(n, 7, dtype=torch.int16)) for i, n in enumerate((5, 900))}
+    with Peer() as owner:
+        ticket = owner.do(_OWNER)
+        assert pull_weights(channels(), ticket, mine) == 905 * 14
+        for x in mine.values():
+            assert x.tensor.flatten().equal(torch.arange(x.tensor.numel(), dtype=torch.int16))
+        between: Any = Between(channels(), owner.kill)
+        with pytest.raises(PeerError):
+            pull_weights(between, ticket, mine)
