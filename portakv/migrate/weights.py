@@ -246,7 +246,7 @@ class Published:
                 torch.accelerator.current_stream(device.index).synchronize()
             if self._items[name].tie == name:
                 self._items[name] = structs.replace(self._items[name], data=share(x.tensor))
-        self._jobs = Bounded[bytes, tuple[Node, list[int]]]("questions for digests", _JOBS)
+        self._jobs = Bounded[bytes | None, tuple[Node, list[int]]]("questions for digests", _JOBS)
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)
 
