@@ -12,5 +12,15 @@ except ImportError as error:
 
 from portakv.migrate.ipc import open_shared, share, shared_empty
 from portakv.migrate.shards import Shard
+from portakv.migrate.weights import Box, Parameter, publish, pull_weights
 
-__all__ = ["Shard", "open_shared", "share", "shared_empty"]
+__all__ = [
+    "Box",
+    "Parameter",
+    "Shard",
+    "open_shared",
+    "publish",
+    "pull_weights",
+    "share",
+    "shared_empty",
+]
