@@ -35,6 +35,7 @@ from portakv.migrate.weights import (
     Parameter,
     Weights,
     WeightsTicket,
+    digest_of,
     items_of,
     part_of,
     plan,
@@ -173,6 +174,32 @@ def test_a_cell_that_nobody_holds_is_named(data: st.DataObject, shape: list[int]
         pulled({"w": reader}, owners)
     assert str(tuple(b - a for a, b in gone)) in str(caught.value)
     assert not reader.tensor.any()
+
+
+@given(
+    st.sampled_from([torch.uint8, torch.float16, torch.float32, torch.float64, torch.complex128]),
+    st.lists(st.integers(1, 9), max_size=3),
+    st.data(),
+)
+def test_a_digest_is_of_values_and_places_only(
+    dtype: torch.dtype, shape: list[int], data: st.DataObject
+) -> None:
+    """The same wherever the elements lie, dense, strided or transposed; another for one that
+    changed, or at another place."""
+    whole = torch.from_numpy(whole_of([n + 2 for n in shape])).to(dtype)
+    offset = tuple(data.draw(st.integers(0, 2)) for _ in shape)
+    extents = tuple(shape)
+    part = part_of(whole, offset, extents)
+    dense, turned = part.clone(), part.clone().T.contiguous().T if len(shape) == 2 else part
+    box, zero = Box(offset, offset, extents), (0,) * len(shape)
+    found = digest_of(whole, box, tuple(whole.shape))
+    for tensor in (dense, turned.clone(memory_format=torch.preserve_format)):
+        assert digest_of(tensor, Box(offset, zero, extents), tuple(whole.shape)) == found
+    dense[(-1,) * len(shape)] += 1
+    assert digest_of(dense, Box(offset, zero, extents), tuple(whole.shape)) != found
+    if shape:
+        moved = Box((*offset[:-1], (offset[-1] + 1) % 3), offset, extents)
+        assert digest_of(whole, moved, tuple(whole.shape)) != found
 
 
 def test_scalars_and_empty_tensors_are_parameters() -> None:
