@@ -15,6 +15,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from hashlib import blake2b
 from secrets import token_bytes
 from struct import Struct, unpack_from
@@ -35,8 +36,8 @@ _log = logging.getLogger(__name__)
 T = TypeVar("T")
 #: Bytes of a message; connections that are served; messages that wait in one, each way.
 LIMIT, PEERS, QUEUED = 64 << 10, 1024, 64
-#: Milliseconds: between signs of life, until a connection without any is dead, for a handshake,
-#: and between an asker's looks at its connection.
+#: Milliseconds: between signs of life; until a connection without any is dead; for a handshake;
+#: between an asker's looks at its connection.
 HEARTBEAT, DEAD, HANDSHAKE, LOOK = 1000, 3000, 5000, 20
 REPEAT = 0.25  # seconds until a request without an answer is sent again, then twice as long
 HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the request (0: no answer)
@@ -96,11 +97,14 @@ class Channel:
     ) -> None:
         self._keys, self.address = _keys(secret), address or "a Unix socket"
         del secret  # no traceback shows it
-        if self._keys == () or (address and not self._keys):
-            raise InvalidTerms("TCP needs a secret, and a secret 16 random bytes or more; pass it.")
-        if address and not re.match(r"tcp://(?!\*|0\.0\.0\.0|\[::\])", address):
-            asked = f"A channel was to listen at {address!r}"
-            raise InvalidTerms(f"{asked}; expected tcp://, an interface's own address and a port.")
+        own = re.match(r"tcp://(?!\*|0\.0\.0\.0|\[::\])", address or "")
+        if self._keys == () or (address and not (self._keys and own)):
+            asked = (
+                f"A channel was to listen at {self.address}; expected None or an interface's own"
+            )
+            raise InvalidTerms(
+                f"{asked} tcp:// address with a secret; of a secret 16 bytes or more."
+            )
         self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
         self._process, self._lock, self._closed = this_process(), threading.Lock(), False
         self._answers: dict[type, Callable[[Peer, Any], Any]] = {}
@@ -108,6 +112,7 @@ class Channel:
         self._peers, self._fds = dict[bytes, Peer](), dict[int, bytes]()  # of connections to here
         self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
         self._links, self._fresh, self._made = dict[str, _Link](), list[_Link](), 0
+        self._poller, self._calls = zmq.Poller(), dict[Any, Callable[[], None]]()
         self._context, self._wake, self._path = zmq.Context(), os.eventfd(0), -1
         self._context.rcvhwm = 0  # of monitors: one that is full would stop ZeroMQ's own thread
         self._zap = self._context.socket(zmq.REP)  # asks the channel's thread who may connect
@@ -130,9 +135,8 @@ class Channel:
     def _listen(self, address: str | None) -> None:
         with tempfile.TemporaryDirectory(prefix="portakv-") as folder:  # of this user alone
             self._router.bind(address or f"ipc://{folder}/socket")
-            if address:
-                self.address = str(self._router.getsockopt_string(zmq.LAST_ENDPOINT)).rstrip("\0")
-            else:  # reached through this process, so that not even SIGKILL leaves a file
+            self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+            if not address:  # reached through this process: not even SIGKILL leaves a file
                 self._path = os.open(f"{folder}/socket", os.O_PATH)
                 self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
 
@@ -178,15 +182,16 @@ class Channel:
             return
         with self._lock:
             closed, self._closed = self._closed, True
-        if not closed:
-            os.eventfd_write(self._wake, 1)
-            self._thread.join()
-            for link in tuple(self._links.values()):
-                with link.lock:
-                    self._drop(link)
-            for peer in tuple(self._peers.values()):
-                peer.end()
-            self._end()
+        if closed:
+            return
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        for link in tuple(self._links.values()):
+            with link.lock:
+                self._drop(link)
+        for peer in tuple(self._peers.values()):
+            peer.end()
+        self._end()
 
     def _end(self) -> None:
         self._router.disable_monitor()
@@ -229,17 +234,16 @@ class Channel:
             raise PeerError(f"{what} reached nobody: {why or 'no connection in time'}.")
 
     def _link(self, address: str) -> _Link:
-        if self._process.forked or self._closed:
-            why = "was closed" if self._closed else "does not survive fork; start it by spawn"
-            raise PeerError(f"{address} was to be reached by a channel that {why}.")
-        if link := self._links.get(address):
-            return link
         try:
+            if self._process.forked or self._closed:
+                raise OSError("the channel was closed, or does not survive fork; start it by spawn")
+            if link := self._links.get(address):
+                return link
             local = re.match("ipc:/(/.+)", address)
             if not local and not (self._keys and address.startswith("tcp://")):
-                raise InvalidTerms("expected ipc:// of this host or, with a secret, tcp://")
+                raise OSError("expected ipc:// of this host or, with a secret, tcp://")
             if local and os.stat(local[1]).st_uid != os.getuid():
-                raise PermissionError("another user listens there")
+                raise OSError("another user listens there")
             with self._lock:
                 if not (link := self._links.get(address)):  # else another thread was faster
                     self._made += 1
@@ -248,7 +252,7 @@ class Channel:
                     self._fresh.append(link)
                     os.eventfd_write(self._wake, 1)
                 return link
-        except (OSError, zmq.ZMQError, InvalidTerms) as error:
+        except (OSError, zmq.ZMQError) as error:
             raise PeerError(f"{address!r} was to be reached, but: {error}.") from None
 
     def _drop(self, link: _Link) -> None:
@@ -275,32 +279,34 @@ class Channel:
     # ---- in the channel's thread
 
     def _run(self) -> None:
-        poller, links = zmq.Poller(), dict[Any, _Link]()
-        for each in (self._router, self._zap, self._seen, self._wake):
-            poller.register(each, zmq.POLLIN)
+        calls = ((self._router, self._take), (self._seen, self._see), (self._zap, self._admit))
+        for ready, call in (*calls, (self._wake, self._begin)):
+            self._poller.register(ready, zmq.POLLIN)
+            self._calls[ready] = call
         while not self._closed:
-            for ready, _ in poller.poll():
-                if ready is self._router:
-                    self._take()
-                elif ready is self._seen:
-                    self._see()
-                elif ready is self._zap:
-                    asked, key = self._zap.recv_multipart(), z85.decode((self._keys or [b""])[0])
-                    well = b"200" if asked[5:] == [b"CURVE", key] else b"400"
-                    self._zap.send_multipart([b"1.0", asked[1], well, b"", b"", b""])
-                elif ready in links:
-                    if self._see_link(links[ready], _event(ready)[0]):
-                        poller.unregister(ready)
-                        links.pop(ready).monitor.close(0)
-                else:
-                    os.eventfd_read(self._wake)
-                    while self._fresh:
-                        link = self._fresh.pop()
-                        links[link.monitor] = link
-                        poller.register(link.monitor, zmq.POLLIN)
+            for ready, _ in self._poller.poll():
+                try:
+                    self._calls[ready]()
+                except Exception:
+                    _log.exception("%r failed at what arrived, and goes on.", self)
 
-    def _see_link(self, link: _Link, event: str) -> bool:
-        """What happened to a connection of an asker; True if nothing will any more."""
+    def _admit(self) -> None:
+        """Say whether a connection has the secret's keys."""
+        asked, key = self._zap.recv_multipart(), z85.decode((self._keys or [b""])[0])
+        well = b"200" if asked[5:] == [b"CURVE", key] else b"400"
+        self._zap.send_multipart([b"1.0", asked[1], well, b"", b"", b""])
+
+    def _begin(self) -> None:
+        """Watch what happens to the links that were made."""
+        os.eventfd_read(self._wake)
+        while self._fresh:
+            link = self._fresh.pop()
+            self._calls[link.monitor] = partial(self._see_link, link)
+            self._poller.register(link.monitor, zmq.POLLIN)
+
+    def _see_link(self, link: _Link) -> None:
+        """What happened to a connection of an asker."""
+        event = _event(link.monitor)[0]
         if event == "HANDSHAKE_SUCCEEDED":
             link.up = True
         elif event == "DISCONNECTED" and link.up:
@@ -311,10 +317,13 @@ class Channel:
             link.why = link.why or "nobody listens there"
         elif event.startswith("HANDSHAKE_FAILED"):
             link.why = "the handshake failed: the secret differs, or no channel listens there"
+        elif event == "MONITOR_STOPPED":
+            self._poller.unregister(link.monitor)
+            del self._calls[link.monitor]
+            link.monitor.close(0)
         if link.why and link.lock.acquire(blocking=False):  # or else its asker looks
             self._drop(link)
             link.lock.release()
-        return event == "MONITOR_STOPPED"
 
     def _see(self) -> None:
         """What happened until now to connections that were made to here."""
@@ -325,14 +334,12 @@ class Channel:
             elif event == "DISCONNECTED":
                 name = self._fds.pop(value, b"")
                 if peer := self._peers.pop(name, None):
-                    self.counts["gone"] += 1
                     peer.end()
-                elif not name:  # it never said anything well
-                    self.counts["strangers"] += 1
-                    if (n := self.counts["strangers"]) & (
-                        n - 1
-                    ) == 0:  # the 1st, 2nd, 4th, 8th, ...
-                        _log.warning("%r refused strangers, %d until now.", self, n)
+                # Without a name it never said anything well.
+                self.counts["gone" if name else "strangers"] += 1
+                n = self.counts["strangers"]
+                if not name and n & (n - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                    _log.warning("%r refused strangers, %d until now.", self, n)
 
     def _peer(self, name: bytes, fd: int, id: bytes) -> Peer | None:
         """Whose first message this is; None if the connection is over, or one too many."""
