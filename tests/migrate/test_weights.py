@@ -533,3 +533,40 @@ def test_another_process_serves_its_weights_until_it_dies(channels: Channels) ->
         between: Any = Between(channels(), owner.kill)
         with pytest.raises(PeerError):
             pull_weights(between, ticket, mine)
+
+
+_ON_A_DEVICE = """
+import torch
+from portakv.migrate.channel import Channel
+from portakv.migrate.weights import Parameter, publish
+channel, room = Channel(), torch.arange(1 << 23, dtype=torch.int32, device="cuda:0")
+weights = {f"small.{i}": room[i * 16384 :][:16384].clone() for i in range(300)}
+weights |= {"large": room, "wide": (room[:384000] * 3).view(1000, 384)}
+owner = publish(channel, {name: Parameter(x) for name, x in weights.items()})
+answer = owner.ticket
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "number",
+    [0, pytest.param(1, marks=pytest.mark.skipif("torch.cuda.device_count() < 2", reason="one"))],
+)
+def test_weights_cross_from_a_device_of_another_process(channels: Channels, number: int) -> None:
+    """Many small ones, a large one, and the second third of rows."""
+    device, room = torch.device("cuda", number), torch.arange(1 << 23, dtype=torch.int32)
+    expected = {f"small.{i}": room[i * 16384 :][:16384] for i in range(300)}
+    expected |= {"large": room, "wide": (room[:384000] * 3).view(1000, 384)[:, 128:256]}
+    into = {
+        name: torch.zeros(x.shape, dtype=x.dtype, device=device) for name, x in expected.items()
+    }
+    mine = {name: Parameter(x) for name, x in into.items()}
+    mine["wide"] = Parameter.split(into["wide"], 1, (384,), (1, 3))
+    with Peer() as owner:
+        ticket = owner.do(_ON_A_DEVICE)
+        for limit in (None, 50.0):
+            for x in into.values():
+                x.zero_()
+            nbytes = pull_weights(channels(), ticket, mine, max_gbps=limit)
+            assert nbytes == sum(x.nbytes for x in expected.values())
+            assert all(torch.equal(into[name].cpu(), x) for name, x in expected.items())
