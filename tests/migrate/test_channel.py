@@ -15,6 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -454,44 +455,41 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(pair: tuple[Server, Chann
     assert asker.ask(server.address, Ping(), Pong).count == 2
 
 
-CHILD = """
+CHILD = f"""
 import sys
-sys.path[:0] = [{tests!r}]
-from support.migrate_channels import Server
-server = Server({address!r})
-print(server.address, flush=True)
-sys.stdin.read()
+sys.path[:0] = [{str(Path(__file__).parents[1])!r}]
+from support.migrate_channels import Ping, Pong, Server
+servers = [Server(None), Server()]
+print(*(server.address for server in servers), flush=True)
 """
 
 
-@pytest.mark.parametrize("address", [None, TCP], ids=["unix", "tcp"])
-def test_a_process_that_is_killed_is_gone_at_once(address: str | None) -> None:
+def test_a_process_that_is_killed_is_gone_at_once() -> None:
     """Faults 4 and 7, as far as they are the channel's; no file stays behind."""
-    text = CHILD.format(tests=str(Path(__file__).parents[1]), address=address)
     pipe: Any = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", text], stdin=pipe, stdout=pipe) as child:
+    script = [sys.executable, "-c", CHILD + "sys.stdin.read()"]
+    with subprocess.Popen(script, stdin=pipe, stdout=pipe) as child:
         assert child.stdout is not None
-        there = child.stdout.readline().decode().strip()
-        with Channel_(SECRET if address else None) as asker:
-            asker.ask(there, Ping(), Pong)
-            ends = list[int]()
-            asker.watch(there, lambda: ends.append(1))
+        by_unix, by_tcp = child.stdout.readline().decode().split()
+        with Channel_() as one, Channel_(SECRET) as other:
+            ends = list[str]()
+            for asker, address in ((one, by_unix), (other, by_tcp)):
+                asker.ask(address, Ping(), Pong)
+                asker.watch(address, partial(ends.append, address))
             child.send_signal(signal.SIGKILL)
-            assert until(lambda: ends == [1], 1)
-            with pytest.raises(PeerError):
-                asker.ask(there, Ping(), Pong)
+            assert until(lambda: len(ends) == 2, 1)
+            for asker, address in ((one, by_unix), (other, by_tcp)):
+                with pytest.raises(PeerError):
+                    asker.ask(address, Ping(), Pong)
+            assert not os.path.exists(by_unix.removeprefix("ipc://"))
 
 
 def test_the_interpreters_end_closes() -> None:
     """Fault 31, of an exit: with a connection open, and nobody who closed it."""
-    text = CHILD.format(tests=str(Path(__file__).parents[1]), address=None).replace(
-        "sys.stdin", "#"
-    )
-    text += "from portakv.migrate.channel import Channel\nfrom support.migrate_channels import *\n"
-    text += "print(Channel().ask(server.address, Ping(), Pong).count)\n"
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", text], capture_output=True, timeout=60
-    )
+    text = CHILD + "from portakv.migrate.channel import Channel\n"
+    text += "print(Channel().ask(servers[0].address, Ping(), Pong).count)\n"
+    script = [sys.executable, "-W", "error::ResourceWarning", "-c", text]
+    done = subprocess.run(script, capture_output=True, timeout=60)
     assert (done.returncode, done.stdout.split()[-1], done.stderr) == (0, b"1", b"")
 
 
