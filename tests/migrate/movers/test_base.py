@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Movers are chosen with a reason, and a slot on its way ends once."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
+from portakv.migrate.movers.base import Moving, choose
+from portakv.migrate.movers.distributed import Distributed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_MOVER", raising=False)
+
+
+def test_the_first_mover_is_torch_distributed_and_says_why() -> None:
+    """Fault 23. Whatever led to a mover, who asks is told which one, and why."""
+    mover, said = choose(CPU)
+    assert isinstance(mover, Distributed)
+    assert str(said[-1]) == "distributed: accepted, a group of two by gloo"
+
+
+def test_a_device_that_torch_has_no_group_for_is_told_of_each_mover() -> None:
+    """Fault 23. Each mover's reason is kept; Mooncake is not taken unasked."""
+    with pytest.raises(BackendUnavailable, match="no backend for meta") as found:
+        choose(torch.device("meta"))
+    said = [str(each) for each in found.value.trace]
+    assert [each.partition(":")[0] for each in said] == ["distributed", "nixl", "mooncake"]
+    assert "for meta devices" in said[1]
+    assert "asked for by name" in said[2]
+
+
+@pytest.mark.parametrize("by", ["name", "environment"])
+def test_a_forced_mover_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl._api", None)  # as if it were not installed
+    if by == "environment":
+        monkeypatch.setenv("PORTAKV_MOVER", "nixl")
+    with pytest.raises(BackendUnavailable, match=r"nixl._api cannot be imported.*name another"):
+        choose(CPU, "nixl" if by == "name" else "distributed")
+
+
+def test_a_mover_that_nobody_knows_is_refused_with_the_names() -> None:
+    with pytest.raises(InvalidTerms, match="distributed, nixl, mooncake"):
+        choose(CPU, "pigeon")
+
+
+def test_a_slot_on_its_way_ends_once() -> None:
+    moving = Moving(torch.zeros(8, dtype=torch.uint8))
+    assert not moving.done()
+    with pytest.raises(TransferTimeout, match=r"8 B did not cross in 0.01 s"):
+        moving.wait(0.01)
+    moving.end(PeerError("The peer is gone."))
+    moving.end()
+    assert moving.done()
+    assert not moving.begin()
+    with pytest.raises(PeerError, match="The peer is gone"):
+        moving.wait()

@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots are read by NIXL and Mooncake, if they are installed; and what both have, by a library of
+the test's own that can be told to fail."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+import time
+from typing import Any
+
+import pytest
+import torch
+from support.mover_cases import slot_of, wire
+
+from portakv.errors import PeerError
+from portakv.migrate.movers import onesided
+from portakv.migrate.movers.onesided import Mooncake, Nixl, OneSided
+
+CPU = torch.device("cpu")
+NEVER = 300.0  # of the mover's own timeout; what ends before it does not end by it
+
+
+class Memory(OneSided):
+    """A library that reads by address, in this process. ``fails``: it says so, after so many bytes;
+    ``stuck``: it reads on and on until that is set."""
+
+    name = "memory"
+    fails: int | None = None
+    stuck: threading.Event | None = None
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Any:
+        raise NotImplementedError
+
+    def begin(self, address: str) -> Any:
+        self.entered = list[tuple[int, int]]()
+        return self
+
+    def enter(self, address: int, nbytes: int, device: int) -> None:
+        self.entered.append((address, nbytes))
+
+    def reach(self) -> bytes:
+        return b"here"
+
+    def read(self, lane: Any, moving: Any, there: Any, last: Any) -> None:
+        nbytes = there.nbytes if self.fails is None else self.fails
+        if self.stuck is not None:
+            last.callback(self.stuck.wait)
+            while True:
+                lane.check(moving, "read")
+                time.sleep(1e-3)
+        ctypes.memmove(moving.slot.data_ptr(), there.address, nbytes)
+        if self.fails is not None:
+            raise RuntimeError("-1")
+
+
+def installed(kind: type[OneSided]) -> Any:
+    decision = kind.probe(CPU)
+    why = pytest.mark.skipif(not decision.accepted, reason=str(decision))
+    return pytest.param(kind, marks=why, id=kind.name)
+
+
+EACH = pytest.mark.parametrize("kind", [Memory, installed(Nixl), installed(Mooncake)])
+
+
+def empty(nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
+
+
+@EACH
+def test_slots_are_read(kind: type[OneSided]) -> None:
+    with wire(kind) as both:
+        for tag, nbytes in enumerate((1, 7, 1000, 1 << 20, 0)):
+            both.cross(nbytes, tag)
+
+
+@EACH
+def test_two_slots_of_one_allocation_are_read_again_and_again(kind: type[OneSided]) -> None:
+    staging, into = slot_of(20_000), empty(20_000)
+    with wire(kind) as both:
+        for turn in range(6):
+            staging.add_(1)
+            slots = staging.view(2, -1), into.view(2, -1)
+            given = [both.give(slots[0][tag], 2 * turn + tag) for tag in range(2)]
+            taken = [both.take(slots[1][tag], 2 * turn + tag) for tag in range(2)]
+            for moving in (*taken, *given):
+                moving.wait(20)
+            assert torch.equal(into, staging)
+
+
+@EACH
+def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
+    """Fault 29. Not one byte of it."""
+    with wire(kind) as both:
+        for tag, (given, asked) in enumerate(((5000, 100), (100, 5000))):
+            giving, into = both.give(slot_of(given), tag), empty(asked)
+            with pytest.raises(PeerError, match=f"{given} B were given, {asked} were asked for"):
+                both.take(into, tag).wait(20)
+            giving.wait(20)  # the reader has told that it does not want it
+            assert not into.any()
+        both.cross(1000)
+
+
+@EACH
+def test_a_death_that_the_channel_notices_ends_what_is_under_way(kind: type[OneSided]) -> None:
+    """Fault 5. Also a take whose slot was not given, and a give that nobody took."""
+    with wire(kind, NEVER) as both:
+        both.cross(100)
+        moving = both.give(slot_of(100), 1), both.take(empty(100), 2)
+        both.life.end()
+        for each in moving:
+            with pytest.raises(PeerError, match="peer is gone"):
+                each.wait(20)
+            assert not each.loose
+        both.connect()
+        both.cross(100)
+
+
+def test_an_error_after_a_part_counts_for_all_of_it() -> None:
+    """Fault 28. As Mooncake's -1 and NIXL's ERR: some of it was moved; other slots go on."""
+    with wire(Memory) as both:
+        both.reader.fails = 500
+        giving, into = both.give(slot_of(1000)), empty(1000)
+        taking = both.take(into)
+        with pytest.raises(PeerError, match=r"1000 B of tcp:.* were not read by memory: -1"):
+            taking.wait(20)
+        assert into[:500].any()
+        giving.wait(20)  # the owner's slot is free
+        both.reader.fails = None
+        both.cross(1000, 1)
+
+
+def test_a_slot_that_a_library_cannot_let_go_of_is_loose_until_it_does() -> None:
+    """Fault 8. The reader is told at once; the slot is used again only later."""
+    with wire(Memory, NEVER) as both:
+        both.reader.stuck = threading.Event()
+        both.give(slot_of(1000))
+        taking = both.take(empty(1000))
+        while not taking.loose:
+            time.sleep(1e-3)
+        both.life.end()
+        with pytest.raises(PeerError, match="peer is gone"):
+            taking.wait(20)
+        assert taking.loose
+        both.reader.stuck.set()
+        until = time.monotonic() + 20
+        while taking.loose:
+            assert time.monotonic() < until
+            time.sleep(1e-3)
+
+
+def test_what_is_not_given_or_not_taken_ends_by_the_timeout() -> None:
+    with wire(Memory, 0.2) as both:
+        with pytest.raises(PeerError, match=r"not given in 0.2 s"):
+            both.take(empty(100), 1).wait(20)
+        with pytest.raises(TimeoutError, match=r"not taken in 0.2 s"):
+            both.give(slot_of(100), 2).wait(20)
+
+
+def test_an_owner_may_end_a_give_that_nobody_takes() -> None:
+    with wire(Memory, NEVER) as both:
+        giving = both.give(slot_of(100), 1)
+        giving.end(PeerError("The offer was closed."))
+        both.cross(100, 1)
+
+
+def test_only_memory_of_slots_is_registered_and_each_once() -> None:
+    with wire(Memory) as both:
+        pool, staging = slot_of(5000), slot_of(2000)
+        for tag in range(4):
+            both.give(staging[: 100 * tag], tag)
+            both.take(empty(100 * tag), tag).wait(20)
+        assert both.owner.entered == [(staging.data_ptr(), 2000)]
+        assert pool.data_ptr() not in dict(both.owner.entered)
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("ipc:///tmp/x", "127.0.0.1"), ("tcp://127.0.0.1:70", "127.0.0.1"), ("tcp://[::1]:70", "::1")],
+)
+def test_a_host_is_told_as_its_channels_peers_reach_it(address: str, host: str) -> None:
+    assert onesided.own_host(address) == host

@@ -1,0 +1,124 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A channel within one process for tests of movers: two ends that ask each other at once, and whose
+connection a test can end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import msgspec
+import torch
+import torch.distributed as dist
+
+from portakv.errors import PeerError
+
+
+class Life:
+    """The connection of a reader to an owner."""
+
+    id = b"the reader's own"
+
+    def __init__(self) -> None:
+        self.gone, self.calls = False, dict[object, Callable[[], object]]()
+
+    def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
+        """As a channel's peer has it."""
+        key = object()
+        self.calls[key] = call
+        return lambda: self.calls.pop(key, None)
+
+    def end(self) -> None:
+        """The other side died."""
+        self.gone = True
+        while self.calls:
+            self.calls.popitem()[1]()
+
+
+class End:
+    """One end of it, with what movers use of a channel."""
+
+    address = "tcp://127.0.0.1:7777"
+
+    def __init__(self, life: Life) -> None:
+        self.life, self.other, self.answers = life, self, dict[type, Any]()
+
+    def serve(self, kind: type, answer: Any) -> None:
+        """As a channel does."""
+        self.answers[kind] = answer
+
+    def ask(self, address: str, message: Any, kind: type) -> Any:
+        """As a channel does, at once."""
+        if self.life.gone:
+            raise PeerError(f"{address} is gone.")
+        asked = msgspec.msgpack.decode(msgspec.msgpack.encode(message), type=type(message))
+        answer = self.other.answers[type(message)](self.life, asked)
+        return msgspec.msgpack.decode(msgspec.msgpack.encode(answer), type=kind)
+
+    def tell(self, address: str, message: Any) -> None:
+        """As a channel does, at once."""
+        self.ask(address, message, type(None))
+
+    def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
+        """As a channel does."""
+        return self.life.on_gone(gone)
+
+
+class Wire:
+    """An owner's and a reader's mover with a connection between them."""
+
+    def __init__(
+        self, kind: Any, timeout: float = 20.0, on: tuple[str, str] = ("cpu", "cpu"), **given: Any
+    ) -> None:
+        self.devices = tuple(map(torch.device, on))
+        self.owner, self.reader = (kind(device, timeout, **given) for device in self.devices)
+        self.connect()
+
+    def connect(self) -> None:
+        """Connect, also once more."""
+        self.life = Life()
+        self.there, self.here = End(self.life), End(self.life)
+        self.there.other, self.here.other = self.here, self.there
+        self.owner.connect(self.life, self.there)
+        self.reader.connect(End.address, self.here)
+
+    def give(self, slot: torch.Tensor, tag: int = 0) -> Any:
+        """The owner gives."""
+        return self.owner.give(self.life, slot, tag)
+
+    def take(self, into: torch.Tensor, tag: int = 0) -> Any:
+        """The reader takes."""
+        return self.reader.take(End.address, into, tag)
+
+    def cross(self, nbytes: int, tag: int = 0) -> None:
+        """Bytes that cross, and are compared."""
+        slot, (there, here) = slot_of(nbytes, tag), self.devices
+        into = torch.zeros(nbytes, dtype=torch.uint8, device=here)
+        giving, taking = self.give(slot.to(there), tag), self.take(into, tag)
+        taking.wait(60)
+        giving.wait(60)
+        assert torch.equal(slot, into.cpu())
+
+
+def slot_of(nbytes: int, seed: int = 0) -> torch.Tensor:
+    """A slot of bytes that another seed does not have."""
+    there = torch.arange(seed, seed + nbytes, dtype=torch.int64, device="cpu")
+    return (there * 2654435761 >> 7).to(torch.uint8)
+
+
+@contextmanager
+def wire(kind: Any, timeout: float = 20.0, **given: Any) -> Iterator[Wire]:
+    """Two movers; closed after it."""
+    both = Wire(kind, timeout, **given)
+    try:
+        yield both
+    finally:
+        both.reader.close()
+        both.owner.close()
+
+
+def one_store() -> dict[str, Any]:
+    """What movers by torch.distributed are given, instead of a channel's rendezvous."""
+    store = cast(Any, dist).HashStore()
+    return {"stores": lambda channel, address: store}
