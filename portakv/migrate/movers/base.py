@@ -181,11 +181,15 @@ class Mover(ABC):
                 return
             lane = self.lanes[key] = self.lane(channel, key)
         gone = partial(self.drop, lane, PeerError("The peer is gone; its slots did not cross."))
-        if isinstance(other, str):
-            lane.unwatch = channel.watch(other, gone)
-        else:
-            self.serve(channel)
-            lane.unwatch = other.on_gone(gone)
+        try:
+            if not isinstance(other, str):
+                self.serve(channel)
+                lane.unwatch = other.on_gone(gone)
+            else:
+                lane.unwatch = channel.watch(other, gone)
+        except BaseException:
+            gone()
+            raise
 
     def give(self, other: Other, slot: torch.Tensor, tag: int) -> Moving:
         """An owner's slot, ready behind the current stream; it ends when the reader has it."""

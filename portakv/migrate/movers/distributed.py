@@ -25,6 +25,7 @@ from portakv.errors import PeerError, TransferError, TransferTimeout
 from portakv.migrate.messages import Answer, Message, Name
 from portakv.migrate.movers.base import Key, Lane, Mover, Moving
 from portakv.runtime.devices import inside
+from portakv.runtime.worker import EXIT_SECONDS
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
@@ -108,7 +109,10 @@ class Pair(Lane):
                 self.check(moving, "moved")
                 time.sleep(50e-6)
         except Exception:
-            self.group.abort()  # it waits for the peer as long as the device runs
+            self.group.abort()  # else it waits for the peer as long as the device runs
+            until = time.monotonic() + EXIT_SECONDS
+            while ended and not ended.query() and time.monotonic() < until:
+                time.sleep(1e-3)
             raise
 
     def cut(self) -> bool:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -14,7 +15,7 @@ import pytest
 import torch
 from support.mover_cases import End, Wire, one_store, slot_of, wire
 
-from portakv.errors import PeerError
+from portakv.errors import PeerError, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.movers.distributed import Distributed
@@ -159,6 +160,37 @@ def test_many_pairs_of_one_owner_cross_at_once() -> None:
     for each in wires:
         each.reader.close()
         each.owner.close()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_refuses_and_leaves_its_parents_pair_alone() -> None:
+    """Fault 31. The child closes what it inherited; the parent goes on."""
+    with wire(Distributed, **one_store()) as both:
+        both.cross(100)
+        child, code = os.fork(), 1
+        if not child:
+            try:
+                both.give(slot_of(100))
+            except Unsupported:
+                both.owner.close()
+                both.reader.close()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        both.cross(100)
+
+
+def test_a_channel_that_watches_nobody_leaves_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    with wire(Distributed, **one_store()) as both:
+
+        def closed(*_: object) -> None:
+            raise PeerError("The channel was closed.")
+
+        monkeypatch.setattr(both.here, "watch", closed)
+        with pytest.raises(PeerError, match="channel was closed"):
+            both.reader.connect("tcp://127.0.0.1:1", both.here)
+        assert list(both.reader.lanes) == [End.address]
 
 
 def test_no_thread_is_left_of_a_mover_that_was_closed() -> None:
