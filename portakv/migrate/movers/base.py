@@ -29,8 +29,7 @@ if TYPE_CHECKING:
 #: An owner by its address, as readers know it; a reader by its `Peer`, as owners do.
 Other: TypeAlias = "str | Peer"
 Key: TypeAlias = "str | bytes"  # that address, or the id of the reader's channel
-#: The movers, in the order in which they are asked. Who reaches Mooncake's port can write into
-#: slots, so that it is taken only by its name.
+#: As they are asked; Mooncake only by name, since who reaches its port can write into slots.
 MOVERS = {
     "distributed": "portakv.migrate.movers.distributed:Distributed",
     "nixl": "portakv.migrate.movers.onesided:Nixl",
@@ -221,8 +220,7 @@ class Mover(ABC):
             self.drop(lane, PeerError("The peer was let go; its slots did not cross."))
 
     def close(self) -> None:
-        """Forget all peers. The interpreter's end does it, too: a thread that comes back from a
-        library later than that would end the process with an error."""
+        """Forget all peers; at exit, too: a thread that a library lets go of later would abort."""
         atexit.unregister(self.close)
         lanes = [] if self._process.forked else list(self.lanes.values())
         for lane in lanes:
@@ -251,8 +249,8 @@ def choose(device: torch.device, name: str | None = None) -> tuple[Mover, list[D
         said.append(mover.probe(device))
         if said[-1].accepted:
             return mover(device), said
-    what = f"{f'Mover {asked!r}' if asked else 'A mover'} was asked for slots on {device}"
-    found = f"found was: {'; '.join(map(str, said))}"
-    error = BackendUnavailable(f"{what}; {found}. Install what it needs, or name another.")
+    what = f"Mover {asked!r} was" if asked else "A mover was"
+    found = "; ".join(map(str, said))
+    error = BackendUnavailable(f"{what} asked for {device}: {found}. Install it, or another.")
     error.trace = tuple(said)
     raise error

@@ -96,8 +96,7 @@ class Reading(Lane):
                     time.sleep(pause)
                     pause = min(2 * pause, ASKED)
                 if there.nbytes != slot.nbytes:
-                    what = f"{there.nbytes} B were given, {slot.nbytes} were asked for"
-                    raise TransferError(what)
+                    raise TransferError(f"{there.nbytes} B were given, {slot.nbytes} asked for")
                 if slot.nbytes and moving.begin():
                     self.ours.read(self, moving, there, last)
             except Exception as error:  # each library has errors of its own

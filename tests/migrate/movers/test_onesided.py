@@ -95,7 +95,7 @@ def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
     with wire(kind) as both:
         for tag, (given, asked) in enumerate(((5000, 100), (100, 5000))):
             giving, into = both.give(slot_of(given), tag), empty(asked)
-            with pytest.raises(PeerError, match=f"{given} B were given, {asked} were asked for"):
+            with pytest.raises(PeerError, match=f"{given} B were given, {asked} asked for"):
                 both.take(into, tag).wait(20)
             giving.wait(20)  # the reader has told that it does not want it
             assert not into.any()
