@@ -10,17 +10,30 @@ except ImportError as error:
         f"Migration needs msgspec and pyzmq, `pip install portakv[migrate]`: {error}."
     ) from error
 
+from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import open_shared, share, shared_empty
+from portakv.migrate.offers import Offer, Owner
+from portakv.migrate.published import Pull
+from portakv.migrate.pull import Reader
+from portakv.migrate.rendezvous import pair, rendezvous, unique_id
 from portakv.migrate.shards import Shard
 from portakv.migrate.weights import Box, Parameter, publish, pull_weights
 
 __all__ = [
     "Box",
+    "Channel",
+    "Offer",
+    "Owner",
     "Parameter",
+    "Pull",
+    "Reader",
     "Shard",
     "open_shared",
+    "pair",
     "publish",
     "pull_weights",
+    "rendezvous",
     "share",
     "shared_empty",
+    "unique_id",
 ]

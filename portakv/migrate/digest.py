@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import gcd
-from typing import Any
 
 import torch
 
 from portakv.copy import copy_rows
+from portakv.migrate.chunks import chunk, page_of
 from portakv.migrate.shards import Window
 from portakv.view import Index, KVView
 
@@ -23,28 +23,17 @@ _PLACE = 0x9E3779B97F4A7C15 - MODULUS
 _MIXES = ((30, 0xBF58476D1CE4E5B9 - MODULUS), (27, 0x94D049BB133111EB - MODULUS), (31, 1))
 
 
-def canonical(view: KVView, count: int) -> tuple[list[torch.Tensor], KVView]:
-    """A chunk for ``count`` tokens of a view (of opaque pages, for whole ones), on its device: for
-    each kv uint8 ``[layers, tokens, heads * bytes]``, or ``[layers, pages, bytes]``; as a view."""
-    size = view.form.block_size if view.opaque else 1
-    shapes = [(view.layers, count // size, view.heads * width) for width in view.widths]
-    made = [torch.empty(shape, dtype=torch.uint8, device=view.device) for shape in shapes]
-    layout = "kv | layer block page" if view.opaque else "kv | layer token (head dim)"
-    paged: dict[str, Any] = {"block_size": size} if view.opaque else {"heads": view.heads}
-    return made, KVView(made, layout, kv=view.kv, dim=view.widths, **paged)
-
-
 def digest(view: KVView, index: Index, count: int, window: Window, first: int = 0) -> int:
     """The digest of ``count`` positions of an index, without those that it skips; of opaque pages,
     of whole ones. ``window``: what the view holds; ``first``: the token of the first position."""
-    size, unit = (view.form.block_size if view.opaque else 1), gcd(8, *view.widths)
+    size, unit = page_of(view), gcd(8, *view.widths)
     (layer, _, layers), (head, _, heads) = window.layers, window.heads
     extents = 1, layers, heads, sum(view.widths) // unit
     most, total = max(1, _SLICE // view.form.token_bytes) * size, 0
     for at in range(0, count, most):
         n, front = min(most, count - at), 0
-        part, (tensors, chunk) = index.part(at, n), canonical(view, n)
-        copy_rows(view.as_bytes(), chunk, part, count=n).wait()
+        part, (tensors, rows) = index.part(at, n), chunk(view, n)
+        copy_rows(view.as_bytes(), rows, part, count=n).wait()
         tokens = torch.arange(0, n, size, dtype=torch.int64, device=view.device)
         if part.ids is not None:
             ids = part.ids.to(view.device)[(tokens + part.offset) // part.step]

@@ -122,7 +122,7 @@ def pieces(
             f"{' of all of it' if whole else ''} holds {', '.join(told[:_TOLD])}{more}; hand over "
             f"a ticket of every owner."
         )
-    return [Piece(n, _slices(box, mine), _slices(box, theirs[n]), mask) for n, box, mask in given]
+    return [Piece(n, slices(box, mine), slices(box, theirs[n]), mask) for n, box, mask in given]
 
 
 def deal(
@@ -162,7 +162,7 @@ def rest(box: Box, part: Box) -> Iterator[Box]:
                 yield (*part[:axis], ends, *box[axis + 1 :])
 
 
-def _slices(box: Box, window: Window) -> dict[str, Any]:
+def slices(box: Box, window: Window) -> dict[str, Any]:
     """A box on the model's axes as slices of a window's view."""
     starts = zip(("layers", "heads"), box, window.box, strict=True)
     return {axis: slice(a - first, b - first) for axis, (a, b), (first, _) in starts}

@@ -10,8 +10,10 @@ one again when its last owner is gone.
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ import torch
 from portakv.errors import DeviceMismatch
 from portakv.runtime import cuda
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Completion, StatusWord, Transfer, event_pool, hold_memory
 
 # Handles without an owner. The one that was given back last goes out first, since staging is kept
@@ -134,3 +137,26 @@ def captured(
         event.record(stream)
     completion = Completion(event, words=words, standing=True)
     return Transfer((completion,), kept, *carried)
+
+
+_own = threading.local()  # a thread's streams, by device
+
+
+class Behind:
+    """What the current stream of a device held when this was made, for workers that go on behind
+    it. On the host nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._event = None if device.type == "cpu" else event_pool(device).recorded(None)
+
+    def inside(self) -> AbstractContextManager[object]:
+        """Inside, the current stream is one of this thread's own, behind that work."""
+        if self._event is None:
+            return nullcontext()
+        own = _own.__dict__
+        if (stream := own.get(str(self._device))) is None:
+            ignore_captures_elsewhere(self._device)
+            stream = own[str(self._device)] = own_stream(self._device)
+        self._event.wait(stream)
+        return inside(stream)

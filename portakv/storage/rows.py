@@ -17,14 +17,12 @@ import torch
 from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
-from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
-from portakv.runtime.transfer import event_pool
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
 from portakv.view.index import IdList
 
 _PAGE = 4096
-_local = threading.local()  # the streams of a worker, by device
 
 
 class Rows:
@@ -162,11 +160,10 @@ class Crossing:
             )
         if Index(ids, step=whole).check(len(ids) * whole, view.slots, "view", distinct=not store):
             raise SlotError("A block store was given a negative block; pass blocks of the view.")
-        self._view, self._size, self._store, self._step = view, size, store, gcd(whole, size)
+        self._size, self._store, self._step = size, store, gcd(whole, size)
         split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
         self._fine = split[: many * size // self._step].reshape(many, size // self._step)
-        host = view.device.type == "cpu"
-        self._behind = None if host else event_pool(view.device).recorded(None)
+        self._behind = Behind(view.device)
         self.copy(inner, view, [], [])
 
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:
@@ -176,12 +173,5 @@ class Crossing:
         mine = Index(np.array(items, np.int64), step=self._size)
         theirs = Index(self._fine[np.array(at, np.int64)].reshape(-1), step=self._step)
         sides = (outer, inner, theirs, mine) if self._store else (inner, outer, mine, theirs)
-        device, stream = self._view.device, None
-        if self._behind is not None:
-            own = _local.__dict__
-            if (stream := own.get(str(device))) is None:
-                ignore_captures_elsewhere(device)
-                stream = own[str(device)] = own_stream(device)
-            self._behind.wait(stream)
-        with torch.inference_mode(False), inside(stream):
+        with torch.inference_mode(False), self._behind.inside():
             copy_rows(*sides).synchronize()

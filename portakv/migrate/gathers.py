@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an owner does for readers that cannot map its memory: a worker brings rows into staging
+slots, which movers carry, and sums digests up."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from portakv.copy.rows import copy_rows
+from portakv.errors import PortaKVError, Unsupported
+from portakv.graph.graph import Graph, Node
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.chunks import chunk, chunk_bytes
+from portakv.migrate.digest import digest
+from portakv.migrate.messages import Answer, Gather, Hello
+from portakv.migrate.movers.base import Mover, Moving, choose
+from portakv.migrate.shards import Window
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.streams import Behind
+from portakv.view import Index, KVView
+
+SLOTS = 2  # of each reader
+
+
+class Rows(NamedTuple):
+    """Offered rows: a part of a view, the index of its tokens, where it lies in the model, and what
+    it follows."""
+
+    view: KVView
+    ids: Index
+    window: Window
+    behind: Behind
+
+
+class Gathers:
+    """The slots and movers of an owner, for all of its readers; its calls are quick."""
+
+    def __init__(self, channel: Channel, slot_bytes: int, mover: str | None) -> None:
+        self._channel, self._slot_bytes, self._asked = channel, slot_bytes, mover
+        self._movers, self._by = dict[str, Mover](), dict[bytes, Mover]()  # by name; of readers
+        self._slots = dict[tuple[bytes, int], tuple[torch.Tensor, Moving]]()
+        self._sums: Bounded[Gather, list[Answer]] = Bounded("digests of an owner", 1024)
+        self._graph = Graph()
+        self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
+
+    @property
+    def slots(self) -> int:
+        """How many are in use."""
+        return len(self._slots)
+
+    def agree(self, peer: Peer, hello: Hello, device: torch.device) -> str:
+        """The mover for a reader, whose slots are where both sides' rows are, or on the host;
+        raises `Unsupported` or `BackendUnavailable` if there is none."""
+        if hello.device.partition(" ")[0] != device.type:
+            device = torch.device("cpu")
+        name = self._asked or hello.movers[0]
+        if name not in hello.movers:
+            raise Unsupported(f"The mover {name}", f"its reader has {', '.join(hello.movers)}")
+        mover = self._movers.get(f"{name} {device}") or choose(device, name)[0]
+        self._movers[f"{name} {device}"] = self._by[peer.id] = mover
+        mover.connect(peer, self._channel)
+        peer.on_gone(partial(self.forget, peer))
+        return mover.name
+
+    def forget(self, peer: Peer) -> None:
+        """A reader is gone, or needs its slots no more."""
+        if mover := self._by.pop(peer.id, None):
+            mover.forget(peer)
+        self._slots = {key: one for key, one in self._slots.items() if key[0] != peer.id}
+
+    def begin(self, peer: Peer, gather: Gather, rows: Rows) -> Answer:
+        """Have the worker bring rows into a slot; or sum them up, for a reader that asks until it
+        has. Only one thread calls it."""
+        if gather.mover:
+            mover = self._by.get(peer.id)
+            if mover is None or mover.name != gather.mover:
+                return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
+            self._submit(partial(self._bring, peer, gather, rows, mover))
+            return Answer("done")
+        sums = self._sums.get(gather)
+        if sums is None:
+            sums = self._sums[gather] = []
+            self._submit(partial(self._sum, gather, rows, sums))
+        return self._sums.pop(gather)[0] if sums else Answer("busy", seconds=1e-3)
+
+    def close(self) -> None:
+        """End what is under way."""
+        for mover in self._movers.values():
+            mover.close()
+        self._graph.close()
+
+    def _submit(self, work: partial[None]) -> None:
+        node = Node(lambda *_: work(), 1, link=self._link, name="gather")
+        self._graph.submit([node], priority="urgent")
+
+    # --- in the worker
+
+    def _sum(self, gather: Gather, rows: Rows, sums: list[Answer]) -> None:
+        try:
+            with torch.inference_mode(False), rows.behind.inside():
+                total = digest(rows.view, rows.ids, gather.count, rows.window, gather.first)
+            sums.append(Answer("done", digest=total))
+        except Exception as error:
+            sums.append(Answer("refused", str(error)[:1024]))
+
+    def _bring(self, peer: Peer, gather: Gather, rows: Rows, mover: Mover) -> None:
+        key, count = (peer.id, gather.slot % SLOTS), gather.count
+        room, sent = self._slots.get(key, (None, None))
+        try:
+            if sent is not None:
+                with suppress(PortaKVError):
+                    sent.wait()  # its reader has it, or asks for no more
+            if room is None or (sent is not None and sent.loose):
+                room = torch.empty(self._slot_bytes, dtype=torch.uint8, device=mover.device)
+            with torch.inference_mode(False), rows.behind.inside():
+                into = chunk(rows.view, count, room)[1]
+                copy_rows(rows.view.as_bytes(), into, rows.ids, count=count).synchronize()
+                sent = mover.give(peer, room[: chunk_bytes(rows.view, count)], gather.tag)
+            if self._by.get(peer.id) is mover:
+                self._slots[key] = room, sent
+        except BaseException:
+            mover.forget(peer)  # else its reader waits for bytes that will not come
+            raise

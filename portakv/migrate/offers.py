@@ -1,0 +1,334 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Owner` offers rows of its views to readers: it promises not to change them until the offer ends,
+answers whether that held, and brings rows into staging slots for readers that cannot map them."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from msgspec.structs import replace
+
+from portakv.errors import InvalidTerms, LayoutError, PortaKVError, SlotError, Unsupported
+from portakv.migrate import ipc
+from portakv.migrate.channel import Channel, Peer
+from portakv.migrate.described import Regions, describe
+from portakv.migrate.gathers import SLOTS, Gathers, Rows
+from portakv.migrate.messages import (
+    VERSION,
+    About,
+    Answer,
+    Begin,
+    Bye,
+    Close,
+    Gather,
+    Hello,
+    Region,
+    Renew,
+    Ticket,
+    Welcome,
+)
+from portakv.migrate.pairing import proof, where
+from portakv.migrate.shards import Shard, Window, overlap, slices, unlike
+from portakv.runtime.streams import Behind
+from portakv.view.index import IdList, Index
+
+EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
+GONE = Answer("gone", "It is no offer of this owner (any more).")
+
+
+class Offer:
+    """Rows that their owner promises not to change until the offer ends: when its readers have
+    closed it, at its deadline, by `revoke`, or when readers that began it are gone.
+
+    Attributes:
+        ticket: bytes for the reader, carried by whatever carries the request. Whoever has them and
+            the channel's secret may pull.
+    """
+
+    def __init__(self, owner: Owner, ids: Sequence[Any], tokens: int, until: float, readers: int):
+        self.number, self.ticket = secrets.token_bytes(16), b""
+        self.ids, self.tokens, self.until, self.left = ids, tokens, until, readers
+        self.behind = Behind(owner.device)
+        self.begun = dict[bytes, Any]()  # readers that have not closed it: how to stop watching
+        self._owner, self._state = owner, "held"
+
+    @property
+    def state(self) -> str:
+        """ "held"; then "taken" by its readers, "expired", "revoked", or "lost" with a reader."""
+        with self._owner.change:
+            if self._state == "held" and self._owner.now() > self.until:
+                self.end("expired")
+            return self._state
+
+    def end(self, state: str) -> None:
+        """Let it end in a state, if it has not ended."""
+        with self._owner.change:
+            if self._state == "held":
+                self._state = state
+                self._owner.ended(self, state)
+
+    def taken(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended, at most ``timeout`` seconds: True, and the owner may use its
+        blocks again."""
+        owner = self._owner
+        until = owner.now() + (3e9 if timeout is None else timeout)
+        with owner.change:
+            while self.state == "held":
+                if (now := owner.now()) >= until:
+                    return False
+                owner.change.wait(min(until, self.until + 1e-3) - now)
+        return True
+
+    def revoke(self) -> None:
+        """End it at once: what is read from now on is published by nobody."""
+        self.end("revoked")
+
+
+class Owner:
+    """A process that holds rows and offers them.
+
+    Args:
+        channel: where readers reach it; one owner on each.
+        shards: its views with their windows, one for each group of layers that share block ids.
+        model: a fingerprint; readers of another one are refused.
+        staging: bytes of the slots of one reader that cannot map the memory.
+        expose: "mapped": readers on this host may map whole allocations, to be read and written, so
+            that all are in one trust domain; "staging": they get copies of offered rows alone.
+        mover: the name of the one for readers that cannot map; None: the first that both can use.
+
+    Raises:
+        LayoutError: no shard, or one that cannot be described.
+        InvalidTerms: another ``expose``, or no bytes of staging.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        *shards: Shard,
+        model: str,
+        staging: int = 128 << 20,
+        expose: str = "mapped",
+        mover: str | None = None,
+    ) -> None:
+        if expose not in ("mapped", "staging") or staging < SLOTS << 12:
+            raise InvalidTerms(
+                f"An owner with {expose=} and {staging=} was asked: expected 'mapped' or 'staging',"
+                f" and {SLOTS << 12} bytes or more."
+            )
+        self.channel, self.model, self.now = channel, model, time.monotonic
+        self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
+        self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
+        self._offers = dict[bytes, Offer]()
+        self._gathers = Gathers(channel, self._slot_bytes, mover)
+        self.reallocate(*shards)
+        self._kinds: dict[Any, Any] = {
+            Hello: self._hello, Begin: self._begin, Renew: self._renew,
+            Close: self._close, Gather: self._gather, Bye: self._bye,
+        }  # fmt: skip
+        for kind, answer in self._kinds.items():
+            channel.serve(kind, answer)
+
+    def reallocate(self, *shards: Shard) -> None:
+        """Offer rows of other views from now on: all offers end, and readers pair anew."""
+        if not shards:
+            raise LayoutError("An owner without a shard was asked for; give one for each group.")
+        regions, exported = Regions(), list[Region]()
+        described = tuple(describe(shard, regions) for shard in shards)
+        with self.change:
+            self.revoke_all()
+            self.epoch, self.shards, self.device = (
+                secrets.token_bytes(16),
+                shards,
+                shards[0].view.device,
+            )
+            self._proof = proof(self.epoch, self.device)
+            held = list[ipc.Held]()
+            for storage in [*regions.storages, self._proof.untyped_storage()]:
+                told = storage.nbytes(), where(storage.device)
+                try:
+                    if self._expose != "mapped":
+                        raise Unsupported("Mapping", "its owner exposes staged rows alone")
+                    held.append(ipc.export(storage))
+                    exported.append(Region(*told, held[-1].handle))
+                except Unsupported as error:
+                    exported.append(Region(*told, why=error.why))
+            self._exports, self._events, self._turn = held, _events(self.device) if held else [], 0
+            self._welcome = Welcome(
+                version=VERSION, epoch=self.epoch, host=ipc.host_id(), described=described,
+                regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
+                events=tuple(ipc.export_event(x) for x in self._events),
+            )  # fmt: skip
+
+    def offer(self, *blocks: IdList, tokens: int, lease: float = 30.0, readers: int = 1) -> Offer:
+        """Offer the first ``tokens`` tokens of lists of blocks, one for each shard, behind what the
+        current stream holds. A negative id is a block that is elsewhere.
+
+        Args:
+            lease: seconds until it ends by itself, unless its reader renews it.
+            readers: how many may pull it.
+
+        Raises:
+            SlotError: ids past the view, too few for the tokens, or not a list for each shard.
+            InvalidTerms: no token, no time, or no reader.
+        """
+        if not (tokens >= 1 and lease > 0 and readers >= 1):
+            raise InvalidTerms(
+                f"An offer of {tokens=}, {lease=} and {readers=} was asked: expected a token or "
+                f"more, seconds, and a reader or more."
+            )
+        if len(blocks) != len(self.shards):
+            raise SlotError(
+                f"{len(blocks)} lists of blocks were offered, of {len(self.shards)} shards: "
+                f"expected one for each."
+            )
+        lists = list[Any]()
+        for shard, given in zip(self.shards, blocks, strict=True):
+            index = Index(given, step=shard.view.block_size or 1)
+            ids = index.host_ids()[: -(-tokens // index.step)]
+            if len(ids) * index.step < tokens:
+                raise SlotError(
+                    f"{tokens} tokens were offered in {len(ids)} blocks of {index.step}: expected "
+                    f"blocks for all; offer fewer tokens."
+                )
+            Index(ids, step=index.step).check(tokens, shard.view.slots, "offered")
+            lists.append(ids.clip(min=-1).astype("<i4"))
+        with self.change:
+            made = Offer(self, lists, tokens, self.now() + lease, readers)
+            event = -1
+            if self._events:
+                event = self._turn = (self._turn + 1) % EVENTS
+                self._events[event].record()
+            elif self.device.type != "cpu":  # no reader's stream can wait for it
+                torch.accelerator.current_stream(self.device.index).synchronize()
+            steps = tuple(shard.view.block_size or 1 for shard in self.shards)
+            told = tuple(each.tobytes() for each in lists)
+            terms = VERSION, self.channel.address, tokens, told, steps, lease, event
+            made.ticket = Ticket(self.epoch, made.number, *terms).pack()
+            self._offers[made.number] = made
+            self.counts["offered"] += 1
+        return made
+
+    def revoke_all(self) -> None:
+        """End every offer at once."""
+        for offer in [*self._offers.values()]:
+            offer.revoke()
+
+    def statistics(self) -> dict[str, int]:
+        """Offers that are held, how others ended, what was answered, and slots in use."""
+        with self.change:
+            held = sum(offer.state == "held" for offer in [*self._offers.values()])
+            return {**self.counts, "held": held, "slots": self._gathers.slots}
+
+    def close(self) -> None:
+        """End every offer, and answer nobody any more."""
+        self.revoke_all()
+        for kind in self._kinds:
+            self.channel.serve(kind, lambda *_: GONE)
+        self._gathers.close()
+
+    def ended(self, offer: Offer, state: str) -> None:
+        """An offer has ended, under the lock."""
+        del self._offers[offer.number]
+        self.counts[state] += 1
+        for stop in offer.begun.values():
+            stop()
+        self.change.notify_all()
+
+    # --- what readers ask, in the channel's thread
+
+    def _hello(self, peer: Peer, hello: Hello) -> Welcome | Answer:
+        why = unlike([x.group for x in self._welcome.described], hello.groups)
+        if hello.version != VERSION:
+            why = f"version {hello.version} of the protocol is spoken there, {VERSION} here"
+        elif hello.model != self.model:
+            why = f"the model is {hello.model!r} there and {self.model!r} here"
+        welcome = self._welcome
+        if hello.movers and not why:
+            try:
+                welcome = replace(welcome, movers=(self._gathers.agree(peer, hello, self.device),))
+            except PortaKVError as error:
+                why = str(error)
+        self.counts["refused" if why else "paired"] += 1
+        return Answer("refused", why[:1024]) if why else welcome
+
+    def _held(self, about: About) -> Offer | None:
+        offer = self._offers.get(about.offer)
+        held = offer is not None and about.epoch == self.epoch and offer.state == "held"
+        return offer if held else None
+
+    def _begin(self, peer: Peer, begin: Begin) -> None:
+        with self.change:
+            if (offer := self._held(begin)) and peer.id not in offer.begun:
+                offer.begun[peer.id] = lambda: None
+                stop = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
+                if peer.id in offer.begun:
+                    offer.begun[peer.id] = stop
+
+    def _less(self, offer: Offer, reader: bytes, state: str) -> None:
+        """A reader is through with an offer, or gone."""
+        with self.change:
+            offer.begun.pop(reader, lambda: None)()
+            offer.left -= 1
+            if not offer.left:
+                offer.end(state)
+
+    def _close(self, peer: Peer, close: Close) -> Answer:
+        with self.change:
+            offer = self._held(close)
+            self.counts["closed" if offer else "gone"] += 1
+            if offer is None:
+                return GONE
+            self._less(offer, peer.id, "taken")
+            return Answer("held")
+
+    def _renew(self, _: Peer, renew: Renew) -> Answer:
+        with self.change:
+            if (offer := self._held(renew)) is None:
+                return GONE
+            offer.until = max(offer.until, self.now() + renew.seconds)
+            return Answer("held", seconds=offer.until - self.now())
+
+    def _bye(self, peer: Peer, _: Bye) -> None:
+        self._gathers.forget(peer)
+
+    def _gather(self, peer: Peer, gather: Gather) -> Answer:
+        with self.change:
+            if (offer := self._held(gather)) is None:
+                return GONE
+            rows = self._rows(offer, gather)
+            return self._gathers.begin(peer, gather, rows)
+
+    def _rows(self, offer: Offer, gather: Gather) -> Rows:
+        """What a gather asks for; raises `LayoutError` if that was not offered."""
+        shard = self.shards[gather.group] if gather.group < len(self.shards) else None
+        asked = gather.layers, gather.heads
+        if shard is None or overlap(asked, shard.window.box) != asked:
+            shard = None
+        if shard is None or not 0 < gather.count <= offer.tokens - gather.first:
+            raise LayoutError(
+                f"Layers {gather.layers} x heads {gather.heads} of group {gather.group} were asked "
+                f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
+            )
+        own, index = shard.window, Index(offer.ids[gather.group], step=shard.view.block_size or 1)
+        window = Window((*gather.layers, own.layers[2]), (*gather.heads, own.heads[2]))
+        part = shard.view.slice(**slices(asked, own))
+        return Rows(part, index.shifted(gather.first), window, offer.behind)
+
+
+def _events(device: torch.device) -> list[Any]:
+    """Events that readers' streams wait for, if the device's can be exported."""
+    if device.type == "cpu":
+        return []
+    try:
+        made = [torch.get_device_module(device).Event(interprocess=True) for _ in range(EVENTS)]
+        ipc.export_event(made[0])
+    except (Unsupported, RuntimeError, TypeError):
+        return []
+    return made

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owners as a reader knows them: each is greeted once, refused if its rows are others, and mapped
+if its memory can be; otherwise both sides agree upon a mover."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
+from hashlib import blake2b
+from queue import SimpleQueue
+from typing import Any, cast
+
+import torch
+
+from portakv.errors import LayoutError, OfferGone, PortaKVError, Unsupported
+from portakv.migrate import ipc
+from portakv.migrate.channel import Channel
+from portakv.migrate.described import rebuild, reserve
+from portakv.migrate.messages import VERSION, Answer, Bye, Hello, Ticket, Welcome
+from portakv.migrate.movers.base import Mover, choose
+from portakv.migrate.shards import Shard, Window, unlike
+
+
+class Paired:
+    """An owner: its welcome, and its shards and events if its memory is mapped."""
+
+    def __init__(self, address: str, welcome: Welcome) -> None:
+        self.address, self.welcome = address, welcome
+        self.shards, self.events, self.held = list[Shard](), list[Any](), list[ipc.Held]()
+        self.why, self.mover = "", cast(Any, None)  # why it is not mapped, and what carries then
+        self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
+        self.slots: SimpleQueue[tuple[int, torch.Tensor]] = SimpleQueue()
+
+    def window(self, group: int) -> Window:
+        """The window of one of its groups."""
+        told = self.welcome.described[group].group
+        return Window(told.layers, told.heads)
+
+
+class Pairings:
+    """The owners of one reader; see `Reader` for its arguments."""
+
+    def __init__(
+        self, channel: Channel, shards: Sequence[Shard], model: str, mover: str | None
+    ) -> None:
+        if not shards:
+            raise LayoutError("A reader without a shard was asked for; give one for each group.")
+        self.channel, self.shards, self.device = channel, shards, shards[0].view.device
+        self._model, self._asked, self._movers = model, mover, dict[str, Mover]()
+        self._owners, self._lock = dict[tuple[str, bytes], Paired](), threading.Lock()
+
+    def told(self, tickets: bytes | Sequence[bytes]) -> list[tuple[Ticket, Paired]]:
+        """Tickets, and the owner of each; raises as `of`, and `PeerError` for what is none."""
+        packed = [tickets] if isinstance(tickets, bytes) else tickets
+        return [(one, self.of(one)) for one in map(Ticket.read, packed)]
+
+    def of(self, ticket: Ticket) -> Paired:
+        """The owner of a ticket.
+
+        Raises:
+            PeerError, OfferGone: it is gone, or was restarted since.
+            LayoutError: its rows cannot become this reader's.
+            Unsupported: its memory can neither be mapped nor moved.
+        """
+        key = ticket.address, ticket.epoch
+        if (owner := self._owners.get(key)) is not None:
+            return owner
+        with self._lock:
+            if (owner := self._owners.get(key)) is not None:
+                return owner
+            owner = Paired(ticket.address, self._greet(ticket))
+            if owner.welcome.epoch != ticket.epoch:
+                raise gone(ticket, "its owner was restarted, or has other memory, since then")
+            owner.why = self._mapped(owner)
+            if owner.why:
+                try:
+                    self._agree(owner, ticket)
+                except PortaKVError as error:
+                    why = f"{owner.why}; and they cannot be moved: {error}"
+                    raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
+            self.channel.watch(ticket.address, partial(self._forget, owner))
+            self._owners[key] = owner
+        return owner
+
+    def close(self) -> None:
+        """Let go of all owners."""
+        for owner in [*self._owners.values()]:
+            with suppress(PortaKVError):
+                self.channel.tell(owner.address, Bye(owner.welcome.epoch))
+            self._forget(owner)
+        for mover in self._movers.values():
+            mover.close()
+
+    def _greet(self, ticket: Ticket, movers: tuple[str, ...] = ()) -> Welcome:
+        groups, device = tuple(shard.group for shard in self.shards), where(self.device)
+        hello = Hello(VERSION, self._model, ipc.host_id(), device, groups, movers)
+        kind: Any = Welcome | Answer
+        welcome = self.channel.ask(ticket.address, hello, kind)
+        if isinstance(welcome, Answer):
+            why = welcome.why
+        else:
+            why = unlike(groups, [one.group for one in welcome.described])
+        if why:
+            raise LayoutError(
+                f"{ticket.address} was asked for its rows, and they cannot become this reader's: "
+                f"{why}. Pair shards of one model, by one release."
+            )
+        return cast(Welcome, welcome)
+
+    def _mapped(self, owner: Paired) -> str:
+        """Map an owner's memory; or why it cannot be."""
+        welcome = owner.welcome
+        for one in welcome.described:  # all is checked before anything is mapped
+            rebuild(one, [reserve(region.nbytes) for region in welcome.regions])
+        if welcome.host != ipc.host_id():
+            return "it is on another host"
+        if missing := [region.why for region in welcome.regions if not region.handle]:
+            return f"its owner cannot share it: {missing[0]}"
+        try:
+            for region in welcome.regions:
+                device = "cpu" if region.device.startswith("cpu ") else self.device
+                owner.held.append(ipc.opened(region.handle, device))
+            *flat, told = cast(Any, [one.tensor for one in owner.held])
+            if not torch.equal(
+                (told ^ 0).cpu(), _proof(welcome.epoch)
+            ):  # read by a kernel, as rows
+                return "what is read through the mapping is not what its owner has there"
+            owner.shards = [rebuild(one, flat) for one in welcome.described]
+            owner.events = [ipc.open_event(one, self.device) for one in welcome.events]
+        except PortaKVError as error:
+            return str(error)
+        return ""
+
+    def _agree(self, owner: Paired, ticket: Ticket) -> None:
+        """Agree with an owner upon a mover, whose slots are where both sides' rows are, or on the
+        host."""
+        same = owner.welcome.regions[0].device.partition(" ")[0] == self.device.type
+        device = self.device if same else torch.device("cpu")
+        mover = choose(device, self._asked)[0]
+        owner.mover = self._movers.setdefault(f"{mover.name} {device}", mover)
+        owner.welcome = self._greet(ticket, (mover.name,))
+        owner.mover.connect(owner.address, self.channel)
+        for number in range(owner.welcome.slots):
+            room = torch.empty(owner.welcome.slot_bytes, dtype=torch.uint8, device=device)
+            owner.slots.put((number, room))
+
+    def _forget(self, owner: Paired) -> None:
+        self._owners.pop((owner.address, owner.welcome.epoch), None)
+        for one in owner.held:
+            one.close()
+        if owner.mover:
+            owner.mover.forget(owner.address)
+
+
+def where(device: torch.device) -> str:
+    """A device as both sides tell it: its type, and which one it is, whatever its number."""
+    return f"{device.type} {ipc.identity(device)}"
+
+
+def proof(epoch: bytes, device: torch.device) -> torch.Tensor:
+    """Bytes of an owner that its readers know: they map them as they map rows, and compare."""
+    told = _proof(epoch)
+    if device.type != "cpu":
+        return told.to(device)
+    return ipc.shared_empty(told.numel(), torch.uint8).copy_(told)
+
+
+def _proof(epoch: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(blake2b(epoch).digest()), dtype=torch.uint8)
+
+
+def gone(ticket: Ticket, why: str) -> OfferGone:
+    """The error of an offer that does not hold; ``why`` as a clause."""
+    return OfferGone(
+        f"An offer of {ticket.address} ({ticket.offer.hex()[:8]}) was pulled, and does not hold: "
+        f"{why}. Nothing is published; ask for another offer."
+    )

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Pull`: the handle of rows on their way, and the rule by which they are published: only if every
+offer still held when all bytes had been read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from time import monotonic, perf_counter
+from typing import Any, cast
+
+import torch
+
+from portakv.copy.handle import BlockTransfer, Statistics
+from portakv.errors import PortaKVError, TransferCancelled, TransferError, TransferTimeout
+from portakv.graph.graph import Node
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import Answer, Begin, Close, Renew
+from portakv.migrate.moved import CANCELLED
+from portakv.migrate.pairing import gone
+from portakv.migrate.steps import Told
+from portakv.runtime.transfer import NOTHING, Completion, Transfer
+
+
+class Part(Transfer):
+    """A transfer that ends with nodes of a graph as well, and fails as the first that did."""
+
+    __slots__ = ("nodes",)
+
+    def __init__(self, transfers: Sequence[Transfer], nodes: Sequence[Node]) -> None:
+        ends = [each for one in transfers for each in one.completions]
+        super().__init__([*ends, Completion(pendings=cast(Any, tuple(nodes)))])
+        self.nodes = nodes
+
+    def wait(self, stream: torch.Stream | None = None) -> None:
+        """Block the host, as no stream orders what nodes do; raises as `done`."""
+        super().wait(stream)
+        self._finish()
+
+    def _finish(self) -> None:
+        super()._finish()
+        for node in self.nodes:
+            if isinstance(node.error, PortaKVError):
+                raise node.error
+            if node.error or not node.landed.all():
+                raise TransferError(f"A pull ended early: {node.error!r}.") from node.error
+
+
+class Pull(Part):
+    """Rows on their way. They may be used once `synchronize` (`wait`, `done`) returned without an
+    error: `OfferGone` if an offer did not hold, another `TransferError` if a peer or a copy failed,
+    `TransferCancelled`. Rows that were asked for then hold anything; no others have changed.
+
+    Attributes:
+        layers: with ``by_layer``, an end of each layer's bytes. A model may begin on them; nothing
+            that it makes of them may leave before the end of the whole.
+    """
+
+    __slots__ = ("_began", "_ended", "copies", "layers", "nbytes", "slices", "stopped", "way")
+
+    def __init__(self, node: Node) -> None:
+        super().__init__((), [node])
+        self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
+        self.nbytes, self.way, self.stopped = 0, NOTHING, False
+        self._began = perf_counter()
+        self._ended: float | None = None
+
+    @property
+    def published(self) -> bool:
+        """Whether every offer held, so that the rows are valid; never blocks or raises."""
+        return bool(self.nodes[0].landed.all())
+
+    def cancel(self) -> bool:
+        """Move no more than what is in flight, and publish nothing; False if it has ended."""
+        self.stopped = True
+        for copy in self.copies:
+            copy.cancel()
+        return not self.nodes[0].ended
+
+    @property
+    def statistics(self) -> Statistics:
+        """What became of it so far; never blocks or raises. Bytes count once they are published;
+        blocks are not counted."""
+        landed, over = self.published, self.nodes[0].ended
+        seconds = None if self._ended is None else self._ended - self._began
+        pieces, stopped = len(self.copies) + len(self.slices), self.stopped and over and not landed
+        return Statistics(self.nbytes * landed, 0, 0, *self.way, seconds, pieces, stopped)
+
+    def end(
+        self, channel: Channel, told: Told, check: Callable[[], object], until: float, looks: bool
+    ) -> None:
+        """Wait for all bytes, look at them, and ask each owner whether its offer held; in a worker.
+        ``looks``: it may take so long that offers are renewed meanwhile."""
+        errors = list[BaseException]()
+        for ticket, owner in told:
+            with suppress(PortaKVError):
+                channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
+        for one in (*self.copies, *self.slices):
+            try:
+                self._await(channel, told, one, until, looks)
+            except BaseException as error:
+                errors.append(error)
+                self.cancel()  # all is waited for: nothing is written behind the end
+        if not self.stopped:
+            try:
+                check()
+            except BaseException as error:
+                errors.append(error)
+        for ticket, owner in told:
+            try:
+                answer = channel.ask(owner.address, Close(ticket.epoch, ticket.offer), Answer)
+                if answer.state != "held":
+                    errors.insert(0, gone(ticket, answer.why))
+            except PortaKVError as error:
+                errors.append(error)
+        self._ended = perf_counter()
+        if errors:
+            raise errors[0]
+        if self.stopped:
+            raise TransferCancelled(CANCELLED)
+
+    def _await(self, channel: Channel, told: Told, one: Any, until: float, looks: bool) -> None:
+        """Wait for a copy or a slice, and renew the offers; raises what it ended with."""
+        lease, late = min(ticket.lease for ticket, _ in told), False
+        while True:
+            wait = min(lease / 3, max(0.01, until - monotonic()))
+            if not isinstance(one, Node):
+                with suppress(TransferTimeout):
+                    one.synchronize(wait if looks else None)
+                    break
+            elif one.wait(wait):
+                if one.error and not late:
+                    raise one.error
+                break
+            if monotonic() >= until and not late:
+                late = self.cancel()  # and what is in flight is waited for
+            for ticket, owner in told:
+                with suppress(PortaKVError):
+                    renew = Renew(ticket.epoch, ticket.offer, ticket.lease)
+                    channel.ask(owner.address, renew, Answer)
+        if late:
+            raise TransferTimeout(
+                "A pull had not ended in its time; nothing of it is published. Give it more time."
+            )

@@ -1,0 +1,137 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Reader` pulls rows that owners offer into its own views: in one launch for each piece if their
+memory can be mapped, through staged slots if it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from time import monotonic
+from typing import Any
+
+import torch
+
+from portakv.copy.rows import copy_rows
+from portakv.graph.graph import Graph, Node
+from portakv.migrate.channel import Channel
+from portakv.migrate.moved import moving_nodes, verified
+from portakv.migrate.pairing import Pairings
+from portakv.migrate.published import Part, Pull
+from portakv.migrate.shards import Shard
+from portakv.migrate.steps import Step, steps
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.view.index import IdList
+
+
+class Reader:
+    """A process that pulls rows which owners offer.
+
+    Args:
+        channel: by which owners are asked.
+        shards: its views with their windows, one for each group of layers that share block ids.
+        model: a fingerprint; owners of another one are refused.
+        mover: the name of the one for memory that cannot be mapped; None: the first that both
+            sides can use.
+
+    Raises `LayoutError` without a shard.
+    """
+
+    def __init__(
+        self, channel: Channel, *shards: Shard, model: str, mover: str | None = None
+    ) -> None:
+        self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
+        self.channel, self.shards, self.device = channel, shards, shards[0].view.device
+        self._link = self._graph.link("pull", width=16)
+
+    def pull(
+        self,
+        tickets: bytes | Sequence[bytes],
+        *blocks: IdList,
+        first: int = 0,
+        by_layer: bool = False,
+        overlap: str = "compute",
+        max_thread_blocks: int | None = None,
+        max_gbps: float | None = None,
+        verify: bool = False,
+        timeout: float | None = None,
+    ) -> Pull:
+        """Pull what tickets offer into lists of blocks, one for each shard.
+
+        Args:
+            tickets: one of each owner that has a part of this reader's windows.
+            first: tokens that are here already, and are passed over on both sides.
+            by_layer: one layer behind the other, each with an end of its own: `Pull.layers`.
+            overlap, max_thread_blocks, max_gbps: as for `copy_rows`, for memory that is mapped.
+            verify: compare digests of all bytes with the owners' before they are published.
+            timeout: seconds from now; then it ends, and publishes nothing.
+
+        Raises:
+            PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
+            LayoutError: rows that cannot become this reader's; layers or heads that nobody offers.
+            SlotError: bad blocks on either side, or too few.
+            Unsupported: memory that can neither be mapped nor moved; inside graph capture.
+        """
+        if capturing(self.device):
+            raise refuse_capture("A pull", "owners are asked whether offers held; pull outside")
+        told = self._owners.told(tickets)
+        plan = steps(told, self.shards, blocks, first)
+        for ticket, owner in told:
+            if owner.events and ticket.event >= 0:
+                owner.events[ticket.event].wait(torch.accelerator.current_stream(self.device.index))
+        pull = Pull(Node(None, 1, link=self._link, name="pull"))
+        pull.nbytes = sum(step.nbytes for step in plan)
+        pull.way = next((_way(step) for step in plan if step.src is None), _way(plan[0]))
+        nodes_of = moving_nodes(self.channel, self._graph, self.device, lambda: pull.stopped)
+        starts = [0, *accumulate(shard.view.layers for shard in self.shards)]
+        layers: list[Any] = [([], []) for _ in range(starts[-1])]
+        for step in plan:
+            start = starts[step.group] + step.layers.start
+            if step.src is None:
+                for some, node in nodes_of(step):
+                    pull.slices.append(node)
+                    for layer in some:
+                        layers[start + layer][1].append(node)
+                continue
+            copy = copy_rows(
+                step.src, step.dst, step.theirs, step.mine, count=step.tokens, by_layer=by_layer,
+                overlap=overlap, max_thread_blocks=max_thread_blocks, max_gbps=max_gbps,
+            )  # fmt: skip
+            pull.copies.append(copy)
+            for layer, end in enumerate(copy.layers if by_layer else ()):
+                layers[start + layer][0].append(end)
+        pull.layers = [Part(*layer) for layer in layers] if by_layer else []
+        until = monotonic() + (3e9 if timeout is None else timeout)
+        looks = timeout is not None or max_gbps is not None
+
+        def check() -> None:
+            for step in plan if verify else ():
+                verified(self.channel, step, lambda: pull.stopped)
+
+        def work(*_: object) -> None:
+            pull.end(self.channel, told, check, until, looks)
+
+        pull.nodes[0].work = work
+        self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
+        return pull
+
+    def explain(self, tickets: bytes | Sequence[bytes]) -> str:
+        """How rows of these tickets' owners would come, and why so."""
+        lines = list[str]()
+        for ticket, owner in self._owners.told(tickets):
+            how = "rows are read where they lie, by one launch for each piece"
+            if owner.why:
+                how = f"rows are moved by {owner.mover.name}, through staging: {owner.why}"
+            lines.append(f"{owner.address}, {ticket.tokens} tokens: {how}.")
+        return "\n".join(lines)
+
+    def close(self) -> None:
+        """Let go of all owners; pulls under way end first, for at most ten seconds."""
+        self._graph.close()
+        self._owners.close()
+
+
+def _way(step: Step) -> tuple[str, str]:
+    """What carries a step, and why."""
+    if step.src is None:
+        return step.owner.mover.name, step.owner.why
+    return "mapped", "the owners' memory can be mapped"
