@@ -18,7 +18,7 @@ from portakv.graph.graph import Graph, Link
 from portakv.runtime.bounded import Bounded
 from portakv.storage.engine import Engine, Request, choose
 from portakv.storage.form import HEADER, BlockForm
-from portakv.storage.image import Row, header, verify
+from portakv.storage.image import Header, Row, header, verify
 from portakv.storage.slots import PAGE, Place, Slots, form_in
 
 
@@ -166,19 +166,23 @@ class DiskShelf:
             starts = [HEADER + x.offset if x.offset else 0 for x in parts]
             spans = list(zip(starts, ends, strict=True))
         late, moved = stop is not None and stop(), list[int]()
+        awaited = [len(spans)] * len(found)  # spans of each block
+
+        def ended(number: int, result: int) -> None:
+            """Check a block whose last span came, while the disk brings others."""
+            n, span = divmod(number, len(spans))
+            awaited[n] -= result == spans[span][1] - spans[span][0]
+            if not awaited[n]:
+                i, _, (_, told) = found[n]
+                landed[i] = self._right(rows[i], told, segments)
+
         try:
             asks = [
                 Request(slots.fd, slot * size + a, rows[i].ctypes.data + a, b - a, False)
                 for i, slots, (slot, _) in found
                 for a, b in spans
             ]
-            moved = [] if late else self.engine.run(asks)
-            for n, (i, _, (_, told)) in enumerate(found[: len(moved)]):
-                right = moved[n * len(spans) :][: len(spans)] == [b - a for a, b in spans]
-                if right and (segments is None or 0 in segments):
-                    right = header(rows[i], self.form) == told
-                terms = told.checksums, told.generation, segments
-                landed[i] = right and verify(rows[i], self.form, *terms)
+            moved = [] if late else self.engine.run(asks, ended)
         finally:
             for i, slots, at in found:
                 slots.unpin(at, good=landed[i] or not moved)
@@ -234,6 +238,12 @@ class DiskShelf:
             slots.close()
         if self.writable:
             self.engine.close()
+
+    def _right(self, row: Row, told: Header, segments: Sequence[int] | None) -> bool:
+        """Whether segments that were read, the first with the header, are what was sealed."""
+        if (segments is None or 0 in segments) and header(row, self.form) != told:
+            return False
+        return verify(row, self.form, told.checksums, told.generation, segments)
 
     def pin(self, key: bytes) -> tuple[Slots, Place] | None:
         for slots, _ in self.parts:

@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol, TypeAlias
 
 from portakv.backends.base import Decision
 from portakv.errors import InvalidTerms, StoreError
@@ -21,15 +21,21 @@ class Request(NamedTuple):
     write: bool
 
 
+#: Is told the number of a request and its result.
+Ended: TypeAlias = Callable[[int, int], object]
+
+
 class Engine(Protocol):
     """Carries requests out for any number of threads. ``run`` returns when all have ended: the
     bytes of each, all moved, or a negative errno (``-ENODATA``: the file ends before; after
-    ``close`` ``-ECANCELED``). ``notes`` tell what it does without."""
+    ``close`` ``-ECANCELED``). ``ended`` is told once of each, in any order, in the thread that
+    called ``run``, while others are under way; it asks nothing of the engine, and what it raises is
+    raised once all have ended. ``notes`` tell what it does without."""
 
     name: str
     notes: tuple[str, ...]
 
-    def run(self, requests: Sequence[Request]) -> list[int]: ...
+    def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]: ...
     def close(self) -> None: ...
 
 

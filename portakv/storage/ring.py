@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from portakv.storage.engine import Request
+from portakv.storage.engine import Ended, Request
 from portakv.storage.threads import Threads, carry, to_the_end
 
 SETUP, ENTER, REGISTER = 425, 426, 427  # the same on every architecture but alpha
@@ -77,8 +77,8 @@ class OneRing:
         why = f"no buffers are registered ({os.strerror(-code)}), see ulimit -l; it costs CPU"
         self.notes = (why,) if code < 0 else ()
 
-    def run(self, requests: Sequence[Request]) -> list[int]:
-        """See `Engine`."""
+    def run(self, requests: Sequence[Request], tell: Ended | None = None) -> list[int]:
+        """See `Engine`; what the kernel never ended is not told."""
         asked, begun, stop = np.array(requests, np.int64).reshape(-1, 5), 0, 0
         results: list[int | None] = [None] * len(requests)
         self._generation = (self._generation + 1) % LARGEST  # fits a key
@@ -89,25 +89,30 @@ class OneRing:
             while (begun < len(asked) and not stop) or self._count(self.seen, self.put):
                 if stop:  # what the kernel has not taken yet it shall not take
                     self.words[self.put] = self.words[self.taken]
-                else:
+                elif begun < len(asked):
                     begun += self._fill(asked[begun:], begun)
-                # Wait for all of them, or for half if more follow.
+                # Wait for all of them, for half if more follow, or for one to tell of.
                 least = self._count(self.seen, self.put) // (1 + (begun < len(asked)))
+                least = min(least, 1) if tell else least
                 put = self._count(self.taken, self.put)
                 if (code := system_call(ENTER, self.fd, put, least, GETEVENTS)) < 0:
                     stop = stop if code in PASSING else code
                     time.sleep(0.001)  # short of memory, it may say so at once again
                 seen, ends = int(self.words[self.seen]), self._count(self.seen, self.told)
                 cqes = self.cqes[(seen + np.arange(ends)) % len(self.cqes)]
+                new = list[tuple[int, int]]()
                 for key, got in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
                     index = key - (self._generation << 32)
                     if not 0 <= index < len(results) or results[index] is not None:
                         self.poisoned = True
-                    elif got in AGAIN or 0 <= got < requests[index].nbytes:
-                        results[index] = carry(requests[index])
                     else:
-                        results[index] = got
-                self.words[self.seen] = (seen + ends) & WORD
+                        again = got in AGAIN or 0 <= got < requests[index].nbytes
+                        results[index] = got = carry(requests[index]) if again else got
+                        new.append((index, got))
+                self.words[self.seen] = (seen + ends) & WORD  # before what may take long
+                if tell and not stopped:
+                    for each in new:
+                        tell(*each)
 
         to_the_end(go)
         self.poisoned |= stop < 0
@@ -145,7 +150,7 @@ class Ring(Threads):
         self._local.ring = one = OneRing(memory, entries)
         self.notes = one.notes
 
-    def carry(self, requests: Sequence[Request]) -> list[int]:
+    def carry(self, requests: Sequence[Request], tell: Ended | None) -> list[int]:
         """By the ring of this thread, or as `Threads` if it gets none."""
         ring = getattr(self._local, "ring", None)
         if ring is None or ring.poisoned:
@@ -153,9 +158,9 @@ class Ring(Threads):
                 ring = self._local.ring = OneRing(*self._asked)
             except OSError as error:
                 self.notes = (f"a thread had no ring ({error.strerror})",)
-                return super().carry(requests)
+                return super().carry(requests, tell)
             self.notes = ring.notes or self.notes
-        return ring.run(requests)
+        return ring.run(requests, tell)
 
     def close(self) -> None:
         """See `Engine`. Each ring goes once its thread has left it."""

@@ -7,13 +7,13 @@ import ctypes
 import errno
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
 from contextlib import suppress
 from fcntl import F_GETFL, fcntl
 
 from portakv.errors import StoreError
 from portakv.runtime.devices import this_process
-from portakv.storage.engine import Request
+from portakv.storage.engine import Ended, Request
 
 
 def to_the_end(go: Callable[[bool], None]) -> None:
@@ -65,29 +65,47 @@ class Threads:
         self._process, self._closed = this_process(), False
         self._pool = ThreadPoolExecutor(8, "portakv io")
 
-    def run(self, requests: Sequence[Request]) -> list[int]:
+    def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         """See `Engine`. Raises `StoreError` in a process forked from the one that made it."""
         if self._process.forked:
             raise StoreError(
                 f"I/O engine {self.name!r} was used in a forked process; open it there."
             )
-        return [-errno.ECANCELED] * len(requests) if self._closed else self.carry(requests)
+        untold = set(range(len(requests) if ended else 0))
 
-    def carry(self, requests: Sequence[Request]) -> list[int]:
-        """By the threads; what was not begun when the engine closed is cancelled."""
-        ends = [Future[int]() for _ in requests]
+        def tell(number: int, result: int) -> None:
+            untold.remove(number)
+            if ended:
+                ended(number, result)
+
+        closed = [-errno.ECANCELED] * len(requests)
+        results = closed if self._closed else self.carry(requests, tell if ended else None)
+        for number in [*untold]:
+            tell(number, results[number])
+        return results
+
+    def carry(self, requests: Sequence[Request], tell: Ended | None) -> list[int]:
+        """By the threads; what was not begun when the engine closed is cancelled, and not told."""
+        ends = {Future[int](): number for number in range(len(requests))}
 
         def work(end: Future[int], request: Request) -> None:
             if end.set_running_or_notify_cancel():
                 end.set_result(carry(request))
 
         def go(stopped: bool) -> None:
-            for each in () if stopped else zip(ends, requests, strict=True):
-                self._pool.submit(work, *each)
-            wait([end for end in ends if not (stopped and end.cancel())])
+            full = False
+            try:
+                for each in () if stopped else zip(ends, requests, strict=True):
+                    self._pool.submit(work, *each)
+            except RuntimeError:  # closed, at the interpreter's end, or no thread to be had
+                full = True
+            begun = [end for end in ends if not ((stopped or full) and end.cancel())]
+            if tell and not stopped:
+                for end in as_completed(begun):
+                    tell(ends[end], end.result())
+            wait(begun)
 
-        with suppress(RuntimeError):  # closed, at the interpreter's end, or no thread to be had
-            to_the_end(go)
+        to_the_end(go)
         return [-errno.ECANCELED if end.cancelled() else end.result() for end in ends]
 
     def close(self) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from portakv.storage import image
-from portakv.storage.engine import Request
+from portakv.storage.engine import Ended, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.threads import carry
 from support.storage_cases import aligned, key_of, small_form
@@ -57,10 +57,15 @@ class Faulty:
         self.fail, self.closed = fail, False
         self.asked: list[Request] = []
 
-    def run(self, requests: Sequence[Request]) -> list[int]:
+    def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         self.asked += requests
-        failed = [self.fail(each) for each in requests]
-        return [carry(x) if y is None else y for x, y in zip(requests, failed, strict=True)]
+        failed, results = [self.fail(each) for each in requests], dict[int, int]()
+        for n in reversed(range(len(requests))):
+            fault = failed[n]
+            results[n] = carry(requests[n]) if fault is None else fault
+            if ended:
+                ended(n, results[n])
+        return [results[n] for n in range(len(requests))]
 
     def close(self) -> None:
         self.closed = True

@@ -18,7 +18,7 @@ import torch
 from portakv import KVView
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
 from portakv.storage.disk import Disk, DiskShelf
-from portakv.storage.engine import Engine, Request
+from portakv.storage.engine import Ended, Engine, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.slots import Slots
 from portakv.storage.threads import carry
@@ -168,7 +168,7 @@ class Troubled:
         self.dead, self.share, self._lock = False, 0.0, threading.Lock()
         self.go.set()
 
-    def run(self, requests: Sequence[Request]) -> list[int]:
+    def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         assert self.go.wait(LIMIT)
         with self._lock:
             numbers = range(self.count, self.count + len(requests))
@@ -179,17 +179,31 @@ class Troubled:
             for each in requests:
                 carry(each._replace(nbytes=int(each.nbytes * self.share)))
             return [-errno.ECANCELED] * len(requests)
-        whole = [each for each, kind in zip(requests, kinds, strict=True) if kind in ("", "flip")]
-        moved = iter(self.inner.run(whole))
-        return [self._end(*each, moved) for each in zip(numbers, requests, kinds, strict=True)]
+        results = [0] * len(requests)
 
-    def _end(self, number: int, request: Request, kind: str, moved: Any) -> int:
+        def end(i: int, moved: int = 0) -> None:
+            results[i] = self._end(numbers[i], requests[i], kinds[i], moved)
+            if ended:
+                ended(i, results[i])
+
+        whole = [i for i, kind in enumerate(kinds) if kind in ("", "flip")]
+        for i in {*range(len(kinds))} - {*whole}:
+            end(i)
+        inner = [requests[i] for i in whole]
+        if ended:
+            self.inner.run(inner, lambda n, moved: end(whole[n], moved))
+        else:
+            for i, moved in zip(whole, self.inner.run(inner), strict=True):
+                end(i, moved)
+        return results
+
+    def _end(self, number: int, request: Request, kind: str, moved: int) -> int:
         if kind == "short":
             return carry(request._replace(nbytes=request.nbytes // 2))
         if kind == "flip" and not request.write:
             at = number * 97 % 2048 + (number % 5 and 4096)  # of the payload, or the header
             ctypes.c_ubyte.from_address(request.address + at % request.nbytes).value ^= 16
-        return -errno.EIO if kind == "EIO" else int(next(moved))
+        return -errno.EIO if kind == "EIO" else moved
 
     def close(self) -> None:
         self.inner.close()
