@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -25,7 +26,7 @@ from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph
 from portakv.storage import image
 from portakv.storage.disk import Disk, DiskShelf
-from portakv.storage.engine import Engine
+from portakv.storage.engine import Ended, Engine, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.slots import lock
 
@@ -189,6 +190,56 @@ def test_a_read_that_fails(shelf: Open, result: int) -> None:
     assert counts(one)["load", "fault"] == 1
     io.fail = lambda ask: None
     assert load(one, KEYS[:3]) == [True, False, True]
+
+
+SECOND = image.HEADER + LARGE.segments[1].offset
+
+
+@pytest.mark.parametrize(
+    ("segments", "at"), [(None, 0), ([0], 0), ([1], SECOND), ([0, 1], 0), ([0, 1], SECOND)]
+)
+def test_a_block_is_checked_as_soon_as_it_has_landed(
+    shelf: Open, segments: list[int] | None, at: int
+) -> None:
+    """And never again: what becomes of its row afterwards is not looked at. One of whose spans one
+    fails is bad."""
+    rows, left = cases.images(3, LARGE), Counter(dict.fromkeys(range(3), len(segments or [0])))
+
+    class Spoiling(Faulty):
+        def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
+            def then(number: int, result: int) -> None:
+                assert ended
+                ended(number, result)
+                block = number // len(segments or [0])
+                left[block] -= 1
+                rows[block] = rows[block] if left[block] else 7
+
+            return super().run(requests, then if ended else None)
+
+    io = Spoiling()
+    one = shelf(LARGE, io=io)
+    save(one, KEYS[:3])
+    _, bad = slot_of(one, KEYS[1])
+    io.fail = lambda ask: -errno.EIO if ask.offset == bad + at else None
+    assert one.read(KEYS[:3], [*rows], segments) == [True, False, True]
+    assert one.has(KEYS[:3]) == [True, False, True]
+    assert (rows == 7).all()
+
+
+def test_a_read_that_raises_keeps_its_blocks(shelf: Open) -> None:
+    """Nobody knows of any whether it is bad."""
+    io = Faulty()
+    one = shelf(io=io)
+    save(one, KEYS[:3])
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    io.fail = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        load(one, KEYS[:3])
+    io.fail = lambda ask: None
+    assert load(one, KEYS[:3]) == [True] * 3
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])

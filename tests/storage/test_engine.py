@@ -139,6 +139,67 @@ def test_what_the_kernel_refuses_fails_its_request_alone(
     os.close(read_only)
 
 
+def test_each_end_is_told_once(engine: Engine, file: int) -> None:
+    """In the caller's thread, once its bytes are there, with what `run` returns; of more requests
+    than a ring has entries, some of which are not aligned, lie behind the end or fail."""
+    before, told = content(file), list[tuple[int, int]]()
+    asked = reads(file, [(at, PAGE) for at in range(0, 60 * PAGE, PAGE)])
+    asked[7] = asked[7]._replace(offset=asked[7].offset + 1)
+    asked[20] = asked[20]._replace(offset=len(before))
+    asked[40] = asked[40]._replace(fd=999)
+
+    def ended(number: int, result: int) -> None:
+        assert threading.current_thread() is caller
+        told.append((number, result))
+        at = asked[number].offset
+        if result > 0:
+            assert bytes(SPACE[number * PAGE :][:PAGE]) == bytes(before[at : at + PAGE])
+
+    SPACE[:], caller = 0, threading.current_thread()
+    results = engine.run(asked, ended)
+    assert sorted(told) == [*enumerate(results)]
+    assert [results.pop(40), results.pop(20)] == [-errno.EBADF, -errno.ENODATA]
+    assert results == [PAGE] * 58
+    engine.close()
+    told.clear()
+    assert engine.run(asked, ended) == [-errno.ECANCELED] * 60
+    assert sorted(told) == [(n, -errno.ECANCELED) for n in range(60)]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_an_end_is_told_while_others_are_under_way(
+    engine: Engine, file: int, raises: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 34. What is raised there is raised once the others have left the memory."""
+    ours, theirs = os.pipe()
+    real, told = os.preadv, list[int]()
+
+    def read(fd: int, buffers: Any, at: int) -> int:  # of `threads`
+        return os.readv(fd, buffers) if fd == ours else real(fd, buffers, at)
+
+    def ended(number: int, _: int) -> None:
+        told.append(number)
+        if number == 1:
+            later.start()
+            if raises:
+                raise RuntimeError("of the caller")
+
+    later = threading.Timer(0.05, os.write, (theirs, b"x" * 10))
+    monkeypatch.setattr(os, "preadv", read)
+    SPACE[:] = 0
+    asked = [Request(ours, 0, AT, 10, False), *reads(file, [(PAGE, PAGE)])]
+    if raises:
+        with pytest.raises(RuntimeError, match="of the caller"):
+            engine.run(asked, ended)
+    else:
+        assert engine.run(asked, ended) == [10, PAGE]
+    assert bytes(SPACE[:11]) == b"x" * 10 + b"\0"
+    assert told == [1, 0][: 1 if raises else 2]
+    assert engine.run(asked[1:]) == [PAGE]
+    for each in (ours, theirs):
+        os.close(each)
+
+
 def test_threads_may_ask_at_once(engine: Engine, file: int) -> None:
     """Each has a ring of its own, which goes with it."""
     before, others = content(file), rings()

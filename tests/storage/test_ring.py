@@ -20,7 +20,7 @@ import pytest
 from support.storage_cases import aligned
 
 from portakv.storage import ring
-from portakv.storage.engine import Request
+from portakv.storage.engine import Ended, Request
 from portakv.storage.ring import OneRing, Ring
 
 PAGE, COUNT = 4096, 8
@@ -93,9 +93,10 @@ def test_a_short_move_goes_on_at_every_place(
         one.sqes["nbytes"][which] = np.minimum(one.sqes["nbytes"][which], 1001)
         return REAL(*numbers)
 
-    left = play(monkeypatch, cut)
+    left, ends = play(monkeypatch, cut), list[tuple[int, int]]()
     SPACE[:] = 0 if not write else np.arange(SPACE.nbytes) % 251
-    assert one.run(ask(file, write)) == [PAGE] * COUNT
+    assert one.run(ask(file, write), lambda *end: ends.append(end)) == [PAGE] * COUNT
+    assert sorted(ends) == [(n, PAGE) for n in range(COUNT)]
     assert right(file)
     assert not left
     assert not one.poisoned
@@ -125,8 +126,10 @@ def test_a_request_that_is_interrupted_is_made_again(
 ) -> None:
     """Fault 31. It fails alone if it goes on so."""
     left = play(monkeypatch, told(one, 2, code), told(one, 3, code))
+    ends = list[tuple[int, int]]()
     SPACE[:] = 0
-    assert one.run(ask(file)) == [PAGE] * COUNT
+    assert one.run(ask(file), lambda *end: ends.append(end)) == [PAGE] * COUNT
+    assert sorted(ends) == [(n, PAGE) for n in range(COUNT)]
     assert right(file)
 
     def refused(*_: object) -> int:
@@ -138,9 +141,10 @@ def test_a_request_that_is_interrupted_is_made_again(
     assert not one.poisoned
 
 
+@pytest.mark.parametrize("tell", [None, lambda *_: None], ids=["at the end", "each"])
 @pytest.mark.parametrize("part", [0, 3, COUNT])
 def test_an_interrupt_at_any_line_leaves_no_request_under_way(
-    one: OneRing, file: int, part: int, monkeypatch: pytest.MonkeyPatch
+    one: OneRing, file: int, part: int, tell: Ended | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 34. The kernel took all requests, or some, when Ctrl-C came."""
 
@@ -163,7 +167,7 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
         before, interrupted = sys.gettrace(), False
         sys.settrace(at_line)
         try:
-            one.run(ask(file))
+            one.run(ask(file), tell)
         except KeyboardInterrupt:
             interrupted = True
         finally:
@@ -231,8 +235,10 @@ def test_a_ring_that_fails_is_drained_and_replaced(
         return played(number, *rest)
 
     monkeypatch.setattr(ring, "system_call", counted)
-    SPACE[:] = 0
-    assert engine.run(ask(file)) == [PAGE] * 3 + [-errno.EBADFD] * (COUNT - 3)
+    SPACE[:], ends = 0, list[tuple[int, int]]()
+    results = engine.run(ask(file), lambda *end: ends.append(end))
+    assert results == [PAGE] * 3 + [-errno.EBADFD] * (COUNT - 3)
+    assert sorted(ends) == [*enumerate(results)]
     assert not SPACE[3 * PAGE :].any()
     assert engine.run(ask(file)) == [PAGE] * COUNT
     assert right(file)

@@ -118,7 +118,9 @@ def test_what_is_not_begun_is_cancelled(
     with (tmp_path / "a").open("rb") as opened:
         asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 5_000
         before = set(threading.enumerate())
-        results = engine.run(asked)
+        ends = list[tuple[int, int]]()
+        results = engine.run(asked, lambda *end: ends.append(end))
+        assert sorted(ends) == [*enumerate(results)]
         for thread in set(threading.enumerate()) - before:
             thread.join(5 if way == "closed" else 0)
         counts = len(moves), results.count(PAGE), results.count(-errno.ECANCELED)

@@ -59,13 +59,12 @@ class Faulty:
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         self.asked += requests
-        failed, results = [self.fail(each) for each in requests], dict[int, int]()
-        for n in reversed(range(len(requests))):
-            fault = failed[n]
-            results[n] = carry(requests[n]) if fault is None else fault
+        failed, results = [self.fail(each) for each in requests], list[int]()
+        for n, fault in reversed([*enumerate(failed)]):
+            results.insert(0, carry(requests[n]) if fault is None else fault)
             if ended:
-                ended(n, results[n])
-        return [results[n] for n in range(len(requests))]
+                ended(n, results[0])
+        return results
 
     def close(self) -> None:
         self.closed = True

@@ -179,22 +179,19 @@ class Troubled:
             for each in requests:
                 carry(each._replace(nbytes=int(each.nbytes * self.share)))
             return [-errno.ECANCELED] * len(requests)
-        results = [0] * len(requests)
+        mine = [kind not in ("", "flip") for kind in kinds]
+        order, many = sorted(range(len(mine)), key=mine.__getitem__), mine.count(False)
+        results = [0] * len(mine)
 
-        def end(i: int, moved: int = 0) -> None:
+        def end(n: int, moved: int) -> None:
+            i = order[n]
             results[i] = self._end(numbers[i], requests[i], kinds[i], moved)
             if ended:
                 ended(i, results[i])
 
-        whole = [i for i, kind in enumerate(kinds) if kind in ("", "flip")]
-        for i in {*range(len(kinds))} - {*whole}:
-            end(i)
-        inner = [requests[i] for i in whole]
-        if ended:
-            self.inner.run(inner, lambda n, moved: end(whole[n], moved))
-        else:
-            for i, moved in zip(whole, self.inner.run(inner), strict=True):
-                end(i, moved)
+        moved = self.inner.run([requests[i] for i in order[:many]], end if ended else None)
+        for n in range(many if ended else 0, len(mine)):
+            end(n, moved[n] if n < many else 0)
         return results
 
     def _end(self, number: int, request: Request, kind: str, moved: int) -> int:
