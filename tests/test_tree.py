@@ -41,13 +41,13 @@ APART = (
 )
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 20_870,
+    "portakv": 21_275,
     PLUGS: 2_830,
     "portakv/storage": 2_512,
     "portakv/graph": 629,
     "portakv/migrate": 3_830,
     "portakv/backends": 3_470,
-    "portakv/cli": 2_505,
+    "portakv/cli": 2_910,
     "portakv/connector": 840,
     "portakv/copy": 1_410,
     "portakv/engines": 3_130,
@@ -61,7 +61,7 @@ BUDGETS = {
     "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
     "benchmarks/storage": 563,
-    "tests": 35_330,
+    "tests": 35_475,
     "tests/integrations": 5_000,
     "tests/storage": 4_799,
     "tests/graph": 1_200,
@@ -84,7 +84,7 @@ PRIVATE = re.compile(
 )
 #: In the tests of plugs they are also the engines', which have no public ones.
 PRIVATE_READS = {"tests": 63, "tests/integrations": 35}
-MODULES = {"portakv": 102, PLUGS: 13, "portakv/storage": 13, "portakv/graph": 5}
+MODULES = {"portakv": 104, PLUGS: 13, "portakv/storage": 13, "portakv/graph": 5}
 MODULES["portakv/migrate"] = 21
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 
 from portakv import __version__
-from portakv.cli import backends, calibrate, doctor, explain, layouts, store, warmup
+from portakv.cli import backends, calibrate, doctor, explain, layouts, migrate, store, warmup
 from portakv.cli.console import installing
 from portakv.errors import PortaKVError
 from portakv.runtime.devices import usable_device
@@ -100,7 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
-    for verb in (doctor, backends, explain, layouts, store, warmup, calibrate):
+    for verb in (doctor, backends, explain, layouts, store, migrate, warmup, calibrate):
         own = verbs.add_parser(
             verb.__name__.rpartition(".")[2], help=verb.HELP, description=verb.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -29,7 +29,8 @@ answered. The plan is made for example tensors, contiguous or in the memory
 order that a preset names; nothing is moved. With --host it explains instead
 which engine copies between a device and host memory, and takes no layouts.
 With --caches it lists what the library remembers; with --storage DIR it says
-how a block store in that folder would be read and written.
+how a block store in that folder would be read and written; with --peer how rows
+of other processes would be pulled here.
 
 What is not said is taken as 32 layers, keys and values, 32 heads, 128 elements
 (576 where a side has no kv), float16. An axis that one side does not write has
@@ -76,7 +77,7 @@ def run(asked: argparse.Namespace) -> int:
     why = explain_link.misplaced(asked)
     if why:
         asked.misunderstood(why)
-    if asked.host:
+    if asked.host or asked.peer:
         return explain_link.run(asked)
     device = usual_device() if asked.device is None else usable_device(asked.device)
     layouts, steps = (asked.src, asked.dst), (asked.src_step, asked.dst_step)

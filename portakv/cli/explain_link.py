@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`portakv explain --host`: which engine copies between a device and the host, and why."""
+"""`portakv explain --host`: which engine copies between a device and the host, and why; `--peer`,
+how rows of other processes come here, is told by `portakv.cli.migrate`."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from portakv.cli import sides
+from portakv.cli import migrate, sides
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.engines.choose import ORDER, Host, pick
 from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
@@ -26,7 +27,9 @@ _RUN_BYTES = 32 << 10
 
 
 def add_options(parser: Any) -> None:
-    """Add `--host` and what belongs to it."""
+    """Add `--peer`, and `--host` and what belongs to it."""
+    peer = "explain instead how rows of other processes would be pulled here"
+    parser.add_argument("--peer", action="store_true", help=peer)
     group = parser.add_argument_group(
         "copies between a device and the host",
         "The engine for --blocks runs of --run-bytes, which lie apart on both sides.",
@@ -60,6 +63,8 @@ def _table(file: str) -> Table:
 
 def misplaced(asked: argparse.Namespace) -> str:
     """What was asked that does not go together, as a sentence; empty if it does."""
+    if asked.peer and (asked.host or asked.src is not None):
+        return "--peer goes with --device and --json alone"
     if asked.host and asked.src is not None:
         return "--host takes no layouts, but --blocks, --run-bytes and --direction"
     if asked.host and asked.payload is not None and asked.blocks is not None:
@@ -67,7 +72,7 @@ def misplaced(asked: argparse.Namespace) -> str:
     for name in () if asked.host else _ONLY:
         if getattr(asked, name) is not None:
             return f"--{name.replace('_', '-')} goes with --host"
-    if not asked.host and (asked.src is None or asked.dst is None):
+    if not (asked.host or asked.peer) and (asked.src is None or asked.dst is None):
         return "the following arguments are required: SRC_LAYOUT, DST_LAYOUT (or --host)"
     return ""
 
@@ -75,6 +80,8 @@ def misplaced(asked: argparse.Namespace) -> str:
 def run(asked: argparse.Namespace) -> int:
     """Print the engine, what each would take, the terms, and where the figures come from. Raises
     `DeviceMismatch` for a device that torch cannot use, `Unsupported` if none takes it."""
+    if asked.peer:
+        return migrate.explain_peer(asked.device, asked.json)
     run_bytes = asked.run_bytes or _RUN_BYTES
     runs = asked.blocks or (-(-asked.payload // run_bytes) if asked.payload else 1)
     nbytes = asked.payload or runs * run_bytes

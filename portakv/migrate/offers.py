@@ -40,7 +40,7 @@ from portakv.runtime.streams import Behind
 from portakv.view.index import IdList, Index
 
 EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
-GONE = Answer("gone", "It is no offer of this owner (any more).")
+GONE = Answer("gone", "it is no offer of this owner (any more)")
 
 
 class Offer:

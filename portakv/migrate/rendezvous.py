@@ -100,6 +100,10 @@ class ChannelStore(Store):
     def delete_key(self, key: str) -> bool:
         return self._ask("delete_key", key).number == 1
 
+    def num_keys(self) -> int:
+        """Of those that are kept here."""
+        return len(self._kept)
+
     def set_timeout(self, timeout: timedelta) -> None:
         self._seconds = timeout.total_seconds()
 

@@ -44,6 +44,7 @@ def test_keys_are_the_same_on_both_sides(stores: tuple[ChannelStore, ChannelStor
     assert there.delete_key("a")
     assert not here.delete_key("a")
     assert not here.check(["a"])
+    assert here.num_keys() == 2
     assert PrefixStore("p", there).add("n", 1) == 1
     assert here.get("p/n") == b"1"
 

@@ -45,16 +45,16 @@ def run_store_demo(folder: str, *, device: str | None = None, json: bool = False
     where = str(usual_device() if device is None else device)
     salt = secrets.token_hex(8)  # so that an earlier run's blocks are not found
     tell(f"A prefix in {folder}: computed, saved, its process killed, loaded by another one\n")
-    with _started(folder, where, 0, salt, "stay") as writer:
-        wrote = _heard(writer)
+    with started(__name__, folder, where, 0, salt, "stay") as writer:
+        wrote = heard(writer, StoreError)
         os.kill(writer.pid, signal.SIGKILL)
         writer.wait()
     tell(f"computed  {wrote['computed']} tokens of a prompt, by a Llama in process {writer.pid}")
     tell(f"          pages {wrote['layout']!r}")
     tell(f"saved     through host memory to the disk; {len(wrote['tokens'])} tokens follow")
     tell(f"killed    with SIGKILL (exit {writer.returncode}), its store not closed")
-    with _started(folder, where, 1, salt, "end") as reader:
-        read = _heard(reader)
+    with started(__name__, folder, where, 1, salt, "end") as reader:
+        read = heard(reader, StoreError)
     tell(f"loaded    {read['loaded']} tokens by process {reader.pid}; computed {read['computed']}")
     tell(f"          pages {read['layout']!r}")
     same, differs = wrote["tokens"] == read["tokens"], read["noise"] != read["tokens"]
@@ -84,24 +84,25 @@ def _silent(text: str) -> None:
 
 
 @contextmanager
-def _started(*words: Any) -> Iterator[subprocess.Popen[str]]:
-    """A process of the demo, which does not outlive the command."""
-    command = [sys.executable, "-m", __name__, *map(str, words)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+def started(module: str, *words: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process of a demo, which does not outlive the command; nor, if it reads standard input to
+    the end, a command that is killed."""
+    command, pipe = [sys.executable, "-m", module, *map(str, words)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:
             yield process
         finally:
             process.kill()
 
 
-def _heard(process: subprocess.Popen[str]) -> dict[str, Any]:
-    """What a process of the demo says: one line of JSON."""
+def heard(process: subprocess.Popen[str], error: type[PortaKVError]) -> dict[str, Any]:
+    """What a process of a demo says, one line of JSON; or the error that it ended with."""
     assert process.stdout is not None
     said = next((line for line in process.stdout if line.startswith("{")), "")
     found: dict[str, Any] = loads(said or "{}")
     if not said or "error" in found:
         why = found.get("error", "it ended without a word; its standard error says more")
-        raise StoreError(f"The demo of a store ran process {process.pid}, but {why}.")
+        raise error(f"The demo ran process {process.pid}, but {why}.")
     return found
 
 
@@ -137,4 +138,4 @@ if __name__ == "__main__":
     _folder, _device, _layout, _salt, _end = sys.argv[1:]
     print(dumps(take_part(_folder, _device, int(_layout), _salt)), flush=True)
     if _end == "stay":
-        signal.pause()
+        sys.stdin.read()

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A process takes over from one that serves: its weights, and the keys and values of a prompt.
+
+    python examples/switch_role.py [device]
+
+A process serves a small Llama (random weights, nothing is downloaded) as two tensor-parallel ranks,
+has answered a prompt, and offers its rows. A second process, whose weights are others, pulls the
+weights into one rank while the first one serves on, and every digest agrees; then it pulls the
+prompt's rows into pages of another layout and block size. The first process is killed, and the
+second one goes on with the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
+
+from portakv import KVView
+from portakv.errors import PortaKVError
+from portakv.integrations.transformers import load_prefix, save_prefix
+from portakv.migrate import (
+    Channel,
+    Owner,
+    Parameter,
+    Reader,
+    Shard,
+    publish,
+    pull_weights,
+    shared_empty,
+)
+
+PROMPT = (
+    b"Who takes a role over needs the weights, and the rows of the prompts that are under way. "
+)
+MODEL, RANKS, STEPS = "a small Llama", 2, 24
+LAYERS, KV_HEADS, HEAD_DIM = 4, 4, 32
+#: Pages of the first process, in blocks of 16 tokens, and of the second one, in blocks of 64.
+FIRST, SECOND = "layer | kv block token head dim", "block layer kv head token dim"
+
+
+def small_model(seed: int) -> Any:
+    """A Llama with random weights; a byte is a token."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS,
+        num_attention_heads=8, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
+        initializer_range=0.2,  # wide enough that attention looks at some tokens more than others
+    )  # fmt: skip
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+
+
+def rank_of(model: Any, rank: int) -> dict[str, Parameter]:
+    """What a tensor-parallel rank holds of a model's weights. Here each part is a view of the
+    whole; a rank of an engine has tensors of its own."""
+    held = dict[str, Parameter]()
+    for name, whole in model.named_parameters():
+        if "norm" in name:  # every rank has all of it
+            held[name] = Parameter(whole)
+            continue
+        axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+        part, size = whole.detach().chunk(RANKS, axis)[rank], whole.shape[axis]
+        held[name] = Parameter.split(part, axis, [size], (rank, RANKS))
+    return held
+
+
+@torch.no_grad()
+def go_on(model: Any, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
+    """The next tokens, greedily, behind a cache and the tokens that it lacks."""
+    given, answered = list(tokens), list[int]()
+    while len(answered) < STEPS:
+        ids = torch.tensor([given], dtype=torch.int64, device=model.device)
+        given = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
+        answered += given
+    return answered
+
+
+def serve(device: str) -> None:
+    """The first process: answer, publish the weights, offer the rows, until it is killed."""
+    model, blocks = small_model(seed=0).to(device), [9, 2, 14, 5, 0, 11]
+    if device == "cpu":
+        model.share_memory()  # device memory is shared as it is
+    size = (2, 16, 16, KV_HEADS, HEAD_DIM)
+    caches = [shared_empty(size, torch.float32).to(device) for _ in range(LAYERS)]
+    pages, cache = KVView(caches, FIRST), DynamicCache()
+    answer = go_on(model, cache, PROMPT)
+    save_prefix(cache, pages, blocks, len(PROMPT) - 1).synchronize()
+    weights, rows, kept = list[str](), list[str](), list[Any]()
+    for rank in range(RANKS):
+        channel, each = Channel(), KV_HEADS // RANKS
+        heads = rank * each, (rank + 1) * each
+        own = KVView([whole[:, :, :, slice(*heads)] for whole in caches], FIRST)
+        owner = Owner(channel, Shard(own, heads=(*heads, KV_HEADS)), model=MODEL)
+        published = publish(channel, rank_of(model, rank))
+        kept += [owner, published]
+        weights.append(published.ticket.hex())
+        rows.append(owner.offer(blocks, tokens=len(PROMPT) - 1, lease=60).ticket.hex())
+    print(json.dumps({"weights": weights, "rows": rows, "answer": answer}), flush=True)
+    sys.stdin.read()
+
+
+def take_over(device: str, tickets: Mapping[str, Any], tell: Callable[[str], None]) -> Any:
+    """The second process: the model with weights that were pulled, and a cache with the rows."""
+    model, tokens = small_model(seed=1).to(device), len(PROMPT) - 1
+    weights, rows = ([*map(bytes.fromhex, tickets[what])] for what in ("weights", "rows"))
+    pages = KVView(torch.empty(4, LAYERS, 2, KV_HEADS, 64, HEAD_DIM, device=device), SECOND)
+    with closing(Channel()) as channel:
+        mine = {name: Parameter(tensor) for name, tensor in model.named_parameters()}
+        nbytes = pull_weights(channel, weights, mine)
+        tell(f"weights   {nbytes:,} bytes of {len(mine)} tensors, TP {RANKS} -> 1; digests agree")
+        with closing(Reader(channel, Shard(pages), model=MODEL)) as reader:
+            pulled = reader.pull(rows, [3, 1], verify=True)
+            pulled.synchronize(timeout=30)
+            told = pulled.statistics
+        tell(f"rows      {tokens} tokens, 16 -> 64 in a block; {told.engine}: {told.why}")
+    cache = DynamicCache()
+    load_prefix(cache, pages, [3, 1], tokens).synchronize()
+    return model, cache
+
+
+def main(device: str = "cpu", tell: Callable[[str], None] = print) -> bool:
+    """Take the role over from a process that is killed then; True if the tokens are the same."""
+    command, pipe = [sys.executable, __file__, device, "--serve"], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
+        try:
+            assert first.stdout is not None
+            said = next((line for line in first.stdout if line.startswith("{")), "{}")
+            tickets = json.loads(said)
+            if not tickets:
+                tell("the process that serves has ended; its standard error says why")
+                return False
+            tell(f"serving   process {first.pid}, {RANKS} ranks; {STEPS} tokens answered")
+            model, cache = take_over(device, tickets, tell)
+        finally:
+            first.kill()
+    tell(f"killed    process {first.pid}")
+    same = bool(go_on(model, cache, PROMPT[-1:]) == tickets["answer"])
+    without = bool(go_on(small_model(seed=1), DynamicCache(), PROMPT) != tickets["answer"])
+    tell(f"goes on   {STEPS} tokens, {'the same' if same else 'NOT THE SAME'}")
+    tell(f"control   its own weights {'give others' if without else 'GIVE THEM TOO'}")
+    return same and without
+
+
+def run(words: list[str] | None = None) -> int:
+    """The command line; 0 if the tokens are the same."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("device", nargs="?", default=usual, help=f"a torch device ({usual})")
+    parser.add_argument("--serve", action="store_true", help="be the first process")
+    asked = parser.parse_args(words)
+    try:
+        if asked.serve:
+            serve(asked.device)
+            return 0
+        return 0 if main(asked.device) else 1
+    except PortaKVError as error:
+        print(error, file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(run())

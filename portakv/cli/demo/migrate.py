@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv migrate --demo`: rows go from two ranks of one process to three of another one, whose
+layout and block size are others, mapped and through staging; every byte is checked.
+
+Three processes: the command itself, which only tells; the owner of the rows; and their reader. Run
+as ``python -m portakv.cli.demo.migrate`` this module is each of the latter two.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from contextlib import ExitStack, closing
+from json import dumps, loads
+from typing import Any
+
+import torch
+
+from portakv import KVView
+from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.demo.store import heard, started
+from portakv.cli.sides import in_bytes, in_time
+from portakv.errors import OfferGone, PeerError, PortaKVError
+from portakv.runtime.devices import indexed, usual_device
+
+LAYERS, HEADS, DIM, TOKENS = 8, 6, 128, 1990  # the last block of either side is not full
+MODEL = "a demo's"
+#: Layout, block size, and the heads of each rank: of the owner and of the reader.
+OWNER = "vllm-nhd", 16, ((0, 3), (3, 6))
+READER = "flexkv-blockfirst", 64, ((0, 2), (2, 4), (4, 6))
+WAYS = "mapped", "staging"
+PULLS = 2  # by each rank and way: the first one pairs, too, and the last one is timed
+LEASE = 300.0  # seconds; the reader's process has to start
+
+
+def run_migrate_demo(*, device: str | None = None, json: bool = False) -> int:
+    """Run the demo, the reader on ``device``, the owner on another one of that type if there is;
+    0 if every byte is right and no stale offer was published.
+
+    Raises:
+        PeerError: a process of the demo failed; its sentence says why.
+    """
+    reads = usual_device() if device is None else indexed(device)
+    owns = beside(reads)
+    with started(__name__, "owner", owns) as owner:
+        offers = heard(owner, PeerError)
+        with started(__name__, "reader", reads, dumps(offers)) as reader:
+            found = heard(reader, PeerError)
+        found |= {"owner": {"process": owner.pid, "device": str(owns)}}
+    found["reader"] = {"process": reader.pid, "device": str(reads)}
+    found["ok"] = is_good(found)
+    if json:
+        print_json(found)
+    else:
+        tell(found)
+    return 0 if found["ok"] else 1
+
+
+def is_good(found: dict[str, Any]) -> bool:
+    """Whether each rank has its bytes by each way, and stale rows were published by none."""
+    pulls, ranks = found["pulls"], len(READER[2])
+    right = [one["way"] for one in pulls if not one["stale"] and not one["wrong_bytes"]]
+    stale = [one["way"] for one in pulls if one["stale"] and not one["published"]]
+    return sorted(right) == sorted(WAYS * ranks) and sorted(stale) == sorted(WAYS)
+
+
+def beside(device: torch.device) -> torch.device:
+    """Another device of the same type; the same one if there is no other."""
+    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
+    return torch.device(device.type, ((device.index or 0) + 1) % count) if count > 1 else device
+
+
+def rows_of(layer: int, device: torch.device) -> torch.Tensor:
+    """The model's rows of a layer, as int16 ``[kv, token, head, dim]``: a hash of the place."""
+    size = 2, TOKENS, HEADS, DIM
+    first = layer * 2 * TOKENS * HEADS * DIM
+    place = torch.arange(2 * TOKENS * HEADS * DIM, dtype=torch.int64, device=device) + first
+    return ((place + 1) * 0x1E3779B97F4A7C15 >> 40).to(torch.int16).view(size)
+
+
+def blocks_of(size: int, seed: int) -> torch.Tensor:
+    """Blocks for the tokens, in any order; of another seed they are others."""
+    count = -(-TOKENS // size)
+    mixed = torch.randperm(count, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return mixed + seed * count
+
+
+def slots_of(blocks: torch.Tensor, size: int, device: torch.device) -> torch.Tensor:
+    """The slots of the tokens in blocks."""
+    return (blocks[:, None] * size + torch.arange(size, device="cpu")).ravel()[:TOKENS].to(device)
+
+
+def offer_rows(device: torch.device, keep: ExitStack) -> dict[str, Any]:
+    """Offer the model's rows by each way, and others that no offer holds any more; the tickets."""
+    from portakv.migrate import Channel, Owner, Shard, shared_empty
+
+    layout, size, ranks = OWNER
+    good, stale = blocks_of(size, 0), blocks_of(size, 1)
+    found: dict[str, Any] = {way: {"good": [], "stale": []} for way in WAYS}
+    caches = list[torch.Tensor]()
+    for heads in ranks:
+        shape = 2, 2 * len(good), size, heads[1] - heads[0], DIM
+        for layer in range(LAYERS):
+            made = torch.empty(shape, dtype=torch.float16, device=device)
+            caches.append(shared_empty(shape, made.dtype) if device.type == "cpu" else made)
+            rows = rows_of(layer, device)[:, :, slice(*heads)]
+            bits = caches[-1].view(torch.int16).flatten(1, 2)
+            for blocks in (good, stale):
+                bits[:, slots_of(blocks, size, device)] = rows
+        shard = Shard(KVView(caches[-LAYERS:], layout), heads=(*heads, HEADS))
+        for way in WAYS:
+            channel = keep.enter_context(closing(Channel()))
+            owner = keep.enter_context(closing(Owner(channel, shard, model=MODEL, expose=way)))
+            terms: Any = {"tokens": TOKENS, "lease": LEASE, "readers": len(READER[2]) * PULLS}
+            found[way]["good"].append(owner.offer(good, **terms).ticket.hex())
+            gone = owner.offer(stale, **terms)
+            found[way]["stale"].append(gone.ticket.hex())
+            gone.revoke()
+    for cache in caches:  # what was offered and is not any more has other rows at once
+        cache.view(torch.int16)[:, len(good) :] = -1
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return found
+
+
+def pull_rows(device: torch.device, offers: dict[str, Any], keep: ExitStack) -> dict[str, Any]:
+    """Pull what is offered into each rank, by each way, and what is not; what came of it."""
+    from portakv.migrate import Channel, Reader, Shard
+
+    layout, size, ranks = READER
+    blocks, pulls = blocks_of(size, 0), list[dict[str, Any]]()
+    for rank, heads in enumerate(ranks):
+        shape = len(blocks) + 1, LAYERS, 2, size, heads[1] - heads[0], DIM  # one block not asked
+        pages = torch.empty(shape, dtype=torch.float16, device=device)
+        shard = Shard(KVView(pages, layout), heads=(*heads, HEADS))
+        channel = keep.enter_context(closing(Channel()))  # as each rank's process has its own
+        reader = keep.enter_context(closing(Reader(channel, shard, model=MODEL)))
+        sources = [n for n, (a, b) in enumerate(OWNER[2]) if a < heads[1] and heads[0] < b]
+        expected = _expected(pages, blocks, heads)
+        for way in WAYS:
+            for what in ("good", "stale") if rank == 0 else ("good",):
+                tickets = [bytes.fromhex(offers[way][what][n]) for n in sources]
+                told = {"rank": rank, "heads": heads, "from": sources, "way": way}
+                told["stale"] = what == "stale"
+                each = [
+                    _pulled(reader, tickets, blocks, pages, expected)
+                    for _ in range(1 if told["stale"] else PULLS)
+                ]
+                wrong = sum(one["wrong_bytes"] for one in each)
+                pulls.append(told | each[-1] | {"wrong_bytes": wrong})
+    return {"pulls": pulls}
+
+
+def _expected(pages: torch.Tensor, blocks: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:
+    """What pages full of ones hold once the rows are in their blocks, by plain torch indexing."""
+    bits, (_, size, _) = torch.full_like(pages, 1).view(torch.int16), READER
+    at = slots_of(blocks, size, pages.device)
+    for layer in range(LAYERS):
+        rows = rows_of(layer, pages.device)[:, :, slice(*heads)]
+        bits[at // size, layer, :, at % size] = rows.transpose(0, 1)
+    return bits
+
+
+def _pulled(
+    reader: Any, tickets: list[bytes], blocks: Any, pages: torch.Tensor, expected: torch.Tensor
+) -> dict[str, Any]:
+    """One pull, and what is in the pages then."""
+    pages.fill_(1)
+    began, pull, why = time.perf_counter(), None, ""
+    try:
+        pull = reader.pull(tickets, blocks)
+        pull.synchronize(60)
+    except OfferGone as error:
+        why = str(error)
+    seconds, found = time.perf_counter() - began, pages.view(torch.int16)
+    wrong = int((found.view(torch.uint8) != expected.view(torch.uint8)).sum())
+    told = {"seconds": seconds, "wrong_bytes": wrong, "why": why}
+    if pull is None:  # the owner was restarted
+        return told | {"engine": "", "bytes": 0, "published": False}
+    by = pull.statistics
+    told |= {"engine": by.engine, "bytes": pull.nbytes, "published": pull.published}
+    return told | {"why": why or by.why}
+
+
+def tell(found: dict[str, Any]) -> None:
+    """Print what came of it."""
+    owner, reader = found["owner"], found["reader"]
+    for what, one, side in (("owned", owner, OWNER), ("read", reader, READER)):
+        layout, size, ranks = side
+        where = f"process {one['process']} on {one['device']}"
+        print(f"{what:8}by {where}: {len(ranks)} ranks, {layout}, {size} tokens a block")
+    shape = f"{LAYERS} layers, keys and values, {HEADS} heads of {DIM} fp16 numbers"
+    print(f"rows    {TOKENS:,} tokens of {shape}\n")
+    numbers = "bytes", "time", "GB/s"
+    names = "rank", "heads", "from ranks", "way", *numbers, "what is there"
+    columns = [Column(name, whole=True, right=name in numbers) for name in names]
+    print_table(columns, [_cells(one) for one in found["pulls"] if not one["stale"]])
+    print()
+    for way, why in {one["engine"]: one["why"] for one in found["pulls"] if one["engine"]}.items():
+        print_prose(f"{way}: {why}.")
+    for one in found["pulls"]:
+        if one["stale"]:
+            result = "PUBLISHED" if one["published"] else "not published"
+            print_prose(f"A stale offer, {one['way']}: {result}. {one['why']}")
+    right = "all right, and no other byte of the readers' pages has changed"
+    print_prose(f"bytes: {right if found['ok'] else 'WRONG or missing, or stale ones published'}.")
+
+
+def _cells(one: dict[str, Any]) -> list[str]:
+    first, past = one["heads"]
+    rate = f"{one['bytes'] / one['seconds'] / 1e9:.2f}"
+    wrong, numbers = one["wrong_bytes"], (in_bytes(one["bytes"]), in_time(one["seconds"]), rate)
+    what = f"{wrong:,} B wrong" if wrong else "all bytes right"
+    froms = ", ".join(map(str, one["from"]))
+    return [str(one["rank"]), f"{first}-{past - 1}", froms, one["engine"], *numbers, what]
+
+
+def _take_part(part: str, device: str, *more: str) -> None:
+    """Be the owner, until the command ends, or the reader."""
+    with ExitStack() as keep:
+        try:
+            where = torch.device(device)
+            found = offer_rows(where, keep) if part == "owner" else None
+            found = found or pull_rows(where, loads(more[0]), keep)
+        except (ImportError, PortaKVError) as error:
+            found = {"error": str(error).rstrip(".")}
+        print(dumps(found), flush=True)
+        if part == "owner":
+            sys.stdin.read()
+
+
+if __name__ == "__main__":
+    _take_part(*sys.argv[1:])

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv migrate --demo`, and `portakv explain --peer`: how this process would pull rows of
+others, of this host or another one, and why not otherwise."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from portakv.backends.base import Decision
+from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.errors import PortaKVError, Unsupported
+from portakv.runtime.devices import (
+    device_name,
+    devices_present,
+    usable_device,
+    usual_device,
+    version_of,
+)
+
+HELP = "rows go from one process to another: --demo shows it"
+DESCRIPTION = """\
+--demo: two ranks of one process own a model's rows, three of another process
+pull them into pages of another layout and block size; once where the owner's
+memory is mapped, once through staging. Every byte is checked, and an offer that
+does not hold any more is published by nobody: exit code 1 otherwise. If there are
+two devices, the owner is on the second. What would be done here for peers, and
+why: `portakv explain --peer`."""
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add what the verb takes."""
+    parser.add_argument("--demo", action="store_true", required=True, help="the one thing to do")
+    parser.add_argument("--device", help="the reader's (default: the accelerator, else cpu)")
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Run the demo; raises what a process of it met."""
+    from portakv.cli.demo.migrate import run_migrate_demo
+
+    _needed()
+    device = None if asked.device is None else str(usable_device(asked.device))
+    return run_migrate_demo(device=device, json=asked.json)
+
+
+def explain_peer(device: str | None, as_json: bool) -> int:
+    """Print what of each kind of memory can be mapped by a peer, the links between devices, movers,
+    and the channel; raises `Unsupported` if what migration needs is not installed."""
+    _needed()
+    where = usual_device() if device is None else usable_device(device)
+    found = {
+        "device": str(where),
+        "mapped": [asdict(one) for one in _mapped(where)],
+        "links": [asdict(one) for one in _links(where)],
+        "movers": [asdict(one) for one in _movers(where)],
+        "forced": os.environ.get("PORTAKV_MOVER") or None,
+        "channel": _channel(),
+    }
+    if as_json:
+        print_json(found)
+    else:
+        _print(found)
+    return 0
+
+
+def _needed() -> None:
+    try:
+        importlib.import_module("portakv.migrate")
+    except ImportError as error:
+        raise Unsupported("Migration was asked for", str(error)) from error
+
+
+def _mapped(device: torch.device) -> Iterator[Decision]:
+    """Whether memory of this process can be opened by another one of this host."""
+    from portakv.migrate import ipc
+
+    try:
+        told = ipc.shared_empty(64, torch.uint8).fill_(7)
+        same = torch.equal(ipc.open_shared(ipc.share(told)), told)
+        why = "" if same else "what is read there is not what was written"
+    except PortaKVError as error:
+        why = str(error)
+    good = "a process of this user maps it; views lie in `shared_empty` or share_memory_()"
+    yield Decision("host memory", not why, why or good)
+    if device.type == "cpu":
+        return
+    refused = ipc.why_not(torch.zeros(64, dtype=torch.uint8, device=device))
+    yield Decision(f"memory of {device}", not refused, refused or "a process of this host maps it")
+    try:
+        made: Any = torch.get_device_module(device).Event
+        ipc.export_event(made(interprocess=True))
+        yield Decision(f"events of {device}", True, "a peer's stream waits for an offer's rows")
+    except (PortaKVError, AttributeError, RuntimeError, TypeError) as error:
+        yield Decision(f"events of {device}", False, f"the owner's host waits instead: {error}")
+
+
+def _links(device: torch.device) -> Iterator[Decision]:
+    """Whether the device reads the memory of others of its type."""
+    ask = getattr(torch.get_device_module(device), "can_device_access_peer", None)
+    for other in devices_present():
+        if other.type != device.type or other == device or device.type == "cpu":
+            continue
+        name = f"{device} reads {other}"
+        if ask is None:
+            yield Decision(name, False, f"torch does not tell for {device.type}; tried at a pull")
+        elif ask(device, other):
+            yield Decision(name, True, "rows are read over the link, if a peer's check is passed")
+        else:
+            yield Decision(name, False, "the driver gives no access; rows are moved")
+
+
+def _movers(device: torch.device) -> Iterator[Decision]:
+    """What each mover says of slots on the device."""
+    from portakv.migrate.movers.base import MOVERS, ONLY_ASKED
+
+    for name, place in MOVERS.items():
+        module, _, kind = place.partition(":")
+        said: Decision = getattr(importlib.import_module(module), kind).probe(device)
+        if said.accepted and name in ONLY_ASKED:
+            said = Decision(name, True, f"{said.reason}; only if it is asked for by name")
+        yield said
+
+
+def _channel() -> dict[str, Any]:
+    """The libraries of the channel, and where one listens."""
+    import msgspec
+    import zmq
+
+    from portakv.migrate import ipc
+
+    versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
+    versions["libzmq"] = zmq.zmq_version()
+    return {"host": ipc.host_id(), "curve": bool(zmq.has("curve")), "versions": versions}
+
+
+def _print(found: dict[str, Any]) -> None:
+    named = device_name(torch.device(found["device"]))
+    print_prose(f"How a reader on {found['device']} ({named}) would pull rows of its peers:")
+    columns = [Column("what", whole=True), Column("answer"), Column("why")]
+    parts = {"mapped, on this host": "mapped", "between devices": "links", "moved": "movers"}
+    for title, part in parts.items():
+        rows = [
+            [one["name"], "accepted" if one["accepted"] else "rejected", one["reason"]]
+            for one in found[part]
+        ]
+        if rows:
+            print()
+            print_table(columns, rows, title)
+    print()
+    taken = "Of movers the first that is accepted is taken, if a peer's memory cannot be mapped."
+    print_prose(taken if not (forced := found["forced"]) else f"PORTAKV_MOVER={forced} forces it.")
+    channel, versions = found["channel"], found["channel"]["versions"]
+    curve = "with CURVE from a secret" if channel["curve"] else "without CURVE: no TCP"
+    names = ", ".join(f"{name} {version}" for name, version in versions.items())
+    print_prose(f"Channel: a Unix socket on this host, TCP {curve} ({names}).")
+    print_prose(f"Peers with this host's memory tell {channel['host']}.")

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`portakv migrate --demo`, `portakv explain --peer` and the example of a role switch."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import run, run_json
+
+pytest.importorskip("msgspec")
+pytest.importorskip("zmq")
+
+from portakv.cli.demo.migrate import WAYS, beside, is_good, offer_rows, pull_rows, tell
+
+CPU = torch.device("cpu")
+
+
+def test_the_demo_moves_rows_between_two_processes_and_checks_every_byte() -> None:
+    found = run_json("migrate", "--demo", "--device", "cpu")
+    good = [one for one in found["pulls"] if not one["stale"]]
+    stale = [one for one in found["pulls"] if one["stale"]]
+    assert found["ok"]
+    assert found["owner"]["process"] != found["reader"]["process"]
+    assert {one["engine"] for one in good} == {"mapped", "distributed"}
+    assert {tuple(one["from"]) for one in good} == {(0,), (0, 1), (1,)}
+    assert [one["wrong_bytes"] for one in good] == [0] * 6
+    assert [(one["way"], one["published"]) for one in stale] == [(way, False) for way in WAYS]
+    assert all("does not hold" in one["why"] for one in stale)
+
+
+def test_the_demo_is_told_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """In one process, which is quicker."""
+    with ExitStack() as keep:
+        found = pull_rows(CPU, offer_rows(CPU, keep), keep)
+    found["ok"] = is_good(found)
+    process: dict[str, Any] = {"process": 1, "device": "cpu"}
+    tell(found | {"owner": process, "reader": process})
+    told = capsys.readouterr().out
+    assert "0, 1" in told
+    assert told.count("all bytes right") == 6
+    assert told.count("not published") == 2
+    assert "bytes: all right" in told
+
+
+def test_the_demo_fails_if_a_byte_is_wrong() -> None:
+    """Here all, since no offer holds any more."""
+    with ExitStack() as keep:
+        offers = offer_rows(CPU, keep)
+        for way in WAYS:
+            offers[way]["good"] = offers[way]["stale"]
+        found = pull_rows(CPU, offers, keep)
+    assert not is_good(found)
+    assert all(one["wrong_bytes"] for one in found["pulls"])
+
+
+def test_the_demo_fails_if_a_stale_offer_is_published() -> None:
+    good: Any = [
+        {"way": way, "stale": False, "wrong_bytes": 0, "published": True}
+        for way in WAYS
+        for _ in range(3)
+    ]
+    stale = [{"way": way, "stale": True, "wrong_bytes": 9, "published": False} for way in WAYS]
+    assert is_good({"pulls": good + stale})
+    assert not is_good({"pulls": good})
+    assert not is_good({"pulls": good[1:] + stale})
+    stale[0]["published"] = True
+    assert not is_good({"pulls": good + stale})
+
+
+def test_the_owner_is_on_another_device_if_there_is_one() -> None:
+    assert beside(CPU) == CPU
+
+
+@pytest.mark.parametrize("words", [("migrate", "--demo"), ("explain", "--peer")])
+def test_the_extra_that_is_missing_is_named(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "portakv.migrate", None)
+    code, out, err = run(*words, "--device", "cpu")
+    assert (code, out) == (1, "")
+    assert "Migration was asked for" in err
+
+
+def test_the_verb_is_asked_for_its_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("migrate")
+    assert ended.value.code == 2
+
+
+def test_explain_tells_how_peers_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_MOVER", raising=False)
+    found = run_json("explain", "--peer", "--device", "cpu")
+    said = {one["name"]: one["accepted"] for part in ("mapped", "movers") for one in found[part]}
+    assert said["host memory"]
+    assert said["distributed"]
+    assert {"nixl", "mooncake"} < set(said)
+    assert all(one["reason"] for one in found["movers"])
+    assert (found["forced"], found["links"]) == (None, [])
+    assert found["channel"]["curve"]
+    assert set(found["channel"]["versions"]) == {"msgspec", "pyzmq", "libzmq"}
+
+
+@pytest.mark.parametrize("more", ["--host", "vllm-nhd"])
+def test_explain_of_peers_takes_no_layouts(more: str) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("explain", "--peer", more)
+    assert ended.value.code == 2
+
+
+@pytest.mark.usefixtures("either")
+def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PORTAKV_MOVER", "distributed")
+    code, out, err = run("explain", "--peer", "--device", "cpu")
+    assert (code, err) == (0, "")
+    assert "PORTAKV_MOVER=distributed forces it" in out
+    assert "a Unix socket on this host, TCP with CURVE" in out
+
+
+def test_the_example_takes_weights_and_rows_over_from_a_living_process() -> None:
+    pytest.importorskip("transformers")
+    from portakv_examples import switch_role
+
+    told = list[str]()
+    assert switch_role.main("cpu", told.append)
+    assert [line.split()[0] for line in told] == [
+        *("serving", "weights", "rows", "killed", "goes", "control")
+    ]
