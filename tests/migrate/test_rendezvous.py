@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from importlib import import_module
 from time import monotonic
 
 import pytest
@@ -16,7 +17,6 @@ from support.migrate_channels import SECRET
 from torch._C._distributed_c10d import PrefixStore
 
 from portakv.errors import PeerError, TransferTimeout, Unsupported
-from portakv.migrate import rendezvous as module
 from portakv.migrate.channel import Channel
 from portakv.migrate.rendezvous import ChannelStore, pair, rendezvous, unique_id
 
@@ -67,6 +67,7 @@ def test_a_wait_ends(stores: tuple[ChannelStore, ChannelStore]) -> None:
 def test_a_store_keeps_so_many_keys(
     stores: tuple[ChannelStore, ChannelStore], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    module = import_module("portakv.migrate.rendezvous")  # the package has a function of that name
     monkeypatch.setattr(module, "KEYS", 2)
     here, there = stores
     there.set("a", b"")
