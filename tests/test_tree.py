@@ -63,7 +63,7 @@ BUDGETS = {
     "benchmarks/storage": 563,
     "tests": 35_475,
     "tests/integrations": 5_000,
-    "tests/storage": 4_799,
+    "tests/storage": 4_803,
     "tests/graph": 1_200,
     "tests/migrate": 3_500,
 }

@@ -118,6 +118,10 @@ def test_segments_alone(shelf: Open) -> None:
     assert one.read(KEYS[:2], [*cases.images(2, LARGE)], [0]) == [True, True]
     assert one.read(KEYS[:2], [*cases.images(2, LARGE)], [0, 1]) == [False, True]
     assert one.has(KEYS[:2]) == [False, True]
+    path, begin = slot_of(one, KEYS[1])
+    flip(path, begin + 40)  # of the header
+    assert one.read(KEYS[1:2], [*cases.images(1, LARGE)], [1]) == [True]
+    assert one.read(KEYS[1:2], [*cases.images(1, LARGE)], [0]) == [False]
 
 
 def test_links_and_counts_of_a_graph(shelf: Open) -> None:
