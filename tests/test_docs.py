@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,12 @@ def test_the_first_copy_of_the_quickstart_moves_what_it_says() -> None:
         for kv in range(2):
             rows = cache[kv].flatten(0, 1)[slots].flatten(1)
             assert torch.equal(chunk[kv, layer], rows)
+
+
+def test_the_picture_of_a_pull_is_what_its_code_draws() -> None:
+    picture = ROOT / "docs" / "images" / "pull.py"
+    drawn = runpy.run_path(str(picture))["picture"]()
+    assert picture.with_suffix(".svg").read_text(encoding="utf-8") == drawn
 
 
 #: The last backend of the guide for vendors is asked about rows that a plane shows, and split ones.
