@@ -61,7 +61,7 @@ BUDGETS = {
     "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
     "benchmarks/storage": 563,
-    "tests": 35_475,
+    "tests": 35_500,
     "tests/integrations": 5_000,
     "tests/storage": 4_803,
     "tests/graph": 1_200,

@@ -19,6 +19,7 @@ from portakv.errors import PortaKVError, Unsupported
 from portakv.runtime.devices import (
     device_name,
     devices_present,
+    inside,
     usable_device,
     usual_device,
     version_of,
@@ -94,10 +95,12 @@ def _mapped(device: torch.device) -> Iterator[Decision]:
     yield Decision(f"memory of {device}", not refused, refused or "a process of this host maps it")
     try:
         made: Any = torch.get_device_module(device).Event
-        ipc.export_event(made(interprocess=True))
+        with inside(device):
+            ipc.export_event(made(interprocess=True))
         yield Decision(f"events of {device}", True, "a peer's stream waits for an offer's rows")
     except (PortaKVError, AttributeError, RuntimeError, TypeError) as error:
-        yield Decision(f"events of {device}", False, f"the owner's host waits instead: {error}")
+        why = f"the owner's host waits instead: {getattr(error, 'why', error)}"
+        yield Decision(f"events of {device}", False, why)
 
 
 def _links(device: torch.device) -> Iterator[Decision]:

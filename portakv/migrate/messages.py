@@ -52,7 +52,7 @@ class Region(Message, frozen=True):
     """An allocation, the device that has it, and its handle: empty, with the reason, if none."""
 
     nbytes: Bytes
-    device: Name
+    device: Text
     handle: Handle = b""
     why: Text = ""
 
@@ -75,7 +75,7 @@ class Hello(Message, frozen=True):
     version: Count
     model: Text
     host: Text
-    device: Name
+    device: Text
     groups: Annotated[tuple[Group, ...], Meta(min_length=1, max_length=64)]
     movers: Names = ()
 

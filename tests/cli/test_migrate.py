@@ -15,8 +15,9 @@ pytest.importorskip("msgspec")
 pytest.importorskip("zmq")
 
 from portakv.cli.demo.migrate import WAYS, beside, is_good, offer_rows, pull_rows, tell
+from portakv.errors import Unsupported
 
-CPU = torch.device("cpu")
+CPU, SIMDEV = torch.device("cpu"), torch.device("privateuseone", 0)
 
 
 def test_the_demo_moves_rows_between_two_processes_and_checks_every_byte() -> None:
@@ -129,3 +130,23 @@ def test_the_example_takes_weights_and_rows_over_from_a_living_process() -> None
     assert [line.split()[0] for line in told] == [
         *("serving", "weights", "rows", "killed", "goes", "control")
     ]
+
+
+@pytest.mark.simdev
+def test_explain_says_why_a_device_shares_nothing() -> None:
+    found = run_json("explain", "--peer", "--device", "privateuseone")
+    host, memory, events = found["mapped"]
+    assert [one["accepted"] for one in found["mapped"]] == [True, False, False]
+    assert host["name"] == "host memory"
+    assert "_share_simdev_" in memory["reason"]
+    assert "the owner's host waits instead" in events["reason"]
+    assert not any(one["accepted"] for one in found["links"])
+
+
+@pytest.mark.simdev
+def test_the_demo_says_why_a_device_has_no_way() -> None:
+    """A device without a UUID is told by a name of some length, which is no reason to refuse it."""
+    with ExitStack() as keep:
+        offers = offer_rows(SIMDEV, keep)
+        with pytest.raises(Unsupported, match="has no backend for"):
+            pull_rows(SIMDEV, offers, keep)
