@@ -24,6 +24,12 @@ def chunk_bytes(view: KVView, count: int) -> int:
     return sum(-(-tokens * width // _ALIGNED) * _ALIGNED for width in view.widths)
 
 
+def staging(nbytes: int, device: torch.device) -> torch.Tensor:
+    """Room for a chunk, uint8 ``[nbytes]``, whatever the caller's settings."""
+    with torch.inference_mode(False):
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
 def chunk(
     view: KVView, count: int, room: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], KVView]:
@@ -31,7 +37,7 @@ def chunk(
     ``room`` (uint8; None: in memory of its own on the view's device): for each kv uint8 ``[layers,
     tokens, heads * bytes]`` or ``[layers, pages, bytes]``; and as a view."""
     if room is None:
-        room = torch.empty(chunk_bytes(view, count), dtype=torch.uint8, device=view.device)
+        room = staging(chunk_bytes(view, count), view.device)
     size, made, at = page_of(view), list[torch.Tensor](), 0
     for width in view.widths:
         shape = view.layers, count // size, view.heads * width

@@ -4,6 +4,7 @@ slots, which movers carry, and sums digests up."""
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -14,7 +15,7 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import PortaKVError, Unsupported
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.chunks import chunk, chunk_bytes
+from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import digest
 from portakv.migrate.messages import Answer, Gather, Hello
 from portakv.migrate.movers.base import Mover, Moving, choose
@@ -43,6 +44,7 @@ class Gathers:
         self._channel, self._slot_bytes, self._asked = channel, slot_bytes, mover
         self._movers, self._by = dict[str, Mover](), dict[bytes, Mover]()  # by name; of readers
         self._slots = dict[tuple[bytes, int], tuple[torch.Tensor, Moving]]()
+        self._lock = threading.Lock()  # a reader that is gone gets no slot
         self._sums: Bounded[Gather, list[Answer]] = Bounded("digests of an owner", 1024)
         self._graph = Graph()
         self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
@@ -68,9 +70,11 @@ class Gathers:
 
     def forget(self, peer: Peer) -> None:
         """A reader is gone, or needs its slots no more."""
-        if mover := self._by.pop(peer.id, None):
+        with self._lock:
+            mover = self._by.pop(peer.id, None)
+            self._slots = {key: one for key, one in self._slots.items() if key[0] != peer.id}
+        if mover:
             mover.forget(peer)
-        self._slots = {key: one for key, one in self._slots.items() if key[0] != peer.id}
 
     def begin(self, peer: Peer, gather: Gather, rows: Rows) -> Answer:
         """Have the worker bring rows into a slot; or sum them up, for a reader that asks until it
@@ -79,6 +83,10 @@ class Gathers:
             mover = self._by.get(peer.id)
             if mover is None or mover.name != gather.mover:
                 return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
+            sent = self._slots.get((peer.id, gather.slot % SLOTS), (None, None))[1]
+            if sent is not None and not sent.done():  # its reader has not taken what is in it
+                return Answer("busy", seconds=1e-3)
+            mover.connect(peer, self._channel)
             self._submit(partial(self._bring, peer, gather, rows, mover))
             return Answer("done")
         sums = self._sums.get(gather)
@@ -115,13 +123,14 @@ class Gathers:
                 with suppress(PortaKVError):
                     sent.wait()  # its reader has it, or asks for no more
             if room is None or (sent is not None and sent.loose):
-                room = torch.empty(self._slot_bytes, dtype=torch.uint8, device=mover.device)
+                room = staging(self._slot_bytes, mover.device)
             with torch.inference_mode(False), rows.behind.inside():
                 into = chunk(rows.view, count, room)[1]
                 copy_rows(rows.view.as_bytes(), into, rows.ids, count=count).synchronize()
                 sent = mover.give(peer, room[: chunk_bytes(rows.view, count)], gather.tag)
-            if self._by.get(peer.id) is mover:
-                self._slots[key] = room, sent
+            with self._lock:
+                if self._by.get(peer.id) is mover:
+                    self._slots[key] = room, sent
         except BaseException:
             mover.forget(peer)  # else its reader waits for bytes that will not come
             raise

@@ -168,7 +168,8 @@ class Ticket(About, frozen=True):
         """The ticket of these bytes; raises `PeerError`, in the same words whatever is wrong."""
         ticket = unsealed(data, Ticket)
         if ticket and ticket.version == VERSION and len(ticket.ids) == len(ticket.steps):
-            return ticket
+            if not any(len(ids) % 4 for ids in ticket.ids):
+                return ticket
         raise PeerError(
             "What was handed over is no ticket of this release: expected the bytes of "
             "`Offer.ticket`, unchanged; carry them as they are, between sides of one release."

@@ -37,7 +37,7 @@ from portakv.migrate.messages import (
 from portakv.migrate.pairing import proof, where
 from portakv.migrate.shards import Shard, Window, overlap, slices, unlike
 from portakv.runtime.streams import Behind
-from portakv.view.index import IdList, Index
+from portakv.view.index import Ids, Index
 
 EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
 GONE = Answer("gone", "it is no offer of this owner (any more)")
@@ -52,7 +52,7 @@ class Offer:
             the channel's secret may pull.
     """
 
-    def __init__(self, owner: Owner, ids: Sequence[Any], tokens: int, until: float, readers: int):
+    def __init__(self, owner: Owner, ids: Sequence[tuple[Any, int]], tokens: int, until: float, readers: int):
         self.number, self.ticket = secrets.token_bytes(16), b""
         self.ids, self.tokens, self.until, self.left = ids, tokens, until, readers
         self.behind = Behind(owner.device)
@@ -125,7 +125,7 @@ class Owner:
         self.channel, self.model, self.now = channel, model, time.monotonic
         self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
-        self._offers = dict[bytes, Offer]()
+        self._offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
         self._gathers = Gathers(channel, self._slot_bytes, mover)
         self.reallocate(*shards)
         self._kinds: dict[Any, Any] = {
@@ -143,11 +143,10 @@ class Owner:
         described = tuple(describe(shard, regions) for shard in shards)
         with self.change:
             self.revoke_all()
-            self.epoch, self.shards, self.device = (
-                secrets.token_bytes(16),
-                shards,
-                shards[0].view.device,
-            )
+            self.epoch, self.shards = secrets.token_bytes(16), shards
+            self.device = shards[0].view.device
+            for one in self._exports:
+                one.close()
             self._proof = proof(self.epoch, self.device)
             held = list[ipc.Held]()
             for storage in [*regions.storages, self._proof.untyped_storage()]:
@@ -166,9 +165,9 @@ class Owner:
                 events=tuple(ipc.export_event(x) for x in self._events),
             )  # fmt: skip
 
-    def offer(self, *blocks: IdList, tokens: int, lease: float = 30.0, readers: int = 1) -> Offer:
-        """Offer the first ``tokens`` tokens of lists of blocks, one for each shard, behind what the
-        current stream holds. A negative id is a block that is elsewhere.
+    def offer(self, *blocks: Ids, tokens: int, lease: float = 30.0, readers: int = 1) -> Offer:
+        """Offer the first ``tokens`` tokens of lists of blocks (or of an `Index`, as of slots), one
+        for each shard, behind what the current stream holds. A negative id is one that is elsewhere.
 
         Args:
             lease: seconds until it ends by itself, unless its reader renews it.
@@ -188,31 +187,32 @@ class Owner:
                 f"{len(blocks)} lists of blocks were offered, of {len(self.shards)} shards: "
                 f"expected one for each."
             )
-        lists = list[Any]()
+        lists, steps = list[Any](), list[int]()
         for shard, given in zip(self.shards, blocks, strict=True):
-            index = Index(given, step=shard.view.block_size or 1)
-            ids = index.host_ids()[: -(-tokens // index.step)]
-            if len(ids) * index.step < tokens:
-                raise SlotError(
-                    f"{tokens} tokens were offered in {len(ids)} blocks of {index.step}: expected "
-                    f"blocks for all; offer fewer tokens."
-                )
-            Index(ids, step=index.step).check(tokens, shard.view.slots, "offered")
-            lists.append(ids.clip(min=-1).astype("<i4"))
+            index = Index.of(given, shard.view.block_size or 1)
+            index.check_length(tokens, shard.view.slots, "offered")
+            if index.offset or index.ids is None:
+                index = Index(index.slots(tokens))
+            index = Index(index.host_ids()[: -(-tokens // index.step)], index.step)
+            index.check(tokens, shard.view.slots, "offered")
+            lists.append(index.host_ids().clip(min=-1).astype("<i4"))
+            steps.append(index.step)
+        on, event = self.device, -1
+        stream = None if on.type == "cpu" else torch.accelerator.current_stream(on.index)
+        if stream and not self._events:  # no reader's stream can wait for it
+            stream.synchronize()
         with self.change:
-            made = Offer(self, lists, tokens, self.now() + lease, readers)
-            event = -1
+            made = Offer(self, [*zip(lists, steps, strict=True)], tokens, self.now() + lease, readers)
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
-                self._events[event].record()
-            elif self.device.type != "cpu":  # no reader's stream can wait for it
-                torch.accelerator.current_stream(self.device.index).synchronize()
-            steps = tuple(shard.view.block_size or 1 for shard in self.shards)
+                self._events[event].record(stream)
             told = tuple(each.tobytes() for each in lists)
-            terms = VERSION, self.channel.address, tokens, told, steps, lease, event
+            terms = VERSION, self.channel.address, tokens, told, tuple(steps), lease, event
             made.ticket = Ticket(self.epoch, made.number, *terms).pack()
             self._offers[made.number] = made
             self.counts["offered"] += 1
+            if self.counts["offered"] % EVENTS == 0:
+                self.statistics()  # those that nobody asks about expire
         return made
 
     def revoke_all(self) -> None:
@@ -229,6 +229,8 @@ class Owner:
     def close(self) -> None:
         """End every offer, and answer nobody any more."""
         self.revoke_all()
+        for one in self._exports:
+            one.close()
         for kind in self._kinds:
             self.channel.serve(kind, lambda *_: GONE)
         self._gathers.close()
@@ -316,7 +318,7 @@ class Owner:
                 f"Layers {gather.layers} x heads {gather.heads} of group {gather.group} were asked "
                 f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
             )
-        own, index = shard.window, Index(offer.ids[gather.group], step=shard.view.block_size or 1)
+        own, index = shard.window, Index(*offer.ids[gather.group])
         window = Window((*gather.layers, own.layers[2]), (*gather.heads, own.heads[2]))
         part = shard.view.slice(**slices(asked, own))
         return Rows(part, index.shifted(gather.first), window, offer.behind)
@@ -327,8 +329,10 @@ def _events(device: torch.device) -> list[Any]:
     if device.type == "cpu":
         return []
     try:
-        made = [torch.get_device_module(device).Event(interprocess=True) for _ in range(EVENTS)]
-        ipc.export_event(made[0])
+        module = torch.get_device_module(device)
+        with module.device(device):
+            made = [module.Event(interprocess=True) for _ in range(EVENTS)]
+            ipc.export_event(made[0])
     except (Unsupported, RuntimeError, TypeError):
         return []
     return made

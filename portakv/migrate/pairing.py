@@ -5,7 +5,7 @@ if its memory can be; otherwise both sides agree upon a mover."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
@@ -17,10 +17,12 @@ import torch
 from portakv.errors import LayoutError, OfferGone, PortaKVError, Unsupported
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
+from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import VERSION, Answer, Bye, Hello, Ticket, Welcome
 from portakv.migrate.movers.base import Mover, choose
 from portakv.migrate.shards import Shard, Window, unlike
+from portakv.runtime.bounded import Bounded
 
 
 class Paired:
@@ -32,6 +34,9 @@ class Paired:
         self.why, self.mover = "", cast(Any, None)  # why it is not mapped, and what carries then
         self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
         self.slots: SimpleQueue[tuple[int, torch.Tensor]] = SimpleQueue()
+        self.unwatch: Callable[[], object] = lambda: None
+        #: For the epochs of this and of others the cuts of a pull, if all have all positions.
+        self.cuts: Bounded[tuple[bytes, ...], Any] = Bounded("cuts of pulls", 16)
 
     def window(self, group: int) -> Window:
         """The window of one of its groups."""
@@ -73,6 +78,8 @@ class Pairings:
             owner = Paired(ticket.address, self._greet(ticket))
             if owner.welcome.epoch != ticket.epoch:
                 raise gone(ticket, "its owner was restarted, or has other memory, since then")
+            for old in [one for one in self._owners.values() if one.address == owner.address]:
+                self._forget(old)
             owner.why = self._mapped(owner)
             if owner.why:
                 try:
@@ -80,8 +87,8 @@ class Pairings:
                 except PortaKVError as error:
                     why = f"{owner.why}; and they cannot be moved: {error}"
                     raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
-            self.channel.watch(ticket.address, partial(self._forget, owner))
             self._owners[key] = owner
+            owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
         return owner
 
     def close(self) -> None:
@@ -123,9 +130,8 @@ class Pairings:
                 device = "cpu" if region.device.startswith("cpu ") else self.device
                 owner.held.append(ipc.opened(region.handle, device))
             *flat, told = cast(Any, [one.tensor for one in owner.held])
-            if not torch.equal(
-                (told ^ 0).cpu(), _proof(welcome.epoch)
-            ):  # read by a kernel, as rows
+            read = (told ^ 0).cpu()  # by a kernel, as rows are
+            if not torch.equal(read, _proof(welcome.epoch)):
                 return "what is read through the mapping is not what its owner has there"
             owner.shards = [rebuild(one, flat) for one in welcome.described]
             owner.events = [ipc.open_event(one, self.device) for one in welcome.events]
@@ -143,11 +149,12 @@ class Pairings:
         owner.welcome = self._greet(ticket, (mover.name,))
         owner.mover.connect(owner.address, self.channel)
         for number in range(owner.welcome.slots):
-            room = torch.empty(owner.welcome.slot_bytes, dtype=torch.uint8, device=device)
-            owner.slots.put((number, room))
+            owner.slots.put((number, staging(owner.welcome.slot_bytes, device)))
 
     def _forget(self, owner: Paired) -> None:
+        """Let go of an owner; what is still read of it keeps its memory until then."""
         self._owners.pop((owner.address, owner.welcome.epoch), None)
+        owner.unwatch()
         for one in owner.held:
             one.close()
         if owner.mover:

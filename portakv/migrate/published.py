@@ -16,10 +16,12 @@ from portakv.errors import PortaKVError, TransferCancelled, TransferError, Trans
 from portakv.graph.graph import Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Begin, Close, Renew
-from portakv.migrate.moved import CANCELLED
 from portakv.migrate.pairing import gone
 from portakv.migrate.steps import Told
-from portakv.runtime.transfer import NOTHING, Completion, Transfer
+from portakv.runtime.transfer import Completion, Transfer
+
+CANCELLED = "A pull was cancelled; nothing of it is published."
+MAPPED = "mapped", "the owners' memory can be mapped"
 
 
 class Part(Transfer):
@@ -61,7 +63,7 @@ class Pull(Part):
     def __init__(self, node: Node) -> None:
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
-        self.nbytes, self.way, self.stopped = 0, NOTHING, False
+        self.nbytes, self.way, self.stopped = 0.0, MAPPED, False
         self._began = perf_counter()
         self._ended: float | None = None
 
@@ -84,13 +86,19 @@ class Pull(Part):
         landed, over = self.published, self.nodes[0].ended
         seconds = None if self._ended is None else self._ended - self._began
         pieces, stopped = len(self.copies) + len(self.slices), self.stopped and over and not landed
-        return Statistics(self.nbytes * landed, 0, 0, *self.way, seconds, pieces, stopped)
+        return Statistics(int(self.nbytes) * landed, 0, 0, *self.way, seconds, pieces, stopped)
 
     def end(
-        self, channel: Channel, told: Told, check: Callable[[], object], until: float, looks: bool
+        self,
+        channel: Channel,
+        told: Told,
+        check: Callable[[], object],
+        until: float | None,
+        slow: bool,
     ) -> None:
-        """Wait for all bytes, look at them, and ask each owner whether its offer held; in a worker.
-        ``looks``: it may take so long that offers are renewed meanwhile."""
+        """Wait for all bytes (at most ``until``), look at them, and ask each owner whether its
+        offer held; in a worker. ``slow``: it takes so long that offers are renewed meanwhile."""
+        looks, until = slow or until is not None, monotonic() + 3e9 if until is None else until
         errors = list[BaseException]()
         for ticket, owner in told:
             with suppress(PortaKVError):

@@ -5,21 +5,23 @@ memory can be mapped, through staged slots if it cannot."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 import torch
 
 from portakv.copy.rows import copy_rows
+from portakv.errors import PortaKVError
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel
-from portakv.migrate.moved import moving_nodes, verified
+from portakv.migrate.moved import taken, verified
 from portakv.migrate.pairing import Pairings
 from portakv.migrate.published import Part, Pull
 from portakv.migrate.shards import Shard
-from portakv.migrate.steps import Step, steps
+from portakv.migrate.steps import steps
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.streams import Behind
 from portakv.view.index import IdList
 
 
@@ -27,7 +29,7 @@ class Reader:
     """A process that pulls rows which owners offer.
 
     Args:
-        channel: by which owners are asked.
+        channel: by which owners are asked; one reader on each.
         shards: its views with their windows, one for each group of layers that share block ids.
         model: a fingerprint; owners of another one are refused.
         mover: the name of the one for memory that cannot be mapped; None: the first that both
@@ -78,37 +80,43 @@ class Reader:
         for ticket, owner in told:
             if owner.events and ticket.event >= 0:
                 owner.events[ticket.event].wait(torch.accelerator.current_stream(self.device.index))
-        pull = Pull(Node(None, 1, link=self._link, name="pull"))
-        pull.nbytes = sum(step.nbytes for step in plan)
-        pull.way = next((_way(step) for step in plan if step.src is None), _way(plan[0]))
-        nodes_of = moving_nodes(self.channel, self._graph, self.device, lambda: pull.stopped)
-        starts = [0, *accumulate(shard.view.layers for shard in self.shards)]
-        layers: list[Any] = [([], []) for _ in range(starts[-1])]
-        for step in plan:
-            start = starts[step.group] + step.layers.start
-            if step.src is None:
-                for some, node in nodes_of(step):
-                    pull.slices.append(node)
-                    for layer in some:
-                        layers[start + layer][1].append(node)
-                continue
-            copy = copy_rows(
-                step.src, step.dst, step.theirs, step.mine, count=step.tokens, by_layer=by_layer,
-                overlap=overlap, max_thread_blocks=max_thread_blocks, max_gbps=max_gbps,
-            )  # fmt: skip
-            pull.copies.append(copy)
-            for layer, end in enumerate(copy.layers if by_layer else ()):
-                layers[start + layer][0].append(end)
-        pull.layers = [Part(*layer) for layer in layers] if by_layer else []
-        until = monotonic() + (3e9 if timeout is None else timeout)
-        looks = timeout is not None or max_gbps is not None
+        pull, behind = Pull(Node(None, 1, link=self._link, name="pull")), None
+        layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
+        try:
+            for step in plan:
+                ends, pull.nbytes = layers[step.cut.group], pull.nbytes + step.nbytes
+                if step.cut.src is None:
+                    pull.way = step.owner.mover.name, step.owner.why
+                    behind = behind or Behind(self.device)
+                    for some, node in taken(self.channel, self._graph, step, behind, pull):
+                        pull.slices.append(node)
+                        for layer in some:
+                            ends[step.layers[layer]][1].append(node)
+                    continue
+                copy = copy_rows(
+                    step.cut.src, step.cut.dst, step.theirs, step.mine, count=step.tokens,
+                    by_layer=by_layer, overlap=overlap, max_thread_blocks=max_thread_blocks,
+                    max_gbps=max_gbps,
+                )  # fmt: skip
+                pull.copies.append(copy)
+                for layer, end in zip(step.layers, copy.layers if by_layer else (), strict=False):
+                    ends[layer][0].append(end)
+        except BaseException:  # nobody gets the handle of what was issued
+            pull.cancel()
+            for copy in pull.copies:
+                with suppress(PortaKVError):
+                    copy.synchronize()
+            raise
+        pull.layers = [Part(*layer) for ends in layers for layer in ends] if by_layer else []
+        until = None if timeout is None else monotonic() + timeout
+        verify_each = plan if verify else ()
 
         def check() -> None:
-            for step in plan if verify else ():
-                verified(self.channel, step, lambda: pull.stopped)
+            for step in verify_each:
+                verified(self.channel, step, pull)
 
         def work(*_: object) -> None:
-            pull.end(self.channel, told, check, until, looks)
+            pull.end(self.channel, told, check, until, max_gbps is not None)
 
         pull.nodes[0].work = work
         self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
@@ -129,9 +137,3 @@ class Reader:
         self._graph.close()
         self._owners.close()
 
-
-def _way(step: Step) -> tuple[str, str]:
-    """What carries a step, and why."""
-    if step.src is None:
-        return step.owner.mover.name, step.owner.why
-    return "mapped", "the owners' memory can be mapped"

@@ -9,26 +9,35 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from portakv.copy.handle import token_bytes
 from portakv.errors import InvalidTerms, SlotError, Unsupported
 from portakv.migrate.chunks import chunk_bytes, page_of
 from portakv.migrate.messages import Gather, Ticket
 from portakv.migrate.pairing import Paired
 from portakv.migrate.shards import Piece, Shard, Window, pieces
 from portakv.view import Index, KVView
-from portakv.view.index import IdList
+from portakv.view.index import Ids
 
+_ANY = 1 << 62  # slots of an owner that looks itself
 Told = Sequence[tuple[Ticket, Paired]]  # tickets, and their owners
+Lists = tuple[Index, list[Index]]  # of a group: the reader's, and that of each owner
 
 
-class Step(NamedTuple):
-    """A piece: rows of an owner (without a view they are moved) into those of the reader."""
+class Cut(NamedTuple):
+    """A piece, and the slices of both views; an owner whose rows are moved has no view here."""
 
-    ticket: Ticket
-    owner: Paired
     group: int
     piece: Piece
     src: KVView | None
     dst: KVView
+
+
+class Step(NamedTuple):
+    """What a piece is to bring: rows of an owner for those of the reader."""
+
+    ticket: Ticket
+    owner: Paired
+    cut: Cut
     theirs: Index
     mine: Index
     first: int  # token of the request at which both indices begin
@@ -37,49 +46,56 @@ class Step(NamedTuple):
     @property
     def layers(self) -> range:
         """The layers of the reader's view that it fills."""
-        layers = self.piece.mine["layers"]
+        layers = self.cut.piece.mine["layers"]
         return range(layers.start, layers.stop)
 
     @property
-    def nbytes(self) -> int:
+    def nbytes(self) -> float:
         """Bytes that it brings, if it brings all positions."""
-        return chunk_bytes(self.dst, self.tokens)
+        return self.tokens * token_bytes(self.cut.dst.form)
 
     def gather(self, layers: range, first: int, count: int, **terms: Any) -> Gather:
         """Some layers and tokens of it, counted from its own first ones, as its owner is asked."""
-        window, theirs = self.owner.window(self.group), self.piece.theirs
+        window, theirs = self.owner.window(self.cut.group), self.cut.piece.theirs
         start, heads = window.layers[0] + theirs["layers"].start, theirs["heads"]
         box = (
             (start + layers.start, start + layers.stop),
             (window.heads[0] + heads.start, window.heads[0] + heads.stop),
         )
-        about = self.ticket.epoch, self.ticket.offer, self.group
+        about = self.ticket.epoch, self.ticket.offer, self.cut.group
         return Gather(*about, *box, self.first + first, count, **terms)
 
     def whole(self) -> tuple[Gather, Window]:
         """All of it as its owner is asked for a digest; and where it lies in the model."""
-        asked = self.gather(range(self.dst.layers), 0, self.tokens)
-        own = self.owner.window(self.group)
+        asked = self.gather(range(self.cut.dst.layers), 0, self.tokens)
+        own = self.owner.window(self.cut.group)
         return asked, Window((*asked.layers, own.layers[2]), (*asked.heads, own.heads[2]))
+
+    def runs(self) -> list[tuple[int, int]]:
+        """From and to of the runs of positions in which it brings all that its owner has."""
+        theirs, mine = self.theirs.slots(self.tokens) >= 0, self.mine.slots(self.tokens) >= 0
+        wanted = np.concatenate([[False], ~theirs | mine, [False]])
+        ends = np.flatnonzero(wanted[1:] != wanted[:-1]).reshape(-1, 2)
+        return [(int(a), int(b)) for a, b in ends]
 
     def slices(self) -> Iterator[tuple[range, int, int]]:
         """What crosses at once in a slot: as many layers as it holds, of all tokens; or tokens of
         one layer. Raises `Unsupported` if it holds none."""
-        room, page, most = self.owner.welcome.slot_bytes, page_of(self.dst), self.tokens
-        layer = self.dst.slice(layers=slice(0, 1))
+        dst, room, most = self.cut.dst, self.owner.welcome.slot_bytes, self.tokens
+        layer, page = dst.slice(layers=slice(0, 1)), page_of(dst)
         while most > page and chunk_bytes(layer, most) > room:
             most = max(page, most // 2 // page * page)
         if chunk_bytes(layer, most) > room:
             why = f"a slot of {room} bytes holds no token of a layer; give its owner more staging"
             raise Unsupported(f"Pulling rows of {self.owner.address} through staging", why)
-        each = max(1, min(self.dst.layers, room // chunk_bytes(layer, most)))
-        for start in range(0, self.dst.layers, each):
+        each = max(1, min(dst.layers, room // chunk_bytes(layer, most)))
+        for start in range(0, dst.layers, each):
             for at in range(0, self.tokens, most):
-                layers = range(start, min(start + each, self.dst.layers))
+                layers = range(start, min(start + each, dst.layers))
                 yield layers, at, min(most, self.tokens - at)
 
 
-def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[IdList], first: int) -> list[Step]:
+def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[Ids], first: int) -> list[Step]:
     """The steps of a pull from token ``first`` on; raises as `Reader.pull` does."""
     tokens = {ticket.tokens for ticket, _ in told}
     groups = {len(shards), len(blocks), *(len(ticket.ids) for ticket, _ in told)}
@@ -90,34 +106,50 @@ def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[IdList], first: 
             f"{len(blocks)} lists of blocks for {len(shards)} shards: expected tickets for the "
             f"same tokens and groups, a list for each shard, and a token or more."
         )
-    found = list[Step]()
+    lists, skips = list[Lists](), False
     for group, (shard, ids) in enumerate(zip(shards, blocks, strict=True)):
-        mine = _index(ids, shard.view.block_size, first, count, "the reader's")
-        mine.check(count, shard.view.slots, "reader's", distinct=True)
-        theirs = list[Index]()
+        mine, theirs = _index(ids, shard.view.block_size, first, count, "the reader's"), []
+        skips |= mine.check(count, shard.view.slots, "reader's", distinct=True)
         for ticket, owner in told:
             numbers = np.frombuffer(ticket.ids[group], "<i4").astype(np.int64)
             index = _index(numbers, ticket.steps[group], first, count, f"{ticket.address}'s")
-            index.check(
-                count, owner.shards[group].view.slots if owner.shards else 1 << 62, "offered"
-            )
+            slots = owner.shards[group].view.slots if owner.shards else _ANY
+            skips |= index.check(count, slots, "offered")
             theirs.append(index)
-        masks = [index.slots(count) >= 0 for index in theirs]
-        here = [None if mask.all() else mask for mask in masks]
-        windows = [owner.window(group) for _, owner in told]
-        for piece in pieces(shard.window, windows, here, whole=shard.view.opaque):
-            ticket, owner = told[piece.owner]
-            src = owner.shards[group].view.slice(**piece.theirs) if owner.shards else None
-            into = mine
-            if piece.ids is not None:
-                into = Index(np.where(piece.ids, mine.slots(count), -1))
-            dst, index = shard.view.slice(**piece.mine), theirs[piece.owner]
-            found.append(Step(ticket, owner, group, piece, src, dst, index, into, first, count))
+        lists.append((mine, theirs))
+    kept, key = told[0][1].cuts, tuple(ticket.epoch for ticket, _ in told)
+    cuts = None if skips else kept.get(key)
+    if cuts is None:
+        cuts = [*_cuts([owner for _, owner in told], shards, lists, count)]
+        if not skips:
+            kept[key] = cuts
+    found = list[Step]()
+    for cut in cuts:
+        mine, theirs = lists[cut.group]
+        if (mask := cut.piece.ids) is not None:
+            mine = Index(np.where(mask, mine.slots(count), -1))
+        (ticket, owner), index = told[cut.piece.owner], theirs[cut.piece.owner]
+        found.append(Step(ticket, owner, cut, index, mine, first, count))
     return found
 
 
-def _index(ids: IdList, step: int | None, first: int, count: int, whose: str) -> Index:
-    index = Index(ids, step=step or 1).shifted(first)
+def _cuts(
+    owners: Sequence[Paired], shards: Sequence[Shard], lists: Sequence[Lists], count: int
+) -> Iterator[Cut]:
+    """The pieces of all groups. A position that the reader does not want, nobody has to hold."""
+    for group, (shard, (mine, theirs)) in enumerate(zip(shards, lists, strict=True)):
+        unwanted = mine.slots(count) < 0
+        masks = [(index.slots(count) >= 0) | unwanted for index in theirs]
+        here = [None if mask.all() else mask for mask in masks]
+        windows = [owner.window(group) for owner in owners]
+        for piece in pieces(shard.window, windows, here, whole=shard.view.opaque):
+            owner = owners[piece.owner]
+            src = owner.shards[group].view.slice(**piece.theirs) if owner.shards else None
+            yield Cut(group, piece, src, shard.view.slice(**piece.mine))
+
+
+def _index(ids: Ids, step: int | None, first: int, count: int, whose: str) -> Index:
+    index = Index.of(ids, step or 1).shifted(first)
     if (index.length or 0) < count:
         raise SlotError(
             f"{count} tokens were to be pulled from token {first} on, and {whose} blocks have "

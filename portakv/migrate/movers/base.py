@@ -156,6 +156,7 @@ class Mover(ABC):
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         self.device, self.timeout, self._process = device, timeout, this_process()
         self.lanes, self._lock = dict[Key, Lane](), threading.Lock()
+        self._threads = list[threading.Thread]()  # also of lanes that were dropped
         atexit.register(self.close)
 
     @classmethod
@@ -179,6 +180,7 @@ class Mover(ABC):
             if key in self.lanes:
                 return
             lane = self.lanes[key] = self.lane(channel, key)
+            self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
         gone = partial(self.drop, lane, PeerError("The peer is gone; its slots did not cross."))
         try:
             if not isinstance(other, str):
@@ -225,7 +227,7 @@ class Mover(ABC):
         lanes = [] if self._process.forked else list(self.lanes.values())
         for lane in lanes:
             self.drop(lane, PeerError("The mover was closed; its slots did not cross."))
-        for thread in (each for lane in lanes for each in lane.threads):
+        for thread in () if self._process.forked else self._threads:
             thread.join(EXIT_SECONDS)
 
 
