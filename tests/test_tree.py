@@ -45,7 +45,7 @@ BUDGETS = {
     PLUGS: 2_830,
     "portakv/storage": 2_512,
     "portakv/graph": 629,
-    "portakv/migrate": 3_830,
+    "portakv/migrate": 3_900,
     "portakv/backends": 3_470,
     "portakv/cli": 2_910,
     "portakv/connector": 840,
@@ -61,11 +61,11 @@ BUDGETS = {
     "benchmarks": 5_200,
     "benchmarks/plugs": 1_140,
     "benchmarks/storage": 563,
-    "tests": 35_500,
+    "tests": 36_000,
     "tests/integrations": 5_000,
     "tests/storage": 4_803,
     "tests/graph": 1_200,
-    "tests/migrate": 3_500,
+    "tests/migrate": 4_600,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {
@@ -98,6 +98,7 @@ MANY_IMPORTS = {
     "portakv/engines/pageable.py": 12,
     "portakv/engines/staged.py": 12,
     "portakv/migrate/gathers.py": 12,
+    "portakv/migrate/pull.py": 11,
 }
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
 BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}

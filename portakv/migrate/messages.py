@@ -11,7 +11,7 @@ from typing import Annotated, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from portakv.errors import PeerError
+from portakv.errors import OfferGone, PeerError
 
 VERSION = 1  # of all of this; another one is refused at the handshake
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
@@ -81,8 +81,7 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The owner's answer. What is moved crosses in ``slots`` of so many bytes; ``staging`` is the
-    region of these if no other one is exported."""
+    """The owner's answer. What is moved crosses in ``slots`` of so many bytes."""
 
     version: Count
     epoch: Id
@@ -93,7 +92,6 @@ class Welcome(Message, frozen=True):
     movers: Names = ()
     slots: Small = 0
     slot_bytes: Bytes = 0
-    staging: Region | None = None
 
 
 class About(Message, frozen=True):
@@ -129,7 +127,6 @@ class Gather(About, frozen=True):
     mover: Name = ""
     slot: Small = 0
     tag: Count = 0
-    unit: Annotated[int, Meta(ge=1, le=8)] = 1  # bytes of a digest's words
 
 
 class Bye(Message, frozen=True):
@@ -159,6 +156,13 @@ class Ticket(About, frozen=True):
     lease: Seconds
     event: Annotated[int, Meta(ge=-1, le=255)] = -1
 
+    def gone(self, why: str) -> OfferGone:
+        """The error of an offer that does not hold; ``why`` as a clause."""
+        return OfferGone(
+            f"An offer of {self.address} ({self.offer.hex()[:8]}) was pulled, and does not hold: "
+            f"{why}. Nothing is published; ask for another offer."
+        )
+
     def pack(self) -> bytes:
         """What carries the request carries."""
         return sealed(self)
@@ -167,9 +171,9 @@ class Ticket(About, frozen=True):
     def read(data: bytes) -> Ticket:
         """The ticket of these bytes; raises `PeerError`, in the same words whatever is wrong."""
         ticket = unsealed(data, Ticket)
-        if ticket and ticket.version == VERSION and len(ticket.ids) == len(ticket.steps):
-            if not any(len(ids) % 4 for ids in ticket.ids):
-                return ticket
+        whole = ticket and not any(len(ids) % 4 for ids in ticket.ids)
+        if ticket and whole and (ticket.version, len(ticket.ids)) == (VERSION, len(ticket.steps)):
+            return ticket
         raise PeerError(
             "What was handed over is no ticket of this release: expected the bytes of "
             "`Offer.ticket`, unchanged; carry them as they are, between sides of one release."

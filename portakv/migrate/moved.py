@@ -19,7 +19,6 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
-from portakv.migrate.pairing import gone
 from portakv.migrate.published import CANCELLED, Pull
 from portakv.migrate.steps import Step
 from portakv.runtime.streams import Behind
@@ -62,11 +61,10 @@ def _take(
         owner.slots.put((number, room))
 
 
-def taken(
-    channel: Channel, graph: Graph, step: Step, behind: Behind, pull: Pull
-) -> Iterator[tuple[range, Node]]:
+def taken(channel: Channel, graph: Graph, step: Step, pull: Pull) -> Iterator[tuple[range, Node]]:
     """The nodes that bring the rows of a step which are moved, and the layers of each."""
     link = graph.link(f"pull:{step.owner.address}", width=step.owner.welcome.slots)
+    pull.behind = behind = pull.behind or Behind(step.cut.dst.device)
     for part in step.slices():
         yield part[0], Node(partial(_take, channel, step, part, behind, pull), 1, link=link)
 
@@ -94,7 +92,7 @@ def ask(channel: Channel, step: Step, gather: Gather, pull: Pull) -> Answer:
         if answer.state == "done":
             return answer
         if answer.state == "gone":
-            raise gone(step.ticket, answer.why)
+            raise step.ticket.gone(answer.why)
         if answer.state != "busy" or monotonic() > until:
             raise PeerError(f"{step.owner.address} did not bring rows: {answer.why}")
         sleep(answer.seconds)

@@ -52,7 +52,9 @@ class Offer:
             the channel's secret may pull.
     """
 
-    def __init__(self, owner: Owner, ids: Sequence[tuple[Any, int]], tokens: int, until: float, readers: int):
+    def __init__(
+        self, owner: Owner, ids: Sequence[tuple[Any, int]], tokens: int, until: float, readers: int
+    ):
         self.number, self.ticket = secrets.token_bytes(16), b""
         self.ids, self.tokens, self.until, self.left = ids, tokens, until, readers
         self.behind = Behind(owner.device)
@@ -167,7 +169,7 @@ class Owner:
 
     def offer(self, *blocks: Ids, tokens: int, lease: float = 30.0, readers: int = 1) -> Offer:
         """Offer the first ``tokens`` tokens of lists of blocks (or of an `Index`, as of slots), one
-        for each shard, behind what the current stream holds. A negative id is one that is elsewhere.
+        for each shard, behind what the current stream holds. Of a negative id all is elsewhere.
 
         Args:
             lease: seconds until it ends by itself, unless its reader renews it.
@@ -202,7 +204,9 @@ class Owner:
         if stream and not self._events:  # no reader's stream can wait for it
             stream.synchronize()
         with self.change:
-            made = Offer(self, [*zip(lists, steps, strict=True)], tokens, self.now() + lease, readers)
+            made = Offer(
+                self, [*zip(lists, steps, strict=True)], tokens, self.now() + lease, readers
+            )
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
                 self._events[event].record(stream)

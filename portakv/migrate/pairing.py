@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from portakv.errors import LayoutError, OfferGone, PortaKVError, Unsupported
+from portakv.errors import LayoutError, PortaKVError, Unsupported
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
@@ -77,7 +77,7 @@ class Pairings:
                 return owner
             owner = Paired(ticket.address, self._greet(ticket))
             if owner.welcome.epoch != ticket.epoch:
-                raise gone(ticket, "its owner was restarted, or has other memory, since then")
+                raise ticket.gone("its owner was restarted, or has other memory, since then")
             for old in [one for one in self._owners.values() if one.address == owner.address]:
                 self._forget(old)
             owner.why = self._mapped(owner)
@@ -176,11 +176,3 @@ def proof(epoch: bytes, device: torch.device) -> torch.Tensor:
 
 def _proof(epoch: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(blake2b(epoch).digest()), dtype=torch.uint8)
-
-
-def gone(ticket: Ticket, why: str) -> OfferGone:
-    """The error of an offer that does not hold; ``why`` as a clause."""
-    return OfferGone(
-        f"An offer of {ticket.address} ({ticket.offer.hex()[:8]}) was pulled, and does not hold: "
-        f"{why}. Nothing is published; ask for another offer."
-    )

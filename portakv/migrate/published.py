@@ -16,8 +16,8 @@ from portakv.errors import PortaKVError, TransferCancelled, TransferError, Trans
 from portakv.graph.graph import Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Begin, Close, Renew
-from portakv.migrate.pairing import gone
 from portakv.migrate.steps import Told
+from portakv.runtime.streams import Behind
 from portakv.runtime.transfer import Completion, Transfer
 
 CANCELLED = "A pull was cancelled; nothing of it is published."
@@ -58,12 +58,23 @@ class Pull(Part):
             that it makes of them may leave before the end of the whole.
     """
 
-    __slots__ = ("_began", "_ended", "copies", "layers", "nbytes", "slices", "stopped", "way")
+    __slots__ = (
+        "_began",
+        "_ended",
+        "behind",
+        "copies",
+        "layers",
+        "nbytes",
+        "slices",
+        "stopped",
+        "way",
+    )
 
     def __init__(self, node: Node) -> None:
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
         self.nbytes, self.way, self.stopped = 0.0, MAPPED, False
+        self.behind: Behind | None = None  # of what is moved
         self._began = perf_counter()
         self._ended: float | None = None
 
@@ -78,6 +89,13 @@ class Pull(Part):
         for copy in self.copies:
             copy.cancel()
         return not self.nodes[0].ended
+
+    def drop(self) -> None:
+        """Stop before its end was begun, since a part could not be; wait for what moves."""
+        self.cancel()
+        for copy in self.copies:
+            with suppress(PortaKVError):
+                copy.synchronize()
 
     @property
     def statistics(self) -> Statistics:
@@ -118,7 +136,7 @@ class Pull(Part):
             try:
                 answer = channel.ask(owner.address, Close(ticket.epoch, ticket.offer), Answer)
                 if answer.state != "held":
-                    errors.insert(0, gone(ticket, answer.why))
+                    errors.insert(0, ticket.gone(answer.why))
             except PortaKVError as error:
                 errors.append(error)
         self._ended = perf_counter()

@@ -5,14 +5,12 @@ memory can be mapped, through staged slots if it cannot."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from time import monotonic
 from typing import Any
 
 import torch
 
 from portakv.copy.rows import copy_rows
-from portakv.errors import PortaKVError
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
@@ -21,7 +19,6 @@ from portakv.migrate.published import Part, Pull
 from portakv.migrate.shards import Shard
 from portakv.migrate.steps import steps
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.runtime.streams import Behind
 from portakv.view.index import IdList
 
 
@@ -80,15 +77,14 @@ class Reader:
         for ticket, owner in told:
             if owner.events and ticket.event >= 0:
                 owner.events[ticket.event].wait(torch.accelerator.current_stream(self.device.index))
-        pull, behind = Pull(Node(None, 1, link=self._link, name="pull")), None
+        pull = Pull(Node(None, 1, link=self._link, name="pull"))
         layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
         try:
             for step in plan:
                 ends, pull.nbytes = layers[step.cut.group], pull.nbytes + step.nbytes
                 if step.cut.src is None:
                     pull.way = step.owner.mover.name, step.owner.why
-                    behind = behind or Behind(self.device)
-                    for some, node in taken(self.channel, self._graph, step, behind, pull):
+                    for some, node in taken(self.channel, self._graph, step, pull):
                         pull.slices.append(node)
                         for layer in some:
                             ends[step.layers[layer]][1].append(node)
@@ -102,10 +98,7 @@ class Reader:
                 for layer, end in zip(step.layers, copy.layers if by_layer else (), strict=False):
                     ends[layer][0].append(end)
         except BaseException:  # nobody gets the handle of what was issued
-            pull.cancel()
-            for copy in pull.copies:
-                with suppress(PortaKVError):
-                    copy.synchronize()
+            pull.drop()
             raise
         pull.layers = [Part(*layer) for ends in layers for layer in ends] if by_layer else []
         until = None if timeout is None else monotonic() + timeout
@@ -136,4 +129,3 @@ class Reader:
         """Let go of all owners; pulls under way end first, for at most ten seconds."""
         self._graph.close()
         self._owners.close()
-

@@ -19,7 +19,8 @@ Logical = list[np.ndarray[Any, np.dtype[np.uint8]]]  # for each kv [layer, token
 
 
 class Cache:
-    """A cache of a preset, full of noise, of ``blocks`` blocks of ``size`` tokens."""
+    """A cache of a preset, full of noise, of ``blocks`` blocks of ``size`` tokens; ``shared`` with
+    other processes."""
 
     def __init__(
         self,
@@ -31,11 +32,14 @@ class Cache:
         size: int,
         dtype: torch.dtype = torch.float16,
         seed: int = 0,
+        shared: bool = False,
     ) -> None:
         shape: dict[str, Any] = {"layers": layers, "heads": heads, "dim": widths, "kv": len(widths)}
         self.tensors = example_tensors(preset, blocks=blocks, tokens=size, dtype=dtype, **shape)
         for number, tensor in enumerate(leaves(self.tensors)):
             tensor.copy_(noise(*tensor.shape, dtype=dtype, seed=seed + number))
+            if shared:
+                tensor.share_memory_()
         self.view = KVView(self.tensors, preset, block_size=size, **shape)
         self.rows = Rows(self.tensors, PRESETS[preset].layout, {"block_size": size, **shape})
 

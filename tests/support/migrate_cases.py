@@ -53,11 +53,14 @@ def ranges(draw: st.DrawFn, extent: int, most: int) -> list[Range]:
 
 
 @st.composite
-def ranks(draw: st.DrawFn, layers: int, heads: int, tokens: int) -> list[Rank]:
-    """The ranks of one side, in any order: PP, TP and, of tokens dealt out in turns, CP sizes."""
-    cp, turn = draw(st.integers(1, 3)), draw(st.integers(1, 5))
+def ranks(
+    draw: st.DrawFn, layers: int, heads: int, tokens: int, most: tuple[int, int, int] = (3, 6, 3)
+) -> list[Rank]:
+    """The ranks of one side, in any order: PP, TP and, of tokens dealt out in turns, CP sizes, each
+    up to ``most``."""
+    cp, turn = draw(st.integers(1, most[2])), draw(st.integers(1, 5))
     dealt = [np.arange(tokens) // turn % cp == n for n in range(cp)]
-    stages, parts = draw(ranges(layers, 3)), draw(ranges(heads, 6))
+    stages, parts = draw(ranges(layers, most[0])), draw(ranges(heads, most[1]))
     return draw(st.permutations([Rank(a, b, c) for a in stages for b in parts for c in dealt]))
 
 
@@ -65,24 +68,33 @@ class Held:
     """The cache of a rank: its tokens lie in blocks in any order, one more block is not theirs."""
 
     def __init__(
-        self, rank: Rank, preset: str, widths: tuple[int, ...], size: int, seed: int = 0
+        self,
+        rank: Rank,
+        preset: str,
+        widths: tuple[int, ...],
+        size: int,
+        seed: int = 0,
+        shared: bool = False,
     ) -> None:
         count = -(-len(rank.tokens) // size)
         extents = [past - first for first, past, _ in (rank.layers, rank.heads)]
         self.rank, self.size = rank, size
-        self.cache = Cache(preset, extents[0], extents[1], widths, count + 1, size, seed=seed)
+        layers, heads = extents
+        self.cache = Cache(preset, layers, heads, widths, count + 1, size, seed=seed, shared=shared)
         self.shard = Shard(self.cache.view, rank.layers, rank.heads)
         self.blocks = np.random.default_rng(seed).permutation(count + 1)[:count]
         slots = (self.blocks[:, None] * size + np.arange(size)).ravel()[: len(rank.tokens)]
         self.slots = np.where(rank.tokens, slots, -1)
 
-    def written(self, model: Model) -> Memory:
-        """The memory of the cache once its rows of the model are in it, by the oracle."""
+    def written(self, model: Model, first: int = 0) -> Memory:
+        """The memory of the cache once its rows of the model, from a token on, are in it, by the
+        oracle."""
         rows, memory = self.cache.rows, Memory.snapshot(self.cache.tensors)
+        here = self.rank.tokens & (np.arange(len(self.slots)) >= first)
         for kv, whole in enumerate(model):
             for layer, own in enumerate(self.rank.part(whole)):
-                at = rows.row_addresses(kv, layer, self.slots[self.rank.tokens])
-                memory.write(at, own[self.rank.tokens])
+                at = rows.row_addresses(kv, layer, self.slots[here])
+                memory.write(at, own[here])
         return memory
 
     def fill(self, model: Model) -> None:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that readers pull from owners of other shardings, layouts and block sizes: every byte right
+by the oracle, nothing else touched, whether they are mapped or moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.ambient import STATES
+from support.migrate_cases import WIDTHS, Held, drawn_model, ranks
+from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
+
+from portakv import Index, KVView
+from portakv.migrate.ipc import shared_empty
+from portakv.migrate.shards import Shard
+
+extents = st.integers(1, 4).flatmap(
+    lambda layers: st.tuples(st.just(layers), st.integers(1, 4), st.integers(1, 200))
+)
+
+
+def listed(held: Held, slots: bool) -> Any:
+    """Its tokens as blocks or, if it has not all of them, as slots."""
+    return Index(torch.from_numpy(held.slots)) if slots else held.blocks
+
+
+def pull_all(made: Sides, extents: Any, data: st.DataObject, way: str, most: Any) -> None:
+    widths = data.draw(st.sampled_from([*WIDTHS]))
+    layers, heads, tokens = extents
+    heads = 1 if len(widths) == 1 else heads
+    model, presets = drawn_model(layers, tokens, heads, widths), WIDTHS[widths].split()
+    held = []
+    for size in data.draw(st.tuples(*[st.sampled_from([16, 64, 5])] * 2)):
+        drawn = data.draw(ranks(layers, heads, tokens, most))
+        kinds = [data.draw(st.sampled_from(presets)) for _ in drawn]
+        both = zip(drawn, kinds, strict=True)
+        held.append([Held(x, kind, widths, size, n, True) for n, (x, kind) in enumerate(both)])
+    owners = []
+    for one in held[0]:
+        one.fill(model)
+        owners.append(made.owner(one.shard, expose=way, staging=SMALL))
+    slots = any(not x.rank.tokens.all() for x in held[0])
+    for one in held[1][:2]:
+        reader, first = made.reader(one.shard), data.draw(st.integers(0, tokens - 1))
+        wanted = one.written(model, first)
+        offers = [
+            owner.offer(listed(x, slots), tokens=tokens)
+            for owner, x in zip(owners, held[0], strict=True)
+        ]
+        terms: dict[str, Any] = {
+            "by_layer": data.draw(st.booleans()),
+            "verify": data.draw(st.booleans()),
+            "max_gbps": data.draw(st.sampled_from([None, None, 50.0])),
+            "overlap": data.draw(st.sampled_from(["compute", "idle"])),
+        }
+        mine = listed(one, not one.rank.tokens.all())
+        pulled = reader.pull([x.ticket for x in offers], mine, first=first, **terms)
+        if terms["by_layer"]:
+            for end in pulled.layers:
+                end.synchronize(60)
+        pulled.synchronize(60)
+        assert pulled.published
+        assert all(offer.taken(0) for offer in offers)
+        assert not [*wanted.changes(type(wanted).snapshot(one.cache.tensors))]
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(extents, st.data())
+def test_rows_of_any_sharding_are_read_where_they_lie(
+    extents: tuple[int, int, int], data: st.DataObject
+) -> None:
+    with sides() as made:
+        pull_all(made, extents, data, "mapped", (2, 3, 3))
+
+
+@settings(max_examples=settings().max_examples // 8)
+@given(extents, st.data())
+def test_rows_of_any_sharding_are_moved_through_small_slots(
+    extents: tuple[int, int, int], data: st.DataObject
+) -> None:
+    with sides() as made:
+        pull_all(made, extents, data, "staging", (2, 2, 2))
+
+
+@pytest.mark.parametrize("way", ["mapped", "staging"])
+def test_groups_have_views_ids_and_block_sizes_of_their_own(way: str) -> None:
+    with sides() as made:
+        theirs, mine = [Rows(16, 16), Rows(8, 8)], [Rows(8, 32, fill=-1), Rows(16, 4, fill=-1)]
+        owner = made.owner(*(x.shard for x in theirs), expose=way, staging=SMALL)
+        reader = made.reader(*(x.shard for x in mine))
+        lists, into = [[9, 2, 4], [7, 0, 3, 2, 6]], [[3, 5], [*range(9, 0, -1)]]
+        offer = owner.offer(*lists, tokens=36)
+        pulled = reader.pull(offer.ticket, *into, by_layer=True, verify=True)
+        assert len(pulled.layers) == 4
+        pulled.synchronize(60)
+        for one, other, a, b in zip(theirs, mine, lists, into, strict=True):
+            assert torch.equal(one.rows(a, 36), other.rows(b, 36))
+        assert pulled.statistics.nbytes == 2 * 36 * 2 * 2 * 4 * 16
+
+
+@pytest.mark.parametrize("way", ["mapped", "staging"])
+def test_whole_opaque_pages_are_pulled_by_layer_windows_alone(way: str) -> None:
+    theirs, mine = shared_empty((3, 9, 640), torch.uint8), torch.zeros(3, 9, 640, dtype=torch.uint8)
+    theirs.copy_(torch.randint(0, 256, theirs.shape, dtype=torch.uint8))
+    one, other = (KVView([*x], "layer | block page", block_size=64) for x in (theirs, mine))
+    with sides() as made:
+        owner, reader = made.owner(Shard(one), expose=way, staging=SMALL), made.reader(Shard(other))
+        offer = owner.offer([8, 1, 3, 4], tokens=256)
+        reader.pull(offer.ticket, [0, 7, 2, 5], first=64, verify=True).synchronize(60)
+    assert torch.equal(mine[:, [7, 2, 5]], theirs[:, [1, 3, 4]])
+    assert not mine[:, [0, 1, 3, 4, 6, 8]].any()
+
+
+@pytest.mark.parametrize("way", ["mapped", "staging"])
+def test_what_the_reader_does_not_want_nobody_has_to_hold(way: str) -> None:
+    """Blocks of -1 on both sides; digests are of what was brought alone."""
+    with sides() as made:
+        both = Couple(made, way)
+        offer = both.owner.offer([7, -1, 11, 0, 5, 9], tokens=96)
+        both.reader.pull(offer.ticket, [-1, 4, 2], verify=True).synchronize(60)
+        assert torch.equal(both.mine.rows([4, 2], 64), both.theirs.rows([11, 0, 5, 9], 64))
+        assert (both.mine.whole[:, :, [0, 1, 3, 5, 6, 7]] == -1).all()
+
+
+@pytest.mark.parametrize("way", ["mapped", "staging"])
+@pytest.mark.parametrize("state", STATES)
+def test_nothing_of_the_callers_settings_matters(way: str, state: str) -> None:
+    with sides() as made:
+        both = Couple(made, way)
+        offered = both.offer()
+        with STATES[state](torch.device("cpu")):
+            both.pull(offered, verify=True, by_layer=True).synchronize(60)
+            again = both.owner.offer(both.blocks, tokens=both.tokens)
+            both.pull(again, max_gbps=50.0).synchronize(60)
+        assert both.right()
+        assert both.spared()
+
+
+def test_a_second_pull_of_the_same_owners_plans_nothing_anew() -> None:
+    with sides() as made:
+        both = Couple(made)
+        for first in (0, 5, 40):
+            both.mine.whole.fill_(-1)
+            both.pull(both.offer(), first=first).synchronize(60)
+            rows = both.mine.rows(both.into, both.tokens)
+            assert torch.equal(rows[:, :, first:], both.theirs.rows(both.blocks, 75)[:, :, first:])
+            assert (rows[:, :, :first] == -1).all()
+            assert both.spared()
+
+
+def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
+    """Also if they overlap: each position is brought once, and digests still agree."""
+    with sides() as made:
+        theirs, mine = Rows(), Rows(8, 32, fill=-1)
+        slots = np.arange(60)
+        owners = [made.owner(theirs.shard) for _ in range(2)]
+        has = [slots % 3 != 2, slots % 3 != 0]
+        tickets = [
+            owner.offer(Index(torch.from_numpy(np.where(x, slots, -1))), tokens=60).ticket
+            for owner, x in zip(owners, has, strict=True)
+        ]
+        made.reader(mine.shard).pull(tickets, [2, 1], verify=True).synchronize(60)
+        assert torch.equal(mine.rows([2, 1], 60), theirs.rows([0, 1, 2, 3], 60))

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Owners and readers of one process for the tests of pulls, and what is left when they ended."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+
+from portakv import KVView
+from portakv.migrate.channel import Channel
+from portakv.migrate.ipc import shared_empty
+from portakv.migrate.offers import Offer, Owner
+from portakv.migrate.pull import Reader
+from portakv.migrate.shards import Shard
+from support.migrate_channels import until
+
+LAYOUT, MODEL = "layer | kv block token head dim", "a model"
+SMALL = 1 << 14  # bytes of staging: slots of two pages, so that a pull has many slices
+
+
+class Sides:
+    """Owners and readers, each with a channel of its own."""
+
+    def __init__(self) -> None:
+        self.made = list[Any]()
+
+    def owner(self, *shards: Shard, **given: Any) -> Owner:
+        """An owner of shards."""
+        channel = Channel(timeout=20.0)
+        self.made += [channel, owner := Owner(channel, *shards, **{"model": MODEL, **given})]
+        return owner
+
+    def reader(self, *shards: Shard, **given: Any) -> Reader:
+        """A reader of shards; ``timeout``: of its channel."""
+        channel = Channel(timeout=given.pop("timeout", 20.0))
+        self.made += [channel, reader := Reader(channel, *shards, **{"model": MODEL, **given})]
+        return reader
+
+
+@contextmanager
+def sides() -> Iterator[Sides]:
+    """Sides, which are closed after it and then have left nothing."""
+    made, before = Sides(), left()
+    try:
+        yield made
+    finally:
+        for one in reversed(made.made):
+            one.close()
+    for one in made.made:
+        if isinstance(one, Owner):
+            told = one.statistics()
+            assert told["held"] == told["slots"] == 0
+    made.made.clear()
+    gc.collect()
+    assert until(lambda: left() <= before), (left(), before)
+
+
+def left() -> tuple[int, int]:
+    """Threads of the library, and open files but for shared memory, which tests still hold."""
+    named = [x for x in threading.enumerate() if x.name.startswith("portakv")]
+    return len(named), sum("deleted" not in path for path in _open_files())
+
+
+def _open_files() -> Iterator[str]:
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            yield os.readlink(f"/proc/self/fd/{number}")
+
+
+class Rows:
+    """A cache of ``blocks`` blocks in shared memory, of 2 layers and 4 heads, and its shard."""
+
+    def __init__(self, blocks: int = 16, size: int = 16, fill: int | None = None) -> None:
+        shape = 2, 2, blocks, size, 4, 8
+        self.whole, self.size = shared_empty(shape, torch.int16), size
+        if fill is None:
+            counted = torch.arange(self.whole.numel(), device="cpu").view(shape)
+            self.whole.copy_(counted * 40503 >> 3 & 0x7FFF)
+        else:
+            self.whole.fill_(fill)
+        self.view = KVView([*self.whole], LAYOUT)
+        self.shard = Shard(self.view)
+
+    def rows(self, blocks: Any, tokens: int) -> torch.Tensor:
+        """The first tokens of blocks, ``[layer, kv, token, head, dim]``."""
+        return self.whole[:, :, torch.as_tensor(blocks)].flatten(2, 3)[:, :, :tokens]
+
+
+class Couple:
+    """An owner of 16 blocks of 16 tokens and a reader of 8 of 32, and one pull between them."""
+
+    def __init__(self, made: Sides, way: str = "mapped", **given: Any) -> None:
+        self.theirs, self.mine = Rows(), Rows(8, 32, fill=-1)
+        terms: dict[str, Any] = {"expose": way, "staging": SMALL} if way == "staging" else {}
+        self.owner = made.owner(self.theirs.shard, **terms, **given)
+        self.reader = made.reader(self.mine.shard, timeout=5.0)
+        self.blocks, self.into, self.tokens = [7, 3, 11, 0, 5], [6, 1, 4], 75
+
+    def offer(self, **given: Any) -> Offer:
+        """An offer of 75 tokens."""
+        return self.owner.offer(self.blocks, tokens=self.tokens, **given)
+
+    def pull(self, offer: Offer, **given: Any) -> Any:
+        """Begin to pull it."""
+        return self.reader.pull(offer.ticket, self.into, **given)
+
+    def right(self) -> bool:
+        """Whether the reader has the owner's rows."""
+        theirs = self.theirs.rows(self.blocks, self.tokens)
+        return torch.equal(theirs, self.mine.rows(self.into, self.tokens))
+
+    def spared(self) -> bool:
+        """Whether all other rows of the reader are as they were."""
+        others = [x for x in range(8) if x not in self.into]
+        rest = self.mine.rows(self.into[-1:], 32)[:, :, self.tokens - 64 :]
+        return bool((self.mine.whole[:, :, others] == -1).all()) and bool((rest == -1).all())
