@@ -23,10 +23,11 @@ else:
     import tomli as tomllib
 
 FILE = Path(__file__).with_name("bars.toml")
-#: What results of `portakv bench --host`, `--plugs` and `--storage` say of themselves, and how the
-#: kinds of their rows begin; those of copies inside a device say nothing.
-HOST_SUITE, PLUG_SUITE, STORAGE_SUITE = "host", "plugs", "storage"
+#: What results of `portakv bench --host`, `--plugs`, ... say of themselves, and how the kinds of
+#: their rows begin; those of copies inside a device say nothing.
+HOST_SUITE, PLUG_SUITE, STORAGE_SUITE, MIGRATION_SUITE = "host", "plugs", "storage", "migration"
 SUITES = {HOST_SUITE: "host_", PLUG_SUITE: "plug_", STORAGE_SUITE: "storage_"}
+SUITES[MIGRATION_SUITE] = "migrate_"
 
 #: How much worse than its accepted figure a bar may come out: the noise between two runs.
 TOLERANCE = 0.03

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`portakv bench`: measure backends on real models' shapes, with ``--host`` the copies between a
-device and host memory, with ``--plugs`` engines' own transfers beside those of PortaKV's plugs, and
-with ``--storage`` block stores in a folder; print tables, write JSON.
+device and host memory, with ``--plugs`` engines' own transfers beside those of PortaKV's plugs,
+with ``--storage`` block stores in a folder, and with ``--migration`` what crosses between two
+processes; print tables, write JSON.
 
 Exit codes: 0 all bytes right, 1 some wrong or something failed that was asked for, 2 the command
 line is wrong. What is absent, a peer's failure and what no time was left for are told alone.
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime, timezone
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from time import perf_counter
 from typing import Any, TypeVar
@@ -37,6 +39,7 @@ from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
 from portakv_benchmarks.check import (
     HOST_SUITE,
+    MIGRATION_SUITE,
     PLUG_SUITE,
     STORAGE_SUITE,
     SUITES,
@@ -87,6 +90,23 @@ STORAGE: Mapping[str, Callable[[StorageBench], Iterator[Step]]] = {
     "remote": tiers.remote_steps,
     "store": stores.store_steps,
 }
+#: What ``--migration`` measures, by modules that need its extra; first what no other engine or
+#: library can end.
+MIGRATION: Mapping[str, str] = {
+    "mapped": "pulls:mapped_steps",
+    "both": "pulls:both_steps",
+    "costs": "pulls:cost_steps",
+    "weights": "pulls:weight_steps",
+    "beside": "beside:beside_steps",
+    "staged": "moved:staged_steps",
+    "scattered": "moved:scattered_steps",
+}
+_PARTS_OF: Mapping[str, Mapping[str, Any]] = {
+    HOST_SUITE: PARTS,
+    PLUG_SUITE: PLUGS,
+    STORAGE_SUITE: STORAGE,
+    MIGRATION_SUITE: MIGRATION,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         device = pick_device(asked.device)
         runs = {HOST_SUITE: run_host, PLUG_SUITE: run_plugs, STORAGE_SUITE: run_storage}
+        runs[MIGRATION_SUITE] = run_migration
         run = runs.get(kind or "", run_device)
         results = run(asked, device)
     except PortaKVError as error:
@@ -130,11 +151,14 @@ _MEASURED = {
     HOST_SUITE: "copies between a device and host memory by every engine, in turns with a memcpy",
     PLUG_SUITE: "engines' transfers by their own code and by the plugs, in turns with a memcpy",
     STORAGE_SUITE: "block stores and what they are made of, in turns with fio and LMCache,",
+    MIGRATION_SUITE: "what crosses between two processes and their devices, in turns with raw "
+    "copies",
 }
 _INSTEAD = {
     HOST_SUITE: "copies between the device and the host",
     PLUG_SUITE: "engines' own transfers beside those of PortaKV's plugs",
     STORAGE_SUITE: "block stores in a folder beside fio and LMCache",
+    MIGRATION_SUITE: "rows and weights that cross between two processes",
 }
 
 
@@ -155,6 +179,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         HOST_SUITE: HOST_PRESETS,
         PLUG_SUITE: PLUG_PRESETS,
         STORAGE_SUITE: STORAGE_PRESETS,
+        MIGRATION_SUITE: dict.fromkeys(("full", "quick", "tiny")),
     }
     presets, preset = known[kind], "full" if kind else "core"
     add("--preset", choices=sorted(presets), default=preset, help=f"default: {preset}")
@@ -167,7 +192,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     )  # fmt: skip
     several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
     if kind:
-        parts = ", ".join({HOST_SUITE: PARTS, PLUG_SUITE: PLUGS, STORAGE_SUITE: STORAGE}[kind])
+        parts = ", ".join(_PARTS_OF[kind])
         add("--only", metavar="PARTS", help=f"some parts alone, separated by commas: {parts}")
     else:
         add("--backend", help="may be repeated (default: all accepted)", **several)
@@ -181,7 +206,7 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         add("--pause", type=float, metavar="S", help="before each trial (default: the preset's)")
         add("--fio", metavar="FILE", help="fio's program (default: that of the path)")
         add("--lmcache-python", metavar="FILE", help="a Python that has LMCache")
-    elif kind != PLUG_SUITE:
+    elif kind in (None, HOST_SUITE):
         add("--peer", help=f"a released peer{use}; may be repeated: {', '.join(PEERS)}", **several)
     return parser
 
@@ -296,6 +321,26 @@ def run_storage(asked: argparse.Namespace, device: torch.device) -> dict[str, An
         bench.forget()
 
 
+def run_migration(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure what crosses between two processes; returns what is written as JSON."""
+    if forced := os.environ.get("PORTAKV_MOVER"):
+        raise PortaKVError(f"PORTAKV_MOVER={forced} forces one mover on every way. Unset it.")
+    package = "portakv_benchmarks.migration."
+    try:
+        suite_ = import_module(f"{package}suite")
+    except ImportError as error:
+        raise PortaKVError(f"migration was to be measured: {error}") from None
+    parts = {
+        name: getattr(import_module(package + module), steps)
+        for name, (module, _, steps) in ((x, y.partition(":")) for x, y in MIGRATION.items())
+    }
+    bench = suite_.MigrationBench(device, suite_.MIGRATION_PRESETS[asked.preset])
+    try:
+        return _run_parts(asked, MIGRATION_SUITE, parts, bench)
+    finally:
+        bench.forget()
+
+
 AnyBench = TypeVar("AnyBench", bound=Bench)
 Parts = Mapping[str, Callable[[AnyBench], Iterator[Step]]]
 
@@ -317,7 +362,7 @@ def _run_parts(
     rows = carry_out(steps, device, asked.seconds, bench.left_out)
     bench.forget()
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
-    name = f"{short_name(device)}-{kind}"
+    name = f"{short_name(device)}-{bench.named or kind}"
     return {
         "format": RESULT_FORMAT, "suite": kind,
         "name": name if len(parts) == len(known) else "-".join([name, *parts]),

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from portakv_benchmarks.check import HOST_SUITE, PLUG_SUITE, STORAGE_SUITE
+from portakv_benchmarks.check import HOST_SUITE, MIGRATION_SUITE, PLUG_SUITE, STORAGE_SUITE
 from portakv_benchmarks.shared.harness import Row, grouped, having, quickest
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
@@ -90,6 +90,17 @@ _STORED: Mapping[str, Cell] = {
     "of the whole": _if_there("of_whole", ".2f"),
     "first layer after": _if_there("first_of_whole", ".2f"),
     "processor, us a MiB": "{cpu_us_per_mib:.0f}",
+}
+_BETWEEN = {"devices": "two devices", "one device": "one device", "processes": "two processes"}
+_CROSSED: Mapping[str, Cell] = {
+    "what": "{shape}",
+    "bytes": "{op}",
+    "way": lambda row: row["backend"],
+    "GB/s": "{gb_per_s:.3g}",
+    "of the raw copy": _if_there("of_raw", ".2f"),
+    "of copy_rows": _if_there("of_rows", ".2f"),
+    "of its own": _if_there("of_own", ".2f"),
+    "times its rate": _if_there("of_peer", ".1f"),
 }
 #: For each kind of rows that are listed one by one: the section's title, what it says, and what
 #: stands in each column.
@@ -179,6 +190,32 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
         "What a store costs the host", "",
         {"what": "{shape}", "us": "{us:,.4g}", "of the processor, us": "{cpu_us:,.4g}"},
     ),
+    "migrate_mapped": (
+        "Rows that are pulled where they lie", "From one process's cache into another's, by random "
+        "blocks, beside a raw copy of as many dense bytes; *copy_rows*: the same rows within one "
+        "process.", _CROSSED,
+    ),
+    "migrate_both": ("Both ways at once", "", _CROSSED),
+    "migrate_cost": (
+        "What a pull costs", "", {"what": "{shape}", "bytes": "{op}", "us": "{us:,.0f}"},
+    ),
+    "migrate_weights": (
+        "Weights", "The copies alone, and `pull_weights`, which also asks for names and compares "
+        "digests.", _CROSSED,
+    ),
+    "migrate_beside": (
+        "What a pull does to a model that runs beside it", "On the default terms.",
+        {"loop": "{loop}", "on the": "{on}", "beside": lambda row: row["backend"],
+         "slow-down, %": "{slowdown_pct:.1f}", "GB/s": "{link_gb_per_s:.0f}"},
+    ),
+    "migrate_staged": (
+        "Rows that cross through staging", "Beside the same library with one buffer of as many "
+        "bytes.", _CROSSED,
+    ),
+    "migrate_scattered": (
+        "Scattered blocks of 64 KB", "Pulled where they lie, beside engines that are told of each "
+        "block.", _CROSSED,
+    ),
 }  # fmt: skip
 
 
@@ -188,6 +225,7 @@ def page(files: Iterable[Path]) -> str:
     results = [result for result in read if result.get("suite") != PLUG_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
     suites = {None: _device, HOST_SUITE: _link, STORAGE_SUITE: _storage}
+    suites[MIGRATION_SUITE] = _migration
     results.sort(key=lambda result: [*suites].index(result.get("suite")))
     parts = [_HEAD]
     for result in results:
@@ -217,6 +255,11 @@ def _link(result: Mapping[str, Any]) -> list[str]:
 
 def _storage(result: Mapping[str, Any]) -> list[str]:
     return _suite("Block stores", result, [])
+
+
+def _migration(result: Mapping[str, Any]) -> list[str]:
+    between = sorted({_BETWEEN[row["across"]] for row in result["rows"]})
+    return _suite(f"Migration between {' and '.join(between)}", result, [])
 
 
 def _suite(name: str, result: Mapping[str, Any], figures: list[str]) -> list[str]:

@@ -102,6 +102,7 @@ class Bench:
         # Events that tell the time are had on CUDA devices.
         self.timer = harness.DeviceTimer(device, link=True) if device.type == "cuda" else self.wall
         self.left_out: list[str] = []  # a line for each thing that was not measured
+        self.named = ""  # what the result is called if not by its suite
         self._regions: dict[bool, Region] = {}
         #: Why an engine does not serve the device, by its name.
         self.absent = {

@@ -4,7 +4,8 @@
 SVG files beside it: bandwidth against bytes with the ceiling dashed, a heat map of time against
 `copy_`, what a call costs the host, and the ladder; of ``h200-host.json`` speed against a memcpy,
 and what a transfer does to what runs beside it; of ``h200-plugs.json`` the time of each plug, of
-the engine's own; of ``h200-storage.json`` rates, and loads beside stores. Needs matplotlib
+the engine's own; of ``h200-storage.json`` rates, and loads beside stores; of ``h200-x2.json`` pulls
+against raw copies. Needs matplotlib
 (`pip install '.[bench]'`).
 """
 
@@ -34,7 +35,7 @@ COLOURS = {
     "staged": "#009E73", "descriptors": "#CC79A7", "direct": "#D55E00", "direct 8": "#D55E00",
     "lmcache": "#777777", "own": "#777777", "portakv": "#0072B2", "ring": "#0072B2",
     "threads": "#56B4E9", "tier": "#0072B2", "fio io_uring": "#444444", "fio psync": "#999999",
-    "engine": "#444444",
+    "engine": "#444444", "mapped": "#0072B2", "raw copy": "black", "copy_rows": "#E69F00",
 }  # fmt: skip
 _MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
 _SWEEP = "llama3-8b"  # the shape that is measured from one token up
@@ -56,7 +57,7 @@ def draw(results: Mapping[str, Any], folder: Path, stem: str) -> list[Path]:
         "ratio": ("host_copy", ratio), "interference": ("host_interference", interference),
         "own": ("plug_copy", beside_own), "beside": ("plug_interference", interference),
         "rates": ("storage_engine", stored), "tier": ("storage_tier", stored),
-        "urgent": ("storage_beside", urgent),
+        "urgent": ("storage_beside", urgent), "pulls": ("migrate_mapped", pulled),
     }  # fmt: skip
     with matplotlib.rc_context(_INK):
         for name, (kind, make) in kinds.items():
@@ -292,6 +293,29 @@ def urgent(rows: list[Row], device: str) -> Figure:
     axes.set_xlabel(f"ms of a load of {row['shape']}, {row['loads']} loads")
     rates = "".join(f": {x['gb_per_s']:.2f} of {x['alone_gb_per_s']:.2f} GB/s" for x in stores)
     axes.set_title(f"Urgent loads beside stores{rates} · {device}", fontsize=9)
+    return figure
+
+
+def pulled(rows: list[Row], device: str) -> Figure | None:
+    """The rate of pulls against the payload, a line for each case, of the raw copy's; on a host of
+    what the same copy reaches within one process, too."""
+    figures = {"of_raw": "the raw copy", "of_rows": "copy_rows in one process"}
+    mine = having(rows, backend="mapped")
+    known = [name for name in figures if any(name in row for row in mine)]
+    if len({row["op"] for row in mine}) < 2:
+        return None
+    figure = Figure(figsize=(4.9 * len(known) + 0.6, 4.0))
+    for name, axes in zip(known, figure.subplots(1, len(known), squeeze=False)[0], strict=True):
+        for case, mark in zip(grouped(mine, "shape"), "os^xdv+*", strict=False):
+            _line(axes, case, name, label=case[0]["shape"], marker=mark, markersize=4, linewidth=1)
+        axes.axhline(1.0, color="black", linestyle="--", linewidth=1)
+        _sizes_below(axes)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(f"rate, of {figures[name]}")
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    between = {"devices": "two devices", "processes": "two processes"}.get(mine[0]["across"], "")
+    figure.suptitle(f"Pulls between {between or 'processes on one device'} · {device}", fontsize=10)
+    figure.tight_layout()
     return figure
 
 

@@ -79,6 +79,12 @@ _STORED: tuple[Cell, ...] = (
     *(("of raw", "of_raw:.3f"), ("first", "first_of_whole:.3f"), ("of whole", "of_whole:.3f")),
     *(("CPU us/MiB", "cpu_us_per_mib:.4g"), ("p90/p50", _spread), ("rounds", "rounds:"), _BYTES),
 )
+_CROSSED: tuple[Cell, ...] = (
+    ("case", "shape"), ("of", "op"), ("way", "backend"), ("between", "across"),
+    ("us", lambda row: f"{row['p50_us']:,.5g}"), ("GB/s", "gb_per_s:.4g"),
+    ("of raw", "of_raw:.3f"), ("of copy_rows", "of_rows:.3f"), ("of own", "of_own:.3f"),
+    ("of peer", "of_peer:.4g"), ("p90/p50", _spread), _BYTES,
+)  # fmt: skip
 _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "copy": (
         "copies, in turns with copy_; pool = slots of the cache and the share that is moved",
@@ -194,4 +200,24 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
             *(("GB/s", "gb_per_s:.4g"), ("of alone", "rate_ratio:.3f"), _BYTES),
         ),
     ),
+    "migrate_mapped": ("pulls of mapped memory, beside raw copies of as many bytes", _CROSSED),
+    "migrate_both": ("both processes pull from each other at once", _CROSSED),
+    "migrate_cost": (
+        "what a pull costs",
+        (("case", "shape"), ("of", "op"), ("between", "across"), ("us", "us:,.4g"),
+         ("p90", "p90_us:,.4g"), ("calls", "rounds:"), _BYTES),
+    ),
+    "migrate_weights": ("weights: their copies alone, and with names and digests", _CROSSED),
+    "migrate_beside": (
+        "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
+        (("loop", "loop"), ("on", "on"), ("case", "shape"), ("way", "backend"), ("of", "op"),
+         ("slow-down %", "slowdown_pct:.4g"),
+         ("repeats", lambda row: " ".join(f"{one:.1f}" for one in row["slowdowns_pct"])),
+         ("over raw", "over_raw:.4g"), ("GB/s", "link_gb_per_s:.4g"), ("of raw", "of_raw:.3f"),
+         _BYTES),
+    ),
+    "migrate_staged": (
+        "through staging, beside one buffer of as many bytes by the same library", _CROSSED,
+    ),
+    "migrate_scattered": ("scattered blocks of 64 KB, beside engines told of each", _CROSSED),
 }  # fmt: skip

@@ -357,7 +357,7 @@ class _Owner:
             yield from (x.name for x, mine, theirs in sums if mine != theirs)
 
 
-def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy to the end; many small ones by one call."""
     many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
     with torch.inference_mode():
@@ -406,7 +406,7 @@ def pull_weights(
         pairs = [owners[x.owner].pair(x, parameters[x.name].tensor) for _, x in group]
         if limit:
             time.sleep(limit.left(limit.start_of(sum(x.nbytes for x, _ in pairs))))
-        _copy(pairs)
+        copy_pairs(pairs)
     found = [x.wrong([p for p in pieces if p.owner == i], parameters) for i, x in enumerate(owners)]
     if wrong := dict.fromkeys(chain(*found)):
         raise TransferError(

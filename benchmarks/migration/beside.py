@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pulls do to a model that runs on the device that reads, or on the one that is read: a loop
+of matrix products alone, beside raw copies, and beside pulls on the default terms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from statistics import median
+from typing import Any
+
+from portakv.errors import Unsupported
+from portakv_benchmarks.host.interference import Meeting
+from portakv_benchmarks.host.movers import DEFAULT, Mover, Queue
+from portakv_benchmarks.host.suite import MEMCPY, Bench
+from portakv_benchmarks.migration.cases import CASES, USUAL
+from portakv_benchmarks.migration.pulls import MAPPED, RAW
+from portakv_benchmarks.migration.suite import MigrationBench
+from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, short
+from portakv_benchmarks.shared.shapes import in_words
+
+
+def beside_steps(bench: MigrationBench) -> Iterator[Step]:
+    """The loop on either side."""
+    if not bench.on:
+        raise Unsupported("A loop beside pulls", "torch finds no accelerator here")
+    yield "matmul on the reader", partial(_on_reader, bench)
+    if bench.there != bench.device:
+        yield "matmul on the owner", partial(_on_owner, bench)
+
+
+def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
+    """Raw copies, and pulls on the default terms."""
+    nbytes, near = bench.sizes.large[1], bench.near
+    bench.meet(USUAL, nbytes)
+    ticket, payload = bench.far.do("offer", nbytes), CASES[USUAL].payload(nbytes)
+    calls = {MEMCPY: partial(near.copy, nbytes), MAPPED: partial(near.pull, ticket, nbytes)}
+    for name, call in calls.items():
+        labels = {"backend": name, "op": in_words(nbytes)}
+
+        def once(_: int, call: Any = call) -> Any:
+            return call()
+
+        right = partial(_right, bench, nbytes, name == MEMCPY)
+        variant = Variant(labels, once, lambda _: bench.change(), right)
+        yield Mover(variant, payload, shape=USUAL)
+
+
+def _right(bench: MigrationBench, nbytes: int, raw: bool, _: int) -> bool:
+    bench.near.settle()
+    return bench.near.right(nbytes, raw)
+
+
+def _told(bench: MigrationBench, on: str, rows: Rows) -> Rows:
+    """Rows of either side in the same words; `over_raw` in points."""
+    raw, made = next((x for x in rows if x["backend"] == MEMCPY), None), Rows()
+    for row in rows:
+        told: Row = {"kind": "migrate_beside", "loop": "matmul", "on": on, "across": bench.across}
+        names = ("shape", "op", "payload_bytes", "slowdown_pct", "slowdowns_pct", "link_gb_per_s")
+        told |= {name: row[name] for name in (*names, "verified")}
+        told["backend"] = RAW if row is raw else MAPPED
+        if raw and row is not raw:
+            told["over_raw"] = round(row["slowdown_pct"] - raw["slowdown_pct"], 2)
+            told["of_raw"] = short(row["link_gb_per_s"] / raw["link_gb_per_s"])
+        made.append(told)
+    return made
+
+
+def _on_reader(bench: MigrationBench) -> Rows:
+    def make(_: Bench, __: str) -> list[Mover]:
+        return [*_movers(bench)]
+
+    meeting = Meeting(bench, "matmul", DEFAULT, "pull")
+    rows = meeting.rows(make, bench.sizes.repeats, (MEMCPY, MAPPED))
+    return _told(bench, "reader", rows)
+
+
+def _on_owner(bench: MigrationBench) -> Rows:
+    found = [*_movers(bench)]
+    terms = bench.sizes.matmul, bench.sizes.seconds
+    bench.far.do("loop", *terms)  # makes it, and warms it up
+    slow: dict[str, list[float]] = {str(one): [] for one in found}
+    rates: dict[str, list[float]] = {str(one): [] for one in found}
+    side = bench.stream()
+    for _ in range(bench.sizes.repeats):
+        for mover in found:
+            alone = bench.far.do("loop", *terms)
+            mover.variant.poison(0)
+            queue = Queue(bench.module, mover, side)
+            queue.fill()
+            bench.far.begin("loop", *terms)
+            while not bench.far.ready():
+                queue.go_on()
+            slow[str(mover)].append(100 * (bench.far.end() / alone - 1))
+            bench.module.synchronize()
+            stamps = queue.stamps
+            mover.look()
+            if len(stamps) > 1:
+                seconds = stamps[-1] - stamps[0]
+                rates[str(mover)].append((len(stamps) - 1) * mover.payload / seconds / 1e9)
+    rows = [
+        {**mover.labels, "payload_bytes": mover.payload, "verified": mover.verified,
+         "slowdown_pct": round(median(slow[str(mover)]), 2),
+         "slowdowns_pct": [round(one, 2) for one in slow[str(mover)]],
+         "link_gb_per_s": short(median(rates[str(mover)]))}
+        for mover in found
+    ]  # fmt: skip
+    return _told(bench, "owner", rows)

@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Caches as engines arrange them, which rows cross between, and where each byte of them is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from portakv import KVView
+from portakv.migrate import Shard, shared_empty
+from portakv_benchmarks.shared.shapes import POISON, fill, moved
+
+DTYPE, UNIT = torch.bfloat16, 16  # tokens, of which every payload is a multiple
+#: For each arrangement the dimensions of a tensor behind the layers, and the layout; `hnd` is read
+#: in the order of `nhd`.
+ARRANGED: Mapping[str, tuple[str, str]] = {
+    "nhd": ("kbthd", "layer | kv block token head dim"),
+    "hnd": ("kbhtd", "layer | kv block token head dim"),
+    "pages": ("bkthd", "layer | block kv token head dim"),
+    "flexkv": ("blkthd", "block layer kv token head dim"),
+    "mla": ("btd", "layer | block token dim"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """How an owner and a reader have the rows of one model; ``heads``: of the owner, and from
+    which to which of them the reader has."""
+
+    owner: str = "nhd"
+    reader: str = "nhd"
+    heads: tuple[int, int, int] = (0, 8, 8)
+    blocks: tuple[int, int] = (16, 16)  # tokens
+    layers: int = 32
+    kv: int = 2
+    dim: int = 128
+
+    @property
+    def row_bytes(self) -> int:
+        """Of the reader, for one token in one plane."""
+        return (self.heads[1] - self.heads[0]) * self.dim * DTYPE.itemsize
+
+    def tokens(self, nbytes: int) -> int:
+        """How many have about so many bytes in the reader's cache."""
+        return max(1, round(nbytes / (UNIT * self.layers * self.kv * self.row_bytes))) * UNIT
+
+    def payload(self, nbytes: int) -> int:
+        """The bytes of these tokens."""
+        return self.tokens(nbytes) * self.layers * self.kv * self.row_bytes
+
+
+USUAL, BLOCKS = "vLLM to FlexKV", "blocks of 64 KB"
+CASES: Mapping[str, Case] = {
+    USUAL: Case(reader="flexkv"),
+    "NHD to HND": Case(reader="hnd"),
+    "2 of 8 heads": Case(heads=(2, 4, 8)),
+    "rows of 256 B": Case(heads=(0, 1, 1)),
+    "MLA, rows of 1152 B": Case("mla", "mla", (0, 1, 1), layers=61, kv=1, dim=576),
+    "16 to 64 tokens a block": Case(blocks=(16, 64)),
+    BLOCKS: Case("pages", "pages"),
+}
+
+
+def memory(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory that can be shared with another process."""
+    if device.type == "cpu":
+        return shared_empty(shape, dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+class Cache:
+    """The cache of an owner, or of a reader, that holds at least so many bytes of a case; its
+    tokens lie in blocks in an order that both sides know."""
+
+    def __init__(self, case: Case, reading: bool, nbytes: int, device: torch.device) -> None:
+        self.case, self.size = case, case.blocks[reading]
+        first, past, whole = case.heads
+        heads = past - first if reading else whole
+        used = -(-case.tokens(nbytes) // self.size)
+        extents = {"l": case.layers, "k": case.kv, "b": used * 5 // 4 + 1, "t": self.size}
+        extents |= {"h": heads, "d": case.dim}
+        order, layout = ARRANGED[case.reader if reading else case.owner]
+        count = 1 if "l" in order else case.layers
+        shape = tuple(extents[axis] for axis in order)
+        self.memory = [memory(shape, DTYPE, device) for _ in range(count)]
+        tensors = [one.transpose(2, 3) for one in self.memory] if "ht" in order else self.memory
+        view = KVView(tensors[0] if "l" in order else tensors, layout, block_size=self.size)
+        self.shard = Shard(view, heads=case.heads if reading else None)
+        random = torch.Generator().manual_seed(1 + reading)
+        self.ids = torch.randperm(extents["b"], generator=random)[:used]
+        self.planes, self.device = [*self._planes(tensors, order)], device
+
+    def _planes(self, tensors: list[torch.Tensor], order: str) -> list[torch.Tensor]:
+        """Layers outermost, as integers ``[blocks, tokens, heads, dim]``."""
+        words = [one.view(torch.int16) for one in tensors]
+        if order == "btd":
+            return [one.unsqueeze(2) for one in words]
+        if "l" in order:
+            return [words[0][:, layer, kv] for layer in range(self.case.layers) for kv in (0, 1)]
+        return [one.select(order.index("k"), kv) for one in words for kv in (0, 1)]
+
+    def blocks(self, nbytes: int) -> torch.Tensor:
+        """The ids of the blocks that hold so many bytes."""
+        return self.ids[: -(-self.case.tokens(nbytes) // self.size)]
+
+    def fill(self, salt: int) -> None:
+        """Write words that differ from each other, and from those of other salts."""
+        for at, one in enumerate(self.memory):
+            fill(one.view(-1).view(torch.int64), salt * 1000 + at)
+
+    def poison(self) -> None:
+        for one in self.memory:
+            one.view(torch.uint8).fill_(POISON)
+
+    def places(self, nbytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block, and the place in it, of each token."""
+        at = torch.arange(self.case.tokens(nbytes))
+        found = self.ids[at // self.size], at % self.size
+        return found[0].to(self.device), found[1].to(self.device)
+
+    def has(self, source: Cache, nbytes: int) -> bool:
+        """Whether a reader's cache holds these rows of a source, and beside them poison alone;
+        then it holds nothing else."""
+        first, past, _ = self.case.heads
+        sources = [plane[:, :, first:past] for plane in source.planes]
+        out, into = source.places(nbytes), self.places(nbytes)
+        same = moved(sources, out, self.planes, into)
+        word = int.from_bytes([POISON] * 2, "big", signed=True)
+        rest = [(one.view(torch.int16) == word).all() for one in self.memory]
+        return bool(torch.stack([same, *rest]).all())

@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a side uses beside PortaKV: a pair of torch.distributed, NIXL and Mooncake as they are, and
+a loop of matrix products."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from portakv.errors import TransferError
+from portakv.migrate import Channel, pair, rendezvous
+from portakv.migrate.movers.base import choose
+from portakv_benchmarks.host.movers import Loop, matmul
+from portakv_benchmarks.host.suite import HOST_PRESETS
+
+Pieces = Sequence[Sequence[int]]  # address and bytes of each
+
+
+class Group:
+    """Two sides of torch.distributed; the one without an address keeps the store."""
+
+    def __init__(self, channel: Channel, device: torch.device, address: str) -> None:
+        self.rank, self.device = int(bool(address)), device
+        self.store = rendezvous(channel, address or None)
+
+    def meet(self) -> None:
+        """Both do it at once."""
+        self.group = pair(self.store, self.rank, 2, self.device, name="bench")
+
+    def send(self, bytes_: torch.Tensor) -> None:
+        self.group.send([bytes_], 1 - self.rank, 0).wait()
+
+    def receive(self, into: torch.Tensor) -> None:
+        self.group.recv([into], 1 - self.rank, 0).wait()
+
+
+class Engine:
+    """NIXL or Mooncake, started as PortaKV's mover starts it, for reads of any pieces."""
+
+    def __init__(self, name: str, device: torch.device, address: str) -> None:
+        mover: Any = choose(device, name)[0]
+        self.mover, self.library = mover, mover.begin(address)
+        mover.engine = self.library
+        self.name, self.kind = name, "DRAM" if device.type == "cpu" else "VRAM"
+        self.known, self.index = set[int](), 0
+        self.planned: Any = None
+        self.peers = dict[bytes, str]()
+
+    def enter(self, tensors: Sequence[torch.Tensor]) -> str:
+        """Let it reach them; what another one needs for that."""
+        for one in tensors:
+            if one.data_ptr() not in self.known:
+                self.mover.enter(one.data_ptr(), one.nbytes, max(one.get_device(), 0))
+                self.known.add(one.data_ptr())
+                self.index = max(one.get_device(), 0)
+        return f"{self.mover.reach().hex()}/{self.index}"
+
+    def plan(self, reach: str, theirs: Pieces, mine: Pieces) -> None:
+        """Make ready to read pieces of another one's."""
+        words, _, index = reach.partition("/")
+        told = bytes.fromhex(words)
+        if self.name == "mooncake":
+            addresses = [[at for at, _ in side] for side in (mine, theirs)]
+            self.planned = told.decode(), *addresses, [n for _, n in mine]
+            return
+        sides = (mine, self.index), (theirs, int(index))
+        lists = [[(at, n, number) for at, n in side] for side, number in sides]
+        descs = [self.library.get_xfer_descs(one, self.kind) for one in lists]
+        if told not in self.peers:
+            self.peers[told] = self.library.add_remote_agent(told).decode()
+        self.planned = self.library.initialize_xfer("READ", *descs, self.peers[told], b"")
+
+    def read(self) -> None:
+        """Read them, to the end."""
+        if self.name == "mooncake":
+            if self.library.batch_transfer_sync_read(*self.planned):
+                raise TransferError("Mooncake failed; none of it counts.")
+            return
+        state = self.library.transfer(self.planned)
+        while state == "PROC":
+            state = self.library.check_xfer_state(self.planned)
+        if state != "DONE":
+            raise TransferError(f"NIXL says {state}; none of it counts.")
+
+
+def products(device: torch.device, size: int, seconds: float) -> Loop:
+    """A loop of products of square bf16 matrices, for so long when nothing disturbs it."""
+    return matmul(device, replace(HOST_PRESETS["full"], matmul=size, loop_seconds=seconds))
+
+
+def loop_ms(device: torch.device, loop: Loop) -> float:
+    """Milliseconds of it, on the current stream of a device that has nothing else to do."""
+    module = torch.get_device_module(device)
+    first, last = (module.Event(enable_timing=True) for _ in range(2))
+    module.synchronize()
+    first.record()
+    loop.run()
+    last.record()
+    module.synchronize()
+    return float(first.elapsed_time(last))

@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows that cross through staging, beside what carries them with one buffer of as many bytes; and
+scattered blocks that are mapped, beside other engines that are told of each block.
+
+Both processes are apart from this one here: what ends one of them, or hangs, ends its step alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
+from typing import Any
+
+from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
+from portakv_benchmarks.migration.pulls import AHEAD, MAPPED
+from portakv_benchmarks.migration.side import Far
+from portakv_benchmarks.migration.suite import PEERS, MigrationBench
+from portakv_benchmarks.shared.harness import Rows, Step
+from portakv_benchmarks.shared.shapes import in_words
+from portakv_benchmarks.shared.trials import Sample, Way
+
+GROUP = "distributed"
+
+
+def staged_steps(bench: MigrationBench) -> Iterator[Step]:
+    """Each mover that can be used here."""
+    if bench.across == "one device":
+        bench.left_out.append(f"staged, {GROUP}: NCCL needs a device for each process")
+    else:
+        yield GROUP, partial(_staged, bench, GROUP)
+    for name in PEERS:
+        if name not in bench.absent:
+            yield name, partial(_staged, bench, name)
+
+
+def scattered_steps(bench: MigrationBench) -> Iterator[Step]:
+    """Each engine that is installed."""
+    for name in PEERS:
+        if name not in bench.absent:
+            yield name, partial(_scattered, bench, name)
+
+
+class Two:
+    """The process that gives and the one that takes."""
+
+    def __init__(self, bench: MigrationBench) -> None:
+        self.bench, self.owner = bench, bench.started(bench.there)
+        self.reader = bench.started(bench.device)
+
+    def change(self) -> None:
+        salt = next(self.bench.salts)
+        self.owner.do("change", salt)
+        self.reader.do("expect", salt)
+
+    def group(self) -> None:
+        """Let them meet in a group of torch.distributed."""
+        self.reader.do("join", self.owner.do("join"))
+        self.owner.begin("meet")
+        self.reader.do("meet")
+        self.owner.end()
+
+    def engine(self, name: str) -> None:
+        """Start NIXL or Mooncake in both."""
+        for side in (self.owner, self.reader):
+            side.do("start", name)
+
+    def will_read(self, theirs: str, mine: str, nbytes: int) -> None:
+        reach, found = self.owner.do("lies", theirs, nbytes)
+        self.reader.do("will_read", mine, nbytes, reach, found)
+
+    def crossed(self, nbytes: int) -> Sample:
+        """One message of the group."""
+        at = perf_counter() + AHEAD
+        self.owner.begin("timed", "send", nbytes, at=at)
+        ended = self.reader.do("timed", "receive", nbytes, at=at)[1]
+        self.owner.end()
+        return Sample(ended - at, 0.0)
+
+    def timed(self, what: str, nbytes: int, ticket: str = "") -> Sample:
+        began, ended = self.reader.do("timed", what, nbytes, ticket)
+        return Sample(ended - began, 0.0)
+
+    def way(
+        self, name: str, run: Callable[[], Sample], nbytes: int, raw: bool = False, peer: str = ""
+    ) -> Way:
+        """A way whose bytes are looked at each time."""
+        seen = list[bool]()
+
+        def call() -> Sample:
+            sample = run()
+            seen.append(self.reader.do("right", nbytes, raw))
+            return sample
+
+        return Way(name, call, self.change, lambda: all(seen), peer)
+
+
+@contextmanager
+def two(bench: MigrationBench) -> Iterator[Two]:
+    """Two processes, which are ended."""
+    made = list[Far]()
+    bench.apart()
+    try:
+        sides = Two(bench)
+        made += [sides.owner, sides.reader]
+        yield sides
+    finally:
+        for one in made:
+            one.close()
+
+
+def _staged(bench: MigrationBench, mover: str) -> Rows:
+    sizes, rows = bench.sizes.moved[bench.on], Rows()
+    with two(bench) as sides:
+        raw = sides.owner.do("give", USUAL, max(sizes), expose="staging", mover=mover)
+        sides.reader.do("take", USUAL, max(sizes), raw, mover)
+        sides.group() if mover == GROUP else sides.engine(mover)
+        for nbytes in sizes:
+            own = partial(sides.crossed, nbytes)
+            if mover != GROUP:
+                sides.will_read("dense", "landed", nbytes)
+                own = partial(sides.timed, "read", nbytes)
+            ticket = sides.owner.do("offer", nbytes)
+            pull = partial(sides.timed, "pull", nbytes, ticket)
+            ways = [sides.way("staged", pull, nbytes), sides.way("own", own, nbytes, True)]
+            rows += _rows(bench, "staged", mover, nbytes, ways, {"of_own": "own"})
+    return rows
+
+
+def _scattered(bench: MigrationBench, name: str) -> Rows:
+    nbytes = bench.sizes.large[bench.on]
+    with two(bench) as sides:
+        raw = sides.owner.do("give", BLOCKS, nbytes)
+        sides.reader.do("take", BLOCKS, nbytes, raw)
+        sides.engine(name)
+        sides.will_read("source", "target", nbytes)
+        pull = partial(sides.timed, "pull", nbytes, sides.owner.do("offer", nbytes))
+        read = partial(sides.timed, "read", nbytes)
+        ways = [sides.way(MAPPED, pull, nbytes), sides.way(name, read, nbytes, peer=name)]
+        return _rows(bench, "scattered", name, nbytes, ways, {"of_peer": name})
+
+
+def _rows(
+    bench: MigrationBench, kind: str, name: str, nbytes: int, ways: list[Way],
+    beside: Mapping[str, str],
+) -> Rows:  # fmt: skip
+    case = USUAL if kind == "staged" else BLOCKS
+    told: dict[str, Any] = {"kind": f"migrate_{kind}", "shape": name, "op": in_words(nbytes)}
+    return bench.compared(told, CASES[case].payload(nbytes), ways, beside)

@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls of memory that is mapped, beside raw copies of as many bytes: idle, both ways at once, and
+what they cost the host; and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from statistics import median
+from time import perf_counter
+
+import torch
+
+from portakv.migrate import Parameter, open_shared, pull_weights
+from portakv.migrate.weights import copy_pairs
+from portakv_benchmarks.host.suite import MB
+from portakv_benchmarks.migration.cases import BLOCKS, CASES, USUAL
+from portakv_benchmarks.migration.suite import MigrationBench
+from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
+from portakv_benchmarks.shared.shapes import fill, in_words
+from portakv_benchmarks.shared.trials import Sample, Way
+
+AHEAD = 0.05  # seconds from which on both processes begin at one time
+RAW, RAW_APART, ROWS, MAPPED = "raw copy", "raw copy, one process", "copy_rows", "mapped"
+
+
+def mapped_steps(bench: MigrationBench) -> Iterator[Step]:
+    """Each case in each size."""
+    for case in CASES:
+        if case != BLOCKS:
+            yield case, partial(_mapped, bench, case)
+
+
+def _mapped(bench: MigrationBench, case: str) -> Rows:
+    sizes, near, rows = bench.sizes.sizes[bench.on], bench.near, Rows()
+    bench.meet(case, max(sizes))
+    for nbytes in sizes:
+        ticket, right = bench.far.do("offer", nbytes), partial(near.right, nbytes)
+        ways = [
+            bench.way(MAPPED, partial(near.pull, ticket, nbytes, overlap="idle"), right),
+            bench.way(RAW, partial(near.copy, nbytes), partial(right, True)),
+        ]
+        beside = {"of_raw": "raw copy"}
+        if bench.on:
+            ways += _between(bench, CASES[case].payload(nbytes))
+        else:
+            ways.append(bench.way(ROWS, partial(near.rows, nbytes), right))
+            beside["of_rows"] = ROWS
+        told: Row = {"kind": "migrate_mapped", "shape": case, "op": in_words(nbytes)}
+        told["row_bytes"] = CASES[case].row_bytes
+        rows += bench.rows(told, CASES[case].payload(nbytes), ways, beside)
+    return rows
+
+
+def _between(bench: MigrationBench, nbytes: int) -> list[Way]:
+    """The raw copy of one process between two devices."""
+    if bench.there == bench.device:
+        return []
+    source = fill(torch.empty(nbytes // 8, dtype=torch.int64, device=bench.there), 7)
+    into, known = (torch.empty_like(source, device=bench.device) for _ in range(2))
+    known.copy_(source)
+    bench.module.synchronize(bench.there)
+    call = partial(into.copy_, source, non_blocking=True)
+
+    def right() -> bool:
+        same = torch.equal(into, known)
+        into.zero_()
+        return same
+
+    return [bench.way(RAW_APART, call, right)]
+
+
+def both_steps(bench: MigrationBench) -> Iterator[Step]:
+    """Both processes pull from each other at once."""
+    yield USUAL, partial(_both, bench)
+
+
+def _both(bench: MigrationBench) -> Rows:
+    nbytes, near, times = bench.sizes.large[bench.on], bench.near, bench.sizes.times
+    bench.meet(USUAL, nbytes)
+    far, given = bench.far, near.give(USUAL, nbytes)
+    far.do("take", USUAL, nbytes, given)
+    here, there = near.offer(nbytes), far.do("offer", nbytes)
+
+    def change() -> None:
+        salt = next(bench.salts)
+        far.do("change", salt)
+        near.change(salt + 1)
+        near.expect(salt)
+        far.do("expect", salt + 1)
+        next(bench.salts)
+
+    def run(what: str, seen: list[bool]) -> Sample:
+        at = perf_counter() + AHEAD
+        far.begin("timed", what, nbytes, here, times, at)
+        ends = [near.timed(what, nbytes, there, times, at)[1], far.end()[1]]
+        raw = what == "copy"
+        seen.append(near.right(nbytes, raw) and far.do("right", nbytes, raw))
+        return Sample(max(ends) - at, 0.0)
+
+    ways = list[Way]()
+    for name, what in ((MAPPED, "pull"), (RAW, "copy")):
+        seen = list[bool]()
+        ways.append(Way(name, partial(run, what, seen), change, partial(all, seen)))
+    told: Row = {"kind": "migrate_both", "shape": USUAL, "op": in_words(nbytes)}
+    return bench.compared(told, 2 * times * CASES[USUAL].payload(nbytes), ways, {"of_raw": RAW})
+
+
+def cost_steps(bench: MigrationBench) -> Iterator[Step]:
+    """The call of a pull, and from a ticket to rows that are published."""
+    yield "costs", partial(_costs, bench)
+
+
+def _costs(bench: MigrationBench) -> Rows:
+    nbytes, near, rows = min(2 * MB, bench.sizes.sizes[bench.on][0]), bench.near, Rows()
+    bench.meet(USUAL, nbytes)
+    ticket = bench.far.do("offer", nbytes)
+    calls, ends, right = list[float](), list[float](), True
+    for n in range(bench.sizes.calls):
+        if n % 10 == 0:
+            bench.change()
+        near.settle()
+        began = perf_counter()
+        pulled = near.pull(ticket, nbytes, overlap="idle")
+        calls.append(perf_counter() - began)
+        pulled.synchronize()
+        ends.append(perf_counter() - began)
+        right &= near.right(nbytes)
+    for shape, found in (("call of a mapped pull", calls), ("ticket to published rows", ends)):
+        figures = {"us": short(median(found) * 1e6), "p90_us": short(quantile(found, 0.9) * 1e6)}
+        told = {"kind": "migrate_cost", "shape": shape, "op": in_words(nbytes)}
+        labels = {"backend": MAPPED, "across": bench.across, "payload_bytes": nbytes}
+        rows.append({**told, **labels, **figures, "rounds": len(found), "verified": right})
+    return rows
+
+
+def weight_steps(bench: MigrationBench) -> Iterator[Step]:
+    """Each set of tensors."""
+    for name in bench.sizes.tensors[bench.on]:
+        yield name, partial(_weights, bench, name)
+
+
+def _weights(bench: MigrationBench, name: str) -> Rows:
+    count, height, width = bench.sizes.tensors[bench.on][name]
+    bench.apart()
+    own, cut = (slice(width // 3), (0, 3)) if name.startswith("thirds") else (slice(None), (0, 1))
+    nbytes = 2 * count * height * len(range(width)[own])
+    ticket, shared, raw = bench.far.do("publish", [[height, width]] * count, nbytes)
+    theirs = [open_shared(bytes.fromhex(one), bench.device) for one in (*shared, raw)]
+    known = [fill(torch.empty_like(x).view(-1).view(torch.int64), n) for n, x in enumerate(theirs)]
+    mine = [torch.empty_like(x[:, own]) for x in theirs[:-1]]
+    landed, parts = torch.empty_like(theirs[-1]), [x[:, own] for x in theirs[:-1]]
+    named = {f"w{n}": Parameter.split(x, 1, [width], cut) for n, x in enumerate(mine)}
+
+    def right() -> bool:
+        bits = [x.view(torch.int16).view(height, width)[:, own] for x in known[:-1]]
+        same = all(torch.equal(x.view(torch.int16), y) for x, y in zip(mine, bits, strict=True))
+        torch._foreach_zero_(mine)
+        return same
+
+    def raw_right() -> bool:
+        same = torch.equal(landed.view(torch.int64), known[-1])
+        landed.zero_()
+        return same
+
+    pull = partial(pull_weights, bench.near.channel, bytes.fromhex(ticket), named)
+    ways = [
+        bench.way("copies", partial(copy_pairs, [*zip(mine, parts, strict=True)]), right, True),
+        bench.way("pull_weights", pull, right, True),
+        bench.way(RAW, partial(landed.copy_, theirs[-1]), raw_right, True),
+    ]
+    told: Row = {"kind": "migrate_weights", "shape": name, "op": in_words(nbytes)}
+    return bench.compared(told, nbytes, ways, {"of_raw": RAW})

@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of two processes between which rows cross: it gives, takes, and looks at every byte. As a
+program it does what the process that started it asks, a line of JSON for each call."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from time import perf_counter
+from typing import Any, cast
+
+import torch
+
+from portakv import Index, copy_rows
+from portakv.migrate import Channel, Owner, Parameter, Pull, Reader, open_shared, publish, share
+from portakv.runtime.devices import usable_device
+from portakv_benchmarks.migration import engines
+from portakv_benchmarks.migration.cases import CASES, USUAL, Cache, memory
+from portakv_benchmarks.shared.shapes import POISON, fill
+
+LEASE, READERS, PATIENCE = 3000.0, 1 << 20, 60.0
+
+
+class Side:
+    """What one process has: rows to give with dense bytes beside them, and room to take such."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.channel, self.salt = device, Channel(timeout=30.0), 0
+        self.case = CASES[USUAL]
+        self.products: Any = None
+        self._forget()
+
+    def give(self, case: str, nbytes: int, **terms: Any) -> str:
+        """Offer rows of a case from now on; the dense bytes, as shared."""
+        self.case = CASES[case]
+        self.source = Cache(self.case, False, nbytes, self.device)
+        self.dense = memory((self.case.payload(nbytes),), torch.uint8, self.device)
+        self.owner = Owner(self.channel, self.source.shard, model="bench", **terms)
+        return share(self.dense).hex()
+
+    def take(self, case: str, nbytes: int, raw: str, mover: str | None = None) -> None:
+        """Have room for rows of a case, and know what they will be."""
+        self.case = CASES[case]
+        self.target = Cache(self.case, True, nbytes, self.device)
+        self.mirror = Cache(self.case, False, nbytes, self.device)
+        self.reader = Reader(self.channel, self.target.shard, model="bench", mover=mover)
+        self.raw = open_shared(bytes.fromhex(raw), self.device)
+        self.landed = torch.empty_like(self.raw)
+        self.target.poison()
+
+    def _forget(self) -> None:
+        self.source = self.target = self.mirror = cast(Any, None)
+        self.dense = self.raw = self.landed = cast(Any, None)
+        self.owner = self.reader = self.weights = self.engine = cast(Any, None)
+
+    def drop(self) -> None:
+        """Let go of all of it."""
+        for one in (self.reader, self.owner, self.weights):
+            if one is not None:
+                one.close()
+        self._forget()
+        gc.collect()
+
+    def change(self, salt: int) -> None:
+        """Give other bytes."""
+        self.source.fill(salt)
+        fill(self.dense.view(torch.int64), salt)
+        self.settle()
+
+    def expect(self, salt: int) -> None:
+        """Know that other bytes are given."""
+        self.mirror.fill(salt)
+        self.salt = salt
+
+    def offer(self, nbytes: int) -> str:
+        """A ticket that many pulls may use."""
+        terms: Any = {"tokens": self.case.tokens(nbytes), "lease": LEASE, "readers": READERS}
+        ticket: bytes = self.owner.offer(self.source.blocks(nbytes), **terms).ticket
+        return ticket.hex()
+
+    def pull(self, ticket: str, nbytes: int, **terms: Any) -> Pull:
+        """Begin to pull rows."""
+        pulled: Pull = self.reader.pull(bytes.fromhex(ticket), self.target.blocks(nbytes), **terms)
+        return pulled
+
+    def copy(self, nbytes: int) -> None:
+        """The raw copy: as many dense bytes."""
+        n = self.case.payload(nbytes)
+        self.landed[:n].copy_(self.raw[:n], non_blocking=True)
+
+    def rows(self, nbytes: int) -> object:
+        """The same rows in one process."""
+        case, mirror, target = self.case, self.mirror, self.target
+        src = mirror.shard.view.slice(heads=slice(*case.heads[:2]))
+        ids = (Index(one.blocks(nbytes), step=one.size) for one in (mirror, target))
+        return copy_rows(src, target.shard.view, *ids, count=case.tokens(nbytes))
+
+    def right(self, nbytes: int, raw: bool = False) -> bool:
+        """Whether every byte of the last pull, or raw copy, is right; nothing is left of it."""
+        if not raw:
+            return self.target.has(self.mirror, nbytes)
+        n = self.case.payload(nbytes)
+        known = fill(torch.empty_like(self.landed).view(torch.int64), self.salt)
+        same = torch.equal(self.landed[:n], known.view(torch.uint8)[:n])
+        self.landed.fill_(POISON)
+        return same
+
+    def settle(self) -> None:
+        torch.get_device_module(self.device).synchronize()
+
+    def timed(self, what: str, nbytes: int, ticket: str = "", times: int = 1, at: float = 0) -> Any:
+        """Do one of `pull`, `copy`, `send`, `receive` and `read` so often, not before a time; when
+        it began and ended, in seconds of the clock that all processes share."""
+        n = self.case.payload(nbytes)
+        calls: dict[str, Callable[[], Any]] = {
+            "pull": lambda: self.pull(ticket, nbytes, overlap="idle"),
+            "copy": lambda: self.copy(nbytes),
+            "send": lambda: self.engine.send(self.dense[:n]),
+            "receive": lambda: self.engine.receive(self.landed[:n]),
+            "read": lambda: self.engine.read(),
+        }
+        call, began = calls[what], perf_counter()
+        while began < at:
+            began = perf_counter()
+        ended = [call() for _ in range(times)]
+        for one in ended if what == "pull" else ():
+            one.synchronize()
+        self.settle()
+        return began, perf_counter()
+
+    def join(self, address: str = "") -> str:
+        """Begin a group of torch.distributed here, or come to another side's; see `Group.meet`."""
+        self.engine = engines.Group(self.channel, self.device, address)
+        return self.channel.address
+
+    def meet(self) -> None:
+        self.engine.meet()
+
+    def start(self, name: str) -> None:
+        """Start NIXL or Mooncake."""
+        self.engine = engines.Engine(name, self.device, self.channel.address)
+
+    def lies(self, what: str, nbytes: int) -> tuple[str, list[tuple[int, int]]]:
+        """Where `source`, `target`, `dense` or `landed` lies: the engine's words for it, and the
+        address and bytes of each block, or of all."""
+        one = getattr(self, what)
+        if not isinstance(one, Cache):
+            return self.engine.enter([one]), [(one.data_ptr(), self.case.payload(nbytes))]
+        step, ids = one.memory[0][0].nbytes, one.blocks(nbytes).tolist()
+        found = [(each.data_ptr() + step * block, step) for each in one.memory for block in ids]
+        return self.engine.enter(one.memory), found
+
+    def will_read(self, what: str, nbytes: int, reach: str, theirs: list[list[int]]) -> None:
+        """What `read` reads, and into what."""
+        self.engine.plan(reach, theirs, self.lies(what, nbytes)[1])
+
+    def publish(self, shapes: list[list[int]], nbytes: int) -> tuple[str, list[str], str]:
+        """Publish weights of these shapes; the ticket, each as shared, and as many dense bytes as
+        are asked for."""
+        made = [memory((*shape,), torch.bfloat16, self.device) for shape in shapes]
+        for at, one in enumerate(made):
+            fill(one.view(-1).view(torch.int64), at)
+        self.dense = memory((nbytes,), torch.uint8, self.device)
+        fill(self.dense.view(torch.int64), len(made))
+        self.settle()
+        named = {f"w{at}": Parameter(one) for at, one in enumerate(made)}
+        self.weights = publish(self.channel, named)
+        shared = [share(one).hex() for one in (*made, self.dense)]
+        return self.weights.ticket.hex(), shared[:-1], shared[-1]
+
+    def loop(self, matmul: int, seconds: float) -> float:
+        """Milliseconds of a loop of matrix products."""
+        self.products = self.products or engines.products(self.device, matmul, seconds)
+        return engines.loop_ms(self.device, self.products)
+
+
+class Far:
+    """A side in a process of its own."""
+
+    def __init__(self, device: torch.device) -> None:
+        paths = os.pathsep.join(path for path in sys.path if path)
+        words = [sys.executable, "-m", __name__, str(device)]
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        # Without the second Mooncake takes sockets between devices of one host, and says nothing.
+        more = {"PYTHONPATH": paths, "MC_INTRANODE_NVLINK": "1"}
+        self.process: Any = subprocess.Popen(words, env={**os.environ, **more}, **pipes)
+        self.device, self._asked = device, False
+
+    def begin(self, name: str, *given: Any, **named: Any) -> None:
+        """Have it do something meanwhile."""
+        if self._asked:  # what failed here did not wait for its answer
+            with suppress(RuntimeError):
+                self.end()
+        self._asked = True
+        self.process.stdin.write(json.dumps([name, given, named]) + "\n")
+        self.process.stdin.flush()
+
+    def ready(self, timeout: float = 0.0) -> bool:
+        """Whether it answers."""
+        return bool(select.select([self.process.stdout], [], [], timeout)[0])
+
+    def end(self) -> Any:
+        """What it answers; raises `RuntimeError` for what failed there, or if it hangs."""
+        self._asked = False
+        if not self.ready(PATIENCE):
+            self.close()
+            raise RuntimeError(f"the process on {self.device} did not answer in {PATIENCE:g} s")
+        if not (line := self.process.stdout.readline()):
+            raise RuntimeError(f"the process on {self.device} ended: {self.process.wait(5)}")
+        answer, refused = json.loads(line)
+        if refused:
+            raise RuntimeError(f"the process on {self.device}: {refused}")
+        return answer
+
+    def do(self, name: str, *given: Any, **named: Any) -> Any:
+        self.begin(name, *given, **named)
+        return self.end()
+
+    def close(self) -> None:
+        with suppress(OSError):
+            self.process.kill()
+        self.process.communicate()
+
+
+def main() -> None:
+    """Serve until the pipe ends."""
+    out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+    side = Side(usable_device(sys.argv[1]))
+    if side.device.type != "cpu":
+        torch.get_device_module(side.device).set_device(side.device)
+    for line in sys.stdin:
+        name, given, named = json.loads(line)
+        try:
+            answer = [getattr(side, name)(*given, **named), ""]
+        except Exception as error:
+            answer = [None, f"{type(error).__name__}: {error}".partition("\n")[0]]
+        out.write(json.dumps(answer) + "\n")
+        out.flush()
+    os._exit(0)  # libraries of peers may not come to an end
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the parts of the benchmark of migration share: how much is measured, the two processes
+between which it is, and how one trial of a way is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.metadata import packages_distributions, version
+from importlib.util import find_spec
+from itertools import count
+from typing import Any
+
+import torch
+
+from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
+from portakv_benchmarks.migration.side import Far, Side
+from portakv_benchmarks.shared.harness import Row
+from portakv_benchmarks.shared.trials import Sample, Trials, Way, timed
+
+PEERS = ("nixl", "mooncake")
+
+
+#: Sets of weights.
+TENSORS = (
+    {"32 MiB tensors": (4, 4096, 4096), "100 of 3 MiB": (100, 1024, 1536),
+     "thirds of 3 tensors": (3, 1024, 3 * 9472)},
+    {"32 MiB tensors": (32, 4096, 4096), "600 of 3 MiB": (600, 1024, 1536),
+     "thirds of 3 tensors": (3, 8192, 3 * 9472)},
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationPreset:
+    """How much is measured; sizes in bytes, each for a CPU and for devices."""
+
+    sizes: tuple[tuple[int, ...], tuple[int, ...]]  # of pulls that are mapped
+    moved: tuple[tuple[int, ...], tuple[int, ...]]  # of those that are staged
+    large: tuple[int, int]  # scattered blocks, both ways at once, beside a loop
+    rounds: int = 9
+    times: int = 8  # how often a burst goes both ways
+    calls: int = 200
+    repeats: int = 3  # how often a loop is met
+    seconds: float = 0.4  # of it
+    matmul: int = 8192
+    tensors: Sequence[Mapping[str, tuple[int, int, int]]] = TENSORS  # how many, rows, columns
+
+
+_FEW = {"tensors": (3, 64, 48), "thirds of tensors": (2, 16, 48)}
+MIGRATION_PRESETS: Mapping[str, MigrationPreset] = {
+    "full": MigrationPreset(
+        sizes=(
+            (2 * MB, 8 * MB, 32 * MB, 128 * MB),
+            (2 * MB, 8 * MB, 16 * MB, 32 * MB, 128 * MB, GB),
+        ),
+        moved=((32 * MB, 128 * MB), (128 * MB, GB)),
+        large=(128 * MB, GB),
+    ),
+    "quick": MigrationPreset(
+        sizes=((2 * MB, 32 * MB), (2 * MB, 32 * MB, 128 * MB)),
+        moved=((32 * MB,), (128 * MB,)),
+        large=(32 * MB, 128 * MB),
+        rounds=5,
+        times=4,
+        calls=50,
+        repeats=2,
+        seconds=0.2,
+    ),
+    "tiny": MigrationPreset(  # for tests
+        sizes=((256 * KB, 512 * KB), (256 * KB,)),
+        moved=((256 * KB,), (256 * KB,)),
+        large=(512 * KB, 512 * KB),
+        rounds=1,
+        times=2,
+        calls=2,
+        repeats=1,
+        seconds=0.001,
+        matmul=16,
+        tensors=(_FEW, _FEW),
+    ),
+}
+
+
+class MigrationBench(Bench):
+    """Two processes: this one, which takes, on its device, and one that gives, on a second device
+    if there is one; and what is installed beside."""
+
+    def __init__(self, device: torch.device, preset: MigrationPreset) -> None:
+        beside = replace(HOST_PRESETS["tiny"], matmul=preset.matmul, loop_seconds=preset.seconds)
+        super().__init__(device, beside)
+        self.sizes, self.on = preset, int(device.type != "cpu")
+        self.absent = {name: "not installed" for name in PEERS if find_spec(name) is None}
+        self.trials = Trials(preset.rounds, 0.0, self.left_out)
+        devices = self.module.device_count() if self.on else 1
+        other = ((device.index or 0) + 1) % devices
+        self.there = torch.device(device.type, other) if self.on else device
+        self.across = "devices" if devices > 1 else "one device" if self.on else "processes"
+        self.named = f"x{devices}" if devices > 1 else ""
+        self.salts, self._near, self._far = count(1), list[Side](), list[Far]()
+        self._settled = dict[Callable[..., Any], float]()
+
+    @property
+    def releases(self) -> dict[str, str]:
+        """Of what is measured beside."""
+        found = packages_distributions()
+        return {x: version(found[x][0]) for x in PEERS if x not in self.absent and x in found}
+
+    @property
+    def near(self) -> Side:
+        """This process."""
+        if not self._near:
+            self._near.append(Side(self.device))
+        return self._near[0]
+
+    @property
+    def far(self) -> Far:
+        """The one that gives; another one if it has ended."""
+        if not self._far or self._far[0].process.poll() is not None:
+            self._far = [self.started(self.there)]
+        return self._far[0]
+
+    def started(self, device: torch.device) -> Far:
+        """One more process."""
+        return Far(device)
+
+    def meet(self, case: str, nbytes: int) -> None:
+        """Let the other one give a case and this one take it."""
+        self.apart()
+        self.near.take(case, nbytes, self.far.do("give", case, nbytes))
+        self.change()
+
+    def apart(self) -> None:
+        """Let both let go of what they have."""
+        self._settled.clear()
+        for side in self._near:
+            side.drop()
+        if self._far:
+            self.far.do("drop")
+
+    def change(self) -> None:
+        """Have other bytes to move."""
+        salt = next(self.salts)
+        self.far.begin("change", salt)
+        self.near.expect(salt)
+        self.far.end()
+
+    def forget(self) -> None:
+        with suppress(RuntimeError):
+            self.apart()
+        for one in self._far:
+            one.close()
+        for side in self._near:
+            side.channel.close()
+        self._near, self._far = [], []
+        super().forget()
+
+    def rows(self, told: Row, nbytes: int, ways: list[Way], beside: Mapping[str, str]) -> list[Row]:
+        """A row for each way, with other bytes in each round."""
+        used = set[str]()
+
+        def ready(way: Way) -> None:
+            if way.name in used:
+                used.clear()
+                self.change()
+            used.add(way.name)
+            way.prepare()
+
+        made = [way._replace(prepare=partial(ready, way)) for way in ways]
+        return self.compared(told, nbytes, made, beside)
+
+    def compared(
+        self, told: Row, nbytes: int, ways: list[Way], beside: Mapping[str, str]
+    ) -> list[Row]:
+        """A row for each way; what others are beside is beside nothing itself."""
+        rows = self.trials.rows({**told, "across": self.across}, nbytes, ways, beside)
+        for row in rows:
+            if row["backend"].startswith(tuple(beside.values())):
+                for name in beside:
+                    row.pop(name, None)
+            if self.on:  # the host's time is no measure of a device's work
+                row.pop("cpu_us_per_mib")
+        return rows
+
+    def way(
+        self, name: str, call: Callable[[], Any], right: Callable[[], bool], wall: bool = False
+    ) -> Way:
+        """A call as a way, each time looked at; timed on a device, or (``wall``) until the host
+        knows the end."""
+        seen = list[bool]()
+
+        def run() -> Sample:
+            sample = self._sample(call, wall)
+            seen.append(right())
+            return sample
+
+        return Way(name, run, right=lambda: all(seen))
+
+    def _sample(self, call: Callable[[], Any], wall: bool) -> Sample:
+        flying = list[Any]()
+
+        def once(_: int = 0) -> None:
+            flying.append(call())
+
+        def ended() -> None:
+            for one in flying:
+                if hasattr(one, "published"):  # raises if it is not
+                    one.synchronize()
+            flying.clear()
+            self.module.synchronize()
+
+        def whole() -> None:
+            once()
+            ended()
+
+        if wall or not self.on:
+            self.module.synchronize()
+            return timed(whole)
+        if call not in self._settled:
+            self._settled[call] = self.timer.settle(once, 1)
+        found = self.timer.sample(once, 0, self._settled[call])
+        ended()
+        return Sample(found.elapsed / 1e6, found.host / 1e6)
