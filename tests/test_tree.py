@@ -27,13 +27,13 @@ TREE = {
     "native": "cuda host ascend",
     "native/ascend": "emulation",
     "conformance": "judge draw run evidence report cases mutants simdev vendor results",
-    "benchmarks": "device host plugs shared storage shapes.toml bars.toml results",
+    "benchmarks": "device host migration plugs shared storage shapes.toml bars.toml results",
     ".": "examples docs tests pyproject.toml constraints.txt README.md .ci/run .ci/full",
 }
 PLUGS = "portakv/integrations"
 #: Folders of the plugs into engines, of block stores and of migration: they have own numbers.
 STORAGE = ("portakv/storage", "portakv/graph")
-MIGRATE = ("portakv/migrate", "tests/migrate")
+MIGRATE = ("portakv/migrate", "benchmarks/migration", "tests/migrate")
 APART = (
     *(PLUGS, "benchmarks/plugs", "tests/integrations"),
     *(*STORAGE, "benchmarks/storage", "tests/storage", "tests/graph"),

@@ -99,10 +99,14 @@ def _on_owner(bench: MigrationBench) -> Rows:
                 seconds = stamps[-1] - stamps[0]
                 rates[str(mover)].append((len(stamps) - 1) * mover.payload / seconds / 1e9)
     rows = [
-        {**mover.labels, "payload_bytes": mover.payload, "verified": mover.verified,
-         "slowdown_pct": round(median(slow[str(mover)]), 2),
-         "slowdowns_pct": [round(one, 2) for one in slow[str(mover)]],
-         "link_gb_per_s": short(median(rates[str(mover)]))}
+        {
+            **mover.labels,
+            "payload_bytes": mover.payload,
+            "verified": mover.verified,
+            "slowdown_pct": round(median(slow[str(mover)]), 2),
+            "slowdowns_pct": [round(one, 2) for one in slow[str(mover)]],
+            "link_gb_per_s": short(median(rates[str(mover)])),
+        }
         for mover in found
-    ]  # fmt: skip
+    ]
     return _told(bench, "owner", rows)

@@ -142,9 +142,13 @@ def _scattered(bench: MigrationBench, name: str) -> Rows:
 
 
 def _rows(
-    bench: MigrationBench, kind: str, name: str, nbytes: int, ways: list[Way],
+    bench: MigrationBench,
+    kind: str,
+    name: str,
+    nbytes: int,
+    ways: list[Way],
     beside: Mapping[str, str],
-) -> Rows:  # fmt: skip
+) -> Rows:
     case = USUAL if kind == "staged" else BLOCKS
     told: dict[str, Any] = {"kind": f"migrate_{kind}", "shape": name, "op": in_words(nbytes)}
     return bench.compared(told, CASES[case].payload(nbytes), ways, beside)

@@ -205,12 +205,12 @@ class Far:
         """Whether it answers."""
         return bool(select.select([self.process.stdout], [], [], timeout)[0])
 
-    def end(self) -> Any:
+    def end(self, timeout: float = PATIENCE) -> Any:
         """What it answers; raises `RuntimeError` for what failed there, or if it hangs."""
         self._asked = False
-        if not self.ready(PATIENCE):
+        if not self.ready(timeout):
             self.close()
-            raise RuntimeError(f"the process on {self.device} did not answer in {PATIENCE:g} s")
+            raise RuntimeError(f"the process on {self.device} did not answer in {timeout:g} s")
         if not (line := self.process.stdout.readline()):
             raise RuntimeError(f"the process on {self.device} ended: {self.process.wait(5)}")
         answer, refused = json.loads(line)

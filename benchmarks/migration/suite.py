@@ -25,11 +25,17 @@ PEERS = ("nixl", "mooncake")
 
 #: Sets of weights.
 TENSORS = (
-    {"32 MiB tensors": (4, 4096, 4096), "100 of 3 MiB": (100, 1024, 1536),
-     "thirds of 3 tensors": (3, 1024, 3 * 9472)},
-    {"32 MiB tensors": (32, 4096, 4096), "600 of 3 MiB": (600, 1024, 1536),
-     "thirds of 3 tensors": (3, 8192, 3 * 9472)},
-)  # fmt: skip
+    {
+        "32 MiB tensors": (4, 4096, 4096),
+        "100 of 3 MiB": (100, 1024, 1536),
+        "thirds of 3 tensors": (3, 1024, 3 * 9472),
+    },
+    {
+        "32 MiB tensors": (32, 4096, 4096),
+        "600 of 3 MiB": (600, 1024, 1536),
+        "thirds of 3 tensors": (3, 8192, 3 * 9472),
+    },
+)
 
 
 @dataclass(frozen=True, slots=True)

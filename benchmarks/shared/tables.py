@@ -80,11 +80,19 @@ _STORED: tuple[Cell, ...] = (
     *(("CPU us/MiB", "cpu_us_per_mib:.4g"), ("p90/p50", _spread), ("rounds", "rounds:"), _BYTES),
 )
 _CROSSED: tuple[Cell, ...] = (
-    ("case", "shape"), ("of", "op"), ("way", "backend"), ("between", "across"),
-    ("us", lambda row: f"{row['p50_us']:,.5g}"), ("GB/s", "gb_per_s:.4g"),
-    ("of raw", "of_raw:.3f"), ("of copy_rows", "of_rows:.3f"), ("of own", "of_own:.3f"),
-    ("of peer", "of_peer:.4g"), ("p90/p50", _spread), _BYTES,
-)  # fmt: skip
+    ("case", "shape"),
+    ("of", "op"),
+    ("way", "backend"),
+    ("between", "across"),
+    ("us", lambda row: f"{row['p50_us']:,.5g}"),
+    ("GB/s", "gb_per_s:.4g"),
+    ("of raw", "of_raw:.3f"),
+    ("of copy_rows", "of_rows:.3f"),
+    ("of own", "of_own:.3f"),
+    ("of peer", "of_peer:.4g"),
+    ("p90/p50", _spread),
+    _BYTES,
+)
 _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
     "copy": (
         "copies, in turns with copy_; pool = slots of the cache and the share that is moved",

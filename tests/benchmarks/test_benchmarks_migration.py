@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark of migration, in sizes that mean nothing; no test here judges a time."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+import portakv_benchmarks.cli as bench
+from portakv import Index, copy_rows
+from portakv_benchmarks import check, guide
+from portakv_benchmarks.migration import pulls
+from portakv_benchmarks.migration.cases import CASES, Cache
+from portakv_benchmarks.migration.side import Far
+from portakv_benchmarks.migration.suite import MIGRATION_PRESETS, MigrationBench
+from portakv_benchmarks.shared.harness import Failed, Row, having
+
+CPU, NBYTES = torch.device("cpu"), 1 << 19
+
+
+def run(folder: Path, *words: str) -> tuple[int, Row]:
+    """The exit code and what was written."""
+    given = ["--device", "cpu", "--preset", "tiny", "--out", str(folder), *words]
+    code = bench.main(["--migration", *given])
+    (file,) = folder.glob("*-migration*.json")
+    return code, json.loads(file.read_text())
+
+
+def checked(folder: Path, *words: str) -> list[Row]:
+    code, result = run(folder, *words)
+    assert code == 0, result["left_out"]
+    assert not [line for line in result["left_out"] if isinstance(line, Failed)]
+    assert all(row["verified"] and row["across"] == "processes" for row in result["rows"])
+    rows: list[Row] = result["rows"]
+    return rows
+
+
+def test_pulls_are_measured_judged_and_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    rows = checked(tmp_path, "--only", "mapped,costs", "--bars")
+    mapped = having(rows, kind="migrate_mapped")
+    assert {row["shape"] for row in mapped} == {*CASES} - {"blocks of 64 KB"}
+    assert {row["row_bytes"] for row in mapped} == {2048, 512, 256, 1152}
+    # What others are beside is beside nothing.
+    assert all({"of_raw", "of_rows"} <= row.keys() for row in having(mapped, backend="mapped"))
+    assert not [row for row in having(mapped, backend="raw copy") if "of_raw" in row]
+    shown = capsys.readouterr().out
+    assert "pulls of mapped memory" in shown
+    assert "pull between two processes: rate" in shown
+    (file,) = tmp_path.glob("*.json")
+    assert "### Rows that are pulled where they lie" in guide.page([file])
+    if find_spec("matplotlib") is not None:
+        assert [x.stem.rpartition("-")[2] for x in tmp_path.glob("*.svg")] == ["pulls"]
+
+
+@pytest.mark.slow
+def test_every_part_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    rows = checked(tmp_path)
+    kinds = {"mapped", "both", "cost", "weights", "staged"}
+    assert {row["kind"] for row in rows} == {f"migrate_{kind}" for kind in kinds}
+    judged = check.judge(json.loads(next(tmp_path.glob("*.json")).read_text()), check.load_bars())
+    assert [verdict.bar.name for verdict in judged if not verdict.rows] == []
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_wrong_byte_is_seen_and_one_elsewhere(name: str) -> None:
+    case = CASES[name]
+    source, target = (Cache(case, reading, NBYTES, CPU) for reading in (False, True))
+    source.fill(1)
+    part = source.shard.view.slice(heads=slice(*case.heads[:2]))
+    ids = [Index(one.blocks(NBYTES), step=one.size) for one in (source, target)]
+
+    def copied() -> None:
+        target.poison()
+        copy_rows(part, target.shard.view, *ids, count=case.tokens(NBYTES))
+
+    copied()
+    assert target.has(source, NBYTES)
+    assert not target.has(source, NBYTES)  # nothing is left of it
+    copied()
+    block, at = (int(one[-1]) for one in target.places(NBYTES))
+    target.planes[-1][block, at, -1, -1] ^= 1
+    assert not target.has(source, NBYTES)
+    copied()
+    free = ({*range(target.planes[0].shape[0])} - {*target.ids.tolist()}).pop()
+    target.planes[0][free, 0, 0, 0] ^= 1
+    assert not target.has(source, NBYTES)
+    copied()
+    source.fill(2)  # what was read before the contents changed
+    assert not target.has(source, NBYTES)
+
+
+def test_a_process_that_fails_hangs_or_ends_is_told_and_replaced() -> None:
+    found = MigrationBench(CPU, MIGRATION_PRESETS["tiny"])
+    far = found.far
+    with pytest.raises(RuntimeError, match="no_such_thing"):
+        far.do("no_such_thing")
+    far.begin("nonsense")  # whoever asked never waited for the answer
+    assert len(far.do("give", "NHD to HND", NBYTES)) > 100
+    far.process.kill()
+    far.process.wait()
+    with pytest.raises((RuntimeError, OSError)):
+        far.do("drop")
+    assert found.far is not far
+    found.far.begin("drop")  # it imports torch meanwhile
+    with pytest.raises(RuntimeError, match=r"did not answer in 0\.1 s"):
+        found.far.end(0.1)
+    found.forget()
+
+
+def test_what_cannot_be_measured_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench.main(["--migration", "--device", "cpu", "--only", "nonsense"]) == 1
+    assert "known are mapped, both" in capsys.readouterr().err
+    monkeypatch.setenv("PORTAKV_MOVER", "nixl")
+    assert bench.main(["--migration", "--device", "cpu"]) == 1
+    assert "PORTAKV_MOVER=nixl forces one mover" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_step_whose_process_ends_leaves_the_others(tmp_path: Path) -> None:
+    class Ends(Far):
+        def do(self, name: str, *given: object, **named: object) -> object:
+            if name == "offer":
+                self.process.kill()
+            return super().do(name, *given, **named)
+
+    found = MigrationBench(CPU, MIGRATION_PRESETS["tiny"])
+    found.started = Ends  # type: ignore[method-assign]
+    steps = [*pulls.cost_steps(found), *pulls.weight_steps(found)][:2]
+    rows = bench.carry_out(steps, CPU, None, found.left_out)
+    assert {row["kind"] for row in rows} == {"migrate_weights"}
+    assert [isinstance(line, Failed) for line in found.left_out] == [True]
+    found.forget()
