@@ -37,6 +37,7 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "cuda": (("cuda.bindings",), "the backend `cuda` and copies by the driver, on NVIDIA's GPUs"),
     "storage": (("xxhash",), "block stores on the host and on disks"),
     "remote": (("xxhash", "obstore"), "block stores in S3, GCS, Azure and the like"),
+    "migrate": (("msgspec", "zmq"), "rows and weights of other processes"),
     "metrics": (("prometheus_client",), "the counters of block stores for Prometheus"),
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
