@@ -153,10 +153,10 @@ def _checked(store: Path) -> dict[str, Any]:
     row = np.frombuffer(mmap.mmap(-1, form.image_bytes), np.uint8)
     with (
         closing(choose()[0]) as engine,
-        closing(slots.Slots(store, form, None, engine, track=_with_bar)) as opened,
+        closing(slots.Slots(store, form, None, engine, track=with_bar)) as opened,
     ):
         keys = [*opened.index]
-        for key in _with_bar(keys, f"checking {store.name[:8]}"):
+        for key in with_bar(keys, f"checking {store.name[:8]}"):
             if (place := opened.pin(key)) is None:
                 continue
             slot, told = place
@@ -189,7 +189,7 @@ def _wiped(store: Path) -> dict[str, Any]:
         (store / f"{name}.new").unlink(missing_ok=True)
         (store / name).unlink(missing_ok=True)
     size = os.fstat(held).st_size  # given back bit by bit, since it may take a while
-    for end in _with_bar(range(size, -1, -max(1, size // 100)), f"wiping {store.name[:8]}"):
+    for end in with_bar(range(size, -1, -max(1, size // 100)), f"wiping {store.name[:8]}"):
         os.ftruncate(held, end)
     os.close(held)
     with suppress(OSError):  # it holds what is not a store's
@@ -213,7 +213,7 @@ def _open_in(folder: Path) -> str:
     return "-"
 
 
-def _with_bar(items: Sequence[Any], what: str) -> Iterator[Any]:
+def with_bar(items: Sequence[Any], what: str) -> Iterator[Any]:
     """The items; on a terminal rich shows how far they are, if they take more than a second."""
     began = time.monotonic()
     for done, item in enumerate(items, 1):

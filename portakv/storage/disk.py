@@ -19,7 +19,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.storage.engine import Engine, Request, choose
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, verify
-from portakv.storage.slots import PAGE, Place, Slots, form_in
+from portakv.storage.slots import PAGE, Place, Slots, Track, form_in
 
 
 class Disk:
@@ -27,6 +27,7 @@ class Disk:
 
     ``admit="second"``: a block is stored when it is offered the second time. ``workers``: how many
     nodes read or write in a folder at once. ``io``: "ring", "threads", an engine; None: what runs.
+    ``track`` shows how far a recovery is, as `rich.progress.track` does: it passes items on.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class Disk:
         admit: str = "always",
         workers: int = 4,
         io: str | Engine | None = None,
+        track: Track = lambda items, _: items,
     ) -> None:
         given: tuple[Any, Any] = capacity, workers
         right = isinstance(given[0], Real) and isinstance(given[1], Integral)
@@ -49,6 +51,7 @@ class Disk:
             )
         self.folders = [Path(folder) for folder in folders]
         self.capacity, self.admit, self.workers, self.io = int(capacity), admit, workers, io
+        self.track = track
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Other forms of the same cache that lie in the folders."""
@@ -82,7 +85,7 @@ class Disk:
                     if not own and not (place / "form.json").exists():
                         continue
                     try:
-                        slots = Slots(place, form, room if own else None, engine)
+                        slots = Slots(place, form, room if own else None, engine, self.track)
                     except StoreError as error:
                         if own:
                             raise

@@ -121,9 +121,11 @@ class Slots:
             raise OSError(22, f"a block takes {size}, so that none fits")
         about: dict[str, Any] = {"slots": self.count, "slot_bytes": size, "alignment": PAGE}
         about |= {"segments": len(self.form.segments), "checksum": "xxh3-64"}
-        about["written_by"] = f"portakv {__version__}"
         told = {**json.loads(self.form.json()), "folder": about}
-        self._tell("form.json", json.dumps(told), must=found is None)
+        same, file = json.dumps(told)[:-2], self.folder / "form.json"  # but for who wrote it
+        if found is None or not file.read_text(errors="replace").startswith(same):
+            about["written_by"] = f"portakv {__version__}"
+            self._tell(file.name, json.dumps(told), must=found is None)
         self._table = os.open(table, OPEN, 0o600)
         old = records_in(self.folder, self.form)[: min(self.count, known)]
         os.ftruncate(self._table, old.nbytes)  # records of slots that are no more
@@ -267,12 +269,19 @@ class Slots:
         return bool(moved == record.nbytes)
 
     def _tell(self, name: str, text: str, must: bool = False) -> None:
-        """Write a small file, whole or not at all; on a device that is full only if it must."""
+        """Write a small file, whole or not at all, whenever the power fails; on a device that is
+        full only if it must."""
         new = self.folder / f"{name}.new"
         with suppress(*[] if must else [OSError]):
             with open(os.open(new, OPEN | os.O_TRUNC, 0o600), "w") as file:
                 file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
             new.replace(self.folder / name)
+            place = os.open(self.folder, os.O_DIRECTORY)
+            with suppress(OSError):  # some network file systems refuse it
+                os.fsync(place)
+            os.close(place)
 
     def _forget(self, key: bytes) -> None:
         slot = self.index.pop(key, None)

@@ -92,6 +92,7 @@ def test_a_forked_child_learns_what_ended_before(graph: Graph, missing: str) -> 
     runs = submitted(graph, lambda node, mask: go.wait(30) and None, missing=missing)
     child = os.fork()
     if child == 0:
+        signal.alarm(30)  # ends it if it waits
         code = 1
         try:
             landed.synchronize()

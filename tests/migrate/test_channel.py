@@ -448,10 +448,10 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(pair: tuple[Server, Chann
         asker.close()
         server.channel.close()
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
+    os.close(tell)  # so that the child's end is heard
     assert b"does not survive fork; start it by spawn" in os.read(told, 4096)
     os.close(told)
-    os.close(tell)
+    assert os.waitpid(child, 0)[1] == 0
     assert asker.ask(server.address, Ping(), Pong).count == 2
 
 

@@ -461,6 +461,32 @@ def test_a_child_of_the_process_reads_and_writes_nothing(shelf: Open) -> None:
     assert load(one, KEYS[:1]) == [True]
 
 
+def test_the_end_of_a_call_evicts_none_of_its_beginning(shelf: Open) -> None:
+    """`write` hands on which blocks are of one call: a later one finds no slot."""
+    one = shelf(blocks=2)
+    for key, there in zip(KEYS[:3], [True, True, False], strict=True):
+        rows = cases.images(1, FORM)
+        sums = [cases.fill(rows[0], FORM, key, 1)]
+        of_call = {each: i for i, each in enumerate(KEYS[:3])}
+        assert one.write(one.parts[0][1], [key], [*rows], [1], sums, of_call) == [there]
+    assert one.has(KEYS[:3]) == [True, True, False]
+    assert counts(one) == {("save", "hit"): 2, ("save", "dropped"): 1}
+
+
+def test_a_recovery_tells_how_far_it_is(shelf: Open, tmp_path: Path) -> None:
+    save(one := shelf(), KEYS[:2])
+    one.close()
+    (tmp_path / "a" / FORM.name / "table").unlink()
+    told = list[tuple[str, int]]()
+
+    def track(items: Sequence[int], what: str) -> Sequence[int]:
+        told.append((what, len(items)))
+        return items
+
+    assert load(shelf(track=track), KEYS[:2]) == [True, True]
+    assert told == [("records", 0), ("headers", 1)]
+
+
 def test_a_folder_that_is_removed(shelf: Open, tmp_path: Path) -> None:
     """Fault 21. The shelf goes on in the files that it holds; cut short, its blocks are misses."""
     one = shelf()
@@ -475,10 +501,10 @@ def test_a_folder_that_is_removed(shelf: Open, tmp_path: Path) -> None:
     assert load(one, KEYS[:2]) == [True, True]
 
 
-def writer(folder: Path, io: str, ready: int) -> Callable[[], None]:
+def writer(folder: Path, io: str) -> Callable[[int], None]:
     """What a child does until it is killed: overwrite a store, eight blocks at a time."""
 
-    def work() -> None:
+    def work(ready: int) -> None:
         of, draw = LARGE, random.Random(os.getpid())
         (one,) = disk(folder, blocks=12, of=of, io=io).open(GRAPH(), NO_ROWS, [of])
         rows = cases.images(8, of)
@@ -499,10 +525,11 @@ def writer(folder: Path, io: str, ready: int) -> Callable[[], None]:
 )
 def test_killed_at_random(tmp_path: Path, io: str, rounds: int) -> None:
     """Fault 10. Whatever a sealed record tells of is there, whole and right."""
-    ready, checked = os.pipe(), 0
+    checked = 0
     for _ in range(rounds):
-        pid = cases.forked(writer(tmp_path, io, ready[1]))
-        os.read(ready[0], 1)
+        pid, told = cases.telling(writer(tmp_path, io))
+        assert os.read(told, 1) == b"x"
+        os.close(told)
         time.sleep(random.random() * 0.03)
         cases.kill(pid)
         one = reopened(disk(tmp_path, blocks=12, of=LARGE, io=io))
@@ -530,21 +557,21 @@ def reopened(tier: Disk) -> DiskShelf:
 def test_restarted_while_writes_are_in_flight(tmp_path: Path, io: str) -> None:
     """Fault 11. 64 of them. Once the folder can be had, nothing changes any more but by its new
     owner."""
-    ready, many = os.pipe(), 64
+    many = 64
 
-    def work() -> None:
+    def work(tell: int) -> None:
         (one,) = disk(tmp_path, blocks=many, of=LARGE, io=io).open(GRAPH(), NO_ROWS, [LARGE])
         rows = cases.images(many, LARGE)
         for generation in range(10**6):
             rows[:] = generation % 251
             keys = [random.randbytes(32) for _ in rows]
-            os.write(ready[1], b"x")
+            os.write(tell, b"x")
             one.write(one.link(keys[0]), keys, [*rows], [generation] * many, [[0, 0]] * many)
 
     for _ in range(3):
-        pid = cases.forked(work)
+        pid, told = cases.telling(work)
         for _ in range(3):
-            os.read(ready[0], 1)
+            assert os.read(told, 1) == b"x"
         time.sleep(random.random() * 0.01)
         os.kill(pid, signal.SIGKILL)
         one = reopened(disk(tmp_path, blocks=many, of=LARGE, io=io))

@@ -117,6 +117,37 @@ def test_form_json_tells_of_the_folder(folder: Path) -> None:
         assert form_in(folder) == FORM
 
 
+def test_form_json_is_on_the_device_before_the_first_record(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power loss would else leave an empty one, which is refused (fault 8)."""
+    synced, real = list[tuple[str, set[str]]](), os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, {*os.listdir(folder)}))
+        real(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    slots = opened(folder)
+    files = {"slots", "form.json"}  # no table
+    assert synced == [("form.json.new", {"slots", "form.json.new"}), (folder.name, files)]
+    slots.close()
+    assert [name for name, _ in synced[2:]] == ["order.new", folder.name]
+
+
+def test_form_json_stays_as_it_is_if_it_says_the_same(folder: Path) -> None:
+    """Of another release's hand, too; whoever changes the rest signs it."""
+    opened(folder).close()
+    file = folder / "form.json"
+    file.write_text(file.read_text().replace(portakv.__version__, "of former days"))
+    before = file.stat()
+    for slots in (8, None):
+        opened(folder, slots).close()
+        assert (file.stat().st_ino, file.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    opened(folder, 7).close()
+    assert f"portakv {portakv.__version__}" in file.read_text()
+
+
 @pytest.mark.parametrize("rescued", [True, False])
 def test_one_bit_in_a_record(six: tuple[Path, dict[bytes, Place]], rescued: bool) -> None:
     """Fault 3. The record is made again from the image's header; without one the block is gone."""
@@ -210,15 +241,15 @@ def test_two_entries_for_one_key(folder: Path, newer_first: bool) -> None:
 
 def test_two_processes_and_one_folder(folder: Path) -> None:
     """Fault 12. The second is refused by a sentence with the pid of the first, until its end."""
-    ready, done = os.pipe(), os.pipe()
+    done = os.pipe()
 
-    def hold() -> None:
+    def hold(tell: int) -> None:
         opened(folder)
-        os.write(ready[1], b"x")
+        os.write(tell, b"x")
         os.read(done[0], 1)
 
-    pid = cases.forked(hold)
-    os.read(ready[0], 1)
+    pid, told = cases.telling(hold)
+    assert os.read(told, 1) == b"x"
     for _ in range(2):
         with pytest.raises(StoreBusy, match=f"process {pid} has it open"):
             opened(folder)
@@ -230,22 +261,22 @@ def test_two_processes_and_one_folder(folder: Path) -> None:
 def test_a_forked_child_is_refused(folder: Path) -> None:
     """Fault 13. Its copies of the files are closed at once, so that it neither reads, nor writes,
     nor holds the lock when the parent has ended with the store."""
-    slots, tried, done = opened(folder), os.pipe(), os.pipe()
+    slots, done = opened(folder), os.pipe()
     assert put(slots, KEYS[0], 1)
 
-    def child() -> None:
+    def child(tell: int) -> None:
         assert slots.fd == -1
         assert slots.take(KEYS[1]) is None
         slots.close()
         with pytest.raises(StoreBusy):
             opened(folder)
-        os.write(tried[1], b"x")
+        os.write(tell, b"x")
         os.read(done[0], 1)
 
     with slots._change:  # as another thread of the parent may
-        pid = cases.forked(child)
+        pid, told = cases.telling(child)
     assert put(slots, KEYS[2], 2)
-    os.read(tried[0], 1)
+    assert os.read(told, 1) == b"x"
     slots.close()
     opened(folder).close()  # while the child lives
     os.write(done[1], b"x")

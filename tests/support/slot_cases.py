@@ -5,6 +5,7 @@ demand, what a shelf needs of a graph, and children that end in any way."""
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -87,14 +88,23 @@ class Tally:
 
 
 def forked(work: Callable[[], object]) -> int:
-    """The pid of a child that does ``work`` and exits with 0, or 1 if it raises."""
+    """The pid of a child that does ``work`` and exits with 0, 1 if it raises, or in a minute."""
     if pid := os.fork():
         return pid
+    signal.alarm(60)
     try:
         work()
         os._exit(0)
     finally:
         os._exit(1)
+
+
+def telling(work: Callable[[int], object]) -> tuple[int, int]:
+    """A child as of `forked`, and what it writes; which ends with it, as nobody else can write."""
+    told, tell = os.pipe()
+    pid = forked(lambda: work(tell))
+    os.close(tell)
+    return pid, told
 
 
 def ended_well(pid: int) -> bool:

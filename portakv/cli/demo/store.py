@@ -108,6 +108,7 @@ def heard(process: subprocess.Popen[str], error: type[PortaKVError]) -> dict[str
 
 def take_part(folder: str, device: str, layout: int, salt: str) -> dict[str, Any]:
     """Answer the prompt out of a store in the folder, as either process does; what came of it."""
+    from portakv.cli.store import with_bar
     from portakv.storage import BlockForm, BlockStore, Disk
 
     try:
@@ -118,7 +119,7 @@ def take_part(folder: str, device: str, layout: int, salt: str) -> dict[str, Any
     pages = example.pages_for(model, example.LAYOUTS[layout])
     form = BlockForm.of(pages, model="portakv demo")
     try:
-        disk = Disk(folder, capacity=CAPACITY)
+        disk = Disk(folder, capacity=CAPACITY, track=with_bar)
         store = BlockStore(form, staging=CAPACITY, host=CAPACITY, tiers=[disk])
         told = asdict(example.answer(model, prompt, pages, store, salt.encode()))
     except PortaKVError as error:
