@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from portakv.errors import LayoutError, PortaKVError, Unsupported
+from portakv.errors import BackendUnavailable, LayoutError, PortaKVError, Unsupported
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
@@ -23,6 +23,8 @@ from portakv.migrate.messages import VERSION, Answer, Bye, Hello, Ticket, Welcom
 from portakv.migrate.movers.base import Mover, choose
 from portakv.migrate.shards import Shard, Window, unlike
 from portakv.runtime.bounded import Bounded
+
+_HOST = torch.device("cpu")
 
 
 class Paired:
@@ -100,8 +102,11 @@ class Pairings:
         for mover in self._movers.values():
             mover.close()
 
-    def _greet(self, ticket: Ticket, movers: tuple[str, ...] = ()) -> Welcome:
-        groups, device = tuple(shard.group for shard in self.shards), where(self.device)
+    def _greet(
+        self, ticket: Ticket, movers: tuple[str, ...] = (), slots: torch.device | None = None
+    ) -> Welcome:
+        groups = tuple(shard.group for shard in self.shards)
+        device = where(slots or self.device)
         hello = Hello(VERSION, self._model, ipc.host_id(), device, groups, movers)
         kind: Any = Welcome | Answer
         welcome = self.channel.ask(ticket.address, hello, kind)
@@ -140,13 +145,21 @@ class Pairings:
         return ""
 
     def _agree(self, owner: Paired, ticket: Ticket) -> None:
-        """Agree with an owner upon a mover, whose slots are where both sides' rows are, or on the
-        host."""
+        """Agree with an owner upon a mover, whose slots are where both sides' rows are or, if it
+        can carry none there, on the host."""
         same = owner.welcome.regions[0].device.partition(" ")[0] == self.device.type
-        device = self.device if same else torch.device("cpu")
-        mover = choose(device, self._asked)[0]
+        device = self.device if same else _HOST
+        try:
+            mover = choose(device, self._asked)[0]
+        except BackendUnavailable:
+            if device == _HOST:
+                raise
+            device = _HOST
+            mover = choose(device, self._asked)[0]
         owner.mover = self._movers.setdefault(f"{mover.name} {device}", mover)
-        owner.welcome = self._greet(ticket, (mover.name,))
+        if owner.mover is not mover:
+            mover.close()
+        owner.welcome = self._greet(ticket, (mover.name,), device)
         owner.mover.connect(owner.address, self.channel)
         for number in range(owner.welcome.slots):
             owner.slots.put((number, staging(owner.welcome.slot_bytes, device)))

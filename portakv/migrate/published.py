@@ -147,24 +147,32 @@ class Pull(Part):
 
     def _await(self, channel: Channel, told: Told, one: Any, until: float, looks: bool) -> None:
         """Wait for a copy or a slice, and renew the offers; raises what it ended with."""
-        lease, late = min(ticket.lease for ticket, _ in told), False
-        while True:
-            wait = min(lease / 3, max(0.01, until - monotonic()))
-            if not isinstance(one, Node):
-                with suppress(TransferTimeout):
-                    one.synchronize(wait if looks else None)
-                    break
-            elif one.wait(wait):
-                if one.error and not late:
-                    raise one.error
-                break
-            if monotonic() >= until and not late:
-                late = self.cancel()  # and what is in flight is waited for
-            for ticket, owner in told:
-                with suppress(PortaKVError):
-                    renew = Renew(ticket.epoch, ticket.offer, ticket.lease)
-                    channel.ask(owner.address, renew, Answer)
+        lease, late = min(ticket.lease for ticket, _ in told) / 3, False
+        try:
+            while not _over(one, min(lease, max(0.0, until - monotonic()) + lease * late), looks):
+                late = late or (monotonic() >= until and self.cancel())
+                for ticket, owner in told:
+                    with suppress(PortaKVError):
+                        renew = Renew(ticket.epoch, ticket.offer, ticket.lease)
+                        if channel.ask(owner.address, renew, Answer).state == "gone":
+                            self.cancel()  # what else it would bring is not published
+        except TransferCancelled:
+            if not late:
+                raise
         if late:
             raise TransferTimeout(
                 "A pull had not ended in its time; nothing of it is published. Give it more time."
             )
+
+
+def _over(one: Any, seconds: float, looks: bool) -> bool:
+    """Wait for a node or a copy, which is short unless somebody ``looks``; raises its error."""
+    if isinstance(one, Node):
+        if (over := one.wait(seconds)) and one.error:
+            raise one.error
+        return over
+    try:
+        one.synchronize(seconds if looks else None)
+    except TransferTimeout:
+        return False
+    return True

@@ -32,14 +32,14 @@ class Sides:
 
     def owner(self, *shards: Shard, **given: Any) -> Owner:
         """An owner of shards."""
-        channel = Channel(timeout=20.0)
-        self.made += [channel, owner := Owner(channel, *shards, **{"model": MODEL, **given})]
+        self.made.append(channel := Channel(timeout=20.0))
+        self.made.append(owner := Owner(channel, *shards, **{"model": MODEL, **given}))
         return owner
 
     def reader(self, *shards: Shard, **given: Any) -> Reader:
         """A reader of shards; ``timeout``: of its channel."""
-        channel = Channel(timeout=given.pop("timeout", 20.0))
-        self.made += [channel, reader := Reader(channel, *shards, **{"model": MODEL, **given})]
+        self.made.append(channel := Channel(timeout=given.pop("timeout", 20.0)))
+        self.made.append(reader := Reader(channel, *shards, **{"model": MODEL, **given}))
         return reader
 
 

@@ -1,0 +1,598 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is published, and what is not: offers that end before, while or after their rows are read,
+tickets that are none, blocks that are wrong, peers that are others than they were."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+from support.migrate_channels import SECRET, Network, until
+from support.migrate_pulls import MODEL, SMALL, Couple, Rows, Sides, sides
+
+from portakv import KVView
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    OfferGone,
+    PeerError,
+    SlotError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+    Unsupported,
+)
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import VERSION, Answer, Begin, Close, Gather, Hello, Renew, Ticket
+from portakv.migrate.offers import Owner
+from portakv.migrate.pull import Reader
+from portakv.migrate.shards import Shard
+
+SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes half a second
+WAYS = pytest.mark.parametrize("way", ["mapped", "staging"])
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+def ended(pulled: Any, kind: type[Exception], match: str | None = None) -> None:
+    """It ends by an error, and nothing is published."""
+    with pytest.raises(kind, match=match):
+        pulled.synchronize(30)
+    assert not pulled.published
+    assert pulled.statistics.nbytes == 0
+
+
+@WAYS
+def test_an_offer_that_ended_before_its_pull_is_gone(made: Sides, way: str) -> None:
+    """Fault 1."""
+    both = Couple(made, way)
+    offer = both.offer(lease=0.02)
+    assert offer.taken(5)
+    assert offer.state == "expired"
+    ended(both.pull(offer), OfferGone, "Nothing is published; ask for another offer")
+    told = both.owner.statistics()
+    assert (told["expired"], told["gone"]) == (1, 1)
+    assert both.spared()
+
+
+@pytest.mark.parametrize("end", ["expired", "revoked"])
+def test_an_offer_that_ends_in_mid_copy_is_not_published(made: Sides, end: str) -> None:
+    """Faults 2 and 3. Its owner uses the blocks at once; the copy ends, and the answer is gone."""
+    both = Couple(made)
+    offer = both.offer()
+    pulled = both.pull(offer, max_gbps=SLOW)
+    if end == "expired":
+        both.owner.now = lambda: time.monotonic() + 60
+    else:
+        offer.revoke()
+    assert offer.taken(0)
+    assert offer.state == end
+    both.theirs.whole.fill_(9)
+    assert not pulled.done()
+    ended(pulled, OfferGone)
+    assert both.spared()
+
+
+def test_an_offer_that_ends_between_slices_is_not_published(made: Sides) -> None:
+    """Faults 2 and 3, of rows that are moved: the owner brings no more of them."""
+    both = Couple(made, "staging")
+    for end in ("expired", "revoked"):
+        offer = both.offer()
+        pulled = both.pull(offer)
+        if end == "expired":
+            offer.until = 0.0
+        offer.revoke()
+        assert offer.taken(0)
+        both.theirs.whole.fill_(9)
+        with pytest.raises(OfferGone):
+            pulled.synchronize(30)
+        assert not pulled.published
+        assert both.spared()
+
+
+def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
+    both = Couple(made)
+    offer = both.offer(lease=0.2)
+    both.pull(offer, max_gbps=SLOW / 2).synchronize(30)
+    assert offer.state == "taken"
+    assert both.right()
+
+
+def test_an_owner_that_was_restarted_at_its_address_is_another(made: Sides) -> None:
+    """Fault 6. Its predecessor's tickets are gone; a new handshake is made."""
+    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    before = Channel("tcp://127.0.0.1:0", secret=SECRET)
+    owner, asker = Owner(before, theirs.shard, model=MODEL), Channel(secret=SECRET)
+    made.made += [asker, reader := Reader(asker, mine.shard, model=MODEL)]
+    old = [owner.offer([1, 2], tokens=32).ticket for _ in range(2)]
+    reader.pull(old[0], [3]).synchronize(30)
+    owner.close()
+    before.close()
+    after = Channel(before.address, secret=SECRET)
+    made.made += [after, again := Owner(after, theirs.shard, model=MODEL)]
+    assert until(lambda: not reader_reaches(reader, old[1]))
+    with pytest.raises(OfferGone, match="restarted"):
+        reader.pull(old[1], [3])
+    offer = again.offer([5, 6], tokens=32)
+    reader.pull(offer.ticket, [3]).synchronize(30)
+    assert torch.equal(mine.rows([3], 32), theirs.rows([5, 6], 32))
+
+
+def reader_reaches(reader: Reader, ticket: bytes) -> bool:
+    """Whether a ticket's owner is taken for the one that it was."""
+    try:
+        reader.explain(ticket)
+    except (PeerError, OfferGone):
+        return False
+    return True
+
+
+def test_a_network_that_is_cut_publishes_nothing_and_hangs_nobody(made: Sides) -> None:
+    """Fault 9. Both live, both count; afterwards both go on."""
+    there = Channel("tcp://127.0.0.1:0", secret=SECRET)
+    here = Channel(secret=SECRET, timeout=1.0)
+    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    made.made += [there, owner := Owner(there, theirs.shard, model=MODEL)]
+    made.made += [here, reader := Reader(here, mine.shard, model=MODEL)]
+    net = Network(there.address)
+
+    def ticket(**given: Any) -> tuple[Any, bytes]:
+        offer = owner.offer([1, 2], tokens=32, **given)
+        return offer, replace(Ticket.read(offer.ticket), address=net.address).pack()
+
+    offer, told = ticket(lease=0.5)
+    pulled = reader.pull(told, [3], max_gbps=SLOW)
+    net.cut.set()
+    ended(pulled, TransferError)
+    assert offer.taken(5)
+    assert offer.state in ("expired", "lost")
+    net.cut.clear()
+    again = ticket()[1]
+    assert until(lambda: reader_reaches(reader, again))
+    reader.pull(again, [3]).synchronize(30)
+    assert torch.equal(mine.rows([3], 32), theirs.rows([1, 2], 32))
+    net.close()
+
+
+def test_a_close_whose_answer_is_lost_is_repeated_and_counts_once(made: Sides) -> None:
+    """Fault 10."""
+    there, here = (Channel(x, secret=SECRET) for x in ("tcp://127.0.0.1:0", None))
+    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    made.made += [there, owner := Owner(there, theirs.shard, model=MODEL)]
+    made.made += [here, reader := Reader(here, mine.shard, model=MODEL)]
+    net = Network(there.address)
+    offer = owner.offer([1, 2], tokens=32)
+    told = replace(Ticket.read(offer.ticket), address=net.address).pack()
+    reader.explain(told)
+    net.eat = 1
+    net.quiet.set()
+    pulled = reader.pull(told, [3])
+    pulled.synchronize(30)
+    assert pulled.published
+    assert (owner.statistics()["closed"], offer.state) == (1, "taken")
+    net.close()
+
+
+@pytest.mark.parametrize("readers", [1, 2])
+def test_so_many_readers_may_pull_an_offer(made: Sides, readers: int) -> None:
+    """Fault 11."""
+    both = Couple(made)
+    offer = both.offer(readers=readers)
+    other = made.reader(Rows(8, 32).shard)
+    both.pull(offer).synchronize(30)
+    assert offer.taken(0) == (readers == 1)
+    if readers == 1:
+        ended(other.pull(offer.ticket, both.into), OfferGone)
+    else:
+        other.pull(offer.ticket, both.into).synchronize(30)
+        assert offer.state == "taken"
+
+
+@WAYS
+def test_what_is_no_ticket_is_refused_in_the_same_words(made: Sides, way: str) -> None:
+    """Fault 12. Truncated and bit-flipped ones; the ids of one owner's offer forged."""
+    both = Couple(made, way)
+    good = both.offer().ticket
+    flipped = [bytes([*good[:n], good[n] ^ 1, *good[n + 1 :]]) for n in range(0, len(good), 7)]
+    for bad in (b"", good[:-1], good[:16], good + b"\0", *flipped):
+        with pytest.raises(PeerError, match="is no ticket of this release: expected the bytes of"):
+            both.reader.pull(bad, both.into)
+    odd = replace(Ticket.read(good), ids=(Ticket.read(good).ids[0] + b"\0",)).pack()
+    with pytest.raises(PeerError, match="is no ticket of this release"):
+        both.reader.pull(odd, both.into)
+    forged = replace(Ticket.read(good), offer=bytes(16)).pack()
+    with pytest.raises(OfferGone):
+        both.reader.pull(forged, both.into).synchronize(30)
+    both.reader.pull(good, both.into).synchronize(30)
+    assert both.right()
+    assert both.spared()
+
+
+def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
+    """Fault 12. Of rows that are others, of more groups, and of other tokens than another's."""
+    both, other = Couple(made), Rows()
+    wide = made.owner(
+        Shard(KVView([*other.whole.view(2, 2, 16, 16, 2, 16)], both.theirs.view.layout.text))
+    )
+    with pytest.raises(LayoutError, match="bytes of a row of group 0"):
+        both.reader.pull(wide.offer([1], tokens=16).ticket, [0])
+    two = made.owner(other.shard, other.shard)
+    with pytest.raises(LayoutError, match="groups: 2 here and 1 there"):
+        both.reader.pull(two.offer([1], [1], tokens=16).ticket, [0])
+    tickets = [both.owner.offer([1, 2], tokens=n).ticket for n in (16, 17)]
+    with pytest.raises(InvalidTerms, match=r"tickets for \[16, 17\] tokens"):
+        both.reader.pull(tickets, [0])
+    for bad in (16, -1):
+        with pytest.raises(InvalidTerms):
+            both.reader.pull(tickets[0], [0], first=bad)
+    assert (both.mine.whole == -1).all()
+
+
+def test_bad_blocks_of_the_owner_are_refused_at_the_offer(made: Sides) -> None:
+    """Fault 16. Never a read past the region; negative ids and repeated ones are allowed."""
+    both = Couple(made)
+    refused: Any = [16], [3, 1 << 20], [1 << 40], [0.5]
+    for bad in refused:
+        with pytest.raises(SlotError):
+            both.owner.offer(bad, tokens=16 * len(bad))
+    with pytest.raises(SlotError, match="longer list"):
+        both.owner.offer([1, 2], tokens=33)
+    with pytest.raises(SlotError, match="of 1 shards"):
+        both.owner.offer([1], [1], tokens=3)
+    for terms in ({"tokens": 0}, {"tokens": 1, "lease": 0}, {"tokens": 1, "readers": 0}):
+        with pytest.raises(InvalidTerms):
+            both.owner.offer([1], **terms)
+    assert both.owner.statistics()["held"] == 0
+    both.reader.pull(both.owner.offer([4, 4], tokens=32).ticket, [2]).synchronize(30)
+    assert torch.equal(both.mine.rows([2], 32), both.theirs.rows([4, 4], 32))
+
+
+def test_a_forged_ticket_reads_nothing_past_a_region(made: Sides) -> None:
+    """Fault 16, of one who has the ticket: ids that its owner would not have offered."""
+    both = Couple(made)
+    told = Ticket.read(both.offer().ticket)
+    past = torch.tensor([7, 3, 11, 0, 1 << 20], dtype=torch.int32, device="cpu").numpy().tobytes()
+    with pytest.raises(SlotError):
+        both.reader.pull(replace(told, ids=(past,)).pack(), both.into)
+    assert (both.mine.whole == -1).all()
+
+
+@WAYS
+def test_bad_blocks_of_the_reader_are_refused_before_anything_moves(made: Sides, way: str) -> None:
+    """Fault 17. Duplicates, past the end, too few; the offer still stands."""
+    both = Couple(made, way)
+    offer = both.offer()
+    for bad in ([1, 2, 1], [1, 2, 8], [1, 2]):
+        with pytest.raises(SlotError):
+            both.reader.pull(offer.ticket, bad)
+    assert (both.mine.whole == -1).all()
+    both.pull(offer).synchronize(30)
+    assert both.right()
+
+
+def test_an_owner_that_reallocates_publishes_nothing_of_its_old_regions(made: Sides) -> None:
+    """Fault 20. Also of a pull that is under way; then readers map the new ones."""
+    both, other = Couple(made), Rows(32)
+    both.pull(both.offer()).synchronize(30)
+    offers = [both.offer() for _ in range(2)]
+    pulled = both.pull(offers[0], max_gbps=SLOW)
+    both.owner.reallocate(other.shard)
+    ended(pulled, OfferGone)
+    ended(both.pull(offers[1]), OfferGone)
+    assert offers[1].state == "revoked"
+    with pytest.raises(OfferGone, match="other memory"):
+        made.reader(both.mine.shard).pull(offers[1].ticket, both.into)
+    both.reader.pull(both.owner.offer([31, 30], tokens=32).ticket, [0]).synchronize(30)
+    assert torch.equal(both.mine.rows([0], 32), other.rows([31, 30], 32))
+
+
+def test_a_mapping_that_reads_other_bytes_is_not_used(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 22. As an IOMMU that breaks P2P has it: the self-check rejects it, and rows move."""
+    monkeypatch.setattr("portakv.migrate.offers.proof", lambda *_: Rows(1, 2).whole.flatten()[:32])
+    both = Couple(made)
+    offer = both.offer()
+    assert "what is read through the mapping is not what" in both.reader.explain(offer.ticket)
+    both.pull(offer).synchronize(30)
+    assert both.right()
+    assert both.spared()
+
+
+def test_a_pull_inside_a_capture_is_refused(made: Sides, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 26."""
+    both = Couple(made)
+    offer = both.offer()
+    monkeypatch.setattr("portakv.migrate.pull.capturing", lambda _: True)
+    with pytest.raises(Unsupported, match="pull outside"):
+        both.pull(offer)
+    monkeypatch.undo()
+    both.pull(offer).synchronize(30)
+
+
+def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> None:
+    """Fault 27. A slot that holds not one token of a layer."""
+    wide = torch.zeros(1, 2, 4, 16, 4, 1024, dtype=torch.int16)
+    shard = [Shard(KVView([*x], "layer | kv block token head dim")) for x in (wide, wide.clone())]
+    owner = made.owner(shard[0], expose="staging", staging=1 << 13)
+    offer = owner.offer([1], tokens=3)
+    with pytest.raises(Unsupported, match="holds no token of a layer; give its owner more staging"):
+        made.reader(shard[1]).pull(offer.ticket, [0])
+    assert offer.state == "held"
+    offer.revoke()
+    with pytest.raises(InvalidTerms, match="8192 bytes or more"):
+        made.owner(shard[0], staging=100)
+
+
+def test_a_slot_that_was_not_taken_is_busy(made: Sides) -> None:
+    """Fault 27. One who asks again and again does not hold up the others."""
+    both = Couple(made, "staging")
+    offer = both.offer()
+    both.reader.explain(offer.ticket)
+    told, channel = Ticket.read(offer.ticket), both.reader.channel
+    window = (0, 2), (0, 4)
+    gather = Gather(told.epoch, told.offer, 0, *window, 0, 16, "distributed", 1, 1)
+    assert channel.ask(told.address, gather, Answer).state == "done"
+    assert until(lambda: both.owner.statistics()["slots"] == 1)
+    busy = channel.ask(told.address, replace(gather, tag=2), Answer)
+    assert busy.state == "busy"
+    assert busy.seconds > 0
+    other = Rows(8, 32, fill=-1)
+    made.reader(other.shard).pull(offer.ticket, both.into).synchronize(30)
+    assert torch.equal(other.rows(both.into, 75), both.theirs.rows(both.blocks, 75))
+
+
+def test_rows_that_change_after_they_were_read_are_not_verified(made: Sides) -> None:
+    """Fault 29. An owner that does not keep its promise is found by the digest."""
+    both = Couple(made)
+    pulled = both.pull(both.offer(), max_gbps=SLOW, verify=True)
+    assert until(lambda: bool((both.mine.rows([6], 1) != -1).any()))
+    both.theirs.whole[0, 0, 7, 0] ^= 1
+    ended(pulled, TransferError, "are other bytes than it has")
+
+
+@WAYS
+def test_a_pull_is_cancelled_at_any_moment(made: Sides, way: str) -> None:
+    """Fault 30. Nothing is published, slots are free, and the next pull is right."""
+    both, seed = Couple(made, way), random.Random(1)
+    for _ in range(12):
+        terms: dict[str, Any] = {"max_gbps": SLOW * 20} if way == "mapped" else {}
+        offer = both.offer()
+        pulled = both.pull(offer, **terms)
+        time.sleep(seed.random() * 0.03)
+        if pulled.cancel():
+            with pytest.raises(TransferCancelled):
+                pulled.synchronize(30)
+            assert not pulled.published
+            assert pulled.statistics.cancelled
+        assert offer.taken(5)
+    both.mine.whole.fill_(-1)
+    pulled = both.pull(both.offer())
+    pulled.synchronize(30)
+    assert not pulled.cancel()
+    assert pulled.published
+    assert not pulled.statistics.cancelled
+    assert both.right()
+    assert both.spared()
+
+
+def test_a_pull_that_has_no_time_ends(made: Sides) -> None:
+    both = Couple(made)
+    ended(both.pull(both.offer(), max_gbps=SLOW, timeout=0.05), TransferTimeout, "more time")
+    both.pull(both.offer(), timeout=30.0).synchronize()
+    assert both.right()
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_refuses_and_the_parent_goes_on(made: Sides) -> None:
+    """Fault 31."""
+    both = Couple(made)
+    offers = [both.offer() for _ in range(2)]
+    pulled = both.pull(offers[0], max_gbps=SLOW)
+    child, refused = os.fork(), 0
+    if not child:
+        try:
+            both.pull(offers[1])
+        except (PeerError, TransferError):
+            refused += 1
+        try:
+            pulled.synchronize(5)
+        except TransferError:
+            refused += 1
+        os._exit(refused)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    pulled.synchronize(30)
+    assert both.right()
+    both.pull(offers[1]).synchronize(30)
+
+
+def test_ctrl_c_ends_a_wait_and_no_pull(made: Sides, ctrl_c: None) -> None:
+    """Fault 31."""
+    both = Couple(made)
+    pulled = both.pull(both.offer(), max_gbps=SLOW)
+    threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        pulled.synchronize(30)
+    pulled.synchronize(30)
+    assert pulled.published
+    assert both.right()
+
+
+@WAYS
+def test_many_pulls_at_once_are_each_right(made: Sides, way: str) -> None:
+    """Fault 32. Readers of one owner, and one reader of several, with two slots a pair."""
+    owners = [Rows() for _ in range(2)]
+    made_owners = [made.owner(x.shard, expose=way, staging=SMALL) for x in owners]
+    readers = [Rows(8, 32, fill=-1) for _ in range(3)]
+    pulls = []
+    for mine in readers:
+        reader = made.reader(mine.shard)
+        for n in range(6):
+            blocks = [(n + 3 * k) % 16 for k in range(2)]
+            offer = made_owners[n % 2].offer(blocks, tokens=30)
+            pulls.append((reader.pull(offer.ticket, [n]), mine, n, owners[n % 2], blocks))
+    for pulled, mine, n, theirs, blocks in pulls:
+        pulled.synchronize(60)
+        assert torch.equal(mine.rows([n], 30), theirs.rows(blocks, 30))
+
+
+def test_another_release_is_refused_by_its_version(made: Sides) -> None:
+    """Fault 34. At the handshake and in a ticket, in words that name the versions."""
+    both = Couple(made)
+    ticket = both.offer()
+    told = Ticket.read(ticket.ticket)
+    hello = Hello(VERSION + 1, MODEL, "", "cpu", (both.mine.shard.group,))
+    answer = both.reader.channel.ask(told.address, hello, Answer)
+    assert (answer.state, answer.why) == (
+        "refused", f"version {VERSION + 1} of the protocol is spoken there, {VERSION} here",
+    )  # fmt: skip
+    with pytest.raises(PeerError, match="between sides of one release"):
+        both.reader.pull(replace(told, version=VERSION + 1).pack(), both.into)
+    ticket.revoke()
+    with pytest.raises(LayoutError, match="the model is 'another' there and 'a model' here"):
+        made.reader(both.mine.shard, model="another").pull(told.pack(), both.into)
+
+
+@WAYS
+def test_one_of_several_owners_that_fails_publishes_nothing(made: Sides, way: str) -> None:
+    """Fault 36. The others' offers are closed."""
+    mine, kept = Rows(8, 32, fill=-1), [Rows(), Rows()]
+    layers = [
+        Shard(KVView([*x.whole[:1]], x.view.layout.text), layers=(n, n + 1, 2))
+        for n, x in enumerate(kept)
+    ]
+    owners = [made.owner(x, expose=way, staging=SMALL) for x in layers]
+    offers = [owner.offer([1, 2], tokens=32) for owner in owners]
+    reader = made.reader(mine.shard)
+    terms: dict[str, Any] = {"max_gbps": SLOW} if way == "mapped" else {}
+    pulled = reader.pull([x.ticket for x in offers], [3], **terms)
+    offers[1].revoke()
+    ended(pulled, OfferGone)
+    assert offers[0].taken(5)
+    assert offers[0].state == "taken"
+    offers = [owner.offer([1, 2], tokens=32) for owner in owners]
+    reader.pull([x.ticket for x in offers], [3]).synchronize(30)
+    assert torch.equal(mine.rows([3], 32)[0], kept[0].rows([1, 2], 32)[0])
+    assert torch.equal(mine.rows([3], 32)[1], kept[1].rows([1, 2], 32)[0])
+
+
+# --- the five references of vLLM #52234
+
+
+def test_an_unknown_reference_is_never_published(made: Sides) -> None:
+    """Fault 38."""
+    both = Couple(made)
+    told = Ticket.read(both.offer().ticket)
+    ended(both.reader.pull(replace(told, offer=os.urandom(16)).pack(), both.into), OfferGone)
+
+
+def test_a_reference_out_of_range_is_never_published(made: Sides) -> None:
+    """Fault 38. More tokens than were offered, and another group."""
+    both = Couple(made, "staging")
+    told = Ticket.read(both.offer().ticket)
+    longer = replace(told, tokens=80)
+    ended(both.reader.pull(longer.pack(), both.into), PeerError, "expected what was offered")
+    assert both.spared()
+
+
+def test_a_consumed_reference_is_never_published(made: Sides) -> None:
+    """Fault 38."""
+    both = Couple(made)
+    offer = both.offer()
+    both.pull(offer).synchronize(30)
+    ended(both.pull(offer), OfferGone)
+
+
+def test_a_reference_that_is_stale_after_reuse_is_never_published(made: Sides) -> None:
+    """Fault 38. The same blocks were offered again: it is the offer that counts."""
+    both = Couple(made)
+    stale = both.offer()
+    stale.revoke()
+    both.theirs.whole.fill_(5)
+    again = both.offer()
+    ended(both.pull(stale), OfferGone)
+    both.pull(again).synchronize(30)
+    assert both.right()
+
+
+def test_an_expired_reference_is_never_published(made: Sides) -> None:
+    """Fault 38. It cannot be renewed either."""
+    both = Couple(made)
+    offer = both.offer(lease=0.01)
+    assert offer.taken(5)
+    told = Ticket.read(offer.ticket)
+    renew = Renew(told.epoch, told.offer, 30.0)
+    assert both.reader.channel.ask(told.address, renew, Answer).state == "gone"
+    ended(both.pull(offer), OfferGone)
+
+
+@pytest.mark.parametrize("rounds", [100, pytest.param(1000, marks=pytest.mark.slow)])
+@WAYS
+def test_rows_of_an_owner_that_reuses_its_blocks_at_once_are_never_stale(
+    made: Sides, way: str, rounds: int
+) -> None:
+    """Faults 2, 3 and 38. Offers end at any moment of a pull; what is published is what was
+    offered."""
+    both, seed, published, gone = Couple(made, way), random.Random(7), 0, 0
+    both.pull(both.offer()).synchronize(30)  # they are paired
+    began = time.monotonic()
+    both.pull(both.offer()).synchronize(30)
+    span = 2 * (time.monotonic() - began)
+    for number in range(rounds):
+        both.theirs.whole.fill_(number)
+        offer = both.offer()
+        after = seed.random() * span
+
+        def reuse(offer: Any = offer, after: float = after) -> None:
+            time.sleep(after)
+            offer.revoke()
+            both.theirs.whole.fill_(-2)
+
+        thread = threading.Thread(target=reuse)
+        thread.start()
+        try:
+            both.pull(offer).synchronize(30)
+            published += 1
+            assert (both.mine.rows(both.into, both.tokens) == number).all()
+        except OfferGone:
+            gone += 1
+        thread.join()
+    assert published
+    assert gone
+    assert both.spared()
+
+
+def test_offers_that_nobody_asks_about_expire(made: Sides) -> None:
+    both = Couple(made)
+    both.offer(lease=0.01)
+    time.sleep(0.02)
+    for _ in range(70):
+        both.offer().revoke()
+    assert both.owner.counts["expired"] == 1
+
+
+def test_a_reader_that_begins_and_is_gone_loses_the_offer(made: Sides) -> None:
+    """Fault 7, of a channel that is closed in order."""
+    both = Couple(made)
+    offer, channel = both.offer(readers=2), Channel()
+    told = Ticket.read(offer.ticket)
+    for _ in range(2):
+        channel.tell(told.address, Begin(told.epoch, told.offer))
+    assert channel.ask(told.address, Renew(told.epoch, told.offer, 50.0), Answer).seconds > 40
+    channel.close()
+    assert until(lambda: offer.left == 1)
+    assert offer.state == "held"
+    closed = both.reader.channel.ask(told.address, Close(told.epoch, told.offer), Answer)
+    assert (closed.state, offer.state) == ("held", "taken")

@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls of rows on a device: behind what the owner's stream still writes, and what the reader's
+still reads."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.migrate_pulls import LAYOUT, SMALL, sides
+
+from portakv import KVView
+from portakv.migrate.shards import Shard
+from portakv_conformance import simdev
+
+SHAPE = 2, 2, 16, 16, 4, 8
+
+
+def delay(device: torch.device) -> None:
+    """Hold the current stream up for a while."""
+    if device.type == "cuda":
+        torch.cuda._sleep(500_000_000)
+    else:
+        simdev.delay(torch.accelerator.current_stream(device.index), 200)
+
+
+def shard(whole: torch.Tensor) -> Shard:
+    return Shard(KVView([*whole], LAYOUT))
+
+
+@pytest.mark.parametrize("expose", ["mapped", "staging"])
+def test_rows_that_are_still_written_at_the_offer_come_whole(
+    accelerator: torch.device, expose: str
+) -> None:
+    """Fault 24. What the current stream holds at the offer is in what readers get."""
+    theirs = torch.zeros(SHAPE, dtype=torch.int16, device=accelerator)
+    mine = torch.zeros(SHAPE, dtype=torch.int16, device="cpu")
+    with sides() as made:
+        owner = made.owner(shard(theirs), expose=expose, staging=SMALL)
+        reader = made.reader(shard(mine))
+        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)  # they are paired
+        for number in (7, 8):
+            delay(accelerator)
+            theirs.fill_(number)
+            offer = owner.offer([3, 2], tokens=32)
+            pulled = reader.pull(offer.ticket, [1, 5], verify=True)
+            pulled.synchronize(60)
+            assert (mine[:, :, [1, 5]] == number).all()
+            assert not mine[:, :, 6:].any()
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_rows_that_the_reader_still_reads_are_written_behind_that(
+    accelerator: torch.device, by_layer: bool
+) -> None:
+    """Fault 25. A pull is ordered behind the reader's current stream."""
+    theirs = torch.full(SHAPE, 7, dtype=torch.int16, device=accelerator)
+    mine = torch.full(SHAPE, 3, dtype=torch.int16, device=accelerator)
+    with sides() as made:
+        owner, reader = made.owner(shard(theirs), staging=SMALL), made.reader(shard(mine))
+        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)
+        offer = owner.offer([3, 2], tokens=32)
+        delay(accelerator)
+        read = mine.clone()
+        pulled = reader.pull(offer.ticket, [1, 5], by_layer=by_layer)
+        pulled.synchronize(60)
+        assert (read[:, :, 1:].cpu() == 3).all()
+        assert (mine[:, :, [1, 5]].cpu() == 7).all()
+        assert (mine[:, :, [2, 3, 4, *range(6, 16)]].cpu() == 3).all()
