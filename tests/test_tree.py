@@ -45,7 +45,7 @@ BUDGETS = {
     PLUGS: 2_830,
     "portakv/storage": 2_524,
     "portakv/graph": 629,
-    "portakv/migrate": 3_900,
+    "portakv/migrate": 3_920,
     "portakv/backends": 3_470,
     "portakv/cli": 2_910,
     "portakv/connector": 840,
