@@ -41,13 +41,13 @@ APART = (
 )
 #: Lines of Python that a folder may hold; raise one only with the reason in docs/design.md.
 BUDGETS = {
-    "portakv": 21_275,
+    "portakv": 21_290,
     PLUGS: 2_830,
     "portakv/storage": 2_524,
     "portakv/graph": 629,
     "portakv/migrate": 3_920,
     "portakv/backends": 3_470,
-    "portakv/cli": 2_910,
+    "portakv/cli": 2_925,
     "portakv/connector": 840,
     "portakv/copy": 1_410,
     "portakv/engines": 3_130,

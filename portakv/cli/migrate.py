@@ -31,8 +31,8 @@ DESCRIPTION = """\
 pull them into pages of another layout and block size; once where the owner's
 memory is mapped, once through staging. Every byte is checked, and an offer that
 does not hold any more is published by nobody: exit code 1 otherwise. If there are
-two devices, the owner is on the second. What would be done here for peers, and
-why: `portakv explain --peer`."""
+two accelerators, the owner is on the second, else on the host. What would be done
+here for peers, and why: `portakv explain --peer`."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -59,7 +59,11 @@ def explain_peer(device: str | None, as_json: bool) -> int:
         "device": str(where),
         "mapped": [asdict(one) for one in _mapped(where)],
         "links": [asdict(one) for one in _links(where)],
-        "movers": [asdict(one) for one in _movers(where)],
+        "movers": [
+            asdict(one) | {"slots": str(slots)}
+            for slots in dict.fromkeys((where, torch.device("cpu")))
+            for one in _movers(slots)
+        ],
         "forced": os.environ.get("PORTAKV_MOVER") or None,
         "channel": _channel(),
     }
@@ -145,19 +149,21 @@ def _channel() -> dict[str, Any]:
 def _print(found: dict[str, Any]) -> None:
     named = device_name(torch.device(found["device"]))
     print_prose(f"How a reader on {found['device']} ({named}) would pull rows of its peers:")
+    tables = {"mapped, on this host": found["mapped"], "between devices": found["links"]}
+    for one in found["movers"]:
+        tables.setdefault(f"moved, through slots on {one['slots']}", []).append(one)
     columns = [Column("what", whole=True), Column("answer"), Column("why")]
-    parts = {"mapped, on this host": "mapped", "between devices": "links", "moved": "movers"}
-    for title, part in parts.items():
-        rows = [
-            [one["name"], "accepted" if one["accepted"] else "rejected", one["reason"]]
-            for one in found[part]
-        ]
+    for title, said in tables.items():
+        answers = ["accepted" if one["accepted"] else "rejected" for one in said]
+        rows = [[x["name"], y, x["reason"]] for x, y in zip(said, answers, strict=True)]
         if rows:
             print()
             print_table(columns, rows, title)
     print()
-    taken = "Of movers the first that is accepted is taken, if a peer's memory cannot be mapped."
-    print_prose(taken if not (forced := found["forced"]) else f"PORTAKV_MOVER={forced} forces it.")
+    taken = "The first mover that both accept is taken, if an owner's memory cannot be mapped."
+    if found["forced"]:
+        taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped."
+    print_prose(f"{taken} Slots are on the host if either side's rows are.")
     channel, versions = found["channel"], found["channel"]["versions"]
     curve = "with CURVE from a secret" if channel["curve"] else "without CURVE: no TCP"
     names = ", ".join(f"{name} {version}" for name, version in versions.items())

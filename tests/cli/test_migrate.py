@@ -14,10 +14,17 @@ from support.command_line import run, run_json
 pytest.importorskip("msgspec")
 pytest.importorskip("zmq")
 
+from portakv.cli.demo import migrate
 from portakv.cli.demo.migrate import WAYS, beside, is_good, offer_rows, pull_rows, tell
 from portakv.errors import Unsupported
 
 CPU, SIMDEV = torch.device("cpu"), torch.device("privateuseone", 0)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model of one layer, for demos in this process."""
+    monkeypatch.setattr(migrate, "LAYERS", 1)
 
 
 def test_the_demo_moves_rows_between_two_processes_and_checks_every_byte() -> None:
@@ -33,6 +40,7 @@ def test_the_demo_moves_rows_between_two_processes_and_checks_every_byte() -> No
     assert all("does not hold" in one["why"] for one in stale)
 
 
+@pytest.mark.usefixtures("small")
 def test_the_demo_is_told_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     """In one process, which is quicker."""
     with ExitStack() as keep:
@@ -47,6 +55,7 @@ def test_the_demo_is_told_in_a_table(capsys: pytest.CaptureFixture[str]) -> None
     assert "bytes: all right" in told
 
 
+@pytest.mark.usefixtures("small")
 def test_the_demo_fails_if_a_byte_is_wrong() -> None:
     """Here all, since no offer holds any more."""
     with ExitStack() as keep:
@@ -72,8 +81,19 @@ def test_the_demo_fails_if_a_stale_offer_is_published() -> None:
     assert not is_good({"pulls": good + stale})
 
 
-def test_the_owner_is_on_another_device_if_there_is_one() -> None:
+@pytest.mark.simdev
+def test_the_owner_is_on_another_device_or_on_the_host() -> None:
     assert beside(CPU) == CPU
+    there = beside(SIMDEV)
+    assert (there.type, there.index) == (SIMDEV.type, 1)
+    assert beside(there) == SIMDEV
+
+
+@pytest.mark.simdev
+@pytest.mark.usefixtures("small")
+def test_rows_of_the_host_come_to_a_device() -> None:
+    with ExitStack() as keep:
+        assert is_good(pull_rows(SIMDEV, offer_rows(CPU, keep), keep))
 
 
 @pytest.mark.parametrize("words", [("migrate", "--demo"), ("explain", "--peer")])
@@ -117,7 +137,7 @@ def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("PORTAKV_MOVER", "distributed")
     code, out, err = run("explain", "--peer", "--device", "cpu")
     assert (code, err) == (0, "")
-    assert "PORTAKV_MOVER=distributed forces it" in out
+    assert "PORTAKV_MOVER=distributed forces that" in out
     assert "a Unix socket on this host, TCP with CURVE" in out
 
 
@@ -141,9 +161,13 @@ def test_explain_says_why_a_device_shares_nothing() -> None:
     assert "_share_simdev_" in memory["reason"]
     assert "the owner's host waits instead" in events["reason"]
     assert not any(one["accepted"] for one in found["links"])
+    said = {(one["name"], one["slots"]): one["accepted"] for one in found["movers"]}
+    assert said["distributed", "cpu"]
+    assert not said["distributed", found["device"]]
 
 
 @pytest.mark.simdev
+@pytest.mark.usefixtures("small")
 def test_the_demo_says_why_a_device_has_no_way() -> None:
     """A device without a UUID is told by a name of some length, which is no reason to refuse it."""
     with ExitStack() as keep:

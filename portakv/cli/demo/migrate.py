@@ -34,8 +34,8 @@ LEASE = 300.0  # seconds; the reader's process has to start
 
 
 def run_migrate_demo(*, device: str | None = None, json: bool = False) -> int:
-    """Run the demo, the reader on ``device``, the owner on another one of that type if there is;
-    0 if every byte is right and no stale offer was published.
+    """Run the demo, the reader on ``device``, the owner on another one of that type or else on the
+    host; 0 if every byte is right and no stale offer was published.
 
     Raises:
         PeerError: a process of the demo failed; its sentence says why.
@@ -65,9 +65,12 @@ def is_good(found: dict[str, Any]) -> bool:
 
 
 def beside(device: torch.device) -> torch.device:
-    """Another device of the same type; the same one if there is no other."""
-    count = 1 if device.type == "cpu" else torch.accelerator.device_count()
-    return torch.device(device.type, ((device.index or 0) + 1) % count) if count > 1 else device
+    """Where the owner is: on another device of the same type, or else on the host, since NCCL takes
+    no two processes on one device."""
+    count = 0 if device.type == "cpu" else torch.accelerator.device_count()
+    if count < 2:
+        return torch.device("cpu")
+    return torch.device(device.type, ((device.index or 0) + 1) % count)
 
 
 def rows_of(layer: int, device: torch.device) -> torch.Tensor:
@@ -166,6 +169,8 @@ def _pulled(
 ) -> dict[str, Any]:
     """One pull, and what is in the pages then."""
     pages.fill_(1)
+    if pages.device.type != "cpu":
+        torch.accelerator.synchronize(pages.device)
     began, pull, why = time.perf_counter(), None, ""
     try:
         pull = reader.pull(tickets, blocks)
