@@ -163,7 +163,7 @@ def _print(found: dict[str, Any]) -> None:
     taken = "The first mover that both accept is taken, if an owner's memory cannot be mapped."
     if found["forced"]:
         taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped."
-    print_prose(f"{taken} Slots are on the host if either side's rows are.")
+    print_prose(f"{taken} Slots are on the host if a side's rows are, or else none serves.")
     channel, versions = found["channel"], found["channel"]["versions"]
     curve = "with CURVE from a secret" if channel["curve"] else "without CURVE: no TCP"
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
