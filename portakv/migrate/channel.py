@@ -157,7 +157,8 @@ class Channel:
         back = self._send(address, message, self.timeout if timeout is None else timeout, True)
         what = f"{type(message).__name__} for {address}"
         if back[0] != VERSION or back[1]:
-            raise PeerError(f"{what} was refused: {back[BACK.size :].decode(errors='replace')}.")
+            why = back[BACK.size :].decode(errors="replace").rstrip(".")
+            raise PeerError(f"{what} was refused: {why}.")
         try:
             return decode(memoryview(back)[BACK.size :], type=kind)
         except Exception:

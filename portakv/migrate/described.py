@@ -78,8 +78,9 @@ def describe(shard: Shard, regions: Regions) -> Described:
         why = str(error)
     if why:
         raise LayoutError(
-            f"{view} cannot be described by its {len(places)} tensors: {why.rstrip('.')}; expected "
-            f"a whole view, no slice of one, of few tensors, and of memory that is still theirs."
+            f"{view} cannot be described by its {len(places)} tensors; expected a whole view of a "
+            f"few that have their memory still. For a slice, slice tensors, and make a view of "
+            f"these ({why.rstrip('.')})."
         )
     return described
 
@@ -116,7 +117,7 @@ def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
     except (PortaKVError, ArithmeticError, LookupError, RuntimeError, ValueError) as error:
         raise LayoutError(
             f"A view of {described.layout!r} was described that {len(regions)} regions do not "
-            f"hold: {error}; describe a view with its own regions."
+            f"hold: {str(error).rstrip('.')}; describe a view with its own regions."
         ) from None
     return shard
 
