@@ -108,7 +108,7 @@ def test_what_cannot_be_described_is_refused() -> None:
     with pytest.raises(LayoutError, match="its 8193 tensors"):
         describe(Shard(KVView(many, "block | token dim")), Regions())
     tensors[1].data = torch.zeros(2, 8, 4, 2, 8, dtype=torch.float16)
-    with pytest.raises(LayoutError, match="memory that is still theirs"):
+    with pytest.raises(LayoutError, match="have their memory still"):
         describe(Shard(view), Regions())
 
 
