@@ -61,7 +61,7 @@ BUDGETS = {
     "benchmarks": 5_350,
     "benchmarks/migration": 1_160,
     "benchmarks/plugs": 1_140,
-    "benchmarks/storage": 563,
+    "benchmarks/storage": 559,
     "tests": 36_145,
     "tests/integrations": 5_000,
     "tests/storage": 4_861,

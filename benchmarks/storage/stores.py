@@ -30,15 +30,16 @@ from portakv_benchmarks.storage.tiers import caches, words
 
 LOOKED_UP = 1000
 #: Blocks of 1 MB: that are loaded, in one load, in one store; stores in flight; seconds between the
-#: beginnings of two loads; how much is stored in a phase, in trials of the other parts.
-LOADED, LOAD, STORE, FLIGHT, PACE, PHASE = 64, 8, 32, 4, 0.1, 4
+#: beginnings of two loads (80 MB/s, some hundreds of loads in nine rounds); how much is stored in a
+#: phase, in trials of the other parts.
+LOADED, LOAD, STORE, FLIGHT, PACE, PHASE = 64, 2, 32, 4, 0.025, 4
 PHASES = ("loads", "stores", "both")
 
 
 def store_steps(bench: StorageBench) -> Iterator[Step]:
     """A lookup; loads alone, saves alone and both; blocks of 4 MB on their way to the device."""
     yield "lookup", partial(_lookup, bench)
-    yield "loads beside stores", partial(_beside, bench)
+    yield "loads beside stores", partial(beside, bench)
     yield "disk to device", partial(_layered, bench)
 
 
@@ -69,7 +70,7 @@ class Meeting:
         self.numbers, self.keys = count(1 << 32), [n.to_bytes(32, "big") for n in range(LOADED)]
         self.store.save(self.sources, range(LOADED), self.keys).synchronize(60)
         self.right, self.loads, self.loaded = True, bench.sizes.loads, set[int]()
-        self.times = {name: list[list[float]]() for name in PHASES}  # of each round
+        self.times = {name: list[float]() for name in PHASES}  # of all rounds
         self.rates = {name: list[float]() for name in PHASES}
 
     def saturate(self, name: str) -> None:
@@ -89,7 +90,7 @@ class Meeting:
         first = self.bench.trials.random.randrange(LOADED - LOAD + 1)
         part, began = slice(first, first + LOAD), time.perf_counter()
         self.store.load(self.view, range(LOADED)[part], self.keys[part]).synchronize(60)
-        self.times[name][-1].append(time.perf_counter() - began)
+        self.times[name].append(time.perf_counter() - began)
         self.loaded.update(range(LOADED)[part])
         time.sleep(max(0.0, began + PACE - time.perf_counter()))
 
@@ -99,12 +100,11 @@ class Meeting:
         torch._foreach_zero_(words(self.view.tensors))
         self.loaded.clear()
         time.sleep(self.bench.sizes.pause)
-        thread, times = threading.Thread(target=self.saturate, args=(name,)), list[float]()
-        self.times[name].append(times)
+        thread, before = threading.Thread(target=self.saturate, args=(name,)), len(self.times[name])
         if name != "loads":
             thread.start()
         least = self.loads if name == "loads" else 1
-        while name != "stores" and (thread.is_alive() or len(times) < least):
+        while name != "stores" and (thread.is_alive() or len(self.times[name]) - before < least):
             self.load(name)
         if name != "loads":
             thread.join()
@@ -113,30 +113,26 @@ class Meeting:
             self.right &= torch.equal(mine[:, at], theirs[:, at])
 
 
-def _beside(bench: StorageBench) -> Rows:
+def beside(bench: StorageBench) -> Rows:
+    """Loads and stores, alone and at once, in rounds."""
     meeting = Meeting(bench)
     for _ in range(bench.sizes.rounds):
         for name in bench.trials.random.sample(PHASES, len(PHASES)):
             meeting.phase(name)
     meeting.store.close()
     times, rates = meeting.times, meeting.rates
-    told = {"kind": "storage_beside", "shape": "8 blocks of 1 MB", "verified": meeting.right}
-    row = {**told, "op": "load", "backend": "urgent", "loads": sum(map(len, times["both"]))}
-    for q in (50, 99):
-        alone, both = typical(times["loads"], times["both"], q)
+    told = {"kind": "storage_beside", "shape": f"{LOAD} blocks of 1 MB", "verified": meeting.right}
+    row = {**told, "op": "load", "backend": "urgent", "loads": len(times["both"])}
+    row["loads_alone"] = len(times["loads"])
+    seconds = sum(meeting.stored * MB / rate / 1e9 for rate in rates["both"])
+    row["gb_per_s"] = short(len(times["both"]) * LOAD * MB / seconds / 1e9)
+    for q in (50, 99):  # of all loads: a round has too few for its own
+        alone, both = (quantile(times[name], q / 100) * 1e6 for name in ("loads", "both"))
         row |= {f"p{q}_alone_us": short(alone), f"p{q}_us": short(both)}
         row[f"p{q}_ratio"] = short(both / alone)
     alone, both = (quantile(rates[name], 0.5) for name in ("stores", "both"))
     stored = {**told, "op": "store", "backend": "background", "gb_per_s": short(both)}
     return [row, {**stored, "alone_gb_per_s": short(alone), "rate_ratio": short(both / alone)}]
-
-
-def typical(alone: list[list[float]], both: list[list[float]], q: int) -> list[float]:
-    """The q-th of 100 in a round, in the median over the rounds, us; of as many loads alone as of
-    others: the most of more would be more."""
-    rounds = [zip(*zip(*each)) for each in zip(alone, both, strict=True)]  # noqa: B905
-    found = zip(*([quantile(part, q / 100) for part in each] for each in rounds), strict=True)
-    return [quantile(side, 0.5) * 1e6 for side in found]
 
 
 #: Bytes of a block (Llama-3 8B, 32 tokens), and how often the slab goes into the bytes of a load.

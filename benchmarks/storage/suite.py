@@ -47,8 +47,8 @@ class StoragePreset:
 
 
 STORAGE_PRESETS: Mapping[str, StoragePreset] = {
-    "full": StoragePreset((256 * KB, MB, 4 * MB), GB // 4, 9, 1.2, 250_000, 10_000, 20, 64, 4 * GB),
-    "quick": StoragePreset((MB,), GB // 8, 3, 1.2, 50_000, 4000, 10, 16, GB),
+    "full": StoragePreset((256 * KB, MB, 4 * MB), GB // 4, 9, 1.2, 250_000, 10_000, 40, 64, 4 * GB),
+    "quick": StoragePreset((MB,), GB // 8, 3, 1.2, 50_000, 4000, 20, 16, GB),
     "tiny": StoragePreset((256 * KB,), 2 * MB, 1, 0.0, 200, 100, 2, 2, 256 * MB, 4),
 }
 
