@@ -21,6 +21,8 @@ from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, verify
 from portakv.storage.slots import PAGE, Place, Slots, Track, form_in
 
+LOST = (errno.EIO, errno.ENODATA)  # what a device says of bytes that it will not bring again
+
 
 class Disk:
     """Blocks in ``folders``, each of which holds an equal part of ``capacity`` bytes.
@@ -159,7 +161,8 @@ class DiskShelf:
         segments: Sequence[int] | None = None,
         stop: Callable[[], bool] | None = None,
     ) -> list[bool]:
-        """Read images, or only some segments of them, into rows; which ones came, and are right."""
+        """Read images, or only some segments of them, into rows; which ones came, and are right. A
+        block that nobody read, as the engine could not or nobody waits, is a miss this time."""
         landed, size = [False] * len(keys), self.form.image_bytes
         found = [(i, *place) for i, key in enumerate(keys) if (place := self.pin(key))]
         spans = [(0, size)]
@@ -168,16 +171,20 @@ class DiskShelf:
             ends = [HEADER + -(-(x.offset + x.nbytes) // PAGE) * PAGE for x in parts]
             starts = [HEADER + x.offset if x.offset else 0 for x in parts]
             spans = list(zip(starts, ends, strict=True))
-        late, moved = stop is not None and stop(), list[int]()
+        bad = set[int]()  # blocks that came and are wrong, or that the device has lost
         awaited = [len(spans)] * len(found)  # spans of each block
 
         def ended(number: int, result: int) -> None:
             """Check a block whose last span came, while the disk brings others."""
             n, span = divmod(number, len(spans))
-            awaited[n] -= result == spans[span][1] - spans[span][0]
+            i, _, (_, told) = found[n]
+            if result != spans[span][1] - spans[span][0]:
+                bad.update([i] if result >= 0 or -result in LOST else [])
+                return
+            awaited[n] -= 1
             if not awaited[n]:
-                i, _, (_, told) = found[n]
                 landed[i] = self._right(rows[i], told, segments)
+                bad.update([] if landed[i] else [i])
 
         try:
             asks = [
@@ -185,13 +192,15 @@ class DiskShelf:
                 for i, slots, (slot, _) in found
                 for a, b in spans
             ]
-            moved = [] if late else self.engine.run(asks, ended)
+            if stop is None or not stop():
+                self.engine.run(asks, ended)
         finally:
             for i, slots, at in found:
-                slots.unpin(at, good=landed[i] or not moved)
-        hits, there = sum(landed), len(found)
+                slots.unpin(at, good=i not in bad)
+        hits, there, wrong = sum(landed), len(found), len(bad)
         self.graph.count(self.tier, "load", "hit", hits, hits * sum(b - a for a, b in spans))
-        self.graph.count(self.tier, "load", "late" if late else "fault", there - hits)
+        self.graph.count(self.tier, "load", "fault", wrong)
+        self.graph.count(self.tier, "load", "late", there - hits - wrong)
         self.graph.count(self.tier, "load", "miss", len(keys) - there)
         return landed
 

@@ -27,10 +27,11 @@ Ended: TypeAlias = Callable[[int, int], object]
 
 class Engine(Protocol):
     """Carries requests out for any number of threads. ``run`` returns when all have ended: the
-    bytes of each, all moved, or a negative errno (``-ENODATA``: the file ends before; after
-    ``close`` ``-ECANCELED``). ``ended`` is told once of each, in any order, in the thread that
-    called ``run``, while others are under way; it asks nothing of the engine, and what it raises is
-    raised once all have ended. ``notes`` tell what it does without."""
+    bytes of each, all moved, or a negative errno. ``-EIO`` and ``-ENODATA`` (the file ends before)
+    tell that the bytes are lost; what was not carried out, as after ``close``, is ``-ECANCELED``.
+    ``ended`` is told once of each, in any order, in the thread that called ``run``, while others
+    are under way; it asks nothing of the engine, and what it raises is raised once all have ended.
+    ``notes`` tell what it does without."""
 
     name: str
     notes: tuple[str, ...]

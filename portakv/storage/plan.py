@@ -120,17 +120,15 @@ def tilings(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 class Flights:
-    """What calls of a store share, under the graph's lock. ``fills``: what is under way, by part
-    and key, with the row of the block; ``gates``: ends of calls."""
+    """What calls of a store share, under the graph's lock. ``begun``: reads and saves that did not
+    end; ``fills``: the last of them by part and key, with the row of the block; ``gates``: ends of
+    calls."""
 
     def __init__(self, graph: Graph, rows: Rows, shelves: list[Shelf]) -> None:
         self.graph, self.rows, self.shelves = graph, rows, shelves
         self.parts, self.tilings = list[Part](), list[list[Part]]()  # once tiers are open
         self.fills, self.gates = dict[bytes, tuple[Fill, int]](), WeakSet[Node]()
-
-    def under_way(self) -> set[Fill]:
-        """Reads and saves that did not end."""
-        return {fill for fill, _ in self.fills.values()}
+        self.begun = set[Fill]()
 
     def touch(self, keys: Keys) -> None:
         """Keys were used, the first one last, so that a prefix outlives its suffix."""
@@ -328,6 +326,7 @@ class Fill(Lease):
         self.ends, self.last = dict[int | None, Node](), list[Node]()
         self.generation, self.sums = 0, dict[int, Any]()
         self.names = [part.name(key) + apart for key in self.keys]
+        flights.begun.add(self)
         flights.fills.update((name, (self, row)) for row, name in enumerate(self.names))
         call.fills += 1
 
@@ -347,6 +346,7 @@ class Fill(Lease):
         prefetched = all(call.kind == "prefetch" for call, _ in self.calls)
         if rows.crowded(call.order):
             flights.touch(call.keys)
+        flights.begun.discard(self)
         for row, name in enumerate(self.names):
             if flights.fills.get(name, (None,))[0] is self:
                 del flights.fills[name]

@@ -116,7 +116,7 @@ class OneRing:
 
         to_the_end(go)
         self.poisoned |= stop < 0
-        return [stop or -errno.EIO if got is None else got for got in results]
+        return [stop or -errno.ECANCELED if got is None else got for got in results]
 
     def _count(self, first: int, past: int) -> int:
         return (int(self.words[past]) - int(self.words[first])) & WORD

@@ -239,8 +239,8 @@ class BlockStore:
 
     def close(self, timeout: float = 10.0) -> None:
         """Let what is under way end, for so many seconds; cancel prefetches at once, and the rest
-        then; close the tiers. Raises `TransferTimeout` if a read or save hangs: tiers then stay
-        open, as it uses the rows."""
+        then; close the tiers. Raises `TransferTimeout` if one hangs: tiers then stay open, as it
+        uses the rows and the files."""
         if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
             return
         with self.graph.lock:
@@ -248,15 +248,16 @@ class BlockStore:
         for gate in sorted(gates, key=lambda gate: gate.name != "prefetch"):
             gate.wait(0.0 if gate.name == "prefetch" else until - self.graph.clock())
             self.graph.cancel(gate)
-        if self._own_graph:
-            self.graph.close(max(0.0, until - self.graph.clock()))
-        for fill in self._flights.under_way():
+        ended = not self._own_graph or self.graph.close(max(0.0, until - self.graph.clock()))
+        with self.graph.lock:
+            begun = [*self._flights.begun]
+        for fill in begun:
             for end in (*fill.ends.values(), *fill.last):
                 end.wait(until - self.graph.clock())
-        if busy := self._flights.under_way():
+        if busy := len(self._flights.begun) or not ended:
             raise TransferTimeout(
-                f"A block store was closed, and after {timeout:g} s {len(busy)} reads or saves had "
-                f"not ended, so that tiers stay open; close it again, or end the process."
+                f"A block store was closed, and after {timeout:g} s {busy:d} transfers had not "
+                f"ended, so that tiers stay open; close it again, or end the process."
             )
         while self._shelves:
             self._shelves.pop().close()
@@ -288,6 +289,7 @@ class BlockStore:
             try:
                 yield
             except BaseException:  # such as Ctrl-C: nobody may wait for what never begins
-                fills = self._flights.fills
-                self._flights.fills = {name: x for name, x in fills.items() if x[0].users}
+                flights = self._flights
+                flights.begun = {fill for fill in flights.begun if fill.users}
+                flights.fills = {name: x for name, x in flights.fills.items() if x[0].users}
                 raise

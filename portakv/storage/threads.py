@@ -6,10 +6,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import threading
+import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed, wait
+from concurrent.futures import Future, as_completed, wait
 from contextlib import suppress
 from fcntl import F_GETFL, fcntl
+from functools import partial
+from queue import SimpleQueue
 
 from portakv.errors import StoreError
 from portakv.runtime.devices import this_process
@@ -48,22 +52,34 @@ def carry(request: Request) -> int:
                 return -errno.ENODATA
             moved += got
     except Exception as error:
-        return -(getattr(error, "errno", None) or errno.EIO)
+        return -(getattr(error, "errno", None) or errno.ECANCELED)
     finally:
         if fd != request.fd:
             os.close(fd)
     return moved
 
 
+def serve(tasks: SimpleQueue[Callable[[], None] | None]) -> None:
+    """What a thread does until its engine is closed, or gone."""
+    while task := tasks.get():
+        task()
+        task = None  # an idle thread holds nothing
+    tasks.put(None)  # for the others
+
+
 class Threads:
-    """Eight threads that carry one request each at a time."""
+    """Eight threads that carry one request each at a time, begun by the first; no end of the
+    interpreter waits for them."""
 
     name = "threads"
     notes: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self._process, self._closed = this_process(), False
-        self._pool = ThreadPoolExecutor(8, "portakv io")
+        self._tasks, self._begun = SimpleQueue[Callable[[], None] | None](), 0
+        self._lock = threading.Lock()
+        self._end = weakref.finalize(self, self._tasks.put, None)
+        self._end.atexit = False
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         """See `Engine`. Raises `StoreError` in a process forked from the one that made it."""
@@ -85,30 +101,42 @@ class Threads:
         return results
 
     def carry(self, requests: Sequence[Request], tell: Ended | None) -> list[int]:
-        """By the threads; what was not begun when the engine closed is cancelled, and not told."""
+        """By the threads, or the caller's if the system gives none; what was not begun when the
+        engine closed is cancelled, and may not be told."""
+        if not self._begin():
+            return [-errno.ECANCELED if self._closed else carry(each) for each in requests]
         ends = {Future[int](): number for number in range(len(requests))}
 
         def work(end: Future[int], request: Request) -> None:
+            if self._closed:
+                end.cancel()
             if end.set_running_or_notify_cancel():
                 end.set_result(carry(request))
 
         def go(stopped: bool) -> None:
-            full = False
-            try:
-                for each in () if stopped else zip(ends, requests, strict=True):
-                    self._pool.submit(work, *each)
-            except RuntimeError:  # closed, at the interpreter's end, or no thread to be had
-                full = True
-            begun = [end for end in ends if not ((stopped or full) and end.cancel())]
+            for each in () if stopped else zip(ends, requests, strict=True):
+                self._tasks.put(partial(work, *each))
+            # Once it is closed, nobody may come for what was put since.
+            begun = [end for end in ends if not ((stopped or self._closed) and end.cancel())]
             if tell and not stopped:
                 for end in as_completed(begun):
-                    tell(ends[end], end.result())
+                    if not end.cancelled():
+                        tell(ends[end], end.result())
             wait(begun)
 
         to_the_end(go)
         return [-errno.ECANCELED if end.cancelled() else end.result() for end in ends]
 
+    def _begin(self) -> int:
+        """Begin the threads that there are not yet; how many there are."""
+        with self._lock, suppress(RuntimeError):  # the system gives no more, or none at its end
+            while self._begun < 8:
+                terms = serve, f"portakv io {self._begun}", (self._tasks,)
+                threading.Thread(None, *terms, daemon=True).start()
+                self._begun += 1
+        return self._begun
+
     def close(self) -> None:
         """See `Engine`."""
         self._closed = True
-        self._pool.shutdown(wait=False)
+        self._end()

@@ -196,6 +196,26 @@ def test_a_read_that_fails(shelf: Open, result: int) -> None:
     assert load(one, KEYS[:3]) == [True, False, True]
 
 
+@pytest.mark.parametrize("code", [errno.ECANCELED, errno.ENOMEM, errno.EBADFD])
+@pytest.mark.parametrize("segments", [None, [0, 1]])
+def test_a_read_that_was_not_carried_out(
+    shelf: Open, code: int, segments: list[int] | None
+) -> None:
+    """It is a miss this time, and the block is there the next time: the engine was closed, the
+    interpreter ends, a ring failed, or memory was short."""
+    io, rows = Faulty(), cases.images(3, LARGE)
+    one = shelf(LARGE, io=io)
+    save(one, KEYS[:3])
+    _, at = slot_of(one, KEYS[1])
+    io.fail = lambda ask: -code if at <= ask.offset < at + LARGE.image_bytes else None
+    assert one.read(KEYS[:3], [*rows], segments) == [True, False, True]
+    assert (counts(one)["load", "late"], one.has(KEYS[:3])) == (1, [True] * 3)
+    io.fail = lambda ask: None
+    assert load(one, KEYS[:3]) == [True] * 3
+    one.close()
+    assert shelf(LARGE).has(KEYS[:3]) == [True] * 3
+
+
 SECOND = image.HEADER + LARGE.segments[1].offset
 
 

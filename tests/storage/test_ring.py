@@ -210,7 +210,7 @@ def test_an_end_that_is_told_twice_and_one_that_never_is(
         return done
 
     play(monkeypatch, confused)
-    assert one.run(ask(file)) == [*[PAGE] * 3, -errno.EIO, *[PAGE] * 4]
+    assert one.run(ask(file)) == [*[PAGE] * 3, -errno.ECANCELED, *[PAGE] * 4]
     assert one.poisoned
 
 

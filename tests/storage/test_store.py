@@ -7,12 +7,15 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -330,7 +333,7 @@ def test_a_read_that_hangs_costs_its_caller_alone(opened: Any) -> None:
     stuck = threading.Event()
     tier.faults = {KEYS[1]: [stuck.wait]}
     store.load(target, [1], KEYS[1:2])
-    with pytest.raises(TransferTimeout, match="1 reads"):
+    with pytest.raises(TransferTimeout, match="1 transfers"):
         store.close(0.05)
     stuck.set()
 
@@ -520,6 +523,71 @@ def test_a_store_is_closed_at_the_end_of_its_context(opened: Any) -> None:
     assert tier.closed == 1
     with pytest.raises(StoreError, match="closed"):
         store.lookup(KEYS)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["save", "load"])
+def test_close_knows_each_transfer_of_a_block(opened: Any, kind: str, shared: bool) -> None:
+    """Fault 15. One hangs and was cancelled, the next one of the same block ended: tiers stay open,
+    as what hangs would go on in a file that was opened since."""
+    view, tier, go, begun = cache(), FakeTier(), Event(), Event()
+    store = opened(tiers=[tier], graph=Graph() if shared else None)
+    if kind == "load":
+        saved(store, view)
+    move = store.load if kind == "load" else store.save
+
+    def hang(*_: Any) -> bool:
+        begun.set()
+        return go.wait(LIMIT)
+
+    tier.faults, tier.hold = {KEYS[0]: [hang]}, SimpleNamespace(wait=hang)
+    first = move(view, [0], KEYS[:1], priority="urgent")
+    assert begun.wait(LIMIT)
+    first.cancel()
+    tier.hold = None
+    move(view, [1], KEYS[:1], priority="urgent").synchronize(LIMIT)
+    with pytest.raises(TransferTimeout, match="1 transfers"):
+        store.close(0.05)
+    closed = tier.closed
+    go.set()
+    store.close(LIMIT)
+    assert [closed, tier.closed] == [0, 1]
+
+
+def many_blocks(folder: Path, io: str) -> tuple[BlockStore, KVView, list[bytes]]:
+    """A store on disk with room for the blocks of a view, and their keys."""
+    view = cache(128)
+    form, keys = BlockForm.of(view, model="m"), [key_of(i) for i in range(128)]
+    tier = Disk(folder, capacity=128 * form.image_bytes, io=io)
+    store = BlockStore(form, staging=128 * form.image_bytes, tiers=[tier], full="wait")
+    return store, view, keys
+
+
+@pytest.mark.parametrize("io", ["ring", "threads"])
+def test_a_process_that_ends_while_it_reads_loses_no_block(tmp_path: Path, io: str) -> None:
+    """Fault 14. The interpreter ends without `close`; what was saved is there afterwards."""
+    text = """if True:
+        import os, sys, time
+        from test_store import many_blocks
+        store, view, keys = many_blocks(*sys.argv[1:])
+        print(store.lookup(keys))
+        real, os.preadv = os.preadv, lambda *each: time.sleep(0.1) or real(*each)
+        begun = [store.load(view, [i], keys[i : i + 1]) for i in range(128)]
+        time.sleep(0.01)
+    """
+    try:
+        store, view, keys = many_blocks(tmp_path, io)
+    except StoreError as error:
+        pytest.skip(str(error))
+    store.save(view, range(128), keys).synchronize(LIMIT)
+    store.close()
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    run = [sys.executable, "-c", text, str(tmp_path), io]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=60, check=False, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "128\n", "")
+    store, *_ = many_blocks(tmp_path, io)
+    assert sum(store.lookup([key]) for key in keys) == 128
+    store.close()
 
 
 def test_a_load_that_nobody_waits_for_does_not_fail_close(opened: Any) -> None:

@@ -5,8 +5,11 @@ real files stands in test_engine.py."""
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import resource
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -92,28 +95,19 @@ def test_a_request_that_needs_a_descriptor_fails_alone_if_none_is_left(tmp_path:
         assert engine.run(asked) == [PAGE] * 3
 
 
-@pytest.mark.parametrize("way", ["closed", "no thread"])
-def test_what_is_not_begun_is_cancelled(
-    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 15. While `run` still hands requests out the engine closes, or no thread is to be had;
-    none may move once it has returned."""
+def test_what_is_not_begun_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 15. The engine closes inside of `run`; none may move once it has returned."""
     space, engine, real = aligned(PAGE), Threads(), os.preadv
     moves: list[int] = []
 
     def move(fd: int, parts: Any, at: int) -> int:
         moves.append(at)
         time.sleep(0.001)  # so that some wait
-        if way == "closed" and len(moves) > 20:
+        if len(moves) > 20:
             engine.close()
         return real(fd, parts, at)
 
-    def start(_: object) -> None:
-        raise RuntimeError("can't start new thread")
-
     monkeypatch.setattr(os, "preadv", move)
-    if way == "no thread":
-        monkeypatch.setattr(threading.Thread, "start", start)
     (tmp_path / "a").write_bytes(bytes(PAGE))
     with (tmp_path / "a").open("rb") as opened:
         asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 5_000
@@ -122,12 +116,72 @@ def test_what_is_not_begun_is_cancelled(
         results = engine.run(asked, lambda *end: ends.append(end))
         assert sorted(ends) == [*enumerate(results)]
         for thread in set(threading.enumerate()) - before:
-            thread.join(5 if way == "closed" else 0)
+            thread.join(5)
+            assert not thread.is_alive()
         counts = len(moves), results.count(PAGE), results.count(-errno.ECANCELED)
         assert counts[0] == counts[1] < 5_000
         assert counts[1] + counts[2] == 5_000
         monkeypatch.undo()
-        assert engine.run(asked) == [-errno.ECANCELED if way == "closed" else PAGE] * 5_000
+        assert engine.run(asked) == [-errno.ECANCELED] * 5_000
+
+
+@pytest.mark.parametrize("many", [0, 3])
+def test_the_caller_goes_on_without_threads(
+    many: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system gives none, or fewer than it was asked for: nothing fails for that."""
+    space, real, given = aligned(PAGE), threading.Thread.start, list[threading.Thread]()
+
+    def start(thread: threading.Thread) -> None:
+        if len(given) == many:
+            raise RuntimeError("can't start new thread")
+        given.append(thread)
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    with (tmp_path / "a").open("rb") as opened:
+        asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 20
+        engine, ends = Threads(), list[tuple[int, int]]()
+        for told in (None, lambda *end: ends.append(end)):
+            assert engine.run(asked, told) == [PAGE] * 20
+        assert sorted(ends) == [(n, PAGE) for n in range(20)]
+        assert len(given) == many
+
+
+def test_threads_end_with_their_engine(tmp_path: Path) -> None:
+    """Nobody has to close it, and they keep nothing that they carried."""
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    space, before = aligned(PAGE), {*threading.enumerate()}
+    with (tmp_path / "a").open("rb") as opened:
+        engine = Threads()
+        engine.run([Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 20)
+        new = {*threading.enumerate()} - before
+        assert len(new) == 8
+        del engine
+        gc.collect()
+        for thread in new:
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_no_end_of_the_interpreter_waits_for_a_read_that_hangs(tmp_path: Path) -> None:
+    """Fault 64. How long others wait for it is theirs to say."""
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    text = """if True:
+        import os, sys, threading, time
+        import numpy as np
+        from portakv.storage.engine import Request
+        from portakv.storage.threads import Threads
+        begun, file, space = threading.Event(), open(sys.argv[1]), np.zeros(4096, np.uint8)
+        os.preadv = lambda *_: begun.set() or time.sleep(60)
+        asked = [Request(file.fileno(), 0, space.ctypes.data, 4096, False)]
+        threading.Thread(target=Threads().run, args=[asked], daemon=True).start()
+        assert begun.wait(20)
+        """
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", text, tmp_path / "a"], check=True, timeout=50)
+    assert time.monotonic() - began < 30
 
 
 def test_a_request_that_makes_no_sense_fails_alone(tmp_path: Path) -> None:
@@ -135,4 +189,8 @@ def test_a_request_that_makes_no_sense_fails_alone(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(bytes(PAGE))
     with (tmp_path / "a").open("rb") as opened:
         good = Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)
-        assert Threads().run([good, good._replace(nbytes=-1), good]) == [PAGE, -errno.EIO, PAGE]
+        assert Threads().run([good, good._replace(nbytes=-1), good]) == [
+            PAGE,
+            -errno.ECANCELED,
+            PAGE,
+        ]
