@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from portakv.errors import Unsupported
@@ -86,18 +87,17 @@ def _on_owner(bench: MigrationBench) -> Rows:
         for mover in found:
             alone = bench.far.do("loop", *terms)
             mover.variant.poison(0)
-            queue = Queue(bench.module, mover, side)
+            bench.module.synchronize()
+            queue, began = Queue(bench.module, mover, side), perf_counter()
             queue.fill()
             bench.far.begin("loop", *terms)
-            while not bench.far.ready():
+            while not bench.far.ready() or not queue.stamps:
                 queue.go_on()
             slow[str(mover)].append(100 * (bench.far.end() / alone - 1))
+            moved = len(queue.stamps) * mover.payload
+            rates[str(mover)].append(moved / (queue.stamps[-1] - began) / 1e9)
             bench.module.synchronize()
-            stamps = queue.stamps
             mover.look()
-            if len(stamps) > 1:
-                seconds = stamps[-1] - stamps[0]
-                rates[str(mover)].append((len(stamps) - 1) * mover.payload / seconds / 1e9)
     rows = [
         {
             **mover.labels,

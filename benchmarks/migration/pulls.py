@@ -33,8 +33,8 @@ def mapped_steps(bench: MigrationBench) -> Iterator[Step]:
 
 def _mapped(bench: MigrationBench, case: str) -> Rows:
     sizes, near, rows = bench.sizes.sizes[bench.on], bench.near, Rows()
-    bench.meet(case, max(sizes))
     for nbytes in sizes:
+        bench.meet(case, nbytes)
         ticket, right = bench.far.do("offer", nbytes), partial(near.right, nbytes)
         ways = [
             bench.way(MAPPED, partial(near.pull, ticket, nbytes, overlap="idle"), right),

@@ -45,7 +45,7 @@ class MigrationPreset:
     sizes: tuple[tuple[int, ...], tuple[int, ...]]  # of pulls that are mapped
     moved: tuple[tuple[int, ...], tuple[int, ...]]  # of those that are staged
     large: tuple[int, int]  # scattered blocks, both ways at once, beside a loop
-    rounds: int = 9
+    rounds: int = 9  # on a CPU five at most
     times: int = 8  # how often a burst goes both ways
     calls: int = 200
     repeats: int = 3  # how often a loop is met
@@ -82,7 +82,7 @@ MIGRATION_PRESETS: Mapping[str, MigrationPreset] = {
         times=2,
         calls=2,
         repeats=1,
-        seconds=0.001,
+        seconds=0.05,
         matmul=16,
         tensors=(_FEW, _FEW),
     ),
@@ -98,7 +98,8 @@ class MigrationBench(Bench):
         super().__init__(device, beside)
         self.sizes, self.on = preset, int(device.type != "cpu")
         self.absent = {name: "not installed" for name in PEERS if find_spec(name) is None}
-        self.trials = Trials(preset.rounds, 0.0, self.left_out)
+        rounds = preset.rounds if self.on else min(preset.rounds, 5)
+        self.trials = Trials(rounds, 0.0, self.left_out)
         devices = self.module.device_count() if self.on else 1
         other = ((device.index or 0) + 1) % devices
         self.there = torch.device(device.type, other) if self.on else device

@@ -69,6 +69,20 @@ def test_every_part_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert [verdict.bar.name for verdict in judged if not verdict.rows] == []
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_every_part_measures_on_devices(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
+    code = bench.main(["--migration", "--device", "cuda", "--preset", "tiny", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0, result["left_out"]
+    assert all(row["verified"] for row in result["rows"])
+    kinds = {row["kind"].removeprefix("migrate_") for row in result["rows"]}
+    assert {"mapped", "both", "cost", "weights", "beside"} <= kinds
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_one_wrong_byte_is_seen_and_one_elsewhere(name: str) -> None:
     case = CASES[name]
