@@ -43,12 +43,16 @@ class Kept(Message, frozen=True):
 
 class ChannelStore(Store):
     """Keys and values of torch.distributed, kept here or, with ``address``, by the channel there.
-    torch needs it for as long as it works with it: hold it, as `pair` does."""
+    torch needs it for as long as it works with it: hold it, as `pair` does.
+
+    Attributes:
+        over: groups whose other side is gone, by name: here nobody waits for their keys.
+    """
 
     def __init__(self, channel: Channel, address: str | None) -> None:
         super().__init__()
         self._channel, self._address, self._seconds = channel, address, 300.0
-        self._kept, self._lock = dict[str, bytes](), threading.Lock()
+        self._kept, self._lock, self.over = dict[str, bytes](), threading.Lock(), set[str]()
         if address is None:
             channel.serve(Keep, lambda _, asked: self._do(asked))
 
@@ -76,7 +80,7 @@ class ChannelStore(Store):
     def _await(self, keys: Sequence[str], seconds: float) -> tuple[bytes, ...]:
         until, pause = monotonic() + seconds, 0.001
         while not (found := self._ask("get", *keys).values):
-            if monotonic() > until:
+            if monotonic() > until or keys[0].partition("/")[0] in self.over:
                 raise TransferTimeout(f"Nobody has set {', '.join(keys)[:200]} in {seconds:g} s.")
             sleep(pause)
             pause = min(0.02, 2 * pause)

@@ -157,7 +157,7 @@ class Mover(ABC):
         self.device, self.timeout, self._process = device, timeout, this_process()
         self.lanes, self._lock = dict[Key, Lane](), threading.Lock()
         self._threads = list[threading.Thread]()  # also of lanes that were dropped
-        atexit.register(self.close)
+        atexit.register(self.close, EXIT_SECONDS)
 
     @classmethod
     @abstractmethod
@@ -221,14 +221,16 @@ class Mover(ABC):
         if lane := self.lanes.get(other if isinstance(other, str) else other.id):
             self.drop(lane, PeerError("The peer was let go; its slots did not cross."))
 
-    def close(self) -> None:
-        """Forget all peers; at exit, too: a thread that a library lets go of later would abort."""
-        atexit.unregister(self.close)
-        lanes = [] if self._process.forked else list(self.lanes.values())
-        for lane in lanes:
-            self.drop(lane, PeerError("The mover was closed; its slots did not cross."))
-        for thread in () if self._process.forked else self._threads:
-            thread.join(EXIT_SECONDS)
+    def close(self, patience: float = 1.0) -> None:
+        """Forget all peers. At exit, too, and then with more patience: a thread that a library lets
+        go of later would abort the process."""
+        if not self._process.forked:
+            for lane in [*self.lanes.values()]:
+                self.drop(lane, PeerError("The mover was closed; its slots did not cross."))
+            for thread in self._threads:
+                thread.join(patience)
+        if not any(thread.is_alive() for thread in self._threads):
+            atexit.unregister(self.close)
 
 
 def choose(device: torch.device, name: str | None = None) -> tuple[Mover, list[Decision]]:

@@ -49,6 +49,7 @@ class Pair(Lane):
 
     def __init__(self, mover: Distributed, channel: Channel, key: Key) -> None:
         self.ours, self.name, self.named = mover, "", threading.Event()
+        self.over = set[str]()  # of the store by which both meet
         self.group: Any = None
         self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
         super().__init__(mover, channel, key)
@@ -82,7 +83,14 @@ class Pair(Lane):
         mover, rank = self.ours, int(bool(self.address))
         seconds = mover.timeout if self.stream is None else NEVER
         store = mover.stores(self.channel, self.address) if rank else mover.store
-        return mover.pair(store, rank, 2, mover.device, seconds, self.name)
+        over = self.over = getattr(store, "over", self.over)
+        try:
+            if self.gone:  # looked at behind the line before, as `cut` adds to it
+                raise self.gone
+            return mover.pair(store, rank, 2, mover.device, seconds, self.name)
+        finally:
+            self.over = set()
+            over.discard(self.name)
 
     def _cross(self, moving: Moving, tag: int, giving: bool) -> None:
         """The length, then the bytes. gloo ends the process if more come than it was told to
@@ -119,6 +127,8 @@ class Pair(Lane):
         """gloo has no call that ends a receive, but one that times out closes the pair's connection
         at once, also in the middle of a message; its thread ends with its own timeout."""
         self.named.set()
+        if self.group is None:
+            self.over.add(self.name)
         if self.stream is None and self.group is not None:
             with suppress(RuntimeError):
                 late = torch.empty(1, dtype=torch.uint8, device="cpu")

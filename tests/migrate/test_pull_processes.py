@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pulls between processes, which are killed and stopped meanwhile: nothing of a pull with one that
+is gone is published, nobody hangs, and nothing stays behind."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.migrate_channels import until
+from support.migrate_nursery import Nursery
+from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, left, sides
+
+from portakv import KVView
+from portakv.errors import OfferGone, PeerError, TransferError
+from portakv.migrate.shards import Shard
+
+SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes half a second
+BLOCKS, TOKENS = [7, 3, 11, 0, 5], 75
+OWNER = """
+import time
+from support.migrate_pulls import *
+made, rows = Sides(), Rows()
+shard = Shard(rows.view) if layer is None else Shard(
+    KVView([rows.whole[layer]], LAYOUT), layers=(layer, layer + 1, 2))
+owner = made.owner(shard, expose=way, staging=SMALL)
+offers = [owner.offer(blocks, tokens=tokens) for _ in range(count)]
+tell([offer.ticket for offer in offers])
+"""
+READER = """
+import time
+from support.migrate_pulls import *
+made, rows = Sides(), Rows(8, 32, fill=-1)
+reader = made.reader(rows.shard)
+pulls = [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets]
+tell(None)
+for pulled in pulls:
+    try:
+        pulled.synchronize(30)
+        tell(rows.rows([6, 1, 4], 75).numpy())
+    except Exception as error:
+        tell(type(error).__name__)
+"""
+WAYS = pytest.mark.parametrize("way", ["mapped", "staging"])
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as those:
+        yield those
+
+
+@pytest.fixture
+def made() -> Iterator[Sides]:
+    with sides() as those:
+        yield those
+
+
+def owned(nursery: Nursery, way: str, count: int = 1, layer: int | None = None) -> Any:
+    """A process that owns rows, and tickets of it."""
+    given = {"blocks": BLOCKS, "tokens": TOKENS}
+    return nursery.born(OWNER, way=way, count=count, layer=layer, **given)
+
+
+@WAYS
+def test_rows_of_two_processes_come_to_a_third(nursery: Nursery, made: Sides, way: str) -> None:
+    owners = [owned(nursery, way, layer=layer) for layer in (1, 0)]
+    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    pulled = made.reader(mine.shard).pull([x[1][0] for x in owners], [6, 1, 4], verify=True)
+    pulled.synchronize(60)
+    assert torch.equal(mine.rows([6, 1, 4], TOKENS), theirs.rows(BLOCKS, TOKENS))
+    assert (mine.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
+    for pid, _ in owners:
+        nursery.end(pid)
+
+
+@WAYS
+def test_rows_of_this_process_come_to_another(nursery: Nursery, made: Sides, way: str) -> None:
+    both = Couple(made, way)
+    offers = [both.offer() for _ in range(2)]
+    tickets = [x.ticket for x in offers]
+    pid, _ = nursery.born(READER, tickets=tickets, terms={"verify": True})
+    for _ in offers:
+        read = torch.from_numpy(nursery.hear(pid))
+        assert torch.equal(read, both.theirs.rows(BLOCKS, TOKENS))
+    assert all(offer.taken(5) for offer in offers)
+    nursery.end(pid)
+
+
+@WAYS
+def test_an_owner_that_is_killed_in_mid_copy_publishes_nothing(
+    nursery: Nursery, made: Sides, way: str
+) -> None:
+    """Faults 4 and 5. The error comes with the channel's notice; the reader goes on with others."""
+    mine = Rows(8, 32, fill=-1)
+    reader = made.reader(mine.shard)
+    terms: dict[str, Any] = {"max_gbps": SLOW} if way == "mapped" else {}
+    pid, tickets = owned(nursery, way, 20)
+    reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
+    pulls = [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets[1:]]
+    began = time.monotonic()
+    nursery.end(pid)
+    failed = 0
+    for pulled in pulls:
+        try:
+            pulled.synchronize(30)
+        except TransferError:
+            failed += 1
+            assert not pulled.published
+    assert failed
+    assert time.monotonic() - began < 15
+    assert (mine.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
+    with pytest.raises((PeerError, OfferGone)):
+        reader.pull(tickets[-1], [0, 2, 3]).synchronize(30)
+    pid, tickets = owned(nursery, way)
+    reader.pull(tickets[0], [6, 1, 4]).synchronize(30)
+    assert torch.equal(mine.rows([6, 1, 4], TOKENS), Rows().rows(BLOCKS, TOKENS))
+    nursery.end(pid)
+
+
+@WAYS
+def test_a_reader_that_is_killed_in_mid_copy_frees_its_offers(
+    nursery: Nursery, made: Sides, way: str
+) -> None:
+    """Fault 7. As soon as the channel is dead, long before the lease ends."""
+    both = Couple(made, way)
+    offers = [both.offer(lease=600.0) for _ in range(8)]
+    terms = {"max_gbps": SLOW / 4}
+    pid, _ = nursery.born(READER, tickets=[x.ticket for x in offers], terms=terms)
+    assert until(lambda: any(offer.begun for offer in offers))
+    nursery.end(pid)
+    begun = [offer for offer in offers if offer.begun or offer.state != "held"]
+    assert all(offer.taken(8) for offer in begun)
+    assert {offer.state for offer in begun} <= {"lost", "taken"}
+    assert until(lambda: both.owner.statistics()["slots"] == 0)
+    both.pull(both.offer()).synchronize(30)
+    assert both.right()
+    both.owner.revoke_all()
+
+
+def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: Sides) -> None:
+    """Fault 8."""
+    both = Couple(made)
+    offer = both.offer(lease=1.0)
+    pid, _ = nursery.born(READER, tickets=[offer.ticket], terms={"max_gbps": SLOW})
+    assert until(lambda: bool(offer.begun))
+    os.kill(pid, signal.SIGSTOP)
+    assert offer.taken(8)
+    both.theirs.whole.fill_(9)
+    os.kill(pid, signal.SIGCONT)
+    assert nursery.hear(pid) in ("OfferGone", "PeerError")
+    nursery.end(pid)
+    assert offer.state in ("expired", "lost")
+
+
+@pytest.mark.parametrize("rounds", [10, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
+    nursery: Nursery, made: Sides, rounds: int
+) -> None:
+    """Faults 4, 5, 7 and 8. Owners and readers of both ways, in turns."""
+    seed, mine, before = random.Random(3), Rows(8, 32, fill=-1), None
+    couples = {way: Couple(made, way) for way in ("mapped", "staging")}
+    reader, right = made.reader(mine.shard), Rows().rows(BLOCKS, TOKENS)
+    for number in range(rounds):
+        way = ("mapped", "staging")[number % 2]
+        terms: dict[str, Any] = {"max_gbps": SLOW * 10} if way == "mapped" else {}
+        moment = seed.random() * 0.15
+        if number % 4 < 2:
+            pid, tickets = owned(nursery, way, 8)
+            pulls = list[Any]()
+            try:
+                pulls += [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets[:4]]
+                time.sleep(moment)
+                nursery.end(pid)
+                pulls += [reader.pull(ticket, [6, 1, 4], **terms) for ticket in tickets[4:]]
+            except (PeerError, OfferGone):
+                pass
+            for pulled in pulls:
+                try:
+                    pulled.synchronize(30)
+                    assert torch.equal(mine.rows([6, 1, 4], TOKENS), right)
+                except TransferError:
+                    assert not pulled.published
+        else:
+            both = couples[way]
+            offers = [both.offer() for _ in range(4)]
+            pid, _ = nursery.born(READER, tickets=[x.ticket for x in offers], terms=terms)
+            time.sleep(moment)
+            nursery.end(pid)
+            both.owner.revoke_all()
+            assert until(lambda both=both: both.owner.statistics()["slots"] == 0)
+        if number == 7:
+            assert until(lambda: reader.channel.statistics()["links"] <= 1)
+            before = left()
+    now = before or left()
+    assert until(lambda: left() <= (now[0] + 2, now[1] + 2), 40), (left(), now)
+    assert (mine.whole[:, :, [0, 2, 3, 5, 7]] == -1).all()
+
+
+EXIT = """
+import sys
+sys.path[:0] = [{0!r}]
+from support.migrate_pulls import *
+made = Sides()
+both = Couple(made, {1!r})
+both.pull(both.offer()).synchronize(30)
+pulled = both.pull(both.offer(), **{2!r})
+print("begun")
+"""
+
+
+@pytest.mark.parametrize(("way", "terms"), [("mapped", {"max_gbps": SLOW / 8}), ("staging", {})])
+def test_the_interpreters_end_waits_for_no_pull(way: str, terms: dict[str, Any]) -> None:
+    """Fault 31. Between slices, with everything open; nothing is told, and no library aborts."""
+    text = EXIT.format(str(Path(__file__).parents[1]), way, terms)
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"begun\n", b"")
+    assert time.monotonic() - began < 40
+
+
+def test_the_shards_of_the_owner_process_are_what_the_reader_expects() -> None:
+    """The text above and this module mean the same rows."""
+    rows = Rows()
+    assert Shard(KVView([rows.whole[1]], LAYOUT), layers=(1, 2, 2)).window.box == ((1, 2), (0, 4))
+    assert SMALL < rows.whole.nbytes
