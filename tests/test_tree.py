@@ -45,7 +45,7 @@ BUDGETS = {
     PLUGS: 2_830,
     "portakv/storage": 2_564,
     "portakv/graph": 629,
-    "portakv/migrate": 3_920,
+    "portakv/migrate": 3_930,
     "portakv/backends": 3_470,
     "portakv/cli": 2_925,
     "portakv/connector": 840,
