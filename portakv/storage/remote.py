@@ -18,6 +18,7 @@ from datetime import timedelta
 from functools import partial
 from typing import Any
 from urllib.parse import unquote
+from weakref import WeakSet
 
 import numpy as np
 
@@ -30,6 +31,7 @@ from portakv.storage.image import HEADER, Row, header, verify
 
 _log = logging.getLogger(__name__)
 Keys = Sequence[bytes]
+FORM = b"form.json"  # beside the blocks; it is no key
 #: Bytes between two looks at the deadline; seconds that a block is believed to be there, or not to
 #: be, and between errors that are told.
 PIECE, THERE, MISSING, TOLD = 1 << 20, 60.0, 5.0, 60.0
@@ -62,7 +64,7 @@ class Remote:
             raise StoreError(f"A remote tier needs obstore, portakv[remote]: {x}.") from None
         Remote._process = Remote._process or this_process()
         self._obs, self.workers, self._multipart = obstore, workers, multipart
-        self.url = re.sub(r"(?<=//)[^/]*@|[?#].*", "", str(url))
+        self.url = _shown(str(url))
         kind, make = self.url.partition(":")[0], self.obs.store.from_url
         client = CLIENT | {"allow_http": kind == "http" or os.environ.get("AWS_ALLOW_HTTP", False)}
         try:
@@ -84,6 +86,7 @@ class Remote:
             ) from None
         self._lock, self.failures, self._pause, self._until = threading.Lock(), 0, PAUSE, 0.0
         self.last_error, self._told_at, self._found = "", -TOLD, list[BlockForm]()
+        self.shelves = WeakSet[Shelf]()
 
     def __repr__(self) -> str:
         return f"Remote({self.url!r})"
@@ -148,7 +151,10 @@ class Remote:
     def open(self, graph: Graph, _: Any, forms: Any) -> list[Shelf]:
         """A shelf of the first form, which is written, and of the others that `forms` found."""
         own = forms[0]
-        return [Shelf(self, graph, x, x == own) for x in forms if x == own or x in self._found]
+        some = [x for x in forms if x == own or x in self._found]
+        shelves = [Shelf(self, graph, form, form == own) for form in some]
+        self.shelves.update(shelves)
+        return [*shelves]
 
     def wipe(self) -> int:
         """Delete all blocks of all forms; how many objects there were. Raises `StoreError`."""
@@ -159,6 +165,9 @@ class Remote:
                 gone += len(batch)
         except Exception as error:
             raise StoreError(f"{self!r} was to be wiped, but {_clean(error)}.") from None
+        finally:
+            for shelf in [*self.shelves]:
+                shelf.verdicts.clear()
         return gone
 
 
@@ -174,9 +183,9 @@ class Shelf:
         self._heads = graph.link(f"remote:{remote.url} lookup", remote.workers)
         self.link: Callable[[object], Link] = lambda _: link
         self.link_for_write = self.link
-        self.writable, self._has_form, self.notes = own, False, [remote.last_error or "ready"]
-        # Until when a block is believed to be there; negative: until when it is not.
-        self._verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
+        self.writable, self.notes = own, [remote.last_error or "ready"]
+        # Until when a block, or the form, is believed to be there; negative: until when it is not.
+        self.verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
 
     def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
         """Which blocks are there, up to the first that is not, or about which the store has said
@@ -200,20 +209,20 @@ class Shelf:
     def known(self, keys: Keys) -> list[bool]:
         """Which blocks are believed to be there."""
         now = self._remote.now()
-        return [self._verdicts.get(key, 0.0) > now for key in keys]
+        return [self.verdicts.get(key, 0.0) > now for key in keys]
 
     def wants(self, keys: Keys) -> list[bool]:
         """Which blocks a save is to bring; the others need not be asked about."""
         return [not known for known in self.known(keys)]
 
     def _there(self, key: bytes) -> bool:
-        until, now = self._verdicts.get(key, 0.0), self._remote.now()
+        until, now = self.verdicts.get(key, 0.0), self._remote.now()
         if abs(until) <= now:
             head, store = self._remote.obs.head, self._remote.store
             found = self._remote.ask(head, store, self._path(key), miss=False)
             if found is None:
                 return False
-            until = self._verdicts[key] = now + THERE if found else -now - MISSING
+            until = self.verdicts[key] = now + THERE if found else -now - MISSING
         return until > 0
 
     def _path(self, key: bytes) -> str:
@@ -232,8 +241,10 @@ class Shelf:
                 if (result, again) == ("fault", tag):
                     ask(self._remote.obs.delete, self._remote.store, [self._path(key)], miss=True)
             landed.append(result == "hit")
-            if not landed[-1]:
-                self._verdicts.pop(key, None)
+            if landed[-1]:
+                self.verdicts[key] = self._remote.now() + THERE
+            elif self.verdicts.pop(key, 0.0) > 0 and result == "miss":
+                self.verdicts.pop(FORM, None)  # whoever took the block may have taken it, too
             count(self.tier, "load", result, 1, landed[-1] * nbytes)
         return landed
 
@@ -269,11 +280,12 @@ class Shelf:
         return "hit" if well else "fault", tag
 
     def write(self, _: Link, keys: Keys, rows: Sequence[Row], *known: object) -> list[bool]:
-        """Put sealed images, and once the form beside them; which are there now."""
+        """Put sealed images, and the form beside them; which are there now."""
         ask, put, nbytes = self._remote.ask, self._remote.put, self.form.image_bytes
-        if not self._has_form:
-            path, text = f"1/{self.form.name}/form.json", self.form.json().encode()
-            self._has_form = bool(ask(put, path, text))
+        if not self.known([FORM])[0]:
+            path, text = f"1/{self.form.name}/{FORM.decode()}", self.form.json().encode()
+            if ask(put, path, text):
+                self.verdicts[FORM] = self._remote.now() + THERE
         landed, count = list[bool](), self._graph.count
         for key, row in zip(keys, rows, strict=True):
             landed.append(self._there(key))  # asked: no bytes go for what somebody else has put
@@ -281,7 +293,7 @@ class Shelf:
                 landed[-1] = well = bool(ask(put, self._path(key), row[:nbytes]))
                 count(self.tier, "save", "hit" if well else "error", 1, well * nbytes)
                 if well:
-                    self._verdicts[key] = self._remote.now() + THERE
+                    self.verdicts[key] = self._remote.now() + THERE
         return landed
 
     def touch(self, _: Any = None) -> None:
@@ -293,6 +305,17 @@ class Shelf:
         """Beside the graph's counts."""
         failing = self._remote.failures >= FAILURES
         return {"url": self._remote.url, "left_alone": failing, "error": self._remote.last_error}
+
+
+def _shown(url: str) -> str:
+    """An address without what secrets may be in: all up to the last @, in whatever part of it, and
+    the query."""
+    head, at, shown = url.rpartition("@")
+    if at:
+        kind = re.match(r"\w*://", head)
+        # After a query has begun, the @ may be its own.
+        shown = (kind[0] if kind else "") + ("" if re.search("[?#]", head) else shown)
+    return re.split("[?#]", shown)[0]
 
 
 def _clean(error: BaseException) -> str:

@@ -431,6 +431,30 @@ def test_a_secret_in_an_address_or_a_refused_setting_is_not_shown() -> None:
     assert repr(Remote(f"s3://me:{SECRET}@b/x")) == "Remote('s3://b/x')"
 
 
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"s3://user:pa/{SECRET}@bucket/p", "s3://bucket/p"),
+        (f"s3://{SECRET}/pa@{SECRET}@bucket/p", "s3://bucket/p"),
+        (f"https://user:p?{SECRET}@host/p", "https://"),
+        (f"https://user:{SECRET}#p@host/p", "https://"),
+        (f"https://host/c?sig=a@{SECRET}", "https://"),
+        (f"https://me:{SECRET}@host/c?sig={SECRET}", "https://host/c"),
+        (f"user:{SECRET}@host/p", "host/p"),
+        (f"s3:/user:{SECRET}@host//p", "host//p"),
+    ],
+)
+def test_a_secret_in_an_address_is_not_shown_whatever_stands_in_it(url: str, shown: str) -> None:
+    """Fault 44: a slash, an @, or what begins a query."""
+    try:
+        told = repr(Remote(url))
+        assert told == f"Remote('{shown}')"
+    except StoreError as error:
+        told = "".join(traceback.format_exception(error))
+        assert f"StoreError: {shown} was to be a tier" in told
+    assert SECRET not in told
+
+
 def test_what_a_provider_of_credentials_says_is_not_shown(
     case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -580,6 +604,33 @@ def test_an_object_deleted_after_lookup_is_a_miss_and_its_verdict_goes(case: Cas
     assert not load(shelf, KEYS[0])[0]
     assert case.counted() == {"load miss": 1}
     assert shelf.has(KEYS[:1]) == [False]
+
+
+def test_a_block_that_was_loaded_is_there_for_a_lookup(case: Case) -> None:
+    """Whatever was found before it was put by somebody else."""
+    shelf = case.shelf()
+    assert shelf.has(KEYS[:1]) == [False]
+    case.lay(KEYS[0])
+    assert load(shelf, KEYS[0])[0]
+    assert shelf.has(KEYS[:1]) == [True]
+
+
+@pytest.mark.parametrize("how", ["wipe", "miss", "minute"])
+def test_a_form_that_was_deleted_is_put_again(case: Case, how: str) -> None:
+    """By a wipe, and by others: with blocks, which is noticed, or alone."""
+    remote = case.remote()
+    (shelf,) = case.opened(remote, SMALL)
+    assert save(shelf, KEYS[0]) == [True]
+    assert case.remote().wipe() == 2 if how != "wipe" else remote.wipe() == 2
+    if how == "miss":
+        assert not load(shelf, KEYS[0])[0]
+    case.now += 61 if how == "minute" else 0
+    assert shelf.wants(KEYS[:1]) == [True]
+    assert save(shelf, KEYS[0]) == [True]
+    assert [x.form for x in case.opened(case.remote(), replace(SMALL, heads=(0, 1, 2)))] == [
+        replace(SMALL, heads=(0, 1, 2)),
+        SMALL,
+    ]
 
 
 def test_an_upload_of_which_a_part_fails_leaves_nothing(case: Case) -> None:
