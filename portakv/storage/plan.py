@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from itertools import pairwise
-from operator import itemgetter
+from operator import itemgetter, or_
 from typing import Any, NamedTuple, Protocol, TypeAlias
 from weakref import WeakSet
 
@@ -26,6 +26,7 @@ from portakv.view import KVView
 #: one piece of a save.
 SAVED, LOADED = 16 << 20, 32 << 20
 KEPT = "kept"  # a spot: the host tier
+ASKED = 8  # blocks that a lookup asks about first; then of twice as many
 PARTS = 8  # of the device's leg by layer, if blocks are read as a whole
 Keys: TypeAlias = "Sequence[bytes]"
 
@@ -65,13 +66,15 @@ class Leg(NamedTuple):
 
 @dataclass(eq=False)
 class Part:
-    """Blocks of one form, and the rectangle that they share with the store's form."""
+    """Blocks of one form, and the rectangle that they share with the store's form: ``cells`` has a
+    bit for each head of each layer of that."""
 
     form: BlockForm
     shelves: list[Shelf]
     theirs: Slices
     mine: Slices
     rows: KVView  # that rectangle of all rows of the store
+    cells: int
 
     def name(self, key: bytes) -> bytes:
         """What this part of a block is called among the rows."""
@@ -95,28 +98,17 @@ class Part:
 
 
 def parts_of(form: BlockForm, forms: Any, shelves: Sequence[Shelf], rows: Any) -> list[Part]:
-    """Parts of blocks of a form, itself first, that lie on shelves, and in rows of a tensor."""
-    parts = list[Part]()
+    """Parts of blocks of a form that lie on shelves, and in rows of a tensor: the form itself, and
+    the others by their first cell, of several the largest first."""
+    parts, across = list[Part](), form.heads[1] - form.heads[0]
     for other in forms:
         if slices := form.part_of(other):
             held = [shelf for shelf in shelves if shelf.form == other]
-            parts.append(Part(other, held, *slices, other.view(rows).slice(**slices[0])))
-    return parts
-
-
-def tilings(parts: Sequence[Part]) -> list[list[Part]]:
-    """The first part, which is a whole block, and sets of others that cover a block once."""
-    found = [[parts[0]]]
-    for first in parts[1:]:
-        chosen, cover = list[Part](), np.zeros([x.stop for x in parts[0].mine.values()], np.bool_)
-        for part in (first, *parts[1:]):
-            mine = part.mine["layers"], part.mine["heads"]
-            if not cover[mine].any():
-                cover[mine] = True
-                chosen.append(part)
-        if cover.all() and not any(first in tiling for tiling in found):
-            found.append(chosen)
-    return found
+            layers, heads = slices[1]["layers"], slices[1]["heads"]
+            cells = sum(1 << n for n in range(heads.start, heads.stop))
+            cells = sum(cells << across * n for n in range(layers.start, layers.stop))
+            parts.append(Part(other, held, *slices, other.view(rows).slice(**slices[0]), cells))
+    return parts[:1] + sorted(parts[1:], key=lambda x: (x.cells & -x.cells, -x.cells.bit_count()))
 
 
 class Flights:
@@ -126,7 +118,7 @@ class Flights:
 
     def __init__(self, graph: Graph, rows: Rows, shelves: list[Shelf]) -> None:
         self.graph, self.rows, self.shelves = graph, rows, shelves
-        self.parts, self.tilings = list[Part](), list[list[Part]]()  # once tiers are open
+        self.parts = list[Part]()  # once tiers are open
         self.fills, self.gates = dict[bytes, tuple[Fill, int]](), WeakSet[Node]()
         self.begun = set[Fill]()
 
@@ -137,35 +129,48 @@ class Flights:
         for part in self.parts:
             self.rows.touch([part.name(key) for key in keys])
 
-    def ask(self, keys: Keys, timeout: float | None) -> None:
-        """Have far tiers say what they have, if it decides of which form blocks are read."""
-        if len(self.tilings) == 1:
-            return
-        until = self.graph.clock() + (3e9 if timeout is None else timeout)
-        for shelf in self.shelves:
-            left = [key for key in keys if not self.spots(key)]
-            # In batches, as a tier that is far stops at what it lacks.
-            while left and (time := until - self.graph.clock()) > 0:
-                left = left[[*shelf.has(left, time), False].index(False) + 1 :]
+    def leading(self, keys: Keys, until: float) -> int:
+        """How many leading blocks are anywhere, in one part or in several; far tiers are asked."""
+        whole, covers = self.parts[0].cells, [0] * len(keys)
+        for number, part in enumerate(self.parts):
+            some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
+            left = [i for i in some if not self.rows.has(part.name(keys[i]))]
+            for shelf in part.shelves:
+                time = max(0.0, until - self.graph.clock())
+                there = shelf.has([keys[i] for i in left], time)
+                left = [i for i, found in zip(left, there, strict=True) if not found]
+            for i in {*some}.difference(left):
+                covers[i] |= part.cells
+            later = reduce(or_, (other.cells for other in self.parts[number + 1 :]), 0)
+            end = next((i for i, cover in enumerate(covers) if cover | later != whole), len(covers))
+            del covers[end:]  # behind a block that is nowhere nothing is asked
+        return len(covers)
 
     def spots(self, key: bytes) -> list[tuple[Part, Any]]:
-        """A block's parts, of one form or another, with their spots; none if a part is nowhere."""
-        for tiling in self.tilings:
-            found = [(part, spot) for part in tiling if (spot := self.spot(part, key))]
-            if len(found) == len(tiling):
-                return found
-        return []
+        """Parts that cover a block once, or more often if they have to, with their spots. If a cell
+        is nowhere, the whole block may be in a far tier, or there are none."""
+        found, cover = list[tuple[Part, Any]](), 0
+        while cover != self.parts[0].cells:
+            cell = ~cover & (cover + 1)  # the first one that is not covered
+            parts = sorted(self.parts, key=lambda part: bool(part.cells & cover))
+            spots = ((x, spot) for x in parts if x.cells & cell and (spot := self.spot(x, key)))
+            if not (one := next(spots, None)):
+                spot = self.spot(self.parts[0], key, far=True)
+                return [(self.parts[0], spot)] if spot else []
+            found.append(one)
+            cover |= one[0].cells
+        return found
 
-    def spot(self, part: Part, key: bytes) -> Any:
+    def spot(self, part: Part, key: bytes, far: bool = False) -> Any:
         """Where a part of a block is: `KEPT`, a `Fill`, or shelves with their links, the nearest
-        first. A remote tier is taken to have what nearer ones lack, unless there are blocks of
-        other forms as well: then it was asked before."""
+        first. A remote tier is taken to have what a nearer one has, and what it is known to have;
+        of ``far`` blocks any."""
         if self.rows.has(part.name(key)):
             return KEPT
         links, stored = list[tuple[Shelf, Link]](), False
         for shelf in part.shelves:
             known = shelf.known([key])[0]
-            if known or (shelf.tier == "remote" and (len(self.tilings) == 1 or links)):
+            if known or (shelf.tier == "remote" and (far or links)):
                 links.append((shelf, shelf.link(key)))
             stored |= known
         fill, _ = self.fills.get(part.name(key), (None, 0))

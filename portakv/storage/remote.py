@@ -188,23 +188,19 @@ class Shelf:
         self.verdicts: Bounded[bytes, float] = Bounded("remote verdicts", 1 << 17)
 
     def has(self, keys: Keys, timeout: float | None = None) -> list[bool]:
-        """Which blocks are there, up to the first that is not, or about which the store has said
-        nothing after ``timeout`` seconds; asked in batches."""
-        found, width, graph = list[bool](), self._remote.workers, self._graph
-        until = graph.clock() + (3e9 if timeout is None else timeout)
-        while all(found[-width:]) and (batch := keys[len(found) : len(found) + width]):
-            if all(self.known(batch)) or (len(batch) == 1 and timeout is None):
-                found += map(self._there, batch)
-                continue
-            works = [lambda _, mask, key=key: mask & self._there(key) for key in batch]
-            nodes = [Node(work, 1, link=self._heads, name="lookup") for work in works]
-            graph.submit(nodes, priority="urgent")
-            ends = [node.wait(max(0.0, until - graph.clock())) for node in nodes]
-            found += [end and bool(node.landed[0]) for end, node in zip(ends, nodes, strict=True)]
-            for node in nodes:
-                graph.cancel(node)
-        there = [*found, False].index(False)
-        return [at < there for at in range(len(keys))]
+        """Which blocks are there; not those about which the store has said nothing after
+        ``timeout`` seconds. What is not known is asked in a node for each block."""
+        graph, verdicts, now = self._graph, self.verdicts, self._remote.now()
+        until, ask = graph.clock() + (3e9 if timeout is None else timeout), self._there
+        left = [key for key in keys if abs(verdicts.get(key, 0.0)) <= now]
+        works = [lambda _, mask, key=key: mask & ask(key) for key in left]
+        nodes = [Node(work, 1, link=self._heads, name="lookup") for work in works]
+        graph.submit(nodes, priority="urgent")
+        for node in nodes:
+            node.wait(max(0.0, until - graph.clock()))
+        for node in nodes:
+            graph.cancel(node)
+        return self.known(keys)
 
     def known(self, keys: Keys) -> list[bool]:
         """Which blocks are believed to be there."""

@@ -9,14 +9,12 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
-import numpy as np
-
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph.graph import SLACK, Graph
 from portakv.graph.handle import Handle
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
-from portakv.storage.plan import KEPT, SAVED, Call, Fill, Flights, Keys, Shelf, parts_of, tilings
+from portakv.storage.plan import ASKED, KEPT, SAVED, Call, Fill, Flights, Keys, Shelf, parts_of
 from portakv.storage.rows import Crossing, Rows
 from portakv.view import KVView
 from portakv.view.index import IdList
@@ -83,8 +81,8 @@ class BlockStore:
             self.close()
             raise
         self._generation = max([x.generation for x in self._shelves], default=0)
-        self._flights.parts = parts = parts_of(form, forms, self._shelves, self.rows.tensor)
-        self._flights.tilings, self._own = tilings(parts), parts[0]
+        self._flights.parts = parts_of(form, forms, self._shelves, self.rows.tensor)
+        self._own = self._flights.parts[0]
 
     def __enter__(self) -> BlockStore:
         return self
@@ -94,21 +92,14 @@ class BlockStore:
 
     def lookup(self, keys: Keys, timeout: float | None = 1.0) -> int:
         """How many leading blocks can be loaded, from the host or some tier. What a far tier has
-        not said within ``timeout`` seconds counts as not there."""
+        not said within ``timeout`` seconds counts as not there. Only here a far tier is asked which
+        blocks it has in other parts than this form's: a `load` or `prefetch` goes by that."""
         keys = self._call("lookup", keys, "normal", timeout).keys
         until = self.graph.clock() + (3e9 if timeout is None else timeout)
-        there = np.zeros(len(keys) + 1, np.bool_)
-        for tiling in self._flights.tilings:
-            whole = ~there[:-1]
-            for part in tiling:
-                found = np.array([self.rows.has(part.name(key)) for key in keys], np.bool_)
-                for shelf in part.shelves:
-                    left = np.flatnonzero(whole & ~found)
-                    time = max(0.0, until - self.graph.clock())
-                    found[left] = shelf.has([keys[i] for i in left], time)
-                whole &= found
-            there[:-1] |= whole
-        leading = int(there.argmin())
+        leading, many = 0, ASKED
+        while many and (some := keys[leading : leading + many]):
+            there = self._flights.leading(some, until)
+            leading, many = leading + there, 2 * many if there == len(some) else 0
         self._flights.touch(keys[:leading])
         return leading
 
@@ -272,8 +263,6 @@ class BlockStore:
                 f"A {kind} was asked of {many} different keys among {len(keys)}, {priority=} and "
                 f"{deadline=}: expected each once, one of {[*SLACK]}, and seconds or None."
             )
-        if kind in ("load", "prefetch"):
-            self._flights.ask(keys, deadline)
         return Call(self._flights, kind, keys, priority, deadline)
 
     def _refuse_closed(self, kind: str) -> None:

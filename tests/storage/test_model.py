@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from support.storage_cases import FakeTier, key_of
 from support.store_model import LIMIT, Call, Troubled, WatchedDisk, World
 
 from portakv.storage.engine import choose
+from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 
 
@@ -32,12 +34,17 @@ PRIORITIES, DEADLINES = ("urgent", "normal", "background"), (None, None, 0.0, -1
 RUN: Any = {"run": st.tuples(st.integers(0, 99), st.sampled_from((1, 2, 5, 12)), st.booleans())}
 SAVE = {**RUN, **of(which=(0, 1, 2), priority=PRIORITIES, deadline=DEADLINES)}
 LOAD = {**SAVE, **of(missing=("raise", "skip"), by_layer=(False, True))}
-SIZES = of(slots=(8, 20), staging=(1, 3, 9), host=(0, 1, 6), rank=(0, 0, 0, *range(5)))
+SIZES = of(slots=(8, 20), staging=(1, 3, 9), host=(0, 1, 6), rank=(0, 0, 0, *range(7)))
 TIERS = of(tiers=("disk", "disk", "disk far", "far"), admit=("always", "always", "second"))
 STORE = {**SIZES, **TIERS, **of(full=("drop", "wait"), io=(None, "threads"))}
 REQUESTS, FAULTS = ("EIO", "short", "flip"), ("far flip", "far error", "gone", "refuse", "hold")
 AT: Any = {"at": st.integers(0, 1 << 30)}
 FREE = precondition(lambda self: len(self.open) < 12)
+
+
+def cells(form: BlockForm) -> set[tuple[int, int]]:
+    """Each head of each layer that blocks of a form have."""
+    return {*product(range(*form.layers[:2]), range(*form.heads[:2]))}
 
 
 class StoreModel(RuleBasedStateMachine):
@@ -164,6 +171,10 @@ class StoreModel(RuleBasedStateMachine):
         """What is found is loaded; what is saved is found, and evicts no more than it must."""
         self.settle()
         fired, (first, many, apart) = self.engine.fired, run
+        for key in map(key_of, self.world.spread(run)):
+            parts = [x.form for x in self.disk.shelves if x.has([key])[0]]
+            if cells(self.store.form) <= {cell for form in parts for cell in cells(form)}:
+                assert self.store.lookup([key]), "what lies there in parts is not found"
         many = min(many, self.store.lookup([key_of(i) for i in self.world.spread(run)]))
         self.load((first, many, apart), which, missing="skip", by_layer=False)
         unsound = self.rotten or any(self.far.faults.values())
@@ -202,7 +213,7 @@ class StoreModel(RuleBasedStateMachine):
                 file.write(at.to_bytes(8, "big"))
 
 
-SMALL = {"keys": 24, "size": 4, "layers": 3, "heads": 2, "dim": 24}  # a segment
+SMALL = {"keys": 24, "size": 4, "layers": 3, "heads": 4, "dim": 12}  # a segment
 LARGE = {"keys": 12, "size": 64, "layers": 4, "heads": 8, "dim": 128}  # four, of 256 KiB
 WIDE = [pytest.param(*each, marks=pytest.mark.slow) for each in ((SMALL, 22.0), (LARGE, 1.0))]
 

@@ -33,10 +33,11 @@ import torch
 from moto.server import ThreadedMotoServer
 from obstore.store import S3Store
 from prometheus_client import CollectorRegistry, generate_latest
+from support.core_cases import noise
 from support.storage_proxy import Fault, Proxy
 
 from portakv import KVView
-from portakv.errors import StoreError
+from portakv.errors import StoreError, TransferError
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage.form import BlockForm
@@ -534,8 +535,8 @@ def test_a_forked_process_is_refused(case: Case) -> None:
         for work in works:
             try:
                 work()
-            except StoreError as error:
-                told.append("spawn" in str(error))
+            except (StoreError, TransferError) as error:
+                told.append("spawn" in str(error) or "parent process" in str(error))
         os._exit(0 if told == [True] * len(works) else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -702,22 +703,54 @@ def test_a_lookup_asks_in_batches_and_remembers_for_a_while(case: Case) -> None:
     for key in KEYS[:18]:
         if key != KEYS[13]:
             case.lay(key)
-    shelf = case.shelf(workers=8)
+    store = BlockStore(SMALL, staging=1 << 20, tiers=[case.remote(workers=8)])
 
     def asked(count: int) -> int:
         case.proxy.play()
-        assert shelf.has(KEYS[:20]) == [at < count for at in range(20)]
+        assert store.lookup(KEYS[:30], timeout=20) == count
         return len(case.proxy.asked)
 
-    assert asked(13) == 16  # two batches; the third is not asked
+    assert asked(13) == 8 + 16  # two batches; the third is not asked
     case.now += 4
     assert asked(13) == 0
     case.lay(KEYS[13])
     case.now += 2  # nothing is missing for more than 5 s
-    assert asked(18) == 1 + 4
+    assert asked(18) == 1 + 6
     case.now += 55  # or there for more than 60
-    assert asked(18) == 15 + 2
-    assert shelf.has([]) == []
+    assert asked(18) == 17 + 6
+    assert store.lookup([]) == 0
+    store.close()
+
+
+@pytest.mark.parametrize("forms", [1, 3])
+def test_a_load_asks_no_bucket_what_it_has(case: Case, forms: int) -> None:
+    """It begins at once: of parts that no lookup has found it takes blocks of its own form."""
+    shape = 40, 2, 16, 2, 8
+    tensors = [noise(*shape, dtype=torch.float16, seed=n) for n in range(4)]
+    view = KVView(tensors, "layer | block kv token head dim")
+    target = KVView([torch.zeros_like(x) for x in tensors], "layer | block kv token head dim")
+    halves = [view.slice(heads=slice(n, n + 1)) for n in range(2)]
+    parts = [BlockForm.of(x, "m", heads=(n, n + 1, 2)) for n, x in enumerate(halves)]
+    for form, part, some in [
+        (BlockForm.of(view, "m"), view, range(20)),
+        *zip(parts[: forms - 1], halves, 2 * [range(20, 40)], strict=False),
+    ]:
+        with BlockStore(form, staging=1 << 20, tiers=[case.remote()], full="wait") as store:
+            store.save(part, some, [KEYS[i] for i in some], deadline=20).synchronize(20)
+    store = BlockStore(BlockForm.of(view, "m"), staging=1 << 20, tiers=[case.remote()])
+    case.proxy.play(Fault("HEAD", stall=0.2, times=999))
+    for found in (20, 40 if forms > 1 else 20):
+        loaded = store.load(target, range(40), KEYS[:40], missing="skip")
+        loaded.synchronize(20)
+        assert loaded.landed.sum() == found
+        assert loaded.landed[:20].all()
+        for mine, theirs in zip(target.tensors, tensors, strict=True):
+            assert torch.equal(mine[:found].view(torch.int16), theirs[:found].view(torch.int16))
+        assert not [x for x in case.proxy.asked if x.startswith("HEAD")]
+        case.proxy.play()
+        assert store.lookup(KEYS[:40], timeout=20) == (40 if forms > 1 else 20)
+        case.proxy.play()
+    store.close()
 
 
 def test_parts_of_a_block_are_read_and_verified_alone(case: Case) -> None:

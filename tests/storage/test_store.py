@@ -681,7 +681,9 @@ def test_cancel_leaves_the_rest(opened: Any) -> None:
 # --- parts, layers, prefetch ---
 
 
-def ranks(view: KVView, count: int, by: str) -> list[tuple[BlockForm, KVView]]:
+def ranks(
+    view: KVView, count: int, by: str, model: str = "org/model@1"
+) -> list[tuple[BlockForm, KVView]]:
     """The forms and views of ranks that each hold an equal part of the layers or the heads."""
     found = []
     for rank in range(count):
@@ -697,7 +699,7 @@ def ranks(view: KVView, count: int, by: str) -> list[tuple[BlockForm, KVView]]:
         )
         assert (one.layers, one.heads) == (part.layers, part.heads)
         ranges: Any = {by: (cut.start, cut.stop, of)}
-        found.append((BlockForm.of(one, "org/model@1", **ranges), one))
+        found.append((BlockForm.of(one, model, **ranges), one))
     return found
 
 
@@ -724,19 +726,32 @@ def test_ranks_of_another_size_load_what_others_saved(
         assert same(source, range(8), target, range(2, 10))
 
 
-def test_a_far_tier_is_asked_in_batches_which_form_it_has(opened: Any) -> None:
-    """It stops at the first block that it lacks; the others are there all the same."""
-    whole, target, tier = cache(heads=4), cache(heads=4, seed=50), FakeTier("remote")
-    for form, view in ranks(whole, 2, "heads"):
-        saved(opened(form, tiers=[tier]), view)
-        del tier.blocks[form, KEYS[2]]
-    store = opened(small_form(heads=4), tiers=[tier])
-    for shelf in store._shelves:
-        has = shelf.has
-        shelf.has = lambda keys, _, has=has: [all(has(keys)[: i + 1]) for i in range(len(keys))]
-    loaded = store.load(target, range(8), KEYS, missing="skip")
+@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize("by", ["layers", "heads"])
+@pytest.mark.parametrize(
+    "model", [f"m{n}" for n in range(8)]
+)  # their forms' digests have any order
+def test_two_splits_of_one_axis_are_read_beside_each_other(
+    opened: Any, model: str, by: str, far: bool
+) -> None:
+    """Fault 62: each block by the parts that have it, of one split or of several."""
+    whole, target = (cache(layers=12, heads=12, seed=n) for n in (0, 50))
+    tier = FakeTier("remote" if far else "fake")
+    # A block that two ranks have, one that four, of which the last two do not know the first; a
+    # half and two quarters; a half and two thirds, which overlap; and two that are not whole.
+    has = {2: ["xx", "", "x.", "x.", "x.", ".x"], 4: ["", "xxxx", ".xxx", "", "", "x.xx"]}
+    has[3] = ["", "", "", ".xx", "x.x", ""]
+    for count, held in has.items():
+        for n, (form, view) in enumerate(ranks(whole, count, by, model)):
+            some = [i for i, parts in enumerate(held) if parts[n : n + 1] == "x"]
+            saved(opened(form, tiers=[tier]), view, some, [KEYS[i] for i in some])
+    store = opened(BlockForm.of(whole, model), tiers=[tier], staging=9)
+    assert [store.lookup([key]) for key in KEYS[:6]] == [1, 1, 1, 1, 0, 0]
+    assert store.lookup(KEYS) == 4
+    loaded = store.load(target, range(6), KEYS[:6], missing="skip", by_layer=True)
     loaded.synchronize(LIMIT)
-    assert loaded.landed.tolist() == [i != 2 for i in range(8)]
+    assert loaded.landed.tolist() == [True] * 4 + [False] * 2
+    assert same(whole, range(4), target, range(4))
 
 
 def test_a_part_that_is_missing_is_a_miss_for_that_block_alone(opened: Any) -> None:

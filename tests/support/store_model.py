@@ -73,7 +73,8 @@ def tokens_of(plane: Any, blocks: Sequence[int]) -> Any:
 
 class World:
     """Keys and what they name, ``truth``: ``[layer, kv, head, token, dim]``; caches that have it,
-    others to load it into; ``ranks``: the whole model, halves of its heads and of its layers."""
+    others to load it into; ``ranks``: the whole model, halves of its heads and of its layers, and
+    two quarters of its heads."""
 
     def __init__(self, folder: Path, keys: int, size: int, layers: int, heads: int, dim: int):
         self.folder, self.keys, self.size, self.steps = folder, keys, size, 0
@@ -90,6 +91,7 @@ class World:
             cache.forget()
         spans = [(0, layers, 0, heads), (0, layers, 0, heads // 2), (0, layers, heads // 2, heads)]
         spans += [(0, layers // 2, 0, heads), (layers // 2, layers, 0, heads)]
+        spans += [(0, layers, 0, heads // 4), (0, layers, heads // 4, heads // 2)]
         self.ranks: Any = [{"layers": slice(a, b), "heads": slice(c, d)} for a, b, c, d in spans]
 
     def form(self, rank: int) -> BlockForm:
