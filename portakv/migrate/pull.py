@@ -76,7 +76,8 @@ class Reader:
         plan = steps(told, self.shards, blocks, first)
         for ticket, owner in told:
             if owner.events and ticket.event >= 0:
-                owner.events[ticket.event].wait(torch.accelerator.current_stream(self.device.index))
+                module = torch.get_device_module(self.device)  # its events take its own streams
+                owner.events[ticket.event].wait(module.current_stream(self.device))
         pull = Pull(Node(None, 1, link=self._link, name="pull"))
         layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
         try:
