@@ -63,7 +63,7 @@ def _take(
 
 def taken(channel: Channel, graph: Graph, step: Step, pull: Pull) -> Iterator[tuple[range, Node]]:
     """The nodes that bring the rows of a step which are moved, and the layers of each."""
-    link = graph.link(f"pull:{step.owner.address}", width=step.owner.welcome.slots)
+    link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
     pull.behind = behind = pull.behind or Behind(step.cut.dst.device)
     for part in step.slices():
         yield part[0], Node(partial(_take, channel, step, part, behind, pull), 1, link=link)

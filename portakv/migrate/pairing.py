@@ -35,6 +35,7 @@ class Paired:
         self.shards, self.events, self.held = list[Shard](), list[Any](), list[ipc.Held]()
         self.why, self.mover = "", cast(Any, None)  # why it is not mapped, and what carries then
         self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
+        self.number = 0  # of those that are known now: workers are kept by it
         self.slots: SimpleQueue[tuple[int, torch.Tensor]] = SimpleQueue()
         self.unwatch: Callable[[], object] = lambda: None
         #: For the epochs of this and of others the cuts of a pull, if all have all positions.
@@ -89,6 +90,8 @@ class Pairings:
                 except PortaKVError as error:
                     why = f"{owner.why}; and they cannot be moved: {error}"
                     raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
+            used = {one.number for one in self._owners.values()}
+            owner.number = min({*range(len(used) + 1)} - used)
             self._owners[key] = owner
             owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
         return owner
