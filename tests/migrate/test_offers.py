@@ -596,3 +596,16 @@ def test_a_reader_that_begins_and_is_gone_loses_the_offer(made: Sides) -> None:
     assert offer.state == "held"
     closed = both.reader.channel.ask(told.address, Close(told.epoch, told.offer), Answer)
     assert (closed.state, offer.state) == ("held", "taken")
+
+
+def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
+    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    reader = made.reader(mine.shard)
+    for _ in range(4):
+        channel = Channel()
+        owner = Owner(channel, theirs.shard, model=MODEL, expose="staging", staging=SMALL)
+        reader.pull(owner.offer([1, 2], tokens=32).ticket, [3]).synchronize(30)
+        owner.close()
+        channel.close()
+        assert until(lambda: reader.channel.statistics()["links"] == 0)
+        assert sum("take" in thread.name for thread in threading.enumerate()) <= 2
