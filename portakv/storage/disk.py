@@ -16,12 +16,10 @@ from typing import Any
 from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Link
 from portakv.runtime.bounded import Bounded
-from portakv.storage.engine import Engine, Request, choose
+from portakv.storage.engine import LOST, Engine, Request, choose
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, verify
 from portakv.storage.slots import PAGE, Place, Slots, Track, form_in
-
-LOST = (errno.EIO, errno.ENODATA)  # what a device says of bytes that it will not bring again
 
 
 class Disk:

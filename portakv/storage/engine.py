@@ -3,12 +3,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, TypeAlias
 
 from portakv.backends.base import Decision
 from portakv.errors import InvalidTerms, StoreError
+
+#: What a device or a filesystem says of bytes that it will not bring again.
+LOST = {errno.EIO, errno.ENODATA, errno.EREMOTEIO, errno.EILSEQ, errno.EBADMSG, errno.EUCLEAN}
 
 
 class Request(NamedTuple):
@@ -27,11 +31,11 @@ Ended: TypeAlias = Callable[[int, int], object]
 
 class Engine(Protocol):
     """Carries requests out for any number of threads. ``run`` returns when all have ended: the
-    bytes of each, all moved, or a negative errno. ``-EIO`` and ``-ENODATA`` (the file ends before)
-    tell that the bytes are lost; what was not carried out, as after ``close``, is ``-ECANCELED``.
-    ``ended`` is told once of each, in any order, in the thread that called ``run``, while others
-    are under way; it asks nothing of the engine, and what it raises is raised once all have ended.
-    ``notes`` tell what it does without."""
+    bytes of each, all moved, or a negative errno: of `LOST` (``-ENODATA``: the file ends before)
+    the bytes will not come, of others they may; after ``close`` it is ``-ECANCELED``. ``ended`` is
+    told once of each, in any order, in the thread that called ``run``, while others are under way;
+    it asks nothing of the engine, and what it raises is raised once all have ended. ``notes`` tell
+    what it does without."""
 
     name: str
     notes: tuple[str, ...]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
-from portakv.storage.engine import Engine, Request
+from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header
 
@@ -149,14 +149,19 @@ class Slots:
         # A table of zeros is a new one, or was lost.
         torn = [*{*used}.difference(good), *range(records if used else 0, known)]
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
+        found = list[tuple[int, Header]]()
         for first in track(range(0, len(torn), BATCH), "headers"):
             part = list(zip(torn[first : first + BATCH], pages, strict=False))
             asks = [Request(self.fd, i * size, p.ctypes.data, PAGE, False) for i, p in part]
             for (slot, page), moved in zip(part, engine.run(asks), strict=True):
+                if moved < 0 and -moved not in LOST:  # what is there may be good
+                    raise OSError(-moved, os.strerror(-moved))
                 told = header(page, self.form) if moved == PAGE else "it cannot be read"
                 words[slot] = 0
                 if not isinstance(told, str):
-                    self._put(slot, *told)
+                    found.append((slot, told))
+        for slot, head in found:  # not before: a table with a record is one that was not lost
+            self._put(slot, *head)
         # The older first, a prefix behind its suffix; or in order of use, as `close` left it.
         slots = np.flatnonzero(words[:, SEGMENTS])
         slots = slots[np.lexsort((-slots, words[slots, GENERATION]))]

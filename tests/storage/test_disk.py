@@ -182,7 +182,7 @@ def test_an_image_in_the_slot_of_another(shelf: Open) -> None:
     assert load(one, KEYS[:2]) == [True, False]
 
 
-@pytest.mark.parametrize("result", [-errno.EIO, -errno.ENODATA, 4096])
+@pytest.mark.parametrize("result", [-errno.EIO, -errno.ENODATA, -errno.EUCLEAN, 4096])
 def test_a_read_that_fails(shelf: Open, result: int) -> None:
     """Fault 19. It is a miss, the block is forgotten, and others come."""
     io = Faulty()

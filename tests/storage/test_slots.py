@@ -199,6 +199,17 @@ def test_a_table_that_is_lost(
             slots.unpin(pinned(slots, KEYS[7]), good=False)
 
 
+def test_a_recovery_that_cannot_read_changes_nothing(six: tuple[Path, dict[bytes, Place]]) -> None:
+    """Fault 7. The engine carries some requests out alone: the next start finds all."""
+    folder, before = six
+    (folder / "table").unlink()
+    some = cases.Faulty(lambda ask: -errno.ECANCELED if ask.offset == 4 * IMAGE else None)
+    with pytest.raises(StoreError, match="canceled"):
+        Slots(folder, FORM, 8 * IMAGE, some)
+    with closing(opened(folder)) as slots:
+        assert entries(slots) == before
+
+
 @pytest.mark.parametrize(
     "harm",
     [
