@@ -263,7 +263,6 @@ def _storage(result: Mapping[str, Any]) -> list[str]:
 
 def _migration(result: Mapping[str, Any]) -> list[str]:
     between = sorted({_BETWEEN[row["across"]] for row in result["rows"]})
-    # Of pulls in six cases and sizes the ratios say what the rates of the others are.
     known = [x for x in result["rows"] if (x["kind"], x["backend"]) not in _RAW]
     return _suite(f"Migration between {' and '.join(between)}", {**result, "rows": known}, [])
 
