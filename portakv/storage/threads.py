@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, as_completed, wait
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from fcntl import F_GETFL, fcntl
 from functools import partial
@@ -105,24 +105,26 @@ class Threads:
         engine closed is cancelled, and may not be told."""
         if not self._begin():
             return [-errno.ECANCELED if self._closed else carry(each) for each in requests]
-        ends = {Future[int](): number for number in range(len(requests))}
+        ends, done = [Future[int]() for _ in requests], SimpleQueue[int]()
 
-        def work(end: Future[int], request: Request) -> None:
+        def work(number: int, request: Request) -> None:
             if self._closed:
-                end.cancel()
-            if end.set_running_or_notify_cancel():
-                end.set_result(carry(request))
+                ends[number].cancel()
+            if ends[number].set_running_or_notify_cancel():
+                ends[number].set_result(carry(request))
+            done.put(number)
 
         def go(stopped: bool) -> None:
-            for each in () if stopped else zip(ends, requests, strict=True):
+            for each in () if stopped else enumerate(requests):
                 self._tasks.put(partial(work, *each))
             # Once it is closed, nobody may come for what was put since.
             begun = [end for end in ends if not ((stopped or self._closed) and end.cancel())]
-            if tell and not stopped:
-                for end in as_completed(begun):
-                    if not end.cancelled():
-                        tell(ends[end], end.result())
-            wait(begun)
+            for _ in begun if tell and not stopped else ():
+                if tell and not ends[number := done.get()].cancelled():
+                    tell(number, ends[number].result())
+            for end in begun:  # `wait` of all, if it is broken, may keep their locks
+                with suppress(CancelledError):
+                    end.result()
 
         to_the_end(go)
         return [-errno.ECANCELED if end.cancelled() else end.result() for end in ends]

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import itertools
 import os
 import resource
 import subprocess
@@ -13,7 +14,9 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import _base
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -194,3 +197,44 @@ def test_a_request_that_makes_no_sense_fails_alone(tmp_path: Path) -> None:
             -errno.ECANCELED,
             PAGE,
         ]
+
+
+def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 34. Ctrl-C in the caller, inside of what it calls as well: no read is under way behind
+    it, and no thread is lost to the next caller."""
+    (tmp_path / "a").write_bytes(bytes(PAGE))
+    space, engine, real, running = aligned(PAGE), Threads(), os.preadv, set[float]()
+    lines, line, interrupted = itertools.count(), 0, True
+
+    def read(*each: Any) -> int:
+        running.add(began := time.monotonic())
+        time.sleep(0.0005)
+        got = real(*each)
+        running.discard(began)
+        return got
+
+    def at_line(frame: FrameType, event: str, _: object) -> Any:
+        if frame.f_code.co_filename not in (Threads.run.__code__.co_filename, _base.__file__):
+            return None
+        if event == "line" and next(lines) == line:
+            raise KeyboardInterrupt
+        return at_line
+
+    monkeypatch.setattr(os, "preadv", read)
+    with (tmp_path / "a").open("rb") as opened:
+        asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 10
+        assert engine.run(asked) == [PAGE] * 10
+        while interrupted:
+            lines, line = itertools.count(), line + 1
+            before, interrupted = sys.gettrace(), False
+            sys.settrace(at_line)
+            try:
+                engine.run(asked, lambda *_: None)
+            except KeyboardInterrupt:
+                interrupted = True
+            finally:
+                sys.settrace(before)
+            assert not running
+        assert line > 100
