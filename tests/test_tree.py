@@ -64,7 +64,7 @@ BUDGETS = {
     "benchmarks/storage": 559,
     "tests": 36_145,
     "tests/integrations": 5_000,
-    "tests/storage": 5_172,
+    "tests/storage": 5_182,
     "tests/graph": 1_200,
     "tests/migrate": 4_600,
 }

@@ -115,6 +115,16 @@ class StoreModel(RuleBasedStateMachine):
         if store:  # it is not the end
             self.start(**store)
 
+    @precondition(lambda self: self.age > 6)
+    @rule(**RUN, **STORE, ranks=st.sampled_from(((1, 2), (5, 6, 2), (3, 4))))
+    def others(self, run: Any, ranks: tuple[int, ...], rank: int, **store: Any) -> None:
+        """All ranks of another split save the same blocks, before this one is there again."""
+        for each in (*ranks, rank):
+            self.restart(kill=False, share=0.0, rank=each, **store)
+            if self.engine.go.is_set():
+                self.save(run, 0, priority="urgent", deadline=None)
+        self.undisturbed(run, 0)
+
     @invariant()
     def counted(self) -> None:
         self.age, self.world.steps = self.age + 1, self.world.steps + 1
