@@ -31,6 +31,9 @@ class Decision:
 
 
 _HOST = torch.device("cpu")
+#: Rows that lie on another device than the one that a kernel runs on. It reads them: nobody writes
+#: into another's memory.
+PEERS = frozenset({("peer", "device")})
 
 
 def places_on(device: torch.device) -> frozenset[tuple[str, str]]:
@@ -219,7 +222,9 @@ class Backend(ABC):
             return decision
         """
         why = refusal(self.capabilities(), plan)
-        return Decision(self.name, why is None, why or "takes the plan")
+        reads = plan.src.place == "peer"
+        told = "reads the peer's rows, with the whole device" if reads else "takes the plan"
+        return Decision(self.name, why is None, why or told)
 
     @abstractmethod
     def prepare(self, plan: CopyPlan) -> Launch:

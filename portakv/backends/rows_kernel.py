@@ -61,6 +61,11 @@ TUNING = (
 )
 
 
+#: Rows of a peer, at any size. A prefetch into L2 asks for them over the link a second time: 6 GB/s
+#: with it, 375 without, between two H200.
+PEER_TUNING = (Tuning(0, 1, 0),)
+
+
 _INCLUDE = re.compile(r'^#include "(.+)"\n', re.MULTILINE)
 _texts: Bounded[str, str] = Bounded("kernel texts", 8)
 
@@ -82,7 +87,8 @@ class RowsKernel:
 
     Args:
         threads: of a block.
-        tunings: how launches are cut, by their size; None: `TUNING`.
+        tunings: how launches are cut, by their size; None: `TUNING`. Of a peer's rows it is always
+            `PEER_TUNING`.
 
     Attributes:
         row: vectors of one unit in one plane.
@@ -100,7 +106,8 @@ class RowsKernel:
         self, nest: Nest, plan: CopyPlan, threads: int = THREADS,
         tunings: tuple[Tuning, ...] | None = None,
     ) -> None:  # fmt: skip
-        self.threads, self._tunings = threads, tunings or TUNING
+        peer = PEER_TUNING if plan.src.place == "peer" else None
+        self.threads, self._tunings = threads, peer or tunings or TUNING
         self.unit, self.vector = plan.unit, nest.vector
         outer, inner = split_loops(nest.loops)
         self.row = prod(x.extent for x in inner) * (nest.run // nest.vector)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Launch, MoveLaunch, places_on
+from portakv.backends.base import PEERS, Backend, Capabilities, Launch, MoveLaunch, places_on
 from portakv.backends.rows_kernel import THREADS, RowsKernel, Tuning
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
@@ -73,7 +73,7 @@ class RowsBackend(Backend):
         self._driver, self._kernels = driver, LoadedKernels(driver, lambda: capturing(device))
 
     def capabilities(self) -> Capabilities:
-        places = places_on(self.device)
+        places = places_on(self.device) | PEERS
         return Capabilities(places, skips_negative=True, guards=True, capturable=True)
 
     def prepare(self, plan: CopyPlan) -> Launch:

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 
 from portakv.backends._triton_rows import NestKernel
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, places_on
+from portakv.backends.base import (
+    PEERS,
+    Backend,
+    Capabilities,
+    Decision,
+    Launch,
+    MoveLaunch,
+    places_on,
+)
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture, refuse_fork, this_process
@@ -50,11 +58,11 @@ class Triton(Backend):
 
     def capabilities(self) -> Capabilities:
         host = self.device.type == "cpu"
+        places = places_on(self.device) | (frozenset() if host else PEERS)
         # The interpreter replaces functions of triton while it runs: no threads.
         return Capabilities(
-            places_on(self.device), skips_negative=True, guards=True, capturable=not host,
-            threads=not host,
-        )  # fmt: skip
+            places, skips_negative=True, guards=True, capturable=not host, threads=not host
+        )
 
     def prepare(self, plan: CopyPlan) -> Launch:
         nests = [NestKernel(nest, plan) for nest in plan.nests]

@@ -28,6 +28,7 @@ bytes of a token; then the backend that carries it out and what the others
 answered. The plan is made for example tensors, contiguous or in the memory
 order that a preset names; nothing is moved. With --host it explains instead
 which engine copies between a device and host memory, and takes no layouts.
+With --src-device it says how the rows of another device cross to --device.
 With --caches it lists what the library remembers; with --storage DIR it says
 how a block store in that folder would be read and written; with --peer how rows
 of other processes would be pulled here.
@@ -56,6 +57,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         group.add_argument(f"--{side}-step", type=_step, metavar="N", help=tokens)
     parser.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
+    parser.add_argument("--src-device", metavar="D", help="the source's (default: as --device)")
     parser.add_argument(
         "--caches", action="store_true",
         help="list instead everything in the library that remembers: its name, size and limit",
@@ -82,9 +84,15 @@ def run(asked: argparse.Namespace) -> int:
     device = usual_device() if asked.device is None else usable_device(asked.device)
     layouts, steps = (asked.src, asked.dst), (asked.src_step, asked.dst_step)
     src, dst = make_sides(layouts, said_extents(asked), device, steps, asked.index == "blocks")
+    choice = choose(dst.view.device, asked.backend)
+    if asked.src_device is not None:
+        there = usable_device(asked.src_device)
+        src, _ = make_sides(layouts, said_extents(asked), there, steps, asked.index == "blocks")
+        src = src._replace(view=src.view.as_peer(dst.view.device))
+        choice = explain_link.between(asked, src.view, dst.view, choice)
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
-    choice = choose(src.view.device, asked.backend)
     _, taken = prepare(plan, choice)  # as a copy would
+    why = _why(taken) if asked.src_device is None else taken.trace[-1].reason
     found = {
         "source": _side_json(src), "destination": _side_json(dst),
         "plan": {
@@ -92,7 +100,7 @@ def run(asked: argparse.Namespace) -> int:
             "nests": [_nest_json(nest) for nest in plan.nests], "text": str(plan),
         },
         "device": str(taken.backend.device), "forced": taken.forced, "backend": taken.name,
-        "why": _why(taken), "notes": _notes(taken, ids=bool(src.step or dst.step)),
+        "why": why, "notes": _notes(taken, ids=bool(src.step or dst.step)),
         "candidates": candidates_for_plan(plan, taken),
     }  # fmt: skip
     if asked.json:

@@ -13,10 +13,13 @@ from typing import Any
 
 from portakv.cli import migrate, sides
 from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.copy.between import carrier
 from portakv.engines.choose import ORDER, Host, pick
 from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
 from portakv.engines.engine import OVERLAPS, Terms
 from portakv.engines.pieces import Shape
+from portakv.registry.registry import Choice
+from portakv.view.view import KVView
 
 #: Options that only `--host` reads, by where argparse leaves them.
 _ONLY = (
@@ -69,12 +72,20 @@ def misplaced(asked: argparse.Namespace) -> str:
         return "--host takes no layouts, but --blocks, --run-bytes and --direction"
     if asked.host and asked.payload is not None and asked.blocks is not None:
         return "--payload goes without --blocks"
-    for name in () if asked.host else _ONLY:
+    if (asked.host or asked.peer) and asked.src_device is not None:
+        return "--src-device goes with two layouts"
+    both = () if asked.src_device is None else ("overlap", "max_thread_blocks")
+    for name in () if asked.host else [x for x in _ONLY if x not in both]:
         if getattr(asked, name) is not None:
             return f"--{name.replace('_', '-')} goes with --host"
     if not (asked.host or asked.peer) and (asked.src is None or asked.dst is None):
         return "the following arguments are required: SRC_LAYOUT, DST_LAYOUT (or --host)"
     return ""
+
+
+def between(asked: argparse.Namespace, src: KVView, dst: KVView, choice: Choice) -> Choice:
+    """What carries a peer's rows; whether they can be read where they are is tried for it."""
+    return carrier(src, dst, choice, Terms(asked.overlap or "compute", asked.max_thread_blocks))
 
 
 def run(asked: argparse.Namespace) -> int:

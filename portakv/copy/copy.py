@@ -10,9 +10,8 @@ from typing import Any, Protocol, TypeAlias
 
 import torch
 
-from portakv.engines.choose import across
-from portakv.engines.engine import Engine, Terms
-from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, Unsupported, flag
+from portakv.copy.between import carrier
+from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, flag
 from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
@@ -91,7 +90,7 @@ def common_device(src: KVView, dst: KVView) -> torch.device:
         return dst.device
     raise DeviceMismatch(
         f"The source is on {src.device} and the destination on {dst.device}; a copy runs on one "
-        f"device, or between it and the host. Go through a host buffer."
+        f"device, between it and the host, or between two of one type. Go through a host buffer."
     )
 
 
@@ -167,29 +166,6 @@ def copy_move(
     if not known_good:
         check_disjoint(move)
     return _launch(pieces, move, stream, error, guarded)
-
-
-def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
-    """What carries a copy out on a caller's terms: the chosen backend if it reaches both places, or
-    an engine; the rate is kept by a worker. Raises `DeviceMismatch` for a view on a device that has
-    no part in the copy, `Unsupported` for terms that nothing here would keep."""
-    home, devices = choice.backend.device, {src.device, dst.device}
-    if devices - {home, torch.device("cpu")} or home not in devices:
-        raise DeviceMismatch(
-            f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
-            f"on {home}; views must lie there or on the host. Make a connector for their device."
-        )
-    if isinstance(choice.backend, Engine):
-        return choice if terms is None else across(choice, terms)
-    if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
-        return across(choice, terms)
-    if terms is not None and terms.max_thread_blocks is not None:
-        raise Unsupported(
-            f"A copy from {src.device} to {dst.device} by {choice.name!r} with "
-            f"max_thread_blocks={terms.max_thread_blocks}",
-            "the limit is kept by engines whose kernels read or write host memory; leave it out",
-        )
-    return choice
 
 
 def _pieces(ready: Prepared, move: Move, choice: Choice) -> list[Piece]:
@@ -302,7 +278,9 @@ def _launch(
         event = pool.recorded(stream)
     elif not pendings and error is None:
         return Transfer((), None, carried)
-    completion = Completion(event, pendings, status, error, kept if pendings else None, pool)
+    # A peer's memory no allocator here holds for as long as this device reads it.
+    held = kept if pendings or move.src.form.place == "peer" else None
+    completion = Completion(event, pendings, status, error, held, pool)
     if pendings or status:
         hold(completion)
     return Transfer((completion,), kept, carried)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv.backends.base import Again
-from portakv.copy.copy import carrier
+from portakv.copy.between import carrier
 from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice

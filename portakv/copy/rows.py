@@ -7,9 +7,9 @@ from time import perf_counter
 
 import torch
 
+from portakv.copy.between import carrier, seen_by_reader
 from portakv.copy.copy import (
     Ids,
-    carrier,
     checked,
     copy_move,
     follow_current,
@@ -59,7 +59,8 @@ def copy_rows(
     either: until the end the caller must not write what is read, nor use what is written.
 
     Args:
-        src, dst: views of equal extents and widths in bytes, of any layouts.
+        src, dst: views of equal extents and widths in bytes, of any layouts; on one device, on it
+            and the host, or on two of one type, of which the destination's reads the other.
         src_index, dst_index: an `Index`, or ids as a slot mapping (step 1); None: consecutive.
         count: tokens to move; by default what the indices cover.
         backend: the name of a backend or of an engine, which then must carry it out.
@@ -67,7 +68,8 @@ def copy_rows(
             that of the kernels; copy engines know none.
         by_layer: one layer behind the other, each with an end of its own: `BlockTransfer.layers`.
         overlap: what else the device does: ``compute``, it runs a model; or ``idle``, nothing.
-        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory.
+        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory, or
+            reads another device's.
         max_gbps: the most 10^9 bytes in a second.
         cancellable: `BlockTransfer.cancel` stops it between two slices.
         detached: no stream waits for its end, not even ``stream``; the handle alone tells it.
@@ -82,7 +84,7 @@ def copy_rows(
         LayoutError: the views cannot hold each other's rows, or the destination cannot be written.
         SlotError: a bad index on the host, or sides that cover different numbers of tokens; bad
             device ids are raised by the transfer. Slices also refuse those at once.
-        DeviceMismatch: a stream of another device.
+        DeviceMismatch: a stream of another device, or devices of two types.
         InvalidTerms: another ``overlap`` or ``check``, a flag or number that is none for its term.
         BackendUnavailable, Unsupported: no backend carries it out, with the trace; terms that
             cannot be kept; in slices, detached or strict, inside graph capture.
@@ -109,6 +111,11 @@ def issued(
         transfer = issued(src, dst, src_index, dst_index, *given, detached, check, None)
         late.keep(transfer)
         return transfer
+    if src.device != dst.device and "cpu" not in (src.device.type, dst.device.type):
+        joins = detached is False and cancellable is False and max_gbps is None
+        given = count, backend, stream, by_layer, overlap, max_thread_blocks, max_gbps, cancellable
+        with seen_by_reader(src, dst.device, stream, joins) as peer:
+            return issued(peer, dst, src_index, dst_index, *given, detached, check, None)
     if by_layer is not False or cancellable is not False:
         flag("by_layer", by_layer), flag("cancellable", cancellable)
     strict, sliced = is_strict(check), cancellable or max_gbps is not None
@@ -121,7 +128,7 @@ def issued(
     move, choice = checked(src, dst, mine, theirs, count, backend)
     if stream is not None:  # now: some ways use it before their first copy looks at it
         check_stream(stream, choice.backend.device)
-    if terms is not None:
+    if terms is not None or src.form.place == "peer":
         choice = carrier(src, dst, choice, terms)
     if sliced:
         return in_slices(move, choice, stream, max_gbps, by_layer)

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.backends.base import Again, Capabilities, Decision, Launch, Pending
+from portakv.backends.base import PEERS, Again, Capabilities, Decision, Launch, Pending
 from portakv.engines.costs import Table, costs_of
 from portakv.engines.engine import SMALL, Engine, EngineLaunch, Terms, read_on, told_of
 from portakv.engines.link import by_torch, link_of
@@ -208,7 +208,7 @@ class Host(Engine):
 
     def capabilities(self) -> Capabilities:
         served = [engine.capabilities().places for engine in self.engines.values()]
-        return Capabilities(places=frozenset().union(*served), index_on="any")
+        return Capabilities(places=frozenset().union(*served) - PEERS, index_on="any")
 
     def check(self, plan: CopyPlan) -> Decision:
         answers = {name: engine.check(plan) for name, engine in self.engines.items()}

@@ -36,8 +36,8 @@ class Terms:
     Attributes:
         overlap: ``compute``, the device runs a model as well, so that nothing but copy engines
             and short kernels may be used; or ``idle``, the fastest way, whatever it uses.
-        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory;
-            None: the engine's own limit.
+        max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory, or
+            reads a peer's; None: the engine's own limit.
         max_gbps: the most 10^9 bytes in a second; None: the link's own.
         detached: no stream that the caller knows waits for the end, so that the next transfer need
             not wait for this one's.

@@ -18,8 +18,9 @@ from portakv.errors import LayoutError
 from portakv.layout.extents import factor_extent
 from portakv.layout.language import Factor, Layout
 
-#: Where memory can be: on the device, pinned or pageable on the host, or in another process.
-PLACES = ("device", "pinned", "pageable", "remote")
+#: Where memory can be: on the device, pinned or pageable on the host, in another process, or a
+#: peer's, whose memory the device reads over a link: another device's, perhaps of another process.
+PLACES = ("device", "pinned", "pageable", "remote", "peer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Form:
         block_size: tokens of a block; 0 if the view is not paged.
         opaque: only whole pages can be moved.
         alignment: the largest power of two up to 16 that divides all addresses.
-        place: one of ``device``, ``pinned``, ``pageable``, ``remote``.
+        place: one of ``device``, ``pinned``, ``pageable``, ``remote``, ``peer``.
         dtypes: for each kv the number type, such as ``float16``, or "" for bytes; () if all are.
         table_on_device: the addresses are known to a device alone, which has a table of them.
         unwritable: why rows of this form cannot be a destination; empty if they can.

@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.errors import LayoutError
+from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.language import Layout
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.devices import capturing, refuse_capture, usable_device
 from portakv.runtime.transfer import event_pool
 from portakv.view.bound import BoundLayout, Facts, Rows, Spans, as_dtype, bind_layout, reach
 from portakv.view.bound import Tensors as Tensors
@@ -51,7 +51,8 @@ class KVView:
         form: strides, widths, alignment and place.
         tensors: what was read, as it was passed.
         slots: tokens that can be addressed (blocks * block_size, or a chunk's tokens).
-        device: where the tensors are.
+        device: where the tensors are; of a peer's rows, which device reads them.
+        home: where the memory is, whichever device reads it.
 
     Raises:
         LayoutError: a contradiction, naming the axis, the expected and the found extent.
@@ -62,7 +63,7 @@ class KVView:
     # derived: what slices, launches and engines made of this view; lives as long as the view.
     __slots__ = (
         "_foreign", "_memory", "_origins", "_owners", "_spans", "_table", "_unwritable", "derived",
-        "device", "fleeting", "form", "layout", "requires_grad", "slots", "tensors",
+        "device", "fleeting", "form", "home", "layout", "requires_grad", "slots", "tensors",
     )  # fmt: skip
 
     def __init__(
@@ -143,6 +144,7 @@ class KVView:
     ) -> None:  # fmt: skip
         self.layout, self.tensors = layout, tensors
         rows, self.slots, self.device, self.requires_grad = facts
+        self.home = self.device
         self.form, self._origins, self._owners, self._spans = rows
         self._foreign, self._table = foreign, table
         self.fleeting = not (lasting or foreign)
@@ -321,7 +323,7 @@ class KVView:
         if not isinstance(other, KVView):
             kind = type(other).__name__
             raise LayoutError(f"Overlap with a {kind} was asked; expected a KVView. Pass one.")
-        if self.device != other.device:
+        if self.home != other.home:
             return False
         mine = self.spans if self._spans is None else self._spans  # the property costs a call
         theirs = other.spans if other._spans is None else other._spans
@@ -339,6 +341,8 @@ class KVView:
             why = self.form.unwritable
             if self.requires_grad:
                 why = "it requires grad; pass tensor.detach()"
+            elif self.form.place == "peer":
+                why = "it is a peer's, whose rows are read alone; let its own device read yours"
             elif not why and self._origins is not None and len(self._origins) > 1:
                 found = [self.origins[entry] + offset for entry, offset in self.form.planes]
                 distinct = all(len(set(each)) == len(each) for each in (found, self.origins))
@@ -479,6 +483,38 @@ class KVView:
             view = self.derived["bytes"] = self._with(rows, self._table)
         return view
 
+    def as_peer(self, device: torch.device | str) -> KVView:
+        """These rows as another ``device`` of their type reads them, at the same addresses: place
+        ``peer``, to be the source of copies to that device. Memory that another process shared
+        counts as this view's own device's; pass that. Nobody writes into a peer's memory.
+
+        Raises:
+            DeviceMismatch: rows of the host, a device of another type, or one that is not here.
+        """
+        reader = torch.device(device) if isinstance(device, torch.device) else usable_device(device)
+        if reader.type == self.home.type != "cpu":
+            index = (
+                torch.accelerator.current_device_index() if reader.index is None else reader.index
+            )
+            return self._seen("peer", torch.device(reader.type, index))
+        raise DeviceMismatch(
+            f"Rows on {self.home} were asked to be read by {reader}; a device reads the memory of "
+            f"others of its own type. Copy them to a view of pinned host memory, and from there."
+        )
+
+    def as_own(self) -> KVView:
+        """A peer's rows as their own device sees them."""
+        return self if self.form.place != "peer" else self._seen("device", self.home)
+
+    def _seen(self, place: str, device: torch.device) -> KVView:
+        view: KVView | None = self.derived.get((place, device))
+        if view is None:
+            form = same_form(replace(self.form, place=place, table_on_device=False))
+            view = self._with((form, self.origins, self._owners, self._spans), None)
+            view.device = device
+            view = self.derived.setdefault((place, device), view)
+        return view
+
     def planes(self, layers: tuple[int, int] | None, kv: tuple[int, int] | None) -> KVView:
         """The rows of some layers and kv, each range [first, past the last), None for all: a slice
         that is made once and kept with the view."""
@@ -506,6 +542,7 @@ class KVView:
         own = table if self.form.table_on_device else None  # others are made when they are needed
         lasting = self._memory is not None
         view._set(self.layout, self.tensors, facts, lasting, self._foreign, own)
+        view.home = self.home
         return view
 
     def __repr__(self) -> str:

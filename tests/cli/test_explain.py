@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import FOUNDING, Absent, Late, Shy, registered, run, run_json
+from support.simdev_cases import NAME
 
 from portakv.engines.costs import Point, Table, as_json
 from portakv.layout.language import parse
@@ -102,6 +103,21 @@ def test_explain_takes_every_preset(name: str) -> None:
     row = side["layers"] * side["heads"] * sum(side["width_bytes"])
     tokens = side["block_size"] if side["opaque"] else 1
     assert found["plan"]["token_bytes"] == row // tokens
+
+
+@pytest.mark.simdev
+def test_explain_says_how_rows_of_another_device_cross() -> None:
+    words = "explain", *FOUNDING, "--layers", "2", "--device", f"{NAME}:1"
+    found = run_json(*words, "--src-device", f"{NAME}:0", "--overlap", "idle")
+    assert found["backend"] == "bounced"
+    assert found["why"].startswith("goes through pinned host memory, since torch does not tell")
+    assert found["device"] == f"{NAME}:1"
+    code, _, err = run(*words, "--src-device", "cpu")
+    assert code == 1
+    assert "reads the memory of others of its own type" in err
+    with pytest.raises(SystemExit) as wrong:
+        run("explain", "--host", "--src-device", f"{NAME}:0")
+    assert wrong.value.code == 2
 
 
 def answers_in(found: Any) -> dict[str, tuple[bool, bool, str]]:

@@ -326,8 +326,9 @@ def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str
         other, blocks = torch.device(accelerator.type, 1), pair(accelerator, store=True)
         with refused(DeviceMismatch, name, str(other), "stream", watch=blocks.dst.tensors):
             blocks.start(stream=torch.Stream(other), **WAYS[way])
-        with refused(DeviceMismatch, name, str(other), watch=blocks.dst.tensors):
-            Pair(blocks.src, layered(other)).start(**WAYS[way])
+        between = Pair(blocks.src, layered(other))
+        with refused(DeviceMismatch, name, str(other), "stream", watch=between.dst.tensors):
+            between.start(stream=torch.Stream(accelerator), **WAYS[way])
 
 
 @pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"cancellable": True}], ids=str)

@@ -23,7 +23,7 @@ from support.foreign_cases import blind
 from support.guarded_memory import filled, refused, tensors_in
 
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
-from portakv.backends.base import Capabilities, Decision, Launch
+from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.engines import direct
 from portakv.engines.direct import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
 from portakv.engines.engine import PINNED, Terms
@@ -91,7 +91,7 @@ def test_devices_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None
 def test_what_it_claims_and_that_narrow_vectors_are_told() -> None:
     engine = Direct(CUDA)
     assert engine.capabilities() == Capabilities(
-        places=PINNED, skips_negative=True, guards=True, capturable=True
+        places=PINNED | PEERS, skips_negative=True, guards=True, capturable=True
     )
     for sides in (Loads.sides, Stores.sides):
         wide = engine.check(between(COPIES["gather"](), *sides))

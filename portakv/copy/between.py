@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What carries a copy between two places, the device's backend or an engine; and the order of a
+copy between two devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from portakv.engines.choose import across
+from portakv.engines.engine import Engine, Terms
+from portakv.engines.peers import reached
+from portakv.errors import DeviceMismatch, Unsupported
+from portakv.registry.registry import Choice
+from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.streams import check_stream
+from portakv.view.view import KVView
+
+
+@contextmanager
+def seen_by_reader(
+    src: KVView, reader: torch.device, stream: torch.Stream | None, joins: bool
+) -> Iterator[KVView]:
+    """Inside, the rows of another device may be read on ``stream`` (None: the reader's current
+    one), which is behind the current stream of their device. If it ``joins``, that one goes on
+    behind it, so that nothing is overwritten too early; as `Tensor.copy_` orders both.
+
+    Raises:
+        DeviceMismatch: devices of two types, or a stream of neither. Unsupported: in graph capture.
+    """
+    peer, owner = src.as_peer(reader), src.home
+    check_stream(stream, reader)
+    if capturing(reader) or capturing(owner):
+        why = (
+            f"a graph would have to hold the streams of {owner} and {reader}; make the copy outside"
+        )
+        raise refuse_capture("A copy between two devices", why)
+    work = stream or torch.accelerator.current_stream(reader.index)
+    theirs = torch.accelerator.current_stream(owner.index)
+    work.wait_stream(theirs)
+    try:
+        yield peer
+    finally:
+        if joins:
+            theirs.wait_stream(work)
+
+
+def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:
+    """What carries a copy out on a caller's terms: the chosen backend if it reaches both places, or
+    an engine; the rate is kept by a worker. Raises `DeviceMismatch` for a view on a device that has
+    no part in the copy, `Unsupported` for terms that nothing here would keep."""
+    home, devices = choice.backend.device, {src.device, dst.device}
+    if devices - {home, torch.device("cpu")} or home not in devices:
+        raise DeviceMismatch(
+            f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "
+            f"on {home}; views must lie there or on the host. Make a connector for their device."
+        )
+    if src.form.place == "peer":
+        return reached(src, choice, terms or Terms())
+    if isinstance(choice.backend, Engine):
+        return choice if terms is None else across(choice, terms)
+    if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
+        return across(choice, terms)
+    if terms is not None and terms.max_thread_blocks is not None:
+        raise Unsupported(
+            f"A copy from {src.device} to {dst.device} by {choice.name!r} with "
+            f"max_thread_blocks={terms.max_thread_blocks}",
+            "the limit is kept by engines whose kernels read or write host memory; leave it out",
+        )
+    return choice
