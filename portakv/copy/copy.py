@@ -278,10 +278,10 @@ def _launch(
         event = pool.recorded(stream)
     elif not pendings and error is None:
         return Transfer((), None, carried)
-    # A peer's memory no allocator here holds for as long as this device reads it.
+    # A peer's memory no allocator here holds for as long as this device reads it, or its own sends.
     held = kept if pendings or move.src.form.place == "peer" else None
     completion = Completion(event, pendings, status, error, held, pool)
-    if pendings or status:
+    if held or status:
         hold(completion)
     return Transfer((completion,), kept, carried)
 
