@@ -49,7 +49,7 @@ BUDGETS = {
     "portakv/backends": 3_490,
     "portakv/cli": 2_950,
     "portakv/connector": 840,
-    "portakv/copy": 1_470,
+    "portakv/copy": 1_475,
     "portakv/engines": 3_375,
     "portakv/host": 2_850,
     "portakv/layout": 770,

@@ -27,6 +27,7 @@ from portakv.runtime.transfer import (
     bad_slot,
     event_pool,
     hold,
+    hold_memory,
 )
 from portakv.view.index import Ids as Ids
 from portakv.view.index import Index
@@ -278,10 +279,13 @@ def _launch(
         event = pool.recorded(stream)
     elif not pendings and error is None:
         return Transfer((), None, carried)
-    # A peer's memory no allocator here holds for as long as this device reads it, or its own sends.
-    held = kept if pendings or move.src.form.place == "peer" else None
+    # No allocator holds a peer's memory for as long as this device reads it, or its own sends it.
+    peer = move.src.form.place == "peer"
+    held = kept if pendings or peer else None
     completion = Completion(event, pendings, status, error, held, pool)
-    if held or status:
+    if peer:
+        hold_memory(completion)
+    if pendings or status:
         hold(completion)
     return Transfer((completion,), kept, carried)
 

@@ -430,12 +430,12 @@ def unreported_error(owner: Owner | None) -> PortaKVError | None:
     return None
 
 
-# Host memory is held by what is in flight, since no allocator orders it on a stream.
+# Host memory, and a peer's, is held by what is in flight, since no allocator orders it on a stream.
 _holding_memory: deque[Completion] = deque()
 
 
 def hold_memory(completion: Completion, retire: bool = True) -> None:
-    """Hold a completion, and so the host memory that it keeps, until it has ended; with ``retire``
+    """Hold a completion, and so the memory that it keeps, until it has ended; with ``retire``
     let go of the oldest ones that have. False if this may run inside another thread's graph
     capture, which a question to an event would end."""
     _holding_memory.append(completion)
