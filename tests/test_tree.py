@@ -45,7 +45,7 @@ BUDGETS = {
     PLUGS: 2_830,
     "portakv/storage": 2_586,
     "portakv/graph": 629,
-    "portakv/migrate": 3_930,
+    "portakv/migrate": 3_940,
     "portakv/backends": 3_490,
     "portakv/cli": 2_950,
     "portakv/connector": 840,

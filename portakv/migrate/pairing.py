@@ -142,6 +142,13 @@ class Pairings:
             if not torch.equal(read, _proof(welcome.epoch)):
                 return "what is read through the mapping is not what its owner has there"
             owner.shards = [rebuild(one, flat) for one in welcome.described]
+            theirs = welcome.regions[0].device
+            if theirs != where(self.device) and not theirs.startswith("cpu "):
+                # Another device's memory, which counts as this one's: its kernels are to know.
+                owner.shards = [
+                    Shard(x.view.as_peer(self.device), x.window.layers, x.window.heads)
+                    for x in owner.shards
+                ]
             owner.events = [ipc.open_event(one, self.device) for one in welcome.events]
         except PortaKVError as error:
             return str(error)
