@@ -59,7 +59,7 @@ def sides() -> Iterator[Sides]:
     made.made.clear()
     gc.collect()
     # A pair that is made with one who is killed meanwhile ends with the mover's own timeout.
-    assert until(lambda: left() <= before, 40), (left(), before)
+    assert until(lambda: left() <= before, 90), (left(), before)
 
 
 def left() -> tuple[int, int]:
