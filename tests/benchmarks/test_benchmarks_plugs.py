@@ -240,6 +240,7 @@ def test_own_code_that_fails_is_told_and_ours_stays(monkeypatch: pytest.MonkeyPa
     assert [line.partition(",")[0] for line in told] == ["lmcache: slots", "lmcache: blocks"]
 
 
+@pytest.mark.slow
 def test_own_code_whose_bytes_are_wrong_is_no_measure(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

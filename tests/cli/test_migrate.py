@@ -140,6 +140,7 @@ def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch)
     assert "a Unix socket on this host, TCP with CURVE" in out
 
 
+@pytest.mark.slow
 def test_the_example_takes_weights_and_rows_over_from_a_living_process() -> None:
     pytest.importorskip("transformers")
     from portakv_examples import switch_role

@@ -53,7 +53,9 @@ def wrong(record: RunRecord) -> dict[str, str]:
     return {case.id: case.reason for case in record.cases if case.status in ("failed", "error")}
 
 
-@pytest.mark.parametrize("name", ["Least", "OnlyTuplesByPrepare"])
+@pytest.mark.parametrize(
+    "name", ["Least", pytest.param("OnlyTuplesByPrepare", marks=pytest.mark.slow)]
+)
 def test_a_narrow_claim_is_no_failure(name: str, conform: Any) -> None:
     record = judged(conform, name, "--only", *_TELLING)
     assert wrong(record) == {}

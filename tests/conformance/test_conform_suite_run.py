@@ -230,6 +230,7 @@ def test_the_reference_passes(passed: RunRecord, listed: Listed) -> None:
     assert check_report(passed.document(), lambda profile, device: listed) == []
 
 
+@pytest.mark.slow
 def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
     def timeless(record: RunRecord) -> str:
         return re.sub(rf'"(started|seconds|command|{SEAL})": [^,}}]*', "", record.document())
