@@ -59,13 +59,16 @@ def sides() -> Iterator[Sides]:
     made.made.clear()
     gc.collect()
     # A pair that is made with one who is killed meanwhile ends with the mover's own timeout.
-    assert until(lambda: left() <= before, 90), (left(), before)
+    assert until(lambda: left() <= before, 90), (left(), before, _named(), [*_open_files()])
 
 
 def left() -> tuple[int, int]:
     """Threads of the library, and open files but for shared memory, which tests still hold."""
-    named = [x for x in threading.enumerate() if x.name.startswith("portakv")]
-    return len(named), sum("deleted" not in path for path in _open_files())
+    return len(_named()), sum("deleted" not in path for path in _open_files())
+
+
+def _named() -> list[str]:
+    return [x.name for x in threading.enumerate() if x.name.startswith("portakv")]
 
 
 def _open_files() -> Iterator[str]:

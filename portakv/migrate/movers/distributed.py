@@ -36,6 +36,9 @@ Stores = Callable[["Channel", "str | None"], Any]
 KEYS = 8192
 #: Past its own timeout NCCL's watchdog ends the process; here a group is aborted long before.
 NEVER = 86400.0
+#: gloo gives a peer that connects this many times a group's timeout (`waitUntil`, tcp/pair.h), also
+#: one that has died; torch has no call that ends it before.
+RELAXED = 5
 
 
 class Join(Message, frozen=True):
@@ -81,7 +84,7 @@ class Pair(Lane):
         elif not self.named.wait(self.mover.timeout) or self.gone:
             raise self.gone or TransferTimeout("the reader has not joined")
         mover, rank = self.ours, int(bool(self.address))
-        seconds = mover.timeout if self.stream is None else NEVER
+        seconds = mover.timeout / RELAXED if self.stream is None else NEVER
         store = mover.stores(self.channel, self.address) if rank else mover.store
         over = self.over = getattr(store, "over", self.over)
         try:
