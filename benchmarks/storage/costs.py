@@ -11,7 +11,7 @@ from statistics import median
 import torch
 
 from portakv.graph.graph import Graph, Node
-from portakv.storage.engine import choose
+from portakv.storage.choose import choose
 from portakv.storage.form import BlockForm
 from portakv.storage.slots import Slots
 from portakv_benchmarks.host.suite import KB

@@ -23,8 +23,8 @@ import torch
 from portakv import KVView
 from portakv.graph.graph import Graph, Link, Node
 from portakv.storage import image
+from portakv.storage.choose import choose
 from portakv.storage.disk import Disk
-from portakv.storage.engine import choose
 from portakv.storage.form import BlockForm
 from portakv.storage.plan import LOADED, SAVED
 from portakv.storage.remote import Remote

@@ -25,7 +25,8 @@ from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes
 from portakv.errors import StoreBusy, StoreError
 from portakv.storage import image, slots
-from portakv.storage.engine import Request, choose
+from portakv.storage.choose import choose
+from portakv.storage.engine import Request
 from portakv.storage.form import BlockForm
 
 HELP = "what lies in a folder of a block store: show, check or wipe it"

@@ -16,7 +16,8 @@ from typing import Any
 from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Link
 from portakv.runtime.bounded import Bounded
-from portakv.storage.engine import LOST, Engine, Request, choose
+from portakv.storage.choose import choose
+from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, verify
 from portakv.storage.slots import PAGE, Place, Slots, Track, form_in

@@ -20,7 +20,8 @@ from support.command_line import run, run_json
 from portakv.cli import store as verbs
 from portakv.cli.demo.store import is_good
 from portakv.storage import image
-from portakv.storage.engine import Request, choose
+from portakv.storage.choose import choose
+from portakv.storage.engine import Request
 from portakv.storage.form import BlockForm
 from portakv.storage.slots import Slots
 

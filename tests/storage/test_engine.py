@@ -7,7 +7,6 @@ import errno
 import os
 import resource
 import signal
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -22,7 +21,8 @@ from support.threads import run_threads
 
 from portakv.errors import InvalidTerms, StoreError
 from portakv.storage import ring
-from portakv.storage.engine import Engine, Request, choose
+from portakv.storage.choose import choose
+from portakv.storage.engine import Engine, Request
 from portakv.storage.ring import Ring
 from portakv.storage.threads import Threads
 
@@ -340,21 +340,19 @@ def test_threads_serve_if_io_uring_is_refused(
         choose(name="threads")
 
 
-def test_without_descriptors_no_engine_is_loaded(
-    file: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Fault 25. Their modules are imported when the first engine is chosen."""
-    for name in ("ring", "threads"):
-        monkeypatch.delitem(sys.modules, f"portakv.storage.{name}")
+def test_without_descriptors_threads_serve(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fault 25. A ring is a descriptor; an engine that was forced is an error."""
     monkeypatch.delenv("PORTAKV_IO", raising=False)
     os.close(spare := os.dup(file))
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (spare, limits[1]))
     try:
-        with pytest.raises(StoreError, match=r"ring: rejected, Too many .* threads: rejected, Too"):
-            choose()
+        engine, said = choose()
+        with pytest.raises(StoreError, match=r"'ring'.*ring: rejected, .*Too many open files"):
+            choose(name="ring")
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert (engine.name, "Too many" in said[0].reason) == ("threads", True)
 
 
 def test_an_engine_is_chosen_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ from hypothesis.stateful import run_state_machine_as_test as run_model
 from support.storage_cases import FakeTier, key_of
 from support.store_model import LIMIT, Call, Troubled, WatchedDisk, World
 
-from portakv.storage.engine import choose
+from portakv.storage.choose import choose
 from portakv.storage.form import BlockForm
 from portakv.storage.store import BlockStore
 
