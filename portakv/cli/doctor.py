@@ -38,6 +38,8 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "storage": (("xxhash",), "block stores on the host and on disks"),
     "remote": (("xxhash", "obstore"), "block stores in S3, GCS, Azure and the like"),
     "migrate": (("msgspec", "zmq"), "rows and weights of other processes"),
+    "nixl": (("nixl",), "rows of other hosts over UCX: RDMA, sockets"),
+    "mooncake": (("mooncake",), "the same over Mooncake, on CUDA 13"),
     "metrics": (("prometheus_client",), "the counters of block stores for Prometheus"),
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
