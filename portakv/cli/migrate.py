@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from portakv.backends.base import Decision
-from portakv.cli.console import Column, print_json, print_prose, print_table
+from portakv.cli.console import Column, installing, print_json, print_prose, print_table
 from portakv.errors import PortaKVError, Unsupported
 from portakv.runtime.devices import (
     device_name,
@@ -78,7 +78,8 @@ def _needed() -> None:
     try:
         importlib.import_module("portakv.migrate")
     except ImportError as error:
-        raise Unsupported("Migration was asked for", str(error)) from error
+        why = f"{error.__cause__ or error}; {installing('migrate')} brings it"
+        raise Unsupported("Migration was asked for", why) from error
 
 
 def _mapped(device: torch.device) -> Iterator[Decision]:
@@ -163,9 +164,9 @@ def _print(found: dict[str, Any]) -> None:
     taken = "The first mover that both accept is taken, if an owner's memory cannot be mapped."
     if found["forced"]:
         taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped."
-    print_prose(f"{taken} Slots are on the host if a side's rows are, or else none serves.")
+    print_prose(f"{taken} Slots are on the host if a side's rows are, or no mover serves others.")
     channel, versions = found["channel"], found["channel"]["versions"]
     curve = "with CURVE from a secret" if channel["curve"] else "without CURVE: no TCP"
     names = ", ".join(f"{name} {version}" for name, version in versions.items())
     print_prose(f"Channel: a Unix socket on this host, TCP {curve} ({names}).")
-    print_prose(f"Peers with this host's memory tell {channel['host']}.")
+    print_prose(f"This host is {channel['host']}; memory is mapped by peers that tell the same.")

@@ -155,7 +155,7 @@ class Owner:
                 told = storage.nbytes(), where(storage.device)
                 try:
                     if self._expose != "mapped":
-                        raise Unsupported("Mapping", "its owner exposes staged rows alone")
+                        raise Unsupported("Mapping", "it exposes staged rows alone")
                     held.append(ipc.export(storage))
                     exported.append(Region(*told, held[-1].handle))
                 except Unsupported as error:

@@ -132,7 +132,7 @@ class Pairings:
         if welcome.host != ipc.host_id():
             return "it is on another host"
         if missing := [region.why for region in welcome.regions if not region.handle]:
-            return f"its owner cannot share it: {missing[0]}"
+            return f"its owner does not share it: {missing[0]}"
         try:
             for region in welcome.regions:
                 device = "cpu" if region.device.startswith("cpu ") else self.device

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 from contextlib import ExitStack
 from typing import Any
@@ -16,6 +18,7 @@ pytest.importorskip("zmq")
 
 from portakv.cli.demo import migrate
 from portakv.cli.demo.migrate import WAYS, beside, is_good, offer_rows, pull_rows, tell
+from portakv.cli.demo.store import started
 
 CPU, SIMDEV = torch.device("cpu"), torch.device("privateuseone", 0)
 
@@ -95,14 +98,23 @@ def test_rows_of_the_host_come_to_a_device() -> None:
         assert is_good(pull_rows(SIMDEV, offer_rows(CPU, keep), keep))
 
 
+def test_ctrl_c_ends_the_command_which_ends_its_processes() -> None:
+    """A terminal sends it to all processes of a session, and theirs would tell how they met it."""
+    with started("code") as process:
+        assert os.getsid(process.pid) == process.pid
+    assert process.returncode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("words", [("migrate", "--demo"), ("explain", "--peer")])
 def test_the_extra_that_is_missing_is_named(
     words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "portakv.migrate", None)
+    monkeypatch.delitem(sys.modules, "portakv.migrate")
+    monkeypatch.setitem(sys.modules, "msgspec", None)
     code, out, err = run(*words, "--device", "cpu")
     assert (code, out) == (1, "")
-    assert "Migration was asked for" in err
+    assert "msgspec" in err
+    assert "`pip install '.[migrate]'` in a clone" in err
 
 
 def test_the_verb_is_asked_for_its_demo(capsys: pytest.CaptureFixture[str]) -> None:

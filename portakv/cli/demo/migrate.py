@@ -42,12 +42,12 @@ def run_migrate_demo(*, device: str | None = None, json: bool = False) -> int:
     """
     reads = usual_device() if device is None else indexed(device)
     owns = beside(reads)
-    with started(__name__, "owner", owns) as owner:
+    with started(__name__, "owner", owns) as owner, started(__name__, "reader", reads) as reader:
         offers = heard(owner, PeerError)
-        with started(__name__, "reader", reads, dumps(offers)) as reader:
-            found = heard(reader, PeerError)
-        found |= {"owner": {"process": owner.pid, "device": str(owns)}}
-    found["reader"] = {"process": reader.pid, "device": str(reads)}
+        print(dumps(offers), file=reader.stdin, flush=True)  # arguments are told to all users
+        found = heard(reader, PeerError)
+    for part, process, where in (("owner", owner, owns), ("reader", reader, reads)):
+        found[part] = {"process": process.pid, "device": str(where)}
     found["ok"] = is_good(found)
     if json:
         print_json(found)
@@ -171,20 +171,16 @@ def _pulled(
     pages.fill_(1)
     if pages.device.type != "cpu":
         torch.accelerator.synchronize(pages.device)
-    began, pull, why = time.perf_counter(), None, ""
+    began, why = time.perf_counter(), ""
+    pull = reader.pull(tickets, blocks)
     try:
-        pull = reader.pull(tickets, blocks)
         pull.synchronize(60)
     except OfferGone as error:
         why = str(error)
-    seconds, found = time.perf_counter() - began, pages.view(torch.int16)
-    wrong = int((found.view(torch.uint8) != expected.view(torch.uint8)).sum())
-    told = {"seconds": seconds, "wrong_bytes": wrong, "why": why}
-    if pull is None:  # the owner was restarted
-        return told | {"engine": "", "bytes": 0, "published": False}
-    by = pull.statistics
-    told |= {"engine": by.engine, "bytes": pull.nbytes, "published": pull.published}
-    return told | {"why": why or by.why}
+    seconds, by = time.perf_counter() - began, pull.statistics
+    wrong = int((pages.view(torch.uint8) != expected.view(torch.uint8)).sum())
+    told = {"seconds": seconds, "wrong_bytes": wrong, "why": why or by.why}
+    return told | {"engine": by.engine, "bytes": by.nbytes, "published": pull.published}
 
 
 def tell(found: dict[str, Any]) -> None:
@@ -220,18 +216,19 @@ def _cells(one: dict[str, Any]) -> list[str]:
     return [str(one["rank"]), f"{first}-{past - 1}", froms, one["engine"], *numbers, what]
 
 
-def _take_part(part: str, device: str, *more: str) -> None:
-    """Be the owner, until the command ends, or the reader."""
+def _take_part(part: str, device: str) -> None:
+    """Be the owner, or the reader of what the first line of standard input tells."""
     with ExitStack() as keep:
         try:
             where = torch.device(device)
-            found = offer_rows(where, keep) if part == "owner" else None
-            found = found or pull_rows(where, loads(more[0]), keep)
+            if part == "owner":
+                found = offer_rows(where, keep)
+            else:
+                found = pull_rows(where, loads(sys.stdin.readline()), keep)
         except (ImportError, PortaKVError) as error:
             found = {"error": str(error).rstrip(".")}
         print(dumps(found), flush=True)
-        if part == "owner":
-            sys.stdin.read()
+        sys.stdin.read()  # until the command ends
 
 
 if __name__ == "__main__":

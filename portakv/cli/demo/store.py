@@ -86,9 +86,11 @@ def _silent(text: str) -> None:
 @contextmanager
 def started(module: str, *words: Any) -> Iterator[subprocess.Popen[str]]:
     """A process of a demo, which does not outlive the command; nor, if it reads standard input to
-    the end, a command that is killed."""
+    the end, a command that is killed. Ctrl-C ends the command alone, which ends it."""
     command, pipe = [sys.executable, "-m", module, *map(str, words)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+    with subprocess.Popen(
+        command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
+    ) as process:
         try:
             yield process
         finally:
