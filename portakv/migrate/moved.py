@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from functools import partial
+from math import inf
 from time import monotonic, sleep
 
 import torch
@@ -22,6 +23,7 @@ from portakv.migrate.messages import Answer, Gather
 from portakv.migrate.published import CANCELLED, Pull
 from portakv.migrate.steps import Step
 from portakv.runtime.streams import Behind
+from portakv.runtime.worker import RateLimit
 
 PATIENCE = 30.0  # seconds for which an owner that is busy is asked again
 
@@ -30,8 +32,9 @@ def _take(
     channel: Channel,
     step: Step,
     part: tuple[range, int, int],
-    behind: Behind,
     pull: Pull,
+    behind: Behind,
+    pace: RateLimit,
     *_: object,
 ) -> None:
     """Have an owner bring layers and tokens of a step into a slot, take it, and scatter it."""
@@ -39,15 +42,18 @@ def _take(
     number, room = owner.slots.get()
     try:
         dst = step.cut.dst.slice(layers=slice(layers.start, layers.stop))
+        slot = room[: chunk_bytes(dst, count)]
         with owner.turn:
+            start = pace.start_of(slot.nbytes)
+            while (left := pace.left(start)) and not pull.over:
+                sleep(min(left, 0.05))
             owner.tag += 1
             owner.mover.connect(owner.address, channel)
             terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
             ask(channel, step, step.gather(layers, at, count, **terms), pull)
-            slot = room[: chunk_bytes(dst, count)]
             moving = owner.mover.take(owner.address, slot, owner.tag)
         while not moving.done():
-            if pull.stopped:
+            if pull.over:
                 raise TransferCancelled(CANCELLED)
             with suppress(PortaKVError):
                 moving.wait(0.05)
@@ -61,12 +67,15 @@ def _take(
         owner.slots.put((number, room))
 
 
-def taken(channel: Channel, graph: Graph, step: Step, pull: Pull) -> Iterator[tuple[range, Node]]:
+def taken(
+    channel: Channel, graph: Graph, step: Step, pull: Pull, max_gbps: float | None
+) -> Iterator[tuple[range, Node]]:
     """The nodes that bring the rows of a step which are moved, and the layers of each."""
     link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
-    pull.behind = behind = pull.behind or Behind(step.cut.dst.device)
+    pull.behind = pull.behind or Behind(step.cut.dst.device)
+    given = pull, pull.behind, RateLimit(max_gbps or inf)
     for part in step.slices():
-        yield part[0], Node(partial(_take, channel, step, part, behind, pull), 1, link=link)
+        yield part[0], Node(partial(_take, channel, step, part, *given), 1, link=link)
 
 
 def verified(channel: Channel, step: Step, pull: Pull) -> None:
@@ -87,7 +96,7 @@ def verified(channel: Channel, step: Step, pull: Pull) -> None:
 def ask(channel: Channel, step: Step, gather: Gather, pull: Pull) -> Answer:
     """An owner's answer to a gather; it is asked again while it is busy."""
     until = monotonic() + PATIENCE
-    while not pull.stopped:
+    while not pull.over:
         answer = channel.ask(step.owner.address, gather, Answer)
         if answer.state == "done":
             return answer

@@ -179,10 +179,10 @@ class Owner:
             SlotError: ids past the view, too few for the tokens, or not a list for each shard.
             InvalidTerms: no token, no time, or no reader.
         """
-        if not (tokens >= 1 and lease > 0 and readers >= 1):
+        if not (tokens >= 1 and 0 < lease <= 1e6 and readers >= 1):
             raise InvalidTerms(
                 f"An offer of {tokens=}, {lease=} and {readers=} was asked: expected a token or "
-                f"more, seconds, and a reader or more."
+                f"more, at most 10^6 seconds, and a reader or more."
             )
         if len(blocks) != len(self.shards):
             raise SlotError(

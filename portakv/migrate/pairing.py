@@ -113,10 +113,12 @@ class Pairings:
         hello = Hello(VERSION, self._model, ipc.host_id(), device, groups, movers)
         kind: Any = Welcome | Answer
         welcome = self.channel.ask(ticket.address, hello, kind)
-        if isinstance(welcome, Answer):
-            why = welcome.why
-        else:
+        if not isinstance(welcome, Answer):
             why = unlike(groups, [one.group for one in welcome.described])
+        elif welcome.state == "gone":
+            raise ticket.gone(welcome.why)
+        else:
+            why = welcome.why
         if why:
             raise LayoutError(
                 f"{ticket.address} was asked for its rows, and they cannot become this reader's: "

@@ -58,23 +58,13 @@ class Pull(Part):
             that it makes of them may leave before the end of the whole.
     """
 
-    __slots__ = (
-        "_began",
-        "_ended",
-        "behind",
-        "copies",
-        "layers",
-        "nbytes",
-        "slices",
-        "stopped",
-        "way",
-    )
-
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, timeout: float | None, slow: bool) -> None:
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
-        self.nbytes, self.way, self.stopped = 0.0, MAPPED, False
+        self.nbytes, self.way, self.stopped, self._late = 0.0, MAPPED, False, False
         self.behind: Behind | None = None  # of what is moved
+        self._until = monotonic() + (3e9 if timeout is None else timeout)
+        self._looks = slow or timeout is not None  # what it waits for may take long
         self._began = perf_counter()
         self._ended: float | None = None
 
@@ -89,6 +79,13 @@ class Pull(Part):
         for copy in self.copies:
             copy.cancel()
         return not self.nodes[0].ended
+
+    @property
+    def over(self) -> bool:
+        """Whether it is to bring no more: it was cancelled, or its time is over."""
+        if not self._late and monotonic() >= self._until:
+            self._late = self.cancel()
+        return self.stopped
 
     def drop(self) -> None:
         """Stop before its end was begun, since a part could not be; wait for what moves."""
@@ -106,32 +103,24 @@ class Pull(Part):
         pieces, stopped = len(self.copies) + len(self.slices), self.stopped and over and not landed
         return Statistics(int(self.nbytes) * landed, 0, 0, *self.way, seconds, pieces, stopped)
 
-    def end(
-        self,
-        channel: Channel,
-        told: Told,
-        check: Callable[[], object],
-        until: float | None,
-        slow: bool,
-    ) -> None:
-        """Wait for all bytes (at most ``until``), look at them, and ask each owner whether its
-        offer held; in a worker. ``slow``: it takes so long that offers are renewed meanwhile."""
-        looks, until = slow or until is not None, monotonic() + 3e9 if until is None else until
+    def end(self, channel: Channel, told: Told, checks: Sequence[Callable[[], object]]) -> None:
+        """Wait for all bytes, look at them, and ask each owner whether its offer held; in a worker.
+        Offers are renewed meanwhile."""
         errors = list[BaseException]()
         for ticket, owner in told:
             with suppress(PortaKVError):
                 channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
         for one in (*self.copies, *self.slices):
             try:
-                self._await(channel, told, one, until, looks)
+                self._await(channel, told, one)
             except BaseException as error:
                 errors.append(error)
                 self.cancel()  # all is waited for: nothing is written behind the end
-        if not self.stopped:
-            try:
+        try:
+            for check in () if self.over else checks:
                 check()
-            except BaseException as error:
-                errors.append(error)
+        except BaseException as error:
+            errors.append(error)
         for ticket, owner in told:
             try:
                 answer = channel.ask(owner.address, Close(ticket.epoch, ticket.offer), Answer)
@@ -140,29 +129,27 @@ class Pull(Part):
             except PortaKVError as error:
                 errors.append(error)
         self._ended = perf_counter()
+        if self._late:
+            raise TransferTimeout(
+                "A pull had not ended in its time; nothing of it is published. Give it more time."
+            )
         if errors:
             raise errors[0]
         if self.stopped:
             raise TransferCancelled(CANCELLED)
 
-    def _await(self, channel: Channel, told: Told, one: Any, until: float, looks: bool) -> None:
+    def _await(self, channel: Channel, told: Told, one: Any) -> None:
         """Wait for a copy or a slice, and renew the offers; raises what it ended with."""
-        lease, late = min(ticket.lease for ticket, _ in told) / 3, False
-        try:
-            while not _over(one, min(lease, max(0.0, until - monotonic()) + lease * late), looks):
-                late = late or (monotonic() >= until and self.cancel())
-                for ticket, owner in told:
-                    with suppress(PortaKVError):
-                        renew = Renew(ticket.epoch, ticket.offer, ticket.lease)
-                        if channel.ask(owner.address, renew, Answer).state == "gone":
-                            self.cancel()  # what else it would bring is not published
-        except TransferCancelled:
-            if not late:
-                raise
-        if late:
-            raise TransferTimeout(
-                "A pull had not ended in its time; nothing of it is published. Give it more time."
-            )
+        third = min(ticket.lease for ticket, _ in told) / 3
+        while True:
+            seconds = third if self.over else max(0.0, min(third, self._until - monotonic()))
+            if _over(one, seconds, self._looks):
+                return
+            for ticket, owner in told:
+                with suppress(PortaKVError):
+                    renew = Renew(ticket.epoch, ticket.offer, ticket.lease)
+                    if channel.ask(owner.address, renew, Answer).state == "gone":
+                        self.cancel()  # what else it would bring is not published
 
 
 def _over(one: Any, seconds: float, looks: bool) -> bool:

@@ -5,12 +5,13 @@ memory can be mapped, through staged slots if it cannot."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from time import monotonic
+from functools import partial
 from typing import Any
 
 import torch
 
 from portakv.copy.rows import copy_rows
+from portakv.engines.engine import Terms
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
@@ -60,7 +61,9 @@ class Reader:
             tickets: one of each owner that has a part of this reader's windows.
             first: tokens that are here already, and are passed over on both sides.
             by_layer: one layer behind the other, each with an end of its own: `Pull.layers`.
-            overlap, max_thread_blocks, max_gbps: as for `copy_rows`, for memory that is mapped.
+            overlap, max_thread_blocks: as for `copy_rows`, for memory that is mapped.
+            max_gbps: the most 10^9 bytes in a second, of all owners together. Other pulls of rows
+                that the same owner moves wait meanwhile.
             verify: compare digests of all bytes with the owners' before they are published.
             timeout: seconds from now; then it ends, and publishes nothing.
 
@@ -78,14 +81,18 @@ class Reader:
             if owner.events and ticket.event >= 0:
                 module = torch.get_device_module(self.device)  # its events take its own streams
                 owner.events[ticket.event].wait(module.current_stream(self.device))
-        pull = Pull(Node(None, 1, link=self._link, name="pull"))
+        terms = Terms(overlap, max_thread_blocks, max_gbps)
+        pull = Pull(Node(None, 1, link=self._link, name="pull"), timeout, max_gbps is not None)
+        whole = sum(step.nbytes for step in plan)
         layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
         try:
             for step in plan:
                 ends, pull.nbytes = layers[step.cut.group], pull.nbytes + step.nbytes
+                # All steps together keep to the rate.
+                rate = terms.max_gbps and terms.max_gbps * step.nbytes / whole
                 if step.cut.src is None:
                     pull.way = step.owner.mover.name, step.owner.why
-                    for some, node in taken(self.channel, self._graph, step, pull):
+                    for some, node in taken(self.channel, self._graph, step, pull, rate):
                         pull.slices.append(node)
                         for layer in some:
                             ends[step.layers[layer]][1].append(node)
@@ -93,7 +100,7 @@ class Reader:
                 copy = copy_rows(
                     step.cut.src, step.cut.dst, step.theirs, step.mine, count=step.tokens,
                     by_layer=by_layer, overlap=overlap, max_thread_blocks=max_thread_blocks,
-                    max_gbps=max_gbps,
+                    max_gbps=rate,
                 )  # fmt: skip
                 pull.copies.append(copy)
                 for layer, end in zip(step.layers, copy.layers if by_layer else (), strict=False):
@@ -102,17 +109,8 @@ class Reader:
             pull.drop()
             raise
         pull.layers = [Part(*layer) for ends in layers for layer in ends] if by_layer else []
-        until = None if timeout is None else monotonic() + timeout
-        verify_each = plan if verify else ()
-
-        def check() -> None:
-            for step in verify_each:
-                verified(self.channel, step, pull)
-
-        def work(*_: object) -> None:
-            pull.end(self.channel, told, check, until, max_gbps is not None)
-
-        pull.nodes[0].work = work
+        checks = [partial(verified, self.channel, step, pull) for step in plan if verify]
+        pull.nodes[0].work = lambda *_: pull.end(self.channel, told, checks)
         self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
         return pull
 

@@ -142,7 +142,8 @@ def _cuts(
         masks = [(index.slots(count) >= 0) | unwanted for index in theirs]
         here = [None if mask.all() else mask for mask in masks]
         windows = [owner.window(group) for owner in owners]
-        for piece in pieces(shard.window, windows, here, whole=shard.view.opaque):
+        mapped = [n for n, owner in enumerate(owners) if owner.shards]
+        for piece in pieces(shard.window, windows, here, mapped, shard.view.opaque):
             owner = owners[piece.owner]
             src = owner.shards[group].view.slice(**piece.theirs) if owner.shards else None
             yield Cut(group, piece, src, shard.view.slice(**piece.mine))

@@ -110,6 +110,15 @@ def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
     assert both.right()
 
 
+def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
+    """Also readers that it does not know yet are told so, and not that their rows are others."""
+    both = Couple(made)
+    offer = both.offer()
+    both.owner.close()
+    with pytest.raises(OfferGone, match="no offer of this owner"):
+        both.pull(offer)
+
+
 def test_an_owner_that_was_restarted_at_its_address_is_another(made: Sides) -> None:
     """Fault 6. Its predecessor's tickets are gone; a new handshake is made."""
     theirs, mine = Rows(), Rows(8, 32, fill=-1)
@@ -251,7 +260,8 @@ def test_bad_blocks_of_the_owner_are_refused_at_the_offer(made: Sides) -> None:
         both.owner.offer([1, 2], tokens=33)
     with pytest.raises(SlotError, match="of 1 shards"):
         both.owner.offer([1], [1], tokens=3)
-    for terms in ({"tokens": 0}, {"tokens": 1, "lease": 0}, {"tokens": 1, "readers": 0}):
+    refused = [{"lease": 0}, {"lease": 1e9}, {"lease": float("inf")}, {"readers": 0}]
+    for terms in ({"tokens": 0}, *({"tokens": 1, **x} for x in refused)):  # no ticket would say it
         with pytest.raises(InvalidTerms):
             both.owner.offer([1], **terms)
     assert both.owner.statistics()["held"] == 0
@@ -393,6 +403,33 @@ def test_a_pull_that_has_no_time_ends(made: Sides) -> None:
     ended(both.pull(both.offer(), max_gbps=SLOW, timeout=0.05), TransferTimeout, "more time")
     both.pull(both.offer(), timeout=30.0).synchronize()
     assert both.right()
+
+
+def test_a_pull_that_has_no_time_for_digests_ends(made: Sides) -> None:
+    """An owner that is busy with others for longer holds up no pull past its time."""
+    both = Couple(made)
+    both.owner._gathers.begin = lambda *_: Answer("busy", seconds=1e-3)  # type: ignore[method-assign]
+    ended(both.pull(both.offer(), verify=True, timeout=0.1), TransferTimeout, "more time")
+
+
+def test_rows_that_are_moved_keep_to_a_rate(made: Sides) -> None:
+    """A pull that would take far too long at its rate is under way until it is cancelled."""
+    both = Couple(made, "staging")
+    pulled = both.pull(both.offer(), max_gbps=1e-9)
+    assert until(lambda: pulled.slices[0].ended)
+    assert not pulled.slices[1].wait(0.3)
+    assert pulled.cancel()
+    ended(pulled, TransferCancelled)
+    groups = [[Rows(8, fill=n).shard for n in range(3)] for _ in range(2)]
+    offer = made.owner(*groups[0]).offer(*[[0, 1]] * 3, tokens=32)
+    pulled = made.reader(*groups[1]).pull(offer.ticket, *[[2, 3]] * 3, max_gbps=SLOW / 4)
+    pulled.synchronize(30)
+    rate = pulled.statistics.gbps
+    assert 0 < (rate or 0) < SLOW / 2  # all groups together, not each
+    for bad in ({"max_gbps": -1}, {"overlap": "never"}, {"max_thread_blocks": 0}):
+        with pytest.raises(InvalidTerms):
+            both.pull(both.offer(), **bad)
+    both.owner.revoke_all()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -166,3 +166,14 @@ def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
         ]
         made.reader(mine.shard).pull(tickets, [2, 1], verify=True).synchronize(60)
         assert torch.equal(mine.rows([2, 1], 60), theirs.rows([0, 1, 2, 3], 60))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_owners_that_have_the_same_one_that_can_be_mapped_is_read(swapped: bool) -> None:
+    with sides() as made:
+        theirs, mine = Rows(), Rows(8, 32, fill=-1)
+        owners = [made.owner(theirs.shard, expose=x) for x in ("mapped", "staging")]
+        tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
+        pulled = made.reader(mine.shard).pull(tickets[:: -1 if swapped else 1], [2])
+        pulled.synchronize(60)
+        assert pulled.statistics.engine == "mapped"
