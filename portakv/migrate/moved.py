@@ -16,7 +16,6 @@ from msgspec.structs import replace
 from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, PortaKVError, TransferCancelled, TransferError
 from portakv.graph.graph import Graph, Node
-from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
@@ -29,7 +28,6 @@ PATIENCE = 30.0  # seconds for which an owner that is busy is asked again
 
 
 def _take(
-    channel: Channel,
     step: Step,
     part: tuple[range, int, int],
     pull: Pull,
@@ -48,9 +46,9 @@ def _take(
             while (left := pace.left(start)) and not pull.over:
                 sleep(min(left, 0.05))
             owner.tag += 1
-            owner.mover.connect(owner.address, channel)
+            owner.mover.connect(owner.address, owner.channel)
             terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
-            ask(channel, step, step.gather(layers, at, count, **terms), pull)
+            ask(step, step.gather(layers, at, count, **terms), pull)
             moving = owner.mover.take(owner.address, slot, owner.tag)
         while not moving.done():
             if pull.over:
@@ -68,24 +66,24 @@ def _take(
 
 
 def taken(
-    channel: Channel, graph: Graph, step: Step, pull: Pull, max_gbps: float | None
+    graph: Graph, step: Step, pull: Pull, max_gbps: float | None
 ) -> Iterator[tuple[range, Node]]:
     """The nodes that bring the rows of a step which are moved, and the layers of each."""
     link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
     pull.behind = pull.behind or Behind(step.cut.dst.device)
     given = pull, pull.behind, RateLimit(max_gbps or inf)
     for part in step.slices():
-        yield part[0], Node(partial(_take, channel, step, part, *given), 1, link=link)
+        yield part[0], Node(partial(_take, step, part, *given), 1, link=link)
 
 
-def verified(channel: Channel, step: Step, pull: Pull) -> None:
+def verified(step: Step, pull: Pull) -> None:
     """Compare what a step brought with what its owner has, by digests."""
     (asked, window), mine, theirs = step.whole(), 0, 0
     for start, end in step.runs():
         part = replace(asked, first=asked.first + start, count=end - start)
         here = step.mine.shifted(start)
         mine += digest(step.cut.dst, here, part.count, window, part.first)
-        theirs += ask(channel, step, part, pull).digest
+        theirs += ask(step, part, pull).digest
     if (mine - theirs) % MODULUS:
         raise TransferError(
             f"Rows of {step.owner.address} were pulled, and are other bytes than it has (digests "
@@ -93,11 +91,11 @@ def verified(channel: Channel, step: Step, pull: Pull) -> None:
         )
 
 
-def ask(channel: Channel, step: Step, gather: Gather, pull: Pull) -> Answer:
+def ask(step: Step, gather: Gather, pull: Pull) -> Answer:
     """An owner's answer to a gather; it is asked again while it is busy."""
     until = monotonic() + PATIENCE
     while not pull.over:
-        answer = channel.ask(step.owner.address, gather, Answer)
+        answer = step.owner.ask(gather)
         if answer.state == "done":
             return answer
         if answer.state == "gone":

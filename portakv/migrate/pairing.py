@@ -19,7 +19,7 @@ from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
-from portakv.migrate.messages import VERSION, Answer, Bye, Hello, Ticket, Welcome
+from portakv.migrate.messages import VERSION, Answer, Bye, Hello, Message, Ticket, Welcome
 from portakv.migrate.movers.base import Mover, choose
 from portakv.migrate.shards import Shard, Window, unlike
 from portakv.runtime.bounded import Bounded
@@ -30,8 +30,8 @@ _HOST = torch.device("cpu")
 class Paired:
     """An owner: its welcome, and its shards and events if its memory is mapped."""
 
-    def __init__(self, address: str, welcome: Welcome) -> None:
-        self.address, self.welcome = address, welcome
+    def __init__(self, channel: Channel, address: str, welcome: Welcome) -> None:
+        self.channel, self.address, self.welcome = channel, address, welcome
         self.shards, self.events, self.held = list[Shard](), list[Any](), list[ipc.Held]()
         self.why, self.mover = "", cast(Any, None)  # why it is not mapped, and what carries then
         self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
@@ -40,6 +40,10 @@ class Paired:
         self.unwatch: Callable[[], object] = lambda: None
         #: For the epochs of this and of others the cuts of a pull, if all have all positions.
         self.cuts: Bounded[tuple[bytes, ...], Any] = Bounded("cuts of pulls", 16)
+
+    def ask(self, message: Message) -> Answer:
+        """What it answers; raises as `Channel.ask`."""
+        return self.channel.ask(self.address, message, Answer)
 
     def window(self, group: int) -> Window:
         """The window of one of its groups."""
@@ -78,7 +82,7 @@ class Pairings:
         with self._lock:
             if (owner := self._owners.get(key)) is not None:
                 return owner
-            owner = Paired(ticket.address, self._greet(ticket))
+            owner = Paired(self.channel, ticket.address, self._greet(ticket))
             if owner.welcome.epoch != ticket.epoch:
                 raise ticket.gone("its owner was restarted, or has other memory, since then")
             for old in [one for one in self._owners.values() if one.address == owner.address]:

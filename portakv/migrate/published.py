@@ -14,8 +14,7 @@ import torch
 from portakv.copy.handle import BlockTransfer, Statistics
 from portakv.errors import PortaKVError, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph.graph import Node
-from portakv.migrate.channel import Channel
-from portakv.migrate.messages import Answer, Begin, Close, Renew
+from portakv.migrate.messages import Begin, Close, Renew
 from portakv.migrate.steps import Told
 from portakv.runtime.streams import Behind
 from portakv.runtime.transfer import Completion, Transfer
@@ -103,16 +102,16 @@ class Pull(Part):
         pieces, stopped = len(self.copies) + len(self.slices), self.stopped and over and not landed
         return Statistics(int(self.nbytes) * landed, 0, 0, *self.way, seconds, pieces, stopped)
 
-    def end(self, channel: Channel, told: Told, checks: Sequence[Callable[[], object]]) -> None:
+    def end(self, told: Told, checks: Sequence[Callable[[], object]]) -> None:
         """Wait for all bytes, look at them, and ask each owner whether its offer held; in a worker.
         Offers are renewed meanwhile."""
         errors = list[BaseException]()
         for ticket, owner in told:
             with suppress(PortaKVError):
-                channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
+                owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
         for one in (*self.copies, *self.slices):
             try:
-                self._await(channel, told, one)
+                self._await(told, one)
             except BaseException as error:
                 errors.append(error)
                 self.cancel()  # all is waited for: nothing is written behind the end
@@ -123,7 +122,7 @@ class Pull(Part):
             errors.append(error)
         for ticket, owner in told:
             try:
-                answer = channel.ask(owner.address, Close(ticket.epoch, ticket.offer), Answer)
+                answer = owner.ask(Close(ticket.epoch, ticket.offer))
                 if answer.state != "held":
                     errors.insert(0, ticket.gone(answer.why))
             except PortaKVError as error:
@@ -138,7 +137,7 @@ class Pull(Part):
         if self.stopped:
             raise TransferCancelled(CANCELLED)
 
-    def _await(self, channel: Channel, told: Told, one: Any) -> None:
+    def _await(self, told: Told, one: Any) -> None:
         """Wait for a copy or a slice, and renew the offers; raises what it ended with."""
         third = min(ticket.lease for ticket, _ in told) / 3
         while True:
@@ -148,7 +147,7 @@ class Pull(Part):
             for ticket, owner in told:
                 with suppress(PortaKVError):
                     renew = Renew(ticket.epoch, ticket.offer, ticket.lease)
-                    if channel.ask(owner.address, renew, Answer).state == "gone":
+                    if owner.ask(renew).state == "gone":
                         self.cancel()  # what else it would bring is not published
 
 

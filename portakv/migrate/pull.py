@@ -92,7 +92,7 @@ class Reader:
                 rate = terms.max_gbps and terms.max_gbps * step.nbytes / whole
                 if step.cut.src is None:
                     pull.way = step.owner.mover.name, step.owner.why
-                    for some, node in taken(self.channel, self._graph, step, pull, rate):
+                    for some, node in taken(self._graph, step, pull, rate):
                         pull.slices.append(node)
                         for layer in some:
                             ends[step.layers[layer]][1].append(node)
@@ -109,8 +109,8 @@ class Reader:
             pull.drop()
             raise
         pull.layers = [Part(*layer) for ends in layers for layer in ends] if by_layer else []
-        checks = [partial(verified, self.channel, step, pull) for step in plan if verify]
-        pull.nodes[0].work = lambda *_: pull.end(self.channel, told, checks)
+        checks = [partial(verified, step, pull) for step in plan if verify]
+        pull.nodes[0].work = lambda *_: pull.end(told, checks)
         self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
         return pull
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from portakv.copy.handle import token_bytes
-from portakv.errors import InvalidTerms, SlotError, Unsupported
+from portakv.errors import InvalidTerms, Unsupported
 from portakv.migrate.chunks import chunk_bytes, page_of
 from portakv.migrate.messages import Gather, Ticket
 from portakv.migrate.pairing import Paired
@@ -108,12 +108,14 @@ def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
         )
     lists, skips = list[Lists](), False
     for group, (shard, ids) in enumerate(zip(shards, blocks, strict=True)):
-        mine, theirs = _index(ids, shard.view.block_size, first, count, "the reader's"), []
+        mine, theirs = Index.of(ids, shard.view.block_size or 1).shifted(first), []
+        mine.check_length(count, shard.view.slots, "reader's")
         skips |= mine.check(count, shard.view.slots, "reader's", distinct=True)
         for ticket, owner in told:
             numbers = np.frombuffer(ticket.ids[group], "<i4").astype(np.int64)
-            index = _index(numbers, ticket.steps[group], first, count, f"{ticket.address}'s")
+            index = Index.of(numbers, ticket.steps[group]).shifted(first)
             slots = owner.shards[group].view.slots if owner.shards else _ANY
+            index.check_length(count, slots, "offered")
             skips |= index.check(count, slots, "offered")
             theirs.append(index)
         lists.append((mine, theirs))
@@ -147,13 +149,3 @@ def _cuts(
             owner = owners[piece.owner]
             src = owner.shards[group].view.slice(**piece.theirs) if owner.shards else None
             yield Cut(group, piece, src, shard.view.slice(**piece.mine))
-
-
-def _index(ids: Ids, step: int | None, first: int, count: int, whose: str) -> Index:
-    index = Index.of(ids, step or 1).shifted(first)
-    if (index.length or 0) < count:
-        raise SlotError(
-            f"{count} tokens were to be pulled from token {first} on, and {whose} blocks have "
-            f"{index.length}: expected blocks for all of them."
-        )
-    return index
