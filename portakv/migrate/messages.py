@@ -24,6 +24,7 @@ Handle = Annotated[bytes, Meta(max_length=4096)]  # what `ipc` made, for `ipc` a
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
 Ids = Annotated[bytes, Meta(max_length=4 << 20)]  # int32, least byte first, one behind the other
 Range = tuple[Small, Small, Small]  # from, to, of: on an axis of the whole model
+Box = tuple[tuple[int, int], ...]  # from and to on each axis
 Dims = Annotated[tuple[Bytes, ...], Meta(max_length=16)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 #: What tensors of a view share: torch's name of the dtype, shape and strides in elements.
@@ -46,6 +47,11 @@ class Group(Message, frozen=True):
     widths: Annotated[Dims, Meta(min_length=1)]
     numbers: Names = ()
     page: Count = 0
+
+    @property
+    def box(self) -> Box:
+        """Its layers and heads."""
+        return self.layers[:2], self.heads[:2]
 
 
 class Region(Message, frozen=True):

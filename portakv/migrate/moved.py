@@ -78,11 +78,11 @@ def taken(
 
 def verified(step: Step, pull: Pull) -> None:
     """Compare what a step brought with what its owner has, by digests."""
-    (asked, window), mine, theirs = step.whole(), 0, 0
+    asked, mine, theirs = step.gather(range(step.cut.dst.layers), 0, step.tokens), 0, 0
     for start, end in step.runs():
         part = replace(asked, first=asked.first + start, count=end - start)
         here = step.mine.shifted(start)
-        mine += digest(step.cut.dst, here, part.count, window, part.first)
+        mine += digest(step.cut.dst, here, part.count, step.window, part.first)
         theirs += ask(step, part, pull).digest
     if (mine - theirs) % MODULUS:
         raise TransferError(

@@ -315,17 +315,16 @@ class Owner:
         """What a gather asks for; raises `LayoutError` if that was not offered."""
         shard = self.shards[gather.group] if gather.group < len(self.shards) else None
         asked = gather.layers, gather.heads
-        if shard is None or overlap(asked, shard.window.box) != asked:
-            shard = None
-        if shard is None or not 0 < gather.count <= offer.tokens - gather.first:
+        some = 0 < gather.count <= offer.tokens - gather.first
+        if shard is None or overlap(asked, shard.group.box) != asked or not some:
             raise LayoutError(
                 f"Layers {gather.layers} x heads {gather.heads} of group {gather.group} were asked "
                 f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
             )
-        own, index = shard.window, Index(*offer.ids[gather.group])
+        part = shard.view.slice(**slices(asked, shard.group.box))
+        own = shard.group
         window = Window((*gather.layers, own.layers[2]), (*gather.heads, own.heads[2]))
-        part = shard.view.slice(**slices(asked, own))
-        return Rows(part, index.shifted(gather.first), window, offer.behind)
+        return Rows(part, Index(*offer.ids[gather.group], gather.first), window, offer.behind)
 
 
 def _events(device: torch.device) -> list[Any]:

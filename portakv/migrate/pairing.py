@@ -21,7 +21,7 @@ from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import VERSION, Answer, Bye, Hello, Message, Ticket, Welcome
 from portakv.migrate.movers.base import Mover, choose
-from portakv.migrate.shards import Shard, Window, unlike
+from portakv.migrate.shards import Shard, unlike
 from portakv.runtime.bounded import Bounded
 
 _HOST = torch.device("cpu")
@@ -44,11 +44,6 @@ class Paired:
     def ask(self, message: Message) -> Answer:
         """What it answers; raises as `Channel.ask`."""
         return self.channel.ask(self.address, message, Answer)
-
-    def window(self, group: int) -> Window:
-        """The window of one of its groups."""
-        told = self.welcome.described[group].group
-        return Window(told.layers, told.heads)
 
 
 class Pairings:
@@ -152,7 +147,7 @@ class Pairings:
             if theirs != where(self.device) and not theirs.startswith("cpu "):
                 # Another device's memory, which counts as this one's: its kernels are to know.
                 owner.shards = [
-                    Shard(x.view.as_peer(self.device), x.window.layers, x.window.heads)
+                    Shard(x.view.as_peer(self.device), x.group.layers, x.group.heads)
                     for x in owner.shards
                 ]
             owner.events = [ipc.open_event(one, self.device) for one in welcome.events]

@@ -95,7 +95,7 @@ class Reader:
                     for some, node in taken(self._graph, step, pull, rate):
                         pull.slices.append(node)
                         for layer in some:
-                            ends[step.layers[layer]][1].append(node)
+                            ends[step.cut.layers[layer]][1].append(node)
                     continue
                 copy = copy_rows(
                     step.cut.src, step.cut.dst, step.theirs, step.mine, count=step.tokens,
@@ -103,8 +103,8 @@ class Reader:
                     max_gbps=rate,
                 )  # fmt: skip
                 pull.copies.append(copy)
-                for layer, end in zip(step.layers, copy.layers if by_layer else (), strict=False):
-                    ends[layer][0].append(end)
+                for nth, end in enumerate(copy.layers if by_layer else ()):
+                    ends[step.cut.layers[nth]][0].append(end)
         except BaseException:  # nobody gets the handle of what was issued
             pull.drop()
             raise

@@ -7,68 +7,51 @@ A shard is a view and its window, the layers and heads of the model that it hold
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from portakv.errors import LayoutError
-from portakv.migrate.messages import Group
+from portakv.migrate.messages import Box, Group, Range
 from portakv.view import KVView
 
-Range = tuple[int, int, int]  # from, to, of: [from, to) of what the whole model has
-Box = tuple[tuple[int, int], ...]  # from and to on each axis
 Mask = npt.NDArray[np.bool_]  # for each position of a copy
-Part = tuple[int, Box, Mask | None]  # owner, what it brings, at which positions (None: all)
 _TOLD = 4  # holes, and positions, that an error names
 
 
-@dataclass(frozen=True)
-class Window:
+class Window(NamedTuple):
     """The layers and heads of the whole model that a view holds."""
 
     layers: Range
     heads: Range
 
-    def __post_init__(self) -> None:
-        for name, asked in (("layers", self.layers), ("heads", self.heads)):
-            if len(asked) != 3 or not 0 <= asked[0] < asked[1] <= asked[2]:
-                raise LayoutError(
-                    f"A window of {name}={asked!r} was asked: expected (from, to, of), counted on "
-                    f"the model's axis, with 0 <= from < to <= of; correct it."
-                )
 
-    @property
-    def box(self) -> Box:
-        """Its layers and heads."""
-        return self.layers[:2], self.heads[:2]
-
-
-@dataclass(eq=False)
 class Shard:
-    """A view and the window that it holds; None: all of that axis."""
+    """A view and its window: which layers and heads of the whole model it holds, each as ``(from,
+    to, of)`` on the model's axis; None: all of that axis. Raises `LayoutError` for another window.
+    """
 
-    view: KVView
-    layers: Range | None = None
-    heads: Range | None = None
-    window: Window = field(init=False)
-
-    def __post_init__(self) -> None:
-        layers, heads = self.view.layers, self.view.heads
-        self.window = Window(self.layers or (0, layers, layers), self.heads or (0, heads, heads))
-        if [past - first for first, past in self.window.box] != [layers, heads]:
-            raise LayoutError(
-                f"A shard of {_named(self.window.box)} was asked for {self.view}: expected as many "
-                f"layers and heads as it has; correct the window, or slice the view."
-            )
-
-    @property
-    def group(self) -> Group:
-        """The window, and the facts that the other side's shard must share (`unlike`)."""
-        form, window = self.view.form, self.window
+    def __init__(
+        self, view: KVView, layers: Range | None = None, heads: Range | None = None
+    ) -> None:
+        self.view, form = view, view.form
         page = form.block_size if form.opaque else 0
-        return Group(window.layers, window.heads, form.widths, form.dtypes, page)
+        ranges = _range("layers", layers, view), _range("heads", heads, view)
+        #: The window, and the facts that the other side's shard must share (`unlike`).
+        self.group = Group(*ranges, form.widths, form.dtypes, page)
+
+
+def _range(axis: str, asked: Range | None, view: KVView) -> Range:
+    has = getattr(view, axis)
+    first, past, of = asked if asked and len(asked) == 3 else (0, 0 if asked else has, has)
+    if not 0 <= first < past <= of or past - first != has:
+        raise LayoutError(
+            f"A shard of {axis}={asked!r} was asked for {view}: expected (from, to, of): to - "
+            f"from is the {has} that the view has, of is how many the whole model has, and 0 <= "
+            f"from < to <= of; correct it, or leave it out if the view has all {axis}."
+        )
+    return first, past, of
 
 
 def unlike(mine: Sequence[Group], theirs: Sequence[Group]) -> str:
@@ -89,17 +72,16 @@ def unlike(mine: Sequence[Group], theirs: Sequence[Group]) -> str:
 
 
 class Piece(NamedTuple):
-    """What one owner brings: slices of both views, and at which positions (None: all)."""
+    """What an owner brings: a part of a box, at which positions (None: all)."""
 
     owner: int
-    mine: dict[str, Any]
-    theirs: dict[str, Any]
+    box: Box
     ids: Mask | None
 
 
 def pieces(
-    mine: Window,
-    theirs: Sequence[Window],
+    mine: Box,
+    theirs: Sequence[Box],
     here: Sequence[Mask | None] = (),
     prefer: Sequence[int] = (),
     whole: bool = False,
@@ -112,27 +94,27 @@ def pieces(
     `LayoutError` that names what nobody holds.
     """
     order = dict.fromkeys((*prefer, *range(len(theirs))))
-    asked = [n for n in order if not whole or overlap(mine.box, theirs[n].box) == mine.box]
-    given, holes = deal(mine.box, {n: (theirs[n].box, here[n] if here else None) for n in asked})
+    asked = [n for n in order if not whole or overlap(mine, theirs[n]) == mine]
+    given, holes = deal(mine, {n: (theirs[n], here[n] if here else None) for n in asked})
     if holes:
         told = [f"{_named(box)}{_positions(mask)}" for box, mask in holes]
         more = f" and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
         raise LayoutError(
-            f"A pull of {_named(mine.box)} was asked: none of {len(asked)} owners"
+            f"A pull of {_named(mine)} was asked: none of {len(asked)} owners"
             f"{' of all of it' if whole else ''} holds {', '.join(told[:_TOLD])}{more}; hand over "
             f"a ticket of every owner."
         )
-    return [Piece(n, slices(box, mine), slices(box, theirs[n]), mask) for n, box, mask in given]
+    return given
 
 
 def deal(
     box: Box, owners: Mapping[int, tuple[Box, Mask | None]]
-) -> tuple[list[Part], list[tuple[Box, Mask | None]]]:
-    """A box of any number of axes in parts, each given to the first owner that holds it; and what
+) -> tuple[list[Piece], list[tuple[Box, Mask | None]]]:
+    """A box of any number of axes in pieces, each given to the first owner that holds it; and what
     is left. Owners of some positions alone are asked behind all others."""
     size = next((len(mask) for _, mask in owners.values() if mask is not None), 1)
     masks = {n: np.ones(size, bool) if x is None else x for n, (_, x) in owners.items()}
-    given, left = [], [(box, np.ones(size, bool))]
+    given, left = list[Piece](), [(box, np.ones(size, bool))]
     for n in sorted(owners, key=lambda n: not masks[n].all()):
         after = []
         for part, wanted in left:
@@ -140,7 +122,7 @@ def deal(
             if both is None or not brings.any():
                 after.append((part, wanted))
                 continue
-            given.append((n, both, None if brings.all() else brings))
+            given.append(Piece(n, both, None if brings.all() else brings))
             after += [(other, wanted) for other in rest(part, both)]
             after += [(both, still)] if still.any() else []
         left = after
@@ -162,9 +144,9 @@ def rest(box: Box, part: Box) -> Iterator[Box]:
                 yield (*part[:axis], ends, *box[axis + 1 :])
 
 
-def slices(box: Box, window: Window) -> dict[str, Any]:
-    """A box on the model's axes as slices of a window's view."""
-    starts = zip(("layers", "heads"), box, window.box, strict=True)
+def slices(box: Box, window: Box) -> dict[str, Any]:
+    """A box on the model's axes as slices of a view that holds a window."""
+    starts = zip(("layers", "heads"), box, window, strict=True)
     return {axis: slice(a - first, b - first) for axis, (a, b), (first, _) in starts}
 
 

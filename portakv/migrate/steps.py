@@ -14,7 +14,7 @@ from portakv.errors import InvalidTerms, Unsupported
 from portakv.migrate.chunks import chunk_bytes, page_of
 from portakv.migrate.messages import Gather, Ticket
 from portakv.migrate.pairing import Paired
-from portakv.migrate.shards import Piece, Shard, Window, pieces
+from portakv.migrate.shards import Piece, Shard, Window, pieces, slices
 from portakv.view import Index, KVView
 from portakv.view.index import Ids
 
@@ -24,12 +24,14 @@ Lists = tuple[Index, list[Index]]  # of a group: the reader's, and that of each 
 
 
 class Cut(NamedTuple):
-    """A piece, and the slices of both views; an owner whose rows are moved has no view here."""
+    """A piece, and the slices of both views; an owner whose rows are moved has no view here.
+    ``layers``: those of the reader's view that it fills."""
 
     group: int
     piece: Piece
     src: KVView | None
     dst: KVView
+    layers: range
 
 
 class Step(NamedTuple):
@@ -44,32 +46,25 @@ class Step(NamedTuple):
     tokens: int
 
     @property
-    def layers(self) -> range:
-        """The layers of the reader's view that it fills."""
-        layers = self.cut.piece.mine["layers"]
-        return range(layers.start, layers.stop)
-
-    @property
     def nbytes(self) -> float:
         """Bytes that it brings, if it brings all positions."""
         return self.tokens * token_bytes(self.cut.dst.form)
 
+    @property
+    def window(self) -> Window:
+        """Where it lies in the model."""
+        own, (layers, heads) = (
+            self.owner.welcome.described[self.cut.group].group,
+            self.cut.piece.box,
+        )
+        return Window((*layers, own.layers[2]), (*heads, own.heads[2]))
+
     def gather(self, layers: range, first: int, count: int, **terms: Any) -> Gather:
         """Some layers and tokens of it, counted from its own first ones, as its owner is asked."""
-        window, theirs = self.owner.window(self.cut.group), self.cut.piece.theirs
-        start, heads = window.layers[0] + theirs["layers"].start, theirs["heads"]
-        box = (
-            (start + layers.start, start + layers.stop),
-            (window.heads[0] + heads.start, window.heads[0] + heads.stop),
-        )
+        (start, _), heads = self.cut.piece.box
+        asked = start + layers.start, start + layers.stop
         about = self.ticket.epoch, self.ticket.offer, self.cut.group
-        return Gather(*about, *box, self.first + first, count, **terms)
-
-    def whole(self) -> tuple[Gather, Window]:
-        """All of it as its owner is asked for a digest; and where it lies in the model."""
-        asked = self.gather(range(self.cut.dst.layers), 0, self.tokens)
-        own = self.owner.window(self.cut.group)
-        return asked, Window((*asked.layers, own.layers[2]), (*asked.heads, own.heads[2]))
+        return Gather(*about, asked, heads, self.first + first, count, **terms)
 
     def runs(self) -> list[tuple[int, int]]:
         """From and to of the runs of positions in which it brings all that its owner has."""
@@ -143,9 +138,12 @@ def _cuts(
         unwanted = mine.slots(count) < 0
         masks = [(index.slots(count) >= 0) | unwanted for index in theirs]
         here = [None if mask.all() else mask for mask in masks]
-        windows = [owner.window(group) for owner in owners]
+        boxes = [owner.welcome.described[group].group.box for owner in owners]
         mapped = [n for n, owner in enumerate(owners) if owner.shards]
-        for piece in pieces(shard.window, windows, here, mapped, shard.view.opaque):
-            owner = owners[piece.owner]
-            src = owner.shards[group].view.slice(**piece.theirs) if owner.shards else None
-            yield Cut(group, piece, src, shard.view.slice(**piece.mine))
+        own = shard.group.box
+        for piece in pieces(own, boxes, here, mapped, shard.view.opaque):
+            owner, part = owners[piece.owner], slices(piece.box, own)
+            at = slices(piece.box, boxes[piece.owner])
+            src = owner.shards[group].view.slice(**at) if owner.shards else None
+            layers = range(part["layers"].start, part["layers"].stop)
+            yield Cut(group, piece, src, shard.view.slice(**part), layers)

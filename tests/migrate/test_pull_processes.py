@@ -231,5 +231,5 @@ def test_the_interpreters_end_waits_for_no_pull(way: str, terms: dict[str, Any])
 def test_the_shards_of_the_owner_process_are_what_the_reader_expects() -> None:
     """The text above and this module mean the same rows."""
     rows = Rows()
-    assert Shard(KVView([rows.whole[1]], LAYOUT), layers=(1, 2, 2)).window.box == ((1, 2), (0, 4))
+    assert Shard(KVView([rows.whole[1]], LAYOUT), layers=(1, 2, 2)).group.box == ((1, 2), (0, 4))
     assert SMALL < rows.whole.nbytes

@@ -18,15 +18,11 @@ from support.migrate_cases import WIDTHS, Held, Rank, drawn_model, ranks
 from portakv import Index, copy_rows
 from portakv.errors import LayoutError
 from portakv.migrate.messages import Group
-from portakv.migrate.shards import Piece, Shard, Window, deal, pieces, unlike
+from portakv.migrate.shards import Piece, Shard, deal, overlap, pieces, slices, unlike
 
 sides = st.integers(1, 8).flatmap(
     lambda layers: st.tuples(st.just(layers), st.integers(1, 6), st.integers(1, 40))
 )
-
-
-def window(layers: tuple[int, int], heads: tuple[int, int], of: tuple[int, int]) -> Window:
-    return Window((*layers, of[0]), (*heads, of[1]))
 
 
 def pulled(reader: Rank, owners: list[Rank], found: list[Piece]) -> Any:
@@ -36,13 +32,9 @@ def pulled(reader: Rank, owners: list[Rank], found: list[Piece]) -> Any:
         ids = np.ones(len(reader.tokens), bool) if piece.ids is None else piece.ids
         owner = owners[piece.owner]
         assert not (ids & ~owner.tokens).any()
-        for axis in ("layers", "heads"):
-            mine, theirs = piece.mine[axis], piece.theirs[axis]
-            first, past, _ = getattr(owner, axis)
-            assert 0 <= theirs.start < theirs.stop <= past - first
-            assert getattr(reader, axis)[0] + mine.start == first + theirs.start
-            assert mine.stop - mine.start == theirs.stop - theirs.start
-        brought[piece.mine["layers"], piece.mine["heads"], ids] += 1
+        assert overlap(piece.box, reader.box) == overlap(piece.box, owner.box) == piece.box
+        mine = slices(piece.box, reader.box)
+        brought[mine["layers"], mine["heads"], ids] += 1
     return brought
 
 
@@ -54,7 +46,7 @@ def test_each_cell_and_position_comes_once_from_who_has_it(
     here = [None if owner.tokens.all() else owner.tokens for owner in owners]
     prefer = data.draw(st.lists(st.integers(0, len(owners) - 1), max_size=3))
     for reader in readers:
-        found = pieces(reader.window, [owner.window for owner in owners], here, prefer)
+        found = pieces(reader.box, [owner.box for owner in owners], here, prefer)
         assert (pulled(reader, owners, found) == 1).all()
 
 
@@ -76,13 +68,13 @@ def test_ranks_of_any_size_read_what_ranks_of_another_hold(
     ]
     for owner in owners:
         owner.fill(model)
-    theirs, here = [x.rank.window for x in owners], [x.rank.tokens for x in owners]
+    theirs, here = [x.rank.box for x in owners], [x.rank.tokens for x in owners]
     for reader in readers[:2]:
         wanted = reader.written(model)
-        for piece in pieces(reader.rank.window, theirs, here):
+        for piece in pieces(reader.rank.box, theirs, here):
             owner = owners[piece.owner]
-            source = owner.cache.view.slice(**piece.theirs)
-            target = reader.cache.view.slice(**piece.mine)
+            source = owner.cache.view.slice(**slices(piece.box, owner.rank.box))
+            target = reader.cache.view.slice(**slices(piece.box, reader.rank.box))
             if piece.ids is None and reader.rank.tokens.all():  # by blocks, each side its own
                 lists = [Index(x.blocks.tolist(), step=x.size) for x in (owner, reader)]
             else:
@@ -93,24 +85,24 @@ def test_ranks_of_any_size_read_what_ranks_of_another_hold(
 
 
 def test_tp_2_to_3_of_6_heads_takes_four_pieces() -> None:
-    of = (2, 6)
-    owners = [window((0, 2), heads, of) for heads in ((0, 3), (3, 6))]
-    found = [pieces(window((0, 2), heads, of), owners) for heads in ((0, 2), (2, 4), (4, 6))]
+    owners = [((0, 2), heads) for heads in ((0, 3), (3, 6))]
+    found = [pieces(((0, 2), heads), owners) for heads in ((0, 2), (2, 4), (4, 6))]
     assert [[piece.owner for piece in one] for one in found] == [[0], [0, 1], [1]]
-    assert [piece.theirs["heads"] for piece in found[1]] == [slice(2, 3), slice(0, 1)]
-    assert [piece.mine["heads"] for piece in found[1]] == [slice(0, 1), slice(1, 2)]
+    assert [piece.box[1] for piece in found[1]] == [(2, 3), (3, 4)]
+    theirs = [slices(piece.box, owners[piece.owner])["heads"] for piece in found[1]]
+    assert theirs == [slice(2, 3), slice(0, 1)]
 
 
 def test_replicas_are_asked_in_the_preferred_order() -> None:
-    of, whole = (4, 2), window((0, 4), (0, 2), (4, 2))
-    owners = [whole, window((0, 2), (0, 2), of), whole]
+    whole = (0, 4), (0, 2)
+    owners = [whole, ((0, 2), (0, 2)), whole]
     assert [x.owner for x in pieces(whole, owners)] == [0]
     assert [x.owner for x in pieces(whole, owners, prefer=[2])] == [2]
     assert [x.owner for x in pieces(whole, owners, prefer=[1, 2])] == [1, 2]
 
 
 def test_several_bring_positions_only_if_none_has_them_all() -> None:
-    whole, even = window((0, 4), (0, 2), (4, 2)), np.arange(6) % 2 == 0
+    whole, even = ((0, 4), (0, 2)), np.arange(6) % 2 == 0
     assert [x.owner for x in pieces(whole, [whole] * 3, [even, ~even, None])] == [2]
     found = pieces(whole, [whole] * 3, [even, np.arange(6) > 2, ~even])
     ids = [np.flatnonzero(piece.ids).tolist() for piece in found if piece.ids is not None]
@@ -131,16 +123,15 @@ def test_several_bring_positions_only_if_none_has_them_all() -> None:
 )
 def test_what_nobody_holds_is_named(owners: Any, here: list[str], told: str) -> None:
     """Fault 18. Windows with a hole, heads that nobody holds, positions that are nowhere."""
-    windows = [window(layers, heads, (8, 4)) for layers, heads in owners]
     masks = [np.array([*map(int, one)], bool) for one in here]
     with pytest.raises(LayoutError, match="hand over a ticket of every owner") as refused:
-        pieces(window((0, 8), (0, 4), (8, 4)), windows, masks)
+        pieces(((0, 8), (0, 4)), owners, masks)
     assert told in str(refused.value)
 
 
 def test_opaque_pages_come_whole() -> None:
-    whole = window((0, 4), (0, 1), (4, 1))
-    parts = [window((0, 2), (0, 1), (4, 1)), window((2, 4), (0, 1), (4, 1))]
+    whole = (0, 4), (0, 1)
+    parts = [((0, 2), (0, 1)), ((2, 4), (0, 1))]
     assert [piece.owner for piece in pieces(whole, [*parts, whole], whole=True)] == [2]
     assert [piece.owner for piece in pieces(parts[1], [*parts, whole], whole=True)] == [1]
     with pytest.raises(LayoutError, match="none of 0 owners of all of it holds layers 0-3"):
@@ -164,10 +155,10 @@ def test_boxes_of_any_number_of_axes_are_dealt() -> None:
 
 def test_a_shard_holds_what_its_window_says() -> None:
     view = Cache("vllm-nhd", 2, 3, (8, 8), 2, 4).view
-    assert Shard(view).window == Window((0, 2, 2), (0, 3, 3))
+    assert Shard(view).group.box == ((0, 2), (0, 3))
     shard = Shard(view, layers=(4, 6, 8), heads=(3, 6, 6))
     assert shard.group == Group((4, 6, 8), (3, 6, 6), (16, 16), ("float16", "float16"))
-    with pytest.raises(LayoutError, match=r"layers 0-2 x heads 0-2 .* as many layers and heads"):
+    with pytest.raises(LayoutError, match="from is the 2 that the view has, of is how many"):
         Shard(view, layers=(0, 3, 8))
     for wrong in ((0, 2), (2, 0, 8), (0, 9, 8), (-1, 1, 8), (3, 3, 8)):
         with pytest.raises(LayoutError, match=r"expected \(from, to, of\)"):

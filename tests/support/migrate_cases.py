@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from portakv.migrate.shards import Range, Shard, Window
+from portakv.migrate.messages import Box, Range
+from portakv.migrate.shards import Shard, Window
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.rows import leaves
 from support.cache_cases import Cache
@@ -35,6 +36,10 @@ class Rank(NamedTuple):
     @property
     def window(self) -> Window:
         return Window(self.layers, self.heads)
+
+    @property
+    def box(self) -> Box:
+        return self.layers[:2], self.heads[:2]
 
     def part(self, array: Any) -> Any:
         """The same of an array [layer, token, head, ...]: all tokens."""
