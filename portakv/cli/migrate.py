@@ -54,7 +54,14 @@ def explain_peer(device: str | None, as_json: bool) -> int:
     """Print what of each kind of memory can be mapped by a peer, the links between devices, movers,
     and the channel; raises `Unsupported` if what migration needs is not installed."""
     _needed()
+    import msgspec
+    import zmq
+
+    from portakv.migrate.ipc import host_id
+
     where = usual_device() if device is None else usable_device(device)
+    versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
+    versions["libzmq"] = zmq.zmq_version()
     found = {
         "device": str(where),
         "mapped": [asdict(one) for one in _mapped(where)],
@@ -65,7 +72,7 @@ def explain_peer(device: str | None, as_json: bool) -> int:
             for one in _movers(slots)
         ],
         "forced": os.environ.get("PORTAKV_MOVER") or None,
-        "channel": _channel(),
+        "channel": {"host": host_id(), "curve": bool(zmq.has("curve")), "versions": versions},
     }
     if as_json:
         print_json(found)
@@ -135,18 +142,6 @@ def _movers(device: torch.device) -> Iterator[Decision]:
         yield said
 
 
-def _channel() -> dict[str, Any]:
-    """The libraries of the channel, and where one listens."""
-    import msgspec
-    import zmq
-
-    from portakv.migrate import ipc
-
-    versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
-    versions["libzmq"] = zmq.zmq_version()
-    return {"host": ipc.host_id(), "curve": bool(zmq.has("curve")), "versions": versions}
-
-
 def _print(found: dict[str, Any]) -> None:
     named = device_name(torch.device(found["device"]))
     print_prose(f"How a reader on {found['device']} ({named}) would pull rows of its peers:")
@@ -163,10 +158,12 @@ def _print(found: dict[str, Any]) -> None:
     print()
     taken = "The first mover that both accept is taken, if an owner's memory cannot be mapped."
     if found["forced"]:
-        taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped."
+        serves = any(one["accepted"] for one in found["movers"] if one["name"] == found["forced"])
+        taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped"
+        taken += "." if serves else ", and it does not serve here: then a pull is refused."
     print_prose(f"{taken} Slots are on the host if a side's rows are, or no mover serves others.")
-    channel, versions = found["channel"], found["channel"]["versions"]
-    curve = "with CURVE from a secret" if channel["curve"] else "without CURVE: no TCP"
-    names = ", ".join(f"{name} {version}" for name, version in versions.items())
-    print_prose(f"Channel: a Unix socket on this host, TCP {curve} ({names}).")
+    channel = found["channel"]
+    tcp = "TCP with CURVE from a secret" if channel["curve"] else "no TCP, as libzmq has no CURVE"
+    names = ", ".join(f"{name} {version}" for name, version in channel["versions"].items())
+    print_prose(f"Channel: a Unix socket on this host, {tcp} ({names}).")
     print_prose(f"This host is {channel['host']}; memory is mapped by peers that tell the same.")

@@ -117,6 +117,21 @@ def test_whole_opaque_pages_are_pulled_by_layer_windows_alone(way: str) -> None:
 
 
 @pytest.mark.parametrize("way", ["mapped", "staging"])
+def test_an_encoder_s_blocks_are_pulled_into_blocks_of_another_size(way: str) -> None:
+    """Embeddings of images: one plane, and the last block is not full."""
+    theirs, mine = (shared_empty(shape, torch.int16) for shape in [(5, 48, 24), (9, 16, 24)])
+    theirs.copy_(torch.arange(theirs.numel()).view(theirs.shape))
+    one, other = (Shard(KVView(x, "encoder-cache")) for x in (theirs, mine.fill_(-1)))
+    with sides() as made:
+        owner, reader = made.owner(one, expose=way, staging=SMALL), made.reader(other)
+        offer, into = owner.offer([3, 1], tokens=70), [8, 0, 2, 5, 1]
+        reader.pull(offer.ticket, into, verify=True).synchronize(60)
+    assert torch.equal(mine[into].flatten(0, 1)[:70], theirs[[3, 1]].flatten(0, 1)[:70])
+    assert (mine[into].flatten(0, 1)[70:] == -1).all()
+    assert (mine[[3, 4, 6, 7]] == -1).all()
+
+
+@pytest.mark.parametrize("way", ["mapped", "staging"])
 def test_what_the_reader_does_not_want_nobody_has_to_hold(way: str) -> None:
     """Blocks of -1 on both sides; digests are of what was brought alone."""
     with sides() as made:
