@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby, pairwise, product
-from math import gcd, prod
+from math import prod
 from operator import add, sub
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -20,7 +20,7 @@ from msgspec import Meta, msgpack, structs
 from portakv.errors import LayoutError, OfferGone, PeerError, TransferError, TransferTimeout
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.digest import box_digest
+from portakv.migrate.digest import box_digests
 from portakv.migrate.ipc import open_shared, share
 from portakv.migrate.messages import Count, Dims, Handle, Id, Message, Text, sealed, unsealed
 from portakv.runtime.bounded import Bounded
@@ -29,7 +29,6 @@ from portakv.runtime.worker import RateLimit
 
 _PAGE, _SUMS, _JOBS = 40 << 10, 256, 64  # bytes of items, digests in an answer; questions at once
 _BATCH, _PACED, _SMALL = 1 << 30, 32 << 20, 16 << 20  # bytes copied at once, with a rate; small
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _OPEN = 256  # pieces that are copied at once: on the host each may cost a descriptor
 
 
@@ -231,19 +230,9 @@ class Weights(Message, frozen=True):
     sums: tuple[int, ...] = ()
 
 
-def digest_of(tensor: torch.Tensor, box: Box, shape: Dims) -> int:
-    """The digest of a box, by words as wide as its ends allow: what it costs goes by words."""
-    size, ends = tensor.element_size(), (box.offset, box.extents, shape)
-    wide = gcd(8, *(size * x[-1] for x in ends)) if shape else size
-    with torch.inference_mode():
-        part = part_of(tensor, box.start, box.extents)
-        if wide <= size:
-            return box_digest(part, box.offset, shape)
-        starts = *part.stride()[:-1], part.storage_offset()
-        if part.stride(-1) != 1 or any(x * size % wide for x in starts):
-            part = part.clone(memory_format=torch.contiguous_format)
-        offset, _, whole = ((*x[:-1], x[-1] * size // wide) for x in ends)
-        return box_digest(part.view(_WORDS[wide]), offset, whole)
+def _digests(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
+    """The digests of boxes of tensors, by their place in the whole."""
+    return box_digests((part_of(x, box.start, box.extents), box.offset) for x, box in boxes)
 
 
 class Published:
@@ -276,11 +265,9 @@ class Published:
     def _digests(self, asked: AskWeights) -> Weights:
         """They take longer than a channel may: a worker makes them."""
         if asked.job not in self._jobs and len(self.graph.live) < _JOBS:
-            terms = [(self._held[x].tensor, box, self._items[x].shape) for x, box in asked.boxes]
+            boxes = [(self._held[x].tensor, box) for x, box in asked.boxes]
             sums, link = list[int](), self.graph.link("weights")
-            node = Node(
-                lambda *_: sums.extend(digest_of(*x) for x in terms), 1, link=link, name="sum"
-            )
+            node = Node(lambda *_: sums.extend(_digests(boxes)), 1, link=link, name="sum")
             self._jobs[asked.job] = node, sums
             self.graph.submit([node])
         job = self._jobs.get(asked.job)
@@ -352,9 +339,9 @@ class _Owner:
             boxes = tuple((x.name, x.box._replace(start=x.theirs)) for x in some)
             asked = AskWeights(self.id, 0, secrets.token_bytes(16), boxes)
             self.channel.ask(self.address, asked, Weights)  # it begins while this side works
-            held = [(parameters[x.name].tensor, x.box, self.items[x.name].shape) for x in some]
-            sums = zip(some, [digest_of(*x) for x in held], self.ask(asked).sums, strict=True)
-            yield from (x.name for x, mine, theirs in sums if mine != theirs)
+            mine = _digests([(parameters[x.name].tensor, x.box) for x in some])
+            sums = zip(some, mine, self.ask(asked).sums, strict=True)
+            yield from (x.name for x, one, other in sums if one != other)
 
 
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:

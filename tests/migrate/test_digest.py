@@ -17,31 +17,31 @@ from support.core_cases import noise
 from support.migrate_cases import WIDTHS, Held, Rank, drawn_model, ranks
 
 from portakv import Index, KVView
-from portakv.migrate.digest import MODULUS, box_digest, digest
+from portakv.migrate.digest import MODULUS, box_digests, digest
 from portakv.migrate.shards import Window
 
-Words = np.ndarray[Any, np.dtype[np.uint64]]
+Words = np.ndarray[Any, np.dtype[np.int64]]
 
 
-def mixed(words: Words, places: Words) -> int:
-    """The sum of splitmix64's finaliser of words and their places."""
-    x = words ^ places * np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return int((x ^ x >> np.uint64(31)).sum(dtype=np.uint64))
+def mixed(words: Words) -> int:
+    """The sum of words, each times a number for its place on each axis: splitmix64's multiplier and
+    its first two mixes, with shifts that keep the sign, and odd."""
+    for axis, n in enumerate(words.shape):
+        key = np.arange(n, dtype=np.int64) + (axis << 48)
+        key = key * np.uint64(0x9E3779B97F4A7C15).astype(np.int64)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            key = (key ^ key >> shift) * np.uint64(factor).astype(np.int64)
+        words = words * (key | 1).reshape(-1, *[1] * (words.ndim - axis - 1))
+    return int(words.sum()) % MODULUS
 
 
 def expected(model: list[Any], first: int = 0) -> int:
-    """The digest of whole rows [layer, token, head, byte] of each kv: their places count by token,
-    layer, head, kv, word; words are as wide as all rows allow, read with their sign."""
-    widths = [kv.shape[3] for kv in model]
-    unit = gcd(8, *widths)
-    layers, tokens, heads, _ = model[0].shape
-    words = [np.ascontiguousarray(kv).view(f"{'u' if unit == 1 else 'i'}{unit}") for kv in model]
-    row = np.concatenate(words, axis=3).astype(np.int64).view(np.uint64).transpose(1, 0, 2, 3)
-    places = np.arange(row.size, dtype=np.uint64) + np.uint64(first * row[0].size)
-    assert row.shape == (tokens, layers, heads, sum(widths) // unit)
-    return mixed(row.reshape(-1), places)
+    """The digest of whole rows [layer, token, head, byte] of each kv: axes are token, layer, head
+    and the words of all kv, which are as wide as all rows allow."""
+    unit = gcd(4, *(kv.shape[3] for kv in model))
+    words = [np.ascontiguousarray(kv).view(f"i{unit}") for kv in model]
+    rows = np.concatenate(words, axis=3).astype(np.int64).transpose(1, 0, 2, 3)
+    return mixed(np.concatenate([np.zeros((first, *rows.shape[1:]), np.int64), rows]))
 
 
 def of(held: Held, ids: Any = None, first: int = 0, count: int | None = None) -> int:
@@ -58,7 +58,7 @@ def test_digests_of_all_ranks_add_up_to_that_of_the_model(
     """TP 2 and TP 3, other layouts, other block sizes, tokens dealt out in turns: one digest."""
     layers, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
     heads = 1 if len(widths) == 1 else data.draw(st.integers(1, 6))
-    model, first = drawn_model(layers, tokens, heads, widths), data.draw(st.integers(0, 1 << 20))
+    model, first = drawn_model(layers, tokens, heads, widths), data.draw(st.integers(0, 1 << 10))
     presets = WIDTHS.get(widths, "vllm-mla" if len(widths) == 1 else "vllm-ascend").split()
     size, total, seen = data.draw(st.integers(1, 9)), 0, set()
     for rank in data.draw(ranks(layers, heads, tokens)):
@@ -142,36 +142,59 @@ def test_pages_are_digested_whole(kv: int) -> None:
     assert found != digest(view, ids, 12, window)
 
 
+def box_digest(box: torch.Tensor, *start: int) -> int:
+    """The digest of one part of a tensor."""
+    return box_digests([(box, start)])[0]
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.bool, torch.float64])
 def test_boxes_of_a_tensor_add_up(dtype: torch.dtype) -> None:
-    """A column, a row and an uneven split of a parameter, none of them contiguous."""
-    bits = noise(6, 10 * dtype.itemsize, dtype=torch.uint8)
+    """A column, a row and an uneven split of a parameter, none of them contiguous: cut at whole
+    words, they have the sum that numpy finds in the whole."""
+    bits = noise(6, 12 * dtype.itemsize, dtype=torch.uint8)
     whole = (bits % 2 if dtype == torch.bool else bits).view(dtype)
-    told = box_digest(whole, (0, 0), whole.shape)
-    for axis, cut in ((0, 3), (1, 5), (1, 1), (0, 5)):
+    told = box_digest(whole, 0, 0)
+    for axis, cut in ((0, 3), (1, 4), (1, 8), (0, 5)):
         one, other = whole.split([cut, whole.shape[axis] - cut], axis)
         start = (cut, 0) if axis == 0 else (0, cut)
-        parts = box_digest(one, (0, 0), whole.shape) + box_digest(other, start, whole.shape)
-        assert parts % MODULUS == told
-    words = whole.view({1: torch.uint8, 2: torch.int16, 8: torch.int64}[dtype.itemsize]).numpy()
-    told_so = mixed(words.astype(np.int64).view(np.uint64).ravel(), np.arange(60, dtype=np.uint64))
-    assert told == told_so
-    assert box_digest(whole.flip(0), (0, 0), whole.shape) != told
+        assert sum(box_digests([(one, (0, 0)), (other, start)])) % MODULUS == told
+    assert told == mixed(whole.view(torch.int32).numpy().astype(np.int64))
+    assert len({told, box_digest(whole.flip(0), 0, 0), box_digest(whole, 0, 4)}) == 3
+
+
+@pytest.mark.parametrize("shape", [(5, 300_000), (300_000, 5), (700_001,), (1, 1, 300_000), (3, 2)])
+def test_large_boxes_are_mixed_in_pieces(shape: tuple[int, ...]) -> None:
+    words = noise(*shape, 4, dtype=torch.uint8).view(torch.int32)[..., 0]
+    flat = words.numpy().astype(np.int64)
+    assert box_digest(words, *[0] * len(shape)) == mixed(flat if flat.ndim > 1 else flat[None])
+
+
+def test_bits_that_flip_in_an_even_number_of_words_do_not_cancel() -> None:
+    """Each bit, the highest as well, in all words at once."""
+    held = noise(64, 32, dtype=torch.uint8).view(torch.int64)
+    flips = [0, *(1 << bit for bit in range(63)), -1 << 63]
+    assert len({box_digest(held ^ flip, 0, 0) for flip in flips}) == 65
+
+
+def test_a_transposed_tensor_has_another_digest() -> None:
+    square = noise(8, 32, dtype=torch.uint8).view(torch.int32)
+    assert box_digest(square, 0, 0) != box_digest(square.T.contiguous(), 0, 0)
+    assert box_digest(square, 0, 0) == box_digest(square.T.contiguous().T, 0, 0)
 
 
 def test_scalars_complex_numbers_and_nothing_have_digests() -> None:
-    values = {box_digest(torch.tensor(x, dtype=torch.float32), (), ()) for x in (0.0, 1.0, -0.0)}
+    values = {box_digest(torch.tensor(x, dtype=torch.float32)) for x in (0.0, 1.0, -0.0)}
     assert len(values) == 3
     number = torch.tensor([1 + 2j, 3j], dtype=torch.complex64)
-    assert box_digest(number, (0,), (2,)) != box_digest(number.conj().resolve_conj(), (0,), (2,))
-    assert box_digest(torch.zeros(0, 4, dtype=torch.float32), (0, 0), (0, 4)) == 0
+    assert box_digest(number, 0) != box_digest(number.conj().resolve_conj(), 0)
+    assert box_digest(torch.zeros(0, 4, dtype=torch.float32), 0, 0) == 0
     grad = torch.ones(3, dtype=torch.float32, requires_grad=True)
-    assert box_digest(grad, (0,), (3,)) == box_digest(torch.ones(3), (0,), (3,))
+    assert box_digest(grad, 0) == box_digest(torch.ones(3), 0)
 
 
 @pytest.mark.parametrize("state", STATES)
 def test_digests_in_any_state_of_torch(state: str) -> None:
     held, weight = Held(whole_rank(), "vllm-hnd", (8, 8), 4), noise(3, 4, dtype=torch.bfloat16)
-    told = of(held), box_digest(weight, (0, 0), (3, 4))
+    told = of(held), box_digest(weight, 0, 0)
     with STATES[state](torch.device("cpu")):
-        assert (of(held), box_digest(weight, (0, 0), (3, 4))) == told
+        assert (of(held), box_digest(weight, 0, 0)) == told
