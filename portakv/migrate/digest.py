@@ -2,9 +2,8 @@
 """Digests that tell both sides of a pull whether they hold the same: sums, modulo 2^64, of words
 times keys of their places in the whole model. Parts add up, whatever layout and sharding hold them.
 
-The key of a place is the product of one odd number for each axis, so that a sum is taken axis by
-axis. Words have at most half of the modulus' bits: what differs in their highest bits alone is seen
-as well, but for one case in 2^32."""
+The key of a place is the product of one odd number for each axis, so that sums go axis by axis.
+Words have at most half of the modulus' bits, so that their highest bits count like others."""
 
 from __future__ import annotations
 
@@ -21,17 +20,17 @@ from portakv.view import Index, KVView
 
 MODULUS = 1 << 64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
-# Words that are mixed at once, and bytes of rows that are gathered at once: on the host they stay
-# in a core's cache, on a device they outweigh their launches.
+# Words that are mixed, and bytes of rows that are gathered, at once: what a core's cache holds, and
+# on a device more than launches cost.
 _HOST, _DEVICE = (1 << 17, 2 << 20), (1 << 22, 32 << 20)
-# splitmix64's, to make keys of places.
+_AXIS = 1 << 48  # numbers of an axis' places, before those of the next one
+# What splitmix64 adds and multiplies with, and how far it shifts before.
 _STEP = 0x9E3779B97F4A7C15 - MODULUS
 _MIXES = ((30, 0xBF58476D1CE4E5B9 - MODULUS), (27, 0x94D049BB133111EB - MODULUS))
-_AXIS = 1 << 48  # places of one axis end before those of the next one begin
 
 
 class _Mixer:
-    """Sums of words of one device, with room for those that are mixed at once."""
+    """Sums words of one device up, in ``room`` for those that are mixed at once."""
 
     def __init__(self, device: torch.device) -> None:
         self.many, self.slice = _HOST if device.type == "cpu" else _DEVICE
@@ -42,8 +41,8 @@ class _Mixer:
         """The odd numbers of ``n`` places of an axis."""
 
         def make() -> torch.Tensor:
-            first, kind = axis * _AXIS + start, self.room
-            x = torch.arange(first, first + n, dtype=kind.dtype, device=kind.device)
+            first, like = axis * _AXIS + start, self.room
+            x = torch.arange(first, first + n, dtype=like.dtype, device=like.device)
             x *= _STEP
             for shift, factor in _MIXES:
                 x ^= x >> shift
@@ -52,22 +51,24 @@ class _Mixer:
 
         return self.keys.get_or_make((axis, start, n), make)
 
-    def rows(self, words: torch.Tensor, starts: Sequence[int]) -> torch.Tensor:
-        """The sum of each ``words[i]``, times the keys of all axes but the first."""
-        if words.numel() > self.many:
-            axis = next(axis for axis, n in enumerate(words.shape) if n > 1)
-            n = max(1, self.many * words.shape[axis] // words.numel())
-            parts = words.split(n, axis)
-            if axis == 0:
-                return torch.cat([self.rows(x, starts) for x in parts])
-            before, start, after = starts[:axis], starts[axis], starts[axis + 1 :]
-            sums = [self.rows(x, (*before, start + i * n, *after)) for i, x in enumerate(parts)]
-            return torch.stack(sums).sum(0)
-        for axis in range(words.dim() - 1, 0, -1):
-            key = self.key(axis, starts[axis], words.shape[axis])
-            room = self.room[: words.numel()].view(words.shape)
-            words = torch.mul(words, key, out=room).sum(-1)
-        return words
+    def rows(self, words: torch.Tensor, places: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The sum of each of ``words``, times their keys; ``places``: which axis each of the others
+        is, and where it begins."""
+        each = words[:1].numel()
+        if each > self.many:
+            nth = next(i for i, n in enumerate(words.shape) if i and n > 1)
+            n, (axis, start) = max(1, self.many * words.shape[nth] // each), places[nth - 1]
+            parts = enumerate(words.split(n, nth))
+            ends = places[: nth - 1], places[nth:]
+            found = [self.rows(x, (*ends[0], (axis, start + i * n), *ends[1])) for i, x in parts]
+            return torch.stack(found).sum(0)
+        keys = [self.key(*at, n) for at, n in zip(places, words.shape[1:], strict=True)]
+        sums = list[torch.Tensor]()
+        for part in words.split(max(1, self.many // max(1, each))):
+            for key in reversed(keys):
+                part = torch.mul(part, key, out=self.room[: part.numel()].view(part.shape)).sum(-1)
+            sums.append(part)
+        return torch.cat(sums)
 
 
 def digest(view: KVView, index: Index, count: int, window: Window, first: int = 0) -> int:
@@ -77,19 +78,17 @@ def digest(view: KVView, index: Index, count: int, window: Window, first: int = 
     most = max(1, mixer.slice // view.form.token_bytes) * size
     room = staging(chunk_bytes(view, min(count, most)), view.device)
     for at in range(0, count, most):
-        n, front = min(most, count - at), 0
+        n = min(most, count - at)
         part, (tensors, rows) = index.part(at, n), chunk(view, n, room)
         copy_rows(view.as_bytes(), rows, part, count=n).wait()
         key = mixer.key(0, (first + at) // size, n // size)
         if part.ids is not None:
             tokens = torch.arange(0, n, size, dtype=torch.int64, device=view.device)
-            ids = part.ids.to(view.device)[(tokens + part.offset) // part.step]
-            key = key * (ids >= 0)
-        for tensor in tensors:
-            words = tensor.view(_WORDS[unit]).unflatten(2, (view.heads, -1)).transpose(0, 1)
-            starts = 0, window.layers[0], window.heads[0], front
-            total += int((mixer.rows(words, starts) * key).sum())
-            front += words.shape[3]
+            key = key * (part.ids.to(view.device)[(tokens + part.offset) // part.step] >= 0)
+        for kv, tensor in enumerate(tensors):
+            words, head = tensor.view(_WORDS[unit]).transpose(0, 1), window.heads[0]
+            places = (1, window.layers[0]), (2 + kv, head * words.shape[2] // view.heads)
+            total += int((mixer.rows(words, places) * key).sum())
     return total % MODULUS
 
 
@@ -103,13 +102,13 @@ def box_digests(boxes: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[int
             if words.device not in mixers:
                 mixers[words.device] = _Mixer(words.device)
             mixer = mixers[words.device]
-            key = mixer.key(0, starts[0], words.shape[0])
-            totals.append((mixer.rows(words, starts) * key).sum())
+            key = mixer.key(0, starts[0], len(words))
+            totals.append((mixer.rows(words, [*enumerate(starts)][1:]) * key).sum())
         return [int(total) % MODULUS for total in totals]
 
 
 def _words(part: torch.Tensor, start: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A part as words of two axes or more, and where they begin in the whole."""
+    """A part as words of at least two axes, and where they begin in the whole."""
     while part.dim() < 2:
         part, start = part[None], (0, *start)
     size = part.element_size()
