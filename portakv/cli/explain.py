@@ -88,11 +88,13 @@ def run(asked: argparse.Namespace) -> int:
     if asked.src_device is not None:
         there = usable_device(asked.src_device)
         src, _ = make_sides(layouts, said_extents(asked), there, steps, asked.index == "blocks")
+    peer = src.view.device != dst.view.device
+    if peer:
         src = src._replace(view=src.view.as_peer(dst.view.device))
         choice = explain_link.between(asked, src.view, dst.view, choice)
     plan = CopyPlan(src.view.form, dst.view.form, src.step, dst.step)
     _, taken = prepare(plan, choice)  # as a copy would
-    why = _why(taken) if asked.src_device is None else taken.trace[-1].reason
+    why = taken.trace[-1].reason if peer else _why(taken)
     found = {
         "source": _side_json(src), "destination": _side_json(dst),
         "plan": {

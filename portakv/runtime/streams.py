@@ -91,13 +91,14 @@ def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     place: object = getattr(stream, "device", None) if hasattr(stream, "stream_id") else None
     if stream is None or place in devices:
         return
-    found, wanted, how = f"a stream of {place}", "a stream of a device that takes part", ""
+    names = dict.fromkeys(map(str, devices))
+    found, wanted, how = f"a stream of {place}", f"one of {' or '.join(names)}", ""
     if place is None:
         found, wanted = f"stream={stream!r}", "a stream of torch"
         how = " (torch.cuda.ExternalStream holds a handle)"
     raise DeviceMismatch(
-        f"A copy on {' and '.join(dict.fromkeys(map(str, devices)))} was asked with {found}; "
-        f"expected {wanted}. Pass one{how}, or none for the current one."
+        f"A copy on {' and '.join(names)} was asked with {found}; expected {wanted}. "
+        f"Pass one{how}, or none for the current one."
     )
 
 
