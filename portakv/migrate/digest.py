@@ -14,7 +14,7 @@ import torch
 
 from portakv.copy import copy_rows
 from portakv.migrate.chunks import chunk, chunk_bytes, page_of, staging
-from portakv.migrate.shards import Window
+from portakv.migrate.messages import Box
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 
@@ -71,7 +71,7 @@ class _Mixer:
         return torch.cat(sums)
 
 
-def digest(view: KVView, index: Index, count: int, window: Window, first: int = 0) -> int:
+def digest(view: KVView, index: Index, count: int, window: Box, first: int = 0) -> int:
     """The digest of ``count`` positions of an index, without those that it skips; of opaque pages,
     of whole ones. ``window``: what the view holds; ``first``: the token of the first position."""
     size, unit, mixer, total = page_of(view), gcd(4, *view.widths), _Mixer(view.device), 0
@@ -86,8 +86,8 @@ def digest(view: KVView, index: Index, count: int, window: Window, first: int = 
             tokens = torch.arange(0, n, size, dtype=torch.int64, device=view.device)
             key = key * (part.ids.to(view.device)[(tokens + part.offset) // part.step] >= 0)
         for kv, tensor in enumerate(tensors):
-            words, head = tensor.view(_WORDS[unit]).transpose(0, 1), window.heads[0]
-            places = (1, window.layers[0]), (2 + kv, head * words.shape[2] // view.heads)
+            words, head = tensor.view(_WORDS[unit]).transpose(0, 1), window[1][0]
+            places = (1, window[0][0]), (2 + kv, head * words.shape[2] // view.heads)
             total += int((mixer.rows(words, places) * key).sum())
     return total % MODULUS
 

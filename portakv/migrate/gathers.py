@@ -17,9 +17,8 @@ from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import digest
-from portakv.migrate.messages import Answer, Gather, Hello
+from portakv.migrate.messages import Answer, Box, Gather, Hello
 from portakv.migrate.movers.base import Mover, Moving, choose
-from portakv.migrate.shards import Window
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
@@ -33,7 +32,7 @@ class Rows(NamedTuple):
 
     view: KVView
     ids: Index
-    window: Window
+    window: Box
     behind: Behind
 
 

@@ -82,7 +82,7 @@ def verified(step: Step, pull: Pull) -> None:
     for start, end in step.runs():
         part = replace(asked, first=asked.first + start, count=end - start)
         here = step.mine.shifted(start)
-        mine += digest(step.cut.dst, here, part.count, step.window, part.first)
+        mine += digest(step.cut.dst, here, part.count, step.cut.piece.box, part.first)
         theirs += ask(step, part, pull).digest
     if (mine - theirs) % MODULUS:
         raise TransferError(

@@ -35,7 +35,7 @@ from portakv.migrate.messages import (
     Welcome,
 )
 from portakv.migrate.pairing import proof, where
-from portakv.migrate.shards import Shard, Window, overlap, slices, unlike
+from portakv.migrate.shards import Shard, overlap, slices, unlike
 from portakv.runtime.streams import Behind
 from portakv.view.index import Ids, Index
 
@@ -322,9 +322,7 @@ class Owner:
                 f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
             )
         part = shard.view.slice(**slices(asked, shard.group.box))
-        own = shard.group
-        window = Window((*gather.layers, own.layers[2]), (*gather.heads, own.heads[2]))
-        return Rows(part, Index(*offer.ids[gather.group], gather.first), window, offer.behind)
+        return Rows(part, Index(*offer.ids[gather.group], gather.first), asked, offer.behind)
 
 
 def _events(device: torch.device) -> list[Any]:

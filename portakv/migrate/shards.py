@@ -20,13 +20,6 @@ Mask = npt.NDArray[np.bool_]  # for each position of a copy
 _TOLD = 4  # holes, and positions, that an error names
 
 
-class Window(NamedTuple):
-    """The layers and heads of the whole model that a view holds."""
-
-    layers: Range
-    heads: Range
-
-
 class Shard:
     """A view and its window: which layers and heads of the whole model it holds, each as ``(from,
     to, of)`` on the model's axis; None: all of that axis. Raises `LayoutError` for another window.

@@ -14,7 +14,7 @@ from portakv.errors import InvalidTerms, Unsupported
 from portakv.migrate.chunks import chunk_bytes, page_of
 from portakv.migrate.messages import Gather, Ticket
 from portakv.migrate.pairing import Paired
-from portakv.migrate.shards import Piece, Shard, Window, pieces, slices
+from portakv.migrate.shards import Piece, Shard, pieces, slices
 from portakv.view import Index, KVView
 from portakv.view.index import Ids
 
@@ -49,15 +49,6 @@ class Step(NamedTuple):
     def nbytes(self) -> float:
         """Bytes that it brings, if it brings all positions."""
         return self.tokens * token_bytes(self.cut.dst.form)
-
-    @property
-    def window(self) -> Window:
-        """Where it lies in the model."""
-        own, (layers, heads) = (
-            self.owner.welcome.described[self.cut.group].group,
-            self.cut.piece.box,
-        )
-        return Window((*layers, own.layers[2]), (*heads, own.heads[2]))
 
     def gather(self, layers: range, first: int, count: int, **terms: Any) -> Gather:
         """Some layers and tokens of it, counted from its own first ones, as its owner is asked."""

@@ -18,7 +18,6 @@ from support.migrate_cases import WIDTHS, Held, Rank, drawn_model, ranks
 
 from portakv import Index, KVView
 from portakv.migrate.digest import MODULUS, box_digests, digest
-from portakv.migrate.shards import Window
 
 Words = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -55,7 +54,7 @@ def of(held: Held, ids: Any = None, first: int = 0, count: int | None = None) ->
     """The digest of what a rank holds."""
     slots = held.slots if ids is None else ids
     index = Index(torch.from_numpy(slots))
-    return digest(held.cache.view, index, len(slots), held.rank.window, first)
+    return digest(held.cache.view, index, len(slots), held.rank.box, first)
 
 
 @given(st.sampled_from([*WIDTHS, (3, 1), (6,)]), st.data())
@@ -85,7 +84,7 @@ def whole_rank(tokens: int = 24, layers: int = 2, heads: int = 2) -> Rank:
 def test_block_tables_and_slots_have_one_digest() -> None:
     held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
     blocks = Index(torch.from_numpy(held.blocks), step=4)
-    view, window = held.cache.view, held.rank.window
+    view, window = held.cache.view, held.rank.box
     assert digest(view, blocks, 24, window) == of(held)
     tail = digest(view, Index(blocks.ids, step=4, offset=6), 18, window, first=6)
     assert (digest(view, blocks, 6, window) + tail) % MODULUS == of(held)
@@ -129,7 +128,7 @@ def test_many_rows_are_digested_in_slices() -> None:
     tokens, layers = 3000, 8
     pool = noise(layers, tokens, 2048, dtype=torch.uint8)
     view = KVView([*pool], "layer | (block token) dim", block_size=1)
-    window = Window((0, 8, 8), (0, 1, 1))
+    window = (0, 8), (0, 1)
     model = [pool.numpy()[:, :, None]]
     assert digest(view, Index([*range(tokens)]), tokens, window) == expected(model)
 
@@ -139,7 +138,7 @@ def test_pages_are_digested_whole(kv: int) -> None:
     pages = [noise(5, 33 * 4, dtype=torch.uint8, seed=n) for n in range(3 * kv)]
     layout = "layer | block page" if kv == 1 else "(layer kv) | block page"
     view = KVView(pages, layout, block_size=4, kv=kv)
-    window, ids = Window((0, 3, 3), (0, 1, 1)), Index([4, -1, 2], step=4)
+    window, ids = ((0, 3), (0, 1)), Index([4, -1, 2], step=4)
     found = digest(view, ids, 12, window)
     turned = KVView([page.clone() for page in pages], layout, block_size=4, kv=kv)
     assert found == digest(turned, ids, 12, window)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import strategies as st
 
 from portakv.migrate.messages import Box, Range
-from portakv.migrate.shards import Shard, Window
+from portakv.migrate.shards import Shard
 from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.rows import leaves
 from support.cache_cases import Cache
@@ -32,10 +32,6 @@ class Rank(NamedTuple):
     layers: Range
     heads: Range
     tokens: np.ndarray[Any, np.dtype[np.bool_]]
-
-    @property
-    def window(self) -> Window:
-        return Window(self.layers, self.heads)
 
     @property
     def box(self) -> Box:
