@@ -108,6 +108,7 @@ class Channel:
         self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
         self._process, self._lock, self._closed = this_process(), threading.Lock(), False
         self._answers: dict[type, Callable[[Peer, Any], Any]] = {}
+        self.owner: object = None  # the `Owner` that readers reach here, until it is closed
         self._decoder = Decoder[Any](None)
         self._peers, self._fds = dict[bytes, Peer](), dict[int, bytes]()  # of connections to here
         self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)

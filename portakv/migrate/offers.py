@@ -107,7 +107,7 @@ class Owner:
 
     Raises:
         LayoutError: no shard, or one that cannot be described.
-        InvalidTerms: another ``expose``, or no bytes of staging.
+        InvalidTerms: another ``expose``, no bytes of staging, or a channel that has an owner.
     """
 
     def __init__(
@@ -124,6 +124,8 @@ class Owner:
                 f"An owner with {expose=} and {staging=} was asked: expected 'mapped' or 'staging',"
                 f" and {SLOTS << 12} bytes or more."
             )
+        if channel.owner is not None:
+            raise InvalidTerms(f"{channel} has an owner already: close it first, or take another.")
         self.channel, self.model, self.now = channel, model, time.monotonic
         self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
@@ -136,6 +138,7 @@ class Owner:
         }  # fmt: skip
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
+        channel.owner = self
 
     def reallocate(self, *shards: Shard) -> None:
         """Offer rows of other views from now on: all offers end, and readers pair anew."""
@@ -232,6 +235,9 @@ class Owner:
 
     def close(self) -> None:
         """End every offer, and answer nobody any more."""
+        if self.channel.owner is not self:
+            return
+        self.channel.owner = None
         self.revoke_all()
         for one in self._exports:
             one.close()

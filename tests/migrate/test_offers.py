@@ -646,3 +646,17 @@ def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
         channel.close()
         assert until(lambda: reader.channel.statistics()["links"] == 0)
         assert sum("take" in thread.name for thread in threading.enumerate()) <= 2
+
+
+def test_a_channel_has_one_owner_at_a_time(made: Sides) -> None:
+    """Two would answer for each other's offers, and one that closes would end the other's."""
+    both = Couple(made)
+    with pytest.raises(InvalidTerms, match="has an owner already: close it first, or take"):
+        Owner(both.owner.channel, both.theirs.shard, model=MODEL)
+    both.pull(both.offer()).synchronize(60)
+    both.owner.close()
+    again = Owner(both.owner.channel, both.theirs.shard, model=MODEL)
+    both.owner.close()
+    both.pull(again.offer(both.blocks, tokens=both.tokens)).synchronize(60)
+    assert both.right()
+    again.close()
