@@ -23,23 +23,21 @@ from time import monotonic
 from typing import Any, TypeVar, Union
 
 import zmq
-from msgspec import Struct as Message
 from msgspec.msgpack import Decoder, decode, encode
 from zmq.utils import z85
 
 from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferTimeout
-from portakv.migrate.messages import VERSION
+from portakv.migrate.messages import VERSION, Message
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-#: Bytes of a message; connections that are served; messages that wait in one, each way.
-LIMIT, PEERS, QUEUED = 64 << 10, 1024, 64
+#: Bytes of a request and of an answer; connections that are served; messages that wait in one.
+LIMIT, ANSWER, PEERS, QUEUED = 64 << 10, 1 << 20, 1024, 64
 #: Milliseconds: between signs of life; until a connection without any is dead; for a handshake;
 #: between an asker's looks at its connection.
 HEARTBEAT, DEAD, HANDSHAKE, LOOK = 1000, 3000, 5000, 20
-REPEAT = 0.25  # seconds until a request without an answer is sent again, then twice as long
 HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the request (0: no answer)
 BACK = Struct("!B?Q")  # version, whether a refusal's sentence follows, number of the request
 
@@ -90,20 +88,22 @@ class Channel:
             only this user of this host reaches.
         secret: 16 bytes or more, the same for all that talk to each other; TCP needs one.
         timeout: seconds for a request and its answer.
+
+    Attributes:
+        address: what tickets say. Set it if others reach it by another one (NAT, a container's).
     """
 
     def __init__(
         self, address: str | None = None, *, secret: bytes | str | None = None, timeout: float = 5.0
     ) -> None:
-        self._keys, self.address = _keys(secret), address or "a Unix socket"
+        short = secret is not None and len(secret) < 16
+        self._keys = () if secret is None or short else _keys(secret)
         del secret  # no traceback shows it
-        own = re.match(r"tcp://(?!\*|0\.0\.0\.0|\[::\])", address or "")
-        if self._keys == () or (address and not (self._keys and own)):
-            asked = (
-                f"A channel was to listen at {self.address}; expected None or an interface's own"
-            )
+        self.address = address or "a Unix socket"
+        if short or (address and not (self._keys and address.startswith("tcp://"))):
             raise InvalidTerms(
-                f"{asked} tcp:// address with a secret; of a secret 16 bytes or more."
+                f"A channel was to listen at {self.address}: expected None, or a tcp:// address "
+                f"with a secret; and of a secret 16 bytes or more."
             )
         self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
         self._process, self._lock, self._closed = this_process(), threading.Lock(), False
@@ -115,10 +115,11 @@ class Channel:
         self._links, self._fresh, self._made = dict[str, _Link](), list[_Link](), 0
         self._poller, self._calls = zmq.Poller(), dict[Any, Callable[[], None]]()
         self._context, self._wake, self._path = zmq.Context(), os.eventfd(0), -1
+        self._context.max_sockets = 4096  # three for each link
         self._context.rcvhwm = 0  # of monitors: one that is full would stop ZeroMQ's own thread
         self._zap = self._context.socket(zmq.REP)  # asks the channel's thread who may connect
         self._router = self._socket(zmq.ROUTER, self.address)
-        self._seen = self._router.get_monitor_socket()
+        self._seen = self._router.get_monitor_socket(zmq.EVENT_ACCEPTED | zmq.EVENT_DISCONNECTED)
         try:
             self._zap.bind("inproc://zeromq.zap.01")
             self._listen(address)
@@ -137,6 +138,8 @@ class Channel:
         with tempfile.TemporaryDirectory(prefix="portakv-") as folder:  # of this user alone
             self._router.bind(address or f"ipc://{folder}/socket")
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+            if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
+                raise OSError("that is every interface")
             if not address:  # reached through this process: not even SIGKILL leaves a file
                 self._path = os.open(f"{folder}/socket", os.O_PATH)
                 self.address = f"ipc:///proc/{os.getpid()}/fd/{self._path}"
@@ -183,9 +186,9 @@ class Channel:
         if self._process.forked:
             return
         with self._lock:
-            closed, self._closed = self._closed, True
-        if closed:
-            return
+            if self._closed:
+                return
+            self._closed = True
         os.eventfd_write(self._wake, 1)
         self._thread.join()
         for link in tuple(self._links.values()):
@@ -204,8 +207,8 @@ class Channel:
     # ---- in an asker's thread
 
     def _send(self, address: str, message: Message, timeout: float, answer: bool) -> bytes:
-        until, again, pause = monotonic() + timeout, 0.0, REPEAT
-        what, body = f"{type(message).__name__} for {address}", encode(message)
+        until, what = monotonic() + timeout, f"{type(message).__name__} for {address}"
+        body, by = encode(message), Peer()
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
         link = self._link(address)
@@ -217,10 +220,10 @@ class Channel:
             while True:
                 self._look(link, until, what)
                 with suppress(zmq.Again):
-                    if monotonic() >= again:
+                    if by is not (life := link.life):  # or again, by the next connection
                         link.socket.send(data)
-                        again, pause = monotonic() + pause, 2 * pause
-                    back = link.socket.recv() if answer else b""
+                        by = life
+                    back = link.socket.recv().ljust(BACK.size, b"\0") if answer else b""
                     if not answer or back[0] != VERSION or BACK.unpack_from(back)[2] == link.asked:
                         return back
         finally:
@@ -239,15 +242,13 @@ class Channel:
         try:
             if self._process.forked or self._closed:
                 raise OSError("the channel was closed, or does not survive fork; start it by spawn")
-            if link := self._links.get(address):
-                return link
-            local = re.match("ipc:/(/.+)", address)
-            if not local and not (self._keys and address.startswith("tcp://")):
-                raise OSError("expected ipc:// of this host or, with a secret, tcp://")
-            if local and os.stat(local[1]).st_uid != os.getuid():
-                raise OSError("another user listens there")
             with self._lock:
-                if not (link := self._links.get(address)):  # else another thread was faster
+                if not (link := self._links.get(address)):
+                    local = re.match("ipc://(/.+)", address)
+                    if not local and not (self._keys and address.startswith("tcp://")):
+                        raise OSError("expected ipc:// of this host or, with a secret, tcp://")
+                    if local and os.stat(local[1]).st_uid != os.getuid():
+                        raise OSError("another user listens there")
                     self._made += 1
                     link = _Link(self._socket(zmq.DEALER, address), address, self._made)
                     self._links[address] = link
@@ -268,7 +269,8 @@ class Channel:
     def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
         made: zmq.Socket[bytes] = self._context.socket(kind)
         made.linger, made.sndhwm, made.rcvhwm, made.ipv6 = 0, QUEUED, QUEUED, "[" in address
-        made.maxmsgsize, made.handshake_ivl = LIMIT + 256, HANDSHAKE  # CURVE and HEAD add some
+        made.maxmsgsize = (LIMIT if kind == zmq.ROUTER else ANSWER) + 256  # CURVE and HEAD add some
+        made.handshake_ivl = HANDSHAKE
         made.heartbeat_ivl, made.heartbeat_timeout = HEARTBEAT, DEAD
         if self._keys:
             made.curve_publickey, made.curve_secretkey = self._keys
@@ -294,7 +296,7 @@ class Channel:
 
     def _admit(self) -> None:
         """Say whether a connection has the secret's keys."""
-        asked, key = self._zap.recv_multipart(), z85.decode((self._keys or [b""])[0])
+        asked, key = self._zap.recv_multipart(), z85.decode(self._keys[0])
         well = b"200" if asked[5:] == [b"CURVE", key] else b"400"
         self._zap.send_multipart([b"1.0", asked[1], well, b"", b"", b""])
 
@@ -318,7 +320,9 @@ class Channel:
         elif event == "CLOSED":
             link.why = link.why or "nobody listens there"
         elif event.startswith("HANDSHAKE_FAILED"):
-            link.why = "the handshake failed: the secret differs, or no channel listens there"
+            link.why = (
+                "no handshake: the secret differs, its process is held up, or it is no channel"
+            )
         elif event == "MONITOR_STOPPED":
             self._poller.unregister(link.monitor)
             del self._calls[link.monitor]
@@ -391,7 +395,7 @@ class Channel:
         except Exception as error:
             _log.exception("%s could not be answered.", type(message).__name__)
             return self._refused(number, "failed", f"it failed there by {type(error).__name__}")
-        if len(body) > LIMIT:
+        if len(body) > ANSWER:
             return self._refused(number, "size", f"its answer has {len(body)} bytes")
         return BACK.pack(VERSION, False, number) + body if body else b""
 
@@ -406,10 +410,8 @@ def _event(monitor: zmq.Socket[bytes]) -> tuple[str, int]:
     return str(zmq.Event(event).name), int(value)
 
 
-def _keys(secret: bytes | str | None) -> tuple[bytes, ...] | None:
-    """The public and the private key that a secret stands for; none if it is too short."""
+def _keys(secret: bytes | str) -> tuple[bytes, ...]:
+    """The public and the private key that a secret stands for."""
     given = secret.encode() if isinstance(secret, str) else secret
-    if given is None or len(given) < 16:
-        return None if given is None else ()
     key = z85.encode(blake2b(given, digest_size=32, person=b"portakv-curve").digest())
     return zmq.curve_public(key), key

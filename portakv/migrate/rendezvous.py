@@ -49,9 +49,11 @@ class ChannelStore(Store):
         over: groups whose other side is gone, by name: here nobody waits for their keys.
     """
 
+    timeout: timedelta  # of torch's own, which its other stores set too
+
     def __init__(self, channel: Channel, address: str | None) -> None:
         super().__init__()
-        self._channel, self._address, self._seconds = channel, address, 300.0
+        self._channel, self._address = channel, address
         self._kept, self._lock, self.over = dict[str, bytes](), threading.Lock(), set[str]()
         if address is None:
             channel.serve(Keep, lambda _, asked: self._do(asked))
@@ -90,13 +92,13 @@ class ChannelStore(Store):
         self._ask("set", key, value=value.encode() if isinstance(value, str) else bytes(value))
 
     def get(self, key: str) -> bytes:
-        return self._await([key], self._seconds)[0]
+        return self._await([key], self.timeout.total_seconds())[0]
 
     def add(self, key: str, value: int) -> int:
         return self._ask("add", key, amount=value).number
 
     def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self._await(keys, self._seconds if timeout is None else timeout.total_seconds())
+        self._await(keys, (self.timeout if timeout is None else timeout).total_seconds())
 
     def check(self, keys: list[str]) -> bool:
         return self._ask("get", *keys).values != ()
@@ -107,9 +109,6 @@ class ChannelStore(Store):
     def num_keys(self) -> int:
         """Of those that are kept here."""
         return len(self._kept)
-
-    def set_timeout(self, timeout: timedelta) -> None:
-        self._seconds = timeout.total_seconds()
 
 
 def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:

@@ -13,10 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ambient import STATES
 from support.migrate_cases import WIDTHS, Held, drawn_model, ranks
+from support.migrate_channels import SECRET, Network
 from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 
 from portakv import Index, KVView
+from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.offers import Owner
+from portakv.migrate.pull import Reader
 from portakv.migrate.shards import Shard
 
 extents = st.integers(1, 4).flatmap(
@@ -192,3 +196,31 @@ def test_of_owners_that_have_the_same_one_that_can_be_mapped_is_read(swapped: bo
         pulled = made.reader(mine.shard).pull(tickets[:: -1 if swapped else 1], [2])
         pulled.synchronize(60)
         assert pulled.statistics.engine == "mapped"
+
+
+def test_each_layer_may_have_an_allocation_of_its_own() -> None:
+    """Keys and values of 160 layers: an owner's answer to the greeting is over 64 KiB then."""
+    shape, layout = (4, 16, 1, 8), "layer kv | block token head dim"
+    pools = [tuple(shared_empty(shape, torch.uint8).fill_(n) for _ in "kv") for n in range(160)]
+    mine = [tuple(torch.zeros(shape, dtype=torch.uint8) for _ in "kv") for _ in pools]
+    with sides() as made:
+        owner = made.owner(Shard(KVView(pools, layout)))
+        pull = made.reader(Shard(KVView(mine, layout))).pull(
+            owner.offer([1], tokens=16).ticket, [3]
+        )
+        pull.synchronize()
+        assert all(bool((one[3] == n).all()) for n, both in enumerate(mine) for one in both)
+
+
+def test_tickets_say_the_address_that_a_channel_was_given() -> None:
+    """A container's published port, or NAT: what it listens at is not what others reach."""
+    mine, theirs = Rows(), Rows()
+    listening, asking = Channel("tcp://127.0.0.1:0", secret=SECRET), Channel(secret=SECRET)
+    network = Network(listening.address)
+    listening.address = network.address
+    owner, reader = Owner(listening, theirs.shard, model="m"), Reader(asking, mine.shard, model="m")
+    offer = owner.offer([1], tokens=16)
+    assert network.address in reader.explain(offer.ticket)
+    reader.pull(offer.ticket, [2]).synchronize()
+    for one in (reader, owner, asking, listening, network):
+        one.close()

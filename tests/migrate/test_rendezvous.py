@@ -57,9 +57,11 @@ def test_a_get_waits_until_the_key_is_set(stores: tuple[ChannelStore, ChannelSto
 
 def test_a_wait_ends(stores: tuple[ChannelStore, ChannelStore]) -> None:
     for store in stores:
-        store.set_timeout(timedelta(seconds=0.05))
-        with pytest.raises(TransferTimeout, match="Nobody has set never in"):
-            store.get("never")
+        for setting in (store, PrefixStore("p", store)):  # torch sets it through those
+            setting.set_timeout(timedelta(seconds=0.05))
+            with pytest.raises(TransferTimeout, match=r"Nobody has set never in 0\.05 s"):
+                store.get("never")
+            store.set_timeout(timedelta(seconds=300))
         with pytest.raises(TransferTimeout):
             store.wait(["never"], timedelta(seconds=0.01))
 
