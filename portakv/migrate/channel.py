@@ -108,7 +108,7 @@ class Channel:
         self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
         self._process, self._lock, self._closed = this_process(), threading.Lock(), False
         self._answers: dict[type, Callable[[Peer, Any], Any]] = {}
-        self.owner: object = None  # the `Owner` that readers reach here, until it is closed
+        self._users = dict[str, object]()  # the owner and the reader that others know by it
         self._decoder = Decoder[Any](None)
         self._peers, self._fds = dict[bytes, Peer](), dict[int, bytes]()  # of connections to here
         self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
@@ -149,6 +149,16 @@ class Channel:
         so that it must be quick; None: nothing is sent. What it raises is told as a refusal."""
         self._answers = {**self._answers, kind: answer}
         self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
+
+    def claim(self, kind: str, user: object) -> None:
+        """Be the one ``kind`` on it, since others know it by the channel alone; raises
+        `InvalidTerms` if there is one."""
+        if self._users.setdefault(kind, user) is not user:
+            raise InvalidTerms(f"{self} has {kind} already: close it first, or take another.")
+
+    def free(self, kind: str, user: object) -> bool:
+        """Let another one be that; False if ``user`` is not (any more)."""
+        return self._users.get(kind) is user and self._users.pop(kind) is user
 
     def ask(self, address: str, message: Message, kind: type[T], timeout: float | None = None) -> T:
         """What the channel at ``address`` answers. A request is repeated until its answer arrives,

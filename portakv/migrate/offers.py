@@ -124,21 +124,19 @@ class Owner:
                 f"An owner with {expose=} and {staging=} was asked: expected 'mapped' or 'staging',"
                 f" and {SLOTS << 12} bytes or more."
             )
-        if channel.owner is not None:
-            raise InvalidTerms(f"{channel} has an owner already: close it first, or take another.")
         self.channel, self.model, self.now = channel, model, time.monotonic
         self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
         self._offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
         self._gathers = Gathers(channel, self._slot_bytes, mover)
         self.reallocate(*shards)
+        channel.claim("an owner", self)
         self._kinds: dict[Any, Any] = {
             Hello: self._hello, Begin: self._begin, Renew: self._renew,
             Close: self._close, Gather: self._gather, Bye: self._bye,
         }  # fmt: skip
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
-        channel.owner = self
 
     def reallocate(self, *shards: Shard) -> None:
         """Offer rows of other views from now on: all offers end, and readers pair anew."""
@@ -235,9 +233,8 @@ class Owner:
 
     def close(self) -> None:
         """End every offer, and answer nobody any more."""
-        if self.channel.owner is not self:
+        if not self.channel.free("an owner", self):
             return
-        self.channel.owner = None
         self.revoke_all()
         for one in self._exports:
             one.close()

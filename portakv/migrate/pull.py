@@ -33,7 +33,7 @@ class Reader:
         mover: the name of the one for memory that cannot be mapped; None: the first that both
             sides can use.
 
-    Raises `LayoutError` without a shard.
+    Raises `LayoutError` without a shard, and `InvalidTerms` for a channel that has a reader.
     """
 
     def __init__(
@@ -42,6 +42,7 @@ class Reader:
         self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
         self.channel, self.shards, self.device = channel, shards, shards[0].view.device
         self._link = self._graph.link("pull", width=16)
+        channel.claim("a reader", self)
 
     def pull(
         self,
@@ -128,3 +129,4 @@ class Reader:
         """Let go of all owners; pulls under way end first, for at most ten seconds."""
         self._graph.close()
         self._owners.close()
+        self.channel.free("a reader", self)

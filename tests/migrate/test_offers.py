@@ -660,3 +660,17 @@ def test_a_channel_has_one_owner_at_a_time(made: Sides) -> None:
     both.pull(again.offer(both.blocks, tokens=both.tokens)).synchronize(60)
     assert both.right()
     again.close()
+
+
+def test_a_channel_has_one_reader_at_a_time(made: Sides) -> None:
+    """Slots of two would be taken for each other's."""
+    both = Couple(made, "staging")
+    with pytest.raises(InvalidTerms, match="has a reader already: close it first, or take"):
+        Reader(both.reader.channel, both.mine.shard, model=MODEL)
+    both.reader.close()
+    made.made.append(again := Reader(both.reader.channel, both.mine.shard, model=MODEL))
+    both.reader.close()
+    with pytest.raises(InvalidTerms):
+        Reader(both.reader.channel, both.mine.shard, model=MODEL)
+    again.pull(both.offer().ticket, both.into).synchronize(30)
+    assert both.right()
