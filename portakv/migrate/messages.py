@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from portakv.errors import OfferGone, PeerError
 
-VERSION = 1  # of all of this; another one is refused at the handshake
+VERSION = 1  # of all of this; a channel refuses another one by its first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
 Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=1024)]
@@ -78,7 +78,6 @@ class Described(Message, frozen=True):
 class Hello(Message, frozen=True):
     """A reader asks for a pairing: what it is, what it holds, and by which movers it can take."""
 
-    version: Count
     model: Text
     host: Text
     device: Text
@@ -89,7 +88,6 @@ class Hello(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """The owner's answer. What is moved crosses in ``slots`` of so many bytes."""
 
-    version: Count
     epoch: Id
     host: Text
     described: Annotated[tuple[Described, ...], Meta(min_length=1, max_length=64)]
@@ -154,7 +152,6 @@ class Ticket(About, frozen=True):
     """An offer: where its owner is reached and, for each group, ids (-1: elsewhere) and the tokens
     that each counts. ``event``: number of the one behind the rows, -1 if there is none."""
 
-    version: Count
     address: Text
     tokens: Count
     ids: Annotated[tuple[Ids, ...], Meta(min_length=1, max_length=64)]
@@ -178,7 +175,7 @@ class Ticket(About, frozen=True):
         """The ticket of these bytes; raises `PeerError`, in the same words whatever is wrong."""
         ticket = unsealed(data, Ticket)
         whole = ticket and not any(len(ids) % 4 for ids in ticket.ids)
-        if ticket and whole and (ticket.version, len(ticket.ids)) == (VERSION, len(ticket.steps)):
+        if ticket and whole and len(ticket.ids) == len(ticket.steps):
             return ticket
         raise PeerError(
             "What was handed over is no ticket of this release: expected the bytes of "

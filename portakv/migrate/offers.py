@@ -21,7 +21,6 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
 from portakv.migrate.gathers import SLOTS, Gathers, Rows
 from portakv.migrate.messages import (
-    VERSION,
     About,
     Answer,
     Begin,
@@ -163,7 +162,7 @@ class Owner:
                     exported.append(Region(*told, why=error.why))
             self._exports, self._events, self._turn = held, _events(self.device) if held else [], 0
             self._welcome = Welcome(
-                version=VERSION, epoch=self.epoch, host=ipc.host_id(), described=described,
+                epoch=self.epoch, host=ipc.host_id(), described=described,
                 regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
                 events=tuple(ipc.export_event(x) for x in self._events),
             )  # fmt: skip
@@ -212,7 +211,7 @@ class Owner:
                 event = self._turn = (self._turn + 1) % EVENTS
                 self._events[event].record(stream)
             told = tuple(each.tobytes() for each in lists)
-            terms = VERSION, self.channel.address, tokens, told, tuple(steps), lease, event
+            terms = self.channel.address, tokens, told, tuple(steps), lease, event
             made.ticket = Ticket(self.epoch, made.number, *terms).pack()
             self._offers[made.number] = made
             self.counts["offered"] += 1
@@ -254,9 +253,7 @@ class Owner:
 
     def _hello(self, peer: Peer, hello: Hello) -> Welcome | Answer:
         why = unlike([x.group for x in self._welcome.described], hello.groups)
-        if hello.version != VERSION:
-            why = f"version {hello.version} of the protocol is spoken there, {VERSION} here"
-        elif hello.model != self.model:
+        if hello.model != self.model:
             why = f"the model is {hello.model!r} there and {self.model!r} here"
         welcome = self._welcome
         if hello.movers and not why:

@@ -19,7 +19,7 @@ from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
-from portakv.migrate.messages import VERSION, Answer, Bye, Hello, Message, Ticket, Welcome
+from portakv.migrate.messages import Answer, Bye, Hello, Message, Ticket, Welcome
 from portakv.migrate.movers.base import Mover, choose
 from portakv.migrate.shards import Shard, unlike
 from portakv.runtime.bounded import Bounded
@@ -109,7 +109,7 @@ class Pairings:
     ) -> Welcome:
         groups = tuple(shard.group for shard in self.shards)
         device = where(slots or self.device)
-        hello = Hello(VERSION, self._model, ipc.host_id(), device, groups, movers)
+        hello = Hello(self._model, ipc.host_id(), device, groups, movers)
         kind: Any = Welcome | Answer
         welcome = self.channel.ask(ticket.address, hello, kind)
         if not isinstance(welcome, Answer):

@@ -12,7 +12,6 @@ import pytest
 from portakv.errors import PeerError
 from portakv.migrate import messages
 from portakv.migrate.messages import (
-    VERSION,
     Answer,
     Begin,
     Close,
@@ -27,7 +26,7 @@ from portakv.migrate.messages import (
 
 OWNER, OFFER = b"o" * 16, b"f" * 16
 GROUP = Group((0, 4, 8), (0, 2, 4), (256, 256), ("float16", "float16"))
-TICKET = Ticket(OWNER, OFFER, VERSION, "tcp://h:1", 40, (b"\1\0\0\0" * 3,), (16,), 30.0, 2)
+TICKET = Ticket(OWNER, OFFER, "tcp://h:1", 40, (b"\1\0\0\0" * 3,), (16,), 30.0, 2)
 DESCRIBED = Described(
     GROUP,
     "layer | block token dim",
@@ -54,7 +53,7 @@ def changed(message: Message, **fields: Any) -> bytes:
     [
         TICKET,
         DESCRIBED,
-        Hello(VERSION, "llama", "host", "cpu", (GROUP,), ("distributed",)),
+        Hello("llama", "host", "cpu", (GROUP,), ("distributed",)),
         Gather(OWNER, OFFER, 0, (0, 4), (1, 2), 16, 24, "distributed", 1, 7),
         Close(OWNER, OFFER),
         Answer("busy", "no slot", 0.5, (1 << 64) - 1),
@@ -124,7 +123,6 @@ def repacked(**fields: Any) -> Callable[[bytes], bytes]:
         lambda told: told[16:],
         lambda told: told.hex(),
         lambda told: None,
-        repacked(version=VERSION + 1),
         repacked(epoch=b"short"),
         repacked(ids=(b"", b"")),
         repacked(event=256),

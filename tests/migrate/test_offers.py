@@ -31,7 +31,7 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel
-from portakv.migrate.messages import VERSION, Answer, Begin, Close, Gather, Hello, Renew, Ticket
+from portakv.migrate.messages import Answer, Begin, Close, Gather, Renew, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.pull import Reader
 from portakv.migrate.shards import Shard
@@ -485,21 +485,13 @@ def test_many_pulls_at_once_are_each_right(made: Sides, way: str) -> None:
         assert torch.equal(mine.rows([n], 30), theirs.rows(blocks, 30))
 
 
-def test_another_release_is_refused_by_its_version(made: Sides) -> None:
-    """Fault 34. At the handshake and in a ticket, in words that name the versions."""
+def test_another_model_is_refused(made: Sides) -> None:
+    """Fault 19. By the fingerprint that the caller gives."""
     both = Couple(made)
-    ticket = both.offer()
-    told = Ticket.read(ticket.ticket)
-    hello = Hello(VERSION + 1, MODEL, "", "cpu", (both.mine.shard.group,))
-    answer = both.reader.channel.ask(told.address, hello, Answer)
-    assert (answer.state, answer.why) == (
-        "refused", f"version {VERSION + 1} of the protocol is spoken there, {VERSION} here",
-    )  # fmt: skip
-    with pytest.raises(PeerError, match="between sides of one release"):
-        both.reader.pull(replace(told, version=VERSION + 1).pack(), both.into)
-    ticket.revoke()
+    offer = both.offer()
+    offer.revoke()
     with pytest.raises(LayoutError, match="the model is 'another' there and 'a model' here"):
-        made.reader(both.mine.shard, model="another").pull(told.pack(), both.into)
+        made.reader(both.mine.shard, model="another").pull(offer.ticket, both.into)
 
 
 @WAYS
