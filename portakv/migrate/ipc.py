@@ -50,14 +50,13 @@ class _Shared(Message, frozen=True):
 
 @dataclass(eq=False)
 class Held:
-    """An allocation, uint8 ``[nbytes]``, that others open by ``handle``, or that was opened by it:
-    until `close`, and until the last tensor made from it dies."""
+    """An allocation, uint8 ``[nbytes]``, that others open by ``handle``: until `close`."""
 
     handle: bytes
     tensor: torch.Tensor | None
 
     def close(self) -> None:
-        """Let go of it; of an own one nobody will begin to use it any more. Again: nothing."""
+        """Let go of it: nobody will begin to use it any more. Again: nothing."""
         told: _Shared | None = unsealed(self.handle, _Shared)
         if self.tensor is not None and told and told.process == _here()[1] and told.device != "cpu":
             # Else torch would keep it for ever, for one who never opened it, or died.
@@ -124,15 +123,11 @@ def why_not(tensor: torch.Tensor) -> str | None:
 
 
 def export(storage: torch.UntypedStorage) -> Held:
-    """A whole allocation for any number of others; raises `Unsupported` as `share` does."""
+    """A whole allocation for any number of others, which give its handle `open_shared`; raises
+    `Unsupported` as `share` does."""
     with torch.inference_mode(False):
         flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
     return Held(share(flat), flat)
-
-
-def opened(handle: bytes, device: torch.device | str | int | None = None) -> Held:
-    """What another process exported; ``device`` and errors as of `open_shared`."""
-    return Held(handle, open_shared(handle, device))
 
 
 def export_event(event: Any) -> bytes:
@@ -217,10 +212,10 @@ def _mapped(told: _Shared) -> torch.Tensor:
             if _number(found) != (*file,) or found.st_size < offset + nbytes:
                 raise OSError(errno.ESTALE, "its descriptor has another file")
             mapping = mmap.mmap(memory.fileno(), skipped + nbytes, offset=offset - skipped)
-    except PermissionError as error:
-        why = f"process {pid} lets nobody look into it ({error.strerror}); be one user"
-        raise Unsupported(_OPEN, why) from None
     except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH, errno.ESTALE):
+            why = f"process {pid}'s is not to be had ({error.strerror}); be one user, and have"
+            raise Unsupported(_OPEN, f"{why} descriptors left (ulimit -n)") from None
         raise PeerError(
             f"Memory of process {pid} was to be opened, and it is not there any more "
             f"({error.strerror}); its owner keeps a tensor until it was opened. Share it again."

@@ -32,7 +32,7 @@ class Paired:
 
     def __init__(self, channel: Channel, address: str, welcome: Welcome) -> None:
         self.channel, self.address, self.welcome = channel, address, welcome
-        self.shards, self.events, self.held = list[Shard](), list[Any](), list[ipc.Held]()
+        self.shards, self.events = list[Shard](), list[Any]()
         self.why, self.mover = "", cast(Any, None)  # why it is not mapped, and what carries then
         self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
         self.number = 0  # of those that are known now: workers are kept by it
@@ -135,10 +135,10 @@ class Pairings:
         if missing := [region.why for region in welcome.regions if not region.handle]:
             return f"its owner does not share it: {missing[0]}"
         try:
-            for region in welcome.regions:
-                device = "cpu" if region.device.startswith("cpu ") else self.device
-                owner.held.append(ipc.opened(region.handle, device))
-            *flat, told = cast(Any, [one.tensor for one in owner.held])
+            *flat, told = [
+                ipc.open_shared(x.handle, "cpu" if x.device.startswith("cpu ") else self.device)
+                for x in welcome.regions
+            ]
             read = (told ^ 0).cpu()  # by a kernel, as rows are
             if not torch.equal(read, _proof(welcome.epoch)):
                 return "what is read through the mapping is not what its owner has there"
@@ -179,8 +179,6 @@ class Pairings:
         """Let go of an owner; what is still read of it keeps its memory until then."""
         self._owners.pop((owner.address, owner.welcome.epoch), None)
         owner.unwatch()
-        for one in owner.held:
-            one.close()
         if owner.mover:
             owner.mover.forget(owner.address)
 

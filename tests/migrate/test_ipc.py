@@ -8,6 +8,7 @@ import gc
 import mmap
 import os
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -136,15 +137,12 @@ def test_whole_allocations_are_exported_and_let_go(peer: Peer) -> None:
     held = ipc.export(tensor[3].untyped_storage())
     assert held.tensor is not None
     assert held.tensor.shape == (4000,)
-    peer.do("held = ipc.opened(handle)", handle=held.handle)
-    assert peer.do("answer = held.tensor.view(torch.float32)[35].item()") == 35
-    again = ipc.opened(held.handle)  # host memory: by its own process too
-    assert again.tensor is not None
-    assert again.tensor.data_ptr() != tensor.data_ptr()
+    peer.do("theirs = ipc.open_shared(handle)", handle=held.handle)
+    assert peer.do("answer = theirs.view(torch.float32)[35].item()") == 35
+    again = ipc.open_shared(held.handle)  # host memory: by its own process too
+    assert again.data_ptr() != tensor.data_ptr()
     for _ in range(2):
-        peer.do("held.close()")
         held.close()
-        again.close()
     assert held.tensor is None
     assert tensor[3, 5] == 35
 
@@ -312,7 +310,26 @@ def test_another_users_memory_is_refused() -> None:
 
     child = Child(work)
     told = child.told()
-    assert f"process {os.getpid()} lets nobody look into it (Permission denied); be one us" in told
+    assert f"process {os.getpid()}'s is not to be had (Permission denied); be one us" in told
+    assert child.end() == 0
+    assert mine[3] == 3
+
+
+def test_a_process_without_descriptors_is_told_so() -> None:
+    """Not that the memory is gone, as each mapping has a descriptor."""
+    data = ipc.share(mine := sample(4))
+
+    def work(pipe: Any) -> None:
+        opened, few = [ipc.open_shared(data)], len(os.listdir("/proc/self/fd")) + 8
+        resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
+        try:
+            while True:
+                opened.append(ipc.open_shared(data))
+        except Unsupported as error:
+            pipe.send(str(error))
+
+    child = Child(work)
+    assert "(Too many open files); be one user, and have descriptors left" in child.told()
     assert child.end() == 0
     assert mine[3] == 3
 
@@ -345,7 +362,7 @@ def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
         if bad == was:
             continue
         with pytest.raises(PeerError) as caught:
-            (ipc.open_shared, ipc.opened)[i % 2](bad)
+            ipc.open_shared(bad)
         words.add(str(caught.value))
     assert len(words) == 1
     assert descriptors() == before
