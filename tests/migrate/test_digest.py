@@ -27,16 +27,11 @@ def mixed(words: Words, starts: list[tuple[int, int]] | None = None) -> int:
     its first two mixes, with shifts that keep the sign, and odd. ``starts``: which axis is each,
     and where it begins."""
     for (axis, start), n in zip(starts or enumerate([0] * words.ndim), words.shape, strict=True):
-        key = (np.arange(n, dtype=np.int64) + start + (axis << 48)) * wide(0x9E3779B97F4A7C15)
+        key = (np.arange(n, dtype=np.int64) + start + (axis << 48)) * (0x9E3779B97F4A7C15 - MODULUS)
         for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            key = (key ^ key >> shift) * wide(factor)
+            key = (key ^ key >> shift) * (factor - MODULUS)
         words = np.tensordot(words, key | 1, (0, 0))
     return int(words) % MODULUS
-
-
-def wide(number: int) -> np.int64:
-    """The same 64 bits, with a sign."""
-    return np.int64(number - MODULUS)
 
 
 def expected(model: list[Any], first: int = 0) -> int:
