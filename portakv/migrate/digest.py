@@ -7,17 +7,20 @@ Words have at most half of the modulus' bits, so that their highest bits count l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from math import gcd
+from typing import Generic, TypeVar
 
 import torch
 
 from portakv.copy import copy_rows
+from portakv.graph.graph import Link, Node
 from portakv.migrate.chunks import chunk, chunk_bytes, page_of, staging
 from portakv.migrate.messages import Box
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 
+A = TypeVar("A")
 MODULUS = 1 << 64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 # Words that are mixed, and bytes of rows that are gathered, at once: what a core's cache holds, and
@@ -26,6 +29,7 @@ _HOST, _DEVICE = (1 << 17, 2 << 20), (1 << 22, 32 << 20)
 _AXIS = 1 << 48  # numbers of an axis' places, before those of the next one
 # What splitmix64 adds and multiplies with, and how far it shifts before.
 _STEP = 0x9E3779B97F4A7C15 - MODULUS
+_MOST = 64  # questions at once; the oldest answers that nobody fetched are forgotten
 _MIXES = ((30, 0xBF58476D1CE4E5B9 - MODULUS), (27, 0x94D049BB133111EB - MODULUS))
 
 
@@ -117,3 +121,25 @@ def _words(part: torch.Tensor, start: tuple[int, ...]) -> tuple[torch.Tensor, tu
     if size != unit and (part.stride(-1) != 1 or any(x * size % unit for x in steps)):
         part = part.clone(memory_format=torch.contiguous_format)
     return part.view(_WORDS[unit]), (*start[:-1], start[-1] * size // unit)
+
+
+class Later(Generic[A]):
+    """Answers of a worker to questions, such as for digests, that take longer than a channel may:
+    whoever wants one asks again until it is made. Only one thread calls it."""
+
+    def __init__(self, name: str, link: Link) -> None:
+        self._link, self._made = link, Bounded[Hashable, tuple[Node, list[A]]](name, _MOST)
+
+    def answer(self, question: Hashable, make: Callable[[], A]) -> A | None:
+        """None until it is made; then it is forgotten here. Raises what ``make`` did."""
+        node, made = self._made.get(question, (None, list[A]()))
+        if node and node.done():
+            del self._made[question]
+            if node.error:
+                raise node.error
+            return made[0]
+        if not node and len(self._link.graph.live) < _MOST:
+            node = Node(lambda *_: made.append(make()), 1, link=self._link, name="answer")
+            self._made[question] = node, made
+            self._link.graph.submit([node], priority="urgent")
+        return None
