@@ -41,7 +41,7 @@ class Engine:
     """NIXL or Mooncake, started as PortaKV's mover starts it, for reads of any pieces."""
 
     def __init__(self, name: str, device: torch.device, address: str) -> None:
-        mover: Any = choose(device, name)[0]
+        mover: Any = choose(device, name)
         self.mover, self.library = mover, mover.begin(address)
         mover.engine = self.library
         self.name, self.kind = name, "DRAM" if device.type == "cpu" else "VRAM"
@@ -56,7 +56,9 @@ class Engine:
                 self.mover.enter(one.data_ptr(), one.nbytes, max(one.get_device(), 0))
                 self.known.add(one.data_ptr())
                 self.index = max(one.get_device(), 0)
-        return f"{self.mover.reach().hex()}/{self.index}"
+        all_ = self.name == "nixl"  # what it has registered, and not one slot
+        told = self.library.get_agent_metadata() if all_ else self.mover.reach(None)
+        return f"{told.hex()}/{self.index}"
 
     def plan(self, reach: str, theirs: Pieces, mine: Pieces) -> None:
         """Make ready to read pieces of another one's."""

@@ -132,11 +132,10 @@ def _links(device: torch.device) -> Iterator[Decision]:
 
 def _movers(device: torch.device) -> Iterator[Decision]:
     """What each mover says of slots on the device."""
-    from portakv.migrate.movers.base import MOVERS, ONLY_ASKED
+    from portakv.migrate.movers.base import MOVERS, ONLY_ASKED, mover_of
 
-    for name, place in MOVERS.items():
-        module, _, kind = place.partition(":")
-        said: Decision = getattr(importlib.import_module(module), kind).probe(device)
+    for name in MOVERS:
+        said = mover_of(name).probe(device)
         if said.accepted and name in ONLY_ASKED:
             said = Decision(name, True, f"{said.reason}; only if it is asked for by name")
         yield said

@@ -5,20 +5,20 @@ slots, which movers carry, and sums digests up."""
 from __future__ import annotations
 
 import threading
-from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from portakv.copy.rows import copy_rows
-from portakv.errors import PortaKVError, Unsupported
+from portakv.errors import PeerError, Unsupported
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
-from portakv.migrate.digest import Later, digest
-from portakv.migrate.messages import Answer, Box, Gather, Hello
-from portakv.migrate.movers.base import Mover, Moving, choose
+from portakv.migrate.digest import digest
+from portakv.migrate.messages import Answer, Box, Gather, Hello, Message
+from portakv.migrate.movers.base import Mover, Moving, choose, forced
+from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
 
@@ -39,13 +39,13 @@ class Gathers:
     """The slots and movers of an owner, for all of its readers; its calls are quick."""
 
     def __init__(self, channel: Channel, slot_bytes: int, mover: str | None) -> None:
-        self._channel, self._slot_bytes, self._asked = channel, slot_bytes, mover
+        self._channel, self._slot_bytes, self.mover = channel, slot_bytes, forced(mover)
         self._movers, self._by = dict[str, Mover](), dict[bytes, Mover]()  # by name; of readers
         self._slots = dict[tuple[bytes, int], tuple[torch.Tensor, Moving]]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
+        self._sums: Bounded[Gather, list[Answer]] = Bounded("digests of an owner", 1024)
         self._graph = Graph()
         self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
-        self._sums = Later[int]("digests of rows", self._link)
 
     @property
     def slots(self) -> int:
@@ -57,14 +57,22 @@ class Gathers:
         raises `Unsupported` or `BackendUnavailable` if there is none."""
         if hello.device.partition(" ")[0] != device.type:
             device = torch.device("cpu")
-        name = self._asked or hello.movers[0]
+        name = self.mover or hello.movers[0]
         if name not in hello.movers:
             raise Unsupported(f"The mover {name}", f"its reader has {', '.join(hello.movers)}")
-        mover = self._movers.get(f"{name} {device}") or choose(device, name)[0]
+        mover = self._movers.get(f"{name} {device}") or choose(device, name)
         self._movers[f"{name} {device}"] = self._by[peer.id] = mover
-        mover.connect(peer, self._channel)
+        for kind in mover.asks:
+            self._channel.serve(kind, self._asked)
         peer.on_gone(partial(self.forget, peer))
         return mover.name
+
+    def _asked(self, peer: Peer, asked: Any) -> Message | None:
+        """What a reader's mover asks its own one here."""
+        mover = self._by.get(peer.id)
+        if mover is None or not isinstance(asked, mover.asks):
+            raise PeerError("the reader has not agreed upon this mover; pair anew.")
+        return mover.answer(peer, self._channel, asked)
 
     def forget(self, peer: Peer) -> None:
         """A reader is gone, or needs its slots no more."""
@@ -82,19 +90,22 @@ class Gathers:
             if mover is None or mover.name != gather.mover:
                 return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
             sent = self._slots.get((peer.id, gather.slot % SLOTS), (None, None))[1]
-            if sent is not None and not sent.done():  # its reader has not taken what is in it
+            if sent is not None and not sent.free.is_set():  # its reader has not taken what it has
                 return Answer("busy", seconds=1e-3)
-            mover.connect(peer, self._channel)
             self._submit(partial(self._bring, peer, gather, rows, mover))
             return Answer("done")
-        total = self._sums.answer(gather, partial(self._sum, gather, rows))
-        return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
+        sums = self._sums.get(gather)
+        if sums is None:
+            sums = self._sums[gather] = []
+            self._submit(partial(self._sum, gather, rows, sums))
+        return self._sums.pop(gather)[0] if sums else Answer("busy", seconds=1e-3)
 
     def close(self) -> None:
         """End what is under way."""
+        self._by = {}
+        self._graph.close()
         for mover in self._movers.values():
             mover.close()
-        self._graph.close()
 
     def _submit(self, work: partial[None]) -> None:
         node = Node(lambda *_: work(), 1, link=self._link, name="gather")
@@ -102,23 +113,25 @@ class Gathers:
 
     # --- in the worker
 
-    def _sum(self, gather: Gather, rows: Rows) -> int:
-        with torch.inference_mode(False), rows.behind.inside():
-            return digest(rows.view, rows.ids, gather.count, rows.window, gather.first)
+    def _sum(self, gather: Gather, rows: Rows, sums: list[Answer]) -> None:
+        try:
+            with torch.inference_mode(False), rows.behind.inside():
+                total = digest(rows.view, rows.ids, gather.count, rows.window, gather.first)
+            sums.append(Answer("done", digest=total))
+        except Exception as error:
+            sums.append(Answer("refused", str(error)[:1024]))
 
     def _bring(self, peer: Peer, gather: Gather, rows: Rows, mover: Mover) -> None:
         key, count = (peer.id, gather.slot % SLOTS), gather.count
-        room, sent = self._slots.get(key, (None, None))
         try:
-            if sent is not None:
-                with suppress(PortaKVError):
-                    sent.wait()  # its reader has it, or asks for no more
-            if room is None or (sent is not None and sent.loose):
+            room = self._slots[key][0] if key in self._slots else None
+            if room is None:
                 room = staging(self._slot_bytes, mover.device)
             with torch.inference_mode(False), rows.behind.inside():
                 into = chunk(rows.view, count, room)[1]
                 copy_rows(rows.view.as_bytes(), into, rows.ids, count=count).synchronize()
-                sent = mover.give(peer, room[: chunk_bytes(rows.view, count)], gather.tag)
+                full = room[: chunk_bytes(rows.view, count)]
+                sent = mover.lane(peer, self._channel).move(full, gather.tag)
             with self._lock:
                 if self._by.get(peer.id) is mover:
                     self._slots[key] = room, sent

@@ -86,7 +86,8 @@ class Hello(Message, frozen=True):
 
 
 class Welcome(Message, frozen=True):
-    """The owner's answer. What is moved crosses in ``slots`` of so many bytes."""
+    """The owner's answer. What is moved crosses in ``slots`` of so many bytes, by the mover that
+    was agreed upon, before that the one that the owner was told to use."""
 
     epoch: Id
     host: Text

@@ -4,8 +4,7 @@ compare digests."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
 from functools import partial
 from math import inf
 from time import monotonic, sleep
@@ -14,9 +13,9 @@ import torch
 from msgspec.structs import replace
 
 from portakv.copy.rows import copy_rows
-from portakv.errors import PeerError, PortaKVError, TransferCancelled, TransferError
+from portakv.errors import PeerError, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph.graph import Graph, Node
-from portakv.migrate.chunks import chunk, chunk_bytes, staging
+from portakv.migrate.chunks import chunk, chunk_bytes
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
 from portakv.migrate.published import CANCELLED, Pull
@@ -24,7 +23,7 @@ from portakv.migrate.steps import Step
 from portakv.runtime.streams import Behind
 from portakv.runtime.worker import RateLimit
 
-PATIENCE = 30.0  # seconds for which an owner that is busy is asked again
+PATIENCE = 30.0  # seconds for which an owner that is busy is asked again, and a slot waited for
 
 
 def _take(
@@ -36,9 +35,11 @@ def _take(
     *_: object,
 ) -> None:
     """Have an owner bring layers and tokens of a step into a slot, take it, and scatter it."""
-    (layers, at, count), owner, moving = part, step.owner, None
-    number, room = owner.slots.get()
+    (layers, at, count), owner = part, step.owner
+    number, room, moving = owner.slots.get()
     try:
+        if moving is not None:  # whose pull was stopped; bytes may still come
+            _await(moving.free.wait, pull)
         dst = step.cut.dst.slice(layers=slice(layers.start, layers.stop))
         slot = room[: chunk_bytes(dst, count)]
         with owner.turn:
@@ -46,23 +47,24 @@ def _take(
             while (left := pace.left(start)) and not pull.over:
                 sleep(min(left, 0.05))
             owner.tag += 1
-            owner.mover.connect(owner.address, owner.channel)
             terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
             ask(step, step.gather(layers, at, count, **terms), pull)
-            moving = owner.mover.take(owner.address, slot, owner.tag)
-        while not moving.done():
-            if pull.over:
-                raise TransferCancelled(CANCELLED)
-            with suppress(PortaKVError):
-                moving.wait(0.05)
-        moving.wait()
+            moving = owner.mover.lane(owner.address, owner.channel).move(slot, owner.tag)
+        _await(moving.wait, pull)
         src, mine = chunk(dst, count, room)[1], step.mine.shifted(at)
         with torch.inference_mode(False), behind.inside():
             copy_rows(src, dst.as_bytes(), None, mine, count=count).synchronize()
     finally:
-        if moving is not None and moving.loose:  # bytes may still come
-            room = staging(room.nbytes, room.device)
-        owner.slots.put((number, room))
+        owner.slots.put((number, room, moving))
+
+
+def _await(ended: Callable[[float], bool], pull: Pull) -> None:
+    until = monotonic() + PATIENCE
+    while not ended(0.05):
+        if pull.over:
+            raise TransferCancelled(CANCELLED)
+        if monotonic() > until:
+            raise TransferTimeout(f"A slot was not free in {PATIENCE:g} s; pull again later.")
 
 
 def taken(

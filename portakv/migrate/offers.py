@@ -164,6 +164,7 @@ class Owner:
             self._welcome = Welcome(
                 epoch=self.epoch, host=ipc.host_id(), described=described,
                 regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
+                movers=(self._gathers.mover,) if self._gathers.mover else (),
                 events=tuple(ipc.export_event(x) for x in self._events),
             )  # fmt: skip
 

@@ -20,7 +20,7 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import Answer, Bye, Hello, Message, Ticket, Welcome
-from portakv.migrate.movers.base import Mover, choose
+from portakv.migrate.movers.base import Mover, Moving, choose, forced
 from portakv.migrate.shards import Shard, unlike
 from portakv.runtime.bounded import Bounded
 
@@ -36,7 +36,8 @@ class Paired:
         self.why, self.mover = "", cast(Any, None)  # why it is not mapped, and what carries then
         self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
         self.number = 0  # of those that are known now: workers are kept by it
-        self.slots: SimpleQueue[tuple[int, torch.Tensor]] = SimpleQueue()
+        #: Slots with their numbers, and what was moved into them last.
+        self.slots: SimpleQueue[tuple[int, torch.Tensor, Moving | None]] = SimpleQueue()
         self.unwatch: Callable[[], object] = lambda: None
         #: For the epochs of this and of others the cuts of a pull, if all have all positions.
         self.cuts: Bounded[tuple[bytes, ...], Any] = Bounded("cuts of pulls", 16)
@@ -55,7 +56,7 @@ class Pairings:
         if not shards:
             raise LayoutError("A reader without a shard was asked for; give one for each group.")
         self.channel, self.shards, self.device = channel, shards, shards[0].view.device
-        self._model, self._asked, self._movers = model, mover, dict[str, Mover]()
+        self._model, self._asked, self._movers = model, forced(mover), dict[str, Mover]()
         self._owners, self._lock = dict[tuple[str, bytes], Paired](), threading.Lock()
 
     def told(self, tickets: bytes | Sequence[bytes]) -> list[tuple[Ticket, Paired]]:
@@ -158,22 +159,25 @@ class Pairings:
     def _agree(self, owner: Paired, ticket: Ticket) -> None:
         """Agree with an owner upon a mover, whose slots are where both sides' rows are or, if it
         can carry none there, on the host."""
-        same = owner.welcome.regions[0].device.partition(" ")[0] == self.device.type
+        theirs, name = owner.welcome.regions[0].device, self._asked
+        if name is None and owner.welcome.movers:  # the owner was told which one
+            name = owner.welcome.movers[0]
+        # Another device of the same type: NCCL does not serve two processes on one.
+        same = theirs.partition(" ")[0] == self.device.type and theirs != where(self.device)
         device = self.device if same else _HOST
         try:
-            mover = choose(device, self._asked)[0]
+            mover = choose(device, name)
         except BackendUnavailable:
             if device == _HOST:
                 raise
             device = _HOST
-            mover = choose(device, self._asked)[0]
+            mover = choose(device, name)
         owner.mover = self._movers.setdefault(f"{mover.name} {device}", mover)
         if owner.mover is not mover:
             mover.close()
         owner.welcome = self._greet(ticket, (mover.name,), device)
-        owner.mover.connect(owner.address, self.channel)
         for number in range(owner.welcome.slots):
-            owner.slots.put((number, staging(owner.welcome.slot_bytes, device)))
+            owner.slots.put((number, staging(owner.welcome.slot_bytes, device), None))
 
     def _forget(self, owner: Paired) -> None:
         """Let go of an owner; what is still read of it keeps its memory until then."""

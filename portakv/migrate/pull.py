@@ -122,6 +122,7 @@ class Reader:
             how = "rows are read where they lie, by one launch for each piece"
             if owner.why:
                 how = f"rows are moved by {owner.mover.name}, through staging: {owner.why}"
+                how += f" ({owner.mover.why})"
             lines.append(f"{owner.address}, {ticket.tokens} tokens: {how}.")
         return "\n".join(lines)
 

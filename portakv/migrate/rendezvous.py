@@ -34,6 +34,10 @@ class Keep(Message, frozen=True):
     amount: int = 0
 
 
+class Meet(Keep, frozen=True):
+    """The same, with keys of a mover's group, which no rendezvous of the channel mixes up."""
+
+
 class Kept(Message, frozen=True):
     """The answer: the values of all keys, none if one of them has none; or a number."""
 
@@ -42,23 +46,23 @@ class Kept(Message, frozen=True):
 
 
 class ChannelStore(Store):
-    """Keys and values of torch.distributed, kept here or, with ``address``, by the channel there.
-    torch needs it for as long as it works with it: hold it, as `pair` does.
+    """Keys and values of torch.distributed, kept here or, with ``address``, by the channel there,
+    which is asked by messages of ``kind``. torch needs it for as long as it works with it: hold it,
+    as `pair` does.
 
     Attributes:
-        over: groups whose other side is gone, by name: here nobody waits for their keys.
+        over: set to True once the other side is gone: nobody waits here any more.
     """
 
     timeout: timedelta  # of torch's own, which its other stores set too
 
-    def __init__(self, channel: Channel, address: str | None) -> None:
+    def __init__(self, channel: Channel, address: str | None, kind: type[Keep] = Keep) -> None:
         super().__init__()
-        self._channel, self._address = channel, address
-        self._kept, self._lock, self.over = dict[str, bytes](), threading.Lock(), set[str]()
-        if address is None:
-            channel.serve(Keep, lambda _, asked: self._do(asked))
+        self._channel, self._address, self._kind = channel, address, kind
+        self._kept, self._lock, self.over = dict[str, bytes](), threading.Lock(), False
 
-    def _do(self, asked: Keep) -> Kept:
+    def do(self, asked: Keep) -> Kept:
+        """What another side asks of keys that are kept here."""
         kept, key = self._kept, asked.keys[0]
         with self._lock:
             if asked.do in ("set", "add") and len(kept) >= KEYS and key not in kept:
@@ -74,15 +78,15 @@ class ChannelStore(Store):
             return Kept(found * (len(found) == len(asked.keys)))
 
     def _ask(self, do: Any, *keys: str, **more: Any) -> Kept:
-        asked = Keep(do, keys, **more)
+        asked = self._kind(do, keys, **more)
         if self._address is None:
-            return self._do(asked)
+            return self.do(asked)
         return self._channel.ask(self._address, asked, Kept)
 
     def _await(self, keys: Sequence[str], seconds: float) -> tuple[bytes, ...]:
         until, pause = monotonic() + seconds, 0.001
         while not (found := self._ask("get", *keys).values):
-            if monotonic() > until or keys[0].partition("/")[0] in self.over:
+            if monotonic() > until or self.over:
                 raise TransferTimeout(f"Nobody has set {', '.join(keys)[:200]} in {seconds:g} s.")
             sleep(pause)
             pause = min(0.02, 2 * pause)
@@ -114,7 +118,10 @@ class ChannelStore(Store):
 def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
     """A `torch.distributed.Store` over a channel: kept here and served to others, one for each
     channel, or kept by the channel at ``address``."""
-    return ChannelStore(channel, address)
+    store = ChannelStore(channel, address)
+    if address is None:
+        channel.serve(Keep, lambda _, asked: store.do(asked))
+    return store
 
 
 def pair(

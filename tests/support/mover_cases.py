@@ -6,11 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import msgspec
 import torch
-import torch.distributed as dist
 
 from portakv.errors import PeerError
 
@@ -69,10 +69,10 @@ class Wire:
     """An owner's and a reader's mover with a connection between them."""
 
     def __init__(
-        self, kind: Any, timeout: float = 20.0, on: tuple[str, str] = ("cpu", "cpu"), **given: Any
+        self, kind: Any, timeout: float = 20.0, on: tuple[str, str] = ("cpu", "cpu")
     ) -> None:
         self.devices = tuple(map(torch.device, on))
-        self.owner, self.reader = (kind(device, timeout, **given) for device in self.devices)
+        self.owner, self.reader = (kind(device, timeout) for device in self.devices)
         self.connect()
 
     def connect(self) -> None:
@@ -80,16 +80,19 @@ class Wire:
         self.life = Life()
         self.there, self.here = End(self.life), End(self.life)
         self.there.other, self.here.other = self.here, self.there
-        self.owner.connect(self.life, self.there)
-        self.reader.connect(End.address, self.here)
+        for each in self.owner.asks:
+            self.there.serve(each, partial(self._answer, self.there))
+
+    def _answer(self, there: End, life: Life, asked: Any) -> Any:
+        return self.owner.answer(life, there, asked)
 
     def give(self, slot: torch.Tensor, tag: int = 0) -> Any:
         """The owner gives."""
-        return self.owner.give(self.life, slot, tag)
+        return self.owner.lane(self.life, self.there).move(slot, tag)
 
     def take(self, into: torch.Tensor, tag: int = 0) -> Any:
         """The reader takes."""
-        return self.reader.take(End.address, into, tag)
+        return self.reader.lane(End.address, self.here).move(into, tag)
 
     def cross(self, nbytes: int, tag: int = 0) -> None:
         """Bytes that cross, and are compared."""
@@ -116,9 +119,3 @@ def wire(kind: Any, timeout: float = 20.0, **given: Any) -> Iterator[Wire]:
     finally:
         both.reader.close()
         both.owner.close()
-
-
-def one_store() -> dict[str, Any]:
-    """What movers by torch.distributed are given, instead of a channel's rendezvous."""
-    store = cast(Any, dist).HashStore()
-    return {"stores": lambda channel, address: store}

@@ -6,19 +6,21 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import threading
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from queue import SimpleQueue
-from typing import TYPE_CHECKING, Any, TypeAlias
+from time import monotonic
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from portakv.backends.base import Decision
 from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
+from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
 from portakv.runtime.transfer import event_pool
 from portakv.runtime.worker import EXIT_SECONDS
@@ -26,9 +28,6 @@ from portakv.runtime.worker import EXIT_SECONDS
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
-#: An owner by its address, as readers know it; a reader by its `Peer`, as owners do.
-Other: TypeAlias = "str | Peer"
-Key: TypeAlias = "str | bytes"  # that address, or the id of the reader's channel
 #: As they are asked; Mooncake only by name, since who reaches its port can write into slots.
 MOVERS = {
     "distributed": "portakv.migrate.movers.distributed:Distributed",
@@ -43,57 +42,68 @@ class Moving:
 
     Attributes:
         error: what went wrong; the bytes have landed if it ended and this is None.
-        loose: it failed, and the bytes may still be read or written: leave the slot alone.
+        free: set once the slot may be used again: it ended, and no library touches the bytes.
     """
 
-    def __init__(self, slot: torch.Tensor) -> None:
-        self.slot, self.until, self.loose = slot, 0.0, False
+    def __init__(self, slot: torch.Tensor, seconds: float) -> None:
+        self.slot, self.seconds, self.until = slot, seconds, monotonic() + seconds
         self.error: Exception | None = None
-        self._over, self._lock = threading.Event(), threading.Lock()
+        self.over, self.free = threading.Event(), threading.Event()
+        self._touched, self._lock = False, threading.Lock()
 
     def done(self) -> bool:
         """True once it ended, error or not; never blocks or raises."""
-        return self._over.is_set()
+        return self.over.is_set()
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Block the host until it ended; raises its error, or `TransferTimeout`."""
-        if not self._over.wait(timeout):
-            raise TransferTimeout(f"{self.slot.nbytes} B did not cross in {timeout:g} s; they may.")
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block the host until it ended, at most so many seconds; whether it did. Raises its error,
+        which is `TransferTimeout` if its own time is over."""
+        left = self.until - monotonic()
+        last = timeout is None or timeout >= left
+        if not self.over.wait(left if last else timeout) and last:
+            what = f"A slot of {self.slot.nbytes} B did not cross in {self.seconds:g} s."
+            self.end(TransferTimeout(f"{what} Pull again, or choose another mover."))
         if self.error is not None:
             raise self.error
+        return self.over.is_set()
 
     def begin(self) -> bool:
         """Whether it is still to be carried; if so, from now on a library may touch the slot."""
         with self._lock:
-            self.loose = not self._over.is_set()
-            return self.loose
+            self._touched = not self.over.is_set()
+            return self._touched
 
-    def end(self, error: Exception | None = None) -> None:
-        """End it; the first end counts."""
+    def end(self, error: Exception | None = None, let_go: bool = False) -> None:
+        """End it; the first end counts. ``let_go``: no library touches the slot any more."""
         with self._lock:
-            if not self._over.is_set():
+            self._touched = self._touched and not let_go
+            if not self._touched:
+                self.free.set()
+            if not self.over.is_set():
                 self.error = error
-                self._over.set()
+                self.over.set()
 
 
 class Lane(ABC):
     """The slots between this process and one peer. Threads of its own carry them, since libraries
-    block; ``address``: the owner's, empty if this is the owner."""
+    block: ``width`` of them. If they are ``ordered``, nothing is carried behind one that failed."""
 
-    def __init__(self, mover: Mover, channel: Channel, key: Key, threads: int = 1) -> None:
-        self.mover, self.channel = mover, channel
-        self.address = key if isinstance(key, str) else ""
+    width, ordered = 1, False
+
+    def __init__(self, mover: Mover, channel: Channel, key: str | bytes) -> None:
+        self.mover, self.channel, self.key = mover, channel, key
+        self.address = key if isinstance(key, str) else ""  # the owner's; none if this is the owner
         self.gone: Exception | None = None
         self.unwatch: Callable[[], object] = lambda: None
-        self._moving, self._lock = set[Moving](), threading.Lock()
-        self._jobs: SimpleQueue[Any] = SimpleQueue()
+        self._moving, self._jobs = set[Moving](), SimpleQueue[Any]()
         named: Any = {"target": self._work, "name": "portakv-mover", "daemon": True}
-        self.threads = [threading.Thread(**named) for _ in range(threads)]
+        self.threads = [threading.Thread(**named) for _ in range(self.width)]
+        self._working = len(self.threads)
         for thread in self.threads:
             thread.start()
 
     @abstractmethod
-    def carry(self, moving: Moving, ready: torch.Event | None, tag: int, giving: bool) -> None:
+    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
         """Move a slot's bytes behind an event, unless `Moving.begin` says that it ended, and return
         when they landed; raises what went wrong."""
 
@@ -101,62 +111,81 @@ class Lane(ABC):
         """End what a library does, quickly; True if from now on it touches no slot."""
         return False
 
-    def check(self, moving: Moving, what: str) -> None:
-        """Raise what ends a wait."""
-        if self.gone is not None:
-            raise self.gone
-        if time.monotonic() > moving.until:
-            raise TransferTimeout(f"A slot was not {what} in {self.mover.timeout:g} s")
+    def leave(self) -> None:  # noqa: B027
+        """Let go of what a library has for this lane, since its last thread ends."""
 
-    def put(self, slot: torch.Tensor, tag: int, giving: bool) -> Moving:
-        """Carry a slot, contiguous bytes, behind those that were put before it."""
-        moving = Moving(slot)
+    def move(self, slot: torch.Tensor, tag: int) -> Moving:
+        """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
+        that were given before it. An owner's ends when the reader has it; a reader's when it has
+        what the owner gives under the tag, exactly as many bytes. Both make theirs in one order,
+        two at a time."""
+        moving = Moving(slot, self.mover.timeout)
         ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
-        with self._lock:
+        with self.mover.lock:
             if self.gone is None:
                 self._moving.add(moving)
-                self._jobs.put((moving, ready, tag, giving))
+                self._jobs.put((moving, ready, tag))
                 return moving
         moving.end(self.gone)
         return moving
 
     def close(self, error: Exception) -> None:
-        """End all at once; a thread that a library still holds ends after it."""
-        with self._lock:
-            left, first, self._moving, self.gone = self._moving, not self.gone, set(), error
+        """End all at once; the peer's next slot has another lane. A thread that a library still
+        holds ends after it."""
+        with self.mover.lock:
+            first, self.gone = self.gone is None, self.gone or error
+            left, self._moving = self._moving, set()
+            if self.mover.lanes.get(self.key) is self:
+                del self.mover.lanes[self.key]
         if first:
-            clean = self.cut()
+            self.unwatch()
+            let_go = self.cut()
             for moving in left:
-                moving.loose = moving.loose and not clean
-                moving.end(error)
+                moving.end(error, let_go)
             for _ in self.threads:
                 self._jobs.put(None)
 
     def _work(self) -> None:
         while job := self._jobs.get():
-            moving = job[0]
-            moving.until = time.monotonic() + self.mover.timeout
+            moving, error = job[0], cast(Any, None)
             try:
                 self.carry(*job)
-            except Exception as error:
-                moving.end(error)
-            moving.loose = False
-            moving.end()
-            with self._lock:
+            except Exception as caught:  # each library has errors of its own
+                short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
+                what = f"A slot of {moving.slot.nbytes} B did not cross by {self.mover.name}"
+                why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
+                said = PeerError(f"{what}: {why}. Pull again, or choose another mover.")
+                error = self.gone or said
+            if error and self.ordered:
+                self.close(error)
+            moving.end(error, let_go=True)
+            with self.mover.lock:
                 self._moving.discard(moving)
-            del job, moving
+            del job, moving, error
+        with self.mover.lock:
+            self._working -= 1
+            last = not self._working
+        if last:
+            self.leave()
 
 
 class Mover(ABC):
     """One way across, for slots on ``device``. A slot that did not cross in ``timeout`` seconds has
-    failed: the last resort, since the channel tells of a peer's death."""
+    failed: the last resort, since the channel tells of a peer's death.
 
-    name: str = ""
+    Attributes:
+        asks: what a reader's mover asks an owner's, which has to `answer`.
+        why: why it was chosen.
+    """
+
+    name = ""
+    kind: type[Lane]
+    asks: tuple[type[Message], ...]
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
-        self.device, self.timeout, self._process = device, timeout, this_process()
-        self.lanes, self._lock = dict[Key, Lane](), threading.Lock()
-        self._threads = list[threading.Thread]()  # also of lanes that were dropped
+        self.device, self.timeout, self._process, self.why = device, timeout, this_process(), ""
+        self.lanes, self.lock = dict[str | bytes, Any](), threading.Lock()
+        self._threads = list[threading.Thread]()  # also of lanes that were closed
         atexit.register(self.close, EXIT_SECONDS)
 
     @classmethod
@@ -165,94 +194,82 @@ class Mover(ABC):
         """Whether slots on ``device`` can cross by it, or the reason why not; starts nothing."""
 
     @abstractmethod
-    def lane(self, channel: Channel, key: Key) -> Lane:
-        """The lane of a peer; quick."""
+    def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message | None:
+        """What an owner's channel answers a reader's mover; quick."""
 
-    @abstractmethod
-    def serve(self, channel: Channel) -> None:
-        """Have an owner's channel answer what readers' movers ask."""
-
-    def connect(self, other: Other, channel: Channel) -> None:
-        """Make ready for a peer, unless that is done, and again after an error. Quick: an owner
-        calls it before each `give`, a reader, once the owner has answered, before each `take`."""
+    def lane(self, other: str | Peer, channel: Channel) -> Any:
+        """The lane of a peer: of an owner by its address, of a reader by its connection. It is made
+        if there is none; quick. Raises `Unsupported` in a forked process."""
+        if self._process.forked:
+            raise refuse_fork(f"The mover {self.name}")
         key = other if isinstance(other, str) else other.id
-        with self._lock:
-            if key in self.lanes:
-                return
-            lane = self.lanes[key] = self.lane(channel, key)
+        with self.lock:
+            if (lane := self.lanes.get(key)) is not None:
+                return lane
+            lane = self.lanes[key] = self.kind(self, channel, key)
             self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
-        gone = partial(self.drop, lane, PeerError("The peer is gone; its slots did not cross."))
+        gone = partial(lane.close, PeerError("The peer is gone; its slots did not cross."))
         try:
-            if not isinstance(other, str):
-                self.serve(channel)
-                lane.unwatch = other.on_gone(gone)
-            else:
+            if isinstance(other, str):
                 lane.unwatch = channel.watch(other, gone)
+            else:
+                lane.unwatch = other.on_gone(gone)
         except BaseException:
             gone()
             raise
-
-    def give(self, other: Other, slot: torch.Tensor, tag: int) -> Moving:
-        """An owner's slot, ready behind the current stream; it ends when the reader has it."""
-        return self._lane(other).put(slot, tag, True)
-
-    def take(self, other: Other, into: torch.Tensor, tag: int) -> Moving:
-        """Fetch what the owner gives under ``tag``, exactly as many bytes as ``into`` has. Gives
-        and takes of one pair are made in one order, two at a time."""
-        return self._lane(other).put(into, tag, False)
-
-    def _lane(self, other: Other) -> Lane:
-        if self._process.forked:
-            raise refuse_fork(f"The mover {self.name}")
-        lane = self.lanes.get(other if isinstance(other, str) else other.id)
-        if lane is None:
-            raise PeerError(f"{self.name} has no pair with this peer (any more); connect it.")
         return lane
 
-    def drop(self, lane: Lane, error: Exception) -> None:
-        """End what is under way in a lane; `connect` makes another one."""
-        with self._lock:
-            self.lanes = {key: one for key, one in self.lanes.items() if one is not lane}
-        lane.unwatch()
-        lane.close(error)
-
-    def forget(self, other: Other) -> None:
+    def forget(self, other: str | Peer) -> None:
         """End what is under way with a peer, and free what it had; never blocks."""
         if lane := self.lanes.get(other if isinstance(other, str) else other.id):
-            self.drop(lane, PeerError("The peer was let go; its slots did not cross."))
+            lane.close(PeerError("The peer was let go; its slots did not cross."))
 
     def close(self, patience: float = 1.0) -> None:
         """Forget all peers. At exit, too, and then with more patience: a thread that a library lets
         go of later would abort the process."""
         if not self._process.forked:
             for lane in [*self.lanes.values()]:
-                self.drop(lane, PeerError("The mover was closed; its slots did not cross."))
+                lane.close(PeerError("The mover was closed; its slots did not cross."))
             for thread in self._threads:
                 thread.join(patience)
         if not any(thread.is_alive() for thread in self._threads):
             atexit.unregister(self.close)
 
 
-def choose(device: torch.device, name: str | None = None) -> tuple[Mover, list[Decision]]:
-    """The first mover that can carry slots of ``device``, or the one that ``PORTAKV_MOVER`` or else
-    ``name`` forces, and what each that was asked said.
+def mover_of(name: str) -> type[Mover]:
+    """The mover of a name, whose library is not imported before it is asked."""
+    module, _, kind = MOVERS[name].partition(":")
+    found: type[Mover] = getattr(import_module(module), kind)
+    return found
+
+
+def forced(name: str | None = None) -> str | None:
+    """The mover that ``PORTAKV_MOVER`` or else ``name`` forces; raises `InvalidTerms` if there is
+    none of that name."""
+    asked = os.environ.get(ENVIRONMENT) or name
+    if asked not in (None, *MOVERS):
+        raise InvalidTerms(f"Mover {asked!r} was asked for; expected {', '.join(MOVERS)}.")
+    return asked
+
+
+def choose(device: torch.device, name: str | None = None) -> Mover:
+    """The first mover that can carry slots of ``device``, or the one that is `forced`.
 
     Raises:
         InvalidTerms: there is no mover of that name.
         BackendUnavailable: the forced one cannot run here, or none can; ``trace`` tells why.
     """
-    asked, said = os.environ.get(ENVIRONMENT) or name, list[Decision]()
-    if asked not in (None, *MOVERS):
-        raise InvalidTerms(f"Mover {asked!r} was asked for; expected {', '.join(MOVERS)}.")
+    asked, said = forced(name), list[Decision]()
     for each in (asked,) if asked else MOVERS:
         if not asked and each in ONLY_ASKED:
             said.append(Decision(each, False, "it is used only if it is asked for by name"))
             continue
-        module, _, kind = MOVERS[each].partition(":")
-        mover: type[Mover] = getattr(import_module(module), kind)
+        mover = mover_of(each)
         said.append(mover.probe(device))
         if said[-1].accepted:
-            return mover(device), said
+            made = mover(device)
+            made.why = "; ".join(map(str, said)) + "; it was asked for" * bool(asked)
+            return made
     what = f"Mover {asked!r} was" if asked else "A mover was"
     found = "; ".join(map(str, said))
     error = BackendUnavailable(f"{what} asked for {device}: {found}. Install it, or another.")

@@ -8,10 +8,8 @@ sockets for the data, neither encrypted nor authenticated (`GLOO_SOCKET_IFNAME`,
 
 from __future__ import annotations
 
-import re
 import threading
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from secrets import token_hex
@@ -23,17 +21,14 @@ import torch.distributed as dist
 from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferError, TransferTimeout
 from portakv.migrate.messages import Answer, Message, Name
-from portakv.migrate.movers.base import Key, Lane, Mover, Moving
+from portakv.migrate.movers.base import Lane, Mover, Moving
+from portakv.migrate.rendezvous import ChannelStore, Meet, pair
 from portakv.runtime.devices import inside
 from portakv.runtime.worker import EXIT_SECONDS
 
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
-#: A store kept here and served by a channel, or (address) kept by the channel there.
-Stores = Callable[["Channel", "str | None"], Any]
-#: A rendezvous keeps a bounded number of keys, and each pair a few of them for good: then another.
-KEYS = 8192
 #: Past its own timeout NCCL's watchdog ends the process; here a group is aborted long before.
 NEVER = 86400.0
 #: gloo gives a peer that connects this many times a group's timeout (`waitUntil`, tcp/pair.h), also
@@ -48,59 +43,41 @@ class Join(Message, frozen=True):
 
 
 class Pair(Lane):
-    """The group of two, made by the first slot that crosses."""
+    """The group of two, made by the first slot that crosses. What comes behind a slot that failed
+    would be taken for it, so that a group carries no more then."""
 
-    def __init__(self, mover: Distributed, channel: Channel, key: Key) -> None:
-        self.ours, self.name, self.named = mover, "", threading.Event()
-        self.over = set[str]()  # of the store by which both meet
-        self.group: Any = None
+    ordered = True
+
+    def __init__(self, mover: Mover, channel: Channel, key: str | bytes) -> None:
+        self.name, self.named, self.group = "", threading.Event(), cast(Any, None)
         self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
         super().__init__(mover, channel, key)
+        self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
-    def carry(self, moving: Moving, ready: torch.Event | None, tag: int, giving: bool) -> None:
-        if not moving.begin():
-            return
-        try:
-            self.group = self.group or self._join()
-            if self.gone:  # looked at behind the line before, as `cut` looks at the group
-                raise self.gone
-            with inside(self.stream):
-                if ready is not None:
-                    ready.wait(self.stream)
-                self._cross(moving, tag, giving)
-        except Exception as error:  # what comes behind it would be taken for it
-            short = re.sub(r"^\[\S*\] ", "", str(error)).partition("\n")[0].partition(". ")[0]
-            what = f"A slot of {moving.slot.nbytes} B did not cross by torch.distributed"
-            why = self.gone or PeerError(f"{what}: {short}. Connect and pull again.")
-            self.mover.drop(self, why)
-            raise why from error
+    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+        self.group = self.group or self._join()
+        if self.gone or not moving.begin():  # behind the line before, as `cut` looks at the group
+            raise self.gone or TransferTimeout("its turn came too late")
+        with inside(self.stream):
+            if ready is not None:
+                ready.wait(self.stream)
+            self._cross(moving, tag)
 
     def _join(self) -> Any:
         if self.address:
             self.name = token_hex(16)
-            answer = self.channel.ask(self.address, Join(self.name), Answer)
-            if answer.state != "done":
-                raise PeerError(answer.why)
-        elif not self.named.wait(self.mover.timeout) or self.gone:
-            raise self.gone or TransferTimeout("the reader has not joined")
-        mover, rank = self.ours, int(bool(self.address))
-        seconds = mover.timeout / RELAXED if self.stream is None else NEVER
-        store = mover.stores(self.channel, self.address) if rank else mover.store
-        over = self.over = getattr(store, "over", self.over)
-        try:
-            if self.gone:  # looked at behind the line before, as `cut` adds to it
-                raise self.gone
-            return mover.pair(store, rank, 2, mover.device, seconds, self.name)
-        finally:
-            self.over = set()
-            over.discard(self.name)
+            self.channel.ask(self.address, Join(self.name), Answer)
+        elif not self.named.wait(self.mover.timeout):
+            raise TransferTimeout("the reader has not joined")
+        seconds = self.mover.timeout / RELAXED if self.stream is None else NEVER
+        return pair(self.store, int(bool(self.address)), 2, self.mover.device, seconds, self.name)
 
-    def _cross(self, moving: Moving, tag: int, giving: bool) -> None:
+    def _cross(self, moving: Moving, tag: int) -> None:
         """The length, then the bytes. gloo ends the process if more come than it was told to
         receive, so that it is told nothing before the length was seen; fewer it takes for all."""
         host, slot = self.stream is None, moving.slot.view(-1).view(torch.uint8)
         head = torch.tensor([slot.nbytes], dtype=torch.int64, device=self.mover.device)
-        call, other = (self.group.send, 1) if giving else (self.group.recv, 0)
+        call, other = (self.group.recv, 0) if self.address else (self.group.send, 1)
         for each in (head.view(torch.uint8), slot):
             work = call([each], other, tag)
             if host:
@@ -109,7 +86,7 @@ class Pair(Lane):
                 work.wait()  # only this thread's stream does
             if host or each is slot:
                 self._await(moving)
-                if not giving and int(head) != slot.nbytes:
+                if self.address and int(head) != slot.nbytes:
                     raise TransferError(f"{int(head)} B came, {slot.nbytes} were asked for")
 
     def _await(self, moving: Moving) -> None:
@@ -117,8 +94,7 @@ class Pair(Lane):
         ended = self.stream and self.stream.record_event()
         try:
             while ended and not ended.query():
-                self.check(moving, "moved")
-                time.sleep(50e-6)
+                moving.wait(50e-6)
         except Exception:
             self.group.abort()  # else it waits for the peer as long as the device runs
             until = time.monotonic() + EXIT_SECONDS
@@ -129,9 +105,8 @@ class Pair(Lane):
     def cut(self) -> bool:
         """gloo has no call that ends a receive, but one that times out closes the pair's connection
         at once, also in the middle of a message; its thread ends with its own timeout."""
+        self.store.over = True
         self.named.set()
-        if self.group is None:
-            self.over.add(self.name)
         if self.stream is None and self.group is not None:
             with suppress(RuntimeError):
                 late = torch.empty(1, dtype=torch.uint8, device="cpu")
@@ -143,43 +118,23 @@ class Pair(Lane):
 class Distributed(Mover):
     """By a group of two processes for each peer, apart from the default group."""
 
-    name = "distributed"
-
-    def __init__(
-        self, device: torch.device, timeout: float = 30.0, stores: Stores | None = None
-    ) -> None:
-        from portakv.migrate.rendezvous import pair, rendezvous  # a torch may be without it
-
-        super().__init__(device, timeout)
-        self.pair, stores = pair, stores or rendezvous
-        self.stores, self.store = stores, cast(Any, None)  # of an owner's channel
+    name, kind, asks = "distributed", Pair, (Join, Meet)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
-        if not dist.is_available():
-            return Decision(cls.name, False, "this torch was built without torch.distributed")
         made = {"cpu": dist.is_gloo_available, "cuda": dist.is_nccl_available}
         by = dist.Backend.default_device_backend_map.get(device.type)
         if by is None or not made.get(device.type, lambda: True)():
             return Decision(cls.name, False, f"torch.distributed has no backend for {device.type}")
         return Decision(cls.name, True, f"a group of two by {by}")
 
-    def lane(self, channel: Channel, key: Key) -> Lane:
-        return Pair(self, channel, key)
-
-    def serve(self, channel: Channel) -> None:
-        channel.serve(Join, self._joined)
-        if self.store is None or self.store.num_keys() > KEYS:
-            self.store = self.stores(channel, None)
-
-    def _joined(self, peer: Peer, join: Join) -> Answer:
-        lane = self.lanes.get(peer.id)
-        if isinstance(lane, Pair) and lane.named.is_set():  # the reader lost the group
-            self.drop(lane, PeerError("The reader makes a new group; the old one carries no more."))
-            self.connect(peer, lane.channel)
-            lane = self.lanes.get(peer.id)
-        if not isinstance(lane, Pair):
-            return Answer("refused", "the reader has not shaken hands with this owner")
-        lane.name = join.name
+    def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message:
+        lane: Pair = self.lane(peer, channel)
+        if isinstance(asked, Meet):
+            return lane.store.do(asked)
+        if lane.named.is_set():  # the reader lost the group
+            lane.close(PeerError("The reader makes a new group; the old one carries no more."))
+            lane = self.lane(peer, channel)
+        lane.name = asked.name
         lane.named.set()
         return Answer("done")

@@ -13,12 +13,13 @@ from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.movers.base import choose
 
 if __name__ == "__main__":
-    channel, (mover, _) = Channel(), choose(torch.device("cpu"))
+    channel, mover = Channel(), choose(torch.device("cpu"))
     slot = torch.full((1 << 29,), 7, dtype=torch.uint8)
 
     def welcome(peer: Any, _: Bye) -> Answer:
-        mover.connect(peer, channel)
-        mover.give(peer, slot, 0)
+        for kind in mover.asks:
+            channel.serve(kind, lambda reader, asked: mover.answer(reader, channel, asked))
+        mover.lane(peer, channel).move(slot, 0)
         return Answer("done")
 
     channel.serve(Bye, welcome)

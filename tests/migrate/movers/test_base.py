@@ -22,9 +22,10 @@ def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_first_mover_is_torch_distributed_and_says_why() -> None:
     """Fault 23. Whatever led to a mover, who asks is told which one, and why."""
-    mover, said = choose(CPU)
+    mover = choose(CPU)
     assert isinstance(mover, Distributed)
-    assert str(said[-1]) == "distributed: accepted, a group of two by gloo"
+    assert mover.why == "distributed: accepted, a group of two by gloo"
+    assert choose(CPU, "distributed").why.endswith("it was asked for")
 
 
 def test_a_device_that_torch_has_no_group_for_is_told_of_each_mover() -> None:
@@ -43,7 +44,7 @@ def test_a_forced_mover_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatc
     if by == "environment":
         monkeypatch.setenv("PORTAKV_MOVER", "nixl")
     with pytest.raises(
-        BackendUnavailable, match=r"nixl._api cannot be imported.*Install it, or another"
+        BackendUnavailable, match=r"nixl._api is not installed; install portakv\[nixl\]"
     ):
         choose(CPU, "nixl" if by == "name" else "distributed")
 
@@ -54,10 +55,15 @@ def test_a_mover_that_nobody_knows_is_refused_with_the_names() -> None:
 
 
 def test_a_slot_on_its_way_ends_once() -> None:
-    moving = Moving(torch.zeros(8, dtype=torch.uint8))
+    slot = torch.zeros(8, dtype=torch.uint8)
+    moving = Moving(slot, 60.0)
     assert not moving.done()
-    with pytest.raises(TransferTimeout, match=r"8 B did not cross in 0.01 s"):
-        moving.wait(0.01)
+    assert not moving.wait(0.01)
+    late = Moving(slot, 0.01)
+    for _ in range(2):
+        with pytest.raises(TransferTimeout, match=r"8 B did not cross in 0.01 s"):
+            late.wait()
+    assert late.free.is_set()
     moving.end(PeerError("The peer is gone."))
     moving.end()
     assert moving.done()

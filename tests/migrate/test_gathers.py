@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An owner of staged rows with several movers at once, and what the two sides agree upon."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+
+import pytest
+from migrate.movers.test_onesided import Memory
+from support.migrate_pulls import Couple, Rows, Sides, sides
+
+from portakv.errors import InvalidTerms, PeerError, Unsupported
+from portakv.migrate.messages import Answer
+from portakv.migrate.movers.base import MOVERS
+from portakv.migrate.movers.distributed import Join
+from portakv.migrate.movers.onesided import Taken, Where
+from portakv.migrate.rendezvous import rendezvous
+
+
+class Other(Memory):
+    """A second library."""
+
+    name = "other"
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
+    for kind in (Memory, Other):
+        monkeypatch.setitem(MOVERS, kind.name, f"{__name__}:{kind.__name__}")
+    with sides() as those:
+        yield those
+
+
+def pulled(made: Sides, both: Couple, mover: str | None) -> str:
+    """Pull twice by a reader of its own; what it explains."""
+    mine = Rows(8, 32, fill=-1)
+    reader = made.reader(mine.shard, mover=mover, timeout=5.0)
+    for _ in range(2):
+        reader.pull(both.offer().ticket, both.into, verify=True).synchronize(20)
+    return reader.explain(both.offer().ticket)
+
+
+def test_readers_of_one_owner_use_several_movers_at_once(made: Sides) -> None:
+    """Each reader's mover is answered by its own one: as an owner of a GPU has one for readers on
+    GPUs and another for those on hosts."""
+    both = Couple(made, "staging")
+    readers = [
+        made.reader(Rows(8, 32, fill=-1).shard, mover=name)
+        for name in ("memory", "other", "distributed")
+    ]
+    for _ in range(3):
+        for reader in readers:
+            reader.pull(both.offer().ticket, both.into, verify=True).synchronize(20)
+
+
+def test_a_rendezvous_of_the_owners_channel_and_pulls_leave_each_other_alone(made: Sides) -> None:
+    both = Couple(made, "staging")
+    both.pull(both.offer()).synchronize(20)
+    here = rendezvous(both.owner.channel)
+    pulled(made, both, None)
+    there = rendezvous(both.reader.channel, both.owner.channel.address)
+    here.set("key", b"1")
+    there.wait(["key"], timedelta(seconds=5))
+    assert here.num_keys() == 1
+
+
+@pytest.mark.parametrize("by", ["name", "environment"])
+def test_a_mover_that_the_owner_was_told_to_use_is_the_readers_as_well(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    if by == "environment":
+        monkeypatch.setenv("PORTAKV_MOVER", "memory")
+    both = Couple(made, "staging", **({"mover": "memory"} if by == "name" else {}))
+    monkeypatch.delenv("PORTAKV_MOVER", raising=False)
+    told = pulled(made, both, None)
+    assert "rows are moved by memory, through staging" in told
+    assert "memory: accepted, it is here; it was asked for" in told
+    with pytest.raises(Unsupported, match="The mover memory: its reader has distributed"):
+        pulled(made, both, "distributed")
+
+
+def test_a_mover_that_nobody_knows_is_refused_at_once(made: Sides) -> None:
+    rows = Rows()
+    for make in (made.owner, made.reader):
+        with pytest.raises(InvalidTerms, match="'pigeon' was asked for"):
+            make(rows.shard, mover="pigeon")
+
+
+def test_who_agreed_upon_no_mover_is_not_answered(made: Sides) -> None:
+    """Fault 12. Neither a group nor a place is told."""
+    both = Couple(made, "staging")
+    pulled(made, both, "memory")
+    pulled(made, both, None)
+    for asked in (Join("x"), Where(1), Taken(1)):
+        with pytest.raises(PeerError, match="has not agreed upon this mover"):
+            both.reader.channel.ask(both.owner.channel.address, asked, Answer)
