@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Options, Hypothesis profiles, marker rules and the `device` fixture of every test.
-
-Property tests take their number of examples from the loaded profile, never from a number of
-their own, so that `--fuzz` reaches them; one that wants more writes
-`@settings(max_examples=4 * settings.default.max_examples)`.
-"""
+"""Options, Hypothesis profiles, marker rules and the `device` fixture of every test."""
 
 from __future__ import annotations
 
@@ -14,6 +9,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -67,6 +63,16 @@ def pytest_configure(config: pytest.Config) -> None:
             "fuzz", fixed, derandomize=False, max_examples=examples, print_blob=True
         )
         settings.load_profile("fuzz")
+
+
+@pytest.hookimpl(optionalhook=True)  # engines' environments have no pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    """Hand tests to the workers by groups and short runs."""
+    if config.getoption("dist") != "loadgroup":
+        return None
+    from support.scheduling import Runs
+
+    return Runs(config, log)
 
 
 @pytest.fixture
@@ -126,14 +132,6 @@ def answers_are_asked_again() -> Iterator[None]:
     yield
     cuda.why_not.cache_clear()
     link.why_not.cache_clear()
-
-
-@pytest.fixture
-def interruptible() -> Iterator[None]:
-    """SIGINT raises KeyboardInterrupt, also in a shell's background job, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

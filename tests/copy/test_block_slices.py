@@ -314,7 +314,7 @@ def test_a_thread_that_cannot_start(gate: Gate, monkeypatch: pytest.MonkeyPatch)
 # Signals and processes
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("ctrl_c")
 def test_an_interrupt_leaves_it_running(gate: Gate) -> None:
     one = Started()
     thread = threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT))
