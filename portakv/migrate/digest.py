@@ -7,17 +7,21 @@ Words have at most half of the modulus' bits, so that their highest bits count l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from functools import partial
 from math import gcd
+from typing import Generic, TypeVar
 
 import torch
 
 from portakv.copy import copy_rows
+from portakv.graph.graph import Link, Node
 from portakv.migrate.chunks import chunk, chunk_bytes, page_of, staging
 from portakv.migrate.messages import Box
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 
+A = TypeVar("A")
 MODULUS = 1 << 64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 # Words that are mixed, and bytes of rows that are gathered, at once: what a core's cache holds, and
@@ -26,6 +30,7 @@ _HOST, _DEVICE = (1 << 17, 2 << 20), (1 << 22, 32 << 20)
 _AXIS = 1 << 48  # numbers of an axis' places, before those of the next one
 # What splitmix64 adds and multiplies with, and how far it shifts before.
 _STEP = 0x9E3779B97F4A7C15 - MODULUS
+_MOST = 64  # questions at once; the oldest answers that nobody fetched are forgotten
 _MIXES = ((30, 0xBF58476D1CE4E5B9 - MODULUS), (27, 0x94D049BB133111EB - MODULUS))
 
 
@@ -35,40 +40,30 @@ class _Mixer:
     def __init__(self, device: torch.device) -> None:
         self.many, self.slice = _HOST if device.type == "cpu" else _DEVICE
         self.room = torch.empty(self.many, dtype=torch.int64, device=device)
-        self.keys = Bounded[tuple[int, int, int], torch.Tensor]("keys of digests", 8)
+        self.keys = Bounded[tuple[int, int], torch.Tensor]("keys of digests", 16)
 
-    def key(self, axis: int, start: int, n: int) -> torch.Tensor:
+    def key(self, first: int, n: int) -> torch.Tensor:
         """The odd numbers of ``n`` places of an axis."""
+        x = torch.arange(first, first + n, dtype=self.room.dtype, device=self.room.device)
+        x *= _STEP
+        for shift, factor in _MIXES:
+            x ^= x >> shift
+            x *= factor
+        return x.bitwise_or_(1)
 
-        def make() -> torch.Tensor:
-            first, like = axis * _AXIS + start, self.room
-            x = torch.arange(first, first + n, dtype=like.dtype, device=like.device)
-            x *= _STEP
-            for shift, factor in _MIXES:
-                x ^= x >> shift
-                x *= factor
-            return x.bitwise_or_(1)
-
-        return self.keys.get_or_make((axis, start, n), make)
-
-    def rows(self, words: torch.Tensor, places: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The sum of each of ``words``, times their keys; ``places``: which axis each of the others
-        is, and where it begins."""
-        each = words[:1].numel()
-        if each > self.many:
-            nth = next(i for i, n in enumerate(words.shape) if i and n > 1)
-            n, (axis, start) = max(1, self.many * words.shape[nth] // each), places[nth - 1]
-            parts = enumerate(words.split(n, nth))
-            ends = places[: nth - 1], places[nth:]
-            found = [self.rows(x, (*ends[0], (axis, start + i * n), *ends[1])) for i, x in parts]
-            return torch.stack(found).sum(0)
-        keys = [self.key(*at, n) for at, n in zip(places, words.shape[1:], strict=True)]
-        sums = list[torch.Tensor]()
-        for part in words.split(max(1, self.many // max(1, each))):
-            for key in reversed(keys):
-                part = torch.mul(part, key, out=self.room[: part.numel()].view(part.shape)).sum(-1)
-            sums.append(part)
-        return torch.cat(sums)
+    def sum(self, words: torch.Tensor, places: Sequence[int]) -> torch.Tensor:
+        """The sum of words times their keys; ``places``: where each axis begins."""
+        if words.numel() > self.many:
+            axis = next(axis for axis, n in enumerate(words.shape) if n > 1)
+            n, sums = max(1, self.many * words.shape[axis] // words.numel()), list[torch.Tensor]()
+            for i, part in enumerate(words.split(n, axis)):
+                starts = [x + i * n if nth == axis else x for nth, x in enumerate(places)]
+                sums.append(self.sum(part, starts))
+            return torch.stack(sums).sum()
+        for at in reversed([*zip(places, words.shape, strict=True)]):
+            key = self.keys.get_or_make(at, partial(self.key, *at))
+            words = torch.mul(words, key, out=self.room[: words.numel()].view(words.shape)).sum(-1)
+        return words
 
 
 def digest(view: KVView, index: Index, count: int, window: Box, first: int = 0) -> int:
@@ -81,39 +76,61 @@ def digest(view: KVView, index: Index, count: int, window: Box, first: int = 0) 
         n = min(most, count - at)
         part, (tensors, rows) = index.part(at, n), chunk(view, n, room)
         copy_rows(view.as_bytes(), rows, part, count=n).wait()
-        key = mixer.key(0, (first + at) // size, n // size)
         if part.ids is not None:
             tokens = torch.arange(0, n, size, dtype=torch.int64, device=view.device)
-            key = key * (part.ids.to(view.device)[(tokens + part.offset) // part.step] >= 0)
+            skipped = part.ids.to(view.device)[(tokens + part.offset) // part.step] < 0
+            for tensor in tensors if skipped.any() else ():
+                tensor[:, skipped] = 0
         for kv, tensor in enumerate(tensors):
-            words, head = tensor.view(_WORDS[unit]).transpose(0, 1), window[1][0]
-            places = (1, window[0][0]), (2 + kv, head * words.shape[2] // view.heads)
-            total += int((mixer.rows(words, places) * key).sum())
+            words, (layers, heads) = tensor.view(_WORDS[unit]), window
+            inner = heads[0] * words.shape[2] // view.heads
+            places = layers[0], _AXIS + (first + at) // size, (2 + kv) * _AXIS + inner
+            total += int(mixer.sum(words, places))
     return total % MODULUS
 
 
 def box_digests(boxes: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[int]:
     """The digests of parts of tensors, each with where it begins in its whole, by elements. Words
     are as wide as the ends of a part allow: digests of parts add up if theirs are of one width."""
-    mixers, totals = dict[torch.device, _Mixer](), list[torch.Tensor]()
+    mixers, sums = dict[torch.device, _Mixer](), list[torch.Tensor]()
     with torch.inference_mode():
         for part, start in boxes:
-            words, starts = _words(part, (*start,))
+            words, places = _words(part, (*start,))
             if words.device not in mixers:
                 mixers[words.device] = _Mixer(words.device)
-            mixer = mixers[words.device]
-            key = mixer.key(0, starts[0], len(words))
-            totals.append((mixer.rows(words, [*enumerate(starts)][1:]) * key).sum())
-        return [int(total) % MODULUS for total in totals]
+            places = [axis * _AXIS + x for axis, x in enumerate(places)]
+            sums.append(mixers[words.device].sum(words, places))
+        return [int(x) % MODULUS for x in sums]
 
 
-def _words(part: torch.Tensor, start: tuple[int, ...]) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """A part as words of at least two axes, and where they begin in the whole."""
-    while part.dim() < 2:
-        part, start = part[None], (0, *start)
+def _words(part: torch.Tensor, start: tuple[int, ...]) -> tuple[torch.Tensor, Sequence[int]]:
+    """A part as words, and where they begin in the whole."""
+    part, start = (part, start) if start else (part[None], (0,))
     size = part.element_size()
     unit = gcd(4, size * start[-1], size * part.shape[-1])
     steps = *part.stride()[:-1], part.storage_offset()
     if size != unit and (part.stride(-1) != 1 or any(x * size % unit for x in steps)):
         part = part.clone(memory_format=torch.contiguous_format)
     return part.view(_WORDS[unit]), (*start[:-1], start[-1] * size // unit)
+
+
+class Later(Generic[A]):
+    """Answers of a worker to questions, such as for digests, that take longer than a channel may:
+    whoever wants one asks again until it is made. Only one thread calls it."""
+
+    def __init__(self, name: str, link: Link) -> None:
+        self._link, self._made = link, Bounded[Hashable, tuple[Node, list[A]]](name, _MOST)
+
+    def answer(self, question: Hashable, make: Callable[[], A]) -> A | None:
+        """None until it is made; then it is forgotten here. Raises what ``make`` did."""
+        node, made = self._made.get(question, (None, list[A]()))
+        if node and node.done():
+            del self._made[question]
+            if node.error:
+                raise node.error
+            return made[0]
+        if not node and len(self._link.graph.live) < _MOST:
+            node = Node(lambda *_: made.append(make()), 1, link=self._link, name="answer")
+            self._made[question] = node, made
+            self._link.graph.submit([node], priority="urgent")
+        return None

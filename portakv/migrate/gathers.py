@@ -15,10 +15,9 @@ from portakv.errors import PeerError, Unsupported
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
-from portakv.migrate.digest import digest
+from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Box, Gather, Hello, Message
 from portakv.migrate.movers.base import Mover, Moving, choose, forced
-from portakv.runtime.bounded import Bounded
 from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
 
@@ -43,9 +42,9 @@ class Gathers:
         self._movers, self._by = dict[str, Mover](), dict[bytes, Mover]()  # by name; of readers
         self._slots = dict[tuple[bytes, int], tuple[torch.Tensor, Moving]]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
-        self._sums: Bounded[Gather, list[Answer]] = Bounded("digests of an owner", 1024)
         self._graph = Graph()
         self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
+        self._sums = Later[int]("digests of rows", self._link)
 
     @property
     def slots(self) -> int:
@@ -94,11 +93,8 @@ class Gathers:
                 return Answer("busy", seconds=1e-3)
             self._submit(partial(self._bring, peer, gather, rows, mover))
             return Answer("done")
-        sums = self._sums.get(gather)
-        if sums is None:
-            sums = self._sums[gather] = []
-            self._submit(partial(self._sum, gather, rows, sums))
-        return self._sums.pop(gather)[0] if sums else Answer("busy", seconds=1e-3)
+        total = self._sums.answer(gather, partial(self._sum, gather, rows))
+        return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
     def close(self) -> None:
         """End what is under way."""
@@ -113,13 +109,9 @@ class Gathers:
 
     # --- in the worker
 
-    def _sum(self, gather: Gather, rows: Rows, sums: list[Answer]) -> None:
-        try:
-            with torch.inference_mode(False), rows.behind.inside():
-                total = digest(rows.view, rows.ids, gather.count, rows.window, gather.first)
-            sums.append(Answer("done", digest=total))
-        except Exception as error:
-            sums.append(Answer("refused", str(error)[:1024]))
+    def _sum(self, gather: Gather, rows: Rows) -> int:
+        with torch.inference_mode(False), rows.behind.inside():
+            return digest(rows.view, rows.ids, gather.count, rows.window, gather.first)
 
     def _bring(self, peer: Peer, gather: Gather, rows: Rows, mover: Mover) -> None:
         key, count = (peer.id, gather.slot % SLOTS), gather.count

@@ -106,18 +106,19 @@ def deal(
     """A box of any number of axes in pieces, each given to the first owner that holds it; and what
     is left. Owners of some positions alone are asked behind all others."""
     size = next((len(mask) for _, mask in owners.values() if mask is not None), 1)
-    masks = {n: np.ones(size, bool) if x is None else x for n, (_, x) in owners.items()}
-    given, left = list[Piece](), [(box, np.ones(size, bool))]
+    everywhere = np.ones(size, bool)
+    masks = {n: everywhere if x is None else x for n, (_, x) in owners.items()}
+    given, left = list[Piece](), [(box, everywhere)]
     for n in sorted(owners, key=lambda n: not masks[n].all()):
         after = []
         for part, wanted in left:
-            both, brings, still = overlap(part, owners[n][0]), wanted & masks[n], wanted & ~masks[n]
-            if both is None or not brings.any():
+            both = overlap(part, owners[n][0])
+            if both is None or not (brings := wanted & masks[n]).any():
                 after.append((part, wanted))
                 continue
             given.append(Piece(n, both, None if brings.all() else brings))
             after += [(other, wanted) for other in rest(part, both)]
-            after += [(both, still)] if still.any() else []
+            after += [(both, still)] if (still := wanted & ~brings).any() else []
         left = after
     return given, [(part, None if wanted.all() else wanted) for part, wanted in left]
 

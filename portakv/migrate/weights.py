@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain, groupby, pairwise, product
+from itertools import accumulate, groupby
 from math import prod
 from operator import add, sub
 from typing import Annotated, Any, Literal, NamedTuple
@@ -18,18 +18,19 @@ import torch
 from msgspec import Meta, msgpack, structs
 
 from portakv.errors import LayoutError, OfferGone, PeerError, TransferError, TransferTimeout
-from portakv.graph.graph import Graph, Node
+from portakv.graph.graph import Graph
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.digest import box_digests
+from portakv.migrate.digest import Later, box_digests
 from portakv.migrate.ipc import open_shared, share
+from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Count, Dims, Handle, Id, Message, Text, sealed, unsealed
-from portakv.runtime.bounded import Bounded
+from portakv.migrate.shards import deal
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.worker import RateLimit
 
-_PAGE, _SUMS, _JOBS = 40 << 10, 256, 64  # bytes of items, digests in an answer; questions at once
-_BATCH, _PACED, _SMALL = 1 << 30, 32 << 20, 16 << 20  # bytes copied at once, with a rate; small
-_OPEN = 256  # pieces that are copied at once: on the host each may cost a descriptor
+_PAGE, _SMALL = 40 << 10, 16 << 20  # bytes of items in an answer; of tensors that are small
+_BATCH, _PACED = 1 << 30, 32 << 20  # bytes that are copied and compared at once; with a rate
+_SUMS = 256  # cells at once: on the host each may cost a descriptor
 
 
 class Box(NamedTuple):
@@ -40,9 +41,16 @@ class Box(NamedTuple):
     start: Dims
     extents: Dims
 
-    def at(self, offset: Dims) -> Dims:
-        """Where the element at ``offset`` of the whole is here."""
-        return tuple(map(add, map(sub, offset, self.offset), self.start))
+    @property
+    def ends(self) -> Ends:
+        """From and to on each axis of the whole."""
+        return tuple(zip(self.offset, map(add, self.offset, self.extents), strict=True))
+
+    def part(self, ends: Ends) -> Box:
+        """What of it lies between these ends."""
+        first = tuple(a for a, _ in ends)
+        start = map(add, map(sub, first, self.offset), self.start)
+        return Box(first, tuple(start), tuple(b - a for a, b in ends))
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,7 +118,7 @@ class Item(Message, frozen=True):
                 )
 
 
-class Piece(NamedTuple):
+class Cell(NamedTuple):
     """A box of the reader's parameter, which an owner's tensor has from ``theirs`` on."""
 
     name: str
@@ -162,46 +170,33 @@ def _unlike(mine: Mapping[str, Item], theirs: Mapping[str, Item]) -> Iterator[tu
             yield name, f"{here} are one tensor here, and {there} there"
 
 
-def _pieces(name: str, box: Box, owners: Sequence[tuple[int, Box]]) -> Iterator[Piece | str]:
-    """A box cut at the owners' edges; each cell is the first owner's that has it, or a sentence."""
-    edges = list[list[int]]()
-    for i, (low, n) in enumerate(zip(box.offset, box.extents, strict=True)):
-        ends = (y for _, x in owners for y in (x.offset[i], x.offset[i] + x.extents[i]))
-        edges.append(sorted({low, low + n, *(y for y in ends if low < y < low + n)}))
-    for cell in product(*map(pairwise, edges)):
-        first, extents = tuple(a for a, _ in cell), tuple(b - a for a, b in cell)
-        for owner, x in owners:
-            axes = zip(cell, x.offset, x.extents, strict=True)
-            if all(low <= a and b <= low + n for (a, b), low, n in axes):
-                yield Piece(name, owner, Box(first, box.at(first), extents), x.at(first))
-                break
-        else:
-            yield f"{name}: nobody holds {extents} elements from {first} on"
-
-
 def plan(
     mine: Mapping[str, Item], owners: Sequence[Mapping[str, Item]], some: bool = False
-) -> list[Piece]:
-    """Which piece of each parameter comes from which owner. One `LayoutError` lists all that does
-    not fit; ``some``: what nobody asked for does."""
+) -> list[Cell]:
+    """Which cell of each parameter comes from which owner, the first that has it. One `LayoutError`
+    lists all that does not fit; ``some``: what nobody asked for does."""
     surplus = [] if some else [x for theirs in owners for x in theirs if x not in mine]
-    wrong = [f"{name}: it was not asked for" for name in surplus]
     unlike = [x for theirs in owners for x in _unlike(mine, theirs)]
+    wrong = [f"{name}: it was not asked for" for name in surplus]
     wrong += [f"{name}: {why}" for name, why in unlike]
-    bad, pieces = {name for name, _ in unlike}, list[Piece]()
+    bad, cells = {name for name, _ in unlike}, list[Cell]()
     for name, item in mine.items():
-        theirs = [(i, box) for i, x in enumerate(owners) if name in x for box in x[name].boxes]
-        wrong += [] if theirs else [f"{name}: nobody holds it"]
-        for piece in chain(
-            *(_pieces(name, box, theirs) for box in item.boxes if theirs and name not in bad)
-        ):
-            pieces.append(piece) if isinstance(piece, Piece) else wrong.append(piece)
+        held = [(i, box) for i, x in enumerate(owners) if name in x for box in x[name].boxes]
+        wrong += [] if held else [f"{name}: nobody holds it"]
+        boxes = item.boxes if held and name not in bad else ()
+        for box in (x for x in boxes if prod(x.extents)):
+            given, holes = deal(box.ends, {n: (x.ends, None) for n, (_, x) in enumerate(held)})
+            for n, ends, _ in given:
+                owner, theirs = held[n]
+                cells.append(Cell(name, owner, box.part(ends), theirs.part(ends).start))
+            for hole in (box.part(ends) for ends, _ in holes):
+                wrong.append(f"{name}: nobody holds {hole.extents} elements from {hole.offset} on")
     if wrong:
         raise LayoutError(
             f"{len(mine)} weights were to be pulled from {len(owners)} owners, and nothing was, "
             f"since these differ; correct them on either side:\n" + "\n".join(dict.fromkeys(wrong))
         )
-    return pieces
+    return cells
 
 
 class WeightsTicket(Message, frozen=True):
@@ -212,12 +207,11 @@ class WeightsTicket(Message, frozen=True):
 
 
 class AskWeights(Message, frozen=True):
-    """What is published, from item ``first`` on? Or, with a ``job``, and asked until it is done:
-    which digests have these boxes, as they lie at the owner?"""
+    """What is published, from item ``first`` on? Or, asked until it is known: which digests have
+    these boxes, as they lie at the owner?"""
 
     id: Id
     first: Count = 0
-    job: Id | None = None
     boxes: Annotated[tuple[tuple[Text, Box], ...], Meta(max_length=_SUMS)] = ()
 
 
@@ -246,36 +240,23 @@ class Published:
                 torch.accelerator.current_stream(device.index).synchronize()
             if self._items[name].tie == name:
                 self._items[name] = structs.replace(self._items[name], data=share(x.tensor))
-        self._jobs = Bounded[bytes | None, tuple[Node, list[int]]]("questions for digests", _JOBS)
+        self._sums = Later[list[int]]("digests of weights", self.graph.link("weights"))
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)
 
     def _answer(self, _: Peer, asked: AskWeights) -> Weights:
         if asked.id != self._id or self.graph.closed.is_set():
             return Weights("gone")
-        if asked.job:
-            return self._digests(asked)
+        if asked.boxes:
+            boxes = [(self._held[name].tensor, box) for name, box in asked.boxes]
+            sums = self._sums.answer(asked, lambda: _digests(boxes))
+            return Weights("busy") if sums is None else Weights("held", sums=tuple(sums))
         page, room = list[tuple[str, Item]](), _PAGE
         for pair in [*self._items.items()][asked.first :]:
             if (room := room - len(msgpack.encode(pair))) < 0 and page:
                 break
             page.append(pair)
         return Weights("held", len(self._items), tuple(page))
-
-    def _digests(self, asked: AskWeights) -> Weights:
-        """They take longer than a channel may: a worker makes them."""
-        if asked.job not in self._jobs and len(self.graph.live) < _JOBS:
-            boxes = [(self._held[x].tensor, box) for x, box in asked.boxes]
-            sums, link = list[int](), self.graph.link("weights")
-            node = Node(lambda *_: sums.extend(_digests(boxes)), 1, link=link, name="sum")
-            self._jobs[asked.job] = node, sums
-            self.graph.submit([node])
-        job = self._jobs.get(asked.job)
-        if not job or not job[0].done():
-            return Weights("busy")
-        if job[0].error:
-            raise job[0].error
-        return Weights("held", sums=tuple(job[1]))
 
     def close(self) -> None:
         """Let go of the tensors; who pulls them now is told that they are gone."""
@@ -302,11 +283,13 @@ class _Owner:
                 "of `Published.ticket`, unchanged; carry them as they are."
             )
         self.address, self.id = told.address, told.id
-        self.items, self.opened, more = dict[str, Item](), dict[str, torch.Tensor](), True
-        while more:
-            page = self.ask(AskWeights(self.id, len(self.items)))
+        self.items, self.opened = dict[str, Item](), dict[str, torch.Tensor]()
+        total, had = 1, -1
+        while had < len(self.items) < total:
+            had = len(self.items)
+            page = self.ask(AskWeights(self.id, had))
             self.items.update(page.items)
-            more = len(self.items) < page.total and page.items != ()
+            total = page.total
 
     def ask(self, asked: AskWeights) -> Weights:
         """Its answer, once it has one."""
@@ -319,29 +302,27 @@ class _Owner:
             raise OfferGone(f"Weights at {self.address} are published no more; get a new ticket.")
         return answer
 
-    def pair(self, piece: Piece, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where a piece goes to, and where it lies in the owner's memory."""
-        box, tie = piece.box, self.items[piece.name].tie
+    def pair(self, cell: Cell, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where a cell goes to, and where it lies in the owner's memory."""
+        box, tie = cell.box, self.items[cell.name].tie
         if tie not in self.opened:
             if tensor.is_cpu:
                 self.opened.clear()
             data = self.items[tie].data if tie in self.items else b""
             self.opened[tie] = open_shared(data, tensor.device)
         if (theirs := self.opened[tie]).dtype != tensor.dtype:
-            raise PeerError(f"{piece.name} is not what {self.address} told of it; pull elsewhere.")
+            raise PeerError(f"{cell.name} is not what {self.address} told of it; pull elsewhere.")
         into = part_of(tensor, box.start, box.extents)
-        return into, part_of(theirs, piece.theirs, box.extents)
+        return into, part_of(theirs, cell.theirs, box.extents)
 
-    def wrong(self, pieces: Sequence[Piece], parameters: Mapping[str, Parameter]) -> Iterator[str]:
-        """Names of what has another digest there."""
-        for k in range(0, len(pieces), _SUMS):
-            some = pieces[k : k + _SUMS]
-            boxes = tuple((x.name, x.box._replace(start=x.theirs)) for x in some)
-            asked = AskWeights(self.id, 0, secrets.token_bytes(16), boxes)
-            self.channel.ask(self.address, asked, Weights)  # it begins while this side works
-            mine = _digests([(parameters[x.name].tensor, x.box) for x in some])
-            sums = zip(some, mine, self.ask(asked).sums, strict=True)
-            yield from (x.name for x, one, other in sums if one != other)
+    def wrong(self, cells: Sequence[Cell], parameters: Mapping[str, Parameter]) -> Iterator[str]:
+        """Names of its cells that have another digest there."""
+        boxes = tuple((x.name, x.box._replace(start=x.theirs)) for x in cells)
+        asked = AskWeights(self.id, boxes=boxes)
+        self.channel.ask(self.address, asked, Weights)  # it begins while this side works
+        mine = _digests([(parameters[x.name].tensor, x.box) for x in cells])
+        sums = zip(cells, mine, self.ask(asked).sums, strict=True)
+        yield from (x.name for x, one, other in sums if one != other)
 
 
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -373,7 +354,7 @@ def pull_weights(
     """Fill tensors from owners that publish the same names, preferred ones first, on the current
     stream, few at a time; block until digests that the owners work out agree. Returns the bytes.
     ``some``: owners hold others as well (the reader is one stage of a pipeline). ``timeout``:
-    seconds for the digests of 256 boxes.
+    seconds for the digests of a batch, of 1 GiB or less.
 
     Raises `LayoutError`, which lists all that differs, before a byte is written. After any other
     error the tensors hold an unknown part of the weights, and must not be used until a pull
@@ -384,20 +365,25 @@ def pull_weights(
         raise refuse_capture("Pulling weights", "processes talk to each other; do it before")
     tickets = [tickets] if isinstance(tickets, bytes) else tickets
     owners, mine = [_Owner(channel, x, timeout) for x in tickets], items_of(parameters)
-    pieces = plan(mine, [x.items for x in owners], some)
-    once = [x for x in pieces if mine[x.name].tie == x.name]
-    sizes = [prod(x.box.extents) * parameters[x.name].tensor.itemsize for x in once]
+    cells = plan(mine, [x.items for x in owners], some)
     limit, most = (RateLimit(max_gbps), _PACED) if max_gbps else (None, _BATCH)
-    batch = [(end // most, i // _OPEN) for i, end in enumerate(accumulate(sizes))]
-    for _, group in groupby(zip(batch, once, strict=True), lambda x: x[0]):
-        pairs = [owners[x.owner].pair(x, parameters[x.name].tensor) for _, x in group]
+    sizes = (prod(x.box.extents) * parameters[x.name].tensor.itemsize for x in cells)
+    ends = accumulate(max(n, most // _SUMS) for n in sizes)  # no more cells than that at once
+    wrong, total = list[str](), 0
+    for _, batch in groupby(zip(ends, cells, strict=True), lambda x: x[0] // most):
+        now = [x for _, x in batch]
+        once = [x for x in now if mine[x.name].tie == x.name]
+        pairs = [owners[x.owner].pair(x, parameters[x.name].tensor) for x in once]
+        nbytes = sum(x.nbytes for x, _ in pairs)
         if limit:
-            time.sleep(limit.left(limit.start_of(sum(x.nbytes for x, _ in pairs))))
+            time.sleep(limit.left(limit.start_of(nbytes)))
         copy_pairs(pairs)
-    found = [x.wrong([p for p in pieces if p.owner == i], parameters) for i, x in enumerate(owners)]
-    if wrong := dict.fromkeys(chain(*found)):
+        for i in {x.owner for x in now}:
+            wrong += owners[i].wrong([x for x in now if x.owner == i], parameters)
+        total += nbytes
+    if wrong:
         raise TransferError(
             f"{len(mine)} weights were pulled, and digests of these differ from their owners': "
-            f"{', '.join(wrong)}. Do not use any of them; pull again."
+            f"{', '.join(dict.fromkeys(wrong))}. Do not use any of them; pull again."
         )
-    return sum(sizes)
+    return total

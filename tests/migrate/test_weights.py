@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from support.ambient import STATES
 from support.peer_process import Peer
 
@@ -353,12 +354,12 @@ class Between:
     """A channel that does something before it asks for digests."""
 
     def __init__(self, channel: Channel, before: Callable[[], object]) -> None:
-        self.channel, self.before, self.asked = channel, before, 0
+        self.channel, self.before, self.asked = channel, before, set[AskWeights]()
 
     def ask(self, address: str, asked: AskWeights, kind: type[Weights]) -> Weights:
-        if asked.job and not self.asked:
+        if asked.boxes and not self.asked:
             self.before()
-        self.asked += bool(asked.job)
+        self.asked |= {asked} if asked.boxes else set()
         return self.channel.ask(address, asked, kind)
 
 
@@ -405,6 +406,34 @@ def test_tied_tensors_cross_once(channels: Channels) -> None:
     published.close()
 
 
+def test_all_names_of_a_tied_tensor_are_compared(channels: Channels) -> None:
+    """Two stages of a pipeline have a copy of one tensor each, of which one differs."""
+    first, last = shared(whole_of((6, 4))), shared(whole_of((6, 4)))
+    last[5, 3] += 1
+    told = {"embed": first, "head": last}
+    owners = [publish(channels(), {name: Parameter(x)}) for name, x in told.items()]
+    mine = dict.fromkeys(told, Parameter(torch.zeros(6, 4, dtype=torch.int32)))
+    with pytest.raises(TransferError, match=r"owners': head\. Do not"):
+        pull_weights(channels(), [x.ticket for x in owners], mine)
+    for owner in owners:
+        owner.close()
+
+
+def test_an_owner_that_repeats_itself_is_asked_no_more(
+    channels: Channels,
+) -> None:
+    """It says that it has two parameters, and tells the first one whatever is asked."""
+    owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
+    between: Any = Between(channels(), lambda: None)
+    ask = between.ask
+    between.ask = lambda address, asked, kind: replace(
+        ask(address, replace(asked, first=0), kind), total=2
+    )
+    mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
+    assert pull_weights(between, owner.ticket, mine) == 16
+    owner.close()
+
+
 def test_hundreds_of_parameters_are_listed_by_pages(channels: Channels) -> None:
     """More than one answer holds, and more digests than one question asks for."""
     room = shared(whole_of((600, 16)))
@@ -413,6 +442,19 @@ def test_hundreds_of_parameters_are_listed_by_pages(channels: Channels) -> None:
     mine = {f"layer.{i}.{'x' * 100}": Parameter(into[i]) for i in range(600)}
     assert pull_weights(channels(), owner.ticket, mine, max_gbps=1e3) == into.nbytes
     assert torch.equal(into, room)
+    owner.close()
+
+
+def test_a_question_for_digests_is_no_larger_than_a_batch(channels: Channels) -> None:
+    """So that the timeout is one of a batch, and not of a whole model."""
+    whole = shared(whole_of((3, 5 << 20)))
+    owner = publish(channels(), {str(i): Parameter(whole[i]) for i in range(3)})
+    into = torch.zeros_like(whole)
+    between: Any = Between(channels(), lambda: None)
+    mine = {str(i): Parameter(into[i]) for i in range(3)}
+    assert pull_weights(between, owner.ticket, mine, max_gbps=1e3) == whole.nbytes
+    assert torch.equal(into, whole)
+    assert sorted(len(x.boxes) for x in between.asked) == [1, 2]
     owner.close()
 
 
@@ -510,7 +552,7 @@ def test_boxes_that_an_owner_has_not_are_refused(channels: Channels) -> None:
     ticket = unsealed(owner.ticket, WeightsTicket)
     assert ticket is not None
     for name, start in (("v", (0,)), ("w", (2,))):
-        asked = AskWeights(ticket.id, 0, bytes(16), ((name, Box((0,), start, (3,))),))
+        asked = AskWeights(ticket.id, 0, ((name, Box((0,), start, (3,))),))
         with pytest.raises(PeerError, match="refused"):
             ask_until_done(channel, ticket.address, asked)
     owner.close()
