@@ -76,7 +76,8 @@ class _Link:
         self.lock, self.life, self.up, self.why = threading.Lock(), Peer(), False, ""
         socket.immediate, socket.reconnect_ivl = True, 50  # nothing waits for a connection to come
         socket.sndtimeo = socket.rcvtimeo = LOOK
-        self.monitor = socket.get_monitor_socket()
+        # A name of its own: pyzmq's is its descriptor's, which is used again before it is free.
+        self.monitor = socket.get_monitor_socket(addr=f"inproc://{number}")
         socket.connect(address)
 
 
@@ -161,8 +162,8 @@ class Channel:
         return self._users.get(kind) is user and self._users.pop(kind) is user
 
     def ask(self, address: str, message: Message, kind: type[T], timeout: float | None = None) -> T:
-        """What the channel at ``address`` answers. A request is repeated until its answer arrives,
-        and carried out once or not at all.
+        """What the channel at ``address`` answers. If its connection breaks, a request is repeated
+        by the next one; it is carried out once or not at all.
 
         Raises:
             PeerError: nobody is reached there, it is gone, it refuses, the secret differs.

@@ -135,9 +135,7 @@ class Gather(About, frozen=True):
 
 
 class Bye(Message, frozen=True):
-    """One-way: a reader lets go of an owner's regions."""
-
-    epoch: Id
+    """One-way: a reader lets go of an owner's slots."""
 
 
 class Answer(Message, frozen=True):

@@ -100,7 +100,7 @@ class Pairings:
         """Let go of all owners."""
         for owner in [*self._owners.values()]:
             with suppress(PortaKVError):
-                self.channel.tell(owner.address, Bye(owner.welcome.epoch))
+                self.channel.tell(owner.address, Bye())
             self._forget(owner)
         for mover in self._movers.values():
             mover.close()

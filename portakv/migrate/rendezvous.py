@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from time import monotonic, sleep
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 import torch.distributed as dist
@@ -128,7 +128,7 @@ def pair(
     store: Store, rank: int, size: int, device: Any, timeout: float = 30.0, name: str = ""
 ) -> ProcessGroup:
     """A process group apart from the default one, of gloo, nccl or what a vendor registered for the
-    device; ``name`` tells the groups of one store apart. An abort of it ends nobody else's.
+    device. A ``name`` serves once, for one of the groups of a store; an abort of it ends no other.
 
     Raises:
         Unsupported: torch has no such group for the device.
@@ -138,6 +138,9 @@ def pair(
     named, torchs = PrefixStore(f"{name}/", store), dist.distributed_c10d.__dict__
     backend = dist.Backend.default_device_backend_map.get(kind, "none")
     plugin: Any = getattr(dist.Backend, "_plugins", {}).get(backend.upper())
+    here = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}.get(backend, bool)
+    if plugin is None and not here():
+        raise Unsupported(f"A process group for {kind}", "torch has none here")
     try:
         if plugin is not None and plugin.extended_api:
             given: Any = torchs["_DistributedBackendOptions"]()
@@ -146,22 +149,19 @@ def pair(
             made: Any = plugin.creator_fn(given, None)
         elif plugin is not None:
             made = plugin.creator_fn(named, rank, size, seconds)
-        elif backend == "gloo" and dist.is_gloo_available():
+        elif backend == "gloo":
             made = torchs["ProcessGroupGloo"](named, rank, size, seconds)
-        elif backend == "nccl" and dist.is_nccl_available():
+        else:
             options = torchs["ProcessGroupNCCL"].Options()
             options._timeout = seconds
             made = torchs["ProcessGroupNCCL"](named, rank, size, options)
-        else:
-            raise Unsupported(f"A process group for {kind}", "torch has none here")
-    except Unsupported:
-        raise
     except RuntimeError as error:  # also what the store raised
-        why = str(error).partition("\n")[0]
-        raise PeerError(f"{size} ranks were to meet, here is {rank}, and did not: {why}") from None
+        why = str(error).partition("\n")[0].rstrip(".")
+        raise PeerError(
+            f"{size} ranks were to meet, here is {rank}, and did not: {why}. Pair by another name."
+        ) from None
     weakref.finalize(made, bool, (store, named))  # which are held as long as the group
-    group: ProcessGroup = made
-    return group
+    return cast(ProcessGroup, made)
 
 
 def unique_id() -> bytes:

@@ -94,7 +94,7 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
         assert owner.stdout is not None
         address, nbytes = owner.stdout.readline().split()
         into = empty(int(nbytes))
-        channel.ask(address, Bye(bytes(16)), Answer)
+        channel.ask(address, Bye(), Answer)
         taking = mover.lane(address, channel).move(into, 0)
         while not (into[0] or taking.done()):
             time.sleep(1e-4)
