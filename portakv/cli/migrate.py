@@ -132,10 +132,10 @@ def _links(device: torch.device) -> Iterator[Decision]:
 
 def _movers(device: torch.device) -> Iterator[Decision]:
     """What each mover says of slots on the device."""
-    from portakv.migrate.movers.base import MOVERS, ONLY_ASKED, mover_of
+    from portakv.migrate.movers import MOVERS, ONLY_ASKED
 
     for name in MOVERS:
-        said = mover_of(name).probe(device)
+        said = MOVERS[name].probe(device)
         if said.accepted and name in ONLY_ASKED:
             said = Decision(name, True, f"{said.reason}; only if it is asked for by name")
         yield said

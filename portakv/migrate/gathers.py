@@ -17,7 +17,8 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Box, Gather, Hello, Message
-from portakv.migrate.movers.base import Mover, Moving, choose, forced
+from portakv.migrate.movers import choose, forced
+from portakv.migrate.movers.base import Mover, Moving
 from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
 

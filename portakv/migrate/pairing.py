@@ -20,7 +20,8 @@ from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import Answer, Bye, Hello, Message, Ticket, Welcome
-from portakv.migrate.movers.base import Mover, Moving, choose, forced
+from portakv.migrate.movers import choose, forced
+from portakv.migrate.movers.base import Mover, Moving
 from portakv.migrate.shards import Shard, unlike
 from portakv.runtime.bounded import Bounded
 

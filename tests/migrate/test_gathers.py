@@ -12,7 +12,7 @@ from support.migrate_pulls import Couple, Rows, Sides, sides
 
 from portakv.errors import InvalidTerms, PeerError, Unsupported
 from portakv.migrate.messages import Answer
-from portakv.migrate.movers.base import MOVERS
+from portakv.migrate.movers import MOVERS
 from portakv.migrate.movers.distributed import Join
 from portakv.migrate.movers.onesided import Taken, Where
 from portakv.migrate.rendezvous import rendezvous
@@ -27,7 +27,7 @@ class Other(Memory):
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> Iterator[Sides]:
     for kind in (Memory, Other):
-        monkeypatch.setitem(MOVERS, kind.name, f"{__name__}:{kind.__name__}")
+        monkeypatch.setitem(MOVERS, kind.name, kind)
     with sides() as those:
         yield those
 

@@ -5,21 +5,19 @@ from an owner to a reader, in the order in which they were given, and converts n
 from __future__ import annotations
 
 import atexit
-import os
 import re
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from queue import SimpleQueue
 from time import monotonic
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from portakv.backends.base import Decision
-from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
+from portakv.errors import PeerError, TransferTimeout
 from portakv.migrate.messages import Message
 from portakv.runtime.devices import refuse_fork, this_process
 from portakv.runtime.transfer import event_pool
@@ -28,20 +26,12 @@ from portakv.runtime.worker import EXIT_SECONDS
 if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
-#: As they are asked; Mooncake only by name, since who reaches its port can write into slots.
-MOVERS = {
-    "distributed": "portakv.migrate.movers.distributed:Distributed",
-    "nixl": "portakv.migrate.movers.onesided:Nixl",
-    "mooncake": "portakv.migrate.movers.onesided:Mooncake",
-}
-ONLY_ASKED, ENVIRONMENT = ("mooncake",), "PORTAKV_MOVER"
-
 
 class Moving:
-    """A slot on its way: a `Pending` whose end may be an error, always of the whole slot.
+    """A slot on its way, whose end may be an error, always of the whole slot.
 
     Attributes:
-        error: what went wrong; the bytes have landed if it ended and this is None.
+        over: set once it ended; ``error``: what went wrong then, None if the bytes have landed.
         free: set once the slot may be used again: it ended, and no library touches the bytes.
     """
 
@@ -50,10 +40,6 @@ class Moving:
         self.error: Exception | None = None
         self.over, self.free = threading.Event(), threading.Event()
         self._touched, self._lock = False, threading.Lock()
-
-    def done(self) -> bool:
-        """True once it ended, error or not; never blocks or raises."""
-        return self.over.is_set()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block the host until it ended, at most so many seconds; whether it did. Raises its error,
@@ -98,7 +84,6 @@ class Lane(ABC):
         self._moving, self._jobs = set[Moving](), SimpleQueue[Any]()
         named: Any = {"target": self._work, "name": "portakv-mover", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
-        self._working = len(self.threads)
         for thread in self.threads:
             thread.start()
 
@@ -112,7 +97,7 @@ class Lane(ABC):
         return False
 
     def leave(self) -> None:  # noqa: B027
-        """Let go of what a library has for this lane, since its last thread ends."""
+        """Let go of what a library has for this lane, whose threads have ended."""
 
     def move(self, slot: torch.Tensor, tag: int) -> Moving:
         """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
@@ -147,25 +132,24 @@ class Lane(ABC):
 
     def _work(self) -> None:
         while job := self._jobs.get():
-            moving, error = job[0], cast(Any, None)
+            moving = job[0]
             try:
                 self.carry(*job)
+                moving.end(let_go=True)
             except Exception as caught:  # each library has errors of its own
                 short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
                 what = f"A slot of {moving.slot.nbytes} B did not cross by {self.mover.name}"
                 why = short.partition(". ")[0].rstrip(".") or type(caught).__name__
-                said = PeerError(f"{what}: {why}. Pull again, or choose another mover.")
-                error = self.gone or said
-            if error and self.ordered:
-                self.close(error)
-            moving.end(error, let_go=True)
+                error = PeerError(f"{what}: {why}. Pull again, or choose another mover.")
+                if self.ordered:
+                    self.close(error)
+                moving.end(self.gone or error, let_go=True)
             with self.mover.lock:
                 self._moving.discard(moving)
-            del job, moving, error
-        with self.mover.lock:
-            self._working -= 1
-            last = not self._working
-        if last:
+            del job, moving
+        if threading.current_thread() is self.threads[0]:
+            for other in self.threads[1:]:
+                other.join()
             self.leave()
 
 
@@ -234,44 +218,3 @@ class Mover(ABC):
                 thread.join(patience)
         if not any(thread.is_alive() for thread in self._threads):
             atexit.unregister(self.close)
-
-
-def mover_of(name: str) -> type[Mover]:
-    """The mover of a name, whose library is not imported before it is asked."""
-    module, _, kind = MOVERS[name].partition(":")
-    found: type[Mover] = getattr(import_module(module), kind)
-    return found
-
-
-def forced(name: str | None = None) -> str | None:
-    """The mover that ``PORTAKV_MOVER`` or else ``name`` forces; raises `InvalidTerms` if there is
-    none of that name."""
-    asked = os.environ.get(ENVIRONMENT) or name
-    if asked not in (None, *MOVERS):
-        raise InvalidTerms(f"Mover {asked!r} was asked for; expected {', '.join(MOVERS)}.")
-    return asked
-
-
-def choose(device: torch.device, name: str | None = None) -> Mover:
-    """The first mover that can carry slots of ``device``, or the one that is `forced`.
-
-    Raises:
-        InvalidTerms: there is no mover of that name.
-        BackendUnavailable: the forced one cannot run here, or none can; ``trace`` tells why.
-    """
-    asked, said = forced(name), list[Decision]()
-    for each in (asked,) if asked else MOVERS:
-        if not asked and each in ONLY_ASKED:
-            said.append(Decision(each, False, "it is used only if it is asked for by name"))
-            continue
-        mover = mover_of(each)
-        said.append(mover.probe(device))
-        if said[-1].accepted:
-            made = mover(device)
-            made.why = "; ".join(map(str, said)) + "; it was asked for" * bool(asked)
-            return made
-    what = f"Mover {asked!r} was" if asked else "A mover was"
-    found = "; ".join(map(str, said))
-    error = BackendUnavailable(f"{what} asked for {device}: {found}. Install it, or another.")
-    error.trace = tuple(said)
-    raise error

@@ -9,15 +9,14 @@ reaches Mooncake's can also write into slots (0.3.13).
 from __future__ import annotations
 
 import os
-import re
 import socket
 import threading
 import time
 from abc import abstractmethod
 from importlib import import_module
 from secrets import token_hex
-from socket import AF_INET, AF_INET6
 from typing import TYPE_CHECKING, Annotated, Any, cast
+from urllib.parse import urlsplit
 
 import torch
 from msgspec import Meta
@@ -225,6 +224,8 @@ class Mooncake(OneSided):
         nvlink = os.environ.get("MC_INTRANODE_NVLINK") == "1"
         by = "tcp" if self.device.type == "cpu" else "nvlink_intra" if nvlink else "rdma"
         self._host = own_host(address)
+        if ":" in self._host:  # 0.3.13 and 0.3.14 find no peer by it
+            raise TransferError(f"Mooncake takes no IPv6 ({self._host}); let channels use IPv4")
         if engine.initialize(self._host, "P2PHANDSHAKE", by, ""):
             raise TransferError(f"Mooncake did not start for {by} on {self._host}")
         return engine
@@ -252,11 +253,12 @@ def _index(slot: torch.Tensor) -> int:
 
 def own_host(address: str) -> str:
     """The address of this host on the way to one of a channel."""
-    if not (found := re.fullmatch(r"tcp://\[?(.*?)\]?:(\d+)", address)):
+    to = urlsplit(address)
+    if to.scheme != "tcp":
         return "127.0.0.1"
-    host = found[1]
-    with socket.socket(AF_INET6 if ":" in host else AF_INET, socket.SOCK_DGRAM) as way:
-        way.connect((host, int(found[2])))  # sends nothing
+    family, kind, *_, place = socket.getaddrinfo(to.hostname, to.port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as way:
+        way.connect(place)  # sends nothing
         return str(way.getsockname()[0])
 
 

@@ -10,7 +10,7 @@ import torch
 
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
-from portakv.migrate.movers.base import choose
+from portakv.migrate.movers import choose
 
 if __name__ == "__main__":
     channel, mover = Channel(), choose(torch.device("cpu"))

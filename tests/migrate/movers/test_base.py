@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
-from portakv.migrate.movers.base import Moving, choose
+from portakv.migrate.movers import choose
+from portakv.migrate.movers.base import Moving
 from portakv.migrate.movers.distributed import Distributed
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def test_a_mover_that_nobody_knows_is_refused_with_the_names() -> None:
 def test_a_slot_on_its_way_ends_once() -> None:
     slot = torch.zeros(8, dtype=torch.uint8)
     moving = Moving(slot, 60.0)
-    assert not moving.done()
+    assert not moving.over.is_set()
     assert not moving.wait(0.01)
     late = Moving(slot, 0.01)
     for _ in range(2):
@@ -66,7 +67,7 @@ def test_a_slot_on_its_way_ends_once() -> None:
     assert late.free.is_set()
     moving.end(PeerError("The peer is gone."))
     moving.end()
-    assert moving.done()
+    assert moving.over.is_set()
     assert not moving.begin()
     with pytest.raises(PeerError, match="The peer is gone"):
         moving.wait()

@@ -96,7 +96,7 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
         into = empty(int(nbytes))
         channel.ask(address, Bye(), Answer)
         taking = mover.lane(address, channel).move(into, 0)
-        while not (into[0] or taking.done()):
+        while not (into[0] or taking.over.is_set()):
             time.sleep(1e-4)
         owner.kill()
         with pytest.raises(PeerError):
