@@ -70,10 +70,15 @@ class Offer:
 
     def end(self, state: str) -> None:
         """Let it end in a state, if it has not ended."""
-        with self._owner.change:
+        owner = self._owner
+        with owner.change:
             if self._state == "held":
                 self._state = state
-                self._owner.ended(self, state)
+                del owner.offers[self.number]
+                owner.counts[state] += 1
+                for stop in self.begun.values():
+                    stop()
+                owner.change.notify_all()
 
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most ``timeout`` seconds: True, and the owner may use its
@@ -126,7 +131,7 @@ class Owner:
         self.channel, self.model, self.now = channel, model, time.monotonic
         self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
-        self._offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
+        self.offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
         self._gathers = Gathers(channel, self._slot_bytes, mover)
         self.reallocate(*shards)
         channel.claim("an owner", self)
@@ -214,7 +219,7 @@ class Owner:
             told = tuple(each.tobytes() for each in lists)
             terms = self.channel.address, tokens, told, tuple(steps), lease, event
             made.ticket = Ticket(self.epoch, made.number, *terms).pack()
-            self._offers[made.number] = made
+            self.offers[made.number] = made
             self.counts["offered"] += 1
             if self.counts["offered"] % EVENTS == 0:
                 self.statistics()  # those that nobody asks about expire
@@ -222,13 +227,13 @@ class Owner:
 
     def revoke_all(self) -> None:
         """End every offer at once."""
-        for offer in [*self._offers.values()]:
+        for offer in [*self.offers.values()]:
             offer.revoke()
 
     def statistics(self) -> dict[str, int]:
         """Offers that are held, how others ended, what was answered, and slots in use."""
         with self.change:
-            held = sum(offer.state == "held" for offer in [*self._offers.values()])
+            held = sum(offer.state == "held" for offer in [*self.offers.values()])
             return {**self.counts, "held": held, "slots": self._gathers.slots}
 
     def close(self) -> None:
@@ -241,14 +246,6 @@ class Owner:
         for kind in self._kinds:
             self.channel.serve(kind, lambda *_: GONE)
         self._gathers.close()
-
-    def ended(self, offer: Offer, state: str) -> None:
-        """An offer has ended, under the lock."""
-        del self._offers[offer.number]
-        self.counts[state] += 1
-        for stop in offer.begun.values():
-            stop()
-        self.change.notify_all()
 
     # --- what readers ask, in the channel's thread
 
@@ -266,17 +263,14 @@ class Owner:
         return Answer("refused", why[:1024]) if why else welcome
 
     def _held(self, about: About) -> Offer | None:
-        offer = self._offers.get(about.offer)
+        offer = self.offers.get(about.offer)
         held = offer is not None and about.epoch == self.epoch and offer.state == "held"
         return offer if held else None
 
     def _begin(self, peer: Peer, begin: Begin) -> None:
         with self.change:
             if (offer := self._held(begin)) and peer.id not in offer.begun:
-                offer.begun[peer.id] = lambda: None
-                stop = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
-                if peer.id in offer.begun:
-                    offer.begun[peer.id] = stop
+                offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
 
     def _less(self, offer: Offer, reader: bytes, state: str) -> None:
         """A reader is through with an offer, or gone."""

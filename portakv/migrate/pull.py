@@ -6,7 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from time import monotonic
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -42,6 +44,7 @@ class Reader:
         self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
         self.channel, self.shards, self.device = channel, shards, shards[0].view.device
         self._link = self._graph.link("pull", width=16)
+        self._pulls = WeakSet[Pull]()
         channel.claim("a reader", self)
 
     def pull(
@@ -84,6 +87,7 @@ class Reader:
                 owner.events[ticket.event].wait(module.current_stream(self.device))
         terms = Terms(overlap, max_thread_blocks, max_gbps)
         pull = Pull(Node(None, 1, link=self._link, name="pull"), timeout, max_gbps is not None)
+        self._pulls.add(pull)
         whole = sum(step.nbytes for step in plan)
         layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
         try:
@@ -127,7 +131,11 @@ class Reader:
         return "\n".join(lines)
 
     def close(self) -> None:
-        """Let go of all owners; pulls under way end first, for at most ten seconds."""
+        """Let go of all owners. Pulls under way end first; after ten seconds they are cancelled."""
+        until = monotonic() + 10.0
+        for pull in tuple(self._pulls):
+            if not pull.nodes[0].wait(max(0.0, until - monotonic())):
+                pull.cancel()
         self._graph.close()
         self._owners.close()
         self.channel.free("a reader", self)
