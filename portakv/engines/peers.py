@@ -30,8 +30,12 @@ _ways: Bounded[tuple[Choice, Terms, str], Choice] = Bounded("ways between two de
 
 def unmapped(owner: torch.device, reader: torch.device) -> str:
     """Why kernels of ``reader`` are not to read memory of ``owner``, as a phrase; empty if they
-    may, since they read a known pattern right. Asked once for each pair in a process."""
-    return answers.get_or_make((owner, reader), lambda: _asked(owner, reader))
+    may, since they read a known pattern right. Asked once for each pair in a process, or again if
+    a device was full."""
+    try:
+        return answers.get_or_make((owner, reader), lambda: _asked(owner, reader))
+    except torch.OutOfMemoryError as error:
+        return f"a pattern of {owner} could not be tried on {reader}: {error}"
 
 
 def _asked(owner: torch.device, reader: torch.device) -> str:
@@ -42,6 +46,8 @@ def _asked(owner: torch.device, reader: torch.device) -> str:
         if not reaches(reader, owner):
             return f"the driver says that {reader} does not reach memory of {owner}"
         wrong = _wrong_elements(owner, reader)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # a pair that cannot be tried goes through the host
         return f"reading a pattern of {owner} on {reader} raised {type(error).__name__}: {error}"
     return f"{reader} read {wrong} elements of a pattern on {owner} wrong" if wrong else ""

@@ -220,6 +220,23 @@ def test_a_device_whose_torch_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.simdev
+def test_a_device_that_is_full_is_asked_again(
+    asked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else all later copies went through the host, since one came at a bad moment."""
+
+    def full(*_: object) -> bool:
+        raise torch.OutOfMemoryError("no room")
+
+    with reading(ReadsPeers):
+        with monkeypatch.context() as busy:
+            busy.setattr(device_module, "can_device_access_peer", full)
+            assert peers.unmapped(HERE, THERE).endswith(f"could not be tried on {THERE}: no room")
+            assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounced"
+        assert peers.unmapped(HERE, THERE) == ""
+
+
+@pytest.mark.simdev
 @pytest.mark.usefixtures("asked")
 def test_a_pattern_that_is_read_right() -> None:
     with reading(ReadsPeers):
