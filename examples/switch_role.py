@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A process takes over from one that serves: its weights, and the keys and values of a prompt.
 
-    python examples/switch_role.py [device]
+    python examples/switch_role.py [device]     # extras migrate and demo
 
 A process serves a small Llama (random weights, nothing is downloaded) as two tensor-parallel ranks,
 has answered a prompt, and offers its rows. A second process, whose weights are others, pulls the
@@ -112,7 +112,7 @@ def take_over(device: str, tickets: Mapping[str, Any], tell: Callable[[str], Non
     weights, rows = ([*map(bytes.fromhex, tickets[what])] for what in ("weights", "rows"))
     pages = KVView(torch.empty(4, LAYERS, 2, KV_HEADS, 64, HEAD_DIM, device=device), SECOND)
     with closing(Channel()) as channel:
-        mine = {name: Parameter(tensor) for name, tensor in model.named_parameters()}
+        mine = dict(model.named_parameters())  # whole
         nbytes = pull_weights(channel, weights, mine)
         tell(f"weights   {nbytes:,} bytes of {len(mine)} tensors, TP {RANKS} -> 1; digests agree")
         with closing(Reader(channel, Shard(pages), model=MODEL)) as reader:

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from msgspec import Meta, msgpack, structs
 
+from portakv.engines.engine import Terms
 from portakv.errors import LayoutError, OfferGone, PeerError, TransferError, TransferTimeout
 from portakv.graph.graph import Graph
 from portakv.migrate.channel import Channel, Peer
@@ -79,6 +80,7 @@ class Parameter:
         ``parts``: whole extents there of what is fused in it (query, key, value), or one; each is
         cut at multiples of ``unit`` (a head's rows), and ranks that outnumber these share."""
         local, boxes, at, done = tuple(tensor.shape), list[Box](), 0, 0
+        axis += len(local) if axis < 0 else 0
         before, after = local[:axis], local[axis + 1 :]
         for part in parts:
             first, past = (part // unit * (cut[0] + x) // cut[1] * unit for x in (0, 1))
@@ -92,6 +94,9 @@ class Parameter:
                 f"expected {at} elements there, and multiples of {unit}; correct it, or give boxes."
             )
         return cls(tensor, (*before, done, *after), boxes)
+
+
+Parameters = Mapping[str, Parameter | torch.Tensor]  # by name; a tensor is whole
 
 
 class Item(Message, frozen=True):
@@ -137,6 +142,10 @@ def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
             f"on {tensor.device}: expected that they lie in it, and memory; correct the box."
         )
     return part
+
+
+def _named(parameters: Parameters) -> dict[str, Parameter]:
+    return {k: x if isinstance(x, Parameter) else Parameter(x) for k, x in parameters.items()}
 
 
 def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
@@ -232,10 +241,10 @@ def _digests(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
 class Published:
     """What `publish` returns: ``ticket``, for whoever may pull, and `close`."""
 
-    def __init__(self, channel: Channel, parameters: Mapping[str, Parameter]) -> None:
-        self._held, self._id, self.graph = {**parameters}, secrets.token_bytes(16), Graph()
-        self._items = items_of(parameters)
-        for name, x in parameters.items():
+    def __init__(self, channel: Channel, parameters: Parameters) -> None:
+        self._held, self._id, self.graph = _named(parameters), secrets.token_bytes(16), Graph()
+        self._items = items_of(self._held)
+        for name, x in self._held.items():
             if (device := x.tensor.device).type != "cpu":  # what writes them ends first
                 torch.accelerator.current_stream(device.index).synchronize()
             if self._items[name].tie == name:
@@ -264,7 +273,7 @@ class Published:
         self._held.clear()
 
 
-def publish(channel: Channel, parameters: Mapping[str, Parameter]) -> Published:
+def publish(channel: Channel, parameters: Parameters) -> Published:
     """Let others pull these tensors, which must not change until `Published.close`; of a channel,
     those that were published last. They map the memory, with all of the allocation round it: on the
     host it has to be shared already (``tensor.share_memory_()``), else this raises `Unsupported`.
@@ -296,7 +305,10 @@ class _Owner:
         until, pause = time.monotonic() + self.timeout, 5e-4
         while (answer := self.channel.ask(self.address, asked, Weights)).state == "busy":
             if time.monotonic() > until:
-                raise TransferTimeout(f"{self.address} made no digests in {self.timeout} seconds.")
+                raise TransferTimeout(
+                    f"Digests of weights were asked of {self.address}, which made none in "
+                    f"{self.timeout} seconds; pull again, with a longer timeout if it is busy."
+                )
             time.sleep(pause := min(2 * pause, 0.05))
         if answer.state == "gone":
             raise OfferGone(f"Weights at {self.address} are published no more; get a new ticket.")
@@ -345,7 +357,7 @@ def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
 def pull_weights(
     channel: Channel,
     tickets: bytes | Sequence[bytes],
-    parameters: Mapping[str, Parameter],
+    parameters: Parameters,
     *,
     some: bool = False,
     max_gbps: float | None = None,
@@ -361,25 +373,27 @@ def pull_weights(
     succeeds: `OfferGone`, `PeerError`, `TransferTimeout`, `Unsupported` if an owner's memory cannot
     be mapped here, `TransferError` with the names whose digests differ.
     """
-    if any(capturing(x.tensor.device) for x in parameters.values()):
+    held, rate = _named(parameters), Terms(max_gbps=max_gbps).max_gbps
+    mine = items_of(held)
+    if any(capturing(x.tensor.device) for x in held.values()):
         raise refuse_capture("Pulling weights", "processes talk to each other; do it before")
     tickets = [tickets] if isinstance(tickets, bytes) else tickets
-    owners, mine = [_Owner(channel, x, timeout) for x in tickets], items_of(parameters)
+    owners = [_Owner(channel, x, timeout) for x in tickets]
     cells = plan(mine, [x.items for x in owners], some)
-    limit, most = (RateLimit(max_gbps), _PACED) if max_gbps else (None, _BATCH)
-    sizes = (prod(x.box.extents) * parameters[x.name].tensor.itemsize for x in cells)
+    limit, most = (RateLimit(rate), _PACED) if rate else (None, _BATCH)
+    sizes = (prod(x.box.extents) * held[x.name].tensor.itemsize for x in cells)
     ends = accumulate(max(n, most // _SUMS) for n in sizes)  # no more cells than that at once
     wrong, total = list[str](), 0
     for _, batch in groupby(zip(ends, cells, strict=True), lambda x: x[0] // most):
         now = [x for _, x in batch]
         once = [x for x in now if mine[x.name].tie == x.name]
-        pairs = [owners[x.owner].pair(x, parameters[x.name].tensor) for x in once]
+        pairs = [owners[x.owner].pair(x, held[x.name].tensor) for x in once]
         nbytes = sum(x.nbytes for x, _ in pairs)
         if limit:
             time.sleep(limit.left(limit.start_of(nbytes)))
         copy_pairs(pairs)
         for i in {x.owner for x in now}:
-            wrong += owners[i].wrong([x for x in now if x.owner == i], parameters)
+            wrong += owners[i].wrong([x for x in now if x.owner == i], held)
         total += nbytes
     if wrong:
         raise TransferError(

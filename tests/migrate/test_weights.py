@@ -20,6 +20,7 @@ from support.ambient import STATES
 from support.peer_process import Peer
 
 from portakv.errors import (
+    InvalidTerms,
     LayoutError,
     OfferGone,
     PeerError,
@@ -271,9 +272,9 @@ def test_blocks_that_share_a_scale_are_not_cut() -> None:
             items_of({"w": cut})
 
 
-def test_a_tensor_without_memory_is_refused() -> None:
-    with pytest.raises(LayoutError, match="and memory"):
-        items_of({"w": Parameter(torch.zeros(3, device="meta"))})
+def test_a_tensor_is_split_along_its_last_axis() -> None:
+    cut = Parameter.split(torch.zeros(3, 4), -1, [8], (1, 2))
+    assert (cut.shape, cut.boxes) == ((3, 8), [Box((0, 4), (0, 0), (3, 4))])
 
 
 @pytest.mark.parametrize(
@@ -524,7 +525,7 @@ def test_an_owner_that_makes_no_digests_is_waited_for_until_the_timeout(channels
     owner = publish(channel, {"w": Parameter(shared(whole_of((4,))))})
     owner.graph.submit([Node(lambda *_: release.wait(10), 1, link=owner.graph.link("weights"))])
     mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
-    with pytest.raises(TransferTimeout, match=r"no digests in 0\.05"):
+    with pytest.raises(TransferTimeout, match=r"none in 0\.05 seconds; pull again"):
         pull_weights(channels(), owner.ticket, mine, timeout=0.05)
     release.set()
     owner.close()
@@ -534,6 +535,30 @@ def test_an_owner_that_makes_no_digests_is_waited_for_until_the_timeout(channels
 def test_what_is_no_ticket_is_refused(channels: Channels, ticket: Any) -> None:
     with pytest.raises(PeerError, match="no ticket of weights"):
         pull_weights(channels(), [ticket], {})
+
+
+def test_a_tensor_without_memory_is_refused(channels: Channels) -> None:
+    nothing = {"w": torch.zeros(3, device="meta")}
+    with pytest.raises(LayoutError, match="and memory"):
+        publish(channels(), nothing)
+    with pytest.raises(LayoutError, match="and memory"):
+        pull_weights(channels(), [], nothing)
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, "fast"])
+def test_a_rate_that_is_none_is_refused(channels: Channels, rate: Any) -> None:
+    with pytest.raises(InvalidTerms, match="max_gbps"):
+        pull_weights(channels(), [], {}, max_gbps=rate)
+
+
+def test_a_module_is_filled_from_another_one_as_it_is(channels: Channels) -> None:
+    """Whole tensors need no Parameter of ours."""
+    theirs, mine = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    theirs.share_memory()
+    owner = publish(channels(), dict(theirs.named_parameters()))
+    assert pull_weights(channels(), owner.ticket, dict(mine.named_parameters())) == 60
+    assert torch.equal(mine.weight, theirs.weight)
+    owner.close()
 
 
 def test_memory_that_cannot_be_mapped_is_refused(channels: Channels) -> None:
