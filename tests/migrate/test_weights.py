@@ -103,18 +103,10 @@ def test_any_tp_pulls_from_any_other(data: st.DataObject) -> None:
     shape[axis] = sum(parts)
     whole, (theirs, ours) = whole_of(shape), draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
     ranks = draw(st.permutations(range(theirs)))
-    owners = [
-        {
-            "w": Parameter.split(
-                tensor_of(local_of(whole, axis, parts, r, theirs, unit), draw(st.booleans())),
-                axis,
-                parts,
-                (r, theirs),
-                unit,
-            )
-        }
-        for r in ranks
-    ]
+    owners = list[dict[str, Parameter]]()
+    for r in ranks:
+        held = tensor_of(local_of(whole, axis, parts, r, theirs, unit), draw(st.booleans()))
+        owners.append({"w": Parameter.split(held, axis, parts, (r, theirs), unit)})
     for rank in range(ours):
         expected = local_of(whole, axis, parts, rank, ours, unit)
         tensor = tensor_of(np.zeros_like(expected), draw(st.booleans()))
