@@ -86,12 +86,10 @@ class Channel:
 
     Args:
         address: ``tcp://10.0.0.1:0`` listens there, at a free port; None: at a Unix socket that
-            only this user of this host reaches.
+            only this user of this host reaches. Tickets say the attribute of that name: set it if
+            others reach it by another address (NAT, a container's).
         secret: 16 bytes or more, the same for all that talk to each other; TCP needs one.
         timeout: seconds for a request and its answer.
-
-    Attributes:
-        address: what tickets say. Set it if others reach it by another one (NAT, a container's).
     """
 
     def __init__(
@@ -108,7 +106,7 @@ class Channel:
             )
         self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
         self._process, self._lock, self._closed = this_process(), threading.Lock(), False
-        self._answers: dict[type, Callable[[Peer, Any], Any]] = {}
+        self._answers = dict[type, Callable[[Peer, Any], Any]]()
         self._users = dict[str, object]()  # the owner and the reader that others know by it
         self._decoder = Decoder[Any](None)
         self._peers, self._fds = dict[bytes, Peer](), dict[int, bytes]()  # of connections to here
@@ -148,8 +146,9 @@ class Channel:
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """From now on messages of ``kind`` are answered by ``answer``, in the channel's one thread,
         so that it must be quick; None: nothing is sent. What it raises is told as a refusal."""
-        self._answers = {**self._answers, kind: answer}
-        self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
+        with self._lock:
+            self._answers[kind] = answer
+            self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
 
     def claim(self, kind: str, user: object) -> None:
         """Be the one ``kind`` on it, since others know it by the channel alone; raises
@@ -281,8 +280,7 @@ class Channel:
         made: zmq.Socket[bytes] = self._context.socket(kind)
         made.linger, made.sndhwm, made.rcvhwm, made.ipv6 = 0, QUEUED, QUEUED, "[" in address
         made.maxmsgsize = (LIMIT if kind == zmq.ROUTER else ANSWER) + 256  # CURVE and HEAD add some
-        made.handshake_ivl = HANDSHAKE
-        made.heartbeat_ivl, made.heartbeat_timeout = HEARTBEAT, DEAD
+        made.heartbeat_ivl, made.heartbeat_timeout, made.handshake_ivl = HEARTBEAT, DEAD, HANDSHAKE
         if self._keys:
             made.curve_publickey, made.curve_secretkey = self._keys
             if kind == zmq.ROUTER:

@@ -79,7 +79,6 @@ class Hello(Message, frozen=True):
     """A reader asks for a pairing: what it is, what it holds, and by which movers it can take."""
 
     model: Text
-    host: Text
     device: Text
     groups: Annotated[tuple[Group, ...], Meta(min_length=1, max_length=64)]
     movers: Names = ()
@@ -90,7 +89,6 @@ class Welcome(Message, frozen=True):
     was agreed upon, before that the one that the owner was told to use."""
 
     epoch: Id
-    host: Text
     described: Annotated[tuple[Described, ...], Meta(min_length=1, max_length=64)]
     regions: Annotated[tuple[Region, ...], Meta(max_length=1024)]
     events: Annotated[tuple[Handle, ...], Meta(max_length=256)] = ()

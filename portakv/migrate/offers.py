@@ -167,7 +167,7 @@ class Owner:
                     exported.append(Region(*told, why=error.why))
             self._exports, self._events, self._turn = held, _events(self.device) if held else [], 0
             self._welcome = Welcome(
-                epoch=self.epoch, host=ipc.host_id(), described=described,
+                epoch=self.epoch, described=described,
                 regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
                 movers=(self._gathers.mover,) if self._gathers.mover else (),
                 events=tuple(ipc.export_event(x) for x in self._events),

@@ -111,7 +111,7 @@ class Pairings:
     ) -> Welcome:
         groups = tuple(shard.group for shard in self.shards)
         device = where(slots or self.device)
-        hello = Hello(self._model, ipc.host_id(), device, groups, movers)
+        hello = Hello(self._model, device, groups, movers)
         kind: Any = Welcome | Answer
         welcome = self.channel.ask(ticket.address, hello, kind)
         if not isinstance(welcome, Answer):
@@ -132,8 +132,6 @@ class Pairings:
         welcome = owner.welcome
         for one in welcome.described:  # all is checked before anything is mapped
             rebuild(one, [reserve(region.nbytes) for region in welcome.regions])
-        if welcome.host != ipc.host_id():
-            return "it is on another host"
         if missing := [region.why for region in welcome.regions if not region.handle]:
             return f"its owner does not share it: {missing[0]}"
         try:

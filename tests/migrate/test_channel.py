@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -119,6 +120,20 @@ def test_many_threads_ask_at_once(pair: tuple[Server, Channel]) -> None:
         each.join()
     assert wrong == []
     assert sorted(server.asked) == sorted(b"%d %d" % (a, b) for a in range(4) for b in range(100))
+
+
+def test_threads_that_serve_at_once_are_all_answered(
+    pair: tuple[Server, Channel], request: pytest.FixtureRequest
+) -> None:
+    server, asker = pair
+    request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
+    sys.setswitchinterval(1e-6)
+    kinds = [msgspec.defstruct(f"Ping{n}", (), bases=(Ping,)) for n in range(200)]
+    with ThreadPoolExecutor(4) as pool:
+        for n in range(0, 200, 4):
+            list(pool.map(lambda kind: server.channel.serve(kind, server.answer), kinds[n : n + 4]))
+            for kind in kinds[n : n + 4]:
+                asker.ask(server.address, kind(), Pong)
 
 
 def test_a_refusal_is_the_sentence_of_the_error_there(pair: tuple[Server, Channel]) -> None:
