@@ -15,7 +15,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,11 @@ def pair(request: pytest.FixtureRequest) -> Iterator[tuple[Server, Channel]]:
 def by_tcp() -> Iterator[tuple[Server, Channel]]:
     with server_and_asker(TCP) as both:
         yield both
+
+
+def asking(secret: bytes | None = None) -> closing[Channel]:
+    """A channel that a with block closes."""
+    return closing(Channel(secret=secret, timeout=3.0))
 
 
 class Raw:
@@ -128,7 +133,7 @@ def test_threads_that_serve_at_once_are_all_answered(
     server, asker = pair
     request.addfinalizer(partial(sys.setswitchinterval, sys.getswitchinterval()))
     sys.setswitchinterval(1e-6)
-    kinds = [msgspec.defstruct(f"Ping{n}", (), bases=(Ping,)) for n in range(200)]
+    kinds = [type(f"Ping{n}", (Ping,), {}) for n in range(200)]
     with ThreadPoolExecutor(4) as pool:
         for n in range(0, 200, 4):
             list(pool.map(lambda kind: server.channel.serve(kind, server.answer), kinds[n : n + 4]))
@@ -205,7 +210,7 @@ def test_nobody_there_is_an_error_at_once(pair: tuple[Server, Channel]) -> None:
 def test_a_server_that_starts_again_at_its_address_is_reached() -> None:
     """Fault 6, as far as it is the channel's: another process is behind the same address."""
     first = Server()
-    with Channel_(SECRET) as asker:
+    with asking(SECRET) as asker:
         asker.ask(first.address, Ping(), Pong)
         first.channel.close()
         second = Server(first.address)
@@ -217,19 +222,6 @@ def test_a_server_that_starts_again_at_its_address_is_reached() -> None:
             except PeerError:  # told once, if it was looked for between the two
                 continue
         second.channel.close()
-
-
-class Channel_(Channel):
-    """One that a with block closes."""
-
-    def __init__(self, secret: bytes | None = None) -> None:
-        super().__init__(secret=secret, timeout=3.0)
-
-    def __enter__(self) -> Channel_:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def test_a_network_that_is_cut_is_noticed_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,7 +287,7 @@ def test_strangers_get_no_answer(
     host, _, port = server.address.removeprefix("tcp://").rpartition(":")
     with caplog.at_level(logging.WARNING):
         if how == "wrong secret":
-            with Channel_(b"another secret of sixteen bytes") as stranger:
+            with asking(b"another secret of sixteen bytes") as stranger:
                 with pytest.raises(PeerError, match="the secret differs"):
                     stranger.ask(server.address, Ping(), Pong)
                 assert stranger.statistics()["links"] == 0
@@ -382,7 +374,7 @@ def test_more_peers_than_a_channel_serves_are_refused(monkeypatch: pytest.Monkey
     monkeypatch.setattr(module, "PEERS", 1)
     with server_and_asker(TCP) as (server, asker):
         asker.ask(server.address, Ping(), Pong)
-        with Channel_(SECRET) as other:
+        with asking(SECRET) as other:
             with pytest.raises(PeerError, match="it serves 1 connections; try later"):
                 other.ask(server.address, Ping(), Pong)
             asker.close()
@@ -486,7 +478,7 @@ def test_a_process_that_is_killed_is_gone_at_once() -> None:
     with subprocess.Popen(script, stdin=pipe, stdout=pipe) as child:
         assert child.stdout is not None
         by_unix, by_tcp = child.stdout.readline().decode().split()
-        with Channel_() as one, Channel_(SECRET) as other:
+        with asking() as one, asking(SECRET) as other:
             ends = list[str]()
             for asker, address in ((one, by_unix), (other, by_tcp)):
                 asker.ask(address, Ping(), Pong)
@@ -570,7 +562,7 @@ def test_where_a_channel_may_listen(
     ["tcp://127.0.0.1:1", "ipc://@name", "ipc:///nothing/there", "inproc://a", "", "x" * 99],
 )
 def test_where_a_channel_without_a_secret_may_ask(address: str) -> None:
-    with Channel_() as asker, pytest.raises(PeerError, match="was to be reached"):
+    with asking() as asker, pytest.raises(PeerError, match="was to be reached"):
         asker.ask(address, Ping(), Pong)
 
 
@@ -591,7 +583,7 @@ def test_garbage_for_an_answer_is_an_error_and_the_next_one_is_taken() -> None:
         BACK.pack(VERSION, False, 7) + b"\xff", BACK.pack(VERSION, True, 8) + b"\xff",
         BACK.pack(VERSION, False, 9) + right,
     ]  # fmt: skip
-    with raw_server() as router, Channel_(SECRET) as asker:
+    with raw_server() as router, asking(SECRET) as asker:
         address = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
 
         def answer() -> None:
@@ -609,7 +601,7 @@ def test_garbage_for_an_answer_is_an_error_and_the_next_one_is_taken() -> None:
 
 def test_a_channel_asks_more_than_a_few_hundred() -> None:
     """ZeroMQ has 1,023 sockets unless it is told otherwise, and a link takes three."""
-    with raw_server() as router, Channel_(SECRET) as asker:
+    with raw_server() as router, asking(SECRET) as asker:
         for _ in range(400):
             port = router.bind_to_random_port("tcp://127.0.0.1")
             asker.watch(f"tcp://127.0.0.1:{port}", lambda: None)
@@ -621,7 +613,7 @@ def test_strangers_who_take_all_descriptors_do_not_hold_up_those_who_are_served(
     limits = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))\n"
     script = [sys.executable, "-c", CHILD + limits + "sys.stdin.read()"]
     pipe: Any = subprocess.PIPE
-    with subprocess.Popen(script, stdin=pipe, stdout=pipe) as child, Channel_(SECRET) as asker:
+    with subprocess.Popen(script, stdin=pipe, stdout=pipe) as child, asking(SECRET) as asker:
         assert child.stdout is not None
         address = child.stdout.readline().decode().split()[1]
         asker.ask(address, Ping(), Pong)
@@ -652,7 +644,7 @@ def test_a_secret_is_shown_nowhere(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         server = Server(secret=SECRETS[0])
         texts += [repr(server.channel), str(server.channel.statistics())]
-        with Channel_(SECRET) as other:
+        with asking(SECRET) as other:
             shows(other.ask, server.address, Ping(), Pong)
             for secret, address in zip(
                 SECRETS, ("tcp://203.0.113.9:0", "tcp://*:1", None), strict=True

@@ -7,6 +7,7 @@ import gc
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import timedelta
 from importlib import import_module
 from time import monotonic
@@ -115,19 +116,11 @@ def test_a_pair_whose_other_side_never_comes_ends(
 
 
 def test_a_pair_whose_store_is_gone_ends() -> None:
-    with Closing() as channel:
+    with closing(Channel()) as channel:
         gone = Channel()
         gone.close()
         with pytest.raises(PeerError):
             pair(rendezvous(channel, gone.address), 1, 2, "cpu", 5.0)
-
-
-class Closing(Channel):
-    def __enter__(self) -> Closing:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def test_what_torch_does_not_have_is_unsupported(
