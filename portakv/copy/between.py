@@ -4,9 +4,6 @@ copy between two devices."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 
 from portakv.engines.choose import across
@@ -16,16 +13,13 @@ from portakv.errors import DeviceMismatch, Unsupported
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.streams import check_stream
+from portakv.runtime.transfer import Transfer
 from portakv.view.view import KVView
 
 
-@contextmanager
-def seen_by_reader(
-    src: KVView, reader: torch.device, stream: torch.Stream | None, joins: bool
-) -> Iterator[KVView]:
-    """Inside, the rows of another device may be read on ``stream`` (None: the reader's current
-    one), which is behind the current stream of their device. If it ``joins``, that one goes on
-    behind it, so that nothing is overwritten too early; as `Tensor.copy_` orders both.
+def seen_by_reader(src: KVView, reader: torch.device, stream: torch.Stream | None) -> KVView:
+    """Rows of another device, to be read on ``stream`` (None: the reader's current one), which is
+    behind the current stream of their device from now on.
 
     Raises:
         DeviceMismatch: devices of two types, or a stream of neither. Unsupported: in graph capture.
@@ -38,13 +32,15 @@ def seen_by_reader(
         )
         raise refuse_capture("A copy between two devices", why)
     work = stream or torch.accelerator.current_stream(reader.index)
-    theirs = torch.accelerator.current_stream(owner.index)
-    work.wait_stream(theirs)
-    try:
-        yield peer
-    finally:
-        if joins:
-            theirs.wait_stream(work)
+    work.wait_stream(torch.accelerator.current_stream(owner.index))
+    return peer
+
+
+def written_behind(src: KVView, made: Transfer) -> None:
+    """Let the current stream of a source's own device go on behind a copy of it, so that nothing is
+    overwritten too early; as `Tensor.copy_` orders both."""
+    for last in made.completions[-1:]:  # of several layers, which are in order
+        last.wait(torch.accelerator.current_stream(src.home.index))
 
 
 def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Choice:

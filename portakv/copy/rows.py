@@ -7,7 +7,7 @@ from time import perf_counter
 
 import torch
 
-from portakv.copy.between import carrier, seen_by_reader
+from portakv.copy.between import carrier, seen_by_reader, written_behind
 from portakv.copy.copy import (
     Ids,
     checked,
@@ -103,19 +103,23 @@ def issued(
 ) -> BlockTransfer:  # fmt: skip
     """`copy_rows` from what `source_of` made of the source. All terms by position: a call with as
     many by name takes longer."""
+    given = count, backend, stream, by_layer, overlap, max_thread_blocks, max_gbps, cancellable
     if late is not None:
         if not isinstance(late, LateErrors):
             raise InvalidTerms(f"A copy with late={late!r}: expected a LateErrors, or None.")
         late.check(src.device if src.device.type != "cpu" else dst.device)
-        given = count, backend, stream, by_layer, overlap, max_thread_blocks, max_gbps, cancellable
         transfer = issued(src, dst, src_index, dst_index, *given, detached, check, None)
         late.keep(transfer)
         return transfer
     if src.device != dst.device and "cpu" not in (src.device.type, dst.device.type):
-        joins = detached is False and cancellable is False and max_gbps is None
-        given = count, backend, stream, by_layer, overlap, max_thread_blocks, max_gbps, cancellable
-        with seen_by_reader(src, dst.device, stream, joins) as peer:
-            return issued(peer, dst, src_index, dst_index, *given, detached, check, None)
+        peer = seen_by_reader(src, dst.device, stream)
+        # Once, in place of each question about a device that is not the current one.
+        apart = torch.accelerator.current_device_index() != dst.device.index
+        with inside(dst.device if apart else None):
+            transfer = issued(peer, dst, src_index, dst_index, *given, detached, check, None)
+        if detached is False and cancellable is False and max_gbps is None:
+            written_behind(src, transfer)
+        return transfer
     if by_layer is not False or cancellable is not False:
         flag("by_layer", by_layer), flag("cancellable", cancellable)
     strict, sliced = is_strict(check), cancellable or max_gbps is not None

@@ -22,7 +22,7 @@ from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 
 _BLOCKS, _BLOCK, _ELEMENTS = 64, 64, 128  # of the pattern, int16: a megabyte
-_READ = "read where it is"  # kept in a peer's view
+_WAY = "read where it is by"  # with a choice and terms: the way, kept in a peer's view
 #: Why memory of one device is not to be read by another, by both; see `unmapped`.
 answers: Bounded[tuple[torch.device, torch.device], str] = Bounded("answers about two devices", 256)
 _ways: Bounded[tuple[Choice, Terms, str], Choice] = Bounded("ways between two devices", 256)
@@ -78,13 +78,19 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
     Raises:
         Unsupported: an engine that the caller named does not; terms that nothing here would keep.
     """
+    key = _WAY, choice, terms.of_engine
+    known: Choice | None = src.derived.get(key)
+    if known is not None:
+        return known
     device, why = choice.backend.device, _unread(src, choice)
     if isinstance(choice.backend, Engine):  # the caller named it
         if why:
             raise Unsupported(f"A copy from {src.home} to {device} by {choice.name!r}", why)
         return across(choice, terms)
-    key = choice, terms.of_engine, why
-    return _ways.get_or_make(key, lambda: _way(*key))
+    way = _ways.get_or_make((*key[1:], why), lambda: _way(*key[1:], why))
+    if not why:  # else it may be reached later
+        src.derived[key] = way
+    return way
 
 
 def _unread(src: KVView, choice: Choice) -> str:
@@ -96,11 +102,7 @@ def _unread(src: KVView, choice: Choice) -> str:
     if owner == reader:  # of another process, who opened it had it mapped
         return ""
     why = unmapped(owner, reader)
-    if not why and _READ not in src.derived:
-        why = unreached(src, reader) if Direct.probe(reader).accepted else ""
-        if not why:
-            src.derived[_READ] = True
-    return why
+    return why or (unreached(src, reader) if Direct.probe(reader).accepted else "")
 
 
 def _way(choice: Choice, terms: Terms, why: str) -> Choice:
@@ -108,12 +110,11 @@ def _way(choice: Choice, terms: Terms, why: str) -> Choice:
     if why:
         bounced = Bounced(device, choice, terms, why)
         return Choice(bounced, choice.trace, False, bounced.capabilities())
-    few = limit is not None or (terms.overlap == "compute" and not choice.forced)
-    found, said = REGISTRY.ask(Direct.name, device, check=True) if few else (None, None)
-    if found is not None and not choice.forced:
-        direct = Direct(device, None, terms)
-        trace = (*choice.trace, *([said] if said else []))
-        return Choice(direct, trace, limit is not None, direct.capabilities())
+    if not choice.forced and (limit is not None or terms.overlap == "compute"):
+        found, said = REGISTRY.ask(Direct.name, device, check=True)
+        if found is not None:
+            direct = Direct(device, None, terms)
+            return Choice(direct, (*choice.trace, said), limit is not None, direct.capabilities())
     if limit is not None:
         raise Unsupported(
             f"A copy from a peer to {device} by {choice.name!r} with max_thread_blocks={limit}",

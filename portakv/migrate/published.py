@@ -57,13 +57,12 @@ class Pull(Part):
             that it makes of them may leave before the end of the whole.
     """
 
-    def __init__(self, node: Node, timeout: float | None, slow: bool) -> None:
+    def __init__(self, node: Node, timeout: float | None) -> None:
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
         self.nbytes, self.way, self.stopped, self._late = 0.0, MAPPED, False, False
         self.behind: Behind | None = None  # of what is moved
         self._until = monotonic() + (3e9 if timeout is None else timeout)
-        self._looks = slow or timeout is not None  # what it waits for may take long
         self._began = perf_counter()
         self._ended: float | None = None
 
@@ -102,13 +101,18 @@ class Pull(Part):
         pieces, stopped = len(self.copies) + len(self.slices), self.stopped and over and not landed
         return Statistics(int(self.nbytes) * landed, 0, 0, *self.way, seconds, pieces, stopped)
 
-    def end(self, told: Told, checks: Sequence[Callable[[], object]]) -> None:
-        """Wait for all bytes, look at them, and ask each owner whether its offer held; in a worker.
-        Offers are renewed meanwhile."""
-        errors = list[BaseException]()
+    def begin(self, told: Told) -> None:
+        """Tell owners that it reads: their offers end with this process's channel from now on."""
         for ticket, owner in told:
             with suppress(PortaKVError):
                 owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
+
+    def end(self, told: Told, checks: Sequence[Callable[[], object]]) -> None:
+        """Wait for all bytes, look at them, and ask each owner whether its offer held; offers are
+        renewed meanwhile."""
+        errors = list[BaseException]()
+        if checks or self.slices or any(x.completions for x in self.copies):  # else all is here
+            self.begin(told)
         for one in (*self.copies, *self.slices):
             try:
                 self._await(told, one)
@@ -142,7 +146,7 @@ class Pull(Part):
         third = min(ticket.lease for ticket, _ in told) / 3
         while True:
             seconds = third if self.over else max(0.0, min(third, self._until - monotonic()))
-            if _over(one, seconds, self._looks):
+            if _over(one, seconds):
                 return
             for ticket, owner in told:
                 with suppress(PortaKVError):
@@ -151,14 +155,14 @@ class Pull(Part):
                         self.cancel()  # what else it would bring is not published
 
 
-def _over(one: Any, seconds: float, looks: bool) -> bool:
-    """Wait for a node or a copy, which is short unless somebody ``looks``; raises its error."""
+def _over(one: Any, seconds: float) -> bool:
+    """Wait for a node or a copy; raises its error."""
     if isinstance(one, Node):
         if (over := one.wait(seconds)) and one.error:
             raise one.error
         return over
     try:
-        one.synchronize(seconds if looks else None)
+        one.synchronize(seconds)
     except TransferTimeout:
         return False
     return True

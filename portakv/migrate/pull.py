@@ -24,6 +24,8 @@ from portakv.migrate.steps import steps
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 
+LONG = 8 << 20  # bytes on the host whose copy takes longer than to tell their owner of it
+
 
 class Reader:
     """A process that pulls rows which owners offer.
@@ -79,6 +81,7 @@ class Reader:
         """
         if capturing(self.device):
             raise refuse_capture("A pull", "owners are asked whether offers held; pull outside")
+        self._graph.submit(())  # raises after `close`, and in a forked process
         told = self._owners.told(tickets)
         plan = steps(told, self.shards, blocks, first)
         for ticket, owner in told:
@@ -86,9 +89,11 @@ class Reader:
                 module = torch.get_device_module(self.device)  # its events take its own streams
                 owner.events[ticket.event].wait(module.current_stream(self.device))
         terms = Terms(overlap, max_thread_blocks, max_gbps)
-        pull = Pull(Node(None, 1, link=self._link, name="pull"), timeout, max_gbps is not None)
+        pull = Pull(Node(None, 1, link=self._link, name="pull"), timeout)
         self._pulls.add(pull)
         whole = sum(step.nbytes for step in plan)
+        if self.device.type == "cpu" and whole >= LONG:  # it copies before this returns
+            pull.begin(told)
         layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
         try:
             for step in plan:

@@ -196,13 +196,13 @@ class Late:
         return self.blocks.landed()
 
 
-@pytest.mark.parametrize("side", [False, True], ids=["current stream", "side stream"])
-def test_it_waits_for_the_owner_and_the_owner_for_it(two: Two, route: str, side: bool) -> None:
+@pytest.mark.parametrize("how", ["current stream", "side stream", "by layer"])
+def test_it_waits_for_the_owner_and_the_owner_for_it(two: Two, route: str, how: str) -> None:
     for _ in range(2):
-        late, stream = Late(two), torch.Stream(two[1]) if side else None
+        late, stream = Late(two), torch.Stream(two[1]) if how == "side stream" else None
         late.produce()
         delay(stream or current(two[1]))
-        late.blocks.start(*late.ids, stream=stream)
+        late.blocks.start(*late.ids, stream=stream, by_layer=how == "by layer")
         late.spoil()
         assert late.landed()
 

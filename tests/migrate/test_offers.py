@@ -10,15 +10,18 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from msgspec.structs import replace
 from support.migrate_channels import SECRET, Network, until
-from support.migrate_pulls import MODEL, SMALL, Couple, Rows, Sides, sides
+from support.migrate_pulls import LAYOUT, MODEL, SMALL, Couple, Rows, Sides, sides
+from support.peer_cases import ReadsPeers, reading
 
-from portakv import KVView
+from portakv import CopyPlan, KVView
+from portakv.backends.base import Launch
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
@@ -31,6 +34,7 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel
+from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Answer, Begin, Close, Gather, Renew, Ticket
 from portakv.migrate.offers import Owner
 from portakv.migrate.pull import Reader
@@ -52,6 +56,19 @@ def ended(pulled: Any, kind: type[Exception], match: str | None = None) -> None:
         pulled.synchronize(30)
     assert not pulled.published
     assert pulled.statistics.nbytes == 0
+
+
+class Copies(ReadsPeers):
+    """The host's backend; ``heard`` is asked at each copy, and returns what is to be waited for."""
+
+    name = "copies"
+
+    def heard(self, plan: CopyPlan) -> Any:
+        raise NotImplementedError
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        launch: Any = super().prepare(plan)
+        return cast(Launch, lambda *given: (self.heard(plan), launch(*given))[0])
 
 
 @WAYS
@@ -108,6 +125,23 @@ def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
     both.pull(offer, max_gbps=SLOW / 2).synchronize(30)
     assert offer.state == "taken"
     assert both.right()
+
+
+def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
+    """As behind a stream of the reader's that has much to do."""
+
+    both = Couple(made)
+    offer, timer = both.offer(lease=0.4), threading.Timer(1.0, int)
+    later = SimpleNamespace(done=lambda: not timer.is_alive(), wait=timer.join)
+
+    class Waits(Copies):
+        def heard(self, plan: CopyPlan) -> Any:
+            return later if plan.dst == both.mine.view.form else None
+
+    timer.start()
+    with reading(Waits):
+        both.pull(offer).synchronize(30)
+    assert offer.state == "taken"
 
 
 def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
@@ -453,10 +487,11 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(made: Sides) -> None:
     pulled = both.pull(offers[0], max_gbps=SLOW)
     child, refused = os.fork(), 0
     if not child:
+        both.into = [0, 2, 3]  # of memory that the parent has as well
         try:
             both.pull(offers[1])
         except (PeerError, TransferError):
-            refused += 1
+            refused += bool((both.mine.whole[:, :, both.into] == -1).all())
         try:
             pulled.synchronize(5)
         except TransferError:
@@ -638,6 +673,25 @@ def test_a_reader_that_begins_and_is_gone_loses_the_offer(made: Sides) -> None:
     assert offer.state == "held"
     closed = both.reader.channel.ask(told.address, Close(told.epoch, told.offer), Answer)
     assert (closed.state, offer.state) == ("held", "taken")
+
+
+def test_an_owner_knows_of_its_reader_while_rows_of_the_host_are_copied(made: Sides) -> None:
+    """Fault 7, of copies that end within the call: else a reader that dies in one holds the offer
+    until the lease ends."""
+    theirs, mine = (shared_empty((2, 2, 64, 16, 4, 512), torch.int16).fill_(x) for x in (7, 3))
+    views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
+    owner, reader = made.owner(Shard(views[0])), made.reader(Shard(views[1]))
+    offer, knew = owner.offer(range(64), tokens=1024), list[bool]()
+
+    class Watched(Copies):
+        def heard(self, plan: CopyPlan) -> None:
+            if plan.dst == views[1].form:
+                knew.append(until(lambda: bool(offer.begun), 2))
+
+    with reading(Watched):
+        reader.pull(offer.ticket, range(64)).synchronize(30)
+    assert knew == [True]
+    assert torch.equal(theirs, mine)
 
 
 def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
