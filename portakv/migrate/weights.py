@@ -217,11 +217,11 @@ class WeightsTicket(Message, frozen=True):
 
 class AskWeights(Message, frozen=True):
     """What is published, from item ``first`` on? Or, asked until it is known: which digests have
-    these boxes, as they lie at the owner?"""
+    these boxes of numbered items, as they lie at the owner?"""
 
     id: Id
     first: Count = 0
-    boxes: Annotated[tuple[tuple[Text, Box], ...], Meta(max_length=_SUMS)] = ()
+    boxes: Annotated[tuple[tuple[Count, Box], ...], Meta(max_length=_SUMS)] = ()
 
 
 class Weights(Message, frozen=True):
@@ -257,7 +257,8 @@ class Published:
         if asked.id != self._id or self.graph.closed.is_set():
             return Weights("gone")
         if asked.boxes:
-            boxes = [(self._held[name].tensor, box) for name, box in asked.boxes]
+            held = [*self._held.values()]
+            boxes = [(held[number].tensor, box) for number, box in asked.boxes]
             sums = self._sums.answer(asked, lambda: _digests(boxes))
             return Weights("busy") if sums is None else Weights("held", sums=tuple(sums))
         page, room = list[tuple[str, Item]](), _PAGE
@@ -329,7 +330,8 @@ class _Owner:
 
     def wrong(self, cells: Sequence[Cell], parameters: Mapping[str, Parameter]) -> Iterator[str]:
         """Names of its cells that have another digest there."""
-        boxes = tuple((x.name, x.box._replace(start=x.theirs)) for x in cells)
+        numbers = {name: number for number, name in enumerate(self.items)}
+        boxes = tuple((numbers[x.name], x.box._replace(start=x.theirs)) for x in cells)
         asked = AskWeights(self.id, boxes=boxes)
         self.channel.ask(self.address, asked, Weights)  # it begins while this side works
         mine = _digests([(parameters[x.name].tensor, x.box) for x in cells])
