@@ -134,7 +134,8 @@ class Channel:
         return f"Channel({self.address!r})"
 
     def _listen(self, address: str | None) -> None:
-        with tempfile.TemporaryDirectory(prefix="portakv-") as folder:  # of this user alone
+        # Of this user alone, and of few letters: a socket's path has at most 107.
+        with tempfile.TemporaryDirectory(prefix="channel-", dir="/dev/shm") as folder:
             self._router.bind(address or f"ipc://{folder}/socket")
             self.address = self._router.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
             if re.match(r"tcp://(0\.0\.0\.0|\[::(ffff:0\.0\.0\.0)?\])", self.address):
@@ -329,9 +330,7 @@ class Channel:
         elif event == "CLOSED":
             link.why = link.why or "nobody listens there"
         elif event.startswith("HANDSHAKE_FAILED"):
-            link.why = (
-                "no handshake: the secret differs, its process is held up, or it is no channel"
-            )
+            link.why = "no handshake: the secret differs, it is held up, or it is no channel"
         elif event == "MONITOR_STOPPED":
             self._poller.unregister(link.monitor)
             del self._calls[link.monitor]
@@ -379,7 +378,7 @@ class Channel:
         if version != VERSION:
             back = self._refused(number, "version", f"release of version {VERSION}, not {version}")
         elif peer is None or peer.id != id:
-            back = self._refused(number, "peers", f"it serves {PEERS} connections; try later")
+            back = self._refused(number, "full", f"it serves {PEERS} connections; try later")
         elif number and number <= last:
             self.counts["repeated"] += 1
             back = back if number == last else b""

@@ -377,6 +377,7 @@ def test_more_peers_than_a_channel_serves_are_refused(monkeypatch: pytest.Monkey
         with asking(SECRET) as other:
             with pytest.raises(PeerError, match="it serves 1 connections; try later"):
                 other.ask(server.address, Ping(), Pong)
+            assert server.channel.statistics() == {"peers": 1, "links": 0, "full": 1}
             asker.close()
             assert until(lambda: server.counts["gone"] == 1)
             assert other.ask(server.address, Ping(), Pong).count == 2
@@ -491,12 +492,15 @@ def test_a_process_that_is_killed_is_gone_at_once() -> None:
             assert not os.path.exists(by_unix.removeprefix("ipc://"))
 
 
-def test_the_interpreters_end_closes() -> None:
-    """Fault 31, of an exit: with a connection open, and nobody who closed it."""
+def test_the_interpreters_end_closes(tmp_path: Path) -> None:
+    """Fault 31, of an exit: with a connection open, and nobody who closed it. The folder for
+    temporary files is too long for a socket's path."""
+    (folder := tmp_path / ("long" * 30)).mkdir()
     text = CHILD + "from portakv.migrate.channel import Channel\n"
     text += "print(Channel().ask(servers[0].address, Ping(), Pong).count)\n"
     script = [sys.executable, "-W", "error::ResourceWarning", "-c", text]
-    done = subprocess.run(script, capture_output=True, timeout=60)
+    where = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run(script, capture_output=True, timeout=60, env=where)
     assert (done.returncode, done.stdout.split()[-1], done.stderr) == (0, b"1", b"")
 
 
