@@ -1,8 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The control channel: what owners, readers and movers ask and tell each other, and who is gone.
-
-By ZeroMQ, with CURVE from a secret. Messages have schemas and limits; nothing is unpickled.
-"""
+By ZeroMQ, with CURVE from a secret. Messages have schemas and limits; nothing is unpickled."""
 
 from __future__ import annotations
 
