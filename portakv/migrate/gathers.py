@@ -60,6 +60,7 @@ class Gathers:
         name = self.mover or hello.movers[0]
         if name not in hello.movers:
             raise Unsupported(f"The mover {name}", f"its reader has {', '.join(hello.movers)}")
+        self.forget(peer)  # it takes no more of what it was brought before
         mover = self._movers.get(f"{name} {device}") or choose(device, name)
         self._movers[f"{name} {device}"] = self._by[peer.id] = mover
         for kind in mover.asks:

@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
+from time import monotonic
 
 import pytest
 from migrate.movers.test_onesided import Memory
+from support.migrate_channels import until
 from support.migrate_pulls import Couple, Rows, Sides, sides
 
 from portakv.errors import InvalidTerms, PeerError, Unsupported
@@ -95,3 +98,23 @@ def test_who_agreed_upon_no_mover_is_not_answered(made: Sides) -> None:
     for asked in (Join("x"), Where(1), Taken(1)):
         with pytest.raises(PeerError, match="has not agreed upon this mover"):
             both.reader.channel.ask(both.owner.channel.address, asked, Answer)
+
+
+def test_a_reader_that_pairs_anew_finds_its_slots_free(
+    made: Sides, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fault 20. Whatever it had not taken when its owner had other memory."""
+    held = threading.Event()
+    monkeypatch.setattr(Other, "stuck", held)
+    both = Couple(made, "staging", mover="other")
+    before = both.pull(both.offer())
+    assert until(lambda: both.owner.statistics()["slots"] == 2)
+    both.owner.reallocate(both.theirs.shard)
+    monkeypatch.setattr(Other, "stuck", None)
+    began = monotonic()
+    both.pull(both.offer()).synchronize(40)
+    assert monotonic() - began < 10
+    assert both.right()
+    held.set()
+    with pytest.raises(PeerError):
+        before.synchronize(20)
