@@ -64,12 +64,11 @@ def beside(device: torch.device) -> torch.device:
     return torch.device(device.type, ((device.index or 0) + 1) % count)
 
 
-def rows_of(layer: int, device: torch.device) -> torch.Tensor:
-    """The model's rows of a layer, as int16 ``[kv, token, head, dim]``: a hash of the place."""
-    size = 2, TOKENS, HEADS, DIM
-    first = layer * 2 * TOKENS * HEADS * DIM
-    place = torch.arange(2 * TOKENS * HEADS * DIM, dtype=torch.int64, device=device) + first
-    return ((place + 1) * 0x1E3779B97F4A7C15 >> 40).to(torch.int16).view(size)
+def model_rows(device: torch.device) -> torch.Tensor:
+    """As int16 ``[layer, kv, token, head, dim]``: a hash of the place."""
+    place = torch.arange(1, 2 * TOKENS * HEADS * DIM + 1, device=device) * 0x1E3779B97F4A7C15 >> 40
+    layer = torch.arange(LAYERS, dtype=torch.int16, device=device)[:, None] * 7919
+    return (place.to(torch.int16) + layer).view(LAYERS, 2, TOKENS, HEADS, DIM)
 
 
 def blocks_of(size: int, seed: int) -> torch.Tensor:
@@ -91,16 +90,15 @@ def offer_rows(device: torch.device, keep: ExitStack) -> dict[str, Any]:
     layout, size, ranks = OWNER
     good, stale = blocks_of(size, 0), blocks_of(size, 1)
     found: dict[str, Any] = {way: {"good": [], "stale": []} for way in WAYS}
-    caches = list[torch.Tensor]()
+    caches, rows = list[torch.Tensor](), model_rows(device)
     for heads in ranks:
         shape = 2, 2 * len(good), size, heads[1] - heads[0], DIM
         for layer in range(LAYERS):
             made = torch.empty(shape, dtype=torch.float16, device=device)
             caches.append(shared_empty(shape, made.dtype) if device.type == "cpu" else made)
-            rows = rows_of(layer, device)[:, :, slice(*heads)]
             bits = caches[-1].view(torch.int16).flatten(1, 2)
             for blocks in (good, stale):
-                bits[:, slots_of(blocks, size, device)] = rows
+                bits[:, slots_of(blocks, size, device)] = rows[layer, :, :, slice(*heads)]
         shard = Shard(KVView(caches[-LAYERS:], layout), heads=(*heads, HEADS))
         for way in WAYS:
             channel = keep.enter_context(closing(Channel()))
@@ -112,8 +110,6 @@ def offer_rows(device: torch.device, keep: ExitStack) -> dict[str, Any]:
             gone.revoke()
     for cache in caches:  # what was offered and is not any more has other rows at once
         cache.view(torch.int16)[:, len(good) :] = -1
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
     return found
 
 
@@ -147,11 +143,9 @@ def pull_rows(device: torch.device, offers: dict[str, Any], keep: ExitStack) -> 
 
 def _expected(pages: torch.Tensor, blocks: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:
     """What pages full of ones hold once the rows are in their blocks, by plain torch indexing."""
-    bits, (_, size, _) = torch.full_like(pages, 1).view(torch.int16), READER
-    at = slots_of(blocks, size, pages.device)
-    for layer in range(LAYERS):
-        rows = rows_of(layer, pages.device)[:, :, slice(*heads)]
-        bits[at // size, layer, :, at % size] = rows.transpose(0, 1)
+    bits, size = torch.full_like(pages, 1).view(torch.int16), READER[1]
+    at, rows = slots_of(blocks, size, pages.device), model_rows(pages.device)[..., slice(*heads), :]
+    bits[at // size, :, :, at % size] = rows.permute(2, 0, 1, 3, 4)
     return bits
 
 
@@ -160,8 +154,6 @@ def _pulled(
 ) -> dict[str, Any]:
     """One pull, and what is in the pages then."""
     pages.fill_(1)
-    if pages.device.type != "cpu":
-        torch.accelerator.synchronize(pages.device)
     began, why = time.perf_counter(), ""
     pull = reader.pull(tickets, blocks)
     try:
