@@ -4,9 +4,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_QUIET=2
+# A module is compiled when it is first imported, which most never are, and then once for all processes.
+export PIP_COMPILE=no
+unset PYTHONDONTWRITEBYTECODE
 export NO_MKDOCS_2_WARNING=1 # an advertisement, not a warning of this build
 unset PORTAKV_BACKEND PYTHONPATH # neither a forced backend nor another tree is what we test
-timings=() now= summary=
+timings=() now= summary= begun= beside=
 
 # The table of steps, on the screen and in build/: the last line is how the tests went.
 report() {
@@ -30,6 +33,22 @@ step() {
     printf '\n=== %s\n' "$now"
     "$@" || exit
     timings+=("$now" $((SECONDS - began)))
+}
+
+# begin COMMAND...: run it beside the steps that follow, until one says `ended`.
+begin() {
+    beside=$(mktemp)
+    "$@" >"$beside" 2>&1 &
+    begun=$!
+}
+
+# ended: what `begin` began; its words, and its status.
+ended() {
+    local status=0
+    wait "$begun" || status=$?
+    cat "$beside"
+    rm -f "$beside"
+    return "$status"
 }
 
 readme() {
