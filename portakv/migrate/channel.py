@@ -11,7 +11,7 @@ import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
@@ -71,7 +71,7 @@ class _Link:
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
         self.socket, self.address, self.number, self.asked = socket, address, number, 0
-        self.lock, self.life, self.up, self.why = threading.Lock(), Peer(), False, ""
+        self.lock, self.life, self.up, self.why = threading.RLock(), Peer(), False, ""
         socket.immediate, socket.reconnect_ivl = True, 50  # nothing waits for a connection to come
         socket.sndtimeo = socket.rcvtimeo = LOOK
         # A name of its own: pyzmq's is its descriptor's, which is used again before it is free.
@@ -167,7 +167,29 @@ class Channel:
             PeerError: nobody is reached there, it is gone, it refuses, the secret differs.
             TransferTimeout: it is there, and did not answer in time.
         """
-        back = self._send(address, message, self.timeout if timeout is None else timeout, True)
+        seconds = self.timeout if timeout is None else timeout
+        *_, back = self._sending(address, message, seconds, True)
+        return self._read(back, address, message, kind)
+
+    def ask_all(
+        self, asked: Sequence[tuple[str, Message]], kind: type[T]
+    ) -> list[T | PortaKVError]:
+        """What `ask` returns or raises for each of several, which are asked at once."""
+        found, sending = dict[int, Any](), [self._sending(*x, self.timeout, True) for x in asked]
+        order = sorted(range(len(asked)), key=lambda n: asked[n][0])  # each keeps its connection
+        for sent in (False, True):
+            for n in (n for n in order if n not in found):
+                try:
+                    if sent:
+                        [back] = sending[n]
+                        found[n] = self._read(back, *asked[n], kind)
+                    else:
+                        next(sending[n])
+                except PortaKVError as error:
+                    found[n] = error
+        return [found[n] for n in range(len(asked))]
+
+    def _read(self, back: bytes, address: str, message: Message, kind: type[T]) -> T:
         what = f"{type(message).__name__} for {address}"
         if back[0] != VERSION or back[1]:
             why = back[BACK.size :].decode(errors="replace").rstrip(".")
@@ -179,7 +201,7 @@ class Channel:
 
     def tell(self, address: str, message: Message) -> None:
         """Send what has no answer; raises as `ask` does if nobody is reached."""
-        self._send(address, message, self.timeout, False)
+        [_] = self._sending(address, message, self.timeout, False)
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""
@@ -215,9 +237,12 @@ class Channel:
 
     # ---- in an asker's thread
 
-    def _send(self, address: str, message: Message, timeout: float, answer: bool) -> bytes:
+    def _sending(
+        self, address: str, message: Message, timeout: float, answer: bool
+    ) -> Iterator[bytes]:
+        """Yields nothing once the message is sent, and then its answer, if there is to be one."""
         until, what = monotonic() + timeout, f"{type(message).__name__} for {address}"
-        body, by = encode(message), Peer()
+        body, by = encode(message), None
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
         link = self._link(address)
@@ -225,16 +250,23 @@ class Channel:
             raise TransferTimeout(f"{what} waited {timeout:g} s behind another without an answer.")
         try:
             link.asked += answer
-            data = HEAD.pack(VERSION, self.id, link.number, link.asked * answer) + body
+            number = link.asked * answer
+            data = HEAD.pack(VERSION, self.id, link.number, number) + body
             while True:
                 self._look(link, until, what)
                 with suppress(zmq.Again):
                     if by is not (life := link.life):  # or again, by the next connection
                         link.socket.send(data)
-                        by = life
-                    back = link.socket.recv().ljust(BACK.size, b"\0") if answer else b""
-                    if not answer or back[0] != VERSION or BACK.unpack_from(back)[2] == link.asked:
-                        return back
+                        first, by = by is None, life
+                        if first:
+                            yield b""
+                            continue
+                    if not answer:
+                        return
+                    back = link.socket.recv().ljust(BACK.size, b"\0")
+                    if back[0] != VERSION or BACK.unpack_from(back)[2] == number:
+                        yield back
+                        return
         finally:
             link.lock.release()
 

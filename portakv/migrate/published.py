@@ -14,7 +14,7 @@ import torch
 from portakv.copy.handle import BlockTransfer, Statistics
 from portakv.errors import PortaKVError, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph.graph import Node
-from portakv.migrate.messages import Begin, Close, Renew
+from portakv.migrate.messages import About, Answer, Begin, Close, Renew
 from portakv.migrate.steps import Told
 from portakv.runtime.streams import Behind
 from portakv.runtime.transfer import Completion, Transfer
@@ -124,13 +124,11 @@ class Pull(Part):
                 check()
         except BaseException as error:
             errors.append(error)
-        for ticket, owner in told:
-            try:
-                answer = owner.ask(Close(ticket.epoch, ticket.offer))
-                if answer.state != "held":
-                    errors.insert(0, ticket.gone(answer.why))
-            except PortaKVError as error:
-                errors.append(error)
+        for (ticket, _), answer in zip(told, _asked(told, Close), strict=True):
+            if isinstance(answer, PortaKVError):
+                errors.append(answer)
+            elif answer.state != "held":
+                errors.insert(0, ticket.gone(answer.why))
         self._ended = perf_counter()
         if self._late:
             raise TransferTimeout(
@@ -148,11 +146,14 @@ class Pull(Part):
             seconds = third if self.over else max(0.0, min(third, self._until - monotonic()))
             if _over(one, seconds):
                 return
-            for ticket, owner in told:
-                with suppress(PortaKVError):
-                    renew = Renew(ticket.epoch, ticket.offer, ticket.lease)
-                    if owner.ask(renew).state == "gone":
-                        self.cancel()  # what else it would bring is not published
+            if any(getattr(x, "state", "") == "gone" for x in _asked(told, Renew, 3 * third)):
+                self.cancel()  # what else it would bring is not published
+
+
+def _asked(told: Told, kind: type[About], *terms: float) -> list[Answer | PortaKVError]:
+    """What owners answer about their offers, or what became of the question."""
+    asked = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in told]
+    return told[0][1].channel.ask_all(asked, Answer)
 
 
 def _over(one: Any, seconds: float) -> bool:

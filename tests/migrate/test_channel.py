@@ -680,3 +680,27 @@ def test_nothing_looks_at_the_wall_clock() -> None:
             ):
                 wrong.append(f"{path.name}: {ast.unparse(node)}")
     assert wrong == []
+
+
+def test_several_are_asked_at_once_each_with_its_own_answer() -> None:
+    """Also one of them twice, and one that is not there; no order of askers holds others up."""
+    servers = [Server(None) for _ in range(3)]
+    to = [x.address for x in (*servers, servers[0])]
+    with closing(Channel()) as asker:
+        asked = [(address, Ping(bytes([n]))) for n, address in enumerate([*to, "ipc:///no"])]
+        threads = [
+            threading.Thread(target=asker.ask_all, args=(asked[::step], Pong)) for step in (1, -1)
+        ]
+        for _ in range(20):
+            *found, gone = asker.ask_all(asked, Pong)
+            assert [getattr(x, "data", None) for x in found] == [b"\0", b"\1", b"\2", b"\3"]
+            assert isinstance(gone, PeerError)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        servers[1].channel.close()
+        found = asker.ask_all(asked[:3], Pong)
+        assert [type(x) for x in found] == [Pong, PeerError, Pong]
+    for server in servers:
+        server.channel.close()
