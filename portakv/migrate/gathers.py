@@ -57,9 +57,9 @@ class Gathers:
         raises `Unsupported` or `BackendUnavailable` if there is none."""
         if hello.device.partition(" ")[0] != device.type:
             device = torch.device("cpu")
-        name = self.mover or hello.movers[0]
-        if name not in hello.movers:
-            raise Unsupported(f"The mover {name}", f"its reader has {', '.join(hello.movers)}")
+        name = self.mover or hello.mover
+        if name != hello.mover:
+            raise Unsupported(f"The mover {name}", f"its reader has {hello.mover}")
         self.forget(peer)  # it takes no more of what it was brought before
         mover = self._movers.get(f"{name} {device}") or choose(device, name)
         self._movers[f"{name} {device}"] = self._by[peer.id] = mover

@@ -76,12 +76,11 @@ class Described(Message, frozen=True):
 
 
 class Hello(Message, frozen=True):
-    """A reader asks for a pairing: what it is, what it holds, and by which movers it can take."""
+    """A reader asks for what an owner has, and to have it moved by a mover into its slots."""
 
     model: Text
-    device: Text
-    groups: Annotated[tuple[Group, ...], Meta(min_length=1, max_length=64)]
-    movers: Names = ()
+    device: Text = ""
+    mover: Name = ""
 
 
 class Welcome(Message, frozen=True):
@@ -92,7 +91,7 @@ class Welcome(Message, frozen=True):
     described: Annotated[tuple[Described, ...], Meta(min_length=1, max_length=64)]
     regions: Annotated[tuple[Region, ...], Meta(max_length=1024)]
     events: Annotated[tuple[Handle, ...], Meta(max_length=256)] = ()
-    movers: Names = ()
+    mover: Name = ""
     slots: Small = 0
     slot_bytes: Bytes = 0
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from portakv.errors import InvalidTerms, LayoutError, PortaKVError, SlotError, Unsupported
+from portakv.errors import InvalidTerms, LayoutError, SlotError, Unsupported
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
@@ -34,7 +34,7 @@ from portakv.migrate.messages import (
     Welcome,
 )
 from portakv.migrate.pairing import proof, where
-from portakv.migrate.shards import Shard, overlap, slices, unlike
+from portakv.migrate.shards import Shard, overlap, slices
 from portakv.runtime.streams import Behind
 from portakv.view.index import Ids, Index
 
@@ -169,7 +169,7 @@ class Owner:
             self._welcome = Welcome(
                 epoch=self.epoch, described=described,
                 regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
-                movers=(self._gathers.mover,) if self._gathers.mover else (),
+                mover=self._gathers.mover or "",
                 events=tuple(ipc.export_event(x) for x in self._events),
             )  # fmt: skip
 
@@ -250,17 +250,14 @@ class Owner:
     # --- what readers ask, in the channel's thread
 
     def _hello(self, peer: Peer, hello: Hello) -> Welcome | Answer:
-        why = unlike([x.group for x in self._welcome.described], hello.groups)
-        if hello.model != self.model:
-            why = f"the model is {hello.model!r} there and {self.model!r} here"
-        welcome = self._welcome
-        if hello.movers and not why:
-            try:
-                welcome = replace(welcome, movers=(self._gathers.agree(peer, hello, self.device),))
-            except PortaKVError as error:
-                why = str(error)
-        self.counts["refused" if why else "paired"] += 1
-        return Answer("refused", why[:1024]) if why else welcome
+        same = hello.model == self.model
+        self.counts["paired" if same else "refused"] += 1
+        if not same:
+            why = f"their model is {self.model!r}, the reader's {hello.model!r}"
+            return Answer("refused", why[:1024])
+        if not hello.mover:
+            return self._welcome
+        return replace(self._welcome, mover=self._gathers.agree(peer, hello, self.device))
 
     def _held(self, about: About) -> Offer | None:
         offer = self.offers.get(about.offer)

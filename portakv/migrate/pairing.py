@@ -106,16 +106,13 @@ class Pairings:
         for mover in self._movers.values():
             mover.close()
 
-    def _greet(
-        self, ticket: Ticket, movers: tuple[str, ...] = (), slots: torch.device | None = None
-    ) -> Welcome:
-        groups = tuple(shard.group for shard in self.shards)
-        device = where(slots or self.device)
-        hello = Hello(self._model, device, groups, movers)
+    def _greet(self, ticket: Ticket, mover: str = "", slots: torch.device = _HOST) -> Welcome:
         kind: Any = Welcome | Answer
+        hello = Hello(self._model, where(slots), mover)
         welcome = self.channel.ask(ticket.address, hello, kind)
         if not isinstance(welcome, Answer):
-            why = unlike(groups, [one.group for one in welcome.described])
+            mine = [shard.group for shard in self.shards]
+            why = unlike(mine, [one.group for one in welcome.described])
         elif welcome.state == "gone":
             raise ticket.gone(welcome.why)
         else:
@@ -158,9 +155,8 @@ class Pairings:
     def _agree(self, owner: Paired, ticket: Ticket) -> None:
         """Agree with an owner upon a mover, whose slots are where both sides' rows are or, if it
         can carry none there, on the host."""
-        theirs, name = owner.welcome.regions[0].device, self._asked
-        if name is None and owner.welcome.movers:  # the owner was told which one
-            name = owner.welcome.movers[0]
+        # Which one this reader was told to use, or the owner.
+        theirs, name = owner.welcome.regions[0].device, self._asked or owner.welcome.mover or None
         # Another device of the same type: NCCL does not serve two processes on one.
         same = theirs.partition(" ")[0] == self.device.type and theirs != where(self.device)
         device = self.device if same else _HOST
@@ -174,7 +170,7 @@ class Pairings:
         owner.mover = self._movers.setdefault(f"{mover.name} {device}", mover)
         if owner.mover is not mover:
             mover.close()
-        owner.welcome = self._greet(ticket, (mover.name,), device)
+        owner.welcome = self._greet(ticket, mover.name, device)
         for number in range(owner.welcome.slots):
             owner.slots.put((number, staging(owner.welcome.slot_bytes, device), None))
 

@@ -53,7 +53,7 @@ def changed(message: Message, **fields: Any) -> bytes:
     [
         TICKET,
         DESCRIBED,
-        Hello("llama", "cpu", (GROUP,), ("distributed",)),
+        Hello("llama", "cpu", "distributed"),
         Gather(OWNER, OFFER, 0, (0, 4), (1, 2), 16, 24, "distributed", 1, 7),
         Close(OWNER, OFFER),
         Answer("busy", "no slot", 0.5, (1 << 64) - 1),

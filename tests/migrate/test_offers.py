@@ -272,7 +272,7 @@ def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
     with pytest.raises(LayoutError, match="bytes of a row of group 0"):
         both.reader.pull(wide.offer([1], tokens=16).ticket, [0])
     two = made.owner(other.shard, other.shard)
-    with pytest.raises(LayoutError, match="groups: 2 here and 1 there"):
+    with pytest.raises(LayoutError, match="groups: 1 here and 2 there"):
         both.reader.pull(two.offer([1], [1], tokens=16).ticket, [0])
     tickets = [both.owner.offer([1, 2], tokens=n).ticket for n in (16, 17)]
     with pytest.raises(InvalidTerms, match=r"tickets for \[16, 17\] tokens"):
@@ -538,7 +538,7 @@ def test_another_model_is_refused(made: Sides) -> None:
     both = Couple(made)
     offer = both.offer()
     offer.revoke()
-    with pytest.raises(LayoutError, match="the model is 'another' there and 'a model' here"):
+    with pytest.raises(LayoutError, match="their model is 'a model', the reader's 'another'"):
         made.reader(both.mine.shard, model="another").pull(offer.ticket, both.into)
 
 
