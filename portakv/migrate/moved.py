@@ -19,22 +19,15 @@ from portakv.migrate.chunks import chunk, chunk_bytes
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
 from portakv.migrate.published import CANCELLED, Pull
-from portakv.migrate.steps import Step
+from portakv.migrate.steps import Slice, Step
 from portakv.runtime.streams import Behind
 from portakv.runtime.worker import RateLimit
 
 PATIENCE = 30.0  # seconds for which an owner that is busy is asked again, and a slot waited for
 
 
-def _take(
-    step: Step,
-    part: tuple[range, int, int],
-    pull: Pull,
-    behind: Behind,
-    pace: RateLimit,
-    *_: object,
-) -> None:
-    """Have an owner bring layers and tokens of a step into a slot, take it, and scatter it."""
+def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> None:
+    """Have an owner bring a slice of a step into a slot, take it, and scatter it."""
     (layers, at, count), owner = part, step.owner
     number, room, moving = owner.slots.get()
     try:
@@ -52,7 +45,7 @@ def _take(
             moving = owner.mover.lane(owner.address, owner.channel).move(slot, owner.tag)
         _await(moving.wait, pull)
         src, mine = chunk(dst, count, room)[1], step.mine.shifted(at)
-        with torch.inference_mode(False), behind.inside():
+        with torch.inference_mode(False), pull.behind.inside():
             copy_rows(src, dst.as_bytes(), None, mine, count=count).synchronize()
     finally:
         owner.slots.put((number, room, moving))
@@ -73,9 +66,9 @@ def taken(
     """The nodes that bring the rows of a step which are moved, and the layers of each."""
     link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
     pull.behind = pull.behind or Behind(step.cut.dst.device)
-    given = pull, pull.behind, RateLimit(max_gbps or inf)
+    pace = RateLimit(max_gbps or inf)
     for part in step.slices():
-        yield part[0], Node(partial(_take, step, part, *given), 1, link=link)
+        yield part[0], Node(partial(_take, step, part, pull, pace), 1, link=link)
 
 
 def verified(step: Step, pull: Pull) -> None:

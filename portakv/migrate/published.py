@@ -16,7 +16,6 @@ from portakv.errors import PortaKVError, TransferCancelled, TransferError, Trans
 from portakv.graph.graph import Node
 from portakv.migrate.messages import About, Answer, Begin, Close, Renew
 from portakv.migrate.steps import Told
-from portakv.runtime.streams import Behind
 from portakv.runtime.transfer import Completion, Transfer
 
 CANCELLED = "A pull was cancelled; nothing of it is published."
@@ -61,7 +60,7 @@ class Pull(Part):
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
         self.nbytes, self.way, self.stopped, self._late = 0.0, MAPPED, False, False
-        self.behind: Behind | None = None  # of what is moved
+        self.behind = cast(Any, None)  # a `Behind`, if rows are moved
         self._until = monotonic() + (3e9 if timeout is None else timeout)
         self._began = perf_counter()
         self._ended: float | None = None

@@ -19,6 +19,7 @@ from portakv.view import Index, KVView
 from portakv.view.index import Ids
 
 _ANY = 1 << 62  # slots of an owner that looks itself
+Slice = tuple[range, int, int]  # of a step: layers, first token, tokens; as its own
 Told = Sequence[tuple[Ticket, Paired]]  # tickets, and their owners
 Lists = tuple[Index, list[Index]]  # of a group: the reader's, and that of each owner
 
@@ -64,7 +65,7 @@ class Step(NamedTuple):
         ends = np.flatnonzero(wanted[1:] != wanted[:-1]).reshape(-1, 2)
         return [(int(a), int(b)) for a, b in ends]
 
-    def slices(self) -> Iterator[tuple[range, int, int]]:
+    def slices(self) -> Iterator[Slice]:
         """What crosses at once in a slot: as many layers as it holds, of all tokens; or tokens of
         one layer. Raises `Unsupported` if it holds none."""
         dst, room, most = self.cut.dst, self.owner.welcome.slot_bytes, self.tokens
