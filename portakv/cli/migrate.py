@@ -155,12 +155,12 @@ def _print(found: dict[str, Any]) -> None:
             print()
             print_table(columns, rows, title)
     print()
-    taken = "The first mover that both accept is taken, if an owner's memory cannot be mapped."
+    taken = "If memory cannot be mapped, the first of them that serves is taken, or what a side names."
     if found["forced"]:
         serves = any(one["accepted"] for one in found["movers"] if one["name"] == found["forced"])
         taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped"
         taken += "." if serves else ", and it does not serve here: then a pull is refused."
-    print_prose(f"{taken} Slots are on the host if a side's rows are, or no mover serves others.")
+    print_prose(f"{taken} Slots are on the host unless rows are on two devices of one type.")
     channel = found["channel"]
     tcp = "TCP with CURVE from a secret" if channel["curve"] else "no TCP, as libzmq has no CURVE"
     names = ", ".join(f"{name} {version}" for name, version in channel["versions"].items())

@@ -107,7 +107,7 @@ class Owner:
         staging: bytes of the slots of one reader that cannot map the memory.
         expose: "mapped": readers on this host may map whole allocations, to be read and written, so
             that all are in one trust domain; "staging": they get copies of offered rows alone.
-        mover: the name of the one for readers that cannot map; None: the first that both can use.
+        mover: the name of the one for readers that cannot map; None: the one that a reader has.
 
     Raises:
         LayoutError: no shard, or one that cannot be described.

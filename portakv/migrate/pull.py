@@ -34,8 +34,8 @@ class Reader:
         channel: by which owners are asked; one reader on each.
         shards: its views with their windows, one for each group of layers that share block ids.
         model: a fingerprint; owners of another one are refused.
-        mover: the name of the one for memory that cannot be mapped; None: the first that both
-            sides can use.
+        mover: the name of the one for memory that cannot be mapped; None: what the owner
+            names, else the first that serves here.
 
     Raises `LayoutError` without a shard, and `InvalidTerms` for a channel that has a reader.
     """
