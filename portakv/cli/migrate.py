@@ -155,7 +155,7 @@ def _print(found: dict[str, Any]) -> None:
             print()
             print_table(columns, rows, title)
     print()
-    taken = "If memory cannot be mapped, the first of them that serves is taken, or what a side names."
+    taken = "If memory cannot be mapped, the first that serves is taken, or the one a side names."
     if found["forced"]:
         serves = any(one["accepted"] for one in found["movers"] if one["name"] == found["forced"])
         taken = f"PORTAKV_MOVER={found['forced']} forces that mover, if memory cannot be mapped"
