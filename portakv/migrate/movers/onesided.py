@@ -61,7 +61,7 @@ class Reading(Lane):
     width = 2
 
     def __init__(self, mover: OneSided, channel: Channel, key: str | bytes) -> None:
-        self.ours, self.given = mover, dict[int, tuple[There, Moving]]()
+        self.ours, self.given = mover, dict[int, tuple[There, Moving]]()  # by tag
         self.names = dict[bytes, str]()  # of the peer in the library, by what reaches it
         self._entered = dict[int, tuple[torch.UntypedStorage, Any]]()
         super().__init__(mover, channel, key)
@@ -70,8 +70,7 @@ class Reading(Lane):
         if ready is not None:  # libraries read and write behind no stream
             ready.synchronize()
         with inside(self.ours.device):
-            told = self._enter(moving.slot.untyped_storage())
-            (self._read if self.address else self._offer)(moving, tag, told)
+            (self._read if self.address else self._offer)(moving, tag)
 
     def _enter(self, memory: torch.UntypedStorage) -> Any:
         """What the library calls memory of slots, which it can reach until the lane ends."""
@@ -83,19 +82,16 @@ class Reading(Lane):
                 self._entered[at] = memory, self.ours.enter(at, memory.nbytes(), index)
             return self._entered[at][1]
 
-    def _offer(self, moving: Moving, tag: int, told: Any) -> None:
-        slot = moving.slot
-        there = There(self.ours.reach(told), slot.data_ptr(), slot.nbytes, _index(slot))
-        given = self.given[tag] = there, moving
-        try:
-            moving.wait()  # `Taken` ends it
-        finally:
-            if self.given.get(tag) is given:  # the tag may be another slot's by now
-                del self.given[tag]
+    def _offer(self, moving: Moving, tag: int) -> None:
+        self.given[tag], slot = (There(), moving), moving.slot
+        reach = self.ours.reach(self._enter(slot.untyped_storage()))
+        self.given[tag] = There(reach, slot.data_ptr(), slot.nbytes, _index(slot)), moving
+        moving.wait()  # `Taken` ends it
 
-    def _read(self, moving: Moving, tag: int, _: Any) -> None:
+    def _read(self, moving: Moving, tag: int) -> None:
         nbytes, pause = moving.slot.nbytes, ASK
         try:
+            self._enter(moving.slot.untyped_storage())
             while not (there := self.channel.ask(self.address, Where(tag), There)).reach:
                 moving.wait(pause)
                 pause = min(2 * pause, ASKED)
@@ -137,11 +133,13 @@ class OneSided(Mover):
 
     def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message | None:
         lane: Reading = self.lane(peer, channel)
-        there, moving = lane.given.get(asked.tag, (There(), None))
         if isinstance(asked, Where):
+            there, moving = lane.given.get(asked.tag, (There(), None))
+            if moving is not None:
+                moving.wait(0)  # raises what it ended with
             return there
-        if moving is not None:
-            moving.end()
+        if given := lane.given.pop(asked.tag, None):
+            given[1].end()
         return None
 
     @abstractmethod

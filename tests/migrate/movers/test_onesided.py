@@ -29,6 +29,7 @@ class Memory(OneSided):
     name = "memory"
     fails: int | None = None
     stuck: threading.Event | None = None
+    broken = False
     reads = threading.Event()
 
     @classmethod
@@ -36,6 +37,8 @@ class Memory(OneSided):
         return Decision(cls.name, True, "it is here")
 
     def begin(self, address: str) -> Any:
+        if self.broken:
+            raise RuntimeError("no such port")
         self.entered, self.log = list[tuple[int, int]](), list[tuple[int, int]]()
         return self
 
@@ -150,6 +153,17 @@ def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does() -> N
         assert not taking.free.is_set()
         both.reader.stuck.set()
         assert taking.free.wait(20)
+
+
+def test_a_library_that_does_not_start_at_the_owner_is_told_to_the_reader() -> None:
+    """Not by silence, which would cost the mover's whole time; and it may be started later."""
+    with wire(Memory, NEVER) as both:
+        both.owner.broken = True
+        both.give(slot_of(100))
+        with pytest.raises(PeerError, match="no such port"):
+            both.take(empty(100)).wait(20)
+        both.owner.broken = False
+        both.cross(100, 1)
 
 
 def test_what_is_not_given_or_not_taken_ends_by_the_timeout() -> None:
