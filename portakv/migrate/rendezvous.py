@@ -117,9 +117,10 @@ class ChannelStore(Store):
 
 def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
     """A `torch.distributed.Store` over a channel: kept here and served to others, one for each
-    channel, or kept by the channel at ``address``."""
+    channel, or kept by the channel at ``address``, which is there already."""
     store = ChannelStore(channel, address)
     if address is None:
+        channel.claim("a rendezvous", store)
         channel.serve(Keep, lambda _, asked: store.do(asked))
     return store
 

@@ -17,7 +17,7 @@ import torch
 from support.migrate_channels import SECRET
 from torch._C._distributed_c10d import PrefixStore
 
-from portakv.errors import PeerError, TransferTimeout, Unsupported
+from portakv.errors import InvalidTerms, PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.rendezvous import ChannelStore, pair, rendezvous, unique_id
 
@@ -81,6 +81,15 @@ def test_a_store_keeps_so_many_keys(
             store.set("c", b"")
     with pytest.raises(PeerError, match="no message that is known"):
         there.set("a", bytes(20 << 10))
+
+
+def test_a_channel_keeps_one_rendezvous(stores: tuple[ChannelStore, ChannelStore]) -> None:
+    """Else those who ask for the first one's keys would be told the second's."""
+    here, there = stores
+    here.set("a", b"1")
+    with pytest.raises(InvalidTerms, match="has a rendezvous already"):
+        rendezvous(here._channel)
+    assert there.get("a") == b"1"
 
 
 def test_two_pairs_of_one_store_send_at_once(stores: tuple[ChannelStore, ChannelStore]) -> None:
