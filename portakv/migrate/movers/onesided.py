@@ -115,7 +115,7 @@ class Reading(Lane):
 class OneSided(Mover):
     """What both have; a subclass starts a library, registers memory, tells and reads."""
 
-    kind, asks, library = Reading, (Where, Taken), ""
+    kind, asks, library, needs = Reading, (Where, Taken), "", ""  # a module, and a name in it
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         super().__init__(device, timeout)
@@ -125,11 +125,14 @@ class OneSided(Mover):
     def probe(cls, device: torch.device) -> Decision:
         if device.type not in ("cpu", "cuda"):
             return Decision(cls.name, False, f"it is not tried for {device.type} devices")
+        extra = f"portakv[{cls.name}]"
         try:
-            imported(cls.library, f"portakv[{cls.name}]")
+            if hasattr(imported(cls.library, extra), cls.needs):
+                return Decision(cls.name, True, f"{cls.library} is installed")
+            why = f"{cls.library} has no {cls.needs}; install {extra}"
         except Unusable as error:
-            return Decision(cls.name, False, str(error))
-        return Decision(cls.name, True, f"{cls.library} is installed")
+            why = str(error)
+        return Decision(cls.name, False, why)
 
     def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message | None:
         lane: Reading = self.lane(peer, channel)
@@ -169,7 +172,7 @@ class OneSided(Mover):
 class Nixl(OneSided):
     """By NIXL (1.5 or later) and its UCX: sockets, shared memory, RDMA, NVLink."""
 
-    name, library = "nixl", "nixl._api"
+    name, library, needs = "nixl", "nixl._api", "nixl_thread_sync_t"
 
     def begin(self, address: str) -> Any:
         api = import_module(self.library)
@@ -215,7 +218,7 @@ class Mooncake(OneSided):
     """By Mooncake's transfer engine: sockets for host memory; for devices NVLink if
     ``MC_INTRANODE_NVLINK=1``, else RDMA. It cannot end a read: a slot is not free until then."""
 
-    name, library = "mooncake", "mooncake.engine"
+    name, library, needs = "mooncake", "mooncake.engine", "TransferEngine"
 
     def begin(self, address: str) -> Any:
         engine = import_module(self.library).TransferEngine()

@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 import sys
+from types import ModuleType
 
 import pytest
 import torch
 
 from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
-from portakv.migrate.movers import choose
+from portakv.migrate.movers import MOVERS, choose
 from portakv.migrate.movers.base import Moving
 from portakv.migrate.movers.distributed import Distributed
 
@@ -48,6 +49,14 @@ def test_a_forced_mover_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatc
         BackendUnavailable, match=r"nixl._api is not installed; install portakv\[nixl\]"
     ):
         choose(CPU, "nixl" if by == "name" else "distributed")
+
+
+def test_a_release_that_is_too_old_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NIXL 0.8, which would be accepted, and no slot would cross."""
+    monkeypatch.setitem(sys.modules, "nixl._api", ModuleType("nixl._api"))
+    said = MOVERS["nixl"].probe(CPU)
+    assert not said.accepted
+    assert "nixl._api has no nixl_thread_sync_t; install portakv[nixl]" in said.reason
 
 
 def test_a_mover_that_nobody_knows_is_refused_with_the_names() -> None:
