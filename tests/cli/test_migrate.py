@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -91,6 +92,18 @@ def test_ctrl_c_ends_the_command_which_ends_its_processes() -> None:
     with started("code") as process:
         assert os.getsid(process.pid) == process.pid
     assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_a_process_of_the_demo_that_ends_at_once_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    early = "import os, sys\nif 'reader' in sys.orig_argv: os._exit(3)\n"
+    (tmp_path / "sitecustomize.py").write_text(early)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    code, out, err = run("migrate", "--demo", "--device", "cpu")
+    assert (code, out) == (1, "")
+    assert "ended without a word" in err
 
 
 @pytest.mark.parametrize("words", [("migrate", "--demo"), ("explain", "--peer")])

@@ -8,9 +8,10 @@ as ``python -m portakv.cli.demo.migrate`` this module is each of the latter two.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from json import dumps, loads
 from typing import Any
 
@@ -44,7 +45,9 @@ def run_migrate_demo(*, device: str | None = None, json: bool = False) -> int:
     owns = beside(reads)
     with started(__name__, "owner", owns) as owner, started(__name__, "reader", reads) as reader:
         offers = heard(owner, PeerError)
-        print(dumps(offers), file=reader.stdin, flush=True)  # arguments are told to all users
+        pipe: Any = reader.stdin  # not arguments, which all users of the host see
+        with suppress(BrokenPipeError):  # a reader that has ended is told below
+            os.write(pipe.fileno(), f"{dumps(offers)}\n".encode())
         found = heard(reader, PeerError)
     for part, process, where in (("owner", owner, owns), ("reader", reader, reads)):
         found[part] = {"process": process.pid, "device": str(where)}
