@@ -28,18 +28,17 @@ print(json.dumps(dict(
 """
 
 
-def imported(*modules: str) -> dict[str, Any]:
+def imported(*modules: str) -> Any:
     """What a new interpreter tells after importing them behind torch."""
-    found: dict[str, Any] = json.loads(python("-c", PROBE, *modules))
-    return found
+    return json.loads(python("-c", PROBE, *modules))
 
 
 @pytest.fixture(scope="module")
-def first() -> dict[str, Any]:
+def first() -> Any:
     return imported("portakv")
 
 
-def test_import_brings_nothing_but_portakv(first: dict[str, Any]) -> None:
+def test_import_brings_nothing_but_portakv(first: Any) -> None:
     """No vendor package, no extra and no test tool: only torch, numpy and the standard library."""
     assert first["roots"] == ["portakv"]
 
@@ -49,11 +48,11 @@ def test_plugs_bring_no_engine() -> None:
     assert (found["roots"], found["cuda"]) == (["portakv"], False)
 
 
-def test_import_does_not_start_cuda(first: dict[str, Any]) -> None:
+def test_import_does_not_start_cuda(first: Any) -> None:
     assert not first["cuda"]
 
 
-def test_import_takes_less_than_300_ms_beyond_torch(first: dict[str, Any]) -> None:
+def test_import_takes_less_than_300_ms_beyond_torch(first: Any) -> None:
     """The one time that a unit test judges: of the processor, since a busy machine lengthens the
     wall's; its caches are colder then all the same, so one of three has to be in time."""
     assert first["seconds"] < 0.3 or any(imported("portakv")["seconds"] < 0.3 for _ in range(2))

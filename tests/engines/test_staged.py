@@ -90,9 +90,16 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         small_slices(monkeypatch, request.param)
 
 
-@DOWNWARD
-@pytest.mark.parametrize("case", CASES, ids=range(len(CASES)))
-@pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
+#: Each case by each engine in one direction, and in the other one with `full`.
+EVERY = [
+    pytest.param(engine, case, downward, marks=pytest.mark.full if (n + k + downward) % 2 else ())
+    for k, engine in enumerate((Staged, Ring, Descriptors))
+    for n, case in enumerate(CASES)
+    for downward in (True, False)
+]
+
+
+@pytest.mark.parametrize(("engine", "case", "downward"), EVERY)
 def test_every_byte(
     accelerator: torch.device, engine: type[Backend], case: Case, downward: bool,
     monkeypatch: pytest.MonkeyPatch,

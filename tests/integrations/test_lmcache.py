@@ -27,7 +27,7 @@ os.environ.setdefault("LMCACHE_DEVICE_BACKEND", "portakv-cpu")
 
 import lmcache.lmcache_native as native
 from lmcache.v1.platform import resolve_device_ops, torch_ops
-from support.engine_process import accelerators, answer, defaults, in_a_process, in_a_worker
+from support.engine_process import accelerators, answer, check_in_workers, defaults, in_a_process
 from support.guarded_memory import check_sentence
 from support.lmcache_cases import (
     GEOMETRIES,
@@ -519,10 +519,9 @@ def test_two_kinds_of_device_in_one_process() -> None:
     assert answer(f"{SIMULATED}\n{code}", LMCACHE_DEVICE_BACKEND="portakv-mlu") == "right"
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_in_a_worker_process(how: str) -> None:
+def test_in_worker_processes() -> None:
     code = f"{HOST}\ndef work():\n    round_trip('cpu')\n"
-    assert in_a_worker(code, how, LMCACHE_DEVICE_BACKEND="portakv-cpu") == "0"
+    check_in_workers(code, LMCACHE_DEVICE_BACKEND="portakv-cpu")
 
 
 def test_beside_another_engine_in_one_process() -> None:

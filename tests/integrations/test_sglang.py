@@ -584,8 +584,7 @@ def test_defaults_of_torch_that_were_set_before_the_first_use(before: str) -> No
     assert answer(ROUND.format(before="", after=after), PORTAKV_SGLANG="1") == "True"
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_in_a_worker_process(how: str) -> None:
+def test_in_worker_processes() -> None:
     after = """
     pair = made()
     def work():
@@ -593,4 +592,4 @@ def test_in_a_worker_process(how: str) -> None:
         assert judge(*made())
     """
     code = BEFORE + textwrap.dedent(ROUND.format(before="", after=after))
-    assert engine_process.in_a_worker(code, how, PORTAKV_SGLANG="1") == "0"
+    engine_process.check_in_workers(code, PORTAKV_SGLANG="1")

@@ -17,7 +17,7 @@ import torch
 import transformers
 from support.ambient import STATES, State
 from support.device_cases import current, delay
-from support.engine_process import accelerators, answer, defaults, in_a_worker
+from support.engine_process import accelerators, answer, check_in_workers, defaults
 from support.guarded_memory import refused
 from transformers import DynamicCache
 
@@ -471,14 +471,22 @@ def judge(device="cpu"):
 SIMULATED = "from portakv_conformance import simdev\nsimdev.load()\n"
 
 
-@pytest.mark.parametrize(
-    "before",
-    ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.bfloat16)",
-     "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"],
-    ids=["device", "dtype", "both"],
-)  # fmt: skip
-def test_defaults_of_torch_that_were_set_before_the_first_use(before: str) -> None:
-    assert answer(f"{ROUND}\n{before}\njudge()\nprint('right')") == "right"
+def test_defaults_of_torch_that_were_set_before_the_first_use() -> None:
+    """Each in a fork of a process that has only imported torch and transformers."""
+    before = ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.bfloat16)"]
+    code = f"""{ROUND}
+import os
+import transformers.cache_utils
+
+for before in {[*before, "; ".join(before)]}:
+    if not os.fork():
+        exec(before)
+        judge()
+        raise SystemExit
+    assert os.wait()[1] == 0, before
+print("right")
+"""
+    assert answer(code) == "right"
 
 
 @accelerators
@@ -487,9 +495,8 @@ def test_an_accelerator_that_is_the_default_device(name: str) -> None:
     assert answer(code) == "right"
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_in_a_worker_process(how: str) -> None:
-    assert in_a_worker(f"{ROUND}\nwork = judge\n", how) == "0"
+def test_in_worker_processes() -> None:
+    check_in_workers(f"{ROUND}\nwork = judge\n")
 
 
 def test_a_process_may_end_while_layers_are_under_way() -> None:

@@ -23,7 +23,7 @@ if find_spec("vllm") is None:
     pytest.skip("vLLM is not installed; see .ci/plugs", allow_module_level=True)
 
 from support.ambient import STATES, State
-from support.engine_process import accelerators, answer, defaults, in_a_process, in_a_worker
+from support.engine_process import accelerators, answer, check_in_workers, defaults, in_a_process
 from support.guarded_memory import check_sentence, refused
 from support.vllm_cases import Caches, device_spec, host_spec, offloading_config
 from torch.cuda import _sleep
@@ -759,10 +759,9 @@ def test_an_accelerator_that_is_the_default_device(name: str) -> None:
     assert answer(code) == "right"
 
 
-@pytest.mark.parametrize("how", ["fork", "spawn"])
-def test_in_a_worker_process(how: str) -> None:
+def test_in_worker_processes() -> None:
     code = PROCESS.format(before="") + "def work():\n    judge(made(256))\n"
-    assert in_a_worker(code, how) == "0"
+    check_in_workers(code)
 
 
 def test_two_engines_in_one_process() -> None:

@@ -26,16 +26,19 @@ torch.set_default_dtype(torch.bfloat16)
 """
 #: The simulated device under a vendor's name, and a real one.
 accelerators = pytest.mark.parametrize("name", ["mlu", pytest.param("cuda", marks=pytest.mark.gpu)])
-#: Says with which exit code a worker ended that did the same ``work`` as its parent before.
-_IN_A_WORKER = """
+#: Says with which exit codes workers ended that did the same ``work`` as their parent before.
+_IN_WORKERS = """
 if __name__ == "__main__":
     import multiprocessing
 
     work()
-    worker = multiprocessing.get_context("{how}").Process(target=work)
-    worker.start()
-    worker.join(240)
-    print(worker.exitcode)
+    codes = {}
+    for how in ("fork", "spawn"):
+        worker = multiprocessing.get_context(how).Process(target=work)
+        worker.start()
+        worker.join(240)
+        codes[how] = worker.exitcode
+    print(codes)
 """
 
 
@@ -54,7 +57,7 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
         script.write_text(textwrap.dedent(code), encoding="utf-8")
         return subprocess.run(
             [sys.executable, script], env=inherited | environment, text=True, capture_output=True,
-            timeout=280,
+            timeout=560,
         )  # fmt: skip
 
 
@@ -65,7 +68,8 @@ def answer(code: str, **environment: str) -> str:
     return done.stdout.strip().splitlines()[-1]
 
 
-def in_a_worker(code: str, how: str, **environment: str) -> str:
-    """The exit code of a worker that was started as ``how`` says, behind its parent's first use:
-    both do ``work()``, which the code defines."""
-    return answer(textwrap.dedent(code) + _IN_A_WORKER.format(how=how), **environment)
+def check_in_workers(code: str, **environment: str) -> None:
+    """A worker that was forked and one that was spawned end well, behind their parent's first use:
+    all do ``work()``, which the code defines."""
+    ended = answer(textwrap.dedent(code) + _IN_WORKERS, **environment)
+    assert ended == "{'fork': 0, 'spawn': 0}"
