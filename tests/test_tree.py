@@ -71,11 +71,11 @@ BUDGETS = {
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {
-    "portakv": 105,
+    "portakv": 101,
     PLUGS: 36,
     "conformance": 112,
-    "benchmarks": 62,
-    "benchmarks/plugs": 10,
+    "benchmarks": 60,
+    "benchmarks/plugs": 5,
     "tests": 287,
     "tests/integrations": 35,
 }
@@ -91,11 +91,11 @@ MODULES["portakv/migrate"] = 21
 IMPORTS = 10  # modules of the library that one module may import
 #: Modules that import more, and how many; none may be added, and no number may rise.
 MANY_IMPORTS = {
-    "portakv/connector/connector.py": 12,
+    "portakv/connector/connector.py": 11,
     "portakv/copy/rows.py": 12,
     "portakv/engines/calibration.py": 11,
     "portakv/engines/choose.py": 11,
-    "portakv/engines/direct.py": 13,
+    "portakv/engines/direct.py": 12,
     "portakv/engines/pageable.py": 12,
     "portakv/engines/staged.py": 12,
     "portakv/migrate/gathers.py": 12,
