@@ -11,7 +11,7 @@ import re
 import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
@@ -177,16 +177,19 @@ class Channel:
         """What `ask` returns or raises for each of several, which are asked at once."""
         found, sending = dict[int, Any](), [self._sending(*x, self.timeout, True) for x in asked]
         order = sorted(range(len(asked)), key=lambda n: asked[n][0])  # each keeps its connection
-        for sent in (False, True):
-            for n in (n for n in order if n not in found):
-                try:
-                    if sent:
-                        [back] = sending[n]
-                        found[n] = self._read(back, *asked[n], kind)
-                    else:
-                        next(sending[n])
-                except PortaKVError as error:
-                    found[n] = error
+        try:
+            for sent in (False, True):
+                for n in (n for n in order if n not in found):
+                    try:
+                        if sent:
+                            found[n] = self._read([*sending[n]][-1], *asked[n], kind)
+                        else:
+                            next(sending[n])
+                    except PortaKVError as error:
+                        found[n] = error
+        finally:
+            for one in sending:  # if it ended early, else an error's traceback keeps connections
+                one.close()
         return [found[n] for n in range(len(asked))]
 
     def _read(self, back: bytes, address: str, message: Message, kind: type[T]) -> T:
@@ -201,7 +204,7 @@ class Channel:
 
     def tell(self, address: str, message: Message) -> None:
         """Send what has no answer; raises as `ask` does if nobody is reached."""
-        [_] = self._sending(address, message, self.timeout, False)
+        list(self._sending(address, message, self.timeout, False))
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""
@@ -239,8 +242,9 @@ class Channel:
 
     def _sending(
         self, address: str, message: Message, timeout: float, answer: bool
-    ) -> Iterator[bytes]:
-        """Yields nothing once the message is sent, and then its answer, if there is to be one."""
+    ) -> Generator[bytes]:
+        """Yields nothing each time the message is sent, at last its answer if there is to be one;
+        its connection is this thread's until it ends."""
         until, what = monotonic() + timeout, f"{type(message).__name__} for {address}"
         body, by = encode(message), None
         if len(body) > LIMIT:
@@ -257,10 +261,8 @@ class Channel:
                 with suppress(zmq.Again):
                     if by is not (life := link.life):  # or again, by the next connection
                         link.socket.send(data)
-                        first, by = by is None, life
-                        if first:
-                            yield b""
-                            continue
+                        by = life
+                        yield b""
                     if not answer:
                         return
                     back = link.socket.recv().ljust(BACK.size, b"\0")

@@ -704,3 +704,16 @@ def test_several_are_asked_at_once_each_with_its_own_answer() -> None:
         assert [type(x) for x in found] == [Pong, PeerError, Pong]
     for server in servers:
         server.channel.close()
+
+
+def test_a_question_that_fails_in_its_own_way_holds_up_no_other(
+    pair: tuple[Server, Channel],
+) -> None:
+    """Of several, after one was sent; also while somebody keeps the error."""
+    server, asker = pair
+    wrong: Any = Ping(object())  # type: ignore[arg-type]
+    with pytest.raises(TypeError) as kept:
+        asker.ask_all([(server.address, Ping()), (server.address, wrong)], Pong)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(asker.ask, server.address, Ping(b"well"), Pong, 1.0).result().data
+    assert kept.value
