@@ -167,15 +167,14 @@ class Channel:
             PeerError: nobody is reached there, it is gone, it refuses, the secret differs.
             TransferTimeout: it is there, and did not answer in time.
         """
-        seconds = self.timeout if timeout is None else timeout
-        *_, back = self._sending(address, message, seconds, True)
+        *_, back = self._sending(address, message, timeout, True)
         return self._read(back, address, message, kind)
 
     def ask_all(
         self, asked: Sequence[tuple[str, Message]], kind: type[T]
     ) -> list[T | PortaKVError]:
         """What `ask` returns or raises for each of several, which are asked at once."""
-        found, sending = dict[int, Any](), [self._sending(*x, self.timeout, True) for x in asked]
+        found, sending = dict[int, Any](), [self._sending(*x, None, True) for x in asked]
         order = sorted(range(len(asked)), key=lambda n: asked[n][0])  # each keeps its connection
         try:
             for sent in (False, True):
@@ -204,7 +203,7 @@ class Channel:
 
     def tell(self, address: str, message: Message) -> None:
         """Send what has no answer; raises as `ask` does if nobody is reached."""
-        list(self._sending(address, message, self.timeout, False))
+        list(self._sending(address, message, None, False))
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""
@@ -241,21 +240,21 @@ class Channel:
     # ---- in an asker's thread
 
     def _sending(
-        self, address: str, message: Message, timeout: float, answer: bool
+        self, address: str, message: Message, timeout: float | None, answer: bool
     ) -> Generator[bytes]:
         """Yields nothing each time the message is sent, at last its answer if there is to be one;
         its connection is this thread's until it ends."""
-        until, what = monotonic() + timeout, f"{type(message).__name__} for {address}"
+        seconds = self.timeout if timeout is None else timeout
+        until, what = monotonic() + seconds, f"{type(message).__name__} for {address}"
         body, by = encode(message), None
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
         link = self._link(address)
-        if not link.lock.acquire(timeout=max(0.0, timeout)):
-            raise TransferTimeout(f"{what} waited {timeout:g} s behind another without an answer.")
+        if not link.lock.acquire(timeout=max(0.0, seconds)):
+            raise TransferTimeout(f"{what} waited {seconds:g} s behind another without an answer.")
         try:
             link.asked += answer
-            number = link.asked * answer
-            data = HEAD.pack(VERSION, self.id, link.number, number) + body
+            data = HEAD.pack(VERSION, self.id, link.number, number := link.asked * answer) + body
             while True:
                 self._look(link, until, what)
                 with suppress(zmq.Again):

@@ -29,8 +29,6 @@ Dims = Annotated[tuple[Bytes, ...], Meta(max_length=16)]
 Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 #: What tensors of a view share: torch's name of the dtype, shape and strides in elements.
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
-
-
 Sent = TypeVar("Sent", bound="Message")
 
 
