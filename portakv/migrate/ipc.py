@@ -190,7 +190,8 @@ def _file(what: str, address: int, nbytes: int) -> tuple[bytes, int, int]:
             why = "its file is not open here; have torch's sharing strategy 'file_descriptor'"
             for name in os.listdir("/proc/self/fd"):
                 with suppress(OSError):
-                    if _number(os.stat(int(name))) == file:
+                    one = os.stat(int(name))
+                    if (one.st_dev, one.st_ino) == file:
                         return _FILE.pack(int(name), *file), nbytes, offset
     raise Unsupported(what, why)
 
@@ -209,7 +210,7 @@ def _mapped(told: _Shared) -> torch.Tensor:
             raise OSError(errno.ESTALE, "its descriptor has another file")
         with open(path, "r+b", buffering=0) as memory:
             found = os.stat(memory.fileno())
-            if _number(found) != (*file,) or found.st_size < offset + nbytes:
+            if [found.st_dev, found.st_ino] != file or found.st_size < offset + nbytes:
                 raise OSError(errno.ESTALE, "its descriptor has another file")
             mapping = mmap.mmap(memory.fileno(), skipped + nbytes, offset=offset - skipped)
     except OSError as error:
@@ -221,10 +222,6 @@ def _mapped(told: _Shared) -> torch.Tensor:
             f"({error.strerror}); its owner keeps a tensor until it was opened. Share it again."
         ) from None
     return torch.frombuffer(mapping, dtype=torch.uint8, offset=skipped, count=nbytes)
-
-
-def _number(found: os.stat_result) -> tuple[int, int]:
-    return found.st_dev, found.st_ino
 
 
 def _here() -> tuple[str, tuple[int, int, int]]:
