@@ -90,10 +90,12 @@ class Gathers:
             mover = self._by.get(peer.id)
             if mover is None or mover.name != gather.mover:
                 return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
-            sent = self._slots.get((peer.id, gather.slot % SLOTS), (None, None))[1]
+            room, sent = self._slots.get((peer.id, gather.slot % SLOTS), (None, None))
             if sent is not None and not sent.free.is_set():  # its reader has not taken what it has
                 return Answer("busy", seconds=1e-3)
-            self._submit(partial(self._bring, peer, gather, rows, mover))
+            if room is None:  # in this thread: if there is no memory, the reader is told so
+                room = staging(self._slot_bytes, mover.device)
+            self._submit(partial(self._bring, peer, gather, rows, mover, room))
             return Answer("done")
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
@@ -115,12 +117,11 @@ class Gathers:
         with torch.inference_mode(False), rows.behind.inside():
             return digest(rows.view, rows.ids, gather.count, rows.window, gather.first)
 
-    def _bring(self, peer: Peer, gather: Gather, rows: Rows, mover: Mover) -> None:
+    def _bring(
+        self, peer: Peer, gather: Gather, rows: Rows, mover: Mover, room: torch.Tensor
+    ) -> None:
         key, count = (peer.id, gather.slot % SLOTS), gather.count
         try:
-            room = self._slots[key][0] if key in self._slots else None
-            if room is None:
-                room = staging(self._slot_bytes, mover.device)
             with torch.inference_mode(False), rows.behind.inside():
                 into = chunk(rows.view, count, room)[1]
                 copy_rows(rows.view.as_bytes(), into, rows.ids, count=count).synchronize()

@@ -7,8 +7,10 @@ import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from time import monotonic
+from typing import Any
 
 import pytest
+import torch
 from migrate.movers.test_onesided import Memory
 from support.migrate_channels import until
 from support.migrate_pulls import Couple, Rows, Sides, sides
@@ -118,3 +120,21 @@ def test_a_reader_that_pairs_anew_finds_its_slots_free(
     held.set()
     with pytest.raises(PeerError):
         before.synchronize(20)
+
+
+@pytest.mark.parametrize("mover", ["other", "distributed"])
+def test_an_owner_without_memory_for_a_slot_says_so_at_once(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, mover: str
+) -> None:
+    """Fault 27. Its reader does not wait for bytes that will not come; later there may be room."""
+    both = Couple(made, "staging", mover=mover)
+
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("portakv.migrate.gathers.staging", full)
+        with pytest.raises(PeerError, match="OutOfMemoryError"):
+            both.pull(both.offer()).synchronize(20)
+    both.pull(both.offer()).synchronize(20)
+    assert both.right()
