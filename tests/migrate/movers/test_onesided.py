@@ -186,13 +186,6 @@ def test_a_read_that_goes_on_and_on_ends_by_the_timeout() -> None:
         assert taking.free.wait(20)
 
 
-def test_an_owner_may_end_a_give_that_nobody_takes() -> None:
-    with wire(Memory, NEVER) as both:
-        giving = both.give(slot_of(100), 1)
-        giving.end(PeerError("The offer was closed."))
-        both.cross(100, 1)
-
-
 def test_only_memory_of_slots_is_registered_and_each_once_while_a_peer_is_there() -> None:
     """Nothing is left of peers that were let go of: an owner has thousands in its life."""
     with wire(Memory) as both:
