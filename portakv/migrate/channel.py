@@ -258,7 +258,8 @@ class Channel:
             while True:
                 self._look(link, until, what)
                 with suppress(zmq.Again):
-                    if by is not (life := link.life):  # or again, by the next connection
+                    # Or again, once the next connection stands: before, the old one may take it.
+                    if by is not (life := link.life) and (link.up or by is None):
                         link.socket.send(data)
                         by = life
                         yield b""

@@ -21,7 +21,6 @@ from portakv.view import KVView
 from portakv.view.bound import reach
 
 _NORESERVE = 0x4000  # Linux; not named by every Python's mmap
-_NUMBERS = ("bool", "int", "uint", "float", "bfloat", "complex")  # what names of dtypes begin with
 
 
 class Regions:
@@ -75,12 +74,12 @@ def describe(shard: Shard, regions: Regions) -> Described:
         seen = rebuild(described, regions.flat()).view
         why = "" if (seen.form, seen.origins) == (view.form, view.origins) else f"they are {seen}"
     except (LayoutError, msgspec.ValidationError) as error:
-        why = str(error)
+        why = str(error.__context__ or error)
     if why:
         raise LayoutError(
-            f"{view} cannot be described by its {len(places)} tensors; expected a whole view of a "
-            f"few that have their memory still. For a slice, slice tensors, and make a view of "
-            f"these ({why.rstrip('.')})."
+            f"{view} cannot be told to others by its {len(places)} tensors: {why.rstrip('.')}. If "
+            f"it is a slice, hand over the whole view and its whole window: readers take what they "
+            f"need. Else make the view anew, of few tensors that have their memory still."
         )
     return described
 
@@ -123,7 +122,7 @@ def rebuild(described: Described, regions: Sequence[torch.Tensor]) -> Shard:
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name, None) if name.startswith(_NUMBERS) else None
+    found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype):
         raise LayoutError(f"{name} is no dtype of torch {torch.__version__}")
     return found

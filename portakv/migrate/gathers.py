@@ -16,7 +16,7 @@ from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import Later, digest
-from portakv.migrate.messages import Answer, Box, Gather, Hello, Message
+from portakv.migrate.messages import Answer, Gather, Hello, Message
 from portakv.migrate.movers import choose, forced
 from portakv.migrate.movers.base import Mover, Moving
 from portakv.runtime.streams import Behind
@@ -31,7 +31,6 @@ class Rows(NamedTuple):
 
     view: KVView
     ids: Index
-    window: Box
     behind: Behind
 
 
@@ -115,7 +114,9 @@ class Gathers:
 
     def _sum(self, gather: Gather, rows: Rows) -> int:
         with torch.inference_mode(False), rows.behind.inside():
-            return digest(rows.view, rows.ids, gather.count, rows.window, gather.first)
+            return digest(
+                rows.view, rows.ids, gather.count, (gather.layers, gather.heads), gather.first
+            )
 
     def _bring(
         self, peer: Peer, gather: Gather, rows: Rows, mover: Mover, room: torch.Tensor

@@ -90,7 +90,7 @@ def ask(step: Step, gather: Gather, pull: Pull) -> Answer:
     """An owner's answer to a gather; it is asked again while it is busy."""
     until = monotonic() + PATIENCE
     while not pull.over:
-        answer = step.owner.ask(gather)
+        answer = step.owner.channel.ask(step.owner.address, gather, Answer)
         if answer.state == "done":
             return answer
         if answer.state == "gone":

@@ -34,7 +34,7 @@ from portakv.migrate.messages import (
     Welcome,
 )
 from portakv.migrate.pairing import proof, where
-from portakv.migrate.shards import Shard, overlap, slices
+from portakv.migrate.shards import Shard, device_of, overlap, slices
 from portakv.runtime.streams import Behind
 from portakv.view.index import Ids, Index
 
@@ -110,7 +110,7 @@ class Owner:
         mover: the name of the one for readers that cannot map; None: the one that a reader has.
 
     Raises:
-        LayoutError: no shard, or one that cannot be described.
+        LayoutError: no shard, one that cannot be described, or not all on one device.
         InvalidTerms: another ``expose``, no bytes of staging, or a channel that has an owner.
     """
 
@@ -144,14 +144,12 @@ class Owner:
 
     def reallocate(self, *shards: Shard) -> None:
         """Offer rows of other views from now on: all offers end, and readers pair anew."""
-        if not shards:
-            raise LayoutError("An owner without a shard was asked for; give one for each group.")
+        device = device_of(shards)
         regions, exported = Regions(), list[Region]()
         described = tuple(describe(shard, regions) for shard in shards)
         with self.change:
             self.revoke_all()
-            self.epoch, self.shards = secrets.token_bytes(16), shards
-            self.device = shards[0].view.device
+            self.epoch, self.shards, self.device = secrets.token_bytes(16), shards, device
             for one in self._exports:
                 one.close()
             self._proof = proof(self.epoch, self.device)
@@ -215,6 +213,7 @@ class Owner:
             )
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
+                self._events[event].wait(stream)  # of an older offer, perhaps behind another stream
                 self._events[event].record(stream)
             told = tuple(each.tobytes() for each in lists)
             terms = self.channel.address, tokens, told, tuple(steps), lease, event
@@ -314,7 +313,7 @@ class Owner:
                 f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
             )
         part = shard.view.slice(**slices(asked, shard.group.box))
-        return Rows(part, Index(*offer.ids[gather.group], gather.first), asked, offer.behind)
+        return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.behind)
 
 
 def _events(device: torch.device) -> list[Any]:

@@ -19,10 +19,10 @@ from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
-from portakv.migrate.messages import Answer, Bye, Hello, Message, Ticket, Welcome
+from portakv.migrate.messages import Answer, Bye, Hello, Ticket, Welcome
 from portakv.migrate.movers import choose, forced
 from portakv.migrate.movers.base import Mover, Moving
-from portakv.migrate.shards import Shard, unlike
+from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.runtime.bounded import Bounded
 
 _HOST = torch.device("cpu")
@@ -43,10 +43,6 @@ class Paired:
         #: For the epochs of this and of others the cuts of a pull, if all have all positions.
         self.cuts: Bounded[tuple[bytes, ...], Any] = Bounded("cuts of pulls", 16)
 
-    def ask(self, message: Message) -> Answer:
-        """What it answers; raises as `Channel.ask`."""
-        return self.channel.ask(self.address, message, Answer)
-
 
 class Pairings:
     """The owners of one reader; see `Reader` for its arguments."""
@@ -54,9 +50,7 @@ class Pairings:
     def __init__(
         self, channel: Channel, shards: Sequence[Shard], model: str, mover: str | None
     ) -> None:
-        if not shards:
-            raise LayoutError("A reader without a shard was asked for; give one for each group.")
-        self.channel, self.shards, self.device = channel, shards, shards[0].view.device
+        self.channel, self.shards, self.device = channel, shards, device_of(shards)
         self._model, self._asked, self._movers = model, forced(mover), dict[str, Mover]()
         self._owners, self._lock = dict[tuple[str, bytes], Paired](), threading.Lock()
 

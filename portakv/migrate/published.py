@@ -56,14 +56,15 @@ class Pull(Part):
             that it makes of them may leave before the end of the whole.
     """
 
+    nbytes, way, stopped = 0.0, MAPPED, False
+    behind = cast(Any, None)  # a `Behind`, if rows are moved
+    _late, _ended = False, cast("float | None", None)
+
     def __init__(self, node: Node, timeout: float | None) -> None:
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
-        self.nbytes, self.way, self.stopped, self._late = 0.0, MAPPED, False, False
-        self.behind = cast(Any, None)  # a `Behind`, if rows are moved
         self._until = monotonic() + (3e9 if timeout is None else timeout)
         self._began = perf_counter()
-        self._ended: float | None = None
 
     @property
     def published(self) -> bool:

@@ -37,14 +37,15 @@ class Reader:
         mover: the name of the one for memory that cannot be mapped; None: what the owner
             names, else the first that serves here.
 
-    Raises `LayoutError` without a shard, and `InvalidTerms` for a channel that has a reader.
+    Raises `LayoutError` without a shard, or if not all are on one device, and `InvalidTerms` for a
+    channel that has a reader.
     """
 
     def __init__(
         self, channel: Channel, *shards: Shard, model: str, mover: str | None = None
     ) -> None:
         self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
-        self.channel, self.shards, self.device = channel, shards, shards[0].view.device
+        self.channel, self.shards, self.device = channel, shards, self._owners.device
         self._link = self._graph.link("pull", width=16)
         self._pulls = WeakSet[Pull]()
         channel.claim("a reader", self)
@@ -85,7 +86,7 @@ class Reader:
         told = self._owners.told(tickets)
         plan = steps(told, self.shards, blocks, first)
         for ticket, owner in told:
-            if owner.events and ticket.event >= 0:
+            if 0 <= ticket.event < len(owner.events):
                 module = torch.get_device_module(self.device)  # its events take its own streams
                 owner.events[ticket.event].wait(module.current_stream(self.device))
         terms = Terms(overlap, max_thread_blocks, max_gbps)

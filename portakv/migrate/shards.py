@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from portakv.errors import LayoutError
 from portakv.migrate.messages import Box, Group, Range
@@ -45,6 +46,17 @@ def _range(axis: str, asked: Range | None, view: KVView) -> Range:
             f"from < to <= of; correct it, or leave it out if the view has all {axis}."
         )
     return first, past, of
+
+
+def device_of(shards: Sequence[Shard]) -> torch.device:
+    """The device that all of an owner's or a reader's shards are on; `LayoutError` if none is."""
+    devices = {shard.view.device for shard in shards}
+    if len(devices) != 1:
+        raise LayoutError(
+            f"{len(shards)} shards on {', '.join(sorted(map(str, devices))) or 'no device'} were "
+            f"given; expected one for each group of layers that share block ids, all on one device."
+        )
+    return devices.pop()
 
 
 def unlike(mine: Sequence[Group], theirs: Sequence[Group]) -> str:

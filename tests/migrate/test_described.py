@@ -95,9 +95,9 @@ def test_an_allocation_is_one_region() -> None:
 def test_what_cannot_be_described_is_refused() -> None:
     tensors = [noise(2, 8, 4, 2, 8, dtype=torch.float16) for _ in range(2)]
     view = KVView(tensors, "vllm-nhd")
-    with pytest.raises(LayoutError, match="For a slice, slice tensors"):
+    with pytest.raises(LayoutError, match="If it is a slice, hand over the whole view"):
         describe(Shard(view.slice(layers=slice(1, 2))), Regions())
-    with pytest.raises(LayoutError, match="For a slice, slice tensors"):
+    with pytest.raises(LayoutError, match="If it is a slice, hand over the whole view"):
         describe(Shard(view.slice(heads=0)), Regions())
     bare = KVView.at(
         tensors[0].data_ptr(), "block token dim", shape=(8, 4, 8), dtype=torch.float16, device="cpu"

@@ -36,7 +36,7 @@ from portakv.errors import (
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Answer, Begin, Close, Gather, Renew, Ticket
-from portakv.migrate.offers import Owner
+from portakv.migrate.offers import EVENTS, Owner
 from portakv.migrate.pull import Reader
 from portakv.migrate.shards import Shard
 
@@ -721,3 +721,24 @@ def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:
         one.close()
     both.pull(both.offer()).synchronize(30)
     assert both.right()
+
+
+def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) -> None:
+    """Fault 24. Events are used again: what follows one follows both offers' streams."""
+    both, log = Couple(made), list[str]()
+
+    class Event:
+        def wait(self, stream: Any) -> None:
+            log.append("wait")
+
+        def record(self, stream: Any) -> None:
+            log.append("record")
+
+    both.owner._events = [Event() for _ in range(EVENTS)]
+    told = Ticket.read(both.offer().ticket)
+    assert log == ["wait", "record"]
+    with pytest.raises(LayoutError, match="0 shards on no device"):
+        both.owner.reallocate()
+    both.owner._events = []
+    forged = replace(told, event=EVENTS + 1).pack()
+    both.reader.pull(forged, both.into).synchronize(30)

@@ -9,6 +9,7 @@ import torch
 from support.migrate_pulls import LAYOUT, SMALL, sides
 
 from portakv import KVView
+from portakv.errors import LayoutError
 from portakv.migrate.shards import Shard
 from portakv_conformance import simdev
 
@@ -35,6 +36,8 @@ def test_rows_that_are_still_written_at_the_offer_come_whole(
     theirs = torch.zeros(SHAPE, dtype=torch.int16, device=accelerator)
     mine = torch.zeros(SHAPE, dtype=torch.int16, device="cpu")
     with sides() as made:
+        with pytest.raises(LayoutError, match="all on one device"):
+            made.owner(shard(theirs), shard(mine))  # one stream could not be behind both
         owner = made.owner(shard(theirs), expose=expose, staging=SMALL)
         reader = made.reader(shard(mine))
         reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)  # they are paired
