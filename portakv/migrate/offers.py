@@ -16,30 +16,17 @@ import torch
 from msgspec.structs import replace
 
 from portakv.errors import InvalidTerms, LayoutError, SlotError, Unsupported
-from portakv.migrate import ipc
+from portakv.migrate import ipc, messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
 from portakv.migrate.gathers import SLOTS, Gathers, Rows
-from portakv.migrate.messages import (
-    About,
-    Answer,
-    Begin,
-    Bye,
-    Close,
-    Gather,
-    Hello,
-    Region,
-    Renew,
-    Ticket,
-    Welcome,
-)
 from portakv.migrate.pairing import proof, where
 from portakv.migrate.shards import Shard, device_of, overlap, slices
 from portakv.runtime.streams import Behind
 from portakv.view.index import Ids, Index
 
 EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
-GONE = Answer("gone", "it is no offer of this owner (any more)")
+GONE = messages.Answer("gone", "it is no offer of this owner (any more)")
 
 
 class Offer:
@@ -136,8 +123,8 @@ class Owner:
         self.reallocate(*shards)
         channel.claim("an owner", self)
         self._kinds: dict[Any, Any] = {
-            Hello: self._hello, Begin: self._begin, Renew: self._renew,
-            Close: self._close, Gather: self._gather, Bye: self._bye,
+            messages.Hello: self._hello, messages.Begin: self._begin, messages.Renew: self._renew,
+            messages.Close: self._close, messages.Gather: self._gather, messages.Bye: self._bye,
         }  # fmt: skip
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
@@ -145,7 +132,7 @@ class Owner:
     def reallocate(self, *shards: Shard) -> None:
         """Offer rows of other views from now on: all offers end, and readers pair anew."""
         device = device_of(shards)
-        regions, exported = Regions(), list[Region]()
+        regions, exported = Regions(), list[messages.Region]()
         described = tuple(describe(shard, regions) for shard in shards)
         with self.change:
             self.revoke_all()
@@ -160,11 +147,11 @@ class Owner:
                     if self._expose != "mapped":
                         raise Unsupported("Mapping", "it exposes staged rows alone")
                     held.append(ipc.export(storage))
-                    exported.append(Region(*told, held[-1].handle))
+                    exported.append(messages.Region(*told, held[-1].handle))
                 except Unsupported as error:
-                    exported.append(Region(*told, why=error.why))
+                    exported.append(messages.Region(*told, why=error.why))
             self._exports, self._events, self._turn = held, _events(self.device) if held else [], 0
-            self._welcome = Welcome(
+            self._welcome = messages.Welcome(
                 epoch=self.epoch, described=described,
                 regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
                 mover=self._gathers.mover or "",
@@ -217,7 +204,7 @@ class Owner:
                 self._events[event].record(stream)
             told = tuple(each.tobytes() for each in lists)
             terms = self.channel.address, tokens, told, tuple(steps), lease, event
-            made.ticket = Ticket(self.epoch, made.number, *terms).pack()
+            made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack()
             self.offers[made.number] = made
             self.counts["offered"] += 1
             if self.counts["offered"] % EVENTS == 0:
@@ -248,22 +235,22 @@ class Owner:
 
     # --- what readers ask, in the channel's thread
 
-    def _hello(self, peer: Peer, hello: Hello) -> Welcome | Answer:
+    def _hello(self, peer: Peer, hello: messages.Hello) -> messages.Welcome | messages.Answer:
         same = hello.model == self.model
         self.counts["paired" if same else "refused"] += 1
         if not same:
             why = f"their model is {self.model!r}, the reader's {hello.model!r}"
-            return Answer("refused", why[:1024])
+            return messages.Answer("refused", why[:1024])
         if not hello.mover:
             return self._welcome
         return replace(self._welcome, mover=self._gathers.agree(peer, hello, self.device))
 
-    def _held(self, about: About) -> Offer | None:
+    def _held(self, about: messages.About) -> Offer | None:
         offer = self.offers.get(about.offer)
         held = offer is not None and about.epoch == self.epoch and offer.state == "held"
         return offer if held else None
 
-    def _begin(self, peer: Peer, begin: Begin) -> None:
+    def _begin(self, peer: Peer, begin: messages.Begin) -> None:
         with self.change:
             if (offer := self._held(begin)) and peer.id not in offer.begun:
                 offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
@@ -276,33 +263,33 @@ class Owner:
             if not offer.left:
                 offer.end(state)
 
-    def _close(self, peer: Peer, close: Close) -> Answer:
+    def _close(self, peer: Peer, close: messages.Close) -> messages.Answer:
         with self.change:
             offer = self._held(close)
             self.counts["closed" if offer else "gone"] += 1
             if offer is None:
                 return GONE
             self._less(offer, peer.id, "taken")
-            return Answer("held")
+            return messages.Answer("held")
 
-    def _renew(self, _: Peer, renew: Renew) -> Answer:
+    def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
         with self.change:
             if (offer := self._held(renew)) is None:
                 return GONE
             offer.until = max(offer.until, self.now() + renew.seconds)
-            return Answer("held", seconds=offer.until - self.now())
+            return messages.Answer("held", seconds=offer.until - self.now())
 
-    def _bye(self, peer: Peer, _: Bye) -> None:
+    def _bye(self, peer: Peer, _: messages.Bye) -> None:
         self._gathers.forget(peer)
 
-    def _gather(self, peer: Peer, gather: Gather) -> Answer:
+    def _gather(self, peer: Peer, gather: messages.Gather) -> messages.Answer:
         with self.change:
             if (offer := self._held(gather)) is None:
                 return GONE
             rows = self._rows(offer, gather)
             return self._gathers.begin(peer, gather, rows)
 
-    def _rows(self, offer: Offer, gather: Gather) -> Rows:
+    def _rows(self, offer: Offer, gather: messages.Gather) -> Rows:
         """What a gather asks for; raises `LayoutError` if that was not offered."""
         shard = self.shards[gather.group] if gather.group < len(self.shards) else None
         asked = gather.layers, gather.heads
