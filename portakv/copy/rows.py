@@ -8,14 +8,7 @@ from time import perf_counter
 import torch
 
 from portakv.copy.between import carrier, seen_by_reader, written_behind
-from portakv.copy.copy import (
-    Ids,
-    checked,
-    copy_move,
-    follow_current,
-    is_strict,
-    source_of,
-)
+from portakv.copy.copy import Ids, checked, copy_move, follow_current, is_strict, source_of
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.repeat import remember, repeated
 from portakv.copy.slices import in_layers, in_slices
