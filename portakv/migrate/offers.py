@@ -180,7 +180,7 @@ class Owner:
                 f"{len(blocks)} lists of blocks were offered, of {len(self.shards)} shards: "
                 f"expected one for each."
             )
-        lists, steps = list[Any](), list[int]()
+        lists = list[tuple[Any, int]]()
         for shard, given in zip(self.shards, blocks, strict=True):
             index = Index.of(given, shard.view.block_size or 1)
             index.check_length(tokens, shard.view.slots, "offered")
@@ -188,22 +188,19 @@ class Owner:
                 index = Index(index.slots(tokens))
             index = Index(index.host_ids()[: -(-tokens // index.step)], index.step)
             index.check(tokens, shard.view.slots, "offered")
-            lists.append(index.host_ids().clip(min=-1).astype("<i4"))
-            steps.append(index.step)
+            lists.append((index.host_ids().clip(min=-1).astype("<i4"), index.step))
         on, event = self.device, -1
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         if stream and not self._events:  # no reader's stream can wait for it
             stream.synchronize()
         with self.change:
-            made = Offer(
-                self, [*zip(lists, steps, strict=True)], tokens, self.now() + lease, readers
-            )
+            made = Offer(self, lists, tokens, self.now() + lease, readers)
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
                 self._events[event].wait(stream)  # of an older offer, perhaps behind another stream
                 self._events[event].record(stream)
-            told = tuple(each.tobytes() for each in lists)
-            terms = self.channel.address, tokens, told, tuple(steps), lease, event
+            ids, steps = zip(*((each.tobytes(), step) for each, step in lists), strict=True)
+            terms = self.channel.address, tokens, ids, steps, lease, event
             made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack()
             self.offers[made.number] = made
             self.counts["offered"] += 1

@@ -56,7 +56,7 @@ class Pairings:
 
     def told(self, tickets: bytes | Sequence[bytes]) -> list[tuple[Ticket, Paired]]:
         """Tickets, and the owner of each; raises as `of`, and `PeerError` for what is none."""
-        packed = [tickets] if isinstance(tickets, bytes) else tickets
+        packed = [tickets] if isinstance(tickets, bytes) else dict.fromkeys(tickets)
         return [(one, self.of(one)) for one in map(Ticket.read, packed)]
 
     def of(self, ticket: Ticket) -> Paired:

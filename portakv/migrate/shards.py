@@ -52,10 +52,8 @@ def device_of(shards: Sequence[Shard]) -> torch.device:
     """The device that all of an owner's or a reader's shards are on; `LayoutError` if none is."""
     devices = {shard.view.device for shard in shards}
     if len(devices) != 1:
-        raise LayoutError(
-            f"{len(shards)} shards on {', '.join(sorted(map(str, devices))) or 'no device'} were "
-            f"given; expected one for each group of layers that share block ids, all on one device."
-        )
+        told = ", ".join(sorted(map(str, devices))) or "no device"
+        raise LayoutError(f"Shards on {told} were given; expected one or more, on one device.")
     return devices.pop()
 
 
