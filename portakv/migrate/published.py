@@ -25,8 +25,6 @@ MAPPED = "mapped", "the owners' memory can be mapped"
 class Part(Transfer):
     """A transfer that ends with nodes of a graph as well, and fails as the first that did."""
 
-    __slots__ = ("nodes",)
-
     def __init__(self, transfers: Sequence[Transfer], nodes: Sequence[Node]) -> None:
         ends = [each for one in transfers for each in one.completions]
         super().__init__([*ends, Completion(pendings=cast(Any, tuple(nodes)))])
