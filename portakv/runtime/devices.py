@@ -81,8 +81,7 @@ def imported(package: str, install: str) -> Any:
     try:
         return import_module(package)
     except ModuleNotFoundError as error:
-        mine = f"{package}.".startswith(f"{error.name}.")
-        what = package if mine else f"{error.name}, which {package} needs,"
+        what = package if error.name == package else f"{error.name}, which {package} needs,"
         raise Unusable(f"{what} is not installed", install) from error
     except Exception as error:  # such as OSError if a library of the vendor's is missing
         why = f"{type(error).__name__}: {' '.join(str(error).split()).rstrip('.')}"
