@@ -76,7 +76,7 @@ class Pairings:
             owner = Paired(self.channel, ticket.address, self._greet(ticket))
             if owner.welcome.epoch != ticket.epoch:
                 raise ticket.gone("its owner was restarted, or has other memory, since then")
-            for old in [one for one in self._owners.values() if one.address == owner.address]:
+            for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
             owner.why = self._mapped(owner)
             if owner.why:
@@ -85,7 +85,7 @@ class Pairings:
                 except PortaKVError as error:
                     why = f"{owner.why}; and they cannot be moved: {error}"
                     raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
-            used = {one.number for one in self._owners.values()}
+            used = {one.number for one in [*self._owners.values()]}
             owner.number = min({*range(len(used) + 1)} - used)
             self._owners[key] = owner
             owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
@@ -171,6 +171,8 @@ class Pairings:
     def _forget(self, owner: Paired) -> None:
         """Let go of an owner; what is still read of it keeps its memory until then."""
         self._owners.pop((owner.address, owner.welcome.epoch), None)
+        for one in [*self._owners.values()]:
+            one.cuts.clear()  # those with it have its memory
         owner.unwatch()
         if owner.mover:
             owner.mover.forget(owner.address)

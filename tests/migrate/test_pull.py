@@ -4,6 +4,8 @@ by the oracle, nothing else touched, whether they are mapped or moved."""
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.ambient import STATES
 from support.migrate_cases import WIDTHS, Held, drawn_model, ranks
-from support.migrate_channels import SECRET, Network
-from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
+from support.migrate_channels import SECRET, Network, until
+from support.migrate_pulls import LAYOUT, SMALL, Couple, Rows, Sides, sides
 
 from portakv import Index, KVView
 from portakv.migrate.channel import Channel
@@ -170,6 +172,28 @@ def test_a_second_pull_of_the_same_owners_plans_nothing_anew() -> None:
             assert torch.equal(rows[:, :, first:], both.theirs.rows(both.blocks, 75)[:, :, first:])
             assert (rows[:, :, :first] == -1).all()
             assert both.spared()
+
+
+def test_an_owner_that_is_gone_keeps_no_memory_beside_another() -> None:
+    """What a pull of both had planned held it: on a device, a dead owner's cache for ever."""
+    with sides() as made:
+        theirs, mine = [Rows(), Rows()], torch.zeros(4, 2, 8, 32, 4, 8, dtype=torch.int16)
+        windows = [(0, 2, 4), (2, 4, 4)]
+        owners = [made.owner(Shard(x.view, y)) for x, y in zip(theirs, windows, strict=True)]
+        tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
+        reader = made.reader(Shard(KVView([*mine], LAYOUT)))
+        reader.pull(tickets, [3]).synchronize(60)
+        assert mappings(theirs[1].whole) == 2
+        owners[1].channel.close()
+        assert until(lambda: gc.collect() >= 0 and mappings(theirs[1].whole) == 1, 20)
+        assert mappings(theirs[0].whole) == 2
+
+
+def mappings(tensor: torch.Tensor) -> int:
+    """How often the file that a tensor lies in is mapped here."""
+    told = [x.split() for x in Path("/proc/self/maps").read_text().splitlines()]
+    own = next(x for x in told if x[0].startswith(f"{tensor.data_ptr():x}-"))
+    return sum(x[3:5] == own[3:5] for x in told)
 
 
 def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
