@@ -4,7 +4,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 exec </dev/null
 
 export PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_PROGRESS_BAR=off PIP_QUIET=2
-# A module is compiled when it is first imported, which most never are, and then once for all processes.
+# Modules are compiled when they are first imported, which most never are, and then for all processes.
 export PIP_COMPILE=no
 unset PYTHONDONTWRITEBYTECODE
 export NO_MKDOCS_2_WARNING=1 # an advertisement, not a warning of this build

@@ -66,13 +66,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.hookimpl(optionalhook=True)  # engines' environments have no pytest-xdist
+def pytest_configure_node(node: Any) -> None:
+    """Tell a worker where to leave the groups of its tests."""
+    from support.scheduling import groups_file
+
+    node.workerinput["groups"] = str(groups_file())
+    node.config.add_cleanup(lambda: groups_file().unlink(missing_ok=True))
+
+
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
     """Hand tests to the workers by groups and short runs."""
-    if config.getoption("dist") != "loadgroup":
-        return None
     from support.scheduling import Runs
 
-    return Runs(config, log)
+    return Runs(config, log) if config.getoption("dist") == "loadgroup" else None
 
 
 @pytest.fixture
@@ -151,6 +158,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=dropped)
         items[:] = kept
     items.sort(key=lambda item: item.get_closest_marker("simdev") is not None)
+    if worker := getattr(config, "workerinput", None):
+        from support.scheduling import tell_groups
+
+        tell_groups(items, worker)
     no_gpu = "torch.cuda.is_available() is False: this test needs a CUDA device"
     absent = {
         "gpu": None if torch.cuda.is_available() else no_gpu,

@@ -63,7 +63,7 @@ BUDGETS = {
     "benchmarks/migration": 1_160,
     "benchmarks/plugs": 1_140,
     "benchmarks/storage": 559,
-    "tests": 36_760,
+    "tests": 36_800,
     "tests/integrations": 5_000,
     "tests/storage": 5_182,
     "tests/graph": 1_200,

@@ -2,33 +2,59 @@
 """How pytest-xdist hands tests to its workers: by groups, and the others by short runs.
 
 By itself it hands out one test at a time, counts after each what is left of all that a worker ever
-had, and has each worker make the fixtures of each module.
+had, and has each worker make the fixtures of each module. Its own groups are lost under pytest 9.2,
+which has no longer the attribute that it writes them to; so workers leave them in a file.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from xdist.scheduler import LoadGroupScheduling
+import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 LONGEST = 12  # so that no worker is left with much at the end
 
 
-class Runs(LoadGroupScheduling):  # type: ignore[misc]
+def groups_file() -> Path:
+    """Where the workers of this process leave the groups of tests."""
+    return Path(tempfile.gettempdir(), f"portakv-tests-{os.getpid()}.json")
+
+
+def tell_groups(items: Iterable[pytest.Item], worker: dict[str, str]) -> None:
+    """In a worker: leave the groups of its tests, which are those of every worker. Tests of the
+    simulated device are a group of their own, and so stay behind all others."""
+    groups = {}
+    for item in items:
+        if mark := item.get_closest_marker("xdist_group"):
+            simulated = item.get_closest_marker("simdev") is not None
+            groups[item.nodeid] = f"{mark.args[0]}, {simulated}"
+    mine = Path(f"{worker['groups']}.{worker['workerid']}")
+    mine.write_text(json.dumps(groups), encoding="utf-8")
+    mine.replace(worker["groups"])
+
+
+class Runs(LoadScopeScheduling):  # type: ignore[misc]
     """One worker has the tests of an ``xdist_group``, and up to a dozen others that were collected
     behind each other in one module, so that those of the simulated device stay the last."""
 
-    def __init__(self, *given: Any) -> None:
-        super().__init__(*given)
-        self._runs: dict[str, str] = {}
+    def __init__(self, config: Any, log: Any) -> None:
+        super().__init__(config, log)
+        self._scopes: dict[str, str] | None = None
         self._module, self._first = "", 0
 
     def _split_scope(self, nodeid: str) -> str:
         """The group or run of a test; xdist asks first in the order of the collection."""
-        group: str = super()._split_scope(nodeid)
-        if group == nodeid and nodeid not in self._runs:
-            module, count = nodeid.partition("::")[0], len(self._runs)
+        if self._scopes is None:
+            self._scopes = dict(json.loads(groups_file().read_text(encoding="utf-8")))
+        if nodeid not in self._scopes:
+            module, count = nodeid.partition("::")[0], len(self._scopes)
             if module != self._module or count - self._first == LONGEST:
                 self._module, self._first = module, count
-            self._runs[nodeid] = f"run {self._first}"
-        return self._runs.get(nodeid, group)
+            self._scopes[nodeid] = f"run {self._first}"
+        return self._scopes[nodeid]
