@@ -150,11 +150,11 @@ def test_a_reader_that_is_killed_in_mid_copy_frees_its_offers(
 def test_a_reader_that_was_stopped_finds_its_offer_gone(nursery: Nursery, made: Sides) -> None:
     """Fault 8."""
     both = Couple(made)
-    offer = both.offer(lease=1.0)
-    pid, _ = nursery.born(READER, tickets=[offer.ticket], terms={"max_gbps": SLOW})
+    offer = both.offer(lease=2.5)
+    pid, _ = nursery.born(READER, tickets=[offer.ticket], terms={"max_gbps": SLOW / 4})
     assert until(lambda: bool(offer.begun))
     os.kill(pid, signal.SIGSTOP)
-    assert offer.taken(8)
+    assert offer.taken(20)
     both.theirs.whole.fill_(9)
     os.kill(pid, signal.SIGCONT)
     assert nursery.hear(pid) in ("OfferGone", "PeerError")
