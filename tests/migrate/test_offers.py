@@ -121,8 +121,8 @@ def test_an_offer_that_ends_between_slices_is_not_published(made: Sides) -> None
 
 def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
     both = Couple(made)
-    offer = both.offer(lease=0.2)
-    both.pull(offer, max_gbps=SLOW / 2).synchronize(30)
+    offer = both.offer(lease=0.6)
+    both.pull(offer, max_gbps=SLOW / 4).synchronize(30)
     assert offer.state == "taken"
     assert both.right()
 
@@ -131,7 +131,7 @@ def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
     """As behind a stream of the reader's that has much to do."""
 
     both = Couple(made)
-    offer, timer = both.offer(lease=0.4), threading.Timer(1.0, int)
+    offer, timer = both.offer(lease=0.6), threading.Timer(1.5, int)
     later = SimpleNamespace(done=lambda: not timer.is_alive(), wait=timer.join)
 
     class Waits(Copies):
