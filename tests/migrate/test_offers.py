@@ -122,7 +122,7 @@ def test_an_offer_that_ends_between_slices_is_not_published(made: Sides) -> None
 def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
     both = Couple(made)
     offer = both.offer(lease=0.6)
-    both.pull(offer, max_gbps=SLOW / 4).synchronize(30)
+    both.pull(offer, max_gbps=SLOW / 16).synchronize(30)
     assert offer.state == "taken"
     assert both.right()
 
