@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from portakv.errors import BackendUnavailable, LayoutError, PortaKVError, Unsupported
+from portakv.errors import BackendUnavailable, LayoutError, OfferGone, PortaKVError, Unsupported
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
@@ -74,14 +74,14 @@ class Pairings:
             if (owner := self._owners.get(key)) is not None:
                 return owner
             owner = Paired(self.channel, ticket.address, self._greet(ticket))
-            if owner.welcome.epoch != ticket.epoch:
-                raise ticket.gone("its owner was restarted, or has other memory, since then")
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
             owner.why = self._mapped(owner)
             if owner.why:
                 try:
                     self._agree(owner, ticket)
+                except OfferGone:
+                    raise
                 except PortaKVError as error:
                     why = f"{owner.why}; and they cannot be moved: {error}"
                     raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
@@ -116,6 +116,8 @@ class Pairings:
                 f"{ticket.address} was asked for its rows, and they cannot become this reader's: "
                 f"{why}. Pair shards of one model, by one release."
             )
+        if welcome.epoch != ticket.epoch:
+            raise ticket.gone("its owner was restarted, or has other memory, since then")
         return cast(Welcome, welcome)
 
     def _mapped(self, owner: Paired) -> str:

@@ -33,9 +33,9 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.migrate.channel import Channel
+from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.ipc import shared_empty
-from portakv.migrate.messages import Answer, Begin, Close, Gather, Renew, Ticket
+from portakv.migrate.messages import Answer, Begin, Close, Gather, Hello, Renew, Ticket
 from portakv.migrate.offers import EVENTS, Owner
 from portakv.migrate.pull import Reader
 from portakv.migrate.shards import Shard
@@ -340,6 +340,23 @@ def test_an_owner_that_reallocates_publishes_nothing_of_its_old_regions(made: Si
         made.reader(both.mine.shard).pull(offers[1].ticket, both.into)
     both.reader.pull(both.owner.offer([31, 30], tokens=32).ticket, [0]).synchronize(30)
     assert torch.equal(both.mine.rows([0], 32), other.rows([31, 30], 32))
+
+
+def test_an_owner_that_reallocates_between_two_greetings_is_not_paired_with(made: Sides) -> None:
+    """It would be known by an epoch that it no longer has, with slots that nobody takes back."""
+    both = Couple(made, "staging")
+
+    def hello(peer: Peer, asked: Hello) -> Any:
+        answer = both.owner._hello(peer, asked)
+        both.owner.channel.serve(Hello, both.owner._hello)
+        both.owner.reallocate(both.theirs.shard)
+        return answer
+
+    both.owner.channel.serve(Hello, hello)
+    with pytest.raises(OfferGone, match="other memory"):
+        both.pull(both.offer())
+    both.pull(both.offer()).synchronize(30)
+    assert both.right()
 
 
 def test_a_mapping_that_reads_other_bytes_is_not_used(
