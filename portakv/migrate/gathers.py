@@ -4,6 +4,7 @@ slots, which movers carry, and sums digests up."""
 
 from __future__ import annotations
 
+import logging
 import threading
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from portakv.migrate.movers.base import Mover, Moving
 from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
 
+_log = logging.getLogger(__name__)
 SLOTS = 2  # of each reader
 
 
@@ -39,8 +41,9 @@ class Gathers:
 
     def __init__(self, channel: Channel, slot_bytes: int, mover: str | None) -> None:
         self._channel, self._slot_bytes, self.mover = channel, slot_bytes, forced(mover)
-        self._movers, self._by = dict[str, Mover](), dict[bytes, Mover]()  # by name; of readers
-        self._slots = dict[tuple[bytes, int], tuple[torch.Tensor, Moving]]()
+        self._movers = dict[str, Mover]()  # by name
+        self._by = dict[Peer, list[Mover]]()  # of readers; each agreement is a list of its own
+        self._slots = dict[tuple[Peer, int], tuple[torch.Tensor, Moving]]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
         self._graph = Graph()
         self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
@@ -61,7 +64,7 @@ class Gathers:
             raise Unsupported(f"The mover {name}", f"its reader has {hello.mover}")
         self.forget(peer)  # it takes no more of what it was brought before
         mover = self._movers.get(f"{name} {device}") or choose(device, name)
-        self._movers[f"{name} {device}"] = self._by[peer.id] = mover
+        self._movers[f"{name} {device}"], self._by[peer] = mover, [mover]
         for kind in mover.asks:
             self._channel.serve(kind, self._asked)
         peer.on_gone(partial(self.forget, peer))
@@ -69,7 +72,7 @@ class Gathers:
 
     def _asked(self, peer: Peer, asked: Any) -> Message | None:
         """What a reader's mover asks its own one here."""
-        mover = self._by.get(peer.id)
+        mover = self._by.get(peer, [None])[0]
         if mover is None or not isinstance(asked, mover.asks):
             raise PeerError("the reader has not agreed upon this mover; pair anew.")
         return mover.answer(peer, self._channel, asked)
@@ -77,24 +80,24 @@ class Gathers:
     def forget(self, peer: Peer) -> None:
         """A reader is gone, or needs its slots no more."""
         with self._lock:
-            mover = self._by.pop(peer.id, None)
-            self._slots = {key: one for key, one in self._slots.items() if key[0] != peer.id}
-        if mover:
+            agreed = self._by.pop(peer, [])
+            self._slots = {key: one for key, one in self._slots.items() if key[0] is not peer}
+        for mover in agreed:
             mover.forget(peer)
 
     def begin(self, peer: Peer, gather: Gather, rows: Rows) -> Answer:
         """Have the worker bring rows into a slot; or sum them up, for a reader that asks until it
         has. Only one thread calls it."""
         if gather.mover:
-            mover = self._by.get(peer.id)
-            if mover is None or mover.name != gather.mover:
+            agreed = self._by.get(peer)
+            if agreed is None or agreed[0].name != gather.mover:
                 return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
-            room, sent = self._slots.get((peer.id, gather.slot % SLOTS), (None, None))
+            room, sent = self._slots.get((peer, gather.slot % SLOTS), (None, None))
             if sent is not None and not sent.free.is_set():  # its reader has not taken what it has
                 return Answer("busy", seconds=1e-3)
             if room is None:  # in this thread: if there is no memory, the reader is told so
-                room = staging(self._slot_bytes, mover.device)
-            self._submit(partial(self._bring, peer, gather, rows, mover, room))
+                room = staging(self._slot_bytes, agreed[0].device)
+            self._submit(partial(self._bring, peer, gather, rows, agreed, room))
             return Answer("done")
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
@@ -114,23 +117,24 @@ class Gathers:
 
     def _sum(self, gather: Gather, rows: Rows) -> int:
         with torch.inference_mode(False), rows.behind.inside():
-            return digest(
-                rows.view, rows.ids, gather.count, (gather.layers, gather.heads), gather.first
-            )
+            box = gather.layers, gather.heads
+            return digest(rows.view, rows.ids, gather.count, box, gather.first)
 
     def _bring(
-        self, peer: Peer, gather: Gather, rows: Rows, mover: Mover, room: torch.Tensor
+        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Mover], room: torch.Tensor
     ) -> None:
-        key, count = (peer.id, gather.slot % SLOTS), gather.count
+        def send(full: torch.Tensor) -> None:
+            lane = agreed[0].lane(peer, self._channel)
+            with self._lock:
+                if self._by.get(peer) is agreed:  # else its reader has paired anew, or is gone
+                    sent = lane.move(full, gather.tag)
+                    self._slots[peer, gather.slot % SLOTS] = room, sent
+
         try:
             with torch.inference_mode(False), rows.behind.inside():
-                into = chunk(rows.view, count, room)[1]
-                copy_rows(rows.view.as_bytes(), into, rows.ids, count=count).synchronize()
-                full = room[: chunk_bytes(rows.view, count)]
-                sent = mover.lane(peer, self._channel).move(full, gather.tag)
-            with self._lock:
-                if self._by.get(peer.id) is mover:
-                    self._slots[key] = room, sent
-        except BaseException:
-            mover.forget(peer)  # else its reader waits for bytes that will not come
-            raise
+                into = chunk(rows.view, gather.count, room)[1]
+                copy_rows(rows.view.as_bytes(), into, rows.ids, count=gather.count).synchronize()
+                send(room[: chunk_bytes(rows.view, gather.count)])
+        except Exception:
+            _log.exception("Rows could not be brought into a slot; their reader is told.")
+            send(room[:0])

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from time import monotonic
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from support.migrate_channels import until
 from support.migrate_pulls import Couple, Rows, Sides, sides
 
 from portakv.errors import InvalidTerms, PeerError, Unsupported
-from portakv.migrate.messages import Answer
+from portakv.migrate.channel import Peer
+from portakv.migrate.gathers import Gathers
+from portakv.migrate.messages import Answer, Hello
 from portakv.migrate.movers import MOVERS
 from portakv.migrate.movers.distributed import Join
-from portakv.migrate.movers.onesided import Taken, Where
+from portakv.migrate.movers.onesided import Taken, There, Where
 from portakv.migrate.rendezvous import rendezvous
 
 
@@ -122,19 +125,74 @@ def test_a_reader_that_pairs_anew_finds_its_slots_free(
         before.synchronize(20)
 
 
+class Held(NamedTuple):
+    """What an offer's rows follow, until an event or for so many seconds; or an error."""
+
+    event: threading.Event
+    seconds: float = 20.0
+    error: Exception | None = None
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        self.event.wait(self.seconds)
+        if self.error:
+            raise self.error
+        yield
+
+
 @pytest.mark.parametrize("mover", ["other", "distributed"])
-def test_an_owner_without_memory_for_a_slot_says_so_at_once(
+def test_an_owner_that_cannot_bring_rows_says_so_at_once(
     made: Sides, monkeypatch: pytest.MonkeyPatch, mover: str
 ) -> None:
-    """Fault 27. Its reader does not wait for bytes that will not come; later there may be room."""
-    both = Couple(made, "staging", mover=mover)
+    """Fault 27. It has no memory for a slot, or fails as it fills one: the first, before movers
+    have met, or a later one. Its reader does not wait; later there may be room."""
+    both, error = Couple(made, "staging", mover=mover), torch.OutOfMemoryError("no room")
 
     def full(*_: Any) -> Any:
-        raise torch.OutOfMemoryError("no room")
+        raise error
 
-    with monkeypatch.context() as patch:
-        patch.setattr("portakv.migrate.gathers.staging", full)
-        with pytest.raises(PeerError, match="OutOfMemoryError"):
+    for at in ("staging", "first", "later"):
+        offer, began = both.offer(), monotonic()
+        with monkeypatch.context() as patch:
+            if at == "staging":
+                patch.setattr("portakv.migrate.gathers.staging", full)
+            else:
+                offer.behind = cast(Any, Held(threading.Event(), 0, error))
+            with pytest.raises(PeerError):
+                both.pull(offer).synchronize(60)
+        assert monotonic() - began < 10
+        if at != "staging":
             both.pull(both.offer()).synchronize(20)
-    both.pull(both.offer()).synchronize(20)
+            assert both.right()
+
+
+def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) -> None:
+    """Fault 20. What was still to be brought when the owner's memory was replaced, under the tags
+    with which the next pairing begins."""
+    both, held = Couple(made, "staging", mover="other"), threading.Event()
+    offer = both.offer()
+    offer.behind = cast(Any, Held(held))
+    before = both.pull(offer)
+    assert until(lambda: both.owner._gathers._graph.live)
+    both.theirs = Rows(fill=7)
+    both.owner.reallocate(both.theirs.shard)
+    offer = both.offer()
+    offer.behind = cast(Any, Held(threading.Event(), 0.2))
+    pull = both.pull(offer)
+    held.set()
+    pull.synchronize(20)
     assert both.right()
+    with pytest.raises(PeerError):
+        before.synchronize(20)
+
+
+def test_the_late_end_of_a_connection_leaves_the_next_one_of_its_reader_alone(made: Sides) -> None:
+    """Fault 9. A network was cut: the owner notices it after the reader has come back."""
+    channel = made.owner(Rows().shard, expose="staging").channel
+    gathers, hello = Gathers(channel, 1 << 14, None), Hello("a model", "cpu", "memory")
+    before, now = Peer(bytes(16)), Peer(bytes(16))
+    for peer in (before, now):
+        gathers.agree(peer, hello, torch.device("cpu"))
+    before.end()
+    assert gathers._asked(now, Where(1)) == There()
+    gathers.close()

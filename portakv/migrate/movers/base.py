@@ -76,7 +76,7 @@ class Lane(ABC):
 
     width, ordered = 1, False
 
-    def __init__(self, mover: Mover, channel: Channel, key: str | bytes) -> None:
+    def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
         self.mover, self.channel, self.key = mover, channel, key
         self.address = key if isinstance(key, str) else ""  # the owner's; none if this is the owner
         self.gone: Exception | None = None
@@ -103,7 +103,7 @@ class Lane(ABC):
         """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
         that were given before it. An owner's ends when the reader has it; a reader's when it has
         what the owner gives under the tag, exactly as many bytes. Both make theirs in one order,
-        two at a time."""
+        two at a time. An owner that has none gives an empty one, which ends the reader's."""
         moving = Moving(slot, self.mover.timeout)
         ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
         with self.mover.lock:
@@ -168,7 +168,7 @@ class Mover(ABC):
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         self.device, self.timeout, self._process, self.why = device, timeout, this_process(), ""
-        self.lanes, self.lock = dict[str | bytes, Any](), threading.Lock()
+        self.lanes, self.lock = dict["str | Peer", Any](), threading.Lock()
         self._threads = list[threading.Thread]()  # also of lanes that were closed
         atexit.register(self.close, EXIT_SECONDS)
 
@@ -186,11 +186,10 @@ class Mover(ABC):
         if there is none; quick. Raises `Unsupported` in a forked process."""
         if self._process.forked:
             raise refuse_fork(f"The mover {self.name}")
-        key = other if isinstance(other, str) else other.id
         with self.lock:
-            if (lane := self.lanes.get(key)) is not None:
+            if (lane := self.lanes.get(other)) is not None:
                 return lane
-            lane = self.lanes[key] = self.kind(self, channel, key)
+            lane = self.lanes[other] = self.kind(self, channel, other)
             self._threads = [x for x in self._threads if x.is_alive()] + lane.threads
         gone = partial(lane.close, PeerError("The peer is gone; its slots did not cross."))
         try:
@@ -205,7 +204,7 @@ class Mover(ABC):
 
     def forget(self, other: str | Peer) -> None:
         """End what is under way with a peer, and free what it had; never blocks."""
-        if lane := self.lanes.get(other if isinstance(other, str) else other.id):
+        if lane := self.lanes.get(other):
             lane.close(PeerError("The peer was let go; its slots did not cross."))
 
     def close(self, patience: float = 1.0) -> None:

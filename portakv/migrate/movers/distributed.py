@@ -48,7 +48,7 @@ class Pair(Lane):
 
     ordered = True
 
-    def __init__(self, mover: Mover, channel: Channel, key: str | bytes) -> None:
+    def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
         self.name, self.named, self.group = "", threading.Event(), cast(Any, None)
         self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
         super().__init__(mover, channel, key)
@@ -76,6 +76,8 @@ class Pair(Lane):
         """The length, then the bytes. gloo ends the process if more come than it was told to
         receive, so that it is told nothing before the length was seen; fewer it takes for all."""
         host, slot = self.stream is None, moving.slot.view(-1).view(torch.uint8)
+        if not host and not slot.nbytes:  # its reader waits for the bytes behind the length
+            raise TransferError("its owner has no bytes for it")
         head = torch.tensor([slot.nbytes], dtype=torch.int64, device=self.mover.device)
         call, other = (self.group.recv, 0) if self.address else (self.group.send, 1)
         for each in (head.view(torch.uint8), slot):
@@ -87,7 +89,13 @@ class Pair(Lane):
             if host or each is slot:
                 self._await(moving)
                 if self.address and int(head) != slot.nbytes:
-                    raise TransferError(f"{int(head)} B came, {slot.nbytes} were asked for")
+                    if int(head):
+                        raise TransferError(f"{int(head)} B came, {slot.nbytes} were asked for")
+                    moving.end(
+                        PeerError("A slot's owner had no bytes; its log says why. Pull again.")
+                    )
+                if not int(head):  # both go on with the next one
+                    return
 
     def _await(self, moving: Moving) -> None:
         """Block the host until the stream is empty; a group that does not end is aborted."""

@@ -60,7 +60,7 @@ class Reading(Lane):
 
     width = 2
 
-    def __init__(self, mover: OneSided, channel: Channel, key: str | bytes) -> None:
+    def __init__(self, mover: OneSided, channel: Channel, key: str | Peer) -> None:
         self.ours, self.given = mover, dict[int, tuple[There, Moving]]()  # by tag
         self.names = dict[bytes, str]()  # of the peer in the library, by what reaches it
         self._entered = dict[int, tuple[torch.UntypedStorage, Any]]()

@@ -113,7 +113,7 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
         channel.close()
 
 
-@pytest.mark.parametrize(("given", "asked"), [(5000, 100), (100, 5000), (1, 0), (0, 1)])
+@pytest.mark.parametrize(("given", "asked"), [(5000, 100), (100, 5000), (1, 0)])
 def test_a_slot_of_another_length_is_an_error_on_either_side(given: int, asked: int) -> None:
     """Fault 29. gloo takes too few bytes for all, and ends the process if there are too many."""
     with wire(Distributed) as both:
