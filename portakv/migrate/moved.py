@@ -71,7 +71,7 @@ def taken(
         yield part[0], Node(partial(_take, step, part, pull, pace), 1, link=link)
 
 
-def verified(step: Step, pull: Pull) -> None:
+def verified(step: Step, pull: Pull, *_: object) -> None:
     """Compare what a step brought with what its owner has, by digests."""
     asked, mine, theirs = step.gather(range(step.cut.dst.layers), 0, step.tokens), 0, 0
     for start, end in step.runs():

@@ -159,8 +159,6 @@ class Pairings:
         try:
             mover = choose(device, name)
         except BackendUnavailable:
-            if device == _HOST:
-                raise
             device = _HOST
             mover = choose(device, name)
         owner.mover = self._movers.setdefault(f"{mover.name} {device}", mover)

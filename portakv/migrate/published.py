@@ -4,7 +4,7 @@ offer still held when all bytes had been read."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic, perf_counter
 from typing import Any, cast
@@ -105,7 +105,7 @@ class Pull(Part):
             with suppress(PortaKVError):
                 owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
 
-    def end(self, told: Told, checks: Sequence[Callable[[], object]]) -> None:
+    def end(self, told: Told, checks: Sequence[Node]) -> None:
         """Wait for all bytes, look at them, and ask each owner whether its offer held; offers are
         renewed meanwhile."""
         errors = list[BaseException]()
@@ -119,7 +119,8 @@ class Pull(Part):
                 self.cancel()  # all is waited for: nothing is written behind the end
         try:
             for check in () if self.over else checks:
-                check()
+                self.nodes[0].graph.submit([check], priority="urgent")
+                self._await(told, check)
         except BaseException as error:
             errors.append(error)
         for (ticket, _), answer in zip(told, _asked(told, Close), strict=True):
@@ -138,7 +139,7 @@ class Pull(Part):
             raise TransferCancelled(CANCELLED)
 
     def _await(self, told: Told, one: Any) -> None:
-        """Wait for a copy or a slice, and renew the offers; raises what it ended with."""
+        """Wait for a copy or a node, and renew the offers; raises what it ended with."""
         third = min(ticket.lease for ticket, _ in told) / 3
         while True:
             seconds = third if self.over else max(0.0, min(third, self._until - monotonic()))

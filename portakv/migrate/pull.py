@@ -46,7 +46,7 @@ class Reader:
     ) -> None:
         self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
         self.channel, self.shards, self.device = channel, shards, self._owners.device
-        self._link = self._graph.link("pull", width=16)
+        self._link, self._checks = (self._graph.link(x, width=16) for x in ("pull", "verify"))
         self._pulls = WeakSet[Pull]()
         channel.claim("a reader", self)
 
@@ -120,7 +120,7 @@ class Reader:
             pull.drop()
             raise
         pull.layers = [Part(*layer) for ends in layers for layer in ends] if by_layer else []
-        checks = [partial(verified, step, pull) for step in plan if verify]
+        checks = [Node(partial(verified, x, pull), 1, link=self._checks) for x in plan if verify]
         pull.nodes[0].work = lambda *_: pull.end(told, checks)
         self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
         return pull

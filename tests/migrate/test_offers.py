@@ -127,6 +127,14 @@ def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
     assert both.right()
 
 
+def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> None:
+    both, busy, until = Couple(made), Answer("busy", seconds=0.1), time.monotonic() + 1.5
+    offer, own = both.offer(lease=0.6), both.owner._gather
+    both.owner.channel.serve(Gather, lambda *x: busy if time.monotonic() < until else own(*x))
+    both.pull(offer, verify=True).synchronize(30)
+    assert offer.state == "taken"
+
+
 def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
     """As behind a stream of the reader's that has much to do."""
 
