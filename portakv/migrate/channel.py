@@ -71,7 +71,7 @@ class _Link:
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
         self.socket, self.address, self.number, self.asked = socket, address, number, 0
-        self.lock, self.life, self.up, self.why = threading.RLock(), Peer(), False, ""
+        self.lock, self.life, self.up, self.why = threading.Lock(), Peer(), False, ""
         socket.immediate, socket.reconnect_ivl = True, 50  # nothing waits for a connection to come
         socket.sndtimeo = socket.rcvtimeo = LOOK
         # A name of its own: pyzmq's is its descriptor's, which is used again before it is free.
@@ -173,12 +173,14 @@ class Channel:
     def ask_all(
         self, asked: Sequence[tuple[str, Message]], kind: type[T]
     ) -> list[T | PortaKVError]:
-        """What `ask` returns or raises for each of several, which are asked at once."""
+        """What `ask` returns or raises for each of several. All addresses are asked at once; one
+        that is asked for more answers the next question when it has answered the one before."""
         found, sending = dict[int, Any](), [self._sending(*x, None, True) for x in asked]
-        order = sorted(range(len(asked)), key=lambda n: asked[n][0])  # each keeps its connection
+        first = {asked[n][0]: n for n in reversed(range(len(asked)))}
+        order = [first[address] for address in sorted(first)]  # each keeps its connection
         try:
-            for sent in (False, True):
-                for n in (n for n in order if n not in found):
+            for sent, several in (False, order), (True, [*order, *range(len(asked))]):
+                for n in (n for n in several if n not in found):
                     try:
                         if sent:
                             found[n] = self._read([*sending[n]][-1], *asked[n], kind)

@@ -706,6 +706,24 @@ def test_several_are_asked_at_once_each_with_its_own_answer() -> None:
         server.channel.close()
 
 
+def test_several_questions_for_one_address_are_each_what_one_alone_is(
+    by_tcp: tuple[Server, Channel],
+) -> None:
+    """Fault 10. Their answers are told again by the next connection, whose end is an error."""
+    server, asker = by_tcp
+    network = Network(server.address)
+    asker.ask(network.address, Ping(b"1"), Pong)
+    network.quiet.set()
+    network.eat = 1
+    asked = [(network.address, Ping(x)) for x in (b"2", b"3")]
+    assert asker.ask_all(asked, Pong) == [Pong(b"2", 2), Pong(b"3", 3)]
+    server.channel.serve(Ping, lambda *_: None)
+    threading.Timer(0.2, server.channel.close).start()
+    found = asker.ask_all([(server.address, ping) for _, ping in asked], Pong)
+    assert [type(x) for x in found] == [PeerError] * 2
+    network.close()
+
+
 def test_a_question_that_fails_in_its_own_way_holds_up_no_other(
     pair: tuple[Server, Channel],
 ) -> None:

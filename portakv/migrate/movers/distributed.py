@@ -91,9 +91,7 @@ class Pair(Lane):
                 if self.address and int(head) != slot.nbytes:
                     if int(head):
                         raise TransferError(f"{int(head)} B came, {slot.nbytes} were asked for")
-                    moving.end(
-                        PeerError("A slot's owner had no bytes; its log says why. Pull again.")
-                    )
+                    moving.end(PeerError("Its owner had no bytes; its log says why. Pull again."))
                 if not int(head):  # both go on with the next one
                     return
 
