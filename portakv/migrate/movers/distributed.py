@@ -88,11 +88,12 @@ class Pair(Lane):
                 work.wait()  # only this thread's stream does
             if host or each is slot:
                 self._await(moving)
-                if self.address and int(head) != slot.nbytes:
-                    if int(head):
-                        raise TransferError(f"{int(head)} B came, {slot.nbytes} were asked for")
+                came = int(head) if self.address else slot.nbytes
+                if came not in (0, slot.nbytes):
+                    raise TransferError(f"{came} B came, {slot.nbytes} were asked for")
+                if came != slot.nbytes:
                     moving.end(PeerError("Its owner had no bytes; its log says why. Pull again."))
-                if not int(head):  # both go on with the next one
+                if not came:  # both go on with the next one
                     return
 
     def _await(self, moving: Moving) -> None:
