@@ -368,7 +368,7 @@ def pull_weights(
     """Fill tensors from owners that publish the same names, preferred ones first, on the current
     stream, few at a time; block until digests that the owners work out agree. Returns the bytes.
     ``some``: owners hold others as well (the reader is one stage of a pipeline). ``timeout``:
-    seconds for the digests of a batch, of 1 GiB or less.
+    seconds for the digests of a batch, of about 1 GiB or one larger tensor.
 
     Raises `LayoutError`, which lists all that differs, before a byte is written. After any other
     error the tensors hold an unknown part of the weights, and must not be used until a pull
