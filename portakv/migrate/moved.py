@@ -78,7 +78,7 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
         part = replace(asked, first=asked.first + start, count=end - start)
         here = step.mine.shifted(start)
         mine += digest(step.cut.dst, here, part.count, step.cut.piece.box, part.first)
-        theirs += ask(step, part, pull).digest
+        theirs += ask(step, part, pull, inf).digest
     if (mine - theirs) % MODULUS:
         raise TransferError(
             f"Rows of {step.owner.address} were pulled, and are other bytes than it has (digests "
@@ -86,9 +86,9 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
         )
 
 
-def ask(step: Step, gather: Gather, pull: Pull) -> Answer:
+def ask(step: Step, gather: Gather, pull: Pull, patience: float = PATIENCE) -> Answer:
     """An owner's answer to a gather; it is asked again while it is busy."""
-    until = monotonic() + PATIENCE
+    until = monotonic() + patience
     while not pull.over:
         answer = step.owner.channel.ask(step.owner.address, gather, Answer)
         if answer.state == "done":
@@ -96,6 +96,6 @@ def ask(step: Step, gather: Gather, pull: Pull) -> Answer:
         if answer.state == "gone":
             raise step.ticket.gone(answer.why)
         if answer.state != "busy" or monotonic() > until:
-            raise PeerError(f"{step.owner.address} did not bring rows: {answer.why}")
+            raise PeerError(f"{step.owner.address} brought no rows: {answer.why or 'it is busy.'}")
         sleep(answer.seconds)
     raise TransferCancelled(CANCELLED)

@@ -36,6 +36,7 @@ from portakv.errors import (
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Answer, Begin, Close, Gather, Hello, Renew, Ticket
+from portakv.migrate.moved import ask
 from portakv.migrate.offers import EVENTS, Owner
 from portakv.migrate.pull import Reader
 from portakv.migrate.shards import Shard
@@ -133,6 +134,14 @@ def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> 
     both.owner.channel.serve(Gather, lambda *x: busy if time.monotonic() < until else own(*x))
     both.pull(offer, verify=True).synchronize(30)
     assert offer.state == "taken"
+
+
+def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
+    """Not if it sums digests up, which take as long as they take."""
+    owner = SimpleNamespace(address="it", channel=SimpleNamespace(ask=lambda *_: Answer("busy")))
+    step, pull = cast(Any, SimpleNamespace(owner=owner)), cast(Any, SimpleNamespace(over=False))
+    with pytest.raises(PeerError, match="it brought no rows: it is busy"):
+        ask(step, Gather(b"", b"", 0, (0, 1), (0, 1), 0, 1), pull, 0.0)
 
 
 def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
