@@ -4,6 +4,7 @@ offer still held when all bytes had been read."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic, perf_counter
@@ -61,6 +62,7 @@ class Pull(Part):
     def __init__(self, node: Node, timeout: float | None) -> None:
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
+        self._deciding = threading.Lock()  # what became of it
         self._until = monotonic() + (3e9 if timeout is None else timeout)
         self._began = perf_counter()
 
@@ -71,7 +73,10 @@ class Pull(Part):
 
     def cancel(self) -> bool:
         """Move no more than what is in flight, and publish nothing; False if it has ended."""
-        self.stopped = True
+        with self._deciding:
+            if self._ended is not None:
+                return False
+            self.stopped = True
         for copy in self.copies:
             copy.cancel()
         return not self.nodes[0].ended
@@ -128,7 +133,8 @@ class Pull(Part):
                 errors.append(answer)
             elif answer.state != "held":
                 errors.insert(0, ticket.gone(answer.why))
-        self._ended = perf_counter()
+        with self._deciding:
+            self._ended = perf_counter()
         if self._late:
             raise TransferTimeout(
                 "A pull had not ended in its time; nothing of it is published. Give it more time."

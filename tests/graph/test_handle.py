@@ -107,10 +107,16 @@ def test_a_forked_child_learns_what_ended_before(graph: Graph, missing: str) -> 
 
 @pytest.mark.parametrize("missing", ["raise", "skip"])
 def test_cancel_is_told(graph: Graph, missing: str) -> None:
-    go = threading.Event()
-    running = submitted(graph, lambda node, mask: go.wait(30) and None)
+    begun, go = threading.Event(), threading.Event()
+
+    def held(*_: object) -> None:
+        begun.set()
+        go.wait(30)
+
+    running = submitted(graph, held)
     queued = submitted(graph, lambda node, mask: None, missing=missing)
-    assert not running.cancel() or running.cancelled  # it may not have begun
+    assert begun.wait(30)
+    assert not running.cancel()
     assert (queued.cancel(), queued.cancelled, queued.cancel()) == (True, True, False)
     with pytest.raises(TransferCancelled, match=r"had not begun and are cancelled\.$"):
         queued.synchronize()

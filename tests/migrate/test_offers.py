@@ -7,9 +7,11 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -464,6 +466,21 @@ def test_a_pull_is_cancelled_at_any_moment(made: Sides, way: str) -> None:
     assert not pulled.statistics.cancelled
     assert both.right()
     assert both.spared()
+
+
+def test_who_cancels_a_pull_at_its_very_end_is_told_what_became_of_it(made: Sides) -> None:
+    """Fault 30. Behind the owner's last answer, too: cancelled and published is nothing."""
+    both, interval = Couple(made), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    made.made.append(SimpleNamespace(close=lambda: sys.setswitchinterval(interval)))
+    for _ in range(100):
+        pulled = both.pull(both.offer())
+        while pulled.statistics.seconds is None:
+            pass
+        cancelled = pulled.cancel()
+        with pytest.raises(TransferCancelled) if cancelled else nullcontext():
+            pulled.synchronize(30)
+        assert pulled.published != cancelled
 
 
 def test_a_pull_that_has_no_time_ends(made: Sides) -> None:

@@ -45,6 +45,7 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
 
     def __init__(self, config: Any, log: Any) -> None:
         super().__init__(config, log)
+        config.option.loadscopereorder = False  # else the short ones come behind the last
         self._scopes: dict[str, str] | None = None
         self._module, self._first = "", 0
 
