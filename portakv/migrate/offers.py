@@ -120,8 +120,12 @@ class Owner:
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
         self.offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
         self._gathers = Gathers(channel, self._slot_bytes, mover)
-        self.reallocate(*shards)
         channel.claim("an owner", self)
+        try:
+            self.reallocate(*shards)
+        except BaseException:
+            channel.free("an owner", self)
+            raise
         self._kinds: dict[Any, Any] = {
             messages.Hello: self._hello, messages.Begin: self._begin, messages.Renew: self._renew,
             messages.Close: self._close, messages.Gather: self._gather, messages.Bye: self._bye,

@@ -762,6 +762,11 @@ def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:
     """Two would answer for each other's offers and take each other's slots; one that closes would
     end the other."""
     both = Couple(made, "staging")
+    with pytest.raises(InvalidTerms, match="already"):
+        Owner(both.owner.channel, model=MODEL)  # before its shards are looked at, and exported
+    with pytest.raises(LayoutError):
+        Owner(both.reader.channel, model=MODEL)
+    made.made.append(Owner(both.reader.channel, both.mine.shard, model=MODEL))
     for kind, one in ((Owner, both.owner), (Reader, both.reader)):
         terms: Any = one.channel, both.theirs.shard if kind is Owner else both.mine.shard
         with pytest.raises(InvalidTerms, match="already: close it first, or take another"):
