@@ -178,16 +178,22 @@ class Channel:
         found, sending = dict[int, Any](), [self._sending(*x, None, True) for x in asked]
         first = {asked[n][0]: n for n in reversed(range(len(asked)))}
         order = [first[address] for address in sorted(first)]  # each keeps its connection
+
+        def go_on(n: int, last: bool) -> None:
+            try:
+                if last:
+                    found[n] = self._read([*sending[n]][-1], *asked[n], kind)
+                else:
+                    next(sending[n])
+            except PortaKVError as error:
+                found[n] = error
+
         try:
-            for sent, several in (False, order), (True, [*order, *range(len(asked))]):
-                for n in (n for n in several if n not in found):
-                    try:
-                        if sent:
-                            found[n] = self._read([*sending[n]][-1], *asked[n], kind)
-                        else:
-                            next(sending[n])
-                    except PortaKVError as error:
-                        found[n] = error
+            for n in order:
+                go_on(n, False)
+            for n in (*order, *range(len(asked))):
+                if n not in found:
+                    go_on(n, True)
         finally:
             for one in sending:  # if it ended early, else an error's traceback keeps connections
                 one.close()

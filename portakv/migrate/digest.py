@@ -30,8 +30,8 @@ _HOST, _DEVICE = (1 << 17, 2 << 20), (1 << 22, 32 << 20)
 _AXIS = 1 << 48  # numbers of an axis' places, before those of the next one
 # What splitmix64 adds and multiplies with, and how far it shifts before.
 _STEP = 0x9E3779B97F4A7C15 - MODULUS
-_MOST = 64  # questions at once; the oldest answers that nobody fetched are forgotten
 _MIXES = ((30, 0xBF58476D1CE4E5B9 - MODULUS), (27, 0x94D049BB133111EB - MODULUS))
+_MOST = 64  # questions at once; the oldest answers that nobody fetched are forgotten
 
 
 class _Mixer:

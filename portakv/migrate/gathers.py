@@ -28,8 +28,7 @@ SLOTS = 2  # of each reader
 
 
 class Rows(NamedTuple):
-    """Offered rows: a part of a view, the index of its tokens, where it lies in the model, and what
-    it follows."""
+    """Offered rows: a part of a view, the index of its tokens, and what they follow."""
 
     view: KVView
     ids: Index
@@ -97,7 +96,9 @@ class Gathers:
                 return Answer("busy", seconds=1e-3)
             if room is None:  # in this thread: if there is no memory, the reader is told so
                 room = staging(self._slot_bytes, agreed[0].device)
-            self._submit(partial(self._bring, peer, gather, rows, agreed, room))
+            given = peer, gather, rows, agreed, room
+            node = Node(lambda *_: self._bring(*given), 1, link=self._link, name="gather")
+            self._graph.submit([node], priority="urgent")
             return Answer("done")
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
@@ -108,10 +109,6 @@ class Gathers:
         self._graph.close()
         for mover in self._movers.values():
             mover.close()
-
-    def _submit(self, work: partial[None]) -> None:
-        node = Node(lambda *_: work(), 1, link=self._link, name="gather")
-        self._graph.submit([node], priority="urgent")
 
     # --- in the worker
 

@@ -78,8 +78,7 @@ class Reading(Lane):
             if self.ours.engine is None:
                 self.ours.engine = self.ours.begin(self.address or self.channel.address)
             if (at := memory.data_ptr()) not in self._entered:
-                index = memory.device.index or 0
-                self._entered[at] = memory, self.ours.enter(at, memory.nbytes(), index)
+                self._entered[at] = memory, self.ours.enter(at, memory.nbytes(), _index(memory))
             return self._entered[at][1]
 
     def _offer(self, moving: Moving, tag: int) -> None:
@@ -248,8 +247,8 @@ class Mooncake(OneSided):
             raise TransferError("it failed, perhaps after a part, and none of it counts")
 
 
-def _index(slot: torch.Tensor) -> int:
-    return max(slot.get_device(), 0)
+def _index(of: torch.Tensor | torch.UntypedStorage) -> int:
+    return of.device.index or 0
 
 
 def own_host(address: str) -> str:
