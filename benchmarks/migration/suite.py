@@ -22,7 +22,6 @@ from portakv_benchmarks.shared.trials import Sample, Trials, Way, timed
 
 PEERS = ("nixl", "mooncake")
 
-
 #: Sets of weights.
 TENSORS = (
     {

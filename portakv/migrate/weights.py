@@ -342,18 +342,16 @@ class _Owner:
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy to the end; many small ones by one call, as integers: on CUDA it takes bfloat16 and
     float16 through float32, which changes NaNs (torch 2.11)."""
-    many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
+    many = defaultdict[Any, list[Any]](list)
     with torch.inference_mode():
         for into, theirs in pairs:
-            size, dense = into.itemsize, into.is_contiguous() and theirs.is_contiguous()
-            if dense and into.nbytes < _SMALL and size <= 8:
-                word = getattr(torch, f"int{8 * size}")
-                for one, each in zip(many[into.device, word], (into, theirs), strict=True):
-                    one.append(each.view(word))
+            both, word = (into, theirs), getattr(torch, f"int{8 * min(into.itemsize, 8)}")
+            if into.nbytes < _SMALL and into.itemsize <= 8 and all(x.is_contiguous() for x in both):
+                many[into.device, word].append([x.view(word) for x in both])
             else:
                 into.copy_(theirs)
-        for lists in many.values():
-            torch._foreach_copy_(*lists)
+        for some in many.values():
+            torch._foreach_copy_([x for x, _ in some], [x for _, x in some])
     for device in {into.device for into, _ in pairs if not into.is_cpu}:
         torch.accelerator.current_stream(device.index).synchronize()
 

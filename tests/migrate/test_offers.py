@@ -745,6 +745,25 @@ def test_an_owner_knows_of_its_reader_while_rows_of_the_host_are_copied(made: Si
     assert torch.equal(theirs, mine)
 
 
+@pytest.mark.parametrize("lasts", [False, True])
+def test_an_owner_is_told_of_copies_that_last(made: Sides, lasts: bool) -> None:
+    """And not of those that are over at once: it takes longer to tell it than to copy."""
+    both, told, over = Couple(made), list[Begin](), threading.Event()
+    both.owner.channel.serve(Begin, lambda _, begin: told.append(begin))
+
+    class Waits(Copies):
+        def heard(self, plan: CopyPlan) -> Any:
+            if plan.dst != both.mine.view.form:
+                return None
+            (threading.Timer(0.3, over.set).start if lasts else over.set)()
+            return SimpleNamespace(done=over.is_set, wait=over.wait)
+
+    with reading(Waits):
+        both.pull(both.offer()).synchronize(30)
+    assert len(told) == lasts
+    assert both.right()
+
+
 def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
     theirs, mine = Rows(), Rows(8, 32, fill=-1)
     reader = made.reader(mine.shard)

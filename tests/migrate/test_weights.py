@@ -601,10 +601,8 @@ def test_another_process_serves_its_weights_until_it_dies(channels: Channels) ->
             pull_weights(between, ticket, mine)
 
 
-_DTYPES = (
-    "uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn "
-    "float8_e5m2 float8_e8m0fnu complex64 complex128"
-).split()
+_DTYPES = """uint8 int8 uint16 int16 int32 int64 float16 bfloat16 float32 float64 float8_e4m3fn
+float8_e5m2 float8_e8m0fnu complex64 complex128"""
 
 
 def test_small_tensors_of_any_dtype_are_copied_bit_by_bit(device: torch.device) -> None:
@@ -612,21 +610,21 @@ def test_small_tensors_of_any_dtype_are_copied_bit_by_bit(device: torch.device) 
     are of integers."""
 
     class Lists(TorchDispatchMode):
-        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kw: Any = None) -> Any:
             if op is torch.ops.aten._foreach_copy_.default:
                 seen.extend(x.dtype.is_floating_point or x.dtype.is_complex for x in args[0])
-            return op(*args, **(kwargs or {}))
+            return op(*args, **(kw or {}))
 
     random, seen, pairs = torch.Generator().manual_seed(1), list[bool](), list[Any]()
-    for name in _DTYPES:
+    for name in _DTYPES.split():
         made = (torch.randint(0, 256, (1 << 18,), dtype=torch.uint8, generator=random),)
         bits, into = (x.to(device) for x in (*made, torch.zeros_like(*made)))
         both = [x.view(getattr(torch, name)) for x in (into, bits)]
         pairs += [[x[:8192] for x in both], [x[8192] for x in both], [x[8193::2] for x in both]]
         pairs.append([x[8194::2].clone() for x in both])
-    with Lists():
+    with Lists():  # type: ignore[no-untyped-call]
         copy_pairs(pairs)
-    assert len(seen) > len(_DTYPES)
+    assert len(seen) > len(_DTYPES.split())
     assert not any(seen)
     for into, bits in pairs:
         assert torch.equal(*(x.contiguous().view(-1).view(torch.uint8) for x in (into, bits)))
