@@ -75,58 +75,99 @@ __device__ __forceinline__ bool number_by(
     }
 }
 
-// Strip: neighbouring threads that take neighbouring vectors; it divides a block.
-// Each: strips in a row, of which a thread has its vectors in flight at once.
-template <int Bytes, unsigned Run, unsigned Strip, unsigned Each, class Inner, class Outer,
+// A place in every plane: what its unit, its piece and its vector give of the address.
+struct Place { i64 entry, bytes; };
+
+template <class Shape, class Inner>
+__device__ __forceinline__ Place place_of(
+    const Side& side, unsigned number, unsigned piece, i64 byte) {
+    Place place = {0, byte};
+    i64 none = 0;
+    place.bytes += WalkOf<typename Shape::bounded>::type::steps(
+        number, side.units, Shape::kind == UNITS ? place.entry : none);
+    place.bytes += WalkOf<Inner>::type::bytes(piece, side.inner);
+    return place;
+}
+
+template <class Shape, class Outer>
+__device__ __forceinline__ char* address_in(
+    const Request& request, const Side& side, const i64* table, unsigned plane, Place place) {
+    i64 entry = place.entry;
+    i64 base = request.base + WalkOf<Outer>::type::bounded(plane, side.outer, entry);
+    if constexpr (Shape::kind == PLANES) base += table[entry];
+    if constexpr (Shape::kind == UNITS) base += request.table[entry];
+    return (char*)base + place.bytes;
+}
+
+// Strips and Planes: a thread has Strips * Planes vectors in flight at once, for each strip the same
+// place in so many planes, which is worked out once. A strip is as wide as a block.
+//
+// With one plane at a time blocks pass from each plane to the next, however short. With several,
+// all threads of a block have the same ones, so that a warp works them out once, and the last block
+// of a plane may have less to do.
+template <int Bytes, unsigned Run, unsigned Strips, unsigned Planes, class Inner, class Outer,
           class Src, class Dst>
 __device__ __forceinline__ void copy_direct(const CopyOf<Src, Dst>& copy) {
     constexpr unsigned row = Inner::product * Run;  // vectors of one unit in one plane
+    constexpr unsigned groups = (Outer::product + Planes - 1) / Planes;
     typedef typename Vector<Bytes>::type V;
-    const unsigned each_plane = copy.units * row;
-    const unsigned all = each_plane * Outer::product;
-    const Divisor planes(each_plane);
-    const unsigned turn = gridDim.x * blockDim.x * Each;
-    const unsigned thread = blockIdx.x * blockDim.x + threadIdx.x;
-    const unsigned first = thread / Strip * (Strip * Each) + thread % Strip;
-    for (unsigned start = 0; start < all; start += turn) {
-        unsigned plane[Each], in[Each], unit[Each];
-        i64 from_id[Each], to_id[Each];
+    const unsigned each_plane = copy.units * row, width = blockDim.x * Strips;
+    const unsigned length = Planes == 1 ? each_plane : (each_plane + width - 1) / width * width;
+    const unsigned all = length * groups;
+    const Divisor lengths(length);
+    for (unsigned start = blockIdx.x * width; start < all; start += gridDim.x * width) {
+        unsigned group[Strips], in[Strips], unit[Strips];
+        i64 from_id[Strips], to_id[Strips];
         PORTAKV_UNROLL
-        for (unsigned nth = 0; nth < Each; ++nth) {
-            const unsigned at = start + first + nth * Strip;
-            const unsigned there = at < all ? at : all - 1;  // past the end: anything readable
-            plane[nth] = Outer::product == 1 ? 0 : planes.divide(there);
-            const unsigned here = there - plane[nth] * each_plane;
-            unit[nth] = copy.start + here / row;
-            in[nth] = at < all ? here % row : row;
+        for (unsigned nth = 0; nth < Strips; ++nth) {
+            const unsigned at = start + nth * blockDim.x + threadIdx.x;
+            const unsigned there = at < all ? at : all - 1;
+            group[nth] = groups == 1 ? 0 : lengths.divide(Planes == 1 ? there : start);
+            const unsigned here = there - group[nth] * length;
+            const unsigned known = here < each_plane ? here : each_plane - 1;  // anything readable
+            unit[nth] = copy.start + known / row;
+            in[nth] = at < all && here == known ? here % row : row;
             from_id[nth] = id_of<Src>(copy.from, unit[nth]);
             to_id[nth] = id_of<Dst>(copy.to, unit[nth]);
         }
-        V vectors[Each];
-        char* targets[Each];
+        V vectors[Strips][Planes];
+        Place into[Strips];
+        bool moved[Strips];
         PORTAKV_UNROLL
-        for (unsigned nth = 0; nth < Each; ++nth) {
-            targets[nth] = 0;
+        for (unsigned nth = 0; nth < Strips; ++nth) {
             unsigned from, to;
             bool bad = false;
             const bool read = number_by<Src>(from_id[nth], copy.from, unit[nth], from, bad);
             const bool write = number_by<Dst>(to_id[nth], copy.to, unit[nth], to, bad);
-            if (bad && in[nth] == 0 && plane[nth] == 0 && copy.status)
+            if (bad && in[nth] == 0 && group[nth] == 0 && copy.status)
                 *copy.status = (i64)unit[nth] * copy.unit + 1;
-            if (bad || !read || !write || in[nth] == row) continue;
+            moved[nth] = !bad && read && write && in[nth] != row;
+            if (!moved[nth]) continue;
             const unsigned piece = in[nth] / Run;
             const i64 byte = (i64)(in[nth] % Run) * Bytes;
-            const char* src = address_of<Src, Outer, Inner>(
-                copy.from, copy.src, copy.src_table, from, plane[nth], piece);
-            char* dst = address_of<Dst, Outer, Inner>(
-                copy.to, copy.dst, copy.dst_table, to, plane[nth], piece);
-            targets[nth] = dst + byte;
-            vectors[nth] = fetch<V>(src + byte);
+            const Place place = place_of<Src, Inner>(copy.src, from, piece, byte);
+            into[nth] = place_of<Dst, Inner>(copy.dst, to, piece, byte);
+            PORTAKV_UNROLL
+            for (unsigned more = 0; more < Planes; ++more) {
+                const unsigned plane = group[nth] * Planes + more;
+                if (Outer::product % Planes != 0 && plane >= Outer::product) continue;
+                vectors[nth][more] = fetch<V>(
+                    address_in<Src, Outer>(copy.from, copy.src, copy.src_table, plane, place));
+            }
         }
         // All loads are in flight before the first store waits for its own.
         PORTAKV_UNROLL
-        for (unsigned nth = 0; nth < Each; ++nth)
-            if (targets[nth]) put<V>(targets[nth], vectors[nth]);
+        for (unsigned nth = 0; nth < Strips; ++nth) {
+            if (!moved[nth]) continue;
+            PORTAKV_UNROLL
+            for (unsigned more = 0; more < Planes; ++more) {
+                const unsigned plane = group[nth] * Planes + more;
+                if (Outer::product % Planes != 0 && plane >= Outer::product) continue;
+                put<V>(
+                    address_in<Dst, Outer>(copy.to, copy.dst, copy.dst_table, plane, into[nth]),
+                    vectors[nth][more]);
+            }
+        }
     }
 }
 

@@ -40,9 +40,9 @@ BLOCKS = 8
 #: memcpy; of four that read 5 % and 0.73, of eight 11 - 20 % and 0.87).
 BESIDE = {"d2h": 3, "h2d": 4}
 #: The same of a peer's rows, whose link is seven times as wide, by what else the device does. Of
-#: 1 GiB between two H200 8 blocks reached 0.40 of a raw copy, 16 0.79, 24 and 32 0.93, 64 0.94;
-#: beside a matmul of 8192^3 the first four slowed it by 11, 12, 18 and 26 %.
-PEER_BLOCKS = {"compute": 24, "idle": 64}
+#: 1 GiB between two H200 8 blocks reached 0.93 of a raw copy, 12 and more 0.95; beside a matmul of
+#: 8192^3 4 blocks reached 0.27, 8 0.53, 12 0.71 and 16 0.80, and slowed it by 11, 14, 15 and 17 %.
+PEER_BLOCKS = {"compute": 14, "idle": 64}
 IDLE = Terms(overlap="idle")
 _HOST = torch.device("cpu")
 #: Vectors of one launch, counted in 32 bits with room for one turn past the end; a larger copy is
@@ -55,15 +55,16 @@ class Cut(NamedTuple):
 
     threads: int = 1024  # of a block
     each: int = 2  # vectors that a thread has under way before its first store
-    strip: int = 1024  # threads that take vectors next to each other; it divides a block
+    planes: int = 1  # of how many planes they are at most, at one place in each
 
 
 #: A quarter of a megabyte under way in eight blocks: more than what the link holds. With eight
 #: vectors in each of 512 threads, if both sides have ids, registers spilled: 0.75 - 0.85 of a
 #: memcpy from the host on an H200, and 0.92 - 0.95 as it is.
 CUT = Cut()
-#: Of a peer's rows: three quarters of a megabyte under way in 24 blocks.
-PEER_CUT = Cut()
+#: Of a peer's rows. Finding each vector by itself held threads up: eight blocks reached 153 GB/s
+#: between two H200, and 367 with one place in eight planes (with four of them 304).
+PEER_CUT = Cut(each=4, planes=8)
 
 
 class DirectKernel(RowsKernel):
@@ -97,6 +98,8 @@ class DirectKernel(RowsKernel):
         self.most_units = (MAX_VECTORS - 1) // self._whole
         self._device = device
         direction = "h2d" if self._reads_host else "d2h"
+        self.at_once = min(cut.planes, self.planes)  # planes
+        self.strips = max(1, cut.each // self.at_once)
         beside = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
         # Of launches up to so many bytes, and of larger ones.
         self._small, limit = SMALL[direction], terms.max_thread_blocks
@@ -109,16 +112,18 @@ class DirectKernel(RowsKernel):
 
     def entry(self, each: int, name: str) -> str:
         """See `RowsKernel.entry`."""
-        cut, run = self.cut, self.run // self.vector
-        of = f"{self.vector}, {run}, {cut.strip}, {cut.each}, Inner, Outer, Src, Dst"
-        entry = f"void PORTAKV_AT_MOST({cut.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
+        run, threads = self.run // self.vector, self.cut.threads
+        of = f"{self.vector}, {run}, {self.strips}, {self.at_once}, Inner, Outer, Src, Dst"
+        entry = f"void PORTAKV_AT_MOST({threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
         return f'extern "C" __global__ {entry} {{ copy_direct<{of}>(copy); }}\n'
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
         """Thread blocks of a launch: no more than have something to do."""
-        vectors = units * self._whole
-        most = self._most[vectors * self.vector > self._small]
-        return min(most, -(-vectors // (self.threads * self.cut.each))), 1
+        most = self._most[units * self._whole * self.vector > self._small]
+        width, groups = self.threads * self.strips, -(-self.planes // self.at_once)
+        if self.at_once == 1:
+            return min(most, -(-units * self._whole // width)), 1
+        return min(most, -(-units * self.row // width) * groups), 1
 
     def requests(self, move: Move) -> tuple[Request, Request]:
         """See `RowsKernel.requests`; of the host's addresses those on the device."""

@@ -25,7 +25,16 @@ from support.guarded_memory import filled, refused, tensors_in
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.engines import direct
-from portakv.engines.direct import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
+from portakv.engines.direct import (
+    BLOCKS,
+    CUT,
+    MAX_VECTORS,
+    NAME,
+    PEER_CUT,
+    Cut,
+    Direct,
+    DirectKernel,
+)
 from portakv.engines.engine import PINNED, Terms
 from portakv.engines.engine import SMALL as MOST_BESIDE
 from portakv.registry.prepared import bring_table
@@ -114,7 +123,7 @@ def large() -> Copy:
     return Copy(by(cache, slots), chunk(256, layers=2, dim=48), 256)
 
 
-MEDIUM = Cut(threads=64, each=2, strip=64)
+MEDIUM = Cut(threads=64, each=2)
 
 
 @pytest.mark.parametrize(
@@ -143,14 +152,18 @@ def test_beside_a_model_a_large_launch_has_few(engine: type[Stores], terms: Term
     assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
 
 
-CUTS = [SMALL, Cut(), Cut(threads=64, each=4, strip=32), Cut(threads=2, each=1, strip=1)]
+CUTS = [
+    SMALL, Cut(), Cut(threads=64, each=4), Cut(threads=2, each=1), PEER_CUT,
+    *(Cut(threads=8, each=4, planes=planes) for planes in (2, 4, 5, 8)),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("most", [1, 2, 7])
 def test_every_cut(cut: Cut, most: int, engine: type[Stores]) -> None:
+    names = "gather", "memory objects, blocks", "NZ", "rows at an odd address", "one plane"
     with installed(cut) as driver:
-        for name in ("gather", "memory objects, blocks", "NZ", "rows at an odd address"):
+        for name in names:
             assert judged(COPIES[name](), engine, most) == 0
         assert {threads for _, threads, _ in driver.launches} == {cut.threads}
         assert max(blocks for blocks, _, _ in driver.launches) <= most
@@ -240,11 +253,11 @@ def test_neighbours_on_the_hosts_side_are_walked_together(engine: type[Stores]) 
 # The copies above can fail
 
 BUGS = {
-    "every other strip": ("nth * Strip;", "nth / 2 * 2 * Strip;", "gather"),
-    "the last vector is left out": ("at < all ? here % row", "at + 1 < all ? here % row", "blocks"),
-    "past the end is moved too": ("|| in[nth] == row) continue;", ") continue;", "pool to pool"),
-    "strips overlap": ("thread / Strip * (Strip * Each)", "thread / Strip * Strip", "gather"),
-    "one turn": ("start += turn", "start += all", "gather"),
+    "every other strip": ("nth * blockDim.x +", "nth / 2 * 2 * blockDim.x +", "gather"),
+    "the last vector is left out": ("at < all &&", "at + 1 < all &&", "blocks"),
+    "past the end is moved too": ("write && in[nth] != row;", "write;", "pool to pool"),
+    "strips with gaps": ("blockDim.x * Strips;", "blockDim.x * (Strips + 1);", "gather"),
+    "one turn": ("start += gridDim.x * width", "start += all", "gather"),
     "a divisor rounded down": ("divisor - 1) / divisor", "0) / divisor", "gather"),
     "ids are always int64": ("request.wide ?", "true ?", "gather int32"),
     "a bad id is told at the wrong place": ("(i64)unit[nth] * copy.unit + 1", "1", "past the end"),
@@ -252,7 +265,15 @@ BUGS = {
         "known.first = (request.first + unit) % Shape::per_id;", "known.first = 0;",
         "several units of an id",
     ),
-    "one plane": ("planes.divide(there)", "0", "gather"),
+    "one plane": ("lengths.divide(Planes == 1 ? there : start)", "0", "gather"),
+}  # fmt: skip
+#: Of several planes at once.
+PLANES_BUGS = {
+    "one plane of several": ("group[nth] * Planes + more", "group[nth] * Planes", "gather"),
+    "planes are not filled up": ("/ width * width;", "/ width;", "gather"),
+    "the entry of a unit is lost": (
+        "UNITS ? place.entry : none", "UNITS ? none : none", "memory objects, blocks"
+    ),
 }  # fmt: skip
 
 
@@ -262,7 +283,16 @@ def test_a_seeded_bug_is_caught(
 ) -> None:
     copied, told = seed_bug(monkeypatch, BUGS[bug], "host/direct.cuh")
     with pytest.raises(AssertionError):
-        assert judged(copied, engine) == told
+        assert judged(copied, engine, 1) == told
+
+
+@pytest.mark.parametrize("bug", PLANES_BUGS)
+def test_a_seeded_bug_of_several_planes_is_caught(
+    bug: str, engine: type[Stores], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied, told = seed_bug(monkeypatch, PLANES_BUGS[bug], "host/direct.cuh")
+    with installed(Cut(threads=8, each=4, planes=4)), pytest.raises(AssertionError):
+        assert judged(copied, engine, 1) == told
 
 
 # What it asks of the driver, and of the host's memory

@@ -96,7 +96,7 @@ def test_no_launch_prefetches_a_peers_rows(
         (Terms("idle"), PEER_BLOCKS["idle"]),
         (Terms(max_thread_blocks=5), 5),
         (Terms("idle", 7), 7),
-        (Terms(max_gbps=3.0), 24),
+        (Terms(max_gbps=3.0), PEER_BLOCKS["compute"]),
     ],
     ids=str,
 )
@@ -119,12 +119,13 @@ class ReadsOnHost(Loads):
 
 
 @pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.parametrize("planes", [1, 4, 8])
 @pytest.mark.parametrize("name", ["gather", "scatter", "memory objects, blocks", "two nests"])
 def test_the_kernel_reads_a_peers_rows_and_asks_nothing_of_pinned_memory(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, planes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with installed() as driver:
-        monkeypatch.setattr(direct, "PEER_CUT", direct.CUT)  # the smallest
+        monkeypatch.setattr(direct, "PEER_CUT", direct.CUT._replace(planes=planes))  # small
         monkeypatch.setattr(direct, "device_address", lambda address, device: 0)
         copied = COPIES[name]()
         launch = ReadsOnHost(CPU).prepare(copied.plan())

@@ -29,8 +29,8 @@ from support.cuda_on_cpu import HOST_PLACES, why_not
 
 __all__ = ["CPU", "SMALL", "Driver", "Loads", "Stores", "installed", "why_not"]
 CPU = torch.device("cpu")
-#: So little in a turn that the smallest copy takes several, by two warps of four lanes.
-SMALL = Cut(threads=8, each=3, strip=4)
+#: So little in a turn that the smallest copy takes several.
+SMALL = Cut(threads=8, each=3)
 _ENTRIES = f"""
 extern "C" void run_direct(const void* argument, unsigned blocks, unsigned threads) {{
     run_grid<Argument>({NAME}, argument, blocks, 1, threads);
