@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from functools import partial
 from statistics import median
 from time import perf_counter, sleep
+from types import SimpleNamespace
 from typing import Any
 
 from portakv.errors import Unsupported
-from portakv.migrate import Pull
 from portakv_benchmarks.host.interference import Meeting
 from portakv_benchmarks.host.movers import DEFAULT, Mover, Queue
 from portakv_benchmarks.host.suite import MEMCPY, Bench
@@ -38,26 +38,15 @@ def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
     ticket, payload = bench.far.do("offer", nbytes), CASES[USUAL].payload(nbytes)
     calls = {MEMCPY: partial(near.copy, nbytes), MAPPED: partial(near.pull, ticket, nbytes)}
     for name, call in calls.items():
-        labels = {"backend": name, "op": in_words(nbytes)}
 
         def once(_: int, call: Any = call) -> Any:
-            return _Seen(pulled) if (pulled := call()) is not None else None
+            pulled = call()  # asked without a pause, its worker would wait for the interpreter
+            return pulled and SimpleNamespace(done=lambda: (sleep(2e-5), pulled.done())[1])
 
         right = partial(_right, bench, nbytes, name == MEMCPY)
+        labels = {"backend": name, "op": in_words(nbytes)}
         variant = Variant(labels, once, lambda _: bench.change(), right)
         yield Mover(variant, payload, shape=USUAL)
-
-
-class _Seen:
-    """A pull that is asked for its end now and then: a loop that asked without a pause would keep
-    the interpreter from the worker that ends it."""
-
-    def __init__(self, pulled: Pull) -> None:
-        self._pulled = pulled
-
-    def done(self) -> bool:
-        sleep(2e-5)
-        return self._pulled.done()
 
 
 def _right(bench: MigrationBench, nbytes: int, raw: bool, _: int) -> bool:

@@ -59,11 +59,10 @@ class Cut(NamedTuple):
 
 
 #: A quarter of a megabyte under way in eight blocks: more than what the link holds. With eight
-#: vectors in each of 512 threads, if both sides have ids, registers spilled: 0.75 - 0.85 of a
-#: memcpy from the host on an H200, and 0.92 - 0.95 as it is.
+#: vectors in each of 512 threads registers spilled: 0.75 - 0.85 of a memcpy, 0.92 - 0.95 as it is.
 CUT = Cut()
-#: Of a peer's rows. Finding each vector by itself held threads up: eight blocks reached 153 GB/s
-#: between two H200, and 367 with one place in eight planes (with four of them 304).
+#: Of a peer's rows. Finding each vector by itself, eight blocks reached 153 GB/s between two H200,
+#: finding one place in eight planes 367.
 PEER_CUT = Cut(each=4, planes=8)
 
 
@@ -98,8 +97,12 @@ class DirectKernel(RowsKernel):
         self.most_units = (MAX_VECTORS - 1) // self._whole
         self._device = device
         direction = "h2d" if self._reads_host else "d2h"
-        self.at_once = min(cut.planes, self.planes)  # planes
-        self.strips = max(1, cut.each // self.at_once)
+        at_once = min(cut.planes, self.planes)
+        self._strips = max(1, cut.each // at_once), at_once
+        self._width, self._groups = cut.threads * self._strips[0], -(-self.planes // at_once)
+        self._length = self.row  # vectors that blocks pass through, for each unit and group
+        if at_once == 1:
+            self._length, self._groups = self._whole, 1
         beside = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
         # Of launches up to so many bytes, and of larger ones.
         self._small, limit = SMALL[direction], terms.max_thread_blocks
@@ -112,18 +115,15 @@ class DirectKernel(RowsKernel):
 
     def entry(self, each: int, name: str) -> str:
         """See `RowsKernel.entry`."""
-        run, threads = self.run // self.vector, self.cut.threads
-        of = f"{self.vector}, {run}, {self.strips}, {self.at_once}, Inner, Outer, Src, Dst"
-        entry = f"void PORTAKV_AT_MOST({threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
+        strips, planes = self._strips
+        of = f"{self.vector}, {self.run // self.vector}, {strips}, {planes}, Inner, Outer, Src, Dst"
+        entry = f"void PORTAKV_AT_MOST({self.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
         return f'extern "C" __global__ {entry} {{ copy_direct<{of}>(copy); }}\n'
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
         """Thread blocks of a launch: no more than have something to do."""
         most = self._most[units * self._whole * self.vector > self._small]
-        width, groups = self.threads * self.strips, -(-self.planes // self.at_once)
-        if self.at_once == 1:
-            return min(most, -(-units * self._whole // width)), 1
-        return min(most, -(-units * self.row // width) * groups), 1
+        return min(most, -(-units * self._length // self._width) * self._groups), 1
 
     def requests(self, move: Move) -> tuple[Request, Request]:
         """See `RowsKernel.requests`; of the host's addresses those on the device."""

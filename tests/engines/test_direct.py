@@ -25,16 +25,7 @@ from support.guarded_memory import filled, refused, tensors_in
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.engines import direct
-from portakv.engines.direct import (
-    BLOCKS,
-    CUT,
-    MAX_VECTORS,
-    NAME,
-    PEER_CUT,
-    Cut,
-    Direct,
-    DirectKernel,
-)
+from portakv.engines.direct import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
 from portakv.engines.engine import PINNED, Terms
 from portakv.engines.engine import SMALL as MOST_BESIDE
 from portakv.registry.prepared import bring_table
@@ -152,18 +143,14 @@ def test_beside_a_model_a_large_launch_has_few(engine: type[Stores], terms: Term
     assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
 
 
-CUTS = [
-    SMALL, Cut(), Cut(threads=64, each=4), Cut(threads=2, each=1), PEER_CUT,
-    *(Cut(threads=8, each=4, planes=planes) for planes in (2, 4, 5, 8)),
-]  # fmt: skip
+CUTS = [SMALL, Cut(), Cut(64, 4), Cut(2, 1), *(Cut(8, 4, planes) for planes in (2, 4, 5, 8))]
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("most", [1, 2, 7])
 def test_every_cut(cut: Cut, most: int, engine: type[Stores]) -> None:
-    names = "gather", "memory objects, blocks", "NZ", "rows at an odd address", "one plane"
     with installed(cut) as driver:
-        for name in names:
+        for name in ("gather", "memory objects, blocks", "NZ", "rows at an odd address"):
             assert judged(COPIES[name](), engine, most) == 0
         assert {threads for _, threads, _ in driver.launches} == {cut.threads}
         assert max(blocks for blocks, _, _ in driver.launches) <= most
@@ -271,27 +258,16 @@ BUGS = {
 PLANES_BUGS = {
     "one plane of several": ("group[nth] * Planes + more", "group[nth] * Planes", "gather"),
     "planes are not filled up": ("/ width * width;", "/ width;", "gather"),
-    "the entry of a unit is lost": (
-        "UNITS ? place.entry : none", "UNITS ? none : none", "memory objects, blocks"
-    ),
-}  # fmt: skip
+    "a unit's entry is lost": ("UNITS ? place.entry", "UNITS ? none", "memory objects, blocks"),
+}
 
 
-@pytest.mark.parametrize("bug", BUGS)
+@pytest.mark.parametrize("bug", [*BUGS, *PLANES_BUGS])
 def test_a_seeded_bug_is_caught(
     bug: str, engine: type[Stores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    copied, told = seed_bug(monkeypatch, BUGS[bug], "host/direct.cuh")
-    with pytest.raises(AssertionError):
-        assert judged(copied, engine, 1) == told
-
-
-@pytest.mark.parametrize("bug", PLANES_BUGS)
-def test_a_seeded_bug_of_several_planes_is_caught(
-    bug: str, engine: type[Stores], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copied, told = seed_bug(monkeypatch, PLANES_BUGS[bug], "host/direct.cuh")
-    with installed(Cut(threads=8, each=4, planes=4)), pytest.raises(AssertionError):
+    copied, told = seed_bug(monkeypatch, (BUGS | PLANES_BUGS)[bug], "host/direct.cuh")
+    with installed(SMALL if bug in BUGS else Cut(8, 4, 4)), pytest.raises(AssertionError):
         assert judged(copied, engine, 1) == told
 
 
