@@ -244,16 +244,20 @@ def test_a_check_finds_what_the_definition_says(
         assert str(caught.value).startswith(told)
 
 
-def test_duplicates_among_many_are_an_error_of_destinations_only_and_of_no_padding() -> None:
+@pytest.mark.parametrize("apart", [1, 100])
+def test_duplicates_among_many_are_an_error_of_destinations_only_and_of_no_padding(
+    apart: int,
+) -> None:
     n = 2000
-    ids = torch.arange(n)
+    ids, slots = apart * torch.arange(n), apart * n
+    assert Index(ids).check(n, slots, "destination", distinct=True) is False
     ids[-1] = ids[1]
-    assert Index(ids).check(n, n, "source") is False
-    with pytest.raises(SlotError, match="Slot 1 occurs 2 times in the destination index"):
-        Index(ids).check(n, n, "destination", distinct=True)
+    assert Index(ids).check(n, slots, "source") is False
+    with pytest.raises(SlotError, match=f"Slot {apart} occurs 2 times in the destination index"):
+        Index(ids).check(n, slots, "destination", distinct=True)
     ids[: n // 2] = -1
     ids[0] = torch.iinfo(torch.int64).min
-    assert Index(ids).check(n, n, "destination", distinct=True) is True
+    assert Index(ids).check(n, slots, "destination", distinct=True) is True
 
 
 def test_slots_that_do_not_fit_into_32_bits() -> None:
