@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from portakv.errors import Unsupported
+from portakv.migrate import Pull
 from portakv_benchmarks.host.interference import Meeting
 from portakv_benchmarks.host.movers import DEFAULT, Mover, Queue
 from portakv_benchmarks.host.suite import MEMCPY, Bench
@@ -40,13 +41,19 @@ def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
     for name, call in calls.items():
 
         def once(_: int, call: Any = call) -> Any:
-            pulled = call()  # asked without a pause, its worker would wait for the interpreter
-            return pulled and SimpleNamespace(done=lambda: (sleep(2e-5), pulled.done())[1])
+            return (
+                None if (pulled := call()) is None else SimpleNamespace(done=partial(_done, pulled))
+            )
 
         right = partial(_right, bench, nbytes, name == MEMCPY)
         labels = {"backend": name, "op": in_words(nbytes)}
         variant = Variant(labels, once, lambda _: bench.change(), right)
         yield Mover(variant, payload, shape=USUAL)
+
+
+def _done(pulled: Pull) -> bool:
+    sleep(2e-5)  # asked without a pause, its worker would wait for the interpreter
+    return pulled.done()
 
 
 def _right(bench: MigrationBench, nbytes: int, raw: bool, _: int) -> bool:

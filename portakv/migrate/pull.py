@@ -86,9 +86,10 @@ class Reader:
         told = self._owners.told(tickets)
         plan = steps(told, self.shards, blocks, first)
         for ticket, owner in told:
-            if 0 <= ticket.event < len(owner.events):
+            event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
+            if event is not None and not event.query():
                 module = torch.get_device_module(self.device)  # its events take its own streams
-                owner.events[ticket.event].wait(module.current_stream(self.device))
+                event.wait(module.current_stream(self.device))
         terms = Terms(overlap, max_thread_blocks, max_gbps)
         pull = Pull(Node(None, 1, link=self._link, name="pull"), timeout)
         self._pulls.add(pull)

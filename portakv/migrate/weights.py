@@ -30,6 +30,7 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.worker import RateLimit
 
 _PAGE, _SMALL = 40 << 10, 16 << 20  # bytes of items in an answer; of tensors that are small
+_LISTED = 64  # small tensors that one call copies
 _BATCH, _PACED = 1 << 30, 32 << 20  # bytes that are copied and compared at once; with a rate
 _SUMS = 256  # cells at once: on the host each may cost a descriptor
 
@@ -339,19 +340,27 @@ class _Owner:
         yield from (x.name for x, one, other in sums if one != other)
 
 
+def _copy_listed(some: list[Any]) -> None:
+    torch._foreach_copy_([x for x, _ in some], [x for _, x in some])
+    some.clear()
+
+
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
-    """Copy to the end; many small ones by one call, as integers: on CUDA it takes bfloat16 and
+    """Copy to the end; small ones many at a time, as integers: on CUDA that call takes bfloat16 and
     float16 through float32, which changes NaNs (torch 2.11)."""
     many = defaultdict[Any, list[Any]](list)
     with torch.inference_mode():
         for into, theirs in pairs:
             both, word = (into, theirs), getattr(torch, f"int{8 * min(into.itemsize, 8)}")
             if into.nbytes < _SMALL and into.itemsize <= 8 and all(x.is_contiguous() for x in both):
-                many[into.device, word].append([x.view(word) for x in both])
+                some = many[into.device, word]
+                some.append([x.view(word) for x in both])
+                if len(some) == _LISTED:  # the device begins while the host goes on
+                    _copy_listed(some)
             else:
                 into.copy_(theirs)
-        for some in many.values():
-            torch._foreach_copy_([x for x, _ in some], [x for _, x in some])
+        for some in filter(None, many.values()):
+            _copy_listed(some)
     for device in {into.device for into, _ in pairs if not into.is_cpu}:
         torch.accelerator.current_stream(device.index).synchronize()
 

@@ -61,8 +61,8 @@ def sides() -> Iterator[Sides]:
     made.made.clear()
     gc.collect()
     # A pair that is made with one who is killed meanwhile ends with the mover's own timeout.
-    told = left(), before, _named(), Counter(_open_files()) - files
-    assert until(lambda: left() <= before, 90), told
+    found = left(), before, _named(), Counter(_open_files()) - files
+    assert until(lambda: left() <= before, 90), found
 
 
 def left() -> tuple[int, int]:
