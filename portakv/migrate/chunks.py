@@ -24,8 +24,10 @@ def chunk_bytes(view: KVView, count: int) -> int:
     return sum(-(-tokens * width // _ALIGNED) * _ALIGNED for width in view.widths)
 
 
-def staging(nbytes: int, device: torch.device) -> torch.Tensor:
-    """Room for a chunk, uint8 ``[nbytes]``, whatever the caller's settings."""
+def staging(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
+    """Room for a chunk, uint8 ``[nbytes]``, whatever the caller's settings. With ``most``, for
+    others after it as well: the next power of two, or that."""
+    nbytes = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
     with torch.inference_mode(False):
         return torch.empty(nbytes, dtype=torch.uint8, device=device)
 

@@ -24,11 +24,11 @@ from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
-SLOTS = 2  # of each reader
+SLOTS = 4  # of each reader: one is filled, two are on the wire, one is emptied
 
 
 class Rows(NamedTuple):
-    """Offered rows: a part of a view, the index of its tokens, and what they follow."""
+    """Offered rows: a part of a view of bytes, the index of its tokens, and what they follow."""
 
     view: KVView
     ids: Index
@@ -93,9 +93,11 @@ class Gathers:
                 return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
             room, sent = self._slots.get((peer, gather.slot % SLOTS), (None, None))
             if sent is not None and not sent.free.is_set():  # its reader has not taken what it has
-                return Answer("busy", seconds=1e-3)
-            if room is None:  # in this thread: if there is no memory, the reader is told so
-                room = staging(self._slot_bytes, agreed[0].device)
+                return Answer("busy", seconds=2e-4)
+            needs = chunk_bytes(rows.view, gather.count)
+            if room is None or room.nbytes < min(needs, self._slot_bytes):
+                # In this thread: if there is no memory, the reader is told so.
+                room = staging(needs, agreed[0].device, self._slot_bytes)
             given = peer, gather, rows, agreed, room
             node = Node(lambda *_: self._bring(*given), 1, link=self._link, name="gather")
             self._graph.submit([node], priority="urgent")
@@ -130,7 +132,11 @@ class Gathers:
         try:
             with torch.inference_mode(False), rows.behind.inside():
                 into = chunk(rows.view, gather.count, room)[1]
-                copy_rows(rows.view.as_bytes(), into, rows.ids, count=gather.count).synchronize()
+                copy = copy_rows(rows.view, into, rows.ids, count=gather.count)
+                if room.device.type == "cpu":
+                    copy.synchronize()
+                else:  # what is sent follows it; ids were looked at when they were offered
+                    room.record_stream(torch.accelerator.current_stream(room.device.index))
                 send(room[: chunk_bytes(rows.view, gather.count)])
         except Exception:
             _log.exception("Rows could not be brought into a slot; their reader is told.")

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from portakv.copy.rows import copy_rows
 from portakv.errors import PeerError, TransferCancelled, TransferError, TransferTimeout
 from portakv.graph.graph import Graph, Node
-from portakv.migrate.chunks import chunk, chunk_bytes
+from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
 from portakv.migrate.published import CANCELLED, Pull
@@ -33,8 +33,10 @@ def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> N
     try:
         if moving is not None:  # whose pull was stopped; bytes may still come
             _await(moving.free.wait, pull)
-        dst = step.cut.dst.slice(layers=slice(layers.start, layers.stop))
-        slot = room[: chunk_bytes(dst, count)]
+        dst = step.cut.dst.as_bytes().slice(layers=slice(layers.start, layers.stop))
+        if (nbytes := chunk_bytes(dst, count)) > room.nbytes:
+            room = staging(nbytes, room.device, owner.welcome.slot_bytes)
+        slot = room[:nbytes]
         with owner.turn:
             start = pace.start_of(slot.nbytes)
             while (left := pace.left(start)) and not pull.over:
@@ -43,10 +45,10 @@ def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> N
             terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
             ask(step, step.gather(layers, at, count, **terms), pull)
             moving = owner.mover.lane(owner.address, owner.channel).move(slot, owner.tag)
-        _await(moving.wait, pull)
-        src, mine = chunk(dst, count, room)[1], step.mine.shifted(at)
         with torch.inference_mode(False), pull.behind.inside():
-            copy_rows(src, dst.as_bytes(), None, mine, count=count).synchronize()
+            src, mine = chunk(dst, count, room)[1], step.mine.shifted(at)
+            _await(moving.wait, pull)
+            copy_rows(src, dst, None, mine, count=count).synchronize()
     finally:
         owner.slots.put((number, room, moving))
 

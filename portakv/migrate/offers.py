@@ -91,7 +91,8 @@ class Owner:
         channel: where readers reach it; one owner on each.
         shards: its views with their windows, one for each group of layers that share block ids.
         model: a fingerprint; readers of another one are refused.
-        staging: bytes of the slots of one reader that cannot map the memory.
+        staging: the most bytes of the slots of one reader that cannot map the memory, on either
+            side; they are made as large as what it pulls needs.
         expose: "mapped": readers on this host may map whole allocations, to be read and written, so
             that all are in one trust domain; "staging": they get copies of offered rows alone.
         mover: the name of the one for readers that cannot map; None: the one that a reader has.
@@ -106,7 +107,7 @@ class Owner:
         channel: Channel,
         *shards: Shard,
         model: str,
-        staging: int = 128 << 20,
+        staging: int = 512 << 20,
         expose: str = "mapped",
         mover: str | None = None,
     ) -> None:
@@ -300,7 +301,7 @@ class Owner:
                 f"Layers {gather.layers} x heads {gather.heads} of group {gather.group} were asked "
                 f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
             )
-        part = shard.view.slice(**slices(asked, shard.group.box))
+        part = shard.view.as_bytes().slice(**slices(asked, shard.group.box))
         return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.behind)
 
 

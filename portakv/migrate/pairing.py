@@ -166,7 +166,7 @@ class Pairings:
             mover.close()
         owner.welcome = self._greet(ticket, mover.name, device)
         for number in range(owner.welcome.slots):
-            owner.slots.put((number, staging(owner.welcome.slot_bytes, device), None))
+            owner.slots.put((number, staging(0, device), None))
 
     def _forget(self, owner: Paired) -> None:
         """Let go of an owner; what is still read of it keeps its memory until then."""

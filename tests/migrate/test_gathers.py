@@ -113,7 +113,7 @@ def test_a_reader_that_pairs_anew_finds_its_slots_free(
     monkeypatch.setattr(Other, "stuck", held)
     both = Couple(made, "staging", mover="other")
     before = both.pull(both.offer())
-    assert until(lambda: both.owner.statistics()["slots"] == 2)
+    assert until(lambda: both.owner.statistics()["slots"] >= 2)
     both.owner.reallocate(both.theirs.shard)
     monkeypatch.setattr(Other, "stuck", None)
     began = monotonic()

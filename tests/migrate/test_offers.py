@@ -37,6 +37,7 @@ from portakv.errors import (
 )
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.gathers import SLOTS
 from portakv.migrate.messages import Answer, Begin, Close, Gather, Hello, Renew, Ticket
 from portakv.migrate.moved import ask
 from portakv.migrate.offers import EVENTS, Owner
@@ -406,13 +407,13 @@ def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> No
     """Fault 27. A slot that holds not one token of a layer."""
     wide = torch.zeros(1, 2, 4, 16, 4, 1024, dtype=torch.int16)
     shard = [Shard(KVView([*x], "layer | kv block token head dim")) for x in (wide, wide.clone())]
-    owner = made.owner(shard[0], expose="staging", staging=1 << 13)
+    owner = made.owner(shard[0], expose="staging", staging=1 << 14)
     offer = owner.offer([1], tokens=3)
     with pytest.raises(Unsupported, match="holds no token of a layer; give its owner more staging"):
         made.reader(shard[1]).pull(offer.ticket, [0])
     assert offer.state == "held"
     offer.revoke()
-    with pytest.raises(InvalidTerms, match="8192 bytes or more"):
+    with pytest.raises(InvalidTerms, match="16384 bytes or more"):
         made.owner(shard[0], staging=100)
 
 
@@ -774,7 +775,7 @@ def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
         owner.close()
         channel.close()
         assert until(lambda: reader.channel.statistics()["links"] == 0)
-        assert sum("take" in thread.name for thread in threading.enumerate()) <= 2
+        assert sum("take" in thread.name for thread in threading.enumerate()) <= SLOTS
 
 
 def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:

@@ -23,7 +23,7 @@ from portakv.migrate.shards import Shard
 from support.migrate_channels import until
 
 LAYOUT, MODEL = "layer | kv block token head dim", "a model"
-SMALL = 1 << 14  # bytes of staging: slots of two pages, so that a pull has many slices
+SMALL = 1 << 15  # bytes of staging: slots of two pages, so that a pull has many slices
 
 
 class Sides:

@@ -8,10 +8,10 @@ import atexit
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from queue import SimpleQueue
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -53,6 +53,15 @@ class Moving:
             raise self.error
         return self.over.is_set()
 
+    def poll(self, ended: Callable[[], bool]) -> None:
+        """Ask a library for its end until it has, less and less often, so that others get the
+        interpreter; raises as `wait`, and also if it was ended meanwhile."""
+        began = now = monotonic()
+        while not ended():
+            sleep(min(max(20e-6, (now - began) / 8), 1e-3))
+            if self.over.is_set() or (now := monotonic()) > self.until:
+                self.wait(0)
+
     def begin(self) -> bool:
         """Whether it is still to be carried; if so, from now on a library may touch the slot."""
         with self._lock:
@@ -81,16 +90,17 @@ class Lane(ABC):
         self.address = key if isinstance(key, str) else ""  # the owner's; none if this is the owner
         self.gone: Exception | None = None
         self.unwatch: Callable[[], object] = lambda: None
-        self._moving, self._jobs = set[Moving](), SimpleQueue[Any]()
+        self._moving, self._jobs, self._turn = set[Moving](), SimpleQueue[Any](), threading.Lock()
         named: Any = {"target": self._work, "name": "portakv-mover", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
             thread.start()
 
     @abstractmethod
-    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
         """Move a slot's bytes behind an event, unless `Moving.begin` says that it ended, and return
-        when they landed; raises what went wrong."""
+        when they landed; raises what went wrong. What it does before it yields, if it does, is done
+        in the order of slots; the next one's begins then."""
 
     def cut(self) -> bool:
         """End what a library does, quickly; True if from now on it touches no slot."""
@@ -131,10 +141,13 @@ class Lane(ABC):
                 self._jobs.put(None)
 
     def _work(self) -> None:
-        while job := self._jobs.get():
-            moving = job[0]
+        while self._turn.acquire() and (job := self._jobs.get()):
+            moving, carrying, held = job[0], self.carry(*job), True
             try:
-                self.carry(*job)
+                next(carrying, None)
+                self._turn.release()
+                held = False
+                next(carrying, None)
                 moving.end(let_go=True)
             except Exception as caught:  # each library has errors of its own
                 short = re.sub(r"^\[\S*\] ", "", str(caught)).partition("\n")[0]
@@ -144,9 +157,12 @@ class Lane(ABC):
                 if self.ordered:
                     self.close(error)
                 moving.end(self.gone or error, let_go=True)
+            if held:  # only now: a lane that was closed carries nothing more
+                self._turn.release()
             with self.mover.lock:
                 self._moving.discard(moving)
-            del job, moving
+            del job, moving, carrying
+        self._turn.release()
         if threading.current_thread() is self.threads[0]:
             for other in self.threads[1:]:
                 other.join()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from datetime import timedelta
 from secrets import token_hex
@@ -51,17 +52,40 @@ class Pair(Lane):
     def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
         self.name, self.named, self.group = "", threading.Event(), cast(Any, None)
         self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
+        self.broken = False
+        self.width = 1 if self.stream is None else 2  # one crosses, and one waits behind it there
         super().__init__(mover, channel, key)
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
-    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
         self.group = self.group or self._join()
         if self.gone or not moving.begin():  # behind the line before, as `cut` looks at the group
             raise self.gone or TransferTimeout("its turn came too late")
+        slot, other = moving.slot.view(-1).view(torch.uint8), 0 if self.address else 1
+        call = self.group.recv if self.address else self.group.send
+        if self.stream is None:
+            self._by_gloo(moving, slot, lambda x: call([x], other, tag))
+            return
+        if not slot.nbytes:  # its reader waits for what it asked for, and no less
+            raise TransferError("its owner has no bytes for it")
         with inside(self.stream):
             if ready is not None:
                 ready.wait(self.stream)
-            self._cross(moving, tag)
+            call([slot], other, tag).wait()  # only this thread's stream does
+        ended = self.stream.record_event()
+        yield
+        try:
+            moving.poll(ended.query)
+            if self.broken:
+                raise TransferError("another slot of its pair failed")
+        except Exception:
+            if not self.broken:
+                self.broken = True
+                self.group.abort()  # else it waits for the peer as long as the device runs
+            until = time.monotonic() + EXIT_SECONDS
+            while not ended.query() and time.monotonic() < until:
+                time.sleep(1e-3)
+            raise
 
     def _join(self) -> Any:
         if self.address:
@@ -72,42 +96,19 @@ class Pair(Lane):
         seconds = self.mover.timeout / RELAXED if self.stream is None else NEVER
         return pair(self.store, int(bool(self.address)), 2, self.mover.device, seconds, self.name)
 
-    def _cross(self, moving: Moving, tag: int) -> None:
+    def _by_gloo(self, moving: Moving, slot: torch.Tensor, call: Callable[[Any], Any]) -> None:
         """The length, then the bytes. gloo ends the process if more come than it was told to
         receive, so that it is told nothing before the length was seen; fewer it takes for all."""
-        host, slot = self.stream is None, moving.slot.view(-1).view(torch.uint8)
-        if not host and not slot.nbytes:  # its reader waits for the bytes behind the length
-            raise TransferError("its owner has no bytes for it")
-        head = torch.tensor([slot.nbytes], dtype=torch.int64, device=self.mover.device)
-        call, other = (self.group.recv, 0) if self.address else (self.group.send, 1)
+        head = torch.tensor([slot.nbytes], dtype=torch.int64, device="cpu")
         for each in (head.view(torch.uint8), slot):
-            work = call([each], other, tag)
-            if host:
-                work.wait(timedelta(seconds=max(moving.until - time.monotonic(), 0.001)))
-            else:
-                work.wait()  # only this thread's stream does
-            if host or each is slot:
-                self._await(moving)
-                came = int(head) if self.address else slot.nbytes
-                if came not in (0, slot.nbytes):
-                    raise TransferError(f"{came} B came, {slot.nbytes} were asked for")
-                if came != slot.nbytes:
-                    moving.end(PeerError("Its owner had no bytes; its log says why. Pull again."))
-                if not came:  # both go on with the next one
-                    return
-
-    def _await(self, moving: Moving) -> None:
-        """Block the host until the stream is empty; a group that does not end is aborted."""
-        ended = self.stream and self.stream.record_event()
-        try:
-            while ended and not ended.query():
-                moving.wait(50e-6)
-        except Exception:
-            self.group.abort()  # else it waits for the peer as long as the device runs
-            until = time.monotonic() + EXIT_SECONDS
-            while ended and not ended.query() and time.monotonic() < until:
-                time.sleep(1e-3)
-            raise
+            left = moving.until - time.monotonic()
+            call(each).wait(timedelta(seconds=max(left, 0.001)))
+            if (came := int(head)) not in (0, slot.nbytes):
+                raise TransferError(f"{came} B came, {slot.nbytes} were asked for")
+            if came != slot.nbytes:
+                moving.end(PeerError("Its owner had no bytes; its log says why. Pull again."))
+            if not came:  # both go on with the next one
+                return
 
     def cut(self) -> bool:
         """gloo has no call that ends a receive, but one that times out closes the pair's connection

@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from abc import abstractmethod
+from collections.abc import Iterator
 from importlib import import_module
 from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -66,7 +67,8 @@ class Reading(Lane):
         self._entered = dict[int, tuple[torch.UntypedStorage, Any]]()
         super().__init__(mover, channel, key)
 
-    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> None:
+    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
+        yield
         if ready is not None:  # libraries read and write behind no stream
             ready.synchronize()
         with inside(self.ours.device):
@@ -200,9 +202,8 @@ class Nixl(OneSided):
         theirs = agent.get_xfer_descs([(there.address, there.nbytes, there.device)], kind)
         handle = agent.initialize_xfer("READ", mine, theirs, lane.names[there.reach], b"")
         try:
-            state = agent.transfer(handle)
-            while state == "PROC":
-                moving.wait(2e-5)
+            if (state := agent.transfer(handle)) == "PROC":
+                moving.poll(lambda: agent.check_xfer_state(handle) != "PROC")
                 state = agent.check_xfer_state(handle)
         finally:
             _release(handle)
