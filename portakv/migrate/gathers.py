@@ -96,8 +96,10 @@ class Gathers:
                 return Answer("busy", seconds=2e-4)
             needs = chunk_bytes(rows.view, gather.count)
             if room is None or room.nbytes < min(needs, self._slot_bytes):
-                # In this thread: if there is no memory, the reader is told so.
-                room = staging(needs, agreed[0].device, self._slot_bytes)
+                # In this thread: if there is no memory, the reader is told so. Not what was freed
+                # on a caller's stream, where work may still use it.
+                with Behind(agreed[0].device).inside():
+                    room = staging(needs, agreed[0].device, self._slot_bytes)
             given = peer, gather, rows, agreed, room
             node = Node(lambda *_: self._bring(*given), 1, link=self._link, name="gather")
             self._graph.submit([node], priority="urgent")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
-from queue import SimpleQueue
+from queue import LifoQueue
 from typing import Any, cast
 
 import torch
@@ -38,7 +38,7 @@ class Paired:
         self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
         self.number = 0  # of those that are known now: workers are kept by it
         #: Slots with their numbers, and what was moved into them last.
-        self.slots: SimpleQueue[tuple[int, torch.Tensor, Moving | None]] = SimpleQueue()
+        self.slots: LifoQueue[tuple[int, torch.Tensor, Moving | None]] = LifoQueue()
         self.unwatch: Callable[[], object] = lambda: None
         #: For the epochs of this and of others the cuts of a pull, if all have all positions.
         self.cuts: Bounded[tuple[bytes, ...], Any] = Bounded("cuts of pulls", 16)

@@ -36,8 +36,8 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.migrate.channel import Channel, Peer
-from portakv.migrate.ipc import shared_empty
 from portakv.migrate.gathers import SLOTS
+from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import Answer, Begin, Close, Gather, Hello, Renew, Ticket
 from portakv.migrate.moved import ask
 from portakv.migrate.offers import EVENTS, Owner

@@ -99,8 +99,8 @@ class Lane(ABC):
     @abstractmethod
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
         """Move a slot's bytes behind an event, unless `Moving.begin` says that it ended, and return
-        when they landed; raises what went wrong. What it does before it yields, if it does, is done
-        in the order of slots; the next one's begins then."""
+        when they landed; raises what went wrong. It may yield once: what is before that is done in
+        the order of slots, one behind the other."""
 
     def cut(self) -> bool:
         """End what a library does, quickly; True if from now on it touches no slot."""
@@ -113,7 +113,7 @@ class Lane(ABC):
         """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
         that were given before it. An owner's ends when the reader has it; a reader's when it has
         what the owner gives under the tag, exactly as many bytes. Both make theirs in one order,
-        two at a time. An owner that has none gives an empty one, which ends the reader's."""
+        a few at a time. An owner that has none gives an empty one, which ends the reader's."""
         moving = Moving(slot, self.mover.timeout)
         ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
         with self.mover.lock:

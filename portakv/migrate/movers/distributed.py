@@ -45,7 +45,8 @@ class Join(Message, frozen=True):
 
 class Pair(Lane):
     """The group of two, made by the first slot that crosses. What comes behind a slot that failed
-    would be taken for it, so that a group carries no more then."""
+    would be taken for it, so that a group carries no more then. On a device slots have no length
+    before them: NCCL takes what it is told, and both sides know it from one `Gather`."""
 
     ordered = True
 

@@ -4,21 +4,31 @@
 from __future__ import annotations
 
 import os
+import queue
 import subprocess
 import sys
 import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from support.migrate_pulls import LAYOUT, sides
 from support.mover_cases import End, Wire, slot_of, wire
+from support.simdev_cases import DEVICE, OTHER, current
 
+from portakv import KVView
+from portakv.backends.base import Decision
 from portakv.errors import PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
-from portakv.migrate.movers.distributed import Distributed
+from portakv.migrate.movers import MOVERS
+from portakv.migrate.movers.distributed import Distributed, Join, Pair
+from portakv.migrate.shards import Shard
+from portakv_conformance import simdev
 
 NEVER = 300.0  # of the mover's own timeout; what ends before it does not end by it
 OWNER = Path(__file__).parent / "owner_process.py"
@@ -189,3 +199,94 @@ def test_no_thread_is_left_of_a_mover_that_was_closed() -> None:
     while any(x.name == "portakv-mover" for x in set(threading.enumerate()) - before):
         assert time.monotonic() < until
         time.sleep(0.01)
+
+
+class Group:
+    """What nccl does of a group of two, between two simulated devices: all in the order of streams,
+    whatever the tags."""
+
+    def __init__(self, device: torch.device, wire: queue.Queue[Any]) -> None:
+        self.device, self.wire, self.aborted = device, wire, False
+
+    def send(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
+        landed: queue.Queue[torch.Event] = queue.Queue()
+        self.wire.put((slots[0], current(self.device).record_event(), landed))
+        return self.behind(landed.get(timeout=20))
+
+    def recv(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
+        given, ready, landed = self.wire.get(timeout=20)
+        ready.wait(current(self.device))
+        simdev.delay(current(self.device), 20)
+        slots[0].copy_(given, non_blocking=True)
+        landed.put(ended := current(self.device).record_event())
+        return self.behind(ended)
+
+    def behind(self, event: torch.Event) -> Any:
+        return SimpleNamespace(wait=lambda: event.wait(current(self.device)))
+
+    def abort(self) -> None:
+        self.aborted = True
+
+
+WIRES = dict[str, Any]()  # by the name of the pair
+
+
+class SimulatedPair(Pair):
+    def _join(self) -> Group:
+        if self.address:
+            self.name = str(len(WIRES))
+            WIRES[self.name] = queue.Queue()
+            self.channel.ask(self.address, Join(self.name), Answer)
+        assert self.address or self.named.wait(20)
+        return Group(self.mover.device, WIRES[self.name])
+
+
+class Simulated(Distributed):
+    name, kind = "simulated", SimulatedPair
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, device.type != "cpu", "it is simulated")
+
+
+@pytest.mark.simdev
+def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 24 and 25. The host waits for no copy of the owner's, and streams order all."""
+    monkeypatch.setitem(MOVERS, Simulated.name, Simulated)
+    theirs = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    mine = torch.zeros_like(theirs, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
+    with sides() as made:
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * theirs[0].nbytes)
+        reader = made.reader(Shard(views[1]), mover=Simulated.name)
+        for turn in range(1, 4):
+            simdev.delay(current(DEVICE), 50)
+            theirs.copy_(torch.arange(theirs.numel()).view(theirs.shape).to(DEVICE) * turn)
+            pulled = reader.pull(owner.offer(range(8), tokens=128).ticket, [*range(7, -1, -1)])
+            pulled.synchronize(60)
+            assert len(pulled.slices) == 9
+            assert torch.equal(theirs.cpu(), mine.cpu().flip(2))
+
+
+@pytest.mark.simdev
+def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() -> None:
+    """Fault 5. Two are on their way; neither counts, and no thread is left."""
+    both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
+    for tag, nbytes in enumerate((1, 1000, 1 << 20)):
+        both.cross(nbytes, tag)
+    lanes = both.reader.lane(End.address, both.here), both.owner.lane(both.life, both.there)
+    simdev.delay(current(DEVICE), 500)
+    given = [both.give(slot_of(100).to(DEVICE, non_blocking=True), tag) for tag in range(3)]
+    taking = [both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)) for _ in given]
+    time.sleep(0.1)  # so that they are on the stream
+    both.life.end()
+    for each in taking:
+        with pytest.raises(PeerError, match="peer is gone"):
+            each.wait(20)
+        assert each.free.wait(20)
+    assert lanes[0].group.aborted
+    both.reader.close(20)
+    both.owner.close(20)
+    assert not any(x.is_alive() for lane in lanes for x in lane.threads)
