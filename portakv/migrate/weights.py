@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from math import prod
+from math import gcd, prod
 from operator import add, sub
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -347,18 +347,19 @@ def _copy_listed(some: list[Any]) -> None:
 
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy to the end; small ones many at a time, as integers: on CUDA that call takes bfloat16 and
-    float16 through float32, which changes NaNs (torch 2.11)."""
+    float16 through float32, which changes NaNs (torch 2.11), and moves eight bytes the fastest."""
     many = defaultdict[Any, list[Any]](list)
     with torch.inference_mode():
-        for into, theirs in pairs:
-            both, word = (into, theirs), getattr(torch, f"int{8 * min(into.itemsize, 8)}")
-            if into.nbytes < _SMALL and into.itemsize <= 8 and all(x.is_contiguous() for x in both):
-                some = many[into.device, word]
-                some.append([x.view(word) for x in both])
-                if len(some) == _LISTED:  # the device begins while the host goes on
-                    _copy_listed(some)
-            else:
-                into.copy_(theirs)
+        for pair in pairs:
+            if pair[0].nbytes >= _SMALL or not all(x.is_contiguous() for x in pair):
+                pair[0].copy_(pair[1])
+                continue
+            width = gcd(8, *(n for x in pair for n in (x.nbytes, x.storage_offset() * x.itemsize)))
+            word = getattr(torch, f"int{8 * width}")
+            some = many[pair[0].device, word]
+            some.append([x.view(-1).view(word) for x in pair])
+            if len(some) == _LISTED:  # the device begins while the host goes on
+                _copy_listed(some)
         for some in filter(None, many.values()):
             _copy_listed(some)
     for device in {into.device for into, _ in pairs if not into.is_cpu}:
