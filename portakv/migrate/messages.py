@@ -116,8 +116,8 @@ class Renew(About, frozen=True):
 
 
 class Gather(About, frozen=True):
-    """Asks for ``count`` tokens from ``first`` on, of a rectangle of a group on the model's axes:
-    in a staging slot, for a mover and under a tag; or, without a mover, for their digest."""
+    """Begins, and asks for ``count`` tokens from ``first`` on, of a rectangle of a group on the
+    model's axes: in a slot, for a mover and under a tag; or, without a mover, for their digest."""
 
     group: Small
     layers: tuple[Small, Small]

@@ -252,7 +252,7 @@ class Owner:
         held = offer is not None and about.epoch == self.epoch and offer.state == "held"
         return offer if held else None
 
-    def _begin(self, peer: Peer, begin: messages.Begin) -> None:
+    def _begin(self, peer: Peer, begin: messages.About) -> None:
         with self.change:
             if (offer := self._held(begin)) and peer.id not in offer.begun:
                 offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
@@ -288,6 +288,7 @@ class Owner:
         with self.change:
             if (offer := self._held(gather)) is None:
                 return GONE
+            self._begin(peer, gather)
             rows = self._rows(offer, gather)
             return self._gathers.begin(peer, gather, rows)
 

@@ -116,8 +116,7 @@ class Pull(Part):
         """Wait for all bytes, look at them, and ask each owner whether its offer held; offers are
         renewed meanwhile."""
         errors, soon = list[BaseException](), monotonic() + MOMENT
-        if checks or self.slices:
-            self.begin(told)
+        self._told |= not self.copies  # an owner that is asked for rows or digests knows by that
         for one in (*self.copies, *self.slices):
             try:
                 if not _over(one, max(0.0, soon - monotonic())):
