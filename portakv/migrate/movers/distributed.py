@@ -73,20 +73,20 @@ class Pair(Lane):
             if ready is not None:
                 ready.wait(self.stream)
             call([slot], other, tag).wait()  # only this thread's stream does
-        ended = self.stream.record_event()
-        yield
-        try:
-            moving.poll(ended.query)
-            if self.broken:
-                raise TransferError("another slot of its pair failed")
-        except Exception:
-            if not self.broken:
-                self.broken = True
-                self.group.abort()  # else it waits for the peer as long as the device runs
-            until = time.monotonic() + EXIT_SECONDS
-            while not ended.query() and time.monotonic() < until:
-                time.sleep(1e-3)
-            raise
+            ended = self.stream.record_event()
+            yield
+            try:
+                moving.poll(ended.query)
+                if self.broken:
+                    raise TransferError("another slot of its pair failed")
+            except Exception:
+                if not self.broken:
+                    self.broken = True
+                    self.group.abort()  # else it waits for the peer as long as the device runs
+                until = time.monotonic() + EXIT_SECONDS
+                while not ended.query() and time.monotonic() < until:
+                    time.sleep(1e-3)
+                raise
 
     def _join(self) -> Any:
         if self.address:
