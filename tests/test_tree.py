@@ -46,7 +46,7 @@ BUDGETS = {
     PLUGS: 2_830,
     "portakv/storage": 2_592,
     "portakv/graph": 629,
-    "portakv/migrate": 3_998,
+    "portakv/migrate": 4_011,
     "portakv/backends": 3_490,
     "portakv/cli": 2_950,
     "portakv/connector": 840,

@@ -42,7 +42,7 @@ class Gathers:
         self._channel, self._slot_bytes, self.mover = channel, slot_bytes, forced(mover)
         self._movers = dict[str, Mover]()  # by name
         self._by = dict[Peer, list[Mover]]()  # of readers; each agreement is a list of its own
-        self._slots = dict[tuple[Peer, int], tuple[torch.Tensor, Moving]]()
+        self._slots = dict[tuple[Peer, int], tuple[torch.Tensor, Moving | None]]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
         self._graph = Graph()
         self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
@@ -99,13 +99,22 @@ class Gathers:
                 # In this thread: if there is no memory, the reader is told so. Not what was freed
                 # on a caller's stream, where work may still use it.
                 with Behind(agreed[0].device).inside():
-                    room = staging(needs, agreed[0].device, self._slot_bytes)
+                    room = self._room(peer, gather.slot % SLOTS, needs, agreed[0])
             given = peer, gather, rows, agreed, room
             node = Node(lambda *_: self._bring(*given), 1, link=self._link, name="gather")
             self._graph.submit([node], priority="urgent")
             return Answer("done")
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
+
+    def _room(self, peer: Peer, number: int, needs: int, mover: Mover) -> torch.Tensor:
+        """Memory for a slot; of all slots if they have to be known at once."""
+        if not mover.knows_once:
+            return staging(needs, mover.device, self._slot_bytes)
+        whole, each = staging(SLOTS * self._slot_bytes, mover.device), self._slot_bytes
+        with self._lock:
+            self._slots |= {(peer, n): (whole[n * each :][:each], None) for n in range(SLOTS)}
+            return self._slots[peer, number][0]
 
     def close(self) -> None:
         """End what is under way."""

@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, groupby
-from math import gcd, prod
+from math import prod
 from operator import add, sub
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from portakv.runtime.worker import RateLimit
 
 _PAGE, _SMALL = 40 << 10, 16 << 20  # bytes of items in an answer; of tensors that are small
 _LISTED = 64  # small tensors that one call copies
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _BATCH, _PACED = 1 << 30, 32 << 20  # bytes that are copied and compared at once; with a rate
 _SUMS = 256  # cells at once: on the host each may cost a descriptor
 
@@ -347,17 +348,17 @@ def _copy_listed(some: list[Any]) -> None:
 
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy to the end; small ones many at a time, as integers: on CUDA that call takes bfloat16 and
-    float16 through float32, which changes NaNs (torch 2.11), and moves eight bytes the fastest."""
+    float16 through float32, which changes NaNs (torch 2.11)."""
     many = defaultdict[Any, list[Any]](list)
     with torch.inference_mode():
-        for pair in pairs:
-            if pair[0].nbytes >= _SMALL or not all(x.is_contiguous() for x in pair):
-                pair[0].copy_(pair[1])
+        for into, theirs in pairs:
+            small = into.nbytes < _SMALL and into.itemsize in _INTEGERS
+            if not (small and into.is_contiguous() and theirs.is_contiguous()):
+                into.copy_(theirs)
                 continue
-            width = gcd(8, *(n for x in pair for n in (x.nbytes, x.storage_offset() * x.itemsize)))
-            word = getattr(torch, f"int{8 * width}")
-            some = many[pair[0].device, word]
-            some.append([x.view(-1).view(word) for x in pair])
+            word = _INTEGERS[into.itemsize]
+            some = many[into.device, word]
+            some.append((into.view(word), theirs.view(word)))
             if len(some) == _LISTED:  # the device begins while the host goes on
                 _copy_listed(some)
         for some in filter(None, many.values()):

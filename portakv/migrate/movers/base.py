@@ -175,12 +175,14 @@ class Mover(ABC):
 
     Attributes:
         asks: what a reader's mover asks an owner's, which has to `answer`.
+        knows_once: a reader learns but once what memory of an owner can be reached, all slots.
         why: why it was chosen.
     """
 
     name = ""
     kind: type[Lane]
     asks: tuple[type[Message], ...]
+    knows_once = False
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         self.device, self.timeout, self._process, self.why = device, timeout, this_process(), ""

@@ -216,9 +216,10 @@ class Nixl(OneSided):
 
 class Mooncake(OneSided):
     """By Mooncake's transfer engine: sockets for host memory; for devices NVLink if
-    ``MC_INTRANODE_NVLINK=1``, else RDMA. It cannot end a read: a slot is not free until then."""
+    ``MC_INTRANODE_NVLINK=1``, else RDMA. It cannot end a read: a slot is not free until then. What
+    an owner registers after a reader's first read, that reader does not find (0.3.14)."""
 
-    name, library, needs = "mooncake", "mooncake.engine", "TransferEngine"
+    name, library, needs, knows_once = "mooncake", "mooncake.engine", "TransferEngine", True
 
     def begin(self, address: str) -> Any:
         engine = import_module(self.library).TransferEngine()
