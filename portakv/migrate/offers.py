@@ -314,7 +314,8 @@ def _events(device: torch.device) -> list[Any]:
         module = torch.get_device_module(device)
         with module.device(device):
             made = [module.Event(interprocess=True) for _ in range(EVENTS)]
-            ipc.export_event(made[0])
+            for event in made:  # it becomes this device's with the first export
+                ipc.export_event(event)
     except (Unsupported, RuntimeError, TypeError):
         return []
     return made

@@ -85,3 +85,17 @@ def test_an_owner_is_told_of_a_pull_that_waits_for_its_stream(accelerator: torch
         reader.pull(offer.ticket, [1, 5]).synchronize(60)
         assert [begin.offer for begin in told] == [offer.number]
         assert torch.equal(mine[:, :, [1, 5]].cpu(), theirs.whole[:, :, [3, 2]])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("torch.cuda.device_count() < 2", reason="it takes two CUDA devices")
+def test_an_owner_on_another_device_than_the_current_one() -> None:
+    """Its events are that device's: to wait for one of another ended the process."""
+    theirs = torch.full(SHAPE, 7, dtype=torch.int16, device="cuda:1")
+    mine = torch.zeros(SHAPE, dtype=torch.int16, device="cpu")
+    with sides() as made, torch.cuda.device(0):
+        owner, reader = made.owner(shard(theirs)), made.reader(shard(mine))
+        assert {event.device for event in owner._events} == {theirs.device}
+        for block in range(3):
+            reader.pull(owner.offer([block], tokens=16).ticket, [block]).synchronize(60)
+    assert (mine[:, :, :3] == 7).all()
