@@ -30,7 +30,7 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.worker import RateLimit
 
 _PAGE, _SMALL = 40 << 10, 16 << 20  # bytes of items in an answer; of tensors that are small
-_LISTED = 64  # small tensors that one call copies
+_LISTED = 32  # small tensors that one call copies
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _BATCH, _PACED = 1 << 30, 32 << 20  # bytes that are copied and compared at once; with a rate
 _SUMS = 256  # cells at once: on the host each may cost a descriptor
