@@ -42,7 +42,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def test_static_tools_find_the_package(told: str) -> None:
     assert 'Revealed type is "portakv.view.view.KVView"' in told
-    assert 'Revealed type is "portakv.runtime.transfer.Transfer"' in told
+    assert 'Revealed type is "portakv.copy.handle.BlockTransfer"' in told
     assert "error:" not in told
 
 
