@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The copy of cuda/rows.cuh by a few thread blocks that stay until all is moved: for memory of the
-// host, which a kernel reaches over the link. The link is busy long before the device is, so that
-// more blocks would only take room from other kernels.
+// host or of a peer, which a kernel reaches over a link. The link is busy long before the device is,
+// so that more blocks would only take room from other kernels.
 //
 // Takes the same argument. It does not lie beside that file: what lies there counts as source of
 // the backends `cuda` and `hip`.
@@ -102,9 +102,9 @@ __device__ __forceinline__ char* address_in(
 // Strips and Planes: a thread has Strips * Planes vectors in flight at once, for each strip the same
 // place in so many planes, which is worked out once. A strip is as wide as a block.
 //
-// With one plane at a time blocks pass from each plane to the next, however short. With several,
-// all threads of a block have the same ones, so that a warp works them out once, and the last block
-// of a plane may have less to do.
+// With one plane at a time a block passes from each plane to the next, however short. With several,
+// all threads of a block have the same planes, so that a warp works these out once; the last block of
+// each group of planes may have less to do.
 template <int Bytes, unsigned Run, unsigned Strips, unsigned Planes, class Inner, class Outer,
           class Src, class Dst>
 __device__ __forceinline__ void copy_direct(const CopyOf<Src, Dst>& copy) {

@@ -42,6 +42,7 @@ BESIDE = {"d2h": 3, "h2d": 4}
 #: The same of a peer's rows, whose link is seven times as wide, by what else the device does. Of
 #: 1 GiB between two H200 8 blocks reached 0.93 of a raw copy, 12 and more 0.95; beside a matmul of
 #: 8192^3 4 blocks reached 0.27, 8 0.53, 12 0.71 and 16 0.80, and slowed it by 11, 14, 15 and 17 %.
+#: A copy of one plane has less from as many, since it finds each vector by itself.
 PEER_BLOCKS = {"compute": 14, "idle": 64}
 IDLE = Terms(overlap="idle")
 _HOST = torch.device("cpu")
@@ -54,8 +55,8 @@ class Cut(NamedTuple):
     """How a copy is cut among threads."""
 
     threads: int = 1024  # of a block
-    each: int = 2  # vectors that a thread has under way before its first store
-    planes: int = 1  # of how many planes they are at most, at one place in each
+    each: int = 2  # vectors that a thread has under way before its first store, at least
+    planes: int = 1  # from how many planes it takes them at most, at one place in each
 
 
 #: A quarter of a megabyte under way in eight blocks: more than what the link holds. With eight
@@ -97,11 +98,11 @@ class DirectKernel(RowsKernel):
         self.most_units = (MAX_VECTORS - 1) // self._whole
         self._device = device
         direction = "h2d" if self._reads_host else "d2h"
-        at_once = min(cut.planes, self.planes)
-        self._strips = max(1, cut.each // at_once), at_once
-        self._width, self._groups = cut.threads * self._strips[0], -(-self.planes // at_once)
-        self._length = self.row  # vectors that blocks pass through, for each unit and group
-        if at_once == 1:
+        self._together = min(cut.planes, self.planes)
+        self._strips = max(1, cut.each // self._together)
+        # Of planes that are taken together a block has its own; single ones it passes through.
+        self._length, self._groups = self.row, -(-self.planes // self._together)
+        if self._together == 1:
             self._length, self._groups = self._whole, 1
         beside = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
         # Of launches up to so many bytes, and of larger ones.
@@ -115,15 +116,16 @@ class DirectKernel(RowsKernel):
 
     def entry(self, each: int, name: str) -> str:
         """See `RowsKernel.entry`."""
-        strips, planes = self._strips
-        of = f"{self.vector}, {self.run // self.vector}, {strips}, {planes}, Inner, Outer, Src, Dst"
+        sizes = self.vector, self.run // self.vector, self._strips, self._together
+        of = f"{', '.join(map(str, sizes))}, Inner, Outer, Src, Dst"
         entry = f"void PORTAKV_AT_MOST({self.threads}) {name}(const PORTAKV_CONSTANT Argument copy)"
         return f'extern "C" __global__ {entry} {{ copy_direct<{of}>(copy); }}\n'
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
         """Thread blocks of a launch: no more than have something to do."""
         most = self._most[units * self._whole * self.vector > self._small]
-        return min(most, -(-units * self._length // self._width) * self._groups), 1
+        width = self.threads * self._strips
+        return min(most, -(-units * self._length // width) * self._groups), 1
 
     def requests(self, move: Move) -> tuple[Request, Request]:
         """See `RowsKernel.requests`; of the host's addresses those on the device."""

@@ -120,8 +120,8 @@ MEDIUM = Cut(threads=64, each=2)
 @pytest.mark.parametrize(
     ("cut", "make", "terms", "blocks"),
     [(MEDIUM, large, None, BLOCKS), *((MEDIUM, large, most, most) for most in (1, 2, 3, 20)),
-     (CUT, large, None, 6), (CUT, COPIES["gather"], None, 1)],
-    ids=["no terms", *(f"at most {most}" for most in (1, 2, 3, 20)), "fewer to do", "one to do"],
+     (CUT, large, None, 6), (Cut(1024, 4, 2), large, None, 4), (CUT, COPIES["gather"], None, 1)],
+    ids=["no terms", *(f"at most {most}" for most in (1, 2, 3, 20)), "fewer", "two planes", "one"],
 )  # fmt: skip
 @pytest.mark.usefixtures("driver")
 def test_no_more_thread_blocks_than_the_terms_allow_and_have_something_to_do(
