@@ -52,7 +52,7 @@ def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
 
 
 def _done(pulled: Pull) -> bool:
-    sleep(2e-5)  # asked without a pause, its worker would wait for the interpreter
+    sleep(2e-5)  # else the worker that ends the pull would wait for the interpreter
     return pulled.done()
 
 

@@ -118,7 +118,7 @@ class Side:
         """Do one of `pull`, `copy`, `send`, `receive` and `read` so often, not before a time; when
         it began and ended, in seconds of the clock that all processes share."""
         n = self.case.payload(nbytes)
-        self.settle()  # else what it fills to know other bytes counts, as pulls follow its stream
+        self.settle()  # pulls follow the stream that `expect` fills: else its time would count
         calls: dict[str, Callable[[], Any]] = {
             "pull": lambda: self.pull(ticket, nbytes, overlap="idle"),
             "copy": lambda: self.copy(nbytes),

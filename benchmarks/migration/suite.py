@@ -21,8 +21,8 @@ from portakv_benchmarks.shared.harness import Row
 from portakv_benchmarks.shared.trials import Sample, Trials, Way, timed
 
 PEERS = ("nixl", "mooncake")
-#: Bytes below which a device's raw copy takes the one or the other of two times (of 2 MB 12 or 18
-#: us between two H200), so that there are more rounds.
+#: Bytes below which there are more rounds on a device, since a raw copy takes one of two times: of
+#: 2 MB either 12 or 18 us between two H200.
 _SMALL = 32 * MB
 
 #: Sets of weights.
