@@ -28,11 +28,13 @@ SLOTS = 4  # of each reader: one is filled, two are on the wire, one is emptied
 
 
 class Rows(NamedTuple):
-    """Offered rows: a part of a view of bytes, the index of its tokens, and what they follow."""
+    """Offered rows: a part of a view of bytes, the index of its tokens, what they follow, and the
+    readers for which some could not be brought."""
 
     view: KVView
     ids: Index
     behind: Behind
+    spoilt: set[bytes]
 
 
 class Gathers:
@@ -140,15 +142,19 @@ class Gathers:
                     sent = lane.move(full, gather.tag)
                     self._slots[peer, gather.slot % SLOTS] = room, sent
 
+        full = room[: chunk_bytes(rows.view, gather.count)]
         try:
             with torch.inference_mode(False), rows.behind.inside():
                 into = chunk(rows.view, gather.count, room)[1]
+                if room.device.type != "cpu":
+                    room.record_stream(torch.accelerator.current_stream(room.device.index))
                 copy = copy_rows(rows.view, into, rows.ids, count=gather.count)
                 if room.device.type == "cpu":
                     copy.synchronize()
                 else:  # what is sent follows it; ids were looked at when they were offered
-                    room.record_stream(torch.accelerator.current_stream(room.device.index))
-                send(room[: chunk_bytes(rows.view, gather.count)])
+                    copy.wait()
+                send(full)
         except Exception:
             _log.exception("Rows could not be brought into a slot; their reader is told.")
-            send(room[:0])
+            rows.spoilt.add(peer.id)
+            send(full.zero_())  # as many bytes as its reader waits for

@@ -27,6 +27,7 @@ from portakv.view.index import Ids, Index
 
 EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
 GONE = messages.Answer("gone", "it is no offer of this owner (any more)")
+SPOILT = messages.Answer("gone", "some of its rows could not be brought; its owner's log says why")
 
 
 class Offer:
@@ -45,6 +46,7 @@ class Offer:
         self.ids, self.tokens, self.until, self.left = ids, tokens, until, readers
         self.behind = Behind(owner.device)
         self.begun = dict[bytes, Any]()  # readers that have not closed it: how to stop watching
+        self.spoilt = set[bytes]()  # readers for which some of its rows could not be brought
         self._owner, self._state = owner, "held"
 
     @property
@@ -272,7 +274,7 @@ class Owner:
             if offer is None:
                 return GONE
             self._less(offer, peer.id, "taken")
-            return messages.Answer("held")
+            return SPOILT if peer.id in offer.spoilt else messages.Answer("held")
 
     def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
         with self.change:
@@ -290,7 +292,7 @@ class Owner:
                 return GONE
             self._begin(peer, gather)
             rows = self._rows(offer, gather)
-            return self._gathers.begin(peer, gather, rows)
+            return SPOILT if peer.id in offer.spoilt else self._gathers.begin(peer, gather, rows)
 
     def _rows(self, offer: Offer, gather: messages.Gather) -> Rows:
         """What a gather asks for; raises `LayoutError` if that was not offered."""
@@ -303,7 +305,7 @@ class Owner:
                 f"for, and tokens {gather.first} + {gather.count}: expected what was offered."
             )
         part = shard.view.as_bytes().slice(**slices(asked, shard.group.box))
-        return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.behind)
+        return Rows(part, Index(*offer.ids[gather.group], gather.first), offer.behind, offer.spoilt)
 
 
 def _events(device: torch.device) -> list[Any]:

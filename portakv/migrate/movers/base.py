@@ -113,7 +113,7 @@ class Lane(ABC):
         """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
         that were given before it. An owner's ends when the reader has it; a reader's when it has
         what the owner gives under the tag, exactly as many bytes. Both make theirs in one order,
-        a few at a time. An owner that has none gives an empty one, which ends the reader's."""
+        a few at a time."""
         moving = Moving(slot, self.mover.timeout)
         ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
         with self.mover.lock:

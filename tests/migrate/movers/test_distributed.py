@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +22,7 @@ from support.simdev_cases import DEVICE, OTHER, current
 
 from portakv import KVView
 from portakv.backends.base import Decision
-from portakv.errors import PeerError, TransferError, Unsupported
+from portakv.errors import OfferGone, PeerError, TransferError, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.movers import MOVERS
@@ -268,6 +268,29 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             pulled.synchronize(60)
             assert len(pulled.slices) == 9
             assert torch.equal(theirs.cpu(), mine.cpu().flip(2))
+
+
+@pytest.mark.simdev
+def test_rows_that_cannot_be_brought_into_a_slot_of_a_device_are_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 27. The reader's device waits for as many bytes as were asked for, whatever happens."""
+    monkeypatch.setitem(MOVERS, Simulated.name, Simulated)
+    theirs = torch.ones(4, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    mine = torch.zeros_like(theirs, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
+    with sides() as made:
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * theirs[0].nbytes)
+        reader = made.reader(Shard(views[1]), mover=Simulated.name)
+        for fails in (True, False, True):
+            offer, began = owner.offer(range(8), tokens=128), time.monotonic()
+            if fails:
+                offer.ids = [(offer.ids[0][0] + 1000, 16)]  # they are looked at when it is offered
+            with pytest.raises(OfferGone, match="log says why") if fails else nullcontext():
+                reader.pull(offer.ticket, range(8)).synchronize(60)
+            assert time.monotonic() - began < 10
+            assert offer.taken(0)
+            assert fails or torch.equal(theirs.cpu(), mine.cpu())
 
 
 @pytest.mark.simdev
