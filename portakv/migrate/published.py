@@ -58,7 +58,8 @@ class Pull(Part):
 
     nbytes, way, stopped = 0.0, MAPPED, False
     behind = cast(Any, None)  # a `Behind`, if rows are moved
-    _late, _ended, _told = False, cast("float | None", None), False
+    _late, _ended = False, cast("float | None", None)
+    quiet: Told = ()  # whose owners would not know that it reads: they are asked for no rows
 
     def __init__(self, node: Node, timeout: float | None) -> None:
         super().__init__((), [node])
@@ -105,10 +106,10 @@ class Pull(Part):
         pieces, stopped = len(self.copies) + len(self.slices), self.stopped and over and not landed
         return Statistics(int(self.nbytes) * landed, 0, 0, *self.way, seconds, pieces, stopped)
 
-    def begin(self, told: Told) -> None:
+    def begin(self) -> None:
         """Tell owners once that it reads: offers end with this process's channel from now on."""
-        told, self._told = () if self._told else told, True
-        for ticket, owner in told:
+        quiet, self.quiet = self.quiet, ()
+        for ticket, owner in quiet:
             with suppress(PortaKVError):
                 owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
 
@@ -116,11 +117,10 @@ class Pull(Part):
         """Wait for all bytes, look at them, and ask each owner whether its offer held; offers are
         renewed meanwhile."""
         errors, soon = list[BaseException](), monotonic() + MOMENT
-        self._told |= not self.copies  # an owner that is asked for rows or digests knows by that
         for one in (*self.copies, *self.slices):
             try:
                 if not _over(one, max(0.0, soon - monotonic())):
-                    self.begin(told)
+                    self.begin()
                     self._await(told, one)
             except BaseException as error:
                 errors.append(error)
@@ -137,7 +137,7 @@ class Pull(Part):
             elif answer.state != "held":
                 errors.insert(0, ticket.gone(answer.why))
         with self._deciding:
-            self._ended = perf_counter()
+            self._ended, self.quiet = perf_counter(), ()
         if self._late:
             raise TransferTimeout(
                 "A pull had not ended in its time; nothing of it is published. Give it more time."

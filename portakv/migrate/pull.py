@@ -93,9 +93,11 @@ class Reader:
         terms = Terms(overlap, max_thread_blocks, max_gbps)
         pull = Pull(Node(None, 1, link=self._link, name="pull"), timeout)
         self._pulls.add(pull)
+        asked = {step.ticket.offer for step in plan if step.cut.src is None}
+        pull.quiet = [one for one in told if one[0].offer not in asked]
         whole = sum(step.nbytes for step in plan)
         if self.device.type == "cpu" and whole >= LONG:  # it copies before this returns
-            pull.begin(told)
+            pull.begin()
         layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
         try:
             for step in plan:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from migrate.movers.test_onesided import Memory
 from support.migrate_channels import until
-from support.migrate_pulls import Couple, Rows, Sides, sides
+from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 
 from portakv.errors import InvalidTerms, PeerError, Unsupported
 from portakv.migrate.channel import Peer
@@ -164,6 +164,20 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
         if at != "staging":
             both.pull(both.offer()).synchronize(20)
             assert both.right()
+
+
+def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sides) -> None:
+    """Fault 7. Another one has all of them: its offer ends with the reader all the same."""
+    both, held = Couple(made, "staging"), threading.Event()
+    also = made.owner(both.theirs.shard, expose="staging", staging=SMALL)
+    offers = [one.offer(both.blocks, tokens=both.tokens) for one in (both.owner, also)]
+    for offer in offers:
+        offer.behind = cast(Any, Held(held))
+    pull = both.reader.pull([offer.ticket for offer in offers], both.into)
+    assert until(lambda: all(offer.begun for offer in offers))
+    held.set()
+    pull.synchronize(30)
+    assert both.right()
 
 
 def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) -> None:
