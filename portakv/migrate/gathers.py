@@ -28,8 +28,7 @@ SLOTS = 4  # of each reader: one is filled, two are on the wire, one is emptied
 
 
 class Rows(NamedTuple):
-    """Offered rows: a part of a view of bytes, the index of its tokens, what they follow, and the
-    readers for which some could not be brought."""
+    """Offered rows of a view of bytes, what they follow, and who did not get all of them."""
 
     view: KVView
     ids: Index
@@ -113,9 +112,9 @@ class Gathers:
         """Memory for a slot; of all slots if they have to be known at once."""
         if not mover.knows_once:
             return staging(needs, mover.device, self._slot_bytes)
-        whole, each = staging(SLOTS * self._slot_bytes, mover.device), self._slot_bytes
+        rooms = staging(SLOTS * self._slot_bytes, mover.device).view(SLOTS, -1)
         with self._lock:
-            self._slots |= {(peer, n): (whole[n * each :][:each], None) for n in range(SLOTS)}
+            self._slots |= {(peer, n): (room, None) for n, room in enumerate(rooms)}
             return self._slots[peer, number][0]
 
     def close(self) -> None:
@@ -146,13 +145,12 @@ class Gathers:
         try:
             with torch.inference_mode(False), rows.behind.inside():
                 into = chunk(rows.view, gather.count, room)[1]
-                if room.device.type != "cpu":
-                    room.record_stream(torch.accelerator.current_stream(room.device.index))
                 copy = copy_rows(rows.view, into, rows.ids, count=gather.count)
                 if room.device.type == "cpu":
                     copy.synchronize()
                 else:  # what is sent follows it; ids were looked at when they were offered
                     copy.wait()
+                    room.record_stream(torch.accelerator.current_stream(room.device.index))
                 send(full)
         except Exception:
             _log.exception("Rows could not be brought into a slot; their reader is told.")

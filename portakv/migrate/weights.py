@@ -341,28 +341,23 @@ class _Owner:
         yield from (x.name for x, one, other in sums if one != other)
 
 
-def _copy_listed(some: list[Any]) -> None:
-    torch._foreach_copy_([x for x, _ in some], [x for _, x in some])
-    some.clear()
-
-
 def copy_pairs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Copy to the end; small ones many at a time, as integers: on CUDA that call takes bfloat16 and
     float16 through float32, which changes NaNs (torch 2.11)."""
-    many = defaultdict[Any, list[Any]](list)
+    many = defaultdict[Any, tuple[list[Any], list[Any]]](lambda: ([], []))
     with torch.inference_mode():
         for into, theirs in pairs:
             small = into.nbytes < _SMALL and into.itemsize in _INTEGERS
             if not (small and into.is_contiguous() and theirs.is_contiguous()):
                 into.copy_(theirs)
                 continue
-            word = _INTEGERS[into.itemsize]
-            some = many[into.device, word]
-            some.append((into.view(word), theirs.view(word)))
-            if len(some) == _LISTED:  # the device begins while the host goes on
-                _copy_listed(some)
-        for some in filter(None, many.values()):
-            _copy_listed(some)
+            lists = many[key := (into.device, _INTEGERS[into.itemsize])]
+            for some, one in zip(lists, (into, theirs), strict=True):
+                some.append(one.view(key[1]))
+            if len(lists[0]) == _LISTED:  # the device begins while the host goes on
+                torch._foreach_copy_(*many.pop(key))
+        for lists in many.values():
+            torch._foreach_copy_(*lists)
     for device in {into.device for into, _ in pairs if not into.is_cpu}:
         torch.accelerator.current_stream(device.index).synchronize()
 

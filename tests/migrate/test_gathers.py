@@ -180,6 +180,28 @@ def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sid
     assert both.right()
 
 
+@pytest.mark.parametrize("once", [False, True])
+def test_only_the_memory_that_slots_have_now_is_registered(
+    made: Sides, monkeypatch: pytest.MonkeyPatch, once: bool
+) -> None:
+    """Slots grow with what is pulled. A library whose readers learn but once what they can reach
+    has all of an owner's from the start."""
+    monkeypatch.setattr(Other, "knows_once", once)
+    both = Couple(made, "staging", mover="other")
+    for both.tokens in (1, 10, 20, 40, 75, 3):
+        both.pull(both.offer(), verify=True).synchronize(20)
+        assert both.right()
+    (paired,) = both.reader._owners._owners.values()
+    mover: Any = both.owner._gathers._movers["other cpu"]
+    rooms = [room for room, _ in both.owner._gathers._slots.values()]
+    if once:
+        assert mover.entered == mover.log == [(min(x.data_ptr() for x in rooms), SMALL)]
+    else:
+        assert sorted(mover.entered) == sorted((x.data_ptr(), x.nbytes) for x in rooms)
+    rooms = [room for _, room, _ in paired.slots.queue if room.nbytes]
+    assert sorted(paired.mover.entered) == sorted((x.data_ptr(), x.nbytes) for x in rooms)
+
+
 def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) -> None:
     """Fault 20. What was still to be brought when the owner's memory was replaced, under the tags
     with which the next pairing begins."""

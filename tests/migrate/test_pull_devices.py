@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.migrate_pulls import LAYOUT, SMALL, Rows, sides
+from support.migrate_pulls import LAYOUT, SMALL, sides
 
 from portakv import KVView
 from portakv.errors import LayoutError
-from portakv.migrate.messages import Begin
 from portakv.migrate.shards import Shard
 from portakv_conformance import simdev
 
@@ -70,21 +69,6 @@ def test_rows_that_the_reader_still_reads_are_written_behind_that(
         assert (read[:, :, 1:].cpu() == 3).all()
         assert (mine[:, :, [1, 5]].cpu() == 7).all()
         assert (mine[:, :, [2, 3, 4, *range(6, 16)]].cpu() == 3).all()
-
-
-def test_an_owner_is_told_of_a_pull_that_waits_for_its_stream(accelerator: torch.device) -> None:
-    """A reader that dies behind what its stream has to do holds no offer until the lease ends."""
-    theirs, told = Rows(), list[Begin]()
-    mine = torch.zeros(SHAPE, dtype=torch.int16, device=accelerator)
-    with sides() as made:
-        owner, reader = made.owner(theirs.shard), made.reader(shard(mine))
-        reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)
-        owner.channel.serve(Begin, lambda _, begin: told.append(begin))
-        offer = owner.offer([3, 2], tokens=32)
-        delay(accelerator)
-        reader.pull(offer.ticket, [1, 5]).synchronize(60)
-        assert [begin.offer for begin in told] == [offer.number]
-        assert torch.equal(mine[:, :, [1, 5]].cpu(), theirs.whole[:, :, [3, 2]])
 
 
 @pytest.mark.gpu

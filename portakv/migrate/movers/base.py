@@ -112,8 +112,7 @@ class Lane(ABC):
     def move(self, slot: torch.Tensor, tag: int) -> Moving:
         """Carry a slot, contiguous bytes, behind what the current stream holds and behind slots
         that were given before it. An owner's ends when the reader has it; a reader's when it has
-        what the owner gives under the tag, exactly as many bytes. Both make theirs in one order,
-        a few at a time."""
+        what the owner gives under the tag, exactly as many bytes. Both make theirs in one order."""
         moving = Moving(slot, self.mover.timeout)
         ready = None if slot.device.type == "cpu" else event_pool(slot.device).recorded(None)
         with self.mover.lock:

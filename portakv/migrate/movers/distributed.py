@@ -53,8 +53,7 @@ class Pair(Lane):
     def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
         self.name, self.named, self.group = "", threading.Event(), cast(Any, None)
         self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
-        self.broken = False
-        self.width = 1 if self.stream is None else 2  # one crosses, and one waits behind it there
+        self.broken, self.width = False, 1 if self.stream is None else 2  # one waits behind another
         super().__init__(mover, channel, key)
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 

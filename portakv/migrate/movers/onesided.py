@@ -18,6 +18,7 @@ from importlib import import_module
 from secrets import token_hex
 from typing import TYPE_CHECKING, Annotated, Any, cast
 from urllib.parse import urlsplit
+from weakref import ref
 
 import torch
 from msgspec import Meta
@@ -64,7 +65,7 @@ class Reading(Lane):
     def __init__(self, mover: OneSided, channel: Channel, key: str | Peer) -> None:
         self.ours, self.given = mover, dict[int, tuple[There, Moving]]()  # by tag
         self.names = dict[bytes, str]()  # of the peer in the library, by what reaches it
-        self._entered = dict[int, tuple[torch.UntypedStorage, Any]]()
+        self._entered = dict[int, Any]()  # rooms of slots, their memory, the library's word for it
         super().__init__(mover, channel, key)
 
     def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
@@ -74,25 +75,29 @@ class Reading(Lane):
         with inside(self.ours.device):
             (self._read if self.address else self._offer)(moving, tag)
 
-    def _enter(self, memory: torch.UntypedStorage) -> Any:
-        """What the library calls memory of slots, which it can reach until the lane ends."""
+    def _enter(self, slot: torch.Tensor) -> Any:
+        """What the library calls a slot's memory, which it can reach as long as it is a slot's."""
+        memory, room = slot.untyped_storage(), slot if slot._base is None else slot._base
         with self.ours.turn:
             if self.ours.engine is None:
                 self.ours.engine = self.ours.begin(self.address or self.channel.address)
+            for at in [at for at, (one, *_) in self._entered.items() if one() is None]:
+                self.ours.let_go(self._entered.pop(at)[-1])
             if (at := memory.data_ptr()) not in self._entered:
-                self._entered[at] = memory, self.ours.enter(at, memory.nbytes(), _index(memory))
-            return self._entered[at][1]
+                told = self.ours.enter(at, memory.nbytes(), _index(memory))
+                self._entered[at] = ref(room), memory, told
+            return self._entered[at][-1]
 
     def _offer(self, moving: Moving, tag: int) -> None:
         self.given[tag], slot = (There(), moving), moving.slot
-        reach = self.ours.reach(self._enter(slot.untyped_storage()))
+        reach = self.ours.reach(self._enter(slot))
         self.given[tag] = There(reach, slot.data_ptr(), slot.nbytes, _index(slot)), moving
         moving.wait()  # `Taken` ends it
 
     def _read(self, moving: Moving, tag: int) -> None:
         nbytes, pause = moving.slot.nbytes, ASK
         try:
-            self._enter(moving.slot.untyped_storage())
+            self._enter(moving.slot)
             while not (there := self.channel.ask(self.address, Where(tag), There)).reach:
                 moving.wait(pause)
                 pause = min(2 * pause, ASKED)
@@ -106,7 +111,7 @@ class Reading(Lane):
 
     def leave(self) -> None:
         with self.ours.turn:
-            for _, told in self._entered.values():
+            for *_, told in self._entered.values():
                 self.ours.let_go(told)
             others = [x.names.values() for x in [*self.ours.lanes.values()]]
             for name in {*self.names.values()}.difference(*others):
