@@ -197,7 +197,7 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "migrate_mapped": (
         "Rows that are pulled where they lie", "From one process's cache into another's, by random "
         "blocks, beside a raw copy of as many dense bytes; *copy_rows*: the same rows within one "
-        "process.", _CROSSED,
+        "process. Ratios are medians of the rounds' own.", _CROSSED,
     ),
     "migrate_both": ("Both ways at once", "", _CROSSED),
     "migrate_cost": (

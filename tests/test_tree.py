@@ -46,7 +46,7 @@ BUDGETS = {
     PLUGS: 2_830,
     "portakv/storage": 2_592,
     "portakv/graph": 629,
-    "portakv/migrate": 4_012,
+    "portakv/migrate": 4_030,
     "portakv/backends": 3_490,
     "portakv/cli": 2_950,
     "portakv/connector": 840,
@@ -67,7 +67,7 @@ BUDGETS = {
     "tests/integrations": 5_000,
     "tests/storage": 5_182,
     "tests/graph": 1_200,
-    "tests/migrate": 5_369,
+    "tests/migrate": 5_396,
 }
 #: Lines that hold a signature or a table closer than the formatter would; none may be added.
 PACKED = {

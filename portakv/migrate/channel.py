@@ -171,11 +171,11 @@ class Channel:
         return self._read(back, address, message, kind)
 
     def ask_all(
-        self, asked: Sequence[tuple[str, Message]], kind: type[T]
+        self, asked: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
     ) -> list[T | PortaKVError]:
         """What `ask` returns or raises for each of several. All addresses are asked at once; one
         that is asked for more answers the next question when it has answered the one before."""
-        found, sending = dict[int, Any](), [self._sending(*x, None, True) for x in asked]
+        found, sending = dict[int, Any](), [self._sending(*x, timeout, True) for x in asked]
         first = {asked[n][0]: n for n in reversed(range(len(asked)))}
         order = [first[address] for address in sorted(first)]  # each keeps its connection
 
@@ -306,6 +306,9 @@ class Channel:
                     self._fresh.append(link)
                     os.eventfd_write(self._wake, 1)
                 return link
+        except FileNotFoundError:
+            why = "nobody listens there any more, its process has ended"
+            raise PeerError(f"{address!r} was to be reached, but {why}.") from None
         except (OSError, zmq.ZMQError) as error:
             raise PeerError(f"{address!r} was to be reached, but: {error}.") from None
 

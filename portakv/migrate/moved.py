@@ -23,6 +23,7 @@ from portakv.migrate.steps import Slice, Step
 from portakv.runtime.streams import Behind
 from portakv.runtime.worker import RateLimit
 
+PACED = 0.1  # seconds of a slice at a limited rate: larger ones would be bursts
 PATIENCE = 30.0  # seconds for which an owner that is busy is asked again, and a slot waited for
 
 
@@ -69,7 +70,7 @@ def taken(
     link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
     pull.behind = pull.behind or Behind(step.cut.dst.device)
     pace = RateLimit(max_gbps or inf)
-    for part in step.slices():
+    for part in step.slices(int(PACED * 1e9 * max_gbps) if max_gbps else 1 << 62):
         yield part[0], Node(partial(_take, step, part, pull, pace), 1, link=link)
 
 

@@ -13,7 +13,13 @@ from typing import Any, cast
 import torch
 
 from portakv.copy.handle import BlockTransfer, Statistics
-from portakv.errors import PortaKVError, TransferCancelled, TransferError, TransferTimeout
+from portakv.errors import (
+    PeerError,
+    PortaKVError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+)
 from portakv.graph.graph import Node
 from portakv.migrate.messages import About, Answer, Begin, Close, Renew
 from portakv.migrate.steps import Told
@@ -22,6 +28,7 @@ from portakv.runtime.transfer import Completion, Transfer
 CANCELLED = "A pull was cancelled; nothing of it is published."
 MAPPED = "mapped", "the owners' memory can be mapped"
 MOMENT = 1e-3  # seconds in which a copy may end before owners are told of it, which takes 0.1 ms
+LOOK = 2.0  # seconds between two looks at owners, whose offers are renewed then
 
 
 class Part(Transfer):
@@ -103,7 +110,8 @@ class Pull(Part):
         blocks are not counted."""
         landed, over = self.published, self.nodes[0].ended
         seconds = None if self._ended is None else self._ended - self._began
-        pieces, stopped = len(self.copies) + len(self.slices), self.stopped and over and not landed
+        pieces = len(self.copies) + len(self.slices)
+        stopped = self.stopped and over and not landed and not self._late
         return Statistics(int(self.nbytes) * landed, 0, 0, *self.way, seconds, pieces, stopped)
 
     def begin(self) -> None:
@@ -131,13 +139,15 @@ class Pull(Part):
                 self._await(told, check)
         except BaseException as error:
             errors.append(error)
-        for (ticket, _), answer in zip(told, _asked(told, Close), strict=True):
+        for (ticket, _), answer in zip(told, self._asked(told, Close), strict=True):
             if isinstance(answer, PortaKVError):
                 errors.append(answer)
             elif answer.state != "held":
                 errors.insert(0, ticket.gone(answer.why))
         with self._deciding:
             self._ended, self.quiet = perf_counter(), ()
+        errors = [x for x in errors if not isinstance(x, TransferCancelled)]
+        self._late = self._late or (bool(errors) and monotonic() >= self._until)
         if self._late:
             raise TransferTimeout(
                 "A pull had not ended in its time; nothing of it is published. Give it more time."
@@ -151,17 +161,20 @@ class Pull(Part):
         """Wait for a copy or a node, and renew the offers; raises what it ended with."""
         third = min(ticket.lease for ticket, _ in told) / 3
         while True:
-            seconds = third if self.over else max(0.0, min(third, self._until - monotonic()))
+            seconds = third if self.over else max(0.0, min(third, LOOK, self._until - monotonic()))
             if _over(one, seconds):
                 return
-            if any(getattr(x, "state", "") == "gone" for x in _asked(told, Renew, 3 * third)):
-                self.cancel()  # what else it would bring is not published
+            for answer in self._asked(told, Renew, 3 * third):
+                if isinstance(answer, PeerError) or getattr(answer, "state", "") == "gone":
+                    self.cancel()  # what else it would bring is not published
 
-
-def _asked(told: Told, kind: type[About], *terms: float) -> list[Answer | PortaKVError]:
-    """What owners answer about their offers, or what became of the question."""
-    asked = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in told]
-    return told[0][1].channel.ask_all(asked, Answer)
+    def _asked(self, told: Told, kind: type[About], *terms: float) -> list[Answer | PortaKVError]:
+        """What owners answer about their offers in the time that is left, and half a second; or
+        what became of the question."""
+        asked = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in told]
+        channel = told[0][1].channel
+        seconds = min(channel.timeout, max(0.5, self._until - monotonic()))
+        return channel.ask_all(asked, Answer, seconds)
 
 
 def _over(one: Any, seconds: float) -> bool:

@@ -65,11 +65,12 @@ class Step(NamedTuple):
         ends = np.flatnonzero(wanted[1:] != wanted[:-1]).reshape(-1, 2)
         return [(int(a), int(b)) for a, b in ends]
 
-    def slices(self) -> Iterator[Slice]:
+    def slices(self, at_once: int) -> Iterator[Slice]:
         """What crosses at once in a slot: as many layers as it holds, of all tokens; or tokens of
-        one layer. Raises `Unsupported` if it holds none."""
+        one layer. ``at_once``: the most bytes. Raises `Unsupported` if it holds none."""
         dst, room, most = self.cut.dst, self.owner.welcome.slot_bytes, self.tokens
         layer, page = dst.slice(layers=slice(0, 1)), page_of(dst)
+        room = min(room, max(at_once, chunk_bytes(layer, page)))
         while most > page and chunk_bytes(layer, most) > room:
             most = max(page, most // 2 // page * page)
         if chunk_bytes(layer, most) > room:

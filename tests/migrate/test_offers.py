@@ -498,6 +498,30 @@ def test_a_pull_that_has_no_time_for_digests_ends(made: Sides) -> None:
     ended(both.pull(both.offer(), verify=True, timeout=0.1), TransferTimeout, "more time")
 
 
+def test_a_pull_whose_owner_does_not_answer_ends_in_its_own_time(made: Sides) -> None:
+    """Not in that of the channel; and nobody cancelled it."""
+    both = Couple(made)
+    both.reader.channel.timeout = 25.0
+    both.pull(both.offer()).synchronize(30)
+    both.owner.channel.serve(Close, lambda *_: None)
+    pulled = both.pull(both.offer(), timeout=0.2)
+    assert until(lambda: pulled.nodes[0].ended, 15)
+    ended(pulled, TransferTimeout, "more time")
+    assert not pulled.statistics.cancelled
+
+
+@WAYS
+def test_an_owner_that_is_gone_is_found_before_its_rows_would_be_here(
+    made: Sides, way: str
+) -> None:
+    """Faults 4 and 5, at a rate by which they would take for ever."""
+    both = Couple(made, way)
+    both.pull(both.offer()).synchronize(30)
+    pulled = both.pull(both.offer(), max_gbps=1e-6)
+    both.owner.channel.close()
+    ended(pulled, PeerError)
+
+
 def test_rows_that_are_moved_keep_to_a_rate(made: Sides) -> None:
     """A pull that would take far too long at its rate is under way until it is cancelled."""
     both = Couple(made, "staging")
@@ -512,6 +536,11 @@ def test_rows_that_are_moved_keep_to_a_rate(made: Sides) -> None:
     pulled.synchronize(30)
     rate = pulled.statistics.gbps
     assert 0 < (rate or 0) < SLOW / 2  # all groups together, not each
+    whole = Couple(made, "staging", staging=1 << 20)
+    ways = [whole.pull(whole.offer(), **terms) for terms in ({}, {"max_gbps": SLOW / 4})]
+    one, several = (len(x.slices) for x in ways)
+    assert one == 1
+    assert several > 1  # what crosses at once would be a burst
     for bad in ({"max_gbps": -1}, {"overlap": "never"}, {"max_thread_blocks": 0}):
         with pytest.raises(InvalidTerms):
             both.pull(both.offer(), **bad)

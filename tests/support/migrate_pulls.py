@@ -106,7 +106,7 @@ class Couple:
     def __init__(self, made: Sides, way: str = "mapped", **given: Any) -> None:
         self.theirs, self.mine = Rows(), Rows(8, 32, fill=-1)
         terms: dict[str, Any] = {"expose": way, "staging": SMALL} if way == "staging" else {}
-        self.owner = made.owner(self.theirs.shard, **terms, **given)
+        self.owner = made.owner(self.theirs.shard, **{**terms, **given})
         self.reader = made.reader(self.mine.shard, timeout=5.0)
         self.blocks, self.into, self.tokens = [7, 3, 11, 0, 5], [6, 1, 4], 75
 
