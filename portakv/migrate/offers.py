@@ -198,7 +198,7 @@ class Owner:
             lists.append((index.host_ids().clip(min=-1).astype("<i4"), index.step))
         on, event = self.device, -1
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
-        if stream and not self._events:  # no reader's stream can wait for it
+        if stream and self._exports and not self._events:  # no reader's stream can wait for it
             stream.synchronize()
         with self.change:
             made = Offer(self, lists, tokens, self.now() + lease, readers)

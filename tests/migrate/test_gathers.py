@@ -202,6 +202,8 @@ def test_only_the_memory_that_slots_have_now_is_registered(
 
     assert until(told)
     assert not once or len(mover.log) == 1
+    both.reader.close()
+    assert until(lambda: not (mover.entered or paired.mover.entered))
 
 
 def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) -> None:

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -598,7 +599,7 @@ def test_ctrl_c_ends_a_wait_and_no_pull(made: Sides, ctrl_c: None) -> None:
 
 @WAYS
 def test_many_pulls_at_once_are_each_right(made: Sides, way: str) -> None:
-    """Fault 32. Readers of one owner, and one reader of several, with two slots a pair."""
+    """Fault 32. Readers of one owner, and one reader of several."""
     owners = [Rows() for _ in range(2)]
     made_owners = [made.owner(x.shard, expose=way, staging=SMALL) for x in owners]
     readers = [Rows(8, 32, fill=-1) for _ in range(3)]
@@ -847,3 +848,9 @@ def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) ->
     both.owner._events = []
     forged = replace(told, event=EVENTS + 1).pack()
     both.reader.pull(forged, both.into).synchronize(30)
+    (paired,) = both.reader._owners._owners.values()
+    for over, waits in ((True, 2), (False, 3)):  # a stream waits for none that has ended
+        paired.events = [SimpleNamespace(query=partial(bool, over), wait=log.append)]
+        told = replace(Ticket.read(both.offer().ticket), event=0)
+        both.reader.pull(told.pack(), both.into).synchronize(30)
+        assert len(log) == waits

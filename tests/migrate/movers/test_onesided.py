@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -175,24 +174,6 @@ def test_what_is_not_given_or_not_taken_ends_by_the_timeout() -> None:
         for moving in (both.take(empty(100), 1), both.give(slot_of(100), 2)):
             with pytest.raises(TransferTimeout, match=r"100 B did not cross in 0.2 s"):
                 moving.wait(20)
-
-
-def test_only_memory_of_slots_is_registered_and_each_once_while_a_peer_is_there() -> None:
-    """Nothing is left of peers that were let go of: an owner has thousands in its life."""
-    with wire(Memory) as both:
-        pool, staging = slot_of(5000), slot_of(2000)
-        into = [empty(100 * tag) for tag in range(1, 5)]
-        for tag, each in enumerate(into):
-            both.give(staging[: each.nbytes], tag)
-            both.take(each, tag).wait(20)
-        assert both.owner.entered == both.owner.log == [(staging.data_ptr(), 2000)]
-        assert pool.data_ptr() not in dict(both.owner.entered)
-        assert len(both.reader.entered) == len(into)
-        both.life.end()
-        until = time.monotonic() + 20
-        while both.owner.entered or both.reader.entered:
-            assert time.monotonic() < until
-            time.sleep(1e-3)
 
 
 @pytest.mark.parametrize(
