@@ -34,19 +34,19 @@ def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> N
     try:
         if moving is not None:  # whose pull was stopped; bytes may still come
             _await(moving.free.wait, pull)
-        dst = step.cut.dst.as_bytes().slice(layers=slice(layers.start, layers.stop))
-        if (nbytes := chunk_bytes(dst, count)) > room.nbytes:
-            room = staging(nbytes, room.device, owner.welcome.slot_bytes)
-        slot = room[:nbytes]
-        with owner.turn:
-            start = pace.start_of(slot.nbytes)
-            while (left := pace.left(start)) and not pull.over:
-                sleep(min(left, 0.05))
-            owner.tag += 1
-            terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
-            ask(step, step.gather(layers, at, count, **terms), pull)
-            moving = owner.mover.lane(owner.address, owner.channel).move(slot, owner.tag)
         with torch.inference_mode(False), pull.behind.inside():
+            dst = step.cut.dst.as_bytes().slice(layers=slice(layers.start, layers.stop))
+            if (nbytes := chunk_bytes(dst, count)) > room.nbytes:
+                room = staging(nbytes, room.device, owner.welcome.slot_bytes)
+            slot = room[:nbytes]
+            with owner.turn:
+                start = pace.start_of(slot.nbytes)
+                while (left := pace.left(start)) and not pull.over:
+                    sleep(min(left, 0.05))
+                owner.tag += 1
+                terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
+                ask(step, step.gather(layers, at, count, **terms), pull)
+                moving = owner.mover.lane(owner.address, owner.channel).move(slot, owner.tag)
             src, mine = chunk(dst, count, room)[1], step.mine.shifted(at)
             _await(moving.wait, pull)
             copy_rows(src, dst, None, mine, count=count).synchronize()

@@ -225,12 +225,14 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
     monkeypatch.setitem(MOVERS, Simulated.name, Simulated)
     theirs = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     mine = torch.zeros_like(theirs, device=OTHER)
-    views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
+    views, busy = [KVView([*x], LAYOUT) for x in (theirs, mine)], current(OTHER)
     with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
         owner = made.owner(Shard(views[0]), expose="staging", staging=4 * theirs[0].nbytes)
         reader = made.reader(Shard(views[1]), mover=Simulated.name)
         for turn in range(1, 6):
             before = mine.cpu()
+            if turn == 2:  # another stream, which has nothing to do with it
+                simdev.delay(busy, 2000)
             simdev.delay(current(OTHER), 50)
             read = mine.clone()
             simdev.delay(current(DEVICE), 50)
@@ -241,6 +243,7 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             pulled = reader.pull(offer.ticket, [*range(7, -1, -1)])
             with pytest.raises(OfferGone, match="log says why") if fails else nullcontext():
                 pulled.synchronize(60)
+            assert turn != 2 or not busy.query()
             assert torch.equal(read.cpu(), before)
             assert len(pulled.slices) == 9
             assert time.monotonic() - began < 10
