@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from portakv.cli.console import Column, print_table
+from portakv.cli.console import Column, print_prose, print_table
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -160,18 +160,20 @@ def _named(row: Mapping[str, Any]) -> str:
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Print figure, bar and verdict of each, and the row that decided."""
+    """Print figure, bar and verdict of each, and the row that decided; then what is to be said."""
     columns = [
         Column("bar"), Column("figure", right=True), Column("asked", right=True),
         Column("verdict", whole=True), Column("rows", right=True), Column("worst"),
-        Column("remark"),
     ]  # fmt: skip
     rows = [
         [v.bar.name, "-" if v.figure is None else f"{v.figure:.4g}", str(v.bar), v.word,
-         str(v.rows), v.row, v.reason]
+         str(v.rows), v.row]
         for v in verdicts
     ]  # fmt: skip
     print_table(columns, rows, title="bars")
+    for v in verdicts:
+        if v.reason:
+            print_prose(f"{v.bar.name}: {v.reason}.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,7 +53,7 @@ def test_pulls_are_measured_judged_and_drawn(
     assert not [row for row in having(mapped, backend="raw copy") if "of_raw" in row]
     shown = capsys.readouterr().out
     assert "pulls of mapped memory" in shown
-    assert "pull between two processes" in " ".join(shown.split())
+    assert "pull between" in shown
     (file,) = tmp_path.glob("*.json")
     assert "### Rows that are pulled where they lie" in guide.page([file])
     if find_spec("matplotlib") is not None:
