@@ -37,16 +37,17 @@ def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
     nbytes, near = bench.sizes.large[1], bench.near
     bench.meet(USUAL, nbytes)
     ticket, payload = bench.far.do("offer", nbytes), CASES[USUAL].payload(nbytes)
-    calls = {MEMCPY: partial(near.copy, nbytes), MAPPED: partial(near.pull, ticket, nbytes)}
-    for name, call in calls.items():
+
+    def pull() -> Any:
+        return SimpleNamespace(done=partial(_done, near.pull(ticket, nbytes)))
+
+    for name, call in ((MEMCPY, partial(near.copy, nbytes)), (MAPPED, pull)):
+        labels = {"backend": name, "op": in_words(nbytes)}
 
         def once(_: int, call: Any = call) -> Any:
-            return (
-                None if (pulled := call()) is None else SimpleNamespace(done=partial(_done, pulled))
-            )
+            return call()
 
         right = partial(_right, bench, nbytes, name == MEMCPY)
-        labels = {"backend": name, "op": in_words(nbytes)}
         variant = Variant(labels, once, lambda _: bench.change(), right)
         yield Mover(variant, payload, shape=USUAL)
 
