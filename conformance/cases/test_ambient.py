@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of torch that an engine makes before it calls a library: none of them changes a copy."""
+"""Settings of torch that an engine makes before it calls a library: none of them changes a copy,
+and no copy changes them."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
 
 from portakv.registry.self_check import SelfCheck, self_check
-from portakv_conformance.cases import Bench, Judge, Shape, Subject
+from portakv_conformance.cases import Bench, Facility, Judge, Shape, Subject
 from portakv_conformance.judge.pattern import pattern_bytes
 
 pytestmark = pytest.mark.area("safety")
@@ -29,6 +31,57 @@ def _restored(get: Callable[[], object], set: Callable[..., object], to: object)
 
 
 @contextmanager
+def _on_a_stream(device: torch.device) -> Iterator[None]:
+    """Inside, a new stream is the current one, if the device has streams."""
+    facility = Facility(device)
+    with ExitStack() as stack:
+        if facility.streams:
+            stack.enter_context(facility.on(facility.stream()))
+        yield
+
+
+def _settings(device: torch.device) -> dict[str, object]:
+    """The settings of the calling thread and of torch that a copy must leave alone, by name."""
+    found: dict[str, object] = {
+        "torch's default dtype": torch.get_default_dtype(),
+        "torch's default device": torch.get_default_device(),
+        "the number of threads": torch.get_num_threads(),
+        "the grad mode": torch.is_grad_enabled(),
+        "the inference mode": torch.is_inference_mode_enabled(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+    }
+    if Facility(device).streams:
+        found["the current device"] = torch.accelerator.current_device_index()
+        found["the current stream"] = torch.accelerator.current_stream(device)
+    return found
+
+
+@contextmanager
+def _unchanged(device: torch.device) -> Iterator[Callable[[], str]]:
+    """Inside, a call compares the settings with those of the beginning, and names the first that
+    differs, else returns ''. Restores those that a wrong backend changes."""
+    before = _settings(device)
+    changed = list[str]()
+
+    def compare() -> str:
+        for name, now in _settings(device).items():
+            if now != before[name]:
+                changed.append(f"The copy changed {name} from {before[name]} to {now}.")
+        return "".join(changed[:1])
+
+    try:
+        yield compare
+    finally:
+        if changed:
+            torch.set_default_dtype(before["torch's default dtype"])  # type: ignore[arg-type]
+            torch.set_num_threads(before["the number of threads"])  # type: ignore[arg-type]
+            torch.set_grad_enabled(bool(before["the grad mode"]))
+            if "the current stream" in before:
+                stream: Any = before["the current stream"]
+                torch.accelerator.set_stream(stream)
+
+
+@contextmanager
 def _warnings_raise() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -37,6 +90,9 @@ def _warnings_raise() -> Iterator[None]:
 
 #: Each state, entered on the judged device.
 _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
+    "as-it-is": lambda device: nullcontext(),
+    "another-stream": _on_a_stream,
+    "three-threads": lambda device: _restored(torch.get_num_threads, torch.set_num_threads, 3),
     "default-device": lambda device: torch.device(device),
     "default-device-cpu": lambda device: torch.device("cpu"),
     "default-device-meta": lambda device: torch.device("meta"),
@@ -45,6 +101,7 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
     ),
     "inference-mode": lambda device: torch.inference_mode(),
     "no-grad": lambda device: torch.no_grad(),
+    "grad": lambda device: torch.enable_grad(),
     "autocast": lambda device: torch.autocast(
         device.type if device.type in ("cpu", "cuda") else "cpu", dtype=torch.bfloat16
     ),
@@ -79,6 +136,27 @@ def test_a_copy_under_a_setting(home: Bench, direction: str, state: str) -> None
     judged()
     home.copy(home.move(direction, shape, slots))
     judged()
+
+
+@pytest.mark.parametrize("state", _STATES)
+@pytest.mark.parametrize("carry", ["copy", "launch"])
+def test_a_setting_stays_as_it_is(home: Bench, direction: str, state: str, carry: str) -> None:
+    """A copy, and a launch by itself, leave torch's settings and the thread's stream, device and
+    modes as they are."""
+    shape = Shape(layers=3, widths=(48, 48))
+    case = home.some(direction, shape, 9)
+    wrong = list[str]()
+
+    def work() -> None:
+        with _STATES[state](home.subject.device), _unchanged(home.subject.device) as compare:
+            if carry == "copy":
+                home.judge.finish(home.judge.start(case))
+            else:
+                home.judge.launch_only(case)
+            wrong.append(compare())
+
+    home.judge.judge(case, work)
+    assert wrong in ([], [""]), wrong[0]
 
 
 @pytest.mark.parametrize("state", _STATES)

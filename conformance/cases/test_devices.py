@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from portakv_conformance.cases import Bench, Case, Facility, Judge
-from portakv_conformance.cases.test_ordering import SHAPE, Late
+from portakv_conformance.cases.test_ordering import SHAPE, SLOW, Late
 from portakv_conformance.judge.judging import at_once
 from portakv_conformance.judge.subject import subject as find
 
@@ -49,6 +49,7 @@ def test_another_device_than_the_current_one(home: Bench, direction: str, thread
     def work() -> int:
         # Which device is current is a matter of each thread, and need not be the judged one.
         torch.accelerator.set_device_index(subject.device.index)
+        there.facility.delay(SLOW)
         late.produce()
         late.copy().synchronize()
         return torch.accelerator.current_device_index()
@@ -58,6 +59,41 @@ def test_another_device_than_the_current_one(home: Bench, direction: str, thread
     finally:
         torch.accelerator.set_device_index(current)
     there.facility.synchronize()
+    assert device == subject.device.index, "The current device changed."
+    late.check()
+    home.judge.examples += 1
+
+
+@pytest.mark.needs("two devices")
+@pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
+def test_a_launch_on_another_device(home: Bench, direction: str, given: bool) -> None:
+    """A launch orders its work on the stream that it gets, or else on the current stream of its own
+    device, whichever device is current in the thread."""
+    subject = home.subject
+    other = home.facility.second()
+    judge = Judge(
+        find(subject.name, other, emulated=subject.emulated),
+        Facility(other, subject.emulated),
+        home.judge.seed,
+    )
+    there = replace(home, device=str(other), judge=judge)
+    late = Late(there, there.some(direction, SHAPE, 9))
+    launch = judge.launch_of(late.case)
+    there.facility.synchronize()
+
+    stream = there.facility.stream() if given else there.facility.current()
+    current = torch.accelerator.current_device_index()
+    try:
+        torch.accelerator.set_device_index(subject.device.index)
+        with there.facility.on(stream):
+            there.facility.delay(SLOW)
+            late.produce()
+        torch.accelerator.set_device_index(subject.device.index)
+        pending = launch(stream if given else None, None)
+        device = torch.accelerator.current_device_index()
+    finally:
+        torch.accelerator.set_device_index(current)
+    judge.land(pending, stream)
     assert device == subject.device.index, "The current device changed."
     late.check()
     home.judge.examples += 1

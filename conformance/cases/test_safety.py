@@ -131,14 +131,31 @@ _SEVERAL = {
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("ids", _SEVERAL)
 def test_the_word_names_a_bad_position(home: Bench, ids: str, offset: int, step: int) -> None:
-    """Of several bad ids the status word tells the position + 1 of one, counted from where the copy
-    begins in its list, padding included."""
+    """Of several bad ids the status word holds the position + 1 of the first, counted from where
+    the copy begins in its list, padding included."""
     if not home.judge.claims("guards", "bad ids are found before the launch."):
         return
     given = home.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
     how: dict[str, Any] = {"step": step, "offset": offset * step}
     for direction in DIRECTIONS:
         home.judge.guarded(home.move(direction, SHAPE, given, **how))
+
+
+@pytest.mark.claim("guards")
+def test_the_word_names_the_first_of_many(home: Bench) -> None:
+    """Also if the bad ids are so many that several threads find one each, the status word holds the
+    position + 1 of the first."""
+    if not home.judge.claims("guards", "bad ids are found before the launch."):
+        return
+    shape = Shape(blocks=600, layers=3)
+    good = home.shuffled(shape.slots, 2000, 1)
+    bad = range(37, len(good), 5)
+    for at in bad:
+        good[at] = shape.slots + at
+    given = home.judge.ids(good)
+    for direction in DIRECTIONS:
+        case = home.move(direction, shape, given)
+        home.judge.carried(partial(home.judge.guarded, case), case)
 
 
 def test_a_destination_slot_twice(home: Bench) -> None:

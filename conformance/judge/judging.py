@@ -283,7 +283,7 @@ class Judge:
 
     def guarded(self, case: Case, *, word: bool = True) -> None:
         """Launch a case with ids past the end: the bytes are as if those were padding, and the
-        status word, if it is given one, tells the position + 1 of one of them."""
+        status word, if it is given one, tells the position + 1 of the first of them."""
         expected = without_bad(case).expected()
         status = torch.zeros(1, dtype=torch.int64)
         status = status.pin_memory() if self.facility.streams else status
@@ -297,9 +297,10 @@ class Judge:
                 at = range(case.count)
                 wanted |= {p + 1 for p in at if ids[(p + side.offset) // side.step] >= end}
         told = int(status[0])
-        assert not word or told in (wanted or {0}), (
-            f"The status word holds {told} for ids {' and '.join(lists)}; expected the position + "
-            f"1 of a bad one, or 0 where none is. {_the(case)}"
+        first = min(wanted, default=0)
+        assert not word or told == first, (
+            f"The status word holds {told} for ids {' and '.join(lists)}; expected {first}, the "
+            f"position + 1 of the first bad one, or 0 if there is none. {_the(case)}"
         )
 
     def at_once(self, cases: Sequence[Case], launch: Launch | None, times: int = 1) -> None:

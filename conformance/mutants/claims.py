@@ -76,6 +76,12 @@ def StatusOfAllAtOnce(right: HostRows, bad: Int64, call: Call) -> int:
 
 
 @HostRows.mutate("told")
+def StatusOfTheLast(right: HostRows, bad: Int64, call: Call) -> int:
+    """The status word is written for each bad position in turn, so the last one stays."""
+    return right.told(bad[-1:], call)
+
+
+@HostRows.mutate("told")
 def StatusCountsTheBad(right: HostRows, bad: Int64, call: Call) -> int:
     """The status word tells how many ids were bad where there are several, not where one stands."""
     return len(bad) if len(bad) > 1 else right.told(bad, call)

@@ -63,6 +63,24 @@ def NobodyWaitsForIt(right: DeviceRows, runs: Runs, call: Call) -> None:
     right.enqueue(runs, call, _own(right, call))
 
 
+@DeviceRows.mutate("move")
+def WaitsForTheCurrentDevice(right: DeviceRows, runs: Runs, call: Call) -> None:
+    """Its own stream waits for the stream of the thread's current device, not of its own device."""
+    _own(right, call).wait_stream(call.stream or torch.accelerator.current_stream())
+    right.enqueue(runs, call, _own(right, call))
+    right.stream(call).wait_stream(_own(right, call))
+
+
+@DeviceRows.mutate("carry")
+def LeavesItsStreamCurrent(right: DeviceRows, call: Call) -> None:
+    """It makes the stream of its work the thread's current one, and does not restore the other."""
+    stream = _own(right, call)
+    stream.wait_stream(right.stream(call))
+    torch.accelerator.set_stream(stream)
+    right.carry(replace(call, stream=stream))
+    right.stream(call).wait_stream(stream)
+
+
 @NoWaitOnProducer.mutate("move")
 def WaitsForTheFirstOnly(right: DeviceRows, runs: Runs, call: Call) -> None:
     """Its own stream waits for the caller's on the first call, and never again."""

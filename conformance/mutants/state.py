@@ -96,6 +96,27 @@ def OffsetsInTheDefaultDtype(right: HostRows, side: Side, numbers: Int64) -> Pai
     return entry, byte
 
 
+@HostRows.mutate("carry")
+def LeavesItsDefaultDtype(right: HostRows, call: Call) -> Pending | None:
+    """It sets torch's default dtype to the one that it works in, and leaves it so."""
+    torch.set_default_dtype(torch.float32)
+    return right.carry(call)
+
+
+@HostRows.mutate("carry")
+def LeavesItsNumberOfThreads(right: HostRows, call: Call) -> Pending | None:
+    """It sets torch's number of threads to the one that it works with, and leaves it so."""
+    torch.set_num_threads(1)
+    return right.carry(call)
+
+
+@HostRows.mutate("carry")
+def LeavesGradOff(right: HostRows, call: Call) -> Pending | None:
+    """It turns autograd off for its work, and leaves it off."""
+    torch.set_grad_enabled(False)
+    return right.carry(call)
+
+
 @_Remembering.mutate("recalled")
 def OnlyTheFirstCall(right: HostRows, first: Call, call: Call) -> Call:
     """A launch that is called with the same arguments again is taken for done."""

@@ -11,6 +11,13 @@
 struct Place { unsigned x, y, z; };
 static thread_local Place blockIdx, threadIdx, blockDim, gridDim;
 
+static inline unsigned long long atomicCAS(
+    unsigned long long* word, unsigned long long expected, unsigned long long desired) {
+    __atomic_compare_exchange_n(
+        word, &expected, desired, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+    return expected;
+}
+
 template <class Argument>
 static void run_grid(
     void (*kernel)(Argument), const void* argument, unsigned blocks, unsigned planes,

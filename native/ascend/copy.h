@@ -54,7 +54,8 @@ struct Copy {
     int64_t nest;    // a `Nest` in global memory
     Request src, dst;
     int64_t units;   // units to move
-    int64_t status;  // an int64 word in global memory, or 0
+    int64_t status;  // in global memory an int64 word for each core, where it puts its first bad
+                     // position + 1; or 0
 };
 
 constexpr uint32_t kLeastUb = 1024;  // bytes: far below any core's, far above what tiling needs
@@ -74,7 +75,7 @@ inline const char* why_not(const Copy& copy, uint32_t blocks, uint32_t ub_bytes)
 // the first two before anything else.
 
 namespace portakv {
-constexpr uint32_t kAbi = 1;  // counts changes of the structures above and of the functions below
+constexpr uint32_t kAbi = 2;  // counts changes of the structures above and of the functions below
 }
 
 extern "C" uint32_t portakv_ascend_abi();

@@ -243,7 +243,8 @@ private:
     }
 
     // Through UB and not by a scalar store: that would write back a whole cache line, with whatever
-    // lies beside the word. Once for each core, so that no transfer still reads the word in UB.
+    // lies beside the word. Once for each core, so that no transfer still reads the word in UB: a core
+    // takes its units in ascending order, so this is its first one. Each core has a word.
     __aicore__ inline void Tell(int64_t position) {
         if (told_ || status_ == nullptr) return;
         told_ = true;
@@ -253,7 +254,8 @@ private:
         AscendC::SetFlag<AscendC::HardEvent::S_MTE3>(event);
         AscendC::WaitFlag<AscendC::HardEvent::S_MTE3>(event);
         AscendC::GlobalTensor<uint8_t> status;
-        status.SetGlobalBuffer((__gm__ uint8_t*)status_, sizeof(int64_t));
+        status.SetGlobalBuffer(
+            (__gm__ uint8_t*)status_ + AscendC::GetBlockIdx() * sizeof(int64_t), sizeof(int64_t));
         AscendC::DataCopyPad(status, word_.Get<uint8_t>(),
                              AscendC::DataCopyExtParams(1, sizeof(int64_t), 0, 0, 0));
     }

@@ -76,7 +76,7 @@ struct Copy {
     unsigned start;     // the first of them, for launches that were split
     unsigned unit;      // tokens of a unit, to name a bad position
     unsigned ahead;     // vectors to prefetch ahead in copy order; 0: none
-    volatile i64* status;
+    i64* status;
     Side src, dst;
 };
 
@@ -177,6 +177,18 @@ __device__ __forceinline__ char* address_of(
     return (char*)base + bytes;
 }
 
+// Leave the lowest bad position + 1 in the status word, which holds 0 at first. Threads and launches
+// arrive in any order, so a thread replaces only 0 and higher positions.
+__device__ __forceinline__ void report(i64* status, i64 position) {
+    typedef unsigned long long Word;
+    Word found = (Word)*(volatile i64*)status;
+    while (found == 0 || found > (Word)position) {
+        const Word before = atomicCAS((Word*)status, found, (Word)position);
+        if (before == found) break;
+        found = before;
+    }
+}
+
 // Both addresses of a piece of a unit; false if it is not moved. A bad id is reported once.
 template <class Outer, class Inner, class Src, class Dst>
 __device__ __forceinline__ bool both_addresses(
@@ -186,7 +198,7 @@ __device__ __forceinline__ bool both_addresses(
     bool bad = false;
     const bool read = number_of<Src>(copy.from, unit, from, bad);
     const bool write = number_of<Dst>(copy.to, unit, to, bad);
-    if (bad && reports && plane == 0 && copy.status) *copy.status = (i64)unit * copy.unit + 1;
+    if (bad && reports && plane == 0 && copy.status) report(copy.status, (i64)unit * copy.unit + 1);
     if (bad || !read || !write) return false;
     src = address_of<Src, Outer, Inner>(copy.from, copy.src, copy.src_table, from, plane, piece);
     dst = address_of<Dst, Outer, Inner>(copy.to, copy.dst, copy.dst_table, to, plane, piece);

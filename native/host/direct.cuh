@@ -140,7 +140,7 @@ __device__ __forceinline__ void copy_direct(const CopyOf<Src, Dst>& copy) {
             const bool read = number_by<Src>(from_id[nth], copy.from, unit[nth], from, bad);
             const bool write = number_by<Dst>(to_id[nth], copy.to, unit[nth], to, bad);
             if (bad && in[nth] == 0 && group[nth] == 0 && copy.status)
-                *copy.status = (i64)unit[nth] * copy.unit + 1;
+                report(copy.status, (i64)unit[nth] * copy.unit + 1);
             moved[nth] = !bad && read && write && in[nth] != row;
             if (!moved[nth]) continue;
             const unsigned piece = in[nth] / Run;

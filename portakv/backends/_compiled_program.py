@@ -118,21 +118,23 @@ def copy(*arguments: Argument) -> None:
 def report(*arguments: Argument) -> None:
     """The report of bad ids: ``(memory of int64, units, unit, word, lost, *side...)``.
 
-    Writes position + 1 of a bad id, in tokens, to row ``word`` of the memory, and nothing if
-    there is none (row ``lost`` is never read). The arguments of each of the ``SIDES`` with ids are
-    ids, ``first``, ``rest``, ``limit`` and ``per_id``.
+    Writes position + 1 of the first bad id, in tokens, to row ``word`` of the memory, and nothing
+    if there is none (row ``lost`` is never read). The arguments of each of the ``SIDES`` with ids
+    are ids, ``first``, ``rest``, ``limit`` and ``per_id``.
     """
     _refuse_plain_python()
     given: Iterator[Any] = iter(arguments)
     memory, units, unit, word, lost = (next(given) for _ in range(5))
     at = torch.arange(units, device=memory.device)
-    row = torch.full_like(at, lost)
+    bad = torch.zeros_like(at, dtype=torch.bool)
     for _ in range(SIDES):
         ids, first, rest, limit, per_id = (next(given) for _ in range(5))
         found = ids[:, 0][first + (at + rest) // per_id]
         number = found * per_id + (at + rest) % per_id
-        row = torch.where((found >= limit) | ((found >= 0) & (number >= limit)), word, row)
-    memory.index_put_((row,), (at * unit + 1)[:, None])
+        bad = bad | (found >= limit) | ((found >= 0) & (number >= limit))
+    first = torch.where(bad, at, units).amin(0, keepdim=True)
+    row = torch.where(first < units, word, lost)
+    memory.index_put_((row,), (first * unit + 1)[:, None])
 
 
 def _refuse_plain_python() -> None:

@@ -15,6 +15,8 @@ No cache hints: on an H200 every one of them cost bandwidth (docs/benchmarks.md)
 import triton
 import triton.language as tl
 
+NO_POSITION = tl.constexpr(2**63 - 1)  # above every position
+
 
 @triton.jit
 def walk(number, start, steps, EXTENTS: tl.constexpr, UNBOUNDED: tl.constexpr):
@@ -101,6 +103,17 @@ def to_pointers(address, VECTOR: tl.constexpr, ELEMENT: tl.constexpr, LANES: tl.
 
 
 @triton.jit
+def report(status, position):
+    """Leave the lowest bad position + 1 in the status word, which holds 0 at first. Programs and
+    launches arrive in any order, so a program replaces only 0 and higher positions."""
+    word = status.to(tl.int64).to(tl.pointer_type(tl.int64))
+    found = tl.load(word, volatile=True)
+    while (found == 0) | (found > position):
+        before = tl.atomic_cas(word, found, position)
+        found = tl.where(before == found, position, before)
+
+
+@triton.jit
 def copy_rows(
     src, dst, units, start, tokens, status,
     VECTOR: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
@@ -113,7 +126,7 @@ def copy_rows(
     """Copy ``units`` units of one nest, from unit ``start`` on, in all planes.
 
     ``src`` and ``dst`` are `_triton_rows.Side`. A unit has ``tokens`` tokens; the position of a
-    bad id goes to the word at ``status`` (0: nowhere). A vector is ``LANES`` elements of
+    first bad id goes to the word at ``status`` (0: nowhere). A vector is ``LANES`` elements of
     ``ELEMENT``; ``RUN`` and ``ROW`` count vectors: contiguous ones, and those of one unit in one
     plane.
     """
@@ -144,5 +157,6 @@ def copy_rows(
     if SRC_PER_ID + DST_PER_ID > 0:  # noqa: SIM102 - decided by the compiler, the next at run time
         if plane == 0:
             reports = (src_past | dst_past) & (within == 0) & (status != 0)
-            word = (status.to(tl.int64) + unit * 0).to(tl.pointer_type(tl.int64))
-            tl.store(word, unit * tokens + 1, mask=reports)
+            position = tl.min(tl.where(reports, unit * tokens + 1, NO_POSITION))
+            if position < NO_POSITION:
+                report(status, position)

@@ -33,7 +33,7 @@ from portakv.view.view import KVView
 
 VARIABLE = "PORTAKV_ASCENDC"
 #: What this file launches, as ``portakv::kAbi`` counts it.
-ABI = 1
+ABI = 2
 _NATIVE = "portakv_native.ascend"
 _PLACE = ("lib", "libportakv_ascend.so")
 _BUILD = f"bash native/ascend/run_in_cann.sh npu builds it, and {VARIABLE} names it"
@@ -41,6 +41,7 @@ _AGAIN = "build it again, from native/ascend of this release"
 _ELEMENT = 8  # bytes of an element, if a plan that the kernel does not take goes by indexing
 
 MAX_UNITS, MAX_LOOPS = 4, 8  # lengths of arrays in copy.h
+_NO_POSITION = 2**63 - 1  # above every position
 _MOST_GAP = 2**32  # bytes between rows of one transfer
 _COPY = struct.Struct("<15q")
 #: What a launch may touch: its first address, its bytes, and whether it may be written.
@@ -187,21 +188,23 @@ class KernelRows:
         if self._rest is not None:
             self._rest(move, status)
             return
-        # A vector core cannot write to the host's memory: the word is copied there afterwards.
-        word = torch.zeros(int(status is not None), dtype=torch.int64, device=self._device)
-        address = word.data_ptr() if status is not None else 0
+        # A vector core cannot write to the host's memory, and cores race: each has a word on the
+        # device, and the lowest position goes to the host afterwards.
+        many = 0 if status is None else self._kernel.blocks
+        words = torch.full((many,), _NO_POSITION, dtype=torch.int64, device=self._device)
+        address = words.data_ptr() if many else 0
         copies = self._arguments.copies([nest.data_ptr() for nest in self._nests], move, address)
         memory: list[Memory] = []
         if self._kernel.emulated:
-            words = [(address, 8, True)] if address else []
-            memory = reached(move, [*map(_read_only, self._nests), *words])
+            written = [(address, words.nbytes, True)] if address else []
+            memory = reached(move, [*map(_read_only, self._nests), *written])
         # Asked last: torch_npu queues ops on the host, and empties that queue when it is asked for
         # the handle (NPUStream::stream in its csrc/core/npu/NPUStream.cpp).
         stream = torch.get_device_module(self._device).current_stream(self._device).npu_stream
         for copy in copies:
             self._kernel.launch(copy, memory, stream)
         if status is not None:
-            status.copy_(word, non_blocking=True)
+            status.copy_((words.amin() % _NO_POSITION).view(1), non_blocking=True)
 
 
 # The kernel's arguments

@@ -54,7 +54,7 @@ class Capabilities:
             each side's ids to where they need them.
         index_dtypes: dtypes of ids that it reads.
         skips_negative: it skips positions whose id is negative.
-        guards: it moves nothing for an id past the end, and reports it in the status word.
+        guards: it moves nothing for an id past the end, and reports the first in the status word.
         alignment: the least vector it needs, in bytes.
         max_loops: strided loops in a nest that it takes; None for any number.
         tables: it takes planes that are addressed by a pointer table.
@@ -83,9 +83,9 @@ class Launch(Protocol):
 
     ``count`` tokens are moved, a multiple of the plan's unit. ``stream`` is where to order the
     work (None: the current stream of its device). ``status`` is a pinned int64 word: a backend that
-    guards writes position + 1 of a bad id there (None: it only moves nothing). Returns None if
-    the work is ordered on the stream, else a `Pending`. With ``tables``, a pair, it tells for each
-    side whether it reads `KVView.table`; without, that is so if its plan looks addresses up.
+    guards leaves position + 1 of the first bad id there (None: it only moves nothing). Returns None
+    if the work is ordered on the stream, else a `Pending`. With ``tables``, a pair, it tells for
+    each side whether it reads `KVView.table`; without, that is so if its plan looks addresses up.
     """
 
     def __call__(
