@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from portakv import CopyPlan, TransferError, Unsupported
-from portakv.backends.ascend_kernel import Arguments, reached
+from portakv.backends.ascend_kernel import Arguments, StatusWords, reached
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch
 from portakv.plan.plan import Move
 from portakv_conformance.vendor import cpp
@@ -38,6 +38,7 @@ FLAGS = "PORTAKV_ASCENDC_FLAGS"
 
 _HOST = ("pageable", "pinned")
 _MEMORY = struct.Struct("<4Q")
+_CPU = torch.device("cpu")
 
 
 class Setting(NamedTuple):
@@ -91,16 +92,18 @@ class _EmulatedLaunch(MoveLaunch):
         self._run = library().portakv_emulated_rows
 
     def carry(self, move: Move, status: torch.Tensor | None) -> None:
-        word = 0 if status is None else status.data_ptr()
+        words = StatusWords(0 if status is None else max(x.cores for x in SETTINGS), _CPU)
         nests = [ctypes.addressof(nest) for nest in self._nests]
         further = [(at, len(nest), False) for at, nest in zip(nests, self._nests, strict=True)]
         # What the kernel may not write is not writable here either.
-        held = reached(move, [*further, (word, 8, True)] if word else further)
+        held = reached(move, [*further, *words.memory])
         memory = [(first, size, writable, first) for first, size, writable in held]
-        copies = self._arguments.copies(nests, move, word)
+        copies = self._arguments.copies(nests, move, words.address)
         for nest, copy in zip(self._nests, copies, strict=True):
             seed = zlib.crc32(nest.raw, move.count // self._unit)
             run(self._run, copy, memory, SETTINGS[seed % len(SETTINGS)], seed)
+        if status is not None:
+            words.put_first_into(status)
 
 
 def run(

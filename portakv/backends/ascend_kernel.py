@@ -188,23 +188,36 @@ class KernelRows:
         if self._rest is not None:
             self._rest(move, status)
             return
-        # A vector core cannot write to the host's memory, and cores race: each has a word on the
-        # device, and the lowest position goes to the host afterwards.
-        many = 0 if status is None else self._kernel.blocks
-        words = torch.full((many,), _NO_POSITION, dtype=torch.int64, device=self._device)
-        address = words.data_ptr() if many else 0
-        copies = self._arguments.copies([nest.data_ptr() for nest in self._nests], move, address)
+        words = StatusWords(0 if status is None else self._kernel.blocks, self._device)
+        nests = [nest.data_ptr() for nest in self._nests]
+        copies = self._arguments.copies(nests, move, words.address)
         memory: list[Memory] = []
         if self._kernel.emulated:
-            written = [(address, words.nbytes, True)] if address else []
-            memory = reached(move, [*map(_read_only, self._nests), *written])
+            memory = reached(move, [*map(_read_only, self._nests), *words.memory])
         # Asked last: torch_npu queues ops on the host, and empties that queue when it is asked for
         # the handle (NPUStream::stream in its csrc/core/npu/NPUStream.cpp).
         stream = torch.get_device_module(self._device).current_stream(self._device).npu_stream
         for copy in copies:
             self._kernel.launch(copy, memory, stream)
         if status is not None:
-            status.copy_((words.amin() % _NO_POSITION).view(1), non_blocking=True)
+            words.put_first_into(status)
+
+
+class StatusWords:
+    """A status word for each of ``cores`` on a device. Cores race, so each has its own word; and a
+    vector core cannot write to the host's memory, so the lowest position goes there afterwards."""
+
+    def __init__(self, cores: int, device: torch.device) -> None:
+        self._words = torch.full((cores,), _NO_POSITION, dtype=torch.int64, device=device)
+        self.address = self._words.data_ptr() if cores else 0
+        #: What a launch writes here, for an emulation.
+        self.memory: list[Memory] = []
+        if cores:
+            self.memory.append((self.address, self._words.nbytes, True))
+
+    def put_first_into(self, status: torch.Tensor) -> None:
+        """Write the lowest position + 1, or 0, to a status word, ordered on the current stream."""
+        status.copy_((self._words.amin() % _NO_POSITION).view(1), non_blocking=True)
 
 
 # The kernel's arguments

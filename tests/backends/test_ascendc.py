@@ -348,7 +348,7 @@ ELSE = "libportakv_ascend.so"
     ("text", "emulated", "told"),
     [
         (sound(portakv_ascend_abi="unsigned portakv_ascend_abi() { return 7; }"), False,
-         f"{ELSE} has the interface 7, and 1 is launched here; build it again, from native/ascend "
+         f"{ELSE} has the interface 7, and 2 is launched here; build it again, from native/ascend "
          "of this release"),
         *((sound(emulated=1, **{name: ""}), True,
            f"{ELSE} has no function {name}; build it again") for name in SOUND),

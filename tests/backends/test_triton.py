@@ -188,7 +188,8 @@ def test_the_generated_code_has_the_vector_width(
         assert not any(found[w] for w in narrow if w != vector), f"{verb}s: {found}"
         if vector != 16:
             assert not found[16], f"{verb}s: {found}"
-    assert metadata.shared == 0, "rows go through registers only"
+    # Warps find the first bad position together, by 8 bytes each; rows go through registers only.
+    assert metadata.shared <= 8 * nest.tile.warps
     if not target.startswith("sm_"):
         assert metadata.warp_size == 64
         assert re.findall(r"; ScratchSize: (\d+)", text) == ["0"]
