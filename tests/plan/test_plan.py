@@ -6,6 +6,7 @@ from __future__ import annotations
 import cProfile
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from support.core_cases import lazy
 from support.presets_cases import KINDS, side
 
+import portakv
 from portakv import CopyPlan, KVView, LayoutError, Unsupported
 from portakv.plan.loops import Loop
 from portakv.view.form import Form
@@ -239,8 +241,14 @@ def _calls(blocks: int) -> int:
     profile = cProfile.Profile()
     profile.runcall(CopyPlan, cache, chunk, 16, 0)
     # Only the library's own calls: a collection may run callbacks of others at any time.
-    calls = [x for x in profile.getstats() if "portakv" in getattr(x.code, "co_filename", "")]
-    return sum(call.callcount for call in calls)
+    library = Path(portakv.__file__).resolve().parent
+    count = 0
+    for call in profile.getstats():
+        file = Path(getattr(call.code, "co_filename", ""))
+        if file.resolve().is_relative_to(library):
+            count += call.callcount
+    assert count > 0
+    return count
 
 
 def typed(*dtypes: torch.dtype) -> Form:
