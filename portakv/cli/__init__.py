@@ -10,6 +10,7 @@ a verb writes one JSON value to standard output, nothing else.
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
@@ -38,6 +39,9 @@ _DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str]] = {
     "bench": ("portakv_benchmarks", "bench", (), "measure backends on real models' shapes"),
 }  # fmt: skip
 
+_MODULES = (doctor, backends, explain, layouts, store, migrate, warmup, calibrate)
+VERBS = ("demo", *(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
@@ -59,6 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif words[0] in _DELEGATED:  # its words are not argparse's to judge here
             code = _delegate(words[0], words[1:])
         else:
+            _refuse_unknown_verb(parser, words[0])
             asked, more = parser.parse_known_args(words)
             if more:  # told with the usage of the verb, not of all
                 asked.misunderstood(f"unrecognized arguments: {' '.join(more)}")
@@ -100,7 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
-    for verb in (doctor, backends, explain, layouts, store, migrate, warmup, calibrate):
+    for verb in _MODULES:
         own = verbs.add_parser(
             verb.__name__.rpartition(".")[2], help=verb.HELP, description=verb.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -111,6 +116,14 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (*_, does) in _DELEGATED.items():
         verbs.add_parser(name, help=f"{does}; see `portakv {name} --help`", add_help=False)
     return parser
+
+
+def _refuse_unknown_verb(parser: argparse.ArgumentParser, word: str) -> None:
+    """Name the verb that a misspelt one resembles; argparse lists all of them otherwise."""
+    if word in VERBS or word.startswith("-"):
+        return
+    for verb in difflib.get_close_matches(word, VERBS, n=1):
+        parser.error(f"Expected a verb, got {word!r}. Did you mean {verb!r}?")
 
 
 def _demo(asked: argparse.Namespace) -> int:

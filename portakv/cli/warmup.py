@@ -196,6 +196,13 @@ def _own() -> Iterator[Architecture]:
 def _nvidia(capability: int) -> Target:
     if why := _nvrtc.missing():
         raise PortaKVError(f"The kernels of the cuda backend cannot be compiled: {why}.")
+    newest = _nvrtc.architectures()[-1]
+    # The next generation gets PTX of the newest; what is further away is a slip.
+    if capability // 10 > newest // 10 + 1:
+        raise PortaKVError(
+            f"Expected --arch to be a compute capability such as 90 or {newest}, the newest that "
+            f"NVRTC {_nvrtc.nvrtc_version()} knows, got {capability}. Correct it."
+        )
     try:
         name = _nvrtc.target_for(capability)
     except RuntimeError as error:

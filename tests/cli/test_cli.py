@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 from itertools import takewhile
+from pathlib import Path
 from subprocess import PIPE
 from types import ModuleType
 from typing import Any
@@ -41,9 +42,21 @@ def test_no_words_print_help_and_an_option_the_version(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == f"portakv {portakv.__version__}\n"
 
 
+def test_an_interrupt_while_torch_is_imported_prints_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt")
+    ran = subprocess.run(
+        [sys.executable, "-c", "import sys, portakv_command; sys.exit(portakv_command.main())"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stderr=PIPE,
+        text=True,
+    )
+    assert (ran.returncode, ran.stderr) == (130, "portakv: interrupted\n")
+
+
 #: Lines that the parser refuses, and words of why.
 NOT_UNDERSTOOD = {
     "nonsense": "invalid choice",
+    "explian": "Did you mean 'explain'?",
     "layouts epd opaque": "opaque",
     "backends cpu": "usage: portakv backends",
     "doctor cpu": "usage: portakv doctor",

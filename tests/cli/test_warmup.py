@@ -149,6 +149,7 @@ def test_amds_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "said"),
     [
         (["--arch", "50", "--shape", "seed"], "Compute capability 5.0"),
+        (["--arch", "999", "--shape", "seed"], "Expected --arch to be a compute capability"),
         (["--shape", "seed", "sed"], "'sed' was asked for, but the benchmarks have"),
         (["--arch", "90", "--layout", "layer | bock dim", CHUNK], "axis"),
     ],
