@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The command `portakv`, as its script loads it. It stands outside of the package, because the package
-imports torch, which takes seconds: Ctrl-C in that time ends the command quietly."""
+"""The command `portakv`, as its script loads it.
+
+It stands outside of the package, because the package imports torch, which takes seconds: Ctrl-C in
+that time ends the command quietly.
+"""
 
 from __future__ import annotations
 
