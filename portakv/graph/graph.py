@@ -10,9 +10,10 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, field
+from functools import partial
 from heapq import heapify, heappop, heappush
 from traceback import clear_frames
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -20,7 +21,10 @@ import numpy as np
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.trace import Ran, Trace
 from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.worker import EXIT_SECONDS, RateLimit
+
+T = TypeVar("T")
 
 #: Seconds after its submission at which a node of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
@@ -91,12 +95,10 @@ class Node:
             return False
         if self.ended or graph.process.forked:  # a child has no thread to wait for
             return True
-        with graph.lock:
-            until = graph.clock() + (3e9 if timeout is None else timeout)
-            while (now := graph.sweep()) < until and not self.ended:
-                self.watched = True
-                graph.change.wait(min(until, now + 3600, *(x[0] for x in graph.timers[:1])) - now)
-            return self.ended
+        until = graph.clock() + (3e9 if timeout is None else timeout)
+        while (now := graph.sweep()) < until and not self.ended:
+            graph.pause(self, until, now)
+        return self.ended
 
 
 class Link:
@@ -192,12 +194,13 @@ class Link:
 
 class Graph:
     """Links and nodes under one ``lock``, which a caller may hold for a moment as well; ``clock``
-    never goes back."""
+    never goes back. An interrupt of a caller leaves nodes and leases as they were before the call,
+    or as the whole call leaves them: the main thread changes them in a helper (`run`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
         self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
-        self.change = threading.Condition(self.lock)  # of nodes that are waited for, and timers
+        self.sleepers = set[threading.Lock]()  # a held lock of each thread in `pause`
         self.links = dict[str, Link]()
         self.counts = Counter[tuple[str, str, str]]()  # blocks by tier, op and result
         self.nbytes = Counter[tuple[str, str]]()
@@ -218,7 +221,8 @@ class Graph:
         """Begin nodes, all at once, each behind those that it follows. ``deadline`` seconds from
         now those that nobody follows are cancelled. Raises `InvalidTerms` for a priority or a
         deadline that is none, and for a node that was submitted before or follows one that never
-        was; `TransferError` after `close`, or in a forked process."""
+        was; `TransferError` after `close`, or in a forked process. If the caller is interrupted,
+        the nodes are cancelled."""
         by, new = np.inf if deadline is None else deadline, {*nodes}
         after = {x for node in nodes for x, *_ in node.after} - new
         old = any(x.graph for x in new) or not all(x.graph is self for x in after)
@@ -230,12 +234,31 @@ class Graph:
         gone = "Work was given to a graph that is closed, or of the parent process; make another."
         if self.process.forked:  # the lock may be held for ever
             raise TransferError(gone)
-        with self.lock:
-            if self.closed.is_set():
-                raise TransferError(gone)
-            now = self.clock()
+        begin = partial(self._begin, nodes, priority, by, gone)
+        self.run(begin, undo=lambda _: [self.cancel(node) for node in nodes])
+
+    def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+        """Return ``work()``, run under the lock where no interrupt reaches it; if the caller is
+        interrupted, ``undo(result)`` takes it back (see `uninterrupted`). A thread that has the
+        lock runs it itself."""
+        if self.lock._is_owned():  # type: ignore[attr-defined]  # as `threading.Condition` asks it
+            return work()
+
+        def locked() -> T:
+            with self.lock:
+                return work()
+
+        return uninterrupted(locked, undo)
+
+    def _begin(self, nodes: Sequence[Node], priority: str, by: float, gone: str) -> None:
+        """Enter new nodes and begin those that follow nothing. No node is left if that fails."""
+        if self.closed.is_set():
+            raise TransferError(gone)
+        now = self.clock()
+        try:
             for node in nodes:
-                node.background, node.due = priority == "background", now + min(by, SLACK[priority])
+                node.background = priority == "background"
+                node.due = now + min(by, SLACK[priority])
                 self._enter(node)
             for node in nodes:
                 if by < np.inf and not node.followers:
@@ -246,6 +269,12 @@ class Graph:
             self.todo += ready[::-1]  # the first one is settled first
             self.settle()
             self.sweep()
+        except BaseException as error:  # of a pool
+            for node in nodes:
+                if node in self.live and node.state != "running":
+                    self.end(node, False, "failed", error)
+            self.settle()
+            raise
 
     def _enter(self, node: Node) -> None:
         """Note what a new node waits for. What another transfer began becomes as urgent."""
@@ -271,23 +300,31 @@ class Graph:
     def cancel(self, node: Node, state: str = "cancelled") -> bool:
         """End a node that does not run and, in turn, what it follows if nobody else does and it is
         no gate; a gate ends behind what runs. True if some blocks will not be moved."""
-        nodes, found = [node], False
         why = {"late": ": give more time", "dropped": ": staging had no room or the link was slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
         error = kind(f"Some blocks had not begun and are {state}{why.get(state, '')}.")
         if node.graph is not self or self.process.forked:
             return False
-        with self.lock:
-            while nodes:
-                node = nodes.pop()
-                if not node.cut and node.state != "running":
-                    node.cut, node.error = True, node.error or (error if state == "late" else None)
-                    before = [x for x, *_ in node.after if x.link]
-                    nodes += [x for x in before if all(y.cut for y in x.followers)]
-                    if node.link:
-                        found = True
-                        self.end(node, False, state, error)
-            self.settle()
+        found: bool = self.run(partial(self._cancel, node, state, error))
+        return found
+
+    def _cancel(self, node: Node, state: str, error: TransferError) -> bool:
+        """Do what `cancel` promises, under the lock."""
+        nodes = [node]
+        found = False
+        while nodes:
+            node = nodes.pop()
+            if node.cut or node.state == "running":
+                continue
+            node.cut = True
+            if state == "late":
+                node.error = node.error or error
+            before = [x for x, *_ in node.after if x.link]
+            nodes += [x for x in before if all(y.cut for y in x.followers)]
+            if node.link:
+                found = True
+                self.end(node, False, state, error)
+        self.settle()
         return found
 
     def end_at(self, when: float, node: Node, state: str) -> None:
@@ -297,16 +334,39 @@ class Graph:
             heapify(self.timers)
         heappush(self.timers, (when, node.number, state, node))
         if self.timers[0][3] is node:
-            self.change.notify_all()
+            self.wake()
+
+    def pause(self, node: Node, until: float, now: float) -> None:
+        """Wait for the end of a node, for a timer, or until a time; perhaps for less. It takes no
+        lock of the graph, so that an interrupt leaves none."""
+        sleeper = threading.Lock()
+        sleeper.acquire()
+        self.sleepers.add(sleeper)
+        node.watched = True
+        if not node.ended:  # whoever ends it from now on wakes this thread
+            until = min(until, now + 3600, *(timer[0] for timer in self.timers[:1]))
+            sleeper.acquire(timeout=max(0.0, until - now))
+        self.sleepers.discard(sleeper)
+
+    def wake(self) -> None:
+        """Have threads in `pause` look again; under the lock."""
+        for sleeper in tuple(self.sleepers):
+            self.sleepers.discard(sleeper)
+            sleeper.release()
 
     def sweep(self) -> float:
-        """Cancel what is too late, and tell the time; called by whoever works or waits."""
+        """Cancel what is too late, and return the time; called by whoever works or waits."""
         now = self.clock()
+        if any(timer[0] <= now or timer[3].ended for timer in self.timers[:1]):
+            self.run(partial(self._sweep, now))
+        return now
+
+    def _sweep(self, now: float) -> None:
+        """Cancel what is too late, under the lock."""
         while self.timers and (self.timers[0][0] <= now or self.timers[0][3].ended):
             _, _, state, node = heappop(self.timers)
             if state == "late" or (node.state == "room" and node.lease.until is not None):
                 self.cancel(node, state)
-        return now
 
     def settle(self) -> None:
         """Go on with nodes for which all that they follow has ended."""
@@ -358,23 +418,26 @@ class Graph:
     def grant(self, pool: Any) -> None:
         """Grant leases, in order; to be called if items of a pool came free but not from a lease.
         Loads pass a store that waits for other stores, but none that waits for loads."""
-        with self.lock:
-            room = self.rooms.get(pool, [])
-            heaps = room[:2]
-            while heaps := [heap for heap in heaps if heap]:
-                heap = min(heaps)
-                lease = heap[0][2]
-                nodes = [node for node in lease.nodes if node.state == "room"]
-                if nodes and lease.items is None:
-                    lease.items = pool.take(lease.count, lease.store)
-                    if lease.items is None:
-                        heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
-                        continue
-                    room[2] += lease.store
-                heappop(heap)
-                lease.nodes.clear()
-                for node in nodes:  # all at once: none may wait behind who waits for this lease
-                    node.link.push(node)
+        self.run(partial(self._grant, pool))
+
+    def _grant(self, pool: Any) -> None:
+        """Do what `grant` promises, under the lock."""
+        room = self.rooms.get(pool, [])
+        heaps = room[:2]
+        while heaps := [heap for heap in heaps if heap]:
+            heap = min(heaps)
+            lease = heap[0][2]
+            nodes = [node for node in lease.nodes if node.state == "room"]
+            if nodes and lease.items is None:
+                lease.items = pool.take(lease.count, lease.store)
+                if lease.items is None:
+                    heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
+                    continue
+                room[2] += lease.store
+            heappop(heap)
+            lease.nodes.clear()
+            for node in nodes:  # together: none may wait for a node that waits for this lease
+                node.link.push(node)
 
     def end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
         """Note how a node ended, and what does not wait for it any more."""
@@ -391,7 +454,7 @@ class Graph:
                 self.todo.append(follower)
         lease, node.lease, node.work, node.after, node.followers = node.lease, None, None, (), []
         if node.watched:
-            self.change.notify_all()
+            self.wake()
         if lease:
             lease.users -= 1
             if not lease.users:
@@ -414,32 +477,39 @@ class Graph:
         its labels and "value". `Collector` takes any others beside them."""
         if self.process.forked:  # its lock may be held for ever
             return {}
-        with self.lock:
-            links, found = [*self.links.values()], self.trace.statistics()
-            found["tier_blocks_total"] = [
-                {"tier": tier, "op": op, "result": result, "value": blocks}
-                for (tier, op, result), blocks in self.counts.items()
-            ]
-            found["tier_bytes_total"] = [
-                {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
-            ]
-            found["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in links]
-            found["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in links]
-            found["link_slow"] = [{"link": x.name, "value": x.slow} for x in links]
-            return found
+        return self.run(self._statistics)
+
+    def _statistics(self) -> dict[str, list[dict[str, Any]]]:
+        """Return the figures, under the lock."""
+        found = self.trace.statistics()
+        found["tier_blocks_total"] = [
+            {"tier": tier, "op": op, "result": result, "value": blocks}
+            for (tier, op, result), blocks in self.counts.items()
+        ]
+        found["tier_bytes_total"] = [
+            {"tier": tier, "op": op, "value": n} for (tier, op), n in self.nbytes.items()
+        ]
+        links = [*self.links.values()]
+        found["link_queue_bytes"] = [{"link": x.name, "value": x.queued_bytes} for x in links]
+        found["link_oldest_seconds"] = [{"link": x.name, "value": x.oldest_wait} for x in links]
+        found["link_slow"] = [{"link": x.name, "value": x.slow} for x in links]
+        return found
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:
         """Cancel what does not run and wait for what does; True if it ended in time."""
         if self.process.forked:
             return True
-        atexit.unregister(self.close)  # one wait at the end of the interpreter, if work hangs
         until = time.monotonic() + timeout
-        with self.lock:
-            self.closed.set()
-            for node in tuple(self.live):
-                self.cancel(node)
-            for link in self.links.values():
-                link.change.notify_all()
+        self.run(self._close)
         for thread in self.threads:
             thread.join(max(0.0, until - time.monotonic()))
         return not self.live
+
+    def _close(self) -> None:
+        """Cancel what does not run, and have idle workers end."""
+        atexit.unregister(self.close)  # one wait at the end of the interpreter, if work hangs
+        self.closed.set()
+        for node in tuple(self.live):
+            self.cancel(node)
+        for link in self.links.values():
+            link.change.notify_all()

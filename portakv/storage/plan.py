@@ -208,6 +208,7 @@ class Call:
         self.ends = list[tuple[tuple[Node, Any, Any], range]]()
         self.fills = 0  # that did not end
         self._nodes = list[tuple[int, Node]]()  # with the number of their leg
+        self._leases = list[Lease]()  # of rows that were pinned
 
     def groups(self) -> dict[tuple[Part, Any], list[int]]:
         """The call's blocks by part and spot; those that are anywhere are given."""
@@ -234,7 +235,10 @@ class Call:
         elif spot == KEPT:  # its rows stay until the nodes that use them have ended
             for at in self.chunks(some, LOADED, len({*segments})):
                 lease = Lease(rows, 0, ended=lambda lease: rows.unpin(lease.items))
-                lease.items = [rows.find(names[i]) for i in at]
+                self._leases.append(lease)
+                lease.items = list[int]()
+                for i in at:
+                    lease.items.append(rows.find(names[i]))
                 graph.count("host", "load", "hit", len(at), len(at) * part.form.image_bytes)
                 yield Landing(lease, {n: [] for n, _ in enumerate(segments)}, at, range(len(at)))
         else:
@@ -303,6 +307,15 @@ class Call:
         self._nodes.clear()
         late = self.deadline if gates else None  # who joins a node may have more time
         self.flights.graph.submit([*nodes, *gates], priority=self.priority, deadline=late)
+
+    def drop(self) -> None:
+        """Forget a plan that failed: no other call may wait for what never begins."""
+        flights = self.flights
+        flights.begun = {fill for fill in flights.begun if fill.users}
+        flights.fills = {name: x for name, x in flights.fills.items() if x[0].users}
+        for lease in self._leases:
+            if not lease.users and lease.items:
+                flights.rows.unpin(lease.items)
 
     def handle(self, view: Any, layers: int = 0, missing: str = "raise") -> Handle:
         """Begin a call, behind a gate of all and, by layer, one of each layer."""

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from numbers import Real
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph.graph import SLACK, Graph
 from portakv.graph.handle import Handle
+from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
 from portakv.storage.plan import ASKED, KEPT, SAVED, Call, Fill, Flights, Keys, Shelf, parts_of
@@ -61,7 +61,8 @@ class BlockStore:
                 f"A store of {form=}, {staging=}, {host=}, {tiers=}, {full=} was asked: expected a "
                 f"BlockForm, two numbers of bytes, a list of tiers, and 'drop' or 'wait'."
             )
-        forms = [*dict.fromkeys([form, *(x for tier in tiers for x in tier.forms(form))])]
+        others = uninterrupted(lambda: [x for tier in tiers for x in tier.forms(form)])
+        forms = [*dict.fromkeys([form, *others])]
         size = max(each.image_bytes for each in forms)
         if not (size <= staging < 1 << 62 and 0 <= host < 1 << 62 and (tiers or host >= size)):
             raise StoreError(
@@ -74,6 +75,11 @@ class BlockStore:
         self.graph, self._own_graph = graph or Graph(), graph is None
         self._up, self._down = (self.graph.link(x, width=2) for x in ("host-device", "device-host"))
         self._flights = Flights(self.graph, self.rows, self._shelves)
+        self._generation = 0
+        uninterrupted(partial(self._open, tiers, forms), undo=lambda _: self.close())
+
+    def _open(self, tiers: Sequence[Any], forms: list[BlockForm]) -> None:
+        """Open the tiers, all or none."""
         try:
             for tier in tiers:
                 self._shelves += tier.open(self.graph, self.rows, forms)
@@ -81,7 +87,7 @@ class BlockStore:
             self.close()
             raise
         self._generation = max([x.generation for x in self._shelves], default=0)
-        self._flights.parts = parts_of(form, forms, self._shelves, self.rows.tensor)
+        self._flights.parts = parts_of(self.form, forms, self._shelves, self.rows.tensor)
         self._own = self._flights.parts[0]
 
     def __enter__(self) -> BlockStore:
@@ -100,7 +106,7 @@ class BlockStore:
         while many and (some := keys[leading : leading + many]):
             there = self._flights.leading(some, until)
             leading, many = leading + there, 2 * many if there == len(some) else 0
-        self._flights.touch(keys[:leading])
+        uninterrupted(partial(self._flights.touch, keys[:leading]))
         return leading
 
     def save(
@@ -120,25 +126,29 @@ class BlockStore:
         call, own = self._call("save", keys, priority, deadline), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size, store=True)
         until = self.graph.clock() + SLACK[priority] if self._drop else None
-        with self._planned(call):
-            self._flights.touch(call.keys)
-            for shelves, some in self._lacking(call).items():
-                links = [shelf.link_for_write(0) for shelf in shelves]
-                chunks = call.chunks(some, SAVED, 1, *links)
-                self._generation += len(chunks)
-                for number, at in enumerate(chunks):
-                    fill = Fill(call, own, at, until)
-                    fill.generation = self._generation - number  # a prefix is the newer part
-                    work = partial(fill.gather, crossing, view)
-                    fill.ends[None] = gather = call.node(at, work, self._down, fill, ())
-                    fill.last = [gather]
-                    for shelf in shelves:
-                        link = shelf.link_for_write(len(at) * own.form.image_bytes)
-                        work = partial(fill.write, shelf, link)
-                        fill.last.append(call.node(at, work, link, fill, [gather]))
-                    call.ends += [((end, at, range(len(at))), range(0)) for end in fill.last]
-                    call.submit()  # now, so that the links' queues show it
-            return call.handle(view)
+        return self._planned(call, partial(self._save, call, crossing, view, until))
+
+    def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Handle:
+        """Plan a save, under the graph's lock."""
+        own = self._own
+        self._flights.touch(call.keys)
+        for shelves, some in self._lacking(call).items():
+            links = [shelf.link_for_write(0) for shelf in shelves]
+            chunks = call.chunks(some, SAVED, 1, *links)
+            self._generation += len(chunks)
+            for number, at in enumerate(chunks):
+                fill = Fill(call, own, at, until)
+                fill.generation = self._generation - number  # a prefix is the newer part
+                work = partial(fill.gather, crossing, view)
+                fill.ends[None] = gather = call.node(at, work, self._down, fill, ())
+                fill.last = [gather]
+                for shelf in shelves:
+                    link = shelf.link_for_write(len(at) * own.form.image_bytes)
+                    work = partial(fill.write, shelf, link)
+                    fill.last.append(call.node(at, work, link, fill, [gather]))
+                call.ends += [((end, at, range(len(at))), range(0)) for end in fill.last]
+                call.submit()  # now, so that the links' queues show it
+        return call.handle(view)
 
     def _lacking(self, call: Call) -> dict[tuple[Shelf, ...], list[int]]:
         """The blocks of a save by the tiers that lack them; it joins what is under way."""
@@ -177,7 +187,8 @@ class BlockStore:
             raise InvalidTerms(f"{missing=} was asked of a load: expected 'raise' or 'skip'.")
         call, own = self._call("load", keys, priority, deadline), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size)
-        with self._planned(call):
+
+        def plan() -> Handle:
             groups = call.groups()
             legs = {part: part.legs(view, by_layer) for part, _ in groups}
             for (part, spot), some in groups.items():
@@ -187,13 +198,16 @@ class BlockStore:
             self._flights.touch(call.keys)
             return call.handle(view, view.layers * by_layer, missing)
 
+        return self._planned(call, plan)
+
     def prefetch(self, keys: Keys, priority: str = "background") -> Handle:
         """Read blocks into the host tier, of which what is prefetched and not yet loaded takes half
         at most: blocks above that do not land. Raises `StoreError` without a host tier."""
         if not self.rows.host:
             raise StoreError("A prefetch was asked of a store without a host tier; give it host=.")
         call, most = self._call("prefetch", keys, priority), max(1, self.rows.host // 2)
-        with self._planned(call):
+
+        def plan() -> Handle:
             groups = call.groups()
             call.given[most:] = False
             for (part, spot), some in groups.items():
@@ -203,6 +217,8 @@ class BlockStore:
                         ends = [(end, landing.at, landing.rows) for end in landing.ends[0]]
                         call.ends += [(end, range(0)) for end in ends]
             return call.handle(None, missing="skip")
+
+        return self._planned(call, plan)
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, as `Graph.statistics`; what each tier
@@ -234,14 +250,15 @@ class BlockStore:
         uses the rows and the files."""
         if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
             return
-        with self.graph.lock:
-            self._closed, until, gates = True, self.graph.clock() + timeout, [*self._flights.gates]
+        self._closed = True
+        until = self.graph.clock() + timeout
+        # Under the lock, so that no call that found the store open is missed.
+        gates = self.graph.run(lambda: [*self._flights.gates])
         for gate in sorted(gates, key=lambda gate: gate.name != "prefetch"):
             gate.wait(0.0 if gate.name == "prefetch" else until - self.graph.clock())
             self.graph.cancel(gate)
         ended = not self._own_graph or self.graph.close(max(0.0, until - self.graph.clock()))
-        with self.graph.lock:
-            begun = [*self._flights.begun]
+        begun = self.graph.run(lambda: [*self._flights.begun])
         for fill in begun:
             for end in (*fill.ends.values(), *fill.last):
                 end.wait(until - self.graph.clock())
@@ -250,6 +267,10 @@ class BlockStore:
                 f"A block store was closed, and after {timeout:g} s {busy:d} transfers had not "
                 f"ended, so that tiers stay open; close it again, or end the process."
             )
+        uninterrupted(self._close_tiers)
+
+    def _close_tiers(self) -> None:
+        """Close what tiers have open, the first one last."""
         while self._shelves:
             self._shelves.pop().close()
 
@@ -270,15 +291,16 @@ class BlockStore:
             why = "closed, or opened by a process that this one was forked from; open another one"
             raise StoreError(f"A {kind} was asked of a block store that was {why}.")
 
-    @contextmanager
-    def _planned(self, call: Call) -> Iterator[None]:
-        """Inside, the graph is locked and the store open."""
-        with self.graph.lock:
+    def _planned(self, call: Call, plan: Callable[[], Handle]) -> Handle:
+        """Return ``plan()``, run while the graph is locked and the store open. Cancel the call if
+        the caller is interrupted meanwhile."""
+
+        def planned() -> Handle:
             self._refuse_closed(call.kind)
             try:
-                yield
-            except BaseException:  # such as Ctrl-C: nobody may wait for what never begins
-                flights = self._flights
-                flights.begun = {fill for fill in flights.begun if fill.users}
-                flights.fills = {name: x for name, x in flights.fills.items() if x[0].users}
+                return plan()
+            except BaseException:
+                call.drop()
                 raise
+
+        return self.graph.run(planned, undo=Handle.cancel)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -149,8 +150,11 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
 def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
     """Fault 16."""
     go, main = threading.Event(), threading.main_thread().ident or 0
+    submits = threading.Event()
 
     def work(node: Node, mask: Any) -> None:
+        submits.wait(60)  # an interrupt of `submit` would cancel the node
+        time.sleep(0.1)
         for _ in range(30):  # one that comes just before a wait begins does not end it
             signal.pthread_kill(main, signal.SIGINT)  # as the terminal's Ctrl-C comes
             if go.wait(1):
@@ -158,6 +162,7 @@ def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
         raise AssertionError("nobody noticed Ctrl-C")
 
     handle = submitted(graph, work)
+    submits.set()
     with pytest.raises(KeyboardInterrupt):
         handle.synchronize()
     go.set()

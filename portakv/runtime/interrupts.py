@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run work that an interrupt must not cut in two.
+
+Python raises `KeyboardInterrupt`, and what any other signal handler raises, between two bytecodes
+of the main thread, and in no other thread. Work that changes shared state therefore never runs in
+the main thread: a helper thread runs it, and the main thread waits for the result.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, Generic, TypeVar
+
+T = TypeVar("T")
+
+#: The name of helpers, which outlive the objects whose work they run.
+NAME = "uninterrupted work of portakv"
+#: Seconds for which an interrupted caller waits until its work is undone.
+GRACE = 1.0
+
+
+class Work(Generic[T]):
+    """Work that a helper runs for a caller, and the result of the work."""
+
+    def __init__(self, work: Callable[[], T], undo: Callable[[T], object] | None) -> None:
+        self.work: Callable[[], T] | None = work
+        self.undo = undo
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.abandoned = False
+        self.ended = False
+        # The first thread that acquires one of these runs the work, or undoes it.
+        self._begun = threading.Lock()
+        self._undone = threading.Lock()
+        # Held until the work has ended, and until nothing of abandoned work is left.
+        self.end = _held()
+        self.gone = _held()
+
+    def run(self) -> None:
+        """Run the work, unless its caller was interrupted before."""
+        work = self.work
+        if work is None or not self._begun.acquire(blocking=False):
+            return
+        _helper.work = self
+        try:
+            self.result = work()
+        except BaseException as error:
+            self.error = error
+        _helper.work = None
+        self.work = None  # views, and whatever else it holds
+        self.ended = True
+        self.end.release()
+        if self.abandoned:
+            self.take_back()
+
+    def take_back(self) -> None:
+        """Undo abandoned work if it has ended; keep it from a start if it has not begun."""
+        never = self._begun.acquire(blocking=False)
+        if not (never or self.ended) or not self._undone.acquire(blocking=False):
+            return
+        try:
+            if not never and self.error is None and self.undo is not None:
+                self.undo(self.result)
+        finally:
+            self.result = None
+            self.gone.release()
+
+    def abandon(self) -> None:
+        """Have a helper undo the work, and wait for that a moment."""
+        self.abandoned = True
+        _hand_over(self.take_back)
+        self.gone.acquire(timeout=GRACE)
+
+
+def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
+    """Return ``work()``, which no interrupt cuts in two.
+
+    If the caller is interrupted, the work runs to its end in its helper, ``undo(result)`` takes it
+    back, and the caller raises the interrupt, after at most `GRACE` seconds. Work that takes longer
+    looks at `abandoned` now and then. Outside of the main thread the caller runs the work itself.
+    """
+    if not interruptible():
+        return work()
+    task = Work(work, undo)
+    try:
+        if not _hand_over(task.run):
+            return work()
+        task.end.acquire()
+        error = task.error
+        if error is None:
+            return task.result  # type: ignore[no-any-return]
+    except BaseException:
+        task.abandon()
+        raise
+    try:
+        raise error
+    finally:
+        del error, task  # the traceback of the error holds this frame
+
+
+def interruptible() -> bool:
+    """Return True in the thread that signals interrupt."""
+    return threading.get_ident() == threading.main_thread().ident
+
+
+def abandoned() -> bool:
+    """Return True in a helper whose caller was interrupted, so that its work is of no use."""
+    work = getattr(_helper, "work", None)
+    return work is not None and work.abandoned
+
+
+def _held() -> threading.Lock:
+    """Return a lock that is held."""
+    lock = threading.Lock()
+    lock.acquire()
+    return lock
+
+
+def _hand_over(call: Callable[[], object]) -> bool:
+    """Have a helper make a call; return False if the system gives no thread."""
+    try:
+        _idle.pop()
+    except IndexError:
+        try:
+            threading.Thread(target=_serve, name=NAME, daemon=True).start()
+        except RuntimeError:  # also while the interpreter ends
+            return False
+    _calls.put(call)
+    return True
+
+
+def _serve() -> None:
+    """Make calls, one after the other."""
+    while True:
+        _calls.get()()  # no name: an idle helper holds nothing
+        _idle.append(None)
+
+
+def _forget_helpers() -> None:
+    """Begin without helpers: a forked process has none of the parent's threads."""
+    global _calls, _idle
+    _calls = SimpleQueue()
+    _idle = deque()
+
+
+_calls: SimpleQueue[Callable[[], object]] = SimpleQueue()
+#: An entry for each helper that waits for a call.
+_idle: deque[None] = deque()
+_helper = threading.local()
+os.register_at_fork(after_in_child=_forget_helpers)
