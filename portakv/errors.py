@@ -81,10 +81,3 @@ class HostMemoryError(PortaKVError, RuntimeError):
 
 class PoolExhausted(HostMemoryError):
     """A pool has no block to give, at once or within the time that was allowed."""
-
-
-def flag(name: str, value: object) -> bool:
-    """Whether an argument is set; raises `InvalidTerms` if it is neither True nor False."""
-    if value is not True and value is not False:
-        raise InvalidTerms(f"{name}={value!r} was asked: expected True or False; pass one.")
-    return value

@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 
 from portakv.connector import in_graph
 from portakv.connector.caches import Batch, Registration
-from portakv.copy.copy import Ids, MemoryObject, Tensors, copy_move, is_strict
+from portakv.copy.copy import Check, Ids, MemoryObject, Tensors, copy_move, is_strict
 from portakv.errors import LayoutError, SlotError
 from portakv.layout.language import parse
 from portakv.layout.presets import resolve
@@ -59,7 +59,7 @@ class AdaptiveConnector:
         chunk_layout: str = CHUNK_LAYOUT,
         *,
         reinterpret: bool = False,
-        check: str = "usual",
+        check: Check = "usual",
         **extents: Any,
     ) -> None:
         self._strict = is_strict(check)

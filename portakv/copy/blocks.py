@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import torch
 
-from portakv.copy.copy import Ids, source_of, whole
+from portakv.copy.copy import Check, Ids, source_of, whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import issued
+from portakv.engines.engine import Overlap
 from portakv.errors import LayoutError, SlotError
 from portakv.runtime.transfer import LateErrors
 from portakv.view import Index, KVView
@@ -24,13 +25,13 @@ def copy_blocks(
     backend: str | None = None,
     stream: torch.Stream | None = None,
     by_layer: bool = False,
-    overlap: str = "compute",
+    overlap: Overlap = "compute",
     max_thread_blocks: int | None = None,
     max_gbps: float | None = None,
     cancellable: bool = False,
     detached: bool = False,
     reinterpret: bool = False,
-    check: str = "usual",
+    check: Check = "usual",
     late: LateErrors | None = None,
 ) -> BlockTransfer:
     """Copy whole blocks by their ids; block sizes may differ, the numbers of tokens may not.

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import gcd, inf
 from operator import index as whole_number
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import torch
 
+from portakv.arguments import flag, one_of
 from portakv.copy.between import carrier
-from portakv.errors import DeviceMismatch, InvalidTerms, LayoutError, SlotError, flag
+from portakv.errors import DeviceMismatch, LayoutError, SlotError
 from portakv.plan.plan import Move, check_disjoint
 from portakv.registry.prepared import Prepared, bring_table, prepared
 from portakv.registry.registry import Choice, choose
@@ -43,6 +44,9 @@ class HasTensor(Protocol):
         """`Tensors`; None or anything else is refused when it is used."""
 
 
+#: How ids on a device are looked at.
+Check: TypeAlias = Literal["usual", "strict"]
+CHECKS: tuple[str, ...] = get_args(Check)
 UNCHECKED = "its ids have to be checked before they are used"  # inside graph capture
 #: What carries out a part of a copy, the part's first position, and its tokens.
 Piece: TypeAlias = tuple[Prepared, int, int]
@@ -66,10 +70,10 @@ def checked(
 
 
 def is_strict(check: object) -> bool:
-    """Whether ``check`` is 'strict'; raises `InvalidTerms` for anything but that and 'usual'."""
-    if check not in ("usual", "strict"):
-        raise InvalidTerms(f"A copy with check={check!r}: expected 'usual' or 'strict'.")
-    return check == "strict"
+    """Return True for 'strict'; raise `InvalidTerms` for anything but that and 'usual'."""
+    if isinstance(check, str) and check == "usual":  # the usual case, without a call
+        return False
+    return one_of("check", check, CHECKS) == "strict"
 
 
 def source_of(src: KVView, dst: KVView, reinterpret: bool) -> KVView:
@@ -116,7 +120,7 @@ def whole(name: str, value: object, expected: str, least: float = -inf) -> int:
     """An argument that is a whole number; raises `SlotError` if it is none, or too small."""
     try:
         number = whole_number(value)  # type: ignore[arg-type]
-        if number >= least:
+        if number >= least and not isinstance(value, bool):
             return number
     except TypeError:
         pass

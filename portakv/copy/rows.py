@@ -7,13 +7,13 @@ from time import perf_counter
 
 import torch
 
+from portakv.arguments import flag, invalid
 from portakv.copy.between import carrier, seen_by_reader, written_behind
-from portakv.copy.copy import Ids, checked, copy_move, follow_current, is_strict, source_of
+from portakv.copy.copy import Check, Ids, checked, copy_move, follow_current, is_strict, source_of
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.repeat import remember, repeated
 from portakv.copy.slices import in_layers, in_slices
-from portakv.engines.engine import Terms
-from portakv.errors import InvalidTerms, flag
+from portakv.engines.engine import Overlap, Terms
 from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream
@@ -31,13 +31,13 @@ def copy_rows(
     backend: str | None = None,
     stream: torch.Stream | None = None,
     by_layer: bool = False,
-    overlap: str = "compute",
+    overlap: Overlap = "compute",
     max_thread_blocks: int | None = None,
     max_gbps: float | None = None,
     cancellable: bool = False,
     detached: bool = False,
     reinterpret: bool = False,
-    check: str = "usual",
+    check: Check = "usual",
     late: LateErrors | None = None,
 ) -> BlockTransfer:
     """Copy rows between views.
@@ -90,16 +90,16 @@ def copy_rows(
 
 def issued(
     src: KVView, dst: KVView, src_index: Ids | None, dst_index: Ids | None, count: int | None,
-    backend: str | None, stream: torch.Stream | None, by_layer: bool, overlap: str,
+    backend: str | None, stream: torch.Stream | None, by_layer: bool, overlap: Overlap,
     max_thread_blocks: int | None, max_gbps: float | None, cancellable: bool, detached: bool,
-    check: str, late: LateErrors | None,
+    check: Check, late: LateErrors | None,
 ) -> BlockTransfer:  # fmt: skip
     """`copy_rows` from what `source_of` made of the source. All terms by position: a call with as
     many by name takes longer."""
     given = count, backend, stream, by_layer, overlap, max_thread_blocks, max_gbps, cancellable
     if late is not None:
         if not isinstance(late, LateErrors):
-            raise InvalidTerms(f"A copy with late={late!r}: expected a LateErrors, or None.")
+            raise invalid("late", "a LateErrors or None", late, "Pass LateErrors().")
         late.check(src.device if src.device.type != "cpu" else dst.device)
         transfer = issued(src, dst, src_index, dst_index, *given, detached, check, None)
         late.keep(transfer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from inspect import Parameter, signature
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -15,12 +16,18 @@ import torch
 from portakv.copy.copy import whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import copy_rows
-from portakv.errors import InvalidTerms, PortaKVError, SlotError
+from portakv.errors import InvalidTerms, LayoutError, PortaKVError, SlotError
 from portakv.plan.plan import Move, check_disjoint
 from portakv.view.bound import address_of
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
+#: How a copy is carried out, by the names of `copy_rows`.
+_TERMS = {
+    name
+    for name, each in signature(copy_rows).parameters.items()
+    if each.kind is Parameter.KEYWORD_ONLY and name != "count"
+}
 #: A number for each run, or one for all of them.
 Numbers: TypeAlias = "int | Sequence[int] | npt.NDArray[Any] | torch.Tensor"
 #: Each run is a block of its own: rows of bytes, at a pitch.
@@ -69,14 +76,15 @@ def copy_runs(
     Raises:
         SlotError: lists of different lengths, or numbers that no run can have; of runs of one size
             a byte that is both read and written, where the host can see it.
-        LayoutError: what are no addresses, or runs that begin at one destination.
-        InvalidTerms: an index or a count, which runs do not have.
+        LayoutError: what are no addresses, or runs that write one byte twice, where the host can
+            see it.
+        InvalidTerms: a term that `copy_rows` does not have; an index or a count, which runs do not
+            have.
         PortaKVError: what `copy_rows` raises.
     """
-    for name in terms.keys() & {"src_index", "dst_index", "count"}:
+    for name in terms.keys() - _TERMS:
         raise InvalidTerms(
-            f"A copy of runs with {name}={terms[name]!r} was asked: expected terms of how it is "
-            f"carried out. Leave it out, and pass the addresses of what is to move."
+            f"Expected terms among {', '.join(sorted(_TERMS))}, got {name}. Leave {name} out."
         )
     ends = _ends(src_addresses), _ends(dst_addresses)
     number = len(ends[0])
@@ -88,6 +96,7 @@ def copy_runs(
     shapes = _shapes(number, sizes, rows, src_pitch, dst_pitch)
     if not number:
         return BlockTransfer.together([])
+    _check_destinations(ends[1], shapes)
     # All views first, so that addresses that are none are refused before anything is moved.
     sides = [
         [
@@ -171,6 +180,33 @@ def _each(name: str, numbers: Numbers, number: int, least: int) -> _Int64:
             f"expected {least_said} for each run, or one for all."
         )
     return found.astype(np.int64)
+
+
+def _check_destinations(ends: Any, shapes: _Int64) -> None:
+    """Raise `LayoutError` if two rows write one byte, as far as the host knows the addresses."""
+    if isinstance(ends, torch.Tensor) or ends.dtype.kind not in "iu":
+        return  # the device alone has them, or a view refuses them
+    begin = ends.astype(np.int64)
+    size, height, _, pitch = np.broadcast_to(shapes, (len(begin), 4)).T
+    folded = bool((pitch < size)[height > 1].any())
+    if not folded and not _overlap(begin, (height - 1) * pitch + size):
+        return
+    # Rows of one run may lie between those of another one.
+    each = np.arange(height.sum()) - np.repeat(np.cumsum(height) - height, height)
+    starts = np.repeat(begin, height) + each * np.repeat(pitch, height)
+    if _overlap(starts, np.repeat(size, height)):
+        raise LayoutError(
+            "Expected dst_addresses of runs that share no byte, got runs that overlap. Pass each "
+            "destination once."
+        )
+
+
+def _overlap(starts: _Int64, sizes: _Int64) -> bool:
+    """Return True if two runs share a byte."""
+    order = np.argsort(starts)
+    first = starts[order]
+    past = first + sizes[order]
+    return bool((first[1:] < past[:-1]).any())
 
 
 def _alike(shapes: _Int64, ends: Sequence[Any]) -> Iterator[tuple[list[int], _Int64 | None]]:

@@ -6,11 +6,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import inf
 from numbers import Real
+from typing import Literal, TypeAlias, get_args
 
 import torch
 
+from portakv.arguments import flag, invalid, one_of, whole
 from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
-from portakv.errors import InvalidTerms, flag
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import Choice, choose
@@ -22,7 +23,8 @@ PINNED = frozenset({("device", "pinned"), ("pinned", "device")})
 PAGEABLE = frozenset({("device", "pageable"), ("pageable", "device")})
 
 #: What else the device does during a transfer: it computes, and must not be slowed; or nothing.
-OVERLAPS = ("compute", "idle")
+Overlap: TypeAlias = Literal["compute", "idle"]
+OVERLAPS: tuple[str, ...] = get_args(Overlap)
 #: The most bytes that a kernel may move across the link at full speed while the device computes, by
 #: direction. Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it
 #: costs a model no more than a copy engine does.
@@ -46,32 +48,31 @@ class Terms:
         InvalidTerms: a value that a term cannot have.
     """
 
-    overlap: str = "compute"
+    overlap: Overlap = "compute"
     max_thread_blocks: int | None = None
     max_gbps: float | None = None
     detached: bool = False
 
     def __post_init__(self) -> None:
+        one_of("overlap", self.overlap, OVERLAPS)
+        if self.max_thread_blocks is not None:
+            whole("max_thread_blocks", self.max_thread_blocks, 1)
+        if self.max_gbps is not None and self.max_gbps != inf:
+            _check_rate(self.max_gbps)
         flag("detached", self.detached)
-        blocks, rate = self.max_thread_blocks, self.max_gbps
-        known = (
-            ("overlap", self.overlap in OVERLAPS,
-             f"one of {', '.join(OVERLAPS)}; pass one of these, or leave it out for {OVERLAPS[0]}"),
-            ("max_thread_blocks", blocks is None or (isinstance(blocks, int) and blocks >= 1),
-             "a whole number from 1 on; pass one, or None for the engine's own limit"),
-            ("max_gbps", rate in (None, inf) or (isinstance(rate, Real) and 0 < rate < 1e9),
-             "10^9 bytes a second, under 10^9 and above 0; pass so many, or None for the link's"),
-        )  # fmt: skip
-        for name, right, expected in known:
-            if not right:
-                asked = f"A transfer with {name}={getattr(self, name)!r}"
-                raise InvalidTerms(f"{asked}: expected {expected}.")
 
     @property
     def of_engine(self) -> Terms:
         """What engines and launches differ by: not the rate, which is kept by the worker that
         issues the pieces."""
         return self if self.max_gbps is None else replace(self, max_gbps=inf)
+
+
+def _check_rate(rate: object) -> None:
+    """Raise `InvalidTerms` for a rate that is not above 0 and below 10^9."""
+    if not (isinstance(rate, Real) and not isinstance(rate, bool) and 0 < rate < 1e9):
+        expected = "a number of 10^9 bytes a second, above 0 and below 10^9"
+        raise invalid("max_gbps", expected, rate, "Pass None for the link's own rate.")
 
 
 class Engine(Backend):

@@ -45,7 +45,7 @@ def bytes_at(address: int, nbytes: int) -> Any:
 def whole(name: str, number: Any, least: int = 0, do: str = "pass one") -> int:
     """A whole number that is no less; raises `HostMemoryError`, which ends with what to do."""
     with suppress(TypeError):
-        if operator.index(number) >= least:
+        if not isinstance(number, bool) and operator.index(number) >= least:
             return operator.index(number)
     raise HostMemoryError(
         f"{name}={number!r} was asked for; expected a whole number, {least} or more: {do}."

@@ -23,7 +23,7 @@ import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache, partial
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
@@ -140,6 +140,17 @@ class Options:
     def __post_init__(self) -> None:
         whole("largest", self.largest, PAGE, "ask for pieces of whole pages")
         whole("unit", self.unit, 1, "pass 1 to have pieces cut at any page")
+
+
+def options_of(given: dict[str, Any]) -> Options:
+    """Return options by their names; raise `HostMemoryError` for a name that is none of theirs."""
+    known = [each.name for each in fields(Options)]
+    for name in given:
+        if name not in known:
+            raise HostMemoryError(
+                f"Expected options among {', '.join(known)}, got {name}. Leave {name} out."
+            )
+    return Options(**given)
 
 
 class Registration:

@@ -23,7 +23,7 @@ import torch
 from portakv.errors import HostMemoryError, Unsupported
 from portakv.host import _pages, _registration
 from portakv.host._pages import HugePages, available, whole
-from portakv.host._registration import Options, Registration, seams
+from portakv.host._registration import Registration, options_of, seams
 
 __all__ = [
     "Adopted", "HostMemoryError", "PinnedMemory", "adopt", "allocate", "available", "empty",
@@ -162,7 +162,8 @@ def allocate(
         )
     if threads is not None:
         whole("threads", threads, 1, "pass None for one a core, at most 16")
-    how, nbytes = Options(**options), whole("nbytes", nbytes, 1)
+    how = options_of(options)
+    nbytes = whole("nbytes", nbytes, 1)
     if _registration.through_torch() and (given := _from_torch(nbytes, huge_pages, numa)):
         return given
     mapping, notes = _pages.map_private(nbytes, huge_pages)
@@ -224,7 +225,7 @@ def register_address(
             f"{nbytes} bytes at address {address:#x} were asked to be registered, and some of them "
             f"belong to no memory of this process; register memory before it is freed."
         )
-    how = Registration(address, nbytes, Options(**options), read_only)
+    how = Registration(address, nbytes, options_of(options), read_only)
     memory = _pinned(held, how)
     _open.append(memory)
     return memory

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
@@ -13,12 +12,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import suppress
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
 
+from portakv.arguments import flag, seconds
 from portakv.errors import HostMemoryError, PoolExhausted
 from portakv.host import _pages, _registration, pinned
 from portakv.runtime.devices import this_process
@@ -148,13 +147,10 @@ class Pool:
                 f"{self._name} was asked for {count} blocks, and it may have {self.limit}; ask for "
                 f"fewer, or make it with a higher limit."
             )
-        if timeout is not None and (not isinstance(timeout, Real) or math.isnan(timeout)):
-            raise HostMemoryError(
-                f"A block was asked for with timeout={timeout!r}; expected seconds: pass a number, "
-                f"or None to wait without end."
-            )
-        within = "" if timeout is None or not wait else f" within {float(timeout):g} s"
-        until = time.monotonic() + (math.inf if timeout is None else timeout) if wait else 0.0
+        flag("wait", wait)
+        limit = seconds("timeout", timeout, optional=True)
+        within = "" if timeout is None or not wait else f" within {limit:g} s"
+        until = time.monotonic() + limit if wait else 0.0
         grow_at, refused = 0.0, None
         self._refuse()  # before the lock, which a forked child may find taken for ever
         with self._changed:

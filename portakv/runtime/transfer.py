@@ -12,14 +12,14 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from numbers import Real
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.errors import InvalidTerms, PortaKVError, SlotError, TransferError, TransferTimeout
+from portakv import arguments
+from portakv.errors import PortaKVError, SlotError, TransferError, TransferTimeout
 from portakv.runtime.devices import capturing
 
 #: A weak reference to the `LateErrors` that report an error for which no caller asked.
@@ -264,8 +264,8 @@ class Transfer:
         """Make the current stream (or ``stream``) wait; blocks the host only for staged work.
         Raises `InvalidTerms` for a stream that is not one of torch's."""
         if stream is not None and not hasattr(stream, "stream_id"):
-            asked = f"The end was waited for with stream={stream!r}"
-            raise InvalidTerms(f"{asked}; expected a stream of torch, or None for the current one.")
+            do = "Pass None for the current one."
+            raise arguments.invalid("stream", "a stream of torch", stream, do)
         for completion in self.completions:
             completion.wait(stream)
 
@@ -302,10 +302,7 @@ class Transfer:
 
     def _await_end(self, seconds: float) -> None:
         """Ask for the end until it is seen, less and less often: torch waits without a limit."""
-        if not (isinstance(seconds, Real) and seconds >= 0):
-            asked = f"The end was waited for with timeout={seconds!r}"
-            raise InvalidTerms(f"{asked}; expected seconds from 0 on, or None for no limit.")
-        seconds = float(min(seconds, 1e9))  # an integer may be more than a float holds
+        seconds = arguments.seconds("timeout", seconds, optional=True)
         limit, pause = time.monotonic() + seconds, 20e-6
         while not all(completion.ended() for completion in self.completions):
             left = limit - time.monotonic()

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from portakv.errors import DeviceMismatch, LayoutError, flag
+from portakv.arguments import flag
+from portakv.errors import DeviceMismatch, LayoutError
 from portakv.layout.extents import declare, factor_extent, positive, solve
 from portakv.layout.language import Factor, Layout, parse
 from portakv.layout.presets import Extent, resolve

@@ -255,8 +255,8 @@ COPIES: dict[type[PortaKVError], list[tuple[Any, ...]]] = {
     ],
     InvalidTerms: [
         (lambda s: rows(s.cache, s.rows, [0], reinterpret="no"), "'no'", "True or False"),
-        (lambda s: s.connector.__class__("cpu", reinterpret=1), "reinterpret=1", "True or False"),
-        (lambda s: rows(s.cache, s.rows, [0], check="loose"), "='loose'", "'usual' or 'strict'"),
+        (lambda s: s.connector.__class__("cpu", reinterpret=1), "reinterpret", "got 1"),
+        (lambda s: rows(s.cache, s.rows, [0], check="loose"), "'loose'", "'usual' or 'strict'"),
     ],
     DeviceMismatch: [
         (lambda s: rows(s.cache, s.rows, [0], stream="default"), "='default'"),

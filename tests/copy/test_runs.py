@@ -246,9 +246,15 @@ def test_nothing() -> None:
         ({"sizes": [[64], [64, 64]]}, SlotError, ["sizes", "list"]),
         ({"sizes": torch.empty(4, dtype=torch.int64, device="meta")}, SlotError, ["sizes"]),
         ({"rows": 2, "src_pitch": -1}, SlotError, ["src_pitch=-1"]),
-        ({"dst": [0, 0, 512, 1024]}, LayoutError, ["one address"]),
-        ({"count": 2}, InvalidTerms, ["count=2", "Leave it out"]),
-        ({"src_index": [3, 2, 1, 0]}, InvalidTerms, ["src_index=[3, 2, 1, 0]"]),
+        ({"dst": [0, 0, 512, 1024]}, LayoutError, ["dst_addresses", "share no byte"]),
+        ({"dst": [0, 63, 512, 1024]}, LayoutError, ["dst_addresses", "share no byte"]),
+        ({"dst": [0, 63, 512, 1024], "sizes": [64, 8, 8, 8]}, LayoutError, ["dst_addresses"]),
+        ({"dst": [0, 100, 512, 1024], "rows": 2, "dst_pitch": 128}, LayoutError, ["share no byte"]),
+        ({"dst_pitch": 32, "rows": 2}, LayoutError, ["dst_addresses"]),
+        ({"foo": 1}, InvalidTerms, ["got foo", "by_layer", "Leave foo out"]),
+        ({"rows": [1, 2, True, None]}, SlotError, ["rows"]),
+        ({"count": 2}, InvalidTerms, ["got count", "Leave count out"]),
+        ({"src_index": [3, 2, 1, 0]}, InvalidTerms, ["got src_index"]),
     ],
     ids=str,
 )  # fmt: skip
@@ -258,6 +264,18 @@ def test_what_are_no_runs(change: dict[str, Any], error: Any, words: list[str]) 
     lists = [at(side, asked.pop(name)) for name, side in (("src", src), ("dst", dst))]
     with refused(error, *words, watch=[dst]):
         copy_runs(*lists, **asked, src_device="cpu", dst_device="cpu")
+
+
+def test_rows_that_lie_between_those_of_another_run() -> None:
+    """Runs may cover each other's bytes with their pitch."""
+    src, dst = ends(CPU, "inside")
+    expected = wanted(src, dst, [(row * 64 + run * 512, row * 128 + run * 64, 64)
+                                 for run in range(2) for row in range(4)])  # fmt: skip
+    copy_runs(
+        at(src, [0, 512]), at(dst, [0, 64]), 64, src_device="cpu", dst_device="cpu", rows=4,
+        dst_pitch=128,
+    ).synchronize()  # fmt: skip
+    assert torch.equal(dst, expected)
 
 
 def test_a_byte_that_is_read_and_written() -> None:

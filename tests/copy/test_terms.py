@@ -112,13 +112,14 @@ def test_more_than_the_lists_hold() -> None:
 
 @pytest.mark.parametrize(
     ("terms", "words"),
-    [({"overlap": "none"}, "overlap='none'"), ({"max_gbps": 0}, "max_gbps=0"),
-     ({"max_thread_blocks": 0}, "max_thread_blocks=0"), ({"detached": 1}, "detached=1")],
+    [({"overlap": "none"}, "overlap"), ({"max_gbps": 0}, "max_gbps"),
+     ({"max_gbps": True}, "max_gbps"), ({"max_thread_blocks": 0}, "max_thread_blocks"),
+     ({"max_thread_blocks": True}, "max_thread_blocks"), ({"detached": 1}, "detached")],
     ids=str,
 )  # fmt: skip
 def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
     src, dst = layered(), layered()
-    with refused(InvalidTerms, words, watch=dst.tensors):
+    with refused(InvalidTerms, f"Expected {words} to be", watch=dst.tensors):
         copy_rows(src.view, dst.view, [1], [2], **terms)
 
 

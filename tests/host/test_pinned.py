@@ -469,3 +469,10 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
     for line, (at, why) in zip(told, wanted, strict=True):
         assert line.startswith(f"{script}:{at}: ")
         assert why in line
+
+
+def test_an_option_that_there_is_not() -> None:
+    with refused(HostMemoryError, "Expected options among", "largest", "Leave huge out"):
+        pinned.allocate(4096, huge=1)
+    with refused(HostMemoryError, "nbytes=True"):
+        pinned.allocate(True)

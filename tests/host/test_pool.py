@@ -21,7 +21,7 @@ from support.pinned_runtime import claimed
 from support.pool_processes import Child, unused_name
 from support.threads import run_threads
 
-from portakv.errors import SlotError
+from portakv.errors import InvalidTerms, SlotError
 from portakv.host import _pages, _registration, pinned
 from portakv.host.pinned import HostMemoryError, PinnedMemory
 from portakv.host.pool import PinnedPool, PoolExhausted
@@ -198,10 +198,12 @@ def test_what_makes_no_shared_pool(given: Any, words: str, name: str) -> None:
 def test_arguments_that_mean_nothing(make: Make) -> None:
     wrong: Any
     with make(1) as pool:
-        for wrong in ("1", float("nan"), object()):
-            with refused(HostMemoryError, "expected seconds"):
-                pool.acquire(timeout=wrong)
-        for wrong in (-1, "x", 1.5, None, []):
+        for wrong in ("1", float("nan"), object(), -1, True):
+            with refused(InvalidTerms, "Expected timeout to be", "seconds"):
+                pool.acquire(wait=True, timeout=wrong)
+        with refused(InvalidTerms, "Expected wait to be True or False"):
+            pool.acquire(wait=1)  # type: ignore[arg-type]
+        for wrong in (-1, True, "x", 1.5, None, []):
             with refused(HostMemoryError, f"count={wrong!r}", "0 or more"):
                 pool.acquire_many(wrong)
         for wrong in (3, "x", [], torch.zeros(2), torch.Event, SimpleNamespace(done=3)):

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of arguments. Each returns the value, or raises `InvalidTerms` with a sentence that names
+the argument at fault: "Expected X, got Y. Do Z."
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+from math import inf
+from numbers import Integral, Real
+from typing import TypeVar
+
+from portakv.errors import InvalidTerms
+
+Kind = TypeVar("Kind")
+#: The most seconds of a wait, which are 31 years: a lock of Python's takes no more than 292.
+FOREVER = 1e9
+_LONGEST = 80  # characters of a value in a sentence
+
+
+def invalid(name: str, expected: str, value: object, do: str = "Correct it.") -> InvalidTerms:
+    """Return the error for an argument that has another value than expected."""
+    return InvalidTerms(f"Expected {name} to be {expected}, got {shown(value)}. {do}")
+
+
+def shown(value: object) -> str:
+    """Return a short text for a value. Asks no tensor and no object of a caller for its text."""
+    if isinstance(value, int) and value.bit_length() > 200:
+        return f"a whole number of {value.bit_length()} bits"
+    plain = value is None or isinstance(value, str | bytes | int | float)
+    if not plain and isinstance(value, list | tuple) and len(value) <= 8:
+        plain = all(x is None or type(x) in (str, bytes, int, float, bool) for x in value)
+    if not plain:
+        name = type(value).__name__
+        article = "an" if name[:1].lower() in ("a", "e", "i", "o", "u") else "a"
+        return f"{article} {name}"
+    text = repr(value)
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}..."
+    return text
+
+
+def flag(name: str, value: object) -> bool:
+    """Return a flag, which is True or False."""
+    if value is not True and value is not False:
+        raise invalid(name, "True or False", value, "Pass one of these.")
+    return value
+
+
+def one_of(name: str, value: object, options: Iterable[str]) -> str:
+    """Return a text that is one of several."""
+    known = tuple(options)
+    if isinstance(value, str) and value in known:
+        return value
+    do = "Pass one of these."
+    if isinstance(value, str) and (close := get_close_matches(value, known, 1)):
+        do = f"Did you mean {close[0]!r}?"
+    expected = " or ".join(repr(each) for each in known)
+    raise invalid(name, expected, value, do)
+
+
+def whole(
+    name: str, value: object, least: int = 0, most: int = (1 << 62) - 1, what: str = ""
+) -> int:
+    """Return a whole number from ``least`` to ``most``; ``what`` names its unit."""
+    if isinstance(value, Integral) and not isinstance(value, bool) and least <= value <= most:
+        return int(value)
+    expected = f"a whole number {what}".rstrip()
+    if isinstance(value, Integral) and value > most:
+        limits = f"of at most {most}"
+    else:
+        limits = f"of at least {least}"
+    raise invalid(name, f"{expected} {limits}", value, "Pass one.")
+
+
+def number(
+    name: str, value: object, least: float = -inf, most: float = inf, what: str = "a number"
+) -> float:
+    """Return a number from ``least`` to ``most``; ``what`` names it with its limits."""
+    if isinstance(value, Real) and not isinstance(value, bool) and least <= value <= most:
+        return float(min(value, 1e300))
+    raise invalid(name, what, value, "Pass one.")
+
+
+def seconds(name: str, value: object, above: bool = False, optional: bool = False) -> float:
+    """Return seconds, from 0 on or ``above`` 0, and at most `FOREVER`; if ``optional`` None is
+    `FOREVER`."""
+    if value is None and optional:
+        return FOREVER
+    right = isinstance(value, Real) and not isinstance(value, bool)
+    if right and (value > 0 or (value == 0 and not above)):
+        return float(min(value, FOREVER))
+    expected = "a number of seconds above 0" if above else "a number of seconds, 0 or more"
+    if optional:
+        expected += ", or None for no limit"
+    raise invalid(name, expected, value, "Pass one.")
+
+
+def text(name: str, value: object, least: int = 1, most: int = 1024) -> str:
+    """Return a text of ``least`` to ``most`` characters, which UTF-8 can hold."""
+    if isinstance(value, str) and least <= len(value) <= most:
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise invalid(name, "a text that UTF-8 can hold", value) from None
+        return value
+    raise invalid(name, f"a text of {least} to {most} characters", value, "Pass one.")
+
+
+def octets(name: str, value: object, least: int = 0, most: int = (1 << 62) - 1) -> bytes:
+    """Return bytes, of a length from ``least`` to ``most``."""
+    if isinstance(value, bytes) and least <= len(value) <= most:
+        return value
+    size = f" of at least {least}" if least else ""
+    raise invalid(name, f"bytes{size}", value, "Pass bytes.")
+
+
+def instance(name: str, value: object, kind: type[Kind], do: str = "") -> Kind:
+    """Return an object of a class; ``do`` says how to make one."""
+    if isinstance(value, kind):
+        return value
+    article = "an" if kind.__name__[:1] in ("A", "E", "I", "O", "U") else "a"
+    expected = f"{article} {kind.__name__}"
+    raise invalid(name, expected, value, do or f"Pass {expected}.")
