@@ -53,6 +53,7 @@ dropped: deque[Callable[[], None]] = deque()
 _told: tuple[int, ...] = ()  # what `seams` says
 _postponed: list[tuple[Registration, Any]] = []  # by finalizers during a graph's capture
 warned: set[str] = set()
+_NO_DEVICE = "there is no CUDA or ROCm device"
 _ONLY_TORCH = "torch registers no memory that exists for this device; take some of `allocate`"
 
 
@@ -73,7 +74,7 @@ def why_not() -> str | None:
         return "CUDA does not survive fork; start this process by spawn"
     if torch.cuda.is_available():
         return None if _library() else "this torch loads no runtime library; take an official wheel"
-    return _ONLY_TORCH if torch.accelerator.is_available() else "there is no CUDA or ROCm device"
+    return _ONLY_TORCH if torch.accelerator.is_available() else _NO_DEVICE
 
 
 def through_torch() -> bool:
@@ -212,7 +213,8 @@ class Registration:
                 f"Pinned host memory was asked for, and {why}. Pass fallback=True to go on with "
                 f"pageable memory."
             )
-        if why:
+        # Without a device there is nothing to copy to, and nothing that the user could mend.
+        if why and why != _NO_DEVICE:
             warn_once(why)
 
     def _unregister(self) -> None:

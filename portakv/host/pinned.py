@@ -3,7 +3,7 @@
 
 Memory lives as long as anything made from it: the handle, its tensor, any view or array of these.
 Before it is unregistered the host waits for the devices, so that no copy in flight loses it.
-If nothing can be pinned the same calls give pageable memory, and warn once.
+If nothing can be pinned the same calls give pageable memory, and warn once if there is a device.
 """
 
 from __future__ import annotations

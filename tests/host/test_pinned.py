@@ -476,3 +476,17 @@ def test_an_option_that_there_is_not() -> None:
         pinned.allocate(4096, huge=1)
     with refused(HostMemoryError, "nbytes=True"):
         pinned.allocate(True)
+
+
+def test_a_machine_without_a_device_is_not_warned_of_pageable_memory() -> None:
+    """The user could do nothing about it, and nothing is copied to a device."""
+    script = """if True:
+        import torch
+        torch.cuda.is_available = torch.accelerator.is_available = lambda: False
+        from portakv.host import pinned
+        assert not pinned.allocate(4096).pinned
+        assert not pinned.register(bytearray(8192)).pinned
+    """
+    words = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -24,7 +24,9 @@ class Fault:
     cut: int | None = None  #: after so many bytes of the answer's body; -1: before its head
     reset: bool = False  #: cut by RST instead of FIN
     stall: float = 0.0  #: seconds before the last byte that is sent
+    silent: float = 0.0  #: seconds before the answer's head
     rate: float = 0.0  #: bytes a second, of the answer's body
+    step: int = 1 << 16  #: bytes that go at a time then
     slow_upload: float = 0.0  #: bytes a second, of the request's body
     flip: int | None = None  #: the byte of the answer's body whose lowest bit is turned
     answer: bytes = b""  #: status and body, in place of the store's
@@ -116,9 +118,10 @@ class _Request(socketserver.StreamRequestHandler):
         if fault.cut is not None:
             body = body[: max(0, fault.cut)]
         last = len(body) - 1 if fault.stall else len(body)
+        time.sleep(fault.silent)
         if fault.cut != -1:
             self.wfile.write(head + b"\r\nConnection: close\r\n\r\n")
-            step = 1 << 16 if fault.rate else 1 << 20
+            step = fault.step if fault.rate else 1 << 20
             for at in range(0, last, step):
                 self.server.sent += min(last, at + step) - at
                 self.wfile.write(body[at : min(last, at + step)])

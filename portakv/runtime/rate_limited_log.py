@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Warnings of faults that may come a thousand times a second, limited to a few lines a minute."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from portakv.runtime.bounded import Bounded
+
+#: Lines of one topic that are logged within `SECONDS`.
+LINES = 10
+#: Seconds after which a topic may be logged again.
+SECONDS = 60.0
+_TOPICS = 256
+
+
+@dataclass
+class _Topic:
+    """Lines of one topic since a time."""
+
+    since: float
+    logged: int = 0
+    left_out: int = 0
+
+
+class RateLimitedLog:
+    """Log warnings, at most ``lines`` of each topic within `SECONDS`. The first line after that
+    says how many were left out. Any number of threads may use one.
+
+    Args:
+        logger: gets the lines.
+        clock: returns seconds.
+    """
+
+    def __init__(self, logger: logging.Logger, clock: Callable[[], float] = time.monotonic) -> None:
+        self._logger = logger
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._topics: Bounded[str, _Topic] = Bounded("topics of warnings", _TOPICS)
+
+    def warning(self, topic: str, text: str, *values: object, lines: int = LINES) -> None:
+        """Log ``text % values`` unless the topic has had its ``lines``. Pass no secret."""
+        now = self._clock()
+        left_out = 0
+        with self._lock:
+            entry = self._topics.get(topic)
+            if entry is None or now >= entry.since + SECONDS:
+                left_out = entry.left_out if entry else 0
+                entry = _Topic(now)
+                self._topics[topic] = entry
+            if entry.logged >= lines:
+                entry.left_out += 1
+                return
+            entry.logged += 1
+        # The logger's handlers run outside the lock: they may log here themselves.
+        if left_out:
+            text += " (%d more like this one were not logged)"
+            values = (*values, left_out)
+        self._logger.warning(text, *values)
