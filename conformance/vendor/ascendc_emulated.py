@@ -102,8 +102,8 @@ class _EmulatedLaunch(MoveLaunch):
         for nest, copy in zip(self._nests, copies, strict=True):
             seed = zlib.crc32(nest.raw, move.count // self._unit)
             run(self._run, copy, memory, SETTINGS[seed % len(SETTINGS)], seed)
-        if status is not None:
-            words.put_first_into(status)
+        if status is not None and (first := int(words.first)):
+            status[0] = first
 
 
 def run(

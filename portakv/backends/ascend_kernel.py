@@ -200,7 +200,7 @@ class KernelRows:
         for copy in copies:
             self._kernel.launch(copy, memory, stream)
         if status is not None:
-            words.put_first_into(status)
+            status.copy_(words.first, non_blocking=True)
 
 
 class StatusWords:
@@ -215,9 +215,10 @@ class StatusWords:
         if cores:
             self.memory.append((self.address, self._words.nbytes, True))
 
-    def put_first_into(self, status: torch.Tensor) -> None:
-        """Write the lowest position + 1, or 0, to a status word, ordered on the current stream."""
-        status.copy_((self._words.amin() % _NO_POSITION).view(1), non_blocking=True)
+    @property
+    def first(self) -> torch.Tensor:
+        """The lowest position + 1, or 0: int64 ``[1]``, ordered on the current stream."""
+        return (self._words.amin() % _NO_POSITION).view(1)
 
 
 # The kernel's arguments

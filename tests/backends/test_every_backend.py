@@ -244,11 +244,11 @@ def test_bad_blocks_on_either_side(
 
 
 @by_each(WITH_SPACE)  # what the AscendC kernel tells is copied to the word
-def test_of_several_bad_ids_one_is_told_and_stays(carrier: Carrier) -> None:
+def test_of_several_bad_ids_the_first_is_reported_and_stays(carrier: Carrier) -> None:
     status = carrier.word()
     for slots in ([12, 1, 13, 2, 99, 0, 5, 3], [1, 2, -1, 3, 4, 5, 6, 7]):
         carrier.tells(Copy(by(pool(), slots), chunk(8), 8), status)
-        assert int(status) in (1, 3, 5)
+        assert int(status) == 1
 
 
 # Far and large
