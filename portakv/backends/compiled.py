@@ -289,6 +289,13 @@ def _missing(device: torch.device) -> str | None:
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
         if shutil.which(compiler) is None:
             return f"inductor's C++ compiler {compiler!r} is not there; install g++, or set CXX"
+        # torch 2.13 joins the words of the compiler's command by spaces, and does not quote them.
+        package = str(Path(torch.__file__).parent)
+        if " " in package:
+            return (
+                f"inductor cannot pass a path with a space to the compiler, and torch lies in "
+                f"{package}"
+            )
     folder = sysconfig.get_path("include")
     if not (Path(folder) / "Python.h").exists():
         return f"Python's headers are not in {folder}; install them (Debian: python3-dev)"

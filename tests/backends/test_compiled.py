@@ -246,7 +246,11 @@ def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path
         patched.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
         assert "python3-dev" in rejection(Compiled, CPU)
         (tmp_path / "Python.h").touch()
+        patched.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
         assert Compiled.probe(CPU).accepted
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "__file__", str(tmp_path / "with space" / "torch" / "__init__.py"))
+        assert "with a space" in rejection(Compiled, CPU)
     monkeypatch.delattr(torch._C, "_construct_storage_from_data_pointer")
     assert "tensor of an address" in rejection(Compiled, CPU)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import stat
 import sys
 from dataclasses import replace
@@ -24,16 +25,16 @@ from portakv_benchmarks.storage.stores import beside
 from portakv_benchmarks.storage.suite import STORAGE_PRESETS, StorageBench
 
 #: A program that moves nothing and says what fio would, half of it for sizes of 1 MB and more.
-FAKE = """#!{python}
+FAKE = """
 import json, os, sys
 words = dict(word.partition("=")[::2] for word in sys.argv[1:])
 if "--version" in words:
     sys.exit(print("fio-3.33"))
 n, op = os.path.getsize(words["--filename"]), words["--rw"][4:]
 moved = n if int(words["--bs"]) < 1 << 20 else n // 2
-told = {{"io_bytes": moved, "bw_bytes": 10**9}}
-job = {{"error": 0, "usr_cpu": 1, "sys_cpu": 1, "job_runtime": 9, op: told}}
-print(json.dumps({{"jobs": [job]}}))
+told = {"io_bytes": moved, "bw_bytes": 10**9}
+job = {"error": 0, "usr_cpu": 1, "sys_cpu": 1, "job_runtime": 9, op: told}
+print(json.dumps({"jobs": [job]}))
 """
 
 
@@ -41,7 +42,10 @@ print(json.dumps({{"jobs": [job]}}))
 def fio(tmp_path: Path) -> str:
     """A program in fio's place."""
     made = tmp_path / "fio"
-    made.write_text(FAKE.format(python=sys.executable))
+    program = tmp_path / "fio.py"
+    program.write_text(FAKE)
+    # By a shell: a line that names Python after "#!" may hold no space.
+    made.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {program} "$@"\n')
     made.chmod(stat.S_IRWXU)
     return str(made)
 
