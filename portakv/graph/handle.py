@@ -35,8 +35,13 @@ class Handle(Transfer):
 
     def cancel(self) -> bool:
         """Let no further block begin; True if some will not be moved."""
-        left = [self._graph.cancel(gate) for gate in self._gates]  # each keeps what it follows
-        self.cancelled = self.cancelled or any(left)
+        left = self._graph.run(self._cancel)
+        self.cancelled = self.cancelled or left
+        return left
+
+    def _cancel(self) -> bool:
+        """Cancel all gates, of which each keeps what it follows."""
+        left = [self._graph.cancel(gate) for gate in self._gates]
         return any(left)
 
     def wait(self, stream: torch.Stream | None = None) -> None:

@@ -29,6 +29,7 @@ from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Link, Node
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
 from portakv.storage.form import BlockForm
@@ -138,7 +139,7 @@ class Remote:
         self.workers = workers
         self._multipart = multipart
 
-        self.store, self._sink = self._connect(url, settings)
+        self.store, self._sink = uninterrupted(partial(self._connect, url, settings))
         # A store in memory keeps the buffer that it is given, and the caller uses it again.
         self._keeps_buffers = self.url.startswith("memory:")
 
@@ -278,6 +279,10 @@ class Remote:
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return other forms of the same cache that lie there."""
+        return uninterrupted(partial(self._find_forms, form))
+
+    def _find_forms(self, form: BlockForm) -> list[BlockForm]:
+        """Do what `forms` promises: an interrupted request would keep the others waiting."""
         self._found = []
         store = self.store
         if type(store).__name__ == "HTTPStore":
@@ -359,10 +364,13 @@ class Shelf:
         works = [lambda _, mask, key=key: mask & ask(key) for key in left if not self._fault(key)]
         nodes = [Node(work, 1, link=self._heads, name="lookup") for work in works]
         graph.submit(nodes, priority="urgent")
-        for node in nodes:
-            node.wait(max(0.0, until - graph.clock()))
-        for node in nodes:
-            graph.cancel(node)
+        try:
+            for node in nodes:
+                node.wait(max(0.0, until - graph.clock()))
+        finally:
+            late = [node for node in nodes if not node.ended]
+            if late:
+                graph.run(lambda: [graph.cancel(node) for node in late])
         return self.known(keys)
 
     def known(self, keys: Keys) -> list[bool]:

@@ -12,7 +12,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
+from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header
@@ -71,8 +72,8 @@ class Slots:
         engine: Engine,
         track: Track = lambda items, _: items,
     ) -> None:
+        self.fd = self._table = self._claim = -1  # first, as `__del__` reads them
         self.folder, self.form = folder, form
-        self.fd = self._table = self._claim = -1
         self.direct, self.notes = True, list[str]()
         self.generation = self.broken = self.evicted = 0
         self._change = threading.Lock()
@@ -151,6 +152,8 @@ class Slots:
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
         found = list[tuple[int, Header]]()
         for first in track(range(0, len(torn), BATCH), "headers"):
+            if abandoned():  # nobody waits for this store any more
+                raise KeyboardInterrupt
             part = list(zip(torn[first : first + BATCH], pages, strict=False))
             asks = [Request(self.fd, i * size, p.ctypes.data, PAGE, False) for i, p in part]
             for (slot, page), moved in zip(part, engine.run(asks), strict=True):
@@ -258,6 +261,10 @@ class Slots:
                 with suppress(OSError):
                     act(fd)
 
+    def __del__(self) -> None:
+        """Release the folder of a store that nobody closed, since its `close` was interrupted."""
+        self.close(sync=False)
+
     def _put(self, slot: int, key: bytes = b"", number: int = 0, sums: Sequence[int] = ()) -> bool:
         """Write the record of a generation ``number``, or of none; False if it cannot be."""
         record = self._records[slot]
@@ -297,6 +304,11 @@ class Slots:
 def claim(folder: Path) -> int:
     """Take a folder of a disk tier for one store, which has it until this descriptor is closed. A
     link is followed. Raises `StoreBusy` if another store has it."""
+    return uninterrupted(partial(_claim, folder), undo=os.close)
+
+
+def _claim(folder: Path) -> int:
+    """Do what `claim` promises."""
     os.makedirs(folder, 0o700, exist_ok=True)
     if folder.stat().st_uid not in (0, os.geteuid()):  # root could do anything anyway
         raise PermissionError(1, f"{folder} is another user's")

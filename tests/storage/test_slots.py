@@ -255,9 +255,10 @@ def test_two_processes_and_one_folder(folder: Path) -> None:
     done = os.pipe()
 
     def hold(tell: int) -> None:
-        opened(folder)
+        slots = opened(folder)
         os.write(tell, b"x")
         os.read(done[0], 1)
+        assert slots.fd >= 0
 
     pid, told = cases.telling(hold)
     assert os.read(told, 1) == b"x"

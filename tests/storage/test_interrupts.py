@@ -1,0 +1,302 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An interrupt at any line of a store or a graph leaves no hang, no lent row and no open folder."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator
+from functools import partial
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+import torch
+from support.core_cases import noise
+from support.interrupts import LIMIT, files_of, function_lines, orphans, replay, settles
+from support.storage_cases import FakeTier, key_of, small_form
+
+from portakv import KVView
+from portakv.errors import PortaKVError, TransferError
+from portakv.graph.graph import Graph, Lease, Node
+from portakv.graph.handle import Handle
+from portakv.graph.prometheus import Collector
+from portakv.graph.trace import Trace
+from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+
+FILES = files_of("storage", "graph", "runtime/interrupts.py")
+KEYS = [key_of(number) for number in range(6)]
+FORM = small_form()
+SIZE = FORM.image_bytes
+Steps = Generator[Callable[[], object], None, None]
+
+
+def cache(seed: int = 0) -> KVView:
+    """A cache of eight small blocks."""
+    tensors = [noise(8, 2, 4, 2, 32, dtype=torch.float16, seed=seed + i) for i in range(4)]
+    return KVView(tensors, "layer | block kv token head dim")
+
+
+SOURCE = cache()
+TARGET = cache(50)
+
+
+def judge(store: BlockStore) -> None:
+    """The store serves the same keys and new ones, holds nothing that is over, and closes."""
+    others = [key_of(100 + number) for number in range(3)]
+    saved = store.save(SOURCE, range(6), KEYS, priority="urgent", deadline=LIMIT)
+    saved.synchronize(LIMIT)
+    loaded = store.load(TARGET, range(6), KEYS, missing="skip")
+    loaded.synchronize(LIMIT)
+    store.save(SOURCE, range(3), others, priority="urgent").synchronize(LIMIT)
+    store.load(TARGET, range(3), others, missing="skip").synchronize(LIMIT)
+    assert settles(lambda: not store.graph.live), "a node lives"
+    assert settles(lambda: store.rows.counts()["lent"] == 0), "a row is lent"
+    assert not store.rows._pins, "a row is pinned"
+    assert sum(link.queued_bytes for link in store.graph.links.values()) == 0
+    store.close(LIMIT)
+
+
+def disk(folder: Path) -> Disk:
+    return Disk(folder, capacity=20 * SIZE, io="threads", workers=2)
+
+
+def opening(folder: Path) -> Steps:
+    """A store of all tiers is opened, and closed."""
+
+    def act() -> None:
+        form = BlockForm.of(SOURCE, "org/model@1")
+        prefix_keys(range(16), form.block_size)
+        remote = Remote("memory://")
+        tiers: list[Any] = [disk(folder / "a"), remote]
+        assert tiers[0].forms(form) == []
+        assert remote.forms(form) == []
+        with BlockStore(FORM, staging=6 * SIZE, host=4 * SIZE, tiers=tiers) as store:
+            store.explain()
+        remote.wipe()
+        repr(remote)
+
+    yield act
+
+    def again() -> bool:
+        """The folder is free, at the latest when the helper has undone all."""
+        try:
+            BlockStore(FORM, staging=SIZE, tiers=[disk(folder / "a")]).close()
+        except PortaKVError:
+            return False
+        return True
+
+    assert settles(again), "the folder is busy"
+
+
+def serving(folder: Path) -> Steps:
+    """Blocks are saved, found and loaded, with each tier that there is."""
+    tiers = [disk(folder / "b"), Remote("memory://")]
+    store = BlockStore(FORM, staging=8 * SIZE, host=4 * SIZE, tiers=tiers, full="wait")
+
+    def act() -> None:
+        store.save(SOURCE, range(6), KEYS, priority="urgent", deadline=LIMIT).synchronize(LIMIT)
+        store.lookup([*KEYS, key_of(99)])
+        store.load(TARGET, range(6), KEYS, missing="skip").synchronize(LIMIT)
+        layers = store.load(TARGET, range(6), KEYS, by_layer=True, missing="skip")
+        for layer in layers.layers:
+            layer.wait()
+        while not layers.done():
+            pass
+        store.prefetch(KEYS[:2]).synchronize(LIMIT)
+        store.statistics()
+        store.trace(str(folder / "trace.json"))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    yield act
+    judge(store)
+
+
+def joining(folder: Path) -> Steps:
+    """Calls join what others began, wait for staging, are late, and are cancelled."""
+    tier, go = FakeTier(width=1), threading.Event()
+    store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=[tier], full="wait")
+    store.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
+    tier.faults = {key: [partial(go.wait, 0.05)] for key in KEYS[2:4]}
+
+    def act() -> None:
+        first = store.load(TARGET, range(6), KEYS, missing="skip")
+        store.save(SOURCE, range(3), [key_of(7), *KEYS[:2]])
+        joined = store.load(TARGET, range(4), KEYS[:4], deadline=0.01, missing="skip")
+        store.prefetch(KEYS)
+        joined.cancel()
+        store.load(TARGET, range(4), KEYS[2:], deadline=-1.0, missing="skip").synchronize(LIMIT)
+        first.synchronize(LIMIT)
+
+    yield act
+    go.set()
+    judge(store)
+
+
+def closing(folder: Path) -> Steps:
+    """A store is closed while calls are under way."""
+    tier, go = FakeTier(width=1), threading.Event()
+    tiers = [disk(folder / "c"), tier]
+    store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=tiers, full="wait")
+    store.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
+    tier.faults = {KEYS[5]: [partial(go.wait, 0.05)]}
+
+    def act() -> None:
+        store.load(TARGET, range(6), KEYS, missing="skip")
+        store.prefetch(KEYS)
+        store.close(LIMIT)
+
+    yield act
+    go.set()
+    store.close(LIMIT)
+    BlockStore(FORM, staging=SIZE, tiers=[disk(folder / "c")]).close()
+
+
+class Pool:
+    """Three things that leases take."""
+
+    def __init__(self) -> None:
+        self.free = 3
+
+    def take(self, count: int, store: bool) -> list[int] | None:
+        if count > self.free:
+            return None
+        self.free -= count
+        return [0] * count
+
+    def give(self, items: list[int]) -> None:
+        self.free += len(items)
+
+
+def graphs(folder: Path) -> Steps:
+    """Nodes follow each other, share leases, are late, and are cancelled."""
+    graph, pool, go = Graph(), Pool(), threading.Event()
+    link, narrow = graph.link("one", 2), graph.link("two", 1, max_gbps=10.0)
+
+    def held(node: Node, mask: Any) -> None:
+        go.wait(0.02)
+
+    def act() -> None:
+        nodes = list[Node]()
+        for number in range(6):
+            lease = Lease(pool, 2, number % 2 == 1)
+            read = Node(held, 2, link=link, lease=lease, nbytes=10)
+            check = Node(None, 2, after=[read])
+            leg = Node(held, 1, link=narrow, lease=lease, after=[(check, [0], [1])], nbytes=10)
+            gate = Node(None, 1, after=[leg])
+            graph.submit(
+                [read, check, leg, gate], priority="background" if number % 2 else "urgent"
+            )
+            nodes.append(gate)
+        late = Node(held, 1, link=narrow, nbytes=5)
+        graph.submit([late], deadline=0.001)
+        graph.cancel(nodes[4])
+        graph.grant(pool)
+        graph.count("tier", "op", "hit")
+        nodes[0].done()
+        late.wait(0.05)
+        graph.sweep()
+        [*Collector(graph).collect()]
+        for node in nodes:
+            node.wait(LIMIT)
+
+    yield act
+    go.set()
+    node = Node(None, 1, after=[Node(held, 1, link=narrow, lease=Lease(pool, 3))])
+    graph.submit([node.after[0][0], node], priority="background")
+    assert node.wait(LIMIT), "it hangs"
+    assert settles(lambda: not graph.live), "a node lives"
+    assert pool.free == 3, "items are lent"
+    assert (link.queued_bytes, narrow.queued_bytes) == (0, 0)
+    with_error = pytest.raises(TransferError)
+    assert graph.close(LIMIT)
+    with with_error:
+        graph.submit([Node(None, 1)])
+
+
+def ending(folder: Path) -> Steps:
+    """A graph is closed while nodes wait."""
+    graph, go = Graph(), threading.Event()
+    link = graph.link("one", 1)
+    nodes = [Node(lambda *_: go.wait(0.05), 1, link=link, nbytes=10) for _ in range(3)]
+    graph.submit(nodes)
+    yield lambda: graph.close(LIMIT)
+    go.set()
+    assert graph.close(LIMIT), "it hangs"
+    assert not graph.live
+
+
+#: Public names that no scenario calls in the caller's thread, and why.
+NOT_CALLED = {
+    "Graph.count": "tiers call it, in workers",
+    "Graph.end": "runs in a helper or a worker",
+    "Graph.end_at": "runs in a helper or a worker",
+    "Graph.place": "runs in a helper or a worker",
+    "Graph.settle": "runs in a helper or a worker",
+    "Graph.wake": "runs in a helper or a worker",
+    "Node.ran_before": "runs in a worker",
+    "Trace.add": "runs in a worker",
+    "Trace.statistics": "runs in a helper",
+    "Disk.open": "runs in a helper",
+    "Remote.open": "runs in a helper",
+    "Remote.ask": "runs in a helper or a worker",
+    "Remote.attempt": "runs in a helper or a worker",
+    "Remote.put": "runs in a worker",
+    "BlockForm.json": "changes nothing that is shared",
+    "BlockForm.from_json": "changes nothing that is shared",
+    "BlockForm.part_of": "changes nothing that is shared",
+    "BlockForm.same_cache": "changes nothing that is shared",
+    "BlockForm.view": "changes nothing that is shared",
+}
+SCENARIOS = [opening, serving, joining, closing, graphs, ending]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda x: x.__name__)
+def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
+    found, count = orphans(scenario, tmp_path, FILES)
+    print(f"{scenario.__name__}: {count} lines")
+    assert found == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda x: x.__name__)
+def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
+    scenario: Any, tmp_path: Path
+) -> None:
+    found, _ = orphans(scenario, tmp_path, FILES, every=True)
+    assert found == []
+
+
+@pytest.mark.parametrize("scenario", [joining, graphs], ids=lambda x: x.__name__)
+def test_interrupts_without_helpers_leave_something(
+    scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: the main thread makes all changes itself."""
+    monkeypatch.setattr("portakv.runtime.interrupts.interruptible", bool)
+    monkeypatch.setattr("support.interrupts.LIMIT", 1.0)
+    found, _ = orphans(scenario, tmp_path, FILES, most=1)
+    assert found
+
+
+def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
+    """Scenarios call every public function, and of the functions that they call in the caller's
+    thread they run all lines but a few, which refuse arguments."""
+    run = set[tuple[str, int]]()
+    for scenario in SCENARIOS:
+        for act in scenario(tmp_path / "warm"):
+            act()
+        run |= {*replay(scenario, tmp_path / scenario.__name__, FILES).hits}
+    lines = function_lines(FILES)
+    called = {(file, lines[file, line]) for file, line in run if (file, line) in lines}
+    names = {name for _, name in called}
+    public = {
+        f"{kind.__name__}.{name}"
+        for kind in (BlockForm, BlockStore, Collector, Disk, Graph, Handle, Node, Remote, Trace)
+        for name, member in vars(kind).items()
+        if not name.startswith("_") and isinstance(member, FunctionType | classmethod)
+    }
+    assert public - names == {*NOT_CALLED} - names
+    of_called = {at for at, name in lines.items() if (at[0], name) in called}
+    left = of_called - run
+    print(f"{len(of_called) - len(left)} of {len(of_called)} lines; not run: {sorted(left)}")
+    assert len(left) <= 0.25 * len(of_called)

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Replay a scenario with an interrupt at each line that the caller's thread runs in the library."""
+
+from __future__ import annotations
+
+import gc
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator
+from contextlib import suppress
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, NamedTuple
+
+import portakv
+
+LIBRARY = Path(portakv.__file__).parent
+#: Seconds that a judge waits for anything; nothing takes as long.
+LIMIT = 10.0
+
+#: A scenario prepares its objects, yields what is to be interrupted, and then judges what is left.
+Scenario = Callable[[Path], Generator[Callable[[], object], None, None]]
+
+
+class Place(NamedTuple):
+    """The ``hit``-th time that a line of a file runs."""
+
+    file: str
+    line: int
+    hit: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line} (time {self.hit})"
+
+
+def files_of(*folders: str) -> dict[str, str]:
+    """Return the short names of all files of the library below folders, by their paths."""
+    found = dict[str, str]()
+    for folder in folders:
+        place = LIBRARY / folder
+        for path in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            found[str(path)] = str(path.relative_to(LIBRARY))
+    return found
+
+
+class Lines:
+    """Counts lines of files that run in this thread, and raises at a place."""
+
+    def __init__(self, files: dict[str, str], at: Place | None = None) -> None:
+        self.hits = Counter[tuple[str, int]]()
+        self.raised = False
+        self._files = files
+        self._at = at
+
+    def run(self, act: Callable[[], object]) -> None:
+        """Run ``act``; of what it raises only the interrupt is expected."""
+        before = sys.gettrace()
+        sys.settrace(self._call)
+        try:
+            act()
+        except KeyboardInterrupt:
+            if not self.raised:
+                raise
+        finally:
+            sys.settrace(before)
+
+    def _call(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if frame.f_code.co_filename not in self._files or _finalizes(frame):
+            return None
+        return self._line
+
+    def _line(self, frame: FrameType, event: str, arg: Any) -> Any:
+        if event == "line":
+            at = self._files[frame.f_code.co_filename], frame.f_lineno
+            self.hits[at] += 1
+            if self._at == (*at, self.hits[at]):
+                self.raised = True
+                raise KeyboardInterrupt
+        return self._line
+
+
+def _finalizes(frame: FrameType) -> bool:
+    """Return True below a finalizer: nothing that it raises reaches the caller."""
+    above: FrameType | None = frame
+    while above is not None and above.f_code.co_name != "__del__":
+        above = above.f_back
+    return above is not None
+
+
+def replay(
+    scenario: Scenario, folder: Path, files: dict[str, str], at: Place | None = None
+) -> Lines:
+    """Run a scenario, with an interrupt at a place; raises what its judge finds wrong."""
+    before = open_files()
+    lines = Lines(files, at)
+    steps = scenario(folder)
+    try:
+        lines.run(next(steps))
+        next(steps, None)
+    finally:
+        steps.close()
+    del steps
+    assert settles(lambda: not (open_files() - before)), f"left open: {open_files() - before}"
+    return lines
+
+
+def places(lines: Lines, every: bool) -> Iterator[Place]:
+    """The places of a clean run: each line once, or each time that it runs."""
+    for (file, line), hits in lines.hits.items():
+        for hit in range(1, (hits if every else 1) + 1):
+            yield Place(file, line, hit)
+
+
+def orphans(
+    scenario: Scenario, folder: Path, files: dict[str, str], *, every: bool = False, most: int = 5
+) -> tuple[list[str], int]:
+    """Return what interrupts leave, at most so many of them, and the number of interrupts."""
+    for act in scenario(folder / "warm"):  # a process makes some things once
+        act()
+    clean = replay(scenario, folder / "clean", files)
+    found = list[str]()
+    count = 0
+    for number, place in enumerate(places(clean, every)):
+        try:
+            count += replay(scenario, folder / str(number), files, place).raised
+        except Exception as error:
+            found.append(f"{place}: {type(error).__name__}: {str(error)[:500]}")
+            if len(found) >= most:
+                break
+    return found, count
+
+
+def settles(holds: Callable[[], bool], seconds: float = LIMIT) -> bool:
+    """Wait until something holds; return False if it does not in time."""
+    until = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > until:
+            return False
+        gc.collect()
+        time.sleep(0.005)
+    return True
+
+
+def open_files() -> Counter[str]:
+    """Return what descriptors of this process stand for, except for memory of no name."""
+    found = Counter[str]()
+    for number in os.listdir("/proc/self/fd"):
+        with suppress(OSError):
+            found[os.readlink(f"/proc/self/fd/{number}")] += 1
+    return Counter({name: n for name, n in found.items() if "deleted" not in name})
+
+
+def function_lines(files: dict[str, str]) -> dict[tuple[str, int], str]:
+    """Return the function of each line of code that is inside one."""
+    found = dict[tuple[str, int], str]()
+    for path, name in files.items():
+        module = compile(Path(path).read_text(encoding="utf-8"), path, "exec")
+        for qualified, code in _codes(module, ""):
+            if code.co_flags & 0x2:  # a function, whose names are local
+                for _, _, line in code.co_lines():
+                    if line is not None and line != code.co_firstlineno:
+                        found.setdefault((name, line), qualified)
+    return found
+
+
+def _codes(code: CodeType, above: str) -> Iterator[tuple[str, CodeType]]:
+    """Return the codes inside one, with the names of the classes and functions that they are in."""
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield above + inner.co_name, inner
+            yield from _codes(inner, f"{above}{inner.co_name}.")
+
+
+def in_other_thread(work: Callable[[], Any]) -> Any:
+    """Return ``work()``, run in a thread; raises if it does not end: it waits for a lock."""
+    found = list[Any]()
+    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
+    thread.start()
+    thread.join(LIMIT)
+    assert not thread.is_alive(), "it hangs"
+    return found[0] if found else None
