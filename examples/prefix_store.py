@@ -89,7 +89,9 @@ def answer(
     tokens = go_on(model, cache, prompt[done:])
     if found < whole:
         save_prefix(cache, pages, blocks, whole * BLOCK_SIZE)
-        store.save(pages, blocks[found:], keys[found:]).synchronize(timeout=60)
+        after = keys[found - 1] if found else None
+        saved = store.save(pages, blocks[found:], keys[found:], after=after)
+        saved.synchronize(timeout=60)
     return Answer(done, len(prompt) - done, tokens)
 
 

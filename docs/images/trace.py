@@ -43,7 +43,8 @@ def make(path: Path) -> None:
             if first:
                 saved = store.save(view, list(range(LOADED)), keys[:LOADED])
             else:  # what was stored is loaded beside other saves
-                saved = store.save(view, list(range(LOADED, LOADED + SAVED)), keys[LOADED:])
+                new = list(range(LOADED, LOADED + SAVED))
+                saved = store.save(view, new, keys[LOADED:], after=keys[LOADED - 1])
                 time.sleep(0.02)
                 there = list(range(LOADED + SAVED, 2 * LOADED + SAVED))
                 store.load(view, there, keys[:LOADED], deadline=10.0).synchronize()

@@ -53,7 +53,8 @@ class Node:
     and returns which landed; None: all of them. Without a link it is a gate, which ends when all
     that it follows have. ``after`` holds nodes, or (node, mine, theirs): block mine[i] needs block
     theirs[i] of that one. A rescue moves what did not land in the one node that it follows.
-    ``given``: which blocks may be tried at all; ``name``: what it does, in a word.
+    ``given``: which blocks may be tried at all, or a function that returns them, which is called
+    under the graph's lock once all that the node follows has ended; ``name``: what it does.
 
     ``state``: new, waiting, room (for its lease), queued, running; then landed (it ran, or no block
     was left for it), failed, cancelled, late or dropped. ``error``: the first exception of it or of
@@ -387,8 +388,9 @@ class Graph:
         """The blocks that a node may move, by what it follows: bool ``[blocks]``."""
         left = ~node.landed
         try:
-            if node.given is not None:
-                left[:] = node.given
+            given = node.given() if callable(node.given) else node.given
+            if given is not None:
+                left[:] = given
             for before, mine, theirs in node.after:
                 node.error = node.error or before.error
                 if node.rescue:

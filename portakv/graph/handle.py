@@ -15,17 +15,25 @@ from portakv.runtime.transfer import Completion, Pending, Transfer
 class Handle(Transfer):
     """A transfer that ends with a gate, and holds ``kept`` until then. If blocks did not land, its
     end raises `TransferError`, unless they are ``missing="skip"``; `TransferCancelled` if it was
-    cancelled. ``layers``: the gate of each layer, which becomes a handle in the attribute. A gate
-    of the name "save" is of blocks that are written."""
+    cancelled. ``layers``: the gate of each layer, which becomes a handle in the attribute.
+    ``excused``: blocks that need not land, bool ``[blocks]``. A gate of the name "save" is of
+    blocks that are written."""
 
-    __slots__ = ("_gates", "_graph", "_skip", "cancelled", "layers")
+    __slots__ = ("_excused", "_gates", "_graph", "_skip", "cancelled", "layers")
 
     def __init__(
-        self, graph: Graph, gate: Node, layers: Any = (), missing: str = "raise", kept: Any = None
+        self,
+        graph: Graph,
+        gate: Node,
+        layers: Any = (),
+        missing: str = "raise",
+        kept: Any = None,
+        excused: Any = False,
     ) -> None:
         super().__init__((Completion(pendings=(cast(Pending, gate),), kept=kept),))
         self.layers = [Handle(graph, layer, missing=missing) for layer in layers]
         self._graph, self._gates, self._skip = graph, (*layers, gate), missing == "skip"
+        self._excused = excused
         self.cancelled = False
 
     @property
@@ -55,7 +63,7 @@ class Handle(Transfer):
         if not gate.ended:
             raise TransferError("A transfer goes on in the process that this was forked from.")
         kind = TransferCancelled if isinstance(gate.error, TransferCancelled) else TransferError
-        if not (landed.all() or (self._skip and kind is TransferError)):
+        if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
             why = "No tier has the others; missing='skip' lets that pass."
             if gate.name == "save":
                 why = f"{gate.short or 'A tier'} did not take the others; statistics() tell more."

@@ -16,10 +16,11 @@ from typing import Any
 from portakv.errors import InvalidTerms, StoreError
 from portakv.graph.graph import Graph, Link
 from portakv.runtime.bounded import Bounded
+from portakv.storage.chains import Chains
 from portakv.storage.choose import choose
 from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.form import HEADER, BlockForm
-from portakv.storage.image import Header, Row, header, verify
+from portakv.storage.image import Header, Row, header, predecessor, verify
 from portakv.storage.slots import PAGE, Place, Slots, Track, form_in
 
 
@@ -81,12 +82,15 @@ class Disk:
             undo.callback(engine.close)
             for form in forms:
                 own, parts = form == forms[0], list[tuple[Slots, Link]]()
+                chains = Chains[bytes]()  # of all folders, as a prefix may lie in several
                 for folder in self.folders:
                     place, room = folder / form.name, self.capacity // len(self.folders)
                     if not own and not (place / "form.json").exists():
                         continue
                     try:
-                        slots = Slots(place, form, room if own else None, engine, self.track)
+                        slots = Slots(
+                            place, form, room if own else None, engine, self.track, chains
+                        )
                     except StoreError as error:
                         if own:
                             raise
@@ -148,10 +152,10 @@ class DiskShelf:
         that has taken the fewest blocks."""
         return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Note that a prefix was used."""
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
+        """Note that a prefix was used; ``follows``: what each of its blocks follows."""
         for slots, _ in self.parts:
-            slots.touch(keys)
+            slots.touch(keys, follows)
 
     def read(
         self,
@@ -211,19 +215,36 @@ class DiskShelf:
         generations: Sequence[int],
         checksums: Sequence[Sequence[int]],
         own: Mapping[bytes, int] | None = None,
+        evict: bool = True,
     ) -> list[bool]:
-        """Write sealed images in the link's folder; which blocks are there now. A block that would
-        evict one that comes before it in ``own``, all of a call's, is dropped."""
-        slots = next(slots for slots, each in self.parts if each is link)
-        landed, size = self.has(keys), self.form.image_bytes
+        """Write sealed images in the link's folder; return which blocks are there now. A block that
+        would evict one that comes before it in ``own``, all of a call's, is dropped; without
+        ``evict`` also one that would evict any. A folder that cannot evict a block, as all of its
+        blocks have successors, leaves it to the other folders."""
+        first = next(slots for slots, each in self.parts if each is link)
+        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        landed = self.has(keys)
         new = [i for i, there in enumerate(landed) if not there]
-        taken = [(i, slot) for i in new if (slot := slots.take(keys[i], own)) is not None]
-        asks = [Request(slots.fd, s * size, rows[i].ctypes.data, size, True) for i, s in taken]
-        moved = [0] * len(asks)
+        size = self.form.image_bytes
+
+        taken = list[tuple[int, Slots, int]]()
+        moved = list[int]()
         try:
+            for i in new:
+                mark = predecessor(rows[i])
+                for slots in folders:
+                    slot = slots.take(keys[i], own, mark, evict)
+                    if slot is not None:
+                        taken.append((i, slots, slot))
+                        break
+            asks = [
+                Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
+                for i, slots, slot in taken
+            ]
             moved = self.engine.run(asks)
         finally:  # the last block first, so that a prefix outlives its suffix
-            for (i, slot), got in reversed([*zip(taken, moved, strict=True)]):
+            results = moved or [0] * len(taken)
+            for (i, slots, slot), got in reversed([*zip(taken, results, strict=True)]):
                 if got == size:
                     landed[i] = slots.seal(slot, keys[i], generations[i], checksums[i])
                 else:

@@ -3,8 +3,9 @@
 zeros up to a multiple of 4,096. Whoever reads one checks it.
 
 Header, little endian: magic 8 bytes, form digest 16, key 32, generation u64, payload bytes u64,
-segments u32, flags u32, 48 checksums u64, of which each segment has one; zeros; in the last 8 bytes
-the seal, a checksum of all before it.
+segments u32, flags u32, 48 checksums u64, of which each segment has one; u64 the mark of the block
+that it follows (`chains`), 0 in images of older releases; zeros; in the last 8 bytes the seal, a
+checksum of all before it.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from portakv.storage.form import MOST_SEGMENTS, BlockForm
 
 MAGIC = b"PKVBLK\x00\x01"
 _BODY, _SEAL = Struct(f"<8s16s32sQQII{MOST_SEGMENTS}Q"), Struct("<Q")
+_MARK = Struct("<Q")  # after the body
 _END = HEADER - _SEAL.size
 Ints = Sequence[int]
 Row = npt.NDArray[np.uint8]  # one image: contiguous, of at least ``form.image_bytes``
@@ -38,26 +40,37 @@ class Header(NamedTuple):
 def checksum(data: Any, seed: int = 0) -> int:
     """XXH3-64 of a contiguous buffer, which is not copied; raises `StoreError` without xxhash."""
     try:
-        from xxhash import xxh3_64_intdigest
+        import xxhash  # a name from it would take longer than the checksum of a key
     except ImportError:
         raise StoreError(
             "A store was asked for, and xxhash, which checks its blocks, was not found; install it "
             "by `pip install portakv[storage]`."
         ) from None
-    return xxh3_64_intdigest(data, seed=seed & (1 << 64) - 1)
+    return xxhash.xxh3_64_intdigest(data, seed=seed & (1 << 64) - 1)
 
 
-def seal(row: Row, form: BlockForm, key: bytes, generation: int) -> tuple[int, ...]:
-    """Write the header (of a key of 32 bytes) before a payload that is in place, and zeros behind
-    it; return the checksums of its segments."""
+def seal(
+    row: Row, form: BlockForm, key: bytes, generation: int, follows: int = 0
+) -> tuple[int, ...]:
+    """Write the header (of a key of 32 bytes, which follows a mark) before a payload that is in
+    place, and zeros after it; return the checksums of its segments."""
     past = HEADER + form.payload_bytes
-    sums = tuple(checksum(x, generation) for x in _pieces(row, form))
-    row[:HEADER], row[past : form.image_bytes] = 0, 0
-    rest = (*sums, *[0] * (MOST_SEGMENTS - len(sums)))
-    numbers = form.payload_bytes, len(sums), 0
-    _BODY.pack_into(row.data, 0, MAGIC, form.digest, key, generation, *numbers, *rest)
+    sums = tuple(checksum(piece, generation) for piece in _pieces(row, form))
+    rest = [0] * (MOST_SEGMENTS - len(sums))
+    numbers = (form.payload_bytes, len(sums), 0)
+
+    row[:HEADER] = 0
+    row[past : form.image_bytes] = 0
+    _BODY.pack_into(row.data, 0, MAGIC, form.digest, key, generation, *numbers, *sums, *rest)
+    _MARK.pack_into(row.data, _BODY.size, follows)
     _SEAL.pack_into(row.data, _END, checksum(row[:_END]))
     return sums
+
+
+def predecessor(row: Row) -> int:
+    """Return the mark of the block that an image follows; `header` has verified it."""
+    mark: int = _MARK.unpack_from(row.data, _BODY.size)[0]
+    return mark
 
 
 def header(row: Row, form: BlockForm) -> Header | str:

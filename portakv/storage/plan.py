@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cached_property, partial, reduce
 from itertools import pairwise
 from operator import itemgetter, or_
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -17,6 +17,7 @@ import numpy as np
 from portakv.graph.graph import Graph, Lease, Link, Node
 from portakv.graph.handle import Handle
 from portakv.storage import image
+from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.form import BlockForm, Slices
 from portakv.storage.rows import Crossing, Rows
 from portakv.view import KVView
@@ -49,7 +50,7 @@ class Shelf(Protocol):
     def link_for_write(self, nbytes: int, /) -> Link: ...
     def read(self, keys: Keys, rows: Any, segments: Any, stop: Any, /) -> list[bool]: ...
     def write(self, _: Link, keys: Keys, rows: Any, *known: Any) -> list[bool]: ...
-    def touch(self, keys: Keys, /) -> None: ...
+    def touch(self, keys: Keys, follows: Sequence[int] = (), /) -> None: ...
     def statistics(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
 
@@ -122,12 +123,15 @@ class Flights:
         self.fills, self.gates = dict[bytes, tuple[Fill, int]](), WeakSet[Node]()
         self.begun = set[Fill]()
 
-    def touch(self, keys: Keys) -> None:
-        """Keys were used, the first one last, so that a prefix outlives its suffix."""
+    def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
+        """Note that keys were used, the first one last, so that a prefix outlives its suffix.
+        ``follows``: what blocks of the store's form follow, as a save names it."""
+        own = self.parts[0]
         for shelf in self.shelves:
-            shelf.touch(keys)
+            known = [follows] if follows and shelf.form == own.form else []
+            shelf.touch(keys, *known)
         for part in self.parts:
-            self.rows.touch([part.name(key) for key in keys])
+            self.rows.touch([part.name(key) for key in keys], follows if part is own else ())
 
     def leading(self, keys: Keys, until: float) -> int:
         """How many leading blocks are anywhere, in one part or in several; far tiers are asked."""
@@ -176,6 +180,33 @@ class Flights:
         fill, _ = self.fills.get(part.name(key), (None, 0))
         return fill if fill and fill.wanted and not (fill.store and stored) else (*links,)
 
+    def stored(self, keys: Keys) -> Any:
+        """Return which blocks of the store's form are where saves put them: in every writable tier
+        that evicts blocks, or in the host tier if there is no other."""
+        own = self.parts[0]
+        writable = [shelf for shelf in own.shelves if shelf.writable]
+        there = np.ones(len(keys), np.bool_)
+        for shelf in writable:
+            if shelf.tier != "remote":
+                there &= shelf.known(keys)
+        if not writable:
+            names = [own.name(key) for key in keys]
+            there[:] = [self.rows.has(name) or name in self.fills for name in names]
+        return there
+
+    def continues(self, after: bytes | None, shelf: Shelf | None) -> bool:
+        """Return whether blocks after a key can be found in a shelf (None: the host tier), so that
+        others may go for them: its block is there, is being saved, or may be in a remote tier."""
+        if after is None:
+            return True
+        own = self.parts[0]
+        fill, _ = self.fills.get(own.name(after), (None, 0))
+        if (fill and fill.store) or any(other.tier == "remote" for other in own.shelves):
+            return True
+        if shelf is None:
+            return bool(self.spot(own, after))
+        return shelf.known([after])[0]
+
 
 class Landing(NamedTuple):
     """Blocks ``at`` of a call come into ``rows`` of a lease: for leg n once nodes ``ends[n]`` have
@@ -195,20 +226,42 @@ class Landing(NamedTuple):
 
 class Call:
     """What one call wants, and its plan. ``given``: blocks that are anywhere; ``order``: the place
-    of each, as a tier loses none for one behind it. ``ends``: for each node with which blocks end
-    which of the call's they are, and which of the node's; and which layers it has of them."""
+    of each, as a tier loses none for one that comes after it; ``after``: the key before the first
+    one, of a save. ``ends``: for each node with which blocks end which of the call's they are, and
+    which of the node's; and which layers it has of them."""
 
     def __init__(
-        self, flights: Flights, kind: str, keys: list[bytes], priority: str, deadline: float | None
+        self,
+        flights: Flights,
+        kind: str,
+        keys: list[bytes],
+        priority: str,
+        deadline: float | None,
+        after: bytes | None = None,
     ) -> None:
-        self.flights, self.kind, self.keys = flights, kind, keys
-        self.priority, self.deadline = priority, deadline
-        self.order = {key: place for place, key in enumerate(keys)}
-        self.gate, self.given = Node(None, len(keys), name=kind), np.ones(len(keys), np.bool_)
+        self.flights = flights
+        self.kind = kind
+        self.keys = keys
+        self.priority = priority
+        self.deadline = deadline
+        self.after = after
+        self.order = dict[bytes, int]()
+        if after is not None:
+            self.order[after] = -1
+        self.order.update((key, place) for place, key in enumerate(keys))
+        self.gate = Node(None, len(keys), name=kind)
+        self.given: Any = np.ones(len(keys), np.bool_)
+        self.excused: Any = np.zeros(len(keys), np.bool_)  # need not land: no tier admits them yet
         self.ends = list[tuple[tuple[Node, Any, Any], range]]()
         self.fills = 0  # that did not end
         self._nodes = list[tuple[int, Node]]()  # with the number of their leg
         self._leases = list[Lease]()  # of rows that were pinned
+
+    @cached_property
+    def follows(self) -> list[int]:
+        """The marks of what the blocks of a save follow."""
+        first = FIRST if self.after is None else mark_of(self.after)
+        return [first, *(mark_of(key) for key in self.keys[:-1])]
 
     def groups(self) -> dict[tuple[Part, Any], list[int]]:
         """The call's blocks by part and spot; those that are anywhere are given."""
@@ -325,7 +378,7 @@ class Call:
         self.gate.given, self.gate.after = self.given, [end for end, _ in self.ends]
         self.submit(*gates, self.gate)
         self.flights.gates.add(self.gate)
-        return Handle(self.flights.graph, self.gate, gates, missing, view)
+        return Handle(self.flights.graph, self.gate, gates, missing, view, self.excused)
 
 
 class Fill(Lease):
@@ -362,6 +415,7 @@ class Fill(Lease):
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.kind == "prefetch" for call, _ in self.calls)
+        evict = flights.continues(call.after, None)
         if rows.crowded(call.order):
             flights.touch(call.keys)
         flights.begun.discard(self)
@@ -369,7 +423,9 @@ class Fill(Lease):
             if flights.fills.get(name, (None,))[0] is self:
                 del flights.fills[name]
             if landed[row]:
-                rows.keep(self.items[row], name, prefetched, call.order)
+                item = self.items[row]
+                mark = image.predecessor(rows.array[item])
+                rows.keep(item, name, prefetched, call.order, mark, evict)
         call.fills -= 1
         if not call.fills:
             flights.touch(call.keys)
@@ -386,16 +442,24 @@ class Fill(Lease):
     def gather(self, crossing: Crossing, view: KVView, _: Node, mask: Any) -> None:
         """Copy blocks of a view into the rows, and make images of them."""
         rows, keys, data = self._of(mask)
-        items, at = np.array(self.items)[rows], np.array(self.calls[0][1])[rows]
+        call, blocks = self.calls[0]
+        items = np.array(self.items)[rows]
+        at = np.array(blocks)[rows]
         crossing.copy(self.part.rows, view, items, at)
+        follows = call.follows
         for row, key, image_ in zip(rows, keys, data, strict=True):
-            self.sums[row] = image.seal(image_, self.part.form, key, self.generation)
+            mark = follows[blocks[row]]
+            self.sums[row] = image.seal(image_, self.part.form, key, self.generation, mark)
 
     def write(self, shelf: Shelf, link: Link, _: Node, mask: Any) -> Any:
         """Write images to a tier."""
         rows, keys, data = self._of(mask)
-        known = [self.generation] * len(rows), [self.sums[row] for row in rows]
-        mask[rows] = shelf.write(link, keys, data, *known, self.calls[0][0].order)
+        call = self.calls[0][0]
+        generations = [self.generation] * len(rows)
+        sums = [self.sums[row] for row in rows]
+        with call.flights.graph.lock:
+            evict = call.flights.continues(call.after, shelf)
+        mask[rows] = shelf.write(link, keys, data, generations, sums, call.order, evict)
         return mask
 
     def _of(self, mask: Any) -> tuple[list[int], list[bytes], list[Any]]:

@@ -654,7 +654,7 @@ class Shelf:
         self._graph.count(self.tier, "save", "hit", 1, nbytes)
         self._believe_there(key)
 
-    def touch(self, _: Any = None) -> None:
+    def touch(self, *_: object) -> None:
         """Do nothing, as at the end: the bucket's rules say what goes, and connections stay."""
 
     close = touch

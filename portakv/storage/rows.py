@@ -5,9 +5,8 @@ blocks between them and a view."""
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Hashable, Mapping, Sequence
 from math import gcd
 from typing import Any
 
@@ -19,10 +18,12 @@ from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.streams import Behind
+from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
 from portakv.view import Index, KVView
 from portakv.view.index import IdList
 
 _PAGE = 4096
+_USED, _UNUSED = "used", "prefetched and not used"  # groups of what is kept
 
 
 class Rows:
@@ -52,12 +53,14 @@ class Rows:
             self.tensor = room[first : first + nbytes].view(-1, row_bytes)
         self.memory = ((self.tensor.data_ptr(), nbytes),)
         self.array: Any = self.tensor.numpy()
-        self._lock = threading.Lock()  # nothing is called while it is held
+        self._chains = Chains[bytes]()  # the keys that have a row, in two groups
+        self._lock = self._chains.lock  # nothing is called while it is held
         self._free = deque(range(self.staging + self.host))
         self._lent: dict[int, bool] = {}  # whether it is lent to a store
-        self._kept: OrderedDict[bytes, int] = OrderedDict()  # the least recently used key first
-        self._unused: OrderedDict[bytes, int] = OrderedDict()  # prefetched, and not found since
+        self._kept = dict[bytes, int]()
+        self._unused = set[bytes]()  # prefetched, and not found since
         self._pins: Counter[int] = Counter()
+        self._names = dict[int, bytes]()  # of rows that are pinned
 
     def take(self, count: int, store: bool) -> list[int] | None:
         """So many rows for a transfer, all or none; stores have at most `most` of them in sum."""
@@ -80,55 +83,83 @@ class Rows:
         key: bytes,
         prefetched: bool = False,
         own: Mapping[bytes, int] | None = None,
+        follows: int = FIRST,
+        evict: bool = True,
     ) -> bool:
-        """Keep a lent row under a key, in place of those used least recently; False if the key has
-        a row, or no row can go: none does whose place in ``own`` comes first, which are a call's
-        blocks by the last 32 bytes of their keys. Half of the rows at most were ``prefetched`` and
-        not found yet."""
+        """Keep a lent row under a key that follows a mark, in place of the row that goes next.
+
+        False if the key has a row, or no row may go: none does without ``evict``, and none whose
+        place in ``own`` comes first, which are a call's blocks by the last 32 bytes of their keys.
+        Half of the rows at most were ``prefetched`` and not found yet."""
         with self._lock:
             if not self.host or key in self._kept:
                 return False
-            crowd = prefetched and len(self._unused) >= max(1, self.host // 2)
-            among = self._unused if crowd else self._kept
-            if crowd or len(among) >= self.host:
-                last = next((one for one, row in among.items() if not self._pins[row]), None)
-                if last is None or (own and own.get(last[-32:], len(own)) <= own[key[-32:]]):
+            crowded = prefetched and len(self._unused) >= max(1, self.host // 2)
+            if crowded or len(self._kept) >= self.host:
+                victim = self._chains.next(_UNUSED if crowded else None)
+                if victim is None or not evict:
                     return False
-                self._free.append(self._kept.pop(last))
-                self._unused.pop(last, None)
-                self.evicted += 1
+                if own and own.get(victim[-32:], len(own)) <= own[key[-32:]]:
+                    return False
+                self._drop(victim)
             del self._lent[item]
             self._kept[key] = item
             if prefetched:
-                self._unused[key] = item
+                self._unused.add(key)
+            group = _UNUSED if prefetched else _USED
+            self._chains.add(key, _mark(key, mark_of(key[-32:])), _mark(key, follows), group)
             return True
 
+    def _drop(self, key: bytes) -> None:
+        """Take the row of a key from it."""
+        self._chains.remove(key)
+        self._unused.discard(key)
+        self._free.append(self._kept.pop(key))
+        self.evicted += 1
+
     def find(self, key: bytes) -> int | None:
-        """The row that a key has, which stays until `unpin`."""
+        """Return the row of a key, which stays until `unpin`; None if it has none."""
         with self._lock:
-            if (item := self._kept.get(key)) is not None:
-                self._unused.pop(key, None)
-                self._pins[item] += 1
+            item = self._kept.get(key)
+            if item is None:
+                return None
+            if key in self._unused:
+                self._unused.remove(key)
+                self._chains.move(key, _USED)
+            self._pins[item] += 1
+            self._names[item] = key
+            self._chains.pin(key)
             return item
 
     def unpin(self, items: Sequence[int]) -> None:
-        """The end of what `find` found."""
+        """End what `find` began."""
         with self._lock:
-            self._pins.subtract(items)
-            self._pins += Counter()  # without those that are 0
+            for item in items:
+                self._pins[item] -= 1
+                if not self._pins[item]:
+                    del self._pins[item]
+                    self._chains.unpin(self._names.pop(item))
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Keys were used, the first one last, so that a prefix outlives its suffix."""
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
+        """Note that keys were used, the first one last, so that a prefix outlives its suffix.
+        ``follows``: what each of them follows, for those of which it is not known yet."""
         with self._lock:
             for key in reversed(keys):
-                for table in (self._kept, self._unused):
-                    if key in table:
-                        table.move_to_end(key)
+                if key in self._kept:
+                    self._chains.touch(key)
+            for key, mark in zip(keys, follows, strict=False):
+                if key in self._kept:
+                    self._chains.learn(key, _mark(key, mark))
+
+    def by_use(self) -> list[bytes]:
+        """Return the keys that have a row, the least recently used first."""
+        with self._lock:
+            return self._chains.by_use()
 
     def crowded(self, own: Mapping[bytes, int]) -> bool:
-        """Whether the next row to go is one of a call's (see `keep`)."""
+        """Return whether the next row to go is one of a call's (see `keep`)."""
         with self._lock:
-            return next(iter(self._kept), b"")[-32:] in own
+            return (self._chains.next() or b"")[-32:] in own
 
     def has(self, key: bytes) -> bool:
         """Whether a key has a row."""
@@ -137,6 +168,12 @@ class Rows:
     def counts(self) -> dict[str, int]:
         """Rows by what they are."""
         return {"free": len(self._free), "lent": len(self._lent), "kept": len(self._kept)}
+
+
+def _mark(key: bytes, mark: int) -> Hashable:
+    """Return the mark of a block among those of all forms. A row knows no release that did not note
+    predecessors: a block that has none begins a prompt."""
+    return FIRST if mark in (FIRST, UNKNOWN) else (key[:-32], mark)
 
 
 class Crossing:

@@ -9,7 +9,7 @@ import json
 import mmap
 import os
 import threading
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial
@@ -23,15 +23,18 @@ import numpy.typing as npt
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned, uninterrupted
+from portakv.storage.chains import UNKNOWN, Chains, mark_of
 from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.form import BlockForm
-from portakv.storage.image import Header, checksum, header
+from portakv.storage.image import Header, checksum, header, predecessor
 
 PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
 OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-#: A record in u64: key (4), generation, bytes of payload, segments, a checksum of each, zeros, and
-#: the seal, which is seeded with the slot, so that it holds for no other. Sealed zeros: no block.
-GENERATION, SEGMENTS, SUMS = 4, 6, 7
+#: A record in u64: key (4), generation, mark of the predecessor, segments, a checksum of each,
+#: zeros, and the seal, which is seeded with the slot: it holds for no other. Sealed zeros are no
+#: block. In place of the mark older releases wrote the bytes of the payload, which nothing has ever
+#: read: they stand for an unknown predecessor.
+GENERATION, FOLLOWS, SEGMENTS, SUMS = 4, 5, 6, 7
 Track = Callable[[Sequence[int], str], Iterable[int]]
 Place = tuple[int, Header]  # the slot of a block, and what its image must say
 
@@ -56,10 +59,11 @@ def records_in(folder: Path, form: BlockForm) -> npt.NDArray[np.uint64]:
 class Slots:
     """The blocks of ``form`` in ``folder``, whose parent is claimed, in ``room`` for so many bytes
     (None: as large as it is, not made, and nothing is claimed). ``track`` shows how far a recovery
-    is: it passes the items on of a sequence with a name.
+    is: it passes the items on of a sequence with a name. ``chains`` has the blocks of all folders
+    of the form, and chooses those that go; by default of this folder alone.
 
     Raises `StoreBusy` if another store has the folder, or a killed one's I/O; else `StoreError`.
-    Attributes: ``index``, slots by key, the least recently used first; ``count``, ``broken``,
+    Attributes: ``index``, slots by key, to be read only; ``count``, ``broken``,
     ``evicted`` slots; ``generation``, the highest found; ``fd`` of the blocks, ``direct`` if it
     goes past the page cache; ``notes``, sentences for `explain`.
     """
@@ -71,14 +75,17 @@ class Slots:
         room: int | None,
         engine: Engine,
         track: Track = lambda items, _: items,
+        chains: Chains[bytes] | None = None,
     ) -> None:
         self.fd = self._table = self._claim = -1  # first, as `__del__` reads them
         self.folder, self.form = folder, form
         self.direct, self.notes = True, list[str]()
         self.generation = self.broken = self.evicted = 0
-        self._change = threading.Lock()
-        self.index: OrderedDict[bytes, int] = OrderedDict()
+        self.chains = Chains[bytes]() if chains is None else chains
+        self._change = self.chains.lock
+        self.index = dict[bytes, int]()
         self._pins: Counter[int] = Counter()
+        self._taken = dict[int, int]()  # slots that are being written, and what their blocks follow
         _watch_forks()
         _opened.add(self)
         try:
@@ -150,7 +157,7 @@ class Slots:
         # A table of zeros is a new one, or was lost.
         torn = [*{*used}.difference(good), *range(records if used else 0, known)]
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
-        found = list[tuple[int, Header]]()
+        found = list[tuple[int, Header, int]]()
         for first in track(range(0, len(torn), BATCH), "headers"):
             if abandoned():  # nobody waits for this store any more
                 raise KeyboardInterrupt
@@ -162,90 +169,142 @@ class Slots:
                 told = header(page, self.form) if moved == PAGE else "it cannot be read"
                 words[slot] = 0
                 if not isinstance(told, str):
-                    found.append((slot, told))
-        for slot, head in found:  # not before: a table with a record is one that was not lost
-            self._put(slot, *head)
-        # The older first, a prefix behind its suffix; or in order of use, as `close` left it.
+                    found.append((slot, told, predecessor(page)))
+        for slot, head, follows in found:  # not before: a table with a record was not lost
+            self._put(slot, *head, follows)
+        self._enter_blocks()
+
+    def _enter_blocks(self) -> None:
+        """Enter the blocks of all records: in the order of use that `close` left, or the older
+        first, of several of one save the last first."""
+        words = self._records
         slots = np.flatnonzero(words[:, SEGMENTS])
         slots = slots[np.lexsort((-slots, words[slots, GENERATION]))]
         self.generation = int(words[slots, GENERATION].max(initial=0))
-        keys = words[slots, :GENERATION].tobytes()
-        for at, slot in enumerate(slots.tolist()):
-            self.index.pop(key := keys[at * 32 : at * 32 + 32], None)
-            self.index[key] = slot
-        order, held = self.folder / "order", {slot: key for key, slot in self.index.items()}
-        with suppress(FileNotFoundError, ValueError, TypeError):  # after a kill, for one
-            for slot in json.loads(order.read_bytes()):
-                if slot in held:
-                    self.index.move_to_end(held[slot])
-        order.unlink(missing_ok=True)
+        text = words[slots, :GENERATION].tobytes()
+        keys = [text[at : at + 32] for at in range(0, len(text), 32)]
+        newest = dict(zip(keys, slots.tolist(), strict=True))  # of two records of one key
+        held = {slot: key for key, slot in newest.items()}
 
-    def touch(self, keys: Sequence[bytes]) -> None:
-        """Note that a prefix was used, the last block first, so that it outlives its suffix."""
+        used = list[int]()
+        order = self.folder / "order"
+        with suppress(FileNotFoundError, ValueError, TypeError):  # there is none after a kill
+            told = json.loads(order.read_bytes())
+            used = [slot for slot in told if isinstance(slot, int) and slot in held]
+        order.unlink(missing_ok=True)
+        late = {*used}
+        before = [slot for slot in slots.tolist() if slot in held and slot not in late]
+        last = dict.fromkeys([*before, *used])
+
+        self.index = {held[slot]: slot for slot in last}
+        follows = words[[*last], FOLLOWS]
+        follows[follows == self.form.payload_bytes] = UNKNOWN
+        with self._change:
+            marks = [mark_of(key) for key in self.index]
+            self.chains.fill([*self.index], marks, follows.tolist(), self.folder)
+
+    def by_use(self) -> list[bytes]:
+        """Return all keys, the least recently used first, after those of unknown predecessors."""
+        with self._change:
+            return self.chains.by_use(self.folder)
+
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
+        """Note that a prefix was used, its last block first. ``follows``: what each of the blocks
+        follows, for those of which it is not known yet."""
         with self._change:
             for key in reversed(keys):
                 if key in self.index:
-                    self.index.move_to_end(key)
+                    self.chains.touch(key)
+            for key, mark in zip(keys, follows, strict=False):
+                slot = self.index.get(key)
+                if slot is not None and self.chains.learn(key, mark):
+                    self._records[slot, FOLLOWS] = mark
+                    self._write_record(slot)
 
     def pin(self, key: bytes) -> Place | None:
-        """Where a block lies, which stays there until `unpin`; None if it is not there."""
+        """Return where a block lies, which stays there until `unpin`; None if it is not there."""
         with self._change:
             slot = self.index.get(key)
             if slot is None:
                 return None
             self._pins[slot] += 1
+            self.chains.pin(key)
             generation, _, many, *sums = self._records[slot, GENERATION:].tolist()
             return slot, Header(key, generation, tuple(sums[:many]))
 
     def unpin(self, place: Place, good: bool = True) -> None:
-        """Let go of a pin. A block that is no ``good`` is forgotten; its slot is free when the last
+        """Release a pin. A block that is not ``good`` is forgotten; its slot is free when the last
         pin goes."""
         slot, (key, *_) = place
         with self._change:
             if not good:
                 if self.index.get(key) == slot:
                     del self.index[key]
+                    self.chains.remove(key)
                 self._put(slot)
             self._pins[slot] -= 1
-            if not self._pins[slot]:
-                del self._pins[slot]
-                if self.index.get(key) != slot:
-                    self._free.append(slot)
+            if self._pins[slot]:
+                return
+            del self._pins[slot]
+            if self.index.get(key) == slot:
+                self.chains.unpin(key)
+            else:
+                self._free.append(slot)
 
-    def take(self, key: bytes, own: Mapping[bytes, int] | None = None) -> int | None:
-        """A slot for a block, its record empty; None if all others are pinned, the next to go comes
-        before it in ``own``, the blocks of its call, or the table cannot be written."""
+    def take(
+        self,
+        key: bytes,
+        own: Mapping[bytes, int] | None = None,
+        follows: int = UNKNOWN,
+        evict: bool = True,
+    ) -> int | None:
+        """Return a slot for a block that follows a mark, its record empty. The predecessor stays
+        until the slot is sealed or given back.
+
+        None if no slot is free and none may be freed: not without ``evict``, not if the next block
+        to go comes before this one in ``own``, the blocks of its call, or all have pins or
+        successors; also if the table cannot be written."""
         with self._change:
-            idle = (one for one, slot in self.index.items() if slot not in self._pins)
-            if not self._free and (victim := next(idle, None)) is not None:
-                if own and own.get(victim, len(own)) <= own[key]:
-                    return None
-                self._forget(victim)
-                self.evicted += 1
+            if not self._free and evict:
+                self._evict(key, own or {})
             if not self._free:
                 return None
             slot: int = self._free.popleft()
+            self._taken[slot] = follows
+            self.chains.expect(follows)
         if not self._put(slot):
             self.give(slot)
             return None
         return slot
+
+    def _evict(self, key: bytes, own: Mapping[bytes, int]) -> None:
+        """Evict a block for another one, unless the other one comes after it in its call."""
+        victim = self.chains.next(self.folder)
+        if victim is None or (victim in own and own[victim] <= own[key]):
+            return
+        self._forget(victim)
+        self.evicted += 1
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
         """Enter a block whose image was written; False if its record cannot be."""
         if not self.direct:
             size = self.form.image_bytes
             os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
-        if not self._put(slot, key, generation, checksums):
+        follows = self._taken.get(slot, UNKNOWN)
+        if not self._put(slot, key, generation, checksums, follows):
             self.give(slot)
             return False
         with self._change:
             self._forget(key)
             self.index[key] = slot
+            self.chains.add(key, mark_of(key), follows, self.folder)
+            self.chains.unexpect(self._taken.pop(slot, UNKNOWN))
         return True
 
     def give(self, slot: int, broken: bool = False) -> None:
         """Give a taken slot back; a broken one is not used again."""
         with self._change:
+            self.chains.unexpect(self._taken.pop(slot, UNKNOWN))
             self.broken += broken
             if not broken:
                 self._free.append(slot)
@@ -255,7 +314,7 @@ class Slots:
         files = [fd for fd in (self.fd, self._table, self._claim) if fd >= 0]
         self.fd = self._table = self._claim = -1
         if sync and files:
-            self._tell("order", json.dumps([*self.index.values()]))
+            self._tell("order", json.dumps([self.index[key] for key in self.by_use()]))
         for act in (os.fdatasync, os.close) if sync else (os.close,):
             for fd in files:
                 with suppress(OSError):
@@ -265,14 +324,28 @@ class Slots:
         """Release the folder of a store that nobody closed, since its `close` was interrupted."""
         self.close(sync=False)
 
-    def _put(self, slot: int, key: bytes = b"", number: int = 0, sums: Sequence[int] = ()) -> bool:
-        """Write the record of a generation ``number``, or of none; False if it cannot be."""
+    def _put(
+        self,
+        slot: int,
+        key: bytes = b"",
+        generation: int = 0,
+        sums: Sequence[int] = (),
+        follows: int = UNKNOWN,
+    ) -> bool:
+        """Write the record of a block, or of none; False if it cannot be."""
         record = self._records[slot]
         record[:] = 0
         if key:
             record[:GENERATION] = np.frombuffer(key, "<u8")
-            record[GENERATION:SUMS] = number, self.form.payload_bytes, len(sums)
+            record[GENERATION] = generation
+            record[FOLLOWS] = self.form.payload_bytes if follows == UNKNOWN else follows
+            record[SEGMENTS] = len(sums)
             record[SUMS : SUMS + len(sums)] = np.array(sums, "<u8")
+        return self._write_record(slot)
+
+    def _write_record(self, slot: int) -> bool:
+        """Seal a record and write it; False if it cannot be."""
+        record = self._records[slot]
         record[-1] = checksum(record[:-1], slot)
         try:
             moved = os.pwrite(self._table, record.data, slot * record.nbytes)
@@ -296,8 +369,12 @@ class Slots:
             os.close(place)
 
     def _forget(self, key: bytes) -> None:
+        """Take a block from the index; its slot is free unless a reader has it."""
         slot = self.index.pop(key, None)
-        if slot is not None and slot not in self._pins:
+        if slot is None:
+            return
+        self.chains.remove(key)
+        if slot not in self._pins:
             self._free.append(slot)
 
 

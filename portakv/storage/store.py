@@ -8,6 +8,8 @@ from functools import partial
 from numbers import Real
 from typing import Any
 
+import numpy as np
+
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
 from portakv.graph.graph import SLACK, Graph
 from portakv.graph.handle import Handle
@@ -115,15 +117,21 @@ class BlockStore:
         blocks: IdList,
         keys: Keys,
         *,
+        after: bytes | None = None,
         priority: str = "background",
         deadline: float | None = None,
     ) -> Handle:
         """Save blocks of a view under keys; a key that every writable tier has, or does not
         admit yet, or whose save is under way, is nothing. ``blocks``: ids of the view's blocks,
         whose tokens the keys name in order; of another size than the form's, they need not be
-        filled by the last key. A tier with no room for all keeps the first ones; on a disk the
-        others do not land."""
-        call, own = self._call("save", keys, priority, deadline), self._own
+        filled by the last key.
+
+        Each key follows the one before it, and the first one follows ``after``, or begins a prompt.
+        Tiers evict no block before those that follow it. A tier with no room for all keeps the
+        first ones. The others do not land, and neither do blocks that are evicted before the
+        save ends."""
+        previous = self._predecessor(after)
+        call, own = self._call("save", keys, priority, deadline, previous), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size, store=True)
         until = self.graph.clock() + SLACK[priority] if self._drop else None
         return self._planned(call, partial(self._save, call, crossing, view, until))
@@ -131,7 +139,8 @@ class BlockStore:
     def _save(self, call: Call, crossing: Crossing, view: KVView, until: float | None) -> Handle:
         """Plan a save, under the graph's lock."""
         own = self._own
-        self._flights.touch(call.keys)
+        self._flights.touch(call.keys, call.follows)
+        call.given = partial(self._flights.stored, call.keys)
         for shelves, some in self._lacking(call).items():
             links = [shelf.link_for_write(0) for shelf in shelves]
             chunks = call.chunks(some, SAVED, 1, *links)
@@ -154,7 +163,10 @@ class BlockStore:
         """The blocks of a save by the tiers that lack them; it joins what is under way."""
         own, groups = self._own, dict[tuple[Shelf, ...], list[int]]()
         shelves = [shelf for shelf in own.shelves if shelf.writable]
+        known = [shelf.known(call.keys) for shelf in shelves]
         wants = [shelf.wants(call.keys) for shelf in shelves]
+        for stored, wanted in zip(known, wants, strict=True):
+            call.excused |= ~(np.array(stored) | wanted)
         for i, key in enumerate(call.keys):
             fill, row = self._flights.fills.get(own.name(key), (None, 0))
             lacks = tuple(shelf for shelf, x in zip(shelves, wants, strict=True) if x[i])
@@ -274,7 +286,27 @@ class BlockStore:
         while self._shelves:
             self._shelves.pop().close()
 
-    def _call(self, kind: str, keys: Keys, priority: str, deadline: float | None = None) -> Call:
+    def _predecessor(self, after: Any) -> bytes | None:
+        """Return the key before the first one of a save, of 32 bytes."""
+        if after is None:
+            return None
+        try:
+            return check_keys([after], self._weak)[0]
+        except InvalidTerms:
+            kind = f"{len(after)} bytes" if isinstance(after, bytes) else type(after).__name__
+            raise InvalidTerms(
+                f"Expected the key before the first one in `after`, 16 to 32 bytes, got {kind}. "
+                f"Pass that key, or None for the beginning of a prompt."
+            ) from None
+
+    def _call(
+        self,
+        kind: str,
+        keys: Keys,
+        priority: str,
+        deadline: float | None = None,
+        after: bytes | None = None,
+    ) -> Call:
         """A call with keys of 32 bytes; refuses what is wrong with them, and a closed store."""
         self._refuse_closed(kind)
         keys, late = check_keys(keys, self._weak), 0.0 if deadline is None else deadline
@@ -284,7 +316,7 @@ class BlockStore:
                 f"A {kind} was asked of {many} different keys among {len(keys)}, {priority=} and "
                 f"{deadline=}: expected each once, one of {[*SLACK]}, and seconds or None."
             )
-        return Call(self._flights, kind, keys, priority, deadline)
+        return Call(self._flights, kind, keys, priority, deadline, after)
 
     def _refuse_closed(self, kind: str) -> None:
         if self._closed or self.graph.process.forked or self.graph.closed.is_set():

@@ -369,9 +369,9 @@ def test_a_prefix_is_the_last_to_go(shelf: Open) -> None:
     save(one, KEYS[:4])
     save(one, KEYS[4:6], 2)
     order = [*KEYS[3::-1], KEYS[5], KEYS[4]]
-    assert [*one.parts[0][0].index] == order
+    assert one.parts[0][0].by_use() == order
     one.parts[0][0].close(sync=False)
-    assert [*shelf().parts[0][0].index] == order
+    assert shelf().parts[0][0].by_use() == order
 
 
 def test_folders_fill_alike_if_nothing_is_queued(shelf: Open) -> None:

@@ -59,7 +59,8 @@ class StoreModel(RuleBasedStateMachine):
     @initialize(**STORE)
     def start(self, rank: int, io: Any, admit: str, tiers: str, full: str, **sizes: int) -> None:
         self.age, self.closing, self.host = 0, False, sizes["host"]
-        self.sure = admit == "always" and full == "wait"  # the other drops what waits for long
+        self.admits_all = admit == "always"
+        self.sure = self.admits_all and full == "wait"  # the other drops what waits for long
         form, self.part = self.world.form(rank), self.world.ranks[rank]
         self.engine = Troubled(choose((), io)[0])
         self.far.hold, room = self.engine.go, sizes["slots"] * form.image_bytes
@@ -146,7 +147,7 @@ class StoreModel(RuleBasedStateMachine):
         blocks = [i * size // source.size + n for i in some[::per] for n in range(more)]
         keys, view = [key_of(i) for i in some], source.view.slice(**self.part)
         handle = self.store.save(view, blocks, keys, **terms)
-        self.open.append(Call(handle, some, self.part, skip=False))
+        self.open.append(Call(handle, some, self.part, skip=not self.admits_all))
 
     @FREE
     @rule(**LOAD)
@@ -195,9 +196,14 @@ class StoreModel(RuleBasedStateMachine):
         call = self.take()
         keys, full = {key_of(i) for i in call.keys}, any(x.count - x.broken < 5 for x, *_ in before)
         if self.sure and not (full or self.far.refuse or self.engine.fired > fired):
-            assert call.handle.landed.all(), "what was saved did not land"
-            assert all(self.store.lookup([key]) for key in keys), "what was saved is not there"
-            for slots, evicted, held in before:
+            for slots, *_ in before:
+                goes = slots.chains.next(slots.folder)
+                refused = goes is None or goes in keys  # its own, or what these follow
+                assert refused or call.handle.landed.all(), "what was saved did not land"
+            landed = zip(call.keys, call.handle.landed, strict=True)
+            there = all(self.store.lookup([key_of(i)]) for i, well in landed if well)
+            assert there, "what was saved is not there"
+            for slots, evicted, held in before if call.handle.landed.all() else ():
                 free = slots.count - slots.broken - len(held)
                 assert slots.evicted - evicted == max(0, len(keys - held) - free), "a lost slot"
 

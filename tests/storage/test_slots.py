@@ -86,7 +86,7 @@ def test_what_was_entered_is_there_again(tmp_path: Path, many: int) -> None:
         assert len(before[KEYS[0]][1].checksums) == len(form.segments)
     with closing(opened(tmp_path / "x", 4, form)) as slots:
         assert entries(slots) == before
-        assert [*slots.index] == [KEYS[1], KEYS[0]]  # by generation
+        assert slots.by_use() == [KEYS[1], KEYS[0]]  # by generation
         assert slots.generation == 1 << 63
         assert os.stat(slots.folder / "slots").st_blocks * 512 >= 4 * form.image_bytes
 
@@ -382,7 +382,7 @@ def test_no_room_in_the_table(
         patch.setattr(os, "pwrite", pwrite)
         assert not slots.seal(slot, KEYS[1], 2, (1,))
         assert slots.take(KEYS[1]) is None
-    assert [*slots.index] == [KEYS[0]]
+    assert slots.by_use() == [KEYS[0]]
     assert put(slots, KEYS[1], 2)
     assert slots.evicted == 0
     slots.close()
@@ -397,7 +397,7 @@ def test_a_folder_that_is_removed_below_a_store(folder: Path) -> None:
     assert len(entries(slots)) == 2
     slots.close()
     with closing(opened(folder)) as slots:
-        assert [*slots.index] == []
+        assert slots.by_use() == []
 
 
 def test_a_read_only_filesystem(small_device: Path) -> None:
@@ -502,7 +502,7 @@ def test_a_clock_that_is_set_back(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with closing(opened(folder, 3)) as slots:
         assert all(put(slots, key, i) for i, key in enumerate(KEYS[:4]))
     with closing(opened(folder, 3)) as slots:
-        assert [*slots.index] == KEYS[1:4]
+        assert slots.by_use() == KEYS[1:4]
         assert next(now) == 10**6
 
 
@@ -512,7 +512,7 @@ def test_a_block_that_is_read_is_not_evicted(folder: Path) -> None:
         assert all(put(slots, key, 1) for key in KEYS[:3])
         entry = pinned(slots, KEYS[0])
         assert all(put(slots, key, 2) for key in KEYS[3:9])
-        assert [*slots.index] == [KEYS[0], *KEYS[7:9]]
+        assert slots.by_use() == [KEYS[0], *KEYS[7:9]]
         slots.unpin(entry)
         assert put(slots, KEYS[9], 3)
         assert KEYS[0] not in slots.index
@@ -536,9 +536,9 @@ def test_a_dropped_block_leaves_its_slot_when_the_last_reader_does(folder: Path)
         first, second = pinned(slots, KEYS[0]), pinned(slots, KEYS[0])
         slots.unpin(first, good=False)
         assert put(slots, KEYS[0], 2)  # anew, in the other slot
-        assert [*slots.index] == [KEYS[0]]
+        assert slots.by_use() == [KEYS[0]]
         slots.unpin(second, good=False)  # late, and of what is gone
-        assert [*slots.index] == [KEYS[0]]
+        assert slots.by_use() == [KEYS[0]]
         assert slots.take(KEYS[2]) == first[0]
         assert slots.evicted == 0
 
@@ -548,15 +548,15 @@ def test_capacity_changes(folder: Path) -> None:
     with closing(opened(folder, 4)) as slots:
         assert all(put(slots, key, i) for i, key in enumerate(KEYS[:4]))
     with closing(opened(folder, 6)) as slots:
-        assert [*slots.index] == KEYS[:4]
+        assert slots.by_use() == KEYS[:4]
         assert all(put(slots, key, 9) for key in KEYS[4:6])
         assert slots.evicted == 0
     with closing(opened(folder, 3)) as slots:
-        assert [*slots.index] == KEYS[:3]
+        assert slots.by_use() == KEYS[:3]
         assert (folder / "slots").stat().st_size == 3 * IMAGE
     with closing(opened(folder, None)) as slots:
         assert slots.count == 3
-        assert [*slots.index] == KEYS[:3]
+        assert slots.by_use() == KEYS[:3]
     with pytest.raises(StoreError, match=f"a block takes {IMAGE}"):
         Slots(folder, FORM, IMAGE - 1, ENGINE)
     os.truncate(folder / "slots", 0)
@@ -568,7 +568,7 @@ def test_a_prefix_outlives_its_suffix(folder: Path) -> None:
     with closing(opened(folder, 6)) as slots:
         assert all(put(slots, key, 1) for key in KEYS[:6])
         slots.touch([*KEYS[:3], KEYS[20]])
-        assert [*slots.index] == [*KEYS[3:6], KEYS[2], KEYS[1], KEYS[0]]
+        assert slots.by_use() == [*KEYS[3:6], KEYS[2], KEYS[1], KEYS[0]]
 
 
 def test_order_of_use_is_there_after_a_close_and_not_after_a_kill(folder: Path) -> None:
@@ -576,21 +576,21 @@ def test_order_of_use_is_there_after_a_close_and_not_after_a_kill(folder: Path) 
         assert all(put(slots, key, i) for i, key in enumerate(KEYS[:6]))
         slots.touch(KEYS[:3])
         slots.unpin(pinned(slots, KEYS[4]), good=False)
-        used = [*slots.index]
+        used = slots.by_use()
     (folder / "order").write_bytes(
         (folder / "order").read_bytes().replace(b"]", b", 99, null, []]")
     )
     slots = opened(folder, 6)
-    assert [*slots.index] == used == [KEYS[3], KEYS[5], KEYS[2], KEYS[1], KEYS[0]]
+    assert slots.by_use() == used == [KEYS[3], KEYS[5], KEYS[2], KEYS[1], KEYS[0]]
     slots.touch(KEYS[3:4])
     slots.close(sync=False)  # as a kill does
     with closing(opened(folder, 6)) as slots:
-        assert [*slots.index] == [*KEYS[:4], KEYS[5]]  # by generation
+        assert slots.by_use() == [*KEYS[:4], KEYS[5]]  # by generation
     slots.close()
     opened(folder, 3).close()
     slots.close()  # once more, when the folder is another's: it is left alone
     with closing(opened(folder, 3)) as slots:
-        assert [*slots.index] == KEYS[:3]
+        assert slots.by_use() == KEYS[:3]
 
 
 def test_killed_in_the_very_first_write(folder: Path) -> None:
@@ -599,7 +599,7 @@ def test_killed_in_the_very_first_write(folder: Path) -> None:
     row = cases.images(1, FORM)[0]
     for number in range(2):
         slots = opened(folder, 4)
-        assert [*slots.index] == []
+        assert slots.by_use() == []
         slot = slots.take(KEYS[number])
         assert slot is not None
         cases.fill(row, FORM, KEYS[number], 1)
@@ -629,7 +629,7 @@ def test_slots_that_are_lost(six: tuple[Path, dict[bytes, Place]]) -> None:
     (six[0] / "slots").unlink()
     for _ in range(2):
         with closing(opened(six[0])) as slots:
-            assert [*slots.index] == []
+            assert slots.by_use() == []
 
 
 def test_a_store_that_was_wiped_while_another_waited(
@@ -654,4 +654,4 @@ def test_a_broken_slot_is_not_used_again(folder: Path) -> None:
         assert slot is not None
         slots.give(slot, broken=True)
         assert [put(slots, key, 1) for key in KEYS[:3]] == [True] * 3
-        assert [slots.broken, slots.evicted, len([*slots.index])] == [1, 2, 1]
+        assert [slots.broken, slots.evicted, len(slots.index)] == [1, 2, 1]

@@ -140,7 +140,7 @@ class FakeShelf:
         return right
 
     def write(
-        self, link: Any, keys: Any, rows: Any, generations: Any, sums: Any, own: Any = None
+        self, link: Any, keys: Any, rows: Any, generations: Any, sums: Any, *call: Any
     ) -> list[bool]:
         if self._owner.hold is not None:
             assert self._owner.hold.wait(60)
@@ -153,7 +153,7 @@ class FakeShelf:
             self._owner.blocks[self.form, key] = row[: self.form.image_bytes].tobytes()
         return [True] * len(keys)
 
-    def touch(self, keys: Any) -> None:
+    def touch(self, keys: Any, follows: Any = ()) -> None:
         pass
 
     def statistics(self) -> dict[str, Any]:

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Chains` chooses the block of a tier that goes next, so that no block goes before the blocks that
+follow from it."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Hashable, Sequence
+from heapq import heapify, heappop, heappush, heapreplace
+from itertools import compress
+from operator import add
+from typing import Generic, TypeVar
+
+from portakv.storage.image import checksum
+
+#: Marks of predecessors that are not blocks: no release has noted one; the block begins a prompt.
+UNKNOWN = 0
+FIRST = (1 << 64) - 1
+
+Mark = Hashable  # the name of a block in records and headers, or what a tier makes of it
+Key = TypeVar("Key", bound=Hashable)
+
+_KNOWN = 1 << 62  # added to the priority of a block whose predecessor is known
+_SPARE = 64  # entries that a queue may have above twice the number of blocks
+
+
+def mark_of(key: bytes) -> int:
+    """Return the u64 by which records and headers name the block of a key."""
+    mark = checksum(key)
+    return mark if mark not in (UNKNOWN, FIRST) else 1
+
+
+class Chains(Generic[Key]):
+    """The stored blocks of a tier, in groups, with their order of use and their predecessors.
+
+    The block that goes next is the least recently used of those that have no successor in the tier
+    and no pin. Blocks of unknown predecessors go before all others. The first predecessor that is
+    named for a block stays; a predecessor that would close a circle is ignored. Each change costs
+    O(log n), except for a block that comes after its successor: it costs the length of its chain.
+
+    Callers hold ``lock`` around every call.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        # Blocks are numbers of places in these lists: an object for each took a second at a start.
+        self._keys = list[Key | None]()  # None: no block has the number
+        self._marks = list[Mark]()
+        self._follows = list[Mark | None]()
+        self._groups = list[Hashable]()
+        self._priorities = list[int]()
+        self._pinned = list[bool]()
+        self._queued = list[bool]()  # whether a queue has an entry, maybe with an older priority
+        self._unused = list[int]()  # numbers without a block
+        self._by_key = dict[Key, int]()
+        self._by_mark = dict[Mark, int]()
+        # By mark: successors that are stored or being written, also of a mark that is not stored.
+        self._successors = dict[Mark, int]()
+        # By group: (priority, number) of all blocks that may go, and of some that may not.
+        self._queues = dict[Hashable, list[tuple[int, int]]]()
+        self._uses = 0
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._by_key
+
+    def add(self, key: Key, mark: Mark, follows: Mark, group: Hashable) -> None:
+        """Enter a block that is not there as the one used last. ``follows``: its predecessor's
+        mark, `UNKNOWN` or `FIRST`."""
+        if not self._unused:
+            self._extend(1)
+        number = self._unused.pop()
+        self._by_key[key] = number
+        self._name(number, key, mark)
+        self._keys[number] = key
+        self._groups[number] = group
+        self._uses += 1
+        self._priorities[number] = self._uses
+        self._follow(number, follows)
+        self._queue(number)
+
+    def fill(
+        self, keys: Sequence[Key], marks: Sequence[Mark], follows: Sequence[Mark], group: Hashable
+    ) -> None:
+        """Enter many blocks that are not there, the one used last at the end. Costs O(n) for n
+        blocks, in whatever order they come."""
+        first = len(self._keys)
+        count = len(keys)
+        numbers = range(first, first + count)
+        self._extend(count)
+        del self._unused[len(self._unused) - count :]
+        self._keys[first:] = keys
+        self._groups[first:] = [group] * count
+        self._by_key.update(zip(keys, numbers, strict=True))
+
+        # Whole lists: a step for each block, as in `add`, took half a second for 250,000.
+        known = [before not in (UNKNOWN, FIRST) for before in follows]
+        self._follows[first:] = [
+            x if real else None for x, real in zip(follows, known, strict=True)
+        ]
+        for mark, many in Counter(compress(follows, known)).items():
+            self._successors[mark] = self._successors.get(mark, 0) + many
+        ranks = [0 if before == UNKNOWN else _KNOWN for before in follows]
+        uses = range(self._uses + 1, self._uses + 1 + count)
+        self._priorities[first:] = map(add, uses, ranks)
+        self._uses += count
+        if len({*marks}) == count and self._by_mark.keys().isdisjoint(marks):
+            self._marks[first:] = marks
+            self._by_mark.update(zip(marks, numbers, strict=True))
+        else:
+            for number, key, mark in zip(numbers, keys, marks, strict=True):
+                self._name(number, key, mark)
+
+        self._cut_circles(numbers)
+        for number, mark in zip(numbers, self._marks[first:], strict=True):
+            if mark not in self._successors:
+                self._queue(number)
+
+    def learn(self, key: Key, follows: Mark) -> bool:
+        """Note the predecessor of a stored block that has none so far; return whether it is new."""
+        number = self._by_key[key]
+        if self._follows[number] is not None:
+            return False
+        before = self._priorities[number]
+        self._follow(number, follows)
+        return self._follows[number] is not None or self._priorities[number] != before
+
+    def touch(self, key: Key) -> None:
+        """Make a stored block the one used last."""
+        number = self._by_key[key]
+        self._uses += 1
+        self._priorities[number] = self._uses + (self._priorities[number] & _KNOWN)
+
+    def move(self, key: Key, group: Hashable) -> None:
+        """Put a stored block into another group."""
+        number = self._by_key[key]
+        if self._groups[number] != group:
+            self._groups[number] = group
+            self._queued[number] = False
+            self._queue(number)
+
+    def pin(self, key: Key) -> None:
+        """Keep a stored block until `unpin`."""
+        self._pinned[self._by_key[key]] = True
+
+    def unpin(self, key: Key) -> None:
+        """Let a stored block go in its turn."""
+        number = self._by_key[key]
+        self._pinned[number] = False
+        self._queue(number)
+
+    def expect(self, follows: Mark) -> None:
+        """Keep the predecessor of a block that is being written, until `unexpect`."""
+        if follows not in (UNKNOWN, FIRST):
+            self._successors[follows] = self._successors.get(follows, 0) + 1
+
+    def unexpect(self, follows: Mark) -> None:
+        """End an `expect`."""
+        if follows not in (UNKNOWN, FIRST):
+            self._unlink(follows)
+
+    def remove(self, key: Key) -> None:
+        """Forget a stored block."""
+        number = self._by_key.pop(key)
+        del self._by_mark[self._marks[number]]
+        before = self._follows[number]
+        if before is not None:
+            self._unlink(before)
+        self._keys[number] = None
+        self._follows[number] = None
+        self._pinned[number] = False
+        self._queued[number] = False
+        self._unused.append(number)
+
+    def next(self, group: Hashable | None = None) -> Key | None:
+        """Return the block that goes next, of a group or of all; None if none can go."""
+        groups = [*self._queues] if group is None else [group]
+        tops = [top for each in groups if (top := self._top(each)) is not None]
+        if not tops:
+            return None
+        return self._keys[min(tops, key=self._priorities.__getitem__)]
+
+    def by_use(self, group: Hashable | None = None) -> list[Key]:
+        """Return the keys of a group, or all, the least recently used first, those of unknown
+        predecessors before all others."""
+        found = [
+            (self._priorities[number], key)
+            for key, number in self._by_key.items()
+            if group is None or self._groups[number] == group
+        ]
+        found.sort()
+        return [key for _, key in found]
+
+    def _extend(self, count: int) -> None:
+        """Make room for more blocks."""
+        first = len(self._keys)
+        self._keys += [None] * count
+        self._marks += [None] * count
+        self._follows += [None] * count
+        self._groups += [None] * count
+        self._priorities += [0] * count
+        self._pinned += [False] * count
+        self._queued += [False] * count
+        self._unused += range(first, first + count)
+
+    def _name(self, number: int, key: Key, mark: Mark) -> None:
+        """Give a block its mark; if another key has it by chance, a mark that nothing follows."""
+        if mark in self._by_mark:
+            mark = ("a mark of two keys", key)
+        self._marks[number] = mark
+        self._by_mark[mark] = number
+
+    def _follow(self, number: int, follows: Mark) -> None:
+        """Note the predecessor of a block that has none."""
+        if follows == UNKNOWN:
+            return
+        self._priorities[number] |= _KNOWN
+        if follows != FIRST and not self._leads_to(follows, self._marks[number]):
+            self._follows[number] = follows
+            self._successors[follows] = self._successors.get(follows, 0) + 1
+
+    def _leads_to(self, mark: Mark | None, goal: Mark) -> bool:
+        """Return whether a walk from ``mark`` to the first block of its chain meets ``goal``."""
+        if mark != goal and goal not in self._successors:  # no walk can come by it
+            return False
+        while mark is not None and mark != goal:
+            number = self._by_mark.get(mark)
+            mark = None if number is None else self._follows[number]
+        return mark == goal
+
+    def _unlink(self, mark: Mark) -> None:
+        """Take a successor from a mark; its block may go once it has none."""
+        left = self._successors[mark] - 1
+        if left:
+            self._successors[mark] = left
+            return
+        del self._successors[mark]
+        number = self._by_mark.get(mark)
+        if number is not None:
+            self._queue(number)
+
+    def _cut_circles(self, new: range) -> None:
+        """Open every circle through new blocks, each at the place that a walk comes to first."""
+        walks = [-1] * len(self._keys)  # the number of the walk that came by
+        for start in new:
+            number: int | None = start
+            while number is not None and walks[number] < 0:
+                walks[number] = start
+                number = self._by_mark.get(self._follows[number])
+            if number is not None and walks[number] == start:
+                follows = self._follows[number]
+                self._follows[number] = None
+                self._unlink(follows)
+
+    def _queue(self, number: int) -> None:
+        """Give a block that may go an entry in the queue of its group."""
+        if self._queued[number] or self._pinned[number] or self._marks[number] in self._successors:
+            return
+        group = self._groups[number]
+        queue = self._queues.setdefault(group, [])
+        if len(queue) > 2 * len(self._by_key) + _SPARE:  # most are of blocks that are gone
+            live = {each for _, each in queue if self._owns(each, group)}
+            queue[:] = [(self._priorities[each], each) for each in live]
+            heapify(queue)
+        heappush(queue, (self._priorities[number], number))
+        self._queued[number] = True
+
+    def _owns(self, number: int, group: Hashable) -> bool:
+        """Return whether a number has a block, of a group."""
+        return self._keys[number] is not None and self._groups[number] == group
+
+    def _top(self, group: Hashable) -> int | None:
+        """Return the block of a group that goes next; drop and correct entries until it is first.
+        No priority ever falls, so that no entry comes too late."""
+        queue = self._queues.get(group, [])
+        while queue:
+            priority, number = queue[0]
+            if not self._owns(number, group):
+                heappop(queue)
+            elif self._pinned[number] or self._marks[number] in self._successors:
+                heappop(queue)
+                self._queued[number] = False
+            elif self._priorities[number] != priority:
+                heapreplace(queue, (self._priorities[number], number))
+            else:
+                return number
+        return None
