@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.conform_runs import python
+from support.inductor import needs_inductor
 
 from portakv.registry import registry
 from portakv_conformance.simdev import build
@@ -32,7 +33,10 @@ def run(page: str, code: list[str], names: dict[str, Any]) -> dict[str, Any]:
 
 
 PAGES = [
-    str(page.relative_to(ROOT))
+    pytest.param(
+        str(page.relative_to(ROOT)),
+        marks=[needs_inductor] if "@torch.compile" in page.read_text() else [],
+    )
     for page in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
     if BLOCK.search(page.read_text()) and page.name != "vendors.md"
 ]

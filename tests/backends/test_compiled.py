@@ -15,6 +15,7 @@ import pytest
 import torch
 from support.command_line import rejection
 from support.guarded_memory import filled, same
+from support.inductor import needs_inductor
 from support.paged_cases import chunk, dense, paged, pool, rows_of
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, copy_rows
@@ -25,11 +26,9 @@ from portakv.registry import registry
 
 pytestmark = pytest.mark.xdist_group("compiled")  # one process imports inductor
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-_missing = Compiled.probe(CPU)
-needs_compiler = pytest.mark.skipif(not _missing.accepted, reason=_missing.reason)
 on_each_device = pytest.mark.parametrize(
     "device",
-    [pytest.param(CPU, marks=needs_compiler), pytest.param(CUDA, marks=pytest.mark.gpu)],
+    [pytest.param(CPU, marks=needs_inductor), pytest.param(CUDA, marks=pytest.mark.gpu)],
     ids=str,
 )
 
@@ -174,7 +173,7 @@ def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> N
     assert len(backend.programs) == made == 2
 
 
-@needs_compiler
+@needs_inductor
 def test_torchs_limit_of_recompilations_is_not_met() -> None:
     """Each program has its own count, so that no number of plans ends in an eager run."""
     backend = Compiled(CPU)
@@ -186,7 +185,7 @@ def test_torchs_limit_of_recompilations_is_not_met() -> None:
     assert len(backend.programs) == 4  # three copies, one report
 
 
-@needs_compiler
+@needs_inductor
 def test_integers_stay_variable() -> None:
     def add(*arguments: Any) -> None:
         arguments[0].add_(arguments[1])
@@ -206,7 +205,7 @@ def test_integers_stay_variable() -> None:
         Program(take_for_a_constant, {}, [torch.zeros(8, dtype=torch.int64), 0])
 
 
-@needs_compiler
+@needs_inductor
 def test_an_eager_run_is_refused_before_it_touches_memory(nothing_chosen: None) -> None:
     """Its arguments are marks, not addresses."""
     caches, rows = pool("cpu"), chunk("cpu", 2)
@@ -255,7 +254,7 @@ def test_what_is_missing_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert "tensor of an address" in rejection(Compiled, CPU)
 
 
-@needs_compiler
+@needs_inductor
 def test_a_compiler_that_fails_is_the_self_checks_reason(
     nothing_chosen: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.command_line import registered
+from support.inductor import needs_inductor
 from support.small_backends import small_backend
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -23,8 +24,11 @@ from portakv.errors import LayoutError, SlotError, TransferError
 
 LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
 SLOTS = BLOCKS * SIZE
-COMPILER = pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])
-DEVICE = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+INDUCTOR = pytest.param("inductor", marks=needs_inductor)
+COMPILER = pytest.mark.parametrize("compiler", ["eager", "aot_eager", INDUCTOR])
+CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
+DEVICE = pytest.mark.parametrize("device", ["cpu", CUDA])
+BY_INDUCTOR = pytest.mark.parametrize("device", [pytest.param("cpu", marks=needs_inductor), CUDA])
 
 
 @pytest.fixture(autouse=True)
@@ -138,7 +142,7 @@ def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
     torch.testing.assert_close(found, sum(cache.double().sum() for cache in caches))
 
 
-@DEVICE
+@BY_INDUCTOR
 @pytest.mark.parametrize("make", ALLOCATIONS)
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_compiler_makes_no_copy_of_the_caches(
@@ -164,7 +168,7 @@ def test_the_compiler_makes_no_copy_of_the_caches(
     assert torch.equal(chunk, second)
 
 
-@DEVICE
+@BY_INDUCTOR
 def test_a_cache_that_the_graph_writes_by_indexing_and_then_loads(device: str) -> None:
     """Inductor then works on a copy of that cache and puts it back; slow, and right."""
     connector, caches, chunk = scene(device)
@@ -336,7 +340,7 @@ def test_nothing_registered_nothing_passed() -> None:
         storing(AdaptiveConnector("cpu"), make_chunk())(torch.arange(4))
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("compiler", ["aot_eager", INDUCTOR])
 def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
     connector, caches, chunk = scene()
     before, compiled = chunk.clone(), storing(connector, chunk, compiler=compiler)

@@ -1,0 +1,12 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether inductor compiles for the CPU of this machine, as the backend `compiled` reports it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from portakv.backends.compiled import Compiled
+
+_answer = Compiled.probe(torch.device("cpu"))
+needs_inductor = pytest.mark.skipif(not _answer.accepted, reason=_answer.reason)
