@@ -28,6 +28,7 @@ from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferTimeou
 from portakv.migrate.messages import VERSION, Message
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import this_process
+from portakv.runtime.interrupts import abandoned, uninterrupted
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -111,6 +112,10 @@ class Channel:
         self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
         self._links, self._fresh, self._made = dict[str, _Link](), list[_Link](), 0
         self._poller, self._calls = zmq.Poller(), dict[Any, Callable[[], None]]()
+        uninterrupted(partial(self._start, address), undo=lambda _: self.close())
+
+    def _start(self, address: str | None) -> None:
+        """Listen, and begin the channel's thread."""
         self._context, self._wake, self._path = zmq.Context(), os.eventfd(0), -1
         self._context.max_sockets = 4096  # three for each link
         self._context.rcvhwm = 0  # of monitors: one that is full would stop ZeroMQ's own thread
@@ -145,6 +150,10 @@ class Channel:
     def serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
         """From now on messages of ``kind`` are answered by ``answer``, in the channel's one thread,
         so that it must be quick; None: nothing is sent. What it raises is told as a refusal."""
+        uninterrupted(partial(self._serve, kind, answer))
+
+    def _serve(self, kind: type[T], answer: Callable[[Peer, T], Message | None]) -> None:
+        """Do what `serve` promises."""
         with self._lock:
             self._answers[kind] = answer
             self._decoder = Decoder(Union[tuple(self._answers)])  # noqa: UP007
@@ -152,6 +161,10 @@ class Channel:
     def claim(self, kind: str, user: object) -> None:
         """Be the one ``kind`` on it, since others know it by the channel alone; raises
         `InvalidTerms` if there is one."""
+        uninterrupted(partial(self._claim, kind, user), undo=lambda _: self.free(kind, user))
+
+    def _claim(self, kind: str, user: object) -> None:
+        """Do what `claim` promises."""
         if self._users.setdefault(kind, user) is not user:
             raise InvalidTerms(f"{self} has {kind} already: close it first, or take another.")
 
@@ -166,15 +179,27 @@ class Channel:
         Raises:
             PeerError: nobody is reached there, it is gone, it refuses, the secret differs.
             TransferTimeout: it is there, and did not answer in time.
+
+        If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
-        *_, back = self._sending(address, message, timeout, True)
-        return self._read(back, address, message, kind)
+
+        def go() -> T:
+            *_, back = self._sending(address, message, timeout, True)
+            return self._read(back, address, message, kind)
+
+        return uninterrupted(go)
 
     def ask_all(
         self, asked: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None = None
     ) -> list[T | PortaKVError]:
         """What `ask` returns or raises for each of several. All addresses are asked at once; one
         that is asked for more answers the next question when it has answered the one before."""
+        return uninterrupted(partial(self._ask_all, asked, kind, timeout))
+
+    def _ask_all(
+        self, asked: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None
+    ) -> list[T | PortaKVError]:
+        """Do what `ask_all` promises."""
         found, sending = dict[int, Any](), [self._sending(*x, timeout, True) for x in asked]
         first = {asked[n][0]: n for n in reversed(range(len(asked)))}
         order = [first[address] for address in sorted(first)]  # each keeps its connection
@@ -211,11 +236,13 @@ class Channel:
 
     def tell(self, address: str, message: Message) -> None:
         """Send what has no answer; raises as `ask` does if nobody is reached."""
-        list(self._sending(address, message, None, False))
+        uninterrupted(lambda: [*self._sending(address, message, None, False)])
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""
-        return self._link(address).life.on_gone(gone)
+        return uninterrupted(
+            lambda: self._link(address).life.on_gone(gone), undo=lambda take_back: take_back()
+        )
 
     def statistics(self) -> dict[str, int]:
         """Connections now, to here and to others, and what was counted."""
@@ -223,9 +250,12 @@ class Channel:
 
     def close(self) -> None:
         """End all connections; requests under way raise `PeerError`."""
+        if not self._process.forked:
+            uninterrupted(self._close)
+
+    def _close(self) -> None:
+        """Do what `close` promises."""
         atexit.unregister(self.close)
-        if self._process.forked:
-            return
         with self._lock:
             if self._closed:
                 return
@@ -282,6 +312,8 @@ class Channel:
 
     def _look(self, link: _Link, until: float, what: str) -> None:
         """Raise what became of a link's connection; if it is over, the next request makes one."""
+        if abandoned():  # an answer to this request is passed over
+            raise KeyboardInterrupt
         late, why = monotonic() > until, link.why or "the channel was closed" * self._closed
         if late and link.up and not why:
             raise TransferTimeout(f"{what} has no answer in time; the connection stands.")

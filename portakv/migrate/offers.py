@@ -22,9 +22,11 @@ from portakv.migrate.described import Regions, describe
 from portakv.migrate.gathers import SLOTS, Gathers, Rows
 from portakv.migrate.pairing import proof, where
 from portakv.migrate.shards import Shard, device_of, overlap, slices
+from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import Behind
 from portakv.view.index import Ids, Index
 
+LOOK = 0.1  # seconds between two looks of one who waits for the end of an offer
 EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
 GONE = messages.Answer("gone", "it is no offer of this owner (any more)")
 SPOILT = messages.Answer("gone", "some of its rows could not be brought; its owner's log says why")
@@ -52,6 +54,10 @@ class Offer:
     @property
     def state(self) -> str:
         """ "held"; then "taken" by its readers, "expired", "revoked", or "lost" with a reader."""
+        return uninterrupted(self._look)
+
+    def _look(self) -> str:
+        """Return the state now."""
         with self._owner.change:
             if self._state == "held" and self._owner.now() > self.until:
                 self.end("expired")
@@ -59,6 +65,10 @@ class Offer:
 
     def end(self, state: str) -> None:
         """Let it end in a state, if it has not ended."""
+        uninterrupted(partial(self._end, state))
+
+    def _end(self, state: str) -> None:
+        """Do what `end` promises."""
         owner = self._owner
         with owner.change:
             if self._state == "held":
@@ -72,13 +82,17 @@ class Offer:
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most ``timeout`` seconds: True, and the owner may use its
         blocks again."""
+        return uninterrupted(partial(self._wait, timeout))
+
+    def _wait(self, timeout: float | None) -> bool:
+        """Do what `taken` promises."""
         owner = self._owner
         until = owner.now() + (3e9 if timeout is None else timeout)
         with owner.change:
             while self.state == "held":
-                if (now := owner.now()) >= until:
+                if (now := owner.now()) >= until or abandoned():
                     return False
-                owner.change.wait(min(until, self.until + 1e-3) - now)
+                owner.change.wait(min(until, self.until + 1e-3, now + LOOK) - now)
         return True
 
     def revoke(self) -> None:
@@ -123,6 +137,11 @@ class Owner:
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
         self.offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
         self._gathers = Gathers(channel, self._slot_bytes, mover)
+        uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
+
+    def _start(self, shards: Sequence[Shard]) -> None:
+        """Offer rows of the shards on the channel."""
+        channel = self.channel
         channel.claim("an owner", self)
         try:
             self.reallocate(*shards)
@@ -138,6 +157,10 @@ class Owner:
 
     def reallocate(self, *shards: Shard) -> None:
         """Offer rows of other views from now on: all offers end, and readers pair anew."""
+        uninterrupted(partial(self._reallocate, shards))
+
+    def _reallocate(self, shards: Sequence[Shard]) -> None:
+        """Do what `reallocate` promises."""
         device = device_of(shards)
         regions, exported = Regions(), list[messages.Region]()
         described = tuple(describe(shard, regions) for shard in shards)
@@ -196,18 +219,23 @@ class Owner:
             index = Index(index.host_ids()[: -(-tokens // index.step)], index.step)
             index.check(tokens, shard.view.slots, "offered")
             lists.append((index.host_ids().clip(min=-1).astype("<i4"), index.step))
-        on, event = self.device, -1
+        on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         if stream and self._exports and not self._events:  # no reader's stream can wait for it
             stream.synchronize()
+        made = Offer(self, lists, tokens, self.now() + lease, readers)
+        return uninterrupted(partial(self._enter, made, stream, lease), undo=Offer.revoke)
+
+    def _enter(self, made: Offer, stream: Any, lease: float) -> Offer:
+        """Enter an offer of rows that are behind a stream, and write its ticket."""
+        event = -1
         with self.change:
-            made = Offer(self, lists, tokens, self.now() + lease, readers)
             if self._events:
                 event = self._turn = (self._turn + 1) % EVENTS
                 self._events[event].wait(stream)  # of an older offer, perhaps behind another stream
                 self._events[event].record(stream)
-            ids, steps = zip(*((each.tobytes(), step) for each, step in lists), strict=True)
-            terms = self.channel.address, tokens, ids, steps, lease, event
+            ids, steps = zip(*((each.tobytes(), step) for each, step in made.ids), strict=True)
+            terms = self.channel.address, made.tokens, ids, steps, lease, event
             made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack()
             self.offers[made.number] = made
             self.counts["offered"] += 1
@@ -217,17 +245,29 @@ class Owner:
 
     def revoke_all(self) -> None:
         """End every offer at once."""
+        uninterrupted(self._revoke_all)
+
+    def _revoke_all(self) -> None:
+        """Do what `revoke_all` promises."""
         for offer in [*self.offers.values()]:
             offer.revoke()
 
     def statistics(self) -> dict[str, int]:
         """Offers that are held, how others ended, what was answered, and slots in use."""
+        return uninterrupted(self._statistics)
+
+    def _statistics(self) -> dict[str, int]:
+        """Do what `statistics` promises."""
         with self.change:
             held = sum(offer.state == "held" for offer in [*self.offers.values()])
             return {**self.counts, "held": held, "slots": self._gathers.slots}
 
     def close(self) -> None:
         """End every offer, and answer nobody any more."""
+        uninterrupted(self._end)
+
+    def _end(self) -> None:
+        """Do what `close` promises."""
         if not self.channel.free("an owner", self):
             return
         self.revoke_all()

@@ -24,6 +24,7 @@ from portakv.migrate.movers import choose, forced
 from portakv.migrate.movers.base import Mover, Moving
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.interrupts import uninterrupted
 
 _HOST = torch.device("cpu")
 
@@ -70,6 +71,10 @@ class Pairings:
         key = ticket.address, ticket.epoch
         if (owner := self._owners.get(key)) is not None:
             return owner
+        return uninterrupted(partial(self._pair, ticket, key))
+
+    def _pair(self, ticket: Ticket, key: tuple[str, bytes]) -> Paired:
+        """Pair with the owner of a ticket, unless another thread has."""
         with self._lock:
             if (owner := self._owners.get(key)) is not None:
                 return owner
@@ -93,6 +98,10 @@ class Pairings:
 
     def close(self) -> None:
         """Let go of all owners."""
+        uninterrupted(self._close)
+
+    def _close(self) -> None:
+        """Do what `close` promises."""
         for owner in [*self._owners.values()]:
             with suppress(PortaKVError):
                 self.channel.tell(owner.address, Bye())

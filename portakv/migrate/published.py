@@ -23,6 +23,7 @@ from portakv.errors import (
 from portakv.graph.graph import Node
 from portakv.migrate.messages import About, Answer, Begin, Close, Renew
 from portakv.migrate.steps import Told
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.transfer import Completion, Transfer
 
 CANCELLED = "A pull was cancelled; nothing of it is published."
@@ -82,6 +83,10 @@ class Pull(Part):
 
     def cancel(self) -> bool:
         """Move no more than what is in flight, and publish nothing; False if it has ended."""
+        return uninterrupted(self._cancel)
+
+    def _cancel(self) -> bool:
+        """Do what `cancel` promises."""
         with self._deciding:
             if self._ended is not None:
                 return False

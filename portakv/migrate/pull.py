@@ -96,10 +96,10 @@ class Reader:
         asked = {step.ticket.offer for step in plan if step.cut.src is None}
         pull.quiet = [one for one in told if one[0].offer not in asked]
         whole = sum(step.nbytes for step in plan)
-        if self.device.type == "cpu" and whole >= LONG:  # it copies before this returns
-            pull.begin()
         layers: Any = [[([], []) for _ in range(x.view.layers)] for x in self.shards]
         try:
+            if self.device.type == "cpu" and whole >= LONG:  # it copies before this returns
+                pull.begin()
             for step in plan:
                 ends, pull.nbytes = layers[step.cut.group], pull.nbytes + step.nbytes
                 # All steps together keep to the rate.
@@ -119,14 +119,17 @@ class Reader:
                 pull.copies.append(copy)
                 for nth, end in enumerate(copy.layers if by_layer else ()):
                     ends[step.cut.layers[nth]][0].append(end)
+            if by_layer:
+                pull.layers = [Part(*layer) for ends in layers for layer in ends]
+            checks = list[Node]()
+            if verify:
+                checks = [Node(partial(verified, x, pull), 1, link=self._checks) for x in plan]
+            pull.nodes[0].work = lambda *_: pull.end(told, checks)
+            self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
+            return pull
         except BaseException:  # nobody gets the handle of what was issued
             pull.drop()
             raise
-        pull.layers = [Part(*layer) for ends in layers for layer in ends] if by_layer else []
-        checks = [Node(partial(verified, x, pull), 1, link=self._checks) for x in plan if verify]
-        pull.nodes[0].work = lambda *_: pull.end(told, checks)
-        self._graph.submit([*pull.slices, *pull.nodes], priority="urgent")
-        return pull
 
     def explain(self, tickets: bytes | Sequence[bytes]) -> str:
         """How rows of these tickets' owners would come, and why so."""

@@ -8,6 +8,7 @@ import threading
 import weakref
 from collections.abc import Sequence
 from datetime import timedelta
+from functools import partial
 from time import monotonic, sleep
 from typing import Annotated, Any, Literal, cast
 
@@ -19,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store
 from portakv.errors import PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message
+from portakv.runtime.interrupts import uninterrupted
 
 KEYS = 1 << 14  # that one rendezvous keeps
 Key = Annotated[str, Meta(max_length=1024)]
@@ -63,6 +65,10 @@ class ChannelStore(Store):
 
     def do(self, asked: Keep) -> Kept:
         """What another side asks of keys that are kept here."""
+        return uninterrupted(partial(self._do, asked))
+
+    def _do(self, asked: Keep) -> Kept:
+        """Do what `do` promises."""
         kept, key = self._kept, asked.keys[0]
         with self._lock:
             if asked.do in ("set", "add") and len(kept) >= KEYS and key not in kept:
@@ -120,9 +126,15 @@ def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
     channel, or kept by the channel at ``address``, which is there already."""
     store = ChannelStore(channel, address)
     if address is None:
-        channel.claim("a rendezvous", store)
-        channel.serve(Keep, lambda _, asked: store.do(asked))
+        undo = partial(channel.free, "a rendezvous", store)
+        uninterrupted(partial(_keep, channel, store), undo=lambda _: undo())
     return store
+
+
+def _keep(channel: Channel, store: ChannelStore) -> None:
+    """Have a channel serve a store."""
+    channel.claim("a rendezvous", store)
+    channel.serve(Keep, lambda _, asked: store.do(asked))
 
 
 def pair(
