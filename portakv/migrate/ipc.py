@@ -15,15 +15,17 @@ import math
 import mmap
 import os
 import struct
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from msgspec import Meta
 
+from portakv.arguments import instance, invalid, whole
 from portakv.errors import PeerError, Unsupported
 from portakv.host.shared import process_space, started, unnamed
 from portakv.migrate.messages import Bytes, Handle, Kind, Message, Name, Text, sealed, unsealed
@@ -33,6 +35,10 @@ _OPEN = "Opening another process's memory"
 _IN_MEMORY = ("/dev/shm/", "/memfd:")  # what the kernel calls files that are memory
 _FILE = struct.Struct("<3Q")  # the handle of host memory: descriptor, file system, file
 _Number = Annotated[int, Meta(ge=0)]
+_NOT_SHARED = (
+    "it does not lie in shared memory; take it from `shared_empty` or a SharedPool, or call its "
+    "share_memory_() before any view holds its address"
+)
 
 
 class _Shared(Message, frozen=True):
@@ -65,12 +71,17 @@ class Held:
         self.tensor = None
 
 
-def share(tensor: torch.Tensor) -> bytes:
+def share(tensor: torch.Tensor, files: SharedFiles | None = None) -> bytes:
     """What another process of this host gives `open_shared`. Keep the tensor until it was opened,
     on a device for as long as it is used; there each call counts for one opening, and what nobody
     opens is never freed: share pools, not temporaries. Raises `Unsupported` if it cannot be shared;
-    it is never moved to where it could be, since views hold its address."""
-    what, where = "Sharing a tensor with other processes", tensor.device
+    it is never moved to where it could be, since views hold its address. ``files``: for many
+    tensors of one call."""
+    instance("tensor", tensor, torch.Tensor)
+    what = "Sharing a tensor with other processes"
+    where = tensor.device
+    if files is None:
+        files = SharedFiles()
     odd = tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided
     if odd or tensor.is_conj() or tensor.is_neg():
         raise Unsupported(what, "it is no plain tensor of numbers and strides; share its parts")
@@ -78,12 +89,12 @@ def share(tensor: torch.Tensor) -> bytes:
     if tensor.numel():
         storage = tensor.untyped_storage()
         if where.type == "cpu":
-            words = *_file(what, storage.data_ptr(), storage.nbytes()), *words[3:]
+            words = *files.handle(what, storage.data_ptr(), storage.nbytes()), *words[3:]
         else:
             with _by_torch(what, where):
                 words = getattr(storage, f"_share_{where.type}_")()[1:]
     kind = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape), tensor.stride()
-    return sealed(_Shared(*_here(), where.type, words, kind, int(tensor.storage_offset())))
+    return sealed(_Shared(*files.here, where.type, words, kind, int(tensor.storage_offset())))
 
 
 def open_shared(data: bytes, device: torch.device | str | int | None = None) -> torch.Tensor:
@@ -122,12 +133,12 @@ def why_not(tensor: torch.Tensor) -> str | None:
     return None
 
 
-def export(storage: torch.UntypedStorage) -> Held:
+def export(storage: torch.UntypedStorage, files: SharedFiles | None = None) -> Held:
     """A whole allocation for any number of others, which give its handle `open_shared`; raises
     `Unsupported` as `share` does."""
     with torch.inference_mode(False):
         flat = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    return Held(share(flat), flat)
+    return Held(share(flat, files), flat)
 
 
 def export_event(event: Any) -> bytes:
@@ -149,8 +160,14 @@ def open_event(data: bytes, device: torch.device | str | int) -> Any:
 def shared_empty(shape: int | Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     """A host tensor that can be shared, without a name: nothing is left of it when the last process
     that has it ends. Its pages are there, all zero; `HostMemoryError` if there is no room."""
-    shape = (shape,) if isinstance(shape, int) else tuple(shape)
+    instance("dtype", dtype, torch.dtype, "Pass one such as torch.float16.")
+    if not isinstance(shape, int | Sequence) or isinstance(shape, str | bytes):
+        raise invalid("shape", "whole numbers", shape, "Pass the extent of each axis.")
+    extents = [shape] if isinstance(shape, int) else [*shape]
+    shape = tuple(whole("shape", extent) for extent in extents)
     nbytes = math.prod(shape) * dtype.itemsize
+    if nbytes >> 62:
+        raise invalid("shape", "one of less than 2^62 bytes", extents, "Pass a smaller one.")
     mapping = unnamed(max(1, nbytes))
     with torch.inference_mode(False):
         return torch.frombuffer(mapping, dtype=torch.uint8)[:nbytes].view(dtype).view(shape)
@@ -172,28 +189,65 @@ def identity(device: torch.device) -> str:
     return str(getattr(ask(device), "uuid", f"{_here()}/{device}"))
 
 
-def _file(what: str, address: int, nbytes: int) -> tuple[bytes, int, int]:
-    """The file that host memory is mapped from, as its handle; the bytes, and where in it."""
-    why = "it does not lie in shared memory; take it from `shared_empty` or a SharedPool, or call "
-    why += "its share_memory_() before any view holds its address"
-    at, file, offset = address, (0, 0), 0
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, mode, start, where, number, *path = line.split(maxsplit=5)
-        first, past = (int(x, 16) for x in span.split("-"))
-        if not first <= at < past or mode[3] != "s" or not "".join(path).startswith(_IN_MEMORY):
-            continue
-        found = os.makedev(*(int(x, 16) for x in where.split(":"))), int(number)
-        if at == address:
-            file, offset = found, address - first + int(start, 16)
-        at = past if found == file else at
-        if at >= address + nbytes:
+class _Mapping(NamedTuple):
+    """A stretch of this process's addresses that shows a file in memory."""
+
+    first: int
+    past: int
+    file: tuple[int, int]  # file system and number
+    offset: int  # in the file, of the first byte
+
+
+class SharedFiles:
+    """The files in memory that this process has mapped, and their descriptors.
+
+    Reads ``/proc/self`` once, which takes milliseconds: make one for all tensors of a call, and
+    none for longer.
+    """
+
+    def __init__(self) -> None:
+        self._mappings = list[_Mapping]()
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            span, mode, start, where, number, *path = line.split(maxsplit=5)
+            if mode[3] != "s" or not "".join(path).startswith(_IN_MEMORY):
+                continue
+            first, past = (int(x, 16) for x in span.split("-"))
+            device = os.makedev(*(int(x, 16) for x in where.split(":")))
+            self._mappings.append(_Mapping(first, past, (device, int(number)), int(start, 16)))
+        self._firsts = [mapping.first for mapping in self._mappings]
+        self._descriptors: dict[tuple[int, int], int] | None = None
+        self.here = _here()
+
+    def handle(self, what: str, address: int, nbytes: int) -> tuple[bytes, int, int]:
+        """Return the handle of host memory, its bytes, and its place in the file. Raise
+        `Unsupported` if the memory is not one stretch of a file that is open here."""
+        mappings = self._mappings
+        index = bisect_right(self._firsts, address) - 1
+        if index < 0 or address >= mappings[index].past:
+            raise Unsupported(what, _NOT_SHARED)
+        start = mappings[index]
+        while mappings[index].past < address + nbytes:
+            before = mappings[index]
+            index += 1
+            follows = _Mapping(
+                before.past, 0, start.file, before.offset + before.past - before.first
+            )
+            if index == len(mappings) or mappings[index]._replace(past=0) != follows:
+                raise Unsupported(what, _NOT_SHARED)
+        descriptor = self._opened().get(start.file)
+        if descriptor is None:
             why = "its file is not open here; have torch's sharing strategy 'file_descriptor'"
+            raise Unsupported(what, why)
+        return _FILE.pack(descriptor, *start.file), nbytes, address - start.first + start.offset
+
+    def _opened(self) -> dict[tuple[int, int], int]:
+        if self._descriptors is None:
+            self._descriptors = {}
             for name in os.listdir("/proc/self/fd"):
                 with suppress(OSError):
-                    one = os.stat(int(name))
-                    if (one.st_dev, one.st_ino) == file:
-                        return _FILE.pack(int(name), *file), nbytes, offset
-    raise Unsupported(what, why)
+                    found = os.stat(int(name))
+                    self._descriptors.setdefault((found.st_dev, found.st_ino), int(name))
+        return self._descriptors
 
 
 def _mapped(told: _Shared) -> torch.Tensor:

@@ -13,7 +13,7 @@ from msgspec import Meta
 
 from portakv.errors import OfferGone, PeerError
 
-VERSION = 1  # of all of this; a channel refuses another one by its first byte
+VERSION = 2  # of all of this; a channel refuses another one by its first byte
 Id = Annotated[bytes, Meta(min_length=16, max_length=16)]  # random, of an owner or of an offer
 Name = Annotated[str, Meta(max_length=64)]
 Text = Annotated[str, Meta(max_length=1024)]

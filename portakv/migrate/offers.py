@@ -171,12 +171,13 @@ class Owner:
                 one.close()
             self._proof = proof(self.epoch, self.device)
             held = list[ipc.Held]()
+            files = ipc.SharedFiles()
             for storage in [*regions.storages, self._proof.untyped_storage()]:
                 told = storage.nbytes(), where(storage.device)
                 try:
                     if self._expose != "mapped":
                         raise Unsupported("Mapping", "it exposes staged rows alone")
-                    held.append(ipc.export(storage))
+                    held.append(ipc.export(storage, files))
                     exported.append(messages.Region(*told, held[-1].handle))
                 except Unsupported as error:
                     exported.append(messages.Region(*told, why=error.why))

@@ -5,9 +5,11 @@ takes over, whatever TP and PP either side has."""
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import prod
@@ -17,12 +19,20 @@ from typing import Annotated, Any, Literal, NamedTuple
 import torch
 from msgspec import Meta, msgpack, structs
 
+from portakv.arguments import flag, instance, invalid, seconds, text
 from portakv.engines.engine import Terms
-from portakv.errors import LayoutError, OfferGone, PeerError, TransferError, TransferTimeout
+from portakv.errors import (
+    InvalidTerms,
+    LayoutError,
+    OfferGone,
+    PeerError,
+    TransferError,
+    TransferTimeout,
+)
 from portakv.graph.graph import Graph
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.digest import Later, box_digests
-from portakv.migrate.ipc import open_shared, share
+from portakv.migrate.ipc import SharedFiles, open_shared, share
 from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Count, Dims, Handle, Id, Message, Text, sealed, unsealed
 from portakv.migrate.shards import deal
@@ -33,6 +43,7 @@ _PAGE, _SMALL = 40 << 10, 16 << 20  # bytes of items in an answer; of tensors th
 _LISTED = 32  # small tensors that one call copies
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 _BATCH, _PACED = 1 << 30, 32 << 20  # bytes that are copied and compared at once; with a rate
+_ITEMS, _LISTING = 1 << 18, 256 << 20  # the most items of a publisher, and bytes of their list
 _SUMS = 256  # cells at once: on the host each may cost a descriptor
 
 
@@ -146,8 +157,64 @@ def part_of(tensor: torch.Tensor, start: Dims, extents: Dims) -> torch.Tensor:
     return part
 
 
-def _named(parameters: Parameters) -> dict[str, Parameter]:
-    return {k: x if isinstance(x, Parameter) else Parameter(x) for k, x in parameters.items()}
+def _named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
+    """Return parameters by name, all checked."""
+    if not isinstance(parameters, Mapping):
+        raise invalid(argument, "a mapping of names to tensors", parameters)
+    named = dict[str, Parameter]()
+    for name, value in parameters.items():
+        text(f"a name in {argument}", name)
+        whole = isinstance(value, Parameter)
+        parameter = value if isinstance(value, Parameter) else Parameter(value)
+        tensor = instance(f"{argument}[{name!r}]", parameter.tensor, torch.Tensor)
+        if why := _odd(tensor):
+            raise LayoutError(f"Expected {name} to be a plain tensor, got {why}. Pass its parts.")
+        if whole:
+            _check_boxes(name, parameter)
+        named[name] = parameter
+    return named
+
+
+def _odd(tensor: torch.Tensor) -> str:
+    """Return why no plain bytes of a tensor can be copied; empty if they can."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return f"one of layout {'nested' if tensor.is_nested else tensor.layout}"
+    if tensor.is_quantized:
+        return "a quantized one"
+    if tensor.is_conj() or tensor.is_neg():
+        return "a conjugate or negative view"
+    if tensor.is_meta:
+        return "one without memory (meta)"
+    return ""
+
+
+def _check_boxes(name: str, parameter: Parameter) -> None:
+    """Raise `InvalidTerms` for shapes, blocks or boxes that are not whole numbers."""
+    boxes = parameter.boxes if parameter.boxes is not None else ()
+    try:
+        numbers = [*(parameter.shape or ()), *parameter.block]
+        for box in boxes:
+            offset, start, extents = box
+            numbers += [*offset, *start, *extents]
+            if not len(offset) == len(start) == len(extents):
+                raise TypeError
+    except (TypeError, ValueError):
+        numbers = [None]
+    if not all(type(each) is int and 0 <= each < 1 << 48 for each in numbers):
+        expected = "whole numbers in boxes, shape and block, of one length for each box"
+        raise InvalidTerms(f"Expected {name} to have {expected}, got others. Pass `Box` of tuples.")
+
+
+def _check_destinations(parameters: Mapping[str, Parameter]) -> None:
+    """Raise `LayoutError` for a destination that has several elements at one address."""
+    for name, parameter in parameters.items():
+        tensor = parameter.tensor
+        axes = zip(tensor.shape, tensor.stride(), strict=True)
+        if any(extent > 1 and stride == 0 for extent, stride in axes):
+            raise LayoutError(
+                f"Expected {name} to have memory for each element, got an expanded tensor. "
+                f"Pass a contiguous one."
+            )
 
 
 def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
@@ -218,8 +285,8 @@ class WeightsTicket(Message, frozen=True):
 
 
 class AskWeights(Message, frozen=True):
-    """What is published, from item ``first`` on? Or, asked until it is known: which digests have
-    these boxes of numbered items, as they lie at the owner?"""
+    """Ask for the items from ``first`` on; or, until the answer is known, for the digests of these
+    boxes of numbered items, as they lie at the owner."""
 
     id: Id
     first: Count = 0
@@ -227,12 +294,13 @@ class AskWeights(Message, frozen=True):
 
 
 class Weights(Message, frozen=True):
-    """Some of the ``total`` items, by name; or digests."""
+    """Some of the ``total`` items, by name; or digests. ``version`` changes with the weights."""
 
     state: Literal["held", "gone", "busy"]
-    total: int = 0
+    total: Annotated[int, Meta(ge=0, le=_ITEMS)] = 0
     items: tuple[tuple[Text, Item], ...] = ()
-    sums: tuple[int, ...] = ()
+    sums: Annotated[tuple[int, ...], Meta(max_length=_SUMS)] = ()
+    version: Annotated[int, Meta(ge=0)] = 0
 
 
 def _digests(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
@@ -241,81 +309,192 @@ def _digests(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
 
 
 class Published:
-    """What `publish` returns: ``ticket``, for whoever may pull, and `close`."""
+    """What `publish` returns: ``ticket``, for whoever may pull, `update`, `changed` and `close`."""
 
     def __init__(self, channel: Channel, parameters: Parameters) -> None:
-        self._held, self._id, self.graph = _named(parameters), secrets.token_bytes(16), Graph()
+        instance("channel", channel, Channel)
+        self._held = _named("parameters", parameters)
+        if not self._held:
+            raise invalid("parameters", "a mapping of one tensor or more", parameters)
+        self._id = secrets.token_bytes(16)
+        self.graph = Graph()
+        self._changes = 0
+        self._updates = 0  # that are under way
+        self._changing = threading.Lock()
         self._items = items_of(self._held)
+        if len(self._items) > _ITEMS:
+            raise invalid("parameters", f"at most {_ITEMS} tensors", len(self._items))
+        self._synchronize()
+        files = SharedFiles()
         for name, x in self._held.items():
-            if (device := x.tensor.device).type != "cpu":  # what writes them ends first
-                torch.accelerator.current_stream(device.index).synchronize()
             if self._items[name].tie == name:
-                self._items[name] = structs.replace(self._items[name], data=share(x.tensor))
+                self._items[name] = structs.replace(self._items[name], data=share(x.tensor, files))
         self._sums = Later[list[int]]("digests of weights", self.graph.link("weights"))
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)
 
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        """Let this block change the weights.
+
+        A pull that overlaps the block fails with `TransferError` and is to be made again; a pull
+        that begins inside waits for the end. On a device the end of the block waits for the current
+        stream, so write on that.
+        """
+        with self._changing:
+            self._updates += 1
+            self._changes += 1
+        try:
+            yield
+        finally:
+            self._synchronize()
+            with self._changing:
+                self._updates -= 1
+                self._changes += 1
+
+    def changed(self) -> None:
+        """Say that weights have changed, which no pull under way may have read: such a pull fails
+        with `TransferError`. Prefer `update`, which also keeps others from beginning meanwhile."""
+        with self.update():
+            pass
+
+    def _synchronize(self) -> None:
+        """Wait for the current stream of each device, which has written the weights."""
+        tensors = [x.tensor for x in self._held.values()]
+        for device in {tensor.device for tensor in tensors if tensor.device.type != "cpu"}:
+            torch.accelerator.current_stream(device.index).synchronize()
+
+    def _version(self) -> int:
+        """Return a number that grows with each change that this process can notice."""
+        version = self._changes
+        for parameter in [*self._held.values()]:
+            if not parameter.tensor.is_inference():  # those have no counter
+                version += parameter.tensor._version
+        return version
+
     def _answer(self, _: Peer, asked: AskWeights) -> Weights:
+        version = self._version()
         if asked.id != self._id or self.graph.closed.is_set():
             return Weights("gone")
         if asked.boxes:
             held = [*self._held.values()]
+            if any(number >= len(held) for number, _ in asked.boxes):
+                raise LayoutError(f"Expected numbers below {len(held)}, got others. Pull again.")
             boxes = [(held[number].tensor, box) for number, box in asked.boxes]
             sums = self._sums.answer(asked, lambda: _digests(boxes))
-            return Weights("busy") if sums is None else Weights("held", sums=tuple(sums))
-        page, room = list[tuple[str, Item]](), _PAGE
+            if sums is None:
+                return Weights("busy", version=version)
+            return Weights("held", sums=tuple(sums), version=version)
+        if self._updates and asked.first == 0:
+            return Weights("busy", version=version)
+        page = list[tuple[str, Item]]()
+        room = _PAGE
         for pair in [*self._items.items()][asked.first :]:
-            if (room := room - len(msgpack.encode(pair))) < 0 and page:
+            room -= len(msgpack.encode(pair))
+            if room < 0 and page:
                 break
             page.append(pair)
-        return Weights("held", len(self._items), tuple(page))
+        return Weights("held", len(self._items), tuple(page), version=version)
 
     def close(self) -> None:
-        """Let go of the tensors; who pulls them now is told that they are gone."""
+        """Release the tensors; who pulls them now gets `OfferGone`."""
         self.graph.close()
         self._held.clear()
 
 
 def publish(channel: Channel, parameters: Parameters) -> Published:
-    """Let others pull these tensors, which must not change until `Published.close`; of a channel,
-    those that were published last. They map the memory, with all of the allocation round it: on the
-    host it has to be shared already (``tensor.share_memory_()``), else this raises `Unsupported`.
+    """Let others pull these tensors, until `Published.close`; of a channel, those that were
+    published last. Change them inside ``with published.update():`` only. Readers map the memory,
+    with all of the allocation round it: on the host it has to be shared already
+    (``tensor.share_memory_()``), else this raises `Unsupported`.
+
+    Raises `InvalidTerms` and `LayoutError` for what is not a mapping of names to plain tensors.
     """
     return Published(channel, parameters)
 
 
 class _Owner:
-    """An owner of weights, for one pull."""
+    """An owner of weights, for one pull, which ends at the time ``until``."""
 
-    def __init__(self, channel: Channel, ticket: bytes, timeout: float) -> None:
-        self.channel, self.timeout = channel, timeout
-        if (told := unsealed(ticket, WeightsTicket)) is None:
+    def __init__(self, channel: Channel, ticket: bytes, timeout: float, until: float) -> None:
+        told = unsealed(ticket, WeightsTicket)
+        if told is None:
             raise PeerError(
                 "What was handed over is no ticket of weights of this release: expected the bytes "
                 "of `Published.ticket`, unchanged; carry them as they are."
             )
-        self.address, self.id = told.address, told.id
-        self.items, self.opened = dict[str, Item](), dict[str, torch.Tensor]()
-        total, had = 1, -1
-        while had < len(self.items) < total:
-            had = len(self.items)
-            page = self.ask(AskWeights(self.id, had))
+        self.channel = channel
+        self.timeout = timeout
+        self.until = until
+        self.address = told.address
+        self.id = told.id
+        self.version: int | None = None
+        self.items = dict[str, Item]()
+        self.opened = dict[str, torch.Tensor]()
+        self._list()
+
+    def _list(self) -> None:
+        """Ask for all items; raise `PeerError` if they are not as many as announced."""
+        page = self.ask(AskWeights(self.id))
+        total = page.total
+        nbytes = 0
+        while True:
+            before = len(self.items)
             self.items.update(page.items)
-            total = page.total
+            nbytes += len(msgpack.encode(page))
+            grown = len(self.items) - before
+            right = grown == len(page.items) and page.total == total and nbytes <= _LISTING
+            if not right or len(self.items) > total or (not grown and before < total):
+                raise PeerError(
+                    f"Expected {total} weights from {self.address}, got {len(self.items)}, or some "
+                    f"twice. Pull from another owner."
+                )
+            if len(self.items) == total:
+                return
+            page = self.ask(AskWeights(self.id, len(self.items)))
 
     def ask(self, asked: AskWeights) -> Weights:
-        """Its answer, once it has one."""
-        until, pause = time.monotonic() + self.timeout, 5e-4
-        while (answer := self.channel.ask(self.address, asked, Weights)).state == "busy":
-            if time.monotonic() > until:
-                raise TransferTimeout(
-                    f"Digests of weights were asked of {self.address}, which made none in "
-                    f"{self.timeout} seconds; pull again, with a longer timeout if it is busy."
-                )
-            time.sleep(pause := min(2 * pause, 0.05))
+        """Return the owner's answer, once it has one."""
+        pause = 5e-4
+        while True:
+            answer = self.once(asked)
+            if answer.state == "held":
+                return answer
+            time.sleep(min(pause, max(0.0, self.until - time.monotonic())))
+            pause = min(2 * pause, 0.05)
+
+    def once(self, asked: AskWeights) -> Weights:
+        """Return the owner's answer, which may be that it is busy; raise if its weights changed."""
+        left = self.until - time.monotonic()
+        if left <= 0:
+            raise self.late()
+        try:
+            answer = self.channel.ask(self.address, asked, Weights, min(left, self.channel.timeout))
+        except TransferTimeout:
+            if time.monotonic() < self.until:
+                raise
+            raise self.late() from None
         if answer.state == "gone":
             raise OfferGone(f"Weights at {self.address} are published no more; get a new ticket.")
+        if answer.state == "held" and self.version is None:
+            self.version = answer.version
+        if self.version not in (None, answer.version):
+            raise TransferError(
+                f"The weights at {self.address} changed while they were pulled. Do not use any of "
+                f"them; pull again."
+            )
         return answer
+
+    def late(self) -> TransferTimeout:
+        """Return the error of a pull whose time is over."""
+        return TransferTimeout(
+            f"The pull of weights had not ended after {self.timeout:g} s, at {self.address}. Do "
+            f"not use the weights; pull again with a longer timeout."
+        )
+
+    def confirm(self) -> None:
+        """Raise `TransferError` if the weights have changed since they were listed."""
+        self.ask(AskWeights(self.id, max(1, len(self.items))))
 
     def pair(self, cell: Cell, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a cell goes to, and where it lies in the owner's memory."""
@@ -335,9 +514,15 @@ class _Owner:
         numbers = {name: number for number, name in enumerate(self.items)}
         boxes = tuple((numbers[x.name], x.box._replace(start=x.theirs)) for x in cells)
         asked = AskWeights(self.id, boxes=boxes)
-        self.channel.ask(self.address, asked, Weights)  # it begins while this side works
-        mine = _digests([(parameters[x.name].tensor, x.box) for x in cells])
-        sums = zip(cells, mine, self.ask(asked).sums, strict=True)
+        self.once(asked)  # it begins while this side works
+        here = _digests([(parameters[x.name].tensor, x.box) for x in cells])
+        there = self.ask(asked).sums
+        if len(there) != len(here):
+            raise PeerError(
+                f"Expected {len(here)} digests from {self.address}, got {len(there)}. Do not use "
+                f"the weights; pull from another owner."
+            )
+        sums = zip(cells, here, there, strict=True)
         yield from (x.name for x, one, other in sums if one != other)
 
 
@@ -369,43 +554,65 @@ def pull_weights(
     *,
     some: bool = False,
     max_gbps: float | None = None,
-    timeout: float = 60.0,
+    timeout: float | None = 600.0,
 ) -> int:
     """Fill tensors from owners that publish the same names, preferred ones first, on the current
     stream, few at a time; block until digests that the owners work out agree. Returns the bytes.
     ``some``: owners hold others as well (the reader is one stage of a pipeline). ``timeout``:
-    seconds for the digests of a batch, of about 1 GiB or one larger tensor.
+    seconds for the whole call; None for no limit.
 
-    Raises `LayoutError`, which lists all that differs, before a byte is written. After any other
-    error the tensors hold an unknown part of the weights, and must not be used until a pull
-    succeeds: `OfferGone`, `PeerError`, `TransferTimeout`, `Unsupported` if an owner's memory cannot
-    be mapped here, `TransferError` with the names whose digests differ.
+    Raises `LayoutError`, which lists all that differs, and `InvalidTerms`, before a byte is
+    written. After any other error the tensors hold an unknown part of the weights, and must not be
+    used until a pull succeeds: `OfferGone`, `PeerError`, `TransferTimeout`, `Unsupported` if an
+    owner's memory cannot be mapped here, `TransferError` if weights changed meanwhile, or with the
+    names whose digests differ.
     """
-    held, rate = _named(parameters), Terms(max_gbps=max_gbps).max_gbps
+    limit = seconds("timeout", timeout, above=True, optional=True)
+    until = time.monotonic() + limit
+    instance("channel", channel, Channel)
+    flag("some", some)
+    held = _named("parameters", parameters)
+    _check_destinations(held)
+    rate = Terms(max_gbps=max_gbps).max_gbps
     mine = items_of(held)
     if any(capturing(x.tensor.device) for x in held.values()):
         raise refuse_capture("Pulling weights", "processes talk to each other; do it before")
-    tickets = [tickets] if isinstance(tickets, bytes) else tickets
-    owners = [_Owner(channel, x, timeout) for x in tickets]
+    if not isinstance(tickets, bytes | Sequence) or isinstance(tickets, str):
+        raise invalid("tickets", "bytes, or a list of them", tickets, "Pass `Published.ticket`.")
+    given = [tickets] if isinstance(tickets, bytes) else tickets
+    owners = [_Owner(channel, ticket, limit, until) for ticket in given]
     cells = plan(mine, [x.items for x in owners], some)
-    limit, most = (RateLimit(rate), _PACED) if rate else (None, _BATCH)
-    sizes = (prod(x.box.extents) * held[x.name].tensor.itemsize for x in cells)
-    ends = accumulate(max(n, most // _SUMS) for n in sizes)  # no more cells than that at once
-    wrong, total = list[str](), 0
-    for _, batch in groupby(zip(ends, cells, strict=True), lambda x: x[0] // most):
-        now = [x for _, x in batch]
-        once = [x for x in now if mine[x.name].tie == x.name]
+    pace = RateLimit(rate) if rate else None
+    wrong = list[str]()
+    total = 0
+    for batch in _batches(cells, held, _PACED if rate else _BATCH):
+        once = [x for x in batch if mine[x.name].tie == x.name]
         pairs = [owners[x.owner].pair(x, held[x.name].tensor) for x in once]
-        nbytes = sum(x.nbytes for x, _ in pairs)
-        if limit:
-            time.sleep(limit.left(limit.start_of(nbytes)))
+        nbytes = sum(into.nbytes for into, _ in pairs)
+        if pace:
+            wait = pace.left(pace.start_of(nbytes))
+            time.sleep(min(wait, max(0.0, until - time.monotonic())))
+        if time.monotonic() >= until:
+            raise owners[batch[0].owner].late()
         copy_pairs(pairs)
-        for i in {x.owner for x in now}:
-            wrong += owners[i].wrong([x for x in now if x.owner == i], held)
+        for i in {x.owner for x in batch}:
+            wrong += owners[i].wrong([x for x in batch if x.owner == i], held)
         total += nbytes
+    for owner in owners:
+        owner.confirm()
     if wrong:
         raise TransferError(
             f"{len(mine)} weights were pulled, and digests of these differ from their owners': "
             f"{', '.join(dict.fromkeys(wrong))}. Do not use any of them; pull again."
         )
     return total
+
+
+def _batches(
+    cells: Sequence[Cell], parameters: Mapping[str, Parameter], most: int
+) -> Iterator[list[Cell]]:
+    """Yield cells of about ``most`` bytes together, and of at most as many as a message holds."""
+    sizes = (prod(x.box.extents) * parameters[x.name].tensor.itemsize for x in cells)
+    ends = accumulate(max(nbytes, most // _SUMS) for nbytes in sizes)
+    for _, batch in groupby(zip(ends, cells, strict=True), lambda pair: pair[0] // most):
+        yield [cell for _, cell in batch]

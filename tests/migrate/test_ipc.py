@@ -9,9 +9,10 @@ import mmap
 import os
 import random
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -21,9 +22,10 @@ from support.hostile_bytes import lied, mutated, sealed
 from support.peer_process import Peer
 from support.pool_processes import Child, unused_name
 
-from portakv.errors import HostMemoryError, PeerError, PortaKVError, Unsupported
+from portakv.errors import HostMemoryError, InvalidTerms, PeerError, PortaKVError, Unsupported
 from portakv.host.shared import SharedPool
-from portakv.migrate import ipc
+from portakv.migrate import Channel, Owner, Shard, ipc, publish
+from portakv.view import KVView
 
 SHARE = "import os, torch\nfrom portakv.migrate import ipc\n"
 name = pytest.fixture(unused_name)
@@ -445,3 +447,43 @@ def test_shared_memory_is_there_from_the_start() -> None:
     handle = msgspec.msgpack.decode(ipc.share(tensor)[16:])["words"][0]
     with pytest.raises(PermissionError):
         os.ftruncate(int.from_bytes(handle[:8], "little"), 1)  # would kill who has it mapped
+
+
+def test_a_thousand_allocations_are_shared_by_one_look_at_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Counts reads, as a time would depend on the machine."""
+    tensors = {f"{n}": ipc.shared_empty(8, torch.uint8).fill_(n % 251) for n in range(100)}
+    reads = list[str]()
+    read_text = Path.read_text
+
+    def counted(path: Path, *args: Any, **kwargs: Any) -> str:
+        reads.append(str(path))
+        return read_text(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", counted)
+    with closing(Channel()) as channel, closing(publish(channel, tensors)):
+        assert reads.count("/proc/self/maps") == 1
+        caches = [ipc.shared_empty((2, 4, 16, 2, 8), torch.float16) for _ in range(100)]
+        reads.clear()
+        owner = Owner(channel, Shard(KVView(caches, "vllm-nhd")), model="m")
+        owner.close()
+        assert reads.count("/proc/self/maps") == 1
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: ipc.share(cast(Any, None)),
+        lambda: ipc.shared_empty((-1,), torch.float32),
+        lambda: ipc.shared_empty(-1, torch.float32),
+        lambda: ipc.shared_empty(1, cast(Any, "float32")),
+        lambda: ipc.shared_empty(cast(Any, None), torch.float32),
+        lambda: ipc.shared_empty(cast(Any, "3"), torch.float32),
+        lambda: ipc.shared_empty(cast(Any, (1.5,)), torch.float32),
+        lambda: ipc.shared_empty(1 << 62, torch.float32),
+    ],
+)
+def test_wrong_arguments_of_shared_memory_are_named(call: Callable[[], object]) -> None:
+    with pytest.raises(InvalidTerms, match=r"Expected (tensor|shape|dtype) to be"):
+        call()

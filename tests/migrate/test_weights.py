@@ -5,9 +5,10 @@ the whole tensor, and the exchange between owners and a reader."""
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise, product
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -345,17 +346,18 @@ def channels() -> Iterator[Callable[[], Channel]]:
         channel.close()
 
 
-class Between:
+class Between(Channel):
     """A channel that does something before it asks for digests."""
 
     def __init__(self, channel: Channel, before: Callable[[], object]) -> None:
         self.channel, self.before, self.asked = channel, before, set[AskWeights]()
+        self.timeout = channel.timeout
 
-    def ask(self, address: str, asked: AskWeights, kind: type[Weights]) -> Weights:
+    def ask(self, address: str, asked: Any, kind: Any, timeout: float | None = None) -> Any:
         if asked.boxes and not self.asked:
             self.before()
         self.asked |= {asked} if asked.boxes else set()
-        return self.channel.ask(address, asked, kind)
+        return self.channel.ask(address, asked, kind, timeout)
 
 
 Channels = Callable[[], Channel]
@@ -414,19 +416,179 @@ def test_all_names_of_a_tied_tensor_are_compared(channels: Channels) -> None:
         owner.close()
 
 
-def test_an_owner_that_repeats_itself_is_asked_no_more(
-    channels: Channels,
+@pytest.mark.parametrize("total", [1, 2, 1 << 18])
+def test_an_owner_that_lists_another_number_than_it_announces_is_refused(
+    channels: Channels, total: int
 ) -> None:
-    """It says that it has two parameters, and tells the first one whatever is asked."""
+    """It repeats its first item for ever, or makes up new ones past the number."""
     owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
     between: Any = Between(channels(), lambda: None)
     ask = between.ask
-    between.ask = lambda address, asked, kind: replace(
-        ask(address, replace(asked, first=0), kind), total=2
-    )
+    names = iter(range(1 << 30))
+
+    def lie(address: str, asked: AskWeights, kind: type[Weights], timeout: float) -> Weights:
+        answer = ask(address, replace(asked, first=0), kind, timeout)
+        if total > 2:
+            return replace(answer, total=total)
+        item = answer.items[0][1]
+        return replace(answer, total=total, items=tuple((f"{next(names)}", item) for _ in range(3)))
+
+    between.ask = lie
     mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
-    assert pull_weights(between, owner.ticket, mine) == 16
+    with pytest.raises(PeerError, match=r"Expected \d+ weights from"):
+        pull_weights(between, owner.ticket, mine)
+    assert not mine["w"].tensor.any()
     owner.close()
+
+
+def test_an_endless_list_ends_with_the_time_of_the_call(channels: Channels) -> None:
+    """One item an answer, and always new ones."""
+    owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
+    between: Any = Between(channels(), lambda: None)
+    ask = between.ask
+
+    def lie(address: str, asked: AskWeights, kind: type[Weights], timeout: float) -> Weights:
+        answer = ask(address, replace(asked, first=0), kind, timeout)
+        item = answer.items[0][1]
+        return replace(answer, total=1 << 18, items=((f"{asked.first}", item),))
+
+    between.ask = lie
+    began = time.monotonic()
+    with pytest.raises(TransferTimeout, match=r"had not ended after 0\.3 s"):
+        pull_weights(between, owner.ticket, {"w": torch.zeros(4, dtype=torch.int32)}, timeout=0.3)
+    assert time.monotonic() - began < 10
+    owner.close()
+
+
+def test_another_number_of_digests_is_the_owners_error(channels: Channels) -> None:
+    owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
+    between: Any = Between(channels(), lambda: None)
+    ask = between.ask
+    between.ask = lambda address, asked, kind, timeout: replace(
+        ask(address, asked, kind, timeout), sums=(1, 2, 3)
+    )
+    with pytest.raises(PeerError, match="Expected 1 digests"):
+        pull_weights(between, owner.ticket, {"w": torch.zeros(4, dtype=torch.int32)})
+    owner.close()
+
+
+def while_pulled(channels: Channels, change: Callable[[Any, torch.Tensor], None]) -> Any:
+    """Pull two tensors of 32 MiB by the limited rate, and have the first one's owner change them
+    once the first is there; return the outcome of the pull."""
+    whole = torch.zeros(2, 8 << 20, dtype=torch.int32).share_memory_().fill_(1)
+    published = publish(channels(), {"a": whole[0], "b": whole[1]})
+    into = torch.zeros(2, 8 << 20, dtype=torch.int32)
+    done = threading.Event()
+
+    def follow() -> None:
+        while not into[0, -1].item() and not done.wait(1e-3):
+            pass
+        change(published, whole)
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    try:
+        return pull_weights(
+            channels(), published.ticket, {"a": into[0], "b": into[1]}, max_gbps=0.05
+        )
+    finally:
+        done.set()
+        thread.join()
+        published.close()
+
+
+def test_an_update_between_two_batches_publishes_no_mixture(channels: Channels) -> None:
+    """The digests of each batch agree with what the owner has at that moment."""
+
+    def step(published: Any, whole: torch.Tensor) -> None:
+        with published.update():
+            whole.numpy()[:] = 2  # torch does not count this one
+
+    with pytest.raises(TransferError, match="changed while they were pulled"):
+        while_pulled(channels, step)
+
+
+def test_a_change_that_is_said_afterwards_fails_the_pull(channels: Channels) -> None:
+    def step(published: Any, whole: torch.Tensor) -> None:
+        whole.numpy()[:] = 2
+        published.changed()
+
+    with pytest.raises(TransferError, match=r"changed while they were pulled|digests"):
+        while_pulled(channels, step)
+
+
+def test_an_optimizer_that_says_nothing_is_noticed_by_torch_s_own_count(
+    channels: Channels,
+) -> None:
+    with pytest.raises(TransferError, match="changed while they were pulled"):
+        while_pulled(channels, lambda _, whole: cast(None, whole.add_(1)))
+
+
+def test_weights_that_do_not_change_are_pulled(channels: Channels) -> None:
+    """The negative control of the three before."""
+    assert while_pulled(channels, lambda *_: None) == 64 << 20
+
+
+def test_a_pull_waits_for_the_end_of_an_update_and_again_brings_the_new_weights(
+    channels: Channels,
+) -> None:
+    tensor = torch.ones(4).share_memory_()
+    published = publish(channels(), {"w": tensor})
+    into = torch.zeros(4)
+    with published.update():
+        with pytest.raises(TransferTimeout):
+            pull_weights(channels(), published.ticket, {"w": into}, timeout=0.2)
+        assert not into.any()
+        tensor.fill_(3)
+    assert pull_weights(channels(), published.ticket, {"w": into}) == 16
+    assert into.eq(3).all()
+    published.close()
+
+
+WRONG_TENSORS: dict[str, Callable[[], Any]] = {
+    "expanded": lambda: torch.zeros(1, dtype=torch.int32).expand(4),
+    "sparse": lambda: torch.zeros(4, dtype=torch.int32).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)]),
+    "numpy": lambda: np.zeros(4, np.int32),
+    "conjugate": lambda: torch.zeros(4, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.zeros(4, dtype=torch.complex64).conj().imag,
+    "float boxes": lambda: Parameter(
+        torch.zeros(4, dtype=torch.int32),
+        (4,),
+        [Box((0.0,), (0,), (4,))],  # type: ignore[arg-type]
+    ),
+    "number": lambda: 5,
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_TENSORS)
+def test_a_reader_s_wrong_tensor_is_refused_before_a_byte_is_written(
+    channels: Channels, kind: str
+) -> None:
+    room = shared(whole_of((2, 4)))
+    owner = publish(channels(), {"first": room[0], "second": room[1]})
+    first = torch.zeros(4, dtype=torch.int32)
+    mine = {"first": first, "second": WRONG_TENSORS[kind]()}
+    with pytest.raises((InvalidTerms, LayoutError), match="second"):
+        pull_weights(channels(), owner.ticket, mine)
+    assert not first.any()
+    owner.close()
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [{}, None, 5, [torch.zeros(3)], {1: torch.zeros(3)}, {"a": 5}, {"a": None}, {"": 5}],
+)
+def test_what_cannot_be_published_is_named(channels: Channels, parameters: Any) -> None:
+    with pytest.raises(InvalidTerms, match="parameters"):
+        publish(channels(), parameters)
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, 0, "5", True])
+def test_a_timeout_that_is_none_is_refused(channels: Channels, timeout: Any) -> None:
+    with pytest.raises(InvalidTerms, match="Expected timeout"):
+        pull_weights(channels(), [], {}, timeout=timeout)
 
 
 def test_hundreds_of_parameters_are_listed_by_pages(channels: Channels) -> None:
@@ -485,8 +647,8 @@ def test_another_digest_is_an_error_that_names_all(channels: Channels) -> None:
     owner = publish(channels(), {x: Parameter(y) for x, y in tensors.items()})
 
     def change() -> None:
-        tensors["a"][4, 2] += 1
-        tensors["c"][0, 0] += 1
+        tensors["a"].numpy()[4, 2] += 1  # torch does not count these
+        tensors["c"].numpy()[0, 0] += 1
 
     mine = {x: Parameter(torch.zeros(5, 3, dtype=torch.int32)) for x in "abc"}
     between: Any = Between(channels(), change)
@@ -517,9 +679,16 @@ def test_an_owner_that_makes_no_digests_is_waited_for_until_the_timeout(channels
     """Its worker has another question that does not end."""
     release, channel = threading.Event(), channels()
     owner = publish(channel, {"w": Parameter(shared(whole_of((4,))))})
-    owner.graph.submit([Node(lambda *_: release.wait(10), 1, link=owner.graph.link("weights"))])
+    begun = threading.Event()
+
+    def work(*_: object) -> None:
+        begun.set()
+        release.wait(10)
+
+    owner.graph.submit([Node(work, 1, link=owner.graph.link("weights"))])
+    assert begun.wait(10)
     mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
-    with pytest.raises(TransferTimeout, match=r"none in 0\.05 seconds; pull again"):
+    with pytest.raises(TransferTimeout, match=r"not ended after 0\.05 s"):
         pull_weights(channels(), owner.ticket, mine, timeout=0.05)
     release.set()
     owner.close()
@@ -533,9 +702,9 @@ def test_what_is_no_ticket_is_refused(channels: Channels, ticket: Any) -> None:
 
 def test_a_tensor_without_memory_is_refused(channels: Channels) -> None:
     nothing = {"w": torch.zeros(3, device="meta")}
-    with pytest.raises(LayoutError, match="and memory"):
+    with pytest.raises(LayoutError, match="without memory"):
         publish(channels(), nothing)
-    with pytest.raises(LayoutError, match="and memory"):
+    with pytest.raises(LayoutError, match="without memory"):
         pull_weights(channels(), [], nothing)
 
 
