@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from portakv.errors import InvalidTerms
 
@@ -74,6 +74,14 @@ def whole(
     raise invalid(name, f"{expected} {limits}", value, "Pass one.")
 
 
+def nbytes(name: str, value: object, least: int = 0) -> int:
+    """Return a number of bytes, which may be a float such as 1e9."""
+    right = isinstance(value, Real) and not isinstance(value, bool)
+    if right and least <= value < 1 << 62:
+        return int(value)
+    raise invalid(name, f"a number of bytes of at least {least}", value, "Pass one.")
+
+
 def number(
     name: str, value: object, least: float = -inf, most: float = inf, what: str = "a number"
 ) -> float:
@@ -97,6 +105,14 @@ def seconds(name: str, value: object, above: bool = False, optional: bool = Fals
     raise invalid(name, expected, value, "Pass one.")
 
 
+def rate(name: str, value: object) -> float:
+    """Return 10^9 bytes in a second."""
+    if isinstance(value, Real) and not isinstance(value, bool) and 0 < value < 1e9:
+        return float(value)
+    expected = "a number of 10^9 bytes a second, above 0 and below 10^9"
+    raise invalid(name, expected, value, "Pass None for the link's own rate.")
+
+
 def text(name: str, value: object, least: int = 1, most: int = 1024) -> str:
     """Return a text of ``least`` to ``most`` characters, which UTF-8 can hold."""
     if isinstance(value, str) and least <= len(value) <= most:
@@ -114,6 +130,14 @@ def octets(name: str, value: object, least: int = 0, most: int = (1 << 62) - 1) 
         return value
     size = f" of at least {least}" if least else ""
     raise invalid(name, f"bytes{size}", value, "Pass bytes.")
+
+
+def items(name: str, value: object, kind: str) -> list[Any]:
+    """Return the items of a list or another sequence or iterable, but not of a text or bytes;
+    ``kind`` names the items."""
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray):
+        return [*value]
+    raise invalid(name, f"a list of {kind}", value, "Put a single one into a list.")
 
 
 def instance(name: str, value: object, kind: type[Kind], do: str = "") -> Kind:

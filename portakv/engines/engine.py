@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from math import inf
-from numbers import Real
 from typing import Literal, TypeAlias, get_args
 
 import torch
 
-from portakv.arguments import flag, invalid, one_of, whole
+from portakv.arguments import flag, one_of, rate, whole
 from portakv.backends.base import Backend, Decision, MoveLaunch, Pending
 from portakv.plan.move import Move as Move
 from portakv.plan.plan import CopyPlan
@@ -58,7 +57,7 @@ class Terms:
         if self.max_thread_blocks is not None:
             whole("max_thread_blocks", self.max_thread_blocks, 1)
         if self.max_gbps is not None and self.max_gbps != inf:
-            _check_rate(self.max_gbps)
+            rate("max_gbps", self.max_gbps)
         flag("detached", self.detached)
 
     @property
@@ -66,13 +65,6 @@ class Terms:
         """What engines and launches differ by: not the rate, which is kept by the worker that
         issues the pieces."""
         return self if self.max_gbps is None else replace(self, max_gbps=inf)
-
-
-def _check_rate(rate: object) -> None:
-    """Raise `InvalidTerms` for a rate that is not above 0 and below 10^9."""
-    if not (isinstance(rate, Real) and not isinstance(rate, bool) and 0 < rate < 1e9):
-        expected = "a number of 10^9 bytes a second, above 0 and below 10^9"
-        raise invalid("max_gbps", expected, rate, "Pass None for the link's own rate.")
 
 
 class Engine(Backend):

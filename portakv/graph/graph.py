@@ -13,11 +13,12 @@ from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from heapq import heapify, heappop, heappush
 from traceback import clear_frames
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeAlias, TypeVar, cast, get_args
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from portakv import arguments
 from portakv.errors import InvalidTerms, TransferCancelled, TransferError
 from portakv.graph.trace import Ran, Trace
 from portakv.runtime.devices import this_process
@@ -26,6 +27,10 @@ from portakv.runtime.worker import EXIT_SECONDS, RateLimit
 
 T = TypeVar("T")
 
+#: How soon a node is due.
+Priority: TypeAlias = Literal["urgent", "normal", "background"]
+#: How a node ends that did not run.
+Unrun: TypeAlias = Literal["cancelled", "late", "dropped"]
 #: Seconds after its submission at which a node of each priority is due.
 SLACK = {"urgent": 0.0, "normal": 0.05, "background": 2.0}
 
@@ -45,6 +50,22 @@ class Lease:
     items: Any = None  # while it is granted
     users: int = 0  # nodes that name it and did not end
     nodes: list[Node] = field(default_factory=list, init=False)  # that wait for it
+
+    def __post_init__(self) -> None:
+        arguments.whole("count", self.count)
+        if self.count:
+            _check_pool(self.pool)
+        arguments.flag("store", self.store)
+        if self.until is not None:
+            arguments.number("until", self.until, what="a time of the graph's clock")
+        if self.ended is not None and not callable(self.ended):
+            raise arguments.invalid("ended", "a function or None", self.ended)
+
+
+def _check_pool(pool: Any) -> None:
+    """Raise `InvalidTerms` for what gives and takes no items."""
+    if not callable(getattr(pool, "take", None)) or not callable(getattr(pool, "give", None)):
+        raise arguments.invalid("pool", "an object with take() and give()", pool)
 
 
 @dataclass(eq=False, repr=False)
@@ -78,9 +99,28 @@ class Node:
     short = ""  # of a gate: the link of the first that did not move all it could, without an error
 
     def __post_init__(self) -> None:
-        self.after = [x if isinstance(x, tuple) else (x, None, None) for x in self.after]
+        if self.work is not None and not callable(self.work):
+            raise arguments.invalid("work", "a function or None", self.work)
+        arguments.whole("blocks", self.blocks, most=1 << 31)
+        arguments.whole("nbytes", self.nbytes)
+        arguments.flag("rescue", self.rescue)
+        arguments.text("name", self.name, least=0)
+        if self.link is not None:
+            arguments.instance("link", self.link, Link, "Take it from Graph.link(name).")
+        if self.lease is not None:
+            arguments.instance("lease", self.lease, Lease)
+        self.after = [x if isinstance(x, tuple) else (x, None, None) for x in self._after()]
         self.followers = list[Node]()
         self.landed: Any = np.zeros(self.blocks, np.bool_)  # which blocks landed, once it ended
+
+    def _after(self) -> list[Any]:
+        """Return what ``after`` holds; raise `InvalidTerms` for what is no node."""
+        found = arguments.items("after", self.after, "nodes")
+        for each in found:
+            node = each[0] if isinstance(each, tuple) and len(each) == 3 else each
+            if not isinstance(node, Node):
+                raise arguments.invalid("after", "nodes, or tuples (node, mine, theirs)", node)
+        return found
 
     def ran_before(self) -> set[int]:
         """Numbers of what it follows, through nodes that never ran."""
@@ -92,11 +132,12 @@ class Node:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until it ended, at most ``timeout`` seconds; True if it did."""
+        seconds = arguments.seconds("timeout", timeout, optional=True)
         if (graph := self.graph) is None:  # it was not submitted
             return False
         if self.ended or graph.process.forked:  # a child has no thread to wait for
             return True
-        until = graph.clock() + (3e9 if timeout is None else timeout)
+        until = graph.clock() + seconds
         while (now := graph.sweep()) < until and not self.ended:
             graph.pause(self, until, now)
         return self.ended
@@ -108,6 +149,7 @@ class Link:
 
     def __init__(self, graph: Graph, name: str, width: int, max_gbps: Any, stall_seconds: float):
         self.graph, self.name, self.width, self.stall = graph, name, max(1, width), stall_seconds
+        self.max_gbps = max_gbps
         self.limit, self.pace = RateLimit(max_gbps, graph.clock) if max_gbps else None, 0.0
         self.tier, self.change = name.partition(":")[0], threading.Condition(graph.lock)
         self.queued_bytes = self.background = self.workers = 0
@@ -199,6 +241,9 @@ class Graph:
     or as the whole call leaves them: the main thread changes them in a helper (`run`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, trace_events: int = 100_000):
+        if not callable(clock):
+            raise arguments.invalid("clock", "a function that returns seconds", clock)
+        arguments.whole("trace_events", trace_events)
         self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
         self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
         self.sleepers = set[threading.Lock]()  # a held lock of each thread in `pause`
@@ -211,26 +256,66 @@ class Graph:
         self.rooms = WeakKeyDictionary[Any, Any]()
 
     def link(
-        self, name: str, width: int = 1, max_gbps: float | None = None, stall_seconds: float = 10.0
+        self,
+        name: str,
+        width: int | None = None,
+        max_gbps: float | None = None,
+        stall_seconds: float | None = None,
     ) -> Link:
-        """The link of that name, made if there is none; what stands before ":" is its tier."""
-        return self.links.setdefault(name, Link(self, name, width, max_gbps, stall_seconds))
+        """Return the link of that name, made if there is none; what stands before ":" is its tier.
+
+        Args:
+            width: workers; None: those that it has, or 1.
+            max_gbps: the most 10^9 bytes in a second; None: as it has, or no limit.
+            stall_seconds: `Link.slow` after so long; None: as it has, or 10.
+
+        Raises:
+            InvalidTerms: no such terms, or other ones than the link of that name has.
+        """
+        arguments.text("name", name, most=1 << 16)
+        if width is not None:
+            arguments.whole("width", width, 1, 1 << 16)
+        if max_gbps is not None:
+            arguments.rate("max_gbps", max_gbps)
+        if stall_seconds is not None:
+            stall_seconds = arguments.seconds("stall_seconds", stall_seconds)
+        link = self.links.get(name)
+        if link is None:
+            stall = 10.0 if stall_seconds is None else stall_seconds
+            return self.links.setdefault(name, Link(self, name, width or 1, max_gbps, stall))
+        asked = {"width": width, "max_gbps": max_gbps, "stall_seconds": stall_seconds}
+        has = {"width": link.width, "max_gbps": link.max_gbps, "stall_seconds": link.stall}
+        for term, value in asked.items():
+            if value is not None and value != has[term]:
+                do = f"The link {name!r} has it; pass the same, or None."
+                raise arguments.invalid(term, str(has[term]), value, do)
+        return link
 
     def submit(
-        self, nodes: Sequence[Node], *, priority: str = "normal", deadline: float | None = None
+        self, nodes: Sequence[Node], *, priority: Priority = "normal", deadline: float | None = None
     ) -> None:
         """Begin nodes, all at once, each behind those that it follows. ``deadline`` seconds from
         now those that nobody follows are cancelled. Raises `InvalidTerms` for a priority or a
         deadline that is none, and for a node that was submitted before or follows one that never
         was; `TransferError` after `close`, or in a forked process. If the caller is interrupted,
         the nodes are cancelled."""
-        by, new = np.inf if deadline is None else deadline, {*nodes}
+        nodes = arguments.items("nodes", nodes, "nodes")
+        for node in nodes:
+            arguments.instance("nodes", node, Node, "Pass a list of nodes.")
+        arguments.one_of("priority", priority, SLACK)
+        by = np.inf
+        if deadline is not None:
+            by = arguments.seconds("deadline", deadline)
+        new = {*nodes}
         after = {x for node in nodes for x, *_ in node.after} - new
-        old = any(x.graph for x in new) or not all(x.graph is self for x in after)
-        if old or priority not in SLACK or not isinstance(by, int | float):
+        if any(node.graph for node in new):
             raise InvalidTerms(
-                f"Work with priority={priority!r} and deadline={deadline!r} was given; expected "
-                f"one of {', '.join(SLACK)}, seconds, and new nodes behind others of this graph."
+                "Expected nodes that are new, got one that was submitted before. Make another."
+            )
+        if not all(node.graph is self for node in after):
+            raise InvalidTerms(
+                "Expected nodes that follow nodes of this graph, got one that follows another. "
+                "Submit that one first, or in the same call."
             )
         gone = "Work was given to a graph that is closed, or of the parent process; make another."
         if self.process.forked:  # the lock may be held for ever
@@ -298,9 +383,11 @@ class Graph:
                 if one.state in ("room", "queued"):
                     self.place(one)
 
-    def cancel(self, node: Node, state: str = "cancelled") -> bool:
+    def cancel(self, node: Node, state: Unrun = "cancelled") -> bool:
         """End a node that does not run and, in turn, what it follows if nobody else does and it is
         no gate; a gate ends behind what runs. True if some blocks will not be moved."""
+        arguments.instance("node", node, Node)
+        arguments.one_of("state", state, get_args(Unrun))
         why = {"late": ": give more time", "dropped": ": staging had no room or the link was slow"}
         kind = TransferCancelled if state == "cancelled" else TransferError
         error = kind(f"Some blocks had not begun and are {state}{why.get(state, '')}.")
@@ -420,6 +507,7 @@ class Graph:
     def grant(self, pool: Any) -> None:
         """Grant leases, in order; to be called if items of a pool came free but not from a lease.
         Loads pass a store that waits for other stores, but none that waits for loads."""
+        _check_pool(pool)
         self.run(partial(self._grant, pool))
 
     def _grant(self, pool: Any) -> None:
@@ -499,6 +587,7 @@ class Graph:
 
     def close(self, timeout: float = EXIT_SECONDS) -> bool:
         """Cancel what does not run and wait for what does; True if it ended in time."""
+        timeout = arguments.seconds("timeout", timeout)
         if self.process.forked:
             return True
         until = time.monotonic() + timeout

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any, Literal, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.graph.graph import Graph, Node
 from portakv.runtime.transfer import Completion, Pending, Transfer
+
+#: What becomes of blocks that do not land: the end raises, or it does not.
+Missing: TypeAlias = Literal["raise", "skip"]
 
 
 class Handle(Transfer):
@@ -26,7 +31,7 @@ class Handle(Transfer):
         graph: Graph,
         gate: Node,
         layers: Any = (),
-        missing: str = "raise",
+        missing: Missing = "raise",
         kept: Any = None,
         excused: Any = False,
     ) -> None:
@@ -37,9 +42,10 @@ class Handle(Transfer):
         self.cancelled = False
 
     @property
-    def landed(self) -> Any:
+    def landed(self) -> npt.NDArray[np.bool_]:
         """Which blocks landed, bool ``[blocks]``; none before the end."""
-        return self._gates[-1].landed.copy()
+        landed: npt.NDArray[np.bool_] = self._gates[-1].landed
+        return landed.copy()
 
     def cancel(self) -> bool:
         """Let no further block begin; True if some will not be moved."""

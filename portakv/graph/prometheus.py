@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from portakv.arguments import invalid
 from portakv.errors import Unsupported
 
 KINDS = {"total": "counter", "bucket": "histogram", "sum": "histogram", "count": "histogram"}
@@ -17,6 +18,10 @@ class Collector:
     ``Collector(a=store, b=another)``. Raises `Unsupported` if the package is not installed."""
 
     def __init__(self, source: Any = None, /, **stores: Any) -> None:
+        sources = stores if source is None else {"source": source, **stores}
+        for name, one in sources.items():
+            if not callable(getattr(one, "statistics", None)):
+                raise invalid(name, "a Graph or a BlockStore", one)
         try:
             from prometheus_client.core import Metric
         except ImportError as error:

@@ -10,6 +10,20 @@ except ImportError as error:
         f"Migration needs msgspec and pyzmq, `pip install portakv[migrate]`: {error}."
     ) from error
 
+from portakv.errors import (
+    BackendUnavailable,
+    HostMemoryError,
+    InvalidTerms,
+    LayoutError,
+    OfferGone,
+    PeerError,
+    PortaKVError,
+    SlotError,
+    TransferCancelled,
+    TransferError,
+    TransferTimeout,
+    Unsupported,
+)
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import open_shared, share, shared_empty
 from portakv.migrate.offers import Offer, Owner
@@ -20,14 +34,26 @@ from portakv.migrate.shards import Shard
 from portakv.migrate.weights import Box, Parameter, publish, pull_weights
 
 __all__ = [
+    "BackendUnavailable",
     "Box",
     "Channel",
+    "HostMemoryError",
+    "InvalidTerms",
+    "LayoutError",
     "Offer",
+    "OfferGone",
     "Owner",
     "Parameter",
+    "PeerError",
+    "PortaKVError",
     "Pull",
     "Reader",
     "Shard",
+    "SlotError",
+    "TransferCancelled",
+    "TransferError",
+    "TransferTimeout",
+    "Unsupported",
     "open_shared",
     "pair",
     "publish",

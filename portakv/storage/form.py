@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv.errors import StoreError
+from portakv import arguments
+from portakv.errors import LayoutError, StoreError
 from portakv.layout.extents import known_parts
 from portakv.layout.language import parse
 from portakv.view import KVView
@@ -22,6 +23,7 @@ FORMAT = 1  # of images, and of what a form tells of itself
 HEADER = 4096  # bytes before the payload of an image, and what images and segments are multiples of
 LEAST_SEGMENT, MOST_SEGMENTS = 256 << 10, 48
 Range = tuple[int, int, int]  # from, to, of: [from, to) of what the whole model has
+_RANGE = "(from, to, of) with 0 <= from < to <= of"
 Slices = dict[str, Any]  # arguments of `KVView.slice`
 
 
@@ -32,6 +34,26 @@ class Segment(NamedTuple):
     past_layer: int
     offset: int
     nbytes: int
+
+
+def _window(axis: str, window: Range | None, count: int) -> Range:
+    """Return the layers or heads of the whole model that a view with ``count`` of them holds."""
+    if window is None:
+        return 0, count, count
+    _check_numbers(axis, window, 0, 3)
+    first, past, of = window
+    if not (first < past <= of and past - first == count):
+        do = f"The view holds {count} of the model's {axis}."
+        raise arguments.invalid(axis, _RANGE, window, do)
+    return window
+
+
+def _check_numbers(name: str, numbers: object, least: int, count: int) -> None:
+    """Raise `InvalidTerms` unless an argument is a tuple of ``count`` whole numbers."""
+    whole = isinstance(numbers, tuple) and {*map(type, numbers)} == {int}
+    if not whole or len(numbers) != count or min(numbers) < least:
+        expected = f"a tuple of {count} whole numbers of at least {least}"
+        raise arguments.invalid(name, expected, numbers)
 
 
 @dataclass(frozen=True)
@@ -65,41 +87,58 @@ class BlockForm:
         """The form of a paged view's blocks, in the canonical layout. ``model`` is name and
         revision; ``layers`` and ``heads`` are those of the model that the view holds;
         ``block_size`` is in tokens, by default the view's; ``salt`` keeps tenants apart; ``notes``
-        say what else fixes the bytes, such as a quantisation."""
-        if not isinstance(view, KVView):
-            raise StoreError(
-                f"A form was asked of a {type(view).__name__}: expected a KVView; make one of the "
-                f"tensors and their layout."
-            )
-        layers = layers or (0, view.layers, view.layers)
-        heads = heads or (0, view.heads, view.heads)
-        size, kinds = block_size or view.block_size or 0, {*view.form.dtypes}
+        say what else fixes the bytes, such as a quantisation. Raises `InvalidTerms`, which names
+        the argument at fault."""
+        arguments.instance("view", view, KVView, "Make one of the tensors and their layout.")
+        if not view.block_size:
+            expected = "a paged view"
+            raise arguments.invalid("view", expected, view, "Name a block axis in its layout.")
+        size = view.block_size
+        if block_size is not None:
+            size = arguments.whole("block_size", block_size, 1)
+        if view.opaque and size != view.block_size:
+            expected = f"{view.block_size}, as pages whose inside is not known are not re-blocked"
+            raise arguments.invalid("block_size", expected, size, "Leave it out.")
+        kinds = {*view.form.dtypes}
         dtype = kinds.pop() if len(kinds) == 1 and "" not in kinds else "uint8"
         widths = tuple(width // getattr(torch, dtype).itemsize for width in view.widths)
         inner = "head kv token dim" if len({*widths}) == 1 else "head (kv token dim)"
-        inner = inner if not view.opaque else "page" if view.kv == 1 else "(kv page)"
-        texts = isinstance(salt, bytes) and {type(model), type(notes)} == {str}
-        layout, salted = f"block layer {inner}", salt and texts and hashlib.sha256(salt).hexdigest()
-        form = cls(model, dtype, view.kv, widths, size, layers, heads, layout, salted or "", notes)
-        held = texts and model != "" and bool(view.block_size) and form._sound()
-        held = held and (layers[1] - layers[0], heads[1] - heads[0]) == (view.layers, view.heads)
-        if not held or (view.opaque and size != view.block_size):
-            raise StoreError(
-                f"A form of layers {layers}, heads {heads} and blocks of {size} was asked for "
-                f"{view}: expected a paged view, ranges (from, to, of) of as many as it holds, of "
-                f"opaque pages its own block size, a model's name, texts, and a salt of bytes; "
-                f"correct them."
-            )
-        return form
+        if view.opaque:
+            inner = "page" if view.kv == 1 else "(kv page)"
+        salted = arguments.octets("salt", salt) and hashlib.sha256(salt).hexdigest()
+        return cls(
+            model,
+            dtype,
+            view.kv,
+            widths,
+            size,
+            _window("layers", layers, view.layers),
+            _window("heads", heads, view.heads),
+            f"block layer {inner}",
+            salted or "",
+            notes,
+        )
 
-    def _sound(self) -> bool:
-        """Whether its numbers are those of blocks."""
-        numbers, ranges = (self.kv, self.block_size, *self.widths), [self.layers, self.heads]
-        if {*map(type, ranges)} != {tuple} or {*map(len, ranges)} != {3}:
-            return False
-        whole = {*map(type, (*numbers, *self.layers, *self.heads))} == {int} and min(numbers) > 0
-        whole = whole and len(self.widths) == self.kv
-        return whole and all(0 <= first < past <= of for first, past, of in ranges)
+    def __post_init__(self) -> None:
+        arguments.text("model", self.model)
+        arguments.text("notes", self.notes, least=0, most=1 << 16)
+        arguments.text("salt", self.salt, least=0)
+        arguments.text("dtype", self.dtype)
+        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
+            raise arguments.invalid("dtype", "the name of a dtype of torch", self.dtype)
+        arguments.whole("kv", self.kv, 1)
+        arguments.whole("block_size", self.block_size, 1)
+        _check_numbers("widths", self.widths, 1, self.kv)
+        for axis in ("layers", "heads"):
+            window = getattr(self, axis)
+            _check_numbers(axis, window, 0, 3)
+            if not window[0] < window[1] <= window[2]:
+                raise arguments.invalid(axis, _RANGE, window)
+        arguments.text("layout", self.layout)
+        try:
+            parse(self.layout)
+        except LayoutError as error:
+            raise arguments.invalid("layout", "a layout", self.layout, str(error)) from None
 
     @classmethod
     def from_json(cls, text: str) -> BlockForm:
@@ -108,13 +147,13 @@ class BlockForm:
             told: dict[str, Any] = json.loads(text)
             found, ranges = told.pop("format"), ("widths", "layers", "heads")
             form = cls(**{**told, **{name: tuple(told[name]) for name in ranges}})
-            if found == FORMAT and form._sound() and form.image_bytes > HEADER:
+            if found == FORMAT and form.image_bytes > HEADER:
                 return form
         except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
             found = error
         raise StoreError(
-            f"A form of blocks was to be read from {text[:80]!r} and {found!r} was found: expected "
-            f"format {FORMAT}; use the release that wrote it, or wipe the store."
+            f"A form of blocks was to be read from text {arguments.shown(text)} and {found!r} was "
+            f"found: expected format {FORMAT}; use the release that wrote it, or wipe the store."
         )
 
     def json(self) -> str:
@@ -159,6 +198,10 @@ class BlockForm:
     def view(self, rows: torch.Tensor) -> KVView:
         """The blocks of images: ``rows`` is uint8 ``[n, >= image_bytes]`` on the host, its rows at
         multiples of 4,096 bytes. Copies nothing."""
+        arguments.instance("rows", rows, torch.Tensor)
+        if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] < self.image_bytes:
+            expected = f"a tensor of uint8 [n, {self.image_bytes} or more]"
+            raise arguments.invalid("rows", expected, rows)
         layers, heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
         size, axes = self.block_size, ("block", "layer", "kv", "head", "token")
         extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
@@ -170,12 +213,14 @@ class BlockForm:
 
     def same_cache(self, other: BlockForm) -> bool:
         """Whether both are of one cache, whatever their parts of it and their layouts."""
+        arguments.instance("other", other, BlockForm)
         one, two = ({**asdict(x), "layers": 0, "heads": 0, "layout": 0} for x in (self, other))
         kinds = {(x.layers[2], x.heads[2], parse(x.layout).opaque) for x in (self, other)}
         return one == two and len(kinds) == 1
 
     def part_of(self, other: BlockForm) -> tuple[Slices, Slices] | None:
         """What both hold, as slices of ``other``'s view and of this form's; None if nothing."""
+        arguments.instance("other", other, BlockForm)
         theirs, mine = Slices(), Slices()
         for axis in ("layers", "heads"):
             (a, b, _), (c, d, _) = getattr(self, axis), getattr(other, axis)

@@ -4,33 +4,31 @@ vLLM for a caller who has tokens, and the check of keys that an engine made."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
+from portakv.arguments import invalid, items, octets, text, whole
 from portakv.errors import InvalidTerms, Unsupported
 
 
 def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
     """Keys of 32 bytes; shorter ones get zeros behind them. Raises `InvalidTerms` for a key above
     32 bytes, or below 16 (1 if ``weak_keys``): two of few bits meet in one store."""
-    if isinstance(keys, bytes | bytearray | str) or not isinstance(keys, Iterable):
-        raise InvalidTerms(
-            f"Keys were given as one {type(keys).__name__}: expected a list of bytes; put a single "
-            f"key into a list."
-        )
-    found, least = [*keys], 1 if weak_keys else 16
+    found = items("keys", keys, "bytes")
+    least = 1 if weak_keys else 16
     for number, key in enumerate(found):
-        size = len(key) if isinstance(key, bytes) else 0
-        if not least <= size <= 32:
-            raise InvalidTerms(
-                f"Key {number} is a {type(key).__name__} of {size} bytes: expected bytes, {least} "
-                f"to 32. Hash longer ones; BlockStore(..., weak_keys=True) takes shorter "
-                f"ones if a wrong block now and then does no harm."
-            )
+        if isinstance(key, bytes) and least <= len(key) <= 32:
+            continue
+        got = f"{len(key)} bytes" if isinstance(key, bytes) else f"a {type(key).__name__}"
+        raise InvalidTerms(
+            f"Expected keys of {least} to 32 bytes each, got {got} as keys[{number}]. Hash longer "
+            f"ones; BlockStore(..., weak_keys=True) takes shorter ones if a wrong block now and "
+            f"then does no harm."
+        )
     return [key.ljust(32, b"\0") for key in found]
 
 
@@ -39,13 +37,13 @@ def prefix_keys(
 ) -> list[bytes]:
     """The keys of all whole blocks: SHA-256 of the previous key, tokens as little-endian u32, and
     ``extra`` of the block (of a LoRA, an image). The ``salt`` keeps tenants apart."""
-    with _terms():
-        if not isinstance(salt, bytes):
-            raise TypeError(f"a salt of type {type(salt).__name__} was found")
-        keys = [sha256(b"portakv" + salt).digest()]
-        for block, more in _blocks(tokens, block_size, "<u4", extra):
-            keys.append(sha256(keys[-1] + block + (more or b"")).digest())
-        return keys[1:]
+    octets("salt", salt)
+    keys = [sha256(b"portakv" + salt).digest()]
+    for number, (block, more) in enumerate(_blocks(tokens, block_size, "<u4", extra)):
+        if more is not None and not isinstance(more, bytes):
+            raise invalid(f"extra[{number}]", "bytes or None", more, "Pass bytes for each block.")
+        keys.append(sha256(keys[-1] + block + (more or b"")).digest())
+    return keys[1:]
 
 
 def lmcache_keys(tokens: Any, block_size: int = 256) -> list[bytes]:
@@ -55,11 +53,10 @@ def lmcache_keys(tokens: Any, block_size: int = 256) -> list[bytes]:
     except ImportError:
         why = "blake3 was not found; install it by `pip install blake3`"
         raise Unsupported("The keys of LMCache were asked for", why) from None
-    with _terms():
-        keys = [blake3(bytes(12)).digest()]  # of int64 0 and the token 0
-        for block, _ in _blocks(tokens, block_size, ">u4"):
-            keys.append(blake3(keys[-1] + block).digest())
-        return keys[1:]
+    keys = [blake3(bytes(12)).digest()]  # of int64 0 and the token 0
+    for block, _ in _blocks(tokens, block_size, ">u4"):
+        keys.append(blake3(keys[-1] + block).digest())
+    return keys[1:]
 
 
 def vllm_keys(
@@ -67,36 +64,57 @@ def vllm_keys(
 ) -> list[bytes]:
     """The keys of vLLM by ``sha256_cbor``. ``seed`` is PYTHONHASHSEED of its processes, by default
     what 0.33 takes without it; ``extra`` are for each block its extra keys, a tuple or None."""
-    with _terms():
-        keys = [sha256(_cbor("" + seed)).digest()]  # a number would be another seed
-        for block, more in _blocks(tokens, block_size, "<u4", extra):
-            ids = np.frombuffer(block, "<u4").tolist()
-            keys.append(sha256(_cbor((keys[-1], ids, more))).digest())
-        return keys[1:]
+    text("seed", seed, least=0)  # a number would be another seed
+    keys = [sha256(_cbor(seed)).digest()]
+    for number, (block, more) in enumerate(_blocks(tokens, block_size, "<u4", extra)):
+        ids = np.frombuffer(block, "<u4").tolist()
+        try:
+            written = _cbor((keys[-1], ids, more))
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            expected = "a tuple of numbers, texts and bytes, or None"
+            do = f"vLLM has no other extra keys ({error})."
+            raise invalid(f"extra[{number}]", expected, more, do) from None
+        keys.append(sha256(written).digest())
+    return keys[1:]
 
 
-@contextmanager
-def _terms() -> Iterator[None]:
-    """What is refused here, by numpy or by hashlib is refused with a sentence."""
+def _blocks(
+    tokens: Any, block_size: int, dtype: str, extra: Sequence[Any] | None = None
+) -> list[tuple[bytes, Any]]:
+    """Return the tokens of each whole block as bytes, and its extra."""
+    ids = _ids(tokens)
+    size = whole("block_size", block_size, 1)
+    count = ids.size // size
+    more = [None] * count
+    if extra is not None:
+        more = items("extra", extra, "an extra for each block")
+        if len(more) < count:
+            got = f"{len(more)} for {count} blocks"
+            raise InvalidTerms(
+                f"Expected extra to have an item for each block, got {got}. Pass None for a block "
+                f"without an extra."
+            )
+    written = ids.astype(dtype).tobytes()
+    step = 4 * size
+    return [(written[step * at : step * (at + 1)], more[at]) for at in range(count)]
+
+
+def _ids(tokens: Any) -> npt.NDArray[Any]:
+    """Return tokens as an array of numbers that 32 bits hold."""
+    expected = "a list of whole numbers from 0 to 2**32-1 on the host"
+    do = "Pass the ids of one prompt."
     try:
-        yield
-    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
-        raise InvalidTerms(
-            f"Keys were asked for, and {error}: expected a list of whole numbers from 0 to 2**32-1 "
-            f"on the host, a block size of 1 or more, a salt and extras of bytes, and an extra for "
-            f"each block or none at all; pass the ids of one prompt."
-        ) from None
-
-
-def _blocks(tokens: Any, size: int, dtype: str, extra: Any = None) -> list[tuple[bytes, Any]]:
-    """The tokens of each whole block as bytes, and its extra."""
-    ids, step = np.asarray(tokens), 4 * size
-    more = [None] * ids.size if extra is None else extra
-    known = not ids.size or (ids.dtype.kind in "iu" and ids.min() >= 0 and not ids.max() >> 32)
-    if not known or ids.ndim != 1 or size < 1 or ids.size // size > len(more):
-        raise ValueError(f"{ids.dtype} {[*ids.shape]} in blocks of {size} was found")
-    text = ids.astype(dtype).tobytes()
-    return [(text[step * at : step * (at + 1)], more[at]) for at in range(ids.size // size)]
+        ids = np.asarray(tokens)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise invalid("tokens", expected, tokens, do) from None
+    if ids.ndim == 1 and not ids.size:
+        return ids
+    if ids.ndim != 1 or ids.dtype.kind not in "iu":
+        do = f"numpy reads them as {ids.dtype} of shape {[*ids.shape]}. {do}"
+        raise invalid("tokens", expected, tokens, do)
+    if ids.min() < 0 or ids.max() >> 32:
+        raise invalid("tokens", expected, int(ids.min() if ids.min() < 0 else ids.max()), do)
+    return ids
 
 
 def _cbor(value: Any, kind: int = 0) -> bytes:

@@ -14,8 +14,8 @@ from weakref import WeakSet
 
 import numpy as np
 
-from portakv.graph.graph import Graph, Lease, Link, Node
-from portakv.graph.handle import Handle
+from portakv.graph.graph import Graph, Lease, Link, Node, Priority
+from portakv.graph.handle import Handle, Missing
 from portakv.storage import image
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.form import BlockForm, Slices
@@ -235,7 +235,7 @@ class Call:
         flights: Flights,
         kind: str,
         keys: list[bytes],
-        priority: str,
+        priority: Priority,
         deadline: float | None,
         after: bytes | None = None,
     ) -> None:
@@ -370,7 +370,7 @@ class Call:
             if not lease.users and lease.items:
                 flights.rows.unpin(lease.items)
 
-    def handle(self, view: Any, layers: int = 0, missing: str = "raise") -> Handle:
+    def handle(self, view: Any, layers: int = 0, missing: Missing = "raise") -> Handle:
         """Begin a call, behind a gate of all and, by layer, one of each layer."""
         gates = [Node(None, len(self.keys), given=self.given) for _ in range(layers)]
         for layer, gate in enumerate(gates):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from portakv.arguments import shown
 from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
@@ -184,16 +185,19 @@ class Crossing:
         self, inner: KVView, view: KVView, blocks: IdList, many: int, size: int, store: bool = False
     ) -> None:
         if not isinstance(view, KVView) or not view.block_size:
-            found = view if isinstance(view, KVView) else type(view)
-            raise LayoutError(f"A block store was given {found}: expected a paged view; make one.")
+            got = repr(view) if isinstance(view, KVView) else shown(view)
+            raise LayoutError(
+                f"Expected view to be a paged view, got {got}. Name a block axis in its layout."
+            )
         if capturing(view.device):
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
         whole, ids = view.block_size, Index([] if blocks is None else blocks).host_ids()
-        if many * size > len(ids) * whole:
+        needed = -(-many * size // whole)
+        if len(ids) != needed:
             raise InvalidTerms(
-                f"{many} keys of {size} tokens were given with {len(ids)} blocks of {whole}: "
-                f"expected no more tokens than the blocks have; pass fewer keys."
+                f"Expected blocks to be {needed} ids, of blocks of {whole} tokens for {many} keys "
+                f"of {size}, got {len(ids)}. Pass the blocks that the keys name."
             )
         if Index(ids, step=whole).check(len(ids) * whole, view.slots, "view", distinct=not store):
             raise SlotError("A block store was given a negative block; pass blocks of the view.")

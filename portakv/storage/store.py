@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Real
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 
+from portakv.arguments import flag, instance, invalid, items, nbytes, one_of, seconds
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
-from portakv.graph.graph import SLACK, Graph
-from portakv.graph.handle import Handle
+from portakv.graph.graph import SLACK, Graph, Priority
+from portakv.graph.handle import Handle, Missing
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.form import BlockForm
 from portakv.storage.keys import check_keys
@@ -20,6 +20,19 @@ from portakv.storage.plan import ASKED, KEPT, SAVED, Call, Fill, Flights, Keys, 
 from portakv.storage.rows import Crossing, Rows
 from portakv.view import KVView
 from portakv.view.index import IdList
+
+#: What a save does that finds no staging.
+Full: TypeAlias = Literal["drop", "wait"]
+
+
+def _check_tiers(tiers: object) -> list[Any]:
+    """Return tiers as a list; raise `InvalidTerms` for anything else."""
+    found = items("tiers", tiers, "tiers, such as Disk(...)")
+    for number, tier in enumerate(found):
+        if not callable(getattr(tier, "open", None)) or not callable(getattr(tier, "forms", None)):
+            do = "Pass a Disk, a Remote, or an object with their forms() and open()."
+            raise invalid(f"tiers[{number}]", "a tier", tier, do)
+    return found
 
 
 class BlockStore:
@@ -53,24 +66,29 @@ class BlockStore:
         host: int = 0,
         tiers: Sequence[Any] = (),
         graph: Graph | None = None,
-        full: str = "drop",
+        full: Full = "drop",
         weak_keys: bool = False,
     ) -> None:
-        kinds = (form, BlockForm), (tiers, Sequence), (staging, Real), (host, Real)
-        right = all(isinstance(*each) for each in kinds) and all(hasattr(x, "open") for x in tiers)
-        if not right or full not in ("drop", "wait"):
-            raise InvalidTerms(
-                f"A store of {form=}, {staging=}, {host=}, {tiers=}, {full=} was asked: expected a "
-                f"BlockForm, two numbers of bytes, a list of tiers, and 'drop' or 'wait'."
-            )
+        instance("form", form, BlockForm, "Make one by BlockForm.of(view, model).")
+        staging = nbytes("staging", staging)
+        host = nbytes("host", host)
+        tiers = _check_tiers(tiers)
+        if graph is not None:
+            instance("graph", graph, Graph, "Pass None for the store's own.")
+        one_of("full", full, get_args(Full))
+        flag("weak_keys", weak_keys)
         others = uninterrupted(lambda: [x for tier in tiers for x in tier.forms(form)])
         forms = [*dict.fromkeys([form, *others])]
         size = max(each.image_bytes for each in forms)
-        if not (size <= staging < 1 << 62 and 0 <= host < 1 << 62 and (tiers or host >= size)):
+        if staging < size:
             raise StoreError(
-                f"A store was asked with {staging} bytes of staging, {host} of the host tier and "
-                f"{len(tiers)} other tiers: expected room for a block in staging, and somewhere to "
-                f"keep it; a block takes {size} bytes here. Give it more."
+                f"Expected staging to have room for a block of {size} bytes, got {staging}. Give "
+                f"it more."
+            )
+        if not tiers and host < size:
+            raise StoreError(
+                f"Expected host to have room for a block of {size} bytes, as there are no tiers, "
+                f"got {host}. Give it more, or pass tiers."
             )
         self.form, self._weak, self._drop, self._closed = form, weak_keys, full == "drop", False
         self.rows, self._shelves = Rows(size, staging // size, host // size), list[Shelf]()
@@ -102,8 +120,8 @@ class BlockStore:
         """How many leading blocks can be loaded, from the host or some tier. What a far tier has
         not said within ``timeout`` seconds counts as not there. Only here a far tier is asked which
         blocks it has in other parts than this form's: a `load` or `prefetch` goes by that."""
-        keys = self._call("lookup", keys, "normal", timeout).keys
-        until = self.graph.clock() + (3e9 if timeout is None else timeout)
+        keys = self._call("lookup", keys, "normal").keys
+        until = self.graph.clock() + seconds("timeout", timeout, optional=True)
         leading, many = 0, ASKED
         while many and (some := keys[leading : leading + many]):
             there = self._flights.leading(some, until)
@@ -118,7 +136,7 @@ class BlockStore:
         keys: Keys,
         *,
         after: bytes | None = None,
-        priority: str = "background",
+        priority: Priority = "background",
         deadline: float | None = None,
     ) -> Handle:
         """Save blocks of a view under keys; a key that every writable tier has, or does not
@@ -182,10 +200,10 @@ class BlockStore:
         blocks: IdList,
         keys: Keys,
         *,
-        priority: str = "urgent",
+        priority: Priority = "urgent",
         deadline: float | None = None,
         by_layer: bool = False,
-        missing: str = "raise",
+        missing: Missing = "raise",
     ) -> Handle:
         """Load blocks into a view, of whatever layout, device, and size of blocks.
 
@@ -195,8 +213,8 @@ class BlockStore:
         some layers may be written, in right bytes; blocks of a form with one segment are read as a
         whole, and only the device's leg goes by layer.
         """
-        if missing not in ("raise", "skip"):
-            raise InvalidTerms(f"{missing=} was asked of a load: expected 'raise' or 'skip'.")
+        one_of("missing", missing, get_args(Missing))
+        flag("by_layer", by_layer)
         call, own = self._call("load", keys, priority, deadline), self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size)
 
@@ -212,7 +230,7 @@ class BlockStore:
 
         return self._planned(call, plan)
 
-    def prefetch(self, keys: Keys, priority: str = "background") -> Handle:
+    def prefetch(self, keys: Keys, priority: Priority = "background") -> Handle:
         """Read blocks into the host tier, of which what is prefetched and not yet loaded takes half
         at most: blocks above that do not land. Raises `StoreError` without a host tier."""
         if not self.rows.host:
@@ -260,6 +278,7 @@ class BlockStore:
         """Let what is under way end, for so many seconds; cancel prefetches at once, and the rest
         then; close the tiers. Raises `TransferTimeout` if one hangs: tiers then stay open, as it
         uses the rows and the files."""
+        seconds("timeout", timeout)
         if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
             return
         self._closed = True
@@ -267,13 +286,13 @@ class BlockStore:
         # Under the lock, so that no call that found the store open is missed.
         gates = self.graph.run(lambda: [*self._flights.gates])
         for gate in sorted(gates, key=lambda gate: gate.name != "prefetch"):
-            gate.wait(0.0 if gate.name == "prefetch" else until - self.graph.clock())
+            gate.wait(0.0 if gate.name == "prefetch" else max(0.0, until - self.graph.clock()))
             self.graph.cancel(gate)
         ended = not self._own_graph or self.graph.close(max(0.0, until - self.graph.clock()))
         begun = self.graph.run(lambda: [*self._flights.begun])
         for fill in begun:
             for end in (*fill.ends.values(), *fill.last):
-                end.wait(until - self.graph.clock())
+                end.wait(max(0.0, until - self.graph.clock()))
         if busy := len(self._flights.begun) or not ended:
             raise TransferTimeout(
                 f"A block store was closed, and after {timeout:g} s {busy:d} transfers had not "
@@ -303,19 +322,23 @@ class BlockStore:
         self,
         kind: str,
         keys: Keys,
-        priority: str,
+        priority: Priority,
         deadline: float | None = None,
         after: bytes | None = None,
     ) -> Call:
         """A call with keys of 32 bytes; refuses what is wrong with them, and a closed store."""
         self._refuse_closed(kind)
-        keys, late = check_keys(keys, self._weak), 0.0 if deadline is None else deadline
-        timed = priority in [*SLACK] and isinstance(late, Real) and late == late
-        if (many := len({*keys})) < len(keys) or not timed:
+        keys = check_keys(keys, self._weak)
+        if len({*keys}) < len(keys):
+            last = {key: number for number, key in enumerate(keys)}
+            first = next(number for number, key in enumerate(keys) if last[key] > number)
             raise InvalidTerms(
-                f"A {kind} was asked of {many} different keys among {len(keys)}, {priority=} and "
-                f"{deadline=}: expected each once, one of {[*SLACK]}, and seconds or None."
+                f"Expected keys that differ, got keys[{last[keys[first]]}] equal to "
+                f"keys[{first}]. Pass each key once."
             )
+        one_of("priority", priority, SLACK)
+        if deadline is not None:
+            deadline = seconds("deadline", deadline, optional=True)
         return Call(self._flights, kind, keys, priority, deadline, after)
 
     def _refuse_closed(self, kind: str) -> None:

@@ -164,6 +164,15 @@ def test_blocks_that_do_not_fit_fail_their_node_alone(graph: Graph) -> None:
     assert after.wait(WAIT)
 
 
+def test_a_link_keeps_its_terms(graph: Graph) -> None:
+    link = graph.link("disk:a", width=3, max_gbps=2.0)
+    assert graph.link("disk:a") is graph.link("disk:a", width=3, max_gbps=2.0) is link
+    for terms in ({"width": 2}, {"max_gbps": 1.0}, {"stall_seconds": 3.0}, {"width": True}):
+        with pytest.raises(InvalidTerms, match=f"Expected {next(iter(terms))} to be"):
+            graph.link("disk:a", **terms)
+    assert graph.link("disk:b").width == 1
+
+
 def test_terms_that_are_none_are_refused_before_anything_begins(graph: Graph) -> None:
     good, known, other = Node(nothing, 1, link=graph.link("any")), Node(nothing, 1), Graph()
     graph.submit([known])
@@ -172,11 +181,13 @@ def test_terms_that_are_none_are_refused_before_anything_begins(graph: Graph) ->
         ([], {"priority": "hasty"}),
         ([], {"priority": None}),
         ([], {"deadline": "soon"}),
+        ([], {"deadline": -1}),
+        ([3], {}),
         ([known], {}),
         ([Node(None, 1, after=[Node(nothing, 1)])], {}),
         ([Node(None, 1, after=[foreign])], {}),
     ):
-        with pytest.raises(InvalidTerms, match="expected one of urgent, normal, background"):
+        with pytest.raises(InvalidTerms, match=f"Expected {next(iter(terms), 'nodes')}"):
             graph.submit([good, *nodes], **terms)
     assert not good.wait()
     assert not graph.cancel(good)
@@ -589,7 +600,7 @@ def test_a_gate_is_not_cancelled_by_who_follows_it(graph: Graph, plug: Held) -> 
     first = Node(None, 1, after=[node])
     second = Node(None, 1, after=[first])
     graph.submit([node, first])
-    graph.submit([second], deadline=-1.0)
+    graph.submit([second], deadline=0.0)
     assert not graph.cancel(second)
     plug.end.set()
     assert second.wait(WAIT)
@@ -601,7 +612,7 @@ def test_a_deadline_in_the_past_begins_nothing(graph: Graph) -> None:
     ran = list[str]()
     node = Node(lambda node, mask: ran.append("ran"), 1, link=graph.link("disk"), name="read")
     gate = Node(None, 1, after=[node])
-    graph.submit([node, gate], priority="urgent", deadline=-1.0)
+    graph.submit([node, gate], priority="urgent", deadline=0.0)
     assert (ran, node.state, gate.landed.tolist()) == ([], "late", [False])
     assert gate.done()
     assert graph.counts["disk", "read", "late"] == 1

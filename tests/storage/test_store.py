@@ -519,8 +519,9 @@ def test_a_lookup_does_not_wait_for_a_store_that_is_dead(opened: Any, kept: int)
             began = time.monotonic()
             assert store.lookup(keys, timeout=0.2) == kept
             assert time.monotonic() - began < 2
-    with pytest.raises(InvalidTerms, match="seconds or None"):
-        store.lookup(KEYS, timeout=float("nan"))
+    for timeout in (float("nan"), -1):
+        with pytest.raises(InvalidTerms, match="Expected timeout to be a number of seconds"):
+            store.lookup(KEYS, timeout=timeout)
 
 
 def test_a_store_is_closed_at_the_end_of_its_context(opened: Any) -> None:
@@ -884,13 +885,14 @@ def test_prefetched_blocks_are_loaded_without_the_tier(opened: Any) -> None:
 @pytest.mark.parametrize(
     ("blocks", "keys", "error", "says"),
     [
-        (range(2), [b"short", key_of(1)], InvalidTerms, "Key 0 is a bytes of 5"),
+        (range(2), [b"short", key_of(1)], InvalidTerms, r"got 5 bytes as keys\[0\]"),
         (range(2), [b"x" * 33, key_of(1)], InvalidTerms, "33 bytes"),
-        (range(2), [key_of(1), key_of(1)], InvalidTerms, "1 different keys among 2"),
-        (range(2), KEYS, InvalidTerms, "8 keys of 4 tokens .* 2 blocks of 4"),
+        (range(2), [key_of(1), key_of(1)], InvalidTerms, r"keys\[1\] equal to keys\[0\]"),
+        (range(2), KEYS, InvalidTerms, "Expected blocks to be 8 ids, .* 8 keys of 4, got 2"),
         ([0, 12], KEYS[:2], SlotError, "12 blocks|48 slots"),
         ([0, -1], KEYS[:2], SlotError, "negative"),
-        (None, KEYS[:2], InvalidTerms, "with 0 blocks"),
+        (range(3), KEYS[:2], InvalidTerms, "Expected blocks to be 2 ids, .* got 3"),
+        (None, KEYS[:2], InvalidTerms, "Expected blocks to be 2 ids, .* got 0"),
         ([0.5, 1.0], KEYS[:2], SlotError, "integers"),
     ],
 )
@@ -932,21 +934,23 @@ def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
         store.lookup(KEYS) or store.prefetch(KEYS, priority="high")
     with pytest.raises(InvalidTerms, match="missing"):
         store.load(view, [0], KEYS[:1], missing="hide")
-    for later in ("soon", float("nan")):
-        with pytest.raises(InvalidTerms, match="seconds or None"):
+    for later in ("soon", float("nan"), -1, True):
+        with pytest.raises(InvalidTerms, match="Expected deadline to be a number of seconds"):
             store.load(view, [0], KEYS[:1], deadline=later)
     form, size = small_form(), small_form().image_bytes
     wrong_terms: list[dict[str, Any]] = [
-        {"form": form, "full": "grow"},
-        {"form": form, "tiers": FakeTier()},
+        {"full": "grow"},
+        {"tiers": FakeTier()},
         {"form": view},
-        {"form": form, "staging": "1 GB"},
-        {"form": form, "host": None},
-        {"form": form, "tiers": ["s3://bucket"]},
+        {"staging": "1 GB"},
+        {"host": None},
+        {"tiers": ["s3://bucket"]},
+        {"graph": 3},
+        {"weak_keys": 1},
     ]
     for terms in wrong_terms:
-        with pytest.raises(InvalidTerms, match="'drop' or 'wait'"):
-            BlockStore(**{"staging": size, "host": size, **terms})
+        with pytest.raises(InvalidTerms, match=rf"Expected {next(iter(terms))}\b"):
+            BlockStore(**{"form": form, "staging": size, "host": size, **terms})
     assert BlockStore(form, staging=2.5 * size, host=1e5).rows.staging == 2  # type: ignore[arg-type]
     for rows in (
         {"staging": 0, "host": 4},
