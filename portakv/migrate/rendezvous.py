@@ -125,16 +125,15 @@ def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
     """A `torch.distributed.Store` over a channel: kept here and served to others, one for each
     channel, or kept by the channel at ``address``, which is there already."""
     store = ChannelStore(channel, address)
-    if address is None:
-        undo = partial(channel.free, "a rendezvous", store)
-        uninterrupted(partial(_keep, channel, store), undo=lambda _: undo())
-    return store
+    if address is not None:
+        return store
 
+    def keep() -> ChannelStore:
+        channel.claim("a rendezvous", store)
+        channel.serve(Keep, lambda _, asked: store.do(asked))
+        return store
 
-def _keep(channel: Channel, store: ChannelStore) -> None:
-    """Have a channel serve a store."""
-    channel.claim("a rendezvous", store)
-    channel.serve(Keep, lambda _, asked: store.do(asked))
+    return uninterrupted(keep, undo=partial(channel.free, "a rendezvous"))
 
 
 def pair(

@@ -7,13 +7,12 @@ import threading
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
 from support.core_cases import noise
-from support.interrupts import LIMIT, files_of, function_lines, orphans, replay, settles
+from support.interrupts import LIMIT, files_of, orphans, reach, settles
 from support.storage_cases import FakeTier, key_of, small_form
 
 from portakv import KVView
@@ -228,7 +227,6 @@ def ending(folder: Path) -> Steps:
 
 #: Public names that no scenario calls in the caller's thread, and why.
 NOT_CALLED = {
-    "Graph.count": "tiers call it, in workers",
     "Graph.end": "runs in a helper or a worker",
     "Graph.end_at": "runs in a helper or a worker",
     "Graph.place": "runs in a helper or a worker",
@@ -281,22 +279,8 @@ def test_interrupts_without_helpers_leave_something(
 def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
     """Scenarios call every public function, and of the functions that they call in the caller's
     thread they run all lines but a few, which refuse arguments."""
-    run = set[tuple[str, int]]()
-    for scenario in SCENARIOS:
-        for act in scenario(tmp_path / "warm"):
-            act()
-        run |= {*replay(scenario, tmp_path / scenario.__name__, FILES).hits}
-    lines = function_lines(FILES)
-    called = {(file, lines[file, line]) for file, line in run if (file, line) in lines}
-    names = {name for _, name in called}
-    public = {
-        f"{kind.__name__}.{name}"
-        for kind in (BlockForm, BlockStore, Collector, Disk, Graph, Handle, Node, Remote, Trace)
-        for name, member in vars(kind).items()
-        if not name.startswith("_") and isinstance(member, FunctionType | classmethod)
-    }
-    assert public - names == {*NOT_CALLED} - names
-    of_called = {at for at, name in lines.items() if (at[0], name) in called}
-    left = of_called - run
-    print(f"{len(of_called) - len(left)} of {len(of_called)} lines; not run: {sorted(left)}")
-    assert len(left) <= 0.25 * len(of_called)
+    kinds = BlockForm, BlockStore, Collector, Disk, Graph, Handle, Node, Remote, Trace
+    public, called, left, of_called = reach(SCENARIOS, tmp_path, FILES, kinds)
+    assert public - called == {*NOT_CALLED}
+    print(f"{of_called - len(left)} of {of_called} lines; not run: {left}")
+    assert len(left) <= 0.25 * of_called

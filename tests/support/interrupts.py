@@ -9,10 +9,12 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as Late
 from contextlib import suppress
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, NamedTuple
 
 import portakv
@@ -133,6 +135,28 @@ def orphans(
     return found, count
 
 
+def reach(
+    scenarios: Sequence[Scenario], folder: Path, files: dict[str, str], kinds: Sequence[type]
+) -> tuple[set[str], set[str], list[tuple[str, int]], int]:
+    """Return the public functions of classes, the functions that scenarios call in this thread,
+    the lines of these that they do not run, and how many lines these have."""
+    run = set[tuple[str, int]]()
+    for number, scenario in enumerate(scenarios):
+        for act in scenario(folder / "warm"):
+            act()
+        run |= {*replay(scenario, folder / str(number), files).hits}
+    lines = function_lines(files)
+    called = {(file, lines[file, line]) for file, line in run if (file, line) in lines}
+    public = {
+        f"{kind.__name__}.{name}"
+        for kind in kinds
+        for name, member in vars(kind).items()
+        if not name.startswith("_") and isinstance(member, FunctionType | classmethod | property)
+    }
+    of_called = {at for at, name in lines.items() if (at[0], name) in called}
+    return public, {name for _, name in called}, sorted(of_called - run), len(of_called)
+
+
 def settles(holds: Callable[[], bool], seconds: float = LIMIT) -> bool:
     """Wait until something holds; return False if it does not in time."""
     until = time.monotonic() + seconds
@@ -176,9 +200,16 @@ def _codes(code: CodeType, above: str) -> Iterator[tuple[str, CodeType]]:
 
 def in_other_thread(work: Callable[[], Any]) -> Any:
     """Return ``work()``, run in a thread; raises if it does not end: it waits for a lock."""
-    found = list[Any]()
-    thread = threading.Thread(target=lambda: found.append(work()), daemon=True)
-    thread.start()
-    thread.join(LIMIT)
-    assert not thread.is_alive(), "it hangs"
-    return found[0] if found else None
+    found = Future[Any]()
+
+    def run() -> None:
+        try:
+            found.set_result(work())
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        return found.result(LIMIT)
+    except Late:
+        raise AssertionError("it hangs") from None

@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An interrupt at any line of migration leaves no hang, no lock, no claim and no descriptor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.interrupts import (
+    LIMIT,
+    files_of,
+    in_other_thread,
+    orphans,
+    reach,
+    settles,
+)
+from support.migrate_channels import SECRET, Ping, Pong, Server
+from support.migrate_pulls import MODEL, SMALL, Rows
+
+from portakv.errors import PeerError, PortaKVError
+from portakv.migrate import (
+    Channel,
+    Offer,
+    Owner,
+    Parameter,
+    Pull,
+    Reader,
+    Shard,
+    open_shared,
+    publish,
+    pull_weights,
+    rendezvous,
+    share,
+    shared_empty,
+)
+from portakv.migrate.rendezvous import ChannelStore
+from portakv.migrate.weights import Published
+
+FILES = files_of("migrate", "graph", "runtime/interrupts.py")
+Steps = Generator[Callable[[], object], None, None]
+MINUTE = timedelta(seconds=60)
+
+
+def channels(folder: Path) -> Steps:
+    """A channel asks, tells, watches, and closes, while it serves others."""
+    server = Server()
+    made = list[Channel]()
+
+    def act() -> None:
+        channel = Channel(secret=SECRET, timeout=LIMIT)
+        made.append(channel)
+        channel.serve(Ping, server.answer)
+        channel.claim("a reader", act)
+        stop = channel.watch(server.address, list)
+        channel.ask(server.address, Ping(b"1"), Pong)
+        channel.ask_all([(server.address, Ping(b"2")), (channel.address, Ping())], Pong)
+        channel.tell(server.address, Ping(b"3"))
+        stop()
+        channel.free("a reader", act)
+        channel.statistics()
+        repr(channel)
+        channel.close()
+
+    yield act
+    asker = Channel(secret=SECRET, timeout=LIMIT)
+    assert in_other_thread(lambda: asker.ask(server.address, Ping(b"4"), Pong)).data == b"4"
+    for channel in made:
+        with suppress(PeerError):  # it is closed
+            in_other_thread(partial(channel.ask, server.address, Ping(b"5"), Pong))
+        in_other_thread(channel.close)
+    in_other_thread(asker.close)
+    in_other_thread(server.channel.close)
+
+
+def judge(there: Channel, here: Channel, owner: Owner, reader: Reader, rows: Rows) -> None:
+    """An offer is pulled between the same sides; nothing is held afterwards, and all close."""
+
+    def again() -> bool:
+        offer = owner.offer([7, 3], tokens=32)
+        reader.pull(offer.ticket, [5], timeout=LIMIT).synchronize(LIMIT)
+        return offer.taken(LIMIT)
+
+    assert in_other_thread(again), "an offer is held"
+    held = in_other_thread(owner.statistics)["held"]
+    in_other_thread(owner.revoke_all)
+    assert held <= 1, "offers have no handle"
+    for one in (reader, owner, here, there):
+        in_other_thread(one.close)
+
+
+def sides(**terms: Any) -> tuple[Channel, Channel, Owner, Reader, Rows]:
+    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
+    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    owner = Owner(there, theirs.shard, model=MODEL, **terms)
+    return there, here, owner, Reader(here, mine.shard, model=MODEL), mine
+
+
+def making(folder: Path) -> Steps:
+    """An owner and a reader are made and closed."""
+    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
+    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    made = list[Any]()
+
+    def act() -> None:
+        owner = Owner(there, Shard(theirs.view), model=MODEL)
+        made.append(owner)
+        reader = Reader(here, Shard(mine.view), model=MODEL)
+        made.append(reader)
+        owner.reallocate(Shard(theirs.view))
+        offer = owner.offer([1, 2], tokens=20)
+        reader.explain(offer.ticket)
+        reader.close()
+        owner.close()
+
+    yield act
+    for one in reversed(made):
+        in_other_thread(one.close)
+    assert settles(lambda: free(there, "an owner")), "the channel has an owner"
+    assert settles(lambda: free(here, "a reader")), "the channel has a reader"
+    in_other_thread(here.close)
+    in_other_thread(there.close)
+
+
+def free(channel: Channel, kind: str) -> bool:
+    """Return True if a channel can be claimed."""
+    user = object()
+    try:
+        channel.claim(kind, user)
+    except PortaKVError:
+        return False
+    return channel.free(kind, user)
+
+
+def mapped(folder: Path) -> Steps:
+    """Offers are pulled through a mapping, revoked, and waited for."""
+    there, here, owner, reader, mine = sides()
+
+    def act() -> None:
+        offer = owner.offer([7, 3, 11], tokens=40)
+        pull = reader.pull(offer.ticket, [6, 1], by_layer=True, verify=True)
+        pull.layers[0].synchronize(LIMIT)
+        while not pull.done():
+            pass
+        offer.taken(LIMIT)
+        second = owner.offer([1], tokens=16, lease=1.0)
+        assert second.state == "held"
+        second.revoke()
+        owner.statistics()
+        third = owner.offer([1], tokens=16, lease=1.0)
+        stopped = reader.pull(third.ticket, [2], max_gbps=1e-5)
+        stopped.cancel()
+        assert not pull.statistics.cancelled
+        third.taken(0.0)
+        owner.revoke_all()
+
+    yield act
+    judge(there, here, owner, reader, mine)
+
+
+def staged(folder: Path) -> Steps:
+    """An offer is pulled through slots."""
+    there, here, owner, reader, mine = sides(expose="staging", staging=SMALL)
+
+    def act() -> None:
+        offer = owner.offer([7, 3, 11], tokens=40)
+        pull = reader.pull(offer.ticket, [6, 1], timeout=LIMIT)
+        pull.wait()
+        offer.taken(LIMIT)
+
+    yield act
+    judge(there, here, owner, reader, mine)
+
+
+def weights(folder: Path) -> Steps:
+    """Weights are published and pulled, and memory is shared."""
+    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
+    held = shared_empty((4, 8), torch.float32).fill_(3)
+    made = list[Published]()
+
+    def act() -> None:
+        part = Parameter.split(held, 0, [4], (0, 1))
+        published = publish(there, {"a": held, "b": part})
+        made.append(published)
+        into = {"a": torch.zeros(4, 8), "b": torch.zeros(4, 8)}
+        into["b"] = into["a"]
+        pull_weights(here, published.ticket, into)
+        small = shared_empty(8, torch.int16)
+        open_shared(share(small))
+        published.close()
+
+    yield act
+    for published in made:
+        in_other_thread(published.close)
+
+    def again() -> bool:
+        published = publish(there, {"a": held})
+        tensor = torch.zeros(4, 8)
+        pull_weights(here, published.ticket, {"a": tensor})
+        published.close()
+        return torch.equal(tensor, held)
+
+    assert in_other_thread(again)
+    in_other_thread(here.close)
+    in_other_thread(there.close)
+
+
+def meeting(folder: Path) -> Steps:
+    """Keys are set and read by a rendezvous."""
+    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
+    kept = list[ChannelStore]()
+
+    def act() -> None:
+        store = rendezvous(there)
+        kept.append(store)
+        far = rendezvous(here, there.address)
+        for one in (store, far):
+            one.set("a", b"1")
+            one.get("a")
+            one.add("n", 1)
+            one.wait(["a"], MINUTE)
+            one.check(["a"])
+            one.delete_key("b")
+            one.num_keys()
+
+    yield act
+    if not kept:
+        assert settles(lambda: free(there, "a rendezvous")), "the channel has a rendezvous"
+        kept.append(rendezvous(there))
+    far = rendezvous(here, there.address)
+    in_other_thread(partial(far.set, "c", b"2"))
+    assert in_other_thread(partial(far.get, "c")) == b"2"
+    in_other_thread(here.close)
+    in_other_thread(there.close)
+
+
+#: Public names that no scenario calls in the caller's thread, and why.
+NOT_CALLED = {
+    "Pull.begin": "tells owners of a copy of 8 MiB or more on the host; else runs in a worker",
+    "Pull.drop": "runs after a pull that failed",
+    "Pull.end": "runs in a worker",
+    "Pull.over": "runs in a worker",
+}
+SCENARIOS = [channels, making, mapped, staged, weights, meeting]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda x: x.__name__)
+def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) -> None:
+    found, count = orphans(scenario, tmp_path, FILES)
+    print(f"{scenario.__name__}: {count} lines")
+    assert found == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda x: x.__name__)
+def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
+    scenario: Any, tmp_path: Path
+) -> None:
+    found, _ = orphans(scenario, tmp_path, FILES, every=True)
+    assert found == []
+
+
+@pytest.mark.parametrize("scenario", [making, meeting], ids=lambda x: x.__name__)
+def test_interrupts_without_helpers_leave_something(
+    scenario: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The negative control: the main thread makes all changes itself."""
+    monkeypatch.setattr("portakv.runtime.interrupts.interruptible", bool)
+    monkeypatch.setattr("support.interrupts.LIMIT", 1.0)
+    found, _ = orphans(scenario, tmp_path, FILES, most=1)
+    assert found
+
+
+def test_interrupts_meet_what_callers_run(tmp_path: Path) -> None:
+    """Scenarios call every public function, and of the functions that they call in the caller's
+    thread they run all lines but a few, which refuse arguments."""
+    kinds = Channel, ChannelStore, Offer, Owner, Parameter, Published, Pull, Reader
+    public, called, left, of_called = reach(SCENARIOS, tmp_path, FILES, kinds)
+    assert public - called == {*NOT_CALLED}
+    print(f"{of_called - len(left)} of {of_called} lines; not run: {left}")
+    assert len(left) <= 0.25 * of_called

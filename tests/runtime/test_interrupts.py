@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Work that an interrupt does not cut in two: its result, its error, and how it is undone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from support.interrupts import LIMIT, settles
+
+from portakv.runtime import interrupts
+from portakv.runtime.interrupts import abandoned, uninterrupted
+
+LINES = 40  # of the module, at most, that a caller runs
+
+
+def test_uninterrupted_work_runs_in_a_helper_and_returns() -> None:
+    main = threading.get_ident()
+    assert uninterrupted(threading.get_ident) != main
+    assert uninterrupted(abandoned) is False
+    with pytest.raises(ZeroDivisionError):
+        uninterrupted(lambda: 1 // 0)
+
+
+def test_another_thread_that_no_signal_interrupts_runs_work_itself() -> None:
+    found = list[bool]()
+    thread = threading.Thread(
+        target=lambda: found.append(uninterrupted(threading.get_ident) == threading.get_ident())
+    )
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_an_interrupt_undoes_the_result_and_ends_long_work() -> None:
+    undone = list[int]()
+    main = threading.main_thread().ident or 0
+
+    def work() -> int:
+        signal.pthread_kill(main, signal.SIGINT)
+        assert settles(abandoned)
+        return 7
+
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(work, undone.append)
+    assert undone == [7], "the caller waits for it"
+    assert uninterrupted(lambda: 8) == 8
+
+
+def test_an_interrupt_at_any_line_of_the_caller_undoes_or_never_begins() -> None:
+    """Whatever line it is, as many results were undone as there were."""
+    file = str(Path(interrupts.__file__))
+    raised = 0
+    for at in range(LINES):
+        made = list[int]()
+        undone = list[int]()
+        left = at
+
+        def line(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal left
+            if event == "line":
+                left -= 1
+                if left == -1:
+                    raise KeyboardInterrupt
+            return line
+
+        def call(frame: FrameType, event: str, arg: Any) -> Any:
+            return line if frame.f_code.co_filename == file else None
+
+        before = sys.gettrace()
+        sys.settrace(call)
+        try:
+            uninterrupted(lambda: made.append(1) or 1, undone.append)  # noqa: B023
+        except KeyboardInterrupt:
+            raised += 1
+            assert settles(lambda: len(undone) == len(made)), at  # noqa: B023
+        finally:
+            sys.settrace(before)
+    assert 0 < raised < LINES
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_a_second_interrupt_ends_the_wait_for_long_work() -> None:
+    go = threading.Event()
+    undone = list[bool]()
+    main = threading.main_thread().ident or 0
+
+    def work() -> bool:
+        signal.pthread_kill(main, signal.SIGINT)
+        assert settles(abandoned)
+        return go.wait(LIMIT)
+
+    with pytest.raises(KeyboardInterrupt):
+        uninterrupted(work, undone.append)
+    assert undone == []
+    assert uninterrupted(lambda: 5) == 5, "another helper serves"
+    go.set()
+    assert settles(lambda: undone == [True])
+
+
+def test_interrupts_in_a_forked_process_have_helpers_of_their_own() -> None:
+    uninterrupted(int)
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            code = int(uninterrupted(lambda: 3) != 3)
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_uninterrupted_work_runs_here_if_the_system_gives_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    while True:  # no helper is idle
+        try:
+            interrupts._idle.pop()
+        except IndexError:
+            break
+    assert uninterrupted(threading.get_ident) == threading.get_ident()
