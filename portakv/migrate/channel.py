@@ -16,6 +16,7 @@ from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
 from secrets import token_bytes
+from socket import SHUT_RDWR, socket
 from struct import Struct, unpack_from
 from time import monotonic
 from typing import Any, TypeVar, Union
@@ -24,6 +25,7 @@ import zmq
 from msgspec.msgpack import Decoder, decode, encode
 from zmq.utils import z85
 
+from portakv.arguments import invalid, seconds
 from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferTimeout
 from portakv.migrate.messages import VERSION, Message
 from portakv.runtime.bounded import Bounded
@@ -37,6 +39,10 @@ LIMIT, ANSWER, PEERS, QUEUED = 64 << 10, 1 << 20, 1024, 64
 #: Milliseconds: between signs of life; until a connection without any is dead; for a handshake;
 #: between an asker's looks at its connection.
 HEARTBEAT, DEAD, HANDSHAKE, LOOK = 1000, 3000, 5000, 20
+#: Bytes of all kept answers; answers and requests that wait for one connection's other end.
+KEPT, WAITING = 32 << 20, 4
+#: Addresses of other hosts: numbers, as a name would have ZeroMQ's one thread wait for a resolver.
+_NUMERIC = re.compile(r"tcp://([0-9.]{7,15}|\[[0-9a-fA-F:.%]+[0-9a-zA-Z]*\]):([0-9]{1,5})")
 HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the request (0: no answer)
 BACK = Struct("!B?Q")  # version, whether a refusal's sentence follows, number of the request
 
@@ -46,6 +52,7 @@ class Peer:
 
     def __init__(self, id: bytes = b"") -> None:
         self.id, self.gone, self._calls = id, False, dict[object, Callable[[], object]]()
+        self.link = b""  # the number by which the asker knows the connection
 
     def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
         """Have ``call`` made once, quickly, when the connection ends (now if it has), in the thread
@@ -65,6 +72,39 @@ class Peer:
                     call()
                 except Exception:
                     _log.exception("What was to happen at the end of a connection failed.")
+
+
+class _Answers:
+    """The last answer for each link, as a request may be repeated by its next connection.
+
+    Keeps at most `KEPT` bytes: of older answers only the numbers stay, so that their requests are
+    carried out once at most.
+    """
+
+    def __init__(self) -> None:
+        self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
+        self.nbytes = 0
+
+    def get(self, link: bytes) -> tuple[int, bytes]:
+        """Return the last number of a link and its answer, if that is kept."""
+        return self._last.get(link, (0, b""))
+
+    def keep(self, link: bytes, number: int, back: bytes) -> None:
+        """Keep an answer as the youngest."""
+        self._last.pop(link, None)
+        self._last[link] = number, back
+        self.nbytes = sum(len(each) for _, each in self._last.values())
+        for older in [*self._last]:
+            if self.nbytes <= KEPT:
+                return
+            self.drop(older)
+
+    def drop(self, link: bytes) -> None:
+        """Keep no more than the number of a link's last answer."""
+        if link in self._last:
+            number, back = self._last[link]
+            self.nbytes -= len(back)
+            self._last[link] = number, b""
 
 
 class _Link:
@@ -94,22 +134,22 @@ class Channel:
     def __init__(
         self, address: str | None = None, *, secret: bytes | str | None = None, timeout: float = 5.0
     ) -> None:
-        short = secret is not None and len(secret) < 16
+        self.address = "a Unix socket"
+        short = "" if secret is None else _too_short(secret)
         self._keys = () if secret is None or short else _keys(secret)
         del secret  # no traceback shows it
-        self.address = address or "a Unix socket"
-        if short or (address and not (self._keys and address.startswith("tcp://"))):
-            raise InvalidTerms(
-                f"A channel was to listen at {self.address}: expected None, or a tcp:// address "
-                f"with a secret; and of a secret 16 bytes or more."
-            )
+        if short:
+            raise InvalidTerms(short)
+        _check_address(address, bool(self._keys))
+        timeout = seconds("timeout", timeout, above=True)
+        self.address = address or self.address
         self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
         self._process, self._lock, self._closed = this_process(), threading.Lock(), False
         self._answers = dict[type, Callable[[Peer, Any], Any]]()
         self._users = dict[str, object]()  # the owner and the reader that others know by it
         self._decoder = Decoder[Any](None)
         self._peers, self._fds = dict[bytes, Peer](), dict[int, bytes]()  # of connections to here
-        self._last: Bounded[bytes, tuple[int, bytes]] = Bounded("answers of a channel", 2 * PEERS)
+        self._last = _Answers()
         self._links, self._fresh, self._made = dict[str, _Link](), list[_Link](), 0
         self._poller, self._calls = zmq.Poller(), dict[Any, Callable[[], None]]()
         uninterrupted(partial(self._start, address), undo=lambda _: self.close())
@@ -172,9 +212,16 @@ class Channel:
         """Let another one be that; False if ``user`` is not (any more)."""
         return self._users.get(kind) is user and self._users.pop(kind) is user
 
-    def ask(self, address: str, message: Message, kind: type[T], timeout: float | None = None) -> T:
+    def ask(
+        self,
+        address: str,
+        message: Message,
+        kind: type[T],
+        timeout: float | None = None,
+        stop: Callable[[], bool] = bool,
+    ) -> T:
         """What the channel at ``address`` answers. If its connection breaks, a request is repeated
-        by the next one; it is carried out once or not at all.
+        by the next one; it is carried out once or not at all. Ends early if ``stop()``.
 
         Raises:
             PeerError: nobody is reached there, it is gone, it refuses, the secret differs.
@@ -183,8 +230,10 @@ class Channel:
         If the caller is interrupted, the connection stays usable, and the answer is dropped.
         """
 
+        until = self._until(timeout)
+
         def go() -> T:
-            *_, back = self._sending(address, message, timeout, True)
+            *_, back = self._sending(address, message, until, True, stop)
             return self._read(back, address, message, kind)
 
         return uninterrupted(go)
@@ -200,7 +249,8 @@ class Channel:
         self, asked: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None
     ) -> list[T | PortaKVError]:
         """Do what `ask_all` promises."""
-        found, sending = dict[int, Any](), [self._sending(*x, timeout, True) for x in asked]
+        found, until = dict[int, Any](), self._until(timeout)
+        sending = [self._sending(*x, until, True) for x in asked]
         first = {asked[n][0]: n for n in reversed(range(len(asked)))}
         order = [first[address] for address in sorted(first)]  # each keeps its connection
 
@@ -236,7 +286,7 @@ class Channel:
 
     def tell(self, address: str, message: Message) -> None:
         """Send what has no answer; raises as `ask` does if nobody is reached."""
-        uninterrupted(lambda: [*self._sending(address, message, None, False)])
+        uninterrupted(lambda: [*self._sending(address, message, self._until(None), False)])
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""
@@ -246,7 +296,8 @@ class Channel:
 
     def statistics(self) -> dict[str, int]:
         """Connections now, to here and to others, and what was counted."""
-        return {"peers": len(self._peers), "links": len(self._links), **self.counts}
+        now = {"peers": len(self._peers), "links": len(self._links)}
+        return {**now, "kept_bytes": self._last.nbytes, **self.counts}
 
     def close(self) -> None:
         """End all connections; requests under way raise `PeerError`."""
@@ -277,24 +328,32 @@ class Channel:
 
     # ---- in an asker's thread
 
+    def _until(self, timeout: float | None) -> float:
+        """Return the time at which a question ends that begins now."""
+        return monotonic() + (self.timeout if timeout is None else max(0.0, timeout))
+
     def _sending(
-        self, address: str, message: Message, timeout: float | None, answer: bool
+        self,
+        address: str,
+        message: Message,
+        until: float,
+        answer: bool,
+        stop: Callable[[], bool] = bool,
     ) -> Generator[bytes]:
         """Yields nothing each time the message is sent, at last its answer if there is to be one;
         its connection is this thread's until it ends."""
-        seconds = self.timeout if timeout is None else timeout
-        until, what = monotonic() + seconds, f"{type(message).__name__} for {address}"
+        what = f"{type(message).__name__} for {address}"
         body, by = encode(message), None
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
         link = self._link(address)
-        if not link.lock.acquire(timeout=max(0.0, seconds)):
-            raise TransferTimeout(f"{what} waited {seconds:g} s behind another without an answer.")
+        if not link.lock.acquire(timeout=max(0.0, until - monotonic())):
+            raise TransferTimeout(f"{what} waited for another without an answer, and was not sent.")
         try:
             link.asked += answer
             data = HEAD.pack(VERSION, self.id, link.number, number := link.asked * answer) + body
             while True:
-                self._look(link, until, what)
+                self._look(link, until, what, stop)
                 with suppress(zmq.Again):
                     # Or again, once the next connection stands: before, the old one may take it.
                     if by is not (life := link.life) and (link.up or by is None):
@@ -310,8 +369,10 @@ class Channel:
         finally:
             link.lock.release()
 
-    def _look(self, link: _Link, until: float, what: str) -> None:
+    def _look(self, link: _Link, until: float, what: str, stop: Callable[[], bool]) -> None:
         """Raise what became of a link's connection; if it is over, the next request makes one."""
+        if stop():
+            raise TransferTimeout(f"{what} was given up, as nothing waits for its answer.")
         if abandoned():  # an answer to this request is passed over
             raise KeyboardInterrupt
         late, why = monotonic() > until, link.why or "the channel was closed" * self._closed
@@ -328,8 +389,9 @@ class Channel:
             with self._lock:
                 if not (link := self._links.get(address)):
                     local = re.match("ipc://(/.+)", address)
-                    if not local and not (self._keys and address.startswith("tcp://")):
-                        raise OSError("expected ipc:// of this host or, with a secret, tcp://")
+                    if "\0" in address or not (local or (self._keys and _NUMERIC.match(address))):
+                        expected = "expected ipc:// of this host or, with a secret, tcp:// with a"
+                        raise OSError(f"{expected} numeric address and a port")
                     if local and os.stat(local[1]).st_uid != os.getuid():
                         raise OSError("another user listens there")
                     self._made += 1
@@ -354,7 +416,10 @@ class Channel:
 
     def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
         made: zmq.Socket[bytes] = self._context.socket(kind)
-        made.linger, made.sndhwm, made.rcvhwm, made.ipv6 = 0, QUEUED, QUEUED, "[" in address
+        server = kind == zmq.ROUTER
+        made.linger, made.ipv6 = 0, "[" in address
+        made.sndhwm = WAITING if server else QUEUED  # of answers, of which each asker has one
+        made.rcvhwm = QUEUED if server else WAITING
         made.maxmsgsize = (LIMIT if kind == zmq.ROUTER else ANSWER) + 256  # CURVE and HEAD add some
         made.heartbeat_ivl, made.heartbeat_timeout, made.handshake_ivl = HEARTBEAT, DEAD, HANDSHAKE
         if self._keys:
@@ -443,13 +508,18 @@ class Channel:
     def _take(self) -> None:
         """Answer one request."""
         *names, frame = self._router.recv_multipart(copy=False)
+        if len(names) != 1:
+            names = names[:1] + names[-1:]
         name, data = names[0].bytes, frame.bytes
         if len(names) != 1 or not HEAD.size <= len(data) <= HEAD.size + LIMIT:
             self.counts["size"] += 1
+            if len(names) != 1:
+                self._cut(frame.get(zmq.SRCFD))
             return
         version, id, _, number = HEAD.unpack_from(data)
         peer = self._peers.get(name) or self._peer(name, frame.get(zmq.SRCFD), id)
-        last, back = self._last.get(data[1:21], (0, b""))
+        link = data[1:21]
+        last, back = self._last.get(link)
         if version != VERSION:
             back = self._refused(number, "version", f"release of version {VERSION}, not {version}")
         elif peer is None or peer.id != id:
@@ -460,10 +530,20 @@ class Channel:
         else:
             back = self._answer(peer, memoryview(data)[HEAD.size :], number)
             if number:
-                self._last.pop(data[1:21], None)  # so that it counts as the youngest
-                self._last[data[1:21]] = number, back
+                if peer.link != link:  # of a connection one answer is kept
+                    self._last.drop(peer.link)
+                    peer.link = link
+                self._last.keep(link, number, back)
         if number and back:
             self._router.send_multipart([name, back])
+
+    def _cut(self, fd: int) -> None:
+        """End a connection that sends messages of several frames, which no channel does."""
+        self._see()
+        if fd not in self._fds:
+            return
+        with suppress(OSError), socket(fileno=os.dup(fd)) as connection:
+            connection.shutdown(SHUT_RDWR)
 
     def _answer(self, peer: Peer, data: memoryview, number: int) -> bytes:
         try:
@@ -485,6 +565,34 @@ class Channel:
     def _refused(self, number: int, reason: str, why: str) -> bytes:
         self.counts[reason] += 1
         return BACK.pack(VERSION, True, number) + why.encode()
+
+
+def _too_short(secret: object) -> str:
+    """Return the sentence that refuses a secret, without its text; empty if it serves."""
+    got = f"a secret of {len(secret)}" if isinstance(secret, bytes | str) else type(secret).__name__
+    if isinstance(secret, bytes | str) and len(secret) >= 16:
+        return ""
+    return f"Expected a secret of 16 bytes or more, got {got}. Pass secrets.token_bytes(32)."
+
+
+def _check_address(address: str | None, secret: bool) -> None:
+    """Raise `InvalidTerms` for an address at which no channel can listen."""
+    if address is None:
+        return
+    example = "Pass None, or one such as 'tcp://10.0.0.1:0'."
+    expected = "None, or a tcp:// address of numbers with a port of 0 to 65535"
+    if not isinstance(address, str) or not address.startswith("tcp://"):
+        raise invalid("address", expected, address, example)
+    numeric = _NUMERIC.fullmatch(address)
+    port = address.rpartition(":")[2]
+    interface = re.fullmatch(r"tcp://[A-Za-z0-9_.*-]{1,255}:[0-9]{1,5}", address)
+    if not (numeric or interface) or int(port) > 65535:
+        raise invalid("address", expected, address, example)
+    if not secret:
+        raise InvalidTerms(
+            f"Expected a secret with {address}, got none. Pass secret=, as TCP connections are "
+            f"always encrypted."
+        )
 
 
 def _event(monitor: zmq.Socket[bytes]) -> tuple[str, int]:
