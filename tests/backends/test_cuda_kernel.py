@@ -106,7 +106,7 @@ def _judge_sass(code: str, vector: int) -> None:
         entry = rest.partition(".section\t")[0]
         found = re.findall(r"\b(LDG?|STG?|LDL|STL)((?:\.[A-Z0-9]+)*) ", entry)
         assert not {op for op, _ in found} & {"LD", "ST", "LDL", "STL"}, "generic or local memory"
-        loads = [kind for op, kind in found if op == "LDG"]
+        loads = [kind for op, kind in found if op == "LDG" and ".STRONG" not in kind]
         stores = [kind for op, kind in found if op == "STG" and ".STRONG" not in kind]
         assert stores == [_SASS[vector]] * each, stores
         assert loads.count(_SASS[vector]) >= each, loads
