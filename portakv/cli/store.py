@@ -140,7 +140,7 @@ def _shown(store: Path) -> dict[str, Any]:
     form = slots.form_in(store)
     count = (store / "slots").stat().st_size // form.image_bytes
     # The records that a recovery believes.
-    blocks = [x for x in enumerate(slots.records_in(store, form)[:count]) if x[1][slots.SEGMENTS]]
+    blocks = [x for x in enumerate(slots.records_in(store, form, count)) if x[1][slots.SEGMENTS]]
     keys = {
         x[: slots.GENERATION].tobytes() for i, x in blocks if image.checksum(x[:-1], i) == x[-1]
     }

@@ -142,18 +142,30 @@ class BlockForm:
 
     @classmethod
     def from_json(cls, text: str) -> BlockForm:
-        """The form that `json` told; raises `StoreError` for any other text or format."""
+        """Return the form that `json` wrote. Raises `StoreError` for any other text or format; the
+        error shows nothing of the text."""
         try:
-            told: dict[str, Any] = json.loads(text)
-            found, ranges = told.pop("format"), ("widths", "layers", "heads")
-            form = cls(**{**told, **{name: tuple(told[name]) for name in ranges}})
-            if found == FORMAT and form.image_bytes > HEADER:
+            fields: dict[str, Any] = json.loads(text)
+            version = fields.pop("format")
+            if version != FORMAT:
+                raise StoreError(
+                    f"Expected the JSON of a block form of format {FORMAT}, got format "
+                    f"{arguments.shown(version)}. Use the release that wrote it, or wipe the store."
+                )
+            fields.pop("folder", None)  # what a disk's folder adds about itself
+            for name in ("widths", "layers", "heads"):
+                fields[name] = tuple(fields[name])
+            form = cls(**fields)
+            if form.image_bytes > HEADER:
                 return form
-        except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
-            found = error
+            found = "fields of wrong types or values"
+        except (json.JSONDecodeError, RecursionError):
+            found = "text that is not JSON"
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+            found = "other JSON"
         raise StoreError(
-            f"A form of blocks was to be read from text {arguments.shown(text)} and {found!r} was "
-            f"found: expected format {FORMAT}; use the release that wrote it, or wipe the store."
+            f"Expected the JSON of a block form of format {FORMAT}, got {found}. Use the release "
+            f"that wrote it, or wipe the store."
         )
 
     def json(self) -> str:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import mmap
 import os
+import stat
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,11 +26,13 @@ from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.storage.chains import UNKNOWN, Chains, mark_of
 from portakv.storage.engine import LOST, Engine, Request
+from portakv.storage.files import open_file, read_file, unusable, wrong_owner
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header, predecessor
 
 PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
-OPEN = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+OPEN = os.O_RDWR | os.O_CREAT
+_MOST_FORM = 1 << 20  # bytes of form.json
 #: A record in u64: key (4), generation, mark of the predecessor, segments, a checksum of each,
 #: zeros, and the seal, which is seeded with the slot: it holds for no other. Sealed zeros are no
 #: block. In place of the mark older releases wrote the bytes of the payload, which nothing has ever
@@ -40,19 +43,25 @@ Place = tuple[int, Header]  # the slot of a block, and what its image must say
 
 
 def form_in(folder: Path) -> BlockForm:
-    """What a folder's form.json says, which tells more of the folder; raises `StoreError`."""
-    text = (folder / "form.json").read_text(errors="replace")
-    with suppress(ValueError, AttributeError, TypeError):  # the form refuses it, too
-        told = json.loads(text)
-        told.pop("folder", None)
-        text = json.dumps(told)
-    return BlockForm.from_json(text)
+    """Return the form of a folder's form.json. Raises `StoreError`, or `OSError` as `open_file`."""
+    file = folder / "form.json"
+    text = read_file(file, _MOST_FORM).decode(errors="replace")
+    try:
+        return BlockForm.from_json(text)
+    except StoreError as error:
+        raise StoreError(f"{file} is damaged or of another release. {error}") from error
 
 
-def records_in(folder: Path, form: BlockForm) -> npt.NDArray[np.uint64]:
-    """The records of a folder's table, u64 ``[slots, words]``, whatever they are worth."""
-    words, table = 32 if len(form.segments) <= 24 else 64, folder / "table"
-    found = np.fromfile(table, "<u8") if table.exists() else np.zeros(0, "<u8")
+def records_in(folder: Path, form: BlockForm, count: int) -> npt.NDArray[np.uint64]:
+    """Return the records of the first ``count`` slots of a folder's table, or fewer, as u64
+    ``[slots, words]``; they may be damaged."""
+    words = 32 if len(form.segments) <= 24 else 64
+    try:
+        fd = open_file(folder / "table")
+    except FileNotFoundError:
+        return np.zeros((0, words), "<u8")
+    with os.fdopen(fd, "rb") as file:
+        found = np.fromfile(file, "<u8", count * words)
     return found[: len(found) // words * words].reshape(-1, words)
 
 
@@ -94,11 +103,7 @@ class Slots:
             self.close(sync=False)
             if not isinstance(error, OSError):
                 raise
-            raise StoreError(
-                f"The store's folder {folder} was asked for with {room or 'its own'} bytes, and "
-                f"this was found: {error.strerror}. Expected a folder of this user, no link, that "
-                f"can be written and has the room; correct the path or the capacity."
-            ) from error
+            raise unusable(folder, error) from error
         self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
         if self._free:
             self._put(self._free[0])  # from now on a table of zeros is one that was lost
@@ -109,14 +114,8 @@ class Slots:
         if room is not None:
             self._claim = claim(self.folder.parent)
             os.makedirs(self.folder, 0o700, exist_ok=True)
-        if self.folder.is_symlink() or self.folder.stat().st_uid != os.geteuid():
-            raise PermissionError(1, "it is a link, or another user's")
-        found = form_in(self.folder) if (self.folder / "form.json").exists() else None
-        if found not in (None, self.form) or (found is None and table.exists()):
-            raise StoreError(
-                f"{self.folder} was asked for blocks of {self.form}, and its form.json says "
-                f"{found or 'nothing'}; restore that, or remove all by `portakv store wipe`."
-            )
+        self._check_folder()
+        found = self._form_found()
         self.fd = lock(self.folder / "slots")  # the very file of the I/O
         if self.fd < 0:
             raise StoreBusy(
@@ -126,16 +125,19 @@ class Slots:
         known = os.fstat(self.fd).st_size // size
         self.count = known if room is None else room // size
         if not self.count:
-            raise OSError(22, f"a block takes {size}, so that none fits")
+            raise StoreError(
+                f"Expected room for a block in {self.folder}, got {room or 0} bytes; a block takes "
+                f"{size}. Increase the capacity."
+            )
         about: dict[str, Any] = {"slots": self.count, "slot_bytes": size, "alignment": PAGE}
         about |= {"segments": len(self.form.segments), "checksum": "xxh3-64"}
         told = {**json.loads(self.form.json()), "folder": about}
         same, file = json.dumps(told)[:-2], self.folder / "form.json"  # but for who wrote it
-        if found is None or not file.read_text(errors="replace").startswith(same):
+        if found is None or not read_file(file, _MOST_FORM).startswith(same.encode()):
             about["written_by"] = f"portakv {__version__}"
             self._tell(file.name, json.dumps(told), must=found is None)
-        self._table = os.open(table, OPEN, 0o600)
-        old = records_in(self.folder, self.form)[: min(self.count, known)]
+        self._table = open_file(table, OPEN)
+        old = records_in(self.folder, self.form, min(self.count, known))
         os.ftruncate(self._table, old.nbytes)  # records of slots that are no more
         _allocate({self._table: self.count * 8 * old.shape[1], self.fd: self.count * size})
         self._records: npt.NDArray[np.uint64] = np.zeros((self.count, old.shape[1]), "<u8")
@@ -148,6 +150,35 @@ class Slots:
             self.direct = False
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
         return len(old), min(known, self.count)
+
+    def _form_found(self) -> BlockForm | None:
+        """Return the form of form.json, None for a new folder. Refuses another form."""
+        try:
+            found = form_in(self.folder)
+        except FileNotFoundError:
+            if not os.path.lexists(self.folder / "table"):
+                return None
+            raise StoreError(
+                f"Expected {self.folder / 'form.json'} with the form of the blocks there, got no "
+                f"such file. Restore it, or remove the blocks by `portakv store wipe`."
+            ) from None
+        if found != self.form:
+            raise StoreError(
+                f"Expected {self.folder / 'form.json'} to hold {self.form}, got {found}. Restore "
+                f"it, or remove the blocks by `portakv store wipe`."
+            )
+        return found
+
+    def _check_folder(self) -> None:
+        """Refuse a link and another user's folder."""
+        about = os.lstat(self.folder)
+        if stat.S_ISLNK(about.st_mode):
+            raise StoreError(
+                f"Expected {self.folder} to be a directory, got a symbolic link. Remove it, or "
+                f"give the store another folder."
+            )
+        if about.st_uid != os.geteuid():
+            raise wrong_owner(self.folder, about.st_uid)
 
     def _recover(self, engine: Engine, track: Track, records: int, known: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
@@ -188,10 +219,13 @@ class Slots:
 
         used = list[int]()
         order = self.folder / "order"
-        with suppress(FileNotFoundError, ValueError, TypeError):  # there is none after a kill
-            told = json.loads(order.read_bytes())
+        # The order is a hint: nothing that is wrong with it stops a start. It is not there after a
+        # kill.
+        with suppress(OSError, StoreError, ValueError, TypeError, RecursionError):
+            told = json.loads(read_file(order, 16 * len(held) + _MOST_FORM))
             used = [slot for slot in told if isinstance(slot, int) and slot in held]
-        order.unlink(missing_ok=True)
+        with suppress(OSError):
+            order.unlink()
         late = {*used}
         before = [slot for slot in slots.tolist() if slot in held and slot not in late]
         last = dict.fromkeys([*before, *used])
@@ -357,8 +391,8 @@ class Slots:
         """Write a small file, whole or not at all, whenever the power fails; on a device that is
         full only if it must."""
         new = self.folder / f"{name}.new"
-        with suppress(*[] if must else [OSError]):
-            with open(os.open(new, OPEN | os.O_TRUNC, 0o600), "w") as file:
+        with suppress(*[] if must else [OSError, StoreError]):
+            with open(open_file(new, OPEN | os.O_TRUNC), "w") as file:
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
@@ -387,8 +421,9 @@ def claim(folder: Path) -> int:
 def _claim(folder: Path) -> int:
     """Do what `claim` promises."""
     os.makedirs(folder, 0o700, exist_ok=True)
-    if folder.stat().st_uid not in (0, os.geteuid()):  # root could do anything anyway
-        raise PermissionError(1, f"{folder} is another user's")
+    owner = folder.stat().st_uid
+    if owner not in (0, os.geteuid()):  # root could do anything anyway
+        raise wrong_owner(folder, owner)
     if (fd := lock(folder / "lock")) < 0:
         own = folder.resolve() in {x.folder.parent.resolve() for x in _opened if x._claim >= 0}
         raise StoreBusy(
@@ -403,7 +438,7 @@ def _claim(folder: Path) -> int:
 
 def lock(file: Path) -> int:
     """A descriptor of a file that is locked by it; -1 if another one has it, or removed it."""
-    fd = os.open(file, OPEN, 0o600)
+    fd = open_file(file, OPEN)
     with suppress(BlockingIOError):
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(fd).st_nlink:
@@ -413,9 +448,12 @@ def lock(file: Path) -> int:
 
 
 def holder(folder: Path) -> str:
-    """The process that claimed a folder last."""
-    told = folder / "lock"
-    return f"process {told.read_text() if told.exists() else '?'}"
+    """Return a name for the process that claimed a folder last."""
+    try:
+        text = read_file(folder / "lock", 20).decode()
+    except (OSError, StoreError, UnicodeDecodeError):
+        text = ""
+    return f"process {text if text.isdigit() else '?'}"
 
 
 def _allocate(sizes: dict[int, int]) -> None:

@@ -189,7 +189,7 @@ def test_a_form_that_cannot_be_read_is_a_row_with_the_reason(
         return  # which are made anew, empty
     ran = run(*words, str(folder))
     assert (ran.code, ran.err) == (int(words[0] == "store"), "")
-    why = "expected format 1" if harm == "another format" else "No such file"
+    why = "of format 1, got format 99" if harm == "another format" else "No such file"
     assert re.search(rf"{FORM.name}, .*{why}", ran.out)
     assert re.search(rf"{OTHER.name}.* 2 +{SLOTS} ", ran.out)
 

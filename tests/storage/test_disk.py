@@ -441,7 +441,7 @@ def test_one_store_has_a_folder(tmp_path: Path, shelf: Open) -> None:
     assert cases.ended_well(cases.forked(child))
     assert not (tmp_path / "a" / other.name).exists()
     one.close()
-    with pytest.raises(StoreError, match="fits"):  # which leaves nothing locked
+    with pytest.raises(StoreError, match="Increase the capacity"):  # which leaves nothing locked
         shelf(LARGE, blocks=0.5)
     assert save(shelf(other, "link"), KEYS[:1]) == [True]
 

@@ -323,7 +323,7 @@ def test_no_room_when_it_is_made(small_device: Path, folder: Path) -> None:
     with pytest.raises(StoreError, match="bytes are free"):
         opened(small_device / "x", 200)
     opened(small_device / "x", 64).close()
-    with pytest.raises(StoreError, match=r"bytes are free.*correct the path or the capacity"):
+    with pytest.raises(StoreError, match=r"no space left.*bytes are free.*lower the capacity"):
         opened(folder, 1 << 40)
     assert [(folder / x).stat().st_blocks for x in ("slots", "table")] == [0, 0]
 
@@ -347,7 +347,7 @@ def test_a_quota_that_nobody_tells(folder: Path, monkeypatch: pytest.MonkeyPatch
     opened(folder, 4).close()
     with monkeypatch.context() as patch:
         patch.setattr(os, "posix_fallocate", allocate)
-        with pytest.raises(StoreError, match="No space left"):
+        with pytest.raises(StoreError, match="no space left"):
             opened(folder)
     assert [(folder / x).stat().st_size for x in ("slots", "table")] == [4 * IMAGE, 4 * 256]
     opened(folder).close()
@@ -405,7 +405,7 @@ def test_a_read_only_filesystem(small_device: Path) -> None:
     opened(small_device / "x").close()
     subprocess.run(["mount", "-o", "remount,ro", small_device], check=True)
     for name in ("x", "y"):
-        with pytest.raises(StoreError, match="Read-only file system"):
+        with pytest.raises(StoreError, match="read-only file system"):
             opened(small_device / name)
 
 
@@ -443,7 +443,12 @@ def test_something_else_in_place_of_the_folder(
     else:
         place.rename(folder)
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    with pytest.raises(StoreError, match="Expected a folder of this user, no link"):
+    why = {
+        "link": "to be a directory, got a symbolic link",
+        "file": "it is not a directory",
+        "owner": "to belong to user 12345, got user",
+    }
+    with pytest.raises(StoreError, match=why[what]):
         opened(folder)
     assert what == "file" or list(folder.iterdir()) == []
 
@@ -470,7 +475,12 @@ def test_something_else_in_place_of_the_tiers_folder(
         monkeypatch.setattr(os, "geteuid", lambda: 12345)
     elif what != "file":
         (tier / "lock").symlink_to(tmp_path / "victim")
-    with pytest.raises(StoreError, match="Expected a folder of this user, no link"):
+    why = {
+        "file": "it is not a directory",
+        "owner": "to belong to user .*, got user",
+        "link of its lock": "lock to be a regular file, got a symbolic link",
+    }
+    with pytest.raises(StoreError, match=why[what]):
         opened(tier / FORM.name)
     assert not (tmp_path / "victim").exists()
     assert what != "owner" or list(tier.iterdir()) == []
@@ -481,7 +491,90 @@ def test_a_link_in_place_of_a_file(folder: Path) -> None:
     opened(folder).close()
     (folder / "slots").rename(folder.parent / "slots")
     (folder / "slots").symlink_to(folder.parent / "slots")
-    with pytest.raises(StoreError, match="symbolic links"):
+    with pytest.raises(StoreError, match="got a symbolic link"):
+        opened(folder)
+
+
+NESTED = b"[" * 200_000
+
+
+def spoil(path: Path, how: str) -> None:
+    """Put something else in place of a file."""
+    path.unlink(missing_ok=True)
+    if how == "link":
+        outside = path.parent.parent / "secret"
+        outside.write_text("a secret of somebody")
+        path.symlink_to(outside)
+    elif how == "pipe":
+        os.mkfifo(path)
+    elif how == "directory":
+        path.mkdir()
+    elif how == "nested":
+        path.write_bytes(NESTED)
+    elif how == "binary":
+        path.write_bytes(bytes(range(256)))
+    elif how == "long":
+        path.write_bytes(b" " * (64 << 20))
+
+
+SPOILED = {
+    "link": "to be a regular file, got a symbolic link",
+    "pipe": "to be a regular file, got a pipe",
+    "directory": "to be a regular file, got a directory",
+    "nested": "is damaged .* got text that is not JSON",
+    "binary": "is damaged .* got text that is not JSON",
+    "long": "to have at most 1048576 bytes, got more",
+}
+
+
+@pytest.mark.parametrize("how", [*SPOILED])
+def test_something_else_in_place_of_form_json(folder: Path, how: str) -> None:
+    """It is refused in a sentence that names the file and shows nothing of what it holds."""
+    opened(folder).close()
+    file = folder / "form.json"
+    spoil(file, how)
+    with pytest.raises(StoreError, match=SPOILED[how]) as caught:
+        opened(folder)
+    assert str(file) in str(caught.value)
+    assert "secret of" not in str(caught.value)
+    assert "\\x" not in str(caught.value)
+    assert "RecursionError" not in str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["link", "pipe", "directory"])
+@pytest.mark.parametrize("name", ["slots", "table"])
+def test_something_else_in_place_of_slots_or_table(folder: Path, name: str, how: str) -> None:
+    opened(folder).close()
+    spoil(folder / name, how)
+    with pytest.raises(StoreError, match=SPOILED[how]) as caught:
+        opened(folder)
+    assert str(folder / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("how", [*SPOILED])
+def test_an_order_that_is_wrong_stops_nothing(folder: Path, how: str) -> None:
+    """The order of use is a hint."""
+    with closing(opened(folder)) as slots:
+        assert put(slots, KEYS[0], 1)
+    spoil(folder / "order", how)
+    for _ in range(2):
+        with closing(opened(folder)) as slots:
+            assert [*slots.index] == [KEYS[0]]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to give a file away")
+@pytest.mark.parametrize("name", ["slots", "table", "form.json", "order"])
+def test_a_file_of_another_user(folder: Path, name: str) -> None:
+    with closing(opened(folder)) as slots:
+        assert put(slots, KEYS[0], 1)
+        assert put(slots, KEYS[1], 2)
+        slots.touch([KEYS[0]])
+    os.chown(folder / name, 12345, -1)
+    if name == "order":
+        with closing(opened(folder)) as slots:
+            assert len(slots.index) == 2
+        return
+    with pytest.raises(StoreError, match=f"{name} to belong to user 0, got user 12345"):
         opened(folder)
 
 
@@ -557,10 +650,10 @@ def test_capacity_changes(folder: Path) -> None:
     with closing(opened(folder, None)) as slots:
         assert slots.count == 3
         assert slots.by_use() == KEYS[:3]
-    with pytest.raises(StoreError, match=f"a block takes {IMAGE}"):
+    with pytest.raises(StoreError, match=f"a block takes {IMAGE}.*Increase the capacity"):
         Slots(folder, FORM, IMAGE - 1, ENGINE)
     os.truncate(folder / "slots", 0)
-    with pytest.raises(StoreError, match="with its own bytes"):
+    with pytest.raises(StoreError, match="room for a block"):
         opened(folder, None)
 
 

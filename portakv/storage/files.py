@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files of a disk tier: one function opens each of them, and one says why it cannot be used."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from portakv.errors import StoreError
+
+#: Flags that every file of a store is opened with: links are not followed, and a pipe never blocks.
+_SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFLNK: "a symbolic link",
+}
+_CAUSES = {
+    errno.ENOENT: "it does not exist",
+    errno.EROFS: "it lies on a read-only file system",
+    errno.EACCES: "this user has no permission",
+    errno.EPERM: "this user has no permission",
+    errno.ENOSPC: "the device has no space left",
+    errno.EDQUOT: "the quota of this user is used up",
+    errno.EISDIR: "it is a directory",
+    errno.EEXIST: "it is not a directory",
+    errno.ENOTDIR: "it is not a directory, or lies below a file",
+    errno.ELOOP: "it is a symbolic link",
+}
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """Open a regular file of this user and return its descriptor. A file that is made is private.
+
+    Raises `OSError` as `os.open`, and `StoreError` for a link, a pipe, a directory, a device, or a
+    file of another user.
+    """
+    try:
+        fd = os.open(path, flags | _SAFE, 0o600)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise wrong_kind(path, "a symbolic link") from error
+        if error.errno == errno.EISDIR:
+            raise wrong_kind(path, "a directory") from error
+        if error.errno == errno.ENXIO:
+            raise wrong_kind(path, "a socket or a device") from error
+        raise
+    about = os.fstat(fd)
+    kind = stat.S_IFMT(about.st_mode)
+    if kind == stat.S_IFREG and about.st_uid == os.geteuid():
+        return fd
+    os.close(fd)
+    if kind != stat.S_IFREG:
+        raise wrong_kind(path, _KINDS.get(kind, "something else"))
+    raise wrong_owner(path, about.st_uid)
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """Return what a file of this user holds. Raises as `open_file`, and `StoreError` for a file of
+    more than ``most`` bytes."""
+    with os.fdopen(open_file(path), "rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise StoreError(
+            f"Expected {path} to have at most {most} bytes, got more. It is damaged: restore "
+            f"it, or remove its folder by `portakv store wipe`."
+        )
+    return data
+
+
+def wrong_kind(path: Path, found: str) -> StoreError:
+    """Return the error for something else in place of a file."""
+    return StoreError(
+        f"Expected {path} to be a regular file, got {found}. Remove it, or give the store another "
+        f"folder."
+    )
+
+
+def wrong_owner(path: Path, uid: int) -> StoreError:
+    """Return the error for a file or folder of another user."""
+    return StoreError(
+        f"Expected {path} to belong to user {os.geteuid()}, got user {uid}. Correct its owner, or "
+        f"give the store another folder."
+    )
+
+
+def unusable(folder: Path, error: OSError) -> StoreError:
+    """Return the error for a folder of which the system refuses a file."""
+    place = error.filename or folder
+    number = error.errno or 0
+    detail = error.strerror or str(error)
+    cause = _CAUSES.get(number, detail)
+    if detail not in (cause, os.strerror(number)):
+        cause += f" ({detail})"
+    if number == errno.ENOSPC:
+        advice = "Free some space, or lower the capacity."
+    elif number == errno.EROFS:
+        advice = "Mount it writable, or give the store another folder."
+    elif number in (errno.EACCES, errno.EPERM):
+        advice = "Correct its permissions, or give the store another folder."
+    else:
+        advice = "Correct it, or give the store another folder."
+    return StoreError(f"Expected to use {place}, but {cause}. {advice}")
