@@ -11,6 +11,7 @@ from statistics import median
 import torch
 
 from portakv.graph.graph import Graph, Node
+from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.choose import choose
 from portakv.storage.form import BlockForm
 from portakv.storage.slots import Slots
@@ -62,9 +63,11 @@ def _start(bench: StorageBench) -> Rows:
     engine, _ = choose()
     given = bench.folder / "start", form, count * form.image_bytes, engine
     slots = Slots(*given)
+    follows = FIRST
     for n in range(count):
         key = n.to_bytes(32, "big")
-        slots.seal(slots.take(key) or 0, key, n + 1, (n,))
+        slots.seal(slots.take(key, None, follows) or 0, key, n + 1, (n,))
+        follows = mark_of(key)
     slots.close()
     samples, right = [], True
     for _ in range(ROUNDS):
