@@ -284,9 +284,9 @@ class Channel:
         except Exception:
             raise PeerError(f"{what} was answered, but by nothing that was expected.") from None
 
-    def tell(self, address: str, message: Message) -> None:
+    def tell(self, address: str, message: Message, timeout: float | None = None) -> None:
         """Send what has no answer; raises as `ask` does if nobody is reached."""
-        uninterrupted(lambda: [*self._sending(address, message, self._until(None), False)])
+        uninterrupted(lambda: [*self._sending(address, message, self._until(timeout), False)])
 
     def watch(self, address: str, gone: Callable[[], object]) -> Callable[[], object]:
         """Have ``gone`` called when the connection to ``address`` ends; see `Peer.on_gone`."""

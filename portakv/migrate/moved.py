@@ -5,8 +5,10 @@ compare digests."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from math import inf
+from queue import Empty
 from time import monotonic, sleep
 
 import torch
@@ -18,6 +20,7 @@ from portakv.graph.graph import Graph, Node
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
+from portakv.migrate.movers.base import Moving
 from portakv.migrate.published import CANCELLED, Pull
 from portakv.migrate.steps import Slice, Step
 from portakv.runtime.streams import Behind
@@ -30,7 +33,7 @@ PATIENCE = 30.0  # seconds for which an owner that is busy is asked again, and a
 def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> None:
     """Have an owner bring a slice of a step into a slot, take it, and scatter it."""
     (layers, at, count), owner = part, step.owner
-    number, room, moving = owner.slots.get()
+    number, room, moving = _free_slot(step, pull)
     try:
         if moving is not None:  # whose pull was stopped; bytes may still come
             _await(moving.free.wait, pull)
@@ -39,7 +42,7 @@ def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> N
             if (nbytes := chunk_bytes(dst, count)) > room.nbytes:
                 room = staging(nbytes, room.device, owner.welcome.slot_bytes)
             slot = room[:nbytes]
-            with owner.turn:
+            with _turn(step, pull):
                 start = pace.start_of(slot.nbytes)
                 while (left := pace.left(start)) and not pull.over:
                     sleep(min(left, 0.05))
@@ -54,13 +57,39 @@ def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> N
         owner.slots.put((number, room, moving))
 
 
+def _free_slot(step: Step, pull: Pull) -> tuple[int, torch.Tensor, Moving | None]:
+    """Return a slot of the owner once one is free, for as long as the pull waits."""
+    until = monotonic() + PATIENCE
+    while True:
+        with suppress(Empty):
+            return step.owner.slots.get(timeout=0.05)
+        _check(pull, until)
+
+
+@contextmanager
+def _turn(step: Step, pull: Pull) -> Iterator[None]:
+    """Hold the owner's turn, once other pulls have given it back."""
+    until = monotonic() + PATIENCE
+    while not step.owner.turn.acquire(timeout=0.05):
+        _check(pull, until)
+    try:
+        yield
+    finally:
+        step.owner.turn.release()
+
+
+def _check(pull: Pull, until: float) -> None:
+    """Raise if a pull waits no more for a slot."""
+    if pull.over:
+        raise TransferCancelled(CANCELLED)
+    if monotonic() > until:
+        raise TransferTimeout(f"No staging buffer was free for {PATIENCE:g} s. Pull again later.")
+
+
 def _await(ended: Callable[[float], bool], pull: Pull) -> None:
     until = monotonic() + PATIENCE
     while not ended(0.05):
-        if pull.over:
-            raise TransferCancelled(CANCELLED)
-        if monotonic() > until:
-            raise TransferTimeout(f"A slot was not free in {PATIENCE:g} s; pull again later.")
+        _check(pull, until)
 
 
 def taken(
@@ -90,15 +119,17 @@ def verified(step: Step, pull: Pull, *_: object) -> None:
 
 
 def ask(step: Step, gather: Gather, pull: Pull, patience: float = PATIENCE) -> Answer:
-    """An owner's answer to a gather; it is asked again while it is busy."""
+    """Return an owner's answer to a gather; ask again while the owner is busy."""
     until = monotonic() + patience
+    channel = step.owner.channel
     while not pull.over:
-        answer = step.owner.channel.ask(step.owner.address, gather, Answer)
+        answer = channel.ask(step.owner.address, gather, Answer, stop=lambda: pull.over)
         if answer.state == "done":
             return answer
         if answer.state == "gone":
             raise step.ticket.gone(answer.why)
         if answer.state != "busy" or monotonic() > until:
             raise PeerError(f"{step.owner.address} brought no rows: {answer.why or 'it is busy.'}")
-        sleep(answer.seconds)
+        pause = answer.seconds if answer.seconds > 0 else 1e-3
+        sleep(min(pause, 0.05))  # whatever it says, as a pull may end meanwhile
     raise TransferCancelled(CANCELLED)

@@ -9,12 +9,23 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from hashlib import blake2b
+from math import inf
 from queue import LifoQueue
+from time import monotonic
 from typing import Any, cast
 
 import torch
 
-from portakv.errors import BackendUnavailable, LayoutError, OfferGone, PortaKVError, Unsupported
+from portakv.arguments import FOREVER
+from portakv.errors import (
+    BackendUnavailable,
+    LayoutError,
+    OfferGone,
+    PeerError,
+    PortaKVError,
+    TransferTimeout,
+    Unsupported,
+)
 from portakv.migrate import ipc
 from portakv.migrate.channel import Channel
 from portakv.migrate.chunks import staging
@@ -27,6 +38,8 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 
 _HOST = torch.device("cpu")
+FAREWELL = 0.5  # seconds for the last message to all owners
+MOST_SLOTS = 64  # of an owner, which each are a worker here
 
 
 class Paired:
@@ -55,15 +68,19 @@ class Pairings:
         self._model, self._asked, self._movers = model, forced(mover), dict[str, Mover]()
         self._owners, self._lock = dict[tuple[str, bytes], Paired](), threading.Lock()
 
-    def told(self, tickets: bytes | Sequence[bytes]) -> list[tuple[Ticket, Paired]]:
-        """Tickets, and the owner of each; raises as `of`, and `PeerError` for what is none."""
+    def told(
+        self, tickets: bytes | Sequence[bytes], until: float = inf
+    ) -> list[tuple[Ticket, Paired]]:
+        """Return tickets, and the owner of each, by the time ``until``; raise as `of`, and
+        `PeerError` for what is not a ticket."""
         packed = [tickets] if isinstance(tickets, bytes) else dict.fromkeys(tickets)
-        return [(one, self.of(one)) for one in map(Ticket.read, packed)]
+        return [(one, self.of(one, until)) for one in map(Ticket.read, packed)]
 
-    def of(self, ticket: Ticket) -> Paired:
-        """The owner of a ticket.
+    def of(self, ticket: Ticket, until: float = inf) -> Paired:
+        """Return the owner of a ticket.
 
         Raises:
+            TransferTimeout: the pairing had not ended by the time ``until``.
             PeerError, OfferGone: it is gone, or was restarted since.
             LayoutError: its rows cannot become this reader's.
             Unsupported: its memory can neither be mapped nor moved.
@@ -71,21 +88,27 @@ class Pairings:
         key = ticket.address, ticket.epoch
         if (owner := self._owners.get(key)) is not None:
             return owner
-        return uninterrupted(partial(self._pair, ticket, key))
+        return uninterrupted(partial(self._pair, ticket, key, until))
 
-    def _pair(self, ticket: Ticket, key: tuple[str, bytes]) -> Paired:
+    def _pair(self, ticket: Ticket, key: tuple[str, bytes], until: float) -> Paired:
         """Pair with the owner of a ticket, unless another thread has."""
-        with self._lock:
+        wait = min(max(0.0, until - monotonic()), FOREVER)
+        if not self._lock.acquire(timeout=wait):
+            raise TransferTimeout(
+                f"Pairing with {ticket.address} waited for another owner's, and its time was over. "
+                f"Pull again, with a longer timeout."
+            )
+        try:
             if (owner := self._owners.get(key)) is not None:
                 return owner
-            owner = Paired(self.channel, ticket.address, self._greet(ticket))
+            owner = Paired(self.channel, ticket.address, self._greet(ticket, until))
             for old in [x for x in [*self._owners.values()] if x.address == owner.address]:
                 self._forget(old)
             owner.why = self._mapped(owner)
             if owner.why:
                 try:
-                    self._agree(owner, ticket)
-                except OfferGone:
+                    self._agree(owner, ticket, until)
+                except (OfferGone, PeerError, TransferTimeout):
                     raise
                 except PortaKVError as error:
                     why = f"{owner.why}; and they cannot be moved: {error}"
@@ -94,6 +117,8 @@ class Pairings:
             owner.number = min({*range(len(used) + 1)} - used)
             self._owners[key] = owner
             owner.unwatch = self.channel.watch(ticket.address, partial(self._forget, owner))
+        finally:
+            self._lock.release()
         return owner
 
     def close(self) -> None:
@@ -102,24 +127,29 @@ class Pairings:
 
     def _close(self) -> None:
         """Do what `close` promises."""
+        until = monotonic() + min(FAREWELL, self.channel.timeout)
         for owner in [*self._owners.values()]:
             with suppress(PortaKVError):
-                self.channel.tell(owner.address, Bye())
+                left = max(0.0, until - monotonic())
+                self.channel.tell(owner.address, Bye(), left)
             self._forget(owner)
         for mover in self._movers.values():
             mover.close()
 
-    def _greet(self, ticket: Ticket, mover: str = "", slots: torch.device = _HOST) -> Welcome:
+    def _greet(
+        self, ticket: Ticket, until: float, mover: str = "", slots: torch.device = _HOST
+    ) -> Welcome:
         kind: Any = Welcome | Answer
         hello = Hello(self._model, where(slots), mover)
-        welcome = self.channel.ask(ticket.address, hello, kind)
+        seconds = min(self.channel.timeout, max(0.0, until - monotonic()))
+        welcome = self.channel.ask(ticket.address, hello, kind, seconds)
         if not isinstance(welcome, Answer):
             mine = [shard.group for shard in self.shards]
             why = unlike(mine, [one.group for one in welcome.described])
         elif welcome.state == "gone":
             raise ticket.gone(welcome.why)
         else:
-            why = welcome.why
+            why = welcome.why or "it says nothing but that"
         if why:
             raise LayoutError(
                 f"{ticket.address} was asked for its rows, and they cannot become this reader's: "
@@ -132,8 +162,7 @@ class Pairings:
     def _mapped(self, owner: Paired) -> str:
         """Map an owner's memory; or why it cannot be."""
         welcome = owner.welcome
-        for one in welcome.described:  # all is checked before anything is mapped
-            rebuild(one, [reserve(region.nbytes) for region in welcome.regions])
+        _check(owner.address, welcome)  # before anything is mapped
         if missing := [region.why for region in welcome.regions if not region.handle]:
             return f"its owner does not share it: {missing[0]}"
         try:
@@ -157,7 +186,7 @@ class Pairings:
             return str(error)
         return ""
 
-    def _agree(self, owner: Paired, ticket: Ticket) -> None:
+    def _agree(self, owner: Paired, ticket: Ticket, until: float) -> None:
         """Agree with an owner upon a mover, whose slots are where both sides' rows are or, if it
         can carry none there, on the host."""
         # Which one this reader was told to use, or the owner.
@@ -173,7 +202,14 @@ class Pairings:
         owner.mover = self._movers.setdefault(f"{mover.name} {device}", mover)
         if owner.mover is not mover:
             mover.close()
-        owner.welcome = self._greet(ticket, mover.name, device)
+        agreed = self._greet(ticket, until, mover.name, device)
+        same_rows = agreed.described == owner.welcome.described
+        if not (same_rows and 1 <= agreed.slots <= MOST_SLOTS):
+            raise PeerError(
+                f"Expected 1 to {MOST_SLOTS} staging buffers and the rows that it described before "
+                f"from {owner.address}, got {agreed.slots} or others. Pull from another owner."
+            )
+        owner.welcome = agreed
         for number in range(owner.welcome.slots):
             owner.slots.put((number, staging(0, device), None))
 
@@ -185,6 +221,19 @@ class Pairings:
         owner.unwatch()
         if owner.mover:
             owner.mover.forget(owner.address)
+
+
+def _check(address: str, welcome: Welcome) -> None:
+    """Raise `PeerError` if views cannot be rebuilt on regions as an owner describes them."""
+    try:
+        regions = [reserve(region.nbytes) for region in welcome.regions]
+    except (OSError, OverflowError, ValueError) as error:
+        raise PeerError(
+            f"Expected regions of memory that this process has addresses for from {address}, got "
+            f"others ({error}). Pull from another owner."
+        ) from None
+    for described in welcome.described:
+        rebuild(described, regions)
 
 
 def where(device: torch.device) -> str:

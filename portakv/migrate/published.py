@@ -69,11 +69,11 @@ class Pull(Part):
     _late, _ended = False, cast("float | None", None)
     quiet: Told = ()  # whose owners would not know that it reads: they are asked for no rows
 
-    def __init__(self, node: Node, timeout: float | None) -> None:
+    def __init__(self, node: Node, until: float) -> None:
         super().__init__((), [node])
         self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
         self._deciding = threading.Lock()  # what became of it
-        self._until = monotonic() + (3e9 if timeout is None else timeout)
+        self._until = until
         self._began = perf_counter()
 
     @property
@@ -164,7 +164,7 @@ class Pull(Part):
 
     def _await(self, told: Told, one: Any) -> None:
         """Wait for a copy or a node, and renew the offers; raises what it ended with."""
-        third = min(ticket.lease for ticket, _ in told) / 3
+        third = max(MOMENT, min(ticket.lease for ticket, _ in told) / 3)
         while True:
             seconds = third if self.over else max(0.0, min(third, LOOK, self._until - monotonic()))
             if _over(one, seconds):

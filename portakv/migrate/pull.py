@@ -12,8 +12,10 @@ from weakref import WeakSet
 
 import torch
 
+from portakv.arguments import seconds
 from portakv.copy.rows import copy_rows
-from portakv.engines.engine import Terms
+from portakv.engines.engine import Overlap, Terms
+from portakv.errors import PeerError, TransferTimeout
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
@@ -25,6 +27,9 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 
 LONG = 8 << 20  # bytes on the host whose copy takes longer than to tell their owner of it
+
+
+PATIENCE = 7.0  # seconds for which `Reader.close` waits for pulls: they end in three
 
 
 class Reader:
@@ -56,7 +61,7 @@ class Reader:
         *blocks: IdList,
         first: int = 0,
         by_layer: bool = False,
-        overlap: str = "compute",
+        overlap: Overlap = "compute",
         max_thread_blocks: int | None = None,
         max_gbps: float | None = None,
         verify: bool = False,
@@ -72,7 +77,7 @@ class Reader:
             max_gbps: the most 10^9 bytes in a second, of all owners together. Other pulls of rows
                 that the same owner moves wait meanwhile.
             verify: compare digests of all bytes with the owners' before they are published.
-            timeout: seconds from now; then it ends, and publishes nothing.
+            timeout: seconds from the call, pairing included; then it ends, and publishes nothing.
 
         Raises:
             PeerError, OfferGone: no ticket; an owner that is gone, refuses, or was restarted.
@@ -83,15 +88,25 @@ class Reader:
         if capturing(self.device):
             raise refuse_capture("A pull", "owners are asked whether offers held; pull outside")
         self._graph.submit(())  # raises after `close`, and in a forked process
-        told = self._owners.told(tickets)
+        limit = seconds("timeout", timeout, optional=True)
+        until = monotonic() + limit
+        terms = Terms(overlap, max_thread_blocks, max_gbps)
+        try:
+            told = self._owners.told(tickets, until)
+        except PeerError as error:
+            if monotonic() < until:
+                raise
+            raise TransferTimeout(
+                f"The pull had not paired after {limit:g} s; no rows were published. Increase "
+                f"timeout, or ask another owner: {error}"
+            ) from error
         plan = steps(told, self.shards, blocks, first)
         for ticket, owner in told:
             event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None
             if event is not None and not event.query():
                 module = torch.get_device_module(self.device)  # its events take its own streams
                 event.wait(module.current_stream(self.device))
-        terms = Terms(overlap, max_thread_blocks, max_gbps)
-        pull = Pull(Node(None, 1, link=self._link, name="pull"), timeout)
+        pull = Pull(Node(None, 1, link=self._link, name="pull"), until)
         self._pulls.add(pull)
         asked = {step.ticket.offer for step in plan if step.cut.src is None}
         pull.quiet = [one for one in told if one[0].offer not in asked]
@@ -143,11 +158,12 @@ class Reader:
         return "\n".join(lines)
 
     def close(self) -> None:
-        """Let go of all owners. Pulls under way end first; after ten seconds they are cancelled."""
-        until = monotonic() + 10.0
+        """Let go of all owners. Pulls under way end first; they are cancelled in time to be
+        closed after ten seconds."""
+        until = monotonic() + PATIENCE
         for pull in tuple(self._pulls):
             if not pull.nodes[0].wait(max(0.0, until - monotonic())):
                 pull.cancel()
-        self._graph.close()
+        self._graph.close(2.0)
         self._owners.close()
         self.channel.free("a reader", self)

@@ -192,7 +192,7 @@ def _check_boxes(name: str, parameter: Parameter) -> None:
     """Raise `InvalidTerms` for shapes, blocks or boxes that are not whole numbers."""
     boxes = parameter.boxes if parameter.boxes is not None else ()
     try:
-        numbers = [*(parameter.shape or ()), *parameter.block]
+        numbers: list[Any] = [*(parameter.shape or ()), *parameter.block]
         for box in boxes:
             offset, start, extents = box
             numbers += [*offset, *start, *extents]

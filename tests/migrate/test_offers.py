@@ -142,7 +142,9 @@ def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> 
 
 def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     """Not if it sums digests up, which take as long as they take."""
-    owner = SimpleNamespace(address="it", channel=SimpleNamespace(ask=lambda *_: Answer("busy")))
+    owner = SimpleNamespace(
+        address="it", channel=SimpleNamespace(ask=lambda *_, **__: Answer("busy"))
+    )
     step, pull = cast(Any, SimpleNamespace(owner=owner)), cast(Any, SimpleNamespace(over=False))
     with pytest.raises(PeerError, match="it brought no rows: it is busy"):
         ask(step, Gather(b"", b"", 0, (0, 1), (0, 1), 0, 1), pull, 0.0)

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Limits of time hold against owners that are stopped, lie, or are busy for ever."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+import torch
+from msgspec.structs import replace
+
+from portakv import KVView
+from portakv.errors import InvalidTerms, PeerError, PortaKVError, TransferError, TransferTimeout
+from portakv.migrate import Channel, Owner, Reader, Shard, shared_empty
+from portakv.migrate.messages import Answer, Gather, Hello, Welcome
+
+SECRET = b"of both sides, 16 bytes or more"
+BOUND = 6.0  # seconds, generous: without a limit these wait for ever or for the channel's minute
+
+
+def caches(shared: bool = True) -> Shard:
+    make: Any = shared_empty if shared else torch.zeros
+    tensors = [make((2, 8, 16, 2, 8), dtype=torch.float16) for _ in range(2)]
+    return Shard(KVView(tensors, "vllm-nhd"))
+
+
+@pytest.fixture
+def staged() -> Iterator[tuple[Owner, Reader, bytes]]:
+    """An owner that brings rows, its reader, whose channel waits a minute, and a ticket."""
+    with closing(Channel()) as here, closing(Channel(timeout=60.0)) as there:
+        owner = Owner(here, caches(), model="m", expose="staging")
+        reader = Reader(there, caches(False), model="m", mover="distributed")
+        yield owner, reader, owner.offer([0, 1], tokens=20).ticket
+        reader.close()
+        owner.close()
+
+
+def welcome_of(owner: Owner) -> Welcome:
+    """Return what an owner answers to a reader that it maps for."""
+    with closing(Channel()) as asker:
+        return asker.ask(owner.channel.address, Hello("m"), Welcome)
+
+
+def lasted(call: Callable[[], object]) -> float:
+    """Return the seconds until a call raises `TransferError`."""
+    began = time.monotonic()
+    with pytest.raises(TransferError):
+        call()
+    return time.monotonic() - began
+
+
+@pytest.mark.parametrize("seconds", [1e6, float("nan"), 0.0])
+def test_an_owner_that_is_busy_for_ever_ends_with_the_pull_s_time(
+    staged: tuple[Owner, Reader, bytes], seconds: float
+) -> None:
+    owner, reader, ticket = staged
+    owner.channel.serve(Gather, lambda *_: Answer("busy", seconds=seconds))
+    pulled = reader.pull(ticket, [2, 3], timeout=0.5)
+    assert lasted(pulled.synchronize) < BOUND
+    assert not pulled.published
+
+
+def test_an_owner_that_never_answers_ends_with_the_pull_s_time(
+    staged: tuple[Owner, Reader, bytes],
+) -> None:
+    owner, reader, ticket = staged
+    owner.channel.serve(Gather, lambda *_: None)  # type: ignore[arg-type, return-value]
+    pulled = reader.pull(ticket, [2, 3], timeout=0.5)
+    assert lasted(pulled.synchronize) < BOUND
+
+
+def test_a_reader_closes_while_its_owner_is_busy_for_ever(
+    staged: tuple[Owner, Reader, bytes],
+) -> None:
+    owner, reader, ticket = staged
+    owner.channel.serve(Gather, lambda *_: Answer("busy", seconds=1e6))
+    pulled = reader.pull(ticket, [2, 3])
+    began = time.monotonic()
+    reader.close()
+    assert time.monotonic() - began < 10.5
+    assert not pulled.published
+
+
+@pytest.mark.parametrize("slots", [0, 65])
+def test_an_owner_without_staging_buffers_is_refused(
+    staged: tuple[Owner, Reader, bytes], slots: int
+) -> None:
+    owner, reader, ticket = staged
+    welcome = welcome_of(owner)
+    owner.channel.serve(Hello, lambda *_: replace(welcome, slots=slots))
+    with pytest.raises(PeerError, match="Expected 1 to 64 staging buffers"):
+        reader.pull(ticket, [2, 3], timeout=5.0)
+
+
+def test_a_second_answer_that_is_not_a_welcome_is_refused(
+    staged: tuple[Owner, Reader, bytes],
+) -> None:
+    owner, reader, ticket = staged
+    welcome = welcome_of(owner)
+    owner.channel.serve(Hello, lambda _, hello: Answer("held") if hello.mover else welcome)
+    with pytest.raises(PortaKVError):
+        reader.pull(ticket, [2, 3], timeout=5.0)
+
+
+def test_regions_without_addresses_are_the_owner_s_error(
+    staged: tuple[Owner, Reader, bytes],
+) -> None:
+    owner, reader, ticket = staged
+    welcome = welcome_of(owner)
+
+    regions = tuple(replace(region, nbytes=1 << 48) for region in welcome.regions)
+    owner.channel.serve(Hello, lambda *_: replace(welcome, regions=regions))
+    with pytest.raises(PeerError, match="Expected regions of memory"):
+        reader.pull(ticket, [2, 3], timeout=5.0)
+
+
+def test_the_time_of_a_pull_counts_from_the_call() -> None:
+    """The owner's port is open, and nothing there ever answers: pairing is part of the pull."""
+    with (
+        socket.create_server(("127.0.0.1", 0)) as stopped,
+        closing(Channel("tcp://127.0.0.1:0", secret=SECRET)) as here,
+        closing(Channel(secret=SECRET, timeout=60.0)) as there,
+    ):
+        here.address = f"tcp://127.0.0.1:{stopped.getsockname()[1]}"
+        owner, reader = Owner(here, caches(), model="m"), Reader(there, caches(), model="m")
+        ticket = owner.offer([0, 1], tokens=20).ticket
+        assert lasted(lambda: reader.pull(ticket, [2, 3], timeout=0.5)) < 4.0
+        reader.close()
+        owner.close()
+
+
+def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:
+    """The second waits for the pairing of the first, which may last longer."""
+    with (
+        closing(Channel("tcp://127.0.0.1:0", secret=SECRET)) as here,
+        closing(Channel(secret=SECRET, timeout=60.0)) as there,
+    ):
+        owner, reader = Owner(here, caches(), model="m"), Reader(there, caches(), model="m")
+        ticket = owner.offer([0, 1], tokens=20).ticket
+        release = threading.Event()
+        here.serve(Hello, lambda *_: release.wait(20) and None)  # type: ignore[arg-type, return-value]
+        thread = threading.Thread(
+            target=lasted, args=(lambda: reader.pull(ticket, [2, 3], timeout=4.0),)
+        )
+        thread.start()
+        time.sleep(0.3)
+        with pytest.raises(TransferTimeout):
+            reader.pull(ticket, [2, 3], timeout=0.3)
+        assert thread.is_alive()
+        release.set()
+        thread.join()
+        reader.close()
+        owner.close()
+
+
+@pytest.mark.parametrize("timeout", [float("nan"), -1, "5", True])
+def test_a_time_that_is_none_is_refused(staged: tuple[Owner, Reader, bytes], timeout: Any) -> None:
+    _, reader, ticket = staged
+    with pytest.raises(InvalidTerms, match="Expected timeout"):
+        reader.pull(ticket, [2, 3], timeout=timeout)
