@@ -133,7 +133,8 @@ def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
         channel.serve(Keep, lambda _, asked: store.do(asked))
         return store
 
-    return uninterrupted(keep, undo=partial(channel.free, "a rendezvous"))
+    kept: ChannelStore = uninterrupted(keep, undo=partial(channel.free, "a rendezvous"))
+    return kept
 
 
 def pair(

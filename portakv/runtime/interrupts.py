@@ -21,6 +21,8 @@ T = TypeVar("T")
 NAME = "uninterrupted work of portakv"
 #: Seconds for which an interrupted caller waits until its work is undone.
 GRACE = 1.0
+#: Seconds after which a caller notices an interrupt that came just before it began to wait.
+LOOK = 0.2
 
 
 class Work(Generic[T]):
@@ -89,7 +91,8 @@ def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = No
     try:
         if not _hand_over(task.run):
             return work()
-        task.end.acquire()
+        while not task.end.acquire(timeout=LOOK):
+            pass
         error = task.error
         if error is None:
             return task.result  # type: ignore[no-any-return]

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -63,6 +64,10 @@ def test_an_interrupt_at_any_line_of_the_caller_undoes_or_never_begins() -> None
         undone = list[int]()
         left = at
 
+        def work() -> int:
+            made.append(at)  # noqa: B023
+            return at  # noqa: B023
+
         def line(frame: FrameType, event: str, arg: Any) -> Any:
             nonlocal left
             if event == "line":
@@ -77,7 +82,7 @@ def test_an_interrupt_at_any_line_of_the_caller_undoes_or_never_begins() -> None
         before = sys.gettrace()
         sys.settrace(call)
         try:
-            uninterrupted(lambda: made.append(1) or 1, undone.append)  # noqa: B023
+            uninterrupted(work, undone.append)
         except KeyboardInterrupt:
             raised += 1
             assert settles(lambda: len(undone) == len(made)), at  # noqa: B023
@@ -105,16 +110,21 @@ def test_a_second_interrupt_ends_the_wait_for_long_work() -> None:
     assert settles(lambda: undone == [True])
 
 
-def test_interrupts_in_a_forked_process_have_helpers_of_their_own() -> None:
-    uninterrupted(int)
+def in_child(work: Callable[[], bool]) -> bool:
+    """Return ``work()``, run in a forked process."""
     child = os.fork()
     if not child:
         code = 1
         try:
-            code = int(uninterrupted(lambda: 3) != 3)
+            code = int(not work())
         finally:
             os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_interrupts_in_a_forked_process_have_helpers_of_their_own() -> None:
+    uninterrupted(int)
+    assert in_child(lambda: uninterrupted(lambda: 3) == 3)
 
 
 def test_uninterrupted_work_runs_here_if_the_system_gives_no_thread(
@@ -124,9 +134,5 @@ def test_uninterrupted_work_runs_here_if_the_system_gives_no_thread(
         raise RuntimeError("can't start new thread")
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    while True:  # no helper is idle
-        try:
-            interrupts._idle.pop()
-        except IndexError:
-            break
-    assert uninterrupted(threading.get_ident) == threading.get_ident()
+    # A forked process has no helper yet.
+    assert in_child(lambda: uninterrupted(threading.get_ident) == threading.get_ident())
