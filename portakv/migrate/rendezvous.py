@@ -17,6 +17,7 @@ import torch.distributed as dist
 from msgspec import Meta
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store
 
+from portakv.arguments import instance, text
 from portakv.errors import PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message
@@ -124,6 +125,9 @@ class ChannelStore(Store):
 def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
     """A `torch.distributed.Store` over a channel: kept here and served to others, one for each
     channel, or kept by the channel at ``address``, which is there already."""
+    instance("channel", channel, Channel)
+    if address is not None:
+        text("address", address)
     store = ChannelStore(channel, address)
     if address is not None:
         return store

@@ -11,6 +11,7 @@ from contextlib import closing
 from datetime import timedelta
 from importlib import import_module
 from time import monotonic
+from typing import Any
 
 import pytest
 import torch
@@ -145,3 +146,9 @@ def test_what_torch_does_not_have_is_unsupported(
 @pytest.mark.gpu
 def test_a_unique_id_is_that_of_nccl() -> None:
     assert len(unique_id()) == 128
+
+
+@pytest.mark.parametrize("channel", [None, 5, "tcp://127.0.0.1:1"])
+def test_what_is_not_a_channel_is_named(channel: Any) -> None:
+    with pytest.raises(InvalidTerms, match="Expected channel to be a Channel"):
+        rendezvous(channel)
