@@ -30,7 +30,7 @@ def of(**choices: Any) -> Any:
     return {name: st.sampled_from(x) for name, x in choices.items()}
 
 
-PRIORITIES, DEADLINES = ("urgent", "normal", "background"), (None, None, 0.0, -1.0, 0.002, LIMIT)
+PRIORITIES, DEADLINES = ("urgent", "normal", "background"), (None, None, 0.0, 0.0, 0.002, LIMIT)
 RUN: Any = {"run": st.tuples(st.integers(0, 99), st.sampled_from((1, 2, 5, 12)), st.booleans())}
 SAVE = {**RUN, **of(which=(0, 1, 2), priority=PRIORITIES, deadline=DEADLINES)}
 LOAD = {**SAVE, **of(missing=("raise", "skip"), by_layer=(False, True))}
