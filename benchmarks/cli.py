@@ -299,6 +299,8 @@ def run_plugs(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]
 def run_storage(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure block stores in a folder, which is left as it was; returns what is written as
     JSON."""
+    if not os.path.isdir(asked.dir):
+        raise PortaKVError(f"Expected --dir to be a folder, got {asked.dir}. Make it first.")
     preset = STORAGE_PRESETS[asked.preset]
     if forced := os.environ.get("PORTAKV_IO"):
         raise PortaKVError(f"PORTAKV_IO={forced} forces one engine on every way. Unset it.")

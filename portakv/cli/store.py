@@ -76,8 +76,11 @@ def _usable(folder: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        missing = "there is no such folder"
+        if os.path.isdir(folder):
+            missing = "no file can be made there"
         why = {
-            FileNotFoundError: "there is no such folder",
+            FileNotFoundError: missing,
             NotADirectoryError: "that is no folder",
             PermissionError: f"this user may not use {error.filename or 'it'}",
         }.get(type(error), str(error))

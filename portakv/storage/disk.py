@@ -9,11 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from glob import glob
-from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from portakv.errors import InvalidTerms, StoreError
+from portakv.arguments import invalid, number, one_of, whole
+from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph, Link
 from portakv.runtime.bounded import Bounded
 from portakv.storage.chains import Chains
@@ -41,18 +41,24 @@ class Disk:
         io: str | Engine | None = None,
         track: Track = lambda items, _: items,
     ) -> None:
-        given: tuple[Any, Any] = capacity, workers
-        right = isinstance(given[0], Real) and isinstance(given[1], Integral)
-        right = right and bool(folders) and 1 <= capacity < 1 << 63 and workers >= 1
-        right = right and not any("://" in str(folder) for folder in folders)
-        if not right or admit not in ("always", "second"):
-            raise InvalidTerms(
-                f"A disk tier in {folders} with {capacity=}, {workers=} and {admit=} was asked: "
-                f"expected a folder or more, bytes, a worker or more, 'always' or 'second'; a "
-                f"URL is for `Remote`."
-            )
+        if not folders:
+            raise invalid("folders", "one folder or more", folders, "Pass a folder.")
+        for folder in folders:
+            if not isinstance(folder, str | Path) or not str(folder):
+                raise invalid("a folder", "a text or a Path", folder, "Pass a path.")
+            if "://" in str(folder):
+                raise InvalidTerms("Expected a folder, got a URL. Pass the URL to `Remote`.")
+        if io is not None and (isinstance(io, str) or not hasattr(io, "run")):
+            one_of("io", io, ("ring", "threads"))
+        if not callable(track):
+            raise invalid("track", "a function", track, "Leave it out, or pass one.")
+        number("capacity", capacity, 1, (1 << 63) - 1024, "a number of bytes, 1 or more")
+
         self.folders = [Path(folder) for folder in folders]
-        self.capacity, self.admit, self.workers, self.io = int(capacity), admit, workers, io
+        self.capacity = int(capacity)
+        self.admit = one_of("admit", admit, ("always", "second"))
+        self.workers = whole("workers", workers, 1)
+        self.io = io
         self.track = track
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
@@ -71,13 +77,15 @@ class Disk:
         """A shelf of the first form, which is made, and of each other one that lies here, to read;
         of these, what cannot be had is left out with a note. Requests go to ``rows.memory``.
 
-        Raises `StoreBusy` or `StoreError` for a folder of the first form.
+        A folder after the first one that another store has is left out with a note. Raises
+        `StoreBusy` for the first folder, and `StoreError` for any folder of the first form.
         """
         engine, notes = self.io, list[str]()
         if engine is None or isinstance(engine, str):
             engine, said = choose(rows.memory, engine)
             notes = [str(each) for each in said]
         shelves: list[DiskShelf] = []
+        busy = set[Path]()
         with ExitStack() as undo:
             undo.callback(engine.close)
             for form in forms:
@@ -85,13 +93,18 @@ class Disk:
                 chains = Chains[bytes]()  # of all folders, as a prefix may lie in several
                 for folder in self.folders:
                     place, room = folder / form.name, self.capacity // len(self.folders)
-                    if not own and not (place / "form.json").exists():
+                    if not own and (folder in busy or not (place / "form.json").exists()):
                         continue
                     try:
                         slots = Slots(
                             place, form, room if own else None, engine, self.track, chains
                         )
                     except StoreError as error:
+                        # The other folders serve without one that another store has.
+                        if own and isinstance(error, StoreBusy) and parts:
+                            busy.add(folder)
+                            notes.append(f"It does without {folder}. {error}")
+                            continue
                         if own:
                             raise
                         shelves[0].notes.append(str(error))

@@ -167,6 +167,13 @@ def test_what_is_no_folder_is_a_sentence(
     assert {x.name for x in folder.iterdir()} == {FORM.name, "lock", "file", "closed"}
 
 
+def test_explain_of_a_folder_that_takes_no_files() -> None:
+    """The folder is there: the sentence says what fails."""
+    err = run("explain", "--storage", "/proc").err
+    assert "no such folder" not in err
+    assert "/proc" in err
+
+
 @pytest.mark.parametrize("words", WORDS[:3])
 def test_a_folder_without_stores_is_a_sentence(words: list[str], tmp_path: Path) -> None:
     assert "none was found" in run(*words, str(tmp_path)).err

@@ -446,6 +446,38 @@ def test_one_store_has_a_folder(tmp_path: Path, shelf: Open) -> None:
     assert save(shelf(other, "link"), KEYS[:1]) == [True]
 
 
+def test_a_busy_folder_after_the_first_is_left_out(shelf: Open) -> None:
+    """A note names it. The first folder must be free."""
+    shelf(FORM, "b")
+    one = shelf(FORM, "a", "b")
+    assert any("does without" in note and "has it open already" in note for note in one.notes)
+    assert save(one, KEYS[:2]) == [True, True]
+    with pytest.raises(StoreBusy):
+        shelf(FORM, "b", "c")
+
+
+@pytest.mark.parametrize(
+    ("folders", "terms", "name"),
+    [
+        ((None,), {}, "a folder"),
+        ((5,), {}, "a folder"),
+        (("s3://b/x",), {}, "a folder"),
+        ((), {}, "folders"),
+        (("x",), {"track": 5}, "track"),
+        (("x",), {"io": "uring"}, "io"),
+        (("x",), {"io": 5}, "io"),
+        (("x",), {"capacity": "1"}, "capacity"),
+        (("x",), {"capacity": float("nan")}, "capacity"),
+        (("x",), {"workers": 0}, "workers"),
+        (("x",), {"admit": "third"}, "admit"),
+    ],
+)
+def test_a_wrong_argument_is_named(folders: Any, terms: dict[str, Any], name: str) -> None:
+    """When the tier is made, not when it is opened."""
+    with pytest.raises(InvalidTerms, match=rf"^Expected {name}"):
+        Disk(*folders, **{"capacity": 1 << 20, **terms})
+
+
 def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
     """Nothing of it stays open."""
     (tmp_path / "b").write_text("")
@@ -459,10 +491,10 @@ def test_a_tier_that_cannot_be_opened(tmp_path: Path, shelf: Open) -> None:
     wrong: list[dict[str, Any]] = [{"admit": "third"}, {"workers": 0}, {"capacity": 0}]
     wrong += [{"workers": x} for x in (1.5, "8", None)]
     for terms in [*wrong, *({"capacity": x} for x in (float("inf"), "1G", None))]:
-        with pytest.raises(InvalidTerms, match="expected a folder or more"):
+        with pytest.raises(InvalidTerms, match=r"^Expected (admit|workers|capacity)"):
             Disk("x", **{"capacity": 1, **terms})
     for urls in ((), ("s3://bucket/kv",), ("x", "file:///x")):
-        with pytest.raises(InvalidTerms, match=r"expected a folder or more.*URL is for `Remote`"):
+        with pytest.raises(InvalidTerms, match=r"^Expected (folders|a folder)"):
             Disk(*urls, capacity=1)
     assert Disk("x" * 300, capacity=1).forms(FORM) == []
 
