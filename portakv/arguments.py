@@ -5,13 +5,14 @@ the argument at fault: "Expected X, got Y. Do Z."
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
-from portakv.errors import InvalidTerms
+from portakv.errors import InvalidTerms, LayoutError, SlotError
 
 Kind = TypeVar("Kind")
 #: The most seconds of a wait, which are 31 years: a lock of Python's takes no more than 292.
@@ -130,6 +131,17 @@ def octets(name: str, value: object, least: int = 0, most: int = (1 << 62) - 1) 
         return value
     size = f" of at least {least}" if least else ""
     raise invalid(name, f"bytes{size}", value, "Pass bytes.")
+
+
+@contextmanager
+def naming(name: str, expected: str) -> Iterator[None]:
+    """Have a `SlotError` or `LayoutError` name the argument that it is about."""
+    try:
+        yield
+    except (SlotError, LayoutError) as error:
+        if name in str(error).split():
+            raise
+        raise type(error)(f"Expected {name} to be {expected}, got others. {error}") from error
 
 
 def items(name: str, value: object, kind: str) -> list[Any]:

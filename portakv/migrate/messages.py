@@ -172,8 +172,8 @@ class Ticket(About, frozen=True):
         if ticket and whole and len(ticket.ids) == len(ticket.steps):
             return ticket
         raise PeerError(
-            "What was handed over is no ticket of this release: expected the bytes of "
-            "`Offer.ticket`, unchanged; carry them as they are, between sides of one release."
+            "Expected tickets to be the bytes of `Offer.ticket`, got others, which is no ticket of "
+            "this release. Carry them unchanged, between sides of one release."
         )
 
 

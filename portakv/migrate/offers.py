@@ -10,16 +10,18 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from msgspec.structs import replace
 
-from portakv.errors import InvalidTerms, LayoutError, SlotError, Unsupported
+from portakv import arguments
+from portakv.errors import LayoutError, SlotError, Unsupported
 from portakv.migrate import ipc, messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
 from portakv.migrate.gathers import SLOTS, Gathers, Rows
+from portakv.migrate.movers import check_mover
 from portakv.migrate.pairing import proof, where
 from portakv.migrate.shards import Shard, device_of, overlap, slices
 from portakv.runtime.interrupts import abandoned, uninterrupted
@@ -30,6 +32,10 @@ LOOK = 0.1  # seconds between two looks of one who waits for the end of an offer
 EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
 GONE = messages.Answer("gone", "it is no offer of this owner (any more)")
 SPOILT = messages.Answer("gone", "some of its rows could not be brought; its owner's log says why")
+
+
+#: What readers on this host may map: whole allocations, or nothing.
+Expose: TypeAlias = Literal["mapped", "staging"]
 
 
 class Offer:
@@ -82,12 +88,13 @@ class Offer:
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most ``timeout`` seconds: True, and the owner may use its
         blocks again."""
-        return uninterrupted(partial(self._wait, timeout))
+        seconds = arguments.seconds("timeout", timeout, optional=True)
+        return uninterrupted(partial(self._wait, seconds))
 
-    def _wait(self, timeout: float | None) -> bool:
+    def _wait(self, seconds: float) -> bool:
         """Do what `taken` promises."""
         owner = self._owner
-        until = owner.now() + (3e9 if timeout is None else timeout)
+        until = owner.now() + seconds
         with owner.change:
             while self.state == "held":
                 if (now := owner.now()) >= until or abandoned():
@@ -124,14 +131,15 @@ class Owner:
         *shards: Shard,
         model: str,
         staging: int = 512 << 20,
-        expose: str = "mapped",
+        expose: Expose = "mapped",
         mover: str | None = None,
     ) -> None:
-        if expose not in ("mapped", "staging") or staging < SLOTS << 12:
-            raise InvalidTerms(
-                f"An owner with {expose=} and {staging=} was asked: expected 'mapped' or 'staging',"
-                f" and {SLOTS << 12} bytes or more."
-            )
+        arguments.instance("channel", channel, Channel)
+        device = device_of(shards)
+        arguments.text("model", model)
+        staging = arguments.nbytes("staging", staging, SLOTS << 12)
+        arguments.one_of("expose", expose, get_args(Expose))
+        check_mover(mover, device)
         self.channel, self.model, self.now = channel, model, time.monotonic
         self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
@@ -198,28 +206,30 @@ class Owner:
             readers: how many may pull it.
 
         Raises:
-            SlotError: ids past the view, too few for the tokens, or not a list for each shard.
+            SlotError: ids past the view or twice in a list, too few for the tokens, or not a list
+                for each shard.
             InvalidTerms: no token, no time, or no reader.
         """
-        if not (tokens >= 1 and 0 < lease <= 1e6 and readers >= 1):
-            raise InvalidTerms(
-                f"An offer of {tokens=}, {lease=} and {readers=} was asked: expected a token or "
-                f"more, at most 10^6 seconds, and a reader or more."
-            )
+        arguments.whole("tokens", tokens, 1, 1 << 31)
+        lease = arguments.number(
+            "lease", lease, 1e-9, 1e6, "a number of seconds above 0, at most 10^6"
+        )
+        arguments.whole("readers", readers, 1, 1 << 31)
         if len(blocks) != len(self.shards):
             raise SlotError(
-                f"{len(blocks)} lists of blocks were offered, of {len(self.shards)} shards: "
-                f"expected one for each."
+                f"Expected blocks to be {len(self.shards)} lists, one for each shard, got "
+                f"{len(blocks)}. Pass a list for each."
             )
         lists = list[tuple[Any, int]]()
-        for shard, given in zip(self.shards, blocks, strict=True):
-            index = Index.of(given, shard.view.block_size or 1)
-            index.check_length(tokens, shard.view.slots, "offered")
-            if index.offset or index.ids is None:
-                index = Index(index.slots(tokens))
-            index = Index(index.host_ids()[: -(-tokens // index.step)], index.step)
-            index.check(tokens, shard.view.slots, "offered")
-            lists.append((index.host_ids().clip(min=-1).astype("<i4"), index.step))
+        with arguments.naming("blocks", "lists of ids of the views' blocks"):
+            for shard, given in zip(self.shards, blocks, strict=True):
+                index = Index.of(given, shard.view.block_size or 1)
+                index.check_length(tokens, shard.view.slots, "offered")
+                if index.offset or index.ids is None:
+                    index = Index(index.slots(tokens))
+                index = Index(index.host_ids()[: -(-tokens // index.step)], index.step)
+                index.check(tokens, shard.view.slots, "offered", distinct=True)
+                lists.append((index.host_ids().clip(min=-1).astype("<i4"), index.step))
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         if stream and self._exports and not self._events:  # no reader's stream can wait for it

@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 
+from portakv import arguments
 from portakv.arguments import FOREVER
 from portakv.errors import (
     BackendUnavailable,
@@ -73,7 +74,16 @@ class Pairings:
     ) -> list[tuple[Ticket, Paired]]:
         """Return tickets, and the owner of each, by the time ``until``; raise as `of`, and
         `PeerError` for what is not a ticket."""
-        packed = [tickets] if isinstance(tickets, bytes) else dict.fromkeys(tickets)
+        if isinstance(tickets, bytes):
+            packed = [tickets]
+        else:
+            packed = arguments.items("tickets", tickets, "the bytes of offers' tickets")
+        for number, one in enumerate(packed):
+            if not isinstance(one, bytes):
+                raise arguments.invalid(f"tickets[{number}]", "bytes", one, "Pass Offer.ticket.")
+        packed = list(dict.fromkeys(packed))
+        if not packed:
+            raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
         return [(one, self.of(one, until)) for one in map(Ticket.read, packed)]
 
     def of(self, ticket: Ticket, until: float = inf) -> Paired:

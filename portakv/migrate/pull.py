@@ -12,16 +12,17 @@ from weakref import WeakSet
 
 import torch
 
-from portakv.arguments import seconds
+from portakv import arguments
 from portakv.copy.rows import copy_rows
 from portakv.engines.engine import Overlap, Terms
 from portakv.errors import PeerError, TransferTimeout
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
+from portakv.migrate.movers import check_mover
 from portakv.migrate.pairing import Pairings
 from portakv.migrate.published import Part, Pull
-from portakv.migrate.shards import Shard
+from portakv.migrate.shards import Shard, device_of
 from portakv.migrate.steps import steps
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
@@ -49,6 +50,10 @@ class Reader:
     def __init__(
         self, channel: Channel, *shards: Shard, model: str, mover: str | None = None
     ) -> None:
+        arguments.instance("channel", channel, Channel)
+        device = device_of(shards)
+        arguments.text("model", model)
+        check_mover(mover, device)
         self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
         self.channel, self.shards, self.device = channel, shards, self._owners.device
         self._link, self._checks = (self._graph.link(x, width=16) for x in ("pull", "verify"))
@@ -85,12 +90,15 @@ class Reader:
             SlotError: bad blocks on either side, or too few.
             Unsupported: memory that can neither be mapped nor moved; inside graph capture.
         """
+        terms = Terms(overlap, max_thread_blocks, max_gbps)
+        arguments.whole("first", first)
+        arguments.flag("by_layer", by_layer)
+        arguments.flag("verify", verify)
         if capturing(self.device):
             raise refuse_capture("A pull", "owners are asked whether offers held; pull outside")
         self._graph.submit(())  # raises after `close`, and in a forked process
-        limit = seconds("timeout", timeout, optional=True)
+        limit = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + limit
-        terms = Terms(overlap, max_thread_blocks, max_gbps)
         try:
             told = self._owners.told(tickets, until)
         except PeerError as error:

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from portakv import arguments
 from portakv.errors import LayoutError
 from portakv.migrate.messages import Box, Group, Range
 from portakv.view import KVView
@@ -29,6 +30,7 @@ class Shard:
     def __init__(
         self, view: KVView, layers: Range | None = None, heads: Range | None = None
     ) -> None:
+        arguments.instance("view", view, KVView, "Make one: KVView(tensors, layout).")
         self.view, form = view, view.form
         page = form.block_size if form.opaque else 0
         ranges = _range("layers", layers, view), _range("heads", heads, view)
@@ -38,22 +40,29 @@ class Shard:
 
 def _range(axis: str, asked: Range | None, view: KVView) -> Range:
     has = getattr(view, axis)
-    first, past, of = asked if asked and len(asked) == 3 else (0, 0 if asked else has, has)
+    if asked is None:
+        return 0, has, has
+    known = isinstance(asked, tuple | list) and [*map(type, asked)] == [int, int, int]
+    first, past, of = asked if known else (0, 0, 0)
     if not 0 <= first < past <= of or past - first != has:
         raise LayoutError(
-            f"A shard of {axis}={asked!r} was asked for {view}: expected (from, to, of): to - "
-            f"from is the {has} that the view has, of is how many the whole model has, and 0 <= "
-            f"from < to <= of; correct it, or leave it out if the view has all {axis}."
+            f"Expected {axis}= of a shard to be (from, to, of) with 0 <= from < to <= of, got "
+            f"{axis}={arguments.shown(asked)}. The view has {has} {axis}; `of` is how many the "
+            f"whole model has. Leave it out if the view has all {axis}."
         )
     return first, past, of
 
 
 def device_of(shards: Sequence[Shard]) -> torch.device:
     """The device that all of an owner's or a reader's shards are on; `LayoutError` if none is."""
+    for shard in shards:
+        arguments.instance("shards", shard, Shard, "Wrap each view: Shard(view).")
     devices = {shard.view.device for shard in shards}
     if len(devices) != 1:
         told = ", ".join(sorted(map(str, devices))) or "no device"
-        raise LayoutError(f"Shards on {told} were given; expected one or more, on one device.")
+        raise LayoutError(
+            f"Expected shards to be one or more, on one device, got {told}. Pass some."
+        )
     return devices.pop()
 
 

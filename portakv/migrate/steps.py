@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from portakv.arguments import naming
 from portakv.copy.handle import token_bytes
 from portakv.errors import InvalidTerms, Unsupported
 from portakv.migrate.chunks import chunk_bytes, page_of
@@ -86,19 +87,35 @@ class Step(NamedTuple):
 def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[Ids], first: int) -> list[Step]:
     """The steps of a pull from token ``first`` on; raises as `Reader.pull` does."""
     tokens = {ticket.tokens for ticket, _ in told}
-    groups = {len(shards), len(blocks), *(len(ticket.ids) for ticket, _ in told)}
+    groups = {len(ticket.ids) for ticket, _ in told}
     count = min(tokens, default=0) - first
-    if len(tokens) != 1 or len(groups) != 1 or first < 0 or count < 1:
+    if len(tokens) != 1:
         raise InvalidTerms(
-            f"A pull of tickets for {sorted(tokens)} tokens was asked from token {first} on, with "
-            f"{len(blocks)} lists of blocks for {len(shards)} shards: expected tickets for the "
-            f"same tokens and groups, a list for each shard, and a token or more."
+            f"Expected tickets for the same tokens, got tickets for {sorted(tokens)}. Pull what is "
+            f"offered of one request."
+        )
+    if groups != {len(shards)}:
+        raise InvalidTerms(
+            f"Expected tickets of as many groups as this reader's {len(shards)} shards, got "
+            f"{sorted(groups)}. Pull by a reader with the same groups."
+        )
+    if len(blocks) != len(shards):
+        raise InvalidTerms(
+            f"Expected blocks to be {len(shards)} lists, one for each shard, got {len(blocks)}. "
+            f"Pass a list for each."
+        )
+    if not 0 <= first < min(tokens):
+        raise InvalidTerms(
+            f"Expected first to be a token of the {min(tokens)} that the tickets offer, got "
+            f"{first}. Pass fewer."
         )
     lists, skips = list[Lists](), False
     for group, (shard, ids) in enumerate(zip(shards, blocks, strict=True)):
-        mine, theirs = Index.of(ids, shard.view.block_size or 1).shifted(first), []
-        mine.check_length(count, shard.view.slots, "reader's")
-        skips |= mine.check(count, shard.view.slots, "reader's", distinct=True)
+        theirs = []
+        with naming("blocks", "lists of ids of the views' blocks"):
+            mine = Index.of(ids, shard.view.block_size or 1).shifted(first)
+            mine.check_length(count, shard.view.slots, "reader's")
+            skips |= mine.check(count, shard.view.slots, "reader's", distinct=True)
         for ticket, owner in told:
             numbers = np.frombuffer(ticket.ids[group], "<i4").astype(np.int64)
             index = Index.of(numbers, ticket.steps[group]).shifted(first)

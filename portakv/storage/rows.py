@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from portakv.arguments import shown
+from portakv.arguments import naming, shown
 from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
@@ -177,6 +177,12 @@ def _mark(key: bytes, mark: int) -> Hashable:
     return FIRST if mark in (FIRST, UNKNOWN) else (key[:-32], mark)
 
 
+def _ids(blocks: IdList) -> Any:
+    """Return ids of blocks as an array on the host."""
+    with naming("blocks", "ids of the view's blocks"):
+        return Index([] if blocks is None else blocks).host_ids()
+
+
 class Crossing:
     """Copies between rows, seen as ``inner``, and ``blocks`` of a view, whose tokens are ``many``
     stored blocks of ``size`` tokens. Refuses at once what can never be carried out."""
@@ -192,15 +198,17 @@ class Crossing:
         if capturing(view.device):
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
-        whole, ids = view.block_size, Index([] if blocks is None else blocks).host_ids()
+        whole, ids = view.block_size, _ids(blocks)
         needed = -(-many * size // whole)
         if len(ids) != needed:
             raise InvalidTerms(
                 f"Expected blocks to be {needed} ids, of blocks of {whole} tokens for {many} keys "
                 f"of {size}, got {len(ids)}. Pass the blocks that the keys name."
             )
-        if Index(ids, step=whole).check(len(ids) * whole, view.slots, "view", distinct=not store):
-            raise SlotError("A block store was given a negative block; pass blocks of the view.")
+        with naming("blocks", "ids of the view's blocks"):
+            index = Index(ids, step=whole)
+            if index.check(len(ids) * whole, view.slots, "view", distinct=not store):
+                raise SlotError("A block is negative.")
         self._size, self._store, self._step = size, store, gcd(whole, size)
         split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
         self._fine = split[: many * size // self._step].reshape(many, size // self._step)

@@ -273,7 +273,7 @@ def test_what_is_no_ticket_is_refused_in_the_same_words(made: Sides, way: str) -
     good = both.offer().ticket
     flipped = [bytes([*good[:n], good[n] ^ 1, *good[n + 1 :]]) for n in range(0, len(good), 7)]
     for bad in (b"", good[:-1], good[:16], good + b"\0", *flipped):
-        with pytest.raises(PeerError, match="is no ticket of this release: expected the bytes of"):
+        with pytest.raises(PeerError, match=r"Expected tickets .* is no ticket of this"):
             both.reader.pull(bad, both.into)
     odd = replace(Ticket.read(good), ids=(Ticket.read(good).ids[0] + b"\0",)).pack()
     with pytest.raises(PeerError, match="is no ticket of this release"):
@@ -298,7 +298,7 @@ def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
     with pytest.raises(LayoutError, match="groups: 1 here and 2 there"):
         both.reader.pull(two.offer([1], [1], tokens=16).ticket, [0])
     tickets = [both.owner.offer([1, 2], tokens=n).ticket for n in (16, 17)]
-    with pytest.raises(InvalidTerms, match=r"tickets for \[16, 17\] tokens"):
+    with pytest.raises(InvalidTerms, match=r"the same tokens, got tickets for \[16, 17\]"):
         both.reader.pull(tickets, [0])
     for bad in (16, -1):
         with pytest.raises(InvalidTerms):
@@ -307,7 +307,7 @@ def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
 
 
 def test_bad_blocks_of_the_owner_are_refused_at_the_offer(made: Sides) -> None:
-    """Fault 16. Never a read past the region; negative ids and repeated ones are allowed."""
+    """Fault 16. Never a read past the region; negative ids are allowed, repeated ones are not."""
     both = Couple(made)
     refused: Any = [16], [3, 1 << 20], [1 << 40], [0.5]
     for bad in refused:
@@ -315,15 +315,15 @@ def test_bad_blocks_of_the_owner_are_refused_at_the_offer(made: Sides) -> None:
             both.owner.offer(bad, tokens=16 * len(bad))
     with pytest.raises(SlotError, match="longer list"):
         both.owner.offer([1, 2], tokens=33)
-    with pytest.raises(SlotError, match="of 1 shards"):
+    with pytest.raises(SlotError, match="Expected blocks to be 1 lists"):
         both.owner.offer([1], [1], tokens=3)
     refused = [{"lease": 0}, {"lease": 1e9}, {"lease": float("inf")}, {"readers": 0}]
     for terms in ({"tokens": 0}, *({"tokens": 1, **x} for x in refused)):  # no ticket would say it
         with pytest.raises(InvalidTerms):
             both.owner.offer([1], **terms)
     assert both.owner.statistics()["held"] == 0
-    both.reader.pull(both.owner.offer([4, 4], tokens=32).ticket, [2]).synchronize(30)
-    assert torch.equal(both.mine.rows([2], 32), both.theirs.rows([4, 4], 32))
+    with pytest.raises(SlotError, match="Expected blocks"):
+        both.owner.offer([4, 4], tokens=32)
 
 
 def test_a_forged_ticket_reads_nothing_past_a_region(made: Sides) -> None:
@@ -416,7 +416,7 @@ def test_too_little_staging_is_an_error_before_anything_moves(made: Sides) -> No
         made.reader(shard[1]).pull(offer.ticket, [0])
     assert offer.state == "held"
     offer.revoke()
-    with pytest.raises(InvalidTerms, match="16384 bytes or more"):
+    with pytest.raises(InvalidTerms, match=r"Expected staging .* at least 16384"):
         made.owner(shard[0], staging=100)
 
 
@@ -815,7 +815,9 @@ def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:
     end the other."""
     both = Couple(made, "staging")
     with pytest.raises(InvalidTerms, match="already"):
-        Owner(both.owner.channel, model=MODEL)  # before its shards are looked at, and exported
+        Owner(
+            both.owner.channel, both.theirs.shard, model=MODEL
+        )  # before its shards are looked at, and exported
     with pytest.raises(LayoutError):
         Owner(both.reader.channel, model=MODEL)
     made.made.append(Owner(both.reader.channel, both.mine.shard, model=MODEL))
@@ -845,7 +847,7 @@ def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) ->
     both.owner._events = [Event() for _ in range(EVENTS)]
     told = Ticket.read(both.offer().ticket)
     assert log == ["wait", "record"]
-    with pytest.raises(LayoutError, match="Shards on no device were given"):
+    with pytest.raises(LayoutError, match="Expected shards to be one or more"):
         both.owner.reallocate()
     both.owner._events = []
     forged = replace(told, event=EVENTS + 1).pack()

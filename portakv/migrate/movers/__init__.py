@@ -7,8 +7,9 @@ import os
 
 import torch
 
+from portakv.arguments import one_of
 from portakv.backends.base import Decision
-from portakv.errors import BackendUnavailable, InvalidTerms
+from portakv.errors import BackendUnavailable
 from portakv.migrate.movers.base import Mover
 from portakv.migrate.movers.distributed import Distributed
 from portakv.migrate.movers.onesided import Mooncake, Nixl
@@ -22,9 +23,26 @@ def forced(name: str | None = None) -> str | None:
     """The mover that ``PORTAKV_MOVER`` or else ``name`` forces; raises `InvalidTerms` if there is
     none of that name."""
     asked = os.environ.get(ENVIRONMENT) or name
-    if asked not in (None, *MOVERS):
-        raise InvalidTerms(f"Mover {asked!r} was asked for; expected {', '.join(MOVERS)}.")
-    return asked
+    if asked is None:
+        return None
+    return one_of(ENVIRONMENT if os.environ.get(ENVIRONMENT) else "mover", asked, MOVERS)
+
+
+def check_mover(name: str | None, device: torch.device) -> None:
+    """Raise `InvalidTerms` for another name, and `BackendUnavailable` if that mover can carry
+    slots neither of the device nor of the host here."""
+    if name is None:
+        return
+    mover = MOVERS[one_of("mover", name, MOVERS)]
+    said = [mover.probe(each) for each in dict.fromkeys((device, torch.device("cpu")))]
+    if not any(each.accepted for each in said):
+        found = "; ".join(map(str, said))
+        error = BackendUnavailable(
+            f"Expected mover to be one that runs here, got {name!r}: {found}. Install it, or pass "
+            f"another."
+        )
+        error.trace = tuple(said)
+        raise error
 
 
 def choose(device: torch.device, name: str | None = None) -> Mover:
