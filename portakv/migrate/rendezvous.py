@@ -137,8 +137,10 @@ def rendezvous(channel: Channel, address: str | None = None) -> ChannelStore:
         channel.serve(Keep, lambda _, asked: store.do(asked))
         return store
 
-    kept: ChannelStore = uninterrupted(keep, undo=partial(channel.free, "a rendezvous"))
-    return kept
+    def undo(kept: ChannelStore) -> None:
+        channel.free("a rendezvous", kept)
+
+    return uninterrupted(keep, undo)
 
 
 def pair(

@@ -124,7 +124,7 @@ def joining(folder: Path) -> Steps:
         joined = store.load(TARGET, range(4), KEYS[:4], deadline=0.01, missing="skip")
         store.prefetch(KEYS)
         joined.cancel()
-        store.load(TARGET, range(4), KEYS[2:], deadline=-1.0, missing="skip").synchronize(LIMIT)
+        store.load(TARGET, range(4), KEYS[2:], deadline=0.0, missing="skip").synchronize(LIMIT)
         first.synchronize(LIMIT)
 
     yield act
