@@ -11,10 +11,12 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, groupby
 from math import prod
 from operator import add, sub
 from typing import Annotated, Any, Literal, NamedTuple
+from weakref import WeakSet
 
 import torch
 from msgspec import Meta, msgpack, structs
@@ -37,6 +39,7 @@ from portakv.migrate.messages import Box as Ends
 from portakv.migrate.messages import Count, Dims, Handle, Id, Message, Text, sealed, unsealed
 from portakv.migrate.shards import deal
 from portakv.runtime.devices import capturing, refuse_capture
+from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.worker import RateLimit
 
 _PAGE, _SMALL = 40 << 10, 16 << 20  # bytes of items in an answer; of tensors that are small
@@ -308,6 +311,10 @@ def _digests(boxes: Sequence[tuple[torch.Tensor, Box]]) -> list[int]:
     return box_digests((part_of(x, box.start, box.extents), box.offset) for x, box in boxes)
 
 
+class _Update:
+    """An update of published weights that is under way."""
+
+
 class Published:
     """What `publish` returns: ``ticket``, for whoever may pull, `update`, `changed` and `close`."""
 
@@ -319,7 +326,7 @@ class Published:
         self._id = secrets.token_bytes(16)
         self.graph = Graph()
         self._changes = 0
-        self._updates = 0  # that are under way
+        self._updates = WeakSet[_Update]()  # that are under way; weak, as an end may be interrupted
         self._changing = threading.Lock()
         self._items = items_of(self._held)
         if len(self._items) > _ITEMS:
@@ -341,16 +348,28 @@ class Published:
         that begins inside waits for the end. On a device the end of the block waits for the current
         stream, so write on that.
         """
-        with self._changing:
-            self._updates += 1
-            self._changes += 1
+        token = _Update()
         try:
+            uninterrupted(partial(self._begin_update, token))
             yield
-        finally:
             self._synchronize()
-            with self._changing:
-                self._updates -= 1
-                self._changes += 1
+        except BaseException:
+            self._synchronize()
+            raise
+        finally:
+            uninterrupted(partial(self._end_update, token))
+
+    def _begin_update(self, token: _Update) -> None:
+        """Have pulls wait for the end of an update."""
+        with self._changing:
+            self._updates.add(token)
+            self._changes += 1
+
+    def _end_update(self, token: _Update) -> None:
+        """Let pulls begin again; those that overlapped the update fail."""
+        with self._changing:
+            self._updates.discard(token)
+            self._changes += 1
 
     def changed(self) -> None:
         """Say that weights have changed, which no pull under way may have read: such a pull fails
