@@ -80,8 +80,7 @@ def share(tensor: torch.Tensor, files: SharedFiles | None = None) -> bytes:
     instance("tensor", tensor, torch.Tensor)
     what = "Sharing a tensor with other processes"
     where = tensor.device
-    if files is None:
-        files = SharedFiles()
+    files = SharedFiles() if files is None else instance("files", files, SharedFiles)
     odd = tensor.is_quantized or tensor.is_nested or tensor.layout != torch.strided
     if odd or tensor.is_conj() or tensor.is_neg():
         raise Unsupported(what, "it is no plain tensor of numbers and strides; share its parts")
@@ -311,8 +310,8 @@ def _read(data: bytes, device: torch.device | str | int | None) -> tuple[_Shared
 
 def _changed() -> PeerError:
     return PeerError(
-        "Shared memory was to be opened by bytes that describe none: expected what another "
-        "process's `share` or `export` returned, unchanged; carry them as they are."
+        "Expected data to be what another process's `share` or `export` returned, got bytes that "
+        "describe none. Carry them unchanged."
     )
 
 

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from msgspec import Meta
 from torch._C._distributed_c10d import PrefixStore, ProcessGroup, Store
 
-from portakv.arguments import instance, text
+from portakv import arguments
+from portakv.arguments import instance, text, whole
 from portakv.errors import PeerError, TransferTimeout, Unsupported
 from portakv.migrate.channel import Channel
 from portakv.migrate.messages import Message
@@ -153,7 +154,15 @@ def pair(
         Unsupported: torch has no such group for the device.
         PeerError: the others did not come in ``timeout`` seconds.
     """
-    kind, seconds = torch.device(device).type, timedelta(seconds=timeout)
+    instance("store", store, Store, "Make one by rendezvous(channel).")
+    whole("size", size, 1, 1 << 20)
+    whole("rank", rank, 0, size - 1)
+    text("name", name, least=0)
+    seconds = timedelta(seconds=arguments.seconds("timeout", timeout, above=True))
+    try:
+        kind = torch.device(device).type
+    except (RuntimeError, TypeError, ValueError):
+        raise arguments.invalid("device", "a device of torch", device) from None
     named, torchs = PrefixStore(f"{name}/", store), dist.distributed_c10d.__dict__
     backend = dist.Backend.default_device_backend_map.get(kind, "none")
     plugin: Any = getattr(dist.Backend, "_plugins", {}).get(backend.upper())

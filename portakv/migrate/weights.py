@@ -21,7 +21,7 @@ from weakref import WeakSet
 import torch
 from msgspec import Meta, msgpack, structs
 
-from portakv.arguments import flag, instance, invalid, seconds, text
+from portakv.arguments import flag, instance, invalid, items, seconds, text, whole
 from portakv.engines.engine import Terms
 from portakv.errors import (
     InvalidTerms,
@@ -64,7 +64,10 @@ class Box(NamedTuple):
         return tuple(zip(self.offset, map(add, self.offset, self.extents), strict=True))
 
     def part(self, ends: Ends) -> Box:
-        """What of it lies between these ends."""
+        """Return what of the box lies between these ends."""
+        pairs = isinstance(ends, Sequence) and len(ends) == len(self.offset)
+        if not pairs or not all(isinstance(x, Sequence) and len(x) == 2 for x in ends):
+            raise invalid("ends", f"{len(self.offset)} pairs (from, to)", ends)
         first = tuple(a for a, _ in ends)
         start = map(add, map(sub, first, self.offset), self.start)
         return Box(first, tuple(start), tuple(b - a for a, b in ends))
@@ -95,6 +98,14 @@ class Parameter:
         """What rank ``cut[0]`` of ``cut[1]`` holds of a tensor that is cut along ``axis``.
         ``parts``: whole extents there of what is fused in it (query, key, value), or one; each is
         cut at multiples of ``unit`` (a head's rows), and ranks that outnumber these share."""
+        instance("tensor", tensor, torch.Tensor)
+        whole("axis", axis, -tensor.ndim, tensor.ndim - 1)
+        parts = [whole("parts", part) for part in items("parts", parts, "extents")]
+        if not isinstance(cut, tuple) or len(cut) != 2:
+            raise invalid("cut", "a tuple (rank, ranks)", cut)
+        whole("cut", cut[1], 1)
+        whole("cut", cut[0], 0, cut[1] - 1)
+        whole("unit", unit, 1)
         local, boxes, at, done = tuple(tensor.shape), list[Box](), 0, 0
         axis += len(local) if axis < 0 else 0
         before, after = local[:axis], local[axis + 1 :]
@@ -106,8 +117,9 @@ class Parameter:
             at, done = at + n, done + part
         if local[axis : axis + 1] != (at,) or any(x % unit or x < unit for x in parts):
             raise LayoutError(
-                f"A tensor of {local} was said to be part {cut} of {parts} along axis {axis}: "
-                f"expected {at} elements there, and multiples of {unit}; correct it, or give boxes."
+                f"Expected a tensor with {at} elements along axis {axis}, for its cut {cut} of "
+                f"parts {parts}, which are multiples of unit {unit}, got {local}. Correct it, "
+                f"or give boxes."
             )
         return cls(tensor, (*before, done, *after), boxes)
 
@@ -439,8 +451,8 @@ class _Owner:
         told = unsealed(ticket, WeightsTicket)
         if told is None:
             raise PeerError(
-                "What was handed over is no ticket of weights of this release: expected the bytes "
-                "of `Published.ticket`, unchanged; carry them as they are."
+                "Expected tickets to be the bytes of `Published.ticket`, got others, which is no "
+                "ticket of weights of this release. Carry them unchanged."
             )
         self.channel = channel
         self.timeout = timeout
@@ -594,6 +606,8 @@ def pull_weights(
     _check_destinations(held)
     rate = Terms(max_gbps=max_gbps).max_gbps
     mine = items_of(held)
+    if not isinstance(tickets, bytes) and not items("tickets", tickets, "tickets"):
+        raise invalid("tickets", "one ticket or more", tickets, "Pass Published.ticket.")
     if any(capturing(x.tensor.device) for x in held.values()):
         raise refuse_capture("Pulling weights", "processes talk to each other; do it before")
     if not isinstance(tickets, bytes | Sequence) or isinstance(tickets, str):

@@ -45,9 +45,9 @@ class Disk:
             raise invalid("folders", "one folder or more", folders, "Pass a folder.")
         for folder in folders:
             if not isinstance(folder, str | Path) or not str(folder):
-                raise invalid("a folder", "a text or a Path", folder, "Pass a path.")
+                raise invalid("folders", "texts or Paths", folder, "Pass a path.")
             if "://" in str(folder):
-                raise InvalidTerms("Expected a folder, got a URL. Pass the URL to `Remote`.")
+                raise InvalidTerms("Expected folders, got a URL. Pass the URL to `Remote`.")
         if io is not None and (isinstance(io, str) or not hasattr(io, "run")):
             one_of("io", io, ("ring", "threads"))
         if not callable(track):

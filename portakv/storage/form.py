@@ -149,7 +149,7 @@ class BlockForm:
             version = fields.pop("format")
             if version != FORMAT:
                 raise StoreError(
-                    f"Expected the JSON of a block form of format {FORMAT}, got format "
+                    f"Expected text to be the JSON of a block form of format {FORMAT}, got format "
                     f"{arguments.shown(version)}. Use the release that wrote it, or wipe the store."
                 )
             fields.pop("folder", None)  # what a disk's folder adds about itself
@@ -164,8 +164,8 @@ class BlockForm:
         except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             found = "other JSON"
         raise StoreError(
-            f"Expected the JSON of a block form of format {FORMAT}, got {found}. Use the release "
-            f"that wrote it, or wipe the store."
+            f"Expected text to be the JSON of a block form of format {FORMAT}, got {found}. Use "
+            f"the release that wrote it, or wipe the store."
         )
 
     def json(self) -> str:

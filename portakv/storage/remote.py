@@ -191,7 +191,7 @@ class Remote:
                 raise_for = f"Expected {name}= as obstore takes it, got a value that it refuses"
                 break
         else:
-            raise_for = "Expected an address and settings as obstore takes them, got an error"
+            raise_for = "Expected a url and settings as obstore takes them, got an error"
         raise StoreError(f"{raise_for} for {self.url}: {text}. Correct it.")
 
     def ask(self, work: Callable[..., Any], *given: Any, miss: Any = None) -> Any:

@@ -202,8 +202,8 @@ class Crossing:
         needed = -(-many * size // whole)
         if len(ids) != needed:
             raise InvalidTerms(
-                f"Expected blocks to be {needed} ids, of blocks of {whole} tokens for {many} keys "
-                f"of {size}, got {len(ids)}. Pass the blocks that the keys name."
+                f"Expected blocks to be {needed} ids, of the view's blocks of {whole} tokens "
+                f"for {many} keys of {size}, got {len(ids)}. Pass the blocks that the keys name."
             )
         with naming("blocks", "ids of the view's blocks"):
             index = Index(ids, step=whole)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias, get_args
@@ -260,9 +261,17 @@ class BlockStore:
         told["tiers"] = [{"tier": x.tier, "form": x.form.name, **x.statistics()} for x in shelves]
         return told
 
-    def trace(self, path: str) -> None:
+    def trace(self, path: str | os.PathLike[str]) -> None:
         """Write what the graph did last, for Perfetto or Chrome to show."""
-        self.graph.trace.write(path)
+        if not isinstance(path, str | os.PathLike) or not str(path):
+            raise invalid("path", "a path of a file", path)
+        try:
+            self.graph.trace.write(path)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"Expected path to be a file that can be written, got {path}: {error}. "
+                f"Pass another."
+            ) from error
 
     def explain(self) -> str:
         """How blocks are kept and moved, a line each."""

@@ -317,7 +317,7 @@ def _told(**changes: Any) -> str:
 def test_other_text_is_no_form(text: str) -> None:
     """Fault 8. A description that is empty, cut, of a newer format or of unknown terms."""
     assert BlockForm.from_json(FORM.json()) == FORM
-    with pytest.raises(StoreError, match="Expected the JSON of a block form"):
+    with pytest.raises(StoreError, match="Expected text to be the JSON of a block form"):
         BlockForm.from_json(text)
 
 

@@ -478,7 +478,7 @@ def test_what_a_provider_of_credentials_says_is_not_shown(
 
 @pytest.mark.parametrize("url", ["", "/a/folder", "s3://", "file://not/whole", "http://[::1"])
 def test_what_can_be_no_address_is_refused_with_a_sentence(url: str) -> None:
-    with pytest.raises(StoreError, match=r"Expected an address .* got an error for .*\. Correct"):
+    with pytest.raises(StoreError, match=r"Expected a url .* got an error for .*\. Correct"):
         Remote(url)
 
 

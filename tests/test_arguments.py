@@ -1,0 +1,317 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wrong arguments of the public names of storage, graph and migrate, generated from signatures.
+
+Each argument is replaced in turn by values that are mostly wrong. A call returns, or raises a
+`PortaKVError` that names the argument. The object works and closes afterwards, and a call that
+raised has written nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.migrate_pulls import MODEL, Rows
+from support.storage_cases import key_of, small_form
+
+from portakv import KVView, PortaKVError
+from portakv.graph import Collector, Graph, Handle, Lease, Node
+from portakv.migrate import (
+    Box,
+    Channel,
+    Owner,
+    Parameter,
+    Reader,
+    Shard,
+    open_shared,
+    pair,
+    publish,
+    pull_weights,
+    rendezvous,
+    share,
+    shared_empty,
+)  # fmt: skip
+from portakv.storage import BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
+
+API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
+PACKAGES = "portakv.storage", "portakv.graph", "portakv.migrate"
+LIMIT = 30.0  # seconds of one call, which is a hang then
+
+
+class Scene:
+    """What calls need, made anew for each argument, and closed after it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.stack = ExitStack()
+        self.memory = [torch.arange(4 * 2 * 8 * 4 * 2 * 32).view(4, 2, 8, 4, 2, 32).half()]
+        self.view = KVView([*self.memory[0]], "layer | kv block token head dim")
+        self.other = KVView([torch.zeros(2, 3, 2, 1, 8)], "layer | kv block token head dim")
+
+    def close(self, *things: Any) -> Any:
+        for thing in things:
+            self.stack.callback(thing.close)
+        return things[0]
+
+    def form(self) -> BlockForm:
+        return BlockForm.of(self.view, "org/model")
+
+    def store(self, **terms: Any) -> BlockStore:
+        size = self.form().image_bytes
+        return self.close(
+            BlockStore(self.form(), **{"staging": 4 * size, "host": 4 * size, **terms})
+        )
+
+    def saved(self) -> BlockStore:
+        store = self.store()
+        store.save(self.view, [0, 1], [key_of(0), key_of(1)]).synchronize(LIMIT)
+        return store
+
+    def graph(self) -> Graph:
+        return self.close(Graph())
+
+    def node(self, graph: Graph) -> Node:
+        node = Node(lambda *_: None, 2, link=graph.link("a"))
+        graph.submit([node])
+        return node
+
+    def channel(self) -> Channel:
+        return self.close(Channel())
+
+    def rows(self) -> Rows:
+        rows = Rows()
+        self.memory.append(rows.whole)
+        return rows
+
+    def owner(self) -> Owner:
+        return self.close(Owner(self.channel(), self.rows().shard, model=MODEL))
+
+    def reader(self) -> Reader:
+        return self.close(Reader(self.channel(), self.rows().shard, model=MODEL))
+
+    def offer(self) -> Any:
+        return self.owner().offer([1, 2], tokens=32, lease=5.0)
+
+    def weights(self) -> Any:
+        tensor = shared_empty((4, 4), torch.float32)
+        self.memory.append(tensor)
+        return tensor
+
+
+#: How each public callable is called rightly: the callable and its arguments, by name.
+Call = tuple[Callable[..., Any], dict[str, Any]]
+CALLS: dict[str, Callable[[Scene], Call]] = {
+    # storage
+    "BlockForm": lambda s: (BlockForm, {x: getattr(small_form(), x) for x in FORM}),
+    "BlockForm.of": lambda s: (BlockForm.of, {"view": s.view, "model": "m"}),
+    "BlockForm.from_json": lambda s: (BlockForm.from_json, {"text": s.form().json()}),
+    "BlockForm.view": lambda s: (s.form().view, {
+        "rows": torch.zeros(2, s.form().image_bytes, dtype=torch.uint8)}),
+    "BlockForm.same_cache": lambda s: (s.form().same_cache, {"other": s.form()}),
+    "BlockForm.part_of": lambda s: (s.form().part_of, {"other": s.form()}),
+    "BlockStore": lambda s: (BlockStore, {"form": s.form(), "staging": 1 << 20, "host": 1 << 20}),
+    "BlockStore.lookup": lambda s: (s.saved().lookup, {"keys": [key_of(0)]}),
+    "BlockStore.save": lambda s: (s.saved().save, {
+        "view": s.view, "blocks": [2], "keys": [key_of(2)]}),
+    "BlockStore.load": lambda s: (s.saved().load, {
+        "view": s.view, "blocks": [0], "keys": [key_of(0)]}),
+    "BlockStore.prefetch": lambda s: (s.saved().prefetch, {"keys": [key_of(0)]}),
+    "BlockStore.trace": lambda s: (s.saved().trace, {"path": s.folder / "trace.json"}),
+    "BlockStore.close": lambda s: (s.saved().close, {}),
+    "Disk": lambda s: (Disk, {"folders": s.folder / "disk", "capacity": 1 << 20}),
+    "Remote": lambda s: (Remote, {"url": "memory://"}),
+    "check_keys": lambda s: (keys.check_keys, {"keys": [key_of(0)]}),
+    "prefix_keys": lambda s: (prefix_keys, {"tokens": range(8), "block_size": 4}),
+    "lmcache_keys": lambda s: (keys.lmcache_keys, {"tokens": range(8), "block_size": 4}),
+    "vllm_keys": lambda s: (keys.vllm_keys, {"tokens": range(8), "block_size": 4}),
+    # graph
+    "Graph": lambda s: (Graph, {}),
+    "Graph.link": lambda s: (s.graph().link, {"name": "b"}),
+    "Graph.submit": lambda s: (s.graph().submit, {"nodes": []}),
+    "Graph.cancel": lambda s: ((g := s.graph()).cancel, {"node": s.node(g)}),
+    "Graph.close": lambda s: (s.graph().close, {}),
+    "Node": lambda s: (Node, {"work": None, "blocks": 2}),
+    "Node.wait": lambda s: (s.node(s.graph()).wait, {}),
+    "Lease": lambda s: (Lease, {"pool": None, "count": 0}),
+    "Handle.wait": lambda s: (Handle((g := s.graph()), s.node(g)).wait, {}),
+    "Collector": lambda s: (Collector, {"source": s.graph()}),
+    # migrate
+    "Channel": lambda s: (Channel, {}),
+    "Shard": lambda s: (Shard, {"view": s.view}),
+    "Owner": lambda s: (Owner, {
+        "channel": s.channel(), "shards": s.rows().shard, "model": MODEL}),
+    "Owner.offer": lambda s: (s.owner().offer, {"blocks": [1], "tokens": 4}),
+    "Owner.reallocate": lambda s: (s.owner().reallocate, {"shards": s.rows().shard}),
+    "Offer.taken": lambda s: (s.offer().taken, {"timeout": 0.01}),
+    "Reader": lambda s: (Reader, {
+        "channel": s.channel(), "shards": s.rows().shard, "model": MODEL}),
+    "Reader.pull": lambda s: (s.reader().pull, {"tickets": s.offer().ticket, "blocks": [1, 2]}),
+    "Reader.explain": lambda s: (s.reader().explain, {"tickets": s.offer().ticket}),
+    "publish": lambda s: (publish, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
+    "pull_weights": lambda s: (pull_weights, {
+        "channel": s.channel(), "parameters": {"a": s.weights()},
+        "tickets": s.close(publish(s.channel(), {"a": s.weights()})).ticket}),
+    "Box": lambda s: (Box, {"offset": (0,), "start": (0,), "extents": (1,)}),
+    "Box.part": lambda s: (Box((0,), (0,), (4,)).part, {"ends": ((0, 1),)}),
+    "Parameter": lambda s: (Parameter, {"tensor": s.weights()}),
+    "Parameter.split": lambda s: (Parameter.split, {
+        "tensor": s.weights(), "axis": 0, "parts": [8], "cut": (0, 2)}),
+    "share": lambda s: (share, {"tensor": s.weights()}),
+    "open_shared": lambda s: (open_shared, {"data": share(s.weights())}),
+    "shared_empty": lambda s: (shared_empty, {"shape": (2, 2), "dtype": torch.float32}),
+    "rendezvous": lambda s: (rendezvous, {"channel": s.channel()}),
+    "pair": lambda s: (pair, {
+        "store": rendezvous(s.channel()), "rank": 0, "size": 1, "device": "cpu", "timeout": 5.0}),
+}  # fmt: skip
+FORM = [*inspect.signature(BlockForm).parameters]
+
+
+def wrong_values(scene: Scene) -> list[Any]:
+    """Return the values that replace each argument."""
+    return [None, -1, float("nan"), 2**63, "", b"", [], object(), scene.other]
+
+
+def documented() -> Iterator[tuple[str, Any]]:
+    """Yield the public callables of the packages, found in docs/api.md and in `__all__`."""
+    entries = re.findall(r"^::: (\S+)\n((?:    .*\n)*)", API.read_text(), re.M)
+    seen = set[Any]()
+    for path, options in entries:
+        if not path.startswith(PACKAGES):
+            continue
+        listed = re.search(r"members: \[(.*)\]", options)
+        members = listed[1].split(", ") if listed and listed[1] else None
+        if listed and not listed[1]:
+            members = []
+        module, _, name = path.rpartition(".")
+        with suppress(ImportError):  # it is a module
+            found = import_module(path)
+            own = members or [x for x, y in vars(found).items()
+                              if inspect.isfunction(y) and y.__module__ == path]  # fmt: skip
+            for each in own:
+                if each.startswith("_"):
+                    continue
+                seen.add(getattr(found, each))
+                yield from _callables(each, getattr(found, each), None, True)
+            continue
+        kind = getattr(import_module(module), name)
+        seen.add(kind)
+        yield from _callables(name, kind, members, "merge_init_into_class: false" not in options)
+    for package in PACKAGES:
+        module_ = import_module(package)
+        for name in module_.__all__:
+            value = getattr(module_, name)
+            error = inspect.isclass(value) and issubclass(value, PortaKVError)
+            if value not in seen and not error:
+                yield from _callables(name, value, None, True)
+
+
+def _callables(name: str, value: Any, members: Any, made: bool) -> Iterator[tuple[str, Any]]:
+    if not inspect.isclass(value):
+        yield name, value
+        return
+    if made:
+        yield name, value
+    chosen = members if members is not None else [x for x in dir(value) if not x.startswith("_")]
+    for each in chosen:
+        method = inspect.getattr_static(value, each)
+        method = getattr(method, "__func__", method)
+        if inspect.isfunction(method) and method.__module__.startswith("portakv"):
+            yield f"{name}.{each}", method
+
+
+def arguments() -> list[tuple[str, str]]:
+    """Return the public callables with each of their arguments."""
+    found = dict[tuple[str, str], None]()
+    for name, value in documented():
+        parameters = inspect.signature(value).parameters.values()
+        found.update({(name, x.name): None for x in parameters if x.name not in ("self", "cls")})
+    return [*found]
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in arguments()}))
+def test_each_public_callable_has_a_right_call(name: str, tmp_path: Path) -> None:
+    assert name in CALLS, f"add a right call of {name} to CALLS"
+    scene = Scene(tmp_path)
+    with scene.stack:
+        call, terms = CALLS[name](scene)
+        _end(invoke(call, terms))
+
+
+@pytest.mark.parametrize(("name", "argument"), arguments(), ids=str)
+def test_a_wrong_argument_is_named(name: str, argument: str, tmp_path: Path) -> None:
+    scene = Scene(tmp_path)
+    with scene.stack:
+        call, terms = CALLS[name](scene)
+        for value in wrong_values(scene):
+            before = [each.clone() for each in scene.memory]
+            result = limited(call, {**terms, argument: value})
+            what = f"{name}({argument}={value!r}): {result!r}"
+            if isinstance(result, BaseException):
+                assert isinstance(result, PortaKVError), what
+                assert re.search(rf"\b{argument}\b", str(result)), what
+                for old, new in zip(before, scene.memory, strict=True):
+                    assert torch.equal(old, new), what
+            else:
+                _end(result)
+        if name.rpartition(".")[2] not in ("close", "taken"):  # it works still
+            _end(invoke(*CALLS[name](scene)))
+
+
+def test_the_sweep_finds_what_is_public() -> None:
+    found = {name for name, _ in arguments()}
+    assert {"BlockStore.save", "Graph.submit", "Owner.offer", "prefix_keys"} <= found
+    assert len(arguments()) > 120
+
+
+def invoke(call: Callable[..., Any], terms: dict[str, Any]) -> Any:
+    """Call with arguments by name; those of `*args` and of positions go by position."""
+    positional = list[Any]()
+    named = dict(terms)
+    for each in inspect.signature(call).parameters.values():
+        if each.kind is each.VAR_KEYWORD and each.name in named:
+            value = named.pop(each.name)
+            named[each.name] = value
+        elif each.kind is each.KEYWORD_ONLY or each.name not in named:
+            continue
+        elif len(positional) == len(_before(call, each.name)):
+            positional.append(named.pop(each.name))
+    return call(*positional, **named)
+
+
+def _before(call: Callable[..., Any], name: str) -> list[str]:
+    names = [*inspect.signature(call).parameters]
+    return names[: names.index(name)]
+
+
+def limited(call: Callable[..., Any], terms: dict[str, Any]) -> Any:
+    """Return the result of a call, or the error that it raises; fail if it hangs."""
+    found = list[Any]()
+
+    def run() -> None:
+        try:
+            found.append(invoke(call, terms))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(LIMIT)
+    assert found, f"{call} hangs with {terms}"
+    return found[0]
+
+
+def _end(result: Any) -> None:
+    """Wait for a transfer, and close what was made."""
+    if isinstance(result, Handle) or hasattr(result, "published"):
+        with suppress(PortaKVError):
+            result.synchronize(LIMIT)
+    if callable(getattr(result, "close", None)):
+        result.close()
