@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
@@ -43,6 +43,8 @@ from portakv.storage import BlockForm, BlockStore, Disk, Remote, keys, prefix_ke
 
 API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
 PACKAGES = "portakv.storage", "portakv.graph", "portakv.migrate"
+FORM = [*inspect.signature(BlockForm).parameters]
+T = TypeVar("T")
 LIMIT = 30.0  # seconds of one call, which is a hang then
 
 
@@ -56,10 +58,9 @@ class Scene:
         self.view = KVView([*self.memory[0]], "layer | kv block token head dim")
         self.other = KVView([torch.zeros(2, 3, 2, 1, 8)], "layer | kv block token head dim")
 
-    def close(self, *things: Any) -> Any:
-        for thing in things:
-            self.stack.callback(thing.close)
-        return things[0]
+    def close(self, thing: T) -> T:
+        self.stack.callback(cast(Any, thing).close)
+        return thing
 
     def form(self) -> BlockForm:
         return BlockForm.of(self.view, "org/model")
@@ -171,7 +172,6 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "pair": lambda s: (pair, {
         "store": rendezvous(s.channel()), "rank": 0, "size": 1, "device": "cpu", "timeout": 5.0}),
 }  # fmt: skip
-FORM = [*inspect.signature(BlockForm).parameters]
 
 
 def wrong_values(scene: Scene) -> list[Any]:
@@ -315,3 +315,13 @@ def _end(result: Any) -> None:
             result.synchronize(LIMIT)
     if callable(getattr(result, "close", None)):
         result.close()
+
+
+@pytest.mark.parametrize("package", ["portakv", "portakv.storage", "portakv.migrate"])
+def test_public_errors_come_from_each_package(package: str) -> None:
+    module = import_module(package)
+    wanted = {"PortaKVError", "InvalidTerms", "LayoutError", "SlotError", "Unsupported"}
+    wanted |= {"portakv": {"StoreError", "PeerError"}, "portakv.storage": {"StoreError"}}.get(
+        package, {"PeerError", "OfferGone"}
+    )
+    assert wanted <= {*module.__all__}

@@ -45,7 +45,7 @@ class Handle(Transfer):
     def landed(self) -> npt.NDArray[np.bool_]:
         """Which blocks landed, bool ``[blocks]``; none before the end."""
         landed: npt.NDArray[np.bool_] = self._gates[-1].landed
-        return landed.copy()
+        return np.array(landed, np.bool_)
 
     def cancel(self) -> bool:
         """Let no further block begin; True if some will not be moved."""

@@ -48,7 +48,7 @@ def _window(axis: str, window: Range | None, count: int) -> Range:
     return window
 
 
-def _check_numbers(name: str, numbers: object, least: int, count: int) -> None:
+def _check_numbers(name: str, numbers: Any, least: int, count: int) -> None:
     """Raise `InvalidTerms` unless an argument is a tuple of ``count`` whole numbers."""
     whole = isinstance(numbers, tuple) and {*map(type, numbers)} == {int}
     if not whole or len(numbers) != count or min(numbers) < least:
