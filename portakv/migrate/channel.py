@@ -47,6 +47,10 @@ HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the requ
 BACK = Struct("!B?Q")  # version, whether a refusal's sentence follows, number of the request
 
 
+class Refused(PeerError):
+    """A request that its receiver has understood and does not carry out."""
+
+
 class Peer:
     """A connection, and who is at its other end: ``id`` is random, of the asker's `Channel`."""
 
@@ -278,7 +282,7 @@ class Channel:
         what = f"{type(message).__name__} for {address}"
         if back[0] != VERSION or back[1]:
             why = back[BACK.size :].decode(errors="replace").rstrip(".")
-            raise PeerError(f"{what} was refused: {why}.")
+            raise Refused(f"{what} was refused: {why}.")
         try:
             return decode(memoryview(back)[BACK.size :], type=kind)
         except Exception:

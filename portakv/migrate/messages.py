@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from hashlib import blake2b
+from hmac import compare_digest
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -21,8 +22,13 @@ Bytes = Annotated[int, Meta(ge=0, le=1 << 48)]  # of memory; also extents and st
 Count = Annotated[int, Meta(ge=0, le=1 << 31)]  # of tokens, blocks, slots
 Small = Annotated[int, Meta(ge=0, le=1 << 16)]  # of layers, heads, groups, regions
 Handle = Annotated[bytes, Meta(max_length=4096)]  # what `ipc` made, for `ipc` alone
+Key = Annotated[bytes, Meta(max_length=64)]  # of a MAC
 Seconds = Annotated[float, Meta(ge=0, le=1e6)]
-Ids = Annotated[bytes, Meta(max_length=4 << 20)]  # int32, least byte first, one behind the other
+MOST_ID_BYTES = 4 << 20
+MOST_REGIONS = 1024  # of an owner, its proof included
+Ids = Annotated[
+    bytes, Meta(max_length=MOST_ID_BYTES)
+]  # int32, least byte first, one behind the other
 Range = tuple[Small, Small, Small]  # from, to, of: on an axis of the whole model
 Box = tuple[tuple[int, int], ...]  # from and to on each axis
 Dims = Annotated[tuple[Bytes, ...], Meta(max_length=16)]
@@ -30,6 +36,7 @@ Names = Annotated[tuple[Name, ...], Meta(max_length=16)]
 #: What tensors of a view share: torch's name of the dtype, shape and strides in elements.
 Kind = tuple[Annotated[str, Meta(pattern=r"^[a-z][a-z0-9_]{2,31}$")], Dims, Dims]
 Sent = TypeVar("Sent", bound="Message")
+_MAC = 16  # bytes
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
@@ -87,11 +94,13 @@ class Welcome(Message, frozen=True):
 
     epoch: Id
     described: Annotated[tuple[Described, ...], Meta(min_length=1, max_length=64)]
-    regions: Annotated[tuple[Region, ...], Meta(max_length=1024)]
+    regions: Annotated[tuple[Region, ...], Meta(max_length=MOST_REGIONS)]
     events: Annotated[tuple[Handle, ...], Meta(max_length=256)] = ()
     mover: Name = ""
     slots: Small = 0
     slot_bytes: Bytes = 0
+    #: Under which the owner signs the tickets of this epoch; only this message carries it.
+    key: Key = b""
 
 
 class About(Message, frozen=True):
@@ -105,8 +114,14 @@ class Begin(About, frozen=True):
     """One-way: a reader begins to read an offer, which ends with its channel from now on."""
 
 
+class Check(About, frozen=True):
+    """Asks whether an offer has held until now."""
+
+
 class Close(About, frozen=True):
-    """A reader has read all it wanted; the answer tells whether the offer held until now."""
+    """One-way: a reader is through with an offer: it has ``taken`` the rows, or its pull failed."""
+
+    taken: bool
 
 
 class Renew(About, frozen=True):
@@ -160,21 +175,37 @@ class Ticket(About, frozen=True):
             f"{why}. Nothing is published; ask for another offer."
         )
 
-    def pack(self) -> bytes:
-        """What carries the request carries."""
-        return sealed(self)
+    def pack(self, key: bytes) -> bytes:
+        """Return the bytes that carry the ticket, with a MAC over them under the owner's key."""
+        body = sealed(self)
+        return _mac(body, key) + body
 
     @staticmethod
     def read(data: bytes) -> Ticket:
         """The ticket of these bytes; raises `PeerError`, in the same words whatever is wrong."""
-        ticket = unsealed(data, Ticket)
+        ticket = unsealed(data[_MAC:], Ticket) if isinstance(data, bytes) else None
         whole = ticket and not any(len(ids) % 4 for ids in ticket.ids)
         if ticket and whole and len(ticket.ids) == len(ticket.steps):
             return ticket
-        raise PeerError(
-            "Expected tickets to be the bytes of `Offer.ticket`, got others, which is no ticket of "
-            "this release. Carry them unchanged, between sides of one release."
-        )
+        raise no_ticket()
+
+
+def no_ticket() -> PeerError:
+    """Return the error of bytes that are not a ticket, the same whatever is wrong with them."""
+    return PeerError(
+        "Expected tickets to be the bytes of `Offer.ticket`, got others, which is no ticket of "
+        "this release. Carry them unchanged, between sides of one release."
+    )
+
+
+def is_signed(data: bytes, key: bytes) -> bool:
+    """Return True if the bytes of a ticket are as the owner with this key made them."""
+    return compare_digest(data[:_MAC], _mac(data[_MAC:], key))
+
+
+def _mac(body: bytes, key: bytes) -> bytes:
+    """Return the MAC of the bytes of a ticket."""
+    return blake2b(body, key=key, digest_size=_MAC).digest()
 
 
 def sealed(message: Message) -> bytes:

@@ -10,13 +10,14 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
+from math import inf
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from msgspec.structs import replace
 
 from portakv import arguments
-from portakv.errors import LayoutError, SlotError, Unsupported
+from portakv.errors import LayoutError, PeerError, SlotError, Unsupported
 from portakv.migrate import ipc, messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
@@ -24,13 +25,16 @@ from portakv.migrate.gathers import SLOTS, Gathers, Rows
 from portakv.migrate.movers import check_mover
 from portakv.migrate.pairing import proof, where
 from portakv.migrate.shards import Shard, device_of, overlap, slices
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import Behind
 from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two looks of one who waits for the end of an offer
 EVENTS = 64  # that stand behind offers' rows, in turn; so many offers can be told apart by them
-GONE = messages.Answer("gone", "it is no offer of this owner (any more)")
+UNKNOWN = messages.Answer("gone", "this owner has no such offer, or had it long ago")
+_REMEMBERED = 4096  # offers that ended, of which an owner still says why
 SPOILT = messages.Answer("gone", "some of its rows could not be brought; its owner's log says why")
 
 
@@ -51,9 +55,11 @@ class Offer:
         self, owner: Owner, ids: Sequence[tuple[Any, int]], tokens: int, until: float, readers: int
     ):
         self.number, self.ticket = secrets.token_bytes(16), b""
-        self.ids, self.tokens, self.until, self.left = ids, tokens, until, readers
+        self.ids, self.tokens, self.until, self.readers = ids, tokens, until, readers
         self.behind = Behind(owner.device)
-        self.begun = dict[bytes, Any]()  # readers that have not closed it: how to stop watching
+        self.last = until  # the latest time to which a reader may renew it
+        self.begun = dict[bytes, Any]()  # readers that read it: how to stop watching each
+        self.through = set[bytes]()  # readers that have its rows, or are gone
         self.spoilt = set[bytes]()  # readers for which some of its rows could not be brought
         self._owner, self._state = owner, "held"
 
@@ -80,10 +86,22 @@ class Offer:
             if self._state == "held":
                 self._state = state
                 del owner.offers[self.number]
+                owner.ended[self.number] = self._why_ended()
                 owner.counts[state] += 1
                 for stop in self.begun.values():
                     stop()
                 owner.change.notify_all()
+
+    def _why_ended(self) -> str:
+        """Return why the offer ended, as a clause for a reader."""
+        if self._state == "taken":
+            return f"its readers ({self.readers}) have had it; offer it with a larger readers="
+        reasons = {
+            "expired": "its lease is over",
+            "revoked": "its owner revoked it",
+            "lost": "a reader that had begun to read it is gone",
+        }
+        return reasons[self._state]
 
     def taken(self, timeout: float | None = None) -> bool:
         """Wait until it has ended, at most ``timeout`` seconds: True, and the owner may use its
@@ -144,6 +162,9 @@ class Owner:
         self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
         self.offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
+        self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
+        self._process = this_process()
+        self._closed = False
         self._gathers = Gathers(channel, self._slot_bytes, mover)
         uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
 
@@ -158,7 +179,8 @@ class Owner:
             raise
         self._kinds: dict[Any, Any] = {
             messages.Hello: self._hello, messages.Begin: self._begin, messages.Renew: self._renew,
-            messages.Close: self._close, messages.Gather: self._gather, messages.Bye: self._bye,
+            messages.Check: self._check, messages.Close: self._close,
+            messages.Gather: self._gather, messages.Bye: self._bye,
         }  # fmt: skip
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
@@ -172,9 +194,15 @@ class Owner:
         device = device_of(shards)
         regions, exported = Regions(), list[messages.Region]()
         described = tuple(describe(shard, regions) for shard in shards)
+        if len(regions.storages) >= messages.MOST_REGIONS:
+            raise LayoutError(
+                f"Expected shards in at most {messages.MOST_REGIONS - 1} allocations, got "
+                f"{len(regions.storages)}. Make the tensors slices of fewer allocations."
+            )
         with self.change:
             self.revoke_all()
             self.epoch, self.shards, self.device = secrets.token_bytes(16), shards, device
+            self._key = secrets.token_bytes(32)
             for one in self._exports:
                 one.close()
             self._proof = proof(self.epoch, self.device)
@@ -195,26 +223,40 @@ class Owner:
                 regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
                 mover=self._gathers.mover or "",
                 events=tuple(ipc.export_event(x) for x in self._events),
+                key=self._key,
             )  # fmt: skip
 
-    def offer(self, *blocks: Ids, tokens: int, lease: float = 30.0, readers: int = 1) -> Offer:
+    def offer(
+        self,
+        *blocks: Ids,
+        tokens: int,
+        lease: float = 30.0,
+        readers: int = 1,
+        max_lease: float = 3600.0,
+    ) -> Offer:
         """Offer the first ``tokens`` tokens of lists of blocks (or of an `Index`, as of slots), one
         for each shard, behind what the current stream holds. Of a negative id all is elsewhere.
 
         Args:
             lease: seconds until it ends by itself, unless its reader renews it.
             readers: how many may pull it.
+            max_lease: seconds after which readers that are still at work renew it no more.
 
         Raises:
-            SlotError: ids past the view or twice in a list, too few for the tokens, or not a list
-                for each shard.
+            SlotError: ids past the view or twice in a list, too few for the tokens, more than a
+                ticket holds, or not a list for each shard.
             InvalidTerms: no token, no time, or no reader.
+            PeerError: the owner is closed, or belongs to the process that this one was forked from.
         """
+        self._refuse_closed()
         arguments.whole("tokens", tokens, 1, 1 << 31)
         lease = arguments.number(
             "lease", lease, 1e-9, 1e6, "a number of seconds above 0, at most 10^6"
         )
         arguments.whole("readers", readers, 1, 1 << 31)
+        last = arguments.number(
+            "max_lease", max_lease, lease, inf, f"at least the lease of {lease:g} s"
+        )
         if len(blocks) != len(self.shards):
             raise SlotError(
                 f"Expected blocks to be {len(self.shards)} lists, one for each shard, got "
@@ -229,12 +271,19 @@ class Owner:
                     index = Index(index.slots(tokens))
                 index = Index(index.host_ids()[: -(-tokens // index.step)], index.step)
                 index.check(tokens, shard.view.slots, "offered", distinct=True)
-                lists.append((index.host_ids().clip(min=-1).astype("<i4"), index.step))
+                ids = index.host_ids().clip(min=-1).astype("<i4")
+                if ids.nbytes > messages.MOST_ID_BYTES:
+                    raise SlotError(
+                        f"Expected at most {messages.MOST_ID_BYTES // 4} ids in a list of blocks, "
+                        f"got {len(ids)}. Offer blocks in place of slots, or make several offers."
+                    )
+                lists.append((ids, index.step))
         on = self.device
         stream = None if on.type == "cpu" else torch.get_device_module(on).current_stream(on)
         if stream and self._exports and not self._events:  # no reader's stream can wait for it
             stream.synchronize()
         made = Offer(self, lists, tokens, self.now() + lease, readers)
+        made.last = self.now() + last
         return uninterrupted(partial(self._enter, made, stream, lease), undo=Offer.revoke)
 
     def _enter(self, made: Offer, stream: Any, lease: float) -> Offer:
@@ -247,12 +296,24 @@ class Owner:
                 self._events[event].record(stream)
             ids, steps = zip(*((each.tobytes(), step) for each, step in made.ids), strict=True)
             terms = self.channel.address, made.tokens, ids, steps, lease, event
-            made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack()
+            made.ticket = messages.Ticket(self.epoch, made.number, *terms).pack(self._key)
             self.offers[made.number] = made
             self.counts["offered"] += 1
             if self.counts["offered"] % EVENTS == 0:
                 self.statistics()  # those that nobody asks about expire
         return made
+
+    def _refuse_closed(self) -> None:
+        """Raise `PeerError` if no reader could reach an offer of this owner."""
+        why = ""
+        if self._process.forked:
+            why = "belongs to the process that this one was forked from"
+        elif self._closed:
+            why = "is closed"
+        if why:
+            raise PeerError(
+                f"Expected an owner that readers reach, got one that {why}. Make another Owner."
+            )
 
     def revoke_all(self) -> None:
         """End every offer at once."""
@@ -281,11 +342,12 @@ class Owner:
         """Do what `close` promises."""
         if not self.channel.free("an owner", self):
             return
+        self._closed = True
         self.revoke_all()
         for one in self._exports:
             one.close()
         for kind in self._kinds:
-            self.channel.serve(kind, lambda *_: GONE)
+            self.channel.serve(kind, lambda *_: UNKNOWN)
         self._gathers.close()
 
     # --- what readers ask, in the channel's thread
@@ -311,27 +373,46 @@ class Owner:
                 offer.begun[peer.id] = peer.on_gone(partial(self._less, offer, peer.id, "lost"))
 
     def _less(self, offer: Offer, reader: bytes, state: str) -> None:
-        """A reader is through with an offer, or gone."""
+        """Count a reader that has an offer's rows, or is gone; each counts once."""
         with self.change:
             offer.begun.pop(reader, lambda: None)()
-            offer.left -= 1
-            if not offer.left:
+            offer.through.add(reader)
+            if len(offer.through) >= offer.readers:
                 offer.end(state)
 
-    def _close(self, peer: Peer, close: messages.Close) -> messages.Answer:
+    def _gone(self, about: messages.About) -> messages.Answer:
+        """Answer that an offer does not hold, and why."""
+        why = self.ended.get(about.offer) if about.epoch == self.epoch else None
+        return messages.Answer("gone", why) if why else UNKNOWN
+
+    def _check(self, peer: Peer, check: messages.Check) -> messages.Answer:
+        with self.change:
+            offer = self._held(check)
+            if offer is None:
+                self.counts["gone"] += 1
+                return self._gone(check)
+            return SPOILT if peer.id in offer.spoilt else messages.Answer("held")
+
+    def _close(self, peer: Peer, close: messages.Close) -> None:
         with self.change:
             offer = self._held(close)
-            self.counts["closed" if offer else "gone"] += 1
             if offer is None:
-                return GONE
-            self._less(offer, peer.id, "taken")
-            return SPOILT if peer.id in offer.spoilt else messages.Answer("held")
+                return
+            if close.taken and peer.id not in offer.spoilt:
+                self.counts["closed"] += 1
+                self._less(offer, peer.id, "taken")
+                return
+            # The reader has nothing: it may pull again, until the lease is over.
+            self.counts["failed"] += 1
+            offer.spoilt.discard(peer.id)
+            offer.begun.pop(peer.id, lambda: None)()
 
     def _renew(self, _: Peer, renew: messages.Renew) -> messages.Answer:
         with self.change:
             if (offer := self._held(renew)) is None:
-                return GONE
-            offer.until = max(offer.until, self.now() + renew.seconds)
+                return self._gone(renew)
+            wanted = min(self.now() + renew.seconds, offer.last)
+            offer.until = max(offer.until, wanted)
             return messages.Answer("held", seconds=offer.until - self.now())
 
     def _bye(self, peer: Peer, _: messages.Bye) -> None:
@@ -340,7 +421,7 @@ class Owner:
     def _gather(self, peer: Peer, gather: messages.Gather) -> messages.Answer:
         with self.change:
             if (offer := self._held(gather)) is None:
-                return GONE
+                return self._gone(gather)
             self._begin(peer, gather)
             rows = self._rows(offer, gather)
             return SPOILT if peer.id in offer.spoilt else self._gathers.begin(peer, gather, rows)

@@ -21,17 +21,16 @@ from portakv.arguments import FOREVER
 from portakv.errors import (
     BackendUnavailable,
     LayoutError,
-    OfferGone,
     PeerError,
     PortaKVError,
     TransferTimeout,
     Unsupported,
 )
 from portakv.migrate import ipc
-from portakv.migrate.channel import Channel
+from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
-from portakv.migrate.messages import Answer, Bye, Hello, Ticket, Welcome
+from portakv.migrate.messages import Answer, Bye, Hello, Ticket, Welcome, is_signed, no_ticket
 from portakv.migrate.movers import choose, forced
 from portakv.migrate.movers.base import Mover, Moving
 from portakv.migrate.shards import Shard, device_of, unlike
@@ -84,7 +83,12 @@ class Pairings:
         packed = list(dict.fromkeys(packed))
         if not packed:
             raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
-        return [(one, self.of(one, until)) for one in map(Ticket.read, packed)]
+        read = [Ticket.read(data) for data in packed]
+        owned = [(ticket, self.of(ticket, until)) for ticket in read]
+        for data, (_, owner) in zip(packed, owned, strict=True):
+            if not is_signed(data, owner.welcome.key):
+                raise no_ticket()
+        return owned
 
     def of(self, ticket: Ticket, until: float = inf) -> Paired:
         """Return the owner of a ticket.
@@ -118,9 +122,10 @@ class Pairings:
             if owner.why:
                 try:
                     self._agree(owner, ticket, until)
-                except (OfferGone, PeerError, TransferTimeout):
-                    raise
                 except PortaKVError as error:
+                    peer = isinstance(error, PeerError | TransferTimeout)
+                    if peer and not isinstance(error, Refused):
+                        raise
                     why = f"{owner.why}; and they cannot be moved: {error}"
                     raise Unsupported(f"Pulling rows of {ticket.address}", why) from error
             used = {one.number for one in [*self._owners.values()]}
@@ -183,17 +188,21 @@ class Pairings:
             read = (told ^ 0).cpu()  # by a kernel, as rows are
             if not torch.equal(read, _proof(welcome.epoch)):
                 return "what is read through the mapping is not what its owner has there"
-            owner.shards = [rebuild(one, flat) for one in welcome.described]
+            shards = [rebuild(one, flat) for one in welcome.described]
             theirs = welcome.regions[0].device
             if theirs != where(self.device) and not theirs.startswith("cpu "):
                 # Another device's memory, which counts as this one's: its kernels are to know.
-                owner.shards = [
+                shards = [
                     Shard(x.view.as_peer(self.device), x.group.layers, x.group.heads)
-                    for x in owner.shards
+                    for x in shards
                 ]
-            owner.events = [ipc.open_event(one, self.device) for one in welcome.events]
+            events = [ipc.open_event(one, self.device) for one in welcome.events]
         except PortaKVError as error:
             return str(error)
+        # Last: an owner that has shards is read, and without its events it would be read before its
+        # stream has written the rows.
+        owner.events = events
+        owner.shards = shards
         return ""
 
     def _agree(self, owner: Paired, ticket: Ticket, until: float) -> None:

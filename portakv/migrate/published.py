@@ -21,7 +21,8 @@ from portakv.errors import (
     TransferTimeout,
 )
 from portakv.graph.graph import Node
-from portakv.migrate.messages import About, Answer, Begin, Close, Renew
+from portakv.migrate.messages import About, Answer, Begin, Check, Close, Renew, Ticket
+from portakv.migrate.pairing import Paired
 from portakv.migrate.steps import Told
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.transfer import Completion, Transfer
@@ -29,7 +30,8 @@ from portakv.runtime.transfer import Completion, Transfer
 CANCELLED = "A pull was cancelled; nothing of it is published."
 MAPPED = "mapped", "the owners' memory can be mapped"
 MOMENT = 1e-3  # seconds in which a copy may end before owners are told of it, which takes 0.1 ms
-LOOK = 2.0  # seconds between two looks at owners, whose offers are renewed then
+LOOK = 0.5  # seconds between two looks at owners, whose offers are renewed then
+CLOSING = 0.5  # seconds for the message that a pull is over
 
 
 class Part(Transfer):
@@ -144,15 +146,20 @@ class Pull(Part):
                 self._await(told, check)
         except BaseException as error:
             errors.append(error)
-        for (ticket, _), answer in zip(told, self._asked(told, Close), strict=True):
+        reached = list[tuple[Ticket, Paired]]()
+        for one, answer in zip(told, self._asked(told, Check), strict=True):
             if isinstance(answer, PortaKVError):
                 errors.append(answer)
-            elif answer.state != "held":
-                errors.insert(0, ticket.gone(answer.why))
+                continue
+            reached.append(one)
+            if answer.state != "held":
+                errors.insert(0, one[0].gone(answer.why))
         with self._deciding:
-            self._ended, self.quiet = perf_counter(), ()
+            self._ended = perf_counter()
+            self.quiet = ()
         errors = [x for x in errors if not isinstance(x, TransferCancelled)]
         self._late = self._late or (bool(errors) and monotonic() >= self._until)
+        self._close(reached, taken=not (self._late or errors or self.stopped))
         if self._late:
             raise TransferTimeout(
                 "A pull had not ended in its time; nothing of it is published. Give it more time."
@@ -161,6 +168,13 @@ class Pull(Part):
             raise errors[0]
         if self.stopped:
             raise TransferCancelled(CANCELLED)
+
+    def _close(self, told: Told, taken: bool) -> None:
+        """Report to each owner whether this reader has the rows, or may pull them again. An owner
+        that does not receive it keeps its offer until the lease is over."""
+        for ticket, owner in told:
+            with suppress(PortaKVError):
+                owner.channel.tell(owner.address, Close(ticket.epoch, ticket.offer, taken), CLOSING)
 
     def _await(self, told: Told, one: Any) -> None:
         """Wait for a copy or a node, and renew the offers; raises what it ended with."""

@@ -22,9 +22,11 @@ from portakv.migrate.messages import (
     Message,
     Region,
     Ticket,
+    is_signed,
 )
 
 OWNER, OFFER = b"o" * 16, b"f" * 16
+KEY = b"k" * 32
 GROUP = Group((0, 4, 8), (0, 2, 4), (256, 256), ("float16", "float16"))
 TICKET = Ticket(OWNER, OFFER, "tcp://h:1", 40, (b"\1\0\0\0" * 3,), (16,), 30.0, 2)
 DESCRIBED = Described(
@@ -55,7 +57,7 @@ def changed(message: Message, **fields: Any) -> bytes:
         DESCRIBED,
         Hello("llama", "cpu", "distributed"),
         Gather(OWNER, OFFER, 0, (0, 4), (1, 2), 16, 24, "distributed", 1, 7),
-        Close(OWNER, OFFER),
+        Close(OWNER, OFFER, True),
         Answer("busy", "no slot", 0.5, (1 << 64) - 1),
     ],
 )
@@ -101,15 +103,15 @@ def test_a_schema_refuses(message: Message, fields: dict[str, Any]) -> None:
 
 
 def test_a_ticket_is_read_as_it_was_packed() -> None:
-    assert Ticket.read(TICKET.pack()) == TICKET
-    assert len(TICKET.pack()) < 250
+    assert Ticket.read(TICKET.pack(KEY)) == TICKET
+    assert len(TICKET.pack(KEY)) < 250
 
 
 def repacked(**fields: Any) -> Callable[[bytes], bytes]:
     """Whoever forges a ticket makes its checksum too."""
-    one = TICKET.pack()
-    assert one[16:] == encode(TICKET)
-    new = Ticket.pack(msgspec.structs.replace(TICKET, **fields))
+    one = TICKET.pack(KEY)
+    assert one[32:] == encode(TICKET)
+    new = msgspec.structs.replace(TICKET, **fields).pack(KEY)
     return lambda _: new
 
 
@@ -133,20 +135,34 @@ def test_a_ticket_that_was_changed_or_forged_is_refused_in_constant_words(
 ) -> None:
     """Fault 12. Truncated, extended, of another type, forged against the schema."""
     with pytest.raises(PeerError) as refused:
-        Ticket.read(change(TICKET.pack()))
+        Ticket.read(change(TICKET.pack(KEY)))
     assert str(refused.value) == words()
 
 
 def test_no_bit_of_a_ticket_can_flip() -> None:
     """Fault 12. Not even one of the ids, which the schema could not tell."""
-    packed, told = TICKET.pack(), set()
+    packed, told = TICKET.pack(KEY), set()
+    assert is_signed(packed, KEY)
     for bit in range(8 * len(packed)):
         flipped = bytearray(packed)
         flipped[bit // 8] ^= 1 << bit % 8
+        assert not is_signed(bytes(flipped), KEY)
+        if bit < 8 * 16:  # of the MAC, which only who has the key can check
+            continue
         with pytest.raises(PeerError) as refused:
             Ticket.read(bytes(flipped))
         told.add(str(refused.value))
     assert told == {words()}
+
+
+def test_a_ticket_is_signed_under_its_owners_key_alone() -> None:
+    """Whoever changes a ticket can make its checksum anew, but not its MAC."""
+    packed = TICKET.pack(KEY)
+    other = msgspec.structs.replace(TICKET, ids=(b"\2\0\0\0" * 3,))
+    assert not is_signed(packed, b"K" * 32)
+    assert not is_signed(packed[:16] + other.pack(KEY)[16:], KEY)
+    assert not is_signed(other.pack(b"K" * 32), KEY)
+    assert not is_signed(b"", KEY)
 
 
 def words() -> str:

@@ -20,7 +20,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 from support.migrate_channels import SECRET, Network, until
-from support.migrate_pulls import LAYOUT, MODEL, SMALL, Couple, Rows, Sides, sides
+from support.migrate_pulls import LAYOUT, MODEL, SMALL, Couple, Rows, Sides, key_of, sides
 from support.peer_cases import ReadsPeers, reading
 
 from portakv import CopyPlan, KVView
@@ -39,7 +39,16 @@ from portakv.errors import (
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.gathers import SLOTS
 from portakv.migrate.ipc import shared_empty
-from portakv.migrate.messages import Answer, Begin, Close, Gather, Hello, Renew, Ticket
+from portakv.migrate.messages import (
+    Answer,
+    Begin,
+    Check,
+    Gather,
+    Hello,
+    Renew,
+    Ticket,
+    Welcome,
+)
 from portakv.migrate.moved import ask
 from portakv.migrate.offers import EVENTS, Owner
 from portakv.migrate.pull import Reader
@@ -61,6 +70,13 @@ def ended(pulled: Any, kind: type[Exception], match: str | None = None) -> None:
         pulled.synchronize(30)
     assert not pulled.published
     assert pulled.statistics.nbytes == 0
+
+
+def readdressed(owner: Owner, offer: Any, address: str, asker: Channel) -> bytes:
+    """The ticket of an offer, as if its owner were reached at another address."""
+    told = Ticket.read(offer.ticket)
+    key = asker.ask(told.address, Hello(owner.model), Welcome).key
+    return replace(told, address=address).pack(key)
 
 
 class Copies(ReadsPeers):
@@ -172,7 +188,7 @@ def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
     both = Couple(made)
     offer = both.offer()
     both.owner.close()
-    with pytest.raises(OfferGone, match="no offer of this owner"):
+    with pytest.raises(OfferGone, match="this owner has no such offer"):
         both.pull(offer)
 
 
@@ -216,7 +232,7 @@ def test_a_network_that_is_cut_publishes_nothing_and_hangs_nobody(made: Sides) -
 
     def ticket(**given: Any) -> tuple[Any, bytes]:
         offer = owner.offer([1, 2], tokens=32, **given)
-        return offer, replace(Ticket.read(offer.ticket), address=net.address).pack()
+        return offer, readdressed(owner, offer, net.address, here)
 
     offer, told = ticket(lease=0.5)
     pulled = reader.pull(told, [3], max_gbps=SLOW)
@@ -232,7 +248,7 @@ def test_a_network_that_is_cut_publishes_nothing_and_hangs_nobody(made: Sides) -
     net.close()
 
 
-def test_a_close_whose_answer_is_lost_is_repeated_and_counts_once(made: Sides) -> None:
+def test_a_check_whose_answer_is_lost_is_repeated(made: Sides) -> None:
     """Fault 10."""
     there, here = (Channel(x, secret=SECRET) for x in ("tcp://127.0.0.1:0", None))
     theirs, mine = Rows(), Rows(8, 32, fill=-1)
@@ -240,13 +256,14 @@ def test_a_close_whose_answer_is_lost_is_repeated_and_counts_once(made: Sides) -
     made.made += [here, reader := Reader(here, mine.shard, model=MODEL)]
     net = Network(there.address)
     offer = owner.offer([1, 2], tokens=32)
-    told = replace(Ticket.read(offer.ticket), address=net.address).pack()
+    told = readdressed(owner, offer, net.address, here)
     reader.explain(told)
     net.eat = 1
     net.quiet.set()
     pulled = reader.pull(told, [3])
     pulled.synchronize(30)
     assert pulled.published
+    assert offer.taken(5)
     assert (owner.statistics()["closed"], offer.state) == (1, "taken")
     net.close()
 
@@ -258,11 +275,14 @@ def test_so_many_readers_may_pull_an_offer(made: Sides, readers: int) -> None:
     offer = both.offer(readers=readers)
     other = made.reader(Rows(8, 32).shard)
     both.reader.pull([offer.ticket] * 2, both.into).synchronize(30)  # which is one pull
-    assert offer.taken(0) == (readers == 1)
     if readers == 1:
-        ended(other.pull(offer.ticket, both.into), OfferGone)
+        assert offer.taken(5)
+        ended(other.pull(offer.ticket, both.into), OfferGone, r"its readers \(1\) have had it")
     else:
+        both.reader.pull(offer.ticket, both.into).synchronize(30)  # again: it is one reader still
+        assert not offer.taken(0.2)
         other.pull(offer.ticket, both.into).synchronize(30)
+        assert offer.taken(5)
         assert offer.state == "taken"
 
 
@@ -275,10 +295,11 @@ def test_what_is_no_ticket_is_refused_in_the_same_words(made: Sides, way: str) -
     for bad in (b"", good[:-1], good[:16], good + b"\0", *flipped):
         with pytest.raises(PeerError, match=r"Expected tickets .* is no ticket of this"):
             both.reader.pull(bad, both.into)
-    odd = replace(Ticket.read(good), ids=(Ticket.read(good).ids[0] + b"\0",)).pack()
+    key = key_of(both.owner)
+    odd = replace(Ticket.read(good), ids=(Ticket.read(good).ids[0] + b"\0",)).pack(key)
     with pytest.raises(PeerError, match="is no ticket of this release"):
         both.reader.pull(odd, both.into)
-    forged = replace(Ticket.read(good), offer=bytes(16)).pack()
+    forged = replace(Ticket.read(good), offer=bytes(16)).pack(key)
     with pytest.raises(OfferGone):
         both.reader.pull(forged, both.into).synchronize(30)
     both.reader.pull(good, both.into).synchronize(30)
@@ -332,7 +353,7 @@ def test_a_forged_ticket_reads_nothing_past_a_region(made: Sides) -> None:
     told = Ticket.read(both.offer().ticket)
     past = torch.tensor([7, 3, 11, 0, 1 << 20], dtype=torch.int32, device="cpu").numpy().tobytes()
     with pytest.raises(SlotError):
-        both.reader.pull(replace(told, ids=(past,)).pack(), both.into)
+        both.reader.pull(replace(told, ids=(past,)).pack(key_of(both.owner)), both.into)
     assert (both.mine.whole == -1).all()
 
 
@@ -461,7 +482,10 @@ def test_a_pull_is_cancelled_at_any_moment(made: Sides, way: str) -> None:
                 pulled.synchronize(30)
             assert not pulled.published
             assert pulled.statistics.cancelled
+            assert offer.state == "held"
+            both.pull(offer).synchronize(30)  # by the same ticket
         assert offer.taken(5)
+        assert offer.state == "taken"
     both.mine.whole.fill_(-1)
     pulled = both.pull(both.offer())
     pulled.synchronize(30)
@@ -506,7 +530,7 @@ def test_a_pull_whose_owner_does_not_answer_ends_in_its_own_time(made: Sides) ->
     both = Couple(made)
     both.reader.channel.timeout = 25.0
     both.pull(both.offer()).synchronize(30)
-    both.owner.channel.serve(Close, lambda *_: None)
+    both.owner.channel.serve(Check, lambda *_: None)
     pulled = both.pull(both.offer(), timeout=0.2)
     assert until(lambda: pulled.nodes[0].ended, 15)
     ended(pulled, TransferTimeout, "more time")
@@ -628,7 +652,7 @@ def test_another_model_is_refused(made: Sides) -> None:
 
 @WAYS
 def test_one_of_several_owners_that_fails_publishes_nothing(made: Sides, way: str) -> None:
-    """Fault 36. The others' offers are closed."""
+    """Fault 36. The other owners' offers stay, for another pull."""
     mine, kept = Rows(8, 32, fill=-1), [Rows(), Rows()]
     layers = [
         Shard(KVView([*x.whole[:1]], x.view.layout.text), layers=(n, n + 1, 2))
@@ -641,10 +665,10 @@ def test_one_of_several_owners_that_fails_publishes_nothing(made: Sides, way: st
     pulled = reader.pull([x.ticket for x in offers], [3], **terms)
     offers[1].revoke()
     ended(pulled, OfferGone)
-    assert offers[0].taken(5)
-    assert offers[0].state == "taken"
-    offers = [owner.offer([1, 2], tokens=32) for owner in owners]
+    assert offers[0].state == "held"
+    offers[1] = owners[1].offer([1, 2], tokens=32)
     reader.pull([x.ticket for x in offers], [3]).synchronize(30)
+    assert [x.taken(5) and x.state for x in offers] == ["taken"] * 2
     assert torch.equal(mine.rows([3], 32)[0], kept[0].rows([1, 2], 32)[0])
     assert torch.equal(mine.rows([3], 32)[1], kept[1].rows([1, 2], 32)[0])
 
@@ -656,7 +680,8 @@ def test_an_unknown_reference_is_never_published(made: Sides) -> None:
     """Fault 38."""
     both = Couple(made)
     told = Ticket.read(both.offer().ticket)
-    ended(both.reader.pull(replace(told, offer=os.urandom(16)).pack(), both.into), OfferGone)
+    other = replace(told, offer=os.urandom(16)).pack(key_of(both.owner))
+    ended(both.reader.pull(other, both.into), OfferGone)
 
 
 def test_a_reference_out_of_range_is_never_published(made: Sides) -> None:
@@ -664,7 +689,11 @@ def test_a_reference_out_of_range_is_never_published(made: Sides) -> None:
     both = Couple(made, "staging")
     told = Ticket.read(both.offer().ticket)
     longer = replace(told, tokens=80)
-    ended(both.reader.pull(longer.pack(), both.into), PeerError, "expected what was offered")
+    ended(
+        both.reader.pull(longer.pack(key_of(both.owner)), both.into),
+        PeerError,
+        "expected what was offered",
+    )
     assert both.spared()
 
 
@@ -753,10 +782,11 @@ def test_a_reader_that_begins_and_is_gone_loses_the_offer(made: Sides) -> None:
         channel.tell(told.address, Begin(told.epoch, told.offer))
     assert channel.ask(told.address, Renew(told.epoch, told.offer, 50.0), Answer).seconds > 40
     channel.close()
-    assert until(lambda: offer.left == 1)
+    assert until(lambda: len(offer.through) == 1)
     assert offer.state == "held"
-    closed = both.reader.channel.ask(told.address, Close(told.epoch, told.offer), Answer)
-    assert (closed.state, offer.state) == ("held", "taken")
+    both.pull(offer).synchronize(30)
+    assert offer.taken(5)
+    assert offer.state == "taken"
 
 
 def test_an_owner_knows_of_its_reader_while_rows_of_the_host_are_copied(made: Sides) -> None:
@@ -850,11 +880,12 @@ def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) ->
     with pytest.raises(LayoutError, match="Expected shards to be one or more"):
         both.owner.reallocate()
     both.owner._events = []
-    forged = replace(told, event=EVENTS + 1).pack()
+    key = key_of(both.owner)
+    forged = replace(told, event=EVENTS + 1).pack(key)
     both.reader.pull(forged, both.into).synchronize(30)
     (paired,) = both.reader._owners._owners.values()
     for over, waits in ((True, 2), (False, 3)):  # a stream waits for none that has ended
         paired.events = [SimpleNamespace(query=partial(bool, over), wait=log.append)]
         told = replace(Ticket.read(both.offer().ticket), event=0)
-        both.reader.pull(told.pack(), both.into).synchronize(30)
+        both.reader.pull(told.pack(key), both.into).synchronize(30)
         assert len(log) == waits

@@ -9,7 +9,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from portakv import KVView
 from portakv.migrate.channel import Channel
 from portakv.migrate.ipc import shared_empty
+from portakv.migrate.messages import Hello, Welcome
 from portakv.migrate.offers import Offer, Owner
 from portakv.migrate.pull import Reader
 from portakv.migrate.shards import Shard
@@ -79,6 +80,12 @@ def _open_files() -> Iterator[str]:
     for number in os.listdir("/proc/self/fd"):
         with suppress(OSError):
             yield os.readlink(f"/proc/self/fd/{number}")
+
+
+def key_of(owner: Owner) -> bytes:
+    """The key under which an owner signs its tickets, as each of its readers has it."""
+    with closing(Channel()) as channel:
+        return channel.ask(owner.channel.address, Hello(owner.model), Welcome).key
 
 
 class Rows:
