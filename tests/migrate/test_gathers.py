@@ -91,7 +91,7 @@ def test_a_mover_that_the_owner_was_told_to_use_is_the_readers_as_well(
 def test_a_mover_that_nobody_knows_is_refused_at_once(made: Sides) -> None:
     rows = Rows()
     for make in (made.owner, made.reader):
-        with pytest.raises(InvalidTerms, match="Expected mover to be .*, got 'pigeon'"):
+        with pytest.raises(InvalidTerms, match=r"Expected mover to be .*, got 'pigeon'"):
             make(rows.shard, mover="pigeon")
 
 
