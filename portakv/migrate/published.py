@@ -68,6 +68,7 @@ class Pull(Part):
 
     nbytes, way, stopped = 0.0, MAPPED, False
     behind = cast(Any, None)  # a `Behind`, if rows are moved
+    blocks = 0  # that were requested
     _late, _ended = False, cast("float | None", None)
     quiet: Told = ()  # whose owners would not know that it reads: they are asked for no rows
 
@@ -113,13 +114,23 @@ class Pull(Part):
 
     @property
     def statistics(self) -> Statistics:
-        """What became of it so far; never blocks or raises. Bytes count once they are published;
-        blocks are not counted."""
+        """What became of it so far; never blocks or raises. Bytes and blocks count once they are
+        published: blocks of this reader that it requested, in all of its shards."""
         landed, over = self.published, self.nodes[0].ended
         seconds = None if self._ended is None else self._ended - self._began
         pieces = len(self.copies) + len(self.slices)
         stopped = self.stopped and over and not landed and not self._late
-        return Statistics(int(self.nbytes) * landed, 0, 0, *self.way, seconds, pieces, stopped)
+        engine, why = self.way
+        return Statistics(
+            nbytes=int(self.nbytes) if landed else 0,
+            blocks=self.blocks if landed else 0,
+            blocks_asked=self.blocks,
+            engine=engine,
+            why=why,
+            seconds=seconds,
+            slices=pieces,
+            cancelled=stopped,
+        )
 
     def begin(self) -> None:
         """Tell owners once that it reads: offers end with this process's channel from now on."""

@@ -23,7 +23,7 @@ from portakv.migrate.movers import check_mover
 from portakv.migrate.pairing import Pairings
 from portakv.migrate.published import Part, Pull
 from portakv.migrate.shards import Shard, device_of
-from portakv.migrate.steps import steps
+from portakv.migrate.steps import count_blocks, steps
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
 
@@ -116,6 +116,7 @@ class Reader:
                 event.wait(module.current_stream(self.device))
         pull = Pull(Node(None, 1, link=self._link, name="pull"), until)
         self._pulls.add(pull)
+        pull.blocks = count_blocks(self.shards, blocks, first, told[0][0].tokens)
         asked = {step.ticket.offer for step in plan if step.cut.src is None}
         pull.quiet = [one for one in told if one[0].offer not in asked]
         whole = sum(step.nbytes for step in plan)

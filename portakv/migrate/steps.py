@@ -140,6 +140,20 @@ def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
     return found
 
 
+def count_blocks(shards: Sequence[Shard], blocks: Sequence[Ids], first: int, past: int) -> int:
+    """Return how many blocks of the reader tokens ``first`` to ``past`` go to, in all shards."""
+    total = 0
+    for shard, ids in zip(shards, blocks, strict=True):
+        index = Index.of(ids, shard.view.block_size or 1)
+        start = (index.offset + first) // index.step
+        end = -(-(index.offset + past) // index.step)
+        if index.ids is None:
+            total += end - start
+        else:
+            total += int((index.host_ids()[start:end] >= 0).sum())
+    return total
+
+
 def _cuts(
     owners: Sequence[Paired], shards: Sequence[Shard], lists: Sequence[Lists], count: int
 ) -> Iterator[Cut]:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
@@ -671,6 +671,159 @@ def test_one_of_several_owners_that_fails_publishes_nothing(made: Sides, way: st
     assert [x.taken(5) and x.state for x in offers] == ["taken"] * 2
     assert torch.equal(mine.rows([3], 32)[0], kept[0].rows([1, 2], 32)[0])
     assert torch.equal(mine.rows([3], 32)[1], kept[1].rows([1, 2], 32)[0])
+
+
+# --- offers end as taken only if their rows were published
+
+
+def failing(both: Couple, offer: Any, how: str) -> None:
+    """Have a pull of an offer fail; its reader has nothing of it."""
+    if how == "cancelled":
+        pulled = both.pull(offer, max_gbps=SLOW)
+        assert pulled.cancel()
+        ended(pulled, TransferCancelled)
+    elif how == "late":
+        ended(both.pull(offer, max_gbps=SLOW / 16, timeout=0.1), TransferTimeout)
+    else:
+        pulled = both.pull(offer, max_gbps=SLOW, verify=True)
+        assert until(lambda: bool((both.mine.rows([6], 1) != -1).any()))
+        both.theirs.whole[0, 0, 7, 0] ^= 1
+        ended(pulled, TransferError, "are other bytes than it has")
+
+
+@pytest.mark.parametrize("how", ["cancelled", "late", "changed"])
+def test_a_pull_that_failed_leaves_its_offer_for_another(made: Sides, how: str) -> None:
+    """Also the same reader may pull it, by the same ticket."""
+    both = Couple(made)
+    offer = both.offer()
+    failing(both, offer, how)
+    assert offer.state == "held"
+    assert not offer.taken(0.05)
+    both.pull(offer, verify=True).synchronize(30)
+    assert offer.taken(5)
+    assert offer.state == "taken"
+    assert both.right()
+
+
+def test_a_pull_that_failed_ends_no_offer_past_its_lease(made: Sides) -> None:
+    both = Couple(made)
+    offer = both.offer(lease=0.5)
+    failing(both, offer, "cancelled")
+    assert offer.taken(5)
+    assert offer.state == "expired"
+    ended(both.pull(offer), OfferGone, "its lease is over")
+
+
+def test_renewals_end_at_the_longest_lease(made: Sides) -> None:
+    both = Couple(made)
+    offer = both.offer(lease=0.3, max_lease=0.6)
+    ended(both.pull(offer, max_gbps=SLOW / 16), OfferGone)
+    assert offer.state == "expired"
+    with pytest.raises(InvalidTerms, match="max_lease"):
+        both.offer(lease=2.0, max_lease=1.0)
+
+
+# --- tickets that say what their owner did not
+
+
+def forged(ticket: bytes, **fields: Any) -> bytes:
+    """The ticket with other fields, by one who has no key: its MAC is the old one."""
+    told = Ticket.read(ticket)
+    return ticket[:16] + replace(told, **fields).pack(b"")[16:]
+
+
+#: Blocks 1 to 5, which were not offered.
+OTHERS = torch.arange(1, 6, dtype=torch.int32, device="cpu").numpy().tobytes()
+
+
+@WAYS
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"ids": (OTHERS,)},
+        {"tokens": 70},
+        {"steps": (8,)},
+        {"event": 3},
+        {"lease": 1e5},
+        {"offer": bytes(16)},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_an_edited_ticket_reads_nothing(made: Sides, way: str, fields: dict[str, Any]) -> None:
+    both = Couple(made, way)
+    offer = both.offer()
+    with pytest.raises(PeerError, match="is no ticket of this release"):
+        both.reader.pull(forged(offer.ticket, **fields), both.into)
+    assert (both.mine.whole == -1).all()
+    both.pull(offer).synchronize(30)
+    assert both.right()
+
+
+def test_the_mac_is_what_stops_an_edited_ticket(made: Sides) -> None:
+    """The control: signed with the owner's key, the same ids are read."""
+    both = Couple(made)
+    told = replace(Ticket.read(both.offer().ticket), ids=(OTHERS,))
+    both.reader.pull(told.pack(key_of(both.owner)), both.into).synchronize(30)
+    wanted = both.theirs.rows([1, 2, 3, 4, 5], both.tokens)
+    assert torch.equal(both.mine.rows(both.into, both.tokens), wanted)
+
+
+def test_an_owner_whose_events_cannot_be_opened_is_not_mapped(made: Sides) -> None:
+    """Its rows would be read before its stream has written them; they are moved instead."""
+    both = Couple(made)
+    own = both.owner._hello
+
+    def with_an_event(*given: Any) -> Any:
+        answer = own(*given)
+        return replace(answer, events=(b"no event",)) if isinstance(answer, Welcome) else answer
+
+    both.owner.channel.serve(Hello, with_an_event)
+    pulled = both.pull(both.offer())
+    pulled.synchronize(60)
+    assert pulled.statistics.engine == "distributed"
+    assert both.right()
+
+
+def test_a_pull_counts_the_readers_blocks(made: Sides) -> None:
+    both = Couple(made)
+    pulled = both.pull(both.offer())
+    pulled.synchronize(30)
+    told = pulled.statistics
+    assert (told.blocks, told.blocks_asked) == (3, 3)
+    pulled = both.pull(both.offer(), first=40)  # the first block of 32 tokens is there already
+    pulled.synchronize(30)
+    assert pulled.statistics.blocks == 2
+
+
+def test_an_owner_that_nobody_reaches_makes_no_offer(made: Sides) -> None:
+    both = Couple(made)
+    both.owner.close()
+    with pytest.raises(PeerError, match="is closed"):
+        both.offer()
+
+
+def test_a_forked_process_makes_no_offer(made: Sides) -> None:
+    both = Couple(made)
+    child = os.fork()
+    if not child:
+        code = 1
+        with suppress(PeerError):
+            both.offer()
+            code = 2
+        os._exit(code if code == 2 else 0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert both.owner.statistics()["held"] == 0
+
+
+def test_more_than_a_ticket_or_a_handshake_holds_is_refused_at_once(made: Sides) -> None:
+    tall = shared_empty((1 << 21, 1, 8), torch.int8)
+    owner = made.owner(Shard(KVView(tall, "(block token) head dim", block_size=1)))
+    many = (1 << 20) + 1
+    with pytest.raises(SlotError, match="Expected at most 1048576 ids"):
+        owner.offer(torch.arange(many), tokens=many)
+    tensors = [shared_empty((2, 16, 1, 8), torch.int8) for _ in range(1024)]
+    with pytest.raises(LayoutError, match="at most 1023 allocations, got 1024"):
+        made.owner(Shard(KVView(tensors, "layer | block token head dim")))
 
 
 # --- the five references of vLLM #52234
