@@ -4,16 +4,17 @@ owner's stream has written them."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Any
 
 import pytest
 import torch
-from support.migrate_pulls import LAYOUT, MODEL, sides
+from support.migrate_pulls import LAYOUT, MODEL
 from support.peer_process import Peer
 
 from portakv import KVView
 from portakv.errors import PortaKVError, Unsupported
-from portakv.migrate import ipc
+from portakv.migrate import Channel, Reader, ipc
 from portakv.migrate.shards import Shard
 
 SHAPE = 2, 2, 16, 16, 4, 8
@@ -51,9 +52,10 @@ def test_rows_are_read_behind_the_owners_stream_or_not_at_all(
     mine = torch.full(SHAPE, -1, dtype=torch.int16, device="cuda:0")
     if not opens:
         monkeypatch.setattr(ipc, "open_event", refuses)
-    with Peer() as owner, sides() as made:
+    # Not `sides`, which looks for what is left: NCCL keeps descriptors of a process's first group.
+    with Peer() as owner, closing(Channel(timeout=20.0)) as channel:
         owner.do(OWNER, number=number, shape=SHAPE, layout=LAYOUT, model=MODEL)
-        reader = made.reader(Shard(KVView([*mine], LAYOUT)))
+        reader = Reader(channel, Shard(KVView([*mine], LAYOUT)), model=MODEL)
         for value in (7, 8, 9):
             ticket = owner.do(WRITE, value=value)
             try:
@@ -64,3 +66,4 @@ def test_rows_are_read_behind_the_owners_stream_or_not_at_all(
                 continue
             assert (mine[:, :, [1, 5]] == value).all(), "rows from before the owner's write"
             assert (pulled.statistics.engine == "mapped") == opens
+        reader.close()
