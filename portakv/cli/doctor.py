@@ -15,10 +15,13 @@ from typing import Any
 import torch
 
 from portakv import __version__
+from portakv.arguments import one_of
 from portakv.cli.backends import candidates_for, forced_backend
 from portakv.cli.console import Column, installing, print_json, print_prose, print_table
+from portakv.errors import InvalidTerms
 from portakv.integrations import MATRIX, PLUGS, Plug, untested, why_not
 from portakv.registry import ENVIRONMENT
+from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import device_name, devices_present
 
 HELP = "which plugs, devices and extras would work here, and why not the others"
@@ -44,6 +47,13 @@ EXTRAS: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "the backends `triton` and `compiled` on GPUs"),
 }
 
+#: The values of variables that choose one of several. Their modules need extras, and are not
+#: imported.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "PORTAKV_MOVER": ("distributed", "nixl", "mooncake"),
+    "PORTAKV_IO": ("ring", "threads"),
+}
+
 
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The verb takes none."""
@@ -58,12 +68,38 @@ def run(asked: argparse.Namespace) -> int:
         "torch": str(torch.__version__),
         "python": platform.python_version(),
         "forced": forced_backend(),
+        "variables": [*_wrong_variables()],
         "plugs": [_plug(name, served) for name in PLUGS],
         "devices": devices,
         "extras": [one for one in map(_extra, EXTRAS) if one["missing"]],
     }
     (print_json if asked.json else _print)(told)
     return 0
+
+
+def _wrong_variables() -> Iterator[str]:
+    """Yield a sentence for each variable of PortaKV whose value cannot be used."""
+    for name, choices in CHOICES.items():
+        value = os.environ.get(name)
+        if not value:
+            continue
+        try:
+            one_of(name, value, choices)
+        except InvalidTerms as error:
+            yield str(error)
+            continue
+        missing = _extra(value)["missing"] if value in EXTRAS else []
+        if missing:
+            yield (
+                f"Expected {name} to be one that runs here, got {value!r}: {', '.join(missing)} is "
+                f"not installed. {installing(value)} brings it."
+            )
+    refusal = _kernel_cache.refusal()
+    if refusal:
+        yield (
+            f"Expected {_kernel_cache.ENVIRONMENT} to be a folder of your own that can be written: "
+            f"{refusal}. Set it to one; each process compiles its kernels until then."
+        )
 
 
 def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
@@ -172,6 +208,8 @@ def _print(told: dict[str, Any]) -> None:
     print(f"portakv {told['portakv']}, torch {told['torch']}, Python {told['python']}")
     if told["forced"]:
         print(f"{ENVIRONMENT}={told['forced']} is set: no other backend is chosen.")
+    for sentence in told["variables"]:
+        print_prose(sentence)
     print()
     _table(told["plugs"], "plug", "found", "serves", "devices", "answer")
     for one in told["plugs"]:

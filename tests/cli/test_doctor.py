@@ -13,7 +13,8 @@ import pytest
 from support.command_line import python, run, run_json
 from support.guarded_memory import check_sentence
 
-from portakv.cli.doctor import EXTRAS
+from portakv.cli.doctor import CHOICES, EXTRAS
+from portakv.errors import InvalidTerms
 from portakv.integrations import MATRIX, PLUGS
 
 if sys.version_info >= (3, 11):
@@ -76,7 +77,8 @@ def refusal(plug: str, *names: str) -> None:
 @pytest.mark.usefixtures("engines")
 def test_plugs_that_would_work() -> None:
     found = run_json("doctor")
-    assert list(found) == ["portakv", "torch", "python", "forced", "plugs", "devices", "extras"]
+    names = "portakv", "torch", "python", "forced", "variables", "plugs", "devices", "extras"
+    assert tuple(found) == names
     for one in found["plugs"]:
         assert one["found"] == MATRIX[one["plug"]].tested[0]
         assert (one["answer"], one["reasons"], one["notes"]) == ("on request", [], [])
@@ -191,6 +193,57 @@ def test_beside_an_accelerator(name: str) -> None:
     assert lmcache["line"] == "LMCACHE_DEVICE_BACKEND=portakv-cpu"
     (note,) = lmcache["notes"]
     assert note == "It serves cpu, cuda, npu, mlu, and not simdev."
+
+
+# --- Variables ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that can be written, and no other variable of PortaKV."""
+    for name in CHOICES:
+        monkeypatch.delenv(name, raising=False)
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("PORTAKV_CACHE_DIR", str(folder))
+    return folder
+
+
+@pytest.mark.usefixtures("cache")
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_variable_with_a_wrong_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for value in ("", *CHOICES[name]):
+        monkeypatch.setenv(name, value)
+        if value not in ("nixl", "mooncake"):
+            assert run_json("doctor")["variables"] == []
+    monkeypatch.setenv(name, "acme")
+    (sentence,) = run_json("doctor")["variables"]
+    check_sentence(sentence, f"Expected {name} to be", "'acme'", *CHOICES[name])
+    assert sentence in " ".join(run("doctor").out.split())
+
+
+@pytest.mark.usefixtures("cache")
+def test_a_mover_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl", None)
+    monkeypatch.setenv("PORTAKV_MOVER", "nixl")
+    (sentence,) = run_json("doctor")["variables"]
+    check_sentence(sentence, "PORTAKV_MOVER", "nixl is not installed", "portakv[nixl")
+
+
+def test_a_cache_that_cannot_be_written(cache: Path) -> None:
+    assert run_json("doctor")["variables"] == []
+    cache.rmdir()
+    cache.write_text("a file")
+    (sentence,) = run_json("doctor")["variables"]
+    check_sentence(sentence, "PORTAKV_CACHE_DIR", f"{cache} cannot be written", "Set it")
+
+
+def test_choices_are_those_of_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    movers = pytest.importorskip("portakv.migrate.movers", reason="it needs the extra `migrate`")
+    assert CHOICES[movers.ENVIRONMENT] == tuple(movers.MOVERS)
+    choose = pytest.importorskip("portakv.storage.choose", reason="it needs the extra `storage`")
+    monkeypatch.setenv("PORTAKV_IO", "acme")
+    with pytest.raises(InvalidTerms, match=" or ".join(CHOICES["PORTAKV_IO"])):
+        choose.choose()
 
 
 # --- What is printed ------------------------------------------------------------------------------
