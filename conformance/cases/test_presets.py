@@ -31,7 +31,6 @@ MEMORY = {
     "vllm-blhnc": "block layer head token (kv dim)",
     "vllm-blnhc": "block layer token head (kv dim)",
     "vllm-bhlnc": "block head layer token (kv dim)",
-    "vllm-0.29-cpu": "layer block head (kv token dim)",
     "vllm-0.29-planes": "layer block kv token (head dim)",
     "vllm-0.29-mla": "block layer 1 token dim",
 }

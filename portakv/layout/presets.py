@@ -169,9 +169,10 @@ _ROWS: tuple[tuple[str, str, str, str, dict[str, Extent], str], ...] = (
     ("vllm-0.29-planes", "layer | block kv token (head dim)", "vLLM on ROCm (AITER)", ">= 0.29", {},
      "Views [B, 2, N, heads * head_dim]: key and value groups take the place of the heads. "
      "Declare heads."),
-    ("vllm-0.29-cpu", "layer | block head (kv token dim)", "vLLM CPU attention", ">= 0.29", {},
-     "Views [B, H, N, 2 * head_dim] in which a head's keys stand before its values. Declare "
-     "block_size."),
+    ("vllm-0.29-cpu", "layer | block page", "vLLM CPU attention", ">= 0.29", {},
+     "Views [B, H, N, 2 * head_dim] whose inside depends on the kernels' ISA: vec and vec16 write "
+     "a head's keys as [dim, N] and its values as [N, dim], AMX packs keys in another way. Whole "
+     "blocks only."),
     # vLLM, one latent row for each token
     ("vllm-mla", "layer | block token dim", "vLLM MLA", "<= 0.28", {},
      "Shape (blocks, block_size, 576); some models 320."),

@@ -37,8 +37,8 @@ def stored(cache: Cache, form: BlockForm, ids: torch.Tensor) -> torch.Tensor:
 _EQUAL = "vllm-nhd vllm-hnd flexkv-blockfirst flexkv-layerfirst dynamo-universal vllm-0.26-nhd"
 #: Widths, and presets that can hold them.
 KINDS = {
-    "equal": ((8, 8), f"{_EQUAL} vllm-blhnc sglang-mha vllm-ascend vllm-0.29-cpu"),
-    "unequal": ((8, 4), "vllm-0.26-nhd vllm-lhbnc vllm-ascend vllm-0.29-cpu"),
+    "equal": ((8, 8), f"{_EQUAL} vllm-blhnc sglang-mha vllm-ascend"),
+    "unequal": ((8, 4), "vllm-0.26-nhd vllm-lhbnc vllm-ascend"),
     "latent": ((12,), "vllm-mla vllm-0.29-mla sglang-mla"),
     "latent and rope": ((16, 2), "vllm-ascend-mla"),
 }

@@ -20,8 +20,8 @@ Model = list[np.ndarray[Any, np.dtype[np.uint8]]]  # for each kv [layer, token, 
 _EQUAL = "vllm-nhd vllm-hnd flexkv-blockfirst flexkv-layerfirst dynamo-universal swifttransformer"
 #: Elements of float16 for each kv, and presets that can hold them.
 WIDTHS: dict[tuple[int, ...], str] = {
-    (8, 8): f"{_EQUAL} epd vllm-0.26-nhd vllm-blhnc sglang-mha vllm-ascend vllm-0.29-cpu",
-    (8, 4): "vllm-0.26-nhd vllm-lhbnc vllm-ascend vllm-0.29-cpu",
+    (8, 8): f"{_EQUAL} epd vllm-0.26-nhd vllm-blhnc sglang-mha vllm-ascend",
+    (8, 4): "vllm-0.26-nhd vllm-lhbnc vllm-ascend",
     (12,): "vllm-mla vllm-0.29-mla sglang-mla",
 }
 
