@@ -38,7 +38,7 @@ from portakv.migrate import (
     rendezvous,
     share,
     shared_empty,
-)  # fmt: skip
+)
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
 
 API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
@@ -114,16 +114,22 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "BlockForm": lambda s: (BlockForm, {x: getattr(small_form(), x) for x in FORM}),
     "BlockForm.of": lambda s: (BlockForm.of, {"view": s.view, "model": "m"}),
     "BlockForm.from_json": lambda s: (BlockForm.from_json, {"text": s.form().json()}),
-    "BlockForm.view": lambda s: (s.form().view, {
-        "rows": torch.zeros(2, s.form().image_bytes, dtype=torch.uint8)}),
+    "BlockForm.view": lambda s: (
+        s.form().view,
+        {"rows": torch.zeros(2, s.form().image_bytes, dtype=torch.uint8)},
+    ),
     "BlockForm.same_cache": lambda s: (s.form().same_cache, {"other": s.form()}),
     "BlockForm.part_of": lambda s: (s.form().part_of, {"other": s.form()}),
     "BlockStore": lambda s: (BlockStore, {"form": s.form(), "staging": 1 << 20, "host": 1 << 20}),
     "BlockStore.lookup": lambda s: (s.saved().lookup, {"keys": [key_of(0)]}),
-    "BlockStore.save": lambda s: (s.saved().save, {
-        "view": s.view, "blocks": [2], "keys": [key_of(2)]}),
-    "BlockStore.load": lambda s: (s.saved().load, {
-        "view": s.view, "blocks": [0], "keys": [key_of(0)]}),
+    "BlockStore.save": lambda s: (
+        s.saved().save,
+        {"view": s.view, "blocks": [2], "keys": [key_of(2)]},
+    ),
+    "BlockStore.load": lambda s: (
+        s.saved().load,
+        {"view": s.view, "blocks": [0], "keys": [key_of(0)]},
+    ),
     "BlockStore.prefetch": lambda s: (s.saved().prefetch, {"keys": [key_of(0)]}),
     "BlockStore.trace": lambda s: (s.saved().trace, {"path": s.folder / "trace.json"}),
     "BlockStore.close": lambda s: (s.saved().close, {}),
@@ -147,31 +153,41 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     # migrate
     "Channel": lambda s: (Channel, {}),
     "Shard": lambda s: (Shard, {"view": s.view}),
-    "Owner": lambda s: (Owner, {
-        "channel": s.channel(), "shards": s.rows().shard, "model": MODEL}),
+    "Owner": lambda s: (Owner, {"channel": s.channel(), "shards": s.rows().shard, "model": MODEL}),
     "Owner.offer": lambda s: (s.owner().offer, {"blocks": [1], "tokens": 4}),
     "Owner.reallocate": lambda s: (s.owner().reallocate, {"shards": s.rows().shard}),
     "Offer.taken": lambda s: (s.offer().taken, {"timeout": 0.01}),
-    "Reader": lambda s: (Reader, {
-        "channel": s.channel(), "shards": s.rows().shard, "model": MODEL}),
+    "Reader": lambda s: (
+        Reader,
+        {"channel": s.channel(), "shards": s.rows().shard, "model": MODEL},
+    ),
     "Reader.pull": lambda s: (s.reader().pull, {"tickets": s.offer().ticket, "blocks": [1, 2]}),
     "Reader.explain": lambda s: (s.reader().explain, {"tickets": s.offer().ticket}),
     "publish": lambda s: (publish, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
-    "pull_weights": lambda s: (pull_weights, {
-        "channel": s.channel(), "parameters": {"a": s.weights()},
-        "tickets": s.close(publish(s.channel(), {"a": s.weights()})).ticket}),
+    "pull_weights": lambda s: (
+        pull_weights,
+        {
+            "channel": s.channel(),
+            "parameters": {"a": s.weights()},
+            "tickets": s.close(publish(s.channel(), {"a": s.weights()})).ticket,
+        },
+    ),
     "Box": lambda s: (Box, {"offset": (0,), "start": (0,), "extents": (1,)}),
     "Box.part": lambda s: (Box((0,), (0,), (4,)).part, {"ends": ((0, 1),)}),
     "Parameter": lambda s: (Parameter, {"tensor": s.weights()}),
-    "Parameter.split": lambda s: (Parameter.split, {
-        "tensor": s.weights(), "axis": 0, "parts": [8], "cut": (0, 2)}),
+    "Parameter.split": lambda s: (
+        Parameter.split,
+        {"tensor": s.weights(), "axis": 0, "parts": [8], "cut": (0, 2)},
+    ),
     "share": lambda s: (share, {"tensor": s.weights()}),
     "open_shared": lambda s: (open_shared, {"data": share(s.weights())}),
     "shared_empty": lambda s: (shared_empty, {"shape": (2, 2), "dtype": torch.float32}),
     "rendezvous": lambda s: (rendezvous, {"channel": s.channel()}),
-    "pair": lambda s: (pair, {
-        "store": rendezvous(s.channel()), "rank": 0, "size": 1, "device": "cpu", "timeout": 5.0}),
-}  # fmt: skip
+    "pair": lambda s: (
+        pair,
+        {"store": rendezvous(s.channel()), "rank": 0, "size": 1, "device": "cpu", "timeout": 5.0},
+    ),
+}
 
 
 def wrong_values(scene: Scene) -> list[Any]:
@@ -193,8 +209,9 @@ def documented() -> Iterator[tuple[str, Any]]:
         module, _, name = path.rpartition(".")
         with suppress(ImportError):  # it is a module
             found = import_module(path)
-            own = members or [x for x, y in vars(found).items()
-                              if inspect.isfunction(y) and y.__module__ == path]  # fmt: skip
+            own = members or [
+                x for x, y in vars(found).items() if inspect.isfunction(y) and y.__module__ == path
+            ]
             for each in own:
                 if each.startswith("_"):
                     continue

@@ -180,6 +180,11 @@ class Channel:
     def __repr__(self) -> str:
         return f"Channel({self.address!r})"
 
+    @property
+    def forked(self) -> bool:
+        """Return True in a process that was forked from the one that made the channel."""
+        return self._process.forked
+
     def _listen(self, address: str | None) -> None:
         # Of this user alone, and of few letters: a socket's path has at most 107.
         with tempfile.TemporaryDirectory(prefix="channel-", dir="/dev/shm") as folder:

@@ -18,7 +18,7 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Gather, Hello, Message
-from portakv.migrate.movers import choose, forced
+from portakv.migrate.movers import check_mover, choose, forced
 from portakv.migrate.movers.base import Mover, Moving
 from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
@@ -39,7 +39,10 @@ class Rows(NamedTuple):
 class Gathers:
     """The slots and movers of an owner, for all of its readers; its calls are quick."""
 
-    def __init__(self, channel: Channel, slot_bytes: int, mover: str | None) -> None:
+    def __init__(
+        self, channel: Channel, slot_bytes: int, mover: str | None, device: torch.device
+    ) -> None:
+        check_mover(mover, device)
         self._channel, self._slot_bytes, self.mover = channel, slot_bytes, forced(mover)
         self._movers = dict[str, Mover]()  # by name
         self._by = dict[Peer, list[Mover]]()  # of readers; each agreement is a list of its own

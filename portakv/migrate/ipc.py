@@ -19,6 +19,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -326,3 +327,21 @@ def _by_torch(what: str, device: torch.device | None, do: str = "use a mover") -
         why = str(error).partition("\n")[0].rstrip(".")
         where = f" for {device}" if device else ""
         raise Unsupported(what, f"torch refuses it{where} ({why}); {do}") from error
+
+
+def where(device: torch.device) -> str:
+    """A device as both sides tell it: its type, and which one it is, whatever its number."""
+    return f"{device.type} {identity(device)}"
+
+
+def proof(epoch: bytes, device: torch.device) -> torch.Tensor:
+    """Bytes of an owner that its readers know: they map them as they map rows, and compare."""
+    told = proof_of(epoch)
+    if device.type != "cpu":
+        return told.to(device)
+    return shared_empty(told.numel(), torch.uint8).copy_(told)
+
+
+def proof_of(epoch: bytes) -> torch.Tensor:
+    """Return the bytes of an owner's proof, in memory of this process."""
+    return torch.frombuffer(bytearray(blake2b(epoch).digest()), dtype=torch.uint8)

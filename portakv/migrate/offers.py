@@ -22,11 +22,8 @@ from portakv.migrate import ipc, messages
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.described import Regions, describe
 from portakv.migrate.gathers import SLOTS, Gathers, Rows
-from portakv.migrate.movers import check_mover
-from portakv.migrate.pairing import proof, where
 from portakv.migrate.shards import Shard, device_of, overlap, slices
 from portakv.runtime.bounded import Bounded
-from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.runtime.streams import Behind
 from portakv.view.index import Ids, Index
@@ -157,15 +154,13 @@ class Owner:
         arguments.text("model", model)
         staging = arguments.nbytes("staging", staging, SLOTS << 12)
         arguments.one_of("expose", expose, get_args(Expose))
-        check_mover(mover, device)
         self.channel, self.model, self.now = channel, model, time.monotonic
         self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
         self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
         self.offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
-        self._process = this_process()
         self._closed = False
-        self._gathers = Gathers(channel, self._slot_bytes, mover)
+        self._gathers = Gathers(channel, self._slot_bytes, mover, device)
         uninterrupted(partial(self._start, shards), undo=lambda _: self.close())
 
     def _start(self, shards: Sequence[Shard]) -> None:
@@ -205,11 +200,11 @@ class Owner:
             self._key = secrets.token_bytes(32)
             for one in self._exports:
                 one.close()
-            self._proof = proof(self.epoch, self.device)
+            self._proof = ipc.proof(self.epoch, self.device)
             held = list[ipc.Held]()
             files = ipc.SharedFiles()
             for storage in [*regions.storages, self._proof.untyped_storage()]:
-                told = storage.nbytes(), where(storage.device)
+                told = storage.nbytes(), ipc.where(storage.device)
                 try:
                     if self._expose != "mapped":
                         raise Unsupported("Mapping", "it exposes staged rows alone")
@@ -306,7 +301,7 @@ class Owner:
     def _refuse_closed(self) -> None:
         """Raise `PeerError` if no reader could reach an offer of this owner."""
         why = ""
-        if self._process.forked:
+        if self.channel.forked:
             why = "belongs to the process that this one was forked from"
         elif self._closed:
             why = "is closed"

@@ -8,7 +8,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from hashlib import blake2b
 from math import inf
 from queue import LifoQueue
 from time import monotonic
@@ -31,7 +30,7 @@ from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import Answer, Bye, Hello, Ticket, Welcome, is_signed, no_ticket
-from portakv.migrate.movers import choose, forced
+from portakv.migrate.movers import check_mover, choose, forced
 from portakv.migrate.movers.base import Mover, Moving
 from portakv.migrate.shards import Shard, device_of, unlike
 from portakv.runtime.bounded import Bounded
@@ -65,6 +64,7 @@ class Pairings:
         self, channel: Channel, shards: Sequence[Shard], model: str, mover: str | None
     ) -> None:
         self.channel, self.shards, self.device = channel, shards, device_of(shards)
+        check_mover(mover, self.device)
         self._model, self._asked, self._movers = model, forced(mover), dict[str, Mover]()
         self._owners, self._lock = dict[tuple[str, bytes], Paired](), threading.Lock()
 
@@ -84,7 +84,15 @@ class Pairings:
         if not packed:
             raise arguments.invalid("tickets", "one ticket or more", tickets, "Pass Offer.ticket.")
         read = [Ticket.read(data) for data in packed]
-        owned = [(ticket, self.of(ticket, until)) for ticket in read]
+        try:
+            owned = [(ticket, self.of(ticket, until)) for ticket in read]
+        except PeerError as error:
+            if monotonic() < until:
+                raise
+            raise TransferTimeout(
+                f"The pull had not paired in its time; no rows were published. Increase timeout, "
+                f"or ask another owner: {error}"
+            ) from error
         for data, (_, owner) in zip(packed, owned, strict=True):
             if not is_signed(data, owner.welcome.key):
                 raise no_ticket()
@@ -155,7 +163,7 @@ class Pairings:
         self, ticket: Ticket, until: float, mover: str = "", slots: torch.device = _HOST
     ) -> Welcome:
         kind: Any = Welcome | Answer
-        hello = Hello(self._model, where(slots), mover)
+        hello = Hello(self._model, ipc.where(slots), mover)
         seconds = min(self.channel.timeout, max(0.0, until - monotonic()))
         welcome = self.channel.ask(ticket.address, hello, kind, seconds)
         if not isinstance(welcome, Answer):
@@ -186,11 +194,11 @@ class Pairings:
                 for x in welcome.regions
             ]
             read = (told ^ 0).cpu()  # by a kernel, as rows are
-            if not torch.equal(read, _proof(welcome.epoch)):
+            if not torch.equal(read, ipc.proof_of(welcome.epoch)):
                 return "what is read through the mapping is not what its owner has there"
             shards = [rebuild(one, flat) for one in welcome.described]
             theirs = welcome.regions[0].device
-            if theirs != where(self.device) and not theirs.startswith("cpu "):
+            if theirs != ipc.where(self.device) and not theirs.startswith("cpu "):
                 # Another device's memory, which counts as this one's: its kernels are to know.
                 shards = [
                     Shard(x.view.as_peer(self.device), x.group.layers, x.group.heads)
@@ -211,7 +219,7 @@ class Pairings:
         # Which one this reader was told to use, or the owner.
         theirs, name = owner.welcome.regions[0].device, self._asked or owner.welcome.mover or None
         # Another device of the same type: NCCL does not serve two processes on one.
-        same = theirs.partition(" ")[0] == self.device.type and theirs != where(self.device)
+        same = theirs.partition(" ")[0] == self.device.type and theirs != ipc.where(self.device)
         device = self.device if same else _HOST
         try:
             mover = choose(device, name)
@@ -253,20 +261,3 @@ def _check(address: str, welcome: Welcome) -> None:
         ) from None
     for described in welcome.described:
         rebuild(described, regions)
-
-
-def where(device: torch.device) -> str:
-    """A device as both sides tell it: its type, and which one it is, whatever its number."""
-    return f"{device.type} {ipc.identity(device)}"
-
-
-def proof(epoch: bytes, device: torch.device) -> torch.Tensor:
-    """Bytes of an owner that its readers know: they map them as they map rows, and compare."""
-    told = _proof(epoch)
-    if device.type != "cpu":
-        return told.to(device)
-    return ipc.shared_empty(told.numel(), torch.uint8).copy_(told)
-
-
-def _proof(epoch: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(blake2b(epoch).digest()), dtype=torch.uint8)

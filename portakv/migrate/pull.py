@@ -15,14 +15,12 @@ import torch
 from portakv import arguments
 from portakv.copy.rows import copy_rows
 from portakv.engines.engine import Overlap, Terms
-from portakv.errors import PeerError, TransferTimeout
 from portakv.graph.graph import Graph, Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
-from portakv.migrate.movers import check_mover
 from portakv.migrate.pairing import Pairings
 from portakv.migrate.published import Part, Pull
-from portakv.migrate.shards import Shard, device_of
+from portakv.migrate.shards import Shard
 from portakv.migrate.steps import count_blocks, steps
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.view.index import IdList
@@ -51,9 +49,7 @@ class Reader:
         self, channel: Channel, *shards: Shard, model: str, mover: str | None = None
     ) -> None:
         arguments.instance("channel", channel, Channel)
-        device = device_of(shards)
         arguments.text("model", model)
-        check_mover(mover, device)
         self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
         self.channel, self.shards, self.device = channel, shards, self._owners.device
         self._link, self._checks = (self._graph.link(x, width=16) for x in ("pull", "verify"))
@@ -99,15 +95,7 @@ class Reader:
         self._graph.submit(())  # raises after `close`, and in a forked process
         limit = arguments.seconds("timeout", timeout, optional=True)
         until = monotonic() + limit
-        try:
-            told = self._owners.told(tickets, until)
-        except PeerError as error:
-            if monotonic() < until:
-                raise
-            raise TransferTimeout(
-                f"The pull had not paired after {limit:g} s; no rows were published. Increase "
-                f"timeout, or ask another owner: {error}"
-            ) from error
+        told = self._owners.told(tickets, until)
         plan = steps(told, self.shards, blocks, first)
         for ticket, owner in told:
             event = owner.events[ticket.event] if 0 <= ticket.event < len(owner.events) else None

@@ -226,9 +226,8 @@ class Transfer:
     @classmethod
     def join(cls, transfers: Sequence[Transfer]) -> Transfer:
         """Several transfers as one handle; the first error counts."""
-        transfers = arguments.items("transfers", transfers, "transfers")
-        for each in transfers:
-            arguments.instance("transfers", each, Transfer)
+        given = arguments.items("transfers", transfers, "transfers")
+        transfers = [arguments.instance("transfers", each, Transfer) for each in given]
         if len(transfers) == 1:
             return transfers[0]
         return cls(

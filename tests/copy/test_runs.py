@@ -269,12 +269,20 @@ def test_what_are_no_runs(change: dict[str, Any], error: Any, words: list[str]) 
 def test_rows_that_lie_between_those_of_another_run() -> None:
     """Runs may cover each other's bytes with their pitch."""
     src, dst = ends(CPU, "inside")
-    expected = wanted(src, dst, [(row * 64 + run * 512, row * 128 + run * 64, 64)
-                                 for run in range(2) for row in range(4)])  # fmt: skip
+    expected = wanted(
+        src,
+        dst,
+        [(row * 64 + run * 512, row * 128 + run * 64, 64) for run in range(2) for row in range(4)],
+    )
     copy_runs(
-        at(src, [0, 512]), at(dst, [0, 64]), 64, src_device="cpu", dst_device="cpu", rows=4,
+        at(src, [0, 512]),
+        at(dst, [0, 64]),
+        64,
+        src_device="cpu",
+        dst_device="cpu",
+        rows=4,
         dst_pitch=128,
-    ).synchronize()  # fmt: skip
+    ).synchronize()
     assert torch.equal(dst, expected)
 
 

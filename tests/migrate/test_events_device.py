@@ -31,7 +31,9 @@ answer = ticket
 """
 WRITE = """
 torch.cuda.synchronize()
-torch.cuda._sleep(1_000_000_000)
+slow = torch.ones(8192, 8192, device=device)
+for _ in range(40):  # half a second and more
+    slow @ slow
 whole.fill_(value)
 answer = owner.offer([3, 2], tokens=32).ticket
 """

@@ -229,7 +229,10 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
 def test_the_late_end_of_a_connection_leaves_the_next_one_of_its_reader_alone(made: Sides) -> None:
     """Fault 9. A network was cut: the owner notices it after the reader has come back."""
     channel = made.owner(Rows().shard, expose="staging").channel
-    gathers, hello = Gathers(channel, 1 << 14, None), Hello("a model", "cpu", "memory")
+    gathers, hello = (
+        Gathers(channel, 1 << 14, None, torch.device("cpu")),
+        Hello("a model", "cpu", "memory"),
+    )
     before, now = Peer(bytes(16)), Peer(bytes(16))
     for peer in (before, now):
         gathers.agree(peer, hello, torch.device("cpu"))

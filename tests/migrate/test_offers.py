@@ -407,7 +407,7 @@ def test_a_mapping_that_reads_other_bytes_is_not_used(
     made: Sides, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fault 22. As an IOMMU that breaks P2P has it: the self-check rejects it, and rows move."""
-    monkeypatch.setattr("portakv.migrate.offers.proof", lambda *_: Rows(1, 2).whole.flatten()[:32])
+    monkeypatch.setattr("portakv.migrate.ipc.proof", lambda *_: Rows(1, 2).whole.flatten()[:32])
     both = Couple(made)
     offer = both.offer()
     assert "what is read through the mapping is not what" in both.reader.explain(offer.ticket)
@@ -770,14 +770,16 @@ def test_the_mac_is_what_stops_an_edited_ticket(made: Sides) -> None:
 
 def test_an_owner_whose_events_cannot_be_opened_is_not_mapped(made: Sides) -> None:
     """Its rows would be read before its stream has written them; they are moved instead."""
+
+    class Eventful(Owner):
+        def _hello(self, peer: Peer, hello: Hello) -> Any:
+            answer = super()._hello(peer, hello)
+            return replace(answer, events=(b"no event",)) if isinstance(answer, Welcome) else answer
+
     both = Couple(made)
-    own = both.owner._hello
-
-    def with_an_event(*given: Any) -> Any:
-        answer = own(*given)
-        return replace(answer, events=(b"no event",)) if isinstance(answer, Welcome) else answer
-
-    both.owner.channel.serve(Hello, with_an_event)
+    both.owner.close()
+    both.owner = Eventful(both.owner.channel, both.theirs.shard, model=MODEL)
+    made.made.append(both.owner)
     pulled = both.pull(both.offer())
     pulled.synchronize(60)
     assert pulled.statistics.engine == "distributed"

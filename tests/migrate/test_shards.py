@@ -161,7 +161,7 @@ def test_a_shard_holds_what_its_window_says() -> None:
     with pytest.raises(LayoutError, match="The view has 2 layers; `of` is how many"):
         Shard(view, layers=(0, 3, 8))
     for wrong in ((0, 2), (2, 0, 8), (0, 9, 8), (-1, 1, 8), (3, 3, 8)):
-        with pytest.raises(LayoutError, match=r"expected \(from, to, of\)"):
+        with pytest.raises(LayoutError, match=r"to be \(from, to, of\)"):
             Shard(view, layers=wrong)  # type: ignore[arg-type]
 
 

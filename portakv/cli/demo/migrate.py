@@ -104,8 +104,9 @@ def offer_rows(device: torch.device, keep: ExitStack) -> dict[str, Any]:
                 bits[:, slots_of(blocks, size, device)] = rows[layer, :, :, slice(*heads)]
         shard = Shard(KVView(caches[-LAYERS:], layout), heads=(*heads, HEADS))
         for way in WAYS:
+            expose: Any = way
             channel = keep.enter_context(closing(Channel()))
-            owner = keep.enter_context(closing(Owner(channel, shard, model=MODEL, expose=way)))
+            owner = keep.enter_context(closing(Owner(channel, shard, model=MODEL, expose=expose)))
             terms: Any = {"tokens": TOKENS, "lease": LEASE, "readers": len(READER[2]) * PULLS}
             found[way]["good"].append(owner.offer(good, **terms).ticket.hex())
             gone = owner.offer(stale, **terms)
