@@ -247,7 +247,8 @@ def test_due_times_are_priority_ageing_and_deadline_in_one(
         deadline = float(terms[-1]) if "by" in terms else None
         work = lambda node, mask: ran.append(node.name)  # noqa: E731
         nodes.append(Node(work, 1, link=graph.link("one"), name=name))
-        graph.submit(nodes[-1:], priority=priority, deadline=deadline)
+        named: Any = priority
+        graph.submit(nodes[-1:], priority=named, deadline=deadline)
     assert graph.link("one").oldest_wait == now[0]
     plug.end.set()
     assert all(node.wait(WAIT) for node in nodes)
@@ -303,7 +304,7 @@ def test_background_for_ever_and_urgent_for_ever_both_go_on(
         if ran.total() < 400:
             begin(node.name)
 
-    def begin(*kinds: str) -> None:
+    def begin(*kinds: Any) -> None:
         for kind in kinds:
             lease = Lease(pool, 1, kind == "background") if pool else None
             graph.submit([Node(work, 1, link=link, lease=lease, name=kind)], priority=kind)
@@ -509,7 +510,7 @@ def chains_at_random(steps: int, seed: int) -> None:
             then = Node(work, 2, link=draw.choice(links), after=[first], rescue=rescue, **terms)
             nodes += [first, then, Node(work, 2, link=links[2], after=[then], **terms)]
         gates.append(Node(None, 2, after=nodes[2::3]))
-        priority = draw.choice(["urgent", "normal", "background"])
+        priority: Any = draw.choice(["urgent", "normal", "background"])
         deadline = draw.choice([None, None, 0.0, 0.001, 60.0])
         graph.submit([*nodes, gates[-1]], priority=priority, deadline=deadline)
         if draw.random() < 0.1:

@@ -202,7 +202,7 @@ def test_arguments_that_mean_nothing(make: Make) -> None:
             with refused(InvalidTerms, "Expected timeout to be", "seconds"):
                 pool.acquire(wait=True, timeout=wrong)
         with refused(InvalidTerms, "Expected wait to be True or False"):
-            pool.acquire(wait=1)  # type: ignore[arg-type]
+            pool.acquire(wait=1)
         for wrong in (-1, True, "x", 1.5, None, []):
             with refused(HostMemoryError, f"count={wrong!r}", "0 or more"):
                 pool.acquire_many(wrong)

@@ -69,7 +69,7 @@ def test_an_owner_that_never_answers_ends_with_the_pull_s_time(
     staged: tuple[Owner, Reader, bytes],
 ) -> None:
     owner, reader, ticket = staged
-    owner.channel.serve(Gather, lambda *_: None)  # type: ignore[arg-type, return-value]
+    owner.channel.serve(Gather, lambda *_: None)
     pulled = reader.pull(ticket, [2, 3], timeout=0.5)
     assert lasted(pulled.synchronize) < BOUND
 
@@ -143,7 +143,7 @@ def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:
         owner, reader = Owner(here, caches(), model="m"), Reader(there, caches(), model="m")
         ticket = owner.offer([0, 1], tokens=20).ticket
         release = threading.Event()
-        here.serve(Hello, lambda *_: release.wait(20) and None)  # type: ignore[arg-type, return-value]
+        here.serve(Hello, lambda *_: release.wait(20) and None)  # type: ignore[arg-type]
         thread = threading.Thread(
             target=lasted, args=(lambda: reader.pull(ticket, [2, 3], timeout=4.0),)
         )

@@ -353,11 +353,11 @@ class Between(Channel):
         self.channel, self.before, self.asked = channel, before, set[AskWeights]()
         self.timeout = channel.timeout
 
-    def ask(self, address: str, asked: Any, kind: Any, timeout: float | None = None) -> Any:
+    def ask(self, address: str, asked: Any, kind: Any, *given: Any, **named: Any) -> Any:
         if asked.boxes and not self.asked:
             self.before()
         self.asked |= {asked} if asked.boxes else set()
-        return self.channel.ask(address, asked, kind, timeout)
+        return self.channel.ask(address, asked, kind, *given, **named)
 
 
 Channels = Callable[[], Channel]
@@ -426,7 +426,7 @@ def test_an_owner_that_lists_another_number_than_it_announces_is_refused(
     ask = between.ask
     names = iter(range(1 << 30))
 
-    def lie(address: str, asked: AskWeights, kind: type[Weights], timeout: float) -> Weights:
+    def lie(address: str, asked: AskWeights, kind: type[Weights], timeout: float) -> Any:
         answer = ask(address, replace(asked, first=0), kind, timeout)
         if total > 2:
             return replace(answer, total=total)
@@ -447,7 +447,7 @@ def test_an_endless_list_ends_with_the_time_of_the_call(channels: Channels) -> N
     between: Any = Between(channels(), lambda: None)
     ask = between.ask
 
-    def lie(address: str, asked: AskWeights, kind: type[Weights], timeout: float) -> Weights:
+    def lie(address: str, asked: AskWeights, kind: type[Weights], timeout: float) -> Any:
         answer = ask(address, replace(asked, first=0), kind, timeout)
         item = answer.items[0][1]
         return replace(answer, total=1 << 18, items=((f"{asked.first}", item),))

@@ -57,7 +57,7 @@ class StoreModel(RuleBasedStateMachine):
             cache.forget()
 
     @initialize(**STORE)
-    def start(self, rank: int, io: Any, admit: str, tiers: str, full: str, **sizes: int) -> None:
+    def start(self, rank: int, io: Any, admit: Any, tiers: str, full: Any, **sizes: int) -> None:
         self.age, self.closing, self.host = 0, False, sizes["host"]
         self.admits_all = admit == "always"
         self.sure = self.admits_all and full == "wait"  # the other drops what waits for long
