@@ -353,7 +353,7 @@ class Between(Channel):
         self.channel, self.before, self.asked = channel, before, set[AskWeights]()
         self.timeout = channel.timeout
 
-    def ask(self, address: str, asked: Any, kind: Any, *given: Any, **named: Any) -> Any:
+    def ask(self, address: str, asked: Any, kind: Any, *given: Any, **named: Any) -> Any:  # type: ignore[override]
         if asked.boxes and not self.asked:
             self.before()
         self.asked |= {asked} if asked.boxes else set()

@@ -955,10 +955,10 @@ def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
     for rows in ({"staging": 0, "host": 4}, {"host": 0, "staging": 4}):
         with pytest.raises(StoreError, match=rf"Expected {next(iter(rows))} .* block of \d+ bytes"):
             opened(**rows)
-    wrong: Any
-    for wrong in ({"host": -1, "tiers": [FakeTier()]}, {"staging": float("inf"), "host": 4}):
-        with pytest.raises(InvalidTerms, match=f"Expected {next(iter(wrong))} to be"):
-            opened(**wrong)
+    odd: Any
+    for odd in ({"host": -1, "tiers": [FakeTier()]}, {"staging": float("inf"), "host": 4}):
+        with pytest.raises(InvalidTerms, match=f"Expected {next(iter(odd))} to be"):
+            opened(**odd)
     assert opened(host=1, weak_keys=True).lookup([b"weak"]) == 0
 
 
