@@ -36,6 +36,34 @@ class Rows(NamedTuple):
     spoilt: set[bytes]
 
 
+class Slot:
+    """Staging memory of one reader, and the gather that fills it."""
+
+    def __init__(self, room: torch.Tensor, dirty: list[torch.Tensor]) -> None:
+        self.room = room
+        self.dirty = dirty  # memory that still holds bytes of earlier users; shared by its slots
+        self.filling = False  # a gather was accepted, and nothing is sent yet
+        self.sent: Moving | None = None
+
+    @property
+    def busy(self) -> bool:
+        """Return True until the reader has the bytes of the last gather."""
+        if self.filling:
+            return True
+        return self.sent is not None and not self.sent.free.is_set()
+
+    def clean(self) -> None:
+        """Zero the memory before its first use, so that nothing of earlier users is sent."""
+        for memory in self.dirty:
+            zero(memory)
+        self.dirty.clear()
+
+
+def zero(memory: torch.Tensor) -> None:
+    """Zero memory of a slot, ordered after what the current stream holds."""
+    memory.zero_()
+
+
 class Gathers:
     """The slots and movers of an owner, for all of its readers; its calls are quick."""
 
@@ -46,7 +74,7 @@ class Gathers:
         self._channel, self._slot_bytes, self.mover = channel, slot_bytes, forced(mover)
         self._movers = dict[str, Mover]()  # by name
         self._by = dict[Peer, list[Mover]]()  # of readers; each agreement is a list of its own
-        self._slots = dict[tuple[Peer, int], tuple[torch.Tensor, Moving | None]]()
+        self._slots = dict[tuple[Peer, int], Slot]()
         self._lock = threading.Lock()  # a reader that is gone gets no slot
         self._graph = Graph()
         self._link = self._graph.link("gather")  # one worker: readers take in the order of gathers
@@ -95,30 +123,41 @@ class Gathers:
             agreed = self._by.get(peer)
             if agreed is None or agreed[0].name != gather.mover:
                 return Answer("refused", f"{gather.mover} was not agreed upon; pair anew.")
-            room, sent = self._slots.get((peer, gather.slot % SLOTS), (None, None))
-            if sent is not None and not sent.free.is_set():  # its reader has not taken what it has
+            number = gather.slot % SLOTS
+            slot = self._slots.get((peer, number))
+            if slot is not None and slot.busy:
                 return Answer("busy", seconds=2e-4)
+
             needs = chunk_bytes(rows.view, gather.count)
-            if room is None or room.nbytes < min(needs, self._slot_bytes):
+            if slot is None or slot.room.nbytes < min(needs, self._slot_bytes):
                 # In this thread: if there is no memory, the reader is told so. Not what was freed
                 # on a caller's stream, where work may still use it.
                 with Behind(agreed[0].device).inside():
-                    room = self._room(peer, gather.slot % SLOTS, needs, agreed[0])
-            given = peer, gather, rows, agreed, room
-            node = Node(lambda *_: self._bring(*given), 1, link=self._link, name="gather")
+                    slot = self._new_slot(peer, number, needs, agreed[0])
+
+            slot.filling = True
+            bring = partial(self._bring, peer, gather, rows, agreed, slot)
+            node = Node(lambda *_: bring(), 1, link=self._link, name="gather")
             self._graph.submit([node], priority="urgent")
             return Answer("done")
         total = self._sums.answer(gather, partial(self._sum, gather, rows))
         return Answer("busy", seconds=1e-3) if total is None else Answer("done", digest=total)
 
-    def _room(self, peer: Peer, number: int, needs: int, mover: Mover) -> torch.Tensor:
-        """Memory for a slot; of all slots if they have to be known at once."""
-        if not mover.knows_once:
-            return staging(needs, mover.device, self._slot_bytes)
-        rooms = staging(SLOTS * self._slot_bytes, mover.device).view(SLOTS, -1)
+    def _new_slot(self, peer: Peer, number: int, needs: int, mover: Mover) -> Slot:
+        """Allocate a slot; all slots of a reader if the mover has to know them at once."""
+        if mover.knows_once:
+            whole = staging(SLOTS * self._slot_bytes, mover.device)
+            dirty = [whole]  # the library reaches all of it after the first slot
+            rooms = dict(enumerate(whole.view(SLOTS, -1)))
+        else:
+            room = staging(needs, mover.device, self._slot_bytes)
+            dirty = [room]
+            rooms = {number: room}
+
         with self._lock:
-            self._slots |= {(peer, n): (room, None) for n, room in enumerate(rooms)}
-            return self._slots[peer, number][0]
+            for each, room in rooms.items():
+                self._slots[peer, each] = Slot(room, dirty)
+            return self._slots[peer, number]
 
     def close(self) -> None:
         """End what is under way."""
@@ -135,27 +174,50 @@ class Gathers:
             return digest(rows.view, rows.ids, gather.count, box, gather.first)
 
     def _bring(
-        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Mover], room: torch.Tensor
+        self, peer: Peer, gather: Gather, rows: Rows, agreed: list[Mover], slot: Slot
     ) -> None:
-        def send(full: torch.Tensor) -> None:
-            lane = agreed[0].lane(peer, self._channel)
-            with self._lock:
-                if self._by.get(peer) is agreed:  # else its reader has paired anew, or is gone
-                    sent = lane.move(full, gather.tag)
-                    self._slots[peer, gather.slot % SLOTS] = room, sent
-
-        full = room[: chunk_bytes(rows.view, gather.count)]
+        """Fill a slot and send it; or send zeros, after which the reader asks for nothing more."""
+        nbytes = chunk_bytes(rows.view, gather.count)
+        full = slot.room[:nbytes]
         try:
             with torch.inference_mode(False), rows.behind.inside():
-                into = chunk(rows.view, gather.count, room)[1]
-                copy = copy_rows(rows.view, into, rows.ids, count=gather.count)
-                if room.device.type == "cpu":
-                    copy.synchronize()
-                else:  # what is sent follows it; ids were looked at when they were offered
-                    copy.wait()
-                    room.record_stream(torch.accelerator.current_stream(room.device.index))
-                send(full)
+                self._fill(slot, full, gather.count, rows)
+                self._send(peer, gather, agreed, slot, full)
         except Exception:
             _log.exception("Rows could not be brought into a slot; their reader is told.")
             rows.spoilt.add(peer.id)
-            send(full.zero_())  # as many bytes as its reader waits for
+            # On the stream of the failed gather, whose copies may still run.
+            with torch.inference_mode(False), Behind(slot.room.device).inside():
+                slot.clean()
+                full.zero_()  # as many bytes as its reader waits for
+                self._send(peer, gather, agreed, slot, full)
+        finally:
+            slot.filling = False
+
+    def _fill(self, slot: Slot, full: torch.Tensor, count: int, rows: Rows) -> None:
+        """Gather rows into a slot; positions without rows, and padding, become zeros."""
+        on_host = slot.room.device.type == "cpu"
+        if not on_host:
+            slot.room.record_stream(torch.accelerator.current_stream(slot.room.device.index))
+
+        slot.clean()
+        planes, into = chunk(rows.view, count, slot.room)
+        written = sum(plane.nbytes for plane in planes)
+        skips = rows.ids.check(count, rows.view.slots, "offered")
+        if skips or written < full.nbytes:
+            zero(full)
+
+        copy = copy_rows(rows.view, into, rows.ids, count=count)
+        if on_host:
+            copy.synchronize()
+        else:
+            copy.wait()  # what is sent follows it; ids were looked at when they were offered
+
+    def _send(
+        self, peer: Peer, gather: Gather, agreed: list[Mover], slot: Slot, full: torch.Tensor
+    ) -> None:
+        """Have the mover carry a full slot, unless its reader has paired anew or is gone."""
+        lane = agreed[0].lane(peer, self._channel)
+        with self._lock:
+            if self._by.get(peer) is agreed:
+                slot.sent = lane.move(full, gather.tag)

@@ -196,7 +196,7 @@ def test_only_the_memory_that_slots_have_now_is_registered(
     def told() -> bool:  # what a slot had before it grew is let go of by the next one
         both.pull(both.offer()).synchronize(20)
         mine = {(x.data_ptr(), x.nbytes) for _, x, _ in paired.slots.queue if x.nbytes}
-        theirs = {(x.data_ptr(), x.nbytes) for x, _ in both.owner._gathers._slots.values()}
+        theirs = {(x.room.data_ptr(), x.room.nbytes) for x in both.owner._gathers._slots.values()}
         theirs = {(min(theirs)[0], SMALL)} if once else theirs
         return {*mover.entered} == theirs and {*paired.mover.entered} == mine
 

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two tenants pull staged rows of one owner: nothing of one tenant reaches the other tenant's memory,
+neither as rows, nor in holes and padding of staging buffers, nor by a library that reaches more."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from migrate.movers.test_onesided import Memory
+from support.migrate_pulls import LAYOUT, SMALL, Sides, sides
+
+from portakv import KVView
+from portakv.migrate.movers import MOVERS
+from portakv.migrate.shards import Shard
+
+SECRET = 0x5A  # each byte of tenant A's rows, and no byte of other rows
+BLOCKS, SIZE = 16, 16
+
+
+class Table(Memory):
+    """A library that reads memory of any device, which it finds by its address."""
+
+    name = "table"
+    rooms = dict[int, torch.Tensor]()  # staging buffers of the owner, by address
+
+    def read(self, lane: Any, moving: Any, there: Any) -> None:
+        for start, room in [*self.rooms.items()]:
+            at = there.address - start
+            if 0 <= at < room.nbytes:
+                moving.slot.copy_(room[at : at + there.nbytes])
+                if room.device.type != "cpu":
+                    torch.accelerator.synchronize(room.device)
+                return
+        raise RuntimeError("no such memory")
+
+
+class Tenants:
+    """An owner with rows of two tenants, and a reader for each tenant."""
+
+    def __init__(self, made: Sides, device: torch.device, mover: str, seed: int) -> None:
+        self.random = random.Random(seed)
+        shape = 2, 2, BLOCKS, SIZE, 3, 5  # rows of a size that leaves padding in chunks
+        self.whole = torch.full(shape, 0x11, dtype=torch.uint8, device=device)
+        self.whole[:, :, : BLOCKS // 2] = SECRET
+        self.pages = dict[str, torch.Tensor]()
+        self.readers = dict[str, Any]()
+        self.owner = made.owner(
+            Shard(KVView([*self.whole], LAYOUT)), expose="staging", staging=SMALL
+        )
+        for name in "AB":
+            self.pages[name] = torch.zeros(shape, dtype=torch.uint8, device=device)
+            shard = Shard(KVView([*self.pages[name]], LAYOUT))
+            self.readers[name] = made.reader(shard, mover=mover)
+
+    def pull(self, name: str) -> None:
+        """Pull blocks of a tenant, some of which are left out, in a random length."""
+        first = 0 if name == "A" else BLOCKS // 2
+        count = self.random.randint(1, BLOCKS // 2)
+        blocks = self.random.sample(range(first, first + BLOCKS // 2), count)
+        tokens = self.random.randint((count - 1) * SIZE + 1, count * SIZE)
+        into = [*range(count)]
+        for at in range(count):
+            if count > 1 and self.random.random() < 0.3:
+                blocks[at] = into[at] = -1
+        offer = self.owner.offer(blocks, tokens=tokens)
+        self.readers[name].pull(offer.ticket, into).synchronize(60)
+
+
+@contextmanager
+def recycled(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], list[torch.Tensor]]]:
+    """Allocate staging buffers of the owner from memory that holds tenant A's rows, and keep the
+    buffers of each reader, to look at them. The result begins the turn of a reader."""
+    theirs: dict[str, list[torch.Tensor]] = {"A": [], "B": []}
+    turn = ["A"]
+
+    def allocate(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
+        size = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
+        room = torch.full((size,), SECRET, dtype=torch.uint8, device=device)
+        Table.rooms[room.data_ptr()] = room
+        return room
+
+    def receive(nbytes: int, device: torch.device, most: int = 0) -> torch.Tensor:
+        size = min(most, 1 << (nbytes - 1).bit_length()) if most else nbytes
+        room = torch.zeros(size, dtype=torch.uint8, device=device)
+        theirs[turn[0]].append(room)
+        return room
+
+    def begin(name: str) -> list[torch.Tensor]:
+        turn[0] = name
+        return theirs[name]
+
+    monkeypatch.setattr("portakv.migrate.gathers.staging", allocate)
+    monkeypatch.setattr("portakv.migrate.moved.staging", receive)
+    monkeypatch.setitem(MOVERS, Table.name, Table)
+    try:
+        yield begin
+    finally:
+        Table.rooms.clear()
+
+
+def leaks(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, mover: str, pulls: int, seed: int
+) -> int:
+    """Return how many pulls of tenant B left a byte of tenant A in B's buffers or pages."""
+    found = 0
+    with recycled(monkeypatch) as begin, sides() as made:
+        tenants = Tenants(made, device, mover, seed)
+        for _ in range(pulls):
+            begin("A")
+            tenants.pull("A")
+            rooms = begin("B")
+            tenants.pull("B")
+            memory = [*rooms, tenants.pages["B"]]
+            found += any(bool((each == SECRET).any()) for each in memory)
+        assert rooms
+        assert bool((tenants.pages["A"] == SECRET).any())
+        del memory, rooms
+    return found
+
+
+@pytest.mark.parametrize("guarded", [True, False])
+def test_tenants_get_nothing_of_each_other(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, guarded: bool
+) -> None:
+    """Without the zeros the second tenant gets bytes of the first one."""
+    if not guarded:
+        monkeypatch.setattr("portakv.migrate.gathers.zero", lambda memory: None)
+    found = leaks(monkeypatch, device, "table", 12, seed=1)
+    assert found == 0 if guarded else found > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mover", ["table", "distributed"])
+@pytest.mark.parametrize("guarded", [True, False])
+def test_tenants_get_nothing_of_each_other_in_thousands_of_pulls(
+    monkeypatch: pytest.MonkeyPatch, mover: str, guarded: bool
+) -> None:
+    if not guarded:
+        monkeypatch.setattr("portakv.migrate.gathers.zero", lambda memory: None)
+    pulls = 2000 if guarded else 50
+    found = leaks(monkeypatch, torch.device("cpu"), mover, pulls, seed=2)
+    assert found == 0 if guarded else found > 0
