@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tenants pull staged rows of one owner: nothing of one tenant reaches the other tenant's memory,
+"""Two tenants pull staged rows of one owner: nothing of one tenant reaches the other one's memory,
 neither as rows, nor in holes and padding of staging buffers, nor by a library that reaches more."""
 
 from __future__ import annotations
@@ -7,7 +7,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ class Table(Memory):
     """A library that reads memory of any device, which it finds by its address."""
 
     name = "table"
-    rooms = dict[int, torch.Tensor]()  # staging buffers of the owner, by address
+    rooms: ClassVar = dict[int, torch.Tensor]()  # staging buffers of the owner, by address
 
     def read(self, lane: Any, moving: Any, there: Any) -> None:
         for start, room in [*self.rooms.items()]:
