@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import stat
+import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -354,9 +355,11 @@ class Slots:
                 with suppress(OSError):
                     act(fd)
 
-    def __del__(self) -> None:
-        """Release the folder of a store that nobody closed, since its `close` was interrupted."""
-        self.close(sync=False)
+    def __del__(self, ending: Callable[[], bool] = sys.is_finalizing) -> None:
+        """Release the folder of a store that nobody closed, since its `close` was interrupted. At
+        the interpreter's end what this would call is gone, and the kernel releases the folder."""
+        if not ending():
+            self.close(sync=False)
 
     def _put(
         self,
