@@ -123,7 +123,12 @@ def ask(step: Step, gather: Gather, pull: Pull, patience: float = PATIENCE) -> A
     until = monotonic() + patience
     channel = step.owner.channel
     while not pull.over:
-        answer = channel.ask(step.owner.address, gather, Answer, stop=lambda: pull.over)
+        try:
+            answer = channel.ask(step.owner.address, gather, Answer, stop=lambda: pull.over)
+        except TransferTimeout:
+            if pull.over:
+                raise TransferCancelled(CANCELLED) from None
+            raise
         if answer.state == "done":
             return answer
         if answer.state == "gone":

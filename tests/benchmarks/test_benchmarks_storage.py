@@ -94,7 +94,7 @@ def test_every_part_measures_judges_and_draws(
     ("words", "told"),
     [
         (["--sizes", "1Q"], "'1Q' is no size"),
-        (["--dir", "/nonexistent"], "No such file or directory"),
+        (["--dir", "/nonexistent"], "/nonexistent"),
         (["--only", "nonsense"], "known are engine, tier"),
     ],
 )

@@ -459,9 +459,9 @@ def test_a_busy_folder_after_the_first_is_left_out(shelf: Open) -> None:
 @pytest.mark.parametrize(
     ("folders", "terms", "name"),
     [
-        ((None,), {}, "a folder"),
-        ((5,), {}, "a folder"),
-        (("s3://b/x",), {}, "a folder"),
+        ((None,), {}, "folders"),
+        ((5,), {}, "folders"),
+        (("s3://b/x",), {}, "folders"),
         ((), {}, "folders"),
         (("x",), {"track": 5}, "track"),
         (("x",), {"io": "uring"}, "io"),

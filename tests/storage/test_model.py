@@ -231,10 +231,13 @@ class StoreModel(RuleBasedStateMachine):
 
 SMALL = {"keys": 24, "size": 4, "layers": 3, "heads": 4, "dim": 12}  # a segment
 LARGE = {"keys": 12, "size": 64, "layers": 4, "heads": 8, "dim": 128}  # four, of 256 KiB
-WIDE = [pytest.param(*each, marks=pytest.mark.slow) for each in ((SMALL, 22.0), (LARGE, 1.0))]
+WIDE = [
+    pytest.param(*each, marks=pytest.mark.slow)
+    for each in ((SMALL, 0.1), (SMALL, 22.0), (LARGE, 1.0))
+]
 
 
-@pytest.mark.parametrize(("shape", "times"), [(SMALL, 0.1), (LARGE, 0.02), *WIDE])
+@pytest.mark.parametrize(("shape", "times"), [(LARGE, 0.02), *WIDE])
 def test_any_order_of_calls(tmp_path: Path, shape: dict[str, int], times: float) -> None:
     world, many = World(tmp_path, **shape), max(1, int(times * settings().max_examples))
     given = settings(max_examples=many, stateful_step_count=50)

@@ -248,7 +248,11 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             assert len(pulled.slices) == 9
             assert time.monotonic() - began < 10
             assert fails or torch.equal(theirs.cpu(), mine.cpu().flip(2))
-        assert owner.statistics()["taken"] == 5
+        until = time.monotonic() + 5
+        while owner.statistics()["taken"] != 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        # Pulls that fail leave their offers.
+        assert owner.statistics()["taken"] == 2
 
 
 @pytest.mark.simdev
