@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, TypeAlias, cast
 
 import numpy as np
@@ -21,10 +22,11 @@ class Handle(Transfer):
     """A transfer that ends with a gate, and holds ``kept`` until then. If blocks did not land, its
     end raises `TransferError`, unless they are ``missing="skip"``; `TransferCancelled` if it was
     cancelled. ``layers``: the gate of each layer, which becomes a handle in the attribute.
-    ``excused``: blocks that need not land, bool ``[blocks]``. A gate of the name "save" is of
-    blocks that are written."""
+    ``excused``: blocks that need not land, bool ``[blocks]``. ``why`` takes which blocks landed,
+    and returns why the others did not, or an empty text. A gate of the name "save" is of blocks
+    that are written."""
 
-    __slots__ = ("_excused", "_gates", "_graph", "_skip", "cancelled", "layers")
+    __slots__ = ("_excused", "_gates", "_graph", "_skip", "_why", "cancelled", "layers")
 
     def __init__(
         self,
@@ -34,11 +36,13 @@ class Handle(Transfer):
         missing: Missing = "raise",
         kept: Any = None,
         excused: Any = False,
+        why: Callable[[Any], str] | None = None,
     ) -> None:
         super().__init__((Completion(pendings=(cast(Pending, gate),), kept=kept),))
-        self.layers = [Handle(graph, layer, missing=missing) for layer in layers]
+        self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph, self._gates, self._skip = graph, (*layers, gate), missing == "skip"
         self._excused = excused
+        self._why = why
         self.cancelled = False
 
     @property
@@ -70,9 +74,26 @@ class Handle(Transfer):
             raise TransferError("A transfer goes on in the process that this was forked from.")
         kind = TransferCancelled if isinstance(gate.error, TransferCancelled) else TransferError
         if not ((landed | self._excused).all() or (self._skip and kind is TransferError)):
-            why = "No tier has the others; missing='skip' lets that pass."
-            if gate.name == "save":
-                why = f"{gate.short or 'A tier'} did not take the others; statistics() tell more."
-            if gate.error:
-                why = str(gate.error) if isinstance(gate.error, PortaKVError) else repr(gate.error)
-            raise kind(f"{landed.sum()} of {len(landed)} blocks landed. {why}") from gate.error
+            counts = f"{landed.sum()} of {len(landed)} blocks landed."
+            raise kind(f"{counts} {self._explain(gate, landed)}") from gate.error
+
+    def _explain(self, gate: Node, landed: Any) -> str:
+        """Return why blocks did not land, and what the caller may do."""
+        sentences = []
+        details = self._why(landed) if self._why else ""
+        if details:
+            sentences.append(f"{details}.")
+        if gate.error:
+            known = isinstance(gate.error, PortaKVError)
+            sentences.append(str(gate.error) if known else repr(gate.error))
+
+        if gate.name == "save":
+            if not sentences and gate.short:
+                sentences.append(f"{gate.short} did not take the others.")
+            elif not sentences:
+                sentences.append("The others were evicted before the save ended.")
+        elif not gate.error:
+            if not details:
+                sentences.append("No tier has the others.")
+            sentences.append("Pass missing='skip' to accept that.")
+        return " ".join(sentences)

@@ -5,6 +5,8 @@ may be added or lost. A block goes to the folder with the fewest bytes queued.""
 from __future__ import annotations
 
 import errno
+import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -16,12 +18,17 @@ from portakv.arguments import invalid, number, one_of, whole
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph, Link
 from portakv.runtime.bounded import Bounded
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.storage import reasons
 from portakv.storage.chains import Chains
 from portakv.storage.choose import choose
 from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.form import HEADER, BlockForm
 from portakv.storage.image import Header, Row, header, predecessor, verify
+from portakv.storage.reasons import Reason, Report
 from portakv.storage.slots import PAGE, Place, Slots, Track, form_in
+
+_warnings = RateLimitedLog(logging.getLogger(__name__))
 
 
 class Disk:
@@ -122,6 +129,39 @@ class Disk:
         return shelves
 
 
+@dataclass(eq=False)
+class _Pinned:
+    """A block that is read, which stays in its slot until the read has ended."""
+
+    number: int  # among the keys of the read
+    slots: Slots
+    place: Place
+    spans_left: int  # that did not come yet
+    right: bool = False
+    lost: bool = False  # its bytes are wrong, or the device has lost them: it is forgotten
+    failure: Reason | None = None
+
+    def fail(self, result: int) -> None:
+        """Note a span that did not come (a negative errno), or bytes that are not right."""
+        self.lost = self.lost or result >= 0 or -result in LOST
+        kind = reasons.DAMAGED if self.lost else reasons.UNREACHABLE
+        where = str(self.slots.folder.parent)
+        if result < 0:
+            where = f"{where}: {os.strerror(-result)}"
+        self.failure = Reason(kind, where)
+
+    def log(self, key: bytes) -> None:
+        """Warn of a failure."""
+        if self.failure is None:
+            return
+        folder = self.slots.folder
+        what = f"is {self.failure.kind} ({self.failure.where})"
+        if self.lost:
+            what += ", and its slot is freed"
+        text = "Block %s in %s %s"
+        _warnings.warning(f"{self.failure.kind} {folder}", text, key.hex(), folder, what)
+
+
 @dataclass(eq=False, repr=False)
 class DiskShelf:
     """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier. The one
@@ -176,49 +216,86 @@ class DiskShelf:
         rows: Sequence[Row],
         segments: Sequence[int] | None = None,
         stop: Callable[[], bool] | None = None,
+        report: Report = reasons.ignore,
     ) -> list[bool]:
-        """Read images, or only some segments of them, into rows; which ones came, and are right. A
-        block that nobody read, as the engine could not or nobody waits, is a miss this time."""
-        landed, size = [False] * len(keys), self.form.image_bytes
-        found = [(i, *place) for i, key in enumerate(keys) if (place := self.pin(key))]
-        spans = [(0, size)]
-        if segments is not None:  # whole pages, and the header with the first one
-            parts = [self.form.segments[i] for i in segments]
-            ends = [HEADER + -(-(x.offset + x.nbytes) // PAGE) * PAGE for x in parts]
-            starts = [HEADER + x.offset if x.offset else 0 for x in parts]
-            spans = list(zip(starts, ends, strict=True))
-        bad = set[int]()  # blocks that came and are wrong, or that the device has lost
-        awaited = [len(spans)] * len(found)  # spans of each block
+        """Read images, or only some segments of them, into rows; return which came, and are right.
+        A block that was not read, as the engine could not or nothing waits for it, is a miss this
+        time."""
+        spans = self._spans(segments)
+        pinned = self._pin_all(keys, len(spans), report)
 
         def ended(number: int, result: int) -> None:
             """Check a block whose last span came, while the disk brings others."""
-            n, span = divmod(number, len(spans))
-            i, _, (_, told) = found[n]
-            if result != spans[span][1] - spans[span][0]:
-                bad.update([i] if result >= 0 or -result in LOST else [])
+            index, span = divmod(number, len(spans))
+            block = pinned[index]
+            start, end = spans[span]
+            if result != end - start:
+                block.fail(result)
                 return
-            awaited[n] -= 1
-            if not awaited[n]:
-                landed[i] = self._right(rows[i], told, segments)
-                bad.update([] if landed[i] else [i])
+            block.spans_left -= 1
+            if not block.spans_left and block.failure is None:
+                _, told = block.place
+                block.right = self._right(rows[block.number], told, segments)
+                if not block.right:
+                    block.fail(result)
 
         try:
-            asks = [
-                Request(slots.fd, slot * size + a, rows[i].ctypes.data + a, b - a, False)
-                for i, slots, (slot, _) in found
-                for a, b in spans
-            ]
+            size = self.form.image_bytes
+            requests = []
+            for block in pinned:
+                slot, _ = block.place
+                address = rows[block.number].ctypes.data
+                for start, end in spans:
+                    offset = slot * size + start
+                    requests.append(
+                        Request(block.slots.fd, offset, address + start, end - start, False)
+                    )
             if stop is None or not stop():
-                self.engine.run(asks, ended)
+                self.engine.run(requests, ended)
         finally:
-            for i, slots, at in found:
-                slots.unpin(at, good=i not in bad)
-        hits, there, wrong = sum(landed), len(found), len(bad)
-        self.graph.count(self.tier, "load", "hit", hits, hits * sum(b - a for a, b in spans))
+            for block in pinned:
+                block.slots.unpin(block.place, good=not block.lost)
+
+        landed = [False] * len(keys)
+        for block in pinned:
+            landed[block.number] = block.right
+            if not block.right:
+                late = Reason(reasons.LATE, str(block.slots.folder.parent))
+                report(keys[block.number], block.failure or late)
+                block.log(keys[block.number])
+        hits = sum(landed)
+        wrong = sum(block.lost for block in pinned)
+        nbytes = hits * sum(end - start for start, end in spans)
+        self.graph.count(self.tier, "load", "hit", hits, nbytes)
         self.graph.count(self.tier, "load", "fault", wrong)
-        self.graph.count(self.tier, "load", "late", there - hits - wrong)
-        self.graph.count(self.tier, "load", "miss", len(keys) - there)
+        self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
+        self.graph.count(self.tier, "load", "miss", len(keys) - len(pinned))
         return landed
+
+    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Return the parts of an image that a read of segments needs: whole pages, and the header
+        together with the first one."""
+        if segments is None:
+            return [(0, self.form.image_bytes)]
+        spans = []
+        for part in (self.form.segments[i] for i in segments):
+            start = HEADER + part.offset if part.offset else 0
+            pages = -(-(part.offset + part.nbytes) // PAGE)
+            spans.append((start, HEADER + pages * PAGE))
+        return spans
+
+    def _pin_all(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
+        """Pin the blocks that are there. The others were there when the load was planned."""
+        pinned = []
+        for number, key in enumerate(keys):
+            found = self.pin(key)
+            if found is None:
+                folders = ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
+                report(key, Reason(reasons.EVICTED, folders))
+            else:
+                slots, place = found
+                pinned.append(_Pinned(number, slots, place, spans))
+        return pinned
 
     def write(
         self,
@@ -229,6 +306,7 @@ class DiskShelf:
         checksums: Sequence[Sequence[int]],
         own: Mapping[bytes, int] | None = None,
         evict: bool = True,
+        report: Report = reasons.ignore,
     ) -> list[bool]:
         """Write sealed images in the link's folder; return which blocks are there now. A block that
         would evict one that comes before it in ``own``, all of a call's, is dropped; without
@@ -250,6 +328,10 @@ class DiskShelf:
                     if slot is not None:
                         taken.append((i, slots, slot))
                         break
+                else:
+                    where = f"{first.folder.parent}: no slot is free or may be evicted"
+                    report(keys[i], Reason(reasons.DROPPED, where))
+                    _warnings.warning(f"dropped {where}", "Block %s: %s", keys[i].hex(), where)
             asks = [
                 Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
                 for i, slots, slot in taken
@@ -262,6 +344,14 @@ class DiskShelf:
                     landed[i] = slots.seal(slot, keys[i], generations[i], checksums[i])
                 else:
                     slots.give(slot, broken=got == -errno.EIO)
+                if not landed[i]:
+                    why = "its record cannot be written"
+                    if got != size:
+                        why = os.strerror(-got) if got < 0 else "the write was cut short"
+                    where = f"{slots.folder.parent}: {why}"
+                    report(keys[i], Reason(reasons.UNREACHABLE, where))
+                    text = "Block %s could not be written: %s"
+                    _warnings.warning(f"not written {where}", text, keys[i].hex(), where)
         hits = sum(landed[i] for i in new)
         self.graph.count(self.tier, "save", "hit", hits, hits * size)
         self.graph.count(self.tier, "save", "fault", len(taken) - hits)

@@ -4,6 +4,7 @@ nodes of a transfer graph bring it into rows and into a view, and what of that o
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial, reduce
@@ -16,9 +17,11 @@ import numpy as np
 
 from portakv.graph.graph import Graph, Lease, Link, Node, Priority
 from portakv.graph.handle import Handle, Missing
+from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import image
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.form import BlockForm, Slices
+from portakv.storage.reasons import Explanation, Reasons, Report
 from portakv.storage.rows import Crossing, Rows
 from portakv.view import KVView
 
@@ -34,7 +37,8 @@ Keys: TypeAlias = "Sequence[bytes]"
 
 class Shelf(Protocol):
     """The blocks of one form in one tier. ``read`` and ``write`` block, in a worker of their link,
-    and say which blocks are there and right; ``stop`` tells a read that nobody waits for it."""
+    and return which blocks are there and right; they report why for each of the others. ``stop``
+    returns whether nothing waits for a read any more."""
 
     tier: str
     form: BlockForm
@@ -48,8 +52,11 @@ class Shelf(Protocol):
     def wants(self, keys: Keys, /) -> list[bool]: ...  # what it lacks, and admits
     def link(self, key: bytes, /) -> Link: ...
     def link_for_write(self, nbytes: int, /) -> Link: ...
-    def read(self, keys: Keys, rows: Any, segments: Any, stop: Any, /) -> list[bool]: ...
-    def write(self, _: Link, keys: Keys, rows: Any, *known: Any) -> list[bool]: ...
+    def read(
+        self, keys: Keys, rows: Any, segments: Any, stop: Any, report: Report, /
+    ) -> list[bool]: ...
+    # With generations, checksums, places in the call, whether to evict; and ``report=``.
+    def write(self, _: Link, keys: Keys, rows: Any, *known: Any, **report: Any) -> list[bool]: ...
     def touch(self, keys: Keys, follows: Sequence[int] = (), /) -> None: ...
     def statistics(self) -> dict[str, Any]: ...
     def close(self) -> None: ...
@@ -122,6 +129,7 @@ class Flights:
         self.parts = list[Part]()  # once tiers are open
         self.fills, self.gates = dict[bytes, tuple[Fill, int]](), WeakSet[Node]()
         self.begun = set[Fill]()
+        self.log = RateLimitedLog(logging.getLogger(__name__))
 
     def touch(self, keys: Keys, follows: Sequence[int] = ()) -> None:
         """Note that keys were used, the first one last, so that a prefix outlives its suffix.
@@ -254,6 +262,7 @@ class Call:
         self.excused: Any = np.zeros(len(keys), np.bool_)  # need not land: no tier admits them yet
         self.ends = list[tuple[tuple[Node, Any, Any], range]]()
         self.fills = 0  # that did not end
+        self.explanation = Explanation(keys)
         self._nodes = list[tuple[int, Node]]()  # with the number of their leg
         self._leases = list[Lease]()  # of rows that were pinned
 
@@ -281,6 +290,7 @@ class Call:
         names = {i: part.name(self.keys[i]) for i in some}
         if isinstance(spot, Fill):  # it is under way
             spot.calls.append((self, some))
+            self.explanation.sources.append(spot.reasons)
             spot.until, every = None, [*spot.ends.values()]  # what is waited for is not dropped
             ends = [[spot.ends[x]] if x in spot.ends else every for x in segments]
             items = [self.flights.fills[names[i]][1] for i in some]
@@ -378,7 +388,10 @@ class Call:
         self.gate.given, self.gate.after = self.given, [end for end, _ in self.ends]
         self.submit(*gates, self.gate)
         self.flights.gates.add(self.gate)
-        return Handle(self.flights.graph, self.gate, gates, missing, view, self.excused)
+        if self.kind != "save":
+            self.explanation.located = self.given
+        why = self.explanation.sentence
+        return Handle(self.flights.graph, self.gate, gates, missing, view, self.excused, why)
 
 
 class Fill(Lease):
@@ -396,6 +409,8 @@ class Fill(Lease):
         self.part, self.calls, self.keys = part, [(call, at)], [call.keys[i] for i in at]
         self.ends, self.last = dict[int | None, Node](), list[Node]()
         self.generation, self.sums = 0, dict[int, Any]()
+        self.reasons = Reasons()  # why blocks did not come, or were not written
+        call.explanation.sources.append(self.reasons)
         self.names = [part.name(key) + apart for key in self.keys]
         flights.begun.add(self)
         flights.fills.update((name, (self, row)) for row, name in enumerate(self.names))
@@ -419,6 +434,7 @@ class Fill(Lease):
         if rows.crowded(call.order):
             flights.touch(call.keys)
         flights.begun.discard(self)
+        self._warn_dropped()
         for row, name in enumerate(self.names):
             if flights.fills.get(name, (None,))[0] is self:
                 del flights.fills[name]
@@ -430,13 +446,23 @@ class Fill(Lease):
         if not call.fills:
             flights.touch(call.keys)
 
+    def _warn_dropped(self) -> None:
+        """Log that nodes were dropped, as staging had no room or a link was slow."""
+        nodes = dict.fromkeys([*self.ends.values(), *self.last])
+        dropped = [node for node in nodes if node.state == "dropped"]
+        if dropped:
+            links = ", ".join(dict.fromkeys(node.link.name for node in dropped))
+            text = "A %s dropped %d blocks on %s, the first one is %s: no staging in time, or slow"
+            values = self.calls[0][0].kind, self.count, links, self.keys[0].hex()
+            self.calls[0][0].flights.log.warning("dropped", text, *values)
+
     # --- what nodes do, in workers, for the blocks of a mask ---
 
     def read(self, shelf: Shelf, segment: int | None, _: Node, mask: Any) -> Any:
         """Read blocks, or a segment of them, into the rows."""
         rows, keys, data = self._of(mask)
         segments = None if segment is None else [segment]
-        mask[rows] = shelf.read(keys, data, segments, self._given_up)
+        mask[rows] = shelf.read(keys, data, segments, self._given_up, self.reasons.report)
         return mask
 
     def gather(self, crossing: Crossing, view: KVView, _: Node, mask: Any) -> None:
@@ -459,7 +485,8 @@ class Fill(Lease):
         sums = [self.sums[row] for row in rows]
         with call.flights.graph.lock:
             evict = call.flights.continues(call.after, shelf)
-        mask[rows] = shelf.write(link, keys, data, generations, sums, call.order, evict)
+        known = generations, sums, call.order, evict
+        mask[rows] = shelf.write(link, keys, data, *known, report=self.reasons.report)
         return mask
 
     def _of(self, mask: Any) -> tuple[list[int], list[bytes], list[Any]]:

@@ -5,8 +5,8 @@ handle's error counts them."""
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 #: The bytes came and are wrong, or the device has lost them.
 DAMAGED = "damaged"
@@ -41,34 +41,52 @@ def ignore(_: bytes, __: Reason) -> None:
 
 
 class Reasons:
-    """The reasons of one transfer, by key; each tier that failed has one."""
+    """The reasons that tiers reported for blocks of one transfer, by key."""
 
     def __init__(self) -> None:
         self._by_key: dict[bytes, list[Reason]] = {}
 
     def report(self, key: bytes, reason: Reason) -> None:
         """Note a reason. One worker at a time reports for a key."""
-        reasons = self._by_key.setdefault(key, [])
-        if reason not in reasons:
-            reasons.append(reason)
+        known = self._by_key.setdefault(key, [])
+        if reason not in known:
+            known.append(reason)
 
     def of(self, key: bytes) -> list[Reason]:
         """Return the reasons for a block; none if no tier reported one."""
-        return [*self._by_key.get(key, ())]
+        return self._by_key.get(key, [])
 
 
-def count_reasons(keys: Iterable[bytes], sources: Sequence[Reasons]) -> Counter[Reason]:
-    """Count the reasons of blocks that did not land. A tier that lacks a block explains nothing if
-    another tier had it and failed."""
-    counts: Counter[Reason] = Counter()
-    for key in keys:
-        reasons = dict.fromkeys(reason for source in sources for reason in source.of(key))
-        failures = [reason for reason in reasons if reason.kind != MISSING]
-        counts.update(failures or [*reasons][:1] or [Reason(MISSING, "no tier has it")])
-    return counts
+class Explanation:
+    """Why blocks of a call did not land, for the error of its handle.
 
+    Attributes:
+        sources: the reasons of each transfer that the call follows.
+        located: which blocks some tier had when the call was planned, bool ``[blocks]``; None for
+            a save.
+    """
 
-def sentence(counts: Counter[Reason]) -> str:
-    """Return reasons as text, the most frequent first."""
-    parts = [f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()]
-    return ", ".join(parts)
+    def __init__(self, keys: Sequence[bytes]) -> None:
+        self._keys = keys
+        self.sources: list[Reasons] = []
+        self.located: Any = None
+
+    def sentence(self, landed: Any) -> str:
+        """Return the reasons with their counts, the most frequent first; empty if none is known
+        for the blocks that did not land."""
+        counts: Counter[Reason] = Counter()
+        for number, key in enumerate(self._keys):
+            if not landed[number]:
+                counts.update(self._reasons(number, key))
+        return ", ".join(
+            f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()
+        )
+
+    def _reasons(self, number: int, key: bytes) -> list[Reason]:
+        """Return why a block did not land. That a tier lacks it explains nothing if another tier
+        had it and failed."""
+        if self.located is not None and not self.located[number]:
+            return [Reason(MISSING, "no tier has it")]
+        known = list(dict.fromkeys(reason for source in self.sources for reason in source.of(key)))
+        failures = [reason for reason in known if reason.kind != MISSING]
+        return failures or known[:1]

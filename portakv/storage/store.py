@@ -191,6 +191,7 @@ class BlockStore:
             lacks = tuple(shelf for shelf, x in zip(shelves, wants, strict=True) if x[i])
             if fill and fill.store and fill.wanted:
                 call.ends += [((end, [i], [row]), range(0)) for end in fill.last]
+                call.explanation.sources.append(fill.reasons)
             elif lacks or not (shelves or self.rows.has(own.name(key))):
                 groups.setdefault(lacks, []).append(i)
         return groups

@@ -1110,3 +1110,31 @@ def test_a_body_that_drips_or_stops_is_left_soon_after_the_deadline(
     # The worker and the store serve the next one.
     case.proxy.play()
     assert load(shelf, KEYS[0])[0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind"),
+    [
+        (b"403 Forbidden\n<Error><Code>AccessDenied</Code></Error>", "refused"),
+        (b"401 Unauthorized\nx", "refused"),
+        (b"400 Bad Request\n<Error><Code>ExpiredToken</Code></Error>", "refused"),
+        (b"503 Slow Down\nx", "unreachable"),
+        (b"429 Too Many Requests\nx", "unreachable"),
+        (b"404 Not Found\n<Error><Code>NoSuchBucket</Code></Error>", "unreachable"),
+        (b"404 Not Found\n<Error><Code>NoSuchKey</Code></Error>", "missing"),
+    ],
+)
+def test_what_a_store_answers_becomes_a_reason(case: Case, answer: bytes, kind: str) -> None:
+    shelf = case.shelf(retries=0)
+    case.proxy.play(Fault("", answer=answer, times=99))
+    reported: list[tuple[bytes, Any]] = []
+    assert not load(shelf, KEYS[0], report=lambda *each: reported.append(each))[0]
+    ((key, reason),) = reported
+    assert key == KEYS[0]
+    assert reason.kind == kind
+    assert reason.where.startswith(shelf._remote.url)
+    # A store that is left alone says what it failed with.
+    for _ in range(FAILURES):
+        load(shelf, KEYS[0], report=lambda *each: reported.append(each))
+    left_alone = "left alone for a while after" in reported[-1][1].where
+    assert left_alone == (kind != "missing")

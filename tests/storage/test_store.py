@@ -420,11 +420,11 @@ def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:
     begun, cancelled, shelf = Event(), Event(), store._shelves[0]
     read = shelf.read
 
-    def reads(keys: Any, rows: Any, segments: Any, stop: Any) -> Any:
+    def reads(keys: Any, rows: Any, segments: Any, stop: Any, report: Any) -> Any:
         begun.set()
         assert cancelled.wait(LIMIT)
         if not stop():
-            return read(keys, rows, segments, stop)
+            return read(keys, rows, segments, stop, report)
         stopped.set()
         go.wait(LIMIT)
         return [False] * len(keys)
@@ -621,7 +621,7 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
     store = opened(tiers=[tier], host=4)
     shelf = store._shelves[0]
 
-    def hangs(keys: Any, rows: Any, segments: Any, stop: Any) -> Any:
+    def hangs(keys: Any, rows: Any, segments: Any, stop: Any, report: Any) -> Any:
         begun.set()
         while not stop():
             time.sleep(0.01)

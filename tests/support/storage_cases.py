@@ -109,7 +109,9 @@ class FakeShelf:
     def link_for_write(self, nbytes: int) -> Any:
         return self._link
 
-    def read(self, keys: Any, rows: Any, segments: Any = None, stop: Any = None) -> list[bool]:
+    def read(
+        self, keys: Any, rows: Any, segments: Any = None, stop: Any = None, report: Any = None
+    ) -> list[bool]:
         return [self._read(key, row, segments) for key, row in zip(keys, rows, strict=True)]
 
     def _read(self, key: bytes, row: Any, segments: Any) -> bool:
@@ -139,9 +141,8 @@ class FakeShelf:
             self._owner.blocks.pop((self.form, key), None)
         return right
 
-    def write(
-        self, link: Any, keys: Any, rows: Any, generations: Any, sums: Any, *call: Any
-    ) -> list[bool]:
+    def write(self, _: Any, keys: Any, rows: Any, *known: Any, report: Any = None) -> list[bool]:
+        generations, sums, *_ = known
         if self._owner.hold is not None:
             assert self._owner.hold.wait(60)
         if self._owner.refuse:

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The error of a load or a save says why blocks did not land: each reason with its count, and with
+the path or address of the tier."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import pytest
+import torch
+from support.core_cases import noise
+from support.storage_cases import FakeTier, key_of, small_form
+
+from portakv import KVView
+from portakv.errors import TransferError
+from portakv.storage import BlockStore, Disk, Remote
+from portakv.storage.disk import DiskShelf
+from portakv.storage.engine import Ended, Engine, Request
+
+LIMIT = 20.0
+KEYS = [key_of(i) for i in range(8)]
+FORM = small_form()
+
+
+def cache(seed: int = 0) -> KVView:
+    """A paged cache of noise that the small form fits."""
+    tensors = [noise(12, 2, 4, 2, 32, dtype=torch.float16, seed=seed + i) for i in range(4)]
+    return KVView(tensors, "layer | block kv token head dim")
+
+
+def opened(*tiers: Any, staging: int = 8, **terms: Any) -> BlockStore:
+    terms = {"full": "wait", **terms}
+    return BlockStore(FORM, staging=staging * FORM.image_bytes, tiers=tiers, **terms)
+
+
+def saved(store: BlockStore) -> None:
+    store.save(cache(), range(8), KEYS, priority="urgent").synchronize(LIMIT)
+
+
+def error_of_load(store: BlockStore, **terms: Any) -> str:
+    """The sentence of a load of all blocks."""
+    with pytest.raises(TransferError) as error:
+        store.load(cache(), range(8), KEYS, **terms).synchronize(LIMIT)
+    store.load(cache(), range(8), KEYS, missing="skip").synchronize(LIMIT)
+    return str(error.value)
+
+
+def break_object(remote: Remote, key: bytes) -> None:
+    path = f"1/{FORM.name}/{key.hex()[:2]}/{key.hex()}"
+    body = bytearray(remote.obs.get(remote.store, path).bytes())
+    body[5000] ^= 1
+    remote.obs.put(remote.store, path, bytes(body))
+
+
+def shelf_of(store: BlockStore) -> DiskShelf:
+    shelf = store._shelves[0]
+    assert isinstance(shelf, DiskShelf)
+    return shelf
+
+
+def break_slot(store: BlockStore, key: bytes) -> None:
+    (slots, _), *_ = shelf_of(store).parts
+    at = slots.index[key] * FORM.image_bytes + 5000
+    fd = os.open(slots.folder / "slots", os.O_RDWR)
+    (byte,) = os.pread(fd, 1, at)
+    os.pwrite(fd, bytes([byte ^ 1]), at)
+    os.close(fd)
+
+
+class Failing:
+    """An engine of a disk tier all of whose requests end with an error."""
+
+    name = "failing"
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, engine: Engine, code: int) -> None:
+        self.engine = engine
+        self.code = code
+
+    def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
+        for number, _ in enumerate(requests):
+            if ended:
+                ended(number, -self.code)
+        return [-self.code for _ in requests]
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+@pytest.fixture
+def silent() -> Iterator[str]:
+    """An address where something listens and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def impatient(url: str, endpoint: str) -> Remote:
+    """A remote tier at an endpoint, which gives up soon."""
+    retry = {"max_retries": 0, "retry_timeout": timedelta(seconds=1)}
+    options = {"allow_http": True, "read_timeout": "200ms"}
+    names: dict[str, Any] = {"access_key_id": "a", "secret_access_key": "b", "region": "r"}
+    return Remote(url, endpoint=endpoint, retry_config=retry, client_options=options, **names)
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_a_damaged_object_is_named(by_layer: bool) -> None:
+    remote = Remote("memory://")
+    with opened(remote) as store:
+        saved(store)
+        break_object(remote, KEYS[3])
+        break_object(remote, KEYS[5])
+        text = error_of_load(store, by_layer=by_layer)
+    assert text.startswith("6 of 8 blocks landed. 2 damaged (memory://: ")
+    assert text.endswith("Pass missing='skip' to accept that.")
+
+
+def test_a_damaged_slot_is_named_and_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        saved(store)
+        break_slot(store, KEYS[3])
+        text = error_of_load(store)
+    assert text == (
+        f"7 of 8 blocks landed. 1 damaged ({tmp_path}). Pass missing='skip' to accept that."
+    )
+    (line,) = [x for x in caplog.messages if "damaged" in x]
+    assert KEYS[3].hex() in line
+    assert f"in {tmp_path}/{FORM.name} " in line
+
+
+def test_a_device_that_fails_is_named(tmp_path: Path) -> None:
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        saved(store)
+        shelf = shelf_of(store)
+        engine = shelf.engine
+
+        shelf.engine = Failing(engine, errno.EAGAIN)
+        text = error_of_load(store)
+    again = os.strerror(errno.EAGAIN)
+    assert text.startswith(f"0 of 8 blocks landed. 8 unreachable ({tmp_path}: {again}). ")
+
+
+def test_a_block_that_goes_between_the_plan_and_the_read_is_evicted(tmp_path: Path) -> None:
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        saved(store)
+        shelf: Any = shelf_of(store)
+        read = shelf.read
+        (slots, _), *_ = shelf.parts
+
+        def evict_first(*given: Any) -> list[bool]:
+            place = slots.pin(KEYS[2])
+            if place:
+                slots.unpin(place, good=False)
+            landed: list[bool] = read(*given)
+            return landed
+
+        shelf.read = evict_first
+        text = error_of_load(store)
+    assert text.startswith(f"7 of 8 blocks landed. 1 evicted ({tmp_path}). ")
+
+
+def test_an_object_that_a_lookup_found_and_that_is_gone_is_evicted() -> None:
+    remote = Remote("memory://")
+    with opened(remote) as store:
+        saved(store)
+        assert store.lookup(KEYS) == 8
+        key = KEYS[4].hex()
+        remote.obs.delete(remote.store, [f"1/{FORM.name}/{key[:2]}/{key}"])
+        text = error_of_load(store)
+    assert text.startswith("7 of 8 blocks landed. 1 evicted (memory://). ")
+
+
+def test_a_server_that_is_down_or_refuses_is_named(silent: str) -> None:
+    """Neither is the same as a block that is damaged, or that no tier has."""
+    with opened(impatient("s3://bucket/p", silent)) as store:
+        text = error_of_load(store)
+        assert text.startswith("0 of 8 blocks landed. ")
+        assert "unreachable (s3://bucket/p: " in text
+        assert "missing (" not in text
+
+        handle = store.save(cache(), range(8), KEYS, priority="urgent")
+        with pytest.raises(TransferError) as error:
+            handle.synchronize(LIMIT)
+        text = str(error.value)
+        assert text.startswith("0 of 8 blocks landed. ")
+        assert "unreachable (s3://bucket/p: " in text
+        assert "skip" not in text
+
+
+def test_a_block_that_no_tier_has_is_missing(tmp_path: Path) -> None:
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        text = error_of_load(store)
+    assert text == (
+        "0 of 8 blocks landed. 8 missing (no tier has it). Pass missing='skip' to accept that."
+    )
+
+
+def test_reasons_of_several_tiers_have_their_counts(tmp_path: Path) -> None:
+    """A block that the next tier brings has no reason; that a tier lacks one explains nothing."""
+    remote = Remote("memory://")
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads"), remote) as store:
+        saved(store)
+        for key in KEYS[:4]:
+            break_slot(store, key)
+        break_object(remote, KEYS[0])
+        text = error_of_load(store)
+    assert text.startswith("7 of 8 blocks landed. ")
+    assert f"1 damaged ({tmp_path})" in text
+    assert "1 damaged (memory://: " in text
+
+
+def test_calls_that_join_a_read_have_its_reasons() -> None:
+    remote = Remote("memory://")
+    with opened(remote) as store:
+        saved(store)
+        break_object(remote, KEYS[3])
+        begun = Event()
+        go = Event()
+        shelf: Any = store._shelves[0]
+        read = shelf.read
+
+        def held(*given: Any) -> list[bool]:
+            begun.set()
+            assert go.wait(LIMIT)
+            landed: list[bool] = read(*given)
+            return landed
+
+        shelf.read = held
+        handles = [store.load(cache(), range(8), KEYS) for _ in range(2)]
+        assert begun.wait(LIMIT)
+        go.set()
+        for handle in handles:
+            with pytest.raises(TransferError, match=r"^7 of 8 .* 1 damaged \(memory://: "):
+                handle.synchronize(LIMIT)
+
+
+def test_a_save_on_a_full_device_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        shelf = shelf_of(store)
+        engine = shelf.engine
+
+        shelf.engine = Failing(engine, errno.ENOSPC)
+        handle = store.save(cache(), range(8), KEYS, priority="urgent")
+        with pytest.raises(TransferError) as error:
+            handle.synchronize(LIMIT)
+    assert str(error.value) == (
+        f"0 of 8 blocks landed. 8 unreachable ({tmp_path}: {os.strerror(errno.ENOSPC)})."
+    )
+    assert KEYS[0].hex() in caplog.text
+
+
+def test_a_save_that_staging_drops_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """And its error says it."""
+    tier = FakeTier()
+    tier.hold = Event()
+    with opened(tier, staging=2, full="drop") as store:
+        first = store.save(cache(), [0], KEYS[:1], priority="urgent")
+        second = store.save(cache(), [1], KEYS[1:2], priority="urgent")
+        with caplog.at_level(logging.WARNING), pytest.raises(TransferError, match="staging had no"):
+            second.synchronize(LIMIT)
+        tier.hold.set()
+        first.synchronize(LIMIT)
+    (line,) = [x for x in caplog.messages if "dropped" in x]
+    assert KEYS[1].hex() in line
