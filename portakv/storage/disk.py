@@ -287,14 +287,14 @@ class DiskShelf:
     def _pin_all(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
         """Pin the blocks that are there. The others were there when the load was planned."""
         pinned = []
-        for number, key in enumerate(keys):
+        for position, key in enumerate(keys):
             found = self.pin(key)
             if found is None:
                 folders = ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
                 report(key, Reason(reasons.EVICTED, folders))
             else:
                 slots, place = found
-                pinned.append(_Pinned(number, slots, place, spans))
+                pinned.append(_Pinned(position, slots, place, spans))
         return pinned
 
     def write(
