@@ -24,22 +24,26 @@ import numpy as np
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.cli.sides import in_bytes
 from portakv.errors import StoreBusy, StoreError
-from portakv.storage import image, slots
+from portakv.storage import image, slots, table
 from portakv.storage.choose import choose
 from portakv.storage.engine import Request
-from portakv.storage.form import BlockForm
+from portakv.storage.files import form_in, lock, open_file
+from portakv.storage.form import BlockForm, Range
 
 HELP = "what lies in a folder of a block store: show, check or wipe it"
 DESCRIPTION = """\
-show: the forms of blocks in a folder of a disk tier, the slots in use, their
-bytes, and which process has it open. check: reads and verifies every image. Exit
-code 1 if an image fails or a form cannot be read. wipe: removes the stores in it,
-of whatever version, or that of one form, DIR/FORM; asks before, unless --yes. A
-folder that is open is neither checked nor wiped."""
+show: the forms of blocks in a folder of a disk tier: model, dtype, layers, heads,
+block size, slots in use and allocated, bytes, and the process that has the folder
+open. The table has the first 8 digits of a form's name, --json all. check: reads
+and verifies every image. wipe: removes the stores in it, of whatever version, or
+that of one form, DIR/FORM; asks before, unless --yes. Exit code 1 if an image
+fails or a form cannot be read. A folder that is open is neither checked nor wiped."""
 
 #: Files of a store, also of former versions, as they are removed: the one that is locked goes last.
 _FILES = ("form.json", "form.json.lock", "order", "table", "slots")
-_COLUMNS = ("form", "model", "open_in", "used", "slots", "bytes", "failed")
+_TEXTS = ("form", "model", "dtype")
+_NUMBERS = ("layers", "heads", "block_size", "used", "slots", "bytes", "failed")
+_COLUMNS = (*_TEXTS, *_NUMBERS)
 LATE = 1.0  # seconds until a bar of progress is shown
 
 
@@ -130,30 +134,53 @@ def _told(act: Callable[[Path], dict[str, Any]], store: Path) -> dict[str, Any]:
 
 def _print(found: Sequence[dict[str, Any]]) -> None:
     names = [name for name in _COLUMNS if any(name in one for one in found)]
-    columns = [Column(name.replace("_", " "), right=name in _COLUMNS[3:]) for name in names]
-    told = [one | {"bytes": in_bytes(one["bytes"])} for one in found]
-    print_table(columns, [[str(one.get(name, "-")) for name in names] for one in told])
+    columns = [
+        Column(name.replace("_", " "), whole=name != "model", right=name in _NUMBERS)
+        for name in names
+    ]
+    print_table(columns, [[_cell(name, one.get(name)) for name in names] for one in found])
+    for process in sorted({one["open_in"] for one in found if one.get("open_in", "-") != "-"}):
+        print(f"The folder is open in {process}.")
     for one in found:
         for why in one.get("why", ()):
             print(f"{one['form']}, {why}")
 
 
+def _cell(name: str, value: Any) -> str:
+    """Return what a table says for a value of a store."""
+    if value is None:
+        return "-"
+    if name == "form":
+        return str(value)[:8]
+    if name == "bytes":
+        return in_bytes(value)
+    if name in ("layers", "heads"):
+        return _range(value)
+    return str(value)
+
+
+def _range(part: Range) -> str:
+    """Return layers or heads of a model: their number, or which of them a part is."""
+    first, past, of = part
+    return str(of) if past - first == of else f"{first}-{past - 1} of {of}"
+
+
 def _shown(store: Path) -> dict[str, Any]:
     """What a store's files tell, without opening it: another process may have it."""
-    form = slots.form_in(store)
+    form = form_in(store)
     count = (store / "slots").stat().st_size // form.image_bytes
-    # The records that a recovery believes.
-    blocks = [x for x in enumerate(slots.records_in(store, form, count)) if x[1][slots.SEGMENTS]]
-    keys = {
-        x[: slots.GENERATION].tobytes() for i, x in blocks if image.checksum(x[:-1], i) == x[-1]
-    }
+    keys = set[bytes]()
+    for slot, record in enumerate(table.records_in(store, form, count)):
+        # A recovery believes the same records.
+        if record[table.SEGMENTS] and image.checksum(record[:-1], slot) == record[-1]:
+            keys.add(record[: table.GENERATION].tobytes())
     found = {"used": len(keys), "slots": count, "bytes": _bytes(store)}
     return {"form": store.name, **asdict(form), **found, "open_in": _open_in(store.parent)}
 
 
 def _checked(store: Path) -> dict[str, Any]:
     """Every image of a store, read and verified; keys are shortened."""
-    form, failed = slots.form_in(store), list[str]()
+    form, failed = form_in(store), list[str]()
     row = np.frombuffer(mmap.mmap(-1, form.image_bytes), np.uint8)
     with (
         closing(choose()[0]) as engine,
@@ -186,7 +213,7 @@ def _wrong(row: image.Row, form: BlockForm, told: image.Header) -> str:
 
 
 def _wiped(store: Path) -> dict[str, Any]:
-    found, held = {"form": store.name, "bytes": _bytes(store)}, slots.lock(store / "slots")
+    found, held = {"form": store.name, "bytes": _bytes(store)}, lock(store / "slots")
     if held < 0:
         raise StoreBusy("What a process began before it was killed has not landed; try again soon.")
     for name in _FILES:
@@ -208,7 +235,7 @@ def _bytes(store: Path) -> int:
 def _open_in(folder: Path) -> str:
     """The process that has claimed a folder, which is not claimed for that."""
     try:
-        with (folder / "lock").open() as file:
+        with os.fdopen(open_file(folder / "lock")) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return "-"
@@ -242,6 +269,7 @@ def explain_folder(folder: str, as_json: bool) -> int:
         stores = [_told(_shown, store) for store in _stores(folder)]
         with tempfile.TemporaryDirectory(dir=folder) as inside:
             made = slots.Slots(Path(inside, trial.name), trial, trial.image_bytes, engine)
+            made.take(bytes(32))  # a file without slots does not show whether O_DIRECT works
             made.close()
         free = shutil.disk_usage(folder).free
     registered = engine.name == "ring" and not engine.notes

@@ -4,12 +4,18 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from portakv.errors import StoreError
+from portakv.storage.form import BlockForm
 
+#: Flags of files that a store writes.
+OPEN = os.O_RDWR | os.O_CREAT
+MOST_FORM = 1 << 20  # bytes of form.json
 #: Flags that every file of a store is opened with: links are not followed, and a pipe never blocks.
 _SAFE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _KINDS = {
@@ -106,3 +112,25 @@ def unusable(folder: Path, error: OSError) -> StoreError:
     else:
         advice = "Correct it, or give the store another folder."
     return StoreError(f"Expected to use {place}, but {cause}. {advice}")
+
+
+def lock(file: Path) -> int:
+    """Return a descriptor of a file that it locks; -1 if another one has the lock, or removed the
+    file."""
+    fd = open_file(file, OPEN)
+    with suppress(BlockingIOError):
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(fd).st_nlink:
+            return fd
+    os.close(fd)
+    return -1
+
+
+def form_in(folder: Path) -> BlockForm:
+    """Return the form of a folder's form.json. Raises `StoreError`, or `OSError` as `open_file`."""
+    file = folder / "form.json"
+    text = read_file(file, MOST_FORM).decode(errors="replace")
+    try:
+        return BlockForm.from_json(text)
+    except StoreError as error:
+        raise StoreError(f"{file} is damaged or of another release. {error}") from error

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -241,3 +242,17 @@ class BlockForm:
                 return None
             theirs[axis], mine[axis] = slice(first - c, past - c), slice(first - a, past - a)
         return theirs, mine
+
+
+def block_size_notes(form: BlockForm, others: Sequence[BlockForm]) -> list[str]:
+    """Return for each block size in which other forms have the same cache how to reach it."""
+    sizes = set[int]()
+    for other in others:
+        alike = replace(other, block_size=form.block_size)
+        if other.block_size != form.block_size and form.same_cache(alike):
+            sizes.add(other.block_size)
+    return [
+        f"The model {form.model} is here in blocks of {size} tokens, which a store of blocks of "
+        f"{form.block_size} does not find. Pass block_size={size} to BlockForm.of and prefix_keys."
+        for size in sorted(sizes)
+    ]

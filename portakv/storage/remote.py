@@ -32,7 +32,7 @@ from portakv.runtime.devices import this_process
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.rate_limited_log import RateLimitedLog
 from portakv.storage import reasons
-from portakv.storage.form import BlockForm
+from portakv.storage.form import BlockForm, block_size_notes
 from portakv.storage.image import HEADER, Row, header, verify
 from portakv.storage.reasons import Reason, Report
 
@@ -150,6 +150,7 @@ class Remote:
         self.last_error = ""
         self.log = RateLimitedLog(_log, lambda: self.now())
         self._found: list[BlockForm] = []
+        self._size_notes: list[str] = []
         self.shelves: WeakSet[Shelf] = WeakSet()
 
     def __repr__(self) -> str:
@@ -284,6 +285,8 @@ class Remote:
     def _find_forms(self, form: BlockForm) -> list[BlockForm]:
         """Do what `forms` promises: an interrupted request would keep the others waiting."""
         self._found = []
+        self._size_notes = []
+        stored = list[BlockForm]()
         store = self.store
         if type(store).__name__ == "HTTPStore":
             return self._found
@@ -292,8 +295,12 @@ class Remote:
             text = self.ask(self._read_small, f"{path}/form.json", miss=b"")
             with suppress(StoreError, ValueError):
                 other = BlockForm.from_json((text or b"").decode())
-                if path == f"1/{other.name}" and other != form and form.same_cache(other):
-                    self._found.append(other)
+                if path == f"1/{other.name}" and other != form:
+                    stored.append(other)
+        self._found = [other for other in stored if form.same_cache(other)]
+        self._size_notes = block_size_notes(form, stored)
+        for note in self._size_notes:
+            self.log.warning(note, "%s: %s", self.url, note)
         return self._found
 
     def _read_small(self, path: str) -> bytes:
@@ -305,6 +312,7 @@ class Remote:
         own = forms[0]
         some = [x for x in forms if x == own or x in self._found]
         shelves = [Shelf(self, graph, form, form == own) for form in some]
+        shelves[0].notes += self._size_notes
         self.shelves.update(shelves)
         return [*shelves]
 

@@ -4,6 +4,7 @@ record of each in another, written in an order that a kill at any place leaves r
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import mmap
@@ -20,62 +21,54 @@ from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-import numpy.typing as npt
 
 from portakv import __version__
 from portakv.errors import StoreBusy, StoreError
 from portakv.runtime.interrupts import abandoned, uninterrupted
 from portakv.storage.chains import UNKNOWN, Chains, mark_of
 from portakv.storage.engine import LOST, Engine, Request
-from portakv.storage.files import open_file, read_file, unusable, wrong_owner
+from portakv.storage.files import (
+    MOST_FORM,
+    OPEN,
+    form_in,
+    lock,
+    open_file,
+    read_file,
+    unusable,
+    wrong_owner,
+)
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header, checksum, header, predecessor
+from portakv.storage.space import EXTENT, Space
+from portakv.storage.table import (
+    FOLLOWS,
+    GENERATION,
+    SEGMENTS,
+    SUMS,
+    Records,
+    records_in,
+    with_successors,
+    write_record,
+)
 
 PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
-OPEN = os.O_RDWR | os.O_CREAT
-_MOST_FORM = 1 << 20  # bytes of form.json
-#: A record in u64: key (4), generation, mark of the predecessor, segments, a checksum of each,
-#: zeros, and the seal, which is seeded with the slot: it holds for no other. Sealed zeros are no
-#: block. In place of the mark older releases wrote the bytes of the payload, which nothing has ever
-#: read: they stand for an unknown predecessor.
-GENERATION, FOLLOWS, SEGMENTS, SUMS = 4, 5, 6, 7
+_LEAST_GROWTH = 1 << 20  # bytes of the first slots
 Track = Callable[[Sequence[int], str], Iterable[int]]
 Place = tuple[int, Header]  # the slot of a block, and what its image must say
 
 
-def form_in(folder: Path) -> BlockForm:
-    """Return the form of a folder's form.json. Raises `StoreError`, or `OSError` as `open_file`."""
-    file = folder / "form.json"
-    text = read_file(file, _MOST_FORM).decode(errors="replace")
-    try:
-        return BlockForm.from_json(text)
-    except StoreError as error:
-        raise StoreError(f"{file} is damaged or of another release. {error}") from error
-
-
-def records_in(folder: Path, form: BlockForm, count: int) -> npt.NDArray[np.uint64]:
-    """Return the records of the first ``count`` slots of a folder's table, or fewer, as u64
-    ``[slots, words]``; they may be damaged."""
-    words = 32 if len(form.segments) <= 24 else 64
-    try:
-        fd = open_file(folder / "table")
-    except FileNotFoundError:
-        return np.zeros((0, words), "<u8")
-    with os.fdopen(fd, "rb") as file:
-        found = np.fromfile(file, "<u8", count * words)
-    return found[: len(found) // words * words].reshape(-1, words)
-
-
 class Slots:
-    """The blocks of ``form`` in ``folder``, whose parent is claimed, in ``room`` for so many bytes
-    (None: as large as it is, not made, and nothing is claimed). ``track`` shows how far a recovery
-    is: it passes the items on of a sequence with a name. ``chains`` has the blocks of all folders
-    of the form, and chooses those that go; by default of this folder alone.
+    """The blocks of ``form`` in ``folder``, whose parent is claimed, in at most ``room`` bytes
+    (None: as large as it is, not made, and nothing is claimed). Opening allocates nothing: `take`
+    allocates slots when none is free. ``track`` shows how far a recovery is: it passes the items on
+    of a sequence with a name. ``chains`` has the blocks of all folders of the form, and chooses
+    those that go; by default of this folder alone. ``space`` bounds all forms of the parent; by
+    default only the file system bounds them.
 
     Raises `StoreBusy` if another store has the folder, or a killed one's I/O; else `StoreError`.
-    Attributes: ``index``, slots by key, to be read only; ``count``, ``broken``,
-    ``evicted`` slots; ``generation``, the highest found; ``fd`` of the blocks, ``direct`` if it
-    goes past the page cache; ``notes``, sentences for `explain`.
+    Attributes: ``index``, slots by key, to be read only; ``count``, allocated slots; ``limit``, as
+    many as there may be; ``broken``, ``evicted`` slots; ``generation``, the highest found; ``fd``
+    of the blocks, ``direct`` if it goes past the page cache; ``notes``, sentences for `explain`.
     """
 
     def __init__(
@@ -86,6 +79,7 @@ class Slots:
         engine: Engine,
         track: Track = lambda items, _: items,
         chains: Chains[bytes] | None = None,
+        space: Space | None = None,
     ) -> None:
         self.fd = self._table = self._claim = -1  # first, as `__del__` reads them
         self.folder, self.form = folder, form
@@ -93,6 +87,8 @@ class Slots:
         self.generation = self.broken = self.evicted = 0
         self.chains = Chains[bytes]() if chains is None else chains
         self._change = self.chains.lock
+        self._space = Space(folder.parent) if space is None else space
+        self._fits = False  # whether the other forms leave the room that the bound promises
         self.index = dict[bytes, int]()
         self._pins: Counter[int] = Counter()
         self._taken = dict[int, int]()  # slots that are being written, and what their blocks follow
@@ -100,17 +96,18 @@ class Slots:
         _opened.add(self)
         try:
             self._recover(engine, track, *self._open(room))
+            self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
+            with self._change:
+                self._cut(self.limit)
         except BaseException as error:
             self.close(sync=False)
             if not isinstance(error, OSError):
                 raise
             raise unusable(folder, error) from error
-        self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
-        if self._free:
-            self._put(self._free[0])  # from now on a table of zeros is one that was lost
+        self._mark_table()
 
     def _open(self, room: int | None) -> tuple[int, int]:
-        """Open, lock and size the files; returns how many records and slots there were."""
+        """Open and lock the files; return how many records and slots there were."""
         size, table = self.form.image_bytes, self.folder / "table"
         if room is not None:
             self._claim = claim(self.folder.parent)
@@ -123,34 +120,60 @@ class Slots:
                 f"The store's folder {self.folder} was asked for, and what a process began there "
                 f"before it was killed has not landed; try again soon."
             )
-        known = os.fstat(self.fd).st_size // size
-        self.count = known if room is None else room // size
-        if not self.count:
-            raise StoreError(
-                f"Expected room for a block in {self.folder}, got {room or 0} bytes; a block takes "
-                f"{size}. Increase the capacity."
-            )
-        about: dict[str, Any] = {"slots": self.count, "slot_bytes": size, "alignment": PAGE}
-        about |= {"segments": len(self.form.segments), "checksum": "xxh3-64"}
-        told = {**json.loads(self.form.json()), "folder": about}
-        same, file = json.dumps(told)[:-2], self.folder / "form.json"  # but for who wrote it
-        if found is None or not read_file(file, _MOST_FORM).startswith(same.encode()):
-            about["written_by"] = f"portakv {__version__}"
-            self._tell(file.name, json.dumps(told), must=found is None)
+        nbytes = os.fstat(self.fd).st_size
+        known = nbytes // size
+        self.limit = known
+        if room is not None:
+            self.limit = min(room, self._space.whole()) // size
+            if not self.limit:
+                raise StoreError(
+                    f"Expected room for a block in {self.folder}, got {room} bytes; a block takes "
+                    f"{size}. Increase the capacity."
+                )
+            os.utime(self.fd)  # of forms that nobody opens to save, the oldest gives way first
+        self.count = known
+        if room is not None or found is None:
+            self._write_form(new=found is None)
+
         self._table = open_file(table, OPEN)
-        old = records_in(self.folder, self.form, min(self.count, known))
+        old = records_in(self.folder, self.form, known)
         os.ftruncate(self._table, old.nbytes)  # records of slots that are no more
-        _allocate({self._table: self.count * 8 * old.shape[1], self.fd: self.count * size})
-        self._records: npt.NDArray[np.uint64] = np.zeros((self.count, old.shape[1]), "<u8")
+        if nbytes > known * size:  # a call that changes nothing would change the time of last use
+            os.ftruncate(self.fd, known * size)
+        # For all slots that there may be: growth moves no record that is being written, and the
+        # system gives memory to those alone that are used.
+        most = max(known, self.limit)
+        self._records: Records = np.zeros((most, old.shape[1]), "<u8")
         self._records[: len(old)] = old
-        try:  # images lie at multiples of a page: a device that needs more refuses it here
+        self._try_direct()
+        return len(old), known
+
+    def _write_form(self, new: bool) -> None:
+        """Write form.json, unless it says the same, but for who wrote it."""
+        about: dict[str, Any] = {
+            "slots": self.limit,
+            "slot_bytes": self.form.image_bytes,
+            "alignment": PAGE,
+            "segments": len(self.form.segments),
+            "checksum": "xxh3-64",
+        }
+        content = {**json.loads(self.form.json()), "folder": about}
+        same = json.dumps(content)[:-2]
+        file = self.folder / "form.json"
+        if new or not read_file(file, MOST_FORM).startswith(same.encode()):
+            about["written_by"] = f"portakv {__version__}"
+            self._tell(file.name, json.dumps(content), must=new)
+
+    def _try_direct(self) -> None:
+        """Have the I/O go past the page cache, if the device takes images at multiples of a page.
+        A file without slots does not show that."""
+        try:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, os.O_DIRECT)
             os.preadv(self.fd, [mmap.mmap(-1, PAGE)], PAGE)
         except OSError as error:
             fcntl.fcntl(self.fd, fcntl.F_SETFL, 0)
             self.direct = False
             self.notes.append(f"{self.folder} refuses O_DIRECT ({error.strerror}): it is buffered.")
-        return len(old), min(known, self.count)
 
     def _form_found(self) -> BlockForm | None:
         """Return the form of form.json, None for a new folder. Refuses another form."""
@@ -183,7 +206,7 @@ class Slots:
 
     def _recover(self, engine: Engine, track: Track, records: int, known: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
-        words, size = self._records, self.form.image_bytes
+        words, size = self._records[: self.count], self.form.image_bytes
         used, seals = np.flatnonzero(words.any(1)).tolist(), words[:, -1].tolist()
         good = {i for i in track(used, "records") if checksum(words[i, :-1], i) == seals[i]}
         # A table of zeros is a new one, or was lost.
@@ -209,7 +232,7 @@ class Slots:
     def _enter_blocks(self) -> None:
         """Enter the blocks of all records: in the order of use that `close` left, or the older
         first, of several of one save the last first."""
-        words = self._records
+        words = self._records[: self.count]
         slots = np.flatnonzero(words[:, SEGMENTS])
         slots = slots[np.lexsort((-slots, words[slots, GENERATION]))]
         self.generation = int(words[slots, GENERATION].max(initial=0))
@@ -223,7 +246,7 @@ class Slots:
         # The order is a hint: nothing that is wrong with it stops a start. It is not there after a
         # kill.
         with suppress(OSError, StoreError, ValueError, TypeError, RecursionError):
-            told = json.loads(read_file(order, 16 * len(held) + _MOST_FORM))
+            told = json.loads(read_file(order, 16 * len(held) + MOST_FORM))
             used = [slot for slot in told if isinstance(slot, int) and slot in held]
         with suppress(OSError):
             order.unlink()
@@ -254,7 +277,7 @@ class Slots:
                 slot = self.index.get(key)
                 if slot is not None and self.chains.learn(key, mark):
                     self._records[slot, FOLLOWS] = mark
-                    self._write_record(slot)
+                    write_record(self._table, self._records, slot)
 
     def pin(self, key: bytes) -> Place | None:
         """Return where a block lies, which stays there until `unpin`; None if it is not there."""
@@ -296,10 +319,17 @@ class Slots:
         """Return a slot for a block that follows a mark, its record empty. The predecessor stays
         until the slot is sealed or given back.
 
-        None if no slot is free and none may be freed: not without ``evict``, not if the next block
-        to go comes before this one in ``own``, the blocks of its call, or all have pins or
-        successors; also if the table cannot be written."""
+        None if no slot is free, none can be allocated and none may be freed: not without
+        ``evict``, not if the next block to go comes before this one in ``own``, the blocks of its
+        call, or all have pins or successors; also if the table cannot be written."""
         with self._change:
+            if self.fd < 0:
+                return None
+            if not self._fits:
+                self._space.make_fit(self.folder)
+                self._fits = True
+            if not self._free:
+                self._grow()
             if not self._free and evict:
                 self._evict(key, own or {})
             if not self._free:
@@ -311,6 +341,79 @@ class Slots:
             self.give(slot)
             return None
         return slot
+
+    def cut(self, nbytes: int) -> bool:
+        """Give back the empty slots at the end of the file, or if there are none slots of so many
+        bytes or more, with the blocks there and those that follow from them. Slots below one that
+        is pinned or being written stay. Return whether slots went."""
+        with self._change:
+            if self.fd < 0:
+                return False
+            before = self.count
+            self._cut(self._past_used())
+            if self.count == before:
+                self._cut(before - -(-nbytes // self.form.image_bytes))
+            return self.count < before
+
+    def _past_used(self) -> int:
+        """Return the number of the slot after the last one that is not free."""
+        free = {*self._free}
+        past = self.count
+        while past - 1 in free:
+            past -= 1
+        return past
+
+    def _cut(self, keep: int) -> None:
+        """Give back the slots from ``keep`` on that lie above all that are pinned or being
+        written."""
+        keep = max(keep, 0, *(slot + 1 for slot in [*self._pins, *self._taken]))
+        if keep >= self.count:
+            return
+        keys = {slot: key for key, slot in self.index.items()}
+        for slot in with_successors(self._records[: self.count], keep):
+            if slot in keys:
+                self._forget(keys[slot])
+            self._put(slot)
+        self._free = deque(slot for slot in self._free if slot < keep)
+        self._records[keep : self.count] = 0
+        self.count = keep
+        os.ftruncate(self.fd, keep * self.form.image_bytes)
+        os.ftruncate(self._table, keep * self._records.shape[1] * 8)
+
+    def _grow(self) -> None:
+        """Allocate slots: as many bytes again as there are, up to an extent; or fewer, or none. A
+        kill in it leaves empty slots without records."""
+        size = self.form.image_bytes
+        width = self._records.shape[1] * 8
+        step = min(max(self.count * size, _LEAST_GROWTH), EXTENT)
+        more = min(max(step // size, 1), self.limit - self.count)
+        while more > 0:
+            more = self._space.room(self.folder, size, more * size) // size
+            if not more:
+                return
+            past = self.count + more
+            try:
+                _extend({self.fd: past * size, self._table: past * width})
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                    return
+                if more > 1:
+                    more //= 2
+                elif not self._space.give_way(self.folder, size + width):
+                    return
+                continue
+            first = self.count
+            self.count = past
+            self._free.extend(range(first, past))
+            self._mark_table()
+            if not first and self.direct:
+                self._try_direct()
+            return
+
+    def _mark_table(self) -> None:
+        """Seal the record of a free slot: from now on a table of zeros is one that was lost."""
+        if self._free:
+            self._put(self._free[0])
 
     def _evict(self, key: bytes, own: Mapping[bytes, int]) -> None:
         """Evict a block for another one, unless the other one comes after it in its call."""
@@ -378,17 +481,7 @@ class Slots:
             record[FOLLOWS] = self.form.payload_bytes if follows == UNKNOWN else follows
             record[SEGMENTS] = len(sums)
             record[SUMS : SUMS + len(sums)] = np.array(sums, "<u8")
-        return self._write_record(slot)
-
-    def _write_record(self, slot: int) -> bool:
-        """Seal a record and write it; False if it cannot be."""
-        record = self._records[slot]
-        record[-1] = checksum(record[:-1], slot)
-        try:
-            moved = os.pwrite(self._table, record.data, slot * record.nbytes)
-        except OSError:
-            return False
-        return bool(moved == record.nbytes)
+        return write_record(self._table, self._records, slot)
 
     def _tell(self, name: str, text: str, must: bool = False) -> None:
         """Write a small file, whole or not at all, whenever the power fails; on a device that is
@@ -439,17 +532,6 @@ def _claim(folder: Path) -> int:
     return fd
 
 
-def lock(file: Path) -> int:
-    """A descriptor of a file that is locked by it; -1 if another one has it, or removed it."""
-    fd = open_file(file, OPEN)
-    with suppress(BlockingIOError):
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(fd).st_nlink:
-            return fd
-    os.close(fd)
-    return -1
-
-
 def holder(folder: Path) -> str:
     """Return a name for the process that claimed a folder last."""
     try:
@@ -459,22 +541,17 @@ def holder(folder: Path) -> str:
     return f"process {text if text.isdigit() else '?'}"
 
 
-def _allocate(sizes: dict[int, int]) -> None:
+def _extend(sizes: Mapping[int, int]) -> None:
     """Make open files so large, in real space; or leave all as they were."""
-    before, room = {fd: os.fstat(fd) for fd in sizes}, os.fstatvfs(max(sizes))
-    free = room.f_bavail * room.f_frsize
-    more = sum(sizes[fd] - 512 * was.st_blocks for fd, was in before.items())
-    if more > free and room.f_blocks:  # a filesystem of no blocks has no limit
-        raise OSError(28, f"{free} bytes are free")
+    before = {fd: os.fstat(fd).st_size for fd in sizes}
     try:
         for fd, nbytes in sizes.items():
-            os.posix_fallocate(fd, 0, nbytes)
+            if nbytes > before[fd]:
+                os.posix_fallocate(fd, before[fd], nbytes - before[fd])
     except OSError:
-        sizes = {fd: was.st_size for fd, was in before.items()}
-        raise
-    finally:
-        for fd, nbytes in sizes.items():
+        for fd, nbytes in before.items():
             os.ftruncate(fd, nbytes)
+        raise
 
 
 _opened: WeakSet[Slots] = WeakSet()

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import io
 import mmap
@@ -32,6 +33,7 @@ OTHER = BlockForm(
     "m", "float16", 2, (64, 64), 32, (0, 4, 4), (0, 4, 4), "block layer head kv token dim"
 )
 SLOTS = 9
+ALLOCATED = (1 << 20) // OTHER.image_bytes  # at the first save
 ROOM = SLOTS * FORM.image_bytes
 
 
@@ -74,11 +76,44 @@ def test_show_tells_each_form_in_the_folder(folder: Path) -> None:
     found = {one["form"]: one for one in run_json("store", "show", str(folder))["stores"]}
     assert {name: one["used"] for name, one in found.items()} == {FORM.name: 5, OTHER.name: 2}
     one = found[OTHER.name]
-    assert (one["slots"], one["open_in"], one["block_size"]) == (SLOTS, "-", 32)
-    assert one["bytes"] >= SLOTS * OTHER.image_bytes
+    assert (one["slots"], one["open_in"], one["block_size"]) == (ALLOCATED, "-", 32)
+    assert one["bytes"] >= ALLOCATED * OTHER.image_bytes
     told = run("store", "show", str(folder)).out
-    assert "open in" in told
+    assert re.search(rf"{OTHER.name[:8]} +m +float16 +4 +4 +32 +2 +{ALLOCATED} ", told)
     assert FORM.name[:8] in told
+    assert "open in" not in told
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_show_says_what_a_form_is(
+    tmp_path: Path, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of a model differ by what a person knows of them; only the model's name is folded."""
+    for heads in ((0, 4, 8), (4, 8, 8)):
+        part = dataclasses.replace(FORM, model="org/a-model-of-8B@" + 8 * "0", heads=heads)
+        fill(tmp_path, part, 1)
+    with closing(choose()[0]) as engine, closing(Slots(tmp_path / FORM.name, FORM, ROOM, engine)):
+        monkeypatch.setenv("COLUMNS", str(width))
+        told = run("store", "show", str(tmp_path)).out
+    lines = told.splitlines()
+    assert max(map(len, lines)) <= width
+    for part_of_heads in ("0-3 of 8", "4-7 of 8"):
+        assert sum(part_of_heads in line and "float16" in line for line in lines) == 1
+    assert lines[-1] == f"The folder is open in process {os.getpid()}."
+
+
+def test_show_follows_no_link_and_waits_for_no_pipe(folder: Path, tmp_path: Path) -> None:
+    """In place of the file that is locked."""
+    lock = folder / "lock"
+    for kind in ("link", "pipe"):
+        lock.unlink()
+        if kind == "link":
+            lock.symlink_to(tmp_path / "elsewhere")
+        else:
+            os.mkfifo(lock)
+        ran = run("store", "show", str(folder))
+        assert ran.code == 1
+        assert "regular file, got a" in ran.out
 
 
 @pytest.mark.usefixtures("either")
@@ -198,7 +233,7 @@ def test_a_form_that_cannot_be_read_is_a_row_with_the_reason(
     assert (ran.code, ran.err) == (int(words[0] == "store"), "")
     why = "of format 1, got format 99" if harm == "another format" else "No such file"
     assert re.search(rf"{FORM.name}, .*{why}", ran.out)
-    assert re.search(rf"{OTHER.name}.* 2 +{SLOTS} ", ran.out)
+    assert re.search(rf"{OTHER.name[:8]} .* 2 +{ALLOCATED} ", ran.out)
 
 
 def test_wipe_of_one_form_leaves_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

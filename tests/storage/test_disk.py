@@ -25,10 +25,11 @@ from support.slot_cases import FORM, KEYS, LARGE, Faulty, Tally
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
 from portakv.graph.graph import Graph
 from portakv.storage import image
-from portakv.storage.disk import Disk, DiskShelf
+from portakv.storage.disk import Disk
+from portakv.storage.disk_shelf import DiskShelf
 from portakv.storage.engine import Ended, Engine, Request
+from portakv.storage.files import lock
 from portakv.storage.form import BlockForm
-from portakv.storage.slots import lock
 
 GRAPH: Any = Tally
 NO_ROWS = SimpleNamespace(memory=())

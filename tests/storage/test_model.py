@@ -223,6 +223,8 @@ class StoreModel(RuleBasedStateMachine):
         elif kind != "rot":
             self.far.faults.setdefault(key, []).append(kind[4:])
         for path in self.folder.glob("*/slots" if at % 3 else "*/table") if kind == "rot" else ():
+            if not path.stat().st_size:  # no slot is allocated yet
+                continue
             self.rotten = True
             with path.open("r+b") as file:
                 file.seek(at % (path.stat().st_size - 8))

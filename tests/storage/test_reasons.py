@@ -22,7 +22,7 @@ from support.storage_cases import FakeTier, key_of, small_form
 from portakv import KVView
 from portakv.errors import TransferError
 from portakv.storage import BlockStore, Disk, Remote
-from portakv.storage.disk import DiskShelf
+from portakv.storage.disk_shelf import DiskShelf
 from portakv.storage.engine import Ended, Engine, Request
 
 LIMIT = 20.0

@@ -41,7 +41,8 @@ from portakv.errors import (
 from portakv.graph.graph import Graph
 from portakv.graph.prometheus import Collector
 from portakv.storage import BlockStore, remote
-from portakv.storage.disk import Disk, DiskShelf
+from portakv.storage.disk import Disk
+from portakv.storage.disk_shelf import DiskShelf
 from portakv.storage.form import BlockForm
 from portakv.storage.plan import Shelf
 

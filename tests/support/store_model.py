@@ -17,7 +17,8 @@ import torch
 
 from portakv import KVView
 from portakv.errors import TransferCancelled, TransferError, TransferTimeout
-from portakv.storage.disk import Disk, DiskShelf
+from portakv.storage.disk import Disk
+from portakv.storage.disk_shelf import DiskShelf
 from portakv.storage.engine import Ended, Engine, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.slots import Slots

@@ -1,0 +1,288 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`DiskShelf` reads and writes the blocks of one form in all folders of a disk tier. A block goes
+to the folder with the fewest bytes queued."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from portakv.graph.graph import Graph, Link
+from portakv.runtime.bounded import Bounded
+from portakv.runtime.rate_limited_log import RateLimitedLog
+from portakv.storage import reasons
+from portakv.storage.engine import LOST, Engine, Request
+from portakv.storage.form import HEADER, BlockForm
+from portakv.storage.image import Header, Row, header, predecessor, verify
+from portakv.storage.reasons import Reason, Report
+from portakv.storage.slots import PAGE, Place, Slots
+
+_warnings = RateLimitedLog(logging.getLogger(__name__))
+
+
+@dataclass(eq=False)
+class _Pinned:
+    """A block that is read, which stays in its slot until the read has ended."""
+
+    number: int  # among the keys of the read
+    slots: Slots
+    place: Place
+    spans_left: int  # that did not come yet
+    right: bool = False
+    lost: bool = False  # its bytes are wrong, or the device has lost them: it is forgotten
+    failure: Reason | None = None
+
+    def fail(self, result: int) -> None:
+        """Note a span that did not come (a negative errno), or bytes that are not right."""
+        self.lost = self.lost or result >= 0 or -result in LOST
+        kind = reasons.DAMAGED if self.lost else reasons.UNREACHABLE
+        where = str(self.slots.folder.parent)
+        if result < 0:
+            where = f"{where}: {os.strerror(-result)}"
+        self.failure = Reason(kind, where)
+
+    def log(self, key: bytes) -> None:
+        """Warn of a failure."""
+        if self.failure is None:
+            return
+        folder = self.slots.folder
+        what = f"is {self.failure.kind} ({self.failure.where})"
+        if self.lost:
+            what += ", and its slot is freed"
+        text = "Block %s in %s %s"
+        _warnings.warning(f"{self.failure.kind} {folder}", text, key.hex(), folder, what)
+
+
+@dataclass(eq=False, repr=False)
+class DiskShelf:
+    """The blocks of one form in all folders of a disk tier, as `BlockStore` knows a tier. The one
+    that is ``writable`` ends the engine of all: it is closed last."""
+
+    graph: Graph
+    form: BlockForm
+    parts: list[tuple[Slots, Link]]
+    engine: Engine
+    writable: bool
+    notes: list[str]
+    offered: Bounded[bytes, None] | None = None  # once, if the second time is to be waited for
+    tier = "disk"
+
+    def offer_twice(self) -> None:
+        """Admit a block when it is offered the second time."""
+        count = sum(slots.limit for slots, _ in self.parts)
+        self.offered = Bounded("keys offered once", count)
+
+    @property
+    def generation(self) -> int:
+        """The highest that was found."""
+        return max(slots.generation for slots, _ in self.parts)
+
+    def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
+        """Which blocks are there."""
+        return [any(key in slots.index for slots, _ in self.parts) for key in keys]
+
+    known = has  # nobody is asked
+
+    def wants(self, keys: Sequence[bytes]) -> list[bool]:
+        """Which blocks are not there, and admitted."""
+        lacks, once = [not there for there in self.has(keys)], self.offered
+        if once is not None:
+            for i, key in enumerate(keys):
+                if lacks[i] and once.pop(key, self) is self:
+                    once[key], lacks[i] = None, False
+        return lacks
+
+    def link(self, key: bytes) -> Link:
+        """What a block is read by."""
+        return next((link for slots, link in self.parts if key in slots.index), self.parts[0][1])
+
+    def link_for_write(self, nbytes: int) -> Link:
+        """What a block is written by: the folder with the fewest bytes queued, of several the one
+        that has taken the fewest blocks."""
+        return min(self.parts, key=lambda x: (x[1].queued_bytes, len(x[0].index) + x[0].evicted))[1]
+
+    def touch(self, keys: Sequence[bytes], follows: Sequence[int] = ()) -> None:
+        """Note that a prefix was used; ``follows``: what each of its blocks follows."""
+        for slots, _ in self.parts:
+            slots.touch(keys, follows)
+
+    def read(
+        self,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
+        segments: Sequence[int] | None = None,
+        stop: Callable[[], bool] | None = None,
+        report: Report = reasons.ignore,
+    ) -> list[bool]:
+        """Read images, or only some segments of them, into rows; return which came, and are right.
+        A block that was not read, as the engine could not or nothing waits for it, is a miss this
+        time."""
+        spans = self._spans(segments)
+        pinned = self._pin_all(keys, len(spans), report)
+
+        def ended(number: int, result: int) -> None:
+            """Check a block whose last span came, while the disk brings others."""
+            index, span = divmod(number, len(spans))
+            block = pinned[index]
+            start, end = spans[span]
+            if result != end - start:
+                block.fail(result)
+                return
+            block.spans_left -= 1
+            if not block.spans_left and block.failure is None:
+                _, told = block.place
+                block.right = self._right(rows[block.number], told, segments)
+                if not block.right:
+                    block.fail(result)
+
+        try:
+            size = self.form.image_bytes
+            requests = []
+            for block in pinned:
+                slot, _ = block.place
+                address = rows[block.number].ctypes.data
+                for start, end in spans:
+                    offset = slot * size + start
+                    requests.append(
+                        Request(block.slots.fd, offset, address + start, end - start, False)
+                    )
+            if stop is None or not stop():
+                self.engine.run(requests, ended)
+        finally:
+            for block in pinned:
+                block.slots.unpin(block.place, good=not block.lost)
+
+        landed = [False] * len(keys)
+        for block in pinned:
+            landed[block.number] = block.right
+            if not block.right:
+                late = Reason(reasons.LATE, str(block.slots.folder.parent))
+                report(keys[block.number], block.failure or late)
+                block.log(keys[block.number])
+        hits = sum(landed)
+        wrong = sum(block.lost for block in pinned)
+        nbytes = hits * sum(end - start for start, end in spans)
+        self.graph.count(self.tier, "load", "hit", hits, nbytes)
+        self.graph.count(self.tier, "load", "fault", wrong)
+        self.graph.count(self.tier, "load", "late", len(pinned) - hits - wrong)
+        self.graph.count(self.tier, "load", "miss", len(keys) - len(pinned))
+        return landed
+
+    def _spans(self, segments: Sequence[int] | None) -> list[tuple[int, int]]:
+        """Return the parts of an image that a read of segments needs: whole pages, and the header
+        together with the first one."""
+        if segments is None:
+            return [(0, self.form.image_bytes)]
+        spans = []
+        for part in (self.form.segments[i] for i in segments):
+            start = HEADER + part.offset if part.offset else 0
+            pages = -(-(part.offset + part.nbytes) // PAGE)
+            spans.append((start, HEADER + pages * PAGE))
+        return spans
+
+    def _pin_all(self, keys: Sequence[bytes], spans: int, report: Report) -> list[_Pinned]:
+        """Pin the blocks that are there. The others were there when the load was planned."""
+        pinned = []
+        for position, key in enumerate(keys):
+            found = self.pin(key)
+            if found is None:
+                folders = ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
+                report(key, Reason(reasons.EVICTED, folders))
+            else:
+                slots, place = found
+                pinned.append(_Pinned(position, slots, place, spans))
+        return pinned
+
+    def write(
+        self,
+        link: Link,
+        keys: Sequence[bytes],
+        rows: Sequence[Row],
+        generations: Sequence[int],
+        checksums: Sequence[Sequence[int]],
+        own: Mapping[bytes, int] | None = None,
+        evict: bool = True,
+        report: Report = reasons.ignore,
+    ) -> list[bool]:
+        """Write sealed images in the link's folder; return which blocks are there now. A block that
+        would evict one that comes before it in ``own``, all of a call's, is dropped; without
+        ``evict`` also one that would evict any. A folder that cannot evict a block, as all of its
+        blocks have successors, leaves it to the other folders."""
+        first = next(slots for slots, each in self.parts if each is link)
+        folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        landed = self.has(keys)
+        new = [i for i, there in enumerate(landed) if not there]
+        size = self.form.image_bytes
+
+        taken = list[tuple[int, Slots, int]]()
+        moved = list[int]()
+        try:
+            for i in new:
+                mark = predecessor(rows[i])
+                for slots in folders:
+                    slot = slots.take(keys[i], own, mark, evict)
+                    if slot is not None:
+                        taken.append((i, slots, slot))
+                        break
+                else:
+                    where = f"{first.folder.parent}: no slot is free or may be evicted"
+                    report(keys[i], Reason(reasons.DROPPED, where))
+                    _warnings.warning(f"dropped {where}", "Block %s: %s", keys[i].hex(), where)
+            asks = [
+                Request(slots.fd, slot * size, rows[i].ctypes.data, size, True)
+                for i, slots, slot in taken
+            ]
+            moved = self.engine.run(asks)
+        finally:  # the first block first, so that a kill leaves no block without its predecessor
+            results = moved or [0] * len(taken)
+            for (i, slots, slot), got in zip(taken, results, strict=True):
+                if got == size:
+                    landed[i] = slots.seal(slot, keys[i], generations[i], checksums[i])
+                else:
+                    slots.give(slot, broken=got == -errno.EIO)
+                if not landed[i]:
+                    why = "its record cannot be written"
+                    if got != size:
+                        why = os.strerror(-got) if got < 0 else "the write was cut short"
+                    where = f"{slots.folder.parent}: {why}"
+                    report(keys[i], Reason(reasons.UNREACHABLE, where))
+                    text = "Block %s could not be written: %s"
+                    _warnings.warning(f"not written {where}", text, keys[i].hex(), where)
+        self.touch([keys[i] for i in new])  # a prefix outlives its suffix
+        hits = sum(landed[i] for i in new)
+        self.graph.count(self.tier, "save", "hit", hits, hits * size)
+        self.graph.count(self.tier, "save", "fault", len(taken) - hits)
+        self.graph.count(self.tier, "save", "dropped", len(new) - len(taken))
+        return landed
+
+    def statistics(self) -> dict[str, Any]:
+        """Numbers of slots by folder."""
+        told = ("count", "limit", "broken", "evicted", "direct")
+        return {
+            str(slots.folder): {"io": self.engine.name, "used": len(slots.index)}
+            | {name: getattr(slots, name) for name in told}
+            for slots, _ in self.parts
+        }
+
+    def close(self) -> None:
+        """Put all on the devices, and let go of the folders."""
+        for slots, _ in self.parts:
+            slots.close()
+        if self.writable:
+            self.engine.close()
+
+    def _right(self, row: Row, told: Header, segments: Sequence[int] | None) -> bool:
+        """Whether segments that were read, the first with the header, are what was sealed."""
+        if (segments is None or 0 in segments) and header(row, self.form) != told:
+            return False
+        return verify(row, self.form, told.checksums, told.generation, segments)
+
+    def pin(self, key: bytes) -> tuple[Slots, Place] | None:
+        for slots, _ in self.parts:
+            if (place := slots.pin(key)) is not None:
+                return slots, place
+        return None

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`Space` holds one bound over the slots of all forms in a folder of a disk tier."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple, Protocol
+from weakref import WeakSet
+
+import numpy as np
+
+from portakv.errors import StoreError
+from portakv.storage.files import OPEN, form_in, lock, open_file
+from portakv.storage.table import SEGMENTS, Records, records_in, with_successors, write_record
+
+EXTENT = 64 << 20  # bytes that a form grows or shrinks by at most at one time
+_NO_BOUND = (1 << 63) - 1
+
+
+class Reader(Protocol):
+    """Slots that this store has open to read."""
+
+    folder: Path
+    fd: int  # negative: closed
+
+    def cut(self, nbytes: int) -> bool:
+        """Give slots back, of so many bytes if there are some; return whether slots went."""
+
+
+class _File(NamedTuple):
+    """The file of slots of a form."""
+
+    used_at: int  # when a store last opened it to save, in ns
+    folder: Path
+    nbytes: int
+
+
+class Space:
+    """The ``capacity`` in bytes of all slots in ``folder``, which the caller has claimed.
+
+    A form that grows asks for room. If the bound or the file system leaves none, other forms give
+    slots back from the end of their files: closed forms first, of these the one that no store
+    opened to save for the longest time; then ``readers``, the forms that this store has open to
+    read. Empty slots at the end of a file go before slots with blocks. With a block go all blocks
+    that follow from it.
+    """
+
+    def __init__(self, folder: Path, capacity: int = _NO_BOUND) -> None:
+        self.folder = folder
+        self.capacity = capacity
+        self.readers: WeakSet[Reader] = WeakSet()
+        self._trimmed = set[Path]()  # closed forms without empty slots at the end
+
+    def whole(self) -> int:
+        """Return the bytes that all forms can have: the bound, or the file system's size."""
+        about = os.statvfs(self.folder)
+        size = about.f_blocks * about.f_frsize
+        return min(self.capacity, size) if size else self.capacity
+
+    def make_fit(self, own: Path) -> None:
+        """Make forms other than ``own`` give way while all exceed the bound, as after a change of
+        it."""
+        while (excess := self._allocated() - self.capacity) > 0:
+            if not self.give_way(own, excess):
+                return
+
+    def room(self, own: Path, least: int, most: int) -> int:
+        """Return how many bytes the form ``own`` may allocate, at most ``most``; make others give
+        way if it is less than ``least``."""
+        while True:
+            about = os.statvfs(self.folder)
+            free = self.capacity - self._allocated()
+            if about.f_blocks:  # a file system of no blocks has no limit
+                free = min(free, about.f_bavail * about.f_frsize)
+            if free >= least:
+                return min(free, most)
+            if not self.give_way(own, least - free):
+                return 0
+
+    def give_way(self, own: Path, nbytes: int) -> bool:
+        """Make one form other than ``own`` give slots back, of ``nbytes`` or more if it has them;
+        return whether one did."""
+        readers = {slots.folder: slots for slots in [*self.readers] if slots.fd >= 0}
+        others = [file for file in self._files() if file.folder != own and file.nbytes]
+        closed = [file for file in others if file.folder not in readers]
+        for file in closed:
+            if file.folder not in self._trimmed:
+                self._trimmed.add(file.folder)
+                if _cut_closed(file.folder, 0):
+                    return True
+        for file in closed:
+            if _cut_closed(file.folder, _share(file, nbytes)):
+                return True
+        return any(
+            readers[file.folder].cut(_share(file, nbytes))
+            for file in others
+            if file.folder in readers
+        )
+
+    def _allocated(self) -> int:
+        """Return the bytes of the slots of all forms."""
+        return sum(file.nbytes for file in self._files())
+
+    def _files(self) -> list[_File]:
+        """Return the files of slots of all forms, the least recently used first."""
+        return sorted(self._each_file())
+
+    def _each_file(self) -> Iterator[_File]:
+        """Yield the file of slots of each folder that has one."""
+        for name in os.listdir(self.folder):
+            place = self.folder / name
+            with suppress(OSError):
+                about = os.lstat(place / "slots")
+                yield _File(about.st_mtime_ns, place, about.st_size)
+
+
+def _share(file: _File, nbytes: int) -> int:
+    """Return how many bytes a form gives back when ``nbytes`` are missing: more than these, so that
+    not each new block makes another one give way."""
+    return max(nbytes, min(EXTENT, file.nbytes // 8))
+
+
+def _cut_closed(folder: Path, nbytes: int) -> bool:
+    """Cut so many bytes of slots or more from the end of a form that no store has open; 0: only the
+    empty slots there. Return whether slots went; none of a folder that cannot be read."""
+    fd = table = -1
+    try:
+        form = form_in(folder)
+        if form.name != folder.name:
+            return False
+        fd = lock(folder / "slots")
+        if fd < 0:
+            return False
+        table = open_file(folder / "table", OPEN)
+        about = os.fstat(fd)
+        size = form.image_bytes
+        count = about.st_size // size
+        records = records_in(folder, form, count)
+        keep = max(count - -(-nbytes // size), 0)
+        if not nbytes:
+            keep = _past_used(records, count)
+        if keep >= count:
+            return False
+        for slot in with_successors(records, keep):
+            records[slot] = 0
+            write_record(table, records, slot)
+        os.ftruncate(fd, keep * size)
+        os.utime(fd, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
+        os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
+        return True
+    except (OSError, StoreError):
+        return False
+    finally:
+        for each in (fd, table):
+            if each >= 0:
+                os.close(each)
+
+
+def _past_used(records: Records, count: int) -> int:
+    """Return the number of the slot after the last one with a block; ``count`` if records are
+    missing, as they may be lost."""
+    used = np.flatnonzero(records[:, SEGMENTS])
+    if len(records) < count or not len(used):
+        return count
+    return int(used[-1]) + 1

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes that save are killed at random while folders grow, evict, and take space from each
+other. What a later store finds is whole, right and a beginning of its chain, below the bound.
+
+`pytest -m slow -k kills` kills 200 for each engine.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support import slot_cases as cases
+from support.slot_cases import LARGE, Tally
+from support.storage_cases import key_of
+
+from portakv.errors import StoreBusy
+from portakv.storage import BlockForm, Disk, image
+from portakv.storage.chains import FIRST, mark_of
+from portakv.storage.disk_shelf import DiskShelf
+
+NO_ROWS = SimpleNamespace(memory=())
+FORMS = [replace(LARGE, model=f"model {number}") for number in range(3)]
+ROOM = 24 * LARGE.image_bytes
+CHAINS = [[key_of(100 * chain + number) for number in range(1, 13)] for chain in range(8)]
+
+
+def opened(folder: Path, form: BlockForm, io: str) -> DiskShelf:
+    """The shelf, as soon as the requests of a process that was killed have landed."""
+    graph: Any = Tally()
+    tier = Disk(folder, capacity=ROOM, io=io)
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return tier.open(graph, NO_ROWS, [form])[0]
+        except StoreBusy:
+            assert time.monotonic() < until
+            time.sleep(0.005)
+
+
+def writer(folder: Path, form: BlockForm, io: str) -> Callable[[int], None]:
+    """What a child does until it is killed: save the next blocks of chains."""
+
+    def work(ready: int) -> None:
+        draw = random.Random(os.getpid())
+        shelf = opened(folder, form, io)
+        for generation in range(shelf.generation + 1, 10**6):
+            chain = draw.choice(CHAINS)
+            there = shelf.has(chain).index(False) if not all(shelf.has(chain)) else 0
+            keys = chain[there : there + draw.randint(1, 6)]
+            marks = [mark_of(chain[there - 1]) if there else FIRST, *map(mark_of, keys)]
+            rows = cases.images(len(keys), form)
+            sums = []
+            for row, key, mark in zip(rows, keys, marks, strict=False):
+                row[image.HEADER : image.HEADER + form.payload_bytes] = cases.payload(form, key)
+                sums.append(image.seal(row, form, key, generation, mark))
+            own = {key: number for number, key in enumerate(chain)}
+            shelf.write(shelf.link(keys[0]), keys, [*rows], [generation] * len(keys), sums, own)
+            os.write(ready, b"x")
+
+    return work
+
+
+def check(folder: Path, form: BlockForm, io: str) -> int:
+    """Return how many blocks a form has, each of which is right."""
+    shelf = opened(folder, form, io)
+    try:
+        held = []
+        for chain in CHAINS:
+            there = shelf.has(chain)
+            assert there == sorted(there, reverse=True), "a block without its predecessor"
+            held += [key for key, is_there in zip(chain, there, strict=True) if is_there]
+        rows = cases.images(max(len(held), 1), form)
+        assert shelf.read(held, [*rows][: len(held)]) == [True] * len(held)
+        assert all(cases.holds(row, form, key) for row, key in zip(rows, held, strict=False))
+        return len(held)
+    finally:
+        shelf.close()
+
+
+@pytest.mark.parametrize("io", ["ring", "threads"])
+@pytest.mark.parametrize(
+    "kills", [4, pytest.param(200, marks=pytest.mark.slow)], ids=["few", "many"]
+)
+def test_kills_at_random(tmp_path: Path, io: str, kills: int) -> None:
+    found = 0
+    for number in range(kills):
+        form = FORMS[number * 7 // 4 % 3]
+        pid, told = cases.telling(writer(tmp_path, form, io))
+        assert os.read(told, 1) == b"x"
+        os.close(told)
+        time.sleep(random.random() * 0.05)
+        cases.kill(pid)
+        found += check(tmp_path, form, io)
+        if number % 8 == 7:
+            for each in FORMS:
+                check(tmp_path, each, io)
+        assert sum(path.stat().st_size for path in tmp_path.glob("*/slots")) <= ROOM
+    assert found >= 2 * kills

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One bound holds over the slots of all forms in a folder, and what a form gives back for another
+one leaves no block without those that it follows."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support import slot_cases as cases
+from support.core_cases import noise
+from support.slot_cases import FORM, KEYS, Faulty, Tally
+from support.storage_cases import key_of, small_form
+
+from portakv import KVView
+from portakv.storage import BlockForm, BlockStore, Disk, Remote, prefix_keys
+from portakv.storage.chains import FIRST, mark_of
+from portakv.storage.disk_shelf import DiskShelf
+from portakv.storage.slots import Slots
+from portakv.storage.space import Space
+
+IMAGE = FORM.image_bytes
+ROOM = 1 << 20  # of a folder: 128 blocks
+GRAPH: Any = Tally
+NO_ROWS = SimpleNamespace(memory=())
+ALL = [key_of(number) for number in range(1, 301)]
+
+
+def form_of(model: int) -> BlockForm:
+    return replace(FORM, model=f"model {model}")
+
+
+def opened(folder: Path, form: BlockForm, room: int | None = ROOM, **more: Any) -> Slots:
+    return Slots(folder / form.name, form, room, Faulty(), **more)
+
+
+def put(slots: Slots, key: bytes, follows: int = FIRST) -> bool:
+    """Write a block as `DiskShelf.write` does."""
+    row = cases.images(1, slots.form)[0]
+    sums = cases.fill(row, slots.form, key, 1)
+    slot = slots.take(key, follows=follows)
+    if slot is None:
+        return False
+    os.pwrite(slots.fd, row.data, slot * slots.form.image_bytes)
+    return slots.seal(slot, key, 1, sums)
+
+
+def put_chain(slots: Slots, keys: Sequence[bytes]) -> list[bool]:
+    marks = [FIRST, *map(mark_of, keys[:-1])]
+    return [put(slots, key, mark) for key, mark in zip(keys, marks, strict=True)]
+
+
+def fill(folder: Path, form: BlockForm, keys: Sequence[bytes] = ALL[:128], **more: Any) -> None:
+    """A closed form with one chain of blocks."""
+    space = Space(folder, ROOM)
+    with closing(opened(folder, form, space=space, **more)) as slots:
+        assert all(put_chain(slots, keys))
+
+
+def allocated(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*/slots"))
+
+
+def is_beginning(found: Sequence[bytes], chain: Sequence[bytes]) -> bool:
+    """Whether blocks are the first ones of a chain."""
+    return {*found} == {*chain[: len(found)]}
+
+
+def kept(folder: Path, form: BlockForm) -> list[bytes]:
+    """The keys of a form; each block is right."""
+    with closing(opened(folder, form, None)) as slots:
+        found = [*slots.index]
+        row = cases.images(1, form)[0]
+        for key in found:
+            place = slots.pin(key)
+            assert place is not None
+            os.preadv(slots.fd, [row.data], place[0] * form.image_bytes)
+            assert cases.holds(row, form, key)
+            slots.unpin(place)
+        return found
+
+
+def shuffled(keys: Sequence[bytes]) -> list[bytes]:
+    return random.Random(5).sample([*keys], len(keys))
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_one_bound_holds_over_all_forms(tmp_path: Path, bounded: bool) -> None:
+    """Control: without the bound four forms take four times the space."""
+    spaces = Space(tmp_path, ROOM) if bounded else None
+    for model in range(4):
+        with closing(opened(tmp_path, form_of(model), space=spaces)) as slots:
+            for number, key in enumerate(ALL[:128]):
+                assert put(slots, key, mark_of(ALL[number - 1]) if number else FIRST)
+                assert not bounded or allocated(tmp_path) <= ROOM
+            assert slots.evicted == 0
+    assert allocated(tmp_path) == (1 if bounded else 4) * ROOM
+    found = [kept(tmp_path, form_of(model)) for model in range(4)]
+    assert all(is_beginning(some, ALL) for some in found)
+    assert len(found[3]) == 128
+
+
+def test_a_form_gives_only_what_is_needed(tmp_path: Path) -> None:
+    """An eighth at a time, the first blocks of a chain last."""
+    fill(tmp_path, form_of(0))
+    fill(tmp_path, form_of(1), ALL[:10])
+    found = kept(tmp_path, form_of(0))
+    assert is_beginning(found, ALL)
+    assert 90 < len(found) < 128
+
+
+def test_blocks_go_with_those_that_follow_from_them(tmp_path: Path) -> None:
+    """Wherever they lie: the last slots had blocks from the middle of the chains."""
+    with closing(opened(tmp_path, form_of(0))) as slots:
+        for chain in (ALL[:64], ALL[64:128]):
+            marks = dict(zip(chain, [FIRST, *map(mark_of, chain)], strict=False))
+            assert all(put(slots, key, marks[key]) for key in shuffled(chain))
+    with closing(opened(tmp_path, form_of(0))) as slots:
+        assert len(slots.index) == 128
+    fill(tmp_path, form_of(1), ALL[:40])
+    found = {*kept(tmp_path, form_of(0))}
+    assert 0 < len(found) < 128
+    for chain in (ALL[:64], ALL[64:128]):
+        assert is_beginning([key for key in chain if key in found], chain)
+
+
+def test_the_form_that_was_opened_last_gives_way_last(tmp_path: Path) -> None:
+    for model in (0, 1):
+        fill(tmp_path, form_of(model), ALL[:60])
+    with closing(opened(tmp_path, form_of(0))):
+        pass
+    before = [len(kept(tmp_path, form_of(model))) for model in (0, 1)]
+    fill(tmp_path, form_of(2), ALL[:40])
+    after = [len(kept(tmp_path, form_of(model))) for model in (0, 1)]
+    assert before == [60, 60]
+    assert after[0] == 60
+    assert after[1] < 60
+
+
+def test_empty_slots_go_before_blocks(tmp_path: Path) -> None:
+    """As those of a folder that an older release allocated whole."""
+    old = tmp_path / form_of(0).name
+    fill(tmp_path, form_of(0), ALL[:20])
+    for name, width in (("slots", IMAGE), ("table", 256)):
+        with (old / name).open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, 128 * width)
+    assert allocated(tmp_path) == ROOM
+    with closing(opened(tmp_path, form_of(0))) as slots:
+        assert slots.count == 128
+        assert {*slots.index} == {*ALL[:20]}
+    fill(tmp_path, form_of(1), ALL[:100])
+    assert allocated(tmp_path) <= ROOM
+    assert len(kept(tmp_path, form_of(0))) == 20
+    assert len(kept(tmp_path, form_of(1))) == 100
+
+
+def test_folders_of_an_older_release_are_made_to_fit(tmp_path: Path) -> None:
+    """There each form had the whole bound."""
+    for model in range(3):
+        with closing(opened(tmp_path, form_of(model))) as slots:
+            assert all(put_chain(slots, ALL[:128]))
+    assert allocated(tmp_path) == 3 * ROOM
+    with closing(opened(tmp_path, form_of(3), space=Space(tmp_path, ROOM))) as slots:
+        assert allocated(tmp_path) == 3 * ROOM  # opening removes nothing
+        assert put(slots, KEYS[0])
+    assert allocated(tmp_path) <= ROOM
+    assert all(is_beginning(kept(tmp_path, form_of(model)), ALL) for model in range(3))
+
+
+def test_a_smaller_capacity_leaves_the_beginning_of_chains(tmp_path: Path) -> None:
+    marks = dict(zip(ALL[:128], [FIRST, *map(mark_of, ALL)], strict=False))
+    with closing(opened(tmp_path, FORM)) as slots:
+        assert all(put(slots, key, marks[key]) for key in shuffled(ALL[:128]))
+    opened(tmp_path, FORM, ROOM // 2).close()
+    assert allocated(tmp_path) == ROOM // 2
+    assert is_beginning(kept(tmp_path, FORM), ALL)
+
+
+def test_what_is_read_stays(tmp_path: Path) -> None:
+    """A form that this store has open to read gives way, but for a pinned block."""
+    fill(tmp_path, form_of(0))
+    space = Space(tmp_path, ROOM)
+    with (
+        closing(opened(tmp_path, form_of(1), space=space)) as own,
+        closing(opened(tmp_path, form_of(0), None)) as reader,
+    ):
+        space.readers.add(reader)
+        place = reader.pin(ALL[40])
+        assert place is not None
+        assert sum(put_chain(own, ALL[:128])) == 128
+        assert own.evicted > 0
+        assert allocated(tmp_path) <= ROOM
+        assert is_beginning([*reader.index], ALL)
+        assert len(reader.index) == 41
+        row = cases.images(1, FORM)[0]
+        os.preadv(reader.fd, [row.data], place[0] * IMAGE)
+        assert cases.holds(row, FORM, ALL[40])
+        reader.unpin(place)
+        assert put(own, ALL[200])
+    assert is_beginning(kept(tmp_path, form_of(0)), ALL)
+
+
+class Killed(Exception):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("step", range(12))
+def test_a_kill_while_a_form_gives_way(
+    tmp_path: Path, step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At each call that changes a file. What is left are whole blocks and beginnings of chains."""
+    marks = dict(zip(ALL[:128], [FIRST, *map(mark_of, ALL)], strict=False))
+    with closing(opened(tmp_path, form_of(0))) as slots:
+        assert all(put(slots, key, marks[key]) for key in shuffled(ALL[:128]))
+    left = [step]
+
+    def ends(call: Any) -> Any:
+        def ending(*given: Any) -> Any:
+            if not left[0]:
+                raise Killed
+            left[0] -= 1
+            return call(*given)
+
+        return ending
+
+    slots = opened(tmp_path, form_of(1), space=Space(tmp_path, ROOM))
+    with monkeypatch.context() as patch:
+        for name in ("ftruncate", "pwrite", "posix_fallocate"):
+            patch.setattr(os, name, ends(getattr(os, name)))
+        with pytest.raises(Killed):
+            put_chain(slots, ALL[:30])
+    slots.close(sync=False)
+    assert is_beginning(kept(tmp_path, form_of(0)), ALL)
+    assert is_beginning(kept(tmp_path, form_of(1)), ALL)
+
+
+def test_a_form_that_cannot_be_read_stays(tmp_path: Path) -> None:
+    """It is not known what its bytes are; `portakv store wipe` removes it."""
+    fill(tmp_path, form_of(0))
+    (tmp_path / form_of(0).name / "form.json").write_text("of another release")
+    with closing(opened(tmp_path, form_of(1), space=Space(tmp_path, ROOM))) as slots:
+        assert not put(slots, ALL[0])
+    assert allocated(tmp_path) == ROOM
+
+
+def shelves(folder: Path, form: BlockForm) -> Iterator[DiskShelf]:
+    tier = Disk(folder, capacity=ROOM, io=Faulty())
+    yield from tier.open(GRAPH(), NO_ROWS, [form, *tier.forms(form)])
+
+
+def test_reading_in_other_parts_allocates_nothing(tmp_path: Path) -> None:
+    """Each part and block size is a form of its own, which has no slots before it is saved."""
+    whole = small_form(4, 8)
+    fill(tmp_path, whole, ALL[:10])
+    before = allocated(tmp_path)
+    for heads in (4, 2, 1):
+        for size in (4, 8, 16):
+            part = replace(whole, heads=(0, heads, 8), block_size=size)
+            for shelf in reversed([*shelves(tmp_path, part)]):
+                shelf.close()
+    assert len([*tmp_path.glob("*/form.json")]) == 10
+    assert allocated(tmp_path) == before
+
+
+# another block size
+
+
+def cache(block_size: int) -> KVView:
+    tensors = [noise(12, 2, block_size, 2, 32, dtype=torch.float16) for _ in range(4)]
+    return KVView(tensors, "layer | block kv token head dim")
+
+
+@pytest.mark.parametrize("where", ["disk", "remote"])
+def test_another_block_size_is_named(
+    tmp_path: Path, where: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks of 16 tokens lie there, and the view has blocks of 32: a note and the log say so, and
+    what they say to do finds the blocks."""
+    tokens = list(range(96))
+
+    def tier() -> Any:
+        if where == "disk":
+            return Disk(tmp_path, capacity=1 << 20)
+        pytest.importorskip("obstore")
+        return Remote(f"file://{tmp_path}")
+
+    def store(view: KVView, **more: Any) -> BlockStore:
+        form = BlockForm.of(view, "org/model@1", **more)
+        return BlockStore(form, staging=8 * form.image_bytes, tiers=[tier()], full="wait")
+
+    keys = prefix_keys(tokens, block_size=16)
+    with store(cache(16)) as first:
+        assert "is here in blocks" not in first.explain()
+        first.save(cache(16), range(6), keys).synchronize(20.0)
+    caplog.set_level(logging.WARNING, "portakv.storage")
+    caplog.clear()
+    with store(cache(32)) as second:
+        assert second.lookup(prefix_keys(tokens, block_size=32)) == 0
+        note = "org/model@1 is here in blocks of 16 tokens"
+        assert note in second.explain()
+        assert "Pass block_size=16 to BlockForm.of and prefix_keys." in second.explain()
+        assert note in caplog.text
+        assert str(tmp_path) in caplog.text
+    with store(cache(32), block_size=16) as third:
+        assert third.lookup(keys) == 6
