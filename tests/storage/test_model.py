@@ -187,14 +187,15 @@ class StoreModel(RuleBasedStateMachine):
             if cells(self.store.form) <= {cell for form in parts for cell in cells(form)}:
                 assert self.store.lookup([key]), "what lies there in parts is not found"
         many = min(many, self.store.lookup([key_of(i) for i in self.world.spread(run)]))
-        self.load((first, many, apart), which, missing="skip", by_layer=False)
+        # Before the load, as a worker takes a fault from the list when it reads.
         unsound = self.rotten or any(self.far.faults.values())
+        self.load((first, many, apart), which, missing="skip", by_layer=False)
         landed = self.take().handle.landed
         assert unsound or self.engine.fired > fired or landed.all(), "what was found did not land"
         before = [(slots, slots.evicted, {*slots.index}) for slots in self.disk.slots()[:1]]
         self.save((first, 5, False), which)
         call = self.take()
-        keys, full = {key_of(i) for i in call.keys}, any(x.count - x.broken < 5 for x, *_ in before)
+        keys, full = {key_of(i) for i in call.keys}, any(x.limit - x.broken < 5 for x, *_ in before)
         if self.sure and not (full or self.far.refuse or self.engine.fired > fired):
             for slots, *_ in before:
                 goes = slots.chains.next(slots.folder)
@@ -204,7 +205,7 @@ class StoreModel(RuleBasedStateMachine):
             there = all(self.store.lookup([key_of(i)]) for i, well in landed if well)
             assert there, "what was saved is not there"
             for slots, evicted, held in before if call.handle.landed.all() else ():
-                free = slots.count - slots.broken - len(held)
+                free = slots.limit - slots.broken - len(held)
                 assert slots.evicted - evicted == max(0, len(keys - held) - free), "a lost slot"
 
     # --- what goes wrong ---
@@ -233,13 +234,10 @@ class StoreModel(RuleBasedStateMachine):
 
 SMALL = {"keys": 24, "size": 4, "layers": 3, "heads": 4, "dim": 12}  # a segment
 LARGE = {"keys": 12, "size": 64, "layers": 4, "heads": 8, "dim": 128}  # four, of 256 KiB
-WIDE = [
-    pytest.param(*each, marks=pytest.mark.slow)
-    for each in ((SMALL, 0.1), (SMALL, 22.0), (LARGE, 1.0))
-]
+WIDE = [pytest.param(*each, marks=pytest.mark.slow) for each in ((SMALL, 22.0), (LARGE, 1.0))]
 
 
-@pytest.mark.parametrize(("shape", "times"), [(LARGE, 0.02), *WIDE])
+@pytest.mark.parametrize(("shape", "times"), [(SMALL, 0.1), (LARGE, 0.02), *WIDE])
 def test_any_order_of_calls(tmp_path: Path, shape: dict[str, int], times: float) -> None:
     world, many = World(tmp_path, **shape), max(1, int(times * settings().max_examples))
     given = settings(max_examples=many, stateful_step_count=50)
