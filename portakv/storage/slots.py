@@ -240,6 +240,8 @@ class Slots:
         keys = [text[at : at + 32] for at in range(0, len(text), 32)]
         newest = dict(zip(keys, slots.tolist(), strict=True))  # of two records of one key
         held = {slot: key for key, slot in newest.items()}
+        for slot in {*slots.tolist()}.difference(held):
+            self._put(slot)
 
         used = list[int]()
         order = self.folder / "order"
@@ -433,10 +435,18 @@ class Slots:
             self.give(slot)
             return False
         with self._change:
+            self.chains.unexpect(self._taken.pop(slot, UNKNOWN))
+            # Of two records of a block only one stays, or a later start could enter the other one.
+            before = self.index.get(key)
+            if before is not None and int(self._records[before, GENERATION]) > generation:
+                self._put(slot)
+                self._free.append(slot)
+                return True
             self._forget(key)
+            if before is not None:
+                self._put(before)
             self.index[key] = slot
             self.chains.add(key, mark_of(key), follows, self.folder)
-            self.chains.unexpect(self._taken.pop(slot, UNKNOWN))
         return True
 
     def give(self, slot: int, broken: bool = False) -> None:

@@ -28,6 +28,7 @@ from portakv.storage.files import form_in
 from portakv.storage.form import BlockForm
 from portakv.storage.image import Header
 from portakv.storage.slots import Place, Slots
+from portakv.storage.table import SEGMENTS, records_in
 
 IMAGE = FORM.image_bytes
 ENGINE = cases.Faulty()
@@ -684,6 +685,22 @@ def test_capacity_changes(folder: Path) -> None:
     os.truncate(folder / "slots", 0)
     with closing(opened(folder, None)) as slots:
         assert slots.by_use() == []
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_block_has_one_record(folder: Path, killed: bool) -> None:
+    """Also if it is written twice, or a kill left two: one of a free slot would come back once the
+    other one is gone."""
+    with closing(opened(folder, 6)) as slots:
+        assert all(put(slots, key, 1) for key in (KEYS[0], KEYS[1], KEYS[0]))
+        slot = slots.index[KEYS[0]]
+        if killed:
+            assert slot != 0
+            slots._put(0, KEYS[0], 0, (1,))
+    with closing(opened(folder, 6)) as slots:
+        assert slots.index[KEYS[0]] == slot
+    found = records_in(folder, FORM, 6)
+    assert np.flatnonzero(found[:, SEGMENTS]).tolist() == sorted(slots.index.values())
 
 
 def test_a_prefix_outlives_its_suffix(folder: Path) -> None:
