@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import portakv
 from portakv.errors import PortaKVError
+from portakv.integrations.interfaces import differences
 
 __all__ = ["MATRIX", "PLUGS", "IntegrationError", "Plug", "check_release", "untested", "why_not"]
 
@@ -102,25 +103,30 @@ def _installed(package: str) -> tuple[str, str] | None:
 
 
 def why_not(plug: str) -> str | None:
-    """None if the engine of a plug is installed in a release that it serves; else why not, as a
-    sentence that names both versions."""
+    """Return None if a plug serves the installed engine, else why not, as a sentence that names
+    both versions. A release above the range is served if its interfaces are as the plug expects.
+    """
     releases = MATRIX[plug]
     serves = f"The plug {plug!r} of PortaKV {portakv.__version__} serves {releases}"
     installed = _installed(releases.package)
     if installed is None:
         return f"{serves}, and {releases.package} is not installed. Install one of these releases."
     name, found = installed
-    if _numbers(releases.least) <= _numbers(found) < _numbers(releases.below):
+    if _is_served(releases, found):
         return None
+    lacks = differences(plug) if _is_above(releases, found) else []
+    if _is_above(releases, found) and not lacks:
+        return None
+    why = f" In that release {lacks[0]}." if lacks else ""
     return (
-        f"{serves}, and {name} {found} is installed. Install one of these releases, or "
+        f"{serves}, and {name} {found} is installed.{why} Install one of these releases, or "
         f"a PortaKV that serves {found}."
     )
 
 
 def untested(plug: str) -> str | None:
-    """None if the plug is run beside the release of its engine that is installed, or serves none
-    such; else a sentence that names this one and those."""
+    """Return a sentence if a plug serves the installed release of its engine but was not run beside
+    it, which names this one and those that it was run beside; else None."""
     releases = MATRIX[plug]
     installed = _installed(releases.package)
     if installed is None or why_not(plug):
@@ -128,20 +134,32 @@ def untested(plug: str) -> str | None:
     name, found = installed
     if found.partition("+")[0] in releases.tested:
         return None
-    return (
-        f"{name} {found} is installed, which the plug {plug!r} of PortaKV "
-        f"{portakv.__version__} serves but was not run beside; it was beside "
-        f"{' and '.join(releases.tested)}. If something fails, install one of these."
-    )
+    text = f"{name} {found} is installed, which the plug {plug!r} of PortaKV {portakv.__version__} "
+    if _is_above(releases, found):
+        text += f"does not know; it serves {releases}. The interfaces that it uses look as expected"
+    else:
+        text += "serves but was not run beside"
+    ran = " and ".join(releases.tested)
+    return f"{text}; it was run beside {ran}. If something fails, install one of these."
 
 
 def check_release(plug: str) -> None:
-    """Raise `IntegrationError` if the engine of a plug is missing, too old or too new; warn if it
-    is of a release that the plug was not run beside."""
+    """Raise `IntegrationError` if the engine of a plug is missing, too old, or newer with other
+    interfaces; warn if it is of a release that the plug was not run beside."""
     if sentence := why_not(plug):
         raise IntegrationError(sentence)
     if sentence := untested(plug):
         warnings.warn(sentence, RuntimeWarning, stacklevel=2)
+
+
+def _is_served(releases: Releases, found: str) -> bool:
+    """Return whether a version lies in the range of a plug."""
+    return _numbers(releases.least) <= _numbers(found) < _numbers(releases.below)
+
+
+def _is_above(releases: Releases, found: str) -> bool:
+    """Return whether a version lies above the range of a plug."""
+    return _numbers(found) >= _numbers(releases.below)
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,8 @@ import torch
 from portakv import BlockTransfer, InvalidTerms, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
-from portakv.integrations.vllm_moves import moves_of, parts_of, sharing
+from portakv.integrations.vllm_lanes import Lane
+from portakv.integrations.vllm_moves import Move, moves_of, parts_of, sharing
 
 check_release("vllm")
 
@@ -90,21 +92,6 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
         return region
 
 
-class Lane:
-    """Jobs that end in the order in which they were submitted, on a stream of their own."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.stream = None if device.type == "cpu" else torch.Stream(device)
-        self.jobs: dict[int, BlockTransfer] = {}
-
-    def finished(self) -> Iterable[tuple[int, BlockTransfer]]:
-        """Takes out the oldest jobs that have ended."""
-        for job, transfer in list(self.jobs.items()):
-            if not transfer.done():
-                return
-            yield job, self.jobs.pop(job)
-
-
 class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
     """Moves blocks between an engine's caches and chunks in host memory.
 
@@ -151,7 +138,9 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                 copy_rows(part.host, part.device, count=0, **self._terms)
         self._together = sharing(kv_caches.group_data_refs)
         device = pages[0].device
-        self._store, self._load, self._expedited = (Lane(device) for _ in range(3))
+        self._store, self._load, self._expedited = (
+            Lane(device, paced="max_gbps" in self._terms) for _ in range(3)
+        )
         self._lanes = self._store, self._load, self._expedited
         self._taking = threading.Lock()
 
@@ -177,22 +166,24 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         """The jobs that have ended since the last call; never blocks."""
         with self._taking:
             ended = [each for lane in self._lanes for each in lane.finished()]
-        told = [(job, transfer.statistics) for job, transfer in ended]
-        return [TransferResult(job, True, each.nbytes, each.seconds) for job, each in told]
+        return [
+            TransferResult(number, True, job.transfer.statistics.nbytes, job.seconds())
+            for number, job in ended
+        ]
 
     def wait(self, job_ids: set[int]) -> None:
         """Block the host until these jobs have ended; unknown ones have."""
         for lane in self._lanes:
             for job in job_ids & lane.jobs.keys():
                 with suppress(KeyError):  # another thread took it, so it has ended
-                    lane.jobs[job].synchronize()
+                    lane.jobs[job].transfer.synchronize()
 
     def shutdown(self) -> None:
         """Wait for all jobs, and give the host memory back; again: nothing. Raises the first error
         of a job behind both."""
         region, self._region = self._region, None
         try:
-            jobs = [each for lane in self._lanes for each in list(lane.jobs.values())]
+            jobs = [job.transfer for lane in self._lanes for job in list(lane.jobs.values())]
             BlockTransfer.together(jobs).synchronize()
         finally:
             with self._taking:  # another thread may be asking for results
@@ -213,19 +204,25 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             )
         # All groups are looked at before any of them moves.
         moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
+        lane.submit(job, partial(self._copy, moves, lane.stream, store))
+        return True
+
+    def _copy(
+        self, moves: Sequence[Move], stream: torch.Stream | None, store: bool
+    ) -> BlockTransfer:
+        """Issue the copies of a job."""
         moved: list[BlockTransfer] = []
         try:
             for parts, blocks, places, count in moves:
                 for part in parts:
                     src, dst = (part.device, part.host) if store else (part.host, part.device)
                     ids = (blocks, places) if store else (places, blocks)
-                    terms = {"stream": lane.stream, **self._terms}
+                    terms = {"stream": stream, **self._terms}
                     moved.append(copy_rows(src, dst, *ids, count=count, **terms))
         except BaseException:
             BlockTransfer.together(moved).synchronize()  # a job that is refused leaves none behind
             raise
-        lane.jobs[job] = BlockTransfer.together(moved)
-        return True
+        return BlockTransfer.together(moved)
 
 
 def _host_pages(

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines above the range of a plug are served if they have the interfaces that it uses; what is
+compared are the sources of the engine, which is not imported."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections import defaultdict
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from support.command_line import run_json
+from support.guarded_memory import check_sentence
+
+from portakv.integrations import MATRIX, IntegrationError, check_release, untested, why_not
+from portakv.integrations.interfaces import INTERFACES, Interface, differences
+
+
+def write(folder: Path, interfaces: tuple[Interface, ...]) -> None:
+    """Write an engine's package that has these interfaces, and cannot be imported."""
+    modules: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for each in interfaces:
+        holder, _, name = each.name.rpartition(".")
+        if not holder and name[0].isupper():
+            modules[each.module][name] += [f"    {field}: object" for field in each.takes]
+        elif holder:
+            parameters = ", ".join(("self", *each.takes))
+            modules[each.module][holder].append(f"    def {name}({parameters}): ...")
+        else:
+            parameters = ", ".join(each.takes)
+            modules[each.module][""].append(f"def {name}({parameters}): ...")
+    for module, classes in modules.items():
+        path = folder.joinpath(*module.split(".")).with_suffix(".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (folder / module.partition(".")[0] / "__init__.py").touch()  # before an installed one
+        lines = ["raise RuntimeError('imported')", *classes.pop("", [])]
+        for name, body in classes.items():
+            lines += [f"class {name}:", *body]
+        path.write_text("\n".join(lines))
+
+
+@pytest.fixture(params=INTERFACES)
+def plug(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A plug whose engine is installed in a release above its range."""
+    name = str(request.param)
+    real = metadata.version
+    monkeypatch.setattr(
+        metadata, "version", lambda x: "99.0" if x == MATRIX[name].package else real(x)
+    )
+    return name
+
+
+def test_a_newer_release_with_the_same_interfaces_is_served_with_a_warning(
+    plug: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, INTERFACES[plug])
+    monkeypatch.syspath_prepend(tmp_path)
+    package = MATRIX[plug].package
+    before = {*sys.modules}
+    assert differences(plug) == []
+    assert why_not(plug) is None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        check_release(plug)
+    assert len(caught) == 1
+    tested = MATRIX[plug].tested[0]
+    check_sentence(str(caught[0].message), f"{package} 99.0", "look as expected", tested)
+    assert untested(plug) == str(caught[0].message)
+    (row,) = [each for each in run_json("doctor")["plugs"] if each["plug"] == plug]
+    assert str(caught[0].message) in row["notes"]
+    assert not any(f"{package} 99.0 is installed." in why for why in row["reasons"])
+    assert {name for name in {*sys.modules} - before if name.partition(".")[0] == package} == set()
+
+
+@pytest.mark.parametrize("change", ["gone", "another parameter", "a further parameter"])
+def test_a_newer_release_with_other_interfaces_is_refused(
+    plug: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: the same release without the change is served."""
+    first, *others = sorted(INTERFACES[plug], key=lambda each: -len(each.takes))
+    changed = {
+        "gone": first._replace(name=f"{first.name}_of_old"),
+        "another parameter": first._replace(takes=("something", *first.takes[1:])),
+        "a further parameter": first._replace(takes=(*first.takes, "something")),
+    }
+    write(tmp_path, (changed[change], *others))
+    monkeypatch.syspath_prepend(tmp_path)
+    place = f"{first.module}.{first.name}"
+    reason = f"{place} is not there" if change == "gone" else f"{place} takes ("
+    with pytest.raises(IntegrationError) as error:
+        check_release(plug)
+    check_sentence(str(error.value), reason, f"{MATRIX[plug].package} 99.0", str(MATRIX[plug]))
+    write(tmp_path, INTERFACES[plug])
+    assert why_not(plug) is None
+
+
+def test_further_parameters_with_defaults_are_taken_where_the_plug_calls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path, INTERFACES["sglang"])
+    file = tmp_path / "sglang/srt/plugins/hook_registry.py"
+    file.write_text(file.read_text().replace("hook_type)", "hook_type, *, source=None)"))
+    monkeypatch.syspath_prepend(tmp_path)
+    assert differences("sglang") == []
+    file.write_text(file.read_text().replace("source=None", "source"))
+    assert len(differences("sglang")) == 1

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs of vLLM's offloading end in order, and tell how long the device copied."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.core_cases import noise
+
+from portakv import BlockTransfer, KVView, copy_rows
+from portakv.host import pinned
+from portakv.integrations.vllm_lanes import Lane
+
+BLOCKS = 64
+PAGE = 1 << 20
+
+
+def views(device: torch.device) -> tuple[KVView, KVView]:
+    """Pages on a device and on the host, 64 MiB."""
+    pages = noise(BLOCKS, PAGE, dtype=torch.uint8).to(device)
+    host = pinned.empty((BLOCKS, 1, PAGE), torch.uint8)
+    return (
+        KVView([pages], "layer | block (token dim)", block_size=1),
+        KVView([host], "layer | block token dim"),
+    )
+
+
+def test_jobs_of_the_host_end_in_order() -> None:
+    """There the host's clock counts."""
+    src, dst = views(torch.device("cpu"))
+    lane = Lane(torch.device("cpu"))
+    for number in (7, 3):
+        lane.submit(number, lambda: copy_rows(src, dst, range(BLOCKS), range(BLOCKS)))
+    for job in lane.jobs.values():
+        job.transfer.synchronize()
+    ended = [*lane.finished()]
+    assert [number for number, _ in ended] == [7, 3]
+    assert all(job.seconds() == job.transfer.statistics.seconds for _, job in ended)
+    assert not lane.jobs
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("paced", [False, True])
+def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
+    """The current stream is busy for ten times as long as the copy takes. Control: by the host's
+    clock, as for paced copies, the job has that time too."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    src, dst = views(device)
+    lane = Lane(device, paced)
+
+    def copy() -> BlockTransfer:
+        return copy_rows(src, dst, range(BLOCKS), range(BLOCKS), stream=lane.stream)
+
+    copy().synchronize()
+    torch.cuda._sleep(200_000_000)  # 0.1 s or more
+    lane.submit(1, copy)
+    ((_, job),) = (lane.jobs[1].transfer.synchronize(), *lane.finished())[1:]
+    assert torch.equal(dst.tensors[0].view(-1), src.tensors[0].cpu().view(-1))
+    seconds, by_host = job.seconds(), job.transfer.statistics.seconds
+    assert seconds is not None
+    assert by_host is not None
+    assert seconds > 0
+    assert (seconds < by_host / 3) is not paced
