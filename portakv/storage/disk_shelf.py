@@ -214,6 +214,7 @@ class DiskShelf:
         blocks have successors, leaves it to the other folders."""
         first = next(slots for slots, each in self.parts if each is link)
         folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        self.touch([*own] if own else ())  # what the call finds stored goes after other blocks
         landed = self.has(keys)
         new = [i for i, there in enumerate(landed) if not there]
         size = self.form.image_bytes

@@ -398,6 +398,19 @@ def test_a_write_that_raises_gives_its_slots_back(shelf: Open) -> None:
     assert save(one, KEYS[:3]) == [True] * 3
 
 
+def test_a_save_uses_the_blocks_that_it_finds(shelf: Open) -> None:
+    """The block used longest ago is the save's own: another one goes for the new block."""
+    one = shelf(blocks=3)
+    assert all(save(one, [key]) == [True] for key in KEYS[:3])
+    rows = cases.images(2, FORM)
+    sums = [
+        cases.fill(row, FORM, key, 2) for row, key in zip(rows, (KEYS[0], KEYS[8]), strict=True)
+    ]
+    own = {KEYS[0]: 0, KEYS[8]: 1}
+    assert one.write(one.link(KEYS[0]), [*own], [*rows], [2, 2], sums, own) == [True, True]
+    assert one.has([KEYS[0], KEYS[1], KEYS[2], KEYS[8]]) == [True, False, True, True]
+
+
 def test_other_forms_of_the_same_cache(tmp_path: Path, shelf: Open) -> None:
     """They are found and read; one that a killed process still writes is left out, with a note."""
     heads = [replace(FORM, heads=(i, i + 1, 4)) for i in range(4)]
