@@ -502,7 +502,7 @@ def test_shutdown_waits_for_all_jobs_if_one_failed(accelerator: torch.device, ma
     host, gone = hosts(worker)[0], []
     worker._region = SimpleNamespace(cleanup=lambda: gone.append(host[1].clone()))
     worker.submit_store(1, device_spec([[2]], [0]), host_spec([0]))
-    worker._store.jobs[1].completions[0].error = TransferError("Job 1 failed.")
+    worker._store.jobs[1].transfer.completions[0].error = TransferError("Job 1 failed.")
     settle(accelerator)
     delay(accelerator)
     worker.submit_store(2, device_spec([[3]], [0]), host_spec([1]))

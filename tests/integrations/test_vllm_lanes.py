@@ -54,7 +54,8 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
     copy().synchronize()
     torch.cuda._sleep(200_000_000)  # 0.1 s or more
     lane.submit(1, copy)
-    ((_, job),) = (lane.jobs[1].transfer.synchronize(), *lane.finished())[1:]
+    lane.jobs[1].transfer.synchronize()
+    ((_, job),) = lane.finished()
     assert torch.equal(dst.tensors[0].view(-1), src.tensors[0].cpu().view(-1))
     seconds, by_host = job.seconds(), job.transfer.statistics.seconds
     assert seconds is not None
