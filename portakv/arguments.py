@@ -6,7 +6,7 @@ the argument at fault: "Expected X, got Y. Do Z."
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from math import inf
 from numbers import Integral, Real
@@ -151,7 +151,8 @@ def items(name: str, value: object, kind: str) -> list[Any]:
     """Return the items of a list or another sequence or iterable, but not of a text or bytes;
     ``kind`` names the items."""
     if isinstance(value, Iterable) and not isinstance(value, str | bytes | bytearray):
-        return [*value]
+        with suppress(TypeError):  # of a tensor without axes
+            return [*value]
     raise invalid(name, f"a list of {kind}", value, "Put a single one into a list.")
 
 

@@ -56,7 +56,8 @@ class Terms:
         one_of("overlap", self.overlap, OVERLAPS)
         if self.max_thread_blocks is not None:
             whole("max_thread_blocks", self.max_thread_blocks, 1)
-        if self.max_gbps is not None and self.max_gbps != inf:
+        unlimited = isinstance(self.max_gbps, float) and self.max_gbps == inf
+        if self.max_gbps is not None and not unlimited:
             rate("max_gbps", self.max_gbps)
         flag("detached", self.detached)
 

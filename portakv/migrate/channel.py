@@ -214,8 +214,15 @@ class Channel:
 
     def _claim(self, kind: str, user: object) -> None:
         """Do what `claim` promises."""
+        self.check_open()
         if self._users.setdefault(kind, user) is not user:
             raise InvalidTerms(f"{self} has {kind} already: close it first, or take another.")
+
+    def check_open(self) -> None:
+        """Raise `PeerError` after `close`, and in a forked process."""
+        if self._closed or self._process.forked:
+            gone = "belongs to the parent process" if self._process.forked else "is closed"
+            raise PeerError(f"Expected a channel that is open, got one that {gone}. Make another.")
 
     def free(self, kind: str, user: object) -> bool:
         """Let another one be that; False if ``user`` is not (any more)."""
@@ -284,10 +291,14 @@ class Channel:
         return [found[n] for n in range(len(asked))]
 
     def _read(self, back: bytes, address: str, message: Message, kind: type[T]) -> T:
-        what = f"{type(message).__name__} for {address}"
-        if back[0] != VERSION or back[1]:
-            why = back[BACK.size :].decode(errors="replace").rstrip(".")
-            raise Refused(f"{what} was refused: {why}.")
+        what = f"{message.purpose} {address}"
+        if back[0] != VERSION:
+            raise Refused(
+                f"{what} was refused: a message of version {VERSION} got an answer of version "
+                f"{back[0]}. Use one release of PortaKV on both sides."
+            )
+        if back[1]:
+            raise Refused(f"{what} was refused: {_printable(back[BACK.size :])}.")
         try:
             return decode(memoryview(back)[BACK.size :], type=kind)
         except Exception:
@@ -351,7 +362,7 @@ class Channel:
     ) -> Generator[bytes]:
         """Yields nothing each time the message is sent, at last its answer if there is to be one;
         its connection is this thread's until it ends."""
-        what = f"{type(message).__name__} for {address}"
+        what = f"{message.purpose} {address}"
         body, by = encode(message), None
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
@@ -389,7 +400,10 @@ class Channel:
             raise TransferTimeout(f"{what} has no answer in time; the connection stands.")
         if late or why:
             self._drop(link)
-            raise PeerError(f"{what} reached nobody: {why or 'no connection in time'}.")
+            raise PeerError(
+                f"{what} reached nobody: {why or 'no connection in time'}. Check that the "
+                f"process there runs."
+            )
 
     def _link(self, address: str) -> _Link:
         try:
@@ -576,9 +590,20 @@ class Channel:
         return BACK.pack(VERSION, True, number) + why.encode()
 
 
+def _printable(text: bytes) -> str:
+    """Return what a peer said, at most 4,096 bytes of it, on one line."""
+    said = text[:4096].decode(errors="replace").rstrip(".")
+    return "".join(each if each.isprintable() else "?" for each in said)
+
+
 def _too_short(secret: object) -> str:
     """Return the sentence that refuses a secret, without its text; empty if it serves."""
     got = f"a secret of {len(secret)}" if isinstance(secret, bytes | str) else type(secret).__name__
+    if isinstance(secret, str) and not secret.isascii():
+        with suppress(UnicodeEncodeError):
+            secret = secret.encode()
+        if isinstance(secret, str):  # the error of the codec has the text
+            return "Expected a secret that UTF-8 can hold, got a text that it cannot. Pass bytes."
     if isinstance(secret, bytes | str) and len(secret) >= 16:
         return ""
     return f"Expected a secret of 16 bytes or more, got {got}. Pass secrets.token_bytes(32)."

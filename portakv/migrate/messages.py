@@ -7,7 +7,7 @@ from __future__ import annotations
 from contextlib import suppress
 from hashlib import blake2b
 from hmac import compare_digest
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -40,7 +40,10 @@ _MAC = 16  # bytes
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag=True):
-    """What all have: a tag, and no field that this release does not know."""
+    """What all have: a tag, and no field that this release does not know. ``purpose`` begins the
+    sentences that say what became of a question."""
+
+    purpose: ClassVar[str] = "A message to"
 
 
 class Group(Message, frozen=True):
@@ -83,6 +86,8 @@ class Described(Message, frozen=True):
 class Hello(Message, frozen=True):
     """A reader asks for what an owner has, and to have it moved by a mover into its slots."""
 
+    purpose: ClassVar[str] = "Pairing with the owner at"
+
     model: Text
     device: Text = ""
     mover: Name = ""
@@ -113,13 +118,19 @@ class About(Message, frozen=True):
 class Begin(About, frozen=True):
     """One-way: a reader begins to read an offer, which ends with its channel from now on."""
 
+    purpose: ClassVar[str] = "Beginning a pull from the owner at"
+
 
 class Check(About, frozen=True):
     """Asks whether an offer has held until now."""
 
+    purpose: ClassVar[str] = "Asking whether an offer held, of the owner at"
+
 
 class Close(About, frozen=True):
     """One-way: a reader is through with an offer: it has ``taken`` the rows, or its pull failed."""
+
+    purpose: ClassVar[str] = "Ending a pull from the owner at"
 
     taken: bool
 
@@ -127,12 +138,16 @@ class Close(About, frozen=True):
 class Renew(About, frozen=True):
     """Asks for a deadline so many seconds from now."""
 
+    purpose: ClassVar[str] = "Renewing a lease of the owner at"
+
     seconds: Seconds
 
 
 class Gather(About, frozen=True):
     """Begins, and asks for ``count`` tokens from ``first`` on, of a rectangle of a group on the
     model's axes: in a slot, for a mover and under a tag; or, without a mover, for their digest."""
+
+    purpose: ClassVar[str] = "Asking for rows, of the owner at"
 
     group: Small
     layers: tuple[Small, Small]
@@ -146,6 +161,8 @@ class Gather(About, frozen=True):
 
 class Bye(Message, frozen=True):
     """One-way: a reader lets go of an owner's slots."""
+
+    purpose: ClassVar[str] = "Leaving the owner at"
 
 
 class Answer(Message, frozen=True):

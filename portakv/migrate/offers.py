@@ -260,6 +260,8 @@ class Owner:
         lists = list[tuple[Any, int]]()
         with arguments.naming("blocks", "lists of ids of the views' blocks"):
             for shard, given in zip(self.shards, blocks, strict=True):
+                if given is None:
+                    raise arguments.invalid("blocks", "ids", None, "Name the blocks to offer.")
                 index = Index.of(given, shard.view.block_size or 1)
                 index.check_length(tokens, shard.view.slots, "offered")
                 if index.offset or index.ids is None:

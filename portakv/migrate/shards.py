@@ -19,6 +19,7 @@ from portakv.migrate.messages import Box, Group, Range
 from portakv.view import KVView
 
 Mask = npt.NDArray[np.bool_]  # for each position of a copy
+_MOST = 1 << 16  # layers or heads of a model, as messages have them
 _TOLD = 4  # holes, and positions, that an error names
 
 
@@ -44,9 +45,10 @@ def _range(axis: str, asked: Range | None, view: KVView) -> Range:
         return 0, has, has
     known = isinstance(asked, tuple | list) and [*map(type, asked)] == [int, int, int]
     first, past, of = asked if known else (0, 0, 0)
-    if not 0 <= first < past <= of or past - first != has:
+    if not 0 <= first < past <= of <= _MOST or past - first != has:
         raise LayoutError(
-            f"Expected {axis}= of a shard to be (from, to, of) with 0 <= from < to <= of, got "
+            f"Expected {axis}= of a shard to be (from, to, of) with 0 <= from < to <= of <= "
+            f"{_MOST}, got "
             f"{axis}={arguments.shown(asked)}. The view has {has} {axis}; `of` is how many the "
             f"whole model has. Leave it out if the view has all {axis}."
         )

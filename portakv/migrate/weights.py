@@ -15,7 +15,7 @@ from functools import partial
 from itertools import accumulate, groupby
 from math import prod
 from operator import add, sub
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 from weakref import WeakSet
 
 import torch
@@ -185,6 +185,7 @@ def _named(argument: str, parameters: Parameters) -> dict[str, Parameter]:
         if why := _odd(tensor):
             raise LayoutError(f"Expected {name} to be a plain tensor, got {why}. Pass its parts.")
         if whole:
+            text(f"packing of {argument}[{name!r}]", parameter.packing, least=0)
             _check_boxes(name, parameter)
         named[name] = parameter
     return named
@@ -303,6 +304,8 @@ class AskWeights(Message, frozen=True):
     """Ask for the items from ``first`` on; or, until the answer is known, for the digests of these
     boxes of numbered items, as they lie at the owner."""
 
+    purpose: ClassVar[str] = "Asking for weights, of the process at"
+
     id: Id
     first: Count = 0
     boxes: Annotated[tuple[tuple[Count, Box], ...], Meta(max_length=_SUMS)] = ()
@@ -332,6 +335,7 @@ class Published:
 
     def __init__(self, channel: Channel, parameters: Parameters) -> None:
         instance("channel", channel, Channel)
+        channel.check_open()
         self._held = _named("parameters", parameters)
         if not self._held:
             raise invalid("parameters", "a mapping of one tensor or more", parameters)

@@ -230,7 +230,7 @@ class Transfer:
         transfers = [arguments.instance("transfers", each, Transfer) for each in given]
         if len(transfers) == 1:
             return transfers[0]
-        return cls(
+        return Transfer(
             [completion for transfer in transfers for completion in transfer.completions],
             [transfer._kept for transfer in transfers],
             transfers[0].carried if transfers else NOTHING,

@@ -12,7 +12,14 @@ from support.block_cases import BLOCKS, SIZE, SLICED, WAYS, layered, wanted
 from support.device_cases import current, delay, settle
 from support.guarded_memory import refused
 
-from portakv import BlockTransfer, SlotError, TransferCancelled, TransferError, copy_blocks
+from portakv import (
+    BlockTransfer,
+    SlotError,
+    Transfer,
+    TransferCancelled,
+    TransferError,
+    copy_blocks,
+)
 
 MINE, THEIRS = [5, 0, 7], [1, 6, 0]
 GROUPS = 3
@@ -108,3 +115,12 @@ def test_one_that_is_joined_already() -> None:
     assert told.blocks == GROUPS * len(MINE)
     assert told.engine == parts[0].statistics.engine
     assert told.seconds is not None
+
+
+def test_a_join_of_the_base_class_is_a_plain_transfer() -> None:
+    """Its parts may be copies of any form, so it has no blocks to count."""
+    src, dst = layered(torch.device("cpu")), layered(torch.device("cpu"))
+    moved = [copy_blocks(src.view, dst.view, [n], [n]) for n in (1, 2)]
+    joined = BlockTransfer.join(moved)
+    assert type(joined) is Transfer
+    joined.synchronize()

@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.core_cases import noise
+from torch.cuda import _sleep
 
 from portakv import BlockTransfer, KVView, copy_rows
 from portakv.host import pinned
@@ -52,7 +53,7 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
         return copy_rows(src, dst, range(BLOCKS), range(BLOCKS), stream=lane.stream)
 
     copy().synchronize()
-    torch.cuda._sleep(200_000_000)  # 0.1 s or more
+    _sleep(200_000_000)  # 0.1 s or more
     lane.submit(1, copy)
     lane.jobs[1].transfer.synchronize()
     ((_, job),) = lane.finished()

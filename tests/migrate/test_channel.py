@@ -806,3 +806,35 @@ def test_a_question_ends_when_nothing_waits_for_it(by_tcp: tuple[Server, Channel
     with pytest.raises(TransferTimeout, match="given up"):
         asker.ask(server.address, Ping(), Pong, 8.0, stop.is_set)
     release.set()
+
+
+def test_a_secret_that_is_no_text_of_utf8_is_not_shown() -> None:
+    """As of random bytes in a variable: the codec's error would have it."""
+    secret = "hunter2-hunter2-hunter2-\udcff"
+    with pytest.raises(InvalidTerms, match=r"secret that UTF-8 can hold.*Pass bytes") as error:
+        Channel(secret=secret)
+    chain = [error.value, error.value.__cause__, error.value.__context__]
+    assert not any("hunter2" in repr(each) for each in chain)
+
+
+def test_what_a_peer_says_is_shown_on_one_line(pair: tuple[Server, Channel]) -> None:
+    """Whatever its answer has; one of another version is named as that."""
+    server, asker = pair
+
+    def refuse(*_: object) -> None:
+        raise SlotError("\x1b[2Jgone\nforged" + "x" * 10_000)
+
+    server.channel.serve(Ping, refuse)
+    with pytest.raises(PeerError) as error:
+        asker.ask(server.address, Ping(), Pong)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 5000
+    with pytest.raises(PeerError, match=f"version {VERSION} got an answer of version 9"):
+        asker._read(bytes([9]) + b"?" * 20, server.address, Ping(), Pong)
+
+
+def test_a_channel_that_is_closed_takes_no_user() -> None:
+    channel = Channel()
+    channel.close()
+    with pytest.raises(PeerError, match="channel that is open, got one that is closed"):
+        channel.claim("an owner", object())

@@ -16,6 +16,7 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from msgspec.structs import replace
@@ -1044,3 +1045,19 @@ def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) ->
         told = replace(Ticket.read(both.offer().ticket), event=0)
         both.reader.pull(told.pack(key), both.into).synchronize(30)
         assert len(log) == waits
+
+
+def test_values_that_no_argument_can_have(made: Sides) -> None:
+    """Each is refused by a sentence that names it, before anything is asked."""
+    rows = Rows()
+    owner, reader = made.owner(rows.shard), made.reader(Rows(8, 32).shard)
+    ticket = owner.offer([1], tokens=16).ticket
+    with pytest.raises(InvalidTerms, match="blocks"):
+        owner.offer(None, tokens=16)  # type: ignore[arg-type]
+    for rate in (torch.tensor([1, 2]), np.array([1, 2])):
+        with pytest.raises(InvalidTerms, match="max_gbps"):
+            reader.pull([ticket], [1], max_gbps=rate)  # type: ignore[arg-type]
+    with pytest.raises(InvalidTerms, match="tickets"):
+        reader.pull(torch.tensor(3.0), [1])  # type: ignore[arg-type]
+    with pytest.raises(LayoutError, match="heads= of a shard"):
+        Shard(rows.shard.view, heads=(0, rows.shard.view.heads, 2**70))

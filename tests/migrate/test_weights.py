@@ -7,6 +7,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from itertools import pairwise, product
 from typing import Any, cast
 
@@ -834,3 +835,9 @@ def test_weights_cross_from_a_device_of_another_process(channels: Channels, numb
             nbytes = pull_weights(channels(), ticket, mine, max_gbps=limit)
             assert nbytes == sum(x.nbytes for x in expected.values())
             assert all(torch.equal(into[name].cpu(), x) for name, x in expected.items())
+
+
+def test_a_packing_that_cannot_be_told_is_refused_by_its_owner() -> None:
+    for packing in (3, "\ud800", "x" * 2000):
+        with closing(Channel()) as channel, pytest.raises(InvalidTerms, match="packing of"):
+            publish(channel, {"a": Parameter(torch.zeros(3), packing=packing)})  # type: ignore[arg-type]

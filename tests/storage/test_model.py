@@ -199,7 +199,9 @@ class StoreModel(RuleBasedStateMachine):
         if self.sure and not (full or self.far.refuse or self.engine.fired > fired):
             for slots, *_ in before:
                 goes = slots.chains.next(slots.folder)
-                refused = goes is None or goes in keys  # its own, or what these follow
+                # Its own, or what these follow; or its own went for one that comes before it.
+                gone = any(keys & held - {*one.index} for one, _, held in before)
+                refused = goes is None or goes in keys or gone
                 assert refused or call.handle.landed.all(), "what was saved did not land"
             landed = zip(call.keys, call.handle.landed, strict=True)
             there = all(self.store.lookup([key_of(i)]) for i, well in landed if well)
