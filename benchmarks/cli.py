@@ -96,6 +96,7 @@ MIGRATION: Mapping[str, str] = {
     "mapped": "pulls:mapped_steps",
     "both": "pulls:both_steps",
     "costs": "pulls:cost_steps",
+    "setup": "setup:setup_steps",
     "weights": "pulls:weight_steps",
     "beside": "beside:beside_steps",
     "staged": "moved:staged_steps",

@@ -203,6 +203,10 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
     "migrate_cost": (
         "What a pull costs", "", {"what": "{shape}", "bytes": "{op}", "us": "{us:,.0f}"},
     ),
+    "migrate_setup": (
+        "What is waited for before others can take", "By the wall clock.",
+        {"call": "{shape}", "of": "{op}", "ms": "{ms:,.0f}"},
+    ),
     "migrate_weights": (
         "Weights", "The copies alone, and `pull_weights`, which also asks for names and compares "
         "digests.", _CROSSED,

@@ -53,6 +53,7 @@ class MigrationPreset:
     repeats: int = 3  # how often a loop is met
     seconds: float = 0.4  # of it
     matmul: int = 8192
+    allocations: int = 1000  # of an owner, and of weights that are published
     tensors: Sequence[Mapping[str, tuple[int, int, int]]] = TENSORS  # how many, rows, columns
 
 
@@ -86,6 +87,7 @@ MIGRATION_PRESETS: Mapping[str, MigrationPreset] = {
         repeats=1,
         seconds=0.05,
         matmul=16,
+        allocations=8,
         tensors=(_FEW, _FEW),
     ),
 }

@@ -215,6 +215,11 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (("case", "shape"), ("of", "op"), ("between", "across"), ("us", "us:,.4g"),
          ("p90", "p90_us:,.4g"), ("calls", "rounds:"), _BYTES),
     ),
+    "migrate_setup": (
+        "what is waited for before others can take",
+        (("call", "shape"), ("of", "op"), ("ms", "ms:,.4g"), ("p90", "p90_ms:,.4g"),
+         ("calls", "rounds:"), _BYTES),
+    ),
     "migrate_weights": ("weights: their copies alone, and with names and digests", _CROSSED),
     "migrate_beside": (
         "beside a loop of compute: its slow-down, and the link's bandwidth meanwhile",
