@@ -176,7 +176,7 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         for lane in self._lanes:
             for job in job_ids & lane.jobs.keys():
                 with suppress(KeyError):  # another thread took it, so it has ended
-                    lane.jobs[job].transfer.synchronize()
+                    lane.jobs[job].synchronize()
 
     def shutdown(self) -> None:
         """Wait for all jobs, and give the host memory back; again: nothing. Raises the first error

@@ -20,6 +20,19 @@ class Job(NamedTuple):
     begin: torch.Event | None
     end: torch.Event | None
 
+    def done(self) -> bool:
+        """Return whether the copies have ended and their time is known; never blocks.
+
+        The device completes ``end`` after the event of the transfer, so that one is not enough.
+        """
+        return self.transfer.done() and (self.end is None or self.end.query())
+
+    def synchronize(self) -> None:
+        """Block the host until the copies have ended and their time is known."""
+        self.transfer.synchronize()
+        if self.end is not None:
+            self.end.synchronize()
+
     def seconds(self) -> float | None:
         """Return how long the copies of a job that has ended took: on a device without the time for
         which they waited for the model."""
@@ -52,7 +65,7 @@ class Lane:
     def finished(self) -> Iterator[tuple[int, Job]]:
         """Take out the oldest jobs that have ended."""
         for number, job in list(self.jobs.items()):
-            if not job.transfer.done():
+            if not job.done():
                 return
             yield number, self.jobs.pop(number)
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from support.core_cases import noise
@@ -10,7 +12,7 @@ from torch.cuda import _sleep
 
 from portakv import BlockTransfer, KVView, copy_rows
 from portakv.host import pinned
-from portakv.integrations.vllm_lanes import Lane
+from portakv.integrations.vllm_lanes import Job, Lane
 
 BLOCKS = 64
 PAGE = 1 << 20
@@ -40,6 +42,28 @@ def test_jobs_of_the_host_end_in_order() -> None:
     assert not lane.jobs
 
 
+def test_a_job_has_not_ended_before_its_time_is_known() -> None:
+    """The device completes the event that ends the time after the one that ends the transfer.
+    Control: a lane that asks the transfer alone takes out the job, and its time is an error."""
+    src, dst = views(torch.device("cpu"))
+    lane = Lane(torch.device("cpu"))
+    transfer = copy_rows(src, dst, range(BLOCKS), range(BLOCKS))
+    transfer.synchronize()
+    end = Mock(spec=torch.Event)
+    end.query.return_value = False
+    begin = Mock(spec=torch.Event)
+    begin.elapsed_time.return_value = 11.0
+    lane.jobs[1] = Job(transfer, begin, end)
+
+    assert [*lane.finished()] == []
+    assert [*lane.jobs] == [1]
+
+    end.query.return_value = True
+    ((number, job),) = lane.finished()
+    assert number == 1
+    assert job.seconds() == 0.011
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("paced", [False, True])
 def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
@@ -55,7 +79,7 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
     copy().synchronize()
     _sleep(200_000_000)  # 0.1 s or more
     lane.submit(1, copy)
-    lane.jobs[1].transfer.synchronize()
+    lane.jobs[1].synchronize()
     ((_, job),) = lane.finished()
     assert torch.equal(dst.tensors[0].view(-1), src.tensors[0].cpu().view(-1))
     seconds, by_host = job.seconds(), job.transfer.statistics.seconds
