@@ -8,21 +8,29 @@ import ast
 from collections.abc import Iterator
 from importlib.machinery import PathFinder
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 
 class Interface(NamedTuple):
-    """A function, a method or a class of fields in a module of an engine.
+    """A function, a method, a class or a constant in a module of an engine.
 
-    ``takes``: its first parameters or fields, in order, without ``self``; any further ones must
-    have defaults, or there must be none if ``exact``, as for a method that a plug replaces: the
-    engine would pass them.
+    Attributes:
+        takes: the first parameters or fields, in order, without ``self``. Further ones must have
+            defaults.
+        exact: a plug replaces it, so that there may be no further ones but ``may``: the engine
+            would pass them.
+        may: the further ones that the plug's own knows.
+        also: parameters that the plug passes by name.
+        abstract: of a class that a plug implements, the abstract methods that it may have.
     """
 
     module: str
     name: str
     takes: tuple[str, ...] = ()
     exact: bool = False
+    may: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
+    abstract: tuple[str, ...] | None = None
 
 
 _OFFLOAD = "vllm.v1.kv_offload"
@@ -33,6 +41,8 @@ _ONE_LAYER = ("key_value", "key_cache", "value_cache", "slot_mapping", "layer_id
 _POOLS = "sglang.srt.mem_cache.pool_host"
 _INDICES = ("device_pool", "host_indices", "device_indices")
 _LAYER = "transformers.cache_utils"
+
+Definition: TypeAlias = ast.ClassDef | ast.FunctionDef | ast.Assign
 
 #: For each plug what it uses; read from the releases that it was run beside.
 INTERFACES = {
@@ -119,7 +129,16 @@ INTERFACES = {
             exact=True,
         ),
         Interface(
-            f"{_OFFLOAD}.base", "OffloadingWorker.submit_load", ("job_id", "src_spec", "dst_spec")
+            f"{_OFFLOAD}.base",
+            "OffloadingWorker.submit_load",
+            ("job_id", "src_spec", "dst_spec"),
+            exact=True,
+            may=("expedited",),
+        ),
+        Interface(
+            f"{_OFFLOAD}.base",
+            "OffloadingWorker",
+            abstract=("submit_store", "submit_load", "get_finished", "wait", "shutdown"),
         ),
         Interface(f"{_OFFLOAD}.base", "OffloadingWorker.get_finished", exact=True),
         Interface(f"{_OFFLOAD}.base", "OffloadingWorker.wait", ("job_ids",), exact=True),
@@ -132,6 +151,22 @@ INTERFACES = {
         Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.__init__", ("config",)),
         Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.create_worker", ("kv_caches",), True),
         Interface(f"{_OFFLOAD}.cpu.spec", "CPUOffloadingSpec.get_worker", ("kv_caches",), True),
+        Interface(
+            f"{_OFFLOAD}.cpu.shared_offload_region",
+            "SharedOffloadRegion.__init__",
+            (
+                "engine_id",
+                "num_chunks",
+                "rank",
+                "kv_bytes_per_chunk",
+                "cpu_page_size",
+                "barrier",
+            ),
+            also=("populate_shard", "num_segments"),
+        ),
+        Interface(f"{_OFFLOAD}.cpu.gpu_worker", "pin_mmap_region", ("region", "worker_slot_only")),
+        Interface(f"{_OFFLOAD}.cpu.spec", "_all_workers_barrier"),
+        Interface(f"{_OFFLOAD}.cpu.spec", "_REGION_SEGMENTS"),
     ),
 }
 
@@ -149,12 +184,16 @@ def _difference(interface: Interface) -> str:
     found = _definition(file, interface.name) if file else None
     if found is None:
         return f"{place} is not there"
-    takes, optional = _fields(found) if isinstance(found, ast.ClassDef) else _parameters(found)
+    if interface.abstract is not None:
+        further = _abstract(found) - {*interface.abstract}
+        return f"{place} has further abstract methods: {', '.join(sorted(further))}" * bool(further)
+    takes, optional = _parts(found)
     expected = interface.takes
-    further = takes[len(expected) :]
-    fits = not further or (not interface.exact and {*further} <= optional)
+    allowed = {*interface.may} if interface.exact else optional
+    fits = {*takes[len(expected) :]} <= allowed and {*interface.also} <= {*takes}
     if takes[: len(expected)] == expected and fits:
         return ""
+    expected = (*expected, *interface.also)
     return f"{place} takes ({', '.join(takes)}) in place of ({', '.join(expected)})"
 
 
@@ -170,26 +209,46 @@ def _source(module: str) -> Path | None:
     return None
 
 
-def _definition(file: Path, name: str) -> ast.ClassDef | ast.FunctionDef | None:
-    """Return the class or function of a dotted name in a file."""
+def _definition(file: Path, name: str) -> Definition | None:
+    """Return what defines a dotted name in a file."""
     try:
         body = ast.parse(file.read_text(encoding="utf-8")).body
     except (OSError, SyntaxError, ValueError):
         return None
-    found = None
+    found: Definition | None = None
     for part in name.split("."):
-        found = next((each for each in _named(body) if each.name == part), None)
+        found = next(_named(body, part), None)
         if found is None:
             return None
-        body = found.body
+        body = [] if isinstance(found, ast.Assign) else found.body
     return found
 
 
-def _named(body: list[ast.stmt]) -> Iterator[ast.ClassDef | ast.FunctionDef]:
-    """Yield the classes and functions of a body, the last one of a name first."""
+def _named(body: list[ast.stmt], name: str) -> Iterator[Definition]:
+    """Yield what defines a name in a body, the last one first."""
     for each in reversed(body):
-        if isinstance(each, ast.ClassDef | ast.FunctionDef):
+        if isinstance(each, ast.ClassDef | ast.FunctionDef) and each.name == name:
             yield each
+        if isinstance(each, ast.Assign) and name in [ast.unparse(x) for x in each.targets]:
+            yield each
+
+
+def _abstract(found: Definition) -> set[str]:
+    """Return the names of the abstract methods of a class."""
+    methods = found.body if isinstance(found, ast.ClassDef) else []
+    return {
+        each.name
+        for each in methods
+        if isinstance(each, ast.FunctionDef)
+        and any("abstract" in ast.unparse(decorator) for decorator in each.decorator_list)
+    }
+
+
+def _parts(found: Definition) -> tuple[tuple[str, ...], set[str]]:
+    """Return the names of parameters or fields, and those with a default; none of a constant."""
+    if isinstance(found, ast.ClassDef):
+        return _fields(found)
+    return _parameters(found) if isinstance(found, ast.FunctionDef) else ((), set())
 
 
 def _parameters(function: ast.FunctionDef) -> tuple[tuple[str, ...], set[str]]:

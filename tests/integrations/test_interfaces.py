@@ -23,13 +23,21 @@ def write(folder: Path, interfaces: tuple[Interface, ...]) -> None:
     modules: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for each in interfaces:
         holder, _, name = each.name.rpartition(".")
-        if not holder and name[0].isupper():
+        takes = (*each.takes, *(f"{name}=None" for name in each.also))
+        if name.isupper():
+            modules[each.module][""].append(f"{name} = 1")
+        elif each.abstract is not None:
+            modules[each.module][name] += [
+                "    @abstractmethod",
+                "    def wait(self, job_ids): ...",
+            ]
+        elif not holder and name[0].isupper():
             modules[each.module][name] += [f"    {field}: object" for field in each.takes]
         elif holder:
-            parameters = ", ".join(("self", *each.takes))
+            parameters = ", ".join(("self", *takes))
             modules[each.module][holder].append(f"    def {name}({parameters}): ...")
         else:
-            parameters = ", ".join(each.takes)
+            parameters = ", ".join(takes)
             modules[each.module][""].append(f"def {name}({parameters}): ...")
     for module, classes in modules.items():
         path = folder.joinpath(*module.split(".")).with_suffix(".py")
@@ -106,3 +114,25 @@ def test_further_parameters_with_defaults_are_taken_where_the_plug_calls(
     assert differences("sglang") == []
     file.write_text(file.read_text().replace("source=None", "source"))
     assert len(differences("sglang")) == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "why"),
+    [
+        ("submit_load(self, job_id, src_spec, dst_spec", "{}, x=1", "submit_load takes"),
+        ("    @abstractmethod\n", "    @abstractmethod\n    def x(self): ...\n", "methods: x"),
+        ("num_segments=None", "segments=None", "SharedOffloadRegion.__init__ takes"),
+        ("_REGION_SEGMENTS = 1", "", "_REGION_SEGMENTS is not there"),
+    ],
+)
+def test_what_vllm_calls_and_what_it_is_called_with(
+    old: str, new: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A further parameter that the engine may pass, a further method, a keyword that is gone."""
+    write(tmp_path, INTERFACES["vllm"])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert differences("vllm") == []
+    (file,) = [each for each in tmp_path.rglob("*.py") if old in each.read_text()]
+    file.write_text(file.read_text().replace(old, new.format(old)))
+    (found,) = differences("vllm")
+    assert why in found
