@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -78,17 +79,20 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
     def _shared_region(self) -> Any:
         """The memory that all workers of an engine share, pinned as vLLM pins it."""
         rank, workers = self.config.parallel.rank, self.config.parallel.world_size
-        region = cpu_spec.SharedOffloadRegion(
-            engine_id=self.config.engine_id,
-            num_chunks=self.num_chunks,
-            rank=0 if self.replicated_layout else rank,
-            kv_bytes_per_chunk=self.kv_bytes_per_chunk,
-            cpu_page_size=self.cpu_page_size_per_worker,
-            barrier=cpu_spec._all_workers_barrier,
-            num_segments=cpu_spec._REGION_SEGMENTS,
-            populate_shard=(rank, workers) if self.replicated_layout else None,
-        )
-        gpu_worker.pin_mmap_region(region, worker_slot_only=True)
+        terms = {
+            "engine_id": self.config.engine_id,
+            "num_chunks": self.num_chunks,
+            "rank": 0 if self.replicated_layout else rank,
+            "kv_bytes_per_chunk": self.kv_bytes_per_chunk,
+            "cpu_page_size": self.cpu_page_size_per_worker,
+            "barrier": cpu_spec._all_workers_barrier,
+        }
+        if hasattr(cpu_spec, "_REGION_SEGMENTS"):  # not in 0.32
+            terms["num_segments"] = cpu_spec._REGION_SEGMENTS
+            terms["populate_shard"] = (rank, workers) if self.replicated_layout else None
+        region = cpu_spec.SharedOffloadRegion(**terms)
+        slots = "worker_slot_only" in signature(gpu_worker.pin_mmap_region).parameters
+        gpu_worker.pin_mmap_region(region, **({"worker_slot_only": True} if slots else {}))
         return region
 
 
