@@ -22,7 +22,7 @@ import torch
 from support.migrate_pulls import MODEL, Rows
 from support.storage_cases import key_of, small_form
 
-from portakv import KVView, PortaKVError
+from portakv import InvalidTerms, KVView, PortaKVError
 from portakv.graph import Collector, Graph, Handle, Lease, Node
 from portakv.migrate import (
     Box,
@@ -280,6 +280,39 @@ def test_a_wrong_argument_is_named(name: str, argument: str, tmp_path: Path) -> 
                 _end(result)
         if name.rpartition(".")[2] not in ("close", "taken"):  # it works still
             _end(invoke(*CALLS[name](scene)))
+
+
+@pytest.mark.parametrize("number", ["len(number)", "'0' * number", "[1][number]"])
+def test_the_sweep_finds_what_is_not_checked(
+    number: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Control: a function whose errors are Python's own."""
+    call = eval(f"lambda number: {number}")
+    monkeypatch.setitem(CALLS, "unchecked", lambda scene: (call, {"number": 0}))
+    with pytest.raises(AssertionError, match="unchecked"):
+        test_a_wrong_argument_is_named("unchecked", "number", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "argument", "values"),
+    [
+        ("Disk", "admit", "second"),
+        ("Disk", "io", "ring"),
+        ("BlockStore", "full", "drop"),
+        ("BlockStore.save", "priority", "urgent"),
+        ("BlockStore.load", "missing", "skip"),
+        ("Owner", "expose", "staging"),
+        ("Reader.pull", "overlap", "idle"),
+    ],
+)
+def test_a_word_that_an_argument_does_not_know_is_named_with_those_that_it_does(
+    name: str, argument: str, values: str, tmp_path: Path
+) -> None:
+    scene = Scene(tmp_path)
+    with scene.stack:
+        call, terms = CALLS[name](scene)
+        with pytest.raises(InvalidTerms, match=rf"{argument}.*{values}"):
+            invoke(call, {**terms, argument: "iddle"})
 
 
 def test_the_sweep_finds_what_is_public() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from portakv.arguments import invalid, number, one_of, whole
 from portakv.errors import InvalidTerms, StoreBusy, StoreError
@@ -40,9 +40,9 @@ class Disk:
         self,
         *folders: str | Path,
         capacity: int,
-        admit: str = "always",
+        admit: Literal["always", "second"] = "always",
         workers: int = 4,
-        io: str | Engine | None = None,
+        io: Literal["ring", "threads"] | Engine | None = None,
         track: Track = lambda items, _: items,
     ) -> None:
         if not folders:

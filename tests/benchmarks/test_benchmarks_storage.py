@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import shlex
 import stat
 import sys
@@ -17,7 +20,7 @@ import torch
 
 import portakv_benchmarks.cli as bench
 from portakv_benchmarks import check, guide
-from portakv_benchmarks.shared.files import FIO
+from portakv_benchmarks.shared.files import FIO, Slab
 from portakv_benchmarks.shared.harness import Failed, Row, having
 from portakv_benchmarks.shared.shapes import in_bytes
 from portakv_benchmarks.shared.trials import Sample, Trials, Way
@@ -149,3 +152,31 @@ def test_ways_are_tried_in_turns_and_compared_by_round() -> None:
     assert "of_fio" not in rows[1]
     assert [("refused" in x, isinstance(x, Failed)) for x in left_out] == [(True, True)]
     assert [tried.count(name) for name in ("ours", "fio a", "fio b", "wrong")] == [5, 5, 5, 4]
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_file_that_is_read_from_memory_is_told(
+    tmp_path: Path, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the device takes no O_DIRECT the page cache is measured, and the results say so.
+    Control: where it does, the file is open past the page cache, and nothing is said."""
+    real = os.open
+
+    def opened(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if refused and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real(path, flags, *more, **named)
+
+    left_out = list[str]()
+    monkeypatch.setattr(os, "open", opened)
+    try:
+        slab = Slab(Trials(1, 0.0, left_out), tmp_path, 4096, 4)
+    except OSError:
+        pytest.skip("this file system takes no O_DIRECT")
+    direct = bool(fcntl.fcntl(slab.fd, fcntl.F_GETFL) & os.O_DIRECT)
+    os.close(slab.fd)
+    if not refused and not direct:
+        pytest.skip("this file system takes no O_DIRECT")
+    assert direct is not refused
+    said = f"{tmp_path} refuses O_DIRECT: the page cache is measured"
+    assert left_out == ([said] if refused else [])

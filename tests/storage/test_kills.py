@@ -32,7 +32,7 @@ ROOM = 24 * LARGE.image_bytes
 CHAINS = [[key_of(100 * chain + number) for number in range(1, 13)] for chain in range(8)]
 
 
-def opened(folder: Path, form: BlockForm, io: str) -> DiskShelf:
+def opened(folder: Path, form: BlockForm, io: Any) -> DiskShelf:
     """The shelf, as soon as the requests of a process that was killed have landed."""
     graph: Any = Tally()
     tier = Disk(folder, capacity=ROOM, io=io)
@@ -45,7 +45,7 @@ def opened(folder: Path, form: BlockForm, io: str) -> DiskShelf:
             time.sleep(0.005)
 
 
-def writer(folder: Path, form: BlockForm, io: str) -> Callable[[int], None]:
+def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
     """What a child does until it is killed: save the next blocks of chains."""
 
     def work(ready: int) -> None:

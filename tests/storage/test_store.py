@@ -563,7 +563,7 @@ def test_close_knows_each_transfer_of_a_block(opened: Any, kind: str, shared: bo
     assert [closed, tier.closed] == [0, 1]
 
 
-def many_blocks(folder: Path, io: str) -> tuple[BlockStore, KVView, list[bytes]]:
+def many_blocks(folder: Path, io: Any) -> tuple[BlockStore, KVView, list[bytes]]:
     """A store on disk with room for the blocks of a view, and their keys."""
     view = cache(128)
     form, keys = BlockForm.of(view, model="m"), [key_of(i) for i in range(128)]
