@@ -246,3 +246,24 @@ def test_any_order_of_calls(tmp_path: Path, shape: dict[str, int], times: float)
     run_model(cast(Any, lambda: StoreModel(world)), settings=given)
     assert world.steps > 40 * many
     assert all(cache.holds() for cache in world.sources)
+
+
+class Quick(StoreModel):
+    """A model whose loads have ended before their rule returns."""
+
+    def load(self, *given: Any, **terms: Any) -> None:
+        super().load(*given, **terms)
+        self.open[-1].handle.wait()
+
+
+def test_a_fault_that_a_load_takes_early_excuses_its_block(tmp_path: Path) -> None:
+    """A worker reads, and takes the fault, before the caller of the load goes on."""
+    model = Quick(World(tmp_path, **SMALL))
+    sizes = {"slots": 8, "staging": 3, "host": 0, "rank": 0}
+    model.start(**sizes, tiers="far", admit="always", full="wait", io="threads")
+    model.save((0, 1, False), 0, priority="urgent", deadline=None)
+    model.take()
+    model.far.faults[key_of(0)] = ["flip"]
+    model.undisturbed((0, 1, False), 0)
+    assert not any(model.far.faults.values()), "the load met no fault"
+    model.teardown()
