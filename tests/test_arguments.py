@@ -39,6 +39,7 @@ from portakv.migrate import (
     share,
     shared_empty,
 )
+from portakv.migrate.weights import Published
 from portakv.storage import BlockForm, BlockStore, Disk, Remote, keys, prefix_keys
 
 API = Path(__file__).resolve().parents[1] / "docs" / "api.md"
@@ -164,6 +165,7 @@ CALLS: dict[str, Callable[[Scene], Call]] = {
     "Reader.pull": lambda s: (s.reader().pull, {"tickets": s.offer().ticket, "blocks": [1, 2]}),
     "Reader.explain": lambda s: (s.reader().explain, {"tickets": s.offer().ticket}),
     "publish": lambda s: (publish, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
+    "Published": lambda s: (Published, {"channel": s.channel(), "parameters": {"a": s.weights()}}),
     "pull_weights": lambda s: (
         pull_weights,
         {
