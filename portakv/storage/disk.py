@@ -64,10 +64,13 @@ class Disk:
         self.workers = whole("workers", workers, 1)
         self.io = io
         self.track = track
+        self._size_notes: list[str] = []
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         """Return the other forms of the same cache that lie in the folders."""
-        return [other for other in self._stored() if other != form and form.same_cache(other)]
+        stored = self._stored()
+        self._size_notes = block_size_notes(form, stored)
+        return [other for other in stored if other != form and form.same_cache(other)]
 
     def _stored(self) -> list[BlockForm]:
         """Return all forms that lie in the folders and can be read."""
@@ -132,7 +135,7 @@ class Disk:
             if self.admit == "second":
                 shelves[0].offer_twice()
             folders = ", ".join(map(str, self.folders))
-            for note in block_size_notes(forms[0], self._stored()):
+            for note in self._size_notes:
                 shelves[0].notes.append(note)
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()

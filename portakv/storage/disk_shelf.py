@@ -262,15 +262,15 @@ class DiskShelf:
 
     def statistics(self) -> dict[str, Any]:
         """Numbers of slots by folder."""
-        told = ("count", "limit", "broken", "evicted", "direct")
+        names = ("count", "limit", "broken", "evicted", "direct")
         return {
             str(slots.folder): {"io": self.engine.name, "used": len(slots.index)}
-            | {name: getattr(slots, name) for name in told}
+            | {name: getattr(slots, name) for name in names}
             for slots, _ in self.parts
         }
 
     def close(self) -> None:
-        """Put all on the devices, and let go of the folders."""
+        """Put all on the devices, and close the folders."""
         for slots, _ in self.parts:
             slots.close()
         if self.writable:

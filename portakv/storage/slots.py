@@ -46,6 +46,7 @@ from portakv.storage.table import (
     SEGMENTS,
     SUMS,
     Records,
+    cut_tail,
     records_in,
     with_successors,
     write_record,
@@ -95,7 +96,7 @@ class Slots:
         _watch_forks()
         _opened.add(self)
         try:
-            self._recover(engine, track, *self._open(room))
+            self._recover(engine, track, self._open(room))
             self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
             with self._change:
                 self._cut(self.limit)
@@ -106,8 +107,8 @@ class Slots:
             raise unusable(folder, error) from error
         self._mark_table()
 
-    def _open(self, room: int | None) -> tuple[int, int]:
-        """Open and lock the files; return how many records and slots there were."""
+    def _open(self, room: int | None) -> int:
+        """Open and lock the files; return how many records there were."""
         size, table = self.form.image_bytes, self.folder / "table"
         if room is not None:
             self._claim = claim(self.folder.parent)
@@ -146,7 +147,7 @@ class Slots:
         self._records: Records = np.zeros((most, old.shape[1]), "<u8")
         self._records[: len(old)] = old
         self._try_direct()
-        return len(old), known
+        return len(old)
 
     def _write_form(self, new: bool) -> None:
         """Write form.json, unless it says the same, but for who wrote it."""
@@ -204,13 +205,13 @@ class Slots:
         if about.st_uid != os.geteuid():
             raise wrong_owner(self.folder, about.st_uid)
 
-    def _recover(self, engine: Engine, track: Track, records: int, known: int) -> None:
+    def _recover(self, engine: Engine, track: Track, records: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
         words, size = self._records[: self.count], self.form.image_bytes
         used, seals = np.flatnonzero(words.any(1)).tolist(), words[:, -1].tolist()
         good = {i for i in track(used, "records") if checksum(words[i, :-1], i) == seals[i]}
         # A table of zeros is a new one, or was lost.
-        torn = [*{*used}.difference(good), *range(records if used else 0, known)]
+        torn = [*{*used}.difference(good), *range(records if used else 0, self.count)]
         pages = np.frombuffer(mmap.mmap(-1, BATCH * PAGE), np.uint8).reshape(BATCH, PAGE)
         found = list[tuple[int, Header, int]]()
         for first in track(range(0, len(torn), BATCH), "headers"):
@@ -372,15 +373,15 @@ class Slots:
         if keep >= self.count:
             return
         keys = {slot: key for key, slot in self.index.items()}
-        for slot in with_successors(self._records[: self.count], keep):
+        records = self._records[: self.count]
+        gone = with_successors(records, keep)
+        for slot in gone:
             if slot in keys:
                 self._forget(keys[slot])
-            self._put(slot)
+        cut_tail(self.fd, self._table, records, gone, keep, self.form.image_bytes)
         self._free = deque(slot for slot in self._free if slot < keep)
         self._records[keep : self.count] = 0
         self.count = keep
-        os.ftruncate(self.fd, keep * self.form.image_bytes)
-        os.ftruncate(self._table, keep * self._records.shape[1] * 8)
 
     def _grow(self) -> None:
         """Allocate slots: as many bytes again as there are, up to an extent; or fewer, or none. A

@@ -14,7 +14,7 @@ import numpy as np
 
 from portakv.errors import StoreError
 from portakv.storage.files import OPEN, form_in, lock, open_file
-from portakv.storage.table import SEGMENTS, Records, records_in, with_successors, write_record
+from portakv.storage.table import SEGMENTS, Records, cut_tail, records_in, with_successors
 
 EXTENT = 64 << 20  # bytes that a form grows or shrinks by at most at one time
 _NO_BOUND = (1 << 63) - 1
@@ -144,12 +144,8 @@ def _cut_closed(folder: Path, nbytes: int) -> bool:
             keep = _past_used(records, count)
         if keep >= count:
             return False
-        for slot in with_successors(records, keep):
-            records[slot] = 0
-            write_record(table, records, slot)
-        os.ftruncate(fd, keep * size)
+        cut_tail(fd, table, records, with_successors(records, keep), keep, size)
         os.utime(fd, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
-        os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
         return True
     except (OSError, StoreError):
         return False

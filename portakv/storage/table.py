@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,10 @@ from portakv.storage.image import checksum
 #: each, zeros, and the seal, which is seeded with the slot: it holds for no other. Sealed zeros are
 #: no block. In place of the mark older releases wrote the bytes of the payload, which nothing has
 #: ever read: they stand for an unknown predecessor.
-GENERATION, FOLLOWS, SEGMENTS, SUMS = 4, 5, 6, 7
+GENERATION = 4
+FOLLOWS = 5
+SEGMENTS = 6
+SUMS = 7
 
 Records = npt.NDArray[np.uint64]
 
@@ -46,6 +50,24 @@ def write_record(table: int, records: Records, slot: int) -> bool:
     except OSError:
         return False
     return bool(written == record.nbytes)
+
+
+def cut_tail(
+    slots: int,
+    table: int,
+    records: Records,
+    gone: Sequence[int],
+    keep: int,
+    image_bytes: int,
+) -> None:
+    """Cut the files of slots and records behind the first ``keep`` slots, once the records of
+    ``gone`` are empty, which `with_successors` returned. A kill at any step leaves no block without
+    the one that it follows."""
+    for slot in gone:
+        records[slot] = 0
+        write_record(table, records, slot)
+    os.ftruncate(slots, keep * image_bytes)
+    os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
 
 
 def with_successors(records: Records, keep: int) -> list[int]:
