@@ -593,12 +593,8 @@ def test_killed_at_random(tmp_path: Path, io: str, rounds: int) -> None:
     """Fault 10. Whatever a sealed record tells of is there, whole and right."""
     checked = 0
     for _ in range(rounds):
-        pid, told = cases.telling(writer(tmp_path, io))
-        assert os.read(told, 1) == b"x"
-        os.close(told)
-        time.sleep(random.random() * 0.03)
-        cases.kill(pid)
-        one = reopened(disk(tmp_path, blocks=12, of=LARGE, io=io))
+        cases.kill_writer(writer(tmp_path, io), 0.03)
+        one = cases.reopened(disk(tmp_path, blocks=12, of=LARGE, io=io), LARGE)
         try:
             held = [key for key, there in zip(KEYS, one.has(KEYS), strict=True) if there]
             assert load(one, held) == [True] * len(held)
@@ -606,17 +602,6 @@ def test_killed_at_random(tmp_path: Path, io: str, rounds: int) -> None:
             one.close()
         checked += len(held)
     assert checked >= 4 * rounds  # eight of twelve slots may have been under way
-
-
-def reopened(tier: Disk) -> DiskShelf:
-    """The shelf, as soon as the requests of a process that was killed have landed."""
-    until = time.monotonic() + 10
-    while True:
-        try:
-            return tier.open(GRAPH(), NO_ROWS, [LARGE])[0]
-        except StoreBusy:
-            assert time.monotonic() < until
-            time.sleep(0.005)
 
 
 @pytest.mark.parametrize("io", ["ring", "threads"])
@@ -640,7 +625,7 @@ def test_restarted_while_writes_are_in_flight(tmp_path: Path, io: str) -> None:
             assert os.read(told, 1) == b"x"
         time.sleep(random.random() * 0.01)
         os.kill(pid, signal.SIGKILL)
-        one = reopened(disk(tmp_path, blocks=many, of=LARGE, io=io))
+        one = cases.reopened(disk(tmp_path, blocks=many, of=LARGE, io=io), LARGE)
         path = tmp_path / LARGE.name / "slots"
         before = path.read_bytes()
         time.sleep(0.05)

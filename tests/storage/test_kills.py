@@ -9,40 +9,28 @@ from __future__ import annotations
 
 import os
 import random
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support import slot_cases as cases
-from support.slot_cases import LARGE, Tally
+from support.slot_cases import LARGE
 from support.storage_cases import key_of
 
-from portakv.errors import StoreBusy
 from portakv.storage import BlockForm, Disk, image
 from portakv.storage.chains import FIRST, mark_of
 from portakv.storage.disk_shelf import DiskShelf
 
-NO_ROWS = SimpleNamespace(memory=())
 FORMS = [replace(LARGE, model=f"model {number}") for number in range(3)]
 ROOM = 24 * LARGE.image_bytes
 CHAINS = [[key_of(100 * chain + number) for number in range(1, 13)] for chain in range(8)]
 
 
 def opened(folder: Path, form: BlockForm, io: Any) -> DiskShelf:
-    """The shelf, as soon as the requests of a process that was killed have landed."""
-    graph: Any = Tally()
-    tier = Disk(folder, capacity=ROOM, io=io)
-    until = time.monotonic() + 10
-    while True:
-        try:
-            return tier.open(graph, NO_ROWS, [form])[0]
-        except StoreBusy:
-            assert time.monotonic() < until
-            time.sleep(0.005)
+    """The shelf of a form, in a folder that others were killed in."""
+    return cases.reopened(Disk(folder, capacity=ROOM, io=io), form)
 
 
 def writer(folder: Path, form: BlockForm, io: Any) -> Callable[[int], None]:
@@ -93,11 +81,7 @@ def test_kills_at_random(tmp_path: Path, io: str, kills: int) -> None:
     found = 0
     for number in range(kills):
         form = FORMS[number * 7 // 4 % 3]
-        pid, told = cases.telling(writer(tmp_path, form, io))
-        assert os.read(told, 1) == b"x"
-        os.close(told)
-        time.sleep(random.random() * 0.05)
-        cases.kill(pid)
+        cases.kill_writer(writer(tmp_path, form, io), 0.05)
         found += check(tmp_path, form, io)
         if number % 8 == 7:
             for each in FORMS:

@@ -5,7 +5,9 @@ demand, what a shelf needs of a graph, and children that end in any way."""
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -14,7 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portakv.storage import image
+from portakv.errors import StoreBusy
+from portakv.storage import Disk, image
+from portakv.storage.disk_shelf import DiskShelf
 from portakv.storage.engine import Ended, Request
 from portakv.storage.form import BlockForm
 from portakv.storage.threads import carry
@@ -116,3 +120,24 @@ def kill(pid: int) -> None:
     """Kill -9, and wait for the end."""
     os.kill(pid, 9)
     os.waitpid(pid, 0)
+
+
+def kill_writer(work: Callable[[int], object], most: float) -> None:
+    """Kill a child that writes, within ``most`` seconds after it says that it has begun."""
+    pid, told = telling(work)
+    assert os.read(told, 1) == b"x"
+    os.close(told)
+    time.sleep(random.random() * most)
+    kill(pid)
+
+
+def reopened(tier: Disk, form: BlockForm) -> DiskShelf:
+    """The shelf, as soon as the requests of a process that was killed have landed."""
+    graph: Any = Tally()
+    until = time.monotonic() + 10
+    while True:
+        try:
+            return tier.open(graph, SimpleNamespace(memory=()), [form])[0]
+        except StoreBusy:
+            assert time.monotonic() < until
+            time.sleep(0.005)
