@@ -478,6 +478,10 @@ class Graph:
             given = node.given() if callable(node.given) else node.given
             if given is not None:
                 left[:] = given
+        except Exception as error:  # of the maker's function
+            node.error, left[:] = node.error or error, False
+            return left
+        try:
             for before, mine, theirs in node.after:
                 node.error = node.error or before.error
                 if node.rescue:
@@ -519,7 +523,14 @@ class Graph:
             lease = heap[0][2]
             nodes = [node for node in lease.nodes if node.state == "room"]
             if nodes and lease.items is None:
-                lease.items = pool.take(lease.count, lease.store)
+                try:
+                    lease.items = pool.take(lease.count, lease.store)
+                except Exception as error:  # of the pool
+                    heappop(heap)
+                    lease.nodes.clear()
+                    for node in nodes:
+                        self.end(node, False, "failed", error)
+                    continue
                 if lease.items is None:
                     heaps = [x for x in heaps if x is not heap and (room[2] or not lease.store)]
                     continue
@@ -548,8 +559,11 @@ class Graph:
         if lease:
             lease.users -= 1
             if not lease.users:
-                if lease.ended:
-                    lease.ended(lease)
+                try:
+                    if lease.ended:
+                        lease.ended(lease)
+                except Exception as error:  # of the maker: the items go back all the same
+                    node.error = node.error or error
                 if lease.count and lease.items is not None:
                     lease.pool.give(lease.items)
                     lease.items = None
@@ -558,9 +572,12 @@ class Graph:
 
     def count(self, tier: str, op: str, result: str, blocks: int = 1, nbytes: int = 0) -> None:
         """Add to what `statistics` tells."""
-        with self.lock:
-            self.counts[tier, op, result] += blocks
-            self.nbytes[tier, op] += nbytes
+        self.run(partial(self._count, tier, op, result, blocks, nbytes))
+
+    def _count(self, tier: str, op: str, result: str, blocks: int, nbytes: int) -> None:
+        """Add to the figures, under the lock."""
+        self.counts[tier, op, result] += blocks
+        self.nbytes[tier, op] += nbytes
 
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, but for "portakv_": of each a list of

@@ -240,7 +240,8 @@ class Slots:
         text = words[slots, :GENERATION].tobytes()
         keys = [text[at : at + 32] for at in range(0, len(text), 32)]
         newest = dict(zip(keys, slots.tolist(), strict=True))  # of two records of one key
-        held = {slot: key for key, slot in newest.items()}
+        with self._change:  # a block that an earlier folder has lies in that one alone
+            held = {slot: key for key, slot in newest.items() if key not in self.chains}
         for slot in {*slots.tolist()}.difference(held):
             self._put(slot)
 
@@ -439,7 +440,9 @@ class Slots:
             self.chains.unexpect(self._taken.pop(slot, UNKNOWN))
             # Of two records of a block only one stays, or a later start could enter the other one.
             before = self.index.get(key)
-            if before is not None and int(self._records[before, GENERATION]) > generation:
+            elsewhere = before is None and key in self.chains  # in another folder
+            newer = before is not None and int(self._records[before, GENERATION]) > generation
+            if elsewhere or newer:
                 self._put(slot)
                 self._free.append(slot)
                 return True

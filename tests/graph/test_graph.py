@@ -372,6 +372,62 @@ def test_a_lease_is_taken_once_and_goes_back_behind_the_last_node(graph: Graph) 
     assert sorted(pool.free) == [0, 1]
 
 
+def test_what_a_lease_calls_may_raise(graph: Graph) -> None:
+    """The node has the error, the items go back, and the worker goes on."""
+    error, pool, link = ValueError("a fault"), Items(1), graph.link("any")
+
+    def raises(_: object) -> None:
+        raise error
+
+    node = Node(nothing, 1, link=link, lease=Lease(pool, 1, ended=raises))
+    gate = Node(None, 1, after=[node])
+    other = Node(nothing, 1, link=link, lease=Lease(pool, 1))
+    graph.submit([node, gate, other])
+    assert gate.wait(WAIT)
+    assert gate.error is error
+    assert other.wait(WAIT)
+    assert (other.landed.all(), pool.free) == (True, [0])
+
+
+def test_a_pool_that_raises_fails_the_nodes_that_wait_for_it(graph: Graph) -> None:
+    error, link, held = ValueError("a fault"), graph.link("any"), Held()
+    pool = Items(1)
+    first = Node(held, 1, link=link, lease=Lease(pool, 1))
+    second = Node(nothing, 1, link=link, lease=Lease(pool, 1))
+    third = Node(nothing, 1, link=link)
+    gate = Node(None, 1, after=[second])
+    graph.submit([first, second, gate])
+    assert held.began.wait(WAIT)
+
+    def raises(count: int, store: bool) -> list[int] | None:
+        raise error
+
+    pool.take = raises  # type: ignore[method-assign]
+    held.end.set()  # the worker of `first` asks the pool for `second`
+    assert gate.wait(WAIT)
+    assert (second.state, gate.error) == ("failed", error)
+    graph.submit([third])
+    assert third.wait(WAIT)
+    assert third.landed.all()
+
+
+def test_blocks_that_cannot_be_told_are_not_given(graph: Graph) -> None:
+    error = KeyError("a fault")
+
+    def given() -> Any:
+        raise error
+
+    read = Node(nothing, 1, link=graph.link("any"))
+    gate = Node(None, 1, after=[read], given=given)
+    other = Node(nothing, 1, link=graph.link("any"), after=[read])
+    graph.submit([read, gate, other])
+    assert gate.wait(WAIT)
+    assert gate.error is error
+    assert not gate.landed.any()
+    assert other.wait(WAIT)
+    assert other.landed.all()
+
+
 def test_all_nodes_of_a_lease_go_on_when_it_is_granted(graph: Graph) -> None:
     """Also those behind a node that waits for the end of this very lease."""
     pool, link, held = Items(1), graph.link("any", 2), Held()

@@ -364,6 +364,57 @@ def test_several_folders(shelf: Open) -> None:
     assert load(shelf(FORM, "c", "b"), KEYS[:2]) == [False, True]
 
 
+@pytest.mark.parametrize("event", ["nothing", "eviction", "damage", "removal"])
+def test_folders_that_were_used_apart_have_the_same_blocks(shelf: Open, event: str) -> None:
+    """Opened together they hold each block once, whatever becomes of it."""
+    for name in ("a", "b"):
+        one = shelf(FORM, name)
+        assert save(one, KEYS[:6]) == [True] * 6
+        one.close()
+    both = shelf(FORM, "a", "b")
+    assert [each["used"] for each in both.statistics().values()] == [6, 0]
+    if event == "eviction":
+        for key in KEYS[10:50]:
+            assert save(both, [key]) == [True]
+        assert not any(both.has(KEYS[:6]))
+    if event == "damage":
+        slots = both.parts[0][0].folder / "slots"
+        slots.write_bytes(bytes(slots.stat().st_size))
+        assert load(both, KEYS[:6]) == [False] * 6
+    if event == "removal":
+        assert both.parts[0][0].cut(1)  # empty slots, and then those with blocks
+        assert both.parts[0][0].cut(6 * FORM.image_bytes)
+        assert both.has(KEYS[:6]) == [False] * 6
+    both.touch(KEYS[:6])
+    assert save(both, KEYS[:6], 2) == [True] * 6
+    assert load(both, KEYS[:6]) == [True] * 6
+    both.close()
+    assert load(shelf(FORM, "b", "a"), KEYS[:6]) == [True] * 6
+
+
+def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(shelf: Open) -> None:
+    one = shelf(FORM, "a", "b")
+    graph: Any = one.graph
+    a, _ = graph.links.values()
+    other = list[list[bool]]()
+
+    def save_elsewhere(_: Request) -> None:
+        io.fail = lambda ask: None
+        a.queued_bytes = 1  # the other save goes to the second folder
+        other.append(save(one, KEYS[:1], 2))
+
+    io = one.engine
+    assert isinstance(io, Faulty)
+    io.fail = save_elsewhere
+    assert save(one, KEYS[:1]) == [True]
+    assert other == [[True]]
+    assert [each["used"] for each in one.statistics().values()] == [0, 1]
+    assert load(one, KEYS[:1]) == [True]
+    for key in KEYS[10:40]:
+        assert save(one, [key]) == [True]
+    assert one.has(KEYS[:1]) == [False]
+
+
 def test_a_prefix_is_the_last_to_go(shelf: Open) -> None:
     """Of blocks that were written together, and after a kill as well."""
     one = shelf()
