@@ -90,8 +90,6 @@ class Handle(Transfer):
         if gate.name == "save":
             if not sentences and gate.short:
                 sentences.append(f"{gate.short} did not take the others.")
-            elif not sentences:
-                sentences.append("The others were evicted before the save ended.")
         elif not gate.error:
             if not details:
                 sentences.append("No tier has the others.")

@@ -81,6 +81,11 @@ class DiskShelf:
         """The highest that was found."""
         return max(slots.generation for slots, _ in self.parts)
 
+    @property
+    def where(self) -> str:
+        """The folders."""
+        return ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
+
     def has(self, keys: Sequence[bytes], _: float | None = None) -> list[bool]:
         """Which blocks are there."""
         return [any(key in slots.index for slots, _ in self.parts) for key in keys]
@@ -190,8 +195,7 @@ class DiskShelf:
         for position, key in enumerate(keys):
             found = self.pin(key)
             if found is None:
-                folders = ", ".join(str(slots.folder.parent) for slots, _ in self.parts)
-                report(key, Reason(reasons.EVICTED, folders))
+                report(key, Reason(reasons.EVICTED, self.where))
             else:
                 slots, place = found
                 pinned.append(_Pinned(position, slots, place, spans))
@@ -214,6 +218,9 @@ class DiskShelf:
         blocks have successors, leaves it to the other folders."""
         first = next(slots for slots, each in self.parts if each is link)
         folders = [first, *(slots for slots, _ in self.parts if slots is not first)]
+        # A folder with free slots comes before one that has to evict.
+        tries = [(slots, False) for slots in folders] if len(folders) > 1 else []
+        tries += [(slots, evict) for slots in folders]
         self.touch([*own] if own else ())  # what the call finds stored goes after other blocks
         landed = self.has(keys)
         new = [i for i, there in enumerate(landed) if not there]
@@ -224,8 +231,8 @@ class DiskShelf:
         try:
             for i in new:
                 mark = predecessor(rows[i])
-                for slots in folders:
-                    slot = slots.take(keys[i], own, mark, evict)
+                for slots, evicts in tries:
+                    slot = slots.take(keys[i], own, mark, evicts)
                     if slot is not None:
                         taken.append((i, slots, slot))
                         break

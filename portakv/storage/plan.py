@@ -41,6 +41,7 @@ class Shelf(Protocol):
     returns whether nothing waits for a read any more."""
 
     tier: str
+    where: str  # its paths or its URL, for errors
     form: BlockForm
     writable: bool
     notes: list[str]  # for `BlockStore.explain`
@@ -291,9 +292,11 @@ class Call:
         if isinstance(spot, Fill):  # it is under way
             spot.calls.append((self, some))
             self.explanation.sources.append(spot.reasons)
-            spot.until, every = None, [*spot.ends.values()]  # what is waited for is not dropped
+            every = [*spot.ends.values()]
+            spot.until = None  # what is waited for is not dropped
             ends = [[spot.ends[x]] if x in spot.ends else every for x in segments]
             items = [self.flights.fills[names[i]][1] for i in some]
+            self.explanation.nodes += [(end, some, items) for end in every]
             yield Landing(spot, dict(enumerate(ends)), some, items)
         elif spot == KEPT:  # its rows stay until the nodes that use them have ended
             for at in self.chunks(some, LOADED, len({*segments})):
@@ -362,6 +365,7 @@ class Call:
         terms: Any = {"after": after, "rescue": rescue, "lease": lease, "name": self.kind}
         node = Node(work, len(at), link=link, nbytes=nbytes, **terms)
         self._nodes.append((order[0], node))
+        self.explanation.nodes.append((node, at, range(len(at))))
         return node
 
     def submit(self, *gates: Node) -> None:

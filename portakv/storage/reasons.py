@@ -8,20 +8,26 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
+from portakv.graph.graph import Node
+
 #: The bytes came and are wrong, or the device has lost them.
 DAMAGED = "damaged"
 #: The tier did not answer, or failed.
 UNREACHABLE = "unreachable"
 #: The tier answered that it may not be read or written.
 REFUSED = "refused"
-#: The block was there when the call was planned, and is gone.
+#: The block was there when the call was planned, or was saved by it, and is gone.
 EVICTED = "evicted"
 #: The tier does not have the block.
 MISSING = "missing"
-#: The deadline passed, or the call was cancelled, before the block came.
+#: The deadline passed before the block came.
 LATE = "late"
-#: The tier had no room for the block that a save brought.
+#: The call was cancelled before the block came.
+CANCELLED = "cancelled"
+#: The tier had no room for the block that a save brought, or staging had none in time.
 DROPPED = "dropped"
+#: What moves the block raised an exception.
+FAILED = "failed"
 
 
 class Reason(NamedTuple):
@@ -62,25 +68,51 @@ class Explanation:
 
     Attributes:
         sources: the reasons of each transfer that the call follows.
+        nodes: what moves blocks for the call, with the numbers of these among its blocks and
+            among those of the node.
         located: which blocks some tier had when the call was planned, bool ``[blocks]``; None for
             a save.
+        kept_in: where a save puts blocks, from which they may be evicted before it ends.
     """
 
     def __init__(self, keys: Sequence[bytes]) -> None:
         self._keys = keys
         self.sources: list[Reasons] = []
+        self.nodes: list[tuple[Node, Sequence[int], Sequence[int]]] = []
         self.located: Any = None
+        self.kept_in = ""
 
     def sentence(self, landed: Any) -> str:
         """Return the reasons with their counts, the most frequent first; empty if none is known
         for the blocks that did not land."""
+        unrun, untaken = self._by_nodes(landed)
         counts: Counter[Reason] = Counter()
         for number, key in enumerate(self._keys):
-            if not landed[number]:
-                counts.update(self._reasons(number, key))
+            if landed[number]:
+                continue
+            found = [*self._reasons(number, key), *unrun.get(number, ())]
+            if not found and self.kept_in and number not in untaken:
+                found = [Reason(EVICTED, self.kept_in)]
+            counts.update(found)
         return ", ".join(
             f"{count} {reason.kind} ({reason.where})" for reason, count in counts.most_common()
         )
+
+    def _by_nodes(self, landed: Any) -> tuple[dict[int, dict[Reason, None]], set[int]]:
+        """Return of blocks that did not land why nodes did not run for them, and those that a node
+        ran for in vain."""
+        unrun: dict[int, dict[Reason, None]] = {}
+        untaken = set[int]()
+        for node, blocks, rows in self.nodes:
+            pairs = zip(blocks, rows, strict=True)
+            missing = [(block, row) for block, row in pairs if not landed[block]]
+            if node.state != "landed":
+                reason = Reason(node.state, node.link.name)
+                for block, _ in missing:
+                    unrun.setdefault(block, {})[reason] = None
+            else:
+                untaken.update(block for block, row in missing if not node.landed[row])
+        return unrun, untaken
 
     def _reasons(self, number: int, key: bytes) -> list[Reason]:
         """Return why a block did not land. That a tier lacks it explains nothing if another tier

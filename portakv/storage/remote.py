@@ -342,6 +342,7 @@ class Shelf:
     def __init__(self, remote: Remote, graph: Graph, form: BlockForm, own: bool) -> None:
         self._remote = remote
         self._graph = graph
+        self.where = remote.url
         self.form = form
         self.writable = own
         self.notes = [remote.last_error or "ready"]

@@ -92,7 +92,9 @@ class Slots:
         self._fits = False  # whether the other forms leave the room that the bound promises
         self.index = dict[bytes, int]()
         self._pins: Counter[int] = Counter()
-        self._taken = dict[int, int]()  # slots that are being written, and what their blocks follow
+        # Slots that are being written: the keys of their blocks, and what these follow.
+        self._taken = dict[int, tuple[bytes, int]]()
+        self._written = threading.Condition(self._change)
         _watch_forks()
         _opened.add(self)
         try:
@@ -325,7 +327,8 @@ class Slots:
 
         None if no slot is free, none can be allocated and none may be freed: not without
         ``evict``, not if the next block to go comes before this one in ``own``, the blocks of its
-        call, or all have pins or successors; also if the table cannot be written."""
+        call, or all have pins or successors; also if the table cannot be written. Waits while a
+        later block of ``own`` is being written, which may go then."""
         with self._change:
             if self.fd < 0:
                 return None
@@ -334,12 +337,14 @@ class Slots:
                 self._fits = True
             if not self._free:
                 self._grow()
-            if not self._free and evict:
-                self._evict(key, own or {})
+            while not self._free and evict and not self._evict(key, own or {}):
+                if not self._later_are_written(key, own or {}):
+                    break
+                self._written.wait()
             if not self._free:
                 return None
             slot: int = self._free.popleft()
-            self._taken[slot] = follows
+            self._taken[slot] = key, follows
             self.chains.expect(follows)
         if not self._put(slot):
             self.give(slot)
@@ -419,25 +424,37 @@ class Slots:
         if self._free:
             self._put(self._free[0])
 
-    def _evict(self, key: bytes, own: Mapping[bytes, int]) -> None:
-        """Evict a block for another one, unless the other one comes after it in its call."""
+    def _evict(self, key: bytes, own: Mapping[bytes, int]) -> bool:
+        """Evict a block for another one, unless the other one comes after it in its call; return
+        whether one went."""
         victim = self.chains.next(self.folder)
         if victim is None or (victim in own and own[victim] <= own[key]):
-            return
+            return False
         self._forget(victim)
         self.evicted += 1
+        return True
+
+    def _later_are_written(self, key: bytes, own: Mapping[bytes, int]) -> bool:
+        """Return whether blocks are being written that come after one in its call."""
+        return key in own and any(own.get(x, -1) > own[key] for x, _ in self._taken.values())
+
+    def _end_write(self, slot: int) -> None:
+        """Note that a slot is not being written any more."""
+        _, follows = self._taken.pop(slot, (b"", UNKNOWN))
+        self.chains.unexpect(follows)
+        self._written.notify_all()
 
     def seal(self, slot: int, key: bytes, generation: int, checksums: Sequence[int]) -> bool:
         """Enter a block whose image was written; False if its record cannot be."""
         if not self.direct:
             size = self.form.image_bytes
             os.posix_fadvise(self.fd, slot * size, size, os.POSIX_FADV_DONTNEED)
-        follows = self._taken.get(slot, UNKNOWN)
+        _, follows = self._taken.get(slot, (b"", UNKNOWN))
         if not self._put(slot, key, generation, checksums, follows):
             self.give(slot)
             return False
         with self._change:
-            self.chains.unexpect(self._taken.pop(slot, UNKNOWN))
+            self._end_write(slot)
             # Of two records of a block only one stays, or a later start could enter the other one.
             before = self.index.get(key)
             elsewhere = before is None and key in self.chains  # in another folder
@@ -456,7 +473,7 @@ class Slots:
     def give(self, slot: int, broken: bool = False) -> None:
         """Give a taken slot back; a broken one is not used again."""
         with self._change:
-            self.chains.unexpect(self._taken.pop(slot, UNKNOWN))
+            self._end_write(slot)
             self.broken += broken
             if not broken:
                 self._free.append(slot)

@@ -182,16 +182,19 @@ class BlockStore:
         """The blocks of a save by the tiers that lack them; it joins what is under way."""
         own, groups = self._own, dict[tuple[Shelf, ...], list[int]]()
         shelves = [shelf for shelf in own.shelves if shelf.writable]
+        keeps = [shelf.where for shelf in shelves if shelf.tier != "remote"]
+        call.explanation.kept_in = ", ".join(keeps if shelves else ["the host tier"])
         known = [shelf.known(call.keys) for shelf in shelves]
         wants = [shelf.wants(call.keys) for shelf in shelves]
         for stored, wanted in zip(known, wants, strict=True):
-            call.excused |= ~(np.array(stored) | wanted)
+            call.excused |= ~(np.array(stored, np.bool_) | np.array(wanted, np.bool_))
         for i, key in enumerate(call.keys):
             fill, row = self._flights.fills.get(own.name(key), (None, 0))
             lacks = tuple(shelf for shelf, x in zip(shelves, wants, strict=True) if x[i])
             if fill and fill.store and fill.wanted:
                 call.ends += [((end, [i], [row]), range(0)) for end in fill.last]
                 call.explanation.sources.append(fill.reasons)
+                call.explanation.nodes += [(end, [i], [row]) for end in fill.last]
             elif lacks or not (shelves or self.rows.has(own.name(key))):
                 groups.setdefault(lacks, []).append(i)
         return groups

@@ -426,6 +426,17 @@ def test_a_prefix_is_the_last_to_go(shelf: Open) -> None:
     assert shelf().parts[0][0].by_use() == order
 
 
+def test_a_folder_with_free_slots_comes_before_one_that_evicts(shelf: Open) -> None:
+    one = shelf(FORM, "a", "b", blocks=4)
+    graph: Any = one.graph
+    _, b = graph.links.values()
+    b.queued_bytes = 1
+    assert save(one, KEYS[:4]) == [True] * 4
+    assert save(one, KEYS[4:8]) == [True] * 4
+    assert [each["used"] for each in one.statistics().values()] == [4, 4]
+    assert one.has(KEYS[:8]) == [True] * 8
+
+
 def test_folders_fill_alike_if_nothing_is_queued(shelf: Open) -> None:
     one = shelf(FORM, "a", "b", blocks=4)
     for key in KEYS[:20]:

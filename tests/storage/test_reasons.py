@@ -271,3 +271,82 @@ def test_a_save_that_staging_drops_is_logged(caplog: pytest.LogCaptureFixture) -
         first.synchronize(LIMIT)
     (line,) = [x for x in caplog.messages if "dropped" in x]
     assert KEYS[1].hex() in line
+
+
+def error_of(handle: Any) -> str:
+    """The sentence with which a handle ends."""
+    with pytest.raises(TransferError) as error:
+        handle.synchronize(LIMIT)
+    return str(error.value)
+
+
+def test_a_save_counts_blocks_that_are_gone_when_it_ends(tmp_path: Path) -> None:
+    """It found the last ones stored, and evicted them for the first ones."""
+    with opened(Disk(tmp_path, capacity=6 * FORM.image_bytes, io="threads")) as store:
+        store.save(cache(), range(5, 8), KEYS[5:], after=KEYS[4]).synchronize(LIMIT)
+        text = error_of(store.save(cache(), range(8), KEYS))
+    assert text == f"6 of 8 blocks landed. 2 evicted ({tmp_path})."
+
+
+def test_a_save_to_the_host_tier_counts_blocks_that_are_gone_when_it_ends() -> None:
+    with opened(host=4 * FORM.image_bytes) as store:
+        handle = store.save(cache(), range(8), KEYS, priority="urgent")
+        text = error_of(handle)
+    landed = int(handle.landed.sum())
+    assert text == f"{landed} of 8 blocks landed. {8 - landed} evicted (the host tier)."
+
+
+@pytest.mark.parametrize("end", ["late", "cancelled"])
+@pytest.mark.parametrize("call", ["save", "load", "joined load"])
+def test_blocks_whose_transfer_never_began_are_counted(call: str, end: str) -> None:
+    """One block holds the only worker; the others wait behind it."""
+    tier = FakeTier(width=1)
+    with opened(tier) as store:
+        saved(store)
+        go = tier.hold = Event()
+        tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
+        others = [key_of(100 + number) for number in range(8)]
+        terms: dict[str, Any] = {"deadline": 0.05} if end == "late" else {}
+        if call == "save":
+            first = store.save(cache(), [0], others[:1], priority="urgent")
+            second = store.save(cache(), range(1, 4), others[1:4], priority="urgent", **terms)
+        else:
+            first = store.load(cache(), [0], KEYS[:1])
+            second = store.load(cache(), range(1, 4), KEYS[1:4], **terms)
+        if call == "joined load":
+            third = store.load(cache(), range(1, 4), KEYS[1:4], **terms)
+            second.cancel()
+            second = third
+        if end == "cancelled":
+            second.cancel()
+        text = error_of(second)
+        go.set()
+        first.synchronize(LIMIT)
+    assert text.startswith(f"0 of 3 blocks landed. 3 {end} (fake:x)")
+
+
+def test_blocks_that_staging_drops_are_counted() -> None:
+    tier = FakeTier()
+    tier.hold = Event()
+    with opened(tier, staging=2, full="drop") as store:
+        first = store.save(cache(), [0], KEYS[:1], priority="urgent")
+        text = error_of(store.save(cache(), [1], KEYS[1:2], priority="urgent"))
+        tier.hold.set()
+        first.synchronize(LIMIT)
+    assert text.startswith("0 of 1 blocks landed. 1 dropped (device-host). ")
+
+
+def test_blocks_whose_tier_raises_are_counted() -> None:
+    with opened(FakeTier()) as store:
+        shelf: Any = store._shelves[0]
+        shelf.write = lambda *_, **__: 1 // 0
+        text = error_of(store.save(cache(), range(4), KEYS[:4]))
+    assert text.startswith("0 of 4 blocks landed. 4 failed (fake:x). ZeroDivisionError(")
+
+
+def test_a_save_of_no_blocks_ends(tmp_path: Path) -> None:
+    with opened(Disk(tmp_path, capacity=1 << 20, io="threads")) as store:
+        handle = store.save(cache(), [], [])
+        handle.synchronize(LIMIT)
+        assert handle.landed.tolist() == []
+        store.load(cache(), [], []).synchronize(LIMIT)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,32 @@ def pinned(slots: Slots, key: bytes) -> Place:
     entry = slots.pin(key)
     assert entry is not None
     return entry
+
+
+def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None:
+    """Of a call, while the late one is being written; without a call it is refused."""
+    own = {key: place for place, key in enumerate(KEYS[:3])}
+    with closing(opened(tmp_path / "x", 1)) as slots:
+        late = slots.take(KEYS[2], own)
+        assert late is not None
+        assert slots.take(KEYS[0]) is None
+        assert slots.take(KEYS[0], {KEYS[0]: 0}) is None
+        with ThreadPoolExecutor() as pool:
+            early = pool.submit(slots.take, KEYS[1], own)
+            with pytest.raises(TimeoutError):
+                early.result(0.1)
+            assert slots.seal(late, KEYS[2], 1, (1,))
+            assert early.result(10) == late
+        assert [*slots.index] == []
+        slots.give(late)
+        last = slots.take(KEYS[2], own)
+        assert last is not None
+        with ThreadPoolExecutor() as pool:
+            early = pool.submit(slots.take, KEYS[1], own)
+            with pytest.raises(TimeoutError):
+                early.result(0.1)
+            slots.give(last)  # its write failed
+            assert early.result(10) == last
 
 
 @pytest.fixture

@@ -85,6 +85,7 @@ class FakeShelf:
 
     def __init__(self, owner: FakeTier, form: BlockForm, link: Any, own: bool) -> None:
         self.tier, self.form, self.notes = owner.tier, form, ["a dict of bytes"]
+        self.where = link.name
         self.writable, self.generation = own and owner.writable, 0
         self._owner, self._link = owner, link
 
