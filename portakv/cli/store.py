@@ -27,7 +27,7 @@ from portakv.errors import StoreBusy, StoreError
 from portakv.storage import image, slots, table
 from portakv.storage.choose import choose
 from portakv.storage.engine import Request
-from portakv.storage.files import form_in, lock, open_file
+from portakv.storage.files import cause_of, check_folder, form_in, lock, open_file, unusable
 from portakv.storage.form import BlockForm, Range
 
 HELP = "what lies in a folder of a block store: show, check or wipe it"
@@ -87,7 +87,7 @@ def _usable(folder: str) -> Iterator[None]:
             FileNotFoundError: missing,
             NotADirectoryError: "that is no folder",
             PermissionError: f"this user may not use {error.filename or 'it'}",
-        }.get(type(error), str(error))
+        }.get(type(error), f"{error.filename or 'it'} cannot be used: {cause_of(error)}")
         raise StoreError(
             f"Block stores in {folder} were asked for, but {why}; expected what `Disk` was given."
         ) from error
@@ -109,7 +109,7 @@ def _stores(folder: str) -> list[Path]:
 
 def _is_store(place: Path) -> bool:
     named = re.fullmatch("[0-9a-f]{32}", place.name) is not None
-    return named and place.is_dir() and not place.is_symlink()
+    return named and (place.is_dir() or place.is_symlink())
 
 
 @contextmanager
@@ -126,10 +126,15 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def _told(act: Callable[[Path], dict[str, Any]], store: Path) -> dict[str, Any]:
     """What an act on a store found, or why it could not."""
+    why: StoreError
     try:
+        check_folder(store)
         return act(store)
-    except (OSError, StoreError) as error:
-        return {"form": store.name, "bytes": _bytes(store), "why": [str(error)]}
+    except StoreError as error:
+        why = error
+    except OSError as error:
+        why = unusable(store, error)
+    return {"form": store.name, "bytes": _bytes(store), "why": [str(why)]}
 
 
 def _print(found: Sequence[dict[str, Any]]) -> None:
@@ -168,7 +173,8 @@ def _range(part: Range) -> str:
 def _shown(store: Path) -> dict[str, Any]:
     """What a store's files tell, without opening it: another process may have it."""
     form = form_in(store)
-    count = (store / "slots").stat().st_size // form.image_bytes
+    with os.fdopen(open_file(store / "slots"), "rb") as file:
+        count = os.fstat(file.fileno()).st_size // form.image_bytes
     keys = set[bytes]()
     for slot, record in enumerate(table.records_in(store, form, count)):
         # A recovery believes the same records.
@@ -229,7 +235,9 @@ def _wiped(store: Path) -> dict[str, Any]:
 
 
 def _bytes(store: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in store.glob("*"))
+    if store.is_symlink():  # what it leads to is not the store's
+        return 0
+    return sum(file.lstat().st_blocks * 512 for file in store.glob("*"))
 
 
 def _open_in(folder: Path) -> str:

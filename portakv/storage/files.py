@@ -95,14 +95,32 @@ def wrong_owner(path: Path, uid: int) -> StoreError:
     )
 
 
-def unusable(folder: Path, error: OSError) -> StoreError:
-    """Return the error for a folder of which the system refuses a file."""
-    place = error.filename or folder
+def check_folder(folder: Path) -> None:
+    """Raise `StoreError` for a link, and for another user's folder."""
+    about = os.lstat(folder)
+    if stat.S_ISLNK(about.st_mode):
+        raise StoreError(
+            f"Expected {folder} to be a directory, got a symbolic link. Remove it, or give the "
+            f"store another folder."
+        )
+    if about.st_uid != os.geteuid():
+        raise wrong_owner(folder, about.st_uid)
+
+
+def cause_of(error: OSError) -> str:
+    """Return why the system refused a file, as half a sentence."""
     number = error.errno or 0
     detail = error.strerror or str(error)
     cause = _CAUSES.get(number, detail)
     if detail not in (cause, os.strerror(number)):
         cause += f" ({detail})"
+    return cause
+
+
+def unusable(folder: Path, error: OSError) -> StoreError:
+    """Return the error for a folder of which the system refuses a file."""
+    place = error.filename or folder
+    number = error.errno
     if number == errno.ENOSPC:
         advice = "Free some space, or lower the capacity."
     elif number == errno.EROFS:
@@ -111,7 +129,7 @@ def unusable(folder: Path, error: OSError) -> StoreError:
         advice = "Correct its permissions, or give the store another folder."
     else:
         advice = "Correct it, or give the store another folder."
-    return StoreError(f"Expected to use {place}, but {cause}. {advice}")
+    return StoreError(f"Expected to use {place}, but {cause_of(error)}. {advice}")
 
 
 def lock(file: Path) -> int:

@@ -9,7 +9,6 @@ import fcntl
 import json
 import mmap
 import os
-import stat
 import sys
 import threading
 from collections import Counter, deque
@@ -30,6 +29,7 @@ from portakv.storage.engine import LOST, Engine, Request
 from portakv.storage.files import (
     MOST_FORM,
     OPEN,
+    check_folder,
     form_in,
     lock,
     open_file,
@@ -54,6 +54,7 @@ from portakv.storage.table import (
 
 PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 Track = Callable[[Sequence[int], str], Iterable[int]]
 Place = tuple[int, Header]  # the slot of a block, and what its image must say
 
@@ -115,7 +116,7 @@ class Slots:
         if room is not None:
             self._claim = claim(self.folder.parent)
             os.makedirs(self.folder, 0o700, exist_ok=True)
-        self._check_folder()
+        check_folder(self.folder)
         found = self._form_found()
         self.fd = lock(self.folder / "slots")  # the very file of the I/O
         if self.fd < 0:
@@ -165,7 +166,28 @@ class Slots:
         file = self.folder / "form.json"
         if new or not read_file(file, MOST_FORM).startswith(same.encode()):
             about["written_by"] = f"portakv {__version__}"
-            self._tell(file.name, json.dumps(content), must=new)
+            if new:
+                self._make_form(file, json.dumps(content))
+            else:
+                self._tell(file.name, json.dumps(content))
+
+    def _make_form(self, file: Path, text: str) -> None:
+        """Write the first form.json of a folder; other forms give way while the device is full. If
+        it cannot be written, nothing is left that somebody takes for a form."""
+        try:
+            while True:
+                try:
+                    return self._tell(file.name, text, must=True)
+                except OSError as error:
+                    if error.errno not in _FULL or not self._space.give_way(self.folder, PAGE):
+                        raise
+        except BaseException:
+            file.with_name(f"{file.name}.new").unlink(missing_ok=True)
+            if not os.fstat(self.fd).st_size:
+                (self.folder / "slots").unlink(missing_ok=True)
+            with suppress(OSError):  # it holds what is not a store's
+                self.folder.rmdir()
+            raise
 
     def _try_direct(self) -> None:
         """Have the I/O go past the page cache, if the device takes images at multiples of a page.
@@ -195,17 +217,6 @@ class Slots:
                 f"it, or remove the blocks by `portakv store wipe`."
             )
         return found
-
-    def _check_folder(self) -> None:
-        """Refuse a link and another user's folder."""
-        about = os.lstat(self.folder)
-        if stat.S_ISLNK(about.st_mode):
-            raise StoreError(
-                f"Expected {self.folder} to be a directory, got a symbolic link. Remove it, or "
-                f"give the store another folder."
-            )
-        if about.st_uid != os.geteuid():
-            raise wrong_owner(self.folder, about.st_uid)
 
     def _recover(self, engine: Engine, track: Track, records: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
@@ -404,7 +415,7 @@ class Slots:
             try:
                 _extend({self.fd: past * size, self._table: past * width})
             except OSError as error:
-                if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                if error.errno not in _FULL:
                     return
                 if more > 1:
                     more //= 2

@@ -116,6 +116,35 @@ def test_show_follows_no_link_and_waits_for_no_pipe(folder: Path, tmp_path: Path
         assert "regular file, got a" in ran.out
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe", "directory"])
+@pytest.mark.parametrize("action", ["show", "check"])
+def test_something_else_in_place_of_the_slots(folder: Path, action: str, kind: str) -> None:
+    slots = folder / FORM.name / "slots"
+    elsewhere = slots.rename(folder / "elsewhere")
+    if kind == "link":
+        slots.symlink_to(elsewhere)
+    elif kind == "pipe":
+        os.mkfifo(slots)
+    else:
+        slots.mkdir()
+    ran = run("store", action, str(folder))
+    assert (ran.code, ran.err) == (1, "")
+    assert f"Expected {slots} to be a regular file, got a" in ran.out
+
+
+@pytest.mark.parametrize("action", ["show", "check", "wipe"])
+def test_a_link_in_place_of_a_form(folder: Path, tmp_path: Path, action: str) -> None:
+    place = folder / FORM.name
+    elsewhere = place.rename(tmp_path / "elsewhere")
+    before = {file: file.read_bytes() for file in elsewhere.iterdir()}
+    place.symlink_to(elsewhere)
+    ran = run("store", action, str(folder), *(["--yes"] if action == "wipe" else []))
+    assert (ran.code, ran.err) == (1, "")
+    assert f"Expected {place} to be a directory, got a symbolic link" in ran.out
+    assert {file: file.read_bytes() for file in elsewhere.iterdir()} == before
+    assert place.is_symlink()
+
+
 @pytest.mark.usefixtures("either")
 @pytest.mark.parametrize(
     ("offset", "why"),
@@ -231,7 +260,7 @@ def test_a_form_that_cannot_be_read_is_a_row_with_the_reason(
         return  # which are made anew, empty
     ran = run(*words, str(folder))
     assert (ran.code, ran.err) == (int(words[0] == "store"), "")
-    why = "of format 1, got format 99" if harm == "another format" else "No such file"
+    why = "of format 1, got format 99" if harm == "another format" else "but it does not exist"
     assert re.search(rf"{FORM.name}, .*{why}", ran.out)
     assert re.search(rf"{OTHER.name[:8]} .* 2 +{ALLOCATED} ", ran.out)
 

@@ -12,7 +12,8 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -418,6 +419,36 @@ def test_a_device_that_is_full(small_device: Path) -> None:
     with closing(opened(small_device / "x", 64)) as slots:
         assert all(put(slots, key, 1) for key in KEYS[:70])
         assert len(slots.index) == 64
+
+
+def fill_device(device: Path) -> None:
+    """Leave no room on a device."""
+    with (device / "other").open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert os.statvfs(device).f_bavail == 0
+
+
+def test_a_new_form_on_a_device_that_is_full(small_device: Path) -> None:
+    """The forms there give way, for form.json too."""
+    other = replace(FORM, model="another")
+    with closing(opened(small_device / FORM.name, 64)) as slots:
+        assert all(put(slots, key, 1) for key in KEYS[:64])
+    fill_device(small_device)
+    with closing(opened(small_device / other.name, 64, other)) as slots:
+        assert put(slots, KEYS[0], 1)
+        assert len(entries(slots)) == 1
+    with closing(opened(small_device / FORM.name, None)) as slots:
+        assert 32 < len(entries(slots)) < 64
+
+
+def test_a_new_form_without_any_room_leaves_nothing(small_device: Path) -> None:
+    fill_device(small_device)
+    with pytest.raises(StoreError, match="no space left"):
+        opened(small_device / FORM.name)
+    assert not (small_device / FORM.name).exists()
+    (small_device / "other").unlink()
+    opened(small_device / FORM.name).close()
 
 
 @pytest.mark.parametrize("moved", [OSError(errno.ENOSPC, "no space"), 100])
