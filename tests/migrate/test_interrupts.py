@@ -258,6 +258,7 @@ def test_an_interrupt_at_any_line_leaves_nothing(scenario: Any, tmp_path: Path) 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda x: x.__name__)
 def test_an_interrupt_each_time_that_a_line_runs_leaves_nothing(
     scenario: Any, tmp_path: Path
