@@ -317,10 +317,9 @@ class Graph:
                 "Expected nodes that follow nodes of this graph, got one that follows another. "
                 "Submit that one first, or in the same call."
             )
-        gone = "Work was given to a graph that is closed, or of the parent process; make another."
         if self.process.forked:  # the lock may be held for ever
-            raise TransferError(gone)
-        begin = partial(self._begin, nodes, priority, by, gone)
+            raise _not_open("belongs to the process that this one was forked from")
+        begin = partial(self._begin, nodes, priority, by)
         self.run(begin, undo=lambda _: [self.cancel(node) for node in nodes])
 
     def run(self, work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
@@ -336,10 +335,10 @@ class Graph:
 
         return uninterrupted(locked, undo)
 
-    def _begin(self, nodes: Sequence[Node], priority: str, by: float, gone: str) -> None:
+    def _begin(self, nodes: Sequence[Node], priority: str, by: float) -> None:
         """Enter new nodes and begin those that follow nothing. No node is left if that fails."""
         if self.closed.is_set():
-            raise TransferError(gone)
+            raise _not_open("is closed")
         now = self.clock()
         try:
             for node in nodes:
@@ -621,3 +620,8 @@ class Graph:
             self.cancel(node)
         for link in self.links.values():
             link.change.notify_all()
+
+
+def _not_open(why: str) -> TransferError:
+    """Return the error for work that is given to a graph whose workers do not run here."""
+    return TransferError(f"Expected a graph that is open, got one that {why}. Make another.")

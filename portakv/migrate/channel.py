@@ -221,7 +221,9 @@ class Channel:
     def check_open(self) -> None:
         """Raise `PeerError` after `close`, and in a forked process."""
         if self._closed or self._process.forked:
-            gone = "belongs to the parent process" if self._process.forked else "is closed"
+            gone = "is closed"
+            if self._process.forked:
+                gone = "belongs to the process that this one was forked from"
             raise PeerError(f"Expected a channel that is open, got one that {gone}. Make another.")
 
     def free(self, kind: str, user: object) -> bool:
@@ -407,8 +409,7 @@ class Channel:
 
     def _link(self, address: str) -> _Link:
         try:
-            if self._process.forked or self._closed:
-                raise OSError("the channel was closed, or does not survive fork; start it by spawn")
+            self.check_open()
             with self._lock:
                 if not (link := self._links.get(address)):
                     local = re.match("ipc://(/.+)", address)
@@ -545,7 +546,9 @@ class Channel:
         last, back = self._last.get(link)
         if version != VERSION:
             back = self._refused(number, "version", f"release of version {VERSION}, not {version}")
-        elif peer is None or peer.id != id:
+        elif peer is not None and peer.id != id:
+            back = self._refused(number, "schema", "the connection is another channel's")
+        elif peer is None:
             back = self._refused(number, "full", f"it serves {PEERS} connections; try later")
         elif number and number <= last:
             self.counts["repeated"] += 1

@@ -50,10 +50,14 @@ class Part(Transfer):
     def _finish(self) -> None:
         super()._finish()
         for node in self.nodes:
+            if not node.ended:
+                raise TransferError("A pull goes on in the process that this was forked from.")
             if isinstance(node.error, PortaKVError):
                 raise node.error
-            if node.error or not node.landed.all():
+            if node.error:
                 raise TransferError(f"A pull ended early: {node.error!r}.") from node.error
+            if not node.landed.all():
+                raise TransferError("A pull ended early, and its rows did not all come.")
 
 
 class Pull(Part):

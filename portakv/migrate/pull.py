@@ -68,7 +68,8 @@ class Reader:
         verify: bool = False,
         timeout: float | None = None,
     ) -> Pull:
-        """Pull what tickets offer into lists of blocks, one for each shard.
+        """Pull what tickets offer into lists of blocks, one for each shard; None: blocks from the
+        first one on.
 
         Args:
             tickets: one of each owner that has a part of this reader's windows.

@@ -30,6 +30,7 @@ from portakv.errors import (
     PeerError,
     TransferError,
     TransferTimeout,
+    Unsupported,
 )
 from portakv.graph.graph import Graph
 from portakv.migrate.channel import Channel, Peer
@@ -330,6 +331,15 @@ class _Update:
     """An update of published weights that is under way."""
 
 
+def _shared(name: str, parameter: Parameter, files: SharedFiles) -> bytes:
+    """Return the handle of a parameter's memory. Raises `Unsupported`, which names the parameter,
+    for memory that cannot be shared."""
+    try:
+        return share(parameter.tensor, files)
+    except Unsupported as error:
+        raise Unsupported(f"Publishing parameters[{name!r}]", error.why) from error
+
+
 class Published:
     """What `publish` returns: ``ticket``, for whoever may pull, `update`, `changed` and `close`."""
 
@@ -351,7 +361,7 @@ class Published:
         files = SharedFiles()
         for name, x in self._held.items():
             if self._items[name].tie == name:
-                self._items[name] = structs.replace(self._items[name], data=share(x.tensor, files))
+                self._items[name] = structs.replace(self._items[name], data=_shared(name, x, files))
         self._sums = Later[list[int]]("digests of weights", self.graph.link("weights"))
         self.ticket = sealed(WeightsTicket(channel.address, self._id))
         channel.serve(AskWeights, self._answer)

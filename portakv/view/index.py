@@ -457,8 +457,8 @@ class Index:
         if distinct and (times > 1).any():
             at = int(np.argmax(times > 1))
             raise SlotError(
-                f"Slot {int(values[at])} occurs {int(times[at])} times in the {side} index; a "
-                f"destination slot may be written once. Nothing was moved."
+                f"Slot {int(values[at])} occurs {int(times[at])} times in the {side} index; each "
+                f"may occur once there. Nothing was moved."
             )
 
     def __repr__(self) -> str:

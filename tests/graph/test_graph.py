@@ -797,7 +797,7 @@ def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> N
     held.end.set()
     assert graph.close(WAIT)
     assert gate.done()
-    with pytest.raises(TransferError, match="closed, or of the parent"):
+    with pytest.raises(TransferError, match="got one that is closed"):
         graph.submit([Node(nothing, 1)])
 
 

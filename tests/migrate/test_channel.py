@@ -37,6 +37,7 @@ from support.migrate_channels import (
 import portakv.migrate
 from portakv.errors import InvalidTerms, PeerError, SlotError, TransferTimeout
 from portakv.migrate import channel as module
+from portakv.migrate import messages
 from portakv.migrate.channel import ANSWER, BACK, HEAD, LIMIT, Channel, Peer
 from portakv.migrate.messages import VERSION, Message
 
@@ -369,6 +370,27 @@ def test_floods_hold_up_nobody(by_tcp: tuple[Server, Channel]) -> None:
     assert until(lambda: server.counts["gone"] == 1)
 
 
+def test_a_message_under_another_channels_name_is_refused() -> None:
+    """On a connection that serves one already; it is not told that there are too many."""
+    with server_and_asker() as (server, asker):
+        asker.ask(server.address, Ping(), Pong)
+        asker.id = bytes(reversed(asker.id))
+        with pytest.raises(PeerError, match="the connection is another channel's"):
+            asker.ask(server.address, Ping(), Pong)
+
+
+def test_errors_say_what_was_asked_and_not_the_name_of_its_message() -> None:
+    kinds = [kind for kind in vars(messages).values() if isinstance(kind, type)]
+    asked = [kind for kind in kinds if issubclass(kind, messages.Message)]
+    names = {kind.__name__ for kind in asked}
+    assert {"Hello", "Close", "Confirm"} & names
+    for kind in asked:
+        assert not names & {*kind.purpose.split()}
+    with asking() as asker, pytest.raises(PeerError) as error:
+        asker.ask("ipc:///nowhere", Ping(), Pong)
+    assert "Ping" not in str(error.value)
+
+
 def test_more_peers_than_a_channel_serves_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PEERS", 1)
     with server_and_asker(TCP) as (server, asker):
@@ -457,7 +479,9 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(pair: tuple[Server, Chann
         server.channel.close()
         os._exit(0)
     os.close(tell)  # so that the child's end is heard
-    assert b"does not survive fork; start it by spawn" in os.read(told, 4096)
+    assert b"got one that belongs to the process that this one was forked from" in os.read(
+        told, 4096
+    )
     os.close(told)
     assert os.waitpid(child, 0)[1] == 0
     assert asker.ask(server.address, Ping(), Pong).count == 2
@@ -527,7 +551,7 @@ def test_a_closed_channel_ends_what_waits(by_tcp: tuple[Server, Channel]) -> Non
     thread.join(2)
     held.set()
     assert "closed" in errors[0]
-    with pytest.raises(PeerError, match="the channel was closed"):
+    with pytest.raises(PeerError, match="got one that is closed"):
         asker.tell(server.address, Ping())
 
 

@@ -726,8 +726,45 @@ def test_a_module_is_filled_from_another_one_as_it_is(channels: Channels) -> Non
 
 
 def test_memory_that_cannot_be_mapped_is_refused(channels: Channels) -> None:
-    with pytest.raises(Unsupported):
-        publish(channels(), {"w": Parameter(torch.zeros(3))})
+    shared = torch.zeros(3).share_memory_()
+    with pytest.raises(Unsupported, match=r"^Publishing parameters\['b'\]: .*shared memory"):
+        publish(channels(), {"a": shared, "b": Parameter(torch.zeros(3))})
+
+
+PUBLISH = """
+import torch
+from portakv.migrate import Channel, publish
+
+channel = Channel(timeout=20.0)
+tensor = torch.ones(1 << 20, dtype=torch.int32, device="cuda:0")
+published = publish(channel, {"w": tensor})
+answer = published.ticket
+"""
+UPDATE = """
+with published.update():
+    torch.cuda._sleep(4_000_000_000)  # more than a second
+    tensor.fill_(2)
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("guarded", [True, False])
+def test_an_update_ends_behind_the_stream_that_writes(guarded: bool) -> None:
+    """A pull that begins inside it brings the new weights. Without the wait for the stream, the
+    negative control, it brings the old ones."""
+    with Peer() as owner, closing(Channel(timeout=20.0)) as channel:
+        ticket = owner.do(PUBLISH)
+        into = torch.zeros(1 << 20, dtype=torch.int32, device="cuda:0")
+        pull_weights(channel, ticket, {"w": into})
+        assert into.eq(1).all()
+        if not guarded:
+            owner.do("published._synchronize = lambda: None")
+        updating = threading.Thread(target=owner.do, args=(UPDATE,))
+        updating.start()
+        time.sleep(0.3)
+        pull_weights(channel, ticket, {"w": into})
+        assert into.eq(2 if guarded else 1).all()
+        updating.join()
 
 
 def ask_until_done(channel: Channel, address: str, asked: AskWeights) -> None:
