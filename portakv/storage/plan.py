@@ -41,11 +41,12 @@ class Shelf(Protocol):
     returns whether nothing waits for a read any more."""
 
     tier: str
-    where: str  # its paths or its URL, for errors
     form: BlockForm
     writable: bool
     notes: list[str]  # for `BlockStore.explain`
 
+    @property
+    def where(self) -> str: ...  # its paths or its URL, for errors
     @property
     def generation(self) -> int: ...  # the highest that was found
     def has(self, keys: Keys, timeout: float | None = None, /) -> list[bool]: ...  # asks

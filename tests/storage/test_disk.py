@@ -393,7 +393,8 @@ def test_folders_that_were_used_apart_have_the_same_blocks(shelf: Open, event: s
 
 
 def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(shelf: Open) -> None:
-    one = shelf(FORM, "a", "b")
+    io = Faulty()
+    one = shelf(FORM, "a", "b", io=io)
     graph: Any = one.graph
     a, _ = graph.links.values()
     other = list[list[bool]]()
@@ -403,8 +404,6 @@ def test_a_block_that_two_saves_write_at_once_stays_in_one_folder(shelf: Open) -
         a.queued_bytes = 1  # the other save goes to the second folder
         other.append(save(one, KEYS[:1], 2))
 
-    io = one.engine
-    assert isinstance(io, Faulty)
     io.fail = save_elsewhere
     assert save(one, KEYS[:1]) == [True]
     assert other == [[True]]
