@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from datetime import timedelta
@@ -146,7 +147,7 @@ def mapped(folder: Path) -> Steps:
         pull = reader.pull(offer.ticket, [6, 1], by_layer=True, verify=True)
         pull.layers[0].synchronize(LIMIT)
         while not pull.done():
-            pass
+            time.sleep(0.01)
         offer.taken(LIMIT)
         second = owner.offer([1], tokens=16, lease=1.0)
         assert second.state == "held"

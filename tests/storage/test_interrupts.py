@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
@@ -101,7 +102,7 @@ def serving(folder: Path) -> Steps:
         for layer in layers.layers:
             layer.wait()
         while not layers.done():
-            pass
+            time.sleep(0.01)
         store.prefetch(KEYS[:2]).synchronize(LIMIT)
         store.statistics()
         store.trace(str(folder / "trace.json"))
