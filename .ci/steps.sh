@@ -57,19 +57,20 @@ step() {
     timings+=("$now" $((SECONDS - began)))
 }
 
-# begin COMMAND...: run it beside the steps that follow, until one says `ended`.
+# begin COMMAND...: run it beside the steps that follow, until one says `ended COMMAND...`.
+declare -A said begun
 begin() {
-    beside=$(mktemp)
-    "$@" >"$beside" 2>&1 &
-    begun=$!
+    said[$*]=$(mktemp)
+    "$@" >"${said[$*]}" 2>&1 &
+    begun[$*]=$!
 }
 
-# ended: what `begin` began; its words, and its status.
+# ended COMMAND...: what `begin` began; its words, and its status.
 ended() {
     local status=0
-    wait "$begun" || status=$?
-    cat "$beside"
-    rm -f "$beside"
+    wait "${begun[$*]}" || status=$?
+    cat "${said[$*]}"
+    rm -f "${said[$*]}"
     return "$status"
 }
 
