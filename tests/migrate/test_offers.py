@@ -143,15 +143,15 @@ def test_an_offer_that_ends_between_slices_is_not_published(made: Sides) -> None
 
 def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
     both = Couple(made)
-    offer = both.offer(lease=0.6)
+    offer = both.offer(lease=1.0)
     both.pull(offer, max_gbps=SLOW / 16).synchronize(30)
     assert offer.state == "taken"
     assert both.right()
 
 
 def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> None:
-    both, busy, until = Couple(made), Answer("busy", seconds=0.1), time.monotonic() + 1.5
-    offer, own = both.offer(lease=0.6), both.owner._gather
+    both, busy, until = Couple(made), Answer("busy", seconds=0.1), time.monotonic() + 2.0
+    offer, own = both.offer(lease=1.0), both.owner._gather
     both.owner.channel.serve(Gather, lambda *x: busy if time.monotonic() < until else own(*x))
     both.pull(offer, verify=True).synchronize(30)
     assert offer.state == "taken"
@@ -171,7 +171,7 @@ def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
     """As behind a stream of the reader's that has much to do."""
 
     both = Couple(made)
-    offer, timer = both.offer(lease=0.6), threading.Timer(1.5, int)
+    offer, timer = both.offer(lease=1.0), threading.Timer(2.0, int)
     later = SimpleNamespace(done=lambda: not timer.is_alive(), wait=timer.join)
 
     class Waits(Copies):
@@ -662,7 +662,7 @@ def test_one_of_several_owners_that_fails_publishes_nothing(made: Sides, way: st
     owners = [made.owner(x, expose=way, staging=SMALL) for x in layers]
     offers = [owner.offer([1, 2], tokens=32) for owner in owners]
     reader = made.reader(mine.shard)
-    terms: dict[str, Any] = {"max_gbps": SLOW} if way == "mapped" else {}
+    terms: dict[str, Any] = {"max_gbps": SLOW / 4} if way == "mapped" else {}
     pulled = reader.pull([x.ticket for x in offers], [3], **terms)
     offers[1].revoke()
     ended(pulled, OfferGone)
