@@ -88,7 +88,8 @@ def test_every_part_is_measured_and_every_byte_right(
     engines = {"staged", "descriptors", *(("direct",) if cuda else ())}
     assert {row["chosen"] for row in chosen} <= {"ring", *engines}
     grid = [row for row in rows if row["kind"] == "host_copy"]
-    assert {row["backend"] for row in grid} == {"memcpy", "host", "host idle", *engines}
+    beside = {"direct beside"} if cuda else set[str]()
+    assert {row["backend"] for row in grid} == {"memcpy", "host", "host idle", *engines, *beside}
     assert {row["op"] for row in grid} == set(DIRECTIONS)
     for row in grid:
         assert ("chosen" in row) == ("chosen_loss" in row) == row["backend"].startswith("host")
