@@ -88,6 +88,7 @@ def test_an_interrupt_leaves_the_ring_usable(
 ) -> None:  # fmt: skip
     owner: Any = {"rows": HostRows, "link": type(link_of(accelerator))}[where]
     transfer = between_chunks(accelerator, downward)
+    assert len(slices_of(transfer)) > BUFFERS + 2
     after = between_chunks(accelerator, not downward, seed=9)
     after()  # so that nothing is made for it later, which would wait for the device
     expected = after.expected()
