@@ -55,6 +55,7 @@ from portakv.storage.table import (
 PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_PATIENCE = 2.0  # seconds
 Track = Callable[[Sequence[int], str], Iterable[int]]
 Place = tuple[int, Header]  # the slot of a block, and what its image must say
 
@@ -339,7 +340,8 @@ class Slots:
         None if no slot is free, none can be allocated and none may be freed: not without
         ``evict``, not if the next block to go comes before this one in ``own``, the blocks of its
         call, or all have pins or successors; also if the table cannot be written. Waits while a
-        later block of ``own`` is being written, which may go then."""
+        later block of ``own`` is being written, which may go then, unless no write ends for
+        `_PATIENCE` seconds: calls that name the same keys in other orders wait for each other."""
         with self._change:
             if self.fd < 0:
                 return None
@@ -351,7 +353,8 @@ class Slots:
             while not self._free and evict and not self._evict(key, own or {}):
                 if not self._later_are_written(key, own or {}):
                     break
-                self._written.wait()
+                if not self._written.wait(_PATIENCE):
+                    break
             if not self._free:
                 return None
             slot: int = self._free.popleft()

@@ -92,6 +92,21 @@ def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None
             assert early.result(10) == last
 
 
+def test_calls_that_wait_for_each_other_go_on(tmp_path: Path) -> None:
+    """They name the same keys in other orders: each has a slot that the other one waits for."""
+    with closing(opened(tmp_path / "x", 2)) as slots:
+        first, second = slots.take(KEYS[0]), slots.take(KEYS[1])
+        assert first is not None
+        assert second is not None
+        with ThreadPoolExecutor() as pool:
+            one = pool.submit(slots.take, KEYS[2], {KEYS[0]: 0, KEYS[2]: 1, KEYS[1]: 2})
+            other = pool.submit(slots.take, KEYS[3], {KEYS[1]: 0, KEYS[3]: 1, KEYS[0]: 2})
+            assert one.result(20) is None
+            assert other.result(20) is None
+        slots.give(first)
+        slots.give(second)
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return tmp_path / FORM.name
