@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -58,6 +57,7 @@ def explain_peer(device: str | None, as_json: bool) -> int:
     import zmq
 
     from portakv.migrate.ipc import host_id
+    from portakv.migrate.movers import forced
 
     where = usual_device() if device is None else usable_device(device)
     versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
@@ -71,7 +71,7 @@ def explain_peer(device: str | None, as_json: bool) -> int:
             for slots in dict.fromkeys((where, torch.device("cpu")))
             for one in _movers(slots)
         ],
-        "forced": os.environ.get("PORTAKV_MOVER") or None,
+        "forced": forced(),
         "channel": {"host": host_id(), "curve": bool(zmq.has("curve")), "versions": versions},
     }
     if as_json:

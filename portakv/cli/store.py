@@ -59,10 +59,14 @@ def run(asked: argparse.Namespace) -> int:
     with _usable(asked.folder):
         stores = _stores(asked.folder)
         if not stores:
-            raise StoreError(f"Block stores in {asked.folder} were asked for, and none was found.")
+            raise StoreError(
+                f"Block stores in {asked.folder} were asked for, and none was found. Pass a folder "
+                f"that `Disk` was given."
+            )
         if asked.action == "wipe" and not asked.yes:
             size = in_bytes(sum(map(_bytes, stores)))
-            print(f"Wipe {len(stores)} of {asked.folder}, {size}? [y/N] ", file=sys.stderr)
+            forms = "1 form" if len(stores) == 1 else f"{len(stores)} forms"
+            print(f"Wipe {forms} of blocks in {asked.folder}, {size}? [y/N] ", file=sys.stderr)
             if sys.stdin.readline().strip().lower() not in ("y", "yes"):
                 raise StoreError("Stores were to be wiped, but nobody agreed; nothing was touched.")
         with nullcontext() if asked.action == "show" else _claimed(stores[0].parent):
@@ -89,7 +93,8 @@ def _usable(folder: str) -> Iterator[None]:
             PermissionError: f"this user may not use {error.filename or 'it'}",
         }.get(type(error), f"{error.filename or 'it'} cannot be used: {cause_of(error)}")
         raise StoreError(
-            f"Block stores in {folder} were asked for, but {why}; expected what `Disk` was given."
+            f"Block stores in {folder} were asked for, but {why}. Pass a folder that `Disk` was "
+            f"given."
         ) from error
 
 
@@ -101,6 +106,10 @@ def _stores(folder: str) -> list[Path]:
             f"its provider's tools list it, and `Remote(...).wipe()` empties it."
         )
     place = Path(os.path.abspath(folder))
+    if not place.exists() and re.fullmatch("[0-9a-f]{8,31}", place.name):
+        # The table has the first digits of a form's name.
+        named = [store for store in place.parent.glob(f"{place.name}*") if _is_store(store)]
+        place = named[0] if len(named) == 1 else place
     names = sorted(os.listdir(place))
     if _is_store(place) and not {"form.json", "slots"}.isdisjoint(names):
         return [place]

@@ -155,8 +155,13 @@ def test_explain_names_the_mover_that_is_forced(monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("either")
 def test_explain_tells_that_a_forced_mover_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PORTAKV_MOVER", "carrier pigeon")
+    monkeypatch.setenv("PORTAKV_MOVER", "mooncake")
+    monkeypatch.setitem(sys.modules, "mooncake", None)
     assert "does not serve here: then a pull is refused" in run("explain", "--peer")[1]
+    monkeypatch.setenv("PORTAKV_MOVER", "carrier pigeon")
+    code, out, err = run("explain", "--peer")
+    assert (code, out) == (1, "")
+    assert "Expected PORTAKV_MOVER to be 'distributed'" in err
 
 
 @pytest.mark.slow

@@ -265,6 +265,18 @@ def test_a_form_that_cannot_be_read_is_a_row_with_the_reason(
     assert re.search(rf"{OTHER.name[:8]} .* 2 +{ALLOCATED} ", ran.out)
 
 
+def test_a_form_is_named_by_the_digits_that_are_shown(folder: Path) -> None:
+    fill(folder, OTHER, 2)
+    shown = run("store", "show", str(folder / OTHER.name[:8]))
+    assert (shown.code, shown.err) == (0, "")
+    assert OTHER.name[:8] in shown.out
+    assert FORM.name[:8] not in shown.out
+    assert run("store", "wipe", str(folder / OTHER.name[:8]), "--yes").code == 0
+    assert not (folder / OTHER.name).exists()
+    assert (folder / FORM.name).exists()
+    assert "there is no such folder" in run("store", "wipe", str(folder / ("0" * 8)), "--yes").err
+
+
 def test_wipe_of_one_form_leaves_the_others(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fill(folder, OTHER, 2)
     monkeypatch.chdir(folder / FORM.name)

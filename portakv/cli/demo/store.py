@@ -103,8 +103,12 @@ def heard(process: subprocess.Popen[str], error: type[PortaKVError]) -> dict[str
     said = next((line for line in process.stdout if line.startswith("{")), "")
     found: dict[str, Any] = loads(said or "{}")
     if not said or "error" in found:
-        why = found.get("error", "it ended without a word; its standard error says more")
-        raise error(f"The demo ran process {process.pid}, but {why}.")
+        if "error" in found:
+            raise error(found["error"])
+        raise error(
+            f"Expected process {process.pid} of the demo to answer, got nothing. Look at what it "
+            f"wrote above."
+        )
     return found
 
 
