@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -248,6 +249,7 @@ def test_a_forked_process_is_refused_device_memory() -> None:
     tensor = torch.zeros(4, device="cuda:0")
 
     def work(pipe: Any) -> None:
+        gc.disable()  # which would end objects of CUDA that other tests left, and so the process
         pipe.send(ipc.why_not(tensor))
         pipe.recv()
 

@@ -578,14 +578,17 @@ def test_rows_that_are_moved_keep_to_a_rate(made: Sides) -> None:
 @pytest.mark.slow
 @WAYS
 def test_a_reader_that_is_closed_writes_nothing_from_then_on(made: Sides, way: str) -> None:
-    """A pull that would take for ever is cancelled in the end, and its offer closed."""
+    """A pull that would take for ever is cancelled in the end; its offer stays for another one."""
     both = Couple(made, way)
     offer = both.offer()
     pulled = both.pull(offer, max_gbps=1e-9)
     both.reader.close()
     assert until(lambda: pulled.nodes[0].ended)
     ended(pulled, TransferCancelled)
-    assert offer.taken(0)
+    written = both.mine.whole.clone()
+    assert not offer.taken(0.5)
+    assert offer.state == "held"
+    assert torch.equal(both.mine.whole, written)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
