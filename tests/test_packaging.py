@@ -164,6 +164,7 @@ def test_the_wheel_holds_every_file_that_travels(wheel: Path, folders: dict[str,
         if path.suffix in (".py", ".typed", *TRAVELS.get(name, ())) or path.name == "CMakeLists.txt"
     }
     expected |= {f"portakv_native/{seeded}" for seeded in seeded_sources()}
+    expected.add("portakv_command.py")  # the script `portakv`, which stands apart from the package
     with zipfile.ZipFile(wheel) as archive:
         held = {path for path in archive.namelist() if ".dist-info/" not in path}
     assert held == expected
