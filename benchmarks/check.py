@@ -25,7 +25,10 @@ else:
 FILE = Path(__file__).with_name("bars.toml")
 #: What results of `portakv bench --host`, `--plugs`, ... say of themselves, and how the kinds of
 #: their rows begin; those of copies inside a device say nothing.
-HOST_SUITE, PLUG_SUITE, STORAGE_SUITE, MIGRATION_SUITE = "host", "plugs", "storage", "migration"
+HOST_SUITE = "host"
+PLUG_SUITE = "plugs"
+STORAGE_SUITE = "storage"
+MIGRATION_SUITE = "migration"
 SUITES = {HOST_SUITE: "host_", PLUG_SUITE: "plug_", STORAGE_SUITE: "storage_"}
 SUITES[MIGRATION_SUITE] = "migrate_"
 
@@ -68,7 +71,8 @@ class Bar:
             raise ValueError(f"{self!r} has no limit or two; expected at_least or at_most.")
         if self.accepted is None:
             return
-        tries, reason = self.accepted["tries"], self.accepted["reason"]
+        tries = self.accepted["tries"]
+        reason = self.accepted["reason"]
         if len(tries) < _TRIES or not reason.strip():
             raise ValueError(
                 f"Bar {self.name!r} is accepted with {len(tries)} tries and the reason {reason!r}; "
@@ -123,7 +127,8 @@ def load_bars(path: Path = FILE) -> list[Bar]:
 
 def judge(results: Mapping[str, Any], bars: Sequence[Bar]) -> list[Verdict]:
     """A verdict for each bar that concerns the device, and the suite, of the results."""
-    device, suite = results["machine"]["device_type"], results.get("suite")
+    device = results["machine"]["device_type"]
+    suite = results.get("suite")
     return [
         _judge(bar, results["rows"])
         for bar in bars
@@ -139,15 +144,20 @@ def _judge(bar: Bar, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     worst = float(deciding[bar.figure])
     noisy = "the row is flagged as noisy" if deciding.get("noisy") else ""
     if not all(row["verified"] for row in picked):
-        word, reason = "missed", "some bytes were wrong"
+        word = "missed"
+        reason = "some bytes were wrong"
     elif bar.reached(worst):
-        word, reason = "met", noisy
+        word = "met"
+        reason = noisy
     elif bar.accepted is None:
-        word, reason = "missed", bar.open or noisy
+        word = "missed"
+        reason = bar.open or noisy
     elif bar.reached(worst, bar.accepted["figure"]):
-        word, reason = "accepted", bar.accepted["reason"]
+        word = "accepted"
+        reason = bar.accepted["reason"]
     else:
-        word, reason = "missed", "worse than the figure that was accepted"
+        word = "missed"
+        reason = "worse than the figure that was accepted"
     return Verdict(bar, worst, word, reason, _named(deciding), len(picked))
 
 

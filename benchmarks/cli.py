@@ -182,7 +182,8 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
         STORAGE_SUITE: STORAGE_PRESETS,
         MIGRATION_SUITE: dict.fromkeys(("full", "quick", "tiny")),
     }
-    presets, preset = known[kind], "full" if kind else "core"
+    presets = known[kind]
+    preset = "full" if kind else "core"
     add("--preset", choices=sorted(presets), default=preset, help=f"default: {preset}")
     add("--device", help="a torch device (default: the accelerator, if any)")
     add("--seconds", type=read_above_zero, metavar="S", help="begin nothing new after this time")
@@ -225,7 +226,8 @@ def pick_device(name: str | None) -> torch.device:
 def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Measure copies inside a device; returns what is written as JSON."""
     preset = suite.PRESETS[asked.preset]
-    known, accepted = load(), suite.accepted_backends(device)
+    known = load()
+    accepted = suite.accepted_backends(device)
     _check_known("Shape", asked.shape or (), known)
     for name in asked.backend or ():
         if name not in accepted:
@@ -354,7 +356,8 @@ def _run_parts(
     """Measure the parts of a suite that were asked for."""
     words = [*known] if asked.only is None else [word.strip() for word in asked.only.split(",")]
     _check_known("Part", words, known)
-    parts, device = [part for part in known if part in words], bench.device
+    parts = [part for part in known if part in words]
+    device = bench.device
     if getattr(bench.module, "EMULATED", False) and asked.preset != "tiny":
         raise PortaKVError(
             f"{device} is emulated, and figures come from real hardware only; --preset tiny tries "

@@ -30,7 +30,9 @@ _ORDER = ("cuda", "triton", "compiled", "compiled graph", "reference")
 _LAYERS = {"apart": "each layer an allocation", "together": "all layers in one allocation"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 _ENGINES = ("staged", "descriptors", "direct")
-_LARGE, _LINK_LARGE, _SLOW = 32_000_000, 128_000_000, 0.9
+_LARGE = 32_000_000
+_LINK_LARGE = 128_000_000
+_SLOW = 0.9
 
 _HEAD = """<!-- Made from the files in benchmarks/results: python -m benchmarks.guide -->
 # Choosing a backend
@@ -242,7 +244,8 @@ def page(files: Iterable[Path]) -> str:
 
 
 def _device(result: Mapping[str, Any]) -> list[str]:
-    machine, rows = result["machine"], result["rows"]
+    machine = result["machine"]
+    rows = result["rows"]
     copies = having(rows, kind="copy", verified=True, peer=None)
     driver = f", driver {machine['driver_version']}" if "driver_version" in machine else ""
     gathers = [row for row in rows if row.get("op") in ("gather", "copy_")]
@@ -273,7 +276,8 @@ def _migration(result: Mapping[str, Any]) -> list[str]:
 
 def _suite(name: str, result: Mapping[str, Any], figures: list[str]) -> list[str]:
     """What a suite measured on a machine: some figures, then its tables."""
-    machine, rows = result["machine"], having(result["rows"], verified=True)
+    machine = result["machine"]
+    rows = having(result["rows"], verified=True)
     head = ["", f"## {name}, {machine['device']}", "", f"{_measured(machine)}."]
     return [*head, *figures, *(line for kind in _LISTS for line in _listed(rows, kind))]
 
@@ -404,7 +408,8 @@ def _listed(rows: Sequence[Row], kind: str) -> list[str]:
         for row in mine
     ]
     filled = [any(column) for column in zip(*table, strict=True)]
-    table, heads = [[*compress(line, filled)] for line in table], [*compress(cells, filled)]
+    table = [[*compress(line, filled)] for line in table]
+    heads = [*compress(cells, filled)]
     return _section(title, told.format_map(mine[0]) if mine else "", heads, table)
 
 
@@ -429,7 +434,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Write the page, or with ``--check`` compare it; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.guide", description=__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; fail where it is old")
-    check, text = parser.parse_args(argv).check, page(RESULTS.glob("*.json"))
+    check = parser.parse_args(argv).check
+    text = page(RESULTS.glob("*.json"))
     if not check:
         PAGE.write_text(text, encoding="utf-8")
         print(f"wrote {PAGE}")

@@ -42,7 +42,8 @@ def compare(words: list[str]) -> int:
     parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
     asked = parser.parse_args(words)
-    old, new = _record(asked.old), _record(asked.new)
+    old = _record(asked.old)
+    new = _record(asked.new)
     for sentence in summary.differences(old, new):
         print(sentence, file=sys.stderr)
     changes = summary.compare_runs(old, new)
@@ -139,7 +140,10 @@ def _record(path: Path) -> RunRecord:
         raise BadRequest(f"{why} Pass the conformance.json of a run.") from error
 
 
-CONFORMANT, FAILURES, USAGE, UNAVAILABLE = 0, 1, 2, 3
+CONFORMANT = 0
+FAILURES = 1
+USAGE = 2
+UNAVAILABLE = 3
 _INTERRUPTED = 130
 _VERBS = {"diff": compare, "verify": verify, "replay": replay_example}
 _SEEDS = 1 << 31
@@ -173,13 +177,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return verb(words[1:]) if verb else _conform(words)
     except KeyboardInterrupt:
-        code, told = _INTERRUPTED, "interrupted; nothing was reported."
+        code = _INTERRUPTED
+        told = "interrupted; nothing was reported."
     except SubjectUnavailable as error:
-        code, told = UNAVAILABLE, str(error)
+        code = UNAVAILABLE
+        told = str(error)
     except (BadRequest, WaiverError) as error:
-        code, told = USAGE, str(error)
+        code = USAGE
+        told = str(error)
     except (SuiteBroken, PortaKVError) as error:
-        code, told = FAILURES, str(error)
+        code = FAILURES
+        told = str(error)
     print(f"portakv conform: {told}", file=sys.stderr)
     return code
 
@@ -276,7 +284,8 @@ def make_parser() -> argparse.ArgumentParser:
         "that NAME is made for, such as npu for ascend; where it is for several, the accelerator "
         "or cpu)")  # fmt: skip
     _add_profile(parser, None, "full with --report, which a rung needs; else core")
-    count, seed = whole_number(1), whole_number(0)
+    count = whole_number(1)
+    seed = whole_number(0)
     add("--fuzz", type=count, default=0, metavar="N", help="draw N examples in each drawn case")
     add("--seed", type=seed, metavar="S", help="of all that is drawn (default: 0; --fuzz: any)")
     add("--waivers", type=Path, metavar="FILE", help="TOML: cases that may fail, until when, why")

@@ -23,7 +23,8 @@ SCHEMA = "portakv-conformance/1"
 ASSUMPTION = "assumption"
 #: Its keys that say what carried plans out, where a backend has more than one way, and the sha256
 #: of the library that was built for it, by the name of its file.
-CARRIER, LIBRARY = "carried out by", "library"
+CARRIER = "carried out by"
+LIBRARY = "library"
 
 
 @dataclass

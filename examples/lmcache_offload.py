@@ -15,7 +15,11 @@ import os
 import sys
 import time
 
-LAYERS, BLOCKS, BLOCK_SIZE, HEADS, DIM = 8, 64, 16, 4, 64
+LAYERS = 8
+BLOCKS = 64
+BLOCK_SIZE = 16
+HEADS = 4
+DIM = 64
 BLOCKS_PER_CHUNK = 16  # LMCache's chunk of 256 tokens
 
 

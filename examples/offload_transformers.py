@@ -29,8 +29,14 @@ PROMPT = (
     b"its memory. When room runs out they have to leave, and when the request goes on they have "
     b"to come back, in other pages, without one bit changed."
 )
-LAYERS, HEADS, KV_HEADS, HEAD_DIM = 4, 8, 4, 32  # grouped queries: two heads share a kv head
-BLOCKS, BLOCK_SIZE = 64, 16  # the paged caches
+# grouped queries: two heads share a kv head
+LAYERS = 4
+HEADS = 8
+KV_HEADS = 4
+HEAD_DIM = 32
+# the paged caches
+BLOCKS = 64
+BLOCK_SIZE = 16
 CHUNK = 64  # tokens of a stored chunk
 STEPS = 24  # tokens that are decoded afterwards
 DTYPE = torch.float32  # of the model, the caches and the chunks
@@ -60,7 +66,8 @@ def main(
     # 1. transformers reads the prompt into its own cache. A byte is a token: 256 are enough.
     with torch.no_grad():
         prefilled = model(torch.tensor([list(PROMPT)], device=device))
-    cache, first = prefilled.past_key_values, prefilled.logits[:, -1:].argmax(-1)
+    cache = prefilled.past_key_values
+    first = prefilled.logits[:, -1:].argmax(-1)
     tell(f"prefill  a Llama of {LAYERS} layers, random weights, read {tokens} bytes of English")
 
     # 2. From there into an engine's paged caches, as a prefix in blocks anywhere in the pool.
@@ -89,7 +96,8 @@ def main(
 
     # 5. Decode on: from the cache that never left, the one that did, and the noise.
     stayed, came_back, control = (decode(model, x, first) for x in (cache, returned, noise))
-    identical, differs = torch.equal(stayed, came_back), not torch.equal(stayed, control)
+    identical = torch.equal(stayed, came_back)
+    differs = not torch.equal(stayed, control)
     verdict = "bit-identical to" if identical else "NOT those of"
     tell(f"decoded  {STEPS} more tokens: logits {verdict} the run that never left")
     tell(f"control  logits decoded from the noise {'differ' if differs else 'DO NOT DIFFER'}")
@@ -110,7 +118,8 @@ def overwrite(kv_caches: list[torch.Tensor]) -> None:
 
 def store(connector: AdaptiveConnector, slots: torch.Tensor, host: str) -> list[torch.Tensor]:
     """The rows at ``slots`` as chunks ``[2, layers, tokens, heads * dim]``; the last is partial."""
-    chunks, under_way = [], []
+    chunks = []
+    under_way = []
     for start in range(0, len(slots), CHUNK):
         end = min(start + CHUNK, len(slots))
         size = (2, LAYERS, end - start, KV_HEADS * HEAD_DIM)
@@ -124,7 +133,8 @@ def store(connector: AdaptiveConnector, slots: torch.Tensor, host: str) -> list[
 
 def load(connector: AdaptiveConnector, chunks: list[torch.Tensor], slots: torch.Tensor) -> None:
     """The chunks, one behind the other, to the rows at ``slots``."""
-    start, under_way = 0, []
+    start = 0
+    under_way = []
     for chunk in chunks:
         end = start + chunk.shape[2]
         under_way.append(connector.to_gpu(chunk, slot_mapping=slots, start=start, end=end))

@@ -31,7 +31,9 @@ PROMPT = (
     "begin as others did: with the same instructions, the same document, the same conversation. "
     "What was computed once can be stored under the tokens that it follows from, and loaded."
 )
-BLOCK_SIZE, BLOCKS = 16, 256  # of the paged memory
+# of the paged memory
+BLOCK_SIZE = 16
+BLOCKS = 256
 STEPS = 24  # tokens of an answer
 #: An engine's pages, and those of another: a list of layers, and one tensor.
 LAYOUTS = ("layer | kv block token head dim", "block layer kv head token dim")
@@ -61,7 +63,8 @@ def pages_for(model: Any, layout: str) -> KVView:
     """Paged memory for a model's keys and values, empty, as ``layout`` has it."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    layers, heads = config.num_hidden_layers, config.num_key_value_heads
+    layers = config.num_hidden_layers
+    heads = config.num_key_value_heads
     extents = {"layer": layers, "kv": 2, "block": BLOCKS, "token": BLOCK_SIZE, "head": heads}
     extents["dim"] = head_dim
     lists, _, dims = layout.rpartition("|")
@@ -78,7 +81,8 @@ def answer(
     whole = (len(prompt) - 1) // BLOCK_SIZE  # blocks; a token at least is computed
     keys = prefix_keys(prompt[: whole * BLOCK_SIZE], BLOCK_SIZE, salt)
     blocks = torch.randperm(BLOCKS, device="cpu")[:whole]
-    found, cache = store.lookup(keys), DynamicCache()
+    found = store.lookup(keys)
+    cache = DynamicCache()
     if found:
         loaded = store.load(pages, blocks[:found], keys[:found], missing="skip")
         loaded.synchronize(timeout=60)
@@ -98,7 +102,8 @@ def answer(
 @torch.no_grad()
 def go_on(model: Any, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
     """The next tokens, greedily, behind a cache and the tokens that it lacks."""
-    given, answered = list(tokens), list[int]()
+    given = list(tokens)
+    answered = list[int]()
     while len(answered) < STEPS:
         ids = torch.tensor([given], dtype=torch.int64, device=model.device)
         given = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
@@ -112,7 +117,8 @@ def main(
 ) -> bool:  # fmt: skip
     """Answer twice, by engines of different layouts; True if the answers are the same."""
     if name is None:
-        model, prompt = small_model().to(device), list(PROMPT.encode())
+        model = small_model().to(device)
+        prompt = list(PROMPT.encode())
     else:
         model = AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
         prompt = AutoTokenizer.from_pretrained(name)(PROMPT)["input_ids"]

@@ -20,7 +20,11 @@ from portakv.integrations import kvcacheio
 
 sys.modules["sgl_kernel.kvcacheio"] = kvcacheio  # the one line, before SGLang is imported
 
-LAYERS, PAGES, PAGE_SIZE, HEADS, DIM = 8, 64, 16, 4, 64
+LAYERS = 8
+PAGES = 64
+PAGE_SIZE = 16
+HEADS = 4
+DIM = 64
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -31,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("device", nargs="?", default="cpu", help="cpu, cuda, npu or mlu")
     device = torch.device(parser.parse_args(arguments).device)
 
-    tokens, shape = PAGES * PAGE_SIZE, (PAGES * PAGE_SIZE, HEADS, DIM)
+    tokens = PAGES * PAGE_SIZE
+    shape = (PAGES * PAGE_SIZE, HEADS, DIM)
     pools = [[torch.randn(shape).bfloat16().to(device) for _ in range(LAYERS)] for _ in "kv"]
     kept = [[layer.cpu().clone() for layer in pool] for pool in pools]
     tables = [torch.tensor([x.data_ptr() for x in pool], dtype=torch.uint64) for pool in pools]

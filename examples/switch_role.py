@@ -40,10 +40,15 @@ from portakv.migrate import (
 PROMPT = (
     b"Who takes a role over needs the weights, and the rows of the prompts that are under way. "
 )
-MODEL, RANKS, STEPS = "a small Llama", 2, 24
-LAYERS, KV_HEADS, HEAD_DIM = 4, 4, 32
+MODEL = "a small Llama"
+RANKS = 2
+STEPS = 24
+LAYERS = 4
+KV_HEADS = 4
+HEAD_DIM = 32
 #: Pages of the first process, in blocks of 16 tokens, and of the second one, in blocks of 64.
-FIRST, SECOND = "layer | kv block token head dim", "block layer kv head token dim"
+FIRST = "layer | kv block token head dim"
+SECOND = "block layer kv head token dim"
 
 
 def small_model(seed: int) -> Any:
@@ -66,7 +71,8 @@ def rank_of(model: Any, rank: int) -> dict[str, Parameter]:
             held[name] = Parameter(whole)
             continue
         axis = 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
-        part, size = whole.detach().chunk(RANKS, axis)[rank], whole.shape[axis]
+        part = whole.detach().chunk(RANKS, axis)[rank]
+        size = whole.shape[axis]
         held[name] = Parameter.split(part, axis, [size], (rank, RANKS))
     return held
 
@@ -74,7 +80,8 @@ def rank_of(model: Any, rank: int) -> dict[str, Parameter]:
 @torch.no_grad()
 def go_on(model: Any, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
     """The next tokens, greedily, behind a cache and the tokens that it lacks."""
-    given, answered = list(tokens), list[int]()
+    given = list(tokens)
+    answered = list[int]()
     while len(answered) < STEPS:
         ids = torch.tensor([given], dtype=torch.int64, device=model.device)
         given = [int(model(ids, past_key_values=cache).logits[0, -1].argmax())]
@@ -84,17 +91,22 @@ def go_on(model: Any, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
 
 def serve(device: str) -> None:
     """The first process: answer, publish the weights, offer the rows, until it is killed."""
-    model, blocks = small_model(seed=0).to(device), [9, 2, 14, 5, 0, 11]
+    model = small_model(seed=0).to(device)
+    blocks = [9, 2, 14, 5, 0, 11]
     if device == "cpu":
         model.share_memory()  # device memory is shared as it is
     size = (2, 16, 16, KV_HEADS, HEAD_DIM)
     caches = [shared_empty(size, torch.float32).to(device) for _ in range(LAYERS)]
-    pages, cache = KVView(caches, FIRST), DynamicCache()
+    pages = KVView(caches, FIRST)
+    cache = DynamicCache()
     answer = go_on(model, cache, PROMPT)
     save_prefix(cache, pages, blocks, len(PROMPT) - 1).synchronize()
-    weights, rows, kept = list[str](), list[str](), list[Any]()
+    weights = list[str]()
+    rows = list[str]()
+    kept = list[Any]()
     for rank in range(RANKS):
-        channel, each = Channel(), KV_HEADS // RANKS
+        channel = Channel()
+        each = KV_HEADS // RANKS
         heads = rank * each, (rank + 1) * each
         own = KVView([whole[:, :, :, slice(*heads)] for whole in caches], FIRST)
         owner = Owner(channel, Shard(own, heads=(*heads, KV_HEADS)), model=MODEL)
@@ -108,7 +120,8 @@ def serve(device: str) -> None:
 
 def take_over(device: str, tickets: Mapping[str, Any], tell: Callable[[str], None]) -> Any:
     """The second process: the model with weights that were pulled, and a cache with the rows."""
-    model, tokens = small_model(seed=1).to(device), len(PROMPT) - 1
+    model = small_model(seed=1).to(device)
+    tokens = len(PROMPT) - 1
     weights, rows = ([*map(bytes.fromhex, tickets[what])] for what in ("weights", "rows"))
     pages = KVView(torch.empty(4, LAYERS, 2, KV_HEADS, 64, HEAD_DIM, device=device), SECOND)
     with closing(Channel()) as channel:
@@ -127,7 +140,8 @@ def take_over(device: str, tickets: Mapping[str, Any], tell: Callable[[str], Non
 
 def main(device: str = "cpu", tell: Callable[[str], None] = print) -> bool:
     """Take the role over from a process that is killed then; True if the tokens are the same."""
-    command, pipe = [sys.executable, __file__, device, "--serve"], subprocess.PIPE
+    command = [sys.executable, __file__, device, "--serve"]
+    pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as first:
         try:
             assert first.stdout is not None

@@ -17,8 +17,12 @@ import time
 from dataclasses import fields
 from typing import Any
 
-LAYERS, BLOCKS, PAGE = 16, 128, 2 * 16 * 4 * 64 * 2  # a page: kv, tokens, heads, dim, bytes
-BLOCKS_PER_CHUNK, CHUNKS = 4, 16
+# a page: kv, tokens, heads, dim, bytes
+LAYERS = 16
+BLOCKS = 128
+PAGE = 2 * 16 * 4 * 64 * 2
+BLOCKS_PER_CHUNK = 4
+CHUNKS = 16
 CONFIGURATION = {
     "spec_name": "PortaKVOffloadingSpec",
     "spec_module_path": "portakv.integrations.vllm",
@@ -54,7 +58,8 @@ def generate(model: str) -> int:
             "kv_connector_extra_config": CONFIGURATION | {"cpu_bytes_to_use": 4 << 30},
         },
     )
-    prompt, greedy = "The history of memory is long. " * 200, SamplingParams(temperature=0)
+    prompt = "The history of memory is long. " * 200
+    greedy = SamplingParams(temperature=0)
     told = []
     for _ in range(2):
         began = time.perf_counter()
@@ -78,7 +83,8 @@ def fake(device: str) -> int:
         [[base.CanonicalKVCacheRef(n, PAGE) for n in range(LAYERS)]],
     )
     spec = OffloadingSpecFactory.create_spec(offloading_config())
-    manager, worker = spec.get_manager(), spec.get_worker(canonical)
+    manager = spec.get_manager()
+    worker = spec.get_worker(canonical)
     request = base.ReqContext(req_id="request")
     manager.on_new_request(request)
     keys = [base.make_offload_key(bytes([n]) * 8, 0) for n in range(CHUNKS // 2)]

@@ -67,7 +67,9 @@ def test_a_page_s_code_runs(no_driver: bool, page: str, monkeypatch: pytest.Monk
 
 def test_the_first_copy_of_the_quickstart_moves_what_it_says() -> None:
     names = run("docs/quickstart.md", blocks("docs/quickstart.md")[:1], {})
-    caches, chunk, slots = names["caches"], names["chunk"], names["slots"]
+    caches = names["caches"]
+    chunk = names["chunk"]
+    slots = names["slots"]
     for layer, cache in enumerate(caches):
         for kv in range(2):
             rows = cache[kv].flatten(0, 1)[slots].flatten(1)

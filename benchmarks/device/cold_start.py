@@ -68,7 +68,8 @@ def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
 
 def _first_transfer(backend: str, device: str) -> dict[str, Any]:
     """Time the first transfer of this process, everything of PortaKV included."""
-    size, slots = (2, 4, 16, 8, 64), [5, 33, 18]
+    size = (2, 4, 16, 8, 64)
+    slots = [5, 33, 18]
     numbers = torch.arange(prod(size), dtype=torch.int32, device=device)
     caches = [numbers.to(torch.int16).view(size) for _ in range(4)]
     chunk = torch.empty((2, 4, len(slots), 512), dtype=torch.int16, device=device)

@@ -29,9 +29,14 @@ Call = Callable[[int, torch.Tensor], object]
 CACHE = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
 
-_BLOCKS, _BLOCK_SIZE, _DIM = 8, 16, 8
-_OBJECTS, _SLOT = 64, 37
-_WARM_UP, _TURN = 13, 16  # turns; calls of one kind in a row
+_BLOCKS = 8
+_BLOCK_SIZE = 16
+_DIM = 8
+_OBJECTS = 64
+_SLOT = 37
+# turns; calls of one kind in a row
+_WARM_UP = 13
+_TURN = 16
 
 
 def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
@@ -45,13 +50,15 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
     ]
     connector = AdaptiveConnector(device, backend, CACHE, CHUNK)
     connector.register_kv_caches(caches)
-    view, chunk_views = KVView(caches, CACHE), [KVView(chunk, CHUNK, heads=1) for chunk in chunks]
+    view = KVView(caches, CACHE)
+    chunk_views = [KVView(chunk, CHUNK, heads=1) for chunk in chunks]
     way = prepared(view.form, chunk_views[0].form, 1, 0, None, choose(device, backend))
     host = torch.tensor([_SLOT])
     ids: dict[str, Any] = {"kept Index": Index(host), "host tensor": host}
     if device.type != "cpu":
         ids["device tensor"] = host.to(device)
-    placed, whole = way.place(ids["kept Index"]), Index()
+    placed = way.place(ids["kept Index"])
+    whole = Index()
 
     def registered(slots: Any) -> Call:
         return lambda i, chunk: connector.from_gpu(chunk, slot_mapping=slots)
@@ -89,7 +96,8 @@ def _time(
         for n in range(-_WARM_UP, -(-rounds // _TURN)):
             torch.get_device_module(device).synchronize()  # launches must not queue up
             for turn, i in product(range(len(names)), range(_TURN)):
-                name, at = names[(n + turn) % len(names)], (n + turn + i) % _OBJECTS
+                name = names[(n + turn) % len(names)]
+                at = (n + turn + i) % _OBJECTS
                 fresh = chunks[at].detach()  # a new tensor over the same memory
                 start = perf_counter()
                 calls[name](at, fresh)

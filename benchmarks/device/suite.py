@@ -195,9 +195,13 @@ def connector_ways(
 def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Variant]:
     """Through `copy_blocks`; on an accelerator with an `Index` that the caller keeps, since ids
     that are copied to the device in each call would make the host wait in the middle of it."""
-    shape, kept, copy = work.shape, ids, copy_blocks
+    shape = work.shape
+    kept = ids
+    copy = copy_blocks
     if work.device.type != "cpu":
-        kept, copy = Index(ids, step=shape.block_size), copy_rows  # type: ignore[assignment]
+        # type: ignore[assignment]
+        kept = Index(ids, step=shape.block_size)
+        copy = copy_rows
     source, target = (KVView(caches, shape.cache) for caches in (work.source, work.target))
     extents: Any = {"kv": shape.kv} if "kv" in shape.chunk else {}
     extents |= {"heads": shape.heads} if "(head dim)" in shape.chunk else {}
@@ -276,7 +280,8 @@ def relate(rows: Rows) -> None:
                 if row is not fastest:
                     row["to_cuda"] = _times(row, fastest)
             if best is not None:
-                row["to_peer"], row["best_peer"] = _times(row, best), best["backend"]
+                row["to_peer"] = _times(row, best)
+                row["best_peer"] = best["backend"]
     for group in harness.grouped(harness.having(moved, kind="ladder"), "op"):
         for fastest, row in product(harness.having(group, way="cuda"), group):
             row["to_cuda"] = _times(row, fastest)

@@ -31,7 +31,8 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
         way for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
         for way in both_ways(work, INDEX, name, (name, name), *make(work, slots))
     ]  # fmt: skip
-    slow, fast = plain[:2], plain[2:]
+    slow = plain[:2]
+    fast = plain[2:]
     for backend in field.backends:
         fast += usable([*connector_ways(work, backend, INDEX)], "ladder", field.left_out)
     few = measure(ceiling(work), slow, field.timer, shape.objects, _SLOW_ROUNDS, 20.0)
@@ -50,7 +51,8 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
 
 def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     """A copy for each layer, K or V, and token."""
-    shape, size = work.shape, work.shape.block_size
+    shape = work.shape
+    size = work.shape.block_size
     places = [(slot // size, slot % size) for slot in slots.tolist()]
 
     def pairs(chunk: torch.Tensor, caches: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -71,16 +73,19 @@ def _loops(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
 
 def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     """Blocks and places as two indices, for each layer and K or V."""
-    shape, kvs = work.shape, range(work.shape.kv)
+    shape = work.shape
+    kvs = range(work.shape.kv)
     heads = (shape.tokens, shape.heads, shape.dim)
 
     def gather(i: int) -> None:
-        block, place = slots // shape.block_size, slots % shape.block_size
+        block = slots // shape.block_size
+        place = slots % shape.block_size
         for (layer, cache), kv in product(enumerate(work.source), kvs):
             work.stored[i][kv, layer].view(heads).copy_(cache[kv, block, place])
 
     def scatter(i: int) -> None:
-        block, place = slots // shape.block_size, slots % shape.block_size
+        block = slots // shape.block_size
+        place = slots % shape.block_size
         for (layer, cache), kv in product(enumerate(work.target), kvs):
             cache[kv, block, place] = work.loaded[i][kv, layer].view(heads)
 

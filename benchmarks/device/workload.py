@@ -25,7 +25,9 @@ class Workload:
     def __init__(
         self, shape: Shape, arrangement: str, device: torch.device, objects: int = 3
     ) -> None:
-        self.shape, self.arrangement, self.device = shape, arrangement, device
+        self.shape = shape
+        self.arrangement = arrangement
+        self.device = device
         self.source = self._caches(1)
         self.target = self._caches(None)
         self.loaded = [self._chunk(2 + i) for i in range(objects)]
@@ -46,7 +48,8 @@ class Workload:
 
     def slots(self, index: str) -> torch.Tensor:
         """The slot of each token, int64 on the host, whatever the kind of the index list."""
-        ids, size = self._ids[index], self.shape.block_size
+        ids = self._ids[index]
+        size = self.shape.block_size
         if index != "blocks":
             return ids
         return (ids[:, None] * size + torch.arange(size)).flatten()
@@ -83,7 +86,8 @@ class Workload:
 
     def _rows(self, caches: Any, chunk: torch.Tensor, index: str) -> tuple[Any, Any, Any]:
         """The planes of caches and of a chunk, and block and place in it of each token."""
-        slots, shape = self.slots(index).to(self.device), self.shape
+        slots = self.slots(index).to(self.device)
+        shape = self.shape
         places = slots // shape.block_size, slots % shape.block_size
         return planes(caches, shape.cache, shape), planes(chunk, shape.chunk, shape), places
 

@@ -21,13 +21,17 @@ from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
 
-_BLOCK, _LAYERS = 16, 32
+_BLOCK = 16
+_LAYERS = 32
 _WAYS = (DIRECT, STAGED, HOST, DESCRIPTORS)
 #: Calls of a way that takes the host this many microseconds are not repeated as often.
-_DEAR, _FEW = 20_000.0, 4
+_DEAR = 20_000.0
+_FEW = 4
 #: Calls of a round.
 _ROUND = 5
-IDS, ORDERS = ("kept Index", "host tensor"), ("random", "consecutive")  # of the host's blocks
+# of the host's blocks
+IDS = ("kept Index", "host tensor")
+ORDERS = ("random", "consecutive")
 
 
 def call_steps(bench: Bench) -> Iterator[Step]:
@@ -80,7 +84,8 @@ def _row(
     chosen = way.taken(way.move(sides, direction))
     bench.module.synchronize()
     middle = quantile(times, 0.5)
-    case, scene = sides.case, sides.case.scene
+    case = sides.case
+    scene = sides.case.scene
     return {
         "kind": "host_call", "shape": case.name, "backend": way.name, "engine": way.engine,
         **chosen, "op": direction, "ids": ids, "host_side": scene.side, "row_bytes": scene.row,
@@ -95,7 +100,8 @@ def _row(
 def _times(call: Callable[..., float], calls: int) -> tuple[list[float], list[float]]:
     """Microseconds of the first calls of rounds, and of those behind them."""
     call()
-    idle, times = [call()], list[float]()
+    idle = [call()]
+    times = list[float]()
     most = min(calls, _FEW) if idle[0] > _DEAR else calls
     while len(times) < most:
         for behind_others in (False, *[True] * (_ROUND - 1)):

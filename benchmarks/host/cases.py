@@ -28,11 +28,15 @@ BLOCK_FIRST = "block layer kv token head dim"  # all that a block holds lies tog
 POOL_BY_LAYER = "layer kv block token head dim"
 CHUNK = "kv layer token (head dim)"
 
-_LAYERS, _KV, _DIM, _BLOCK = 32, 2, 128, 16
+_LAYERS = 32
+_KV = 2
+_DIM = 128
+_BLOCK = 16
 _ITEM = 2  # bytes of an element
 #: Slots of the device's cache for each token moved: sparse, as it is while a model runs; and blocks
 #: of the host's pool for each block moved.
-_POOL, _HOST_POOL = 4, 2
+_POOL = 4
+_HOST_POOL = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,11 +172,14 @@ class Sides:
     ``caches`` and ``chunk`` are the memory of both as their layouts want it."""
 
     def __init__(self, case: Case, region: Region) -> None:
-        self.case, self._region = case, region
-        device, host = case.on_device, case.on_host
+        self.case = case
+        self._region = region
+        device = case.on_device
+        host = case.on_host
         self.caches, end = _caches(device, region.device)
         self.chunk = _tensor(region.host, 0, _host_sizes(host), host)
-        self._cache_bytes, self._host_bytes = region.device[:end], self.chunk.nbytes
+        self._cache_bytes = region.device[:end]
+        self._host_bytes = self.chunk.nbytes
         # What a plain copy moves, as many int64: on the host the beginning of the same memory.
         self.dense = _words(region.device[end : end + case.payload])
         self.flat = _words(region.host[: case.payload])
@@ -234,7 +241,8 @@ class Sides:
         """Whether the destination holds the source's rows and poison elsewhere, every byte.
         Overwrites those rows where they are on the device."""
         self._synchronise()
-        device, host = self.case.on_device, self.case.on_host
+        device = self.case.on_device
+        host = self.case.on_host
         scratch = self._region.scratch[: self._host_bytes]
         scratch.copy_(self._region.host[: self._host_bytes])
         copied = _tensor(scratch, 0, _host_sizes(host), host)
@@ -260,7 +268,8 @@ class Sides:
 def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Ids of the device's side and of the host's, int64 on the host."""
     generator = torch.Generator().manual_seed(_SEED)
-    device, host = case.on_device, case.on_host
+    device = case.on_device
+    host = case.on_host
     mine = torch.randperm(device.blocks, generator=generator)[: case.tokens // device.block_size]
     wanted = case.tokens // host.block_size
     theirs = {
@@ -273,7 +282,8 @@ def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _caches(shape: Shape, memory: torch.Tensor) -> tuple[Any, int]:
     """The device's tensors, and how many bytes they are spread over."""
     extents = sizes(shape.cache, shape, shape.blocks, shape.block_size)
-    at, found = 0, []
+    at = 0
+    found = []
     for layer in range(shape.layers if shape.layered else 1):
         found.append(_tensor(memory, at, extents, shape))
         at += -(-found[-1].nbytes // 512) * 512 + (layer * layer % 7) * _GAP

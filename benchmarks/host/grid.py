@@ -111,7 +111,8 @@ def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
 def staging_of(bench: Bench, variant: Variant) -> Row:
     """``staging_mb``, the most memory of the device that a call takes, in 2^20 bytes; empty if
     torch does not say. Engines keep staging memory for each stream: the call comes on a new one."""
-    module, device = bench.module, bench.device
+    module = bench.module
+    device = bench.device
     if not hasattr(module, "max_memory_allocated"):
         return {}
     stream = bench.stream()
@@ -133,7 +134,8 @@ def compare(rows: Rows) -> None:
         known = [row for row in point if row["backend"] in named]
         for row in harness.having(point, engine=suite.CHOSEN):
             if best := harness.quickest(known):
-                row["best_engine"], row["best_ratio"] = best["backend"], best["ratio"]
+                row["best_engine"] = best["backend"]
+                row["best_ratio"] = best["ratio"]
             other = "" if row["backend"] == suite.HOST_IDLE.name else suite.DIRECT.name
             able = (one for one in known if one["engine"] in row["allowed"])
             if best := harness.quickest(one for one in able if one["backend"] != other):

@@ -84,7 +84,8 @@ class Meeting:
     """A loop on a stream, and what moves in one direction on another one meanwhile."""
 
     def __init__(self, bench: Bench, loop: str, where: str, direction: str, what: str = "") -> None:
-        self._bench, self._direction = bench, direction
+        self._bench = bench
+        self._direction = direction
         self._labels = {"loop": loop, "stream": where}
         self._ways = Ways(bench, what + _place(loop, where, direction))
         self._loop = LOOPS[loop](bench.device, bench.preset)
@@ -142,7 +143,8 @@ class Meeting:
             self._start(first, last)
             while not last.query() and perf_counter() - began < HELD_UP:
                 queue.go_on()
-            held_up, within = not last.query(), len(queue.stamps)
+            held_up = not last.query()
+            within = len(queue.stamps)
             self._bench.module.synchronize()
         if held_up:
             raise RuntimeError(f"the loop was held up: it had not ended after {HELD_UP:g} s")
@@ -198,7 +200,8 @@ def _peers(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and peers; rows of 2 KB and of 256 bytes."""
     yield movers.memcpys(bench, direction)
     for peer, run in product(bench.peers, movers.RUNS):
-        sides, name = movers.sides_of(bench, run), peer.name
+        sides = movers.sides_of(bench, run)
+        name = peer.name
         try:
             call = by_peer(peer, sides, direction)
         except PortaKVError as error:
@@ -231,7 +234,9 @@ def compare(rows: Rows) -> None:
 OTHERS = (64, 1 << 20)
 _TRANSFERS = (HOST_DETACHED, HOST, suite.DESCRIPTORS, suite.direct(8))
 #: Seconds until the first copy of the other and between two, and after which one is given up.
-_BEFORE, _BETWEEN, _GIVEN_UP = 12e-3, 3e-3, 50e-3
+_BEFORE = 12e-3
+_BETWEEN = 3e-3
+_GIVEN_UP = 50e-3
 
 
 def waiting_steps(bench: Bench) -> Iterator[Step]:
@@ -276,7 +281,8 @@ def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Move
 
 def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float]:
     """Seconds of each copy of the other, from its call to its end."""
-    queue, stream = Queue(bench.module, mover, bench.stream()), bench.stream()
+    queue = Queue(bench.module, mover, bench.stream())
+    stream = bench.stream()
     waits: list[float] = []
     bench.module.synchronize()
     with uncollected():

@@ -45,7 +45,8 @@ class PlainRing:
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         """Copy int64 words; the host waits for the end of what it reads or writes itself."""
-        down, ahead = source.device.type != "cpu", len(self._slots)
+        down = source.device.type != "cpu"
+        ahead = len(self._slots)
         pieces = list(zip(target.split(self._words), source.split(self._words), strict=True))
         for n in range(len(pieces) + ahead):
             slot, event = self._slots[n % ahead]
@@ -112,7 +113,8 @@ def compare(rows: Rows) -> None:
 
 # --- pinning --------------------------------------------------------------------------------------
 
-OURS, TORCH = "pinned.allocate", "torch, pin_memory=True"
+OURS = "pinned.allocate"
+TORCH = "torch, pin_memory=True"
 
 #: Memory; what holds it; the bytes that its allocator says it took, None: ask the kernel.
 Taken = tuple[torch.Tensor, object, int | None]

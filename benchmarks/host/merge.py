@@ -34,11 +34,13 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
             expected = suite if suite in SUITES else " or --".join(SUITES)
             raise ValueError(f"file {n + 1} is no result of `portakv bench --{expected}`")
         for name in _SAME:
-            mine, theirs = result["machine"].get(name), last["machine"].get(name)
+            mine = result["machine"].get(name)
+            theirs = last["machine"].get(name)
             if mine != theirs:
                 raise ValueError(f"{name} is {mine!r} in file {n + 1} and {theirs!r} in the last")
         parts |= dict.fromkeys(result["asked"]["parts"], n)
-    rows, left_out = [], []
+    rows = []
+    left_out = []
     for n, result in enumerate(results):
         rows += [row for row in result["rows"] if parts[row["part"]] == n]
         replaced = [part for part in result["asked"]["parts"] if parts[part] != n]

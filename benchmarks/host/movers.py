@@ -19,7 +19,8 @@ from portakv_benchmarks.host.suite import DESCRIPTORS, KB, Bench, HostPreset, Wa
 from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line, take_error
 
 #: Lengths of rows that are moved beside something else; `descriptors` has blocks.
-RUNS, BLOCK_RUN = (2 * KB, 256), 32 * KB
+RUNS = (2 * KB, 256)
+BLOCK_RUN = 32 * KB
 #: Transfers in the queue at a time: several milliseconds of the link's time, in which the host
 #: issues what is measured and the next ones.
 AHEAD = 4
@@ -31,9 +32,11 @@ class Mover:
     the end, or None if the stream does. A peer and memcpy have no `Way`."""
 
     def __init__(self, variant: Variant, payload: int, way: Way | None = None, **labels: Any):
-        self.payload, self.labels = payload, {**labels, **variant.labels}
+        self.payload = payload
+        self.labels = {**labels, **variant.labels}
         self.verified = True  # every byte was right whenever it was checked
-        self.variant, self._way = variant, way
+        self.variant = variant
+        self._way = way
 
     def __str__(self) -> str:
         return f"{self.labels['backend']} {self.labels['shape']}"
@@ -54,7 +57,9 @@ class Queue:
     """Keeps transfers of a mover following each other on a stream."""
 
     def __init__(self, module: Any, mover: Mover, stream: torch.Stream) -> None:
-        self.mover, self._module, self._stream = mover, module, stream
+        self.mover = mover
+        self._module = module
+        self._stream = stream
         self.stamps = list[float]()  # seconds on the host's clock at which one was seen to end
         self.dry = 0  # how often all had ended when the next was issued
         self._flying: deque[Callable[[], bool]] = deque()
@@ -97,7 +102,8 @@ class Ways:
     as the device can be used."""
 
     def __init__(self, bench: Bench, place: str) -> None:
-        self._bench, self._place = bench, place
+        self._bench = bench
+        self._place = place
         self.usable = True  # no failure has taken the device
 
     def tried(self, mover: Mover, action: Callable[[Mover], object]) -> bool:
@@ -155,7 +161,8 @@ def moved(sides: Sides, variant: Variant, way: Way | None = None) -> Mover:
 
 
 #: Where a loop runs, and in words. On an H200 what the link reaches behind gathers depends on it.
-DEFAULT, OWN = "default", "own"
+DEFAULT = "default"
+OWN = "own"
 STREAMS = {DEFAULT: "the default stream", OWN: "a stream of its own"}
 _BATCH = 8  # steps that are captured together
 _DIM = 128

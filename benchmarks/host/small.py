@@ -27,7 +27,9 @@ from portakv_benchmarks.shared.harness import Row, Rows, Step, having, short
 
 Values = npt.NDArray[np.int64]
 
-OURS, PINNED, PLAIN = "SmallCopy", "pinned copy", "torch.tensor"
+OURS = "SmallCopy"
+PINNED = "pinned copy"
+PLAIN = "torch.tensor"
 WARM_UP = 3
 #: Seconds that a large copy is given to be under way, and a short one to end.
 _HEAD_START = 3e-4
@@ -38,7 +40,8 @@ _CADENCE = (
     f"follow one another, the ways in turns"
 )
 #: The count of integers that the bars look at; others take less of the time.
-_BARRED, _FEWER = 64, 3
+_BARRED = 64
+_FEWER = 3
 TURNS = 3  # of idle sends
 
 
@@ -80,9 +83,12 @@ class Large:
     """A large copy from pinned memory, on a stream of its own."""
 
     def __init__(self, bench: Bench) -> None:
-        self._module, self._stream = bench.module, bench.stream()
-        region, nbytes = bench.region(bench.preset.large), bench.preset.large
-        self._source, self._target = region.host[:nbytes], region.device[:nbytes]
+        self._module = bench.module
+        self._stream = bench.stream()
+        region = bench.region(bench.preset.large)
+        nbytes = bench.preset.large
+        self._source = region.host[:nbytes]
+        self._target = region.device[:nbytes]
         self._ended = torch.Event(bench.device)
 
     def pass_by(self) -> None:

@@ -24,7 +24,9 @@ from portakv_benchmarks.shared.harness import Measured, Variant
 from portakv_benchmarks.shared.peers import LMCache
 from portakv_benchmarks.shared.shapes import in_words
 
-KB, MB, GB = 1 << 10, 1 << 20, 1 << 30
+KB = 1 << 10
+MB = 1 << 20
+GB = 1 << 30
 #: Bytes from which on the grid has fewer host sides.
 RARE = 512 * MB
 
@@ -96,7 +98,9 @@ class Bench:
     def __init__(
         self, device: torch.device, preset: HostPreset, peers: Sequence[LMCache] = ()
     ) -> None:
-        self.device, self.preset, self.peers = device, preset, peers
+        self.device = device
+        self.preset = preset
+        self.peers = peers
         self.module = torch.get_device_module(device)
         self.wall = harness.HostTimer(device)
         # Events that tell the time are had on CUDA devices.
@@ -152,7 +156,8 @@ MEMCPY = "memcpy"
 CHOSEN = "host"
 #: Pieces of one transfer up to which `descriptors` is measured, and the bytes of one from which on:
 #: each costs the host most of a microsecond, in which the link moves that many.
-MOST_RUNS, LEAST_RUN = 20_000, 32 << 10
+MOST_RUNS = 20_000
+LEAST_RUN = 32 << 10
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -200,7 +205,8 @@ class Way:
         return copy_blocks(*arguments, backend=self.engine, stream=stream, **self.terms)
 
 
-STAGED, DESCRIPTORS = Way("staged", "staged"), Way("descriptors", "descriptors")
+STAGED = Way("staged", "staged")
+DESCRIPTORS = Way("descriptors", "descriptors")
 DIRECT = Way("direct", "direct", {"overlap": "idle"})
 DIRECT_BESIDE = Way("direct beside", "direct")  # with fewer thread blocks
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.

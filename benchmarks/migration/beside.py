@@ -34,9 +34,11 @@ def beside_steps(bench: MigrationBench) -> Iterator[Step]:
 
 def _movers(bench: MigrationBench, *_: Any) -> Iterator[Mover]:
     """Raw copies, and pulls on the default terms."""
-    nbytes, near = bench.sizes.large[1], bench.near
+    nbytes = bench.sizes.large[1]
+    near = bench.near
     bench.meet(USUAL, nbytes)
-    ticket, payload = bench.far.do("offer", nbytes), CASES[USUAL].payload(nbytes)
+    ticket = bench.far.do("offer", nbytes)
+    payload = CASES[USUAL].payload(nbytes)
 
     def pull() -> Any:
         return SimpleNamespace(done=partial(_done, near.pull(ticket, nbytes)))
@@ -64,7 +66,8 @@ def _right(bench: MigrationBench, nbytes: int, raw: bool, _: int) -> bool:
 
 def _told(bench: MigrationBench, on: str, rows: Rows) -> Rows:
     """Rows of either side in the same words; `over_raw` in points."""
-    raw, made = next((x for x in rows if x["backend"] == MEMCPY), None), Rows()
+    raw = next((x for x in rows if x["backend"] == MEMCPY), None)
+    made = Rows()
     for row in rows:
         told: Row = {"kind": "migrate_beside", "loop": "matmul", "on": on, "across": bench.across}
         names = ("shape", "op", "payload_bytes", "slowdown_pct", "slowdowns_pct", "link_gb_per_s")
@@ -98,7 +101,8 @@ def _on_owner(bench: MigrationBench) -> Rows:
             alone = bench.far.do("loop", *terms)
             mover.variant.poison(0)
             bench.module.synchronize()
-            queue, began = Queue(bench.module, mover, side), perf_counter()
+            queue = Queue(bench.module, mover, side)
+            began = perf_counter()
             queue.fill()
             bench.far.begin("loop", *terms)
             while not bench.far.ready() or not queue.stamps:

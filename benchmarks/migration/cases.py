@@ -12,7 +12,9 @@ from portakv import KVView
 from portakv.migrate import Shard, shared_empty
 from portakv_benchmarks.shared.shapes import POISON, fill, moved
 
-DTYPE, UNIT = torch.bfloat16, 16  # tokens, of which every payload is a multiple
+# tokens, of which every payload is a multiple
+DTYPE = torch.bfloat16
+UNIT = 16
 #: For each arrangement the dimensions of a tensor behind the layers, and the layout; `hnd` is read
 #: in the order of `nhd`.
 ARRANGED: Mapping[str, tuple[str, str]] = {
@@ -51,7 +53,8 @@ class Case:
         return self.tokens(nbytes) * self.layers * self.kv * self.row_bytes
 
 
-USUAL, BLOCKS = "vLLM to FlexKV", "blocks of 64 KB"
+USUAL = "vLLM to FlexKV"
+BLOCKS = "blocks of 64 KB"
 CASES: Mapping[str, Case] = {
     USUAL: Case(reader="flexkv"),
     "NHD to HND": Case(reader="hnd"),
@@ -75,7 +78,8 @@ class Cache:
     tokens lie in blocks in an order that both sides know."""
 
     def __init__(self, case: Case, reading: bool, nbytes: int, device: torch.device) -> None:
-        self.case, self.size = case, case.blocks[reading]
+        self.case = case
+        self.size = case.blocks[reading]
         first, past, whole = case.heads
         heads = past - first if reading else whole
         used = -(-case.tokens(nbytes) // self.size)
@@ -90,7 +94,8 @@ class Cache:
         self.shard = Shard(view, heads=case.heads if reading else None)
         random = torch.Generator().manual_seed(1 + reading)
         self.ids = torch.randperm(extents["b"], generator=random)[:used]
-        self.planes, self.device = [*self._planes(tensors, order)], device
+        self.planes = [*self._planes(tensors, order)]
+        self.device = device
 
     def _planes(self, tensors: list[torch.Tensor], order: str) -> list[torch.Tensor]:
         """Layers outermost, as integers ``[blocks, tokens, heads, dim]``."""
@@ -125,7 +130,8 @@ class Cache:
         then it holds nothing else."""
         first, past, _ = self.case.heads
         sources = [plane[:, :, first:past] for plane in source.planes]
-        out, into = source.places(nbytes), self.places(nbytes)
+        out = source.places(nbytes)
+        into = self.places(nbytes)
         same = moved(sources, out, self.planes, into)
         word = int.from_bytes([POISON] * 2, "big", signed=True)
         rest = [(one.view(torch.int16) == word).all() for one in self.memory]

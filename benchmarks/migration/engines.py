@@ -23,7 +23,8 @@ class Group:
     """Two sides of torch.distributed; the one without an address keeps the store."""
 
     def __init__(self, channel: Channel, device: torch.device, address: str) -> None:
-        self.rank, self.device = int(bool(address)), device
+        self.rank = int(bool(address))
+        self.device = device
         self.store = rendezvous(channel, address or None)
 
     def meet(self) -> None:
@@ -42,10 +43,13 @@ class Engine:
 
     def __init__(self, name: str, device: torch.device, address: str) -> None:
         mover: Any = choose(device, name)
-        self.mover, self.library = mover, mover.begin(address)
+        self.mover = mover
+        self.library = mover.begin(address)
         mover.engine = self.library
-        self.name, self.kind = name, "DRAM" if device.type == "cpu" else "VRAM"
-        self.known, self.index = set[int](), 0
+        self.name = name
+        self.kind = "DRAM" if device.type == "cpu" else "VRAM"
+        self.known = set[int]()
+        self.index = 0
         self.planned: Any = None
         self.peers = dict[bytes, str]()
 

@@ -46,7 +46,8 @@ class Two:
     """The process that gives and the one that takes."""
 
     def __init__(self, bench: MigrationBench) -> None:
-        self.bench, self.owner = bench, bench.started(bench.there)
+        self.bench = bench
+        self.owner = bench.started(bench.there)
         self.reader = bench.started(bench.device)
 
     def change(self) -> None:
@@ -111,7 +112,8 @@ def two(bench: MigrationBench) -> Iterator[Two]:
 
 
 def _staged(bench: MigrationBench, mover: str) -> Rows:
-    sizes, rows = bench.sizes.moved[bench.on], Rows()
+    sizes = bench.sizes.moved[bench.on]
+    rows = Rows()
     with two(bench) as sides:
         raw = sides.owner.do("give", USUAL, max(sizes), expose="staging", mover=mover)
         sides.reader.do("take", USUAL, max(sizes), raw, mover)

@@ -21,7 +21,10 @@ from portakv_benchmarks.shared.shapes import fill, in_words
 from portakv_benchmarks.shared.trials import Sample, Way
 
 AHEAD = 0.05  # seconds from which on both processes begin at one time
-RAW, RAW_APART, ROWS, MAPPED = "raw copy", "raw copy, one process", "copy_rows", "mapped"
+RAW = "raw copy"
+RAW_APART = "raw copy, one process"
+ROWS = "copy_rows"
+MAPPED = "mapped"
 
 
 def mapped_steps(bench: MigrationBench) -> Iterator[Step]:
@@ -32,10 +35,13 @@ def mapped_steps(bench: MigrationBench) -> Iterator[Step]:
 
 
 def _mapped(bench: MigrationBench, case: str) -> Rows:
-    sizes, near, rows = bench.sizes.sizes[bench.on], bench.near, Rows()
+    sizes = bench.sizes.sizes[bench.on]
+    near = bench.near
+    rows = Rows()
     for nbytes in sizes:
         bench.meet(case, nbytes)
-        ticket, right = bench.far.do("offer", nbytes), partial(near.right, nbytes)
+        ticket = bench.far.do("offer", nbytes)
+        right = partial(near.right, nbytes)
         ways = [
             bench.way(MAPPED, partial(near.pull, ticket, nbytes, overlap="idle"), right),
             bench.way(RAW, partial(near.copy, nbytes), partial(right, True)),
@@ -76,11 +82,15 @@ def both_steps(bench: MigrationBench) -> Iterator[Step]:
 
 
 def _both(bench: MigrationBench) -> Rows:
-    nbytes, near, times = bench.sizes.large[bench.on], bench.near, bench.sizes.times
+    nbytes = bench.sizes.large[bench.on]
+    near = bench.near
+    times = bench.sizes.times
     bench.meet(USUAL, nbytes)
-    far, given = bench.far, near.give(USUAL, nbytes)
+    far = bench.far
+    given = near.give(USUAL, nbytes)
     far.do("take", USUAL, nbytes, given)
-    here, there = near.offer(nbytes), far.do("offer", nbytes)
+    here = near.offer(nbytes)
+    there = far.do("offer", nbytes)
 
     def change() -> None:
         salt = next(bench.salts)
@@ -112,10 +122,14 @@ def cost_steps(bench: MigrationBench) -> Iterator[Step]:
 
 
 def _costs(bench: MigrationBench) -> Rows:
-    nbytes, near, rows = min(2 * MB, bench.sizes.sizes[bench.on][0]), bench.near, Rows()
+    nbytes = min(2 * MB, bench.sizes.sizes[bench.on][0])
+    near = bench.near
+    rows = Rows()
     bench.meet(USUAL, nbytes)
     ticket = bench.far.do("offer", nbytes)
-    calls, ends, right = list[float](), list[float](), True
+    calls = list[float]()
+    ends = list[float]()
+    right = True
     for n in range(bench.sizes.calls):
         if n % 10 == 0:
             bench.change()
@@ -149,7 +163,8 @@ def _weights(bench: MigrationBench, name: str) -> Rows:
     theirs = [open_shared(bytes.fromhex(one), bench.device) for one in (*shared, raw)]
     known = [fill(torch.empty_like(x).view(-1).view(torch.int64), n) for n, x in enumerate(theirs)]
     mine = [torch.empty_like(x[:, own]) for x in theirs[:-1]]
-    landed, parts = torch.empty_like(theirs[-1]), [x[:, own] for x in theirs[:-1]]
+    landed = torch.empty_like(theirs[-1])
+    parts = [x[:, own] for x in theirs[:-1]]
     named = {f"w{n}": Parameter.split(x, 1, [width], cut) for n, x in enumerate(mine)}
 
     def right() -> bool:

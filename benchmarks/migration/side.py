@@ -24,14 +24,18 @@ from portakv_benchmarks.migration import engines
 from portakv_benchmarks.migration.cases import CASES, USUAL, Cache, memory
 from portakv_benchmarks.shared.shapes import POISON, fill
 
-LEASE, READERS, PATIENCE = 3000.0, 1 << 20, 60.0
+LEASE = 3000.0
+READERS = 1 << 20
+PATIENCE = 60.0
 
 
 class Side:
     """What one process has: rows to give with dense bytes beside them, and room to take such."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.channel, self.salt = device, Channel(timeout=30.0), 0
+        self.device = device
+        self.channel = Channel(timeout=30.0)
+        self.salt = 0
         self.case = CASES[USUAL]
         self.products: Any = None
         self._forget()
@@ -96,7 +100,9 @@ class Side:
 
     def rows(self, nbytes: int) -> object:
         """The same rows in one process."""
-        case, mirror, target = self.case, self.mirror, self.target
+        case = self.case
+        mirror = self.mirror
+        target = self.target
         src = mirror.shard.view.slice(heads=slice(*case.heads[:2]))
         ids = (Index(one.blocks(nbytes), step=one.size) for one in (mirror, target))
         return copy_rows(src, target.shard.view, *ids, count=case.tokens(nbytes))
@@ -126,7 +132,8 @@ class Side:
             "receive": lambda: self.engine.receive(self.landed[:n]),
             "read": lambda: self.engine.read(),
         }
-        call, began = calls[what], perf_counter()
+        call = calls[what]
+        began = perf_counter()
         while began < at:
             began = perf_counter()
         ended = [call() for _ in range(times)]
@@ -153,7 +160,8 @@ class Side:
         one = getattr(self, what)
         if not isinstance(one, Cache):
             return self.engine.enter([one]), [(one.data_ptr(), self.case.payload(nbytes))]
-        step, ids = one.memory[0][0].nbytes, one.blocks(nbytes).tolist()
+        step = one.memory[0][0].nbytes
+        ids = one.blocks(nbytes).tolist()
         found = [(each.data_ptr() + step * block, step) for each in one.memory for block in ids]
         return self.engine.enter(one.memory), found
 
@@ -191,7 +199,8 @@ class Far:
         # Without the second Mooncake takes sockets between devices of one host, and says nothing.
         more = {"PYTHONPATH": paths, "MC_INTRANODE_NVLINK": "1"}
         self.process: Any = subprocess.Popen(words, env={**os.environ, **more}, **pipes)
-        self.device, self._asked = device, False
+        self.device = device
+        self._asked = False
 
     def begin(self, name: str, *given: Any, **named: Any) -> None:
         """Have it do something meanwhile."""

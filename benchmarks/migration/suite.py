@@ -100,7 +100,8 @@ class MigrationBench(Bench):
     def __init__(self, device: torch.device, preset: MigrationPreset) -> None:
         beside = replace(HOST_PRESETS["tiny"], matmul=preset.matmul, loop_seconds=preset.seconds)
         super().__init__(device, beside)
-        self.sizes, self.on = preset, int(device.type != "cpu")
+        self.sizes = preset
+        self.on = int(device.type != "cpu")
         self.absent = {name: "not installed" for name in PEERS if find_spec(name) is None}
         rounds = preset.rounds if self.on else min(preset.rounds, 5)
         self.trials = Trials(rounds, 0.0, self.left_out)
@@ -109,7 +110,9 @@ class MigrationBench(Bench):
         self.there = torch.device(device.type, other) if self.on else device
         self.across = "devices" if devices > 1 else "one device" if self.on else "processes"
         self.named = f"x{devices}" if devices > 1 else ""
-        self.salts, self._near, self._far = count(1), list[Side](), list[Far]()
+        self.salts = count(1)
+        self._near = list[Side]()
+        self._far = list[Far]()
         self._settled = dict[Callable[..., Any], float]()
 
     @property
@@ -164,7 +167,8 @@ class MigrationBench(Bench):
             one.close()
         for side in self._near:
             side.channel.close()
-        self._near, self._far = [], []
+        self._near = []
+        self._far = []
         super().forget()
 
     def rows(self, told: Row, nbytes: int, ways: list[Way], beside: Mapping[str, str]) -> list[Row]:

@@ -34,22 +34,33 @@ from portakv_benchmarks.shared.shapes import Shape, in_words
 
 #: Where its ops are: up to 0.5.3, from 0.5.4 on, and over torch alone.
 _MODULES = ("c_ops", "cuda_ops", "v1.platform.torch_ops")
-_BLOCK, _HEADS, _DIM, _LATENT = 16, 8, 128, 576
+_BLOCK = 16
+_HEADS = 8
+_DIM = 128
+_LATENT = 576
 _NARROW = 32  # elements of the one head of narrow rows
 #: Pages of 14, values before scales, are no rows. By slots LMCache reads a pool of 0 as layers, and
 #: knows no 8; its torch op reads keys and values in one row as two planes.
 _FORMATS = [number for number in LAYOUTS if number != 14]
-_KERNELS, _AS_LAYERS, _OURS_ALONE = ("slots", "blocks", "connector"), {0: 1}, 8
-_TUPLES, _SIDE_BY_SIDE = (16, 17), 17  # of tensors for each layer; planes of a token in an object
+_KERNELS = ("slots", "blocks", "connector")
+_AS_LAYERS = {0: 1}
+_OURS_ALONE = 8
+# of tensors for each layer; planes of a token in an object
+_TUPLES = (16, 17)
+_SIDE_BY_SIDE = 17
 #: What the connector's path is measured with, and what it calls its modules' ops.
-_CONNECTOR, _OP = (1, 7), "multi_layer_block_kv_transfer"
+_CONNECTOR = (1, 7)
+_OP = "multi_layer_block_kv_transfer"
 _PATH = "lmcache.v1.multiprocess.transfer_context.base"
-_UNILATERAL, _WITH_ONE_HEAD = (4, 5, 9), 5
+_UNILATERAL = (4, 5, 9)
+_WITH_ONE_HEAD = 5
 _KEYS_ALONE = (10, 12)  # whose head size by slots is that of keys, though a row holds both
 #: The format of vLLM's caches, and those that are measured in several sizes and places.
-_FIRST, _SOME = 1, (1, 5, 6, 7)
+_FIRST = 1
+_SOME = (1, 5, 6, 7)
 #: Formats whose calls are counted: tokens outermost, heads outermost, keys beside values.
-_COUNTED, _COUNTED_LAYERS = (1, 6, 7), 32
+_COUNTED = (1, 6, 7)
+_COUNTED_LAYERS = 32
 
 
 class Ops(NamedTuple):
@@ -62,7 +73,8 @@ class Ops(NamedTuple):
     addresses: bool  # caches and objects are handed over as such, else as tensors
 
     def takes(self, task: Task) -> bool:
-        by_slots, theirs = task.kernel == "slots", self.functions is not lmcache_ops
+        by_slots = task.kernel == "slots"
+        theirs = self.functions is not lmcache_ops
         torch_reads_planes = theirs and not self.addresses
         fused = by_slots and torch_reads_planes and task.number in FUSED
         unknown = by_slots and theirs and task.number == _OURS_ALONE
@@ -94,7 +106,8 @@ def own_ops(bench: PlugBench) -> Ops | None:
 
 
 def _load(bench: PlugBench, module: str) -> Ops:
-    compiled, package = module != _MODULES[-1], "lmcache"
+    compiled = module != _MODULES[-1]
+    package = "lmcache"
     functions = load(package, module)[0] if compiled else import_module(f"{package}.{module}")
     types = functions if module == "c_ops" else import_module("lmcache.lmcache_native")
     forms = {int(each): each for each in types.EngineKVFormat.__members__.values()}
@@ -154,10 +167,12 @@ def _case(bench: PlugBench, own: Ops | None, ours: Ops, task: Task) -> Case:
     looks = _AS_LAYERS.get(task.number, task.number) if task.kernel == "slots" else task.number
     shape = shape_of(looks, bench.sizes.layers, task.payload, task.narrow)
     caches, objects = sides_of(bench, shape, task.number, task.op, task.on_host)
-    found, given = {OWN: own, OURS: ours}, (task.kernel, task.number, shape, caches, objects)
+    found = {OWN: own, OURS: ours}
+    given = (task.kernel, task.number, shape, caches, objects)
     call = call_of
     if task.kernel == "connector" and own is not None:  # which looks at LMCache's own formats
-        call, found[OURS] = path_of, ours._replace(forms=own.forms)
+        call = path_of
+        found[OURS] = ours._replace(forms=own.forms)
     makes = {
         name: partial(call, ops, *given, task.op)
         for name, ops in found.items()
@@ -174,7 +189,8 @@ def shape_of(number: int, layers: int, payload: int, narrow: bool = False) -> Sh
     kv = 2 if "kv" in LAYOUTS[number].split() else 1
     heads, dim = (1, _NARROW) if narrow else (_HEADS, 2 * _DIM if number in FUSED else _DIM)
     if number in MLA:
-        heads, dim = 1, _LATENT
+        heads = 1
+        dim = _LATENT
     text = re.sub("^(kv layer|layer kv) ", "layer ", LAYOUTS[number].replace(" 1 ", " "))
     sized = replace(suite.LIKE, cache=text, layers=layers, kv=kv, heads=heads, dim=dim, pool=4)
     blocks = max(1, -(-payload // replace(sized, tokens=_BLOCK).payload))
@@ -185,7 +201,8 @@ def sides_of(
     bench: PlugBench, shape: Shape, number: int, op: str, on_host: bool, objects: int = 1
 ) -> tuple[Side, Side]:
     """Caches, and objects that lie behind each other; what is read has bytes of its own."""
-    tensors, salts = shape.layers if shape.layered else 1, suite.turned(op, 1, None)
+    tensors = shape.layers if shape.layered else 1
+    salts = suite.turned(op, 1, None)
     if LAYOUTS[number].startswith(("kv layer", "layer kv")):
         tensors *= 2
     caches = Side.make(bench, shape.cache, shape, number, tensors=tensors, salt=salts[0])
@@ -200,8 +217,11 @@ def call_of(
     ops: Ops, kernel: str, number: int, shape: Shape, caches: Side, objects: Side, op: str
 ) -> Call:
     """One call, with everything that can be made beforehand."""
-    device, form, way = caches.tensors[0].device, ops.forms[number], ops.ways[op == "d2h"]
-    twice, ours = LAYOUTS[number].startswith("kv layer"), ops.functions is lmcache_ops
+    device = caches.tensors[0].device
+    form = ops.forms[number]
+    way = ops.ways[op == "d2h"]
+    twice = LAYOUTS[number].startswith("kv layer")
+    ours = ops.functions is lmcache_ops
     held: Any = caches.tensors
     if twice:  # all keys, then all values
         held = [*held[::2], *held[1::2]]
@@ -222,10 +242,16 @@ def call_of(
             move, *by_slots, **({} if one else {"block_size": _BLOCK, "head_size": head})
         )
     desc = ops.desc()
-    desc.kv_size, desc.nl, desc.nb, desc.bs = shape.kv, shape.layers, shape.blocks, _BLOCK
-    desc.nh, desc.hs, desc.element_size = shape.heads, shape.dim, shape.torch_dtype.itemsize
+    desc.kv_size = shape.kv
+    desc.nl = shape.layers
+    desc.nb = shape.blocks
+    desc.bs = _BLOCK
+    desc.nh = shape.heads
+    desc.hs = shape.dim
+    desc.element_size = shape.torch_dtype.itemsize
     desc.block_stride_elems = 0
-    ids, chunks = caches.rows[::_BLOCK] // _BLOCK, [x[0] if len(x) == 1 else x for x in memory]
+    ids = caches.rows[::_BLOCK] // _BLOCK
+    chunks = [x[0] if len(x) == 1 else x for x in memory]
     blocks: Any = ids.to(device) if ops.addresses else ids.tolist()
     passed: Any = chunks
     # Compiled ops take addresses; PortaKV's get tensors from LMCache if these are in host memory.
@@ -329,7 +355,8 @@ def _count(bench: PlugBench, own: Ops | None, ours: Ops, number: int) -> Rows:
     for op in DIRECTIONS:
         caches, objects = sides_of(bench, shape, number, op, False, objects=16)
         objects = objects._replace(tensors=[each.cpu() for each in objects.tensors])  # pageable
-        sides, before = suite.Sides(bench, *suite.turned(op, caches, objects)), 0
+        sides = suite.Sides(bench, *suite.turned(op, caches, objects))
+        before = 0
         for name, ops in {OWN: own, OURS: ours}.items():
             if ops is None:
                 continue

@@ -25,7 +25,9 @@ from portakv_benchmarks.plugs.suite import OURS, OWN, Asked, Call, Case, PlugBen
 from portakv_benchmarks.shared.harness import Step, in_a_line
 from portakv_benchmarks.shared.shapes import in_words
 
-_PAGE, _HEADS, _DIM = 16, 8, 128
+_PAGE = 16
+_HEADS = 8
+_DIM = 128
 _ITEM = _HEADS * _DIM * 2  # bytes of a token in one layer
 _FEW = 16  # rows of the smallest transfer
 _QUOTAS = (8, 32)  # thread blocks beside SGLang's default; 0: that
@@ -82,7 +84,8 @@ def _case(
     quota: int = 0,
 ) -> Case:  # fmt: skip
     sized = replace(suite.LIKE, layers=bench.sizes.layers, heads=_HEADS, dim=_DIM, pool=2)
-    shape, salts = replace(sized, block_size=_PAGE, tokens=tokens), suite.turned(op, 1, None)
+    shape = replace(sized, block_size=_PAGE, tokens=tokens)
+    salts = suite.turned(op, 1, None)
     only = slice(0, None, shape.layers) if layers == 1 else slice(None)  # the first layer's
     make = partial(Side.make, bench, only=only)
     device = make(_DEVICE, shape, 4, tensors=2 * shape.layers, salt=salts[0])
@@ -112,8 +115,10 @@ def calls_of(
     ops: Any, way: str, order: str, op: str, layers: int, device: Side, host: Side, quota: int = 0
 ) -> list[Call]:
     """The calls of a transfer, with everything that can be made beforehand."""
-    many, on = device.shape.layers, device.tensors[0].device
-    k, v = device.tensors[:many], device.tensors[many:]
+    many = device.shape.layers
+    on = device.tensors[0].device
+    k = device.tensors[:many]
+    v = device.tensors[many:]
     there_k, there_v = host.tensors
     # Kernels read ids where they run.
     mine, theirs = (x.rows.to(on) if way == "kernel" else x.rows for x in (device, host))

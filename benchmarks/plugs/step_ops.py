@@ -22,7 +22,11 @@ from portakv_benchmarks.shared.shapes import POISON
 
 _OPS = ("reshape_and_cache", "reshape_and_cache_flash", "concat_and_cache_mla", "cp_gather_cache")
 _ROWS = (64, 4096)
-_BLOCK, _HEADS, _DIM, _LATENT, _ROTARY = 16, 8, 128, 512, 64
+_BLOCK = 16
+_HEADS = 8
+_DIM = 128
+_LATENT = 512
+_ROTARY = 64
 _TOGETHER = 8  # elements of a head that a cache of keys keeps together
 _REQUESTS = 4  # of a gather
 
@@ -46,9 +50,12 @@ def _step(name: str, rows: int, memory: Callable[..., torch.Tensor]) -> Step:
     order = torch.randperm(blocks, generator=torch.Generator().manual_seed(6))[: rows // _BLOCK]
     slots = (order[:, None] * _BLOCK + torch.arange(_BLOCK)).flatten()
     paged = memory(blocks, _BLOCK, _LATENT + _ROTARY)
-    device, scale = paged.device, torch.ones(1, device=paged.device)
-    table, slots = order.to(device, torch.int32), slots.to(device)
-    at, how = (slots // _BLOCK, slots % _BLOCK), ("auto", scale, scale)
+    device = paged.device
+    scale = torch.ones(1, device=paged.device)
+    table = order.to(device, torch.int32)
+    slots = slots.to(device)
+    at = (slots // _BLOCK, slots % _BLOCK)
+    how = ("auto", scale, scale)
     if name == "cp_gather_cache":
         found = memory(rows, _LATENT + _ROTARY)
         ends = torch.arange(0, rows + 1, rows // _REQUESTS, dtype=torch.int32, device=device)

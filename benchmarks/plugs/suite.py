@@ -27,12 +27,15 @@ from portakv_benchmarks.shared.harness import Row, Rows, Step, Variant, having, 
 from portakv_benchmarks.shared.shapes import POISON, Shape, fill, moved, planes, sizes
 
 #: What rows call the ways: the engine's own code, and the plug.
-OWN, OURS = "own", "portakv"
+OWN = "own"
+OURS = "portakv"
 #: What shapes have that say no more.
 LIKE = Shape("", "none", "benchmarks/plugs", "", "", 1, 1, "bfloat16", 1, 1)
 Call = Callable[[], object]
 #: At most: how often a loop meets each way, its seconds, and those of a case's rounds behind five.
-_REPEATS, _LOOP, _ROUNDS = 3, 0.2, 0.25
+_REPEATS = 3
+_LOOP = 0.2
+_ROUNDS = 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,8 @@ class PlugBench(Bench):
         most = {"repeats": _REPEATS, "loop_seconds": _LOOP, "seconds": _ROUNDS}
         fewer = {name: min(getattr(of_loops, name), limit) for name, limit in most.items()}
         super().__init__(device, replace(of_loops, **fewer))
-        self.sizes, self.absent = PLUG_PRESETS[preset], {}
+        self.sizes = PLUG_PRESETS[preset]
+        self.absent = {}
         self.found: dict[str, str] = {}
 
     @property
@@ -101,7 +105,8 @@ class Side(NamedTuple):
     ) -> Side:  # fmt: skip
         """Memory for so many tensors: poison, or with a ``salt`` bytes that name their places.
         Blocks are drawn by a ``seed``, or all in order."""
-        extents, dtype = sizes(layout, shape, shape.blocks, shape.block_size), shape.torch_dtype
+        extents = sizes(layout, shape, shape.blocks, shape.block_size)
+        dtype = shape.torch_dtype
         nbytes = prod(extents) * dtype.itemsize
         made = [bench.memory(nbytes, on_host, salt and salt + 7 * n) for n in range(tensors)]
         blocks = torch.arange(shape.blocks)
@@ -118,10 +123,12 @@ class Side(NamedTuple):
 
     def places(self, device: torch.device, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
         """The planes that are touched, and where in them each row is."""
-        shape, size = self.shape, self.shape.block_size
+        shape = self.shape
+        size = self.shape.block_size
         at = self.rows // size, self.rows % size
         if "(block token)" in self.layout:
-            shape, at = replace(shape, tokens=shape.slots), (torch.zeros_like(self.rows), self.rows)
+            shape = replace(shape, tokens=shape.slots)
+            at = (torch.zeros_like(self.rows), self.rows)
         found = planes(tensors if "|" in self.layout else tensors[0], self.layout, shape)
         return found[self.only], tuple(each.to(device) for each in at)
 
@@ -160,7 +167,8 @@ def memcpy(bench: PlugBench, payload: int, op: str, to_host: bool) -> Variant:
         bench.module.synchronize()
         return torch.equal(*(each.to(bench.device) for each in (target, source)))
 
-    told, poison = {"backend": MEMCPY, "op": op}, partial(target.fill_, POISON)
+    told = {"backend": MEMCPY, "op": op}
+    poison = partial(target.fill_, POISON)
     return Variant(told, lambda i: plain_copy(target, source), lambda i: poison(), right)
 
 
@@ -198,7 +206,8 @@ def case(
     makes: Mapping[str, Callable[[], Call]],
 ) -> Case:  # fmt: skip
     """Ways by name, each made by its first call."""
-    sides, ways = Sides(bench, *turned(op, device, other)), []
+    sides = Sides(bench, *turned(op, device, other))
+    ways = []
     for name, make in makes.items():
         move = partial(_first_made, cache(make))
         ways.append(Variant(labels(name, op, engine), move, sides.poison, sides.right))

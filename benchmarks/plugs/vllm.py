@@ -29,7 +29,8 @@ from portakv_benchmarks.shared.shapes import POISON, in_words
 
 _OP = "swap_blocks_batch"
 #: Blocks that no job names, whose bytes must stay; and a job's blocks / those of a call of the op.
-_REST, _PART = 8, 4
+_REST = 8
+_PART = 4
 _BOTH = "both"
 
 
@@ -51,9 +52,11 @@ def vllm_steps(bench: PlugBench) -> Iterator[Step]:
 
 
 def _asked(bench: PlugBench, own: bool) -> Iterator[Asked]:
-    sizes, ways = bench.sizes, [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
+    sizes = bench.sizes
+    ways = [*product(("worker", _OP), DIRECTIONS), ("worker", _BOTH)]
     pair = lru_cache(maxsize=2)(partial(_workers, bench, own))  # each pins once for all its cases
-    of_job, of_op = (partial(_job, pair), sizes.blocks), (partial(_batch, own), _of_op(bench))
+    of_job = (partial(_job, pair), sizes.blocks)
+    of_op = (partial(_batch, own), _of_op(bench))
     for page, (kernel, op) in product(sizes.pages, ways):
         made, blocks = of_op if kernel == _OP else of_job
         name = f"{kernel}, {blocks} blocks, pages of {in_words(page)}"
@@ -73,8 +76,12 @@ class Worker:
     def __init__(self, bench: PlugBench, worker: Any, layers: list[torch.Tensor]) -> None:
         base = import_module("vllm.v1.kv_offload.base")
         common = import_module("vllm.v1.kv_offload.cpu.common")
-        self._bench, self._worker, self._layers = bench, worker, layers
-        self._jobs, self._flying, count = 0, set[int](), bench.sizes.blocks
+        self._bench = bench
+        self._worker = worker
+        self._layers = layers
+        self._jobs = 0
+        self._flying = set[int]()
+        count = bench.sizes.blocks
         drawn = torch.Generator().manual_seed(1)
         order = torch.randperm(len(layers[0]), generator=drawn).split([count, count, _REST])
         self._ids = [each.to(bench.device) for each in order]  # stored, loaded, the rest
@@ -125,7 +132,8 @@ class Worker:
         """Whether the blocks that were loaded are those that were stored, and all others as they
         were."""
         self.wait()
-        (stored, loaded, rest), pairs = self._ids, zip(self._layers, self._before, strict=True)
+        (stored, loaded, rest) = self._ids
+        pairs = zip(self._layers, self._before, strict=True)
         return all(
             now[loaded].equal(old[0]) and now[stored].equal(old[0]) and now[rest].equal(old[1])
             for now, old in pairs
@@ -134,7 +142,8 @@ class Worker:
     def variant(self, name: str, op: str) -> Variant:
         """A store, judged by a load of what it left; or a load."""
         labels = suite.labels(name, op, "vllm")
-        store, load = (self._stored, self._chunks), (self._chunks, self._loaded)
+        store = (self._stored, self._chunks)
+        load = (self._chunks, self._loaded)
 
         def spoil(i: int) -> None:
             self.poison()
@@ -149,7 +158,8 @@ class Worker:
             return self._both(labels)
         if op == "d2h":
             return Variant(labels, lambda i: self.submit(*store), spoil, stored)
-        keep, right = partial(self.poison, *store), self.right
+        keep = partial(self.poison, *store)
+        right = self.right
         return Variant(labels, lambda i: self.submit(*load), lambda i: keep(), lambda i: right())
 
     def _both(self, labels: Row) -> Variant:
@@ -178,7 +188,8 @@ class Job:
     """A job that was submitted."""
 
     def __init__(self, worker: Worker, number: int) -> None:
-        self._worker, self._number = worker, number
+        self._worker = worker
+        self._number = number
 
     def done(self) -> bool:
         return self._worker.done(self._number)
@@ -189,7 +200,8 @@ Pair = Callable[[int], dict[str, Worker]]
 
 def _workers(bench: PlugBench, own: bool, page: int) -> dict[str, Worker]:
     """Both workers over the same caches, each with host memory of its own."""
-    base, sizes = import_module("vllm.v1.kv_offload.base"), bench.sizes
+    base = import_module("vllm.v1.kv_offload.base")
+    sizes = bench.sizes
     blocks = 2 * sizes.blocks + _REST
     memory = [bench.memory(blocks * page, False, 1 + n) for n in range(sizes.layers)]
     layers = [each.view(torch.int8).view(blocks, page) for each in memory]
@@ -216,7 +228,8 @@ def _of_op(bench: PlugBench) -> int:
 
 def _batch(own: bool, bench: PlugBench, told: Row, page: int, op: str) -> Case:
     """Runs of blocks of each layer, and of a pool block by block: a quarter of a job's pages."""
-    layers, salts = bench.sizes.layers, suite.turned(op, 1, None)
+    layers = bench.sizes.layers
+    salts = suite.turned(op, 1, None)
     sized = replace(suite.LIKE, layers=layers, dim=page, dtype="int8", kv=1, pool=2)
     shape = replace(sized, tokens=_of_op(bench))
     device = Side.make(bench, "layer | block dim", shape, 3, tensors=layers, salt=salts[0])

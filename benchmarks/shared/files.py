@@ -32,12 +32,15 @@ class Slab:
     """A file of slots full of random words, and memory for as many bytes beside these words."""
 
     def __init__(self, trials: Trials, folder: Path, slot: int, count: int) -> None:
-        self.slot, self.nbytes, self.trials = slot, slot * count, trials
+        self.slot = slot
+        self.nbytes = slot * count
+        self.trials = trials
         self.path = folder / "slab"
         pages = mmap.mmap(-1, 2 * self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         pages.madvise(mmap.MADV_HUGEPAGE)  # as pinned memory has
         memory = np.frombuffer(pages, np.uint64)
-        self.known, self.landed = memory[: memory.size // 2], memory[memory.size // 2 :]
+        self.known = memory[: memory.size // 2]
+        self.landed = memory[memory.size // 2 :]
         self.known[:] = np.random.default_rng(1).integers(0, 1 << 63, self.known.size, np.uint64)
         self.places = [(int(one.ctypes.data), self.nbytes) for one in (self.known, self.landed)]
         self.known.tofile(self.path)

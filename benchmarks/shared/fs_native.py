@@ -29,22 +29,27 @@ def main(folder: str, amount: int, nbytes: int) -> None:
     given = {"type": "fs_native", "base_path": folder, "use_odirect": True, "num_workers": 8}
     asked = argparse.Namespace(l2_adapter=[json.dumps(given)])
     parsed = config.parse_args_to_l2_adapters_config(asked).adapters[0]
-    memory, half = data.make_aligned_tensor(2 * amount * nbytes, 4096), amount * nbytes
+    memory = data.make_aligned_tensor(2 * amount * nbytes, 4096)
+    half = amount * nbytes
     adapter = create_l2_adapter(parsed, l1_memory_desc=data.create_l1_memory_desc(memory, 4096))
     stored = data.make_memory_objects(memory, amount, nbytes, 0)
     loaded = data.make_memory_objects(memory, amount, nbytes, half)
-    halves, numbers = (slice(0, amount // 2), slice(amount // 2, amount)), count()
-    keys, done = list[Any](), list[Any]()
+    halves = (slice(0, amount // 2), slice(amount // 2, amount))
+    numbers = count()
+    keys = list[Any]()
+    done = list[Any]()
 
     for line in sys.stdin:
         word = line.strip()
-        old, task = keys, adapter.submit_load_task
+        old = keys
+        task = adapter.submit_load_task
         if word in ("store", "replace"):
             task = adapter.submit_store_task
             keys = data.make_object_keys(amount, key_offset=next(numbers) * amount)
         elif word == "load":
             memory[half:] = 0xA5
-        began, cpu = time.perf_counter(), time.process_time()
+        began = time.perf_counter()
+        cpu = time.process_time()
         if word in ("clear", "replace"):
             adapter.delete(old)
         if word == "clear":

@@ -215,7 +215,8 @@ LINK_NEVER_HIDDEN = 3000.0
 #: How often a call is timed again, behind a longer delay, when its host part was seen.
 _TRIES = 4
 #: Calls on an idle device that say how long the host takes.
-_SETTLING, _LINK_SETTLING = 5, 3
+_SETTLING = 5
+_LINK_SETTLING = 3
 REST = 0.02  # seconds
 
 
@@ -243,7 +244,8 @@ class Timer(ABC):
         """Call it a few times; the median microseconds of its host's part on an idle device."""
         for i in range(objects):
             call(i)
-        hosts, walls = [], []
+        hosts = []
+        walls = []
         for n in range(self._settling):
             self._module.synchronize()
             start = perf_counter()
@@ -325,7 +327,9 @@ class DeviceTimer(Timer):
 
     def _calibrate(self) -> float:
         """Clock cycles of the delay kernel in a microsecond."""
-        cycles, (first, last), taken = 2_000_000, self._events, list[float]()
+        cycles = 2_000_000
+        (first, last) = self._events
+        taken = list[float]()
         for _ in range(5):
             first.record()
             self._module._sleep(cycles)

@@ -81,7 +81,8 @@ class LMCache:
         """A call of one of its kernels, with everything that can be made beforehand: from caches on
         a device to a chunk or back, by the slot of each token, int64 on the host."""
         tensors = caches if isinstance(caches, list) else [caches]
-        form, device = getattr(self._ops.EngineKVFormat, FORMATS[shape.cache]), tensors[0].device
+        form = getattr(self._ops.EngineKVFormat, FORMATS[shape.cache])
+        device = tensors[0].device
         addresses = [tensor.data_ptr() for tensor in tensors]
         pointers = torch.tensor(addresses, dtype=torch.int64).to(device)
         if kernel == "slot kernel":
@@ -92,10 +93,13 @@ class LMCache:
             )  # fmt: skip
         blocks = (slots[:: shape.block_size] // shape.block_size).to(device)
         described = self._ops.PageBufferShapeDesc()
-        described.kv_size, described.nl = shape.kv, shape.layers
-        described.nb, described.bs = shape.blocks, shape.block_size
+        described.kv_size = shape.kv
+        described.nl = shape.layers
+        described.nb = shape.blocks
+        described.bs = shape.block_size
         latent = shape.cache == "layer | block token dim"
-        described.nh, described.hs = 1 if latent else shape.heads, shape.dim
+        described.nh = 1 if latent else shape.heads
+        described.hs = shape.dim
         described.element_size = shape.torch_dtype.itemsize
         described.block_stride_elems = 0  # blocks without padding
         return lambda chunk, store: self._ops.multi_layer_block_kv_transfer(
@@ -115,7 +119,8 @@ def load(package: str, module: str) -> tuple[ModuleType, str]:
     """A compiled module of a package whose own ``__init__`` is not run, and its release."""
     install = f"pip install --no-deps {package}=={PEERS[package]}"
     try:
-        found, release = find_spec(package), version(package)
+        found = find_spec(package)
+        release = version(package)
     except (PackageNotFoundError, ValueError):
         found = None
     if found is None or not found.submodule_search_locations:

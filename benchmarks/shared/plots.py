@@ -154,7 +154,8 @@ def ladder(rows: list[Row], device: str) -> Figure:
     for op, (y, way) in product(places, enumerate(order)):
         shift, shade = places[op]
         for row in having(rows, way=way, op=op):
-            time, colour = row["p50_us"], COLOURS.get(way, "#BBBBBB")
+            time = row["p50_us"]
+            colour = COLOURS.get(way, "#BBBBBB")
             axes.barh(y + shift, time, height=0.38, color=colour, alpha=shade)
             note = f" {time:.4g} us" if time < 1e3 else f" {time / 1e3:.4g} ms"
             note += "" if op == "copy_" else f" ({op})"
@@ -237,7 +238,8 @@ def beside_own(rows: list[Row], device: str) -> Figure | None:
     if not known:
         return None
     figure = Figure(figsize=(9.5, 2.6))
-    axes, parts = figure.subplots(), sorted({row["part"] for row in known})
+    axes = figure.subplots()
+    parts = sorted({row["part"] for row in known})
     for (at, part), (op, mark) in product(enumerate(parts), {"d2h": "v", "h2d": "^"}.items()):
         found = [row["of_own"] for row in having(known, part=part, op=op)]
         place = [at + (0.12 if op == "h2d" else -0.12)] * len(found)
@@ -256,11 +258,14 @@ def stored(rows: list[Row], device: str) -> Figure:
     """The rate of each way of storing and loading, with the spread of its trials."""
     cases = grouped(rows, "op", "shape")
     figure = Figure(figsize=(9.5, 0.7 + 0.17 * (len(rows) + len(cases))))
-    axes, places, names = figure.subplots(), list[float](), list[str]()
+    axes = figure.subplots()
+    places = list[float]()
+    names = list[str]()
     at = furthest = 0.0
     for mine in cases:
         for row in mine:
-            rate, times = row["gb_per_s"], (row["p50_us"] / row[p] for p in ("p90_us", "p10_us"))
+            rate = row["gb_per_s"]
+            times = (row["p50_us"] / row[p] for p in ("p90_us", "p10_us"))
             low, high = (rate * factor for factor in times)
             axes.barh(at, rate, 0.8, color=COLOURS.get(row["backend"], "#BBBBBB"))
             axes.plot([low, high], [at, at], color="#D55E00", linewidth=1)
@@ -282,7 +287,9 @@ def stored(rows: list[Row], device: str) -> Figure:
 def urgent(rows: list[Row], device: str) -> Figure:
     """How long urgent loads take alone and beside stores that keep the disk busy."""
     figure = Figure(figsize=(6.2, 2.4))
-    axes, (row, *_), stores = figure.subplots(), having(rows, op="load"), having(rows, op="store")
+    axes = figure.subplots()
+    (row, *_) = having(rows, op="load")
+    stores = having(rows, op="store")
     for at, (name, end) in enumerate(product(("p50", "p99"), ("_alone_us", "_us"))):
         time = row[name + end] / 1e3
         axes.barh(at, time, color="#999999" if "alone" in end else "#0072B2")

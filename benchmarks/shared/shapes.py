@@ -93,7 +93,8 @@ def load(path: Path = FILE) -> Mapping[str, Shape]:
     entry with ``like`` has every field that it does not write from the shape of that name."""
     found: dict[str, Shape] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf-8"))["shape"]:
-        name, like = entry.get("name"), entry.pop("like", None)
+        name = entry.get("name")
+        like = entry.pop("like", None)
         try:
             if like is not None and like not in found:
                 raise ValueError(f"is like {like!r}; expected the name of a shape above it")

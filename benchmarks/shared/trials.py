@@ -51,7 +51,8 @@ class Way(NamedTuple):
 
 def timed(call: Callable[[], object]) -> Sample:
     """The time of a call, and that of the processor for this process."""
-    began, cpu = time.perf_counter(), cpu_seconds()
+    began = time.perf_counter()
+    cpu = cpu_seconds()
     call()
     return Sample(time.perf_counter() - began, cpu_seconds() - cpu)
 

@@ -21,7 +21,8 @@ from portakv_benchmarks.shared.trials import Sample, timed
 from portakv_benchmarks.storage.suite import StorageBench
 from portakv_benchmarks.storage.tiers import caches
 
-ROUNDS, CHAIN = 5, 4
+ROUNDS = 5
+CHAIN = 4
 CPU = torch.device("cpu")
 
 
@@ -45,7 +46,8 @@ def _nodes(count: int) -> Rows:
 
 
 def _chains(count: int) -> None:
-    graph, nodes = Graph(), list[Node]()
+    graph = Graph()
+    nodes = list[Node]()
     link = graph.link("bench", width=2)
     for number in range(count // CHAIN * CHAIN):
         after = nodes[-1:] if number % CHAIN else []
@@ -59,7 +61,8 @@ def _chains(count: int) -> None:
 
 def _start(bench: StorageBench) -> Rows:
     """A folder whose table is full is opened again and again."""
-    form, count = BlockForm.of(caches(1, 4 * KB, CPU, 1), "bench"), bench.sizes.slots
+    form = BlockForm.of(caches(1, 4 * KB, CPU, 1), "bench")
+    count = bench.sizes.slots
     engine, _ = choose()
     given = bench.folder / "start", form, count * form.image_bytes, engine
     slots = Slots(*given)
@@ -69,7 +72,8 @@ def _start(bench: StorageBench) -> Rows:
         slots.seal(slots.take(key, None, follows) or 0, key, n + 1, (n,))
         follows = mark_of(key)
     slots.close()
-    samples, right = [], True
+    samples = []
+    right = True
     for _ in range(ROUNDS):
         made: list[Slots] = []
         samples.append(timed(lambda made=made: made.append(Slots(*given))))  # type: ignore[misc]

@@ -32,7 +32,12 @@ LOOKED_UP = 1000
 #: Blocks of 1 MB: that are loaded, in one load, in one store; stores in flight; seconds between the
 #: beginnings of two loads (80 MB/s, some hundreds of loads in nine rounds); how much is stored in a
 #: phase, in trials of the other parts.
-LOADED, LOAD, STORE, FLIGHT, PACE, PHASE = 64, 2, 32, 4, 0.025, 4
+LOADED = 64
+LOAD = 2
+STORE = 32
+FLIGHT = 4
+PACE = 0.025
+PHASE = 4
 PHASES = ("loads", "stores", "both")
 
 
@@ -60,22 +65,28 @@ class Meeting:
     """A store over one folder, and the blocks that it loads and stores."""
 
     def __init__(self, bench: StorageBench) -> None:
-        self.bench, self.stored = bench, max(STORE, PHASE * bench.sizes.nbytes // MB)
-        self.sources, self.view = caches(LOADED, MB, CPU), caches(LOADED, MB, CPU)
+        self.bench = bench
+        self.stored = max(STORE, PHASE * bench.sizes.nbytes // MB)
+        self.sources = caches(LOADED, MB, CPU)
+        self.view = caches(LOADED, MB, CPU)
         form = BlockForm.of(self.view, "bench")
         # No phase reaches the blocks that are loaded: they were used after those that it evicts.
         capacity = (LOADED + 2 * self.stored) * form.image_bytes
         disk = Disk(bench.folder / "beside", capacity=capacity)
         self.store = BlockStore(form, staging=256 * MB, tiers=[disk], full="wait")
-        self.numbers, self.keys = count(1 << 32), [n.to_bytes(32, "big") for n in range(LOADED)]
+        self.numbers = count(1 << 32)
+        self.keys = [n.to_bytes(32, "big") for n in range(LOADED)]
         self.store.save(self.sources, range(LOADED), self.keys).synchronize(60)
-        self.right, self.loads, self.loaded = True, bench.sizes.loads, set[int]()
+        self.right = True
+        self.loads = bench.sizes.loads
+        self.loaded = set[int]()
         self.times = {name: list[float]() for name in PHASES}  # of all rounds
         self.rates = {name: list[float]() for name in PHASES}
 
     def saturate(self, name: str) -> None:
         """Store as many new blocks as a phase has, as fast as they go."""
-        began, flying = time.perf_counter(), deque[Handle]()
+        began = time.perf_counter()
+        flying = deque[Handle]()
         for _ in range(0, self.stored, STORE):
             keys = [next(self.numbers).to_bytes(32, "big") for _ in range(STORE)]
             flying.append(self.store.save(self.sources, range(STORE), keys))
@@ -88,7 +99,8 @@ class Meeting:
     def load(self, name: str) -> None:
         """Load some blocks, and rest for what is left of the pace."""
         first = self.bench.trials.random.randrange(LOADED - LOAD + 1)
-        part, began = slice(first, first + LOAD), time.perf_counter()
+        part = slice(first, first + LOAD)
+        began = time.perf_counter()
         self.store.load(self.view, range(LOADED)[part], self.keys[part]).synchronize(60)
         self.times[name].append(time.perf_counter() - began)
         self.loaded.update(range(LOADED)[part])
@@ -100,7 +112,8 @@ class Meeting:
         torch._foreach_zero_(words(self.view.tensors))
         self.loaded.clear()
         time.sleep(self.bench.sizes.pause)
-        thread, before = threading.Thread(target=self.saturate, args=(name,)), len(self.times[name])
+        thread = threading.Thread(target=self.saturate, args=(name,))
+        before = len(self.times[name])
         if name != "loads":
             thread.start()
         least = self.loads if name == "loads" else 1
@@ -120,7 +133,8 @@ def beside(bench: StorageBench) -> Rows:
         for name in bench.trials.random.sample(PHASES, len(PHASES)):
             meeting.phase(name)
     meeting.store.close()
-    times, rates = meeting.times, meeting.rates
+    times = meeting.times
+    rates = meeting.rates
     told = {"kind": "storage_beside", "shape": f"{LOAD} blocks of 1 MB", "verified": meeting.right}
     row = {**told, "op": "load", "backend": "urgent", "loads": len(times["both"])}
     row["loads_alone"] = len(times["loads"])
@@ -136,11 +150,13 @@ def beside(bench: StorageBench) -> Rows:
 
 
 #: Bytes of a block (Llama-3 8B, 32 tokens), and how often the slab goes into the bytes of a load.
-BLOCK, TIMES = 4 * MB, 4
+BLOCK = 4 * MB
+TIMES = 4
 
 
 def _layered(bench: StorageBench) -> Rows:
-    sizes, device = bench.sizes, bench.device
+    sizes = bench.sizes
+    device = bench.device
     nbytes = sizes.layered // (16 if device.type == "cpu" else 1)
     amount = nbytes // BLOCK
     source, view = (caches(amount, BLOCK, device, sizes.layers) for _ in range(2))
@@ -153,7 +169,9 @@ def _layered(bench: StorageBench) -> Rows:
     engine, _ = choose(slab.places)
 
     def load(by_layer: bool) -> Sample:
-        began, cpu, first = time.perf_counter(), cpu_seconds(), 0.0
+        began = time.perf_counter()
+        cpu = cpu_seconds()
+        first = 0.0
         order = torch.randperm(amount).tolist()
         handle = store.load(view, order, [keys[n] for n in order], by_layer=by_layer)
         if by_layer:

@@ -64,7 +64,9 @@ class StorageBench(Bench):
         peers: Mapping[str, str | None],  # programs: fio, and a Python with LMCache
     ) -> None:
         super().__init__(device, HOST_PRESETS["tiny"])
-        self.absent, self.found, self.sizes = {}, dict[str, str](), preset
+        self.absent = {}
+        self.found = dict[str, str]()
+        self.sizes = preset
         self.trials = Trials(preset.rounds, preset.pause, self.left_out)
         self.fio = peers["fio"] or shutil.which("fio")
         self.lmcache = peers["lmcache"] or (sys.executable if find_spec("lmcache") else None)

@@ -36,7 +36,9 @@ from portakv_benchmarks.shared.shapes import POISON, in_words
 from portakv_benchmarks.shared.trials import Sample, Way, timed
 from portakv_benchmarks.storage.suite import StorageBench
 
-LAYERS, HEADS, DIM = 32, 8, 64
+LAYERS = 32
+HEADS = 8
+DIM = 64
 CHUNKS = {"store": SAVED, "load": LOADED}  # as a store's nodes
 REQUESTS = 8  # of a remote store, at once
 
@@ -62,13 +64,16 @@ class Tier:
 
     def __init__(self, nbytes: int, amount: int, kind: Disk | Remote, chunk: int = 0) -> None:
         self.form = BlockForm.of(caches(1, nbytes, torch.device("cpu")), "bench")
-        self.amount, size = amount, self.form.image_bytes
+        self.amount = amount
+        size = self.form.image_bytes
         self.chunks = {op: chunk or max(1, n // size) for op, n in CHUNKS.items()}
         self.memory = Memory(self.form.image_bytes, 2 * amount, 0)
         self.payload = self.memory.tensor[:, image.HEADER :][:, : self.form.payload_bytes]
         self.payload.random_()
         self.first = {"store": 0, "load": amount}
-        self.numbers, self.keys, self.graph = count(1), list[bytes](), Graph()
+        self.numbers = count(1)
+        self.keys = list[bytes]()
+        self.graph = Graph()
         self.shelf: Any = kind.open(self.graph, self.memory, [self.form])[0]
 
     def close(self) -> None:
@@ -82,7 +87,9 @@ class Tier:
         return timed(partial(self._run, op))
 
     def _run(self, op: str) -> None:
-        nodes, shelf, first = list[Node](), self.shelf, self.first[op]
+        nodes = list[Node]()
+        shelf = self.shelf
+        first = self.first[op]
         for at in range(0, self.amount, self.chunks[op]):
             keys = self.keys[at : at + self.chunks[op]]
             rows = [self.memory.array[first + at + n] for n in range(len(keys))]
@@ -123,9 +130,11 @@ def engine_steps(bench: StorageBench) -> Iterator[Step]:
 
 
 def _both_ways(bench: StorageBench, size: int) -> Rows:
-    slab, rows = Slab(bench.trials, bench.folder, size, bench.sizes.slots_of(size)), Rows()
+    slab = Slab(bench.trials, bench.folder, size, bench.sizes.slots_of(size))
+    rows = Rows()
     engine, decisions = choose(slab.places)
-    engines, told = [engine], f"engine, {in_words(size)}: "
+    engines = [engine]
+    told = f"engine, {in_words(size)}: "
     bench.left_out += [told + str(one) for one in decisions if not one.accepted]
     if engine.name != "threads" and size == bench.sizes.usual:
         engines.append(choose(slab.places, "threads")[0])
@@ -146,8 +155,10 @@ def tier_steps(bench: StorageBench) -> Iterator[Step]:
 
 
 def _tier(bench: StorageBench, size: int) -> Rows:
-    amount, rounds = bench.sizes.slots_of(size), bench.sizes.rounds
-    nbytes, room = amount * size, amount * (size + image.HEADER)
+    amount = bench.sizes.slots_of(size)
+    rounds = bench.sizes.rounds
+    nbytes = amount * size
+    room = amount * (size + image.HEADER)
     # In one of them each store comes into slots that were never written.
     fresh = Tier(size, amount, Disk(bench.folder / "fresh", capacity=(rounds + 2) * room))
     tier = Tier(size, amount, Disk(bench.folder / "tier", capacity=room))
@@ -190,7 +201,8 @@ def _remote(bench: StorageBench) -> Rows:
         given: dict[str, Any] = {"endpoint": address, "client_options": {"allow_http": True}}
         given |= {"access_key_id": "bench", "secret_access_key": "bench", "region": "us-east-1"}
         remote = Remote("s3://bench/kv", workers=REQUESTS, **given)
-        tier, found = Tier(MB, bench.sizes.remote, remote, chunk=1), list[int]()
+        tier = Tier(MB, bench.sizes.remote, remote, chunk=1)
+        found = list[int]()
         tier.run("store")
         listed = [one for batch in obstore.list(remote.store) for one in batch]
         paths = [one["path"] for one in listed if one["size"] == tier.form.image_bytes]
@@ -206,7 +218,8 @@ def _remote(bench: StorageBench) -> Rows:
                 lambda: found == [tier.form.image_bytes] * len(paths),
             )
             told = {"kind": "storage_remote", "shape": "1 MB, moto", "op": "load"}
-            ways, nbytes = [tier.way("load"), raw], len(paths) * MB
+            ways = [tier.way("load"), raw]
+            nbytes = len(paths) * MB
             rows = bench.trials.rows(told, nbytes, ways, {"of_raw": "obs.get"})
         tier.close()
     finally:

@@ -56,7 +56,8 @@ def test_a_source_that_is_expanded(home: Bench, direction: str, axis: str) -> No
 
 def test_caches_that_share_tensors(workshop: Bench, direction: str) -> None:
     """A cache is all of its tensors in their order, not the first or the last of them."""
-    source, slots = direction == "gather", workshop.shuffled(SHAPE.slots, 9, 1)
+    source = direction == "gather"
+    slots = workshop.shuffled(SHAPE.slots, 9, 1)
     how: dict[str, Any] = {"layout": PAGED, "source": source}
     one, two = (workshop.cache(SHAPE, slots, storage=number, **how) for number in (0, 100))
     first, *_, last = one.tensors

@@ -124,7 +124,9 @@ def test_a_copy_under_a_setting(home: Bench, direction: str, state: str) -> None
         case = home.move(direction, shape, slots)
         for number, guard in enumerate(case.src.guards):
             fresh = pattern_bytes(home.seed, number, guard.nbytes).copy()
-            fresh[7::8], fresh[6::8] = 0x7F, 0xF4  # each float64 is a signalling NaN
+            # each float64 is a signalling NaN
+            fresh[7::8] = 0x7F
+            fresh[6::8] = 0xF4
             guard.payload().copy_(torch.from_numpy(fresh))
 
         def carry() -> None:

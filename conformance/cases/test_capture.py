@@ -56,7 +56,8 @@ def check_captured_launch(home: Bench, direction: str, *, first: bool) -> None:
     """Capture a launch that was never called before, or one that was, and replay it."""
     if not home.judge.claims("capturable", "its launches cannot be captured into a graph."):
         return
-    holes, shape = 2 if home.subject.can.skips_negative else 0, FIRST if first else SHAPE
+    holes = 2 if home.subject.can.skips_negative else 0
+    shape = FIRST if first else SHAPE
     case = home.move(direction, shape, home.on_device(shape.slots, 9, holes))
     launch = home.judge.launch_of(case)
     if not first:
@@ -113,7 +114,8 @@ def _warm(home: Bench, case: Case) -> Callable[[], Transfer]:
     views = view_of(case.src), view_of(case.dst)
 
     def call() -> Transfer:
-        mine, theirs = index_of(case.src), index_of(case.dst)
+        mine = index_of(case.src)
+        theirs = index_of(case.dst)
         return home.subject.copy(*views, mine, theirs, count=case.count)
 
     call().synchronize()

@@ -56,7 +56,8 @@ _PAIRS = [
 @pytest.mark.parametrize("pair", _PAIRS, ids="-".join)
 def test_places(home: Bench, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
-    case, way = home.some(direction, SHAPE, 9), f"from {pair[0]} to {pair[1]} memory"
+    case = home.some(direction, SHAPE, 9)
+    way = f"from {pair[0]} to {pair[1]} memory"
     src, dst = (
         side if place == "device" else on_host(side, place == "pinned")
         for place, side in zip(pair, (case.src, case.dst), strict=True)
@@ -188,7 +189,8 @@ def test_max_loops(home: Bench, loops: int, direction: str) -> None:
 @pytest.mark.claim("tables")
 def test_tables(home: Bench, direction: str) -> None:
     """It takes planes in separate allocations, at new addresses in each call; or refuses them."""
-    shape, held = Shape(layers=5), []
+    shape = Shape(layers=5)
+    held = []
     # Blocks as a list need a table and no loop, where the home has no list.
     layout = home.paged if "|" in home.paged else home.paged.replace("block", "block |", 1)
     grain = max(1, home.subject.can.alignment // 2)

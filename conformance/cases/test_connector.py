@@ -97,13 +97,15 @@ def test_batches(store: Store, ragged: bool) -> None:
     """A batch moves each chunk's range of the slot mapping, as single calls would."""
     lengths = (8, 5, 8, 3) if ragged else (8, 8, 8)
     slots = torch.tensor(store.home.shuffled(SHAPE.slots, sum(lengths), 2))
-    ends, caches = [*accumulate(lengths)], store.caches()
+    ends = [*accumulate(lengths)]
+    caches = store.caches()
     starts = [0, *ends[:-1]]
     store.connector.register_kv_caches(caches.tensors)
     ranges = enumerate(zip(starts, ends, strict=True))
     cases = [store.case(caches, slots[a:b], tokens=8, seed=n) for n, (a, b) in ranges]
     # As one copy, between the caches and the chunks as blocks of 8 tokens.
-    first, tensors = _chunk(cases[0]), [_chunk(case).tensors for case in cases]
+    first = _chunk(cases[0])
+    tensors = [_chunk(case).tensors for case in cases]
     chunks = replace(
         first, tensors=tensors, layout=f"block | {first.layout}", block_size=8,
         ids=torch.tensor([8 * n + at for n, length in enumerate(lengths) for at in range(length)]),
@@ -114,7 +116,8 @@ def test_batches(store: Store, ragged: bool) -> None:
     if store.move == "to_gpu":  # all land in one cache: each expectation is made by those before
         store.home.judge.call(joined, partial(batch, starts, ends))
         return
-    expected, asked = [case.expected() for case in cases], asked_of(joined)
+    expected = [case.expected() for case in cases]
+    asked = asked_of(joined)
     moved = store.home.judge.call(cases[0], partial(batch, starts, ends), asked=asked)
     for case, wanted in zip(cases, expected, strict=True):
         verdict = changed(wanted.before, case.dst.tensors)

@@ -33,7 +33,8 @@ _WIDTHS = [
 def both_ways(home: Bench, source: Any, target: Any) -> None:
     """Judge a copy from the first maker's side, which has ids, to the second's, and back."""
     for make, take in ((source, target), (target, source)):
-        src, dst = make(source=True), take(source=False)
+        src = make(source=True)
+        dst = take(source=False)
         home.copy(Case(src, dst, min(len(side.ids) * side.step for side in (src, dst))))
 
 
@@ -174,7 +175,8 @@ def _lying(layout: str, how: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("how", _PADDED)
 def test_strides_and_padding(home: Bench, direction: str, how: str) -> None:
     """Rows lie where strides and storage offsets say; the bytes between them are not touched."""
-    shape, wanted = Shape(layers=3, widths=(16, 16)), _lying(home.paged, _PADDED[how])
+    shape = Shape(layers=3, widths=(16, 16))
+    wanted = _lying(home.paged, _PADDED[how])
     home.copy(home.some(direction, shape, 9, 1, **wanted))
     home.copy(home.some(direction, shape, 3, 1, step=4, **wanted))
 
@@ -200,7 +202,8 @@ def test_chunks_that_are_not_contiguous(home: Bench, direction: str, how: str) -
 @pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
 def test_lists_of_memory_objects(home: Bench, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
-    cache, store = Shape(blocks=8), Shape(block_size=16, blocks=2)
+    cache = Shape(blocks=8)
+    store = Shape(block_size=16, blocks=2)
     paged = partial(home.cache, cache, home.shuffled(cache.slots, 27, 2))
     both_ways(home, paged, partial(home.cache, store, range(27), layout=layout, place=place))
 
@@ -211,7 +214,8 @@ def test_opaque_pages(workshop: Bench, page: int, layout: str) -> None:
     """An opaque page moves whole, and its padding stays."""
     shape = Shape(widths=(page,), heads=1)
     make = partial(workshop.cache, shape, step=shape.block_size, dtype=torch.uint8)
-    holes, blocks = workshop.shuffled(6, 4, 1), workshop.shuffled(6, 4)
+    holes = workshop.shuffled(6, 4, 1)
+    blocks = workshop.shuffled(6, 4)
     padded = partial(make, holes, layout="layer | block page", pads={1: 5})
     both_ways(workshop, padded, partial(make, blocks, layout=layout))
 
@@ -227,18 +231,22 @@ def test_one_source_row_for_many_tokens(home: Bench) -> None:
 @pytest.mark.parametrize("kind", ["tokens", "blocks", "layers", "rows-of-a-block"])
 def test_more_than_a_grid_holds(home: Bench, kind: str, direction: str) -> None:
     """Nothing is clipped of many tokens, many blocks, many runs of a token or a long block."""
-    rng, how = torch.Generator().manual_seed(home.seed), dict[str, Any]()
+    rng = torch.Generator().manual_seed(home.seed)
+    how = dict[str, Any]()
     if kind == "tokens":
         shape = Shape(1, 1, (2, 2), block_size=16, blocks=12_600)
         ids: Any = torch.randperm(shape.slots, generator=rng)[:200_000]
     elif kind == "blocks":
-        shape, how = Shape(1, 1, (4, 4), block_size=2, blocks=70_001), {"step": 2}
+        shape = Shape(1, 1, (4, 4), block_size=2, blocks=70_001)
+        how = {"step": 2}
         ids = torch.randperm(shape.blocks, generator=rng)
     elif kind == "layers":
-        shape, ids = Shape(300, 117, (2, 2), block_size=2, blocks=2), [3, 0]
+        shape = Shape(300, 117, (2, 2), block_size=2, blocks=2)
+        ids = [3, 0]
         how = {"layout": HND, "place": "strided"}
     else:
-        shape, ids = Shape(1, 2, (2, 2), block_size=35_000, blocks=2), [1]
+        shape = Shape(1, 2, (2, 2), block_size=35_000, blocks=2)
+        ids = [1]
         how = {"layout": HND, "step": 35_000}
     home.copy(home.move(direction, shape, ids, **how))
 
@@ -251,7 +259,8 @@ def test_more_runs_than_one_call_of_a_copy_engine_takes(
 ) -> None:
     """Between host and device one call moves 20,000 runs, no two of them neighbours on either side:
     engines that take 8,192 at a time are called again."""
-    shape, source = Shape(2, 1, (24, 24), blocks=2 * 5_000 // 4), direction == "gather"
+    shape = Shape(2, 1, (24, 24), blocks=2 * 5_000 // 4)
+    source = direction == "gather"
     slots = home.shuffled(shape.slots // 2, 5_000)
     cache = home.cache(shape, [2 * slot for slot in slots], source=source)
     host = Workshop("cpu", home.seed)
@@ -267,5 +276,6 @@ def test_widths_are_compared_in_bytes(home: Bench, same: bool) -> None:
 
 def test_a_row_that_is_larger_than_a_page_of_memory(workshop: Bench, direction: str) -> None:
     """A row of many kilobytes is one run, as in caches of encoders."""
-    shape, chunk = Shape(1, 1, (70_002,), blocks=3), {"layout": "token (head dim)"}
+    shape = Shape(1, 1, (70_002,), blocks=3)
+    chunk = {"layout": "token (head dim)"}
     workshop.copy(workshop.some(direction, shape, 5, 1, chunk, layout="block token dim"))

@@ -39,7 +39,8 @@ def test_threads_with_streams_of_their_own(home: Bench) -> None:
 @pytest.mark.parametrize("thread", [False, True], ids=["same-thread", "other-thread"])
 def test_another_device_than_the_current_one(home: Bench, direction: str, thread: bool) -> None:
     """A copy runs on the device of its views, in any thread, and leaves the current one alone."""
-    subject, current = home.subject, torch.accelerator.current_device_index()
+    subject = home.subject
+    current = torch.accelerator.current_device_index()
     other = home.facility.second()
     found = find(subject.name, other, emulated=subject.emulated)
     judge = Judge(found, Facility(other, subject.emulated), home.judge.seed)

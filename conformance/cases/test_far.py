@@ -23,7 +23,10 @@ pytestmark = pytest.mark.area("safety")
 
 Bytes = Callable[[int], torch.Tensor]
 _NORESERVE = 0x4000  # Linux; not named by every Python's mmap
-_HEADS, _DIM, _SIZE = 2, 64, 2  # of uint8: a block of 256 B
+# of uint8: a block of 256 B
+_HEADS = 2
+_DIM = 64
+_SIZE = 2
 _ODD = 131  # bytes of a row that nothing divides
 #: How blocks are named, and what has ids: a cache and a chunk, or two caches.
 MIGRATIONS = ("blocks-gather", "blocks-scatter", "blocks-both", "slots-both")
@@ -48,7 +51,9 @@ class Place:
         self, tensor: torch.Tensor, layout: str, where: list[Any], index: Index | None = None,
         **extents: Any,
     ) -> None:  # fmt: skip
-        self.tensor, self.where, self.index = tensor, where, index or Index()
+        self.tensor = tensor
+        self.where = where
+        self.index = index or Index()
         self.view = KVView(tensor, layout, **extents)
 
 
@@ -94,7 +99,8 @@ def check_blocks(judge: Judge, kind: str, src: torch.Tensor, dst: torch.Tensor) 
         ids = [(at * _SIZE + n) // step for at in blocks for n in range(0, _SIZE, step)]
         return Place(plane, "block token head dim", blocks, Index(ids, step=step))
 
-    there, here = place(src, [2, 0, 1]), place(dst, [1, 2, 0])
+    there = place(src, [2, 0, 1])
+    here = place(dst, [1, 2, 0])
     blocks = [slice(at, at + _SIZE) for at in range(0, 3 * _SIZE, _SIZE)]
     chunk = Place(near(src, 3 * _SIZE, _HEADS, _DIM), "token head dim", blocks)
     if kind == "blocks-scatter":
@@ -105,7 +111,8 @@ def check_blocks(judge: Judge, kind: str, src: torch.Tensor, dst: torch.Tensor) 
 
 def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int) -> None:
     """Copy tokens from ``first`` on of a far chunk ``[kv, tokens, bytes]`` to a cache or back."""
-    kvs, slots = range(len(chunk)), [3, 0, 5, 2]
+    kvs = range(len(chunk))
+    slots = [3, 0, 5, 2]
     tokens = [(kv, slice(first, first + len(slots))) for kv in kvs]
     far = Place(chunk, "kv token dim", tokens, Index(offset=first))
     rows = [(kv, [at // _SIZE for at in slots], [at % _SIZE for at in slots]) for kv in kvs]
@@ -116,7 +123,8 @@ def check_chunk(judge: Judge, direction: str, chunk: torch.Tensor, first: int) -
 
 def check_layers(judge: Judge, direction: str, memory: torch.Tensor, stride: int) -> None:
     """Copy rows of three layers that lie ``stride`` bytes apart."""
-    slots, layers = [3, 0, 2], range(3)
+    slots = [3, 0, 2]
+    layers = range(3)
     plane = memory.as_strided((3, 2, _SIZE, _HEADS, _DIM), (stride, 256, 128, _DIM, 1))
     rows = [(layer, *divmod(slot, _SIZE)) for layer in layers for slot in slots]
     far = Place(plane, "layer block token head dim", rows, Index(slots))
@@ -197,9 +205,11 @@ def test_far_blocks_on_a_device(judge: Judge, memory: Bytes, direction: str) -> 
 @pytest.mark.parametrize("kind", MIGRATIONS)
 def test_whole_blocks_and_two_lists_on_a_device(judge: Judge, memory: Bytes, kind: str) -> None:
     """On a device too, far blocks move whole, and under ids on both sides."""
-    stride, offset = 2**31 + 256, 2048
+    stride = 2**31 + 256
+    offset = 2048
     whole = memory(2 * stride + 8192)
-    src, dst = far_blocks(whole, stride, 3), far_blocks(whole[offset:], stride, 3)
+    src = far_blocks(whole, stride, 3)
+    dst = far_blocks(whole[offset:], stride, 3)
     check_blocks(judge, kind, src, dst)
 
 
@@ -217,9 +227,13 @@ def test_a_flat_pool_on_a_device(judge: Judge, memory: Bytes, direction: str, ro
 @pytest.mark.parametrize("far", ["planes", "tokens"])
 def test_a_far_chunk_on_a_device(judge: Judge, memory: Bytes, direction: str, far: str) -> None:
     """On a device too, planes of a chunk, and its first token, may lie gigabytes behind it."""
-    first, apart, row = 0, 2**32 + 3, _ODD
+    first = 0
+    apart = 2**32 + 3
+    row = _ODD
     if far == "tokens":  # keys and values of a token side by side
-        first, apart, row = 2**32 // (2 * _ODD) + 3, _ODD, 2 * _ODD
+        first = 2**32 // (2 * _ODD) + 3
+        apart = _ODD
+        row = 2 * _ODD
     whole = memory(apart + (first + 16) * row)
     chunk = whole.as_strided((2, first + 16, _ODD), (apart, row, 1))
     check_chunk(judge, direction, chunk, first)

@@ -16,7 +16,8 @@ from portakv_conformance.judge.judging import across
 pytestmark = pytest.mark.area("corners")
 
 SHAPE = Shape(blocks=9)
-POOL, HND = "block layer kv token head dim", "layer kv | block head token dim"
+POOL = "block layer kv token head dim"
+HND = "layer kv | block head token dim"
 DTYPES = {"int32": torch.int32, "int64": torch.int64}
 
 

@@ -63,7 +63,8 @@ def test_host_ids_that_change_right_after_the_call(home: Bench, direction: str, 
         ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1), dtype=dtype)
         ids = ids.pin_memory() if kind == "pinned" and home.facility.streams else ids
         case = home.move(direction, SHAPE, ids)
-        expected, started = case.expected(), list[Transfer]()
+        expected = case.expected()
+        started = list[Transfer]()
         copy = partial(home.subject.copy, *asked_of(case), count=case.count)
         home.facility.delay(BUSY)
         if not home.judge.carried(lambda: started.append(copy()), case):  # noqa: B023 (called at once)
@@ -80,7 +81,8 @@ def test_a_launch_has_read_its_host_ids(home: Bench, direction: str) -> None:
         home.judge.not_claimed("index_on", "it reads ids on the device.")
     ids = home.judge.ids(home.shuffled(SHAPE.slots, 9))
     case = home.move(direction, SHAPE, ids)
-    expected, launch = case.expected(), home.judge.launch_of(case)
+    expected = case.expected()
+    launch = home.judge.launch_of(case)
     home.facility.synchronize()
     home.facility.delay(BUSY)
     pending = launch(None, None)
@@ -116,10 +118,12 @@ def test_duplicates_that_reach_a_launch(home: Bench, step: int) -> None:
 @pytest.mark.needs("accelerator")
 def test_the_default_stream_is_a_stream(home: Bench, direction: str) -> None:
     """The default stream, passed while another is current, is no missing one, though it is 0."""
-    late, facility = Late(home, home.some(direction, SHAPE, 9)), home.facility
+    late = Late(home, home.some(direction, SHAPE, 9))
+    facility = home.facility
     launch = home.judge.launch_of(late.case)
     late.produce()
-    default, side = facility.current(), facility.stream()
+    default = facility.current()
+    side = facility.stream()
     facility.synchronize()
     facility.delay(BUSY, side)
     with facility.on(side):

@@ -53,7 +53,8 @@ def agree(judge: Judge, wrong: str | None, how: str, case: Case) -> None:
 
 def rows_at(side: Side, slots: np.ndarray) -> list[np.ndarray]:
     """The bytes of the rows at some slots, one array for each layer and kv."""
-    rows, memory = Rows(side.tensors, side.layout, side.extents), Memory.snapshot(side.tensors)
+    rows = Rows(side.tensors, side.layout, side.extents)
+    memory = Memory.snapshot(side.tensors)
     planes = product(range(rows.layers), range(rows.kv))
     return [memory.read(rows.row_addresses(kv, layer, slots)) for layer, kv in planes]
 
@@ -141,7 +142,8 @@ def test_a_chain_of_layouts(judge: Judge, data: Data) -> None:
     with blaming(judge, case):
         if not carry(judge, case):
             return
-        told, landed = None, rows_at(case.dst, case.dst.at(case.count))
+        told = None
+        landed = rows_at(case.dst, case.dst.at(case.count))
         for plane, (was, now) in enumerate(zip(wanted, landed, strict=True)):
             if told is None and (wrong := np.argwhere(was != now)).size:
                 where = f"the row at position {wrong[0, 0]} of plane {plane}"

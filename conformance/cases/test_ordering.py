@@ -26,7 +26,8 @@ class Late:
     """A case whose source holds other bytes until `produce`; ``expected`` is what must come out."""
 
     def __init__(self, home: Bench, case: Case) -> None:
-        self.home, self.case = home, case
+        self.home = home
+        self.case = case
         self.expected = case.expected()
         self.final = [guard.payload().clone() for guard in case.src.guards]
         self.asked = asked_of(case)
@@ -48,7 +49,8 @@ class Late:
     def check(self, *, source: bool = True) -> None:
         """Judge the bytes; all work has ended."""
         judge = self.home.judge
-        failing, judge.failing = judge.failing, self.case
+        failing = judge.failing
+        judge.failing = self.case
         judge.check(self.expected, self.case, source=source)
         judge.failing = failing
 
@@ -95,7 +97,8 @@ def test_a_copy_waits_for_its_producer(home: Bench, direction: str, where: str, 
 @pytest.mark.parametrize("where", STREAMS)
 def test_later_work_waits_for_the_copy(home: Bench, direction: str, where: str) -> None:
     """Behind ``Transfer.wait`` the current stream may read the destination and reuse the source."""
-    late, side = made(home, direction, "host", now=True), home.facility.stream()
+    late = made(home, direction, "host", now=True)
+    side = home.facility.stream()
     with home.facility.on(side if where == "current" else home.facility.current()):
         home.facility.delay(SLOW, side if where == "side" else None)
         transfer = late.copy(side if where == "side" else None)
@@ -121,7 +124,8 @@ def test_ids_that_are_produced_late(home: Bench, direction: str, where: str) -> 
 
 def test_done_means_landed(home: Bench, direction: str) -> None:
     """A transfer on a busy stream says that it is done only when its bytes have landed."""
-    late, side = made(home, direction, "host", now=True), home.facility.stream()
+    late = made(home, direction, "host", now=True)
+    side = home.facility.stream()
     home.facility.delay(SLOW, side)
     transfer = late.copy(side)
     home.judge.finish(transfer, "synchronize" if not transfer.done() else "done")
@@ -134,10 +138,12 @@ def test_memory_freed_right_after_the_call(
     home: Bench, direction: str, keep: bool, ids: str
 ) -> None:
     """Source and ids may be freed right after the call: the copy still reads what was there."""
-    late, side = made(home, direction, ids, now=True), home.facility.stream()
+    late = made(home, direction, ids, now=True)
+    side = home.facility.stream()
     home.facility.delay(SLOW, side)
     transfer = late.copy(side)
-    expected, target = late.expected, late.case.dst
+    expected = late.expected
+    target = late.case.dst
     sizes = [guard.whole.numel() for guard in late.case.src.guards]
     sizes += [tensor.nbytes for tensor in (late.case.src.ids, target.ids) if tensor is not None]
     target = replace(target, ids=None)
@@ -184,7 +190,8 @@ def _busy(facility: Facility, stream: torch.Stream) -> torch.Event:
 @pytest.mark.parametrize("ids", ["no-ids", "ids"])
 def test_a_launch_returns_while_its_stream_is_busy(home: Bench, direction: str, ids: str) -> None:
     """A launch does not wait for its stream, unless it has to read ids that lie on the device."""
-    can, case = home.subject.can, home.some(direction, SHAPE, 9)
+    can = home.subject.can
+    case = home.some(direction, SHAPE, 9)
     if ids == "no-ids":
         case.src.ids = case.dst.ids = None
     late = Late(home, case)

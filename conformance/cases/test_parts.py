@@ -24,7 +24,8 @@ LAYOUTS = {
 def test_migration_within_one_cache(home: Bench, layout: str) -> None:
     """Rows move inside one cache, by slots and by blocks, where both sides do not meet."""
     shape = Shape(blocks=8)
-    slots, blocks = home.shuffled(shape.slots, 20), home.shuffled(shape.blocks, 6)
+    slots = home.shuffled(shape.slots, 20)
+    blocks = home.shuffled(shape.blocks, 6)
     home.copy(home.within(shape, slots[:10], slots[10:], layout=layout))
     home.copy(home.within(shape, blocks[:3], blocks[3:], layout=layout, step=4))
 
@@ -42,16 +43,20 @@ _SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("what", _SLICES)
 def test_slices(home: Bench, what: str, direction: str, layout: str) -> None:
     """A slice of a view is those layers, heads or kv only: the others are not touched."""
-    whole, (part, fewer) = Shape(layers=4, heads=4), _SLICES[what]
-    shape, source = replace(whole, **fewer), direction == "gather"
+    whole = Shape(layers=4, heads=4)
+    (part, fewer) = _SLICES[what]
+    shape = replace(whole, **fewer)
+    source = direction == "gather"
     slots = home.shuffled(whole.slots, 9, 1)
     side = home.cache(whole, slots, source=source, layout=layout)
     chunk = home.chunk(shape, 9, source=not source)
-    kv, tensors = len(shape.widths), _sliced(side.tensors, side.layout, part)
+    kv = len(shape.widths)
+    tensors = _sliced(side.tensors, side.layout, part)
     extents = {"layers": shape.layers, "kv": kv, "heads": shape.heads}
     extents = {**side.extents, **extents, "dim": side.extents["dim"][:kv]}
     told = replace(side, tensors=tensors, extents=extents, arrangement=None)
-    cache, dense = view_of(side).slice(**part), view_of(chunk)
+    cache = view_of(side).slice(**part)
+    dense = view_of(chunk)
     asked = (cache, dense, index_of(side), Index())
     if not source:
         asked = (dense, cache, Index(), index_of(side))

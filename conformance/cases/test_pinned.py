@@ -36,7 +36,8 @@ def test_pinned_memory_on_the_host(home: Bench, pair: tuple[str, str], direction
     """A backend of the host copies pinned memory if it claims to, and refuses it if not."""
     case, asked = made(home, direction, pair)
     src, dst, mine, theirs = asked
-    refusal, way = None, f"from {pair[0]} to {pair[1]} memory"
+    refusal = None
+    way = f"from {pair[0]} to {pair[1]} memory"
     try:
         home.subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
     except Unsupported as error:

@@ -54,13 +54,15 @@ def _table() -> Iterator[Any]:
         dtypes = (torch.uint8,) if name in WIDTHS else DTYPES
         paged = read_layout(preset.layout).written("block")
         for at, operation in product(range(len(dtypes)), OPERATIONS):
-            first, dtype = at == number % len(dtypes), str(dtypes[at]).removeprefix("torch.")
+            first = at == number % len(dtypes)
+            dtype = str(dtypes[at]).removeprefix("torch.")
             if operation == "migrate" and not paged:
                 continue
             if not first and operation not in ("gather", "scatter"):
                 continue  # these move the same rows, and each is a program to compile
             tags = pytest.mark.tags(layout=name, dtype=dtype, operation=operation)
-            marks, label = [tags, *([] if first else [full])], f"{operation}-{name}-{dtype}"
+            marks = [tags, *([] if first else [full])]
+            label = f"{operation}-{name}-{dtype}"
             yield pytest.param(operation, name, dtypes[at], marks=marks, id=label)
 
 
@@ -99,14 +101,17 @@ def lies(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _case(shop: Bench, operation: str, name: str, dtype: torch.dtype) -> Case:
-    layout, shape = PRESETS[name].layout, shape_of(name, dtype)
-    axes, how = read_layout(layout), lies(name, dtype)
+    layout = PRESETS[name].layout
+    shape = shape_of(name, dtype)
+    axes = read_layout(layout)
+    how = lies(name, dtype)
     if axes.written("page") and operation != "migrate":
         return _pages(shop, operation, layout, shape, how)
     if not axes.written("block"):
         return _chunks(shop, operation, layout, shape, dtype)
     if operation == "migrate":  # whole blocks of one cache, by block tables on both sides
-        blocks, step = shop.shuffled(shape.blocks, 4), shape.block_size
+        blocks = shop.shuffled(shape.blocks, 4)
+        step = shape.block_size
         return shop.within(shape, blocks[:2], blocks[2:], layout=layout, step=step, **how)
     equal = len(set(shape.widths)) == 1
     if operation == "convert":  # to a paged layout that is like none of the presets
@@ -121,7 +126,8 @@ def _case(shop: Bench, operation: str, name: str, dtype: torch.dtype) -> Case:
 
 
 def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
-    size, blocks = shape.block_size, shop.shuffled(shape.blocks, 3, 1)
+    size = shape.block_size
+    blocks = shop.shuffled(shape.blocks, 3, 1)
     mine = {"layout": layout, "step": size, **how}
     flat = "block page" if shape.layers == 1 else "block layer page"
     if operation == "convert":
@@ -136,6 +142,7 @@ def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[
 def _chunks(shop: Workshop, operation: str, layout: str, shape: Shape, dtype: torch.dtype) -> Case:
     """A chunk's layout beside a paged cache, or another chunk's."""
     if operation == "convert":
-        source, other = shop.chunk(shape, 13, layout=layout, dtype=dtype), "token layer head kv dim"
+        source = shop.chunk(shape, 13, layout=layout, dtype=dtype)
+        other = "token layer head kv dim"
         return Case(source, shop.chunk(shape, 13, layout=other, source=False, dtype=dtype), 13)
     return shop.some(operation, shape, 13, 2, {"layout": layout}, layout=PAGED, dtype=dtype)

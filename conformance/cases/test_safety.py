@@ -227,7 +227,8 @@ _MISALIGNED = {
 def test_misaligned(home: Bench, what: str, direction: str, off: int) -> None:
     """The widest access is what the storage's address, its offset and every stride allow."""
     shape = Shape(layers=3, heads=2, widths=(64, 64))
-    of_chunk, part = what.startswith("chunk"), what.removeprefix("chunk-")
+    of_chunk = what.startswith("chunk")
+    part = what.removeprefix("chunk-")
     how: dict[str, Any] = {"shift": off} if part == "offset" else {}
     if axis := _MISALIGNED[what]:
         how = by_hand.widened(by_hand.CHUNK if of_chunk else home.paged, axis, off)
@@ -237,7 +238,8 @@ def test_misaligned(home: Bench, what: str, direction: str, off: int) -> None:
     if what == "one-layer" and isinstance(cache.tensors, list):  # a tensor for each layer
         how = {"source": direction == "gather", "shift": off, "storage": 77}
         moved = home.cache(shape, dtype=torch.uint8, **how)
-        tensors, guards = [*cache.tensors[:2], moved.tensors[2]], [*cache.guards, *moved.guards]
+        tensors = [*cache.tensors[:2], moved.tensors[2]]
+        guards = [*cache.guards, *moved.guards]
         cache = replace(cache, tensors=tensors, guards=guards, arrangement=None)
     elif part == "base" and of_chunk:
         chunk = by_hand.lifted(chunk, off)

@@ -70,7 +70,8 @@ class Engine(RuleBasedStateMachine):
     def append(self, tokens: int, end: bool) -> None:
         """New tokens of a new or the last sequence are written by a scatter, into new blocks."""
         sequence = max(self.blocks, default=0) + 1 if end or not self.blocks else max(self.blocks)
-        own, told = self.blocks.setdefault(sequence, []), self.told.setdefault(sequence, [])
+        own = self.blocks.setdefault(sequence, [])
+        told = self.told.setdefault(sequence, [])
         while len(own) * SIZE < len(told) + tokens and self.free:
             own.append(self.free.pop())
         tokens = min(tokens, len(own) * SIZE - len(told))
@@ -112,7 +113,8 @@ class Engine(RuleBasedStateMachine):
         call = partial(self.connector.to_gpu, chunk.tensors, None, ids)
         if self._carried(Case(chunk, self._paged(slots), len(told)), call):
             del self.stored[sequence], self.free[: len(own)]
-            self.blocks[sequence], self.told[sequence] = own, told
+            self.blocks[sequence] = own
+            self.told[sequence] = told
 
     @precondition(lambda self: self.free and any(self.blocks.values()))
     @rule(pick=st.integers(0, 5), which=st.integers(0, 5))
@@ -121,8 +123,10 @@ class Engine(RuleBasedStateMachine):
         owners = [own for _, own in sorted(self.blocks.items()) if own]
         own = owners[pick % len(owners)]
         place = which % len(own)
-        block, free = [own[place]], [self.free[0]]
-        view, name = view_of(self.cache), self.home.subject.name
+        block = [own[place]]
+        free = [self.free[0]]
+        view = view_of(self.cache)
+        name = self.home.subject.name
         call = partial(copy_blocks, view, view, block, free, backend=name)
         if self._carried(Case(self._paged(block, SIZE), self._paged(free, SIZE), SIZE), call):
             self.free.append(own[place])

@@ -72,7 +72,8 @@ class Case:
 
     def expected(self) -> Expected:
         """What the oracle expects of this copy; take it before copying."""
-        src, dst = self.src, self.dst
+        src = self.src
+        dst = self.dst
         return expected_copy(
             src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
             src.at(self.count), dst.at(self.count),
@@ -89,7 +90,8 @@ class Case:
 def _sketch(tensors: Any) -> str:
     """Containers as counts, a tensor as dtype, shape, strides and storage offset."""
     if isinstance(tensors, torch.Tensor):
-        dtype, offset = str(tensors.dtype)[6:], tensors.storage_offset()
+        dtype = str(tensors.dtype)[6:]
+        offset = tensors.storage_offset()
         return f"{dtype}{list(tensors.shape)} strides {list(tensors.stride())} offset {offset}"
     first = next(iter(tensors.values() if isinstance(tensors, dict) else tensors))
     return f"{type(tensors).__name__} of {len(tensors)}: {_sketch(first)}"
@@ -126,10 +128,14 @@ def side_of(
     declared: dict[str, Any] | None = None,
 ) -> Side:  # fmt: skip
     """Build one side; ``declared`` are its view's extents, by default all that can be declared."""
-    axes, extents = read_layout(to.layout), to.extents
-    opaque, paged = axes.written("page"), axes.written("block")
+    axes = read_layout(to.layout)
+    extents = to.extents
+    opaque = axes.written("page")
+    paged = axes.written("block")
     dims = tuple(extents["page" if opaque else "dim"])
-    layers, heads, size = extents["layer"], extents["head"], extents["token"]
+    layers = extents["layer"]
+    heads = extents["head"]
+    size = extents["token"]
     if declared is None:
         declared = {"layers": layers, "kv": len(dims), "heads": heads}
         declared |= {} if opaque else {"dim": dims}
@@ -161,7 +167,8 @@ def _group_size(to: Arrangement, group: Group, kv: int) -> int:
 
 def _strides(to: Arrangement, sizes: list[int]) -> tuple[list[int], int]:
     """Strides of physical dimensions under the order, pads and gap; and the elements spanned."""
-    strides, reach = [0] * len(sizes), to.gap
+    strides = [0] * len(sizes)
+    reach = to.gap
     for place in reversed(range(len(sizes))):
         dimension = to.order[place]
         strides[dimension] = reach
@@ -174,7 +181,8 @@ def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
     axes = read_layout(to.layout)
     levels = [_group_size(to, group, 0) for group in axes.left]
     outer = [(f.axis, _factor_size(to, g, i, 0)) for g in axes.left for i, f in enumerate(g)]
-    names, sizes = [axis for axis, _ in outer], [size for _, size in outer]
+    names = [axis for axis, _ in outer]
+    sizes = [size for _, size in outer]
     kv_of = [0] * math.prod(sizes)  # the kv that each tensor of the containers belongs to
     if "kv" in names:
         kv_of = np.indices(sizes)[names.index("kv")].ravel().tolist()
@@ -192,7 +200,8 @@ def _place(
 ) -> list[torch.Tensor]:
     """``count`` tensors of one shape, in as many storages as ``to.place`` says."""
     sizes = [_group_size(to, group, kv) for group in right]
-    separate, strided = to.place == "separate", to.place == "strided"
+    separate = to.place == "separate"
+    strided = to.place == "strided"
     strides, span = _strides(to, [*sizes, count] if strided else sizes)
     between = 0 if separate else strides.pop() if strided else span
     if to.expand is not None:
@@ -207,7 +216,8 @@ def _place(
         rng.shuffle(starts)
         elements = max(starts) + span
     how: dict[str, Any] = {"seed": to.seed, "poison": to.poison, "device": to.device}
-    first, nbytes = to.storage + len(guards), elements * to.dtype.itemsize
+    first = to.storage + len(guards)
+    nbytes = elements * to.dtype.itemsize
     made = [guarded(nbytes, storage=first + n, **how) for n in range(count if separate else 1)]
     guards.extend(made)
     return [

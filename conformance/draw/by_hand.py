@@ -62,7 +62,8 @@ def arranged(
     ``shift`` is the storage offset of the first tensor, in elements.
     """
     axes = read_layout(layout)
-    opaque, paged = axes.written("page"), axes.written("block")
+    opaque = axes.written("page")
+    paged = axes.written("block")
     extents: dict[str, Any] = {
         "layer": shape.layers, "head": shape.heads, "kv": len(shape.widths),
         "block": shape.blocks if paged else 1, "token": shape.block_size if paged else tokens,
@@ -94,7 +95,8 @@ def widened(layout: str, axis: str, elements: int) -> dict[str, Any]:
 def reordered(layout: str, axes: str) -> str:
     """The dimensions of a layout in the order of ``axes``, as ``memory`` of `arranged`. Those that
     are not in ``axes`` come outermost; what is in it and no dimension is passed over."""
-    left, names = _names(read_layout(layout).left), _names(read_layout(layout).right)
+    left = _names(read_layout(layout).left)
+    names = _names(read_layout(layout).right)
     known = names + left if len(left) == 1 else names
     wanted = [axis for axis in axes.split() if axis in known]
     return " ".join([*(name for name in names if name not in wanted), *wanted])
@@ -149,7 +151,8 @@ class Workshop:
     ) -> Case:  # fmt: skip
         """A case of `DIRECTIONS`; ``how`` is that of the cache, ``chunk`` that of the chunk, which
         has the cache's dtype if it names none."""
-        ids, source = self.ids(ids), direction == "gather"
+        ids = self.ids(ids)
+        source = direction == "gather"
         count = len(ids) * how.get("step", 1) - how.get("offset", 0)
         dense = {"dtype": how.get("dtype", torch.float16), **(chunk or {})}
         made = self.chunk(shape, max(count, 1), source=not source, **dense)

@@ -103,7 +103,8 @@ def replay(path: Path, subject: Subject) -> str | None:
 def _side(side: Side) -> dict[str, Any]:
     if side.arrangement is None:
         raise ValueError(f"{side!r} was not built from an arrangement, so it cannot be saved.")
-    to, ids = asdict(side.arrangement), side.ids
+    to = asdict(side.arrangement)
+    ids = side.ids
     to["dtype"] = str(side.arrangement.dtype).removeprefix("torch.")
     to["kinds"] = [kind.__name__ for kind in side.arrangement.kinds]
     told = None if ids is None else {
@@ -116,7 +117,9 @@ def _side(side: Side) -> dict[str, Any]:
 
 def _build(told: dict[str, Any], to: Callable[[str], str], shared: Side | None = None) -> Side:
     """A side, with the tensors of another one if it is given."""
-    ids, step, offset = _ids(told["ids"], to), told["step"], told["offset"]
+    ids = _ids(told["ids"], to)
+    step = told["step"]
+    offset = told["offset"]
     if shared is not None:
         return replace(shared, ids=ids, step=step, offset=offset)
     values = dict(told["arrangement"])
@@ -136,7 +139,8 @@ def _extents(told: dict[str, Any]) -> dict[str, Any]:
 def _ids(told: dict[str, Any] | None, to: Callable[[str], str]) -> torch.Tensor | None:
     if told is None:
         return None
-    values, step = torch.tensor(told["values"], dtype=_dtype(told["dtype"])), max(told["stride"], 1)
+    values = torch.tensor(told["values"], dtype=_dtype(told["dtype"]))
+    step = max(told["stride"], 1)
     wide = values.new_full((max(len(values), 1) * step,), -1).to(to(told["device"]))
     spread = wide[::step][: len(values)]
     spread.copy_(values)
@@ -167,6 +171,7 @@ def blaming(judge: Judge, *suspects: Case) -> Iterator[None]:
     try:
         yield
     except Exception as fault:
-        judge.fault, judge.direct = judge.fault or str(fault), False
+        judge.fault = judge.fault or str(fault)
+        judge.direct = False
         judge.failing = next(filter(fails_alone, suspects), None)
         raise

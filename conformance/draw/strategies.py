@@ -55,7 +55,9 @@ def pick(draw: Draw, among: Sequence[Any]) -> Any:
 
 def _order(draw: Draw, n: int) -> list[int]:
     """A permutation from one drawn number, 0 being the identity."""
-    code, left, order = draw(st.integers(0, math.factorial(n) - 1)), list(range(n)), []
+    code = draw(st.integers(0, math.factorial(n) - 1))
+    left = list(range(n))
+    order = []
     for place in range(n):
         digit, code = divmod(code, math.factorial(n - 1 - place))
         order.append(left.pop(digit))
@@ -87,7 +89,8 @@ def _draw_layout(
         right.insert(draw(st.integers(0, len(right))), f"{rows.split}%{n}")
     if unequal:  # kv stands left of dim, in one group with what lies between
         low, high = sorted((right.index("kv"), right.index("dim")))
-        right[low], right[high] = "kv", "dim"
+        right[low] = "kv"
+        right[high] = "dim"
         merge |= sum(1 << place for place in range(low, high))
     groups = _grouped(right, merge)
     if rarely(draw):
@@ -119,7 +122,8 @@ def _declare(draw: Draw, layout: str, extents: dict[str, Any], paged: bool) -> d
     }  # fmt: skip
     if not paged:
         del every["block_size"]
-    spare, axes = draw(st.integers(0, 31)), read_layout(layout)
+    spare = draw(st.integers(0, 31))
+    axes = read_layout(layout)
     groups = [list(map(str, group)) for group in axes.left + axes.right]
     solved = _solvable(groups, paged) if draw(st.booleans()) else set()
     return {
@@ -155,7 +159,8 @@ def _arranged(
 ) -> Arrangement:  # fmt: skip
     """How the tensors of a layout lie in memory: order, padding, offsets, allocations."""
     axes = read_layout(layout)
-    groups, levels = [list(map(str, group)) for group in axes.right], len(axes.left)
+    groups = [list(map(str, group)) for group in axes.right]
+    levels = len(axes.left)
     place = pick(draw, ("separate", "strided", "scattered")) if levels else "separate"
     n = len(groups) + (place == "strided")
     # In its plainest form a strided place is one tensor after another.
@@ -205,7 +210,8 @@ class Options:
 
 def _draw_rows(draw: Draw, options: Options) -> tuple[SharedRows, list[torch.dtype]]:
     """Extents and widths, and a dtype for each side that the widths are a multiple of."""
-    layers, heads = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    layers = draw(st.integers(1, 3))
+    heads = draw(st.integers(1, 3))
     kv = pick(draw, (2, 1, 3))
     first = pick(draw, DTYPES)
     dims = [draw(st.integers(1, 9))] * kv
@@ -278,8 +284,10 @@ def _with_ids(
     """A side with ids: in order, reversed or shuffled, perhaps with holes and spare ones."""
     if not side.step:
         return replace(side, step=1, offset=offset)
-    units, needed = side.slots // side.step, -(-(offset + count) // side.step)
-    how, rng = draw(st.integers(0, 2)), random.Random(draw(st.integers(0, 255)))
+    units = side.slots // side.step
+    needed = -(-(offset + count) // side.step)
+    how = draw(st.integers(0, 2))
+    rng = random.Random(draw(st.integers(0, 255)))
     if unique:
         needed = min(needed + draw(st.integers(0, 2)), units)
         ids = rng.sample(range(units), needed) if how == 2 else list(range(needed))
@@ -340,7 +348,8 @@ def migrations(draw: Draw, /, **options: Any) -> Case:
 def page_cases(draw: Draw, /, **options: Any) -> Case:
     """A copy of whole opaque blocks; equal block sizes, and steps of one block or no ids."""
     chosen = Options(**options)
-    layers, size = draw(st.integers(1, 3)), draw(st.integers(1, 8))
+    layers = draw(st.integers(1, 3))
+    size = draw(st.integers(1, 8))
     first = pick(draw, DTYPES)
     width = first.itemsize * draw(st.integers(1, 40))
     second = pick(draw, [t for t in DTYPES if width % t.itemsize == 0])

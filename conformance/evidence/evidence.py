@@ -82,7 +82,8 @@ def of_report(record: RunRecord) -> Rung:
     for name in ("name", "target", "source_sha256"):
         if not isinstance(record.backend.get(name), str):
             raise ValueError(f"it does not say the backend's {name}.")
-    counted, known = totals_of(record.cases), record.environment
+    counted = totals_of(record.cases)
+    known = record.environment
     shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
     told = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
     return Rung(
@@ -121,7 +122,8 @@ def _of_job(file: Path, values: Any) -> Rung:
             f"{file} is neither a report of the suite nor a record of a job: {', '.join(odd)} "
             f"missing or of another type; see portakv_conformance.evidence.evidence."
         )
-    what, right = values["what"], values["right"]
+    what = values["what"]
+    right = values["right"]
     if wrong := lacking(JOBS.get(what, "") if right else "", values):
         raise ValueError(f"{file}: {what!r} is not borne out. {' '.join(wrong)}")
     if what not in JOBS:
@@ -141,7 +143,8 @@ def _of_job(file: Path, values: Any) -> Rung:
 
 def _counts(values: dict[str, Any]) -> str:
     """What a job told; counts as in the row of a report: ``1,797 passed, 2 not claimed``."""
-    told, printed = str(values.get("told") or ""), " ".join(map(str, values.get("printed", ())))
+    told = str(values.get("told") or "")
+    printed = " ".join(map(str, values.get("printed", ())))
     if told and (whole := re.search(re.escape(told) + r", \d+ not-claimed", printed)):
         told = whole[0]
     return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", told.replace("-claimed", " claimed"))
@@ -178,7 +181,8 @@ def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
         yield f"{place}: {error}"
         return
     for entry in fields(Rung):
-        mine, its = getattr(rung, entry.name), getattr(made, entry.name)
+        mine = getattr(rung, entry.name)
+        its = getattr(made, entry.name)
         if mine != its:
             yield f"{place}: {entry.name} is {mine!r}, but the file says {its!r}."
 

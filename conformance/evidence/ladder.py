@@ -135,7 +135,9 @@ def broken_rules(ladder: Ladder) -> Iterator[str]:
     """What contradicts the rules that hold whatever the files say; a sentence each."""
     places = [rung.place for rung in ladder.rungs]
     for at, rung in enumerate(ladder.rungs):
-        name, real, top = " ".join(rung.place), not rung.emulated, rung.rung == "R6"
+        name = " ".join(rung.place)
+        real = not rung.emulated
+        top = rung.rung == "R6"
         mine = rung.target.startswith(_EMULATIONS)
         said = real or "emulated" in rung.device or rung.rung not in EMULATED
         inside = rung.evidence.startswith(RESULTS) and ".." not in rung.evidence

@@ -58,7 +58,8 @@ def _signatures(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if not re.fullmatch(r"\(.*\).*", row["signature"], re.DOTALL):
             yield f"The signature of {row['op']} is {row['signature']!r}."
-    told, standins = record.get("emulation"), []
+    told = record.get("emulation")
+    standins = []
     for name, sha256 in told.items() if isinstance(told, dict) else ():
         with suppress(SourceError):  # of this repository, and here as they were then
             if str(name).startswith(_STANDINS) and source_sha256(name) == sha256:
@@ -92,7 +93,8 @@ def _kernels(record: _Record, rows: _Rows) -> Iterator[str]:
     printed = "\n".join(_printed(record))
     if printed and (unread := [row["kernel"] for row in rows if row["kernel"] not in printed]):
         yield f"Nothing was printed of {', '.join(unread)}."
-    built, read = set(map(str, record.get("targets") or ())), {row["target"] for row in rows}
+    built = set(map(str, record.get("targets") or ()))
+    read = {row["target"] for row in rows}
     if rows and read != built:
         yield f"It was built for {sorted(built)}, but code was read of {sorted(read)}."
     if not (_text(record.get("versions")) or _text(record.get("compiler"))):

@@ -45,7 +45,8 @@ def source_sha256(target: str) -> str:
 
 def source_files(module: str) -> dict[str, Path]:
     """The files that count for a backend's module, by a name that is the same on any machine."""
-    path, top = _file_of(module), module.partition(".")[0]
+    path = _file_of(module)
+    top = module.partition(".")[0]
     if module.startswith((f"{_OURS}.", f"{_VENDOR}.")):
         return _ours(module, path, {})
     if not top.startswith("portakv") and "." in module:

@@ -95,7 +95,8 @@ def _cases(record: RunRecord) -> Iterator[str]:
             yield f"Case {id!r} is there {count} times."
     waived = {waiver["id"] for waiver in record.waivers}
     for case in record.cases:
-        status, name = case.status, f"Case {case.id!r}"
+        status = case.status
+        name = f"Case {case.id!r}"
         if status != "passed" and not case.reason:
             yield f"{name} is {status} without a reason."
         if status in ("waived", "not-claimed") and case.area == "core":
@@ -129,8 +130,10 @@ def _cases(record: RunRecord) -> Iterator[str]:
 
 
 def _facts(record: RunRecord) -> Iterator[str]:
-    known, backend = record.environment, record.backend
-    device, library = str(known.get("device", "")).partition(":")[0], known.get(LIBRARY, {})
+    known = record.environment
+    backend = record.backend
+    device = str(known.get("device", "")).partition(":")[0]
+    library = known.get(LIBRARY, {})
     absent = ", ".join(name for name in _FACTS if name not in known)
     claims = {field.name for field in fields(Capabilities)}
     odd = ", ".join(sorted(set(record.capabilities) ^ claims))
@@ -201,7 +204,8 @@ def _case_list(record: RunRecord, listing: Listing) -> Iterator[str]:
     for id in sorted(ids - set(listed)):
         yield f"Case {id!r} is not in the installed suite's list for this profile and device."
     if record.verdict == "conformant":
-        real, gone = not record.environment.get("emulated"), sorted(set(listed) - ids)
+        real = not record.environment.get("emulated")
+        gone = sorted(set(listed) - ids)
         lone = [id for id in gone if real and listed[id].get("optional")]
         if lone and verdict.LEFT_OUT not in record.environment:
             yield f"It does not say that {len(lone)} cases on two devices were left out."

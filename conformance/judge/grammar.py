@@ -60,7 +60,8 @@ def read_layout(text: str) -> Axes:
 
 
 def _groups(text: str, side: str) -> Iterator[Group]:
-    at, end = 0, len(side.rstrip())
+    at = 0
+    end = len(side.rstrip())
     while at < end:
         match = _GROUP.match(side, at)
         if match is None:

@@ -69,7 +69,9 @@ class Judge:
     """Judges the copies of one test; ``seed`` is that of its patterns and choices."""
 
     def __init__(self, subject: Subject, facility: Facility, seed: int) -> None:
-        self.subject, self.facility, self.seed = subject, facility, seed
+        self.subject = subject
+        self.facility = facility
+        self.seed = seed
         self.examples = 0  # copies that were carried out and judged
         self.declined: list[str] = []  # why copies were not carried out, a sentence each
         self.unclaimed = ""  # what the backend does not claim of this test, a sentence
@@ -111,7 +113,8 @@ class Judge:
     ) -> bool:  # fmt: skip
         """Judge a call that starts a transfer as the copy that it must be; False where declined.
         ``asked`` is what the backend is asked for, if that is more than the case."""
-        self.direct, self.end = False, end
+        self.direct = False
+        self.end = end
         why = partial(self.why_declined, *asked) if asked else None
         return self.judge(case, lambda: self.finish(start(), end), why)
 
@@ -259,18 +262,19 @@ class Judge:
         Where that is another than `Unsupported`, the backend may decline the case instead.
         """
         before = Memory.snapshot(case.src.tensors, case.dst.tensors)
-        rule, advice = "What is not claimed must raise Unsupported", "Claim it, or refuse it. "
+        rule = "What is not claimed must raise Unsupported"
+        advice = "Claim it, or refuse it. "
         if error is not Unsupported:
-            rule, advice = f"This copy must raise {error.__name__}", ""
-        told, cause = f"the copy returned as if it were carried out. {advice}", None
+            rule = f"This copy must raise {error.__name__}"
+            advice = ""
+        told = f"the copy returned as if it were carried out. {advice}"
+        cause = None
         try:
             self.finish(self.start(case))
         except (error, Unsupported) as found:
             self.facility.synchronize()
-            wrong, name = (
-                changed(before, [case.src.tensors, case.dst.tensors]),
-                type(found).__name__,
-            )
+            wrong = changed(before, [case.src.tensors, case.dst.tensors])
+            name = type(found).__name__
             assert wrong is None, f"The copy was refused as {name}, but {wrong}. {_the(case)}"
             if error is not Unsupported and isinstance(found, Unsupported):
                 self.may_decline(found, *asked_of(case))
@@ -278,7 +282,8 @@ class Judge:
                 self.examples += error is not Unsupported
             return
         except Exception as other:
-            told, cause = f"{type(other).__name__} was raised: {other} ", other
+            told = f"{type(other).__name__} was raised: {other} "
+            cause = other
         raise AssertionError(f"{rule}; {told}{_the(case)}") from cause
 
     def guarded(self, case: Case, *, word: bool = True) -> None:
@@ -289,10 +294,12 @@ class Judge:
         status = status.pin_memory() if self.facility.streams else status
         self.launch_only(case, status if word else None)
         self.check(expected, case)
-        wanted, lists = set(), []
+        wanted = set()
+        lists = []
         for side in (case.src, case.dst):
             if side.ids is not None:
-                ids, end = side.ids.tolist(), side.slots // side.step
+                ids = side.ids.tolist()
+                end = side.slots // side.step
                 lists.append(f"{ids} of {side.step} tokens, of which those from {end} on are bad")
                 at = range(case.count)
                 wanted |= {p + 1 for p in at if ids[(p + side.offset) // side.step] >= end}
@@ -305,7 +312,8 @@ class Judge:
 
     def at_once(self, cases: Sequence[Case], launch: Launch | None, times: int = 1) -> None:
         """Judge calls of one launch, or copies as a user gets them, each from its own thread."""
-        expected, works = [case.expected() for case in cases], list[Callable[[], object]]()
+        expected = [case.expected() for case in cases]
+        works = list[Callable[[], object]]()
         for case in cases:
             copy = partial(self.subject.copy, *asked_of(case))
             user = partial(lambda copy: self.finish(copy()), copy)
@@ -367,8 +375,10 @@ def find_home(subject: Subject, layouts: Sequence[str]) -> str:
 @lru_cache(maxsize=256)  # asked by many cases, and preparing may compile
 def across(subject: Subject, paged: str, other: str) -> str:
     """``other`` where the backend copies from caches of layout ``paged`` to it, else ``paged``."""
-    shape, shop = Shape(), Workshop(str(subject.device), 0, paged)
-    source, target = shop.cache(shape, [1]), shop.cache(shape, [1], layout=other, source=False)
+    shape = Shape()
+    shop = Workshop(str(subject.device), 0, paged)
+    source = shop.cache(shape, [1])
+    target = shop.cache(shape, [1], layout=other, source=False)
     return other if takes(subject, Case(source, target, 1)) else paged
 
 

@@ -91,7 +91,8 @@ class Memory:
     def _split(self, addresses: np.ndarray) -> list[tuple[Region, Any]]:
         if not addresses.size:
             return []
-        low, high = int(addresses.min()), int(addresses.max())
+        low = int(addresses.min())
+        high = int(addresses.max())
         for region in self.regions:
             if region.base <= low and high < region.end:
                 return [(region, ...)]

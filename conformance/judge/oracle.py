@@ -57,7 +57,8 @@ def expected_copy(
     if src.opaque:
         pairs = _whole_blocks(pairs, src.block_size or 1)
     pairs = pairs[(pairs >= 0).all(axis=-1)]
-    source, before = Memory.snapshot(src_tensors), Memory.snapshot(dst_tensors)
+    source = Memory.snapshot(src_tensors)
+    before = Memory.snapshot(dst_tensors)
     after = before.copy()
     for layer in range(src.layers):
         for kv in range(src.kv):
@@ -68,7 +69,8 @@ def expected_copy(
 
 def _check_same_rows(src: Rows, dst: Rows) -> None:
     for name in ("layers", "kv", "heads", "widths", "opaque"):
-        ours, theirs = getattr(src, name), getattr(dst, name)
+        ours = getattr(src, name)
+        theirs = getattr(dst, name)
         if ours != theirs:
             raise ValueError(f"The source has {name} {ours}, the destination {theirs}.")
     if src.opaque and src.block_size != dst.block_size:
@@ -110,7 +112,9 @@ def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> st
 
 
 def _explain(expected: Expected, actual: Memory, address: int, wrong: int) -> str:
-    here, src, dst = np.array([address], dtype=np.int64), expected.src, expected.dst
+    here = np.array([address], dtype=np.int64)
+    src = expected.src
+    dst = expected.dst
     number, offset = actual.find(address) or (0, 0)
     place = place_of(dst, address)
     name = place.text(dst) if place else "padding or canary"

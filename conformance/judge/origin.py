@@ -80,7 +80,8 @@ def _windows(actual: Memory, rows: Rows, address: int) -> Iterator[tuple[bytes, 
         assert found is not None
         content = actual.regions[found[0]].content
         low = max(found[1] - 8, 0)
-        line, at = content[low : found[1] + 8].tobytes(), found[1] - low
+        line = content[low : found[1] + 8].tobytes()
+        at = found[1] - low
     for length in _LENGTHS:
         for first in (at, at - length + 1, at - length // 2):
             if first >= 0 and first + length <= len(line):

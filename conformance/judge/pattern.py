@@ -73,7 +73,8 @@ class Guarded:
 
     def broken(self) -> str | None:
         """A sentence on the canaries that are not whole, or None."""
-        host, end = self.whole.cpu().numpy(), self.start + self.nbytes
+        host = self.whole.cpu().numpy()
+        end = self.start + self.nbytes
         wrong = np.nonzero(host != canary_bytes(host.size))[0]
         wrong = wrong[(wrong < self.start) | (wrong >= end)]
         where = f"{wrong.size} bytes beside a payload from {self.start} to {end}"

@@ -78,11 +78,13 @@ class Rows:
             if leaf.dim() != level[0].dim():
                 raise ValueError("The tensors of one view have different ranks.")
         self.tensors: list[torch.Tensor] = level
-        self._rank, self._levels = level[0].dim(), shape
+        self._rank = level[0].dim()
+        self._levels = shape
         strides = [[s * t.element_size() for s in t.stride()] for t in level]
         self._number = np.arange(len(level), dtype=np.int64).reshape(shape)
         self._base = np.array([t.data_ptr() for t in level], dtype=np.int64).reshape(shape)
-        rank, sizes = [*shape, self._rank], [list(t.shape) for t in level]
+        rank = [*shape, self._rank]
+        sizes = [list(t.shape) for t in level]
         self._sizes = np.array(sizes, dtype=np.int64).reshape(rank)
         self._strides = np.array(strides, dtype=np.int64).reshape(rank)
 
@@ -103,7 +105,8 @@ class Rows:
         parts = int(extents.get("kv", 2 if written("kv") else 1))
         self._extent.update(kv=[parts] * parts, block=[None] * parts, page=[None] * parts)
         for keyword in ("layers", "heads", "block_size"):
-            axis, declared = _DECLARES[keyword], extents.get(keyword)
+            axis = _DECLARES[keyword]
+            declared = extents.get(keyword)
             if axis != "token" and not written(axis):
                 if declared not in (None, 1):
                     told = f"{keyword}={declared} is declared"
@@ -138,7 +141,8 @@ class Rows:
 
     def _dimensions(self, tensor: torch.Tensor) -> list[tuple[Group, int]]:
         """Each right group and the length of its dimension, or dimensions."""
-        shape, wanted = list(tensor.shape), len(self.axes.right)
+        shape = list(tensor.shape)
+        wanted = len(self.axes.right)
         if len(shape) < wanted or (len(shape) > wanted and not self.axes.open_end):
             raise ValueError(f"{self.axes.text!r} has {wanted} dimensions, found {shape}.")
         if self.axes.open_end:
@@ -155,7 +159,8 @@ class Rows:
         if len(unknown) > 1:
             raise ValueError(f"{[str(f) for f in unknown]} share a dimension: declare all but one.")
         for factor in unknown:
-            extent, step = self._extent[factor.axis], factor.n if factor.part else 1
+            extent = self._extent[factor.axis]
+            step = factor.n if factor.part else 1
             alike = kvs if factor.axis in ("dim", "page") else range(len(extent))
             # The length of a group is linear in each axis, so one evaluation at 1 solves it.
             extent[alike.start : alike.stop] = [step] * len(alike)
@@ -166,7 +171,8 @@ class Rows:
         """How long a group is. Parts of unequal width lie one behind the other."""
         if not group:
             return 1
-        first, rest = group[0], group[1:]
+        first = group[0]
+        rest = group[1:]
         if first == Factor("kv"):
             return sum(self._size(rest, k) for k in range(self._whole("kv")))
         if first.part == "%":
@@ -180,7 +186,8 @@ class Rows:
         """The place in a group of the coordinates ``at`` (numpy arrays that broadcast)."""
         if not group:
             return 0
-        first, rest = group[0], group[1:]
+        first = group[0]
+        rest = group[1:]
         inner = self._position(rest, at, kv)
         if first == Factor("kv"):
             return sum(self._size(rest, k) for k in range(kv)) + inner

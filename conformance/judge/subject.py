@@ -53,7 +53,8 @@ class Subject:
         """Prepare and launch directly, with nothing of the library in between but that ids are
         brought where the backend reads them; ``count`` is a multiple of the plan's unit."""
         plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
-        mine, theirs = self.place(src_index), self.place(dst_index)
+        mine = self.place(src_index)
+        theirs = self.place(dst_index)
         return self.prepare(plan)(src, dst, mine, theirs, count, None, status)
 
     def place(self, index: Index) -> Index:
@@ -92,13 +93,15 @@ def _claims(backend: Backend) -> tuple[Capabilities, str]:
         can = backend.capabilities()
         wrong = "" if isinstance(can, Capabilities) else f"returned {can!r}"
     except Exception as error:  # a vendor's code may fail in any way
-        can, wrong = Capabilities(places=frozenset()), f"raised {type(error).__name__}: {error}"
+        can = Capabilities(places=frozenset())
+        wrong = f"raised {type(error).__name__}: {error}"
     return can, wrong and f"capabilities() {wrong}; {expected}"
 
 
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
     simulated = emulated or str(device).partition(":")[0] == SIMULATED
-    asked, device = str(device), torch_name(str(device))
+    asked = str(device)
+    device = torch_name(str(device))
     kind = device.partition(":")[0]
     from portakv_conformance import simdev
     from portakv_conformance.vendor import standins

@@ -73,7 +73,8 @@ def SortedTable(right: HostRows, view: KVView) -> Int64:
 @HostRows.mutate("nests")
 def FirstStridesForAll(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
     """Keys and values of unequal width are both walked with the strides of the keys."""
-    src, dst = plan.nests[0].src.units, plan.nests[0].dst.units
+    src = plan.nests[0].src.units
+    dst = plan.nests[0].dst.units
     return [
         replace(nest, src=replace(nest.src, units=src), dst=replace(nest.dst, units=dst))
         for nest in plan.nests
@@ -90,7 +91,8 @@ def UnequalWidthsMixed(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
 @HostRows.mutate("nests")
 def OnlyFirstBlockSize(right: HostRows, plan: CopyPlan) -> Sequence[Nest]:
     """The block size of the source is used for the destination as well."""
-    src, dst = plan.nests[0].src.units, plan.nests[0].dst.units
+    src = plan.nests[0].src.units
+    dst = plan.nests[0].dst.units
     if len(src) != len(dst):
         return plan.nests
     units = [replace(at, extent=like.extent) for at, like in zip(dst, src, strict=True)]

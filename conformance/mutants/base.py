@@ -61,7 +61,8 @@ def load(view: KVView, addresses: Int64, nbytes: int, width: int) -> npt.NDArray
 
 def store(view: KVView, addresses: Int64, values: npt.NDArray[Any]) -> None:
     """Put vectors ``[runs, vectors]`` at addresses of a view."""
-    width, nbytes = values.dtype.itemsize, values.shape[1] * values.dtype.itemsize
+    width = values.dtype.itemsize
+    nbytes = values.shape[1] * values.dtype.itemsize
     check_inside(view, addresses, nbytes)
     _space(width)[_cells(addresses, nbytes, width)] = values
 
@@ -184,11 +185,14 @@ class HostRows(Backend):
 
     def pieces(self, call: Call) -> list[Runs]:
         """What is to be moved, nest by nest: units and loops as the addresses of runs."""
-        (src, dst), plan, found = self.pairs(call), call.plan, []
+        (src, dst) = self.pairs(call)
+        plan = call.plan
+        found = []
         for nest in self.nests(plan):
             mine = self.offsets(nest, "src", src, call.src_index, plan.unit)
             theirs = self.offsets(nest, "dst", dst, call.dst_index, plan.unit)
-            here, there = self.address(call.src, *mine), self.address(call.dst, *theirs)
+            here = self.address(call.src, *mine)
+            there = self.address(call.dst, *theirs)
             vector = self.vector(nest, plan)
             found.append(Runs(here, there, self.length(nest.run, vector), vector))
         return found
@@ -203,7 +207,8 @@ class HostRows(Backend):
 
     def pairs(self, call: Call) -> Pair:
         """The numbers of the units to move, on both sides; the others are skipped or reported."""
-        units, unit = self.units(call), call.plan.unit
+        units = self.units(call)
+        unit = call.plan.unit
         src, dst = (self.numbers(at, units, unit) for at in (call.src_index, call.dst_index))
         bad = self.bad(src, dst, call)
         if bad.any() and call.status is not None:
@@ -256,11 +261,13 @@ class HostRows(Backend):
 
     def place(self, side: Side, numbers: Int64) -> Pair:
         """Table entry and bytes of each unit."""
-        entry, byte = np.full_like(numbers, side.table), np.full_like(numbers, side.offset)
+        entry = np.full_like(numbers, side.table)
+        byte = np.full_like(numbers, side.offset)
         for step in reversed(side.units):
             at = numbers % step.extent if step.extent else numbers
             numbers = numbers // step.extent if step.extent else numbers
-            entry, byte = entry + at * step.table, byte + at * step.stride
+            entry = entry + at * step.table
+            byte = byte + at * step.stride
         return entry, byte
 
     def walk(self, loop: Loop, name: str) -> Pair:
@@ -321,5 +328,6 @@ def copy_runs(src: Int64, dst: Int64, nbytes: int, stream: torch.Stream) -> None
     """Order copies of ``nbytes`` between addresses of the simulated device on a stream."""
     from portakv_conformance import simdev  # built and loaded only where it is used
 
-    sources, targets = torch.from_numpy(src), torch.from_numpy(dst)
+    sources = torch.from_numpy(src)
+    targets = torch.from_numpy(dst)
     simdev.copy_runs(sources, targets, torch.full_like(sources, nbytes), stream)

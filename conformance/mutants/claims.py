@@ -171,7 +171,8 @@ def RefusesOddWidths(right: HostRows, plan: CopyPlan) -> Launch:
 @HostRows.mutate("check")
 def RefusesOddHeads(right: HostRows, plan: CopyPlan) -> Decision:
     """Refuses head counts that are no power of two, though it claims nothing that says so."""
-    heads, found = plan.src.heads, right.check(plan)
+    heads = plan.src.heads
+    found = right.check(plan)
     why = f"{heads} heads are no power of two"
     return replace(found, accepted=False, reason=why) if heads & (heads - 1) else found
 

@@ -16,7 +16,8 @@ _plan = lru_cache(maxsize=256)(CopyPlan)
 
 class _Misread(HostRows):
     def carry(self, call: Call) -> Pending | None:
-        plan, forms = call.plan, self.forms(call)
+        plan = call.plan
+        forms = self.forms(call)
         if forms != (plan.src, plan.dst):
             plan = _plan(*forms, plan.src_step, plan.dst_step, plan.unit)
         return super().carry(replace(call, plan=plan))
@@ -51,9 +52,11 @@ def SwappedLayers(right: HostRows, form: Form) -> Form:
 def _last_layer_first(part: Part) -> Part:
     if len(part.layer) != 1:
         return part
-    step, last = part.layer[0], part.layer[0].extent - 1
+    step = part.layer[0]
+    last = part.layer[0].extent - 1
     back = (Step(step.extent, -step.table, -step.stride),)
-    table, offset = part.table + last * step.table, part.offset + last * step.stride
+    table = part.table + last * step.table
+    offset = part.offset + last * step.stride
     return replace(part, table=table, offset=offset, layer=back)
 
 
@@ -74,7 +77,8 @@ class TokensBeforeHeads(_Misread):
     def read(self, form: Form) -> Form:
         parts = []
         for part, width in zip(form.parts, form.widths, strict=True):
-            token, head = part.token, part.head
+            token = part.token
+            head = part.head
             if len(token) == len(head) == 1 and head[0].stride > token[0].stride > 0:
                 token = (replace(token[0], stride=head[0].extent * width),)
                 head = (replace(head[0], stride=width),)
@@ -85,7 +89,8 @@ class TokensBeforeHeads(_Misread):
 @_Misread.mutate("forms")
 def HeadsOfTheOtherSide(right: HostRows, call: Call) -> tuple[Form, Form]:
     """The stride between heads is read from the destination and used for both sides."""
-    src, dst = call.plan.src, call.plan.dst
+    src = call.plan.src
+    dst = call.plan.dst
     if any(step.table for part in dst.parts for step in part.head):
         return src, dst
     pairs = zip(src.parts, dst.parts, strict=True)
@@ -116,7 +121,8 @@ def _guess(form: Form, slots: int) -> Form:
 @_Misread.mutate("read")
 def TwoLayersTakenForKv(right: HostRows, form: Form) -> Form:
     """Layout guessed from the count of tensors: a list of two layers is taken for (key, value)."""
-    parts, layer = form.parts, form.parts[0].layer
+    parts = form.parts
+    layer = form.parts[0].layer
     if form.layers != 2 or form.kv != 2 or len(layer) != 1 or not layer[0].table:
         return form
     distance = parts[1].offset - parts[0].offset

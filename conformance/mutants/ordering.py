@@ -115,7 +115,8 @@ def WaitsInTheLaunch(right: DeviceRows, call: Call) -> None:
 @DeviceRows.mutate("move")
 def DeviceTempFreedEarly(right: DeviceRows, runs: Runs, call: Call) -> None:
     """Rows pass through a buffer of the allocator that is freed while the copy still uses it."""
-    stream, nbytes = right.stream(call), len(runs.src) * runs.nbytes
+    stream = right.stream(call)
+    nbytes = len(runs.src) * runs.nbytes
     rows = torch.empty(nbytes, dtype=torch.uint8, device=stream.device)
     between = rows.data_ptr() + np.arange(len(runs.src)) * runs.nbytes
     copy_runs(runs.src, between, runs.nbytes, stream)

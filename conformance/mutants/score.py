@@ -60,7 +60,8 @@ class _Clock(Progress):
     """Ends a run when its time is over, with a TimeoutError."""
 
     def __init__(self, seconds: float) -> None:
-        self._seconds, self._until = seconds, time.monotonic() + seconds
+        self._seconds = seconds
+        self._until = time.monotonic() + seconds
 
     def started(self, id: str) -> None:
         if time.monotonic() > self._until:
@@ -75,16 +76,20 @@ def try_mutant(
     began = time.monotonic()
     where = (mutant.target(), mutant.device_type, mutant.profile)
     asked = Options(*where, seed, limit=CASE_LIMIT, exit_first=True)
-    caught, why, judged = "", "every case passed", True
+    caught = ""
+    why = "every case passed"
+    judged = True
     try:
         wrong = _wrong(runner(asked, _Clock(wall)))
         failed = next((case for case in wrong if case.status == "failed"), None)
         if failed is not None:
-            caught, why = failed.id, failed.reason
+            caught = failed.id
+            why = failed.reason
         elif wrong:
             why = f"{wrong[0].id} is in error: {wrong[0].reason}"
     except (TimeoutError, *_UNJUDGED) as error:
-        why, judged = str(error).partition("\n")[0], isinstance(error, TimeoutError)
+        why = str(error).partition("\n")[0]
+        judged = isinstance(error, TimeoutError)
     return Trial(mutant, seed, caught, why, time.monotonic() - began, judged)
 
 
@@ -172,7 +177,8 @@ def _sum(groups: list[list[Trial]]) -> str:
 
 
 def _row(group: Sequence[Trial], self_checked: Collection[str]) -> tuple[str, ...]:
-    first, mutant = group[0], group[0].mutant
+    first = group[0]
+    mutant = group[0].mutant
     where = mutant.profile + (f", {mutant.device_type}" if mutant.device_type != "cpu" else "")
     lost = "**survives**" if first.judged else "not judged"
     case = f"`{first.caught_by.removeprefix('cases/')}`" if first.caught_by else lost

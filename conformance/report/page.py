@@ -31,9 +31,12 @@ _COLOURS = {"conformant": "#137a4a", "failed": "#b3261e", "incomplete": "#8a5a00
 _EMULATED = "#5b3fb8"  # white text on any of these has a contrast of more than 4.5
 _PADDING = 7
 # Widths of 11 px sans-serif letters, in px; `textLength` makes any font fit them.
-_NARROW, _WIDE = frozenset("ijl.,:|!'()[] tfrI1-"), frozenset("mwMW@%")
+_NARROW = frozenset("ijl.,:|!'()[] tfrI1-")
+_WIDE = frozenset("mwMW@%")
 _ICON = "<svg xmlns='http://www.w3.org/2000/svg'><circle cx='8' cy='8' r='7' fill='{}'/></svg>"
-_BAR, _LEAST = 1000, 8  # width of the bar in its own units; one case in a thousand is still seen
+# width of the bar in its own units; one case in a thousand is still seen
+_BAR = 1000
+_LEAST = 8
 _HEADLINE = 240  # characters that can still be read in large letters
 ANY = "any"  # where a case has a layout but is about no dtype or operation in particular
 # Narrow columns need short names; others stand as they are.
@@ -54,7 +57,8 @@ def write(record: RunRecord, folder: Path) -> list[Path]:
         "junit.xml": junit, "badge.svg": badge,
     }  # fmt: skip
     for name, form in forms.items():
-        text, file = form(record), folder / name
+        text = form(record)
+        file = folder / name
         file.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
     return [folder / name for name in forms]
 
@@ -83,7 +87,8 @@ def junit(record: RunRecord) -> str:
 
 def badge(record: RunRecord) -> str:
     """The badge as an SVG document of 20 px height; no service is asked."""
-    said, label = message(record), width(LABEL)
+    said = message(record)
+    label = width(LABEL)
     emulated = record.verdict == "conformant" and words.emulated(record)
     colour = _EMULATED if emulated else _COLOURS.get(record.verdict, _COLOURS["failed"])
     return _filled(
@@ -157,7 +162,8 @@ def _dtype_of(case: CaseRecord) -> str:
 
 def _filled(name: str, record: RunRecord, **more: Any) -> str:
     """A template filled with a record and with what every form says of it."""
-    rung, left_out = record.rung, record.environment.get(LEFT_OUT)
+    rung = record.rung
+    left_out = record.environment.get(LEFT_OUT)
     return templates().get_template(name).render(
         more, record=record, name=record.backend.get("name", "?"), device=words.device(record),
         verdict=words.verdict(record), sentence=words.sentence(record),
@@ -213,7 +219,8 @@ def _bar(record: RunRecord) -> list[tuple[Status, str, str]]:
     total = sum(found.values()) or 1
     widths = {s: max(_BAR * found[s] // total, _LEAST) for s in reversed(STATUSES) if found[s]}
     scale = _BAR / (sum(widths.values()) or 1)
-    pieces, at = [], 0.0
+    pieces = []
+    at = 0.0
     for status, share in widths.items():
         pieces.append((status, f"{at:.1f}", f"{share * scale:.1f}"))
         at += share * scale

@@ -221,5 +221,6 @@ def first_byte(reason: str) -> FirstByte | None:
         return None
     named: dict[str, Any] = found.groupdict()
     numbers = {name: int(named[name]) for name in ("storage", "offset", "wrong")}
-    before, after = reason[: found.start()].strip(), reason[found.end() :].strip()
+    before = reason[: found.start()].strip()
+    after = reason[found.end() :].strip()
     return FirstByte(**{**named, **numbers}, before=before, after=after)

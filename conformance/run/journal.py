@@ -37,7 +37,8 @@ class Journal:
     """The cases of a run and how they ended, over all of its workers."""
 
     def __init__(self, options: Options, progress: Progress) -> None:
-        self._options, self.progress = options, progress
+        self._options = options
+        self.progress = progress
         self._waivers = {waiver.id: waiver for waiver in options.waivers}
         self._about: dict[str, dict[str, Any]] = {}
         self._examples: Counter[bool] = Counter()  # by whether the case draws them
@@ -68,7 +69,8 @@ class Journal:
             raise BadRequest(
                 f"A waiver names {stale[0]!r}, but no case of the profile has that id; remove it."
             )
-        self._about, self.ids = event["cases"], list(event["cases"])
+        self._about = event["cases"]
+        self.ids = list(event["cases"])
         if not self.ids:
             raise SuiteBroken(f"The profile {self._options.profile!r} has no case here.")
         self.progress.listed(len(self.ids))
@@ -80,7 +82,8 @@ class Journal:
         except (ValueError, KeyError) as error:
             raise SuiteBroken(f"A worker told of a case that is no record: {error}") from error
         self.ran += 1
-        drawn, folder = case.area in _DRAWN, self._options.examples
+        drawn = case.area in _DRAWN
+        folder = self._options.examples
         self._examples[drawn] += bool(case.example)
         if case.example and folder is not None and self._examples[drawn] > MOST_EXAMPLES:
             (folder / case.example).unlink(missing_ok=True)
@@ -91,7 +94,9 @@ class Journal:
     def lose(self, id: str, status: Status, reason: str, details: str) -> None:
         """A case that its worker was lost with, or that was never run."""
         case = self.cases.get(id) or CaseRecord(id, **self._about[id])
-        case.status, case.reason, case.details = status, reason, details
+        case.status = status
+        case.reason = reason
+        case.details = details
         self._settle(case)
 
     def miss(self, sentence: str) -> None:

@@ -51,7 +51,8 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the options; their names all begin with ``--portakv-``."""
-    add, number = parser.getgroup("portakv", "PortaKV conformance suite").addoption, whole_number
+    add = parser.getgroup("portakv", "PortaKV conformance suite").addoption
+    number = whole_number
     add("--portakv-backend", metavar="NAME", help="what to judge: a name, or pkg.mod:Class")
     add("--portakv-device", metavar="D", default="cpu", help="where: cpu, cuda:1, simdev:mlu, ...")
     add("--portakv-profile", choices=PROFILES, default="core", help="which cases (default: core)")

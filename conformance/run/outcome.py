@@ -49,7 +49,8 @@ def outcome(
         return "passed", "", ""
     if not judge.examples:
         return "not-claimed", f"The backend declines the plan: {judge.declined[0]}", ""
-    declined, total = len(judge.declined), len(judge.declined) + judge.examples
+    declined = len(judge.declined)
+    total = len(judge.declined) + judge.examples
     why = f"It declines {declined} of {total} copies: {judge.declined[0]}"
     # What was judged stands for the case only if it is the greater part of it.
     return ("passed" if 2 * declined < total else "not-claimed"), why, ""

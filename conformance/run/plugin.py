@@ -51,7 +51,8 @@ class DeviceAlive:
     through the backend if that has worked before."""
 
     def __init__(self, subject: Subject, facility: Facility) -> None:
-        self._subject, self._facility = subject, facility
+        self._subject = subject
+        self._facility = facility
         self._copies = False  # whether the small copy is known to work
 
     def learn(self) -> None:
@@ -110,7 +111,8 @@ class Suite:
         # What fails before this is a broken installation; what fails behind it is the backend.
         self._tell({"event": "loading"})
         self.subject = self._found(config)
-        listed, mine = option("--portakv-listed"), self.subject
+        listed = option("--portakv-listed")
+        mine = self.subject
         self.facility = Elsewhere(listed) if listed else Facility(mine.device, mine.emulated)
         self.share = Share(Path(shared)) if (shared := option("--portakv-share")) else None
         self.examples: str | None = option("--portakv-examples")
@@ -170,7 +172,8 @@ class Suite:
         self._lone = 0
         kept = {case_id(item): item for item in mine if self._belongs(item)}
         profile = sorted(kept, key=lambda id: AREAS.index(mark_of(kept[id], "area")))
-        ids, only = profile, config.getoption("--portakv-only")
+        ids = profile
+        only = config.getoption("--portakv-only")
         if only is not None:
             words = Path(only).read_text(encoding="utf-8").split("\n")
             ids, unknown = chosen(profile, sorted(set(filter(None, words))))
@@ -202,7 +205,8 @@ class Suite:
 
     def _has(self, need: str) -> tuple[bool, str]:
         """Whether this device has what a case needs; a sentence if it should have had it."""
-        streams, where = self.facility.streams, self.subject.device
+        streams = self.facility.streams
+        where = self.subject.device
         plain = {"host": not streams, "accelerator": streams, "graphs": self.facility.graphs}
         if need in plain:
             return plain[need], ""
@@ -259,7 +263,8 @@ class Suite:
     def _end(self, item: pytest.Item, seconds: float) -> None:
         """Tell how a case ended. If nothing more can be judged in this process, end it, so that
         another goes on where the device works."""
-        reports, judge = item.stash[_REPORTS], item.stash.get(_JUDGE, None)
+        reports = item.stash[_REPORTS]
+        judge = item.stash.get(_JUDGE, None)
         status, reason, details = outcome(reports, judge, self.subject.flaw)
         where = self.subject.device
         record = CaseRecord(

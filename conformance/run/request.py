@@ -91,5 +91,6 @@ def _means(word: str, id: str) -> bool:
 
 
 def _begins(word: str, id: str) -> bool:
-    asked, short = word.removeprefix(_CASES), id.removeprefix(_CASES)
+    asked = word.removeprefix(_CASES)
+    short = id.removeprefix(_CASES)
     return word != "" and (short.startswith(asked) or short.replace(".py", "").startswith(asked))

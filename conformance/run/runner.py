@@ -34,7 +34,8 @@ def run(
     is added. Raises `SubjectUnavailable`, with the probe's reason, if the backend cannot run there,
     `BadRequest` for a malformed name or an id that no case has, and `SuiteBroken` if the suite
     cannot be collected."""
-    started, began = datetime.now(timezone.utc), time.monotonic()
+    started = datetime.now(timezone.utc)
+    began = time.monotonic()
     journal = Journal(options, progress)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
         Workers(journal, options, Path(folder), command or worker_command()).work()
@@ -42,7 +43,8 @@ def run(
         journal.miss(f"Only {counted(len(journal.ids))} asked for (--only), not the profile.")
     if journal.stopped and (left := journal.left()):
         journal.miss(f"{counted(len(left))} behind the first failure and did not run (-x).")
-    subject, environment = journal.subject, journal.subject["environment"]
+    subject = journal.subject
+    environment = journal.subject["environment"]
     if journal.lone:
         environment[LEFT_OUT] = f"{counted(journal.lone)} left out, since one device was found"
     record = RunRecord(
@@ -73,7 +75,8 @@ def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
             while events := worker.events(_LISTING):
                 for event in events:
                     if event["event"] == "list":
-                        pairs, cases = event["two devices"], event["cases"].items()
+                        pairs = event["two devices"]
+                        cases = event["cases"].items()
                         return {id: {**about, "optional": id in pairs} for id, about in cases}
         finally:
             worker.stop()

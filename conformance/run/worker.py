@@ -22,7 +22,8 @@ from typing import Any
 #: C, so that a worker answers that hangs in native code.
 STACKS_PLEASE = signal.SIGUSR1
 #: The files that a worker answers in, in a folder of its own.
-EVENTS, STACKS = "events.jsonl", "stacks.txt"
+EVENTS = "events.jsonl"
+STACKS = "stacks.txt"
 #: An empty file there: no configuration of the folder that a run happens to be started in.
 CONFIGURATION = "pytest.ini"
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)

@@ -63,7 +63,8 @@ class WorkerProcess:
         self, command: Sequence[str], folder: Path, asked: Options, more: Sequence[str]
     ) -> None:
         folder.mkdir(parents=True)
-        self._events, self._stacks = folder / EVENTS, folder / STACKS
+        self._events = folder / EVENTS
+        self._stacks = folder / STACKS
         self._printed = folder / "printed.txt"
         for file in (self._events, self._stacks, folder / CONFIGURATION):
             file.touch()
@@ -140,7 +141,10 @@ class Worker:
     def __init__(
         self, process: WorkerProcess, journal: Journal, share: Share, limit: float
     ) -> None:  # fmt: skip
-        self.process, self._journal, self._share, self._limit = process, journal, share, limit
+        self.process = process
+        self._journal = journal
+        self._share = share
+        self._limit = limit
         self.listed = self._finished = False  # it has collected its cases, and run them
         self._running = self._latest = ""  # the case that runs, and the one that ended last
         self._refusal = ""  # why it could not load what others have loaded
@@ -171,7 +175,8 @@ class Worker:
         return None
 
     def _take(self, event: dict[str, Any]) -> None:
-        kind, journal = event.get("event"), self._journal
+        kind = event.get("event")
+        journal = self._journal
         if kind == "loading":
             journal.loading = True
         elif kind == "subject":
@@ -189,7 +194,8 @@ class Worker:
             self._running = event["id"]
             journal.progress.started(self._running)
         elif kind == "end":
-            self._running, self._latest = "", journal.take_end(event["case"])
+            self._running = ""
+            self._latest = journal.take_end(event["case"])
         elif kind == "finish":
             self._finished = True
         elif kind == "retired":
@@ -200,7 +206,8 @@ class Worker:
     def _lost(self, what: str, alone: bool) -> str:
         """Name the case that it was lost with; returns a sentence for the user, or an empty one
         if it was behind its last case."""
-        code, journal = self.process.code, self._journal
+        code = self.process.code
+        journal = self._journal
         ended = self._finished and not self._running and journal.ids
         if ended and not journal.waiting(self._share):
             if code is None:
@@ -249,12 +256,17 @@ class Workers:
     def __init__(
         self, journal: Journal, options: Options, folder: Path, command: Sequence[str]
     ) -> None:
-        self._journal, self._options, self._folder = journal, options, folder
-        self._command, self._jobs = command, options.jobs
-        taken, only = folder / "taken", folder / "only"
+        self._journal = journal
+        self._options = options
+        self._folder = folder
+        self._command = command
+        self._jobs = options.jobs
+        taken = folder / "taken"
+        only = folder / "only"
         taken.mkdir()
         only.write_text("\n".join(options.only), encoding="utf-8")
-        self._share, self._told = Share(taken), ["--portakv-share", str(taken)]
+        self._share = Share(taken)
+        self._told = ["--portakv-share", str(taken)]
         self._told += ["--portakv-only", str(only)] if options.only else []
         self._running: list[Worker] = []
         self._started = self._losses = self._ran = 0
@@ -296,7 +308,8 @@ class Workers:
             if waiting <= starting:
                 break
             self._started += 1
-            folder, seconds = self._folder / str(self._started), self._options.seconds
+            folder = self._folder / str(self._started)
+            seconds = self._options.seconds
             process = WorkerProcess(self._command, folder, self._options, self._told)
             self._running.append(Worker(process, self._journal, self._share, seconds))
         return bool(self._running)

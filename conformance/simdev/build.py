@@ -51,7 +51,8 @@ def load_library() -> None:
     compiler = cpp.compiler(*_COMPILERS)
     if (why := missing()) or compiler is None:
         raise SimulatedDeviceError(str(why))
-    home, abi = Path(torch.__file__).parent, int(torch.compiled_with_cxx11_abi())
+    home = Path(torch.__file__).parent
+    abi = int(torch.compiled_with_cxx11_abi())
     command = [
         compiler, str(_SOURCES[0]),
         "-std=c++20", "-O1", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}",

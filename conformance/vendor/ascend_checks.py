@@ -59,12 +59,15 @@ def launch_kernel(torch_npu: Any) -> dict[str, Any]:
     """The AscendC kernel, emulated: through the backend, on a stream and memory of torch_npu's."""
     device = torch.device("npu", 1)
     rows = torch.arange(32 * 32).to(torch.float16).view(4, 8, 2, 16)
-    cache, chunk = rows.to(device), torch.zeros(3, 2, 16, dtype=torch.float16).to(device)
-    view, dense = KVView(cache, "block token head dim"), KVView(chunk, "token head dim")
+    cache = rows.to(device)
+    chunk = torch.zeros(3, 2, 16, dtype=torch.float16).to(device)
+    view = KVView(cache, "block token head dim")
+    dense = KVView(chunk, "token head dim")
     path = ascendc_emulated.library_file()
     handles = ascendc_npu.run_at_once(path)
     os.environ[VARIABLE] = path
-    backend, plan = Ascend(device), CopyPlan(view.form, dense.form, 1, 0)
+    backend = Ascend(device)
+    plan = CopyPlan(view.form, dense.form, 1, 0)
     index = Index(torch.tensor([9, 3, 30]).to(device))
     stream = torch_npu.npu.Stream(device)
     backend.prepare(plan)(view, dense, index, Index(), 3, stream, None)
@@ -92,7 +95,8 @@ def _forbidden(torch_npu: Any) -> list[tuple[str, _Call, type[Exception]]]:
     rows = torch.zeros(3, 2, 16, dtype=torch.float16).to("npu")
     cache = torch.zeros(4, 8, 2, 16, dtype=torch.float16).to("npu")
     slots = torch.tensor([5, 2, 31]).to("npu")
-    scatter, gather = torch_npu.npu_scatter_pa_kv_cache, torch_npu.npu_gather_pa_kv_cache
+    scatter = torch_npu.npu_scatter_pa_kv_cache
+    gather = torch_npu.npu_gather_pa_kv_cache
     ids = torch.zeros(1, 1, dtype=torch.int32).to("npu")
     two = (rows, rows, cache, cache.clone())
     refused = ascend_ops.Refused
@@ -100,7 +104,8 @@ def _forbidden(torch_npu: Any) -> list[tuple[str, _Call, type[Exception]]]:
     def norm(*tensors: torch.Tensor, slots: torch.Tensor = slots) -> _Call:
         return lambda: scatter(*tensors, slots, cache_mode="Norm")
 
-    shape, half = (4, 8, 2, 16), torch.float16
+    shape = (4, 8, 2, 16)
+    half = torch.float16
     nz = torch_npu.empty_with_format(shape, dtype=half, device="npu", acl_format=_NZ)
     return [
         ("scatter, a keyword not known", lambda: scatter(*two, slots, mode="Norm"), RuntimeError),

@@ -109,7 +109,8 @@ class _Guard(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name, named = func.name(), kwargs or {}
+        name = func.name()
+        named = kwargs or {}
         if name not in _KNOWN and any(map(_on_npu, pytree.tree_leaves((args, kwargs)))):
             # In inference mode composed ops arrive whole: what they are composed of is watched.
             with self:

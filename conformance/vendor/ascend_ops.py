@@ -179,5 +179,6 @@ def _check_pages(need: _Need, *tensors: torch.Tensor) -> None:
 
 def _check_range(need: _Need, ids: torch.Tensor, end: int, name: str) -> None:
     if ids.is_cpu and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
+        low = int(ids.min())
+        high = int(ids.max())
         need(low >= 0 and high < end, f"{name} holds {low if low < 0 else high}, of 0 to {end - 1}")

@@ -152,7 +152,8 @@ def check_wheel(wheel: Path, known: Mapping[str, str]) -> str:
 
 def _variables(work: Path) -> dict[str, str]:
     """What the processes inside get to see, this library's packages among it."""
-    site, calls = work / "site", work / "calls"
+    site = work / "site"
+    calls = work / "calls"
     site.mkdir()
     calls.mkdir()
     for name in _PACKAGES:
@@ -197,7 +198,8 @@ def _print(report: dict[str, Any], file: Path) -> None:
         print(f"{'same     ' if row['same'] else 'DIFFERENT'} {row['op']}{row['found']}")
     for row in report["refusals"]:
         print(f"{'refused  ' if row['right'] else 'WRONG    '} {row['call']}: {row['said'][:80]}")
-    kernel, suite = report["kernel"], report["conformance"]
+    kernel = report["kernel"]
+    suite = report["conformance"]
     print(f"{'launched ' if kernel['right'] else 'WRONG    '} {kernel['said']}, emulated on a CPU")
     cases = ", ".join(f"{count} {status}" for status, count in suite["cases"].items())
     print(f"{suite['verdict']}, {suite['rung']} (emulated), suite {suite['suite']}: {cases}")

@@ -86,7 +86,8 @@ class AscendC(Backend):
 
 class _EmulatedLaunch(MoveLaunch):
     def __init__(self, plan: CopyPlan) -> None:
-        self._unit, self._arguments = plan.unit, Arguments(plan)
+        self._unit = plan.unit
+        self._arguments = Arguments(plan)
         nests = self._arguments.nests
         self._nests = [ctypes.create_string_buffer(nest, len(nest)) for nest in nests]
         self._run = library().portakv_emulated_rows
@@ -137,7 +138,8 @@ def library() -> ctypes.CDLL:
     """
     loaded = ctypes.CDLL(library_file())
     rows = loaded.portakv_emulated_rows
-    number, text = ctypes.c_uint32, ctypes.c_char_p
+    number = ctypes.c_uint32
+    text = ctypes.c_char_p
     rows.argtypes = [text, number, number, text, number, number, number, text, number]
     return loaded
 

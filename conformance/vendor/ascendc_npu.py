@@ -97,7 +97,8 @@ def _install(path: str) -> None:
 def run_at_once(path: str) -> list[int]:
     """Let the library at a path run its launches when they are made: for torch_npu over a stub of
     CANN, whose device memory is the host's. The handles of the streams come into the list."""
-    library, handles = ctypes.CDLL(path), []
+    library = ctypes.CDLL(path)
+    handles = []
     rows = ascendc_emulated.library().portakv_emulated_rows
 
     def serve(copy: int, cores: int, ub_bytes: int, memory: int, count: int, handle: int) -> int:
@@ -127,7 +128,8 @@ def _serve(
     library: int, copy: int, cores: int, ub_bytes: int, memory: int, count: int, handle: int
 ) -> int:
     """Launch on the stream with a handle; 0, or an error of CANN."""
-    device, stream_id = (handle & 0xFF) - 1, handle >> 8
+    device = (handle & 0xFF) - 1
+    stream_id = handle >> 8
     if device != torch.accelerator.current_device_index():
         return _STREAM_OF_ANOTHER_CONTEXT
     numbers = list(struct.unpack("<15q", ctypes.string_at(copy, 15 * 8)))

@@ -133,12 +133,14 @@ def _judge(name: str, found: dict[str, int], vector: int, each: int) -> Iterator
 
 
 def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[Code]:
-    (hipcc, objdump, readelf), found = tools, []
+    (hipcc, objdump, readelf) = tools
+    found = []
     for number, (name, kernel) in enumerate(kernels()):
         text = folder / f"kernel{number}.hip"
         text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
         for target in targets:
-            code, built = Code(name, target, kernel.vector), folder / f"kernel{number}.{target}.o"
+            code = Code(name, target, kernel.vector)
+            built = folder / f"kernel{number}.{target}.o"
             command = [hipcc, "-x", "hip", *FLAGS, f"--offload-arch={target}", "--cuda-device-only"]
             done = _run([*command, "--no-gpu-bundle-output", "-c", str(text), "-o", str(built)])
             if done.returncode:
@@ -161,7 +163,8 @@ def _print(found: list[Code], targets: Sequence[str]) -> None:
     for name, row in groupby(found, key=lambda code: code.kernel):
         first, *others = row
         words = "".join(f"{'WRONG' if code.wrong else 'right':>12}" for code in (first, *others))
-        shown, vector = first.accesses.get(NAMES[1], {}), first.vector
+        shown = first.accesses.get(NAMES[1], {})
+        vector = first.vector
         wide = [word for word in (*_LOADS[vector], *_STORES[vector]) if word in shown]
         print(f"{name:36}{vector:>5} B  {words}   {', '.join(wide)}")
     for code in found:

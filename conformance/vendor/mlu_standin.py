@@ -119,7 +119,8 @@ def multi_layer_kv_transfer(
     pages = (page_buffer_size // block_size, hidden // head_size, block_size, head_size)
     gather = TransferDirection(direction) is TransferDirection.D2H
     skip = skip_prefix_n_tokens
-    slots, there = slot_mapping[skip:], planes.to(slot_mapping.device)
+    slots = slot_mapping[skip:]
+    there = planes.to(slot_mapping.device)
     # Reading the pointers waits for what wrote them, and for nothing else.
     for layer, address in enumerate(kv_cache_ptrs.cpu().tolist()):
         caches = _caches(address, pages, KVFormat(kv_format), key_value.dtype, slots.device)

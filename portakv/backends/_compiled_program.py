@@ -153,17 +153,21 @@ def _side(
     memory = next(given)
     ids = next(given) if side.per_id else None
     table = next(given) if side.tabled else None
-    row, first = next(given), next(given)
-    number, good = torch.arange(units, device=memory.device), None
+    row = next(given)
+    first = next(given)
+    number = torch.arange(units, device=memory.device)
+    good = None
     if ids is None:
         number = number + first
     else:
-        limit, rest = next(given), next(given) if side.per_id > 1 else 0
+        limit = next(given)
+        rest = next(given) if side.per_id > 1 else 0
         number, good = _from_ids(side, number, ids, first, limit, rest)
     entry = next(given) if side.tabled else 0
     row, entry = _walk_units(side, number, row, entry, [next(given) for _ in side.extents])
     below = len(shape.loops)
-    row, entry = _over(row, below), _over(entry, below)
+    row = _over(row, below)
+    entry = _over(entry, below)
     for depth, extent in enumerate(shape.loops):
         along = _over(torch.arange(extent, device=memory.device), below - depth - 1)
         row = row + along * next(given)

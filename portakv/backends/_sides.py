@@ -43,7 +43,8 @@ class SideArguments:
         inner: Sequence[Loop] = (),
     ) -> None:  # fmt: skip
         self.side: Side = getattr(nest, name)
-        self.unit, self.per_id = plan.unit, getattr(plan, f"{name}_step") // plan.unit
+        self.unit = plan.unit
+        self.per_id = getattr(plan, f"{name}_step") // plan.unit
         self.walks = [(getattr(x, f"{name}_table"), getattr(x, f"{name}_stride")) for x in outer]
         self.strides = [getattr(x, f"{name}_stride") for x in inner]
         looks_up = self.side.tabled or any(table for table, _ in self.walks)
@@ -52,13 +53,16 @@ class SideArguments:
     def request(self, view: KVView, index: Index) -> Request:
         """base (an address, or the bytes behind the table's), address of the table or 0, address
         of the ids or 0, whether they are int64, the unit at position 0, units in the view."""
-        side, unit, limit = self.side, self.unit, view.slots // self.unit
+        side = self.side
+        unit = self.unit
+        limit = view.slots // self.unit
         if limit > self.countable:
             raise Unsupported(
                 f"A view of {view.slots} tokens in units of {unit}",
                 f"the kernel counts {self.countable} units; use backend 'reference'",
             )
-        table, base = 0, side.offset
+        table = 0
+        base = side.offset
         if self.kind == "UNITS":
             table = view.table.data_ptr() + 8 * side.table
         elif self.kind == "NONE":

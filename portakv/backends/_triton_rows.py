@@ -69,7 +69,8 @@ class _Side(SideArguments):
         self, nest: Nest, plan: CopyPlan, name: str, outer: list[Loop], inner: list[Loop]
     ) -> None:
         super().__init__(nest, plan, name, outer, inner)
-        units, walks = self.side.units, self.walks
+        units = self.side.units
+        walks = self.walks
         if getattr(plan, name).table_on_device:
             self.kind = "UNITS"  # also a single address, which the host does not know
         self.looks_up = 2 if self.side.tabled else int(self.kind == "UNITS")
@@ -114,7 +115,8 @@ class NestKernel:
         self.tile = TILES[nest.vector]
         self.planes = prod(x.extent for x in outer)
         run = nest.run // nest.vector
-        self._unit, self._row = plan.unit, prod(x.extent for x in inner) * run
+        self._unit = plan.unit
+        self._row = prod(x.extent for x in inner) * run
         if self.planes > MAX_PLANES or self._row > MAX_VECTORS:
             raise Unsupported(
                 f"A nest of {self.planes} planes with {nest.unit_bytes} bytes in a unit",
@@ -160,7 +162,9 @@ class NestKernel:
         """(programs along x, arguments before the constants) of each launch."""
         mine = self.src.arguments(move.src, move.src_index)
         theirs = self.dst.arguments(move.dst, move.dst_index)
-        word, unit, most = 0 if status is None else status.data_ptr(), self._unit, self.most_units
+        word = 0 if status is None else status.data_ptr()
+        unit = self._unit
+        most = self.most_units
         units = move.count // unit
         spans = [(start, min(most, units - start)) for start in range(0, units, most)]
         return [(self.programs(n), (mine, theirs, n, start, unit, word)) for start, n in spans]

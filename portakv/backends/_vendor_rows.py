@@ -90,7 +90,8 @@ class GuardedRows:
     number of tokens depends on it."""
 
     def __init__(self, plan: CopyPlan, device: torch.device, element: int) -> None:
-        self._device, ops = device, Ops(element, by_plane=True, holes=False)
+        self._device = device
+        ops = Ops(element, by_plane=True, holes=False)
         # If ids are bad, what is left goes by token: units may begin anywhere.
         self._unit = plan.src.block_size if plan.src.opaque else 1
         pieces = CopyPlan(plan.src, plan.dst, self._unit, self._unit, self._unit)
@@ -99,7 +100,8 @@ class GuardedRows:
         )
 
     def __call__(self, move: Move, status: torch.Tensor | None) -> None:
-        copies, indices = self._whole, move[2:4]
+        copies = self._whole
+        indices = move[2:4]
         if any(index.ids is not None for index in indices):
             numbers = [index.units(move.count, self._unit, self._device) for index in indices]
             ends = move.src.slots // self._unit, move.dst.slots // self._unit
@@ -109,7 +111,8 @@ class GuardedRows:
                 _report(bad, self._unit, status)
                 mine, theirs = (Index(x[kept], self._unit) for x in numbers)
                 left = kept.numel() * self._unit
-                copies, move = self._pieces, Move(move.src, move.dst, mine, theirs, left)
+                copies = self._pieces
+                move = Move(move.src, move.dst, mine, theirs, left)
         for copy in copies:
             copy(move)
 

@@ -55,7 +55,8 @@ PAGES = ("block", *TOKENS)
 #: Formats whose bytes lie where strides say: NCHW, ND, NCDHW, which all tensors begin with.
 _STRIDED = (0, 2, 30)
 #: Rows of the paged ops: whole 32 B, as CANN's vector memory wants them, and at most 148 KiB.
-_LINE, _MOST = 32, 148 * 1024
+_LINE = 32
+_MOST = 148 * 1024
 _SCATTER_ND = (torch.int64, torch.int8)
 
 
@@ -141,7 +142,8 @@ def _vendor() -> Any:
 class _Launch(MoveLaunch):
     # The kernel and the ops are launched on the current device, wherever their tensors are.
     def __init__(self, device: torch.device, rows: KernelRows | _OpRows) -> None:
-        self.device, self._rows = device, rows
+        self.device = device
+        self._rows = rows
         if isinstance(rows, _OpRows):
             self.tables = False, False
 
@@ -154,7 +156,8 @@ class _OpRows:
     """A plan by the paged ops if they serve it, else by rows."""
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
-        self._unit, self._device = plan.unit, device
+        self._unit = plan.unit
+        self._device = device
         self._op = _paged_op(plan)
         # Rows of even size move as float16, which is never computed with.
         even = all(size % 2 == 0 for size in (plan.vector, *plan.src.widths))
@@ -182,7 +185,8 @@ class _OpRows:
             slots = ids.ids_on(self._device)[ids.offset : ids.offset + count]
             more = {"slot_mapping": slots, "cache_mode": "Norm"}
         op = getattr(torch.ops.npu, self._op).default
-        pages, rows = planes(cache, self._dtype), planes(chunk, self._dtype)
+        pages = planes(cache, self._dtype)
+        rows = planes(chunk, self._dtype)
         moved = slice(dense.offset, dense.offset + count)
         for layer, k in self._pairs:
             key, value = (row[moved] for row in rows[layer][k : k + 2])
@@ -192,7 +196,8 @@ class _OpRows:
 
 def _paged_op(plan: CopyPlan) -> str:
     """The paged op that serves a plan; empty if none does."""
-    src, dst = plan.src, plan.dst
+    src = plan.src
+    dst = plan.dst
     alone = src.kv % 2 and len(plan.nests) != src.kv  # the last kv cannot be told from the others
     if src.kv < 2 or alone or not (_dense(src) and _dense(dst)) or src.paged == dst.paged:
         return ""

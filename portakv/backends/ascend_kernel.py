@@ -40,14 +40,17 @@ _BUILD = f"bash native/ascend/run_in_cann.sh npu builds it, and {VARIABLE} names
 _AGAIN = "build it again, from native/ascend of this release"
 _ELEMENT = 8  # bytes of an element, if a plan that the kernel does not take goes by indexing
 
-MAX_UNITS, MAX_LOOPS = 4, 8  # lengths of arrays in copy.h
+# lengths of arrays in copy.h
+MAX_UNITS = 4
+MAX_LOOPS = 8
 _NO_POSITION = 2**63 - 1  # above every position
 _MOST_GAP = 2**32  # bytes between rows of one transfer
 _COPY = struct.Struct("<15q")
 #: What a launch may touch: its first address, its bytes, and whether it may be written.
 Memory = tuple[int, int, bool]
 
-_pointer, _number = ctypes.c_void_p, ctypes.c_uint32
+_pointer = ctypes.c_void_p
+_number = ctypes.c_uint32
 # What a library exports (copy.h), with the arguments of each and what it returns.
 _FUNCTIONS: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "portakv_ascend_abi": (_number, ()),
@@ -96,7 +99,8 @@ def find_kernel(emulated: bool) -> tuple[Kernel | None, str]:
     Raises:
         Unusable: `PORTAKV_ASCENDC` names one that cannot be used.
     """
-    named, built = os.environ.get(VARIABLE), Path(str(files(_NATIVE)), *_PLACE)
+    named = os.environ.get(VARIABLE)
+    built = Path(str(files(_NATIVE)), *_PLACE)
     if not named and not built.is_file():
         return None, f"by its ops, since the AscendC kernel was not built ({_BUILD})"
     try:
@@ -149,7 +153,8 @@ def _load(path: str) -> Kernel:
     _type(library, name, others)
     emulated = bool(library.portakv_ascend_emulated())
     _type(library, name, [lend] if emulated else [])
-    blocks, ub_bytes = _number(), _number()
+    blocks = _number()
+    ub_bytes = _number()
     code = library.portakv_ascend_platform(ctypes.byref(blocks), ctypes.byref(ub_bytes))
     if code:
         raise Unusable(
@@ -175,7 +180,8 @@ class KernelRows:
     """
 
     def __init__(self, kernel: Kernel, plan: CopyPlan, device: torch.device) -> None:
-        self._kernel, self._device = kernel, device
+        self._kernel = kernel
+        self._device = device
         self._rest = GuardedRows(plan, device, _ELEMENT) if refusal(plan) else None
         if self._rest is not None:
             return
@@ -232,7 +238,9 @@ class Arguments:
         why = refusal(plan)
         if why is not None:
             raise Unsupported("A copy by the AscendC kernel", f"{why}; use backend 'reference'")
-        self._unit, nests, names = plan.unit, plan.nests, ("src", "dst")
+        self._unit = plan.unit
+        nests = plan.nests
+        names = ("src", "dst")
         self._sides = [[SideArguments(x, plan, name, x.loops) for name in names] for x in nests]
         self.nests = [_nest(*x, plan.unit) for x in zip(nests, self._sides, strict=True)]
 
@@ -252,7 +260,8 @@ class Arguments:
 def refusal(plan: CopyPlan) -> str | None:
     """Why the kernel does not take a plan, as a clause; None if it does."""
     for nest in plan.nests:
-        loops, steps = len(_split_rows(nest)[0]), max(len(nest.src.units), len(nest.dst.units))
+        loops = len(_split_rows(nest)[0])
+        steps = max(len(nest.src.units), len(nest.dst.units))
         if loops > MAX_LOOPS or steps > MAX_UNITS:
             return (
                 f"the AscendC kernel takes {MAX_LOOPS} loops beside the rows and {MAX_UNITS} steps "

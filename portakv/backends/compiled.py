@@ -132,7 +132,10 @@ class _CompiledLaunch(MoveLaunch):
         report: Program | None,
         lost: torch.Tensor,
     ) -> None:
-        self._unit, self._copies, self._report, self._lost = plan.unit, copies, report, lost
+        self._unit = plan.unit
+        self._copies = copies
+        self._report = report
+        self._lost = lost
         self._per_id = [step // plan.unit for step in (plan.src_step, plan.dst_step)]
 
     @torch.no_grad()
@@ -168,7 +171,8 @@ class _CompiledLaunch(MoveLaunch):
 
     def _to_report(self, move: Move, units: int, status: torch.Tensor) -> list[Argument]:
         device = self._lost.device
-        word, lost = status.data_ptr(), self._lost.data_ptr()
+        word = status.data_ptr()
+        lost = self._lost.data_ptr()
         low = min(word, lost) // ALIGNMENT * ALIGNMENT
         memory = memory_from(low, device, torch.int64)
         given: list[Argument] = [memory, units, self._unit, (word - low) // 8, (lost - low) // 8]
@@ -251,7 +255,9 @@ class _SideArguments(SideArguments):
         """A view's memory, its table of addresses, and the address that the memory begins at."""
         if self not in view.derived:
             low = min((*view.origins, *self.reached)) // ALIGNMENT * ALIGNMENT
-            copy, device, table = self.copy, view.device, None
+            copy = self.copy
+            device = view.device
+            table = None
             memory = memory_from(low, device, copy.dtype, copy.run, copy.ratio)
             if self.shape.tabled:
                 table = memory_from(view.table.data_ptr(), device, torch.int64)

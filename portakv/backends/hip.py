@@ -60,7 +60,8 @@ class Hip(RowsBackend):
             why = _no_device(driver, device)
             if why is not None:
                 return Decision(cls.name, False, why)
-            version, card = _hip_driver.hiprtc_version(driver), cls.find_card(device, driver)
+            version = _hip_driver.hiprtc_version(driver)
+            card = cls.find_card(device, driver)
         except (DriverMissing, RuntimeError) as error:
             return Decision(cls.name, False, str(error))
         return Decision(cls.name, True, f"hipRTC {version} compiles its kernel for {card}")

@@ -93,7 +93,8 @@ class Mlu(Backend):
         return Capabilities(places, skips_negative=True, guards=True)
 
     def check(self, plan: CopyPlan) -> Decision:
-        decision, ways = super().check(plan), _ways(plan, self._ops)
+        decision = super().check(plan)
+        ways = _ways(plan, self._ops)
         by = ways[0].op if ways else "index_select and index_copy_, after a wait"
         by = f"takes the plan by {by}"
         return replace(decision, reason=by) if decision.accepted else decision
@@ -119,7 +120,8 @@ class _Layers:
 
     def __init__(self, cache: Form, dense: Form, gather: bool, ops: Ops) -> None:
         self._op: Any = ops.transfer
-        self._cache, self._dense = cache, dense
+        self._cache = cache
+        self._dense = dense
         self._direction = ops.directions.get("D2H" if gather else "H2D")
         self._row = cache.heads * cache.widths[0]  # bytes of a token in one plane
         page = cache.block_size * self._row
@@ -140,7 +142,8 @@ class _Layers:
     def takes(self, call: _Call) -> bool:
         """Whether the chunk is one dense block of just these tokens, and keys and values are as far
         apart as the format has them. Forms do not know counts."""
-        tokens, layers = call.dense.slots, self._cache.layers
+        tokens = call.dense.slots
+        layers = self._cache.layers
         inner = [(layers, 0, tokens * self._row)] if layers > 1 else []
         apiece = self._inside or call.cache.slots * self._row
         return (
@@ -185,7 +188,8 @@ class _Planes:
     op = "reshape_paged_cache"
 
     def __init__(self, cache: Form, dense: Form, gather: bool, ops: Ops) -> None:
-        self._op, self._told = ops.reshape, {"direction": gather} if ops.gathers else {}
+        self._op = ops.reshape
+        self._told = {"direction": gather} if ops.gathers else {}
         self.fits = packed(cache, HND) and (ops.gathers or not gather)
 
     def takes(self, call: _Call) -> bool:
@@ -220,7 +224,9 @@ class _MluLaunch(MoveLaunch):
 
     # The ops are not known to make their tensors' device current by themselves.
     def __init__(self, device: torch.device, plan: CopyPlan, ways: list[_Layers | _Planes]) -> None:
-        self.device, self._plan, self._ways = device, plan, ways
+        self.device = device
+        self._plan = plan
+        self._ways = ways
         self._rest = GuardedRows(plan, device, _ELEMENT)
 
     @torch.no_grad()
@@ -277,7 +283,8 @@ def load_ops() -> Ops:
         more = "no multi_layer_kv_transfer"
     elif parameters(transfer) != TRANSFER:
         another = written("multi_layer_kv_transfer", parameters(transfer))
-        transfer, more = None, f"a {another} that is not the known one and is not used"
+        transfer = None
+        more = f"a {another} that is not the known one and is not used"
     emulated = bool(getattr(package, "EMULATED", False))
     label = " (emulated)" if emulated else ""
     enumerations = [getattr(package, x, None) for x in ("KVFormat", "TransferDirection")]

@@ -20,7 +20,8 @@ def _put_bits(target: torch.Tensor, dim: int, rows: torch.Tensor, source: torch.
     """`Tensor.index_copy_` of elements that may be complex numbers. Under deterministic algorithms
     torch multiplies by one on CUDA, and a part that is no number spoils the other one."""
     if target.is_complex() and torch.are_deterministic_algorithms_enabled():
-        target, source = target.view(torch.int64), source.view(torch.int64)
+        target = target.view(torch.int64)
+        source = source.view(torch.int64)
     target.index_copy_(dim, rows, source)
 
 

@@ -29,7 +29,10 @@ from portakv.view.view import KVView
 THREADS = 128
 #: Names of the entries in a kernel's text, by the vectors that one thread moves.
 NAMES = {1: "portakv_rows", 2: "portakv_rows_2"}
-MAX_UNITS, MAX_OUTER, MAX_INNER = 3, 4, 6  # array lengths in `Side`
+# array lengths in `Side`
+MAX_UNITS = 3
+MAX_OUTER = 4
+MAX_INNER = 6
 MAX_PLANES = 65535  # blocks along y
 # Addresses that travel in the arguments: with both sides below the classic limit of 4 KiB.
 MAX_ENTRIES = 192
@@ -107,8 +110,10 @@ class RowsKernel:
         tunings: tuple[Tuning, ...] | None = None,
     ) -> None:  # fmt: skip
         peer = PEER_TUNING if plan.src.place == "peer" else None
-        self.threads, self._tunings = threads, peer or tunings or TUNING
-        self.unit, self.vector = plan.unit, nest.vector
+        self.threads = threads
+        self._tunings = peer or tunings or TUNING
+        self.unit = plan.unit
+        self.vector = nest.vector
         outer, inner = split_loops(nest.loops)
         self.row = prod(x.extent for x in inner) * (nest.run // nest.vector)
         self.planes = prod(x.extent for x in outer)
@@ -200,7 +205,8 @@ class RowsKernel:
         sides = (self.src, move.src_index), (self.dst, move.dst_index)
         if self.unit != 1 or any(x.kind != "NONE" and y.ids is None for x, y in sides):
             return None
-        (mine, theirs), pack = map(_settled, self.requests(move), sides), _REQUEST.pack_into
+        (mine, theirs) = map(_settled, self.requests(move), sides)
+        pack = _REQUEST.pack_into
         return lambda buffer, src, dst, first, units, ahead, status: pack(
             buffer, 0, *mine(src, first), *theirs(dst, first), units, 0, 1, ahead, status
         )
@@ -243,13 +249,16 @@ class _SideWords(SideArguments):
         self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop], inner: Sequence[Loop]
     ) -> None:
         super().__init__(nest, plan, name, outer, inner)
-        self.ids, self.entries, self.countable = self.per_id > 0, 0, MAX_NUMBERS
+        self.ids = self.per_id > 0
+        self.entries = 0
+        self.countable = MAX_NUMBERS
         loops = zip(outer, self.walks, strict=True)
         entries = 1 + sum((x.extent - 1) * table for x, (table, _) in loops)
         if getattr(plan, name).table_on_device:
             self.kind = "UNITS"  # also a single address: the host has none to put into arguments
         elif self.kind == "UNITS" and not self.side.tabled and entries <= MAX_ENTRIES:
-            self.kind, self.entries = "PLANES", entries
+            self.kind = "PLANES"
+            self.entries = entries
         walks = [(x.table, x.stride) for x in self.side.units]
         walks += [(0, 0)] * (MAX_UNITS - len(walks)) + self.walks
         walks += [(0, 0)] * (MAX_OUTER - len(self.walks))

@@ -38,7 +38,8 @@ class LoadedKernels:
     """The kernels of one device: each text is compiled, or read from the disk, at most once."""
 
     def __init__(self, driver: RowsDriver, capturing: Callable[[], bool]) -> None:
-        self._driver, self._capturing = driver, capturing
+        self._driver = driver
+        self._capturing = capturing
         self._loaded: Bounded[str, dict[str, Any]] = Bounded("loaded kernels", 1024)
         self._lock = threading.Lock()
 
@@ -70,7 +71,8 @@ class RowsBackend(Backend):
 
     def __init__(self, device: torch.device, driver: RowsDriver) -> None:
         super().__init__(device)
-        self._driver, self._kernels = driver, LoadedKernels(driver, lambda: capturing(device))
+        self._driver = driver
+        self._kernels = LoadedKernels(driver, lambda: capturing(device))
 
     def capabilities(self) -> Capabilities:
         places = places_on(self.device) | PEERS
@@ -93,17 +95,22 @@ class RowsLaunch(MoveLaunch):
         self, kernels: Sequence[RowsKernel], functions: Sequence[dict[int, Any]], driver: RowsDriver
     ) -> None:
         self._parts = list(zip(kernels, functions, strict=True))
-        self._unit, self._driver = kernels[0].unit, driver
+        self._unit = kernels[0].unit
+        self._driver = driver
         kinds = zip(*((kernel.src.kind, kernel.dst.kind) for kernel in kernels), strict=True)
         self.tables = tuple("UNITS" in side for side in kinds)
-        self._handle, self._launch, self._success = driver.handle, driver.launch, driver.success
+        self._handle = driver.handle
+        self._launch = driver.launch
+        self._success = driver.success
         self._arguments = ArgumentLists([kernel.fixed for kernel in kernels], driver.current)
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> RowsAgain | None:
         """See `base.Repeatable`."""
-        parts, fixed, move = [], [], Move(src, dst, src_index, dst_index, 0)
+        parts = []
+        fixed = []
+        move = Move(src, dst, src_index, dst_index, 0)
         for kernel, functions in self._parts:
             packer = kernel.packer(move)
             if packer is None:
@@ -121,10 +128,12 @@ class RowsLaunch(MoveLaunch):
             with self._driver.current():
                 self.enqueue(move, stream, status)
             return
-        units, arguments = move.count // self._unit, self._arguments
+        units = move.count // self._unit
+        arguments = self._arguments
         word = 0 if status is None else self._driver.word(status.data_ptr())
         for at, (kernel, functions) in enumerate(self._parts):
-            buffer, threads = arguments.buffers[at], kernel.threads
+            buffer = arguments.buffers[at]
+            threads = kernel.threads
             each, ahead = kernel.tuned(units)
             kernel.pack(buffer, move, word, ahead)
             for start, span in kernel.spans(units):
@@ -149,8 +158,11 @@ class RowsAgain:
         self._parts = [
             (pack, functions, k.grid, k.threads, k.small, k.tuned) for pack, functions, k in parts
         ]
-        self._driver, self._arguments = driver, ArgumentLists(fixed, driver.current)
-        self._handle, self._launch, self._word = driver.handle, driver.launch, driver.word
+        self._driver = driver
+        self._arguments = ArgumentLists(fixed, driver.current)
+        self._handle = driver.handle
+        self._launch = driver.launch
+        self._word = driver.word
         self._success = driver.success
 
     def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
@@ -159,7 +171,8 @@ class RowsAgain:
             with self._driver.current():
                 self(src, dst, first, count, status)
             return
-        arguments, word = self._arguments, self._word(status) if status else 0
+        arguments = self._arguments
+        word = self._word(status) if status else 0
         for part, buffer, address in zip(
             self._parts, arguments.buffers, arguments.addresses, strict=True
         ):

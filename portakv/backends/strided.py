@@ -69,7 +69,8 @@ class StridedCopy:
     """One nest of a plan, whose units are ``unit`` tokens, as torch calls."""
 
     def __init__(self, nest: Nest, unit: int, ops: Ops) -> None:
-        self._unit, self._ops = unit, ops
+        self._unit = unit
+        self._ops = ops
         self._src = _Rows(nest, "src", unit, ops)
         self._dst = _Rows(nest, "dst", unit, ops)
 
@@ -144,7 +145,8 @@ class _Grid(NamedTuple):
 
 def _grids(moves: list[int]) -> list[_Grid]:
     """Distances of planes as one grid; if they are none, each by itself."""
-    number, first = len(moves), moves[0]
+    number = len(moves)
+    first = moves[0]
     for each in (n for n in range(1, number + 1) if number % n == 0):
         far = moves[each] - first if each < number else 0
         near = moves[1] - first if each > 1 else 0
@@ -167,14 +169,19 @@ class _Rows:
     def __init__(self, nest: Nest, name: str, unit: int, ops: Ops) -> None:
         outer = [x for x in nest.loops if x.tabled or (ops.by_plane and x.over_planes)]
         inner = [x for x in nest.loops if x not in outer]
-        side, width = getattr(nest, name), min(nest.vector, ops.widest)
+        side = getattr(nest, name)
+        width = min(nest.vector, ops.widest)
         loops = [(x.extent, getattr(x, f"{name}_stride")) for x in inner]
-        self._side, self._unit, self._width, self._dtype = side, unit, width, ELEMENTS[width]
+        self._side = side
+        self._unit = unit
+        self._width = width
+        self._dtype = ELEMENTS[width]
         self.tabled = side.tabled
         self._flat = len(side.units) == 1 and not side.tabled
         self._pitch = side.units[0].stride if self._flat else 0
         if ops.holes:
-            sizes, self._walk = [*((n, s // width) for n, s in loops), (nest.run // width, 1)], []
+            sizes = [*((n, s // width) for n, s in loops), (nest.run // width, 1)]
+            self._walk = []
             self._grain = gcd(*(step.stride for step in side.units)) or width
         else:
             row = gcd(
@@ -183,13 +190,17 @@ class _Rows:
                 *(stride for x in inner for stride in (x.src_stride, x.dst_stride)),
             )
             self._walk = [(n, s // row) for n, s in (*loops, (nest.run // row, row)) if n > 1]
-            sizes, self._grain = [(row // width, 1)], row
-        self._size, self._stride = [n for n, _ in sizes], [s for _, s in sizes]
+            sizes = [(row // width, 1)]
+            self._grain = row
+        self._size = [n for n, _ in sizes]
+        self._stride = [s for _, s in sizes]
         self._reach = sum((n - 1) * s for n, s in self._walk)
         # Whether the rows of a unit follow each other, and the next unit behind them.
-        packed, self._each = True, 1
+        packed = True
+        self._each = 1
         for extent, stride in reversed(self._walk):
-            packed, self._each = packed and stride == self._each, self._each * extent
+            packed = packed and stride == self._each
+            self._each = self._each * extent
         self._dense = ops.holes or (packed and self._pitch == self._each * self._grain)
         # From a row of consecutive units to the next in bytes, and from a unit to the next in rows.
         self._near = self._pitch if ops.holes else self._grain
@@ -246,7 +257,8 @@ class _Rows:
         if self._evenly and numbers.is_cpu:
             first, step = _rise(numbers)
             if step:
-                start, pitch = first * self._grain, step * self._grain
+                start = first * self._grain
+                pitch = step * self._grain
                 return self.over(view, entry, start, [(numbers.numel(), pitch)]), None
         key = (self, entry)
         known: _Tensors | None = view.derived.get(key)
@@ -263,11 +275,13 @@ class _Rows:
         """Units that follow each other from byte ``start`` on."""
         if isinstance(at, slice):
             if self._dense:
-                start, rows = start + at.start * self._pitch, (at.stop - at.start) * self._each
+                start = start + at.start * self._pitch
+                rows = (at.stop - at.start) * self._each
                 return self.over(view, entry, start, [(rows, self._near)]), None
             at = torch.arange(at.start, at.stop)
         at = at * self._apart
-        rows, at = int(at[-1]) + self._reach + 1, at.to(view.device)
+        rows = int(at[-1]) + self._reach + 1
+        at = at.to(view.device)
         return self.over(view, entry, start, [(rows, self._near)]), self._walked(at)
 
     def _walked(self, rows: torch.Tensor) -> torch.Tensor:
@@ -284,10 +298,13 @@ class _Rows:
         extent, and how many bytes apart its steps are."""
         size = [*(extent for extent, _ in loops), *self._size]
         stride = [*(pitch // self._width for _, pitch in loops), *self._stride]
-        entry, start, made = self._side.table + entry, self._side.offset + start, []
+        entry = self._side.table + entry
+        start = self._side.offset + start
+        made = []
         for table, grids in self._planes:
             for grid in grids:
-                at, first = entry + table, start + grid.first
+                at = entry + table
+                first = start + grid.first
                 if grid.rows == grid.each == 1:
                     made.append(view.strided(at, first, self._dtype, size, stride))
                     continue
@@ -316,7 +333,8 @@ def _rise(numbers: torch.Tensor) -> tuple[int, int]:
     found = numbers.numpy()
     if found.size < 2:
         return int(found[0]), 1
-    first, step = int(found[0]), int(found[1] - found[0])
+    first = int(found[0])
+    step = int(found[1] - found[0])
     # Most lists that are in no order end here.
     if step < 1 or found[-1] - first != step * (found.size - 1) or (np.diff(found) != step).any():
         return first, 0
@@ -336,7 +354,8 @@ def _by_entry(
     order = np.lexsort(pairs[::-1])
     ends = np.flatnonzero((np.diff(pairs[:, order]) != 0).any(axis=0)) + 1
     for at in np.split(order, ends):
-        first, last = int(at[0]), int(at[-1])
+        first = int(at[0])
+        last = int(at[-1])
         dense = last + 1 - first == at.size
         yield (
             tuple(pairs[:, first].tolist()),
@@ -392,7 +411,8 @@ class HostRows:
         """
         src.check_memory()
         dst.check_memory()
-        calls, start = list[_Planes](), 0
+        calls = list[_Planes]()
+        start = 0
         move = Move(src, dst, src_index, dst_index, count)
         for unit, past in self._parts(src_index, dst_index, count):
             for nest in self._nests[unit]:
@@ -404,7 +424,8 @@ class HostRows:
 
     def _parts(self, src_index: Index, dst_index: Index, count: int) -> list[tuple[int, int]]:
         """Head, whole units and tail: the unit of each, and up to which position."""
-        wide, narrow = self._wide, self._narrow.unit
+        wide = self._wide
+        narrow = self._narrow.unit
         if wide is None:
             return [(narrow, count)]
         sides = ("src", src_index), ("dst", dst_index)

@@ -69,7 +69,8 @@ class Triton(Backend):
         if self.device.type == "cpu":
             return _InterpretedLaunch(nests)
         with self._lock:  # nests of one shape share a kernel
-            make, loaded = self._compiled.get_or_make, self._loaded
+            make = self._compiled.get_or_make
+            loaded = self._loaded
             kernels = [make(nest.key, partial(loaded, nest)) for nest in nests]
         return _TritonLaunch(plan.unit, nests, kernels, self.device)
 
@@ -129,7 +130,9 @@ class _OnDevice:
         driver = _driver()
         self._current_device = driver.get_current_device
         self._current_stream = driver.get_current_stream
-        self._device, self._index, self._parts = device, device.index, parts
+        self._device = device
+        self._index = device.index
+        self._parts = parts
         self._process = this_process()
 
 
@@ -149,7 +152,8 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> _TritonAgain | None:
         """See `base.Repeatable`."""
-        store, load = src_index.ids is not None, dst_index.ids is not None
+        store = src_index.ids is not None
+        load = dst_index.ids is not None
         dense = [x.dst if store else x.src for x, *_ in self._parts]
         if self._unit != 1 or store == load or any(x.looks_up for x in dense):
             return None
@@ -183,7 +187,8 @@ class _TritonAgain(_OnDevice):
         src, dst, src_index, dst_index = sides
         self._store = src_index.ids is not None
         for nest, run, function, metadata, constants in parts:
-            mine, theirs = nest.src.arguments(src, src_index), nest.dst.arguments(dst, dst_index)
+            mine = nest.src.arguments(src, src_index)
+            theirs = nest.dst.arguments(dst, dst_index)
             paged, dense = (mine, theirs) if self._store else (theirs, mine)
             # The arguments in their order, without those that an address or a count changes.
             begins = paged[:2], paged[3], paged[5:], dense[1:]

@@ -57,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # A terminal without the characters of a table's lines gets `?`, not a traceback.
         sys.stdout.reconfigure(errors="replace")
     try:
-        parser, code = make_parser(), 0
+        parser = make_parser()
+        code = 0
         if not words:
             parser.print_help()
         elif words[0] in _DELEGATED:  # its words are not argparse's to judge here

@@ -158,7 +158,8 @@ def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:
     found = candidates_for(taken.backend.device)
     why = "was forced" if taken.forced else "is asked before it"
     for one in (one for one in found if one["accepted"]):
-        name, told = one["name"], f"takes the plan too, but {taken.name} {why}"
+        name = one["name"]
+        told = f"takes the plan too, but {taken.name} {why}"
         if one["on_request"] and not taken.forced:
             told = "takes the plan too, if it is named"
         # One that was not asked about the plan is asked now.

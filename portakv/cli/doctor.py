@@ -104,7 +104,8 @@ def _wrong_variables() -> Iterator[str]:
 
 def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
     """What is told of a plug, on a machine with these types of devices that a backend serves."""
-    plug, releases = PLUGS[name], MATRIX[name]
+    plug = PLUGS[name]
+    releases = MATRIX[name]
     kinds = [kind for kind in served if kind in (plug.devices or served)]
     named = _named(plug)
     # The accelerator stands last.
@@ -143,7 +144,8 @@ def _in_the_way(plug: Plug, kind: str, named: str) -> Iterator[str]:
     """Why an engine that is here would not take a plug for a type of device."""
     if not plug.group:
         return
-    entry, others = plug.at(kind), os.environ.get(plug.allows, "")
+    entry = plug.at(kind)
+    others = os.environ.get(plug.allows, "")
     found = metadata.entry_points(group=plug.group, name=entry)
     theirs = [each for each in found if not each.value.startswith("portakv.")]
     if len(found) == len(theirs):

@@ -82,7 +82,8 @@ def run(asked: argparse.Namespace) -> int:
     if asked.host or asked.peer:
         return explain_link.run(asked)
     device = usual_device() if asked.device is None else usable_device(asked.device)
-    layouts, steps = (asked.src, asked.dst), (asked.src_step, asked.dst_step)
+    layouts = (asked.src, asked.dst)
+    steps = (asked.src_step, asked.dst_step)
     src, dst = make_sides(layouts, said_extents(asked), device, steps, asked.index == "blocks")
     choice = choose(dst.view.device, asked.backend)
     if asked.src_device is not None:
@@ -137,7 +138,8 @@ def _why(taken: Choice) -> str:
 
 def _print(found: Mapping[str, Any], src: Side, dst: Side) -> None:
     columns = [Column("", whole=True), Column("source"), Column("destination")]
-    first, second = _facts(src, found["source"]), _facts(dst, found["destination"])
+    first = _facts(src, found["source"])
+    second = _facts(dst, found["destination"])
     print_table(columns, [[name, first[name], second[name]] for name in first])
     print(f"\n{found['plan']['text']}\n")
     print_prose(f"On {found['device']}, {found['backend']} carries it out: {found['why']}.")
@@ -148,7 +150,8 @@ def _print(found: Mapping[str, Any], src: Side, dst: Side) -> None:
 
 
 def _facts(side: Side, told: Mapping[str, Any]) -> dict[str, str]:
-    text, asked = told["layout"], told["asked"].strip()
+    text = told["layout"]
+    asked = told["asked"].strip()
     wide = " + ".join(f"{width} B" for width in told["width_bytes"])
     return {
         "layout": text if asked == text else f"{asked}: {text}",
@@ -177,9 +180,12 @@ def _notes(taken: Choice, ids: bool) -> list[str]:
 def _side_json(side: Side) -> dict[str, Any]:
     """One side; of tensors in a list ``list of 32, each (2, 8, 16, 32, 128)``: the first one's
     shape, if they differ."""
-    view, tensors, lists = side.view, side.view.tensors, ""
+    view = side.view
+    tensors = side.view.tensors
+    lists = ""
     while not isinstance(tensors, torch.Tensor):
-        lists, tensors = f"{lists}list of {len(tensors)}, each ", tensors[0]
+        lists = f"{lists}list of {len(tensors)}, each "
+        tensors = tensors[0]
     return {
         "asked": side.asked, "layout": side.layout.text, "tensors": lists + str((*tensors.shape,)),
         "dtype": str(view.owners[0].dtype).removeprefix("torch."), "layers": view.layers,

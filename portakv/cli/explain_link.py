@@ -37,7 +37,8 @@ def add_options(parser: Any) -> None:
         "copies between a device and the host",
         "The engine for --blocks runs of --run-bytes, which lie apart on both sides.",
     )
-    add, memory = group.add_argument, "host memory that is not pinned"
+    add = group.add_argument
+    memory = "host memory that is not pinned"
     add("--host", action="store_true", help="explain the choice of an engine, instead of a plan")
     run = f"bytes of a run on the device, such as 32768 or 32K (default: {_RUN_BYTES >> 10}K)"
     add("--run-bytes", type=sides.read_bytes, metavar="N", help=run)
@@ -98,12 +99,14 @@ def run(asked: argparse.Namespace) -> int:
     nbytes = asked.payload or runs * run_bytes
     host_runs = min(asked.host_runs or runs, nbytes)
     terms = Terms(asked.overlap or "compute", asked.max_thread_blocks, asked.max_gbps)
-    direction, memory = asked.direction or "d2h", "pageable" if asked.pageable else "pinned"
+    direction = asked.direction or "d2h"
+    memory = "pageable" if asked.pageable else "pinned"
     costs, out, note = _known(asked)
     for name in ORDER:
         if (name == "ring") != (memory == "pageable"):
             out.setdefault(name, f"it does not copy {memory} memory")
-    apart, dense = Shape(nbytes, runs, runs), Shape(nbytes, host_runs, host_runs)
+    apart = Shape(nbytes, runs, runs)
+    dense = Shape(nbytes, host_runs, host_runs)
     shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
     picked = pick(shapes, direction, out, terms, costs)  # as a transfer would
     found = {
@@ -139,7 +142,8 @@ def _in_words(terms: Terms) -> str:
 
 def _known(asked: argparse.Namespace) -> tuple[Table, dict[str, str], str]:
     """Costs, the engines that do not serve the device, and what a reader has to know of both."""
-    device, costs = sides.accelerator_asked(asked.device), asked.table
+    device = sides.accelerator_asked(asked.device)
+    costs = asked.table
     if device is None:
         note = "There is no accelerator here; all engines are taken to serve one."
         return costs or unmeasured("there is no accelerator to measure"), {}, note

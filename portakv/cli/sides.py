@@ -24,7 +24,12 @@ from portakv.view.example import example_tensors
 from portakv.view.view import KVView
 
 # What an axis has if the user does not say, and if a side does not write it.
-LAYERS, KV, HEADS, DIM, BLOCK_SIZE, TOKENS = 32, 2, 32, 128, 16, 128
+LAYERS = 32
+KV = 2
+HEADS = 32
+DIM = 128
+BLOCK_SIZE = 16
+TOKENS = 128
 LATENT_DIM = 576  # of a row that is neither key nor value, as MLA stores it
 
 _BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30}
@@ -183,7 +188,8 @@ def accelerator_asked(name: str | None) -> torch.device | None:
 
 def check_cache(what: str) -> None:
     """Raise `PortaKVError` if ``what`` cannot be kept in the cache's folder."""
-    why, name = _kernel_cache.refusal(), _kernel_cache.ENVIRONMENT
+    why = _kernel_cache.refusal()
+    name = _kernel_cache.ENVIRONMENT
     if why is not None:
         folder = "a folder that only you can write to"
         raise PortaKVError(f"{what} cannot be kept: {why}. Set {name} to {folder}.")
@@ -191,9 +197,11 @@ def check_cache(what: str) -> None:
 
 def in_bytes(number: int) -> str:
     """``64 KiB``, ``1.5 GiB``."""
-    size, units = float(number), ["B", "KiB", "MiB", "GiB"]
+    size = float(number)
+    units = ["B", "KiB", "MiB", "GiB"]
     while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
+        size = size / 1024
+        units = units[1:]
     return f"{size:.4g} {units[0]}"
 
 

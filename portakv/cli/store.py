@@ -195,7 +195,8 @@ def _shown(store: Path) -> dict[str, Any]:
 
 def _checked(store: Path) -> dict[str, Any]:
     """Every image of a store, read and verified; keys are shortened."""
-    form, failed = form_in(store), list[str]()
+    form = form_in(store)
+    failed = list[str]()
     row = np.frombuffer(mmap.mmap(-1, form.image_bytes), np.uint8)
     with (
         closing(choose()[0]) as engine,
@@ -228,7 +229,8 @@ def _wrong(row: image.Row, form: BlockForm, told: image.Header) -> str:
 
 
 def _wiped(store: Path) -> dict[str, Any]:
-    found, held = {"form": store.name, "bytes": _bytes(store)}, lock(store / "slots")
+    found = {"form": store.name, "bytes": _bytes(store)}
+    held = lock(store / "slots")
     if held < 0:
         raise StoreBusy("What a process began before it was killed has not landed; try again soon.")
     for name in _FILES:

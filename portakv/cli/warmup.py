@@ -85,7 +85,8 @@ def run(asked: argparse.Namespace) -> int:
     pairs += [Pair(f"{cache} <-> {chunk}", cache, chunk, said) for cache, chunk in asked.layout]
     began = perf_counter()
     warmed = [done for pair in pairs for done in _warm(pair, compiled_for)]
-    seconds, folder = perf_counter() - began, _kernel_cache.directory()
+    seconds = perf_counter() - began
+    folder = _kernel_cache.directory()
     compilers = list(dict.fromkeys(target.compiler for target in compiled_for))
     if asked.json:
         print_json({"directory": str(folder), "compilers": compilers,
@@ -116,7 +117,8 @@ def _shapes(names: Sequence[str]) -> list[Pair]:
         raise PortaKVError(f"Shape {name!r} was asked for, but the benchmarks have {has}.")
     pairs = []
     for shape in (known[name] for name in names or known):
-        size, dim = shape.block_size, (shape.dim,)
+        size = shape.block_size
+        dim = (shape.dim,)
         extents = Extents(shape.layers, shape.kv, shape.heads, dim, (size, size),
                           tokens=2 * size, dtype=shape.torch_dtype)  # fmt: skip
         pairs.append(Pair(shape.name, shape.cache, shape.chunk, extents))
@@ -139,7 +141,8 @@ def _warm(pair: Pair, compiled_for: Sequence[Target]) -> Iterator[dict[str, Any]
 
 def _sources(pair: Pair) -> Iterator[str]:
     """The text of each kernel that copies of a pair need; it does not depend on the device."""
-    layouts, cpu = (pair.cache, pair.chunk), torch.device("cpu")
+    layouts = (pair.cache, pair.chunk)
+    cpu = torch.device("cpu")
     for by_blocks in (False, True):
         cache, chunk = make_sides(layouts, pair.extents, cpu, (None, None), by_blocks)
         for mine, theirs in product(_arrangements(cache), _arrangements(chunk)):
@@ -151,7 +154,8 @@ def _sources(pair: Pair) -> Iterator[str]:
 
 def _arrangements(side: Side) -> list[KVView]:
     """The view, and one whose tensors are slices of one allocation."""
-    view, tensors = side.view, side.view.tensors
+    view = side.view
+    tensors = side.view.tensors
     alike = isinstance(tensors, list) and all(isinstance(t, torch.Tensor) for t in tensors)
     if not alike or len({t.shape for t in tensors}) > 1:
         return [view]

@@ -147,7 +147,8 @@ class Registration:
         groups: dict[tuple[object, ...], list[Job]] = defaultdict(list)
         for job in jobs:
             # Equal in bytes is not enough: one view has tensors of one shape and dtype.
-            chunk, first = job[0], job[0].owners[0]
+            chunk = job[0]
+            first = job[0].owners[0]
             kind = (chunk.device, first.dtype, first.shape, first.stride())
             groups[chunk.form, chunk.slots, kind].append(job)
         found = []
@@ -190,8 +191,10 @@ def _known_extents(cache: KVView, layout: str, itemsize: int) -> dict[str, Any]:
 
 def _joined(members: list[Job]) -> tuple[Index, Index, int]:
     """(index of the chunks' view, index of the cache, tokens) for several jobs as one."""
-    slots, shared = members[0][0].slots, members[0][2]
-    follow, at = True, shared.offset
+    slots = members[0][0].slots
+    shared = members[0][2]
+    follow = True
+    at = shared.offset
     for _, _, index, count in members:
         follow &= index.ids is shared.ids and index.step == shared.step and index.offset == at
         at += count

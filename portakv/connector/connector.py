@@ -229,7 +229,8 @@ class AdaptiveConnector:
             if transfer is not None:
                 return transfer
         caches.check_memory()
-        job, strict = caches.job(memory_obj, slot_mapping, start, end), self._strict
+        job = caches.job(memory_obj, slot_mapping, start, end)
+        strict = self._strict
         move = caches.move(store, job)
         transfer = copy_move(move, self._choice, stream, known_good=True, strict=strict)
         if not strict:  # a shortcut looks at no ids
@@ -279,9 +280,12 @@ class AdaptiveConnector:
         self, store: bool, caches: Sequence[torch.Tensor], cache_levels: Sequence[int], *given: Any
     ) -> None:
         """Carry out the op of `in_graph`, when a compiled function runs; ``given``: a `Batch`."""
-        batch, read = Batch(*given), self._handed_over(caches, cache_levels)
+        batch = Batch(*given)
+        read = self._handed_over(caches, cache_levels)
         if len(batch.memory_objs) == 1:
-            one, start, end = batch.memory_objs[0], batch.starts[0], batch.ends[0]
+            one = batch.memory_objs[0]
+            start = batch.starts[0]
+            end = batch.ends[0]
             transfer = self._move(store, one, read, batch.slot_mapping, start, end, None)
         else:
             transfer = self._move_batch(store, read, batch, None)

@@ -99,7 +99,8 @@ def _allocation(group: list[torch.Tensor]) -> torch.Tensor:
 
 def flatten(nest: Any) -> tuple[list[torch.Tensor], list[int]]:
     """The tensors of nested containers, and the length of each level."""
-    level, levels = [nest], []
+    level = [nest]
+    levels = []
     while not isinstance(level[0], torch.Tensor):
         rows = []
         for one in level:

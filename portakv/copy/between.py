@@ -24,7 +24,8 @@ def seen_by_reader(src: KVView, reader: torch.device, stream: torch.Stream | Non
     Raises:
         DeviceMismatch: devices of two types, or a stream of neither. Unsupported: in graph capture.
     """
-    peer, owner = src.as_peer(reader), src.home
+    peer = src.as_peer(reader)
+    owner = src.home
     check_stream(stream, reader)
     if capturing(reader) or capturing(owner):
         why = (
@@ -47,7 +48,8 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
     """What carries a copy out on a caller's terms: the chosen backend if it reaches both places, or
     an engine; the rate is kept by a worker. Raises `DeviceMismatch` for a view on a device that has
     no part in the copy, `Unsupported` for terms that nothing here would keep."""
-    home, devices = choice.backend.device, {src.device, dst.device}
+    home = choice.backend.device
+    devices = {src.device, dst.device}
     if devices - {home, torch.device("cpu")} or home not in devices:
         raise DeviceMismatch(
             f"The source is on {src.device} and the destination on {dst.device}, but the copy runs "

@@ -53,10 +53,12 @@ def copy_blocks(
         PortaKVError: what `copy_rows` raises.
     """
     source = source_of(src, dst, reinterpret)
-    mine, theirs = _block_index(src, src_blocks, "src"), _block_index(dst, dst_blocks, "dst")
+    mine = _block_index(src, src_blocks, "src")
+    theirs = _block_index(dst, dst_blocks, "dst")
     if skip or type(skip) is not int:
         first, behind = skip if isinstance(skip, tuple) and len(skip) == 2 else (skip, skip)
-        mine, theirs = mine.shifted(_tokens(first)), theirs.shifted(_tokens(behind))
+        mine = mine.shifted(_tokens(first))
+        theirs = theirs.shifted(_tokens(behind))
     return issued(
         source, dst, mine, theirs, count, backend, stream, by_layer, overlap, max_thread_blocks,
         max_gbps, cancellable, detached, check, late,

@@ -101,9 +101,11 @@ def common_device(src: KVView, dst: KVView) -> torch.device:
 
 def covered(src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> int:
     """The tokens that two indices cover alike; raises `SlotError` if they differ."""
-    mine, theirs = src_index.length, dst_index.length
+    mine = src_index.length
+    theirs = dst_index.length
     if mine is None and theirs is None:
-        mine, theirs = src.slots - src_index.offset, dst.slots - dst_index.offset
+        mine = src.slots - src_index.offset
+        theirs = dst.slots - dst_index.offset
     tokens = theirs if mine is None else mine
     assert tokens is not None
     if theirs not in (None, tokens):
@@ -155,7 +157,8 @@ def copy_move(
     ready = prepared(src.form, dst.form, mine.plan_step, theirs.plan_step, None, choice)
     if count == 0:
         return Transfer()
-    skips, error = check_ids(move, strict), None
+    skips = check_ids(move, strict)
+    error = None
     pieces = _pieces(ready, move, choice)
     clean = (mine.on_host or mine.is_clean(count, src.slots)) and (
         theirs.on_host or theirs.is_clean(count, dst.slots)
@@ -200,7 +203,8 @@ def check_ids(move: Move, strict: bool) -> bool:
     src, dst, mine, theirs, count = move
     if strict and not (mine.on_host and theirs.on_host):
         check_not_captured(common_device(src, dst), UNCHECKED)
-        mine, theirs = mine.to_host(), theirs.to_host()
+        mine = mine.to_host()
+        theirs = theirs.to_host()
     skips = mine.check(count, src.slots, "source")
     return theirs.check(count, dst.slots, "destination", distinct=True) or skips
 
@@ -230,7 +234,8 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
     if at.numel():
         first = int(at[0])
         side = 0 if bool(bad[0][first]) else 1
-        slot, view = int(numbers[side][first]) * unit, (src, dst)[side]
+        slot = int(numbers[side][first]) * unit
+        view = (src, dst)[side]
         error = bad_slot(first * unit, slot, view.slots)
     mine, theirs = (Index(number[kept], step=unit) for number in numbers)
     return Move(src, dst, mine, theirs, kept.numel() * unit), error
@@ -277,7 +282,9 @@ def _launch(
     if captured:
         # The graph may write these words at every replay, so they are never given back.
         return streams.captured(device, stream, move, status, carried)
-    event, pool, kept = None, None, (move.src, move.dst, parts)
+    event = None
+    pool = None
+    kept = (move.src, move.dst, parts)
     if on_device:
         pool = event_pool(device)
         event = pool.recorded(stream)
@@ -296,7 +303,8 @@ def _launch(
 
 def follow_current(stream: torch.Stream, moves: Sequence[Move]) -> None:
     """Let ``stream`` wait for the current one, and tell the allocator what of two views it uses."""
-    src, dst = moves[0].src, moves[0].dst
+    src = moves[0].src
+    dst = moves[0].dst
     tables = [table for view in (src, dst) if (table := view.table_on(stream.device)) is not None]
     ids = [index.ids for move in moves for index in move[2:4] if index.ids is not None]
     streams.follow_current(stream, *src.held, *dst.held, *ids, *tables)

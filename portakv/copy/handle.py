@@ -70,14 +70,17 @@ class BlockTransfer(Transfer):
         layers: tuple[Transfer, ...] | None = None,
         worker: Worker | None = None,
     ) -> None:
-        self.completions, self._kept = transfer.completions, transfer._kept
+        self.completions = transfer.completions
+        self._kept = transfer._kept
         self.carried = transfer.carried
         src, _, mine, theirs, count = move
         self._form = form = src.form
         self._block = mine.plan_step or theirs.plan_step or form.block_size or 1
         # Tokens, and the indices that may skip some of them, until the end: it counts them.
         self._asked: tuple[int, tuple[Index, ...]] = count, (mine, theirs)
-        self._began, self._worker, self._layers = began, worker, layers
+        self._began = began
+        self._worker = worker
+        self._layers = layers
         self._ended: float | None = None if transfer.completions else perf_counter()
 
     @classmethod
@@ -125,16 +128,22 @@ class BlockTransfer(Transfer):
     @property
     def statistics(self) -> Statistics:
         """What became of it so far; never blocks or raises."""
-        worker, layers, moving = self._worker, self._layers or (), self._moving()
+        worker = self._worker
+        layers = self._layers or ()
+        moving = self._moving()
         if worker is None:
             nbytes, tokens = self._landed(moving)
-            ended_at, pieces, carried = self._ended, max(1, len(layers)), self.carried
+            ended_at = self._ended
+            pieces = max(1, len(layers))
+            carried = self.carried
         else:
             ended_at = worker.ended_at  # asked first: what follows is then all
-            landed, last = worker.slices[: worker.landed], worker.slices[-1].layer
+            landed = worker.slices[: worker.landed]
+            last = worker.slices[-1].layer
             nbytes = sum(piece.nbytes for piece in landed)
             tokens = sum(piece.tokens for piece in landed if piece.layer == last)
-            pieces, carried = worker.issued, worker.carried
+            pieces = worker.issued
+            carried = worker.carried
         seconds = None if ended_at is None else ended_at - self._began
         counts = nbytes, tokens // self._block, moving // self._block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)
@@ -153,7 +162,8 @@ class BlockTransfer(Transfer):
         """Bytes that have landed, and tokens that have in all layers, of what is on streams."""
         if self._captured:
             return 0, 0
-        nbytes, layers = moving * token_bytes(self._form), self._layers or ()
+        nbytes = moving * token_bytes(self._form)
+        layers = self._layers or ()
         if all(completion.ended() for completion in self.completions):
             self._note_end()
             return round(nbytes), moving

@@ -31,7 +31,9 @@ class _Way(NamedTuple):
     carried: tuple[str, str]
 
 
-_AGAIN, _KEPT = "copies made again", 64  # kept with the source, so that they go when it goes
+# kept with the source, so that they go when it goes
+_AGAIN = "copies made again"
+_KEPT = 64
 #: What carried so many tokens between such forms; engines differ by that.
 _carriers: Bounded[tuple[Any, ...], str] = Bounded("carriers of copies made again", 4096)
 
@@ -69,7 +71,8 @@ def remember(move: Move, choice: Choice, made: Transfer) -> None:
         return
     half = choice if src.device == dst.device else carrier(src, dst, choice, None)
     ready = prepared(src.form, dst.form, *move.steps, None, half)
-    name, again = made.carried[0], getattr(ready.launch, "again", None)
+    name = made.carried[0]
+    again = getattr(ready.launch, "again", None)
     if again is None:
         return
     key = dst, kind, choice, name

@@ -115,7 +115,8 @@ def issued(
         return transfer
     if by_layer is not False or cancellable is not False:
         flag("by_layer", by_layer), flag("cancellable", cancellable)
-    strict, sliced = is_strict(check), cancellable or max_gbps is not None
+    strict = is_strict(check)
+    sliced = cancellable or max_gbps is not None
     terms = None
     if overlap != "compute" or max_thread_blocks is not None or sliced or detached is not False:
         # No stream orders slices anyway.
@@ -129,7 +130,8 @@ def issued(
         choice = carrier(src, dst, choice, terms)
     if sliced:
         return in_slices(move, choice, stream, max_gbps, by_layer)
-    began, behind = perf_counter(), None
+    began = perf_counter()
+    behind = None
     if src.foreign and dst.foreign and stream is None and not (by_layer or strict or detached):
         made = repeated(move, choice)
         if made is None:
@@ -137,7 +139,8 @@ def issued(
             remember(move, choice, made)
         return BlockTransfer(made, move, began)
     if detached and choice.backend.device.type != "cpu":
-        behind, stream = stream, _beside(stream, choice.backend.device, move)
+        behind = stream
+        stream = _beside(stream, choice.backend.device, move)
     elif not by_layer:  # it spares the host the context
         return BlockTransfer(copy_move(move, choice, stream, strict=strict), move, began)
     with inside(behind):
@@ -150,7 +153,8 @@ def _beside(stream: torch.Stream | None, device: torch.device, move: Move) -> to
     """The stream of a copy that begins behind ``stream``, which does not wait for its end; raises
     `Unsupported` while a graph is captured."""
     with inside(stream):
-        captured, behind = capturing(device), torch.accelerator.current_stream(device.index)
+        captured = capturing(device)
+        behind = torch.accelerator.current_stream(device.index)
     if captured or capturing(device):
         why = "a graph has no work that its stream does not wait for; leave out detached"
         raise refuse_capture("A detached copy", why)

@@ -118,7 +118,8 @@ def copy_runs(
 
 def _of_sizes(sides: Sequence[Sequence[KVView]], terms: dict[str, Any]) -> BlockTransfer:
     """Copy runs of several sizes: none of them if one is refused, or an earlier copy failed."""
-    late, moved = terms.pop("late", None), list[BlockTransfer]()
+    late = terms.pop("late", None)
+    moved = list[BlockTransfer]()
     for src, dst in sides:
         copy_rows(src, dst, **{**terms, "late": late, "count": 0})
         check_disjoint(Move(src, dst, Index(), Index(), src.slots))
@@ -148,7 +149,8 @@ def _shapes(
     number: int, sizes: Numbers, rows: Numbers, src_pitch: Numbers | None, dst_pitch: Numbers | None
 ) -> _Int64:
     """Size, rows and both pitches of each run, ``[runs, 4]``, or of all of them, ``[1, 4]``."""
-    width, height = _each("sizes", sizes, number, 1), _each("rows", rows, number, 1)
+    width = _each("sizes", sizes, number, 1)
+    height = _each("rows", rows, number, 1)
     pitches = [
         width if pitch is None else _each(name, pitch, number, 0)
         for name, pitch in (("src_pitch", src_pitch), ("dst_pitch", dst_pitch))

@@ -33,9 +33,12 @@ class Shortcuts:
     def __init__(
         self, cache: KVView, unchanged: Callable[[], bool], choice: Choice, owner: Owner
     ) -> None:
-        self._cache, self._choice, self._owner = cache, choice, owner
+        self._cache = cache
+        self._choice = choice
+        self._owner = owner
         device = choice.backend.device
-        self._events, self._index = event_pool(device), device.index
+        self._events = event_pool(device)
+        self._index = device.index
         self._capturing = capture_question(device)
         self._unchanged = unchanged
         self._known: Bounded[tuple[object, ...], _Shortcut] = Bounded("shortcuts", _MOST)
@@ -56,7 +59,8 @@ class Shortcuts:
             if type(chunk) is not torch.Tensor:
                 return None
         try:
-            address, first_id = chunk.data_ptr(), ids.data_ptr()
+            address = chunk.data_ptr()
+            first_id = ids.data_ptr()
             # The last bits of the address are its alignment, on which a plan's vectors rest.
             key = (store, chunk.shape, chunk.stride(), chunk.dtype, address & 15, ids.dtype)
             shortcut = self._known.get(key)
@@ -77,7 +81,8 @@ class Shortcuts:
         # The question of a capture and the event are about the current device.
         if _current_device() != self._index or self._capturing():
             return None
-        word, event = acquire_word(), self._events.acquire()
+        word = acquire_word()
+        event = self._events.acquire()
         sides = (first_id, address) if store else (address, first_id)
         shortcut.again(*sides, start, count, word.address)
         event.record()
@@ -123,7 +128,8 @@ class Shortcuts:
             return
         placed = index.placed(ready.home_of_ids, ready.can.index_dtypes)
         if placed is index and index.length:
-            cache, whole = self._cache, Index()
+            cache = self._cache
+            whole = Index()
             sides = (cache, chunk, index, whole) if store else (chunk, cache, whole, index)
             repeat = again(*sides)
             if repeat is not None:
@@ -138,7 +144,9 @@ class _Shortcut:
     def __init__(
         self, cache: KVView, chunk: KVView, again: Again, carried: tuple[str, str]
     ) -> None:
-        self.again, self.carried, self.slots = again, carried, min(chunk.slots, again.most)
+        self.again = again
+        self.carried = carried
+        self.slots = min(chunk.slots, again.most)
         self._index = chunk.device.index
         ((first, past),) = chunk.spans
         self._reach = past - first

@@ -50,7 +50,8 @@ def in_slices(
     """Start a transfer in slices, at most ``rate`` 10^9 bytes a second; with ``by_layer`` no slice
     has rows of two layers. Raises as `copy_move` does; `SlotError` also for bad ids on a device,
     which are read first, and `Unsupported` inside graph capture."""
-    device, began = choice.backend.device, time.perf_counter()
+    device = choice.backend.device
+    began = time.perf_counter()
     if capturing(device):
         why = "the host issues them while the copy runs; leave out cancellable and max_gbps"
         raise refuse_capture("A copy in slices", why)
@@ -73,7 +74,8 @@ def in_slices(
     def issue(piece: Slice) -> Transfer:
         return copy_move(_part(kept, piece), choice, None)  # memory may go while it runs
 
-    slices, limit = _cut(kept, rate, by_layer), None if rate is None else RateLimit(rate)
+    slices = _cut(kept, rate, by_layer)
+    limit = None if rate is None else RateLimit(rate)
     worker = Worker(slices, issue, partial(_inside, kept, choice, stream), limit)
     last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
     ends = (Transfer((Landing(worker, nth),)) for nth in last.values())
@@ -91,7 +93,8 @@ def _cut(move: Move, rate: float | None, by_layer: bool) -> list[Slice]:
     # Tokens between two places where both sides may be cut.
     whole = lcm(mine or 1, theirs or 1, src.form.block_size if src.opaque else 1)
     layers: list[int | None] = list(range(src.layers)) if by_layer else [None]
-    each, most = token_bytes(src.form) / len(layers), float(SLICE)
+    each = token_bytes(src.form) / len(layers)
+    most = float(SLICE)
     if {src.form.place, dst.form.place} == {"device", "pageable"}:
         most *= WINDOW  # each keeps its thread, and has to wake torch's
     if rate is not None:
@@ -130,7 +133,8 @@ def _check_memory(move: Move) -> None:
 @contextmanager
 def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator[None]:
     """Inside, a stream and its device are the current ones, and the ids are on the device."""
-    device, indices = choice.backend.device, (move.src_index, move.dst_index)
+    device = choice.backend.device
+    indices = (move.src_index, move.dst_index)
     ignore_captures_elsewhere(device)
     half = choice.backend.half if isinstance(choice.backend, Engine) else choice
     dtypes = half.can.index_dtypes

@@ -52,7 +52,8 @@ class _BouncedLaunch(EngineLaunch):
     def __init__(self, plan: CopyPlan, engine: Bounced) -> None:
         super().__init__(plan, engine.device)
         # Each half is ordered on streams of this copy, whatever the caller's are.
-        self._half, self._terms = engine.half, replace(engine.terms, detached=False)
+        self._half = engine.half
+        self._terms = replace(engine.terms, detached=False)
         size = plan.src.block_size if plan.src.opaque else 1
         # Tokens between two places where both sides may be cut.
         self._whole = lcm(plan.src_step or 1, plan.dst_step or 1, size)
@@ -61,7 +62,8 @@ class _BouncedLaunch(EngineLaunch):
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         src, dst, *_, count = move
-        src, name = src.as_own(), self._half.name if self._half.forced else None
+        src = src.as_own()
+        name = self._half.name if self._half.forced else None
         down, up = (across(x, self._terms) for x in (choose(src.device, name), self._half))
         work = stream or torch.accelerator.current_stream(self.device.index)
         away = own_stream(src.device)

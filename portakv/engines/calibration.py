@@ -118,7 +118,9 @@ def calibrate(
 
 
 #: What a point should take of which nothing is known yet: a fixed time, and for each run and byte.
-_FIXED, _PER_RUN, _PER_BYTE = 50e-6, 0.5e-6, 1 / 20e9
+_FIXED = 50e-6
+_PER_RUN = 0.5e-6
+_PER_BYTE = 1 / 20e9
 
 
 class Work:
@@ -126,7 +128,10 @@ class Work:
     of a run, and runs."""
 
     def __init__(self, device: torch.device, grid: Grid, timer: Timer, host: Host) -> None:
-        self.device, self.timer, self._grid, self._host = device, timer, grid, host
+        self.device = device
+        self.timer = timer
+        self._grid = grid
+        self._host = host
         self.left_out: dict[str, str] = dict(host.out)
         self.found: dict[tuple[str, str], dict[int, list[Point]]] = {}
         self._launches: dict[tuple[Form, Form], HostLaunch] = {}
@@ -148,7 +153,8 @@ class Work:
     def expected(self, engine: str, direction: str, size: int, runs: int) -> float:
         """Seconds that a point should take, with the delays before its copies, by what was found
         so far."""
-        columns, one = self.found.get((engine, direction)), _FIXED + runs * _PER_RUN
+        columns = self.found.get((engine, direction))
+        one = _FIXED + runs * _PER_RUN
         one += runs * size * _PER_BYTE
         if columns:
             columns = dict(sorted(columns.items()))
@@ -225,7 +231,8 @@ class Work:
 
 def spread(values: Sequence[int]) -> list[int]:
     """The ends first, then the middle of each gap."""
-    order, spans = list(dict.fromkeys((values[0], values[-1]))), [(0, len(values) - 1)]
+    order = list(dict.fromkeys((values[0], values[-1])))
+    spans = [(0, len(values) - 1)]
     for low, high in spans:
         if high - low >= 2:
             middle = (low + high) // 2
@@ -247,7 +254,8 @@ def by_point(table: Table) -> dict[tuple[str, int, int], dict[str, Point]]:
 #: Seconds of host time from which on no delay hides them if they are more than this share of the
 #: whole: calls that follow each other would wait for the host, however far ahead it began. With
 #: thousands of copies in its queue the device also takes no more.
-SEEN, SHARE = 3e-3, 0.75
+SEEN = 3e-3
+SHARE = 0.75
 #: How often a call is timed again, behind a longer delay, when its host part was seen.
 TRIES = 4
 #: What a `Timer` tells of its times, without a delay and with one.
@@ -278,7 +286,8 @@ class Timer:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.name = device, IDLE
+        self.device = device
+        self.name = IDLE
         self._events = [torch.Event(device, enable_timing=True) for _ in range(2)]
         module = torch.get_device_module(device)
         self._sleep: Callable[[int], object] | None = getattr(module, "_sleep", None)

@@ -36,7 +36,9 @@ ORDER = ("staged", "descriptors", "direct", "ring")
 #: Bytes of runs in the default rule. Of 234 copies that were recorded on an H200 it loses more than
 #: 5 % to the best engine that the terms allow in 4 beside a model and in 17 on an idle device; a
 #: table of the device in 2 and 1 (benchmarks/NOTES.md, section 11).
-WIDE, EVEN, NARROW = 256 << 10, 32 << 10, 64 << 10
+WIDE = 256 << 10
+EVEN = 32 << 10
+NARROW = 64 << 10
 #: Engines whose seconds differ by no more than this part of the least count as equal: the same copy
 #: of 8 MiB and more timed twice on an H200 differs by up to 2 %, and so may each of two figures.
 EQUAL = 0.02
@@ -84,7 +86,8 @@ def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> t
 
     ``kernel``: the terms allow a kernel to move it.
     """
-    staged, whole = shapes["staged"], shapes["descriptors"]
+    staged = shapes["staged"]
+    whole = shapes["descriptors"]
     if whole.nbytes <= SMALL[direction]:
         return "direct", f"for copies of up to {SMALL[direction] >> 20} MiB"
     if kernel and staged.run_bytes < NARROW:
@@ -116,7 +119,8 @@ def pick(
     Raises:
         Unsupported: no engine is left, with each one's reason.
     """
-    found, kept_out = [], _kept_out(direction, shapes["staged"], terms)
+    found = []
+    kept_out = _kept_out(direction, shapes["staged"], terms)
     others = shapes.keys() - out.keys() - {"direct"}
     if others and others <= waits and not terms.detached:
         kept_out = ""
@@ -141,7 +145,8 @@ def pick(
         wanted, rule = default_rule(shapes, direction, kernel=not kept_out)
         why = "the gentlest of those that are left, as nothing was measured here"
         if wanted in [one.engine for one in waitless or allowed]:
-            engine, why = wanted, f"the default rule {rule}, as nothing was measured here"
+            engine = wanted
+            why = f"the default rule {rule}, as nothing was measured here"
     return Pick(engine, why, tuple(found))
 
 
@@ -165,9 +170,11 @@ def _seconds(one: Alternative) -> float:
 
 
 def _candidate(name: str, shape: Shape, direction: str, costs: Table, refused: str) -> Alternative:
-    runs, pieces = max(1, shape.runs), max(1, shape.pieces)
+    runs = max(1, shape.runs)
+    pieces = max(1, shape.pieces)
     asked = name, direction, max(1, shape.nbytes // pieces), pieces
-    seconds, host_seconds = costs.seconds(*asked), costs.host_seconds(*asked)
+    seconds = costs.seconds(*asked)
+    host_seconds = costs.host_seconds(*asked)
     if seconds is not None and pieces < runs:
         seconds += runs * ROW[direction]
     return Alternative(name, asked[2], pieces, seconds, host_seconds, refused)
@@ -251,8 +258,10 @@ class HostLaunch(EngineLaunch):
 
     def __init__(self, plan: CopyPlan, host: Host) -> None:
         super().__init__(plan, host.device)
-        self.plan, self.direction = plan, "d2h" if self.downward else "h2d"
-        self._host, self._terms = host, host.terms
+        self.plan = plan
+        self.direction = "d2h" if self.downward else "h2d"
+        self._host = host
+        self._terms = host.terms
         answers = {name: engine.check(plan) for name, engine in host.engines.items()}
         self.engines = {name: host.engines[name] for name, x in answers.items() if x.accepted}
         refused = {name: x.reason for name, x in answers.items() if not x.accepted}
@@ -269,7 +278,8 @@ class HostLaunch(EngineLaunch):
     def pick(self, move: Move, guarded: bool = False) -> Pick:
         """The engine that a transfer takes, with ``guarded`` one that skips and guards ids; moves
         nothing. Raises as the function `pick` does."""
-        out, host = self.out, self.ends(move)[1]
+        out = self.out
+        host = self.ends(move)[1]
         if guarded:
             engines = tuple(self.engines.items())  # another thread may take one out meanwhile
             unfit = [name for name, each in engines if not each.capabilities().guards]
@@ -355,7 +365,8 @@ class HostLaunch(EngineLaunch):
         if status is not None and not self.engines[picked.engine].capabilities().guards:
             # `claims` told of one that does; since then another thread read the ids back.
             picked = self._pick_prepared(move, guarded=True)
-        engine, why = picked.engine, picked.why
+        engine = picked.engine
+        why = picked.why
         try:
             pending = self.launch_by(engine, move, stream, status)
         except torch.OutOfMemoryError:
@@ -396,7 +407,8 @@ class HostLaunch(EngineLaunch):
         can = self.engines[name].capabilities()
         if can.index_on == "any":
             return move
-        home, dtypes = can.home_of_ids(self.device), can.index_dtypes
+        home = can.home_of_ids(self.device)
+        dtypes = can.index_dtypes
         # The next layer of a detached copy may be read on a stream that waits for no other.
         apart = stream is not None and self._terms.detached
         with inside(None if apart else stream):

@@ -107,7 +107,8 @@ def cost(columns: Columns, what: str, run_bytes: int, runs: int) -> float:
     if run_bytes >= sizes[-1]:
         return _along(columns[sizes[-1]], what, nbytes / sizes[-1])
     at = bisect_left(sizes, run_bytes)
-    narrow, wide = sizes[at - 1], sizes[at]
+    narrow = sizes[at - 1]
+    wide = sizes[at]
     share = (1 / narrow - 1 / run_bytes) / (1 / narrow - 1 / wide)
     first = _along(columns[narrow], what, nbytes / narrow)
     return first + share * (_along(columns[wide], what, nbytes / wide) - first)
@@ -139,7 +140,8 @@ def identity(device: torch.device) -> dict[str, str]:
     """What a table is true for: the device's model, its driver and runtime, and torch."""
     driver = runtime = ""
     if device.type == "cuda":
-        driver, runtime = installed_driver(), torch.version.cuda or torch.version.hip or ""
+        driver = installed_driver()
+        runtime = torch.version.cuda or torch.version.hip or ""
     return {
         "type": device.type, "model": device_name(device), "driver": driver, "runtime": runtime,
         "torch": torch.__version__,
@@ -267,7 +269,8 @@ def forget() -> None:
 
 def _find(device: torch.device) -> Table:
     mine = identity(device)
-    path, command = path_for(mine), "`portakv calibrate` measures"
+    path = path_for(mine)
+    command = "`portakv calibrate` measures"
     if not path.exists():
         return unmeasured(f"there is no table for this device in {path.parent}; {command} one")
     try:

@@ -51,7 +51,9 @@ class Descriptors(Engine):
 class _DescriptorsLaunch(EngineLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
-        self._plan, self._link, self._lock = plan, link_of(device), threading.Lock()
+        self._plan = plan
+        self._link = link_of(device)
+        self._lock = threading.Lock()
         # Of the lists that were met last, and how many pieces they have, with one more for each.
         self.known: OrderedDict[Hashable, Pieces] = OrderedDict()
         self.number = 0

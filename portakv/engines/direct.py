@@ -101,18 +101,22 @@ class DirectKernel(RowsKernel):
         self._together = min(cut.planes, self.planes)
         self._strips = max(1, cut.each // self._together)
         # Of planes that are taken together a block has its own; single ones it passes through.
-        self._length, self._groups = self.row, -(-self.planes // self._together)
+        self._length = self.row
+        self._groups = -(-self.planes // self._together)
         if self._together == 1:
-            self._length, self._groups = self._whole, 1
+            self._length = self._whole
+            self._groups = 1
         beside = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
         # Of launches up to so many bytes, and of larger ones.
-        self._small, limit = SMALL[direction], terms.max_thread_blocks
+        self._small = SMALL[direction]
+        limit = terms.max_thread_blocks
         self._most = (PEER_BLOCKS[terms.overlap],) * 2 if peer else (BLOCKS, beside)
         if limit:
             self._most = limit, limit
         side = self.src if self._reads_host else self.dst
         #: The host side's addresses, too, are read from device memory.
-        self.wants_table, self._first = side.kind == "UNITS", 8 * side.side.table
+        self.wants_table = side.kind == "UNITS"
+        self._first = 8 * side.side.table
 
     def entry(self, each: int, name: str) -> str:
         """See `RowsKernel.entry`."""
@@ -197,7 +201,8 @@ class _DirectLaunch(EngineLaunch):
 
     def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch) -> None:
         super().__init__(plan, device)
-        self._rows, self._process = rows, this_process()
+        self._rows = rows
+        self._process = this_process()
         self._pinned = plan.src.place != "peer"  # else the transfer holds a peer's memory
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:

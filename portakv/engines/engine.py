@@ -111,7 +111,8 @@ class EngineLaunch(MoveLaunch):
     tables = False, False  # what its kernels read it sends itself
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
-        self.device, self.downward = device, plan.src.place == "device"
+        self.device = device
+        self.downward = plan.src.place == "device"
 
     def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
         """The rows of the device, those of the host, and the index of each."""

@@ -33,7 +33,9 @@ _Mask = npt.NDArray[np.bool_]
 #: and shorter calls let another thread's small copy in between. The first one of many is shorter,
 #: since nothing moves before its call ends (an entry takes the host 0.42 us), and each is by
 #: `GROWTH` longer than the one before it, since between two calls the link of an H200 rests 2 us.
-MOST_DESCRIPTORS, FIRST_DESCRIPTORS, GROWTH = 4096, 256, 4
+MOST_DESCRIPTORS = 4096
+FIRST_DESCRIPTORS = 256
+GROWTH = 4
 
 #: Fewer plain copies than this are calls of their own. Two of 2 MB in one batch reached 0.97 of a
 #: memcpy on an H200, in two calls 0.94; seven 0.99 and 0.94.
@@ -97,7 +99,8 @@ class TorchLink:
                 it; some of the pieces may have been moved.
         """
         late = "pageable" not in (src.form.place, dst.form.place)
-        mine, theirs = _Storages.of(src), _Storages.of(dst)
+        mine = _Storages.of(src)
+        theirs = _Storages.of(dst)
         to_device = dst.form.place == "device"
         with inside(stream), torch.no_grad():
             for at, start, width, height, dst_pitch, src_pitch in zip(
@@ -138,7 +141,8 @@ class _Storages:
         number = bisect_right(self._starts, address) - 1
         reach = (height - 1) * pitch + width
         if number >= 0:
-            start, memory = self._starts[number], self._bytes[number]
+            start = self._starts[number]
+            memory = self._bytes[number]
             if address + reach <= start + memory.numel():
                 return memory.as_strided((height, width), (pitch, 1), address - start)
         raise TransferError(
@@ -151,7 +155,8 @@ class Copies:
     """The driver's copies, of a library; knows nothing of devices or torch."""
 
     def __init__(self, library: Any) -> None:
-        word, size = ctypes.c_uint64, ctypes.c_size_t
+        word = ctypes.c_uint64
+        size = ctypes.c_size_t
         self._library = library
         self._plain = _cuda_driver.function(library, "cuMemcpyAsync", word, word, size, word)
         self._rows = _cuda_driver.Copy2D(library)
@@ -165,7 +170,8 @@ class Copies:
             self._batch = _cuda_driver.function(library, "cuMemcpyBatchAsync", *many, word, word)
             self._failed = np.zeros(1, dtype=np.uint64)
             self._fails = (_at(self._failed),)
-        self._attributes, self._from_first = _at(_ATTRIBUTES), _at(_FROM_FIRST)
+        self._attributes = _at(_ATTRIBUTES)
+        self._from_first = _at(_FROM_FIRST)
         self.fold_below = ALL if self._batch is None else FOLD_BELOW
 
     def batched(self, pieces: Pieces) -> _Mask | None:
@@ -194,7 +200,8 @@ class Copies:
     def _copy_batch(self, pieces: Pieces, stream: int, begun: bool) -> None:
         columns = [np.ascontiguousarray(each) for each in (pieces.dst, pieces.src, pieces.width)]
         lists = [_at(column) for column in columns]
-        first, most = 0, MOST_DESCRIPTORS if begun else FIRST_DESCRIPTORS
+        first = 0
+        most = MOST_DESCRIPTORS if begun else FIRST_DESCRIPTORS
         while first < pieces.number:
             count = min(most, pieces.number - first)
             error = self._batch(
@@ -203,7 +210,8 @@ class Copies:
             )  # fmt: skip
             if error:
                 raise self._refused(error, f"A batch of {count} copies")
-            first, most = first + count, min(GROWTH * most, MOST_DESCRIPTORS)
+            first = first + count
+            most = min(GROWTH * most, MOST_DESCRIPTORS)
 
     def _copy_each(self, pieces: Pieces, to_device: bool, stream: int) -> None:
         columns = [column.tolist() for column in pieces]

@@ -80,7 +80,8 @@ def extent(form: Form, held: int, first: int, count: int) -> Extent:
     pitch = held // per * stride
     if any(len(chain) > 1 or chain[0].stride != stride for chain in chains) or nbytes % pitch:
         return Extent(0, nbytes, 1, nbytes)
-    begin, end = first // per, -(-(first + count) // per)
+    begin = first // per
+    end = -(-(first + count) // per)
     if (end - begin) * stride == pitch:
         return Extent(0, nbytes, 1, nbytes)
     return Extent(begin * stride, (end - begin) * stride, nbytes // pitch, pitch)
@@ -100,7 +101,8 @@ class _RingLaunch(StagedLaunch):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, mine, theirs = self.ends(move)
         work = stream or torch.accelerator.current_stream(self.device.index)
-        room, buffers = staging(self.device, work), self._buffers
+        room = staging(self.device, work)
+        buffers = self._buffers
         slices = self.slices(rows, host, theirs.to_host(), move.count)
         number = len(slices)
 
@@ -138,8 +140,12 @@ class _RingLaunch(StagedLaunch):
     def _hop(self, each: Slice, host: KVView, at: int) -> None:
         """The host's copy between its rows and a bounce buffer, once nothing crosses there."""
         bounce = self._buffers.view(at, each.dense, each.held)
-        part, key = host.planes(each.cut.layers, each.cut.kv), (each.stages, each.held)
-        src, dst, mine, theirs = bounce, part, each.behind, each.theirs
+        part = host.planes(each.cut.layers, each.cut.kv)
+        key = (each.stages, each.held)
+        src = bounce
+        dst = part
+        mine = each.behind
+        theirs = each.theirs
         if not self.downward:
             src, dst, mine, theirs = dst, src, theirs, mine
         hop = self._hops.get(key)

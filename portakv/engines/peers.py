@@ -21,7 +21,10 @@ from portakv.registry.registry import REGISTRY, Choice, choose
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 
-_BLOCKS, _BLOCK, _ELEMENTS = 64, 64, 128  # of the pattern, int16: a megabyte
+# of the pattern, int16: a megabyte
+_BLOCKS = 64
+_BLOCK = 64
+_ELEMENTS = 128
 _WAY = "read where it is by"  # with a choice and terms: the way, kept in a peer's view
 #: Why memory of one device is not to be read by another, by both; see `unmapped`.
 answers: Bounded[tuple[torch.device, torch.device], str] = Bounded("answers about two devices", 256)
@@ -82,7 +85,8 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
     known: Choice | None = src.derived.get(key)
     if known is not None:
         return known
-    device, why = choice.backend.device, _unread(src, choice)
+    device = choice.backend.device
+    why = _unread(src, choice)
     if isinstance(choice.backend, Engine):  # the caller named it
         if why:
             raise Unsupported(f"A copy from {src.home} to {device} by {choice.name!r}", why)
@@ -96,7 +100,8 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
 def _unread(src: KVView, choice: Choice) -> str:
     """Why the chosen backend, or `direct` in its place, is not to read a peer's rows, as a phrase;
     empty if it may."""
-    reader, owner = choice.backend.device, src.home
+    reader = choice.backend.device
+    owner = src.home
     if choice.forced and PEERS.isdisjoint(choice.can.places):
         return f"backend {choice.name!r} was named, which reads no peer's rows"
     if owner == reader:  # of another process, who opened it had it mapped
@@ -106,7 +111,8 @@ def _unread(src: KVView, choice: Choice) -> str:
 
 
 def _way(choice: Choice, terms: Terms, why: str) -> Choice:
-    device, limit = choice.backend.device, terms.max_thread_blocks
+    device = choice.backend.device
+    limit = terms.max_thread_blocks
     if why:
         bounced = Bounced(device, choice, terms, why)
         return Choice(bounced, choice.trace, False, bounced.capabilities())

@@ -175,7 +175,8 @@ def _least(runs: Runs, areas: Int64, below: int = ALL) -> Pieces:
 def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
     """Fold rows that follow each other in this order."""
     src, dst, width = runs
-    ahead, behind = np.diff(src), np.diff(dst)
+    ahead = np.diff(src)
+    behind = np.diff(dst)
     joins = (width[1:] == width[:-1]) & (np.minimum(ahead, behind) >= width[:-1])
     joins &= np.maximum(ahead, behind) <= MAX_PITCH
     for area in areas:
@@ -189,10 +190,12 @@ def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
     if not long.any():
         return _plain(runs)
     streak = np.repeat(np.where(long, np.arange(first.size), -1), length)
-    before, after = np.append(-1, streak), np.append(streak, -1)
+    before = np.append(-1, streak)
+    after = np.append(streak, -1)
     of_row = np.where(before >= 0, before, after)
     begins = np.flatnonzero((of_row < 0) | np.append(True, of_row[1:] != of_row[:-1]))
-    height, widths = np.diff(begins, append=width.size), width[begins]
+    height = np.diff(begins, append=width.size)
+    widths = width[begins]
     step = np.minimum(begins, joins.size - 1)
     pitches = [np.where(height > 1, column[step], widths) for column in (behind, ahead)]
     return Pieces(dst[begins], src[begins], widths, height, *pitches)
@@ -203,7 +206,9 @@ def _lags(runs: Runs) -> list[int]:
 
     Found by looking where the step at a few places occurs next, and after that.
     """
-    ahead, below, width = np.diff(runs.src), np.diff(runs.dst), runs.nbytes[:-1]
+    ahead = np.diff(runs.src)
+    below = np.diff(runs.dst)
+    width = runs.nbytes[:-1]
     steps = width.size
     found = set[int]()
     for at in {0, steps // 3, steps // 2} if steps >= LEAST_HEIGHT else ():
@@ -248,7 +253,8 @@ def _search(seams: Int64, addresses: Int64, side: Literal["left", "right"]) -> I
 
 def _cut(runs: Runs, side: int, seams: Int64) -> Runs:
     """Runs that reach across no seam on one side."""
-    starts, nbytes = runs[side], runs.nbytes
+    starts = runs[side]
+    nbytes = runs.nbytes
     inside = _search(seams, starts, "right")
     cuts = _search(seams, starts + nbytes, "left") - inside
     if not (cuts > 0).any():
@@ -295,8 +301,11 @@ class RunCounter:
     of a link; 0: nothing folds, however many lie together."""
 
     def __init__(self, plan: CopyPlan, dense: bool = False, fold_below: int = ALL) -> None:
-        self._unit, self._nests, self._dense = plan.unit, plan.nests, dense
-        self._bytes, self._below = plan.token_bytes, fold_below
+        self._unit = plan.unit
+        self._nests = plan.nests
+        self._dense = dense
+        self._bytes = plan.token_bytes
+        self._below = fold_below
         self._known: Bounded[tuple[object, ...], int] = Bounded("counts of runs", _KEPT)
 
     @classmethod
@@ -389,9 +398,12 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
     all), on average."""
     if not units:
         return 0, 0
-    src, dst = nest.src.units[-1], nest.dst.units[-1]
+    src = nest.src.units[-1]
+    dst = nest.dst.units[-1]
     joined = src.stride == dst.stride == nest.run and not (src.table or dst.table)
-    lines, width, loops = (groups if joined else units), nest.run, list(nest.loops)
+    lines = groups if joined else units
+    width = nest.run
+    loops = list(nest.loops)
     limits = [limit for side in (nest.src, nest.dst) if (limit := _limit(side.units))]
     # All groups are known to be of one length: there is one, or each is a whole block.
     if joined and (groups == 1 or (limits and units == groups * min(limits))):

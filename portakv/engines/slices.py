@@ -63,7 +63,8 @@ def cuts(
     if nbytes <= sizes.whole:
         return [Cut(None, None, 0, count)]
     found: list[Cut] = []
-    target, largest = sizes.smallest, sizes.largest
+    target = sizes.smallest
+    largest = sizes.largest
     for kv, layers, atom in _planes(form, outside, nbytes, largest):
         at = 0
         while at < layers:
@@ -95,7 +96,8 @@ def _planes(
 
 def _positions(cut: Cut, quantum: int, nbytes: int, target: int, largest: int) -> list[Cut]:
     """Cut the positions of some planes, of ``nbytes`` in all, into slices that grow."""
-    found, start = [], 0
+    found = []
+    start = 0
     while start < cut.count:
         taken = min(multiple(target, quantum, nbytes / cut.count), cut.count - start)
         found.append(replace(cut, start=start, count=taken))
@@ -118,10 +120,12 @@ class Stages:
     """
 
     def __init__(self, plan: CopyPlan, half: Choice, order: Order) -> None:
-        self.plan, self.downward = plan, plan.src.place == "device"
+        self.plan = plan
+        self.downward = plan.src.place == "device"
         self.dense = dense_rows(plan.dst if self.downward else plan.src, order)
         self.quantum = lcm(plan.unit, self.dense.block_size)
-        self._half, self._order = half, order
+        self._half = half
+        self._order = order
         self._made: Bounded[int, tuple[Prepared, CopyPlan]] = Bounded("stages of slices", 64)
         self._parts: dict[tuple[Form, Form], Stages] = {}
 
@@ -148,7 +152,8 @@ class Stages:
 
     def part(self, rows: KVView, host: KVView) -> Stages:
         """The stages of views that show all planes, or some."""
-        forms, plan = (rows.form, host.form), self.plan
+        forms = (rows.form, host.form)
+        plan = self.plan
         src, dst = forms if self.downward else forms[::-1]
         if (src, dst) == (plan.src, plan.dst):
             return self
@@ -162,7 +167,8 @@ class Stages:
         a block; exactly so many if nothing is to lie between its planes. Else one of few numbers,
         so that transfers of any length share forms and with them plans: no more than ``largest``
         bytes but for one block, or one more if one is cut."""
-        block, quantum = self.dense.block_size, self.quantum
+        block = self.dense.block_size
+        quantum = self.quantum
         if exactly and block == 1:
             return count
         held = quantum
@@ -176,7 +182,8 @@ class Stages:
         """The stage on the device, prepared for buffers of so many slots, and the other's plan."""
         known = self._made.get(held)
         if known is None:
-            plan, form = self.plan, dense.form
+            plan = self.plan
+            form = dense.form
             ends = (plan.src, form, plan.src_step, 0), (form, plan.dst, 0, plan.dst_step)
             stage, link = ends if self.downward else ends[::-1]
             made = prepared(*stage, plan.unit, self._half)
@@ -203,9 +210,11 @@ class Slice:
         self, stages: Stages, cut: Cut, rows: KVView, host: KVView, theirs: Index, exactly: bool,
         largest: int,
     ) -> None:  # fmt: skip
-        self.cut, self.rows = cut, rows.planes(cut.layers, cut.kv)
+        self.cut = cut
+        self.rows = rows.planes(cut.layers, cut.kv)
         self.stages = stages.part(self.rows, host.planes(cut.layers, cut.kv))
-        self.theirs, self.dense = theirs.shifted(cut.start), self.stages.dense
+        self.theirs = theirs.shifted(cut.start)
+        self.dense = self.stages.dense
         self.behind = Index(offset=self.theirs.offset % self.dense.block_size)
         self.held = self.stages.held(cut.count, self.behind.offset, exactly, largest)
         self.nbytes = self.dense.nbytes(self.held)
@@ -219,7 +228,8 @@ class Slice:
     def pieces(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
         """What has to cross between a buffer and the host's memory, where these lie; settled when
         it is first asked for, so that the slices before this one are under way by then."""
-        ends, settled = (dense.origins[0], host.origins[0]), self._settled
+        ends = (dense.origins[0], host.origins[0])
+        settled = self._settled
         if settled is None:
             # At once: other threads may look.
             settled = self._settled = ends, self.crossing(dense, host, fold_below)
@@ -231,8 +241,10 @@ class Slice:
 
     def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
         """The pieces between a buffer and the host's rows."""
-        src, dst = dense, host.planes(self.cut.layers, self.cut.kv)
-        mine, theirs = self.behind, self.theirs
+        src = dense
+        dst = host.planes(self.cut.layers, self.cut.kv)
+        mine = self.behind
+        theirs = self.theirs
         if not self.stages.downward:
             src, dst, mine, theirs = dst, src, theirs, mine
         link = self.stages.of(dense, self.held)[1]

@@ -28,7 +28,8 @@ from portakv.view.view import KVView
 
 #: Bytes of the largest slice, and of the smallest. Of 8, 16 and 32 MiB the largest lose least to
 #: the gaps between slices (H200).
-LARGEST, SMALLEST = 32 << 20, 4 << 20
+LARGEST = 32 << 20
+SMALLEST = 4 << 20
 #: Bytes up to which a transfer is one slice: a gather of 32 MiB takes 20 us, 3 % of its time on the
 #: link, and another slice keeps the host for up to 1 ms if its ids are new (H200).
 WHOLE = 32 << 20
@@ -88,7 +89,8 @@ class StagedLaunch(EngineLaunch):
         key, outside, exactly, sizes = self.cutting(host, theirs, idle)
 
         def make() -> list[Slice]:
-            quantum, largest = self.stages.quantum, sizes.largest
+            quantum = self.stages.quantum
+            largest = sizes.largest
             cut = cuts(self._host, outside, count, quantum, self.downward, sizes)
             return [self.kind(self.stages, x, rows, host, theirs, exactly, largest) for x in cut]
 
@@ -129,8 +131,11 @@ class Passage:
         self, downward: bool, room: Staging, work: torch.Stream, slices: Sequence[Slice],
         cross: Cross,
     ) -> None:  # fmt: skip
-        self._downward, self._room, self._work = downward, room, work
-        self._slices, self._cross = slices, cross
+        self._downward = downward
+        self._room = room
+        self._work = work
+        self._slices = slices
+        self._cross = cross
         alone = len(slices) == 1 and not room.detached
         self._half, self._link = (work, work) if alone else (room.half, room.link)
         # For each slice a buffer, its number, the device's stage, and the index of its rows there.
@@ -140,7 +145,8 @@ class Passage:
     def begun(self, mine: Index, current: torch.Stream) -> Iterator[None]:
         """Inside, `move` issues slices of the device's rows under an index; at the end the caller's
         stream waits for them."""
-        room, work = self._room, self._work
+        room = self._room
+        work = self._work
         # A detached transfer begins behind the current stream, not behind the transfer before it:
         # each buffer is free at an event of its own. Ids that are brought for one call are ordered
         # on the current stream, whichever stream reads them.
@@ -165,7 +171,8 @@ class Passage:
 
     def _settle(self, mine: Index, turns: Sequence[int]) -> None:
         """Settle which buffer each slice goes through, and bring the ids of the device's rows."""
-        index, by = mine, None
+        index = mine
+        by = None
         for each, at in zip(self._slices, turns, strict=True):
             dense = self._room.view(at, each.dense, each.held)
             prepared = each.prepared(dense)
@@ -174,15 +181,20 @@ class Passage:
                 if read:
                     bring_table(view, self._work.device)
             if prepared is not by:
-                index, by = read_on(self._work, prepared.place(mine)), prepared
+                index = read_on(self._work, prepared.place(mine))
+                by = prepared
             self._staged.append((dense, at, prepared, index.shifted(each.cut.start)))
 
     def move(self, nth: int) -> None:
         """Issue both stages of a slice, in order, behind its buffer's last use."""
-        each, (dense, at, prepared, mine) = self._slices[nth], self._staged[nth]
-        half, link, room = self._half, self._link, self._room
+        each = self._slices[nth]
+        (dense, at, prepared, mine) = self._staged[nth]
+        half = self._half
+        link = self._link
+        room = self._room
         first, last = (half, link) if self._downward else (link, half)
-        free, count = room.free[at], each.cut.count
+        free = room.free[at]
+        count = each.cut.count
         if free is not None:
             first.wait_event(free)
         if self._downward:

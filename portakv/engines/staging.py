@@ -29,7 +29,8 @@ from portakv.view.view import KVView
 #: next transfer does not wait for the end of the last: one is half drained by then, three are 96
 #: MiB. A persistent matmul lets a gather in only between two of its kernels, every 1.6 ms, in which
 #: the link of an H200 moves 85 MiB.
-RING, DETACHED_RING = 2, 4
+RING = 2
+DETACHED_RING = 4
 #: Bounce buffers of a device: while the host copies one, others cross. Of 2, 3 and 4 of 4 and 16
 #: MiB, plain copies did best through 3 of 16 on an H200.
 BUFFERS = 3
@@ -193,7 +194,8 @@ class Staging(_Buffers):
 
     def __init__(self, device: torch.device, detached: bool = False) -> None:
         super().__init__()
-        self._device, self.detached = device, detached
+        self._device = device
+        self.detached = detached
         self.half: torch.Stream = own_stream(device, priority=-1)
         self.link: torch.Stream = own_stream(device)
         self.buffers = DETACHED_RING if detached else RING
@@ -225,8 +227,10 @@ class Staging(_Buffers):
         """Which buffer each of so many slices of a transfer takes; detached, the one behind the
         last slice's first."""
         if not self.detached:
-            self._turn, self.free = 0, [None] * self.buffers
-        first, self._turn = self._turn, (self._turn + slices) % self.buffers
+            self._turn = 0
+            self.free = [None] * self.buffers
+        first = self._turn
+        self._turn = (self._turn + slices) % self.buffers
         return [(first + nth) % self.buffers for nth in range(slices)]
 
 

@@ -92,8 +92,15 @@ class Node:
     given: Any = None
     name: str = ""
 
-    state, ended, cut, watched, background = "new", False, False, False, False
-    number, waits, due, since = 0, 0, 0.0, 0.0
+    state = "new"
+    ended = False
+    cut = False
+    watched = False
+    background = False
+    number = 0
+    waits = 0
+    due = 0.0
+    since = 0.0
     graph = error = left = cast(Any, None)
     trail: Any = ()  # of one that never ran: numbers of what ran before it, for the trace
     short = ""  # of a gate: the link of the first that did not move all it could, without an error
@@ -148,15 +155,21 @@ class Link:
     nodes that were submitted for it and have not ended."""
 
     def __init__(self, graph: Graph, name: str, width: int, max_gbps: Any, stall_seconds: float):
-        self.graph, self.name, self.width, self.stall = graph, name, max(1, width), stall_seconds
+        self.graph = graph
+        self.name = name
+        self.width = max(1, width)
+        self.stall = stall_seconds
         self.max_gbps = max_gbps
-        self.limit, self.pace = RateLimit(max_gbps, graph.clock) if max_gbps else None, 0.0
-        self.tier, self.change = name.partition(":")[0], threading.Condition(graph.lock)
+        self.limit = RateLimit(max_gbps, graph.clock) if max_gbps else None
+        self.pace = 0.0
+        self.tier = name.partition(":")[0]
+        self.change = threading.Condition(graph.lock)
         self.queued_bytes = self.background = self.workers = 0
         # A worker has ended a node and takes the next: waking another one costs more than a node.
         self.taker = False
         # (due, number, node), and those of the background; since when what runs does.
-        self.heaps, self.running = (list[Any](), list[Any]()), dict[Node, float]()
+        self.heaps = (list[Any](), list[Any]())
+        self.running = dict[Node, float]()
 
     @property
     def oldest_wait(self) -> float:
@@ -172,7 +185,8 @@ class Link:
 
     def push(self, node: Node) -> None:
         """Have a worker run a node in its turn."""
-        node.state, node.since = "queued", self.graph.clock()
+        node.state = "queued"
+        node.since = self.graph.clock()
         heappush(self.heaps[node.background], (node.due, node.number, node))
         if not self.taker:
             self.change.notify()
@@ -203,7 +217,8 @@ class Link:
                 if self.pace > now or not heaps:
                     self.change.wait(self.pace - now if self.pace > now else None)
                 elif (node := heappop(min(heaps))[2]).state == "queued":  # it was not cancelled
-                    node.state, self.running[node] = "running", now
+                    node.state = "running"
+                    self.running[node] = now
                     self.background += node.background
                     if self.limit:
                         self.limit.start_of(node.nbytes)
@@ -214,17 +229,21 @@ class Link:
 
     def serve(self, worker: int) -> None:
         """What a worker does until the graph is closed."""
-        graph, node = self.graph, self.next()
+        graph = self.graph
+        node = self.next()
         while node:
-            error, landed = None, node.left
+            error = None
+            landed = node.left
             try:
                 if (told := node.work(node, landed.copy())) is not None:
                     landed = landed & np.asarray(told, np.bool_).reshape(node.blocks)
             except BaseException as caught:  # no caller stands above this thread
                 clear_frames(caught.__traceback__)  # which hold views
-                error, landed = caught, False
+                error = caught
+                landed = False
             with graph.lock:
-                start, end = self.running.pop(node), graph.clock()
+                start = self.running.pop(node)
+                end = graph.clock()
                 self.background -= node.background
                 what = node.number, node.name, node.blocks, node.nbytes, (*node.ran_before(),)
                 graph.trace.add(self.tier, Ran(self.name, worker, start, end, *what))
@@ -244,13 +263,19 @@ class Graph:
         if not callable(clock):
             raise arguments.invalid("clock", "a function that returns seconds", clock)
         arguments.whole("trace_events", trace_events)
-        self.clock, self.trace, self.process = clock, Trace(trace_events), this_process()
-        self.lock, self.closed, self.number = threading.RLock(), threading.Event(), 0
+        self.clock = clock
+        self.trace = Trace(trace_events)
+        self.process = this_process()
+        self.lock = threading.RLock()
+        self.closed = threading.Event()
+        self.number = 0
         self.sleepers = set[threading.Lock]()  # a held lock of each thread in `pause`
         self.links = dict[str, Link]()
         self.counts = Counter[tuple[str, str, str]]()  # blocks by tier, op and result
         self.nbytes = Counter[tuple[str, str]]()
-        self.threads, self.live, self.todo = list[threading.Thread](), set[Node](), list[Node]()
+        self.threads = list[threading.Thread]()
+        self.live = set[Node]()
+        self.todo = list[Node]()
         self.timers = list[Any]()  # (when, number, the state to end in, node)
         # By pool, which another may hold: loads that wait, stores that do, leases of stores.
         self.rooms = WeakKeyDictionary[Any, Any]()
@@ -364,7 +389,9 @@ class Graph:
     def _enter(self, node: Node) -> None:
         """Note what a new node waits for. What another transfer began becomes as urgent."""
         self.number += 1
-        node.graph, node.state, node.number = self, "waiting", self.number
+        node.graph = self
+        node.state = "waiting"
+        node.number = self.number
         self.live.add(node)
         if node.link:
             node.link.queued_bytes += node.nbytes
@@ -377,7 +404,8 @@ class Graph:
         while before:
             one = before.pop()
             if one.due > node.due and not one.ended and one.state != "running":
-                one.due, one.background = node.due, False
+                one.due = node.due
+                one.background = False
                 before += [x for x, *_ in one.after]
                 if one.state in ("room", "queued"):
                     self.place(one)
@@ -478,7 +506,8 @@ class Graph:
             if given is not None:
                 left[:] = given
         except Exception as error:  # of the maker's function
-            node.error, left[:] = node.error or error, False
+            node.error = node.error or error
+            left[:] = False
             return left
         try:
             for before, mine, theirs in node.after:
@@ -491,7 +520,8 @@ class Graph:
                 else:
                     left[np.asarray(mine, int)[~before.landed[theirs]]] = False
         except (IndexError, ValueError) as error:  # these are no blocks of both
-            node.error, left[:] = error, False
+            node.error = error
+            left[:] = False
         return left
 
     def place(self, node: Node) -> None:
@@ -502,7 +532,8 @@ class Graph:
             return
         if lease.until is not None:
             self.end_at(lease.until, node, "dropped")
-        node.state, room = "room", self.rooms.setdefault(lease.pool, [[], [], 0])
+        node.state = "room"
+        room = self.rooms.setdefault(lease.pool, [[], [], 0])
         lease.nodes.append(node)
         heappush(room[lease.store], (node.due, node.number, lease))
         self.grant(lease.pool)
@@ -541,7 +572,9 @@ class Graph:
 
     def end(self, node: Node, landed: Any, state: str, error: Any = None) -> None:
         """Note how a node ended, and what does not wait for it any more."""
-        node.error, node.landed, node.state = node.error or error, node.landed | landed, state
+        node.error = node.error or error
+        node.landed = node.landed | landed
+        node.state = state
         node.ended = node.cut = True
         self.live.discard(node)
         if node.link:
@@ -552,7 +585,11 @@ class Graph:
             follower.waits -= 1
             if not follower.waits and not follower.ended:
                 self.todo.append(follower)
-        lease, node.lease, node.work, node.after, node.followers = node.lease, None, None, (), []
+        lease = node.lease
+        node.lease = None
+        node.work = None
+        node.after = ()
+        node.followers = []
         if node.watched:
             self.wake()
         if lease:

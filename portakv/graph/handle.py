@@ -40,7 +40,9 @@ class Handle(Transfer):
     ) -> None:
         super().__init__((Completion(pendings=(cast(Pending, gate),), kept=kept),))
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
-        self._graph, self._gates, self._skip = graph, (*layers, gate), missing == "skip"
+        self._graph = graph
+        self._gates = (*layers, gate)
+        self._skip = missing == "skip"
         self._excused = excused
         self._why = why
         self.cancelled = False
@@ -69,7 +71,8 @@ class Handle(Transfer):
 
     def _finish(self) -> None:
         super()._finish()
-        gate, landed = self._gates[-1], self.landed
+        gate = self._gates[-1]
+        landed = self.landed
         if not gate.ended:
             raise TransferError("A transfer goes on in the process that this was forked from.")
         kind = TransferCancelled if isinstance(gate.error, TransferCancelled) else TransferError

@@ -26,7 +26,8 @@ class Collector:
             from prometheus_client.core import Metric
         except ImportError as error:
             raise Unsupported("Figures for Prometheus", "install portakv[metrics]") from error
-        self.metric, self.sources = Metric, [({"store": x}, y) for x, y in stores.items()]
+        self.metric = Metric
+        self.sources = [({"store": x}, y) for x, y in stores.items()]
         if source is not None:
             self.sources.append(({}, source))
 

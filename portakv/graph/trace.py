@@ -40,7 +40,8 @@ class Trace:
 
     def add(self, tier: str, node: Ran) -> None:
         """Note a node that ran."""
-        seconds, spent = node.end - node.start, self._seconds[tier, node.name]
+        seconds = node.end - node.start
+        spent = self._seconds[tier, node.name]
         spent[0] += seconds
         spent[1 + bisect_left(BOUNDS, seconds)] += 1
         self.ran.append(node)
@@ -59,7 +60,9 @@ class Trace:
     def events(self) -> list[dict[str, Any]]:
         """Chrome's events: a process for each link, a thread for each worker, a flow from a node to
         each that followed it."""
-        ran, events, ends = tuple(self.ran), list[dict[str, Any]](), dict[int, dict[str, Any]]()
+        ran = tuple(self.ran)
+        events = list[dict[str, Any]]()
+        ends = dict[int, dict[str, Any]]()
         links = list(dict.fromkeys(node.link for node in ran))
         for pid, link in enumerate(links):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": link}})

@@ -23,8 +23,11 @@ from portakv.errors import HostMemoryError, Unsupported
 PAGE = mmap.PAGESIZE
 HugePages = Literal["auto", "transparent", "reserved", "never"]
 _HUGE = 2 << 20  # what x86 and most arm64 kernels call huge
-MAP_HUGETLB, _MS_ASYNC, _MPOL_BIND = 0x40000, 1, 2
-_MADV_HUGEPAGE, _MADV_POPULATE_WRITE = 14, 23
+MAP_HUGETLB = 0x40000
+_MS_ASYNC = 1
+_MPOL_BIND = 2
+_MADV_HUGEPAGE = 14
+_MADV_POPULATE_WRITE = 23
 _load = cache(ctypes.CDLL)
 SLICE = 64 << 20  # bytes one thread touches at a time; whole huge pages
 
@@ -92,7 +95,8 @@ def map_private(nbytes: int, huge_pages: str) -> tuple[mmap.mmap, list[str]]:
 
 def is_mapped(address: int, nbytes: int) -> bool:
     """True if every page of the range belongs to the process; reads none of them."""
-    start, end = address // PAGE * PAGE, to_pages(address + nbytes)
+    start = address // PAGE * PAGE
+    end = to_pages(address + nbytes)
     return end < 1 << 64 and libc("msync", start, end - start, _MS_ASYNC) == 0
 
 
@@ -125,7 +129,8 @@ def _touch_slice(start: int, end: int) -> None:
 def available() -> int:
     """Bytes that can be touched before the kernel starts to kill: of the machine, of the cgroup."""
     (kib,) = re.findall(r"(?m)^MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    rooms, root = [int(kib) * 1024], Path("/sys/fs/cgroup")
+    rooms = [int(kib) * 1024]
+    root = Path("/sys/fs/cgroup")
     second = "memory.max", "memory.current", "memory.stat"
     first = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat")
     for names in (second, first):
@@ -161,7 +166,8 @@ def bind(address: int, nbytes: int, wanted: Any) -> None:
     for listed in ([wanted], wanted):
         with suppress(TypeError, NotImplementedError):
             asked = asked or [operator.index(node) for node in listed]
-    number, known = _MBIND.get(platform.machine()), nodes()
+    number = _MBIND.get(platform.machine())
+    known = nodes()
     if not asked:
         why = "nodes have whole numbers; name one or more, or leave numa=None"
     elif number is None:

@@ -39,14 +39,20 @@ from portakv.runtime.devices import capture_question, this_process
 #: One registration over 512 GiB fails (vLLM #51081); whole GiB, so that no huge page is cut.
 LARGEST = 511 << 30
 # cudaHostRegisterPortable and its siblings; HIP has the same numbers.
-PORTABLE, MAPPED, READ_ONLY = 1, 2, 8
+PORTABLE = 1
+MAPPED = 2
+READ_ONLY = 8
 # cudaErrorInvalidValue, cudaErrorHostMemoryAlreadyRegistered and ...NotRegistered; HIP likewise.
-INVALID, ALREADY, UNKNOWN = 1, 712, 713
+INVALID = 1
+ALREADY = 712
+UNKNOWN = 713
 
 _lock = threading.RLock()  # a finalizer may run wherever its own thread holds it
 live: list[Registration] = []  # no two share a page
 _seams: Counter[int] = Counter()  # of all these
-_begins, _ends = Counter[int](), Counter[int]()  # of pieces that others registered
+# of pieces that others registered
+_begins = Counter[int]()
+_ends = Counter[int]()
 #: What forgets seams and pieces that are gone. A finalizer runs at any place, also inside `_tell`,
 #: so that it changes no counts itself: `seams` does.
 dropped: deque[Callable[[], None]] = deque()
@@ -86,9 +92,12 @@ def through_torch() -> bool:
 def device_runtime() -> tuple[Any, str]:
     # Until torch has begun with the device torch takes no memory for pinned, even if it is.
     torch.cuda.init()
-    library, prefix = ctypes.CDLL(_library()), "cuda" if torch.version.hip is None else "hip"
+    library = ctypes.CDLL(_library())
+    prefix = "cuda" if torch.version.hip is None else "hip"
     # Addresses are wider than C's int.
-    pointer, size, flags = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_uint
+    pointer = ctypes.c_void_p
+    size = ctypes.c_size_t
+    flags = ctypes.c_uint
     getattr(library, f"{prefix}HostRegister").argtypes = (pointer, size, flags)
     getattr(library, f"{prefix}HostUnregister").argtypes = (pointer,)
     getattr(library, f"{prefix}HostGetDevicePointer").argtypes = (pointer, pointer, flags)
@@ -113,7 +122,8 @@ def loaded_library(maps: str, stem: str, version: str) -> str | None:
 def quiesce() -> None:
     """Block the host until no device of this process reads or writes host memory any more. One
     that has failed does neither: its error is left to its next user."""
-    others, inside = through_torch(), cast(Any, torch._C)
+    others = through_torch()
+    inside = cast(Any, torch._C)
     if not others and not torch.cuda.is_initialized():
         return
     module: Any = torch.accelerator if others else torch.cuda
@@ -165,7 +175,8 @@ class Registration:
         step = math.lcm(asked.unit, PAGE)
         step = asked.largest // step * step or asked.largest // PAGE * PAGE
         self._pageable = asked.fallback
-        start, end = address // PAGE * PAGE, address + nbytes
+        start = address // PAGE * PAGE
+        end = address + nbytes
         edges = [address, *range(start + step, end, step), end]  # between pages
         self._pages = start, to_pages(end)
         self.pieces: list[tuple[int, int]] = [(a, b - a) for a, b in itertools.pairwise(edges)]
@@ -194,7 +205,8 @@ class Registration:
             add_seams(at for at, _ in self.pieces[1:])
 
     def _register(self) -> None:
-        code, why = 0, why_not()
+        code = 0
+        why = why_not()
         for piece, nbytes in [] if why else self.pieces:
             code, words = call("HostRegister", piece, nbytes, self.flags)
             if code:
@@ -218,7 +230,8 @@ class Registration:
             warn_once(why)
 
     def _unregister(self) -> None:
-        pieces, self.registered = self.registered, []
+        pieces = self.registered
+        self.registered = []
         if not pieces or self._process.forked:
             return
         quiesce()
@@ -232,7 +245,8 @@ class Registration:
         """Where the current device finds a byte, on HIP perhaps elsewhere, and why it does not."""
         if not self.flags & MAPPED:
             return 0, "it was registered with mapped=False; register it mapped"
-        found, piece = ctypes.c_void_p(), max(at for at in self.registered if at <= address)
+        found = ctypes.c_void_p()
+        piece = max(at for at in self.registered if at <= address)
         _, words = call("HostGetDevicePointer", ctypes.byref(found), piece, 0)
         return (found.value or 0) + address - piece, words and f"the runtime refused it, {words}"
 
@@ -323,10 +337,12 @@ def warn_once(why: str) -> None:
     if why in warned:
         return
     warned.add(why)
-    frame, level = sys._getframe(), 1
+    frame = sys._getframe()
+    level = 1
     # The first line up the stack that is not PortaKV's own is the one to point to.
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("portakv."):
-        frame, level = frame.f_back, level + 1
+        frame = frame.f_back
+        level = level + 1
     told = f"Host memory was asked to be pinned and stays pageable: {why}. Results are the same; "
     warnings.warn(f"{told}copies are slower, and block the host.", RuntimeWarning, level)
 
@@ -335,7 +351,8 @@ def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
     """Which bytes a tensor, an array or another buffer covers: their address and number from the
     first to the last, whether they can only be read, and what holds them. Raises `HostMemoryError`
     if it is freed, empty or no memory at all, `DeviceMismatch` for a tensor on a device."""
-    kind, tensor = type(memory).__name__, isinstance(memory, torch.Tensor)
+    kind = type(memory).__name__
+    tensor = isinstance(memory, torch.Tensor)
     if tensor and memory.device.type != "cpu":
         raise DeviceMismatch(
             f"A {kind} on {memory.device} was asked to be registered; expected memory of the host. "
@@ -344,8 +361,11 @@ def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
     freed = why = "was freed before ({}); register memory before it is closed"
     try:
         if tensor and memory.layout == torch.strided and not memory.is_nested:
-            size, fixed, address = memory.element_size(), False, memory.data_ptr()
-            shape, steps = memory.shape, [size * step for step in memory.stride()]
+            size = memory.element_size()
+            fixed = False
+            address = memory.data_ptr()
+            shape = memory.shape
+            steps = [size * step for step in memory.stride()]
         else:
             if not isinstance(memory, np.ndarray):
                 buffer = memory.buf if isinstance(memory, SharedMemory) else memory
@@ -354,15 +374,19 @@ def buffer_of(memory: Any) -> tuple[int, int, bool, Any]:
                 memory = memoryview(buffer)  # which cannot be closed while the view is held
                 why = "has elements that numpy does not know ({}); pass np.frombuffer(it, np.uint8)"
             array = np.asarray(memory)
-            size, fixed, address = array.itemsize, not array.flags.writeable, array.ctypes.data
-            shape, steps = array.shape, list(array.strides)
+            size = array.itemsize
+            fixed = not array.flags.writeable
+            address = array.ctypes.data
+            shape = array.shape
+            steps = list(array.strides)
     except ValueError as error:
         why = why.format(error)
     except TypeError:
         why = "is no strided tensor, array, mmap, shared memory or other buffer; pass one of these"
     else:
         reach = [(count - 1) * step for count, step in zip(shape, steps, strict=True)]
-        low, high = sum(min(step, 0) for step in reach), sum(max(step, 0) for step in reach) + size
+        low = sum(min(step, 0) for step in reach)
+        high = sum(max(step, 0) for step in reach) + size
         if math.prod(shape) * size == 0:
             why = "has 0 bytes, of which nothing can be pinned; leave it out"
         elif tensor and memory.untyped_storage().nbytes() < memory.storage_offset() * size + high:

@@ -42,7 +42,8 @@ THREADS = 128
 MOST_BLOCKS = 32  # of a launch: so many vectors in flight keep the link busy
 VALUES_HEAD = struct.Struct("=QII")  # to, bytes, width
 MAPPED = struct.Struct("=QQQQ")  # to, from, bytes, width
-VALUES_NAME, MAPPED_NAME = "portakv_small_values", "portakv_small_mapped"
+VALUES_NAME = "portakv_small_values"
+MAPPED_NAME = "portakv_small_mapped"
 _WIDE = 16
 
 #: Sends through pinned memory that may be under way; the next makes the host wait for the oldest.
@@ -71,7 +72,8 @@ class Target:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.captures = device, _capture_question(device)
+        self.device = device
+        self.captures = _capture_question(device)
         self._lacks: dict[str, str | None] = {}
         self.ready: dict[tuple[str, torch.dtype], Send] = {}
         self.first = next(way for way in WAYS if self.why_not(way, 0) is None)
@@ -91,7 +93,8 @@ class Target:
     def make(self, way: str, dtype: torch.dtype, n: int) -> Send:
         """What sends up to ``n`` values a way that can be had, again and again, from any thread.
         Raises `Unsupported` inside graph capture, if it has to be prepared outside."""
-        device, own = self.device, NUMPY[dtype]
+        device = self.device
+        own = NUMPY[dtype]
         if way == "host":
             return write_on_host
         if way == "inline":
@@ -113,7 +116,8 @@ def _capture_question(device: torch.device) -> Callable[[], bool]:
     captures = capture_question(device)
     if torch.cuda.device_count() == 1:
         return captures
-    index, current = device.index, torch._C._cuda_getDevice
+    index = device.index
+    current = torch._C._cuda_getDevice
     return lambda: captures() if current() == index else capturing(device)
 
 
@@ -137,11 +141,14 @@ class ReadAtOnce:
     """Sends values that are read while the driver is called, out of memory of each thread's."""
 
     def __init__(self, issue: Issue, mine: Any, n: int) -> None:
-        self._issue, self._mine, self._n = issue, mine, n
+        self._issue = issue
+        self._mine = mine
+        self._n = n
 
     def send(self, array: Array, out: Tensor, stream: Stream | None, captures: bool) -> None:
         """A `Send`."""
-        mine, count = self._mine, array.size
+        mine = self._mine
+        count = array.size
         if count == self._n and array.ndim == 1:
             mine.room[...] = array  # the same as below, in half the time
         else:
@@ -170,7 +177,8 @@ class InlineCopy(_cuda_driver.Caller):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._device, self._copy = device, _cuda_driver.function(_cuda_driver.library(), *_COPY)
+        self._device = device
+        self._copy = _cuda_driver.function(_cuda_driver.library(), *_COPY)
 
     def issue(self, out: Tensor, pages: _Pages, nbytes: int, stream: Stream | None) -> None:
         handle = self.handle(stream)
@@ -190,8 +198,11 @@ def why_not_inline(device: torch.device) -> str | None:
     why = _cuda_driver.no_cuda(device)
     if why is not None:
         return why
-    number, pointer, function = ctypes.c_int, ctypes.POINTER(ctypes.c_int), _cuda_driver.function
-    found, reads = number(), number()
+    number = ctypes.c_int
+    pointer = ctypes.POINTER(ctypes.c_int)
+    function = _cuda_driver.function
+    found = number()
+    reads = number()
     try:
         library = _cuda_driver.library()
         function(library, *_COPY)
@@ -228,7 +239,8 @@ class Kernels:
                 "its kernels have to be loaded first; make one before the capture",
             )
         functions = _cuda_driver.load(source(), [VALUES_NAME, MAPPED_NAME], device)
-        self._values, self._mapped = functions[VALUES_NAME], functions[MAPPED_NAME]
+        self._values = functions[VALUES_NAME]
+        self._mapped = functions[MAPPED_NAME]
         self._launch = _cuda_driver.Launcher(device, THREADS)
         self._arguments = _cuda_driver.Arguments(MAPPED.size, device)
 
@@ -285,7 +297,10 @@ class ReadLater:
         if capturing(device):
             what = "A small copy through pinned memory"
             raise refuse_capture(what, "it has to be made before the capture")
-        self._issue, self._device, self._own, self._n = issue, device, own, n
+        self._issue = issue
+        self._device = device
+        self._own = own
+        self._n = n
         self._alone = torch.accelerator.device_count() == 1
         self._slots = deque[Slot]()  # the first is next
         self._standing = Slot(own, n)

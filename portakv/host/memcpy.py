@@ -174,12 +174,14 @@ def _copy(
     # A graph's memory is kept by the caller, and no allocator hears of its replays.
     streams.follow_current(stream, *(() if captures else (dst, src)))
     if rows is not None:
-        late, places = non_blocking, (dst.data_ptr(), src.data_ptr(), direction == "h2d")
+        late = non_blocking
+        places = (dst.data_ptr(), src.data_ptr(), direction == "h2d")
         _cuda_driver.copy_pitched(*places, rows, device, stream)
     else:
         late = _copy_by_torch(dst, src, host, ready, non_blocking, stream)
     if captures:
-        late, transfer = True, streams.captured(device, stream, (dst, src))
+        late = True
+        transfer = streams.captured(device, stream, (dst, src))
     else:
         end = streams.completion(device, stream, *(() if host is None else (host,)))
         if not late:
@@ -245,7 +247,8 @@ def _copy_by_torch(
 def _write(dst: Tensor, src: Tensor, non_blocking: bool) -> None:
     """Torch's copy, of bits: of a bool it would write 0 or 1, whatever the byte holds."""
     if dst.dtype == torch.bool:
-        dst, src = dst.view(torch.uint8), src.view(torch.uint8)
+        dst = dst.view(torch.uint8)
+        src = src.view(torch.uint8)
     with torch.inference_mode() if dst.is_inference() else torch.no_grad():
         dst.copy_(src, non_blocking=non_blocking)
 
@@ -329,7 +332,8 @@ def _apart(one: Tensor, other: Tensor) -> bool:
 
 def _dims(tensor: Tensor) -> list[tuple[int, int]]:
     """Stride in bytes and extent of each axis of several elements."""
-    size, axes = tensor.element_size(), zip(tensor.stride(), tensor.shape, strict=True)
+    size = tensor.element_size()
+    axes = zip(tensor.stride(), tensor.shape, strict=True)
     return [(size * stride, extent) for stride, extent in axes if extent > 1]
 
 
@@ -353,7 +357,8 @@ def pitched(dst: Tensor, src: Tensor) -> Pitched | str:
             loops[-1] = (inner * extent, *loops[-1][1:])
         else:
             loops.append((extent, a, b))
-    run, outer = loops[0][0], loops[1:] or [(1, loops[0][0], loops[0][0])]
+    run = loops[0][0]
+    outer = loops[1:] or [(1, loops[0][0], loops[0][0])]
     if len(outer) > 1:
         return f"its strides take {len(outer)} loops round a run of {run} bytes, a 2-D memcpy one"
     ((height, src_pitch, dst_pitch),) = outer

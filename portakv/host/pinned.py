@@ -45,7 +45,9 @@ class PinnedMemory:
     """
 
     def __init__(self, base: torch.Tensor, how: Registration | None, notes: Sequence[str]) -> None:
-        self.nbytes, self.address, self.notes = base.numel(), base.data_ptr(), tuple(notes)
+        self.nbytes = base.numel()
+        self.address = base.data_ptr()
+        self.notes = tuple(notes)
         self._base: torch.Tensor | None = base
         self._how = how  # None: by torch's allocator
         self.pinned = base.is_pinned() if how is None else bool(how.registered)
@@ -88,7 +90,8 @@ class PinnedMemory:
 
     def view(self, dtype: torch.dtype, shape: Sequence[int] | None = None) -> torch.Tensor:
         """All of it as another dtype and shape, without a copy."""
-        tensor, dtype = self.tensor, _dtype(dtype)
+        tensor = self.tensor
+        dtype = _dtype(dtype)
         try:
             with torch.inference_mode(False):  # else nothing could write to it outside of that mode
                 typed = tensor.view(dtype)
@@ -102,7 +105,8 @@ class PinnedMemory:
     def device_address(self, offset: int = 0) -> int:
         """The address of a byte for a kernel on the current device; on ROCm not the host's. Raises
         `Unsupported` if it is not registered with a CUDA or HIP runtime, or not mapped."""
-        found, why = 0, "it is not registered with a CUDA or HIP runtime; copy instead"
+        found = 0
+        why = "it is not registered with a CUDA or HIP runtime; copy instead"
         if self._how is not None and self._how.registered:
             found, why = self._how.device_address(self.address + offset)
         if why:
@@ -219,7 +223,8 @@ def register_address(
 ) -> PinnedMemory:
     """As `register`, with its options, of bytes at an address; ``held``, which owns the memory, is
     kept until it is unregistered."""
-    address, nbytes = whole("address", address), whole("nbytes", nbytes, 1)
+    address = whole("address", address)
+    nbytes = whole("nbytes", nbytes, 1)
     if not _pages.is_mapped(address, nbytes):
         raise HostMemoryError(
             f"{nbytes} bytes at address {address:#x} were asked to be registered, and some of them "
@@ -265,7 +270,8 @@ def adopt(pieces: Iterable[tuple[int, int]]) -> Adopted:
     Raises:
         HostMemoryError: pieces that are no whole numbers, hold nothing, or overlap.
     """
-    found, do = [], "pass (address, bytes) of each registration"
+    found = []
+    do = "pass (address, bytes) of each registration"
     for piece in pieces:
         if not (isinstance(piece, (tuple, list)) and len(piece) == 2):
             raise HostMemoryError(f"Host memory was adopted with the piece {piece!r}; {do}.")
@@ -305,7 +311,8 @@ def why_not() -> str | None:
 
 def _pinned(owner: object, how: Registration, notes: Sequence[str] = ()) -> PinnedMemory:
     """Registered memory that every tensor made from it holds, with its owner."""
-    (first, _), (last, nbytes) = how.pieces[0], how.pieces[-1]
+    (first, _) = how.pieces[0]
+    (last, nbytes) = how.pieces[-1]
     buffer = _pages.bytes_at(first, last + nbytes - first)
     with torch.inference_mode(False):  # as in `PinnedMemory.view`
         base = torch.frombuffer(buffer, dtype=torch.uint8)

@@ -108,8 +108,11 @@ class Pool:
 
     def __init__(self, name: str, in_child: str) -> None:
         """How sentences name the pool, and what a forked child is to do without it."""
-        self._name, self._in_child = name, in_child
-        self._process, self._pid, self._closed = this_process(), os.getpid(), False
+        self._name = name
+        self._in_child = in_child
+        self._process = this_process()
+        self._pid = os.getpid()
+        self._closed = False
         self._changed = threading.Condition()
         self._held: WeakValueDictionary[int, Block] = WeakValueDictionary()
         self._pause = 0.002  # seconds between two looks at what nothing here tells of
@@ -151,7 +154,8 @@ class Pool:
         limit = seconds("timeout", timeout, optional=True)
         within = "" if timeout is None or not wait else f" within {limit:g} s"
         until = time.monotonic() + limit if wait else 0.0
-        grow_at, refused = 0.0, None
+        grow_at = 0.0
+        refused = None
         self._refuse()  # before the lock, which a forked child may find taken for ever
         with self._changed:
             while True:
@@ -162,7 +166,8 @@ class Pool:
                     return found
                 now = time.monotonic()
                 if grow:
-                    refused, grow_at = found, now + GROW_AGAIN
+                    refused = found
+                    grow_at = now + GROW_AGAIN
                 if now >= until:
                     raise self._exhausted(count, within, refused) from refused
                 self._changed.wait(min(until - now, self._pause))
@@ -244,7 +249,8 @@ class PinnedPool(Pool):
         alignment: int = 64, stacks: bool = False, **options: Any,
     ) -> None:  # fmt: skip
         super().__init__("The pool", "make one there, or use a SharedPool in spawned processes")
-        self.block_bytes, self._stride = block_bytes, stride(block_bytes, blocks, alignment)
+        self.block_bytes = block_bytes
+        self._stride = stride(block_bytes, blocks, alignment)
         most, each = (blocks if number is None else number for number in (limit, grow))
         self.limit = _pages.whole("limit", most, blocks, "it begins with so many blocks")
         self._grow = _pages.whole("grow", each, 1)
@@ -254,7 +260,9 @@ class PinnedPool(Pool):
                 f"A pool was asked for with {', '.join(unknown)}, which it does not take; expected "
                 f"its own arguments or {', '.join(sorted(known))}, which pinned.allocate takes."
             )
-        self.pinned, self._stacks, self._options = True, stacks, options
+        self.pinned = True
+        self._stacks = stacks
+        self._options = options
         self.blocks = self.high_water = self._generation = 0
         self._segments: list[tuple[int, torch.Tensor]] = []  # number of the first block, all bytes
         self._ready: deque[int] = deque()
@@ -298,7 +306,8 @@ class PinnedPool(Pool):
                 return None
             if refused := self._grown(missing):
                 return refused
-        thread, since = threading.current_thread().name, time.monotonic()
+        thread = threading.current_thread().name
+        since = time.monotonic()
         stack = "".join(traceback.format_stack()[:-2]) if self._stacks else ""
         blocks = []
         for _ in range(count):

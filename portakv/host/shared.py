@@ -39,7 +39,8 @@ from portakv.host.pool import Block, Pool, ending, stride
 
 __all__ = ["PoolExhausted", "SharedPool", "names", "remove"]
 
-_FOLDER, _PREFIX = Path("/dev/shm"), "portakv-"
+_FOLDER = Path("/dev/shm")
+_PREFIX = "portakv-"
 _MAGIC = 0x3130564B41545250  # changes with the layout of the file
 _MEMBERS = 128
 GRACE = 1.0  # seconds until a dead process of another container has let go of its devices
@@ -84,7 +85,9 @@ class SharedPool(Pool):
         alignment: int = 64, label: str = "", keep: bool = False, fallback: bool = True,
     ) -> None:  # fmt: skip
         super().__init__(f"The shared pool {name!r}", "open it there by its name")
-        self.name, self._keep, wanted = name, keep, None
+        self.name = name
+        self._keep = keep
+        wanted = None
         if block_bytes is not None and blocks is not None:
             wanted = [block_bytes, blocks, stride(block_bytes, blocks, alignment)]
         elif block_bytes is not None or blocks is not None:
@@ -111,7 +114,8 @@ class SharedPool(Pool):
         except BaseException:
             self._leave()
             raise
-        self.limit, self.pinned = self.blocks, self._memory.pinned
+        self.limit = self.blocks
+        self.pinned = self._memory.pinned
 
     @property
     def high_water(self) -> int:
@@ -213,7 +217,8 @@ class SharedPool(Pool):
         return [f"{self._described(place - 1)}: {n}" for place, n in members if place]
 
     def _lines(self, blocks: Any) -> list[str]:
-        table, now = self._table, time.monotonic()
+        table = self._table
+        now = time.monotonic()
         return [
             f"block {index}: {self._described(table['owner'][index] - 1)}, for "
             f"{table['label'][index].decode(errors='replace') or 'nothing named'}, "
@@ -312,7 +317,8 @@ class SharedPool(Pool):
 
     def _unlock(self) -> None:
         """Drop every lock. Again, or in a forked process: nothing, as they are its parent's."""
-        fd, self._fd = self._fd, -1
+        fd = self._fd
+        self._fd = -1
         if fd >= 0:
             os.close(fd)
 
@@ -323,7 +329,8 @@ class SharedPool(Pool):
         self._refuse()
         with self._changed:
             self._refuse()
-            until, pause = time.monotonic() + PATIENCE, 20e-6
+            until = time.monotonic() + PATIENCE
+            pause = 20e-6
             while not self._lock(0):
                 if time.monotonic() > until:
                     raise HostMemoryError(

@@ -137,7 +137,9 @@ class SmallCopy:
         self._own = _numpy_dtype(dtype)
         n = _count(n, "values")
         target = _target(device, out)
-        self._n, self._device, self._captures = n, target.device, target.captures
+        self._n = n
+        self._device = target.device
+        self._captures = target.captures
         self.way, self.why = _choose(target, n * dtype.itemsize, way)
         self._uncaptured = {None: "whose way was left open", "inline": "by way='inline'"}.get(way)
         self._send = target.make(self.way, dtype, n)
@@ -160,7 +162,9 @@ class SmallCopy:
         array: Any = values
         if type(array) is not ndarray or array.dtype is not self._own:
             array = _as_array(values, self._own)
-        out, count, most = self.out, array.size, self._n
+        out = self.out
+        count = array.size
+        most = self._n
         if count > most:
             raise LayoutError(
                 f"{count} values of {out.dtype} were sent by a small copy made for {most}; "
@@ -250,7 +254,8 @@ def _checked(
             f"A small copy to {device} was given an out tensor on {out.device}; expected one on "
             f"{device}. Pass another, or leave the device away."
         )
-    count, strided = prod(shape), out.layout == torch.strided and not out.is_nested
+    count = prod(shape)
+    strided = out.layout == torch.strided and not out.is_nested
     if out.dtype != dtype or out.numel() != count or not strided or not out.is_contiguous():
         lies = f"strides {list(out.stride())}" if strided else "not strided"
         raise LayoutError(

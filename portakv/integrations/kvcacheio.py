@@ -186,7 +186,8 @@ def transfer_kv_per_layer_direct_pf_lf(
     """Pages from pf, from ``layer_id`` on, to tensors ``[token, ...]``: those of keys, then those
     of values, or with one pool its layers."""
     layers = pools.by_pool(dst_ptrs, src_ptrs)
-    src, dst = pools.page_first(src_ptrs, layer_id, len(layers[0]), page_size), pools.tokens(layers)
+    src = pools.page_first(src_ptrs, layer_id, len(layers[0]), page_size)
+    dst = pools.tokens(layers)
     copy_tokens(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
@@ -197,7 +198,8 @@ def transfer_kv_all_layer_direct_lf_pf(
 ) -> None:  # fmt: skip
     """Pages from tensors ``[token, ...]``, those of keys, then those of values, to pf."""
     layers = pools.by_pool(src_ptrs, dst_ptrs)
-    src, dst = pools.tokens(layers), pools.page_first(dst_ptrs, 0, len(layers[0]), page_size)
+    src = pools.tokens(layers)
+    dst = pools.page_first(dst_ptrs, 0, len(layers[0]), page_size)
     copy_tokens(src, dst, pools.pages(src_indices, page_size), pools.pages(dst_indices, page_size))
 
 
@@ -207,7 +209,8 @@ def transfer_embedding_ranges_direct(
     lengths: list[int],
 ) -> None:  # fmt: skip
     """Ranges of rows from one tensor to another."""
-    (size, src_pitch), (wanted, dst_pitch) = pools.row_bytes(src), pools.row_bytes(dst)
+    (size, src_pitch) = pools.row_bytes(src)
+    (wanted, dst_pitch) = pools.row_bytes(dst)
     if size != wanted or not len(src_starts) == len(dst_starts) == len(lengths):
         raise LayoutError(
             f"Ranges were asked from {told(src)} to {told(dst)}, with "

@@ -97,7 +97,8 @@ def _page_head(
     pools: Tensors, item: int, pitch: int, page_size: int, heads: int, layer: int, layers: int
 ) -> KVView:
     pages = _count(pools, pitch * page_size, item, 1, heads)
-    width, row = item // heads, pitch // heads
+    width = item // heads
+    row = pitch // heads
     if (layer + layers) * width > row or layer < 0 or pitch % heads:
         raise _unfit(pools, f"layers {layer} to {layer + layers - 1}", pitch, item, heads)
     shape = pages, heads, page_size, layers, width
@@ -132,13 +133,15 @@ def tokens(pools: Sequence[Tensors]) -> KVView:
 
 
 def _tokens(layers: Tensors, pools: int) -> KVView:
-    first, many = layers[0], len(layers) // pools
+    first = layers[0]
+    many = len(layers) // pools
     row, pitch = row_bytes(first)
     for each in layers:
         _alike(first, each)
     at = [each.data_ptr() for each in layers]
     addresses = [at[pool * many : (pool + 1) * many] for pool in range(pools)]
-    shape, strides = (len(first), row), (pitch, 1)
+    shape = (len(first), row)
+    strides = (pitch, 1)
     return _view(addresses, "kv layer | token dim", shape, strides, first.device, _pinned(layers))
 
 
@@ -197,7 +200,8 @@ def _addresses(table: torch.Tensor) -> tuple[tuple[int, ...], torch.device]:
                 "the host has to read them first; make the same call once before the capture, with "
                 "a table that was not made in inference mode",
             )
-        found, home = tuple(address % 2**64 for address in table.tolist()), table.device
+        found = tuple(address % 2**64 for address in table.tolist())
+        home = table.device
         if found and not table.is_cpu:
             # A driver knows host memory that kernels reach as pinned.
             one = KVView.at(

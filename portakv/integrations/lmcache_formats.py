@@ -16,7 +16,8 @@ import torch
 
 from portakv import Index, KVView, LayoutError, Unsupported
 
-_BLOCKED_SCALES, _PLANES = 14, 17
+_BLOCKED_SCALES = 14
+_PLANES = 17
 #: How LMCache's formats are read, by the number of its EngineKVFormat. Keys and values that lie
 #: behind each other in one row (10 to 13) are one plane, as they are in an object.
 LAYOUTS = {
@@ -121,11 +122,13 @@ def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.devic
     containers, _, dims = text.rpartition(" | ")
     version: object = 0
     if isinstance(held, torch.Tensor) and held.dim() == 1 and held.dtype in _WORDS:
-        at, memory = tuple(held.tolist()) if held.is_cpu else held, pool.memory(dims)
+        at = tuple(held.tolist()) if held.is_cpu else held
+        memory = pool.memory(dims)
         if not held.is_cpu:  # in inference mode torch does not count what is written to it
             version = object() if held.is_inference() else held._version
     elif not isinstance(held, torch.Tensor) and isinstance(held[0], int):
-        at, memory = tuple(held), pool.memory(dims)
+        at = tuple(held)
+        memory = pool.memory(dims)
     else:
         leaves = _leaves(number, containers, held)
         kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
@@ -210,12 +213,14 @@ def objects_of(
         objects: tensors of one shape; or addresses of memory of ``device`` (None: the driver says
             where), each of as many tokens as ``chunk`` says, in rows as the caches have them.
     """
-    two_planes, tensors = layout_of(number)[2], isinstance(objects[0], torch.Tensor)
+    two_planes = layout_of(number)[2]
+    tensors = isinstance(objects[0], torch.Tensor)
     text = "kv layer token (head dim)" if two_planes else "layer token (head dim)"
     rest: dict[str, Any] = {"reinterpret": True, "heads": caches.heads}
     if number in (_BLOCKED_SCALES, _PLANES):  # the planes of a token lie side by side
         wide = objects[0].element_size() if tensors else 1
-        text, rest["kv"] = "layer token (kv dim)", caches.kv
+        text = "layer token (kv dim)"
+        rest["kv"] = caches.kv
         rest["dim"] = tuple(width // wide for width in caches.widths)
     text = text if len(objects) == 1 else f"block | {text}"
     if tensors:

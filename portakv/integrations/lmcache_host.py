@@ -81,7 +81,8 @@ def execute_direct_copy_transfer(
         Unsupported: caches of a format that `direct_copy_format_supported` denies.
     """
     _check_power(host_buffer_alignment, "host_buffer_alignment")
-    store, device = is_store(direction), indexed(device)
+    store = is_store(direction)
+    device = indexed(device)
     for place, spec in enumerate(group_specs):
         number, _, two_planes = layout_of(spec.engine_kv_format)
         if not direct_copy_format_supported(number):
@@ -89,7 +90,8 @@ def execute_direct_copy_transfer(
                 f"A direct copy of caches of LMCache's format {number} was asked for",
                 "its caches are tuples of tensors; call multi_layer_block_kv_transfer with them",
             )
-        pool, slots = pool_of(spec.shape_desc), spec.slots_per_chunk
+        pool = pool_of(spec.shape_desc)
+        slots = spec.slots_per_chunk
         check_chunk(slots, pool.block_size, "slots_per_chunk")
         per_chunk = slots // pool.block_size
         row = pool.heads * pool.row
@@ -97,7 +99,8 @@ def execute_direct_copy_transfer(
         ids: list[int] = []
         places: list[int] = []
         for order, each in enumerate(objects):
-            skips, first = each.skip_prefix_n_blocks, each.chunk_idx * per_chunk
+            skips = each.skip_prefix_n_blocks
+            first = each.chunk_idx * per_chunk
             skip = skips[place] if place < len(skips) else -1
             begin = spec.byte_offset_in_object
             if (
@@ -125,7 +128,8 @@ def execute_direct_copy_transfer(
         caches = caches_of(number, spec.paged_layer_ptrs, pool, device)
         at = [each.host_ptr + spec.byte_offset_in_object for each in objects]
         chunks = objects_of(number, caches, at, slots, torch.device("cpu"))
-        blocks, units = blocks_of(ids, pool.block_size), Index.of(places, pool.block_size)
+        blocks = blocks_of(ids, pool.block_size)
+        units = Index.of(places, pool.block_size)
         move(store, caches, chunks, blocks, units, len(ids) * pool.block_size)
 
 

@@ -34,7 +34,9 @@ from portakv.integrations.lmcache_formats import (
 )
 from portakv.runtime.devices import indexed
 
-H2D, D2H = 0, 1  # LMCache's TransferDirection: object to cache, cache to object
+# LMCache's TransferDirection: object to cache, cache to object
+H2D = 0
+D2H = 1
 
 
 #: What an op finds late, such as a bad id on a device, is raised by the next op of the same thread:
@@ -75,9 +77,15 @@ def move(
     counts; on a device nothing is promised, as by LMCache's own ops."""
     if count <= 0:
         return
-    src, dst, mine, theirs = caches, chunk, ids, positions
+    src = caches
+    dst = chunk
+    mine = ids
+    theirs = positions
     if not store:
-        src, dst, mine, theirs = chunk, caches, positions, ids
+        src = chunk
+        dst = caches
+        mine = positions
+        theirs = ids
         if ids.on_host:
             theirs = ids.without_repeats(count)
     across = terms() if caches.device != chunk.device else {}
@@ -121,7 +129,8 @@ def multi_layer_kv_transfer(
         raise LayoutError(
             f"An object was handed over as {told(key_value)}; expected [kv, layers, tokens, row]."
         )
-    tokens, width = key_value.shape[2], key_value.element_size()
+    tokens = key_value.shape[2]
+    width = key_value.element_size()
     if slot_mapping.numel() != tokens:
         raise SlotError(
             f"{slot_mapping.numel()} slots were given for an object of {tokens} tokens; expected "
@@ -130,7 +139,9 @@ def multi_layer_kv_transfer(
     if tokens <= skip_prefix_n_tokens:
         return
     row = key_value.shape[3] * width
-    per_block, heads, head = block_size or 1, 1, row
+    per_block = block_size or 1
+    heads = 1
+    head = row
     if head_size and 0 <= text.find("head") < text.find("token"):
         head = head_size * width * (2 if number in FUSED else 1)
         heads = row // head
@@ -264,16 +275,21 @@ def multi_layer_block_kv_transfer(
         ValueError: a chunk that holds no whole blocks, or a negative number to skip.
         SlotError, LayoutError, Unsupported: see `portakv.copy_rows`.
     """
-    bs, chunk, skip = int(shape_desc.bs), lmcache_chunk_size, skip_prefix_n_blocks
+    bs = int(shape_desc.bs)
+    chunk = lmcache_chunk_size
+    skip = skip_prefix_n_blocks
     check_chunk(chunk, bs, "lmcache_chunk_size")
     if skip < 0:
         raise ValueError(f"skip_prefix_n_blocks={skip} was asked for; expected at least 0.")
-    store, per_object, device = is_store(direction), chunk // bs, indexed(device)
+    store = is_store(direction)
+    per_object = chunk // bs
+    device = indexed(device)
     number = layout_of(engine_kv_format)[0]
     caches = caches_of(number, paged_buffer_ptrs_tensor, pool_of(shape_desc), device)
     # One launch moves those that are alike; on the host, where nothing is launched, each is by
     # itself.
-    kinds, first = [kind_of(each) for each in lmcache_objects_ptrs], 0
+    kinds = [kind_of(each) for each in lmcache_objects_ptrs]
+    first = 0
     apart = device.type == "cpu"
     for _, run in groupby(range(len(kinds)), lambda at: at if apart else kinds[at]):
         objects = [lmcache_objects_ptrs[at] for at in run]

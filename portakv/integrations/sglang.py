@@ -118,7 +118,8 @@ class _Held:
     """The views of a pool, for as long as it has the same buffers."""
 
     def __init__(self, pool: Any, host: KVView, device: KVView) -> None:
-        self.host, self.device = host, device
+        self.host = host
+        self.device = device
         self._rests_on = pool.kv_buffer, _device_buffers(pool)
         self._page_size = pool.page_size
         self._dcp = getattr(pool, "dcp_size", 1), getattr(pool, "dcp_rank", 0)

@@ -61,7 +61,8 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__(**kwargs)
         self._host: Pair | None = None
         self._stored = 0  # how many of the tokens the host memory has
-        self._storing, self._coming = Transfer(), Transfer()
+        self._storing = Transfer()
+        self._coming = Transfer()
         self._away: Pair | None = None  # the rows, in the host memory
         self._came: Pair | None = None
 
@@ -72,7 +73,8 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
         """Of a copy, or a pickle: it is on the device, and makes host memory of its own."""
-        was_away, fresh = self.is_away, vars(PortaKVLayer())
+        was_away = self.is_away
+        fresh = vars(PortaKVLayer())
         self.land()
         state = vars(self) | {name: fresh[name] for name in fresh if name.startswith("_")}
         if was_away:
@@ -97,9 +99,11 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         there = self._room(here)
         if self._stored < tokens:
             fresh = slice(self._stored, tokens)
-            rows, room = _rows(here, fresh), _rows(there, fresh)
+            rows = _rows(here, fresh)
+            room = _rows(there, fresh)
             self._storing = copy_rows(rows, room, stream=_streams(self.device)[0])
-        self._away, self._stored = (there[0][:, :, :tokens], there[1][:, :, :tokens]), tokens
+        self._away = (there[0][:, :, :tokens], there[1][:, :, :tokens])
+        self._stored = tokens
         del self.keys, self.values
 
     def prefetch(self) -> None:
@@ -133,7 +137,8 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
         """Host memory with room for these rows; larger one has none of them yet."""
         if pair[0].dim() != 4:
             KVView(pair, _ROWS)  # raises, with shape and strides
-        (batch, heads, tokens, _), host = pair[0].shape, self._host
+        (batch, heads, tokens, _) = pair[0].shape
+        host = self._host
         if host is None or host[0].shape[2] < tokens or host[0].shape[:2] != (batch, heads):
             sizes = [(batch, heads, tokens + max(_GRAIN, tokens // 4), x.shape[3]) for x in pair]
             keys, values = map(pinned.empty, sizes, [each.dtype for each in pair])
@@ -234,8 +239,10 @@ def load_prefix(
         )
     while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    (slots, batch), layers = _slots(pool, blocks, _whole(tokens)), _layers(cache)
-    home, size = pool.device if device is None else device, (batch, pool.heads, tokens)
+    (slots, batch) = _slots(pool, blocks, _whole(tokens))
+    layers = _layers(cache)
+    home = pool.device if device is None else device
+    size = (batch, pool.heads, tokens)
     rows: list[tuple[torch.Tensor, ...]] = []
     for number in range(len(layers)):
         planes = [pool.plane(number, kv) for kv in range(pool.kv)]

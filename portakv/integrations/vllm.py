@@ -78,7 +78,8 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
 
     def _shared_region(self) -> Any:
         """The memory that all workers of an engine share, pinned as vLLM pins it."""
-        rank, workers = self.config.parallel.rank, self.config.parallel.world_size
+        rank = self.config.parallel.rank
+        workers = self.config.parallel.world_size
         terms = {
             "engine_id": self.config.engine_id,
             "num_chunks": self.num_chunks,
@@ -124,7 +125,9 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
                 f"canonical caches."
             )
         self.blocks_per_chunk = blocks_per_chunk
-        self._region, self._terms, self._adopted = region, dict(terms or {}), None
+        self._region = region
+        self._terms = dict(terms or {})
+        self._adopted = None
         pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
         for page in pages:
             if page.dim() != 2:
@@ -185,7 +188,8 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
     def shutdown(self) -> None:
         """Wait for all jobs, and give the host memory back; again: nothing. Raises the first error
         of a job behind both."""
-        region, self._region = self._region, None
+        region = self._region
+        self._region = None
         try:
             jobs = [job.transfer for lane in self._lanes for job in list(lane.jobs.values())]
             BlockTransfer.together(jobs).synchronize()

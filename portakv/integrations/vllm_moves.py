@@ -15,7 +15,8 @@ import torch
 from portakv import Index, KVView, LayoutError, SlotError
 from portakv.integrations.arguments import check_ids
 
-_DEVICE, _HOST = "layer | block (token dim)", "layer | block token dim"
+_DEVICE = "layer | block (token dim)"
+_HOST = "layer | block token dim"
 
 
 class Part(NamedTuple):
@@ -41,7 +42,8 @@ def parts_of(
     `LayoutError` for a tensor that is not there, and for pages that are wider than it has."""
     alike: dict[Any, dict[int, None]] = {}
     for ref in refs:
-        at, width = ref.tensor_idx, ref.page_size_bytes
+        at = ref.tensor_idx
+        width = ref.page_size_bytes
         widest = pages[at].shape[1] if 0 <= at < len(pages) else 0
         if not 0 < width <= widest:
             raise LayoutError(
@@ -80,7 +82,8 @@ def moves_of(
         host: vLLM's `CPULoadStoreSpec`: their chunks.
         store: whether chunks are written; else blocks are.
     """
-    sizes, firsts = list(device.group_sizes), list(device.block_indices)
+    sizes = list(device.group_sizes)
+    firsts = list(device.block_indices)
     skips = [first % blocks_per_chunk for first in firsts]
     used = [
         -(-(skip + count) // blocks_per_chunk) if count else 0

@@ -79,7 +79,8 @@ def reshape_and_cache(
     and ``[blocks, heads, dim, block_size]``; with ``interleaved_v`` the values' are ``[blocks,
     heads, block_size / x, dim, x]``. Negative slots are skipped."""
     _as_they_are("reshape_and_cache", kv_cache_dtype, key)
-    x, values = key_cache.shape[-1], "block head dim token"
+    x = key_cache.shape[-1]
+    values = "block head dim token"
     if interleaved_v:
         values = f"block head token/{x} dim token%{x}"
         size = (*value_cache.shape[:2], key_cache.shape[3] // x, key.shape[2], x)
@@ -126,7 +127,8 @@ def concat_and_cache_mla_grouped(
     b]``, the caches' addresses int64 ``[layers]``, slots ``[layers, tokens]``; one copy if the
     slots are one list that is expanded, else one for each layer. Strides count elements."""
     _as_they_are("concat_and_cache_mla_grouped", kv_cache_dtype, kv_c)
-    layers, widths = kv_c.shape[0], (kv_c.shape[-1], k_pe.shape[-1])
+    layers = kv_c.shape[0]
+    widths = (kv_c.shape[-1], k_pe.shape[-1])
     each = max(layers, 1) if slot_mapping.stride(0) == 0 else 1
     for first in range(0, layers, each):
         some = slice(first, first + each)
@@ -156,10 +158,13 @@ def cp_gather_cache(
             the first stay as they are, too.
         seq_starts: int32 ``[batch]``: tokens of each request that are passed over.
     """
-    tables, ends, size = block_table[:batch_size], cu_seq_lens[: batch_size + 1], src_cache.shape[1]
+    tables = block_table[:batch_size]
+    ends = cu_seq_lens[: batch_size + 1]
+    size = src_cache.shape[1]
     first = None if seq_starts is None else seq_starts[:batch_size]
     # The rest of a shape is a row: its dimensions must lie behind each other.
-    rows, paged = dst.flatten(1), src_cache.flatten(2)
+    rows = dst.flatten(1)
+    paged = src_cache.flatten(2)
     within = rows.shape[0]
     ids = Index.of_requests(tables, ends.diff(), size, first=first, front=ends[:1], count=within)
     _behind(copy_rows(KVView(paged, "block token dim"), KVView(rows, "token dim"), ids))

@@ -45,7 +45,8 @@ def declare(layout: Layout, extents: Mapping[str, Any]) -> Values:
     given = dict(extents)
     shared: dict[str, int] = {}  # by all kv
     for axis in ("kv", "layer", "head"):
-        name, written = DECLARED_AS.get(axis, axis), axis in layout.axes
+        name = DECLARED_AS.get(axis, axis)
+        written = axis in layout.axes
         extent = given.pop(name, (2 if axis == "kv" else None) if written else 1)
         if not written and extent != 1:
             raise LayoutError(

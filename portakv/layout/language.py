@@ -107,7 +107,8 @@ def _parse(text: str) -> Layout:
     inside: list[Factor] | None = None  # factors since an open parenthesis
     opened = 0
     for found in _TOKEN.finditer(text):
-        at, mark = found.start(), found["mark"]
+        at = found.start()
+        mark = found["mark"]
         if found["other"]:
             fail(text, at, f"{found[0]!r} is not part of the layout language.")
         elif found["axis"]:
@@ -132,7 +133,8 @@ def _parse(text: str) -> Layout:
         elif mark == "(":
             if inside is not None:
                 fail(text, at, "Parentheses do not nest.")
-            inside, opened = [], at
+            inside = []
+            opened = at
         else:
             if not inside:
                 fail(text, at, "This parenthesis closes nothing; write axes in between.")

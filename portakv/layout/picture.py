@@ -31,7 +31,8 @@ def draw(layout_text: str) -> str:
         places[-1] += " .."  # the last group may cover several trailing dimensions
     groups = layout.containers + layout.dims
     left = [f"{'   ' * (n - 1)}{'└─ ' if n else ''}{group}" for n, group in enumerate(groups)]
-    wide, middle = max(map(len, left)), max(map(len, places))
+    wide = max(map(len, left))
+    middle = max(map(len, places))
     lines = [
         f"{name:<{wide}}   {place:<{middle}}   {_meaning(group, layout)}".rstrip()
         for name, place, group in zip(left, places, groups, strict=True)
@@ -54,7 +55,8 @@ def _meaning(group: Group, layout: Layout) -> str:
 
 def _run(factors: tuple[Factor, ...]) -> str:
     """A merged group as it lies in memory: ``kv 0 [dim 0 1 ..] kv 1 [dim 0 1 ..] ..``."""
-    outer, inner = factors[0], factors[1:]
+    outer = factors[0]
+    inner = factors[1:]
     if not inner:
         return f"{outer} 0 1 .."
     again = "[..]" if len(inner) > 1 else f"[{_run(inner)}]"

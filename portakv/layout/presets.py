@@ -72,7 +72,8 @@ def resolve(text: str) -> tuple[str, dict[str, Extent]]:
         raise LayoutError(
             f"A layout is a layout string or the name of a preset, but {text!r} was given."
         )
-    preset, word = _named(text), text.strip()
+    preset = _named(text)
+    word = text.strip()
     if preset is not None:
         return preset.layout, dict(preset.extents)
     # What can only be meant as a layout string; an empty one is left to the parser.

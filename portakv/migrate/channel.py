@@ -35,12 +35,19 @@ from portakv.runtime.interrupts import abandoned, uninterrupted
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 #: Bytes of a request and of an answer; connections that are served; messages that wait in one.
-LIMIT, ANSWER, PEERS, QUEUED = 64 << 10, 1 << 20, 1024, 64
+LIMIT = 64 << 10
+ANSWER = 1 << 20
+PEERS = 1024
+QUEUED = 64
 #: Milliseconds: between signs of life; until a connection without any is dead; for a handshake;
 #: between an asker's looks at its connection.
-HEARTBEAT, DEAD, HANDSHAKE, LOOK = 1000, 3000, 5000, 20
+HEARTBEAT = 1000
+DEAD = 3000
+HANDSHAKE = 5000
+LOOK = 20
 #: Bytes of all kept answers; answers and requests that wait for one connection's other end.
-KEPT, WAITING = 32 << 20, 4
+KEPT = 32 << 20
+WAITING = 4
 #: Addresses of other hosts: numbers, as a name would have ZeroMQ's one thread wait for a resolver.
 _NUMERIC = re.compile(r"tcp://([0-9.]{7,15}|\[[0-9a-fA-F:.%]+[0-9a-zA-Z]*\]):([0-9]{1,5})")
 HEAD = Struct("!B16sIQ")  # version, channel, its connection, number of the request (0: no answer)
@@ -55,7 +62,9 @@ class Peer:
     """A connection, and who is at its other end: ``id`` is random, of the asker's `Channel`."""
 
     def __init__(self, id: bytes = b"") -> None:
-        self.id, self.gone, self._calls = id, False, dict[object, Callable[[], object]]()
+        self.id = id
+        self.gone = False
+        self._calls = dict[object, Callable[[], object]]()
         self.link = b""  # the number by which the asker knows the connection
 
     def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
@@ -115,9 +124,17 @@ class _Link:
     """The socket for one address, for one thread at a time, and what was seen of its connection."""
 
     def __init__(self, socket: zmq.Socket[bytes], address: str, number: int) -> None:
-        self.socket, self.address, self.number, self.asked = socket, address, number, 0
-        self.lock, self.life, self.up, self.why = threading.Lock(), Peer(), False, ""
-        socket.immediate, socket.reconnect_ivl = True, 50  # nothing waits for a connection to come
+        self.socket = socket
+        self.address = address
+        self.number = number
+        self.asked = 0
+        self.lock = threading.Lock()
+        self.life = Peer()
+        self.up = False
+        self.why = ""
+        # nothing waits for a connection to come
+        socket.immediate = True
+        socket.reconnect_ivl = 50
         socket.sndtimeo = socket.rcvtimeo = LOOK
         # A name of its own: pyzmq's is its descriptor's, which is used again before it is free.
         self.monitor = socket.get_monitor_socket(addr=f"inproc://{number}")
@@ -147,20 +164,31 @@ class Channel:
         _check_address(address, bool(self._keys))
         timeout = seconds("timeout", timeout, above=True)
         self.address = address or self.address
-        self.timeout, self.id, self.counts = timeout, token_bytes(16), Counter[str]()
-        self._process, self._lock, self._closed = this_process(), threading.Lock(), False
+        self.timeout = timeout
+        self.id = token_bytes(16)
+        self.counts = Counter[str]()
+        self._process = this_process()
+        self._lock = threading.Lock()
+        self._closed = False
         self._answers = dict[type, Callable[[Peer, Any], Any]]()
         self._users = dict[str, object]()  # the owner and the reader that others know by it
         self._decoder = Decoder[Any](None)
-        self._peers, self._fds = dict[bytes, Peer](), dict[int, bytes]()  # of connections to here
+        # of connections to here
+        self._peers = dict[bytes, Peer]()
+        self._fds = dict[int, bytes]()
         self._last = _Answers()
-        self._links, self._fresh, self._made = dict[str, _Link](), list[_Link](), 0
-        self._poller, self._calls = zmq.Poller(), dict[Any, Callable[[], None]]()
+        self._links = dict[str, _Link]()
+        self._fresh = list[_Link]()
+        self._made = 0
+        self._poller = zmq.Poller()
+        self._calls = dict[Any, Callable[[], None]]()
         uninterrupted(partial(self._start, address), undo=lambda _: self.close())
 
     def _start(self, address: str | None) -> None:
         """Listen, and begin the channel's thread."""
-        self._context, self._wake, self._path = zmq.Context(), os.eventfd(0), -1
+        self._context = zmq.Context()
+        self._wake = os.eventfd(0)
+        self._path = -1
         self._context.max_sockets = 4096  # three for each link
         self._context.rcvhwm = 0  # of monitors: one that is full would stop ZeroMQ's own thread
         self._zap = self._context.socket(zmq.REP)  # asks the channel's thread who may connect
@@ -267,7 +295,8 @@ class Channel:
         self, asked: Sequence[tuple[str, Message]], kind: type[T], timeout: float | None
     ) -> list[T | PortaKVError]:
         """Do what `ask_all` promises."""
-        found, until = dict[int, Any](), self._until(timeout)
+        found = dict[int, Any]()
+        until = self._until(timeout)
         sending = [self._sending(*x, until, True) for x in asked]
         first = {asked[n][0]: n for n in reversed(range(len(asked)))}
         order = [first[address] for address in sorted(first)]  # each keeps its connection
@@ -365,7 +394,8 @@ class Channel:
         """Yields nothing each time the message is sent, at last its answer if there is to be one;
         its connection is this thread's until it ends."""
         what = f"{message.purpose} {address}"
-        body, by = encode(message), None
+        body = encode(message)
+        by = None
         if len(body) > LIMIT:
             raise PeerError(f"{what} has {len(body)} bytes; at most {LIMIT} may go at once.")
         link = self._link(address)
@@ -397,7 +427,8 @@ class Channel:
             raise TransferTimeout(f"{what} was given up, as nothing waits for its answer.")
         if abandoned():  # an answer to this request is passed over
             raise KeyboardInterrupt
-        late, why = monotonic() > until, link.why or "the channel was closed" * self._closed
+        late = monotonic() > until
+        why = link.why or "the channel was closed" * self._closed
         if late and link.up and not why:
             raise TransferTimeout(f"{what} has no answer in time; the connection stands.")
         if late or why:
@@ -441,15 +472,19 @@ class Channel:
     def _socket(self, kind: int, address: str) -> zmq.Socket[bytes]:
         made: zmq.Socket[bytes] = self._context.socket(kind)
         server = kind == zmq.ROUTER
-        made.linger, made.ipv6 = 0, "[" in address
+        made.linger = 0
+        made.ipv6 = "[" in address
         made.sndhwm = WAITING if server else QUEUED  # of answers, of which each asker has one
         made.rcvhwm = QUEUED if server else WAITING
         made.maxmsgsize = (LIMIT if kind == zmq.ROUTER else ANSWER) + 256  # CURVE and HEAD add some
-        made.heartbeat_ivl, made.heartbeat_timeout, made.handshake_ivl = HEARTBEAT, DEAD, HANDSHAKE
+        made.heartbeat_ivl = HEARTBEAT
+        made.heartbeat_timeout = DEAD
+        made.handshake_ivl = HANDSHAKE
         if self._keys:
             made.curve_publickey, made.curve_secretkey = self._keys
             if kind == zmq.ROUTER:
-                made.curve_server, made.zap_domain = True, b"portakv"
+                made.curve_server = True
+                made.zap_domain = b"portakv"
             else:
                 made.curve_serverkey = self._keys[0]
         return made
@@ -470,7 +505,8 @@ class Channel:
 
     def _admit(self) -> None:
         """Say whether a connection has the secret's keys."""
-        asked, key = self._zap.recv_multipart(), z85.decode(self._keys[0])
+        asked = self._zap.recv_multipart()
+        key = z85.decode(self._keys[0])
         well = b"200" if asked[5:] == [b"CURVE", key] else b"400"
         self._zap.send_multipart([b"1.0", asked[1], well, b"", b"", b""])
 
@@ -489,7 +525,9 @@ class Channel:
             link.up = True
         elif event == "DISCONNECTED" and link.up:
             self.counts["lost"] += 1
-            link.up, life, link.life = False, link.life, Peer()
+            link.up = False
+            life = link.life
+            link.life = Peer()
             life.end()
         elif event == "CLOSED":
             link.why = link.why or "nobody listens there"
@@ -526,7 +564,8 @@ class Channel:
             return None
         if before := self._peers.pop(self._fds[fd], None):
             before.end()
-        self._fds[fd], self._peers[name] = name, Peer(id)
+        self._fds[fd] = name
+        self._peers[name] = Peer(id)
         return self._peers[name]
 
     def _take(self) -> None:
@@ -534,7 +573,8 @@ class Channel:
         *names, frame = self._router.recv_multipart(copy=False)
         if len(names) != 1:
             names = names[:1] + names[-1:]
-        name, data = names[0].bytes, frame.bytes
+        name = names[0].bytes
+        data = frame.bytes
         if len(names) != 1 or not HEAD.size <= len(data) <= HEAD.size + LIMIT:
             self.counts["size"] += 1
             if len(names) != 1:

@@ -40,7 +40,9 @@ def chunk(
     tokens, heads * bytes]`` or ``[layers, pages, bytes]``; and as a view."""
     if room is None:
         room = staging(chunk_bytes(view, count), view.device)
-    size, made, at = page_of(view), list[torch.Tensor](), 0
+    size = page_of(view)
+    made = list[torch.Tensor]()
+    at = 0
     for width in view.widths:
         shape = view.layers, count // size, view.heads * width
         nbytes = shape[0] * shape[1] * shape[2]

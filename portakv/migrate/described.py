@@ -52,7 +52,8 @@ def describe(shard: Shard, regions: Regions) -> Described:
         LayoutError: a view of addresses alone, a slice of a view, more tensors than a message
             holds, or memory that was replaced since the view was made.
     """
-    view, sizes = shard.view, []
+    view = shard.view
+    sizes = []
     if view.foreign:
         raise LayoutError(f"{view} is known by addresses alone; describe a view of tensors.")
     level: list[Any] = [view.tensors]
@@ -136,7 +137,8 @@ def _strided(
     strides: Sequence[int],
 ) -> torch.Tensor:
     """A tensor in a region; `as_strided` never grows it, and what it does not see is checked."""
-    size, ends = dtype.itemsize, offset + reach(shape, strides) * dtype.itemsize
+    size = dtype.itemsize
+    ends = offset + reach(shape, strides) * dtype.itemsize
     if offset % size or ends > region.numel() or len(shape) != len(strides):
         raise LayoutError(f"bytes {offset} to {ends} of a region of {region.numel()}, as {dtype}")
     whole = region[: region.numel() // size * size].view(dtype)

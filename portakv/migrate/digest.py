@@ -26,7 +26,8 @@ MODULUS = 1 << 64
 _WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
 # Words that are mixed, and bytes of rows that are gathered, at once: what a core's cache holds, and
 # on a device more than launches cost.
-_HOST, _DEVICE = (1 << 17, 2 << 20), (1 << 22, 32 << 20)
+_HOST = (1 << 17, 2 << 20)
+_DEVICE = (1 << 22, 32 << 20)
 _AXIS = 1 << 48  # numbers of an axis' places, before those of the next one
 # What splitmix64 adds and multiplies with, and how far it shifts before.
 _STEP = 0x9E3779B97F4A7C15 - MODULUS
@@ -55,7 +56,8 @@ class _Mixer:
         """The sum of words times their keys; ``places``: where each axis begins."""
         if words.numel() > self.many:
             axis = next(axis for axis, n in enumerate(words.shape) if n > 1)
-            n, sums = max(1, self.many * words.shape[axis] // words.numel()), list[torch.Tensor]()
+            n = max(1, self.many * words.shape[axis] // words.numel())
+            sums = list[torch.Tensor]()
             for i, part in enumerate(words.split(n, axis)):
                 starts = [x + i * n if nth == axis else x for nth, x in enumerate(places)]
                 sums.append(self.sum(part, starts))
@@ -69,12 +71,16 @@ class _Mixer:
 def digest(view: KVView, index: Index, count: int, window: Box, first: int = 0) -> int:
     """The digest of ``count`` positions of an index, without those that it skips; of opaque pages,
     of whole ones. ``window``: what the view holds; ``first``: the token of the first position."""
-    size, unit, mixer, total = page_of(view), gcd(4, *view.widths), _Mixer(view.device), 0
+    size = page_of(view)
+    unit = gcd(4, *view.widths)
+    mixer = _Mixer(view.device)
+    total = 0
     most = max(1, mixer.slice // view.form.token_bytes) * size
     room = staging(chunk_bytes(view, min(count, most)), view.device)
     for at in range(0, count, most):
         n = min(most, count - at)
-        part, (tensors, rows) = index.part(at, n), chunk(view, n, room)
+        part = index.part(at, n)
+        (tensors, rows) = chunk(view, n, room)
         copy_rows(view.as_bytes(), rows, part, count=n).wait()
         if part.ids is not None:
             tokens = torch.arange(0, n, size, dtype=torch.int64, device=view.device)
@@ -82,7 +88,8 @@ def digest(view: KVView, index: Index, count: int, window: Box, first: int = 0) 
             for tensor in tensors if skipped.any() else ():
                 tensor[:, skipped] = 0
         for kv, tensor in enumerate(tensors):
-            words, (layers, heads) = tensor.view(_WORDS[unit]), window
+            words = tensor.view(_WORDS[unit])
+            (layers, heads) = window
             inner = heads[0] * words.shape[2] // view.heads
             places = layers[0], _AXIS + (first + at) // size, (2 + kv) * _AXIS + inner
             total += int(mixer.sum(words, places))
@@ -92,7 +99,8 @@ def digest(view: KVView, index: Index, count: int, window: Box, first: int = 0) 
 def box_digests(boxes: Iterable[tuple[torch.Tensor, Sequence[int]]]) -> list[int]:
     """The digests of parts of tensors, each with where it begins in its whole, by elements. Words
     are as wide as the ends of a part allow: digests of parts add up if theirs are of one width."""
-    mixers, sums = dict[torch.device, _Mixer](), list[torch.Tensor]()
+    mixers = dict[torch.device, _Mixer]()
+    sums = list[torch.Tensor]()
     with torch.inference_mode():
         for part, start in boxes:
             words, places = _words(part, (*start,))
@@ -119,7 +127,8 @@ class Later(Generic[A]):
     whoever wants one asks again until it is made. Only one thread calls it."""
 
     def __init__(self, name: str, link: Link) -> None:
-        self._link, self._made = link, Bounded[Hashable, tuple[Node, list[A]]](name, _MOST)
+        self._link = link
+        self._made = Bounded[Hashable, tuple[Node, list[A]]](name, _MOST)
 
     def answer(self, question: Hashable, make: Callable[[], A]) -> A | None:
         """None until it is made; then it is forgotten here. Raises what ``make`` did."""

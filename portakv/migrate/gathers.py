@@ -71,7 +71,9 @@ class Gathers:
         self, channel: Channel, slot_bytes: int, mover: str | None, device: torch.device
     ) -> None:
         check_mover(mover, device)
-        self._channel, self._slot_bytes, self.mover = channel, slot_bytes, forced(mover)
+        self._channel = channel
+        self._slot_bytes = slot_bytes
+        self.mover = forced(mover)
         self._movers = dict[str, Mover]()  # by name
         self._by = dict[Peer, list[Mover]]()  # of readers; each agreement is a list of its own
         self._slots = dict[tuple[Peer, int], Slot]()
@@ -95,7 +97,8 @@ class Gathers:
             raise Unsupported(f"The mover {name}", f"its reader has {hello.mover}")
         self.forget(peer)  # it takes no more of what it was brought before
         mover = self._movers.get(f"{name} {device}") or choose(device, name)
-        self._movers[f"{name} {device}"], self._by[peer] = mover, [mover]
+        self._movers[f"{name} {device}"] = mover
+        self._by[peer] = [mover]
         for kind in mover.asks:
             self._channel.serve(kind, self._asked)
         peer.on_gone(partial(self.forget, peer))

@@ -103,8 +103,10 @@ def open_shared(data: bytes, device: torch.device | str | int | None = None) -> 
     the current one. Raises `PeerError` if these are no such bytes, or the memory or its process is
     gone, `Unsupported` if it cannot be opened here."""
     told, where = _read(data, device)
-    (name, shape, strides), nbytes = told.kind, told.words[1]
-    dtype, empty = getattr(torch, name, None), 0 in shape
+    (name, shape, strides) = told.kind
+    nbytes = told.words[1]
+    dtype = getattr(torch, name, None)
+    empty = 0 in shape
     if not isinstance(dtype, torch.dtype) or name[0] == "q" or len(shape) != len(strides):
         raise _changed()
     count = nbytes // dtype.itemsize
@@ -252,13 +254,15 @@ class SharedFiles:
 
 def _mapped(told: _Shared) -> torch.Tensor:
     """Another process's host memory. No file but one in memory is opened."""
-    (space, pid, _), (handle, nbytes, offset, *_) = told.process, told.words
+    (space, pid, _) = told.process
+    (handle, nbytes, offset, *_) = told.words
     if len(handle) != _FILE.size:
         raise _changed()
     if space != process_space():
         raise Unsupported(_OPEN, "its container has own numbers of processes (docker: --pid)")
     descriptor, *file = _FILE.unpack(handle)
-    path, skipped = f"/proc/{pid}/fd/{descriptor}", offset % mmap.ALLOCATIONGRANULARITY
+    path = f"/proc/{pid}/fd/{descriptor}"
+    skipped = offset % mmap.ALLOCATIONGRANULARITY
     try:
         if not os.readlink(path).startswith(_IN_MEMORY):
             raise OSError(errno.ESTALE, "its descriptor has another file")
@@ -288,7 +292,8 @@ def _read(data: bytes, device: torch.device | str | int | None) -> tuple[_Shared
     told: _Shared | None = unsealed(data, _Shared)
     if told is None:
         raise _changed()
-    (host, mine), (space, pid, began) = _here(), told.process
+    (host, mine) = _here()
+    (space, pid, began) = told.process
     if told.host != host:
         why = "it is another host's, or of a container with its own shared memory (docker: --ipc)"
         raise Unsupported(_OPEN, f"{why}; use a mover")

@@ -32,7 +32,8 @@ PATIENCE = 30.0  # seconds for which an owner that is busy is asked again, and a
 
 def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> None:
     """Have an owner bring a slice of a step into a slot, take it, and scatter it."""
-    (layers, at, count), owner = part, step.owner
+    (layers, at, count) = part
+    owner = step.owner
     number, room, moving = _free_slot(step, pull)
     try:
         if moving is not None:  # whose pull was stopped; bytes may still come
@@ -50,7 +51,8 @@ def _take(step: Step, part: Slice, pull: Pull, pace: RateLimit, *_: object) -> N
                 terms = {"mover": owner.mover.name, "slot": number, "tag": owner.tag}
                 ask(step, step.gather(layers, at, count, **terms), pull)
                 moving = owner.mover.lane(owner.address, owner.channel).move(slot, owner.tag)
-            src, mine = chunk(dst, count, room)[1], step.mine.shifted(at)
+            src = chunk(dst, count, room)[1]
+            mine = step.mine.shifted(at)
             _await(moving.wait, pull)
             copy_rows(src, dst, None, mine, count=count).synchronize()
     finally:
@@ -105,7 +107,9 @@ def taken(
 
 def verified(step: Step, pull: Pull, *_: object) -> None:
     """Compare what a step brought with what its owner has, by digests."""
-    asked, mine, theirs = step.gather(range(step.cut.dst.layers), 0, step.tokens), 0, 0
+    asked = step.gather(range(step.cut.dst.layers), 0, step.tokens)
+    mine = 0
+    theirs = 0
     for start, end in step.runs():
         part = replace(asked, first=asked.first + start, count=end - start)
         here = step.mine.shifted(start)

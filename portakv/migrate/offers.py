@@ -51,14 +51,19 @@ class Offer:
     def __init__(
         self, owner: Owner, ids: Sequence[tuple[Any, int]], tokens: int, until: float, readers: int
     ):
-        self.number, self.ticket = secrets.token_bytes(16), b""
-        self.ids, self.tokens, self.until, self.readers = ids, tokens, until, readers
+        self.number = secrets.token_bytes(16)
+        self.ticket = b""
+        self.ids = ids
+        self.tokens = tokens
+        self.until = until
+        self.readers = readers
         self.behind = Behind(owner.device)
         self.last = until  # the latest time to which a reader may renew it
         self.begun = dict[bytes, Any]()  # readers that read it: how to stop watching each
         self.through = set[bytes]()  # readers that have its rows, or are gone
         self.spoilt = set[bytes]()  # readers for which some of its rows could not be brought
-        self._owner, self._state = owner, "held"
+        self._owner = owner
+        self._state = "held"
 
     @property
     def state(self) -> str:
@@ -154,10 +159,15 @@ class Owner:
         arguments.text("model", model)
         staging = arguments.nbytes("staging", staging, SLOTS << 12)
         arguments.one_of("expose", expose, get_args(Expose))
-        self.channel, self.model, self.now = channel, model, time.monotonic
-        self.change, self.counts = threading.Condition(threading.RLock()), Counter[str]()
-        self._expose, self._slot_bytes = expose, staging // SLOTS // 4096 * 4096
-        self.offers, self._exports = dict[bytes, Offer](), list[ipc.Held]()
+        self.channel = channel
+        self.model = model
+        self.now = time.monotonic
+        self.change = threading.Condition(threading.RLock())
+        self.counts = Counter[str]()
+        self._expose = expose
+        self._slot_bytes = staging // SLOTS // 4096 * 4096
+        self.offers = dict[bytes, Offer]()
+        self._exports = list[ipc.Held]()
         self.ended: Bounded[bytes, str] = Bounded("ended offers", _REMEMBERED)
         self._closed = False
         self._gathers = Gathers(channel, self._slot_bytes, mover, device)
@@ -187,7 +197,8 @@ class Owner:
     def _reallocate(self, shards: Sequence[Shard]) -> None:
         """Do what `reallocate` promises."""
         device = device_of(shards)
-        regions, exported = Regions(), list[messages.Region]()
+        regions = Regions()
+        exported = list[messages.Region]()
         described = tuple(describe(shard, regions) for shard in shards)
         if len(regions.storages) >= messages.MOST_REGIONS:
             raise LayoutError(
@@ -196,7 +207,9 @@ class Owner:
             )
         with self.change:
             self.revoke_all()
-            self.epoch, self.shards, self.device = secrets.token_bytes(16), shards, device
+            self.epoch = secrets.token_bytes(16)
+            self.shards = shards
+            self.device = device
             self._key = secrets.token_bytes(32)
             for one in self._exports:
                 one.close()

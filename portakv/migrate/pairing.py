@@ -45,10 +45,17 @@ class Paired:
     """An owner: its welcome, and its shards and events if its memory is mapped."""
 
     def __init__(self, channel: Channel, address: str, welcome: Welcome) -> None:
-        self.channel, self.address, self.welcome = channel, address, welcome
-        self.shards, self.events = list[Shard](), list[Any]()
-        self.why, self.mover = "", cast(Any, None)  # why it is not mapped, and what carries then
-        self.turn, self.tag = threading.Lock(), 0  # slots are taken in the order of gathers
+        self.channel = channel
+        self.address = address
+        self.welcome = welcome
+        self.shards = list[Shard]()
+        self.events = list[Any]()
+        # why it is not mapped, and what carries then
+        self.why = ""
+        self.mover = cast(Any, None)
+        # slots are taken in the order of gathers
+        self.turn = threading.Lock()
+        self.tag = 0
         self.number = 0  # of those that are known now: workers are kept by it
         #: Slots with their numbers, and what was moved into them last.
         self.slots: LifoQueue[tuple[int, torch.Tensor, Moving | None]] = LifoQueue()
@@ -63,10 +70,15 @@ class Pairings:
     def __init__(
         self, channel: Channel, shards: Sequence[Shard], model: str, mover: str | None
     ) -> None:
-        self.channel, self.shards, self.device = channel, shards, device_of(shards)
+        self.channel = channel
+        self.shards = shards
+        self.device = device_of(shards)
         check_mover(mover, self.device)
-        self._model, self._asked, self._movers = model, forced(mover), dict[str, Mover]()
-        self._owners, self._lock = dict[tuple[str, bytes], Paired](), threading.Lock()
+        self._model = model
+        self._asked = forced(mover)
+        self._movers = dict[str, Mover]()
+        self._owners = dict[tuple[str, bytes], Paired]()
+        self._lock = threading.Lock()
 
     def told(
         self, tickets: bytes | Sequence[bytes], until: float = inf
@@ -217,7 +229,8 @@ class Pairings:
         """Agree with an owner upon a mover, whose slots are where both sides' rows are or, if it
         can carry none there, on the host."""
         # Which one this reader was told to use, or the owner.
-        theirs, name = owner.welcome.regions[0].device, self._asked or owner.welcome.mover or None
+        theirs = owner.welcome.regions[0].device
+        name = self._asked or owner.welcome.mover or None
         # Another device of the same type: NCCL does not serve two processes on one.
         same = theirs.partition(" ")[0] == self.device.type and theirs != ipc.where(self.device)
         device = self.device if same else _HOST

@@ -70,15 +70,20 @@ class Pull(Part):
             that it makes of them may leave before the end of the whole.
     """
 
-    nbytes, way, stopped = 0.0, MAPPED, False
+    nbytes = 0.0
+    way = MAPPED
+    stopped = False
     behind = cast(Any, None)  # a `Behind`, if rows are moved
     blocks = 0  # that were requested
-    _late, _ended = False, cast("float | None", None)
+    _late = False
+    _ended = cast("float | None", None)
     quiet: Told = ()  # whose owners would not know that it reads: they are asked for no rows
 
     def __init__(self, node: Node, until: float) -> None:
         super().__init__((), [node])
-        self.copies, self.slices, self.layers = list[BlockTransfer](), list[Node](), list[Part]()
+        self.copies = list[BlockTransfer]()
+        self.slices = list[Node]()
+        self.layers = list[Part]()
         self._deciding = threading.Lock()  # what became of it
         self._until = until
         self._began = perf_counter()
@@ -120,7 +125,8 @@ class Pull(Part):
     def statistics(self) -> Statistics:
         """What became of it so far; never blocks or raises. Bytes and blocks count once they are
         published: blocks of this reader that it requested, in all of its shards."""
-        landed, over = self.published, self.nodes[0].ended
+        landed = self.published
+        over = self.nodes[0].ended
         seconds = None if self._ended is None else self._ended - self._began
         pieces = len(self.copies) + len(self.slices)
         stopped = self.stopped and over and not landed and not self._late
@@ -138,7 +144,8 @@ class Pull(Part):
 
     def begin(self) -> None:
         """Tell owners once that it reads: offers end with this process's channel from now on."""
-        quiet, self.quiet = self.quiet, ()
+        quiet = self.quiet
+        self.quiet = ()
         for ticket, owner in quiet:
             with suppress(PortaKVError):
                 owner.channel.tell(owner.address, Begin(ticket.epoch, ticket.offer))
@@ -146,7 +153,8 @@ class Pull(Part):
     def end(self, told: Told, checks: Sequence[Node]) -> None:
         """Wait for all bytes, look at them, and ask each owner whether its offer held; offers are
         renewed meanwhile."""
-        errors, soon = list[BaseException](), monotonic() + MOMENT
+        errors = list[BaseException]()
+        soon = monotonic() + MOMENT
         for one in (*self.copies, *self.slices):
             try:
                 if not _over(one, max(0.0, soon - monotonic())):

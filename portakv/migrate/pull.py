@@ -50,8 +50,11 @@ class Reader:
     ) -> None:
         arguments.instance("channel", channel, Channel)
         arguments.text("model", model)
-        self._owners, self._graph = Pairings(channel, shards, model, mover), Graph()
-        self.channel, self.shards, self.device = channel, shards, self._owners.device
+        self._owners = Pairings(channel, shards, model, mover)
+        self._graph = Graph()
+        self.channel = channel
+        self.shards = shards
+        self.device = self._owners.device
         self._link, self._checks = (self._graph.link(x, width=16) for x in ("pull", "verify"))
         self._pulls = WeakSet[Pull]()
         channel.claim("a reader", self)
@@ -114,7 +117,8 @@ class Reader:
             if self.device.type == "cpu" and whole >= LONG:  # it copies before this returns
                 pull.begin()
             for step in plan:
-                ends, pull.nbytes = layers[step.cut.group], pull.nbytes + step.nbytes
+                ends = layers[step.cut.group]
+                pull.nbytes = pull.nbytes + step.nbytes
                 # All steps together keep to the rate.
                 rate = terms.max_gbps and terms.max_gbps * step.nbytes / whole
                 if step.cut.src is None:

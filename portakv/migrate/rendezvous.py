@@ -62,8 +62,12 @@ class ChannelStore(Store):
 
     def __init__(self, channel: Channel, address: str | None, kind: type[Keep] = Keep) -> None:
         super().__init__()
-        self._channel, self._address, self._kind = channel, address, kind
-        self._kept, self._lock, self.over = dict[str, bytes](), threading.Lock(), False
+        self._channel = channel
+        self._address = address
+        self._kind = kind
+        self._kept = dict[str, bytes]()
+        self._lock = threading.Lock()
+        self.over = False
 
     def do(self, asked: Keep) -> Kept:
         """What another side asks of keys that are kept here."""
@@ -71,7 +75,8 @@ class ChannelStore(Store):
 
     def _do(self, asked: Keep) -> Kept:
         """Do what `do` promises."""
-        kept, key = self._kept, asked.keys[0]
+        kept = self._kept
+        key = asked.keys[0]
         with self._lock:
             if asked.do in ("set", "add") and len(kept) >= KEYS and key not in kept:
                 raise PeerError(f"A rendezvous keeps {KEYS} keys; make another.")
@@ -92,7 +97,8 @@ class ChannelStore(Store):
         return self._channel.ask(self._address, asked, Kept)
 
     def _await(self, keys: Sequence[str], seconds: float) -> tuple[bytes, ...]:
-        until, pause = monotonic() + seconds, 0.001
+        until = monotonic() + seconds
+        pause = 0.001
         while not (found := self._ask("get", *keys).values):
             if monotonic() > until or self.over:
                 raise TransferTimeout(f"Nobody has set {', '.join(keys)[:200]} in {seconds:g} s.")
@@ -163,7 +169,8 @@ def pair(
         kind = torch.device(device).type
     except (RuntimeError, TypeError, ValueError):
         raise arguments.invalid("device", "a device of torch", device) from None
-    named, torchs = PrefixStore(f"{name}/", store), dist.distributed_c10d.__dict__
+    named = PrefixStore(f"{name}/", store)
+    torchs = dist.distributed_c10d.__dict__
     backend = dist.Backend.default_device_backend_map.get(kind, "none")
     plugin: Any = getattr(dist.Backend, "_plugins", {}).get(backend.upper())
     here = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}.get(backend, bool)
@@ -172,8 +179,11 @@ def pair(
     try:
         if plugin is not None and plugin.extended_api:
             given: Any = torchs["_DistributedBackendOptions"]()
-            given.store, given.group_rank, given.group_size = named, rank, size
-            given.timeout, given.group_id = seconds, name
+            given.store = named
+            given.group_rank = rank
+            given.group_size = size
+            given.timeout = seconds
+            given.group_id = name
             made: Any = plugin.creator_fn(given, None)
         elif plugin is not None:
             made = plugin.creator_fn(named, rank, size, seconds)

@@ -32,7 +32,8 @@ class Shard:
         self, view: KVView, layers: Range | None = None, heads: Range | None = None
     ) -> None:
         arguments.instance("view", view, KVView, "Make one: KVView(tensors, layout).")
-        self.view, form = view, view.form
+        self.view = view
+        form = view.form
         page = form.block_size if form.opaque else 0
         ranges = _range("layers", layers, view), _range("heads", heads, view)
         #: The window, and the facts that the other side's shard must share (`unlike`).
@@ -129,7 +130,8 @@ def deal(
     size = next((len(mask) for _, mask in owners.values() if mask is not None), 1)
     everywhere = np.ones(size, bool)
     masks = {n: everywhere if x is None else x for n, (_, x) in owners.items()}
-    given, left = list[Piece](), [(box, everywhere)]
+    given = list[Piece]()
+    left = [(box, everywhere)]
     for n in sorted(owners, key=lambda n: not masks[n].all()):
         after = []
         for part, wanted in left:

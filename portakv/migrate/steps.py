@@ -61,7 +61,8 @@ class Step(NamedTuple):
 
     def runs(self) -> list[tuple[int, int]]:
         """From and to of the runs of positions in which it brings all that its owner has."""
-        theirs, mine = self.theirs.slots(self.tokens) >= 0, self.mine.slots(self.tokens) >= 0
+        theirs = self.theirs.slots(self.tokens) >= 0
+        mine = self.mine.slots(self.tokens) >= 0
         wanted = np.concatenate([[False], ~theirs | mine, [False]])
         ends = np.flatnonzero(wanted[1:] != wanted[:-1]).reshape(-1, 2)
         return [(int(a), int(b)) for a, b in ends]
@@ -69,8 +70,11 @@ class Step(NamedTuple):
     def slices(self, at_once: int) -> Iterator[Slice]:
         """What crosses at once in a slot: as many layers as it holds, of all tokens; or tokens of
         one layer. ``at_once``: the most bytes. Raises `Unsupported` if it holds none."""
-        dst, room, most = self.cut.dst, self.owner.welcome.slot_bytes, self.tokens
-        layer, page = dst.slice(layers=slice(0, 1)), page_of(dst)
+        dst = self.cut.dst
+        room = self.owner.welcome.slot_bytes
+        most = self.tokens
+        layer = dst.slice(layers=slice(0, 1))
+        page = page_of(dst)
         room = min(room, max(at_once, chunk_bytes(layer, page)))
         while most > page and chunk_bytes(layer, most) > room:
             most = max(page, most // 2 // page * page)
@@ -109,7 +113,8 @@ def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
             f"Expected first to be a token of the {min(tokens)} that the tickets offer, got "
             f"{first}. Pass fewer."
         )
-    lists, skips = list[Lists](), False
+    lists = list[Lists]()
+    skips = False
     for group, (shard, ids) in enumerate(zip(shards, blocks, strict=True)):
         theirs = []
         with naming("blocks", "lists of ids of the views' blocks"):
@@ -124,7 +129,8 @@ def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
             skips |= index.check(count, slots, "offered")
             theirs.append(index)
         lists.append((mine, theirs))
-    kept, key = told[0][1].cuts, tuple(ticket.epoch for ticket, _ in told)
+    kept = told[0][1].cuts
+    key = tuple(ticket.epoch for ticket, _ in told)
     cuts = None if skips else kept.get(key)
     if cuts is None:
         cuts = [*_cuts([owner for _, owner in told], shards, lists, count)]
@@ -135,7 +141,8 @@ def steps(told: Told, shards: Sequence[Shard], blocks: Sequence[Ids], first: int
         mine, theirs = lists[cut.group]
         if (mask := cut.piece.ids) is not None:
             mine = Index(np.where(mask, mine.slots(count), -1))
-        (ticket, owner), index = told[cut.piece.owner], theirs[cut.piece.owner]
+        (ticket, owner) = told[cut.piece.owner]
+        index = theirs[cut.piece.owner]
         found.append(Step(ticket, owner, cut, index, mine, first, count))
     return found
 
@@ -166,7 +173,8 @@ def _cuts(
         mapped = [n for n, owner in enumerate(owners) if owner.shards]
         own = shard.group.box
         for piece in pieces(own, boxes, here, mapped, shard.view.opaque):
-            owner, part = owners[piece.owner], slices(piece.box, own)
+            owner = owners[piece.owner]
+            part = slices(piece.box, own)
             at = slices(piece.box, boxes[piece.owner])
             src = owner.shards[group].view.slice(**at) if owner.shards else None
             layers = range(part["layers"].start, part["layers"].stop)

@@ -43,11 +43,17 @@ from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.interrupts import uninterrupted
 from portakv.runtime.worker import RateLimit
 
-_PAGE, _SMALL = 40 << 10, 16 << 20  # bytes of items in an answer; of tensors that are small
+# bytes of items in an answer; of tensors that are small
+_PAGE = 40 << 10
+_SMALL = 16 << 20
 _LISTED = 32  # small tensors that one call copies
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
-_BATCH, _PACED = 1 << 30, 32 << 20  # bytes that are copied and compared at once; with a rate
-_ITEMS, _LISTING = 1 << 18, 256 << 20  # the most items of a publisher, and bytes of their list
+# bytes that are copied and compared at once; with a rate
+_BATCH = 1 << 30
+_PACED = 32 << 20
+# the most items of a publisher, and bytes of their list
+_ITEMS = 1 << 18
+_LISTING = 256 << 20
 _SUMS = 256  # cells at once: on the host each may cost a descriptor
 
 
@@ -107,15 +113,20 @@ class Parameter:
         whole("cut", cut[1], 1)
         whole("cut", cut[0], 0, cut[1] - 1)
         whole("unit", unit, 1)
-        local, boxes, at, done = tuple(tensor.shape), list[Box](), 0, 0
+        local = tuple(tensor.shape)
+        boxes = list[Box]()
+        at = 0
+        done = 0
         axis += len(local) if axis < 0 else 0
-        before, after = local[:axis], local[axis + 1 :]
+        before = local[:axis]
+        after = local[axis + 1 :]
         for part in parts:
             first, past = (part // unit * (cut[0] + x) // cut[1] * unit for x in (0, 1))
             n = max(unit, past - first)
             offset, start = ((*[0] * axis, x, *[0] * len(after)) for x in (done + first, at))
             boxes.append(Box(offset, start, (*before, n, *after)))
-            at, done = at + n, done + part
+            at = at + n
+            done = done + part
         if local[axis : axis + 1] != (at,) or any(x % unit or x < unit for x in parts):
             raise LayoutError(
                 f"Expected a tensor with {at} elements along axis {axis}, for its cut {cut} of "
@@ -140,7 +151,8 @@ class Item(Message, frozen=True):
     data: Handle = b""
 
     def __post_init__(self) -> None:
-        of, blocks = self.shape, self.block or (1,) * len(self.shape)
+        of = self.shape
+        blocks = self.block or (1,) * len(self.shape)
         for offset, _, extents in self.boxes:
             axes = zip(offset, map(add, offset, extents), of, blocks, strict=False)
             if len({*map(len, (offset, extents, of, blocks))}) > 1 or any(
@@ -236,10 +248,13 @@ def _check_destinations(parameters: Mapping[str, Parameter]) -> None:
 
 def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
     """What is told of parameters; one memory under several names is tied."""
-    first, items = dict[Any, str](), dict[str, Item]()
+    first = dict[Any, str]()
+    items = dict[str, Item]()
     for name, x in parameters.items():
-        tensor, local = x.tensor, tuple(x.tensor.shape)
-        shape, zeros = local if x.shape is None else tuple(x.shape), (0,) * len(local)
+        tensor = x.tensor
+        local = tuple(x.tensor.shape)
+        shape = local if x.shape is None else tuple(x.shape)
+        zeros = (0,) * len(local)
         boxes = tuple(Box(*map(tuple, b)) for b in x.boxes or [Box(zeros, zeros, local)])
         item = Item(str(tensor.dtype)[6:], shape, boxes, x.packing, tuple(x.block), "")
         for box in boxes:
@@ -251,13 +266,15 @@ def items_of(parameters: Mapping[str, Parameter]) -> dict[str, Item]:
 
 def _unlike(mine: Mapping[str, Item], theirs: Mapping[str, Item]) -> Iterator[tuple[str, str]]:
     """What an owner tells otherwise of which parameters."""
-    both, tied = [x for x in mine if x in theirs], defaultdict[Any, list[str]](list)
+    both = [x for x in mine if x in theirs]
+    tied = defaultdict[Any, list[str]](list)
     for name in both:
         for side in (mine, theirs):
             tied[id(side), side[name].tie].append(name)
     for name in both:
         for what in ("dtype", "shape", "packing", "block"):
-            here, there = getattr(mine[name], what), getattr(theirs[name], what)
+            here = getattr(mine[name], what)
+            there = getattr(theirs[name], what)
             if here != there:
                 yield name, f"its {what} is {here!r} here and {there!r} there"
         here, there = (tied[id(side), side[name].tie] for side in (mine, theirs))
@@ -274,7 +291,8 @@ def plan(
     unlike = [x for theirs in owners for x in _unlike(mine, theirs)]
     wrong = [f"{name}: it was not asked for" for name in surplus]
     wrong += [f"{name}: {why}" for name, why in unlike]
-    bad, cells = {name for name, _ in unlike}, list[Cell]()
+    bad = {name for name, _ in unlike}
+    cells = list[Cell]()
     for name, item in mine.items():
         held = [(i, box) for i, x in enumerate(owners) if name in x for box in x[name].boxes]
         wrong += [] if held else [f"{name}: nobody holds it"]
@@ -543,7 +561,8 @@ class _Owner:
 
     def pair(self, cell: Cell, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Where a cell goes to, and where it lies in the owner's memory."""
-        box, tie = cell.box, self.items[cell.name].tie
+        box = cell.box
+        tie = self.items[cell.name].tie
         if tie not in self.opened:
             if tensor.is_cpu:
                 self.opened.clear()

@@ -135,11 +135,13 @@ def refine(axis: str, src: Steps, dst: Steps) -> list[Loop]:
     Raises:
         Unsupported: the factors have no common refinement.
     """
-    left, right = list(src), list(dst)
+    left = list(src)
+    right = list(dst)
     loops = []
     while left or right:
         # A side without steps left has extent 1 there, and so has the other.
-        s, d = left.pop(), right.pop()
+        s = left.pop()
+        d = right.pop()
         inner, outer = sorted((s.extent, d.extent))
         if outer % inner:
             raise Unsupported(
@@ -179,7 +181,8 @@ def _steps(loop: Loop) -> tuple[int, int, int, int]:
 
 def close(nest: Nest) -> Nest:
     """A nest with its loops merged, its run taken out of them, and its vector."""
-    loops, run = [], 1
+    loops = []
+    run = 1
     for loop in _merge(nest.loops):
         if (loop.src_stride, loop.dst_stride) == (1, 1) and not loop.tabled:
             run = loop.extent

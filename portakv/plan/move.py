@@ -36,7 +36,8 @@ class Move(NamedTuple):
         """``tokens`` positions from position ``first`` on; shares the ids and their copies."""
         if not first:
             return self if tokens == self.count else Move(*self[:4], tokens)
-        mine, theirs = self.src_index.shifted(first), self.dst_index.shifted(first)
+        mine = self.src_index.shifted(first)
+        theirs = self.dst_index.shifted(first)
         return Move(self.src, self.dst, mine, theirs, tokens)
 
     def layer(self, layer: int) -> Move:
@@ -47,5 +48,6 @@ class Move(NamedTuple):
         """The rows of some layers and kv, each range [first, past the last); None: all."""
         if layers is None and kv is None:
             return self
-        src, dst = self.src.planes(layers, kv), self.dst.planes(layers, kv)
+        src = self.src.planes(layers, kv)
+        dst = self.dst.planes(layers, kv)
         return Move(src, dst, self.src_index, self.dst_index, self.count)

@@ -54,7 +54,8 @@ class CopyPlan:
                 f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
                 f"expected two forms, such as view.form."
             )
-        steps, wanted = (src_step, dst_step), 1 if unit is None else unit
+        steps = (src_step, dst_step)
+        wanted = 1 if unit is None else unit
         if not all(isinstance(number, int) for number in (*steps, wanted)) or min(steps) < 0:
             raise SlotError(
                 f"A plan with steps {src_step!r} and {dst_step!r} was asked (unit={unit!r}); "
@@ -63,7 +64,10 @@ class CopyPlan:
         if reinterpret:
             src = src.untyped()
         _check_forms(src, dst)
-        self.src, self.dst, self.src_step, self.dst_step = src, dst, src_step, dst_step
+        self.src = src
+        self.dst = dst
+        self.src_step = src_step
+        self.dst_step = dst_step
         chains = [_chain(form, part)[1:] for form in (src, dst) for part in form.parts]
         inner = [prod(step.extent for step in chain) for chain in chains if chain]
         largest = gcd(src_step, dst_step, *inner)  # 0 if any number can be moved at once
@@ -107,7 +111,8 @@ class CopyPlan:
         Raises:
             Unsupported: opaque pages that would have to be cut.
         """
-        unit, count = self.unit, move.count
+        unit = self.unit
+        count = move.count
         src, dst, mine, theirs, _ = move
         if unit == 1 or unit == gcd(unit, count, src.slots, dst.slots, mine.offset, theirs.offset):
             return [(0, count, unit)]
@@ -175,7 +180,8 @@ class CopyPlan:
             f"s: {src}, d: {dst}",
         ]
         for nest in self.nests:
-            src, dst = nest.src.text("s"), nest.dst.text("d")
+            src = nest.src.text("s")
+            dst = nest.dst.text("d")
             lines.append(f"for s, d in units: src = {src}; dst = {dst}")
             for depth, loop in enumerate(nest.loops, 1):
                 lines.append("  " * depth + str(loop))
@@ -193,7 +199,8 @@ def check_disjoint(move: Move) -> None:
     if not src.overlaps(dst) or not (mine.on_host and theirs.on_host):
         return
     if src.form == dst.form and src.origins == dst.origins:
-        read, written = mine.slots(count), theirs.slots(count)
+        read = mine.slots(count)
+        written = theirs.slots(count)
         both = np.intersect1d(read[read >= 0], written[written >= 0])
         if both.size:
             raise SlotError(
@@ -204,7 +211,8 @@ def check_disjoint(move: Move) -> None:
     unit = src.form.block_size if src.opaque else 1
     runs = CopyPlan(src.form, dst.form, *move.steps, unit).runs(*move)
     order = np.argsort(runs.dst)
-    first, past = runs.dst[order], (runs.dst + runs.nbytes)[order]
+    first = runs.dst[order]
+    past = (runs.dst + runs.nbytes)[order]
     at = np.searchsorted(first, runs.src + runs.nbytes) - 1
     if ((at >= 0) & (past[at] > runs.src)).any():
         raise SlotError(
@@ -219,7 +227,8 @@ def _tokens(count: int) -> str:
 
 def _check_forms(src: Form, dst: Form) -> None:
     for axis in ("kv", "layers", "heads"):
-        mine, theirs = getattr(src, axis), getattr(dst, axis)
+        mine = getattr(src, axis)
+        theirs = getattr(dst, axis)
         if mine != theirs:
             raise LayoutError(
                 f"The source has {axis.rstrip('s')!r} extent {mine} and the destination {theirs}; "
@@ -280,7 +289,8 @@ def _fit(
 
 def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Nest:
     """The nest of one kv before its loops are merged; its vector is what both sides begin at."""
-    mine, theirs = src.parts[k], dst.parts[k]
+    mine = src.parts[k]
+    theirs = dst.parts[k]
     src_units, src_tokens = _split(_chain(src, mine), unit)
     dst_units, dst_tokens = _split(_chain(dst, theirs), unit)
     loops = []

@@ -61,9 +61,11 @@ def summed(several: Sequence[Factors]) -> Runs:
 
 def _sum(planes: Runs, lines: Runs) -> Runs:
     """Every line in every plane; in order if one of the two lies inside the other's gaps."""
-    outer, inner = planes, lines
+    outer = planes
+    inner = lines
     if lines.src.size > 1 and np.ptp(planes.src) < np.diff(lines.src).min():
-        outer, inner = lines, planes
+        outer = lines
+        inner = planes
     src, dst = (_outer(a, b) for a, b in zip(outer[:2], inner[:2], strict=True))
     nbytes = np.broadcast_to(lines.nbytes, (planes.src.size, lines.src.size))
     return Runs(src, dst, (nbytes if outer is planes else nbytes.T).reshape(-1))
@@ -73,7 +75,8 @@ def _factors(
     nest: Nest, unit: int, views: tuple[KVView, KVView], slots: tuple[Int64, Int64]
 ) -> Factors:
     inner, outer, by_line = _split(nest)
-    planes, lines = [], []
+    planes = []
+    lines = []
     zero = np.zeros(1, dtype=np.int64)
     for at, (side, view, own) in enumerate(zip((nest.src, nest.dst), views, slots, strict=True)):
         entries, offsets = side.locate(own // unit)
@@ -124,7 +127,9 @@ def _outer(base: Int64, steps: Int64) -> Int64:
 def _merge(src: Int64, dst: Int64, nbytes: Int64) -> Runs:
     if not (src[1:] > src[:-1]).all():
         order = np.lexsort((dst, src))
-        src, dst, nbytes = src[order], dst[order], nbytes[order]
+        src = src[order]
+        dst = dst[order]
+        nbytes = nbytes[order]
     joins = (src[:-1] + nbytes[:-1] == src[1:]) & (dst[:-1] + nbytes[:-1] == dst[1:])
     if not joins.any():
         return Runs(src, dst, nbytes)

@@ -67,10 +67,12 @@ class Prepared:
         if self.can.index_on == "any":
             return move
         src, dst, mine, theirs, count = move
-        home, dtypes = self.home_of_ids, self.can.index_dtypes
+        home = self.home_of_ids
+        dtypes = self.can.index_dtypes
         if mine.fleeting or theirs.fleeting:
             bring((mine, theirs), home, dtypes)
-        read, written = mine.placed(home, dtypes), theirs.placed(home, dtypes)
+        read = mine.placed(home, dtypes)
+        written = theirs.placed(home, dtypes)
         if read is mine and written is theirs:
             return move
         return Move(src, dst, read, written, count)
@@ -109,7 +111,9 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
     Raises:
         Unsupported: no backend takes the plan (or the forced one does not), with the trace.
     """
-    known, device, refused = registry.REGISTRY, choice.backend.device, list[Decision]()
+    known = registry.REGISTRY
+    device = choice.backend.device
+    refused = list[Decision]()
     order = [] if choice.forced else known.automatic(device)
     later = order[order.index(choice.name) + 1 :] if choice.name in order else order
     for name in (choice.name, *later):
@@ -124,7 +128,8 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
             continue
         if refused:
             known.log_fallback(device, choice.name, refused[0].reason, name)
-        can, tells = backend.capabilities(), known.tells(device)
+        can = backend.capabilities()
+        tells = known.tells(device)
         if tells or not can.threads:
             launch = _Careful(launch, not can.threads, tells)
         trace = (*refused, Decision(name, True, decision.reason))
@@ -194,7 +199,8 @@ class _Careful:
     """
 
     def __init__(self, launch: Launch, one_at_a_time: bool, tells: Sequence[Tells]) -> None:
-        self._launch, self._tells = launch, tells
+        self._launch = launch
+        self._tells = tells
         self._lock = threading.Lock() if one_at_a_time else nullcontext()
 
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:

@@ -159,7 +159,8 @@ class Registry:
     def automatic(self, device: torch.device) -> list[str]:
         """The candidates that are used without being asked for, in their order. On the CPU none of
         an entry point is: a package does not become the default there by being installed."""
-        names, asked = self.names(), {*ENGINES, *ONLY_ASKED.get(device.type, ())}
+        names = self.names()
+        asked = {*ENGINES, *ONLY_ASKED.get(device.type, ())}
         if device.type == "cpu":
             asked |= self._installed
         return [name for name in names if name not in asked]
@@ -214,7 +215,8 @@ class Registry:
     def trace(self, device: torch.device, here: bool = True) -> tuple[Decision, ...]:
         """What every candidate says of ``device``, without choosing; if torch cannot use it
         ``here``, what each lacks: none accepts."""
-        automatic, found = self.automatic(device), list[Decision]()
+        automatic = self.automatic(device)
+        found = list[Decision]()
         for name in self.names():
             answer = self._answer(name, device, False) if here else self._probe(name, device, False)
             said = answer.decision(name)
@@ -371,7 +373,8 @@ def found(device: torch.device | str) -> torch.device:
             return indexed(device)
         todo = "Mend that, or pass" if absent.known else "Pass"
         more = f" `portakv backends --device {absent.device}` shows what every candidate says."
-        here, stop = ", ".join(map(str, devices_present())), "" if absent.meant else "."
+        here = ", ".join(map(str, devices_present()))
+        stop = "" if absent.meant else "."
         asked = str(device) if isinstance(device, torch.device) else device
         error = BackendUnavailable(
             f"Device {asked!r} was asked for, but {absent}{stop} {todo} a device of this "

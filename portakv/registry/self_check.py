@@ -15,7 +15,11 @@ from portakv.plan.plan import CopyPlan
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-_LAYERS, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM = 2, 4, 16, 2, 32
+_LAYERS = 2
+_BLOCKS = 4
+_BLOCK_SIZE = 16
+_HEADS = 2
+_DIM = 32
 _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
 
 
@@ -70,7 +74,8 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
         for one in (pool, target)
     )
     expected = known.flatten(2, 3)[:, :, _SLOTS].transpose(0, 1)
-    chunk, places = torch.full_like(expected.contiguous(), -1), backend.capabilities().places
+    chunk = torch.full_like(expected.contiguous(), -1)
+    places = backend.capabilities().places
     if ("device", "device") in places:
         chunk = chunk.to(backend.device)
     elif ("device", "pinned") in places:  # an engine
@@ -92,7 +97,8 @@ def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: i
     decision = backend.check(plan)
     if not decision.accepted:
         raise Unsupported(f"The self-check through {backend.name}", decision.reason)
-    launch, can = backend.prepare(plan), backend.capabilities()
+    launch = backend.prepare(plan)
+    can = backend.capabilities()
     ids = Index(_SLOTS).placed(can.home_of_ids(backend.device), can.index_dtypes)
     indices = (ids, Index()) if src_step else (Index(), ids)
     pending = launch(src, dst, *indices, len(_SLOTS), None, None)

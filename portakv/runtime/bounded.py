@@ -23,7 +23,8 @@ class Bounded(dict[Key, Value]):
 
     def __init__(self, name: str, limit: int) -> None:
         super().__init__()
-        self.name, self.limit = name, limit
+        self.name = name
+        self.limit = limit
         _caches.add(self)
 
     def __setitem__(self, key: Key, value: Value) -> None:

@@ -100,11 +100,14 @@ def library() -> Any:
 def function(library: Any, name: str, *arguments: Any) -> Any:
     """A function that returns an error's number; raises `AttributeError` if it is not there."""
     found = library[name]  # an object of its own, without other modules' declarations
-    found.argtypes, found.restype = arguments, ctypes.c_int
+    found.argtypes = arguments
+    found.restype = ctypes.c_int
     return found
 
 
-_DEVICE_ORDINAL, _INVALID_VALUE = 9, 1  # of CUpointer_attribute and CUresult; HIP likewise
+# of CUpointer_attribute and CUresult; HIP likewise
+_DEVICE_ORDINAL = 9
+_INVALID_VALUE = 1
 
 
 def owner_of(address: int, library: Any, name: str) -> int | None:
@@ -113,14 +116,17 @@ def owner_of(address: int, library: Any, name: str) -> int | None:
     the driver does not know it. This thread has a context. Raises `TransferError` for another
     error, `AttributeError` if there is no such function."""
     number = ctypes.POINTER(ctypes.c_int)
-    ask, found = function(library, name, number, ctypes.c_int, ctypes.c_uint64), ctypes.c_int(-1)
+    ask = function(library, name, number, ctypes.c_int, ctypes.c_uint64)
+    found = ctypes.c_int(-1)
     error = ask(ctypes.byref(found), _DEVICE_ORDINAL, address)
     if error not in (0, _INVALID_VALUE):
         raise refused(error_name(error, library), f"The device of memory at {address:#x}")
     return None if error or found.value < 0 else found.value
 
 
-_RANGE_START, _RANGE_SIZE = 11, 12  # of CUpointer_attribute
+# of CUpointer_attribute
+_RANGE_START = 11
+_RANGE_SIZE = 12
 
 
 def range_of(address: int) -> tuple[int, int] | None:
@@ -128,14 +134,16 @@ def range_of(address: int) -> tuple[int, int] | None:
     CUDA's driver says; None if it does not."""
     if torch.version.cuda is None or not torch.cuda.is_initialized():
         return None
-    number, told = ctypes.POINTER(ctypes.c_uint64), []
+    number = ctypes.POINTER(ctypes.c_uint64)
+    told = []
     ask = function(library(), "cuPointerGetAttribute", number, ctypes.c_int, ctypes.c_uint64)
     for attribute in (_RANGE_START, _RANGE_SIZE):
         found = ctypes.c_uint64()
         if ask(ctypes.byref(found), attribute, address):
             return None
         told.append(found.value)
-    first, past = told[0], sum(told)
+    first = told[0]
+    past = sum(told)
     return (first, past) if first <= address < past else None
 
 
@@ -260,7 +268,8 @@ class Arguments(ArgumentLists):
     def __init__(self, nbytes: int, device: torch.device) -> None:
         adopt(device)  # a new thread has no context yet
         super().__init__([bytes(nbytes)], nullcontext)
-        self.buffer, self.address = self.buffers[0], self.addresses[0]
+        self.buffer = self.buffers[0]
+        self.address = self.addresses[0]
 
 
 class Caller:
@@ -328,8 +337,10 @@ class Launcher:
     """Launches kernels with one parameter on a device, in any thread; raises as `Caller` does."""
 
     def __init__(self, device: torch.device, threads: int) -> None:
-        self._driver, self._threads = CudaDriver(device), threads
-        self._handle, self._launch = self._driver.handle, self._driver.launch
+        self._driver = CudaDriver(device)
+        self._threads = threads
+        self._handle = self._driver.handle
+        self._launch = self._driver.launch
         self._success = self._driver.success
 
     def __call__(
@@ -350,7 +361,9 @@ class Launcher:
 
 # --- 2-D copies -----------------------------------------------------------------------------------
 
-_AT_HOST, _ON_DEVICE = 1, 2  # CUmemorytype
+# CUmemorytype
+_AT_HOST = 1
+_ON_DEVICE = 2
 # CUDA_MEMCPY2D; of each side x, y, kind, host address, device address, array, pitch; then the rows.
 _pack_rows = struct.Struct("@QQQQQQQ QQQQQQQ QQ").pack
 

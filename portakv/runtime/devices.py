@@ -59,7 +59,8 @@ class Unusable(Exception):
 
     def __init__(self, why: str, install: str = "") -> None:
         super().__init__(f"{why}; install {install}" if install else why)
-        self.why, self.install = why, install
+        self.why = why
+        self.install = install
 
 
 class DeviceAbsent(Exception):
@@ -71,7 +72,9 @@ class DeviceAbsent(Exception):
     ) -> None:
         todo = f"; install {install}" if install else f"; did you mean {meant!r}?" if meant else ""
         super().__init__(f"{why}{todo}")
-        self.device, self.install, self.meant = device, install, meant
+        self.device = device
+        self.install = install
+        self.meant = meant
         self.known = isinstance(device, torch.device) or device.type in VENDOR_PACKAGES
 
 
@@ -130,9 +133,11 @@ def known(device: torch.device | str | int) -> torch.device:
         imported(package, install)
         return torch.device(device)
     except Unusable as error:
-        why, install = f"{why}, and {error.why}", error.install
+        why = f"{why}, and {error.why}"
+        install = error.install
     except RuntimeError:
-        why, install = f"{why}, and {package} was imported, but does not bring them", ""
+        why = f"{why}, and {package} was imported, but does not bring them"
+        install = ""
     except SystemExit as error:  # a broken package must not take others down
         why = f"{why}, and {package} ends the process when it is imported (SystemExit: {error})"
     raise DeviceAbsent(named, why, install)

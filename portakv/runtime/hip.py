@@ -29,8 +29,11 @@ _COMPILER = "hiprtc"
 _MAJORS = ("", ".7", ".6", ".5")
 _INSTALL = "install ROCm for an AMD device, or load the environment of the DTK for a Hygon DCU"
 
-_pointer, _size, _text = ctypes.c_void_p, ctypes.POINTER(ctypes.c_size_t), ctypes.c_char_p
-_number, _handle = ctypes.POINTER(ctypes.c_int), ctypes.POINTER(ctypes.c_void_p)
+_pointer = ctypes.c_void_p
+_size = ctypes.POINTER(ctypes.c_size_t)
+_text = ctypes.c_char_p
+_number = ctypes.POINTER(ctypes.c_int)
+_handle = ctypes.POINTER(ctypes.c_void_p)
 _texts = ctypes.POINTER(ctypes.c_char_p)
 
 #: What is called of the runtime, with its arguments; each returns an error (hip_runtime_api.h).
@@ -156,7 +159,8 @@ FLAGS = ("-std=c++17", "-O3")
 def hiprtc_version(driver: Driver) -> str:
     """The versions of hipRTC and of its runtime, which decide what it makes of a text; raises
     `RuntimeError` if one of them is not told."""
-    major, minor = ctypes.c_int(), ctypes.c_int()
+    major = ctypes.c_int()
+    minor = ctypes.c_int()
     error = driver.compiler.hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
     driver.check_compiler(error, "Asking for its version")
     runtime = driver.number("hipRuntimeGetVersion")  # hipRTC 5.2 calls itself 9.0
@@ -185,7 +189,8 @@ def _cache_key(driver: Driver, source: str, architecture: str) -> tuple[str, ...
 
 
 def compile_text(driver: Driver, source: str, architecture: str) -> bytes:
-    rtc, program = driver.compiler, ctypes.c_void_p()
+    rtc = driver.compiler
+    program = ctypes.c_void_p()
     name = b"portakv_rows.hip"
     error = rtc.hiprtcCreateProgram(ctypes.byref(program), source.encode(), name, 0, None, None)
     driver.check_compiler(error, "Creating a program")
@@ -231,7 +236,8 @@ class Card:
     success: Any = 0
 
     def __init__(self, device: torch.device, driver: Driver) -> None:
-        self.device, self._driver = device, driver
+        self.device = device
+        self._driver = driver
         self.name, self.architecture = self._facts()
         if not self.architecture.startswith("gfx"):
             raise RuntimeError(
@@ -256,7 +262,8 @@ class Card:
         """Compile a text, or find it on disk, and load its kernels; raises as `compile_kernel` and
         `check` do."""
         binary = compile_kernel(self._driver, source, self.architecture)
-        module, functions = ctypes.c_void_p(), {}
+        module = ctypes.c_void_p()
+        functions = {}
         runtime = self._driver.runtime
         with self.current():
             self.check(

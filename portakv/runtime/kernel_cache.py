@@ -72,7 +72,8 @@ def _read(path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, binary = content[:32], content[32:]
+    digest = content[:32]
+    binary = content[32:]
     return binary if binary and _digest(path.name, binary) == digest else None
 
 

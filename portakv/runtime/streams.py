@@ -92,9 +92,12 @@ def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     if stream is None or place in devices:
         return
     names = dict.fromkeys(map(str, devices))
-    found, wanted, how = f"a stream of {place}", f"one of {' or '.join(names)}", ""
+    found = f"a stream of {place}"
+    wanted = f"one of {' or '.join(names)}"
+    how = ""
     if place is None:
-        found, wanted = f"stream={stream!r}", "a stream of torch"
+        found = f"stream={stream!r}"
+        wanted = "a stream of torch"
         how = " (torch.cuda.ExternalStream holds a handle)"
     raise DeviceMismatch(
         f"A copy on {' and '.join(names)} was asked with {found}; expected {wanted}. "

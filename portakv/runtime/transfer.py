@@ -45,7 +45,8 @@ class StatusWord:
     __slots__ = ("address", "tensor", "value")
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.tensor, self.address = tensor, tensor.data_ptr()
+        self.tensor = tensor
+        self.address = tensor.data_ptr()
         values: Any = tensor.numpy()
         self.value = memoryview(values)  # its one item; a third of the cost of asking the array
 
@@ -86,7 +87,8 @@ class EventPool:
     """The free events of one device: making and destroying one costs more than recording it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device, self._free = device, list[torch.Event]()
+        self._device = device
+        self._free = list[torch.Event]()
 
     def acquire(self) -> torch.Event:
         """An event, ready to be recorded."""
@@ -189,7 +191,9 @@ class Completion:
                 self._read(word, start)
                 word.value[0] = 0
                 free_words.append(word)
-            self.event, self.words, self.settled = None, (), True
+            self.event = None
+            self.words = ()
+            self.settled = True
 
     def _read(self, word: StatusWord, start: int) -> None:
         position = word.value[0]
@@ -221,7 +225,9 @@ class Transfer:
         kept: object = None,
         carried: tuple[str, str] = NOTHING,
     ) -> None:
-        self.completions, self._kept, self.carried = completions, kept, carried
+        self.completions = completions
+        self._kept = kept
+        self.carried = carried
 
     @classmethod
     def join(cls, transfers: Sequence[Transfer]) -> Transfer:
@@ -305,7 +311,8 @@ class Transfer:
     def _await_end(self, seconds: float) -> None:
         """Ask for the end until it is seen, less and less often: torch waits without a limit."""
         seconds = arguments.seconds("timeout", seconds, optional=True)
-        limit, pause = time.monotonic() + seconds, 20e-6
+        limit = time.monotonic() + seconds
+        pause = 20e-6
         while not all(completion.ended() for completion in self.completions):
             left = limit - time.monotonic()
             if left <= 0:
@@ -422,7 +429,8 @@ def unreported_error(owner: Owner | None) -> PortaKVError | None:
             if error is not None:
                 return error
     for completion in tuple(failed):
-        told, keeper = completion.reported or completion.error is None, completion.owner
+        told = completion.reported or completion.error is None
+        keeper = completion.owner
         if told or keeper is None or keeper() is None:
             with suppress(ValueError):  # another thread was faster
                 failed.remove(completion)

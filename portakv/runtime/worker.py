@@ -39,12 +39,14 @@ class RateLimit:
     """When the next slice may start, so that no more than ``gbps`` 10^9 bytes a second do."""
 
     def __init__(self, gbps: float, now: Callable[[], float] = time.monotonic) -> None:
-        self._seconds_per_byte, self._now = 1e-9 / gbps, now
+        self._seconds_per_byte = 1e-9 / gbps
+        self._now = now
         self._due: float | None = None
 
     def start_of(self, nbytes: int) -> float:
         """When a slice of ``nbytes`` may start, which is then taken to start."""
-        now, needs = self._now(), nbytes * self._seconds_per_byte
+        now = self._now()
+        needs = nbytes * self._seconds_per_byte
         # A slice that is late may catch up by one: clocks oversleep. More would be a burst.
         start = now if self._due is None else max(self._due, now - needs)
         self._due = start + needs
@@ -74,8 +76,11 @@ class Worker:
         inside: Callable[[], AbstractContextManager[object]],
         limit: RateLimit | None = None,
     ) -> None:
-        self.slices, self._limit = slices, limit
-        self._issue, self._inside = issue, inside  # both hold the views, and go at the end
+        self.slices = slices
+        self._limit = limit
+        # both hold the views, and go at the end
+        self._issue = issue
+        self._inside = inside
         # In a child of the process the thread does not exist, and its lock may never be released.
         self._process = this_process()
         self._change = threading.Condition()
@@ -135,7 +140,8 @@ class Worker:
             )
         if self.ended_at is None:
             return None
-        so_far, error = f"{self.landed} of {len(self.slices)} slices had landed", self._error
+        so_far = f"{self.landed} of {len(self.slices)} slices had landed"
+        error = self._error
         if error is None:
             return TransferCancelled(
                 f"The transfer was cancelled when {so_far}; the rest was not moved. Its statistics "
@@ -163,7 +169,8 @@ class Worker:
         with self._change:
             self.ended_at = time.perf_counter()
             self._change.notify_all()
-        end, self.end = self.end, None
+        end = self.end
+        self.end = None
         if end is not None:
             end.report()
         running.discard(self)
@@ -221,7 +228,8 @@ class Landing(Completion):
             done=partial(worker.has_landed, slices), wait=partial(worker.wait, slices)
         )
         super().__init__(pendings=(end,), kept=kept)
-        self._worker, self._slices = worker, slices
+        self._worker = worker
+        self._slices = slices
 
     def wait(self, stream: torch.Stream | None) -> None:
         """Block the host; raises if the bytes that a stream would wait for never came."""

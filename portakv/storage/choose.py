@@ -18,7 +18,8 @@ def choose(
 ) -> tuple[Engine, list[Decision]]:
     """The first engine that runs here, or the one that ``PORTAKV_IO`` or else ``name`` forces, and
     what each that was asked said. ``memory`` (address, bytes) is registered with the kernel."""
-    asked, said = os.environ.get("PORTAKV_IO") or name, list[Decision]()
+    asked = os.environ.get("PORTAKV_IO") or name
+    said = list[Decision]()
     if asked not in (None, "ring", "threads"):
         raise InvalidTerms(f"I/O engine {asked!r} was asked for; expected ring or threads.")
     for each in (asked,) if asked else ("ring", "threads"):

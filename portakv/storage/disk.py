@@ -92,7 +92,8 @@ class Disk:
         A folder after the first one that another store has is left out with a note. Raises
         `StoreBusy` for the first folder, and `StoreError` for any folder of the first form.
         """
-        engine, notes = self.io, list[str]()
+        engine = self.io
+        notes = list[str]()
         if engine is None or isinstance(engine, str):
             engine, said = choose(rows.memory, engine)
             notes = [str(each) for each in said]
@@ -103,7 +104,8 @@ class Disk:
         with ExitStack() as undo:
             undo.callback(engine.close)
             for form in forms:
-                own, parts = form == forms[0], list[tuple[Slots, Link]]()
+                own = form == forms[0]
+                parts = list[tuple[Slots, Link]]()
                 chains = Chains[bytes]()  # of all folders, as a prefix may lie in several
                 for folder in self.folders:
                     place = folder / form.name

@@ -94,11 +94,13 @@ class DiskShelf:
 
     def wants(self, keys: Sequence[bytes]) -> list[bool]:
         """Which blocks are not there, and admitted."""
-        lacks, once = [not there for there in self.has(keys)], self.offered
+        lacks = [not there for there in self.has(keys)]
+        once = self.offered
         if once is not None:
             for i, key in enumerate(keys):
                 if lacks[i] and once.pop(key, self) is self:
-                    once[key], lacks[i] = None, False
+                    once[key] = None
+                    lacks[i] = False
         return lacks
 
     def link(self, key: bytes) -> Link:

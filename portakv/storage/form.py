@@ -22,7 +22,8 @@ from portakv.view import KVView
 
 FORMAT = 1  # of images, and of what a form tells of itself
 HEADER = 4096  # bytes before the payload of an image, and what images and segments are multiples of
-LEAST_SEGMENT, MOST_SEGMENTS = 256 << 10, 48
+LEAST_SEGMENT = 256 << 10
+MOST_SEGMENTS = 48
 Range = tuple[int, int, int]  # from, to, of: [from, to) of what the whole model has
 _RANGE = "(from, to, of) with 0 <= from < to <= of"
 Slices = dict[str, Any]  # arguments of `KVView.slice`
@@ -202,7 +203,8 @@ class BlockForm:
     @cached_property
     def segments(self) -> tuple[Segment, ...]:
         """The payload in groups of layers; one, if a layer is no run of whole 4,096 bytes."""
-        count, size = self.layers[1] - self.layers[0], self.layer_bytes
+        count = self.layers[1] - self.layers[0]
+        size = self.layer_bytes
         many = max(1, count // max(-(-LEAST_SEGMENT // size), -(-count // MOST_SEGMENTS)))
         apart = size % HEADER == 0 and str(parse(self.layout).dims[1]) == "layer"
         ends = [count * i // many for i in range(many + 1)] if apart else [0, count]
@@ -215,8 +217,10 @@ class BlockForm:
         if rows.dtype != torch.uint8 or rows.ndim != 2 or rows.shape[1] < self.image_bytes:
             expected = f"a tensor of uint8 [n, {self.image_bytes} or more]"
             raise arguments.invalid("rows", expected, rows)
-        layers, heads = self.layers[1] - self.layers[0], self.heads[1] - self.heads[0]
-        size, axes = self.block_size, ("block", "layer", "kv", "head", "token")
+        layers = self.layers[1] - self.layers[0]
+        heads = self.heads[1] - self.heads[0]
+        size = self.block_size
+        axes = ("block", "layer", "kv", "head", "token")
         extents = dict(zip(axes, (len(rows), layers, self.kv, heads, size), strict=True))
         values = [{**extents, "dim": width, "page": width} for width in self.widths]
         shape = [known_parts(group, values)[0] for group in parse(self.layout).dims]
@@ -234,13 +238,17 @@ class BlockForm:
     def part_of(self, other: BlockForm) -> tuple[Slices, Slices] | None:
         """What both hold, as slices of ``other``'s view and of this form's; None if nothing."""
         arguments.instance("other", other, BlockForm)
-        theirs, mine = Slices(), Slices()
+        theirs = Slices()
+        mine = Slices()
         for axis in ("layers", "heads"):
-            (a, b, _), (c, d, _) = getattr(self, axis), getattr(other, axis)
-            first, past = max(a, c), min(b, d)
+            (a, b, _) = getattr(self, axis)
+            (c, d, _) = getattr(other, axis)
+            first = max(a, c)
+            past = min(b, d)
             if first >= past or not self.same_cache(other):
                 return None
-            theirs[axis], mine[axis] = slice(first - c, past - c), slice(first - a, past - a)
+            theirs[axis] = slice(first - c, past - c)
+            mine[axis] = slice(first - a, past - a)
         return theirs, mine
 
 

@@ -22,7 +22,8 @@ from portakv.storage.form import HEADER as HEADER
 from portakv.storage.form import MOST_SEGMENTS, BlockForm
 
 MAGIC = b"PKVBLK\x00\x01"
-_BODY, _SEAL = Struct(f"<8s16s32sQQII{MOST_SEGMENTS}Q"), Struct("<Q")
+_BODY = Struct(f"<8s16s32sQQII{MOST_SEGMENTS}Q")
+_SEAL = Struct("<Q")
 _MARK = Struct("<Q")  # after the body
 _END = HEADER - _SEAL.size
 Ints = Sequence[int]
@@ -90,7 +91,8 @@ def verify(
 ) -> bool:
     """Whether some segments of a payload (numbers in ``form.segments``; None: all) are what was
     sealed under this generation; ``checksums`` has one for each segment of the form."""
-    pieces, wanted = _pieces(row, form), range(len(form.segments)) if segments is None else segments
+    pieces = _pieces(row, form)
+    wanted = range(len(form.segments)) if segments is None else segments
     return all(checksum(pieces[i], generation) == checksums[i] for i in wanted)
 
 

@@ -28,7 +28,8 @@ from portakv.view import KVView
 #: Bytes of a node of a save, and of a load, unless one block has more. A load of 16 MiB pieces kept
 #: a disk's queue too short on an H200 machine: 1.6 GB/s, by 32 MiB 2.1. An urgent load waits for
 #: one piece of a save.
-SAVED, LOADED = 16 << 20, 32 << 20
+SAVED = 16 << 20
+LOADED = 32 << 20
 KEPT = "kept"  # a spot: the host tier
 ASKED = 8  # blocks that a lookup asks about first; then of twice as many
 PARTS = 8  # of the device's leg by layer, if blocks are read as a whole
@@ -92,14 +93,17 @@ class Part:
 
     def legs(self, view: KVView, by_layer: bool) -> list[Leg]:
         """Legs between rows and a view, in order of their layers."""
-        first, past = self.theirs["layers"].start, self.theirs["layers"].stop
-        segmented, outer = by_layer and len(self.form.segments) > 1, view.slice(**self.mine)
+        first = self.theirs["layers"].start
+        past = self.theirs["layers"].stop
+        segmented = by_layer and len(self.form.segments) > 1
+        outer = view.slice(**self.mine)
         if segmented:
             ends = [0, *(segment.past_layer for segment in self.form.segments)]
         else:
             many = min(PARTS, past - first) if by_layer else 1
             ends = np.linspace(first, past, 1 + many, dtype=int).tolist()
-        found, to = list[Leg](), self.mine["layers"].start
+        found = list[Leg]()
+        to = self.mine["layers"].start
         for number, (a, b) in enumerate(pairwise(min(max(x, first), past) - first for x in ends)):
             if a < b:
                 sides = self.rows.slice(layers=slice(a, b)), outer.slice(layers=slice(a, b))
@@ -110,11 +114,13 @@ class Part:
 def parts_of(form: BlockForm, forms: Any, shelves: Sequence[Shelf], rows: Any) -> list[Part]:
     """Parts of blocks of a form that lie on shelves, and in rows of a tensor: the form itself, and
     the others by their first cell, of several the largest first."""
-    parts, across = list[Part](), form.heads[1] - form.heads[0]
+    parts = list[Part]()
+    across = form.heads[1] - form.heads[0]
     for other in forms:
         if slices := form.part_of(other):
             held = [shelf for shelf in shelves if shelf.form == other]
-            layers, heads = slices[1]["layers"], slices[1]["heads"]
+            layers = slices[1]["layers"]
+            heads = slices[1]["heads"]
             cells = sum(1 << n for n in range(heads.start, heads.stop))
             cells = sum(cells << across * n for n in range(layers.start, layers.stop))
             parts.append(Part(other, held, *slices, other.view(rows).slice(**slices[0]), cells))
@@ -127,9 +133,12 @@ class Flights:
     calls."""
 
     def __init__(self, graph: Graph, rows: Rows, shelves: list[Shelf]) -> None:
-        self.graph, self.rows, self.shelves = graph, rows, shelves
+        self.graph = graph
+        self.rows = rows
+        self.shelves = shelves
         self.parts = list[Part]()  # once tiers are open
-        self.fills, self.gates = dict[bytes, tuple[Fill, int]](), WeakSet[Node]()
+        self.fills = dict[bytes, tuple[Fill, int]]()
+        self.gates = WeakSet[Node]()
         self.begun = set[Fill]()
         self.log = RateLimitedLog(logging.getLogger(__name__))
 
@@ -145,7 +154,8 @@ class Flights:
 
     def leading(self, keys: Keys, until: float) -> int:
         """How many leading blocks are anywhere, in one part or in several; far tiers are asked."""
-        whole, covers = self.parts[0].cells, [0] * len(keys)
+        whole = self.parts[0].cells
+        covers = [0] * len(keys)
         for number, part in enumerate(self.parts):
             some = [i for i, cover in enumerate(covers) if part.cells & ~cover]
             left = [i for i in some if not self.rows.has(part.name(keys[i]))]
@@ -163,7 +173,8 @@ class Flights:
     def spots(self, key: bytes) -> list[tuple[Part, Any]]:
         """Parts that cover a block once, or more often if they have to, with their spots. If a cell
         is nowhere, the whole block may be in a far tier, or there are none."""
-        found, cover = list[tuple[Part, Any]](), 0
+        found = list[tuple[Part, Any]]()
+        cover = 0
         while cover != self.parts[0].cells:
             cell = ~cover & (cover + 1)  # the first one that is not covered
             parts = sorted(self.parts, key=lambda part: bool(part.cells & cover))
@@ -181,7 +192,8 @@ class Flights:
         of ``far`` blocks any."""
         if self.rows.has(part.name(key)):
             return KEPT
-        links, stored = list[tuple[Shelf, Link]](), False
+        links = list[tuple[Shelf, Link]]()
+        stored = False
         for shelf in part.shelves:
             known = shelf.known([key])[0]
             if known or (shelf.tier == "remote" and (far or links)):
@@ -288,7 +300,8 @@ class Call:
         self, part: Part, spot: Any, some: list[int], segments: list[int | None]
     ) -> Iterator[Landing]:
         """Bring blocks from a spot into rows, for legs of these segments."""
-        graph, rows = self.flights.graph, self.flights.rows
+        graph = self.flights.graph
+        rows = self.flights.rows
         names = {i: part.name(self.keys[i]) for i in some}
         if isinstance(spot, Fill):  # it is under way
             spot.calls.append((self, some))
@@ -325,7 +338,8 @@ class Call:
             for group in [[x] for x in pieces] if apart else [pieces]:
                 fill = Fill(self, part, at, apart=str(group).encode() if apart else b"")
                 for segment in group:
-                    before, order = list[Node](), (pieces.index(segment), len(pieces))
+                    before = list[Node]()
+                    order = (pieces.index(segment), len(pieces))
                     for shelf, link in shelves:
                         work = partial(fill.read, shelf, segment)
                         rescue = bool(before)
@@ -339,7 +353,8 @@ class Call:
         many = range(len(landing.at))
         for number, ends in landing.ends.items():
             after = [(end, many, landing.rows) for end in ends]
-            work, order = partial(landing.cross, crossing, legs[number]), (number, len(legs))
+            work = partial(landing.cross, crossing, legs[number])
+            order = (number, len(legs))
             node = self.node(landing.at, work, link, landing.lease, after, order)
             self.ends.append(((node, landing.at, many), legs[number].layers))
 
@@ -390,7 +405,8 @@ class Call:
         gates = [Node(None, len(self.keys), given=self.given) for _ in range(layers)]
         for layer, gate in enumerate(gates):
             gate.after = [end for end, has in self.ends if layer in has]
-        self.gate.given, self.gate.after = self.given, [end for end, _ in self.ends]
+        self.gate.given = self.given
+        self.gate.after = [end for end, _ in self.ends]
         self.submit(*gates, self.gate)
         self.flights.gates.add(self.gate)
         if self.kind != "save":
@@ -411,9 +427,13 @@ class Fill(Lease):
     ) -> None:
         flights = call.flights
         super().__init__(flights.rows, len(at), call.kind == "save", until, Fill.over)
-        self.part, self.calls, self.keys = part, [(call, at)], [call.keys[i] for i in at]
-        self.ends, self.last = dict[int | None, Node](), list[Node]()
-        self.generation, self.sums = 0, dict[int, Any]()
+        self.part = part
+        self.calls = [(call, at)]
+        self.keys = [call.keys[i] for i in at]
+        self.ends = dict[int | None, Node]()
+        self.last = list[Node]()
+        self.generation = 0
+        self.sums = dict[int, Any]()
         self.reasons = Reasons()  # why blocks did not come, or were not written
         call.explanation.sources.append(self.reasons)
         self.names = [part.name(key) + apart for key in self.keys]
@@ -430,8 +450,10 @@ class Fill(Lease):
         """Rows go back, under the graph's lock; those that landed whole are kept. When a call's
         last ones do, its blocks count as used, the last first, so that a prefix outlives its
         suffix; before, if it has more of them than the host tier."""
-        landed, call = np.zeros(self.count, np.bool_), self.calls[0][0]
-        flights, rows = call.flights, call.flights.rows
+        landed = np.zeros(self.count, np.bool_)
+        call = self.calls[0][0]
+        flights = call.flights
+        rows = call.flights.rows
         if self.items and (None in self.ends or len(self.ends) == len(self.part.form.segments)):
             landed = np.logical_and.reduce([end.landed for end in self.ends.values()])
         prefetched = all(call.kind == "prefetch" for call, _ in self.calls)

@@ -757,7 +757,8 @@ def _shown(url: str) -> str:
 def _clean(error: BaseException) -> str:
     """The first line of an error without keys of blocks and what secrets may be in: queries, names
     before a host, quoted values, what the server (but for its code) and a provider say."""
-    text, code = str(error).partition("\n")[0], re.search(r"<Code>(\w+)", str(error))
+    text = str(error).partition("\n")[0]
+    code = re.search(r"<Code>(\w+)", str(error))
     text = re.sub(r"^.*(?=Error performing)|(?<=status code: ...).*|[0-9a-f]{64}", "", text)
     text = re.sub(r'(provider: \w+).*|"[^"]*"|\?\S*|//\S*@', r"\1", text)[:300]
     if "HTTP error: builder error" in text:

@@ -21,19 +21,28 @@ import numpy as np
 from portakv.storage.engine import Ended, Request
 from portakv.storage.threads import Threads, carry, to_the_end
 
-SETUP, ENTER, REGISTER = 425, 426, 427  # the same on every architecture but alpha
+# the same on every architecture but alpha
+SETUP = 425
+ENTER = 426
+REGISTER = 427
 FLAGS = (0x3090, 0x10)  # CLAMP with SUBMIT_ALL, SINGLE_ISSUER, DEFER_TASKRUN (Linux 6.1); alone
 FEATURES = 0x3  # SINGLE_MMAP, NODROP: Linux 5.5
-GETEVENTS, SQES_AT = 1, 0x10000000
-READ, READ_FIXED = 22, 4  # one more is WRITE, WRITE_FIXED
+GETEVENTS = 1
+SQES_AT = 0x10000000
+# one more is WRITE, WRITE_FIXED
+READ = 22
+READ_FIXED = 4
 AGAIN = (-errno.EINTR, -errno.EAGAIN, -errno.EINVAL)  # by a plain call; EINVAL: not aligned
 PASSING = (-errno.EINTR, -errno.EAGAIN, -errno.EBUSY)  # of ENTER: call it again
-WORD, LARGEST = 0xFFFFFFFF, 1 << 30  # bytes of a registered buffer, and of one move
+# bytes of a registered buffer, and of one move
+WORD = 0xFFFFFFFF
+LARGEST = 1 << 30
 _COLUMNS = "opcode u1, rest0 V3, fd i4, offset i8, address i8, nbytes u4, rest1 u4, key u8"
 SQE = np.dtype([(*each.split(),) for each in f"{_COLUMNS}, buffer u2, rest2 V22".split(", ")])
 CQE = np.dtype([("key", "u8"), ("result", "i4"), ("flags", "u4")])
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.syscall.argtypes, _libc.syscall.restype = [ctypes.c_long] * 7, ctypes.c_long
+_libc.syscall.argtypes = [ctypes.c_long] * 7
+_libc.syscall.restype = ctypes.c_long
 
 
 def system_call(*numbers: int) -> int:
@@ -58,28 +67,36 @@ class OneRing:
         weakref.finalize(self, os.close, fd).atexit = False
         if ~int(said[5]) & FEATURES or (flags == FLAGS[1] and os.uname().machine != "x86_64"):
             raise OSError(errno.ENOSYS, "its io_uring is too old; Linux 6.1 has what is needed")
-        self.fd, self.entries, ends = fd, int(said[0]), CQE.itemsize * int(said[1])
-        sq, cq = said[10:20].tolist(), said[20:30].tolist()
+        self.fd = fd
+        self.entries = int(said[0])
+        ends = CQE.itemsize * int(said[1])
+        sq = said[10:20].tolist()
+        cq = said[20:30].tolist()
         map_ = partial(mmap.mmap, fd, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         shared = np.frombuffer(map_(max(sq[6] + 4 * self.entries, cq[5] + ends)), np.uint8)
-        self.words, self.cqes = shared.view(np.uint32), shared[cq[5] :][:ends].view(CQE)
+        self.words = shared.view(np.uint32)
+        self.cqes = shared[cq[5] :][:ends].view(CQE)
         self.sqes = np.frombuffer(map_(SQE.itemsize * self.entries, offset=SQES_AT), SQE)
         # Where four counters stand: taken by the kernel, put here; seen here, told by the kernel.
         self.taken, self.put, self.seen, self.told = (at // 4 for at in (*sq[:2], *cq[:2]))
         self.words[sq[6] // 4 :][: self.entries] = np.arange(self.entries)
-        self.poisoned, self._generation = False, 0
+        self.poisoned = False
+        self._generation = 0
         cuts = [(at, start + n) for start, n in memory for at in range(start, start + n, LARGEST)]
         buffers = [(0, 0), *((at, min(LARGEST, past - at)) for at, past in sorted(cuts))]
         vectors = np.array(buffers, np.int64)  # the first: none
         code = system_call(REGISTER, fd, 0, vectors[1:].ctypes.data, len(cuts)) if cuts else 0
         vectors = vectors[: 1 if code < 0 else None]
-        self._starts, self._ends = vectors[:, 0], vectors.sum(axis=1)
+        self._starts = vectors[:, 0]
+        self._ends = vectors.sum(axis=1)
         why = f"no buffers are registered ({os.strerror(-code)}), see ulimit -l; it costs CPU"
         self.notes = (why,) if code < 0 else ()
 
     def run(self, requests: Sequence[Request], tell: Ended | None = None) -> list[int]:
         """See `Engine`; what the kernel never ended is not told."""
-        asked, begun, stop = np.array(requests, np.int64).reshape(-1, 5), 0, 0
+        asked = np.array(requests, np.int64).reshape(-1, 5)
+        begun = 0
+        stop = 0
         results: list[int | None] = [None] * len(requests)
         self._generation = (self._generation + 1) % LARGEST  # fits a key
 
@@ -98,7 +115,8 @@ class OneRing:
                 if (code := system_call(ENTER, self.fd, put, least, GETEVENTS)) < 0:
                     stop = stop if code in PASSING else code
                     time.sleep(0.001)  # short of memory, it may say so at once again
-                seen, ends = int(self.words[self.seen]), self._count(self.seen, self.told)
+                seen = int(self.words[self.seen])
+                ends = self._count(self.seen, self.told)
                 cqes = self.cqes[(seen + np.arange(ends)) % len(self.cqes)]
                 new = list[tuple[int, int]]()
                 for key, got in zip(cqes["key"].tolist(), cqes["result"].tolist(), strict=True):
@@ -128,8 +146,10 @@ class OneRing:
         buffer = np.searchsorted(self._starts, address, "right") - 1
         fixed = address + nbytes <= self._ends[buffer]
         sqes = np.zeros(len(new), SQE)
-        sqes["opcode"], sqes["fd"] = np.where(fixed, READ_FIXED, READ) + write, fd
-        sqes["offset"], sqes["address"] = offset, address
+        sqes["opcode"] = np.where(fixed, READ_FIXED, READ) + write
+        sqes["fd"] = fd
+        sqes["offset"] = offset
+        sqes["address"] = address
         sqes["nbytes"] = np.minimum(nbytes, LARGEST)
         sqes["buffer"] = np.where(fixed, buffer - 1, 0)
         sqes["key"] = np.arange(first, first + len(new)) + (self._generation << 32)
@@ -146,7 +166,8 @@ class Ring(Threads):
 
     def __init__(self, memory: Sequence[tuple[int, int]] = (), entries: int = 512) -> None:
         super().__init__()
-        self._asked, self._local = (memory, entries), threading.local()
+        self._asked = (memory, entries)
+        self._local = threading.local()
         self._local.ring = one = OneRing(memory, entries)
         self.notes = one.notes
 

@@ -24,7 +24,9 @@ from portakv.view import Index, KVView
 from portakv.view.index import IdList
 
 _PAGE = 4096
-_USED, _UNUSED = "used", "prefetched and not used"  # groups of what is kept
+# groups of what is kept
+_USED = "used"
+_UNUSED = "prefetched and not used"
 
 
 class Rows:
@@ -40,14 +42,18 @@ class Rows:
     """
 
     def __init__(self, row_bytes: int, staging: int, host: int, pin: bool = True) -> None:
-        self.row_bytes, self.staging, self.host = row_bytes, int(staging), int(host)
-        self.most, self.evicted = max(1, self.staging // 2), 0
+        self.row_bytes = row_bytes
+        self.staging = int(staging)
+        self.host = int(host)
+        self.most = max(1, self.staging // 2)
+        self.evicted = 0
         nbytes = (self.staging + self.host) * row_bytes
         self.pinned = pin and pinned.why_not() is None
         with torch.inference_mode(False):  # transfers write it in any mode
             if self.pinned:
                 held = pinned.allocate(nbytes + _PAGE, unit=row_bytes)
-                self.pinned, room = held.pinned, held.tensor
+                self.pinned = held.pinned
+                room = held.tensor
             else:  # numpy asks for large pages, which make the requests of a disk fewer
                 room = torch.from_numpy(np.empty(nbytes + _PAGE, np.uint8))
             first = -room.data_ptr() % _PAGE
@@ -198,7 +204,8 @@ class Crossing:
         if capturing(view.device):
             why = "workers on the host move blocks; save and load outside of it"
             raise refuse_capture("A transfer of a block store", why)
-        whole, ids = view.block_size, _ids(blocks)
+        whole = view.block_size
+        ids = _ids(blocks)
         needed = -(-many * size // whole)
         if len(ids) != needed:
             raise InvalidTerms(
@@ -209,7 +216,9 @@ class Crossing:
             index = Index(ids, step=whole)
             if index.check(len(ids) * whole, view.slots, "view", distinct=not store):
                 raise SlotError("A block is negative.")
-        self._size, self._store, self._step = size, store, gcd(whole, size)
+        self._size = size
+        self._store = store
+        self._step = gcd(whole, size)
         split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
         self._fine = split[: many * size // self._step].reshape(many, size // self._step)
         self._behind = Behind(view.device)

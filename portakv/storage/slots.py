@@ -52,7 +52,9 @@ from portakv.storage.table import (
     write_record,
 )
 
-PAGE, BATCH = 4096, 256  # bytes of a header; how many of them are read at once
+# bytes of a header; how many of them are read at once
+PAGE = 4096
+BATCH = 256
 _LEAST_GROWTH = 1 << 20  # bytes of the first slots
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _PATIENCE = 2.0  # seconds
@@ -85,8 +87,10 @@ class Slots:
         space: Space | None = None,
     ) -> None:
         self.fd = self._table = self._claim = -1  # first, as `__del__` reads them
-        self.folder, self.form = folder, form
-        self.direct, self.notes = True, list[str]()
+        self.folder = folder
+        self.form = form
+        self.direct = True
+        self.notes = list[str]()
         self.generation = self.broken = self.evicted = 0
         self.chains = Chains[bytes]() if chains is None else chains
         self._change = self.chains.lock
@@ -113,7 +117,8 @@ class Slots:
 
     def _open(self, room: int | None) -> int:
         """Open and lock the files; return how many records there were."""
-        size, table = self.form.image_bytes, self.folder / "table"
+        size = self.form.image_bytes
+        table = self.folder / "table"
         if room is not None:
             self._claim = claim(self.folder.parent)
             os.makedirs(self.folder, 0o700, exist_ok=True)
@@ -221,8 +226,10 @@ class Slots:
 
     def _recover(self, engine: Engine, track: Track, records: int) -> None:
         """Enter what sealed records tell; a slot with a bad record is asked for its header."""
-        words, size = self._records[: self.count], self.form.image_bytes
-        used, seals = np.flatnonzero(words.any(1)).tolist(), words[:, -1].tolist()
+        words = self._records[: self.count]
+        size = self.form.image_bytes
+        used = np.flatnonzero(words.any(1)).tolist()
+        seals = words[:, -1].tolist()
         good = {i for i in track(used, "records") if checksum(words[i, :-1], i) == seals[i]}
         # A table of zeros is a new one, or was lost.
         torn = [*{*used}.difference(good), *range(records if used else 0, self.count)]

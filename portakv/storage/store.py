@@ -91,9 +91,14 @@ class BlockStore:
                 f"Expected host to have room for a block of {size} bytes, as there are no tiers, "
                 f"got {host}. Give it more, or pass tiers."
             )
-        self.form, self._weak, self._drop, self._closed = form, weak_keys, full == "drop", False
-        self.rows, self._shelves = Rows(size, staging // size, host // size), list[Shelf]()
-        self.graph, self._own_graph = graph or Graph(), graph is None
+        self.form = form
+        self._weak = weak_keys
+        self._drop = full == "drop"
+        self._closed = False
+        self.rows = Rows(size, staging // size, host // size)
+        self._shelves = list[Shelf]()
+        self.graph = graph or Graph()
+        self._own_graph = graph is None
         self._up, self._down = (self.graph.link(x, width=2) for x in ("host-device", "device-host"))
         self._flights = Flights(self.graph, self.rows, self._shelves)
         self._generation = 0
@@ -123,10 +128,12 @@ class BlockStore:
         blocks it has in other parts than this form's: a `load` or `prefetch` goes by that."""
         keys = self._call("lookup", keys, "normal").keys
         until = self.graph.clock() + seconds("timeout", timeout, optional=True)
-        leading, many = 0, ASKED
+        leading = 0
+        many = ASKED
         while many and (some := keys[leading : leading + many]):
             there = self._flights.leading(some, until)
-            leading, many = leading + there, 2 * many if there == len(some) else 0
+            leading = leading + there
+            many = 2 * many if there == len(some) else 0
         uninterrupted(partial(self._flights.touch, keys[:leading]))
         return leading
 
@@ -150,7 +157,8 @@ class BlockStore:
         first ones. The others do not land, and neither do blocks that are evicted before the
         save ends."""
         previous = self._predecessor(after)
-        call, own = self._call("save", keys, priority, deadline, previous), self._own
+        call = self._call("save", keys, priority, deadline, previous)
+        own = self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size, store=True)
         until = self.graph.clock() + SLACK[priority] if self._drop else None
         return self._planned(call, partial(self._save, call, crossing, view, until))
@@ -180,7 +188,8 @@ class BlockStore:
 
     def _lacking(self, call: Call) -> dict[tuple[Shelf, ...], list[int]]:
         """The blocks of a save by the tiers that lack them; it joins what is under way."""
-        own, groups = self._own, dict[tuple[Shelf, ...], list[int]]()
+        own = self._own
+        groups = dict[tuple[Shelf, ...], list[int]]()
         shelves = [shelf for shelf in own.shelves if shelf.writable]
         keeps = [shelf.where for shelf in shelves if shelf.tier != "remote"]
         call.explanation.kept_in = ", ".join(keeps if shelves else ["the host tier"])
@@ -220,7 +229,8 @@ class BlockStore:
         """
         one_of("missing", missing, get_args(Missing))
         flag("by_layer", by_layer)
-        call, own = self._call("load", keys, priority, deadline), self._own
+        call = self._call("load", keys, priority, deadline)
+        own = self._own
         crossing = Crossing(own.rows, view, blocks, len(call.keys), own.form.block_size)
 
         def plan() -> Handle:
@@ -240,7 +250,8 @@ class BlockStore:
         at most: blocks above that do not land. Raises `StoreError` without a host tier."""
         if not self.rows.host:
             raise StoreError("A prefetch was asked of a store without a host tier; give it host=.")
-        call, most = self._call("prefetch", keys, priority), max(1, self.rows.host // 2)
+        call = self._call("prefetch", keys, priority)
+        most = max(1, self.rows.host // 2)
 
         def plan() -> Handle:
             groups = call.groups()
@@ -258,7 +269,9 @@ class BlockStore:
     def statistics(self) -> dict[str, list[dict[str, Any]]]:
         """Figures by the names that they have in Prometheus, as `Graph.statistics`; what each tier
         tells beside them."""
-        told, rows, shelves = self.graph.statistics(), self.rows, self._shelves
+        told = self.graph.statistics()
+        rows = self.rows
+        shelves = self._shelves
         staging = {x: n * rows.row_bytes for x, n in rows.counts().items()}
         told["staging_bytes"] = [{"state": x, "value": n} for x, n in staging.items()]
         told["host_evicted_total"] = [{"value": rows.evicted}]
@@ -279,7 +292,8 @@ class BlockStore:
 
     def explain(self) -> str:
         """How blocks are kept and moved, a line each."""
-        rows, many = self.rows, len(self.form.segments)
+        rows = self.rows
+        many = len(self.form.segments)
         how = f"in {many} segments" if many > 1 else "as a whole, in one segment"
         lines = [f"Blocks of {self.form.payload_bytes} bytes, by layer read {how}."]
         kind = "pinned" if rows.pinned else "pageable"

@@ -36,7 +36,9 @@ def to_the_end(go: Callable[[bool], None]) -> None:
 def carry(request: Request) -> int:
     """What `Engine.run` returns for one request. What O_DIRECT refuses for its alignment goes by
     the page cache instead, through another descriptor of the same file."""
-    move, fd, moved = os.pwritev if request.write else os.preadv, request.fd, 0
+    move = os.pwritev if request.write else os.preadv
+    fd = request.fd
+    moved = 0
     try:
         memory = memoryview((ctypes.c_ubyte * request.nbytes).from_address(request.address))
         while moved < request.nbytes:
@@ -75,8 +77,10 @@ class Threads:
     notes: tuple[str, ...] = ()
 
     def __init__(self) -> None:
-        self._process, self._closed = this_process(), False
-        self._tasks, self._begun = SimpleQueue[Callable[[], None] | None](), 0
+        self._process = this_process()
+        self._closed = False
+        self._tasks = SimpleQueue[Callable[[], None] | None]()
+        self._begun = 0
         self._lock = threading.Lock()
         self._end = weakref.finalize(self, self._tasks.put, None)
         self._end.atexit = False
@@ -105,7 +109,8 @@ class Threads:
         engine closed is cancelled, and may not be told."""
         if not self._begin():
             return [-errno.ECANCELED if self._closed else carry(each) for each in requests]
-        ends, done = [Future[int]() for _ in requests], SimpleQueue[int]()
+        ends = [Future[int]() for _ in requests]
+        done = SimpleQueue[int]()
 
         def work(number: int, request: Request) -> None:
             if self._closed:

@@ -45,7 +45,8 @@ class BoundLayout:
     def __init__(
         self, text: str, extents: tuple[tuple[str, Extent], ...], reinterpret: bool
     ) -> None:
-        self.layout, self.reinterpret = parse(text), reinterpret
+        self.layout = parse(text)
+        self.reinterpret = reinterpret
         self.declared = declare(self.layout, dict(extents))
         # What tensors of one key share: form, slots, device, bytes from the first to past the last.
         self._known: Bounded[tuple[Any, ...], tuple[Form, int, torch.device, int]]
@@ -88,7 +89,8 @@ class BoundLayout:
 
     def _read_all(self, tensors: Tensors) -> Facts:
         flat, sizes = _flatten(self.layout, tensors)
-        device, begins = _one_device(flat), [tensor.data_ptr() for tensor in flat]
+        device = _one_device(flat)
+        begins = [tensor.data_ptr() for tensor in flat]
         place = "device"
         if device.type == "cpu":
             place = "pinned" if all(tensor.is_pinned() for tensor in flat) else "pageable"
@@ -158,7 +160,8 @@ class BoundLayout:
             raise LayoutError(f"{error} The tensors have {'; '.join(kinds)}.") from None
         strides = [[stride for _, stride in shape] for shape in shapes]
         itemsizes = [tensor.element_size() for tensor in picks]
-        known, axis = values[0], "page" if layout.opaque else "dim"
+        known = values[0]
+        axis = "page" if layout.opaque else "dim"
         dtypes = tuple("" if t.dtype in _BYTES else str(t.dtype).partition(".")[2] for t in picks)
         form = Form(
             parts=build_parts(layout, values, strides, itemsizes, walks),
@@ -274,8 +277,10 @@ def _tabulate(
     # Blocks stand outermost: then no step of another axis depends on how many there are.
     rank = {"block": 0, "token": 1}
     order = sorted(range(len(factors)), key=lambda i: rank.get(factors[i].axis, 2))
-    grid, axes = grid.transpose(order), [factors[i] for i in order]
-    where, homes = np.array(begins, dtype=np.int64), np.array(bases, dtype=np.int64)
+    grid = grid.transpose(order)
+    axes = [factors[i] for i in order]
+    where = np.array(begins, dtype=np.int64)
+    homes = np.array(bases, dtype=np.int64)
     walks: Walks = {}
     for at, factor in enumerate(axes if begins else ()):
         # Memory objects come and go: whether they lie at equal distances must not change a form.
@@ -359,7 +364,9 @@ def _pick_per_kv(
 
 def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
     """Size and stride (elements) of each dimension group; the last may cover several."""
-    shape, strides, groups = list(tensor.shape), list(tensor.stride()), layout.dims
+    shape = list(tensor.shape)
+    strides = list(tensor.stride())
+    groups = layout.dims
     extra = len(shape) - len(groups)
     if extra < 0 or (extra and not layout.open_end):
         raise LayoutError(
@@ -367,7 +374,8 @@ def _dim_shapes(layout: Layout, tensor: torch.Tensor) -> list[tuple[int, int]]:
             f"of {len(shape)} was found; write an axis (or `1`) for each dimension."
         )
     for _ in range(extra):
-        size, stride = shape.pop(), strides.pop()
+        size = shape.pop()
+        stride = strides.pop()
         if shape[-1] != 1 and size != 1 and strides[-1] != size * stride:
             raise LayoutError(
                 f"{groups[-1]} of {layout.text!r} covers several dimensions of a tensor, which are "

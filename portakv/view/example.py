@@ -35,7 +35,8 @@ def example_tensors(
     """
     text, fixed = resolve(layout)
     always: dict[str, Any] = {**fixed}
-    parsed, memory = parse(text), parse(memory_order(layout))
+    parsed = parse(text)
+    memory = parse(memory_order(layout))
     dim = always.get("dim", 1) if dim is None else dim
     if kv is None:
         usual = len(dim) if isinstance(dim, Sequence) else 2 if "kv" in parsed.axes else 1

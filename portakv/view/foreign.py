@@ -45,7 +45,8 @@ class Foreign(NamedTuple):
 
     def tensors(self, origins: Sequence[int], device: torch.device) -> tuple[torch.Tensor, ...]:
         """For each address a tensor over all of its memory; it owns nothing."""
-        n, made = self.nbytes or _ENDLESS, []
+        n = self.nbytes or _ENDLESS
+        made = []
         # One made in inference mode could not be written outside of it.
         with torch.inference_mode(False):
             for origin in origins:
@@ -93,10 +94,14 @@ def read_addresses(
             f"Addresses of {bound.layout.text!r} were said to be on device meta, which has no "
             f"memory; name the device where they are."
         )
-    shape, strides = _whole("shape", shape), None if strides is None else _whole("strides", strides)
-    origins, table, sizes = None, None, _depth(bound, addresses)
+    shape = _whole("shape", shape)
+    strides = None if strides is None else _whole("strides", strides)
+    origins = None
+    table = None
+    sizes = _depth(bound, addresses)
     if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
-        table, alignment = addresses, 16
+        table = addresses
+        alignment = 16
         place = "pinned" if home.type == "cpu" else "device"
         if place == "device" and table.device != home:
             raise DeviceMismatch(
@@ -146,7 +151,8 @@ def _read(
 ) -> _Known:  # fmt: skip
     """What tensors at addresses in containers of these sizes share. ``tokens``: how many a step of
     an unknown extent has; 0: as many as are declared."""
-    given, tokens = shape, tokens or bound.declared[0].get("token", 1)
+    given = shape
+    tokens = tokens or bound.declared[0].get("token", 1)
     open_ended = [at for at, extent in enumerate(shape) if extent == -1]
     if open_ended:
         shape = _closed(bound, shape, open_ended, tokens)
@@ -186,7 +192,8 @@ def _read(
 
 def _walked(order: Sequence[int]) -> _Walk:
     """The extents and strides of a list of places that is a grid, walked in another order."""
-    extents, strides = list[int](), list[int]()
+    extents = list[int]()
+    strides = list[int]()
     while len(order) > 1:
         step = order[1] - order[0]
         ends = (at for at in range(2, len(order)) if order[at] - order[at - 1] != step)
@@ -200,7 +207,8 @@ def _closed(
     bound: BoundLayout, shape: tuple[int, ...], at: list[int], tokens: int
 ) -> tuple[int, ...]:
     """The shape with as many tokens as can be counted in place of the extent that is unknown."""
-    layout, growing = bound.layout, "block" if bound.layout.paged else "token"
+    layout = bound.layout
+    growing = "block" if bound.layout.paged else "token"
     dims = layout.dims[at[0]].factors if at[0] < len(layout.dims) else ()
     if len(at) > 1 or growing not in [factor.axis for factor in dims]:
         raise LayoutError(
@@ -215,9 +223,11 @@ def _closed(
 
 def _depth(bound: BoundLayout, addresses: Any) -> list[int]:
     """The extent of each container level; raises `LayoutError` for what are no addresses."""
-    levels, text = len(bound.layout.containers), bound.layout.text
+    levels = len(bound.layout.containers)
+    text = bound.layout.text
     if isinstance(addresses, torch.Tensor):
-        found, right = addresses.dtype, addresses.dtype in _WORDS
+        found = addresses.dtype
+        right = addresses.dtype in _WORDS
         if right and (addresses.is_meta or (addresses.numel() and not address_of(addresses))):
             raise LayoutError(
                 f"Addresses for {text!r} were given in a tensor without memory of its own, as on "
@@ -229,7 +239,8 @@ def _depth(bound: BoundLayout, addresses: Any) -> list[int]:
         except ValueError:  # lists of unequal lengths
             addresses = np.empty(0, dtype=object)
         words = addresses.dtype.kind in "iu" and addresses.itemsize == 8
-        found, right = addresses.dtype, words or (addresses.dtype != object and not addresses.size)
+        found = addresses.dtype
+        right = words or (addresses.dtype != object and not addresses.size)
     if not right:
         raise LayoutError(
             f"Addresses of {found} were given for {text!r}; expected whole numbers of 64 bits, in "
@@ -260,7 +271,8 @@ def _home(bound: BoundLayout, addresses: Any) -> tuple[torch.device, bool | None
     """Where the memory at the first address is, and whether it is pinned, if that was told as well;
     raises `LayoutError` if nothing here can tell."""
     _depth(bound, addresses)
-    device, why = usual_device(), ""
+    device = usual_device()
+    why = ""
     if isinstance(addresses, torch.Tensor) and not addresses.is_cpu:
         why = f"its addresses lie on {addresses.device} themselves"
     elif device.type == "cpu":
@@ -302,7 +314,8 @@ def _place(origins: npt.NDArray[np.int64], device: torch.device, pinned: bool | 
 def _all_pinned(addresses: Sequence[int] | npt.NDArray[np.int64]) -> bool:
     """Whether host memory at addresses is pinned, as torch says of one of each allocation whose
     reach a driver tells, else of one of each page."""
-    left, storage = np.asarray(addresses), torch._C._construct_storage_from_data_pointer
+    left = np.asarray(addresses)
+    storage = torch._C._construct_storage_from_data_pointer
     with torch.inference_mode(False):
         at = torch.empty(0, dtype=torch.uint8, device=_HOST)
 

@@ -61,7 +61,8 @@ class Part:
     def cut(self, axis: str, wanted: range) -> Part:
         """Only ``wanted`` positions of one axis; raises `LayoutError` if they cut a factor."""
         steps = self.axis(axis)
-        size, below = len(wanted), 1
+        size = len(wanted)
+        below = 1
         if size == prod(step.extent for step in steps):
             return self
         table, offset = locate(self.table, self.offset, steps, wanted.start)
@@ -74,7 +75,9 @@ class Part:
                 return replace(self, table=table, offset=offset, **{axis: kept})
             if size % step.extent:
                 break
-            kept, size, below = (step, *kept), size // step.extent, below * step.extent
+            kept = (step, *kept)
+            size = size // step.extent
+            below = below * step.extent
         raise LayoutError(
             f"{axis} {wanted.start}..{wanted.stop} cuts through a factor of the {axis!r} axis; "
             f"slice at multiples of its factors."
@@ -215,7 +218,8 @@ def build_parts(
         table = offset = 0
         for factor, (entries, distances) in walks.items():
             if factor.axis == "kv":
-                table, offset = k * entries, k * distances[k]
+                table = k * entries
+                offset = k * distances[k]
             else:
                 steps[factor] = Step(factor_extent(factor, values[k]) or 0, entries, distances[k])
         for group, stride in zip(layout.dims, strides[k], strict=True):
@@ -262,7 +266,8 @@ def locate(table: int, offset: int, steps: Sequence[Step], position: int) -> tup
     """Table entry and byte offset of ``position`` on one axis."""
     for step in reversed(steps):
         position, at = divmod(position, step.extent) if step.extent else (0, position)
-        table, offset = table + at * step.table, offset + at * step.stride
+        table = table + at * step.table
+        offset = offset + at * step.stride
     return table, offset
 
 

@@ -85,7 +85,8 @@ class Index:
     ) -> None:
         if type(step) is not int or type(offset) is not int:
             with suppress(TypeError):
-                step, offset = whole_number(step), whole_number(offset)
+                step = whole_number(step)
+                offset = whole_number(offset)
         if type(step) is not int or type(offset) is not int or not 0 < step <= _INT32 or offset < 0:
             raise SlotError(
                 f"Index(step={step!r}, offset={offset!r}) was asked for; both are integers, step "
@@ -99,11 +100,15 @@ class Index:
         trusted: bool,
     ) -> None:  # fmt: skip
         # Plain attributes: every call reads them, and asking a tensor each time is dear.
-        self.ids, self.step, self.offset, self._store = ids, step, offset, store
+        self.ids = ids
+        self.step = step
+        self.offset = offset
+        self._store = store
         self.length = None if ids is None else ids.numel() * step - offset
         self.on_host = ids is None or ids.is_cpu
         self.plan_step = 0 if ids is None else step
-        self.fleeting, self.trusted = fleeting, trusted
+        self.fleeting = fleeting
+        self.trusted = trusted
         self._served: tuple[torch.device, frozenset[torch.dtype]] | None = None
         self._placed: Index | None = None  # what `placed` answered to that; None: this one
 
@@ -157,7 +162,8 @@ class Index:
         kind = type(tables).__name__
         dense = isinstance(tables, torch.Tensor)
         if dense and (tables.is_nested or tables.layout is not torch.strided):
-            kind, dense = "nested or sparse tensor", False
+            kind = "nested or sparse tensor"
+            dense = False
         if not dense or tables.dim() != 2 or tables.dtype not in _DTYPES:
             if dense:
                 kind = f"{tables.dtype} tensor of shape {tuple(tables.shape)}"
@@ -167,7 +173,8 @@ class Index:
             )
         requests, blocks = tables.shape
         with suppress(TypeError):
-            step, count = whole_number(step), None if count is None else whole_number(count)
+            step = whole_number(step)
+            count = None if count is None else whole_number(count)
         if not (isinstance(step, int) and isinstance(count or 0, int) and step > 0 <= (count or 0)):
             raise SlotError(
                 f"Requests of step={step!r} and count={count!r} were asked for; expected integers, "
@@ -197,7 +204,8 @@ class Index:
         ends = sizes.cumsum(0) if front is None else sizes.cumsum(0) + ahead
         at = torch.arange(int(ends[-1]) if count is None else count, device=tables.device)
         request = torch.searchsorted(ends, at, right=True)
-        inside, request = request < requests, request.clamp(max=requests - 1)
+        inside = request < requests
+        request = request.clamp(max=requests - 1)
         if front is not None:
             inside &= at >= ahead
         token = at + (begins - ends + sizes)[request]
@@ -336,7 +344,8 @@ class Index:
         right = ids.device == home and ids.dtype in dtypes and ids.is_contiguous()
         placed = None if right else self._derived(self.ids_on(home, dtypes), self.offset)
         if right or self.on_host:
-            self._served, self._placed = (home, dtypes), placed
+            self._served = (home, dtypes)
+            self._placed = placed
         return placed or self
 
     def to_host(self) -> Index:
@@ -361,7 +370,8 @@ class Index:
     def units(self, count: int, unit: int, device: torch.device) -> torch.Tensor:
         """For each of ``count // unit`` units its number (slot // unit), int64 ``[units]``;
         negative if the id is; without ids counted from the first position, which may be any."""
-        first, per_id = self.offset // unit, self.step // unit
+        first = self.offset // unit
+        per_id = self.step // unit
         if self.ids is not None and per_id == 1:
             return self.ids_on(device)[first : first + count // unit].long()
         at = torch.arange(first, first + count // unit, dtype=torch.int64, device=device)
@@ -445,7 +455,8 @@ class Index:
         expanded = self.slots(count)
         past = np.flatnonzero(expanded >= slots)
         if past.size:
-            at, of = int(past[0]), ""
+            at = int(past[0])
+            of = ""
             if self.step > 1:
                 slot_id = int(self.host_ids()[(at + self.offset) // self.step])
                 of = f" (of id {slot_id}, {self.step} slots each)"

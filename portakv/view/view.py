@@ -142,18 +142,21 @@ class KVView:
         self, layout: Layout, tensors: Any, facts: Facts, lasting: bool,
         foreign: Foreign | None = None, table: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        self.layout, self.tensors = layout, tensors
+        self.layout = layout
+        self.tensors = tensors
         rows, self.slots, self.device, self.requires_grad = facts
         self.home = self.device
         self.form, self._origins, self._owners, self._spans = rows
-        self._foreign, self._table = foreign, table
+        self._foreign = foreign
+        self._table = table
         self.fleeting = not (lasting or foreign)
         self._memory: tuple[tuple[torch.UntypedStorage, int, int], ...] | None = None
         self._unwritable: str | None = None
         self.derived: dict[Hashable, Any] = {}
         if lasting:
             # Aliases keep the memory that was read, also if a caller gives a tensor another one.
-            self._owners, self._memory = tuple(map(_detached, self.owners)), ()
+            self._owners = tuple(map(_detached, self.owners))
+            self._memory = ()
 
     @property
     def origins(self) -> tuple[int, ...]:
@@ -423,7 +426,8 @@ class KVView:
         chain = [(self.slots // (self.form.block_size or 1), part.block)] if part.block else []
         chain += [(self.form.block_size or self.slots, part.token), (self.heads, part.head)]
         stride = [steps[0].stride if steps else 0 for _, steps in chain]
-        width, row = element.itemsize, self.widths[kv]
+        width = element.itemsize
+        row = self.widths[kv]
         if any(place % width for place in (self.origins[entry] + offset, row, *stride)):
             raise LayoutError(
                 f"A plane of {self.layout.text!r} cannot be read as {element}: its rows of {row} "
@@ -449,7 +453,8 @@ class KVView:
                 f"A slice by {asked} was asked; expected layers, heads or kv; pass an Index of "
                 f"the blocks or tokens to the copy."
             )
-        form, spans = self.form, self.spans if self.known else None
+        form = self.form
+        spans = self.spans if self.known else None
         kv_range = _range("kv", kv, form.kv)
         layer_range = _range("layers", layers, form.layers)
         head_range = _range("heads", heads, form.heads)
@@ -458,7 +463,9 @@ class KVView:
         count = self.slots // (form.block_size or 1)  # blocks, or a chunk's tokens
         key = self.form, count, kv_range, layer_range, head_range
         form, gained, n = _slices.get_or_make(key, lambda: _sliced(*key))
-        table, origins, left = None, None, None
+        table = None
+        origins = None
+        left = None
         if self._origins is not None:
             origins = tuple(self._origins[number // n] + gain for number, gain in gained.items())
         elif self._table is not None:
@@ -546,7 +553,8 @@ class KVView:
         return view
 
     def __repr__(self) -> str:
-        form, blocks = self.form, self.slots // (self.form.block_size or 1)
+        form = self.form
+        blocks = self.slots // (self.form.block_size or 1)
         tokens = f"{blocks} blocks of {form.block_size}" if form.paged else f"{self.slots}"
         if self._foreign is not None and not self._foreign.nbytes:
             tokens = f"unknown blocks of {form.block_size}" if form.paged else "unknown"

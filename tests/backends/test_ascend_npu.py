@@ -30,18 +30,30 @@ from portakv_conformance.vendor import standins
 from portakv_conformance.vendor.ascendc_npu import AscendKernel
 
 pytestmark = own_process("npu", "ascend")
-DEVICE, OTHER = torch.device("privateuseone", 0), torch.device("privateuseone", 1)
+DEVICE = torch.device("privateuseone", 0)
+OTHER = torch.device("privateuseone", 1)
 if in_child():
     standins.install("npu")
     choose(DEVICE, "ascend")  # with its self-check, whose calls must not count
 
-LAYERS, BLOCKS, SIZE, HEADS = 2, 4, 8, 2
-PLANES, SLOTS = 2 * LAYERS, BLOCKS * SIZE
+LAYERS = 2
+BLOCKS = 4
+SIZE = 8
+HEADS = 2
+PLANES = 2 * LAYERS
+SLOTS = BLOCKS * SIZE
 IDS = [9, 2, 31, 17, 6, 0]
-SCATTER, GATHER = "npu_scatter_pa_kv_cache", "npu_gather_pa_kv_cache"
-UPDATE, COPY, SELECT = "npu_scatter_nd_update_", "index_copy_", "index_select"
-BF16, F16, I16, I8 = torch.bfloat16, torch.float16, torch.int16, torch.int8
-PAIRS, ROWS = "layer kv | block token head dim", "layer kv | token head dim"
+SCATTER = "npu_scatter_pa_kv_cache"
+GATHER = "npu_gather_pa_kv_cache"
+UPDATE = "npu_scatter_nd_update_"
+COPY = "index_copy_"
+SELECT = "index_select"
+BF16 = torch.bfloat16
+F16 = torch.float16
+I16 = torch.int16
+I8 = torch.int8
+PAIRS = "layer kv | block token head dim"
+ROWS = "layer kv | token head dim"
 MERGED = "layer | kv block token head dim"
 #: Caches: the layout, elements of each kv, the dtype, and the shape of a layer's tensor, if it has
 #: one for all kv, or of each kv's.
@@ -100,7 +112,8 @@ class Recorded(TorchDispatchMode):
         return func(*args, **given)
 
 
-OPS, KERNEL = Carrier(Ascend, DEVICE), Carrier(AscendKernel, DEVICE)
+OPS = Carrier(Ascend, DEVICE)
+KERNEL = Carrier(AscendKernel, DEVICE)
 by_both = pytest.mark.parametrize("carrier", [OPS, KERNEL], ids=["ops", "kernel"])
 
 
@@ -123,7 +136,8 @@ def both_ways(carrier: Carrier, name: str, tokens: int, **index: Any) -> list[di
     """Gather and scatter, every byte judged; the ops that were called."""
     seen = []
     for scatters in (False, True):
-        paged, dense = by(cache(name), **index), chunk(name, tokens)
+        paged = by(cache(name), **index)
+        dense = chunk(name, tokens)
         with Recorded() as recorded:
             carrier.copies(Copy(dense, paged, tokens) if scatters else Copy(paged, dense, tokens))
         seen.append(dict(recorded.seen))
@@ -169,7 +183,8 @@ def views(name: str = "tuples", tokens: int = 4) -> tuple[KVView, KVView]:
 def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     view, rows = views()
     host = chunk("tuples", 4).view()
-    backend, kernel = Ascend(DEVICE), AscendKernel(DEVICE)
+    backend = Ascend(DEVICE)
+    kernel = AscendKernel(DEVICE)
     assert (backend.emulated, backend.capabilities().guards) == (True, False)
     assert kernel.capabilities().guards
     scatters = CopyPlan(rows.form, view.form, 0, 1)
@@ -215,7 +230,8 @@ def test_block_migration_within_one_cache(carrier: Carrier) -> None:
 
 
 def test_what_torch_npu_would_refuse() -> None:
-    matrix, rows = torch.zeros(4, 2).to(OTHER), torch.ones(1, 2).to(OTHER)
+    matrix = torch.zeros(4, 2).to(OTHER)
+    rows = torch.ones(1, 2).to(OTHER)
     where = torch.tensor([[1]]).to(OTHER)
     with pytest.raises(RuntimeError, match="tensor on npu:1; the current device is npu:0"):
         torch.ops.npu.npu_scatter_nd_update_(matrix, where, rows)
@@ -270,7 +286,8 @@ def test_an_empty_copy_launches_nothing(carrier: Carrier) -> None:
 
 def test_a_prepared_launch_serves_any_request_of_its_plan() -> None:
     """The nests are uploaded once; every address and count is the request's."""
-    pools, there = [cache("tuples"), cache("tuples")], Elsewhere(DEVICE)
+    pools = [cache("tuples"), cache("tuples")]
+    there = Elsewhere(DEVICE)
     first, second = there.views(*pools)
     launch = AscendKernel(DEVICE).prepare(CopyPlan(first.form, second.form, SIZE, SIZE))
     for (mine, theirs), (src, dst) in (((first, second), pools), ((second, first), pools[::-1])):

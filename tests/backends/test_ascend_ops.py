@@ -12,9 +12,13 @@ import torch
 from portakv_conformance.vendor import ascend_ops
 from portakv_conformance.vendor.ascend_ops import Refused
 
-BLOCKS, SIZE, HEADS, DIM = 3, 4, 2, 16
+BLOCKS = 3
+SIZE = 4
+HEADS = 2
+DIM = 16
 SLOTS = BLOCKS * SIZE
-ROWS, WHERE = torch.arange(6).view(2, 3), torch.tensor([[4], [1]])
+ROWS = torch.arange(6).view(2, 3)
+WHERE = torch.tensor([[4], [1]])
 COMPLEX = torch.zeros(4, 2, dtype=torch.complex128)
 
 
@@ -61,7 +65,8 @@ def select(**changed: Any) -> torch.Tensor:
 
 
 def test_scatter_writes_each_row_to_its_slot() -> None:
-    key, value = numbers(3, HEADS, DIM), numbers(3, HEADS, 8)
+    key = numbers(3, HEADS, DIM)
+    value = numbers(3, HEADS, 8)
     caches = [torch.zeros(BLOCKS, SIZE, HEADS, d, dtype=torch.float16) for d in (DIM, 8)]
     scatter(key=key, value=value, key_cache=caches[0], value_cache=caches[1])
     for rows, cache in zip((key, value), caches, strict=True):
@@ -78,7 +83,8 @@ def test_an_update_writes_rows() -> None:
 
 def test_gather_reads_block_after_block() -> None:
     cache = numbers(BLOCKS, SIZE, HEADS, DIM)
-    key, value = torch.zeros(6, HEADS, DIM).half(), torch.zeros(6, HEADS, DIM).half()
+    key = torch.zeros(6, HEADS, DIM).half()
+    value = torch.zeros(6, HEADS, DIM).half()
     gather(key_cache=cache, key=key, value=value)
     assert key.view(torch.int16).equal(
         cache.view(SLOTS, HEADS, DIM).view(torch.int16)[[8, 9, 10, 11, 0, 1]]

@@ -192,7 +192,8 @@ def test_every_byte_lands(name: str, setting: Setting, monkeypatch: pytest.Monke
 
 
 def test_the_arguments_are_as_large_as_the_kernel_says() -> None:
-    library, case = ascendc_emulated.library(), COPIES["gather"]()
+    library = ascendc_emulated.library()
+    case = COPIES["gather"]()
     arguments = _ascendc.Arguments(case.plan())
     assert [len(nest) for nest in arguments.nests] == [library.portakv_emulated_nest_bytes()]
     sides = case.src.view(), case.dst.view(), case.src.index(), case.dst.index()
@@ -289,7 +290,8 @@ def built(tmp_path: Path) -> Built:
     """Builds a library of some text and returns its path."""
 
     def build(text: str, *flags: str, name: str = "libportakv_ascend.so") -> str:
-        source, target = tmp_path / "library.cpp", tmp_path / name
+        source = tmp_path / "library.cpp"
+        target = tmp_path / name
         source.write_text(text)
         command = ["g++", "-std=c++17", "-shared", "-fPIC", str(source), "-o", str(target), *flags]
         done = subprocess.run(command, capture_output=True, text=True)
@@ -409,7 +411,8 @@ def test_the_real_library_s_host_part(built: Built, tmp_path: Path) -> None:
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_cmake_builds_and_installs_a_library_that_loads(tmp_path: Path) -> None:
     """CMakeLists.txt over a made-up CANN, whose compiler of kernels is g++ with another launch."""
-    cann, folder = tmp_path / "cann", "tools/tikcpp/ascendc_kernel_cmake"
+    cann = tmp_path / "cann"
+    folder = "tools/tikcpp/ascendc_kernel_cmake"
     header = "include/tiling/platform/platform_ascendc.h"
     texts = {header: PLATFORM, f"{folder}/launch.cpp": LAUNCH, f"{folder}/ascendc.cmake": CMAKE}
     for name, text in texts.items():
@@ -419,7 +422,8 @@ def test_cmake_builds_and_installs_a_library_that_loads(tmp_path: Path) -> None:
     for name in ("ascendcl", "platform", "tiling_api"):
         library = str(cann / "lib64" / f"lib{name}.so")
         subprocess.run(["g++", "-shared", "-x", "c++", "/dev/null", "-o", library], check=True)
-    work, lib = str(tmp_path / "work"), str(tmp_path / "native" / "lib")
+    work = str(tmp_path / "work")
+    lib = str(tmp_path / "native" / "lib")
     mode = ["-DRUN_MODE=npu", f"-DASCEND_CANN_PACKAGE_PATH={cann}"]
     for words in (
         ["-S", str(ASCEND), "-B", work, *mode],
@@ -467,7 +471,8 @@ def test_the_command_of_the_page_judges_the_kernel(by: str, emulation: str, tmp_
     told = done.stdout + done.stderr
     assert re.search(r"\b\d+ passed in ", told), told
     report = (tmp_path / "conformance.json").read_text()
-    said, device = json.loads(report)["environment"], results.device(RunRecord.read(report))
+    said = json.loads(report)["environment"]
+    device = results.device(RunRecord.read(report))
     digest = hashlib.sha256(Path(emulation).read_bytes()).hexdigest()
     by_kernel = by == "kernel"
     assert (

@@ -25,7 +25,8 @@ from portakv.backends.compiled import Compiled
 from portakv.registry import registry
 
 pytestmark = pytest.mark.xdist_group("compiled")  # one process imports inductor
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 on_each_device = pytest.mark.parametrize(
     "device",
     [pytest.param(CPU, marks=needs_inductor), pytest.param(CUDA, marks=pytest.mark.gpu)],
@@ -45,7 +46,8 @@ def copy(src: KVView, dst: KVView, mine: Any = None, theirs: Any = None, **more:
 
 
 def _plan(device: torch.device, *, layers: int = 3) -> CopyPlan:
-    src, dst = paged(pool(device, layers=layers)), dense(chunk(device, 4, layers=layers))
+    src = paged(pool(device, layers=layers))
+    dst = dense(chunk(device, 4, layers=layers))
     return CopyPlan(src.form, dst.form, 1, 0)
 
 
@@ -63,7 +65,8 @@ def test_every_dtype_through_one_program(device: torch.device) -> None:
         torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8,
         torch.int64, torch.int16, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
     )  # fmt: skip
-    found, slots = set(), [23, 0, 9, 4, 5]
+    found = set()
+    slots = [23, 0, 9, 4, 5]
     for dtype in dtypes:
         caches = [filled((2, 6, 4, 2, 32 // dtype.itemsize), dtype, device=device)]
         rows = filled((2, 1, 5, 64 // dtype.itemsize), dtype, poison=True, device=device)
@@ -107,7 +110,8 @@ def test_the_code_is_one_kernel_without_a_buffer(device: torch.device, scatters:
     """
     from torch._inductor.utils import run_and_get_code
 
-    src, dst = paged(pool(device)), dense(chunk(device, 4))
+    src = paged(pool(device))
+    dst = dense(chunk(device, 4))
     views = (dst, src) if scatters else (src, dst)
     plan = CopyPlan(views[0].form, views[1].form, int(not scatters), int(scatters))
     with torch._inductor.config.patch(force_disable_caches=True):
@@ -129,7 +133,8 @@ def test_the_code_is_one_kernel_without_a_buffer(device: torch.device, scatters:
 def test_a_scatter_takes_no_memory() -> None:
     caches = [torch.zeros(2, 4096, 16, 8, 128, dtype=torch.float16, device="cuda") for _ in "ab"]
     rows = torch.zeros(2, 2, 64, 1024, dtype=torch.float16, device="cuda")
-    slots, dst = torch.arange(64, device="cuda"), paged(caches)
+    slots = torch.arange(64, device="cuda")
+    dst = paged(caches)
     src = KVView(rows, "kv layer token (head dim)", heads=8)
     copy(src, dst, None, Index(slots))
     before = torch.cuda.memory_allocated()
@@ -141,8 +146,10 @@ def test_a_scatter_takes_no_memory() -> None:
 @on_each_device
 def test_what_torch_guards_for_does_not_compile_again(device: torch.device) -> None:
     """Each of these would be a recompilation of a function called through torch.compile."""
-    backend, caches = Compiled(device), pool(device)
-    threads, promised = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    backend = Compiled(device)
+    caches = pool(device)
+    threads = torch.get_num_threads()
+    promised = torch.are_deterministic_algorithms_enabled()
     # Under this promise inductor would write rows by a slow way of its own, over all memory.
     torch.use_deterministic_algorithms(True, warn_only=True)
     with torch.inference_mode():
@@ -209,7 +216,8 @@ def test_integers_stay_variable() -> None:
 @needs_inductor
 def test_an_eager_run_is_refused_before_it_touches_memory(nothing_chosen: None) -> None:
     """Its arguments are marks, not addresses."""
-    caches, rows = pool("cpu"), chunk("cpu", 2)
+    caches = pool("cpu")
+    rows = chunk("cpu", 2)
     wanted = rows.clone()
     torch.compiler.set_stance("force_eager")
     try:

@@ -189,8 +189,10 @@ def test_drawn_copies(share: int, carrier: Carrier) -> None:
     @settings(max_examples=max(6, profile.max_examples // share))
     @given(all_cases(device=carrier.device.type))
     def check(case: Case) -> None:
-        src, dst = view_of(case.src), view_of(case.dst)
-        mine, theirs = index_of(case.src), index_of(case.dst)
+        src = view_of(case.src)
+        dst = view_of(case.dst)
+        mine = index_of(case.src)
+        theirs = index_of(case.dst)
         case.check(
             lambda: copy_rows(
                 src, dst, mine, theirs, count=case.count, backend=carrier.name
@@ -211,7 +213,8 @@ def test_a_bad_id_moves_nothing_and_is_told(dtype: torch.dtype, bad: int, carrie
     for at in (0, 6):
         slots = [3, 1, -1, 7, 0, 11, 5, -(2**31)]
         slots[at] = bad
-        paged, dense = by(pool(), slots, dtype=dtype), chunk(8)
+        paged = by(pool(), slots, dtype=dtype)
+        dense = chunk(8)
         for copy in (Copy(paged, dense, 8), Copy(dense, paged, 8)):
             status = carrier.word()
             carrier.tells(copy, status)
@@ -234,7 +237,8 @@ def test_a_bad_id_moves_nothing_and_is_told(dtype: torch.dtype, bad: int, carrie
 def test_bad_blocks_on_either_side(
     mine: list[int], theirs: list[int] | None, step: int, told: tuple[int, ...], carrier: Carrier
 ) -> None:
-    blocks, unit = {1: 0, 4: 3, 8: 5}[step], min(step, 4)
+    blocks = {1: 0, 4: 3, 8: 5}[step]
+    unit = min(step, 4)
     dst = chunk(3) if theirs is None else by(pool(blocks=blocks), theirs, step)
     copy = Copy(by(pool(blocks=blocks), mine, unit), dst, unit * len(mine))
     status = carrier.word()
@@ -268,7 +272,8 @@ def test_offsets_past_two_and_four_gib(dtype: torch.dtype, carrier: Carrier) -> 
     slots = torch.tensor([19, 0, 9, 16, 13], dtype=dtype, device=carrier.device)
     wanted = cache.flatten(0, 1)[slots.long()]
     rows = filled((5, 32), torch.uint8, device=carrier.device)
-    paged, dense = KVView(cache, "block token dim"), KVView(rows, "token dim")
+    paged = KVView(cache, "block token dim")
+    dense = KVView(rows, "token dim")
     copy_rows(paged, dense, slots, backend=carrier.name).synchronize()
     assert torch.equal(rows, wanted)
     cache.zero_()
@@ -332,7 +337,8 @@ def test_memory_that_is_elsewhere_is_refused(left: float, carrier: Carrier) -> N
     """A cache whose storage was resized after the views were made: nothing is moved."""
     for gathers in (True, False):
         caches, rows = Elsewhere(carrier.device).moved([pool().tensors, chunk(7).tensors])
-        cache, dense = KVView(caches, NHD), KVView(rows, CHUNK, heads=2)
+        cache = KVView(caches, NHD)
+        dense = KVView(rows, CHUNK, heads=2)
         ids = Index(_CLEAN)
         sides = (cache, dense, ids, Index()) if gathers else (dense, cache, Index(), ids)
         copy_rows(*sides, count=7, backend=carrier.name).synchronize()
@@ -389,7 +395,8 @@ def test_copies_on_another_device_than_the_current_one(given: bool, carrier: Car
     other = Carrier(carrier.backend, torch.device(carrier.device.type, 1))
     stream = torch.Stream(device=other.device) if given else None
     for layout, step in ((x, n) for x in (NHD, HND) for n in (1, 4)):
-        paged, dense = by(pool(layout, dim=16), [2, 0], step), chunk(2 * step, dim=16)
+        paged = by(pool(layout, dim=16), [2, 0], step)
+        dense = chunk(2 * step, dim=16)
         for copy in (Copy(paged, dense, 2 * step), Copy(dense, paged, 2 * step)):
             other.copies(copy, stream=stream)
     assert torch.accelerator.current_device_index() == 0
@@ -399,10 +406,12 @@ def test_copies_on_another_device_than_the_current_one(given: bool, carrier: Car
 def test_a_launch_that_tells_of_a_bad_id_waits_for_nothing(carrier: Carrier) -> None:
     """A wait would hide one that is missing, and stall the host on a real device."""
     dense, paged = Elsewhere(carrier.device).views(chunk(4, dim=16), pool(HND, dim=16))
-    ids, status = Index(torch.tensor([9, -(2**40), 12, 5]).to(carrier.device)), carrier.word()
+    ids = Index(torch.tensor([9, -(2**40), 12, 5]).to(carrier.device))
+    status = carrier.word()
     launch = carrier.backend(carrier.device).prepare(CopyPlan(dense.form, paged.form, 0, 1))
     torch.accelerator.synchronize(carrier.device)
-    waited, before = simdev.synchronised(), torch.Event(carrier.device)
+    waited = simdev.synchronised()
+    before = torch.Event(carrier.device)
     torch.zeros(1, device=carrier.device).fill_(1)
     before.record()
     launch(dense, paged, Index(), ids, 4, None, status)
@@ -432,7 +441,8 @@ def test_the_connector_chooses_it_and_asks_for_no_other_vendor_s_package(
         [pool(HND, dim=16).tensors, chunk(4, dim=16).tensors]
     )
     connector.register_kv_caches(caches)
-    landed, slots = torch.zeros_like(rows), torch.tensor([9, 2, 11, 5], device=carrier.device)
+    landed = torch.zeros_like(rows)
+    slots = torch.tensor([9, 2, 11, 5], device=carrier.device)
     connector.to_gpu(rows, slot_mapping=slots).synchronize()
     connector.from_gpu(landed, slot_mapping=slots).synchronize()
     assert same(rows, landed)
@@ -454,7 +464,9 @@ def prepared(carrier: Carrier, given: Any) -> Any:
 @by_each(ON_A_GPU)
 def test_a_captured_launch_reads_the_ids_of_each_replay(carrier: Carrier) -> None:
     caches, rows, given = gather(carrier)
-    launch, status, ids = prepared(carrier, given), carrier.word(), given[2].ids
+    launch = prepared(carrier, given)
+    status = carrier.word()
+    ids = given[2].ids
     launch(*given, None, status)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -478,8 +490,10 @@ def test_a_captured_launch_reads_the_ids_of_each_replay(carrier: Carrier) -> Non
 @by_each(ON_A_GPU)
 def test_a_first_use_inside_a_capture_is_refused(carrier: Carrier) -> None:
     _, _, (src, dst, *_) = gather(carrier, layers=7)
-    backend, plan = carrier.backend(carrier.device), CopyPlan(src.form, dst.form, 1, 0)
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    backend = carrier.backend(carrier.device)
+    plan = CopyPlan(src.form, dst.form, 1, 0)
+    graph = torch.cuda.CUDAGraph()
+    side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         graph.capture_begin()

@@ -41,7 +41,8 @@ pytestmark = [
     pytest.mark.skipif(compiler() is None, reason="there is no g++ for the fake HIP driver"),
     pytest.mark.xdist_group("hip"),
 ]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +168,8 @@ def test_the_dtk_s_runtime_with_hiprtc(libraries: dict[str, list[str]], tmp_path
     """As `libgalaxyhip.so`, behind one that does not load; the compiler is in the runtime."""
     place = tmp_path / "libgalaxyhip.so.5"
     place.write_bytes(built())
-    libraries["amdhip64"], libraries["galaxyhip"] = ["/nowhere/libamdhip64.so"], [str(place)]
+    libraries["amdhip64"] = ["/nowhere/libamdhip64.so"]
+    libraries["galaxyhip"] = [str(place)]
     found = _hip_driver.driver()
     assert found.runtime is found.compiler
     assert found.error(100).startswith("hipErrorNoDevice (100)")
@@ -234,7 +236,8 @@ def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_an_error_of_the_driver_is_told(function: str, error: int, told: str) -> None:
-    copied, status = COPIES["one plane"](), torch.zeros(1, dtype=torch.int64)
+    copied = COPIES["one plane"]()
+    status = torch.zeros(1, dtype=torch.int64)
     before = copied.dst.tensors.clone()
     # What a launch meets comes to the caller; what a compiler says is a reason of the registry's.
     kind = RuntimeError if function.startswith("hiprtc") else TransferError
@@ -247,7 +250,8 @@ def test_an_error_of_the_driver_is_told(function: str, error: int, told: str) ->
 
 
 def launch(backend: Hip, copied: Copy, status: torch.Tensor | None = None, **more: Any) -> None:
-    src, dst = copied.src, copied.dst
+    src = copied.src
+    dst = copied.dst
     backend.prepare(copied.plan())(
         src.view(), dst.view(), src.index(), dst.index(), copied.count, more.get("stream"), status
     )
@@ -270,7 +274,8 @@ def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
 
 def last_launch() -> tuple[list[int], int | None]:
     """Grid, block and shared memory of the last launch that the driver saw, and its stream."""
-    seven, stream = (ctypes.c_uint * 7)(), ctypes.c_void_p()
+    seven = (ctypes.c_uint * 7)()
+    stream = ctypes.c_void_p()
     library().hip_fake_last(seven, ctypes.byref(stream))
     return list(seven), stream.value
 
@@ -286,7 +291,9 @@ def test_a_launch_is_cut_into_blocks_of_whole_waves() -> None:
 
 
 def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
-    first, second, plan = HipEmulated(CPU), HipEmulated(CPU), COPIES["gather"]().plan()
+    first = HipEmulated(CPU)
+    second = HipEmulated(CPU)
+    plan = COPIES["gather"]().plan()
     source = RowsKernel(plan.nests[0], plan).source
     assert not _hip_driver.compiled_before(fake_driver(), source, "gfx906")
     first.prepare(plan)
@@ -299,7 +306,8 @@ def test_a_text_is_compiled_once_and_kept_on_disk() -> None:
 
 def test_what_the_fake_refuses() -> None:
     """A launch that a device would refuse must not pass here."""
-    backend, plan = HipEmulated(CPU), COPIES["gather"]().plan()
+    backend = HipEmulated(CPU)
+    plan = COPIES["gather"]().plan()
     (loaded,) = backend._kernels.functions([RowsKernel(plan.nests[0], plan)])
     refused_by = fake_driver().runtime.hipModuleLaunchKernel
     argument = ctypes.create_string_buffer(4096)
@@ -322,7 +330,8 @@ class OtherCard(HostCard):
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        OtherCard.entered, OtherCard.inside = OtherCard.entered + 1, OtherCard.inside + 1
+        OtherCard.entered = OtherCard.entered + 1
+        OtherCard.inside = OtherCard.inside + 1
         yield
         OtherCard.inside -= 1
 
@@ -335,7 +344,8 @@ class HipOnOther(HipEmulated):
 
 
 def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
-    backend, copied = HipOnOther(CPU), COPIES["gather"]()
+    backend = HipOnOther(CPU)
+    copied = COPIES["gather"]()
     launch(backend, copied)
     # Loading, arguments, launching.
     assert (OtherCard.entered, last_launch()[1]) == (3, 0x5EED)
@@ -345,7 +355,8 @@ def test_a_launch_makes_its_device_current_and_takes_the_stream() -> None:
 
 
 def test_nothing_is_loaded_during_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    backend, copied = HipOnOther(CPU), COPIES["gather"]()
+    backend = HipOnOther(CPU)
+    copied = COPIES["gather"]()
     said = "same call once before the capture"
     with monkeypatch.context() as patched, refused(Unsupported, said, watch=copied.dst.tensors):
         patched.setattr(rows_launch, "capturing", lambda device: True)

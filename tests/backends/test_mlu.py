@@ -21,16 +21,22 @@ from portakv_conformance import simdev
 from portakv_conformance.vendor import mlu_standin, standins
 
 pytestmark = own_process("mlu", "mlu")
-DEVICE, OTHER = torch.device("privateuseone", 0), torch.device("privateuseone", 1)
+DEVICE = torch.device("privateuseone", 0)
+OTHER = torch.device("privateuseone", 1)
 if in_child():
     standins.install("mlu")
     choose(DEVICE, "mlu")  # with its self-check, whose calls must not count
 MLU = Carrier(Mlu, DEVICE)
-LAYERS, BLOCKS, HEADS, SIZE, DIM = 3, 5, 2, 16, 16
+LAYERS = 3
+BLOCKS = 5
+HEADS = 2
+SIZE = 16
+DIM = 16
 SLOTS = BLOCKS * SIZE
 IDS = [37, 2, 79, 16, 15, 0, 48, 21, 64]
 HALF = torch.float16
-LAYERS_OP, PLANES_OP = "multi_layer_kv_transfer", "reshape_paged_cache"
+LAYERS_OP = "multi_layer_kv_transfer"
+PLANES_OP = "reshape_paged_cache"
 #: layout, shape of a tensor without the kv containers, tensors for each layer, op, calls.
 CACHES = {
     "merged": ("layer | kv block head token dim", (2, BLOCKS, HEADS, SIZE, DIM), 0, LAYERS_OP, 1),
@@ -71,7 +77,8 @@ def copied(
 ) -> Copy:  # fmt: skip
     """A copy between a cache and a chunk of ``more`` tokens more."""
     count = len(ids) * step
-    paged, dense = by(cache(kind, dtype), ids, step), chunk(kind, count + more, dtype, first)
+    paged = by(cache(kind, dtype), ids, step)
+    dense = chunk(kind, count + more, dtype, first)
     return Copy(paged, dense, count) if gather else Copy(dense, paged, count)
 
 
@@ -83,7 +90,9 @@ def copied(
 def test_each_kind_of_cache_goes_by_its_op(kind: str, gather: bool, dtype: torch.dtype) -> None:
     *_, op, calls = CACHES[kind]
     if dtype == torch.uint8 and op:
-        calls, op = 0, ""  # heads of 16 bytes
+        # heads of 16 bytes
+        calls = 0
+        op = ""
     copy = copied(kind, gather, IDS, dtype)
     MLU.copies(copy)
     assert dict(mlu_standin.CALLS) == ({op: calls} if op else {})
@@ -148,7 +157,8 @@ def test_a_device_slot_past_the_end_moves_nothing_and_is_told(kind: str, ids: li
 
 
 def _arguments(**others: Any) -> dict[str, Any]:
-    rows, cache = torch.zeros(3, 2, 16, device=DEVICE), torch.zeros(2, 2, 4, 16, device=DEVICE)
+    rows = torch.zeros(3, 2, 16, device=DEVICE)
+    cache = torch.zeros(2, 2, 4, 16, device=DEVICE)
     slots = torch.zeros(3, dtype=torch.int32, device=DEVICE)
     given = {"k": rows, "v": rows, "k_cache": cache, "v_cache": cache, "slot_mapping": slots}
     return given | others

@@ -58,7 +58,8 @@ def test_a_source_needs_nothing_but_native_and_the_vendor(source: Path) -> None:
 
 
 def test_a_text_has_what_it_includes_in_its_place_once() -> None:
-    rows, direct = kernel_text(), kernel_text("host/direct.cuh")
+    rows = kernel_text()
+    direct = kernel_text("host/direct.cuh")
     assert direct.count(rows) == 1
     assert "#include" not in direct
     assert direct.index("void copy_rows(") < direct.index("void copy_direct(")
@@ -68,9 +69,10 @@ def test_a_text_has_what_it_includes_in_its_place_once() -> None:
 def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
     """With other addresses, ids and counts, and a bad id told by its position."""
     copied = COPIES[name]()
-    src, dst, mine, theirs = (
-        copied.src.view(), copied.dst.view(), copied.src.index(), copied.dst.index()
-    )  # fmt: skip
+    src = copied.src.view()
+    dst = copied.dst.view()
+    mine = copied.src.index()
+    theirs = copied.dst.index()
     launch = CudaOnCpu(CPU).prepare(copied.plan())
     assert isinstance(launch, RowsLaunch)
     assert isinstance(launch._driver, HostDriver)
@@ -107,7 +109,8 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
 def test_plans_with_more_than_the_arguments_hold(
     backend: type[Backend], limit: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan, module = COPIES[name]().plan(), rows_kernel if backend is CudaOnCpu else ascend_kernel
+    plan = COPIES[name]().plan()
+    module = rows_kernel if backend is CudaOnCpu else ascend_kernel
     backend(CPU).prepare(plan)
     monkeypatch.setattr(module, limit, int(backend is CudaOnCpu))
     with refused(Unsupported, "kernel takes", "reference"):
@@ -116,7 +119,8 @@ def test_plans_with_more_than_the_arguments_hold(
 
 def test_a_view_of_more_units_than_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_kernel, "MAX_NUMBERS", 11)
-    carrier, copied = Carrier(CudaOnCpu, CPU), gathered(48)
+    carrier = Carrier(CudaOnCpu, CPU)
+    copied = gathered(48)
     with refused(Unsupported, "12 tokens", "reference", watch=copied.dst.tensors):
         carrier.copies(copied)
     carrier.copies(Copy(by(pool(), [2, 1], 4), chunk(8), 8))  # 3 units of 4

@@ -15,7 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from portakv import Index, KVView, copy_rows
 from portakv.backends.strided import _by_entry, _grids
 
-LAYERS, BLOCKS, BLOCK_SIZE, TOKENS, ROW = 4, 9, 4, 8, 6
+LAYERS = 4
+BLOCKS = 9
+BLOCK_SIZE = 4
+TOKENS = 8
+ROW = 6
 
 
 class Calls(TorchDispatchMode):
@@ -41,7 +45,8 @@ def made() -> tuple[list[torch.Tensor], list[torch.Tensor], KVView, KVView]:
 @pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
 def test_a_call_for_each_layer_of_each_chunk(store: bool) -> None:
     caches, chunks, paged, paged_chunks = made()
-    ids, order = [7, 2, 0, 5, 8, 3], [2, 0, 1]
+    ids = [7, 2, 0, 5, 8, 3]
+    order = [2, 0, 1]
     sides = (paged, Index(ids, BLOCK_SIZE)), (paged_chunks, Index(order, TOKENS))
     (src, mine), (dst, theirs) = sides if store else sides[::-1]
     copy_rows(src, dst, mine, theirs, backend="reference")  # the backend checks itself once
@@ -72,7 +77,8 @@ def test_blocks_of_chunks_on_a_device_take_one_call_for_each_layer(
     paged = KVView(there[0], "layer | block token dim")
     dense = KVView(there[1], "block layer token dim")
     ids = [7, 2, 0, 5, 8, 3][first:last]
-    begin, count = first * BLOCK_SIZE, len(ids) * BLOCK_SIZE
+    begin = first * BLOCK_SIZE
+    count = len(ids) * BLOCK_SIZE
     sides = (paged, Index(ids, BLOCK_SIZE)), (dense, Index(offset=begin))
     (src, mine), (dst, theirs) = sides if store else sides[::-1]
     for _ in range(2):  # the backend checks itself once
@@ -92,8 +98,10 @@ def test_blocks_of_chunks_on_a_device_take_one_call_for_each_layer(
 
 def test_of_two_sides_only_ids_are_looked_at(accelerator: torch.device) -> None:
     """Slots that follow each other are known to lie in their view."""
-    cache, chunk = noise(20, ROW, seed=1).to(accelerator), noise(5, ROW, seed=2).to(accelerator)
-    src, dst = KVView(cache, "token dim"), KVView(chunk, "token dim")
+    cache = noise(20, ROW, seed=1).to(accelerator)
+    chunk = noise(5, ROW, seed=2).to(accelerator)
+    src = KVView(cache, "token dim")
+    dst = KVView(chunk, "token dim")
     for _ in range(2):  # the backend checks itself once
         ids = torch.tensor([7, 2, 0, 5, 8]).to(accelerator)
         with Calls() as calls:
@@ -119,7 +127,9 @@ def test_units_by_the_entries_of_both_sides(kind: str) -> None:
     drawn = np.random.default_rng(1)
     mine, theirs = (torch.from_numpy(drawn.integers(0, 3, 50)) for _ in range(2))
     if kind == "both":
-        theirs[:20], mine[:20] = 0, 1  # some lie one behind the other
+        # some lie one behind the other
+        theirs[:20] = 0
+        mine[:20] = 1
     first = mine if kind in ("both", "mine") else None
     other = theirs if kind in ("both", "theirs") else None
     seen: list[int] = []

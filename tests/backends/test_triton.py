@@ -24,7 +24,8 @@ from portakv.backends.triton import Triton, compile_kernel
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="the package triton is not installed"
 )
-CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+CPU = torch.device("cpu")
+CUDA = torch.device("cuda", 0)
 
 
 # What it says of devices
@@ -50,11 +51,15 @@ def test_an_interpreter_asked_for_too_late_or_for_a_gpu(monkeypatch: pytest.Monk
 def test_another_length_compiles_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Mock(wraps=compile_kernel)
     monkeypatch.setattr(triton_backend, "compile_kernel", counted)
-    backend, caches = Triton(CUDA), pool("cuda", blocks=300)
+    backend = Triton(CUDA)
+    caches = pool("cuda", blocks=300)
     for tokens in (1, 2, 7, 64, 1000):
         for dtype in (torch.int32, torch.int64):
-            rows, slots = chunk("cuda", tokens), torch.randperm(1200)[:tokens].to("cuda", dtype)
-            src, dst, ids = paged(caches), dense(rows), Index(slots)
+            rows = chunk("cuda", tokens)
+            slots = torch.randperm(1200)[:tokens].to("cuda", dtype)
+            src = paged(caches)
+            dst = dense(rows)
+            ids = Index(slots)
             launch = backend.prepare(CopyPlan(src.form, dst.form, 1, 0))
             launch(src, dst, ids, Index(), tokens, None, None)
             assert torch.equal(rows.cpu(), rows_of(caches)[:, :, slots.cpu()])

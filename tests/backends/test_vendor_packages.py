@@ -177,7 +177,8 @@ def loaded(ask: Any) -> Iterator[Callable[..., str]]:
         torch.ops.npu.__dict__.pop(name, None)
 
 
-NPU, INSTALL = f"{RELEASE}.0", VENDORS["npu"][2]
+NPU = f"{RELEASE}.0"
+INSTALL = VENDORS["npu"][2]
 #: Schemas of ops as other releases have them: an argument less, another name, an argument more.
 OTHERS = {
     "npu_scatter_pa_kv_cache":  # releases before it had cache_mode

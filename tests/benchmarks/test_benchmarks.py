@@ -231,13 +231,16 @@ def test_a_way_that_takes_too_long_to_hide_is_not_delayed() -> None:
     """Thousands of launches fill the device's queue: a longer delay would only wait longer."""
     timer = harness.DeviceTimer.__new__(harness.DeviceTimer)
     timer._module = SimpleNamespace(synchronize=lambda: None)
-    timer._never_hidden, timer._settling, timer.alone = harness.NEVER_HIDDEN, 3, WeakKeyDictionary()
+    timer._never_hidden = harness.NEVER_HIDDEN
+    timer._settling = 3
+    timer.alone = WeakKeyDictionary()
     assert timer.settle(lambda i: sleep(0.025), 1) == 0.0
     assert timer.settle(lambda i: None, 1) >= 50
 
 
 def test_a_call_is_timed_on_an_idle_device_and_then_forgotten() -> None:
-    timer, made = HostTimer(CPU), torch.zeros(4)
+    timer = HostTimer(CPU)
+    made = torch.zeros(4)
 
     def call(i: int) -> torch.Tensor:
         return made.add_(i)
@@ -285,7 +288,8 @@ def test_small_payloads_are_measured_again_in_other_memory(monkeypatch: pytest.M
 
 def test_backends_that_compile_serve_marked_shapes_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(suite, "COMPILING", ("reference",))
-    marked, other = tiny("seed", compiled=True), tiny("seed", compiled=False)
+    marked = tiny("seed", compiled=True)
+    other = tiny("seed", compiled=False)
     assert [task.shape.compiled for task in suite.tasks(FULL, [marked, other], CPU)][-1]
     for known, indices in ((marked, {"random"}), (other, set())):
         rows = suite.run_task(suite.Task(known, "apart"), FULL, field())

@@ -27,7 +27,8 @@ def judged(
     where: str = 'shape = "s"', **row: Any,
 ) -> int:  # fmt: skip
     """The exit code of the check of rows with these figures against one bar."""
-    bars, result = tmp_path / "bars.toml", tmp_path / "result.json"
+    bars = tmp_path / "bars.toml"
+    result = tmp_path / "result.json"
     about = f'name = "b"\nwhere = {{ {where} }}\nfigure = "ratio"'
     bars.write_text(f"[[bar]]\n{about}\n{limit}\n{more}\n")
     rows = [{"shape": "s", "ratio": figure, "verified": True, **row} for figure in figures]
@@ -129,7 +130,8 @@ def test_full_presets_measure_what_the_recorded_results_hold() -> None:
     copies = having(recorded("h200")["rows"], kind="copy", backend="cuda")
     indices = {name: shape.index for name, shape in load().items()}
     assert all(row["index"] in indices[row["shape"]] for row in copies)
-    sides, payloads = {one.side for one in SCENES}, {*FULL.payloads, FULL.largest}
+    sides = {one.side for one in SCENES}
+    payloads = {*FULL.payloads, FULL.largest}
     for row in having(recorded()["rows"], kind="host_copy"):
         assert row["run_bytes"] in FULL.runs
         assert row["host_side"] in sides

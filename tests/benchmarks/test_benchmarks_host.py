@@ -130,7 +130,8 @@ def test_plain_copies_in_the_halves_of_a_region() -> None:
 
 
 def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
-    gentle, every = ["descriptors", "staged"], ["descriptors", "direct", "staged"]
+    gentle = ["descriptors", "staged"]
+    every = ["descriptors", "direct", "staged"]
     rows = [
         linked("memcpy", 7.0), linked("staged", 10.0), linked("descriptors", 5.0, verified=False),
         linked("direct", 8.0, ratio=0.875), linked("host", 11.0, allowed=gentle),

@@ -71,7 +71,8 @@ def test_every_part_is_measured_and_every_byte_right(
     monkeypatch.setattr(bench, "HOST_PRESETS", {"tiny": SMALL if cuda else TINY, "full": SMALL})
     words = ["--host", "--device", device.type if cuda else NAME, "--preset", "tiny"]
     assert bench.main([*words, "--out", str(tmp_path)]) == 0
-    shown, result = capsys.readouterr().out, written(tmp_path)
+    shown = capsys.readouterr().out
+    result = written(tmp_path)
     rows = result["rows"]
     assert (result["suite"], result["format"], len([*tmp_path.glob("*.svg")])) == ("host", 2, 2)
     assert result["asked"]["parts"] == list(PARTS)
@@ -231,7 +232,9 @@ def test_a_part_that_fails_or_is_wrong_is_told_and_the_others_stay(
 @pytest.mark.simdev
 def test_staging_is_what_a_call_takes_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     module = torch.get_device_module(DEVICE)
-    taken, seen = [5 << 20], []  # 5 MB are left by what came before
+    # 5 MB are left by what came before
+    taken = [5 << 20]
+    seen = []
 
     def call(i: int) -> None:
         seen.append(module.current_stream(DEVICE).stream_id)

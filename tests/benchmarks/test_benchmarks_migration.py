@@ -19,7 +19,8 @@ from portakv_benchmarks.migration.side import Far
 from portakv_benchmarks.migration.suite import MIGRATION_PRESETS, MigrationBench
 from portakv_benchmarks.shared.harness import Failed, Row, having
 
-CPU, NBYTES = torch.device("cpu"), 1 << 19
+CPU = torch.device("cpu")
+NBYTES = 1 << 19
 
 
 def run(folder: Path, *words: str) -> tuple[int, Row]:

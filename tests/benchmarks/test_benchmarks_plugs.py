@@ -65,7 +65,9 @@ def test_a_part_with_the_engine_that_is_here(
     name = NAME if device == DEVICE else device.type
     code, result = run(tmp_path, name, "--only", part)
     drawn = {path.stem.rpartition("-")[2] for path in tmp_path.glob("*.svg")}
-    rows, left_out, shown = result["rows"], result["left_out"], capsys.readouterr().out
+    rows = result["rows"]
+    left_out = result["left_out"]
+    shown = capsys.readouterr().out
     assert code == 0
     assert (result["suite"], result["asked"]["parts"]) == ("plugs", [part])
     assert all(row["verified"] and row["part"] == part for row in rows)
@@ -74,7 +76,8 @@ def test_a_part_with_the_engine_that_is_here(
         assert rows == []
         assert left_out[0].startswith("vllm: IntegrationError: The plug 'vllm' of PortaKV")
         return
-    ours, own = having(rows, backend=OURS), having(rows, backend=OWN)
+    ours = having(rows, backend=OURS)
+    own = having(rows, backend=OWN)
     both = {"both", "step"} if part == "vllm" else set()
     assert {row["op"] for row in ours if "op" in row} == {"d2h", "h2d"} | both
     quotas = {row["block_quota"] for row in ours if "block_quota" in row}
@@ -190,7 +193,8 @@ class Left(TorchDispatchMode):
 
 
 def test_an_error_that_a_failed_way_leaves_is_not_the_next_way_s() -> None:
-    mode, told = Left(), list[str]()
+    mode = Left()
+    told = list[str]()
 
     def fails(i: int) -> None:
         mode.left = True
@@ -209,7 +213,8 @@ def test_what_bars_judge_comes_first_and_what_they_can_do_without_last(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(lmcache, "own_ops", fake_ops(None))
-    large, small = "32 MB, object on the host", "1 MB, object on the host"
+    large = "32 MB, object on the host"
+    small = "1 MB, object on the host"
     bench_: Any = SimpleNamespace(sizes=PLUG_PRESETS["full"], device=DEVICE, left_out=[], found={})
     names = [name for name, _ in lmcache.lmcache_steps(bench_) if not name.startswith("calls")]
     cases = [name for name in names if "beside" not in name]
@@ -264,7 +269,8 @@ def test_one_wrong_byte_is_seen(device: torch.device) -> None:
     shape = dataclasses.replace(suite.LIKE, dim=64, block_size=4, tokens=8, heads=2, pool=2)
     src = Side.make(bench_, "(block token) head dim", shape, 1, salt=1)
     dst = Side.make(bench_, "block head token dim", shape, 1, on_host=True)
-    sides, rows = Sides(bench_, src, dst), src.rows
+    sides = Sides(bench_, src, dst)
+    rows = src.rows
 
     def copy() -> None:
         moved = src.tensors[0][rows.to(device)].cpu()

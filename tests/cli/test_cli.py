@@ -203,7 +203,8 @@ def test_backends_as_json() -> None:
 
 @pytest.mark.usefixtures("either")
 def test_backends_tell_why_not_the_others() -> None:
-    missing, wrong = "no_such_package_anywhere:Class", small_backend("wrong", spoil=wipe)
+    missing = "no_such_package_anywhere:Class"
+    wrong = small_backend("wrong", spoil=wipe)
     with registered(absent=Absent, broken=missing, wrong=wrong, shy=Shy):
         out = run("backends").out
     found = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) > 1)
@@ -284,7 +285,9 @@ def test_layouts_as_json() -> None:
 @pytest.mark.usefixtures("either")
 def test_one_layout() -> None:
     code, out, err = run("layouts", "vllm-dsv4-split")
-    preset, same = PRESETS["vllm-dsv4-split"], "vllm-dsa-split"  # which shares its string
+    # which shares its string
+    preset = PRESETS["vllm-dsv4-split"]
+    same = "vllm-dsa-split"
     assert (code, err) == (0, "")
     for part in (preset.layout, preset.engine, preset.note, "kv=2, dim=(576, 8)", same):
         assert part in " ".join(out.split())
@@ -293,7 +296,8 @@ def test_one_layout() -> None:
 
 @pytest.mark.usefixtures("either")
 def test_a_string_gets_its_picture() -> None:
-    text, preset = "layer token kv (head dim)", PRESETS["chunk-2ltd"]
+    text = "layer token kv (head dim)"
+    preset = PRESETS["chunk-2ltd"]
     assert run("layouts", text)[1].endswith(f"\n{draw(text)}\n")
     found = run_json("layouts", text)
     assert (found["name"], found["layout"], found["same_layout"]) == (None, text, [])

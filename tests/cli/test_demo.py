@@ -76,7 +76,8 @@ def spare_pages(self: torch.Tensor, *words: Any, **named: Any) -> torch.Tensor:
     return self if self.dim() == 5 else NORMAL(self, *words, **named)
 
 
-LOAD, NORMAL = offload_transformers.load, torch.Tensor.normal_
+LOAD = offload_transformers.load
+NORMAL = torch.Tensor.normal_
 #: What the example claims and is made not to hold: where, by what, and what the outcome says.
 SPOILT: dict[str, tuple[Any, str, Any, dict[str, bool]]] = {
     "chunks that do not come back": (
@@ -229,7 +230,8 @@ def test_a_backend_may_refuse_a_copy_but_not_when_it_is_forced_and_then_it_runs_
         monkeypatch.setenv("PORTAKV_BACKEND", "picky")
         code, _, err = run("demo", "--device", "cpu")
         monkeypatch.setenv("PORTAKV_BACKEND", "reference")
-        alone, told = run_json("demo", "--device", "cpu"), run("demo", "--device", "cpu").out
+        alone = run_json("demo", "--device", "cpu")
+        told = run("demo", "--device", "cpu").out
     refused = [row["refused"] is not None for row in rows_of(found, "picky")]
     assert (refused, found["ok"]) == ([False, False, True, False], True)
     assert (code, "check dislikes this plan" in err) == (1, True)

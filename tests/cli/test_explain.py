@@ -129,10 +129,12 @@ def answers_in(found: Any) -> dict[str, tuple[bool, bool, str]]:
 def test_explain_tells_who_refused_the_plan() -> None:
     words = (*FOUNDING, "--dim", "2", "--heads", "1", "--device", "cpu")
     with registered(shy=Shy, absent=Absent, late=Late):
-        found, text = run_json("explain", *words), " ".join(run("explain", *words).out.split())
+        found = run_json("explain", *words)
+        text = " ".join(run("explain", *words).out.split())
     assert found["backend"] == "reference"
     assert found["why"].endswith("those before it refused it")
-    answers, narrow = answers_in(found), "it needs 16 B alignment and the plan allows 4 B"
+    answers = answers_in(found)
+    narrow = "it needs 16 B alignment and the plan allows 4 B"
     assert answers["shy"] == (False, False, narrow)
     assert answers["absent"] == (False, False, "its driver [v2] is not installed")
     assert "prepare dislikes it" in answers["late"][2]

@@ -21,7 +21,8 @@ from portakv.cli.demo import migrate
 from portakv.cli.demo.migrate import WAYS, beside, offer_rows, pull_rows, tell
 from portakv.cli.demo.store import started
 
-CPU, SIMDEV = torch.device("cpu"), torch.device("privateuseone", 0)
+CPU = torch.device("cpu")
+SIMDEV = torch.device("privateuseone", 0)
 
 
 @pytest.fixture

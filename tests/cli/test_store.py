@@ -357,7 +357,8 @@ def test_explain_tells_how_a_folder_is_read(
 def test_the_demo_kills_the_process_and_goes_on_with_the_same_tokens(tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     found = run_json("demo", "--store", str(tmp_path), "--device", "cpu")
-    wrote, read = found["wrote"], found["read"]
+    wrote = found["wrote"]
+    read = found["read"]
     assert (found["killed"], found["ok"]) == (True, True)
     assert wrote["tokens"] == read["tokens"] != read["noise"]
     assert wrote["layout"] != read["layout"]

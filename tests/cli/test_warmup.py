@@ -24,7 +24,8 @@ from portakv_benchmarks.shared.shapes import load
 from portakv_conformance.vendor.hip_emulated import compiler, fake_driver
 
 needs_nvrtc = pytest.mark.skipif(_nvrtc.missing() is not None, reason=str(_nvrtc.missing()))
-NHD, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
+NHD = "layer | kv block token head dim"
+CHUNK = "kv layer token (head dim)"
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +108,8 @@ def _needed(device: torch.device) -> list[str]:
 @pytest.mark.usefixtures("quick")
 def test_what_copies_need_is_there(device: torch.device) -> None:
     major, minor = (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability()
-    architecture, extents = 10 * major + minor, ("--layers", "3", "--heads", "2", "--dim", "64")
+    architecture = 10 * major + minor
+    extents = ("--layers", "3", "--heads", "2", "--dim", "64")
     assert not any(_nvrtc.compiled_before(source, architecture) for source in _needed(device))
     run_json("warmup", "--arch", str(architecture), "--layout", NHD, CHUNK, *extents,
              "--dtype", "bfloat16")  # fmt: skip

@@ -38,7 +38,8 @@ class Command:
     """`portakv conform`, whose workers behave as they are told, and what it printed."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._patch, self._capsys = monkeypatch, capsys
+        self._patch = monkeypatch
+        self._capsys = capsys
         self.out = self.err = ""
 
     def __call__(self, behaviours: Mapping[str, str], *words: str, call: Any = None) -> int:
@@ -68,7 +69,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Options]:
     return found
 
 
-A, B, C, CLAIMED = CORE + "a", CORE + "b", CORE + "c", CLAIM + "d"
+A = CORE + "a"
+B = CORE + "b"
+C = CORE + "c"
+CLAIMED = CLAIM + "d"
 
 
 @pytest.mark.parametrize(("behaviours", "words", "code", "told"), [
@@ -340,7 +344,8 @@ def test_each_step_has_its_kind(record: RunRecord) -> None:
 ])  # fmt: skip
 def test_verdicts_compare(record: RunRecord, diff: Any, before: str, after: str, kind: str) -> None:
     """Though no case ended in another way: one was left out, or the device is another."""
-    was, now = before.split(), after.split()
+    was = before.split()
+    now = after.split()
     code, out = diff(*(
         replace(record, verdict=verdict, rung=rung.removeprefix("none"))
         for verdict, rung in (was, now)
@@ -351,7 +356,8 @@ def test_verdicts_compare(record: RunRecord, diff: Any, before: str, after: str,
 
 
 def test_cases_that_came_went_and_changed(record: RunRecord, diff: Any) -> None:
-    failed, less = ended(record, "failed"), replace(record, cases=record.cases[1:])
+    failed = ended(record, "failed")
+    less = replace(record, cases=record.cases[1:])
     assert diff(record, record) == (0, "0 FIX, 0 REGRESSION, 0 NEW, 0 MISSING\n")
     for old, new, wanted, told in (
         (failed, record, 0, "FIX        cases/"),

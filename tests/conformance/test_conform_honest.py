@@ -87,7 +87,8 @@ def test_loops_that_are_claimed_may_not_be_declined(name: str, direction: str) -
 @pytest.mark.parametrize("name", _CLAIMS)
 def test_each_claim_is_tested_within_the_others(name: str, direction: str) -> None:
     found = one(name)
-    paged, most = find_home(found, HOMES), found.can.max_loops
+    paged = find_home(found, HOMES)
+    most = found.can.max_loops
     for vector in (1, 2, 4, 8, 16):
         test_claims.test_alignment(Bench(paged=paged, judge=judge_of(found)), vector, direction)
     for loops in range(5):

@@ -215,7 +215,8 @@ def test_junit_counts_what_it_holds_and_names_as_pytest_does(name: str, record: 
     for suite in root, *root:
         for attribute, tag in kinds.items():
             assert int(suite.get(attribute, "")) == len(list(suite.iter(tag)))
-    totals, missing = record.totals, len(record.missing)
+    totals = record.totals
+    missing = len(record.missing)
     assert [int(root.get(attribute, "")) for attribute in kinds] == [
         len(record.cases) + missing, totals["failed"], totals["error"] + missing,
         totals["waived"] + totals["not-claimed"],
@@ -281,7 +282,8 @@ def test_the_badge_is_one_line_of_svg_with_the_verdict(name: str, record: RunRec
 def test_the_oracle_s_own_sentence_is_taken_apart() -> None:
     """Keys and values swapped by a copy: found, expected and origin as the oracle names them."""
     src = torch.arange(2 * 4 * 8, dtype=torch.int16).view(2, 4, 1, 8)
-    dst, side = torch.zeros_like(src), ("kv token head dim", None)
+    dst = torch.zeros_like(src)
+    side = ("kv token head dim", None)
     expected = expected_copy(src, *side, dst, *side, range(4), range(4))
     dst.copy_(src.flip(0))
     byte = first_byte(f"Case 3. {compare(expected, dst)} More.")

@@ -15,7 +15,8 @@ from portakv_conformance.report.page import write
 
 pytestmark = pytest.mark.skipif(chromium() is None, reason=ABSENT)
 
-WIDE, PHONE = (1280, 900), (360, 800)
+WIDE = (1280, 900)
+PHONE = (360, 800)
 Pages = dict[str, Path]
 # Contrast of each visible text with what lies under it (WCAG 2.2, 1.4.3): 4.5, and 3 where large.
 PALE = """(() => {

@@ -135,7 +135,8 @@ def test_a_refusal_that_check_foretells_is_no_failure_and_no_example() -> None:
     judge.refused(case)
     with pytest.raises(AssertionError, match="must raise Unsupported; the copy returned"):
         judge_of("Lax").refused(case)
-    judge, refusal = judge_of("Modest"), Unsupported("This plan", "of a launch")
+    judge = judge_of("Modest")
+    refusal = Unsupported("This plan", "of a launch")
     judge.may_decline(refusal, *asked_of(case))
     assert judge.declined == foretold
     with pytest.raises(AssertionError, match="of a launch"):
@@ -143,7 +144,8 @@ def test_a_refusal_that_check_foretells_is_no_failure_and_no_example() -> None:
 
 
 def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
-    judge, case = judge_of("Right"), gather()
+    judge = judge_of("Right")
+    case = gather()
     expected = case.expected()
 
     def told(byte: int) -> str:
@@ -201,7 +203,8 @@ def test_a_case_without_its_ids_or_made_by_hand_is_no_example() -> None:
 
 def test_shapes_lie_as_they_say() -> None:
     side = Workshop().cache(SHAPE, [0], memory="kv block head token dim", source=False)
-    first, guard = side.tensors[0], side.guards[0]
+    first = side.tensors[0]
+    guard = side.guards[0]
     assert first.stride() == (6 * 2 * 4 * 16, 2 * 4 * 16, 16, 4 * 16, 1)
     assert first.storage_offset() * 2 == guard.start
     assert guard.payload()[:8].tolist() == poison_bytes(0, 1000, 8, guard.start).tolist()

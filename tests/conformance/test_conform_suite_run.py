@@ -33,7 +33,8 @@ Judged = tuple[subprocess.CompletedProcess[str], list[dict[str, Any]], dict[str,
 
 def judged(backend: str, *words: str, ids: Sequence[str], where: Path, **more: str) -> Judged:
     """A run of some cases under pytest: how it ended, its events, and its cases by id."""
-    told, only = where / "events.jsonl", where / "only.txt"
+    told = where / "events.jsonl"
+    only = where / "only.txt"
     only.write_text("\n".join(ids) + "\n", encoding="utf-8")
     asked = (f"--portakv-backend=support.conform_suite_backends:{backend}",
              f"--portakv-events={told}", f"--portakv-only={only}")  # fmt: skip
@@ -77,7 +78,8 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("own_registry")
 def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
-    kept, name = tmp_path / "examples", "cases/test_drawn.py::test_copies_between_two_sides[0]"
+    kept = tmp_path / "examples"
+    name = "cases/test_drawn.py::test_copies_between_two_sides[0]"
     done, _, found = judged("OffByOne", f"--portakv-examples={kept}", ids=[name], where=tmp_path)
     assert done.returncode == 1
     record = found[name]
@@ -100,7 +102,8 @@ def test_the_same_seed_draws_the_same(tmp_path: Path) -> None:
     ids = ["cases/test_drawn.py::test_copies_between_two_sides[0]"]
     drawn = []
     for number, seed in enumerate((5, 5, 6)):
-        plans, words = tmp_path / str(number), (f"--portakv-seed={seed}", "-v")
+        plans = tmp_path / str(number)
+        words = (f"--portakv-seed={seed}", "-v")
         done, _, _ = judged("Noting", *words, ids=ids, where=tmp_path, SUITE_PLANS=str(plans))
         assert done.returncode == 0
         assert f"seed {seed}" in done.stdout

@@ -98,7 +98,8 @@ def cut(record: RunRecord) -> None:
 
 
 def waive(record: RunRecord, at: int) -> None:
-    record.cases[at].status, record.cases[at].reason = "waived", "Ticket."
+    record.cases[at].status = "waived"
+    record.cases[at].reason = "Ticket."
     record.waivers = [asdict(Waiver(record.cases[at].id, "Ticket.", "2999.01"))]
 
 
@@ -332,7 +333,8 @@ def test_a_record_of_a_job_is_told_apart(
 
 # -- waivers ---------------------------------------------------------------------------------------
 
-LATER, NOW = "2999.01", SUITE_VERSION
+LATER = "2999.01"
+NOW = SUITE_VERSION
 GOOD = f"""
 [[waiver]]
 id = "{CLAIM}a"

@@ -97,7 +97,8 @@ HANDS: list[tuple[str, Any, Any, dict[str, Any], tuple[Any, ...]]] = [
 def test_rows_are_those_of_plain_indexing(
     layout: str, tensors: Any, by_hand: Any, extents: dict[str, Any], facts: tuple[Any, ...]
 ) -> None:
-    rows, memory = Rows(tensors, layout, extents), Memory.snapshot(tensors)
+    rows = Rows(tensors, layout, extents)
+    memory = Memory.snapshot(tensors)
     elements = tuple(width // 4 for width in rows.widths)
     assert (rows.layers, rows.heads, elements, rows.slots) == facts
     assert rows.kv == len(elements)
@@ -166,7 +167,8 @@ def gather() -> list[Any]:
 
 
 def spoil(what: str, cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
-    words, row = chunk.view(torch.int16), chunk.view(torch.uint8)[0, 0, 0]
+    words = chunk.view(torch.int16)
+    row = chunk.view(torch.uint8)[0, 0, 0]
     if what == "kv":
         words[:, 1, 3] = words[:, 1, 3].flip(0)
     elif what == "hole":
@@ -193,7 +195,8 @@ def spoil(what: str, cache: list[torch.Tensor], chunk: torch.Tensor) -> None:
 ])  # fmt: skip
 def test_a_copy_by_hand_is_right_and_a_wrong_byte_is_named(what: str, names: list[str]) -> None:
     arguments = gather()
-    cache, chunk = arguments[0], arguments[3]
+    cache = arguments[0]
+    chunk = arguments[3]
     expected = expected_copy(*arguments)
     assert "was not written" in (compare(expected, chunk) or "")
     for layer, (slot, token) in product(range(2), ((9, 0), (2, 3))):
@@ -216,7 +219,8 @@ def test_sides_that_hold_other_rows_are_refused(shape: Any, extents: dict[str, A
 
 
 def test_opaque_pages_go_whole_or_not_at_all() -> None:
-    src, dst = pattern_bytes(0, 0, 96).reshape(4, 24), np.zeros((2, 24), dtype=np.uint8)
+    src = pattern_bytes(0, 0, 96).reshape(4, 24)
+    dst = np.zeros((2, 24), dtype=np.uint8)
     form = ("layer | block page", {"block_size": 4})
     sides = ([torch.from_numpy(src)], *form, [torch.from_numpy(dst)], *form)
     after = expected_copy(*sides, [12, 13, 14, 15, -1, -1, -1, -1], np.arange(8)).after
@@ -228,7 +232,8 @@ def test_opaque_pages_go_whole_or_not_at_all() -> None:
 
 def test_storages_that_share_memory_are_kept_once() -> None:
     content = np.arange(32, dtype=np.uint8)
-    low, high = torch.from_numpy(content[:24]), torch.from_numpy(content[8:])
+    low = torch.from_numpy(content[:24])
+    high = torch.from_numpy(content[8:])
     memory = Memory.snapshot([low, high])
     assert [r.content.tolist() for r in memory.regions] == [list(range(32))]
     address = np.array([high.data_ptr() + 23])

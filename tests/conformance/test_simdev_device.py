@@ -55,7 +55,9 @@ def test_operators_agree_with_the_cpu(device: torch.device) -> None:
     rows = torch.tensor([2, 0])
 
     def results(x: torch.Tensor, ids: torch.Tensor) -> list[torch.Tensor]:
-        written, put, scattered = x.clone(), x.clone(), x.clone()
+        written = x.clone()
+        put = x.clone()
+        scattered = x.clone()
         written.index_copy_(0, ids, x[:2] + 100)
         put[:, 1:4][ids] = 7.0
         put[x > 20] = -1
@@ -84,8 +86,10 @@ def test_what_portakv_needs_does_not_wait_for_the_device() -> None:
     """Operators that waited would hide a missing wait of the caller; so would those that wait for
     more than they read, such as a blocking copy of ids behind a producer."""
     x = torch.zeros(8, 4, dtype=torch.int64, device=DEVICE)
-    ids, out = torch.tensor([1, 2], device=DEVICE), torch.empty(2, 4, dtype=x.dtype, device=DEVICE)
-    before, (launches, waits) = simdev.synchronised(), simdev.counted()
+    ids = torch.tensor([1, 2], device=DEVICE)
+    out = torch.empty(2, 4, dtype=x.dtype, device=DEVICE)
+    before = simdev.synchronised()
+    (launches, waits) = simdev.counted()
     torch.accelerator.synchronize()
     x.fill_(1)
     marker = torch.Event(DEVICE)
@@ -132,7 +136,8 @@ def test_current_device_and_stream_belong_to_a_thread() -> None:
 
 
 def test_work_is_late_until_it_is_needed() -> None:
-    stream, event = torch.Stream(DEVICE), torch.Event(DEVICE)
+    stream = torch.Stream(DEVICE)
+    event = torch.Event(DEVICE)
     pinned = torch.zeros(4, dtype=torch.int64).pin_memory()
     with on(stream):
         pinned.copy_(torch.arange(4, device=DEVICE), non_blocking=True)
@@ -166,7 +171,8 @@ def test_a_missing_wait_is_wrong_every_time(
     the order that would be right by luck."""
     wrong = 0
     for repeat in range(REPEATS):
-        first, second = torch.Stream(device), torch.Stream(device)
+        first = torch.Stream(device)
+        second = torch.Stream(device)
         cell, taken = (torch.zeros(64, device=device) for _ in range(2))
         torch.accelerator.synchronize(device)
         with on(first):
@@ -183,7 +189,8 @@ def test_a_missing_wait_is_wrong_every_time(
 
 
 def test_a_copy_between_devices_waits_for_both() -> None:
-    source, target = torch.zeros(64, device=DEVICE), torch.zeros(64, device=OTHER)
+    source = torch.zeros(64, device=DEVICE)
+    target = torch.zeros(64, device=OTHER)
     simdev.delay(current(), 5)
     source.fill_(3)
     target.fill_(4)
@@ -205,7 +212,8 @@ def test_pageable_memory_is_read_at_once_and_pinned_memory_later() -> None:
 
 
 def test_freed_memory_is_soon_somebody_elses() -> None:
-    side, source = torch.Stream(DEVICE), torch.arange(1000, device=DEVICE)
+    side = torch.Stream(DEVICE)
+    source = torch.arange(1000, device=DEVICE)
     side.wait_stream(current())
     with on(side):
         copy = source.clone()

@@ -244,7 +244,8 @@ def test_each_named_test_exists() -> None:
 
 def test_each_pitfall_has_tests_or_says_what_is_not_built() -> None:
     for pitfall in PITFALLS:
-        what, tests = pitfall["what"], pitfall.get("tests", ())
+        what = pitfall["what"]
+        tests = pitfall.get("tests", ())
         assert set(pitfall) <= {"area", "what", "tests", "later"}, what
         assert tests or pitfall.get("later"), f"Nothing tests: {what}"
         assert len(set(tests)) == len(tests), what

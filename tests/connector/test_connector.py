@@ -36,7 +36,8 @@ def connector() -> AdaptiveConnector:
 
 
 def test_defaults_are_flash_attention_and_2ltd(connector: AdaptiveConnector) -> None:
-    caches, chunk = make_caches(), make_chunk(5)
+    caches = make_caches()
+    chunk = make_chunk(5)
     with untouched(caches):
         stored = connector.from_gpu(chunk, caches, [7, 0, 23, 4, 11])
     assert isinstance(stored, Transfer)
@@ -53,7 +54,9 @@ def test_defaults_are_flash_attention_and_2ltd(connector: AdaptiveConnector) -> 
 
 
 def test_slots_that_change_after_the_call(connector: AdaptiveConnector) -> None:
-    caches, chunk, slots = make_caches(), make_chunk(3), torch.tensor([9, 2, 17])
+    caches = make_caches()
+    chunk = make_chunk(3)
+    slots = torch.tensor([9, 2, 17])
     for wanted in ([9, 2, 17], [1, 3, 5]):
         slots.copy_(torch.tensor(wanted))
         connector.from_gpu(chunk, caches, slots)
@@ -61,7 +64,8 @@ def test_slots_that_change_after_the_call(connector: AdaptiveConnector) -> None:
 
 
 def test_start_and_end(connector: AdaptiveConnector) -> None:
-    caches, slots = make_caches(), [9, 2, 17, 6, 0, 3]
+    caches = make_caches()
+    slots = [9, 2, 17, 6, 0, 3]
     for start, end in ((0, None), (0, 6), (2, 5), (5, None), (3, 3)):
         chunk = make_chunk(6)
         wanted = chunk.clone()
@@ -74,7 +78,8 @@ def test_start_and_end(connector: AdaptiveConnector) -> None:
 
 
 def test_nothing_to_move(connector: AdaptiveConnector) -> None:
-    caches, chunk = make_caches(), make_chunk(4)
+    caches = make_caches()
+    chunk = make_chunk(4)
     for slots in ([], torch.empty(0, dtype=torch.int32), [-1, -1, -1]):
         for move in (connector.from_gpu, connector.to_gpu):
             with untouched(caches, chunk):
@@ -115,7 +120,8 @@ def test_mla_gets_its_chunk_of_one_kv() -> None:
 
 
 def test_block_first_chunks() -> None:
-    caches, slots = make_caches(), [9, 2, 17, 6, 0, 3, 11]
+    caches = make_caches()
+    slots = [9, 2, 17, 6, 0, 3, 11]
     chunk = filled((2, LAYERS, 2, SIZE, HEADS, DIM), poison=True)
     before = chunk.clone()
     connector = AdaptiveConnector("cpu", chunk_layout="block layer kv token head dim")
@@ -161,7 +167,8 @@ BATCHES: dict[str, tuple[list[int], list[int], list[int]]] = {
 @pytest.mark.parametrize("name", BATCHES)
 def test_batches(connector: AdaptiveConnector, name: str, skipped: list[int]) -> None:
     sizes, starts, ends = BATCHES[name]
-    caches, chunks = make_caches(), [make_chunk(size) for size in sizes]
+    caches = make_caches()
+    chunks = [make_chunk(size) for size in sizes]
     slots = [-1 if at in skipped else slot for at, slot in enumerate(MANY)]
     ids = torch.tensor(slots, dtype=torch.int32 if skipped else torch.int64)
     wanted = [chunk.clone() for chunk in chunks]
@@ -195,7 +202,8 @@ def test_chunks_of_several_kinds(kind: str) -> None:
         "objects": SimpleNamespace(tensor=make_chunk(4)),
     }[kind]
     connector = AdaptiveConnector("cpu", reinterpret=kind in ("dtypes", "widths"))
-    caches, pair = make_caches(), [other, make_chunk(4)]
+    caches = make_caches()
+    pair = [other, make_chunk(4)]
     connector.batched_from_gpu(pair, caches, MANY, [0, 4], [4, 8])
     for chunk, part in zip(pair, (MANY[:4], MANY[4:8]), strict=True):
         plain = getattr(chunk, "tensor", chunk).contiguous().view(2, LAYERS, 4, -1)
@@ -209,13 +217,15 @@ def test_one_launch_for_chunks_of_equal_shape(monkeypatch: pytest.MonkeyPatch) -
     registry.register_backend("counts", backend)
     connector = AdaptiveConnector("cpu", backend="counts")
     checks = len(backend.given)
-    caches, chunks = make_caches(), [make_chunk(n) for n in (4, 2, 4, 2, 4)]
+    caches = make_caches()
+    chunks = [make_chunk(n) for n in (4, 2, 4, 2, 4)]
     connector.batched_from_gpu(chunks, caches, MANY, [0, 4, 6, 10, 11], [4, 6, 10, 11, 12])
     assert len(backend.given) - checks == 2
 
 
 def test_overlapping_ranges_are_stored_but_not_loaded(connector: AdaptiveConnector) -> None:
-    caches, chunks = make_caches(), [make_chunk(4), make_chunk(4)]
+    caches = make_caches()
+    chunks = [make_chunk(4), make_chunk(4)]
     connector.batched_from_gpu(chunks, caches, MANY, [0, 2], [4, 6])
     assert same(chunks[1], rows(caches, MANY[2:6]))
     with refused(SlotError, "2 times", "once", watch=[*caches, *chunks]):
@@ -225,7 +235,8 @@ def test_overlapping_ranges_are_stored_but_not_loaded(connector: AdaptiveConnect
 @pytest.mark.parametrize("at", range(3), ids=["memory_objs", "starts", "ends"])
 @pytest.mark.parametrize("wrong", [None, 3, 1.5, ..., [], [0, 0]], ids=str)
 def test_batches_of_lists_that_do_not_fit(at: int, wrong: object) -> None:
-    caches, given = make_caches(), list[Any](wrong if at == n else [0] for n in range(3))
+    caches = make_caches()
+    given = list[Any](wrong if at == n else [0] for n in range(3))
     with refused(SlotError, "one start and one end for each", watch=caches):
         AdaptiveConnector("cpu").batched_to_gpu(given[0], caches, MANY, *given[1:])
 
@@ -233,7 +244,8 @@ def test_batches_of_lists_that_do_not_fit(at: int, wrong: object) -> None:
 @pytest.mark.parametrize("tokens", [(4, 4), (4, 3)], ids=["one set", "two sets"])
 def test_strict_looks_at_slots_on_a_device(device: torch.device, tokens: tuple[int, int]) -> None:
     connector = AdaptiveConnector(device, check="strict")
-    caches, chunks = make_caches(device=device), [make_chunk(n, device=device) for n in tokens]
+    caches = make_caches(device=device)
+    chunks = [make_chunk(n, device=device) for n in tokens]
     slots = torch.tensor([9, 2, 17, 9, 17, 3, 11], device=device)
     with refused(SlotError, "occurs 2 times", "destination", watch=[*caches, *chunks]):
         connector.to_gpu(chunks[0], caches, slots, 0, 4)

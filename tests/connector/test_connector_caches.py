@@ -34,7 +34,8 @@ def connector() -> AdaptiveConnector:
 
 
 def test_registered_caches_need_not_be_passed(connector: AdaptiveConnector) -> None:
-    caches, chunk = make_caches(), make_chunk(3)
+    caches = make_caches()
+    chunk = make_chunk(3)
     with refused(LayoutError, "registered", "register_kv_caches", watch=chunk):
         connector.from_gpu(chunk, None, [4, 5, 6])
     connector.register_kv_caches(caches)
@@ -53,7 +54,8 @@ def test_registered_caches_need_not_be_passed(connector: AdaptiveConnector) -> N
 def test_reallocated_caches_are_noticed(connector: AdaptiveConnector, change: str) -> None:
     caches = make_caches()
     connector.register_kv_caches(caches)
-    old, slots = list(caches), [1, 6, 15]
+    old = list(caches)
+    slots = [1, 6, 15]
     dtype = torch.bfloat16 if change == "dtype" else torch.float16
     turned = [filled((2, BLOCKS, HEADS, SIZE, DIM)).transpose(2, 3) for _ in range(LAYERS)]
     caches[:] = {  # in the very list that was registered
@@ -77,8 +79,10 @@ def test_reallocated_caches_are_noticed(connector: AdaptiveConnector, change: st
 
 @pytest.mark.parametrize("release", [True, False], ids=["unregistered", "replaced"])
 def test_caches_are_kept_while_registered_not_after(device: torch.device, release: bool) -> None:
-    connector, slots = AdaptiveConnector(device), [1, 6, 15]
-    caches, chunk = make_caches(device=device), make_chunk(3, device=device)
+    connector = AdaptiveConnector(device)
+    slots = [1, 6, 15]
+    caches = make_caches(device=device)
+    chunk = make_chunk(3, device=device)
     wanted = rows(caches, slots)
     alive = [weakref.ref(cache.untyped_storage()) for cache in caches]
     tensors = [weakref.ref(cache) for cache in caches]
@@ -127,7 +131,8 @@ class Interrupting(dict[str, torch.Tensor]):
 
     def __init__(self, caches: list[torch.Tensor], at: int, happens: Callable[[], None]) -> None:
         super().__init__({str(i): cache for i, cache in enumerate(caches)})
-        self.left, self.happens = at, happens
+        self.left = at
+        self.happens = happens
 
     def values(self) -> Any:
         self.left -= 1
@@ -138,8 +143,11 @@ class Interrupting(dict[str, torch.Tensor]):
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
 def test_caches_of_two_threads_are_not_mixed_up(connector: AdaptiveConnector, at: int) -> None:
-    mine, others, slots = make_caches(), make_caches(7), [1, 6, 15]
-    chunk, other_chunk = make_chunk(3), make_chunk(3)
+    mine = make_caches()
+    others = make_caches(7)
+    slots = [1, 6, 15]
+    chunk = make_chunk(3)
+    other_chunk = make_chunk(3)
     other = threading.Thread(target=lambda: connector.from_gpu(other_chunk, others, slots))
 
     def interrupt() -> None:

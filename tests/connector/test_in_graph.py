@@ -22,7 +22,11 @@ from portakv import AdaptiveConnector, Index, KVView, copy_rows
 from portakv.connector.caches import Registration
 from portakv.errors import LayoutError, SlotError, TransferError
 
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 8
+LAYERS = 3
+BLOCKS = 8
+SIZE = 4
+HEADS = 2
+DIM = 8
 SLOTS = BLOCKS * SIZE
 INDUCTOR = pytest.param("inductor", marks=needs_inductor)
 COMPILER = pytest.mark.parametrize("compiler", ["eager", "aot_eager", INDUCTOR])
@@ -62,7 +66,8 @@ def scene(
     device: str = "cpu", backend: str | None = None
 ) -> tuple[AdaptiveConnector, list[torch.Tensor], torch.Tensor]:
     """A connector, its registered caches, and a chunk of four tokens."""
-    connector, caches = AdaptiveConnector(device, backend), make_caches(device)
+    connector = AdaptiveConnector(device, backend)
+    caches = make_caches(device)
     connector.register_kv_caches(caches)
     return connector, caches, make_chunk(4, device)
 
@@ -106,7 +111,8 @@ def test_a_store_behind_writes_before_reads(device: str, compiler: str, register
     counter = Counter(compiler)
     compiled = torch.compile(step, fullgraph=True, backend=counter)
     for tokens in (5, 6, 7, 9, 12):
-        row, chunk = torch.randn(SIZE, HEADS, DIM, device=device), make_chunk(tokens, device)
+        row = torch.randn(SIZE, HEADS, DIM, device=device)
+        chunk = make_chunk(tokens, device)
         slots = torch.randperm(SLOTS, device=device)[:tokens]
         found = compiled(row, chunk, slots)
         assert torch.equal(caches[1][0, 1], row + 1)
@@ -124,7 +130,8 @@ def test_a_store_behind_writes_before_reads(device: str, compiler: str, register
 def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
     device: str, compiler: str, registered: bool, make: Callable[[str], list[torch.Tensor]]
 ) -> None:
-    connector, caches = AdaptiveConnector(device), make(device)
+    connector = AdaptiveConnector(device)
+    caches = make(device)
     connector.register_kv_caches(caches)
 
     def step(rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -133,7 +140,8 @@ def test_a_load_stands_behind_the_chunk_and_before_reads_of_the_cache(
         return sum((cache.double().sum() for cache in caches), torch.zeros((), device=device))
 
     before = [cache.clone() for cache in caches]
-    rows, slots = make_chunk(4, device), torch.randperm(SLOTS, device=device)[:6]
+    rows = make_chunk(4, device)
+    slots = torch.randperm(SLOTS, device=device)[:6]
     found = torch.compile(step, fullgraph=True, backend=compiler)(rows, slots)
     for layer, cache in enumerate(before):
         flat = cache.view(2, SLOTS, HEADS * DIM)
@@ -151,7 +159,8 @@ def test_the_compiler_makes_no_copy_of_the_caches(
     passed: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    connector, caches = AdaptiveConnector(device), make(device)
+    connector = AdaptiveConnector(device)
+    caches = make(device)
     connector.register_kv_caches(caches)
     monkeypatch.setattr(Registration, "__init__", None)  # only other tensors would be read
 
@@ -161,8 +170,10 @@ def test_the_compiler_makes_no_copy_of_the_caches(
         connector.from_gpu(chunk, caches if passed else None, slots + 2)
         return caches[0].sum() + chunk.sum()
 
-    chunk, slots = make_chunk(4, device), torch.arange(4, device=device)
-    first, second = rows_of(caches, slots), rows_of(caches, slots + 2)
+    chunk = make_chunk(4, device)
+    slots = torch.arange(4, device=device)
+    first = rows_of(caches, slots)
+    second = rows_of(caches, slots + 2)
     second[:, :, :3] = first[:, :, 1:]  # slots 2, 3, 4 were loaded in between
     torch.compile(step, fullgraph=True)(chunk, slots)
     assert torch.equal(chunk, second)
@@ -192,10 +203,12 @@ def test_a_cache_that_the_graph_writes_by_indexing_and_then_loads(device: str) -
 @DEVICE
 @pytest.mark.parametrize("store", [True, False])
 def test_a_batch_is_one_op(device: str, store: bool) -> None:
-    connector, caches = AdaptiveConnector(device), make_caches(device)
+    connector = AdaptiveConnector(device)
+    caches = make_caches(device)
     twin = AdaptiveConnector(device)
     slots = torch.randperm(SLOTS, device=device)[:9]
-    starts, ends = [0, 3, 6], [3, 6, 9]
+    starts = [0, 3, 6]
+    ends = [3, 6, 9]
 
     def run(one: AdaptiveConnector, pool: list[torch.Tensor], objects: list[torch.Tensor]) -> None:
         batched = one.batched_from_gpu if store else one.batched_to_gpu
@@ -216,7 +229,8 @@ def test_a_batch_is_one_op(device: str, store: bool) -> None:
 
 
 def test_an_empty_batch_is_no_op() -> None:
-    connector, counter = scene()[0], Counter("eager")
+    connector = scene()[0]
+    counter = Counter("eager")
 
     def step(x: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
         connector.batched_from_gpu([], None, slots, [], [])
@@ -227,8 +241,11 @@ def test_an_empty_batch_is_no_op() -> None:
 
 
 def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    connector, caches, chunk = AdaptiveConnector("cpu"), make_caches(), make_chunk()
-    made, read = Registration.__init__, list[Any]()
+    connector = AdaptiveConnector("cpu")
+    caches = make_caches()
+    chunk = make_chunk()
+    made = Registration.__init__
+    read = list[Any]()
 
     def reading(self: Registration, kv_caches: Any, *rest: Any) -> None:
         read.append(kv_caches)
@@ -245,7 +262,9 @@ def test_caches_that_were_never_registered_are_read_once(monkeypatch: pytest.Mon
 
 
 def test_other_caches_registered_after_the_compilation() -> None:
-    connector, chunk, slots = AdaptiveConnector("cpu"), make_chunk(), torch.arange(4)
+    connector = AdaptiveConnector("cpu")
+    chunk = make_chunk()
+    slots = torch.arange(4)
 
     compiled = storing(connector, chunk)
     for caches in (make_caches(), make_caches(), in_one_allocation()):
@@ -276,7 +295,8 @@ def test_work_that_no_stream_orders_has_landed_before_the_graph_goes_on() -> Non
             connector.from_gpu(chunk, None, slots)
             return chunk * 2
 
-        chunk, slots = torch.zeros_like(make_chunk()), torch.arange(4)
+        chunk = torch.zeros_like(make_chunk())
+        slots = torch.arange(4)
         found = torch.compile(step, fullgraph=True, backend="aot_eager")(chunk, slots)
         assert torch.equal(found, 2 * rows_of(caches, slots))
 
@@ -297,7 +317,8 @@ def test_a_bad_device_id_is_told_by_the_next_compiled_call() -> None:
 def test_nested_caches_and_memory_objects_with_a_tensor() -> None:
     connector = AdaptiveConnector("cpu", kv_layout="layer kv | block token head dim")
     caches = {f"model.{n}": tuple(torch.randn(2, BLOCKS, SIZE, HEADS, DIM)) for n in range(LAYERS)}
-    chunk, slots = make_chunk(), torch.tensor([9, 2, 17, 6])
+    chunk = make_chunk()
+    slots = torch.tensor([9, 2, 17, 6])
 
     storing(connector, SimpleNamespace(tensor=chunk), caches)(slots)
     together = [torch.stack(pair) for pair in caches.values()]
@@ -320,10 +341,12 @@ def test_what_no_graph_can_hold_breaks_it_and_is_made_eagerly(slots: Any) -> Non
 
 def test_copy_rows_is_kept_out_of_graphs_by_its_caller() -> None:
     """`copy_rows` is no op; torch's own word for that serves."""
-    caches, chunk = make_caches(), make_chunk()
+    caches = make_caches()
+    chunk = make_chunk()
     cache = KVView(caches, "layer | kv block token head dim")
     dense = KVView(chunk, "kv layer token (head dim)", heads=HEADS)
-    outside, index = torch.compiler.disable(copy_rows), Index([9, 2, 17, 6])
+    outside = torch.compiler.disable(copy_rows)
+    index = Index([9, 2, 17, 6])
 
     def step(x: torch.Tensor) -> torch.Tensor:
         y = x + 1
@@ -343,7 +366,8 @@ def test_nothing_registered_nothing_passed() -> None:
 @pytest.mark.parametrize("compiler", ["aot_eager", INDUCTOR])
 def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
     connector, caches, chunk = scene()
-    before, compiled = chunk.clone(), storing(connector, chunk, compiler=compiler)
+    before = chunk.clone()
+    compiled = storing(connector, chunk, compiler=compiler)
     with pytest.raises(SlotError, match=f"slot {SLOTS}"):
         compiled(torch.tensor([0, 1, SLOTS, 2]))
     assert torch.equal(chunk, before)
@@ -352,7 +376,8 @@ def test_bad_slots_raise_from_the_compiled_function(compiler: str) -> None:
 
 
 def test_a_connector_that_is_gone() -> None:
-    connector, caches = AdaptiveConnector("cpu"), make_caches()
+    connector = AdaptiveConnector("cpu")
+    caches = make_caches()
     handle = connector._number
     del connector
     gc.collect()
@@ -362,7 +387,9 @@ def test_a_connector_that_is_gone() -> None:
 
 
 def test_caches_that_are_not_registered_do_not_replace_those_that_are() -> None:
-    (connector, caches, chunk), others, slots = scene(), make_caches(), torch.arange(4)
+    (connector, caches, chunk) = scene()
+    others = make_caches()
+    slots = torch.arange(4)
     arguments = ([chunk], [1], others, [LAYERS], slots, [0], [4])
     torch.ops.portakv.from_gpu(connector._number, *arguments)
     assert torch.equal(chunk, rows_of(others, slots))
@@ -380,7 +407,8 @@ def test_torch_finds_the_schema_true(store: bool) -> None:
 
 @pytest.mark.gpu
 def test_another_stream_is_refused_in_a_graph() -> None:
-    (connector, _, chunk), side = scene("cuda"), torch.cuda.Stream()
+    (connector, _, chunk) = scene("cuda")
+    side = torch.cuda.Stream()
     slots = torch.arange(4, device="cuda")
     with pytest.raises(Unsupported, match="PortaKV's op"):
         torch.compile(

@@ -21,9 +21,14 @@ from portakv.errors import (
     SlotError,
 )
 
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 5, 4, 2, 8
+LAYERS = 3
+BLOCKS = 5
+SIZE = 4
+HEADS = 2
+DIM = 8
 SLOTS = BLOCKS * SIZE
-KV_LAYOUT, PAIRS = "layer | kv block token head dim", "layer kv | block token head dim"
+KV_LAYOUT = "layer | kv block token head dim"
+PAIRS = "layer kv | block token head dim"
 CHUNK_LAYOUT = "kv layer token (head dim)"
 
 
@@ -292,7 +297,8 @@ def test_steps_of_any_integer_type() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int16])
 def test_rows_of_another_type_unless_their_bits_are_meant(scene: Scene, dtype: torch.dtype) -> None:
     """1.0 of float16 would be 0.0078 of bfloat16."""
-    caches, chunk = scene.caches, scene.chunk.view(dtype)
+    caches = scene.caches
+    chunk = scene.chunk.view(dtype)
     views = KVView(chunk, CHUNK_LAYOUT, heads=HEADS), scene.cache
     with refused(LayoutError, "float16", str(dtype)[6:], "reinterpret=True", watch=caches):
         copy_rows(*views, None, [*range(4, 12)])
@@ -300,7 +306,8 @@ def test_rows_of_another_type_unless_their_bits_are_meant(scene: Scene, dtype: t
         scene.connector.to_gpu(chunk, caches, [4, 5, 6])
     copy_rows(*views, None, [*range(4, 12)], reinterpret=True).synchronize()
     AdaptiveConnector("cpu", reinterpret=True).to_gpu(chunk, caches, [1, 2, 3]).synchronize()
-    rows, found = chunk[1, 1].unflatten(1, (HEADS, -1)), caches[1][1].flatten(0, 1).view(dtype)
+    rows = chunk[1, 1].unflatten(1, (HEADS, -1))
+    found = caches[1][1].flatten(0, 1).view(dtype)
     assert same(found[4:12], rows)
     assert same(found[1:4], rows[:3])
     other = KVView([x.view(dtype) for x in caches], KV_LAYOUT)
@@ -322,13 +329,17 @@ def test_rows_of_another_type_unless_their_bits_are_meant(scene: Scene, dtype: t
 )
 def test_a_bad_chunk_refuses_the_whole_batch(scene: Scene, store: bool, fault: str) -> None:
     # The first chunk is a set of its own: it must not be moved before the others were judged.
-    chunks, slots, starts, ends = [dense(n) for n in (3, 4, 4)], [*range(11)], [0, 3, 7], [3, 7, 11]
+    chunks = [dense(n) for n in (3, 4, 4)]
+    slots = [*range(11)]
+    starts = [0, 3, 7]
+    ends = [3, 7, 11]
     error: Any = LayoutError
     if fault in ("slot", "duplicate", "other shape"):
         slots[9] = {"slot": SLOTS, "duplicate": slots[4], "other shape": slots[1]}[fault]
         error = SlotError
     elif fault == "range":
-        ends[2], error = 12, SlotError
+        ends[2] = 12
+        error = SlotError
     elif fault == "grad":
         chunks[2].requires_grad_()
     elif fault == "twice":
@@ -343,7 +354,8 @@ def test_a_bad_chunk_refuses_the_whole_batch(scene: Scene, store: bool, fault: s
 
 
 def test_a_batch_may_come_from_generators(scene: Scene) -> None:
-    chunks, connector = [dense(2), dense(2)], scene.connector
+    chunks = [dense(2), dense(2)]
+    connector = scene.connector
     move: Any = connector.batched_from_gpu
     move(iter(chunks), scene.caches, [1, 2, 3, 4], iter([0, 2]), iter([2, 4])).synchronize()
     assert same(chunks[1][0, 0, 0], scene.caches[0][0, 0, 3].flatten())

@@ -57,7 +57,8 @@ def wide(layout: str, heads: int, blocks: int, size: int, dim: int = 128, **more
     return End(made, layout, **more)
 
 
-FLEX, MLA = "block layer kv token head dim", "layer | block token dim"
+FLEX = "block layer kv token head dim"
+MLA = "layer | block token dim"
 #: What engines exchange, each with the blocks that are read and written.
 EXCHANGED = {
     "NHD to HND": lambda: Copy(
@@ -102,7 +103,8 @@ def test_a_slice_of_heads(two: Two, route: str) -> None:
 
 
 def crossing(two: Two) -> Pair:
-    src, dst = layered(two[0]), block_first(two[1])
+    src = layered(two[0])
+    dst = block_first(two[1])
     settle_both(two)
     return Pair(src, dst)
 
@@ -130,7 +132,8 @@ def test_slices_through_the_host(two: Two, monkeypatch: pytest.MonkeyPatch) -> N
         assert HOST in judge(COPIES[name](), two).statistics.why
     ids = [5, 0, -1, 11, 7, 3], [0, -1, 2, 9, 4, 1]
     for places in ((two[0], two[1]), (two[1], two[0]), (two[0], None), (None, two[1])):
-        src, dst = layered(two[0], blocks=3), layered(two[1], blocks=3)
+        src = layered(two[0], blocks=3)
+        dst = layered(two[1], blocks=3)
         settle_both(two)
         given = [
             x if y is None else torch.tensor(x).to(y) for x, y in zip(ids, places, strict=True)
@@ -153,7 +156,8 @@ def test_a_backend_that_reads_peers_on_the_simulated_device(
     monkeypatch.setattr(peers, "unmapped", said(""))
     with reading(ReadsPeers):
         for options in ({}, {"overlap": "idle"}, {"by_layer": True}, {"cancellable": True}):
-            src, dst = layered(two[0]), layered(two[1])
+            src = layered(two[0])
+            dst = layered(two[1])
             settle_both(two)
             blocks = Pair(src, dst)
             done = blocks.start(**options)
@@ -172,8 +176,11 @@ class Late:
     """A copy that was made before, whose source gets its rows late."""
 
     def __init__(self, two: Two) -> None:
-        src, dst, self.fresh = layered(two[0]), block_first(two[1]), layered(two[0])
-        self.two, self.ids = two, (Index(SRC, SIZE), Index(DST, SIZE))
+        src = layered(two[0])
+        dst = block_first(two[1])
+        self.fresh = layered(two[0])
+        self.two = two
+        self.ids = (Index(SRC, SIZE), Index(DST, SIZE))
         settle_both(two)
         Pair(src, dst).start(*self.ids).synchronize()
         settle_both(two)
@@ -199,7 +206,8 @@ class Late:
 @pytest.mark.parametrize("how", ["current stream", "side stream", "by layer"])
 def test_it_waits_for_the_owner_and_the_owner_for_it(two: Two, route: str, how: str) -> None:
     for _ in range(2):
-        late, stream = Late(two), torch.Stream(two[1]) if how == "side stream" else None
+        late = Late(two)
+        stream = torch.Stream(two[1]) if how == "side stream" else None
         late.produce()
         delay(stream or current(two[1]))
         late.blocks.start(*late.ids, stream=stream, by_layer=how == "by layer")
@@ -273,7 +281,8 @@ def test_the_current_device_stays(two: Two, route: str) -> None:
 
 
 def test_devices_of_two_types() -> None:
-    cache, meta = layered(), torch.device("meta")
+    cache = layered()
+    meta = torch.device("meta")
     with refused(DeviceMismatch, "cpu", "meta", "pinned host memory"):
         cache.view.as_peer(meta)
 

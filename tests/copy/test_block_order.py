@@ -53,8 +53,10 @@ def test_blocks_come_behind_their_producer(
     accelerator: torch.device, store: bool, side: bool, options: dict[str, Any]
 ) -> None:
     for _ in range(2):
-        blocks, fresh = pair(accelerator, store), layered(accelerator)
-        src, dst = blocks.src, blocks.dst
+        blocks = pair(accelerator, store)
+        fresh = layered(accelerator)
+        src = blocks.src
+        dst = blocks.dst
         settle(accelerator)
         delay(current(accelerator))
         for at, made in enumerate(fresh.tensors):
@@ -76,7 +78,9 @@ def test_a_stream_waits_for_one_layer(
         monkeypatch.setattr(transfer.Completion, "wait", lambda self, stream: None)
     pair(accelerator, store=False).start(by_layer=True).synchronize()  # prepared
     for _ in range(3):
-        blocks, stream, found = pair(accelerator, store=False), torch.Stream(accelerator), []
+        blocks = pair(accelerator, store=False)
+        stream = torch.Stream(accelerator)
+        found = []
         delay(stream)
         moved = blocks.start(by_layer=True, stream=stream)
         assert not moved.done()
@@ -104,7 +108,9 @@ def test_a_layer_ends_before_the_whole(accelerator: torch.device) -> None:
 
 def test_both_directions_on_one_cache(accelerator: torch.device, options: dict[str, Any]) -> None:
     """Blocks leave and others come while a thread waits for each."""
-    cache, there, here = layered(accelerator), block_first(pin=True), block_first(pin=True)
+    cache = layered(accelerator)
+    there = block_first(pin=True)
+    here = block_first(pin=True)
     settle(accelerator)
     both = Pair(cache, there, [0, 1, 2], [4, 5, 6]), Pair(here, cache, [7, 3, 1], [5, 6, 7])
     moves = [each.start(stream=torch.Stream(accelerator), **options) for each in both]
@@ -204,7 +210,8 @@ def test_ids_of_one_call_cross_together_without_a_wait(
 ) -> None:
     device = simdev_cases.DEVICE
     for _ in range(2):
-        blocks, stream = inside(device), torch.Stream(device) if side else None
+        blocks = inside(device)
+        stream = torch.Stream(device) if side else None
         sent.clear()
         simdev.delay(current(device), 50)
         moved = blocks.start(theirs=torch.tensor(DST), stream=stream, **WAYS[way])
@@ -220,7 +227,8 @@ def test_ids_of_one_call_cross_together_without_a_wait(
 def test_an_index_that_is_kept_is_not_sent_behind_a_stream(sent: list[int]) -> None:
     """It may be used on another stream next, which does not wait for this one."""
     blocks = inside(simdev_cases.DEVICE)
-    mine, theirs = Index(SRC, step=SIZE), Index(DST, step=SIZE)
+    mine = Index(SRC, step=SIZE)
+    theirs = Index(DST, step=SIZE)
     prepared.bring((mine, theirs), simdev_cases.DEVICE, frozenset({torch.int64}))
     for stream in (None, torch.Stream(simdev_cases.DEVICE)):
         blocks.start(mine, theirs, stream=stream).synchronize()

@@ -140,7 +140,8 @@ def test_a_transfer_keeps_its_rate() -> None:
 
 
 def test_a_cancel_ends_the_pause_of_a_rate() -> None:
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     transfer = copy_blocks(src.view, dst.view, SRC, DST, max_gbps=1e-9)  # minutes for each slice
     until(lambda: transfer.statistics.blocks == 1)
     assert transfer.cancel()
@@ -198,7 +199,8 @@ def test_cancelling_too_late(gate: Gate) -> None:
 
 
 def test_cancelling_from_many_threads_while_others_wait(gate: Gate) -> None:
-    transfer, told = Started().transfer, list[bool]()
+    transfer = Started().transfer
+    told = list[bool]()
 
     def work(nth: int) -> None:
         if nth == 0:
@@ -281,7 +283,8 @@ def test_an_error_of_the_library_stays_what_it_is(gate: Gate) -> None:
 def test_few_are_in_flight_and_none_is_issued_behind_one_that_fails_when_it_lands(
     gate: Gate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    landing, errors = threading.Event(), [RuntimeError("a sticky error")]
+    landing = threading.Event()
+    errors = [RuntimeError("a sticky error")]
 
     def wait() -> None:
         assert landing.wait(PATIENCE)

@@ -58,7 +58,8 @@ pytestmark = pytest.mark.usefixtures("small_slices")
 def test_every_byte_lands(
     device: torch.device, store: bool, pin: bool, side: bool, options: dict[str, Any]
 ) -> None:
-    blocks, host = pair(device, store, pin), device.type == "cpu"
+    blocks = pair(device, store, pin)
+    host = device.type == "cpu"
     before = None if host else current(device)
     stream = torch.Stream(device) if side and not host else None
     with untouched(blocks.src.tensors):
@@ -130,7 +131,8 @@ def test_bad_ids_on_the_device(accelerator: torch.device, store: bool, way: str)
 @pytest.mark.parametrize("offset", [0, 1])
 def test_a_chunk_on_one_side(device: torch.device, options: dict[str, Any], offset: int) -> None:
     """With an offset the index begins inside a block."""
-    cache, ids = layered(device), [6, 1, 4]
+    cache = layered(device)
+    ids = [6, 1, 4]
     tokens = len(ids) * SIZE - offset
     chunk = filled((2, LAYERS, tokens, HEADS * DIM), poison=True)
     view = KVView(chunk, "kv layer token (head dim)", heads=HEADS)
@@ -171,7 +173,8 @@ def test_within_one_cache(options: dict[str, Any]) -> None:
 
 
 def test_nothing_to_move(options: dict[str, Any]) -> None:
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     for mine, theirs in (([], []), ([-1, 3], [2, -1])):
         with untouched(dst.tensors):
             transfer = copy_blocks(src.view, dst.view, mine, theirs, **options)
@@ -219,8 +222,10 @@ def test_statistics_before_the_end_of_a_transfer_that_nobody_asked() -> None:
 
 
 def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> None:
-    src, dst = layered(), layered()
-    mine, theirs = torch.tensor([*SRC, -1]), torch.tensor([*DST, 3])
+    src = layered()
+    dst = layered()
+    mine = torch.tensor([*SRC, -1])
+    theirs = torch.tensor([*DST, 3])
     refs = [weakref.ref(x) for x in (*src.tensors, *dst.tensors, mine, theirs)]
     transfer = copy_blocks(src.view, dst.view, mine, theirs, **options)
     del src, dst, mine, theirs
@@ -279,7 +284,8 @@ REFUSED: list[tuple[Callable[[Cache, Cache], tuple[Any, ...]], Any, list[str]]] 
     ("given", "error", "words"), REFUSED, ids=[" ".join(words) for _, _, words in REFUSED]
 )
 def test_what_all_refuse(given: Any, error: Any, words: list[str], options: dict[str, Any]) -> None:
-    src, dst = layered(), block_first()
+    src = layered()
+    dst = block_first()
     with refused(error, *words, watch=[src.tensors, dst.tensors]):
         copy_blocks(*given(src, dst), **options)
 
@@ -319,11 +325,13 @@ def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
 
 
 def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str) -> None:
-    here, name = layered(), str(accelerator)
+    here = layered()
+    name = str(accelerator)
     with refused(DeviceMismatch, "cpu", name, "stream", watch=here.tensors):
         Pair(here, here).start(stream=torch.Stream(accelerator), **WAYS[way])
     if torch.get_device_module(accelerator).device_count() > 1:
-        other, blocks = torch.device(accelerator.type, 1), pair(accelerator, store=True)
+        other = torch.device(accelerator.type, 1)
+        blocks = pair(accelerator, store=True)
         with refused(DeviceMismatch, name, str(other), "stream", watch=blocks.dst.tensors):
             blocks.start(stream=torch.Stream(other), **WAYS[way])
         between = Pair(blocks.src, layered(other))
@@ -334,7 +342,8 @@ def test_streams_and_caches_of_other_devices(accelerator: torch.device, way: str
 @pytest.mark.parametrize("options", [{}, {"by_layer": True}, {"cancellable": True}], ids=str)
 def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
     """By the call, since a backend that goes by addresses cannot."""
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     storage = src.tensors[1].untyped_storage()
     storage.resize_(2 * storage.nbytes())
     with (
@@ -347,8 +356,10 @@ def test_memory_that_was_resized_is_noticed(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("how", ["data", "set_"])
 def test_a_kept_view_goes_on_with_the_memory_that_it_read(device: torch.device, how: str) -> None:
     """As docs/errors.md says: the view keeps that memory alive, whatever its tensor is given."""
-    src, dst = layered(device), layered(device)
-    expected, cache = src.rows(), src.tensors[1]
+    src = layered(device)
+    dst = layered(device)
+    expected = src.rows()
+    cache = src.tensors[1]
     fresh = torch.zeros_like(cache)
     if how == "data":
         cache.data = fresh
@@ -378,8 +389,10 @@ def test_a_kept_index_is_judged_once_for_views_of_one_size(kept: str, judged: li
 
 def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
     """The same indices the other way round, or beside no ids, are judged anew."""
-    twice, theirs = Index([5, 5, 7], SIZE), Index([1, 6, 0], SIZE)
-    src, dst = layered(), layered()
+    twice = Index([5, 5, 7], SIZE)
+    theirs = Index([1, 6, 0], SIZE)
+    src = layered()
+    dst = layered()
     copy_blocks(src.view, dst.view, twice, theirs).synchronize()
     for _ in range(2):  # what was refused is refused again
         with refused(SlotError, "occurs 2 times", watch=dst.tensors):
@@ -391,8 +404,10 @@ def test_ids_of_a_source_that_may_not_be_a_destination() -> None:
 
 
 def test_indices_do_not_hold_each_other_or_any_view() -> None:
-    mine, theirs = Index(SRC, SIZE), Index(DST, SIZE)
-    src, dst = layered(), layered()
+    mine = Index(SRC, SIZE)
+    theirs = Index(DST, SIZE)
+    src = layered()
+    dst = layered()
     copy_blocks(src.view, dst.view, mine, theirs).synchronize()
     gone = [weakref.ref(x) for x in (src.tensors[0], dst.tensors[0], theirs.ids)]
     gc.disable()

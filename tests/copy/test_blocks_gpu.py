@@ -55,7 +55,8 @@ class Pools:
 
 @STORE
 def test_cancelling(store: bool) -> None:
-    pools, order = Pools(store, 2048), torch.randperm(2048)
+    pools = Pools(store, 2048)
+    order = torch.randperm(2048)
     moved = pools.start(order, cancellable=True)
     while not moved.statistics.blocks:
         time.sleep(1e-4)
@@ -90,7 +91,8 @@ def test_the_time_ends_when_the_end_is_noticed() -> None:
 
 
 def test_in_a_graph() -> None:
-    src, dst = layered(DEVICE), block_first(DEVICE)
+    src = layered(DEVICE)
+    dst = block_first(DEVICE)
     expected = wanted(src, dst, SRC, DST)
     ids = torch.tensor(SRC, device=DEVICE), torch.tensor(DST, device=DEVICE)
     copy_blocks(src.view, dst.view, *ids).synchronize()  # prepared
@@ -116,7 +118,9 @@ def test_in_a_graph() -> None:
 
 def test_a_capture_beside_a_transfer_in_slices() -> None:
     """CUDA lets a thread break the capture of another one; a worker does not."""
-    pools, total, graphs = Pools(True, 256), torch.zeros(1, device=DEVICE), []
+    pools = Pools(True, 256)
+    total = torch.zeros(1, device=DEVICE)
+    graphs = []
     pools.start(cancellable=True).synchronize()
     pools.empty.zero_()
     torch.cuda.synchronize()
@@ -137,7 +141,10 @@ def test_a_capture_beside_a_transfer_in_slices() -> None:
 
 # Many detached transfers beside a model
 
-BLOCKS, MANY, SIDE = 80, 10, 8192  # MiB of one transfer, three slices; transfers; a matrix
+# MiB of one transfer, three slices; transfers; a matrix
+BLOCKS = 80
+MANY = 10
+SIDE = 8192
 DETACHED: dict[str, Any] = {"backend": "staged", "detached": True}
 
 
@@ -161,7 +168,9 @@ class Parts(Pools):
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_every_byte_lands_beside_a_model(store: bool, by_layer: bool) -> None:
     a = torch.randn(SIDE, SIDE, dtype=torch.bfloat16, device=DEVICE)
-    out, parts, model = torch.empty_like(a), Parts(store), torch.cuda.Stream(DEVICE)
+    out = torch.empty_like(a)
+    parts = Parts(store)
+    model = torch.cuda.Stream(DEVICE)
     for _ in range(3):
         with torch.cuda.stream(model):
             for _ in range(60):

@@ -86,12 +86,14 @@ def test_memory_objects_on_the_host(card: Rig, memory: str, place: str, store: b
 def test_batches(rig: Rig, place: str) -> None:
     chunks = [rig.chunk(3), rig.chunk(3), rig.chunk(2, "pageable"), rig.chunk(3)]
     slots = [9, 2, 17, 6, 0, 3, 11, 23, 14, -1]
-    starts, ends = [0, 3, 6, 8], [3, 6, 8, 10]
+    starts = [0, 3, 6, 8]
+    ends = [3, 6, 8, 10]
     jobs = list(zip(chunks, starts, ends, strict=True))
     wanted = [gathered(rig.caches, chunk, slots[start:end]) for chunk, start, end in jobs]
     ids = rig.ids(slots, place)
     side = None if rig.device.type == "cpu" else torch.Stream(rig.device)
-    store, load = rig.connector.batched_from_gpu, rig.connector.batched_to_gpu
+    store = rig.connector.batched_from_gpu
+    load = rig.connector.batched_to_gpu
     store(chunks, None, ids, starts, ends, stream=side).synchronize()
     check(chunks, wanted)
     joined = torch.cat([chunk.cpu()[:, :, : end - start] for chunk, start, end in jobs], dim=2)
@@ -107,7 +109,8 @@ def test_batches(rig: Rig, place: str) -> None:
 @pytest.mark.parametrize("bad", [SLOTS, SLOTS + 3, 2**31 - 1, 2**32 + 1, 2**63 - 1])
 @STORE
 def test_bad_device_ids_move_nothing_and_are_reported(card: Rig, store: bool, bad: int) -> None:
-    chunk, slots = card.chunk(), [9, 2, bad, 6, -1]
+    chunk = card.chunk()
+    slots = [9, 2, bad, 6, -1]
     ids = card.ids(slots).to(torch.int32 if bad < 2**31 else torch.int64)
     wanted = card.wanted(store, chunk, slots)
     with untouched(card.targets(not store, chunk)), pytest.raises(SlotError) as caught:
@@ -152,7 +155,8 @@ def test_a_bad_block_is_named_by_its_position_in_the_whole_copy(card: Rig, bad: 
 
 @pytest.mark.parametrize("memory", ["device", "pageable"])
 def test_an_error_is_raised_by_done_or_by_the_next_call(card: Rig, memory: str) -> None:
-    chunk, ids = card.chunk(3, memory), card.ids([1, SLOTS, 2])
+    chunk = card.chunk(3, memory)
+    ids = card.ids([1, SLOTS, 2])
     before = host_bytes(chunk)
     failed = card.move(True, chunk, None, ids)
     settle(card.device)
@@ -175,7 +179,8 @@ def test_an_error_is_raised_by_done_or_by_the_next_call(card: Rig, memory: str) 
     ("src", "dst"), [([3, 4], None), (None, [3, 4]), ([3, 4], [9, 2]), (Index(offset=8), None)]
 )
 def test_rows_of_one_cache(rig: Rig, src: Any, dst: Any) -> None:
-    view, wanted = KVView(rig.caches, KV_LAYOUT), [host_bytes(cache) for cache in rig.caches]
+    view = KVView(rig.caches, KV_LAYOUT)
+    wanted = [host_bytes(cache) for cache in rig.caches]
     sources = src if isinstance(src, list) else [0, 1] if src is None else [8, 9]
     for want in wanted:
         flat = want.view(2, SLOTS, -1)
@@ -183,7 +188,8 @@ def test_rows_of_one_cache(rig: Rig, src: Any, dst: Any) -> None:
     copy_rows(view, view, src, dst, count=2).synchronize()
     check(rig.caches, wanted)
     with refused(SlotError, "source and destination", watch=rig.caches):
-        first, second = view.slice(layers=slice(0, 2)), view.slice(layers=slice(1, 3))
+        first = view.slice(layers=slice(0, 2))
+        second = view.slice(layers=slice(1, 3))
         copy_rows(first, second, [3, 4], [4, 9])
 
 
@@ -195,7 +201,9 @@ def test_the_registry_chooses_for_it() -> None:
 
 
 def test_devices_that_do_not_belong_together(card: Rig) -> None:
-    caches, chunk, name = card.caches, card.chunk(3), str(card.device)
+    caches = card.caches
+    chunk = card.chunk(3)
+    name = str(card.device)
     on_host = [cache.cpu() for cache in caches]
     with refused(DeviceMismatch, "cpu", name, "connector", watch=[*on_host, chunk]):
         card.connector.from_gpu(chunk, on_host, [1, 2, 3])
@@ -209,7 +217,8 @@ def test_devices_that_do_not_belong_together(card: Rig) -> None:
         pairs.append((card.connector, caches, make_chunk(3, device=other), str(other)))
     # A chunk of another device may be refused, or be right.
     for connector, there, here, word in pairs:
-        before, wanted = host_bytes(here), gathered(there, here, [1, 2, 3])
+        before = host_bytes(here)
+        wanted = gathered(there, here, [1, 2, 3])
         try:
             connector.from_gpu(here, there, [1, 2, 3]).synchronize()
         except PortaKVError as error:

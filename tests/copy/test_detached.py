@@ -20,7 +20,8 @@ from portakv.engines import staging
 from portakv.engines.link import TorchLink
 
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
-IDS, MANY = list(range(BLOCKS)), 12
+IDS = list(range(BLOCKS))
+MANY = 12
 DETACHED: dict[str, Any] = {"backend": "staged", "detached": True}
 
 
@@ -132,7 +133,8 @@ def test_the_link_touches_new_buffers_behind_their_stream(accelerator: torch.dev
 def test_buffers_are_made_on_the_stream_that_they_are_given_back_on(
     detached: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, of_half = staging.Staging.reserve, list[bool]()
+    real = staging.Staging.reserve
+    of_half = list[bool]()
 
     def reserve(room: staging.Staging, nbytes: int) -> None:
         of_half.append(current(simdev_cases.DEVICE).stream_id == room.half.stream_id)
@@ -195,7 +197,8 @@ def test_a_quick_stream_does_not_wait_for_a_slow_one(accelerator: torch.device) 
     streams = torch.Stream(accelerator), torch.Stream(accelerator)
     for stream in streams:
         Pairs(accelerator, True, 1).started(stream=stream)[0].synchronize()
-    slow, quick = Pairs(accelerator, True, 1), Pairs(accelerator, True, 1)
+    slow = Pairs(accelerator, True, 1)
+    quick = Pairs(accelerator, True, 1)
     delay(streams[0])
     (first,) = slow.started(stream=streams[0])
     (second,) = quick.started(stream=streams[1])

@@ -35,7 +35,8 @@ def dropped(late: LateErrors, device: torch.device, bad: int = 9, **terms: Any) 
 
 @pytest.mark.parametrize("terms", [{}, {"by_layer": True}, {"detached": True}], ids=str)
 def test_the_next_copy_tells(accelerator: torch.device, terms: Any) -> None:
-    late, other = LateErrors(), LateErrors()
+    late = LateErrors()
+    other = LateErrors()
     dropped(late, accelerator, **terms)
     src, dst = sides(accelerator)
     copy_rows(src, dst, late=other).synchronize()
@@ -91,7 +92,9 @@ class Flying:
 
 
 def test_what_a_launch_reports_in_its_word(accelerator: torch.device) -> None:
-    late, word, flying = LateErrors(), acquire_word(), Flying()
+    late = LateErrors()
+    word = acquire_word()
+    flying = Flying()
     completion = Completion(words=((word, 10),), pendings=(flying,))
     hold(completion)
     late.keep(Transfer((completion,)))

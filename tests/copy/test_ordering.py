@@ -80,7 +80,8 @@ def test_a_copy_waits_for_its_producer(
     other = Rig(rig.device)
     fresh = other.caches if store else [rig.chunk()]
     wanted = other.wanted(True, chunk, IDS) if store else rig.wanted(False, fresh[0], IDS)
-    sources, targets = rig.targets(not store, chunk), rig.targets(store, chunk)
+    sources = rig.targets(not store, chunk)
+    targets = rig.targets(store, chunk)
     copy_late(sources, fresh)
     stream = torch.Stream(rig.device) if side else None
     moved = rig.move(store, chunk, None, ids, stream=stream)
@@ -96,7 +97,8 @@ def test_a_copy_waits_for_its_producer(
 
 @pytest.mark.simdev
 def test_the_stream_of_a_table_holds_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    rig, told = Rig(simdev_cases.DEVICE), list[torch.Tensor]()
+    rig = Rig(simdev_cases.DEVICE)
+    told = list[torch.Tensor]()
     monkeypatch.setattr(streams, "follow_current", lambda stream, *used: told.extend(used))
     list_of_one = KVView([rig.chunk()], "block | kv layer token (head dim)", heads=HEADS)
     views = KVView(rig.caches, KV_LAYOUT), list_of_one
@@ -113,8 +115,11 @@ def test_without_the_connectors_wait_a_copy_is_wrong(
 ) -> None:
     """So the test above can fail."""
     monkeypatch.setattr(streams, "follow_current", no_wait.follow_without_waiting)
-    rig, other = Rig(simdev_cases.OTHER), Rig(simdev_cases.OTHER)
-    chunk, fresh, ids = rig.chunk(), rig.chunk(), rig.ids(IDS, place)
+    rig = Rig(simdev_cases.OTHER)
+    other = Rig(simdev_cases.OTHER)
+    chunk = rig.chunk()
+    fresh = rig.chunk()
+    ids = rig.ids(IDS, place)
     wanted = other.wanted(True, chunk, IDS) if store else rig.wanted(False, fresh, IDS)
     copy_late(rig.targets(not store, chunk), other.caches if store else [fresh])
     rig.move(store, chunk, None, ids, stream=torch.Stream(rig.device)).synchronize()
@@ -126,7 +131,8 @@ def test_without_the_connectors_wait_a_copy_is_wrong(
 def test_a_transfer_on_a_busy_stream_is_not_done(rig: Rig, store: bool) -> None:
     chunk = rig.chunk()
     rig.move(store, chunk, None, [-1] * len(IDS)).synchronize()  # the launch is prepared
-    targets, wanted = rig.targets(store, chunk), rig.wanted(store, chunk, IDS)
+    targets = rig.targets(store, chunk)
+    wanted = rig.wanted(store, chunk, IDS)
     before = [host_bytes(target) for target in targets]
     moved = rig.move(store, chunk, None, IDS, stream=rig.delayed())
     assert holds([target.clone() for target in targets], before)  # a consumer that does not wait
@@ -140,9 +146,11 @@ def test_a_transfer_on_a_busy_stream_is_not_done(rig: Rig, store: bool) -> None:
 @pytest.mark.parametrize("freed", ["chunk", "device", "strided", "int32", "host", "negative"])
 def test_what_is_freed_right_after_the_call(rig: Rig, freed: str, keep: bool) -> None:
     """The source of a load, or ids of each kind of a store."""
-    slots, store = [*IDS, -1] if freed == "negative" else IDS, freed != "chunk"
+    slots = [*IDS, -1] if freed == "negative" else IDS
+    store = freed != "chunk"
     chunk: Any = rig.chunk(len(slots))
-    targets, wanted = rig.targets(store, chunk), rig.wanted(store, chunk, slots)
+    targets = rig.targets(store, chunk)
+    wanted = rig.wanted(store, chunk, slots)
     ids = rig.ids(slots, "host" if freed == "host" else "device")
     if freed == "strided":
         ids = torch.stack([ids, ids], dim=1)[:, 0]
@@ -194,7 +202,8 @@ def test_threads_with_streams_of_their_own(rig: Rig) -> None:
 
 @PLACES
 def test_another_current_device(rig: Rig, elsewhere: torch.device, place: str) -> None:
-    module, ids = torch.get_device_module(rig.device), rig.ids(IDS, place)
+    module = torch.get_device_module(rig.device)
+    ids = rig.ids(IDS, place)
     rig.move(True, rig.chunk(), None, IDS).synchronize()
     with module.device(elsewhere):
         for _ in range(2):
@@ -215,7 +224,8 @@ def test_another_current_device(rig: Rig, elsewhere: torch.device, place: str) -
 def test_ids_of_another_device(
     rig: Rig, elsewhere: torch.device, store: bool, dtype: torch.dtype, spread: bool
 ) -> None:
-    chunk, ids = rig.chunk(), torch.tensor(IDS, dtype=dtype, device=elsewhere)
+    chunk = rig.chunk()
+    ids = torch.tensor(IDS, dtype=dtype, device=elsewhere)
     if spread:
         ids = torch.stack([ids, torch.zeros_like(ids)], dim=1)[:, 0]
     wanted = rig.wanted(store, chunk, IDS)
@@ -229,8 +239,10 @@ def test_ids_that_a_device_produces_late(
     request: pytest.FixtureRequest, rig: Rig, own: bool, side: bool
 ) -> None:
     device = rig.device if own else request.getfixturevalue("elsewhere")
-    chunk, fresh = rig.chunk(), torch.tensor(IDS, device=device)
-    wanted, ids = rig.wanted(True, chunk, IDS), torch.zeros_like(fresh)
+    chunk = rig.chunk()
+    fresh = torch.tensor(IDS, device=device)
+    wanted = rig.wanted(True, chunk, IDS)
+    ids = torch.zeros_like(fresh)
     copy_late([ids], [fresh])
     stream = torch.Stream(rig.device) if side else None
     rig.move(True, chunk, None, ids, stream=stream).synchronize()
@@ -244,7 +256,8 @@ def test_ids_that_a_device_produces_late(
 def test_the_default_stream_passed_to_the_connector(rig: Rig, given: bool) -> None:
     """Its number is 0, which does not say that no stream was given: only then does waiting for it
     bring the bytes."""
-    chunk, default = rig.chunk(), current(rig.device)
+    chunk = rig.chunk()
+    default = current(rig.device)
     rig.move(True, chunk, None, [-1] * len(IDS)).synchronize()  # the launch is prepared
     wanted = rig.wanted(True, chunk, IDS)
     assert default.stream_id == 0
@@ -261,8 +274,10 @@ def test_synchronize_waits_for_a_copy_within_the_device(
     rig: Rig, waits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The host reads the bytes without another wait for the stream that carried them."""
-    src, dst = rig.chunk(12), rig.chunk(12)
-    rows, wanted = host_bytes(src), host_bytes(dst)
+    src = rig.chunk(12)
+    dst = rig.chunk(12)
+    rows = host_bytes(src)
+    wanted = host_bytes(dst)
     wanted[:, :, [1, 2, 11]] = rows[:, :, [3, 0, 7]]
     first, second = (KVView(tensor, CHUNK_LAYOUT, heads=HEADS) for tensor in (src, dst))
     copy_rows(first, second, Index([-1]), Index([-1])).synchronize()  # prepared
@@ -278,7 +293,8 @@ def test_synchronize_waits_for_a_copy_within_the_device(
 @pytest.mark.simdev
 def test_a_call_that_only_enqueues_is_timed_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's clock around such a call would make any copy fast."""
-    device, small = simdev_cases.DEVICE, SimpleNamespace(L2_cache_size=4096)
+    device = simdev_cases.DEVICE
+    small = SimpleNamespace(L2_cache_size=4096)
     module = torch.get_device_module(device)
     monkeypatch.setattr(module, "get_device_properties", lambda device: small, raising=False)
     taken = DeviceTimer(device).sample(lambda i: simdev.delay(current(device), 30), 0, 0.0)
@@ -289,8 +305,10 @@ def test_a_call_that_only_enqueues_is_timed_to_its_end(monkeypatch: pytest.Monke
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["no ids", "host ids", "device ids"])
 def test_capture_is_refused_by_what_cannot_be_captured(kind: str) -> None:
-    rig, slots = Rig(), [*IDS, -1]
-    chunk, other = rig.chunk(6), rig.chunk(6)
+    rig = Rig()
+    slots = [*IDS, -1]
+    chunk = rig.chunk(6)
+    other = rig.chunk(6)
     view, twin = (KVView(tensor, CHUNK_LAYOUT, heads=HEADS) for tensor in (chunk, other))
     src = twin if kind == "no ids" else KVView(rig.caches, KV_LAYOUT)
     ids = {"no ids": None, "host ids": slots, "device ids": rig.ids(slots)}[kind]

@@ -48,7 +48,8 @@ def test_a_layer_of_more_than_4_gib(carry: Mover, ids_dtype: torch.dtype, width:
     edges = [2**31 // width + i for i in (-1, 0, 1)] + [2**32 // width + i for i in (-1, 0, 1)]
     ids = torch.tensor([*edges, 0, slots - 1], dtype=ids_dtype)
     rows = noise(len(ids), width, dtype=BYTES)
-    view, chunk = KVView(cache, "token dim"), KVView(rows, "token dim")
+    view = KVView(cache, "token dim")
+    chunk = KVView(rows, "token dim")
     carry(chunk, view, None, ids)
     for slot, row in zip(ids.tolist(), rows, strict=True):
         assert torch.equal(cache[slot], row)
@@ -61,7 +62,8 @@ def test_a_layer_of_more_than_4_gib(carry: Mover, ids_dtype: torch.dtype, width:
 
 def test_131072_tokens_of_32_layers_in_one_call() -> None:
     """16 GiB for each side: the addresses of the last rows, not only of the first."""
-    tokens, row = 131_072, 8 * 128 * 2
+    tokens = 131_072
+    row = 8 * 128 * 2
     pool = lazy(2 * 32 * tokens * row).view(torch.bfloat16).view(2, 32, tokens, 8, 128)
     chunk = lazy(2 * 32 * tokens * row).view(torch.bfloat16).view(2, 32, tokens, 1024)
     src = KVView(pool, "kv layer (block token) head dim", block_size=16)
@@ -86,7 +88,8 @@ def test_131072_tokens_of_32_layers_in_one_call() -> None:
 def test_every_byte_of_a_row_and_none_behind_it(
     carry: Mover, width: int, dtype: torch.dtype
 ) -> None:
-    paged, dense = noise(32, width + 3, dtype=dtype), noise(20, width, dtype=dtype, seed=1)
+    paged = noise(32, width + 3, dtype=dtype)
+    dense = noise(20, width, dtype=dtype, seed=1)
     ids = torch.randperm(32, generator=torch.Generator().manual_seed(1))[:20]
     expected = paged.view(BYTES).clone()
     expected[ids, : width * dtype.itemsize] = dense.view(BYTES)
@@ -123,8 +126,11 @@ def off_alignment(kind: str, by: int) -> tuple[torch.Tensor, torch.Tensor]:
 )
 def test_rows_off_their_alignment(carry: Mover, kind: str, by: int, side: str) -> None:
     memory, inside = off_alignment(kind, by)
-    other, ids = noise(8, 64, dtype=BYTES, seed=1), torch.arange(8).flip(0)
-    views, rows, around = KVView(inside, "token dim"), inside.clone(), memory.clone()
+    other = noise(8, 64, dtype=BYTES, seed=1)
+    ids = torch.arange(8).flip(0)
+    views = KVView(inside, "token dim")
+    rows = inside.clone()
+    around = memory.clone()
     if side == "src":
         carry(views, KVView(other, "token dim"), ids, None)
         assert torch.equal(other, rows[ids])
@@ -141,7 +147,8 @@ def test_rows_off_their_alignment(carry: Mover, kind: str, by: int, side: str) -
 def test_heads_that_are_many_or_odd(carry: Mover, heads: int, dim: int) -> None:
     """HND: 16 heads of 33 bytes make a row of 528, yet each head is a piece of its own. More than
     1,024 threads were asked for a block of 128 heads."""
-    cache, chunk = noise(3, heads, 4, dim, dtype=BYTES), noise(12, heads * dim, dtype=BYTES, seed=1)
+    cache = noise(3, heads, 4, dim, dtype=BYTES)
+    chunk = noise(12, heads * dim, dtype=BYTES, seed=1)
     views = KVView(cache, "block head token dim"), KVView(chunk, "token (head dim)", heads=heads)
     for ids in (torch.arange(12).flip(0), torch.arange(12).roll(5)):
         carry(views[1], views[0], None, ids)
@@ -170,14 +177,16 @@ def test_two_blocks_of_two_kv(carry: Mover, shape: tuple[int, ...]) -> None:
 
 
 def test_two_tokens_are_no_kv(carry: Mover) -> None:
-    cache, chunk = noise(3, 2, 2, 8), noise(6, 2, 8, seed=1)
+    cache = noise(3, 2, 2, 8)
+    chunk = noise(6, 2, 8, seed=1)
     carry(KVView(cache, "block token head dim"), KVView(chunk, "token head dim"), None, None)
     assert torch.equal(chunk, cache.flatten(0, 1))
 
 
 def test_two_tensors_are_layers_or_kv_as_declared(carry: Mover) -> None:
     pair = [noise(12, 8, seed=i) for i in range(2)]
-    as_layers, as_kv = KVView(pair, "layer | token dim"), KVView(pair, "kv | token dim")
+    as_layers = KVView(pair, "layer | token dim")
+    as_kv = KVView(pair, "kv | token dim")
     assert (as_layers.layers, as_layers.kv) == (2, 1)
     assert KVView(pair[:1], "layer | token dim").layers == 1
     assert (as_kv.layers, as_kv.kv) == (1, 2)
@@ -187,8 +196,10 @@ def test_two_tensors_are_layers_or_kv_as_declared(carry: Mover) -> None:
 
 def test_logical_nhd_over_hnd_memory(carry: Mover) -> None:
     """Shape (2, B, T, H, D) over memory K B H T D, addressed as if it were linear."""
-    memory, chunk = noise(2, 3, 2, 4, 8), noise(2, 5, 2, 8, seed=1)
-    expected, ids = memory.clone(), torch.tensor([11, 0, 4, 3, 7])
+    memory = noise(2, 3, 2, 4, 8)
+    chunk = noise(2, 5, 2, 8, seed=1)
+    expected = memory.clone()
+    ids = torch.tensor([11, 0, 4, 3, 7])
     expected.transpose(2, 3)[:, ids // 4, ids % 4] = chunk
     view = KVView(memory.transpose(2, 3), "kv block token head dim")
     loaded(carry, KVView(chunk, "kv token head dim"), view, ids, expected)
@@ -196,8 +207,10 @@ def test_logical_nhd_over_hnd_memory(carry: Mover) -> None:
 
 def test_padding_of_pages_is_not_touched(carry: Mover) -> None:
     """The stride of a block is more than its dense size: the rest belongs to somebody."""
-    memory, chunk = noise(4, 100), noise(2, 4, 8, seed=1)
-    expected, pages = memory.clone(), memory[:, :64].view(4, 2, 4, 8)
+    memory = noise(4, 100)
+    chunk = noise(2, 4, 8, seed=1)
+    expected = memory.clone()
+    pages = memory[:, :64].view(4, 2, 4, 8)
     expected[2, :64] = chunk.flatten()
     view = KVView(pages, "block kv token dim")
     loaded(carry, KVView(chunk, "kv token dim"), view, Index([2], step=4), expected)
@@ -205,8 +218,10 @@ def test_padding_of_pages_is_not_touched(carry: Mover) -> None:
 
 def test_packed_layers_do_not_touch_each_other(carry: Mover) -> None:
     """All layers interleave in a block; a copy of one must leave its neighbours whole."""
-    memory, chunk = noise(3, 4, 5, 2, 16), noise(2, 10, 2, 8, seed=1)
-    layers, expected = [memory[:, i].transpose(1, 2) for i in range(4)], memory.clone()
+    memory = noise(3, 4, 5, 2, 16)
+    chunk = noise(2, 10, 2, 8, seed=1)
+    layers = [memory[:, i].transpose(1, 2) for i in range(4)]
+    expected = memory.clone()
     for at, block in enumerate((2, 0)):
         rows = chunk[:, 5 * at : 5 * at + 5].permute(1, 2, 0, 3).reshape(5, 2, 16)
         expected[block, 2] = rows
@@ -216,7 +231,8 @@ def test_packed_layers_do_not_touch_each_other(carry: Mover) -> None:
 
 def test_a_destination_that_is_not_contiguous_is_really_written(carry: Mover) -> None:
     """Copied through `.contiguous()` and thrown away: success reported, nothing written."""
-    memory, chunk = noise(8, 2, 3, 12), noise(2, 6, 3, 8, seed=1)
+    memory = noise(8, 2, 3, 12)
+    chunk = noise(2, 6, 3, 8, seed=1)
     expected = memory.clone()
     expected[..., ::2] = chunk.permute(3, 0, 2, 1)
     view = KVView(memory.permute(1, 3, 2, 0)[:, ::2], "kv token head dim")  # each element apart
@@ -238,7 +254,8 @@ def test_manager_blocks_over_kernel_blocks(
     carry: Mover, of_tensor: int, step: int, ids: list[int]
 ) -> None:
     """The manager counts blocks of 64 tokens, the tensor kernel blocks of 16; or the other way."""
-    cache, chunk = noise(192 // of_tensor, of_tensor, 8), noise(2 * step, 8, seed=1)
+    cache = noise(192 // of_tensor, of_tensor, 8)
+    chunk = noise(2 * step, 8, seed=1)
     carry(KVView(chunk, "token dim"), KVView(cache, "block token dim"), None, Index(ids, step))
     for at, block in enumerate(ids):
         rows = cache.flatten(0, 1)[block * step : (block + 1) * step]
@@ -249,7 +266,8 @@ def test_a_dsa_page_is_its_values_and_then_its_scales(carry: Mover) -> None:
     """Nominal (B, T, 132): moved as rows of 132 bytes, values and scales mix."""
     cache = [noise(3, 64, 132, dtype=BYTES, seed=i) for i in range(2)]
     pages = torch.stack(cache).view(2, 3, 64 * 132)
-    values, scales = pages[..., : 64 * 128], pages[..., 64 * 128 :]
+    values = pages[..., : 64 * 128]
+    scales = pages[..., 64 * 128 :]
     slot = torch.tensor([5, 64 + 63, 130])
     split = KVView(cache, "vllm-dsa-split", block_size=64)
     chunk = [torch.zeros(2, 3, n, dtype=BYTES) for n in (128, 4)]
@@ -280,7 +298,8 @@ class Rig:
     """A paged cache of 5 blocks x 4 tokens and a chunk, each between canaries."""
 
     def __init__(self, tokens: int) -> None:
-        self.memory, self.chunk_memory = noise(7, 4, 8), noise(tokens + 8, 8, seed=1)
+        self.memory = noise(7, 4, 8)
+        self.chunk_memory = noise(tokens + 8, 8, seed=1)
         self.before, self.chunk_before = self.memory.clone(), self.chunk_memory.clone()
         self.paged = KVView(self.memory[1:6], "block token dim")
         self.dense = KVView(self.chunk_memory[4:-4], "token dim")
@@ -293,7 +312,8 @@ class Rig:
 
     def expect(self, slots: list[int], *, scattered: bool) -> None:
         """The rows of ``slots`` moved, in their order; every other byte is as it was."""
-        cache, chunk = self.before[1:6].view(20, 8), self.chunk_before[4:-4]
+        cache = self.before[1:6].view(20, 8)
+        chunk = self.chunk_before[4:-4]
         at = [i for i, slot in enumerate(slots) if slot >= 0]
         if scattered:
             cache[[slots[i] for i in at]] = chunk[at]

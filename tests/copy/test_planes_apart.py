@@ -11,7 +11,10 @@ from support.guarded_memory import refused
 
 from portakv import KVView, LayoutError, copy_rows
 
-LATENT, ROPE, BLOCKS, SIZE = 512, 64, 10, 16
+LATENT = 512
+ROPE = 64
+BLOCKS = 10
+SIZE = 16
 SLOTS = [33, -1, 0, 159, 7, 34]
 WIDTHS = (LATENT, ROPE)
 
@@ -36,8 +39,10 @@ def views(tensors: list[torch.Tensor], memory: torch.Tensor) -> tuple[KVView, KV
 @pytest.mark.parametrize("wide", [False, True], ids=["apart", "columns"])
 @pytest.mark.parametrize("store", [True, False])
 def test_every_byte(device: torch.device, wide: bool, store: bool) -> None:
-    tensors, memory = rows(device, wide), cache(device)
-    expected, wanted = memory.cpu().view(-1, LATENT + ROPE), torch.cat(tensors, 1).cpu()
+    tensors = rows(device, wide)
+    memory = cache(device)
+    expected = memory.cpu().view(-1, LATENT + ROPE)
+    wanted = torch.cat(tensors, 1).cpu()
     for position, slot in enumerate(SLOTS):
         if slot >= 0 and store:
             expected[slot] = wanted[position]
@@ -54,7 +59,8 @@ def test_every_byte(device: torch.device, wide: bool, store: bool) -> None:
 
 
 def test_widths_that_differ_are_named() -> None:
-    tensors, memory = rows(torch.device("cpu"), False), cache(torch.device("cpu"))
+    tensors = rows(torch.device("cpu"), False)
+    memory = cache(torch.device("cpu"))
     some = KVView(tensors[::-1], "kv | token dim", dim=WIDTHS[::-1])
     with refused(LayoutError, "1024", "128", watch=[memory]):
         copy_rows(some, views(tensors, memory)[1], None, SLOTS)

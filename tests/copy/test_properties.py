@@ -117,11 +117,13 @@ def _views(names: tuple[str, str], case: Case) -> Iterator[KVView]:
 @pytest.mark.parametrize("third", [0, *(pytest.param(n, marks=pytest.mark.full) for n in (1, 2))])
 @pytest.mark.parametrize("source", KINDS)
 def test_every_destination(source: str, third: int) -> None:
-    first, copied = KINDS.index(source), 0
+    first = KINDS.index(source)
+    copied = 0
     for at, destination in enumerate(KINDS):
         if (first + at) % 3 != third and at != first:
             continue
-        held, names = meet(source, destination), (source, destination)
+        held = meet(source, destination)
+        names = (source, destination)
         sides = side(source, held), side(destination, held, source=False)
         if held is None:
             _refuses(names, Case(*sides, 1))
@@ -133,7 +135,8 @@ def test_every_destination(source: str, third: int) -> None:
 
 def _copies(names: tuple[str, str], src: Side, dst: Side) -> None:
     step = src.block_size or 1 if src.opaque else 1
-    mine, theirs = _index(src, step, 0), _index(dst, step, 1)
+    mine = _index(src, step, 0)
+    theirs = _index(dst, step, 1)
     sides = replace(src, ids=mine, step=step), replace(dst, ids=theirs, step=step)
     case = Case(*sides, len(mine) * step)
     first, second = _views(names, case)

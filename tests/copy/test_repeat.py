@@ -21,8 +21,12 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.bounded import caches
 from portakv.view.foreign import Foreign
 
-TOKENS, HEADS, DIM, LAYERS = 96, 2, 16, 5
-LAYERED, WHOLE = "layer | token head dim", "token layer head dim"
+TOKENS = 96
+HEADS = 2
+DIM = 16
+LAYERS = 5
+LAYERED = "layer | token head dim"
+WHOLE = "token layer head dim"
 
 
 class Pools:
@@ -137,7 +141,8 @@ class TestsOfRepeats:
 
 @pytest.mark.gpu
 def test_ids_without_a_promise_are_guarded_each_time() -> None:
-    pools, before = Pools(DEVICE), repeats()
+    pools = Pools(DEVICE)
+    before = repeats()
     ids = torch.tensor([1, TOKENS + 5], device=DEVICE)
     for _ in range(2):
         transfer = copy_rows(*pools.views, ids, torch.tensor([0, 1], device=DEVICE))
@@ -147,8 +152,10 @@ def test_ids_without_a_promise_are_guarded_each_time() -> None:
 
 
 def test_without_addresses_or_on_the_host_nothing_is_remembered() -> None:
-    before, ids = repeats(), Index(torch.tensor([1, 2]), trusted=True)
-    one, other = torch.arange(8.0).view(8, 1), torch.zeros(8, 1)
+    before = repeats()
+    ids = Index(torch.tensor([1, 2]), trusted=True)
+    one = torch.arange(8.0).view(8, 1)
+    other = torch.zeros(8, 1)
     for _ in range(2):
         copy_rows(KVView(one, "token dim"), KVView(other, "token dim"), ids, ids)
     at = [
@@ -172,12 +179,15 @@ class _Again:
     most = 1 << 20
 
     def __init__(self, launch: Launch, sides: tuple[KVView, KVView], like: torch.Tensor) -> None:
-        self._launch, self._sides, self._like = launch, sides, like
+        self._launch = launch
+        self._sides = sides
+        self._like = like
         self.calls = 0
 
     def __call__(self, src: int, dst: int, first: int, count: int, status: int) -> None:
         self.calls += 1
-        device, wide = self._like.device, self._like.itemsize
+        device = self._like.device
+        wide = self._like.itemsize
         ids = [
             Foreign(self._like.dtype, count * wide).tensors([at], device)[0] for at in (src, dst)
         ]
@@ -210,7 +220,8 @@ class Repeating(Reference):
 @pytest.mark.simdev
 def test_on_the_simulated_device() -> None:
     made.clear()
-    shape, device = (TOKENS, HEADS, DIM), simulated.DEVICE
+    shape = (TOKENS, HEADS, DIM)
+    device = simulated.DEVICE
     one, other = (torch.zeros(shape, dtype=torch.int32, device=device) for _ in range(2))
     views = [
         KVView.at([x.data_ptr()], "token head dim", shape=shape, dtype=torch.int32, device=x.device)

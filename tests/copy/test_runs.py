@@ -37,7 +37,8 @@ from portakv.runtime.transfer import Completion
 
 CPU = torch.device("cpu")
 BYTES = 1 << 14
-SRC, DST = [64, 4096, 1024, 9000], [0, 512, 8192, 12288]
+SRC = [64, 4096, 1024, 9000]
+DST = [0, 512, 8192, 12288]
 FAILED = "An earlier copy failed, of which no caller kept the handle."
 EVERY = ("to host", "to device", "inside")
 
@@ -53,7 +54,8 @@ def ends(device: torch.device, way: str) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def wanted(src: torch.Tensor, dst: torch.Tensor, runs: Sequence[tuple[int, int, int]]) -> Any:
-    mine, theirs = src.cpu().clone(), dst.cpu().clone()
+    mine = src.cpu().clone()
+    theirs = dst.cpu().clone()
     for a, b, size in runs:
         theirs[b : b + size] = mine[a : a + size]
     return theirs
@@ -85,7 +87,8 @@ def test_every_byte(device: torch.device, way: str, sizes: Any, kind: Any) -> No
 @pytest.mark.parametrize("pitches", [(128, 64), (64, 200), ([128, 64, 128, 64], 64)], ids=str)
 def test_rows_at_a_pitch(device: torch.device, way: str, pitches: Any) -> None:
     src, dst = ends(device, way)
-    rows, size = 5, 64
+    rows = 5
+    size = 64
     steps = [each if isinstance(each, list) else [each] * 4 for each in pitches]
     expected = wanted(src, dst, [
         (a + row * step, b + row * pitch, size)
@@ -129,7 +132,8 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     work that goes on."""
     register_backend(Reading.name, Reading)
     monkeypatch.setattr(prepared, "AT_ONCE", frozenset({simdev_cases.DEVICE.type}))
-    found, send = list[int](), small.to_device
+    found = list[int]()
+    send = small.to_device
 
     def noted(values: Any, *rest: Any, **named: Any) -> torch.Tensor:
         found.append(len(values))
@@ -305,7 +309,8 @@ def test_a_refused_size_stops_all_of_them() -> None:
 
 def test_late_errors_are_asked_for_before_anything_is_moved() -> None:
     src, dst = ends(CPU, "inside")
-    sizes, late = [64, 128, 256, 512], LateErrors()
+    sizes = [64, 128, 256, 512]
+    late = LateErrors()
     asked = at(src, SRC), at(dst, DST), sizes
 
     class Second(LateErrors):

@@ -58,7 +58,8 @@ class Again(Rig):
 
 @pytest.fixture(params=["cuda", "triton"])
 def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Again:
-    rig, find = Again(request.param), Shortcuts.transfer
+    rig = Again(request.param)
+    find = Shortcuts.transfer
 
     def transfer(self: Shortcuts, *arguments: Any) -> Any:
         found = find(self, *arguments)
@@ -90,7 +91,8 @@ def test_ranges_of_the_slot_mapping_and_shorter_ones(rig: Again) -> None:
 
 def test_the_caches_may_be_named_each_time_or_change(rig: Again) -> None:
     rig.connector.unregister_kv_caches()
-    first, second = make_caches(), make_caches()
+    first = make_caches()
+    second = make_caches()
     for caches in (first, first, second, first, first):
         chunk = make_chunk(len(IDS))
         wanted = gathered(caches, chunk, IDS)
@@ -156,7 +158,9 @@ def test_refusals_are_those_of_the_long_way(rig: Again) -> None:
 
 @pytest.mark.parametrize("asked", [True, False])
 def test_bad_ids_in_a_shortcut(rig: Again, asked: bool) -> None:
-    other, bad, chunk = Again("cuda"), [4, SLOTS, 1, 2, 3], make_chunk(5)
+    other = Again("cuda")
+    bad = [4, SLOTS, 1, 2, 3]
+    chunk = make_chunk(5)
     rig.start().synchronize()
     wanted = gathered(rig.caches, chunk, bad)
     transfer = rig.start(rig.ids(bad), chunk)
@@ -184,7 +188,8 @@ def test_many_transfers_that_nobody_waits_for(rig: Again) -> None:
 
 @pytest.mark.parametrize("again", [True, False])
 def test_in_a_graph_that_is_replayed(rig: Again, again: bool) -> None:
-    chunk, ids = make_chunk(5), rig.ids(IDS)
+    chunk = make_chunk(5)
+    ids = rig.ids(IDS)
     for _ in range(1 + again):
         rig.start(ids, chunk).synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -207,9 +212,11 @@ def test_in_a_graph_that_is_replayed(rig: Again, again: bool) -> None:
 
 @pytest.mark.parametrize("backend", ["cuda", "triton", "compiled"])
 def test_a_transfer_does_not_stand_behind_another_streams_work(backend: str) -> None:
-    rig, chunks = Again(backend), [make_chunk(5), make_chunk(5)]
+    rig = Again(backend)
+    chunks = [make_chunk(5), make_chunk(5)]
     ids = rig.ids(IDS)
-    busy, free = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE)
+    busy = torch.cuda.Stream(DEVICE)
+    free = torch.cuda.Stream(DEVICE)
     for stream in (busy, free):
         with torch.cuda.stream(stream):
             rig.start(ids, chunks[0]).synchronize()
@@ -231,7 +238,8 @@ def test_a_transfer_of_a_device_that_is_not_current_is_not_done_early(backend: s
     # The first compiles, which takes longer than the sleep; after it shortcuts are taken.
     rig.start()
     for _ in range(2):
-        chunk, ids = rig.chunk(), rig.ids(IDS)
+        chunk = rig.chunk()
+        ids = rig.ids(IDS)
         wanted = rig.wanted(True, chunk, IDS)
         torch.cuda.synchronize(rig.device)
         with torch.cuda.device(rig.device):

@@ -30,7 +30,8 @@ def placed(ids: list[int], device: torch.device) -> torch.Tensor:
 def test_what_is_refused(
     device: torch.device, mine: list[int], theirs: list[int], words: list[str], more: Any
 ) -> None:
-    src, dst = layered(device), layered(device)
+    src = layered(device)
+    dst = layered(device)
     ids = placed(mine, device), placed(theirs, device)
     with refused(SlotError, *words, watch=dst.tensors):
         copy_blocks(src.view, dst.view, *ids, **{"check": "strict"} | more)
@@ -40,8 +41,11 @@ def test_what_is_refused(
 
 
 def test_what_is_right_is_moved(device: torch.device) -> None:
-    src, dst = layered(device), layered(device)
-    mine, theirs = [5, -1, 7, 5], [1, 6, -2, 0]  # a block may be read twice
+    src = layered(device)
+    dst = layered(device)
+    # a block may be read twice
+    mine = [5, -1, 7, 5]
+    theirs = [1, 6, -2, 0]
     expected = wanted(src, dst, mine, theirs)
     ids = placed(mine, device), placed(theirs, device)
     copy_blocks(src.view, dst.view, *ids, check="strict").synchronize()

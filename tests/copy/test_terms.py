@@ -16,7 +16,8 @@ from support.guarded_memory import refused
 from portakv import Index, InvalidTerms, SlotError, Unsupported, copy_blocks, copy_rows
 from portakv.copy import slices
 
-MINE, THEIRS = [5, -1, 31, 8, 9, 10], [0, 3, 2, 17, 18, 30]
+MINE = [5, -1, 31, 8, 9, 10]
+THEIRS = [0, 3, 2, 17, 18, 30]
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 PARTS = [
     # blocks of the source and destination, skip, count, the first slots, how many
@@ -39,13 +40,15 @@ def _small_slices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sides(device: torch.device, downward: bool) -> tuple[Cache, Cache]:
-    there, here = layered(device), block_first(pin=device.type != "cpu")
+    there = layered(device)
+    here = block_first(pin=device.type != "cpu")
     return (there, here) if downward else (here, there)
 
 
 def moved(src: Cache, dst: Cache, mine: list[int], theirs: list[int]) -> torch.Tensor:
     """The destination's rows once slots were copied; a negative one skips its position."""
-    found, rows = dst.rows(), src.rows()
+    found = dst.rows()
+    rows = src.rows()
     for a, b in zip(mine, theirs, strict=True):
         if a >= 0 and b >= 0:
             found[:, :, b] = rows[:, :, a]
@@ -84,8 +87,11 @@ def test_blocks_in_part(
 
 def test_blocks_of_two_sizes_in_part() -> None:
     """A chunk of several blocks of which the first and the last one are partial."""
-    pages, chunks = layered(), block_first(size=3 * SIZE)
-    mine, theirs, skip = [4, 0, 6, 1, 2], [5, 2], 2 * SIZE
+    pages = layered()
+    chunks = block_first(size=3 * SIZE)
+    mine = [4, 0, 6, 1, 2]
+    theirs = [5, 2]
+    skip = 2 * SIZE
     slots = pages.slots(mine), chunks.slots(theirs)[skip:][: 5 * SIZE]
     slots = slots[0][: len(slots[1])], slots[1]
     expected = moved(pages, chunks, *slots)
@@ -97,13 +103,15 @@ def test_blocks_of_two_sizes_in_part() -> None:
 
 @pytest.mark.parametrize("skip", [-1, 1.5, 0.0, (1,), (0, -2), "two", None], ids=str)
 def test_what_is_no_number_of_tokens_to_skip(skip: Any) -> None:
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     with refused(SlotError, "skip=", watch=dst.tensors):
         copy_blocks(src.view, dst.view, [1], [2], skip=skip)
 
 
 def test_more_than_the_lists_hold() -> None:
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     asked: Any
     for asked in ({"count": SIZE + 1}, {"skip": 1, "count": SIZE}, {"skip": SIZE + 1}):
         with refused(SlotError, watch=dst.tensors):
@@ -118,19 +126,22 @@ def test_more_than_the_lists_hold() -> None:
     ids=str,
 )  # fmt: skip
 def test_terms_that_nobody_can_keep(terms: dict[str, Any], words: str) -> None:
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     with refused(InvalidTerms, f"Expected {words} to be", watch=dst.tensors):
         copy_rows(src.view, dst.view, [1], [2], **terms)
 
 
 def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
-    src, dst = layered(device), block_first(device)
+    src = layered(device)
+    dst = block_first(device)
     with refused(Unsupported, "max_thread_blocks=4", "leave it out", watch=dst.tensors):
         copy_rows(src.view, dst.view, [1], [2], max_thread_blocks=4)
 
 
 def test_a_rate_is_kept_by_a_worker_that_can_be_cancelled() -> None:
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     transfer = copy_rows(src.view, dst.view, range(BLOCKS * SIZE), range(BLOCKS * SIZE),
                          max_gbps=1e-6)  # fmt: skip
     assert transfer.cancel()
@@ -139,7 +150,9 @@ def test_a_rate_is_kept_by_a_worker_that_can_be_cancelled() -> None:
 
 
 def test_an_index_is_kept_as_it_was() -> None:
-    src, dst, index = layered(), layered(), Index([1, 2], SIZE)
+    src = layered()
+    dst = layered()
+    index = Index([1, 2], SIZE)
     copy_blocks(src.view, dst.view, index, index, skip=1, count=2).synchronize()
     assert (index.offset, index.length) == (0, 2 * SIZE)
 
@@ -147,7 +160,9 @@ def test_an_index_is_kept_as_it_was() -> None:
 def test_blocks_cost_the_host_what_rows_do() -> None:
     """And one more call for each side, which makes an index of its blocks. Above backends rows cost
     few calls, and a side without ids makes nothing."""
-    src, dst, index = layered(), layered(), Index([1, 2], SIZE)
+    src = layered()
+    dst = layered()
+    index = Index([1, 2], SIZE)
 
     def calls(copy: Any, theirs: Index | None = index) -> int:
         copy(src.view, dst.view, index, theirs, count=SIZE)  # what is remembered is made now

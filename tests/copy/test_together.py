@@ -21,7 +21,8 @@ from portakv import (
     copy_blocks,
 )
 
-MINE, THEIRS = [5, 0, 7], [1, 6, 0]
+MINE = [5, 0, 7]
+THEIRS = [1, 6, 0]
 GROUPS = 3
 
 
@@ -57,7 +58,8 @@ def test_bytes_blocks_and_the_end(device: torch.device, way: str) -> None:
 
 
 def test_the_time_is_that_from_the_first_call_to_the_last_end(accelerator: torch.device) -> None:
-    src, dst = layered(accelerator), layered(accelerator)
+    src = layered(accelerator)
+    dst = layered(accelerator)
     copy_blocks(src.view, dst.view, [0], [0]).synchronize()
     delay(current(accelerator))
     parts = [copy_blocks(src.view, dst.view, [n], [n]) for n in (1, 2)]
@@ -66,14 +68,16 @@ def test_the_time_is_that_from_the_first_call_to_the_last_end(accelerator: torch
     assert job.statistics.seconds is None
     settle(accelerator)
     assert job.done()
-    own, whole = parts[1].statistics.seconds, job.statistics.seconds
+    own = parts[1].statistics.seconds
+    whole = job.statistics.seconds
     assert own is not None
     assert whole is not None
     assert whole > own
 
 
 def test_an_error_of_any_of_them_is_told(accelerator: torch.device) -> None:
-    src, dst = layered(accelerator), layered(accelerator)
+    src = layered(accelerator)
+    dst = layered(accelerator)
     ids = [torch.tensor([n], device=accelerator) for n in (0, BLOCKS)]
     job = BlockTransfer.together([copy_blocks(src.view, dst.view, each, [1]) for each in ids])
     with refused(SlotError, "Position 0"):
@@ -94,7 +98,8 @@ def test_cancelling_asks_all_of_them(way: str) -> None:
 
 
 def test_none_and_one() -> None:
-    src, dst = layered(), layered()
+    src = layered()
+    dst = layered()
     one = copy_blocks(src.view, dst.view, MINE, THEIRS)
     assert BlockTransfer.together([one]) is one
     none = BlockTransfer.together([])
@@ -119,7 +124,8 @@ def test_one_that_is_joined_already() -> None:
 
 def test_a_join_of_the_base_class_is_a_plain_transfer() -> None:
     """Its parts may be copies of any form, so it has no blocks to count."""
-    src, dst = layered(torch.device("cpu")), layered(torch.device("cpu"))
+    src = layered(torch.device("cpu"))
+    dst = layered(torch.device("cpu"))
     moved = [copy_blocks(src.view, dst.view, [n], [n]) for n in (1, 2)]
     joined = BlockTransfer.join(moved)
     assert type(joined) is Transfer

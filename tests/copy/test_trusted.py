@@ -12,7 +12,8 @@ from support.read_back import ReadBack
 from portakv import BlockTransfer, Index, KVView, SlotError, copy_rows
 from portakv.host import pinned
 
-MINE, THEIRS = [5, 1, 7], [1, 6, 0]
+MINE = [5, 1, 7]
+THEIRS = [1, 6, 0]
 
 
 def indices(device: torch.device, trusted: bool, *lists: list[int]) -> list[Index]:
@@ -23,7 +24,8 @@ def indices(device: torch.device, trusted: bool, *lists: list[int]) -> list[Inde
 def test_the_host_waits_only_for_ids_without_a_promise(
     accelerator: torch.device, trusted: bool
 ) -> None:
-    src, dst = layered(accelerator), layered(accelerator)
+    src = layered(accelerator)
+    dst = layered(accelerator)
     ids = indices(accelerator, trusted, MINE, THEIRS)
     copy_rows(src.view, dst.view, *indices(accelerator, True, [0], [0])).synchronize()  # prepared
     expected = wanted(src, dst, MINE, THEIRS)
@@ -40,11 +42,13 @@ def test_the_host_waits_only_for_ids_without_a_promise(
 def test_pools_with_wide_rows_on_the_host_are_not_waited_for(downward: bool) -> None:
     """A page-first pool, whose tokens are runs of 64 KiB, by ids that only the device has: 32 MiB,
     more than a kernel usually carries beside a model."""
-    device, slots = torch.device("cuda", 0), 512
+    device = torch.device("cuda", 0)
+    slots = 512
     caches = [torch.randint(9, (slots, 8, 1024), dtype=torch.int16, device=device) for _ in "1234"]
     pool = pinned.empty((slots, 4, 8, 1024), torch.int16)
     pool.random_(9)
-    before, layers = pool.clone(), torch.stack(caches, 1).cpu()
+    before = pool.clone()
+    layers = torch.stack(caches, 1).cpu()
     views = KVView(caches, "layer | token head dim"), KVView(pool, "token layer head dim")
     ids = [torch.randperm(slots), torch.randperm(slots)]
     src, dst = views if downward else views[::-1]
@@ -71,13 +75,15 @@ def test_parts_of_a_list_keep_the_promise() -> None:
 
 
 def test_a_promise_about_ids_on_the_host_changes_nothing() -> None:
-    src, dst = layered(torch.device("cpu")), layered(torch.device("cpu"))
+    src = layered(torch.device("cpu"))
+    dst = layered(torch.device("cpu"))
     with refused(SlotError, "source", watch=dst.tensors):
         copy_rows(src.view, dst.view, *[Index([BLOCKS], SIZE, trusted=True)] * 2)
 
 
 def test_strict_looks_all_the_same(accelerator: torch.device) -> None:
-    src, dst = layered(accelerator), layered(accelerator)
+    src = layered(accelerator)
+    dst = layered(accelerator)
     ids = indices(accelerator, True, [0, BLOCKS], [1, 2])
     with refused(SlotError, "source", watch=dst.tensors):
         copy_rows(src.view, dst.view, *ids, check="strict")

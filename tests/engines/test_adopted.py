@@ -20,13 +20,15 @@ from portakv.engines.link import link_of
 from portakv.engines.pieces import Pieces
 from portakv.host import pinned
 
-ROWS, ROW = 64, 96
+ROWS = 64
+ROW = 96
 
 
 @pytest.fixture
 def crossed(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Pieces]:
     """What the link of a device is given."""
-    link, found = link_of(accelerator), list[Pieces]()
+    link = link_of(accelerator)
+    found = list[Pieces]()
     copy: Any = link.copy
 
     def seen(pieces: Pieces, *rest: Any) -> None:
@@ -56,7 +58,8 @@ def test_copies_are_cut_where_pieces_meet(
     there = noise(ROWS * ROW, dtype=torch.uint8, seed=1).to(accelerator)
     settle(accelerator)
     src, dst = (there, here) if downward else (here, there)
-    expected, begin = src.cpu().clone(), here.data_ptr()
+    expected = src.cpu().clone()
+    begin = here.data_ptr()
     cuts = [begin, begin + 1000, begin + 4096, begin + 4100, begin + ROWS * ROW]
     pieces = [(a, b - a) for a, b in pairwise(cuts)]
     with pinned.adopt(pieces[::-1]) as adopted:
@@ -77,8 +80,10 @@ def test_copies_are_cut_where_pieces_meet(
 
 
 def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
-    before, pieces = pinned.seams(), [(1 << 20, 4096), ((1 << 20) + 4096, 4096), (1 << 22, 4096)]
-    first, second = pinned.adopt(pieces), pinned.adopt(pieces)
+    before = pinned.seams()
+    pieces = [(1 << 20, 4096), ((1 << 20) + 4096, 4096), (1 << 22, 4096)]
+    first = pinned.adopt(pieces)
+    second = pinned.adopt(pieces)
     told = tuple(sorted((*before, (1 << 20) + 4096)))
     assert pinned.seams() == told, "pieces that do not touch have no seam"
     first.close()
@@ -89,7 +94,8 @@ def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
 
 
 def test_pieces_that_were_told_of_one_by_one_meet_as_well() -> None:
-    before, page = pinned.seams(), 4096
+    before = pinned.seams()
+    page = 4096
     told = [pinned.adopt([(at * page, page)]) for at in (300, 302, 301, 310)]
     assert {*pinned.seams()} - {*before} == {301 * page, 302 * page}
     told[0].close()
@@ -100,7 +106,8 @@ def test_pieces_that_were_told_of_one_by_one_meet_as_well() -> None:
 
 
 def test_pieces_are_forgotten_if_nothing_holds_them() -> None:
-    before, page = pinned.seams(), 4096
+    before = pinned.seams()
+    page = 4096
     adopted = pinned.adopt([(500 * page, page), (501 * page, page)])
     assert {*pinned.seams()} - {*before} == {501 * page}
     del adopted
@@ -112,7 +119,8 @@ def test_pieces_are_forgotten_if_nothing_holds_them() -> None:
 @pytest.mark.parametrize("registered", [True, False])
 def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> None:
     """It may run at any place of a thread, also where that one holds the lock."""
-    before, page = pinned.seams(), 4096
+    before = pinned.seams()
+    page = 4096
     if registered:
         gone: Any = pinned.allocate(4 * page, largest=2 * page)
     else:

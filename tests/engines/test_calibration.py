@@ -36,7 +36,8 @@ pytestmark = pytest.mark.simdev
 
 SMALL = Grid((256, 4096), (4096, 32768), most_runs=64, repeats=1, short=0, pageable=8192)
 ONE_POINT = Grid((4096,), (4096,), repeats=3, short=0, pageable=4096)
-HERE, FAKES = __name__, "support.host_choice_cases"
+HERE = __name__
+FAKES = "support.host_choice_cases"
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +76,8 @@ def be_late(launch: Any, *arguments: Any) -> Any:
 
 
 waited = Mock(side_effect=lambda: torch.accelerator.synchronize(DEVICE))
-Failing, Late = altered(Descriptors, fail), altered(Staged, be_late)
+Failing = altered(Descriptors, fail)
+Late = altered(Staged, be_late)
 
 
 def runs_of(points: Any) -> list[tuple[int, int]]:
@@ -105,7 +107,9 @@ def test_every_engine_that_serves_the_device_is_measured() -> None:
 
 class Pretending(Timer):
     def __init__(self, times: list[float]) -> None:
-        self.name, self.times, self.at = "pretended", times, 0
+        self.name = "pretended"
+        self.times = times
+        self.at = 0
         self.hidden: list[float] = []
 
     def time(self, call: Callable[[], Pending | None], host_seconds: float = 0.0) -> Timed:
@@ -140,7 +144,8 @@ def test_short_copies_are_timed_more_often() -> None:
 
 def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The two lists of a point, by each of three engines and in both directions."""
-    launch_by, met = HostLaunch.launch_by, set[tuple[Any, ...]]()
+    launch_by = HostLaunch.launch_by
+    met = set[tuple[Any, ...]]()
 
     def noted(self: HostLaunch, *arguments: Any) -> Any:
         met.add(arguments[1][2:4])
@@ -229,7 +234,8 @@ def test_the_timer_sees_the_work_of_the_stream() -> None:
 def delays(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A kernel that does nothing, on a device that has none: 1000 cycles are 1 ms. How long the
     delays were, in ms."""
-    module, asked = torch.get_device_module(DEVICE), list[int]()
+    module = torch.get_device_module(DEVICE)
+    asked = list[int]()
 
     def sleep(cycles: int) -> None:
         asked.append(cycles // 1000)
@@ -269,7 +275,8 @@ def test_a_delay_hides_the_host_s_work(delays: list[int], monkeypatch: pytest.Mo
 
 
 def test_a_delay_that_was_too_short_is_made_longer(delays: list[int]) -> None:
-    timer, calls = Timer(DEVICE), list[int]()
+    timer = Timer(DEVICE)
+    calls = list[int]()
     delays.clear()
 
     def late() -> None:

@@ -92,7 +92,8 @@ def test_every_engine_is_measured_in_time_and_rates_are_those_of_a_link() -> Non
 
 @pytest.mark.gpu
 def test_what_the_host_does_first_is_hidden() -> None:
-    source, target = torch.zeros(8 << 20, device=CUDA), pinned.empty((8 << 20,), torch.float32)
+    source = torch.zeros(8 << 20, device=CUDA)
+    target = pinned.empty((8 << 20,), torch.float32)
     timer = Timer(CUDA)
 
     def late() -> None:
@@ -100,7 +101,8 @@ def test_what_the_host_does_first_is_hidden() -> None:
         target.copy_(source, non_blocking=True)  # 32 MiB: 0.6 ms on a fast link
 
     for _ in range(50):  # a device that others use as well may be theirs for a millisecond
-        seen, hidden = timer.time(late), timer.time(late, 1e-3)
+        seen = timer.time(late)
+        hidden = timer.time(late, 1e-3)
         assert seen.host_seconds > 1e-3
         assert hidden.host_seconds > 1e-3
         if 1e-4 < hidden.seconds < seen.seconds - 0.8e-3:
@@ -146,7 +148,8 @@ def test_the_table_that_is_printed(
 ) -> None:
     choose_tables(kind, monkeypatch)
     monkeypatch.setenv("COLUMNS", "160")
-    fast, slow = Point(64, 64 * 4096 / 50e9, 0.1), Point(64, 64 * 4096 / 20e9, 0.2)
+    fast = Point(64, 64 * 4096 / 50e9, 0.1)
+    slow = Point(64, 64 * 4096 / 20e9, 0.2)
     measured = Table(
         {"model": "Some Card"},
         {("staged", "d2h"): {4096: [fast]}, ("direct", "d2h"): {4096: [slow]},

@@ -122,7 +122,8 @@ def test_the_pick_depends_on_the_ids() -> None:
     launch, move = ready(30, view("device"))
     assert launch.pick(move).engine == "descriptors"
     scattered, move = ready(30)
-    sides, near = move[:2], Index(range(5, 35), SIZE)
+    sides = move[:2]
+    near = Index(range(5, 35), SIZE)
     found = scattered.pick(moved(*sides, near))
     # Blocks follow each other on the host; on the device the heads do, and no two rows of both.
     each = 30 * ROWS
@@ -137,7 +138,9 @@ def test_the_pick_depends_on_the_ids() -> None:
 
 def test_each_shape_of_a_copy_has_a_pick_of_its_own() -> None:
     launch, move = ready(30, view("device"))
-    sides, near, far = move[:2], Index(range(5, 35), SIZE), apart(30)
+    sides = move[:2]
+    near = Index(range(5, 35), SIZE)
+    far = apart(30)
     shapes = [runs_of(launch.pick(moved(*sides, *x))) for x in ((near, near), (far, near), (far,))]
     assert [(x["descriptors"], x["staged"]) for x in shapes] == [(1, 1), (30, 1), (30, 30)]
     few = launch.pick(moved(*sides, Index([5, 6], SIZE)))  # in one piece as well
@@ -205,7 +208,8 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same ids, known and unknown to the host: of far blocks, which would be staged."""
-    host_ids, ids = apart(30), OnDevice([2 * n for n in range(30)], SIZE)
+    host_ids = apart(30)
+    ids = OnDevice([2 * n for n in range(30)], SIZE)
     for terms, expected in (({"detached": True}, "staged"), ({}, "direct"),
                             ({"overlap": "idle"}, "direct")):  # fmt: skip
         launch, move = ready(30, **terms)
@@ -237,7 +241,8 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
 def test_ids_that_are_read_back_once_an_engine_was_asked_keep_one_that_guards_them() -> None:
     """Another thread that uses the same index reads them back between `claims` and the launch."""
     launch, move = ready(30)
-    launch.engines["staged"].reads, launch.engines["descriptors"].reads = "host", "both"
+    launch.engines["staged"].reads = "host"
+    launch.engines["descriptors"].reads = "both"
     ids = OnDevice([2 * n for n in range(30)], SIZE)
     assert launch.claims(move._replace(src_index=ids, dst_index=ids)).guards
     launch(*move, None, None)
@@ -429,7 +434,8 @@ def picked(
     out: dict[str, str] | None = None, **terms: object,
 ) -> Pick:  # fmt: skip
     """The pick for scattered runs on the device and so many in host memory."""
-    apart, dense = Shape(payload, runs, runs), Shape(payload, host_runs, host_runs)
+    apart = Shape(payload, runs, runs)
+    dense = Shape(payload, host_runs, host_runs)
     shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
     out = OUT if out is None else out
     return pick(shapes, direction, out, Terms(**terms), costs)  # type: ignore[arg-type]
@@ -439,7 +445,8 @@ def picked(
 def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: str) -> None:
     """Gathering pays if it makes runs longer; if it does not, and for long runs, the copy engine
     goes by itself; a kernel moves little, or what may be slow."""
-    large, small = 64 * MIB, SMALL[direction]
+    large = 64 * MIB
+    small = SMALL[direction]
     wide, even, narrow = (large // each for each in (chosen.WIDE, chosen.EVEN, chosen.NARROW))
     for payload, runs, host_runs, engine in (
         (large, 2048, 1, "staged"),  # scattered to a dense chunk
@@ -526,9 +533,11 @@ def test_what_was_measured_decides() -> None:
 
 
 def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
-    asked, idle = (4 * MIB, 1024, 64), dict[str, Any](overlap="idle")
+    asked = (4 * MIB, 1024, 64)
+    idle = dict[str, Any](overlap="idle")
     host = {"staged": 3e-4, "descriptors": 2e-4, "direct": 1e-4}
-    near, far = 1 + 0.9 * chosen.EQUAL, 1 + 1.1 * chosen.EQUAL
+    near = 1 + 0.9 * chosen.EQUAL
+    far = 1 + 1.1 * chosen.EQUAL
     known = table(host, staged=1.0, descriptors=near, direct=far)
     found = picked(*asked, costs=known, **idle)
     assert found.engine == "descriptors"
@@ -568,7 +577,8 @@ def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> N
 
 
 def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
-    known, idle = table(staged=1.1e-3, descriptors=1e-3), Terms("idle")
+    known = table(staged=1.1e-3, descriptors=1e-3)
+    idle = Terms("idle")
     of_1024 = Shape(4 * MIB, 1024, 1024), Shape(4 * MIB, 8 * 1024, 1024)
 
     def seconds(shape: Shape) -> tuple[str, float]:

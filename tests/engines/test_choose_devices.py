@@ -40,7 +40,8 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """What is picked under either policy and for pageable memory, and each engine by its name."""
-    terms, pageable = Terms("idle" if how == "idle" else "compute"), how == "pageable"
+    terms = Terms("idle" if how == "idle" else "compute")
+    pageable = how == "pageable"
     transfer = Transfers(Host(accelerator, terms=terms), downward, case, pageable=pageable)
     launch: HostLaunch = transfer.prepared()
     assert (launch.pick(transfer.move()).engine == "ring") == pageable
@@ -63,7 +64,8 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     caplog.set_level(logging.INFO, "portakv.engines")
     REGISTRY.logged_engines.clear()
     transfer = Transfers(Host(accelerator), downward, BY_BLOCKS)
-    launch, move = transfer.prepared(), transfer.move()
+    launch = transfer.prepared()
+    move = transfer.move()
     assert launch.carried is None
     transfer()
     picked = launch.pick(move)
@@ -111,7 +113,8 @@ class ReadsIds(Engine):
 class Kernel:
     def __init__(self, device: torch.device) -> None:
         transfer = Transfers(Host(device, terms=Terms("idle")), True, BY_BLOCKS)
-        self.device, self._move = device, transfer.move(tokens=2 * BLOCK)
+        self.device = device
+        self._move = transfer.move(tokens=2 * BLOCK)
         self._launch: HostLaunch = transfer.prepared()
         ReadsIds.seen.clear()
 
@@ -141,7 +144,8 @@ def test_a_kernels_ids_live_as_long_as_it_reads_them(kernel: Kernel, side: bool)
 
 
 def test_ids_that_are_kept_serve_every_stream(kernel: Kernel) -> None:
-    mine, theirs = Index([5, 6], BLOCK), Index([8, 2], BLOCK)
+    mine = Index([5, 6], BLOCK)
+    theirs = Index([8, 2], BLOCK)
     for stream in (None, torch.Stream(kernel.device), torch.Stream(kernel.device)):
         kernel.run(mine, theirs, stream)
     del mine, theirs
@@ -149,7 +153,8 @@ def test_ids_that_are_kept_serve_every_stream(kernel: Kernel) -> None:
 
 
 def test_ids_on_the_device_are_brought_into_their_dtype_in_time(kernel: Kernel) -> None:
-    ids, stream = torch.tensor([5, 6], device=kernel.device), torch.Stream(kernel.device)
+    ids = torch.tensor([5, 6], device=kernel.device)
+    stream = torch.Stream(kernel.device)
     stream.wait_stream(torch.accelerator.current_stream(kernel.device.index))
     kernel.run(Index(ids, BLOCK), Index(ids, BLOCK), stream)
     assert kernel.read() == [[1005, 1006]]

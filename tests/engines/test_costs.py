@@ -50,7 +50,8 @@ def made(**device: str) -> Table:
 @pytest.mark.parametrize("size", [256, 512, 1152, 4096, 32768, 65536, 500_000, 1 << 20])
 @pytest.mark.parametrize("runs", [1, 3, 16, 100, 1000, 4096, 20_000])
 def test_between_measurements_what_is_affine_is_exact(size: int, runs: int) -> None:
-    known, few = made(), size * runs < max(SIZES)
+    known = made()
+    few = size * runs < max(SIZES)
     for found, wanted in (
         (known.seconds("staged", "d2h", size, runs), affine(size, runs)),
         (known.host_seconds("staged", "d2h", size, runs), kept(runs)),

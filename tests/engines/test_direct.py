@@ -61,7 +61,9 @@ def between(copied: Copy, src: str, dst: str) -> CopyPlan:
 
 def launched(copied: Copy, prepared: Launch) -> int:
     """Launch behind the library's checks and judge every byte; returns the status word."""
-    src, dst, status = copied.src, copied.dst, torch.zeros(1, dtype=torch.int64)
+    src = copied.src
+    dst = copied.dst
+    status = torch.zeros(1, dtype=torch.int64)
     ends = src.view(), dst.view(), src.index(), dst.index()
     copied.check(lambda: prepared(*ends, copied.count, None, status))
     return int(status)
@@ -275,7 +277,8 @@ def test_a_seeded_bug_is_caught(
 
 
 def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, copied = Stores(CPU), COPIES["gather"]()
+    made = Stores(CPU)
+    copied = COPIES["gather"]()
     with monkeypatch.context() as capturing:
         capturing.setattr(direct, "capturing", lambda device: True)
         with refused(Unsupported, "make the same call once before the capture"):
@@ -312,7 +315,8 @@ def test_a_view_is_asked_until_it_is_reached(
 
     monkeypatch.setattr(direct, "device_address", ask)
     copied = COPIES["gather"]()
-    prepared, dst = Stores(CPU).prepare(copied.plan()), copied.dst.view()
+    prepared = Stores(CPU).prepare(copied.plan())
+    dst = copied.dst.view()
     ends = copied.src.view(), dst, copied.src.index(), Index(), copied.count
     for _ in range(3):
         if reached:
@@ -326,7 +330,8 @@ def test_a_view_is_asked_until_it_is_reached(
 
 
 def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.device) -> None:
-    view, side = objects().view(), torch.Stream(accelerator)
+    view = objects().view()
+    side = torch.Stream(accelerator)
     delay(current(accelerator))
     bring_table(view, accelerator)
     kept = view.table_on(accelerator)
@@ -346,7 +351,8 @@ def test_a_table_is_sent_once_and_waited_for_by_every_stream(accelerator: torch.
 def test_a_callers_table_is_held_for_the_stream_that_reads_it_first(
     accelerator: torch.device,
 ) -> None:
-    made, side = objects(), torch.Stream(accelerator)
+    made = objects()
+    side = torch.Stream(accelerator)
     table = torch.tensor(made.view().origins).to(accelerator)
     view = KVView.at(
         table, "block | kv layer token (head dim)", shape=(2, 3, 4, 16), dtype=torch.float16,
@@ -387,8 +393,10 @@ def test_a_table_that_only_the_device_has_is_read_where_it_is(
     engine: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On both sides, and the host never asks for an address."""
-    copied, status = COPIES[name](), torch.zeros(1, dtype=torch.int64)
-    src, dst = blind(copied.src.view()), blind(copied.dst.view())
+    copied = COPIES[name]()
+    status = torch.zeros(1, dtype=torch.int64)
+    src = blind(copied.src.view())
+    dst = blind(copied.dst.view())
     indices = copied.src.index(), copied.dst.index()
     plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in indices))
     prepared = engine(CPU).prepare(plan)
@@ -487,7 +495,8 @@ def test_large_copies_in_many_turns(gpu: Direct, downward: bool) -> None:
     slots = torch.randperm(256 * 4).tolist()[:960]
     for terms in (None, Terms(max_thread_blocks=1), Terms(max_thread_blocks=40)):
         chosen = gpu if terms is None else Direct(CUDA, terms=terms)
-        paged, dense = pool(layers=30, blocks=256, dim=64), chunk(960, layers=30, dim=64)
+        paged = pool(layers=30, blocks=256, dim=64)
+        dense = chunk(960, layers=30, dim=64)
         assert judged_there(Copy(by(paged, slots), dense, 960), chosen, downward) == 0
         assert judged_there(Copy(dense, by(paged, slots), 960), chosen, downward) == 0
 
@@ -518,7 +527,8 @@ class Moved:
         self.indices = (step, Index()) if downward else (Index(), step)
         steps = [x.plan_step for x in self.indices]
         plan = CopyPlan(self.views[0].form, self.views[1].form, *steps, reinterpret=True)
-        self.downward, self._launch = downward, engine.prepare(plan)
+        self.downward = downward
+        self._launch = engine.prepare(plan)
 
     def launch(self, stream: Any = None) -> None:
         self._launch(*self.views, *self.indices, 12, stream, None)
@@ -544,7 +554,8 @@ def test_a_store_comes_behind_what_its_stream_holds_and_the_host_does_not_wait(
     gpu: Direct, listed: bool, on_side: bool
 ) -> None:
     """Nor at the first launch, which sends the table of addresses."""
-    warm, moved = Moved(gpu, True, listed), Moved(gpu, True, listed)
+    warm = Moved(gpu, True, listed)
+    moved = Moved(gpu, True, listed)
     warm.launch()
     fresh = moved.cache.flip(0)
     torch.cuda.synchronize()
@@ -579,7 +590,8 @@ def test_a_replay_moves_what_is_there_then(gpu: Direct, listed: bool, downward: 
 
 @pytest.mark.gpu
 def test_an_address_that_no_kernel_reaches() -> None:
-    pageable, pinned = torch.zeros(4096), torch.zeros(4096).pin_memory()
+    pageable = torch.zeros(4096)
+    pinned = torch.zeros(4096).pin_memory()
     assert direct.device_address(pinned.data_ptr() + 64, CUDA) == pinned.data_ptr() + 64
     reached = direct.device_address(pageable.data_ptr(), CUDA)
     assert reached in (0, pageable.data_ptr()), "a device that reaches all memory may say so"
@@ -593,7 +605,8 @@ def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(gpu: Direct) ->
     attribute = driver.CUfunction_attribute
     for name in sorted(COPIES)[:12]:
         copied = COPIES[name]()
-        (src,), (dst,) = Elsewhere(CUDA).views(copied.src), Elsewhere("pinned").views(copied.dst)
+        (src,) = Elsewhere(CUDA).views(copied.src)
+        (dst,) = Elsewhere("pinned").views(copied.dst)
         steps = (copied.src.index().plan_step, copied.dst.index().plan_step)
         gpu.prepare(CopyPlan(src.form, dst.form, *steps))
     for loaded in gpu._kernels._loaded.values():

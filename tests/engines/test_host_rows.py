@@ -49,7 +49,8 @@ def chunks(widths: tuple[int, int], tokens: int = 24) -> tuple[torch.Tensor, KVV
 @pytest.mark.parametrize("widths", [(16, 48), (3, 5), (20, 4), (6, 2)])
 @pytest.mark.parametrize("index", [Index(offset=3), Index([20, 3, 4, 5, 11, 0, 9])])
 def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], index: Index) -> None:
-    (memory, rows), (twin, judged) = chunks(widths), chunks(widths)
+    (memory, rows) = chunks(widths)
+    (twin, judged) = chunks(widths)
     _, slot = dense_of(rows, 8)
     moved(slot, rows, Index(), index, 7)
     copy_rows(slot, judged, Index(), index, count=7)
@@ -60,7 +61,8 @@ def test_rows_of_unequal_widths_and_of_any_alignment(widths: tuple[int, int], in
 def made(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
     """The copies that are made: how many elements, and whether ids pick the rows that are written
     or those that are read."""
-    seen, ops = list[tuple[int, bool]](), strided.HOST_OPS
+    seen = list[tuple[int, bool]]()
+    ops = strided.HOST_OPS
 
     def select(*given: Any, out: torch.Tensor | None = None) -> torch.Tensor:
         if out is not None:
@@ -135,7 +137,8 @@ ROWS: dict[str, Callable[[], Rows]] = {
 @pytest.mark.parametrize("name", ROWS)
 def test_by_which_calls_of_torch(name: str, outward: bool, made: list[tuple[int, bool]]) -> None:
     view, index, count, unit, indexed, calls = ROWS[name]()
-    (memory, slot), (twin, other) = dense_of(view, count), dense_of(view, count, 0)
+    (memory, slot) = dense_of(view, count)
+    (twin, other) = dense_of(view, count, 0)
     for inference in (True, False):
         made.clear()
         with torch.inference_mode(inference):
@@ -181,11 +184,13 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
     around them, they are the same rows."""
     arena = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (60, 20), dtype=np.uint8))
     whole = arena[20:40].clone() if ends is None else torch.from_numpy(arena.numpy()[20:40])
-    rows, target = KVView(whole[:, : 20 - gap], "token dim"), random(20, 20 - gap)
+    rows = KVView(whole[:, : 20 - gap], "token dim")
+    target = random(20, 20 - gap)
     others = KVView(target, "token dim")
     sides = (others, rows) if outward else (rows, others)
     moved(*sides, Index(), Index(), 20)
-    before, there = arena.clone(), target.clone()
+    before = arena.clone()
+    there = target.clone()
     if ends is None:
         whole.untyped_storage().resize_(bytes_left or 0)
     else:
@@ -207,7 +212,8 @@ def test_memory_that_is_elsewhere_or_too_short_is_refused(
 @pytest.mark.parametrize(("first", "count"), [(0, 1), (0, 16), (3, 5), (3, 12), (0, 24)])
 def test_an_extent_covers_its_positions(layout: str, first: int, count: int) -> None:
     rows = chunks((16, 48))[1] if "(kv" in layout else view_of(tensors_of(layout, 24, 1), layout)
-    mirror, held = dense_rows(rows.form), 24
+    mirror = dense_rows(rows.form)
+    held = 24
     buffer = torch.zeros(mirror.nbytes(held), dtype=torch.uint8)
     dense = mirror.view(buffer, held)
     first %= mirror.block_size  # rows begin as far into a block as they do on the host

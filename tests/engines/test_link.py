@@ -51,7 +51,8 @@ class Link(Ends):
         self, device: torch.device, to_device: bool, nbytes: int = ROOM,
         on_host: OnHost = torch.Tensor.pin_memory,
     ) -> None:  # fmt: skip
-        src, dst = noise(nbytes), noise(nbytes, seed=2)
+        src = noise(nbytes)
+        dst = noise(nbytes, seed=2)
         self.device = device
         super().__init__(*((on_host(src), dst.to(device)) if to_device
                            else (src.to(device), on_host(dst))))  # fmt: skip
@@ -124,10 +125,12 @@ def test_plain_copies_one_by_one_and_in_batches_are_ordered_on_their_stream(
     """Behind a producer that is late, and before a consumer; the host goes on at once."""
     if accelerator.type != "cuda" and count > 100:
         pytest.skip("each copy is a call of torch")
-    ends, pieces = Link(accelerator, to_device), scattered(count)
+    ends = Link(accelerator, to_device)
+    pieces = scattered(count)
     asked = streams_of(accelerator)[which]
     stream = asked or current(accelerator)
-    fresh, rubbish = ends.src.clone(), torch.zeros_like(ends.src)
+    fresh = ends.src.clone()
+    rubbish = torch.zeros_like(ends.src)
     if not to_device:
         ends.src.zero_()
     torch.accelerator.synchronize(accelerator)
@@ -153,7 +156,8 @@ def test_torch_is_never_given_strided_host_memory(
     ends = Link(DEVICE, to_device, 6400, on_host)
     pieces = to_2d_copies(runs_of(range(0, 6400, 64), range(16, 6400, 64), 32))
     assert pieces.number == 1
-    real, seen = torch.Tensor.copy_, []
+    real = torch.Tensor.copy_
+    seen = []
 
     def copy_(target: torch.Tensor, source: torch.Tensor, non_blocking: bool) -> torch.Tensor:
         on_the_host = source if to_device else target
@@ -177,7 +181,8 @@ def test_memory_that_is_in_no_view() -> None:
 
 @pytest.mark.gpu
 def test_what_the_driver_refuses_leaves_it_usable() -> None:
-    ends, pieces = Link(CUDA, True), scattered(3)
+    ends = Link(CUDA, True)
+    pieces = scattered(3)
     numbers = (0, 0, 64, 2, 32, 32)  # rows over each other
     wrong = Pieces(*(np.array([number], dtype=np.int64) for number in numbers))
     with refused(TransferError, "2 x 64 bytes", "CUDA_ERROR_INVALID_VALUE"):
@@ -186,7 +191,10 @@ def test_what_the_driver_refuses_leaves_it_usable() -> None:
     ends.judge(pieces)
 
 
-BLOCKS, MANY, TRIES = 80, 12, 5  # MiB of a transfer; transfers: 17 ms of a link of PCIe 5 in all
+# MiB of a transfer; transfers: 17 ms of a link of PCIe 5 in all
+BLOCKS = 80
+MANY = 12
+TRIES = 5
 
 
 @pytest.mark.gpu
@@ -200,7 +208,9 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
     places = ("cpu", CUDA) if to_device else (CUDA, "cpu")
     (full, src), (empty, dst) = (large(BLOCKS * MANY, 1, place) for place in places)
     numbers = numbered(full)[:, :, 0, 0].cpu()
-    other, small = torch.cuda.Stream(CUDA), 1 << 20  # what is less may travel by no copy engine
+    # what is less may travel by no copy engine
+    other = torch.cuda.Stream(CUDA)
+    small = 1 << 20
     ends = [torch.zeros(small, dtype=torch.uint8, device=CUDA),
             torch.zeros(small, dtype=torch.uint8).pin_memory()]  # fmt: skip
     torch.cuda.synchronize()

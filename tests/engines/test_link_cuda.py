@@ -85,7 +85,8 @@ def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> N
 
 def test_rows_and_plain_copies_together(library: FakeLibrary) -> None:
     memory = Memory(65536)
-    few, many = rows(3), plain(50)
+    few = rows(3)
+    many = plain(50)
     pieces = Pieces(*(np.concatenate(both) for both in zip(few, many, strict=True)))
     pieces.dst[3:] += 32768
     order = np.random.default_rng(8).permutation(53)
@@ -138,14 +139,17 @@ class Crossing:
     the current device, contexts that were adopted, and streams by their handles."""
 
     def __init__(self, library: FakeLibrary, patch: pytest.MonkeyPatch) -> None:
-        self.library, self.memory, self.device = library, Memory(), 0
+        self.library = library
+        self.memory = Memory()
+        self.device = 0
         self.adopted: list[tuple[int, int | None]] = []
         self.log: list[str] = []
         self.beside = [77, 78, 79]  # handles of the next streams of the link's own
 
         @contextmanager
         def switched(device: torch.device) -> Iterator[None]:
-            before, self.device = self.device, device.index
+            before = self.device
+            self.device = device.index
             yield
             self.device = before
 
@@ -190,7 +194,8 @@ def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Crossing:
 
 
 def test_the_right_device_in_any_thread(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen, real = [], Copies.copy
+    seen = []
+    real = Copies.copy
 
     def copy(self: Copies, *args: Any) -> None:
         seen.append(cuda.device)

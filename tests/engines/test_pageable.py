@@ -25,7 +25,10 @@ from portakv.engines.staging import BUFFERS, BounceBuffers, bounce_buffers
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import choose
 
-SLICE, TOKEN, TOKENS = 2048, 3 * 2 * 2 * 16 * 2, 96  # bytes, of a token; tokens of a copy
+# bytes, of a token; tokens of a copy
+SLICE = 2048
+TOKEN = 3 * 2 * 2 * 16 * 2
+TOKENS = 96
 REPEATS = 8
 
 
@@ -46,7 +49,9 @@ def between_chunks(
 
 
 def slices_of(transfer: Transfers) -> list[Any]:
-    rows, host, count = transfer.rows, transfer.host, transfer.case.count
+    rows = transfer.rows
+    host = transfer.host
+    count = transfer.case.count
     found: list[Any] = transfer.prepared().slices(rows, host, transfer.theirs, count)
     return found
 
@@ -59,7 +64,8 @@ def test_slices_go_round_buffers(accelerator: torch.device, downward: bool, kern
     assert len(slices_of(transfer)) > 2 * BUFFERS
     for seed in range(REPEATS):
         chunk = transfer.chunk(seed)
-        expected, (tensor,) = transfer.expected(chunk), tensors_in(chunk.tensors)
+        expected = transfer.expected(chunk)
+        (tensor,) = tensors_in(chunk.tensors)
         transfer.go(chunk)
         if downward:
             assert torch.equal(tensor, expected.tensors)  # it has landed when the call returns
@@ -113,7 +119,8 @@ def test_threads_on_streams_of_their_own(accelerator: torch.device, devices: int
     def work(number: int) -> None:
         device = torch.device(accelerator.type, number % devices)
         transfer = between_chunks(device, number < 2, seed=10 * number)
-        expected, stream = transfer.expected(), torch.Stream(device)
+        expected = transfer.expected()
+        stream = torch.Stream(device)
         target = transfer.host if number < 2 else transfer.rows
         for _ in range(REPEATS):
             with on(stream):
@@ -132,7 +139,8 @@ def test_ids_that_are_brought_for_the_copy_are_there_before_they_are_read(
     accelerator: torch.device, downward: bool
 ) -> None:
     """A column of a block table: it is made contiguous on the caller's stream, which is late."""
-    transfer, stream = between_chunks(accelerator, downward), torch.Stream(accelerator)
+    transfer = between_chunks(accelerator, downward)
+    stream = torch.Stream(accelerator)
     for seed in range(4):
         order = torch.randperm(TOKENS, generator=torch.Generator().manual_seed(seed))
         table = torch.stack([order, torch.full_like(order, 1 << 40)], 1).to(accelerator)
@@ -161,7 +169,8 @@ def test_pinned_memory_is_bounded_and_no_more_than_a_payload_needs() -> None:
 @pytest.mark.parametrize("ended", [False, True])
 def test_buffers_are_replaced_once_nothing_crosses(accelerator: torch.device, ended: bool) -> None:
     """Each of them is read or written until then, as after a transfer that was interrupted."""
-    buffers, link = BounceBuffers(), torch.Stream(accelerator)
+    buffers = BounceBuffers()
+    link = torch.Stream(accelerator)
     buffers.reserve(64)
     for at in range(BUFFERS):
         delay(link)
@@ -175,7 +184,9 @@ def test_buffers_are_replaced_once_nothing_crosses(accelerator: torch.device, en
 @pytest.mark.simdev
 @pytest.mark.usefixtures("small")
 def test_the_host_copies_a_slice_while_others_cross(monkeypatch: pytest.MonkeyPatch) -> None:
-    transfer, busy, copy = between_chunks(DEVICE, True), list[bool](), HostRows.copy
+    transfer = between_chunks(DEVICE, True)
+    busy = list[bool]()
+    copy = HostRows.copy
     transfer()
     link = staging.staging(DEVICE, current(DEVICE)).link
 
@@ -201,7 +212,8 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
     """Blocks of 512 B, 2 KiB and 8 KiB in slices of 3 KiB, where `staged` may have far more."""
     monkeypatch.setattr(pageable, "SIZES", Sizes(1024, 1024, 3072))
     monkeypatch.setattr(staged, "LARGEST", 1 << 20)
-    layers, blocks = 2, 640 // block
+    layers = 2
+    blocks = 640 // block
     shape = (blocks, layers, 2) if layout.startswith("block") else (layers, 2, blocks)
     made = torch.zeros((*shape, block, 32), dtype=torch.uint8)
     sides = [made.to(DEVICE), made] if "|" not in layout else [list(made.to(DEVICE)), list(made)]

@@ -32,7 +32,8 @@ from portakv.runtime.bounded import Bounded
 from portakv_conformance.simdev import device_module
 
 CUDA = torch.device("cuda", 0)
-HERE, THERE = simdev_cases.DEVICE, simdev_cases.OTHER
+HERE = simdev_cases.DEVICE
+THERE = simdev_cases.OTHER
 
 
 class OnDevice(RowsBackend):

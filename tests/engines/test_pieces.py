@@ -33,7 +33,8 @@ from portakv_conformance.draw.arrangement import Case as DrawnCase
 from portakv_conformance.draw.arrangement import Side
 from portakv_conformance.draw.strategies import cases as drawn_cases
 
-LAYERS, BLOCKS = 12, 40
+LAYERS = 12
+BLOCKS = 40
 
 
 def shapes(pieces: Pieces) -> list[tuple[int, int, int, int]]:
@@ -121,7 +122,8 @@ def test_layers_at_irregular_distances_stay_apart() -> None:
 )
 def test_what_no_copy_of_rows_takes(src_step: int, dst_step: int) -> None:
     """Destinations backwards, sources over each other, pitches beyond the driver's limit."""
-    src, dst = [at * src_step for at in range(8)], [2**40 + at * dst_step for at in range(8)]
+    src = [at * src_step for at in range(8)]
+    dst = [2**40 + at * dst_step for at in range(8)]
     runs = runs_of(src, dst, 16)
     assert judge(runs, to_2d_copies(runs)).number == 8
 
@@ -171,7 +173,8 @@ def test_units_at_addresses_are_pieces_of_their_own(
     """Whole tensors, the fast way; parts of them, that begin in one and end in the next, the long
     way. Half of the addresses follow each other on both sides, and one seam of a registration lies
     in a tensor."""
-    rng, number = np.random.default_rng(tokens), 60
+    rng = np.random.default_rng(tokens)
+    number = 60
     order = np.concatenate([rng.permutation(number // 2), np.arange(number // 2, number)])
     memory = torch.zeros(number, 4, 24, dtype=torch.uint8)
     views = [
@@ -232,7 +235,8 @@ def test_nothing_is_done_run_by_run() -> None:
 # Large copies
 
 CASES = cases()
-LAYER_FIRST, BLOCK_FIRST = "layer | block token dim", "block layer token dim"
+LAYER_FIRST = "layer | block token dim"
+BLOCK_FIRST = "block layer token dim"
 POOL_BY_LAYER = "layer block token dim"
 RANDOM = [7, 31, 2, 19, 11, 28, 5, 36]
 
@@ -277,7 +281,8 @@ def test_a_list_over_blocks() -> None:
         KVView(both, "layer block | token dim"),
         pooled(POOL_BY_LAYER, blocks=9),
     )
-    mine, theirs = Index([3, 1, 8, 0], step=4), Index([2, 3, 4, 7], step=4)
+    mine = Index([3, 1, 8, 0], step=4)
+    theirs = Index([2, 3, 4, 7], step=4)
     for src, dst in permutations(views, 2):
         folded(Move(src, dst, mine, theirs, 16))
 
@@ -326,7 +331,8 @@ def test_skipped_blocks_and_none_at_all() -> None:
 @pytest.mark.usefixtures("always")
 @pytest.mark.parametrize("layout", [BLOCK_FIRST, POOL_BY_LAYER, LAYER_FIRST])
 def test_slots_of_which_some_follow_each_other(layout: str) -> None:
-    slots, paged = Index([0, 1, 2, 5, 12, 13, 9, 30, 31]), pooled(layout)
+    slots = Index([0, 1, 2, 5, 12, 13, 9, 30, 31])
+    paged = pooled(layout)
     chunk = KVView(torch.zeros(3, 9, 8, dtype=torch.int16), "layer token dim")
     for move in (Move(paged, chunk, slots, Index(), 9), Move(chunk, paged, Index(), slots, 9)):
         pieces = folded(move)
@@ -372,7 +378,8 @@ def test_rows_that_are_wide_are_copies_of_their_own(
 ) -> None:
     monkeypatch.setattr(folding, "LARGE", large)
     move = copied(POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM, layers)
-    found, whole = pieces_of(plan_of(move), move, below), plan_of(move).runs(*move)
+    found = pieces_of(plan_of(move), move, below)
+    whole = plan_of(move).runs(*move)
     width = int(whole.nbytes.max())
     assert (found.height > 1).any() == (width < below or layers >= TALL)
     judge(whole, found)
@@ -402,7 +409,8 @@ def test_drawn_plans(times: int) -> None:
     @settings(max_examples=times * _TIMES)
     @given(drawn_cases(ragged=False))
     def check(case: DrawnCase) -> None:
-        src, dst = _view(case.src), _view(case.dst)
+        src = _view(case.src)
+        dst = _view(case.dst)
         mine, theirs = (Index(s.ids, step=s.step, offset=s.offset) for s in (case.src, case.dst))
         steps = mine.plan_step, theirs.plan_step
         unit = CopyPlan(src.form, dst.form, *steps, reinterpret=True).unit
@@ -423,7 +431,11 @@ def test_drawn_plans(times: int) -> None:
     assert sum(seen) > 0.9 * len(seen)
 
 
-L, N, B, H, D = 16, 48, 16, 2, 32
+L = 16
+N = 48
+B = 16
+H = 2
+D = 32
 
 
 def viewed(layout: str, *shape: int, **extents: Any) -> Callable[[], KVView]:
@@ -457,7 +469,8 @@ def test_what_engines_meet(source: str, target: str, order: str) -> None:
     """The layouts of the field: exactly as many runs, and about as many pieces as there will be
     where wider runs than so many bytes are folded only if they are many."""
     random = np.random.default_rng(5)
-    src, dst = VIEWS[source](), VIEWS[target]()
+    src = VIEWS[source]()
+    dst = VIEWS[target]()
     indices = []
     for view in (src, dst):
         ids = random.permutation(N)[:20]
@@ -482,7 +495,9 @@ def of_host(src: KVView, dst: KVView, mine: Index, theirs: Index, down: bool) ->
 
 def test_the_host_side_alone() -> None:
     """Between rows in the order of the index and host memory, whatever the device's side is."""
-    device, host, block = hnd(), by_block(), L * 2 * B * H * D * 4
+    device = hnd()
+    host = by_block()
+    block = L * 2 * B * H * D * 4
     for ids, runs in (([7, 3, 5], 3), ([3, 4, 5], 1), ([5, 4, 3], 3), ([1, 2, 9, 10, 11, 0], 3)):
         index = Index(ids, step=B)
         counter = of_host(device, host, index, index, True)
@@ -535,7 +550,8 @@ def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> N
     layout = "token head dim" if by_loop else "token dim"
     # Apart on both sides, by gaps that differ: nothing merges, and rows lie at one pitch.
     first, second = (torch.empty(*shape[:-1], 8 + gap)[..., :8] for gap in (1, 2))
-    src, dst = KVView(first, layout), KVView(second, layout)
+    src = KVView(first, layout)
+    dst = KVView(second, layout)
     plan = CopyPlan(src.form, dst.form, 0, 0)
     runs = plan.runs(src, dst, Index(), Index(), count)
     for below, least in ((33, LEAST_HEIGHT), (32, TALL)):
@@ -554,9 +570,11 @@ def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> N
 
 def test_ids_on_a_device_are_not_waited_for() -> None:
     """They are taken as scattered, until the host has them for another reason."""
-    src, dst = paged(), by_block()
+    src = paged()
+    dst = by_block()
     counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
-    mine, theirs = Index([1, 2, 3], B), Index([4, 5, 6], B)
+    mine = Index([1, 2, 3], B)
+    theirs = Index([4, 5, 6], B)
     mine.on_host = False  # as an index whose ids are on a device
     assert counter.groups(mine, theirs, 3 * B) == 3
     assert mine.known_ids() is None

@@ -178,7 +178,8 @@ def test_streams_have_staging_of_their_own(accelerator: torch.device, downward: 
     """The same prepared copy on two streams at once, over and over: each by its own buffers."""
     transfer = Transfers(Staged(accelerator), downward)
     others = [transfer.host, transfer.chunk(2)]  # of the same bytes
-    expected, streams = transfer.expected(), [torch.Stream(accelerator) for _ in others]
+    expected = transfer.expected()
+    streams = [torch.Stream(accelerator) for _ in others]
     for _ in range(3):
         for other, stream in zip(others, streams, strict=True):
             stream.wait_stream(torch.accelerator.current_stream(accelerator.index))
@@ -227,7 +228,8 @@ def test_one_that_refuses_the_hosts_order(accelerator: torch.device, downward: b
     backend = OnlyByLayer(accelerator)
     half = Choice(backend, (Decision(backend.name, True, "chosen"),), True, backend.capabilities())
     host = Transfers(Staged(accelerator), downward).host
-    OnlyByLayer.takes, OnlyByLayer.refused = set(), 0
+    OnlyByLayer.takes = set()
+    OnlyByLayer.refused = 0
     with pytest.raises(Unsupported):
         Transfers(Staged(accelerator, half), downward).prepared()
     assert OnlyByLayer.refused == 2  # both were tried
@@ -246,7 +248,9 @@ def test_slices_cross_before_the_pieces_of_later_ones_are_made(
     """Else the link is idle until the host has expanded the whole transfer."""
     small_slices(monkeypatch, 4096)
     transfer = Transfers(Staged(DEVICE), downward)
-    made, copy, order = to_2d_copies, TorchLink.copy, list[str]()
+    made = to_2d_copies
+    copy = TorchLink.copy
+    order = list[str]()
 
     def pieces(*arguments: Any) -> Any:
         order.append("made")
@@ -327,7 +331,8 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
     """While one works out the pieces another settles them, whose staging lies elsewhere: each gets
     those of the buffer that it asks for. The other thread is a call, so that it does come."""
     transfer = Transfers(Staged(DEVICE), downward)
-    host, real = transfer.host, Slice.crossing
+    host = transfer.host
+    real = Slice.crossing
 
     def fresh() -> Slice:
         transfer.rows.derived.clear()
@@ -405,13 +410,15 @@ def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
 ) -> None:
     """A launch makes them on a stream of its own, and they may go with their view at any time."""
     small_slices(monkeypatch)
-    transfer, told = Transfers(Staged(DEVICE), downward), list[tuple[KVView, int]]()
+    transfer = Transfers(Staged(DEVICE), downward)
+    told = list[tuple[KVView, int]]()
     monkeypatch.setattr(
         KVView, "record_table", lambda view, stream: told.append((view, stream.stream_id))
     )
     transfer.go()
     slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.theirs, TOKENS)
-    (room,), work = staging.kept.values(), current(DEVICE).stream_id
+    (room,) = staging.kept.values()
+    work = current(DEVICE).stream_id
     for each, at in zip(slices, room.turns(len(slices)), strict=True):
         assert (each.rows, work) in told
         assert (room.view(at, each.dense, each.held), work) in told
@@ -427,7 +434,8 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
     """At the same address, with the same ids, where pieces are kept: none may reach over a seam."""
     case = replace(USUAL, host_ids=(range(TOKENS), 1) if host_ids else None)
     transfer = Transfers(engine(DEVICE), downward, case)
-    crossed, copy = list[tuple[int, int]](), TorchLink.copy
+    crossed = list[tuple[int, int]]()
+    copy = TorchLink.copy
 
     def noted(self: Any, pieces: Pieces, *others: Any) -> None:
         start, pitch = (
@@ -464,7 +472,8 @@ def test_ids_may_lie_anywhere(accelerator: torch.device, engine: type[Engine]) -
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bool) -> None:
-    transfer, ids = Transfers(Descriptors(accelerator), True), torch.arange(TOKENS)
+    transfer = Transfers(Descriptors(accelerator), True)
+    ids = torch.arange(TOKENS)
     ids[7] = 24 * 8
     transfer.mine = Index(ids if on_host else ids.to(accelerator))
     before = transfer.expected(tokens=0)
@@ -476,7 +485,9 @@ def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bo
 
 @pytest.mark.simdev
 def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    transfer, asked, real = Transfers(Descriptors(DEVICE), True), list[int](), CopyPlan.runs
+    transfer = Transfers(Descriptors(DEVICE), True)
+    asked = list[int]()
+    real = CopyPlan.runs
 
     def runs(self: CopyPlan, *args: object) -> Runs:
         asked.append(1)
@@ -504,7 +515,8 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(descriptors, "MOST_KEPT", 500)
     monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
-    transfer, kept = Transfers(Descriptors(DEVICE), True), list[Index]()
+    transfer = Transfers(Descriptors(DEVICE), True)
+    kept = list[Index]()
     for seed in range(30):
         kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
         transfer.mine = kept[-1]
@@ -521,7 +533,8 @@ def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[E
     assert copies_holding_memory() == 0
     transfer = Transfers(engine(accelerator), False)
     transfer()  # what is made once is there
-    cache, shape = tensors_in(transfer.rows.tensors), tensors_in(transfer.host.tensors)[0].shape
+    cache = tensors_in(transfer.rows.tensors)
+    shape = tensors_in(transfer.host.tensors)[0].shape
     for layer in cache:
         layer.zero_()
     wanted = tensors_in(transfer.expected().tensors)

@@ -32,7 +32,9 @@ class Items:
     """A pool of a few items, which knows who has them."""
 
     def __init__(self, count: int = 1) -> None:
-        self.free, self.count, self.takes = list(range(count)), count, list[bool]()
+        self.free = list(range(count))
+        self.count = count
+        self.takes = list[bool]()
 
     def take(self, count: int, store: bool) -> list[int] | None:
         if count > len(self.free):
@@ -49,7 +51,8 @@ class Held:
     """Work that begins, and goes on until it is released."""
 
     def __init__(self) -> None:
-        self.began, self.end = threading.Event(), threading.Event()
+        self.began = threading.Event()
+        self.end = threading.Event()
 
     def __call__(self, node: Node, mask: Any) -> None:
         self.began.set()
@@ -99,7 +102,8 @@ def test_a_block_that_does_not_land_goes_no_further(graph: Graph) -> None:
 @given(data=st.data())
 def test_what_lands_is_what_a_topological_sort_says(data: st.DataObject) -> None:
     """Any nodes, with maps, rescues, failures and blocks that are not given, submitted in parts."""
-    graph, plan = Graph(), list[Any]()
+    graph = Graph()
+    plan = list[Any]()
     link = graph.link("any", 3)
     bits = st.integers(0, 7).map(lambda n: np.array([n & 1, n & 2, n & 4], bool))
     nodes = list[Node]()
@@ -108,7 +112,8 @@ def test_what_lands_is_what_a_topological_sort_says(data: st.DataObject) -> None
         rescue = len(befores) == 1 and data.draw(st.booleans())
         pairs = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), max_size=4)
         maps = [None if rescue else data.draw(st.none() | pairs) for _ in befores]
-        lands, tried = data.draw(st.none() | bits), data.draw(st.none() | bits)
+        lands = data.draw(st.none() | bits)
+        tried = data.draw(st.none() | bits)
         kind = (
             data.draw(st.sampled_from(["work", "work", "gate", "raise"])) if not rescue else "work"
         )
@@ -137,7 +142,8 @@ def test_what_lands_is_what_a_topological_sort_says(data: st.DataObject) -> None
         left = np.ones(3, bool) if tried is None else tried.copy()
         own = np.zeros(3, bool)
         if rescue:
-            own, left = landed[befores[0]], left & ~landed[befores[0]]
+            own = landed[befores[0]]
+            left = left & ~landed[befores[0]]
         else:
             for before, pairs in zip(befores, maps, strict=True):
                 for mine, theirs in [(i, i) for i in range(3)] if pairs is None else pairs:
@@ -174,7 +180,9 @@ def test_a_link_keeps_its_terms(graph: Graph) -> None:
 
 
 def test_terms_that_are_none_are_refused_before_anything_begins(graph: Graph) -> None:
-    good, known, other = Node(nothing, 1, link=graph.link("any")), Node(nothing, 1), Graph()
+    good = Node(nothing, 1, link=graph.link("any"))
+    known = Node(nothing, 1)
+    other = Graph()
     graph.submit([known])
     other.submit([foreign := Node(None, 1)])
     for nodes, terms in (
@@ -202,7 +210,8 @@ def test_a_system_without_threads_fails_what_it_cannot_begin(
     def start(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
-    plain, wide = Node(nothing, 1, link=graph.link("any")), graph.link("wide", 2)
+    plain = Node(nothing, 1, link=graph.link("any"))
+    wide = graph.link("wide", 2)
     held = Held()
     graph.submit([Node(held, 1, link=wide)])
     with monkeypatch.context() as patch:
@@ -240,7 +249,8 @@ def test_due_times_are_priority_ageing_and_deadline_in_one(
     graph: Graph, plug: Held, now: list[float], submitted: list[str], order: str
 ) -> None:
     """A background node is overtaken by what is submitted within its slack, and by nothing else."""
-    ran, nodes = list[str](), list[Node]()
+    ran = list[str]()
+    nodes = list[Node]()
     for name in submitted:
         priority, *terms = name.split()
         now[0] = float(terms[-1]) if "at" in terms else 0.0
@@ -258,7 +268,9 @@ def test_due_times_are_priority_ageing_and_deadline_in_one(
 @pytest.mark.parametrize("waits", ["for a worker", "for its lease", "for a node"])
 def test_what_an_urgent_one_follows_is_as_urgent(graph: Graph, plug: Held, waits: str) -> None:
     """As a load joins the read of a prefetch."""
-    ran, one, pool = list[str](), graph.link("one"), Items(0)
+    ran = list[str]()
+    one = graph.link("one")
+    pool = Items(0)
     work = lambda node, mask: ran.append(node.name)  # noqa: E731
     leases = [Lease(pool, 1) if waits == "for its lease" else None for _ in range(3)]
     nodes = [Node(work, 1, link=one, name=name, lease=leases.pop()) for name in ("a", "b", "c")]
@@ -277,7 +289,8 @@ def test_what_an_urgent_one_follows_is_as_urgent(graph: Graph, plug: Held, waits
 
 @pytest.mark.parametrize(("width", "most"), [(1, 1), (2, 1), (4, 3)])
 def test_background_leaves_a_worker_to_others(graph: Graph, width: int, most: int) -> None:
-    link, held = graph.link("many", width), [Held() for _ in range(5)]
+    link = graph.link("many", width)
+    held = [Held() for _ in range(5)]
     nodes = [Node(work, 1, link=link) for work in held]
     graph.submit(nodes, priority="background")
     assert all(work.began.wait(WAIT) for work in held[:most])
@@ -296,7 +309,8 @@ def test_background_for_ever_and_urgent_for_ever_both_go_on(
     graph: Graph, now: list[float], pool: Items | None
 ) -> None:
     """Fault 51. Each node submits the next of its kind, and each takes a tenth of a second."""
-    ran, link = Counter[str](), graph.link("one")
+    ran = Counter[str]()
+    link = graph.link("one")
 
     def work(node: Node, mask: Any) -> None:
         now[0] += 0.1
@@ -352,7 +366,9 @@ def test_what_waits_for_its_pace_can_be_overtaken_and_cancelled(
 
 
 def test_a_lease_is_taken_once_and_goes_back_behind_the_last_node(graph: Graph) -> None:
-    pool, held, told = Items(2), Held(), list[Any]()
+    pool = Items(2)
+    held = Held()
+    told = list[Any]()
     link = graph.link("any", 2)
     lease = Lease(pool, 2, ended=lambda lease: told.append((lease.items, list(pool.free))))
     read = Node(nothing, 1, link=link, lease=lease)
@@ -374,7 +390,9 @@ def test_a_lease_is_taken_once_and_goes_back_behind_the_last_node(graph: Graph) 
 
 def test_what_a_lease_calls_may_raise(graph: Graph) -> None:
     """The node has the error, the items go back, and the worker goes on."""
-    error, pool, link = ValueError("a fault"), Items(1), graph.link("any")
+    error = ValueError("a fault")
+    pool = Items(1)
+    link = graph.link("any")
 
     def raises(_: object) -> None:
         raise error
@@ -390,7 +408,9 @@ def test_what_a_lease_calls_may_raise(graph: Graph) -> None:
 
 
 def test_a_pool_that_raises_fails_the_nodes_that_wait_for_it(graph: Graph) -> None:
-    error, link, held = ValueError("a fault"), graph.link("any"), Held()
+    error = ValueError("a fault")
+    link = graph.link("any")
+    held = Held()
     pool = Items(1)
     first = Node(held, 1, link=link, lease=Lease(pool, 1))
     second = Node(nothing, 1, link=link, lease=Lease(pool, 1))
@@ -430,7 +450,9 @@ def test_blocks_that_cannot_be_told_are_not_given(graph: Graph) -> None:
 
 def test_all_nodes_of_a_lease_go_on_when_it_is_granted(graph: Graph) -> None:
     """Also those behind a node that waits for the end of this very lease."""
-    pool, link, held = Items(1), graph.link("any", 2), Held()
+    pool = Items(1)
+    link = graph.link("any", 2)
+    held = Held()
     graph.submit([Node(held, 1, link=link, lease=Lease(pool, 1))])
     leases = [Lease(pool, 1), Lease(pool, 1)]
     nodes = [Node(nothing, 1, link=link, lease=leases[i]) for i in (0, 1, 0, 1)]
@@ -459,7 +481,9 @@ def test_what_ended_is_forgotten(graph: Graph) -> None:
 
 def test_leases_come_in_order_and_stores_do_not_starve(graph: Graph, now: list[float]) -> None:
     """A store that waits for loads lets no later load pass, and one that waits for stores does."""
-    pool, link, held = Items(2), graph.link("any", 9), Held()
+    pool = Items(2)
+    link = graph.link("any", 9)
+    held = Held()
     first = Node(held, 1, link=link, lease=Lease(pool, 1))
     graph.submit([first], priority="urgent")
     assert held.began.wait(WAIT)
@@ -476,7 +500,8 @@ def test_leases_come_in_order_and_stores_do_not_starve(graph: Graph, now: list[f
 
 
 def test_a_store_without_room_is_dropped_within_its_slack(graph: Graph, now: list[float]) -> None:
-    pool, link = Items(0), graph.link("disk")
+    pool = Items(0)
+    link = graph.link("disk")
     gather = Node(nothing, 4, link=link, lease=Lease(pool, 1, store=True, until=2.0), name="gather")
     write = Node(nothing, 4, link=link, after=[gather])
     graph.submit([gather, write], priority="background")
@@ -489,7 +514,9 @@ def test_a_store_without_room_is_dropped_within_its_slack(graph: Graph, now: lis
 
 def test_who_waits_learns_of_a_time_that_was_set_since(graph: Graph) -> None:
     """Nobody else looks at the clock: a lease is asked for while somebody waits."""
-    real, held, pool = Graph(), Held(), Items(0)
+    real = Graph()
+    held = Held()
+    pool = Items(0)
     read = Node(held, 1, link=real.link("disk"))
     lease = Lease(pool, 1, store=True, until=(until := real.clock() + 0.2))
     behind = Node(nothing, 1, link=real.link("device"), after=[read], lease=lease)
@@ -502,7 +529,9 @@ def test_who_waits_learns_of_a_time_that_was_set_since(graph: Graph) -> None:
 
 
 def test_a_lease_that_went_back_is_taken_anew(graph: Graph) -> None:
-    pool, seen, link = Items(1), list[Any](), graph.link("any")
+    pool = Items(1)
+    seen = list[Any]()
+    link = graph.link("any")
     lease = Lease(pool, 1)
     for _ in range(2):
         node = Node(lambda node, mask: seen.append((lease.items, list(pool.free))), 1, link=link)
@@ -517,7 +546,9 @@ def test_a_lease_that_went_back_is_taken_anew(graph: Graph) -> None:
 
 def test_nothing_grows_with_what_ended(graph: Graph) -> None:
     """Not with times that are far away, nor with what is cancelled while it waits for rows."""
-    pool, link, held = Items(0), graph.link("any"), Held()
+    pool = Items(0)
+    link = graph.link("any")
+    held = Held()
     graph.submit([Node(held, 1, link=link)], deadline=1e8)
     for _ in range(2000):
         waits = Node(nothing, 1, link=graph.link("other"), lease=Lease(pool, 1))
@@ -533,7 +564,8 @@ def test_nothing_grows_with_what_ended(graph: Graph) -> None:
 def test_items_that_come_back_otherwise_are_granted_when_told(graph: Graph) -> None:
     pool = Items(0)
     node = Node(nothing, 1, link=graph.link("any"), lease=Lease(pool, 1))
-    own, ended = Lease(Items(), 0, ended=lambda lease: ended.append(lease.items)), list[Any]()
+    own = Lease(Items(), 0, ended=lambda lease: ended.append(lease.items))
+    ended = list[Any]()
     own.items = [5]  # as a load has of what is kept
     none = Node(nothing, 1, link=graph.link("any"), lease=own)
     graph.submit([node, none])
@@ -548,7 +580,10 @@ def test_items_that_come_back_otherwise_are_granted_when_told(graph: Graph) -> N
 def chains_at_random(steps: int, seed: int) -> None:
     """Loads and stores of one or two chunks over a pool of one item, with tiers that miss, fail and
     have others' deadlines and cancels; all of them end, and the item is free."""
-    draw, graph, pool, gates = random.Random(seed), Graph(trace_events=100), Items(), list[Node]()
+    draw = random.Random(seed)
+    graph = Graph(trace_events=100)
+    pool = Items()
+    gates = list[Node]()
     links = [graph.link(name, width) for name, width in (("disk", 2), ("remote", 3), ("device", 1))]
 
     def work(node: Node, mask: Any) -> Any:
@@ -557,10 +592,12 @@ def chains_at_random(steps: int, seed: int) -> None:
         return mask & (draw.random() < 0.9)
 
     for _ in range(steps):
-        nodes, store = list[Node](), draw.random() < 0.5
+        nodes = list[Node]()
+        store = draw.random() < 0.5
         for _ in range(draw.randint(1, 2)):
             until = graph.clock() + draw.choice([0.0, 0.01, 60.0])
-            lease, rescue = Lease(pool, 1, store=store, until=until), not store
+            lease = Lease(pool, 1, store=store, until=until)
+            rescue = not store
             terms: dict[str, Any] = {"lease": lease, "nbytes": 10}
             first = Node(work, 2, link=draw.choice(links), **terms)
             then = Node(work, 2, link=draw.choice(links), after=[first], rescue=rescue, **terms)
@@ -596,7 +633,9 @@ def test_a_staging_of_one_block_lets_all_of_100_000_end() -> None:
 @pytest.mark.parametrize("state", ["waiting", "room", "queued", "running", "landed", "failed"])
 def test_cancel_in_every_state(graph: Graph, plug: Held, state: str) -> None:
     """Fault 52."""
-    link, ran, held = graph.link("any"), list[str](), Held()
+    link = graph.link("any")
+    ran = list[str]()
+    held = Held()
     first = Node(held, 1, link=graph.link("other"))
     works: dict[str, Any] = {"running": held, "failed": lambda node, mask: [1, 2, 3]}
     node = Node(
@@ -690,7 +729,9 @@ def test_a_worker_begins_nothing_that_is_late(graph: Graph, plug: Held, now: lis
 
 def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, now: list[float]) -> None:
     """Fault 26. Its rows stay out until it has let go of them."""
-    held, pool, disk = Held(), Items(), graph.link("disk", 2, stall_seconds=10.0)
+    held = Held()
+    pool = Items()
+    disk = graph.link("disk", 2, stall_seconds=10.0)
     read = Node(held, 2, link=disk, lease=Lease(pool, 1))
     leg = Node(nothing, 2, link=graph.link("device"), after=[read])
     gate = Node(None, 2, after=[leg])
@@ -706,7 +747,8 @@ def test_a_stalled_disk_holds_up_nobody_else(graph: Graph, now: list[float]) -> 
     assert not disk.slow
     now[0] = 11.0
     assert disk.slow
-    store, load = Node(nothing, 1, link=disk, name="write"), Node(nothing, 1, link=disk)
+    store = Node(nothing, 1, link=disk, name="write")
+    load = Node(nothing, 1, link=disk)
     graph.submit([store], priority="background")
     graph.submit([load], priority="urgent")
     assert store.done()
@@ -727,7 +769,8 @@ def test_work_that_raises_fails_its_node_alone(graph: Graph, error: BaseExceptio
     link = graph.link("disk")
     read = Node(work, 2, link=link, name="read")
     rescue = Node(lambda node, mask: [True, False], 2, link=link, after=[read], rescue=True)
-    gate, other = Node(None, 2, after=[rescue]), Node(nothing, 1, link=link)
+    gate = Node(None, 2, after=[rescue])
+    other = Node(nothing, 1, link=link)
     graph.submit([read, rescue, gate, other])
     assert gate.wait(WAIT)
     assert other.wait(WAIT)
@@ -786,7 +829,8 @@ def test_nothing_asks_a_clock_that_may_go_back(monkeypatch: pytest.MonkeyPatch) 
 
 def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> None:
     """Fault 15, in the graph's sense; a graph that is closed takes nothing more."""
-    graph, held = Graph(), Held()
+    graph = Graph()
+    held = Held()
     nodes = [Node(held, 1, link=graph.link("any")) for _ in range(3)]
     gate = Node(None, 1, after=nodes)
     graph.submit([*nodes, gate])
@@ -802,7 +846,8 @@ def test_close_cancels_what_waits_and_waits_for_what_runs(now: list[float]) -> N
 
 
 def test_what_comes_while_a_graph_closes_is_refused() -> None:
-    graph, told = Graph(), list[BaseException]()
+    graph = Graph()
+    told = list[BaseException]()
     node = Node(nothing, 1, link=graph.link("any"))
     graph.submit([node])
     assert node.wait(WAIT)
@@ -827,11 +872,13 @@ def test_what_comes_while_a_graph_closes_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_forked_child_is_refused() -> None:
     """Fault 13, in the graph's sense. It ends at once, though the parent's queue is full."""
-    graph, held = Graph(), Held()
+    graph = Graph()
+    held = Held()
     node, behind = (Node(held, 1, link=graph.link("any")) for _ in range(2))
     graph.submit([node, behind])
     assert held.began.wait(WAIT)
-    locked, free = threading.Event(), threading.Event()
+    locked = threading.Event()
+    free = threading.Event()
 
     def lock() -> None:
         with graph.lock:

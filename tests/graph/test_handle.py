@@ -108,7 +108,8 @@ def test_a_forked_child_learns_what_ended_before(graph: Graph, missing: str) -> 
 
 @pytest.mark.parametrize("missing", ["raise", "skip"])
 def test_cancel_is_told(graph: Graph, missing: str) -> None:
-    begun, go = threading.Event(), threading.Event()
+    begun = threading.Event()
+    go = threading.Event()
 
     def held(*_: object) -> None:
         begun.set()
@@ -125,7 +126,8 @@ def test_cancel_is_told(graph: Graph, missing: str) -> None:
 
 
 def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
-    go, disk = threading.Event(), graph.link("disk")
+    go = threading.Event()
+    disk = graph.link("disk")
     first = Node(lambda node, mask: None, 2, link=disk)
     second = Node(lambda node, mask: go.wait(30) and None, 2, link=disk)
     third = Node(lambda node, mask: None, 2, link=disk)
@@ -149,7 +151,8 @@ def test_layers_end_one_by_one_and_are_cancelled_together(graph: Graph) -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_synchronize_leaves_the_handle_usable(graph: Graph) -> None:
     """Fault 16."""
-    go, main = threading.Event(), threading.main_thread().ident or 0
+    go = threading.Event()
+    main = threading.main_thread().ident or 0
     submits = threading.Event()
 
     def work(node: Node, mask: Any) -> None:

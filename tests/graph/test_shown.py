@@ -36,7 +36,9 @@ def test_prometheus_reads_every_figure() -> None:
             told = {"tiers": [{"tier": "disk"}], "rows": {"free": 1}}
             return {**graph.statistics(), **told, "staging_bytes": staging}
 
-    graph, registry, staging = ran(), CollectorRegistry(), [{"state": "free", "value": 4096}]
+    graph = ran()
+    registry = CollectorRegistry()
+    staging = [{"state": "free", "value": 4096}]
     registry.register(Collector(Source()))
     text = generate_latest(registry).decode()
     assert generate_latest(registry).decode() == text

@@ -54,7 +54,8 @@ def card(libcuda: fake_libcuda.FakeLibrary) -> Iterator[Card]:
 @pytest.fixture(params=[*HOST_WAYS, *WAYS])
 def place(request: pytest.FixtureRequest) -> Iterator[Place]:
     """Each way of small copies to each device, if it can be had there."""
-    device, way = torch.device(request.param[0]), request.param[1]
+    device = torch.device(request.param[0])
+    way = request.param[1]
     if device.type == "cpu":
         stand_in: AbstractContextManager[Card | None] = nullcontext()
         if way != "host":

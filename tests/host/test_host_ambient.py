@@ -39,8 +39,10 @@ def same(tensor: torch.Tensor, wanted: np.ndarray) -> bool:
 def test_pinned_memory(device: torch.device, state: State) -> None:
     existing = np.zeros(5000, np.uint8)
     with state(device):
-        tensor, nothing = pinned.empty((6, 8)), pinned.empty((0, 4))
-        memory, held = pinned.allocate(100), pinned.register(existing)
+        tensor = pinned.empty((6, 8))
+        nothing = pinned.empty((0, 4))
+        memory = pinned.allocate(100)
+        held = pinned.register(existing)
         pool = PinnedPool(64, 1, limit=2)
         blocks = pool.acquire_many(2)
     for each in (tensor, nothing):

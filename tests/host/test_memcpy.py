@@ -26,7 +26,8 @@ BYTES = torch.uint8
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64, torch.bool, BYTES])
 def test_a_host_copy(dtype: torch.dtype) -> None:
-    src, dst = filled((3, 5, 4), dtype), filled((3, 5, 4), dtype)
+    src = filled((3, 5, 4), dtype)
+    dst = filled((3, 5, 4), dtype)
     dst.requires_grad_(dtype.is_floating_point)  # a leaf that learns
     copied = copy_(dst, src)
     assert same(dst, src)
@@ -96,7 +97,8 @@ def test_tensors_that_differ(device: torch.device) -> None:
 
 
 def test_a_direction_that_was_not_asked() -> None:
-    src, dst = torch.zeros(2), torch.ones(2)
+    src = torch.zeros(2)
+    dst = torch.ones(2)
     for call, wanted in ((copy_h2d, "h2d"), (copy_d2h, "d2h"), (copy_d2d, "d2d or peer")):
         with refused(DeviceMismatch, wanted, "cpu", "copy_", watch=dst):
             call(dst, src)
@@ -152,7 +154,8 @@ def test_parts_of_one_tensor(device: torch.device, cut: Any, other: Any) -> None
 def test_no_overlap(one: list[tuple[int, int]], other: list[tuple[int, int]], shift: int) -> None:
     """Against every address, written out; of what shares no byte the nested strides pass alone."""
     memory = torch.zeros(128, dtype=torch.int16)
-    dst, src = _strided(memory, one, 0), _strided(memory, other, shift)
+    dst = _strided(memory, one, 0)
+    src = _strided(memory, other, shift)
     places = torch.arange(128)
     written = _strided(places, one, 0).reshape(-1).tolist()
     read = _strided(places, other, shift).reshape(-1).tolist()
@@ -199,7 +202,8 @@ def _strided(memory: torch.Tensor, dims: list[tuple[int, int]], offset: int) -> 
     ],
 )  # fmt: skip
 def test_rows_at_a_pitch(dst: Any, src: Any, rows: Pitched | str) -> None:
-    memory, other = filled((8, 32), torch.int32), filled((8, 32), torch.int32)
+    memory = filled((8, 32), torch.int32)
+    other = filled((8, 32), torch.int32)
     found = memcpy.pitched(dst(memory), src(other))
     assert rows in found if isinstance(rows, str) else rows == found
 
@@ -237,11 +241,14 @@ def test_the_structure_says_what_is_meant(
     monkeypatch.setattr(_cuda_driver, "adopt", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: inside(None))
     monkeypatch.setattr(_cuda_driver, "raw", lambda stream, index: 7 if stream is None else 0)
-    memory, other = filled((6, 64), torch.int32), filled((6, 80), torch.int32)
-    dst, src = memory[1:5, :20], other[:4, 60:]
+    memory = filled((6, 64), torch.int32)
+    other = filled((6, 80), torch.int32)
+    dst = memory[1:5, :20]
+    src = other[:4, 60:]
     rows = memcpy.pitched(dst, src)
     assert isinstance(rows, Pitched)
-    before, wanted = memory.clone(), src.clone()
+    before = memory.clone()
+    wanted = src.clone()
     places = dst.data_ptr(), src.data_ptr(), to_device, rows, torch.device("cuda", 0)
     default: Any = object()  # stream 0 is a stream, not the lack of one
     for stream in (None, default):

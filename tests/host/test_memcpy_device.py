@@ -24,7 +24,9 @@ from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.transfer import copies_holding_memory
 from portakv_conformance import simdev
 
-ROWS, WIDTH = 12, 512  # of int32, in a matrix that is twice as wide
+# of int32, in a matrix that is twice as wide
+ROWS = 12
+WIDTH = 512
 REPEATS = 10
 
 HOSTS = ["pageable", "pageable rows", "pinned", "pinned rows", "pinned columns", "pinned elements"]
@@ -74,7 +76,8 @@ def way(
         device: torch.device, stream: torch.Stream | None,
     ) -> None:  # fmt: skip
         width, height, src_pitch, dst_pitch = rows
-        at, widths = torch.arange(height), torch.full((height,), width)
+        at = torch.arange(height)
+        widths = torch.full((height,), width)
         simdev.copy_runs(
             src + at * src_pitch, dst + at * dst_pitch, widths, stream or current(device)
         )
@@ -103,8 +106,10 @@ def second(accelerator: torch.device) -> torch.device:
 def test_every_byte_lands(
     accelerator: torch.device, target: str, source: str, non_blocking: bool, on_side: bool, way: str
 ) -> None:
-    dst, src = place(target, accelerator), place(source, accelerator)
-    wanted, rest = bits(src), rest_of(dst)
+    dst = place(target, accelerator)
+    src = place(source, accelerator)
+    wanted = bits(src)
+    rest = rest_of(dst)
     settle(accelerator)
     copied = copy_(dst, src, non_blocking, torch.Stream(accelerator) if on_side else None)
     assert copied.nbytes == dst.numel() * 4
@@ -138,7 +143,8 @@ def test_non_blocking_does_not_wait_and_blocking_does(
 ) -> None:
     if "rows" in target and way == "torch":
         pytest.skip("torch packs the rows on the host")
-    dst, src = place(target, accelerator), place(source, accelerator)
+    dst = place(target, accelerator)
+    src = place(source, accelerator)
     copy_(dst, src)  # what is loaded late is loaded
     settle(accelerator)
     side = torch.Stream(accelerator)
@@ -162,7 +168,8 @@ def test_a_copy_waits_for_its_producer(
 ) -> None:
     """And what waits for it sees it."""
     for _ in range(REPEATS if accelerator.type != "cuda" else 1):
-        dst, src = place(target, accelerator), place(source, accelerator)
+        dst = place(target, accelerator)
+        src = place(source, accelerator)
         fresh = there(accelerator, ROWS, WIDTH)
         wanted = bits(fresh)
         settle(accelerator)
@@ -189,8 +196,10 @@ def test_pinned_memory_that_the_host_packs_is_written_first(
 
     if accelerator.type != "cuda":  # as CUDA does
         monkeypatch.setattr(torch.Tensor, "copy_", packed)
-    src, dst = place(source, accelerator), there(accelerator, ROWS, WIDTH)
-    fresh, side = there(accelerator, ROWS, WIDTH), torch.Stream(accelerator)
+    src = place(source, accelerator)
+    dst = there(accelerator, ROWS, WIDTH)
+    fresh = there(accelerator, ROWS, WIDTH)
+    side = torch.Stream(accelerator)
     settle(accelerator)
     delay(side)
     with on(side):
@@ -200,7 +209,8 @@ def test_pinned_memory_that_the_host_packs_is_written_first(
 
 
 def test_pageable_memory_may_change_right_after_the_call(accelerator: torch.device) -> None:
-    src, dst = filled((64,), torch.int32), there(accelerator, 64)
+    src = filled((64,), torch.int32)
+    dst = there(accelerator, 64)
     wanted = src.clone()
     delay(current(accelerator))
     copied = copy_h2d(dst, src, non_blocking=True)
@@ -211,7 +221,9 @@ def test_pageable_memory_may_change_right_after_the_call(accelerator: torch.devi
 
 @pytest.mark.gpu
 def test_the_default_stream_is_a_stream() -> None:
-    dst, src, side = there(DEVICE, 64), there(DEVICE, 64), torch.cuda.Stream(DEVICE)
+    dst = there(DEVICE, 64)
+    src = there(DEVICE, 64)
+    side = torch.cuda.Stream(DEVICE)
     settle(DEVICE)
     with torch.cuda.stream(side):
         delay(side)
@@ -222,9 +234,12 @@ def test_the_default_stream_is_a_stream() -> None:
 
 
 def test_what_is_freed_while_a_copy_flies(accelerator: torch.device, way: str) -> None:
-    src, back = pinned(ROWS, 2 * WIDTH)[:, :WIDTH], pinned(ROWS, 2 * WIDTH)[:, :WIDTH]
-    wanted, side = src.clone(), torch.Stream(accelerator)
-    dst, through = there(accelerator, ROWS, WIDTH), there(accelerator, ROWS, WIDTH)
+    src = pinned(ROWS, 2 * WIDTH)[:, :WIDTH]
+    back = pinned(ROWS, 2 * WIDTH)[:, :WIDTH]
+    wanted = src.clone()
+    side = torch.Stream(accelerator)
+    dst = there(accelerator, ROWS, WIDTH)
+    through = there(accelerator, ROWS, WIDTH)
     settle(accelerator)
     delay(side)
     copy_h2d(through, src, True, side)
@@ -242,7 +257,8 @@ def test_what_is_freed_while_a_copy_flies(accelerator: torch.device, way: str) -
 
 
 def test_memory_is_let_go_once_a_copy_has_ended(accelerator: torch.device) -> None:
-    src, dst = pinned(64), there(accelerator, 64)
+    src = pinned(64)
+    dst = there(accelerator, 64)
     copy_h2d(dst, src)  # what is loaded late is loaded
     settle(accelerator)
     delay(current(accelerator))
@@ -261,7 +277,8 @@ def test_memory_that_is_pinned_only_at_its_beginning(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     held: object = None
-    src, dst = filled((ROWS, 2 * WIDTH), torch.int32), there(accelerator, ROWS, WIDTH)
+    src = filled((ROWS, 2 * WIDTH), torch.int32)
+    dst = there(accelerator, ROWS, WIDTH)
     assert not is_pinned(src)
     if accelerator.type == "cuda":
         held = register(src[: ROWS // 2], fallback=False)
@@ -282,7 +299,8 @@ def test_between_two_devices(
     accelerator: torch.device, second: torch.device, on_source: bool | None, columns: slice
 ) -> None:
     for _ in range(REPEATS if accelerator.type != "cuda" else 1):
-        src, fresh = there(accelerator, ROWS, 2 * WIDTH), there(accelerator, ROWS, 2 * WIDTH)
+        src = there(accelerator, ROWS, 2 * WIDTH)
+        fresh = there(accelerator, ROWS, 2 * WIDTH)
         dst = there(second, ROWS, 2 * WIDTH)
         wanted = bits(fresh[:, columns])
         stream = None if on_source is None else torch.Stream(accelerator if on_source else second)
@@ -305,7 +323,8 @@ def test_between_two_devices(
 
 
 def test_a_stream_that_takes_no_part(accelerator: torch.device, second: torch.device) -> None:
-    src, dst = there(accelerator, 64), there(accelerator, 64)
+    src = there(accelerator, 64)
+    dst = there(accelerator, 64)
     with refused(DeviceMismatch, f"{accelerator}", f"{second}", watch=dst):
         copy_d2d(dst, src, stream=torch.Stream(second))
     with refused(DeviceMismatch, "cpu", watch=dst):
@@ -327,7 +346,8 @@ def test_what_can_be_captured(
     accelerator: torch.device, target: str, source: str, why: tuple[str, ...],
     way: str, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    dst, src = place(target, accelerator), place(source, accelerator)
+    dst = place(target, accelerator)
+    src = place(source, accelerator)
     monkeypatch.setattr(memcpy, "capturing", lambda device: True)
     with refused(Unsupported, "non_blocking=True", watch=dst):
         copy_(dst, src)
@@ -349,8 +369,10 @@ def test_a_copy_in_a_graph(rows: bool, on_side: bool) -> None:
     if rows and not is_available():
         pytest.skip(_cuda_driver.why_not(DEVICE) or "")
     cut = (slice(None), slice(0, WIDTH)) if rows else (slice(None),)
-    src, back = pinned(ROWS, 2 * WIDTH)[cut], pinned(ROWS, 2 * WIDTH)[cut]
-    through, side = there(DEVICE, *src.shape), torch.cuda.Stream(DEVICE)
+    src = pinned(ROWS, 2 * WIDTH)[cut]
+    back = pinned(ROWS, 2 * WIDTH)[cut]
+    through = there(DEVICE, *src.shape)
+    side = torch.cuda.Stream(DEVICE)
     copy_h2d(through, src)
     graph: Any = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -60,7 +60,8 @@ def test_so_many_bytes_and_no_more(
 
 @each_way
 def test_a_tensor_of_any_shape_and_of_none() -> None:
-    tensor, nothing = pinned.empty((3, 5), torch.bfloat16), pinned.empty((0, 4), torch.int8)
+    tensor = pinned.empty((3, 5), torch.bfloat16)
+    nothing = pinned.empty((0, 4), torch.int8)
     assert (tensor.shape, nothing.shape, pinned.empty(7).shape) == ((3, 5), (0, 4), (7,))
     assert (tensor.dtype, tensor.untyped_storage().nbytes()) == (torch.bfloat16, 30)
 
@@ -155,8 +156,11 @@ def test_no_memory(call: Callable[[], object], words: str, monkeypatch: pytest.M
 
 @each_way
 def test_memory_is_not_freed_while_registered_nor_registered_once_freed() -> None:
-    gone, released = private(), memoryview(bytearray(9))
-    tensor, cut, byte = torch.zeros(5000), torch.zeros(50, 100).t(), torch.zeros(1).bool()
+    gone = private()
+    released = memoryview(bytearray(9))
+    tensor = torch.zeros(5000)
+    cut = torch.zeros(50, 100).t()
+    byte = torch.zeros(1).bool()
     shared = SharedMemory(create=True, size=3 * PAGE)
     shared.unlink()
     held = pinned.register(shared)
@@ -365,10 +369,8 @@ def test_pieces(cuda: FakeLibrary) -> None:
         assert memory.parts(PAGE, PAGE) == [(PAGE, PAGE)]
         assert memory.parts(3 * PAGE, 5 * PAGE) == [(3 * PAGE, PAGE), (4 * PAGE, 4 * PAGE)]
         assert memory.parts(0, 9 * PAGE)[-1] == (8 * PAGE, PAGE)
-        end, outside = (
-            memory.nbytes,
-            f"were asked of {memory.nbytes} bytes; expected|a whole number",
-        )
+        end = memory.nbytes
+        outside = f"were asked of {memory.nbytes} bytes; expected|a whole number"
         for each in ((0, end + 1), (-5, 9), (end, 1), (end + 1, 0), (8, -1), (0, 1.5), ("x", 1)):
             with pytest.raises(HostMemoryError, match=outside):
                 memory.parts(*each)

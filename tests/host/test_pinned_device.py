@@ -145,7 +145,8 @@ def test_what_a_vendor_s_runtime_registered_is_pinned_if_the_caller_says_so(down
     there = torch.arange(1 << 14, dtype=torch.int32, device=SIMDEV).view(64, 4, 64)
     rest: dict[str, Any] = {"shape": here.shape, "dtype": here.dtype, "device": "cpu"}
     host = KVView.at([here.data_ptr()], "block token dim", pinned=True, **rest)
-    caches, blocks = KVView(there, "block token dim"), torch.randperm(64)
+    caches = KVView(there, "block token dim")
+    blocks = torch.randperm(64)
     assert host.form.place == "pinned"
     sides = (caches, host, blocks, range(64)) if downward else (host, caches, range(64), blocks)
     copy_blocks(*sides).synchronize()
@@ -220,7 +221,8 @@ def test_neighbours_on_the_heap_are_left_alone(behind: int) -> None:
     """A pageable copy that begins behind registered memory, in its last page, and reaches far."""
     heap = torch.zeros(64 * PAGE, dtype=torch.uint8)
     first = -heap.data_ptr() % PAGE
-    ours, theirs = heap[first + 100 : first + 3 * 4096 + 50], heap[first + 3 * 4096 + 50 + behind :]
+    ours = heap[first + 100 : first + 3 * 4096 + 50]
+    theirs = heap[first + 3 * 4096 + 50 + behind :]
     with pinned.register(ours, fallback=False) as held:
         assert held.tensor.is_pinned()
         lands_later(held.tensor)
@@ -342,7 +344,8 @@ def test_17_gib_faster_than_torch_and_to_the_byte() -> None:
     """Run with ``-s`` to see the seconds."""
     nbytes = 17 << 30
     pinned.allocate(nbytes, fallback=False).close()  # neither pays for pages used a first time
-    before, began = resident(), time.perf_counter()
+    before = resident()
+    began = time.perf_counter()
     memory = pinned.allocate(nbytes, fallback=False)
     ours = time.perf_counter() - began
     assert abs(resident() - before - nbytes) < (64 << 20)

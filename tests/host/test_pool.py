@@ -86,7 +86,8 @@ def test_waiting_ends_by_time_or_a_release(make: Make, monkeypatch: pytest.Monke
 
 def test_released_twice_or_elsewhere(make: Make) -> None:
     with make(2) as pool, PinnedPool(SIZE, 2) as other:
-        block, theirs = pool.acquire(), other.acquire()
+        block = pool.acquire()
+        theirs = other.acquire()
         never = SimpleNamespace(synchronize=lambda: pytest.fail("it waited first"), done=bool)
         for place, strange in ((other, block), (pool, theirs)):
             with refused(HostMemoryError, "another pool"):
@@ -105,7 +106,8 @@ def test_released_twice_or_elsewhere(make: Make) -> None:
 
 
 def test_a_closed_pool(make: Make, either: Any) -> None:
-    before, pool = claimed(), make(1)
+    before = claimed()
+    pool = make(1)
     tensor = pool.acquire().tensor
     with pytest.warns(ResourceWarning, match="closed"):
         pool.close()
@@ -253,7 +255,9 @@ class Scarce:
     """In the place of `pinned.allocate`: no memory for more than ``room`` blocks at a time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, room: int) -> None:
-        self.room, self.asked, self._allocate = room, [0], pinned.allocate
+        self.room = room
+        self.asked = [0]
+        self._allocate = pinned.allocate
         monkeypatch.setattr(pinned, "allocate", self)
 
     def __call__(self, nbytes: int, **options: Any) -> PinnedMemory:
@@ -269,7 +273,8 @@ def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.Monk
         scarce = Scarce(monkeypatch, 3)
         block, *_ = pool.acquire_many(5)
         assert (pool.blocks, scarce.asked) == (5, [0, 31 * 1024 + SIZE, 2 * 1024 + SIZE])
-        scarce.room, kept = 0, claimed()
+        scarce.room = 0
+        kept = claimed()
         with pytest.raises(PoolExhausted, match="it has 5 and there was no memory") as refused:
             pool.acquire()
         assert str(refused.value.__cause__) == "of the test"
@@ -285,7 +290,8 @@ def test_it_grows_by_what_is_missing_or_tells_the_cause(monkeypatch: pytest.Monk
 def test_a_wait_ends_with_memory_or_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     with PinnedPool(SIZE, 1, limit=64, grow=32) as pool:
         pool.acquire()
-        scarce, began = Scarce(monkeypatch, 0), time.monotonic()
+        scarce = Scarce(monkeypatch, 0)
+        began = time.monotonic()
         threading.Timer(0.05, setattr, (scarce, "room", 1)).start()
         assert pool.acquire(wait=True, timeout=10).index == 1
         scarce.room = 0

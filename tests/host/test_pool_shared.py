@@ -130,7 +130,9 @@ def test_kept_and_removed(name: str) -> None:
 
 def test_owners_that_are_numbers_and_work_that_goes_on(name: str) -> None:
     with SharedPool(name, 64, 1) as pool:
-        block, taken = pool.acquire(owner=7), []  # type: ignore[arg-type]
+        # type: ignore[arg-type]
+        block = pool.acquire(owner=7)
+        taken = []
         assert "for 7" in pool.leaks()[0]
 
         def meanwhile() -> None:  # as another thread may, while this one waits for the work
@@ -195,7 +197,8 @@ def test_a_block_that_a_predecessor_left_is_free(name: str) -> None:
 
 def test_blocks_of_a_killed_process_are_taken_back_when_needed(name: str) -> None:
     with SharedPool(name, SIZE, 4) as pool:
-        dead, living = holder(name, 2), holder(name, 1)
+        dead = holder(name, 2)
+        living = holder(name, 1)
         assert pool.reclaim() == []
         mine = pool.acquire("mine")
         with pytest.raises(PoolExhausted, match=r"holder \(\d+\): 2\n  holder \(\d+\): 1"):

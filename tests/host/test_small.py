@@ -19,9 +19,12 @@ from portakv.host import _small_ways
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 
-META, CARD, INT = torch.device("meta"), torch.device("cuda", 0), torch.int64
+META = torch.device("meta")
+CARD = torch.device("cuda", 0)
+INT = torch.int64
 zeros = partial(torch.zeros, dtype=INT)
-ONE, ARRAY = zeros(1), np.zeros(3)
+ONE = zeros(1)
+ARRAY = np.zeros(3)
 NESTED = torch.nested.nested_tensor([ONE])
 
 

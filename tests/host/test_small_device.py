@@ -253,7 +253,8 @@ def test_a_graph_reads_what_was_refilled(way: str, count: int, dtype: torch.dtyp
 @pytest.mark.gpu
 def test_what_is_not_captured() -> None:
     gc.collect()  # a graph of an earlier test that is freed during this capture would end it
-    out, side = torch.zeros(5, dtype=torch.int32, device=DEVICE), torch.cuda.Stream(DEVICE)
+    out = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    side = torch.cuda.Stream(DEVICE)
     calls = [small_copy(call, way) for call in ("new", "ready") for way in (None, "inline")]
     for call in calls:
         call([0] * 5, out)
@@ -283,7 +284,9 @@ def test_while_a_large_copy_is_in_flight(way: str, count: int) -> None:
     host = torch.zeros(1 << 30, dtype=torch.uint8).pin_memory()
     large = torch.empty(1 << 30, dtype=torch.uint8, device=DEVICE)
     out = torch.zeros(count, dtype=torch.int64, device=DEVICE)
-    side, other, ended = torch.cuda.Stream(DEVICE), torch.cuda.Stream(DEVICE), torch.cuda.Event()
+    side = torch.cuda.Stream(DEVICE)
+    other = torch.cuda.Stream(DEVICE)
+    ended = torch.cuda.Event()
     for nth in range(6):
         values = np.arange(nth, nth + count)
         torch.cuda.synchronize()

@@ -32,8 +32,10 @@ from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc, streams
 
-CPU, CARD = torch.device("cpu"), torch.device("cuda", 1)
-INLINE, VALUE = MOST["inline"], MOST["value"]
+CPU = torch.device("cpu")
+CARD = torch.device("cuda", 1)
+INLINE = MOST["inline"]
+VALUE = MOST["value"]
 
 
 @pytest.mark.parametrize("dtype", INTEGERS, ids=str)
@@ -55,7 +57,8 @@ def test_counts_round_the_limits(
     assert shaped.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
     for limit in (240, 1008, 4096, 8192, VALUE, 32764, INLINE, 1 << 18):
         for count in range(limit // dtype.itemsize - 2, limit // dtype.itemsize + 3):
-            nbytes, values = count * dtype.itemsize, drawn(count, dtype)
+            nbytes = count * dtype.itemsize
+            values = drawn(count, dtype)
             if nbytes > place.most and place.asked is not None:
                 with refused(BackendUnavailable, str(place.most)):
                     to_device(values, place.device, way=place.asked)
@@ -76,7 +79,8 @@ def test_a_target_of_any_alignment(place: Place, offset: int) -> None:
     """Only the elements asked for are written, by the widest vector that is allowed there."""
     for count in (0, 1, 15, 16, 17, 64, 333, 5000, min(place.most, INLINE)):
         memory = filled((count + 4200,), torch.uint8, device=place.device)
-        before, values = memory.clone(), drawn(count, torch.uint8)
+        before = memory.clone()
+        values = drawn(count, torch.uint8)
         to_device(values, out=memory[offset : offset + count], way=place.asked)
         assert same_bits(memory[offset : offset + count], values)
         assert torch.equal(memory[:offset], before[:offset])
@@ -86,7 +90,8 @@ def test_a_target_of_any_alignment(place: Place, offset: int) -> None:
 def test_sends_again_and_again(place: Place) -> None:
     sender = SmallCopy(300, torch.int32, place.device, way=place.asked)
     for count in (300, 16, 0, 1, 299, 64, 72):
-        before, values = sender.out.clone(), drawn(count, torch.int32)
+        before = sender.out.clone()
+        values = drawn(count, torch.int32)
         landed = sender.send(values)
         assert landed.untyped_storage().data_ptr() == sender.out.data_ptr()
         assert same_bits(landed, values)
@@ -213,7 +218,8 @@ def test_a_forked_process_cannot_send(card: Card, way: Send) -> None:
 
 def test_each_thread_has_memory_and_a_context_of_its_own(card: Card) -> None:
     way = Target(CARD).make("inline", torch.int64, 64)
-    turn, all_sent = threading.Lock(), threading.Barrier(4)
+    turn = threading.Lock()
+    all_sent = threading.Barrier(4)
 
     def work(number: int) -> None:
         for _ in range(2):

@@ -29,7 +29,11 @@ from portakv.integrations import IntegrationError, kvcacheio_pools
 from portakv.integrations import kvcacheio as io
 
 CPU = torch.device("cpu")
-LAYERS, TOKENS, HEADS, DIM, PAGE = 3, 32, 2, 8, 4
+LAYERS = 3
+TOKENS = 32
+HEADS = 2
+DIM = 8
+PAGE = 4
 ITEM = HEADS * DIM * 2  # bytes of a token of one layer, in bf16
 PITCH = ITEM * LAYERS
 WHERE = [(where, dtype) for where in ("host", "device") for dtype in (torch.int64, torch.int32)]
@@ -147,8 +151,10 @@ def judge(
 def test_one_layer_to_the_device(
     host: str, where: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    there, here = on_host(host, device, 1), on_device(device, 50)
-    s, d = ids(where, dtype, device, 2), ids(where, dtype, device, 3)
+    there = on_host(host, device, 1)
+    here = on_device(device, 50)
+    s = ids(where, dtype, device, 2)
+    d = ids(where, dtype, device, 3)
     layer = 1
 
     def call() -> None:
@@ -173,8 +179,10 @@ def test_one_layer_to_the_device(
 def test_all_layers_to_the_host(
     host: str, where: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    there, here = on_host(host, device, 1), on_device(device, 50)
-    s, d = ids(where, dtype, device, 2), ids(where, dtype, device, 3)
+    there = on_host(host, device, 1)
+    here = on_device(device, 50)
+    s = ids(where, dtype, device, 2)
+    d = ids(where, dtype, device, 3)
     tables = table(here.k), table(here.v)
 
     def call() -> None:
@@ -199,8 +207,10 @@ def test_all_layers_to_the_host(
 def test_all_layers_between_two_pools_of_the_device(
     where: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    src, dst = on_device(device, 1), on_device(device, 50)
-    s, d = ids(where, dtype, device, 2), ids(where, dtype, device, 3)
+    src = on_device(device, 1)
+    dst = on_device(device, 50)
+    s = ids(where, dtype, device, 2)
+    d = ids(where, dtype, device, 3)
 
     def call() -> None:
         io.transfer_kv_all_layer(
@@ -214,8 +224,10 @@ def test_all_layers_between_two_pools_of_the_device(
 @where_and_dtype
 @pytest.mark.parametrize("host", ["lf", "pf"])
 def test_mla(host: str, where: str, dtype: torch.dtype, device: torch.device) -> None:
-    there, here = on_host(host, device, 1).k, on_device(device, 50).k
-    s, d = ids(where, dtype, device, 2), ids(where, dtype, device, 3)
+    there = on_host(host, device, 1).k
+    here = on_device(device, 50).k
+    s = ids(where, dtype, device, 2)
+    d = ids(where, dtype, device, 3)
     layer = LAYERS - 1
 
     def up() -> None:
@@ -238,12 +250,15 @@ def test_mla(host: str, where: str, dtype: torch.dtype, device: torch.device) ->
 @where_and_dtype
 @pytest.mark.parametrize("mla", [False, True], ids=["mha", "mla"])
 def test_direct(mla: bool, where: str, dtype: torch.dtype, device: torch.device) -> None:
-    there, here = on_host("pfd", device, 1), on_device(device, 50)
-    s, d = pages(where, dtype, device, 2), pages(where, dtype, device, 3)
+    there = on_host("pfd", device, 1)
+    here = on_device(device, 50)
+    s = pages(where, dtype, device, 2)
+    d = pages(where, dtype, device, 3)
     pools = [there.k] if mla else [there.k, there.v]
     lists = [here.k] if mla else [here.k, here.v]
     all_layers = list(itertools.chain.from_iterable(lists))
-    hosts, devices = [(x, "pfd") for x in pools], [(x, "lf") for x in lists]
+    hosts = [(x, "pfd") for x in pools]
+    devices = [(x, "lf") for x in lists]
 
     def down() -> None:
         io.transfer_kv_all_layer_direct_lf_pf(all_layers, pools, s, d, PAGE)
@@ -268,9 +283,12 @@ def test_direct(mla: bool, where: str, dtype: torch.dtype, device: torch.device)
 def test_direct_between_lists(
     pin: bool, where: str, dtype: torch.dtype, device: torch.device
 ) -> None:
-    there, here = on_host("lf", device, 1, pin), on_device(device, 50)
-    s, d = pages(where, dtype, device, 2), pages(where, dtype, device, 3)
-    src, dst = [*here.k, *here.v], [*there.k, *there.v]
+    there = on_host("lf", device, 1, pin)
+    here = on_device(device, 50)
+    s = pages(where, dtype, device, 2)
+    d = pages(where, dtype, device, 3)
+    src = [*here.k, *here.v]
+    dst = [*there.k, *there.v]
 
     def call() -> None:
         io.transfer_kv_direct(src, dst, s, d, PAGE)
@@ -280,8 +298,10 @@ def test_direct_between_lists(
 
 
 def test_direct_pages_that_begin_anywhere() -> None:
-    here, there = on_device(CPU, 1), on_device(CPU, 50)
-    s, d = torch.tensor([3, 4, 5, 6, 21, 22, 23, 24]), torch.tensor([9, 10, 11, 12, 1, 2, 3, 4])
+    here = on_device(CPU, 1)
+    there = on_device(CPU, 50)
+    s = torch.tensor([3, 4, 5, 6, 21, 22, 23, 24])
+    d = torch.tensor([9, 10, 11, 12, 1, 2, 3, 4])
 
     def call() -> None:
         io.transfer_kv_direct(here.k, there.k, s, d, PAGE)
@@ -290,8 +310,10 @@ def test_direct_pages_that_begin_anywhere() -> None:
 
 
 def test_of_the_ids_of_a_direct_copy_the_first_of_each_page_counts() -> None:
-    here, there = on_device(CPU, 1), on_device(CPU, 50)
-    s, d = pages("host", torch.int64, CPU, 2), pages("host", torch.int64, CPU, 3)
+    here = on_device(CPU, 1)
+    there = on_device(CPU, 50)
+    s = pages("host", torch.int64, CPU, 2)
+    d = pages("host", torch.int64, CPU, 3)
     odd = s.clone()
     odd.view(-1, PAGE)[:, 1:] = -7
 
@@ -307,7 +329,8 @@ def test_widths_and_begins_that_no_vector_fits(device: torch.device) -> None:
     host = host.reshape(6, 2, PAGE, 7)
     whole = torch.zeros(5 + 8 * PAGE * 7, dtype=torch.uint8, device=device)
     rows = whole[5:].view(-1, 7)
-    s, d = torch.arange(PAGE, 3 * PAGE), torch.arange(4 * PAGE, 6 * PAGE)
+    s = torch.arange(PAGE, 3 * PAGE)
+    d = torch.arange(4 * PAGE, 6 * PAGE)
     io.transfer_kv_per_layer_direct_pf_lf([host], [rows], s, d, 1, PAGE)
     synchronize(device)
     wanted = torch.zeros_like(whole, device="cpu")
@@ -318,8 +341,10 @@ def test_widths_and_begins_that_no_vector_fits(device: torch.device) -> None:
 def test_strided_rows_of_a_device(device: torch.device) -> None:
     """A pool whose tokens hold all layers, as SGLang's unified one."""
     whole = drawn((TOKENS, LAYERS, HEADS, DIM), 1).to(device)
-    src, there = list(whole.unbind(1)), on_host("lf", device, 50)
-    s, d = pages("host", torch.int64, device, 2), pages("host", torch.int64, device, 3)
+    src = list(whole.unbind(1))
+    there = on_host("lf", device, 50)
+    s = pages("host", torch.int64, device, 2)
+    d = pages("host", torch.int64, device, 3)
 
     def call() -> None:
         io.transfer_kv_direct(src, list(there.k), s, d, PAGE)
@@ -328,9 +353,12 @@ def test_strided_rows_of_a_device(device: torch.device) -> None:
 
 
 def test_ranges_of_embeddings(device: torch.device) -> None:
-    src, there = drawn((40, 24), 1).to(device), drawn((50, 24), 2)
+    src = drawn((40, 24), 1).to(device)
+    there = drawn((50, 24), 2)
     wanted = there.clone()
-    starts, into, lengths = [0, 30, 7, 11], [44, 3, 20, 0], [5, 10, 0, 2]
+    starts = [0, 30, 7, 11]
+    into = [44, 3, 20, 0]
+    lengths = [5, 10, 0, 2]
     for a, b, n in zip(starts, into, lengths, strict=True):
         wanted[b : b + n] = src[a : a + n].cpu()
     io.transfer_embedding_ranges_direct(src, there, starts, into, lengths)
@@ -348,7 +376,8 @@ def test_ranges_of_embeddings(device: torch.device) -> None:
 def test_rows_within_pools_of_the_host() -> None:
     buffers = [drawn((TOKENS, 16), 1), drawn((TOKENS, 8), 2)]
     wanted = [x.clone() for x in buffers]
-    src, dst = torch.tensor([3, 9, 12]), torch.tensor([30, 0, 7])
+    src = torch.tensor([3, 9, 12])
+    dst = torch.tensor([30, 0, 7])
     for each in wanted:
         each[dst] = each[src]
     strides = torch.tensor([x.stride(0) * 2 for x in buffers])
@@ -383,8 +412,10 @@ def test_rows_within_pools_of_the_host_that_are_read_and_written(
 def test_bad_rows_within_pools_of_the_host() -> None:
     """The pool is the middle of its memory: what an id below 0 would reach is there to be seen."""
     memory = drawn((3, TOKENS, 16), 1)
-    pool, before = memory[1], memory.clone()
-    one, stride = torch.tensor([1]), torch.tensor([32])
+    pool = memory[1]
+    before = memory.clone()
+    one = torch.tensor([1])
+    stride = torch.tensor([32])
     twice = torch.tensor([1, 1]), torch.tensor([1, 2])
     for dst, src in (
         (one, -one),
@@ -415,7 +446,8 @@ def test_the_address_of_a_tensor(device: torch.device) -> None:
 
 
 def test_no_ids_move_nothing(device: torch.device) -> None:
-    there, here = on_host("pf", device, 1), on_device(device, 50)
+    there = on_host("pf", device, 1)
+    here = on_device(device, 50)
     none = torch.empty(0, dtype=torch.int64, device=CPU)
     before = logical(here.k)
     io.transfer_kv_per_layer_pf_lf(
@@ -431,10 +463,13 @@ def test_no_ids_move_nothing(device: torch.device) -> None:
 @pytest.mark.parametrize("order", ["pf", "ph"])
 def test_copies_are_ordered_on_the_current_stream(order: str, accelerator: torch.device) -> None:
     """Each reads what the stream wrote before, and is read by what the stream does behind it."""
-    there, here = on_host(order, accelerator, 1), on_device(accelerator, 50)
-    fresh, s = drawn((TOKENS, HEADS, DIM), 99).pin_memory(), torch.arange(TOKENS, device="cpu")
+    there = on_host(order, accelerator, 1)
+    here = on_device(accelerator, 50)
+    fresh = drawn((TOKENS, HEADS, DIM), 99).pin_memory()
+    s = torch.arange(TOKENS, device="cpu")
     on = s.to(accelerator)
-    tables, out = (table(here.k), table(here.v)), torch.empty_like(here.k[0])
+    tables = (table(here.k), table(here.v))
+    out = torch.empty_like(here.k[0])
     extra = (PAGE, HEADS) if order == "ph" else ()
     down = io.transfer_kv_all_layer_lf_ph if extra else io.transfer_kv_all_layer_lf_pf
     up = io.transfer_kv_per_layer_ph_lf if extra else io.transfer_kv_per_layer_pf_lf
@@ -456,7 +491,8 @@ def test_copies_are_ordered_on_the_current_stream(order: str, accelerator: torch
 
 def test_a_table_is_read_once_and_again_when_it_was_written(device: torch.device) -> None:
     first, second, into = (on_device(device, seed) for seed in (1, 20, 50))
-    kept, target = table(first.k), table(into.k)
+    kept = table(first.k)
+    target = table(into.k)
     s = torch.arange(4)
     for expected in (first, first, second):
         if expected is second:
@@ -469,7 +505,8 @@ def test_a_table_is_read_once_and_again_when_it_was_written(device: torch.device
 def test_a_table_that_was_written_without_torch_knowing(device: torch.device) -> None:
     """By numpy, or in inference mode."""
     first, second, into = (on_device(device, seed) for seed in (1, 20, 50))
-    s, new = torch.arange(4), table(second.k)
+    s = torch.arange(4)
+    new = table(second.k)
 
     def by_numpy(kept: torch.Tensor) -> None:
         kept.numpy()[:] = new.numpy()
@@ -490,7 +527,8 @@ def test_a_table_that_was_written_without_torch_knowing(device: torch.device) ->
 
 def test_ids_and_tables_of_a_device_are_not_read_back(accelerator: torch.device) -> None:
     """Once a table is known, a copy within the device waits for nothing."""
-    src, dst = on_device(accelerator, 1), on_device(accelerator, 50)
+    src = on_device(accelerator, 1)
+    dst = on_device(accelerator, 50)
     s = torch.arange(8, device=accelerator)
     tables = table(src.k), table(dst.k), table(src.v), table(dst.v)
     io.transfer_kv_all_layer(*tables, s, s, ITEM, LAYERS)
@@ -504,8 +542,10 @@ def test_ids_and_tables_of_a_device_are_not_read_back(accelerator: torch.device)
 def test_a_table_that_is_not_known_is_refused_in_a_capture(
     accelerator: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    src, dst = on_device(accelerator, 1), on_device(accelerator, 50)
-    s, known = torch.arange(8, device=accelerator), (src.k_table, dst.k_table)
+    src = on_device(accelerator, 1)
+    dst = on_device(accelerator, 50)
+    s = torch.arange(8, device=accelerator)
+    known = (src.k_table, dst.k_table)
     io.transfer_kv_all_layer_mla(*known, s, s, ITEM, LAYERS)
     monkeypatch.setattr(kvcacheio_pools, "capturing", lambda device: device == accelerator)
     io.transfer_kv_all_layer_mla(*known, s, s, ITEM, LAYERS)
@@ -533,7 +573,8 @@ def test_pools_that_were_made_again(device: torch.device) -> None:
     """The same addresses or others, nothing of the old pool is used."""
     s = torch.arange(4)
     for seed in range(3):
-        there, here = on_host("pf", device, seed), on_device(device, 50)
+        there = on_host("pf", device, seed)
+        here = on_device(device, 50)
         io.transfer_kv_per_layer_pf_lf(there.k, here.k[1], there.v, here.v[1], s, s, 1, ITEM, PITCH)
         synchronize(device)
         assert torch.equal(logical(here.k)[1, :4], logical(there.k, "pf")[1, :4])
@@ -561,12 +602,14 @@ def bad(call: Callable[[], None], kind: type[PortaKVError], *names: str) -> None
 
 
 def test_sizes_that_do_not_fit() -> None:
-    there, here = on_host("pf", CPU, 1), on_device(CPU, 50)
+    there = on_host("pf", CPU, 1)
+    here = on_device(CPU, 50)
     head = on_host("ph", CPU, 1)
     s = torch.arange(4)
     odd = torch.zeros(TOKENS, HEADS, DIM + 1).bfloat16()
     cut = torch.zeros(TOKENS, 2 * HEADS, DIM).bfloat16()[:, :HEADS]
-    shape, kept = str(tuple(cut.shape)), table(here.k)
+    shape = str(tuple(cut.shape))
+    kept = table(here.k)
     calls: list[tuple[Callable[[], None], tuple[str, ...]]] = [
         (lambda: io.transfer_kv_per_layer_mla(odd, here.k[0], s, s, ITEM + 1), ()),
         (lambda: io.transfer_kv_per_layer_mla(cut, here.k[0], s, s, ITEM), (shape, "(32, 8, 1)")),
@@ -609,7 +652,9 @@ def test_sizes_that_do_not_fit() -> None:
     ],
 )
 def test_arguments_of_another_type(name: str, value: Any) -> None:
-    a, b, s = on_device(CPU, 1).k[0], on_device(CPU, 50).k[0], torch.arange(4)
+    a = on_device(CPU, 1).k[0]
+    b = on_device(CPU, 50).k[0]
+    s = torch.arange(4)
     given: dict[str, Any] = {
         "src": a,
         "dst": b,
@@ -624,7 +669,8 @@ def test_arguments_of_another_type(name: str, value: Any) -> None:
 
 
 def test_lists_of_another_type() -> None:
-    a, s = on_device(CPU, 1).k, torch.arange(PAGE)
+    a = on_device(CPU, 1).k
+    s = torch.arange(PAGE)
     move: Any = io.transfer_kv_direct
     ranges: Any = io.transfer_embedding_ranges_direct
     bad(lambda: move([*a, None], a, s, s, PAGE), IntegrationError, "src_layers")
@@ -636,7 +682,8 @@ def test_lists_of_another_type() -> None:
 
 
 def test_bad_ids() -> None:
-    a, b = on_device(CPU, 1).k[0], on_device(CPU, 50).k[0]
+    a = on_device(CPU, 1).k[0]
+    b = on_device(CPU, 50).k[0]
     before = b.clone()
     s = torch.arange(4)
     for call in (
@@ -665,9 +712,11 @@ def test_bad_ids() -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_any_settings_of_torch(state: str, device: torch.device) -> None:
-    there, here = on_host("pf", device, 1), on_device(device, 50)
+    there = on_host("pf", device, 1)
+    here = on_device(device, 50)
     direct = on_host("pfd", device, 70)
-    s, d = ids("device", torch.int64, device, 2), ids("host", torch.int64, device, 3)
+    s = ids("device", torch.int64, device, 2)
+    d = ids("host", torch.int64, device, 3)
     p = pages("host", torch.int64, device, 2)
     kept = table(here.k), table(here.v)
 
@@ -744,7 +793,8 @@ def test_the_quota_of_mla_is_set_by_sglangs_variable(
 
 def test_the_page_says_the_limits_that_hold() -> None:
     page = Path(__file__).parents[2].joinpath("docs/plugs/sglang.md").read_text(encoding="utf-8")
-    blocks, small = direct.BESIDE, {way: size >> 20 for way, size in SMALL.items()}
+    blocks = direct.BESIDE
+    small = {way: size >> 20 for way, size in SMALL.items()}
     assert (
         f"with {blocks['d2h']} thread blocks to the host ({direct.BLOCKS} up to {small['d2h']} MiB)"
         f" and {blocks['h2d']} to the device ({direct.BLOCKS} up to {small['h2d']} MiB)."
@@ -752,7 +802,8 @@ def test_the_page_says_the_limits_that_hold() -> None:
 
 
 def test_the_quota_limits_kernels_that_reach_the_host(accelerator: torch.device) -> None:
-    there, here = on_host("lf", accelerator, 1).k, on_device(accelerator, 50).k
+    there = on_host("lf", accelerator, 1).k
+    here = on_device(accelerator, 50).k
     s = torch.arange(3)
     with pytest.raises(InvalidTerms, match="max_thread_blocks"):
         io.transfer_kv_per_layer_mla(there[0], here[0], s, s, ITEM, block_quota=0)

@@ -47,7 +47,8 @@ from portakv.integrations.lmcache_formats import LAYOUTS
 
 CPU = torch.device("cpu")
 FORMATS = {int(each): each for each in native.EngineKVFormat.__members__.values()}
-H2D, D2H = native.TransferDirection.H2D, native.TransferDirection.D2H
+H2D = native.TransferDirection.H2D
+D2H = native.TransferDirection.D2H
 #: LMCache's torch op moves a page of format 14 as if it held rows, unlike its own kernels.
 WRONG_THERE = (14,)
 
@@ -148,7 +149,8 @@ def test_what_a_spec_pins_is_adopted_piece_by_piece() -> None:
     class Spec(plug.CpuSpec, Pinning):  # type: ignore[misc]
         """PortaKV's spec over one that can pin."""
 
-    before, spec = {*pinned.seams()}, Spec()
+    before = {*pinned.seams()}
+    spec = Spec()
     assert [spec.pin_memory(at, 4096, 2) for at in (1 << 20, (1 << 20) + 4096)] == [True, True]
     assert not spec.pin_memory((1 << 20) + 8192, 8192, 2)
     assert {*pinned.seams()} - before == {(1 << 20) + 4096}
@@ -270,7 +272,8 @@ def test_slots_as_by_the_torch_op(number: int, direction: Any, ops: Any) -> None
 
 def test_keys_and_values_apart_as_by_the_torch_op(ops: Any) -> None:
     g = GEOMETRIES[4]
-    slots, found = torch.tensor([5, 20, -1, 3]), []
+    slots = torch.tensor([5, 20, -1, 3])
+    found = []
     for module in (torch_ops, ops):
         caches = tensors(physical(g, g.logical(1)), CPU)
         chunk = torch.zeros(2, g.layers, 4, g.row, dtype=torch.bfloat16)
@@ -560,7 +563,8 @@ def test_threads_that_transfer_at_once(ops: Any) -> None:
     g = GEOMETRIES[6]
     logical = g.logical(1)
     caches = tensors(physical(g, logical), CPU)
-    table, rows = pointers(caches, CPU), g.rows(logical)
+    table = pointers(caches, CPU)
+    rows = g.rows(logical)
 
     def store(seed: int) -> bool:
         drawn = np.random.default_rng(seed).permutation(g.slots)[:9]

@@ -103,7 +103,8 @@ def test_slots_by_addresses(number: int, direction: int, where: str, device: tor
         chunk, table, slots, device, g.slots, direction, number, **slot_arguments(g)
     )
     synchronize(device)
-    rows, taken = g.rows(logical).copy(), np.array(SLOTS) >= 0
+    rows = g.rows(logical).copy()
+    taken = np.array(SLOTS) >= 0
     at = np.array(SLOTS)[taken]
     if direction == D2H:
         expected = objects.copy()
@@ -213,7 +214,8 @@ def test_a_step_of_other_caches_and_an_object_of_more_planes(
     number: int, direction: int, device: torch.device
 ) -> None:
     """LMCache's connectors hand both over, and its kernel heeds neither by slots."""
-    g, slots = GEOMETRIES[number], torch.tensor([4, 27, 0, 9])
+    g = GEOMETRIES[number]
+    slots = torch.tensor([4, 27, 0, 9])
     logical, caches = held(g, device, 1)
     objects = g.logical(2).reshape(g.kv, g.layers, g.slots, g.row)[:, :, :4]
     chunk = torch.zeros(2, g.layers, 4, g.row, dtype=torch.bfloat16, device=device)
@@ -344,7 +346,8 @@ def test_without_a_kernel_each_layer_takes_one_call(
     """However many slices the objects cross in: a slice is of whole layers."""
     g = GEOMETRIES[1]._replace(layers=16)
     logical, caches = held(g, DEVICE, 1)
-    ids, stored = [3, 0, 6, 2, 5, 1], g.logical(2)
+    ids = [3, 0, 6, 2, 5, 1]
+    stored = g.logical(2)
     objects = [bits(object_rows(g, stored, [at, at + 1]), CPU) for at in (0, 2, 4)]
     whole = sum(each.nbytes for each in objects)
     monkeypatch.setattr(pageable, "SIZES", Sizes(whole // 16, whole // 16, whole // 8))
@@ -423,7 +426,9 @@ def test_a_layer_of_an_object_there_and_back(device: torch.device) -> None:
 def test_direct_copies(number: int, direction: int, device: torch.device) -> None:
     g = GEOMETRIES[number]
     logical, caches = held(g, device, 1)
-    ids, skips, before = [3, 0, 6, 2], [1, 0], 64
+    ids = [3, 0, 6, 2]
+    skips = [1, 0]
+    before = 64
     nbytes = before + 2 * int(np.prod(object_shape(g, 2)))
     memory = [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(2)]
     if device.type != "cpu":
@@ -478,7 +483,8 @@ def test_no_piece_crosses_a_seam(
 ) -> None:  # fmt: skip
     host = torch.zeros(256, dtype=torch.uint8).pin_memory()
     there = torch.zeros(256, dtype=torch.uint8, device=accelerator)
-    pieces, link = list[tuple[int, int]](), link_of(accelerator)
+    pieces = list[tuple[int, int]]()
+    link = link_of(accelerator)
     copy: Any = link.copy
 
     def recorded(given: Any, *rest: Any) -> None:

@@ -37,7 +37,11 @@ from portakv.integrations import sglang as plug
 
 load_plugins()
 
-LAYERS, TOKENS, PAGE, HEADS, DIM = 3, 64, 8, 2, 16
+LAYERS = 3
+TOKENS = 64
+PAGE = 8
+HEADS = 2
+DIM = 16
 CPU = torch.device("cpu")
 BEFORE = "from support import sglang_on_cpu\n"
 #: What SGLang's own methods serve, by name of the functions of `sgl_kernel.kvcacheio`.
@@ -108,13 +112,15 @@ def build(kind: str, layout: str, device: torch.device, **options: Any) -> Pools
             TOKENS, PAGE, torch.bfloat16, layer_num=LAYERS, device="cpu",
             enable_memory_saver=False, **width,
         )  # fmt: skip
-        info, buffers = pool._mla_buffer_info(), list(pool.kv_buffer)
+        info = pool._mla_buffer_info()
+        buffers = list(pool.kv_buffer)
     else:
         pool = MHATokenToKVPool(
             TOKENS, PAGE, torch.bfloat16, HEADS, DIM, LAYERS, "cpu", False,
             v_head_dim=DIM // 2 if kind == "unequal" else None,
         )  # fmt: skip
-        info, buffers = pool._mha_buffer_info(), [*pool.k_buffer, *pool.v_buffer]
+        info = pool._mha_buffer_info()
+        buffers = [*pool.k_buffer, *pool.v_buffer]
     generator = torch.Generator().manual_seed(1)
     for each in buffers:
         each.copy_(torch.randn(each.shape, generator=generator))
@@ -150,7 +156,8 @@ def moved(info: Any, kind: str, buffers: list[torch.Tensor], device: torch.devic
         return msgspec.structs.replace(
             info, buffers=tuple(buffers), data_ptrs=table(buffers), device=buffers[0].device
         )
-    k, v = tuple(buffers[:LAYERS]), tuple(buffers[LAYERS:])
+    k = tuple(buffers[:LAYERS])
+    v = tuple(buffers[LAYERS:])
     both = msgspec.structs.replace(
         info.buffers, k=k, v=v, k_data_ptrs=table(k), v_data_ptrs=table(v)
     )
@@ -178,7 +185,8 @@ def test_backup_and_load(kind: str, layout: str, io: str, where: str, device: to
             pools.device_pool, on_host, on_device, layer, io_backend=io
         )
     assert plug._KEPT in pools.host.__dict__
-    found, rows = pools.held(), on_device.cpu()
+    found = pools.held()
+    rows = on_device.cpu()
     for mine, right in zip(found, before, strict=True):
         wanted = torch.zeros_like(right)
         wanted[rows] = right[rows]
@@ -191,7 +199,8 @@ def test_the_same_bytes_as_sglangs_own_methods(
 ) -> None:
     """SGLang's methods, unhooked, with the functions that they import from `sgl_kernel` where there
     is one, fill a host pool of the same bytes."""
-    ours, theirs = build(kind, layout, device), build(kind, layout, device)
+    ours = build(kind, layout, device)
+    theirs = build(kind, layout, device)
     on_host, on_device = ours.ids(3, device if io == "kernel" else CPU)
     module = mla if kind == "mla" else mha
     for name in dir(kvcacheio):
@@ -277,7 +286,8 @@ def test_layers_of_a_draft_model_lie_behind_those_of_the_target(kind: str) -> No
 
 def test_context_parallel_ranks_keep_every_nth_token() -> None:
     pools = build("mla", "page_first", CPU)
-    pools.host.dcp_size, pools.host.dcp_rank = 2, 1
+    pools.host.dcp_size = 2
+    pools.host.dcp_rank = 1
     before = pools.held()
     wide = torch.arange(2 * PAGE)
     pools.host.backup_from_device_all_layer(pools.device_pool, wide, wide + 2 * PAGE, "direct")
@@ -370,7 +380,8 @@ def test_its_moves_within_pools_of_the_host(monkeypatch: pytest.MonkeyPatch) -> 
         each[[3, 4, 0]] = each[[4, 9, 0]]
     at = torch.tensor([each.data_ptr() for each in layers], dtype=torch.uint64)
     rows = torch.full((LAYERS,), HEADS * DIM * 4)
-    into, out_of = torch.tensor([3, 4, 0, 0, 7]), torch.tensor([4, 9, 0, 0, 8])
+    into = torch.tensor([3, 4, 0, 0, 7])
+    out_of = torch.tensor([4, 9, 0, 0, 8])
     cache_move.copy_all_layer_kv_cache_func(at, rows, into, out_of, 4, 8, {})
     assert all(map(torch.equal, layers, wanted))
 
@@ -486,7 +497,8 @@ def test_a_layout_of_the_device_that_is_not_read_stays_sglangs() -> None:
 
 def test_host_memory_that_sglang_registered_in_pieces_is_cut_there() -> None:
     pools = build("mha", "page_first", CPU)
-    at, half = pools.host.kv_buffer.data_ptr(), pools.host.kv_buffer.nbytes // 2
+    at = pools.host.kv_buffer.data_ptr()
+    half = pools.host.kv_buffer.nbytes // 2
     pieces = ((at, half), (at + half, half))
     setattr(pools.host.kv_buffer, plug._RANGES, list(pieces))
     assert plug._RANGES == common._CUDA_HOST_REGISTERED_RANGES_ATTR
@@ -496,7 +508,8 @@ def test_host_memory_that_sglang_registered_in_pieces_is_cut_there() -> None:
 
 
 def test_two_engines_in_one_process() -> None:
-    a, b = build("mha", "page_head", CPU), build("mha", "page_head", CPU)
+    a = build("mha", "page_head", CPU)
+    b = build("mha", "page_head", CPU)
     b.lose()
     for pools in (a, b):
         ids = pools.ids(2)

@@ -25,8 +25,11 @@ from portakv import BackendUnavailable, KVView, LayoutError, SlotError, integrat
 from portakv.integrations import IntegrationError
 from portakv.integrations import transformers as plug
 
-LAYERS, KV_HEADS, DIM = 3, 2, 16
-BLOCKS, SIZE = 24, 8
+LAYERS = 3
+KV_HEADS = 2
+DIM = 16
+BLOCKS = 24
+SIZE = 8
 STEPS = 6
 
 
@@ -140,7 +143,8 @@ def test_a_layer_is_as_transformers_own(
 ) -> None:
     """Whatever changes it, at whatever moment, and whether its host memory grows or not."""
     drawn = torch.Generator().manual_seed(0)
-    ours, theirs = plug.PortaKVLayer(), transformers.cache_utils.DynamicLayer()
+    ours = plug.PortaKVLayer()
+    theirs = transformers.cache_utils.DynamicLayer()
     first = torch.randn(2, 2, KV_HEADS, 9, DIM, generator=drawn, device="cpu")
     for layer in (ours, theirs):
         fed(device, layer, first)
@@ -156,7 +160,8 @@ def test_a_layer_is_as_transformers_own(
         assert ours.get_seq_length() == theirs.get_seq_length()
         batch = len(theirs.keys) if theirs.is_initialized else 2
         rows = torch.randn(2, batch, KV_HEADS, tokens, DIM, generator=drawn, device="cpu")
-        mine, own = fed(device, ours, rows), fed(device, theirs, rows)
+        mine = fed(device, ours, rows)
+        own = fed(device, theirs, rows)
         assert all(each.device == device for each in mine)
         assert all(map(torch.equal, mine, own))
         ours.offload()
@@ -179,7 +184,8 @@ def test_only_new_rows_leave(accelerator: torch.device) -> None:
 
 
 def test_it_waits_for_the_model_and_the_model_for_it(accelerator: torch.device) -> None:
-    layer, rows = plug.PortaKVLayer(), torch.randn(2, 1, KV_HEADS, 9, DIM).to(accelerator)
+    layer = plug.PortaKVLayer()
+    rows = torch.randn(2, 1, KV_HEADS, 9, DIM).to(accelerator)
     late = torch.zeros_like(rows)
     torch.accelerator.synchronize(accelerator)
     delay(current(accelerator))
@@ -269,7 +275,8 @@ def test_a_model_goes_on_behind_a_prefix(
     model: Any, device: torch.device, layout: str, kind: type[Any], batch: int
 ) -> None:
     """The prefix leaves one cache, stays in blocks of a pool, and another cache takes it."""
-    pool, tokens = pool_of(device, layout), prompt(batch)
+    pool = pool_of(device, layout)
+    tokens = prompt(batch)
     before = kind()
     first = model(tokens, past_key_values=before).logits[:, -1:].argmax(-1)
     blocks = torch.randperm(BLOCKS)[: 3 * batch].reshape(batch, 3)
@@ -284,7 +291,8 @@ def test_a_model_goes_on_behind_a_prefix(
 @torch.no_grad()
 def test_part_of_a_prefix_serves_another_request(model: Any) -> None:
     """Two requests that share 16 tokens: the second one reads the rest alone."""
-    pool, tokens = pool_of(torch.device("cpu"), "layer | kv block token head dim"), prompt(1, 30)
+    pool = pool_of(torch.device("cpu"), "layer | kv block token head dim")
+    tokens = prompt(1, 30)
     cache = DynamicCache()
     model(tokens, past_key_values=cache)
     plug.save_prefix(cache, pool, [5, 2], 16)
@@ -300,7 +308,8 @@ def test_whatever_torch_was_told_before(device: torch.device, state: State) -> N
     """A layer leaves and comes back, and a prefix goes through a pool."""
     pool = pool_of(device, "block layer kv head token dim")
     rows: Any = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM).to(device)
-    before, after = plug.OffloadedCache(), plug.OffloadedCache()
+    before = plug.OffloadedCache()
+    after = plug.OffloadedCache()
     with state(device):
         for n in range(LAYERS):
             before.update(*rows[n].unbind(0), n)
@@ -391,7 +400,8 @@ def test_what_are_no_tokens(tokens: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(2, 9, DIM), (1, KV_HEADS, 9, DIM, 2)])
 def test_rows_that_were_never_seen(shape: tuple[int, ...]) -> None:
-    layer, rows = plug.PortaKVLayer(), torch.zeros(shape)
+    layer = plug.PortaKVLayer()
+    rows = torch.zeros(shape)
     layer.update(rows, rows)
     with refused(LayoutError, f"shape {shape}, strides {rows.stride()}"):
         layer.offload()
@@ -400,7 +410,8 @@ def test_rows_that_were_never_seen(shape: tuple[int, ...]) -> None:
 
 def test_a_device_without_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer stays where it is, with all of its rows."""
-    layer, rows = plug.PortaKVLayer(), torch.randn(2, 1, KV_HEADS, 9, DIM)
+    layer = plug.PortaKVLayer()
+    rows = torch.randn(2, 1, KV_HEADS, 9, DIM)
     layer.update(*rows)
     monkeypatch.setenv("PORTAKV_BACKEND", "cuda")
     with refused(BackendUnavailable, "cpu"):
@@ -415,7 +426,8 @@ def test_two_models_in_one_process(model: Any) -> None:
     other = small("Qwen2").to(torch.bfloat16)
     pairs = [(each, plug.OffloadedCache(each.config)) for each in (model, other)]
     expected = [steps(each, DynamicCache(), prompt()) for each, _ in pairs]
-    tokens, told = [prompt()] * 2, [list[torch.Tensor](), list[torch.Tensor]()]
+    tokens = [prompt()] * 2
+    told = [list[torch.Tensor](), list[torch.Tensor]()]
     for _ in range(STEPS):
         for n, (each, cache) in enumerate(pairs):
             told[n].append(steps(each, cache, tokens[n], 1))
@@ -426,7 +438,8 @@ def test_two_models_in_one_process(model: Any) -> None:
 
 def test_a_pool_that_was_made_again() -> None:
     """The same addresses or others, nothing holds the memory of the pool before."""
-    cache, after = DynamicCache(), DynamicCache()
+    cache = DynamicCache()
+    after = DynamicCache()
     rows = torch.randn(LAYERS, 2, 1, KV_HEADS, 9, DIM)
     for n in range(LAYERS):
         cache.update(*rows[n], n)

@@ -87,7 +87,8 @@ def test_store_lookup_and_load(device: torch.device, blocks_per_chunk: int) -> N
     caches = Caches(device, [256, 256, 96], [[0, 1, 2]])
     spec = OffloadingSpecFactory.create_spec(offloading_config(608, blocks_per_chunk, 8))
     assert type(spec) is plug.PortaKVOffloadingSpec
-    manager, worker = spec.get_manager(), spec.get_worker(caches.canonical())
+    manager = spec.get_manager()
+    worker = spec.get_worker(caches.canonical())
     assert isinstance(manager, CPUOffloadingManager)
     assert spec.get_worker(caches.canonical()) is worker
     context = base.ReqContext(req_id="request")
@@ -136,7 +137,8 @@ def test_what_the_connector_does(device: torch.device, order: str) -> None:
     latent = specs.MLAAttentionSpec(
         block_size=16, num_kv_heads=1, head_size=64, dtype=torch.bfloat16
     )
-    page, blocks = full.page_size_bytes, 13
+    page = full.page_size_bytes
+    blocks = 13
     assert latent.page_size_bytes == page
     names = ["full.0", "full.1"], ["latent.0", "latent.1"]
     config = specs.KVCacheConfig(
@@ -174,7 +176,8 @@ def test_what_the_connector_does(device: torch.device, order: str) -> None:
             load_jobs=loads, store_jobs=stores, jobs_to_flush=flush
         )
 
-    some, more = [[1, 2, 3], [4, 5]], [[6], [7]]
+    some = [[1, 2, 3], [4, 5]]
+    more = [[6], [7]]
     first = told({}, {1: job(device_spec(some, [0, 0]), host_spec([0, 1, 2]))})
     worker.start_kv_transfers(first)
     worker.prepare_store_kv(first)
@@ -268,7 +271,8 @@ def test_first_and_last_chunk_in_part(
 def test_a_group_without_blocks_is_skipped(device: torch.device, make: Make) -> None:
     caches = Caches(device, [128, 128, 128], [[0], [1], [2]])
     worker = make(caches, 2, 9)
-    went, firsts = [[4, 5, 6], [], [1]], [3, 8, 1]
+    went = [[4, 5, 6], [], [1]]
+    firsts = [3, 8, 1]
     worker.submit_store(1, device_spec(went, firsts), host_spec([3, 8, 5]))
     (result,) = finish(worker, {1})
     assert result.transfer_size == 4 * 128
@@ -499,7 +503,8 @@ def test_shutdown_waits_for_all_jobs_if_one_failed(accelerator: torch.device, ma
     """Else a copy would go on into memory that was given back."""
     caches = Caches(accelerator, [64], [[0]])
     worker = make(caches)
-    host, gone = hosts(worker)[0], []
+    host = hosts(worker)[0]
+    gone = []
     worker._region = SimpleNamespace(cleanup=lambda: gone.append(host[1].clone()))
     worker.submit_store(1, device_spec([[2]], [0]), host_spec([0]))
     worker._store.jobs[1].transfer.completions[0].error = TransferError("Job 1 failed.")
@@ -558,7 +563,8 @@ def test_a_group_without_tensors(device: torch.device, make: Make) -> None:
     """Its blocks have no bytes; those of the others are moved."""
     caches = Caches(device, [64], [[], [0]])
     worker = make(caches)
-    went, came = [[1, 2], [3]], [[4, 6], [5]]
+    went = [[1, 2], [3]]
+    came = [[4, 6], [5]]
     worker.submit_store(1, device_spec(went, [0, 0]), host_spec([0, 1, 2]))
     assert [each.transfer_size for each in finish(worker, {1})] == [64]
     caches.lose()
@@ -582,7 +588,8 @@ def test_caches_that_were_made_again(make: Make) -> None:
         memory = np.full((13, 64), seed, dtype=np.int8)
         gone = weakref.ref(memory)
         caches = Caches(torch.device("cpu"), [64], [[0]])
-        caches.tensors, caches.before = [torch.from_numpy(memory)], [torch.from_numpy(memory + 0)]
+        caches.tensors = [torch.from_numpy(memory)]
+        caches.before = [torch.from_numpy(memory + 0)]
         worker = plug.PortaKVOffloadingWorker(caches.canonical(), 1, 9)
         worker.submit_store(1, device_spec([[3]], [0]), host_spec([1]))
         worker.submit_load(2, host_spec([1]), device_spec([[5]], [0]))

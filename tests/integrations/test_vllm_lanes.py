@@ -82,7 +82,8 @@ def test_the_wait_for_the_model_is_no_time_of_a_copy(paced: bool) -> None:
     lane.jobs[1].synchronize()
     ((_, job),) = lane.finished()
     assert torch.equal(dst.tensors[0].view(-1), src.tensors[0].cpu().view(-1))
-    seconds, by_host = job.seconds(), job.transfer.statistics.seconds
+    seconds = job.seconds()
+    by_host = job.transfer.statistics.seconds
     assert seconds is not None
     assert by_host is not None
     assert seconds > 0

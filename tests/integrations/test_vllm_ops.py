@@ -22,7 +22,10 @@ from portakv.integrations import vllm_ops
 from portakv.view import foreign
 
 SLOTS = [37, 0, -1, 5, 63, 36]
-BLOCKS, SIZE, HEADS, DIM = 8, 8, 3, 16
+BLOCKS = 8
+SIZE = 8
+HEADS = 3
+DIM = 16
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 Noise = Callable[..., Any]  # a tensor; its parts are handed over by *
 
@@ -102,7 +105,8 @@ def test_reshape_and_cache(
 def test_concat_and_cache_mla(
     device: torch.device, noise: Noise, dtype: torch.dtype, padding: int
 ) -> None:
-    latent, rotary = noise(9, 64, dtype=dtype), noise(9, 16, dtype=dtype)
+    latent = noise(9, 64, dtype=dtype)
+    rotary = noise(9, 16, dtype=dtype)
     cache = noise(BLOCKS, SIZE, 80 + padding, dtype=dtype)
     expected = cache.cpu().clone()
     expected[..., :80] = written(cache[..., :80], torch.cat([latent, rotary], 1), SLOTS)
@@ -118,7 +122,8 @@ def test_concat_and_cache_mla_grouped(
 ) -> None:
     """Slots of all layers in one list, or each layer's own; addresses where vLLM has them."""
     layers = 3
-    latent, rotary = noise(layers, len(SLOTS), 64), noise(layers, len(SLOTS), 16)
+    latent = noise(layers, len(SLOTS), 64)
+    rotary = noise(layers, len(SLOTS), 16)
     caches = noise(layers, BLOCKS, SIZE, 80)
     lists = [
         SLOTS if shared else [-1 if x < 0 else (x + n) % 64 for x in SLOTS] for n in range(layers)
@@ -149,10 +154,12 @@ def test_gathering_requests(
     """One request is empty, and the destination is longer than all of them; the first one begins
     where it is said to, as with vLLM's kernel."""
     entry = (HEADS, DIM) if heads else (DIM,)
-    cache, dst = noise(BLOCKS, SIZE, *entry), noise(40, *entry)
+    cache = noise(BLOCKS, SIZE, *entry)
+    dst = noise(40, *entry)
     table = torch.tensor([[3, 1, 7], [0, 5, 2], [4, 4, 4], [6, 2, 1]], dtype=torch.int32)
     lengths = [17, 8, 0, 12]
-    expected, at = dst.cpu().clone(), front
+    expected = dst.cpu().clone()
+    at = front
     for request, length in enumerate(lengths):
         for token in range(length):
             slot = token + (starts[request] if starts else 0)
@@ -179,8 +186,10 @@ def test_swapping_blocks(device: torch.device, noise: Noise, way: str, memory: s
     host = host if memory == "pinned" else torch.zeros_like(host, pin_memory=False)
     host.copy_(noise(2, BLOCKS, SIZE, DIM))
     src, dst = {"store": (caches, host), "load": (host, caches), "within": (caches, caches)}[way]
-    src, dst = src[0], dst[1]
-    expected, wanted = dst.cpu().clone(), src.cpu().clone()
+    src = src[0]
+    dst = dst[1]
+    expected = dst.cpu().clone()
+    wanted = src.cpu().clone()
     mapping = torch.tensor([[0, 3], [5, 1], [2, 7]])
     expected[mapping[:, 1]] = wanted[mapping[:, 0]]
     vllm_ops.swap_blocks(src, dst, src[0].nbytes, mapping)
@@ -193,10 +202,13 @@ def test_swapping_blocks(device: torch.device, noise: Noise, way: str, memory: s
 def test_swapping_runs(
     device: torch.device, noise: Noise, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache, host = noise(1024), pinned.empty(1024, torch.bfloat16)
+    cache = noise(1024)
+    host = pinned.empty(1024, torch.bfloat16)
     host.zero_()
-    expected, wanted = host.clone(), cache.cpu()
-    froms, tos = [128, 512, 1024], [1024, 256, 0]
+    expected = host.clone()
+    wanted = cache.cpu()
+    froms = [128, 512, 1024]
+    tos = [1024, 256, 0]
     for begin, end, size in zip(froms, tos, sizes, strict=True):
         expected[end // 2 : (end + size) // 2] = wanted[begin // 2 : (begin + size) // 2]
     # CUDA's driver and ROCm's are asked, as by vLLM's own op; others are told.
@@ -215,9 +227,13 @@ def test_swapping_runs(
 @pytest.mark.parametrize("state", STATES.values(), ids=STATES)
 def test_whatever_torch_was_told_before(device: torch.device, noise: Noise, state: State) -> None:
     """One op that writes rows, one that gathers those of requests, one that moves blocks."""
-    cache, rows, came = noise(BLOCKS, SIZE, 80), noise(len(SLOTS), 80), noise(11, 80)
-    expected, other = written(cache, rows, SLOTS), noise(BLOCKS, SIZE, 80)
-    slots, bounds = torch.tensor(SLOTS, device=device), torch.tensor([0, 11], device=device)
+    cache = noise(BLOCKS, SIZE, 80)
+    rows = noise(len(SLOTS), 80)
+    came = noise(11, 80)
+    expected = written(cache, rows, SLOTS)
+    other = noise(BLOCKS, SIZE, 80)
+    slots = torch.tensor(SLOTS, device=device)
+    bounds = torch.tensor([0, 11], device=device)
     table = torch.tensor([[4, 0]], dtype=torch.int32, device=device)
     mapping = torch.tensor([[4, 2]])
     with state(device):
@@ -249,7 +265,8 @@ def test_a_dtype_by_its_name(device: torch.device, noise: Noise, name: str, othe
 
 
 def test_what_is_refused() -> None:
-    cache, rows = torch.zeros(4, 8, 2, 16), torch.zeros(3, 2, 16)
+    cache = torch.zeros(4, 8, 2, 16)
+    rows = torch.zeros(3, 2, 16)
     slots = torch.tensor([1, 2, 3])
     with refused(Unsupported, "kv_cache_dtype='fp8'", "auto"):
         vllm_ops.reshape_and_cache_flash(rows, rows, cache, cache, slots, "fp8")
@@ -336,12 +353,14 @@ def test_ops_can_be_captured(op: str) -> None:
     ("nbytes", "shape"), [(0, (1, 2)), (-16, (1, 2)), (16, (2,)), (16, (1, 3))], ids=str
 )
 def test_swap_blocks_of_no_bytes_or_by_another_mapping(nbytes: int, shape: tuple[int, ...]) -> None:
-    src, dst = torch.ones(4, 16), torch.zeros(4, 16)
+    src = torch.ones(4, 16)
+    dst = torch.zeros(4, 16)
     with refused(LayoutError, f"{nbytes} bytes", f"shape {shape}", "[blocks, 2]", watch=dst):
         vllm_ops.swap_blocks(src, dst, nbytes, torch.zeros(shape, dtype=torch.int64))
 
 
 def test_no_layers_write_nothing() -> None:
-    rows, slots = torch.zeros(0, 3, 16), torch.arange(3).expand(0, 3)
+    rows = torch.zeros(0, 3, 16)
+    slots = torch.arange(3).expand(0, 3)
     pointers = torch.zeros(0, dtype=torch.int64)
     vllm_ops.concat_and_cache_mla_grouped(rows, rows, pointers, slots, 8, 8 * 32, 32)

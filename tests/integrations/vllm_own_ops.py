@@ -93,7 +93,8 @@ def _counted(name: str, op: Any) -> Any:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is not the plug's, and what would run twice."""
-    kept, left = list[pytest.Item](), list[pytest.Item]()
+    kept = list[pytest.Item]()
+    left = list[pytest.Item]()
     for item in items:
         values = getattr(getattr(item, "callspec", None), "params", {})
         fits = values.get("device", "cuda:0") == "cuda:0"
@@ -112,7 +113,8 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr("torch.accelerator.set_device_index", lambda _: None)
         monkeypatch.setattr("torch.accelerator.synchronize", lambda: None)
     if NAME in SIMULATED:  # torch's check of an op keeps the state of a device's random numbers
-        module, get = torch.get_device_module(NAME), torch.get_rng_state
+        module = torch.get_device_module(NAME)
+        get = torch.get_rng_state
         monkeypatch.setattr(module, "get_rng_state", lambda *_: get(), raising=False)
         monkeypatch.setattr(module, "set_rng_state", lambda *_: None, raising=False)
     if NAME != "cuda":

@@ -19,7 +19,8 @@ import torch
 from portakv import KVView, PortaKVError, copy_blocks, copy_rows
 from portakv.layout.presets import PRESETS
 
-HEADS, DIM = 2, 4
+HEADS = 2
+DIM = 4
 SIZE = 32
 NAMESPACE = "_C"  # of vLLM's ops
 RECORDED = Path(__file__).parent / "vllm_cpu_page.npy"
@@ -75,7 +76,8 @@ def test_the_engines_op_writes_the_recorded_page(isa: str) -> None:
 
 
 def test_blocks_of_one_size_move_whole() -> None:
-    theirs, mine = pages(64, 16), torch.zeros(4, HEADS, 16, 2 * DIM)
+    theirs = pages(64, 16)
+    mine = torch.zeros(4, HEADS, 16, 2 * DIM)
     src, dst = (KVView([x], "vllm-0.29-cpu", block_size=16) for x in (theirs, mine))
     copy_blocks(src, dst, [3, 0, 1, 2], [0, 1, 2, 3]).synchronize()
     assert torch.equal(mine, theirs[[3, 0, 1, 2]])
@@ -96,7 +98,8 @@ def test_no_other_size_of_blocks_is_made_of_them(sizes: tuple[int, int]) -> None
 
 
 def test_some_tokens_of_a_page_are_refused() -> None:
-    theirs, mine = pages(64, 16), torch.zeros(4, HEADS, 16, 2 * DIM)
+    theirs = pages(64, 16)
+    mine = torch.zeros(4, HEADS, 16, 2 * DIM)
     src, dst = (KVView([x], "vllm-0.29-cpu", block_size=16) for x in (theirs, mine))
     with pytest.raises(PortaKVError):
         copy_rows(src, dst, torch.arange(5), torch.arange(5))
@@ -105,7 +108,8 @@ def test_some_tokens_of_a_page_are_refused() -> None:
 
 def test_the_layout_that_the_preset_had_is_wrong_inside_a_block() -> None:
     """The control: tokens before dims for keys, too, moves other bytes into blocks of 32."""
-    theirs, mine = pages(64, 16), torch.zeros(2, HEADS, 32, 2 * DIM)
+    theirs = pages(64, 16)
+    mine = torch.zeros(2, HEADS, 32, 2 * DIM)
     src, dst = (
         KVView([x], "layer | block head (kv token dim)", block_size=size)
         for x, size in ((theirs, 16), (mine, 32))
@@ -127,7 +131,8 @@ def halves(whole: torch.Tensor) -> tuple[KVView, KVView]:
 
 
 def test_a_caller_who_knows_the_isa_takes_keys_and_values_apart() -> None:
-    theirs, mine = pages(64, 16), torch.zeros(2, HEADS, 32, 2 * DIM)
+    theirs = pages(64, 16)
+    mine = torch.zeros(2, HEADS, 32, 2 * DIM)
     for src, dst in zip(halves(theirs), halves(mine), strict=True):
         copy_rows(src, dst, torch.arange(64), torch.arange(64)).synchronize()
     assert torch.equal(mine, pages(64, 32))

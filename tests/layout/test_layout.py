@@ -123,7 +123,8 @@ def layouts(draw: st.DrawFn) -> str:
     axes = ["token", "dim", *draw(st.sets(st.sampled_from(["layer", "kv", "block", "head"])))]
     split = draw(st.sets(st.sampled_from([axis for axis in axes if axis != "kv"])))
     words = [f for axis in axes for f in ([f"{axis}/2", f"{axis}%2"] if axis in split else [axis])]
-    left, groups = draw(st.permutations(words)), []
+    left = draw(st.permutations(words))
+    groups = []
     while left:
         size = draw(st.integers(0, 3))
         groups.append(f"({' '.join(left[:size])})" if size else left[0])
@@ -139,7 +140,8 @@ def layouts(draw: st.DrawFn) -> str:
 @given(layouts())
 def test_parser_and_oracle_read_a_string_alike(text: str) -> None:
     """The oracle has a parser of its own."""
-    mine, theirs = parse(text), read_layout(text)
+    mine = parse(text)
+    theirs = read_layout(text)
     assert _plain(g.factors for g in mine.containers) == _plain(theirs.left)
     assert _plain(g.factors for g in mine.dims) == _plain(theirs.right)
     assert mine.open_end == theirs.open_end

@@ -74,7 +74,9 @@ class Raw:
         public, private = keys(SECRET)
         self.context = zmq.Context()
         self.socket: zmq.Socket[bytes] = self.context.socket(zmq.DEALER)
-        self.socket.linger, self.socket.rcvtimeo, self.socket.sndtimeo = 0, 2000, 2000
+        self.socket.linger = 0
+        self.socket.rcvtimeo = 2000
+        self.socket.sndtimeo = 2000
         if how != "no curve":
             self.socket.curve_serverkey = public
             mine = zmq.curve_keypair() if how == "other key" else (public, private)
@@ -179,7 +181,8 @@ def test_an_answer_too_large_is_a_refusal(pair: tuple[Server, Channel]) -> None:
 def test_a_peer_that_closes_is_gone_at_once_on_both_sides(pair: tuple[Server, Channel]) -> None:
     server, asker = pair
     asker.ask(server.address, Ping(), Pong)
-    (peer,), ends = server.peers, list[str]()
+    (peer,) = server.peers
+    ends = list[str]()
     peer.on_gone(lambda: ends.append("peer"))
     forget = peer.on_gone(lambda: ends.append("forgotten"))
     forget()
@@ -230,7 +233,8 @@ def test_a_network_that_is_cut_is_noticed_on_both_sides(monkeypatch: pytest.Monk
     monkeypatch.setattr(module, "HEARTBEAT", 100)
     monkeypatch.setattr(module, "DEAD", 300)
     with server_and_asker(TCP) as (server, asker):
-        network, ends = Network(server.address), list[str]()
+        network = Network(server.address)
+        ends = list[str]()
         asker.ask(network.address, Ping(), Pong)
         (peer,) = server.peers
         asker.watch(network.address, lambda: ends.append("watch"))
@@ -264,7 +268,8 @@ def test_a_lost_answer_is_told_again_and_nothing_is_done_twice(
 def test_a_server_that_is_slow_carries_a_request_out_once(by_tcp: tuple[Server, Channel]) -> None:
     """Fault 10, with no connection broken: nothing is repeated, and a late answer is nobody's."""
     server, asker = by_tcp
-    held, asked = threading.Event(), list[bytes]()
+    held = threading.Event()
+    asked = list[bytes]()
 
     def slow(_: Peer, ping: Ping) -> Pong:
         asked.append(ping.data)
@@ -417,7 +422,8 @@ def test_another_release_is_refused_by_a_sentence(by_tcp: tuple[Server, Channel]
 def mutated(seed: int) -> bytes:
     """A request in which bytes were changed, left out, doubled or appended; every other one has a
     head that is right."""
-    draw, data = random.Random(seed), bytearray(msgspec.msgpack.encode(Ping(b"mutated")))
+    draw = random.Random(seed)
+    data = bytearray(msgspec.msgpack.encode(Ping(b"mutated")))
     head = HEAD.pack(VERSION, b"r" * 16, 1 + seed % 2, seed + 1)
     data[:0] = b"" if seed % 2 else head
     for _ in range(draw.randrange(1, 6)):
@@ -451,7 +457,8 @@ def test_mutated_messages_do_nothing_and_others_are_served(
             except BaseException as error:
                 ended.append(error)
 
-        thread, served = threading.Thread(target=send), 0
+        thread = threading.Thread(target=send)
+        served = 0
         thread.start()
         while thread.is_alive() or served < 20:
             assert asker.ask(server.address, Ping(b"well"), Pong).data == b"well"
@@ -530,7 +537,8 @@ def test_the_interpreters_end_closes(tmp_path: Path) -> None:
 
 def test_a_closed_channel_ends_what_waits(by_tcp: tuple[Server, Channel]) -> None:
     server, asker = by_tcp
-    held, errors = threading.Event(), list[str]()
+    held = threading.Event()
+    errors = list[str]()
 
     def slow(*_: object) -> None:
         held.wait(2)
@@ -598,7 +606,8 @@ def test_where_a_channel_without_a_secret_may_ask(address: str) -> None:
 def raw_server() -> Iterator[zmq.Socket[bytes]]:
     """A ROUTER of ZeroMQ's own, with the keys of the secret."""
     with zmq.Context() as context, context.socket(zmq.ROUTER) as router:
-        router.linger, router.curve_server = 0, True
+        router.linger = 0
+        router.curve_server = True
         router.curve_publickey, router.curve_secretkey = keys(SECRET)
         yield router
 
@@ -823,7 +832,8 @@ def test_kept_answers_are_bounded_in_bytes(by_tcp: tuple[Server, Channel]) -> No
 
 def test_a_question_ends_when_nothing_waits_for_it(by_tcp: tuple[Server, Channel]) -> None:
     server, asker = by_tcp
-    release, stop = threading.Event(), threading.Event()
+    release = threading.Event()
+    stop = threading.Event()
     answer: Any = lambda *_: release.wait(10) and Pong()  # noqa: E731
     server.channel.serve(Ping, answer)
     threading.Timer(0.2, stop.set).start()

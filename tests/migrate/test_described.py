@@ -85,7 +85,8 @@ def test_80_layers_in_80_regions_are_a_few_thousand_bytes() -> None:
 def test_an_allocation_is_one_region() -> None:
     pool = noise(4, 2, 6, 4, 2, 8, dtype=torch.float16)
     regions = Regions()
-    layers, other = pool[1:3], pool[3]
+    layers = pool[1:3]
+    other = pool[3]
     describe(Shard(KVView([*layers], "vllm-nhd")), regions)
     told = describe(Shard(KVView(other, "kv block token head dim")), regions)
     assert [x.nbytes() for x in regions.storages] == [pool.nbytes]
@@ -184,8 +185,10 @@ def test_a_description_that_lies_is_refused(lie: dict[str, Any]) -> None:
 @given(st.data())
 def test_no_description_reaches_past_its_region(data: st.DataObject) -> None:
     """Fault 15. Whatever is described raises `LayoutError`, or lies in its regions."""
-    small, whole = st.integers(1, 9), st.integers(0, 2 * POOL.nbytes)
-    odd, mostly = st.one_of(whole, st.integers(0, 1 << 48)), st.integers(0, 20)
+    small = st.integers(1, 9)
+    whole = st.integers(0, 2 * POOL.nbytes)
+    odd = st.one_of(whole, st.integers(0, 1 << 48))
+    mostly = st.integers(0, 20)
     dtype = data.draw(st.sampled_from(["float16", "uint8", "int64"]))
     usual = (small, 4), (st.integers(0, 99), 4), (st.integers(0, HALF), 2), (st.integers(0, 1), 2)
     shape, strides, offsets, at = (
@@ -216,10 +219,12 @@ def test_no_description_reaches_past_its_region(data: st.DataObject) -> None:
 
 def test_a_reserved_region_has_addresses_and_no_memory() -> None:
     """Plans and runs of views on it are those of views on memory."""
-    region, target = reserve(POOL.nbytes), Cache("vllm-mla", 2, 1, (16,), 4, 16).view
+    region = reserve(POOL.nbytes)
+    target = Cache("vllm-mla", 2, 1, (16,), 4, 16).view
     pool = POOL.view(2, 8, 4, 1, 16)
     told, regions = sent(Shard(KVView([*pool], "layer | block token 1 dim")))
-    source, mine = rebuild(told, [region]).view, rebuild(told, regions.flat()).view
+    source = rebuild(told, [region]).view
+    mine = rebuild(told, regions.flat()).view
     runs = []
     for view, begin in ((source, region.data_ptr()), (mine, POOL.data_ptr())):
         plan = CopyPlan(view.form, target.form, 4, 1)

@@ -37,7 +37,8 @@ def mixed(words: Words, starts: list[tuple[int, int]] | None = None) -> int:
 def expected(model: list[Any], first: int = 0) -> int:
     """The digest of whole rows [layer, token, head, byte] of each kv: axes are layer, token, and
     for each kv the words of all heads, which are as wide as all rows allow."""
-    unit, total = gcd(4, *(kv.shape[3] for kv in model)), 0
+    unit = gcd(4, *(kv.shape[3] for kv in model))
+    total = 0
     for nth, kv in enumerate(model):
         words = np.ascontiguousarray(kv).view(f"i{unit}").astype(np.int64)
         rows = words.reshape(*kv.shape[:2], -1).transpose(1, 0, 2)
@@ -57,11 +58,15 @@ def test_digests_of_all_ranks_add_up_to_that_of_the_model(
     widths: tuple[int, ...], data: st.DataObject
 ) -> None:
     """TP 2 and TP 3, other layouts, other block sizes, tokens dealt out in turns: one digest."""
-    layers, tokens = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 40))
+    layers = data.draw(st.integers(1, 4))
+    tokens = data.draw(st.integers(1, 40))
     heads = 1 if len(widths) == 1 else data.draw(st.integers(1, 6))
-    model, first = drawn_model(layers, tokens, heads, widths), data.draw(st.integers(0, 1 << 20))
+    model = drawn_model(layers, tokens, heads, widths)
+    first = data.draw(st.integers(0, 1 << 20))
     presets = WIDTHS.get(widths, "vllm-mla" if len(widths) == 1 else "vllm-ascend").split()
-    size, total, seen = data.draw(st.integers(1, 9)), 0, set()
+    size = data.draw(st.integers(1, 9))
+    total = 0
+    seen = set()
     for rank in data.draw(ranks(layers, heads, tokens)):
         told = rank.layers, rank.heads, rank.tokens.tobytes()
         if told not in seen:
@@ -79,7 +84,8 @@ def whole_rank(tokens: int = 24, layers: int = 2, heads: int = 2) -> Rank:
 def test_block_tables_and_slots_have_one_digest() -> None:
     held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
     blocks = Index(torch.from_numpy(held.blocks), step=4)
-    view, window = held.cache.view, held.rank.box
+    view = held.cache.view
+    window = held.rank.box
     assert digest(view, blocks, 24, window) == of(held)
     tail = digest(view, Index(blocks.ids, step=4, offset=6), 18, window, first=6)
     assert (digest(view, blocks, 6, window) + tail) % MODULUS == of(held)
@@ -87,7 +93,8 @@ def test_block_tables_and_slots_have_one_digest() -> None:
 
 def test_a_flipped_bit_and_swapped_words_change_it() -> None:
     held = Held(whole_rank(), "vllm-nhd", (8, 8), 4)
-    before, rows = of(held), held.cache.tensors[1].view(torch.int64)
+    before = of(held)
+    rows = held.cache.tensors[1].view(torch.int64)
     at = int(held.blocks[0])
     found = {before}
     for bit in range(64):
@@ -108,19 +115,22 @@ def test_a_flipped_bit_and_swapped_words_change_it() -> None:
 def test_what_is_left_out_does_not_count() -> None:
     """Skipped positions, and slots that no position names."""
     held = Held(whole_rank(10), "sglang-mha", (8, 8), 4)
-    none, nothing = np.full(10, -1), np.zeros(0, np.int64)
+    none = np.full(10, -1)
+    nothing = np.zeros(0, np.int64)
     assert of(held, none) == of(held, nothing) == 0
     odd = np.arange(10) % 2 == 1
     parts = [np.where(odd, held.slots, -1), np.where(odd, -1, held.slots)]
     assert sum(map(of, [held] * 2, parts)) % MODULUS == of(held)
-    before, other = of(held), int(({*range(12)} - {*held.slots.tolist()}).pop())
+    before = of(held)
+    other = int(({*range(12)} - {*held.slots.tolist()}).pop())
     held.cache.tensors[0][0][other] += 1
     assert of(held) == before
 
 
 def test_many_rows_are_digested_in_slices() -> None:
     """More than is gathered at once."""
-    tokens, layers = 3000, 8
+    tokens = 3000
+    layers = 8
     pool = noise(layers, tokens, 2048, dtype=torch.uint8)
     view = KVView([*pool], "layer | (block token) dim", block_size=1)
     window = (0, 8), (0, 1)
@@ -133,7 +143,8 @@ def test_pages_are_digested_whole(kv: int) -> None:
     pages = [noise(5, 33 * 4, dtype=torch.uint8, seed=n) for n in range(3 * kv)]
     layout = "layer | block page" if kv == 1 else "(layer kv) | block page"
     view = KVView(pages, layout, block_size=4, kv=kv)
-    window, ids = ((0, 3), (0, 1)), Index([4, -1, 2], step=4)
+    window = ((0, 3), (0, 1))
+    ids = Index([4, -1, 2], step=4)
     found = digest(view, ids, 12, window)
     turned = KVView([page.clone() for page in pages], layout, block_size=4, kv=kv)
     assert found == digest(turned, ids, 12, window)
@@ -195,7 +206,8 @@ def test_scalars_complex_numbers_and_nothing_have_digests() -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_digests_in_any_state_of_torch(state: str) -> None:
-    held, weight = Held(whole_rank(), "vllm-hnd", (8, 8), 4), noise(3, 4, dtype=torch.bfloat16)
+    held = Held(whole_rank(), "vllm-hnd", (8, 8), 4)
+    weight = noise(3, 4, dtype=torch.bfloat16)
     told = of(held), box_digest(weight, 0, 0)
     with STATES[state](torch.device("cpu")):
         assert (of(held), box_digest(weight, 0, 0)) == told

@@ -146,13 +146,15 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
 ) -> None:
     """Fault 27. It has no memory for a slot, or fails as it fills one: the first, before movers
     have met, or a later one. Its reader does not wait; later there may be room."""
-    both, error = Couple(made, "staging", mover=mover), torch.OutOfMemoryError("no room")
+    both = Couple(made, "staging", mover=mover)
+    error = torch.OutOfMemoryError("no room")
 
     def full(*_: Any) -> Any:
         raise error
 
     for at in ("staging", "first", "later"):
-        offer, began = both.offer(), monotonic()
+        offer = both.offer()
+        began = monotonic()
         with monkeypatch.context() as patch:
             if at == "staging":
                 patch.setattr("portakv.migrate.gathers.staging", full)
@@ -168,7 +170,8 @@ def test_an_owner_that_cannot_bring_rows_says_so_at_once(
 
 def test_an_owner_that_is_asked_for_no_rows_knows_of_a_pull_that_lasts(made: Sides) -> None:
     """Fault 7. Another one has all of them: its offer ends with the reader all the same."""
-    both, held = Couple(made, "staging"), threading.Event()
+    both = Couple(made, "staging")
+    held = threading.Event()
     also = made.owner(both.theirs.shard, expose="staging", staging=SMALL)
     offers = [one.offer(both.blocks, tokens=both.tokens) for one in (both.owner, also)]
     for offer in offers:
@@ -209,7 +212,8 @@ def test_only_the_memory_that_slots_have_now_is_registered(
 def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) -> None:
     """Fault 20. What was still to be brought when the owner's memory was replaced, under the tags
     with which the next pairing begins."""
-    both, held = Couple(made, "staging", mover="other"), threading.Event()
+    both = Couple(made, "staging", mover="other")
+    held = threading.Event()
     offer = both.offer()
     offer.behind = cast(Any, Held(held))
     before = both.pull(offer)
@@ -229,11 +233,10 @@ def test_rows_of_a_pairing_before_are_not_taken_for_those_of_now(made: Sides) ->
 def test_the_late_end_of_a_connection_leaves_the_next_one_of_its_reader_alone(made: Sides) -> None:
     """Fault 9. A network was cut: the owner notices it after the reader has come back."""
     channel = made.owner(Rows().shard, expose="staging").channel
-    gathers, hello = (
-        Gathers(channel, 1 << 14, None, torch.device("cpu")),
-        Hello("a model", "cpu", "memory"),
-    )
-    before, now = Peer(bytes(16)), Peer(bytes(16))
+    gathers = Gathers(channel, 1 << 14, None, torch.device("cpu"))
+    hello = Hello("a model", "cpu", "memory")
+    before = Peer(bytes(16))
+    now = Peer(bytes(16))
     for peer in (before, now):
         gathers.agree(peer, hello, torch.device("cpu"))
     before.end()

@@ -96,16 +96,20 @@ def judge(there: Channel, here: Channel, owner: Owner, reader: Reader, rows: Row
 
 
 def sides(**terms: Any) -> tuple[Channel, Channel, Owner, Reader, Rows]:
-    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
-    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    there = Channel(timeout=LIMIT)
+    here = Channel(timeout=LIMIT)
+    theirs = Rows()
+    mine = Rows(8, 32, fill=-1)
     owner = Owner(there, theirs.shard, model=MODEL, **terms)
     return there, here, owner, Reader(here, mine.shard, model=MODEL), mine
 
 
 def making(folder: Path) -> Steps:
     """An owner and a reader are made and closed."""
-    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
-    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    there = Channel(timeout=LIMIT)
+    here = Channel(timeout=LIMIT)
+    theirs = Rows()
+    mine = Rows(8, 32, fill=-1)
     made = list[Any]()
 
     def act() -> None:
@@ -180,7 +184,8 @@ def staged(folder: Path) -> Steps:
 
 def weights(folder: Path) -> Steps:
     """Weights are published and pulled, and memory is shared."""
-    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
+    there = Channel(timeout=LIMIT)
+    here = Channel(timeout=LIMIT)
     held = shared_empty((4, 8), torch.float32).fill_(3)
     made = list[Published]()
 
@@ -214,7 +219,8 @@ def weights(folder: Path) -> Steps:
 
 def meeting(folder: Path) -> Steps:
     """Keys are set and read by a rendezvous."""
-    there, here = Channel(timeout=LIMIT), Channel(timeout=LIMIT)
+    there = Channel(timeout=LIMIT)
+    here = Channel(timeout=LIMIT)
     kept = list[ChannelStore]()
 
     def act() -> None:

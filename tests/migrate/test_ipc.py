@@ -208,7 +208,8 @@ def test_memory_that_is_gone_is_not_opened(peer: Peer) -> None:
 
 
 def test_a_forked_process_shares_and_opens() -> None:
-    before, mine = sample(6), sample(8)
+    before = sample(6)
+    mine = sample(8)
     data = ipc.share(mine)
 
     def work(pipe: Any) -> None:
@@ -322,7 +323,8 @@ def test_a_process_without_descriptors_is_told_so() -> None:
     data = ipc.share(mine := sample(4))
 
     def work(pipe: Any) -> None:
-        opened, few = [ipc.open_shared(data)], len(os.listdir("/proc/self/fd")) + 8
+        opened = [ipc.open_shared(data)]
+        few = len(os.listdir("/proc/self/fd")) + 8
         resource.setrlimit(resource.RLIMIT_NOFILE, (few, few))
         try:
             while True:
@@ -355,9 +357,11 @@ def test_no_file_but_one_in_memory_is_opened(peer: Peer, tmp_path: Path) -> None
 
 
 def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
-    rng, data = random.Random(1), ipc.share(sample(64, 3)[1:, :2])
+    rng = random.Random(1)
+    data = ipc.share(sample(64, 3)[1:, :2])
     held = ipc.export(sample(10).untyped_storage())
-    before, words = descriptors(), set()
+    before = descriptors()
+    words = set()
     for i in range(10_000):
         was = (data, held.handle)[i % 2]
         bad = mutated(rng, was)
@@ -374,8 +378,11 @@ def test_changed_bytes_are_refused_and_nothing_is_opened() -> None:
 
 
 def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
-    rng, mine = random.Random(2), sample(64, 3)
-    data, before, refused = ipc.share(mine[1:, :2]), descriptors(), 0
+    rng = random.Random(2)
+    mine = sample(64, 3)
+    data = ipc.share(mine[1:, :2])
+    before = descriptors()
+    refused = 0
     for _ in range(3_000):
         try:
             found = ipc.open_shared(sealed(mutated(rng, data[16:])))
@@ -412,24 +419,21 @@ def test_lies_with_a_right_checksum_open_no_more_than_the_memory() -> None:
 
 def test_settings_of_torch_change_nothing() -> None:
     mine = sample(6)
-    data, empty = ipc.share(mine), ipc.share(mine[:0])
+    data = ipc.share(mine)
+    empty = ipc.share(mine[:0])
     with torch.inference_mode():
-        opened, made, none = (
-            ipc.open_shared(data),
-            ipc.shared_empty(3, torch.int8),
-            ipc.open_shared(empty),
-        )
+        opened = ipc.open_shared(data)
+        made = ipc.shared_empty(3, torch.int8)
+        none = ipc.open_shared(empty)
         assert ipc.why_not(mine[1:]) is None
         held = ipc.export(mine.untyped_storage())
     for tensor in (opened, made, none, held.tensor):
         assert tensor is not None
         assert not tensor.is_inference()
     with torch.device("meta"):
-        opened, made, none = (
-            ipc.open_shared(data),
-            ipc.shared_empty(3, torch.int8),
-            ipc.open_shared(empty),
-        )
+        opened = ipc.open_shared(data)
+        made = ipc.shared_empty(3, torch.int8)
+        none = ipc.open_shared(empty)
         held = ipc.export(mine.untyped_storage())
     for tensor in (opened, made, none, held.tensor):
         assert tensor is not None

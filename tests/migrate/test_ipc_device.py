@@ -44,7 +44,9 @@ def test_a_vendors_words_cross_unchanged_but_for_the_number(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tensor = torch.arange(12, dtype=torch.int32, device=SIMDEV).view(3, 4)
-    storage, opened, released = tensor.untyped_storage(), list[Any](), list[Any]()
+    storage = tensor.untyped_storage()
+    opened = list[Any]()
+    released = list[Any]()
     words = b"h" * 234, storage.nbytes(), 512, b"/counter", 3, b"e" * 64, True
 
     def open_(*given: Any) -> torch.UntypedStorage:

@@ -25,7 +25,8 @@ from portakv.migrate.messages import (
     is_signed,
 )
 
-OWNER, OFFER = b"o" * 16, b"f" * 16
+OWNER = b"o" * 16
+OFFER = b"f" * 16
 KEY = b"k" * 32
 GROUP = Group((0, 4, 8), (0, 2, 4), (256, 256), ("float16", "float16"))
 TICKET = Ticket(OWNER, OFFER, "tcp://h:1", 40, (b"\1\0\0\0" * 3,), (16,), 30.0, 2)
@@ -37,7 +38,8 @@ DESCRIBED = Described(
     ((0, 0, 0), (0, 64, 0)),
     16,
 )
-encode, decode = msgspec.msgpack.encode, msgspec.msgpack.decode
+encode = msgspec.msgpack.encode
+decode = msgspec.msgpack.decode
 
 
 def plain(message: Message) -> dict[str, Any]:
@@ -141,7 +143,8 @@ def test_a_ticket_that_was_changed_or_forged_is_refused_in_constant_words(
 
 def test_no_bit_of_a_ticket_can_flip() -> None:
     """Fault 12. Not even one of the ids, which the schema could not tell."""
-    packed, told = TICKET.pack(KEY), set()
+    packed = TICKET.pack(KEY)
+    told = set()
     assert is_signed(packed, KEY)
     for bit in range(8 * len(packed)):
         flipped = bytearray(packed)

@@ -151,8 +151,11 @@ def test_a_slow_pull_renews_its_offer(made: Sides) -> None:
 
 
 def test_a_pull_that_compares_digests_for_long_renews_its_offer(made: Sides) -> None:
-    both, busy, until = Couple(made), Answer("busy", seconds=0.1), time.monotonic() + 2.0
-    offer, own = both.offer(lease=1.0), both.owner._gather
+    both = Couple(made)
+    busy = Answer("busy", seconds=0.1)
+    until = time.monotonic() + 2.0
+    offer = both.offer(lease=1.0)
+    own = both.owner._gather
     both.owner.channel.serve(Gather, lambda *x: busy if time.monotonic() < until else own(*x))
     both.pull(offer, verify=True).synchronize(30)
     assert offer.state == "taken"
@@ -163,7 +166,8 @@ def test_an_owner_that_is_busy_for_too_long_is_given_up_in_a_sentence() -> None:
     owner = SimpleNamespace(
         address="it", channel=SimpleNamespace(ask=lambda *_, **__: Answer("busy"))
     )
-    step, pull = cast(Any, SimpleNamespace(owner=owner)), cast(Any, SimpleNamespace(over=False))
+    step = cast(Any, SimpleNamespace(owner=owner))
+    pull = cast(Any, SimpleNamespace(over=False))
     with pytest.raises(PeerError, match="it brought no rows: it is busy"):
         ask(step, Gather(b"", b"", 0, (0, 1), (0, 1), 0, 1), pull, 0.0)
 
@@ -172,7 +176,8 @@ def test_a_pull_that_waits_for_its_copy_renews_its_offer(made: Sides) -> None:
     """As behind a stream of the reader's that has much to do."""
 
     both = Couple(made)
-    offer, timer = both.offer(lease=1.0), threading.Timer(2.0, int)
+    offer = both.offer(lease=1.0)
+    timer = threading.Timer(2.0, int)
     later = SimpleNamespace(done=lambda: not timer.is_alive(), wait=timer.join)
 
     class Waits(Copies):
@@ -196,9 +201,11 @@ def test_an_owner_that_was_closed_offers_nothing(made: Sides) -> None:
 
 def test_an_owner_that_was_restarted_at_its_address_is_another(made: Sides) -> None:
     """Fault 6. Its predecessor's tickets are gone; a new handshake is made."""
-    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    theirs = Rows()
+    mine = Rows(8, 32, fill=-1)
     before = Channel("tcp://127.0.0.1:0", secret=SECRET)
-    owner, asker = Owner(before, theirs.shard, model=MODEL), Channel(secret=SECRET)
+    owner = Owner(before, theirs.shard, model=MODEL)
+    asker = Channel(secret=SECRET)
     made.made += [asker, reader := Reader(asker, mine.shard, model=MODEL)]
     old = [owner.offer([1, 2], tokens=32).ticket for _ in range(2)]
     reader.pull(old[0], [3]).synchronize(30)
@@ -227,7 +234,8 @@ def test_a_network_that_is_cut_publishes_nothing_and_hangs_nobody(made: Sides) -
     """Fault 9. Both live, both count; afterwards both go on."""
     there = Channel("tcp://127.0.0.1:0", secret=SECRET)
     here = Channel(secret=SECRET, timeout=1.0)
-    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    theirs = Rows()
+    mine = Rows(8, 32, fill=-1)
     made.made += [there, owner := Owner(there, theirs.shard, model=MODEL)]
     made.made += [here, reader := Reader(here, mine.shard, model=MODEL)]
     net = Network(there.address)
@@ -253,7 +261,8 @@ def test_a_network_that_is_cut_publishes_nothing_and_hangs_nobody(made: Sides) -
 def test_a_check_whose_answer_is_lost_is_repeated(made: Sides) -> None:
     """Fault 10."""
     there, here = (Channel(x, secret=SECRET) for x in ("tcp://127.0.0.1:0", None))
-    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    theirs = Rows()
+    mine = Rows(8, 32, fill=-1)
     made.made += [there, owner := Owner(there, theirs.shard, model=MODEL)]
     made.made += [here, reader := Reader(here, mine.shard, model=MODEL)]
     net = Network(there.address)
@@ -311,7 +320,8 @@ def test_what_is_no_ticket_is_refused_in_the_same_words(made: Sides, way: str) -
 
 def test_a_ticket_of_another_group_is_refused(made: Sides) -> None:
     """Fault 12. Of rows that are others, of more groups, and of other tokens than another's."""
-    both, other = Couple(made), Rows()
+    both = Couple(made)
+    other = Rows()
     wide = made.owner(
         Shard(KVView([*other.whole.view(2, 2, 16, 16, 2, 16)], both.theirs.view.layout.text))
     )
@@ -374,7 +384,8 @@ def test_bad_blocks_of_the_reader_are_refused_before_anything_moves(made: Sides,
 
 def test_an_owner_that_reallocates_publishes_nothing_of_its_old_regions(made: Sides) -> None:
     """Fault 20. Also of a pull that is under way; then readers map the new ones."""
-    both, other = Couple(made), Rows(32)
+    both = Couple(made)
+    other = Rows(32)
     both.pull(both.offer()).synchronize(30)
     offers = [both.offer() for _ in range(2)]
     pulled = both.pull(offers[0], max_gbps=SLOW)
@@ -448,7 +459,8 @@ def test_a_slot_that_was_not_taken_is_busy(made: Sides) -> None:
     both = Couple(made, "staging")
     offer = both.offer()
     both.reader.explain(offer.ticket)
-    told, channel = Ticket.read(offer.ticket), both.reader.channel
+    told = Ticket.read(offer.ticket)
+    channel = both.reader.channel
     window = (0, 2), (0, 4)
     gather = Gather(told.epoch, told.offer, 0, *window, 0, 16, "distributed", 1, 1)
     assert channel.ask(told.address, gather, Answer).state == "done"
@@ -473,7 +485,8 @@ def test_rows_that_change_after_they_were_read_are_not_verified(made: Sides) -> 
 @WAYS
 def test_a_pull_is_cancelled_at_any_moment(made: Sides, way: str) -> None:
     """Fault 30. Nothing is published, slots are free, and the next pull is right."""
-    both, seed = Couple(made, way), random.Random(1)
+    both = Couple(made, way)
+    seed = random.Random(1)
     for _ in range(12):
         terms: dict[str, Any] = {"max_gbps": SLOW * 20} if way == "mapped" else {}
         offer = both.offer()
@@ -500,7 +513,8 @@ def test_a_pull_is_cancelled_at_any_moment(made: Sides, way: str) -> None:
 
 def test_who_cancels_a_pull_at_its_very_end_is_told_what_became_of_it(made: Sides) -> None:
     """Fault 30. Behind the owner's last answer, too: cancelled and published is nothing."""
-    both, interval = Couple(made), sys.getswitchinterval()
+    both = Couple(made)
+    interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     made.made.append(SimpleNamespace(close=lambda: sys.setswitchinterval(interval)))
     for _ in range(100):
@@ -598,7 +612,8 @@ def test_a_forked_child_refuses_and_the_parent_goes_on(made: Sides) -> None:
     both = Couple(made)
     offers = [both.offer() for _ in range(2)]
     pulled = both.pull(offers[0], max_gbps=SLOW)
-    child, refused = os.fork(), 0
+    child = os.fork()
+    refused = 0
     if not child:
         both.into = [0, 2, 3]  # of memory that the parent has as well
         try:
@@ -658,7 +673,8 @@ def test_another_model_is_refused(made: Sides) -> None:
 @WAYS
 def test_one_of_several_owners_that_fails_publishes_nothing(made: Sides, way: str) -> None:
     """Fault 36. The other owners' offers stay, for another pull."""
-    mine, kept = Rows(8, 32, fill=-1), [Rows(), Rows()]
+    mine = Rows(8, 32, fill=-1)
+    kept = [Rows(), Rows()]
     layers = [
         Shard(KVView([*x.whole[:1]], x.view.layout.text), layers=(n, n + 1, 2))
         for n, x in enumerate(kept)
@@ -895,7 +911,10 @@ def test_rows_of_an_owner_that_reuses_its_blocks_at_once_are_never_stale(
 ) -> None:
     """Faults 2, 3 and 38. Offers end at any moment of a pull; what is published is what was
     offered."""
-    both, seed, published, gone = Couple(made, way), random.Random(7), 0, 0
+    both = Couple(made, way)
+    seed = random.Random(7)
+    published = 0
+    gone = 0
     both.pull(both.offer()).synchronize(30)  # they are paired
     began = time.monotonic()
     both.pull(both.offer()).synchronize(30)
@@ -936,7 +955,8 @@ def test_offers_that_nobody_asks_about_expire(made: Sides) -> None:
 def test_a_reader_that_begins_and_is_gone_loses_the_offer(made: Sides) -> None:
     """Fault 7, of a channel that is closed in order."""
     both = Couple(made)
-    offer, channel = both.offer(readers=2), Channel()
+    offer = both.offer(readers=2)
+    channel = Channel()
     told = Ticket.read(offer.ticket)
     for _ in range(2):
         channel.tell(told.address, Begin(told.epoch, told.offer))
@@ -954,8 +974,10 @@ def test_an_owner_knows_of_its_reader_while_rows_of_the_host_are_copied(made: Si
     until the lease ends."""
     theirs, mine = (shared_empty((2, 2, 64, 16, 4, 512), torch.int16).fill_(x) for x in (7, 3))
     views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
-    owner, reader = made.owner(Shard(views[0])), made.reader(Shard(views[1]))
-    offer, knew = owner.offer(range(64), tokens=1024), list[bool]()
+    owner = made.owner(Shard(views[0]))
+    reader = made.reader(Shard(views[1]))
+    offer = owner.offer(range(64), tokens=1024)
+    knew = list[bool]()
 
     class Watched(Copies):
         def heard(self, plan: CopyPlan) -> None:
@@ -971,7 +993,9 @@ def test_an_owner_knows_of_its_reader_while_rows_of_the_host_are_copied(made: Si
 @pytest.mark.parametrize("lasts", [False, True])
 def test_an_owner_is_told_of_copies_that_last(made: Sides, lasts: bool) -> None:
     """And not of those that are over at once: it takes longer to tell it than to copy."""
-    both, told, over = Couple(made), list[Begin](), threading.Event()
+    both = Couple(made)
+    told = list[Begin]()
+    over = threading.Event()
     both.owner.channel.serve(Begin, lambda _, begin: told.append(begin))
 
     class Waits(Copies):
@@ -988,7 +1012,8 @@ def test_an_owner_is_told_of_copies_that_last(made: Sides, lasts: bool) -> None:
 
 
 def test_owners_that_come_and_go_leave_no_workers(made: Sides) -> None:
-    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    theirs = Rows()
+    mine = Rows(8, 32, fill=-1)
     reader = made.reader(mine.shard)
     for _ in range(4):
         channel = Channel()
@@ -1025,7 +1050,8 @@ def test_a_channel_has_one_owner_and_one_reader_at_a_time(made: Sides) -> None:
 
 def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) -> None:
     """Fault 24. Events are used again: what follows one follows both offers' streams."""
-    both, log = Couple(made), list[str]()
+    both = Couple(made)
+    log = list[str]()
 
     class Event:
         def wait(self, stream: Any) -> None:
@@ -1054,7 +1080,8 @@ def test_an_event_of_an_older_offer_stands_behind_its_rows_still(made: Sides) ->
 def test_values_that_no_argument_can_have(made: Sides) -> None:
     """Each is refused by a sentence that names it, before anything is asked."""
     rows = Rows()
-    owner, reader = made.owner(rows.shard), made.reader(Rows(8, 32).shard)
+    owner = made.owner(rows.shard)
+    reader = made.reader(Rows(8, 32).shard)
     ticket = owner.offer([1], tokens=16).ticket
     with pytest.raises(InvalidTerms, match="blocks"):
         owner.offer(None, tokens=16)  # type: ignore[arg-type]

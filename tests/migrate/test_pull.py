@@ -39,7 +39,8 @@ def pull_all(made: Sides, extents: Any, data: st.DataObject, way: str, most: Any
     widths = data.draw(st.sampled_from([*WIDTHS]))
     layers, heads, tokens = extents
     heads = 1 if len(widths) == 1 else heads
-    model, presets = drawn_model(layers, tokens, heads, widths), WIDTHS[widths].split()
+    model = drawn_model(layers, tokens, heads, widths)
+    presets = WIDTHS[widths].split()
     held = []
     for size in data.draw(st.tuples(*[st.sampled_from([16, 64, 5])] * 2)):
         drawn = data.draw(ranks(layers, heads, tokens, most))
@@ -52,7 +53,8 @@ def pull_all(made: Sides, extents: Any, data: st.DataObject, way: str, most: Any
         owners.append(made.owner(one.shard, expose=way, staging=SMALL))
     slots = any(not x.rank.tokens.all() for x in held[0])
     for one in held[1][:2]:
-        reader, first = made.reader(one.shard), data.draw(st.integers(0, tokens - 1))
+        reader = made.reader(one.shard)
+        first = data.draw(st.integers(0, tokens - 1))
         wanted = one.written(model, first)
         offers = [
             owner.offer(listed(x, slots), tokens=tokens)
@@ -96,10 +98,12 @@ def test_rows_of_any_sharding_are_moved_through_small_slots(
 @pytest.mark.parametrize("way", ["mapped", "staging"])
 def test_groups_have_views_ids_and_block_sizes_of_their_own(way: str) -> None:
     with sides() as made:
-        theirs, mine = [Rows(16, 16), Rows(8, 8)], [Rows(8, 32, fill=-1), Rows(16, 4, fill=-1)]
+        theirs = [Rows(16, 16), Rows(8, 8)]
+        mine = [Rows(8, 32, fill=-1), Rows(16, 4, fill=-1)]
         owner = made.owner(*(x.shard for x in theirs), expose=way, staging=SMALL)
         reader = made.reader(*(x.shard for x in mine))
-        lists, into = [[9, 2, 4], [7, 0, 3, 2, 6]], [[3, 5], [*range(9, 0, -1)]]
+        lists = [[9, 2, 4], [7, 0, 3, 2, 6]]
+        into = [[3, 5], [*range(9, 0, -1)]]
         offer = owner.offer(*lists, tokens=36)
         pulled = reader.pull(offer.ticket, *into, by_layer=True, verify=True)
         assert len(pulled.layers) == 4
@@ -111,11 +115,13 @@ def test_groups_have_views_ids_and_block_sizes_of_their_own(way: str) -> None:
 
 @pytest.mark.parametrize("way", ["mapped", "staging"])
 def test_whole_opaque_pages_are_pulled_by_layer_windows_alone(way: str) -> None:
-    theirs, mine = shared_empty((3, 9, 640), torch.uint8), torch.zeros(3, 9, 640, dtype=torch.uint8)
+    theirs = shared_empty((3, 9, 640), torch.uint8)
+    mine = torch.zeros(3, 9, 640, dtype=torch.uint8)
     theirs.copy_(torch.randint(0, 256, theirs.shape, dtype=torch.uint8))
     one, other = (KVView([*x], "layer | block page", block_size=64) for x in (theirs, mine))
     with sides() as made:
-        owner, reader = made.owner(Shard(one), expose=way, staging=SMALL), made.reader(Shard(other))
+        owner = made.owner(Shard(one), expose=way, staging=SMALL)
+        reader = made.reader(Shard(other))
         offer = owner.offer([8, 1, 3, 4], tokens=256)
         reader.pull(offer.ticket, [0, 7, 2, 5], first=64, verify=True).synchronize(60)
     assert torch.equal(mine[:, [7, 2, 5]], theirs[:, [1, 3, 4]])
@@ -129,8 +135,10 @@ def test_an_encoder_s_blocks_are_pulled_into_blocks_of_another_size(way: str) ->
     theirs.copy_(torch.arange(theirs.numel()).view(theirs.shape))
     one, other = (Shard(KVView(x, "encoder-cache")) for x in (theirs, mine.fill_(-1)))
     with sides() as made:
-        owner, reader = made.owner(one, expose=way, staging=SMALL), made.reader(other)
-        offer, into = owner.offer([3, 1], tokens=70), [8, 0, 2, 5, 1]
+        owner = made.owner(one, expose=way, staging=SMALL)
+        reader = made.reader(other)
+        offer = owner.offer([3, 1], tokens=70)
+        into = [8, 0, 2, 5, 1]
         reader.pull(offer.ticket, into, verify=True).synchronize(60)
     assert torch.equal(mine[into].flatten(0, 1)[:70], theirs[[3, 1]].flatten(0, 1)[:70])
     assert (mine[into].flatten(0, 1)[70:] == -1).all()
@@ -177,7 +185,8 @@ def test_a_second_pull_of_the_same_owners_plans_nothing_anew() -> None:
 def test_an_owner_that_is_gone_keeps_no_memory_beside_another() -> None:
     """What a pull of both had planned held it: on a device, a dead owner's cache for ever."""
     with sides() as made:
-        theirs, mine = [Rows(), Rows()], torch.zeros(4, 2, 8, 32, 4, 8, dtype=torch.int16)
+        theirs = [Rows(), Rows()]
+        mine = torch.zeros(4, 2, 8, 32, 4, 8, dtype=torch.int16)
         owners = [made.owner(Shard(x.view, (2 * n, 2 * n + 2, 4))) for n, x in enumerate(theirs)]
         tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
         reader = made.reader(Shard(KVView([*mine], LAYOUT)))
@@ -197,7 +206,8 @@ def mappings(tensor: torch.Tensor) -> int:
 def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
     """Also if they overlap: each position is brought once, and digests still agree."""
     with sides() as made:
-        theirs, mine = Rows(), Rows(8, 32, fill=-1)
+        theirs = Rows()
+        mine = Rows(8, 32, fill=-1)
         slots = np.arange(60)
         owners = [made.owner(theirs.shard) for _ in range(2)]
         has = [slots % 3 != 2, slots % 3 != 0]
@@ -212,7 +222,8 @@ def test_tokens_that_are_dealt_out_in_turns_come_from_all_owners() -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 def test_of_owners_that_have_the_same_one_that_can_be_mapped_is_read(swapped: bool) -> None:
     with sides() as made:
-        theirs, mine = Rows(), Rows(8, 32, fill=-1)
+        theirs = Rows()
+        mine = Rows(8, 32, fill=-1)
         owners = [made.owner(theirs.shard, expose=x) for x in ("mapped", "staging")]
         tickets = [owner.offer([1, 2], tokens=32).ticket for owner in owners]
         pulled = made.reader(mine.shard).pull(tickets[:: -1 if swapped else 1], [2])
@@ -222,7 +233,8 @@ def test_of_owners_that_have_the_same_one_that_can_be_mapped_is_read(swapped: bo
 
 def test_each_layer_may_have_an_allocation_of_its_own() -> None:
     """Keys and values of 160 layers: an owner's answer to the greeting is over 64 KiB then."""
-    shape, layout = (4, 16, 1, 8), "layer kv | block token head dim"
+    shape = (4, 16, 1, 8)
+    layout = "layer kv | block token head dim"
     pools = [tuple(shared_empty(shape, torch.uint8).fill_(n) for _ in "kv") for n in range(160)]
     mine = [tuple(torch.zeros(shape, dtype=torch.uint8) for _ in "kv") for _ in pools]
     with sides() as made:
@@ -236,11 +248,14 @@ def test_each_layer_may_have_an_allocation_of_its_own() -> None:
 
 def test_tickets_say_the_address_that_a_channel_was_given() -> None:
     """A container's published port, or NAT: what it listens at is not what others reach."""
-    mine, theirs = Rows(), Rows()
-    listening, asking = Channel("tcp://127.0.0.1:0", secret=SECRET), Channel(secret=SECRET)
+    mine = Rows()
+    theirs = Rows()
+    listening = Channel("tcp://127.0.0.1:0", secret=SECRET)
+    asking = Channel(secret=SECRET)
     network = Network(listening.address)
     listening.address = network.address
-    owner, reader = Owner(listening, theirs.shard, model="m"), Reader(asking, mine.shard, model="m")
+    owner = Owner(listening, theirs.shard, model="m")
+    reader = Reader(asking, mine.shard, model="m")
     offer = owner.offer([1], tokens=16)
     assert network.address in reader.explain(offer.ticket)
     reader.pull(offer.ticket, [2]).synchronize()

@@ -59,7 +59,8 @@ def test_rows_that_the_reader_still_reads_are_written_behind_that(
     theirs = torch.full(SHAPE, 7, dtype=torch.int16, device=accelerator)
     mine = torch.full(SHAPE, 3, dtype=torch.int16, device=accelerator)
     with sides() as made:
-        owner, reader = made.owner(shard(theirs), staging=SMALL), made.reader(shard(mine))
+        owner = made.owner(shard(theirs), staging=SMALL)
+        reader = made.reader(shard(mine))
         reader.pull(owner.offer([0], tokens=16).ticket, [0]).synchronize(60)
         offer = owner.offer([3, 2], tokens=32)
         delay(accelerator)
@@ -78,7 +79,8 @@ def test_an_owner_on_another_device_than_the_current_one() -> None:
     theirs = torch.full(SHAPE, 7, dtype=torch.int16, device="cuda:1")
     mine = torch.zeros(SHAPE, dtype=torch.int16, device="cpu")
     with sides() as made, torch.cuda.device(0):
-        owner, reader = made.owner(shard(theirs)), made.reader(shard(mine))
+        owner = made.owner(shard(theirs))
+        reader = made.reader(shard(mine))
         assert {event.device for event in owner._events} == {theirs.device}
         for block in range(3):
             reader.pull(owner.offer([block], tokens=16).ticket, [block]).synchronize(60)

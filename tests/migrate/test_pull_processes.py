@@ -25,7 +25,8 @@ from portakv.errors import OfferGone, PeerError, TransferError
 from portakv.migrate.shards import Shard
 
 SLOW = 2e-4  # 10^9 bytes a second: a pull of 75 tokens takes half a second
-BLOCKS, TOKENS = [7, 3, 11, 0, 5], 75
+BLOCKS = [7, 3, 11, 0, 5]
+TOKENS = 75
 OWNER = """
 import time
 from support.migrate_pulls import *
@@ -74,7 +75,8 @@ def owned(nursery: Nursery, way: str, count: int = 1, layer: int | None = None) 
 @WAYS
 def test_rows_of_two_processes_come_to_a_third(nursery: Nursery, made: Sides, way: str) -> None:
     owners = [owned(nursery, way, layer=layer) for layer in (1, 0)]
-    theirs, mine = Rows(), Rows(8, 32, fill=-1)
+    theirs = Rows()
+    mine = Rows(8, 32, fill=-1)
     pulled = made.reader(mine.shard).pull([x[1][0] for x in owners], [6, 1, 4], verify=True)
     pulled.synchronize(60)
     assert torch.equal(mine.rows([6, 1, 4], TOKENS), theirs.rows(BLOCKS, TOKENS))
@@ -167,9 +169,12 @@ def test_killed_at_any_moment_nothing_leaks_and_nobody_hangs(
     nursery: Nursery, made: Sides, rounds: int
 ) -> None:
     """Faults 4, 5, 7 and 8. Owners and readers of both ways, in turns."""
-    seed, mine, before = random.Random(3), Rows(8, 32, fill=-1), None
+    seed = random.Random(3)
+    mine = Rows(8, 32, fill=-1)
+    before = None
     couples = {way: Couple(made, way) for way in ("mapped", "staging")}
-    reader, right = made.reader(mine.shard), Rows().rows(BLOCKS, TOKENS)
+    reader = made.reader(mine.shard)
+    right = Rows().rows(BLOCKS, TOKENS)
     for number in range(rounds):
         way = ("mapped", "staging")[number % 2]
         terms: dict[str, Any] = {"max_gbps": SLOW * 10} if way == "mapped" else {}

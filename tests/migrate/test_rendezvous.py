@@ -26,7 +26,8 @@ from portakv.migrate.rendezvous import ChannelStore, pair, rendezvous, unique_id
 @pytest.fixture(params=[None, "tcp://127.0.0.1:0"], ids=["unix", "tcp"])
 def stores(request: pytest.FixtureRequest) -> Iterator[tuple[ChannelStore, ChannelStore]]:
     secret = SECRET if request.param else None
-    one, other = Channel(request.param, secret=secret), Channel(secret=secret)
+    one = Channel(request.param, secret=secret)
+    other = Channel(secret=secret)
     try:
         yield rendezvous(one), rendezvous(other, one.address)
     finally:

@@ -42,7 +42,8 @@ def pulled(reader: Rank, owners: list[Rank], found: list[Piece]) -> Any:
 def test_each_cell_and_position_comes_once_from_who_has_it(
     extents: tuple[int, int, int], data: st.DataObject
 ) -> None:
-    owners, readers = data.draw(ranks(*extents)), data.draw(ranks(*extents))
+    owners = data.draw(ranks(*extents))
+    readers = data.draw(ranks(*extents))
     here = [None if owner.tokens.all() else owner.tokens for owner in owners]
     prefer = data.draw(st.lists(st.integers(0, len(owners) - 1), max_size=3))
     for reader in readers:
@@ -56,9 +57,12 @@ def test_ranks_of_any_size_read_what_ranks_of_another_hold(
 ) -> None:
     """TP, PP, CP, layouts and block sizes differ: every row that a reader asked for arrives, and
     nothing else of its caches changes."""
-    layers, heads, tokens = min(extents[0], 4), extents[1], extents[2]
+    layers = min(extents[0], 4)
+    heads = extents[1]
+    tokens = extents[2]
     heads = 1 if len(widths) == 1 else heads
-    model, presets = drawn_model(layers, tokens, heads, widths), WIDTHS[widths].split()
+    model = drawn_model(layers, tokens, heads, widths)
+    presets = WIDTHS[widths].split()
     owners, readers = [
         [
             Held(rank, data.draw(st.sampled_from(presets)), widths, size, seed)
@@ -68,7 +72,8 @@ def test_ranks_of_any_size_read_what_ranks_of_another_hold(
     ]
     for owner in owners:
         owner.fill(model)
-    theirs, here = [x.rank.box for x in owners], [x.rank.tokens for x in owners]
+    theirs = [x.rank.box for x in owners]
+    here = [x.rank.tokens for x in owners]
     for reader in readers[:2]:
         wanted = reader.written(model)
         for piece in pieces(reader.rank.box, theirs, here):
@@ -102,7 +107,8 @@ def test_replicas_are_asked_in_the_preferred_order() -> None:
 
 
 def test_several_bring_positions_only_if_none_has_them_all() -> None:
-    whole, even = ((0, 4), (0, 2)), np.arange(6) % 2 == 0
+    whole = ((0, 4), (0, 2))
+    even = np.arange(6) % 2 == 0
     assert [x.owner for x in pieces(whole, [whole] * 3, [even, ~even, None])] == [2]
     found = pieces(whole, [whole] * 3, [even, np.arange(6) > 2, ~even])
     ids = [np.flatnonzero(piece.ids).tolist() for piece in found if piece.ids is not None]

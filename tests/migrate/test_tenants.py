@@ -19,7 +19,8 @@ from portakv.migrate.movers import MOVERS
 from portakv.migrate.shards import Shard
 
 SECRET = 0x5A  # each byte of tenant A's rows, and no byte of other rows
-BLOCKS, SIZE = 16, 16
+BLOCKS = 16
+SIZE = 16
 
 
 class Table(Memory):

@@ -127,7 +127,8 @@ def test_the_time_of_a_pull_counts_from_the_call() -> None:
         closing(Channel(secret=SECRET, timeout=60.0)) as there,
     ):
         here.address = f"tcp://127.0.0.1:{stopped.getsockname()[1]}"
-        owner, reader = Owner(here, caches(), model="m"), Reader(there, caches(), model="m")
+        owner = Owner(here, caches(), model="m")
+        reader = Reader(there, caches(), model="m")
         ticket = owner.offer([0, 1], tokens=20).ticket
         assert lasted(lambda: reader.pull(ticket, [2, 3], timeout=0.5)) < 4.0
         reader.close()
@@ -140,7 +141,8 @@ def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:
         closing(Channel("tcp://127.0.0.1:0", secret=SECRET)) as here,
         closing(Channel(secret=SECRET, timeout=60.0)) as there,
     ):
-        owner, reader = Owner(here, caches(), model="m"), Reader(there, caches(), model="m")
+        owner = Owner(here, caches(), model="m")
+        reader = Reader(there, caches(), model="m")
         ticket = owner.offer([0, 1], tokens=20).ticket
         release = threading.Event()
         here.serve(Hello, lambda *_: release.wait(20) and None)  # type: ignore[arg-type]

@@ -105,7 +105,8 @@ def test_any_tp_pulls_from_any_other(data: st.DataObject) -> None:
     parts = [unit * x for x in draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))]
     shape = draw(st.lists(st.integers(1, 4), min_size=dims, max_size=dims))
     shape[axis] = sum(parts)
-    whole, (theirs, ours) = whole_of(shape), draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
+    whole = whole_of(shape)
+    (theirs, ours) = draw(st.tuples(st.integers(1, 6), st.integers(1, 6)))
     ranks = draw(st.permutations(range(theirs)))
     owners = list[dict[str, Parameter]]()
     for r in ranks:
@@ -131,9 +132,11 @@ def dealt(whole: Array, cells: Sequence[tuple[tuple[int, int], ...]]) -> Paramet
     """A process that holds some cells of a tensor, flat, one behind the other."""
     rows = sum(past - first for (first, past), *_ in cells)
     room = torch.zeros(rows, *whole.shape[1:], dtype=torch.int32)
-    boxes, at = list[Box](), 0
+    boxes = list[Box]()
+    at = 0
     for cell in cells:
-        first, extents = tuple(a for a, _ in cell), tuple(b - a for a, b in cell)
+        first = tuple(a for a, _ in cell)
+        extents = tuple(b - a for a, b in cell)
         start = (at, *[0] * (whole.ndim - 1))
         boxes.append(Box(first, start, extents))
         part_of(room, start, extents).copy_(torch.from_numpy(whole[tuple(slice(*x) for x in cell)]))
@@ -145,11 +148,13 @@ def dealt(whole: Array, cells: Sequence[tuple[tuple[int, int], ...]]) -> Paramet
 def test_boxes_of_any_grid_are_found(data: st.DataObject, shape: list[int]) -> None:
     """Boxes cut on every axis, dealt out to several owners that may hold one twice."""
     whole = whole_of(shape)
-    cells, mine = data.draw(grids(shape)), data.draw(grids(shape))
+    cells = data.draw(grids(shape))
+    mine = data.draw(grids(shape))
     count = data.draw(st.integers(1, 3))
     extra = data.draw(st.lists(st.sampled_from(cells), max_size=2))
     owners = [{"w": dealt(whole, [*cells[i::count], *extra])} for i in range(count)]
-    reader, expected = dealt(np.zeros_like(whole), mine), dealt(whole, mine)
+    reader = dealt(np.zeros_like(whole), mine)
+    expected = dealt(whole, mine)
     pulled({"w": reader}, owners)
     assert torch.equal(reader.tensor, expected.tensor)
 
@@ -193,8 +198,10 @@ def test_a_digest_is_of_values_and_places_only(
     offset = tuple(data.draw(st.integers(0, 2)) for _ in shape)
     extents = tuple(shape)
     part = part_of(whole, offset, extents)
-    dense, turned = part.clone(), part.clone().T.contiguous().T if len(shape) == 2 else part
-    box, zero = Box(offset, offset, extents), (0,) * len(shape)
+    dense = part.clone()
+    turned = part.clone().T.contiguous().T if len(shape) == 2 else part
+    box = Box(offset, offset, extents)
+    zero = (0,) * len(shape)
     found = digest_of(whole, box)
     for tensor in (dense, turned.clone(memory_format=torch.preserve_format)):
         assert digest_of(tensor, Box(offset, zero, extents)) == found
@@ -284,7 +291,8 @@ def test_a_split_that_does_not_fit_is_refused(rows: int, axis: int, parts: Any, 
 def test_mismatches_are_one_error_that_lists_all() -> None:
     """Fault 37. Names that one side lacks, another dtype, shape, packing and block, tensors tied on
     one side only, rows that nobody holds: all are told at once, and nothing was written."""
-    tied, half = torch.zeros(4, 2), Parameter.split(torch.ones(2, 2), 0, [4], (0, 2))
+    tied = torch.zeros(4, 2)
+    half = Parameter.split(torch.ones(2, 2), 0, [4], (0, 2))
     mine = {
         "missing": Parameter(torch.zeros(3)),
         "dtype": Parameter(torch.zeros(3, dtype=torch.float16)),
@@ -351,7 +359,9 @@ class Between(Channel):
     """A channel that does something before it asks for digests."""
 
     def __init__(self, channel: Channel, before: Callable[[], object]) -> None:
-        self.channel, self.before, self.asked = channel, before, set[AskWeights]()
+        self.channel = channel
+        self.before = before
+        self.asked = set[AskWeights]()
         self.timeout = channel.timeout
 
     def ask(self, address: str, asked: Any, kind: Any, *given: Any, **named: Any) -> Any:  # type: ignore[override]
@@ -366,8 +376,10 @@ Channels = Callable[[], Channel]
 
 def test_tp_2_becomes_tp_3_between_channels(channels: Channels) -> None:
     """Column, row parallel and fused parameters, a scale by its own name, all replicated norms."""
-    qkv, down = whole_of((24, 8)), whole_of((6, 12))
-    scale, norm = whole_of((12, 4)), whole_of((8,))
+    qkv = whole_of((24, 8))
+    down = whole_of((6, 12))
+    scale = whole_of((12, 4))
+    norm = whole_of((8,))
 
     def rank(r: int, size: int, empty: bool) -> dict[str, Parameter]:
         def held(array: Array) -> torch.Tensor:
@@ -384,7 +396,8 @@ def test_tp_2_becomes_tp_3_between_channels(channels: Channels) -> None:
 
     published = [publish(channels(), rank(r, 2, False)) for r in range(2)]
     for r in range(3):
-        mine, expected = rank(r, 3, True), rank(r, 3, False)
+        mine = rank(r, 3, True)
+        expected = rank(r, 3, False)
         nbytes = pull_weights(channels(), [x.ticket for x in published], mine)
         assert nbytes == sum(x.tensor.nbytes for x in mine.values())
         for name, x in mine.items():
@@ -406,7 +419,8 @@ def test_tied_tensors_cross_once(channels: Channels) -> None:
 
 def test_all_names_of_a_tied_tensor_are_compared(channels: Channels) -> None:
     """Two stages of a pipeline have a copy of one tensor each, of which one differs."""
-    first, last = shared(whole_of((6, 4))), shared(whole_of((6, 4)))
+    first = shared(whole_of((6, 4)))
+    last = shared(whole_of((6, 4)))
     last[5, 3] += 1
     told = {"embed": first, "head": last}
     owners = [publish(channels(), {name: Parameter(x)}) for name, x in told.items()]
@@ -662,7 +676,8 @@ def test_another_digest_is_an_error_that_names_all(channels: Channels) -> None:
 
 def test_what_is_published_no_more_is_gone(channels: Channels) -> None:
     """Closed before, closed between the copy and its digests, and replaced by others."""
-    tensor, mine = shared(whole_of((4,))), {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
+    tensor = shared(whole_of((4,)))
+    mine = {"w": Parameter(torch.zeros(4, dtype=torch.int32))}
     channel = channels()
     first = publish(channel, {"w": Parameter(tensor)})
     second = publish(channel, {"w": Parameter(tensor)})
@@ -678,7 +693,8 @@ def test_what_is_published_no_more_is_gone(channels: Channels) -> None:
 
 def test_an_owner_that_makes_no_digests_is_waited_for_until_the_timeout(channels: Channels) -> None:
     """Its worker has another question that does not end."""
-    release, channel = threading.Event(), channels()
+    release = threading.Event()
+    channel = channels()
     owner = publish(channel, {"w": Parameter(shared(whole_of((4,))))})
     begun = threading.Event()
 
@@ -717,7 +733,8 @@ def test_a_rate_that_is_none_is_refused(channels: Channels, rate: Any) -> None:
 
 def test_a_module_is_filled_from_another_one_as_it_is(channels: Channels) -> None:
     """Whole tensors need no Parameter of ours."""
-    theirs, mine = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+    theirs = torch.nn.Linear(4, 3)
+    mine = torch.nn.Linear(4, 3)
     theirs.share_memory()
     owner = publish(channels(), dict(theirs.named_parameters()))
     assert pull_weights(channels(), owner.ticket, dict(mine.named_parameters())) == 60
@@ -778,7 +795,8 @@ def ask_until_done(channel: Channel, address: str, asked: AskWeights) -> None:
 
 def test_boxes_that_an_owner_has_not_are_refused(channels: Channels) -> None:
     """Digests of what lies outside, or of no parameter of it."""
-    owner, channel = publish(channels(), {"w": Parameter(shared(whole_of((4,))))}), channels()
+    owner = publish(channels(), {"w": Parameter(shared(whole_of((4,))))})
+    channel = channels()
     ticket = unsealed(owner.ticket, WeightsTicket)
     assert ticket is not None
     for number, start in ((1, (0,)), (0, (2,))):
@@ -826,7 +844,9 @@ def test_small_tensors_of_any_dtype_are_copied_bit_by_bit(device: torch.device) 
                 seen.extend(x.dtype.is_floating_point or x.dtype.is_complex for x in args[0])
             return op(*args, **(kw or {}))
 
-    random, seen, pairs = torch.Generator().manual_seed(1), list[bool](), list[Any]()
+    random = torch.Generator().manual_seed(1)
+    seen = list[bool]()
+    pairs = list[Any]()
     for name in _DTYPES.split():
         made = (torch.randint(0, 256, (1 << 18,), dtype=torch.uint8, generator=random),)
         bits, into = (x.to(device) for x in (*made, torch.zeros_like(*made)))
@@ -860,7 +880,8 @@ answer = owner.ticket
 )
 def test_weights_cross_from_a_device_of_another_process(channels: Channels, number: int) -> None:
     """Many small ones, a large one, and the second third of rows."""
-    device, room = torch.device("cuda", number), torch.arange(1 << 23, dtype=torch.int32)
+    device = torch.device("cuda", number)
+    room = torch.arange(1 << 23, dtype=torch.int32)
     expected = {f"small.{i}": room[i * 16384 :][:16384] for i in range(300)}
     expected |= {"large": room, "wide": (room[:384000] * 3).view(1000, 384)[:, 128:256]}
     into = {

@@ -22,7 +22,8 @@ def made() -> Iterator[Sides]:
 
 @pytest.mark.parametrize("kind", [Owner, Reader])
 def test_owners_and_readers_name_the_argument(kind: Any) -> None:
-    rows, channel = Rows(), Channel()
+    rows = Rows()
+    channel = Channel()
     try:
         for wrong in (rows.view, [rows.whole], None):
             with pytest.raises(InvalidTerms, match=r"Expected shards .* Shard\(view\)"):
@@ -48,7 +49,8 @@ def test_a_mover_that_cannot_run_here_is_refused_by_both_sides(
 ) -> None:
     if Nixl.probe(Rows().view.device).accepted:
         pytest.skip("nixl runs here")
-    rows, channel = Rows(), Channel()
+    rows = Rows()
+    channel = Channel()
     try:
         for kind in (Owner, Reader):
             with pytest.raises(BackendUnavailable, match=r"Expected mover .* 'nixl'"):

@@ -44,7 +44,8 @@ def test_a_part_shares_the_ids_and_begins_where_it_is_told() -> None:
 
 def test_layers_and_planes_are_views_that_are_made_once() -> None:
     whole = Move(cache(), chunk(16), Index([2, 0], step=8), Index(), 16)
-    first, second = whole.layer(0), whole.layer(1)
+    first = whole.layer(0)
+    second = whole.layer(1)
     assert first.src.form == second.src.form
     assert first.src.layers == 1
     assert all(a is b for a, b in zip(whole.layer(1), second, strict=True))
@@ -86,7 +87,8 @@ def test_a_copy_is_split_into_head_body_and_tail(
 
 def test_opaque_pages_are_not_split() -> None:
     pages = KVView(noise(4, 64), "block page", block_size=4)
-    mine, theirs = Index([2, 0], step=4), Index([1, 3], step=4)
+    mine = Index([2, 0], step=4)
+    theirs = Index([1, 3], step=4)
     assert sections(Move(pages, pages, mine, theirs, 8)) == [(0, 8, 4)]
     with pytest.raises(Unsupported, match="Moving 7 tokens of opaque pages of 4"):
         sections(Move(pages, pages, mine, theirs, 7))
@@ -95,7 +97,8 @@ def test_opaque_pages_are_not_split() -> None:
 
 
 def test_a_slot_that_is_read_and_written_is_refused() -> None:
-    view, other = cache(), cache()
+    view = cache()
+    other = cache()
     flat = KVView(view.tensors.flatten(1, 2), "layer (block token) dim", block_size=4)
     for same in (view, flat):
         size = same.block_size or 1

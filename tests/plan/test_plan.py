@@ -196,7 +196,8 @@ def parts(*widths: int) -> Form:
     return form("token (kv dim)", 5, sum(widths), dtype=torch.uint8, kv=len(widths), dim=widths)
 
 
-HND, NHD = "block head token dim", "block token head dim"
+HND = "block head token dim"
+NHD = "block token head dim"
 WIDTHS = {256: 16, 144: 16, 136: 8, 132: 4, 100: 4, 130: 2, 131: 1, 1: 1, 24: 8}
 #: The widest access that base, strides, offsets and run allow, each of them alone.
 VECTORS: list[tuple[tuple[Form, Form], int]] = [
@@ -225,7 +226,8 @@ def test_the_vector_is_the_widest_that_everything_allows(
 
 def test_a_flat_side_may_begin_between_two_units() -> None:
     """A block of 8 tokens x 24 B allows vectors of 16 B, a start at the next token does not."""
-    blocks, rows = form("block token dim", 4, 8, 12), form("token dim", 24, 12)
+    blocks = form("block token dim", 4, 8, 12)
+    rows = form("token dim", 24, 12)
     assert CopyPlan(blocks, blocks, 8, 8).vector == 16
     assert CopyPlan(blocks, rows, 8, 0).vector == CopyPlan(rows, blocks, 0, 8).vector == 8
 
@@ -301,7 +303,8 @@ class TestRefusals:
     def test_two_number_types_unless_one_is_bytes_or_their_bits_are_meant(
         self, src: tuple[torch.dtype, ...], dst: tuple[torch.dtype, ...], different: str
     ) -> None:
-        one, other = typed(*src), typed(*dst)
+        one = typed(*src)
+        other = typed(*dst)
         if different:
             why = f"{different}.*moves bits and converts nothing.*reinterpret="
             with pytest.raises(LayoutError, match=why):

@@ -23,7 +23,8 @@ def test_sources_whose_rows_share_addresses(axis: int, extent: int, carry: Mover
     steps = [0 if n == axis else step for n, step in enumerate(once.stride())]
     steps[axis] = 0 if extent > 1 else 5
     shared = once.as_strided(shape, steps)
-    tokens, kv = shape[2] * shape[3], shape[1]
+    tokens = shape[2] * shape[3]
+    kv = shape[1]
     cache = KVView(shared, "layer kv block token head dim", kv=kv)
     rows = shared.flatten(2, 3)
     for ids in (None, [tokens - 1, 0, 2 % tokens, 0]):
@@ -41,7 +42,8 @@ def test_neighbouring_blocks_become_one_run_also_where_the_list_is_out_of_order(
     page = 4 * 2 * 8 * 2
     plan = CopyPlan(src.form, dst.form, 4, 4)
     runs = plan.runs(src, dst, Index([5, 0, 1, 2], 4), Index([3, 4, 5, 6], 4), 16)
-    first, second = src.tensors.data_ptr(), dst.tensors.data_ptr()
+    first = src.tensors.data_ptr()
+    second = dst.tensors.data_ptr()
     assert runs.src.tolist() == [first, first + 5 * page]
     assert runs.dst.tolist() == [second + 4 * page, second + 3 * page]
     assert runs.nbytes.tolist() == [3 * page, page]
@@ -62,7 +64,8 @@ def test_runs_of_single_rows(
     mine: list[int] | None, theirs: list[int], expected: list[tuple[int, int, int]]
 ) -> None:
     src, dst = (KVView(noise(6, 8, seed=i), "token dim") for i in range(2))
-    first, second = Index(mine), Index(theirs)
+    first = Index(mine)
+    second = Index(theirs)
     plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in (first, second)))
     runs = plan.runs(src, dst, first, second, len(theirs))
     rows = [(runs.src - src.addresses) // 16, (runs.dst - dst.addresses) // 16, runs.nbytes // 16]
@@ -72,8 +75,10 @@ def test_runs_of_single_rows(
 
 def test_a_chunk_may_be_read_from_any_token_on_while_blocks_move_whole() -> None:
     """Only an aligned side has to begin at a multiple of the unit."""
-    chunk, target = noise(11, 8), noise(3, 4, 8, seed=1)
-    src, dst = KVView(chunk, "token dim"), KVView(target, "block token dim")
+    chunk = noise(11, 8)
+    target = noise(3, 4, 8, seed=1)
+    src = KVView(chunk, "token dim")
+    dst = KVView(target, "block token dim")
     plan = CopyPlan(src.form, dst.form, 0, 4)
     assert plan.unit == 4
     move(plan.runs(src, dst, Index(offset=3), Index([2, 0], 4), 8))
@@ -83,7 +88,8 @@ def test_a_chunk_may_be_read_from_any_token_on_while_blocks_move_whole() -> None
 def test_tokens_in_a_list_of_tensors_keep_whole_units() -> None:
     """A token's place is then in the table, where no byte offset leads to."""
     tokens = [noise(8, seed=i) for i in range(12)]
-    src, dst = KVView(tokens, "token | dim"), KVView(noise(3, 4, 8, seed=99), "block token dim")
+    src = KVView(tokens, "token | dim")
+    dst = KVView(noise(3, 4, 8, seed=99), "block token dim")
     plan = CopyPlan(src.form, dst.form, 0, 4)
     assert plan.aligned("src")
     with pytest.raises(SlotError, match="begins at token 2, no multiple of the plan's unit 4"):
@@ -141,7 +147,8 @@ def test_ids_with_a_plan_that_was_made_without() -> None:
 
 def test_a_view_of_another_form_or_none() -> None:
     """Its strides are not those that the plan was made for."""
-    view, other = KVView(noise(4, 4, 8), "block token dim"), noise(4, 4, 16)[:, :, :8]
+    view = KVView(noise(4, 4, 8), "block token dim")
+    other = noise(4, 4, 16)[:, :, :8]
     plan = CopyPlan(view.form, view.form, 4, 4)
     for wrong, told in (
         (KVView(other, "block token dim"), "has another form than the plan was made for"),

@@ -61,7 +61,8 @@ def test_negative_ids_reach_only_those_that_skip_them(
 @pytest.mark.parametrize("ids", [[3, -1], [3, 1]])
 def test_ids_that_are_to_be_skipped_have_a_status_word(ids: list[int]) -> None:
     """By it a launch that picks among engines knows that it needs one that skips."""
-    backend, given = small_backend("skipper", skips_negative=True), list[Any]()
+    backend = small_backend("skipper", skips_negative=True)
+    given = list[Any]()
 
     class Told(backend):  # type: ignore[valid-type, misc]
         def prepare(self, plan: CopyPlan) -> Any:
@@ -113,7 +114,8 @@ def test_a_slot_that_int32_cannot_hold_is_not_narrowed() -> None:
     chunk = filled((2, 1, 4), poison=True)
     backend = small_backend("narrow", index_dtypes=frozenset({torch.int32}))
     register_backend("narrow", backend)
-    src, dst = KVView(wide, "(block token) head dim", block_size=8), KVView(chunk, "token head dim")
+    src = KVView(wide, "(block token) head dim", block_size=8)
+    dst = KVView(chunk, "token head dim")
     try:
         copy_rows(src, dst, [2**31 + 1, 3]).synchronize()
     except PortaKVError as error:
@@ -137,7 +139,8 @@ def test_a_backend_that_no_pattern_fits_is_never_chosen_unasked() -> None:
 
 
 def test_launches_that_claim_no_threads_run_one_at_a_time(caches: list[torch.Tensor]) -> None:
-    running, most = [], 0
+    running = []
+    most = 0
 
     def slow(view: KVView) -> None:
         nonlocal most

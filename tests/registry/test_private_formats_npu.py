@@ -24,8 +24,13 @@ if in_child():
 
 
 DEVICE = torch.device("privateuseone", 0)
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 2, 4, 8, 2, 16
-CACHE, CHUNK = "layer | kv block token head dim", "kv layer token (head dim)"
+LAYERS = 2
+BLOCKS = 4
+SIZE = 8
+HEADS = 2
+DIM = 16
+CACHE = "layer | kv block token head dim"
+CHUNK = "kv layer token (head dim)"
 IDS = [9, 2, 31]
 BACKENDS = ["ascend", "reference"]
 if in_child():
@@ -69,10 +74,12 @@ refused = partial(
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gathers", [True, False])
 def test_no_backend_moves_one(backend: str, gathers: bool, formats: Formats) -> None:
-    pool, rows = caches(), chunk()
+    pool = caches()
+    rows = chunk()
     formats.private = {pool[1].untyped_storage().data_ptr()}
     before = [tensor.cpu() for tensor in (*pool, rows)]
-    cache, dense = KVView(pool, CACHE), KVView(rows, CHUNK, heads=HEADS)
+    cache = KVView(pool, CACHE)
+    dense = KVView(rows, CHUNK, heads=HEADS)
     sides: Any = (cache, dense, IDS, None) if gathers else (dense, cache, None, IDS)
     with refused():
         copy_rows(*sides, backend=backend)
@@ -84,7 +91,8 @@ def test_no_backend_moves_one(backend: str, gathers: bool, formats: Formats) -> 
 def test_nor_the_next_that_takes_a_plan(formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
     declined = Decision("ascend", False, "not this one")
     monkeypatch.setattr(ascend.Ascend, "check", lambda self, plan: declined)
-    pool, rows = caches(), chunk()
+    pool = caches()
+    rows = chunk()
     connector = AdaptiveConnector(DEVICE, kv_layout=CACHE, chunk_layout=CHUNK)
     connector.register_kv_caches(pool)
     connector.from_gpu(rows, slot_mapping=IDS).synchronize()

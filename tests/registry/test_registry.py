@@ -93,7 +93,8 @@ def test_a_name_asked_for_in_vain_can_be_registered_later_and_then_not_again() -
 
 
 def test_candidates_behind_the_winner_are_not_touched() -> None:
-    first, second = small_backend("first"), small_backend("second")
+    first = small_backend("first")
+    second = small_backend("second")
     register_backend("first", first)
     register_backend("second", second)
     assert registry.choose("cpu").name == "first"

@@ -136,7 +136,8 @@ def test_a_name_unknown_to_torch_suggests_the_device_meant(asked: str, meant: st
     if asked.lower().startswith("gpu"):
         here = torch.accelerator.current_accelerator()
         meant = ("cuda" if here is None else here.type) + (meant or "")
-    kind, present = asked.partition(":")[0], ", ".join(map(str, devices_present()))
+    kind = asked.partition(":")[0]
+    present = ", ".join(map(str, devices_present()))
     why = f"torch knows no {kind} devices"
     if kind.lower() in ("nvidia", "rocm", "hip", "dcu", "ascend"):
         why = f"torch calls {kind} devices {str(meant).partition(':')[0]}"
@@ -267,7 +268,8 @@ def test_a_device_that_torch_does_not_find_is_one_line(asked: str | torch.device
         pytest.skip("torch finds that device here")
     with pytest.raises(BackendUnavailable) as refused:
         AdaptiveConnector(asked)
-    line, lacks = str(refused.value), not (asked == "mps" or torch.backends.cuda.is_built())
+    line = str(refused.value)
+    lacks = not (asked == "mps" or torch.backends.cuda.is_built())
     assert line.startswith(f"Device '{asked}' was asked for, but torch cannot use it here (")
     assert ("; install torch's build for CUDA, or for ROCm. Mend that, or pass a " in line) == lacks
     assert (f"it finds {count} of that type, and counts from 0" in line) == (count > 0)

@@ -34,7 +34,8 @@ class Stream:
     """Torch's, as far as it can be had without a device."""
 
     def __init__(self, handle: int, device: torch.device) -> None:
-        self.handle, self.device = handle, device
+        self.handle = handle
+        self.device = device
 
     __del__ = _streams.OwnStream.__del__
 
@@ -59,7 +60,8 @@ def driver(
 def test_those_that_live_are_apart_and_one_that_ends_comes_back() -> None:
     streams: list[Any] = [own_stream(CARD) for _ in range(100)]
     assert len({stream.handle for stream in streams}) == 100
-    last, first = streams[50].handle, streams[7].handle
+    last = streams[50].handle
+    first = streams[7].handle
     del streams[50], streams[7]
     assert [own_stream(CARD).handle for _ in range(3)] == [first] * 3  # each is forgotten at once
     again = [own_stream(CARD) for _ in range(2)]
@@ -169,7 +171,8 @@ def test_they_wait_for_no_default_stream(priority: int) -> None:
 @pytest.mark.gpu
 def test_the_allocator_knows_them() -> None:
     """Memory of the current stream that one of them still reads is given to nobody."""
-    stream, size = own_stream(DEVICE), 1 << 20
+    stream = own_stream(DEVICE)
+    size = 1 << 20
     tensor = torch.full((size,), 3, dtype=torch.uint8, device=DEVICE)
     out = torch.zeros(size, dtype=torch.uint8, device=DEVICE)
     stream.wait_stream(torch.cuda.current_stream())
@@ -190,7 +193,9 @@ def test_the_allocator_knows_them() -> None:
 def test_while_another_thread_captures(mode: str) -> None:
     """A stream that is made, and values that go inline, end no capture of another thread's."""
     gc.collect()
-    values, graph, marker = range(64), torch.cuda.CUDAGraph(), torch.zeros(1, device=DEVICE)
+    values = range(64)
+    graph = torch.cuda.CUDAGraph()
+    marker = torch.zeros(1, device=DEVICE)
     sender = SmallCopy(64, torch.int64, DEVICE, way="inline")
     sender.send(values)
     side = own_stream(DEVICE)  # torch may give the stream of the capture again, as its 33rd

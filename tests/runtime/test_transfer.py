@@ -63,7 +63,8 @@ def _troubled() -> bool:
 
 
 def begun(owner: Any = None) -> tuple[Later, StatusWord, Completion]:
-    work, word = Later(), acquire_word()
+    work = Later()
+    word = acquire_word()
     completion = Completion(pendings=[work], words=[(word, 10)])
     transfer.hold(completion, owner)
     return work, word, completion
@@ -96,7 +97,8 @@ def test_words_come_back_once_their_work_has_ended() -> None:
 
 @pytest.mark.usefixtures("apart")
 def test_an_error_is_told_to_its_owner_once_and_to_nobody_else() -> None:
-    mine, theirs = weakref.ref(one := Later()), weakref.ref(two := Later())
+    mine = weakref.ref(one := Later())
+    theirs = weakref.ref(two := Later())
     begun(mine)
     work, word, _ = begun(theirs)
     assert not _troubled()
@@ -155,13 +157,16 @@ def later(monkeypatch: pytest.MonkeyPatch) -> Later:
     registry.choose("cpu", "later")  # its self-check waits as well
     # It keeps nothing: views are what these tests are about.
     backend.given = deque(maxlen=0)  # type: ignore[assignment]
-    pending.ended, pending.waited = False, 0
+    pending.ended = False
+    pending.waited = 0
     return pending
 
 
 def start() -> tuple[Transfer, list[Callable[[], object]]]:
     """A transfer, and weak references to what it reads and writes."""
-    caches, chunk, slots = make_caches(), make_chunk(3), torch.tensor([4, 1, 9])
+    caches = make_caches()
+    chunk = make_chunk(3)
+    slots = torch.tensor([4, 1, 9])
     refs: list[Callable[[], object]] = [weakref.ref(x) for x in (*caches, slots, chunk)]
     transfer = AdaptiveConnector("cpu", backend="later").from_gpu(chunk, caches, slots)
     assert same(chunk, rows(caches, [4, 1, 9]))
@@ -196,7 +201,8 @@ def test_views_and_ids_are_held_until_the_end_also_of_a_transfer_that_nobody_kep
 
 
 def test_a_batch_waits_for_all_of_its_work(later: Later) -> None:
-    caches, chunks = make_caches(), [make_chunk(3), make_chunk(2)]
+    caches = make_caches()
+    chunks = [make_chunk(3), make_chunk(2)]
     connector = AdaptiveConnector("cpu", backend="later")
     transfer = connector.batched_from_gpu(chunks, caches, [4, 1, 9, 2, 3], [0, 3], [3, 5])
     assert not transfer.done()
@@ -284,7 +290,8 @@ def test_words_and_events_are_made_under_any_settings(
 @pytest.mark.parametrize("how", ["wait", "synchronize"])
 def test_an_event_that_was_given_back_meanwhile_is_not_waited_for(how: str) -> None:
     """While one thread waits for work of the host, another may see the end of all of it."""
-    event, pool = Mock(), EventPool(torch.device("cpu"))
+    event = Mock()
+    pool = EventPool(torch.device("cpu"))
     later = Later()
     completion = Completion(event, [later], pool=pool)
     wait = later.wait
@@ -329,7 +336,8 @@ def test_when_slices_may_start() -> None:
 
 
 def test_over_many_slices_the_rate_is_kept_whatever_sleeps_too_long() -> None:
-    watch, total = SimpleNamespace(time=100.0), 0
+    watch = SimpleNamespace(time=100.0)
+    total = 0
     limit = RateLimit(1.0, lambda: watch.time)
     for nth in range(1000):
         watch.time += limit.left(limit.start_of(100_000)) + (nth % 7) * 1e-5

@@ -204,7 +204,8 @@ def test_a_read_that_was_not_carried_out(
 ) -> None:
     """It is a miss this time, and the block is there the next time: the engine was closed, the
     interpreter ends, a ring failed, or memory was short."""
-    io, rows = Faulty(), cases.images(3, LARGE)
+    io = Faulty()
+    rows = cases.images(3, LARGE)
     one = shelf(LARGE, io=io)
     save(one, KEYS[:3])
     _, at = slot_of(one, KEYS[1])
@@ -228,7 +229,8 @@ def test_a_block_is_checked_as_soon_as_it_has_landed(
 ) -> None:
     """And never again: what becomes of its row afterwards is not looked at. One of whose spans one
     fails is bad."""
-    rows, left = cases.images(3, LARGE), Counter(dict.fromkeys(range(3), len(segments or [0])))
+    rows = cases.images(3, LARGE)
+    left = Counter(dict.fromkeys(range(3), len(segments or [0])))
 
     class Spoiling(Faulty):
         def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
@@ -632,7 +634,8 @@ def writer(folder: Path, io: str) -> Callable[[int], None]:
     """What a child does until it is killed: overwrite a store, eight blocks at a time."""
 
     def work(ready: int) -> None:
-        of, draw = LARGE, random.Random(os.getpid())
+        of = LARGE
+        draw = random.Random(os.getpid())
         (one,) = disk(folder, blocks=12, of=of, io=io).open(GRAPH(), NO_ROWS, [of])
         rows = cases.images(8, of)
         for generation in range(one.generation + 1, 10**6):

@@ -76,7 +76,8 @@ def rings() -> int:
 
 def test_bytes_are_read_and_written_right(engine: Engine, file: int) -> None:
     """More requests than a ring has entries, of many sizes."""
-    rng, before = np.random.default_rng(1), content(file)
+    rng = np.random.default_rng(1)
+    before = content(file)
     cuts = [0, *sorted((rng.choice(1023, 99, replace=False) + 1).tolist()), 1024]
     pieces = [(a * PAGE, (b - a) * PAGE) for a, b in pairwise(cuts)]
     SPACE[:] = 0
@@ -95,7 +96,9 @@ def test_an_unaligned_request_is_carried(
     engine: Engine, file: int, offset: int, address: int, nbytes: int
 ) -> None:
     """Fault 33. O_DIRECT refuses it; it goes by the page cache, and no other byte changes."""
-    before, start, size = content(file), 2 * PAGE + offset, 3 * PAGE + nbytes
+    before = content(file)
+    start = 2 * PAGE + offset
+    size = 3 * PAGE + nbytes
     engine.run([])
     open_before = len(os.listdir("/proc/self/fd"))
     SPACE[:] = 7
@@ -142,7 +145,8 @@ def test_what_the_kernel_refuses_fails_its_request_alone(
 def test_each_end_is_told_once(engine: Engine, file: int) -> None:
     """In the caller's thread, once its bytes are there, with what `run` returns; of more requests
     than a ring has entries, some of which are not aligned, lie behind the end or fail."""
-    before, told = content(file), list[tuple[int, int]]()
+    before = content(file)
+    told = list[tuple[int, int]]()
     asked = reads(file, [(at, PAGE) for at in range(0, 60 * PAGE, PAGE)])
     asked[7] = asked[7]._replace(offset=asked[7].offset + 1)
     asked[20] = asked[20]._replace(offset=len(before))
@@ -155,7 +159,8 @@ def test_each_end_is_told_once(engine: Engine, file: int) -> None:
         if result > 0:
             assert bytes(SPACE[number * PAGE :][:PAGE]) == bytes(before[at : at + PAGE])
 
-    SPACE[:], caller = 0, threading.current_thread()
+    SPACE[:] = 0
+    caller = threading.current_thread()
     results = engine.run(asked, ended)
     assert sorted(told) == [*enumerate(results)]
     assert [results.pop(40), results.pop(20)] == [-errno.EBADF, -errno.ENODATA]
@@ -172,7 +177,8 @@ def test_an_end_is_told_while_others_are_under_way(
 ) -> None:
     """Fault 34. What is raised there is raised once the others have left the memory."""
     ours, theirs = os.pipe()
-    real, told = os.preadv, list[int]()
+    real = os.preadv
+    told = list[int]()
 
     def read(fd: int, buffers: Any, at: int) -> int:  # of `threads`
         return os.readv(fd, buffers) if fd == ours else real(fd, buffers, at)
@@ -202,7 +208,8 @@ def test_an_end_is_told_while_others_are_under_way(
 
 def test_threads_may_ask_at_once(engine: Engine, file: int) -> None:
     """Each has a ring of its own, which goes with it."""
-    before, others = content(file), rings()
+    before = content(file)
+    others = rings()
 
     def work(number: int) -> None:
         mine = slice(number << 20, (number + 1) << 20)
@@ -243,7 +250,8 @@ def test_a_request_under_way_outlives_close(
     def work() -> None:
         results.extend(engine.run([Request(ours, 0, AT, 10, False)]))
 
-    real, results = ring.system_call, list[int]()
+    real = ring.system_call
+    results = list[int]()
     monkeypatch.setattr(os, "preadv", read)
     monkeypatch.setattr(ring, "system_call", enter)
     thread = threading.Thread(target=work)
@@ -263,7 +271,9 @@ def test_a_request_under_way_outlives_close(
 def test_a_forked_child_is_refused(engine: Engine, file: int) -> None:
     """And holds no ring of another thread of its parent."""
     ask = partial(engine.run, reads(file, [(0, PAGE)]))
-    asked, go, others = threading.Event(), threading.Event(), rings()
+    asked = threading.Event()
+    go = threading.Event()
+    others = rings()
 
     def work() -> None:
         ask()

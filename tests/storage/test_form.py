@@ -57,15 +57,18 @@ def test_ranks_of_another_size_read_what_ranks_have_stored(kind: str, data: st.D
     """Fault 62. Another TP size, PP size, layout and block size on either side: each reader finds
     its rectangle in the parts that cover it, byte for byte."""
     widths, names = KINDS[kind]
-    presets, layers = st.sampled_from(names.split()), data.draw(st.sampled_from([1, 2, 4]))
+    presets = st.sampled_from(names.split())
+    layers = data.draw(st.sampled_from([1, 2, 4]))
     heads = data.draw(st.sampled_from([1, 2, 4])) if "latent" not in kind else 1
     sizes = [data.draw(st.integers(1, 4)) for _ in range(3)]
     tokens = lcm(*sizes)
     sides = [[data.draw(parts(extent)) for extent in (layers, heads)] for _ in range(2)]
     model = [np.zeros((layers, tokens, heads, 2 * width), np.uint8) for width in widths]
-    forms, images = [], []
+    forms = []
+    images = []
     for number, (a, b) in enumerate((a, b) for a in sides[0][0] for b in sides[0][1]):
-        count, preset = tokens // sizes[0] + 1, data.draw(presets)
+        count = tokens // sizes[0] + 1
+        preset = data.draw(presets)
         held = a[1] - a[0], b[1] - b[0]
         cache = Cache(preset, *held, widths, count, sizes[0], seed=100 * number)
         ids = shuffled(count, number)[: count - 1]
@@ -75,9 +78,11 @@ def test_ranks_of_another_size_read_what_ranks_have_stored(kind: str, data: st.D
         forms.append(form)
         images.append(stored(cache, form, ids))
     for a, b in ((a, b) for a in sides[1][0] for b in sides[1][1]):
-        count, preset = tokens // sizes[2] + 1, data.draw(presets)
+        count = tokens // sizes[2] + 1
+        preset = data.draw(presets)
         cache = Cache(preset, a[1] - a[0], b[1] - b[0], widths, count, sizes[2], seed=9999)
-        ids, covered = shuffled(count, 9)[: count - 1], 0
+        ids = shuffled(count, 9)[: count - 1]
+        covered = 0
         mine = BlockForm.of(cache.view, "m", layers=a, heads=b, block_size=sizes[1])
         for form, rows in zip(forms, images, strict=True):
             if found := mine.part_of(form):
@@ -95,7 +100,8 @@ def test_ranks_of_another_size_read_what_ranks_have_stored(kind: str, data: st.D
 )
 def test_a_payload_is_layer_head_kv_token_dim(preset: str, widths: tuple[int, ...]) -> None:
     heads = 1 if preset == "vllm-mla" else 2
-    cache, ids = Cache(preset, 3, heads, widths, 4, 4), shuffled(4, 0)
+    cache = Cache(preset, 3, heads, widths, 4, 4)
+    ids = shuffled(4, 0)
     form = BlockForm.of(cache.view, "m")
     expected = [
         own[layer, 4 * block : 4 * block + 4, head].tobytes()
@@ -115,7 +121,8 @@ def test_opaque_pages_are_stored_whole(kv: int) -> None:
     form = BlockForm.of(view, "m")
     assert (form.layer_bytes, form.block_size, form.dtype) == (132 * 4 * kv, 4, "uint8")
     assert form.layout == ("block layer page" if kv == 1 else "block layer (kv page)")
-    rows, ids = torch.zeros(3, form.image_bytes, dtype=torch.uint8), torch.tensor([4, 0, 2])
+    rows = torch.zeros(3, form.image_bytes, dtype=torch.uint8)
+    ids = torch.tensor([4, 0, 2])
     copy_blocks(view, form.view(rows), ids, torch.arange(3)).synchronize()
     expected = torch.stack([torch.cat([page[block] for page in pages]) for block in ids.tolist()])
     assert (payloads(rows, form) == expected.numpy()).all()
@@ -131,7 +138,8 @@ def test_opaque_pages_are_stored_whole(kv: int) -> None:
     "layout", ["block layer kv token head dim", "block head layer kv token dim"]
 )
 def test_a_store_in_another_layout_stays_readable(layout: str) -> None:
-    cache, ids = Cache("vllm-nhd", 3, 2, (8, 8), 4, 4), shuffled(4, 1)
+    cache = Cache("vllm-nhd", 3, 2, (8, 8), 4, 4)
+    ids = shuffled(4, 1)
     own = BlockForm.of(cache.view, "m")
     form = BlockForm.from_json(replace(own, layout=layout).json())
     assert form.digest != own.digest
@@ -237,13 +245,15 @@ _WIDTHS = [(1,), (8, 8), (576,), (128, 64), (512, 512), (656,), (8192,)]
 def test_segments_are_whole_layers(
     layers: int, heads: int, tokens: int, widths: tuple[int, ...]
 ) -> None:
-    kv, layout = len(widths), "block layer head (kv token dim)"
+    kv = len(widths)
+    layout = "block layer head (kv token dim)"
     form = small_form(layers, heads, tokens, widths=widths, kv=kv, layout=layout)
     at = layer = 0
     for first, past, offset, nbytes in form.segments:
         assert (first, offset) == (layer, at)
         assert nbytes == (past - first) * form.layer_bytes > 0
-        layer, at = past, at + nbytes
+        layer = past
+        at = at + nbytes
         if len(form.segments) > 1:
             assert nbytes % 4096 == 0
             assert nbytes >= LEAST_SEGMENT
@@ -323,7 +333,8 @@ def test_other_text_is_no_form(text: str) -> None:
 
 @pytest.mark.parametrize("state", STATES)
 def test_forms_in_any_state_of_torch(state: str) -> None:
-    cache, rows = Cache("vllm-nhd", 2, 2, (8, 8), 3, 4), torch.zeros(3, 8192, dtype=torch.uint8)
+    cache = Cache("vllm-nhd", 2, 2, (8, 8), 3, 4)
+    rows = torch.zeros(3, 8192, dtype=torch.uint8)
     with STATES[state](torch.device("cpu")):
         form = BlockForm.of(cache.view, "m")
         assert form.view(rows).device.type == "cpu"

@@ -98,7 +98,8 @@ def test_an_image_torn_back_to_an_older_one(form: BlockForm, older: tuple[bytes,
     holds older contents: the image is refused, or has the very bytes that were sealed."""
     old = sealed(form, [older[0]], older[1], seed=1)[0].numpy()
     new = sealed(form, [key_of(1)], 7, seed=2)[0].numpy()
-    sectors, refused = form.image_bytes // 512, 0
+    sectors = form.image_bytes // 512
+    refused = 0
     for first in range(sectors):
         for part in (slice(first, first + 1), slice(0, first + 1), slice(first, sectors)):
             torn = new.copy()

@@ -114,7 +114,8 @@ def serving(folder: Path) -> Steps:
 
 def joining(folder: Path) -> Steps:
     """Calls join what others began, wait for staging, are late, and are cancelled."""
-    tier, go = FakeTier(width=1), threading.Event()
+    tier = FakeTier(width=1)
+    go = threading.Event()
     store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=[tier], full="wait")
     store.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
     tier.faults = {key: [partial(go.wait, 0.05)] for key in KEYS[2:4]}
@@ -135,7 +136,8 @@ def joining(folder: Path) -> Steps:
 
 def closing(folder: Path) -> Steps:
     """A store is closed while calls are under way."""
-    tier, go = FakeTier(width=1), threading.Event()
+    tier = FakeTier(width=1)
+    go = threading.Event()
     tiers = [disk(folder / "c"), tier]
     store = BlockStore(FORM, staging=4 * SIZE, host=2 * SIZE, tiers=tiers, full="wait")
     store.save(SOURCE, range(6), KEYS, priority="urgent").synchronize(LIMIT)
@@ -170,8 +172,11 @@ class Pool:
 
 def graphs(folder: Path) -> Steps:
     """Nodes follow each other, share leases, are late, and are cancelled."""
-    graph, pool, go = Graph(), Pool(), threading.Event()
-    link, narrow = graph.link("one", 2), graph.link("two", 1, max_gbps=10.0)
+    graph = Graph()
+    pool = Pool()
+    go = threading.Event()
+    link = graph.link("one", 2)
+    narrow = graph.link("two", 1, max_gbps=10.0)
 
     def held(node: Node, mask: Any) -> None:
         go.wait(0.02)
@@ -216,7 +221,8 @@ def graphs(folder: Path) -> Steps:
 
 def ending(folder: Path) -> Steps:
     """A graph is closed while nodes wait."""
-    graph, go = Graph(), threading.Event()
+    graph = Graph()
+    go = threading.Event()
     link = graph.link("one", 1)
     nodes = [Node(lambda *_: go.wait(0.05), 1, link=link, nbytes=10) for _ in range(3)]
     graph.submit(nodes)

@@ -30,14 +30,16 @@ def of(**choices: Any) -> Any:
     return {name: st.sampled_from(x) for name, x in choices.items()}
 
 
-PRIORITIES, DEADLINES = ("urgent", "normal", "background"), (None, None, 0.0, 0.0, 0.002, LIMIT)
+PRIORITIES = ("urgent", "normal", "background")
+DEADLINES = (None, None, 0.0, 0.0, 0.002, LIMIT)
 RUN: Any = {"run": st.tuples(st.integers(0, 99), st.sampled_from((1, 2, 5, 12)), st.booleans())}
 SAVE = {**RUN, **of(which=(0, 1, 2), priority=PRIORITIES, deadline=DEADLINES)}
 LOAD = {**SAVE, **of(missing=("raise", "skip"), by_layer=(False, True))}
 SIZES = of(slots=(8, 20), staging=(1, 3, 9), host=(0, 1, 6), rank=(0, 0, 0, *range(7)))
 TIERS = of(tiers=("disk", "disk", "disk far", "far"), admit=("always", "always", "second"))
 STORE = {**SIZES, **TIERS, **of(full=("drop", "wait"), io=(None, "threads"))}
-REQUESTS, FAULTS = ("EIO", "short", "flip"), ("far flip", "far error", "gone", "refuse", "hold")
+REQUESTS = ("EIO", "short", "flip")
+FAULTS = ("far flip", "far error", "gone", "refuse", "hold")
 AT: Any = {"at": st.integers(0, 1 << 30)}
 FREE = precondition(lambda self: len(self.open) < 12)
 
@@ -50,20 +52,29 @@ def cells(form: BlockForm) -> set[tuple[int, int]]:
 class StoreModel(RuleBasedStateMachine):
     def __init__(self, world: World) -> None:
         super().__init__()
-        self.world, self.folder, self.far = world, world.folder / "kv", FakeTier("remote")
-        self.open, self.found, self.store = list[Call](), dict[Path, Any](), cast(Any, None)
-        self.rotten, self.loads = False, 0
+        self.world = world
+        self.folder = world.folder / "kv"
+        self.far = FakeTier("remote")
+        self.open = list[Call]()
+        self.found = dict[Path, Any]()
+        self.store = cast(Any, None)
+        self.rotten = False
+        self.loads = 0
         for cache in world.targets:
             cache.forget()
 
     @initialize(**STORE)
     def start(self, rank: int, io: Any, admit: Any, tiers: str, full: Any, **sizes: int) -> None:
-        self.age, self.closing, self.host = 0, False, sizes["host"]
+        self.age = 0
+        self.closing = False
+        self.host = sizes["host"]
         self.admits_all = admit == "always"
         self.sure = self.admits_all and full == "wait"  # the other drops what waits for long
-        form, self.part = self.world.form(rank), self.world.ranks[rank]
+        form = self.world.form(rank)
+        self.part = self.world.ranks[rank]
         self.engine = Troubled(choose((), io)[0])
-        self.far.hold, room = self.engine.go, sizes["slots"] * form.image_bytes
+        self.far.hold = self.engine.go
+        room = sizes["slots"] * form.image_bytes
         self.disk = WatchedDisk(self.folder, capacity=room, admit=admit, io=self.engine)
         chosen = [getattr(self, name) for name in tiers.split()]
         self.parts = bool({*self.disk.forms(form), *self.far.forms(form)} - {form})
@@ -82,7 +93,9 @@ class StoreModel(RuleBasedStateMachine):
         self.engine.go.set()
         while self.open:
             self.take()
-        graph, rows, until = self.store.graph, self.store.rows, time.monotonic() + LIMIT
+        graph = self.store.graph
+        rows = self.store.rows
+        until = time.monotonic() + LIMIT
         while graph.live and time.monotonic() < until:
             time.sleep(0.0005)
         with graph.lock:
@@ -98,7 +111,9 @@ class StoreModel(RuleBasedStateMachine):
     @rule(**STORE, **of(kill=(False, True), share=(0.0, 0.5, 1.0)))
     def restart(self, kill: bool, share: float, **store: Any) -> None:
         """A process that is killed leaves its last requests half done."""
-        self.closing, self.engine.dead, self.engine.share = True, kill, share
+        self.closing = True
+        self.engine.dead = kill
+        self.engine.share = share
         for call in self.open if kill else ():
             call.cancel()
         self.engine.go.set()
@@ -128,7 +143,8 @@ class StoreModel(RuleBasedStateMachine):
 
     @invariant()
     def counted(self) -> None:
-        self.age, self.world.steps = self.age + 1, self.world.steps + 1
+        self.age = self.age + 1
+        self.world.steps = self.world.steps + 1
 
     def teardown(self) -> None:
         if sys.exc_info()[0] is None:
@@ -141,22 +157,28 @@ class StoreModel(RuleBasedStateMachine):
     @FREE
     @rule(**SAVE)
     def save(self, run: Any, which: int, **terms: Any) -> None:
-        source, size = self.world.sources[which], self.world.size
-        per, more = max(1, source.size // size), max(1, size // source.size)
+        source = self.world.sources[which]
+        size = self.world.size
+        per = max(1, source.size // size)
+        more = max(1, size // source.size)
         some = self.world.spread(run, per)
         blocks = [i * size // source.size + n for i in some[::per] for n in range(more)]
-        keys, view = [key_of(i) for i in some], source.view.slice(**self.part)
+        keys = [key_of(i) for i in some]
+        view = source.view.slice(**self.part)
         handle = self.store.save(view, blocks, keys, **terms)
         self.open.append(Call(handle, some, self.part, skip=not self.admits_all))
 
     @FREE
     @rule(**LOAD)
     def load(self, run: Any, which: int, **terms: Any) -> None:
-        target, self.loads = self.world.targets[which], (self.loads + 1) % 1000
+        target = self.world.targets[which]
+        self.loads = (self.loads + 1) % 1000
         some = self.world.spread(run)[: len(target.free) * target.size // self.world.size]
         blocks = target.lend(len(some) * self.world.size, self.loads)
-        keys, view = [key_of(i) for i in some], target.view.slice(**self.part)
-        handle, skip = self.store.load(view, blocks, keys, **terms), terms["missing"] == "skip"
+        keys = [key_of(i) for i in some]
+        view = target.view.slice(**self.part)
+        handle = self.store.load(view, blocks, keys, **terms)
+        skip = terms["missing"] == "skip"
         loose = terms["by_layer"] or self.parts
         self.open.append(Call(handle, some, self.part, skip, loose, target, blocks))
 
@@ -181,7 +203,8 @@ class StoreModel(RuleBasedStateMachine):
     def undisturbed(self, run: Any, which: int) -> None:
         """What is found is loaded; what is saved is found, and evicts no more than it must."""
         self.settle()
-        fired, (first, many, apart) = self.engine.fired, run
+        fired = self.engine.fired
+        (first, many, apart) = run
         for key in map(key_of, self.world.spread(run)):
             parts = [x.form for x in self.disk.shelves if x.has([key])[0]]
             if cells(self.store.form) <= {cell for form in parts for cell in cells(form)}:
@@ -195,7 +218,8 @@ class StoreModel(RuleBasedStateMachine):
         before = [(slots, slots.evicted, {*slots.index}) for slots in self.disk.slots()[:1]]
         self.save((first, 5, False), which)
         call = self.take()
-        keys, full = {key_of(i) for i in call.keys}, any(x.limit - x.broken < 5 for x, *_ in before)
+        keys = {key_of(i) for i in call.keys}
+        full = any(x.limit - x.broken < 5 for x, *_ in before)
         if self.sure and not (full or self.far.refuse or self.engine.fired > fired):
             for slots, *_ in before:
                 goes = slots.chains.next(slots.folder)
@@ -214,7 +238,8 @@ class StoreModel(RuleBasedStateMachine):
 
     @rule(**AT, **of(kind=2 * (*REQUESTS, *FAULTS, "hold") + ("rot",)))
     def fault(self, at: int, kind: str) -> None:
-        key, go = key_of(at % self.world.keys), self.engine.go
+        key = key_of(at % self.world.keys)
+        go = self.engine.go
         if kind in REQUESTS:
             self.engine.faults[self.engine.count + at % 8] = kind
         elif kind == "gone":
@@ -241,7 +266,8 @@ WIDE = [pytest.param(*each, marks=pytest.mark.slow) for each in ((SMALL, 22.0), 
 
 @pytest.mark.parametrize(("shape", "times"), [(SMALL, 0.1), (LARGE, 0.02), *WIDE])
 def test_any_order_of_calls(tmp_path: Path, shape: dict[str, int], times: float) -> None:
-    world, many = World(tmp_path, **shape), max(1, int(times * settings().max_examples))
+    world = World(tmp_path, **shape)
+    many = max(1, int(times * settings().max_examples))
     given = settings(max_examples=many, stateful_step_count=50)
     run_model(cast(Any, lambda: StoreModel(world)), settings=given)
     assert world.steps > 40 * many

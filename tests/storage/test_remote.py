@@ -60,7 +60,10 @@ class Case:
     """A prefix of its own in the store, which is reached through the proxy, or around it."""
 
     def __init__(self, proxy: Proxy, bucket: str) -> None:
-        self.proxy, self.bucket, self.prefix, self.graph = proxy, bucket, uuid4().hex, Graph()
+        self.proxy = proxy
+        self.bucket = bucket
+        self.prefix = uuid4().hex
+        self.graph = Graph()
         self.now = 0.0
         self.raw = self.store(f"http://{proxy.store[0]}:{proxy.store[1]}", self.prefix)
         proxy.play()
@@ -141,7 +144,8 @@ def save(shelf: Shelf, *keys: bytes) -> list[bool]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[tuple[Proxy, str]]:
-    url, moto = os.environ.get("PORTAKV_TEST_S3"), None
+    url = os.environ.get("PORTAKV_TEST_S3")
+    moto = None
     if not url:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -168,7 +172,8 @@ def test_a_body_that_is_cut_is_resumed_from_its_first_missing_byte(
     case: Case, cut: int, reset: bool
 ) -> None:
     """Fault 35."""
-    sealed, shelf = case.lay(KEYS[0]), case.shelf()
+    sealed = case.lay(KEYS[0])
+    shelf = case.shelf()
     case.proxy.play(Fault("GET", cut=cut, reset=reset))
     well, row = load(shelf, KEYS[0])
     assert well
@@ -179,7 +184,8 @@ def test_a_body_that_is_cut_is_resumed_from_its_first_missing_byte(
 
 def test_three_cuts_cost_three_requests_and_few_bytes(case: Case) -> None:
     """Fault 35."""
-    sealed, shelf = case.lay(KEYS[0], LAYERED), case.shelf(LAYERED)
+    sealed = case.lay(KEYS[0], LAYERED)
+    shelf = case.shelf(LAYERED)
     case.proxy.play(*(Fault("GET", cut=500_000, reset=n == 1) for n in range(3)))
     well, row = load(shelf, KEYS[0])
     assert well
@@ -193,7 +199,8 @@ def test_three_cuts_cost_three_requests_and_few_bytes(case: Case) -> None:
 def test_a_part_of_a_block_that_is_cut_is_resumed(case: Case) -> None:
     """Fault 35."""
     case.lay(KEYS[0], LAYERED)
-    shelf, at = case.shelf(LAYERED), HEADER + LAYERED.segments[3].offset
+    shelf = case.shelf(LAYERED)
+    at = HEADER + LAYERED.segments[3].offset
     case.proxy.play(Fault("GET", cut=100), Fault("GET"), Fault("GET", cut=1000, reset=True))
     assert load(shelf, KEYS[0], segments=[3])[0]
     last = at + LAYERED.segments[3].nbytes - 1
@@ -228,7 +235,8 @@ def test_no_number_of_retries_outlasts_the_retry_timeout(case: Case, fault: Any)
 
 def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
     """Fault 37."""
-    sealed, shelf = case.lay(KEYS[0]), case.shelf(read_timeout=0.3)
+    sealed = case.lay(KEYS[0])
+    shelf = case.shelf(read_timeout=0.3)
     case.proxy.play(Fault("GET", stall=5.0))
     well, row = load(shelf, KEYS[0])
     assert well
@@ -239,7 +247,8 @@ def test_a_stall_longer_than_the_read_timeout_is_resumed(case: Case) -> None:
 def test_a_slow_body_is_left_between_two_pieces_after_the_deadline(case: Case) -> None:
     """Fault 38."""
     case.lay(KEYS[0], LAYERED)
-    shelf, ends = case.shelf(LAYERED), iter([False, True])
+    shelf = case.shelf(LAYERED)
+    ends = iter([False, True])
     case.proxy.play(Fault("GET", rate=4e6))
     rows = [np.zeros(LAYERED.image_bytes, np.uint8) for _ in range(2)]
     assert shelf.read(KEYS[:2], rows, None, lambda: next(ends, True)) == [False, False]
@@ -289,7 +298,8 @@ def test_a_byte_flipped_in_transit_is_fetched_again_then_a_miss(
     case: Case, at: int, times: int
 ) -> None:
     """Fault 39."""
-    sealed, shelf = case.lay(KEYS[0]), case.shelf()
+    sealed = case.lay(KEYS[0])
+    shelf = case.shelf()
     case.proxy.play(Fault("GET", flip=at, times=times))
     well, row = load(shelf, KEYS[0])
     assert well == (times == 1)
@@ -329,7 +339,8 @@ def test_a_wrong_object_is_a_miss_and_can_be_written_again(
 def test_an_object_that_changes_in_between_is_never_mixed(case: Case) -> None:
     """Fault 41."""
     case.lay(KEYS[0], LAYERED)
-    shelf, new = case.shelf(LAYERED), image(LAYERED, KEYS[0], 2)
+    shelf = case.shelf(LAYERED)
+    new = image(LAYERED, KEYS[0], 2)
     change = Fault("GET", before=lambda: case.lay(KEYS[0], LAYERED, new))
     case.proxy.play(Fault("GET", cut=700_000), change)
     assert not load(shelf, KEYS[0])[0]
@@ -340,7 +351,8 @@ def test_an_object_that_changes_in_between_is_never_mixed(case: Case) -> None:
 
 def test_a_range_that_is_ignored_never_gives_wrong_bytes(case: Case) -> None:
     """Fault 42."""
-    sealed, shelf = case.lay(KEYS[0], LAYERED), case.shelf(LAYERED)
+    sealed = case.lay(KEYS[0], LAYERED)
+    shelf = case.shelf(LAYERED)
     case.proxy.play(Fault("GET", cut=700_000), Fault("GET", whole=True))
     assert not load(shelf, KEYS[0])[0]
     case.proxy.play(Fault("GET", whole=True))
@@ -538,7 +550,8 @@ def test_plain_http_can_be_allowed_by_the_environment(
 
 def test_a_forked_process_is_refused(case: Case) -> None:
     """Fault 13. Calls of obstore would never return there."""
-    remote, told = case.remote(), []
+    remote = case.remote()
+    told = []
     (shelf,) = case.opened(remote, SMALL)
     works: list[Any] = [
         partial(Remote, "memory://"), remote.wipe, partial(remote.forms, SMALL),
@@ -769,7 +782,8 @@ def test_a_load_asks_no_bucket_what_it_has(case: Case, forms: int) -> None:
 
 
 def test_parts_of_a_block_are_read_and_verified_alone(case: Case) -> None:
-    sealed, shelf = case.lay(KEYS[0], LAYERED), case.shelf(LAYERED)
+    sealed = case.lay(KEYS[0], LAYERED)
+    shelf = case.shelf(LAYERED)
     assert len(LAYERED.segments) == 8
     well, row = load(shelf, KEYS[0], segments=[2, 5])
     assert well
@@ -835,7 +849,8 @@ def test_a_block_that_is_there_or_comes_first_is_not_written_again(case: Case) -
 
 
 def test_blocks_of_other_forms_of_the_cache_are_found_and_read(case: Case) -> None:
-    part, other = replace(SMALL, heads=(1, 2, 2)), replace(SMALL, model="another")
+    part = replace(SMALL, heads=(1, 2, 2))
+    other = replace(SMALL, model="another")
     for form in (SMALL, part, other):
         assert save(case.shelf(form), KEYS[0]) == [True]
     for name, text in [("0" * 32, part.json()), ("1" * 32, "{"), ("2" * 32, "\xff")]:
@@ -885,7 +900,9 @@ def test_a_wipe_takes_nothing_beside_the_prefix(case: Case) -> None:
 
 def test_one_probe_is_sent_at_a_time() -> None:
     """Fault 43."""
-    remote, clock, asked = Remote("memory://"), [0.0], list[object]()
+    remote = Remote("memory://")
+    clock = [0.0]
+    asked = list[object]()
     remote.now = lambda: clock[0]
 
     def fails() -> None:
@@ -1000,7 +1017,8 @@ def test_a_damaged_object_counts_as_missing_until_a_save_writes_it_anew(
 
 def test_two_writers_of_a_damaged_object_leave_one_whole_object(case: Case) -> None:
     """The second one finds that the first has replaced it, and lets that be."""
-    one, other = case.shelf(), case.shelf()
+    one = case.shelf()
+    other = case.shelf()
     case.lay(KEYS[0], data=b"damaged")
     assert not load(one, KEYS[0])[0]
     assert not load(other, KEYS[0])[0]

@@ -23,10 +23,12 @@ from portakv.storage import ring
 from portakv.storage.engine import Ended, Request
 from portakv.storage.ring import OneRing, Ring
 
-PAGE, COUNT = 4096, 8
+PAGE = 4096
+COUNT = 8
 SPACE = aligned(COUNT * PAGE)
 REAL = ring.system_call
-EINTR, EAGAIN = -errno.EINTR, -errno.EAGAIN
+EINTR = -errno.EINTR
+EAGAIN = -errno.EAGAIN
 #: Answers one ``enter``, given its arguments; `REAL` carries it out.
 Step = Callable[..., int]
 
@@ -93,7 +95,8 @@ def test_a_short_move_goes_on_at_every_place(
         one.sqes["nbytes"][which] = np.minimum(one.sqes["nbytes"][which], 1001)
         return REAL(*numbers)
 
-    left, ends = play(monkeypatch, cut), list[tuple[int, int]]()
+    left = play(monkeypatch, cut)
+    ends = list[tuple[int, int]]()
     SPACE[:] = 0 if not write else np.arange(SPACE.nbytes) % 251
     assert one.run(ask(file, write), lambda *end: ends.append(end)) == [PAGE] * COUNT
     assert sorted(ends) == [(n, PAGE) for n in range(COUNT)]
@@ -151,7 +154,8 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
     def some(number: int, fd: int, put: int, least: int, *rest: int) -> int:
         return REAL(number, fd, min(put, part), 0, *rest) if number == ring.ENTER else 0
 
-    lines, line = itertools.count(), 0
+    lines = itertools.count()
+    line = 0
 
     def at_line(frame: FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename != ring.__file__:
@@ -162,9 +166,11 @@ def test_an_interrupt_at_any_line_leaves_no_request_under_way(
 
     interrupted = True
     while interrupted:
-        lines, line = itertools.count(), line + 1
+        lines = itertools.count()
+        line = line + 1
         play(monkeypatch, some)
-        before, interrupted = sys.gettrace(), False
+        before = sys.gettrace()
+        interrupted = False
         sys.settrace(at_line)
         try:
             one.run(ask(file), tell)
@@ -235,7 +241,8 @@ def test_a_ring_that_fails_is_drained_and_replaced(
         return played(number, *rest)
 
     monkeypatch.setattr(ring, "system_call", counted)
-    SPACE[:], ends = 0, list[tuple[int, int]]()
+    SPACE[:] = 0
+    ends = list[tuple[int, int]]()
     results = engine.run(ask(file), lambda *end: ends.append(end))
     assert results == [PAGE] * 3 + [-errno.EBADFD] * (COUNT - 3)
     assert sorted(ends) == [*enumerate(results)]

@@ -95,7 +95,8 @@ def test_an_early_block_waits_for_the_slot_of_a_late_one(tmp_path: Path) -> None
 def test_calls_that_wait_for_each_other_go_on(tmp_path: Path) -> None:
     """They name the same keys in other orders: each has a slot that the other one waits for."""
     with closing(opened(tmp_path / "x", 2)) as slots:
-        first, second = slots.take(KEYS[0]), slots.take(KEYS[1])
+        first = slots.take(KEYS[0])
+        second = slots.take(KEYS[1])
         assert first is not None
         assert second is not None
         with ThreadPoolExecutor() as pool:
@@ -167,7 +168,8 @@ def test_form_json_is_on_the_device_before_the_first_record(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A power loss would else leave an empty one, which is refused (fault 8)."""
-    synced, real = list[tuple[str, set[str]]](), os.fsync
+    synced = list[tuple[str, set[str]]]()
+    real = os.fsync
 
     def fsync(fd: int) -> None:
         synced.append((Path(os.readlink(f"/proc/self/fd/{fd}")).name, {*os.listdir(folder)}))
@@ -198,7 +200,8 @@ def test_form_json_stays_as_it_is_if_it_says_the_same(folder: Path) -> None:
 def test_one_bit_in_a_record(six: tuple[Path, dict[bytes, Place]], rescued: bool) -> None:
     """Fault 3. The record is made again from the image's header; without one the block is gone."""
     folder, before = six
-    table, slot = (folder / "table").read_bytes(), before[KEYS[2]][0]
+    table = (folder / "table").read_bytes()
+    slot = before[KEYS[2]][0]
     if not rescued:
         with open(folder / "slots", "r+b") as file:
             os.pwrite(file.fileno(), bytes(4096), slot * IMAGE)
@@ -285,7 +288,8 @@ def test_a_folder_of_who_knows_what(
 def test_two_entries_for_one_key(folder: Path, newer_first: bool) -> None:
     """Fault 9. The newer generation counts, and the other one's slot is free."""
     with closing(opened(folder)) as slots:
-        a, b = slots.take(KEYS[0]), slots.take(KEYS[0])
+        a = slots.take(KEYS[0])
+        b = slots.take(KEYS[0])
         assert a is not None
         assert b is not None
         for slot, generation in [(a, 2), (b, 1)] if newer_first else [(a, 1), (b, 2)]:
@@ -319,7 +323,8 @@ def test_two_processes_and_one_folder(folder: Path) -> None:
 def test_a_forked_child_is_refused(folder: Path) -> None:
     """Fault 13. Its copies of the files are closed at once, so that it neither reads, nor writes,
     nor holds the lock when the parent has ended with the store."""
-    slots, done = opened(folder), os.pipe()
+    slots = opened(folder)
+    done = os.pipe()
     assert put(slots, KEYS[0], 1)
 
     def child(tell: int) -> None:
@@ -561,7 +566,8 @@ def test_something_else_in_place_of_the_tiers_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Fault 27. A link to a folder of one's own is followed; the rest as for a form's folder."""
-    tier, place = tmp_path / "tier", tmp_path / "place"
+    tier = tmp_path / "tier"
+    place = tmp_path / "place"
     place.mkdir()
     if what == "link":
         tier.symlink_to(place)
@@ -729,7 +735,8 @@ def test_all_slots_are_pinned(folder: Path) -> None:
 def test_a_dropped_block_leaves_its_slot_when_the_last_reader_does(folder: Path) -> None:
     with closing(opened(folder, 2)) as slots:
         assert put(slots, KEYS[0], 1)
-        first, second = pinned(slots, KEYS[0]), pinned(slots, KEYS[0])
+        first = pinned(slots, KEYS[0])
+        second = pinned(slots, KEYS[0])
         slots.unpin(first, good=False)
         assert put(slots, KEYS[0], 2)  # anew, in the other slot
         assert slots.by_use() == [KEYS[0]]

@@ -81,7 +81,8 @@ def opened() -> Iterator[Any]:
     def make(
         form: BlockForm | None = None, staging: int = 8, host: int = 0, **terms: Any
     ) -> BlockStore:
-        form, terms = form or small_form(), {"full": "wait", **terms}
+        form = form or small_form()
+        terms = {"full": "wait", **terms}
         size = max(
             [
                 form.image_bytes,
@@ -112,7 +113,9 @@ def saved(store: BlockStore, view: KVView, blocks: Any = range(8), keys: Any = K
 @pytest.mark.parametrize("host", [0, 3, 8])
 @pytest.mark.parametrize("staging", [1, 3, 40])
 def test_what_was_saved_is_loaded_into_another_cache(opened: Any, host: int, staging: int) -> None:
-    source, target, tier = cache(), cache(seed=50), FakeTier()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
     store = opened(tiers=[tier], staging=staging, host=host)
     handle = store.save(source, range(2, 10), KEYS)
     handle.synchronize(LIMIT)
@@ -134,13 +137,15 @@ def test_what_was_saved_is_loaded_into_another_cache(opened: Any, host: int, sta
 def test_views_with_blocks_of_any_size(opened: Any, size: int, ids: str) -> None:
     """Keys need not fill the last block."""
     make: Any = {"list": list, "tensor": torch.tensor, "array": np.array}[ids]
-    source, target = cache(), cache(20, size=size, seed=9)
+    source = cache()
+    target = cache(20, size=size, seed=9)
     store = opened(host=8)
     saved(store, source)
     blocks = np.random.default_rng(size).permutation(20)[: -(-7 * 4 // size)].tolist()
     before = tokens_of(target, blocks)
     store.load(target, make(blocks), KEYS[:7]).synchronize(LIMIT)
-    after, wanted = tokens_of(target, blocks), tokens_of(source, range(7))
+    after = tokens_of(target, blocks)
+    wanted = tokens_of(source, range(7))
     assert (after[:, :, :28] == wanted).all()
     assert (after[:, :, 28:] == before[:, :, 28:]).all()
     again = opened(host=8)
@@ -152,7 +157,8 @@ def test_views_with_blocks_of_any_size(opened: Any, size: int, ids: str) -> None
 
 @pytest.mark.parametrize("state", STATES)
 def test_a_store_in_any_state_of_torch(opened: Any, state: str) -> None:
-    source, target = cache(), cache(seed=50)
+    source = cache()
+    target = cache(seed=50)
     with STATES[state](torch.device("cpu")):
         store = opened(host=2, tiers=[FakeTier()])
         saved(store, source)
@@ -166,7 +172,9 @@ def test_a_store_in_any_state_of_torch(opened: Any, state: str) -> None:
 @pytest.mark.parametrize("missing", [[0], [4], [7], [0, 3, 7], list(range(8))])
 def test_missing_blocks_are_told_exactly(opened: Any, missing: list[int]) -> None:
     """Fault 55: nothing is written for them, and all others land."""
-    source, target, tier = cache(), cache(seed=50), FakeTier()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
     store = opened(tiers=[tier], staging=3)
     saved(store, source)
     for i in missing:
@@ -193,7 +201,10 @@ def test_missing_blocks_are_told_exactly(opened: Any, missing: list[int]) -> Non
 def test_the_next_tier_is_asked_for_what_does_not_land(
     opened: Any, fault: str, by_layer: bool
 ) -> None:
-    source, target, near, far = cache(), cache(seed=50), FakeTier("near"), FakeTier("remote")
+    source = cache()
+    target = cache(seed=50)
+    near = FakeTier("near")
+    far = FakeTier("remote")
     store = opened(tiers=[near, far])
     saved(store, source)
     near.faults = {KEYS[2]: [fault], KEYS[7]: [fault]}
@@ -206,7 +217,9 @@ def test_the_next_tier_is_asked_for_what_does_not_land(
 
 
 def test_a_block_that_is_wrong_in_the_only_tier_is_a_miss(opened: Any) -> None:
-    source, target, tier = cache(), cache(seed=50), FakeTier()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
     store = opened(tiers=[tier])
     saved(store, source)
     tier.faults = {KEYS[3]: ["flip"]}
@@ -220,7 +233,9 @@ def test_a_block_that_is_wrong_in_the_only_tier_is_a_miss(opened: Any) -> None:
 
 def test_one_key_loaded_by_16_threads_is_read_once(opened: Any) -> None:
     """Fault 56."""
-    source, tier, go = cache(), FakeTier(), threading.Event()
+    source = cache()
+    tier = FakeTier()
+    go = threading.Event()
     store = opened(tiers=[tier])
     saved(store, source)
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
@@ -244,7 +259,10 @@ def test_one_key_loaded_by_16_threads_is_read_once(opened: Any) -> None:
 
 def test_a_block_whose_save_is_under_way_is_loaded_from_its_rows(opened: Any) -> None:
     """Fault 57; and a second save of it is nothing, which ends with the first."""
-    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
+    go = threading.Event()
     store = opened(tiers=[tier], staging=16)
     tier.hold = go
     first = store.save(source, range(8), KEYS, priority="urgent")
@@ -262,7 +280,9 @@ def test_a_block_whose_save_is_under_way_is_loaded_from_its_rows(opened: Any) ->
 
 
 def test_a_key_that_every_tier_has_is_not_saved_again(opened: Any) -> None:
-    source, near, far = cache(), FakeTier("near"), FakeTier("far")
+    source = cache()
+    near = FakeTier("near")
+    far = FakeTier("far")
     store = opened(tiers=[near, far])
     saved(store, source)
     del far.blocks[store.form, KEYS[1]]
@@ -280,7 +300,8 @@ def test_a_key_that_every_tier_has_is_not_saved_again(opened: Any) -> None:
 def test_a_block_is_stored_the_second_time_it_is_offered(opened: Any, tmp_path: Path) -> None:
     """The first time is not an error and moves nothing, whichever folder it would go to. Nothing
     has landed then."""
-    source, size = cache(), small_form().image_bytes
+    source = cache()
+    size = small_form().image_bytes
     folders = [tmp_path / str(i) for i in range(2)]
     disk = Disk(*folders, capacity=20 * size, admit="second", io="threads")
     store = opened(tiers=[disk])
@@ -300,7 +321,9 @@ def test_a_block_is_stored_the_second_time_it_is_offered(opened: Any, tmp_path: 
 @pytest.mark.parametrize("full", ["drop", "wait"])
 def test_a_save_without_room_is_dropped_or_waits(opened: Any, full: str) -> None:
     """Fault 59: all rows are out."""
-    source, tier, go = cache(), FakeTier(), threading.Event()
+    source = cache()
+    tier = FakeTier()
+    go = threading.Event()
     store = opened(tiers=[tier], staging=2, full=full)
     tier.hold = go
     first = store.save(source, [0], KEYS[:1], priority="urgent")
@@ -320,7 +343,10 @@ def test_a_save_without_room_is_dropped_or_waits(opened: Any, full: str) -> None
 
 def test_a_read_that_hangs_costs_its_caller_alone(opened: Any) -> None:
     """Fault 26: the deadline ends its load; its row stays out; others go on."""
-    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
+    go = threading.Event()
     store = opened(tiers=[tier], staging=4)
     saved(store, source)
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
@@ -346,7 +372,9 @@ def test_a_read_that_hangs_costs_its_caller_alone(opened: Any) -> None:
 
 def test_close_lets_saves_end_and_refuses_more(opened: Any) -> None:
     """Fault 15; what hangs keeps the tier open until it ended, and is told."""
-    source, tier, go = cache(), FakeTier(), threading.Event()
+    source = cache()
+    tier = FakeTier()
+    go = threading.Event()
     store = opened(tiers=[tier], staging=2)
     tier.hold = go
     handle = store.save(source, range(8), KEYS)
@@ -371,7 +399,10 @@ def test_close_lets_saves_end_and_refuses_more(opened: Any) -> None:
 @pytest.mark.parametrize("how", ["cancel", "deadline", "cancel before"])
 def test_a_save_goes_on_for_the_other_that_joined_it(opened: Any, how: str) -> None:
     """The first one is cancelled or late, and the second one ends well."""
-    source, tier, far, go = cache(), FakeTier(), FakeTier("far", width=1), Event()
+    source = cache()
+    tier = FakeTier()
+    far = FakeTier("far", width=1)
+    go = Event()
     store = opened(tiers=[tier, far], staging=16 if how == "cancel before" else 4)
     tier.hold = far.hold = go
     first = store.save(
@@ -396,7 +427,10 @@ def test_a_save_goes_on_for_the_other_that_joined_it(opened: Any, how: str) -> N
 
 def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
     """Staging is full until after its slack."""
-    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
+    go = threading.Event()
     store = opened(tiers=[tier], staging=2, full="drop")
     tier.hold = go
     first = store.save(source, [0], KEYS[:1], priority="urgent")
@@ -415,10 +449,16 @@ def test_a_save_that_a_load_waits_for_is_not_dropped(opened: Any) -> None:
 
 def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:
     """Its load was cancelled, and it has been told to stop: another load reads on its own."""
-    source, target, tier, stopped, go = cache(), cache(seed=50), FakeTier(), Event(), Event()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
+    stopped = Event()
+    go = Event()
     store = opened(tiers=[tier])
     saved(store, source)
-    begun, cancelled, shelf = Event(), Event(), store._shelves[0]
+    begun = Event()
+    cancelled = Event()
+    shelf = store._shelves[0]
     read = shelf.read
 
     def reads(keys: Any, rows: Any, segments: Any, stop: Any, report: Any) -> Any:
@@ -444,7 +484,9 @@ def test_nobody_joins_a_read_that_was_given_up(opened: Any) -> None:
 
 def test_a_prefix_outlives_its_suffix(opened: Any, tmp_path: Path) -> None:
     """A long save is of many nodes: its head is the newest of them on disk, and used last."""
-    source, target, form = cache(), cache(seed=50), small_form()
+    source = cache()
+    target = cache(seed=50)
+    form = small_form()
 
     def make(slots: int) -> BlockStore:
         disk = Disk(tmp_path, capacity=slots * form.image_bytes, io="threads")
@@ -471,7 +513,9 @@ def test_a_save_of_more_than_a_tier_holds_leaves_its_beginning(
     opened: Any, tmp_path: Path, where: str, older: bool
 ) -> None:
     """And what is older goes first, but for blocks of its own that are there already."""
-    source, keys, form = cache(20), [key_of(i) for i in range(20)], small_form()
+    source = cache(20)
+    keys = [key_of(i) for i in range(20)]
+    form = small_form()
     disk = Disk(tmp_path, capacity=10 * form.image_bytes, io="threads", workers=1)
     terms: Any = {"tiers": [disk]} if where == "disk" else {"host": 10}
     store = opened(**terms)
@@ -489,9 +533,13 @@ def test_a_save_of_more_than_a_tier_holds_leaves_its_beginning(
 def test_a_load_of_more_than_the_host_tier_holds_leaves_its_beginning_there(opened: Any) -> None:
     """Chunks end in any order, and blocks are used once a load or prefetch ends, the first last. No
     block goes before the blocks that follow it."""
-    source, keys, tier, go = cache(20), [key_of(i) for i in range(20)], FakeTier(), Event()
+    source = cache(20)
+    keys = [key_of(i) for i in range(20)]
+    tier = FakeTier()
+    go = Event()
     saved(opened(tiers=[tier]), source, range(20), keys)
-    store, names = opened(tiers=[tier], host=10), [small_form().digest + key for key in keys]
+    store = opened(tiers=[tier], host=10)
+    names = [small_form().digest + key for key in keys]
     tier.faults = {keys[0]: [lambda: go.wait(LIMIT)]}
     handle = store.load(cache(20, seed=50), range(20), keys)
     while store.rows.counts()["kept"] < 10:
@@ -539,7 +587,10 @@ def test_a_store_is_closed_at_the_end_of_its_context(opened: Any) -> None:
 def test_close_knows_each_transfer_of_a_block(opened: Any, kind: str, shared: bool) -> None:
     """Fault 15. One hangs and was cancelled, the next one of the same block ended: tiers stay open,
     as what hangs would go on in a file that was opened since."""
-    view, tier, go, begun = cache(), FakeTier(), Event(), Event()
+    view = cache()
+    tier = FakeTier()
+    go = Event()
+    begun = Event()
     store = opened(tiers=[tier], graph=Graph() if shared else None)
     if kind == "load":
         saved(store, view)
@@ -549,7 +600,8 @@ def test_close_knows_each_transfer_of_a_block(opened: Any, kind: str, shared: bo
         begun.set()
         return go.wait(LIMIT)
 
-    tier.faults, tier.hold = {KEYS[0]: [hang]}, SimpleNamespace(wait=hang)
+    tier.faults = {KEYS[0]: [hang]}
+    tier.hold = SimpleNamespace(wait=hang)
     first = move(view, [0], KEYS[:1], priority="urgent")
     assert begun.wait(LIMIT)
     first.cancel()
@@ -566,7 +618,8 @@ def test_close_knows_each_transfer_of_a_block(opened: Any, kind: str, shared: bo
 def many_blocks(folder: Path, io: Any) -> tuple[BlockStore, KVView, list[bytes]]:
     """A store on disk with room for the blocks of a view, and their keys."""
     view = cache(128)
-    form, keys = BlockForm.of(view, model="m"), [key_of(i) for i in range(128)]
+    form = BlockForm.of(view, model="m")
+    keys = [key_of(i) for i in range(128)]
     tier = Disk(folder, capacity=128 * form.image_bytes, io=io)
     store = BlockStore(form, staging=128 * form.image_bytes, tiers=[tier], full="wait")
     return store, view, keys
@@ -601,7 +654,10 @@ def test_a_process_that_ends_while_it_reads_loses_no_block(tmp_path: Path, io: s
 
 def test_a_load_that_nobody_waits_for_does_not_fail_close(opened: Any) -> None:
     """Of a shared graph: its read has begun, its deadline has passed; close waits for it."""
-    source, tier, go, graph = cache(), FakeTier(), threading.Event(), Graph()
+    source = cache()
+    tier = FakeTier()
+    go = threading.Event()
+    graph = Graph()
     store = opened(tiers=[tier], graph=graph)
     saved(store, source)
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
@@ -617,7 +673,10 @@ def test_a_load_that_nobody_waits_for_does_not_fail_close(opened: Any) -> None:
 
 
 def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
-    source, tier, told, begun = cache(), FakeTier(), list[bool](), Event()
+    source = cache()
+    tier = FakeTier()
+    told = list[bool]()
+    begun = Event()
     saved(opened(tiers=[tier]), source)
     store = opened(tiers=[tier], host=4)
     shelf = store._shelves[0]
@@ -641,7 +700,10 @@ def test_close_does_not_wait_for_a_prefetch(opened: Any) -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
     """Fault 16."""
-    source, target, tier, go = cache(), cache(seed=50), FakeTier(), threading.Event()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
+    go = threading.Event()
     store = opened(tiers=[tier])
     saved(store, source)
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
@@ -657,7 +719,9 @@ def test_ctrl_c_in_synchronize_leaves_the_transfer(opened: Any) -> None:
 @pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_while_a_load_is_planned_leaves_nothing(opened: Any) -> None:
     """Fault 16: nobody waits for reads that never begin."""
-    source, target, tier = cache(), cache(seed=50), FakeTier()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
     store = opened(tiers=[tier])
     saved(store, source)
     shelf: Any = store._shelves[0]
@@ -670,7 +734,10 @@ def test_ctrl_c_while_a_load_is_planned_leaves_nothing(opened: Any) -> None:
 
 
 def test_cancel_leaves_the_rest(opened: Any) -> None:
-    source, target, tier, go = cache(), cache(seed=50), FakeTier(width=1), threading.Event()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier(width=1)
+    go = threading.Event()
     store = opened(tiers=[tier], staging=2)
     saved(store, source)
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
@@ -718,7 +785,8 @@ def ranks(
 def test_ranks_of_another_size_load_what_others_saved(
     opened: Any, by: str, writers: int, readers: int, remote: bool
 ) -> None:
-    whole, tier = cache(layers=4, heads=4), FakeTier("remote" if remote else "fake")
+    whole = cache(layers=4, heads=4)
+    tier = FakeTier("remote" if remote else "fake")
     for form, view in ranks(whole, writers, by):
         saved(opened(form, tiers=[tier]), view)
     for (form, target), (_, source) in zip(
@@ -765,14 +833,17 @@ def test_two_splits_of_one_axis_are_read_beside_each_other(
 
 def test_a_part_that_is_missing_is_a_miss_for_that_block_alone(opened: Any) -> None:
     """Fault 62."""
-    whole, target, tier = cache(heads=4), cache(heads=4, seed=50), FakeTier()
+    whole = cache(heads=4)
+    target = cache(heads=4, seed=50)
+    tier = FakeTier()
     forms = []
     for form, view in ranks(whole, 4, "heads"):
         forms.append(form)
         saved(opened(form, tiers=[tier]), view)
     del tier.blocks[forms[2], KEYS[5]]
     tier.faults = {KEYS[1]: ["flip"]}  # in the part that is read first
-    store, before = opened(small_form(heads=4), tiers=[tier]), tokens_of(target, [5])
+    store = opened(small_form(heads=4), tiers=[tier])
+    before = tokens_of(target, [5])
     loaded = store.load(target, range(8), KEYS, missing="skip")
     loaded.synchronize(LIMIT)
     assert loaded.landed.tolist() == [i not in (1, 5) for i in range(8)]
@@ -787,12 +858,10 @@ BIG = {"layers": 8, "heads": 8, "size": 64}  # 64 KiB a layer: segments of four 
 def test_layers_end_one_behind_the_other(opened: Any, big: bool) -> None:
     """Each is verified before it is handed on; with one segment the device's leg alone is cut."""
     shape: Any = BIG if big else {}
-    source, target, tier, go = (
-        cache(4, **shape),
-        cache(4, seed=50, **shape),
-        FakeTier(width=1),
-        threading.Event(),
-    )
+    source = cache(4, **shape)
+    target = cache(4, seed=50, **shape)
+    tier = FakeTier(width=1)
+    go = threading.Event()
     form = BlockForm.of(source, "org/model@1")
     assert len(form.segments) == (2 if big else 1)
     store = opened(form, tiers=[tier], staging=4)
@@ -821,7 +890,8 @@ def same_layers(one: KVView, other: KVView, layers: Any) -> bool:
 
 
 def test_a_whole_load_joins_one_by_layer_and_the_other_way(opened: Any) -> None:
-    source, tier = cache(4, **BIG), FakeTier()
+    source = cache(4, **BIG)
+    tier = FakeTier()
     store = opened(BlockForm.of(source, "org/model@1"), tiers=[tier], staging=4, host=2)
     saved(store, source, range(2), KEYS[:2])
     for first in (True, False):
@@ -841,13 +911,16 @@ def test_a_whole_load_joins_one_by_layer_and_the_other_way(opened: Any) -> None:
 def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any, staging: int) -> None:
     """Its first layers do not wait for the last ones."""
     shape: Any = {"layers": 4, "heads": 8, "size": 128}  # a segment for each two layers
-    source, target, tier = cache(12, **shape), cache(12, seed=50, **shape), FakeTier(width=1)
+    source = cache(12, **shape)
+    target = cache(12, seed=50, **shape)
+    tier = FakeTier(width=1)
     store = opened(BlockForm.of(source, "org/model@1"), tiers=[tier], staging=staging)
     saved(store, source)
     store.load(target, range(8), KEYS, by_layer=True).synchronize(LIMIT)
     assert [segment for _, segment in tier.reads] == [[0]] * 8 + [[1]] * 8
     kept = opened(store.form, tiers=[tier], staging=staging, host=2)
-    go, other = Event(), cache(12, seed=70, **shape)
+    go = Event()
+    other = cache(12, seed=70, **shape)
     names = [store.form.digest + key for key in KEYS]
     tier.faults = {KEYS[0]: [lambda: go.wait(LIMIT)]}
     handles = [kept.load(target, range(8), KEYS, by_layer=True), kept.load(other, range(8), KEYS)]
@@ -861,7 +934,9 @@ def test_a_load_by_layer_that_staging_cannot_hold_at_once(opened: Any, staging: 
 
 def test_prefetched_blocks_are_loaded_without_the_tier(opened: Any) -> None:
     """Blocks that are prefetched and not yet used take half of the host tier."""
-    source, target, tier = cache(), cache(seed=50), FakeTier()
+    source = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
     saved(opened(tiers=[tier]), source)
     store = opened(tiers=[tier], host=8)
     handle = store.prefetch(KEYS, priority="urgent")
@@ -903,7 +978,8 @@ def test_keys_and_blocks_that_fit_no_call(
 ) -> None:
     """Fault 63: wrong lengths, duplicates, more keys than blocks; nothing is moved."""
     view = cache()
-    store, before = opened(host=8), tokens_of(view, range(12))
+    store = opened(host=8)
+    before = tokens_of(view, range(12))
     with pytest.raises(error, match=says):
         getattr(store, call)(view, blocks, keys)
     assert (tokens_of(view, range(12)) == before).all()
@@ -911,7 +987,8 @@ def test_keys_and_blocks_that_fit_no_call(
 
 
 def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
-    view, store = cache(), opened(host=2)
+    view = cache()
+    store = opened(host=2)
     with pytest.raises(SlotError, match="occurs 2 times"):  # Fault 63: two blocks would meet
         store.load(view, [3, 3], KEYS[:2])
     for other, error in (
@@ -938,7 +1015,8 @@ def test_what_a_store_refuses(opened: Any, tmp_path: Path) -> None:
     for later in ("soon", float("nan"), -1, True):
         with pytest.raises(InvalidTerms, match="Expected deadline to be a number of seconds"):
             store.load(view, [0], KEYS[:1], deadline=later)
-    form, size = small_form(), small_form().image_bytes
+    form = small_form()
+    size = small_form().image_bytes
     wrong_terms: list[dict[str, Any]] = [
         {"full": "grow"},
         {"tiers": FakeTier()},
@@ -969,7 +1047,9 @@ def shelves(disk: DiskShelf, far: remote.Shelf, fake: FakeShelf) -> list[Shelf]:
 
 
 def test_a_tier_that_cannot_be_opened_closes_the_others() -> None:
-    first, second, form = FakeTier(), FakeTier(), small_form()
+    first = FakeTier()
+    second = FakeTier()
+    form = small_form()
     second.open = lambda *_: 1 / 0  # type: ignore[method-assign, assignment]
     with pytest.raises(ZeroDivisionError):
         BlockStore(form, staging=form.image_bytes, tiers=[first, second])
@@ -977,7 +1057,8 @@ def test_a_tier_that_cannot_be_opened_closes_the_others() -> None:
 
 
 def test_what_can_be_seen(opened: Any, tmp_path: Path) -> None:
-    source, tier = cache(), FakeTier()
+    source = cache()
+    tier = FakeTier()
     store = opened(tiers=[tier], host=2, graph=(graph := Graph()))
     saved(store, source)
     store.load(source, range(8), KEYS).synchronize(LIMIT)
@@ -1001,7 +1082,8 @@ def test_what_can_be_seen(opened: Any, tmp_path: Path) -> None:
 
 def test_a_forked_child_is_refused(opened: Any) -> None:
     """Fault 13, and it may close the store and end, which changes nothing for its parent."""
-    source, target = cache(), cache(seed=50)
+    source = cache()
+    target = cache(seed=50)
     store = opened(host=8)
     saved(store, source)
     with warnings.catch_warnings():
@@ -1028,7 +1110,9 @@ def test_a_save_waits_for_the_kernel_that_writes_the_blocks(
     opened: Any, accelerator: torch.device
 ) -> None:
     """Fault 61: the copy is behind what the caller's stream held, which is late."""
-    fresh, target, tier = cache(), cache(seed=50), FakeTier()
+    fresh = cache()
+    target = cache(seed=50)
+    tier = FakeTier()
     on_device = KVView(
         [torch.zeros_like(x, device=accelerator) for x in fresh.tensors],
         "layer | block kv token head dim",
@@ -1049,7 +1133,8 @@ def test_a_save_waits_for_the_kernel_that_writes_the_blocks(
 def test_a_load_waits_for_what_reads_the_blocks(
     opened: Any, accelerator: torch.device, by_layer: bool
 ) -> None:
-    source, tier = cache(), FakeTier()
+    source = cache()
+    tier = FakeTier()
     store = opened(tiers=[tier], host=4)
     saved(store, source)
     target = KVView(
@@ -1069,7 +1154,8 @@ def test_a_load_waits_for_what_reads_the_blocks(
 
 @pytest.mark.gpu
 def test_inside_graph_capture_nothing_is_moved(opened: Any) -> None:
-    device, store = torch.device("cuda", 0), opened(host=2)
+    device = torch.device("cuda", 0)
+    store = opened(host=2)
     view = KVView([x.to(device) for x in cache().tensors], "layer | block kv token head dim")
     for call in (store.save, store.load):
         with (
@@ -1082,7 +1168,8 @@ def test_inside_graph_capture_nothing_is_moved(opened: Any) -> None:
 def test_blocks_belong_to_a_load_until_its_end(opened: Any) -> None:
     """Fault 60. It is written there; blocks that lie at one address are refused."""
     assert "belong to a load until its end" in str(BlockStore.__doc__)
-    store, once = opened(host=2), torch.zeros(1, 2, 4, 2, 32, dtype=torch.float16)
+    store = opened(host=2)
+    once = torch.zeros(1, 2, 4, 2, 32, dtype=torch.float16)
     twice = KVView([once.expand(3, -1, -1, -1, -1)] * 4, "layer | block kv token head dim")
     with pytest.raises(LayoutError):
         store.load(twice, [0, 1], KEYS[:2])

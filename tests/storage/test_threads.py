@@ -35,7 +35,8 @@ def test_a_short_move_goes_on(write: bool, tmp_path: Path, monkeypatch: pytest.M
     name = "pwritev" if write else "preadv"
     real: Callable[[int, Any, int], int] = getattr(os, name)
     monkeypatch.setattr(os, name, lambda fd, parts, at: real(fd, [parts[0][:1001]], at))
-    space, file = aligned(8 * PAGE), tmp_path / "a"
+    space = aligned(8 * PAGE)
+    file = tmp_path / "a"
     file.write_bytes(np.random.default_rng(0).bytes(space.nbytes))
     space[:] = 7 * write
     with file.open("r+b", buffering=0) as opened:
@@ -54,7 +55,8 @@ def test_a_request_that_fails_does_so_alone(
 ) -> None:
     """An EINVAL that is not for alignment, too: the file was not opened with O_DIRECT. What the
     disk refuses is not asked of the page cache."""
-    real, space = os.preadv, aligned(3 * PAGE)
+    real = os.preadv
+    space = aligned(3 * PAGE)
 
     def failing(fd: int, parts: Any, at: int) -> int:
         if at == PAGE and fd == opened.fileno():
@@ -75,7 +77,8 @@ def test_a_request_that_fails_does_so_alone(
 
 def test_a_request_that_needs_a_descriptor_fails_alone_if_none_is_left(tmp_path: Path) -> None:
     """Fault 25. What O_DIRECT refuses goes by another descriptor of its file."""
-    space, engine = aligned(3 * PAGE), Threads()
+    space = aligned(3 * PAGE)
+    engine = Threads()
     (tmp_path / "a").write_bytes(b"x" * 3 * PAGE)
     try:
         fd = os.open(tmp_path / "a", os.O_RDONLY | os.O_DIRECT)
@@ -100,7 +103,9 @@ def test_a_request_that_needs_a_descriptor_fails_alone_if_none_is_left(tmp_path:
 
 def test_what_is_not_begun_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fault 15. The engine closes inside of `run`; none may move once it has returned."""
-    space, engine, real = aligned(PAGE), Threads(), os.preadv
+    space = aligned(PAGE)
+    engine = Threads()
+    real = os.preadv
     moves: list[int] = []
 
     def move(fd: int, parts: Any, at: int) -> int:
@@ -133,7 +138,9 @@ def test_the_caller_goes_on_without_threads(
     many: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system gives none, or fewer than it was asked for: nothing fails for that."""
-    space, real, given = aligned(PAGE), threading.Thread.start, list[threading.Thread]()
+    space = aligned(PAGE)
+    real = threading.Thread.start
+    given = list[threading.Thread]()
 
     def start(thread: threading.Thread) -> None:
         if len(given) == many:
@@ -145,7 +152,8 @@ def test_the_caller_goes_on_without_threads(
     (tmp_path / "a").write_bytes(bytes(PAGE))
     with (tmp_path / "a").open("rb") as opened:
         asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 20
-        engine, ends = Threads(), list[tuple[int, int]]()
+        engine = Threads()
+        ends = list[tuple[int, int]]()
         for told in (None, lambda *end: ends.append(end)):
             assert engine.run(asked, told) == [PAGE] * 20
         assert sorted(ends) == [(n, PAGE) for n in range(20)]
@@ -155,7 +163,8 @@ def test_the_caller_goes_on_without_threads(
 def test_threads_end_with_their_engine(tmp_path: Path) -> None:
     """Nobody has to close it, and they keep nothing that they carried."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
-    space, before = aligned(PAGE), {*threading.enumerate()}
+    space = aligned(PAGE)
+    before = {*threading.enumerate()}
     with (tmp_path / "a").open("rb") as opened:
         engine = Threads()
         engine.run([Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 20)
@@ -205,8 +214,13 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
     """Fault 34. Ctrl-C in the caller, inside of what it calls as well: no read is under way behind
     it, and no thread is lost to the next caller."""
     (tmp_path / "a").write_bytes(bytes(PAGE))
-    space, engine, real, running = aligned(PAGE), Threads(), os.preadv, set[float]()
-    lines, line, interrupted = itertools.count(), 0, True
+    space = aligned(PAGE)
+    engine = Threads()
+    real = os.preadv
+    running = set[float]()
+    lines = itertools.count()
+    line = 0
+    interrupted = True
 
     def read(*each: Any) -> int:
         running.add(began := time.monotonic())
@@ -227,8 +241,10 @@ def test_an_interrupt_at_any_line_leaves_the_engine_as_it_was(
         asked = [Request(opened.fileno(), 0, space.ctypes.data, PAGE, False)] * 10
         assert engine.run(asked) == [PAGE] * 10
         while interrupted:
-            lines, line = itertools.count(), line + 1
-            before, interrupted = sys.gettrace(), False
+            lines = itertools.count()
+            line = line + 1
+            before = sys.gettrace()
+            interrupted = False
             sys.settrace(at_line)
             try:
                 engine.run(asked, lambda *_: None)

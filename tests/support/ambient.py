@@ -99,7 +99,8 @@ class Scene:
             assert (half.cpu().numpy() == self.gathered[:, :, first : first + 3]).all()
         other = AdaptiveConnector(self.device)
         other.to_gpu(self.chunk, self.empty, self.on_device).synchronize()
-        src, dst = KVView(self.caches, KV_LAYOUT), KVView(self.empty, KV_LAYOUT)
+        src = KVView(self.caches, KV_LAYOUT)
+        dst = KVView(self.empty, KV_LAYOUT)
         copy_rows(src, dst, self.slots, self.on_device).synchronize()
         assert (_rows(self.empty)[:, :, self.slots] == self.gathered.swapaxes(0, 1)).all()
         copy_blocks(src, dst, [0, 5, 3], [5, 1, 0]).synchronize()
@@ -115,7 +116,8 @@ class Scene:
 
     def _check_addresses(self, src: KVView, dst: KVView) -> None:
         """The same rows by addresses, on the host and on the device, and by lists of requests."""
-        cache, table = self.caches[0], torch.tensor(src.origins, dtype=torch.int64, device="cpu")
+        cache = self.caches[0]
+        table = torch.tensor(src.origins, dtype=torch.int64, device="cpu")
         shape = (2, -1, *cache.shape[2:])
         for addresses in (table.tolist(), table, table.to(self.device)):
             self.empty[0].zero_()

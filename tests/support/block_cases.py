@@ -16,9 +16,14 @@ from portakv.host import pinned
 from support.device_cases import settle
 from support.guarded_memory import filled
 
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 8, 4, 2, 16
+LAYERS = 3
+BLOCKS = 8
+SIZE = 4
+HEADS = 2
+DIM = 16
 BLOCK_BYTES = LAYERS * 2 * SIZE * HEADS * DIM * 2
-SRC, DST = [5, 0, 7, 2, 3], [1, 6, 0, 4, 2]
+SRC = [5, 0, 7, 2, 3]
+DST = [1, 6, 0, 4, 2]
 BIG = 1 << 20  # bytes of a block of the large caches
 PATIENCE = 30.0  # seconds that no test should ever take
 #: Every way in which blocks are issued.
@@ -78,7 +83,9 @@ class Pair:
     def __init__(
         self, src: Cache, dst: Cache, mine: Sequence[int] = SRC, theirs: Sequence[int] = DST
     ) -> None:
-        self.src, self.dst, self.ids = src, dst, (mine, theirs)
+        self.src = src
+        self.dst = dst
+        self.ids = (mine, theirs)
         self.expected = wanted(src, dst, mine, theirs)
 
     def start(self, mine: Any = None, theirs: Any = None, **options: Any) -> BlockTransfer:
@@ -94,14 +101,16 @@ class Pair:
 
 def pair(device: torch.device, store: bool, pin: bool = True, *ids: Sequence[int]) -> Pair:
     """Caches of a device and of the host in different layouts, with nothing under way."""
-    there, here = layered(device), block_first(pin=pin and device.type != "cpu")
+    there = layered(device)
+    here = block_first(pin=pin and device.type != "cpu")
     settle(device)
     return Pair(there, here, *ids) if store else Pair(here, there, *ids)
 
 
 def inside(device: torch.device) -> Pair:
     """Caches of a device in different layouts, with nothing under way."""
-    there, here = layered(device), block_first(device)
+    there = layered(device)
+    here = block_first(device)
     settle(device)
     return Pair(there, here)
 
@@ -114,8 +123,10 @@ def wanted(
     src: Cache, dst: Cache, src_blocks: Sequence[int], dst_blocks: Sequence[int]
 ) -> torch.Tensor:
     """The destination's rows once blocks were copied; a negative id skips its positions."""
-    found, rows = dst.rows(), src.rows()
-    mine, theirs = src.slots(src_blocks), dst.slots(dst_blocks)
+    found = dst.rows()
+    rows = src.rows()
+    mine = src.slots(src_blocks)
+    theirs = dst.slots(dst_blocks)
     for a, b in zip(mine, theirs, strict=True):
         if a >= 0 and b >= 0:
             found[:, :, b] = rows[:, :, a]

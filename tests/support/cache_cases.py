@@ -45,7 +45,8 @@ class Cache:
 
     def logical(self, blocks: torch.Tensor) -> Logical:
         """The rows of these blocks, as the oracle finds them."""
-        rows, memory = self.rows, Memory.snapshot(self.tensors)
+        rows = self.rows
+        memory = Memory.snapshot(self.tensors)
         size = rows.block_size or 1
         slots = (blocks.numpy()[:, None] * size + np.arange(size)).ravel()
         return [

@@ -36,7 +36,8 @@ class Ran(NamedTuple):
 
 def run(*words: str) -> Ran:
     """Run `portakv` with these words. What is not understood raises SystemExit."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         code = main(words)
     return Ran(code, out.getvalue(), err.getvalue())

@@ -20,7 +20,8 @@ from typing import Any
 
 from portakv_conformance.run.worker import EVENTS, STACKS, STACKS_PLEASE, Share, end_with
 
-CORE, CLAIM = "cases/test_core.py::test_", "cases/test_claims.py::test_"
+CORE = "cases/test_core.py::test_"
+CLAIM = "cases/test_claims.py::test_"
 SUBJECT = {
     "event": "subject",
     "backend": {
@@ -81,7 +82,8 @@ def main(argv: Sequence[str]) -> None:
         return
     tell(home, SUBJECT)
     act(behaviours.pop("collect", "pass"), home, "")
-    finish, taken = behaviours.pop("finish", "pass"), behaviours.pop("take", "")
+    finish = behaviours.pop("finish", "pass")
+    taken = behaviours.pop("take", "")
     lone = int(behaviours.pop("lone", 0))
     only = option(argv, "--portakv-only")
     ids = Path(only).read_text().splitlines() if only else list(behaviours)

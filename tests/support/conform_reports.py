@@ -124,7 +124,8 @@ def failing(count: int = 12) -> RunRecord:
     others = [n for n, case in enumerate(cases) if case.area not in ("ordering", "capture")]
     hit = [cases[n] for n in sorted(random.Random(2).sample(others, count))]
     for number, case in enumerate(hit):
-        case.status, case.reason = "failed", WRONG[number % 3]
+        case.status = "failed"
+        case.reason = WRONG[number % 3]
         case.details = f"test_corners.py:88: in judge\n    raise AssertionError(wrong)\n{'E' * 160}"
     hit[1].reason = "The case ran past its limit of 120 s; the worker was ended."
     hit[1].details = "Stack (most recent call first):\n  File acme.py, line 41 in launch"
@@ -133,7 +134,8 @@ def failing(count: int = 12) -> RunRecord:
     hit[3].example = "shrunken-3.json"
     spared = [case for case in cases if case.area == "ordering"][:2]
     for case in spared:
-        case.status, case.reason = "waived", "Driver 5.2.1 reorders two streams; mended in 5.3."
+        case.status = "waived"
+        case.reason = "Driver 5.2.1 reorders two streams; mended in 5.3."
     waivers = [{"id": case.id, "reason": case.reason, "expires": "2027.02"} for case in spared]
     return _run(cases, waivers=waivers)
 

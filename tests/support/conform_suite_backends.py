@@ -147,7 +147,8 @@ class Nonsense(Right):
     """Claims what no claim can be."""
 
     def capabilities(self) -> Capabilities:
-        dtypes, places = frozenset({torch.float32}), super().capabilities().places
+        dtypes = frozenset({torch.float32})
+        places = super().capabilities().places
         return Capabilities(places, "nowhere", dtypes, alignment=-3)
 
 

@@ -13,7 +13,11 @@ from portakv import AdaptiveConnector, Index
 from portakv.registry import registry
 from support.guarded_memory import filled
 
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 8
+LAYERS = 3
+BLOCKS = 6
+SIZE = 4
+HEADS = 2
+DIM = 8
 SLOTS = BLOCKS * SIZE
 KV_LAYOUT = "layer | kv block token head dim"
 
@@ -70,7 +74,8 @@ def store(
     index = slots if isinstance(slots, Index) else Index(slots)
     expanded = index.slots(index.length or 0)
     chunk = make_chunk(len(expanded))
-    wanted, kept = chunk.clone(), torch.from_numpy(expanded >= 0)
+    wanted = chunk.clone()
+    kept = torch.from_numpy(expanded >= 0)
     wanted[:, :, kept] = rows(caches, expanded[expanded >= 0].tolist())
     connector = AdaptiveConnector("cpu", backend=backend)
     connector.from_gpu(chunk, caches, index).synchronize()

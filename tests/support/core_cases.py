@@ -22,7 +22,8 @@ _MAP_NORESERVE = 0x4000  # Linux; not named by every Python's mmap
 
 def address(view: KVView, kv: int = 0, layer: int = 0, slot: int = 0, head: int = 0) -> int:
     """The address of the first byte of a row, by the view's form and table alone."""
-    form, part = view.form, view.form.parts[kv]
+    form = view.form
+    part = view.form.parts[kv]
     table, offset = step_to(part.table, part.offset, part.layer, layer)
     if form.paged:
         table, offset = step_to(table, offset, part.block, slot // form.block_size)

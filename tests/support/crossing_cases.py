@@ -47,12 +47,15 @@ class Ends:
     """Two buffers of bytes, and what a copy of pieces must make of the second."""
 
     def __init__(self, src: torch.Tensor, dst: torch.Tensor) -> None:
-        self.src, self.dst = src, dst
-        self._source, self._target = src.cpu().numpy().copy(), dst.cpu().numpy().copy()
+        self.src = src
+        self.dst = dst
+        self._source = src.cpu().numpy().copy()
+        self._target = dst.cpu().numpy().copy()
 
     def at(self, pieces: Pieces) -> Pieces:
         """Pieces whose addresses count from 0, in these buffers."""
-        src, dst = self.src.data_ptr(), self.dst.data_ptr()
+        src = self.src.data_ptr()
+        dst = self.dst.data_ptr()
         return pieces._replace(dst=pieces.dst + dst, src=pieces.src + src)
 
     def judge(self, pieces: Pieces) -> None:
@@ -68,7 +71,8 @@ class Ends:
 def drawn_runs(draw: st.DrawFn) -> Runs:
     """Runs of a loop nest with regular and irregular loops, some left out, at disjoint places."""
     extents = draw(st.lists(st.integers(1, 7), min_size=1, max_size=3))
-    src, dst = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
+    src = np.zeros(1, dtype=np.int64)
+    dst = np.zeros(1, dtype=np.int64)
     room = [draw(st.integers(1, 24)), draw(st.integers(1, 24))]
     for extent in extents:
         moved = []

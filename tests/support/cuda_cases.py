@@ -17,7 +17,8 @@ from portakv.backends import rows_kernel
 from portakv_conformance.judge.oracle import compare, expand, expected_copy
 from support.guarded_memory import filled
 
-NHD, HND = "layer | kv block token head dim", "layer | kv block head token dim"
+NHD = "layer | kv block token head dim"
+HND = "layer | kv block head token dim"
 CHUNK = "kv layer token (head dim)"
 SLOTS = [11, 0, -1, 6, 5, 3, 9]
 
@@ -61,7 +62,8 @@ class Copy:
 
     def check(self, copy: Callable[[], object]) -> None:
         """Run ``copy``, judge every byte by the oracle."""
-        src, dst = self.src, self.dst
+        src = self.src
+        dst = self.dst
         expected = expected_copy(
             src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
             src.slots(self.count), dst.slots(self.count),

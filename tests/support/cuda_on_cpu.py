@@ -59,7 +59,8 @@ def why_not() -> str | None:
 def compiled(source: str, entries: str = _ENTRIES) -> ctypes.CDLL:
     """A kernel's text and its entries as a loaded library; each is compiled once in a process."""
     with tempfile.TemporaryDirectory(prefix="cuda-on-cpu-") as folder:
-        path, library = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
+        path = Path(folder, "kernel.cpp")
+        library = Path(folder, "kernel.so")
         text = source.replace("(void)address;", "touch(address);").replace("#pragma once", "")
         path.write_text(_HEAD + text + entries)
         flags = [*_STRICT, *os.environ.get(FLAGS, "").split()]

@@ -13,13 +13,18 @@ from portakv import AdaptiveConnector, Transfer
 from portakv_conformance import simdev
 from support.guarded_memory import filled, storages
 
-LAYERS, BLOCKS, SIZE, HEADS, DIM = 3, 6, 4, 2, 16
+LAYERS = 3
+BLOCKS = 6
+SIZE = 4
+HEADS = 2
+DIM = 16
 SLOTS = BLOCKS * SIZE
 DEVICE = torch.device("cuda", 0)
 STORE = pytest.mark.parametrize("store", [True, False], ids=["store", "load"])
 SIDE = pytest.mark.parametrize("side", [True, False], ids=["side stream", "current stream"])
 LONG = 400_000_000  # clock cycles, a fifth of a second
-KV_LAYOUT, CHUNK_LAYOUT = "layer | kv block token head dim", "kv layer token (head dim)"
+KV_LAYOUT = "layer | kv block token head dim"
+CHUNK_LAYOUT = "kv layer token (head dim)"
 
 
 def current(device: torch.device) -> torch.Stream:
@@ -84,7 +89,8 @@ def scattered(
     caches: Sequence[torch.Tensor], chunk: torch.Tensor, slots: Sequence[int]
 ) -> list[torch.Tensor]:
     """The caches' bytes once a chunk was loaded to ``slots``."""
-    rows, found = host_bytes(chunk), []
+    rows = host_bytes(chunk)
+    found = []
     for layer, cache in enumerate(caches):
         whole = host_bytes(cache)
         flat = whole.view(2, SLOTS, -1)
@@ -124,7 +130,8 @@ class Rig:
     """Caches on a device that a connector has registered, and chunks and ids for it."""
 
     def __init__(self, device: torch.device = DEVICE, backend: str | None = None) -> None:
-        self.device, self.caches = device, make_caches(device=device)
+        self.device = device
+        self.caches = make_caches(device=device)
         self.connector = AdaptiveConnector(device, backend)
         self.connector.register_kv_caches(self.caches)
 

@@ -86,8 +86,10 @@ class Stores(Direct):
         return replace(super().capabilities(), places=HOST_PLACES)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        placed, (src, dst) = copy.copy(plan), self.sides
-        placed.src, placed.dst = replace(plan.src, place=src), replace(plan.dst, place=dst)
+        placed = copy.copy(plan)
+        (src, dst) = self.sides
+        placed.src = replace(plan.src, place=src)
+        placed.dst = replace(plan.dst, place=dst)
         return super().prepare(placed)
 
 

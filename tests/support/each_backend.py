@@ -74,7 +74,8 @@ class Elsewhere:
     the same storages."""
 
     def __init__(self, device: torch.device | str) -> None:
-        self._device, self._storages = device, dict[int, tuple[torch.Tensor, torch.Tensor]]()
+        self._device = device
+        self._storages = dict[int, tuple[torch.Tensor, torch.Tensor]]()
 
     def moved(self, tree: Any) -> Any:
         """The same containers on the device."""
@@ -138,7 +139,9 @@ class Carrier(NamedTuple):
         self, copy: Copy, status: torch.Tensor | None = None, state: str | None = None
     ) -> None:
         """Make a backend, prepare a plan, launch it, and wait for the end, in a state of torch."""
-        src, dst, plan = copy.src.view(), copy.dst.view(), copy.plan()
+        src = copy.src.view()
+        dst = copy.dst.view()
+        plan = copy.plan()
         indices = copy.src.index(), copy.dst.index()
         with nullcontext() if state is None else STATES[state](self.device):
             backend = self._made(state is None)

@@ -24,7 +24,9 @@ from portakv.plan.plan import CopyPlan, Move
 from portakv.view.example import example_tensors
 from support.guarded_memory import tensors_in
 
-BLOCK, BLOCKS, DIM = 8, 24, 16
+BLOCK = 8
+BLOCKS = 24
+DIM = 16
 #: Layouts of the device's side, and of the host's.
 PAGED = ("layer | kv block token head dim", "layer kv | block head token dim",
          "block layer kv token head dim", "kv layer | (block token) head dim")  # fmt: skip
@@ -106,7 +108,8 @@ ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
     **dict.fromkeys((Staged, Descriptors, Host), torch.Tensor.pin_memory), Ring: torch.Tensor.clone,
 }  # fmt: skip
 #: Tokens of the usual case, and its first slot.
-TOKENS, FIRST = 40, 100
+TOKENS = 40
+FIRST = 100
 USUAL = Case(PAGED[0], CHUNKS[0], (range(FIRST, FIRST + TOKENS), 1), None, TOKENS)
 
 
@@ -119,13 +122,16 @@ class Transfers:
         self, engine: Backend, downward: bool, case: Case = USUAL, seed: int = 1,
         pageable: bool | None = None,
     ) -> None:  # fmt: skip
-        self.engine, self.downward, self.case = engine, downward, case
+        self.engine = engine
+        self.downward = downward
+        self.case = case
         self._on_host = ON_HOST[type(engine) if pageable is None else Ring if pageable else Staged]
         made = tensors_of(case.device, case.count, seed)
         # The memory of the device and of the host, and the index of either.
         self.rows = view_of(mapped(made, lambda x: x.to(engine.device)), case.device)
         self.host = self.chunk(seed + 1)
-        self.mine, self.theirs = index_of(case.ids), index_of(case.host_ids, case.offset)
+        self.mine = index_of(case.ids)
+        self.theirs = index_of(case.host_ids, case.offset)
         self.plan = self._plan_of(None)
         self._prepared: dict[int, Any] = {}
 
@@ -161,13 +167,15 @@ class Transfers:
         """Launch whole units, and head and tail by tokens, as the library does, without waiting."""
         move = self.move(host, tokens)
         for first, count, unit in self.plan.split(move):
-            mine, theirs = move.src_index.shifted(first), move.dst_index.shifted(first)
+            mine = move.src_index.shifted(first)
+            theirs = move.dst_index.shifted(first)
             self.prepared(unit)(move.src, move.dst, mine, theirs, count, stream, None)
 
     def expected(self, host: KVView | None = None, tokens: int | None = None) -> KVView:
         """The destination as it should be once the rows were moved, on the host."""
         asked = self.move(host, tokens)
-        src, dst = self._plain(asked.src), self._plain(asked.dst)
+        src = self._plain(asked.src)
+        dst = self._plain(asked.dst)
         copy_rows(src, dst, asked.src_index.to_host(), asked.dst_index.to_host(), count=asked.count)
         return dst
 
@@ -182,7 +190,8 @@ class Transfers:
     ) -> None:  # fmt: skip
         """Move the rows and judge; the source is as it was."""
         source = self.turned(self.rows, host or self.host)[0]
-        before, expected = self._plain(source), self.expected(host, tokens)
+        before = self._plain(source)
+        expected = self.expected(host, tokens)
         if stream is not None:
             stream.wait_stream(torch.accelerator.current_stream(stream.device_index))
         self.go(host, tokens, stream)

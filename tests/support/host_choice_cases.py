@@ -23,7 +23,8 @@ from portakv.errors import Unsupported
 UNMEASURED = unmeasured("of a test")
 CPU = torch.device("cpu")
 HERE = __name__
-BLOCKS, SIZE = 64, 16
+BLOCKS = 64
+SIZE = 16
 ROWS = 8 * SIZE * 4  # of 256 bytes, in each block
 
 #: Of an H200 behind PCIe 5 x16, by engine: fixed seconds, at least for each run, bytes in a second
@@ -44,7 +45,8 @@ HOST_FIGURES = {
 class Figures:
     """Costs by `FIGURES`, as a table would have them."""
 
-    measured, origin = True, "figures of a test"
+    measured = True
+    origin = "figures of a test"
 
     def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float:
         fixed, per_run, down, up = FIGURES[engine]

@@ -66,7 +66,8 @@ PLANES = (12, 8, 4)  # of format 17
 
 def physical(geometry: Geometry, logical: Array) -> list[Any]:
     """The arrays of caches of a format, in its containers."""
-    g, x = geometry, logical
+    g = geometry
+    x = logical
     pages = [x[:, layer] for layer in range(g.layers)]  # [kv, blocks, block_size, heads, dim]
     number = g.number
     if number in (0, 8):

@@ -59,9 +59,11 @@ def ranks(
 ) -> list[Rank]:
     """The ranks of one side, in any order: PP, TP and, of tokens dealt out in turns, CP sizes, each
     up to ``most``."""
-    cp, turn = draw(st.integers(1, most[2])), draw(st.integers(1, 5))
+    cp = draw(st.integers(1, most[2]))
+    turn = draw(st.integers(1, 5))
     dealt = [np.arange(tokens) // turn % cp == n for n in range(cp)]
-    stages, parts = draw(ranges(layers, most[0])), draw(ranges(heads, most[1]))
+    stages = draw(ranges(layers, most[0]))
+    parts = draw(ranges(heads, most[1]))
     return draw(st.permutations([Rank(a, b, c) for a in stages for b in parts for c in dealt]))
 
 
@@ -79,7 +81,8 @@ class Held:
     ) -> None:
         count = -(-len(rank.tokens) // size)
         extents = [past - first for first, past, _ in (rank.layers, rank.heads)]
-        self.rank, self.size = rank, size
+        self.rank = rank
+        self.size = size
         layers, heads = extents
         self.cache = Cache(preset, layers, heads, widths, count + 1, size, seed=seed, shared=shared)
         self.shard = Shard(self.cache.view, rank.layers, rank.heads)
@@ -90,7 +93,8 @@ class Held:
     def written(self, model: Model, first: int = 0) -> Memory:
         """The memory of the cache once its rows of the model, from a token on, are in it, by the
         oracle."""
-        rows, memory = self.cache.rows, Memory.snapshot(self.cache.tensors)
+        rows = self.cache.rows
+        memory = Memory.snapshot(self.cache.tensors)
         here = self.rank.tokens & (np.arange(len(self.slots)) >= first)
         for kv, whole in enumerate(model):
             for layer, own in enumerate(self.rank.part(whole)):

@@ -39,7 +39,8 @@ class Server:
     def __init__(self, address: str | None = "tcp://127.0.0.1:0", **given: Any) -> None:
         secret = given.pop("secret", SECRET if address else None)
         self.channel = Channel(address, secret=secret, **given)
-        self.peers, self.asked = dict[Peer, None](), list[bytes]()
+        self.peers = dict[Peer, None]()
+        self.asked = list[bytes]()
         self.channel.serve(Ping, self.answer)
 
     def answer(self, peer: Peer, ping: Ping) -> Pong:
@@ -59,7 +60,8 @@ class Server:
 @contextmanager
 def server_and_asker(address: str | None = "tcp://127.0.0.1:0") -> Iterator[tuple[Server, Channel]]:
     """A server, and a channel that can ask it."""
-    server, asker = Server(address), Channel(secret=SECRET if address else None, timeout=3.0)
+    server = Server(address)
+    asker = Channel(secret=SECRET if address else None, timeout=3.0)
     try:
         yield server, asker
     finally:
@@ -89,9 +91,12 @@ class Network:
 
     def __init__(self, address: str) -> None:
         host, _, port = address.removeprefix("tcp://").rpartition(":")
-        self._to, self._listening = (host, int(port)), socket.create_server(("127.0.0.1", 0))
+        self._to = (host, int(port))
+        self._listening = socket.create_server(("127.0.0.1", 0))
         self.address = f"tcp://127.0.0.1:{self._listening.getsockname()[1]}"
-        self.cut, self.eat, self._open = threading.Event(), 0, list[socket.socket]()
+        self.cut = threading.Event()
+        self.eat = 0
+        self._open = list[socket.socket]()
         self.quiet = threading.Event()  # until the handshake is over answers pass
         threading.Thread(target=self._accept, daemon=True).start()
 

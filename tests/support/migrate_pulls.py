@@ -23,7 +23,8 @@ from portakv.migrate.pull import Reader
 from portakv.migrate.shards import Shard
 from support.migrate_channels import until
 
-LAYOUT, MODEL = "layer | kv block token head dim", "a model"
+LAYOUT = "layer | kv block token head dim"
+MODEL = "a model"
 SMALL = 1 << 15  # bytes of staging: slots of two pages, so that a pull has many slices
 
 
@@ -49,7 +50,9 @@ class Sides:
 @contextmanager
 def sides() -> Iterator[Sides]:
     """Sides, which are closed after it and then have left nothing."""
-    made, before, files = Sides(), left(), Counter(_open_files())
+    made = Sides()
+    before = left()
+    files = Counter(_open_files())
     try:
         yield made
     finally:
@@ -93,7 +96,8 @@ class Rows:
 
     def __init__(self, blocks: int = 16, size: int = 16, fill: int | None = None) -> None:
         shape = 2, 2, blocks, size, 4, 8
-        self.whole, self.size = shared_empty(shape, torch.int16), size
+        self.whole = shared_empty(shape, torch.int16)
+        self.size = size
         if fill is None:
             counted = torch.arange(self.whole.numel(), device="cpu").view(shape)
             self.whole.copy_(counted * 40503 >> 3 & 0x7FFF)
@@ -111,11 +115,14 @@ class Couple:
     """An owner of 16 blocks of 16 tokens and a reader of 8 of 32, and one pull between them."""
 
     def __init__(self, made: Sides, way: str = "mapped", **given: Any) -> None:
-        self.theirs, self.mine = Rows(), Rows(8, 32, fill=-1)
+        self.theirs = Rows()
+        self.mine = Rows(8, 32, fill=-1)
         terms: dict[str, Any] = {"expose": way, "staging": SMALL} if way == "staging" else {}
         self.owner = made.owner(self.theirs.shard, **{**terms, **given})
         self.reader = made.reader(self.mine.shard, timeout=5.0)
-        self.blocks, self.into, self.tokens = [7, 3, 11, 0, 5], [6, 1, 4], 75
+        self.blocks = [7, 3, 11, 0, 5]
+        self.into = [6, 1, 4]
+        self.tokens = 75
 
     def offer(self, **given: Any) -> Offer:
         """An offer of 75 tokens."""

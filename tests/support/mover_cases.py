@@ -21,7 +21,8 @@ class Life:
     id = b"the reader's own"
 
     def __init__(self) -> None:
-        self.gone, self.calls = False, dict[object, Callable[[], object]]()
+        self.gone = False
+        self.calls = dict[object, Callable[[], object]]()
 
     def on_gone(self, call: Callable[[], object]) -> Callable[[], object]:
         """As a channel's peer has it."""
@@ -42,7 +43,9 @@ class End:
     address = "tcp://127.0.0.1:7777"
 
     def __init__(self, life: Life) -> None:
-        self.life, self.other, self.answers = life, self, dict[type, Any]()
+        self.life = life
+        self.other = self
+        self.answers = dict[type, Any]()
 
     def serve(self, kind: type, answer: Any) -> None:
         """As a channel does."""
@@ -79,7 +82,8 @@ class Wire:
         """Connect, also once more."""
         self.life = Life()
         self.there, self.here = End(self.life), End(self.life)
-        self.there.other, self.here.other = self.here, self.there
+        self.there.other = self.here
+        self.here.other = self.there
         for each in self.owner.asks:
             self.there.serve(each, partial(self._answer, self.there))
 
@@ -96,9 +100,11 @@ class Wire:
 
     def cross(self, nbytes: int, tag: int = 0) -> None:
         """Bytes that cross, and are compared."""
-        slot, (there, here) = slot_of(nbytes, tag), self.devices
+        slot = slot_of(nbytes, tag)
+        (there, here) = self.devices
         into = torch.zeros(nbytes, dtype=torch.uint8, device=here)
-        giving, taking = self.give(slot.to(there), tag), self.take(into, tag)
+        giving = self.give(slot.to(there), tag)
+        taking = self.take(into, tag)
         taking.wait(60)
         giving.wait(60)
         assert torch.equal(slot, into.cpu())

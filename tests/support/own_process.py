@@ -76,7 +76,8 @@ def _run(
     marks = ((item.nodeid, item.get_closest_marker("own_process")) for item in session.items)
     chosen = [id for id, mark in marks if mark and mark.args[1] == group]
     with tempfile.TemporaryDirectory() as folder:
-        reports, ids = Path(folder, "reports"), Path(folder, "ids")
+        reports = Path(folder, "reports")
+        ids = Path(folder, "ids")
         reports.touch()
         ids.write_text("\n".join(chosen), encoding="utf-8")
         command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]

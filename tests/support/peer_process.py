@@ -29,7 +29,8 @@ class Peer:
 
     def do(self, code: str, **values: Any) -> Any:
         """Run code there, with these names, which stay; what it left in ``answer``."""
-        asks, answers = self._process.stdin, self._process.stdout
+        asks = self._process.stdin
+        answers = self._process.stdout
         assert asks is not None
         assert answers is not None
         pickle.dump((code, values), asks)
@@ -65,7 +66,8 @@ def _serve() -> None:
         try:
             exec(code, names)
         except Exception as error:
-            names["answer"], refused = None, f"{type(error).__name__}: {error}"
+            names["answer"] = None
+            refused = f"{type(error).__name__}: {error}"
         pickle.dump((names["answer"], refused), out)
         out.flush()
 

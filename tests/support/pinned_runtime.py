@@ -25,7 +25,8 @@ class FakeLibrary:
     def cudaHostRegister(self, address: int, nbytes: int, flags: int) -> int:
         self.calls += 1
         code = self.refuse.get(self.calls - 1, 0)
-        first, last = address // PAGE, (address + nbytes - 1) // PAGE
+        first = address // PAGE
+        last = (address + nbytes - 1) // PAGE
         for start, (length, _) in self.registered.items():
             if start // PAGE <= last and first <= (start + length - 1) // PAGE:
                 code = 712
@@ -45,7 +46,8 @@ class FakeLibrary:
         return 0
 
     def cudaGetLastError(self) -> int:
-        found, self.sticky = self.sticky, 0
+        found = self.sticky
+        self.sticky = 0
         return found
 
     def cudaGetErrorString(self, code: int) -> bytes:

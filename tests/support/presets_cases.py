@@ -120,7 +120,8 @@ def side(name: str, shape: Shape | None = None, *, source: bool = True) -> Side:
     """Tensors of a preset between canaries, by default of the shape that it holds by itself."""
     shape = shape or meet(name, name)
     assert shape is not None
-    axes, dtype = read_layout(LAYOUTS[name]), _DTYPES.get(name, torch.float16)
+    axes = read_layout(LAYOUTS[name])
+    dtype = _DTYPES.get(name, torch.float16)
     if not axes.written("layer"):
         shape = replace(shape, layers=1)
     to = arranged(axes.text, shape, source=source, tokens=shape.slots, **lies(name, dtype))

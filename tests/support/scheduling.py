@@ -47,15 +47,18 @@ class Runs(LoadScopeScheduling):  # type: ignore[misc]
         super().__init__(config, log)
         config.option.loadscopereorder = False  # else the short ones come behind the last
         self._scopes: dict[str, str] | None = None
-        self._module, self._first = "", 0
+        self._module = ""
+        self._first = 0
 
     def _split_scope(self, nodeid: str) -> str:
         """The group or run of a test; xdist asks first in the order of the collection."""
         if self._scopes is None:
             self._scopes = dict(json.loads(groups_file().read_text(encoding="utf-8")))
         if nodeid not in self._scopes:
-            module, count = nodeid.partition("::")[0], len(self._scopes)
+            module = nodeid.partition("::")[0]
+            count = len(self._scopes)
             if module != self._module or count - self._first == LONGEST:
-                self._module, self._first = module, count
+                self._module = module
+                self._first = count
             self._scopes[nodeid] = f"run {self._first}"
         return self._scopes[nodeid]

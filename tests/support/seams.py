@@ -23,7 +23,8 @@ def listed() -> set[str]:
 
 def guard() -> None:
     """From now on a test fails that replaces anything else of the project by `monkeypatch`."""
-    allowed, real = listed(), pytest.MonkeyPatch.setattr
+    allowed = listed()
+    real = pytest.MonkeyPatch.setattr
 
     def checked(self: pytest.MonkeyPatch, target: Any, *given: Any, **options: Any) -> None:
         __tracebackhide__ = True

@@ -59,12 +59,14 @@ class Faulty:
     notes: tuple[str, ...] = ()
 
     def __init__(self, fail: Callable[[Request], int | None] = lambda request: None) -> None:
-        self.fail, self.closed = fail, False
+        self.fail = fail
+        self.closed = False
         self.asked: list[Request] = []
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
         self.asked += requests
-        failed, results = [self.fail(each) for each in requests], list[int]()
+        failed = [self.fail(each) for each in requests]
+        results = list[int]()
         for n, fault in reversed([*enumerate(failed)]):
             results.insert(0, carry(requests[n]) if fault is None else fault)
             if ended:

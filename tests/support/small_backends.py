@@ -92,5 +92,8 @@ def small_backend(
 
             return recorded
 
-    Made.name, Made.given, Made.asked, Made.pending = name, [], [], pending
+    Made.name = name
+    Made.given = []
+    Made.asked = []
+    Made.pending = pending
     return Made

@@ -117,7 +117,9 @@ class Card:
         self.library = library
         library.forget()
         library.read_by_page_tables()
-        self.current, self.entered = 1, list[int]()  # torch's device, and those that were made it
+        # torch's device, and those that were made it
+        self.current = 1
+        self.entered = list[int]()
         self.raw: dict[int | None, int] = {None: STREAM, 0: 70, 1: STREAM}  # its current streams
         self.adopted: list[int] = []  # threads that were given a context
         self.launches: list[tuple[int, int, int]] = []  # where to, how many bytes, which stream
@@ -148,7 +150,8 @@ class Card:
 
     @contextmanager
     def device(self, device: torch.device) -> Iterator[None]:
-        before, self.current = self.current, device.index
+        before = self.current
+        self.current = device.index
         self.entered.append(device.index)
         yield
         self.current = before

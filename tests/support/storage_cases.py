@@ -59,13 +59,17 @@ class FakeTier:
     """
 
     def __init__(self, tier: str = "fake", writable: bool = True, width: int = 2) -> None:
-        self.tier, self.writable, self.width = tier, writable, width
+        self.tier = tier
+        self.writable = writable
+        self.width = width
         self.blocks: dict[tuple[BlockForm, bytes], bytes] = {}
         self.faults: dict[bytes, list[Any]] = {}
         self.reads: list[tuple[bytes, Any]] = []
         self.asked: list[bytes] = []  # by `has`, over what would be a network
         self.hold: Any = None  # an event that writes wait for
-        self.refuse, self.writes, self.closed = False, 0, 0
+        self.refuse = False
+        self.writes = 0
+        self.closed = 0
 
     def forms(self, form: BlockForm) -> list[BlockForm]:
         return [x for x in dict.fromkeys(x for x, _ in self.blocks) if form.same_cache(x)]
@@ -84,10 +88,14 @@ class FakeShelf:
     """What a `BlockStore` knows of a `FakeTier`."""
 
     def __init__(self, owner: FakeTier, form: BlockForm, link: Any, own: bool) -> None:
-        self.tier, self.form, self.notes = owner.tier, form, ["a dict of bytes"]
+        self.tier = owner.tier
+        self.form = form
+        self.notes = ["a dict of bytes"]
         self.where = link.name
-        self.writable, self.generation = own and owner.writable, 0
-        self._owner, self._link = owner, link
+        self.writable = own and owner.writable
+        self.generation = 0
+        self._owner = owner
+        self._link = link
 
     def has(self, keys: Any, timeout: float | None = None) -> list[bool]:
         self._owner.asked += keys

@@ -43,11 +43,16 @@ class Proxy(socketserver.ThreadingTCPServer):
         sent: bytes of answers' bodies that went out.
     """
 
-    daemon_threads, allow_reuse_address, request_queue_size = True, True, 64
+    daemon_threads = True
+    allow_reuse_address = True
+    request_queue_size = 64
 
     def __init__(self, host: str, port: int) -> None:
         super().__init__(("127.0.0.1", 0), _Request)
-        self.store, self.faults, self.asked, self.sent = (host, port), list[Fault](), list[str](), 0
+        self.store = (host, port)
+        self.faults = list[Fault]()
+        self.asked = list[str]()
+        self.sent = 0
         self.lock = threading.Lock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -59,7 +64,9 @@ class Proxy(socketserver.ThreadingTCPServer):
     def play(self, *faults: Fault) -> None:
         """From now on these faults, and nothing of what was asked before."""
         with self.lock:
-            self.faults, self.asked, self.sent = list(faults), [], 0
+            self.faults = list(faults)
+            self.asked = []
+            self.sent = 0
 
     def fault_of(self, line: str, wanted: str) -> Fault:
         """Which fault a request meets; one that changes nothing if there is none."""

@@ -39,14 +39,17 @@ class Cache:
     dim]``, which are no copy; ``was``: what they are to be; ``free``: blocks that no load has."""
 
     def __init__(self, layout: str, **extents: int) -> None:
-        names, many = layout.rpartition("|")[2].split(), extents["layer"] if "|" in layout else 1
-        shape, left = [extents[name] for name in names], [x for x in names if x != "layer"]
+        names = layout.rpartition("|")[2].split()
+        many = extents["layer"] if "|" in layout else 1
+        shape = [extents[name] for name in names]
+        left = [x for x in names if x != "layer"]
         tensors = [torch.zeros(shape, dtype=torch.float16) for _ in range(many)]
         self.view = KVView(tensors if "|" in layout else tensors[0], layout)
         parts = tensors if "|" in layout else tensors[0].unbind(names.index("layer"))
         axes = [left.index(name) for name in ORDER]
         self.planes: Any = [x.view(torch.int16).permute(axes).numpy() for x in parts]
-        self.size, self.blocks = extents["token"], extents["block"]
+        self.size = extents["token"]
+        self.blocks = extents["block"]
         self.forget()
 
     def forget(self) -> None:
@@ -78,13 +81,18 @@ class World:
     two quarters of its heads."""
 
     def __init__(self, folder: Path, keys: int, size: int, layers: int, heads: int, dim: int):
-        self.folder, self.keys, self.size, self.steps = folder, keys, size, 0
-        random, shape = np.random.default_rng(keys), (layers, 2, heads, keys * size, dim)
+        self.folder = folder
+        self.keys = keys
+        self.size = size
+        self.steps = 0
+        random = np.random.default_rng(keys)
+        shape = (layers, 2, heads, keys * size, dim)
         self.truth = random.integers(-(1 << 15), 1 << 15, shape, np.int16)
         extents = {"layer": layers, "kv": 2, "head": heads, "dim": dim}
         cut = [(layout, int(size * times)) for layout, times in LAYOUTS.items()]
         made = [Cache(x, block=keys * size // n, token=n, **extents) for x, n in 2 * cut]
-        self.sources, self.targets = made[:3], made[3:]
+        self.sources = made[:3]
+        self.targets = made[3:]
         for cache in self.sources:
             for plane, tokens in zip(cache.planes, self.truth, strict=True):
                 apart = tokens.reshape(2, heads, cache.blocks, cache.size, dim)
@@ -97,14 +105,16 @@ class World:
 
     def form(self, rank: int) -> BlockForm:
         """Of a rank's part."""
-        part, of = self.ranks[rank], {"layers": len(self.truth), "heads": self.truth.shape[2]}
+        part = self.ranks[rank]
+        of = {"layers": len(self.truth), "heads": self.truth.shape[2]}
         ranges: Any = {name: (cut.start, cut.stop, of[name]) for name, cut in part.items()}
         view = self.sources[0].view.slice(**part)
         return BlockForm.of(view, "org/model@1", block_size=self.size, **ranges)
 
     def spread(self, run: tuple[int, int, bool], times: int = 1) -> list[int]:
         """Keys: the first, how many, and whether they stand apart; ``times`` to a block."""
-        first, step = run[0] * times, 5 if run[2] and times == 1 else 1
+        first = run[0] * times
+        step = 5 if run[2] and times == 1 else 1
         return [(first + i * step) % self.keys for i in range(min(run[1], self.keys))]
 
 
@@ -144,8 +154,11 @@ class Call:
 
     def check_layer(self, cache: Cache, layer: int, world: World) -> None:
         held, due = (tokens_of(x[layer], self.blocks) for x in (cache.planes, cache.was))
-        layers, heads, by = self.part["layers"], self.part["heads"], self.handle.layers
-        mine, whole = layers.start <= layer < layers.stop, self.handle.landed
+        layers = self.part["layers"]
+        heads = self.part["heads"]
+        by = self.handle.layers
+        mine = layers.start <= layer < layers.stop
+        whole = self.handle.landed
         landed = whole | by[layer - layers.start].landed if by and mine else whole
         for i, key in enumerate(self.keys if mine else ()):
             to, at = (slice(n * world.size, (n + 1) * world.size) for n in (i, key))
@@ -166,9 +179,14 @@ class Troubled:
     notes: tuple[str, ...] = ()
 
     def __init__(self, inner: Engine) -> None:
-        self.inner, self.go = inner, threading.Event()
-        self.faults, self.count, self.fired = dict[int, str](), 0, 0
-        self.dead, self.share, self._lock = False, 0.0, threading.Lock()
+        self.inner = inner
+        self.go = threading.Event()
+        self.faults = dict[int, str]()
+        self.count = 0
+        self.fired = 0
+        self.dead = False
+        self.share = 0.0
+        self._lock = threading.Lock()
         self.go.set()
 
     def run(self, requests: Sequence[Request], ended: Ended | None = None) -> list[int]:
@@ -183,7 +201,8 @@ class Troubled:
                 carry(each._replace(nbytes=int(each.nbytes * self.share)))
             return [-errno.ECANCELED] * len(requests)
         mine = [kind not in ("", "flip") for kind in kinds]
-        order, many = sorted(range(len(mine)), key=mine.__getitem__), mine.count(False)
+        order = sorted(range(len(mine)), key=mine.__getitem__)
+        many = mine.count(False)
         results = [0] * len(mine)
 
         def end(n: int, moved: int) -> None:

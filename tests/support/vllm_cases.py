@@ -67,7 +67,8 @@ class Caches:
         blocks: int = 13, gap: int = 0,
     ) -> None:  # fmt: skip
         drawn = torch.Generator("cpu").manual_seed(len(pages))
-        self.blocks, self.pages = blocks, list(pages)
+        self.blocks = blocks
+        self.pages = list(pages)
         self.groups = [
             [each if isinstance(each, tuple) else (each, pages[each]) for each in group]
             for group in groups

@@ -35,9 +35,13 @@ from portakv.view import view as view_of
 from portakv.view.foreign import UNKNOWN_SLOTS
 
 CPU = torch.device("cpu")
-LAYOUT, CHUNK = "layer kv | block token head dim", "kv layer token head dim"
+LAYOUT = "layer kv | block token head dim"
+CHUNK = "kv layer token head dim"
 SLOTS = [3, -1, 39, 8, 9]
-BLOCKS, SIZE, HEADS, DIM = 10, 4, 2, 8
+BLOCKS = 10
+SIZE = 4
+HEADS = 2
+DIM = 8
 
 
 def caches(device: torch.device = CPU) -> list[list[torch.Tensor]]:
@@ -82,7 +86,8 @@ KINDS: dict[str, Callable[[list[list[int]]], Any]] = {
 @pytest.mark.parametrize("blocks", [BLOCKS, -1], ids=["known", "unknown"])
 def test_addresses_are_read_as_tensors_are(kind: str, blocks: int) -> None:
     tensors = caches()
-    view, out = at(KINDS[kind](addresses(tensors)), blocks), chunk()
+    view = at(KINDS[kind](addresses(tensors)), blocks)
+    out = chunk()
     assert view.form == KVView(tensors, LAYOUT).form
     assert view.slots == (BLOCKS * SIZE if blocks > 0 else UNKNOWN_SLOTS)
     copy_rows(view, KVView(out, CHUNK), SLOTS).synchronize()
@@ -109,7 +114,8 @@ def test_strides_are_elements_and_may_leave_holes() -> None:
 def test_a_block_behind_each_address() -> None:
     """What a list of runs of one size is: a table that the block's number walks through."""
     pages = [noise(SIZE, DIM, seed=seed) for seed in range(7)]
-    layout, target = "block | token dim", torch.zeros(3, SIZE, DIM, dtype=torch.int16)
+    layout = "block | token dim"
+    target = torch.zeros(3, SIZE, DIM, dtype=torch.int16)
     view = KVView.at(
         [page.data_ptr() for page in pages], layout, shape=(SIZE, DIM), dtype=torch.int16,
         device="cpu",
@@ -120,7 +126,8 @@ def test_a_block_behind_each_address() -> None:
 
 
 def test_slices_are_views_of_the_same_memory() -> None:
-    tensors, out = caches(), chunk()
+    tensors = caches()
+    out = chunk()
     view = at(addresses(tensors), -1)
     for layer in range(3):
         part = view.slice(layers=layer, heads=1)
@@ -131,7 +138,8 @@ def test_slices_are_views_of_the_same_memory() -> None:
 
 def test_what_is_shared_is_found_where_extents_are_known() -> None:
     tensors = caches()
-    known, other = at(addresses(tensors)), at(addresses(caches()))
+    known = at(addresses(tensors))
+    other = at(addresses(caches()))
     assert known.overlaps(KVView(tensors[1][0], "block token head dim"))
     assert not known.overlaps(other)
     assert not at(addresses(tensors), -1).overlaps(known)
@@ -141,7 +149,8 @@ def test_what_only_a_device_knows_is_found_once_it_was_read() -> None:
     """A slice and the check of a destination keep no answer from before the addresses were."""
     tensors = caches()
     tensors[2][1] = tensors[0][0]  # two planes at one address
-    view, dense = blind(at(addresses(tensors))), KVView(tensors[0][0], "block token head dim")
+    view = blind(at(addresses(tensors)))
+    dense = KVView(tensors[0][0], "block token head dim")
     part = view.slice(layers=0, heads=1)
     for each in (view, part, view.as_bytes()):
         assert not each.overlaps(dense)
@@ -219,7 +228,8 @@ def test_a_device_that_is_told_is_asked_for_memory(device: Any) -> None:
 
 def test_an_unknown_extent_inside_another_needs_strides() -> None:
     """Where the second of ``kv`` begins would follow from the number of blocks."""
-    memory, out = noise(2, BLOCKS, SIZE, DIM), torch.zeros(2, len(SLOTS), DIM, dtype=torch.int16)
+    memory = noise(2, BLOCKS, SIZE, DIM)
+    out = torch.zeros(2, len(SLOTS), DIM, dtype=torch.int16)
 
     def view(strides: Any) -> KVView:
         return KVView.at(
@@ -335,13 +345,12 @@ def test_a_table_without_memory_of_its_own_is_refused(transform: Any) -> None:
 @pytest.mark.parametrize("part", [{}, {"layers": slice(1, 3), "heads": 1}, {"kv": 0, "layers": 2}])
 @pytest.mark.parametrize("store", [True, False])
 def test_a_kernel_reads_a_table_that_the_host_never_sees(part: Any, store: bool) -> None:
-    tensors, other = caches(), chunk()
+    tensors = caches()
+    other = chunk()
     if not store:
         other.copy_(noise(*other.shape, seed=9))
-    view, dense = (
-        blind(at(addresses(tensors), -1)).slice(**part),
-        KVView(other, CHUNK).slice(**part),
-    )
+    view = blind(at(addresses(tensors), -1)).slice(**part)
+    dense = KVView(other, CHUNK).slice(**part)
     before = [[tensor.clone() for tensor in pair] for pair in tensors]
     with registered(**{CudaOnCpu.name: CudaOnCpu}):
         if store:
@@ -363,7 +372,8 @@ def test_a_kernel_reads_a_table_that_the_host_never_sees(part: Any, store: bool)
 @pytest.mark.parametrize("where", ["host", "device"])
 def test_a_device(accelerator: torch.device, where: str) -> None:
     """Addresses of a device's memory, known to the host or to the device alone."""
-    tensors, out = caches(accelerator), chunk(accelerator)
+    tensors = caches(accelerator)
+    out = chunk(accelerator)
     table = torch.tensor(addresses(tensors))
     view = at(table if where == "host" else table.to(accelerator), -1, accelerator)
     assert view.form.table_on_device == (where == "device")
@@ -395,7 +405,8 @@ def test_across_the_link(accelerator: torch.device, where: str) -> None:
     tables = [torch.tensor(addresses(x)) for x in (tensors, host)]
     if where == "device":
         tables = [table.to(accelerator) for table in tables]
-    src, dst = at(tables[0], -1, accelerator), at(tables[1], -1, pinned=True)
+    src = at(tables[0], -1, accelerator)
+    dst = at(tables[1], -1, pinned=True)
     copy_rows(src, dst, [3, 8, 9], [1, 0, 2]).synchronize()
     assert torch.equal(rows(host, [1, 0, 2]), rows(tensors, [3, 8, 9]))
 
@@ -418,7 +429,8 @@ def test_without_a_device_memory_is_the_host_s(
 def test_the_driver_says_where_memory_is(
     build: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake, asked = FakeLibrary(tmp_path, None), list[torch.device]()
+    fake = FakeLibrary(tmp_path, None)
+    asked = list[torch.device]()
     first = torch.device("cuda", 0)
     monkeypatch.setattr(foreign, "usual_device", lambda: first)
     monkeypatch.setattr(cuda, "adopt", asked.append)
@@ -454,7 +466,8 @@ def test_the_driver_says_where_memory_is(
 @pytest.mark.gpu
 def test_nvidia_s_driver_says_where_memory_is() -> None:
     there = torch.arange(64, dtype=torch.uint8, device="cuda").view(4, 16)
-    page, heap = pinned.empty((4, 16), torch.uint8), torch.zeros(4, 16, dtype=torch.uint8)
+    page = pinned.empty((4, 16), torch.uint8)
+    heap = torch.zeros(4, 16, dtype=torch.uint8)
     for memory, place in ((there, "device"), (page, "pinned"), (heap, "pageable")):
         found = KVView.at(memory[1:].data_ptr(), "token dim", shape=(3, 16), dtype=torch.uint8)
         assert (found.device, found.form.place) == (memory.device, place)
@@ -508,6 +521,7 @@ def test_many_addresses_in_a_few_allocations() -> None:
     view = KVView.at([*at, heap.data_ptr()], "layer | token dim", **shape)
     assert view.form.place == "pageable"
     for pool in pools:
-        begin, end = pool.data_ptr(), pool.data_ptr() + pool.nbytes
+        begin = pool.data_ptr()
+        end = pool.data_ptr() + pool.nbytes
         first, past = cuda.range_of(begin + 5) or (0, 0)
         assert first <= begin < end <= past

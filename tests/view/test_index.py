@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from portakv import Index, SlotError, Unsupported
 
-HERE, NARROW = torch.device("cpu"), frozenset({torch.int32})
+HERE = torch.device("cpu")
+NARROW = frozenset({torch.int32})
 
 
 @st.composite
@@ -139,7 +140,8 @@ def test_a_bad_step_or_offset(step: Any, offset: Any) -> None:
 
 
 def test_what_an_index_knows_about_itself() -> None:
-    table, nothing = Index(torch.tensor([5, 2, 9]), step=4, offset=3), Index(offset=3)
+    table = Index(torch.tensor([5, 2, 9]), step=4, offset=3)
+    nothing = Index(offset=3)
     assert (table.length, table.plan_step, table.on_host) == (9, 4, True)
     assert (nothing.length, nothing.plan_step, nothing.on_host) == (None, 0, True)
     assert repr(table) == "Index(<3 ids on cpu>, step=4, offset=3)"
@@ -174,7 +176,8 @@ def test_ids_that_lie_right_are_not_copied() -> None:
 
 
 def test_a_copy_that_was_made_elsewhere_is_found() -> None:
-    index, copy = Index([4, 1]), torch.tensor([4, 1], dtype=torch.int32)
+    index = Index([4, 1])
+    copy = torch.tensor([4, 1], dtype=torch.int32)
     index.add_copy(copy)
     assert index.ids_on(HERE, NARROW) is copy
     assert index.checked_copy(0, 2, 9, True) is None
@@ -221,10 +224,12 @@ def test_a_check_finds_what_the_definition_says(
 ) -> None:
     """Only positions that are used count, and what was found holds for its view and range only."""
     whole, count, slots = case
-    top, fewer = max(slots, default=0), max(0, count - passed)
+    top = max(slots, default=0)
+    fewer = max(0, count - passed)
     ranges = [(view, 0, count) for view in (room, room, top, top + 1, 300)]
     for view, first, length in (*ranges, (300, 0, fewer), (300, count - fewer, fewer)):
-        index, used = whole.shifted(first), slots[first : first + length]
+        index = whole.shifted(first)
+        used = slots[first : first + length]
         used = [] if whole.ids is None else used
         kept = [slot for slot in used if slot >= 0]
         past = next((at for at, slot in enumerate(used) if slot >= view), None)
@@ -249,7 +254,8 @@ def test_duplicates_among_many_are_an_error_of_destinations_only_and_of_no_paddi
     apart: int,
 ) -> None:
     n = 2000
-    ids, slots = apart * torch.arange(n), apart * n
+    ids = apart * torch.arange(n)
+    slots = apart * n
     assert Index(ids).check(n, slots, "destination", distinct=True) is False
     ids[-1] = ids[1]
     assert Index(ids).check(n, slots, "source") is False

@@ -15,7 +15,8 @@ from portakv import Index, KVView, SlotError, copy_rows
 
 SIZE = 4
 TABLES = [[5, 0, 7, -9], [2, -9, -9, -9], [1, 6, 3, 4]]
-LENGTHS, FIRST = [9, 0, 14], [2, 1, 1]
+LENGTHS = [9, 0, 14]
+FIRST = [2, 1, 1]
 
 
 def slots(lengths: list[int], first: list[int]) -> list[int]:
@@ -44,7 +45,8 @@ def test_slots(device: torch.device, dtype: torch.dtype, count: int | None, firs
 def test_positions_in_front(device: torch.device, tables: Any, count: int | None) -> None:
     """They are skipped, as those behind the last request are."""
     given = torch.tensor(tables, dtype=torch.int64, device=device).view(-1, 4)
-    lengths, front = LENGTHS[: len(tables)], torch.tensor([3], device=device)
+    lengths = LENGTHS[: len(tables)]
+    front = torch.tensor([3], device=device)
     index = Index.of_requests(given, lengths, SIZE, front=front, count=count)
     assert index.ids is not None
     expected = [-1] * 3 + (slots(LENGTHS, [0] * 3) if tables else [])
@@ -78,7 +80,8 @@ def test_a_request_longer_than_its_table(device: torch.device) -> None:
     tables = torch.tensor(TABLES, device=device)[:, :2]
     if device.type != "cpu":
         index = Index.of_requests(tables, LENGTHS, SIZE, count=23)
-        src, out = layered(device), torch.zeros(2, LAYERS, 23, 2, 16, dtype=torch.float16)
+        src = layered(device)
+        out = torch.zeros(2, LAYERS, 23, 2, 16, dtype=torch.float16)
         transfer = copy_rows(src.view, KVView(out.to(device), "kv layer token head dim"), index)
         with pytest.raises(SlotError, match=r"Position (8|20)"):
             transfer.synchronize()

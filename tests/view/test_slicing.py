@@ -40,7 +40,8 @@ def _separate() -> list[torch.Tensor]:
     return [noise(2, 3, 4, 8, seed=i) for i in range(4)]
 
 
-MEMORY, BOTH = noise(100, 8), noise(4 * 12 * 18)
+MEMORY = noise(100, 8)
+BOTH = noise(4 * 12 * 18)
 # All keys, then all values: from layer to layer they come nearer to each other.
 KEYS_THEN_VALUES = BOTH[: 4 * 12 * 16].view(4, 3, 4, 16), BOTH[4 * 12 * 16 :].view(4, 3, 4, 2)
 VIEWS: dict[str, tuple[Any, ...]] = {
@@ -126,7 +127,8 @@ def test_a_slice_stands_for_the_memory_that_is_left_of_it() -> None:
     apart = [torch.zeros(5, 8) for _ in range(3)]
     whole = KVView(apart, "layer | token dim")
     begins = [t.data_ptr() for t in apart]
-    pair, part = whole.slice(layers=slice(1, 3)), whole.slice(layers=1)
+    pair = whole.slice(layers=slice(1, 3))
+    part = whole.slice(layers=1)
     assert pair.addresses.tolist() == [t.data_ptr() for t in pair.owners] == begins[1:]
     assert part.spans == [(begins[1], begins[1] + apart[1].nbytes)]
     part.check_memory()
@@ -152,7 +154,8 @@ def test_any_slice_of_any_layout(case: Case, data: st.DataObject) -> None:
         least = extent if f"{axis}/" in side.layout else first + 1
         return slice(first, data.draw(st.integers(least, extent)))
 
-    layers, heads = cut(whole.layers, "layer"), cut(whole.heads, "head")
+    layers = cut(whole.layers, "layer")
+    heads = cut(whole.heads, "head")
     kv = cut(whole.kv, "kv")
     check(whole.slice(layers=layers, heads=heads, kv=kv), whole, layers, heads, kv)
     check(whole.slice(kv=kv).slice(layers=layers).slice(heads=heads), whole, layers, heads, kv)
@@ -169,7 +172,8 @@ def test_factors_of_blocks_or_tokens_in_any_order(unbounded: str, listed: int) -
     factors = (f"{unbounded}/2", f"{unbounded}%2", "layer", "kv")
     tokens = ["token"] if unbounded == "block" else []
     for order in permutations(factors):
-        outer, inner = order[:listed], [*order[listed:], *tokens]
+        outer = order[:listed]
+        inner = [*order[listed:], *tokens]
         shape = [_EXTENTS.get(name, 4) for name in inner]
         sizes = [_EXTENTS[name] for name in outer]
         whole = KVView(

@@ -26,7 +26,8 @@ def _strange(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.as_strided(tensor.shape, [s if n > 1 else 7 for n, s in steps])
 
 
-MEMORY, FOUR = noise(3, 2, 5, 8), noise(4, 5, 8)
+MEMORY = noise(3, 2, 5, 8)
+FOUR = noise(4, 5, 8)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,8 @@ MEMORY, FOUR = noise(3, 2, 5, 8), noise(4, 5, 8)
 def test_readings_of_one_form(
     tensors: Any, layout: str, other: Any, plain: str, extents: dict[str, Any]
 ) -> None:
-    one, two = KVView(tensors, layout, **extents).form, KVView(other, plain, **extents).form
+    one = KVView(tensors, layout, **extents).form
+    two = KVView(other, plain, **extents).form
     assert (one, hash(one)) == (two, hash(two))
     assert one != KVView(noise(3, 2, 4), "token head dim").form
 
@@ -78,7 +80,8 @@ def test_tensors_that_stay_a_table(tensors: Any) -> None:
     assert view.addresses.tolist() == [t.data_ptr() for t in listed]
 
 
-FOURS, OTHERS = list(torch.zeros(5, 3, 6, 8)), list(torch.zeros(4, 3, 6, 8))
+FOURS = list(torch.zeros(5, 3, 6, 8))
+OTHERS = list(torch.zeros(4, 3, 6, 8))
 
 
 def spans_of(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
@@ -94,7 +97,8 @@ def spans_of(tensors: list[torch.Tensor]) -> list[tuple[int, int]]:
 
 
 def test_forms_of_containers_are_not_confused() -> None:
-    text, wide = "layer | block token dim", torch.zeros(4, 3, 6, 9)
+    text = "layer | block token dim"
+    wide = torch.zeros(4, 3, 6, 9)
     kinds = [
         [torch.zeros(3, 6, 8) for _ in range(4)],
         [torch.zeros(3, 6, 8) for _ in range(2)],
@@ -228,7 +232,8 @@ def test_its_repr_says_what_it_holds() -> None:
 
 A, B, C = noise(3, 5, 8)
 D, E = noise(2, 5, 8)
-SHARED, APART = "(stride 0|one address)", "planes lie at one address"
+SHARED = "(stride 0|one address)"
+APART = "planes lie at one address"
 
 
 UNWRITABLE: dict[str, tuple[Any, str, str]] = {
@@ -306,7 +311,9 @@ def test_views_of_one_memory_overlap_where_their_ranges_do() -> None:
     found = [[a.overlaps(b) for b in views[:3]] for a in views]
     assert found == [[True, False, True], [False, True, True], [True] * 3, [False] * 3]
     # A short range inside a long one is the last before the other view, yet ends before it.
-    wide, narrow = memory.as_strided((3, 8), (264, 1)), memory.as_strided((3, 2), (8, 1), 16)
-    both, inside = KVView([wide, narrow], "kv | token dim"), KVView(memory[50:52], "token dim")
+    wide = memory.as_strided((3, 8), (264, 1))
+    narrow = memory.as_strided((3, 2), (8, 1), 16)
+    both = KVView([wide, narrow], "kv | token dim")
+    inside = KVView(memory[50:52], "token dim")
     assert both.overlaps(inside)
     assert inside.overlaps(both)

@@ -54,7 +54,8 @@ def run_demo(*, device: str | None = None, json: bool = False) -> int:
 def _demo(device: str | None) -> dict[str, Any]:
     """Everything that is told, as JSON has it."""
     choice = choose(usual_device() if device is None else device)
-    where, forced = choice.backend.device, os.environ.get(ENVIRONMENT) or None
+    where = choice.backend.device
+    forced = os.environ.get(ENVIRONMENT) or None
     began = time.perf_counter()
     _tell_heading(where, forced)
     model = run_model(where)
@@ -194,7 +195,8 @@ def _tell_choice(
 def _tell_result(skipped: str | None, identical: bool, rows: Sequence[Row], seconds: float) -> None:
     failed = dict.fromkeys(row.backend for row in rows if not row.good)
     proven = dict.fromkeys(row.backend for row in rows if row.right and row.backend not in failed)
-    right, wrong = ", ".join(proven), ", ".join(failed)
+    right = ", ".join(proven)
+    wrong = ", ".join(failed)
     logits = "bit-identical" if identical else "NOT bit-identical, or the control did not differ"
     _tell(f"\nlogits    {'not tried, see above' if skipped else logits}")
     _tell(f"bytes     all right through {right}" if right else "bytes     right through no backend")

@@ -24,7 +24,11 @@ from portakv.cli.sides import in_bytes, in_time
 from portakv.errors import OfferGone, PeerError, PortaKVError
 from portakv.runtime.devices import indexed, usual_device
 
-LAYERS, HEADS, DIM, TOKENS = 8, 6, 128, 1990  # the last block of either side is not full
+# the last block of either side is not full
+LAYERS = 8
+HEADS = 6
+DIM = 128
+TOKENS = 1990
 MODEL = "a demo's"
 #: Layout, block size, and the heads of each rank: of the owner and of the reader.
 OWNER = "vllm-nhd", 16, ((0, 3), (3, 6))
@@ -91,9 +95,11 @@ def offer_rows(device: torch.device, keep: ExitStack) -> dict[str, Any]:
     from portakv.migrate import Channel, Owner, Shard, shared_empty
 
     layout, size, ranks = OWNER
-    good, stale = blocks_of(size, 0), blocks_of(size, 1)
+    good = blocks_of(size, 0)
+    stale = blocks_of(size, 1)
     found: dict[str, Any] = {way: {"good": [], "stale": []} for way in WAYS}
-    caches, rows = list[torch.Tensor](), model_rows(device)
+    caches = list[torch.Tensor]()
+    rows = model_rows(device)
     for heads in ranks:
         shape = 2, 2 * len(good), size, heads[1] - heads[0], DIM
         for layer in range(LAYERS):
@@ -123,7 +129,8 @@ def pull_rows(device: torch.device, offers: dict[str, Any], keep: ExitStack) -> 
     from portakv.migrate import Channel, Reader, Shard
 
     layout, size, ranks = READER
-    blocks, pulls = blocks_of(size, 0), list[dict[str, Any]]()
+    blocks = blocks_of(size, 0)
+    pulls = list[dict[str, Any]]()
     for rank, heads in enumerate(ranks):
         shape = len(blocks) + 1, LAYERS, 2, size, heads[1] - heads[0], DIM  # one block not asked
         pages = torch.empty(shape, dtype=torch.float16, device=device)
@@ -135,7 +142,8 @@ def pull_rows(device: torch.device, offers: dict[str, Any], keep: ExitStack) -> 
         for way in WAYS:
             for what in ("good", "stale") if rank == 0 else ("good",):
                 tickets = [bytes.fromhex(offers[way][what][n]) for n in sources]
-                each, stale = list[dict[str, Any]](), what == "stale"
+                each = list[dict[str, Any]]()
+                stale = what == "stale"
                 for _ in range(1 if stale else PULLS):
                     each.append(_pulled(reader, tickets, blocks, pages, expected))
                 told = {"rank": rank, "heads": heads, "from": sources, "way": way, "stale": stale}
@@ -147,8 +155,10 @@ def pull_rows(device: torch.device, offers: dict[str, Any], keep: ExitStack) -> 
 
 def _expected(pages: torch.Tensor, blocks: torch.Tensor, heads: tuple[int, int]) -> torch.Tensor:
     """What pages full of ones hold once the rows are in their blocks, by plain torch indexing."""
-    bits, size = torch.full_like(pages, 1).view(torch.int16), READER[1]
-    at, rows = slots_of(blocks, size, pages.device), model_rows(pages.device)[..., slice(*heads), :]
+    bits = torch.full_like(pages, 1).view(torch.int16)
+    size = READER[1]
+    at = slots_of(blocks, size, pages.device)
+    rows = model_rows(pages.device)[..., slice(*heads), :]
     bits[at // size, :, :, at % size] = rows.permute(2, 0, 1, 3, 4)
     return bits
 
@@ -158,13 +168,15 @@ def _pulled(
 ) -> dict[str, Any]:
     """One pull, and what is in the pages then."""
     pages.fill_(1)
-    began, why = time.perf_counter(), ""
+    began = time.perf_counter()
+    why = ""
     pull = reader.pull(tickets, blocks)
     try:
         pull.synchronize(60)
     except OfferGone as error:
         why = str(error)
-    seconds, by = time.perf_counter() - began, pull.statistics
+    seconds = time.perf_counter() - began
+    by = pull.statistics
     wrong = int((pages.view(torch.uint8) != expected.view(torch.uint8)).sum())
     told = {"seconds": seconds, "wrong_bytes": wrong, "why": why or by.why}
     return told | {"engine": by.engine, "bytes": by.nbytes, "published": pull.published}
@@ -172,7 +184,8 @@ def _pulled(
 
 def tell(found: dict[str, Any]) -> None:
     """Print what came of it."""
-    owner, reader = found["owner"], found["reader"]
+    owner = found["owner"]
+    reader = found["reader"]
     for what, one, side in (("owned", owner, OWNER), ("read", reader, READER)):
         layout, size, ranks = side
         where = f"process {one['process']} on {one['device']}"
@@ -197,7 +210,8 @@ def tell(found: dict[str, Any]) -> None:
 def _cells(one: dict[str, Any]) -> list[str]:
     first, past = one["heads"]
     rate = f"{one['bytes'] / one['seconds'] / 1e9:.2f}"
-    wrong, numbers = one["wrong_bytes"], (in_bytes(one["bytes"]), in_time(one["seconds"]), rate)
+    wrong = one["wrong_bytes"]
+    numbers = (in_bytes(one["bytes"]), in_time(one["seconds"]), rate)
     what = f"{wrong:,} B wrong" if wrong else "all bytes right"
     froms = ", ".join(map(str, one["from"]))
     return [str(one["rank"]), f"{first}-{past - 1}", froms, one["engine"], *numbers, what]

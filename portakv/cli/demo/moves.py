@@ -93,7 +93,8 @@ class Founding:
     """
 
     def __init__(self, device: torch.device, s: Scenario) -> None:
-        self.device, self.scenario = device, s
+        self.device = device
+        self.scenario = s
         draw = torch.Generator().manual_seed(0)
         paged = (2, s.blocks, s.block_size, s.heads, s.dim)
         self.pool = [_random_bits(paged, draw).to(device) for _ in range(s.layers)]
@@ -225,7 +226,8 @@ def seconds(device: torch.device, work: Work) -> float:
 def fastest_threads(works: Sequence[Work]) -> int:
     """The number of torch's threads with which these copies take the least time now: one, if other
     work on the cores sets a thread aside, for which a copy of a few milliseconds waits."""
-    most, taken = torch.get_num_threads(), dict[int, float]()
+    most = torch.get_num_threads()
+    taken = dict[int, float]()
     for count in dict.fromkeys((most, max(1, most // 2), 1)):
         with torch_threads(count):
             taken[count] = sum(interleaved(torch.device("cpu"), works, 3))
@@ -279,7 +281,8 @@ def _plain(f: Founding) -> list[_Move]:
 
 def _moves(f: Founding, backend: str) -> list[_Move]:
     """Gather and scatter: by slots through a connector, by block ids through `copy_blocks`."""
-    s, dense = f.scenario, "kv layer token (head dim)"
+    s = f.scenario
+    dense = "kv layer token (head dim)"
     reader, writer = (AdaptiveConnector(f.device, backend) for _ in range(2))
     reader.register_kv_caches(f.pool)
     writer.register_kv_caches(f.target)
@@ -294,8 +297,10 @@ def _moves(f: Founding, backend: str) -> list[_Move]:
         row = Row(backend, call, f"chunk -> {what}", s.pool)
         return _Move(row, run, partial(f.wrong_in_target, ids))
 
-    slots, blocks = (f"{s.tokens} slots", f.slots), (f"{len(f.blocks)} blocks", f.slots_of_blocks)
-    index, by_block = Index(f.slots), partial(copy_blocks, backend=backend)
+    slots = (f"{s.tokens} slots", f.slots)
+    blocks = (f"{len(f.blocks)} blocks", f.slots_of_blocks)
+    index = Index(f.slots)
+    by_block = partial(copy_blocks, backend=backend)
     return [
         out("from_gpu", *slots, partial(reader.from_gpu, f.chunk, slot_mapping=index)),
         back("to_gpu", *slots, partial(writer.to_gpu, f.stored, slot_mapping=index)),

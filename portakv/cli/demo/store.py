@@ -57,7 +57,8 @@ def run_store_demo(folder: str, *, device: str | None = None, json: bool = False
         read = heard(reader, StoreError)
     tell(f"loaded    {read['loaded']} tokens by process {reader.pid}; computed {read['computed']}")
     tell(f"          pages {read['layout']!r}")
-    same, differs = wrote["tokens"] == read["tokens"], read["noise"] != read["tokens"]
+    same = wrote["tokens"] == read["tokens"]
+    differs = read["noise"] != read["tokens"]
     tell(f"goes on   {len(read['tokens'])} tokens, {'the same' if same else 'NOT THE SAME'}")
     tell(f"control   tokens after pages of noise {'differ' if differs else 'DO NOT DIFFER'}")
     good = is_good(wrote, read)
@@ -87,7 +88,8 @@ def _silent(text: str) -> None:
 def started(module: str, *words: Any) -> Iterator[subprocess.Popen[str]]:
     """A process of a demo, which does not outlive the command; nor, if it reads standard input to
     the end, a command that is killed. Ctrl-C ends the command alone, which ends it."""
-    command, pipe = [sys.executable, "-m", module, *map(str, words)], subprocess.PIPE
+    command = [sys.executable, "-m", module, *map(str, words)]
+    pipe = subprocess.PIPE
     with subprocess.Popen(
         command, stdin=pipe, stdout=pipe, text=True, start_new_session=True
     ) as process:
@@ -121,7 +123,8 @@ def take_part(folder: str, device: str, layout: int, salt: str) -> dict[str, Any
         example = importlib.import_module(EXAMPLE)
     except (ImportError, PortaKVError) as error:  # a release that the plug does not serve, too
         return {"error": f"it needs transformers ({error}); {installing('demo')} adds it"}
-    model, prompt = example.small_model().to(device), list(example.PROMPT.encode())
+    model = example.small_model().to(device)
+    prompt = list(example.PROMPT.encode())
     pages = example.pages_for(model, example.LAYOUTS[layout])
     form = BlockForm.of(pages, model="portakv demo")
     try:
@@ -135,7 +138,8 @@ def take_part(folder: str, device: str, layout: int, salt: str) -> dict[str, Any
         store.close()
         for tensor in pages.owners:
             tensor.normal_()
-        noise, done = example.DynamicCache(), told["loaded"]
+        noise = example.DynamicCache()
+        done = told["loaded"]
         example.load_prefix(noise, pages, list(range(done // example.BLOCK_SIZE)), done)
         told["noise"] = example.go_on(model, noise, prompt[done:])
     return told

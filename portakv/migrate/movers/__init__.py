@@ -16,7 +16,8 @@ from portakv.migrate.movers.onesided import Mooncake, Nixl
 
 #: As they are asked; Mooncake only by name, since who reaches its port can write into slots.
 MOVERS: dict[str, type[Mover]] = {x.name: x for x in (Distributed, Nixl, Mooncake)}
-ONLY_ASKED, ENVIRONMENT = ("mooncake",), "PORTAKV_MOVER"
+ONLY_ASKED = ("mooncake",)
+ENVIRONMENT = "PORTAKV_MOVER"
 
 
 def forced(name: str | None = None) -> str | None:
@@ -52,7 +53,8 @@ def choose(device: torch.device, name: str | None = None) -> Mover:
         InvalidTerms: there is no mover of that name.
         BackendUnavailable: the forced one cannot run here, or none can; ``trace`` tells why.
     """
-    asked, said = forced(name), list[Decision]()
+    asked = forced(name)
+    said = list[Decision]()
     for each in (asked,) if asked else MOVERS:
         if not asked and each in ONLY_ASKED:
             said.append(Decision(each, False, "it is used only if it is asked for by name"))

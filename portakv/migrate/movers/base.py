@@ -36,10 +36,14 @@ class Moving:
     """
 
     def __init__(self, slot: torch.Tensor, seconds: float) -> None:
-        self.slot, self.seconds, self.until = slot, seconds, monotonic() + seconds
+        self.slot = slot
+        self.seconds = seconds
+        self.until = monotonic() + seconds
         self.error: Exception | None = None
-        self.over, self.free = threading.Event(), threading.Event()
-        self._touched, self._lock = False, threading.Lock()
+        self.over = threading.Event()
+        self.free = threading.Event()
+        self._touched = False
+        self._lock = threading.Lock()
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block the host until it ended, at most so many seconds; whether it did. Raises its error,
@@ -83,14 +87,19 @@ class Lane(ABC):
     """The slots between this process and one peer. Threads of its own carry them, since libraries
     block: ``width`` of them. If they are ``ordered``, nothing is carried behind one that failed."""
 
-    width, ordered = 1, False
+    width = 1
+    ordered = False
 
     def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
-        self.mover, self.channel, self.key = mover, channel, key
+        self.mover = mover
+        self.channel = channel
+        self.key = key
         self.address = key if isinstance(key, str) else ""  # the owner's; none if this is the owner
         self.gone: Exception | None = None
         self.unwatch: Callable[[], object] = lambda: None
-        self._moving, self._jobs, self._turn = set[Moving](), SimpleQueue[Any](), threading.Lock()
+        self._moving = set[Moving]()
+        self._jobs = SimpleQueue[Any]()
+        self._turn = threading.Lock()
         named: Any = {"target": self._work, "name": "portakv-mover", "daemon": True}
         self.threads = [threading.Thread(**named) for _ in range(self.width)]
         for thread in self.threads:
@@ -127,8 +136,10 @@ class Lane(ABC):
         """End all at once; the peer's next slot has another lane. A thread that a library still
         holds ends after it."""
         with self.mover.lock:
-            first, self.gone = self.gone is None, self.gone or error
-            left, self._moving = self._moving, set()
+            first = self.gone is None
+            self.gone = self.gone or error
+            left = self._moving
+            self._moving = set()
             if self.mover.lanes.get(self.key) is self:
                 del self.mover.lanes[self.key]
         if first:
@@ -141,7 +152,9 @@ class Lane(ABC):
 
     def _work(self) -> None:
         while self._turn.acquire() and (job := self._jobs.get()):
-            moving, carrying, held = job[0], self.carry(*job), True
+            moving = job[0]
+            carrying = self.carry(*job)
+            held = True
             try:
                 next(carrying, None)
                 self._turn.release()
@@ -184,8 +197,12 @@ class Mover(ABC):
     knows_once = False
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
-        self.device, self.timeout, self._process, self.why = device, timeout, this_process(), ""
-        self.lanes, self.lock = dict["str | Peer", Any](), threading.Lock()
+        self.device = device
+        self.timeout = timeout
+        self._process = this_process()
+        self.why = ""
+        self.lanes = dict["str | Peer", Any]()
+        self.lock = threading.Lock()
         self._threads = list[threading.Thread]()  # also of lanes that were closed
         atexit.register(self.close, EXIT_SECONDS)
 

@@ -51,9 +51,13 @@ class Pair(Lane):
     ordered = True
 
     def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
-        self.name, self.named, self.group = "", threading.Event(), cast(Any, None)
+        self.name = ""
+        self.named = threading.Event()
+        self.group = cast(Any, None)
         self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
-        self.broken, self.width = False, 1 if self.stream is None else 2  # one waits behind another
+        # one waits behind another
+        self.broken = False
+        self.width = 1 if self.stream is None else 2
         super().__init__(mover, channel, key)
         self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
 
@@ -61,7 +65,8 @@ class Pair(Lane):
         self.group = self.group or self._join()
         if self.gone or not moving.begin():  # behind the line before, as `cut` looks at the group
             raise self.gone or TransferTimeout("its turn came too late")
-        slot, other = moving.slot.view(-1).view(torch.uint8), 0 if self.address else 1
+        slot = moving.slot.view(-1).view(torch.uint8)
+        other = 0 if self.address else 1
         call = self.group.recv if self.address else self.group.send
         if self.stream is None:
             self._by_gloo(moving, slot, lambda x: call([x], other, tag))
@@ -120,7 +125,9 @@ class Pair(Lane):
 class Distributed(Mover):
     """By a group of two processes for each peer, apart from the default group."""
 
-    name, kind, asks = "distributed", Pair, (Join, Meet)
+    name = "distributed"
+    kind = Pair
+    asks = (Join, Meet)
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:

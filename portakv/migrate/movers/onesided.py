@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from portakv.migrate.channel import Channel, Peer
 
 #: Seconds between a reader's questions for a slot that is not ready, and the most of them.
-ASK, ASKED = 1e-4, 5e-3
+ASK = 1e-4
+ASKED = 5e-3
 
 
 class Where(Message, frozen=True):
@@ -63,7 +64,9 @@ class Reading(Lane):
     width = 2
 
     def __init__(self, mover: OneSided, channel: Channel, key: str | Peer) -> None:
-        self.ours, self.given = mover, dict[int, tuple[There, Moving]]()  # by tag
+        # by tag
+        self.ours = mover
+        self.given = dict[int, tuple[There, Moving]]()
         self.names = dict[bytes, str]()  # of the peer in the library, by what reaches it
         self._entered = dict[int, Any]()  # rooms of slots, their memory, the library's word for it
         super().__init__(mover, channel, key)
@@ -77,7 +80,8 @@ class Reading(Lane):
 
     def _enter(self, slot: torch.Tensor) -> Any:
         """What the library calls a slot's memory, which it can reach as long as it is a slot's."""
-        memory, room = slot.untyped_storage(), slot if slot._base is None else slot._base
+        memory = slot.untyped_storage()
+        room = slot if slot._base is None else slot._base
         with self.ours.turn:
             if self.ours.engine is None:
                 self.ours.engine = self.ours.begin(self.address or self.channel.address)
@@ -89,13 +93,15 @@ class Reading(Lane):
             return self._entered[at][-1]
 
     def _offer(self, moving: Moving, tag: int) -> None:
-        self.given[tag], slot = (There(), moving), moving.slot
+        self.given[tag] = (There(), moving)
+        slot = moving.slot
         reach = self.ours.reach(self._enter(slot))
         self.given[tag] = There(reach, slot.data_ptr(), slot.nbytes, _index(slot)), moving
         moving.wait()  # `Taken` ends it
 
     def _read(self, moving: Moving, tag: int) -> None:
-        nbytes, pause = moving.slot.nbytes, ASK
+        nbytes = moving.slot.nbytes
+        pause = ASK
         try:
             self._enter(moving.slot)
             while not (there := self.channel.ask(self.address, Where(tag), There)).reach:
@@ -121,11 +127,17 @@ class Reading(Lane):
 class OneSided(Mover):
     """What both have; a subclass starts a library, registers memory, tells and reads."""
 
-    kind, asks, library, needs = Reading, (Where, Taken), "", ""  # a module, and a name in it
+    # a module, and a name in it
+    kind = Reading
+    asks = (Where, Taken)
+    library = ""
+    needs = ""
 
     def __init__(self, device: torch.device, timeout: float = 30.0) -> None:
         super().__init__(device, timeout)
-        self.engine, self.turn = cast(Any, None), threading.Lock()  # the library's, which is slow
+        # the library's, which is slow
+        self.engine = cast(Any, None)
+        self.turn = threading.Lock()
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -178,7 +190,9 @@ class OneSided(Mover):
 class Nixl(OneSided):
     """By NIXL (1.5 or later) and its UCX: sockets, shared memory, RDMA, NVLink."""
 
-    name, library, needs = "nixl", "nixl._api", "nixl_thread_sync_t"
+    name = "nixl"
+    library = "nixl._api"
+    needs = "nixl_thread_sync_t"
 
     def begin(self, address: str) -> Any:
         api = import_module(self.library)
@@ -199,7 +213,9 @@ class Nixl(OneSided):
         return bytes(self.engine.get_partial_agent_metadata(told, True, ["UCX"]))
 
     def read(self, lane: Reading, moving: Moving, there: There) -> None:
-        agent, slot, kind = self.engine, moving.slot, self._kind()
+        agent = self.engine
+        slot = moving.slot
+        kind = self._kind()
         with self.turn:
             if there.reach not in lane.names:
                 lane.names[there.reach] = agent.add_remote_agent(there.reach).decode()
@@ -224,7 +240,10 @@ class Mooncake(OneSided):
     ``MC_INTRANODE_NVLINK=1``, else RDMA. It cannot end a read: a slot is not free until then. What
     an owner registers after a reader's first read, that reader does not find (0.3.14)."""
 
-    name, library, needs, knows_once = "mooncake", "mooncake.engine", "TransferEngine", True
+    name = "mooncake"
+    library = "mooncake.engine"
+    needs = "TransferEngine"
+    knows_once = True
 
     def begin(self, address: str) -> Any:
         engine = import_module(self.library).TransferEngine()

@@ -13,7 +13,8 @@ from portakv.migrate.messages import Answer, Bye
 from portakv.migrate.movers import choose
 
 if __name__ == "__main__":
-    channel, mover = Channel(), choose(torch.device("cpu"))
+    channel = Channel()
+    mover = choose(torch.device("cpu"))
     slot = torch.full((1 << 29,), 7, dtype=torch.uint8)
 
     def welcome(peer: Any, _: Bye) -> Answer:

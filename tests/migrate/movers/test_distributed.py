@@ -117,7 +117,8 @@ def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
 def test_a_slot_of_another_length_is_an_error_on_either_side(given: int, asked: int) -> None:
     """Fault 29. gloo takes too few bytes for all, and ends the process if there are too many."""
     with wire(Distributed) as both:
-        giving, into = both.give(slot_of(given)), empty(asked)
+        giving = both.give(slot_of(given))
+        into = empty(asked)
         with pytest.raises(PeerError, match=f"{given} B came, {asked} were asked for"):
             both.take(into).wait(20)
         with pytest.raises(PeerError):
@@ -141,7 +142,8 @@ def test_a_forked_child_refuses_and_leaves_its_parents_pair_alone() -> None:
     """Fault 31. The child closes what it inherited; the parent goes on."""
     with wire(Distributed) as both:
         both.cross(100)
-        child, code = os.fork(), 1
+        child = os.fork()
+        code = 1
         if not child:
             try:
                 both.give(slot_of(100))
@@ -172,7 +174,9 @@ class Group:
     whatever the tags."""
 
     def __init__(self, device: torch.device, wire: queue.Queue[Any]) -> None:
-        self.device, self.wire, self.aborted = device, wire, False
+        self.device = device
+        self.wire = wire
+        self.aborted = False
 
     def send(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
         landed: queue.Queue[torch.Event] = queue.Queue()
@@ -209,7 +213,8 @@ class SimulatedPair(Pair):
 
 
 class Simulated(Distributed):
-    name, kind = "simulated", SimulatedPair
+    name = "simulated"
+    kind = SimulatedPair
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
@@ -225,7 +230,8 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
     monkeypatch.setitem(MOVERS, Simulated.name, Simulated)
     theirs = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
     mine = torch.zeros_like(theirs, device=OTHER)
-    views, busy = [KVView([*x], LAYOUT) for x in (theirs, mine)], current(OTHER)
+    views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
+    busy = current(OTHER)
     with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
         owner = made.owner(Shard(views[0]), expose="staging", staging=4 * theirs[0].nbytes)
         reader = made.reader(Shard(views[1]), mover=Simulated.name)
@@ -237,7 +243,9 @@ def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
             read = mine.clone()
             simdev.delay(current(DEVICE), 50)
             theirs.copy_(torch.arange(theirs.numel()).view(theirs.shape).to(DEVICE) * turn)
-            offer, began, fails = owner.offer(range(8), tokens=128), time.monotonic(), turn % 2
+            offer = owner.offer(range(8), tokens=128)
+            began = time.monotonic()
+            fails = turn % 2
             if fails:  # ids were looked at when they were offered
                 offer.ids = [(offer.ids[0][0] + 1000, 16)]
             pulled = reader.pull(offer.ticket, [*range(7, -1, -1)])

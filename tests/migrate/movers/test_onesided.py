@@ -38,7 +38,8 @@ class Memory(OneSided):
     def begin(self, address: str) -> Any:
         if self.broken:
             raise RuntimeError("no such port")
-        self.entered, self.log = list[tuple[int, int]](), list[tuple[int, int]]()
+        self.entered = list[tuple[int, int]]()
+        self.log = list[tuple[int, int]]()
         return self
 
     def enter(self, address: int, nbytes: int, device: int) -> Any:
@@ -85,7 +86,8 @@ def test_slots_are_read(kind: type[OneSided]) -> None:
 
 @EACH
 def test_two_slots_of_one_allocation_are_read_again_and_again(kind: type[OneSided]) -> None:
-    staging, into = slot_of(20_000), empty(20_000)
+    staging = slot_of(20_000)
+    into = empty(20_000)
     with wire(kind) as both:
         for turn in range(6):
             staging.add_(1)
@@ -102,7 +104,8 @@ def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
     """Fault 29. Not one byte of it."""
     with wire(kind) as both:
         for tag, (given, asked) in enumerate(((5000, 100), (100, 5000))):
-            giving, into = both.give(slot_of(given), tag), empty(asked)
+            giving = both.give(slot_of(given), tag)
+            into = empty(asked)
             with pytest.raises(PeerError, match=f"{given} B were given, {asked} asked for"):
                 both.take(into, tag).wait(20)
             giving.wait(20)  # the reader has told that it does not want it
@@ -129,7 +132,8 @@ def test_an_error_after_a_part_counts_for_all_of_it() -> None:
     """Fault 28. As Mooncake's -1 and NIXL's ERR: some of it was moved; other slots go on."""
     with wire(Memory) as both:
         both.reader.fails = 500
-        giving, into = both.give(slot_of(1000)), empty(1000)
+        giving = both.give(slot_of(1000))
+        into = empty(1000)
         taking = both.take(into)
         with pytest.raises(PeerError, match=r"1000 B did not cross by memory: -1\. Pull again"):
             taking.wait(20)
@@ -144,9 +148,11 @@ def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does(timeou
     """Fault 8. As Mooncake's. The reader is told at once, or when its time is over; the slot is
     used again only later."""
     with wire(Memory, timeout) as both:
-        both.reader.stuck, both.reader.reads = threading.Event(), threading.Event()
+        both.reader.stuck = threading.Event()
+        both.reader.reads = threading.Event()
         both.give(slot_of(1000))
-        taking, why = both.take(empty(1000)), "did not cross in 0.2 s"
+        taking = both.take(empty(1000))
+        why = "did not cross in 0.2 s"
         assert both.reader.reads.wait(20)  # the library has it
         if timeout == NEVER:
             both.life.end()
