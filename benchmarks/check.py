@@ -172,14 +172,24 @@ def _named(row: Mapping[str, Any]) -> str:
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:
     """Print figure, bar and verdict of each, and the row that decided; then what is to be said."""
     columns = [
-        Column("bar"), Column("figure", right=True), Column("asked", right=True),
-        Column("verdict", whole=True), Column("rows", right=True), Column("worst"),
-    ]  # fmt: skip
+        Column("bar"),
+        Column("figure", right=True),
+        Column("asked", right=True),
+        Column("verdict", whole=True),
+        Column("rows", right=True),
+        Column("worst"),
+    ]
     rows = [
-        [v.bar.name, "-" if v.figure is None else f"{v.figure:.4g}", str(v.bar), v.word,
-         str(v.rows), v.row]
+        [
+            v.bar.name,
+            "-" if v.figure is None else f"{v.figure:.4g}",
+            str(v.bar),
+            v.word,
+            str(v.rows),
+            v.row,
+        ]
         for v in verdicts
-    ]  # fmt: skip
+    ]
     print_table(columns, rows, title="bars")
     for v in verdicts:
         if v.reason:

@@ -70,12 +70,17 @@ LADDER = "seed"  # the founding scenario
 #: What ``--host`` measures, in this order: the grid first, since most bars are about it, and peers
 #: last, since the kernel of another that fails may leave no device for what follows.
 PARTS: Mapping[str, Callable[[Bench], Iterator[Step]]] = {
-    "grid": grid.grid_steps, "direct": grid.direct_steps, "duplex": grid.duplex_steps,
-    "calls": calls.call_steps, "small": small.small_steps,
-    "interference": interference.interference_steps, "waiting": interference.waiting_steps,
-    "pageable": memory.pageable_steps, "pinning": memory.pinning_steps,
+    "grid": grid.grid_steps,
+    "direct": grid.direct_steps,
+    "duplex": grid.duplex_steps,
+    "calls": calls.call_steps,
+    "small": small.small_steps,
+    "interference": interference.interference_steps,
+    "waiting": interference.waiting_steps,
+    "pageable": memory.pageable_steps,
+    "pinning": memory.pinning_steps,
     "peers": interference.peer_steps,
-}  # fmt: skip
+}
 #: What ``--plugs`` measures, by engine; last LMCache, whose kernels take any layout for theirs.
 PLUGS: Mapping[str, Callable[[PlugBench], Iterator[Step]]] = {
     "sglang": sglang_steps,
@@ -189,9 +194,11 @@ def _parser(kind: str | None) -> argparse.ArgumentParser:
     add("--seconds", type=read_above_zero, metavar="S", help="begin nothing new after this time")
     add("--out", type=Path, metavar="DIR", help="write DIR/<device>.json, and plots of it")
     add("--json", action="store_true", help="print one JSON value")
-    add("--bars", action="store_true",
+    add(
+        "--bars",
+        action="store_true",
         help="judge the figures by this project's own bars, which were set for its own machines",
-    )  # fmt: skip
+    )
     several: dict[str, Any] = {"action": "append", "metavar": "NAME"}
     if kind:
         parts = ", ".join(_PARTS_OF[kind])
@@ -245,11 +252,17 @@ def run_device(asked: argparse.Namespace, device: torch.device) -> dict[str, Any
     rows = carry_out(steps, device, asked.seconds, field.left_out)
     suite.relate(rows)
     return {
-        "format": RESULT_FORMAT, "machine": machine,
-        "asked": {"preset": asked.preset, "backends": field.backends,
-                  "peers": {peer.name: peer.release for peer in peers}, "timer": timer.name},
-        "left_out": field.left_out + suite.peer_failures(rows), "rows": rows,
-    }  # fmt: skip
+        "format": RESULT_FORMAT,
+        "machine": machine,
+        "asked": {
+            "preset": asked.preset,
+            "backends": field.backends,
+            "peers": {peer.name: peer.release for peer in peers},
+            "timer": timer.name,
+        },
+        "left_out": field.left_out + suite.peer_failures(rows),
+        "rows": rows,
+    }
 
 
 def _check_known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
@@ -263,15 +276,19 @@ def _on_device(preset: suite.Preset, shapes: Sequence[Shape], field: suite.Field
     device = field.device
     fast = [name for name in field.backends if name not in suite.COMPILING]
     overheads = {
-        name: (f"overhead of {name}",
-               partial(measure_overhead, name, device, preset.overhead_rounds))
+        name: (
+            f"overhead of {name}",
+            partial(measure_overhead, name, device, preset.overhead_rounds),
+        )
         for name in field.backends
-    }  # fmt: skip
+    }
     yield from (overheads[name] for name in fast)
     for backend in fast if preset.starts else ():  # the first is what the registry would choose
         rounds = preset.starts if backend == fast[0] else 1
-        yield (f"fresh process with {backend}",
-               partial(measure_startup, backend, str(device), rounds))  # fmt: skip
+        yield (
+            f"fresh process with {backend}",
+            partial(measure_startup, backend, str(device), rounds),
+        )
     for task in suite.tasks(preset, shapes, device):
         yield f"{task}", partial(suite.run_task, task, preset, field)
     for shape in shapes:
@@ -370,15 +387,21 @@ def _run_parts(
     absent = [f"{engine}: {why}" for engine, why in bench.absent.items()]
     name = f"{short_name(device)}-{bench.named or kind}"
     return {
-        "format": RESULT_FORMAT, "suite": kind,
+        "format": RESULT_FORMAT,
+        "suite": kind,
         "name": name if len(parts) == len(known) else "-".join([name, *parts]),
         "machine": machine,
-        "asked": {"preset": asked.preset, "parts": parts,
-                  "peers": bench.releases, "timer": bench.timer.name,
-                  "calibrated": costs_of(device).measured},
+        "asked": {
+            "preset": asked.preset,
+            "parts": parts,
+            "peers": bench.releases,
+            "timer": bench.timer.name,
+            "calibrated": costs_of(device).measured,
+        },
         # Some steps leave out the same for the same reason.
-        "left_out": absent + list(dict.fromkeys(bench.left_out)), "rows": rows,
-    }  # fmt: skip
+        "left_out": absent + list(dict.fromkeys(bench.left_out)),
+        "rows": rows,
+    }
 
 
 def _steps_of(
@@ -434,12 +457,18 @@ def carry_out(
 def describe(device: torch.device) -> dict[str, Any]:
     """Facts of the machine and versions, as JSON can hold them."""
     facts: dict[str, Any] = {
-        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}", "device_type": device.type,
-        "device": _name(device), "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)), "torch_threads": torch.get_num_threads(),
-        "system": f"{platform.system()} {platform.machine()}", "python": platform.python_version(),
-        "torch": torch.__version__, "numpy": numpy.__version__, "portakv": portakv.__version__,
-    }  # fmt: skip
+        "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
+        "device_type": device.type,
+        "device": _name(device),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch_threads": torch.get_num_threads(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "portakv": portakv.__version__,
+    }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         facts["cuda"] = torch.version.cuda or torch.version.hip

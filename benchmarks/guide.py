@@ -252,11 +252,19 @@ def _device(result: Mapping[str, Any]) -> list[str]:
     gathers.sort(key=lambda row: -float(row["p50_us"]))
     on_cpu = [_CPU_HEAD.format_map(machine)] if machine["device_type"] == "cpu" else []
     return [
-        "", f"## {machine['device']}", "", f"{_measured(machine)}{driver}.", *on_cpu,
+        "",
+        f"## {machine['device']}",
+        "",
+        f"{_measured(machine)}{driver}.",
+        *on_cpu,
         *_which(copies),
-        *_slower(copies), *_sizes(copies), *_listed(rows, "overhead"), *_listed(rows, "startup"),
-        *_peers(rows), *_listed(gathers, "ladder"),
-    ]  # fmt: skip
+        *_slower(copies),
+        *_sizes(copies),
+        *_listed(rows, "overhead"),
+        *_listed(rows, "startup"),
+        *_peers(rows),
+        *_listed(gathers, "ladder"),
+    ]
 
 
 def _link(result: Mapping[str, Any]) -> list[str]:
@@ -312,8 +320,14 @@ def _slower(copies: Sequence[Row]) -> list[str]:
 
 def _sizes(copies: Sequence[Row]) -> list[str]:
     """Against payload, for the shape that is measured from one token up."""
-    rows = having(copies, row_bytes=2048, op="gather", index="random", layers="apart",
-                  cache="layer | kv block token head dim")  # fmt: skip
+    rows = having(
+        copies,
+        row_bytes=2048,
+        op="gather",
+        index="random",
+        layers="apart",
+        cache="layer | kv block token head dim",
+    )
     rows = [r for r in rows if r["shape"].startswith("llama3-8b") and r["slots_used"] < 1]
     sizes = sorted({row["payload_bytes"] for row in rows})
     ways = [way for way in _ORDER if having(rows, backend=way)]

@@ -36,9 +36,12 @@ from portakv_conformance.run.runner import cases_of, run
 
 def compare(words: list[str]) -> int:
     """Print what changed between two reports; 1 if something got worse or is gone."""
-    parser = _parser("diff", "Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION "
+    parser = _parser(
+        "diff",
+        "Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION "
         "or MISSING, or if a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and "
-        "so is a rung that is lost.")  # fmt: skip
+        "so is a rung that is lost.",
+    )
     parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
     asked = parser.parse_args(words)
@@ -58,9 +61,12 @@ def compare(words: list[str]) -> int:
 
 def verify(words: list[str]) -> int:
     """Print whether a report stands; 1 with every reason if it does not."""
-    parser = _parser("verify", "Checks a report: its schema and seal, its case list against the "
+    parser = _parser(
+        "verify",
+        "Checks a report: its schema and seal, its case list against the "
         "installed suite's, that totals, verdict and rung follow from its cases. Of the record of "
-        "another job it checks what that has to show. Needs no device.")  # fmt: skip
+        "another job it checks what that has to show. Needs no device.",
+    )
     parser.add_argument("report", type=Path, metavar="REPORT", help="conformance.json, or a record")
     asked = parser.parse_args(words)
     text = _text(asked.report)
@@ -89,8 +95,11 @@ def _verify_job(file: Path) -> int:
 
 def replay_example(words: list[str]) -> int:
     """Judge a saved example again; 1, with the first wrong byte, where it still fails."""
-    parser = _parser("replay", "Judges a failing example that a run saved, on the backend and "
-        "device that it failed on or on others.")  # fmt: skip
+    parser = _parser(
+        "replay",
+        "Judges a failing example that a run saved, on the backend and "
+        "device that it failed on or on others.",
+    )
     parser.add_argument("file", type=Path, metavar="FILE", help="example-*.json of a run")
     parser.add_argument("backend", nargs="?", metavar="NAME", help="default: the one it failed on")
     parser.add_argument("--device", metavar="D", help="default: the one it failed on")
@@ -228,8 +237,11 @@ def _conform(words: list[str]) -> int:
 
 def _list(words: list[str]) -> int:
     """Print the ids of a profile's cases; no backend is judged."""
-    parser = _parser("--list", "Prints the ids of the cases of a profile on a kind of device, "
-        "which need not be here. --only takes ids, or any beginnings of them.")  # fmt: skip
+    parser = _parser(
+        "--list",
+        "Prints the ids of the cases of a profile on a kind of device, "
+        "which need not be here. --only takes ids, or any beginnings of them.",
+    )
     _add_profile(parser, "core", "core")
     parser.add_argument("--device", default="cpu", metavar="D", help="a kind (default: cpu)")
     asked = parser.parse_args(words)
@@ -240,12 +252,19 @@ def _list(words: list[str]) -> int:
 def _options(asked: argparse.Namespace) -> Options:
     drawn = random.SystemRandom().randrange(_SEEDS) if asked.fuzz else 0
     return Options(
-        asked.backend, asked.device or _usual_device(asked.backend),
+        asked.backend,
+        asked.device or _usual_device(asked.backend),
         asked.profile or ("core" if asked.report is None else "full"),
-        drawn if asked.seed is None else asked.seed, asked.fuzz,
-        read_waivers(asked.waivers) if asked.waivers else (), str(asked.waivers or ""),
-        asked.limit, asked.exit_first, tuple(asked.only), asked.emulated, jobs=asked.jobs,
-    )  # fmt: skip
+        drawn if asked.seed is None else asked.seed,
+        asked.fuzz,
+        read_waivers(asked.waivers) if asked.waivers else (),
+        str(asked.waivers or ""),
+        asked.limit,
+        asked.exit_first,
+        tuple(asked.only),
+        asked.emulated,
+        jobs=asked.jobs,
+    )
 
 
 def _usual_device(backend: str) -> str:
@@ -275,14 +294,20 @@ def _examples_folder(report: Path | None) -> Path:
 def make_parser() -> argparse.ArgumentParser:
     """The parser of a run."""
     parser = argparse.ArgumentParser(
-        prog="portakv conform", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Judges one backend on one device by the conformance suite.", epilog=_EPILOG,
-    )  # fmt: skip
+        prog="portakv conform",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Judges one backend on one device by the conformance suite.",
+        epilog=_EPILOG,
+    )
     add = parser.add_argument
     add("backend", metavar="NAME", help="a registered backend, or pkg.mod:Class")
-    add("--device", metavar="D", help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the kind "
+    add(
+        "--device",
+        metavar="D",
+        help="cpu, cuda:1, simdev, simdev:mlu, ... (default: the kind "
         "that NAME is made for, such as npu for ascend; where it is for several, the accelerator "
-        "or cpu)")  # fmt: skip
+        "or cpu)",
+    )
     _add_profile(parser, None, "full with --report, which a rung needs; else core")
     count = whole_number(1)
     seed = whole_number(0)

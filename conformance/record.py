@@ -117,8 +117,12 @@ class RunRecord:
 
 
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    "str": str, "int": int, "float": (int, float), "list": list, "dict": dict,
-}  # fmt: skip
+    "str": str,
+    "int": int,
+    "float": (int, float),
+    "list": list,
+    "dict": dict,
+}
 _Record = TypeVar("_Record", CaseRecord, RunRecord)
 
 

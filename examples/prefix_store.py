@@ -52,10 +52,14 @@ def small_model() -> Any:
     """A Llama with random weights, the same in each process; a byte is a token."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=8, num_key_value_heads=4,
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         initializer_range=0.2,  # wide enough that attention looks at some tokens more than others
-    )  # fmt: skip
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
@@ -112,9 +116,11 @@ def go_on(model: Any, cache: DynamicCache, tokens: Sequence[int]) -> list[int]:
 
 
 def main(
-    device: str = "cpu", name: str | None = None, tiers: Sequence[Any] = (),
+    device: str = "cpu",
+    name: str | None = None,
+    tiers: Sequence[Any] = (),
     tell: Callable[[str], None] = print,
-) -> bool:  # fmt: skip
+) -> bool:
     """Answer twice, by engines of different layouts; True if the answers are the same."""
     if name is None:
         model = small_model().to(device)

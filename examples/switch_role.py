@@ -55,10 +55,15 @@ def small_model(seed: int) -> Any:
     """A Llama with random weights; a byte is a token."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=256, intermediate_size=512, num_hidden_layers=LAYERS,
-        num_attention_heads=8, num_key_value_heads=KV_HEADS, head_dim=HEAD_DIM,
+        vocab_size=256,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=8,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
         initializer_range=0.2,  # wide enough that attention looks at some tokens more than others
-    )  # fmt: skip
+    )
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 

@@ -126,9 +126,15 @@ def run(*command: str | Path, cwd: Path = Path("/")) -> str:
     """Run a command outside the repository; its output joins the failure if there is one."""
     around = {x: y for x, y in os.environ.items() if x not in ("PYTHONPATH", "PORTAKV_BACKEND")}
     done = subprocess.run(
-        [str(part) for part in command], cwd=cwd, env=around, stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600,
-    )  # fmt: skip
+        [str(part) for part in command],
+        cwd=cwd,
+        env=around,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, f"{command} ended with {done.returncode}:\n{done.stdout}"
     return done.stdout
 

@@ -9,12 +9,20 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from support import seams
+from support import seams, style
+from support.style import Finding, modules
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
@@ -31,33 +39,12 @@ TREE = {
     "benchmarks": "device host migration plugs shared storage shapes.toml bars.toml results",
     ".": "examples docs tests pyproject.toml constraints.txt README.md .ci/run .ci/full",
 }
-PLUGS = "portakv/integrations"
-#: Folders of the plugs into engines, of block stores and of migration: they have own numbers.
-STORAGE = ("portakv/storage", "portakv/graph")
-MIGRATE = ("portakv/migrate", "benchmarks/migration", "tests/migrate")
-APART = (
-    *(PLUGS, "benchmarks/plugs", "tests/integrations"),
-    *(*STORAGE, "benchmarks/storage", "tests/storage", "tests/graph"),
-    *MIGRATE,
-)
-#: Lines that hold a signature or a table closer than the formatter would; none may be added.
-PACKED = {
-    "portakv": 101,
-    PLUGS: 36,
-    "conformance": 112,
-    "benchmarks": 60,
-    "benchmarks/plugs": 5,
-    "tests": 287,
-    "tests/integrations": 35,
-}
 #: A private name of another object than a test's own or torch's, and how many; none may be added.
 PRIVATE = re.compile(
     r"\b(?!self\b|cls\b|torch\b|_C\b|os\b|utils\._python_dispatch\b)"
     r"\w+\._(?!_|replace\b|asdict\b)\w+"
 )
-#: In the tests of plugs they are also the engines', which have no public ones.
-PRIVATE_READS = {"tests": 63, "tests/integrations": 35}
-IMPORTS = 12  # modules of the library that one module may import
+PRIVATE_READS = 148
 #: Functions that remember by device, of which a process has a few; `Bounded` would be slower there.
 BY_DEVICE = {"link_of", "why_not", "bounce_buffers", "capture_question", "event_pool"}
 #: The streams' handles without an owner, by device and priority: none may be let go of.
@@ -66,37 +53,30 @@ HANDLES = "free_handles: defaultdict["
 REMEMBER = {"cache", "lru_cache", "dict", "defaultdict", "WeakKeyDictionary", "OrderedDict"}
 
 
-def modules(folder: Path) -> list[Path]:
-    """The Python files below a folder."""
-    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
-
-
-def counted(folder: str) -> list[Path]:
-    """The modules below a folder, without those of the plugs if they have a folder in it."""
-    apart = [ROOT / each for each in APART if each != folder]
-    return [x for x in modules(ROOT / folder) if not any(map(x.is_relative_to, apart))]
-
-
 def own(module: Path) -> str:
     """The package that a module belongs to: ``portakv.engines``, ``conformance.vendor``, ..."""
     return ".".join(module.relative_to(ROOT).parts[:-1][:2])
 
 
 def imported(module: Path) -> Iterator[str]:
-    """The modules of the library that a file imports, by their dotted names."""
-    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith("portakv."))
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            base = node.module or ""
-            if base != "portakv" and not base.startswith("portakv."):
-                continue
-            for alias in node.names:
-                path = ROOT.joinpath(*base.split("."), alias.name)
-                if path.with_suffix(".py").exists() or path.is_dir():
-                    yield f"{base}.{alias.name}"
-                else:
-                    yield base
+    """Yield the modules of the library that a file imports, by their dotted names."""
+    return style.imported(ast.parse(module.read_text(encoding="utf-8")))
+
+
+def exceptions() -> dict[tuple[str, str], int]:
+    """Return the measure that each exception allows, by its rule and place."""
+    listed = tomllib.loads(style.EXCEPTIONS.read_text(encoding="utf-8"))
+    return {
+        (rule, where): measure
+        for rule, entries in listed.items()
+        for where, (measure, _reason) in entries.items()
+    }
+
+
+@cache
+def findings() -> list[Finding]:
+    """Return what is above its limit anywhere; read once for all rules."""
+    return style.findings()
 
 
 @pytest.mark.parametrize("folder", TREE)
@@ -106,10 +86,18 @@ def test_the_names_of_the_design_are_there(folder: str) -> None:
         assert any(path.exists() for path in found), name
 
 
-@pytest.mark.parametrize("folder", PACKED)
-def test_no_more_lines_are_packed(folder: str) -> None:
-    texts = [path.read_text(encoding="utf-8") for path in counted(folder)]
-    assert sum(text.count("# fmt: " + "skip") for text in texts) <= PACKED[folder]
+@pytest.mark.parametrize("rule", style.LIMITS)
+def test_the_code_is_plain(rule: str) -> None:
+    """Everything above a limit is a listed exception, and no exception is larger than its cause.
+
+    `tests/support/style.py` measures; `style_exceptions.toml` lists. The list only shrinks.
+    """
+    allowed = {where: most for (name, where), most in exceptions().items() if name == rule}
+    measured = {each.where: each.measure for each in findings() if each.rule == rule}
+    above = {where: n for where, n in measured.items() if n > allowed.get(where, 0)}
+    assert above == {}, f"more than {style.LIMITS[rule]} {rule}"
+    stale = {where for where, most in allowed.items() if measured.get(where, 0) < most}
+    assert stale == set(), "run `python tests/support/style.py --shrink`"
 
 
 def test_a_seam_is_a_public_name_that_a_test_replaces() -> None:
@@ -121,17 +109,9 @@ def test_a_seam_is_a_public_name_that_a_test_replaces() -> None:
         assert re.search(rf'[".]{name}"[,:)]', tests), seam
 
 
-@pytest.mark.parametrize("folder", PRIVATE_READS)
-def test_tests_read_no_more_private_names(folder: str) -> None:
-    texts = [path.read_text(encoding="utf-8") for path in counted(folder)]
-    assert sum(len(PRIVATE.findall(text)) for text in texts) <= PRIVATE_READS[folder]
-
-
-@pytest.mark.parametrize(("pattern", "most"), [(f"{PLUGS}/*.py", 300), ("docs/plugs/*.md", 80)])
-def test_a_plug_and_its_page_are_short(pattern: str, most: int) -> None:
-    """What a plug lacks goes into the library, and what it is for fits on a screen or two."""
-    lines = {str(x): len(x.read_text(encoding="utf-8").splitlines()) for x in ROOT.glob(pattern)}
-    assert {name: n for name, n in lines.items() if n > most} == {}
+def test_tests_read_no_more_private_names() -> None:
+    texts = [path.read_text(encoding="utf-8") for path in modules(ROOT / "tests")]
+    assert sum(len(PRIVATE.findall(text)) for text in texts) <= PRIVATE_READS
 
 
 @pytest.mark.parametrize("folder", ["portakv", "conformance", "benchmarks", "examples", ".ci"])
@@ -144,15 +124,6 @@ def test_no_package_imports_a_private_module_of_another(folder: str) -> None:
         and ".".join(name.split(".")[:2]) != own(module)
     ]
     assert wrong == []
-
-
-def test_no_module_imports_more_than_a_few_of_the_library() -> None:
-    many = {}
-    for module in modules(LIBRARY):
-        found = set(imported(module))
-        if module.name != "__init__.py" and len(found) > IMPORTS:
-            many[str(module.relative_to(ROOT))] = len(found)
-    assert many == {}
 
 
 def test_no_module_imports_one_that_imports_it() -> None:

@@ -35,8 +35,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> str:
     (folder / "script.py").write_text(SCRIPT)
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "script.py"],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=600,
-    )  # fmt: skip
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
     return done.stdout + done.stderr
 
 

@@ -38,14 +38,17 @@ def measure_startup(backend: str, device: str, rounds: int) -> list[dict[str, An
                 times.append(_start(backend, device, Path(folder)))
     return [
         {
-            "kind": "startup", "backend": backend, "cache": cache,
+            "kind": "startup",
+            "backend": backend,
+            "cache": cache,
             "seconds": round(median(one["seconds"] for one in times), 4),
             "worst": round(max(one["seconds"] for one in times), 4),
             "import_seconds": round(median(one["imported"] for one in times), 4),
-            "rounds": rounds, "verified": all(one["right"] for one in times),
+            "rounds": rounds,
+            "verified": all(one["right"] for one in times),
         }
         for cache, times in found.items()
-    ]  # fmt: skip
+    ]
 
 
 def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
@@ -58,8 +61,12 @@ def _start(backend: str, device: str, folder: Path) -> dict[str, Any]:
     environment = {**os.environ, **caches, "PYTHONPATH": modules, "PYTHONSAFEPATH": "1"}
     told = subprocess.run(
         [sys.executable, __file__, backend, device],
-        env=environment, capture_output=True, text=True, timeout=_LIMIT, check=False,
-    )  # fmt: skip
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_LIMIT,
+        check=False,
+    )
     if told.returncode:
         raise RuntimeError(f"A fresh process with {backend!r} failed: {told.stderr[-400:]}")
     read: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])

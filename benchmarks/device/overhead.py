@@ -78,13 +78,17 @@ def measure_overhead(backend: str, device: torch.device, rounds: int) -> Rows:
     launches = times["launch"]
     return [
         {
-            "kind": "overhead", "backend": backend, "ids": name,
+            "kind": "overhead",
+            "backend": backend,
+            "ids": name,
             "added_us": round(median(a - b for a, b in zip(times[name], launches, strict=True)), 2),
-            "call_us": round(median(times[name]), 2), "launch_us": round(median(launches), 2),
-            "rounds": rounds, "verified": verified[name] and verified["launch"],
+            "call_us": round(median(times[name]), 2),
+            "launch_us": round(median(launches), 2),
+            "rounds": rounds,
+            "verified": verified[name] and verified["launch"],
         }
         for name in ids
-    ]  # fmt: skip
+    ]
 
 
 def _time(

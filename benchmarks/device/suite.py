@@ -51,13 +51,25 @@ PRESETS: Mapping[str, Preset] = {
     "quick": Preset(("seed",), ("random", "blocks"), False, 15, 5.0, 500, compiling=False),
     "core": Preset(
         ("seed", "seed-fp8", "llama3-8b-chunk", "llama3-70b-tp8", "deepseek-mla"),
-        ("random", "blocks"), True, 41, 20.0, 3000, ladder=True,
+        ("random", "blocks"),
+        True,
+        41,
+        20.0,
+        3000,
+        ladder=True,
     ),
     "full": Preset(
-        None, ("random", "contiguous", "blocks"), True, 31, 6.0, 3000,
-        repeats=3, ladder=True, starts=3,
+        None,
+        ("random", "contiguous", "blocks"),
+        True,
+        31,
+        6.0,
+        3000,
+        repeats=3,
+        ladder=True,
+        starts=3,
     ),
-}  # fmt: skip
+}
 
 
 class Task(NamedTuple):
@@ -124,8 +136,10 @@ def ceiling(work: Workload) -> Variant:
     """`copy_` of the bytes of one memory object to another."""
     return Variant(
         {"backend": "copy_", "op": "copy_", "index": "none", "call": "Tensor.copy_"},
-        lambda i: work.stored[i].copy_(work.loaded[i]), work.poison_stored, work.copied_right,
-    )  # fmt: skip
+        lambda i: work.stored[i].copy_(work.loaded[i]),
+        work.poison_stored,
+        work.copied_right,
+    )
 
 
 def _variants(
@@ -186,10 +200,13 @@ def connector_ways(
     kept = Index(ids.to(work.device) if capturable else ids)
     source, target = (_connector(work, backend, caches) for caches in (work.source, work.target))
     yield from both_ways(
-        work, index, backend, ("from_gpu", "to_gpu"),
+        work,
+        index,
+        backend,
+        ("from_gpu", "to_gpu"),
         lambda i: source.from_gpu(work.stored[i], slot_mapping=kept),
         lambda i: target.to_gpu(work.loaded[i], slot_mapping=kept),
-    )  # fmt: skip
+    )
 
 
 def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Variant]:
@@ -210,10 +227,13 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
         return KVView(tensor, shape.chunk, **extents)
 
     yield from both_ways(
-        work, "blocks", backend, (copy.__name__, copy.__name__),
+        work,
+        "blocks",
+        backend,
+        (copy.__name__, copy.__name__),
         lambda i: copy(source, chunk(work.stored[i]), kept, None, backend=backend),
         lambda i: copy(chunk(work.loaded[i]), target, None, kept, backend=backend),
-    )  # fmt: skip
+    )
 
 
 def _connector(work: Workload, backend: str, caches: Any) -> AdaptiveConnector:
@@ -231,39 +251,61 @@ def peer_ways(peer: LMCache, work: Workload, index: str) -> Iterator[Variant]:
             peer.move_by(kernel, work.shape, slots, caches) for caches in (work.source, work.target)
         )
         yield from both_ways(
-            work, index, f"{peer.name} {kernel}", (kernel, kernel),
+            work,
+            index,
+            f"{peer.name} {kernel}",
+            (kernel, kernel),
             partial(lambda move, i: move(work.stored[i], True), store),
-            partial(lambda move, i: move(work.loaded[i], False), load), peer=peer.name,
-        )  # fmt: skip
+            partial(lambda move, i: move(work.loaded[i], False), load),
+            peer=peer.name,
+        )
 
 
 def both_ways(
-    work: Workload, index: str, backend: str, calls: tuple[str, str], store: Call, load: Call,
+    work: Workload,
+    index: str,
+    backend: str,
+    calls: tuple[str, str],
+    store: Call,
+    load: Call,
     **labels: str,
-) -> Iterator[Variant]:  # fmt: skip
+) -> Iterator[Variant]:
     """A gather and a scatter, with their checks; ``calls`` are their names."""
     labels = {"backend": backend, "index": index, **labels}
     yield Variant(
-        {**labels, "op": "gather", "call": calls[0]}, store, work.poison_stored,
+        {**labels, "op": "gather", "call": calls[0]},
+        store,
+        work.poison_stored,
         lambda i: work.stored_right(i, index),
-    )  # fmt: skip
+    )
     yield Variant(
-        {**labels, "op": "scatter", "call": calls[1]}, load, lambda i: work.poison_target(),
+        {**labels, "op": "scatter", "call": calls[1]},
+        load,
+        lambda i: work.poison_target(),
         lambda i: work.target_right(i, index),
-    )  # fmt: skip
+    )
 
 
 def _row(task: Task, timer: Timer, one: Measured) -> Row:
     shape = task.shape
     return {
-        "kind": "copy", "shape": shape.name, "layers": task.arrangement, **one.labels,
-        "cache": shape.cache, "chunk": shape.chunk, "dtype": shape.dtype,
-        "row_bytes": shape.row_bytes, "payload_bytes": shape.payload, "tokens": shape.tokens,
+        "kind": "copy",
+        "shape": shape.name,
+        "layers": task.arrangement,
+        **one.labels,
+        "cache": shape.cache,
+        "chunk": shape.chunk,
+        "dtype": shape.dtype,
+        "row_bytes": shape.row_bytes,
+        "payload_bytes": shape.payload,
+        "tokens": shape.tokens,
         "pool_slots": shape.slots,
         "pool_bytes": shape.layers * shape.kv * shape.slots * shape.row_bytes,
-        "slots_used": harness.short(shape.slots_used), **one.row(2 * shape.payload),
-        "repeats": [harness.short(ratio) for ratio in one.repeats], "timer": timer.name,
-    }  # fmt: skip
+        "slots_used": harness.short(shape.slots_used),
+        **one.row(2 * shape.payload),
+        "repeats": [harness.short(ratio) for ratio in one.repeats],
+        "timer": timer.name,
+    }
 
 
 def relate(rows: Rows) -> None:

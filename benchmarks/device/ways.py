@@ -28,9 +28,10 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
     work = Workload(shape, "apart", field.device, shape.objects)
     slots = work.slots(INDEX).to(work.device)
     plain = [
-        way for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
+        way
+        for name, make in zip(PLAIN, (_loops, _indexing, _vectorised), strict=True)
         for way in both_ways(work, INDEX, name, (name, name), *make(work, slots))
-    ]  # fmt: skip
+    ]
     slow = plain[:2]
     fast = plain[2:]
     for backend in field.backends:
@@ -41,11 +42,18 @@ def run_ladder(shape: Shape, field: Field, rounds: int) -> Rows:
     rows = []
     for one in (*few[1:], *found):  # one row of `copy_` is enough: the one beside the fast ways
         told = one.row(2 * shape.payload)
-        rows.append({
-            "kind": "ladder", "shape": shape.name, "way": one.labels["backend"],
-            "op": one.labels["op"], "pool_slots": shape.slots, "slots_used": shape.slots_used,
-            "payload_bytes": shape.payload, **{name: told[name] for name in names},
-        })  # fmt: skip
+        rows.append(
+            {
+                "kind": "ladder",
+                "shape": shape.name,
+                "way": one.labels["backend"],
+                "op": one.labels["op"],
+                "pool_slots": shape.slots,
+                "slots_used": shape.slots_used,
+                "payload_bytes": shape.payload,
+                **{name: told[name] for name in names},
+            }
+        )
     return rows
 
 
@@ -94,8 +102,10 @@ def _indexing(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
 
 def _vectorised(work: Workload, slots: torch.Tensor) -> tuple[Call, Call]:
     """One indexed copy for each layer, K and V together, over the flattened slots."""
-    source, target = ([cache.flatten(1, 2).flatten(2) for cache in caches]
-                      for caches in (work.source, work.target))  # fmt: skip
+    source, target = (
+        [cache.flatten(1, 2).flatten(2) for cache in caches]
+        for caches in (work.source, work.target)
+    )
 
     def gather(i: int) -> None:
         for layer, cache in enumerate(source):

@@ -87,14 +87,28 @@ def _row(
     case = sides.case
     scene = sides.case.scene
     return {
-        "kind": "host_call", "shape": case.name, "backend": way.name, "engine": way.engine,
-        **chosen, "op": direction, "ids": ids, "host_side": scene.side, "row_bytes": scene.row,
-        "run_bytes": scene.run, "payload_bytes": case.payload, "blocks": case.tokens // _BLOCK,
-        "planes": 2 * case.layers, "merged_runs": merged, "host_us": short(middle),
-        "host_us_p90": short(quantile(times, 0.9)), "idle_us": short(quantile(idle, 0.5)),
-        "first_us": short(first), "us_per_run": short(middle / merged), "calls": len(times),
+        "kind": "host_call",
+        "shape": case.name,
+        "backend": way.name,
+        "engine": way.engine,
+        **chosen,
+        "op": direction,
+        "ids": ids,
+        "host_side": scene.side,
+        "row_bytes": scene.row,
+        "run_bytes": scene.run,
+        "payload_bytes": case.payload,
+        "blocks": case.tokens // _BLOCK,
+        "planes": 2 * case.layers,
+        "merged_runs": merged,
+        "host_us": short(middle),
+        "host_us_p90": short(quantile(times, 0.9)),
+        "idle_us": short(quantile(idle, 0.5)),
+        "first_us": short(first),
+        "us_per_run": short(middle / merged),
+        "calls": len(times),
         "verified": right,
-    }  # fmt: skip
+    }
 
 
 def _times(call: Callable[..., float], calls: int) -> tuple[list[float], list[float]]:

@@ -100,9 +100,20 @@ class Case:
 
     def _shape(self, layout: str, block_size: int, pool: int) -> Shape:
         return Shape(
-            self.name, "none", "benchmarks/host/cases.py", layout, CHUNK, self.layers, _DIM,
-            "float16", block_size, self.tokens, _KV, self.scene.heads, pool,
-        )  # fmt: skip
+            self.name,
+            "none",
+            "benchmarks/host/cases.py",
+            layout,
+            CHUNK,
+            self.layers,
+            _DIM,
+            "float16",
+            block_size,
+            self.tokens,
+            _KV,
+            self.scene.heads,
+            pool,
+        )
 
 
 def _scenes(host: str, order: str) -> list[Scene]:
@@ -273,9 +284,10 @@ def _ids(case: Case) -> tuple[torch.Tensor, torch.Tensor | None]:
     mine = torch.randperm(device.blocks, generator=generator)[: case.tokens // device.block_size]
     wanted = case.tokens // host.block_size
     theirs = {
-        "dense": None, "consecutive": torch.arange(1, 1 + wanted),
+        "dense": None,
+        "consecutive": torch.arange(1, 1 + wanted),
         "random": torch.randperm(host.blocks, generator=generator)[:wanted],
-    }  # fmt: skip
+    }
     return mine, theirs[case.scene.order]
 
 

@@ -101,11 +101,19 @@ def _measure(bench: Bench, case: Case, ways: Sequence[Way], kind: str) -> Rows:
 
 def _row(kind: str, case: Case, one: Measured, bench: Bench) -> Row:
     return {
-        "kind": kind, "shape": case.name, **one.labels, "host_side": case.scene.side,
-        "row_bytes": case.scene.row, "run_bytes": case.scene.run, "runs": case.runs,
-        "payload_bytes": case.payload, "layer_count": case.layers, "tokens": case.tokens,
-        **one.row(case.payload), "timer": bench.timer.name,
-    }  # fmt: skip
+        "kind": kind,
+        "shape": case.name,
+        **one.labels,
+        "host_side": case.scene.side,
+        "row_bytes": case.scene.row,
+        "run_bytes": case.scene.run,
+        "runs": case.runs,
+        "payload_bytes": case.payload,
+        "layer_count": case.layers,
+        "tokens": case.tokens,
+        **one.row(case.payload),
+        "timer": bench.timer.name,
+    }
 
 
 def staging_of(bench: Bench, variant: Variant) -> Row:
@@ -193,7 +201,8 @@ def _opposed_memcpy(bench: Bench, ends: Ends) -> Variant:
 def _together(variants: Sequence[Variant], call: Call) -> Variant:
     """Both directions as one variant."""
     return Variant(
-        {**variants[0].labels, "op": "both"}, call,
+        {**variants[0].labels, "op": "both"},
+        call,
         lambda i: [variant.poison(i) for variant in variants],
         lambda i: all(variant.right(i) for variant in variants),
-    )  # fmt: skip
+    )

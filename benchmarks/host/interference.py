@@ -104,9 +104,10 @@ class Meeting:
         for n in range(repeats):
             turn = n % max(1, len(usable))
             taking_part = [
-                met for met in [*usable[turn:], *usable[:turn]]
+                met
+                for met in [*usable[turn:], *usable[:turn]]
                 if n < _OTHERS or met.mover.labels["backend"] in judged
-            ]  # fmt: skip
+            ]
             stayed = self._repeat(taking_part)
             usable = [met for met in usable if met in stayed or met not in taking_part]
         rows = [self._row(met) for met in usable if met.times]
@@ -172,14 +173,20 @@ class Meeting:
     def _row(self, met: Met) -> Row:
         slow = [100 * (t / a - 1) for t, a in zip(met.times, met.alone, strict=True)]
         return {
-            "kind": "host_interference", **self._labels, **met.mover.labels,
-            "payload_bytes": met.mover.payload, "steps": self._loop.steps,
-            "loop_ms": short(median(met.times)), "alone_ms": short(median(met.alone)),
+            "kind": "host_interference",
+            **self._labels,
+            **met.mover.labels,
+            "payload_bytes": met.mover.payload,
+            "steps": self._loop.steps,
+            "loop_ms": short(median(met.times)),
+            "alone_ms": short(median(met.alone)),
             "slowdown_pct": round(median(slow), 2),
             "slowdowns_pct": [round(one, 2) for one in slow],
-            "link_gb_per_s": short(median(met.links)), "ran_dry": met.dry,
-            "repeats": len(met.times), "verified": met.mover.verified,
-        }  # fmt: skip
+            "link_gb_per_s": short(median(met.links)),
+            "ran_dry": met.dry,
+            "repeats": len(met.times),
+            "verified": met.mover.verified,
+        }
 
 
 def each_engine(bench: Bench, direction: str) -> Iterator[Mover]:
@@ -269,14 +276,21 @@ def _wait_row(bench: Bench, direction: str, nbytes: int, rows: Rows, mover: Move
     bench.module.synchronize()
     alone = [_seen(bench, None, alone_stream, copy) for _ in range(bench.preset.calls)]
     mover.look()
-    rows.append({
-        "kind": "host_waiting", **mover.labels, "payload_bytes": mover.payload,
-        "other_bytes": nbytes, "other": f"{in_words(nbytes)} copy",
-        "alone_us": short(median(alone) * 1e6), "wait_us": short(median(waits) * 1e6),
-        "worst_us": short(max(waits) * 1e6), "samples": len(waits),
-        "given_up": sum(one >= _GIVEN_UP for one in waits),
-        "verified": mover.verified and bool((dst == 7).all()),
-    })  # fmt: skip
+    rows.append(
+        {
+            "kind": "host_waiting",
+            **mover.labels,
+            "payload_bytes": mover.payload,
+            "other_bytes": nbytes,
+            "other": f"{in_words(nbytes)} copy",
+            "alone_us": short(median(alone) * 1e6),
+            "wait_us": short(median(waits) * 1e6),
+            "worst_us": short(max(waits) * 1e6),
+            "samples": len(waits),
+            "given_up": sum(one >= _GIVEN_UP for one in waits),
+            "verified": mover.verified and bool((dst == 7).all()),
+        }
+    )
 
 
 def _waits(bench: Bench, mover: Mover, copy: Callable[[], object]) -> list[float]:

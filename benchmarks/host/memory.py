@@ -91,12 +91,19 @@ def _pageable(bench: Bench, case: Case) -> Rows:
         told = {HOST.name: HOST.taken(HOST.move(sides, direction))} if chosen else {}
         bench.module.synchronize()
         for one in bench.measure(torchs, [*rings, *good], case.payload, wall=True):
-            rows.append({
-                "kind": "host_pageable", "shape": case.name, "plain": False, **one.labels,
-                **told.get(one.labels["backend"], {}),
-                "run_bytes": case.scene.run, "payload_bytes": case.payload,
-                **one.row(case.payload), "timer": bench.wall.name,
-            })  # fmt: skip
+            rows.append(
+                {
+                    "kind": "host_pageable",
+                    "shape": case.name,
+                    "plain": False,
+                    **one.labels,
+                    **told.get(one.labels["backend"], {}),
+                    "run_bytes": case.scene.run,
+                    "payload_bytes": case.payload,
+                    **one.row(case.payload),
+                    "timer": bench.wall.name,
+                }
+            )
     compare(rows)
     return rows
 
@@ -155,12 +162,19 @@ def _pinned_by(name: str, nbytes: int, take: Callable[[int], Taken]) -> Row:
     gc.collect()
     freed = perf_counter() - began
     return {
-        "kind": "host_pinning", "shape": in_words(nbytes), "backend": name, "payload_bytes": nbytes,
-        "seconds": short(seconds), "free_seconds": short(freed),
+        "kind": "host_pinning",
+        "shape": in_words(nbytes),
+        "backend": name,
+        "payload_bytes": nbytes,
+        "seconds": short(seconds),
+        "free_seconds": short(freed),
         "gib_per_s": short(nbytes / seconds / (1 << 30)),
-        "taken_bytes": taken, "excess_mb": short(abs(taken - nbytes) / 1e6),
-        "resident_bytes": found, "pinned": pinned_all, "verified": right,
-    }  # fmt: skip
+        "taken_bytes": taken,
+        "excess_mb": short(abs(taken - nbytes) / 1e6),
+        "resident_bytes": found,
+        "pinned": pinned_all,
+        "verified": right,
+    }
 
 
 def _ours(nbytes: int) -> Taken:

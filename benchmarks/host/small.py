@@ -125,13 +125,21 @@ def row_of(bench: Bench, name: str, count: int, seen: Mapping[str, list[Seen]]) 
         figures[f"{state}_device_us"] = short(median(one.device for one in sends))
     busy, paced = (median(one.landed for one in seen[state]) for state in ("busy", "paced"))
     return {
-        "kind": "host_small", "shape": f"{count} int64", "backend": name, "op": "h2d",
-        "integers": count, "payload_bytes": 8 * count, "large_bytes": bench.preset.large,
-        **figures, "overtook": sum(one.busy for one in seen["busy"]),
-        "samples": len(seen["busy"]), "idle_samples": len(seen["idle"]), "cadence": _CADENCE,
+        "kind": "host_small",
+        "shape": f"{count} int64",
+        "backend": name,
+        "op": "h2d",
+        "integers": count,
+        "payload_bytes": 8 * count,
+        "large_bytes": bench.preset.large,
+        **figures,
+        "overtook": sum(one.busy for one in seen["busy"]),
+        "samples": len(seen["busy"]),
+        "idle_samples": len(seen["idle"]),
+        "cadence": _CADENCE,
         "busy_to_idle": short(busy / paced),
         "verified": all(one.right for sends in seen.values() for one in sends),
-    }  # fmt: skip
+    }
 
 
 def sends_of(

@@ -72,24 +72,53 @@ class HostPreset:
 HOST_PRESETS: Mapping[str, HostPreset] = {
     "full": HostPreset(
         runs=(256, 2 * KB, 8 * KB, 32 * KB, 2 * MB),
-        payloads=tuple(n * MB for n in (1, 4, 8, 32, 64, 128, 512)), largest=GB, seconds=1.5,
-        thread_blocks=(1, 2, 4, 8, 16), direct=128 * MB, duplex=(32 * MB, 128 * MB, 512 * MB),
+        payloads=tuple(n * MB for n in (1, 4, 8, 32, 64, 128, 512)),
+        largest=GB,
+        seconds=1.5,
+        thread_blocks=(1, 2, 4, 8, 16),
+        direct=128 * MB,
+        duplex=(32 * MB, 128 * MB, 512 * MB),
         pageable=(32 * MB, 256 * MB),
         ring_slots=((2, 4 * MB), (4, 4 * MB), (3, 16 * MB), (4, 16 * MB)),
-        beside=128 * MB, loop_seconds=0.55, repeats=5, waiting=0.2, matmul=8192,
+        beside=128 * MB,
+        loop_seconds=0.55,
+        repeats=5,
+        waiting=0.2,
+        matmul=8192,
         attention=(32, 32, 4096),
-        small=(1, 64, 1000, 4096, 10_000, 100_000), small_samples=31, large=GB, pinned=17 * GB,
-        call_rows=(256, 2048), call_blocks=1000, calls=30,
+        small=(1, 64, 1000, 4096, 10_000, 100_000),
+        small_samples=31,
+        large=GB,
+        pinned=17 * GB,
+        call_rows=(256, 2048),
+        call_blocks=1000,
+        calls=30,
     ),
     "tiny": HostPreset(  # for tests: it runs everywhere in seconds and its figures mean nothing
-        runs=(2 * KB, 32 * KB), payloads=(64 * KB,), largest=128 * KB, seconds=0.02,
-        thread_blocks=(8,), direct=64 * KB,
-        duplex=(64 * KB,), pageable=(64 * KB,), ring_slots=((2, 16 * KB),), beside=64 * KB,
-        loop_seconds=0.001, repeats=2, waiting=0.001, matmul=16, attention=(1, 1, 16),
-        small=(1, 64), small_samples=2, large=64 * KB, pinned=3 * MB,
-        call_rows=(256,), call_blocks=2, calls=3,
+        runs=(2 * KB, 32 * KB),
+        payloads=(64 * KB,),
+        largest=128 * KB,
+        seconds=0.02,
+        thread_blocks=(8,),
+        direct=64 * KB,
+        duplex=(64 * KB,),
+        pageable=(64 * KB,),
+        ring_slots=((2, 16 * KB),),
+        beside=64 * KB,
+        loop_seconds=0.001,
+        repeats=2,
+        waiting=0.001,
+        matmul=16,
+        attention=(1, 1, 16),
+        small=(1, 64),
+        small_samples=2,
+        large=64 * KB,
+        pinned=3 * MB,
+        call_rows=(256,),
+        call_blocks=2,
+        calls=3,
     ),
-}  # fmt: skip
+}
 
 
 class Bench:
@@ -110,9 +139,10 @@ class Bench:
         self._regions: dict[bool, Region] = {}
         #: Why an engine does not serve the device, by its name.
         self.absent = {
-            one.name: one.reason for one in trace(device)
+            one.name: one.reason
+            for one in trace(device)
             if one.name in ENGINES and not one.accepted
-        }  # fmt: skip
+        }
 
     @property
     def releases(self) -> dict[str, str]:
@@ -226,8 +256,12 @@ def by_call(
 ) -> Variant:
     """Any call that moves a case, every byte of the destination checked."""
     labels = {"backend": name, "engine": engine, "op": direction, **labels}
-    return Variant(labels, lambda i: call(), lambda i: sides.poison(direction),
-                   lambda i: sides.right(direction))  # fmt: skip
+    return Variant(
+        labels,
+        lambda i: call(),
+        lambda i: sides.poison(direction),
+        lambda i: sides.right(direction),
+    )
 
 
 def by_engine(way: Way, sides: Sides, direction: str) -> Variant:
@@ -241,14 +275,19 @@ def plain_copy(target: torch.Tensor, source: torch.Tensor) -> None:
 
 
 def by_memcpy(
-    sides: Sides, direction: str, name: str = MEMCPY,
-    copy: Callable[[torch.Tensor, torch.Tensor], object] = plain_copy, **labels: Any,
-) -> Variant:  # fmt: skip
+    sides: Sides,
+    direction: str,
+    name: str = MEMCPY,
+    copy: Callable[[torch.Tensor, torch.Tensor], object] = plain_copy,
+    **labels: Any,
+) -> Variant:
     """One copy of as many bytes, to its first argument, between dense memory and the same host
     memory."""
     target, source = (sides.flat, sides.dense)[:: 1 if direction == "d2h" else -1]
     labels = {"backend": name, "engine": MEMCPY, "op": direction, **labels}
     return Variant(
-        labels, lambda i: copy(target, source), lambda i: sides.poison(direction, plain=True),
+        labels,
+        lambda i: copy(target, source),
+        lambda i: sides.poison(direction, plain=True),
         lambda i: sides.plain_right(),
-    )  # fmt: skip
+    )

@@ -140,11 +140,14 @@ def _asked(bench: PlugBench, own: Ops | None, ours: Ops) -> Iterator[Asked]:
     several = bench.sizes.formats or _FORMATS
     found: dict[Task, bool] = {}
     for payload, on_host, formats, narrow in (
-        (large, True, [_FIRST], False), (large, True, [_FIRST], True),
-        (large, False, [_FIRST], False), (large, False, [_FIRST], True),
-        (large, True, several, False), (large, False, _SOME, False),
+        (large, True, [_FIRST], False),
+        (large, True, [_FIRST], True),
+        (large, False, [_FIRST], False),
+        (large, False, [_FIRST], True),
+        (large, True, several, False),
+        (large, False, _SOME, False),
         *((small, True, some, False) for small in smaller for some in (_SOME, several)),
-    ):  # fmt: skip
+    ):
         late = payload != large and formats is several
         for number, op, kernel in product(formats, DIRECTIONS, _KERNELS):
             found.setdefault(Task(kernel, number, narrow, payload, on_host, op), late)

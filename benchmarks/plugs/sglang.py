@@ -33,9 +33,11 @@ _FEW = 16  # rows of the smallest transfer
 _QUOTAS = (8, 32)  # thread blocks beside SGLang's default; 0: that
 #: Of keys, and likewise of values: one tensor of the host; on the device one for each layer.
 ORDERS = {
-    "lf": "kv | layer (block token) head dim", "pf": "kv | (block token) layer head dim",
-    "ph": "kv | block head token layer dim", "pfd": "kv | block layer token head dim",
-}  # fmt: skip
+    "lf": "kv | layer (block token) head dim",
+    "pf": "kv | (block token) layer head dim",
+    "ph": "kv | block head token layer dim",
+    "pfd": "kv | block layer token head dim",
+}
 _DEVICE = "layer | (block token) head dim"
 
 
@@ -80,9 +82,15 @@ def _asked(bench: PlugBench, own: Any) -> Iterator[Asked]:
 
 
 def _case(
-    bench: PlugBench, own: Any, way: str, order: str, op: str, layers: int, tokens: int,
+    bench: PlugBench,
+    own: Any,
+    way: str,
+    order: str,
+    op: str,
+    layers: int,
+    tokens: int,
     quota: int = 0,
-) -> Case:  # fmt: skip
+) -> Case:
     sized = replace(suite.LIKE, layers=bench.sizes.layers, heads=_HEADS, dim=_DIM, pool=2)
     shape = replace(sized, block_size=_PAGE, tokens=tokens)
     salts = suite.turned(op, 1, None)

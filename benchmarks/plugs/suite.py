@@ -100,9 +100,17 @@ class Side(NamedTuple):
 
     @classmethod
     def make(
-        cls, bench: PlugBench, layout: str, shape: Shape, seed: int | None, *, tensors: int = 1,
-        on_host: bool = False, salt: int | None = None, only: slice = slice(None),
-    ) -> Side:  # fmt: skip
+        cls,
+        bench: PlugBench,
+        layout: str,
+        shape: Shape,
+        seed: int | None,
+        *,
+        tensors: int = 1,
+        on_host: bool = False,
+        salt: int | None = None,
+        only: slice = slice(None),
+    ) -> Side:
         """Memory for so many tensors: poison, or with a ``salt`` bytes that name their places.
         Blocks are drawn by a ``seed``, or all in order."""
         extents = sizes(layout, shape, shape.blocks, shape.block_size)
@@ -202,9 +210,14 @@ def labels(name: str, op: str, engine: str) -> Row:
 
 
 def case(
-    bench: PlugBench, engine: str, told: Row, op: str, device: Side, other: Side,
+    bench: PlugBench,
+    engine: str,
+    told: Row,
+    op: str,
+    device: Side,
+    other: Side,
     makes: Mapping[str, Callable[[], Call]],
-) -> Case:  # fmt: skip
+) -> Case:
     """Ways by name, each made by its first call."""
     sides = Sides(bench, *turned(op, device, other))
     ways = []

@@ -34,8 +34,14 @@ Step = tuple[str, Callable[[], Rows]]
 
 #: What goes wrong with a way, and is told in place of its figures.
 FAILURES = (
-    PortaKVError, RuntimeError, TypeError, ValueError, LookupError, AssertionError, AttributeError,
-)  # fmt: skip
+    PortaKVError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AssertionError,
+    AttributeError,
+)
 #: A row whose p90 is above this many times its median is flagged as noisy.
 NOISY = 1.2
 _LEAST_ROUNDS = 5
@@ -76,9 +82,12 @@ class Measured(NamedTuple):
         """What a row says of times; ``moved`` bytes count in its bandwidth."""
         return {
             **{name: short(value) for name, value in self.figures.items()},
-            "gb_per_s": short(moved / self.figures["p50_us"] / 1e3), "rounds": self.rounds,
-            "host_hidden": self.hidden, "noisy": self.noisy, "verified": self.verified,
-        }  # fmt: skip
+            "gb_per_s": short(moved / self.figures["p50_us"] / 1e3),
+            "rounds": self.rounds,
+            "host_hidden": self.hidden,
+            "noisy": self.noisy,
+            "verified": self.verified,
+        }
 
 
 def usable(variants: Sequence[Variant], place: str, left_out: list[str]) -> list[Variant]:
@@ -128,9 +137,13 @@ def uncollected() -> Iterator[None]:
 
 
 def measure(
-    ceiling: Variant, variants: Sequence[Variant], timer: Timer, objects: int, rounds: int,
+    ceiling: Variant,
+    variants: Sequence[Variant],
+    timer: Timer,
+    objects: int,
+    rounds: int,
     seconds: float,
-) -> list[Measured]:  # fmt: skip
+) -> list[Measured]:
     """Measure variants beside ``ceiling``, `copy_` of the same bytes, whose row comes first; with
     so many memory objects in turns, in fewer rounds, but at least 5, if ``seconds`` are over."""
     everyone = [ceiling, *variants]

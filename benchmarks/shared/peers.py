@@ -88,9 +88,16 @@ class LMCache:
         if kernel == "slot kernel":
             placed = slots.to(device)
             return lambda chunk, store: self._ops.multi_layer_kv_transfer(
-                chunk, pointers, placed, device, shape.slots, self._ways[store], form,
-                block_size=shape.block_size, head_size=shape.dim,
-            )  # fmt: skip
+                chunk,
+                pointers,
+                placed,
+                device,
+                shape.slots,
+                self._ways[store],
+                form,
+                block_size=shape.block_size,
+                head_size=shape.dim,
+            )
         blocks = (slots[:: shape.block_size] // shape.block_size).to(device)
         described = self._ops.PageBufferShapeDesc()
         described.kv_size = shape.kv
@@ -103,9 +110,16 @@ class LMCache:
         described.element_size = shape.torch_dtype.itemsize
         described.block_stride_elems = 0  # blocks without padding
         return lambda chunk, store: self._ops.multi_layer_block_kv_transfer(
-            pointers, [chunk.data_ptr()], blocks, device, self._ways[store], described,
-            shape.tokens, form, 0,
-        )  # fmt: skip
+            pointers,
+            [chunk.data_ptr()],
+            blocks,
+            device,
+            self._ways[store],
+            described,
+            shape.tokens,
+            form,
+            0,
+        )
 
 
 def load_peer(name: str) -> LMCache:

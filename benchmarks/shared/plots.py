@@ -78,12 +78,27 @@ def bandwidth(copies: list[Row], device: str) -> Figure | None:
         return None
     figure = Figure(figsize=(9.5, 4.2))
     for op, axes in zip(("gather", "scatter"), figure.subplots(1, 2), strict=True):
-        _line(axes, having(rows, backend="copy_"), "gb_per_s", label="copy_ (ceiling)",
-              color="black", linestyle="--", linewidth=1.6)  # fmt: skip
+        _line(
+            axes,
+            having(rows, backend="copy_"),
+            "gb_per_s",
+            label="copy_ (ceiling)",
+            color="black",
+            linestyle="--",
+            linewidth=1.6,
+        )
         moved = having(rows, op=op, index="random")
         for way in _ways(moved):
-            _line(axes, having(moved, backend=way), "gb_per_s", label=way, markersize=4,
-                  linewidth=1.2, color=COLOURS.get(way), marker=_MARKS.get(way, "d"))  # fmt: skip
+            _line(
+                axes,
+                having(moved, backend=way),
+                "gb_per_s",
+                label=way,
+                markersize=4,
+                linewidth=1.2,
+                color=COLOURS.get(way),
+                marker=_MARKS.get(way, "d"),
+            )
         _sizes_below(axes)
         axes.set_ylim(bottom=0)
         axes.set_title(f"{op}, random slots, layers apart", fontsize=9)
@@ -117,11 +132,13 @@ def heat_map(copies: list[Row], device: str) -> Figure | None:
     axes.set_yticks(range(len(lines)), lines, fontsize=6.5)
     axes.set_xticks(range(len(columns)), [op for _, op in columns], fontsize=6, rotation=90)
     for at, way in enumerate(ways):
-        axes.text(2 * at + 0.5, -0.7, way.replace(" ", "\n", 1), ha="center", va="bottom",
-                  fontsize=7)  # fmt: skip
+        axes.text(
+            2 * at + 0.5, -0.7, way.replace(" ", "\n", 1), ha="center", va="bottom", fontsize=7
+        )
         axes.axvline(2 * at - 0.5, color="white", linewidth=2)
-    axes.set_title(f"Speed against copy_ of the same bytes (1 = a memory copy) · {device}",
-                   fontsize=9, pad=26)  # fmt: skip
+    axes.set_title(
+        f"Speed against copy_ of the same bytes (1 = a memory copy) · {device}", fontsize=9, pad=26
+    )
     return figure
 
 
@@ -187,16 +204,30 @@ def ratio(rows: list[Row], device: str) -> Figure | None:
         axes = figure.add_subplot(len(_WORDS), len(runs), at + 1)
         axes.axhline(1.0, color="black", linestyle="--", linewidth=1.2)
         for way, mark in _LINK_MARKS.items():
-            _line(axes, having(own, backend=way), "ratio", label="chosen" if way == "host" else way,
-                  color=COLOURS[way], marker=mark, markersize=4, linewidth=1.2)  # fmt: skip
+            _line(
+                axes,
+                having(own, backend=way),
+                "ratio",
+                label="chosen" if way == "host" else way,
+                color=COLOURS[way],
+                marker=mark,
+                markersize=4,
+                linewidth=1.2,
+            )
         _sizes_below(axes)
         axes.set_ylim(lowest, 1.05)
         axes.set_title(f"{in_words(run)} runs, {side}", fontsize=8)
         if at % len(runs) == 0:
             axes.set_ylabel(f"{_WORDS[direction]}, of memcpy")
     handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, ncols=len(labels), loc="lower center", frameon=False,
-                  bbox_to_anchor=(0.5, -0.05))  # fmt: skip
+    figure.legend(
+        handles,
+        labels,
+        ncols=len(labels),
+        loc="lower center",
+        frameon=False,
+        bbox_to_anchor=(0.5, -0.05),
+    )
     title = f"Speed against a pinned memcpy of the same bytes (from {lowest:g}) · {device}"
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()

@@ -175,8 +175,9 @@ def moved(
     same = []
     for source, target in zip(sources, targets, strict=True):
         same.append((target[into] == source[out_of]).all())
-        target[into] = int.from_bytes([POISON] * target.element_size(), "big",
-                                      signed=target.dtype.is_signed)  # fmt: skip
+        target[into] = int.from_bytes(
+            [POISON] * target.element_size(), "big", signed=target.dtype.is_signed
+        )
     return torch.stack(same).all()
 
 

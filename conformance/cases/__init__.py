@@ -24,14 +24,38 @@ from portakv_conformance.judge.judging import Judge, asked_of, index_of, plan_of
 from portakv_conformance.judge.subject import Subject
 
 __all__ = [
-    "AREAS", "BOTH", "CHUNK", "DIRECTIONS", "PAGED", "Bench", "Case", "Facility", "Judge", "Shape",
-    "Side", "Subject", "Workshop", "asked_of", "between", "full", "index_of", "plan_of", "view_of",
-]  # fmt: skip
+    "AREAS",
+    "BOTH",
+    "CHUNK",
+    "DIRECTIONS",
+    "PAGED",
+    "Bench",
+    "Case",
+    "Facility",
+    "Judge",
+    "Shape",
+    "Side",
+    "Subject",
+    "Workshop",
+    "asked_of",
+    "between",
+    "full",
+    "index_of",
+    "plan_of",
+    "view_of",
+]
 
 AREAS = (
-    "core", "corners", "safety", "claims", "metamorphic", "ordering", "capture", "stateful",
+    "core",
+    "corners",
+    "safety",
+    "claims",
+    "metamorphic",
+    "ordering",
+    "capture",
+    "stateful",
     "drawn",
-)  # fmt: skip
+)
 #: A case of the profile ``full`` only.
 full = pytest.mark.profile("full")
 #: The directions as a parameter that comes where the mark stands; the fixture's comes first.
@@ -65,9 +89,11 @@ class Bench(Workshop):
     def connector(self) -> AdaptiveConnector:
         """A connector for what is judged, in layouts that it takes."""
         return AdaptiveConnector(
-            self.subject.device, backend=self.subject.name, kv_layout=self.paged,
+            self.subject.device,
+            backend=self.subject.name,
+            kv_layout=self.paged,
             chunk_layout=self.dense,
-        )  # fmt: skip
+        )
 
     def copy(self, case: Case) -> bool:
         """Judge a case as a user gets it; False where the backend declines it, as it may."""

@@ -62,10 +62,13 @@ def test_caches_that_share_tensors(workshop: Bench, direction: str) -> None:
     one, two = (workshop.cache(SHAPE, slots, storage=number, **how) for number in (0, 100))
     first, *_, last = one.tensors
     sets = (
-        one.tensors, [first, *two.tensors[1:]], [*two.tensors[:-1], last],
-        [first, one.tensors[2], one.tensors[1], last], [*two.tensors[:2], *one.tensors[2:]],
         one.tensors,
-    )  # fmt: skip
+        [first, *two.tensors[1:]],
+        [*two.tensors[:-1], last],
+        [first, one.tensors[2], one.tensors[1], last],
+        [*two.tensors[:2], *one.tensors[2:]],
+        one.tensors,
+    )
     guards = [*one.guards, *two.guards]
     for number, tensors in enumerate(sets):
         cache = replace(one, tensors=list(tensors), guards=guards, arrangement=None)

@@ -18,8 +18,10 @@ from portakv_conformance.judge.memory import Memory
 from portakv_conformance.judge.pattern import pattern_bytes
 
 pytestmark = [
-    pytest.mark.area("capture"), pytest.mark.needs("graphs"), pytest.mark.claim("capturable"),
-]  # fmt: skip
+    pytest.mark.area("capture"),
+    pytest.mark.needs("graphs"),
+    pytest.mark.claim("capturable"),
+]
 
 SHAPE = Shape(layers=3, widths=(64, 64))
 #: Like no other case's, so that no kernel for it was launched before.

@@ -45,10 +45,14 @@ def test_claims_make_sense(subject: Subject) -> None:
 _PAIRS = [
     pytest.param(pair, marks=pytest.mark.needs("accelerator" if "device" in pair else "host"))
     for pair in (
-        ("pageable", "pageable"), ("device", "device"), ("device", "pinned"), ("pinned", "device"),
-        ("device", "pageable"), ("pageable", "device"),
+        ("pageable", "pageable"),
+        ("device", "device"),
+        ("device", "pinned"),
+        ("pinned", "device"),
+        ("device", "pageable"),
+        ("pageable", "device"),
     )
-]  # fmt: skip
+]
 
 
 @pytest.mark.claim("places")

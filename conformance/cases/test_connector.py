@@ -107,10 +107,14 @@ def test_batches(store: Store, ragged: bool) -> None:
     first = _chunk(cases[0])
     tensors = [_chunk(case).tensors for case in cases]
     chunks = replace(
-        first, tensors=tensors, layout=f"block | {first.layout}", block_size=8,
+        first,
+        tensors=tensors,
+        layout=f"block | {first.layout}",
+        block_size=8,
         ids=torch.tensor([8 * n + at for n, length in enumerate(lengths) for at in range(length)]),
-        slots=8 * len(cases), arrangement=None,
-    )  # fmt: skip
+        slots=8 * len(cases),
+        arrangement=None,
+    )
     joined = store.between(caches, slots, chunks)
     batch = partial(getattr(store.connector, f"batched_{store.move}"), tensors, None, slots)
     if store.move == "to_gpu":  # all land in one cache: each expectation is made by those before

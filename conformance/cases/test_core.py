@@ -17,8 +17,12 @@ pytestmark = pytest.mark.area("core")
 
 #: One dtype for each width of an element in bytes.
 ELEMENTS = {
-    1: torch.uint8, 2: torch.bfloat16, 4: torch.float32, 8: torch.int64, 16: torch.complex128,
-}  # fmt: skip
+    1: torch.uint8,
+    2: torch.bfloat16,
+    4: torch.float32,
+    8: torch.int64,
+    16: torch.complex128,
+}
 SHAPE = Shape()
 SIZE = SHAPE.block_size
 DTYPES = pytest.mark.parametrize("ids", [torch.int32, torch.int64], ids=["int32", "int64"])

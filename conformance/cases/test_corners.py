@@ -21,9 +21,32 @@ FUSED = "layer | block head token (kv dim)"
 PLAIN = "layer token (kv head dim)"  # a chunk that holds unequal widths as well
 
 _COMMON = (
-    *range(1, 10), 12, 15, 16, 17, 20, 24, 31, 32, 33, 48, 63, 64, 66, 100, 127, 128, 129, 132, 255,
-    256, 576, 584, 656, 1152,
-)  # fmt: skip
+    *range(1, 10),
+    12,
+    15,
+    16,
+    17,
+    20,
+    24,
+    31,
+    32,
+    33,
+    48,
+    63,
+    64,
+    66,
+    100,
+    127,
+    128,
+    129,
+    132,
+    255,
+    256,
+    576,
+    584,
+    656,
+    1152,
+)
 _WIDTHS = [
     pytest.param(width, marks=[] if width in _COMMON else [full])
     for width in sorted({*range(1, 257), *_COMMON})
@@ -81,14 +104,23 @@ def test_keys_and_values_of_unequal_width(workshop: Bench, layout: str, widths: 
     workshop.both(shape, 9, 1, {"layout": PLAIN}, layout=layout)
 
 
-@pytest.mark.parametrize(("heads", "width", "layers"), [
-    (heads, width, layers)
-    for heads, width in (
-        (128, 2), (128, 128), (128, 256), (1030, 16), (1, 1152), (1, 2), (300, 6),
-    )
-    for layers in (1, 2, 5)
-    if layers < 5 or heads * width <= 1 << 14  # what interprets kernels takes its time
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("heads", "width", "layers"),
+    [
+        (heads, width, layers)
+        for heads, width in (
+            (128, 2),
+            (128, 128),
+            (128, 256),
+            (1030, 16),
+            (1, 1152),
+            (1, 2),
+            (300, 6),
+        )
+        for layers in (1, 2, 5)
+        if layers < 5 or heads * width <= 1 << 14  # what interprets kernels takes its time
+    ],
+)
 def test_many_heads_and_few(home: Bench, heads: int, width: int, layers: int) -> None:
     """128 heads are as good as one, and so is a row of more than 1,024 vectors."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
@@ -133,12 +165,19 @@ def test_block_tables_of_both_sides(workshop: Bench, sizes: Ints) -> None:
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("layout", [
-    "layer | kv block token head dim", "layer | block kv token head dim",
-    "layer | block token kv head dim", "layer kv | block token head dim",
-    "kv layer | block token head dim", "block layer kv token head dim",
-    "layer | block head token (kv dim)", "kv layer | (block token) head dim",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "layer | kv block token head dim",
+        "layer | block kv token head dim",
+        "layer | block token kv head dim",
+        "layer kv | block token head dim",
+        "kv layer | block token head dim",
+        "block layer kv token head dim",
+        "layer | block head token (kv dim)",
+        "kv layer | (block token) head dim",
+    ],
+)
 def test_shapes_in_which_every_extent_is_two(workshop: Bench, layout: str, layers: int) -> None:
     """Which axis is which is said by the layout, never by an extent that happens to be 2."""
     shape = Shape(layers, widths=(4, 4), block_size=2, blocks=2)
@@ -183,10 +222,13 @@ def test_strides_and_padding(home: Bench, direction: str, how: str) -> None:
 
 #: How a chunk lies, as keywords of `arranged`.
 _CHUNKS: dict[str, dict[str, Any]] = {
-    "rows": {"pads": {3: 5}}, "planes": {"pads": {2: 9}}, "elements": {"gap": 3},
-    "permuted": {"memory": "token layer kv (head dim)"}, "shift": {"shift": 5},
+    "rows": {"pads": {3: 5}},
+    "planes": {"pads": {2: 9}},
+    "elements": {"gap": 3},
+    "permuted": {"memory": "token layer kv (head dim)"},
+    "shift": {"shift": 5},
     "split": {"split_end": True, "pads": {3: 2}},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("how", _CHUNKS)
@@ -195,10 +237,14 @@ def test_chunks_that_are_not_contiguous(home: Bench, direction: str, how: str) -
     home.copy(home.some(direction, Shape(widths=(16, 16)), 9, 1, _CHUNKS[how]))
 
 
-@pytest.mark.parametrize("layout", [
-    "block | kv layer token (head dim)", "block | layer token kv head dim",
-    "block token | layer kv head dim",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "block | kv layer token (head dim)",
+        "block | layer token kv head dim",
+        "block token | layer kv head dim",
+    ],
+)
 @pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
 def test_lists_of_memory_objects(home: Bench, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""

@@ -48,9 +48,13 @@ class Place:
     """One side of a copy: a tensor, where in it each piece lies, and its view and index."""
 
     def __init__(
-        self, tensor: torch.Tensor, layout: str, where: list[Any], index: Index | None = None,
+        self,
+        tensor: torch.Tensor,
+        layout: str,
+        where: list[Any],
+        index: Index | None = None,
         **extents: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.tensor = tensor
         self.where = where
         self.index = index or Index()

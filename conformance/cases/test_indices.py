@@ -102,9 +102,13 @@ def test_a_list_in_order_backwards_and_with_runs(home: Bench, direction: str) ->
     """Neighbouring ids may be moved together, but only where they are neighbours on both sides."""
     n = SHAPE.slots
     for slots in (
-        list(range(n)), list(range(n))[::-1], [*range(8, 16), *range(8), *range(20, n)],
-        [n - 1, *range(n - 1)], [*range(5, 9), -1, *range(10, 14)], [0, 1, 2, 3, 8, 9, 10, 11],
-    ):  # fmt: skip
+        list(range(n)),
+        list(range(n))[::-1],
+        [*range(8, 16), *range(8), *range(20, n)],
+        [n - 1, *range(n - 1)],
+        [*range(5, 9), -1, *range(10, 14)],
+        [0, 1, 2, 3, 8, 9, 10, 11],
+    ):
         home.copy(home.move(direction, SHAPE, slots))
 
 

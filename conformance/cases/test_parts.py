@@ -15,9 +15,12 @@ pytestmark = pytest.mark.area("corners")
 
 #: Layouts of one cache beside the home.
 LAYOUTS = {
-    "home": "", "nhd": "layer | kv block token head dim", "hnd": "layer | kv block head token dim",
-    "packed": "layer | block head token (kv dim)", "pool": "block layer kv token head dim",
-}  # fmt: skip
+    "home": "",
+    "nhd": "layer | kv block token head dim",
+    "hnd": "layer | kv block head token dim",
+    "packed": "layer | block head token (kv dim)",
+    "pool": "block layer kv token head dim",
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

@@ -14,8 +14,10 @@ from portakv_conformance.cases import BOTH, Bench, Case, Shape, asked_of
 from portakv_conformance.judge.judging import Asked
 
 pytestmark = [
-    pytest.mark.area("claims"), pytest.mark.claim("places"), pytest.mark.needs("host"),
-]  # fmt: skip
+    pytest.mark.area("claims"),
+    pytest.mark.claim("places"),
+    pytest.mark.needs("host"),
+]
 
 SHAPE = Shape()
 PAIRS = [("pinned", "pinned"), ("pinned", "pageable"), ("pageable", "pinned")]

@@ -36,10 +36,14 @@ MEMORY = {
 }
 #: Bytes of each kv where the engine fixes them; of a nominal row where pages are opaque.
 WIDTHS = {
-    "vllm-mla-fp8": (656,), "vllm-dsv4": (584,), "vllm-dsv4-split": (576, 8),
-    "vllm-mla-nvfp4": (352,), "vllm-mla-nvfp4-split": (320, 32), "vllm-dsa": (132,),
+    "vllm-mla-fp8": (656,),
+    "vllm-dsv4": (584,),
+    "vllm-dsv4-split": (576, 8),
+    "vllm-mla-nvfp4": (352,),
+    "vllm-mla-nvfp4-split": (320, 32),
+    "vllm-dsa": (132,),
     "vllm-dsa-split": (128, 4),
-}  # fmt: skip
+}
 #: Widths in elements where the parts of a row differ, as in latent and rope.
 UNEQUAL = {
     "vllm-ascend-mla": (32, 8), "vllm-ascend-dsa": (32, 8, 16), "lmcache-17": (32, 8),

@@ -215,10 +215,18 @@ def test_two_number_types_are_refused(home: Bench, direction: str) -> None:
 
 #: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
 _MISALIGNED = {
-    "base": "", "offset": "", "row": "token", "head": "head", "block": "block", "plane": "kv",
-    "one-layer": "", "chunk-base": "", "chunk-offset": "", "chunk-row": "token",
+    "base": "",
+    "offset": "",
+    "row": "token",
+    "head": "head",
+    "block": "block",
+    "plane": "kv",
+    "one-layer": "",
+    "chunk-base": "",
+    "chunk-offset": "",
+    "chunk-row": "token",
     "chunk-plane": "layer",
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("off", [1, 2, 4, 8])

@@ -75,9 +75,15 @@ class Case:
         src = self.src
         dst = self.dst
         return expected_copy(
-            src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
-            src.at(self.count), dst.at(self.count),
-        )  # fmt: skip
+            src.tensors,
+            src.layout,
+            src.extents,
+            dst.tensors,
+            dst.layout,
+            dst.extents,
+            src.at(self.count),
+            dst.at(self.count),
+        )
 
     def check(self, copy: Callable[[], object]) -> None:
         """Run ``copy`` (finished when it returns); AssertionError on the first wrong byte."""
@@ -124,9 +130,12 @@ class Arrangement:
 
 
 def side_of(
-    to: Arrangement, ids: torch.Tensor | None = None, step: int = 1, offset: int = 0,
+    to: Arrangement,
+    ids: torch.Tensor | None = None,
+    step: int = 1,
+    offset: int = 0,
     declared: dict[str, Any] | None = None,
-) -> Side:  # fmt: skip
+) -> Side:
     """Build one side; ``declared`` are its view's extents, by default all that can be declared."""
     axes = read_layout(to.layout)
     extents = to.extents
@@ -142,10 +151,21 @@ def side_of(
         declared |= {"block_size": size} if paged else {}
     tensors, guards = build(to)
     return Side(
-        tensors, to.layout, declared, ids, step, offset, guards, layers, heads,
-        tuple(n * to.dtype.itemsize for n in dims), size if paged else None,
-        size * (extents["block"] if paged else 1), opaque, to,
-    )  # fmt: skip
+        tensors,
+        to.layout,
+        declared,
+        ids,
+        step,
+        offset,
+        guards,
+        layers,
+        heads,
+        tuple(n * to.dtype.itemsize for n in dims),
+        size if paged else None,
+        size * (extents["block"] if paged else 1),
+        opaque,
+        to,
+    )
 
 
 def _factor_size(to: Arrangement, group: Group, place: int, kv: int) -> int:

@@ -25,10 +25,13 @@ CHUNK = "kv layer token (head dim)"
 #: Layouts of caches; CORE is judged in the first that a backend takes. The last two need no table
 #: of addresses, the last not even a loop.
 HOMES = (
-    PAGED, "layer | kv block head token dim", "layer kv | block token head dim",
-    "layer kv | block head token dim", "block layer kv token head dim",
+    PAGED,
+    "layer | kv block head token dim",
+    "layer kv | block token head dim",
+    "layer kv | block head token dim",
+    "block layer kv token head dim",
     "block token layer kv head dim",
-)  # fmt: skip
+)
 #: Layouts of chunks, for caches whose rows do not go to `CHUNK` in the fewest loops.
 _CHUNKS = {HOMES[-1]: "token layer kv (head dim)"}
 _ELSEWHERE = 1000  # storage numbers of destinations, so that no source has the same bytes
@@ -52,9 +55,16 @@ class Shape:
 
 
 def arranged(
-    layout: str, shape: Shape, dtype: torch.dtype = torch.float16, *, source: bool = True,
-    tokens: int = 0, memory: str = "", shift: int = 0, **how: Any,
-) -> Arrangement:  # fmt: skip
+    layout: str,
+    shape: Shape,
+    dtype: torch.dtype = torch.float16,
+    *,
+    source: bool = True,
+    tokens: int = 0,
+    memory: str = "",
+    shift: int = 0,
+    **how: Any,
+) -> Arrangement:
     """How the tensors of a layout lie; ``tokens`` if it is a chunk's, ``how`` are fields of
     `Arrangement`. A ``source`` is filled with the pattern, a destination with poison. ``memory`` is
     the physical order of the groups right of the bar, outermost first, if it is not the logical
@@ -65,10 +75,13 @@ def arranged(
     opaque = axes.written("page")
     paged = axes.written("block")
     extents: dict[str, Any] = {
-        "layer": shape.layers, "head": shape.heads, "kv": len(shape.widths),
-        "block": shape.blocks if paged else 1, "token": shape.block_size if paged else tokens,
+        "layer": shape.layers,
+        "head": shape.heads,
+        "kv": len(shape.widths),
+        "block": shape.blocks if paged else 1,
+        "token": shape.block_size if paged else tokens,
         "page" if opaque else "dim": tuple(width // dtype.itemsize for width in shape.widths),
-    }  # fmt: skip
+    }
     names = _names(axes.right)
     order = list(range(len(names)))
     if memory:
@@ -79,9 +92,13 @@ def arranged(
     elif how.get("place") == "strided":
         order = [len(order), *order]
     how = {
-        "kinds": (list,) * len(axes.left), "storage": 0 if source else _ELSEWHERE,
-        "poison": not source, "offset": shift, "order": tuple(order), **how,
-    }  # fmt: skip
+        "kinds": (list,) * len(axes.left),
+        "storage": 0 if source else _ELSEWHERE,
+        "poison": not source,
+        "offset": shift,
+        "order": tuple(order),
+        **how,
+    }
     return Arrangement(layout, dtype, extents, **how)
 
 
@@ -128,9 +145,15 @@ class Workshop:
         return _CHUNKS.get(self.paged, CHUNK)
 
     def cache(
-        self, shape: Shape, ids: Any = None, *, layout: str = "", step: int = 1, offset: int = 0,
+        self,
+        shape: Shape,
+        ids: Any = None,
+        *,
+        layout: str = "",
+        step: int = 1,
+        offset: int = 0,
         **how: Any,
-    ) -> Side:  # fmt: skip
+    ) -> Side:
         """A paged cache under a list of slots (with ``step`` the block size: of blocks)."""
         to = arranged(layout or self.paged, shape, **self._own(how))
         return side_of(to, self.ids(ids), step, offset)
@@ -146,9 +169,13 @@ class Workshop:
         return {"seed": self.seed, "device": self.device, **how}
 
     def move(
-        self, direction: str, shape: Shape, ids: Any, chunk: dict[str, Any] | None = None,
+        self,
+        direction: str,
+        shape: Shape,
+        ids: Any,
+        chunk: dict[str, Any] | None = None,
         **how: Any,
-    ) -> Case:  # fmt: skip
+    ) -> Case:
         """A case of `DIRECTIONS`; ``how`` is that of the cache, ``chunk`` that of the chunk, which
         has the cache's dtype if it names none."""
         ids = self.ids(ids)

@@ -28,10 +28,13 @@ def dump(case: Case, about: dict[str, Any] | None = None) -> str:
     """A case as a JSON document; ``about`` says where it came from. `ValueError` if a side was not
     built from an arrangement."""
     document = {
-        "schema": SCHEMA, "about": about or {}, "count": case.count,
+        "schema": SCHEMA,
+        "about": about or {},
+        "count": case.count,
         "one_cache": case.src.tensors is case.dst.tensors,
-        "src": _side(case.src), "dst": _side(case.dst),
-    }  # fmt: skip
+        "src": _side(case.src),
+        "dst": _side(case.dst),
+    }
     return json.dumps(document, indent=1) + "\n"
 
 
@@ -107,10 +110,16 @@ def _side(side: Side) -> dict[str, Any]:
     ids = side.ids
     to["dtype"] = str(side.arrangement.dtype).removeprefix("torch.")
     to["kinds"] = [kind.__name__ for kind in side.arrangement.kinds]
-    told = None if ids is None else {
-        "values": ids.tolist(), "dtype": str(ids.dtype).removeprefix("torch."),
-        "device": str(ids.device), "stride": ids.stride(0),
-    }  # fmt: skip
+    told = (
+        None
+        if ids is None
+        else {
+            "values": ids.tolist(),
+            "dtype": str(ids.dtype).removeprefix("torch."),
+            "device": str(ids.device),
+            "stride": ids.stride(0),
+        }
+    )
     told_of = {"arrangement": to, "declared": side.extents, "step": side.step}
     return {**told_of, "offset": side.offset, "ids": told}
 

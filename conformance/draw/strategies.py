@@ -25,12 +25,24 @@ from portakv_conformance.judge.grammar import read_layout
 Draw = Any  # the callable that hypothesis hands to a composite strategy
 _KINDS = (list, tuple, dict)
 DTYPES = (
-    torch.float16, torch.uint8, torch.int8, torch.bfloat16, torch.float32,
-    torch.float8_e4m3fn, torch.int64,
-)  # fmt: skip
+    torch.float16,
+    torch.uint8,
+    torch.int8,
+    torch.bfloat16,
+    torch.float32,
+    torch.float8_e4m3fn,
+    torch.int64,
+)
 _FAR = 1 << 30  # a slot that no test cache has; stands between ids that are not contiguous
-_PAGES = ("layer | block page", "block page", "block layer page", "layer block page",
-          "block | layer page", "block | page", "layer block | page")  # fmt: skip
+_PAGES = (
+    "layer | block page",
+    "block page",
+    "block layer page",
+    "layer block page",
+    "block | layer page",
+    "block | page",
+    "layer block | page",
+)
 
 
 @dataclass(frozen=True)
@@ -154,9 +166,13 @@ def _must_declare(
 
 
 def _arranged(
-    draw: Draw, layout: str, dtype: torch.dtype, extents: dict[str, Any], source: bool,
+    draw: Draw,
+    layout: str,
+    dtype: torch.dtype,
+    extents: dict[str, Any],
+    source: bool,
     options: Options,
-) -> Arrangement:  # fmt: skip
+) -> Arrangement:
     """How the tensors of a layout lie in memory: order, padding, offsets, allocations."""
     axes = read_layout(layout)
     groups = [list(map(str, group)) for group in axes.right]
@@ -178,11 +194,22 @@ def _arranged(
     expand = source and expandable > 0 and rarely(draw)
     kinds = tuple(pick(draw, _KINDS) for _ in range(levels))
     found = Arrangement(
-        layout, dtype, extents, kinds, place, tuple(order), pads, gap=2 if rarely(draw) else 1,
-        expand=draw(st.integers(0, expandable - 1)) if expand else None, split_end=split_end,
-        offset=pick(draw, (0, 1, 2, 3, 4, 8, 16, 9)), seed=draw(st.integers(0, 3)),
-        storage=0 if source else 1000, poison=not source, device=options.device,
-    )  # fmt: skip
+        layout,
+        dtype,
+        extents,
+        kinds,
+        place,
+        tuple(order),
+        pads,
+        gap=2 if rarely(draw) else 1,
+        expand=draw(st.integers(0, expandable - 1)) if expand else None,
+        split_end=split_end,
+        offset=pick(draw, (0, 1, 2, 3, 4, 8, 16, 9)),
+        seed=draw(st.integers(0, 3)),
+        storage=0 if source else 1000,
+        poison=not source,
+        device=options.device,
+    )
     # What the options leave out is drawn all the same, so that the rest is as without them.
     if not options.expanded:
         found = replace(found, expand=None)
@@ -250,9 +277,13 @@ def _draw_side(
     size = -(-size // grain) * grain
     blocks = pick(draw, (2, 3, 4, 5, 1)) if paged else 1
     extents = {
-        "layer": rows.layers, "head": rows.heads, "token": size, "block": blocks,
-        "kv": len(rows.widths), "dim": tuple(w // dtype.itemsize for w in rows.widths),
-    }  # fmt: skip
+        "layer": rows.layers,
+        "head": rows.heads,
+        "token": size,
+        "block": blocks,
+        "kv": len(rows.widths),
+        "dim": tuple(w // dtype.itemsize for w in rows.widths),
+    }
     layout = _draw_layout(draw, rows, paged, n, options.containers)
     declared = _declare(draw, layout, extents, paged)
     arrangement = _arranged(draw, layout, dtype, extents, source, options)

@@ -84,9 +84,18 @@ INTERPRET = "TRITON_INTERPRET"
 YES = ("1", "true", "on", "yes")
 # Distributions whose versions may explain a result, where they are installed.
 _PACKAGES = (
-    "portakv", "numpy", "pytest", "hypothesis", "triton", "triton-ascend", "pytorch-triton-rocm",
-    "cuda-bindings", "nvidia-cuda-nvrtc", "torch-musa", "intel-extension-for-pytorch",
-)  # fmt: skip
+    "portakv",
+    "numpy",
+    "pytest",
+    "hypothesis",
+    "triton",
+    "triton-ascend",
+    "pytorch-triton-rocm",
+    "cuda-bindings",
+    "nvidia-cuda-nvrtc",
+    "torch-musa",
+    "intel-extension-for-pytorch",
+)
 # Those whose ops are a backend: a version is not enough, since vendors build one more than once.
 _VENDORS = ("torch-npu", "torch-mlu", "torch-mlu-ops")
 
@@ -126,10 +135,11 @@ def describe_backend(subject: Subject) -> dict[str, str]:
     """The facts of `RunRecord.backend`: name, target, version, source_sha256."""
     versions = package_versions(_distributions(subject.target))
     return {
-        "name": subject.name, "target": subject.target,
+        "name": subject.name,
+        "target": subject.target,
         "version": next(iter(versions.values()), ""),
         "source_sha256": hashed([subject.target])[subject.target],
-    }  # fmt: skip
+    }
 
 
 def assumed(modules: Iterable[str]) -> str:

@@ -48,8 +48,15 @@ JOBS = {
     "cross-compiled, not executed": "R4",
     "built by the vendor's toolchain": "R5",
 }
-_WANTED = {"what": str, "name": str, "backend": str, "source_sha256": str, "command": str,
-           "date": str, "right": bool}  # fmt: skip
+_WANTED = {
+    "what": str,
+    "name": str,
+    "backend": str,
+    "source_sha256": str,
+    "command": str,
+    "date": str,
+    "right": bool,
+}
 
 # Lines of pytest's head that say where it ran, and nothing else.
 _HEAD = re.compile(r"(?:rootdir|cachedir|configfile): ")
@@ -87,19 +94,26 @@ def of_report(record: RunRecord) -> Rung:
     shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
     told = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
     return Rung(
-        evidence="", rung=record.rung,
+        evidence="",
+        rung=record.rung,
         told=", ".join([*told, "on one device"] if LEFT_OUT in known else told),
-        backend=record.backend["name"], target=record.backend["target"],
-        source_sha256=record.backend["source_sha256"], device=results.device(record),
-        emulated=known.get("emulated") is not False, command=record.command,
-        date=record.started[:10], versions=results.versions(record),
+        backend=record.backend["name"],
+        target=record.backend["target"],
+        source_sha256=record.backend["source_sha256"],
+        device=results.device(record),
+        emulated=known.get("emulated") is not False,
+        command=record.command,
+        date=record.started[:10],
+        versions=results.versions(record),
         vendor={
             f"{name.removeprefix('sha256 of ')}, as installed": str(digest)
-            for name, digest in known.items() if name.startswith("sha256 of ")
+            for name, digest in known.items()
+            if name.startswith("sha256 of ")
         },
-        suite=record.suite, emulation=_emulation(record),
+        suite=record.suite,
+        emulation=_emulation(record),
         assumption=str(known.get(ASSUMPTION, "")),
-    )  # fmt: skip
+    )
 
 
 def _emulation(record: RunRecord) -> dict[str, str]:
@@ -130,15 +144,21 @@ def _of_job(file: Path, values: Any) -> Rung:
         raise ValueError(f"{file} says {what!r}; expected one of {', '.join(JOBS)}.")
     told = f"{what}, {_counts(values)}".removesuffix(", ")
     return Rung(
-        evidence="", rung=JOBS[what] if right else "", told=told if right else f"failed: {told}",
-        backend=values["name"], target=values["backend"], source_sha256=values["source_sha256"],
+        evidence="",
+        rung=JOBS[what] if right else "",
+        told=told if right else f"failed: {told}",
+        backend=values["name"],
+        target=values["backend"],
+        source_sha256=values["source_sha256"],
         device=str(values.get("device", "")),
         emulated=True,  # nothing of this ran on the device that it is about
-        command=values["command"], date=values["date"],
+        command=values["command"],
+        date=values["date"],
         versions=str(values.get("versions", values.get("compiler", ""))),
-        vendor=dict(values.get("vendor", {})), emulation=dict(values.get("emulation", {})),
+        vendor=dict(values.get("vendor", {})),
+        emulation=dict(values.get("emulation", {})),
         assumption=str(values.get("assumption", "")),
-    )  # fmt: skip
+    )
 
 
 def _counts(values: dict[str, Any]) -> str:
@@ -196,12 +216,19 @@ def recorded(job: argparse.Namespace) -> dict[str, Any]:
     sys.stdout.write(done.stdout)
     printed = without_places(done.stdout)
     record = {
-        "what": job.what, "name": name_of(job.target), "backend": job.target,
-        "device": job.device, "versions": job.versions, "source_sha256": before[0],
-        "emulation": before[1], "assumption": assumed(job.emulated_by),
-        "command": shlex.join(job.command), "date": datetime.now(timezone.utc).date().isoformat(),
-        **_shown(job, printed), "printed": printed.splitlines(),
-    }  # fmt: skip
+        "what": job.what,
+        "name": name_of(job.target),
+        "backend": job.target,
+        "device": job.device,
+        "versions": job.versions,
+        "source_sha256": before[0],
+        "emulation": before[1],
+        "assumption": assumed(job.emulated_by),
+        "command": shlex.join(job.command),
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        **_shown(job, printed),
+        "printed": printed.splitlines(),
+    }
     wrong = lacking(JOBS[job.what], record)
     if JOBS[job.what] in EMULATED and not job.emulated_by:
         wrong.append("It does not say what emulated (--emulated-by).")

@@ -142,17 +142,18 @@ def broken_rules(ladder: Ladder) -> Iterator[str]:
         said = real or "emulated" in rung.device or rung.rung not in EMULATED
         inside = rung.evidence.startswith(RESULTS) and ".." not in rung.evidence
         rules = {
-            f"there is no rung {rung.rung!r}; expected one of {', '.join(RUNGS)}":
-                rung.rung in RUNGS,
+            f"there is no rung {rung.rung!r}; expected one of {', '.join(RUNGS)}": rung.rung
+            in RUNGS,
             "an emulated device is never R6": real or not top,
             "R6 needs a report of the suite": bool(rung.suite) or not top,
             "what ran on the real device is R6 or no rung": top or not real,
-            f"{rung.target} emulates a vendor's backend, and is at most R3":
-                not (mine and rung.rung in ("R4", "R5", "R6")),
+            f"{rung.target} emulates a vendor's backend, and is at most R3": not (
+                mine and rung.rung in ("R4", "R5", "R6")
+            ),
             "the device has to say that it is emulated": said,
             "listed twice": rung.place not in places[:at],
             f"the evidence {rung.evidence!r} does not lie in {RESULTS}": inside,
-        }  # fmt: skip
+        }
         yield from (f"{name}: {rule}." for rule, holds in rules.items() if not holds)
 
 

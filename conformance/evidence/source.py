@@ -24,7 +24,7 @@ _VENDOR = "portakv_conformance.vendor"
 _NATIVE = "portakv_native"
 # Drivers and compilers: what else lies in `portakv.runtime` serves every backend alike.
 _RUNTIME = "portakv.runtime"
-_DRIVERS = ("cuda", "devices", "hip", "kernel_cache", "nvrtc")  # fmt: skip
+_DRIVERS = ("cuda", "devices", "hip", "kernel_cache", "nvrtc")
 _COUNTED = (f"{_OURS}.", f"{_VENDOR}.", f"{_NATIVE}.")
 _SUFFIXES = frozenset((".py", ".pyi", ".c", ".cc", ".cpp", ".h", ".hpp", ".cu", ".cuh", ".toml"))
 

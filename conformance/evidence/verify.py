@@ -139,21 +139,26 @@ def _facts(record: RunRecord) -> Iterator[str]:
     odd = ", ".join(sorted(set(record.capabilities) ^ claims))
     rules = {
         f"Its environment does not say {absent}.": not absent,
-        "Its environment does not say whether the device is emulated, true or false.":
-            isinstance(known.get("emulated", False), bool),
-        "Its device is simdev, which is always emulated, but it says that it is not.":
-            device != SIMULATED or known.get("emulated") is not False,
-        f"Its library is {library!r}, expected its sha256 by the name of its file.":
-            isinstance(library, dict),
-        "It does not say the hash of the backend's source.":
-            re.fullmatch(SHA256, str(backend.get("source_sha256"))),
-        f"Its capabilities are not the fields of a backend's claims: {odd}.":
-            record.verdict != "conformant" or not odd,
+        "Its environment does not say whether the device is emulated, true or false.": isinstance(
+            known.get("emulated", False), bool
+        ),
+        "Its device is simdev, which is always emulated, but it says that it is not.": device
+        != SIMULATED
+        or known.get("emulated") is not False,
+        f"Its library is {library!r}, expected its sha256 by the name of its file.": isinstance(
+            library, dict
+        ),
+        "It does not say the hash of the backend's source.": re.fullmatch(
+            SHA256, str(backend.get("source_sha256"))
+        ),
+        f"Its capabilities are not the fields of a backend's claims: {odd}.": record.verdict
+        != "conformant"
+        or not odd,
         "It does not say what the registry answered.": record.trace,
         "It does not say the name of the backend.": backend.get("name"),
         "It does not say the target of the backend.": backend.get("target"),
         f"Its profile {record.profile!r} is none.": record.profile in ("core", "full"),
-    }  # fmt: skip
+    }
     yield from (sentence for sentence, holds in rules.items() if not holds)
     yield from _emulation(record, device)
     if isinstance(library, dict):

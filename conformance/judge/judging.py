@@ -108,9 +108,13 @@ class Judge:
         return self.call(case, partial(self.start, case), end=end)
 
     def call(
-        self, case: Case, start: Callable[[], Transfer], *, asked: Asked | None = None,
+        self,
+        case: Case,
+        start: Callable[[], Transfer],
+        *,
+        asked: Asked | None = None,
         end: str = "synchronize",
-    ) -> bool:  # fmt: skip
+    ) -> bool:
         """Judge a call that starts a transfer as the copy that it must be; False where declined.
         ``asked`` is what the backend is asked for, if that is more than the case."""
         self.direct = False

@@ -44,9 +44,15 @@ class Expected:
 
 
 def expected_copy(
-    src_tensors: Any, src_layout: str, src_extents: Extents | None, dst_tensors: Any,
-    dst_layout: str, dst_extents: Extents | None, src_slots: Any, dst_slots: Any,
-) -> Expected:  # fmt: skip
+    src_tensors: Any,
+    src_layout: str,
+    src_extents: Extents | None,
+    dst_tensors: Any,
+    dst_layout: str,
+    dst_extents: Extents | None,
+    src_slots: Any,
+    dst_slots: Any,
+) -> Expected:
     """Snapshot both sides and work the copy out, without touching the tensors. Slots are integers,
     one for each position; a position with a negative one is skipped. ValueError where the two sides
     cannot hold the same rows."""

@@ -84,9 +84,13 @@ class Guarded:
 
 
 def guarded(
-    nbytes: int, *, seed: int = 0, storage: int = 0, poison: bool = False,
+    nbytes: int,
+    *,
+    seed: int = 0,
+    storage: int = 0,
+    poison: bool = False,
     device: torch.device | str = "cpu",
-) -> Guarded:  # fmt: skip
+) -> Guarded:
     """Allocate ``nbytes`` between canaries, filled with the pattern, or with poison: by the offset
     from the start of the storage."""
     content = canary_bytes(MARGIN + nbytes + MARGIN)

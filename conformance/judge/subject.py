@@ -47,9 +47,16 @@ class Subject:
         return self.backend.prepare(plan)
 
     def launch(
-        self, src: KVView, dst: KVView, src_index: Index, dst_index: Index, count: int, *,
-        status: torch.Tensor | None = None, unit: int | None = None,
-    ) -> Pending | None:  # fmt: skip
+        self,
+        src: KVView,
+        dst: KVView,
+        src_index: Index,
+        dst_index: Index,
+        count: int,
+        *,
+        status: torch.Tensor | None = None,
+        unit: int | None = None,
+    ) -> Pending | None:
         """Prepare and launch directly, with nothing of the library in between but that ids are
         brought where the backend reads them; ``count`` is a multiple of the plan's unit."""
         plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)

@@ -122,8 +122,11 @@ class HostRows(Backend):
     device_type: ClassVar[str] = "cpu"
     profile: ClassVar[str] = "core"
     claims: ClassVar[dict[str, Any]] = {
-        "places": HOST, "index_on": "host", "skips_negative": True, "guards": True,
-    }  # fmt: skip
+        "places": HOST,
+        "index_on": "host",
+        "skips_negative": True,
+        "guards": True,
+    }
 
     name = "host-rows"
 

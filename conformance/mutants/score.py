@@ -195,9 +195,12 @@ def print_score(
     """Print the table, the survivors and the sum on standard output."""
     groups = by_mutant(trials)
     columns = (
-        Column("mutant", whole=True), Column("bug"), Column("profile"),
-        Column("caught by", whole=True), Column("s", right=True),
-    )  # fmt: skip
+        Column("mutant", whole=True),
+        Column("bug"),
+        Column("profile"),
+        Column("caught by", whole=True),
+        Column("s", right=True),
+    )
     print_table(columns, [_row(group, self_checked) for group in groups])
     for name, why in controls.items():
         print(f"{name}, un-mutated: {'passes' if why is None else f'FAILS: {why}'}")
@@ -257,9 +260,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         names = [control.name for control in needed]
         controls = dict(zip(names, pool.map(try_control, needed), strict=True))
     trials = score(
-        mutants, range(asked.seed, asked.seed + asked.runs), jobs=asked.jobs, tell=_say,
+        mutants,
+        range(asked.seed, asked.seed + asked.runs),
+        jobs=asked.jobs,
+        tell=_say,
         attempt=lambda mutant, seed: try_mutant(mutant, seed, wall=asked.limit),
-    )  # fmt: skip
+    )
     known = {mutant.name for mutant in mutants if fails_self_check(mutant)}
     print_score(trials, known, controls)
     if asked.write is not None:

@@ -41,10 +41,19 @@ _HEADLINE = 240  # characters that can still be read in large letters
 ANY = "any"  # where a case has a layout but is about no dtype or operation in particular
 # Narrow columns need short names; others stand as they are.
 _SHORT = {
-    "bfloat16": "bf16", "float16": "f16", "float32": "f32", "float64": "f64",
-    "float8_e4m3fn": "f8e4", "float8_e5m2": "f8e5", "uint8": "u8", "int8": "i8",
-    "int16": "i16", "int32": "i32", "int64": "i64", "bool": "b8",
-}  # fmt: skip
+    "bfloat16": "bf16",
+    "float16": "f16",
+    "float32": "f32",
+    "float64": "f64",
+    "float8_e4m3fn": "f8e4",
+    "float8_e5m2": "f8e5",
+    "uint8": "u8",
+    "int8": "i8",
+    "int16": "i16",
+    "int32": "i32",
+    "int64": "i64",
+    "bool": "b8",
+}
 
 
 def write(record: RunRecord, folder: Path) -> list[Path]:
@@ -53,9 +62,12 @@ def write(record: RunRecord, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     # The report itself first: it is not lost if another form cannot be made.
     forms: dict[str, Callable[[RunRecord], str]] = {
-        "conformance.json": RunRecord.document, "report.html": page, "report.md": markdown,
-        "junit.xml": junit, "badge.svg": badge,
-    }  # fmt: skip
+        "conformance.json": RunRecord.document,
+        "report.html": page,
+        "report.md": markdown,
+        "junit.xml": junit,
+        "badge.svg": badge,
+    }
     for name, form in forms.items():
         text = form(record)
         file = folder / name
@@ -67,11 +79,19 @@ def page(record: RunRecord) -> str:
     """The whole HTML document."""
     colour = _COLOURS.get(record.verdict, _COLOURS["failed"]).replace("#", "%23")
     return _filled(
-        "page.html", record, style=_own("page.css"), script=_own("page.js"), short=_SHORT,
-        matrix=matrix(record.cases), apart=_apart(record), bar=_bar(record), seal=SEAL,
-        rungs=words.RUNGS, no_rung=why_no_rung(record),
+        "page.html",
+        record,
+        style=_own("page.css"),
+        script=_own("page.js"),
+        short=_SHORT,
+        matrix=matrix(record.cases),
+        apart=_apart(record),
+        bar=_bar(record),
+        seal=SEAL,
+        rungs=words.RUNGS,
+        no_rung=why_no_rung(record),
         icon=f"data:image/svg+xml,{_ICON.format(colour)}",
-    )  # fmt: skip
+    )
 
 
 def markdown(record: RunRecord) -> str:
@@ -92,10 +112,17 @@ def badge(record: RunRecord) -> str:
     emulated = record.verdict == "conformant" and words.emulated(record)
     colour = _EMULATED if emulated else _COLOURS.get(record.verdict, _COLOURS["failed"])
     return _filled(
-        "badge.svg", record, label=LABEL, said=said, label_width=label, said_width=width(said),
-        left=label + 2 * _PADDING, right=width(said) + 2 * _PADDING, padding=_PADDING,
+        "badge.svg",
+        record,
+        label=LABEL,
+        said=said,
+        label_width=label,
+        said_width=width(said),
+        left=label + 2 * _PADDING,
+        right=width(said) + 2 * _PADDING,
+        padding=_PADDING,
         colour=colour,
-    )  # fmt: skip
+    )
 
 
 def message(record: RunRecord) -> str:
@@ -164,32 +191,58 @@ def _filled(name: str, record: RunRecord, **more: Any) -> str:
     """A template filled with a record and with what every form says of it."""
     rung = record.rung
     left_out = record.environment.get(LEFT_OUT)
-    return templates().get_template(name).render(
-        more, record=record, name=record.backend.get("name", "?"), device=words.device(record),
-        verdict=words.verdict(record), sentence=words.sentence(record),
-        rung=f"{rung}: {words.RUNGS[rung]}" if rung in words.RUNGS else rung,
-        emulated=words.emulated(record), emulation=words.emulation(record),
-        broken=words.broken(record), left_out=[f"Two devices: {left_out}."] if left_out else [],
-        date=words.moment(record.started), words=words.STATUS_WORDS, statuses=STATUSES[::-1],
-        counts=totals_of(record.cases), copies=sum(case.examples for case in record.cases),
-    )  # fmt: skip
+    return (
+        templates()
+        .get_template(name)
+        .render(
+            more,
+            record=record,
+            name=record.backend.get("name", "?"),
+            device=words.device(record),
+            verdict=words.verdict(record),
+            sentence=words.sentence(record),
+            rung=f"{rung}: {words.RUNGS[rung]}" if rung in words.RUNGS else rung,
+            emulated=words.emulated(record),
+            emulation=words.emulation(record),
+            broken=words.broken(record),
+            left_out=[f"Two devices: {left_out}."] if left_out else [],
+            date=words.moment(record.started),
+            words=words.STATUS_WORDS,
+            statuses=STATUSES[::-1],
+            counts=totals_of(record.cases),
+            copies=sum(case.examples for case in record.cases),
+        )
+    )
 
 
 @cache
 def templates() -> Environment:
     made = Environment(
-        loader=PackageLoader(__package__ or "", "templates"), finalize=_final, trim_blocks=True,
-        autoescape=lambda name: name != "report.md", lstrip_blocks=True, keep_trailing_newline=True,
-    )  # fmt: skip
+        loader=PackageLoader(__package__ or "", "templates"),
+        finalize=_final,
+        trim_blocks=True,
+        autoescape=lambda name: name != "report.md",
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
     made.filters |= {
-        "prose": prose, "breakable": breakable, "first_byte": first_byte, "headline": _headline,
-        "plural": words.plural, "duration": words.duration, "worst": words.worst,
-        "plain": words.plain, "dtype_of": _dtype_of, "line": words.line, "text": words.text,
-        "code": words.code, "fenced": words.fenced,
+        "prose": prose,
+        "breakable": breakable,
+        "first_byte": first_byte,
+        "headline": _headline,
+        "plural": words.plural,
+        "duration": words.duration,
+        "worst": words.worst,
+        "plain": words.plain,
+        "dtype_of": _dtype_of,
+        "line": words.line,
+        "text": words.text,
+        "code": words.code,
+        "fenced": words.fenced,
         "digest": lambda text: f"sha256-{b64encode(sha256(text.encode()).digest()).decode()}",
         "tally": lambda cases: Counter(case.status for case in cases),
         "about": lambda tags: " · ".join(f"{name} {value}" for name, value in tags.items()),
-    }  # fmt: skip
+    }
     return made
 
 

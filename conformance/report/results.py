@@ -18,9 +18,12 @@ from portakv_conformance.report.words import built, emulated, text
 Check = Callable[[str], list[str]]
 # Packages of the environment whose versions a result stands or falls with, beyond torch's own.
 _PACKAGES = {
-    "triton": ("triton",), "compiled": ("triton",), "hip": ("hip",), "ascend": ("cann",),
+    "triton": ("triton",),
+    "compiled": ("triton",),
+    "hip": ("hip",),
+    "ascend": ("cann",),
     "cuda": ("nvidia-cuda-nvrtc", "cuda-bindings"),
-}  # fmt: skip
+}
 
 
 def device_kind(record: RunRecord) -> str:

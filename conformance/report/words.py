@@ -16,9 +16,12 @@ from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, R
 #: The rungs of verification that a run can reach.
 RUNGS = {"R3": "semantics emulated", "R6": "run on the hardware"}
 STATUS_WORDS: dict[Status, str] = {
-    "passed": "passed", "failed": "failed", "error": "error", "waived": "waived",
+    "passed": "passed",
+    "failed": "failed",
+    "error": "error",
+    "waived": "waived",
     "not-claimed": "not claimed",
-}  # fmt: skip
+}
 EMULATED = (
     "The device, or what runs code on it, was simulated in software. The run says that the "
     "semantics are right, not that any hardware works, and nothing about speed."

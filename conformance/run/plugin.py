@@ -120,11 +120,15 @@ class Suite:
         self._lone = 0  # cases left out for want of a second device
         # Loaded before any case is imported; no case has a number of examples of its own.
         settings.register_profile(
-            "portakv", max_examples=self.fuzz or EXAMPLES[self.profile], database=None,
-            deadline=None, phases=(Phase.explicit, Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck), print_blob=False,
+            "portakv",
+            max_examples=self.fuzz or EXAMPLES[self.profile],
+            database=None,
+            deadline=None,
+            phases=(Phase.explicit, Phase.generate, Phase.shrink),
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
             report_multiple_bugs=False,  # one failure, the one whose example is kept
-        )  # fmt: skip
+        )
         settings.load_profile("portakv")
 
     def _found(self, config: pytest.Config) -> Subject:
@@ -135,12 +139,15 @@ class Suite:
             found = subject(config.getoption("--portakv-backend"), asked, emulated=emulated)
             if self.events is not None:
                 claims = environment.plain(found.can)
-                self._tell({
-                    "event": "subject", "backend": environment.describe_backend(found),
-                    "environment": environment.describe_environment(found, asked),
-                    "capabilities": claims if isinstance(claims, dict) else {"": claims},
-                    "trace": [str(decision) for decision in found.trace],
-                })  # fmt: skip
+                self._tell(
+                    {
+                        "event": "subject",
+                        "backend": environment.describe_backend(found),
+                        "environment": environment.describe_environment(found, asked),
+                        "capabilities": claims if isinstance(claims, dict) else {"": claims},
+                        "trace": [str(decision) for decision in found.trace],
+                    }
+                )
             return found
         except PortaKVError as error:
             why = str(error)
@@ -187,10 +194,15 @@ class Suite:
         config.hook.pytest_deselected(items=[i for i in mine if case_id(i) not in wanted])
         items[:] = [item for item in items if not is_case(item)] + [kept[id] for id in ids]
         pairs = [id for id in ids if "two devices" in _needs(kept[id])]
-        self._tell({
-            "event": "list", "cases": {id: about(kept[id]) for id in ids}, "profile": profile,
-            "two devices": pairs, "lone": self._lone,
-        })  # fmt: skip
+        self._tell(
+            {
+                "event": "list",
+                "cases": {id: about(kept[id]) for id in ids},
+                "profile": profile,
+                "two devices": pairs,
+                "lone": self._lone,
+            }
+        )
 
     def _belongs(self, item: pytest.Item) -> bool:
         if mark_of(item, "profile") == "full" and self.profile == "core":
@@ -268,10 +280,15 @@ class Suite:
         status, reason, details = outcome(reports, judge, self.subject.flaw)
         where = self.subject.device
         record = CaseRecord(
-            case_id(item), **about(item), status=status, seconds=round(seconds, 4),
-            examples=judge.examples if judge else 0, declined=len(judge.declined) if judge else 0,
-            reason=reason, details=details,
-        )  # fmt: skip
+            case_id(item),
+            **about(item),
+            status=status,
+            seconds=round(seconds, 4),
+            examples=judge.examples if judge else 0,
+            declined=len(judge.declined) if judge else 0,
+            reason=reason,
+            details=details,
+        )
         if record.status == "passed" and record.examples:
             self.alive.learn()
         if why := self.alive.lost() if record.status in WRONG else "":
@@ -311,10 +328,15 @@ class Suite:
             return
         name = f"example-{zlib.crc32(record.id.encode()):08x}.json"
         origin = {
-            "case": record.id, "backend": self.subject.target, "device": str(self.subject.device),
-            "emulated": self.subject.emulated, "seed": self.seed, "reason": record.reason,
-            "direct": judge.direct, "end": judge.end,
-        }  # fmt: skip
+            "case": record.id,
+            "backend": self.subject.target,
+            "device": str(self.subject.device),
+            "emulated": self.subject.emulated,
+            "seed": self.seed,
+            "reason": record.reason,
+            "direct": judge.direct,
+            "end": judge.end,
+        }
         file = Path(self.examples) / name
         try:
             saved.save(judge.failing, file, origin)

@@ -48,16 +48,27 @@ def run(
     if journal.lone:
         environment[LEFT_OUT] = f"{counted(journal.lone)} left out, since one device was found"
     record = RunRecord(
-        schema=SCHEMA, suite=SUITE_VERSION, spec=SPEC_VERSION, backend=subject["backend"],
-        environment=environment, capabilities=subject["capabilities"], trace=subject["trace"],
-        profile=options.profile, seed=options.seed, fuzz=options.fuzz,
+        schema=SCHEMA,
+        suite=SUITE_VERSION,
+        spec=SPEC_VERSION,
+        backend=subject["backend"],
+        environment=environment,
+        capabilities=subject["capabilities"],
+        trace=subject["trace"],
+        profile=options.profile,
+        seed=options.seed,
+        fuzz=options.fuzz,
         case_list_sha256=case_list_sha256(journal.ids),
         cases=[journal.cases[id] for id in journal.ids if id in journal.cases],
-        totals={}, rung="", verdict="", missing=journal.missing,
+        totals={},
+        rung="",
+        verdict="",
+        missing=journal.missing,
         started=started.isoformat(timespec="seconds"),
-        seconds=round(time.monotonic() - began, 2), command=options.command(),
+        seconds=round(time.monotonic() - began, 2),
+        command=options.command(),
         waivers=[asdict(waiver) for waiver in options.waivers],
-    )  # fmt: skip
+    )
     judge(record)
     return record
 

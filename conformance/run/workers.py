@@ -77,10 +77,13 @@ class WorkerProcess:
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         with self._printed.open("wb") as printed:
             self._process = subprocess.Popen(
-                [*command, *told], stdin=subprocess.DEVNULL, stdout=printed,
-                stderr=subprocess.STDOUT, env=environment,
+                [*command, *told],
+                stdin=subprocess.DEVNULL,
+                stdout=printed,
+                stderr=subprocess.STDOUT,
+                env=environment,
                 start_new_session=True,  # Ctrl-C is ours to handle, and its children end with it
-            )  # fmt: skip
+            )
 
     def events(self, seconds: float = 0.0) -> list[dict[str, Any]]:
         """The next events; empty if none came within ``seconds`` or the process has ended."""
@@ -140,7 +143,7 @@ class Worker:
 
     def __init__(
         self, process: WorkerProcess, journal: Journal, share: Share, limit: float
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.process = process
         self._journal = journal
         self._share = share

@@ -23,9 +23,19 @@ from torch.utils import backend_registration
 from portakv_conformance.simdev.build import SimulatedDeviceError, load_library, missing
 
 __all__ = [
-    "EMULATED", "NAMES", "SimulatedDeviceError", "available", "copy_runs", "counted", "delay",
-    "early", "load", "loaded", "synchronised", "take_faults",
-]  # fmt: skip
+    "EMULATED",
+    "NAMES",
+    "SimulatedDeviceError",
+    "available",
+    "copy_runs",
+    "counted",
+    "delay",
+    "early",
+    "load",
+    "loaded",
+    "synchronised",
+    "take_faults",
+]
 
 #: What it always says of itself.
 EMULATED = True

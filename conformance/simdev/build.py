@@ -54,11 +54,20 @@ def load_library() -> None:
     home = Path(torch.__file__).parent
     abi = int(torch.compiled_with_cxx11_abi())
     command = [
-        compiler, str(_SOURCES[0]),
-        "-std=c++20", "-O1", "-fPIC", "-shared", f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
-        f"-I{home / 'include'}", f"-I{home / 'include/torch/csrc/api/include'}",
-        f"-L{home / 'lib'}", "-ltorch_cpu", "-lc10", "-ldl",
-    ]  # fmt: skip
+        compiler,
+        str(_SOURCES[0]),
+        "-std=c++20",
+        "-O1",
+        "-fPIC",
+        "-shared",
+        f"-D_GLIBCXX_USE_CXX11_ABI={abi}",
+        f"-I{home / 'include'}",
+        f"-I{home / 'include/torch/csrc/api/include'}",
+        f"-L{home / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+        "-ldl",
+    ]
     key = [*(source.read_text(encoding="utf-8") for source in _SOURCES), torch.__version__]
     try:
         with _one_builder():

@@ -33,10 +33,13 @@ def main() -> None:
     enter("npu")
     refusals = [_refused(name, call, kind) for name, call, kind in _forbidden(torch_npu)]
     told = {
-        "torch": torch.__version__, "torch_npu": torch_npu.__version__,
-        "torch_npu_git": torch_npu.version.git_version, "schemas": schemas, "refusals": refusals,
+        "torch": torch.__version__,
+        "torch_npu": torch_npu.__version__,
+        "torch_npu_git": torch_npu.version.git_version,
+        "schemas": schemas,
+        "refusals": refusals,
         "kernel": launch_kernel(torch_npu),
-    }  # fmt: skip
+    }
     print(json.dumps(told))
 
 
@@ -121,10 +124,13 @@ def _forbidden(torch_npu: Any) -> list[tuple[str, _Call, type[Exception]]]:
         ("scatter, an empty tensor", norm(rows[:0], rows[:0], *two[2:], slots=slots[:0]), refused),
         ("gather, int64 blocks", lambda: gather(*two[2:], ids.long(), ids[0], *two[:2]), refused),
         ("tanh, which nothing emulates", rows.tanh, refused),
-        ("tanh, in a thread that is not watched",
-         lambda: ThreadPoolExecutor(1).submit(rows.tanh).result(), RuntimeError),
+        (
+            "tanh, in a thread that is not watched",
+            lambda: ThreadPoolExecutor(1).submit(rows.tanh).result(),
+            RuntimeError,
+        ),
         ("a copy of an NZ tensor given as ND", lambda: _copy_of(nz), Unsupported),
-    ]  # fmt: skip
+    ]
 
 
 def _copy_of(cache: torch.Tensor) -> None:

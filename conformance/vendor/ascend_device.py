@@ -45,22 +45,54 @@ _VENDOR: dict[str, Callable[..., Any]] = {
 # What the library and the suite need around them, by torch's own kernels: arithmetic on ids,
 # comparisons, fills. `clone` and `copy_` are the vendor's if they move plain bytes.
 _PLAIN = (
-    "aten::add.Tensor", "aten::add_.Tensor", "aten::mul.Tensor", "aten::floor_divide",
-    "aten::remainder.Scalar", "aten::clamp", "aten::ge.Scalar", "aten::__and__.Tensor",
-    "aten::bitwise_not", "aten::bitwise_or.Tensor", "aten::nonzero", "aten::index.Tensor",
-    "aten::index_put_", "aten::lt.Scalar",
-    "aten::equal", "aten::arange", "aten::arange.start", "aten::cat", "aten::stack",
-    "aten::fill_.Scalar", "aten::zero_", "aten::clone",
-)  # fmt: skip
+    "aten::add.Tensor",
+    "aten::add_.Tensor",
+    "aten::mul.Tensor",
+    "aten::floor_divide",
+    "aten::remainder.Scalar",
+    "aten::clamp",
+    "aten::ge.Scalar",
+    "aten::__and__.Tensor",
+    "aten::bitwise_not",
+    "aten::bitwise_or.Tensor",
+    "aten::nonzero",
+    "aten::index.Tensor",
+    "aten::index_put_",
+    "aten::lt.Scalar",
+    "aten::equal",
+    "aten::arange",
+    "aten::arange.start",
+    "aten::cat",
+    "aten::stack",
+    "aten::fill_.Scalar",
+    "aten::zero_",
+    "aten::clone",
+)
 # Metadata and memory, by the vendor's own code; what these are composed of is watched as well.
-_OWN = frozenset({
-    "aten::_local_scalar_dense", "aten::_to_copy", "aten::alias", "aten::as_strided",
-    "aten::detach", "aten::full_like", "aten::lift_fresh", "aten::new_empty",
-    "aten::record_stream", "aten::select.int", "aten::set_.source_Storage",
-    "aten::set_.source_Storage_storage_offset", "aten::slice.Tensor", "aten::split_with_sizes",
-    "aten::unbind.int", "aten::unsqueeze", "aten::view", "aten::view.dtype", "aten::zeros_like",
-    "npu::get_npu_format",
-})  # fmt: skip
+_OWN = frozenset(
+    {
+        "aten::_local_scalar_dense",
+        "aten::_to_copy",
+        "aten::alias",
+        "aten::as_strided",
+        "aten::detach",
+        "aten::full_like",
+        "aten::lift_fresh",
+        "aten::new_empty",
+        "aten::record_stream",
+        "aten::select.int",
+        "aten::set_.source_Storage",
+        "aten::set_.source_Storage_storage_offset",
+        "aten::slice.Tensor",
+        "aten::split_with_sizes",
+        "aten::unbind.int",
+        "aten::unsqueeze",
+        "aten::view",
+        "aten::view.dtype",
+        "aten::zeros_like",
+        "npu::get_npu_format",
+    }
+)
 _KNOWN = frozenset({*_VENDOR, *_PLAIN, *_OWN, "aten::copy_"})
 _kept: list[Any] = []
 

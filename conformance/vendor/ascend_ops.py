@@ -51,11 +51,17 @@ def pinned_schemas(whose: str) -> dict[str, str]:
 
 
 def scatter_pa_kv_cache(
-    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor, *, compress_lens: torch.Tensor | None = None,
-    compress_seq_offsets: torch.Tensor | None = None, seq_lens: torch.Tensor | None = None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    compress_lens: torch.Tensor | None = None,
+    compress_seq_offsets: torch.Tensor | None = None,
+    seq_lens: torch.Tensor | None = None,
     cache_mode: str | None = "PA_NZ",
-) -> None:  # fmt: skip
+) -> None:
     """Write row ``i`` of key and value to slot ``slot_mapping[i]`` of the caches."""
     need = _needs("npu_scatter_pa_kv_cache")
     need(cache_mode in (None, "Norm"), f"cache_mode {cache_mode!r} is for NZ; these are ND")
@@ -72,10 +78,16 @@ def scatter_pa_kv_cache(
 
 
 def gather_pa_kv_cache(
-    key_cache: torch.Tensor, value_cache: torch.Tensor, block_tables: torch.Tensor,
-    seq_lens: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
-    seq_offset: torch.Tensor | None = None, is_seq_lens_cumsum: bool = False,
-) -> None:  # fmt: skip
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    seq_offset: torch.Tensor | None = None,
+    is_seq_lens_cumsum: bool = False,
+) -> None:
     """Read the tokens of one sequence, block by block, into key and value."""
     need = _needs("npu_gather_pa_kv_cache")
     need(seq_offset is None and not is_seq_lens_cumsum, "offsets and sums are not emulated")

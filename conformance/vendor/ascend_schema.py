@@ -82,8 +82,13 @@ def right(report: dict[str, Any]) -> bool:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__)
     add = parser.add_argument
-    add("--venv", type=Path, default=directory() / "ascend-venv", metavar="DIR",
-        help="the environment; made if it is not there, kept for the next time")  # fmt: skip
+    add(
+        "--venv",
+        type=Path,
+        default=directory() / "ascend-venv",
+        metavar="DIR",
+        help="the environment; made if it is not there, kept for the next time",
+    )
     add("--report", type=Path, default=Path("out"), metavar="DIR", help="where reports go")
     add("--profile", choices=("core", "full"), default="full", help="of the suite (default: full)")
     return parser
@@ -103,22 +108,30 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
         calls.update(json.loads(file.read_text(encoding="utf-8")))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     made = {
-        "job": "ascend-schema", "emulated": True, "says": SENTENCE,
+        "job": "ascend-schema",
+        "emulated": True,
+        "says": SENTENCE,
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "command": f"{COMMAND} --profile {asked.profile} --report out",
         "wheel": {"file": wheel.name, "sha256": digest},
-        **json.loads(checks), "cann_stub_raises": raising, "conformance": suite,
+        **json.loads(checks),
+        "cann_stub_raises": raising,
+        "conformance": suite,
         "ops_called": dict(sorted(calls.items())),
-    }  # fmt: skip
+    }
     # What the ladder reads of a record (portakv_conformance.evidence.evidence).
     return {
-        **made, "what": "accepted by the vendor's schemas", "right": right(made),
-        "name": name_of(BACKEND), "backend": BACKEND, "source_sha256": suite["source_sha256"],
+        **made,
+        "what": "accepted by the vendor's schemas",
+        "right": right(made),
+        "name": name_of(BACKEND),
+        "backend": BACKEND,
+        "source_sha256": suite["source_sha256"],
         "device": "npu, emulated",
         "versions": f"torch-npu {made['torch_npu']}, torch {made['torch']}",
         "vendor": {wheel.name: digest},
         "emulation": hashed([_ENTER.partition(":")[0], f"{__package__}.ascend_checks"]),
-    }  # fmt: skip
+    }
 
 
 def _environment(venv: Path, python: Path) -> Path:
@@ -160,9 +173,12 @@ def _variables(work: Path) -> dict[str, str]:
         home = Path(str(importlib.import_module(name).__file__)).parent
         (site / name).symlink_to(home, target_is_directory=True)
     return {
-        "PYTHONPATH": str(site), standins.EMULATION: _ENTER, ascend_device.CALLS: str(calls),
-        "PYTHONWARNINGS": "ignore", VARIABLE: "",  # this job is about the ops
-    }  # fmt: skip
+        "PYTHONPATH": str(site),
+        standins.EMULATION: _ENTER,
+        ascend_device.CALLS: str(calls),
+        "PYTHONWARNINGS": "ignore",
+        VARIABLE: "",  # this job is about the ops
+    }
 
 
 def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) -> dict[str, Any]:
@@ -176,11 +192,15 @@ def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) 
     kept = keep(file, report)  # as it can be committed
     record = read(kept)
     return {
-        "file": kept.name, "sha256": hashlib.sha256(kept.read_bytes()).hexdigest(),
-        "verdict": record.verdict, "rung": record.rung, "suite": record.suite,
-        "profile": record.profile, "source_sha256": record.backend["source_sha256"],
+        "file": kept.name,
+        "sha256": hashlib.sha256(kept.read_bytes()).hexdigest(),
+        "verdict": record.verdict,
+        "rung": record.rung,
+        "suite": record.suite,
+        "profile": record.profile,
+        "source_sha256": record.backend["source_sha256"],
         "cases": dict(sorted(Counter(case.status for case in record.cases).items())),
-    }  # fmt: skip
+    }
 
 
 def run(command: Sequence[str], variables: Any = None, accepted: Sequence[int] = (0,)) -> str:

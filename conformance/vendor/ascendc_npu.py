@@ -37,9 +37,14 @@ _NO_DEVICE_MEMORY = 507053  # for memory that a core does not reach
 _INTERNAL_ERROR = 507899  # for what the emulation did not expect; told on stderr
 
 _SERVE = ctypes.CFUNCTYPE(
-    ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p,
-    ctypes.c_uint32, ctypes.c_void_p,
-)  # fmt: skip
+    ctypes.c_int,
+    ctypes.c_void_p,
+    ctypes.c_uint32,
+    ctypes.c_uint32,
+    ctypes.c_void_p,
+    ctypes.c_uint32,
+    ctypes.c_void_p,
+)
 _ROWS = (
     "rows(int library, int[] copy, int cores, int ub_bytes, int[] firsts, "
     "Tensor(a!)[] written, Tensor[] read) -> ()"
@@ -142,9 +147,14 @@ def _serve(
         stream = torch.Stream(stream_id=stream_id, device_index=device, device_type=kind)
         with torch.get_device_module("npu").stream(stream):
             torch.ops.portakv_ascendc.rows(
-                library, numbers, cores, ub_bytes, [first for first, _, _ in held],
-                tensors[:written], tensors[written:],
-            )  # fmt: skip
+                library,
+                numbers,
+                cores,
+                ub_bytes,
+                [first for first, _, _ in held],
+                tensors[:written],
+                tensors[written:],
+            )
     except _HostMemory:
         return _NO_DEVICE_MEMORY
     except Exception:  # the caller is C++, which would drop it without a word
@@ -168,9 +178,14 @@ def _tensor(first: int, size: int, device: int) -> torch.Tensor:
 
 
 def _rows(
-    library: int, copy: list[int], cores: int, ub_bytes: int, firsts: list[int],
-    written: list[torch.Tensor], read: list[torch.Tensor],
-) -> None:  # fmt: skip
+    library: int,
+    copy: list[int],
+    cores: int,
+    ub_bytes: int,
+    firsts: list[int],
+    written: list[torch.Tensor],
+    read: list[torch.Tensor],
+) -> None:
     """The job: the kernel, on the bytes behind tensors that begin at addresses of the device."""
     held = [*((one, True) for one in written), *((one, False) for one in read)]
     memory = [

@@ -17,8 +17,14 @@ _SOURCE = Path(__file__).with_name("cann_stub.c")
 # One library holds everything; the others, which torch_npu opens by name, lead to it.
 _WHOLE = "ascendcl"
 _NAMES = (
-    "hccl", "acl_op_compiler", "ge_runner", "graph", "acl_tdt_channel", "opapi", "cust_opapi",
-)  # fmt: skip
+    "hccl",
+    "acl_op_compiler",
+    "ge_runner",
+    "graph",
+    "acl_tdt_channel",
+    "opapi",
+    "cust_opapi",
+)
 _FUNCTION = re.compile(r"^(?:acl|rt|Msprof|Hccl|hccl)[A-Za-z0-9_]*$")
 # The adapter for ATB, which torch_npu loads only if NNAL is installed.
 _OPTIONAL = "libop_plugin_atb.so"
@@ -53,8 +59,18 @@ def build(packages: Path, folder: Path) -> list[str]:
     empty = folder / "empty.c"
     empty.write_text("", encoding="utf-8")
     for name in _NAMES:
-        run("gcc", "-shared", "-fPIC", str(empty), "-Wl,--no-as-needed", f"-L{lib}",
-             f"-l{_WHOLE}", "-Wl,-rpath,$ORIGIN", "-o", str(lib / f"lib{name}.so"))  # fmt: skip
+        run(
+            "gcc",
+            "-shared",
+            "-fPIC",
+            str(empty),
+            "-Wl,--no-as-needed",
+            f"-L{lib}",
+            f"-l{_WHOLE}",
+            "-Wl,-rpath,$ORIGIN",
+            "-o",
+            str(lib / f"lib{name}.so"),
+        )
     return raising
 
 
@@ -62,9 +78,12 @@ def environment(folder: Path) -> dict[str, str]:
     """The variables under which torch_npu finds the stub in ``folder``."""
     path = os.pathsep.join(filter(None, [str(folder / "lib"), os.environ.get("LD_LIBRARY_PATH")]))
     return {
-        "ASCEND_HOME_PATH": str(folder), "ASCEND_OPP_PATH": str(folder / "opp"),
-        "LD_LIBRARY_PATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0", "TASK_QUEUE_ENABLE": "0",
-    }  # fmt: skip
+        "ASCEND_HOME_PATH": str(folder),
+        "ASCEND_OPP_PATH": str(folder / "opp"),
+        "LD_LIBRARY_PATH": path,
+        "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        "TASK_QUEUE_ENABLE": "0",
+    }
 
 
 def _symbols(files: Iterable[Path], which: str, *, dynamic: bool = True) -> set[str]:

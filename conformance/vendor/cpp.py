@@ -46,10 +46,13 @@ def _build(command: Sequence[str]) -> bytes:
         target = Path(folder, "library.so")
         try:
             done = subprocess.run(
-                [*command, "-o", str(target)], capture_output=True, text=True, check=False,
+                [*command, "-o", str(target)],
+                capture_output=True,
+                text=True,
+                check=False,
                 timeout=_SECONDS,
                 env={**os.environ, "LD_PRELOAD": ""},  # a sanitizer's runtime is not for it
-            )  # fmt: skip
+            )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise CompilerError(str(error)) from error
         if done.returncode:

@@ -37,15 +37,19 @@ _NHD = "layer | kv block token head dim"
 # What loads and stores one vector of so many bytes (LLVM's AMDGPU assembler): of 2 and of 1 also to
 # and from either half of a register.
 _LOADS = {
-    16: ("global_load_dwordx4",), 8: ("global_load_dwordx2",), 4: ("global_load_dword",),
+    16: ("global_load_dwordx4",),
+    8: ("global_load_dwordx2",),
+    4: ("global_load_dword",),
     2: ("global_load_ushort", "global_load_short_d16", "global_load_short_d16_hi"),
     1: ("global_load_ubyte", "global_load_ubyte_d16", "global_load_ubyte_d16_hi"),
-}  # fmt: skip
+}
 _STORES = {
-    16: ("global_store_dwordx4",), 8: ("global_store_dwordx2",), 4: ("global_store_dword",),
+    16: ("global_store_dwordx4",),
+    8: ("global_store_dwordx2",),
+    4: ("global_store_dword",),
     2: ("global_store_short", "global_store_short_d16_hi"),
     1: ("global_store_byte", "global_store_byte_d16_hi"),
-}  # fmt: skip
+}
 _IDS = {*_LOADS[8], *_LOADS[4]}  # what loads ids and addresses
 # The status word, which lies in host memory, is read and then replaced if it is higher.
 _STATUS = {"flat_load_dwordx2", "flat_atomic_cmpswap_x2", "global_atomic_cmpswap_x2"}
@@ -190,14 +194,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.report:  # a record of a job, as `portakv_conformance.evidence.evidence` reads it
         what, who, script = _DTK if given.dtk else _HIPCC
         report = {
-            "what": what, "backend": "portakv.backends.hip:Hip", "name": Hip.name,
+            "what": what,
+            "backend": "portakv.backends.hip:Hip",
+            "name": Hip.name,
             "source_sha256": source_sha256("portakv.backends.hip:Hip"),
             "device": f"{who} {', '.join(given.targets)}",
             "command": " ".join([f"bash native/cuda/{script}", *given.targets]),
-            "compiler": compiler, "date": datetime.now(timezone.utc).date().isoformat(),
-            "targets": list(given.targets), "right": not wrong,
+            "compiler": compiler,
+            "date": datetime.now(timezone.utc).date().isoformat(),
+            "targets": list(given.targets),
+            "right": not wrong,
             "kernels": [asdict(code) for code in found],
-        }  # fmt: skip
+        }
         given.report.write_text(json.dumps(report, indent=1) + "\n")
     print(f"{len(found)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
     return int(wrong > 0)

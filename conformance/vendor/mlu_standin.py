@@ -70,9 +70,13 @@ def install(*, direction: bool = True, transfer: bool = True) -> None:
 
 
 def reshape_paged_cache(
-    k: torch.Tensor, v: torch.Tensor | None, k_cache: torch.Tensor, v_cache: torch.Tensor | None,
-    slot_mapping: torch.Tensor, direction: bool = False,
-) -> Any:  # fmt: skip
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+    direction: bool = False,
+) -> Any:
     """Scatter ``k``, ``v`` [tokens, heads, size] into caches [blocks, heads, block_size, size], or
     with ``direction`` gather; a negative slot moves nothing. `RuntimeError` for a dtype, shape,
     stride or device that the op does not take."""
@@ -96,17 +100,27 @@ def reshape_paged_cache(
 
 
 def _reshape_to_cache(
-    k: torch.Tensor, v: torch.Tensor | None, k_cache: torch.Tensor, v_cache: torch.Tensor | None,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor | None,
     slot_mapping: torch.Tensor,
-) -> Any:  # fmt: skip
+) -> Any:
     return reshape_paged_cache(k, v, k_cache, v_cache, slot_mapping)
 
 
 def multi_layer_kv_transfer(
-    key_value: torch.Tensor, kv_cache_ptrs: torch.Tensor, slot_mapping: torch.Tensor,
-    paged_memory_device: torch.device, page_buffer_size: int, direction: TransferDirection,
-    kv_format: KVFormat, block_size: int, head_size: int, skip_prefix_n_tokens: int,
-) -> None:  # fmt: skip
+    key_value: torch.Tensor,
+    kv_cache_ptrs: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    paged_memory_device: torch.device,
+    page_buffer_size: int,
+    direction: TransferDirection,
+    kv_format: KVFormat,
+    block_size: int,
+    head_size: int,
+    skip_prefix_n_tokens: int,
+) -> None:
     """Move all layers between ``key_value`` [2, L, T, heads * head_size] ([L, T, ...] for
     NB_HN_BS_HS), on the host or the device, and the caches behind the L pointers. `RuntimeError`
     for a dtype, shape, stride, device or number that the op does not take."""
@@ -149,9 +163,12 @@ def _checked_planes(
 
 
 def _caches(
-    address: int, pages: tuple[int, int, int, int], kv_format: KVFormat, dtype: torch.dtype,
+    address: int,
+    pages: tuple[int, int, int, int],
+    kv_format: KVFormat,
+    dtype: torch.dtype,
     device: torch.device,
-) -> list[torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:
     """The planes [blocks, heads, block_size, head_size] of the cache at an address."""
     blocks, *page = pages
     shape = {

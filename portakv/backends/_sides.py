@@ -39,9 +39,13 @@ class SideArguments:
     countable = 2**63 - 1
 
     def __init__(
-        self, nest: Nest, plan: CopyPlan, name: str, outer: Sequence[Loop],
+        self,
+        nest: Nest,
+        plan: CopyPlan,
+        name: str,
+        outer: Sequence[Loop],
         inner: Sequence[Loop] = (),
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.side: Side = getattr(nest, name)
         self.unit = plan.unit
         self.per_id = getattr(plan, f"{name}_step") // plan.unit

@@ -82,9 +82,17 @@ def find_plane(plane, side, TABLE: tl.constexpr, OUTER: tl.constexpr, ENTRIES: t
 
 @triton.jit
 def find_pieces(
-    place, entry, number, piece, moved, side,
-    TABLE: tl.constexpr, UNITS: tl.constexpr, INNER: tl.constexpr, ENTRIES: tl.constexpr,
-):  # fmt: skip
+    place,
+    entry,
+    number,
+    piece,
+    moved,
+    side,
+    TABLE: tl.constexpr,
+    UNITS: tl.constexpr,
+    INNER: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):
     """The address of each piece of a tile, from the bytes and the entry of its plane."""
     address = walk(piece, walk(number, place, side.units, UNITS, 1), side.inner, INNER, 0)
     if TABLE == 2:
@@ -115,14 +123,31 @@ def report(status, position):
 
 @triton.jit
 def copy_rows(
-    src, dst, units, start, tokens, status,
-    VECTOR: tl.constexpr, LANES: tl.constexpr, TILE: tl.constexpr,
-    RUN: tl.constexpr, ROW: tl.constexpr, OUTER: tl.constexpr, INNER: tl.constexpr,
-    SRC_PER_ID: tl.constexpr, SRC_UNITS: tl.constexpr, SRC_TABLE: tl.constexpr,
-    SRC_UNIT_ENTRIES: tl.constexpr, SRC_OUTER_ENTRIES: tl.constexpr,
-    DST_PER_ID: tl.constexpr, DST_UNITS: tl.constexpr, DST_TABLE: tl.constexpr,
-    DST_UNIT_ENTRIES: tl.constexpr, DST_OUTER_ENTRIES: tl.constexpr, ELEMENT: tl.constexpr,
-):  # fmt: skip
+    src,
+    dst,
+    units,
+    start,
+    tokens,
+    status,
+    VECTOR: tl.constexpr,
+    LANES: tl.constexpr,
+    TILE: tl.constexpr,
+    RUN: tl.constexpr,
+    ROW: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    SRC_PER_ID: tl.constexpr,
+    SRC_UNITS: tl.constexpr,
+    SRC_TABLE: tl.constexpr,
+    SRC_UNIT_ENTRIES: tl.constexpr,
+    SRC_OUTER_ENTRIES: tl.constexpr,
+    DST_PER_ID: tl.constexpr,
+    DST_UNITS: tl.constexpr,
+    DST_TABLE: tl.constexpr,
+    DST_UNIT_ENTRIES: tl.constexpr,
+    DST_OUTER_ENTRIES: tl.constexpr,
+    ELEMENT: tl.constexpr,
+):
     """Copy ``units`` units of one nest, from unit ``start`` on, in all planes.
 
     ``src`` and ``dst`` are `_triton_rows.Side`. A unit has ``tokens`` tokens; the position of a
@@ -144,13 +169,29 @@ def copy_rows(
     moved = src_moved & dst_moved
     piece = within // RUN
     source = find_pieces(
-        src_place, src_entry, src_number, piece, moved, src,
-        SRC_TABLE, SRC_UNITS, INNER, SRC_UNIT_ENTRIES,
-    )  # fmt: skip
+        src_place,
+        src_entry,
+        src_number,
+        piece,
+        moved,
+        src,
+        SRC_TABLE,
+        SRC_UNITS,
+        INNER,
+        SRC_UNIT_ENTRIES,
+    )
     target = find_pieces(
-        dst_place, dst_entry, dst_number, piece, moved, dst,
-        DST_TABLE, DST_UNITS, INNER, DST_UNIT_ENTRIES,
-    )  # fmt: skip
+        dst_place,
+        dst_entry,
+        dst_number,
+        piece,
+        moved,
+        dst,
+        DST_TABLE,
+        DST_UNITS,
+        INNER,
+        DST_UNIT_ENTRIES,
+    )
     byte = (within % RUN).to(tl.int64) * VECTOR
     vectors = tl.load(to_pointers(source + byte, VECTOR, ELEMENT, LANES), mask=moved[:, None])
     tl.store(to_pointers(target + byte, VECTOR, ELEMENT, LANES), vectors, mask=moved[:, None])

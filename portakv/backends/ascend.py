@@ -42,14 +42,24 @@ from portakv.view.form import Form
 #: The arguments that each op is called with. The strings of all schemas: conformance/vendor.
 CALLS = {
     "npu_scatter_pa_kv_cache": {
-        "key", "value", "key_cache", "value_cache", "slot_mapping", "cache_mode",
+        "key",
+        "value",
+        "key_cache",
+        "value_cache",
+        "slot_mapping",
+        "cache_mode",
     },
     "npu_gather_pa_kv_cache": {
-        "key_cache", "value_cache", "block_tables", "seq_lens", "key", "value",
+        "key_cache",
+        "value_cache",
+        "block_tables",
+        "seq_lens",
+        "key",
+        "value",
     },
     "npu_scatter_nd_update_": {"input", "indices", "updates"},
     "get_npu_format": {"input"},
-}  # fmt: skip
+}
 #: The axes of a plane that the paged ops take, outermost first.
 PAGES = ("block", *TOKENS)
 #: Formats whose bytes lie where strides say: NCHW, ND, NCDHW, which all tensors begin with.

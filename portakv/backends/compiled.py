@@ -67,9 +67,12 @@ class Compiled(Backend):
     def capabilities(self) -> Capabilities:
         # Which dtype of ids will come is not known in prepare, and each is a program of its own.
         return Capabilities(
-            places_on(self.device), index_dtypes=frozenset({torch.int64}), skips_negative=True,
-            guards=True, capturable=self.device.type != "cpu",
-        )  # fmt: skip
+            places_on(self.device),
+            index_dtypes=frozenset({torch.int64}),
+            skips_negative=True,
+            guards=True,
+            capturable=self.device.type != "cpu",
+        )
 
     def prepare(self, plan: CopyPlan) -> Launch:
         if capturing(self.device):

@@ -64,9 +64,17 @@ SCATTER = ("k", "v", "k_cache", "v_cache", "slot_mapping")
 BOTH_WAYS = (*SCATTER, "direction")
 #: The parameters of `multi_layer_kv_transfer`.
 TRANSFER = (
-    "key_value", "kv_cache_ptrs", "slot_mapping", "paged_memory_device", "page_buffer_size",
-    "direction", "kv_format", "block_size", "head_size", "skip_prefix_n_tokens",
-)  # fmt: skip
+    "key_value",
+    "kv_cache_ptrs",
+    "slot_mapping",
+    "paged_memory_device",
+    "page_buffer_size",
+    "direction",
+    "kv_format",
+    "block_size",
+    "head_size",
+    "skip_prefix_n_tokens",
+)
 
 
 class Mlu(Backend):

@@ -106,9 +106,12 @@ class RowsKernel:
     names: Mapping[int, str] = NAMES
 
     def __init__(
-        self, nest: Nest, plan: CopyPlan, threads: int = THREADS,
+        self,
+        nest: Nest,
+        plan: CopyPlan,
+        threads: int = THREADS,
         tunings: tuple[Tuning, ...] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         peer = PEER_TUNING if plan.src.place == "peer" else None
         self.threads = threads
         self._tunings = peer or tunings or TUNING
@@ -143,16 +146,18 @@ class RowsKernel:
     @property
     def source(self) -> str:
         """The kernel's whole text; nests of one shape have one text."""
-        return "\n".join([
-            kernel_text(self.file),
-            "using namespace portakv;",
-            f"typedef {_extents(self.inner)} Inner;",
-            f"typedef {_extents(self.outer)} Outer;",
-            f"typedef {self.src.shape} Src;",
-            f"typedef {self.dst.shape} Dst;",
-            "typedef CopyOf<Src, Dst> Argument;",
-            *(self.entry(each, name) for each, name in self.names.items()),
-        ])  # fmt: skip
+        return "\n".join(
+            [
+                kernel_text(self.file),
+                "using namespace portakv;",
+                f"typedef {_extents(self.inner)} Inner;",
+                f"typedef {_extents(self.outer)} Outer;",
+                f"typedef {self.src.shape} Src;",
+                f"typedef {self.dst.shape} Dst;",
+                "typedef CopyOf<Src, Dst> Argument;",
+                *(self.entry(each, name) for each, name in self.names.items()),
+            ]
+        )
 
     def entry(self, each: int, name: str) -> str:
         """The definition of one entry, behind the types of its shape."""

@@ -140,9 +140,18 @@ class RowsLaunch(MoveLaunch):
                 kernel.pack_span(buffer, start, span)
                 blocks, planes = kernel.grid(span, each)
                 answer = self._launch(
-                    functions[each], blocks, planes, 1, threads, 1, 1, 0, handle,
-                    arguments.addresses[at], 0,
-                )  # fmt: skip
+                    functions[each],
+                    blocks,
+                    planes,
+                    1,
+                    threads,
+                    1,
+                    1,
+                    0,
+                    handle,
+                    arguments.addresses[at],
+                    0,
+                )
                 if answer != self._success:
                     self._driver.check(answer, "The launch")
 
@@ -151,9 +160,11 @@ class RowsAgain:
     """See `base.Again`. A straight function: its frames are a part of every registered call."""
 
     def __init__(
-        self, parts: list[tuple[Any, dict[int, Any], RowsKernel]], fixed: list[bytes],
+        self,
+        parts: list[tuple[Any, dict[int, Any], RowsKernel]],
+        fixed: list[bytes],
         driver: RowsDriver,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.most = min(kernel.most_units for *_, kernel in parts)
         self._parts = [
             (pack, functions, k.grid, k.threads, k.small, k.tuned) for pack, functions, k in parts

@@ -23,9 +23,7 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 #: An opaque element for each width in bytes; copying complex numbers moves bits.
-ELEMENTS = {
-    16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8
-}  # fmt: skip
+ELEMENTS = {16: torch.complex128, 8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _HOST = torch.device("cpu")
 #: For each plane the tensor over its rows; then which of them, in which order (None: all).
 _Tensors = list[torch.Tensor]

@@ -174,9 +174,18 @@ class _TritonLaunch(_OnDevice, MoveLaunch):
         for nest, run, function, metadata, constants in self._parts:
             for programs, arguments in nest.launches(move, status):
                 run(
-                    programs, nest.planes, 1, stream, function, metadata, None, None, None,
-                    *arguments, *constants,
-                )  # fmt: skip
+                    programs,
+                    nest.planes,
+                    1,
+                    stream,
+                    function,
+                    metadata,
+                    None,
+                    None,
+                    None,
+                    *arguments,
+                    *constants,
+                )
 
 
 class _TritonAgain(_OnDevice):
@@ -212,9 +221,21 @@ class _TritonAgain(_OnDevice):
             other = (dense + behind, *side)
             mine, theirs = (paged, other) if self._store else (other, paged)
             run(
-                nest.programs(count), nest.planes, 1, stream, function, metadata, *hooks,
-                mine, theirs, count, 0, 1, status, *constants,
-            )  # fmt: skip
+                nest.programs(count),
+                nest.planes,
+                1,
+                stream,
+                function,
+                metadata,
+                *hooks,
+                mine,
+                theirs,
+                count,
+                0,
+                1,
+                status,
+                *constants,
+            )
 
 
 def _driver() -> Any:

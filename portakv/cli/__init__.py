@@ -34,10 +34,14 @@ error that says what every candidate answered."""
 
 #: Verbs of other packages: the package, its extra, what that brings, and what the verb does.
 _DELEGATED: dict[str, tuple[str, str, tuple[str, ...], str]] = {
-    "conform": ("portakv_conformance", "conformance", ("pytest", "hypothesis"),
-                "judge a backend by the conformance suite"),
+    "conform": (
+        "portakv_conformance",
+        "conformance",
+        ("pytest", "hypothesis"),
+        "judge a backend by the conformance suite",
+    ),
     "bench": ("portakv_benchmarks", "bench", (), "measure backends on real models' shapes"),
-}  # fmt: skip
+}
 
 _MODULES = (doctor, backends, explain, layouts, store, migrate, warmup, calibrate)
 VERBS = ("demo", *(module.__name__.rpartition(".")[2] for module in _MODULES), *_DELEGATED)
@@ -101,16 +105,19 @@ def make_parser() -> argparse.ArgumentParser:
     )
     demo.add_argument("--device", help="a torch device (default: the accelerator, else cpu)")
     demo.add_argument(
-        "--store", metavar="DIR",
+        "--store",
+        metavar="DIR",
         help="instead: save a prefix to a folder, kill the process, go on from there in another",
-    )  # fmt: skip
+    )
     demo.add_argument("--json", action="store_true", help="print one JSON value")
     demo.set_defaults(run=_demo, misunderstood=demo.error)
     for verb in _MODULES:
         own = verbs.add_parser(
-            verb.__name__.rpartition(".")[2], help=verb.HELP, description=verb.DESCRIPTION,
+            verb.__name__.rpartition(".")[2],
+            help=verb.HELP,
+            description=verb.DESCRIPTION,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         verb.add_options(own)
         own.add_argument("--json", action="store_true", help="print one JSON value")
         own.set_defaults(run=verb.run, misunderstood=own.error)

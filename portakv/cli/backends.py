@@ -43,10 +43,12 @@ def run(asked: argparse.Namespace) -> int:
     """Print the traces. 1 if no device is served, as under a forced name that is unknown."""
     asks = [(d, "") for d in devices_present()] if asked.device is None else [_device(asked.device)]
     told: dict[str, Any] = {
-        "portakv": __version__, "torch": str(torch.__version__),
-        "python": platform.python_version(), "forced": forced_backend(),
+        "portakv": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "forced": forced_backend(),
         "devices": [_told(*device) for device in asks],
-    }  # fmt: skip
+    }
     (print_json if asked.json else _print)(told)
     if any(one["chosen"] for one in told["devices"]):
         return 0
@@ -81,12 +83,13 @@ def _told(device: torch.device | str, missing: str) -> dict[str, Any]:
     rungs = _verified([c["name"] for c in candidates], device)
     absent = isinstance(device, str)
     return {
-        "device": str(device), "name": "" if absent else device_name(torch.device(device)),
+        "device": str(device),
+        "name": "" if absent else device_name(torch.device(device)),
         "count": 0 if absent else torch.get_device_module(device).device_count(),
         "missing": missing,
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
         "candidates": [{**one, "verified": rungs.get(one["name"], "")} for one in candidates],
-    }  # fmt: skip
+    }
 
 
 def _print(told: Mapping[str, Any]) -> None:
@@ -147,9 +150,15 @@ def candidates_for(device: torch.device | str) -> list[Candidate]:
         decisions.insert(0, REGISTRY.unknown(forced))
     # An entry point that was refused shares its name with a backend: accepted tells them apart.
     return [
-        {"name": d.name, "accepted": d.accepted, "chosen": d.accepted and d.name == chosen,
-         "on_request": d.accepted and d.name not in usual, "reason": d.reason} for d in decisions
-    ]  # fmt: skip
+        {
+            "name": d.name,
+            "accepted": d.accepted,
+            "chosen": d.accepted and d.name == chosen,
+            "on_request": d.accepted and d.name not in usual,
+            "reason": d.reason,
+        }
+        for d in decisions
+    ]
 
 
 def candidates_for_plan(plan: CopyPlan, taken: Choice) -> list[Candidate]:

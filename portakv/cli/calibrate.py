@@ -28,9 +28,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
     parser.add_argument("--device", help="a torch device (default: the accelerator)")
     parser.add_argument(
-        "--seconds", type=read_above_zero, metavar="S", default=20.0,
+        "--seconds",
+        type=read_above_zero,
+        metavar="S",
+        default=20.0,
         help="time to measure at most; what is left then is interpolated (default: 20)",
-    )  # fmt: skip
+    )
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -72,8 +75,9 @@ def show(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: Any
         pinned = {name: point for name, point in found.items() if name != "ring"} or found
         best = min(pinned, key=lambda name: pinned[name].seconds)
         payload = size * runs
-        rates = [f"{payload / found[name].seconds / 1e9:.2f}" if name in found else ""
-                 for name in names]  # fmt: skip
+        rates = [
+            f"{payload / found[name].seconds / 1e9:.2f}" if name in found else "" for name in names
+        ]
         sizes = [str(size), str(runs), in_bytes(payload)]
         lines.append([direction, *sizes, *rates, best, in_time(found[best].seconds)])
     print_table(columns, lines, f"{table.device.get('model') or dev}, {dev}")

@@ -83,8 +83,13 @@ def _by_rich(columns: Sequence[Column], rows: Rows, widths: Sequence[int], title
 
     # No markup: layouts and shapes are full of square brackets.
     console = Console(width=output_width(), markup=False, emoji=False, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0),
-                  header_style="bold")  # fmt: skip
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        header_style="bold",
+    )
     for column, width in zip(columns, widths, strict=True):
         style = "cyan" if column.whole else None
         justify: Any = "right" if column.right else "left"

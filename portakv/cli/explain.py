@@ -48,10 +48,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_extents(parser.add_argument_group("extents"), blocks)
     group = parser.add_argument_group("indices")
     group.add_argument(
-        "--index", choices=("slots", "blocks"), default="slots",
+        "--index",
+        choices=("slots", "blocks"),
+        default="slots",
         help="paged sides are addressed by a slot mapping or a block table (opaque pages: always "
         "blocks); chunks by consecutive tokens (default: slots)",
-    )  # fmt: skip
+    )
     for side in ("src", "dst"):
         tokens = "tokens for each id; 0: no ids"
         group.add_argument(f"--{side}-step", type=_step, metavar="N", help=tokens)
@@ -59,9 +61,10 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help=f"force it, unless {ENVIRONMENT} is set")
     parser.add_argument("--src-device", metavar="D", help="the source's (default: as --device)")
     parser.add_argument(
-        "--caches", action="store_true",
+        "--caches",
+        action="store_true",
         help="list instead everything in the library that remembers: its name, size and limit",
-    )  # fmt: skip
+    )
     parser.add_argument("--storage", metavar="DIR", help="explain instead a block store's folder")
     explain_link.add_options(parser)
 
@@ -97,15 +100,22 @@ def run(asked: argparse.Namespace) -> int:
     _, taken = prepare(plan, choice)  # as a copy would
     why = taken.trace[-1].reason if peer else _why(taken)
     found = {
-        "source": _side_json(src), "destination": _side_json(dst),
+        "source": _side_json(src),
+        "destination": _side_json(dst),
         "plan": {
-            "unit": plan.unit, "vector_bytes": plan.vector, "token_bytes": plan.token_bytes,
-            "nests": [_nest_json(nest) for nest in plan.nests], "text": str(plan),
+            "unit": plan.unit,
+            "vector_bytes": plan.vector,
+            "token_bytes": plan.token_bytes,
+            "nests": [_nest_json(nest) for nest in plan.nests],
+            "text": str(plan),
         },
-        "device": str(taken.backend.device), "forced": taken.forced, "backend": taken.name,
-        "why": why, "notes": _notes(taken, ids=bool(src.step or dst.step)),
+        "device": str(taken.backend.device),
+        "forced": taken.forced,
+        "backend": taken.name,
+        "why": why,
+        "notes": _notes(taken, ids=bool(src.step or dst.step)),
         "candidates": candidates_for_plan(plan, taken),
-    }  # fmt: skip
+    }
     if asked.json:
         print_json(found)
     else:
@@ -123,8 +133,10 @@ def _caches(json: bool) -> int:
     columns.append(Column("at most", right=True))
     print_table(columns, [[str(cell) for cell in cache.values()] for cache in found])
     print()
-    print_prose("Of each the oldest entry goes first. In a process that copies: "
-                "portakv.runtime.bounded.caches().")  # fmt: skip
+    print_prose(
+        "Of each the oldest entry goes first. In a process that copies: "
+        "portakv.runtime.bounded.caches()."
+    )
     return 0
 
 
@@ -173,8 +185,10 @@ def _notes(taken: Choice, ids: bool) -> list[str]:
     guarded = taken.can.guards and taken.can.skips_negative
     if not ids or guarded or taken.backend.device.type == "cpu":
         return []
-    return ["Ids on the device are checked before launch, with one synchronisation; ids on the "
-            "host are not delayed."]  # fmt: skip
+    return [
+        "Ids on the device are checked before launch, with one synchronisation; ids on the "
+        "host are not delayed."
+    ]
 
 
 def _side_json(side: Side) -> dict[str, Any]:
@@ -187,24 +201,37 @@ def _side_json(side: Side) -> dict[str, Any]:
         lists = f"{lists}list of {len(tensors)}, each "
         tensors = tensors[0]
     return {
-        "asked": side.asked, "layout": side.layout.text, "tensors": lists + str((*tensors.shape,)),
-        "dtype": str(view.owners[0].dtype).removeprefix("torch."), "layers": view.layers,
-        "kv": view.kv, "heads": view.heads, "width_bytes": list(view.widths),
-        "block_size": view.block_size, "opaque": view.opaque, "step": side.step,
-    }  # fmt: skip
+        "asked": side.asked,
+        "layout": side.layout.text,
+        "tensors": lists + str((*tensors.shape,)),
+        "dtype": str(view.owners[0].dtype).removeprefix("torch."),
+        "layers": view.layers,
+        "kv": view.kv,
+        "heads": view.heads,
+        "width_bytes": list(view.widths),
+        "block_size": view.block_size,
+        "opaque": view.opaque,
+        "step": side.step,
+    }
 
 
 def _nest_json(nest: Nest) -> dict[str, Any]:
     loops = [
-        {"axis": loop.name, "extent": loop.extent,
-         "source": {"table": loop.src_table, "bytes": loop.src_stride},
-         "destination": {"table": loop.dst_table, "bytes": loop.dst_stride}}
+        {
+            "axis": loop.name,
+            "extent": loop.extent,
+            "source": {"table": loop.src_table, "bytes": loop.src_stride},
+            "destination": {"table": loop.dst_table, "bytes": loop.dst_stride},
+        }
         for loop in nest.loops
-    ]  # fmt: skip
+    ]
     return {
-        "source": _units_json(nest.src), "destination": _units_json(nest.dst), "loops": loops,
-        "run_bytes": nest.run, "vector_bytes": nest.vector,
-    }  # fmt: skip
+        "source": _units_json(nest.src),
+        "destination": _units_json(nest.dst),
+        "loops": loops,
+        "run_bytes": nest.run,
+        "vector_bytes": nest.vector,
+    }
 
 
 def _units_json(side: Units) -> dict[str, Any]:

@@ -23,9 +23,16 @@ from portakv.view.view import KVView
 
 #: Options that only `--host` reads, by where argparse leaves them.
 _ONLY = (
-    "run_bytes", "payload", "direction", "host_runs", "pageable", "overlap", "max_gbps",
-    "max_thread_blocks", "table",
-)  # fmt: skip
+    "run_bytes",
+    "payload",
+    "direction",
+    "host_runs",
+    "pageable",
+    "overlap",
+    "max_gbps",
+    "max_thread_blocks",
+    "table",
+)
 _RUN_BYTES = 32 << 10
 
 
@@ -110,20 +117,31 @@ def run(asked: argparse.Namespace) -> int:
     shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
     picked = pick(shapes, direction, out, terms, costs)  # as a transfer would
     found = {
-        "direction": direction, "bytes": nbytes, "runs": runs, "host_runs": host_runs,
-        "host_memory": memory, "engine": picked.engine, "why": picked.why,
-        "terms": {**asdict(terms), "text": _in_words(terms)}, "measured": costs.measured,
-        "origin": costs.origin, "note": note,
+        "direction": direction,
+        "bytes": nbytes,
+        "runs": runs,
+        "host_runs": host_runs,
+        "host_memory": memory,
+        "engine": picked.engine,
+        "why": picked.why,
+        "terms": {**asdict(terms), "text": _in_words(terms)},
+        "measured": costs.measured,
+        "origin": costs.origin,
+        "note": note,
         "engines": [
             {
-                **one._asdict(), "measured": one.seconds is not None,
-                "answer": "chosen" if one.engine == picked.engine
-                else "rejected" if one.refused else "accepted",
+                **one._asdict(),
+                "measured": one.seconds is not None,
+                "answer": "chosen"
+                if one.engine == picked.engine
+                else "rejected"
+                if one.refused
+                else "accepted",
                 "gbps": nbytes / one.seconds / 1e9 if one.seconds else None,
             }
             for one in picked.alternatives
         ],
-    }  # fmt: skip
+    }
     if asked.json:
         print_json(found)
     else:

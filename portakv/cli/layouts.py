@@ -45,11 +45,15 @@ def _run_one(name: str, json: bool) -> int:
         print_json(facts)
         return 0
     described = {
-        "name": preset.name, "string": text, "engine": preset.engine, "releases": preset.releases,
+        "name": preset.name,
+        "string": text,
+        "engine": preset.engine,
+        "releases": preset.releases,
         "memory": preset.memory,
         "extents": ", ".join(f"{name}={value}" for name, value in preset.extents.items()),
-        "note": preset.note, "same string": ", ".join(same),
-    }  # fmt: skip
+        "note": preset.note,
+        "same string": ", ".join(same),
+    }
     head, *rows = [[key, value] for key, value in described.items() if value]
     print_table([Column(head[0], whole=True), Column(head[1])], rows)
     print(f"\n{facts['picture']}")
@@ -59,7 +63,11 @@ def _run_one(name: str, json: bool) -> int:
 def _facts(preset: Preset) -> dict[str, Any]:
     """A preset as JSON."""
     return {
-        "name": preset.name or None, "layout": preset.layout, "engine": preset.engine,
-        "releases": preset.releases, "extents": dict(preset.extents),
-        "memory": preset.memory or None, "note": preset.note,
-    }  # fmt: skip
+        "name": preset.name or None,
+        "layout": preset.layout,
+        "engine": preset.engine,
+        "releases": preset.releases,
+        "extents": dict(preset.extents),
+        "memory": preset.memory or None,
+        "note": preset.note,
+    }

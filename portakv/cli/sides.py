@@ -107,9 +107,12 @@ class Side(NamedTuple):
 
 
 def make_sides(
-    asked: tuple[str, str], said: Extents, device: torch.device,
-    steps: tuple[int | None, int | None], whole_blocks: bool,
-) -> tuple[Side, Side]:  # fmt: skip
+    asked: tuple[str, str],
+    said: Extents,
+    device: torch.device,
+    steps: tuple[int | None, int | None],
+    whole_blocks: bool,
+) -> tuple[Side, Side]:
     """Example views of two layouts, source first; the tensors are not written to.
 
     What is not said of extents is filled in alike on both sides. ``steps``: tokens for each id; of
@@ -155,12 +158,19 @@ def _extents(layouts: Sequence[Layout], said: Extents, always: Mapping[str, Any]
 
 
 def _view(
-    text: str, layout: Layout, declared: Mapping[str, Any], said: Extents, size: int,
-    dtype: torch.dtype, device: torch.device,
-) -> KVView:  # fmt: skip
+    text: str,
+    layout: Layout,
+    declared: Mapping[str, Any],
+    said: Extents,
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> KVView:
     bound = bind_layout(text, **declared, block_size=size if layout.paged else None)
-    made = {"blocks": said.blocks or max(2, -(-said.tokens // size)),
-            "tokens": size if layout.paged else said.tokens}  # fmt: skip
+    made = {
+        "blocks": said.blocks or max(2, -(-said.tokens // size)),
+        "tokens": size if layout.paged else said.tokens,
+    }
     try:
         tensors = example_tensors(text, **declared, **made, dtype=dtype, device=device)
     except (RuntimeError, OverflowError, TypeError) as error:  # torch, of a size it cannot make

@@ -59,18 +59,29 @@ class Pair(NamedTuple):
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add what the verb takes."""
     parser.add_argument(
-        "--arch", type=architecture, nargs="+", metavar="N", default=[],
+        "--arch",
+        type=architecture,
+        nargs="+",
+        metavar="N",
+        default=[],
         help="compute capabilities (90, 9.0 or sm_90), or AMD's names, whole, as torch tells them "
         "in gcnArchName (gfx906, gfx90a:sramecc+:xnack-); default: of this machine's devices",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--shape", nargs="+", metavar="NAME", default=[],
+        "--shape",
+        nargs="+",
+        metavar="NAME",
+        default=[],
         help="shapes of the benchmarks (default: all of them, unless --layout is given)",
-    )  # fmt: skip
+    )
     parser.add_argument(
-        "--layout", nargs=2, action="append", metavar=("CACHE", "CHUNK"), default=[],
+        "--layout",
+        nargs=2,
+        action="append",
+        metavar=("CACHE", "CHUNK"),
+        default=[],
         help="two layout strings or presets; the extents below are theirs",
-    )  # fmt: skip
+    )
     add_extents(parser.add_argument_group("extents of --layout"))
 
 
@@ -89,16 +100,24 @@ def run(asked: argparse.Namespace) -> int:
     folder = _kernel_cache.directory()
     compilers = list(dict.fromkeys(target.compiler for target in compiled_for))
     if asked.json:
-        print_json({"directory": str(folder), "compilers": compilers,
-                    "seconds": round(seconds, 3), "warmed": warmed})  # fmt: skip
+        print_json(
+            {
+                "directory": str(folder),
+                "compilers": compilers,
+                "seconds": round(seconds, 3),
+                "warmed": warmed,
+            }
+        )
         return 0
     columns = [Column("kernels of"), Column("for", whole=True)]
     columns += [Column("compiled", right=True), Column("kept", right=True)]
     print_table(columns, [[str(value) for value in one.values()] for one in warmed])
     compiled, kept = (sum(one[name] for one in warmed) for name in ("compiled", "kept"))
     print()
-    print_prose(f"Compiled {compiled} kernels by {' and '.join(compilers)} in {seconds:.1f} s; "
-                f"{kept} had been compiled before. All are kept in {folder}")  # fmt: skip
+    print_prose(
+        f"Compiled {compiled} kernels by {' and '.join(compilers)} in {seconds:.1f} s; "
+        f"{kept} had been compiled before. All are kept in {folder}"
+    )
     return 0
 
 
@@ -119,8 +138,15 @@ def _shapes(names: Sequence[str]) -> list[Pair]:
     for shape in (known[name] for name in names or known):
         size = shape.block_size
         dim = (shape.dim,)
-        extents = Extents(shape.layers, shape.kv, shape.heads, dim, (size, size),
-                          tokens=2 * size, dtype=shape.torch_dtype)  # fmt: skip
+        extents = Extents(
+            shape.layers,
+            shape.kv,
+            shape.heads,
+            dim,
+            (size, size),
+            tokens=2 * size,
+            dtype=shape.torch_dtype,
+        )
         pairs.append(Pair(shape.name, shape.cache, shape.chunk, extents))
     return pairs
 
@@ -161,9 +187,14 @@ def _arrangements(side: Side) -> list[KVView]:
         return [view]
     together = list(torch.empty((len(tensors), *tensors[0].shape), dtype=tensors[0].dtype))
     one = KVView(
-        together, side.layout.text, layers=view.layers, kv=view.kv, heads=view.heads,
-        block_size=view.block_size, dim=[width // tensors[0].itemsize for width in view.widths],
-    )  # fmt: skip
+        together,
+        side.layout.text,
+        layers=view.layers,
+        kv=view.kv,
+        heads=view.heads,
+        block_size=view.block_size,
+        dim=[width // tensors[0].itemsize for width in view.widths],
+    )
     return [view, one]
 
 

@@ -58,9 +58,13 @@ class Registration:
     """
 
     def __init__(
-        self, kv_caches: Tensors, bound: BoundLayout, chunk_layout: str, choice: Choice,
+        self,
+        kv_caches: Tensors,
+        bound: BoundLayout,
+        chunk_layout: str,
+        choice: Choice,
         owner: ref[Any],
-    ) -> None:  # fmt: skip
+    ) -> None:
         _check_caches(kv_caches, bound)
         self.view = view = KVView.through(bound, kv_caches, lasting=True)
         if view.device != choice.backend.device:

@@ -60,9 +60,22 @@ def copy_blocks(
         mine = mine.shifted(_tokens(first))
         theirs = theirs.shifted(_tokens(behind))
     return issued(
-        source, dst, mine, theirs, count, backend, stream, by_layer, overlap, max_thread_blocks,
-        max_gbps, cancellable, detached, check, late,
-    )  # fmt: skip
+        source,
+        dst,
+        mine,
+        theirs,
+        count,
+        backend,
+        stream,
+        by_layer,
+        overlap,
+        max_thread_blocks,
+        max_gbps,
+        cancellable,
+        detached,
+        check,
+        late,
+    )
 
 
 def _tokens(skip: object) -> int:

@@ -242,9 +242,12 @@ def drop_bad_ids(move: Move, unit: int) -> tuple[Move, SlotError | None]:
 
 
 def _launch(
-    pieces: Sequence[Piece], move: Move, stream: torch.Stream | None, error: SlotError | None,
+    pieces: Sequence[Piece],
+    move: Move,
+    stream: torch.Stream | None,
+    error: SlotError | None,
     guarded: bool,
-) -> Transfer:  # fmt: skip
+) -> Transfer:
     """Launch every piece, ordered behind the current stream (or, after it, on ``stream``). Inside
     graph capture with ``stream`` the capture forks there, and `Transfer.wait` joins. What carries
     out ids that are to be ``guarded`` has a status word, by which an engine is picked that does."""

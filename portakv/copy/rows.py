@@ -83,17 +83,41 @@ def copy_rows(
             cannot be kept; in slices, detached or strict, inside graph capture.
     """
     return issued(
-        source_of(src, dst, reinterpret), dst, src_index, dst_index, count, backend, stream,
-        by_layer, overlap, max_thread_blocks, max_gbps, cancellable, detached, check, late,
-    )  # fmt: skip
+        source_of(src, dst, reinterpret),
+        dst,
+        src_index,
+        dst_index,
+        count,
+        backend,
+        stream,
+        by_layer,
+        overlap,
+        max_thread_blocks,
+        max_gbps,
+        cancellable,
+        detached,
+        check,
+        late,
+    )
 
 
 def issued(
-    src: KVView, dst: KVView, src_index: Ids | None, dst_index: Ids | None, count: int | None,
-    backend: str | None, stream: torch.Stream | None, by_layer: bool, overlap: Overlap,
-    max_thread_blocks: int | None, max_gbps: float | None, cancellable: bool, detached: bool,
-    check: Check, late: LateErrors | None,
-) -> BlockTransfer:  # fmt: skip
+    src: KVView,
+    dst: KVView,
+    src_index: Ids | None,
+    dst_index: Ids | None,
+    count: int | None,
+    backend: str | None,
+    stream: torch.Stream | None,
+    by_layer: bool,
+    overlap: Overlap,
+    max_thread_blocks: int | None,
+    max_gbps: float | None,
+    cancellable: bool,
+    detached: bool,
+    check: Check,
+    late: LateErrors | None,
+) -> BlockTransfer:
     """`copy_rows` from what `source_of` made of the source. All terms by position: a call with as
     many by name takes longer."""
     given = count, backend, stream, by_layer, overlap, max_thread_blocks, max_gbps, cancellable

@@ -101,13 +101,18 @@ def copy_runs(
     sides = [
         [
             KVView.at(
-                end if which is None else end[which], _RUNS, shape=(height, size),
-                strides=(pitch, 1), dtype=torch.uint8, device=device, pinned=pinned,
+                end if which is None else end[which],
+                _RUNS,
+                shape=(height, size),
+                strides=(pitch, 1),
+                dtype=torch.uint8,
+                device=device,
+                pinned=pinned,
             )
             for end, pitch, device in zip(ends, pitches, (src_device, dst_device), strict=True)
         ]
         for (size, height, *pitches), which in _alike(shapes, ends)
-    ]  # fmt: skip
+    ]
     for view in chain.from_iterable(sides):
         view.fleeting = True
     if len(sides) > 1:

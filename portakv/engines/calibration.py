@@ -59,8 +59,16 @@ class Grid:
 
     # Closer where copy engines turn from so many copies in a second to so many bytes.
     run_bytes: tuple[int, ...] = (
-        256, 1 << 10, 4 << 10, 8 << 10, 16 << 10, 32 << 10, 64 << 10, 256 << 10, 2 << 20,
-    )  # fmt: skip
+        256,
+        1 << 10,
+        4 << 10,
+        8 << 10,
+        16 << 10,
+        32 << 10,
+        64 << 10,
+        256 << 10,
+        2 << 20,
+    )
     payloads: tuple[int, ...] = (64 << 10, 1 << 20, 8 << 20, 64 << 20, 256 << 20)
     most_runs: int = 1 << 16
     repeats: int = 5
@@ -86,9 +94,12 @@ GRID = Grid()
 
 
 def calibrate(
-    device: torch.device, seconds: float = SECONDS, grid: Grid | None = None,
-    timer: Timer | None = None, clock: Callable[[], float] = perf_counter,
-) -> Table:  # fmt: skip
+    device: torch.device,
+    seconds: float = SECONDS,
+    grid: Grid | None = None,
+    timer: Timer | None = None,
+    clock: Callable[[], float] = perf_counter,
+) -> Table:
     """Measure the engines of an accelerator, which is idle, on a grid (default: `GRID`) by a timer
     (default: a `Timer`), in so many ``seconds`` by a ``clock``; the points left are not measured.
 
@@ -111,10 +122,15 @@ def calibrate(
     points = {key: dict(sorted(sizes.items())) for key, sizes in work.found.items()}
     emulated = bool(getattr(torch.get_device_module(device), "EMULATED", False))
     return Table(
-        identity(device), points, work.left_out, emulated, clock() - began, whole,
+        identity(device),
+        points,
+        work.left_out,
+        emulated,
+        clock() - began,
+        whole,
         f"measured by this process on {device}{', which is emulated' if emulated else ''}",
         work.timer.name,
-    )  # fmt: skip
+    )
 
 
 #: What a point should take of which nothing is known yet: a fixed time, and for each run and byte.

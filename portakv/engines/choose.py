@@ -100,9 +100,13 @@ def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> t
 
 
 def pick(
-    shapes: Mapping[str, Shape], direction: str, out: Mapping[str, str], terms: Terms,
-    costs: Table, waits: frozenset[str] = frozenset(),
-) -> Pick:  # fmt: skip
+    shapes: Mapping[str, Shape],
+    direction: str,
+    out: Mapping[str, str],
+    terms: Terms,
+    costs: Table,
+    waits: frozenset[str] = frozenset(),
+) -> Pick:
     """The engine for a copy.
 
     Of those that the terms allow and that were measured to take at most `EQUAL` longer than the
@@ -347,9 +351,12 @@ class HostLaunch(EngineLaunch):
         return picked
 
     def launch_by(
-        self, engine: str, move: Move, stream: torch.Stream | None,
+        self,
+        engine: str,
+        move: Move,
+        stream: torch.Stream | None,
         status: torch.Tensor | None = None,
-    ) -> Pending | None:  # fmt: skip
+    ) -> Pending | None:
         """Carry a transfer out by one engine, whatever would be picked. Raises `Unsupported` if it
         does not carry the plan out."""
         launch = self.prepared(engine)

@@ -143,9 +143,12 @@ def identity(device: torch.device) -> dict[str, str]:
         driver = installed_driver()
         runtime = torch.version.cuda or torch.version.hip or ""
     return {
-        "type": device.type, "model": device_name(device), "driver": driver, "runtime": runtime,
+        "type": device.type,
+        "model": device_name(device),
+        "driver": driver,
+        "runtime": runtime,
         "torch": torch.__version__,
-    }  # fmt: skip
+    }
 
 
 def installed_driver() -> str:
@@ -208,11 +211,16 @@ def as_json(table: Table) -> dict[str, Any]:
             [size, p.runs, p.seconds, p.host_seconds] for size in columns for p in columns[size]
         ]
     return {
-        "format": FORMAT, "device": dict(table.device), "emulated": table.emulated,
-        "took_seconds": round(table.took, 3), "whole": table.whole, "timer": table.timer,
+        "format": FORMAT,
+        "device": dict(table.device),
+        "emulated": table.emulated,
+        "took_seconds": round(table.took, 3),
+        "whole": table.whole,
+        "timer": table.timer,
         "left_out": dict(table.left_out),
-        "columns": ["run_bytes", "runs", "seconds", "host_seconds"], "engines": engines,
-    }  # fmt: skip
+        "columns": ["run_bytes", "runs", "seconds", "host_seconds"],
+        "engines": engines,
+    }
 
 
 def _parsed(content: Mapping[str, Any], path: Path) -> Table:
@@ -234,9 +242,15 @@ def _parsed(content: Mapping[str, Any], path: Path) -> Table:
     emulated = bool(content["emulated"])
     origin = f"measured on {device.get('model') or device.get('type', '?')}"
     return Table(
-        device, points, left_out, emulated, _time(content["took_seconds"]), bool(content["whole"]),
-        f"{origin}{', which is emulated' if emulated else ''} ({path})", str(content["timer"]),
-    )  # fmt: skip
+        device,
+        points,
+        left_out,
+        emulated,
+        _time(content["took_seconds"]),
+        bool(content["whole"]),
+        f"{origin}{', which is emulated' if emulated else ''} ({path})",
+        str(content["timer"]),
+    )
 
 
 def _count(number: Any) -> int:

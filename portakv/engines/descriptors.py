@@ -61,9 +61,17 @@ class _DescriptorsLaunch(EngineLaunch):
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         src, dst, mine, theirs, count = move
         key = (
-            src.origins, dst.origins, src.slots, dst.slots, count, pinned.seams(),
-            mine.ids_token, mine.offset, theirs.ids_token, theirs.offset,
-        )  # fmt: skip
+            src.origins,
+            dst.origins,
+            src.slots,
+            dst.slots,
+            count,
+            pinned.seams(),
+            mine.ids_token,
+            mine.offset,
+            theirs.ids_token,
+            theirs.offset,
+        )
         pieces = self.known.get(key)
         if pieces is None:
             # On the host every id is looked at before anything is moved.

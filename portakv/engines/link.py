@@ -205,9 +205,14 @@ class Copies:
         while first < pieces.number:
             count = min(most, pieces.number - first)
             error = self._batch(
-                *(base + 8 * first for base in lists), count,
-                self._attributes, self._from_first, 1, *self._fails, stream,
-            )  # fmt: skip
+                *(base + 8 * first for base in lists),
+                count,
+                self._attributes,
+                self._from_first,
+                1,
+                *self._fails,
+                stream,
+            )
             if error:
                 raise self._refused(error, f"A batch of {count} copies")
             first = first + count

@@ -207,9 +207,15 @@ class Slice:
     """
 
     def __init__(
-        self, stages: Stages, cut: Cut, rows: KVView, host: KVView, theirs: Index, exactly: bool,
+        self,
+        stages: Stages,
+        cut: Cut,
+        rows: KVView,
+        host: KVView,
+        theirs: Index,
+        exactly: bool,
         largest: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.cut = cut
         self.rows = rows.planes(cut.layers, cut.kv)
         self.stages = stages.part(self.rows, host.planes(cut.layers, cut.kv))

@@ -128,9 +128,13 @@ class Passage:
     """
 
     def __init__(
-        self, downward: bool, room: Staging, work: torch.Stream, slices: Sequence[Slice],
+        self,
+        downward: bool,
+        room: Staging,
+        work: torch.Stream,
+        slices: Sequence[Slice],
         cross: Cross,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self._downward = downward
         self._room = room
         self._work = work

@@ -225,9 +225,13 @@ def is_pinned(tensor: Tensor) -> bool:
 
 
 def _copy_by_torch(
-    dst: Tensor, src: Tensor, host: Tensor | None, ready: bool, non_blocking: bool,
+    dst: Tensor,
+    src: Tensor,
+    host: Tensor | None,
+    ready: bool,
+    non_blocking: bool,
     stream: Stream | None,
-) -> bool:  # fmt: skip
+) -> bool:
     """Let torch copy; returns False if all bytes have landed already."""
     late = non_blocking
     if host is src and not ready:

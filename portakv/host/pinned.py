@@ -26,9 +26,20 @@ from portakv.host._pages import HugePages, available, whole
 from portakv.host._registration import Registration, options_of, seams
 
 __all__ = [
-    "Adopted", "HostMemoryError", "PinnedMemory", "adopt", "allocate", "available", "empty",
-    "register", "register_address", "registered", "seams", "unregister", "why_not",
-]  # fmt: skip
+    "Adopted",
+    "HostMemoryError",
+    "PinnedMemory",
+    "adopt",
+    "allocate",
+    "available",
+    "empty",
+    "register",
+    "register_address",
+    "registered",
+    "seams",
+    "unregister",
+    "why_not",
+]
 
 _open: list[PinnedMemory] = []  # what `register` returned, until it is closed
 
@@ -137,9 +148,13 @@ class PinnedMemory:
 
 
 def allocate(
-    nbytes: int, *, huge_pages: HugePages = "auto", numa: int | Sequence[int] | None = None,
-    threads: int | None = None, **options: Any,
-) -> PinnedMemory:  # fmt: skip
+    nbytes: int,
+    *,
+    huge_pages: HugePages = "auto",
+    numa: int | Sequence[int] | None = None,
+    threads: int | None = None,
+    **options: Any,
+) -> PinnedMemory:
     """Pinned memory of exactly so many bytes, on a page, touched by several threads at once; on
     devices other than CUDA's and ROCm's from torch's own allocator.
 
@@ -178,8 +193,11 @@ def allocate(
     return _pinned(mapping, Registration(address, nbytes, how), notes)
 
 
-def empty(shape: int | Sequence[int], dtype: torch.dtype | None = None, **options: Any,
-          ) -> torch.Tensor:  # fmt: skip
+def empty(
+    shape: int | Sequence[int],
+    dtype: torch.dtype | None = None,
+    **options: Any,
+) -> torch.Tensor:
     """An uninitialised pinned tensor, to the byte; its last view gives the memory back. One of no
     elements is a plain tensor. Without ``dtype`` it is float32, whatever torch's default is.
     Options and errors as of `allocate`; a size that is no whole number is a `HostMemoryError`."""

@@ -124,8 +124,13 @@ class Pool:
         with self._changed:
             return len(self._find())
 
-    def acquire(self, owner: str = "", *, wait: bool = False, timeout: float | None = None,
-                ) -> Block:  # fmt: skip
+    def acquire(
+        self,
+        owner: str = "",
+        *,
+        wait: bool = False,
+        timeout: float | None = None,
+    ) -> Block:
         """A block; what it holds is whatever it held.
 
         Args:
@@ -245,9 +250,16 @@ class PinnedPool(Pool):
     """
 
     def __init__(
-        self, block_bytes: int, blocks: int, *, limit: int | None = None, grow: int | None = None,
-        alignment: int = 64, stacks: bool = False, **options: Any,
-    ) -> None:  # fmt: skip
+        self,
+        block_bytes: int,
+        blocks: int,
+        *,
+        limit: int | None = None,
+        grow: int | None = None,
+        alignment: int = 64,
+        stacks: bool = False,
+        **options: Any,
+    ) -> None:
         super().__init__("The pool", "make one there, or use a SharedPool in spawned processes")
         self.block_bytes = block_bytes
         self._stride = stride(block_bytes, blocks, alignment)

@@ -50,8 +50,15 @@ PATIENCE = 30.0  # seconds to wait for a change of the tables, which takes micro
 _MEMBER = [("pid", "i8"), ("space", "i8"), ("started", "i8"), ("noticed", "f8"), ("name", "S32")]
 #: What the file begins with. ``magic`` is written last; ``sizes``: bytes of a block, blocks, bytes
 #: from one to the next.
-_HEAD = np.dtype([("magic", "i8"), ("sizes", "i8", 3), ("high_water", "i8"), ("later", "V216"),
-                  ("members", _MEMBER, _MEMBERS)])  # fmt: skip
+_HEAD = np.dtype(
+    [
+        ("magic", "i8"),
+        ("sizes", "i8", 3),
+        ("high_water", "i8"),
+        ("later", "V216"),
+        ("members", _MEMBER, _MEMBERS),
+    ]
+)
 #: Then columns with an entry for each block: its member plus 1, or 0 if it is free; how often it
 #: changed hands; when, by the monotonic clock; what for. Then, on a page, the blocks.
 _COLUMNS = [("owner", "i8"), ("generation", "i8"), ("since", "f8"), ("label", "S40")]
@@ -81,9 +88,16 @@ class SharedPool(Pool):
     _fd = _me = -1
 
     def __init__(
-        self, name: str, block_bytes: int | None = None, blocks: int | None = None, *,
-        alignment: int = 64, label: str = "", keep: bool = False, fallback: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        name: str,
+        block_bytes: int | None = None,
+        blocks: int | None = None,
+        *,
+        alignment: int = 64,
+        label: str = "",
+        keep: bool = False,
+        fallback: bool = True,
+    ) -> None:
         super().__init__(f"The shared pool {name!r}", "open it there by its name")
         self.name = name
         self._keep = keep
@@ -108,9 +122,12 @@ class SharedPool(Pool):
                     self._unlock()
         try:
             self._memory = pinned.register_address(
-                self._address, self.blocks * self._stride, held=self._mapping, unit=self._stride,
+                self._address,
+                self.blocks * self._stride,
+                held=self._mapping,
+                unit=self._stride,
                 fallback=fallback,
-            )  # fmt: skip
+            )
         except BaseException:
             self._leave()
             raise

@@ -59,9 +59,14 @@ def choose(nbytes: int, device: torch.device | str, way: str | None = None) -> C
 
 
 def to_device(
-    values: Values, device: torch.device | str | None = None, dtype: torch.dtype | None = None, *,
-    out: Tensor | None = None, stream: Stream | None = None, way: str | None = None,
-) -> Tensor:  # fmt: skip
+    values: Values,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    out: Tensor | None = None,
+    stream: Stream | None = None,
+    way: str | None = None,
+) -> Tensor:
     """Values of the host as a tensor on a device; the host does not wait.
 
     Args:
@@ -131,9 +136,14 @@ class SmallCopy:
     """
 
     def __init__(
-        self, n: int, dtype: torch.dtype, device: torch.device | str | None = None, *,
-        out: Tensor | None = None, way: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        n: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        *,
+        out: Tensor | None = None,
+        way: str | None = None,
+    ) -> None:
         self._own = _numpy_dtype(dtype)
         n = _count(n, "values")
         target = _target(device, out)

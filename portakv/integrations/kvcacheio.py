@@ -47,10 +47,16 @@ _QUOTA = 2  # upstream's default
 
 @typed
 def transfer_kv_per_layer(
-    src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
-    src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int, block_quota: int = 2,
+    src_k: torch.Tensor,
+    dst_k: torch.Tensor,
+    src_v: torch.Tensor,
+    dst_v: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    item_size: int,
+    block_quota: int = 2,
     num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+) -> None:
     """One layer, lf to lf."""
     src, dst = (pools.rows(each, item_size, item_size) for each in ((src_k, src_v), (dst_k, dst_v)))
     copy_tokens(src, dst, src_indices, dst_indices, block_quota)
@@ -58,10 +64,18 @@ def transfer_kv_per_layer(
 
 @typed
 def transfer_kv_per_layer_pf_lf(
-    src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
-    src_indices: torch.Tensor, dst_indices: torch.Tensor, layer_id: int, item_size: int,
-    src_layout_dim: int, block_quota: int = 2, num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+    src_k: torch.Tensor,
+    dst_k: torch.Tensor,
+    src_v: torch.Tensor,
+    dst_v: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    layer_id: int,
+    item_size: int,
+    src_layout_dim: int,
+    block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:
     """One layer, pf to lf."""
     src = pools.rows((src_k, src_v), item_size, src_layout_dim, layer=layer_id)
     dst = pools.rows((dst_k, dst_v), item_size, item_size)
@@ -70,11 +84,20 @@ def transfer_kv_per_layer_pf_lf(
 
 @typed
 def transfer_kv_per_layer_ph_lf(
-    src_k: torch.Tensor, dst_k: torch.Tensor, src_v: torch.Tensor, dst_v: torch.Tensor,
-    src_indices: torch.Tensor, dst_indices: torch.Tensor, layer_id: int, item_size: int,
-    src_layout_dim: int, page_size: int, head_num: int, block_quota: int = 2,
+    src_k: torch.Tensor,
+    dst_k: torch.Tensor,
+    src_v: torch.Tensor,
+    dst_v: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    layer_id: int,
+    item_size: int,
+    src_layout_dim: int,
+    page_size: int,
+    head_num: int,
+    block_quota: int = 2,
     num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+) -> None:
     """One layer, ph to lf."""
     src = pools.page_head(
         (src_k, src_v), item_size, src_layout_dim, page_size, head_num, layer_id, 1
@@ -85,10 +108,17 @@ def transfer_kv_per_layer_ph_lf(
 
 @typed
 def transfer_kv_all_layer(
-    src_k_layers: torch.Tensor, dst_k_layers: torch.Tensor, src_v_layers: torch.Tensor,
-    dst_v_layers: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
-    item_size: int, num_layers: int, block_quota: int = 2, num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+    src_k_layers: torch.Tensor,
+    dst_k_layers: torch.Tensor,
+    src_v_layers: torch.Tensor,
+    dst_v_layers: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    item_size: int,
+    num_layers: int,
+    block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:
     """All layers, lf to lf, each side by tables of addresses."""
     src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers)
     dst = pools.listed((dst_k_layers, dst_v_layers), item_size, num_layers)
@@ -97,10 +127,18 @@ def transfer_kv_all_layer(
 
 @typed
 def transfer_kv_all_layer_lf_pf(
-    src_k_layers: torch.Tensor, dst_k: torch.Tensor, src_v_layers: torch.Tensor,
-    dst_v: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int,
-    dst_layout_dim: int, num_layers: int, block_quota: int = 2, num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+    src_k_layers: torch.Tensor,
+    dst_k: torch.Tensor,
+    src_v_layers: torch.Tensor,
+    dst_v: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    item_size: int,
+    dst_layout_dim: int,
+    num_layers: int,
+    block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:
     """All layers, lf by tables of addresses to pf."""
     src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers)
     dst = pools.rows((dst_k, dst_v), item_size, dst_layout_dim, layers=num_layers)
@@ -109,11 +147,20 @@ def transfer_kv_all_layer_lf_pf(
 
 @typed
 def transfer_kv_all_layer_lf_ph(
-    src_k_layers: torch.Tensor, dst_k: torch.Tensor, src_v_layers: torch.Tensor,
-    dst_v: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor, item_size: int,
-    dst_layout_dim: int, num_layers: int, page_size: int, head_num: int, block_quota: int = 2,
+    src_k_layers: torch.Tensor,
+    dst_k: torch.Tensor,
+    src_v_layers: torch.Tensor,
+    dst_v: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    item_size: int,
+    dst_layout_dim: int,
+    num_layers: int,
+    page_size: int,
+    head_num: int,
+    block_quota: int = 2,
     num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+) -> None:
     """All layers, lf by tables of addresses to ph."""
     src = pools.listed((src_k_layers, src_v_layers), item_size, num_layers, head_num)
     both = dst_k, dst_v
@@ -123,9 +170,14 @@ def transfer_kv_all_layer_lf_ph(
 
 @typed
 def transfer_kv_per_layer_mla(
-    src: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
-    item_size: int, block_quota: int | None = None, num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    item_size: int,
+    block_quota: int | None = None,
+    num_warps_per_block: int = _WARPS,
+) -> None:
     """One layer of one pool, lf to lf."""
     one, other = (pools.rows((each,), item_size, item_size) for each in (src, dst))
     copy_tokens(one, other, src_indices, dst_indices, _mla_block_quota(block_quota))
@@ -133,10 +185,16 @@ def transfer_kv_per_layer_mla(
 
 @typed
 def transfer_kv_per_layer_mla_pf_lf(
-    src: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor, dst_indices: torch.Tensor,
-    layer_id: int, item_size: int, src_layout_dim: int, block_quota: int | None = None,
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    layer_id: int,
+    item_size: int,
+    src_layout_dim: int,
+    block_quota: int | None = None,
     num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+) -> None:
     """One layer of one pool, pf to lf."""
     whole = pools.rows((src,), item_size, src_layout_dim, layer=layer_id)
     one = pools.rows((dst,), item_size, item_size)
@@ -145,10 +203,15 @@ def transfer_kv_per_layer_mla_pf_lf(
 
 @typed
 def transfer_kv_all_layer_mla(
-    src_layers: torch.Tensor, dst_layers: torch.Tensor, src_indices: torch.Tensor,
-    dst_indices: torch.Tensor, item_size: int, num_layers: int, block_quota: int = 2,
+    src_layers: torch.Tensor,
+    dst_layers: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    item_size: int,
+    num_layers: int,
+    block_quota: int = 2,
     num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+) -> None:
     """All layers of one pool, lf to lf, each side by a table of addresses."""
     src, dst = (pools.listed((each,), item_size, num_layers) for each in (src_layers, dst_layers))
     copy_tokens(src, dst, src_indices, dst_indices, block_quota)
@@ -156,10 +219,16 @@ def transfer_kv_all_layer_mla(
 
 @typed
 def transfer_kv_all_layer_mla_lf_pf(
-    src_layers: torch.Tensor, dst: torch.Tensor, src_indices: torch.Tensor,
-    dst_indices: torch.Tensor, item_size: int, dst_layout_dim: int, num_layers: int,
-    block_quota: int = 2, num_warps_per_block: int = _WARPS,
-) -> None:  # fmt: skip
+    src_layers: torch.Tensor,
+    dst: torch.Tensor,
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    item_size: int,
+    dst_layout_dim: int,
+    num_layers: int,
+    block_quota: int = 2,
+    num_warps_per_block: int = _WARPS,
+) -> None:
     """All layers of one pool, lf by a table of addresses to pf."""
     listed = pools.listed((src_layers,), item_size, num_layers)
     whole = pools.rows((dst,), item_size, dst_layout_dim, layers=num_layers)
@@ -168,9 +237,12 @@ def transfer_kv_all_layer_mla_lf_pf(
 
 @typed
 def transfer_kv_direct(
-    src_layers: list[torch.Tensor], dst_layers: list[torch.Tensor], src_indices: torch.Tensor,
-    dst_indices: torch.Tensor, page_size: int,
-) -> None:  # fmt: skip
+    src_layers: list[torch.Tensor],
+    dst_layers: list[torch.Tensor],
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    page_size: int,
+) -> None:
     """Pages of tensors ``[token, ...]``, each to the tensor at its place in the other list. Of the
     ids the first of each page counts."""
     pools.same_number(src_layers, dst_layers)
@@ -180,9 +252,13 @@ def transfer_kv_direct(
 
 @typed
 def transfer_kv_per_layer_direct_pf_lf(
-    src_ptrs: list[torch.Tensor], dst_ptrs: list[torch.Tensor], src_indices: torch.Tensor,
-    dst_indices: torch.Tensor, layer_id: int, page_size: int,
-) -> None:  # fmt: skip
+    src_ptrs: list[torch.Tensor],
+    dst_ptrs: list[torch.Tensor],
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    layer_id: int,
+    page_size: int,
+) -> None:
     """Pages from pf, from ``layer_id`` on, to tensors ``[token, ...]``: those of keys, then those
     of values, or with one pool its layers."""
     layers = pools.by_pool(dst_ptrs, src_ptrs)
@@ -193,9 +269,12 @@ def transfer_kv_per_layer_direct_pf_lf(
 
 @typed
 def transfer_kv_all_layer_direct_lf_pf(
-    src_ptrs: list[torch.Tensor], dst_ptrs: list[torch.Tensor], src_indices: torch.Tensor,
-    dst_indices: torch.Tensor, page_size: int,
-) -> None:  # fmt: skip
+    src_ptrs: list[torch.Tensor],
+    dst_ptrs: list[torch.Tensor],
+    src_indices: torch.Tensor,
+    dst_indices: torch.Tensor,
+    page_size: int,
+) -> None:
     """Pages from tensors ``[token, ...]``, those of keys, then those of values, to pf."""
     layers = pools.by_pool(src_ptrs, dst_ptrs)
     src = pools.tokens(layers)
@@ -205,9 +284,12 @@ def transfer_kv_all_layer_direct_lf_pf(
 
 @typed
 def transfer_embedding_ranges_direct(
-    src: torch.Tensor, dst: torch.Tensor, src_starts: list[int], dst_starts: list[int],
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    src_starts: list[int],
+    dst_starts: list[int],
     lengths: list[int],
-) -> None:  # fmt: skip
+) -> None:
     """Ranges of rows from one tensor to another."""
     (size, src_pitch) = pools.row_bytes(src)
     (wanted, dst_pitch) = pools.row_bytes(dst)
@@ -228,9 +310,13 @@ def transfer_embedding_ranges_direct(
     copy_runs(
         [src.data_ptr() + first * src_pitch for first, _, _ in ranges],
         [dst.data_ptr() + first * dst_pitch for _, first, _ in ranges],
-        size, rows=[length for _, _, length in ranges], src_pitch=src_pitch, dst_pitch=dst_pitch,
-        src_device=src.device, dst_device=dst.device,
-    )  # fmt: skip
+        size,
+        rows=[length for _, _, length in ranges],
+        src_pitch=src_pitch,
+        dst_pitch=dst_pitch,
+        src_device=src.device,
+        dst_device=dst.device,
+    )
 
 
 @typed

@@ -57,15 +57,25 @@ def _kept(make: Callable[..., KVView], pools: Tensors, *asked: Any) -> KVView:
 
 
 def _view(
-    addresses: Sequence[Sequence[int]], layout: str, shape: Sequence[int],
-    strides: Sequence[int] | None, device: torch.device, pinned: bool | None,
-) -> KVView:  # fmt: skip
+    addresses: Sequence[Sequence[int]],
+    layout: str,
+    shape: Sequence[int],
+    strides: Sequence[int] | None,
+    device: torch.device,
+    pinned: bool | None,
+) -> KVView:
     """Bytes at addresses, which are one list for each pool: of its layers, or one address."""
     whole = layout.startswith("kv |")
     return KVView.at(
-        [each[0] for each in addresses] if whole else addresses, layout, shape=shape,
-        strides=strides, dtype=torch.uint8, device=device, pinned=pinned, kv=len(addresses),
-    )  # fmt: skip
+        [each[0] for each in addresses] if whole else addresses,
+        layout,
+        shape=shape,
+        strides=strides,
+        dtype=torch.uint8,
+        device=device,
+        pinned=pinned,
+        kv=len(addresses),
+    )
 
 
 def rows(

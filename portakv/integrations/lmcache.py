@@ -24,15 +24,22 @@ DEVICES = {f"{kind.capitalize()}Spec": kind for kind in PLUGS["lmcache"].devices
 #: What replaces LMCache's own; all else of a device stays as LMCache has it.
 OPS = {
     lmcache_ops: (
-        "load_and_reshape_flash", "multi_layer_block_kv_transfer", "multi_layer_kv_transfer",
-        "multi_layer_kv_transfer_unilateral", "reshape_and_cache_back_flash",
-        "single_layer_kv_transfer", "single_layer_kv_transfer_sgl",
+        "load_and_reshape_flash",
+        "multi_layer_block_kv_transfer",
+        "multi_layer_kv_transfer",
+        "multi_layer_kv_transfer_unilateral",
+        "reshape_and_cache_back_flash",
+        "single_layer_kv_transfer",
+        "single_layer_kv_transfer_sgl",
     ),
     lmcache_host: (
-        "DirectCopyGroupSpec", "DirectCopyObject", "batch_memcpy_supported",
-        "direct_copy_format_supported", "execute_direct_copy_transfer",
+        "DirectCopyGroupSpec",
+        "DirectCopyObject",
+        "batch_memcpy_supported",
+        "direct_copy_format_supported",
+        "execute_direct_copy_transfer",
     ),
-}  # fmt: skip
+}
 #: A compiled op of LMCache's that its daemon prefers to those above; it has kernels of its own.
 BYPASS = "execute_object_group_transfer"
 #: Devices that LMCache drives by tensors alone: views over their addresses are unproven.

@@ -175,9 +175,14 @@ def multi_layer_kv_transfer_unilateral(
     keys, then of all values. MLA has one list."""
     number = int(engine_kv_format)
     multi_layer_kv_transfer(
-        key_value, key_value_ptrs, slot_mapping, paged_memory_device, page_buffer_size, direction,
+        key_value,
+        key_value_ptrs,
+        slot_mapping,
+        paged_memory_device,
+        page_buffer_size,
+        direction,
         engine_kv_format if number in MLA else 4,
-    )  # fmt: skip
+    )
 
 
 @typed

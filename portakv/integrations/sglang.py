@@ -76,9 +76,16 @@ def register() -> None:
 
 
 def load(
-    own: Callable[..., None], pool: Any, device_pool: Any, host_indices: torch.Tensor,
-    device_indices: torch.Tensor, layer_id: int, io_backend: str, *, is_draft: bool = False,
-) -> None:  # fmt: skip
+    own: Callable[..., None],
+    pool: Any,
+    device_pool: Any,
+    host_indices: torch.Tensor,
+    device_indices: torch.Tensor,
+    layer_id: int,
+    io_backend: str,
+    *,
+    is_draft: bool = False,
+) -> None:
     """One layer from the host to the device, in the place of a pool's method ``own``."""
     held = _held(pool) if io_backend in WAYS else None
     if held is None:
@@ -92,9 +99,13 @@ def load(
 
 
 def backup(
-    own: Callable[..., None], pool: Any, device_pool: Any, host_indices: torch.Tensor,
-    device_indices: torch.Tensor, io_backend: str,
-) -> None:  # fmt: skip
+    own: Callable[..., None],
+    pool: Any,
+    device_pool: Any,
+    host_indices: torch.Tensor,
+    device_indices: torch.Tensor,
+    io_backend: str,
+) -> None:
     """All layers from the device to the host, in the place of a pool's method ``own``."""
     held = _held(pool) if io_backend in WAYS else None
     if held is None:

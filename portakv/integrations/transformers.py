@@ -172,9 +172,13 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
             self.layer_class_to_replicate = PortaKVLayer
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any,
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        layer_idx: int,
+        *args: Any,
         **kwargs: Any,
-    ) -> Pair:  # fmt: skip
+    ) -> Pair:
         """Add rows to a layer, which then leaves, while the next one comes."""
         # The layer that runs next, in this step or in the next one.
         following = self.layers[(layer_idx + 1) % len(self.layers)] if self.layers else None
@@ -187,9 +191,11 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
 
 
 def save_prefix(
-    cache: DynamicCache, pool: KVView, blocks: torch.Tensor | Sequence[Any],
+    cache: DynamicCache,
+    pool: KVView,
+    blocks: torch.Tensor | Sequence[Any],
     tokens: int | None = None,
-) -> Transfer:  # fmt: skip
+) -> Transfer:
     """Copy the first tokens of a cache into blocks of a pool. Wait for the transfer before the
     blocks are used on another stream.
 
@@ -217,9 +223,12 @@ def save_prefix(
 
 
 def load_prefix(
-    cache: DynamicCache, pool: KVView, blocks: torch.Tensor | Sequence[Any], tokens: int,
+    cache: DynamicCache,
+    pool: KVView,
+    blocks: torch.Tensor | Sequence[Any],
+    tokens: int,
     device: torch.device | str | None = None,
-) -> Transfer:  # fmt: skip
+) -> Transfer:
     """Fill an empty cache with tokens out of blocks of a pool; a model goes on behind them. What
     follows on the current stream need not wait for the transfer; of pageable memory it is done.
 

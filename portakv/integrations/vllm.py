@@ -114,9 +114,13 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
     """
 
     def __init__(
-        self, kv_caches: Any, blocks_per_chunk: int, chunks: int, region: Any = None,
+        self,
+        kv_caches: Any,
+        blocks_per_chunk: int,
+        chunks: int,
+        region: Any = None,
         terms: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         numbers = len(kv_caches.tensors), len(kv_caches.group_data_refs), blocks_per_chunk
         if min(numbers) < 1:
             raise LayoutError(

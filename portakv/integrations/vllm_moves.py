@@ -69,9 +69,13 @@ def sharing(groups: Iterable[Iterable[Any]]) -> set[tuple[int, ...]]:
 
 
 def moves_of(
-    groups: Sequence[Sequence[Part]], together: Iterable[Sequence[int]], blocks_per_chunk: int,
-    device: Any, host: Any, store: bool,
-) -> list[Move]:  # fmt: skip
+    groups: Sequence[Sequence[Part]],
+    together: Iterable[Sequence[int]],
+    blocks_per_chunk: int,
+    device: Any,
+    host: Any,
+    store: bool,
+) -> list[Move]:
     """What a job moves, group by group; raises `SlotError` for what is known to be wrong.
 
     Args:

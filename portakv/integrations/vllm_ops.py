@@ -16,10 +16,16 @@ import torch
 from portakv import BlockTransfer, Index, KVView, LayoutError, Unsupported, copy_rows, copy_runs
 
 __all__ = [
-    "concat_and_cache_mla", "concat_and_cache_mla_grouped", "cp_gather_cache",
-    "gather_and_maybe_dequant_cache", "gather_cache", "reshape_and_cache",
-    "reshape_and_cache_flash", "swap_blocks", "swap_blocks_batch",
-]  # fmt: skip
+    "concat_and_cache_mla",
+    "concat_and_cache_mla_grouped",
+    "cp_gather_cache",
+    "gather_and_maybe_dequant_cache",
+    "gather_cache",
+    "reshape_and_cache",
+    "reshape_and_cache_flash",
+    "swap_blocks",
+    "swap_blocks_batch",
+]
 
 #: The names by which vLLM asks for caches whose rows are not quantised.
 _UNCONVERTED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -48,10 +54,14 @@ def swap_blocks(
 
 
 def swap_blocks_batch(
-    src_ptrs: torch.Tensor, dst_ptrs: torch.Tensor, sizes: torch.Tensor,
-    is_src_access_order_any: bool = False, *, src_device: torch.device | str | None = None,
+    src_ptrs: torch.Tensor,
+    dst_ptrs: torch.Tensor,
+    sizes: torch.Tensor,
+    is_src_access_order_any: bool = False,
+    *,
+    src_device: torch.device | str | None = None,
     dst_device: torch.device | str | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Copy runs of bytes: three int64 or uint64 tensors ``[runs]`` on the host.
 
     ``is_src_access_order_any`` is taken and ignored: sources are read in the stream's order.
@@ -70,11 +80,16 @@ def swap_blocks_batch(
 
 
 def reshape_and_cache(
-    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor, kv_cache_dtype: str = "auto",
-    k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str = "auto",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     interleaved_v: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """Rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, heads, dim / x, block_size, x]``
     and ``[blocks, heads, dim, block_size]``; with ``interleaved_v`` the values' are ``[blocks,
     heads, block_size / x, dim, x]``. Negative slots are skipped."""
@@ -93,10 +108,15 @@ def reshape_and_cache(
 
 
 def reshape_and_cache_flash(
-    key: torch.Tensor, value: torch.Tensor, key_cache: torch.Tensor, value_cache: torch.Tensor,
-    slot_mapping: torch.Tensor, kv_cache_dtype: str = "auto",
-    k_scale: torch.Tensor | None = None, v_scale: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_cache: torch.Tensor,
+    value_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str = "auto",
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+) -> None:
     """Rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, block_size, heads, dim]`` of any
     strides. Negative slots are skipped, and so are rows behind the last slot."""
     _as_they_are("reshape_and_cache_flash", kv_cache_dtype, key)
@@ -106,9 +126,14 @@ def reshape_and_cache_flash(
 
 
 def concat_and_cache_mla(
-    kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor,
-    kv_cache_dtype: str = "auto", scale: torch.Tensor | None = None, skip_scale: bool = False,
-) -> None:  # fmt: skip
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    kv_cache_dtype: str = "auto",
+    scale: torch.Tensor | None = None,
+    skip_scale: bool = False,
+) -> None:
     """A latent and a rotary key of each token, ``[tokens, a]`` and ``[tokens, b]``, side by side to
     slots of ``[blocks, block_size, a + b]``. Negative slots are skipped."""
     _as_they_are("concat_and_cache_mla", kv_cache_dtype, kv_c)
@@ -119,10 +144,16 @@ def concat_and_cache_mla(
 
 
 def concat_and_cache_mla_grouped(
-    kv_c: torch.Tensor, k_pe: torch.Tensor, kv_cache_ptrs: torch.Tensor,
-    slot_mapping: torch.Tensor, block_size: int, block_stride: int, entry_stride: int,
-    kv_scales: torch.Tensor | None = None, kv_cache_dtype: str = "auto",
-) -> None:  # fmt: skip
+    kv_c: torch.Tensor,
+    k_pe: torch.Tensor,
+    kv_cache_ptrs: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    block_size: int,
+    block_stride: int,
+    entry_stride: int,
+    kv_scales: torch.Tensor | None = None,
+    kv_cache_dtype: str = "auto",
+) -> None:
     """`concat_and_cache_mla` for all layers: rows ``[layers, tokens, a]`` and ``[layers, tokens,
     b]``, the caches' addresses int64 ``[layers]``, slots ``[layers, tokens]``; one copy if the
     slots are one list that is expanded, else one for each layer. Strides count elements."""
@@ -134,10 +165,14 @@ def concat_and_cache_mla_grouped(
         some = slice(first, first + each)
         rows = KVView((kv_c[some], k_pe[some]), "kv | layer token dim", dim=widths)
         paged = KVView.at(
-            kv_cache_ptrs[some], "layer | block token (kv dim)", dim=widths,
-            shape=(-1, block_size, sum(widths)), strides=(block_stride, entry_stride, 1),
-            dtype=kv_c.dtype, device=kv_c.device,
-        )  # fmt: skip
+            kv_cache_ptrs[some],
+            "layer | block token (kv dim)",
+            dim=widths,
+            shape=(-1, block_size, sum(widths)),
+            strides=(block_stride, entry_stride, 1),
+            dtype=kv_c.dtype,
+            device=kv_c.device,
+        )
         _write(rows, paged, slot_mapping[first])
 
 
@@ -145,9 +180,13 @@ def concat_and_cache_mla_grouped(
 
 
 def cp_gather_cache(
-    src_cache: torch.Tensor, dst: torch.Tensor, block_table: torch.Tensor,
-    cu_seq_lens: torch.Tensor, batch_size: int, seq_starts: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    src_cache: torch.Tensor,
+    dst: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    batch_size: int,
+    seq_starts: torch.Tensor | None = None,
+) -> None:
     """The rows of several requests, one behind the other.
 
     Args:
@@ -171,11 +210,16 @@ def cp_gather_cache(
 
 
 def gather_and_maybe_dequant_cache(
-    src_cache: torch.Tensor, dst: torch.Tensor, block_table: torch.Tensor,
-    cu_seq_lens: torch.Tensor, token_to_seq: torch.Tensor | None, num_tokens: int,
-    kv_cache_dtype: str = "auto", scale: torch.Tensor | None = None,
+    src_cache: torch.Tensor,
+    dst: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    token_to_seq: torch.Tensor | None,
+    num_tokens: int,
+    kv_cache_dtype: str = "auto",
+    scale: torch.Tensor | None = None,
     seq_starts: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """`cp_gather_cache` of the first ``num_tokens`` rows."""
     _as_they_are("gather_and_maybe_dequant_cache", kv_cache_dtype, dst)
     batch = block_table.shape[0]

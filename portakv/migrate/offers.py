@@ -183,10 +183,14 @@ class Owner:
             channel.free("an owner", self)
             raise
         self._kinds: dict[Any, Any] = {
-            messages.Hello: self._hello, messages.Begin: self._begin, messages.Renew: self._renew,
-            messages.Check: self._check, messages.Close: self._close,
-            messages.Gather: self._gather, messages.Bye: self._bye,
-        }  # fmt: skip
+            messages.Hello: self._hello,
+            messages.Begin: self._begin,
+            messages.Renew: self._renew,
+            messages.Check: self._check,
+            messages.Close: self._close,
+            messages.Gather: self._gather,
+            messages.Bye: self._bye,
+        }
         for kind, answer in self._kinds.items():
             channel.serve(kind, answer)
 
@@ -227,12 +231,15 @@ class Owner:
                     exported.append(messages.Region(*told, why=error.why))
             self._exports, self._events, self._turn = held, _events(self.device) if held else [], 0
             self._welcome = messages.Welcome(
-                epoch=self.epoch, described=described,
-                regions=tuple(exported), slots=SLOTS, slot_bytes=self._slot_bytes,
+                epoch=self.epoch,
+                described=described,
+                regions=tuple(exported),
+                slots=SLOTS,
+                slot_bytes=self._slot_bytes,
                 mover=self._gathers.mover or "",
                 events=tuple(ipc.export_event(x) for x in self._events),
                 key=self._key,
-            )  # fmt: skip
+            )
 
     def offer(
         self,

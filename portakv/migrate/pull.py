@@ -129,10 +129,16 @@ class Reader:
                             ends[step.cut.layers[layer]][1].append(node)
                     continue
                 copy = copy_rows(
-                    step.cut.src, step.cut.dst, step.theirs, step.mine, count=step.tokens,
-                    by_layer=by_layer, overlap=overlap, max_thread_blocks=max_thread_blocks,
+                    step.cut.src,
+                    step.cut.dst,
+                    step.theirs,
+                    step.mine,
+                    count=step.tokens,
+                    by_layer=by_layer,
+                    overlap=overlap,
+                    max_thread_blocks=max_thread_blocks,
                     max_gbps=rate,
-                )  # fmt: skip
+                )
                 pull.copies.append(copy)
                 for nth, end in enumerate(copy.layers if by_layer else ()):
                     ends[step.cut.layers[nth]][0].append(end)

@@ -46,9 +46,15 @@ class CopyPlan:
     """
 
     def __init__(
-        self, src: Form, dst: Form, src_step: int = 0, dst_step: int = 0, unit: int | None = None,
-        *, reinterpret: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        src: Form,
+        dst: Form,
+        src_step: int = 0,
+        dst_step: int = 0,
+        unit: int | None = None,
+        *,
+        reinterpret: bool = False,
+    ) -> None:
         if not (isinstance(src, Form) and isinstance(dst, Form)):
             raise LayoutError(
                 f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "

@@ -159,9 +159,10 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
     if home.type not in AT_ONCE or torch.int64 not in dtypes:
         return
     sent = [
-        index for index in dict.fromkeys(indices)
+        index
+        for index in dict.fromkeys(indices)
         if index.fleeting and index.on_host and not index.has_ids_on(home, dtypes)
-    ]  # fmt: skip
+    ]
     if not sent:
         return
     from portakv.host.small import to_device  # not before it is needed

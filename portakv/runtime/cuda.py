@@ -352,9 +352,7 @@ class Launcher:
             with torch.cuda.device(self._driver.device):
                 self(function, blocks, address, stream)
             return
-        answer = self._launch(
-            function, blocks, 1, 1, self._threads, 1, 1, 0, handle, address, 0
-        )  # fmt: skip
+        answer = self._launch(function, blocks, 1, 1, self._threads, 1, 1, 0, handle, address, 0)
         if answer != self._success:
             self._driver.check(answer, "A launch")
 
@@ -375,9 +373,16 @@ class Copy2D:
         self._copy = function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, ctypes.c_uint64)
 
     def __call__(
-        self, dst: int, src: int, to_device: bool, width: int, height: int, dst_pitch: int,
-        src_pitch: int, handle: int,
-    ) -> int:  # fmt: skip
+        self,
+        dst: int,
+        src: int,
+        to_device: bool,
+        width: int,
+        height: int,
+        dst_pitch: int,
+        src_pitch: int,
+        handle: int,
+    ) -> int:
         """Copy ``height`` rows of ``width`` bytes, a pitch apart on each side, ordered on a stream;
         returns 0 or an error's number."""
         if to_device:

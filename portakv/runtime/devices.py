@@ -36,10 +36,20 @@ VENDOR_PACKAGES = {
 _OF_TORCH = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 #: Other names of devices, and the type that torch has for them; "": that of this machine's.
 _ALIASES = {
-    "gpu": "", "nvidia": "cuda", "amd": "cuda", "rocm": "cuda", "hip": "cuda", "dcu": "cuda",
-    "hygon": "cuda", "ascend": "npu", "huawei": "npu", "cambricon": "mlu", "intel": "xpu",
-    "metal": "mps", "host": "cpu",
-}  # fmt: skip
+    "gpu": "",
+    "nvidia": "cuda",
+    "amd": "cuda",
+    "rocm": "cuda",
+    "hip": "cuda",
+    "dcu": "cuda",
+    "hygon": "cuda",
+    "ascend": "npu",
+    "huawei": "npu",
+    "cambricon": "mlu",
+    "intel": "xpu",
+    "metal": "mps",
+    "host": "cpu",
+}
 
 
 @dataclass(frozen=True, slots=True)

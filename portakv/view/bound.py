@@ -74,9 +74,14 @@ class BoundLayout:
             return self._read_all(tensors)
         # The storage offset tells whether the storage's base is as aligned as the address.
         key = (
-            tensors.shape, tensors.stride(), tensors.dtype, tensors.device, address & 15,
-            tensors.storage_offset() & 15, tensors.is_cpu and tensors.is_pinned(),
-        )  # fmt: skip
+            tensors.shape,
+            tensors.stride(),
+            tensors.dtype,
+            tensors.device,
+            address & 15,
+            tensors.storage_offset() & 15,
+            tensors.is_cpu and tensors.is_pinned(),
+        )
         known = self._known.get(key)
         if known is None:
             facts = self._read_all(tensors)
@@ -146,9 +151,14 @@ class BoundLayout:
         return values, factors, np.arange(prod(sizes)).reshape(extents)
 
     def _form(
-        self, values: list[dict[str, int]], picks: Sequence[torch.Tensor], walks: Walks,
-        alignment: int, place: str, table_on_device: bool = False,
-    ) -> tuple[Form, int]:  # fmt: skip
+        self,
+        values: list[dict[str, int]],
+        picks: Sequence[torch.Tensor],
+        walks: Walks,
+        alignment: int,
+        place: str,
+        table_on_device: bool = False,
+    ) -> tuple[Form, int]:
         """The form of tensors of which each kv has one in ``picks``, and the slots."""
         layout = self.layout
         try:

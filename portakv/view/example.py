@@ -18,10 +18,17 @@ from portakv.view.view import KVView
 
 
 def example_tensors(
-    layout: str, *, layers: int = 1, kv: int | None = None, heads: int | None = None,
-    dim: int | Sequence[int] | None = None, blocks: int = 1, tokens: int = 1,
-    dtype: torch.dtype = torch.float16, device: torch.device | str = "cpu",
-) -> Any:  # fmt: skip
+    layout: str,
+    *,
+    layers: int = 1,
+    kv: int | None = None,
+    heads: int | None = None,
+    dim: int | Sequence[int] | None = None,
+    blocks: int = 1,
+    tokens: int = 1,
+    dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+) -> Any:
     """Uninitialised tensors of a layout or preset, in the containers that it names: contiguous,
     unless a preset says that its tensors lie in another memory order.
 

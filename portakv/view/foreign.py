@@ -77,9 +77,14 @@ class Found(NamedTuple):
 
 
 def read_addresses(
-    bound: BoundLayout, addresses: Any, shape: Sequence[int], strides: Sequence[int] | None,
-    dtype: torch.dtype, device: torch.device | str | None, pinned: bool | None,
-) -> Found:  # fmt: skip
+    bound: BoundLayout,
+    addresses: Any,
+    shape: Sequence[int],
+    strides: Sequence[int] | None,
+    dtype: torch.dtype,
+    device: torch.device | str | None,
+    pinned: bool | None,
+) -> Found:
     """Read tensors of one shape at addresses; arguments and errors are those of `KVView.at`."""
     wide = as_dtype(dtype).itemsize
     if device is None:
@@ -145,10 +150,16 @@ def read_addresses(
 
 
 def _read(
-    bound: BoundLayout, sizes: Sequence[int], shape: tuple[int, ...],
-    strides: tuple[int, ...] | None, dtype: torch.dtype, place: str, alignment: int,
-    on_device: bool, tokens: int = 0,
-) -> _Known:  # fmt: skip
+    bound: BoundLayout,
+    sizes: Sequence[int],
+    shape: tuple[int, ...],
+    strides: tuple[int, ...] | None,
+    dtype: torch.dtype,
+    place: str,
+    alignment: int,
+    on_device: bool,
+    tokens: int = 0,
+) -> _Known:
     """What tensors at addresses in containers of these sizes share. ``tokens``: how many a step of
     an unknown extent has; 0: as many as are declared."""
     given = shape

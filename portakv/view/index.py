@@ -76,9 +76,18 @@ class Index:
     # plan_step: what a plan is made for: ``step``, or 0 without ids.
     # fleeting: a caller's ids for one call, which are not used again.
     __slots__ = (
-        "_placed", "_served", "_store", "fleeting", "ids", "length", "offset", "on_host",
-        "plan_step", "step", "trusted",
-    )  # fmt: skip
+        "_placed",
+        "_served",
+        "_store",
+        "fleeting",
+        "ids",
+        "length",
+        "offset",
+        "on_host",
+        "plan_step",
+        "step",
+        "trusted",
+    )
 
     def __init__(
         self, ids: IdList | None = None, step: int = 1, offset: int = 0, *, trusted: bool = False
@@ -96,9 +105,14 @@ class Index:
         self._set(made, step, offset, _Store(), False, bool(trusted))
 
     def _set(
-        self, ids: torch.Tensor | None, step: int, offset: int, store: _Store, fleeting: bool,
+        self,
+        ids: torch.Tensor | None,
+        step: int,
+        offset: int,
+        store: _Store,
+        fleeting: bool,
         trusted: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         # Plain attributes: every call reads them, and asking a tensor each time is dear.
         self.ids = ids
         self.step = step
@@ -137,9 +151,16 @@ class Index:
 
     @classmethod
     def of_requests(
-        cls, tables: torch.Tensor, lengths: IdList, step: int, *, first: IdList | None = None,
-        front: IdList | None = None, count: int | None = None, trusted: bool = False,
-    ) -> Index:  # fmt: skip
+        cls,
+        tables: torch.Tensor,
+        lengths: IdList,
+        step: int,
+        *,
+        first: IdList | None = None,
+        front: IdList | None = None,
+        count: int | None = None,
+        trusted: bool = False,
+    ) -> Index:
         """The tokens of several requests, one request behind the other, as slots. If all tensors
         are on a device and ``count`` is told, the host waits for nothing, and it can be captured
         into a graph; lengths or first tokens on the host are copied there, behind its work.

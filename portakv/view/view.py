@@ -62,19 +62,47 @@ class KVView:
     # fleeting: made for one call, and used on no stream but that call's.
     # derived: what slices, launches and engines made of this view; lives as long as the view.
     __slots__ = (
-        "_foreign", "_memory", "_origins", "_owners", "_spans", "_table", "_unwritable", "derived",
-        "device", "fleeting", "form", "home", "layout", "requires_grad", "slots", "tensors",
-    )  # fmt: skip
+        "_foreign",
+        "_memory",
+        "_origins",
+        "_owners",
+        "_spans",
+        "_table",
+        "_unwritable",
+        "derived",
+        "device",
+        "fleeting",
+        "form",
+        "home",
+        "layout",
+        "requires_grad",
+        "slots",
+        "tensors",
+    )
 
     def __init__(
-        self, tensors: Tensors, layout: str, *, layers: int | None = None, kv: int | None = None,
-        block_size: int | None = None, heads: int | None = None,
-        dim: int | Sequence[int] | None = None, reinterpret: bool = False, **unknown: NoReturn,
-    ) -> None:  # fmt: skip
+        self,
+        tensors: Tensors,
+        layout: str,
+        *,
+        layers: int | None = None,
+        kv: int | None = None,
+        block_size: int | None = None,
+        heads: int | None = None,
+        dim: int | Sequence[int] | None = None,
+        reinterpret: bool = False,
+        **unknown: NoReturn,
+    ) -> None:
         bound = bind_layout(
-            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=dim,
-            reinterpret=reinterpret, **unknown,
-        )  # fmt: skip
+            layout,
+            layers=layers,
+            kv=kv,
+            block_size=block_size,
+            heads=heads,
+            dim=dim,
+            reinterpret=reinterpret,
+            **unknown,
+        )
         self._set(bound.layout, tensors, bound.read(tensors), lasting=True)
 
     @classmethod
@@ -89,13 +117,23 @@ class KVView:
 
     @classmethod
     def at(
-        cls, addresses: Addresses, layout: str, *, shape: Sequence[int],
-        strides: Sequence[int] | None = None, dtype: torch.dtype,
+        cls,
+        addresses: Addresses,
+        layout: str,
+        *,
+        shape: Sequence[int],
+        strides: Sequence[int] | None = None,
+        dtype: torch.dtype,
         device: torch.device | str | None = None,
-        pinned: bool | None = None, layers: int | None = None, kv: int | None = None,
-        block_size: int | None = None, heads: int | None = None,
-        dim: int | Sequence[int] | None = None, reinterpret: bool = False, **unknown: NoReturn,
-    ) -> KVView:  # fmt: skip
+        pinned: bool | None = None,
+        layers: int | None = None,
+        kv: int | None = None,
+        block_size: int | None = None,
+        heads: int | None = None,
+        dim: int | Sequence[int] | None = None,
+        reinterpret: bool = False,
+        **unknown: NoReturn,
+    ) -> KVView:
         """A view over memory that is known by addresses alone, all of tensors of one shape.
 
         It holds no memory and cannot see that it was freed or moved: the caller promises that it
@@ -129,9 +167,15 @@ class KVView:
             TransferError: the driver fails when it is asked.
         """
         bound = bind_layout(
-            layout, layers=layers, kv=kv, block_size=block_size, heads=heads, dim=dim,
-            reinterpret=reinterpret, **unknown,
-        )  # fmt: skip
+            layout,
+            layers=layers,
+            kv=kv,
+            block_size=block_size,
+            heads=heads,
+            dim=dim,
+            reinterpret=reinterpret,
+            **unknown,
+        )
         found = read_addresses(bound, addresses, shape, strides, dtype, device, pinned)
         view = cls.__new__(cls)
         facts = (found.form, found.origins, None, None), found.slots, found.device, False
@@ -139,9 +183,14 @@ class KVView:
         return view
 
     def _set(
-        self, layout: Layout, tensors: Any, facts: Facts, lasting: bool,
-        foreign: Foreign | None = None, table: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        layout: Layout,
+        tensors: Any,
+        facts: Facts,
+        lasting: bool,
+        foreign: Foreign | None = None,
+        table: torch.Tensor | None = None,
+    ) -> None:
         self.layout = layout
         self.tensors = tensors
         rows, self.slots, self.device, self.requires_grad = facts
@@ -356,9 +405,13 @@ class KVView:
             raise LayoutError(f"The destination, {self.layout.text!r}, cannot be written: {why}.")
 
     def strided(
-        self, entry: int, offset: int, dtype: torch.dtype, size: Sequence[int],
+        self,
+        entry: int,
+        offset: int,
+        dtype: torch.dtype,
+        size: Sequence[int],
         stride: Sequence[int],
-    ) -> torch.Tensor:  # fmt: skip
+    ) -> torch.Tensor:
         """A tensor over the storage of table entry ``entry``, ``offset`` bytes behind its address;
         ``size`` and ``stride`` count elements of ``dtype``. Copies nothing."""
         storage = self.owners[entry].untyped_storage()
@@ -437,9 +490,13 @@ class KVView:
         return self.strided(entry, offset, element, size, [*(s // width for s in stride), 1])
 
     def slice(
-        self, *, layers: slice | int | None = None, heads: slice | int | None = None,
-        kv: slice | int | None = None, **unknown: NoReturn,
-    ) -> KVView:  # fmt: skip
+        self,
+        *,
+        layers: slice | int | None = None,
+        heads: slice | int | None = None,
+        kv: slice | int | None = None,
+        **unknown: NoReturn,
+    ) -> KVView:
         """Some layers, heads or kv of this view, as a view; copies nothing.
 
         An integer keeps its axis with extent 1. Slices of one layer all have one form.

@@ -146,13 +146,15 @@ def both_ways(carrier: Carrier, name: str, tokens: int, **index: Any) -> list[di
 
 #: What gathers from each cache by blocks, and what scatters to it by slots.
 SERVES: dict[str, tuple[dict[str, int], dict[str, int]]] = {
-    **dict.fromkeys(("tuples", "merged", "offset", "unequal"),
-                    ({GATHER: LAYERS}, {SCATTER: LAYERS})),
+    **dict.fromkeys(
+        ("tuples", "merged", "offset", "unequal"), ({GATHER: LAYERS}, {SCATTER: LAYERS})
+    ),
     "three": ({GATHER: LAYERS, SELECT: LAYERS}, {SCATTER: LAYERS, UPDATE: LAYERS}),
-    **dict.fromkeys(("head-major", "nz", "holes", "odd bytes"),
-                    ({SELECT: PLANES}, {UPDATE: PLANES})),
+    **dict.fromkeys(
+        ("head-major", "nz", "holes", "odd bytes"), ({SELECT: PLANES}, {UPDATE: PLANES})
+    ),
     "two bytes": ({SELECT: PLANES}, {COPY: PLANES}),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CACHES)
@@ -191,11 +193,15 @@ def test_explain_names_what_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     for plan, told in [
         (scatters, f"accepted, takes the plan by {SCATTER}"),
         (CopyPlan(view.form, rows.form, SIZE, 0), f"accepted, takes the plan by {GATHER}"),
-        (CopyPlan(view.form, rows.form, 1, 0),
-         "accepted, takes the plan by rows, through index ops"),
-        (CopyPlan(view.form, host.form, 1, 0),
-         "rejected, it does not copy from device to pageable memory"),
-    ]:  # fmt: skip
+        (
+            CopyPlan(view.form, rows.form, 1, 0),
+            "accepted, takes the plan by rows, through index ops",
+        ),
+        (
+            CopyPlan(view.form, host.form, 1, 0),
+            "rejected, it does not copy from device to pageable memory",
+        ),
+    ]:
         assert str(backend.check(plan)) == f"ascend: {told}"
     assert str(kernel.check(scatters)).endswith("takes the plan by the AscendC kernel")
     monkeypatch.setattr(ascend_kernel, "MAX_LOOPS", 0)
@@ -268,8 +274,9 @@ def test_a_status_word_on_the_host_is_refused() -> None:
     paged, dense = views()
     word = torch.zeros(1, dtype=torch.int64).pin_memory()
     arguments = Arguments(CopyPlan(dense.form, paged.form, 0, 0))
-    nests = [torch.frombuffer(bytearray(nest), dtype=torch.int64).to(DEVICE)
-             for nest in arguments.nests]  # fmt: skip
+    nests = [
+        torch.frombuffer(bytearray(nest), dtype=torch.int64).to(DEVICE) for nest in arguments.nests
+    ]
     move = Move(dense, paged, Index(), Index(), 4)
     copy = arguments.copies([nest.data_ptr() for nest in nests], move, word.data_ptr())[0]
     stream = torch.get_device_module("npu").current_stream(DEVICE).npu_stream

@@ -179,8 +179,14 @@ def test_the_kernel_has_no_launch_syntax_and_nothing_of_the_emulation() -> None:
 # The kernel on it
 
 #: A table, several nests, loops beside the rows, a tail that is cut, and rows of odd widths.
-CUT = ("memory objects, scattered", "two nests", "NZ blocks", "several units of an id",
-       "gather of 656 B rows", "scatter to 3 B rows")  # fmt: skip
+CUT = (
+    "memory objects, scattered",
+    "two nests",
+    "NZ blocks",
+    "several units of an id",
+    "gather of 656 B rows",
+    "scatter to 3 B rows",
+)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -462,12 +468,25 @@ def test_the_emulation_launches_nothing_by_itself(emulation: str) -> None:
 def test_the_command_of_the_page_judges_the_kernel(by: str, emulation: str, tmp_path: Path) -> None:
     """Here on the simulated device; the report says by what copies went."""
     done = subprocess.run(
-        [sys.executable, "-m", "portakv", "conform", "ascend", "--device", "simdev:npu",
-         "--profile", "core", "--only", "cases/test_core.py::test_rows_move[gather-int32-1]",
-         "--report", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "portakv",
+            "conform",
+            "ascend",
+            "--device",
+            "simdev:npu",
+            "--profile",
+            "core",
+            "--only",
+            "cases/test_core.py::test_rows_move[gather-int32-1]",
+            "--report",
+            str(tmp_path),
+        ],
         env={**os.environ, _ascendc.VARIABLE: emulation if by == "kernel" else ""},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     told = done.stdout + done.stderr
     assert re.search(r"\b\d+ passed in ", told), told
     report = (tmp_path / "conformance.json").read_text()

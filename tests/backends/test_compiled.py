@@ -62,9 +62,18 @@ def nothing_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 @on_each_device
 def test_every_dtype_through_one_program(device: torch.device) -> None:
     dtypes = (
-        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8,
-        torch.int64, torch.int16, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
-    )  # fmt: skip
+        torch.float16,
+        torch.bfloat16,
+        torch.float32,
+        torch.float64,
+        torch.int8,
+        torch.uint8,
+        torch.int64,
+        torch.int16,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    )
     found = set()
     slots = [23, 0, 9, 4, 5]
     for dtype in dtypes:

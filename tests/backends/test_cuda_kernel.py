@@ -167,8 +167,11 @@ def test_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(ARCHITECTURES) <= set(_nvrtc.architectures())
     monkeypatch.setattr(_nvrtc, "architectures", lambda: [75, 80, 90])
     assert [_nvrtc.target_for(n) for n in (75, 86, 90, 130)] == [
-        "sm_75", "compute_80", "sm_90", "compute_90",
-    ]  # fmt: skip
+        "sm_75",
+        "compute_80",
+        "sm_90",
+        "compute_90",
+    ]
     with pytest.raises(RuntimeError, match=r"Compute capability 7\.0 .* compiles for 7\.5 and"):
         _nvrtc.target_for(70)
 

@@ -87,9 +87,14 @@ DIRECT = ("direct, loads", "direct, stores")
 WITH_SPACE = [name for name in KERNELS if name != "ascend kernel"]  # for 5 GiB
 TABLE = {**COPIES, **REPEATED}
 STATES = (
-    "default device meta", "with torch.device meta", "default dtype bfloat16", "inference mode",
-    "deterministic algorithms", "number of threads", "warnings as errors",
-)  # fmt: skip
+    "default device meta",
+    "with torch.device meta",
+    "default dtype bfloat16",
+    "inference mode",
+    "deterministic algorithms",
+    "number of threads",
+    "warnings as errors",
+)
 _CLEAN = [11, 0, 6, 5, 3, 9, 1]
 #: Copies with clean ids that show of every part of a backend whether it minds.
 SHOWN: dict[str, Callable[[], Copy]] = {
@@ -102,16 +107,28 @@ SHOWN: dict[str, Callable[[], Copy]] = {
 IN_STATES = {f"{x} within {state}": (state, x) for state in STATES for x in SHOWN}
 #: What `compiled` copies on the host outside of ``.ci/full``, and what `triton` does not.
 FEW = {
-    "gather", "scatter", "blocks", "memory objects, scattered", "one block for all",
-    "gather within default device meta", "gather within inference mode",
-}  # fmt: skip
+    "gather",
+    "scatter",
+    "blocks",
+    "memory objects, scattered",
+    "one block for all",
+    "gather within default device meta",
+    "gather within inference mode",
+}
 #: A copy for each width of a vector and each kind of table: what `hip` compiles in each run, since
 #: its text is the one of `cuda` but for a few words.
 SHAPES = {
-    "gather", "scatter", "blocks", "several units of an id", "two nests", "NZ blocks",
-    "memory objects, gathered", "memory objects, blocks", "more planes than the arguments hold",
+    "gather",
+    "scatter",
+    "blocks",
+    "several units of an id",
+    "two nests",
+    "NZ blocks",
+    "memory objects, gathered",
+    "memory objects, blocks",
+    "more planes than the arguments hold",
     *(f"gather of {width} B rows" for width in (40, 12, 6, 3)),
-}  # fmt: skip
+}
 SLOW = {"more planes than the arguments hold", *(x for x in IN_STATES if "gather" not in x)}
 
 

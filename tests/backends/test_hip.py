@@ -147,15 +147,22 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
 @pytest.mark.parametrize(
     ("runtime", "compiler", "first", "last"),
     [
-        ("/nowhere/libamdhip64.so.6", "",
-         "the HIP runtime cannot be loaded (/nowhere/libamdhip64.so.6: ",
-         "install ROCm for an AMD device, or load the environment of the DTK for a Hygon DCU"),
+        (
+            "/nowhere/libamdhip64.so.6",
+            "",
+            "the HIP runtime cannot be loaded (/nowhere/libamdhip64.so.6: ",
+            "install ROCm for an AMD device, or load the environment of the DTK for a Hygon DCU",
+        ),
         ("libc.so.6", "", "hipRTC cannot be loaded (", ""),
-        ("libc.so.6", "libc.so.6",
-         "libc.so.6 has no function hipGetDeviceCount; it is not a HIP that", " is known here"),
+        (
+            "libc.so.6",
+            "libc.so.6",
+            "libc.so.6 has no function hipGetDeviceCount; it is not a HIP that",
+            " is known here",
+        ),
     ],
     ids=["none", "no hipRTC", "not HIP"],
-)  # fmt: skip
+)
 def test_libraries_that_cannot_be_used(
     runtime: str, compiler: str, first: str, last: str, libraries: dict[str, list[str]]
 ) -> None:
@@ -264,8 +271,18 @@ def test_the_text_has_nothing_of_nvidia_or_of_warps() -> None:
     theirs = r"^#if[^\n]*(__CUDA_ARCH__|__CUDACC_RTC__).*?^#(else|endif)|^ *//[^\n]*"
     code = re.sub(theirs, "", text, flags=re.MULTILINE | re.DOTALL)
     assert "portakv_rows" in code
-    for word in ("asm", "__isGlobal", "__shfl", "__syncwarp", "warpSize", "ballot", "0xffffffff",
-                 "__ldg", "& 31", "grid_constant__"):  # fmt: skip
+    for word in (
+        "asm",
+        "__isGlobal",
+        "__shfl",
+        "__syncwarp",
+        "warpSize",
+        "ballot",
+        "0xffffffff",
+        "__ldg",
+        "& 31",
+        "grid_constant__",
+    ):
         assert word not in code, word
 
 

@@ -146,8 +146,10 @@ def test_the_machine_code_is_wide(few: list[str], tmp_path: Path) -> None:
 
 # What rows.cuh says to AMD's compiler alone, and would say otherwise.
 SPACE = ("__attribute__((address_space(1)))", "")
-WIDE = ("typedef unsigned int Wide __attribute__((vector_size(16)));",
-        "struct alignas(16) Wide { unsigned int part[4]; };")  # fmt: skip
+WIDE = (
+    "typedef unsigned int Wide __attribute__((vector_size(16)));",
+    "struct alignas(16) Wide { unsigned int part[4]; };",
+)
 
 
 @needs_hipcc
@@ -182,13 +184,19 @@ def test_a_target_the_compiler_lacks(few: list[str], capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize(
     ("script", "where", "told"),
     [
-        (SCRIPT, {"HIPCC": "no-such-hipcc"},
-         ["no-such-hipcc was not found; install it (Debian: apt-get install hipcc"]),
-        (DTK, {"ROCM_PATH": "/nowhere", "DTKROOT": "/nowhere"},
-         ["/nowhere/bin/hipcc was not found", "Nobody of PortaKV has run this"]),
+        (
+            SCRIPT,
+            {"HIPCC": "no-such-hipcc"},
+            ["no-such-hipcc was not found; install it (Debian: apt-get install hipcc"],
+        ),
+        (
+            DTK,
+            {"ROCM_PATH": "/nowhere", "DTKROOT": "/nowhere"},
+            ["/nowhere/bin/hipcc was not found", "Nobody of PortaKV has run this"],
+        ),
     ],
     ids=["AMD", "Hygon"],
-)  # fmt: skip
+)
 def test_without_a_compiler_a_script_says_what_to_install(
     script: Path, where: dict[str, str], told: list[str]
 ) -> None:

@@ -72,9 +72,15 @@ def chunk(kind: str, tokens: int, dtype: torch.dtype = HALF, first: int = 0) -> 
 
 
 def copied(
-    kind: str, gather: bool, ids: list[int], dtype: torch.dtype = HALF, *, step: int = 1,
-    first: int = 0, more: int = 0,
-) -> Copy:  # fmt: skip
+    kind: str,
+    gather: bool,
+    ids: list[int],
+    dtype: torch.dtype = HALF,
+    *,
+    step: int = 1,
+    first: int = 0,
+    more: int = 0,
+) -> Copy:
     """A copy between a cache and a chunk of ``more`` tokens more."""
     count = len(ids) * step
     paged = by(cache(kind, dtype), ids, step)
@@ -131,10 +137,12 @@ def test_unequal_widths_are_a_call_for_each_plane() -> None:
 
 @pytest.mark.parametrize(
     ("lacks", "kinds", "gathers"),
-    [({"direction": False, "transfer": False}, ("merged", "pairs"), 0),
-     ({"transfer": False}, ("merged", "latent", "pairs"), LAYERS)],
+    [
+        ({"direction": False, "transfer": False}, ("merged", "pairs"), 0),
+        ({"transfer": False}, ("merged", "latent", "pairs"), LAYERS),
+    ],
     ids=["the way back", "the transfer of all layers"],
-)  # fmt: skip
+)
 def test_a_release_that_lacks_something(
     lacks: dict[str, bool], kinds: tuple[str, ...], gathers: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -192,9 +200,17 @@ def test_the_transfer_takes_chunks_on_the_host_and_skips_a_prefix() -> None:
     pointers = torch.tensor([cache.data_ptr()], device=DEVICE)
     slots = torch.tensor([1, -1, 9], dtype=torch.int32, device=DEVICE)
     mlu_standin.multi_layer_kv_transfer(
-        chunk, pointers, slots, DEVICE, 16, mlu_standin.TransferDirection.H2D,
-        mlu_standin.KVFormat.TWO_NB_HN_BS_HS, 4, 16, 1,
-    )  # fmt: skip
+        chunk,
+        pointers,
+        slots,
+        DEVICE,
+        16,
+        mlu_standin.TransferDirection.H2D,
+        mlu_standin.KVFormat.TWO_NB_HN_BS_HS,
+        4,
+        16,
+        1,
+    )
     found = cache.cpu().transpose(2, 3).reshape(2, 16, 32)
     wanted = torch.zeros_like(found)
     wanted[:, 9] = chunk[:, 0, 2]

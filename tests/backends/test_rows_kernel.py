@@ -100,12 +100,19 @@ def test_a_repeated_launch_moves_what_the_first_one_does(name: str) -> None:
 @pytest.mark.parametrize(
     ("backend", "limit", "name"),
     [
-        *((CudaOnCpu, limit, name) for limit, name in (
-            ("MAX_OUTER", "gather"), ("MAX_INNER", "NZ blocks"), ("MAX_UNITS", "split tokens"),
-            ("MAX_PLANES", "blocks"))),
-        (AscendC, "MAX_LOOPS", "NZ blocks"), (AscendC, "MAX_UNITS", "gather"),
+        *(
+            (CudaOnCpu, limit, name)
+            for limit, name in (
+                ("MAX_OUTER", "gather"),
+                ("MAX_INNER", "NZ blocks"),
+                ("MAX_UNITS", "split tokens"),
+                ("MAX_PLANES", "blocks"),
+            )
+        ),
+        (AscendC, "MAX_LOOPS", "NZ blocks"),
+        (AscendC, "MAX_UNITS", "gather"),
     ],
-)  # fmt: skip
+)
 def test_plans_with_more_than_the_arguments_hold(
     backend: type[Backend], limit: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

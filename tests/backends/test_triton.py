@@ -93,9 +93,11 @@ class Driver(Target):
 @needs_triton
 @pytest.mark.parametrize(
     ("name", "target"),
-    [pytest.param("npu", "npu Ascend910B1", marks=own_process("npu", "ascend")),
-     pytest.param("mlu", "mlu 5", marks=[*own_process("mlu", "mlu"), pytest.mark.full])],
-)  # fmt: skip
+    [
+        pytest.param("npu", "npu Ascend910B1", marks=own_process("npu", "ascend")),
+        pytest.param("mlu", "mlu 5", marks=[*own_process("mlu", "mlu"), pytest.mark.full]),
+    ],
+)
 def test_what_it_says_under_a_vendor_s_driver(
     name: str, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,9 +125,10 @@ def test_what_it_says_under_a_vendor_s_driver(
 
 #: (backend, architecture, width of a warp); gfx906 is also Hygon's Z100.
 TARGETS = {
-    "sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32),
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
     **{name: ("hip", name, 64) for name in ("gfx906", "gfx908", "gfx90a", "gfx942")},
-}  # fmt: skip
+}
 # Of which one of each vendor is compiled for in every run; Triton 3.7.1 refuses gfx906, 3.9.0 not.
 WIDER = [
     pytest.param(x, marks=[pytest.mark.full] * (x not in ("sm_90", "gfx90a"))) for x in TARGETS

@@ -182,13 +182,12 @@ INSTALL = VENDORS["npu"][2]
 #: Schemas of ops as other releases have them: an argument less, another name, an argument more.
 OTHERS = {
     "npu_scatter_pa_kv_cache":  # releases before it had cache_mode
-        "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
-        "Tensor slot_mapping) -> ()",
+    "(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, "
+    "Tensor slot_mapping) -> ()",
     "npu_scatter_nd_update_": "(Tensor(a!) var, Tensor indices, Tensor updates) -> ()",
-    "npu_gather_pa_kv_cache":
-        "(Tensor key_cache, Tensor value_cache, Tensor block_tables, Tensor seq_lens, "
-        "Tensor(a!) key, Tensor(b!) value, Tensor seq_offset) -> ()",
-}  # fmt: skip
+    "npu_gather_pa_kv_cache": "(Tensor key_cache, Tensor value_cache, Tensor block_tables, "
+    "Tensor seq_lens, Tensor(a!) key, Tensor(b!) value, Tensor seq_offset) -> ()",
+}
 
 
 @pytest.mark.parametrize(

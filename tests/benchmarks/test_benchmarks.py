@@ -33,10 +33,19 @@ from portakv_benchmarks.shared.shapes import Shape, load
 
 def shape(**fields: Any) -> Shape:
     usual: dict[str, Any] = {
-        "name": "tiny", "model": "none", "source": "this test", "layers": 3, "heads": 2, "dim": 8,
-        "dtype": "float16", "block_size": 4, "tokens": 8, "pool": 3,
-        "cache": "layer | kv block token head dim", "chunk": "kv layer token (head dim)",
-    }  # fmt: skip
+        "name": "tiny",
+        "model": "none",
+        "source": "this test",
+        "layers": 3,
+        "heads": 2,
+        "dim": 8,
+        "dtype": "float16",
+        "block_size": 4,
+        "tokens": 8,
+        "pool": 3,
+        "cache": "layer | kv block token head dim",
+        "chunk": "kv layer token (head dim)",
+    }
     return Shape(**{**usual, **fields})
 
 
@@ -46,9 +55,18 @@ TINIES = (
     shape(dtype="float8_e4m3fn"),
     shape(cache="layer | block token dim", kv=1, heads=1, dim=41, dtype="uint8"),
     shape(cache="block token dim", chunk="token dim", layers=1, kv=1, heads=1),
-    *(tiny(name) for name in ("llama3-8b-hnd", "llama3-8b-cross-layer", "llama3-8b-1",
-                              "narrow-160", "seed-full", "deepseek-fp8-656")),
-)  # fmt: skip
+    *(
+        tiny(name)
+        for name in (
+            "llama3-8b-hnd",
+            "llama3-8b-cross-layer",
+            "llama3-8b-1",
+            "narrow-160",
+            "seed-full",
+            "deepseek-fp8-656",
+        )
+    ),
+)
 PRESET = dataclasses.replace(FULL, rounds=5, repeats=1, compiling=False)
 
 
@@ -99,10 +117,17 @@ def test_rows_and_payloads() -> None:
 )
 def test_bad_shapes_are_refused(tmp_path: Path, change: str, why: str) -> None:
     good = {
-        "name": '"a"', "model": '"m"', "source": '"s"', "cache": '"block token dim"',
-        "chunk": '"token dim"', "layers": "1", "dim": "4", "dtype": '"uint8"', "block_size": "4",
+        "name": '"a"',
+        "model": '"m"',
+        "source": '"s"',
+        "cache": '"block token dim"',
+        "chunk": '"token dim"',
+        "layers": "1",
+        "dim": "4",
+        "dtype": '"uint8"',
+        "block_size": "4",
         "tokens": "8",
-    }  # fmt: skip
+    }
     bad = {**good, **dict(line.split(" = ", 1) for line in change.splitlines())}
     texts = ["\n".join(f"{k} = {v}" for k, v in fields.items()) for fields in (good, bad)]
     file = tmp_path / "shapes.toml"
@@ -301,8 +326,11 @@ def test_what_memory_cannot_hold_is_left_out_and_why(monkeypatch: pytest.MonkeyP
     found = list(suite.tasks(suite.PRESETS["full"], list(load().values()), CPU))
     left_out = {task.shape.name for task in found if task.left_out}
     assert left_out == {
-        "llama3-8b-long", "llama3-8b-long-full", "llama3-8b-16384", "llama3-8b-131072",
-    }  # fmt: skip
+        "llama3-8b-long",
+        "llama3-8b-long-full",
+        "llama3-8b-16384",
+        "llama3-8b-131072",
+    }
     assert "10.0 GB are free" in next(task.left_out for task in found if task.left_out)
 
 
@@ -318,10 +346,13 @@ def test_the_ladder_checks_every_way() -> None:
 def test_rows_are_related_to_cuda_and_to_the_better_right_peer() -> None:
     rows = [
         copied("copy_", 8.0, op="copy_", index="none"),
-        copied("cuda", 10.0), copied("triton", 12.0), copied("reference", 30.0, op="scatter"),
-        copied("p slow", 20.0, peer="p"), copied("p fast", 9.0, peer="p", verified=False),
+        copied("cuda", 10.0),
+        copied("triton", 12.0),
+        copied("reference", 30.0, op="scatter"),
+        copied("p slow", 20.0, peer="p"),
+        copied("p fast", 9.0, peer="p", verified=False),
         copied("p good", 12.5, peer="p"),
-    ]  # fmt: skip
+    ]
     suite.relate(rows)
     cuda, triton, scatter = rows[1:4]
     assert (cuda["to_peer"], cuda["best_peer"]) == (0.8, "p good")

@@ -23,9 +23,13 @@ ACCEPTED = 'accepted = { figure = 0.45, reason = "cold", tries = ["a", "b", "c"]
 
 
 def judged(
-    tmp_path: Path, figures: list[float], more: str = "", limit: str = "at_least = 0.5",
-    where: str = 'shape = "s"', **row: Any,
-) -> int:  # fmt: skip
+    tmp_path: Path,
+    figures: list[float],
+    more: str = "",
+    limit: str = "at_least = 0.5",
+    where: str = 'shape = "s"',
+    **row: Any,
+) -> int:
     """The exit code of the check of rows with these figures against one bar."""
     bars = tmp_path / "bars.toml"
     result = tmp_path / "result.json"
@@ -60,9 +64,13 @@ def judged(
     ],
 )
 def test_verdicts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], figures: list[float],
-    more: dict[str, Any], code: int, word: str,
-) -> None:  # fmt: skip
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    figures: list[float],
+    more: dict[str, Any],
+    code: int,
+    word: str,
+) -> None:
     assert judged(tmp_path, figures, **more) == code
     shown = capsys.readouterr()
     assert word in (shown.err if code == 2 else shown.out)

@@ -25,8 +25,11 @@ Bench = Callable[..., tuple[int, dict[str, Any]]]
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Bench:
     """Runs the full preset with small shapes and options; the exit code and the result."""
-    shapes = {"seed": tiny(), "llama3-8b-16": tiny("llama3-8b-16", tokens=16),
-              "llama3-8b-64": tiny("llama3-8b-64", tokens=64)}  # fmt: skip
+    shapes = {
+        "seed": tiny(),
+        "llama3-8b-16": tiny("llama3-8b-16", tokens=16),
+        "llama3-8b-64": tiny("llama3-8b-64", tokens=64),
+    }
     monkeypatch.delenv("PORTAKV_BACKEND", raising=False)
     monkeypatch.setattr(bench, "load", lambda: MappingProxyType(shapes))
     words = ["--preset", "full", "--device", "cpu", "--backend", "reference"]

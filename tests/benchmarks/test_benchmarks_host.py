@@ -133,12 +133,17 @@ def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
     gentle = ["descriptors", "staged"]
     every = ["descriptors", "direct", "staged"]
     rows = [
-        linked("memcpy", 7.0), linked("staged", 10.0), linked("descriptors", 5.0, verified=False),
-        linked("direct", 8.0, ratio=0.875), linked("host", 11.0, allowed=gentle),
-        linked("host idle", 10.0, allowed=every), linked("staged", 4.0, op="h2d"),
+        linked("memcpy", 7.0),
+        linked("staged", 10.0),
+        linked("descriptors", 5.0, verified=False),
+        linked("direct", 8.0, ratio=0.875),
+        linked("host", 11.0, allowed=gentle),
+        linked("host idle", 10.0, allowed=every),
+        linked("staged", 4.0, op="h2d"),
         linked("host", 9.0, allowed=["ring"]),  # what the terms allow was not measured
-        linked("direct beside", 8.5, engine="direct"), linked("host", 10.2, allowed=every),
-    ]  # fmt: skip
+        linked("direct beside", 8.5, engine="direct"),
+        linked("host", 10.2, allowed=every),
+    ]
     grid.compare(rows)
     losses = [one.get("chosen_loss") for one in rows]
     assert losses == [None, None, None, None, 0.1, 0.25, None, None, None, 0.2]
@@ -157,14 +162,18 @@ def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:
 
 def test_pageable_and_small_copies_are_against_the_best_plain_one() -> None:
     rows = [
-        linked("torch", 20.0, plain=True), linked("ring a", 10.0, plain=True),
-        linked("ring b", 8.0, plain=True, verified=False), linked("host", 12.5, plain=False),
-    ]  # fmt: skip
+        linked("torch", 20.0, plain=True),
+        linked("ring a", 10.0, plain=True),
+        linked("ring b", 8.0, plain=True, verified=False),
+        linked("host", 12.5, plain=False),
+    ]
     memory.compare(rows)
     assert (rows[3]["to_ring"], rows[3]["best_ring"]) == (0.8, "ring a")
     assert "to_ring" not in rows[0]
-    rows = [linked("SmallCopy", idle_us=5.0, paced_us=30.0),
-            linked("pinned copy", idle_us=10.0, paced_us=40.0)]  # fmt: skip
+    rows = [
+        linked("SmallCopy", idle_us=5.0, paced_us=30.0),
+        linked("pinned copy", idle_us=10.0, paced_us=40.0),
+    ]
     small.compare(rows)
     assert [(one["idle_to_pinned"], one["paced_to_pinned"]) for one in rows] == [
         (0.5, 0.75),
@@ -201,8 +210,12 @@ def test_only_the_copy_in_flight_differs(
         [f"{way} paced", "large", f"{way} busy"] * expected for way in ways
     ]  # a large copy has ended before each
     assert [one for one in noted if one != "ends"] == [
-        *turn, "large", *beside[0], "large", *beside[1]
-    ]  # fmt: skip
+        *turn,
+        "large",
+        *beside[0],
+        "large",
+        *beside[1],
+    ]
     assert all(noted[at + 1] == "ends" for at, one in enumerate(noted) if " " in one)
     row = small.row_of(bench, "one", count, seen["one"])
     assert (row["samples"], row["overtook"], row["busy_to_idle"]) == (expected, expected, 1.5)
@@ -219,10 +232,12 @@ def test_the_other_copy_is_large_or_short_and_has_ended(
     monkeypatch.setattr(torch, "Event", lambda device: event)
     source, target = (make(100_000, dtype=torch.uint8) for make in (torch.ones, torch.zeros))
     bench: Any = SimpleNamespace(
-        device=None, stream=lambda: None, preset=SimpleNamespace(large=source.nbytes),
+        device=None,
+        stream=lambda: None,
+        preset=SimpleNamespace(large=source.nbytes),
         module=SimpleNamespace(stream=lambda stream: nullcontext()),
         region=lambda nbytes: SimpleNamespace(host=source, device=target),
-    )  # fmt: skip
+    )
     small.Large(bench).start(flies)
     assert int(target.sum()) == moved
     assert len(list(answers)) == (3 if flies else 0)
@@ -231,8 +246,12 @@ def test_the_other_copy_is_large_or_short_and_has_ended(
 def test_parts_are_merged_and_the_last_of_each_counts(tmp_path: Path) -> None:
     def part(name: str, figure: float) -> dict[str, Any]:
         found = [linked("host", ratio=figure, part=name)]
-        return host_result(found, name=f"some-gpu-host-{name}", left_out=["same"],
-                           asked={"parts": [name], "peers": {}})  # fmt: skip
+        return host_result(
+            found,
+            name=f"some-gpu-host-{name}",
+            left_out=["same"],
+            asked={"parts": [name], "peers": {}},
+        )
 
     merged = merge.merge([part("grid", 0.1), part("small", 0.2), part("grid", 0.3)])
     assert [(r["part"], r["ratio"]) for r in merged["rows"]] == [("small", 0.2), ("grid", 0.3)]

@@ -31,13 +31,33 @@ from portakv_benchmarks.shared.peers import PeerMissing
 WORDS = ["--host", "--device", NAME, "--preset", "tiny"]
 TINY = HOST_PRESETS["tiny"]
 SMALL = dataclasses.replace(
-    TINY, runs=(256, 2 * KB, 32 * KB), payloads=(512 * KB, 2 * MB), largest=2 * MB,
-    direct=2 * MB, duplex=(2 * MB,), pageable=(2 * MB,), ring_slots=((2, 256 * KB),),
-    beside=2 * MB, loop_seconds=0.05, matmul=1024, attention=(2, 4, 512), large=64 * MB,
-    small=(1, 64, 10_000), pinned=17 * MB,
-)  # fmt: skip
-KINDS = {"host_copy", "host_direct", "host_duplex", "host_call", "host_small",
-         "host_interference", "host_waiting", "host_pageable", "host_pinning"}  # fmt: skip
+    TINY,
+    runs=(256, 2 * KB, 32 * KB),
+    payloads=(512 * KB, 2 * MB),
+    largest=2 * MB,
+    direct=2 * MB,
+    duplex=(2 * MB,),
+    pageable=(2 * MB,),
+    ring_slots=((2, 256 * KB),),
+    beside=2 * MB,
+    loop_seconds=0.05,
+    matmul=1024,
+    attention=(2, 4, 512),
+    large=64 * MB,
+    small=(1, 64, 10_000),
+    pinned=17 * MB,
+)
+KINDS = {
+    "host_copy",
+    "host_direct",
+    "host_duplex",
+    "host_call",
+    "host_small",
+    "host_interference",
+    "host_waiting",
+    "host_pageable",
+    "host_pinning",
+}
 
 
 @pytest.fixture(autouse=True)

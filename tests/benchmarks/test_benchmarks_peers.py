@@ -38,18 +38,33 @@ class FakeOps:
     work: Workload  # which is measured
 
     def multi_layer_kv_transfer(
-        self, chunk: torch.Tensor, pointers: torch.Tensor, slots: torch.Tensor,
-        device: torch.device, pool: int, direction: int, form: str, **sizes: int,
-    ) -> None:  # fmt: skip
+        self,
+        chunk: torch.Tensor,
+        pointers: torch.Tensor,
+        slots: torch.Tensor,
+        device: torch.device,
+        pool: int,
+        direction: int,
+        form: str,
+        **sizes: int,
+    ) -> None:
         shape = self.work.shape
         assert (pool, form) == (shape.slots, "NL_X_TWO_NB_BS_NH_HS")
         assert sizes == {"block_size": shape.block_size, "head_size": shape.dim}
         self._copy(chunk, pointers, slots, bool(direction))
 
     def multi_layer_block_kv_transfer(
-        self, pointers: torch.Tensor, chunks: list[int], blocks: torch.Tensor,
-        device: torch.device, direction: int, described: Any, tokens: int, form: str, skip: int,
-    ) -> None:  # fmt: skip
+        self,
+        pointers: torch.Tensor,
+        chunks: list[int],
+        blocks: torch.Tensor,
+        device: torch.device,
+        direction: int,
+        described: Any,
+        tokens: int,
+        form: str,
+        skip: int,
+    ) -> None:
         shape = self.work.shape
         assert (described.nl, described.nb, described.bs) == (3, shape.blocks, shape.block_size)
         assert (described.nh, described.hs, described.element_size) == (32, 128, 2)

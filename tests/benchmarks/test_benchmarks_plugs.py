@@ -363,9 +363,18 @@ def plugs_result(rows: Rows, part: str) -> Row:
 
 
 def test_bars_of_plugs_judge_results_of_plugs_alone() -> None:
-    row = {"kind": "plug_copy", "part": "lmcache", "backend": OURS, "narrow": False, "shape": "s",
-           "kernel": "slots", "payload_bytes": 1 << 20, "of_own": 1.5, "verified": True,
-           "op": "d2h"}  # fmt: skip
+    row = {
+        "kind": "plug_copy",
+        "part": "lmcache",
+        "backend": OURS,
+        "narrow": False,
+        "shape": "s",
+        "kernel": "slots",
+        "payload_bytes": 1 << 20,
+        "of_own": 1.5,
+        "verified": True,
+        "op": "d2h",
+    }
     verdicts = check.judge(plugs_result([row], "lmcache"), check.load_bars())
     assert MACHINE["device_type"] == "cuda"
     assert {verdict.bar.suite for verdict in verdicts} == {"plugs"}

@@ -159,9 +159,13 @@ def test_the_help_imports_no_extra_a_picture_needs_no_unicode_and_a_reader_may_g
         "sys.stdout.flush(); input(); sys.exit(main(['layouts', '--json']))"
     )
     process: Any = subprocess.Popen(
-        [sys.executable, "-c", code], text=True, stdin=PIPE, stdout=PIPE, stderr=PIPE,
+        [sys.executable, "-c", code],
+        text=True,
+        stdin=PIPE,
+        stdout=PIPE,
+        stderr=PIPE,
         env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
+    )
     with process:
         told = "".join(takewhile("end\n".__ne__, process.stdout))
         process.stdout.close()
@@ -321,9 +325,13 @@ def test_a_string_gets_its_picture() -> None:
     ],
 )  # fmt: skip
 def test_words_are_handed_on(
-    line: str, function: str, returned: int | None, code: int, expected: Any,
+    line: str,
+    function: str,
+    returned: int | None,
+    code: int,
+    expected: Any,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     ran = Mock(return_value=returned)
     monkeypatch.setattr(function, ran)
     assert run(*line.split())[0] == code

@@ -81,12 +81,19 @@ NORMAL = torch.Tensor.normal_
 #: What the example claims and is made not to hold: where, by what, and what the outcome says.
 SPOILT: dict[str, tuple[Any, str, Any, dict[str, bool]]] = {
     "chunks that do not come back": (
-        AdaptiveConnector, "to_gpu", lambda *_, **__: Transfer(), {"identical": False}),
+        AdaptiveConnector,
+        "to_gpu",
+        lambda *_, **__: Transfer(),
+        {"identical": False},
+    ),
     "the sign of one number": (
-        offload_transformers, "load", load_spoilt, {"identical": False, "control_differs": True}),
-    "pages that were not lost": (
-        torch.Tensor, "normal_", spare_pages, {"control_differs": False}),
-}  # fmt: skip
+        offload_transformers,
+        "load",
+        load_spoilt,
+        {"identical": False, "control_differs": True},
+    ),
+    "pages that were not lost": (torch.Tensor, "normal_", spare_pages, {"control_differs": False}),
+}
 
 
 @pytest.mark.parametrize("what", SPOILT)

@@ -38,14 +38,29 @@ def test_explain() -> None:
 def test_explain_as_json() -> None:
     found = run_json("explain", *FOUNDING, "--device", "cpu")
     assert list(found) == [
-        "source", "destination", "plan", "device", "forced", "backend", "why", "notes",
+        "source",
+        "destination",
+        "plan",
+        "device",
+        "forced",
+        "backend",
+        "why",
+        "notes",
         "candidates",
-    ]  # fmt: skip
+    ]
     assert found["source"] == {
-        "asked": FOUNDING[0], "layout": FOUNDING[0], "dtype": "float16",
-        "tensors": "list of 32, each (2, 8, 16, 32, 128)", "layers": 32, "kv": 2, "heads": 32,
-        "width_bytes": [256, 256], "block_size": 16, "opaque": False, "step": 1,
-    }  # fmt: skip
+        "asked": FOUNDING[0],
+        "layout": FOUNDING[0],
+        "dtype": "float16",
+        "tensors": "list of 32, each (2, 8, 16, 32, 128)",
+        "layers": 32,
+        "kv": 2,
+        "heads": 32,
+        "width_bytes": [256, 256],
+        "block_size": 16,
+        "opaque": False,
+        "step": 1,
+    }
     plan = found["plan"]
     assert (plan["unit"], plan["vector_bytes"], plan["token_bytes"]) == (1, 16, 2 * 32 * 32 * 256)
     (nest,) = plan["nests"]
@@ -208,9 +223,19 @@ def test_the_command_of_the_guide() -> None:
 def test_host_as_json() -> None:
     found = run_json(*ASKED)
     assert list(found) == [
-        "direction", "bytes", "runs", "host_runs", "host_memory", "engine", "why", "terms",
-        "measured", "origin", "note", "engines",
-    ]  # fmt: skip
+        "direction",
+        "bytes",
+        "runs",
+        "host_runs",
+        "host_memory",
+        "engine",
+        "why",
+        "terms",
+        "measured",
+        "origin",
+        "note",
+        "engines",
+    ]
     assert [*found.values()][:5] == ["d2h", 32_768_000, 1000, 1000, "pinned"]
     assert (found["terms"]["overlap"], found["measured"]) == ("compute", False)
     engines = {one["engine"]: one for one in found["engines"]}
@@ -218,10 +243,16 @@ def test_host_as_json() -> None:
     assert engines["direct"]["refused"].startswith("with overlap='compute'")
     assert engines["ring"]["refused"] == "it does not copy pinned memory"
     assert engines["staged"] == {
-        "engine": "staged", "run_bytes": 32768, "runs": 1000,
-        "seconds": None, "measured": False, "refused": "", "host_seconds": None,
-        "answer": "accepted", "gbps": None,
-    }  # fmt: skip
+        "engine": "staged",
+        "run_bytes": 32768,
+        "runs": 1000,
+        "seconds": None,
+        "measured": False,
+        "refused": "",
+        "host_seconds": None,
+        "answer": "accepted",
+        "gbps": None,
+    }
 
 
 @host
@@ -248,8 +279,10 @@ def test_what_is_asked_decides(words: list[str], engine: str) -> None:
 @host
 def test_what_is_not_said_is_a_run_of_32_kib() -> None:
     for words, runs, nbytes in (
-        ("", 1, 32768), ("--payload 100M --run-bytes 1M", 100, 100 << 20), ("--payload 100", 1, 100)
-    ):  # fmt: skip
+        ("", 1, 32768),
+        ("--payload 100M --run-bytes 1M", 100, 100 << 20),
+        ("--payload 100", 1, 100),
+    ):
         found = run_json("explain", "--host", *words.split())
         assert (found["runs"], found["bytes"], found["direction"]) == (runs, nbytes, "d2h")
 
@@ -264,8 +297,10 @@ def test_terms_are_told() -> None:
 @host
 @pytest.mark.parametrize(("seconds", "engine"), [(0.25, "staged"), (3.0, "descriptors")])
 def test_a_table_of_another_machine(seconds: float, engine: str, tmp_path: Path) -> None:
-    columns = {"staged": {32768: [Point(1000, seconds, 0)]},
-               "descriptors": {32768: [Point(1000, 1.0, 0)]}}  # fmt: skip
+    columns = {
+        "staged": {32768: [Point(1000, seconds, 0)]},
+        "descriptors": {32768: [Point(1000, 1.0, 0)]},
+    }
     points = {(name, "d2h"): own for name, own in columns.items()}
     path = tmp_path / "table.json"
     path.write_text(json.dumps(as_json(Table({"model": "Another Card"}, points))))

@@ -111,8 +111,17 @@ def test_what_copies_need_is_there(device: torch.device) -> None:
     architecture = 10 * major + minor
     extents = ("--layers", "3", "--heads", "2", "--dim", "64")
     assert not any(_nvrtc.compiled_before(source, architecture) for source in _needed(device))
-    run_json("warmup", "--arch", str(architecture), "--layout", NHD, CHUNK, *extents,
-             "--dtype", "bfloat16")  # fmt: skip
+    run_json(
+        "warmup",
+        "--arch",
+        str(architecture),
+        "--layout",
+        NHD,
+        CHUNK,
+        *extents,
+        "--dtype",
+        "bfloat16",
+    )
     assert all(_nvrtc.compiled_before(source, architecture) for source in _needed(device))
 
 

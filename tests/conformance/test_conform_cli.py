@@ -91,9 +91,14 @@ CLAIMED = CLAIM + "d"
     ({"collect": "crash"}, "", 1, []),
 ], ids=lambda value: value if isinstance(value, str) else "")  # fmt: skip
 def test_how_a_run_ends(
-    behaviours: dict[str, str], words: str, code: int, told: list[str], command: Command,
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    behaviours: dict[str, str],
+    words: str,
+    code: int,
+    told: list[str],
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Its exit code and its words, what cannot be judged to standard error; no folder stays."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert command(behaviours, *words.split()) == code
@@ -115,10 +120,16 @@ def test_a_report_is_of_the_profile_that_earns_a_rung(
 
 
 DEVICES = {
-    "ascend": "npu", "mlu --emulated": "mlu", "cuda": "cuda", "hip": "cuda",
-    "hip --device cuda:1": "cuda:1", "ascend --device simdev:npu": "simdev:npu",
-    "reference": "xpu", "triton": "xpu", "acme_kv.backend:Acme": "xpu",
-}  # fmt: skip
+    "ascend": "npu",
+    "mlu --emulated": "mlu",
+    "cuda": "cuda",
+    "hip": "cuda",
+    "hip --device cuda:1": "cuda:1",
+    "ascend --device simdev:npu": "simdev:npu",
+    "reference": "xpu",
+    "triton": "xpu",
+    "acme_kv.backend:Acme": "xpu",
+}
 
 
 def test_one_is_judged_elsewhere(asked: list[Options], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,11 +149,28 @@ def test_nothing_runs_under_a_forced_backend(
     assert "PORTAKV_BACKEND=reference forces every copy" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [
-    "", "a b", "fake --profile most", "fake --fuzz 0", "fake --seed -1", "fake --limit 0",
-    "fake --limit inf", "fake --limit soon", "fake --only", "fake --jobs 0", "fake --jobs many",
-    "diff one", "verify", "replay", "--mutants fake", "--list bogus", "--list --only a",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        "",
+        "a b",
+        "fake --profile most",
+        "fake --fuzz 0",
+        "fake --seed -1",
+        "fake --limit 0",
+        "fake --limit inf",
+        "fake --limit soon",
+        "fake --only",
+        "fake --jobs 0",
+        "fake --jobs many",
+        "diff one",
+        "verify",
+        "replay",
+        "--mutants fake",
+        "--list bogus",
+        "--list --only a",
+    ],
+)
 @pytest.mark.usefixtures("asked")
 def test_what_is_not_understood_ends_with_2(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
@@ -246,9 +274,11 @@ def test_interrupted_runs_end_workers(command: Command, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("missing", ["pytest", "hypothesis", "portakv_conformance.cli", "jinja2"])
 def test_an_extra_that_is_missing_is_no_failure_of_a_backend(
-    missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    missing: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
     asked: list[Options],
-) -> None:  # fmt: skip
+) -> None:
     """And it is missed before any case is run."""
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     if missing != "jinja2":
@@ -346,10 +376,12 @@ def test_verdicts_compare(record: RunRecord, diff: Any, before: str, after: str,
     """Though no case ended in another way: one was left out, or the device is another."""
     was = before.split()
     now = after.split()
-    code, out = diff(*(
-        replace(record, verdict=verdict, rung=rung.removeprefix("none"))
-        for verdict, rung in (was, now)
-    ))  # fmt: skip
+    code, out = diff(
+        *(
+            replace(record, verdict=verdict, rung=rung.removeprefix("none"))
+            for verdict, rung in (was, now)
+        )
+    )
     assert code == (kind == "REGRESSION")
     for name, old, new in zip(("verdict", "rung"), was, now, strict=True):
         assert (f"{kind:<10} {name}: {old} -> {new}" in out) == (old != new)

@@ -112,8 +112,10 @@ def test_claims_and_nonsense_in_plain_values() -> None:
     assert claims["places"] == [["a", "b"], ["host", "host"]]
     assert (claims["index_dtypes"], claims["max_loops"]) == (["int32", "int64"], None)
     assert environment.plain({1: object, "a": {3, "b"}, "c": (torch.float16, 1.5)}) == {
-        "1": "<class 'object'>", "a": [3, "b"], "c": ["float16", 1.5],
-    }  # fmt: skip
+        "1": "<class 'object'>",
+        "a": [3, "b"],
+        "c": ["float16", 1.5],
+    }
 
 
 # -- a vendor's device ----------------------------------------------------------------------------
@@ -201,9 +203,11 @@ def test_a_hip_device(machine: Machine) -> None:
     facts = describe_environment(on_it, "cuda")
     told = {name: facts.get(name) for name in ("driver", "hip", "architecture", "cuda")}
     assert told == {
-        "driver": "hydcu 5.16.29", "hip": "6.3.42134", "architecture": "gfx906:sramecc+:xnack-",
+        "driver": "hydcu 5.16.29",
+        "hip": "6.3.42134",
+        "architecture": "gfx906:sramecc+:xnack-",
         "cuda": None,
-    }  # fmt: skip
+    }
     assert facts["device_name"] == facts["architecture"], "some DCUs have no name"
     assert describe_environment(replace(on_it, emulated=True), "cuda")["driver"] == ""
 

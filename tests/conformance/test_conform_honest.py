@@ -28,9 +28,12 @@ _NAMED = {
 }
 _CLAIMS = [n for n, found in _NAMED.items() if hasattr(found, "less") and n not in _LIARS]
 _TELLING = (
-    "cases/test_claims.py", "cases/test_stateful.py", "cases/test_connector.py::test_batches",
-    "cases/test_core.py::test_rows_move", "cases/test_parts.py::test_migration_within_one_cache",
-)  # fmt: skip
+    "cases/test_claims.py",
+    "cases/test_stateful.py",
+    "cases/test_connector.py::test_batches",
+    "cases/test_core.py::test_rows_move",
+    "cases/test_parts.py::test_migration_within_one_cache",
+)
 
 
 def one(name: str) -> Subject:
@@ -100,11 +103,14 @@ def test_each_claim_is_tested_within_the_others(name: str, direction: str) -> No
     assert home.judge.examples == (6 if found.can.tables else 0)
 
 
-@pytest.mark.parametrize(("target", "why"), [
-    (f"{_HONEST}:ListOfPlaces", "places is a list"),
-    (f"{_HONEST}:TrueAlignment", "alignment is True"),
-    ("support.conform_suite_backends:Nonsense", "index_on is 'nowhere'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("target", "why"),
+    [
+        (f"{_HONEST}:ListOfPlaces", "places is a list"),
+        (f"{_HONEST}:TrueAlignment", "alignment is True"),
+        ("support.conform_suite_backends:Nonsense", "index_on is 'nowhere'"),
+    ],
+)
 def test_claims_of_another_type_make_no_sense(target: str, why: str) -> None:
     with pytest.raises(AssertionError, match=why):
         test_claims.test_claims_make_sense(subject(target))
@@ -124,9 +130,15 @@ def test_a_half_that_was_declined_is_not_passed(conform: Any) -> None:
 
 def test_layouts_are_found_within_what_is_claimed() -> None:
     homes = {
-        "OnlyNHD": 0, "OnlyHND": 1, "OnlyTuples": 2, "OnlyTuplesByPrepare": 2, "NoTables": 4,
-        "Loops2": 0, "Loops1": 5, "Least": 5,
-    }  # fmt: skip
+        "OnlyNHD": 0,
+        "OnlyHND": 1,
+        "OnlyTuples": 2,
+        "OnlyTuplesByPrepare": 2,
+        "NoTables": 4,
+        "Loops2": 0,
+        "Loops1": 5,
+        "Least": 5,
+    }
     assert {name: HOMES.index(find_home(one(name), HOMES)) for name in homes} == homes
     for name, asked, taken in (("OnlyNHD", 1, 0), ("OnlyNHD", 2, 2), ("NoMigration", 1, 0)):
         assert across(one(name), HOMES[0], HOMES[asked]) == HOMES[taken]

@@ -139,11 +139,14 @@ def test_the_first_case_that_fails_catches(ends: Any, ending: str, row: str) -> 
         assert (asked.profile, asked.seed, asked.exit_first) == (SECOND.profile, 7, True)
 
 
-@pytest.mark.parametrize(("ends", "verdict", "why"), [
-    ("passed", "conformant", None),
-    ("failed", "failed", "1 cases fail, the first is a"),
-    ("passed", "incomplete", "why"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("ends", "verdict", "why"),
+    [
+        ("passed", "conformant", None),
+        ("failed", "failed", "1 cases fail, the first is a"),
+        ("passed", "incomplete", "why"),
+    ],
+)
 def test_a_control_has_to_pass_everything(ends: str, verdict: str, why: str | None) -> None:
     seen: list[Options] = []
     found = try_control(FIRST, runner=runner(ends, seen, verdict))
@@ -169,9 +172,13 @@ def test_all_are_tried_under_all_seeds_and_come_back_in_order() -> None:
     ("caught", "control", "code"), [("x", None, 0), ("", None, 1), ("x", "3 cases fail", 1)]
 )
 def test_the_exit_code_and_the_page(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path,
-    caught: str, control: str | None, code: int,
-) -> None:  # fmt: skip
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    caught: str,
+    control: str | None,
+    code: int,
+) -> None:
     def attempt(mutant: Mutant, seed: int, **how: object) -> Trial:
         return Trial(mutant, seed, caught if seed == 4 else "cases/test_b.py::y", "", 2.0)
 
@@ -196,19 +203,26 @@ def test_the_exit_code_and_the_page(
     (f"--only {FIRST.name}", "reference", "PORTAKV_BACKEND forces another backend"),
 ])  # fmt: skip
 def test_what_cannot_be_understood(
-    words: str, forced: str, told: str, capsys: pytest.CaptureFixture[str],
+    words: str,
+    forced: str,
+    told: str,
+    capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", forced)
     with pytest.raises(SystemExit, match="2"):
         score.main(words.split())
     assert told in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words", [
-    "--no-control --only off-by-one-slot", pytest.param("", marks=pytest.mark.slow),
-    pytest.param("--runs 2 --seed 1 --no-control", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--no-control --only off-by-one-slot",
+        pytest.param("", marks=pytest.mark.slow),
+        pytest.param("--runs 2 --seed 1 --no-control", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.timeout(3600)  # each mutant takes 8 s of a core
 def test_the_suite_catches_mutants(words: str) -> None:
     assert score.main(words.split()) == 0

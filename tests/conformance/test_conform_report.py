@@ -218,9 +218,11 @@ def test_junit_counts_what_it_holds_and_names_as_pytest_does(name: str, record: 
     totals = record.totals
     missing = len(record.missing)
     assert [int(root.get(attribute, "")) for attribute in kinds] == [
-        len(record.cases) + missing, totals["failed"], totals["error"] + missing,
+        len(record.cases) + missing,
+        totals["failed"],
+        totals["error"] + missing,
         totals["waived"] + totals["not-claimed"],
-    ]  # fmt: skip
+    ]
     found = {f"{c.get('classname')}::{c.get('name')}": c for c in root.iter("testcase")}
     for case in record.cases if name != "hostile" else ():
         made = found[case.id.replace(".py::", "::").replace("/", ".", 1)]
@@ -262,8 +264,12 @@ def test_markdown_acts_on_nothing_that_a_record_says() -> None:
     assert words.fenced("```\nx").startswith("````\n")
 
 
-BADGES = {"passing": "R6 full 2026.12", "emulated": "R3 emulated full 2026.12",
-          "failing": "failed 12 of 314", "incomplete": "incomplete 2026.12"}  # fmt: skip
+BADGES = {
+    "passing": "R6 full 2026.12",
+    "emulated": "R3 emulated full 2026.12",
+    "failing": "failed 12 of 314",
+    "incomplete": "incomplete 2026.12",
+}
 
 
 def test_the_badge_is_one_line_of_svg_with_the_verdict(name: str, record: RunRecord) -> None:
@@ -290,9 +296,12 @@ def test_the_oracle_s_own_sentence_is_taken_apart() -> None:
     assert byte is not None
     assert (byte.before, byte.after, byte.wrong) == ("Case 3.", "More.", 64)
     assert (byte.place, byte.found, byte.expected, byte.origin, byte.should) == (
-        "layer 0 key slot 0 head 0 byte 0", "0x20", "0x00",
-        "source layer 0 value slot 0 head 0 byte 0", "source layer 0 key slot 0 head 0 byte 0",
-    )  # fmt: skip
+        "layer 0 key slot 0 head 0 byte 0",
+        "0x20",
+        "0x00",
+        "source layer 0 value slot 0 head 0 byte 0",
+        "source layer 0 key slot 0 head 0 byte 0",
+    )
 
 
 SLOT_4 = "source layer 0 key slot 4 head 0 byte 0"
@@ -328,7 +337,11 @@ def test_times_values_and_odd_characters_in_words() -> None:
     assert forms.prose("Field `a<b` is") == "Field <code>a&lt;b</code> is"
     assert forms.prose("One ` alone") == "One ` alone"
     assert [words.duration(s) for s in (0.42, 41.6, 187.4, 3725)] == [
-        "0.4 s", "42 s", "3 min 7 s", "1 h 2 min"]  # fmt: skip
+        "0.4 s",
+        "42 s",
+        "3 min 7 s",
+        "1 h 2 min",
+    ]
     assert words.moment("2026-11-20T23:30:00-02:00") == "21 Nov 2026, 01:30 UTC"
     assert words.moment("yesterday") == "yesterday"
     places = [["device", "pinned"], ["pinned", "host"]]

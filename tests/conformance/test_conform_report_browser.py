@@ -69,12 +69,18 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
     return {file.parent.name: file for file in folder.glob("*/report.html")}
 
 
-@pytest.mark.parametrize(("name", "size", "scheme"), [
-    # The failing run shows every part of a page; of the others two of the four ways are enough.
-    pytest.param(name, size, scheme, marks=() if name == "failing" else pytest.mark.full)
-    for name in conform_reports.RUNS for size in (WIDE, PHONE) for scheme in ("light", "dark")
-    if name == "failing" or (size is WIDE) == (scheme == "light")
-], ids=lambda value: value[0] if isinstance(value, tuple) else value)  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "size", "scheme"),
+    [
+        # The failing run shows every part of a page; of the others two of the four ways are enough.
+        pytest.param(name, size, scheme, marks=() if name == "failing" else pytest.mark.full)
+        for name in conform_reports.RUNS
+        for size in (WIDE, PHONE)
+        for scheme in ("light", "dark")
+        if name == "failing" or (size is WIDE) == (scheme == "light")
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else value,
+)
 def test_the_page_fits_is_legible_and_asks_for_nothing(
     browser: Browser, pages: Pages, name: str, size: tuple[int, int], scheme: str
 ) -> None:
@@ -119,9 +125,12 @@ def test_cases_are_filtered_by_status_area_words_and_a_cell(browser: Browser, pa
     browser.ask(click.format(""))
     safe = sum(case.area == "safety" for case in record.cases)
     for field, value, seen in (
-        ("area", "safety", safe), ("search", "CANARIES odd", 1), ("search", "no such case", 0),
-        ("search", "", safe), ("area", "", len(record.cases)),
-    ):  # fmt: skip
+        ("area", "safety", safe),
+        ("search", "CANARIES odd", 1),
+        ("search", "no such case", 0),
+        ("search", "", safe),
+        ("area", "", len(record.cases)),
+    ):
         browser.ask(f"""{{
             const field = document.getElementById('{field}');
             field.value = '{value}';

@@ -35,11 +35,15 @@ LOAD = "from portakv_conformance import simdev; print(simdev.available()); simde
 RENAME = "import torch; torch.utils.rename_privateuse1_backend('acme_card')\n"
 
 
-@pytest.mark.parametrize(("before", "compiler", "available", "error"), [
-    ("", "/nowhere/g++", r"The simulated device .* no C\+\+ compiler .*CXX=", "set CXX"),
-    ("", "false", "None\n", r"false failed to compile the simulated device.*C\+\+20"),
-    (RENAME, "g++", "Another package has made 'acme_card'", "Another package"),
-], ids=["no compiler", "a compiler that fails", "another package in its place"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("before", "compiler", "available", "error"),
+    [
+        ("", "/nowhere/g++", r"The simulated device .* no C\+\+ compiler .*CXX=", "set CXX"),
+        ("", "false", "None\n", r"false failed to compile the simulated device.*C\+\+20"),
+        (RENAME, "g++", "Another package has made 'acme_card'", "Another package"),
+    ],
+    ids=["no compiler", "a compiler that fails", "another package in its place"],
+)
 def test_a_device_that_cannot_be_had_is_a_clear_error(
     before: str, compiler: str, available: str, error: str, tmp_path: Path
 ) -> None:
@@ -95,13 +99,21 @@ except RuntimeError as error:
 """
 
 
-@pytest.mark.parametrize(("code", "ended", "told"), [
-    pytest.param(TOUCH, -11, "the host touched memory of the simulated device outside of a job",
-                 id="the host touches device memory"),
-    pytest.param(FAULT, 0, "aten::index on stream 0 of simdev:0 failed",
-                 id="a fault is told at the end"),  # nothing waited for it
-    pytest.param(FORK, 7, "'spawn'", id="a forked process"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "ended", "told"),
+    [
+        pytest.param(
+            TOUCH,
+            -11,
+            "the host touched memory of the simulated device outside of a job",
+            id="the host touches device memory",
+        ),
+        pytest.param(
+            FAULT, 0, "aten::index on stream 0 of simdev:0 failed", id="a fault is told at the end"
+        ),  # nothing waited for it
+        pytest.param(FORK, 7, "'spawn'", id="a forked process"),
+    ],
+)
 def test_what_is_wrong_is_told(code: str, ended: int, told: str) -> None:
     done = run("-c", f"import torch; from support.simdev_cases import DEVICE\n{code}")
     assert done.returncode == ended or done.returncode < 0 > ended, done.stderr
@@ -111,9 +123,15 @@ def test_what_is_wrong_is_told(code: str, ended: int, told: str) -> None:
 @pytest.mark.slow
 def test_the_suite_fails_every_time_without_the_connectors_wait() -> None:
     suite = [
-        *PYTEST, "-x", "--pyargs", "portakv_conformance", "--portakv-backend=reference",
-        "--portakv-device=simdev", "-k", "test_a_copy_waits_for_its_producer and side",
-    ]  # fmt: skip
+        *PYTEST,
+        "-x",
+        "--pyargs",
+        "portakv_conformance",
+        "--portakv-backend=reference",
+        "--portakv-device=simdev",
+        "-k",
+        "test_a_copy_waits_for_its_producer and side",
+    ]
     whole = run(*suite)
     assert whole.returncode == 0, whole.stdout
     for seed in range(100):

@@ -262,16 +262,19 @@ def test_an_example_tells_where_it_was_found_before_it_is_built() -> None:
 ORACLE = "Destination layer 0 key slot 3 holds 0x07; expected 0x09."
 
 
-@pytest.mark.parametrize("more", [
-    "",
-    " The case was Case(src=Side('layer').",
-    "\nFalsifying example: test_any_copy(\n    data=data(...),\n)",
-    "\nFailing test case: test_any_copy(\n    data=data(...),\n)",
-    " The case was Case().\nFailing test case:\nstate = Engine()",
-    "\nFailing explicit example: test_any_copy()",
-    "\nFalsifying explicit example: test_any_copy()",
-    "\nassert 7 == 9",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        "",
+        " The case was Case(src=Side('layer').",
+        "\nFalsifying example: test_any_copy(\n    data=data(...),\n)",
+        "\nFailing test case: test_any_copy(\n    data=data(...),\n)",
+        " The case was Case().\nFailing test case:\nstate = Engine()",
+        "\nFailing explicit example: test_any_copy()",
+        "\nFalsifying explicit example: test_any_copy()",
+        "\nassert 7 == 9",
+    ],
+)
 def test_the_sentence_is_the_oracle_s(more: str) -> None:
     for before in ("", "AssertionError: "):
         assert sentence(f"{before}{ORACLE}{more}") == ORACLE

@@ -36,8 +36,11 @@ def judged(backend: str, *words: str, ids: Sequence[str], where: Path, **more: s
     told = where / "events.jsonl"
     only = where / "only.txt"
     only.write_text("\n".join(ids) + "\n", encoding="utf-8")
-    asked = (f"--portakv-backend=support.conform_suite_backends:{backend}",
-             f"--portakv-events={told}", f"--portakv-only={only}")  # fmt: skip
+    asked = (
+        f"--portakv-backend=support.conform_suite_backends:{backend}",
+        f"--portakv-events={told}",
+        f"--portakv-only={only}",
+    )
     done = python("-m", "pytest", *SUITE, *asked, *words, where=where, **more)
     events = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines()]
     cases = [CaseRecord.read(event["case"]) for event in events if event["event"] == "end"]
@@ -244,11 +247,14 @@ def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
     assert "--jobs" not in passed.command
 
 
-@pytest.mark.parametrize(("name", "told", "where"), [
-    ("Crashing", "killed by SIGSEGV while this case ran", "in carry"),
-    ("Hanging", "longer than its limit of 2 s", "in carry"),
-    ("NoClaims", "capabilities() returned 'all of it'; expected", ""),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "told", "where"),
+    [
+        ("Crashing", "killed by SIGSEGV while this case ran", "in carry"),
+        ("Hanging", "longer than its limit of 2 s", "in carry"),
+        ("NoClaims", "capabilities() returned 'all of it'; expected", ""),
+    ],
+)
 def test_a_backend_that_cannot_be_judged_has_failed(name: str, told: str, where: str) -> None:
     """The suite and its surroundings are in order."""
     record = run_on(name, limit=2.0)

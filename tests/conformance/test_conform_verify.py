@@ -190,9 +190,10 @@ EDITS: list[tuple[Any, ...]] = [
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"), [(edit, told) for edit, *told in EDITS],
+    ("edit", "told"),
+    [(edit, told) for edit, *told in EDITS],
     ids=[edit[-1] if edit[1:] else "seal" for edit in EDITS],
-)  # fmt: skip
+)
 def test_an_edit_is_found_by_the_seal_and_a_contradiction_behind_a_new_one(
     record: RunRecord, edit: Callable[[RunRecord], object], told: list[str]
 ) -> None:
@@ -287,16 +288,20 @@ def test_what_was_missing_explains_a_shorter_list(record: RunRecord) -> None:
     assert (record.verdict, record.rung, refusals(record)) == ("incomplete", "", "")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"schema": "portakv-conformance/1"}',
-                                  "null", '"portakv-conformance/1"'])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{", "{}", '{"schema": "portakv-conformance/1"}', "null", '"portakv-conformance/1"'],
+)
 def test_what_is_no_report_is_refused(text: str) -> None:
     assert len(check_report(text, listing)) == 1
 
 
 def test_the_command(
-    record: RunRecord, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    record: RunRecord,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.setattr(cli, "check_report", partial(check_report, listing=listing))
     file = tmp_path / "conformance.json"
     file.write_text(record.document(), encoding="utf-8")
@@ -320,9 +325,12 @@ def test_the_command(
     (None, 1, "is no JSON: Expecting value"),
 ])  # fmt: skip
 def test_a_record_of_a_job_is_told_apart(
-    change: dict[str, Any] | None, code: int, told: str, tmp_path: Path,
+    change: dict[str, Any] | None,
+    code: int,
+    told: str,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     (kept,) = (Path(__file__).parents[2] / RESULTS).glob("hip-amd-*-r4.json")
     file = tmp_path / "job.json"
     changed = "" if change is None else json.dumps(json.loads(kept.read_text()) | change)
@@ -352,8 +360,9 @@ def written(folder: Path, text: str) -> Path:
 def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
     both = GOOD + GOOD.replace(CLAIM + "a", CLAIM + "b").replace(LATER, "3000")
     assert read_waivers(written(tmp_path, both)) == (
-        Waiver(CLAIM + "a", "Ticket 4711.", LATER), Waiver(CLAIM + "b", "Ticket 4711.", "3000"),
-    )  # fmt: skip
+        Waiver(CLAIM + "a", "Ticket 4711.", LATER),
+        Waiver(CLAIM + "b", "Ticket 4711.", "3000"),
+    )
     assert read_waivers(written(tmp_path, "")) == ()
 
 

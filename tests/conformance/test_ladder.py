@@ -54,10 +54,19 @@ def gone(target: str) -> str:
 
 def rung(**values: Any) -> Rung:
     made = Rung(
-        backend="cuda", target="portakv.backends.cuda:Cuda", device="NVIDIA H200", rung="R6",
-        emulated=False, evidence=f"{RESULTS}a.json", told="314 cases", command="portakv conform",
-        date="2026-11-20", versions="torch 2.13.0", source_sha256="a" * 64, suite="2026.12",
-    )  # fmt: skip
+        backend="cuda",
+        target="portakv.backends.cuda:Cuda",
+        device="NVIDIA H200",
+        rung="R6",
+        emulated=False,
+        evidence=f"{RESULTS}a.json",
+        told="314 cases",
+        command="portakv conform",
+        date="2026-11-20",
+        versions="torch 2.13.0",
+        source_sha256="a" * 64,
+        suite="2026.12",
+    )
     return replace(made, **values)
 
 
@@ -164,11 +173,21 @@ def test_a_row_says_what_its_file_says(tmp_path: Path) -> None:
     assert (made.rung, made.emulated, made.told) == ("R6", False, "312 passed, 2 not claimed")
     assert contradictions(Ladder((replace(made, note="by us"),)), tmp_path) == []
     values = {
-        "rung": "R3", "backend": "other", "target": "a.b:C", "device": "NVIDIA H100",
-        "emulated": True, "command": "portakv conform x", "date": "2026-11-19",
-        "source_sha256": "0" * 64, "suite": "2027.01", "told": "9 cases", "versions": "torch 9",
-        "vendor": {"torch-npu": "0" * 64}, "emulation": {"acme": "1"}, "assumption": "by luck",
-    }  # fmt: skip
+        "rung": "R3",
+        "backend": "other",
+        "target": "a.b:C",
+        "device": "NVIDIA H100",
+        "emulated": True,
+        "command": "portakv conform x",
+        "date": "2026-11-19",
+        "source_sha256": "0" * 64,
+        "suite": "2027.01",
+        "told": "9 cases",
+        "versions": "torch 9",
+        "vendor": {"torch-npu": "0" * 64},
+        "emulation": {"acme": "1"},
+        "assumption": "by luck",
+    }
     found = contradictions(Ladder((replace(made, **values),)), tmp_path)  # type: ignore[arg-type]
     for name, value in values.items():
         assert f"{name} is {value!r}, but the file says" in "\n".join(found)
@@ -204,10 +223,30 @@ def test_the_file_holds_whatever_stands_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["[[rung]]\nbackend = 'x'", "[[rung]]\nnobody = 1", "=", "rung = 3", "[[rung]]\n"
-     + "".join(f"{name} = 1\n" for name in ("backend", "target", "device", "rung", "emulated",
-       "evidence", "told", "command", "date", "versions", "source_sha256"))],
-)  # fmt: skip
+    [
+        "[[rung]]\nbackend = 'x'",
+        "[[rung]]\nnobody = 1",
+        "=",
+        "rung = 3",
+        "[[rung]]\n"
+        + "".join(
+            f"{name} = 1\n"
+            for name in (
+                "backend",
+                "target",
+                "device",
+                "rung",
+                "emulated",
+                "evidence",
+                "told",
+                "command",
+                "date",
+                "versions",
+                "source_sha256",
+            )
+        ),
+    ],
+)
 def test_what_is_no_ladder_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "ladder.toml").write_text(text)
     with pytest.raises(ValueError, match=r"ladder\.toml"):
@@ -253,9 +292,14 @@ WHEEL = "torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
 KINDS = {rung: what for what, rung in JOBS.items()}
 
 RECORD = {
-    "name": "reference", "backend": REFERENCE, "source_sha256": "a" * 64, "command": "bash it.sh",
-    "date": "2026-11-20", "device": "npu, emulated", "right": True,
-}  # fmt: skip
+    "name": "reference",
+    "backend": REFERENCE,
+    "source_sha256": "a" * 64,
+    "command": "bash it.sh",
+    "date": "2026-11-20",
+    "device": "npu, emulated",
+    "right": True,
+}
 WHOLE: dict[str, dict[str, Any]] = {
     "R1": {"signatures": [{"op": "a.b", "signature": "(x) -> int", "source": "its page"}],
            "emulation": {SIMULATION: "a" * 64}},
@@ -406,18 +450,25 @@ def recorded(rung: str, printed: str, tmp_path: Path, **options: Any) -> dict[st
 def test_a_job_shows_what_was_built_and_read(tmp_path: Path) -> None:
     """And no place of the machine."""
     job: dict[str, Any] = {
-        "backend": REFERENCE, "device": "AMD", "versions": "hipcc 5.2",
-        "target": ("gfx906", "gfx90a"), "compiler": r"^version \d.*",
+        "backend": REFERENCE,
+        "device": "AMD",
+        "versions": "hipcc 5.2",
+        "target": ("gfx906", "gfx90a"),
+        "compiler": r"^version \d.*",
         "kernels": r"::(?P<kernel>\w+)\[(?P<target>\w+)\] PASSED",
-    }  # fmt: skip
+    }
     made = recorded("R4", PRINTED, tmp_path, **job)
     assert made["right"]
     assert made["compiler"] == made["printed"][0] == "version 24.04 in bin"
     assert len(made["printed"]) == 3
     assert [row["target"] for row in made["kernels"]] == ["gfx906", "gfx90a"]
     assert made["kernels"] == kernels_in(PRINTED, job["kernels"])
-    for less in ({"target": ()}, {"target": "gfx906"}, {"kernels": ""},
-                 {"versions": "", "compiler": ""}):  # fmt: skip
+    for less in (
+        {"target": ()},
+        {"target": "gfx906"},
+        {"kernels": ""},
+        {"versions": "", "compiler": ""},
+    ):
         assert not recorded("R4", PRINTED, tmp_path, **job | less)["right"]
 
 
@@ -431,9 +482,13 @@ def test_a_job_shows_what_was_built_and_read(tmp_path: Path) -> None:
     ("R3", ["--emulated-by", SIMULATION], "true", ""),
 ])  # fmt: skip
 def test_the_command_says_what_a_record_lacks(
-    rung: str, more: list[str], command: str, told: str, tmp_path: Path,
+    rung: str,
+    more: list[str],
+    command: str,
+    told: str,
+    tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
+) -> None:
     file = tmp_path / "job.json"
     words = ["--backend", REFERENCE, "--device", "x, emulated", "--report", str(file), *more]
     assert evidence.main(["--what", KINDS[rung], *words, "--", command]) == (1 if told else 0)
@@ -448,9 +503,11 @@ def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
     and what its stand-in takes for true."""
     sources = (SIMULATION, STANDINS["mlu"])
     job: dict[str, Any] = {
-        "backend": ASCENDC, "device": "cpu, emulated", "emulated_by": sources,
+        "backend": ASCENDC,
+        "device": "cpu, emulated",
+        "emulated_by": sources,
         "tells": r"profile\s+\w+,\s+seed\s+\d+:\s+\d[^.]*?(?=\s+in\s)",
-    }  # fmt: skip
+    }
     printed = "on cpu: profile full, seed 0: 1721 passed, 2 not-claimed in 9.1 s"
     file = tmp_path / "job.json"
     assert not recorded("R3", printed, tmp_path, **job | {"tells": r"\d+ failed"})["right"]

@@ -117,11 +117,22 @@ def test_addresses_worked_out_by_hand() -> None:
     assert scales[0, 0].tolist() == list(range(8448 + 8192 + 12, 8448 + 8192 + 16))
 
 
-@pytest.mark.parametrize("text", [
-    "layer | block tokens dim", "token token dim", "token dim/4", "token dim/4 dim%8",
-    "token (dim", "token dim)", "token () dim", "layer | kv | token dim", "token, dim",
-    "token dim%0 dim/0", "(layer | token) dim",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        "layer | block tokens dim",
+        "token token dim",
+        "token dim/4",
+        "token dim/4 dim%8",
+        "token (dim",
+        "token dim)",
+        "token () dim",
+        "layer | kv | token dim",
+        "token, dim",
+        "token dim%0 dim/0",
+        "(layer | token) dim",
+    ],
+)
 def test_strings_outside_the_language_are_refused(text: str) -> None:
     with pytest.raises(ValueError, match="layout"):
         read_layout(text)

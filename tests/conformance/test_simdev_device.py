@@ -65,14 +65,33 @@ def test_operators_agree_with_the_cpu(device: torch.device) -> None:
         out = torch.empty(0, device=x.device)
         torch.index_select(x, 0, ids, out=out)
         return [
-            written, put, scattered, out, x.index_select(1, ids), x[ids], x[:, ids], x[x > 3],
-            x.nonzero(), torch.gather(x, 1, ids[None]), x.t().contiguous(), x[1:3, 2:].clone(),
-            torch.cat([x, x + 1]), torch.stack([x, x * 2]).sum(0), x.view(torch.int32) + 1,
-            x.unfold(1, 2, 2).clone(), x.to(torch.bfloat16), x.to(torch.int32).clamp(2, 5),
-            x.unique(), torch.arange(5, device=x.device), torch.full((3,), 2, device=x.device),
-            x.view(torch.complex64).clone(), x.sort(dim=1, descending=True).indices,
-            torch.where(x > 3, x, 0), x.expand(2, 4, 6).reshape(-1), x.permute(1, 0)[ids],
-        ]  # fmt: skip
+            written,
+            put,
+            scattered,
+            out,
+            x.index_select(1, ids),
+            x[ids],
+            x[:, ids],
+            x[x > 3],
+            x.nonzero(),
+            torch.gather(x, 1, ids[None]),
+            x.t().contiguous(),
+            x[1:3, 2:].clone(),
+            torch.cat([x, x + 1]),
+            torch.stack([x, x * 2]).sum(0),
+            x.view(torch.int32) + 1,
+            x.unfold(1, 2, 2).clone(),
+            x.to(torch.bfloat16),
+            x.to(torch.int32).clamp(2, 5),
+            x.unique(),
+            torch.arange(5, device=x.device),
+            torch.full((3,), 2, device=x.device),
+            x.view(torch.complex64).clone(),
+            x.sort(dim=1, descending=True).indices,
+            torch.where(x > 3, x, 0),
+            x.expand(2, 4, 6).reshape(-1),
+            x.permute(1, 0)[ids],
+        ]
 
     pairs = zip(results(there.to(device), rows.to(device)), results(there, rows), strict=True)
     for found, wanted in pairs:

@@ -127,10 +127,20 @@ def test_a_stale_page_is_found(
 
 def ours(*facts: dict[str, Any], **values: Any) -> RunRecord:
     """A run of a backend of this repository on a GPU."""
-    gpu = {"device": "cuda:0", "device_name": "NVIDIA H200", "driver": "580.159",
-           "triton": "3.6.0", "nvidia-cuda-nvrtc": "13.0.88", "torch_acme": ...}  # fmt: skip
-    backend = {"name": "cuda", "target": "portakv.backends.cuda:Cuda", "version": "0.1",
-               "source_sha256": "a" * 64}  # fmt: skip
+    gpu = {
+        "device": "cuda:0",
+        "device_name": "NVIDIA H200",
+        "driver": "580.159",
+        "triton": "3.6.0",
+        "nvidia-cuda-nvrtc": "13.0.88",
+        "torch_acme": ...,
+    }
+    backend = {
+        "name": "cuda",
+        "target": "portakv.backends.cuda:Cuda",
+        "version": "0.1",
+        "source_sha256": "a" * 64,
+    }
     return changed(passing(), gpu, *facts, **{"backend": backend, **values})
 
 
@@ -180,8 +190,11 @@ def test_what_is_edited_no_report_or_no_certification_is_no_result(tmp_path: Pat
     forged.environment[SEAL] = digest_of(forged)
     (tmp_path / "odd.json").write_text(forged.document())
     with pytest.raises(ValueError, match="R6 needs the real one"):
-        keep(tmp_path / "odd.json", tmp_path / RESULTS,
-             partial(check_report, listing=lambda profile, device: {}))  # fmt: skip
+        keep(
+            tmp_path / "odd.json",
+            tmp_path / RESULTS,
+            partial(check_report, listing=lambda profile, device: {}),
+        )
     assert not (tmp_path / RESULTS).exists()
 
 
@@ -225,9 +238,13 @@ TABLE: dict[str, Any] = tomllib.loads(SOURCE.read_text(encoding="utf-8"))
 PITFALLS: list[dict[str, Any]] = TABLE["pitfall"]
 #: How many are known in each area; a pitfall may be split in two, none may be lost.
 KNOWN = {
-    "addressing": 22, "indices": 14, "ordering": 10, "host memory": 7, "copy engine": 11,
+    "addressing": 22,
+    "indices": 14,
+    "ordering": 10,
+    "host memory": 7,
+    "copy engine": 11,
     "honesty": 3,
-}  # fmt: skip
+}
 
 
 def test_each_named_test_exists() -> None:

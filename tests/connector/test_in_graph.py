@@ -413,8 +413,9 @@ def test_another_stream_is_refused_in_a_graph() -> None:
     with pytest.raises(Unsupported, match="PortaKV's op"):
         torch.compile(
             lambda: connector.from_gpu(chunk, None, slots, stream=side),
-            fullgraph=True, backend="eager",
-        )()  # fmt: skip
+            fullgraph=True,
+            backend="eager",
+        )()
 
 
 @pytest.mark.gpu

@@ -82,53 +82,127 @@ def _range(start: Any, end: Any, *words: str) -> tuple[Any, ...]:
 
 #: What is special about a call, in place of right arguments; functions are called with the scene.
 CALLS: list[tuple[Any, ...]] = [
-    ("an extent that is declared", {"options": {"block_size": 16}},
-     LayoutError, "'token'", "extent 16", "4 was found"),
-    _caches("of another rank", lambda s: [x.flatten(3) for x in s.caches],
-            "5 dimension", "(2, 5, 4, 16)", "axis"),
+    (
+        "an extent that is declared",
+        {"options": {"block_size": 16}},
+        LayoutError,
+        "'token'",
+        "extent 16",
+        "4 was found",
+    ),
+    _caches(
+        "of another rank",
+        lambda s: [x.flatten(3) for x in s.caches],
+        "5 dimension",
+        "(2, 5, 4, 16)",
+        "axis",
+    ),
     _caches("in an empty dict", {}, "empty", "at least one"),
     _caches("that are a number", 7, "expect"),
     _caches("of None", [None], "expect"),
     _caches("nested", [[torch.zeros(1)]], "expect"),
     _caches("on meta", lambda s: [x.to("meta") for x in s.caches], "meta", "memory", "allocated"),
-    ("caches on several devices",
-     {"kv_caches": lambda s: [*s.caches[:-1], s.caches[-1].to("meta")]},
-     DeviceMismatch, "cpu", "meta", "one device"),
-    ("caches whose keys and values have other blocks",
-     {"options": {"kv_layout": PAIRS}, "kv_caches": lambda s: [
-         (filled((5, SIZE, HEADS, DIM)), filled((6, SIZE, HEADS, DIM))) for _ in range(LAYERS)]},
-     LayoutError, "'block'", "5", "6", "expected"),
+    (
+        "caches on several devices",
+        {"kv_caches": lambda s: [*s.caches[:-1], s.caches[-1].to("meta")]},
+        DeviceMismatch,
+        "cpu",
+        "meta",
+        "one device",
+    ),
+    (
+        "caches whose keys and values have other blocks",
+        {
+            "options": {"kv_layout": PAIRS},
+            "kv_caches": lambda s: [
+                (filled((5, SIZE, HEADS, DIM)), filled((6, SIZE, HEADS, DIM)))
+                for _ in range(LAYERS)
+            ],
+        },
+        LayoutError,
+        "'block'",
+        "5",
+        "6",
+        "expected",
+    ),
     _chunk("of another rank", lambda s: s.chunk.flatten(1, 2), "4 dimension", "(2, 24, 16)"),
-    *(_chunk(f"of shape {shape}", filled(shape, poison=True), "expected", "found")
-      for shape in [(2, 2, 8, 16), (1, LAYERS, 8, 16), (2, LAYERS, 8, 24)]),
-    *(_chunk(f"of type {type(value)}", value, "expected a tensor")
-      for value in [None, 7, np.zeros(3), object()]),
-    *(_chunk(f"of {dtype}", dense(8, dtype=dtype), str(dtype), "torch.float16", "expected")
-      for dtype in [torch.float32, torch.uint8, torch.float64]),
-    _chunk("inside the cache", lambda s: s.caches[1].view(-1)[: 2 * LAYERS * 32].view(
-        2, LAYERS, 2, 16), "kv_caches", "own"),
+    *(
+        _chunk(f"of shape {shape}", filled(shape, poison=True), "expected", "found")
+        for shape in [(2, 2, 8, 16), (1, LAYERS, 8, 16), (2, LAYERS, 8, 24)]
+    ),
+    *(
+        _chunk(f"of type {type(value)}", value, "expected a tensor")
+        for value in [None, 7, np.zeros(3), object()]
+    ),
+    *(
+        _chunk(f"of {dtype}", dense(8, dtype=dtype), str(dtype), "torch.float16", "expected")
+        for dtype in [torch.float32, torch.uint8, torch.float64]
+    ),
+    _chunk(
+        "inside the cache",
+        lambda s: s.caches[1].view(-1)[: 2 * LAYERS * 32].view(2, LAYERS, 2, 16),
+        "kv_caches",
+        "own",
+    ),
     _chunk("on meta", lambda s: s.chunk.to("meta"), "meta", "memory", "allocated"),
-    ("a chunk of numbers", {"options": {"chunk_layout": "layer | kv token (head dim)"},
-     "memory_obj": [5, 6]}, LayoutError, "holds a int"),
-    ("a chunk whose elements do not divide a row",
-     {"kv_caches": [filled((2, BLOCKS, SIZE, 1, 3), torch.uint8)],
-      "memory_obj": filled((2, 1, 8, 3), torch.int16)}, LayoutError, "memory_obj", "2 bytes", "3"),
+    (
+        "a chunk of numbers",
+        {"options": {"chunk_layout": "layer | kv token (head dim)"}, "memory_obj": [5, 6]},
+        LayoutError,
+        "holds a int",
+    ),
+    (
+        "a chunk whose elements do not divide a row",
+        {
+            "kv_caches": [filled((2, BLOCKS, SIZE, 1, 3), torch.uint8)],
+            "memory_obj": filled((2, 1, 8, 3), torch.int16),
+        },
+        LayoutError,
+        "memory_obj",
+        "2 bytes",
+        "3",
+    ),
     _slots("more than the chunk holds", list(range(9)), "9 tokens", "holds 8", "larger"),
     _slots("none", None, "slot_mapping", "pass"),
     _slots("of another type", [0.0, 1.0], "was"),
     _slots("on meta", torch.zeros(2, dtype=torch.int64, device="meta"), "was"),
-    *(_slots(f"{slot} of {dtype}", torch.tensor([0, 1, slot, 3], dtype=dtype),
-             "Position 2", f"slot {slot}", f"{SLOTS} slots", "0 to 19")
-      for slot in (SLOTS, SLOTS + 1, 2**31 - 1) for dtype in (torch.int32, torch.int64)),
-    *(_range(start, end, f"[{start}:{4 if end is None else end}]", "4 slots", "start <= end")
-      for start, end in [(3, 2), (0, 5), (-1, 2), (5, None), (0, -1)]),
-    *(_range(start, end, "integer")
-      for start, end in [(0.5, 2), (0, 1.5), ("0", 2), (0, "2"), (None, 2)]),
-    ("a range of a kept index", {"slot_mapping": Index([0, 1, 2, 3]), "start": 0.5},
-     SlotError, "integer"),
-    *((f"stream {stream!r}", {"stream": stream}, DeviceMismatch, f"stream={stream!r}",
-       "a stream of torch") for stream in (0, 140_000, "default")),
-]  # fmt: skip
+    *(
+        _slots(
+            f"{slot} of {dtype}",
+            torch.tensor([0, 1, slot, 3], dtype=dtype),
+            "Position 2",
+            f"slot {slot}",
+            f"{SLOTS} slots",
+            "0 to 19",
+        )
+        for slot in (SLOTS, SLOTS + 1, 2**31 - 1)
+        for dtype in (torch.int32, torch.int64)
+    ),
+    *(
+        _range(start, end, f"[{start}:{4 if end is None else end}]", "4 slots", "start <= end")
+        for start, end in [(3, 2), (0, 5), (-1, 2), (5, None), (0, -1)]
+    ),
+    *(
+        _range(start, end, "integer")
+        for start, end in [(0.5, 2), (0, 1.5), ("0", 2), (0, "2"), (None, 2)]
+    ),
+    (
+        "a range of a kept index",
+        {"slot_mapping": Index([0, 1, 2, 3]), "start": 0.5},
+        SlotError,
+        "integer",
+    ),
+    *(
+        (
+            f"stream {stream!r}",
+            {"stream": stream},
+            DeviceMismatch,
+            f"stream={stream!r}",
+            "a stream of torch",
+        )
+        for stream in (0, 140_000, "default")
+    ),
+]
 
 
 @pytest.mark.parametrize("case", CALLS, ids=[case[0] for case in CALLS])
@@ -181,11 +255,15 @@ def test_caches_nested_otherwise_are_other_caches() -> None:
     ("device", "options", "error", "words"),
     [
         *((name, {}, BackendUnavailable, [str(name)]) for name in ("meta", "nonsense", None, 1.5)),
-        ("cpu", {"backend": "nonsense"}, BackendUnavailable,
-         ["'nonsense'", "no such backend", "portakv backends --device"]),
+        (
+            "cpu",
+            {"backend": "nonsense"},
+            BackendUnavailable,
+            ["'nonsense'", "no such backend", "portakv backends --device"],
+        ),
         ("cpu", {"chunk_layout": "layer | foo"}, LayoutError, ["Unknown axis 'foo'"]),
     ],
-)  # fmt: skip
+)
 def test_bad_connectors(device: Any, options: dict[str, Any], error: Any, words: list[str]) -> None:
     with refused(error, *words):
         AdaptiveConnector(device, **options)

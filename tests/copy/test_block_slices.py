@@ -374,8 +374,12 @@ print(time.time())
 def test_the_end_of_the_interpreter(end: str, code: int) -> None:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PROGRAM).format(end=end)],
-        cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     assert ("SystemError" in done.stderr) is (code == 1)
     assert "thread" not in done.stderr

@@ -32,9 +32,18 @@ from portakv import AdaptiveConnector, Index, KVView, copy_rows
 from portakv.errors import DeviceMismatch, PortaKVError, SlotError
 
 DTYPES = [
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.uint8,
-    torch.int32, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2,
-]  # fmt: skip
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.int8,
+    torch.uint8,
+    torch.int32,
+    torch.bool,
+    torch.complex64,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+]
 IDS = [9, -1, 17, 6, 0, -5, 23]
 PLACES = pytest.mark.parametrize("place", ["host", "device"])
 

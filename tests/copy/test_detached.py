@@ -49,10 +49,15 @@ class Pairs:
 @DOWNWARD
 @pytest.mark.parametrize(
     "options",
-    [{}, {"by_layer": True}, {"cancellable": True}, {"max_gbps": 1.0},
-     *({"backend": name, "overlap": "idle"} for name in ("host", "descriptors", "direct"))],
+    [
+        {},
+        {"by_layer": True},
+        {"cancellable": True},
+        {"max_gbps": 1.0},
+        *({"backend": name, "overlap": "idle"} for name in ("host", "descriptors", "direct")),
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_byte_of_many_lands(
     accelerator: torch.device, downward: bool, options: dict[str, Any]
 ) -> None:

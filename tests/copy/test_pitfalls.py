@@ -339,12 +339,18 @@ LISTS: dict[str, Callable[[list[int]], Any]] = {
 @pytest.mark.parametrize(
     "slots",
     [
-        [], [13], [19, 0], [3, 9, 4, 18, 1, 0, 12], list(range(20)), [3, -1, 9], [-1, -1, -1],
+        [],
+        [13],
+        [19, 0],
+        [3, 9, 4, 18, 1, 0, 12],
+        list(range(20)),
+        [3, -1, 9],
+        [-1, -1, -1],
         [4, 5, 6, 7, 12, 13],  # a block and a half
         [-7, 2, -(2**31), 19],
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_lists_of_any_length_make_and_order(
     carry: Mover, make: Callable[[list[int]], Any], scattered: bool, slots: list[int]
 ) -> None:

@@ -73,9 +73,12 @@ def test_every_byte(device: torch.device, way: str, sizes: Any, kind: Any) -> No
     each = [sizes] * 4 if isinstance(sizes, int) else sizes
     expected = wanted(src, dst, list(zip(SRC, DST, each, strict=True)))
     transfer = copy_runs(
-        kind(at(src, SRC)), kind(at(dst, DST)), sizes if isinstance(sizes, int) else kind(sizes),
-        src_device=src.device, dst_device=dst.device,
-    )  # fmt: skip
+        kind(at(src, SRC)),
+        kind(at(dst, DST)),
+        sizes if isinstance(sizes, int) else kind(sizes),
+        src_device=src.device,
+        dst_device=dst.device,
+    )
     transfer.synchronize()
     assert torch.equal(dst.cpu(), expected)
     told = transfer.statistics
@@ -90,14 +93,25 @@ def test_rows_at_a_pitch(device: torch.device, way: str, pitches: Any) -> None:
     rows = 5
     size = 64
     steps = [each if isinstance(each, list) else [each] * 4 for each in pitches]
-    expected = wanted(src, dst, [
-        (a + row * step, b + row * pitch, size)
-        for a, b, step, pitch in zip(SRC, DST, *steps, strict=True) for row in range(rows)
-    ])  # fmt: skip
+    expected = wanted(
+        src,
+        dst,
+        [
+            (a + row * step, b + row * pitch, size)
+            for a, b, step, pitch in zip(SRC, DST, *steps, strict=True)
+            for row in range(rows)
+        ],
+    )
     copy_runs(
-        at(src, SRC), at(dst, DST), size, src_device=src.device, dst_device=dst.device, rows=rows,
-        src_pitch=pitches[0], dst_pitch=pitches[1],
-    ).synchronize()  # fmt: skip
+        at(src, SRC),
+        at(dst, DST),
+        size,
+        src_device=src.device,
+        dst_device=dst.device,
+        rows=rows,
+        src_pitch=pitches[0],
+        dst_pitch=pitches[1],
+    ).synchronize()
     assert torch.equal(dst.cpu(), expected)
 
 
@@ -215,9 +229,10 @@ def test_addresses_of_a_view_that_is_kept_are_sent_once(
 
 
 @pytest.mark.parametrize(
-    "terms", [{"overlap": "idle"}, {"detached": True}, {"max_gbps": 10.0}, {"cancellable": True}],
+    "terms",
+    [{"overlap": "idle"}, {"detached": True}, {"max_gbps": 10.0}, {"cancellable": True}],
     ids=str,
-)  # fmt: skip
+)
 def test_on_terms(device: torch.device, terms: dict[str, Any]) -> None:
     src, dst = ends(device, "to host")
     expected = wanted(src, dst, list(zip(SRC, DST, [512, 96, 96, 512], strict=True)))
@@ -302,9 +317,12 @@ def test_a_refused_size_stops_all_of_them() -> None:
     memory = noise(BYTES, dtype=torch.uint8)
     with refused(SlotError, "both source and destination", watch=[memory]):
         copy_runs(
-            at(memory, [0, 512]), at(memory, [4096, 600]), [64, 128],
-            src_device="cpu", dst_device="cpu",
-        )  # fmt: skip
+            at(memory, [0, 512]),
+            at(memory, [4096, 600]),
+            [64, 128],
+            src_device="cpu",
+            dst_device="cpu",
+        )
 
 
 def test_late_errors_are_asked_for_before_anything_is_moved() -> None:

@@ -44,9 +44,13 @@ class Again(Rig):
         return self.connector.from_gpu(chunk, None, self.ids(IDS) if ids is None else ids)
 
     def moved(
-        self, store: bool, slots: Sequence[int], ids: Any, *within: Any,
+        self,
+        store: bool,
+        slots: Sequence[int],
+        ids: Any,
+        *within: Any,
         chunk: torch.Tensor | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Store or load a chunk, and look at every row."""
         own = self.chunk(len(slots)) if chunk is None else chunk
         wanted = self.wanted(store, own, slots)

@@ -24,9 +24,11 @@ def placed(ids: list[int], device: torch.device) -> torch.Tensor:
 @pytest.mark.parametrize("more", [{}, {"by_layer": True}, {"detached": True}, *SLICED], ids=str)
 @pytest.mark.parametrize(
     ("mine", "theirs", "words"),
-    [([0, 1, 2], [3, 4, 3], ["occurs 2 times", "destination"]),
-     ([0, BLOCKS], [1, 2], ["source", f"{BLOCKS * SIZE} slots"])],
-)  # fmt: skip
+    [
+        ([0, 1, 2], [3, 4, 3], ["occurs 2 times", "destination"]),
+        ([0, BLOCKS], [1, 2], ["source", f"{BLOCKS * SIZE} slots"]),
+    ],
+)
 def test_what_is_refused(
     device: torch.device, mine: list[int], theirs: list[int], words: list[str], more: Any
 ) -> None:

@@ -73,9 +73,14 @@ def test_slots(device: torch.device, downward: bool, options: dict[str, Any]) ->
 @pytest.mark.usefixtures("_small_slices")
 @pytest.mark.parametrize(("mine", "theirs", "skip", "count"), PARTS, ids=str)
 def test_blocks_in_part(
-    device: torch.device, downward: bool, options: dict[str, Any], mine: list[int],
-    theirs: list[int], skip: Any, count: int | None,
-) -> None:  # fmt: skip
+    device: torch.device,
+    downward: bool,
+    options: dict[str, Any],
+    mine: list[int],
+    theirs: list[int],
+    skip: Any,
+    count: int | None,
+) -> None:
     src, dst = sides(device, downward)
     first, behind = skip if isinstance(skip, tuple) else (skip, skip)
     slots = [side.slots(ids)[at:] for side, ids, at in ((src, mine, first), (dst, theirs, behind))]
@@ -142,8 +147,9 @@ def test_limits_where_no_kernel_reads_host_memory(device: torch.device) -> None:
 def test_a_rate_is_kept_by_a_worker_that_can_be_cancelled() -> None:
     src = layered()
     dst = layered()
-    transfer = copy_rows(src.view, dst.view, range(BLOCKS * SIZE), range(BLOCKS * SIZE),
-                         max_gbps=1e-6)  # fmt: skip
+    transfer = copy_rows(
+        src.view, dst.view, range(BLOCKS * SIZE), range(BLOCKS * SIZE), max_gbps=1e-6
+    )
     assert transfer.cancel()
     assert transfer.statistics.blocks_asked == BLOCKS * SIZE
     assert SLICED

@@ -172,8 +172,13 @@ def test_it_ends_when_its_time_is_over() -> None:
 
 def test_a_point_that_would_take_too_long_is_left_out_and_smaller_ones_are_not() -> None:
     """What took a second for 16 runs takes longer for 64."""
-    found = calibrate(DEVICE, 60, Grid((256,), (4096, 16384), repeats=9, short=0, pageable=4096),
-                      Pretending([5.0]), clock=count(0.001, 0.001).__next__)  # fmt: skip
+    found = calibrate(
+        DEVICE,
+        60,
+        Grid((256,), (4096, 16384), repeats=9, short=0, pageable=4096),
+        Pretending([5.0]),
+        clock=count(0.001, 0.001).__next__,
+    )
     assert not found.whole
     assert runs_of(found.points["staged", "d2h"]) == [(256, 16)]
 

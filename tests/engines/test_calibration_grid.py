@@ -152,10 +152,16 @@ def test_the_table_that_is_printed(
     slow = Point(64, 64 * 4096 / 20e9, 0.2)
     measured = Table(
         {"model": "Some Card"},
-        {("staged", "d2h"): {4096: [fast]}, ("direct", "d2h"): {4096: [slow]},
-         ("ring", "d2h"): {4096: [Point(64, 1e-9, 0.0)]}},
-        {"descriptors": "it was not there"}, took=3.21, whole=False, timer="a good clock",
-    )  # fmt: skip
+        {
+            ("staged", "d2h"): {4096: [fast]},
+            ("direct", "d2h"): {4096: [slow]},
+            ("ring", "d2h"): {4096: [Point(64, 1e-9, 0.0)]},
+        },
+        {"descriptors": "it was not there"},
+        took=3.21,
+        whole=False,
+        timer="a good clock",
+    )
     device = torch.device("cpu")
     verb.show(measured, by_point(measured), Path("/somewhere/table.json"), device)
     out = capsys.readouterr().out

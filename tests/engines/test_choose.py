@@ -210,8 +210,11 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
     """The same ids, known and unknown to the host: of far blocks, which would be staged."""
     host_ids = apart(30)
     ids = OnDevice([2 * n for n in range(30)], SIZE)
-    for terms, expected in (({"detached": True}, "staged"), ({}, "direct"),
-                            ({"overlap": "idle"}, "direct")):  # fmt: skip
+    for terms, expected in (
+        ({"detached": True}, "staged"),
+        ({}, "direct"),
+        ({"overlap": "idle"}, "direct"),
+    ):
         launch, move = ready(30, **terms)
         for name, reads in (("staged", "host"), ("descriptors", "both")):
             launch.engines[name].reads = reads
@@ -382,8 +385,10 @@ def test_a_forced_engine_carries_out_what_another_would() -> None:
     for name in ORDER[:3]:
         launch.launch_by(name, move, None)
     assert launched() == list(ORDER[:3])
-    for name, why in (("ring", "it does not copy from device to pinned memory"),
-                      ("nonsense", "there is no such engine")):  # fmt: skip
+    for name, why in (
+        ("ring", "it does not copy from device to pinned memory"),
+        ("nonsense", "there is no such engine"),
+    ):
         with pytest.raises(Unsupported, match=why):
             launch.launch_by(name, move, None)
 
@@ -430,9 +435,14 @@ OUT = {"ring": "it does not copy pinned memory"}
 
 
 def picked(
-    payload: int, runs: int, host_runs: int, direction: str = "d2h", costs: object = UNMEASURED,
-    out: dict[str, str] | None = None, **terms: object,
-) -> Pick:  # fmt: skip
+    payload: int,
+    runs: int,
+    host_runs: int,
+    direction: str = "d2h",
+    costs: object = UNMEASURED,
+    out: dict[str, str] | None = None,
+    **terms: object,
+) -> Pick:
     """The pick for scattered runs on the device and so many in host memory."""
     apart = Shape(payload, runs, runs)
     dense = Shape(payload, host_runs, host_runs)

@@ -36,9 +36,13 @@ BY_TOKENS = Case(PAGED[0], CHUNKS[0], scattered(37, 1), None, 37)
 @pytest.mark.parametrize("how", ["compute", "idle", "pageable", "staged", "descriptors", "direct"])
 @pytest.mark.parametrize("case", [BY_BLOCKS, BY_TOKENS], ids=["blocks", "tokens"])
 def test_whatever_carries_it_out_moves_the_right_bytes(
-    accelerator: torch.device, case: Case, how: str, side: bool, downward: bool,
+    accelerator: torch.device,
+    case: Case,
+    how: str,
+    side: bool,
+    downward: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """What is picked under either policy and for pageable memory, and each engine by its name."""
     terms = Terms("idle" if how == "idle" else "compute")
     pageable = how == "pageable"
@@ -57,9 +61,11 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
 
 @DOWNWARD
 def test_a_device_without_room_for_staging_copies_all_the_same(
-    accelerator: torch.device, downward: bool, monkeypatch: pytest.MonkeyPatch,
+    accelerator: torch.device,
+    downward: bool,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """By another engine, of which the launch tells, and the log once."""
     caplog.set_level(logging.INFO, "portakv.engines")
     REGISTRY.logged_engines.clear()
@@ -203,8 +209,13 @@ def test_an_engine_is_another_one_by_what_makes_it_different() -> None:
     limited = across(half, Terms(max_gbps=3.0))
     assert across(half, Terms(max_gbps=4.0)) is limited
     kinds = [plain, limited]
-    kinds += [across(half, Terms(**terms)) for terms in (
-        dict[str, Any](overlap="idle"), {"detached": True}, {"max_thread_blocks": 2},
-        {"max_thread_blocks": 3},
-    )]  # fmt: skip
+    kinds += [
+        across(half, Terms(**terms))
+        for terms in (
+            dict[str, Any](overlap="idle"),
+            {"detached": True},
+            {"max_thread_blocks": 2},
+            {"max_thread_blocks": 3},
+        )
+    ]
     assert len({id(kind) for kind in kinds}) == len(kinds)

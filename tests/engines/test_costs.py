@@ -39,9 +39,12 @@ def made(**device: str) -> Table:
         size: [Point(n, affine(size, n), kept(n)) for n in (1, 16, 256, 4096)] for size in SIZES
     }
     return Table(
-        {**identity(CPU), **device}, {("staged", "d2h"): columns, ("direct", "d2h"): columns},
-        {"ring": "it was slow"}, took=1.5, timer="a good clock",
-    )  # fmt: skip
+        {**identity(CPU), **device},
+        {("staged", "d2h"): columns, ("direct", "d2h"): columns},
+        {"ring": "it was slow"},
+        took=1.5,
+        timer="a good clock",
+    )
 
 
 # look-up

@@ -355,9 +355,13 @@ def test_a_callers_table_is_held_for_the_stream_that_reads_it_first(
     side = torch.Stream(accelerator)
     table = torch.tensor(made.view().origins).to(accelerator)
     view = KVView.at(
-        table, "block | kv layer token (head dim)", shape=(2, 3, 4, 16), dtype=torch.float16,
-        device="cpu", heads=2,
-    )  # fmt: skip
+        table,
+        "block | kv layer token (head dim)",
+        shape=(2, 3, 4, 16),
+        dtype=torch.float16,
+        device="cpu",
+        heads=2,
+    )
     settle(accelerator)
     delay(side)
     bring_table(view, accelerator, side)

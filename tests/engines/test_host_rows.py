@@ -42,8 +42,9 @@ def chunks(widths: tuple[int, int], tokens: int = 24) -> tuple[torch.Tensor, KVV
     nbytes = 2 * tokens * sum(widths)
     memory = torch.arange(nbytes, dtype=torch.int32).view(torch.uint8)[:nbytes].clone()
     shape = (2, tokens, sum(widths))
-    return memory, KVView(memory.view(shape), "layer token (kv head dim)", kv=2, heads=1,
-                          dim=widths)  # fmt: skip
+    return memory, KVView(
+        memory.view(shape), "layer token (kv head dim)", kv=2, heads=1, dim=widths
+    )
 
 
 @pytest.mark.parametrize("widths", [(16, 48), (3, 5), (20, 4), (6, 2)])
@@ -125,12 +126,14 @@ def apart() -> Rows:
 
 ROWS: dict[str, Callable[[], Rows]] = {
     **{f"scattered, of {x} B": partial(scattered, x) for x in (16, 48, 4096, 512 << 10)},
-    **{f"blocks {ids}": partial(blocks, *ids)
-       for ids in ((7,), (7, 2, 4), (2, 3, 4), (2, 4, 6), (6, 4, 2))},
+    **{
+        f"blocks {ids}": partial(blocks, *ids)
+        for ids in ((7,), (7, 2, 4), (2, 3, 4), (2, 4, 6), (6, 4, 2))
+    },
     "consecutive blocks": partial(pool, *range(4, 12)),
     "dense": dense,
     "layers apart": apart,
-}  # fmt: skip
+}
 
 
 @OUTWARD
@@ -176,9 +179,12 @@ def test_nothing_is_touched_where_one_part_of_the_rows_is_refused(
     ids=str,
 )  # fmt: skip
 def test_memory_that_is_elsewhere_or_too_short_is_refused(
-    ends: tuple[int, int] | None, bytes_left: int | None, outward: bool, gap: int,
+    ends: tuple[int, int] | None,
+    bytes_left: int | None,
+    outward: bool,
+    gap: int,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     """20 rows in the middle third of an arena of 60, whose storage then holds other rows, before
     them, behind them, or not up to the last one, or is resized: nothing is touched. If it grew
     around them, they are the same rows."""

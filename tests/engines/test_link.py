@@ -48,14 +48,18 @@ def foreign(memory: torch.Tensor) -> torch.Tensor:
 
 class Link(Ends):
     def __init__(
-        self, device: torch.device, to_device: bool, nbytes: int = ROOM,
+        self,
+        device: torch.device,
+        to_device: bool,
+        nbytes: int = ROOM,
         on_host: OnHost = torch.Tensor.pin_memory,
-    ) -> None:  # fmt: skip
+    ) -> None:
         src = noise(nbytes)
         dst = noise(nbytes, seed=2)
         self.device = device
-        super().__init__(*((on_host(src), dst.to(device)) if to_device
-                           else (src.to(device), on_host(dst))))  # fmt: skip
+        super().__init__(
+            *((on_host(src), dst.to(device)) if to_device else (src.to(device), on_host(dst)))
+        )
         torch.accelerator.synchronize(device)
 
     def copy(self, pieces: Pieces, stream: torch.Stream | None = None) -> None:
@@ -211,8 +215,10 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
     # what is less may travel by no copy engine
     other = torch.cuda.Stream(CUDA)
     small = 1 << 20
-    ends = [torch.zeros(small, dtype=torch.uint8, device=CUDA),
-            torch.zeros(small, dtype=torch.uint8).pin_memory()]  # fmt: skip
+    ends = [
+        torch.zeros(small, dtype=torch.uint8, device=CUDA),
+        torch.zeros(small, dtype=torch.uint8).pin_memory(),
+    ]
     torch.cuda.synchronize()
     asked: dict[str, Any] = {"backend": engine, "detached": detached}
     for _ in range(TRIES):  # a host that is held up looks when all is over

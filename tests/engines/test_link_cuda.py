@@ -117,8 +117,11 @@ def test_many_plain_copies_are_few_calls_of_so_many_at_most(
 def test_wide_rows_are_folded_without_batches_and_if_they_are_many(library: FakeLibrary) -> None:
     below = Copies(library.library).fold_below
     assert below == (FOLD_BELOW if library.batches else ALL)
-    for width, height, folds in ((FOLD_BELOW, 20, not library.batches), (FOLD_BELOW, 32, True),
-                                 (FOLD_BELOW // 4, 20, True)):  # fmt: skip
+    for width, height, folds in (
+        (FOLD_BELOW, 20, not library.batches),
+        (FOLD_BELOW, 32, True),
+        (FOLD_BELOW // 4, 20, True),
+    ):
         src, dst = (range(0, height * gap * width, gap * width) for gap in (2, 1))
         made = to_2d_copies(runs_of(src, dst, width), below=below)
         assert made.number == (1 if folds else height)

@@ -89,9 +89,13 @@ def test_slices_of_the_default_size(tokens: int, downward: bool) -> None:
 @pytest.mark.parametrize("where", ["rows", "link"])
 @pytest.mark.usefixtures("small")
 def test_an_interrupt_leaves_the_ring_usable(
-    accelerator: torch.device, downward: bool, late: bool, nth: int, where: str,
+    accelerator: torch.device,
+    downward: bool,
+    late: bool,
+    nth: int,
+    where: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     owner: Any = {"rows": HostRows, "link": type(link_of(accelerator))}[where]
     transfer = between_chunks(accelerator, downward)
     assert len(slices_of(transfer)) > BUFFERS + 2

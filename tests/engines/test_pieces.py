@@ -153,11 +153,15 @@ def test_memory_at_addresses_is_cut_where_each_tensor_ends(
     order = [3, 0, 1, 5, 4, 2]
     views = [
         KVView.at(
-            [start + 96 * at for at in order], "block | token dim", shape=(4, 24),
-            dtype=torch.uint8, device="cpu", pinned=True,
+            [start + 96 * at for at in order],
+            "block | token dim",
+            shape=(4, 24),
+            dtype=torch.uint8,
+            device="cpu",
+            pinned=True,
         )
         for start in (1 << 20, 1 << 22)
-    ]  # fmt: skip
+    ]
     src, dst = views
     pieces = pieces_of(CopyPlan(src.form, dst.form), Move(src, dst, Index(), Index(), 24))
     assert sorted(pieces.src.tolist()) == [(1 << 20) + 96 * at for at in range(6)]
@@ -179,11 +183,15 @@ def test_units_at_addresses_are_pieces_of_their_own(
     memory = torch.zeros(number, 4, 24, dtype=torch.uint8)
     views = [
         KVView.at(
-            96 * order + start, "block | token dim", shape=(4, 24), dtype=torch.uint8,
-            device="cpu", pinned=True,
+            96 * order + start,
+            "block | token dim",
+            shape=(4, 24),
+            dtype=torch.uint8,
+            device="cpu",
+            pinned=True,
         )
         for start in (1 << 20, 1 << 22)
-    ]  # fmt: skip
+    ]
     if mine == "of tensors":
         views[0] = KVView(memory, "block token dim")
     at = views[0].addresses[0] + 96 * 7 + 40

@@ -101,9 +101,12 @@ EVERY = [
 
 @pytest.mark.parametrize(("engine", "case", "downward"), EVERY)
 def test_every_byte(
-    accelerator: torch.device, engine: type[Backend], case: Case, downward: bool,
+    accelerator: torch.device,
+    engine: type[Backend],
+    case: Case,
+    downward: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     small_slices(monkeypatch, 512)
     transfer = Transfers(engine(accelerator), downward, case)
     transfer()
@@ -145,9 +148,12 @@ def test_every_copy_of_the_table(
 @pytest.mark.parametrize("page", [96, 100])  # the bytes of 16 tokens, whole for each or not
 @pytest.mark.parametrize("engine", ["staged", "ring"])
 def test_opaque_pages_of_any_size_in_small_slices(
-    accelerator: torch.device, engine: str, page: int, downward: bool,
+    accelerator: torch.device,
+    engine: str,
+    page: int,
+    downward: bool,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     small_slices(monkeypatch)
     src, dst = (
         End(filled((2, 9, page), torch.uint8), "layer block page", {"kv": 1, "block_size": 16})

@@ -639,11 +639,12 @@ def test_cancel_in_every_state(graph: Graph, plug: Held, state: str) -> None:
     first = Node(held, 1, link=graph.link("other"))
     works: dict[str, Any] = {"running": held, "failed": lambda node, mask: [1, 2, 3]}
     node = Node(
-        works.get(state, lambda node, mask: ran.append("ran")), 1,
+        works.get(state, lambda node, mask: ran.append("ran")),
+        1,
         link=graph.link("one") if state == "queued" else link,
         after=[first] if state == "waiting" else [],
         lease=Lease(Items(0), 1) if state == "room" else None,
-    )  # fmt: skip
+    )
     gate = Node(None, 1, after=[node])
     graph.submit([first, node, gate] if state == "waiting" else [node, gate])
     if state == "running":

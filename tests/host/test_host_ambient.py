@@ -62,8 +62,10 @@ def test_plain_copies(device: torch.device, state: State, made: str) -> None:
     """There and back, whole and by columns, between tensors made in either mode."""
 
     def places() -> list[torch.Tensor]:
-        return [torch.zeros(6, 8, dtype=torch.int32, device=device),
-                torch.zeros(6, 8, dtype=torch.int32, device="cpu")]  # fmt: skip
+        return [
+            torch.zeros(6, 8, dtype=torch.int32, device=device),
+            torch.zeros(6, 8, dtype=torch.int32, device="cpu"),
+        ]
 
     source, other = (torch.from_numpy(NUMBERS).view(shape) for shape in ((6, 8), (8, 6)))
     there, back = places()

@@ -49,9 +49,12 @@ def test_a_host_copy(dtype: torch.dtype) -> None:
 )  # fmt: skip
 @pytest.mark.parametrize("way", ["to it", "from it", "inside"])
 def test_a_source_whose_elements_share_addresses(
-    device: torch.device, way: str, shape: tuple[int, ...], strides: tuple[int, ...],
+    device: torch.device,
+    way: str,
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
     non_blocking: bool,
-) -> None:  # fmt: skip
+) -> None:
     host = torch.device("cpu")
     ends = {"to it": (device, host), "from it": (host, device), "inside": (device, device)}[way]
     for pinned in {False, device.type != "cpu"}:
@@ -110,8 +113,13 @@ def test_two_kinds_of_device() -> None:
 
     with refused(DeviceMismatch, "xla:0", "cuda:1"):
         memcpy.direction_of(on("cuda:1"), on("xla:0"))
-    pairs = {("cpu", "cuda:0"): "h2d", ("cuda:1", "cpu"): "d2h", ("cuda:0", "cuda:0"): "d2d",
-             ("cuda:0", "cuda:1"): "peer", ("cpu", "cpu"): "h2h"}  # fmt: skip
+    pairs = {
+        ("cpu", "cuda:0"): "h2d",
+        ("cuda:1", "cpu"): "d2h",
+        ("cuda:0", "cuda:0"): "d2d",
+        ("cuda:0", "cuda:1"): "peer",
+        ("cpu", "cpu"): "h2h",
+    }
     assert {(src, dst): memcpy.direction_of(on(dst), on(src)) for src, dst in pairs} == pairs
 
 

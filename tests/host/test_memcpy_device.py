@@ -72,9 +72,13 @@ def way(
     """The way that rows at a pitch take."""
 
     def issue(
-        dst: int, src: int, to_device: bool, rows: tuple[int, int, int, int],
-        device: torch.device, stream: torch.Stream | None,
-    ) -> None:  # fmt: skip
+        dst: int,
+        src: int,
+        to_device: bool,
+        rows: tuple[int, int, int, int],
+        device: torch.device,
+        stream: torch.Stream | None,
+    ) -> None:
         width, height, src_pitch, dst_pitch = rows
         at = torch.arange(height)
         widths = torch.full((height,), width)
@@ -343,9 +347,13 @@ def test_a_stream_that_takes_no_part(accelerator: torch.device, second: torch.de
     ],
 )  # fmt: skip
 def test_what_can_be_captured(
-    accelerator: torch.device, target: str, source: str, why: tuple[str, ...],
-    way: str, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    accelerator: torch.device,
+    target: str,
+    source: str,
+    why: tuple[str, ...],
+    way: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     dst = place(target, accelerator)
     src = place(source, accelerator)
     monkeypatch.setattr(memcpy, "capturing", lambda device: True)

@@ -87,8 +87,12 @@ def test_without_populate_pages_keep_what_they_hold(monkeypatch: pytest.MonkeyPa
 
 def test_what_the_kernel_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cgroup limits what is available; nodes are listed as ranges."""
-    told = {"memory.max": "1000\n", "memory.current": "700\n", "has_memory": "0-2,5\n",
-            "memory.stat": "anon 200\nfile 500\nshmem 100\n"}  # fmt: skip
+    told = {
+        "memory.max": "1000\n",
+        "memory.current": "700\n",
+        "has_memory": "0-2,5\n",
+        "memory.stat": "anon 200\nfile 500\nshmem 100\n",
+    }
     for name, text in told.items():
         (tmp_path / name).write_text(text)
     beside = {"/sys/fs/cgroup": tmp_path, "/sys/devices/system/node": tmp_path}
@@ -402,8 +406,12 @@ def test_what_is_registered_is_exact_and_its_neighbours_are_left_alone(cuda: Fak
 
 
 def test_the_library_that_torch_loaded() -> None:
-    paths = ["/a/libcudart.so.12", "/b c/libcudart.so.13.0.96", "/d/libcudart_static.so",
-             "/e/libcudart-1a2b.so.11.0"]  # fmt: skip
+    paths = [
+        "/a/libcudart.so.12",
+        "/b c/libcudart.so.13.0.96",
+        "/d/libcudart_static.so",
+        "/e/libcudart-1a2b.so.11.0",
+    ]
     maps = "".join(f"7f00-7f01 r-xp 00000000 00:00 1      {path}\n" for path in (*paths, ""))
     for version, found in (("13", paths[1]), ("12", paths[0]), ("11", paths[3]), ("", paths[0])):
         assert _registration.loaded_library(maps, "libcudart", version) == found
@@ -418,8 +426,11 @@ def test_cuda_s_devices_are_waited_for_beside_another_kind(monkeypatch: pytest.M
     monkeypatch.setattr(_registration, "why_not", lambda: None)
     monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda at: at != 1, raising=False)
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 1)
-    for name, stand_in in (("is_initialized", lambda: True), ("device_count", lambda: 3),
-                           ("synchronize", waited.append)):  # fmt: skip
+    for name, stand_in in (
+        ("is_initialized", lambda: True),
+        ("device_count", lambda: 3),
+        ("synchronize", waited.append),
+    ):
         monkeypatch.setattr(torch.cuda, name, stand_in)
     _registration.quiesce()
     assert waited == [0, 2]
@@ -460,9 +471,13 @@ def test_a_process_that_ends(tmp_path: Path) -> None:
     script.write_text(SCRIPT)
     paths = f"{TESTS}:{os.environ.get('PYTHONPATH', '')}"
     done = subprocess.run(
-        [sys.executable, "-W", "always", str(script)], capture_output=True, text=True, check=True,
-        timeout=120, env={**os.environ, "PYTHONPATH": paths},
-    )  # fmt: skip
+        [sys.executable, "-W", "always", str(script)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
     said = done.stdout.split("end\n")
     assert said[0].split() == ["register"] * 2 + ["quiesce", "unregister", "register"]
     assert said[1].split() == ["workers"] + ["quiesce", "unregister"] * 2

@@ -148,9 +148,12 @@ def test_owners_that_are_numbers_and_work_that_goes_on(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("content", "mode", "words"),
-    [(b"", 0o666, "others may write"), (b"x" * 100, 0o600, "another release"),
-     ("a link", 0, "cannot be opened")],
-)  # fmt: skip
+    [
+        (b"", 0o666, "others may write"),
+        (b"x" * 100, 0o600, "another release"),
+        ("a link", 0, "cannot be opened"),
+    ],
+)
 def test_somebody_else_s_file(name: str, content: Any, mode: int, words: str) -> None:
     path = FOLDER / f"portakv-{name}"
     if content == "a link":

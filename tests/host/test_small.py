@@ -198,9 +198,12 @@ LACKS: dict[str, tuple[Any, str, Any]] = {
     ids=str,
 )
 def test_the_best_way_and_those_that_may_be_named(
-    lacks: tuple[str, ...], nbytes: int, wanted: tuple[str, str], allowed: str,
+    lacks: tuple[str, ...],
+    nbytes: int,
+    wanted: tuple[str, str],
+    allowed: str,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     for what in lacks:
         monkeypatch.setattr(*LACKS[what])
     if wanted[0] == "inline":  # of which nothing is asked of the compiler

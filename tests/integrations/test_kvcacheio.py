@@ -134,10 +134,14 @@ def moved(
 
 
 def judge(
-    call: Callable[[], None], device: torch.device,
-    src: Sequence[tuple[Any, str]], dst: Sequence[tuple[Any, str]],
-    s: torch.Tensor, d: torch.Tensor, layers: Sequence[int],
-) -> None:  # fmt: skip
+    call: Callable[[], None],
+    device: torch.device,
+    src: Sequence[tuple[Any, str]],
+    dst: Sequence[tuple[Any, str]],
+    s: torch.Tensor,
+    d: torch.Tensor,
+    layers: Sequence[int],
+) -> None:
     """Run a call and compare every byte of its destinations."""
     wanted = [moved(logical(*a), logical(*b), s, d, layers) for a, b in zip(src, dst, strict=True)]
     call()

@@ -262,9 +262,16 @@ def test_slots_as_by_the_torch_op(number: int, direction: Any, ops: Any) -> None
         chunk = torch.from_numpy(g.logical(2)).view(torch.bfloat16)
         chunk = chunk.reshape(g.kv, g.layers, g.slots, g.row)[:, :, :6].contiguous()
         module.multi_layer_kv_transfer(
-            chunk, pointers(caches, CPU), slots, CPU, g.slots, direction, FORMATS[number],
-            block_size=g.block_size, skip_prefix_n_tokens=1,
-        )  # fmt: skip
+            chunk,
+            pointers(caches, CPU),
+            slots,
+            CPU,
+            g.slots,
+            direction,
+            FORMATS[number],
+            block_size=g.block_size,
+            skip_prefix_n_tokens=1,
+        )
         found.append((chunk, caches))
     np.testing.assert_array_equal(arrays(found[1][0]), arrays(found[0][0]))
     assert_equal(found[1][1], arrays(found[0][1]))
@@ -570,9 +577,16 @@ def test_threads_that_transfer_at_once(ops: Any) -> None:
         drawn = np.random.default_rng(seed).permutation(g.slots)[:9]
         chunk = torch.zeros(2, g.layers, 9, g.row, dtype=torch.bfloat16)
         ops.multi_layer_kv_transfer(
-            chunk, table, torch.from_numpy(drawn), CPU, g.slots, D2H, FORMATS[6],
-            block_size=g.block_size, head_size=g.dim,
-        )  # fmt: skip
+            chunk,
+            table,
+            torch.from_numpy(drawn),
+            CPU,
+            g.slots,
+            D2H,
+            FORMATS[6],
+            block_size=g.block_size,
+            head_size=g.dim,
+        )
         return bool((arrays(chunk) == rows[:, :, drawn]).all())
 
     with ThreadPoolExecutor(8) as pool:

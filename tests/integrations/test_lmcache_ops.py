@@ -134,9 +134,15 @@ def test_a_prefix_is_neither_read_nor_written(device: torch.device) -> None:
     logical, caches = held(g, device, 1)
     chunk = torch.zeros(g.kv, g.layers, len(SLOTS), g.row, dtype=torch.bfloat16, device=device)
     lmcache_ops.multi_layer_kv_transfer(
-        chunk, pointers(caches, device), torch.tensor(SLOTS).to(device), device, g.slots, D2H, 1,
+        chunk,
+        pointers(caches, device),
+        torch.tensor(SLOTS).to(device),
+        device,
+        g.slots,
+        D2H,
+        1,
         skip_prefix_n_tokens=3,
-    )  # fmt: skip
+    )
     synchronize(device)
     expected = np.zeros((g.kv, g.layers, len(SLOTS), g.row), dtype=np.int16)
     expected[:, :, 3:] = g.rows(logical)[:, :, SLOTS[3:]]
@@ -186,16 +192,25 @@ def test_blocks_of_a_shared_pool_lie_further_apart(
     g = GEOMETRIES[number]
     logical = g.logical(1)
     dense = g.block_size * g.row
-    pools = [torch.zeros(g.blocks, dense + 16, dtype=torch.bfloat16, device=device)
-             for _ in range(g.layers)]  # fmt: skip
+    pools = [
+        torch.zeros(g.blocks, dense + 16, dtype=torch.bfloat16, device=device)
+        for _ in range(g.layers)
+    ]
     for pool, layer in zip(pools, physical(g, logical), strict=True):
         pool[:, :dense] = bits(layer.reshape(g.blocks, dense), device)
     objects = g.logical(2).reshape(1, g.layers, g.slots, g.row)[:, :, :4]
     chunk = bits(objects, device)
     lmcache_ops.multi_layer_kv_transfer(
-        chunk, pointers(pools, device), torch.tensor([4, 27, 0, 9]).to(device), device, g.slots,
-        direction, number, block_stride_elems=dense + 16, **slot_arguments(g),
-    )  # fmt: skip
+        chunk,
+        pointers(pools, device),
+        torch.tensor([4, 27, 0, 9]).to(device),
+        device,
+        g.slots,
+        direction,
+        number,
+        block_stride_elems=dense + 16,
+        **slot_arguments(g),
+    )
     synchronize(device)
     rows = g.rows(logical).copy()
     if direction == H2D:
@@ -221,9 +236,16 @@ def test_a_step_of_other_caches_and_an_object_of_more_planes(
     chunk = torch.zeros(2, g.layers, 4, g.row, dtype=torch.bfloat16, device=device)
     chunk[: g.kv] = bits(objects, device)
     lmcache_ops.multi_layer_kv_transfer(
-        chunk, pointers(caches, device), slots.to(device), device, g.slots, direction, number,
-        block_stride_elems=g.block_size * g.row - 8, **slot_arguments(g),
-    )  # fmt: skip
+        chunk,
+        pointers(caches, device),
+        slots.to(device),
+        device,
+        g.slots,
+        direction,
+        number,
+        block_stride_elems=g.block_size * g.row - 8,
+        **slot_arguments(g),
+    )
     synchronize(device)
     rows = g.rows(logical).copy()
     if direction == H2D:
@@ -262,9 +284,16 @@ def test_blocks_there_and_back(number: int, by: str, device: torch.device) -> No
 
     def transfer(direction: int, into: Any) -> None:
         lmcache_ops.multi_layer_block_kv_transfer(
-            caches_argument(into, by, device), given, block_ids, device, direction, g.descriptor(),
-            2 * g.block_size, number, 0,
-        )  # fmt: skip
+            caches_argument(into, by, device),
+            given,
+            block_ids,
+            device,
+            direction,
+            g.descriptor(),
+            2 * g.block_size,
+            number,
+            0,
+        )
         synchronize(device)
 
     transfer(D2H, caches)
@@ -466,9 +495,14 @@ def test_bytes_are_cut_at_the_seams(offset: int, nbytes: int, device: torch.devi
     there = torch.zeros(256, dtype=torch.uint8, device=device)
     for dest, src, direction in ((there, host, H2D), (back, there, D2H)):
         lmcache_host.lmcache_memcpy_async(
-            dest.data_ptr() + offset, src.data_ptr() + offset, nbytes, direction, offset, 64,
+            dest.data_ptr() + offset,
+            src.data_ptr() + offset,
+            nbytes,
+            direction,
+            offset,
+            64,
             device_type=device.type,
-        )  # fmt: skip
+        )
     synchronize(device)
     assert back[offset : offset + nbytes].equal(host[offset : offset + nbytes])
     assert not back[:offset].any()
@@ -478,9 +512,12 @@ def test_bytes_are_cut_at_the_seams(offset: int, nbytes: int, device: torch.devi
 @pytest.mark.parametrize("direction", [D2H, H2D])
 @pytest.mark.parametrize(("offset", "nbytes"), [(0, 64), (32, 64), (16, 200), (64, 128), (5, 0)])
 def test_no_piece_crosses_a_seam(
-    offset: int, nbytes: int, direction: int, accelerator: torch.device,
+    offset: int,
+    nbytes: int,
+    direction: int,
+    accelerator: torch.device,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     host = torch.zeros(256, dtype=torch.uint8).pin_memory()
     there = torch.zeros(256, dtype=torch.uint8, device=accelerator)
     pieces = list[tuple[int, int]]()
@@ -500,9 +537,14 @@ def test_no_piece_crosses_a_seam(
     monkeypatch.setattr(link, "copy", recorded)
     dest, src = (there, host) if direction == H2D else (host, there)
     lmcache_host.lmcache_memcpy_async(
-        dest.data_ptr() + offset, src.data_ptr() + offset, nbytes, direction, offset, 64,
+        dest.data_ptr() + offset,
+        src.data_ptr() + offset,
+        nbytes,
+        direction,
+        offset,
+        64,
         device_type=accelerator.type,
-    )  # fmt: skip
+    )
     synchronize(accelerator)
     assert sum(size for _, size in pieces) == nbytes
     assert all(at // 64 == (at + size - 1) // 64 for at, size in pieces)
@@ -516,10 +558,16 @@ def block_call(**changed: Any) -> None:
     _, caches = held(g, CPU, 1)
     objects = [torch.zeros(object_shape(g, 2), dtype=torch.bfloat16)]
     given: dict[str, Any] = {
-        "paged_buffer_ptrs_tensor": caches, "lmcache_objects_ptrs": objects, "block_ids": [3, 0],
-        "device": CPU, "direction": D2H, "shape_desc": g.descriptor(),
-        "lmcache_chunk_size": 2 * g.block_size, "engine_kv_format": 1, "skip_prefix_n_blocks": 0,
-    }  # fmt: skip
+        "paged_buffer_ptrs_tensor": caches,
+        "lmcache_objects_ptrs": objects,
+        "block_ids": [3, 0],
+        "device": CPU,
+        "direction": D2H,
+        "shape_desc": g.descriptor(),
+        "lmcache_chunk_size": 2 * g.block_size,
+        "engine_kv_format": 1,
+        "skip_prefix_n_blocks": 0,
+    }
     lmcache_ops.multi_layer_block_kv_transfer(**given | changed)
 
 
@@ -600,9 +648,14 @@ def test_a_slot_past_the_caches_moves_nothing() -> None:
             before = [each.clone() for each in held_bits]
             with pytest.raises(SlotError) as caught:
                 lmcache_ops.multi_layer_kv_transfer(
-                    chunk, caches_argument(caches, by, CPU), torch.tensor([9, g.slots]), CPU,
-                    g.slots, direction, 1,
-                )  # fmt: skip
+                    chunk,
+                    caches_argument(caches, by, CPU),
+                    torch.tensor([9, g.slots]),
+                    CPU,
+                    g.slots,
+                    direction,
+                    1,
+                )
             check_sentence(str(caught.value), f"slot {g.slots}")
             assert all(map(torch.equal, before, held_bits))
 
@@ -783,9 +836,13 @@ def test_a_direct_copy_of_nothing(skips: list[int]) -> None:
 )
 def test_a_copy_of_bytes_that_cannot_be(changed: Any, error: type[Exception]) -> None:
     given: dict[str, Any] = {
-        "dest": torch.zeros(8), "src": torch.zeros(8), "nbytes": 8, "direction": D2H,
-        "host_buffer_offset": 0, "host_buffer_alignments": 64,
-    }  # fmt: skip
+        "dest": torch.zeros(8),
+        "src": torch.zeros(8),
+        "nbytes": 8,
+        "direction": D2H,
+        "host_buffer_offset": 0,
+        "host_buffer_alignments": 64,
+    }
     with pytest.raises(error) as caught:
         lmcache_host.lmcache_memcpy_async(**given | changed)
     check_sentence(str(caught.value))

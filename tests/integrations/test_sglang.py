@@ -54,9 +54,10 @@ THEIRS = [
     ("mla", "page_first_direct", "direct"),
 ]  # fmt: skip
 LAYOUTS = {
-    "mha": tuple(plug.HOST), "unequal": ("page_first", "page_first_direct"),
+    "mha": tuple(plug.HOST),
+    "unequal": ("page_first", "page_first_direct"),
     "mla": tuple(plug.MLA_HOST),
-}  # fmt: skip
+}
 CASES = [
     (kind, each, io) for kind, x in LAYOUTS.items() for each in x for io in ("kernel", "direct")
 ]
@@ -109,16 +110,28 @@ def build(kind: str, layout: str, device: torch.device, **options: Any) -> Pools
     if kind == "mla":
         width = {"kv_lora_rank": DIM, "qk_rope_head_dim": DIM // 2}
         pool = MLATokenToKVPool(
-            TOKENS, PAGE, torch.bfloat16, layer_num=LAYERS, device="cpu",
-            enable_memory_saver=False, **width,
-        )  # fmt: skip
+            TOKENS,
+            PAGE,
+            torch.bfloat16,
+            layer_num=LAYERS,
+            device="cpu",
+            enable_memory_saver=False,
+            **width,
+        )
         info = pool._mla_buffer_info()
         buffers = list(pool.kv_buffer)
     else:
         pool = MHATokenToKVPool(
-            TOKENS, PAGE, torch.bfloat16, HEADS, DIM, LAYERS, "cpu", False,
+            TOKENS,
+            PAGE,
+            torch.bfloat16,
+            HEADS,
+            DIM,
+            LAYERS,
+            "cpu",
+            False,
             v_head_dim=DIM // 2 if kind == "unequal" else None,
-        )  # fmt: skip
+        )
         info = pool._mha_buffer_info()
         buffers = [*pool.k_buffer, *pool.v_buffer]
     generator = torch.Generator().manual_seed(1)
@@ -128,9 +141,12 @@ def build(kind: str, layout: str, device: torch.device, **options: Any) -> Pools
         buffers = [each.to(device) for each in buffers]
         info = moved(info, kind, buffers, device)
     made = dict(
-        device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
-        pin_memory=device.type != "cpu", **options,
-    )  # fmt: skip
+        device_capacity_tokens=TOKENS,
+        start_layer=0,
+        end_layer=LAYERS,
+        pin_memory=device.type != "cpu",
+        **options,
+    )
     if kind == "mla":
         made["target_layer_num"] = LAYERS
         host = mla.MLATokenToKVPoolHost(info, 2.0, 0, PAGE, layout, **made)
@@ -261,14 +277,20 @@ def test_layers_of_a_draft_model_lie_behind_those_of_the_target(kind: str) -> No
     info = draft.device_pool._mla_buffer_info() if kind == "mla" else draft.host._buffer_infos[0]
     if kind == "mla":
         one = msgspec.structs.replace(
-            info, buffers=info.buffers[:1], data_ptrs=info.data_ptrs[:1], layer_indices=(0,),
+            info,
+            buffers=info.buffers[:1],
+            data_ptrs=info.data_ptrs[:1],
+            layer_indices=(0,),
             device_layer_num=1,
-        )  # fmt: skip
+        )
     else:
         first = msgspec.structs.replace(
-            info.buffers, k=info.buffers.k[:1], v=info.buffers.v[:1],
-            k_data_ptrs=info.buffers.k_data_ptrs[:1], v_data_ptrs=info.buffers.v_data_ptrs[:1],
-        )  # fmt: skip
+            info.buffers,
+            k=info.buffers.k[:1],
+            v=info.buffers.v[:1],
+            k_data_ptrs=info.buffers.k_data_ptrs[:1],
+            v_data_ptrs=info.buffers.v_data_ptrs[:1],
+        )
         one = msgspec.structs.replace(info, buffers=first)
     pools = build(kind, "page_first", CPU, draft_buffer_infos=(one,))
     on_host, on_device = pools.ids(2)
@@ -303,9 +325,18 @@ def test_a_rank_that_owns_some_layers_of_mla() -> None:
     )
     for rows in (2, 3):  # as many as it owns, and one that is reserved
         host = mla.MLATokenToKVPoolHost(
-            owned, 2.0, 0, PAGE, "page_first", pin_memory=False, device_capacity_tokens=TOKENS,
-            start_layer=0, end_layer=LAYERS, target_layer_num=rows, layer_shard_enabled=True,
-        )  # fmt: skip
+            owned,
+            2.0,
+            0,
+            PAGE,
+            "page_first",
+            pin_memory=False,
+            device_capacity_tokens=TOKENS,
+            start_layer=0,
+            end_layer=LAYERS,
+            target_layer_num=rows,
+            layer_shard_enabled=True,
+        )
         pools = whole._replace(host=host)
         on_host, on_device = pools.ids(2)
         before = pools.held()
@@ -327,9 +358,16 @@ def test_rows_of_the_device_that_lie_apart(layout: str, device: torch.device) ->
     strided = list(kept.unbind(1))
     info = moved(pools.host._buffer_infos[0], "mha", strided, device)
     host = mha.MHATokenToKVPoolHost(
-        info, 2.0, 0, PAGE, layout, pin_memory=False, device_capacity_tokens=TOKENS,
-        start_layer=0, end_layer=LAYERS,
-    )  # fmt: skip
+        info,
+        2.0,
+        0,
+        PAGE,
+        layout,
+        pin_memory=False,
+        device_capacity_tokens=TOKENS,
+        start_layer=0,
+        end_layer=LAYERS,
+    )
     assert not host.device_rows_packed
     again = pools._replace(host=host, buffers=strided, device=device)
     on_host, on_device = again.ids(2)
@@ -354,9 +392,16 @@ def test_pages_of_ascend_without_its_kernels(device: torch.device) -> None:
         info, buffers=both, transfer_buffers=lambda: pytest.fail("SGLang's own method was called")
     )
     host = mha.MHATokenToKVPoolHost(
-        info, 2.0, 0, PAGE, "page_first_direct", pin_memory=False,
-        device_capacity_tokens=TOKENS, start_layer=0, end_layer=LAYERS,
-    )  # fmt: skip
+        info,
+        2.0,
+        0,
+        PAGE,
+        "page_first_direct",
+        pin_memory=False,
+        device_capacity_tokens=TOKENS,
+        start_layer=0,
+        end_layer=LAYERS,
+    )
     again = pools._replace(host=host, buffers=paged, device=device)
     on_host, on_device = again.ids(2, device)
     before = again.held()
@@ -588,10 +633,13 @@ ROUND = """
 
 @pytest.mark.parametrize(
     "before",
-    ["torch.set_default_device('meta')", "torch.set_default_dtype(torch.bfloat16)",
-     "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"],
+    [
+        "torch.set_default_device('meta')",
+        "torch.set_default_dtype(torch.bfloat16)",
+        "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)",
+    ],
     ids=["device", "dtype", "both"],
-)  # fmt: skip
+)
 def test_defaults_of_torch_that_were_set_before_the_first_use(before: str) -> None:
     after = f"torch.set_default_device('cpu'); pair = made(); {before}; print(judge(*pair))"
     assert answer(ROUND.format(before="", after=after), PORTAKV_SGLANG="1") == "True"

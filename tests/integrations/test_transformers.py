@@ -36,10 +36,17 @@ STEPS = 6
 def small(kind: str = "Llama", **more: Any) -> Any:
     """A model of three layers on the host, always the same."""
     sizes = {
-        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": LAYERS,
-        "num_attention_heads": 4, "num_key_value_heads": KV_HEADS, "head_dim": DIM,
-        "max_position_embeddings": 1024, "pad_token_id": 0, "eos_token_id": None,
-    }  # fmt: skip
+        "vocab_size": 64,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": KV_HEADS,
+        "head_dim": DIM,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 0,
+        "eos_token_id": None,
+    }
     config = getattr(transformers, f"{kind}Config")(**sizes | more)
     torch.manual_seed(0)
     return getattr(transformers, f"{kind}ForCausalLM")(config).eval()

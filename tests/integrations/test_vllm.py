@@ -218,9 +218,13 @@ def test_what_the_connector_does(device: torch.device, order: str) -> None:
     ids=["one", "layers", "groups", "overlaid", "padded", "apart", "packed"],
 )
 def test_every_byte_comes_back(
-    device: torch.device, make: Make, pages: Sequence[int], groups: Any, gap: int,
+    device: torch.device,
+    make: Make,
+    pages: Sequence[int],
+    groups: Any,
+    gap: int,
     blocks_per_chunk: int,
-) -> None:  # fmt: skip
+) -> None:
     """Blocks of each group go into chunks of their own, and come back elsewhere."""
     caches = Caches(device, pages, groups, gap=gap)
     worker = make(caches, blocks_per_chunk, 3 * 4)
@@ -424,9 +428,13 @@ def test_another_thread_may_ask(device: torch.device, make: Make) -> None:
     ids=["block", "negative block", "chunk", "negative chunk", "more", "fewer", "groups", "twice"],
 )
 def test_bad_stores_are_refused_and_move_nothing(
-    device: torch.device, make: Make, blocks: Any, firsts: list[int], chunks: list[int],
+    device: torch.device,
+    make: Make,
+    blocks: Any,
+    firsts: list[int],
+    chunks: list[int],
     told: tuple[str, ...],
-) -> None:  # fmt: skip
+) -> None:
     worker = make(Caches(device, [64, 64], [[0], [1]]), 2, 4)
     settle(device)
     with refused(SlotError, *told, watch=hosts(worker)):
@@ -750,10 +758,12 @@ def judge(*engines):
 
 @pytest.mark.parametrize(
     "told",
-    ["torch.set_default_dtype(torch.bfloat16)",
-     "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)"],
+    [
+        "torch.set_default_dtype(torch.bfloat16)",
+        "torch.set_default_device('meta'); torch.set_default_dtype(torch.bfloat16)",
+    ],
     ids=["dtype", "both"],
-)  # fmt: skip
+)
 def test_defaults_of_torch_that_were_set_before_the_first_use(told: str) -> None:
     before = "torch.set_default_dtype(torch.bfloat16)"
     code = PROCESS.format(before=before) + f"engine = made(256)\n{told}\njudge(engine)"

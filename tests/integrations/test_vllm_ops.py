@@ -216,9 +216,12 @@ def test_swapping_runs(
     if device.type == "cpu":
         monkeypatch.setattr(foreign, "usual_device", lambda: device)
     vllm_ops.swap_blocks_batch(
-        torch.tensor(froms) + cache.data_ptr(), torch.tensor(tos) + host.data_ptr(),
-        torch.tensor(sizes), True, **told,
-    )  # fmt: skip
+        torch.tensor(froms) + cache.data_ptr(),
+        torch.tensor(tos) + host.data_ptr(),
+        torch.tensor(sizes),
+        True,
+        **told,
+    )
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     assert torch.equal(host, expected)

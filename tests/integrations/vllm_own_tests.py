@@ -57,9 +57,14 @@ def pytest_configure() -> None:
         """With the arguments of vLLM's, and with the tensors of its handlers."""
 
         def __init__(
-            self, kv_caches: Any, blocks_per_chunk: int, num_cpu_chunks: int = 0,
-            mmap_region: Any = None, canonical_layout: bool = False, num_cpu_blocks: int = 0,
-        ) -> None:  # fmt: skip
+            self,
+            kv_caches: Any,
+            blocks_per_chunk: int,
+            num_cpu_chunks: int = 0,
+            mmap_region: Any = None,
+            canonical_layout: bool = False,
+            num_cpu_blocks: int = 0,
+        ) -> None:
             if hasattr(mmap_region, "create_next_view"):
                 mmap_region.cleanup()
                 pytest.skip("Beside vLLM 0.26 the worker has memory of its own.")

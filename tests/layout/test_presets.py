@@ -74,9 +74,14 @@ def test_a_view_finds_every_row_where_the_engine_put_it(name: str) -> None:
     view = KVView(held.tensors, name, **held.extents)
     found = view.layers, view.kv, view.heads, view.widths, view.block_size, view.slots, view.opaque
     assert found == (
-        held.layers, len(held.widths), held.heads, held.widths, held.block_size, held.slots,
+        held.layers,
+        len(held.widths),
+        held.heads,
+        held.widths,
+        held.block_size,
+        held.slots,
         held.opaque,
-    )  # fmt: skip
+    )
     rows = Rows(held.tensors, LAYOUTS[name], held.extents)
     for kv in range(view.kv):
         first = rows.row_addresses(kv, view.layers - 1, range(view.slots))[:, :, 0]

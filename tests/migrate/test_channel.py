@@ -616,10 +616,16 @@ def test_garbage_for_an_answer_is_an_error_and_the_next_one_is_taken() -> None:
     """Of somebody who has the secret, and is another release or no channel at all."""
     right = msgspec.msgpack.encode(Pong(b"right", 7))
     garbage = [
-        b"", b"\1", b"\2", b"\1\0", BACK.pack(VERSION, True, 5)[:-1], BACK.pack(VERSION, False, 6),
-        BACK.pack(VERSION, False, 7) + b"\xff", BACK.pack(VERSION, True, 8) + b"\xff",
+        b"",
+        b"\1",
+        b"\2",
+        b"\1\0",
+        BACK.pack(VERSION, True, 5)[:-1],
+        BACK.pack(VERSION, False, 6),
+        BACK.pack(VERSION, False, 7) + b"\xff",
+        BACK.pack(VERSION, True, 8) + b"\xff",
         BACK.pack(VERSION, False, 9) + right,
-    ]  # fmt: skip
+    ]
     with raw_server() as router, asking(SECRET) as asker:
         address = f"tcp://127.0.0.1:{router.bind_to_random_port('tcp://127.0.0.1')}"
 

@@ -87,10 +87,13 @@ def test_head_and_tail_are_told_apart_by_who_carries_them_out(
 ) -> None:
     """A backend that skips negative ids and reads int32 takes the body, another the tail."""
     backend = small_backend(
-        "bodies", by_runs=True, skips_negative=True, guards=True,
+        "bodies",
+        by_runs=True,
+        skips_negative=True,
+        guards=True,
         index_dtypes=frozenset({torch.int32}),
         rejects=lambda plan: plan.unit == 1 and plan.src_step > 1,
-    )  # fmt: skip
+    )
     register_backend("bodies", backend)
     chunk = filled((2, LAYERS, count, HEADS * DIM), poison=True)
     wanted = chunk.clone()

@@ -66,8 +66,10 @@ def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyP
         registry.choose("cpu", "none")
     said = [str(decision) for decision in caught.value.trace]
     assert [line.partition(",")[0] for line in said if line.startswith(("none", "one", "ref"))] == [
-        "none: rejected", "one: accepted", "reference: accepted"
-    ]  # fmt: skip
+        "none: rejected",
+        "one: accepted",
+        "reference: accepted",
+    ]
     assert "portakv backends --device cpu" in str(caught.value)
     monkeypatch.setenv("PORTAKV_BACKEND", "none")
     with refused(BackendUnavailable, "'none'", "no such backend", "PORTAKV_BACKEND"):

@@ -60,8 +60,11 @@ def run(code: str, packages: dict[str, str], folder: Path, *words: str) -> Any:
     done = subprocess.run(
         [sys.executable, "-c", code, *words],
         env={**os.environ, "PYTHONPATH": path, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -159,16 +162,24 @@ def test_a_name_unknown_to_torch_suggests_the_device_meant(asked: str, meant: st
 @pytest.mark.parametrize(
     "packages",
     [
-        {"npu": (f"raise ImportError({HCCL!r})", f"ImportError: {HCCL}"),
-         "mlu": ("raise OSError('libcnrt.so: not found')", "OSError: libcnrt.so: not found")},
-        {"npu": (f"{RENAMES}; raise OSError('late')", "OSError: late"),
-         "mlu": ("raise RuntimeError('CNRT error.')", "RuntimeError: CNRT error")},
-        pytest.param({"npu": ("import no_such_part", "no_such_part, which torch_npu needs, is not"),
-                      "mlu": ("raise SystemExit('no')", "SystemExit: no")},
-                     marks=pytest.mark.slow),
+        {
+            "npu": (f"raise ImportError({HCCL!r})", f"ImportError: {HCCL}"),
+            "mlu": ("raise OSError('libcnrt.so: not found')", "OSError: libcnrt.so: not found"),
+        },
+        {
+            "npu": (f"{RENAMES}; raise OSError('late')", "OSError: late"),
+            "mlu": ("raise RuntimeError('CNRT error.')", "RuntimeError: CNRT error"),
+        },
+        pytest.param(
+            {
+                "npu": ("import no_such_part", "no_such_part, which torch_npu needs, is not"),
+                "mlu": ("raise SystemExit('no')", "SystemExit: no"),
+            },
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=["at once", "after its name", "half"],
-)  # fmt: skip
+)
 def test_a_broken_package_s_own_words(packages: dict[str, tuple[str, str]], tmp_path: Path) -> None:
     texts = {f"torch_{kind}": text for kind, (text, _) in packages.items()}
     told = run(CONNECT, texts, tmp_path, *packages)

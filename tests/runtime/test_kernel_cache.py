@@ -201,10 +201,13 @@ def test_eight_processes_race(folder: Path) -> None:
     racers = [
         subprocess.Popen(
             [sys.executable, "-c", _RACER, str(_kernel_cache.__file__)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for _ in range(8)
-    ]  # fmt: skip
+    ]
     for racer in racers:
         assert racer.stdout is not None
         assert racer.stdout.readline() == "ready\n"

@@ -554,9 +554,13 @@ def test_a_forked_process_is_refused(case: Case) -> None:
     told = []
     (shelf,) = case.opened(remote, SMALL)
     works: list[Any] = [
-        partial(Remote, "memory://"), remote.wipe, partial(remote.forms, SMALL),
-        partial(load, shelf, KEYS[0]), partial(shelf.has, KEYS[:1]), partial(save, shelf, KEYS[0]),
-    ]  # fmt: skip
+        partial(Remote, "memory://"),
+        remote.wipe,
+        partial(remote.forms, SMALL),
+        partial(load, shelf, KEYS[0]),
+        partial(shelf.has, KEYS[:1]),
+        partial(save, shelf, KEYS[0]),
+    ]
     child = os.fork()
     if not child:
         signal.alarm(20)

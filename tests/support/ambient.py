@@ -122,17 +122,25 @@ class Scene:
         for addresses in (table.tolist(), table, table.to(self.device)):
             self.empty[0].zero_()
             at = KVView.at(
-                addresses, KV_LAYOUT, shape=shape, strides=cache.stride(), dtype=cache.dtype,
-                device=self.device, block_size=cache.shape[2],
-            )  # fmt: skip
+                addresses,
+                KV_LAYOUT,
+                shape=shape,
+                strides=cache.stride(),
+                dtype=cache.dtype,
+                device=self.device,
+                block_size=cache.shape[2],
+            )
             copy_rows(at, dst, Index(self.on_device, trusted=True), self.slots).synchronize()
             assert (_rows(self.empty)[0][:, self.slots] == self.gathered[:, 0]).all()
         nbytes = cache.numel() * cache.itemsize
         self.empty[1].zero_()
         copy_runs(
-            [self.caches[1].data_ptr()], [self.empty[1].data_ptr()], nbytes,
-            src_device=self.device, dst_device=self.device,
-        ).synchronize()  # fmt: skip
+            [self.caches[1].data_ptr()],
+            [self.empty[1].data_ptr()],
+            nbytes,
+            src_device=self.device,
+            dst_device=self.device,
+        ).synchronize()
         assert (self.empty[1].cpu().numpy() == self.wanted[1]).all()
         tables = torch.tensor([[2, 4], [1, 0]], device=self.device)
         requests = Index.of_requests(tables, [3, 3], cache.shape[2], count=6)

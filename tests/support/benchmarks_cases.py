@@ -23,8 +23,15 @@ ON_CPU_AND_CUDA = pytest.mark.parametrize(
     indirect=True,
 )
 FULL = dataclasses.replace(suite.PRESETS["full"], rounds=5, repeats=2)
-MACHINE = {"device_type": "cuda", "device": "Some GPU", "torch": "2.11", "python": "3.12",
-           "date": "2026-11-20", "portakv": "0", "driver_version": "1"}  # fmt: skip
+MACHINE = {
+    "device_type": "cuda",
+    "device": "Some GPU",
+    "torch": "2.11",
+    "python": "3.12",
+    "date": "2026-11-20",
+    "portakv": "0",
+    "driver_version": "1",
+}
 
 
 def tiny(name: str = "seed", **changes: Any) -> Shape:
@@ -43,19 +50,41 @@ def field(device: torch.device = CPU, peers: tuple[Any, ...] = ()) -> suite.Fiel
 
 def copied(backend: str, time: float, **more: Any) -> dict[str, Any]:
     """A row of a result."""
-    row = {"kind": "copy", "shape": "s", "layers": "apart", "op": "gather", "index": "random",
-           "backend": backend, "p50_us": time, "verified": True}  # fmt: skip
+    row = {
+        "kind": "copy",
+        "shape": "s",
+        "layers": "apart",
+        "op": "gather",
+        "index": "random",
+        "backend": backend,
+        "p50_us": time,
+        "verified": True,
+    }
     return {**row, **more}
 
 
 def linked(backend: str, time: float = 1.0, **more: Any) -> dict[str, Any]:
     """A row of a result of the host benchmark."""
-    usual = {"kind": "host_copy", "shape": "s", "backend": backend, "engine": backend.split()[0],
-             "op": "d2h", "p50_us": time, "verified": True}  # fmt: skip
+    usual = {
+        "kind": "host_copy",
+        "shape": "s",
+        "backend": backend,
+        "engine": backend.split()[0],
+        "op": "d2h",
+        "p50_us": time,
+        "verified": True,
+    }
     return {**usual, **more}
 
 
 def host_result(rows: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
     """A result of the host benchmark."""
-    return {"suite": "host", "name": "some-gpu-host", "machine": {**MACHINE}, "left_out": [],
-            "asked": {"parts": ["grid"], "peers": {}}, "rows": rows, **more}  # fmt: skip
+    return {
+        "suite": "host",
+        "name": "some-gpu-host",
+        "machine": {**MACHINE},
+        "left_out": [],
+        "asked": {"parts": ["grid"], "peers": {}},
+        "rows": rows,
+        **more,
+    }

@@ -122,9 +122,17 @@ def tell(home: Path, event: Mapping[str, Any]) -> None:
 
 def end(home: Path, id: str, status: str, reason: str = "") -> None:
     record = {
-        "id": id, **about(id), "status": status, "seconds": 0.001, "examples": 1, "declined": 0,
-        "reason": reason, "details": "", "replay": "", "example": "",
-    }  # fmt: skip
+        "id": id,
+        **about(id),
+        "status": status,
+        "seconds": 0.001,
+        "examples": 1,
+        "declined": 0,
+        "reason": reason,
+        "details": "",
+        "replay": "",
+        "example": "",
+    }
     tell(home, {"event": "end", "case": record})
 
 

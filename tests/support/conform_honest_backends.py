@@ -33,9 +33,16 @@ NoThreads = _narrow("NoThreads", threads=False)
 OnlyPageable = _narrow("OnlyPageable", places=frozenset({("pageable", "pageable")}))
 # Everything that can be left out, at once.
 Least = _narrow(
-    "Least", tables=False, max_loops=0, alignment=16, skips_negative=False, guards=False,
-    threads=False, **OnlyPageable.less, **Int64Only.less,
-)  # fmt: skip
+    "Least",
+    tables=False,
+    max_loops=0,
+    alignment=16,
+    skips_negative=False,
+    guards=False,
+    threads=False,
+    **OnlyPageable.less,
+    **Int64Only.less,
+)
 TrueAlignment = _narrow("TrueAlignment", alignment=True)
 ListOfPlaces = _narrow("ListOfPlaces", places=[("pageable", "pageable")])
 

@@ -17,10 +17,22 @@ from portakv_conformance.record import SCHEMA, CaseRecord, RunRecord
 from portakv_conformance.report.results import keep
 
 LAYOUTS = (
-    "vllm-nhd", "vllm-hnd", "vllm-flashinfer-nhd", "vllm-0.26-hnd", "vllm-mla-fp8", "vllm-dsv4",
-    "sglang-mha", "sglang-mla", "vllm-ascend", "vllm-ascend-nz", "mlu", "flexkv-blockfirst",
-    "dynamo-universal", "trtllm-hnd", "layer kv | block head dim/32 token dim%32",
-)  # fmt: skip
+    "vllm-nhd",
+    "vllm-hnd",
+    "vllm-flashinfer-nhd",
+    "vllm-0.26-hnd",
+    "vllm-mla-fp8",
+    "vllm-dsv4",
+    "sglang-mha",
+    "sglang-mla",
+    "vllm-ascend",
+    "vllm-ascend-nz",
+    "mlu",
+    "flexkv-blockfirst",
+    "dynamo-universal",
+    "trtllm-hnd",
+    "layer kv | block head dim/32 token dim%32",
+)
 DTYPES = ("bfloat16", "float16", "float32", "float8_e4m3fn", "int8", "int64")
 OPERATIONS = ("gather", "scatter", "migrate")
 # Reasons as the oracle words them.
@@ -35,16 +47,29 @@ WRONG = (
     "key slot 0 head 0 byte 0; expected 0xa5, what was there before: the copy must not write it. "
     "In all 16 bytes are wrong.",
 )
-_CLAIMS = ("guards", "skips_negative", "capturable", "threads", "max_loops", "alignment", "tables",
-           "index_dtypes", "index_on", "places")  # fmt: skip
+_CLAIMS = (
+    "guards",
+    "skips_negative",
+    "capturable",
+    "threads",
+    "max_loops",
+    "alignment",
+    "tables",
+    "index_dtypes",
+    "index_on",
+    "places",
+)
 
 
 def _case(id: str, area: str, draw: random.Random, **values: object) -> CaseRecord:
     case = CaseRecord(
-        id=id, area=area, profile="core" if area == "core" else "full",
-        seconds=round(draw.uniform(0.002, 0.6), 4), examples=draw.choice((1, 1, 4, 40, 120)),
+        id=id,
+        area=area,
+        profile="core" if area == "core" else "full",
+        seconds=round(draw.uniform(0.002, 0.6), 4),
+        examples=draw.choice((1, 1, 4, 40, 120)),
         replay=f"portakv conform acme --device acme --only '{id}'",
-    )  # fmt: skip
+    )
     return replace(case, **values)  # type: ignore[arg-type]
 
 
@@ -85,25 +110,55 @@ def _others(draw: random.Random) -> list[CaseRecord]:
 
 def _run(cases: list[CaseRecord], **values: Any) -> RunRecord:
     made = RunRecord(
-        schema=SCHEMA, suite=SUITE_VERSION, spec=SPEC_VERSION,
-        backend={"name": "acme", "target": "portakv_acme:Acme", "version": "1.4.0",
-                 "source_sha256": hashlib.sha256(b"acme").hexdigest()},
-        environment={"torch": "2.13.0", "python": "CPython 3.11.7", "os": "Linux 6.1.0 x86_64",
-                     "device": "acme", "device_name": "Acme XPU 900", "driver": "5.2.1",
-                     "emulated": False, "torch_acme": "2.13.0.post1"},
-        capabilities={"places": [["device", "device"], ["device", "pinned"]],
-                      "index_on": "device", "index_dtypes": ["int32", "int64"],
-                      "skips_negative": True, "guards": True, "alignment": 1, "max_loops": 5,
-                      "tables": True, "capturable": False, "threads": True},
-        trace=["acme: accepted, Acme XPU 900 with driver 5.2.1",
-               "cuda: rejected, device type 'acme' is not 'cuda'",
-               "reference: accepted, runs on any torch device"],
-        profile="full", seed=0, fuzz=0,
+        schema=SCHEMA,
+        suite=SUITE_VERSION,
+        spec=SPEC_VERSION,
+        backend={
+            "name": "acme",
+            "target": "portakv_acme:Acme",
+            "version": "1.4.0",
+            "source_sha256": hashlib.sha256(b"acme").hexdigest(),
+        },
+        environment={
+            "torch": "2.13.0",
+            "python": "CPython 3.11.7",
+            "os": "Linux 6.1.0 x86_64",
+            "device": "acme",
+            "device_name": "Acme XPU 900",
+            "driver": "5.2.1",
+            "emulated": False,
+            "torch_acme": "2.13.0.post1",
+        },
+        capabilities={
+            "places": [["device", "device"], ["device", "pinned"]],
+            "index_on": "device",
+            "index_dtypes": ["int32", "int64"],
+            "skips_negative": True,
+            "guards": True,
+            "alignment": 1,
+            "max_loops": 5,
+            "tables": True,
+            "capturable": False,
+            "threads": True,
+        },
+        trace=[
+            "acme: accepted, Acme XPU 900 with driver 5.2.1",
+            "cuda: rejected, device type 'acme' is not 'cuda'",
+            "reference: accepted, runs on any torch device",
+        ],
+        profile="full",
+        seed=0,
+        fuzz=0,
         case_list_sha256=case_list_sha256(case.id for case in cases),
-        cases=cases, totals={}, rung="", verdict="", missing=[],
-        started="2026-11-20T09:41:12+00:00", seconds=187.4,
+        cases=cases,
+        totals={},
+        rung="",
+        verdict="",
+        missing=[],
+        started="2026-11-20T09:41:12+00:00",
+        seconds=187.4,
         command="portakv conform acme --device acme --profile full --seed 0 --report out",
-    )  # fmt: skip
+    )
     return changed(made, **values)
 
 
@@ -143,10 +198,13 @@ def failing(count: int = 12) -> RunRecord:
 def emulated() -> RunRecord:
     """Conformant on the simulated device."""
     facts = {
-        "device": "simdev", "device_name": "simulated device (simdev, on the host's processor)",
-        "driver": "", "emulated": True, "emulation": {"portakv_conformance.simdev": "5" * 64},
+        "device": "simdev",
+        "device_name": "simulated device (simdev, on the host's processor)",
+        "driver": "",
+        "emulated": True,
+        "emulation": {"portakv_conformance.simdev": "5" * 64},
         "torch_acme": ...,
-    }  # fmt: skip
+    }
     command = "portakv conform acme --device simdev --profile full --seed 0"
     return changed(passing(), facts, command=command)
 
@@ -154,9 +212,13 @@ def emulated() -> RunRecord:
 def incomplete() -> RunRecord:
     """Nothing failed, but a part of the profile could not be run."""
     cases = [case for case in passing().cases if case.area != "ordering"]
-    return _run(cases, missing=[
-        "The simulated device was not built: no C++ compiler was found; install g++.",
-        "Cases on two devices were left out: this machine has one."])  # fmt: skip
+    return _run(
+        cases,
+        missing=[
+            "The simulated device was not built: no C++ compiler was found; install g++.",
+            "Cases on two devices were left out: this machine has one.",
+        ],
+    )
 
 
 def hostile() -> RunRecord:
@@ -165,17 +227,33 @@ def hostile() -> RunRecord:
     bad += "\"'&|`@all\x1b[0m\x00"
     run = failing()
     cases = [
-        replace(case, id=f"{case.id}{bad}", reason=bad, details=bad, replay=bad, example=bad,
-                area=bad, tags=dict.fromkeys(case.tags, bad))
-        if case.status != "passed" else case
+        replace(
+            case,
+            id=f"{case.id}{bad}",
+            reason=bad,
+            details=bad,
+            replay=bad,
+            example=bad,
+            area=bad,
+            tags=dict.fromkeys(case.tags, bad),
+        )
+        if case.status != "passed"
+        else case
         for case in run.cases
-    ]  # fmt: skip
+    ]
     return replace(
-        run, cases=cases, backend=dict.fromkeys(run.backend, bad), trace=[bad], missing=[bad],
-        environment={**run.environment, "device_name": bad, bad: bad}, spec=bad,
-        capabilities={**run.capabilities, bad: [bad]}, command=bad,
-        waivers=[{"id": bad, "reason": bad, "expires": "2027.02"}], started=bad,
-    )  # fmt: skip
+        run,
+        cases=cases,
+        backend=dict.fromkeys(run.backend, bad),
+        trace=[bad],
+        missing=[bad],
+        environment={**run.environment, "device_name": bad, bad: bad},
+        spec=bad,
+        capabilities={**run.capabilities, bad: [bad]},
+        command=bad,
+        waivers=[{"id": bad, "reason": bad, "expires": "2027.02"}],
+        started=bad,
+    )
 
 
 RUNS = {each.__name__: each for each in (passing, failing, emulated, incomplete, hostile)}

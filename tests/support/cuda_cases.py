@@ -65,9 +65,15 @@ class Copy:
         src = self.src
         dst = self.dst
         expected = expected_copy(
-            src.tensors, src.layout, src.extents, dst.tensors, dst.layout, dst.extents,
-            src.slots(self.count), dst.slots(self.count),
-        )  # fmt: skip
+            src.tensors,
+            src.layout,
+            src.extents,
+            dst.tensors,
+            dst.layout,
+            dst.extents,
+            src.slots(self.count),
+            dst.slots(self.count),
+        )
         copy()
         verdict = compare(expected, dst.tensors, src.tensors)
         assert verdict is None, verdict
@@ -159,37 +165,45 @@ COPIES: dict[str, Callable[[], Copy]] = {
     "gather int32": lambda: Copy(by(pool(), SLOTS, dtype=torch.int32), chunk(7), 7),
     "pool to pool": lambda: Copy(by(pool(), SLOTS), by(pool(HND), SLOTS[::-1]), 7),
     "chunk to chunk": lambda: Copy(
-        chunk(7), End(filled((7, 2, 3, 2, 8)), "token kv layer head dim"), 7),
+        chunk(7), End(filled((7, 2, 3, 2, 8)), "token kv layer head dim"), 7
+    ),
     "gather of 656 B rows": lambda: gathered(656),
     **{f"gather of {width} B rows": partial(gathered, width) for width in (48, 40, 12, 6, 3)},
     **{f"scatter to {width} B rows": partial(scattered, width) for width in (48, 40, 12, 6, 3)},
     "rows at an odd address": lambda: gathered(64, shift=1),
     "rows to an odd address": lambda: scattered(64, shift=2),
-    "one plane": lambda: Copy(End(filled((3, 4, 16)), "block token dim", ids=SLOTS),
-        End(filled((7, 16)), "token dim"), 7),
+    "one plane": lambda: Copy(
+        End(filled((3, 4, 16)), "block token dim", ids=SLOTS), End(filled((7, 16)), "token dim"), 7
+    ),
     "layers in one allocation": lambda: Copy(by(joined(NHD), SLOTS), chunk(7), 7),
     "scatter to one allocation": lambda: Copy(chunk(7), by(joined(HND), SLOTS), 7),
     "blocks": lambda: Copy(by(pool(), [2, -1, 0], 4), chunk(12), 12),
     "blocks of heads": lambda: Copy(by(pool(HND), [2, -1, 0], 4), chunk(12), 12),
     "blocks of heads to blocks of tokens": lambda: Copy(
-        by(pool(HND), [2, 0], 4), by(pool(), [0, 1], 4, dtype=torch.int32), 8),
+        by(pool(HND), [2, 0], 4), by(pool(), [0, 1], 4, dtype=torch.int32), 8
+    ),
     "several units of an id": lambda: Copy(
-        by(pool(), [2, -1, 0, 1], 4), by(pool(blocks=4), [1, 0], 8), 16),
+        by(pool(), [2, -1, 0, 1], 4), by(pool(blocks=4), [1, 0], 8), 16
+    ),
     "slots of an id": lambda: Copy(by(pool(HND), [2, 0], 4), by(pool(), SLOTS), 7),
     "slots to an id": lambda: Copy(by(pool(), SLOTS), by(pool(HND), [1, 2], 4, offset=1), 7),
     "split tokens": lambda: Copy(by(split_tokens(), SLOTS), chunk_of_one_layer(7), 7),
     "split tokens both sides": lambda: Copy(
-        by(split_tokens(), SLOTS), by(split_tokens(), SLOTS[::-1]), 7),
+        by(split_tokens(), SLOTS), by(split_tokens(), SLOTS[::-1]), 7
+    ),
     "memory objects, gathered": lambda: Copy(by(pool(), SLOTS), objects(), 7),
     "memory objects, scattered": lambda: Copy(
-        End(objects().tensors, objects().layout, {"heads": 2}, offset=2), by(pool(), SLOTS), 7),
+        End(objects().tensors, objects().layout, {"heads": 2}, offset=2), by(pool(), SLOTS), 7
+    ),
     "memory objects, blocks": lambda: Copy(by(objects(), [2, 0], 4), by(pool(), [1, 2], 4), 8),
     "tokens in a list": lambda: Copy(
         by(pool(), SLOTS),
         End([filled((2, 3, 16)) for _ in range(7)], "token | kv layer (head dim)", {"heads": 2}),
-        7),
+        7,
+    ),
     "more planes than the arguments hold": lambda: Copy(
-        by(pool(layers=200, dim=2), SLOTS), chunk(7, layers=200, dim=2), 7),
+        by(pool(layers=200, dim=2), SLOTS), chunk(7, layers=200, dim=2), 7
+    ),
     "two nests": unequal,
     "heads first": lambda: Copy(universal(ids=[2, 0], step=4), chunk(8), 8),
     "to heads first": lambda: Copy(chunk(7), universal(ids=SLOTS), 7),
@@ -197,14 +211,16 @@ COPIES: dict[str, Callable[[], Copy]] = {
     "NZ": lambda: Copy(nz(ids=SLOTS), chunk(7), 7),
     "NZ blocks": lambda: Copy(chunk(12), nz(ids=[1, -1, 0], step=4), 12),
     "NZ blocks to padding": lambda: Copy(
-        nz(ids=[1, 0], step=4), by(holed(), [0, 2], 4, dtype=torch.int32), 8),
+        nz(ids=[1, 0], step=4), by(holed(), [0, 2], 4, dtype=torch.int32), 8
+    ),
     "padding": lambda: Copy(by(holed(), SLOTS), chunk(7), 7),
     "to padding": lambda: Copy(chunk(12), by(holed(), [0, 2, 1], 4), 12),
     "opaque pages": opaque,
     "from between two units": lambda: Copy(by(pool(), [2, 0], 4), chunk(16, offset=3), 8),
     "a head, a body and a tail": lambda: Copy(
-        by(pool(), [2, 1, 0], 4, offset=2), chunk(12, offset=1), 9),
-}  # fmt: skip
+        by(pool(), [2, 1, 0], 4, offset=2), chunk(12, offset=1), 9
+    ),
+}
 
 
 def chunk_of_one_layer(tokens: int) -> End:

@@ -34,8 +34,9 @@ def _pools(shape: tuple[int, ...], **ids: Any) -> End:
 def _windows(step: int) -> Copy:
     """Rows that begin ``step`` elements behind each other, and so share most of their bytes."""
     source = filled((64,)).as_strided((9, 16), (step, 1), 3)
-    return Copy(End(source, "token dim", offset=1), by(End(filled((3, 4, 16)), "block token dim"),
-                                                       SLOTS), 7)  # fmt: skip
+    return Copy(
+        End(source, "token dim", offset=1), by(End(filled((3, 4, 16)), "block token dim"), SLOTS), 7
+    )
 
 
 def _one_element_apart(axis: str) -> Copy:
@@ -50,23 +51,27 @@ _AXES = "kv layer token head dim"
 #: Sources of which several rows, or parts of them, are one: a step of 0 bytes, or of one element.
 REPEATED: dict[str, Callable[[], Copy]] = {
     "one token for all, from the second on": lambda: Copy(
-        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 9, 16), offset=2), by(pool(), SLOTS), 7),
+        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 9, 16), offset=2), by(pool(), SLOTS), 7
+    ),
     "one token for all, to a chunk": lambda: Copy(
-        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 7, 16)), chunk(7), 7),
+        _chunk(filled((2, 3, 1, 16)).expand(2, 3, 7, 16)), chunk(7), 7
+    ),
     "one token for all, by ids": lambda: Copy(_pools((2, 1, 1, 2, 8), ids=SLOTS), chunk(7), 7),
     "one token of a block for all": lambda: Copy(_pools((2, 3, 1, 2, 8), ids=SLOTS), chunk(7), 7),
     "one block for all": lambda: Copy(_pools((2, 1, 4, 2, 8), ids=SLOTS), chunk(7), 7),
     "one block for all, by blocks": lambda: Copy(
-        _pools((2, 1, 4, 2, 8), ids=[2, 0], step=4), by(pool(), [1, 2], 4), 8),
+        _pools((2, 1, 4, 2, 8), ids=[2, 0], step=4), by(pool(), [1, 2], 4), 8
+    ),
     "one head for all": lambda: Copy(_pools((2, 3, 4, 1, 8), ids=SLOTS), chunk(7), 7),
     "keys for values": lambda: Copy(_pools((1, 3, 4, 2, 8), ids=SLOTS), chunk(7), 7),
     "one element for all": lambda: Copy(_pools((2, 3, 4, 2, 1), ids=SLOTS), chunk(7), 7),
     "one layer for all": lambda: Copy(
-        _chunk(filled((2, 1, 7, 16)).expand(2, 3, 7, 16)), by(pool(), SLOTS), 7),
+        _chunk(filled((2, 1, 7, 16)).expand(2, 3, 7, 16)), by(pool(), SLOTS), 7
+    ),
     "rows of one element's step": lambda: _windows(1),
     "rows of three elements' step": lambda: _windows(3),
     **{f"one element's step by {x}": partial(_one_element_apart, x) for x in _AXES.split()[:4]},
-}  # fmt: skip
+}
 
 
 class Elsewhere:
@@ -125,9 +130,14 @@ class Carrier(NamedTuple):
         def carry(src: End, dst: End) -> None:
             with pytest.raises(SlotError, match=bad) if bad else nullcontext():
                 copy_rows(
-                    src.view(), dst.view(), index(src), index(dst), count=copy.count,
-                    backend=self.name, stream=stream,
-                ).synchronize()  # fmt: skip
+                    src.view(),
+                    dst.view(),
+                    index(src),
+                    index(dst),
+                    count=copy.count,
+                    backend=self.name,
+                    stream=stream,
+                ).synchronize()
 
         self._judged(copy, carry)
 

@@ -28,8 +28,12 @@ BLOCK = 8
 BLOCKS = 24
 DIM = 16
 #: Layouts of the device's side, and of the host's.
-PAGED = ("layer | kv block token head dim", "layer kv | block head token dim",
-         "block layer kv token head dim", "kv layer | (block token) head dim")  # fmt: skip
+PAGED = (
+    "layer | kv block token head dim",
+    "layer kv | block head token dim",
+    "block layer kv token head dim",
+    "kv layer | (block token) head dim",
+)
 CHUNKS = ("kv layer token (head dim)", "layer token kv head dim", "kv layer head token dim")
 POOLS = (*PAGED, "block | kv layer token (head dim)")
 EXTENTS: dict[str, Any] = {"layers": 3, "kv": 2, "heads": 2, "dim": DIM}
@@ -105,8 +109,9 @@ def index_of(ids: tuple[Any, int] | None, offset: int = 0) -> Index:
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 #: Each engine that copies by pieces, with the host memory that it takes.
 ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
-    **dict.fromkeys((Staged, Descriptors, Host), torch.Tensor.pin_memory), Ring: torch.Tensor.clone,
-}  # fmt: skip
+    **dict.fromkeys((Staged, Descriptors, Host), torch.Tensor.pin_memory),
+    Ring: torch.Tensor.clone,
+}
 #: Tokens of the usual case, and its first slot.
 TOKENS = 40
 FIRST = 100
@@ -119,9 +124,13 @@ class Transfers:
     usually takes."""
 
     def __init__(
-        self, engine: Backend, downward: bool, case: Case = USUAL, seed: int = 1,
+        self,
+        engine: Backend,
+        downward: bool,
+        case: Case = USUAL,
+        seed: int = 1,
         pageable: bool | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.engine = engine
         self.downward = downward
         self.case = case
@@ -161,9 +170,11 @@ class Transfers:
         return Move(src, dst, mine, theirs, self.case.count if tokens is None else tokens)
 
     def go(
-        self, host: KVView | None = None, tokens: int | None = None,
+        self,
+        host: KVView | None = None,
+        tokens: int | None = None,
         stream: torch.Stream | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Launch whole units, and head and tail by tokens, as the library does, without waiting."""
         move = self.move(host, tokens)
         for first, count, unit in self.plan.split(move):
@@ -185,9 +196,11 @@ class Transfers:
         self._alike(self.turned(self.rows, host or self.host)[1], expected)
 
     def __call__(
-        self, host: KVView | None = None, tokens: int | None = None,
+        self,
+        host: KVView | None = None,
+        tokens: int | None = None,
         stream: torch.Stream | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Move the rows and judge; the source is as it was."""
         source = self.turned(self.rows, host or self.host)[0]
         before = self._plain(source)
@@ -219,9 +232,11 @@ def small_slices(monkeypatch: pytest.MonkeyPatch, largest: int = 2048) -> None:
 
 
 def broken_at(
-    nth: int, copy: Callable[..., None], error: type[BaseException] = RuntimeError,
+    nth: int,
+    copy: Callable[..., None],
+    error: type[BaseException] = RuntimeError,
     late: bool = False,
-) -> Callable[..., None]:  # fmt: skip
+) -> Callable[..., None]:
     """A copy whose ``nth`` call fails, before the bytes are copied or ``late``."""
     calls = list[None]()
 

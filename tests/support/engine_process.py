@@ -56,9 +56,12 @@ def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[s
         script = Path(folder, "script.py")  # a file, since a spawned worker reads it again
         script.write_text(textwrap.dedent(code), encoding="utf-8")
         return subprocess.run(
-            [sys.executable, script], env=inherited | environment, text=True, capture_output=True,
+            [sys.executable, script],
+            env=inherited | environment,
+            text=True,
+            capture_output=True,
             timeout=560,
-        )  # fmt: skip
+        )
 
 
 def answer(code: str, **environment: str) -> str:

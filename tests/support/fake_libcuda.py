@@ -51,10 +51,21 @@ class FakeLibrary:
         path = folder / f"libfake_cuda_{batch}.so"
         if not path.exists():
             subprocess.run(
-                [compiler, "-O1", "-Wall", "-Werror", "-shared", "-fPIC",
-                 f"-DBATCH={batch or 0}", str(SOURCE), "-o", str(path)],
-                check=True, timeout=120,
-            )  # fmt: skip
+                [
+                    compiler,
+                    "-O1",
+                    "-Wall",
+                    "-Werror",
+                    "-shared",
+                    "-fPIC",
+                    f"-DBATCH={batch or 0}",
+                    str(SOURCE),
+                    "-o",
+                    str(path),
+                ],
+                check=True,
+                timeout=120,
+            )
         self.batches = batch is not None
         self.library: Any = ctypes.CDLL(str(path))
         self.forget()

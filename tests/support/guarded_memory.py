@@ -19,9 +19,12 @@ _numbers = count()
 
 
 def filled(
-    shape: Sequence[int], dtype: torch.dtype = torch.float16, *, poison: bool = False,
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float16,
+    *,
+    poison: bool = False,
     device: torch.device | str = "cpu",
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """A contiguous tensor of its own storage, between canaries, each byte naming its place."""
     size = torch.Size(shape)
     nbytes = size.numel() * dtype.itemsize

@@ -36,14 +36,25 @@ class Browser:
         self._read, to_write = os.pipe()
         # A shell puts the pipes where the browser looks for them: 3 to read, 4 to write.
         redirect = f'exec "$@" 3<&{to_read} 4>&{to_write}'
-        flags = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
-                 "--remote-debugging-pipe", "--no-first-run", "--disable-extensions",
-                 "--disable-background-networking", "--disable-dev-shm-usage",
-                 f"--user-data-dir={profile}")  # fmt: skip
+        flags = (
+            "--headless=new",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--hide-scrollbars",
+            "--remote-debugging-pipe",
+            "--no-first-run",
+            "--disable-extensions",
+            "--disable-background-networking",
+            "--disable-dev-shm-usage",
+            f"--user-data-dir={profile}",
+        )
         self._process = subprocess.Popen(
-            ["bash", "-c", redirect, "bash", program, *flags], pass_fds=(to_read, to_write),
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        )  # fmt: skip
+            ["bash", "-c", redirect, "bash", program, *flags],
+            pass_fds=(to_read, to_write),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         os.close(to_read)
         os.close(to_write)
         self._rest = b""
@@ -96,9 +107,12 @@ class Browser:
     def open(self, page: Path, width: int, height: int, scheme: str) -> None:
         """Show a file in a window of that many CSS pixels, in a scheme; return once it loaded."""
         self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
             mobile=width < 500,
-        )  # fmt: skip
+        )
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", media="", features=features)
         self.events.clear()
@@ -109,9 +123,12 @@ class Browser:
     def ask(self, expression: str) -> Any:
         """The value of an expression in the page, awaited."""
         answer = self.call(
-            "Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True,
+            "Runtime.evaluate",
+            expression=expression,
+            awaitPromise=True,
+            returnByValue=True,
             userGesture=True,
-        )  # fmt: skip
+        )
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 

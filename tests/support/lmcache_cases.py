@@ -47,20 +47,41 @@ class Geometry(NamedTuple):
     def descriptor(self) -> Any:
         """What LMCache tells the block op of the caches, with the names of its fields."""
         return SimpleNamespace(
-            kv_size=self.kv, nl=self.layers, nb=self.blocks, bs=self.block_size, nh=self.heads,
-            hs=self.dim, element_size=2, block_stride_elems=0,
-        )  # fmt: skip
+            kv_size=self.kv,
+            nl=self.layers,
+            nb=self.blocks,
+            bs=self.block_size,
+            nh=self.heads,
+            hs=self.dim,
+            element_size=2,
+            block_stride_elems=0,
+        )
 
 
 GEOMETRIES = {
     number: Geometry(number, *sizes)
     for number, sizes in {
-        0: (2, 2, 8), 1: (2, 2, 8), 2: (2, 2, 8), 3: (1, 1, 24), 4: (2, 2, 8), 5: (1, 1, 24),
-        6: (2, 2, 8), 7: (2, 2, 8), 8: (2, 2, 8), 9: (2, 2, 8), 10: (1, 2, 12), 11: (1, 2, 12),
-        12: (1, 2, 12), 13: (1, 2, 12), 14: (1, 1, 66), 15: (2, 2, 8), 16: (2, 2, 8),
-        17: (1, 1, 24), 18: (1, 2, 8),
+        0: (2, 2, 8),
+        1: (2, 2, 8),
+        2: (2, 2, 8),
+        3: (1, 1, 24),
+        4: (2, 2, 8),
+        5: (1, 1, 24),
+        6: (2, 2, 8),
+        7: (2, 2, 8),
+        8: (2, 2, 8),
+        9: (2, 2, 8),
+        10: (1, 2, 12),
+        11: (1, 2, 12),
+        12: (1, 2, 12),
+        13: (1, 2, 12),
+        14: (1, 1, 66),
+        15: (2, 2, 8),
+        16: (2, 2, 8),
+        17: (1, 1, 24),
+        18: (1, 2, 8),
     }.items()
-}  # fmt: skip
+}
 PLANES = (12, 8, 4)  # of format 17
 
 

@@ -86,9 +86,14 @@ def _run(
         environment = {**os.environ, **own, **more}
         environment.pop("PYTEST_XDIST_WORKER", None)
         done = subprocess.run(
-            command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False,
+            command,
+            env=environment,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
             timeout=_SECONDS,
-        )  # fmt: skip
+        )
         told: dict[str, list[Any]] = {"": [done.stdout[-6000:] + done.stderr[-2000:]]}
         for line in reports.read_text(encoding="utf-8").splitlines():
             report = pytest.TestReport._from_json(json.loads(line))

@@ -72,11 +72,13 @@ LAYOUTS = {name: text for text, names in _NAMES_BY_LAYOUT.items() for name in na
 # kv that is written and not 2.
 _KV = {"vllm-ascend-dsa": 3, "chunk-2ltd-mla": 1}
 _DTYPES = {
-    "vllm-triton": torch.float8_e4m3fn, "vllm-flashinfer-hnd": torch.float8_e5m2,
-    "vllm-lbnhc": torch.bfloat16, "epd": torch.float32,
+    "vllm-triton": torch.float8_e4m3fn,
+    "vllm-flashinfer-hnd": torch.float8_e5m2,
+    "vllm-lbnhc": torch.bfloat16,
+    "epd": torch.float32,
     **dict.fromkeys(("trtllm-hnd", "opaque", "vllm-ascend-nz"), torch.int8),
     **dict.fromkeys((*WIDTHS, "vllm-0.29-mla"), torch.uint8),
-}  # fmt: skip
+}
 
 
 def _kind(name: str) -> str:

@@ -22,9 +22,11 @@ class ReadBack(TorchDispatchMode):
         answer = op(*args, **(kwargs or {}))
         name = op.overloadpacket.__name__
         tensors = [x for x in args if isinstance(x, torch.Tensor)]
-        away = isinstance(answer, torch.Tensor) and answer.is_cpu and any(
-            not x.is_cpu for x in tensors
-        )  # fmt: skip
+        away = (
+            isinstance(answer, torch.Tensor)
+            and answer.is_cpu
+            and any(not x.is_cpu for x in tensors)
+        )
         if away or (name in self.WAITING and not all(x.is_cpu for x in tensors)):
             self.seen.append(name)
         return answer

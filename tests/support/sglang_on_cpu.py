@@ -7,9 +7,15 @@ from __future__ import annotations
 import torch
 
 _OPERATORS = (
-    "nms", "qnms", "roi_align", "qroi_align", "roi_pool", "ps_roi_align", "ps_roi_pool",
+    "nms",
+    "qnms",
+    "roi_align",
+    "qroi_align",
+    "roi_pool",
+    "ps_roi_align",
+    "ps_roi_pool",
     "deform_conv2d",
-)  # fmt: skip
+)
 if torch.version.cuda is None:
     _library = torch.library.Library("torchvision", "DEF")
     for name in _OPERATORS:

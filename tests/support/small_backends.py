@@ -53,14 +53,15 @@ def wipe(view: KVView) -> None:
 
 
 def small_backend(
-    name: str, *,
+    name: str,
+    *,
     by_runs: bool = False,  # move bytes run by run, not as `reference` does: skips negative ids
     rejects: Callable[[CopyPlan], bool] = lambda plan: False,  # plans that ``check`` rejects
     refuses: Callable[[CopyPlan], bool] = lambda plan: False,  # for which ``prepare`` raises
     spoil: Callable[[KVView], object] = lambda view: None,  # breaks what a launch has copied
     pending: Any = None,  # what a launch returns
     **claims: Any,
-) -> type[Small]:  # fmt: skip
+) -> type[Small]:
     """A backend class of its own, with claims other than those of `reference`."""
 
     class Made(Small):

@@ -26,9 +26,16 @@ from support.cuda_on_cpu import compiled, why_not
 from support.fake_libcuda import FakeLibrary
 
 INTEGERS = (
-    torch.bool, torch.uint8, torch.int8, torch.int16, torch.uint16, torch.int32, torch.uint32,
-    torch.int64, torch.uint64,
-)  # fmt: skip
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.uint16,
+    torch.int32,
+    torch.uint32,
+    torch.int64,
+    torch.uint64,
+)
 STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
 
 

@@ -44,12 +44,20 @@ def offloading_config(
         model=config.OffloadingModelConfig(name="tiny", dtype="bfloat16"),
         cache=config.OffloadingCacheConfig(tokens_per_hash=16, blocks_per_chunk=blocks_per_chunk),
         parallel=known(
-            config.OffloadingParallelConfig, rank=0, world_size=1, tp_size=1, pp_size=1, pcp_size=1,
-            dcp_size=1, data_parallel_index=0, data_parallel_size=1, data_parallel_rank_local=None,
+            config.OffloadingParallelConfig,
+            rank=0,
+            world_size=1,
+            tp_size=1,
+            pp_size=1,
+            pcp_size=1,
+            dcp_size=1,
+            data_parallel_index=0,
+            data_parallel_size=1,
+            data_parallel_rank_local=None,
             is_parallelism_agnostic=False,
         ),
         canonical_layout=extra.get("canonical_layout", False),
-    )  # fmt: skip
+    )
 
 
 class Caches:
@@ -63,9 +71,13 @@ class Caches:
     """
 
     def __init__(
-        self, device: torch.device, pages: Sequence[int], groups: Sequence[Sequence[Any]],
-        blocks: int = 13, gap: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        device: torch.device,
+        pages: Sequence[int],
+        groups: Sequence[Sequence[Any]],
+        blocks: int = 13,
+        gap: int = 0,
+    ) -> None:
         drawn = torch.Generator("cpu").manual_seed(len(pages))
         self.blocks = blocks
         self.pages = list(pages)

@@ -102,9 +102,13 @@ def test_strides_are_elements_and_may_leave_holes() -> None:
     wide = noise(BLOCKS, SIZE, HEADS, 2 * DIM)
     numbers = [wide.data_ptr(), wide.data_ptr() + 2 * DIM]
     view = KVView.at(
-        numbers, "kv | block token head dim", shape=(BLOCKS, SIZE, HEADS, DIM),
-        strides=wide.stride(), dtype=torch.int16, device="cpu",
-    )  # fmt: skip
+        numbers,
+        "kv | block token head dim",
+        shape=(BLOCKS, SIZE, HEADS, DIM),
+        strides=wide.stride(),
+        dtype=torch.int16,
+        device="cpu",
+    )
     out = torch.zeros(2, 5, HEADS, DIM, dtype=torch.int16)
     copy_rows(view, KVView(out, "kv token head dim"), SLOTS).synchronize()
     halves = [list(wide.split(DIM, -1))]
@@ -117,9 +121,12 @@ def test_a_block_behind_each_address() -> None:
     layout = "block | token dim"
     target = torch.zeros(3, SIZE, DIM, dtype=torch.int16)
     view = KVView.at(
-        [page.data_ptr() for page in pages], layout, shape=(SIZE, DIM), dtype=torch.int16,
+        [page.data_ptr() for page in pages],
+        layout,
+        shape=(SIZE, DIM),
+        dtype=torch.int16,
         device="cpu",
-    )  # fmt: skip
+    )
     assert view.slots == 7 * SIZE
     copy_rows(view, KVView(target, "block token dim"), Index([5, 0, 6], SIZE)).synchronize()
     assert torch.equal(target, torch.stack([pages[at] for at in (5, 0, 6)]))
@@ -365,8 +372,11 @@ def test_a_kernel_reads_a_table_that_the_host_never_sees(part: Any, store: bool)
         assert torch.equal(other, expected)
     else:
         copy_rows(dense, whole, None, SLOTS).synchronize()
-        assert all(torch.equal(a, b) for x, y in zip(tensors, before, strict=True)
-                   for a, b in zip(x, y, strict=True))  # fmt: skip
+        assert all(
+            torch.equal(a, b)
+            for x, y in zip(tensors, before, strict=True)
+            for a, b in zip(x, y, strict=True)
+        )
 
 
 @pytest.mark.parametrize("where", ["host", "device"])
@@ -488,9 +498,11 @@ def test_what_no_driver_tells_has_to_be_said(accelerator: torch.device) -> None:
     for given, told in ((there.data_ptr(), str(accelerator)), (table, "themselves")):
         with pytest.raises(LayoutError, match=told) as refused:
             KVView.at(
-                given, "layer | token dim" if given is table else "token dim", shape=(4, 16),
+                given,
+                "layer | token dim" if given is table else "token dim",
+                shape=(4, 16),
                 dtype=torch.uint8,
-            )  # fmt: skip
+            )
         check_sentence(str(refused.value))
 
 

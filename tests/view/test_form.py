@@ -37,9 +37,12 @@ def test_a_form_sent_to_another_process_is_found_there() -> None:
     form = KVView(torch.zeros(2, 3, 4, 8), "kv block token dim").form
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     done = subprocess.run(
-        [sys.executable, "-c", program], input=pickle.dumps(form), capture_output=True,
-        check=True, env={**os.environ, "PYTHONHASHSEED": seed},
-    )  # fmt: skip
+        [sys.executable, "-c", program],
+        input=pickle.dumps(form),
+        capture_output=True,
+        check=True,
+        env={**os.environ, "PYTHONHASHSEED": seed},
+    )
     assert done.stdout.split() == [b"True"]
 
 

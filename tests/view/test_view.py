@@ -198,9 +198,13 @@ def test_tensors_that_do_not_fit_are_named_by_shape_and_strides(layout: str) -> 
     if "|" not in layout:
         with pytest.raises(LayoutError, match=re.escape("shape (3, 5, 8), strides (45, 9, 1)")):
             KVView.at(
-                tensor.data_ptr(), layout, shape=tensor.shape, strides=tensor.stride(),
-                dtype=tensor.dtype, device="cpu",
-            )  # fmt: skip
+                tensor.data_ptr(),
+                layout,
+                shape=tensor.shape,
+                strides=tensor.stride(),
+                dtype=tensor.dtype,
+                device="cpu",
+            )
 
 
 @pytest.mark.parametrize("transform", [torch.vmap, torch.func.grad])

@@ -71,15 +71,24 @@ def _demo(device: str | None) -> dict[str, Any]:
     identical = bool(model["skipped"]) or (model["identical"] and model["control_differs"])
     _tell_result(model["skipped"], identical, rows, time.perf_counter() - began)
     return {
-        "portakv": __version__, "torch": str(torch.__version__), "device": str(where),
-        "device_name": device_name(where), "forced": forced,
-        "model": model, "scenario": {
-            **asdict(scenario), "full_layers": scenario.full_layers or scenario.layers,
-            "dtype": "float16", "payload_bytes": scenario.payload,
+        "portakv": __version__,
+        "torch": str(torch.__version__),
+        "device": str(where),
+        "device_name": device_name(where),
+        "forced": forced,
+        "model": model,
+        "scenario": {
+            **asdict(scenario),
+            "full_layers": scenario.full_layers or scenario.layers,
+            "dtype": "float16",
+            "payload_bytes": scenario.payload,
         },
-        "threads": threads, "moves": [*map(asdict, rows)], "chosen": choice.name,
-        "candidates": candidates, "ok": identical and all(row.good for row in rows),
-    }  # fmt: skip
+        "threads": threads,
+        "moves": [*map(asdict, rows)],
+        "chosen": choice.name,
+        "candidates": candidates,
+        "ok": identical and all(row.good for row in rows),
+    }
 
 
 def run_model(device: torch.device) -> dict[str, Any]:

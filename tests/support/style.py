@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure how plainly the code is written.
+
+`test_tree.py` compares each finding with `style_exceptions.toml`. As a command this module prints a
+table of every package, which limits nothing:
+
+    python tests/support/style.py
+
+With `--shrink` it lowers and deletes the exceptions that the code no longer needs. It adds none.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+import tokenize
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+EXCEPTIONS = ROOT / "tests/style_exceptions.toml"
+FOLDERS = ("portakv", "conformance", "benchmarks", "examples", "tests")
+
+#: The largest measure that each rule allows without an exception.
+LIMITS = {
+    "packed assignments": 0,
+    "text times a condition": 0,
+    "lines of a function": 60,
+    "cognitive complexity": 15,
+    "parameters": 8,
+    "attributes": 12,
+    "lines of a file": 700,
+    "imports of the library": 12,
+    "skipped formatting": 0,
+}
+
+_SKIP = "# fmt: " + "skip"
+#: A docstring that begins with one of these words names no action.
+QUESTIONS = re.compile(
+    r"(What|Whether|How|As|Of|Where|Which|Who|Whose|Why|When|If|For|From|By|In|On|At|To)\b"
+)
+
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One measure above its limit: the rule, `path:qualified.name`, and the measure."""
+
+    rule: str
+    where: str
+    measure: int
+
+
+def modules(folder: Path) -> list[Path]:
+    """Return the Python files below a folder."""
+    return sorted(path for path in folder.rglob("*.py") if "__pycache__" not in path.parts)
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """Yield the dotted names of the library's modules that a module imports."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("portakv."))
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield from _imported_from(node)
+
+
+def _imported_from(node: ast.ImportFrom) -> Iterator[str]:
+    base = node.module or ""
+    if base != "portakv" and not base.startswith("portakv."):
+        return
+    for alias in node.names:
+        path = ROOT.joinpath(*base.split("."), alias.name)
+        is_module = path.with_suffix(".py").exists() or path.is_dir()
+        yield f"{base}.{alias.name}" if is_module else base
+
+
+def is_packed(node: ast.AST) -> bool:
+    """Tell whether a statement assigns a tuple of values to a tuple of targets."""
+    return (
+        isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Tuple)
+        and isinstance(node.value, ast.Tuple)
+    )
+
+
+def is_text_times_condition(node: ast.AST) -> bool:
+    """Tell whether an expression multiplies a text of words by a number that is 0 or 1."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return False
+    for text, factor in ((node.left, node.right), (node.right, node.left)):
+        words = isinstance(text, ast.JoinedStr) or (
+            isinstance(text, ast.Constant)
+            and isinstance(text.value, str)
+            and any(map(str.isalpha, text.value))
+        )
+        if words and not isinstance(factor, ast.Constant):
+            return True
+    return False
+
+
+def complexity(function: Function) -> int:
+    """Return the cognitive complexity of a function.
+
+    Each branch, loop and handler counts 1 and the depth it is nested at; `else`, `elif` and each
+    chain of `and` or `or` count 1. See G. Ann Campbell, "Cognitive Complexity", 2017.
+    """
+    return sum(_complexity_of(statement, 0) for statement in function.body)
+
+
+def _complexity_of(node: ast.AST, depth: int) -> int:
+    own = 0
+    inner = depth
+    if isinstance(
+        node, ast.If | ast.For | ast.AsyncFor | ast.While | ast.ExceptHandler | ast.Match
+    ):
+        own = 1 + depth
+        inner = depth + 1
+    elif isinstance(node, Function | ast.Lambda):
+        inner = depth + 1
+    elif isinstance(node, ast.BoolOp | ast.IfExp):
+        own = 1
+    elif isinstance(node, ast.ClassDef):
+        return 0
+    total = own
+    for name, value in ast.iter_fields(node):
+        children = [child for child in _listed(value) if isinstance(child, ast.AST)]
+        if name == "orelse" and isinstance(node, ast.If | ast.For | ast.While) and children:
+            total += 1
+            if len(children) == 1 and isinstance(children[0], ast.If):
+                total += _complexity_of(children[0], depth) - 1 - depth
+                continue
+        total += sum(_complexity_of(child, inner) for child in children)
+    return total
+
+
+def _listed(value: object) -> list[object]:
+    return value if isinstance(value, list) else [value]
+
+
+def attributes(node: ast.ClassDef) -> set[str]:
+    """Return the attributes that a class sets in its `__init__`."""
+    starts = [x for x in node.body if isinstance(x, ast.FunctionDef) and x.name == "__init__"]
+    return {
+        inner.attr
+        for start in starts
+        for inner in ast.walk(start)
+        if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)
+        if isinstance(inner.value, ast.Name) and inner.value.id == "self"
+    }
+
+
+def parameters(function: Function) -> int:
+    """Return the number of parameters, without `self`, `cls` and those that only a name passes."""
+    names = [each.arg for each in (*function.args.posonlyargs, *function.args.args)]
+    return len([name for name in names if name not in ("self", "cls")])
+
+
+def _named(node: ast.AST, prefix: str = "") -> Iterator[tuple[str, ast.AST]]:
+    """Yield every node below a node with the qualified name of what it stands in."""
+    for child in ast.iter_child_nodes(node):
+        name = prefix
+        if isinstance(child, Function | ast.ClassDef):
+            name = f"{prefix}.{child.name}".lstrip(".")
+        yield name, child
+        yield from _named(child, name)
+
+
+def measures(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yield the rule, the qualified name and the measure of everything in a file."""
+    text = path.read_text(encoding="utf-8")
+    tree = ast.parse(text)
+    yield "lines of a file", "", len(text.splitlines())
+    if path.name != "__init__.py" and path.is_relative_to(ROOT / "portakv"):
+        yield "imports of the library", "", len(set(imported(tree)))
+    counted: Counter[tuple[str, str]] = Counter()
+    for name, node in _named(tree):
+        if isinstance(node, Function):
+            yield "lines of a function", name, (node.end_lineno or 0) - node.lineno + 1
+            yield "cognitive complexity", name, complexity(node)
+            yield "parameters", name, parameters(node)
+        elif isinstance(node, ast.ClassDef):
+            yield "attributes", name, len(attributes(node))
+        counted["packed assignments", name] += is_packed(node)
+        counted["text times a condition", name] += is_text_times_condition(node)
+    counted["skipped formatting", ""] = text.count(_SKIP)
+    for (rule, name), measure in counted.items():
+        yield rule, name, measure
+
+
+def findings(folders: Iterable[str] = FOLDERS) -> list[Finding]:
+    """Return what is above its limit in the given folders."""
+    found = []
+    for folder in folders:
+        for path in modules(ROOT / folder):
+            where = path.relative_to(ROOT).as_posix()
+            for rule, name, measure in measures(path):
+                if measure > LIMITS[rule]:
+                    found.append(Finding(rule, f"{where}:{name}".rstrip(":"), measure))
+    return found
+
+
+@dataclass
+class Size:
+    """The figures of one package."""
+
+    lines: int = 0
+    comments: int = 0
+    packed: int = 0
+    any: int = 0
+    docstrings: int = 0
+    questions: int = 0
+    longest: int = 0
+
+    def add(self, path: Path) -> None:
+        """Count one file."""
+        text = path.read_text(encoding="utf-8")
+        self.lines += len(text.splitlines())
+        for token in tokenize.generate_tokens(StringIO(text).readline):
+            self.comments += token.type == tokenize.COMMENT and token.line.lstrip().startswith("#")
+        for node in ast.walk(ast.parse(text)):
+            self.packed += is_packed(node)
+            self.any += isinstance(node, ast.Name) and node.id == "Any"
+            if isinstance(node, Function):
+                self.longest = max(self.longest, (node.end_lineno or 0) - node.lineno + 1)
+            if isinstance(node, Function | ast.ClassDef | ast.Module):
+                docstring = ast.get_docstring(node)
+                self.docstrings += bool(docstring)
+                self.questions += bool(docstring and QUESTIONS.match(docstring))
+
+    def share(self, count: int) -> float:
+        """Return a count for each 1,000 lines."""
+        return 1000 * count / max(self.lines, 1)
+
+
+def sizes() -> dict[str, Size]:
+    """Return the figures of each package of the library and of each other folder."""
+    packages: dict[str, Size] = {}
+    for folder in FOLDERS:
+        for path in modules(ROOT / folder):
+            parts = path.relative_to(ROOT).parts
+            name = "/".join(parts[:2]) if folder == "portakv" and len(parts) > 2 else folder
+            packages.setdefault(name, Size()).add(path)
+    return packages
+
+
+def shrink() -> None:
+    """Lower each exception to what the code needs, and delete those that nothing needs."""
+    measured = {(each.rule, each.where): each.measure for each in findings()}
+    rule = ""
+    kept = []
+    for line in EXCEPTIONS.read_text(encoding="utf-8").splitlines():
+        section = re.fullmatch(r'\["(.+)"\]', line)
+        entry = re.fullmatch(r'"(.+)" = \[(\d+), (".*")\]', line)
+        if section:
+            rule = section[1]
+        if entry:
+            needed = measured.get((rule, entry[1]), 0)
+            if not needed:
+                continue
+            line = f'"{entry[1]}" = [{min(needed, int(entry[2]))}, {entry[3]}]'
+        kept.append(line)
+    EXCEPTIONS.write_text("\n".join(kept) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Print the table of the packages."""
+    if sys.argv[1:] == ["--shrink"]:
+        shrink()
+        return
+    heads = ("package", "lines", "packed", "Any", "comments", "questions", "longest function")
+    rows = [heads]
+    for name, size in sizes().items():
+        rows.append(
+            (
+                name,
+                f"{size.lines:,}",
+                f"{size.share(size.packed):.1f}",
+                f"{size.share(size.any):.1f}",
+                f"{size.share(size.comments) / 10:.1f} %",
+                f"{100 * size.questions / max(size.docstrings, 1):.1f} %",
+                str(size.longest),
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        print("  ".join([row[0].ljust(widths[0]), *cells[1:]]))
+    print(
+        "packed, Any: for each 1,000 lines. comments: share of lines. questions: docstrings that "
+        "begin with a question word or a preposition."
+    )
+
+
+if __name__ == "__main__":
+    main()
