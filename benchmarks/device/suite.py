@@ -4,7 +4,7 @@ rows stand to each other."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from portakv import AdaptiveConnector, Index, KVView, copy_blocks, copy_rows
+from portakv import AdaptiveConnector, BlockTransfer, Index, KVView, copy_blocks, copy_rows
 from portakv.cli.demo.moves import free_memory
 from portakv.errors import PortaKVError
 from portakv.registry.registry import ENGINES, trace
@@ -213,10 +213,9 @@ def _by_blocks(work: Workload, backend: str, ids: torch.Tensor) -> Iterator[Vari
     """Through `copy_blocks`; on an accelerator with an `Index` that the caller keeps, since ids
     that are copied to the device in each call would make the host wait in the middle of it."""
     shape = work.shape
-    kept = ids
-    copy = copy_blocks
+    kept: torch.Tensor | Index = ids
+    copy: Callable[..., BlockTransfer] = copy_blocks
     if work.device.type != "cpu":
-        # type: ignore[assignment]
         kept = Index(ids, step=shape.block_size)
         copy = copy_rows
     source, target = (KVView(caches, shape.cache) for caches in (work.source, work.target))

@@ -130,8 +130,7 @@ def test_kept_and_removed(name: str) -> None:
 
 def test_owners_that_are_numbers_and_work_that_goes_on(name: str) -> None:
     with SharedPool(name, 64, 1) as pool:
-        # type: ignore[arg-type]
-        block = pool.acquire(owner=7)
+        block = pool.acquire(owner=7)  # type: ignore[arg-type]
         taken = []
         assert "for 7" in pool.leaks()[0]
 
