@@ -33,8 +33,8 @@ import torch
 import portakv
 from portakv.cli.console import installing, print_json
 from portakv.cli.sides import read_above_zero
-from portakv.engines.costs import costs_of
 from portakv.errors import PortaKVError
+from portakv.interconnect.costs import costs_of
 from portakv.registry.registry import ENVIRONMENT
 from portakv.runtime.devices import device_name, usable_device, usual_device
 from portakv_benchmarks.check import (

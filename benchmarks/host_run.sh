@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 mkdir -p "${1:?where the results go}"
 out=$(realpath "$1")
 read -ra peers <<<"${PEERS:-}"
-tests=(${TESTS:-tests/host tests/engines tests/copy})
+tests=(${TESTS:-tests/host tests/interconnect tests/copy})
 
 parts=$(mktemp -d)
 trap 'rm -rf "$parts"' EXIT

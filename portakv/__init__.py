@@ -30,11 +30,11 @@ from portakv.errors import (
     TransferTimeout,
     Unsupported,
 )
-from portakv.index import Index  # loads its old module, for one release
 from portakv.layout.presets import PRESETS
 from portakv.plan.plan import CopyPlan
 from portakv.registry.registry import register_backend
 from portakv.runtime.transfer import LateErrors, Transfer
+from portakv.view.index import Index
 from portakv.view.view import KVView
 
 __version__ = "0.1.0.dev0"

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, settings
 from support import seams
 
-from portakv.engines import link
+from portakv.interconnect import link
 from portakv.runtime import cuda
 from portakv_conformance import simdev
 

@@ -27,11 +27,11 @@ else:
 ROOT = Path(__file__).resolve().parent.parent
 LIBRARY = ROOT / "portakv"
 TREE = {
-    "portakv": "cli storage migrate connector graph copy engines registry backends plan host view "
-    "runtime layout",
+    "portakv": "cli storage migrate connector graph copy interconnect registry backends plan host "
+    "view runtime layout",
     "portakv/backends": "base reference compiled triton cuda hip ascend mlu",
     "portakv/integrations": "lmcache vllm sglang transformers kvcacheio",
-    "portakv/migrate": "movers",
+    "portakv/migrate": "transports",
     "portakv/host": "pinned pool shared memcpy small",
     "native": "cuda host ascend",
     "native/ascend": "emulation",
@@ -54,7 +54,7 @@ REMEMBER = {"cache", "lru_cache", "dict", "defaultdict", "WeakKeyDictionary", "O
 
 
 def own(module: Path) -> str:
-    """The package that a module belongs to: ``portakv.engines``, ``conformance.vendor``, ..."""
+    """Return the package that a module belongs to, for example `portakv.interconnect`."""
     return ".".join(module.relative_to(ROOT).parts[:-1][:2])
 
 

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.visitor
 SCRIPT = """\
 import torch
 from portakv import AdaptiveConnector, KVView, copy_blocks, copy_rows
-from portakv.index import Index
+from portakv.view.index import Index
 
 view = KVView([torch.zeros(2, 4, 16, 2, 8)], "vllm-nhd")
 reveal_type(view)

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from portakv.engines.staging import staging
+from portakv.interconnect.staging import staging
 from portakv_benchmarks.host import suite
 from portakv_benchmarks.host.cases import (
     BLOCK_FIRST,

@@ -12,8 +12,8 @@ import torch
 
 from portakv import Index, copy_blocks
 from portakv.copy.handle import BlockTransfer
-from portakv.engines.choose import HostLaunch, across
-from portakv.engines.engine import Terms
+from portakv.interconnect.choose import HostLaunch, across
+from portakv.interconnect.strategy import Terms
 from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import ENGINES, choose, trace

@@ -12,7 +12,7 @@ import torch
 
 from portakv.errors import TransferError
 from portakv.migrate import Channel, pair, rendezvous
-from portakv.migrate.movers import choose
+from portakv.migrate.transports import choose
 from portakv_benchmarks.host.movers import Loop, matmul
 from portakv_benchmarks.host.suite import HOST_PRESETS
 

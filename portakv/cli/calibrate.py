@@ -39,7 +39,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def run(asked: argparse.Namespace) -> int:
     """Measure, keep and print. Raises `PortaKVError` if there is no accelerator, or nothing could
     be measured or kept, `DeviceMismatch` if torch cannot use the device."""
-    from portakv.engines import calibration, costs  # no other command needs what measures
+    from portakv.interconnect import calibration, costs  # no other command needs what measures
 
     device = accelerator_asked(asked.device)
     if device is None:

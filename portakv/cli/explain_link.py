@@ -14,10 +14,10 @@ from typing import Any
 from portakv.cli import migrate, sides
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.copy.between import carrier
-from portakv.engines.choose import ORDER, Host, pick
-from portakv.engines.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
-from portakv.engines.engine import OVERLAPS, Terms
-from portakv.engines.pieces import Shape
+from portakv.interconnect.choose import ORDER, Host, pick
+from portakv.interconnect.costs import DIRECTIONS, Table, TableError, costs_of, read, unmeasured
+from portakv.interconnect.pieces import Shape
+from portakv.interconnect.strategy import OVERLAPS, Terms
 from portakv.registry.registry import Choice
 from portakv.view.view import KVView
 

@@ -57,7 +57,7 @@ def explain_peer(device: str | None, as_json: bool) -> int:
     import zmq
 
     from portakv.migrate.ipc import host_id
-    from portakv.migrate.movers import forced
+    from portakv.migrate.transports import forced
 
     where = usual_device() if device is None else usable_device(device)
     versions = {"msgspec": version_of(msgspec), "pyzmq": version_of(zmq)}
@@ -132,7 +132,7 @@ def _links(device: torch.device) -> Iterator[Decision]:
 
 def _movers(device: torch.device) -> Iterator[Decision]:
     """What each mover says of slots on the device."""
-    from portakv.migrate.movers import MOVERS, ONLY_ASKED
+    from portakv.migrate.transports import MOVERS, ONLY_ASKED
 
     for name in MOVERS:
         said = MOVERS[name].probe(device)

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 import torch
 
-from portakv.engines.choose import across
-from portakv.engines.engine import Engine, Terms
-from portakv.engines.peers import reached
 from portakv.errors import DeviceMismatch, Unsupported
+from portakv.interconnect.choose import across
+from portakv.interconnect.peer import reached
+from portakv.interconnect.strategy import Engine, Terms
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.streams import check_stream

@@ -8,8 +8,8 @@ import torch
 from portakv.copy.copy import Check, Ids, source_of, whole
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.rows import issued
-from portakv.engines.engine import Overlap
 from portakv.errors import LayoutError, SlotError
+from portakv.interconnect.strategy import Overlap
 from portakv.runtime.transfer import LateErrors
 from portakv.view import Index, KVView
 

@@ -13,7 +13,7 @@ from portakv.copy.copy import Check, Ids, checked, copy_move, follow_current, is
 from portakv.copy.handle import BlockTransfer
 from portakv.copy.repeat import remember, repeated
 from portakv.copy.slices import in_layers, in_slices
-from portakv.engines.engine import Overlap, Terms
+from portakv.interconnect.strategy import Overlap, Terms
 from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import beside, check_stream

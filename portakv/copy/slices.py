@@ -14,7 +14,7 @@ import torch
 
 from portakv.copy.copy import check_ids, copy_move, drop_bad_ids, follow_current
 from portakv.copy.handle import BlockTransfer, token_bytes
-from portakv.engines.engine import Engine
+from portakv.interconnect.strategy import Engine
 from portakv.plan.plan import CopyPlan, Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice

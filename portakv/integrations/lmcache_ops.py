@@ -17,7 +17,6 @@ from typing import Any
 import torch
 
 from portakv import Index, InvalidTerms, KVView, LateErrors, LayoutError, SlotError, copy_rows
-from portakv.engines.engine import Terms
 from portakv.integrations.arguments import told, typed
 from portakv.integrations.lmcache_formats import (
     FUSED,
@@ -32,6 +31,7 @@ from portakv.integrations.lmcache_formats import (
     objects_of,
     pool_of,
 )
+from portakv.interconnect.strategy import Terms
 from portakv.runtime.devices import indexed
 
 # LMCache's TransferDirection: object to cache, cache to object

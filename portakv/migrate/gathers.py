@@ -18,8 +18,8 @@ from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Gather, Hello, Message
-from portakv.migrate.movers import check_mover, choose, forced
-from portakv.migrate.movers.base import Mover, Moving
+from portakv.migrate.transports import check_mover, choose, forced
+from portakv.migrate.transports.base import Mover, Moving
 from portakv.runtime.streams import Behind
 from portakv.view import Index, KVView
 

@@ -20,9 +20,9 @@ from portakv.graph.graph import Graph, Node
 from portakv.migrate.chunks import chunk, chunk_bytes, staging
 from portakv.migrate.digest import MODULUS, digest
 from portakv.migrate.messages import Answer, Gather
-from portakv.migrate.movers.base import Moving
 from portakv.migrate.published import CANCELLED, Pull
 from portakv.migrate.steps import Slice, Step
+from portakv.migrate.transports.base import Moving
 from portakv.runtime.streams import Behind
 from portakv.runtime.worker import RateLimit
 

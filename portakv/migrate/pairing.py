@@ -30,9 +30,9 @@ from portakv.migrate.channel import Channel, Refused
 from portakv.migrate.chunks import staging
 from portakv.migrate.described import rebuild, reserve
 from portakv.migrate.messages import Answer, Bye, Hello, Ticket, Welcome, is_signed, no_ticket
-from portakv.migrate.movers import check_mover, choose, forced
-from portakv.migrate.movers.base import Mover, Moving
 from portakv.migrate.shards import Shard, device_of, unlike
+from portakv.migrate.transports import check_mover, choose, forced
+from portakv.migrate.transports.base import Mover, Moving
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import uninterrupted
 

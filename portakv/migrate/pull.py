@@ -14,8 +14,8 @@ import torch
 
 from portakv import arguments
 from portakv.copy.rows import copy_rows
-from portakv.engines.engine import Overlap, Terms
 from portakv.graph.graph import Graph, Node
+from portakv.interconnect.strategy import Overlap, Terms
 from portakv.migrate.channel import Channel
 from portakv.migrate.moved import taken, verified
 from portakv.migrate.pairing import Pairings

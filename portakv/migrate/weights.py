@@ -22,7 +22,6 @@ import torch
 from msgspec import Meta, msgpack, structs
 
 from portakv.arguments import flag, instance, invalid, items, seconds, text, whole
-from portakv.engines.engine import Terms
 from portakv.errors import (
     InvalidTerms,
     LayoutError,
@@ -33,6 +32,7 @@ from portakv.errors import (
     Unsupported,
 )
 from portakv.graph.graph import Graph
+from portakv.interconnect.strategy import Terms
 from portakv.migrate.channel import Channel, Peer
 from portakv.migrate.digest import Later, box_digests
 from portakv.migrate.ipc import SharedFiles, open_shared, share

@@ -242,7 +242,9 @@ def test_a_cache_that_cannot_be_written(cache: Path) -> None:
 
 
 def test_choices_are_those_of_their_modules(monkeypatch: pytest.MonkeyPatch) -> None:
-    movers = pytest.importorskip("portakv.migrate.movers", reason="it needs the extra `migrate`")
+    movers = pytest.importorskip(
+        "portakv.migrate.transports", reason="it needs the extra `migrate`"
+    )
     assert CHOICES[movers.ENVIRONMENT] == tuple(movers.MOVERS)
     choose = pytest.importorskip("portakv.storage.choose", reason="it needs the extra `storage`")
     monkeypatch.setenv("PORTAKV_IO", "acme")

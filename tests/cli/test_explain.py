@@ -12,7 +12,7 @@ import torch
 from support.command_line import FOUNDING, Absent, Late, Shy, registered, run, run_json
 from support.simdev_cases import NAME
 
-from portakv.engines.costs import Point, Table, as_json
+from portakv.interconnect.costs import Point, Table, as_json
 from portakv.layout.language import parse
 from portakv.layout.presets import PRESETS
 from portakv.runtime.bounded import Bounded, caches

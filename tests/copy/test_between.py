@@ -17,7 +17,7 @@ from support.peer_cases import ReadsPeers, Two, judge, reading, said, settle_bot
 
 from portakv import DeviceMismatch, Index, KVView, LayoutError, SlotError, Unsupported, copy_rows
 from portakv.copy import between
-from portakv.engines import bounced, peers
+from portakv.interconnect import bounced, peers
 
 HOST = "the test says so"
 

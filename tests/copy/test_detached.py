@@ -16,8 +16,8 @@ from support.engine_cases import small_slices as small_mirrors
 from support.threads import run_threads
 
 from portakv import Index, copy_blocks
-from portakv.engines import staging
-from portakv.engines.link import TorchLink
+from portakv.interconnect import staging
+from portakv.interconnect.link import TorchLink
 
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
 IDS = list(range(BLOCKS))

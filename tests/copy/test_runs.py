@@ -26,9 +26,9 @@ from portakv import (
 )
 from portakv.backends.reference import Reference
 from portakv.copy.copy import copy_move
-from portakv.engines.staged import Staged
 from portakv.errors import InvalidTerms
 from portakv.host import pinned, small
+from portakv.interconnect.staged import Staged
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import prepared
 from portakv.registry.registry import REGISTRY, Choice, choose, register_backend

@@ -21,12 +21,12 @@ from support.guarded_memory import check_sentence
 from support.read_back import ReadBack
 
 from portakv import LayoutError, SlotError
-from portakv.engines import direct
-from portakv.engines.choose import hosts
-from portakv.engines.engine import SMALL
 from portakv.errors import InvalidTerms, PortaKVError, Unsupported
 from portakv.integrations import IntegrationError, kvcacheio_pools
 from portakv.integrations import kvcacheio as io
+from portakv.interconnect import direct
+from portakv.interconnect.choose import hosts
+from portakv.interconnect.strategy import SMALL
 
 CPU = torch.device("cpu")
 LAYERS = 3

@@ -444,8 +444,8 @@ from contextlib import suppress
 from functools import partial
 import lmcache.lmcache_native as native
 from lmcache.v1.platform import torch_ops
-from portakv.engines import pageable
-from portakv.engines.slices import Sizes
+from portakv.interconnect import pageable
+from portakv.interconnect.slices import Sizes
 from portakv.integrations import lmcache_ops
 from portakv.integrations.lmcache_formats import FUSED, MLA
 from support.lmcache_cases import GEOMETRIES, physical, pointers, tensors

@@ -36,12 +36,12 @@ from portakv import (
     copy_rows,
     copy_runs,
 )
-from portakv.engines import pageable
-from portakv.engines.link import link_of
-from portakv.engines.slices import Sizes
 from portakv.integrations import lmcache_host, lmcache_ops
 from portakv.integrations.lmcache_formats import LAYOUTS
 from portakv.integrations.lmcache_ops import D2H, H2D
+from portakv.interconnect import pageable
+from portakv.interconnect.link import link_of
+from portakv.interconnect.slices import Sizes
 from portakv_conformance import simdev
 
 CPU = torch.device("cpu")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
-from migrate.movers.test_onesided import Memory
+from migrate.transports.test_onesided import Memory
 from support.migrate_channels import until
 from support.migrate_pulls import SMALL, Couple, Rows, Sides, sides
 
@@ -20,10 +20,10 @@ from portakv.errors import InvalidTerms, PeerError, Unsupported
 from portakv.migrate.channel import Peer
 from portakv.migrate.gathers import Gathers
 from portakv.migrate.messages import Answer, Hello
-from portakv.migrate.movers import MOVERS
-from portakv.migrate.movers.distributed import Join
-from portakv.migrate.movers.onesided import Taken, There, Where
 from portakv.migrate.rendezvous import rendezvous
+from portakv.migrate.transports import MOVERS
+from portakv.migrate.transports.distributed import Join
+from portakv.migrate.transports.onesided import Taken, There, Where
 
 
 class Other(Memory):

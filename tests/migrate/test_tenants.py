@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from migrate.movers.test_onesided import Memory
+from migrate.transports.test_onesided import Memory
 from support.migrate_pulls import LAYOUT, SMALL, Sides, sides
 
 from portakv import KVView
-from portakv.migrate.movers import MOVERS
 from portakv.migrate.shards import Shard
+from portakv.migrate.transports import MOVERS
 
 SECRET = 0x5A  # each byte of tenant A's rows, and no byte of other rows
 BLOCKS = 16

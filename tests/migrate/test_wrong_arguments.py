@@ -11,7 +11,7 @@ from support.migrate_pulls import MODEL, Couple, Rows, Sides, sides
 
 from portakv.errors import BackendUnavailable, InvalidTerms, LayoutError, PeerError, SlotError
 from portakv.migrate import Channel, Owner, Reader, Shard
-from portakv.migrate.movers.onesided import Nixl
+from portakv.migrate.transports.onesided import Nixl
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from portakv.engines.pieces import Pieces
+from portakv.interconnect.pieces import Pieces
 from portakv.plan.runs import Int64, Runs
 
 

@@ -20,8 +20,8 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.engines import direct
-from portakv.engines.direct import NAME, Cut, Direct
+from portakv.interconnect import direct
+from portakv.interconnect.zero_copy import NAME, Cut, Direct
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from support import cuda_on_cpu

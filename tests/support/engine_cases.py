@@ -14,12 +14,12 @@ import torch
 
 from portakv import Index, KVView, copy_rows
 from portakv.backends.base import Backend
-from portakv.engines import pageable, staged
-from portakv.engines.choose import Host
-from portakv.engines.descriptors import Descriptors
-from portakv.engines.pageable import Ring
-from portakv.engines.slices import Sizes
-from portakv.engines.staged import Staged
+from portakv.interconnect import pageable, staged
+from portakv.interconnect.batched_memcpy import Descriptors
+from portakv.interconnect.choose import Host
+from portakv.interconnect.pageable import Ring
+from portakv.interconnect.slices import Sizes
+from portakv.interconnect.staged import Staged
 from portakv.plan.plan import CopyPlan, Move
 from portakv.view.example import example_tensors
 from support.guarded_memory import tensors_in

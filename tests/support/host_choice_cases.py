@@ -14,11 +14,11 @@ import torch
 
 from portakv import CopyPlan, Index, KVView
 from portakv.backends.base import Capabilities, Decision
-from portakv.engines import choose as chosen
-from portakv.engines.choose import Pick
-from portakv.engines.costs import unmeasured
-from portakv.engines.engine import PAGEABLE, PINNED, Engine
 from portakv.errors import Unsupported
+from portakv.interconnect import choose as chosen
+from portakv.interconnect.choose import Pick
+from portakv.interconnect.costs import unmeasured
+from portakv.interconnect.strategy import PAGEABLE, PINNED, Engine
 
 UNMEASURED = unmeasured("of a test")
 CPU = torch.device("cpu")

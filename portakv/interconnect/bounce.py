@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bounced`: rows of another device go down to pinned memory by the engines of the device that owns
+them, and up by those of the device that wants them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import lcm
+
+import torch
+
+from portakv.backends.base import PEERS, Capabilities, Decision, Launch
+from portakv.interconnect.choose import across
+from portakv.interconnect.staging import mark
+from portakv.interconnect.strategy import Engine, EngineLaunch, Terms, finish
+from portakv.plan.plan import CopyPlan, Move
+from portakv.registry.prepared import prepared
+from portakv.registry.registry import Choice, choose
+from portakv.runtime.streams import own_stream
+from portakv.view import Index, KVView
+from portakv.view.form import Form
+
+#: Bytes of a slice, of which a copy has two pinned: one goes up while the next one comes down.
+SLICE = 32 << 20
+
+
+class Bounced(Engine):
+    """``why`` no kernel reads the rows where they are, as a phrase."""
+
+    name = "bounced"
+
+    def __init__(self, device: torch.device, half: Choice, terms: Terms, why: str) -> None:
+        super().__init__(device, half, terms)
+        self._why = why
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(PEERS, index_on="any")
+
+    def check(self, plan: CopyPlan) -> Decision:
+        """As every backend; the reason says why no kernel reads the rows."""
+        decision = super().check(plan)
+        told = f"goes through pinned host memory, since {self._why}"
+        return Decision(self.name, True, told) if decision.accepted else decision
+
+    def prepare(self, plan: CopyPlan) -> Launch:
+        return _BouncedLaunch(plan, self)
+
+
+class _BouncedLaunch(EngineLaunch):
+    """A prepared copy, in slices."""
+
+    def __init__(self, plan: CopyPlan, engine: Bounced) -> None:
+        super().__init__(plan, engine.device)
+        # Each half is ordered on streams of this copy, whatever the caller's are.
+        self._half = engine.half
+        self._terms = replace(engine.terms, detached=False)
+        size = plan.src.block_size if plan.src.opaque else 1
+        # Tokens between two places where both sides may be cut.
+        self._whole = lcm(plan.src_step or 1, plan.dst_step or 1, size)
+        slices = SLICE * size // (plan.src.token_bytes * self._whole)
+        self._most = max(1, slices) * self._whole
+
+    def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
+        src, dst, *_, count = move
+        src = src.as_own()
+        name = self._half.name if self._half.forced else None
+        down, up = (across(x, self._terms) for x in (choose(src.device, name), self._half))
+        work = stream or torch.accelerator.current_stream(self.device.index)
+        away = own_stream(src.device)
+        # Lengths are rounded up, so that copies of any length share few plans.
+        tokens = min(self._most, self._whole << (-(-count // self._whole) - 1).bit_length())
+        buffers = [_buffer(src.form, tokens) for _ in range(min(2, -(-count // tokens)))]
+        free: list[torch.Event] = []
+        away.wait_stream(work)
+        # Ids that were made for this copy alone are ordered on the current stream of their device.
+        away.wait_stream(torch.accelerator.current_stream(src.device.index))
+        try:
+            for first in range(0, count, tokens):
+                part = move.part(first, min(tokens, count - first))
+                bounce = buffers[len(free) % 2]
+                if len(free) > 1:
+                    away.wait_event(free[-2])
+                carry(part._replace(src=src, dst=bounce, dst_index=Index()), down, away)
+                work.wait_event(mark(away))
+                carry(part._replace(src=bounce, dst=dst, src_index=Index()), up, work)
+                free.append(mark(work))
+        finally:
+            work.wait_stream(away)
+
+
+def _buffer(form: Form, tokens: int) -> KVView:
+    """Pinned memory for the rows of a form, dense, a tensor for each kv; the engines hold it until
+    their copies ended."""
+    shapes = [(form.layers, tokens, form.heads * width) for width in form.widths]
+    if form.opaque:
+        shapes = [(form.layers, tokens // form.block_size, width) for width in form.widths]
+    with torch.inference_mode(False):
+        made = [torch.empty(x, dtype=torch.uint8, device="cpu", pin_memory=True) for x in shapes]
+    if form.opaque:
+        return KVView(made, "kv | layer block page", kv=form.kv, block_size=form.block_size)
+    layout = "kv | layer token (head dim)"
+    return KVView(made, layout, kv=form.kv, heads=form.heads, dim=form.widths)
+
+
+def carry(move: Move, choice: Choice, stream: torch.Stream) -> None:
+    """A copy of clean ids, its body in the largest units; ordered on a stream."""
+    forms = move.src.form, move.dst.form
+    whole = prepared(*forms, *move.steps, None, choice)
+    for first, tokens, unit in whole.plan.split(move):
+        ready = whole
+        if unit != whole.plan.unit:
+            ready = prepared(*forms, *move.steps, unit, choice)
+        finish(ready.launch(*ready.place_both(move).part(first, tokens), stream, None))

@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The mover by torch.distributed, for slots that cross by gloo, nccl or what a vendor registered.
+
+Each pair of processes has a group of its own, so that its end hurts no other. gloo and nccl open
+sockets for the data, neither encrypted nor authenticated (`GLOO_SOCKET_IFNAME`,
+`NCCL_SOCKET_IFNAME`): keep them on an isolated network.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from datetime import timedelta
+from secrets import token_hex
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+
+from portakv.backends.base import Decision
+from portakv.errors import PeerError, TransferError, TransferTimeout
+from portakv.migrate.messages import Answer, Message, Name
+from portakv.migrate.rendezvous import ChannelStore, Meet, pair
+from portakv.migrate.transports.base import Lane, Mover, Moving
+from portakv.runtime.devices import inside
+from portakv.runtime.worker import EXIT_SECONDS
+
+if TYPE_CHECKING:
+    from portakv.migrate.channel import Channel, Peer
+
+#: Past its own timeout NCCL's watchdog ends the process; here a group is aborted long before.
+NEVER = 86400.0
+#: gloo gives a peer that connects this many times a group's timeout (`waitUntil`, tcp/pair.h), also
+#: one that has died; torch has no call that ends it before.
+RELAXED = 5
+
+
+class Join(Message, frozen=True):
+    """A reader makes a pair group with an owner; ``name`` is random, the group's alone."""
+
+    name: Name
+
+
+class Pair(Lane):
+    """The group of two, made by the first slot that crosses. What comes behind a slot that failed
+    would be taken for it, so that a group carries no more then. On a device slots have no length
+    before them: NCCL takes what it is told, and both sides know it from one `Gather`."""
+
+    ordered = True
+
+    def __init__(self, mover: Mover, channel: Channel, key: str | Peer) -> None:
+        self.name = ""
+        self.named = threading.Event()
+        self.group = cast(Any, None)
+        self.stream = None if mover.device.type == "cpu" else torch.Stream(mover.device)
+        # one waits behind another
+        self.broken = False
+        self.width = 1 if self.stream is None else 2
+        super().__init__(mover, channel, key)
+        self.store = ChannelStore(channel, self.address or None, Meet)  # by which both meet
+
+    def carry(self, moving: Moving, ready: torch.Event | None, tag: int) -> Iterator[None]:
+        self.group = self.group or self._join()
+        if self.gone or not moving.begin():  # behind the line before, as `cut` looks at the group
+            raise self.gone or TransferTimeout("its turn came too late")
+        slot = moving.slot.view(-1).view(torch.uint8)
+        other = 0 if self.address else 1
+        call = self.group.recv if self.address else self.group.send
+        if self.stream is None:
+            self._by_gloo(moving, slot, lambda x: call([x], other, tag))
+            return
+        with inside(self.stream):
+            if ready is not None:
+                ready.wait(self.stream)
+            call([slot], other, tag).wait()  # only this thread's stream does
+            ended = self.stream.record_event()
+            yield
+            try:
+                moving.poll(ended.query)
+                if self.broken:
+                    raise TransferError("another slot of its pair failed")
+            except Exception:
+                if not self.broken:
+                    self.broken = True
+                    self.group.abort()  # else it waits for the peer as long as the device runs
+                until = time.monotonic() + EXIT_SECONDS
+                while not ended.query() and time.monotonic() < until:
+                    time.sleep(1e-3)
+                raise
+
+    def _join(self) -> Any:
+        if self.address:
+            self.name = token_hex(16)
+            self.channel.ask(self.address, Join(self.name), Answer)
+        elif not self.named.wait(self.mover.timeout):
+            raise TransferTimeout("the reader has not joined")
+        seconds = self.mover.timeout / RELAXED if self.stream is None else NEVER
+        return pair(self.store, int(bool(self.address)), 2, self.mover.device, seconds, self.name)
+
+    def _by_gloo(self, moving: Moving, slot: torch.Tensor, call: Callable[[Any], Any]) -> None:
+        """The length, then the bytes. gloo ends the process if more come than it was told to
+        receive, so that it is told nothing before the length was seen; fewer it takes for all."""
+        head = torch.tensor([slot.nbytes], dtype=torch.int64, device="cpu")
+        for each in (head.view(torch.uint8), slot):
+            left = moving.until - time.monotonic()
+            call(each).wait(timedelta(seconds=max(left, 0.001)))
+            if (came := int(head)) != slot.nbytes:
+                raise TransferError(f"{came} B came, {slot.nbytes} were asked for")
+
+    def cut(self) -> bool:
+        """gloo has no call that ends a receive, but one that times out closes the pair's connection
+        at once, also in the middle of a message; its thread ends with its own timeout."""
+        self.store.over = True
+        self.named.set()
+        if self.stream is None and self.group is not None:
+            with suppress(RuntimeError):
+                late = torch.empty(1, dtype=torch.uint8, device="cpu")
+                other = 0 if self.address else 1
+                self.group.recv([late], other, 0x7FFFFFFF).wait(timedelta(milliseconds=1))
+        return self.stream is None
+
+
+class Distributed(Mover):
+    """By a group of two processes for each peer, apart from the default group."""
+
+    name = "distributed"
+    kind = Pair
+    asks = (Join, Meet)
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        made = {"cpu": dist.is_gloo_available, "cuda": dist.is_nccl_available}
+        by = dist.Backend.default_device_backend_map.get(device.type)
+        if by is None or not made.get(device.type, lambda: True)():
+            return Decision(cls.name, False, f"torch.distributed has no backend for {device.type}")
+        return Decision(cls.name, True, f"a group of two by {by}")
+
+    def answer(self, peer: Peer, channel: Channel, asked: Any) -> Message:
+        lane: Pair = self.lane(peer, channel)
+        if isinstance(asked, Meet):
+            return lane.store.do(asked)
+        if lane.named.is_set():  # the reader lost the group
+            lane.close(PeerError("The reader makes a new group; the old one carries no more."))
+            lane = self.lane(peer, channel)
+        lane.name = asked.name
+        lane.named.set()
+        return Answer("done")

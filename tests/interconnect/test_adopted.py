@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host memory that others registered in pieces: no copy crosses from one piece into another."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from itertools import pairwise
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from support.core_cases import noise
+from support.device_cases import settle
+from support.guarded_memory import check_sentence
+
+from portakv import HostMemoryError, KVView, copy_rows, copy_runs
+from portakv.host import pinned
+from portakv.interconnect.link import link_of
+from portakv.interconnect.pieces import Pieces
+
+ROWS = 64
+ROW = 96
+
+
+@pytest.fixture
+def crossed(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[Pieces]:
+    """What the link of a device is given."""
+    link = link_of(accelerator)
+    found = list[Pieces]()
+    copy: Any = link.copy
+
+    def seen(pieces: Pieces, *rest: Any) -> None:
+        found.append(pieces)
+        copy(pieces, *rest)
+
+    monkeypatch.setattr(link, "copy", seen)
+    return found
+
+
+def over(seams: list[int], pieces: Pieces) -> int:
+    """Pieces that reach over a seam on either side."""
+    return sum(
+        int(((start < seam) & (start + (pieces.height - 1) * pitch + pieces.width > seam)).sum())
+        for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch))
+        for seam in seams
+    )
+
+
+@pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
+@pytest.mark.parametrize("engine", ["staged", "descriptors", "runs"])
+def test_copies_are_cut_where_pieces_meet(
+    accelerator: torch.device, crossed: list[Pieces], engine: str, downward: bool
+) -> None:
+    here = pinned.empty(ROWS * ROW, torch.uint8)
+    here.copy_(noise(ROWS * ROW, dtype=torch.uint8))
+    there = noise(ROWS * ROW, dtype=torch.uint8, seed=1).to(accelerator)
+    settle(accelerator)
+    src, dst = (there, here) if downward else (here, there)
+    expected = src.cpu().clone()
+    begin = here.data_ptr()
+    cuts = [begin, begin + 1000, begin + 4096, begin + 4100, begin + ROWS * ROW]
+    pieces = [(a, b - a) for a, b in pairwise(cuts)]
+    with pinned.adopt(pieces[::-1]) as adopted:
+        assert adopted.pieces == tuple(pieces)
+        if engine == "runs":
+            sides: Any = {
+                "src_device": src.device,
+                "dst_device": dst.device,
+                "backend": "descriptors",
+            }
+            copy_runs([src.data_ptr()], [dst.data_ptr()], ROWS * ROW, **sides).synchronize()
+        else:
+            mine, theirs = (KVView(x.view(ROWS, ROW), "token dim") for x in (src, dst))
+            copy_rows(mine, theirs, backend=engine).synchronize()
+    assert torch.equal(dst.cpu(), expected)
+    assert crossed
+    assert not any(over(cuts[1:-1], each) for each in crossed)
+
+
+def test_seams_last_as_long_as_somebody_tells_of_them() -> None:
+    before = pinned.seams()
+    pieces = [(1 << 20, 4096), ((1 << 20) + 4096, 4096), (1 << 22, 4096)]
+    first = pinned.adopt(pieces)
+    second = pinned.adopt(pieces)
+    told = tuple(sorted((*before, (1 << 20) + 4096)))
+    assert pinned.seams() == told, "pieces that do not touch have no seam"
+    first.close()
+    first.close()
+    assert pinned.seams() == told
+    second.close()
+    assert pinned.seams() == before
+
+
+def test_pieces_that_were_told_of_one_by_one_meet_as_well() -> None:
+    before = pinned.seams()
+    page = 4096
+    told = [pinned.adopt([(at * page, page)]) for at in (300, 302, 301, 310)]
+    assert {*pinned.seams()} - {*before} == {301 * page, 302 * page}
+    told[0].close()
+    assert {*pinned.seams()} - {*before} == {302 * page}
+    for each in told:
+        each.close()
+    assert pinned.seams() == before
+
+
+def test_pieces_are_forgotten_if_nothing_holds_them() -> None:
+    before = pinned.seams()
+    page = 4096
+    adopted = pinned.adopt([(500 * page, page), (501 * page, page)])
+    assert {*pinned.seams()} - {*before} == {501 * page}
+    del adopted
+    gc.collect()
+    assert pinned.seams() == before
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+@pytest.mark.parametrize("registered", [True, False])
+def test_a_finalizer_that_runs_while_seams_are_worked_out(registered: bool) -> None:
+    """It may run at any place of a thread, also where that one holds the lock."""
+    before = pinned.seams()
+    page = 4096
+    if registered:
+        gone: Any = pinned.allocate(4 * page, largest=2 * page)
+    else:
+        gone = pinned.adopt([(600 * page, page), (601 * page, page)])
+
+    def finalize(frame: FrameType, event: str, argument: object) -> None:
+        if argument is sorted and frame.f_code.co_name == "_tell":
+            sys.setprofile(None)
+            gone.close()
+
+    sys.setprofile(finalize)
+    try:
+        adopted = pinned.adopt([(500 * page, page), (501 * page, page)])
+    finally:
+        sys.setprofile(None)
+    assert {*pinned.seams()} - {*before} == {501 * page}
+    adopted.close()
+    assert pinned.seams() == before
+
+
+@pytest.mark.parametrize(
+    "pieces", [[(0, 4096)], [(4096, 0)], [(4096, 1.5)], [4096], [(4096, 4096), (8000, 10)]], ids=str
+)
+def test_what_are_no_pieces(pieces: Any) -> None:
+    before = pinned.seams()
+    with pytest.raises(HostMemoryError) as refused:
+        pinned.adopt(pieces)
+    check_sentence(str(refused.value), "(address, bytes)")
+    assert pinned.seams() == before

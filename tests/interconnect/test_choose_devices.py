@@ -1,0 +1,221 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Transfers by the engine that is picked, on devices: every byte, ids where a kernel reads them, a
+device without room; which engine there is for which terms, and what is told of it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.command_line import registered
+from support.device_cases import on
+from support.engine_cases import BLOCK, CHUNKS, DOWNWARD, PAGED, POOLS, Case, Transfers, scattered
+from support.simdev_cases import DEVICE
+from support.small_backends import small_backend
+
+from portakv import CopyPlan, Index, KVView, copy_blocks
+from portakv.backends.base import Capabilities
+from portakv.interconnect import choose as chosen
+from portakv.interconnect import staging
+from portakv.interconnect.choose import ORDER, Host, HostLaunch, across
+from portakv.interconnect.strategy import PINNED, Engine, Terms
+from portakv.registry.registry import BUILT_IN, REGISTRY, choose
+
+pytestmark = pytest.mark.usefixtures("folder")  # no device was measured
+#: By blocks on both sides.
+BY_BLOCKS = Case(PAGED[0], POOLS[2], scattered(40, BLOCK), scattered(40, BLOCK, seed=8), 40)
+BY_TOKENS = Case(PAGED[0], CHUNKS[0], scattered(37, 1), None, 37)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("side", [False, True])
+@pytest.mark.parametrize("how", ["compute", "idle", "pageable", "staged", "descriptors", "direct"])
+@pytest.mark.parametrize("case", [BY_BLOCKS, BY_TOKENS], ids=["blocks", "tokens"])
+def test_whatever_carries_it_out_moves_the_right_bytes(
+    accelerator: torch.device,
+    case: Case,
+    how: str,
+    side: bool,
+    downward: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is picked under either policy and for pageable memory, and each engine by its name."""
+    terms = Terms("idle" if how == "idle" else "compute")
+    pageable = how == "pageable"
+    transfer = Transfers(Host(accelerator, terms=terms), downward, case, pageable=pageable)
+    launch: HostLaunch = transfer.prepared()
+    assert (launch.pick(transfer.move()).engine == "ring") == pageable
+    if how in launch.out:
+        pytest.skip(launch.out[how])
+    if how in ORDER:
+        named = SimpleNamespace(engine=how, why="asked")
+        monkeypatch.setattr(HostLaunch, "pick", lambda self, move, guarded=False: named)
+    transfer(stream=torch.Stream(accelerator) if side else None)
+    assert launch.carried is not None
+    assert how not in ORDER or launch.carried[0] == how
+
+
+@DOWNWARD
+def test_a_device_without_room_for_staging_copies_all_the_same(
+    accelerator: torch.device,
+    downward: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """By another engine, of which the launch tells, and the log once."""
+    caplog.set_level(logging.INFO, "portakv.interconnect")
+    REGISTRY.logged_engines.clear()
+    transfer = Transfers(Host(accelerator), downward, BY_BLOCKS)
+    launch = transfer.prepared()
+    move = transfer.move()
+    assert launch.carried is None
+    transfer()
+    picked = launch.pick(move)
+    assert launch.carried == (picked.engine, picked.why)
+
+    def full(self: staging.Staging, nbytes: int) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(staging.Staging, "reserve", full)
+    with pytest.raises(torch.OutOfMemoryError):  # by name, it is told
+        launch.launch_by("staged", move, None)
+    only = SimpleNamespace(engine="staged", why="asked")
+    monkeypatch.setattr(launch, "pick", lambda move, guarded=False: only)
+    for seed in range(2):
+        transfer(transfer.chunk(seed))
+        assert launch.carried is not None
+        assert launch.carried[0] == "descriptors"
+        assert "no memory left" in launch.carried[1]
+    Host(accelerator, terms=Terms(max_thread_blocks=2)).log("descriptors", "again")
+    told = [record.getMessage().partition(", ")[0] for record in caplog.records]
+    assert told == list(
+        dict.fromkeys(f"{accelerator}: engine {name}" for name in (picked.engine, "descriptors"))
+    )
+
+
+class ReadsIds(Engine):
+    """Reads its ids on the device, late."""
+
+    name = "direct"
+    seen: list[tuple[torch.device, torch.Tensor]] = []  # noqa: RUF012
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(places=PINNED, index_dtypes=frozenset({torch.int32}))
+
+    def prepare(self, plan: CopyPlan) -> Any:
+        def launched(src: KVView, dst: KVView, mine: Index, *rest: Any) -> None:
+            assert mine.ids is not None
+            assert mine.ids.dtype == torch.int32
+            with on(rest[2] or torch.accelerator.current_stream(mine.ids.device.index)):
+                ReadsIds.seen.append((mine.ids.device, mine.ids + 1000))
+
+        return launched
+
+
+class Kernel:
+    def __init__(self, device: torch.device) -> None:
+        transfer = Transfers(Host(device, terms=Terms("idle")), True, BY_BLOCKS)
+        self.device = device
+        self._move = transfer.move(tokens=2 * BLOCK)
+        self._launch: HostLaunch = transfer.prepared()
+        ReadsIds.seen.clear()
+
+    def run(self, mine: Index, theirs: Index, stream: torch.Stream | None) -> None:
+        move = self._move._replace(src_index=mine, dst_index=theirs)
+        self._launch.launch_by("direct", move, stream)
+        torch.zeros(2, dtype=torch.int32, device=self.device)  # in memory that was freed too early
+
+    def read(self) -> list[list[int]]:
+        torch.accelerator.synchronize(self.device)
+        assert {device for device, _ in ReadsIds.seen} == {self.device}
+        return [ids.tolist() for _, ids in ReadsIds.seen]
+
+
+@pytest.fixture
+def kernel(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | {"direct": f"{__name__}:ReadsIds"})
+    return Kernel(accelerator)
+
+
+@pytest.mark.parametrize("side", [False, True])
+def test_a_kernels_ids_live_as_long_as_it_reads_them(kernel: Kernel, side: bool) -> None:
+    stream = torch.Stream(kernel.device) if side else None
+    for first in range(5):
+        kernel.run(Index([first, first + 7], BLOCK), Index([8, 2], BLOCK), stream)
+    assert kernel.read() == [[1000 + first, 1007 + first] for first in range(5)]
+
+
+def test_ids_that_are_kept_serve_every_stream(kernel: Kernel) -> None:
+    mine = Index([5, 6], BLOCK)
+    theirs = Index([8, 2], BLOCK)
+    for stream in (None, torch.Stream(kernel.device), torch.Stream(kernel.device)):
+        kernel.run(mine, theirs, stream)
+    del mine, theirs
+    assert kernel.read() == [[1005, 1006]] * 3
+
+
+def test_ids_on_the_device_are_brought_into_their_dtype_in_time(kernel: Kernel) -> None:
+    ids = torch.tensor([5, 6], device=kernel.device)
+    stream = torch.Stream(kernel.device)
+    stream.wait_stream(torch.accelerator.current_stream(kernel.device.index))
+    kernel.run(Index(ids, BLOCK), Index(ids, BLOCK), stream)
+    assert kernel.read() == [[1005, 1006]]
+
+
+@pytest.mark.simdev
+@DOWNWARD
+def test_memory_that_a_named_backend_does_not_reach_is_left_to_an_engine(downward: bool) -> None:
+    """It copies to pinned memory itself; to pageable memory the engines over it do."""
+    near = small_backend("near", places=frozenset({("device", "device"), *PINNED}))
+    transfer = Transfers(Host(DEVICE), downward, BY_BLOCKS, pageable=True)
+    expected = transfer.expected()
+    with registered(near=near):
+        copy_blocks(*transfer.move()[:4], backend="near").synchronize()
+        transfer.check(expected)
+        assert "pageable" not in {given.src.form.place for given in near.given}
+
+
+# Engines for terms
+
+
+def engines() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), Engine) for each in gc.get_objects())
+
+
+@pytest.mark.simdev
+def test_thirty_rates_leave_no_thirty_engines() -> None:
+    src, dst = Transfers(Host(DEVICE), True, BY_BLOCKS).move()[:2]
+    blocks = [3, 1, 2]
+
+    def transfers(rates: list[float]) -> tuple[int, int]:
+        for rate in rates:
+            copy_blocks(src, dst, blocks, blocks, max_gbps=rate).synchronize()
+            copy_blocks(src, dst, blocks, blocks, max_gbps=rate, backend="staged").synchronize()
+        return engines(), len(chosen.hosts)
+
+    assert transfers([9.0]) == transfers([10 + nth / 7 for nth in range(30)])
+
+
+@pytest.mark.simdev
+def test_an_engine_is_another_one_by_what_makes_it_different() -> None:
+    half = choose(DEVICE)
+    plain = across(half)
+    assert across(half, Terms()) is plain
+    limited = across(half, Terms(max_gbps=3.0))
+    assert across(half, Terms(max_gbps=4.0)) is limited
+    kinds = [plain, limited]
+    kinds += [
+        across(half, Terms(**terms))
+        for terms in (
+            dict[str, Any](overlap="idle"),
+            {"detached": True},
+            {"max_thread_blocks": 2},
+            {"max_thread_blocks": 3},
+        )
+    ]
+    assert len({id(kind) for kind in kinds}) == len(kinds)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA driver's copies, through a stand-in for its library that really copies.
+
+It shows what the driver is asked, and that the bytes land; it says nothing about a driver.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from support.crossing_cases import Ends, drawn_runs, runs_of
+from support.fake_libcuda import Call, FakeLibrary
+from support.guarded_memory import refused
+
+from portakv import KVView, TransferError
+from portakv.interconnect import link
+from portakv.interconnect.link import FOLD_BELOW, LEAST_BATCH, Copies, CudaLink, TorchLink, link_of
+from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
+from portakv.plan.runs import Runs
+from portakv.runtime import cuda as _cuda_driver
+
+STREAM = 0x7F55_0000_1230  # a handle of more than 32 bits
+BATCHES = (13, 12, None)  # as CUDA 13 has it, as 12.8, and an older driver
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cuda")
+
+
+@pytest.fixture(params=BATCHES)
+def library(request: pytest.FixtureRequest, folder: Path) -> FakeLibrary:
+    return FakeLibrary(folder, request.param)
+
+
+class Memory(Ends):
+    """Random bytes, and zeros into which pieces are copied by a library's driver."""
+
+    def __init__(self, nbytes: int = 8192) -> None:
+        random = np.random.default_rng(6).integers(1, 256, nbytes, dtype=np.uint8)
+        super().__init__(torch.from_numpy(random), torch.zeros(nbytes, dtype=torch.uint8))
+
+    def carry(self, pieces: Pieces, library: FakeLibrary, to_device: bool = True) -> None:
+        Copies(library.library).copy(self.at(pieces), to_device, STREAM)
+        self.judge(pieces)
+
+
+def plain(count: int, width: int = 8) -> Pieces:
+    at = np.cumsum(np.arange(count) % 3 + 1) * 2 * width
+    return to_2d_copies(runs_of(at.tolist(), at[::-1].tolist(), width))
+
+
+def rows(groups: int) -> Pieces:
+    src = [g * g * 128 + g * 1000 + row * 64 for g in range(groups) for row in range(9)]
+    return to_2d_copies(runs_of(src, range(0, 16 * len(src), 16), 16))
+
+
+@pytest.mark.parametrize("to_device", [True, False])
+@pytest.mark.parametrize("batch", BATCHES)
+def test_every_byte_lands(folder: Path, batch: int | None, to_device: bool) -> None:
+    library = FakeLibrary(folder, batch)
+
+    @given(drawn_runs())
+    def check(runs: Runs) -> None:
+        pieces = to_2d_copies(runs)
+        memory = Memory(max((at + runs.nbytes).max(initial=0) for at in runs[:2]) + 64)
+        library.forget()
+        memory.carry(pieces, library, to_device)
+        assert {call.stream for call in library.calls} <= {STREAM}
+
+    check()
+
+
+def test_rows_and_plain_copies_together(library: FakeLibrary) -> None:
+    memory = Memory(65536)
+    few = rows(3)
+    many = plain(50)
+    pieces = Pieces(*(np.concatenate(both) for both in zip(few, many, strict=True)))
+    pieces.dst[3:] += 32768
+    order = np.random.default_rng(8).permutation(53)
+    mixed = Pieces(*(np.repeat(column[order], 2)[::2] for column in pieces))
+    memory.carry(mixed, library, False)
+    kinds = [call.kind for call in library.calls]
+    assert kinds.count("r") == 3
+    assert kinds.count("b") == bool(library.batches)
+    assert sum(call.copies for call in library.calls if call.kind != "r") == 50
+
+
+@pytest.mark.parametrize(
+    ("count", "sizes"),
+    [(0, []), (1, []), (LEAST_BATCH, [LEAST_BATCH]), (3, [3]), (4, [3, 1]), (16, [3, 12, 1]),
+     (31, [3, 12, 16]), (50, [3, 12, 16, 16, 3])],
+    ids=str,
+)  # fmt: skip
+def test_many_plain_copies_are_few_calls_of_so_many_at_most(
+    library: FakeLibrary, count: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "MOST_DESCRIPTORS", 16)
+    monkeypatch.setattr(link, "FIRST_DESCRIPTORS", 3)
+    Memory().carry(plain(count), library)
+    batches = [Call("b", size, STREAM) for size in sizes] if library.batches else []
+    assert library.calls == (batches or [Call("p", 1, STREAM)] * count)
+
+
+def test_wide_rows_are_folded_without_batches_and_if_they_are_many(library: FakeLibrary) -> None:
+    below = Copies(library.library).fold_below
+    assert below == (FOLD_BELOW if library.batches else ALL)
+    for width, height, folds in (
+        (FOLD_BELOW, 20, not library.batches),
+        (FOLD_BELOW, 32, True),
+        (FOLD_BELOW // 4, 20, True),
+    ):
+        src, dst = (range(0, height * gap * width, gap * width) for gap in (2, 1))
+        made = to_2d_copies(runs_of(src, dst, width), below=below)
+        assert made.number == (1 if folds else height)
+
+
+@pytest.mark.parametrize("library", [13, 12], indirect=True)
+@pytest.mark.parametrize("what", ["1 x 8 bytes", "9 x 16 bytes", "batch of 20 copies"])
+def test_what_the_driver_refuses(library: FakeLibrary, what: str) -> None:
+    pieces = {"1": plain(1), "9": rows(3), "b": plain(20)}[what[0]]
+    library.forget(refuse_at=int(what[0] == "9"))
+    with refused(TransferError, what, "CUDA_ERROR_INVALID_VALUE", "Check"):
+        Memory().carry(pieces, library)
+    assert len(library.calls) == int(what[0] == "9")
+
+
+class Crossing:
+    """A `CudaLink` on a machine without CUDA, between two buffers, with what it touches of torch:
+    the current device, contexts that were adopted, and streams by their handles."""
+
+    def __init__(self, library: FakeLibrary, patch: pytest.MonkeyPatch) -> None:
+        self.library = library
+        self.memory = Memory()
+        self.device = 0
+        self.adopted: list[tuple[int, int | None]] = []
+        self.log: list[str] = []
+        self.beside = [77, 78, 79]  # handles of the next streams of the link's own
+
+        @contextmanager
+        def switched(device: torch.device) -> Iterator[None]:
+            before = self.device
+            self.device = device.index
+            yield
+            self.device = before
+
+        def adopt(device: torch.device) -> None:
+            self.adopted.append((threading.get_ident(), device.index))
+
+        patch.setattr(_cuda_driver, "library", lambda: library.library)
+        patch.setattr(_cuda_driver, "adopt", adopt)
+        patch.setattr(_cuda_driver, "raw", lambda stream, index: stream.cuda_stream)
+        patch.setattr(torch._C, "_cuda_getDevice", lambda: self.device, raising=False)
+        patch.setattr(torch.cuda, "device", switched)
+        patch.setattr(link, "own_stream", lambda device: self.stream(self.beside.pop(0)))
+        buffers = (self.memory.src, "pinned"), (self.memory.dst, "device")
+        self._views = []
+        for buffer, place in buffers:
+            view = KVView(buffer.view(-1, 16), "token dim")
+            view.form = replace(view.form, place=place)
+            self._views.append(view)
+        self.links = [CudaLink(torch.device("cuda", at)) for at in range(2)]
+
+    def stream(self, handle: int) -> Any:
+        """A stream of that handle, which logs what waits for what."""
+
+        def wait_stream(other: Any) -> None:
+            self.log.append(f"{handle} waits for {other.cuda_stream}")
+
+        return SimpleNamespace(cuda_stream=handle, wait_stream=wait_stream)
+
+    def copy(self, pieces: Pieces, handle: int, device: int = 0) -> list[int]:
+        """Copy and judge pieces; returns the stream of each call of the driver."""
+        self.log.clear()
+        self.library.forget()
+        src, dst = self._views
+        self.links[device].copy(self.memory.at(pieces), src, dst, self.stream(handle))
+        self.memory.judge(pieces)
+        return [call.stream for call in self.library.calls]
+
+
+@pytest.fixture
+def cuda(library: FakeLibrary, monkeypatch: pytest.MonkeyPatch) -> Crossing:
+    return Crossing(library, monkeypatch)
+
+
+def test_the_right_device_in_any_thread(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    real = Copies.copy
+
+    def copy(self: Copies, *args: Any) -> None:
+        seen.append(cuda.device)
+        real(self, *args)
+
+    monkeypatch.setattr(Copies, "copy", copy)
+    for _ in range(2):
+        cuda.copy(plain(3), STREAM, device=1)
+    other = threading.Thread(target=lambda: cuda.copy(plain(3), STREAM, device=1))
+    other.start()
+    other.join()
+    assert seen == [1, 1, 1]
+    assert cuda.device == 0
+    # Once in each thread, since a new one has no context.
+    assert len(cuda.adopted) == len(set(cuda.adopted)) == 2
+
+
+@pytest.mark.parametrize("handle", [0, 1])
+def test_the_default_stream_is_not_given_to_a_batch(cuda: Crossing, handle: int) -> None:
+    for pieces in (plain(LEAST_BATCH - 1), plain(30), plain(40)):
+        beside = pieces.number >= LEAST_BATCH and cuda.library.batches
+        assert set(cuda.copy(pieces, handle)) == {77 if beside else handle}
+        order = [f"77 waits for {handle}", f"{handle} waits for 77"]
+        assert cuda.log == (order if beside else [])
+
+
+@pytest.mark.parametrize("library", [13], indirect=True)
+def test_the_default_stream_awaits_failures(
+    cuda: Crossing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuda.library.forget(refuse_at=0)
+    monkeypatch.setattr(cuda.library, "forget", lambda: None)
+    with pytest.raises(TransferError):
+        cuda.copy(plain(30), 0)
+    assert cuda.log[-1] == "0 waits for 77"
+
+
+@pytest.mark.parametrize(("in_a_row", "every"), [(300, 3), (100, 2)])
+def test_others_get_in_between_copies_in_a_row(
+    cuda: Crossing, in_a_row: int, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After so many bytes a copy of 128 goes by another stream: each stream has its own, and its
+    count. One beyond the limit takes turns, too."""
+    monkeypatch.setattr(link, "IN_A_ROW", in_a_row)
+    for nth in range(1, 10):
+        for handle, other in ((5, 77), (6, 78)):
+            turn = nth % every == 0
+            assert cuda.copy(plain(1, width=128), handle) == [other if turn else handle]
+            order = [f"{other} waits for {handle}", f"{handle} waits for {other}"]
+            assert cuda.log == (order if turn else [])
+
+
+def test_the_first_batch_alone_is_short(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in (("IN_A_ROW", 480), ("FIRST_DESCRIPTORS", 3), ("GROWTH", 2)):
+        monkeypatch.setattr(link, name, size)
+    cuda.copy(plain(60), 5)
+    if cuda.library.batches:
+        assert [call.copies for call in cuda.library.calls] == [3, 6, 11, 20, 20]
+
+
+def test_a_long_list_crosses_in_turns(cuda: Crossing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(link, "IN_A_ROW", 160)
+    cuda.copy(plain(60), 5)
+    row: dict[int, int] = {5: 0, 77: 0}
+    streams = [stream for call in cuda.library.calls for stream in [call.stream] * call.copies]
+    for before, stream in pairwise([0, *streams]):
+        row[stream] = row[stream] + 8 if stream == before else 8
+        assert row[stream] <= 160
+    assert streams.count(5) + streams.count(77) == 60
+    assert cuda.log[-1] == "5 waits for 77"
+
+
+def test_who_is_asked_for_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda", 0)
+    ask = link.why_not.__wrapped__
+    assert ask(torch.device("mps")) == "the CUDA driver does not serve mps devices"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.version, "hip", "7.0")
+        assert "ROCm" in str(ask(cuda))
+    monkeypatch.setattr(_cuda_driver, "library", lambda: ctypes.CDLL("libnone.so.7"))
+    assert "libnone.so.7" in str(ask(cuda))
+    assert isinstance(link_of(torch.device("meta")), TorchLink)

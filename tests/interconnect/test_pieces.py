@@ -1,0 +1,610 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs as pieces: exactly their bytes, each once, in as few pieces as they allow; of small copies,
+and of large ones, which are folded before they are multiplied out; and how many there are."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import permutations
+from math import gcd
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from support.core_cases import noise, sections
+from support.crossing_cases import bytes_of_pieces, bytes_of_runs, drawn_runs, runs_of
+from support.engine_cases import DOWNWARD, Case, cases, index_of, tensors_of, view_of
+from support.guarded_memory import refused
+
+from portakv import CopyPlan, Index, KVView, LayoutError, PortaKVError, SlotError
+from portakv.host import pinned
+from portakv.host._pages import PAGE
+from portakv.host.memcpy import MAX_PITCH
+from portakv.interconnect import pieces as folding
+from portakv.interconnect.pieces import (
+    LEAST_HEIGHT,
+    TALL,
+    Pieces,
+    RunCounter,
+    pieces_of,
+    to_2d_copies,
+)
+from portakv.plan.plan import Move
+from portakv.plan.runs import Runs
+from portakv_conformance.draw.arrangement import Case as DrawnCase
+from portakv_conformance.draw.arrangement import Side
+from portakv_conformance.draw.strategies import cases as drawn_cases
+
+LAYERS = 12
+BLOCKS = 40
+
+
+def shapes(pieces: Pieces) -> list[tuple[int, int, int, int]]:
+    columns = pieces.width, pieces.height, pieces.dst_pitch, pieces.src_pitch
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def judge(runs: Runs, pieces: Pieces, seams: Sequence[int] = ()) -> Pieces:
+    """Exactly the bytes of the runs, and no piece over a seam."""
+    assert np.array_equal(bytes_of_pieces(pieces), bytes_of_runs(runs))
+    assert pieces.nbytes == runs.nbytes.sum()
+    assert {column.dtype for column in pieces} == {np.dtype(np.int64)}
+    assert {column.size for column in pieces} == {pieces.number}
+    for start, pitch in ((pieces.src, pieces.src_pitch), (pieces.dst, pieces.dst_pitch)):
+        assert ((pieces.width <= pitch) & ((pitch <= MAX_PITCH) | (pieces.height == 1))).all()
+        past = start + (pieces.height - 1) * pitch + pieces.width
+        for seam in seams:
+            assert not ((start < seam) & (seam < past)).any()
+    return pieces
+
+
+@given(drawn_runs())
+def test_pieces_are_the_runs(runs: Runs) -> None:
+    pieces = to_2d_copies(runs)
+    judge(runs, pieces)
+    assert pieces.number <= runs.nbytes.size
+
+
+@given(drawn_runs(), st.lists(st.integers(0, 400), max_size=6, unique=True))
+def test_no_piece_reaches_over_a_seam(runs: Runs, seams: list[int]) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pinned, "seams", lambda: tuple(sorted(seams)))
+        judge(runs, to_2d_copies(runs), seams)
+
+
+@given(drawn_runs(), st.integers(1, 200))
+def test_portions_are_the_pieces_in_their_order(runs: Runs, most: int) -> None:
+    pieces = to_2d_copies(runs)
+    found = list(folding.portions(pieces, most))
+    for whole, *parts in zip(pieces, *found, strict=True):
+        assert np.concatenate(parts).tolist() == whole.tolist()
+    for one in found:
+        assert one.number or not pieces.number
+        # No more than the last of them is beyond, and only by a part of itself.
+        assert one.number < 2 or int((one.width * one.height)[1:-1].sum()) < most
+
+
+@pytest.mark.parametrize("height", [*range(2 * LEAST_HEIGHT), 100])
+def test_rows_at_a_pitch_are_one_piece_but_for_few(height: int) -> None:
+    pieces = to_2d_copies(runs_of(range(0, 64 * height, 64), range(0, 32 * height, 32), 16))
+    few = height < LEAST_HEIGHT
+    assert shapes(pieces) == ([(16, 1, 16, 16)] * height if few else [(16, height, 32, 64)])
+
+
+def test_groups_of_rows_with_jumps_between() -> None:
+    for groups, rows, expected in ((6, 9, (16, 9, 16, 64)), (9, 6, (16, 9, 96, 4096))):
+        starts = [group * 4096 + row * 64 for group in range(groups) for row in range(rows)]
+        runs = runs_of(starts, range(0, 54 * 16, 16), 16)
+        assert shapes(to_2d_copies(runs)) == [expected] * 6
+
+
+@pytest.mark.parametrize("kv", [1, 2])
+def test_scattered_blocks_fold_over_their_planes(kv: int) -> None:
+    """Whatever the order of the blocks, each is a piece over all layers; K and V may lie anyhow."""
+    blocks = np.random.default_rng(3).permutation(200)[:BLOCKS]
+    where = np.arange(LAYERS) * 200 * 64
+    src = np.concatenate([far + where[:, None] + blocks * 64 for far in (0, 9_999_936)[:kv]])
+    dst = np.arange(kv * LAYERS * BLOCKS) * 64
+    pieces = to_2d_copies(runs_of(src.reshape(-1).tolist(), dst.tolist(), 64))
+    assert pieces.number == kv * BLOCKS
+    assert set(shapes(pieces)) == {(64, LAYERS, BLOCKS * 64, 200 * 64)}
+
+
+def test_layers_at_irregular_distances_stay_apart() -> None:
+    rng = np.random.default_rng(4)
+    where = np.cumsum(rng.integers(300, 900, LAYERS)) * 64
+    src = where[:, None] + np.sort(rng.permutation(200)[:BLOCKS]) * 64
+    runs = runs_of(src.reshape(-1).tolist(), (rng.permutation(src.size) * 64).tolist(), 64)
+    assert to_2d_copies(runs).number == runs.nbytes.size
+
+
+@pytest.mark.parametrize(
+    ("src_step", "dst_step"),
+    [(64, -64), (1, 64), (0, 64), (64, MAX_PITCH + 1), (MAX_PITCH + 1, 64)],
+)
+def test_what_no_copy_of_rows_takes(src_step: int, dst_step: int) -> None:
+    """Destinations backwards, sources over each other, pitches beyond the driver's limit."""
+    src = [at * src_step for at in range(8)]
+    dst = [2**40 + at * dst_step for at in range(8)]
+    runs = runs_of(src, dst, 16)
+    assert judge(runs, to_2d_copies(runs)).number == 8
+
+
+def test_allocations_are_never_joined() -> None:
+    """Of two tensors that touch, the rows of each are a piece; one over both is cut."""
+    memory = np.zeros((2, 64, 16), dtype=np.uint8)
+    halves = [torch.frombuffer(half, dtype=torch.uint8).view(64, 16) for half in memory]
+    src = KVView(halves, "layer | token dim")
+    first = halves[0].data_ptr()
+    assert halves[1].untyped_storage().data_ptr() == first + 1024
+    rows = runs_of(range(first, first + 2048, 32), range(0, 1024, 16), 16)
+    assert shapes(to_2d_copies(rows)) == [(16, 64, 16, 32)]
+    assert shapes(to_2d_copies(rows, src)) == [(16, 32, 16, 32)] * 2
+    one = runs_of([first], [0], 2048)
+    assert shapes(to_2d_copies(one, src)) == [(1024, 1, 1024, 1024)] * 2
+    judge(one, to_2d_copies(one, src))
+
+
+@pytest.mark.parametrize("few", [0, 1 << 20], ids=["sorted", "plain"])
+def test_memory_at_addresses_is_cut_where_each_tensor_ends(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that touch on both sides are no piece, since nothing tells that they are one
+    allocation; and no tensor is made of an address for that."""
+    monkeypatch.setattr(folding, "FEW", few)
+    order = [3, 0, 1, 5, 4, 2]
+    views = [
+        KVView.at(
+            [start + 96 * at for at in order],
+            "block | token dim",
+            shape=(4, 24),
+            dtype=torch.uint8,
+            device="cpu",
+            pinned=True,
+        )
+        for start in (1 << 20, 1 << 22)
+    ]
+    src, dst = views
+    pieces = pieces_of(CopyPlan(src.form, dst.form), Move(src, dst, Index(), Index(), 24))
+    assert sorted(pieces.src.tolist()) == [(1 << 20) + 96 * at for at in range(6)]
+    assert (pieces.width * pieces.height).tolist() == [96] * 6
+    assert not any(view._owners for view in views)
+
+
+@pytest.mark.parametrize("tokens", [4, 2, 1])
+@pytest.mark.parametrize("mine", ["at addresses", "of tensors"])
+def test_units_at_addresses_are_pieces_of_their_own(
+    tokens: int, mine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole tensors, the fast way; parts of them, that begin in one and end in the next, the long
+    way. Half of the addresses follow each other on both sides, and one seam of a registration lies
+    in a tensor."""
+    rng = np.random.default_rng(tokens)
+    number = 60
+    order = np.concatenate([rng.permutation(number // 2), np.arange(number // 2, number)])
+    memory = torch.zeros(number, 4, 24, dtype=torch.uint8)
+    views = [
+        KVView.at(
+            96 * order + start,
+            "block | token dim",
+            shape=(4, 24),
+            dtype=torch.uint8,
+            device="cpu",
+            pinned=True,
+        )
+        for start in (1 << 20, 1 << 22)
+    ]
+    if mine == "of tensors":
+        views[0] = KVView(memory, "block token dim")
+    at = views[0].addresses[0] + 96 * 7 + 40
+    monkeypatch.setattr(pinned, "seams", lambda: (int(at),))
+    named = rng.permutation(number)[:40]
+    ids = Index(named, 4)
+    if tokens < 4:
+        ids = Index((4 * named[:, None] + np.arange(1, 1 + tokens)).reshape(-1))
+    move = Move(views[0], views[1], ids, ids, ids.length or 0)
+    plan = CopyPlan(views[0].form, views[1].form, ids.step, ids.step)
+    pieces = pieces_of(plan, move)
+    assert np.array_equal(bytes_of_pieces(pieces), bytes_of_runs(plan.runs(*move)))
+    # The destination's addresses end a piece, and so does the seam.
+    for begins, pitch, seams in (
+        (pieces.src, pieces.src_pitch, np.array([at])),
+        (pieces.dst, pieces.dst_pitch, views[1].addresses),
+    ):
+        ends = begins + (pieces.height - 1) * pitch + pieces.width
+        inside = (begins[:, None] < seams) & (seams < ends[:, None])
+        assert not inside.any()
+
+
+@pytest.mark.filterwarnings("ignore:Host memory was asked to be pinned")
+def test_seams_between_registrations() -> None:
+    before = pinned.seams()
+    with pinned.allocate(4 * PAGE, largest=2 * PAGE) as memory:
+        cuts = tuple(memory.address + seam for seam in memory.seams)
+        assert pinned.seams() == tuple(sorted((*before, *cuts)))
+        pieces = to_2d_copies(runs_of([memory.address], [0], 4 * PAGE))
+        # Torch's own pinned memory, on a device that has such, is registered in one.
+        assert pieces.number == 1 + len(cuts)
+    del memory
+    assert pinned.seams() == before
+
+
+def test_nothing_is_done_run_by_run() -> None:
+    src = np.random.default_rng(5).permutation(20_000)[:8000] * 64
+    runs = runs_of(src.tolist(), range(0, 64 * src.size, 64), 64)
+    calls: list[str] = []
+    sys.setprofile(lambda frame, event, argument: calls.append(event))
+    try:
+        pieces = to_2d_copies(runs)
+    finally:
+        sys.setprofile(None)
+    assert pieces.number == 8000
+    assert 0 < len(calls) < 800
+
+
+# Large copies
+
+CASES = cases()
+LAYER_FIRST = "layer | block token dim"
+BLOCK_FIRST = "block layer token dim"
+POOL_BY_LAYER = "layer block token dim"
+RANDOM = [7, 31, 2, 19, 11, 28, 5, 36]
+
+
+@pytest.fixture
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "LARGE", 0)
+
+
+def plan_of(move: Move) -> CopyPlan:
+    return CopyPlan(move.src.form, move.dst.form, *move.steps)
+
+
+def folded(move: Move, seams: Sequence[int] = ()) -> Pieces:
+    plan = plan_of(move)
+    return judge(plan.runs(*move), pieces_of(plan, move), seams)
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_byte_of_any_layout(case: Case, downward: bool) -> None:
+    views = [
+        view_of(tensors_of(case.device, 0, 1), case.device),
+        view_of(tensors_of(case.host, case.count + case.offset, 2), case.host),
+    ][:: 1 if downward else -1]
+    ids = [index_of(case.ids), index_of(case.host_ids, case.offset)][:: 1 if downward else -1]
+    for plan, part in sections(Move(views[0], views[1], ids[0], ids[1], case.count)):
+        runs = plan.runs(*part)
+        pieces = judge(runs, pieces_of(plan, part))
+        # What the ends of planes share is merged or folded only if every run is looked at.
+        best = to_2d_copies(runs, part.src, part.dst)
+        assert pieces.number <= 2 * best.number + len(plan.nests)
+
+
+@pytest.mark.usefixtures("always")
+def test_a_list_over_blocks() -> None:
+    blocks = [torch.zeros(3, 4, 8, dtype=torch.int16) for _ in range(9)]
+    both = [[torch.zeros(4, 8, dtype=torch.int16) for _ in range(9)] for _ in range(3)]
+    views = (
+        KVView(blocks, "block | layer token dim"),
+        KVView(both, "layer block | token dim"),
+        pooled(POOL_BY_LAYER, blocks=9),
+    )
+    mine = Index([3, 1, 8, 0], step=4)
+    theirs = Index([2, 3, 4, 7], step=4)
+    for src, dst in permutations(views, 2):
+        folded(Move(src, dst, mine, theirs, 16))
+
+
+def pooled(layout: str, blocks: int = 40, layers: int = 3, size: int = 4) -> KVView:
+    extents = {"layer": layers, "block": blocks, "token": size, "dim": 8}
+    shape = [extents[name] for name in layout.replace("| ", "").split()]
+    pool = torch.zeros(shape, dtype=torch.int16)
+    return KVView([each.clone() for each in pool] if "|" in layout else pool, layout)
+
+
+def copied(src: str, dst: str, mine: Sequence[int], theirs: Sequence[int], layers: int = 3) -> Move:
+    views = [pooled(layout, layers=layers) for layout in (src, dst)]
+    ids = Index(list(mine), step=4), Index(list(theirs), step=4)
+    return Move(views[0], views[1], *ids, 4 * len(mine))
+
+
+NEAR = list(range(5, 15))
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize(
+    ("src", "dst", "ids", "layers", "number", "height"),
+    [
+        *((LAYER_FIRST, POOL_BY_LAYER, NEAR, layers, layers, 1) for layers in (3, 12)),
+        *((LAYER_FIRST, BLOCK_FIRST, NEAR, layers, layers, 10) for layers in (3, 12)),
+        (POOL_BY_LAYER, BLOCK_FIRST, RANDOM, 12, 8, 12),  # the layers of a block
+        (LAYER_FIRST, BLOCK_FIRST, RANDOM, 12, 8 * 12, 1),
+    ],
+)
+def test_blocks_that_follow_each_other_are_merged_and_planes_at_one_distance_are_rows(
+    src: str, dst: str, ids: list[int], layers: int, number: int, height: int
+) -> None:
+    pieces = folded(copied(src, dst, ids, ids if ids is NEAR else ids[::-1], layers))
+    assert (pieces.number, set(pieces.height.tolist())) == (number, {height})
+
+
+@pytest.mark.usefixtures("always")
+def test_skipped_blocks_and_none_at_all() -> None:
+    some = folded(copied(LAYER_FIRST, BLOCK_FIRST, [3, -1, 5, 9], [1, 2, -7, 4]))
+    assert some.nbytes == 2 * 3 * 64
+    for mine, theirs in (([-1, 4], [4, -1]), ([], [])):
+        assert folded(copied(LAYER_FIRST, BLOCK_FIRST, mine, theirs)).number == 0
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("layout", [BLOCK_FIRST, POOL_BY_LAYER, LAYER_FIRST])
+def test_slots_of_which_some_follow_each_other(layout: str) -> None:
+    slots = Index([0, 1, 2, 5, 12, 13, 9, 30, 31])
+    paged = pooled(layout)
+    chunk = KVView(torch.zeros(3, 9, 8, dtype=torch.int16), "layer token dim")
+    for move in (Move(paged, chunk, slots, Index(), 9), Move(chunk, paged, Index(), slots, 9)):
+        pieces = folded(move)
+        assert (pieces.number, pieces.nbytes) == (3 * 5, 3 * 9 * 16)
+
+
+@pytest.mark.usefixtures("always")
+@pytest.mark.parametrize("side", [0, 1])
+@pytest.mark.parametrize("layout", [LAYER_FIRST, POOL_BY_LAYER])
+def test_no_piece_of_a_large_copy_reaches_over_a_seam(
+    layout: str, side: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = range(4, 20)
+    for src, dst in ((layout, BLOCK_FIRST), (layout, POOL_BY_LAYER), (POOL_BY_LAYER, layout)):
+        move = copied(src, dst, ids, ids, 12)
+        for behind in (0, 40 * 64, 5 * 40 * 64, 9 * 64, 3 * 40 * 64 + 6 * 64 + 24):
+            seam = move[:2][side].origins[0] + behind
+            with monkeypatch.context() as patch:
+                patch.setattr(pinned, "seams", lambda seam=seam: (seam,))
+                folded(move, [seam])
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+def test_what_runs_refuse_is_refused(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folding, "LARGE", large)
+    move = copied(LAYER_FIRST, BLOCK_FIRST, RANDOM, RANDOM)
+    wrong: list[tuple[type[PortaKVError], str, dict[str, Any]]] = [
+        (LayoutError, "another form", {"src": pooled(POOL_BY_LAYER)}),
+        (SlotError, "160 slots", {"src_index": Index([40] * 8, step=4)}),
+        (SlotError, "begins at token 2", {"dst_index": Index(RANDOM, step=4, offset=2)}),
+        (SlotError, "36 positions", {"count": 36}),
+    ]
+    for error, told, change in wrong:
+        with refused(error, told, watch=move.dst.tensors):
+            pieces_of(plan_of(move), move._replace(**change))
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+@pytest.mark.parametrize("layers", [12, TALL])
+@pytest.mark.parametrize("below", [0, 64, 65, 10**9])
+def test_rows_that_are_wide_are_copies_of_their_own(
+    below: int, large: int, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folding, "LARGE", large)
+    move = copied(POOL_BY_LAYER, BLOCK_FIRST, RANDOM, RANDOM, layers)
+    found = pieces_of(plan_of(move), move, below)
+    whole = plan_of(move).runs(*move)
+    width = int(whole.nbytes.max())
+    assert (found.height > 1).any() == (width < below or layers >= TALL)
+    judge(whole, found)
+
+
+# Runs that are counted without expanding them, against `CopyPlan.runs` and `to_2d_copies`
+
+_TIMES = settings().max_examples
+
+
+def _view(side: Side) -> KVView:
+    return KVView(side.tensors, side.layout, **side.extents)
+
+
+def counted(
+    plan: CopyPlan, mine: Index, theirs: Index, count: int, below: int = folding.ALL
+) -> folding.Shape:
+    counter = RunCounter(plan, fold_below=below)
+    return counter.shape(counter.groups(mine, theirs, count), count)
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(4, marks=pytest.mark.full)])
+def test_drawn_plans(times: int) -> None:
+    """Never counted too low, and nearly always right: a bound alone might be of no use."""
+    seen: list[bool] = []
+
+    @settings(max_examples=times * _TIMES)
+    @given(drawn_cases(ragged=False))
+    def check(case: DrawnCase) -> None:
+        src = _view(case.src)
+        dst = _view(case.dst)
+        mine, theirs = (Index(s.ids, step=s.step, offset=s.offset) for s in (case.src, case.dst))
+        steps = mine.plan_step, theirs.plan_step
+        unit = CopyPlan(src.form, dst.form, *steps, reinterpret=True).unit
+        unit = gcd(unit, case.count, mine.offset, theirs.offset)
+        plan = CopyPlan(src.form, dst.form, *steps, unit, reinterpret=True)
+        skipped = (mine.slots(case.count) < 0) | (theirs.slots(case.count) < 0)
+        assume(case.count and not skipped.any())  # what is skipped, who launches has removed
+        found = counted(plan, mine, theirs, case.count)
+        runs = plan.runs(src, dst, mine, theirs, case.count)
+        assert found.nbytes == int(runs.nbytes.sum())
+        # Parts of a plan that happen to meet are merged by nobody but `runs`.
+        assert found.runs >= runs.src.size
+        assert 1 <= found.pieces <= found.runs
+        seen.append(found.runs == runs.src.size)
+
+    check()
+    assert len(seen) > times * _TIMES / 4
+    assert sum(seen) > 0.9 * len(seen)
+
+
+L = 16
+N = 48
+B = 16
+H = 2
+D = 32
+
+
+def viewed(layout: str, *shape: int, **extents: Any) -> Callable[[], KVView]:
+    def made() -> KVView:
+        tensor = torch.empty(shape)
+        return KVView([x.clone() for x in tensor] if "|" in layout else tensor, layout, **extents)
+
+    return made
+
+
+paged = viewed("layer kv block token head dim", L, 2, N, B, H, D)
+by_block = viewed("block layer kv token head dim", N, L, 2, B, H, D)
+listed = viewed("layer | kv block token head dim", L, 2, N, B, H, D)
+hnd = viewed("layer kv block head token dim", L, 2, N, H, B, D)
+chunk = viewed("kv layer token (head dim)", 2, L, N * B, H * D, heads=H)
+VIEWS = {"paged": paged, "by block": by_block, "listed": listed, "hnd": hnd, "chunk": chunk}
+
+
+def fewest(runs: Runs, src: KVView, dst: KVView, below: int) -> int:
+    order = np.argsort(runs.dst)
+    turned = Runs(runs.dst[order], runs.src[order], runs.nbytes[order])
+    return min(
+        to_2d_copies(runs, src, dst, below).number, to_2d_copies(turned, dst, src, below).number
+    )
+
+
+@pytest.mark.parametrize("order", ["random", "rising", "neighbours"])
+@pytest.mark.parametrize("target", VIEWS)
+@pytest.mark.parametrize("source", VIEWS)
+def test_what_engines_meet(source: str, target: str, order: str) -> None:
+    """The layouts of the field: exactly as many runs, and about as many pieces as there will be
+    where wider runs than so many bytes are folded only if they are many."""
+    random = np.random.default_rng(5)
+    src = VIEWS[source]()
+    dst = VIEWS[target]()
+    indices = []
+    for view in (src, dst):
+        ids = random.permutation(N)[:20]
+        ids = np.sort(ids) if order == "rising" else np.arange(3, 23) if order[0] == "n" else ids
+        indices.append(Index(ids, step=B) if view.block_size else Index())
+    mine, theirs = indices
+    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    runs = plan.runs(src, dst, mine, theirs, 20 * B)
+    for below in (1, 1 << 10, 64 << 10, folding.ALL):
+        found = counted(plan, mine, theirs, 20 * B, below)
+        # Planes of separate allocations may happen to touch each other.
+        assert 0.9 * found.runs <= runs.src.size <= found.runs
+        assert 0.5 <= found.pieces / fewest(runs, src, dst, below) <= 2
+
+
+def of_host(src: KVView, dst: KVView, mine: Index, theirs: Index, down: bool) -> RunCounter:
+    plan = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    places = ("device", "pinned") if down else ("pinned", "device")
+    plan.src, plan.dst = (replace(x.form, place=y) for x, y in zip((src, dst), places, strict=True))
+    return RunCounter.of_host(plan)
+
+
+def test_the_host_side_alone() -> None:
+    """Between rows in the order of the index and host memory, whatever the device's side is."""
+    device = hnd()
+    host = by_block()
+    block = L * 2 * B * H * D * 4
+    for ids, runs in (([7, 3, 5], 3), ([3, 4, 5], 1), ([5, 4, 3], 3), ([1, 2, 9, 10, 11, 0], 3)):
+        index = Index(ids, step=B)
+        counter = of_host(device, host, index, index, True)
+        found = counter.shape(counter.groups(index, index, len(ids) * B), len(ids) * B)
+        assert (found.nbytes, found.runs, found.pieces) == (len(ids) * block, runs, runs)
+    # The whole plan moves head by head.
+    plan = CopyPlan(device.form, host.form, B, B)
+    assert counted(plan, Index([7], B), Index([3], B), B).runs == L * 2 * H * B
+    # A chunk without ids: rows at one pitch, or all of it.
+    counter = of_host(chunk(), paged(), Index(), Index([1], B), False)
+    assert counter.groups(Index(), Index(), 20 * B) == 1
+    found = counter.shape(1, 20 * B)
+    assert (found.runs, found.pieces) == (2 * L, 1)
+    assert counter.shape(1, N * B).runs == 1
+
+
+@pytest.mark.parametrize(
+    ("offset", "count", "runs"), [(0, 4 * B, 4), (0, 4 * B - 1, 4 * 2 * L), (1, 2 * B, 3 * 2 * L)]
+)
+def test_whole_blocks_are_one_run_whatever_names_them(offset: int, count: int, runs: int) -> None:
+    """By slots on the device, host blocks that are taken whole lie in one piece all the same; parts
+    of blocks are runs of each plane."""
+    slots = Index(np.random.default_rng(2).permutation(N * B)[: 4 * B])
+    theirs = Index([7, 3, 5, 1], B, offset=offset)
+    counter = of_host(paged(), by_block(), slots, theirs, True)
+    assert counter.shape(counter.groups(theirs, theirs, count), count).runs == runs
+
+
+def test_padding_between_blocks_keeps_neighbours_apart() -> None:
+    room = torch.empty(10, 5, 8)
+    view = KVView(room[:, :4], "block token dim")
+    dense = KVView(torch.empty(40, 8), "token dim")
+    plan = CopyPlan(view.form, dense.form, 4, 0)
+    blocks = Index(list(range(1, 9)), 4)
+    found = counted(plan, blocks, Index(), 32)
+    assert (found.runs, found.pieces) == (8, 1)
+    assert to_2d_copies(plan.runs(view, dense, blocks, Index(), 32)).number == 1
+    assert counted(plan, blocks, Index(), 32, below=4 * 32).pieces == 8  # too few for wide ones
+    # The same slots by a slot mapping: no neighbours across the padding either.
+    by_slot = CopyPlan(view.form, dense.form, 1, 0)
+    assert counted(by_slot, Index(list(range(4, 36))), Index(), 32).runs == 8
+
+
+@pytest.mark.parametrize("by_loop", [False, True], ids=["units", "a loop"])
+@pytest.mark.parametrize("height", [LEAST_HEIGHT - 1, LEAST_HEIGHT, TALL - 1, TALL, 2 * TALL])
+def test_few_wide_rows_stay_apart_and_many_fold(height: int, by_loop: bool) -> None:
+    """As many as `to_2d_copies` makes: of narrow runs from 8 rows on, of wide ones from 32."""
+    count = 4 if by_loop else height
+    shape = (4, height, 8) if by_loop else (height, 8)
+    layout = "token head dim" if by_loop else "token dim"
+    # Apart on both sides, by gaps that differ: nothing merges, and rows lie at one pitch.
+    first, second = (torch.empty(*shape[:-1], 8 + gap)[..., :8] for gap in (1, 2))
+    src = KVView(first, layout)
+    dst = KVView(second, layout)
+    plan = CopyPlan(src.form, dst.form, 0, 0)
+    runs = plan.runs(src, dst, Index(), Index(), count)
+    for below, least in ((33, LEAST_HEIGHT), (32, TALL)):
+        found = counted(plan, Index(), Index(), count, below)
+        assert found.runs == runs.src.size
+        if not by_loop:
+            assert found.pieces == to_2d_copies(runs, src, dst, below).number
+            assert found.pieces == (1 if height >= least else height)
+        elif height >= least:
+            assert found.pieces == 4
+        else:
+            assert found.pieces == found.runs
+    never = counted(plan, Index(), Index(), count, 0)
+    assert (never.runs, never.pieces) == (runs.src.size,) * 2
+
+
+def test_ids_on_a_device_are_not_waited_for() -> None:
+    """They are taken as scattered, until the host has them for another reason."""
+    src = paged()
+    dst = by_block()
+    counter = RunCounter(CopyPlan(src.form, dst.form, B, B))
+    mine = Index([1, 2, 3], B)
+    theirs = Index([4, 5, 6], B)
+    mine.on_host = False  # as an index whose ids are on a device
+    assert counter.groups(mine, theirs, 3 * B) == 3
+    assert mine.known_ids() is None
+    mine.host_ids()
+    assert counter.groups(mine, theirs, 3 * B) == 1
+
+
+def test_long_lists_are_not_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    src = KVView(noise(64, 8), "token dim")
+    dst = KVView(noise(64, 8, seed=1), "token dim")
+    plan = CopyPlan(src.form, dst.form, 1, 1)
+    order = np.random.default_rng(3).permutation(64)
+    same = Index(order), Index(order)
+    assert counted(plan, *same, 64).runs == 1
+    monkeypatch.setattr(folding, "SORTED", 8)
+    assert counted(plan, *same, 64).runs > 30
+    falling = Index(np.arange(64)[::-1]), Index(np.arange(64)[::-1])
+    assert counted(plan, *falling, 64).runs == 1

@@ -1,0 +1,578 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines that copy by pieces: every byte of any layout; slices and staging of `staged`, what is
+kept of them, order on streams, failures, threads, memory that is pinned in other parts; and the ids
+and lists of `descriptors`."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.cuda_cases import COPIES, Copy, End, by, chunk
+from support.device_cases import current, delay
+from support.each_backend import REPEATED, Elsewhere
+from support.engine_cases import (
+    CHUNKS,
+    DOWNWARD,
+    PAGED,
+    TOKENS,
+    USUAL,
+    Case,
+    Transfers,
+    broken_at,
+    cases,
+    full,
+    small_slices,
+)
+from support.guarded_memory import check_sentence, filled, tensors_in
+from support.simdev_cases import DEVICE, OTHER
+from support.threads import run_threads
+
+from portakv import CopyPlan, Index, KVView, SlotError, Unsupported, copy_rows
+from portakv.backends.base import Backend, Decision
+from portakv.backends.reference import Reference
+from portakv.errors import BackendUnavailable, PortaKVError
+from portakv.host import pinned
+from portakv.interconnect import descriptors, staged, staging
+from portakv.interconnect import slices as schedule
+from portakv.interconnect.batched_memcpy import LEAST_RUN, Descriptors
+from portakv.interconnect.link import TorchLink
+from portakv.interconnect.pageable import Ring
+from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
+from portakv.interconnect.slices import Slice
+from portakv.interconnect.staged import Staged
+from portakv.interconnect.staging import dense_rows
+from portakv.interconnect.strategy import Engine
+from portakv.plan.runs import Runs
+from portakv.registry.registry import Choice
+from portakv.runtime.transfer import copies_holding_memory
+
+CASES = cases()
+#: The host memory that an engine takes.
+PLACES = {"ring": "cpu", "staged": "pinned", "descriptors": "pinned", "direct": "pinned"}
+
+
+def unequal(layout: str, widths: list[list[int]]) -> Copy:
+    """Parts of unequal widths outside the tokens, each a tensor of its own."""
+    extents = {"layers": 2, "kv": 2, "heads": 1, "dim": (16, 8)}
+    src, dst = (
+        End([[filled((4, 8, 1, w), torch.uint8) for w in row] for row in widths], layout, extents)
+        for _ in range(2)
+    )
+    return Copy(by(src, [0, 2], 8), by(dst, [1, 3], 8), 16)
+
+
+TABLE: dict[str, Callable[[], Copy]] = {
+    **COPIES,
+    **REPEATED,
+    "unequal widths in each layer": lambda: unequal(
+        "layer kv | block token head dim", [[16, 8], [16, 8]]
+    ),
+    "layers of each width": lambda: unequal("kv layer | block token head dim", [[16, 16], [8, 8]]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _staging_of_its_own() -> None:
+    staging.kept.clear()
+
+
+@pytest.fixture(params=[None, 512], ids=["default", "small"])
+def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param is not None:
+        small_slices(monkeypatch, request.param)
+
+
+#: Each case by each engine in one direction, and in the other one with `full`.
+EVERY = [
+    pytest.param(engine, case, downward, marks=pytest.mark.full if (n + k + downward) % 2 else ())
+    for k, engine in enumerate((Staged, Ring, Descriptors))
+    for n, case in enumerate(CASES)
+    for downward in (True, False)
+]
+
+
+@pytest.mark.parametrize(("engine", "case", "downward"), EVERY)
+def test_every_byte(
+    accelerator: torch.device,
+    engine: type[Backend],
+    case: Case,
+    downward: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_slices(monkeypatch, 512)
+    transfer = Transfers(engine(accelerator), downward, case)
+    transfer()
+    if case in CASES[::5]:
+        transfer(transfer.chunk(3), stream=torch.Stream(accelerator))
+
+
+def crosses(copied: Copy, device: torch.device, engine: str, downward: bool) -> None:
+    """Copy between a device and the host as the library does; every byte is judged."""
+    sides = [Elsewhere(device), Elsewhere(PLACES[engine])][:: 1 if downward else -1]
+
+    def run() -> None:
+        (src,), (dst,) = (x.views(y) for x, y in zip(sides, (copied.src, copied.dst), strict=True))
+        ids = copied.src.index(), copied.dst.index()
+        copy_rows(src, dst, *ids, count=copied.count, backend=engine).synchronize()
+        for side in sides:
+            side.bring_back()
+
+    copied.check(run)
+
+
+@DOWNWARD
+@pytest.mark.parametrize("engine", PLACES)
+@pytest.mark.parametrize("name", TABLE)
+def test_every_copy_of_the_table(
+    accelerator: torch.device, engine: str, name: str, downward: bool
+) -> None:
+    try:
+        crosses(TABLE[name](), accelerator, engine, downward)
+    except BackendUnavailable as error:
+        pytest.skip(str(error).partition("\n")[0])
+    except Unsupported as error:
+        if engine != "descriptors" or "it copies runs of 16 B or more" not in str(error):
+            raise
+        pytest.skip(str(error).splitlines()[1])
+
+
+@DOWNWARD
+@pytest.mark.parametrize("page", [96, 100])  # the bytes of 16 tokens, whole for each or not
+@pytest.mark.parametrize("engine", ["staged", "ring"])
+def test_opaque_pages_of_any_size_in_small_slices(
+    accelerator: torch.device,
+    engine: str,
+    page: int,
+    downward: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small_slices(monkeypatch)
+    src, dst = (
+        End(filled((2, 9, page), torch.uint8), "layer block page", {"kv": 1, "block_size": 16})
+        for _ in range(2)
+    )
+    crosses(Copy(src, dst, 9 * 16), accelerator, engine, downward)
+
+
+@pytest.mark.parametrize(
+    ("engine", "place"), [("staged", "pageable"), ("descriptors", "pageable"), ("ring", "pinned")]
+)
+def test_an_engine_that_does_not_serve_the_memory_says_which_one_does(
+    accelerator: torch.device, engine: str, place: str
+) -> None:
+    src, dst = (
+        Elsewhere(each).views(chunk(7))[0]
+        for each in ("cpu" if place == "pageable" else place, accelerator)
+    )
+    with pytest.raises(
+        PortaKVError, match=f"{engine}: rejected, it does not copy from {place} to device"
+    ):
+        copy_rows(src, dst, backend=engine)
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("slices")
+def test_streams_have_staging_of_their_own(accelerator: torch.device, downward: bool) -> None:
+    """The same prepared copy on two streams at once, over and over: each by its own buffers."""
+    transfer = Transfers(Staged(accelerator), downward)
+    others = [transfer.host, transfer.chunk(2)]  # of the same bytes
+    expected = transfer.expected()
+    streams = [torch.Stream(accelerator) for _ in others]
+    for _ in range(3):
+        for other, stream in zip(others, streams, strict=True):
+            stream.wait_stream(torch.accelerator.current_stream(accelerator.index))
+            transfer.go(other, stream=stream)
+    for other in others:
+        transfer.check(expected, other)
+
+
+@DOWNWARD
+@pytest.mark.usefixtures("slices")
+def test_earlier_work_of_the_stream_comes_first(accelerator: torch.device, downward: bool) -> None:
+    """Rows that are still being written are read after that, or written after that."""
+    transfer = Transfers(Staged(accelerator), downward)
+    transfer()  # nothing is made any more
+
+    def fill(value: int) -> None:
+        for layer in tensors_in(transfer.rows.tensors):
+            layer.fill_(value)
+
+    for value in range(5):
+        fill(value)
+        expected = transfer.expected()
+        fill(99)
+        torch.accelerator.synchronize(accelerator)
+        delay(torch.accelerator.current_stream(accelerator.index))
+        fill(value)
+        transfer.go()
+        transfer.check(expected)
+
+
+class OnlyByLayer(Reference):
+    """Takes dense rows whose form is one of those that lie layer by layer."""
+
+    takes: set[Any] = set()  # noqa: RUF012
+    refused = 0
+
+    def check(self, plan: CopyPlan) -> Decision:
+        if {plan.src, plan.dst} & self.takes:
+            return super().check(plan)
+        OnlyByLayer.refused += 1
+        return Decision(self.name, False, "it knows rows that lie layer by layer")
+
+
+@DOWNWARD
+def test_one_that_refuses_the_hosts_order(accelerator: torch.device, downward: bool) -> None:
+    backend = OnlyByLayer(accelerator)
+    half = Choice(backend, (Decision(backend.name, True, "chosen"),), True, backend.capabilities())
+    host = Transfers(Staged(accelerator), downward).host
+    OnlyByLayer.takes = set()
+    OnlyByLayer.refused = 0
+    with pytest.raises(Unsupported):
+        Transfers(Staged(accelerator, half), downward).prepared()
+    assert OnlyByLayer.refused == 2  # both were tried
+    dense = dense_rows(host.form, "layer")
+    held = {TOKENS, *(1 << n for n in range(12))}
+    room = torch.empty(dense.nbytes(max(held)), dtype=torch.uint8, device=accelerator)
+    OnlyByLayer.takes = {dense.view(room, each).form for each in held}
+    Transfers(Staged(accelerator, half), downward)()
+
+
+@DOWNWARD
+@pytest.mark.simdev
+def test_slices_cross_before_the_pieces_of_later_ones_are_made(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the link is idle until the host has expanded the whole transfer."""
+    small_slices(monkeypatch, 4096)
+    transfer = Transfers(Staged(DEVICE), downward)
+    made = to_2d_copies
+    copy = TorchLink.copy
+    order = list[str]()
+
+    def pieces(*arguments: Any) -> Any:
+        order.append("made")
+        return made(*arguments)
+
+    def crossed(*arguments: Any) -> None:
+        order.append("crossed")
+        copy(*arguments)
+
+    monkeypatch.setattr(schedule, "to_2d_copies", pieces)
+    monkeypatch.setattr(TorchLink, "copy", crossed)
+    for again in (False, True):  # what is kept is not made again
+        order.clear()
+        transfer()
+        slices = order.count("crossed")
+        assert slices > 2
+        assert order == (["crossed"] if again else ["made", "crossed"]) * slices
+
+
+@pytest.mark.simdev
+def test_staging_stays_below_its_limit() -> None:
+    for case in CASES[::4]:
+        Transfers(Staged(DEVICE), True, case)()
+    most = staging.RING * staged.LARGEST
+    assert max(each.nbytes for each in staging.kept.values()) <= most
+
+
+@DOWNWARD
+def test_transfers_go_on_after_one_that_found_no_memory(
+    accelerator: torch.device, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transfer = Transfers(Staged(accelerator), downward)
+    transfer(tokens=8)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            transfer.go()
+    (room,) = staging.kept.values()
+    assert not room.nbytes
+    transfer(tokens=8)
+    transfer()
+
+
+@pytest.mark.simdev
+def test_of_too_many_streams_the_one_used_longest_ago_gives_its_staging_back() -> None:
+    streams = [torch.Stream(DEVICE) for _ in range(staging.STREAMS + 1)]
+    assert len({stream.stream_id for stream in streams}) == len(streams)
+    first, second, *_ = rooms = [staging.staging(DEVICE, stream) for stream in streams[:-1]]
+    second.reserve(1 << 12)
+    gone = weakref.ref(second)
+    assert staging.staging(DEVICE, streams[0]) is first  # used again, so not the next to go
+    staging.staging(DEVICE, streams[-1])
+    assert list(staging.kept.values())[:-2] == rooms[2:]
+    del second, rooms, _
+    gc.collect()
+    assert gone() is None
+    assert staging.staging(DEVICE, streams[0]) is first
+    # Current streams of two devices may have one number.
+    assert staging.staging(OTHER, current(OTHER)) is not staging.staging(DEVICE, current(DEVICE))
+
+
+@pytest.mark.simdev
+@pytest.mark.parametrize("pinned", [False, True])
+def test_buffers_that_grow_leave_nothing_of_the_smaller_ones(pinned: bool) -> None:
+    room = staging.BounceBuffers() if pinned else staging.Staging(DEVICE, detached=True)
+    dense = dense_rows(Transfers(Staged(DEVICE), True).host.form)
+    room.reserve(1 << 12)
+    gone = weakref.ref(room.view(0, dense, 4).tensors)
+    room.reserve(1 << 13)
+    assert gone() is None
+    if isinstance(room, staging.Staging):  # each transfer goes on behind the last one's buffer
+        assert [room.turns(3), room.turns(2)] == [[0, 1, 2], [3, 0]]
+
+
+@DOWNWARD
+@pytest.mark.simdev
+def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one works out the pieces another settles them, whose staging lies elsewhere: each gets
+    those of the buffer that it asks for. The other thread is a call, so that it does come."""
+    transfer = Transfers(Staged(DEVICE), downward)
+    host = transfer.host
+    real = Slice.crossing
+
+    def fresh() -> Slice:
+        transfer.rows.derived.clear()
+        (found,) = transfer.prepared().slices(transfer.rows, host, transfer.theirs, TOKENS, True)
+        return found  # type: ignore[no-any-return]
+
+    one = fresh()
+    rooms = [torch.empty(one.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
+    buffers = [one.dense.view(room, one.held) for room in rooms]
+    expected = [fresh().pieces(buffer, host, ALL) for buffer in buffers]
+
+    def check(nth: int) -> None:
+        for column, wanted in zip(one.pieces(buffers[nth], host, ALL), expected[nth], strict=True):
+            assert np.array_equal(column, wanted)
+
+    def interrupted(self: Slice, *ends: Any) -> Pieces:
+        found = real(self, *ends)
+        monkeypatch.setattr(Slice, "crossing", real)
+        check(1)
+        return found
+
+    monkeypatch.setattr(Slice, "crossing", interrupted)
+    for nth in range(3):
+        check(nth)
+    assert Slice.crossing is real
+
+
+@DOWNWARD
+@pytest.mark.simdev
+@pytest.mark.parametrize("host", [CHUNKS[0], PAGED[0]], ids=["one allocation", "several"])
+@pytest.mark.parametrize("listed", [False, True])
+@pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
+@pytest.mark.usefixtures("slices")
+def test_what_is_kept_of_a_transfer_serves_no_other(
+    engine: type[Engine], listed: bool, host: str, downward: bool
+) -> None:
+    """Other ids of the host, another offset, count or memory, by one launch of the same rows."""
+    orders = [np.random.default_rng(seed).permutation(TOKENS).tolist() for seed in (1, 2)]
+    case = replace(USUAL, host=host, host_ids=(orders[0], 1) if listed else None)
+    transfer = Transfers(engine(DEVICE), downward, case)
+    indices = [Index(order) for order in orders] if listed else [Index()]
+    indices.append(indices[0].shifted(3))
+    memories = [transfer.host, transfer.chunk(5), transfer.chunk(6)]
+    for transfer.theirs, memory, tokens in product(indices, memories, (16, TOKENS - 3)):
+        transfer(memory, tokens)
+
+
+@DOWNWARD
+@pytest.mark.simdev
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_transfer_that_ends_early_holds_nothing_and_leaves_streams_in_order(
+    error: type[BaseException], downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slices that are kept do not have the memory that they were made for; what was enqueued is
+    waited for, and the next transfer is right."""
+    small_slices(monkeypatch)
+    transfer = Transfers(Staged(DEVICE), downward)
+    host = transfer.chunk(3)
+    (chunk,) = tensors_in(host.tensors)
+    gone = weakref.ref(chunk)
+    with monkeypatch.context() as patch:
+        patch.setattr(TorchLink, "copy", broken_at(3, TorchLink.copy, error))
+        with pytest.raises(error, match="the link is down") as caught:
+            transfer(host)
+    transfer()
+    del chunk, host, caught
+    gc.collect()
+    assert gone() is None
+
+
+@DOWNWARD
+@pytest.mark.simdev
+def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
+    downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launch makes them on a stream of its own, and they may go with their view at any time."""
+    small_slices(monkeypatch)
+    transfer = Transfers(Staged(DEVICE), downward)
+    told = list[tuple[KVView, int]]()
+    monkeypatch.setattr(
+        KVView, "record_table", lambda view, stream: told.append((view, stream.stream_id))
+    )
+    transfer.go()
+    slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.theirs, TOKENS)
+    (room,) = staging.kept.values()
+    work = current(DEVICE).stream_id
+    for each, at in zip(slices, room.turns(len(slices)), strict=True):
+        assert (each.rows, work) in told
+        assert (room.view(at, each.dense, each.held), work) in told
+
+
+@DOWNWARD
+@pytest.mark.simdev
+@pytest.mark.parametrize("host_ids", [False, True], ids=["dense", "host ids"])
+@pytest.mark.parametrize("engine", [Staged, Descriptors])
+def test_memory_that_is_pinned_in_other_parts_is_cut_there(
+    engine: type[Backend], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the same address, with the same ids, where pieces are kept: none may reach over a seam."""
+    case = replace(USUAL, host_ids=(range(TOKENS), 1) if host_ids else None)
+    transfer = Transfers(engine(DEVICE), downward, case)
+    crossed = list[tuple[int, int]]()
+    copy = TorchLink.copy
+
+    def noted(self: Any, pieces: Pieces, *others: Any) -> None:
+        start, pitch = (
+            (pieces.dst, pieces.dst_pitch) if downward else (pieces.src, pieces.src_pitch)
+        )
+        past = start + (pieces.height - 1) * pitch + pieces.width
+        crossed.extend(zip(start.tolist(), past.tolist(), strict=True))
+        copy(self, pieces, *others)
+
+    monkeypatch.setattr(TorchLink, "copy", noted)
+    transfer()
+    for _ in range(3):
+        start, past = max(crossed, key=lambda ends: ends[1] - ends[0])
+        seam = (start + past) // 2
+        assert start < seam < past  # it is one that matters
+        monkeypatch.setattr(pinned, "seams", lambda seam=seam: (seam,))
+        crossed.clear()
+        transfer()
+        assert crossed
+        assert not [ends for ends in crossed if ends[0] < seam < ends[1]]
+
+
+# Ids wherever they are, lists that are remembered, memory that is held
+
+
+@pytest.mark.parametrize("engine", [Descriptors, Staged, Ring])
+def test_ids_may_lie_anywhere(accelerator: torch.device, engine: type[Engine]) -> None:
+    transfer = Transfers(engine(accelerator), True)
+    for where in (torch.device("cpu"), accelerator):
+        for dtype in (torch.int32, torch.int64):
+            transfer.mine = Index(torch.randperm(190)[:TOKENS].to(where, dtype))
+            transfer()
+
+
+@pytest.mark.parametrize("on_host", [True, False])
+def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bool) -> None:
+    transfer = Transfers(Descriptors(accelerator), True)
+    ids = torch.arange(TOKENS)
+    ids[7] = 24 * 8
+    transfer.mine = Index(ids if on_host else ids.to(accelerator))
+    before = transfer.expected(tokens=0)
+    with pytest.raises(SlotError) as caught:
+        transfer.go()
+    check_sentence(str(caught.value), "192")
+    transfer.check(before)
+
+
+@pytest.mark.simdev
+def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    transfer = Transfers(Descriptors(DEVICE), True)
+    asked = list[int]()
+    real = CopyPlan.runs
+
+    def runs(self: CopyPlan, *args: object) -> Runs:
+        asked.append(1)
+        return real(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CopyPlan, "runs", runs)
+    ids = torch.randperm(150)[:TOKENS]
+    index = Index(ids)
+    for again, expected in ((index, 1), (index, 1), (index.shifted(3), 2), (index.shifted(3), 2)):
+        transfer.mine = again
+        transfer.go(tokens=32)
+        assert len(asked) == expected
+    known = len(transfer.prepared().known)
+    transfer.mine = Index.of(ids)  # for one call: it is never met again
+    transfer.go(tokens=32)
+    assert (len(asked), len(transfer.prepared().known)) == (3, known)
+    # Another index of the same tensor may be made after its ids have changed.
+    ids.copy_(ids.flip(0))
+    transfer.mine = Index(ids)
+    transfer(tokens=32)
+    assert len(asked) == 4
+
+
+@pytest.mark.simdev
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(descriptors, "MOST_KEPT", 500)
+    monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
+    transfer = Transfers(Descriptors(DEVICE), True)
+    kept = list[Index]()
+    for seed in range(30):
+        kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
+        transfer.mine = kept[-1]
+        transfer.go(tokens=8 + seed if seed < 24 else 32)
+        launch = transfer.prepared()
+        number = sum(pieces.number + 1 for pieces in launch.known.values())
+        assert 0 < launch.number == number <= 500
+        assert kept[-1].ids_token in next(reversed(launch.known))
+
+
+@pytest.mark.parametrize("engine", [Descriptors, Staged])
+def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[Engine]) -> None:
+    torch.accelerator.synchronize(accelerator)
+    assert copies_holding_memory() == 0
+    transfer = Transfers(engine(accelerator), False)
+    transfer()  # what is made once is there
+    cache = tensors_in(transfer.rows.tensors)
+    shape = tensors_in(transfer.host.tensors)[0].shape
+    for layer in cache:
+        layer.zero_()
+    wanted = tensors_in(transfer.expected().tensors)
+    delay(current(accelerator))
+    transfer.go()
+    assert copies_holding_memory() == 1
+    del transfer
+    gc.collect()
+    rubbish = [torch.full(shape, 7, dtype=torch.int16).pin_memory() for _ in range(4)]
+    torch.accelerator.synchronize(accelerator)
+    assert all(torch.equal(x.cpu(), y) for x, y in zip(cache, wanted, strict=True))
+    assert copies_holding_memory() == 0
+    del rubbish
+
+
+def test_from_several_threads(accelerator: torch.device) -> None:
+    transfers = [Transfers(Descriptors(accelerator), True) for _ in range(3)]
+    for each in transfers:
+        each.mine = Index(torch.randperm(190)[:TOKENS].tolist())
+        each._prepared = transfers[0]._prepared
+    wanted = [each.expected() for each in transfers]
+    run_threads(lambda each: [each.go(), each.go()], transfers)
+    for each, expected in zip(transfers, wanted, strict=True):
+        each.check(expected)
+
+
+@pytest.mark.simdev
+def test_runs_that_are_too_short_for_a_copy_engine_are_refused() -> None:
+    noise = torch.arange(4096).to(torch.uint8)
+    src = KVView(noise.to(DEVICE).view(-1, 4, LEAST_RUN // 2), "token head dim")
+    dst = KVView(noise.pin_memory().view(4, -1, LEAST_RUN // 2), "head token dim")
+    decision = Descriptors(DEVICE).check(CopyPlan(src.form, dst.form))
+    assert not decision.accepted
+    assert f"runs of {LEAST_RUN} B" in decision.reason
+    assert f"{LEAST_RUN // 2} B" in decision.reason

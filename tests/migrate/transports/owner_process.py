@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An owner in a process of its own, for tests that kill it: it gives one large slot of sevens."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import Answer, Bye
+from portakv.migrate.transports import choose
+
+if __name__ == "__main__":
+    channel = Channel()
+    mover = choose(torch.device("cpu"))
+    slot = torch.full((1 << 29,), 7, dtype=torch.uint8)
+
+    def welcome(peer: Any, _: Bye) -> Answer:
+        for kind in mover.asks:
+            channel.serve(kind, lambda reader, asked: mover.answer(reader, channel, asked))
+        mover.lane(peer, channel).move(slot, 0)
+        return Answer("done")
+
+    channel.serve(Bye, welcome)
+    print(channel.address, slot.nbytes, flush=True)
+    time.sleep(300)

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Movers are chosen with a reason, and a slot on its way ends once."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+from portakv.errors import BackendUnavailable, InvalidTerms, PeerError, TransferTimeout
+from portakv.migrate.transports import MOVERS, choose
+from portakv.migrate.transports.base import Moving
+from portakv.migrate.transports.distributed import Distributed
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def nothing_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PORTAKV_MOVER", raising=False)
+
+
+def test_the_first_mover_is_torch_distributed_and_says_why() -> None:
+    """Fault 23. Whatever led to a mover, who asks is told which one, and why."""
+    mover = choose(CPU)
+    assert isinstance(mover, Distributed)
+    assert mover.why == "distributed: accepted, a group of two by gloo"
+    assert choose(CPU, "distributed").why.endswith("it was asked for")
+
+
+def test_a_device_that_torch_has_no_group_for_is_told_of_each_mover() -> None:
+    """Fault 23. Each mover's reason is kept; Mooncake is not taken unasked."""
+    with pytest.raises(BackendUnavailable, match="no backend for meta") as found:
+        choose(torch.device("meta"))
+    said = [str(each) for each in found.value.trace]
+    assert [each.partition(":")[0] for each in said] == ["distributed", "nixl", "mooncake"]
+    assert "for meta devices" in said[1]
+    assert "asked for by name" in said[2]
+
+
+@pytest.mark.parametrize("by", ["name", "environment"])
+def test_a_forced_mover_never_falls_back(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nixl._api", None)  # as if it were not installed
+    if by == "environment":
+        monkeypatch.setenv("PORTAKV_MOVER", "nixl")
+    with pytest.raises(
+        BackendUnavailable, match=r"nixl._api is not installed; install portakv\[nixl\]"
+    ):
+        choose(CPU, "nixl" if by == "name" else "distributed")
+
+
+def test_a_release_that_is_too_old_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NIXL 0.8, which would be accepted, and no slot would cross."""
+    monkeypatch.setitem(sys.modules, "nixl._api", ModuleType("nixl._api"))
+    said = MOVERS["nixl"].probe(CPU)
+    assert not said.accepted
+    assert "nixl._api has no nixl_thread_sync_t; install portakv[nixl]" in said.reason
+
+
+def test_a_mover_that_nobody_knows_is_refused_with_the_names() -> None:
+    with pytest.raises(InvalidTerms, match="'distributed' or 'nixl' or 'mooncake'"):
+        choose(CPU, "pigeon")
+
+
+def test_a_slot_on_its_way_ends_once() -> None:
+    slot = torch.zeros(8, dtype=torch.uint8)
+    moving = Moving(slot, 60.0)
+    assert not moving.over.is_set()
+    assert not moving.wait(0.01)
+    late = Moving(slot, 0.01)
+    for _ in range(2):
+        with pytest.raises(TransferTimeout, match=r"8 B did not cross in 0.01 s"):
+            late.wait()
+    assert late.free.is_set()
+    moving.end(PeerError("The peer is gone."))
+    moving.end()
+    assert moving.over.is_set()
+    assert not moving.begin()
+    with pytest.raises(PeerError, match="The peer is gone"):
+        moving.wait()

@@ -1,0 +1,303 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots cross by torch.distributed; a peer's death ends them at once, and a new pair is made."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from support.migrate_pulls import LAYOUT, sides
+from support.simdev_cases import DEVICE, OTHER, current
+from support.transport_cases import End, Wire, slot_of, wire
+
+from portakv import KVView
+from portakv.backends.base import Decision
+from portakv.errors import OfferGone, PeerError, TransferError, Unsupported
+from portakv.migrate.channel import Channel
+from portakv.migrate.messages import Answer, Bye
+from portakv.migrate.shards import Shard
+from portakv.migrate.transports import MOVERS
+from portakv.migrate.transports.distributed import Distributed, Join, Pair
+from portakv.runtime.devices import inside
+from portakv_conformance import simdev
+
+NEVER = 300.0  # of the mover's own timeout; what ends before it does not end by it
+OWNER = Path(__file__).parent / "owner_process.py"
+
+
+def empty(nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
+
+
+def test_slots_of_any_size_cross() -> None:
+    with wire(Distributed) as both:
+        for tag, nbytes in enumerate((0, 1, 7, 1000, 1 << 20)):
+            both.cross(nbytes, tag)
+
+
+def test_slots_cross_in_the_order_in_which_they_are_given_two_at_a_time() -> None:
+    """And if they are taken before."""
+    with wire(Distributed) as both:
+        slots = [slot_of(10_000, seed) for seed in range(8)]
+        into = [empty(10_000) for _ in slots]
+        taken = [both.take(each, tag % 2) for tag, each in enumerate(into[:4])]
+        given = [both.give(slot, tag % 2) for tag, slot in enumerate(slots)]
+        taken += [both.take(each, tag % 2) for tag, each in enumerate(into[4:])]
+        for moving in (*taken, *given):
+            moving.wait(20)
+        assert all(map(torch.equal, slots, into))
+
+
+def test_nothing_of_the_callers_settings_matters() -> None:
+    with wire(Distributed) as both, torch.inference_mode(), torch.device("meta"):
+        both.cross(1000)
+
+
+@pytest.mark.parametrize("side", ["take", "give"])
+def test_a_death_that_the_channel_notices_ends_what_is_under_way(side: str) -> None:
+    """Fault 5. Not the mover's timeout ends it; the slot is free, and a new pair is made."""
+    with wire(Distributed, NEVER) as both:
+        both.cross(100)
+        slots = [slot_of(1 << 20), slot_of(1 << 20)]
+        only = list(both.life.calls.items())[side == "take"]  # the other side hears nothing
+        both.life.calls = dict([only])
+        moving = [getattr(both, side)(slot, tag) for tag, slot in enumerate(slots)]
+        time.sleep(0.1)  # so that gloo has the first one
+        both.life.end()
+        for each in moving:
+            with pytest.raises(PeerError, match="peer is gone"):
+                each.wait(20)
+            assert each.free.is_set()
+        both.life.end()
+        both.owner.forget(both.life)
+        both.reader.forget(End.address)
+        both.connect()
+        both.cross(100)
+
+
+def test_an_owner_killed_in_mid_chunk_is_told_by_the_channel() -> None:
+    """Fault 5. A real process, killed while a slot of it crosses; gloo alone would wait on, and the
+    thread that it blocks does."""
+    channel = Channel()
+    owner = subprocess.Popen([sys.executable, str(OWNER)], stdout=subprocess.PIPE, text=True)
+    mover = Distributed(torch.device("cpu"), NEVER)
+    try:
+        assert owner.stdout is not None
+        address, nbytes = owner.stdout.readline().split()
+        into = empty(int(nbytes))
+        channel.ask(address, Bye(), Answer)
+        taking = mover.lane(address, channel).move(into, 0)
+        while not (into[0] or taking.over.is_set()):
+            time.sleep(1e-4)
+        owner.kill()
+        with pytest.raises(PeerError):
+            taking.wait(60)
+        assert taking.free.is_set()
+        landed = into.clone()
+        assert landed[0] == 7  # it was in the middle of it
+        assert not landed.all()
+        assert mover.lanes == {}
+    finally:
+        owner.kill()
+        owner.wait()
+        mover.close()
+        channel.close()
+
+
+@pytest.mark.parametrize(("given", "asked"), [(5000, 100), (100, 5000), (1, 0)])
+def test_a_slot_of_another_length_is_an_error_on_either_side(given: int, asked: int) -> None:
+    """Fault 29. gloo takes too few bytes for all, and ends the process if there are too many."""
+    with wire(Distributed) as both:
+        giving = both.give(slot_of(given))
+        into = empty(asked)
+        with pytest.raises(PeerError, match=f"{given} B came, {asked} were asked for"):
+            both.take(into).wait(20)
+        with pytest.raises(PeerError):
+            giving.wait(20)
+        assert not into.any()
+        both.cross(1000)
+
+
+def test_the_timeout_is_the_last_resort() -> None:
+    """Fault 8. A peer that gives nothing, and lives."""
+    with wire(Distributed) as both:
+        both.cross(100)
+        both.reader.timeout = 0.3
+        taking = both.take(empty(100))
+        with pytest.raises(TransferError, match="did not cross"):
+            taking.wait(20)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_refuses_and_leaves_its_parents_pair_alone() -> None:
+    """Fault 31. The child closes what it inherited; the parent goes on."""
+    with wire(Distributed) as both:
+        both.cross(100)
+        child = os.fork()
+        code = 1
+        if not child:
+            try:
+                both.give(slot_of(100))
+            except Unsupported:
+                both.owner.close()
+                both.reader.close()
+                code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        both.cross(100)
+
+
+def test_a_channel_that_watches_nobody_leaves_no_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    with wire(Distributed) as both:
+
+        def closed(*_: object) -> None:
+            raise PeerError("The channel was closed.")
+
+        monkeypatch.setattr(both.here, "watch", closed)
+        with pytest.raises(PeerError, match="channel was closed"):
+            both.take(empty(100))
+        assert both.reader.lanes == {}
+
+
+class Group:
+    """What nccl does of a group of two, between two simulated devices: all in the order of streams,
+    whatever the tags."""
+
+    def __init__(self, device: torch.device, wire: queue.Queue[Any]) -> None:
+        self.device = device
+        self.wire = wire
+        self.aborted = False
+
+    def send(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
+        landed: queue.Queue[torch.Event] = queue.Queue()
+        self.wire.put((slots[0], current(self.device).record_event(), landed))
+        return self.behind(landed.get(timeout=20))
+
+    def recv(self, slots: list[torch.Tensor], _: int, tag: int) -> Any:
+        given, ready, landed = self.wire.get(timeout=20)
+        ready.wait(current(self.device))
+        simdev.delay(current(self.device), 20)
+        slots[0].copy_(given, non_blocking=True)
+        landed.put(ended := current(self.device).record_event())
+        return self.behind(ended)
+
+    def behind(self, event: torch.Event) -> Any:
+        return SimpleNamespace(wait=lambda: event.wait(current(self.device)))
+
+    def abort(self) -> None:
+        self.aborted = True
+        time.sleep(1)  # until what was on the stream has ended, landed or not
+
+
+WIRES = dict[str, Any]()  # by the name of the pair
+
+
+class SimulatedPair(Pair):
+    def _join(self) -> Group:
+        if self.address:
+            self.name = str(len(WIRES))
+            WIRES[self.name] = queue.Queue()
+            self.channel.ask(self.address, Join(self.name), Answer)
+        assert self.address or self.named.wait(20)
+        return Group(self.mover.device, WIRES[self.name])
+
+
+class Simulated(Distributed):
+    name = "simulated"
+    kind = SimulatedPair
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, device.type != "cpu", "it is simulated")
+
+
+@pytest.mark.simdev
+def test_rows_cross_between_devices_in_more_slices_than_there_are_slots(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Fault 24, 25 and 27. The host waits for no copy of the owner's, and streams order all. The
+    reader's device waits for as many bytes as were asked for, also if they cannot be brought."""
+    monkeypatch.setitem(MOVERS, Simulated.name, Simulated)
+    theirs = torch.zeros(9, 2, 8, 16, 4, 8, dtype=torch.int16, device=DEVICE)
+    mine = torch.zeros_like(theirs, device=OTHER)
+    views = [KVView([*x], LAYOUT) for x in (theirs, mine)]
+    busy = current(OTHER)
+    with sides() as made, inside(torch.Stream(DEVICE)), inside(torch.Stream(OTHER)):
+        owner = made.owner(Shard(views[0]), expose="staging", staging=4 * theirs[0].nbytes)
+        reader = made.reader(Shard(views[1]), mover=Simulated.name)
+        for turn in range(1, 6):
+            before = mine.cpu()
+            if turn == 2:  # another stream, which has nothing to do with it
+                simdev.delay(busy, 2000)
+            simdev.delay(current(OTHER), 50)
+            read = mine.clone()
+            simdev.delay(current(DEVICE), 50)
+            theirs.copy_(torch.arange(theirs.numel()).view(theirs.shape).to(DEVICE) * turn)
+            offer = owner.offer(range(8), tokens=128)
+            began = time.monotonic()
+            fails = turn % 2
+            if fails:  # ids were looked at when they were offered
+                offer.ids = [(offer.ids[0][0] + 1000, 16)]
+            pulled = reader.pull(offer.ticket, [*range(7, -1, -1)])
+            with pytest.raises(OfferGone, match="log says why") if fails else nullcontext():
+                pulled.synchronize(60)
+            assert turn != 2 or not busy.query()
+            assert torch.equal(read.cpu(), before)
+            assert len(pulled.slices) == 9
+            assert time.monotonic() - began < 10
+            assert fails or torch.equal(theirs.cpu(), mine.cpu().flip(2))
+        until = time.monotonic() + 5
+        while owner.statistics()["taken"] != 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        # Pulls that fail leave their offers.
+        assert owner.statistics()["taken"] == 2
+
+
+@pytest.mark.simdev
+def test_a_death_ends_the_slots_that_cross_on_a_device_and_aborts_their_group() -> None:
+    """Fault 5. Two are on their way; neither counts, and no thread is left."""
+    both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
+    for tag, nbytes in enumerate((1, 1000, 1 << 20)):
+        both.cross(nbytes, tag)
+    lanes = both.reader.lane(End.address, both.here), both.owner.lane(both.life, both.there)
+    simdev.delay(current(DEVICE), 500)
+    given = [both.give(slot_of(100).to(DEVICE, non_blocking=True), tag) for tag in range(3)]
+    taking = [both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)) for _ in given]
+    time.sleep(0.1)  # so that they are on the stream
+    both.life.end()
+    for each in taking:
+        with pytest.raises(PeerError, match="peer is gone"):
+            each.wait(20)
+        assert each.free.wait(20)
+    assert lanes[0].group.aborted
+    both.reader.close(20)
+    both.owner.close(20)
+    assert not any(x.is_alive() for lane in lanes for x in lane.threads)
+
+
+@pytest.mark.simdev
+def test_a_slot_on_a_device_that_takes_too_long_ends_the_one_behind_it() -> None:
+    """Fault 8. Its group is aborted: what ends on the stream then has not landed."""
+    both = Wire(Simulated, NEVER, (str(DEVICE), str(OTHER)))
+    both.cross(100)
+    simdev.delay(current(DEVICE), 500)
+    for tag in range(2):
+        both.give(slot_of(100).to(DEVICE, non_blocking=True), tag)
+    taking = list[Any]()
+    for both.reader.timeout in (0.2, NEVER):
+        taking.append(both.take(torch.zeros(100, dtype=torch.uint8, device=OTHER)))
+    for each, why in zip(taking, ("did not cross in 0.2 s", "another slot of its"), strict=True):
+        with pytest.raises(TransferError, match=why):
+            each.wait(20)
+    for mover in (both.reader, both.owner):
+        mover.close(20)

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slots are read by NIXL and Mooncake, if they are installed; and what both have, by a library of
+the test's own that can be told to fail."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from typing import Any
+
+import pytest
+import torch
+from support.transport_cases import slot_of, wire
+
+from portakv.backends.base import Decision
+from portakv.errors import PeerError, TransferError, TransferTimeout
+from portakv.migrate.transports import onesided
+from portakv.migrate.transports.onesided import Mooncake, Nixl, OneSided
+
+CPU = torch.device("cpu")
+NEVER = 300.0  # of the mover's own timeout; what ends before it does not end by it
+
+
+class Memory(OneSided):
+    """A library that reads by address, in this process. ``fails``: it says so, after so many bytes;
+    ``stuck``: it reads on and on until that is set."""
+
+    name = "memory"
+    fails: int | None = None
+    stuck: threading.Event | None = None
+    broken = False
+    reads = threading.Event()
+
+    @classmethod
+    def probe(cls, device: torch.device) -> Decision:
+        return Decision(cls.name, True, "it is here")
+
+    def begin(self, address: str) -> Any:
+        if self.broken:
+            raise RuntimeError("no such port")
+        self.entered = list[tuple[int, int]]()
+        self.log = list[tuple[int, int]]()
+        return self
+
+    def enter(self, address: int, nbytes: int, device: int) -> Any:
+        told = address, nbytes
+        self.entered.append(told)
+        self.log.append(told)
+        return told
+
+    def let_go(self, told: Any) -> None:
+        self.entered.remove(told)
+
+    def reach(self, told: Any) -> bytes:
+        return b"here"
+
+    def read(self, lane: Any, moving: Any, there: Any) -> None:
+        nbytes = there.nbytes if self.fails is None else self.fails
+        if self.stuck is not None:
+            self.reads.set()
+            self.stuck.wait()
+        ctypes.memmove(moving.slot.data_ptr(), there.address, nbytes)
+        if self.fails is not None:
+            raise RuntimeError("-1")
+
+
+def installed(kind: type[OneSided]) -> Any:
+    decision = kind.probe(CPU)
+    why = pytest.mark.skipif(not decision.accepted, reason=str(decision))
+    return pytest.param(kind, marks=why, id=kind.name)
+
+
+EACH = pytest.mark.parametrize("kind", [Memory, installed(Nixl), installed(Mooncake)])
+
+
+def empty(nbytes: int) -> torch.Tensor:
+    return torch.zeros(nbytes, dtype=torch.uint8, device="cpu")
+
+
+@EACH
+def test_slots_are_read(kind: type[OneSided]) -> None:
+    with wire(kind) as both:
+        for tag, nbytes in enumerate((1, 7, 1000, 1 << 20)):
+            both.cross(nbytes, tag)
+
+
+@EACH
+def test_two_slots_of_one_allocation_are_read_again_and_again(kind: type[OneSided]) -> None:
+    staging = slot_of(20_000)
+    into = empty(20_000)
+    with wire(kind) as both:
+        for turn in range(6):
+            staging.add_(1)
+            slots = staging.view(2, -1), into.view(2, -1)
+            given = [both.give(slots[0][tag], 2 * turn + tag) for tag in range(2)]
+            taken = [both.take(slots[1][tag], 2 * turn + tag) for tag in range(2)]
+            for moving in (*taken, *given):
+                moving.wait(20)
+            assert torch.equal(into, staging)
+
+
+@EACH
+def test_a_slot_of_another_length_is_not_read(kind: type[OneSided]) -> None:
+    """Fault 29. Not one byte of it."""
+    with wire(kind) as both:
+        for tag, (given, asked) in enumerate(((5000, 100), (100, 5000))):
+            giving = both.give(slot_of(given), tag)
+            into = empty(asked)
+            with pytest.raises(PeerError, match=f"{given} B were given, {asked} asked for"):
+                both.take(into, tag).wait(20)
+            giving.wait(20)  # the reader has told that it does not want it
+            assert not into.any()
+        both.cross(1000)
+
+
+@EACH
+def test_a_death_that_the_channel_notices_ends_what_is_under_way(kind: type[OneSided]) -> None:
+    """Fault 5. Also a take whose slot was not given, and a give that nobody took."""
+    with wire(kind, NEVER) as both:
+        both.cross(100)
+        moving = both.give(slot_of(100), 1), both.take(empty(100), 2)
+        both.life.end()
+        for each in moving:
+            with pytest.raises(PeerError, match="peer is gone"):
+                each.wait(20)
+            assert each.free.is_set()
+        both.connect()
+        both.cross(100)
+
+
+def test_an_error_after_a_part_counts_for_all_of_it() -> None:
+    """Fault 28. As Mooncake's -1 and NIXL's ERR: some of it was moved; other slots go on."""
+    with wire(Memory) as both:
+        both.reader.fails = 500
+        giving = both.give(slot_of(1000))
+        into = empty(1000)
+        taking = both.take(into)
+        with pytest.raises(PeerError, match=r"1000 B did not cross by memory: -1\. Pull again"):
+            taking.wait(20)
+        assert into[:500].any()
+        giving.wait(20)  # the owner's slot is free
+        both.reader.fails = None
+        both.cross(1000, 1)
+
+
+@pytest.mark.parametrize("timeout", [NEVER, 0.2])
+def test_a_slot_that_a_library_cannot_let_go_of_is_not_free_until_it_does(timeout: float) -> None:
+    """Fault 8. As Mooncake's. The reader is told at once, or when its time is over; the slot is
+    used again only later."""
+    with wire(Memory, timeout) as both:
+        both.reader.stuck = threading.Event()
+        both.reader.reads = threading.Event()
+        both.give(slot_of(1000))
+        taking = both.take(empty(1000))
+        why = "did not cross in 0.2 s"
+        assert both.reader.reads.wait(20)  # the library has it
+        if timeout == NEVER:
+            both.life.end()
+            why = "peer is gone"
+        with pytest.raises(TransferError, match=why):
+            taking.wait(20)
+        assert not taking.free.is_set()
+        both.reader.stuck.set()
+        assert taking.free.wait(20)
+
+
+def test_a_library_that_does_not_start_at_the_owner_is_told_to_the_reader() -> None:
+    """Not by silence, which would cost the mover's whole time; and it may be started later."""
+    with wire(Memory, NEVER) as both:
+        both.owner.broken = True
+        both.give(slot_of(100))
+        with pytest.raises(PeerError, match="no such port"):
+            both.take(empty(100)).wait(20)
+        both.owner.broken = False
+        both.cross(100, 1)
+
+
+def test_what_is_not_given_or_not_taken_ends_by_the_timeout() -> None:
+    with wire(Memory, 0.2) as both:
+        for moving in (both.take(empty(100), 1), both.give(slot_of(100), 2)):
+            with pytest.raises(TransferTimeout, match=r"100 B did not cross in 0.2 s"):
+                moving.wait(20)
+
+
+@pytest.mark.parametrize(
+    ("address", "host"),
+    [("ipc:///tmp/x", "127.0.0.1"), ("tcp://127.0.0.1:70", "127.0.0.1"), ("tcp://[::1]:70", "::1")],
+)
+def test_a_host_is_told_as_its_channels_peers_reach_it(address: str, host: str) -> None:
+    assert onesided.own_host(address) == host
