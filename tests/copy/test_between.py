@@ -17,7 +17,7 @@ from support.peer_cases import ReadsPeers, Two, judge, reading, said, settle_bot
 
 from portakv import DeviceMismatch, Index, KVView, LayoutError, SlotError, Unsupported, copy_rows
 from portakv.copy import between
-from portakv.interconnect import bounced, peers
+from portakv.interconnect import bounce, peer
 
 HOST = "the test says so"
 
@@ -29,16 +29,16 @@ def two(accelerator: torch.device) -> Two:
 
 @pytest.fixture
 def through_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "unmapped", said(HOST))
+    monkeypatch.setattr(peer, "unmapped", said(HOST))
 
 
 @pytest.fixture(params=["mapped", "through the host"])
 def route(request: pytest.FixtureRequest, two: Two, monkeypatch: pytest.MonkeyPatch) -> str:
     """How rows cross; what maps no memory only goes through the host."""
     if request.param == "through the host":
-        monkeypatch.setattr(peers, "unmapped", said(HOST))
-    elif peers.unmapped(*two):
-        pytest.skip(peers.unmapped(*two))
+        monkeypatch.setattr(peer, "unmapped", said(HOST))
+    elif peer.unmapped(*two):
+        pytest.skip(peer.unmapped(*two))
     return str(request.param)
 
 
@@ -121,8 +121,8 @@ def test_every_way_of_blocks(two: Two, route: str, options: dict[str, Any]) -> N
 
 def small_slices(monkeypatch: pytest.MonkeyPatch, nbytes: int) -> None:
     """With a reason of their own they are not the launches that other tests prepared."""
-    monkeypatch.setattr(bounced, "SLICE", nbytes)
-    monkeypatch.setattr(peers, "unmapped", said(f"{HOST}, {nbytes} B at a time"))
+    monkeypatch.setattr(bounce, "SLICE", nbytes)
+    monkeypatch.setattr(peer, "unmapped", said(f"{HOST}, {nbytes} B at a time"))
 
 
 def test_slices_through_the_host(two: Two, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,7 +153,7 @@ def test_a_backend_that_reads_peers_on_the_simulated_device(
     """The library's way of a mapped copy, with a reader in the place of kernels."""
     if two[0].type == "cuda":
         pytest.skip("kernels read there")
-    monkeypatch.setattr(peers, "unmapped", said(""))
+    monkeypatch.setattr(peer, "unmapped", said(""))
     with reading(ReadsPeers):
         for options in ({}, {"overlap": "idle"}, {"by_layer": True}, {"cancellable": True}):
             src = layered(two[0])

@@ -24,7 +24,7 @@ from portakv import LayoutError, SlotError
 from portakv.errors import InvalidTerms, PortaKVError, Unsupported
 from portakv.integrations import IntegrationError, kvcacheio_pools
 from portakv.integrations import kvcacheio as io
-from portakv.interconnect import direct
+from portakv.interconnect import zero_copy
 from portakv.interconnect.choose import hosts
 from portakv.interconnect.strategy import SMALL
 
@@ -797,11 +797,12 @@ def test_the_quota_of_mla_is_set_by_sglangs_variable(
 
 def test_the_page_says_the_limits_that_hold() -> None:
     page = Path(__file__).parents[2].joinpath("docs/plugs/sglang.md").read_text(encoding="utf-8")
-    blocks = direct.BESIDE
+    blocks = zero_copy.BESIDE
     small = {way: size >> 20 for way, size in SMALL.items()}
     assert (
-        f"with {blocks['d2h']} thread blocks to the host ({direct.BLOCKS} up to {small['d2h']} MiB)"
-        f" and {blocks['h2d']} to the device ({direct.BLOCKS} up to {small['h2d']} MiB)."
+        f"with {blocks['d2h']} thread blocks to the host "
+        f"({zero_copy.BLOCKS} up to {small['d2h']} MiB)"
+        f" and {blocks['h2d']} to the device ({zero_copy.BLOCKS} up to {small['h2d']} MiB)."
     ) in " ".join(page.split())
 
 

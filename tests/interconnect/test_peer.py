@@ -24,7 +24,7 @@ from portakv.backends.hip import Hip
 from portakv.backends.rows_kernel import RowsKernel, Tuning
 from portakv.backends.rows_launch import RowsBackend
 from portakv.backends.triton import Triton
-from portakv.interconnect import direct, peers
+from portakv.interconnect import peer, zero_copy
 from portakv.interconnect.strategy import Terms
 from portakv.interconnect.zero_copy import PEER_BLOCKS, PEER_CUT, Direct, DirectKernel
 from portakv.registry.registry import Choice, choose
@@ -126,8 +126,8 @@ def test_the_kernel_reads_a_peers_rows_and_asks_nothing_of_pinned_memory(
     name: str, planes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with installed() as driver:
-        monkeypatch.setattr(direct, "PEER_CUT", direct.CUT._replace(planes=planes))  # small
-        monkeypatch.setattr(direct, "device_address", lambda address, device: 0)
+        monkeypatch.setattr(zero_copy, "PEER_CUT", zero_copy.CUT._replace(planes=planes))  # small
+        monkeypatch.setattr(zero_copy, "device_address", lambda address, device: 0)
         copied = COPIES[name]()
         launch = ReadsOnHost(CPU).prepare(copied.plan())
         ends = copied.src.view(), copied.dst.view(), copied.src.index(), copied.dst.index()
@@ -198,7 +198,7 @@ def test_rows_of_the_host_and_of_other_types_are_no_peers() -> None:
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """What the driver says of access, and no answers from before."""
     says = [True]
-    monkeypatch.setattr(peers, "answers", Bounded("answers of a test", 8))
+    monkeypatch.setattr(peer, "answers", Bounded("answers of a test", 8))
     monkeypatch.setattr(
         device_module, "can_device_access_peer", lambda reader, owner: says[0], raising=False
     )
@@ -210,15 +210,15 @@ def test_a_driver_that_gives_no_access(asked: list[bool]) -> None:
     asked[0] = False
     with reading(ReadsPeers):
         why = f"the driver says that {THERE} does not reach memory of {HERE}"
-        assert peers.unmapped(HERE, THERE) == why
+        assert peer.unmapped(HERE, THERE) == why
         asked[0] = True
-        assert peers.unmapped(HERE, THERE) == why, "it is asked once"
+        assert peer.unmapped(HERE, THERE) == why, "it is asked once"
 
 
 @pytest.mark.simdev
 def test_a_device_whose_torch_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peers, "answers", Bounded("answers of a test", 8))
-    assert peers.unmapped(HERE, THERE).startswith("torch does not tell whether")
+    monkeypatch.setattr(peer, "answers", Bounded("answers of a test", 8))
+    assert peer.unmapped(HERE, THERE).startswith("torch does not tell whether")
 
 
 @pytest.mark.simdev
@@ -233,17 +233,17 @@ def test_a_device_that_is_full_is_asked_again(
     with reading(ReadsPeers):
         with monkeypatch.context() as busy:
             busy.setattr(device_module, "can_device_access_peer", full)
-            assert peers.unmapped(HERE, THERE).endswith(f"could not be tried on {THERE}: no room")
+            assert peer.unmapped(HERE, THERE).endswith(f"could not be tried on {THERE}: no room")
             assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounced"
-        assert peers.unmapped(HERE, THERE) == ""
+        assert peer.unmapped(HERE, THERE) == ""
 
 
 @pytest.mark.simdev
 @pytest.mark.usefixtures("asked")
 def test_a_pattern_that_is_read_right() -> None:
     with reading(ReadsPeers):
-        assert peers.unmapped(HERE, THERE) == ""
-        assert peers.unmapped(THERE, HERE) == "", "the other direction is a question of its own"
+        assert peer.unmapped(HERE, THERE) == ""
+        assert peer.unmapped(THERE, HERE) == "", "the other direction is a question of its own"
 
 
 @pytest.mark.simdev
@@ -251,7 +251,7 @@ def test_a_pattern_that_is_read_right() -> None:
 def test_a_mapping_that_reads_wrong_bytes_is_not_used() -> None:
     """Fault 22. As behind an IOMMU that breaks peer access: wrong bytes without an error."""
     with reading(ReadsWrong):
-        assert "elements of a pattern on" in peers.unmapped(HERE, THERE)
+        assert "elements of a pattern on" in peer.unmapped(HERE, THERE)
         done = judge(COPIES["pool to pool"](), (HERE, THERE))
         assert done.statistics.engine == "bounced"
         assert "elements of a pattern on" in done.statistics.why
@@ -261,7 +261,7 @@ def test_a_mapping_that_reads_wrong_bytes_is_not_used() -> None:
 @pytest.mark.usefixtures("asked")
 def test_a_device_without_a_kernel_that_reads_peers() -> None:
     """Fault 23. No way between two devices but the host."""
-    why = peers.unmapped(HERE, THERE)
+    why = peer.unmapped(HERE, THERE)
     assert why.startswith(f"reading a pattern of {HERE} on {THERE} raised Unsupported")
     assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounced"
 
@@ -271,18 +271,18 @@ def test_a_device_without_a_kernel_that_reads_peers() -> None:
 
 def way(terms: Terms = Terms(), backend: str | None = None) -> Choice:  # noqa: B008
     view = KVView([torch.zeros(3, 4, 32, dtype=torch.uint8).to(HERE)], "layer | block token dim")
-    return peers.reached(view.as_peer(THERE), choose(THERE, backend), terms)
+    return peer.reached(view.as_peer(THERE), choose(THERE, backend), terms)
 
 
 @pytest.mark.simdev
 def test_ways_by_what_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     with reading(ReadsPeers):
-        monkeypatch.setattr(peers, "unmapped", said(""))
+        monkeypatch.setattr(peer, "unmapped", said(""))
         assert way().name == way(Terms("idle")).name == ReadsPeers.name
         with refused(Unsupported, "max_thread_blocks=3", "'direct' alone"):
             way(Terms(max_thread_blocks=3))
         assert way(backend="reference").name == "bounced"
-        monkeypatch.setattr(peers, "unmapped", said("it is not"))
+        monkeypatch.setattr(peer, "unmapped", said("it is not"))
         assert way().name == "bounced"
         assert way() is way(), "else each copy would be prepared anew"
         assert way(Terms(max_gbps=1.0)) is way(Terms(max_gbps=2.0))
@@ -312,7 +312,7 @@ def two() -> Two:
     ids=str,
 )
 def test_what_reads_on_two_devices(two: Two, how: dict[str, Any], engine: str) -> None:
-    if why := peers.unmapped(*two):
+    if why := peer.unmapped(*two):
         pytest.skip(why)
     for name in ("pool to pool", "memory objects, gathered", "blocks of heads", "NZ"):
         assert judge(COPIES[name](), two, **how).statistics.engine == engine
@@ -320,7 +320,7 @@ def test_what_reads_on_two_devices(two: Two, how: dict[str, Any], engine: str) -
 
 @pytest.mark.gpu
 def test_an_address_of_a_peer_is_told_once_access_is_open(two: Two) -> None:
-    if why := peers.unmapped(*two):
+    if why := peer.unmapped(*two):
         pytest.skip(why)
     memory = torch.zeros(4096, device=two[0])
-    assert direct.device_address(memory.data_ptr() + 64, two[1]) == memory.data_ptr() + 64
+    assert zero_copy.device_address(memory.data_ptr() + 64, two[1]) == memory.data_ptr() + 64

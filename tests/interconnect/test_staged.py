@@ -40,7 +40,7 @@ from portakv.backends.base import Backend, Decision
 from portakv.backends.reference import Reference
 from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
-from portakv.interconnect import descriptors, staged, staging
+from portakv.interconnect import batched_memcpy, staged, staging
 from portakv.interconnect import slices as schedule
 from portakv.interconnect.batched_memcpy import LEAST_RUN, Descriptors
 from portakv.interconnect.link import TorchLink
@@ -519,7 +519,7 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.simdev
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(descriptors, "MOST_KEPT", 500)
+    monkeypatch.setattr(batched_memcpy, "MOST_KEPT", 500)
     monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
     transfer = Transfers(Descriptors(DEVICE), True)
     kept = list[Index]()

@@ -24,7 +24,7 @@ from support.guarded_memory import filled, refused, tensors_in
 
 from portakv import CopyPlan, Index, KVView, TransferError, Unsupported
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
-from portakv.interconnect import direct
+from portakv.interconnect import zero_copy
 from portakv.interconnect.strategy import PINNED, Terms
 from portakv.interconnect.strategy import SMALL as MOST_BESIDE
 from portakv.interconnect.zero_copy import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
@@ -139,7 +139,7 @@ def test_beside_a_model_a_large_launch_has_few(engine: type[Stores], terms: Term
     plan = between(COPIES["gather"](), *engine.sides)
     direction = "h2d" if engine is Loads else "d2h"
     most = terms.max_thread_blocks or BLOCKS
-    beside = direct.BESIDE[direction] if terms == Terms() else most
+    beside = zero_copy.BESIDE[direction] if terms == Terms() else most
     kernel = DirectKernel(plan.nests[0], plan, CPU, terms)
     small = MOST_BESIDE[direction] // plan.token_bytes
     assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
@@ -176,7 +176,7 @@ def test_a_copy_of_several_launches(
     most: int, launches: int, engine: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Positions are named by their place in the whole. A token is 12 vectors in 6 planes."""
-    monkeypatch.setattr(direct, "MAX_VECTORS", most)
+    monkeypatch.setattr(zero_copy, "MAX_VECTORS", most)
     slots = [*range(11, -1, -1), *range(11)]
     slots[17] = 12
     copied = Copy(by(pool(), slots), chunk(23), 23)
@@ -188,7 +188,7 @@ def test_a_copy_of_several_launches(
 
 def test_a_unit_of_too_many_vectors(engine: type[Stores], monkeypatch: pytest.MonkeyPatch) -> None:
     assert MAX_VECTORS <= 2**30  # `Divisor` is exact below
-    monkeypatch.setattr(direct, "MAX_VECTORS", 12)
+    monkeypatch.setattr(zero_copy, "MAX_VECTORS", 12)
     with refused(Unsupported, "12 vectors", "'staged'"):
         engine(CPU).prepare(tall(3).plan())
 
@@ -280,12 +280,12 @@ def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.Mo
     made = Stores(CPU)
     copied = COPIES["gather"]()
     with monkeypatch.context() as capturing:
-        capturing.setattr(direct, "capturing", lambda device: True)
+        capturing.setattr(zero_copy, "capturing", lambda device: True)
         with refused(Unsupported, "make the same call once before the capture"):
             made.prepare(copied.plan())
     launched(copied, made.prepare(copied.plan()))
     driver.held.clear()
-    monkeypatch.setattr(direct, "capturing", lambda device: True)
+    monkeypatch.setattr(zero_copy, "capturing", lambda device: True)
     launched(copied, made.prepare(copied.plan()))
     assert driver.held == [], "a graph's memory is its owner's"
 
@@ -313,7 +313,7 @@ def test_a_view_is_asked_until_it_is_reached(
         asked.append(address)
         return address if reached else 64 * (len(asked) - 1)  # nowhere, or elsewhere
 
-    monkeypatch.setattr(direct, "device_address", ask)
+    monkeypatch.setattr(zero_copy, "device_address", ask)
     copied = COPIES["gather"]()
     prepared = Stores(CPU).prepare(copied.plan())
     dst = copied.dst.view()
@@ -404,7 +404,8 @@ def test_a_table_that_only_the_device_has_is_read_where_it_is(
     indices = copied.src.index(), copied.dst.index()
     plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in indices))
     prepared = engine(CPU).prepare(plan)
-    monkeypatch.setattr(direct, "capturing", lambda device: True)  # no allocator is told of tables
+    # No allocator is told of tables.
+    monkeypatch.setattr(zero_copy, "capturing", lambda device: True)
     copied.check(lambda: prepared(src, dst, *indices, copied.count, None, status))
     assert not src.known
     assert not dst.known
@@ -511,7 +512,7 @@ def test_large_copies_in_many_turns(gpu: Direct, downward: bool) -> None:
 def test_bad_ids_move_nothing_and_are_told(
     gpu: Direct, bad: int, most: int, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(direct, "MAX_VECTORS", most)
+    monkeypatch.setattr(zero_copy, "MAX_VECTORS", most)
     slots = [3, 1, -1, 7, bad, 11, 5, -(2**31)]
     assert judged_there(Copy(by(pool(), slots), chunk(8), 8), gpu, downward) == 5
     assert judged_there(Copy(chunk(8), by(pool(), slots), 8), gpu, downward) == 5
@@ -596,8 +597,8 @@ def test_a_replay_moves_what_is_there_then(gpu: Direct, listed: bool, downward: 
 def test_an_address_that_no_kernel_reaches() -> None:
     pageable = torch.zeros(4096)
     pinned = torch.zeros(4096).pin_memory()
-    assert direct.device_address(pinned.data_ptr() + 64, CUDA) == pinned.data_ptr() + 64
-    reached = direct.device_address(pageable.data_ptr(), CUDA)
+    assert zero_copy.device_address(pinned.data_ptr() + 64, CUDA) == pinned.data_ptr() + 64
+    reached = zero_copy.device_address(pageable.data_ptr(), CUDA)
     assert reached in (0, pageable.data_ptr()), "a device that reaches all memory may say so"
     torch.cuda.synchronize()
 
@@ -621,5 +622,5 @@ def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(gpu: Direct) ->
             _, local = driver.cuFuncGetAttribute(
                 attribute.CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES, function
             )
-            assert int(threads) >= direct.CUT.threads
+            assert int(threads) >= zero_copy.CUT.threads
             assert int(local) < 128, "what a thread has under way lies in registers"

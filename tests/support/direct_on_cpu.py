@@ -20,7 +20,7 @@ import torch
 
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
-from portakv.interconnect import direct
+from portakv.interconnect import zero_copy
 from portakv.interconnect.zero_copy import NAME, Cut, Direct
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
@@ -116,8 +116,8 @@ def installed(cut: Cut = SMALL) -> Iterator[Driver]:
         patched.setattr(_cuda_driver.CudaDriver, "current", lambda self: nullcontext())
         patched.setattr(torch._C, "_cuda_getDevice", lambda: None, raising=False)
         patched.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 7, raising=False)
-        patched.setattr(direct, "device_address", lambda address, device: address)
-        patched.setattr(direct, "bring_table", _bring_table)
+        patched.setattr(zero_copy, "device_address", lambda address, device: address)
+        patched.setattr(zero_copy, "bring_table", _bring_table)
         patched.setattr(streams, "completion", driver.hold)
-        patched.setattr(direct, "CUT", cut)
+        patched.setattr(zero_copy, "CUT", cut)
         yield driver

@@ -6,7 +6,8 @@ table of every package, which limits nothing:
 
     python tests/support/style.py
 
-With `--shrink` it lowers and deletes the exceptions that the code no longer needs. It adds none.
+With `--words PATH...` it lists the private words there, by file and line. With `--shrink` it lowers
+and deletes the exceptions that the code no longer needs. It adds none.
 """
 
 from __future__ import annotations
@@ -43,6 +44,18 @@ _SKIP = "# fmt: " + "skip"
 QUESTIONS = re.compile(
     r"(What|Whether|How|As|Of|Where|Which|Who|Whose|Why|When|If|For|From|By|In|On|At|To)\b"
 )
+
+#: Private words: standard English has another word for each, which `docs/decisions.md` lists.
+WORDS = re.compile(
+    r"(?<![a-z])(told|tells|said|heard|asked|behind|beside|nobody|of its own|let go|at once|mine"
+    r"|theirs|movers?|shelf|shelves|spots?|legs?|flights?|landings?|rungs?|earned|ladders?|bars"
+    r"|greets?|welcome|seams?|plugs?|fleeting|lasting)(?![a-z])",
+    re.IGNORECASE,
+)
+#: Words that name nothing when a variable is called so; in a sentence they are plain.
+NAMES = re.compile(r"(?<![a-z])(found|given|held|kept|ways?|rooms?|homes?|house|walls?)(?![a-z])")
+#: Names that stay: public ones, fields of records on disk, and the words of other projects.
+STAYING = re.compile(r"PORTAKV_MOVER|\.ci/plugs|--plugs|bars\.toml|benchmarks/plugs|docs/plugs")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -249,6 +262,32 @@ def sizes() -> dict[str, Size]:
     return packages
 
 
+def words(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the line and the word of each private word in a Python file or a page."""
+    text = path.read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
+        for match in WORDS.finditer(STAYING.sub("", line)):
+            yield number, match[0]
+    if path.suffix == ".py":
+        for token in tokenize.generate_tokens(StringIO(text).readline):
+            if token.type == tokenize.NAME:
+                for match in NAMES.finditer(token.string):
+                    yield token.start[0], match[0]
+
+
+def list_words(names: list[str]) -> None:
+    """Print each private word below the named files and folders, and their number."""
+    total = 0
+    for name in names:
+        top = ROOT / name
+        files = [top] if top.is_file() else [*modules(top), *sorted(top.rglob("*.md"))]
+        for path in files:
+            for number, word in words(path):
+                total += 1
+                print(f"{path.relative_to(ROOT)}:{number}: {word}")
+    print(f"{total} words")
+
+
 def shrink() -> None:
     """Lower each exception to what the code needs, and delete those that nothing needs."""
     measured = {(each.rule, each.where): each.measure for each in findings()}
@@ -272,6 +311,9 @@ def main() -> None:
     """Print the table of the packages."""
     if sys.argv[1:] == ["--shrink"]:
         shrink()
+        return
+    if sys.argv[1:2] == ["--words"]:
+        list_words(sys.argv[2:])
         return
     heads = ("package", "lines", "packed", "Any", "comments", "questions", "longest function")
     rows = [heads]
