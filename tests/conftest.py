@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from support import seams
+from support import patch_points
 
 from portakv.interconnect import link
 from portakv.runtime import cuda
@@ -38,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Load the profile before any test module is imported, so that decorators can read it."""
-    seams.guard()
+    patch_points.guard()
     if name := os.environ.get("SIMDEV_NAME"):
         simdev.load(name)  # a child of own_process: its modules may look at the device
     if "PYTEST_XDIST_WORKER" in os.environ:

@@ -16,7 +16,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from support import seams, style
+from support import patch_points, style
 from support.style import Finding, modules
 
 if sys.version_info >= (3, 11):
@@ -100,13 +100,13 @@ def test_the_code_is_plain(rule: str) -> None:
     assert stale == set(), "run `python tests/support/style.py --shrink`"
 
 
-def test_a_seam_is_a_public_name_that_a_test_replaces() -> None:
-    """`support.seams` refuses to replace anything else."""
+def test_a_patch_point_is_a_public_name_that_a_test_replaces() -> None:
+    """`support.patch_points` refuses to replace anything else."""
     tests = "".join(path.read_text(encoding="utf-8") for path in modules(ROOT / "tests"))
-    for seam in seams.listed():
-        name = seam.rpartition(".")[2]
-        assert not re.match("_[^_]", name), seam
-        assert re.search(rf'[".]{name}"[,:)]', tests), seam
+    for point in patch_points.listed():
+        name = point.rpartition(".")[2]
+        assert not re.match("_[^_]", name), point
+        assert re.search(rf'[".]{name}"[,:)]', tests), point
 
 
 def test_tests_read_no_more_private_names() -> None:
