@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Write the generated tables of the README and of docs/hardware.md, or with ``--check`` fail where
-they are stale.
+"""Write the generated tables of the README, docs/layouts.md and docs/hardware.md.
+
+With ``--check`` fail where they are stale.
 
 The table of layouts comes from `portakv.layout.presets`, those of backends from
 `conformance/ladder.toml`, whose rows the files in `conformance/results` bear out. A rung whose
@@ -87,7 +88,8 @@ def borne_out() -> ladder.Ladder:
 
 #: The tables of each page, by the name in its mark.
 PAGES: dict[Path, dict[str, Callable[[], str]]] = {
-    README: {"layouts": layouts, "backends": backends},
+    README: {"backends": backends},
+    ROOT / "docs" / "layouts.md": {"layouts": layouts},
     ROOT / "docs" / "hardware.md": {"hardware": hardware},
 }
 
