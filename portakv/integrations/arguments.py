@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arguments of functions that stand for an engine's own: types as their signatures say."""
+"""Check the arguments of functions that replace an engine's own, by their annotations."""
 
 from __future__ import annotations
 
@@ -7,55 +7,64 @@ import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
 from numbers import Integral
-from typing import Any, ParamSpec, TypeVar
+from typing import ParamSpec, TypeVar
 
 import torch
 
 from portakv import Index, KVView, SlotError
 from portakv.integrations import IntegrationError
 
-_Asked = ParamSpec("_Asked")
-_Answer = TypeVar("_Answer")
+_Parameters = ParamSpec("_Parameters")
+_Result = TypeVar("_Result")
 
 
 class ArgumentError(IntegrationError, TypeError):
-    """An engine's op was called with an argument of another type than it says."""
+    """An engine's op was called with an argument of another type than its annotation."""
 
 
-def typed(function: Callable[_Asked, _Answer]) -> Callable[_Asked, _Answer]:
-    """``function``, which raises `ArgumentError` for arguments of other types than it says; types
-    that are not in `_FITS` are not looked at."""
-    says = {name: each.annotation for name, each in inspect.signature(function).parameters.items()}
-    fits = [(name, _fit(kind)) for name, kind in says.items()]
-    named_fits = dict(fits)
+def typed(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Return ``function`` with a check of its arguments' types, which raises `ArgumentError`.
+
+    Arguments whose annotation is not in `_CHECKS` are not checked.
+    """
+    parameters = inspect.signature(function).parameters
+    annotations = {name: each.annotation for name, each in parameters.items()}
+    in_order = [(name, _check_of(annotation)) for name, annotation in annotations.items()]
+    by_name = dict(in_order)
 
     @wraps(function)
-    def checked(*args: _Asked.args, **named: _Asked.kwargs) -> _Answer:
-        for (name, right), value in zip(fits, args, strict=False):
-            if not right(value):
-                raise _of_another_type(function.__name__, name, value, says[name])
+    def checked(*args: _Parameters.args, **named: _Parameters.kwargs) -> _Result:
+        for (name, fits), value in zip(in_order, args, strict=False):
+            if not fits(value):
+                raise _wrong_type(function.__name__, name, value, annotations[name])
         for name, value in named.items():
-            if name in says and not named_fits[name](value):
-                raise _of_another_type(function.__name__, name, value, says[name])
+            if name in annotations and not by_name[name](value):
+                raise _wrong_type(function.__name__, name, value, annotations[name])
         return function(*args, **named)
 
     return checked
 
 
-def _fit(says: str) -> Callable[[Any], bool]:
-    """Whether a value is of one of the types that an annotation says."""
-    known = [_FITS.get(each, lambda _: True) for each in says.split(" | ")]
-    return known[0] if len(known) == 1 else lambda value: any(fit(value) for fit in known)
+def _check_of(annotation: str) -> Callable[[object], bool]:
+    """Return a function that checks whether a value is of one of the types of an annotation."""
+    checks = [_CHECKS.get(each, _is_anything) for each in annotation.split(" | ")]
+    if len(checks) == 1:
+        return checks[0]
+    return lambda value: any(check(value) for check in checks)
 
 
-def _of_another_type(function: str, name: str, value: object, says: str) -> ArgumentError:
-    found = told(value) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
+def _wrong_type(function: str, name: str, value: object, annotation: str) -> ArgumentError:
+    actual = described(value) if isinstance(value, torch.Tensor) else f"{value!r:.80}"
     if isinstance(value, Sequence) and any(isinstance(x, torch.Tensor) for x in value):
-        found = f"a list of {' and '.join(sorted({type(x).__name__ for x in value}))}"
+        actual = f"a list of {' and '.join(sorted({type(x).__name__ for x in value}))}"
     return ArgumentError(
-        f"{function} was given {name} = {found}; expected {says}, and of tensors strided ones that "
+        f"{function} got {name} = {actual}, expected {annotation}. Tensors must be strided and "
         f"have memory. Pass such an argument."
     )
+
+
+def _is_anything(value: object) -> bool:
+    return True
 
 
 def _is_tensor(value: object) -> bool:
@@ -66,8 +75,8 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, Integral))
 
 
-#: Whether a value is of a type.
-_FITS: dict[str, Callable[[Any], bool]] = {
+#: The check for each annotation.
+_CHECKS: dict[str, Callable[[object], bool]] = {
     "torch.Tensor": _is_tensor,
     "int": _is_number,
     "None": lambda value: value is None,
@@ -77,22 +86,31 @@ _FITS: dict[str, Callable[[Any], bool]] = {
 
 
 def check_ids(index: Index, count: int, view: KVView, written: bool) -> None:
-    """Judge ids on the host before anything is moved. A negative one skips its position in PortaKV;
-    engines that have no such ids mean none by it.
+    """Check ids on the host before anything is moved.
+
+    In PortaKV a negative id skips its position. Engines do not use negative ids for that, so they
+    are refused here.
+
+    Args:
+        index: the ids of one side.
+        count: positions of the copy.
+        view: the memory that the ids name.
+        written: the copy writes this side, so that no id may occur twice.
 
     Raises:
-        SlotError: a negative id, one past the view's end, and of a side that is ``written`` one
-            that occurs twice.
+        SlotError: an id is negative or past the view's end, or occurs twice in a written side.
     """
     side = "destination" if written else "source"
-    if index.check(count, view.slots, side, distinct=written):
+    has_negative = index.check(count, view.slots, side, distinct=written)
+    if has_negative:
         raise SlotError(
-            f"Id {index.host_ids().min()} of {index.step} token(s) was given in the {side}; "
-            f"expected 0 or more. Nothing was moved. Correct the ids."
+            f"Expected ids of 0 or more in the {side}, got {index.host_ids().min()} (ids of "
+            f"{index.step} token(s)). Nothing was moved. Correct the ids."
         )
 
 
-def told(tensor: torch.Tensor) -> str:
+def described(tensor: torch.Tensor) -> str:
+    """Return the dtype, shape, strides and device of a tensor, for an error."""
     return (
         f"a {tensor.dtype} tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
         f"{tensor.device}"

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What plugs call and replace in engines, and whether an installed engine still has it. The source
-files of the engine are read; nothing of it is imported."""
+"""The interfaces that integrations call and replace in engines, compared with an installed engine.
+
+The comparison reads the engine's source files and imports none of them.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,15 @@ class Interface(NamedTuple):
     """A function, a method, a class or a constant in a module of an engine.
 
     Attributes:
-        takes: the first parameters or fields, in order, without ``self``. Further ones must have
-            defaults.
-        exact: a plug replaces it, so that there may be no further ones but ``may``: the engine
-            would pass them.
-        may: the further ones that the plug's own knows.
-        also: parameters that the plug passes by name.
-        abstract: of a class that a plug implements, the abstract methods that it may have.
+        module: the dotted name of the module.
+        name: the dotted name in the module.
+        takes: the first parameters or fields, in order, without ``self``. Further parameters must
+            have defaults.
+        exact: an integration replaces the function. Further parameters are then allowed only if
+            ``may`` lists them, since the engine would pass them.
+        may: further parameters that the replacement accepts.
+        also: parameters that the integration passes by name.
+        abstract: the abstract methods that a class may have, if an integration implements it.
     """
 
     module: str
@@ -44,7 +48,7 @@ _LAYER = "transformers.cache_utils"
 
 Definition: TypeAlias = ast.ClassDef | ast.FunctionDef | ast.Assign
 
-#: For each plug what it uses; read from the releases that it was run beside.
+#: The interfaces that each integration uses, read from the sources of the tested releases.
 INTERFACES = {
     "lmcache": (
         Interface("lmcache.v1.platform.base.device_spec", "DeviceSpec.device_type"),
@@ -171,37 +175,46 @@ INTERFACES = {
 }
 
 
-def differences(plug: str) -> list[str]:
-    """Return a clause for each interface of a plug that the installed engine lacks or has with
-    other parameters; nothing if all are as the plug expects."""
-    return [text for each in INTERFACES[plug] if (text := _difference(each))]
+def differences(integration: str) -> list[str]:
+    """Return a clause for each interface that the installed engine lacks, or has with other
+    parameters.
+
+    The list is empty if all interfaces are as the integration expects.
+    """
+    return [text for each in INTERFACES[integration] if (text := _difference(each))]
 
 
 def _difference(interface: Interface) -> str:
-    """Return how an interface differs; empty if it does not."""
+    """Return a clause that says how an interface differs, or an empty text."""
     place = f"{interface.module}.{interface.name}"
     file = _source(interface.module)
-    found = _definition(file, interface.name) if file else None
-    if found is None:
+    definition = _definition(file, interface.name) if file else None
+    if definition is None:
         return f"{place} is not there"
+
     if interface.abstract is not None:
-        further = _abstract(found) - {*interface.abstract}
-        return f"{place} has further abstract methods: {', '.join(sorted(further))}" * bool(further)
-    takes, optional = _parts(found)
+        further = _abstract(definition) - {*interface.abstract}
+        if further:
+            return f"{place} has further abstract methods: {', '.join(sorted(further))}"
+        return ""
+
+    takes, optional = _parts(definition)
     expected = interface.takes
     allowed = {*interface.may} if interface.exact else optional
-    fits = {*takes[len(expected) :]} <= allowed and {*interface.also} <= {*takes}
-    if takes[: len(expected)] == expected and fits:
+    same_beginning = takes[: len(expected)] == expected
+    rest_is_allowed = {*takes[len(expected) :]} <= allowed
+    if same_beginning and rest_is_allowed and {*interface.also} <= {*takes}:
         return ""
     expected = (*expected, *interface.also)
     return f"{place} takes ({', '.join(takes)}) in place of ({', '.join(expected)})"
 
 
 def _source(module: str) -> Path | None:
-    """Return the source file of a module, without an import of the package that it lies in."""
+    """Return the source file of a module, without importing the package that contains it."""
     package, *rest = module.split(".")
     spec = PathFinder.find_spec(package)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
         path = Path(folder, *rest)
         for file in (path.with_suffix(".py"), path / "__init__.py"):
             if file.is_file():
@@ -210,22 +223,22 @@ def _source(module: str) -> Path | None:
 
 
 def _definition(file: Path, name: str) -> Definition | None:
-    """Return what defines a dotted name in a file."""
+    """Return the definition of a dotted name in a file, or None."""
     try:
         body = ast.parse(file.read_text(encoding="utf-8")).body
     except (OSError, SyntaxError, ValueError):
         return None
-    found: Definition | None = None
+    definition: Definition | None = None
     for part in name.split("."):
-        found = next(_named(body, part), None)
-        if found is None:
+        definition = next(_named(body, part), None)
+        if definition is None:
             return None
-        body = [] if isinstance(found, ast.Assign) else found.body
-    return found
+        body = [] if isinstance(definition, ast.Assign) else definition.body
+    return definition
 
 
 def _named(body: list[ast.stmt], name: str) -> Iterator[Definition]:
-    """Yield what defines a name in a body, the last one first."""
+    """Yield the definitions of a name in a body, the last definition first."""
     for each in reversed(body):
         if isinstance(each, ast.ClassDef | ast.FunctionDef) and each.name == name:
             yield each
@@ -233,9 +246,9 @@ def _named(body: list[ast.stmt], name: str) -> Iterator[Definition]:
             yield each
 
 
-def _abstract(found: Definition) -> set[str]:
+def _abstract(definition: Definition) -> set[str]:
     """Return the names of the abstract methods of a class."""
-    methods = found.body if isinstance(found, ast.ClassDef) else []
+    methods = definition.body if isinstance(definition, ast.ClassDef) else []
     return {
         each.name
         for each in methods
@@ -244,36 +257,41 @@ def _abstract(found: Definition) -> set[str]:
     }
 
 
-def _parts(found: Definition) -> tuple[tuple[str, ...], set[str]]:
-    """Return the names of parameters or fields, and those with a default; none of a constant."""
-    if isinstance(found, ast.ClassDef):
-        return _fields(found)
-    return _parameters(found) if isinstance(found, ast.FunctionDef) else ((), set())
+def _parts(definition: Definition) -> tuple[tuple[str, ...], set[str]]:
+    """Return the names of all parameters or fields, and of those with a default.
+
+    A constant has neither.
+    """
+    if isinstance(definition, ast.ClassDef):
+        return _fields(definition)
+    if isinstance(definition, ast.FunctionDef):
+        return _parameters(definition)
+    return (), set()
 
 
 def _parameters(function: ast.FunctionDef) -> tuple[tuple[str, ...], set[str]]:
-    """Return the names of a function's parameters without ``self``, and those with a default."""
+    """Return the names of a function's parameters without ``self``, and of those with a default."""
     arguments = function.args
-    positional = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
-    optional = {*positional[len(positional) - len(arguments.defaults) :]} - {"self", "cls"}
+    names = [each.arg for each in (*arguments.posonlyargs, *arguments.args)]
+    optional = {*names[len(names) - len(arguments.defaults) :]} - {"self", "cls"}
     if not arguments.defaults:
         optional = set()
-    if positional[:1] in (["self"], ["cls"]):
-        del positional[0]
+    if names[:1] in (["self"], ["cls"]):
+        del names[0]
     for each, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True):
-        positional.append(each.arg)
+        names.append(each.arg)
         if default is not None:
             optional.add(each.arg)
-    return tuple(positional), optional
+    return tuple(names), optional
 
 
-def _fields(fields: ast.ClassDef) -> tuple[tuple[str, ...], set[str]]:
-    """Return the names of a class's annotated fields, and those with a default."""
-    found = [each for each in fields.body if isinstance(each, ast.AnnAssign)]
-    names = [each.target.id for each in found if isinstance(each.target, ast.Name)]
-    optional = {
-        each.target.id
-        for each in found
-        if isinstance(each.target, ast.Name) and each.value is not None
-    }
+def _fields(definition: ast.ClassDef) -> tuple[tuple[str, ...], set[str]]:
+    """Return the names of a class's annotated fields, and of those with a default."""
+    names = []
+    optional = set()
+    for each in definition.body:
+        if isinstance(each, ast.AnnAssign) and isinstance(each.target, ast.Name):
+            names.append(each.target.id)
+            if each.value is not None:
+                optional.add(each.target.id)
     return tuple(names), optional

@@ -17,10 +17,10 @@ from typing import Any, ClassVar
 
 from portakv import KVView
 from portakv.host import pinned
-from portakv.integrations import PLUGS, check_release, lmcache_host, lmcache_ops
+from portakv.integrations import INTEGRATIONS, check_release, lmcache_host, lmcache_ops
 
 #: The classes of this module with the type of device that each serves.
-DEVICES = {f"{kind.capitalize()}Spec": kind for kind in PLUGS["lmcache"].devices}
+DEVICES = {f"{kind.capitalize()}Spec": kind for kind in INTEGRATIONS["lmcache"].devices}
 #: What replaces LMCache's own; all else of a device stays as LMCache has it.
 OPS = {
     lmcache_ops: (

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from portakv import Index, InvalidTerms, KVView, LateErrors, LayoutError, SlotError, copy_rows
-from portakv.integrations.arguments import told, typed
+from portakv.integrations.arguments import described, typed
 from portakv.integrations.lmcache_formats import (
     FUSED,
     MLA,
@@ -127,7 +127,7 @@ def multi_layer_kv_transfer(
     number, text, _ = layout_of(int(engine_kv_format) or 1)
     if key_value.dim() != 4:
         raise LayoutError(
-            f"An object was handed over as {told(key_value)}; expected [kv, layers, tokens, row]."
+            f"Expected an object [kv, layers, tokens, row], got {described(key_value)}. Pass one."
         )
     tokens = key_value.shape[2]
     width = key_value.element_size()

@@ -15,7 +15,7 @@ from support.guarded_memory import check_sentence
 
 from portakv.cli.doctor import CHOICES, EXTRAS
 from portakv.errors import InvalidTerms
-from portakv.integrations import MATRIX, PLUGS
+from portakv.integrations import INTEGRATIONS, MATRIX
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -83,12 +83,12 @@ def test_plugs_that_would_work() -> None:
         assert one["found"] == MATRIX[one["plug"]].tested[0]
         assert (one["answer"], one["reasons"], one["notes"]) == ("on request", [], [])
         assert one["devices"][0] == "cpu"
-    assert [one["plug"] for one in found["plugs"]] == list(PLUGS) == [*MATRIX]
+    assert [one["plug"] for one in found["plugs"]] == list(INTEGRATIONS) == [*MATRIX]
 
 
 def test_a_line_of_python_brings_its_imports() -> None:
     """In the order in which the page of the plug has them."""
-    line = PLUGS["transformers"].line
+    line = INTEGRATIONS["transformers"].line
     page = (Path(__file__).parents[2] / "docs/plugs/transformers.md").read_text("utf-8")
     at = [page.index(statement) for statement in line.split("; ")]
     assert at == sorted(at)
@@ -134,13 +134,15 @@ def test_an_engine_that_is_missing() -> None:
 def test_an_entry_point_that_is_not_installed(install: Install, plug: str) -> None:
     install("portakv", "0.1")  # shadows the one that is installed
     install(plug, MATRIX[plug].least)
-    refusal(plug, PLUGS[plug].at("cpu"), PLUGS[plug].group, "Install PortaKV again")
+    refusal(plug, INTEGRATIONS[plug].at("cpu"), INTEGRATIONS[plug].group, "Install PortaKV again")
 
 
 @pytest.mark.parametrize("plug", ["lmcache", "sglang"])
 def test_another_plug_of_the_same_name(engines: Install, plug: str) -> None:
-    engines("acme", "1.0", **{PLUGS[plug].group: {PLUGS[plug].at("cpu"): "acme:Other"}})
-    refusal(plug, PLUGS[plug].at("cpu"), "acme:Other", "Uninstall acme")
+    engines(
+        "acme", "1.0", **{INTEGRATIONS[plug].group: {INTEGRATIONS[plug].at("cpu"): "acme:Other"}}
+    )
+    refusal(plug, INTEGRATIONS[plug].at("cpu"), "acme:Other", "Uninstall acme")
 
 
 @pytest.mark.usefixtures("engines")
@@ -170,7 +172,7 @@ def test_no_device_is_served_under_an_unknown_name(monkeypatch: pytest.MonkeyPat
     found = run_json("doctor")
     assert found["forced"] == "nonsense"
     assert [one["backend"] for one in found["devices"]] == [None] * len(found["devices"])
-    for plug in PLUGS:
+    for plug in INTEGRATIONS:
         refusal(plug, "no device of this machine", "PORTAKV_BACKEND", "portakv backends")
 
 
@@ -260,12 +262,14 @@ def test_doctor() -> None:
     code, out, err = run("doctor")
     assert (code, err) == (0, "")
     firsts = {line.split()[0]: line for line in out.splitlines() if line.split()}
-    for name, plug in PLUGS.items():
+    for name, plug in INTEGRATIONS.items():
         assert f"{name}: {plug.line.replace('{device}', 'cpu')}\n" in out
         assert firsts[name].split()[-2:] == ["on", "request"]
     assert firsts["cpu"].split()[2] == "reference"
     lines = [
-        line for line in out.splitlines() if not line.startswith(tuple(f"{x}:" for x in PLUGS))
+        line
+        for line in out.splitlines()
+        if not line.startswith(tuple(f"{x}:" for x in INTEGRATIONS))
     ]
     assert max(map(len, lines)) <= 80
 

@@ -15,7 +15,7 @@ from support.command_line import run_json
 from support.engine_process import answer
 from support.guarded_memory import check_sentence
 
-from portakv.integrations import MATRIX, PLUGS, check_release, why_not
+from portakv.integrations import INTEGRATIONS, MATRIX, check_release, why_not
 
 #: What an engine does to reach its plug.
 REACHED = {
@@ -127,7 +127,7 @@ def test_no_engine_is_imported_before_its_release_is_known(told: Any) -> None:
 
 def test_doctor_agrees_with_what_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside the real packages: a plug whose engine is here would work, and no other."""
-    for plug in PLUGS.values():
+    for plug in INTEGRATIONS.values():
         if plug.variable:
             monkeypatch.delenv(plug.variable, raising=False)
     for one in run_json("doctor")["plugs"]:

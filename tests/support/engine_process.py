@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from portakv.integrations import PLUGS
+from portakv.integrations import INTEGRATIONS
 
 #: What an engine may have told torch before PortaKV's first use.
 _DEFAULTS = """
@@ -49,7 +49,7 @@ def defaults(name: str) -> str:
 
 def in_a_process(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run code in a new process, in which no plug was chosen but by ``environment``."""
-    chosen = {plug.variable for plug in PLUGS.values()}
+    chosen = {plug.variable for plug in INTEGRATIONS.values()}
     inherited = {name: value for name, value in os.environ.items() if name not in chosen}
     inherited["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
     with TemporaryDirectory() as folder:
