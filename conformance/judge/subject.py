@@ -13,7 +13,7 @@ import torch
 
 from portakv import BackendUnavailable, CopyPlan, Index, KVView, Transfer, Unsupported, copy_rows
 from portakv.backends.base import Backend, Capabilities, Decision, Launch, Pending
-from portakv.registry.registry import REGISTRY, choose, found, register_backend
+from portakv.registry.registry import REGISTRY, available_device, choose, register_backend
 
 #: Devices that are simulated, and so have to be loaded before torch knows them.
 SIMULATED = "simdev"
@@ -79,7 +79,7 @@ def subject(name: str, device: str | torch.device = "cpu", *, emulated: bool = F
     place, simulated = _device(device, emulated)
     if ":" in name:
         name = _register(name, place)
-    place = found(place)
+    place = available_device(place)
     # Judging wrong bytes is the suite's work: a self-check that failed must not end it early.
     decision = REGISTRY.admit(name, place)
     backend = REGISTRY.ask(name, place, check=False)[0]
@@ -124,7 +124,7 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
         raise ValueError(f"Device {asked!r} was asked for; expected one such as cpu or npu:1.")
     else:
         try:  # a vendor's package is imported where torch does not know the device
-            found(device)
+            available_device(device)
         except BackendUnavailable as error:
             if kind not in standins.STANDINS:
                 raise
@@ -167,6 +167,6 @@ def _register(target: str, device: torch.device) -> str:
         if name not in REGISTRY.names():
             register_backend(name, made)
             break
-        if type(REGISTRY.ask(name, found(device), check=False)[0]) is made:
+        if type(REGISTRY.ask(name, available_device(device), check=False)[0]) is made:
             break
     return name

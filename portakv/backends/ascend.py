@@ -33,7 +33,7 @@ import torch
 
 from portakv.backends._vendor_rows import TOKENS, packed, planes
 from portakv.backends.ascend_kernel import KernelRows, find_kernel, refusal
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, MoveLaunch, Tells
+from portakv.backends.base import Backend, Capabilities, Decision, FormatCheck, Launch, MoveLaunch
 from portakv.backends.strided import Ops, StridedCopy
 from portakv.plan.plan import CopyPlan, Move
 from portakv.runtime.devices import VENDOR_PACKAGES, Unusable, imported, version_of
@@ -98,7 +98,7 @@ class Ascend(Backend):
         return Decision(cls.name, True, f"{version}; copies go {by}")
 
     @classmethod
-    def hides(cls, device: torch.device) -> Tells | None:
+    def hides(cls, device: torch.device) -> FormatCheck | None:
         known = device.type == "npu" and hasattr(torch.ops.npu, "get_npu_format")
         return _private_format if known else None
 

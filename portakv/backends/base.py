@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -167,8 +168,17 @@ class Repeatable(Launch, Protocol):
         1 and offset 0, or one dense tensor without ids. None if more than that can change."""
 
 
-#: Says why a tensor's bytes do not lie where its strides say, and what to do; "" if they do.
-Tells = Callable[[torch.Tensor], str]
+#: Return why the bytes of a tensor do not lie where its strides say, and what to do; "" if they do.
+FormatCheck = Callable[[torch.Tensor], str]
+
+
+def __getattr__(name: str) -> object:
+    """Return `FormatCheck` under its old name, with a warning."""
+    if name == "Tells":
+        why = "Tells ships in 0.1.0 and goes in 0.2.0; use FormatCheck."
+        warnings.warn(why, DeprecationWarning, stacklevel=2)
+        return FormatCheck
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class Backend(ABC):
@@ -198,7 +208,7 @@ class Backend(ABC):
         """
 
     @classmethod
-    def hides(cls, device: torch.device) -> Tells | None:
+    def hides(cls, device: torch.device) -> FormatCheck | None:
         """A function that says whether a tensor on ``device`` has a private format of the vendor's.
 
         Asked of the class, since no backend may move such a tensor, whichever serves the plan: once

@@ -37,7 +37,7 @@ from portakv.backends.strided import ELEMENTS
 from portakv.plan.plan import CopyPlan, Move, Nest
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.runtime.streams import beside
+from portakv.runtime.streams import side_stream
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
@@ -166,7 +166,7 @@ class _CompiledLaunch(MoveLaunch):
             return None
         current = torch.cuda.current_stream(device)
         # One for each caller's stream: a shared one would wait for the work of them all.
-        side: Any = beside(current, "ids", "report")
+        side: Any = side_stream(current, "ids", "report")
         side.wait_stream(current)
         with torch.cuda.stream(side):
             report(arguments)

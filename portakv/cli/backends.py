@@ -19,7 +19,7 @@ from portakv.backends.base import Decision
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.errors import BackendUnavailable, DeviceMismatch
 from portakv.plan.plan import CopyPlan
-from portakv.registry import ENVIRONMENT, MADE_FOR, REGISTRY, choose, found, trace
+from portakv.registry import ENVIRONMENT, MADE_FOR, REGISTRY, available_device, choose, trace
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import DeviceAbsent, device_name, devices_present
 
@@ -61,7 +61,7 @@ def _device(text: str) -> tuple[torch.device | str, str]:
     """The device; or its name, if torch cannot use it here, and a sentence that says why. Raises
     `DeviceMismatch` if neither torch nor a backend has devices of that name."""
     try:
-        device = found(text)
+        device = available_device(text)
         torch.empty(0, device=device)
         return device, ""
     except BackendUnavailable as error:

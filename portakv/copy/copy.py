@@ -326,5 +326,5 @@ def _check_capture(pieces: Sequence[Piece], move: Move) -> None:
         if not ready.can.capturable:
             check_not_captured(device, f"backend {ready.choice.name!r} cannot be captured")
         for index in (move.src_index, move.dst_index):
-            if not index.has_ids_on(ready.home_of_ids, ready.can.index_dtypes):
+            if not index.has_ids_on(ready.ids_device, ready.can.index_dtypes):
                 check_not_captured(device, "its ids would have to be copied first")

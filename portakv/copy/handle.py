@@ -71,7 +71,7 @@ class BlockTransfer(Transfer):
         worker: Worker | None = None,
     ) -> None:
         self.completions = transfer.completions
-        self._kept = transfer._kept
+        self._retained = transfer._retained
         self.carried = transfer.carried
         src, _, mine, theirs, count = move
         self._form = form = src.form
@@ -233,5 +233,5 @@ class _Together(BlockTransfer):
     def _finish(self) -> None:
         for each in self._all:
             each._note_end()
-            each._kept = None
+            each._retained = None
         Transfer._finish(self)

@@ -16,7 +16,7 @@ from portakv.copy.slices import in_layers, in_slices
 from portakv.interconnect.strategy import Overlap, Terms
 from portakv.plan.plan import Move
 from portakv.runtime.devices import capturing, inside, refuse_capture
-from portakv.runtime.streams import beside, check_stream
+from portakv.runtime.streams import check_stream, side_stream
 from portakv.runtime.transfer import LateErrors
 from portakv.view import Index, KVView
 
@@ -184,4 +184,4 @@ def _beside(stream: torch.Stream | None, device: torch.device, move: Move) -> to
         raise refuse_capture("A detached copy", why)
     if stream is not None:
         follow_current(stream, [move])
-    return beside(behind, move.src.form.place, move.dst.form.place)
+    return side_stream(behind, move.src.form.place, move.dst.form.place)

@@ -126,7 +126,7 @@ class Shortcuts:
         if again is None or not (ready.can.guards and ready.can.skips_negative):
             self._repeatable = False
             return
-        placed = index.placed(ready.home_of_ids, ready.can.index_dtypes)
+        placed = index.placed(ready.ids_device, ready.can.index_dtypes)
         if placed is index and index.length:
             cache = self._cache
             whole = Index()

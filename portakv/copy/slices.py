@@ -21,7 +21,7 @@ from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, inside, refuse_capture
 from portakv.runtime.streams import ignore_captures_elsewhere, own_stream
 from portakv.runtime.transfer import Transfer
-from portakv.runtime.worker import WINDOW, Landing, RateLimit, Slice, Worker
+from portakv.runtime.worker import WINDOW, RateLimit, Slice, SliceCompletion, Worker
 
 #: The most bytes of a slice, unless one block has more; three times as much if the host copies
 #: too. What is in flight when a transfer is cancelled still lands, three slices of it
@@ -78,9 +78,9 @@ def in_slices(
     limit = None if rate is None else RateLimit(rate)
     worker = Worker(slices, issue, partial(_inside, kept, choice, stream), limit)
     last = {piece.layer: nth for nth, piece in enumerate(slices, 1)}
-    ends = (Transfer((Landing(worker, nth),)) for nth in last.values())
+    ends = (Transfer((SliceCompletion(worker, nth),)) for nth in last.values())
     layers = tuple(ends) if by_layer else None
-    worker.end = end = Landing(worker, len(slices), (src, dst))
+    worker.end = end = SliceCompletion(worker, len(slices), (src, dst))
     transfer = BlockTransfer(Transfer((end,)), move, began, layers, worker)
     worker.start()
     return transfer

@@ -38,7 +38,7 @@ class Handle(Transfer):
         excused: Any = False,
         why: Callable[[Any], str] | None = None,
     ) -> None:
-        super().__init__((Completion(pendings=(cast(Pending, gate),), kept=kept),))
+        super().__init__((Completion(pendings=(cast(Pending, gate),), retained=kept),))
         self.layers = [Handle(graph, layer, missing=missing, why=why) for layer in layers]
         self._graph = graph
         self._gates = (*layers, gate)

@@ -356,4 +356,4 @@ class ReadLater:
         it, so the slots of sends that are under way are held for longer than this."""
         for slot in getattr(self, "_slots", ()):
             if self._issue is not by_copy:
-                hold_memory(Completion(slot.ended, kept=slot.memory), retire=False)
+                hold_memory(Completion(slot.ended, retained=slot.memory), retire=False)

@@ -20,7 +20,7 @@ from portakv.migrate.digest import Later, digest
 from portakv.migrate.messages import Answer, Gather, Hello, Message
 from portakv.migrate.transports import check_mover, choose, forced
 from portakv.migrate.transports.base import Mover, Moving
-from portakv.runtime.streams import Behind
+from portakv.runtime.streams import StreamFence
 from portakv.view import Index, KVView
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
     view: KVView
     ids: Index
-    behind: Behind
+    behind: StreamFence
     spoilt: set[bytes]
 
 
@@ -135,7 +135,7 @@ class Gathers:
             if slot is None or slot.room.nbytes < min(needs, self._slot_bytes):
                 # In this thread: if there is no memory, the reader is told so. Not what was freed
                 # on a caller's stream, where work may still use it.
-                with Behind(agreed[0].device).inside():
+                with StreamFence(agreed[0].device).inside():
                     slot = self._new_slot(peer, number, needs, agreed[0])
 
             slot.filling = True
@@ -190,7 +190,7 @@ class Gathers:
             _log.exception("Rows could not be brought into a slot; their reader is told.")
             rows.spoilt.add(peer.id)
             # On the stream of the failed gather, whose copies may still run.
-            with torch.inference_mode(False), Behind(slot.room.device).inside():
+            with torch.inference_mode(False), StreamFence(slot.room.device).inside():
                 slot.clean()
                 full.zero_()  # as many bytes as its reader waits for
                 self._send(peer, gather, agreed, slot, full)

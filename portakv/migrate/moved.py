@@ -23,7 +23,7 @@ from portakv.migrate.messages import Answer, Gather
 from portakv.migrate.published import CANCELLED, Pull
 from portakv.migrate.steps import Slice, Step
 from portakv.migrate.transports.base import Moving
-from portakv.runtime.streams import Behind
+from portakv.runtime.streams import StreamFence
 from portakv.runtime.worker import RateLimit
 
 PACED = 0.1  # seconds of a slice at a limited rate: larger ones would be bursts
@@ -99,7 +99,7 @@ def taken(
 ) -> Iterator[tuple[range, Node]]:
     """The nodes that bring the rows of a step which are moved, and the layers of each."""
     link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
-    pull.behind = pull.behind or Behind(step.cut.dst.device)
+    pull.behind = pull.behind or StreamFence(step.cut.dst.device)
     pace = RateLimit(max_gbps or inf)
     for part in step.slices(int(PACED * 1e9 * max_gbps) if max_gbps else 1 << 62):
         yield part[0], Node(partial(_take, step, part, pull, pace), 1, link=link)

@@ -25,7 +25,7 @@ from portakv.migrate.gathers import SLOTS, Gathers, Rows
 from portakv.migrate.shards import Shard, device_of, overlap, slices
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.interrupts import abandoned, uninterrupted
-from portakv.runtime.streams import Behind
+from portakv.runtime.streams import StreamFence
 from portakv.view.index import Ids, Index
 
 LOOK = 0.1  # seconds between two looks of one who waits for the end of an offer
@@ -57,7 +57,7 @@ class Offer:
         self.tokens = tokens
         self.until = until
         self.readers = readers
-        self.behind = Behind(owner.device)
+        self.behind = StreamFence(owner.device)
         self.last = until  # the latest time to which a reader may renew it
         self.begun = dict[bytes, Any]()  # readers that read it: how to stop watching each
         self.through = set[bytes]()  # readers that have its rows, or are gone

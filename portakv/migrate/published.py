@@ -73,7 +73,7 @@ class Pull(Part):
     nbytes = 0.0
     way = MAPPED
     stopped = False
-    behind = cast(Any, None)  # a `Behind`, if rows are moved
+    behind = cast(Any, None)  # a `StreamFence`, if rows are moved
     blocks = 0  # that were requested
     _late = False
     _ended = cast("float | None", None)

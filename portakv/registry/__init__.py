@@ -6,7 +6,7 @@ from portakv.registry.registry import ENGINES as ENGINES
 from portakv.registry.registry import ENVIRONMENT as ENVIRONMENT
 from portakv.registry.registry import MADE_FOR as MADE_FOR
 from portakv.registry.registry import REGISTRY as REGISTRY
+from portakv.registry.registry import available_device as available_device
 from portakv.registry.registry import choose as choose
-from portakv.registry.registry import found as found
 from portakv.registry.registry import register_backend as register_backend
 from portakv.registry.registry import trace as trace

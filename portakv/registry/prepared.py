@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Launch, Tells
+from portakv.backends.base import Backend, Capabilities, Decision, FormatCheck, Launch
 from portakv.errors import Unsupported
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry import registry
@@ -27,7 +27,7 @@ from portakv.view.view import KVView
 CAPACITY = 1024  # launches
 #: Types of devices to which ids go by a small copy that the host does not wait for. To others torch
 #: copies them, and the host waits for everything that the stream holds.
-AT_ONCE = frozenset({"cuda"})
+ASYNCHRONOUS = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,7 +38,7 @@ class Prepared:
     launch: Launch
     choice: Choice
     can: Capabilities
-    home_of_ids: torch.device
+    ids_device: torch.device
     #: For each side whether the launch reads the view's table of addresses.
     tables: tuple[bool, bool]
     _backend: tuple[str, str]
@@ -59,15 +59,15 @@ class Prepared:
         if self.can.index_on == "any":
             return index
         if index.fleeting:
-            bring((index,), self.home_of_ids, self.can.index_dtypes)
-        return index.placed(self.home_of_ids, self.can.index_dtypes)
+            bring((index,), self.ids_device, self.can.index_dtypes)
+        return index.placed(self.ids_device, self.can.index_dtypes)
 
     def place_both(self, move: Move) -> Move:
         """A copy with the ids of both sides where `place` puts them."""
         if self.can.index_on == "any":
             return move
         src, dst, mine, theirs, count = move
-        home = self.home_of_ids
+        home = self.ids_device
         dtypes = self.can.index_dtypes
         if mine.fleeting or theirs.fleeting:
             bring((mine, theirs), home, dtypes)
@@ -129,7 +129,7 @@ def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
         if refused:
             known.log_fallback(device, choice.name, refused[0].reason, name)
         can = backend.capabilities()
-        tells = known.tells(device)
+        tells = known.format_checks(device)
         if tells or not can.threads:
             launch = _Careful(launch, not can.threads, tells)
         trace = (*refused, Decision(name, True, decision.reason))
@@ -156,7 +156,7 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
     """Send ids on the host to a device in one small copy, ordered on its current stream, where
     `Index.ids_on` then finds them. Only those of fleeting indices: they are used on no other stream
     than this one, and on streams that wait for it."""
-    if home.type not in AT_ONCE or torch.int64 not in dtypes:
+    if home.type not in ASYNCHRONOUS or torch.int64 not in dtypes:
         return
     sent = [
         index
@@ -179,8 +179,8 @@ def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.
 def bring_table(view: KVView, home: torch.device, stream: torch.Stream | None = None) -> None:
     """Have a view's table of addresses on a device, in time for what reads it on ``stream`` (None:
     the current one). It is sent once, by a small copy that the host does not wait for, if the
-    device is of a type `AT_ONCE`. Raises `Unsupported` if that would be inside graph capture."""
-    if view.device == home and home.type not in AT_ONCE:
+    device is of a type `ASYNCHRONOUS`. Raises `Unsupported` inside graph capture."""
+    if view.device == home and home.type not in ASYNCHRONOUS:
         view.table  # noqa: B018 - made now, if it is not there
     elif view.table_on(home) is None:
         from portakv.host.small import to_device  # not before it is needed
@@ -199,7 +199,7 @@ class _Careful:
     moved, and remembers that it was right. It hides `Repeatable.again`: every transfer comes here.
     """
 
-    def __init__(self, launch: Launch, one_at_a_time: bool, tells: Sequence[Tells]) -> None:
+    def __init__(self, launch: Launch, one_at_a_time: bool, tells: Sequence[FormatCheck]) -> None:
         self._launch = launch
         self._tells = tells
         self._lock = threading.Lock() if one_at_a_time else nullcontext()

@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 
 import torch
 
-from portakv.backends.base import Backend, Capabilities, Decision, Tells
+from portakv.backends.base import Backend, Capabilities, Decision, FormatCheck
 from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
@@ -50,7 +50,7 @@ ENGINES = ("host", "staged", "descriptors", "direct", "ring")
 #: What comes last on every device: they run everywhere, and never faster than a native one.
 LAST = ("compiled", "reference")
 #: By device type, what is used only when asked for: on a CPU it gains less than compiling costs.
-ONLY_ASKED = {"cpu": ("compiled",)}
+EXPLICIT_ONLY = {"cpu": ("compiled",)}
 #: The one type of device that a candidate is made for; the others run on several.
 MADE_FOR = {"cuda": "cuda", "hip": "cuda", "ascend": "npu", "mlu": "mlu"}
 #: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
@@ -99,7 +99,7 @@ class Registry:
         self._lock = threading.RLock()
         self._answers: dict[tuple[str, torch.device], _Answer] = {}
         self.choices: dict[tuple[torch.device, str | None], Choice] = {}
-        self._tells: dict[torch.device, tuple[Tells, ...]] = {}
+        self._format_checks: dict[torch.device, tuple[FormatCheck, ...]] = {}
         self._installed: set[str] = set()
         self._refused_entries: list[Decision] = []
         self._logged: set[tuple[torch.device, str, str]] = set()
@@ -148,7 +148,7 @@ class Registry:
 
     def _forget(self, name: str) -> None:
         self.choices.clear()
-        self._tells.clear()
+        self._format_checks.clear()
         self._answers = {key: said for key, said in self._answers.items() if key[0] != name}
 
     def names(self) -> list[str]:
@@ -160,7 +160,7 @@ class Registry:
         """The candidates that are used without being asked for, in their order. On the CPU none of
         an entry point is: a package does not become the default there by being installed."""
         names = self.names()
-        asked = {*ENGINES, *ONLY_ASKED.get(device.type, ())}
+        asked = {*ENGINES, *EXPLICIT_ONLY.get(device.type, ())}
         if device.type == "cpu":
             asked |= self._installed
         return [name for name in names if name not in asked]
@@ -234,21 +234,21 @@ class Registry:
                     return True
         return False
 
-    def tells(self, device: torch.device) -> tuple[Tells, ...]:
+    def format_checks(self, device: torch.device) -> tuple[FormatCheck, ...]:
         """What tells, of tensors on a device, those that no backend may move by their strides."""
         # Only what extends torch can have formats that torch knows nothing of.
         if device.type != torch._C._get_privateuse1_backend_name():
             return ()
         with self._lock:
-            if device not in self._tells:
+            if device not in self._format_checks:
                 classes = []
                 for name in self.names():
                     with suppress(Exception, SystemExit):  # what does not load knows of no tensors
                         classes.append(self.class_of(name))
                 # Not suppressed: without an answer bytes of a private format might be moved.
                 told = (cls.hides(device) for cls in classes)
-                self._tells[device] = tuple(tell for tell in told if tell is not None)
-            return self._tells[device]
+                self._format_checks[device] = tuple(tell for tell in told if tell is not None)
+            return self._format_checks[device]
 
     def log_fallback(self, device: torch.device, chosen: str, why: str, taken: str) -> None:
         """Log, once for each pair, that another backend than the chosen one takes a plan."""
@@ -345,19 +345,19 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
     if _KEY in _variables:
         forced = os.environ.get(ENVIRONMENT) or backend
     known = REGISTRY.choices.get((device, forced)) if isinstance(device, torch.device) else None
-    return known or REGISTRY.choose(found(device), forced)
+    return known or REGISTRY.choose(available_device(device), forced)
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:
     """Every candidate's answer for ``device``; nothing is self-checked that was not already. Of a
     device that torch cannot use here each says what it lacks, and none accepts."""
     try:
-        return REGISTRY.trace(found(device))
+        return REGISTRY.trace(available_device(device))
     except BackendUnavailable as absent:
         return cast("tuple[Decision, ...]", absent.trace)
 
 
-def found(device: torch.device | str) -> torch.device:
+def available_device(device: torch.device | str) -> torch.device:
     """The device with its index; a vendor's package is imported if torch does not know it.
 
     Raises:

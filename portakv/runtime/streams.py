@@ -65,7 +65,7 @@ _beside: Bounded[tuple[torch.device, int, str, str], torch.Stream] = Bounded(
 )
 
 
-def beside(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
+def side_stream(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
     """The stream of transfers between two places that begin behind ``stream``, which does not wait
     for them. Each direction, and each caller's stream, has its own, so that none waits for another.
     """
@@ -122,7 +122,7 @@ def completion(
     """The end of everything on ``stream`` so far; holds host memory until then, also if the handle
     is dropped."""
     pool = event_pool(device)
-    ended = Completion(pool.recorded(stream), kept=host or None, pool=pool)
+    ended = Completion(pool.recorded(stream), retained=host or None, pool=pool)
     if host:
         hold_memory(ended)
     return ended
@@ -146,7 +146,7 @@ def captured(
 _own = threading.local()  # a thread's streams, by device
 
 
-class Behind:
+class StreamFence:
     """What the current stream of a device held when this was made, for workers that go on behind
     it. On the host nothing waits."""
 

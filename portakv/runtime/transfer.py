@@ -126,7 +126,7 @@ class Completion:
     pendings: Sequence[Pending] = ()  # work that no stream orders
     words: Sequence[tuple[StatusWord, int]] = ()  # with the first position that each counts from
     error: PortaKVError | None = None  # what went wrong, if that is known already
-    kept: object = None  # memory of pendings
+    retained: object = None  # memory of pendings
     pool: EventPool | None = None  # to which the event is given back once it has ended
     standing: bool = False  # it was captured, and happens again with every replay
     owner: Owner | None = None  # what reports an error for which no caller asked
@@ -180,7 +180,7 @@ class Completion:
         return error
 
     def _settle(self) -> None:
-        self.kept = None
+        self.retained = None
         if self.standing:
             return
         # Read, then given back, at once: another thread's transfer may get the word next.
@@ -217,16 +217,16 @@ class Transfer:
         carried: the backend or engine that carried the first launch out, and why that one.
     """
 
-    __slots__ = ("_kept", "carried", "completions")
+    __slots__ = ("_retained", "carried", "completions")
 
     def __init__(
         self,
         completions: Sequence[Completion] = (),
-        kept: object = None,
+        retained: object = None,
         carried: tuple[str, str] = NOTHING,
     ) -> None:
         self.completions = completions
-        self._kept = kept
+        self._retained = retained
         self.carried = carried
 
     @classmethod
@@ -238,7 +238,7 @@ class Transfer:
             return transfers[0]
         return Transfer(
             [completion for transfer in transfers for completion in transfer.completions],
-            [transfer._kept for transfer in transfers],
+            [transfer._retained for transfer in transfers],
             transfers[0].carried if transfers else NOTHING,
         )
 
@@ -324,7 +324,7 @@ class Transfer:
             pause = min(1.1 * pause, 1e-3)  # the end is seen late by a tenth
 
     def _finish(self) -> None:
-        self._kept = None
+        self._retained = None
         errors = [completion.take_error() or completion.error for completion in self.completions]
         for error in errors:
             if error is not None:

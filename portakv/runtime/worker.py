@@ -90,7 +90,7 @@ class Worker:
         self.issued = self.landed = 0
         self.carried = NOTHING
         self.ended_at: float | None = None
-        self.end: Landing | None = None
+        self.end: SliceCompletion | None = None
         self._thread = threading.Thread(target=self._run, name="portakv worker", daemon=True)
 
     def start(self) -> None:
@@ -218,16 +218,16 @@ class Worker:
             self._change.notify_all()
 
 
-class Landing(Completion):
+class SliceCompletion(Completion):
     """The end of the first ``slices`` of a worker."""
 
     __slots__ = ("_slices", "_worker")
 
-    def __init__(self, worker: Worker, slices: int, kept: object = None) -> None:
+    def __init__(self, worker: Worker, slices: int, retained: object = None) -> None:
         end: Any = SimpleNamespace(
             done=partial(worker.has_landed, slices), wait=partial(worker.wait, slices)
         )
-        super().__init__(pendings=(end,), kept=kept)
+        super().__init__(pendings=(end,), retained=retained)
         self._worker = worker
         self._slices = slices
 
@@ -249,7 +249,7 @@ class Landing(Completion):
         self.error = self.error or self._worker.failure(self._slices)
         told = self.error is None or isinstance(self.error, TransferCancelled)
         if not told and self.owner is not None:
-            self.kept = None
+            self.retained = None
             failed.append(self)
 
 

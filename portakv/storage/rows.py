@@ -18,7 +18,7 @@ from portakv.copy.rows import copy_rows
 from portakv.errors import InvalidTerms, LayoutError, SlotError
 from portakv.host import pinned
 from portakv.runtime.devices import capturing, refuse_capture
-from portakv.runtime.streams import Behind
+from portakv.runtime.streams import StreamFence
 from portakv.storage.chains import FIRST, UNKNOWN, Chains, mark_of
 from portakv.view import Index, KVView
 from portakv.view.index import IdList
@@ -221,7 +221,7 @@ class Crossing:
         self._step = gcd(whole, size)
         split = (ids[:, None] * (whole // self._step) + np.arange(whole // self._step)).reshape(-1)
         self._fine = split[: many * size // self._step].reshape(many, size // self._step)
-        self._behind = Behind(view.device)
+        self._behind = StreamFence(view.device)
         self.copy(inner, view, [], [])
 
     def copy(self, inner: KVView, outer: KVView, items: Any, at: Any) -> None:

@@ -191,7 +191,7 @@ def test_a_forgotten_transfer_in_slices_goes_on(accelerator: torch.device) -> No
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many ids were sent each time, as on devices that are sent ids by a kernel."""
-    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({simdev_cases.DEVICE.type}))
+    monkeypatch.setattr(prepared, "ASYNCHRONOUS", frozenset({simdev_cases.DEVICE.type}))
     sent: list[int] = []
     send = small.to_device
 

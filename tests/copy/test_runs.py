@@ -145,7 +145,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """What is sent to the simulated device, as to one that takes small values by a kernel: behind
     work that goes on."""
     register_backend(Reading.name, Reading)
-    monkeypatch.setattr(prepared, "AT_ONCE", frozenset({simdev_cases.DEVICE.type}))
+    monkeypatch.setattr(prepared, "ASYNCHRONOUS", frozenset({simdev_cases.DEVICE.type}))
     found = list[int]()
     send = small.to_device
 

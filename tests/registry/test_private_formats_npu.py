@@ -131,17 +131,21 @@ def test_host_memory_is_not_asked_about(backend: str, formats: Formats) -> None:
 
 def test_only_devices_that_extend_torch_are_asked_about() -> None:
     """And a backend that does not load hides nothing."""
-    assert REGISTRY.tells(torch.device("cpu")) == REGISTRY.tells(torch.device("cuda", 0)) == ()
+    assert (
+        REGISTRY.format_checks(torch.device("cpu"))
+        == REGISTRY.format_checks(torch.device("cuda", 0))
+        == ()
+    )
     others = Registry()
     others.register("broken", "no_such_package:Backend")
-    assert others.tells(DEVICE) == REGISTRY.tells(DEVICE)
+    assert others.format_checks(DEVICE) == REGISTRY.format_checks(DEVICE)
 
 
 @pytest.mark.parametrize(("number", "strided"), [(0, True), (2, True), (3, False), (30, True)])
 def test_the_vendor_s_words(number: int, strided: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     told = SimpleNamespace(default=lambda tensor: number)
     monkeypatch.setattr(torch.ops.npu, "get_npu_format", told)
-    (tell,) = REGISTRY.tells(DEVICE)
+    (tell,) = REGISTRY.format_checks(DEVICE)
     said = "" if strided else f"a tensor in NPU format {number} (29 is FRACTAL_NZ)"
     assert tell(chunk()).startswith(said)
     assert bool(tell(chunk())) is not strided

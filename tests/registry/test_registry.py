@@ -57,7 +57,7 @@ def test_one_that_tells_no_formats_is_not_passed_over(monkeypatch: pytest.Monkey
     register_backend("one", broken)
     monkeypatch.setattr(torch._C, "_get_privateuse1_backend_name", lambda: "cpu")
     with pytest.raises(RuntimeError, match="no format is told of on cpu"):
-        registry.REGISTRY.tells(torch.device("cpu"))
+        registry.REGISTRY.format_checks(torch.device("cpu"))
 
 
 def test_unknown_forced_backend_lists_the_candidates(monkeypatch: pytest.MonkeyPatch) -> None:

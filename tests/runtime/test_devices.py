@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from portakv import AdaptiveConnector, BackendUnavailable, DeviceMismatch
-from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, found, trace
+from portakv.registry.registry import BUILT_IN, MADE_FOR, REGISTRY, available_device, trace
 from portakv.runtime.devices import (
     DeviceAbsent,
     Named,
@@ -146,7 +146,7 @@ def test_a_name_unknown_to_torch_suggests_the_device_meant(asked: str, meant: st
         why = f"torch calls {kind} devices {str(meant).partition(':')[0]}"
     hint = "." if meant is None else f"; did you mean {meant!r}?"
     with pytest.raises(BackendUnavailable) as refused:
-        found(asked)
+        available_device(asked)
     assert str(refused.value) == (
         f"Device {asked!r} was asked for, but {why}{hint} Pass a device of this machine: {present}."
     )
@@ -219,7 +219,7 @@ def test_what_a_candidate_imports_may_bring_the_device(tmp_path: Path) -> None:
     code = (
         "import json, portakv.registry.registry as registry\n"
         "registry.register_backend('acme', 'acme_kv:Acme')\n"
-        "print(json.dumps(str(registry.found('acme'))))\n"
+        "print(json.dumps(str(registry.available_device('acme'))))\n"
     )
     backend = "from portakv.backends.reference import Reference as Acme\n"
     assert run(code, {"acme_kv": brings + backend}, tmp_path) == "acme:0"
@@ -268,7 +268,7 @@ def test_what_names_no_device_imports_nothing(text: str, monkeypatch: pytest.Mon
     with pytest.raises(DeviceAbsent, match="it is no device of torch's"):
         known(text)
     with pytest.raises(BackendUnavailable, match="was asked for, but"):
-        found(text)
+        available_device(text)
 
 
 @pytest.mark.parametrize("asked", ["cuda", "cuda:0", "cuda:99", torch.device("cuda", 99), "mps"])
