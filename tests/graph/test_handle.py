@@ -39,7 +39,7 @@ def test_all_landed(graph: Graph) -> None:
     handle.synchronize()
     assert handle.done()
     assert handle.landed.tolist() == [True] * 3
-    assert handle.completions[0].kept is None
+    assert handle.completions[0].retained is None
 
 
 @pytest.mark.parametrize("call", ["synchronize", "wait", "done"])
