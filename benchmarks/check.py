@@ -8,7 +8,6 @@ Prints each bar of ``bars.toml`` that concerns a file's device, with its figure 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from portakv.cli.console import Column, print_prose, print_table
+from portakv_benchmarks.shared import recorded
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -209,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check(file: Path, bars: Path, named: bool) -> int:
     """Judge one file; its part of the exit code."""
     try:
-        results = json.loads(file.read_text(encoding="utf-8"))
+        results = recorded.read(file)
         verdicts = judge(results, load_bars(bars))
     except (OSError, ValueError, KeyError) as error:
         why = error.strerror if isinstance(error, OSError) else error

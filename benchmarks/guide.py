@@ -8,7 +8,6 @@ Every number in the page is a figure of a file in ``benchmarks/results``; nothin
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from portakv_benchmarks.check import HOST_SUITE, MIGRATION_SUITE, PLUG_SUITE, STORAGE_SUITE
+from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Row, grouped, having, quickest
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
@@ -29,7 +29,7 @@ CLOSE = 1.05
 _ORDER = ("cuda", "triton", "compiled", "compiled graph", "reference")
 _LAYERS = {"apart": "each layer an allocation", "together": "all layers in one allocation"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
-_ENGINES = ("staged", "descriptors", "direct")
+_ENGINES = ("staged", "batched_memcpy", "zero_copy")
 _LARGE = 32_000_000
 _LINK_LARGE = 128_000_000
 _SLOW = 0.9
@@ -231,7 +231,7 @@ _LISTS: Mapping[str, tuple[str, str, Mapping[str, Cell]]] = {
 
 def page(files: Iterable[Path]) -> str:
     """The whole page for result files, those of accelerators first; plugs are no choice of ways."""
-    read = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(files))
+    read = (recorded.read(path) for path in sorted(files))
     results = [result for result in read if result.get("suite") != PLUG_SUITE]
     results.sort(key=lambda result: result["machine"]["device_type"] == "cpu")
     suites = {None: _device, HOST_SUITE: _link, STORAGE_SUITE: _storage}

@@ -15,7 +15,7 @@ import torch
 from portakv import AdaptiveConnector, BlockTransfer, Index, KVView, copy_blocks, copy_rows
 from portakv.cli.demo.moves import free_memory
 from portakv.errors import PortaKVError
-from portakv.registry.registry import ENGINES, trace
+from portakv.registry.registry import STRATEGIES, trace
 from portakv_benchmarks.device.workload import Workload
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Timer, Variant
@@ -96,7 +96,7 @@ class Field(NamedTuple):
 def accepted_backends(device: torch.device) -> list[str]:
     """Names of the backends that serve a device, in the registry's order; engines between it and
     the host are measured by ``--host``."""
-    return [d.name for d in trace(device) if d.accepted and d.name not in ENGINES]
+    return [d.name for d in trace(device) if d.accepted and d.name not in STRATEGIES]
 
 
 def tasks(preset: Preset, shapes: Sequence[Shape], device: torch.device) -> Iterator[Task]:

@@ -16,14 +16,14 @@ from time import perf_counter
 
 from portakv.plan.plan import CopyPlan
 from portakv_benchmarks.host.cases import BLOCK_FIRST, DIRECTIONS, LAYER_FIRST, Case, Scene, Sides
-from portakv_benchmarks.host.suite import DESCRIPTORS, DIRECT, HOST, STAGED, Bench, Way
+from portakv_benchmarks.host.suite import BATCHED_MEMCPY, HOST, STAGED, ZERO_COPY, Bench, Way
 from portakv_benchmarks.shared import harness
 from portakv_benchmarks.shared.harness import Row, Rows, Step, quantile, short
 from portakv_benchmarks.shared.shapes import in_words
 
 _BLOCK = 16
 _LAYERS = 32
-_WAYS = (DIRECT, STAGED, HOST, DESCRIPTORS)
+_WAYS = (ZERO_COPY, STAGED, HOST, BATCHED_MEMCPY)
 #: Calls of a way that takes the host this many microseconds are not repeated as often.
 _DEAR = 20_000.0
 _FEW = 4

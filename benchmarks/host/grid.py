@@ -28,7 +28,7 @@ from portakv_benchmarks.shared.harness import Call, Measured, Row, Rows, Step, V
 from portakv_benchmarks.shared.shapes import in_words
 
 #: What is compared; `chosen_loss` is against the best of these that may be chosen.
-ENGINES = (suite.STAGED, suite.DESCRIPTORS, suite.DIRECT, suite.DIRECT_BESIDE)
+ENGINES = (suite.STAGED, suite.BATCHED_MEMCPY, suite.ZERO_COPY, suite.ZERO_COPY_BESIDE)
 GRID_WAYS = (*ENGINES, HOST, suite.HOST_IDLE)
 
 
@@ -66,8 +66,8 @@ def _grid(bench: Bench, mine: Sequence[Case]) -> Rows:
 
 
 def _direct(bench: Bench, case: Case) -> Rows:
-    limits = {suite.direct(blocks).name: blocks for blocks in bench.preset.thread_blocks}
-    rows = _measure(bench, case, [*map(suite.direct, limits.values())], "host_direct")
+    limits = {suite.zero_copy(blocks).name: blocks for blocks in bench.preset.thread_blocks}
+    rows = _measure(bench, case, [*map(suite.zero_copy, limits.values())], "host_direct")
     for row in rows:
         if row["backend"] in limits:
             row["thread_blocks"] = limits[row["backend"]]
@@ -144,7 +144,7 @@ def compare(rows: Rows) -> None:
             if best := harness.quickest(known):
                 row["best_engine"] = best["backend"]
                 row["best_ratio"] = best["ratio"]
-            other = "" if row["backend"] == suite.HOST_IDLE.name else suite.DIRECT.name
+            other = "" if row["backend"] == suite.HOST_IDLE.name else suite.ZERO_COPY.name
             able = (one for one in known if one["engine"] in row["allowed"])
             if best := harness.quickest(one for one in able if one["backend"] != other):
                 row["chosen_loss"] = short(row["p50_us"] / best["p50_us"] - 1)
@@ -156,7 +156,7 @@ def _both_ways(bench: Bench, case: Case) -> Rows:
     ends = [(Sides(case, region), op, bench.stream()) for region, op in regions]
     for sides, direction, _ in ends:
         sides.fill(direction)
-    ways = bench.serving((suite.STAGED, suite.DIRECT, HOST, suite.HOST_IDLE))
+    ways = bench.serving((suite.STAGED, suite.ZERO_COPY, HOST, suite.HOST_IDLE))
     known = [_opposed(way, ends) for way in ways]
     good = harness.usable(known, f"both ways: {case.name}", bench.left_out)
     chosen = {way.name: way for way in ways if way.engine == suite.CHOSEN}

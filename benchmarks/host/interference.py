@@ -191,8 +191,8 @@ class Meeting:
 
 def each_engine(bench: Bench, direction: str) -> Iterator[Mover]:
     """Plain memcpy and every engine; rows of 2 KB and of 256 bytes, and blocks for descriptors."""
-    yield from _chosen(bench, direction, suite.direct(8))
-    for way in bench.serving((suite.STAGED, suite.DESCRIPTORS)):
+    yield from _chosen(bench, direction, suite.zero_copy(8))
+    for way in bench.serving((suite.STAGED, suite.BATCHED_MEMCPY)):
         yield movers.transfers(bench, way, direction)
 
 
@@ -239,7 +239,7 @@ def compare(rows: Rows) -> None:
 
 #: Bytes of the other's copy: what a kernel may carry out, and what surely takes a copy engine.
 OTHERS = (64, 1 << 20)
-_TRANSFERS = (HOST_DETACHED, HOST, suite.DESCRIPTORS, suite.direct(8))
+_TRANSFERS = (HOST_DETACHED, HOST, suite.BATCHED_MEMCPY, suite.zero_copy(8))
 #: Seconds until the first copy of the other and between two, and after which one is given up.
 _BEFORE = 12e-3
 _BETWEEN = 3e-3

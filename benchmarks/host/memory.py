@@ -84,7 +84,7 @@ def _pageable(bench: Bench, case: Case) -> Rows:
         torchs, *rings = (
             by_memcpy(sides, direction, name, copy, plain=True) for name, copy in copies.items()
         )
-        ways = bench.serving((Way("ring", "ring"), HOST))
+        ways = bench.serving((Way("pageable", "pageable"), HOST))
         known = [by_engine(way, sides, direction) for way in ways]
         good = harness.usable(known, f"pageable: {case.name}", bench.left_out)
         chosen = HOST.name in (variant.labels["backend"] for variant in good)

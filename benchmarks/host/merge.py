@@ -9,7 +9,6 @@ the last file. Exit code 1 where a bar is missed, 2 where the files are not of o
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 from portakv_benchmarks.check import SUITES, judge, load_bars, print_verdicts
 from portakv_benchmarks.cli import write
+from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.tables import print_results
 
 #: What has to be the same for figures to stand beside each other.
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     asked = parser.parse_args(argv)
     try:
-        results = merge([json.loads(file.read_text(encoding="utf-8")) for file in asked.files])
+        results = merge([recorded.read(file) for file in asked.files])
     except (OSError, ValueError, KeyError) as error:
         print(f"merge: {error}", file=sys.stderr)
         return 2

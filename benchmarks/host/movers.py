@@ -15,10 +15,10 @@ import torch
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host import suite
 from portakv_benchmarks.host.cases import Sides, case_of, scene
-from portakv_benchmarks.host.suite import DESCRIPTORS, KB, Bench, HostPreset, Way
+from portakv_benchmarks.host.suite import BATCHED_MEMCPY, KB, Bench, HostPreset, Way
 from portakv_benchmarks.shared.harness import FAILURES, Variant, in_a_line, take_error
 
-#: Lengths of rows that are moved beside something else; `descriptors` has blocks.
+#: Lengths of rows that are moved beside something else; `batched_memcpy` has blocks.
 RUNS = (2 * KB, 256)
 BLOCK_RUN = 32 * KB
 #: Transfers in the queue at a time: several milliseconds of the link's time, in which the host
@@ -147,7 +147,7 @@ def memcpys(bench: Bench, direction: str) -> Mover:
 
 def transfers(bench: Bench, way: Way, direction: str, run: int | None = None) -> Mover:
     """An engine; rows of ``run`` bytes, or what suits the engine."""
-    sides = sides_of(bench, run or (BLOCK_RUN if way.engine == DESCRIPTORS.engine else RUNS[0]))
+    sides = sides_of(bench, run or (BLOCK_RUN if way.engine == BATCHED_MEMCPY.engine else RUNS[0]))
     mover = moved(sides, suite.by_engine(way, sides, direction), way)
     if "max_thread_blocks" in way.terms:
         mover.labels["thread_blocks"] = way.terms["max_thread_blocks"]

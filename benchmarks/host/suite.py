@@ -16,7 +16,7 @@ from portakv.interconnect.choose import HostLaunch, across
 from portakv.interconnect.strategy import Terms
 from portakv.plan.plan import Move
 from portakv.registry.prepared import prepared
-from portakv.registry.registry import ENGINES, choose, trace
+from portakv.registry.registry import STRATEGIES, choose, trace
 from portakv.runtime.transfer import Transfer
 from portakv_benchmarks.host.cases import BLOCK_FIRST, Case, Region, Scene, Sides
 from portakv_benchmarks.shared import harness
@@ -141,7 +141,7 @@ class Bench:
         self.absent = {
             one.name: one.reason
             for one in trace(device)
-            if one.name in ENGINES and not one.accepted
+            if one.name in STRATEGIES and not one.accepted
         }
 
     @property
@@ -184,8 +184,8 @@ class Bench:
 
 MEMCPY = "memcpy"
 CHOSEN = "host"
-#: Pieces of one transfer up to which `descriptors` is measured, and the bytes of one from which on:
-#: each costs the host most of a microsecond, in which the link moves that many.
+#: Pieces of one transfer up to which `batched_memcpy` is measured, and the bytes of one from which
+#: on: each costs the host most of a microsecond, in which the link moves that many.
 MOST_RUNS = 20_000
 LEAST_RUN = 32 << 10
 
@@ -200,7 +200,7 @@ class Way:
 
     def left_out(self, case: Case) -> str:
         """Why it is not measured with a case, as a line; empty where it is."""
-        if self.engine != DESCRIPTORS.engine:
+        if self.engine != BATCHED_MEMCPY.engine:
             return ""
         if case.scene.run < LEAST_RUN:
             least = f"{self.name}: all runs under {in_words(LEAST_RUN)}"
@@ -225,7 +225,7 @@ class Way:
         choice = across(choose(sides.dense.device), Terms(**self.terms))
         launch = cast(HostLaunch, prepared(src.form, dst.form, *steps, None, choice).launch)
         picked = launch.pick(Move(src, dst, mine, theirs, sides.case.tokens))
-        return {one.engine for one in picked.alternatives if not one.refused}
+        return {one.strategy for one in picked.alternatives if not one.refused}
 
     def move(
         self, sides: Sides, direction: str, stream: torch.Stream | None = None, ids: Any = None
@@ -236,9 +236,9 @@ class Way:
 
 
 STAGED = Way("staged", "staged")
-DESCRIPTORS = Way("descriptors", "descriptors")
-DIRECT = Way("direct", "direct", {"overlap": "idle"})
-DIRECT_BESIDE = Way("direct beside", "direct")  # with fewer thread blocks
+BATCHED_MEMCPY = Way("batched_memcpy", "batched_memcpy")
+ZERO_COPY = Way("zero_copy", "zero_copy", {"overlap": "idle"})
+ZERO_COPY_BESIDE = Way("zero_copy beside", "zero_copy")  # with fewer thread blocks
 #: The default: a model may be running meanwhile; and the choice for a device that is idle.
 HOST = Way(CHOSEN, CHOSEN)
 HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
@@ -246,9 +246,9 @@ HOST_IDLE = Way(f"{CHOSEN} idle", CHOSEN, {"overlap": "idle"})
 HOST_DETACHED = Way(f"{CHOSEN} detached", CHOSEN, {"detached": True})
 
 
-def direct(blocks: int) -> Way:
-    """The direct engine, with at most so many thread blocks."""
-    return Way(f"direct {blocks}", "direct", {"max_thread_blocks": blocks})
+def zero_copy(blocks: int) -> Way:
+    """The strategy `zero_copy`, with at most so many thread blocks."""
+    return Way(f"zero_copy {blocks}", "zero_copy", {"max_thread_blocks": blocks})
 
 
 def by_call(

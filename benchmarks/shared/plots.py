@@ -12,7 +12,6 @@ against raw copies. Needs matplotlib
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -23,6 +22,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.harness import Row, grouped, having
 from portakv_benchmarks.shared.shapes import in_decimal, in_words
 
@@ -32,15 +32,16 @@ COLOURS = {
     "cuda": "#0072B2", "triton": "#009E73", "compiled": "#CC79A7", "compiled graph": "#882255",
     "reference": "#D55E00", "lmcache slot kernel": "#777777", "lmcache block kernel": "#AAAAAA",
     "copy_": "black", "memcpy": "black", "host": "#0072B2", "host detached": "#56B4E9",
-    "staged": "#009E73", "descriptors": "#CC79A7", "direct": "#D55E00", "direct 8": "#D55E00",
-    "lmcache": "#777777", "own": "#777777", "portakv": "#0072B2", "ring": "#0072B2",
+    "staged": "#009E73", "batched_memcpy": "#CC79A7", "zero_copy": "#D55E00",
+    "zero_copy 8": "#D55E00", "pageable": "#0072B2", "lmcache": "#777777", "own": "#777777",
+    "portakv": "#0072B2", "ring": "#0072B2",
     "threads": "#56B4E9", "tier": "#0072B2", "fio io_uring": "#444444", "fio psync": "#999999",
     "engine": "#444444", "mapped": "#0072B2", "raw copy": "black", "copy_rows": "#E69F00",
 }  # fmt: skip
 _MARKS = {"cuda": "o", "triton": "s", "reference": "^", "lmcache slot kernel": "x"}
 _SWEEP = "llama3-8b"  # the shape that is measured from one token up
 _INK: Any = {"svg.hashsalt": "portakv", "svg.fonttype": "path", "font.size": 9}
-_LINK_MARKS = {"host": "o", "staged": "s", "descriptors": "^", "direct": "x"}
+_LINK_MARKS = {"host": "o", "staged": "s", "batched_memcpy": "^", "zero_copy": "x"}
 _WORDS = {"d2h": "device to host", "h2d": "host to device"}
 #: The host side that stands for its runs: the hardest of those that were measured.
 _SIDES = ("block-first random", "dense")
@@ -388,7 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.shared.plots", description=__doc__)
     parser.add_argument("file", type=Path, help="a result of `portakv bench`")
     file = parser.parse_args(argv).file
-    for path in draw(json.loads(file.read_text(encoding="utf-8")), file.parent, file.stem):
+    for path in draw(recorded.read(file), file.parent, file.stem):
         print(f"wrote {path}")
 
 

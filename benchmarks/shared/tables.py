@@ -123,7 +123,7 @@ _TABLES: Mapping[str, tuple[str, Sequence[Cell]]] = {
         (*_LINK, ("staging MiB", "staging_mb:.3g"), ("loss", "chosen_loss:.3f"),
          ("chosen", "chosen"), ("best", _best), _BYTES),
     ),
-    "host_direct": ("direct, by its limit on thread blocks", (*_LINK, _BYTES)),
+    "host_direct": ("zero_copy, by its limit on thread blocks", (*_LINK, _BYTES)),
     "host_duplex": ("both directions at once", (*_LINK, ("chosen", "chosen"), _BYTES)),
     "host_pageable": (
         "device and pageable host, beside plain copies through a pinned ring; by the host's clock",

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from portakv import BackendUnavailable, Unsupported
-from portakv.registry.registry import ENGINES
+from portakv.registry.registry import STRATEGIES
 from portakv_conformance.cases import CHUNK, PAGED, Bench, Case, Judge, Shape, full, view_of
 from portakv_conformance.draw import by_hand
 
@@ -89,7 +89,7 @@ _SEEN_TWICE = [
 @pytest.mark.parametrize("every", [0, 1], ids=["stride-0", "stride-1"])
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize(
-    "engine", ["subject", "automatic", *(pytest.param(engine, marks=full) for engine in ENGINES)]
+    "engine", ["subject", "automatic", *(pytest.param(engine, marks=full) for engine in STRATEGIES)]
 )
 def test_host_sources_that_are_expanded(home: Bench, engine: str, pinned: bool, every: int) -> None:
     """Host memory whose rows share bytes is copied to the device row by row, by every engine."""

@@ -19,7 +19,15 @@ from portakv.backends.base import Decision
 from portakv.cli.console import Column, print_json, print_prose, print_table
 from portakv.errors import BackendUnavailable, DeviceMismatch
 from portakv.plan.plan import CopyPlan
-from portakv.registry import ENVIRONMENT, MADE_FOR, REGISTRY, available_device, choose, trace
+from portakv.registry import (
+    ENVIRONMENT,
+    MADE_FOR,
+    OLD_NAMES,
+    REGISTRY,
+    available_device,
+    choose,
+    trace,
+)
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import DeviceAbsent, device_name, devices_present
 
@@ -146,7 +154,7 @@ def candidates_for(device: torch.device | str) -> list[Candidate]:
     decisions = [*trace(device)]
     usual = [] if isinstance(device, str) else REGISTRY.automatic(device)
     forced = forced_backend()
-    if forced is not None and forced not in REGISTRY.names():
+    if forced is not None and not {forced, OLD_NAMES.get(forced)}.intersection(REGISTRY.names()):
         decisions.insert(0, REGISTRY.unknown(forced))
     # An entry point that was refused shares its name with a backend: accepted tells them apart.
     return [

@@ -65,14 +65,14 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def show(table: Any, rows: Mapping[Any, Mapping[str, Any]], path: Path, dev: Any) -> None:
-    names = list(dict.fromkeys(engine for engine, _ in table.points))
+    names = list(dict.fromkeys(strategy for strategy, _ in table.points))
     columns = [Column("direction", whole=True)]
     numbers = ["bytes of a run", "runs", "payload", *(f"{name}, GB/s" for name in names)]
     columns += [Column(title, right=True) for title in numbers]
     columns += [Column("fastest", whole=True), Column("takes", right=True)]
     lines = []
     for (direction, size, runs), found in rows.items():
-        pinned = {name: point for name, point in found.items() if name != "ring"} or found
+        pinned = {name: point for name, point in found.items() if name != "pageable"} or found
         best = min(pinned, key=lambda name: pinned[name].seconds)
         payload = size * runs
         rates = [

@@ -110,11 +110,11 @@ def run(asked: argparse.Namespace) -> int:
     memory = "pageable" if asked.pageable else "pinned"
     costs, out, note = _known(asked)
     for name in ORDER:
-        if (name == "ring") != (memory == "pageable"):
+        if (name == "pageable") != (memory == "pageable"):
             out.setdefault(name, f"it does not copy {memory} memory")
     apart = Shape(nbytes, runs, runs)
     dense = Shape(nbytes, host_runs, host_runs)
-    shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
+    shapes = {"staged": dense, "batched_memcpy": apart, "zero_copy": apart, "pageable": dense}
     picked = pick(shapes, direction, out, terms, costs)  # as a transfer would
     found = {
         "direction": direction,
@@ -122,7 +122,7 @@ def run(asked: argparse.Namespace) -> int:
         "runs": runs,
         "host_runs": host_runs,
         "host_memory": memory,
-        "engine": picked.engine,
+        "engine": picked.strategy,
         "why": picked.why,
         "terms": {**asdict(terms), "text": _in_words(terms)},
         "measured": costs.measured,
@@ -130,10 +130,15 @@ def run(asked: argparse.Namespace) -> int:
         "note": note,
         "engines": [
             {
-                **one._asdict(),
+                "engine": one.strategy,
+                "run_bytes": one.run_bytes,
+                "runs": one.runs,
+                "seconds": one.seconds,
+                "host_seconds": one.host_seconds,
+                "refused": one.refused,
                 "measured": one.seconds is not None,
                 "answer": "chosen"
-                if one.engine == picked.engine
+                if one.strategy == picked.strategy
                 else "rejected"
                 if one.refused
                 else "accepted",

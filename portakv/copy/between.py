@@ -9,7 +9,7 @@ import torch
 from portakv.errors import DeviceMismatch, Unsupported
 from portakv.interconnect.choose import across
 from portakv.interconnect.peer import reached
-from portakv.interconnect.strategy import Engine, Terms
+from portakv.interconnect.strategy import Strategy, Terms
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import capturing, refuse_capture
 from portakv.runtime.streams import check_stream
@@ -57,7 +57,7 @@ def carrier(src: KVView, dst: KVView, choice: Choice, terms: Terms | None) -> Ch
         )
     if src.form.place == "peer":
         return reached(src, choice, terms or Terms())
-    if isinstance(choice.backend, Engine):
+    if isinstance(choice.backend, Strategy):
         return choice if terms is None else across(choice, terms)
     if src.device != dst.device and (src.form.place, dst.form.place) not in choice.can.places:
         return across(choice, terms)

@@ -14,7 +14,7 @@ import torch
 
 from portakv.copy.copy import check_ids, copy_move, drop_bad_ids, follow_current
 from portakv.copy.handle import BlockTransfer, token_bytes
-from portakv.interconnect.strategy import Engine
+from portakv.interconnect.strategy import Strategy
 from portakv.plan.plan import CopyPlan, Move, check_disjoint
 from portakv.registry.prepared import bring
 from portakv.registry.registry import Choice
@@ -136,7 +136,7 @@ def _inside(move: Move, choice: Choice, stream: torch.Stream | None) -> Iterator
     device = choice.backend.device
     indices = (move.src_index, move.dst_index)
     ignore_captures_elsewhere(device)
-    half = choice.backend.half if isinstance(choice.backend, Engine) else choice
+    half = choice.backend.half if isinstance(choice.backend, Strategy) else choice
     dtypes = half.can.index_dtypes
     with inside(stream):
         bring(indices, device, dtypes)

@@ -29,7 +29,7 @@ from numpy import ndarray
 from torch import Stream, Tensor
 
 from portakv.errors import BackendUnavailable, DeviceMismatch, LayoutError, Unsupported
-from portakv.host._small_ways import HOLDS, NUMPY, WAYS, Array, ReadLater, Slot, Target, by_copy
+from portakv.host._small_methods import HOLDS, NUMPY, WAYS, Array, ReadLater, Slot, Target, by_copy
 from portakv.runtime import streams
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import refuse_capture, resolve

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`descriptors`: the plan's runs, merged and folded, handed to the copy engines as they are.
+"""`batched_memcpy`: the plan's runs, merged and folded, handed to the copy engines as they are.
 
 Nothing runs on the device and nothing is staged; the host pays for each piece.
 """
@@ -16,7 +16,7 @@ from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.host import pinned
 from portakv.interconnect.link import link_of
 from portakv.interconnect.pieces import Pieces, pieces_of
-from portakv.interconnect.strategy import PINNED, Engine, EngineLaunch, Move
+from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
 
@@ -28,10 +28,10 @@ LEAST_RUN = 16
 MOST_KEPT = 1 << 18
 
 
-class Descriptors(Engine):
+class BatchedMemcpy(Strategy):
     """A copy for every piece: batched if the driver can, of rows at a pitch if they are."""
 
-    name = "descriptors"
+    name = "batched_memcpy"
     reads = "both"
 
     def capabilities(self) -> Capabilities:
@@ -45,10 +45,10 @@ class Descriptors(Engine):
         return Decision(self.name, False, why) if narrow else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _DescriptorsLaunch(plan, self.device)
+        return _BatchedMemcpyLaunch(plan, self.device)
 
 
-class _DescriptorsLaunch(EngineLaunch):
+class _BatchedMemcpyLaunch(StrategyLaunch):
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         super().__init__(plan, device)
         self._plan = plan

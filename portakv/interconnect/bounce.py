@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bounced`: rows of another device go down to pinned memory by the engines of the device that owns
-them, and up by those of the device that wants them."""
+"""`bounce`: rows of another device go down to pinned memory by the strategies of the device that
+owns them, and up by those of the device that wants them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.interconnect.choose import across
 from portakv.interconnect.staging import mark
-from portakv.interconnect.strategy import Engine, EngineLaunch, Terms, finish
+from portakv.interconnect.strategy import Strategy, StrategyLaunch, Terms, finish
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import prepared
 from portakv.registry.registry import Choice, choose
@@ -24,10 +24,10 @@ from portakv.view.form import Form
 SLICE = 32 << 20
 
 
-class Bounced(Engine):
+class Bounce(Strategy):
     """``why`` no kernel reads the rows where they are, as a phrase."""
 
-    name = "bounced"
+    name = "bounce"
 
     def __init__(self, device: torch.device, half: Choice, terms: Terms, why: str) -> None:
         super().__init__(device, half, terms)
@@ -43,17 +43,17 @@ class Bounced(Engine):
         return Decision(self.name, True, told) if decision.accepted else decision
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _BouncedLaunch(plan, self)
+        return _BounceLaunch(plan, self)
 
 
-class _BouncedLaunch(EngineLaunch):
+class _BounceLaunch(StrategyLaunch):
     """A prepared copy, in slices."""
 
-    def __init__(self, plan: CopyPlan, engine: Bounced) -> None:
-        super().__init__(plan, engine.device)
+    def __init__(self, plan: CopyPlan, strategy: Bounce) -> None:
+        super().__init__(plan, strategy.device)
         # Each half is ordered on streams of this copy, whatever the caller's are.
-        self._half = engine.half
-        self._terms = replace(engine.terms, detached=False)
+        self._half = strategy.half
+        self._terms = replace(strategy.terms, detached=False)
         size = plan.src.block_size if plan.src.opaque else 1
         # Tokens between two places where both sides may be cut.
         self._whole = lcm(plan.src_step or 1, plan.dst_step or 1, size)
@@ -89,8 +89,8 @@ class _BouncedLaunch(EngineLaunch):
 
 
 def _buffer(form: Form, tokens: int) -> KVView:
-    """Pinned memory for the rows of a form, dense, a tensor for each kv; the engines hold it until
-    their copies ended."""
+    """Pinned memory for the rows of a form, dense, a tensor for each kv; the strategies hold it
+    until their copies ended."""
     shapes = [(form.layers, tokens, form.heads * width) for width in form.widths]
     if form.opaque:
         shapes = [(form.layers, tokens // form.block_size, width) for width in form.widths]

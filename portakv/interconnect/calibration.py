@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: measures what the engines cost on a device, within a time that is given.
+"""Calibration: measures what the strategies cost on a device, within a time that is given.
 
 Each point copies so many runs of one size between blocks in random order, on the device and on the
-host alike, with room between them, so that no two runs are neighbours and none fold. Every engine
-copies the same blocks, and an engine whose bytes are wrong is left out. The time that a call keeps
+host alike, with room between them, so that no two runs are neighbours and none fold. Every strategy
+copies the same blocks, and a strategy whose bytes are wrong is left out. The time that a call keeps
 the host is measured beside the device's, and is no part of that if it can be hidden.
 """
 
@@ -100,11 +100,12 @@ def calibrate(
     timer: Timer | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Table:
-    """Measure the engines of an accelerator, which is idle, on a grid (default: `GRID`) by a timer
-    (default: a `Timer`), in so many ``seconds`` by a ``clock``; the points left are not measured.
+    """Measure the strategies of an accelerator, which is idle, on a grid (default: `GRID`) by a
+    timer (default: a `Timer`), in so many ``seconds`` by a ``clock``; the points left are not
+    measured.
 
     Raises:
-        PortaKVError: no engine could be measured, with the reasons.
+        PortaKVError: no strategy could be measured, with the reasons.
     """
     began = clock()
     grid = grid or GRID
@@ -118,7 +119,7 @@ def calibrate(
     if not work.found:
         lines = "\n".join(f"  {name}: {why}" for name, why in work.left_out.items())
         said = lines or f"  {seconds:g} s are too few for the first point"
-        raise PortaKVError(f"No engine could be measured on {device}:\n{said}")
+        raise PortaKVError(f"No strategy could be measured on {device}:\n{said}")
     points = {key: dict(sorted(sizes.items())) for key, sizes in work.found.items()}
     emulated = bool(getattr(torch.get_device_module(device), "EMULATED", False))
     return Table(
@@ -140,7 +141,7 @@ _PER_BYTE = 1 / 20e9
 
 
 class Work:
-    """What is measured with, and what was found so far. A point is an engine, a direction, bytes
+    """What is measured with, and what was found so far. A point is a strategy, a direction, bytes
     of a run, and runs."""
 
     def __init__(self, device: torch.device, grid: Grid, timer: Timer, host: Host) -> None:
@@ -155,21 +156,21 @@ class Work:
 
     def points(self) -> Iterator[tuple[str, str, int, int]]:
         """Every point; the ends of the grid first, so that a part of them spans it."""
-        there = [engine for engine in ORDER if engine in self._host.engines]
+        there = [strategy for strategy in ORDER if strategy in self._host.strategies]
         for size, pageable in product(spread(self._grid.run_bytes), (False, True)):
             counts = spread(self._grid.runs(size, pageable))
-            engines = [engine for engine in there if self._pageable(engine) == pageable]
-            for runs, direction, engine in product(counts, DIRECTIONS, engines):
-                yield engine, direction, size, runs
+            strategies = [strategy for strategy in there if self._pageable(strategy) == pageable]
+            for runs, direction, strategy in product(counts, DIRECTIONS, strategies):
+                yield strategy, direction, size, runs
 
-    def _pageable(self, engine: str) -> bool:
-        places = self._host.engines[engine].capabilities().places
+    def _pageable(self, strategy: str) -> bool:
+        places = self._host.strategies[strategy].capabilities().places
         return any("pageable" in pair for pair in places)
 
-    def expected(self, engine: str, direction: str, size: int, runs: int) -> float:
+    def expected(self, strategy: str, direction: str, size: int, runs: int) -> float:
         """Seconds that a point should take, with the delays before its copies, by what was found
         so far."""
-        columns = self.found.get((engine, direction))
+        columns = self.found.get((strategy, direction))
         one = _FIXED + runs * _PER_RUN
         one += runs * size * _PER_BYTE
         if columns:
@@ -178,26 +179,28 @@ class Work:
             one = cost(columns, "seconds", size, runs) + host + min(host, SEEN)
         return one * (self._grid.times(size * runs) + 2)
 
-    def measure(self, engine: str, direction: str, size: int, runs: int) -> None:
-        """Measure one point; an engine that fails, or whose bytes are wrong, is left out."""
-        if engine in self.left_out:
+    def measure(self, strategy: str, direction: str, size: int, runs: int) -> None:
+        """Measure one point; a strategy that fails, or whose bytes are wrong, is left out."""
+        if strategy in self.left_out:
             return
-        column = self.found.setdefault((engine, direction), {}).setdefault(size, [])
+        column = self.found.setdefault((strategy, direction), {}).setdefault(size, [])
         try:
-            times = self._times(engine, direction, size, runs, prove=not column)
-        except Exception as error:  # one engine that fails must not end the others
+            times = self._times(strategy, direction, size, runs, prove=not column)
+        except Exception as error:  # one strategy that fails must not end the others
             with suppress(Exception):
                 torch.accelerator.synchronize(self.device)
-            self.left_out[engine] = f"{type(error).__name__} at {runs} runs of {size} B: {error}"
-            self.found = {key: sizes for key, sizes in self.found.items() if key[0] != engine}
+            self.left_out[strategy] = f"{type(error).__name__} at {runs} runs of {size} B: {error}"
+            self.found = {key: sizes for key, sizes in self.found.items() if key[0] != strategy}
             return
         seconds, host = (median(each) for each in zip(*times, strict=True))
         insort(column, Point(runs, seconds, host), key=lambda point: point.runs)
 
-    def _times(self, engine: str, direction: str, size: int, runs: int, prove: bool) -> list[Timed]:
-        """The times of one point, under lists that are wherever engines read them: new ones are
+    def _times(
+        self, strategy: str, direction: str, size: int, runs: int, prove: bool
+    ) -> list[Timed]:
+        """The times of one point, under lists that are wherever strategies read them: new ones are
         sent by some and not by others, in a few microseconds that are not the copy's."""
-        pageable = self._pageable(engine)
+        pageable = self._pageable(strategy)
         places = ["device", "pageable" if pageable else "pinned"]
         ends = [self.blocks(x, size, runs) for x in places[:: 1 if direction == "d2h" else -1]]
         draws = [np.random.default_rng(seed).permutation(runs) for seed in (1, 2)]
@@ -207,7 +210,7 @@ class Work:
         if forms not in self._launches:
             self._launches[forms] = self._host.prepare(CopyPlan(*forms, 1, 1))
         move = Move(src, dst, Index(orders[0]), Index(orders[1]), runs)
-        call = partial(self._launches[forms].launch_by, engine, move, None)
+        call = partial(self._launches[forms].launch_by, strategy, move, None)
         if prove:
             self._prove(call, ends, orders)
         for _ in range(2):  # what it keeps the host, once a call was made before it
@@ -258,12 +261,12 @@ def spread(values: Sequence[int]) -> list[int]:
 
 
 def by_point(table: Table) -> dict[tuple[str, int, int], dict[str, Point]]:
-    """The measurements of a table by direction, bytes of a run and runs, then by engine."""
+    """The measurements of a table by direction, bytes of a run and runs, then by strategy."""
     found: dict[tuple[str, int, int], dict[str, Point]] = {}
-    for engine, direction in product(ORDER, DIRECTIONS):
-        for size, column in table.points.get((engine, direction), {}).items():
+    for strategy, direction in product(ORDER, DIRECTIONS):
+        for size, column in table.points.get((strategy, direction), {}).items():
             for point in column:
-                found.setdefault((direction, size, point.runs), {})[engine] = point
+                found.setdefault((direction, size, point.runs), {})[strategy] = point
     return dict(sorted(found.items()))
 
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`host`: prepares the engines and picks one for each transfer, by what they cost on this device.
+"""`host`: prepares the strategies and picks one for each transfer, by what they cost on this
+device.
 
-It carries nothing out itself, so that it can do what the engine that it picks can do. It cannot be
-captured: which engine is best, and what crosses in which piece, is worked out on the host from the
-ids of each transfer, and would stay in a graph as it was at capture.
+It carries nothing out itself, so that it can do what the strategy that it picks can do. It cannot
+be captured: which strategy is best, and what crosses in which piece, is worked out on the host
+from the ids of each transfer, and would stay in a graph as it was at capture.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import Table, costs_of
 from portakv.interconnect.link import by_torch, link_of
 from portakv.interconnect.pieces import RunCounter, Shape
-from portakv.interconnect.strategy import SMALL, Engine, EngineLaunch, Terms, read_on, told_of
+from portakv.interconnect.strategy import SMALL, Strategy, StrategyLaunch, Terms, read_on, told_of
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
@@ -31,16 +32,17 @@ from portakv.runtime.devices import capturing, inside
 
 _log = logging.getLogger(__name__)
 
-#: The engines, the gentlest to a running model first: it wins if two cost the same in all.
-ORDER = ("staged", "descriptors", "direct", "ring")
+#: The strategies, the gentlest to a running model first: it wins if two cost the same in all.
+ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
 #: Bytes of runs in the default rule. Of 234 copies that were recorded on an H200 it loses more than
-#: 5 % to the best engine that the terms allow in 4 beside a model and in 17 on an idle device; a
+#: 5 % to the best strategy that the terms allow in 4 beside a model and in 17 on an idle device; a
 #: table of the device in 2 and 1 (benchmarks/NOTES.md, section 11).
 WIDE = 256 << 10
 EVEN = 32 << 10
 NARROW = 64 << 10
-#: Engines whose seconds differ by no more than this part of the least count as equal: the same copy
-#: of 8 MiB and more timed twice on an H200 differs by up to 2 %, and so may each of two figures.
+#: Strategies whose seconds differ by no more than this part of the least count as equal: the same
+#: copy of 8 MiB and more timed twice on an H200 differs by up to 2 %, and so may each of two
+#: figures.
 EQUAL = 0.02
 
 #: Seconds of the device for each row of a 2-D copy beside its bytes, by direction. Measured on an
@@ -51,21 +53,21 @@ ROW = {"d2h": 100e-9, "h2d": 50e-9}
 _NO_TERMS = Terms()
 _NONE = frozenset[str]()
 _PICKS = 1024  # that one launch remembers
-_UNSTAGED = ("descriptors", "direct")  # they take no memory of the device
+_UNSTAGED = ("batched_memcpy", "zero_copy")  # they take no memory of the device
 
 
 class Alternative(NamedTuple):
-    """What one engine would make of a copy.
+    """What one strategy would make of a copy.
 
     Attributes:
-        engine: its name.
+        strategy: its name.
         run_bytes, runs: the copy, as its cost was looked up: in pieces, if rows are folded.
         seconds, host_seconds: what it would take the device, and keep the host; None if that was
             not measured here.
         refused: why it may not be picked, as a phrase; empty if it may.
     """
 
-    engine: str
+    strategy: str
     run_bytes: int
     runs: int
     seconds: float | None
@@ -74,28 +76,31 @@ class Alternative(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The engine of a copy, why as a sentence, and what each engine would take."""
+    """The strategy of a copy, why as a sentence, and what each strategy would take."""
 
-    engine: str
+    strategy: str
     why: str
     alternatives: tuple[Alternative, ...]
 
 
 def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> tuple[str, str]:
-    """The engine for a copy on a device that was never measured, and why, as a phrase.
+    """The strategy for a copy on a device that was never measured, and why, as a phrase.
 
     ``kernel``: the terms allow a kernel to move it.
     """
     staged = shapes["staged"]
-    whole = shapes["descriptors"]
+    whole = shapes["batched_memcpy"]
     if whole.nbytes <= SMALL[direction]:
-        return "direct", f"for copies of up to {SMALL[direction] >> 20} MiB"
+        return "zero_copy", f"for copies of up to {SMALL[direction] >> 20} MiB"
     if kernel and staged.run_bytes < NARROW:
-        return "direct", f"for host memory in runs of less than {NARROW >> 10} KiB"
+        return "zero_copy", f"for host memory in runs of less than {NARROW >> 10} KiB"
     if whole.run_bytes >= WIDE:
-        return "descriptors", f"for runs of {WIDE >> 10} KiB or more"
+        return "batched_memcpy", f"for runs of {WIDE >> 10} KiB or more"
     if whole.run_bytes >= EVEN and whole.runs <= staged.runs:
-        return "descriptors", f"for runs of {EVEN >> 10} KiB or more that gathering would not merge"
+        return (
+            "batched_memcpy",
+            f"for runs of {EVEN >> 10} KiB or more that gathering would not merge",
+        )
     return "staged", "for runs that are gathered into longer ones"
 
 
@@ -107,7 +112,7 @@ def pick(
     costs: Table,
     waits: frozenset[str] = frozenset(),
 ) -> Pick:
-    """The engine for a copy.
+    """The strategy for a copy.
 
     Of those that the terms allow and that were measured to take at most `EQUAL` longer than the
     quickest, it is the one that keeps the host least; of equals the first in `ORDER`. If none of
@@ -116,46 +121,46 @@ def pick(
     blocks costs less than a host that waits.
 
     Args:
-        shapes: what the copy is to each engine that might carry it out.
-        out: engines that do not, and why, as a phrase.
-        waits: engines that would wait for ids or addresses that only the device has.
+        shapes: what the copy is to each strategy that might carry it out.
+        out: strategies that do not, and why, as a phrase.
+        waits: strategies that would wait for ids or addresses that only the device has.
 
     Raises:
-        Unsupported: no engine is left, with each one's reason.
+        Unsupported: no strategy is left, with each one's reason.
     """
     found = []
     kept_out = _kept_out(direction, shapes["staged"], terms)
-    others = shapes.keys() - out.keys() - {"direct"}
+    others = shapes.keys() - out.keys() - {"zero_copy"}
     if others and others <= waits and not terms.detached:
         kept_out = ""
     for name in (name for name in ORDER if name in shapes):
-        refused = out.get(name) or (kept_out if name == "direct" else "")
+        refused = out.get(name) or (kept_out if name == "zero_copy" else "")
         found.append(_candidate(name, shapes[name], direction, costs, refused))
-    able = [one for one in found if one.engine not in out]
+    able = [one for one in found if one.strategy not in out]
     if not able:
         raise _none_left(out)
     allowed = [one for one in able if not one.refused]
-    waitless = [one for one in allowed if one.engine not in waits]
-    engine = (waitless or allowed or able)[0].engine
+    waitless = [one for one in allowed if one.strategy not in waits]
+    strategy = (waitless or allowed or able)[0].strategy
     if not allowed:
-        why = f"no other engine takes the copy, although {able[0].refused}"
+        why = f"no other strategy takes the copy, although {able[0].refused}"
     elif len(waitless) == 1 < len(allowed):
-        why = "the only engine that does not wait for what only the device knows"
+        why = "the only strategy that does not wait for what only the device knows"
     elif len(allowed) == 1:
-        why = "the only engine that is left"
+        why = "the only strategy that is left"
     elif any(one.seconds is not None for one in allowed):
-        engine, why = _quickest(waitless or allowed, able)
+        strategy, why = _quickest(waitless or allowed, able)
     else:
         wanted, rule = default_rule(shapes, direction, kernel=not kept_out)
         why = "the gentlest of those that are left, as nothing was measured here"
-        if wanted in [one.engine for one in waitless or allowed]:
-            engine = wanted
+        if wanted in [one.strategy for one in waitless or allowed]:
+            strategy = wanted
             why = f"the default rule {rule}, as nothing was measured here"
-    return Pick(engine, why, tuple(found))
+    return Pick(strategy, why, tuple(found))
 
 
 def _quickest(allowed: list[Alternative], able: list[Alternative]) -> tuple[str, str]:
-    """The engine that keeps the host least of the quickest and those about as quick, and why."""
+    """The strategy that keeps the host least of the quickest and those about as quick, and why."""
     limit = min(map(_seconds, allowed)) * (1 + EQUAL)
     equal = [one for one in allowed if _seconds(one) <= limit]
     best = min(equal, key=lambda one: one.host_seconds or 0.0)  # the first of equals
@@ -165,8 +170,8 @@ def _quickest(allowed: list[Alternative], able: list[Alternative]) -> tuple[str,
     text += ", as measured"
     for one in able:
         if one.refused and _seconds(one) < _seconds(best):
-            text += f"; {one.engine} would take less, but the terms keep it out"
-    return best.engine, text
+            text += f"; {one.strategy} would take less, but the terms keep it out"
+    return best.strategy, text
 
 
 def _seconds(one: Alternative) -> float:
@@ -185,8 +190,11 @@ def _candidate(name: str, shape: Shape, direction: str, costs: Table, refused: s
 
 
 def _kept_out(direction: str, host: Shape, terms: Terms) -> str:
-    """Why the terms keep `direct` out of a copy whose host memory has a shape, as a phrase; empty
-    if they do not. By copy engines short runs cost a model, and the host, more (NOTES, 12)."""
+    """Return why the terms keep `zero_copy` out of a copy, as a phrase; empty if they do not.
+
+    ``host`` is the shape of the host memory. Copy engines slow a model and the host down more than
+    `zero_copy` does if runs are short (benchmarks/NOTES.md, section 12).
+    """
     limited = terms.max_gbps is not None or terms.max_thread_blocks is not None
     short = host.nbytes <= SMALL[direction] or (host.run_bytes < EVEN and not terms.detached)
     if terms.overlap == "idle" or short or limited:
@@ -199,11 +207,11 @@ def _kept_out(direction: str, host: Shape, terms: Terms) -> str:
 
 def _none_left(out: Mapping[str, str]) -> Unsupported:
     lines = "\n".join(f"  {name}: {why}" for name, why in out.items())
-    return Unsupported("A copy between the device and the host", f"no engine takes it:\n{lines}")
+    return Unsupported("A copy between the device and the host", f"no strategy takes it:\n{lines}")
 
 
-class Host(Engine):
-    """Picks among the ``engines`` that serve a device, by name; ``out``: those that do not, and
+class Host(Strategy):
+    """Picks among the ``strategies`` that serve a device, by name; ``out``: those that do not, and
     why, as a phrase."""
 
     name = "host"
@@ -212,43 +220,43 @@ class Host(Engine):
         self, device: torch.device, half: Choice | None = None, terms: Terms | None = None
     ) -> None:
         super().__init__(device, half, terms)
-        self._logged = REGISTRY.logged_engines.setdefault(device, set())
+        self._logged = REGISTRY.logged_strategies.setdefault(device, set())
         made = {name: self._make(name) for name in ORDER}
-        self.engines = {name: x for name, x in made.items() if not isinstance(x, str)}
+        self.strategies = {name: x for name, x in made.items() if not isinstance(x, str)}
         self.out = {name: why for name, why in made.items() if isinstance(why, str)}
 
     def capabilities(self) -> Capabilities:
-        served = [engine.capabilities().places for engine in self.engines.values()]
+        served = [strategy.capabilities().places for strategy in self.strategies.values()]
         return Capabilities(places=frozenset().union(*served) - PEERS, index_on="any")
 
     def check(self, plan: CopyPlan) -> Decision:
-        answers = {name: engine.check(plan) for name, engine in self.engines.items()}
+        answers = {name: strategy.check(plan) for name, strategy in self.strategies.items()}
         able = [name for name, answer in answers.items() if answer.accepted]
         if able:
             return Decision(self.name, True, f"takes the plan, by {' or '.join(able)}")
         reasons = [f"{name}: {answer.reason}" for name, answer in answers.items()]
         told = "; ".join(reasons + [f"{name}: {why}" for name, why in self.out.items()])
-        return Decision(self.name, False, f"no engine takes it ({told})")
+        return Decision(self.name, False, f"no strategy takes it ({told})")
 
     def prepare(self, plan: CopyPlan) -> HostLaunch:
         launch = HostLaunch(plan, self)
-        # One engine is prepared now, so that the plan is known to be carried out.
-        if not any(launch.prepared(name) for name in self.engines):
+        # One strategy is prepared now, so that the plan is known to be carried out.
+        if not any(launch.prepared(name) for name in self.strategies):
             raise _none_left(launch.out)
         costs_of(self.device)  # read now, rather than in a transfer
         return launch
 
-    def log(self, engine: str, why: str) -> None:
-        """Log, once for each engine of a device, that it carries copies out."""
-        if engine not in self._logged:
-            self._logged.add(engine)
-            _log.info("%s: engine %s, %s", self.device, engine, why)
+    def log(self, strategy: str, why: str) -> None:
+        """Log, once for each strategy of a device, that it carries copies out."""
+        if strategy not in self._logged:
+            self._logged.add(strategy)
+            _log.info("%s: strategy %s, %s", self.device, strategy, why)
 
-    def _make(self, name: str) -> Engine | str:
-        """An engine, or why it does not serve this device."""
+    def _make(self, name: str) -> Strategy | str:
+        """A strategy, or why it does not serve this device."""
         module, _, attribute = BUILT_IN[name].partition(":")
         try:
-            cls: type[Engine] = getattr(importlib.import_module(module), attribute)
+            cls: type[Strategy] = getattr(importlib.import_module(module), attribute)
             decision = cls.probe(self.device)
             made = cls(self.device, self._half, self.terms) if decision.accepted else None
             return made or decision.reason
@@ -256,9 +264,9 @@ class Host(Engine):
             return f"it failed to load: {type(error).__name__}: {error}"
 
 
-class HostLaunch(EngineLaunch):
-    """A plan's launches, one for each engine that takes it, each prepared when it is first used;
-    ``out``: engines that do not carry it out, and why, as a phrase."""
+class HostLaunch(StrategyLaunch):
+    """A plan's launches, one for each strategy that takes it, each prepared when it is first used;
+    ``out``: strategies that do not carry it out, and why, as a phrase."""
 
     def __init__(self, plan: CopyPlan, host: Host) -> None:
         super().__init__(plan, host.device)
@@ -266,8 +274,8 @@ class HostLaunch(EngineLaunch):
         self.direction = "d2h" if self.downward else "h2d"
         self._host = host
         self._terms = host.terms
-        answers = {name: engine.check(plan) for name, engine in host.engines.items()}
-        self.engines = {name: host.engines[name] for name, x in answers.items() if x.accepted}
+        answers = {name: strategy.check(plan) for name, strategy in host.strategies.items()}
+        self.strategies = {name: host.strategies[name] for name, x in answers.items() if x.accepted}
         refused = {name: x.reason for name, x in answers.items() if not x.accepted}
         self.out = {**host.out, **refused}
         # To torch each row on the host is a call: nothing folds.
@@ -276,142 +284,148 @@ class HostLaunch(EngineLaunch):
         self._launches: dict[str, Launch] = {}
         self._whole = RunCounter(plan, fold_below=below)
         self._of_host = RunCounter.of_host(plan, below)
-        self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of engines", _PICKS)
+        self._picks: Bounded[tuple[object, ...], Pick] = Bounded("picks of strategies", _PICKS)
         self._last = threading.local()
 
     def pick(self, move: Move, guarded: bool = False) -> Pick:
-        """The engine that a transfer takes, with ``guarded`` one that skips and guards ids; moves
+        """The strategy that a transfer takes, with ``guarded`` one that skips and guards ids; moves
         nothing. Raises as the function `pick` does."""
         out = self.out
         host = self.ends(move)[1]
         if guarded:
-            engines = tuple(self.engines.items())  # another thread may take one out meanwhile
-            unfit = [name for name, each in engines if not each.capabilities().guards]
+            strategies = tuple(self.strategies.items())  # another thread may take one out meanwhile
+            unfit = [name for name, each in strategies if not each.capabilities().guards]
             out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
         while True:
             found = self._pick(move, out)
-            engine = self.engines.get(found.engine)  # another thread may have taken it out
-            why = engine.refuses(host) if engine is not None else ""
+            strategy = self.strategies.get(found.strategy)  # another thread may have taken it out
+            why = strategy.refuses(host) if strategy is not None else ""
             if not why:
                 return found
-            out = {**out, found.engine: why}
+            out = {**out, found.strategy: why}
 
     def _pick(self, move: Move, out: Mapping[str, str]) -> Pick:
-        """As `pick`, without the engines that are out, and why, as a phrase."""
+        """As `pick`, without the strategies that are out, and why, as a phrase."""
         rows, host, mine, theirs = self.ends(move)
         count = move.count
         whole = self._whole.groups(move.src_index, move.dst_index, count)
         of_host = self._of_host.groups(theirs, theirs, count)
         clean = mine.is_clean(count, rows.slots) and theirs.is_clean(count, host.slots)
         waits = self._waiting(told_of(rows, mine), told_of(host, theirs), clean)
-        # Once another engine refuses the plan, picks that were made before no longer count.
+        # Once another strategy refuses the plan, picks that were made before no longer count.
         key = whole, of_host, count, tuple(out), waits
         found = self._picks.get(key)
         if found is None:
             dense = self._of_host.shape(of_host, count)
             shapes = {
                 "staged": dense,
-                "descriptors": self._whole.shape(whole, count),
-                "direct": self._whole.unmerged(count),
-                "ring": dense,
+                "batched_memcpy": self._whole.shape(whole, count),
+                "zero_copy": self._whole.unmerged(count),
+                "pageable": dense,
             }
             found = pick(shapes, self.direction, out, self._terms, costs_of(self.device), waits)
             self._picks[key] = found
         return found
 
     def _waiting(self, rows: bool, host: bool, clean: bool) -> frozenset[str]:
-        """The engines that would wait for a device, by whether the host is told where the device's
-        rows are, and its own, and whether ids need no guard: without one they are read back."""
+        """Return the strategies that would wait for a device.
+
+        ``rows`` and ``host``: the host knows the addresses and ids of the device's rows, and of its
+        own. ``clean``: the ids need no guard; a strategy without a guard reads other ids back.
+        """
         if rows and host:
             return _NONE
         told = {"none": True, "host": host, "both": rows and host}
-        engines = tuple(self.engines.items())  # another thread may take one out meanwhile
+        strategies = tuple(self.strategies.items())  # another thread may take one out meanwhile
         return frozenset(
             name
-            for name, engine in engines
-            if not told[engine.reads] or not (clean or engine.capabilities().guards)
+            for name, strategy in strategies
+            if not told[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
     def again(self, *sides: Any) -> Again | None:
-        """See `base.Repeatable`; by the engine of this thread's last transfer."""
+        """See `base.Repeatable`; by the strategy of this thread's last transfer."""
         found = getattr(self._launches.get(self._last.carried[0]), "again", None)
         return None if found is None else found(*sides)
 
     def claims(self, move: Move) -> Capabilities:
-        """What the engine that a transfer takes can do; raises as the function `pick` does."""
-        if capturing(self.device):  # nothing can be prepared, and no engine is to be out for that
+        """What the strategy that a transfer takes can do; raises as the function `pick` does."""
+        if capturing(self.device):  # nothing can be prepared, and no strategy is to be out for that
             return self._host.capabilities()
-        return self.engines[self._pick_prepared(move).engine].capabilities()
+        return self.strategies[self._pick_prepared(move).strategy].capabilities()
 
     def _pick_prepared(self, move: Move, guarded: bool = False) -> Pick:
-        """As `pick`; the engine is prepared by now."""
+        """As `pick`; the strategy is prepared by now."""
         picked = self.pick(move, guarded)
-        while self.prepared(picked.engine) is None:  # refused just now: pick another one
+        while self.prepared(picked.strategy) is None:  # refused just now: pick another one
             picked = self.pick(move, guarded)
         return picked
 
     def launch_by(
         self,
-        engine: str,
+        strategy: str,
         move: Move,
         stream: torch.Stream | None,
         status: torch.Tensor | None = None,
     ) -> Pending | None:
-        """Carry a transfer out by one engine, whatever would be picked. Raises `Unsupported` if it
-        does not carry the plan out."""
-        launch = self.prepared(engine)
+        """Copy by one strategy, even if another one would be picked.
+
+        Raises:
+            Unsupported: the strategy does not take the plan.
+        """
+        launch = self.prepared(strategy)
         if launch is None:
-            why = self.out.get(engine, "there is no such engine")
-            raise Unsupported(f"A copy by the engine {engine!r}", why)
-        return launch(*self._placed(engine, move, stream), stream, status)
+            why = self.out.get(strategy, "there is no such strategy")
+            raise Unsupported(f"A copy by the strategy {strategy!r}", why)
+        return launch(*self._placed(strategy, move, stream), stream, status)
 
     def enqueue(
         self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None
     ) -> Pending | None:
         picked = self._pick_prepared(move)
-        if status is not None and not self.engines[picked.engine].capabilities().guards:
+        if status is not None and not self.strategies[picked.strategy].capabilities().guards:
             # `claims` told of one that does; since then another thread read the ids back.
             picked = self._pick_prepared(move, guarded=True)
-        engine = picked.engine
+        strategy = picked.strategy
         why = picked.why
         try:
-            pending = self.launch_by(engine, move, stream, status)
+            pending = self.launch_by(strategy, move, stream, status)
         except torch.OutOfMemoryError:
             # The device has no room for staging. Others need none, and may move rows once more; but
-            # none takes over from `direct`, which alone skips and guards ids.
+            # none takes over from `zero_copy`, which alone skips and guards ids.
             able = [name for name in _UNSTAGED if self.prepared(name)]
-            if not able or engine in _UNSTAGED:
+            if not able or strategy in _UNSTAGED:
                 raise
-            why = f"{engine} was picked ({why}), but the device had no memory left for it"
-            engine = able[0]
-            pending = self.launch_by(engine, move, stream, status)
-        self._host.log(engine, why)
-        self._last.carried = engine, why
+            why = f"{strategy} was picked ({why}), but the device had no memory left for it"
+            strategy = able[0]
+            pending = self.launch_by(strategy, move, stream, status)
+        self._host.log(strategy, why)
+        self._last.carried = strategy, why
         return pending
 
     @property
     def carried(self) -> tuple[str, str] | None:
-        """The engine of this thread's last transfer, and why, as a phrase; None before it."""
+        """The strategy of this thread's last transfer, and why, as a phrase; None before it."""
         return getattr(self._last, "carried", None)
 
     def prepared(self, name: str) -> Launch | None:
-        """The launch of an engine, prepared now if need be; None if it cannot be."""
+        """The launch of a strategy, prepared now if need be; None if it cannot be."""
         launch = self._launches.get(name)
-        if launch is not None or name not in self.engines:
+        if launch is not None or name not in self.strategies:
             return launch
         with self._lock:
-            if name in self.engines and name not in self._launches:
-                launch, decision = prepare_by(self.engines[name], self.plan)
+            if name in self.strategies and name not in self._launches:
+                launch, decision = prepare_by(self.strategies[name], self.plan)
                 if launch is None:
                     self.out = {**self.out, name: decision.reason}
-                    del self.engines[name]
+                    del self.strategies[name]
                 else:
                     self._launches[name] = launch
             return self._launches.get(name)
 
     def _placed(self, name: str, move: Move, stream: torch.Stream | None) -> Move:
-        """The copy with the ids of both sides where an engine reads them."""
-        can = self.engines[name].capabilities()
+        """The copy with the ids of both sides where a strategy reads them."""
+        can = self.strategies[name].capabilities()
         if can.index_on == "any":
             return move
         home = can.home_of_ids(self.device)
@@ -428,22 +442,22 @@ class HostLaunch(EngineLaunch):
         return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
 
 
-#: Engines by the backend that they run over, and by terms without a rate.
-hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("engines across the link", 64)
+#: Strategies by the backend that they run over, and by terms without a rate.
+hosts: Bounded[tuple[Choice, Terms], Choice] = Bounded("strategies across the link", 64)
 
 
 def across(half: Choice, terms: Terms | None = None) -> Choice:
-    """The engine ``host`` over a device's backend and under a caller's terms, or the engine that
-    the caller named; one engine for all rates.
+    """Return the strategy ``host`` over a device's backend and under a caller's terms; or the
+    strategy that the caller named. All rates share one strategy.
 
     Raises:
         BackendUnavailable: its self-check failed on this device.
     """
-    key = half, (terms or _NO_TERMS).of_engine
+    key = half, (terms or _NO_TERMS).without_rate
     if (found := hosts.get(key)) is not None:
         return found
     device = half.backend.device
-    if isinstance(half.backend, Engine):
+    if isinstance(half.backend, Strategy):
         if key[1] == _NO_TERMS:
             return half
         named = type(half.backend)(device, None, key[1])
@@ -451,9 +465,9 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(
-            f"A copy between {device} and the host was asked for, but no engine can make it: "
+            f"A copy between {device} and the host was asked for, but no strategy can make it: "
             f"{decision.reason}. Copy through a tensor on the device."
         )
-    engine = Host(device, *key)
-    made = Choice(engine, (*half.trace, decision), False, engine.capabilities())
+    strategy = Host(device, *key)
+    made = Choice(strategy, (*half.trace, decision), False, strategy.capabilities())
     return hosts.setdefault(key, made)

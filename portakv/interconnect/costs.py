@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of measured costs for the choice of engines: look-up, and its file in the cache.
+"""The table of measured costs for the choice of strategies: look-up, and its file in the cache.
 
 There is one file for each kind of device, driver and torch. What is missing, corrupt or of another
-device is no error: nothing is known then, the default rule picks engines, and the origin says why.
+device is no error: nothing is known then, the default rule picks strategies, and the origin says
+why.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 
+from portakv.registry.registry import OLD_NAMES
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import kernel_cache as _kernel_cache
 from portakv.runtime.bounded import Bounded
@@ -28,7 +30,7 @@ from portakv.runtime.devices import device_name
 
 DIRECTIONS = ("d2h", "h2d")
 
-#: Of the file, and of how engines behave: a table of another format is measured anew.
+#: Of the file, and of how strategies behave: a table of another format is measured anew.
 FORMAT = 2
 
 _LEAST = 1e-12  # seconds of any copy
@@ -55,12 +57,12 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What engines cost on one kind of device, as it was measured.
+    """What strategies cost on one kind of device, as it was measured.
 
     Attributes:
         device: what it was measured on; see `identity`.
-        points: measurements by engine and direction.
-        left_out: engines that were not measured, and why.
+        points: measurements by strategy and direction.
+        left_out: strategies that were not measured, and why.
         emulated: measured on an emulated device, whose times mean nothing.
         took: seconds of measuring.
         whole: every point was measured within the time that was allowed.
@@ -82,19 +84,21 @@ class Table:
         """Whether anything was measured."""
         return bool(self.points)
 
-    def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that the device takes; None if an engine was not measured."""
-        columns = self.points.get((engine, direction))
+    def seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float | None:
+        """Seconds that the device takes; None if a strategy was not measured."""
+        columns = self.points.get((strategy, direction))
         return cost(columns, "seconds", run_bytes, runs) if columns else None
 
-    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that a call keeps the host; None if an engine was not measured."""
-        columns = self.points.get((engine, direction))
+    def host_seconds(
+        self, strategy: str, direction: str, run_bytes: int, runs: int
+    ) -> float | None:
+        """Seconds that a call keeps the host; None if a strategy was not measured."""
+        columns = self.points.get((strategy, direction))
         return cost(columns, "host_seconds", run_bytes, runs) if columns else None
 
 
 def cost(columns: Columns, what: str, run_bytes: int, runs: int) -> float:
-    """The ``seconds`` or ``host_seconds`` of one engine in one direction.
+    """The ``seconds`` or ``host_seconds`` of one strategy in one direction.
 
     Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
     in how many runs they lie in. That is exact for what each run and each byte has its price.
@@ -131,8 +135,8 @@ def _along(column: Sequence[Point], what: str, wanted: float) -> float:
 
 
 def unmeasured(why: str) -> Table:
-    """The table of a device that has none, for a reason: nothing is known of any engine."""
-    origin = f"not measured, so that the default rule picks engines: {why}"
+    """The table of a device that has none, for a reason: nothing is known of any strategy."""
+    origin = f"not measured, so that the default rule picks strategies: {why}"
     return Table({}, {}, whole=False, origin=origin)
 
 
@@ -205,9 +209,11 @@ def read(path: Path) -> Table:
 
 def as_json(table: Table) -> dict[str, Any]:
     """A table as its file has it."""
-    engines: dict[str, dict[str, list[list[float]]]] = {engine: {} for engine, _ in table.points}
-    for (engine, direction), columns in table.points.items():
-        engines[engine][direction] = [
+    strategies: dict[str, dict[str, list[list[float]]]] = {
+        strategy: {} for strategy, _ in table.points
+    }
+    for (strategy, direction), columns in table.points.items():
+        strategies[strategy][direction] = [
             [size, p.runs, p.seconds, p.host_seconds] for size in columns for p in columns[size]
         ]
     return {
@@ -219,26 +225,26 @@ def as_json(table: Table) -> dict[str, Any]:
         "timer": table.timer,
         "left_out": dict(table.left_out),
         "columns": ["run_bytes", "runs", "seconds", "host_seconds"],
-        "engines": engines,
+        "engines": strategies,
     }
 
 
 def _parsed(content: Mapping[str, Any], path: Path) -> Table:
     points: dict[tuple[str, str], dict[int, list[Point]]] = {}
-    for engine, by_direction in content["engines"].items():
+    for name, by_direction in content["engines"].items():
+        strategy = OLD_NAMES.get(name, name)
         for direction, rows in by_direction.items():
             if direction not in DIRECTIONS:
                 raise ValueError(f"direction {direction!r}")
-            columns = points.setdefault((engine, direction), {})
+            columns = points.setdefault((strategy, direction), {})
             for size, runs, seconds, host_seconds in sorted(rows):
                 point = Point(_count(runs), _time(seconds, _LEAST), _time(host_seconds))
                 columns.setdefault(_count(size), []).append(point)
             for column in columns.values():
                 if len({p.runs for p in column}) < len(column):
                     raise ValueError("a point occurs twice")
-    device, left_out = (
-        {str(k): str(v) for k, v in content[name].items()} for name in ("device", "left_out")
-    )
+    device = {str(name): str(value) for name, value in content["device"].items()}
+    left_out = {OLD_NAMES.get(name, str(name)): str(v) for name, v in content["left_out"].items()}
     emulated = bool(content["emulated"])
     origin = f"measured on {device.get('model') or device.get('type', '?')}"
     return Table(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The link between a device and the host: puts pieces on it for the engines.
+"""The link between a device and the host: puts pieces on it for the strategies.
 
 On NVIDIA devices CUDA's driver copies: plain, rows at a pitch, and many pieces in one call. Its
 library is called as it is: its functions take whole arrays, which any wrapper in Python would first

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ring`: between a device and pageable memory, through pinned memory that is used in turns.
+"""`pageable`: between a device and pageable memory, through pinned memory that is used in turns.
 
 A device cannot read or write pageable memory beside the host. So rows are made dense on the device,
 as `staged` does, and cross in one copy each slice to or from bounce buffers, where they lie as the
 host's rows, or layers first; and the caller copies between those and the rows, by torch's threads,
 while other slices cross. It is busy until the host has read or written all: a copy through this
-engine blocks.
+strategy blocks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from portakv.interconnect.pieces import Pieces
 from portakv.interconnect.slices import Sizes, Slice, Stages
 from portakv.interconnect.staged import Passage, StagedLaunch
 from portakv.interconnect.staging import BUFFERS, bounce_buffers, staging
-from portakv.interconnect.strategy import PAGEABLE, Engine, Move
+from portakv.interconnect.strategy import PAGEABLE, Move, Strategy
 from portakv.plan.plan import CopyPlan
 from portakv.runtime.bounded import Bounded
 from portakv.view.form import Form
@@ -34,31 +34,32 @@ from portakv.view.view import KVView
 SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 
 
-class Ring(Engine):
+class Pageable(Strategy):
     """Dense on the device, across to pinned memory, and on to the rows by the host; or back."""
 
-    name = "ring"
+    name = "pageable"
     reads = "host"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(places=PAGEABLE, index_on="any")
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return _RingLaunch(plan, self)
+        return _PageableLaunch(plan, self)
 
 
-class _Bounced(Slice):
+class _BouncedSlice(Slice):
     """A slice that crosses to or from a bounce buffer, in one copy."""
 
     def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
         """The rows that both buffers hold."""
         used = extent(dense.form, self.held, self.behind.offset, self.cut.count)
         pitch = used.width if used.height == 1 else used.pitch
-        src, dst = (x.origins[0] + used.start for x in (dense, host))
-        if not self.stages.downward:
-            src, dst = dst, src
-        numbers = dst, src, used.width, used.height, pitch, pitch
-        return Pieces(*np.array([numbers], dtype=np.int64).T)
+        in_buffer = dense.origins[0] + used.start
+        in_bounce = host.origins[0] + used.start
+        src = in_buffer if self.stages.downward else in_bounce
+        dst = in_bounce if self.stages.downward else in_buffer
+        piece = (dst, src, used.width, used.height, pitch, pitch)
+        return Pieces(*np.array([piece], dtype=np.int64).T)
 
 
 class Extent(NamedTuple):
@@ -87,15 +88,15 @@ def extent(form: Form, held: int, first: int, count: int) -> Extent:
     return Extent(begin * stride, (end - begin) * stride, nbytes // pitch, pitch)
 
 
-class _RingLaunch(StagedLaunch):
+class _PageableLaunch(StagedLaunch):
     """A prepared copy: that of `staged`, with a second hop."""
 
-    kind = _Bounced
+    kind = _BouncedSlice
 
-    def __init__(self, plan: CopyPlan, engine: Engine) -> None:
+    def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
         # A backend without a kernel takes a call for each layer of a slice: whole layers are cut.
-        super().__init__(plan, engine, "form" if engine.half.can.guards else "planes")
-        self._buffers = bounce_buffers(engine.device)
+        super().__init__(plan, strategy, "form" if strategy.half.can.guards else "planes")
+        self._buffers = bounce_buffers(strategy.device)
         self._hops: Bounded[tuple[Stages, int], HostRows] = Bounded("second hops", 64)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
@@ -144,14 +145,17 @@ class _RingLaunch(StagedLaunch):
         key = (each.stages, each.held)
         src = bounce
         dst = part
-        mine = each.behind
-        theirs = each.theirs
+        src_index = each.behind
+        dst_index = each.theirs
         if not self.downward:
-            src, dst, mine, theirs = dst, src, theirs, mine
+            src = part
+            dst = bounce
+            src_index = each.theirs
+            dst_index = each.behind
         hop = self._hops.get(key)
         if hop is None:
             plan = each.stages.plan
             steps = (0, plan.dst_step) if self.downward else (plan.src_step, 0)
             hop = self._hops[key] = HostRows(src.form, dst.form, *steps, plan.unit)
         self._buffers.wait(at)
-        hop.copy(src, dst, mine, theirs, each.cut.count)
+        hop.copy(src, dst, src_index, dst_index, each.cut.count)

@@ -12,10 +12,10 @@ import torch
 
 from portakv.backends.base import PEERS
 from portakv.errors import Unsupported
-from portakv.interconnect.bounce import Bounced, carry
+from portakv.interconnect.bounce import Bounce, carry
 from portakv.interconnect.choose import across
-from portakv.interconnect.strategy import Engine, Terms
-from portakv.interconnect.zero_copy import Direct, unreached
+from portakv.interconnect.strategy import Strategy, Terms
+from portakv.interconnect.zero_copy import ZeroCopy, unreached
 from portakv.plan.plan import Move
 from portakv.registry.registry import REGISTRY, Choice, choose
 from portakv.runtime.bounded import Bounded
@@ -79,15 +79,15 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
     """What carries a peer's rows to the device of the chosen backend, on a caller's terms.
 
     Raises:
-        Unsupported: an engine that the caller named does not; terms that nothing here would keep.
+        Unsupported: a strategy that the caller named does not; terms that nothing here would keep.
     """
-    key = _WAY, choice, terms.of_engine
+    key = _WAY, choice, terms.without_rate
     known: Choice | None = src.derived.get(key)
     if known is not None:
         return known
     device = choice.backend.device
     why = _unread(src, choice)
-    if isinstance(choice.backend, Engine):  # the caller named it
+    if isinstance(choice.backend, Strategy):  # the caller named it
         if why:
             raise Unsupported(f"A copy from {src.home} to {device} by {choice.name!r}", why)
         return across(choice, terms)
@@ -98,8 +98,8 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
 
 
 def _unread(src: KVView, choice: Choice) -> str:
-    """Why the chosen backend, or `direct` in its place, is not to read a peer's rows, as a phrase;
-    empty if it may."""
+    """Why the chosen backend, or `zero_copy` in its place, is not to read a peer's rows, as a
+    phrase; empty if it may."""
     reader = choice.backend.device
     owner = src.home
     if choice.forced and PEERS.isdisjoint(choice.can.places):
@@ -107,23 +107,24 @@ def _unread(src: KVView, choice: Choice) -> str:
     if owner == reader:  # of another process, who opened it had it mapped
         return ""
     why = unmapped(owner, reader)
-    return why or (unreached(src, reader) if Direct.probe(reader).accepted else "")
+    return why or (unreached(src, reader) if ZeroCopy.probe(reader).accepted else "")
 
 
 def _way(choice: Choice, terms: Terms, why: str) -> Choice:
     device = choice.backend.device
     limit = terms.max_thread_blocks
     if why:
-        bounced = Bounced(device, choice, terms, why)
-        return Choice(bounced, choice.trace, False, bounced.capabilities())
+        bounce = Bounce(device, choice, terms, why)
+        return Choice(bounce, choice.trace, False, bounce.capabilities())
     if not choice.forced and (limit is not None or terms.overlap == "compute"):
-        found, said = REGISTRY.ask(Direct.name, device, check=True)
+        found, said = REGISTRY.ask(ZeroCopy.name, device, check=True)
         if found is not None:
-            direct = Direct(device, None, terms)
-            return Choice(direct, (*choice.trace, said), limit is not None, direct.capabilities())
+            zero_copy = ZeroCopy(device, None, terms)
+            trace = (*choice.trace, said)
+            return Choice(zero_copy, trace, limit is not None, zero_copy.capabilities())
     if limit is not None:
         raise Unsupported(
             f"A copy from a peer to {device} by {choice.name!r} with max_thread_blocks={limit}",
-            "the limit is kept by 'direct' alone; leave it out, or name no backend",
+            "the limit is kept by 'zero_copy' alone; leave it out, or name no backend",
         )
     return choice

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pieces: what crosses the link in one copy each; runs at constant pitches become 2-D copies.
 
-The number of runs and pieces that decides what a copy costs an engine is counted without expanding
+The number of runs and pieces that decides what a copy costs a strategy is counted without expanding
 its plan: from its loops, and from which ids have their neighbours next to them.
 """
 

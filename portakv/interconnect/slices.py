@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Slices: how a copy across the link is cut for engines, so that its two stages overlap.
+"""Slices: how a copy across the link is cut for strategies, so that its two stages overlap.
 
 A slice should be one run of host memory: a copy engine moves those at the link's full speed, and
 rows at a pitch a little slower (D2H, 16 MiB in 64 rows: 0.94 of a plain memcpy on an H200 beside a
@@ -247,14 +247,14 @@ class Slice:
 
     def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
         """The pieces between a buffer and the host's rows."""
-        src = dense
-        dst = host.planes(self.cut.layers, self.cut.kv)
-        mine = self.behind
-        theirs = self.theirs
-        if not self.stages.downward:
-            src, dst, mine, theirs = dst, src, theirs, mine
+        planes = host.planes(self.cut.layers, self.cut.kv)
         link = self.stages.of(dense, self.held)[1]
-        return to_2d_copies(link.runs(src, dst, mine, theirs, self.cut.count), src, dst, fold_below)
+        count = self.cut.count
+        if self.stages.downward:
+            runs = link.runs(dense, planes, self.behind, self.theirs, count)
+            return to_2d_copies(runs, dense, planes, fold_below)
+        runs = link.runs(planes, dense, self.theirs, self.behind, count)
+        return to_2d_copies(runs, planes, dense, fold_below)
 
 
 def kept_slices(rows: KVView, launch: object) -> Bounded[tuple[object, ...], list[Slice]]:

@@ -18,7 +18,7 @@ from portakv.host import pinned
 from portakv.interconnect.link import link_of
 from portakv.interconnect.slices import Sizes, Slice, Stages, cuts, kept_slices
 from portakv.interconnect.staging import Order, Staging, mark, staging
-from portakv.interconnect.strategy import PINNED, Engine, EngineLaunch, Move, finish, read_on
+from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, finish, read_on
 from portakv.plan.plan import CopyPlan
 from portakv.registry.prepared import Prepared, bring_table
 from portakv.runtime import streams
@@ -35,7 +35,7 @@ SMALLEST = 4 << 20
 WHOLE = 32 << 20
 
 
-class Staged(Engine):
+class Staged(Strategy):
     """Gather on the device, then a memcpy of each slice; or a memcpy, then scatter."""
 
     name = "staged"
@@ -48,17 +48,17 @@ class Staged(Engine):
         return StagedLaunch(plan, self)
 
 
-class StagedLaunch(EngineLaunch):
+class StagedLaunch(StrategyLaunch):
     """A prepared copy, in slices of its ``kind``."""
 
     kind: type[Slice] = Slice
 
-    def __init__(self, plan: CopyPlan, engine: Engine, order: Order = "form") -> None:
-        super().__init__(plan, engine.device)
-        self._detached = engine.terms.detached
+    def __init__(self, plan: CopyPlan, strategy: Strategy, order: Order = "form") -> None:
+        super().__init__(plan, strategy.device)
+        self._detached = strategy.terms.detached
         self._host = plan.dst if self.downward else plan.src
-        self.stages = Stages.tried(plan, engine.half, engine.device, order)
-        self.link = link_of(engine.device)
+        self.stages = Stages.tried(plan, strategy.half, strategy.device, order)
+        self.link = link_of(strategy.device)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         rows, host, mine, theirs = self.ends(move)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What engines share: their device, the backend that serves it, and the caller's terms."""
+"""What strategies share: their device, the backend that serves it, and the caller's terms."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ PAGEABLE = frozenset({("device", "pageable"), ("pageable", "device")})
 Overlap: TypeAlias = Literal["compute", "idle"]
 OVERLAPS: tuple[str, ...] = get_args(Overlap)
 #: The most bytes that a kernel may move across the link at full speed while the device computes, by
-#: direction. Measured on an H200: `direct` beats `staged` up to 2 MiB down and 12 MiB up, where it
-#: costs a model no more than a copy engine does.
+#: direction. Measured on an H200: `zero_copy` beats `staged` up to 2 MiB down and 12 MiB up, where
+#: it costs a model no more than a copy engine does.
 SMALL = {"d2h": 2 << 20, "h2d": 12 << 20}
 
 
@@ -38,7 +38,7 @@ class Terms:
         overlap: ``compute``, the device runs a model as well, so that nothing but copy engines
             and short kernels may be used; or ``idle``, the fastest way, whatever it uses.
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory, or
-            reads a peer's; None: the engine's own limit.
+            reads a peer's; None: the strategy's own limit.
         max_gbps: the most 10^9 bytes in a second; None: the link's own.
         detached: no stream that the caller knows waits for the end, so that the next transfer need
             not wait for this one's.
@@ -62,13 +62,13 @@ class Terms:
         flag("detached", self.detached)
 
     @property
-    def of_engine(self) -> Terms:
-        """What engines and launches differ by: not the rate, which is kept by the worker that
+    def without_rate(self) -> Terms:
+        """What strategies and launches differ by: not the rate, which is kept by the worker that
         issues the pieces."""
         return self if self.max_gbps is None else replace(self, max_gbps=inf)
 
 
-class Engine(Backend):
+class Strategy(Backend):
     """A backend between a device and host memory, under the terms of a caller; ``half`` carries out
     the device's half of a copy (None: what the registry chooses).
 
@@ -104,7 +104,7 @@ class Engine(Backend):
         return self._half
 
 
-class EngineLaunch(MoveLaunch):
+class StrategyLaunch(MoveLaunch):
     """A launch across the link; ``downward``: from the device to the host."""
 
     device: torch.device

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`direct`: a kernel that reads or writes pinned host memory by itself, with few thread blocks; or
-reads a peer's rows.
+"""`zero_copy`: a kernel that reads or writes pinned host memory by itself, with few thread blocks;
+or reads a peer's rows.
 
 It needs no staging and no copy engine, and one launch carries a copy of any layout out. What it
 takes is a share of the device's time for as long as the link needs: it is for an idle device, for
@@ -21,7 +21,7 @@ from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.backends.rows_kernel import Request, RowsKernel, Tuning
 from portakv.backends.rows_launch import LoadedKernels, RowsAgain, RowsLaunch
 from portakv.errors import Unsupported
-from portakv.interconnect.strategy import PINNED, SMALL, Engine, EngineLaunch, Move, Terms
+from portakv.interconnect.strategy import PINNED, SMALL, Move, Strategy, StrategyLaunch, Terms
 from portakv.plan.plan import CopyPlan, Nest
 from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda as _cuda_driver
@@ -67,7 +67,26 @@ CUT = Cut()
 PEER_CUT = Cut(each=4, planes=8)
 
 
-class DirectKernel(RowsKernel):
+class BlockLimits(NamedTuple):
+    """The most thread blocks of launches up to ``small_bytes``, and of larger launches."""
+
+    small_bytes: int
+    small: int
+    large: int
+
+
+def _limits_of(direction: str, peer: bool, terms: Terms) -> BlockLimits:
+    """Return the limits on thread blocks under a caller's terms; ``peer``: for a peer's rows."""
+    small = BLOCKS
+    large = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
+    if peer:
+        small = large = PEER_BLOCKS[terms.overlap]
+    if terms.max_thread_blocks:
+        small = large = terms.max_thread_blocks
+    return BlockLimits(SMALL[direction], small, large)
+
+
+class ZeroCopyKernel(RowsKernel):
     """One nest of a plan between a device and pinned memory, or a peer's, whose tables of the other
     side's addresses lie on ``device``, in as many thread blocks as the ``terms`` allow.
 
@@ -106,13 +125,7 @@ class DirectKernel(RowsKernel):
         if self._together == 1:
             self._length = self._whole
             self._groups = 1
-        beside = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
-        # Of launches up to so many bytes, and of larger ones.
-        self._small = SMALL[direction]
-        limit = terms.max_thread_blocks
-        self._most = (PEER_BLOCKS[terms.overlap],) * 2 if peer else (BLOCKS, beside)
-        if limit:
-            self._most = limit, limit
+        self._limits = _limits_of(direction, peer, terms)
         side = self.src if self._reads_host else self.dst
         #: The host side's addresses, too, are read from device memory.
         self.wants_table = side.kind == "UNITS"
@@ -127,7 +140,9 @@ class DirectKernel(RowsKernel):
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
         """Thread blocks of a launch: no more than have something to do."""
-        most = self._most[units * self._whole * self.vector > self._small]
+        limits = self._limits
+        large = units * self._whole * self.vector > limits.small_bytes
+        most = limits.large if large else limits.small
         width = self.threads * self._strips
         return min(most, -(-units * self._length // width) * self._groups), 1
 
@@ -148,10 +163,10 @@ _WIDEST = 16  # bytes of a vector that fills the link
 _REACHED = "direct: reached by"  # kept in a view, with the device
 
 
-class Direct(Engine):
+class ZeroCopy(Strategy):
     """The kernel of ``native/host/direct.cuh`` on NVIDIA devices."""
 
-    name = "direct"
+    name = "zero_copy"
 
     @cached_property
     def _driver(self) -> _cuda_driver.CudaDriver:
@@ -191,12 +206,12 @@ class Direct(Engine):
         return unreached(host, self.device)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        kernels = [DirectKernel(nest, plan, self.device, self.terms) for nest in plan.nests]
+        kernels = [ZeroCopyKernel(nest, plan, self.device, self.terms) for nest in plan.nests]
         rows = RowsLaunch(kernels, self._kernels.functions(kernels), self._driver)
-        return _DirectLaunch(plan, self.device, rows)
+        return _ZeroCopyLaunch(plan, self.device, rows)
 
 
-class _DirectLaunch(EngineLaunch):
+class _ZeroCopyLaunch(StrategyLaunch):
     """A launch of the kernel, with what it needs of the host's memory."""
 
     def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch) -> None:

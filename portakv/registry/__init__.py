@@ -2,11 +2,13 @@
 """Which backend carries a copy out, with every candidate's answer on record."""
 
 from portakv.registry.prepared import prepare as prepare
-from portakv.registry.registry import ENGINES as ENGINES
 from portakv.registry.registry import ENVIRONMENT as ENVIRONMENT
 from portakv.registry.registry import MADE_FOR as MADE_FOR
+from portakv.registry.registry import OLD_NAMES as OLD_NAMES
 from portakv.registry.registry import REGISTRY as REGISTRY
+from portakv.registry.registry import STRATEGIES as STRATEGIES
 from portakv.registry.registry import available_device as available_device
 from portakv.registry.registry import choose as choose
+from portakv.registry.registry import current_name as current_name
 from portakv.registry.registry import register_backend as register_backend
 from portakv.registry.registry import trace as trace

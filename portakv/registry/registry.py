@@ -13,6 +13,7 @@ import os
 import pkgutil
 import re
 import threading
+import warnings
 from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -38,15 +39,23 @@ BUILT_IN = {
     "triton": "portakv.backends.triton:Triton",
     "host": "portakv.interconnect.choose:Host",
     "staged": "portakv.interconnect.staged:Staged",
-    "descriptors": "portakv.interconnect.batched_memcpy:Descriptors",
-    "direct": "portakv.interconnect.zero_copy:Direct",
-    "ring": "portakv.interconnect.pageable:Ring",
+    "batched_memcpy": "portakv.interconnect.batched_memcpy:BatchedMemcpy",
+    "zero_copy": "portakv.interconnect.zero_copy:ZeroCopy",
+    "pageable": "portakv.interconnect.pageable:Pageable",
     "compiled": "portakv.backends.compiled:Compiled",
     "reference": "portakv.backends.reference:Reference",
 }
-#: Engines: between a device and the host only, for the backend that serves the device. The first
-#: one chooses among the others.
-ENGINES = ("host", "staged", "descriptors", "direct", "ring")
+#: Transfer strategies copy between a device and the host only, for the backend that serves the
+#: device. The first one, `host`, chooses among the other four.
+STRATEGIES = ("host", "staged", "batched_memcpy", "zero_copy", "pageable")
+#: Former names of transfer strategies. They stand in recorded results and in calibration files, and
+#: callers may still pass them; they go in 0.2.0.
+OLD_NAMES = {
+    "direct": "zero_copy",
+    "descriptors": "batched_memcpy",
+    "ring": "pageable",
+    "bounced": "bounce",
+}
 #: What comes last on every device: they run everywhere, and never faster than a native one.
 LAST = ("compiled", "reference")
 #: By device type, what is used only when asked for: on a CPU it gains less than compiling costs.
@@ -103,14 +112,14 @@ class Registry:
         self._installed: set[str] = set()
         self._refused_entries: list[Decision] = []
         self._logged: set[tuple[torch.device, str, str]] = set()
-        self.logged_engines: dict[torch.device, set[str]] = {}
+        self.logged_strategies: dict[torch.device, set[str]] = {}
 
     @cached_property
     def _targets(self) -> dict[str, str | type[Backend]]:
         """Where the candidates are. Entry points are read when the first one is asked for."""
         found: dict[str, str | type[Backend]] = dict(BUILT_IN)
         for entry in entry_points(group="portakv.backends"):
-            if entry.name in found:
+            if entry.name in found or entry.name in OLD_NAMES:
                 why = f"the entry point {entry.value!r} would replace a backend of that name"
                 self._refused_entries.append(Decision(entry.name, False, f"{why}; refused"))
             else:
@@ -124,7 +133,7 @@ class Registry:
             why = ""
             if not name or not isinstance(name, str):
                 why = "its name is a word that is not empty"
-            elif name in self._targets:
+            elif name in self._targets or name in OLD_NAMES:
                 why = "it is registered already; silent replacement is refused, use another name"
             elif not isinstance(target, str):
                 _check_class(target, name)
@@ -160,7 +169,7 @@ class Registry:
         """The candidates that are used without being asked for, in their order. On the CPU none of
         an entry point is: a package does not become the default there by being installed."""
         names = self.names()
-        asked = {*ENGINES, *EXPLICIT_ONLY.get(device.type, ())}
+        asked = {*STRATEGIES, *EXPLICIT_ONLY.get(device.type, ())}
         if device.type == "cpu":
             asked |= self._installed
         return [name for name in names if name not in asked]
@@ -345,7 +354,25 @@ def choose(device: torch.device | str, backend: str | None = None) -> Choice:
     if _KEY in _variables:
         forced = os.environ.get(ENVIRONMENT) or backend
     known = REGISTRY.choices.get((device, forced)) if isinstance(device, torch.device) else None
-    return known or REGISTRY.choose(available_device(device), forced)
+    if known is not None:
+        return known
+    return REGISTRY.choose(
+        available_device(device), None if forced is None else current_name(forced)
+    )
+
+
+def current_name(name: str) -> str:
+    """Return the name of a backend, with the former name of a transfer strategy replaced by the new
+    one. Warns of a former name."""
+    if name not in OLD_NAMES:
+        return name
+    warnings.warn(
+        f"The transfer strategy {name!r} is now {OLD_NAMES[name]!r}. The former name ships in "
+        f"0.1.0 and goes in 0.2.0.",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return OLD_NAMES[name]
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:

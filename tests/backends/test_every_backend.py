@@ -172,7 +172,7 @@ def by_each_on(carriers: Any, things: Any) -> pytest.MarkDecorator:
     """Run a test by each of some backends on each of some things.
 
     On the host `compiled` takes seconds for each shape, the interpreter for each plane, and `hip`
-    and `direct` half a second for each kernel: all but a few are for ``.ci/full``.
+    and `zero_copy` half a second for each kernel: all but a few are for ``.ci/full``.
     """
     wide = {
         "compiled": [x for x in things if x not in FEW],

@@ -16,6 +16,7 @@ from portakv_benchmarks import check, guide
 from portakv_benchmarks.host.cases import SCENES
 from portakv_benchmarks.host.suite import HOST_PRESETS, KB
 from portakv_benchmarks.shared.harness import having
+from portakv_benchmarks.shared.recorded import read
 from portakv_benchmarks.shared.shapes import load
 
 FULL = HOST_PRESETS["full"]
@@ -93,7 +94,7 @@ def test_several_files_are_judged_and_a_broken_one_is_no_verdict(
 
 @pytest.mark.parametrize("file", sorted(guide.RESULTS.glob("*.json")), ids=lambda path: path.stem)
 def test_no_recorded_result_misses_a_bar(file: Path) -> None:
-    verdicts = check.judge(json.loads(file.read_text()), check.load_bars())
+    verdicts = check.judge(read(file), check.load_bars())
     assert verdicts
     missed = {v.bar.name for v in verdicts if v.word == "missed"}
     known = {v.bar.name for v in verdicts if v.bar.open}
@@ -129,8 +130,7 @@ def test_the_verdict_names_the_worst_row(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def recorded(name: str = "h200-host") -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((guide.RESULTS / f"{name}.json").read_text())
-    return found
+    return read(guide.RESULTS / f"{name}.json")
 
 
 def test_full_presets_measure_what_the_recorded_results_hold() -> None:

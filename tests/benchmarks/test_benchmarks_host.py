@@ -6,7 +6,6 @@ No test here judges a time.
 
 from __future__ import annotations
 
-import json
 import mmap
 from contextlib import nullcontext
 from pathlib import Path
@@ -32,6 +31,7 @@ from portakv_benchmarks.host.cases import (
     scene,
 )
 from portakv_benchmarks.host.suite import GB, HOST_PRESETS, KB, MB, Bench
+from portakv_benchmarks.shared import recorded
 from portakv_benchmarks.shared.shapes import POISON
 
 FULL = HOST_PRESETS["full"]
@@ -73,7 +73,7 @@ def test_what_bars_judge_comes_first_and_pools_by_layer_last() -> None:
 def test_descriptors_are_not_measured_with_a_descriptor_for_each_row() -> None:
     wanted = ((8 * KB, MB), (32 * KB, 512 * MB), (32 * KB, GB), (256, 128 * MB))
     found = [case for run, payload in wanted for case in cases([scene(run)], [payload])]
-    told = [suite.DESCRIPTORS.left_out(case) for case in found]
+    told = [suite.BATCHED_MEMCPY.left_out(case) for case in found]
     assert list(map(bool, told)) == [True, False, True, True]
     assert str(GB // (32 * KB)) in told[2]
     assert found[3].runs > suite.MOST_RUNS
@@ -130,25 +130,30 @@ def test_plain_copies_in_the_halves_of_a_region() -> None:
 
 
 def test_the_loss_is_against_the_best_engine_that_the_terms_allow() -> None:
-    gentle = ["descriptors", "staged"]
-    every = ["descriptors", "direct", "staged"]
+    gentle = ["batched_memcpy", "staged"]
+    every = ["batched_memcpy", "zero_copy", "staged"]
     rows = [
         linked("memcpy", 7.0),
         linked("staged", 10.0),
-        linked("descriptors", 5.0, verified=False),
-        linked("direct", 8.0, ratio=0.875),
+        linked("batched_memcpy", 5.0, verified=False),
+        linked("zero_copy", 8.0, ratio=0.875),
         linked("host", 11.0, allowed=gentle),
         linked("host idle", 10.0, allowed=every),
         linked("staged", 4.0, op="h2d"),
-        linked("host", 9.0, allowed=["ring"]),  # what the terms allow was not measured
-        linked("direct beside", 8.5, engine="direct"),
+        linked("host", 9.0, allowed=["pageable"]),  # what the terms allow was not measured
+        linked("zero_copy beside", 8.5, engine="zero_copy"),
         linked("host", 10.2, allowed=every),
     ]
     grid.compare(rows)
     losses = [one.get("chosen_loss") for one in rows]
     assert losses == [None, None, None, None, 0.1, 0.25, None, None, None, 0.2]
     best = [(one.get("best_engine"), one.get("best_ratio")) for one in rows]
-    assert best[4:8] == [("direct", 0.875), ("direct", 0.875), (None, None), ("direct", 0.875)]
+    assert best[4:8] == [
+        ("zero_copy", 0.875),
+        ("zero_copy", 0.875),
+        (None, None),
+        ("zero_copy", 0.875),
+    ]
 
 
 def test_interference_is_beyond_that_of_memcpy_beside_the_same_loop() -> None:
@@ -275,7 +280,7 @@ def test_plots_of_a_recorded_result(name: str, drawn: str, tmp_path: Path) -> No
     pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
     from portakv_benchmarks.shared.plots import draw
 
-    results = json.loads((RESULTS / f"{name}.json").read_text())
+    results = recorded.read(RESULTS / f"{name}.json")
     results["rows"] = results["rows"][::8]
     paths = draw(results, tmp_path, "x")
     assert [path.name for path in paths] == [f"x-{one}.svg" for one in drawn.split()]

@@ -106,10 +106,10 @@ def test_every_part_is_measured_and_every_byte_right(
     terms = {"overlap=compute", "overlap=idle", "overlap=compute, detached=True"}
     assert {row["terms"] for row in chosen} == terms
     assert {row["kind"] for row in chosen} == KINDS - {"host_direct", "host_small", "host_pinning"}
-    engines = {"staged", "descriptors", *(("direct",) if cuda else ())}
-    assert {row["chosen"] for row in chosen} <= {"ring", *engines}
+    engines = {"staged", "batched_memcpy", *(("zero_copy",) if cuda else ())}
+    assert {row["chosen"] for row in chosen} <= {"pageable", *engines}
     grid = [row for row in rows if row["kind"] == "host_copy"]
-    beside = {"direct beside"} if cuda else set[str]()
+    beside = {"zero_copy beside"} if cuda else set[str]()
     assert {row["backend"] for row in grid} == {"memcpy", "host", "host idle", *engines, *beside}
     assert {row["op"] for row in grid} == set(DIRECTIONS)
     for row in grid:
@@ -276,7 +276,7 @@ def test_what_an_overlap_allows_depends_on_the_payload() -> None:
     for direction in DIRECTIONS:
         transfer = HOST.move(sides, direction)
         assert HOST.taken(transfer)["chosen"] in HOST.allowed(sides, direction)
-        assert HOST.allowed(sides, direction) == {"staged", "descriptors"}
+        assert HOST.allowed(sides, direction) == {"staged", "batched_memcpy"}
         assert STAGED.taken(transfer) == {}
 
 

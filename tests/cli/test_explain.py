@@ -124,7 +124,7 @@ def test_explain_takes_every_preset(name: str) -> None:
 def test_explain_says_how_rows_of_another_device_cross() -> None:
     words = "explain", *FOUNDING, "--layers", "2", "--device", f"{NAME}:1"
     found = run_json(*words, "--src-device", f"{NAME}:0", "--overlap", "idle")
-    assert found["backend"] == "bounced"
+    assert found["backend"] == "bounce"
     assert found["why"].startswith("goes through pinned host memory, since torch does not tell")
     assert found["device"] == f"{NAME}:1"
     code, _, err = run(*words, "--src-device", "cpu")
@@ -207,15 +207,20 @@ def test_the_command_of_the_guide() -> None:
     for text in (
         "31.25 MiB from the device to pinned host memory. Runs: 1000 on the device, 1000 on the",
         "There is no accelerator here; all engines are taken to serve one.",
-        "descriptors carries it out: the default rule for runs of 32 KiB or more that gathering "
+        "batched_memcpy carries it out: the default rule for runs of 32 KiB or more that gathering "
         "would not merge, as nothing was measured here.",
         "Terms: overlap='compute': the device is taken to run a model meanwhile.",
-        "Times: not measured, so that the default rule picks engines: there is no accelerator to "
-        "measure.",
+        "Times: not measured, so that the default rule picks strategies: there is no accelerator "
+        "to measure.",
     ):
         assert text in flat
     rows = [line.split()[:2] for line in out.splitlines()]
-    for row in ("staged accepted", "descriptors chosen", "direct rejected", "ring rejected"):
+    for row in (
+        "staged accepted",
+        "batched_memcpy chosen",
+        "zero_copy rejected",
+        "pageable rejected",
+    ):
         assert rows.count(row.split()) == 1
 
 
@@ -239,9 +244,9 @@ def test_host_as_json() -> None:
     assert [*found.values()][:5] == ["d2h", 32_768_000, 1000, 1000, "pinned"]
     assert (found["terms"]["overlap"], found["measured"]) == ("compute", False)
     engines = {one["engine"]: one for one in found["engines"]}
-    assert list(engines) == ["staged", "descriptors", "direct", "ring"]
-    assert engines["direct"]["refused"].startswith("with overlap='compute'")
-    assert engines["ring"]["refused"] == "it does not copy pinned memory"
+    assert list(engines) == ["staged", "batched_memcpy", "zero_copy", "pageable"]
+    assert engines["zero_copy"]["refused"].startswith("with overlap='compute'")
+    assert engines["pageable"]["refused"] == "it does not copy pinned memory"
     assert engines["staged"] == {
         "engine": "staged",
         "run_bytes": 32768,
@@ -261,15 +266,15 @@ def test_host_as_json() -> None:
     [
         (["--host-runs", "1"], "staged"),
         (["--host-runs", "1", "--direction", "h2d"], "staged"),
-        (["--overlap", "idle", "--run-bytes", "4K"], "direct"),
-        (["--max-thread-blocks", "2", "--run-bytes", "4K"], "direct"),
-        (["--max-gbps", "30"], "direct"),
+        (["--overlap", "idle", "--run-bytes", "4K"], "zero_copy"),
+        (["--max-thread-blocks", "2", "--run-bytes", "4K"], "zero_copy"),
+        (["--max-gbps", "30"], "zero_copy"),
         (["--blocks", "4000", "--host-runs", "60"], "staged"),
-        (["--run-bytes", "1K"], "direct"),
-        (["--run-bytes", "4K"], "direct"),
-        (["--pageable"], "ring"),
-        (["--blocks", "10"], "direct"),
-        (["--run-bytes", "4M", "--blocks", "64"], "descriptors"),
+        (["--run-bytes", "1K"], "zero_copy"),
+        (["--run-bytes", "4K"], "zero_copy"),
+        (["--pageable"], "pageable"),
+        (["--blocks", "10"], "zero_copy"),
+        (["--run-bytes", "4M", "--blocks", "64"], "batched_memcpy"),
     ],
 )
 def test_what_is_asked_decides(words: list[str], engine: str) -> None:
@@ -295,11 +300,11 @@ def test_terms_are_told() -> None:
 
 
 @host
-@pytest.mark.parametrize(("seconds", "engine"), [(0.25, "staged"), (3.0, "descriptors")])
+@pytest.mark.parametrize(("seconds", "engine"), [(0.25, "staged"), (3.0, "batched_memcpy")])
 def test_a_table_of_another_machine(seconds: float, engine: str, tmp_path: Path) -> None:
     columns = {
         "staged": {32768: [Point(1000, seconds, 0)]},
-        "descriptors": {32768: [Point(1000, 1.0, 0)]},
+        "batched_memcpy": {32768: [Point(1000, 1.0, 0)]},
     }
     points = {(name, "d2h"): own for name, own in columns.items()}
     path = tmp_path / "table.json"
@@ -309,4 +314,4 @@ def test_a_table_of_another_machine(seconds: float, engine: str, tmp_path: Path)
     assert found["origin"] == f"measured on Another Card ({path})"
     engines = {one["engine"]: one for one in found["engines"]}
     assert (engines["staged"]["seconds"], engines["staged"]["measured"]) == (seconds, True)
-    assert engines["direct"]["measured"] is False
+    assert engines["zero_copy"]["measured"] is False

@@ -46,7 +46,7 @@ def route(request: pytest.FixtureRequest, two: Two, monkeypatch: pytest.MonkeyPa
 def test_every_byte_of_every_shape(two: Two, route: str, name: str) -> None:
     for overlap in ("compute", "idle"):
         done = judge(COPIES[name](), two, overlap=overlap)
-        engines = ("bounced",) if route == "through the host" else ("direct", "cuda", "triton")
+        engines = ("bounce",) if route == "through the host" else ("zero_copy", "cuda", "triton")
         assert done.statistics.engine in engines
 
 

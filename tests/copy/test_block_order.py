@@ -41,7 +41,7 @@ from portakv_conformance import simdev
 pytestmark = pytest.mark.usefixtures("small_slices")
 ENGINES: list[dict[str, Any]] = [
     {"backend": name, **more}
-    for name in ("staged", "descriptors", "direct")
+    for name in ("staged", "batched_memcpy", "zero_copy")
     for more in ({"overlap": "idle"}, {"detached": True})
 ]
 PIN = pytest.mark.parametrize("pin", [False, True], ids=["pageable", "pinned"])
@@ -124,7 +124,7 @@ def test_two_devices(accelerator: torch.device, store: bool, terms: dict[str, An
     """Whichever device is the current one, bytes and order are each device's own."""
     if torch.get_device_module(accelerator).device_count() < 2:
         pytest.skip("there is one device of this kind")
-    if accelerator.type != "cuda" and terms.get("backend") == "direct":
+    if accelerator.type != "cuda" and terms.get("backend") == "zero_copy":
         pytest.skip("no kernel of this device reads host memory")
     both = [pair(torch.device(accelerator.type, index), store) for index in range(2)]
     for moved in [each.start(**terms) for _ in range(5) for each in both]:
@@ -156,7 +156,7 @@ def test_memory_that_everybody_forgets(
 ) -> None:
     """The views, the tensors and the handle go while bytes fly; a second copy shows what came."""
     engine = terms.get("backend")
-    if engine and (not pin or (engine == "direct" and accelerator.type != "cuda")):
+    if engine and (not pin or (engine == "zero_copy" and accelerator.type != "cuda")):
         pytest.skip("the engine does not reach this memory")
     first = pair(accelerator, store, pin)
     back = layered(accelerator) if store else block_first(pin=True)

@@ -72,7 +72,7 @@ def test_every_byte_lands(
     found = moved.statistics
     assert (found.blocks, found.blocks_asked, found.nbytes) == (5, 5, 5 * BLOCK_BYTES)
     engines = {"cpu": {"reference"}, "cuda": {found.engine}}
-    on_link = {"staged", "descriptors"} if pin else {"ring"}
+    on_link = {"staged", "batched_memcpy"} if pin else {"pageable"}
     assert found.engine in engines.get(device.type, on_link)
     assert found.why
     assert found.seconds is not None
@@ -236,14 +236,14 @@ def test_memory_is_held_until_the_end_and_no_longer(options: dict[str, Any]) -> 
 
 
 @STORE
-@pytest.mark.parametrize("name", ["staged", "descriptors", "direct", "host"])
+@pytest.mark.parametrize("name", ["staged", "batched_memcpy", "zero_copy", "host"])
 @pytest.mark.parametrize(
     "terms", [{}, {"overlap": "idle"}, {"max_thread_blocks": 2}, {"max_gbps": 1.0}], ids=str
 )
 def test_an_engine_by_its_name(
     accelerator: torch.device, name: str, terms: dict[str, Any], store: bool
 ) -> None:
-    if name == "direct" and accelerator.type != "cuda":
+    if name == "zero_copy" and accelerator.type != "cuda":
         pytest.skip("no kernel of this device reads host memory")
     blocks = pair(accelerator, store)
     moved = blocks.start(backend=name, **terms)

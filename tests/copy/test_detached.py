@@ -54,7 +54,7 @@ class Pairs:
         {"by_layer": True},
         {"cancellable": True},
         {"max_gbps": 1.0},
-        *({"backend": name, "overlap": "idle"} for name in ("host", "descriptors", "direct")),
+        *({"backend": name, "overlap": "idle"} for name in ("host", "batched_memcpy", "zero_copy")),
     ],
     ids=str,
 )
@@ -63,7 +63,7 @@ def test_every_byte_of_many_lands(
 ) -> None:
     """In slices no stream orders them anyway."""
     name = options.get("backend", "staged")
-    if name == "direct" and accelerator.type != "cuda":
+    if name == "zero_copy" and accelerator.type != "cuda":
         pytest.skip("no kernel of this device reads host memory")
     pairs = Pairs(accelerator, downward)
     for moved in reversed(pairs.started(**options)):
@@ -178,12 +178,12 @@ def test_ids_that_an_index_keeps_and_everybody_forgets(accelerator: torch.device
     """Their copy on the device was made on another stream than the one that reads it."""
     for _ in range(3):
         there = [layered(accelerator) for _ in range(2)]
-        here = block_first(pin="ring" not in how)
+        here = block_first(pin="pageable" not in how)
         settle(accelerator)
         mine, theirs = (Index(torch.tensor(ids), step=SIZE) for ids in (IDS, IDS[::-1]))
         rows = wanted(there[0], here, IDS, IDS[::-1])
         again = wanted(there[0], there[1], IDS, IDS)
-        options: dict[str, Any] = {"backend": "ring" if "ring" in how else "staged"}
+        options: dict[str, Any] = {"backend": "pageable" if "pageable" in how else "staged"}
         stream = torch.Stream(accelerator)
         options |= {"detached": True} if how == "detached" else {"stream": stream}
         copy_blocks(there[0].view, here.view, mine, theirs, **options).synchronize()

@@ -115,7 +115,7 @@ class TestsOfRepeats:
         src, dst = pools.views if store else pools.views[::-1]
         source, target = (pools.layers, pools.whole) if store else (pools.whole, pools.layers)
         mine, theirs = (torch.tensor(x, device=DEVICE) for x in ([1, 2], [3, 4]))
-        backend = None if pools.whole.is_cuda else "direct"
+        backend = None if pools.whole.is_cuda else "zero_copy"
         ids = Index(mine, trusted=True), Index(theirs, trusted=True)
         for _ in range(2):
             copy_rows(src, dst, *ids, backend=backend).synchronize()

@@ -61,7 +61,7 @@ def test_pools_with_wide_rows_on_the_host_are_not_waited_for(downward: bool) -> 
         transfer = copy()
     assert not read.seen
     transfer.synchronize()
-    assert transfer.carried[0] == "direct"
+    assert transfer.carried[0] == "zero_copy"
     expected, source = (before, layers) if downward else (layers, before)
     expected[ids[1]] = source[ids[0]]
     assert torch.equal(pool if downward else torch.stack(caches, 1).cpu(), expected)

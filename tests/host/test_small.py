@@ -15,7 +15,7 @@ from support.guarded_memory import bits, filled, refused
 from support.small_cases import Place, same_bits
 
 from portakv import BackendUnavailable, DeviceMismatch, LayoutError, PortaKVError, Unsupported
-from portakv.host import _small_ways
+from portakv.host import _small_methods
 from portakv.host.small import SmallCopy, choose, to_device
 from portakv.runtime import cuda as _cuda_driver
 
@@ -171,7 +171,7 @@ ALONG = "the driver takes up to 65536 bytes along with the command"
 HELD = "a launch's parameters hold up to 32736 bytes"
 #: What the card may lack.
 LACKS: dict[str, tuple[Any, str, Any]] = {
-    "inline": (_small_ways, "why_not_inline", lambda device: SHARED),
+    "inline": (_small_methods, "why_not_inline", lambda device: SHARED),
     "extra": (_cuda_driver, "why_not", lambda device: WITHOUT),
     "compiler": (_cuda_driver, "device_too_old", lambda device: OLD),
 }
@@ -213,7 +213,7 @@ def test_the_best_way_and_those_that_may_be_named(
     assert choose(nbytes, CARD) == wanted
     kernel = {"extra": WITHOUT, "compiler": OLD}.get("".join(lacks[-1:]))
     whys = {"host": "no CPU", "inline": SHARED if "inline" in lacks else "65536"}
-    for way in _small_ways.WAYS:
+    for way in _small_methods.WAYS:
         if way in allowed.split():
             assert choose(nbytes, CARD, way) == (way, "it was asked for")
         else:
@@ -229,7 +229,7 @@ def test_the_cpu_has_a_way_of_its_own() -> None:
 
 @pytest.mark.parametrize("way", ["value", "mapped", "copy"])
 def test_what_is_prepared_outside_of_captures(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = _small_ways.Target(torch.device("cpu"))
-    monkeypatch.setattr(_small_ways, "capturing", lambda device: True)
+    target = _small_methods.Target(torch.device("cpu"))
+    monkeypatch.setattr(_small_methods, "capturing", lambda device: True)
     with refused(Unsupported, "inside graph capture", "before the capture"):
         target.make(way, torch.int64, 1)

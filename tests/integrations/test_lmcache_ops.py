@@ -531,7 +531,7 @@ def test_no_piece_crosses_a_seam(
         copy(given, *rest)
 
     # A kernel, which moves so few bytes on a GPU, knows no pieces.
-    move = partial(copy_runs, backend="descriptors")
+    move = partial(copy_runs, backend="batched_memcpy")
     move(host.data_ptr(), there.data_ptr(), 64, src_device="cpu", dst_device=accelerator)  # judged
     monkeypatch.setattr(lmcache_host, "copy_runs", move)
     monkeypatch.setattr(link, "copy", recorded)

@@ -49,9 +49,9 @@ def over(seams: list[int], pieces: Pieces) -> int:
 
 
 @pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
-@pytest.mark.parametrize("engine", ["staged", "descriptors", "runs"])
+@pytest.mark.parametrize("strategy", ["staged", "batched_memcpy", "runs"])
 def test_copies_are_cut_where_pieces_meet(
-    accelerator: torch.device, crossed: list[Pieces], engine: str, downward: bool
+    accelerator: torch.device, crossed: list[Pieces], strategy: str, downward: bool
 ) -> None:
     here = pinned.empty(ROWS * ROW, torch.uint8)
     here.copy_(noise(ROWS * ROW, dtype=torch.uint8))
@@ -64,16 +64,16 @@ def test_copies_are_cut_where_pieces_meet(
     pieces = [(a, b - a) for a, b in pairwise(cuts)]
     with pinned.adopt(pieces[::-1]) as adopted:
         assert adopted.pieces == tuple(pieces)
-        if engine == "runs":
+        if strategy == "runs":
             sides: Any = {
                 "src_device": src.device,
                 "dst_device": dst.device,
-                "backend": "descriptors",
+                "backend": "batched_memcpy",
             }
             copy_runs([src.data_ptr()], [dst.data_ptr()], ROWS * ROW, **sides).synchronize()
         else:
             mine, theirs = (KVView(x.view(ROWS, ROW), "token dim") for x in (src, dst))
-            copy_rows(mine, theirs, backend=engine).synchronize()
+            copy_rows(mine, theirs, backend=strategy).synchronize()
     assert torch.equal(dst.cpu(), expected)
     assert crossed
     assert not any(over(cuts[1:-1], each) for each in crossed)

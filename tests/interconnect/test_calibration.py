@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration on the simulated device: real engines, bytes and timers, and times that mean nothing;
-and `portakv calibrate`."""
+"""Calibration on the simulated device: real strategies, bytes and timers, and times that mean
+nothing; and `portakv calibrate`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from portakv import CopyPlan, PortaKVError
 from portakv.backends.base import Pending
 from portakv.interconnect import calibration
 from portakv.interconnect import choose as chosen
-from portakv.interconnect.batched_memcpy import Descriptors
+from portakv.interconnect.batched_memcpy import BatchedMemcpy
 from portakv.interconnect.calibration import DELAYED, IDLE, Grid, Timed, Timer, calibrate
 from portakv.interconnect.choose import Host, HostLaunch
 from portakv.interconnect.costs import DIRECTIONS
 from portakv.interconnect.staged import Staged
-from portakv.interconnect.strategy import Engine
+from portakv.interconnect.strategy import Strategy
 from portakv.registry.registry import BUILT_IN
 from portakv_conformance import simdev
 
@@ -53,13 +53,13 @@ def replaced(monkeypatch: pytest.MonkeyPatch, **targets: str) -> None:
     monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | targets)
 
 
-def altered(engine: type[Engine], launched: Callable[..., Any]) -> type[Engine]:
-    """An engine whose launches are given to a function, with their arguments."""
+def altered(strategy: type[Strategy], launched: Callable[..., Any]) -> type[Strategy]:
+    """A strategy whose launches are given to a function, with their arguments."""
 
-    def prepare(self: Engine, plan: CopyPlan) -> Any:
-        return partial(launched, engine.prepare(self, plan))
+    def prepare(self: Strategy, plan: CopyPlan) -> Any:
+        return partial(launched, strategy.prepare(self, plan))
 
-    return type("Altered", (engine,), {"prepare": prepare})
+    return type("Altered", (strategy,), {"prepare": prepare})
 
 
 def fail(launch: Any, *arguments: Any) -> Any:
@@ -76,7 +76,7 @@ def be_late(launch: Any, *arguments: Any) -> Any:
 
 
 waited = Mock(side_effect=lambda: torch.accelerator.synchronize(DEVICE))
-Failing = altered(Descriptors, fail)
+Failing = altered(BatchedMemcpy, fail)
 Late = altered(Staged, be_late)
 
 
@@ -84,25 +84,25 @@ def runs_of(points: Any) -> list[tuple[int, int]]:
     return [(size, point.runs) for size, column in points.items() for point in column]
 
 
-def test_every_engine_that_serves_the_device_is_measured() -> None:
+def test_every_strategy_that_serves_the_device_is_measured() -> None:
     found = calibrate(DEVICE, 60)
-    engines = {engine for engine, _ in found.points}
-    assert engines == {"staged", "descriptors", "ring"}
-    assert found.left_out == {"direct": f"the CUDA driver does not serve {NAME} devices"}
+    strategies = {strategy for strategy, _ in found.points}
+    assert strategies == {"staged", "batched_memcpy", "pageable"}
+    assert found.left_out == {"zero_copy": f"the CUDA driver does not serve {NAME} devices"}
     assert (found.emulated, found.whole) == (True, True)
     assert "which is emulated" in found.origin
     assert 0 < found.took < 60
     for direction in DIRECTIONS:
-        for engine in ("staged", "descriptors"):
-            points = found.points[engine, direction]
+        for strategy in ("staged", "batched_memcpy"):
+            points = found.points[strategy, direction]
             assert runs_of(points) == [(256, 16), (256, 64), (4096, 1), (4096, 8)]
-        assert runs_of(found.points["ring", direction]) == [(256, 16), (4096, 1)]
+        assert runs_of(found.points["pageable", direction]) == [(256, 16), (4096, 1)]
     for columns in found.points.values():
         for column in columns.values():
             assert all(point.seconds > 0 and 0 < point.host_seconds < 60 for point in column)
     rows = calibration.by_point(found)
     assert list(rows)[:2] == [("d2h", 256, 16), ("d2h", 256, 64)]
-    assert list(rows["h2d", 4096, 1]) == ["staged", "descriptors", "ring"]
+    assert list(rows["h2d", 4096, 1]) == ["staged", "batched_memcpy", "pageable"]
 
 
 class Pretending(Timer):
@@ -124,9 +124,9 @@ def test_the_median_of_what_the_timer_tells_is_kept() -> None:
     found = calibrate(DEVICE, 60, ONE_POINT, timer)
     assert {p.seconds for columns in found.points.values() for p in columns[4096]} == {2.0}
     assert found.timer == "pretended"
-    # What `ring` does first cannot be hidden, as it waits for the device in between.
-    engines = [engine for engine, way in found.points if way == "d2h"]
-    assert engines == ["staged", "descriptors", "ring"]
+    # What `pageable` does first cannot be hidden, as it waits for the device in between.
+    strategies = [strategy for strategy, way in found.points if way == "d2h"]
+    assert strategies == ["staged", "batched_memcpy", "pageable"]
     both = 2 * ONE_POINT.repeats
     assert len(timer.hidden) == 3 * both
     assert all(0 < hidden < 1 for hidden in timer.hidden[: 2 * both])
@@ -138,12 +138,12 @@ def test_short_copies_are_timed_more_often() -> None:
     grid = Grid((4096,), (4096, 8192), repeats=2, short=4096, pageable=4096)
     calibrate(DEVICE, 3600, grid, timer)
     assert (grid.times(4096), grid.times(4097)) == (2 * calibration.OFTEN, 2)
-    # Three engines, both directions; `ring` has the shorter one alone.
+    # Three strategies, both directions; `pageable` has the shorter one alone.
     assert timer.at == 2 * (3 * grid.times(4096) + 2 * grid.times(8192))
 
 
 def test_lists_are_sent_once_and_not_while_a_copy_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The two lists of a point, by each of three engines and in both directions."""
+    """The two lists of a point, by each of three strategies and in both directions."""
     launch_by = HostLaunch.launch_by
     met = set[tuple[Any, ...]]()
 
@@ -162,11 +162,11 @@ def test_it_ends_when_its_time_is_over() -> None:
     found = calibrate(DEVICE, 10, SMALL, timer, clock=count(1.0, 1.0).__next__)
     assert not found.whole
     assert timer.at == 9  # the first look at the clock is the beginning
-    # The ends of the grid first, by every engine, so that a part of it spans all.
-    for engine in ("staged", "descriptors"):
+    # The ends of the grid first, by every strategy, so that a part of it spans all.
+    for strategy in ("staged", "batched_memcpy"):
         for direction in DIRECTIONS:
-            assert runs_of(found.points[engine, direction]) == [(256, 16), (256, 64)]
-    assert runs_of(found.points["ring", "d2h"]) == [(256, 16)]
+            assert runs_of(found.points[strategy, direction]) == [(256, 16), (256, 64)]
+    assert runs_of(found.points["pageable", "d2h"]) == [(256, 16)]
     assert len(found.points) == 5
 
 
@@ -184,29 +184,29 @@ def test_a_point_that_would_take_too_long_is_left_out_and_smaller_ones_are_not()
 
 
 def test_too_little_time_for_anything_is_an_error() -> None:
-    with pytest.raises(PortaKVError, match=r"1 s are too few for the first point|direct: "):
+    with pytest.raises(PortaKVError, match=r"1 s are too few for the first point|zero_copy: "):
         calibrate(DEVICE, 1, SMALL, clock=count(2.0, 2.0).__next__)
 
 
 @pytest.mark.parametrize(
     ("fake", "why"),
     [
-        (f"{FAKES}:Descriptors", "its bytes were wrong"),  # it moves nothing
+        (f"{FAKES}:BatchedMemcpy", "its bytes were wrong"),  # it moves nothing
         (f"{HERE}:Failing", "RuntimeError at 64 runs of 256 B: the driver said no"),
     ],
 )
-def test_an_engine_that_is_wrong_or_fails_is_left_out_with_all_its_points(
+def test_a_strategy_that_is_wrong_or_fails_is_left_out_with_all_its_points(
     fake: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replaced(monkeypatch, descriptors=fake)
+    replaced(monkeypatch, batched_memcpy=fake)
     found = calibrate(DEVICE, 60)
-    assert why in found.left_out["descriptors"]
-    assert {engine for engine, _ in found.points} == {"staged", "ring"}
+    assert why in found.left_out["batched_memcpy"]
+    assert {strategy for strategy, _ in found.points} == {"staged", "pageable"}
 
 
 def test_pending_work_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     absent = f"{FAKES}:Absent"
-    replaced(monkeypatch, staged=f"{HERE}:Late", descriptors=absent, ring=absent)
+    replaced(monkeypatch, staged=f"{HERE}:Late", batched_memcpy=absent, pageable=absent)
     waited.reset_mock()
     calibrate(DEVICE, 60, ONE_POINT)
     assert waited.call_count == 2 * (1 + 2 + 3)  # each direction: proved, called, timed
@@ -308,14 +308,14 @@ def test_calibrate_and_then_explain(folder: Path) -> None:
     flat = " ".join(out.split())
     assert "The device is emulated: these times say nothing about any hardware." in flat
     assert f"kept in {path}".replace(" ", "") in out.replace("\n", "").replace(" ", "")
-    assert "direct was not measured: the CUDA driver does not serve" in flat
+    assert "zero_copy was not measured: the CUDA driver does not serve" in flat
     assert out.count("h2d") == 4
     explained = run_json("explain", "--host", "--blocks", "20", "--device", str(DEVICE))
     assert explained["measured"]
     assert "which is emulated" in explained["origin"]
     assert explained["note"] == f"On {DEVICE}."
     told = {one["engine"]: one for one in explained["engines"]}
-    assert told["direct"]["refused"] == f"the CUDA driver does not serve {NAME} devices"
+    assert told["zero_copy"]["refused"] == f"the CUDA driver does not serve {NAME} devices"
     assert told["staged"]["measured"]
 
 
@@ -325,13 +325,13 @@ def test_calibrate_as_json_and_no_table(folder: Path, monkeypatch: pytest.Monkey
     assert path.parent == folder
     assert found == json.loads(path.read_text())
     assert found["emulated"]
-    assert sorted(found["engines"]) == ["descriptors", "ring", "staged"]
+    assert sorted(found["engines"]) == ["batched_memcpy", "pageable", "staged"]
     assert run("calibrate", "--device", str(DEVICE), "--seconds", "1e-4")[:2] == (1, "")
     absent = f"{FAKES}:Absent"
-    replaced(monkeypatch, staged=absent, descriptors=f"{FAKES}:Breaking", ring=absent)
+    replaced(monkeypatch, staged=absent, batched_memcpy=f"{FAKES}:Breaking", pageable=absent)
     code, out, err = run("calibrate", "--device", str(DEVICE))
     assert (code, out) == (1, "")
-    assert "No engine could be measured" in err
+    assert "No strategy could be measured" in err
     assert "the compiler crashed" in err
 
 

@@ -50,10 +50,10 @@ def test_the_grid_of_a_size() -> None:
 def test_the_usual_grid_takes_less_than_its_time_by_figures_of_an_h200() -> None:
     """With a factor of 1.8 for what is not in them, as kernels that compile."""
     seconds = 0.0
-    for engine, direction, size in product(FIGURES, DIRECTIONS, GRID.run_bytes):
-        for runs in GRID.runs(size, engine == "ring"):
-            host = H200.host_seconds(engine, direction, size, runs)
-            one = H200.seconds(engine, direction, size, runs) + host
+    for strategy, direction, size in product(FIGURES, DIRECTIONS, GRID.run_bytes):
+        for runs in GRID.runs(size, strategy == "pageable"):
+            host = H200.host_seconds(strategy, direction, size, runs)
+            one = H200.seconds(strategy, direction, size, runs) + host
             seconds += (GRID.times(size * runs) + 2) * (one + min(host, calibration.SEEN))
     assert 1.8 * seconds < SECONDS
 
@@ -82,7 +82,7 @@ def measured() -> tuple[Table, float]:
 
 
 @pytest.mark.gpu
-def test_every_engine_is_measured_in_time_and_rates_are_those_of_a_link() -> None:
+def test_every_strategy_is_measured_in_time_and_rates_are_those_of_a_link() -> None:
     found, took = measured()
     assert took < SECONDS + 2  # with what is prepared before the clock can be looked at
     assert (found.left_out, found.emulated) == ({}, False)
@@ -90,8 +90,8 @@ def test_every_engine_is_measured_in_time_and_rates_are_those_of_a_link() -> Non
     assert found.device["model"]
     assert found.device["driver"]
     assert found.timer == DELAYED
-    for (_, size, runs), engines in by_point(found).items():
-        for point in engines.values():
+    for (_, size, runs), strategies in by_point(found).items():
+        for point in strategies.values():
             assert 0 < size * runs / point.seconds < 1e12
     for way in DIRECTIONS:
         longest = found.points["staged", way][2 << 20][-1]
@@ -125,8 +125,8 @@ def test_the_table_is_kept_and_decides(folder: Path) -> None:
     known = costs_of(CUDA)
     assert known.measured
     for way in DIRECTIONS:
-        for engine in ORDER:
-            assert known.seconds(engine, way, 32 << 10, 1000)
+        for strategy in ORDER:
+            assert known.seconds(strategy, way, 32 << 10, 1000)
 
 
 # The command
@@ -162,10 +162,10 @@ def test_the_table_that_is_printed(
         {"model": "Some Card"},
         {
             ("staged", "d2h"): {4096: [fast]},
-            ("direct", "d2h"): {4096: [slow]},
-            ("ring", "d2h"): {4096: [Point(64, 1e-9, 0.0)]},
+            ("zero_copy", "d2h"): {4096: [slow]},
+            ("pageable", "d2h"): {4096: [Point(64, 1e-9, 0.0)]},
         },
-        {"descriptors": "it was not there"},
+        {"batched_memcpy": "it was not there"},
         took=3.21,
         whole=False,
         timer="a good clock",
@@ -178,7 +178,7 @@ def test_the_table_that_is_printed(
     assert line.split()[:8] == ["d2h", "4096", "64", "256", "KiB", "50.00", "20.00", "262144.00"]
     assert line.split()[8:] == ["staged", "5.24", "us"]
     assert "Some Card, cpu" in out
-    assert "descriptors was not measured: it was not there" in out
+    assert "batched_memcpy was not measured: it was not there" in out
     assert "The time did not suffice" in out
     assert "Times are of a good clock." in out
     assert "Measured in 3.2 s and kept in /somewhere/table.json" in out

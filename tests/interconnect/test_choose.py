@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`host`, which prepares engines and picks one of them: when one is out, and the rule by which one
-is picked, by what each costs and what the terms allow."""
+"""`host`, which prepares strategies and picks one of them: when one is out, and the rule by which
+one is picked, by what each costs and what the terms allow."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from support.host_choice_cases import (
     UNMEASURED,
     Fake,
     apart,
-    engines,
     plan_of,
     planes,
     put,
     refusals,
+    strategies,
     view,
 )
 from support.threads import run_threads
@@ -46,7 +46,7 @@ from portakv.plan.plan import Move
 @pytest.fixture(autouse=True)
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(chosen, "costs_of", lambda device: H200)
-    with engines(monkeypatch):
+    with strategies(monkeypatch):
         yield
 
 
@@ -71,35 +71,37 @@ def ready(
 
 
 def runs_of(found: Pick) -> dict[str, int]:
-    return {one.engine: one.runs for one in found.alternatives}
+    return {one.strategy: one.runs for one in found.alternatives}
 
 
 def launched() -> list[str]:
     return [name for name, _ in Fake.launched]
 
 
-def test_an_engine_that_does_not_serve_the_device_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    with engines(monkeypatch, direct="Absent", ring="Absent", descriptors="no.such.module:At"):
+def test_a_strategy_that_does_not_serve_the_device_is_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    with strategies(
+        monkeypatch, zero_copy="Absent", pageable="Absent", batched_memcpy="no.such.module:At"
+    ):
         asked = host()
-        assert list(asked.engines) == ["staged"]
-        assert asked.out["direct"] == asked.out["ring"] == "its driver is not installed"
-        assert "failed to load: ModuleNotFoundError" in asked.out["descriptors"]
+        assert list(asked.strategies) == ["staged"]
+        assert asked.out["zero_copy"] == asked.out["pageable"] == "its driver is not installed"
+        assert "failed to load: ModuleNotFoundError" in asked.out["batched_memcpy"]
         assert asked.capabilities().places == {("device", "pinned"), ("pinned", "device")}
         decision = asked.check(plan_of(view("device"), view("pageable")))
         assert not decision.accepted
-        for reason in ("staged: it does not copy from device to pageable", "ring: its driver"):
+        for reason in ("staged: it does not copy from device to pageable", "pageable: its driver"):
             assert reason in decision.reason
-        with pytest.raises(Unsupported, match="ring: its driver is not installed"):
+        with pytest.raises(Unsupported, match="pageable: its driver is not installed"):
             asked.prepare(plan_of(view("device"), view("pageable")))
 
 
-def test_it_can_do_what_its_engines_can() -> None:
+def test_it_can_do_what_its_strategies_can() -> None:
     asked = host()
     assert asked.capabilities() == Capabilities(places=PINNED | PAGEABLE, index_on="any")
     for src, dst, told in (
-        ("device", "pinned", "takes the plan, by staged or descriptors or direct"),
-        ("pageable", "device", "takes the plan, by ring"),
-        ("pageable", "pinned", "no engine takes it"),
+        ("device", "pinned", "takes the plan, by staged or batched_memcpy or zero_copy"),
+        ("pageable", "device", "takes the plan, by pageable"),
+        ("pageable", "pinned", "no strategy takes it"),
     ):
         decision = asked.check(plan_of(view(src), view(dst)))
         assert decision.reason.startswith(told)
@@ -111,26 +113,31 @@ def test_engines_are_prepared_when_they_are_needed() -> None:
     assert Fake.prepared == ["staged"]  # one, so that the plan is known to be carried out
     for _ in range(3):
         launch(*move, None, None)
-    assert launched() == ["direct"] * 3  # 256 KiB
+    assert launched() == ["zero_copy"] * 3  # 256 KiB
     launch(*moved(*move[:2], apart(30)), None, None)
     assert launched()[3:] == ["staged"]
-    assert Fake.prepared == ["staged", "direct"]
+    assert Fake.prepared == ["staged", "zero_copy"]
 
 
 def test_the_pick_depends_on_the_ids() -> None:
     """Blocks that lie in one piece on both sides need no gather; planes do."""
     launch, move = ready(30, view("device"))
-    assert launch.pick(move).engine == "descriptors"
+    assert launch.pick(move).strategy == "batched_memcpy"
     scattered, move = ready(30)
     sides = move[:2]
     near = Index(range(5, 35), SIZE)
     found = scattered.pick(moved(*sides, near))
     # Blocks follow each other on the host; on the device the heads do, and no two rows of both.
     each = 30 * ROWS
-    assert runs_of(found) == {"staged": 1, "descriptors": each, "direct": each, "ring": 1}
-    assert found.engine == "staged"
+    assert runs_of(found) == {"staged": 1, "batched_memcpy": each, "zero_copy": each, "pageable": 1}
+    assert found.strategy == "staged"
     found = scattered.pick(moved(*sides, near, apart(30)))
-    assert runs_of(found) == {"staged": 30, "descriptors": each, "direct": each, "ring": 30}
+    assert runs_of(found) == {
+        "staged": 30,
+        "batched_memcpy": each,
+        "zero_copy": each,
+        "pageable": 30,
+    }
     # The other way the host is the source.
     upward, move = ready(30, *sides[::-1])
     assert runs_of(upward.pick(move._replace(src_index=near)))["staged"] == 1
@@ -142,9 +149,9 @@ def test_each_shape_of_a_copy_has_a_pick_of_its_own() -> None:
     near = Index(range(5, 35), SIZE)
     far = apart(30)
     shapes = [runs_of(launch.pick(moved(*sides, *x))) for x in ((near, near), (far, near), (far,))]
-    assert [(x["descriptors"], x["staged"]) for x in shapes] == [(1, 1), (30, 1), (30, 30)]
+    assert [(x["batched_memcpy"], x["staged"]) for x in shapes] == [(1, 1), (30, 1), (30, 30)]
     few = launch.pick(moved(*sides, Index([5, 6], SIZE)))  # in one piece as well
-    assert few.engine == "direct"
+    assert few.strategy == "zero_copy"
 
 
 @pytest.mark.parametrize(
@@ -164,26 +171,26 @@ def test_what_folds_counts_for_the_host_as_it_crosses(
     pieces = 30 * ROWS // 16 if folds else 30 * ROWS
     launch, move = ready(30)
     found = launch.pick(move)
-    (one,) = (each for each in found.alternatives if each.engine == "descriptors")
-    asked = "descriptors", "d2h", 256 * 30 * ROWS // pieces, pieces
+    (one,) = (each for each in found.alternatives if each.strategy == "batched_memcpy")
+    asked = "batched_memcpy", "d2h", 256 * 30 * ROWS // pieces, pieces
     assert (one.run_bytes, one.runs) == asked[2:]
     rows = 30 * ROWS * chosen.ROW["d2h"] if pieces < 30 * ROWS else 0
     assert one.seconds == (H200.seconds(*asked) or 0) + rows
     assert one.host_seconds == H200.host_seconds(*asked)
 
 
-def test_pageable_memory_goes_by_the_ring() -> None:
+def test_pageable_memory_goes_through_pinned_memory() -> None:
     launch, move = ready(3, view("pageable"), view("device"))
     assert launch(*move._replace(count=0), None, None) is None
     assert launched() == []  # nothing is nothing
     launch(*move, None, None)
-    assert launched() == ["ring"]
+    assert launched() == ["pageable"]
     assert (
         refusals(launch.pick(move))["staged"] == "it does not copy from pageable to device memory"
     )
 
 
-def test_ids_are_where_the_engine_reads_them() -> None:
+def test_ids_are_where_the_strategy_reads_them() -> None:
     launch, move = ready(2)
     launch(*move._replace(dst_index=apart(2, 1)), None, None)
     (_, (_, _, first, second, *rest)) = Fake.launched[-1]
@@ -204,7 +211,7 @@ class OnDevice(Index):
         return None
 
 
-def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_another(
+def test_a_strategy_that_would_wait_for_ids_is_left_out_if_the_terms_leave_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same ids, known and unknown to the host: of far blocks, which would be staged."""
@@ -212,48 +219,48 @@ def test_an_engine_that_would_wait_for_ids_is_left_out_if_the_terms_leave_anothe
     ids = OnDevice([2 * n for n in range(30)], SIZE)
     for terms, expected in (
         ({"detached": True}, "staged"),
-        ({}, "direct"),
-        ({"overlap": "idle"}, "direct"),
+        ({}, "zero_copy"),
+        ({"overlap": "idle"}, "zero_copy"),
     ):
         launch, move = ready(30, **terms)
-        for name, reads in (("staged", "host"), ("descriptors", "both")):
-            launch.engines[name].reads = reads
-        known = launch.pick(move).engine
+        for name, reads in (("staged", "host"), ("batched_memcpy", "both")):
+            launch.strategies[name].reads = reads
+        known = launch.pick(move).strategy
         unknown = move._replace(src_index=ids, dst_index=ids)
-        assert launch.pick(unknown).engine == expected, (
+        assert launch.pick(unknown).strategy == expected, (
             "no kernel holds a detached copy's stream up"
         )
         claims = launch.claims(unknown)
-        assert (claims.guards, claims.skips_negative) == (expected == "direct",) * 2
+        assert (claims.guards, claims.skips_negative) == (expected == "zero_copy",) * 2
         # Staging needs the ids of the host's rows alone.
-        assert launch.pick(move._replace(src_index=ids, dst_index=host_ids)).engine == known
+        assert launch.pick(move._replace(src_index=ids, dst_index=host_ids)).strategy == known
         # But it cannot guard the device's, which are read back for it unless they are trusted.
         for trusted in (True, False):
             there = OnDevice([2 * n for n in range(30)], SIZE, trusted=trusted)
             there.on_host = False
-            found = launch.pick(move._replace(src_index=there, dst_index=host_ids)).engine
+            found = launch.pick(move._replace(src_index=there, dst_index=host_ids)).strategy
             assert found == (known if trusted else expected)
     assert "does not wait" in launch.pick(unknown).why
     monkeypatch.setattr(chosen, "capturing", lambda device: True)
     assert not launch.claims(unknown).guards, "inside a capture nothing is prepared"
     # Nor can the host cut a copy between addresses that it does not know.
     blind(move.dst)
-    assert launch.pick(move).engine == "direct"
+    assert launch.pick(move).strategy == "zero_copy"
 
 
-def test_ids_that_are_read_back_once_an_engine_was_asked_keep_one_that_guards_them() -> None:
+def test_ids_that_are_read_back_once_a_strategy_was_asked_keep_one_that_guards_them() -> None:
     """Another thread that uses the same index reads them back between `claims` and the launch."""
     launch, move = ready(30)
-    launch.engines["staged"].reads = "host"
-    launch.engines["descriptors"].reads = "both"
+    launch.strategies["staged"].reads = "host"
+    launch.strategies["batched_memcpy"].reads = "both"
     ids = OnDevice([2 * n for n in range(30)], SIZE)
     assert launch.claims(move._replace(src_index=ids, dst_index=ids)).guards
     launch(*move, None, None)
     launch(*move, None, torch.zeros(1, dtype=torch.int64))
-    assert launched() == ["staged", "direct"]
+    assert launched() == ["staged", "zero_copy"]
 
 
-#: How engines keep a pool of 4 layers on the host, and the bytes of a page's run there.
+#: How strategies keep a pool of 4 layers on the host, and the bytes of a page's run there.
 POOLS = {
     "kv | layer (block token) head dim": 32 << 10,
     "kv | (block token) layer head dim": 128 << 10,
@@ -264,7 +271,7 @@ POOLS = {
 
 @pytest.mark.parametrize("layout", POOLS)
 @pytest.mark.parametrize("downward", [True, False])
-def test_pools_of_engines(layout: str, downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pools_of_strategies(layout: str, downward: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pages of 16 tokens of 2 KiB in each layer; by ids of tokens that only the device has nothing
     but a kernel goes at once, by pages that the host knows runs of 32 KiB go to copy engines."""
     monkeypatch.setattr(chosen, "costs_of", lambda device: UNMEASURED)
@@ -283,21 +290,21 @@ def test_pools_of_engines(layout: str, downward: bool, monkeypatch: pytest.Monke
     pages = apart(64)
     tokens = torch.arange(128 * SIZE).view(128, SIZE)[::2].flatten()
     for ids, expected in (
-        (OnDevice(tokens), "direct"),
-        (OnDevice(tokens[:16]), "direct"),
-        (pages, "descriptors" if POOLS[layout] == chosen.EVEN else "staged"),
+        (OnDevice(tokens), "zero_copy"),
+        (OnDevice(tokens[:16]), "zero_copy"),
+        (pages, "batched_memcpy" if POOLS[layout] == chosen.EVEN else "staged"),
     ):
         launch = host().prepare(CopyPlan(src.form, dst.form, ids.step, ids.step))
-        for name, reads in (("staged", "host"), ("descriptors", "both")):
-            launch.engines[name].reads = reads
+        for name, reads in (("staged", "host"), ("batched_memcpy", "both")):
+            launch.strategies[name].reads = reads
         found = launch.pick(moved(src, dst, ids))
-        assert found.engine == expected
-    assert {one.engine: one.run_bytes for one in found.alternatives}["staged"] >= POOLS[layout]
+        assert found.strategy == expected
+    assert {one.strategy: one.run_bytes for one in found.alternatives}["staged"] >= POOLS[layout]
 
 
 def test_none_takes_over_ids_that_direct_alone_guards(monkeypatch: pytest.MonkeyPatch) -> None:
     launch, move = ready(2)
-    assert launch.pick(move).engine == "direct"
+    assert launch.pick(move).strategy == "zero_copy"
 
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("no room")
@@ -308,18 +315,18 @@ def test_none_takes_over_ids_that_direct_alone_guards(monkeypatch: pytest.Monkey
     assert launched() == []
 
 
-def test_an_engine_that_another_thread_takes_out_while_one_is_picked() -> None:
+def test_a_strategy_that_another_thread_takes_out_while_one_is_picked() -> None:
     class Reads(str):
         __slots__ = ()
 
         def __hash__(self) -> int:
-            launch.engines.pop("descriptors", None)
+            launch.strategies.pop("batched_memcpy", None)
             return hash(str(self))
 
     launch, move = ready(2)
-    launch.engines["staged"].reads = Reads("host")
+    launch.strategies["staged"].reads = Reads("host")
     ids = OnDevice([0, 2], SIZE)
-    assert launch.pick(move._replace(src_index=ids, dst_index=ids)).engine == "direct"
+    assert launch.pick(move._replace(src_index=ids, dst_index=ids)).strategy == "zero_copy"
 
 
 @pytest.mark.parametrize(
@@ -329,65 +336,65 @@ def test_an_engine_that_another_thread_takes_out_while_one_is_picked() -> None:
         ("Breaking", "it failed to prepare: RuntimeError: the compiler crashed"),
     ],
 )
-def test_an_engine_that_cannot_be_prepared_is_out_with_its_reason(
+def test_a_strategy_that_cannot_be_prepared_is_out_with_its_reason(
     fake: str, why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with engines(monkeypatch, direct=fake):
+    with strategies(monkeypatch, zero_copy=fake):
         launch, move = ready(2)
-        assert launch.pick(move).engine == "direct"  # nobody has tried yet
+        assert launch.pick(move).strategy == "zero_copy"  # nobody has tried yet
         launch(*move, None, None)
         assert launched() == ["staged"]
         after = launch.pick(move)
-        assert after.engine == "staged"
-        assert why in refusals(after)["direct"]
+        assert after.strategy == "staged"
+        assert why in refusals(after)["zero_copy"]
         launch(*move, None, None)
         assert Fake.prepared.count("late") == (fake == "Late")  # and is not tried again
         with pytest.raises(Unsupported, match=why):
-            launch.launch_by("direct", move, None)
+            launch.launch_by("zero_copy", move, None)
 
 
-def test_an_engine_that_cannot_use_the_host_s_memory_is_out_for_that(
+def test_a_strategy_that_cannot_use_the_host_s_memory_is_out_for_that(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with engines(monkeypatch, direct="Unreaching"):
+    with strategies(monkeypatch, zero_copy="Unreaching"):
         launch, move = ready(2)
         found = launch.pick(move)
-        assert (found.engine, refusals(found)["direct"]) == ("staged", "it does not reach it")
+        assert (found.strategy, refusals(found)["zero_copy"]) == ("staged", "it does not reach it")
         launch(*move, None, None)
         assert launched() == ["staged"]
         move.dst.derived["reached"] = True  # other memory, of the same form
-        assert launch.pick(move).engine == "direct"
+        assert launch.pick(move).strategy == "zero_copy"
 
 
-def test_the_first_engine_that_can_be_prepared_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    with engines(monkeypatch, staged="Late"):
+def test_the_first_strategy_that_can_be_prepared_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    with strategies(monkeypatch, staged="Late"):
         launch, _ = ready(2)
-        assert Fake.prepared == ["late", "descriptors"]
+        assert Fake.prepared == ["late", "batched_memcpy"]
         assert "does not compile" in launch.out["staged"]
     with (
-        engines(monkeypatch, staged="Late", descriptors="Refusing", direct="Breaking"),
+        strategies(monkeypatch, staged="Late", batched_memcpy="Refusing", zero_copy="Breaking"),
         pytest.raises(Unsupported, match=r"(?s)compile.*too narrow|too narrow.*compile"),
     ):
         ready(2)
 
 
 def test_engines_get_the_device_and_the_terms_of_the_host() -> None:
-    asked: dict[str, Any] = host(overlap="idle", max_thread_blocks=3).engines
-    given = {(engine.device, engine.terms) for engine in asked.values()}
+    asked: dict[str, Any] = host(overlap="idle", max_thread_blocks=3).strategies
+    given = {(strategy.device, strategy.terms) for strategy in asked.values()}
     assert given == {(CPU, Terms("idle", 3))}
-    for policy, picks in (("compute", "staged"), ("idle", "direct")):
+    for policy, picks in (("compute", "staged"), ("idle", "zero_copy")):
         launch, move = ready(32, overlap=policy)
-        assert launch.pick(move).engine == picks
+        assert launch.pick(move).strategy == picks
 
 
-def test_a_forced_engine_carries_out_what_another_would() -> None:
+def test_a_forced_strategy_carries_out_what_another_would() -> None:
     launch, move = ready(30, view("device"))
     for name in ORDER[:3]:
         launch.launch_by(name, move, None)
     assert launched() == list(ORDER[:3])
     for name, why in (
-        ("ring", "it does not copy from device to pinned memory"),
-        ("nonsense", "there is no such engine"),
+        ("pageable", "it does not copy from device to pinned memory"),
+        ("nonsense", "there is no such strategy"),
     ):
         with pytest.raises(Unsupported, match=why):
             launch.launch_by(name, move, None)
@@ -405,33 +412,35 @@ def test_costs_are_read_and_a_pick_is_made_once(monkeypatch: pytest.MonkeyPatch)
     assert launch.pick(moved(*move[:2], apart(30))) is first
 
 
-def test_a_pick_under_way_when_its_engine_goes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pick_under_way_when_its_strategy_goes_is_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     real = chosen.pick
-    with engines(monkeypatch, direct="Late"):
+    with strategies(monkeypatch, zero_copy="Late"):
         launch, move = ready(2)
 
         def slow(*arguments: Any) -> Pick:
             found = real(*arguments)
-            launch.prepared("direct")  # by another thread, say
+            launch.prepared("zero_copy")  # by another thread, say
             return found
 
         monkeypatch.setattr(chosen, "pick", slow)
-        assert launch.pick(move).engine == "direct"
+        assert launch.pick(move).strategy == "zero_copy"
         launch(*move, None, None)
         assert launched() == ["staged"]
 
 
-def test_threads_prepare_an_engine_once() -> None:
+def test_threads_prepare_a_strategy_once() -> None:
     launch, move = ready(2)
     run_threads(lambda _: [launch(*move, None, None) for _ in range(20)], range(8))
-    assert Fake.prepared == ["staged", "direct"]
-    assert launched() == ["direct"] * 160
+    assert Fake.prepared == ["staged", "zero_copy"]
+    assert launched() == ["zero_copy"] * 160
 
 
 # The rule
 
 MIB = 1 << 20
-OUT = {"ring": "it does not copy pinned memory"}
+OUT = {"pageable": "it does not copy pinned memory"}
 
 
 def picked(
@@ -446,7 +455,7 @@ def picked(
     """The pick for scattered runs on the device and so many in host memory."""
     apart = Shape(payload, runs, runs)
     dense = Shape(payload, host_runs, host_runs)
-    shapes = {"staged": dense, "descriptors": apart, "direct": apart, "ring": dense}
+    shapes = {"staged": dense, "batched_memcpy": apart, "zero_copy": apart, "pageable": dense}
     out = OUT if out is None else out
     return pick(shapes, direction, out, Terms(**terms), costs)  # type: ignore[arg-type]
 
@@ -458,114 +467,118 @@ def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: s
     large = 64 * MIB
     small = SMALL[direction]
     wide, even, narrow = (large // each for each in (chosen.WIDE, chosen.EVEN, chosen.NARROW))
-    for payload, runs, host_runs, engine in (
+    for payload, runs, host_runs, strategy in (
         (large, 2048, 1, "staged"),  # scattered to a dense chunk
         (large, 262144, 1, "staged"),  # rows of 256 bytes
-        (large, 32, 32, "descriptors"),  # 2 MiB each, both sides
-        (large, wide, 1, "descriptors"),
+        (large, 32, 32, "batched_memcpy"),  # 2 MiB each, both sides
+        (large, wide, 1, "batched_memcpy"),
         (large, wide + 1, 1, "staged"),
-        (large, even, even, "descriptors"),
+        (large, even, even, "batched_memcpy"),
         (large, even, 100, "staged"),
-        (large, even + 1, even + 1, "direct"),  # short runs on both sides
-        (small, 4096, 1, "direct"),
+        (large, even + 1, even + 1, "zero_copy"),  # short runs on both sides
+        (small, 4096, 1, "zero_copy"),
         (small + 1, 4096, 1, "staged"),
     ):
-        assert picked(payload, runs, host_runs, direction).engine == engine
-    assert picked(large, 4096, narrow + 1, direction, overlap="idle").engine == "direct"
-    assert picked(large, 4096, narrow, direction, overlap="idle").engine == "staged"
+        assert picked(payload, runs, host_runs, direction).strategy == strategy
+    assert picked(large, 4096, narrow + 1, direction, overlap="idle").strategy == "zero_copy"
+    assert picked(large, 4096, narrow, direction, overlap="idle").strategy == "staged"
     for terms in ({"overlap": "idle"}, {"max_thread_blocks": 3}):  # no copy engine, run by run
-        assert picked(large, even, even, direction, **terms).engine == "direct"
+        assert picked(large, even, even, direction, **terms).strategy == "zero_copy"
     # A detached transfer's stream must not wait for a kernel.
-    assert picked(large, even + 1, even + 1, direction, detached=True).engine == "staged"
+    assert picked(large, even + 1, even + 1, direction, detached=True).strategy == "staged"
     pageable = dict.fromkeys(ORDER[:3], "it does not copy pageable memory")
-    assert picked(large, 64, 64, direction, out=pageable).engine == "ring"
+    assert picked(large, 64, 64, direction, out=pageable).strategy == "pageable"
 
 
 def test_what_the_rule_wants_may_not_serve() -> None:
-    out = {**OUT, "direct": "no driver"}
+    out = {**OUT, "zero_copy": "no driver"}
     why = "the gentlest of those that are left, as nothing was measured here"
     assert picked(MIB, 4096, 1, out=out)[:2] == ("staged", why)
-    out["descriptors"] = "no"
-    assert picked(64 * MIB, 2, 2, out=out)[:2] == ("staged", "the only engine that is left")
+    out["batched_memcpy"] = "no"
+    assert picked(64 * MIB, 2, 2, out=out)[:2] == ("staged", "the only strategy that is left")
 
 
 def test_a_computing_device_keeps_the_kernel_out() -> None:
     asked = (16 * MIB, 65536, 400)
     found = picked(*asked)
-    assert found.engine == "staged"
-    assert "overlap='compute'" in refusals(found)["direct"]
+    assert found.strategy == "staged"
+    assert "overlap='compute'" in refusals(found)["zero_copy"]
     for terms in ({"overlap": "idle"}, {"max_gbps": 30.0}, {"max_thread_blocks": 2}):
         let_in = picked(*asked, **terms)
-        assert let_in.engine == "direct"
-        assert refusals(let_in)["direct"] == ""
+        assert let_in.strategy == "zero_copy"
+        assert refusals(let_in)["zero_copy"] == ""
     # What it would have taken is told all the same.
-    found = picked(*asked, costs=table(staged=2.0, descriptors=3.0, direct=1e-3))
-    assert found.engine == "staged"
-    assert "direct would take less, but the terms keep it out" in found.why
-    seconds = {one.engine: one.seconds for one in found.alternatives}
-    assert (seconds["direct"] or 9) < (seconds["staged"] or 0)
+    found = picked(*asked, costs=table(staged=2.0, batched_memcpy=3.0, zero_copy=1e-3))
+    assert found.strategy == "staged"
+    assert "zero_copy would take less, but the terms keep it out" in found.why
+    seconds = {one.strategy: one.seconds for one in found.alternatives}
+    assert (seconds["zero_copy"] or 9) < (seconds["staged"] or 0)
 
 
-def test_terms_never_leave_a_copy_without_an_engine_and_no_engine_at_all_is_an_error() -> None:
-    out = {name: f"{name} is broken" for name in ORDER if name != "direct"}
+def test_terms_never_leave_a_copy_without_a_strategy_and_no_strategy_at_all_is_an_error() -> None:
+    out = {name: f"{name} is broken" for name in ORDER if name != "zero_copy"}
     found = picked(64 * MIB, 64, 64, out=out)
-    assert found.engine == "direct"
-    assert "no other engine takes the copy" in found.why
-    with pytest.raises(Unsupported, match=r"(?s)no engine takes it.*staged is broken.*ring is"):
-        picked(MIB, 1, 1, out={**out, "direct": "no"})
+    assert found.strategy == "zero_copy"
+    assert "no other strategy takes the copy" in found.why
+    with pytest.raises(
+        Unsupported, match=r"(?s)no strategy takes it.*staged is broken.*pageable is"
+    ):
+        picked(MIB, 1, 1, out={**out, "zero_copy": "no"})
 
 
 def table(host: dict[str, float] | None = None, **seconds: float) -> Table:
-    """What engines take for 4 MiB in 1024 runs, a hundredth of it for one; and of the host."""
+    """What strategies take for 4 MiB in 1024 runs, a hundredth of it for one; and of the host."""
     kept = host or {}
     points = {
-        (engine, "d2h"): {
-            4096: [Point(n, s * part, kept.get(engine, 1.0)) for n, part in ((1, 0.01), (1024, 1))]
+        (strategy, "d2h"): {
+            4096: [
+                Point(n, s * part, kept.get(strategy, 1.0)) for n, part in ((1, 0.01), (1024, 1))
+            ]
         }
-        for engine, s in seconds.items()
+        for strategy, s in seconds.items()
     }
     return Table({}, points)
 
 
 def test_what_was_measured_decides() -> None:
     asked = (4 * MIB, 1024, 64)
-    for fast, slow in (("staged", "descriptors"), ("descriptors", "staged")):
+    for fast, slow in (("staged", "batched_memcpy"), ("batched_memcpy", "staged")):
         found = picked(*asked, costs=table(**dict[str, Any]({fast: 1e-5, slow: 2e-5})))
-        assert (found.engine, "as measured" in found.why) == (fast, True)
-    # Of an engine that the table does not know nobody can say that it is better.
+        assert (found.strategy, "as measured" in found.why) == (fast, True)
+    # Of a strategy that the table does not know nobody can say that it is better.
     found = picked(*asked, costs=table(staged=1.0), overlap="idle")
-    assert found.engine == "staged"
-    assert [one.engine for one in found.alternatives if one.seconds is not None] == ["staged"]
+    assert found.strategy == "staged"
+    assert [one.strategy for one in found.alternatives if one.seconds is not None] == ["staged"]
     # Nothing that was measured may go: the rule decides.
-    found = picked(*asked, costs=table(direct=1e-9))
-    assert found.engine in ("staged", "descriptors")
+    found = picked(*asked, costs=table(zero_copy=1e-9))
+    assert found.strategy in ("staged", "batched_memcpy")
     assert "the default rule" in found.why
 
 
 def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
     asked = (4 * MIB, 1024, 64)
     idle = dict[str, Any](overlap="idle")
-    host = {"staged": 3e-4, "descriptors": 2e-4, "direct": 1e-4}
+    host = {"staged": 3e-4, "batched_memcpy": 2e-4, "zero_copy": 1e-4}
     near = 1 + 0.9 * chosen.EQUAL
     far = 1 + 1.1 * chosen.EQUAL
-    known = table(host, staged=1.0, descriptors=near, direct=far)
+    known = table(host, staged=1.0, batched_memcpy=near, zero_copy=far)
     found = picked(*asked, costs=known, **idle)
-    assert found.engine == "descriptors"
+    assert found.strategy == "batched_memcpy"
     assert "within 2 % of the least time" in found.why
     assert "keeps the host least, as measured" in found.why
-    assert {one.engine: one.host_seconds for one in found.alternatives}["direct"] == 1e-4
+    assert {one.strategy: one.host_seconds for one in found.alternatives}["zero_copy"] == 1e-4
     # What is not as quick is not asked what it costs the host.
-    found = picked(*asked, costs=table(host, staged=1.0, descriptors=far, direct=far), **idle)
-    assert found.engine == "staged"
+    found = picked(*asked, costs=table(host, staged=1.0, batched_memcpy=far, zero_copy=far), **idle)
+    assert found.strategy == "staged"
     assert found.why.startswith("the least time of those")
     # Nor is what the terms keep out, however quick.
-    quick = table(host, staged=1.0, descriptors=near, direct=0.5)
-    assert picked(*asked, costs=quick).engine == "descriptors"
+    quick = table(host, staged=1.0, batched_memcpy=near, zero_copy=0.5)
+    assert picked(*asked, costs=quick).strategy == "batched_memcpy"
     # Where the host is kept as long, the gentlest.
-    equal = table(dict.fromkeys(ORDER, 1e-4), staged=near, descriptors=1.0, direct=1.0)
-    assert picked(*asked, costs=equal, **idle).engine == "staged"
-    # An engine that nobody measured is no rival, though the host would hardly notice it.
-    assert picked(*asked, costs=table(host, staged=1.0), **idle).engine == "staged"
+    equal = table(dict.fromkeys(ORDER, 1e-4), staged=near, batched_memcpy=1.0, zero_copy=1.0)
+    assert picked(*asked, costs=equal, **idle).strategy == "staged"
+    # A strategy that nobody measured is no rival, though the host would hardly notice it.
+    assert picked(*asked, costs=table(host, staged=1.0), **idle).strategy == "staged"
 
 
 ROWS_OF_2_KIB = Shape(2048 * 6400, 6400, 100)
@@ -575,7 +588,7 @@ ROWS_OF_2_KIB = Shape(2048 * 6400, 6400, 100)
 def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> None:
     found = pick(dict.fromkeys(ORDER, ROWS_OF_2_KIB), direction, OUT, Terms(), H200)
     for one in found.alternatives:
-        asked = one.engine, direction, 64 * 2048, 100
+        asked = one.strategy, direction, 64 * 2048, 100
         assert (one.runs, one.run_bytes) == (100, 64 * 2048)
         assert one.seconds == H200.seconds(*asked) + 6400 * chosen.ROW[direction]
         assert one.host_seconds == H200.host_seconds(*asked)
@@ -583,20 +596,20 @@ def test_pieces_are_looked_up_and_each_row_costs_the_device(direction: str) -> N
     apart = Shape(2048 * 6400, 6400, 6400)
     for one in pick(dict.fromkeys(ORDER, apart), direction, OUT, Terms(), H200).alternatives:
         assert (one.runs, one.run_bytes) == (6400, 2048)
-        assert one.seconds == H200.seconds(one.engine, direction, 2048, 6400)
+        assert one.seconds == H200.seconds(one.strategy, direction, 2048, 6400)
 
 
 def test_rows_count_beside_a_table_and_may_turn_the_pick() -> None:
-    known = table(staged=1.1e-3, descriptors=1e-3)
+    known = table(staged=1.1e-3, batched_memcpy=1e-3)
     idle = Terms("idle")
     of_1024 = Shape(4 * MIB, 1024, 1024), Shape(4 * MIB, 8 * 1024, 1024)
 
     def seconds(shape: Shape) -> tuple[str, float]:
-        shapes = {"staged": of_1024[0], "descriptors": shape}
+        shapes = {"staged": of_1024[0], "batched_memcpy": shape}
         found = pick(shapes, "d2h", OUT, idle, known)
-        return found.engine, found.alternatives[1].seconds or 0
+        return found.strategy, found.alternatives[1].seconds or 0
 
-    assert seconds(of_1024[0]) == ("descriptors", 1e-3)
+    assert seconds(of_1024[0]) == ("batched_memcpy", 1e-3)
     assert seconds(of_1024[1]) == ("staged", 1e-3 + 8 * 1024 * chosen.ROW["d2h"])
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Transfers by the engine that is picked, on devices: every byte, ids where a kernel reads them, a
-device without room; which engine there is for which terms, and what is told of it."""
+"""Transfers by the strategy that is picked, on devices: every byte, ids where a kernel reads them,
+a device without room; which strategy there is for which terms, and what is told of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from portakv.backends.base import Capabilities
 from portakv.interconnect import choose as chosen
 from portakv.interconnect import staging
 from portakv.interconnect.choose import ORDER, Host, HostLaunch, across
-from portakv.interconnect.strategy import PINNED, Engine, Terms
+from portakv.interconnect.strategy import PINNED, Strategy, Terms
 from portakv.registry.registry import BUILT_IN, REGISTRY, choose
 
 pytestmark = pytest.mark.usefixtures("folder")  # no device was measured
@@ -33,7 +33,9 @@ BY_TOKENS = Case(PAGED[0], CHUNKS[0], scattered(37, 1), None, 37)
 
 @DOWNWARD
 @pytest.mark.parametrize("side", [False, True])
-@pytest.mark.parametrize("how", ["compute", "idle", "pageable", "staged", "descriptors", "direct"])
+@pytest.mark.parametrize(
+    "how", ["compute", "idle", "pageable", "staged", "batched_memcpy", "zero_copy"]
+)
 @pytest.mark.parametrize("case", [BY_BLOCKS, BY_TOKENS], ids=["blocks", "tokens"])
 def test_whatever_carries_it_out_moves_the_right_bytes(
     accelerator: torch.device,
@@ -43,16 +45,16 @@ def test_whatever_carries_it_out_moves_the_right_bytes(
     downward: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What is picked under either policy and for pageable memory, and each engine by its name."""
+    """What is picked under either policy and for pageable memory, and each strategy by its name."""
     terms = Terms("idle" if how == "idle" else "compute")
     pageable = how == "pageable"
     transfer = Transfers(Host(accelerator, terms=terms), downward, case, pageable=pageable)
     launch: HostLaunch = transfer.prepared()
-    assert (launch.pick(transfer.move()).engine == "ring") == pageable
+    assert (launch.pick(transfer.move()).strategy == "pageable") == pageable
     if how in launch.out:
         pytest.skip(launch.out[how])
     if how in ORDER:
-        named = SimpleNamespace(engine=how, why="asked")
+        named = SimpleNamespace(strategy=how, why="asked")
         monkeypatch.setattr(HostLaunch, "pick", lambda self, move, guarded=False: named)
     transfer(stream=torch.Stream(accelerator) if side else None)
     assert launch.carried is not None
@@ -66,16 +68,16 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """By another engine, of which the launch tells, and the log once."""
+    """By another strategy, of which the launch tells, and the log once."""
     caplog.set_level(logging.INFO, "portakv.interconnect")
-    REGISTRY.logged_engines.clear()
+    REGISTRY.logged_strategies.clear()
     transfer = Transfers(Host(accelerator), downward, BY_BLOCKS)
     launch = transfer.prepared()
     move = transfer.move()
     assert launch.carried is None
     transfer()
     picked = launch.pick(move)
-    assert launch.carried == (picked.engine, picked.why)
+    assert launch.carried == (picked.strategy, picked.why)
 
     def full(self: staging.Staging, nbytes: int) -> None:
         raise torch.OutOfMemoryError("no room")
@@ -83,24 +85,26 @@ def test_a_device_without_room_for_staging_copies_all_the_same(
     monkeypatch.setattr(staging.Staging, "reserve", full)
     with pytest.raises(torch.OutOfMemoryError):  # by name, it is told
         launch.launch_by("staged", move, None)
-    only = SimpleNamespace(engine="staged", why="asked")
+    only = SimpleNamespace(strategy="staged", why="asked")
     monkeypatch.setattr(launch, "pick", lambda move, guarded=False: only)
     for seed in range(2):
         transfer(transfer.chunk(seed))
         assert launch.carried is not None
-        assert launch.carried[0] == "descriptors"
+        assert launch.carried[0] == "batched_memcpy"
         assert "no memory left" in launch.carried[1]
-    Host(accelerator, terms=Terms(max_thread_blocks=2)).log("descriptors", "again")
+    Host(accelerator, terms=Terms(max_thread_blocks=2)).log("batched_memcpy", "again")
     told = [record.getMessage().partition(", ")[0] for record in caplog.records]
     assert told == list(
-        dict.fromkeys(f"{accelerator}: engine {name}" for name in (picked.engine, "descriptors"))
+        dict.fromkeys(
+            f"{accelerator}: strategy {name}" for name in (picked.strategy, "batched_memcpy")
+        )
     )
 
 
-class ReadsIds(Engine):
+class ReadsIds(Strategy):
     """Reads its ids on the device, late."""
 
-    name = "direct"
+    name = "zero_copy"
     seen: list[tuple[torch.device, torch.Tensor]] = []  # noqa: RUF012
 
     def capabilities(self) -> Capabilities:
@@ -126,7 +130,7 @@ class Kernel:
 
     def run(self, mine: Index, theirs: Index, stream: torch.Stream | None) -> None:
         move = self._move._replace(src_index=mine, dst_index=theirs)
-        self._launch.launch_by("direct", move, stream)
+        self._launch.launch_by("zero_copy", move, stream)
         torch.zeros(2, dtype=torch.int32, device=self.device)  # in memory that was freed too early
 
     def read(self) -> list[list[int]]:
@@ -137,7 +141,7 @@ class Kernel:
 
 @pytest.fixture
 def kernel(accelerator: torch.device, monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | {"direct": f"{__name__}:ReadsIds"})
+    monkeypatch.setattr(chosen, "BUILT_IN", BUILT_IN | {"zero_copy": f"{__name__}:ReadsIds"})
     return Kernel(accelerator)
 
 
@@ -168,8 +172,8 @@ def test_ids_on_the_device_are_brought_into_their_dtype_in_time(kernel: Kernel) 
 
 @pytest.mark.simdev
 @DOWNWARD
-def test_memory_that_a_named_backend_does_not_reach_is_left_to_an_engine(downward: bool) -> None:
-    """It copies to pinned memory itself; to pageable memory the engines over it do."""
+def test_memory_that_a_named_backend_does_not_reach_is_left_to_a_strategy(downward: bool) -> None:
+    """It copies to pinned memory itself; to pageable memory the strategies over it do."""
     near = small_backend("near", places=frozenset({("device", "device"), *PINNED}))
     transfer = Transfers(Host(DEVICE), downward, BY_BLOCKS, pageable=True)
     expected = transfer.expected()
@@ -179,16 +183,16 @@ def test_memory_that_a_named_backend_does_not_reach_is_left_to_an_engine(downwar
         assert "pageable" not in {given.src.form.place for given in near.given}
 
 
-# Engines for terms
+# Strategies for terms
 
 
-def engines() -> int:
+def strategies() -> int:
     gc.collect()
-    return sum(issubclass(type(each), Engine) for each in gc.get_objects())
+    return sum(issubclass(type(each), Strategy) for each in gc.get_objects())
 
 
 @pytest.mark.simdev
-def test_thirty_rates_leave_no_thirty_engines() -> None:
+def test_thirty_rates_leave_no_thirty_strategies() -> None:
     src, dst = Transfers(Host(DEVICE), True, BY_BLOCKS).move()[:2]
     blocks = [3, 1, 2]
 
@@ -196,13 +200,13 @@ def test_thirty_rates_leave_no_thirty_engines() -> None:
         for rate in rates:
             copy_blocks(src, dst, blocks, blocks, max_gbps=rate).synchronize()
             copy_blocks(src, dst, blocks, blocks, max_gbps=rate, backend="staged").synchronize()
-        return engines(), len(chosen.hosts)
+        return strategies(), len(chosen.hosts)
 
     assert transfers([9.0]) == transfers([10 + nth / 7 for nth in range(30)])
 
 
 @pytest.mark.simdev
-def test_an_engine_is_another_one_by_what_makes_it_different() -> None:
+def test_a_strategy_is_another_one_by_what_makes_it_different() -> None:
     half = choose(DEVICE)
     plain = across(half)
     assert across(half, Terms()) is plain

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second hop of `ring`: as which calls of torch rows are copied inside the host, memory that
-was replaced, and what of dense rows crosses. All its bytes are judged in `test_staged.py`."""
+"""The second hop of `pageable`: as which calls of torch rows are copied inside the host, memory
+that was replaced, and what of dense rows crosses. All its bytes are judged in `test_staged.py`."""
 
 from __future__ import annotations
 

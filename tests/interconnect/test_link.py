@@ -205,9 +205,9 @@ TRIES = 5
 @TO_DEVICE
 @pytest.mark.parametrize("detached", [True, False], ids=["detached", "ordered"])
 @pytest.mark.parametrize("backwards", [False, True], ids=["a run", "many runs"])
-@pytest.mark.parametrize("engine", ["staged", "descriptors"])
+@pytest.mark.parametrize("strategy", ["staged", "batched_memcpy"])
 def test_a_small_copy_need_not_wait_for_the_last_transfer(
-    engine: str, backwards: bool, detached: bool, to_device: bool
+    strategy: str, backwards: bool, detached: bool, to_device: bool
 ) -> None:
     places = ("cpu", CUDA) if to_device else (CUDA, "cpu")
     (full, src), (empty, dst) = (large(BLOCKS * MANY, 1, place) for place in places)
@@ -220,7 +220,7 @@ def test_a_small_copy_need_not_wait_for_the_last_transfer(
         torch.zeros(small, dtype=torch.uint8).pin_memory(),
     ]
     torch.cuda.synchronize()
-    asked: dict[str, Any] = {"backend": engine, "detached": detached}
+    asked: dict[str, Any] = {"backend": strategy, "detached": detached}
     for _ in range(TRIES):  # a host that is held up looks when all is over
         delay(current(CUDA))  # all are asked for before the first begins, on a slow host too
         other.wait_stream(current(CUDA))
@@ -247,6 +247,6 @@ def test_a_stream_of_torchs_general_kind_takes_turns_too() -> None:
     numbers = numbered(full)[:, :, 0, 0].cpu()
     stream = torch.Stream(CUDA)
     for part in torch.arange(BLOCKS * 4).split(BLOCKS):
-        copy_blocks(src, dst, part, part, backend="descriptors", stream=stream)
+        copy_blocks(src, dst, part, part, backend="batched_memcpy", stream=stream)
     stream.synchronize()  # behind the copies that went beside, too
     assert holds(empty, numbers)

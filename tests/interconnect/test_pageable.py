@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`ring`: bounce buffers used again and again, what may be touched when, interrupts, threads,
+"""`pageable`: bounce buffers used again and again, what may be touched when, interrupts, threads,
 devices; and how its slices are cut."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from portakv import Index, KVView
 from portakv.backends.strided import HostRows
 from portakv.interconnect import pageable, staged, staging
 from portakv.interconnect.link import link_of
-from portakv.interconnect.pageable import Ring
+from portakv.interconnect.pageable import Pageable
 from portakv.interconnect.slices import Sizes
 from portakv.interconnect.staging import BUFFERS, BounceBuffers, bounce_buffers
 from portakv.plan.plan import CopyPlan
@@ -45,7 +45,7 @@ def between_chunks(
     case = Case(CHUNKS[0], CHUNKS[0], (range(tokens - 1, -1, -1), 1), None, tokens)
     half = choose(device)
     half = replace(half, can=replace(half.can, guards=kernel))
-    return Transfers(Ring(device, half), downward, case, seed)
+    return Transfers(Pageable(device, half), downward, case, seed)
 
 
 def slices_of(transfer: Transfers) -> list[Any]:
@@ -223,7 +223,7 @@ def test_a_slice_is_no_larger_than_asked_or_by_one_block(
     sides = [made.to(DEVICE), made] if "|" not in layout else [list(made.to(DEVICE)), list(made)]
     device, host = (KVView(x, layout) for x in sides)
     theirs = Index(list(range(blocks))[::-1], block, offset)
-    launch: Any = Ring(DEVICE).prepare(CopyPlan(device.form, host.form, 0, block))
+    launch: Any = Pageable(DEVICE).prepare(CopyPlan(device.form, host.form, 0, block))
     for piece in launch.slices(device, host, theirs, 640 - offset):
         once = piece.dense.nbytes(piece.dense.block_size)
         assert piece.nbytes <= max(3072, once) + (once if offset else 0)

@@ -26,7 +26,7 @@ from portakv.backends.rows_launch import RowsBackend
 from portakv.backends.triton import Triton
 from portakv.interconnect import peer, zero_copy
 from portakv.interconnect.strategy import Terms
-from portakv.interconnect.zero_copy import PEER_BLOCKS, PEER_CUT, Direct, DirectKernel
+from portakv.interconnect.zero_copy import PEER_BLOCKS, PEER_CUT, ZeroCopy, ZeroCopyKernel
 from portakv.registry.registry import Choice, choose
 from portakv.runtime.bounded import Bounded
 from portakv_conformance.simdev import device_module
@@ -56,7 +56,7 @@ def between(copied: Copy, src: str = "peer", dst: str = "device") -> CopyPlan:
 
 
 @pytest.mark.parametrize(
-    "backend", [OnDevice(CUDA, HostDriver()), Triton(CUDA), Direct(CUDA)], ids=lambda x: x.name
+    "backend", [OnDevice(CUDA, HostDriver()), Triton(CUDA), ZeroCopy(CUDA)], ids=lambda x: x.name
 )
 def test_peers_are_read_and_never_written(backend: Any) -> None:
     plan = COPIES["gather"]
@@ -102,18 +102,18 @@ def test_no_launch_prefetches_a_peers_rows(
     ids=str,
 )
 def test_thread_blocks_of_a_peers_rows(terms: Terms, most: int) -> None:
-    """As many for small copies as for large ones, and what the engine says of it."""
+    """As many for small copies as for large ones, and what the strategy says of it."""
     plan = between(COPIES["gather"]())
-    kernel = DirectKernel(plan.nests[0], plan, CPU, terms)
+    kernel = ZeroCopyKernel(plan.nests[0], plan, CPU, terms)
     assert kernel.cut == PEER_CUT
     assert kernel.grid(1 << 20, 1)[0] == most
     assert kernel.grid(1, 1)[0] == 1
-    told = Direct(CUDA, terms=terms).check(plan).reason
+    told = ZeroCopy(CUDA, terms=terms).check(plan).reason
     assert told == f"reads the peer's rows by {most} thread blocks at most"
 
 
 class ReadsOnHost(Loads):
-    """The engine on the host; the source counts as a peer's."""
+    """The strategy on the host; the source counts as a peer's."""
 
     name = "direct-on-cpu-reads"
     sides = ("peer", "device")
@@ -234,7 +234,7 @@ def test_a_device_that_is_full_is_asked_again(
         with monkeypatch.context() as busy:
             busy.setattr(device_module, "can_device_access_peer", full)
             assert peer.unmapped(HERE, THERE).endswith(f"could not be tried on {THERE}: no room")
-            assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounced"
+            assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounce"
         assert peer.unmapped(HERE, THERE) == ""
 
 
@@ -253,7 +253,7 @@ def test_a_mapping_that_reads_wrong_bytes_is_not_used() -> None:
     with reading(ReadsWrong):
         assert "elements of a pattern on" in peer.unmapped(HERE, THERE)
         done = judge(COPIES["pool to pool"](), (HERE, THERE))
-        assert done.statistics.engine == "bounced"
+        assert done.statistics.engine == "bounce"
         assert "elements of a pattern on" in done.statistics.why
 
 
@@ -263,7 +263,7 @@ def test_a_device_without_a_kernel_that_reads_peers() -> None:
     """Fault 23. No way between two devices but the host."""
     why = peer.unmapped(HERE, THERE)
     assert why.startswith(f"reading a pattern of {HERE} on {THERE} raised Unsupported")
-    assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounced"
+    assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounce"
 
 
 # What carries a copy out
@@ -279,11 +279,11 @@ def test_ways_by_what_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     with reading(ReadsPeers):
         monkeypatch.setattr(peer, "unmapped", said(""))
         assert way().name == way(Terms("idle")).name == ReadsPeers.name
-        with refused(Unsupported, "max_thread_blocks=3", "'direct' alone"):
+        with refused(Unsupported, "max_thread_blocks=3", "'zero_copy' alone"):
             way(Terms(max_thread_blocks=3))
-        assert way(backend="reference").name == "bounced"
+        assert way(backend="reference").name == "bounce"
         monkeypatch.setattr(peer, "unmapped", said("it is not"))
-        assert way().name == "bounced"
+        assert way().name == "bounce"
         assert way() is way(), "else each copy would be prepared anew"
         assert way(Terms(max_gbps=1.0)) is way(Terms(max_gbps=2.0))
 
@@ -298,24 +298,24 @@ def two() -> Two:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("how", "engine"),
+    ("how", "strategy"),
     [
-        ({}, "direct"),
+        ({}, "zero_copy"),
         ({"overlap": "idle"}, "cuda"),
-        ({"max_thread_blocks": 3}, "direct"),
-        ({"overlap": "idle", "max_thread_blocks": 3}, "direct"),
+        ({"max_thread_blocks": 3}, "zero_copy"),
+        ({"overlap": "idle", "max_thread_blocks": 3}, "zero_copy"),
         ({"backend": "cuda"}, "cuda"),
         ({"backend": "triton"}, "triton"),
-        ({"backend": "direct"}, "direct"),
-        ({"backend": "reference"}, "bounced"),
+        ({"backend": "zero_copy"}, "zero_copy"),
+        ({"backend": "reference"}, "bounce"),
     ],
     ids=str,
 )
-def test_what_reads_on_two_devices(two: Two, how: dict[str, Any], engine: str) -> None:
+def test_what_reads_on_two_devices(two: Two, how: dict[str, Any], strategy: str) -> None:
     if why := peer.unmapped(*two):
         pytest.skip(why)
     for name in ("pool to pool", "memory objects, gathered", "blocks of heads", "NZ"):
-        assert judge(COPIES[name](), two, **how).statistics.engine == engine
+        assert judge(COPIES[name](), two, **how).statistics.engine == strategy
 
 
 @pytest.mark.gpu

@@ -480,7 +480,7 @@ def fewest(runs: Runs, src: KVView, dst: KVView, below: int) -> int:
 @pytest.mark.parametrize("order", ["random", "rising", "neighbours"])
 @pytest.mark.parametrize("target", VIEWS)
 @pytest.mark.parametrize("source", VIEWS)
-def test_what_engines_meet(source: str, target: str, order: str) -> None:
+def test_what_strategies_meet(source: str, target: str, order: str) -> None:
     """The layouts of the field: exactly as many runs, and about as many pieces as there will be
     where wider runs than so many bytes are folded only if they are many."""
     random = np.random.default_rng(5)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that copy by pieces: every byte of any layout; slices and staging of `staged`, what is
+"""Strategies that copy by pieces: every byte of any layout; slices and staging of `staged`, what is
 kept of them, order on streams, failures, threads, memory that is pinned in other parts; and the ids
-and lists of `descriptors`."""
+and lists of `batched_memcpy`."""
 
 from __future__ import annotations
 
@@ -42,21 +42,21 @@ from portakv.errors import BackendUnavailable, PortaKVError
 from portakv.host import pinned
 from portakv.interconnect import batched_memcpy, staged, staging
 from portakv.interconnect import slices as schedule
-from portakv.interconnect.batched_memcpy import LEAST_RUN, Descriptors
+from portakv.interconnect.batched_memcpy import LEAST_RUN, BatchedMemcpy
 from portakv.interconnect.link import TorchLink
-from portakv.interconnect.pageable import Ring
+from portakv.interconnect.pageable import Pageable
 from portakv.interconnect.pieces import ALL, Pieces, to_2d_copies
 from portakv.interconnect.slices import Slice
 from portakv.interconnect.staged import Staged
 from portakv.interconnect.staging import dense_rows
-from portakv.interconnect.strategy import Engine
+from portakv.interconnect.strategy import Strategy
 from portakv.plan.runs import Runs
 from portakv.registry.registry import Choice
 from portakv.runtime.transfer import copies_holding_memory
 
 CASES = cases()
-#: The host memory that an engine takes.
-PLACES = {"ring": "cpu", "staged": "pinned", "descriptors": "pinned", "direct": "pinned"}
+#: The host memory that a strategy takes.
+PLACES = {"pageable": "cpu", "staged": "pinned", "batched_memcpy": "pinned", "zero_copy": "pinned"}
 
 
 def unequal(layout: str, widths: list[list[int]]) -> Copy:
@@ -90,38 +90,38 @@ def slices(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         small_slices(monkeypatch, request.param)
 
 
-#: Each case by each engine in one direction, and in the other one with `full`.
+#: Each case by each strategy in one direction, and in the other one with `full`.
 EVERY = [
-    pytest.param(engine, case, downward, marks=pytest.mark.full if (n + k + downward) % 2 else ())
-    for k, engine in enumerate((Staged, Ring, Descriptors))
+    pytest.param(strategy, case, downward, marks=pytest.mark.full if (n + k + downward) % 2 else ())
+    for k, strategy in enumerate((Staged, Pageable, BatchedMemcpy))
     for n, case in enumerate(CASES)
     for downward in (True, False)
 ]
 
 
-@pytest.mark.parametrize(("engine", "case", "downward"), EVERY)
+@pytest.mark.parametrize(("strategy", "case", "downward"), EVERY)
 def test_every_byte(
     accelerator: torch.device,
-    engine: type[Backend],
+    strategy: type[Backend],
     case: Case,
     downward: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     small_slices(monkeypatch, 512)
-    transfer = Transfers(engine(accelerator), downward, case)
+    transfer = Transfers(strategy(accelerator), downward, case)
     transfer()
     if case in CASES[::5]:
         transfer(transfer.chunk(3), stream=torch.Stream(accelerator))
 
 
-def crosses(copied: Copy, device: torch.device, engine: str, downward: bool) -> None:
+def crosses(copied: Copy, device: torch.device, strategy: str, downward: bool) -> None:
     """Copy between a device and the host as the library does; every byte is judged."""
-    sides = [Elsewhere(device), Elsewhere(PLACES[engine])][:: 1 if downward else -1]
+    sides = [Elsewhere(device), Elsewhere(PLACES[strategy])][:: 1 if downward else -1]
 
     def run() -> None:
         (src,), (dst,) = (x.views(y) for x, y in zip(sides, (copied.src, copied.dst), strict=True))
         ids = copied.src.index(), copied.dst.index()
-        copy_rows(src, dst, *ids, count=copied.count, backend=engine).synchronize()
+        copy_rows(src, dst, *ids, count=copied.count, backend=strategy).synchronize()
         for side in sides:
             side.bring_back()
 
@@ -129,27 +129,27 @@ def crosses(copied: Copy, device: torch.device, engine: str, downward: bool) -> 
 
 
 @DOWNWARD
-@pytest.mark.parametrize("engine", PLACES)
+@pytest.mark.parametrize("strategy", PLACES)
 @pytest.mark.parametrize("name", TABLE)
 def test_every_copy_of_the_table(
-    accelerator: torch.device, engine: str, name: str, downward: bool
+    accelerator: torch.device, strategy: str, name: str, downward: bool
 ) -> None:
     try:
-        crosses(TABLE[name](), accelerator, engine, downward)
+        crosses(TABLE[name](), accelerator, strategy, downward)
     except BackendUnavailable as error:
         pytest.skip(str(error).partition("\n")[0])
     except Unsupported as error:
-        if engine != "descriptors" or "it copies runs of 16 B or more" not in str(error):
+        if strategy != "batched_memcpy" or "it copies runs of 16 B or more" not in str(error):
             raise
         pytest.skip(str(error).splitlines()[1])
 
 
 @DOWNWARD
 @pytest.mark.parametrize("page", [96, 100])  # the bytes of 16 tokens, whole for each or not
-@pytest.mark.parametrize("engine", ["staged", "ring"])
+@pytest.mark.parametrize("strategy", ["staged", "pageable"])
 def test_opaque_pages_of_any_size_in_small_slices(
     accelerator: torch.device,
-    engine: str,
+    strategy: str,
     page: int,
     downward: bool,
     monkeypatch: pytest.MonkeyPatch,
@@ -159,23 +159,24 @@ def test_opaque_pages_of_any_size_in_small_slices(
         End(filled((2, 9, page), torch.uint8), "layer block page", {"kv": 1, "block_size": 16})
         for _ in range(2)
     )
-    crosses(Copy(src, dst, 9 * 16), accelerator, engine, downward)
+    crosses(Copy(src, dst, 9 * 16), accelerator, strategy, downward)
 
 
 @pytest.mark.parametrize(
-    ("engine", "place"), [("staged", "pageable"), ("descriptors", "pageable"), ("ring", "pinned")]
+    ("strategy", "place"),
+    [("staged", "pageable"), ("batched_memcpy", "pageable"), ("pageable", "pinned")],
 )
-def test_an_engine_that_does_not_serve_the_memory_says_which_one_does(
-    accelerator: torch.device, engine: str, place: str
+def test_a_strategy_that_does_not_serve_the_memory_says_which_one_does(
+    accelerator: torch.device, strategy: str, place: str
 ) -> None:
     src, dst = (
         Elsewhere(each).views(chunk(7))[0]
         for each in ("cpu" if place == "pageable" else place, accelerator)
     )
     with pytest.raises(
-        PortaKVError, match=f"{engine}: rejected, it does not copy from {place} to device"
+        PortaKVError, match=f"{strategy}: rejected, it does not copy from {place} to device"
     ):
-        copy_rows(src, dst, backend=engine)
+        copy_rows(src, dst, backend=strategy)
 
 
 @DOWNWARD
@@ -370,15 +371,15 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
 @pytest.mark.simdev
 @pytest.mark.parametrize("host", [CHUNKS[0], PAGED[0]], ids=["one allocation", "several"])
 @pytest.mark.parametrize("listed", [False, True])
-@pytest.mark.parametrize("engine", [Staged, Ring, Descriptors])
+@pytest.mark.parametrize("strategy", [Staged, Pageable, BatchedMemcpy])
 @pytest.mark.usefixtures("slices")
 def test_what_is_kept_of_a_transfer_serves_no_other(
-    engine: type[Engine], listed: bool, host: str, downward: bool
+    strategy: type[Strategy], listed: bool, host: str, downward: bool
 ) -> None:
     """Other ids of the host, another offset, count or memory, by one launch of the same rows."""
     orders = [np.random.default_rng(seed).permutation(TOKENS).tolist() for seed in (1, 2)]
     case = replace(USUAL, host=host, host_ids=(orders[0], 1) if listed else None)
-    transfer = Transfers(engine(DEVICE), downward, case)
+    transfer = Transfers(strategy(DEVICE), downward, case)
     indices = [Index(order) for order in orders] if listed else [Index()]
     indices.append(indices[0].shifted(3))
     memories = [transfer.host, transfer.chunk(5), transfer.chunk(6)]
@@ -433,13 +434,13 @@ def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
 @DOWNWARD
 @pytest.mark.simdev
 @pytest.mark.parametrize("host_ids", [False, True], ids=["dense", "host ids"])
-@pytest.mark.parametrize("engine", [Staged, Descriptors])
+@pytest.mark.parametrize("strategy", [Staged, BatchedMemcpy])
 def test_memory_that_is_pinned_in_other_parts_is_cut_there(
-    engine: type[Backend], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
+    strategy: type[Backend], host_ids: bool, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At the same address, with the same ids, where pieces are kept: none may reach over a seam."""
     case = replace(USUAL, host_ids=(range(TOKENS), 1) if host_ids else None)
-    transfer = Transfers(engine(DEVICE), downward, case)
+    transfer = Transfers(strategy(DEVICE), downward, case)
     crossed = list[tuple[int, int]]()
     copy = TorchLink.copy
 
@@ -467,9 +468,9 @@ def test_memory_that_is_pinned_in_other_parts_is_cut_there(
 # Ids wherever they are, lists that are remembered, memory that is held
 
 
-@pytest.mark.parametrize("engine", [Descriptors, Staged, Ring])
-def test_ids_may_lie_anywhere(accelerator: torch.device, engine: type[Engine]) -> None:
-    transfer = Transfers(engine(accelerator), True)
+@pytest.mark.parametrize("strategy", [BatchedMemcpy, Staged, Pageable])
+def test_ids_may_lie_anywhere(accelerator: torch.device, strategy: type[Strategy]) -> None:
+    transfer = Transfers(strategy(accelerator), True)
     for where in (torch.device("cpu"), accelerator):
         for dtype in (torch.int32, torch.int64):
             transfer.mine = Index(torch.randperm(190)[:TOKENS].to(where, dtype))
@@ -478,7 +479,7 @@ def test_ids_may_lie_anywhere(accelerator: torch.device, engine: type[Engine]) -
 
 @pytest.mark.parametrize("on_host", [True, False])
 def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bool) -> None:
-    transfer = Transfers(Descriptors(accelerator), True)
+    transfer = Transfers(BatchedMemcpy(accelerator), True)
     ids = torch.arange(TOKENS)
     ids[7] = 24 * 8
     transfer.mine = Index(ids if on_host else ids.to(accelerator))
@@ -491,7 +492,7 @@ def test_an_id_past_the_end_moves_nothing(accelerator: torch.device, on_host: bo
 
 @pytest.mark.simdev
 def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    transfer = Transfers(Descriptors(DEVICE), True)
+    transfer = Transfers(BatchedMemcpy(DEVICE), True)
     asked = list[int]()
     real = CopyPlan.runs
 
@@ -521,7 +522,7 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batched_memcpy, "MOST_KEPT", 500)
     monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
-    transfer = Transfers(Descriptors(DEVICE), True)
+    transfer = Transfers(BatchedMemcpy(DEVICE), True)
     kept = list[Index]()
     for seed in range(30):
         kept.append(Index(torch.randperm(190)[: 8 + seed].tolist()))
@@ -533,11 +534,11 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert kept[-1].ids_token in next(reversed(launch.known))
 
 
-@pytest.mark.parametrize("engine", [Descriptors, Staged])
-def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[Engine]) -> None:
+@pytest.mark.parametrize("strategy", [BatchedMemcpy, Staged])
+def test_host_memory_outlives_the_copy(accelerator: torch.device, strategy: type[Strategy]) -> None:
     torch.accelerator.synchronize(accelerator)
     assert copies_holding_memory() == 0
-    transfer = Transfers(engine(accelerator), False)
+    transfer = Transfers(strategy(accelerator), False)
     transfer()  # what is made once is there
     cache = tensors_in(transfer.rows.tensors)
     shape = tensors_in(transfer.host.tensors)[0].shape
@@ -557,7 +558,7 @@ def test_host_memory_outlives_the_copy(accelerator: torch.device, engine: type[E
 
 
 def test_from_several_threads(accelerator: torch.device) -> None:
-    transfers = [Transfers(Descriptors(accelerator), True) for _ in range(3)]
+    transfers = [Transfers(BatchedMemcpy(accelerator), True) for _ in range(3)]
     for each in transfers:
         each.mine = Index(torch.randperm(190)[:TOKENS].tolist())
         each._prepared = transfers[0]._prepared
@@ -568,11 +569,11 @@ def test_from_several_threads(accelerator: torch.device) -> None:
 
 
 @pytest.mark.simdev
-def test_runs_that_are_too_short_for_a_copy_engine_are_refused() -> None:
+def test_runs_that_are_too_short_for_a_copy_strategy_are_refused() -> None:
     noise = torch.arange(4096).to(torch.uint8)
     src = KVView(noise.to(DEVICE).view(-1, 4, LEAST_RUN // 2), "token head dim")
     dst = KVView(noise.pin_memory().view(4, -1, LEAST_RUN // 2), "head token dim")
-    decision = Descriptors(DEVICE).check(CopyPlan(src.form, dst.form))
+    decision = BatchedMemcpy(DEVICE).check(CopyPlan(src.form, dst.form))
     assert not decision.accepted
     assert f"runs of {LEAST_RUN} B" in decision.reason
     assert f"{LEAST_RUN // 2} B" in decision.reason

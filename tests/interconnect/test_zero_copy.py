@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine `direct`: what it says of devices and plans, how its kernel cuts a copy, run on the
-host both ways, what it asks of a driver; and on a GPU.
+"""The strategy `zero_copy`: what it says of devices and plans, how its kernel cuts a copy, run on
+the host both ways, what it asks of a driver; and on a GPU.
 
 What holds of every kernel alike is judged in `tests/backends/test_every_backend.py`, every byte of
 every copy of the table on a device in `test_staged.py`.
@@ -27,7 +27,15 @@ from portakv.backends.base import PEERS, Capabilities, Decision, Launch
 from portakv.interconnect import zero_copy
 from portakv.interconnect.strategy import PINNED, Terms
 from portakv.interconnect.strategy import SMALL as MOST_BESIDE
-from portakv.interconnect.zero_copy import BLOCKS, CUT, MAX_VECTORS, NAME, Cut, Direct, DirectKernel
+from portakv.interconnect.zero_copy import (
+    BLOCKS,
+    CUT,
+    MAX_VECTORS,
+    NAME,
+    Cut,
+    ZeroCopy,
+    ZeroCopyKernel,
+)
 from portakv.registry.prepared import bring_table
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import nvrtc as _nvrtc
@@ -48,7 +56,7 @@ def driver() -> Iterator[Driver]:
 
 
 @pytest.fixture(params=[Loads, Stores], ids=["loads", "stores"])
-def engine(request: pytest.FixtureRequest, driver: Driver) -> type[Stores]:
+def strategy(request: pytest.FixtureRequest, driver: Driver) -> type[Stores]:
     found: type[Stores] = request.param
     return found
 
@@ -69,40 +77,40 @@ def launched(copied: Copy, prepared: Launch) -> int:
     return int(status)
 
 
-def judged(copied: Copy, engine: type[Stores], most: int | None = None) -> int:
+def judged(copied: Copy, strategy: type[Stores], most: int | None = None) -> int:
     terms = Terms(max_thread_blocks=most)
-    return launched(copied, engine(CPU, terms=terms).prepare(copied.plan()))
+    return launched(copied, strategy(CPU, terms=terms).prepare(copied.plan()))
 
 
 # What it says
 
 
 def test_devices_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert Direct.probe(CPU).reason == "it copies between a device and the host"
-    other = Direct.probe(torch.device("xpu", 0))
-    assert other == Decision("direct", False, "the CUDA driver does not serve xpu devices")
+    assert ZeroCopy.probe(CPU).reason == "it copies between a device and the host"
+    other = ZeroCopy.probe(torch.device("xpu", 0))
+    assert other == Decision("zero_copy", False, "the CUDA driver does not serve xpu devices")
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: "update the driver")
-    assert Direct.probe(CUDA).reason == "update the driver"
+    assert ZeroCopy.probe(CUDA).reason == "update the driver"
     monkeypatch.setattr(_cuda_driver, "why_not", lambda device: None)
     monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: "capability 6.0")
-    assert Direct.probe(CUDA) == Decision("direct", False, "capability 6.0")
+    assert ZeroCopy.probe(CUDA) == Decision("zero_copy", False, "capability 6.0")
     monkeypatch.setattr(_cuda_driver, "device_too_old", lambda device: None)
-    assert Direct.probe(CUDA).accepted
+    assert ZeroCopy.probe(CUDA).accepted
 
 
 def test_what_it_claims_and_that_narrow_vectors_are_told() -> None:
-    engine = Direct(CUDA)
-    assert engine.capabilities() == Capabilities(
+    strategy = ZeroCopy(CUDA)
+    assert strategy.capabilities() == Capabilities(
         places=PINNED | PEERS, skips_negative=True, guards=True, capturable=True
     )
     for sides in (Loads.sides, Stores.sides):
-        wide = engine.check(between(COPIES["gather"](), *sides))
-        assert wide == Decision("direct", True, "takes the plan")
-        narrow = engine.check(between(COPIES["rows at an odd address"](), *sides))
+        wide = strategy.check(between(COPIES["gather"](), *sides))
+        assert wide == Decision("zero_copy", True, "takes the plan")
+        narrow = strategy.check(between(COPIES["rows at an odd address"](), *sides))
         told = "takes the plan, in vectors of 1 B: only 16 B fill the link"
-        assert narrow == Decision("direct", True, told)
+        assert narrow == Decision("zero_copy", True, told)
     for src, dst in (("device", "device"), ("pageable", "device"), ("device", "pageable")):
-        decision = engine.check(between(COPIES["gather"](), src, dst))
+        decision = strategy.check(between(COPIES["gather"](), src, dst))
         assert decision.reason == f"it does not copy from {src} to {dst} memory"
 
 
@@ -135,12 +143,12 @@ def test_no_more_thread_blocks_than_the_terms_allow_and_have_something_to_do(
 
 
 @pytest.mark.parametrize("terms", [Terms(), Terms("idle"), Terms(max_thread_blocks=5)], ids=str)
-def test_beside_a_model_a_large_launch_has_few(engine: type[Stores], terms: Terms) -> None:
-    plan = between(COPIES["gather"](), *engine.sides)
-    direction = "h2d" if engine is Loads else "d2h"
+def test_beside_a_model_a_large_launch_has_few(strategy: type[Stores], terms: Terms) -> None:
+    plan = between(COPIES["gather"](), *strategy.sides)
+    direction = "h2d" if strategy is Loads else "d2h"
     most = terms.max_thread_blocks or BLOCKS
     beside = zero_copy.BESIDE[direction] if terms == Terms() else most
-    kernel = DirectKernel(plan.nests[0], plan, CPU, terms)
+    kernel = ZeroCopyKernel(plan.nests[0], plan, CPU, terms)
     small = MOST_BESIDE[direction] // plan.token_bytes
     assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
 
@@ -150,10 +158,10 @@ CUTS = [SMALL, Cut(), Cut(64, 4), Cut(2, 1), *(Cut(8, 4, planes) for planes in (
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
 @pytest.mark.parametrize("most", [1, 2, 7])
-def test_every_cut(cut: Cut, most: int, engine: type[Stores]) -> None:
+def test_every_cut(cut: Cut, most: int, strategy: type[Stores]) -> None:
     with installed(cut) as driver:
         for name in ("gather", "memory objects, blocks", "NZ", "rows at an odd address"):
-            assert judged(COPIES[name](), engine, most) == 0
+            assert judged(COPIES[name](), strategy, most) == 0
         assert {threads for _, threads, _ in driver.launches} == {cut.threads}
         assert max(blocks for blocks, _, _ in driver.launches) <= most
 
@@ -166,31 +174,37 @@ def tall(tokens: int) -> Copy:
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 3, 5, 7, 11, 12])
-def test_planes_of_any_length(tokens: int, engine: type[Stores]) -> None:
+def test_planes_of_any_length(tokens: int, strategy: type[Stores]) -> None:
     """What is divided by the length of a plane, which only the launch knows."""
-    assert judged(tall(tokens), engine) == 0
+    assert judged(tall(tokens), strategy) == 0
 
 
 @pytest.mark.parametrize(("most", "launches"), [(13, 23), (50, 6), (2000, 1)])
 def test_a_copy_of_several_launches(
-    most: int, launches: int, engine: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch
+    most: int,
+    launches: int,
+    strategy: type[Stores],
+    driver: Driver,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Positions are named by their place in the whole. A token is 12 vectors in 6 planes."""
     monkeypatch.setattr(zero_copy, "MAX_VECTORS", most)
     slots = [*range(11, -1, -1), *range(11)]
     slots[17] = 12
     copied = Copy(by(pool(), slots), chunk(23), 23)
-    assert judged(copied, engine) == 18
+    assert judged(copied, strategy) == 18
     assert len(driver.launches) == launches
-    assert judged(replace(copied, count=0), engine) == 0
+    assert judged(replace(copied, count=0), strategy) == 0
     assert len(driver.launches) == launches, "nothing is no launch"
 
 
-def test_a_unit_of_too_many_vectors(engine: type[Stores], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_unit_of_too_many_vectors(
+    strategy: type[Stores], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert MAX_VECTORS <= 2**30  # `Divisor` is exact below
     monkeypatch.setattr(zero_copy, "MAX_VECTORS", 12)
     with refused(Unsupported, "12 vectors", "'staged'"):
-        engine(CPU).prepare(tall(3).plan())
+        strategy(CPU).prepare(tall(3).plan())
 
 
 def test_the_most_vectors_are_divided_exactly() -> None:
@@ -210,33 +224,33 @@ def test_the_argument_is_as_the_kernel_takes_it() -> None:
     for name in ("gather", "scatter", "memory objects, blocks", "NZ blocks", "two nests"):
         plan = COPIES[name]().plan()
         for nest in plan.nests:
-            kernel = DirectKernel(nest, plan)
+            kernel = ZeroCopyKernel(nest, plan)
             library = compiled(kernel.source)
             assert library.argument_bytes() == len(kernel.fixed)
             # Of the six words of each request the table's is the second.
             assert (library.src_table_at(), library.dst_table_at()) == (8, 8 * 7)
 
 
-def test_tables_of_the_host_lie_on_the_device(engine: type[Stores]) -> None:
+def test_tables_of_the_host_lie_on_the_device(strategy: type[Stores]) -> None:
     """Its own table is cleared here: whatever reads it faults or moves wrong bytes."""
-    source, target = (objects(), pool()) if engine is Loads else (pool(), objects())
+    source, target = (objects(), pool()) if strategy is Loads else (pool(), objects())
     copied = Copy(by(source, [11, 0, 5], 1), target, 3)
-    plan = between(copied, *engine.sides)
-    assert DirectKernel(plan.nests[0], plan).wants_table
-    assert judged(copied, engine) == 0
+    plan = between(copied, *strategy.sides)
+    assert ZeroCopyKernel(plan.nests[0], plan).wants_table
+    assert judged(copied, strategy) == 0
 
 
-def test_neighbours_on_the_hosts_side_are_walked_together(engine: type[Stores]) -> None:
+def test_neighbours_on_the_hosts_side_are_walked_together(strategy: type[Stores]) -> None:
     hnd = End([filled((2, 3, 2, 4, 8)) for _ in range(3)], "layer | kv block head token dim")
     nhd = pool()
     for src, dst in ((hnd, nhd), (nhd, hnd)):
         copied = Copy(by(src, [2, 0], 4), by(dst, [1, 2], 4), 8)
-        plan = between(copied, *engine.sides)
-        host = src if engine is Loads else dst
+        plan = between(copied, *strategy.sides)
+        host = src if strategy is Loads else dst
         # Walked innermost: 2 heads of a token where the host has tokens first, else 4 tokens.
         inner = [4, 2] if host is nhd else [2, 4]
-        assert DirectKernel(plan.nests[0], plan).inner == inner
-        assert judged(copied, engine) == 0
+        assert ZeroCopyKernel(plan.nests[0], plan).inner == inner
+        assert judged(copied, strategy) == 0
 
 
 # The copies above can fail
@@ -266,11 +280,11 @@ PLANES_BUGS = {
 
 @pytest.mark.parametrize("bug", [*BUGS, *PLANES_BUGS])
 def test_a_seeded_bug_is_caught(
-    bug: str, engine: type[Stores], monkeypatch: pytest.MonkeyPatch
+    bug: str, strategy: type[Stores], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copied, told = seed_bug(monkeypatch, (BUGS | PLANES_BUGS)[bug], "host/direct.cuh")
     with installed(SMALL if bug in BUGS else Cut(8, 4, 4)), pytest.raises(AssertionError):
-        assert judged(copied, engine, 1) == told
+        assert judged(copied, strategy, 1) == told
 
 
 # What it asks of the driver, and of the host's memory
@@ -290,16 +304,16 @@ def test_nothing_is_loaded_during_capture(driver: Driver, monkeypatch: pytest.Mo
     assert driver.held == [], "a graph's memory is its owner's"
 
 
-def test_host_memory_is_held_until_the_copy_ended(engine: type[Stores], driver: Driver) -> None:
+def test_host_memory_is_held_until_the_copy_ended(strategy: type[Stores], driver: Driver) -> None:
     copied = COPIES["gather"]()
-    assert judged(copied, engine) == 0
-    host = copied.src if engine is Loads else copied.dst
+    assert judged(copied, strategy) == 0
+    host = copied.src if strategy is Loads else copied.dst
     assert [[x.data_ptr() for x in held] for held in driver.held] == [
         [x.data_ptr() for x in host.view().owners]
     ]
     driver.error = 700  # what was launched before may be under way
     with refused(TransferError, "700", "nothing was moved", watch=copied.dst.tensors):
-        judged(copied, engine)
+        judged(copied, strategy)
     assert len(driver.held) == 2
 
 
@@ -394,7 +408,7 @@ def test_a_table_in_a_capture(accelerator: torch.device, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("name", ["gather", "memory objects, blocks", "NZ"])
 def test_a_table_that_only_the_device_has_is_read_where_it_is(
-    engine: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
+    strategy: type[Stores], driver: Driver, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """On both sides, and the host never asks for an address."""
     copied = COPIES[name]()
@@ -403,7 +417,7 @@ def test_a_table_that_only_the_device_has_is_read_where_it_is(
     dst = blind(copied.dst.view())
     indices = copied.src.index(), copied.dst.index()
     plan = CopyPlan(src.form, dst.form, *(index.plan_step for index in indices))
-    prepared = engine(CPU).prepare(plan)
+    prepared = strategy(CPU).prepare(plan)
     # No allocator is told of tables.
     monkeypatch.setattr(zero_copy, "capturing", lambda device: True)
     copied.check(lambda: prepared(src, dst, *indices, copied.count, None, status))
@@ -415,12 +429,12 @@ def test_a_table_that_only_the_device_has_is_read_where_it_is(
 # What compilers make of the kernel
 
 
-def kernels() -> list[DirectKernel]:
+def kernels() -> list[ZeroCopyKernel]:
     chosen = {}
     for make in COPIES.values():
         plan = make().plan()
         for nest in plan.nests:
-            kernel = DirectKernel(nest, plan)
+            kernel = ZeroCopyKernel(nest, plan)
             chosen[kernel.vector, kernel.src.kind, kernel.dst.kind] = kernel
     assert {vector for vector, _, _ in chosen} == {16, 8, 4, 2, 1}
     return list(chosen.values())
@@ -454,7 +468,7 @@ def test_nests_of_one_shape_have_one_text() -> None:
     def text(layers: int, tokens: int) -> str:
         plan = Copy(by(pool(layers=layers), [1, 0, 2][:tokens]), chunk(tokens, layers), tokens)
         made = plan.plan()
-        return DirectKernel(made.nests[0], made).source
+        return ZeroCopyKernel(made.nests[0], made).source
 
     assert text(3, 2) == text(3, 3)
     assert text(3, 2) != text(2, 2), "the number of planes is in the text"
@@ -464,14 +478,14 @@ def test_nests_of_one_shape_have_one_text() -> None:
 
 
 @pytest.fixture(scope="module")
-def gpu() -> Direct:
-    decision = Direct.probe(CUDA)
+def gpu() -> ZeroCopy:
+    decision = ZeroCopy.probe(CUDA)
     if not decision.accepted:
         pytest.skip(decision.reason)
-    return Direct(CUDA)
+    return ZeroCopy(CUDA)
 
 
-def judged_there(copied: Copy, engine: Direct, downward: bool) -> int:
+def judged_there(copied: Copy, strategy: ZeroCopy, downward: bool) -> int:
     """Launch on the device and judge every byte; returns the status word."""
     status = torch.zeros(1, dtype=torch.int64).pin_memory()
 
@@ -480,9 +494,9 @@ def judged_there(copied: Copy, engine: Direct, downward: bool) -> int:
         src, dst = (x.views(end)[0] for x, end in zip(sides, (copied.src, copied.dst), strict=True))
         indices = copied.src.index(), copied.dst.index()
         assert {src.form.place, dst.form.place} == {"device", "pinned"}
-        launch = engine.prepare(CopyPlan(src.form, dst.form, *(x.plan_step for x in indices)))
+        launch = strategy.prepare(CopyPlan(src.form, dst.form, *(x.plan_step for x in indices)))
         torch.cuda.synchronize()
-        dtypes = engine.capabilities().index_dtypes
+        dtypes = strategy.capabilities().index_dtypes
         mine, theirs = (x.placed(CUDA, dtypes) for x in indices)
         launch(src, dst, mine, theirs, copied.count, None, status)
         torch.cuda.synchronize()
@@ -495,11 +509,11 @@ def judged_there(copied: Copy, engine: Direct, downward: bool) -> int:
 
 @pytest.mark.gpu
 @DOWNWARD
-def test_large_copies_in_many_turns(gpu: Direct, downward: bool) -> None:
+def test_large_copies_in_many_turns(gpu: ZeroCopy, downward: bool) -> None:
     """15 MB in rows of 256 B; one block takes 225 turns."""
     slots = torch.randperm(256 * 4).tolist()[:960]
     for terms in (None, Terms(max_thread_blocks=1), Terms(max_thread_blocks=40)):
-        chosen = gpu if terms is None else Direct(CUDA, terms=terms)
+        chosen = gpu if terms is None else ZeroCopy(CUDA, terms=terms)
         paged = pool(layers=30, blocks=256, dim=64)
         dense = chunk(960, layers=30, dim=64)
         assert judged_there(Copy(by(paged, slots), dense, 960), chosen, downward) == 0
@@ -510,7 +524,7 @@ def test_large_copies_in_many_turns(gpu: Direct, downward: bool) -> None:
 @DOWNWARD
 @pytest.mark.parametrize(("bad", "most"), [(12, 2**30), (2**31 - 1, 50), (2**63 - 1, 2**30)])
 def test_bad_ids_move_nothing_and_are_told(
-    gpu: Direct, bad: int, most: int, downward: bool, monkeypatch: pytest.MonkeyPatch
+    gpu: ZeroCopy, bad: int, most: int, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(zero_copy, "MAX_VECTORS", most)
     slots = [3, 1, -1, 7, bad, 11, 5, -(2**31)]
@@ -519,7 +533,7 @@ def test_bad_ids_move_nothing_and_are_told(
 
 
 class Moved:
-    def __init__(self, engine: Direct, downward: bool, listed: bool) -> None:
+    def __init__(self, strategy: ZeroCopy, downward: bool, listed: bool) -> None:
         cache = torch.randint(-30000, 30000, (3, 2, 3, 4, 16), dtype=torch.int16)
         self.cache = cache.to(CUDA)
         host = objects() if listed else chunk(12)
@@ -533,7 +547,7 @@ class Moved:
         steps = [x.plan_step for x in self.indices]
         plan = CopyPlan(self.views[0].form, self.views[1].form, *steps, reinterpret=True)
         self.downward = downward
-        self._launch = engine.prepare(plan)
+        self._launch = strategy.prepare(plan)
 
     def launch(self, stream: Any = None) -> None:
         self._launch(*self.views, *self.indices, 12, stream, None)
@@ -556,7 +570,7 @@ def listed(request: pytest.FixtureRequest) -> bool:
 @pytest.mark.gpu
 @pytest.mark.parametrize("on_side", [False, True])
 def test_a_store_comes_behind_what_its_stream_holds_and_the_host_does_not_wait(
-    gpu: Direct, listed: bool, on_side: bool
+    gpu: ZeroCopy, listed: bool, on_side: bool
 ) -> None:
     """Nor at the first launch, which sends the table of addresses."""
     warm = Moved(gpu, True, listed)
@@ -577,7 +591,7 @@ def test_a_store_comes_behind_what_its_stream_holds_and_the_host_does_not_wait(
 
 @pytest.mark.gpu
 @DOWNWARD
-def test_a_replay_moves_what_is_there_then(gpu: Direct, listed: bool, downward: bool) -> None:
+def test_a_replay_moves_what_is_there_then(gpu: ZeroCopy, listed: bool, downward: bool) -> None:
     moved = Moved(gpu, downward, listed)
     moved.launch()
     torch.cuda.synchronize()
@@ -604,7 +618,7 @@ def test_an_address_that_no_kernel_reaches() -> None:
 
 
 @pytest.mark.gpu
-def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(gpu: Direct) -> None:
+def test_the_kernel_starts_with_as_many_threads_as_it_is_cut_for(gpu: ZeroCopy) -> None:
     """Registers of all instances of the table allow a block, without local memory."""
     driver = _cuda_driver.bindings()
     attribute = driver.CUfunction_attribute

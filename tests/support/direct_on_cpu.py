@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine `direct` on the host: its kernel compiled by g++, its launches through a fake driver.
+"""The strategy `zero_copy` on the host: its kernel compiled by g++, its launches through a fake
+driver.
 
-Inside `installed` the engine does everything as on a device, up to the driver's call; one side of
+Inside `installed` the strategy does everything as on a device, up to the driver's call; one side of
 a copy counts as the device's.
 """
 
@@ -21,7 +22,7 @@ import torch
 from portakv import CopyPlan, KVView
 from portakv.backends.base import Capabilities, Decision, Launch
 from portakv.interconnect import zero_copy
-from portakv.interconnect.zero_copy import NAME, Cut, Direct
+from portakv.interconnect.zero_copy import NAME, Cut, ZeroCopy
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime import streams
 from support import cuda_on_cpu
@@ -48,7 +49,7 @@ def compiled(source: str) -> ctypes.CDLL:
 
 @dataclass
 class Driver:
-    """What the engine asked of the driver: the blocks, threads and stream of each launch, and the
+    """What the strategy asked of the driver: the blocks, threads and stream of each launch, and the
     host memory that it had held; ``error``: what it answers."""
 
     held: list[tuple[torch.Tensor, ...]] = field(default_factory=list)
@@ -72,8 +73,8 @@ class Driver:
         return (self.error,)
 
 
-class Stores(Direct):
-    """`Direct` for the CPU, to the host: the source counts as the device's."""
+class Stores(ZeroCopy):
+    """`ZeroCopy` for the CPU, to the host: the source counts as the device's."""
 
     name = "direct-on-cpu-stores"
     sides = ("device", "pinned")

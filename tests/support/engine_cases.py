@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copies between a device and the host through one engine, judged against `reference` on the host,
-with slices of any size and links that break.
+"""Copies between a device and the host through one strategy, judged against `reference` on the
+host, with slices of any size and links that break.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import torch
 from portakv import Index, KVView, copy_rows
 from portakv.backends.base import Backend
 from portakv.interconnect import pageable, staged
-from portakv.interconnect.batched_memcpy import Descriptors
+from portakv.interconnect.batched_memcpy import BatchedMemcpy
 from portakv.interconnect.choose import Host
-from portakv.interconnect.pageable import Ring
+from portakv.interconnect.pageable import Pageable
 from portakv.interconnect.slices import Sizes
 from portakv.interconnect.staged import Staged
 from portakv.plan.plan import CopyPlan, Move
@@ -107,10 +107,10 @@ def index_of(ids: tuple[Any, int] | None, offset: int = 0) -> Index:
 
 
 DOWNWARD = pytest.mark.parametrize("downward", [True, False], ids=["d2h", "h2d"])
-#: Each engine that copies by pieces, with the host memory that it takes.
+#: Each strategy that copies by pieces, with the host memory that it takes.
 ON_HOST: dict[type[Backend], Callable[[torch.Tensor], torch.Tensor]] = {
-    **dict.fromkeys((Staged, Descriptors, Host), torch.Tensor.pin_memory),
-    Ring: torch.Tensor.clone,
+    **dict.fromkeys((Staged, BatchedMemcpy, Host), torch.Tensor.pin_memory),
+    Pageable: torch.Tensor.clone,
 }
 #: Tokens of the usual case, and its first slot.
 TOKENS = 40
@@ -119,25 +119,27 @@ USUAL = Case(PAGED[0], CHUNKS[0], (range(FIRST, FIRST + TOKENS), 1), None, TOKEN
 
 
 class Transfers:
-    """Transfers of one kind by an engine, ``downward`` to the host, through launches that are
-    prepared once, judged by `reference`. ``pageable``: the host's memory is, whatever the engine
+    """Transfers of one kind by a strategy, ``downward`` to the host, through launches that are
+    prepared once, judged by `reference`. ``pageable``: the host's memory is, whatever the strategy
     usually takes."""
 
     def __init__(
         self,
-        engine: Backend,
+        strategy: Backend,
         downward: bool,
         case: Case = USUAL,
         seed: int = 1,
         pageable: bool | None = None,
     ) -> None:
-        self.engine = engine
+        self.strategy = strategy
         self.downward = downward
         self.case = case
-        self._on_host = ON_HOST[type(engine) if pageable is None else Ring if pageable else Staged]
+        self._on_host = ON_HOST[
+            type(strategy) if pageable is None else Pageable if pageable else Staged
+        ]
         made = tensors_of(case.device, case.count, seed)
         # The memory of the device and of the host, and the index of either.
-        self.rows = view_of(mapped(made, lambda x: x.to(engine.device)), case.device)
+        self.rows = view_of(mapped(made, lambda x: x.to(strategy.device)), case.device)
         self.host = self.chunk(seed + 1)
         self.mine = index_of(case.ids)
         self.theirs = index_of(case.host_ids, case.offset)
@@ -159,8 +161,8 @@ class Transfers:
         unit = unit or self.plan.unit
         if unit not in self._prepared:
             plan = self._plan_of(unit)
-            assert self.engine.check(plan).accepted, self.engine.check(plan)
-            self._prepared[unit] = self.engine.prepare(plan)
+            assert self.strategy.check(plan).accepted, self.strategy.check(plan)
+            self._prepared[unit] = self.strategy.prepare(plan)
         return self._prepared[unit]
 
     def move(self, host: KVView | None = None, tokens: int | None = None) -> Move:
@@ -192,7 +194,7 @@ class Transfers:
 
     def check(self, expected: KVView, host: KVView | None = None) -> None:
         """Every byte of the destination is as it should be, once all has ended."""
-        torch.accelerator.synchronize(self.engine.device)
+        torch.accelerator.synchronize(self.strategy.device)
         self._alike(self.turned(self.rows, host or self.host)[1], expected)
 
     def __call__(

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Engines that move nothing but say who was asked, and plans across a link that is not there."""
+"""Strategies that move nothing but say who was asked, and plans across a link that is not there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from portakv.errors import Unsupported
 from portakv.interconnect import choose as chosen
 from portakv.interconnect.choose import Pick
 from portakv.interconnect.costs import unmeasured
-from portakv.interconnect.strategy import PAGEABLE, PINNED, Engine
+from portakv.interconnect.strategy import PAGEABLE, PINNED, Strategy
 
 UNMEASURED = unmeasured("of a test")
 CPU = torch.device("cpu")
@@ -27,18 +27,18 @@ BLOCKS = 64
 SIZE = 16
 ROWS = 8 * SIZE * 4  # of 256 bytes, in each block
 
-#: Of an H200 behind PCIe 5 x16, by engine: fixed seconds, at least for each run, bytes in a second
-#: to the host and to the device; seconds of the host: fixed, for each run, for each 32 MiB.
+#: Of an H200 behind PCIe 5 x16, by strategy: fixed seconds, at least for each run, bytes in a
+#: second to the host and to the device; seconds of the host: fixed, for each run, for each 32 MiB.
 FIGURES: dict[str, tuple[float, float, float, float]] = {
     "staged": (18e-6, 0.12e-6, 55.0e9, 55.0e9),
-    "descriptors": (12e-6, 0.12e-6, 55.2e9, 55.2e9),
-    "direct": (10e-6, 0.0, 52.4e9, 51.2e9),
-    "ring": (60e-6, 0.1e-6, 36.0e9, 36.0e9),
+    "batched_memcpy": (12e-6, 0.12e-6, 55.2e9, 55.2e9),
+    "zero_copy": (10e-6, 0.0, 52.4e9, 51.2e9),
+    "pageable": (60e-6, 0.1e-6, 36.0e9, 36.0e9),
 }
 HOST_FIGURES = {
     "staged": (45e-6, 0.45e-6, 30e-6),
-    "descriptors": (40e-6, 0.45e-6, 0.0),
-    "direct": (65e-6, 0.0, 0.0),
+    "batched_memcpy": (40e-6, 0.45e-6, 0.0),
+    "zero_copy": (65e-6, 0.0, 0.0),
 }
 
 
@@ -48,25 +48,25 @@ class Figures:
     measured = True
     origin = "figures of a test"
 
-    def seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float:
-        fixed, per_run, down, up = FIGURES[engine]
+    def seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float:
+        fixed, per_run, down, up = FIGURES[strategy]
         return fixed + runs * max(per_run, run_bytes / (down if direction == "d2h" else up))
 
-    def host_seconds(self, engine: str, direction: str, run_bytes: int, runs: int) -> float:
-        if engine not in HOST_FIGURES:
-            return self.seconds(engine, direction, run_bytes, runs)
-        fixed, per_run, per_slice = HOST_FIGURES[engine]
+    def host_seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float:
+        if strategy not in HOST_FIGURES:
+            return self.seconds(strategy, direction, run_bytes, runs)
+        fixed, per_run, per_slice = HOST_FIGURES[strategy]
         return fixed + runs * per_run - (-run_bytes * runs // (32 << 20)) * per_slice
 
 
 H200: Any = Figures()
 
 
-class Fake(Engine):
-    """An engine that writes down what is asked of it."""
+class Fake(Strategy):
+    """A strategy that writes down what is asked of it."""
 
     places = PINNED
-    prepared: list[str] = []  # noqa: RUF012 # of all engines, in order
+    prepared: list[str] = []  # noqa: RUF012 # of all strategies, in order
     launched: list[tuple[str, Any]] = []  # noqa: RUF012
 
     @classmethod
@@ -85,14 +85,14 @@ class Staged(Fake):
     name = "staged"
 
 
-class Descriptors(Fake):
-    name = "descriptors"
+class BatchedMemcpy(Fake):
+    name = "batched_memcpy"
 
 
-class Direct(Fake):
+class ZeroCopy(Fake):
     """Reads int32 ids on the device, as a kernel might."""
 
-    name = "direct"
+    name = "zero_copy"
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
@@ -104,15 +104,15 @@ class Direct(Fake):
         return super().prepare(plan)
 
 
-class Unreaching(Direct):
+class Unreaching(ZeroCopy):
     """Reaches no host memory but that of which a test says so."""
 
     def refuses(self, host: KVView) -> str:
         return "" if "reached" in host.derived else "it does not reach it"
 
 
-class Ring(Fake):
-    name = "ring"
+class Pageable(Fake):
+    name = "pageable"
     places = PAGEABLE
 
 
@@ -150,12 +150,14 @@ class Absent(Fake):
         return Decision(cls.name, False, "its driver is not installed")
 
 
-USUAL = {each.name: f"{HERE}:{each.__name__}" for each in (Staged, Descriptors, Direct, Ring)}
+USUAL = {
+    each.name: f"{HERE}:{each.__name__}" for each in (Staged, BatchedMemcpy, ZeroCopy, Pageable)
+}
 
 
 @contextmanager
-def engines(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None]:
-    """Inside, fakes stand for the engines; ``direct="Late"`` is another one for it."""
+def strategies(monkeypatch: pytest.MonkeyPatch, **targets: str) -> Iterator[None]:
+    """Inside, fakes stand for the strategies; ``zero_copy="Late"`` is another one for it."""
     found = USUAL | {
         name: target if ":" in target else f"{HERE}:{target}" for name, target in targets.items()
     }
@@ -195,4 +197,4 @@ def apart(count: int, first: int = 0) -> Index:
 
 
 def refusals(picked: Pick) -> dict[str, str]:
-    return {one.engine: one.refused for one in picked.alternatives}
+    return {one.strategy: one.refused for one in picked.alternatives}

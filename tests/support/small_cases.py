@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from portakv.host import _small_ways, small
+from portakv.host import _small_methods, small
 from portakv.host.small import SmallCopy, to_device
 from portakv.runtime import cuda as _cuda_driver
 from portakv.runtime.devices import capture_question
@@ -62,7 +62,7 @@ class Place(NamedTuple):
     @property
     def most(self) -> int:
         """Bytes that go the way."""
-        return _small_ways.MOST.get(self.way, 1 << 20)
+        return _small_methods.MOST.get(self.way, 1 << 20)
 
 
 def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
@@ -107,14 +107,14 @@ def kernels() -> ctypes.CDLL:
     """The small copies' kernels compiled by g++, each behind an entry that runs its grid."""
     if why := why_not():
         pytest.skip(why)
-    kinds = {_small_ways.MAPPED_NAME: "Mapped", _small_ways.VALUES_NAME: "Values"}
+    kinds = {_small_methods.MAPPED_NAME: "Mapped", _small_methods.VALUES_NAME: "Values"}
     entries = "".join(
         f'extern "C" void run_{name}(const void* argument, unsigned blocks, unsigned threads) {{\n'
         f"    run_grid<portakv::small::{kind}>({name}, argument, blocks, 1, threads);\n}}\n"
         f'extern "C" unsigned bytes_{name}() {{ return sizeof(portakv::small::{kind}); }}\n'
         for name, kind in kinds.items()
     )
-    return compiled(_small_ways.source(), entries)
+    return compiled(_small_methods.source(), entries)
 
 
 class Card:
@@ -147,9 +147,9 @@ class Card:
     def cuLaunchKernel(self, function: Any, blocks: int, *rest: Any) -> tuple[int]:
         stream, parameters = rest[-3:-1]
         argument = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))[0] or 0
-        head = ctypes.string_at(argument, _small_ways.VALUES_HEAD.size)
-        to, nbytes, _ = _small_ways.VALUES_HEAD.unpack(head)
-        assert 1 <= blocks <= _small_ways.MOST_BLOCKS
+        head = ctypes.string_at(argument, _small_methods.VALUES_HEAD.size)
+        to, nbytes, _ = _small_methods.VALUES_HEAD.unpack(head)
+        assert 1 <= blocks <= _small_methods.MOST_BLOCKS
         if not self.answer:
             function(ctypes.c_void_p(argument), blocks, rest[2])
         self.launches.append((to, nbytes, stream))
@@ -196,7 +196,7 @@ def installed(library: FakeLibrary, only: str | None = None) -> Iterator[Card]:
             "adopt": lambda device: card.adopted.append(threading.get_ident()),
             "load": load,
         },
-        **({_small_ways: {"lacks": lacks}} if only else {small: {"resolve": torch.device}}),
+        **({_small_methods: {"lacks": lacks}} if only else {small: {"resolve": torch.device}}),
     }
     with pytest.MonkeyPatch.context() as patched:
         for module, functions in stands.items():
