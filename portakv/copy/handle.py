@@ -123,7 +123,7 @@ class BlockTransfer(Transfer):
     @property
     def cancelled(self) -> bool:
         """True if some blocks will not be moved because of `cancel`."""
-        return self._worker is not None and self._worker.cancelled
+        return self._worker is not None and self._worker.progress.cancelled
 
     @property
     def statistics(self) -> Statistics:
@@ -137,13 +137,14 @@ class BlockTransfer(Transfer):
             pieces = max(1, len(layers))
             carried = self.carried
         else:
-            ended_at = worker.ended_at  # asked first: what follows is then all
-            landed = worker.slices[: worker.landed]
+            progress = worker.progress
+            ended_at = progress.ended_at  # read first: the rest is then complete
+            landed = worker.slices[: progress.landed]
             last = worker.slices[-1].layer
             nbytes = sum(piece.nbytes for piece in landed)
             tokens = sum(piece.tokens for piece in landed if piece.layer == last)
-            pieces = worker.issued
-            carried = worker.carried
+            pieces = progress.issued
+            carried = progress.carried
         seconds = None if ended_at is None else ended_at - self._began
         counts = nbytes, tokens // self._block, moving // self._block
         return Statistics(*counts, *carried, seconds, pieces, self.cancelled)

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Workers: threads that issue the slices of a transfer one behind the other. Few are in flight at a
-time, so that a worker can keep a rate, and can be cancelled between two of them."""
+"""Issue the slices of a transfer in order, from a worker thread.
+
+Only a few slices are in flight at a time. A worker can therefore keep a rate, and a caller can
+cancel the transfer between two slices.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +13,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -20,14 +23,14 @@ from portakv.errors import PortaKVError, TransferCancelled, TransferError
 from portakv.runtime.devices import this_process
 from portakv.runtime.transfer import NOTHING, Completion, Transfer, failed
 
-#: Slices in flight: while one crosses, the next waits behind it and a third is being issued.
+#: Slices in flight: the first crosses the link, the second waits, and the third is being issued.
 WINDOW = 3
-#: How long the end of the interpreter waits for slices in flight, in seconds.
+#: Seconds for which the end of the interpreter waits for slices in flight.
 EXIT_SECONDS = 10.0
 
 
 class Slice(NamedTuple):
-    """Positions ``first`` to ``first + tokens`` of one layer (None: of all), and their bytes."""
+    """Positions ``first`` to ``first + tokens`` of one layer (None: of all layers)."""
 
     layer: int | None
     first: int
@@ -36,7 +39,7 @@ class Slice(NamedTuple):
 
 
 class RateLimit:
-    """When the next slice may start, so that no more than ``gbps`` 10^9 bytes a second do."""
+    """Compute the start of each slice, so that at most ``gbps`` 10^9 bytes a second start."""
 
     def __init__(self, gbps: float, now: Callable[[], float] = time.monotonic) -> None:
         self._seconds_per_byte = 1e-9 / gbps
@@ -44,29 +47,48 @@ class RateLimit:
         self._due: float | None = None
 
     def start_of(self, nbytes: int) -> float:
-        """When a slice of ``nbytes`` may start, which is then taken to start."""
+        """Return the time at which a slice of ``nbytes`` may start, and reserve that time."""
         now = self._now()
         needs = nbytes * self._seconds_per_byte
-        # A slice that is late may catch up by one: clocks oversleep. More would be a burst.
+        # A late slice may catch up by one slice: clocks oversleep. More would be a burst.
         start = now if self._due is None else max(self._due, now - needs)
         self._due = start + needs
         return start
 
     def left(self, start: float) -> float:
-        """Seconds until then; 0 if it has passed."""
+        """Return the seconds until ``start``; 0 if it has passed."""
         return max(0.0, start - self._now())
 
 
+@dataclass(slots=True)
+class Progress:
+    """The progress of a worker through its slices."""
+
+    #: Slices that were issued.
+    issued: int = 0
+    #: Slices that landed before the first failed slice.
+    landed: int = 0
+    #: What executed the first slice, as `Transfer.carried`.
+    carried: tuple[str, str] = NOTHING
+    #: `Worker.cancel` was called before all slices were issued.
+    cancelled: bool = False
+    #: A slice failed. Slices that land after it are not counted.
+    gap: bool = False
+    #: The first error.
+    error: BaseException | None = None
+    #: Since this time, by `time.perf_counter`, no slice is in flight and none will be issued.
+    ended_at: float | None = None
+
+
 class Worker:
-    """Issues slices, in their order, from a thread of its own, as fast as they land or the limit
-    allows; inside ``inside()``, which makes the transfer's device and stream the current ones.
+    """Issue slices in order from a separate thread, as fast as they land or the limit allows.
+
+    The thread runs inside ``inside()``, which makes the device and stream of the transfer current.
 
     Attributes:
-        issued, landed: slices that were issued so far, and that landed before any that failed.
-        carried: what carried the first slice out, as `Transfer.carried`.
-        cancelled: some slices are not moved because `cancel` was called.
-        ended_at: since when no slice is in flight and none will be, by `time.perf_counter`.
-        end: the end of all slices, which tells `LateErrors` of a failure; None once it did.
+        slices: all slices of the transfer.
+        progress: the slices issued and landed, and the error.
+        end: the completion of all slices, which reports a failure to `LateErrors`; None after that.
     """
 
     def __init__(
@@ -77,26 +99,22 @@ class Worker:
         limit: RateLimit | None = None,
     ) -> None:
         self.slices = slices
+        self.progress = Progress()
+        self.end: SliceCompletion | None = None
         self._limit = limit
-        # both hold the views, and go at the end
+        # Both retain the views, and are deleted at the end.
         self._issue = issue
         self._inside = inside
-        # In a child of the process the thread does not exist, and its lock may never be released.
+        # In a forked child the thread does not exist, and its lock may never be released.
         self._process = this_process()
         self._change = threading.Condition()
-        self.cancelled = self._gap = False
-        self._error: BaseException | None = None
         self._in_flight: deque[Transfer] = deque()
-        self.issued = self.landed = 0
-        self.carried = NOTHING
-        self.ended_at: float | None = None
-        self.end: SliceCompletion | None = None
         self._thread = threading.Thread(target=self._run, name="portakv worker", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; at the end of the interpreter it is stopped between slices."""
+        """Start the thread. The end of the interpreter stops it between two slices."""
         running.add(self)
-        # Handlers run last in, first out: memory must not be given back below a running worker.
+        # Handlers run last in, first out: memory must not be freed while a worker still uses it.
         atexit.unregister(_stop_all)
         atexit.register(_stop_all)
         try:
@@ -106,22 +124,23 @@ class Worker:
             raise
 
     def cancel(self) -> bool:
-        """Issue no further slice; False if none was left, or an error stopped it before."""
+        """Issue no further slice; return False if none was left, or an error had stopped it."""
         if self._process.forked:
             return False
+        progress = self.progress
         with self._change:
-            if self.issued == len(self.slices) or self._error is not None:
+            if progress.issued == len(self.slices) or progress.error is not None:
                 return False
-            self.cancelled = True
+            progress.cancelled = True
             self._change.notify_all()
             return True
 
     def has_landed(self, slices: int) -> bool:
-        """True once the first ``slices`` landed, or never will; never blocks."""
-        if self.ended_at is not None or self._process.forked:
+        """Return True once the first ``slices`` landed, or never will; never blocks."""
+        if self.progress.ended_at is not None or self._process.forked:
             return True
-        # With all of them the thread has let go of the views as well.
-        return slices <= self.landed < len(self.slices)
+        # For all slices the thread must have released the views as well.
+        return slices <= self.progress.landed < len(self.slices)
 
     def wait(self, slices: int) -> None:
         """Block the host until `has_landed`."""
@@ -130,31 +149,34 @@ class Worker:
                 self._change.wait_for(partial(self.has_landed, slices))
 
     def failure(self, slices: int) -> PortaKVError | None:
-        """Why the first ``slices`` did not all land; None if they did, or may yet."""
-        if self.landed >= slices:
+        """Return why the first ``slices`` did not all land; None if they did, or still may."""
+        progress = self.progress
+        if progress.landed >= slices:
             return None
         if self._process.forked:
             return TransferError(
-                "A transfer was asked for its end in a process that was forked while it ran; it "
-                "goes on in the parent. Ask there."
+                "Expected the process that started the transfer, got a process that was forked "
+                "while it ran. The transfer goes on in the parent. Query it there."
             )
-        if self.ended_at is None:
+        if progress.ended_at is None:
             return None
-        so_far = f"{self.landed} of {len(self.slices)} slices had landed"
-        error = self._error
+
+        so_far = f"{progress.landed} of {len(self.slices)} slices had landed"
+        error = progress.error
         if error is None:
             return TransferCancelled(
                 f"The transfer was cancelled when {so_far}; the rest was not moved. Its statistics "
-                f"say how many blocks were."
+                f"report how many blocks were."
             )
         if isinstance(error, PortaKVError):
             return error
         why = f"{type(error).__name__}: {error}."
-        found = TransferError(f"The transfer failed when {so_far}, with {why}")
-        found.__cause__ = error
-        return found
+        failure = TransferError(f"The transfer failed when {so_far}, with {why}")
+        failure.__cause__ = error
+        return failure
 
     def _run(self) -> None:
+        # This is the top of the thread: `failure` reports every exception, also an interrupt.
         try:
             with self._inside():
                 try:
@@ -163,11 +185,12 @@ class Worker:
                     self._fail(error)
                 while self._in_flight:
                     self._land()
-        except BaseException as error:  # of the context: there is no caller above this thread
+        except BaseException as error:  # raised by the context manager
             self._fail(error)
+
         del self._issue, self._inside
         with self._change:
-            self.ended_at = time.perf_counter()
+            self.progress.ended_at = time.perf_counter()
             self._change.notify_all()
         end = self.end
         self.end = None
@@ -176,63 +199,78 @@ class Worker:
         running.discard(self)
 
     def _issue_all(self) -> None:
+        progress = self.progress
         for piece in self.slices:
             while len(self._in_flight) >= WINDOW:
                 self._land()
             self._keep_rate(piece)
             with self._change:
-                if self.cancelled or self._error is not None:
+                if progress.cancelled or progress.error is not None:
                     return
-                self.issued += 1
-            issued = self._issue(piece)
-            self._in_flight.append(issued)
-            if self.carried is NOTHING:
-                self.carried = issued.carried
+                progress.issued += 1
+            transfer = self._issue(piece)
+            self._in_flight.append(transfer)
+            if progress.carried is NOTHING:
+                progress.carried = transfer.carried
 
     def _fail(self, error: BaseException) -> None:
-        """Note the error, if it is the first; no slice is issued after it."""
+        """Store the error unless an earlier one is stored; no slice is issued after it."""
         with self._change:
-            self._error = self._error or error
+            self.progress.error = self.progress.error or error
 
     def _keep_rate(self, piece: Slice) -> None:
-        """Wait until a slice may start, or none must."""
+        """Wait until the slice may start, or until the transfer is cancelled."""
         limit = self._limit
         if limit is None:
             return
         start = limit.start_of(piece.nbytes)
         if limit.left(start):
-            while self._in_flight:  # a caller that waits for a layer learns of it before the pause
+            # Land first: a caller that waits for a layer must not wait for the pause as well.
+            while self._in_flight:
                 self._land()
             with self._change:
-                self._change.wait_for(lambda: self.cancelled, limit.left(start))
+                self._change.wait_for(lambda: self.progress.cancelled, limit.left(start))
 
     def _land(self) -> None:
         """Wait for the oldest slice."""
         try:
             self._in_flight.popleft().synchronize()
-        except BaseException as error:
-            self._gap = True
+        except BaseException as error:  # `failure` reports it; the thread has no caller
+            self.progress.gap = True
             self._fail(error)
         with self._change:
-            self.landed += not self._gap
+            self.progress.landed += not self.progress.gap
             self._change.notify_all()
 
 
+class _FirstSlices:
+    """The first ``slices`` of a worker, as a `Pending`."""
+
+    def __init__(self, worker: Worker, slices: int) -> None:
+        self._worker = worker
+        self._slices = slices
+
+    def done(self) -> bool:
+        """Return True once the slices landed, or never will; never blocks."""
+        return self._worker.has_landed(self._slices)
+
+    def wait(self) -> None:
+        """Block the host until `done`."""
+        self._worker.wait(self._slices)
+
+
 class SliceCompletion(Completion):
-    """The end of the first ``slices`` of a worker."""
+    """The completion of the first ``slices`` of a worker."""
 
     __slots__ = ("_slices", "_worker")
 
     def __init__(self, worker: Worker, slices: int, retained: object = None) -> None:
-        end: Any = SimpleNamespace(
-            done=partial(worker.has_landed, slices), wait=partial(worker.wait, slices)
-        )
-        super().__init__(pendings=(end,), retained=retained)
+        super().__init__(pendings=(_FirstSlices(worker, slices),), retained=retained)
         self._worker = worker
         self._slices = slices
 
     def wait(self, stream: torch.Stream | None) -> None:
-        """Block the host; raises if the bytes that a stream would wait for never came."""
+        """Block the host; raise if the bytes that a stream would wait for never came."""
         super().wait(stream)
         failure = self._worker.failure(self._slices)
         if failure is not None:
@@ -243,12 +281,12 @@ class SliceCompletion(Completion):
         self.error = self.error or self._worker.failure(self._slices)
 
     def report(self) -> None:
-        """Tell `LateErrors` of a failure, unless it is that a caller cancelled."""
-        # Set before the owner is asked for, so that one that comes later finds it. Memory is left
-        # to a caller that waits, which would find it half freed by this thread.
+        """Report a failure to `LateErrors`, except a cancellation by the caller."""
+        # The error is set before the owner is read: an owner that is set later finds the error.
+        # Without such a failure a waiting caller releases the memory: this thread would interfere.
         self.error = self.error or self._worker.failure(self._slices)
-        told = self.error is None or isinstance(self.error, TransferCancelled)
-        if not told and self.owner is not None:
+        expected = self.error is None or isinstance(self.error, TransferCancelled)
+        if not expected and self.owner is not None:
             self.retained = None
             failed.append(self)
 
@@ -257,7 +295,7 @@ running: set[Worker] = set()
 
 
 def _stop_all() -> None:
-    """Stop what still runs when the interpreter ends, which kills threads at any place."""
+    """Stop running workers when the interpreter ends, which kills threads at any point."""
     workers = list(running)
     for worker in workers:
         worker.cancel()
