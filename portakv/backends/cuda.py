@@ -23,7 +23,7 @@ class Cuda(RowsBackend):
     def probe(cls, device: torch.device) -> Decision:
         if device.type != "cuda":
             return Decision(cls.name, False, f"it runs on cuda devices, not on {device.type}")
-        why = _cuda.of_others(device) or _nvrtc.missing() or _cuda.driver_too_old()
+        why = _cuda.not_served(device) or _nvrtc.missing() or _cuda.driver_too_old()
         why = why or _cuda.device_too_old(device)
         if why is not None:
             return Decision(cls.name, False, why)

@@ -181,7 +181,7 @@ def store(table: Table) -> Path:
         OSError: it cannot be written.
     """
     path = path_for(table.device)
-    _kernel_cache.write_at_once(path, json.dumps(as_json(table), indent=1).encode())
+    _kernel_cache.write_atomically(path, json.dumps(as_json(table), indent=1).encode())
     forget()
     return path
 

@@ -293,7 +293,7 @@ class CudaLink:
 @cache
 def why_not(device: torch.device) -> str | None:
     """What keeps the driver from copying for a device, as a phrase; None if it can."""
-    if (why := _cuda_driver.of_others(device)) is not None:
+    if (why := _cuda_driver.not_served(device)) is not None:
         return why
     try:
         Copies(_cuda_driver.library())

@@ -1,2 +1,3 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams, events, completion, devices, drivers and compilers. It knows no view and no plan."""
+"""Streams, events, completion, devices, drivers and compilers. No module here imports views or
+plans."""

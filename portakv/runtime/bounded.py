@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one mapping for everything in the library that remembers: with a name and a limit."""
+"""The one mapping for everything that the library caches, with a name and a limit."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ Value = TypeVar("Value")
 
 
 class Bounded(dict[Key, Value]):
-    """A mapping of at most ``limit`` entries, which `caches` lists under ``name`` (in the plural);
-    the entry that was inserted first goes first, so that a hit costs what a dictionary's does. Any
-    number of threads may use one at once: each step is one operation of a dictionary, no lock is
-    held, and what goes out is released with no lock held either.
+    """A mapping of at most ``limit`` entries; `caches` lists it under ``name`` (in the plural).
+
+    The oldest entry is evicted first, so that a hit costs as little as a dictionary's. Any number
+    of threads may use one: each step is one operation of a dictionary. No lock is held, also while
+    an evicted value is released.
     """
 
     __slots__ = ("__weakref__", "limit", "name")
-    __hash__ = object.__hash__  # type: ignore[assignment]  # each is one of its own, as in `caches`
+    __hash__ = object.__hash__  # type: ignore[assignment]  # by identity, as in `caches`
 
     def __init__(self, name: str, limit: int) -> None:
         super().__init__()
@@ -32,14 +33,18 @@ class Bounded(dict[Key, Value]):
         self._shrink()
 
     def setdefault(self, key: Key, value: Value) -> Value:
-        """The value of ``key``; ``value`` if there was none, of several threads the first's."""
+        """Return the value of ``key``, after setting it to ``value`` if it has none. The first
+        thread wins."""
         value = super().setdefault(key, value)
         self._shrink()
         return value
 
     def get_or_make(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The value of ``key``, made if there is none. Several threads may make it at once; all get
-        the first one. Errors of ``make`` pass through, and nothing is remembered."""
+        """Return the value of ``key``, made if there is none.
+
+        Several threads may make it concurrently; all get the first value. Errors of ``make`` pass
+        through, and nothing is cached.
+        """
         try:
             return self[key]
         except KeyError:
@@ -57,5 +62,5 @@ _caches: WeakSet[Bounded[Any, Any]] = WeakSet()
 
 
 def caches() -> list[Bounded[Any, Any]]:
-    """Every bounded mapping that exists now, by name; several may have one name."""
+    """Return every existing bounded mapping, by name; several may have one name."""
     return sorted(_caches, key=lambda cache: cache.name)

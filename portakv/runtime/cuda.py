@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA's driver, by ctypes and by ``cuda.bindings`` (which the extra ``cuda`` brings): what keeps
-either from being used; kernels, streams and 2-D copies."""
+"""CUDA's driver: why it cannot be used, its kernels, its streams and its 2-D copies.
+
+Functions are called through ctypes, and through ``cuda.bindings``, which the extra ``cuda``
+installs.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import threading
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cache
-from typing import Any
+from types import ModuleType
+from typing import Any, SupportsInt
 
 import torch
 
@@ -24,8 +28,8 @@ DRIVER = 13000  # CUDA 13: what NVRTC 13's machine code and cuda-bindings 13 nee
 # --- what serves a device -------------------------------------------------------------------------
 
 
-def of_others(device: torch.device) -> str | None:
-    """Why the driver serves no devices of that kind, as a phrase; None if it does."""
+def not_served(device: torch.device) -> str | None:
+    """Return why the driver serves no devices of this type, as a phrase; None if it does."""
     if device.type != "cuda":
         return f"the CUDA driver does not serve {device.type} devices"
     if torch.version.hip is not None:
@@ -34,46 +38,45 @@ def of_others(device: torch.device) -> str | None:
 
 
 def no_cuda(device: torch.device) -> str | None:
-    """What keeps the driver from serving a device at all, as a phrase; None if it does."""
-    if (why := of_others(device)) is not None:
+    """Return why the driver does not serve a device at all, as a phrase; None if it does."""
+    if (why := not_served(device)) is not None:
         return why
     return None if torch.cuda.is_available() else "torch finds no usable CUDA device here"
 
 
 @cache
 def why_not(device: torch.device) -> str | None:
-    """What keeps the driver from being asked for a device by the extra ``cuda``, as a phrase; None
-    if it can be."""
+    """Return why the extra ``cuda`` cannot be used for a device, as a phrase; None if it can be."""
     return no_cuda(device) or nvrtc.missing() or driver_too_old()
 
 
 def driver_too_old() -> str | None:
-    """Why the driver is not known to support CUDA 13, as a phrase; None if it does."""
-    error, found = bindings().cuDriverGetVersion()
+    """Return why the driver may not support CUDA 13, as a phrase; None if it does."""
+    error, supported = bindings().cuDriverGetVersion()
     if int(error):
-        return f"the driver does not tell its version ({error})"
-    if found >= DRIVER:
+        return f"the driver does not report its version ({error})"
+    if supported >= DRIVER:
         return None
     return (
-        f"the driver supports CUDA {found // 1000}.{found % 1000 // 10}, but 13.0 is needed; "
-        f"update the driver"
+        f"the driver supports CUDA {supported // 1000}.{supported % 1000 // 10}, but 13.0 is "
+        f"needed; update the driver"
     )
 
 
 def driver_version() -> int:
-    """CUDA's version that the driver supports (13000 is 13.0); 0 if it does not tell."""
-    error, found = bindings().cuDriverGetVersion()
-    return 0 if int(error) else int(found)
+    """Return the CUDA version that the driver supports (13000 is 13.0); 0 if it reports none."""
+    error, supported = bindings().cuDriverGetVersion()
+    return 0 if int(error) else int(supported)
 
 
 def capability(device: torch.device) -> int:
-    """The compute capability of a device; 90 is 9.0."""
+    """Return the compute capability of a device; 90 is 9.0."""
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
 
 def device_too_old(device: torch.device) -> str | None:
-    """Why NVRTC compiles nothing for a device, as a sentence; None if it does."""
+    """Return why NVRTC cannot compile for a device, as a sentence; None if it can."""
     try:
         nvrtc.target_for(capability(device))
     except RuntimeError as error:
@@ -81,93 +84,107 @@ def device_too_old(device: torch.device) -> str | None:
     return None
 
 
-# --- the two ways to its functions ----------------------------------------------------------------
+# --- calling the driver ---------------------------------------------------------------------------
 
 
-def bindings() -> Any:
-    """The driver's functions, out of the extra ``cuda``."""
+def bindings() -> ModuleType:
+    """Return the module of the driver's functions from the extra ``cuda``."""
     from cuda.bindings import driver
 
-    return driver
+    module: ModuleType = driver
+    return module
 
 
 @cache
-def library() -> Any:
-    """The driver's library, loaded; raises `OSError` if there is none."""
+def library() -> ctypes.CDLL:
+    """Return the driver's library, loaded; raise `OSError` if there is none."""
     return ctypes.CDLL(LIBRARY)
 
 
-def function(library: Any, name: str, *arguments: Any) -> Any:
-    """A function that returns an error's number; raises `AttributeError` if it is not there."""
-    found = library[name]  # an object of its own, without other modules' declarations
-    found.argtypes = arguments
-    found.restype = ctypes.c_int
-    return found
+def function(library: ctypes.CDLL, name: str, *arguments: Any) -> Callable[..., int]:
+    """Return a function that returns an error's number; raise `AttributeError` if the library lacks
+    it."""
+    entry = library[name]  # a separate object, without the declarations of other modules
+    entry.argtypes = arguments
+    entry.restype = ctypes.c_int
+    return entry
 
 
-# of CUpointer_attribute and CUresult; HIP likewise
+# Values of CUpointer_attribute and CUresult, which HIP shares.
 _DEVICE_ORDINAL = 9
 _INVALID_VALUE = 1
 
 
-def owner_of(address: int, library: Any, name: str) -> int | None:
-    """The number of the device that memory was allocated on or registered for, as the function
-    ``name`` of a driver's ``library`` says (cuPointerGetAttribute, hipPointerGetAttribute); None:
-    the driver does not know it. This thread has a context. Raises `TransferError` for another
-    error, `AttributeError` if there is no such function."""
+def owner_of(address: int, library: ctypes.CDLL, name: str) -> int | None:
+    """Return the number of the device that memory was allocated on or registered for.
+
+    Returns None if the driver does not know the memory. This thread must have a context.
+
+    Args:
+        address: of the memory.
+        library: the driver's library.
+        name: the library's function: cuPointerGetAttribute or hipPointerGetAttribute.
+
+    Raises:
+        TransferError: the function returned any other error.
+        AttributeError: the library has no such function.
+    """
     number = ctypes.POINTER(ctypes.c_int)
-    ask = function(library, name, number, ctypes.c_int, ctypes.c_uint64)
-    found = ctypes.c_int(-1)
-    error = ask(ctypes.byref(found), _DEVICE_ORDINAL, address)
+    get_attribute = function(library, name, number, ctypes.c_int, ctypes.c_uint64)
+    ordinal = ctypes.c_int(-1)
+    error = get_attribute(ctypes.byref(ordinal), _DEVICE_ORDINAL, address)
     if error not in (0, _INVALID_VALUE):
         raise refused(error_name(error, library), f"The device of memory at {address:#x}")
-    return None if error or found.value < 0 else found.value
+    return None if error or ordinal.value < 0 else ordinal.value
 
 
-# of CUpointer_attribute
+# Values of CUpointer_attribute.
 _RANGE_START = 11
 _RANGE_SIZE = 12
 
 
 def range_of(address: int) -> tuple[int, int] | None:
-    """The first byte and past the last of the allocation or registration that memory lies in, as
-    CUDA's driver says; None if it does not."""
+    """Return the first address of an allocation or registration, and the address past its last
+    byte.
+
+    The range contains ``address``. Returns None if CUDA's driver does not report one.
+    """
     if torch.version.cuda is None or not torch.cuda.is_initialized():
         return None
-    number = ctypes.POINTER(ctypes.c_uint64)
-    told = []
-    ask = function(library(), "cuPointerGetAttribute", number, ctypes.c_int, ctypes.c_uint64)
+    arguments = ctypes.POINTER(ctypes.c_uint64), ctypes.c_int, ctypes.c_uint64
+    get_attribute = function(library(), "cuPointerGetAttribute", *arguments)
+    values = []
     for attribute in (_RANGE_START, _RANGE_SIZE):
-        found = ctypes.c_uint64()
-        if ask(ctypes.byref(found), attribute, address):
+        value = ctypes.c_uint64()
+        if get_attribute(ctypes.byref(value), attribute, address):
             return None
-        told.append(found.value)
-    first = told[0]
-    past = sum(told)
+        values.append(value.value)
+    first = values[0]
+    past = sum(values)
     return (first, past) if first <= address < past else None
 
 
-def error_name(error: int, library: Any) -> str:
-    """What the driver calls an error."""
+def error_name(error: int, library: ctypes.CDLL) -> str:
+    """Return the driver's name of an error."""
     called = ctypes.c_char_p()
-    with suppress(AttributeError):
+    with suppress(AttributeError):  # an old driver lacks the function
         name = function(library, "cuGetErrorName", ctypes.c_int, ctypes.POINTER(ctypes.c_char_p))
         if not name(error, ctypes.byref(called)) and called.value:
             return called.value.decode()
     return f"error {error}"
 
 
-def check(error: Any, what: str) -> None:
+def check(error: SupportsInt, what: str) -> None:
     """Raise `TransferError` if the driver returned anything but success."""
     if int(error):
         raise refused(getattr(error, "name", str(error)), what)
 
 
 def refused(name: str, what: str, driver: str = "the CUDA driver") -> TransferError:
-    """The error for what a driver answered with an error of that name."""
+    """Return the error for a driver call that returned an error of this name."""
     return TransferError(
-        f"{what} was asked of {driver}, which answered {name}; success was expected, and nothing "
-        f"was moved. Check that the memory still exists, and earlier errors."
+        f"{what}: expected success of {driver}, got {name}; nothing was moved. Check that the "
+        f"memory still exists, and earlier errors."
     )
 
 
@@ -177,16 +194,16 @@ _NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING: it does not wait for the legacy def
 
 
 def adopt(device: torch.device) -> None:
-    """Give this thread a context, which the driver's calls take for granted."""
+    """Create a context for this thread, which the driver's calls require."""
     with inside(device):
         pass
 
 
 def raw_stream(stream: torch.Stream) -> int:
-    """The driver's handle of a torch stream, on devices that torch calls ``cuda``."""
-    own = getattr(stream, "cuda_stream", None)
-    if own is not None:
-        return int(own)
+    """Return the driver's handle of a torch stream, on devices that torch calls ``cuda``."""
+    handle = getattr(stream, "cuda_stream", None)
+    if handle is not None:
+        return int(handle)
     same = torch.cuda.Stream(
         stream_id=stream.stream_id, device_index=stream.device_index, device_type=stream.device_type
     )
@@ -194,15 +211,15 @@ def raw_stream(stream: torch.Stream) -> int:
 
 
 def raw(stream: torch.Stream | None, index: int) -> int:
-    """The driver's handle of a stream; None: the current one of the device of that index."""
+    """Return the driver's handle of a stream; None: of the current stream of device ``index``."""
     if stream is None:
         return int(torch._C._cuda_getCurrentRawStream(index))
     return raw_stream(stream)
 
 
 @cache
-def stream_maker() -> Any:
-    """The driver's function that makes a stream; None if it cannot be had."""
+def stream_maker() -> Callable[..., int] | None:
+    """Return the driver's function that creates a stream; None if it is not available."""
     arguments = ctypes.POINTER(ctypes.c_void_p), ctypes.c_uint, ctypes.c_int
     try:
         return function(library(), "cuStreamCreateWithPriority", *arguments)
@@ -211,16 +228,18 @@ def stream_maker() -> Any:
 
 
 def make_stream(device: torch.device, priority: int) -> int:
-    """The handle of a new stream by `stream_maker`; raises `TransferError` if it is refused."""
+    """Return the handle of a new stream by `stream_maker`; raise `TransferError` if it fails."""
+    create = stream_maker()
+    assert create is not None  # `own_stream` has checked it
     handle = ctypes.c_void_p()
     adopt(device)
     with torch.cuda.device(device):
-        error = stream_maker()(ctypes.byref(handle), _NON_BLOCKING, priority)
+        error = create(ctypes.byref(handle), _NON_BLOCKING, priority)
     if error:
         name = error_name(error, library())
         raise TransferError(
-            f"A stream of {device} was asked of the CUDA driver, which answered {name}; one was "
-            f"expected. Check earlier errors, and the memory that the device has left."
+            f"Expected a new stream of {device} from the CUDA driver, got {name}. Check earlier "
+            f"errors, and the memory that the device has left."
         )
     return handle.value or 0
 
@@ -228,29 +247,35 @@ def make_stream(device: torch.device, priority: int) -> int:
 # --- kernels --------------------------------------------------------------------------------------
 
 
-def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, Any]:
-    """Compile a text, or find it on disk, and make its kernels resident. Raises `RuntimeError` with
-    NVRTC's log, or `TransferError` if the driver refuses it."""
+def load(source: str, names: Iterable[str], device: torch.device) -> dict[str, object]:
+    """Compile a source text, or read its binary from disk, and make its kernels resident.
+
+    Raises:
+        RuntimeError: the compilation failed, with NVRTC's log.
+        TransferError: the driver rejects the binary.
+    """
     driver = bindings()
     binary = nvrtc.compile_kernel(source, capability(device))
     adopt(device)
     with torch.cuda.device(device):
         error, loaded = driver.cuLibraryLoadData(binary, [], [], 0, [], [], 0)
         check(error, "Loading the kernel")
-        functions = {}
+        functions: dict[str, object] = {}
         for name in names:
             error, kernel = driver.cuLibraryGetKernel(loaded, name.encode())
             check(error, "Finding the kernel")
-            # Modules load lazily; a first launch inside a capture must not have to.
+            # Modules load lazily; a first launch inside a capture must not load them.
             error, functions[name] = driver.cuKernelGetFunction(kernel)
             check(error, "Making the kernel resident")
     return functions
 
 
 class ArgumentLists(threading.local):
-    """For each kernel and thread the parameter's bytes, which begin as ``fixed`` says, and the
-    address of the list of parameters (it holds one), so that several threads can share a launch;
-    ``current`` gives a new thread a context."""
+    """The kernel parameters of each thread, so that several threads can share a launch.
+
+    For each kernel there are the bytes of its one parameter, which begin as ``fixed``, and the
+    address of its list of parameters. ``current`` creates a context for a new thread.
+    """
 
     def __init__(
         self, fixed: Iterable[bytes], current: Callable[[], AbstractContextManager[object]]
@@ -273,21 +298,28 @@ class Arguments(ArgumentLists):
 
 
 class Caller:
-    """What every call for one device asks first, in any thread; ``wrap`` makes of a stream's handle
-    what the call takes. Raises `Unsupported` in a process that was forked from its own."""
+    """The checks that every call for one device makes first, in any thread.
 
-    def __init__(self, device: torch.device, wrap: Callable[[int], Any] = int) -> None:
+    ``wrap`` converts a stream's handle into the type that the call takes.
+
+    Raises:
+        Unsupported: this process was forked from the one that created the object.
+    """
+
+    def __init__(self, device: torch.device, wrap: Callable[[int], object] = int) -> None:
         self._index = device.index
         self._raw: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
         self._current = torch._C._cuda_getDevice
         self._alone = torch.cuda.device_count() == 1  # so this device is always the current one
         self._process = this_process()
         self._wrap = wrap
-        self._last: tuple[int | None, Any] = (None, None)  # a stream, as a number and wrapped
+        self._last: tuple[int | None, object] = (None, None)  # a handle, as a number and wrapped
 
-    def handle(self, stream: torch.Stream | None) -> Any:
-        """The driver's handle of ``stream``, or of the current stream of this device; None: another
-        device is current, and this one has to be made it first."""
+    def handle(self, stream: torch.Stream | None) -> object:
+        """Return the driver's handle of ``stream``, or of the current stream of this device.
+
+        Returns None if another device is current; the caller must then make this device current.
+        """
         if self._process.forked:
             raise refuse_fork("CUDA")
         index = self._index
@@ -301,40 +333,40 @@ class Caller:
 
 
 class CudaDriver(Caller):
-    """What launching kernels on one device takes; `hip.Card` has the same functions.
+    """The driver functions that launch kernels on one device; `hip.Card` has the same functions.
 
     ``launch`` takes a function, the blocks along x, y and z, the threads along x, y and z, the
-    bytes of shared memory, a stream's handle, the address of the list of parameters, and 0; it
+    bytes of shared memory, a stream's handle, the address of the list of parameters, and 0. It
     returns ``success`` or an error.
     """
 
-    success: Any = (0,)
+    success: object = (0,)
 
     def __init__(self, device: torch.device) -> None:
         driver = bindings()
         super().__init__(device, driver.CUstream)
         self.device = device
-        self.launch: Callable[..., Any] = driver.cuLaunchKernel
+        self.launch: Callable[..., object] = driver.cuLaunchKernel
 
-    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        """See the function."""
+    def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
+        """Load kernels as the function `load` does."""
         return load(source, names, self.device)
 
     def current(self) -> AbstractContextManager[object]:
-        """Inside, the device is this thread's current one, and the thread has a context."""
+        """Make the device this thread's current one, with a context."""
         return inside(self.device)
 
-    def check(self, answer: Any, what: str) -> None:
-        """Raise `TransferError` for an answer that is not ``success``."""
-        check(answer[0], what)
+    def check(self, result: Any, what: str) -> None:
+        """Raise `TransferError` for a result that is not ``success``."""
+        check(result[0], what)
 
     def word(self, address: int) -> int:
-        """The device's address of pinned memory: the host's."""
+        """Return the device's address of pinned memory, which equals the host's."""
         return address
 
 
 class Launcher:
-    """Launches kernels with one parameter on a device, in any thread; raises as `Caller` does."""
+    """Launch kernels with one parameter on a device, in any thread; raises as `Caller` does."""
 
     def __init__(self, device: torch.device, threads: int) -> None:
         self._driver = CudaDriver(device)
@@ -344,7 +376,7 @@ class Launcher:
         self._success = self._driver.success
 
     def __call__(
-        self, function: Any, blocks: int, address: int, stream: torch.Stream | None
+        self, function: object, blocks: int, address: int, stream: torch.Stream | None
     ) -> None:
         """Launch on ``stream``; None: the current stream of this device."""
         handle = self._handle(stream)
@@ -352,24 +384,24 @@ class Launcher:
             with torch.cuda.device(self._driver.device):
                 self(function, blocks, address, stream)
             return
-        answer = self._launch(function, blocks, 1, 1, self._threads, 1, 1, 0, handle, address, 0)
-        if answer != self._success:
-            self._driver.check(answer, "A launch")
+        result = self._launch(function, blocks, 1, 1, self._threads, 1, 1, 0, handle, address, 0)
+        if result != self._success:
+            self._driver.check(result, "A launch")
 
 
 # --- 2-D copies -----------------------------------------------------------------------------------
 
-# CUmemorytype
+# Values of CUmemorytype.
 _AT_HOST = 1
 _ON_DEVICE = 2
-# CUDA_MEMCPY2D; of each side x, y, kind, host address, device address, array, pitch; then the rows.
+# CUDA_MEMCPY2D: for each side x, y, kind, host address, device address, array, pitch; then rows.
 _pack_rows = struct.Struct("@QQQQQQQ QQQQQQQ QQ").pack
 
 
 class Copy2D:
     """The driver's 2-D copy between pinned host memory and a device."""
 
-    def __init__(self, library: Any) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         self._copy = function(library, "cuMemcpy2DAsync_v2", ctypes.c_char_p, ctypes.c_uint64)
 
     def __call__(
@@ -383,8 +415,10 @@ class Copy2D:
         src_pitch: int,
         handle: int,
     ) -> int:
-        """Copy ``height`` rows of ``width`` bytes, a pitch apart on each side, ordered on a stream;
-        returns 0 or an error's number."""
+        """Copy ``height`` rows of ``width`` bytes, ordered on a stream; each side has a pitch.
+
+        Returns 0 or an error's number.
+        """
         if to_device:
             sides = 0, 0, _AT_HOST, src, 0, 0, src_pitch, 0, 0, _ON_DEVICE, 0, dst, 0, dst_pitch
         else:
@@ -400,9 +434,15 @@ def copy_pitched(
     device: torch.device,
     stream: torch.Stream | None,
 ) -> None:
-    """Copy rows between two addresses, of pinned host memory and a device; ordered on ``stream``.
-    ``rows``: bytes of a row, rows, and the bytes from row to row in the source and destination.
-    Raises `TransferError` if the driver refuses it; nothing was moved."""
+    """Copy rows between addresses of pinned host memory and of a device, ordered on ``stream``.
+
+    Args:
+        rows: the bytes of a row, the number of rows, and the bytes from row to row in the source
+            and in the destination.
+
+    Raises:
+        TransferError: the driver rejected the copy; nothing was moved.
+    """
     width, height, src_pitch, dst_pitch = rows
     adopt(device)
     with torch.cuda.device(device):

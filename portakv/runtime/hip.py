@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HIP, for devices of AMD and Hygon: its runtime and hipRTC by ctypes, compiling for a device,
-launching on one.
+"""HIP, for devices of AMD and Hygon: compile through hipRTC, and load and launch kernels.
 
-Only functions whose arguments are alike in every HIP since 4.2: structures such as the device's
-properties differ between AMD's runtime and Hygon's (hashcat/hashcat pull request 4758), so what
-they tell is asked of torch, which was built for the one that is there.
+The libraries are called through ctypes. Only functions are used whose arguments are the same in
+every HIP since 4.2. Structures such as the device's properties differ between AMD's runtime and
+Hygon's (hashcat/hashcat pull request 4758). Torch, which was built for the installed runtime,
+therefore provides their values.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -22,12 +22,15 @@ from portakv.runtime import kernel_cache
 from portakv.runtime.cuda import raw, refused
 from portakv.runtime.devices import inside, refuse_fork, this_process
 
-# AMD's runtime, and that of Hygon's DTK (the same pull request).
+# AMD's runtime, and the runtime of Hygon's DTK (the same pull request).
 _RUNTIMES = ("amdhip64", "galaxyhip")
-# A library of its own in newer releases; in HIP 5.2 a part of the runtime.
+# A separate library in newer releases; in HIP 5.2 a part of the runtime.
 _COMPILER = "hiprtc"
 _MAJORS = ("", ".7", ".6", ".5")
 _INSTALL = "install ROCm for an AMD device, or load the environment of the DTK for a Hygon DCU"
+
+#: Types of ctypes, which have no common public base.
+CTypes: TypeAlias = tuple[Any, ...]
 
 _pointer = ctypes.c_void_p
 _size = ctypes.POINTER(ctypes.c_size_t)
@@ -36,8 +39,8 @@ _number = ctypes.POINTER(ctypes.c_int)
 _handle = ctypes.POINTER(ctypes.c_void_p)
 _texts = ctypes.POINTER(ctypes.c_char_p)
 
-#: What is called of the runtime, with its arguments; each returns an error (hip_runtime_api.h).
-RUNTIME: dict[str, tuple[Any, ...]] = {
+#: The functions of the runtime, with their arguments; each returns an error (hip_runtime_api.h).
+RUNTIME: dict[str, CTypes] = {
     "hipGetDeviceCount": (_number,),
     "hipRuntimeGetVersion": (_number,),
     "hipModuleLoadData": (_handle, _pointer),
@@ -45,8 +48,8 @@ RUNTIME: dict[str, tuple[Any, ...]] = {
     "hipModuleLaunchKernel": (_pointer, *[ctypes.c_uint] * 7, _pointer, _pointer, _pointer),
     "hipHostGetDevicePointer": (_handle, _pointer, ctypes.c_uint),
 }
-#: And of hipRTC (hiprtc.h).
-COMPILER: dict[str, tuple[Any, ...]] = {
+#: The functions of hipRTC, with their arguments (hiprtc.h).
+COMPILER: dict[str, CTypes] = {
     "hiprtcVersion": (_number, _number),
     "hiprtcCreateProgram": (_handle, _text, _text, ctypes.c_int, _texts, _texts),
     "hiprtcCompileProgram": (_pointer, ctypes.c_int, _texts),
@@ -60,15 +63,18 @@ _NAMES = ("hipGetErrorName", "hipGetErrorString"), ("hiprtcGetErrorString",)
 
 
 class DriverMissing(Exception):
-    """The libraries of HIP cannot be used; the text is a clause that says why and what to do."""
+    """The libraries of HIP cannot be used; the text is a clause with the reason and a remedy."""
 
 
 class Driver(NamedTuple):
-    """The two libraries, which may be one. They are never closed: that of the DTK crashes at exit
-    when it was (the pull request above)."""
+    """The two libraries, which may be one library.
 
-    runtime: Any
-    compiler: Any
+    They are never closed: the DTK's library crashes at exit after it was closed (the pull request
+    above).
+    """
+
+    runtime: ctypes.CDLL
+    compiler: ctypes.CDLL
 
     def check(self, error: int, what: str) -> None:
         """Raise `TransferError` if a function of the runtime returned an error."""
@@ -76,9 +82,9 @@ class Driver(NamedTuple):
             raise refused(self.error(error), what, "HIP")
 
     def error(self, error: int) -> str:
-        """An error of the runtime: its name, its number and what more is said of it."""
-        name = self.runtime.hipGetErrorName(error).decode()
-        text = self.runtime.hipGetErrorString(error).decode()
+        """Describe an error of the runtime by its name, its number and its text."""
+        name: str = self.runtime.hipGetErrorName(error).decode()
+        text: str = self.runtime.hipGetErrorString(error).decode()
         return f"{name} ({error})" + (f", {text}" if text != name else "")
 
     def check_compiler(self, error: int, what: str) -> None:
@@ -87,22 +93,25 @@ class Driver(NamedTuple):
             raise RuntimeError(f"{what} of hipRTC failed: {self.compiler_error(error)}")
 
     def compiler_error(self, error: int) -> str:
-        """An error of the compiler in words, and its number."""
+        """Describe an error of the compiler by its text and its number."""
         return f"{self.compiler.hiprtcGetErrorString(error).decode()} ({error})"
 
     def number(self, function: str) -> int:
-        """The number that a function gives; `RuntimeError` if it fails."""
-        found = ctypes.c_int()
-        error = getattr(self.runtime, function)(ctypes.byref(found))
+        """Return the number that a function writes; raise `RuntimeError` if it fails."""
+        value = ctypes.c_int()
+        error = getattr(self.runtime, function)(ctypes.byref(value))
         if error:
             raise RuntimeError(f"{function} failed: {self.error(error)}")
-        return found.value
+        return value.value
 
 
 @cache
 def driver() -> Driver:
-    """The libraries of this process, those that torch has loaded if it has; `DriverMissing` if one
-    was not found or lacks a function."""
+    """Return the libraries of this process, preferably those that torch has loaded.
+
+    Raises:
+        DriverMissing: a library was not found, or lacks a function.
+    """
     runtime = _open([place for stem in _RUNTIMES for place in places(stem)], "the HIP runtime")
     try:
         compiler = _open([*places(_COMPILER, Path(runtime._name).parent)], "hipRTC")
@@ -114,14 +123,17 @@ def driver() -> Driver:
 
 
 def bound(runtime: ctypes.CDLL, compiler: ctypes.CDLL) -> Driver:
-    """A driver of two open libraries, each function with its arguments; `DriverMissing` if one is
-    not there."""
+    """Return a driver of two open libraries, with the arguments of each function declared.
+
+    Raises:
+        DriverMissing: a library lacks a function.
+    """
     for library, table, names in zip((runtime, compiler), (RUNTIME, COMPILER), _NAMES, strict=True):
         for name in (*table, *names):
             try:
                 function = getattr(library, name)
             except AttributeError:
-                why = f"{library._name} has no function {name}; it is not a HIP that is known here"
+                why = f"{library._name} has no function {name}; this HIP is not supported"
                 raise DriverMissing(why) from None
             function.argtypes = table.get(name, (ctypes.c_int,))
             function.restype = ctypes.c_int if name in table else ctypes.c_char_p
@@ -138,14 +150,16 @@ def _open(places: list[str], what: str) -> ctypes.CDLL:
     raise DriverMissing(f"{what} cannot be loaded ({why}); {_INSTALL}")
 
 
-def places(stem: str, beside: Path | None = None) -> Iterator[str]:
-    """Paths that a library may have, best first: a process must not have two copies of a runtime;
-    ``beside``: the folder of a library that it belongs to."""
+def places(stem: str, near: Path | None = None) -> Iterator[str]:
+    """Yield paths that a library may have, best first: two copies of a runtime must not be loaded.
+
+    ``near`` is the folder of a library that it belongs to.
+    """
     name = f"lib{stem}.so"
     with suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
         paths = {line[line.find("/") :].rstrip("\n") for line in maps if "/" in line}
         yield from sorted(path for path in paths if Path(path).name.startswith(name))
-    for folder in (beside, Path(torch.__file__).parent / "lib"):
+    for folder in (near, Path(torch.__file__).parent / "lib"):
         if folder is not None and folder.is_absolute():
             yield from map(str, sorted(folder.glob(f"{name}*")))
     yield from (f"{name}{major}" for major in _MAJORS)
@@ -157,30 +171,39 @@ FLAGS = ("-std=c++17", "-O3")
 
 
 def hiprtc_version(driver: Driver) -> str:
-    """The versions of hipRTC and of its runtime, which decide what it makes of a text; raises
-    `RuntimeError` if one of them is not told."""
+    """Return the versions of hipRTC and of its runtime, which decide the compiled code.
+
+    Raises:
+        RuntimeError: a version is not reported.
+    """
     major = ctypes.c_int()
     minor = ctypes.c_int()
     error = driver.compiler.hiprtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    driver.check_compiler(error, "Asking for its version")
+    driver.check_compiler(error, "Reading the version")
     runtime = driver.number("hipRuntimeGetVersion")  # hipRTC 5.2 calls itself 9.0
     return f"{major.value}.{minor.value} of HIP {hip_release(runtime)}"
 
 
 def hip_release(number: int) -> str:
-    """A version as a number (``HIP_VERSION`` of HIP's headers), written as its releases are."""
+    """Format a version number (``HIP_VERSION`` of HIP's headers) as releases are written."""
     return f"{number // 10_000_000}.{number // 100_000 % 100}.{number % 100_000}"
 
 
 def compile_kernel(driver: Driver, source: str, architecture: str) -> bytes:
-    """The code object of a text for an architecture such as ``gfx90a:xnack-``, kept on disk; raises
-    `RuntimeError` with hipRTC's log."""
+    """Return the code object of a source text, cached on disk.
+
+    Args:
+        architecture: of the device, such as ``gfx90a:xnack-``.
+
+    Raises:
+        RuntimeError: the compilation failed, with hipRTC's log.
+    """
     key = _cache_key(driver, source, architecture)
     return kernel_cache.cached(key, lambda: compile_text(driver, source, architecture))
 
 
 def compiled_before(driver: Driver, source: str, architecture: str) -> bool:
-    """True if the cache on disk holds the code object of a text for an architecture."""
+    """Return True if the cache on disk has the code object of a text for an architecture."""
     return kernel_cache.holds(_cache_key(driver, source, architecture))
 
 
@@ -189,6 +212,7 @@ def _cache_key(driver: Driver, source: str, architecture: str) -> tuple[str, ...
 
 
 def compile_text(driver: Driver, source: str, architecture: str) -> bytes:
+    """Return the code object of a source text for an architecture, without the cache."""
     rtc = driver.compiler
     program = ctypes.c_void_p()
     name = b"portakv_rows.hip"
@@ -208,11 +232,14 @@ def compile_text(driver: Driver, source: str, architecture: str) -> bytes:
 
 
 def _read(
-    driver: Driver, program: Any, ask_size: Callable[..., int], read: Callable[..., int]
+    driver: Driver,
+    program: ctypes.c_void_p,
+    get_size: Callable[..., int],
+    read: Callable[..., int],
 ) -> bytes:
-    """What hipRTC holds of a program."""
+    """Return a result of hipRTC for a program."""
     size = ctypes.c_size_t()
-    driver.check_compiler(ask_size(program, ctypes.byref(size)), "Asking for the size of a result")
+    driver.check_compiler(get_size(program, ctypes.byref(size)), "Reading the size of a result")
     result = ctypes.create_string_buffer(size.value or 1)
     if size.value:
         driver.check_compiler(read(program, result), "Reading a result")
@@ -227,13 +254,17 @@ _HYGON_NAMES = ("hygon", "dcu", "z100", "k100", "k500", "bw1000", "bw500")
 
 
 class Card:
-    """One device, and what launching kernels on it takes: `cuda.CudaDriver` has the same functions.
+    """One device and the functions that launch kernels on it; `cuda.CudaDriver` has the same ones.
 
-    ``architecture`` is what hipRTC compiles for, such as ``gfx90a:sramecc+:xnack-``, ``name`` the
-    model's name. Raises `RuntimeError` if torch does not tell the architecture.
+    Attributes:
+        architecture: the target of hipRTC, such as ``gfx90a:sramecc+:xnack-``.
+        name: the model's name.
+
+    Raises:
+        RuntimeError: torch does not report the architecture.
     """
 
-    success: Any = 0
+    success: object = 0
 
     def __init__(self, device: torch.device, driver: Driver) -> None:
         self.device = device
@@ -241,11 +272,11 @@ class Card:
         self.name, self.architecture = self._facts()
         if not self.architecture.startswith("gfx"):
             raise RuntimeError(
-                f"torch tells no architecture of {device} ({self.architecture!r} was found, and "
-                f"gfx906 or the like expected); use a newer torch for ROCm"
+                f"Expected an architecture of {device} such as gfx906 from torch, got "
+                f"{self.architecture!r}; use a newer torch for ROCm"
             )
-        self.launch: Callable[..., Any] = driver.runtime.hipModuleLaunchKernel
-        # A runtime need not copy a module's code, so that it stays where it is.
+        self.launch: Callable[..., object] = driver.runtime.hipModuleLaunchKernel
+        # A runtime need not copy a module's code, so that the code is retained here.
         self._loaded: list[tuple[ctypes.c_void_p, bytes]] = []
         self._process = this_process()
 
@@ -258,49 +289,52 @@ class Card:
         hygon = kind in _HYGON or any(word in self.name.lower() for word in _HYGON_NAMES)
         return f"{kind} ({self.name or 'unnamed'}{', a Hygon DCU' if hygon else ''})"
 
-    def load(self, source: str, names: Iterable[str]) -> dict[str, Any]:
-        """Compile a text, or find it on disk, and load its kernels; raises as `compile_kernel` and
-        `check` do."""
+    def load(self, source: str, names: Iterable[str]) -> dict[str, object]:
+        """Compile a source text, or read it from disk, and load its kernels.
+
+        Raises as `compile_kernel` and `check` do.
+        """
         binary = compile_kernel(self._driver, source, self.architecture)
         module = ctypes.c_void_p()
-        functions = {}
+        functions: dict[str, object] = {}
         runtime = self._driver.runtime
         with self.current():
             self.check(
                 runtime.hipModuleLoadData(ctypes.byref(module), binary), "Loading the kernel"
             )
             for name in names:
-                found = functions[name] = ctypes.c_void_p()
-                error = runtime.hipModuleGetFunction(ctypes.byref(found), module, name.encode())
+                function = ctypes.c_void_p()
+                functions[name] = function
+                error = runtime.hipModuleGetFunction(ctypes.byref(function), module, name.encode())
                 self.check(error, "Finding the kernel")
         self._loaded.append((module, binary))
         return functions
 
-    def handle(self, stream: torch.Stream | None) -> Any:
-        """As `cuda.Caller.handle`."""
+    def handle(self, stream: torch.Stream | None) -> object:
+        """Return the handle of a stream as `cuda.Caller.handle` does."""
         if self._process.forked:
             raise refuse_fork("HIP")
         return self.stream(stream) if self.is_current() else None
 
     def is_current(self) -> bool:
-        """Whether it is this thread's current device."""
+        """Return True if this is the thread's current device."""
         return bool(torch._C._cuda_getDevice() == self.device.index)
 
     def stream(self, stream: torch.Stream | None) -> int:
-        """The driver's handle of a stream; None: of its current one."""
+        """Return the driver's handle of a stream; None: of the device's current stream."""
         return raw(stream, self.device.index)
 
     def current(self) -> AbstractContextManager[object]:
-        """Inside, it is this thread's current device."""
+        """Make this the thread's current device."""
         return inside(self.device)
 
-    def check(self, answer: Any, what: str) -> None:
-        """Raise `TransferError` for an answer that is not ``success``."""
-        self._driver.check(answer, what)
+    def check(self, result: Any, what: str) -> None:
+        """Raise `TransferError` for a result that is not ``success``."""
+        self._driver.check(result, what)
 
     def word(self, address: int) -> int:
-        """The device's address of pinned memory: not the host's, if the memory was registered."""
-        found: Any = ctypes.c_void_p()
-        error = self._driver.runtime.hipHostGetDevicePointer(ctypes.byref(found), address, 0)
+        """Return the device's address of pinned memory, which differs for registered memory."""
+        pointer = ctypes.c_void_p()
+        error = self._driver.runtime.hipHostGetDevicePointer(ctypes.byref(pointer), address, 0)
         self.check(error, "Finding the status word")
-        return int(found.value or 0)
+        return pointer.value or 0

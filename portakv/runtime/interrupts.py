@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run work that an interrupt must not cut in two.
 
-Python raises `KeyboardInterrupt`, and what any other signal handler raises, between two bytecodes
-of the main thread, and in no other thread. Work that changes shared state therefore never runs in
-the main thread: a helper thread runs it, and the main thread waits for the result.
+Python raises `KeyboardInterrupt`, and an exception of any other signal handler, between two
+bytecodes of the main thread, and in no other thread. Work that changes shared state therefore never
+runs in the main thread: a helper thread runs it, and the main thread waits for the result.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 T = TypeVar("T")
 
@@ -31,16 +31,16 @@ class Work(Generic[T]):
     def __init__(self, work: Callable[[], T], undo: Callable[[T], object] | None) -> None:
         self.work: Callable[[], T] | None = work
         self.undo = undo
-        self.result: Any = None
+        self.result: T | None = None
         self.error: BaseException | None = None
         self.abandoned = False
         self.ended = False
-        # The first thread that acquires one of these runs the work, or undoes it.
+        # The first thread that acquires the lock runs the work, or undoes it.
         self._begun = threading.Lock()
-        self._undone = threading.Lock()
-        # Held until the work has ended, and until nothing of abandoned work is left.
-        self.end = _held()
-        self.gone = _held()
+        self._undoing = threading.Lock()
+        # Locked until the work has ended, and until abandoned work is undone.
+        self.end = _locked()
+        self.undone = _locked()
 
     def run(self) -> None:
         """Run the work, unless its caller was interrupted before."""
@@ -50,40 +50,40 @@ class Work(Generic[T]):
         _helper.work = self
         try:
             self.result = work()
-        except BaseException as error:
+        except BaseException as error:  # the caller raises it
             self.error = error
         _helper.work = None
-        self.work = None  # views, and whatever else it holds
+        self.work = None  # releases views, and everything else that the work refers to
         self.ended = True
         self.end.release()
         if self.abandoned:
             self.take_back()
 
     def take_back(self) -> None:
-        """Undo abandoned work if it has ended; keep it from a start if it has not begun."""
+        """Undo abandoned work if it has ended; prevent its start if it has not begun."""
         never = self._begun.acquire(blocking=False)
-        if not (never or self.ended) or not self._undone.acquire(blocking=False):
+        if not (never or self.ended) or not self._undoing.acquire(blocking=False):
             return
         try:
             if not never and self.error is None and self.undo is not None:
-                self.undo(self.result)
+                self.undo(cast(T, self.result))
         finally:
             self.result = None
-            self.gone.release()
+            self.undone.release()
 
     def abandon(self) -> None:
-        """Have a helper undo the work, and wait for that a moment."""
+        """Have a helper undo the work, and wait at most `GRACE` seconds for that."""
         self.abandoned = True
         _hand_over(self.take_back)
-        self.gone.acquire(timeout=GRACE)
+        self.undone.acquire(timeout=GRACE)
 
 
 def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = None) -> T:
     """Return ``work()``, which no interrupt cuts in two.
 
-    If the caller is interrupted, the work runs to its end in its helper, ``undo(result)`` takes it
-    back, and the caller raises the interrupt, after at most `GRACE` seconds. Work that takes longer
-    looks at `abandoned` now and then. Outside of the main thread the caller runs the work itself.
+    If the caller is interrupted, a helper finishes the work and calls ``undo(result)``. The caller
+    raises the interrupt after at most `GRACE` seconds. Long work checks `abandoned` now and then.
+    Outside the main thread the caller runs the work itself.
     """
     if not interruptible():
         return work()
@@ -95,7 +95,7 @@ def uninterrupted(work: Callable[[], T], undo: Callable[[T], object] | None = No
             pass
         error = task.error
         if error is None:
-            return task.result  # type: ignore[no-any-return]
+            return cast(T, task.result)
     except BaseException:
         task.abandon()
         raise
@@ -111,20 +111,20 @@ def interruptible() -> bool:
 
 
 def abandoned() -> bool:
-    """Return True in a helper whose caller was interrupted, so that its work is of no use."""
+    """Return True in a helper whose caller was interrupted, so that its result is not needed."""
     work = getattr(_helper, "work", None)
     return work is not None and work.abandoned
 
 
-def _held() -> threading.Lock:
-    """Return a lock that is held."""
+def _locked() -> threading.Lock:
+    """Return a lock that is acquired."""
     lock = threading.Lock()
     lock.acquire()
     return lock
 
 
 def _hand_over(call: Callable[[], object]) -> bool:
-    """Have a helper make a call; return False if the system gives no thread."""
+    """Have a helper make a call; return False if the system creates no thread."""
     try:
         _idle.pop()
     except IndexError:
@@ -139,7 +139,7 @@ def _hand_over(call: Callable[[], object]) -> bool:
 def _serve() -> None:
     """Make calls, one after the other."""
     while True:
-        _calls.get()()  # no name: an idle helper holds nothing
+        _calls.get()()  # no name: an idle helper retains nothing
         _idle.append(None)
 
 

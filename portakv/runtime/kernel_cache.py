@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A private cache on disk for compiled kernels.
 
-Entries carry their own checksum and are rebuilt when corrupt. Writing is atomic, so that any number
-of processes may race. A missing, unwritable or foreign directory is no error: kernels are then
-compiled in each process.
+Each entry has a checksum and is rebuilt when corrupt. Writing is atomic, so that any number of
+processes may race. A missing, unwritable or foreign directory is not an error: each process then
+compiles its kernels.
 """
 
 from __future__ import annotations
@@ -20,36 +20,39 @@ ENVIRONMENT = "PORTAKV_CACHE_DIR"
 
 
 def directory() -> Path:
-    """Where compiled kernels are kept: ``PORTAKV_CACHE_DIR``, else the user's cache folder."""
+    """Return the cache directory: ``PORTAKV_CACHE_DIR``, else the user's cache folder."""
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "portakv"
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "portakv"
 
 
 def cached(parts: tuple[str, ...], build: Callable[[], bytes]) -> bytes:
-    """The binary for a key, from disk or built and kept; errors of ``build`` pass through.
-    ``parts``: all that decides the binary: source, flags, architecture, compiler version."""
+    """Return the binary for a key, from disk or built and cached; errors of ``build`` pass through.
+
+    Args:
+        parts: everything that decides the binary: source, flags, architecture, compiler version.
+    """
     path = _path(parts)
-    kept = _read(path)
-    if kept is not None:
-        return kept
+    entry = _read(path)
+    if entry is not None:
+        return entry
     binary = build()
     with suppress(OSError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if _private(path.parent):
-            write_at_once(path, _digest(path.name, binary) + binary)
+            write_atomically(path, _checksum(path.name, binary) + binary)
     return binary
 
 
 def holds(parts: tuple[str, ...]) -> bool:
-    """True if the binary for a key is on disk, whole."""
+    """Return True if the complete binary for a key is on disk."""
     return _read(_path(parts)) is not None
 
 
 def refusal() -> str | None:
-    """Why nothing can be kept in the directory, which is made if need be; None if it can."""
+    """Return why the directory cannot cache kernels; None if it can. Creates it if need be."""
     folder = directory()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -72,18 +75,18 @@ def _read(path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    digest = content[:32]
+    checksum = content[:32]
     binary = content[32:]
-    return binary if binary and _digest(path.name, binary) == digest else None
+    return binary if binary and _checksum(path.name, binary) == checksum else None
 
 
-def _digest(name: str, binary: bytes) -> bytes:
-    # It covers the name: a whole entry under another key's name is corrupt as well.
+def _checksum(name: str, binary: bytes) -> bytes:
+    # The checksum covers the name: an entry under the name of another key is corrupt as well.
     return hashlib.sha256(name.encode() + binary).digest()
 
 
-def write_at_once(path: Path, content: bytes) -> None:
-    """Write a file at once or not at all, whatever others write; raises `OSError`."""
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing, whatever other processes write; raise `OSError` on failure."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
@@ -97,7 +100,7 @@ def write_at_once(path: Path, content: bytes) -> None:
 
 
 def _private(folder: Path) -> bool:
-    """True if no other user can put a kernel into the folder."""
+    """Return True if no other user can put a kernel into the folder."""
     status = folder.stat()
-    mine = not hasattr(os, "getuid") or status.st_uid == os.getuid()
-    return mine and not stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    owned = not hasattr(os, "getuid") or status.st_uid == os.getuid()
+    return owned and not stat.S_IMODE(status.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)

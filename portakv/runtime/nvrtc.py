@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiling for NVIDIA at run time: NVRTC through ``cuda.bindings``, without a GPU or a driver."""
+"""Compile for NVIDIA devices at run time: NVRTC through ``cuda.bindings``, without a GPU or a
+driver."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import SupportsInt
 
 from portakv.runtime import kernel_cache
 
@@ -13,13 +15,13 @@ NEEDED = "pip install '.[cuda]' in a clone of PortaKV ('portakv[cuda]' once rele
 
 
 def missing() -> str | None:
-    """What keeps NVRTC 13 from being used, as a sentence; None if it can be."""
+    """Return why NVRTC 13 cannot be used, as a sentence; None if it can be."""
     try:
-        found = version("cuda-bindings")
+        installed = version("cuda-bindings")
     except PackageNotFoundError:
         return f"cuda-bindings is not installed; {NEEDED}"
-    if found.split(".")[0] != "13":
-        return f"cuda-bindings {found} was found, but 13.x is needed; {NEEDED}"
+    if installed.split(".")[0] != "13":
+        return f"cuda-bindings {installed} is installed, but 13.x is needed; {NEEDED}"
     try:
         from cuda.bindings import nvrtc
 
@@ -28,14 +30,14 @@ def missing() -> str | None:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"NVRTC cannot be loaded ({why}); {NEEDED}"
     if int(status):
-        return f"NVRTC does not tell its version ({status}); {NEEDED}"
+        return f"NVRTC does not report its version ({status}); {NEEDED}"
     if major != 13:
-        return f"NVRTC {major}.{minor} was found, but 13.x is needed; {NEEDED}"
+        return f"NVRTC {major}.{minor} is installed, but 13.x is needed; {NEEDED}"
     return None
 
 
 def nvrtc_version() -> str:
-    """The version of NVRTC, which decides what it makes of a text."""
+    """Return the version of NVRTC, which decides the binary that it makes of a source text."""
     from cuda.bindings import nvrtc
 
     _, major, minor = nvrtc.nvrtcVersion()
@@ -46,38 +48,46 @@ def nvrtc_version() -> str:
 
 
 def architectures() -> list[int]:
-    """The architectures that NVRTC makes machine code for: 80 is compute capability 8.0."""
+    """Return the architectures that NVRTC makes machine code for: 80 is compute capability 8.0."""
     from cuda.bindings import nvrtc
 
     _, count = nvrtc.nvrtcGetNumSupportedArchs()
-    _, found = nvrtc.nvrtcGetSupportedArchs()
-    return sorted(int(arch) for arch in found[:count])
+    _, values = nvrtc.nvrtcGetSupportedArchs()
+    return sorted(int(arch) for arch in values[:count])
 
 
 def target_for(capability: int) -> str:
-    """What to compile for: machine code (``sm_90``), or PTX (``compute_90``) of the nearest older
-    architecture if NVRTC does not know the device's; `RuntimeError` if it knows none so old."""
+    """Return the target to compile for: machine code (``sm_90``), or PTX (``compute_90``).
+
+    PTX is of the nearest older architecture, if NVRTC does not know the device's.
+
+    Raises:
+        RuntimeError: NVRTC knows no architecture that old.
+    """
     known = architectures()
     if capability in known:
         return f"sm_{capability}"
     older = [arch for arch in known if arch < capability]
     if not older:
         raise RuntimeError(
-            f"Compute capability {capability / 10} was asked of NVRTC {nvrtc_version()}, which "
-            f"compiles for {known[0] / 10} and later; use a newer device or another backend."
+            f"Expected compute capability {known[0] / 10} or later, which NVRTC {nvrtc_version()} "
+            f"supports, got {capability / 10}. Use a newer device or another backend."
         )
     return f"compute_{older[-1]}"
 
 
 def compile_kernel(source: str, capability: int) -> bytes:
-    """The binary of a text for a compute capability, kept on disk; raises `RuntimeError` with
-    NVRTC's log, and as `target_for` does."""
+    """Return the binary of a source text for a compute capability, cached on disk.
+
+    Raises:
+        RuntimeError: the compilation failed, with NVRTC's log; or as `target_for` raises it.
+    """
     target = target_for(capability)
     return kernel_cache.cached(_key(source, target), lambda: compile_text(source, target))
 
 
 def compiled_before(source: str, capability: int) -> bool:
-    """True if the cache on disk holds the binary of a text for a compute capability."""
+    """Return True if the cache on disk has the binary of a text for a compute capability."""
     return kernel_cache.holds(_key(source, target_for(capability)))
 
 
@@ -86,6 +96,7 @@ def _key(source: str, target: str) -> tuple[str, ...]:
 
 
 def compile_text(source: str, target: str) -> bytes:
+    """Return the binary of a source text for a target, without the cache."""
     from cuda.bindings import nvrtc
 
     error, program = nvrtc.nvrtcCreateProgram(source.encode(), b"portakv_rows.cu", 0, [], [])
@@ -104,16 +115,20 @@ def compile_text(source: str, target: str) -> bytes:
         nvrtc.nvrtcDestroyProgram(program)
 
 
-def _read(program: Any, ask_size: Any, read: Any) -> bytes:
-    """What NVRTC holds of a program; text ends in a zero byte, as the driver wants it."""
-    error, size = ask_size(program)
-    _check(error, "Asking for the size of a result")
+def _read(
+    program: object,
+    get_size: Callable[[object], tuple[SupportsInt, int]],
+    read: Callable[[object, bytes], tuple[SupportsInt]],
+) -> bytes:
+    """Return a result of NVRTC for a program; text ends in a zero byte, as the driver requires."""
+    error, size = get_size(program)
+    _check(error, "Reading the size of a result")
     result: bytes = b" " * size  # NVRTC writes into it
     (error,) = read(program, result)
     _check(error, "Reading a result")
     return result
 
 
-def _check(error: Any, what: str) -> None:
+def _check(error: SupportsInt, what: str) -> None:
     if int(error):
         raise RuntimeError(f"{what} of NVRTC failed: {error}")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Warnings of faults that may come a thousand times a second, limited to a few lines a minute."""
+"""Log warnings of faults that may occur a thousand times a second, at a few lines a minute."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from portakv.runtime.bounded import Bounded
 
-#: Lines of one topic that are logged within `SECONDS`.
+#: The most lines of one topic that are logged within `SECONDS`.
 LINES = 10
 #: Seconds after which a topic may be logged again.
 SECONDS = 60.0
@@ -20,7 +20,7 @@ _TOPICS = 256
 
 @dataclass
 class _Topic:
-    """Lines of one topic since a time."""
+    """The lines of one topic since a time."""
 
     since: float
     logged: int = 0
@@ -28,8 +28,9 @@ class _Topic:
 
 
 class RateLimitedLog:
-    """Log warnings, at most ``lines`` of each topic within `SECONDS`. The first line after that
-    says how many were left out. Any number of threads may use one.
+    """Log warnings, at most ``lines`` of each topic within `SECONDS`.
+
+    The first line after that reports how many were left out. Any number of threads may use one log.
 
     Args:
         logger: gets the lines.

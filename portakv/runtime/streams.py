@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Streams for the library's own use, order between streams, and host memory held by copies on them.
+"""Create private streams, order work between streams, and retain host memory that copies use.
 
-Torch has 32 streams of a priority, and hands them out in turns. The library may be given a caller's
-stream, whose copies then wait for every transfer, or one stream twice, so that both directions of
-the link wait for each other. On an NVIDIA device the library makes its own by the driver, and uses
-one again when its last owner is gone.
+Torch has 32 streams of a priority, and hands them out in turns. A stream of torch's pool can
+therefore be a caller's stream, which would then wait for every transfer. It can also be handed out
+twice, so that both directions of the link wait for each other. On an NVIDIA device the library
+creates its streams through the driver, and reuses a stream when its last owner is gone.
 """
 
 from __future__ import annotations
@@ -24,15 +24,19 @@ from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import inside
 from portakv.runtime.transfer import Completion, StatusWord, Transfer, event_pool, hold_memory
 
-# Handles without an owner. The one that was given back last goes out first, since staging is kept
-# for it. No lock: the garbage collector may give one back at any moment.
+# Handles without an owner. The handle released last is reused first, since staging buffers are
+# cached for it. No lock: the garbage collector may release a handle at any moment.
 free_handles: defaultdict[tuple[torch.device, int], list[int]] = defaultdict(list)
 
 
 def own_stream(device: torch.device, priority: int = 0) -> Any:
-    """A stream of the device's own kind, which has no other owner for as long as this object lives;
-    one of torch's if the CUDA driver does not serve the device, or cannot be used. The device has
-    its index; a priority is as torch takes it. Raises `TransferError` if the driver makes no more.
+    """Return a stream that has no other owner while the returned object lives.
+
+    The device must have its index; a priority is as torch takes it. Returns a stream of torch's if
+    the CUDA driver does not serve the device, or cannot be used.
+
+    Raises:
+        TransferError: the driver creates no more streams.
     """
     if cuda.no_cuda(device) is not None or cuda.stream_maker() is None:
         make = getattr(torch.get_device_module(device), "Stream", torch.Stream)
@@ -42,14 +46,17 @@ def own_stream(device: torch.device, priority: int = 0) -> Any:
         handle = free.pop()
     except IndexError:
         handle = cuda.make_stream(device, priority)
-    stream: Any = OwnStream(handle, device=device)  # type: ignore[no-untyped-call]
+    stream = OwnStream(handle, device=device)  # type: ignore[no-untyped-call]
     stream.lent = free, handle
     return stream
 
 
 class OwnStream(torch.cuda.ExternalStream):
-    """Gives its handle back when it ends. (Not by a weak reference: torch 2.11's streams do not
-    clear those when they end, and the interpreter crashes.)"""
+    """A stream that releases its handle when it is destroyed.
+
+    It does so in `__del__`: torch 2.11's streams do not clear weak references when they are
+    destroyed, and the interpreter crashes.
+    """
 
     lent: tuple[list[int], int]
 
@@ -58,26 +65,30 @@ class OwnStream(torch.cuda.ExternalStream):
         free.append(handle)
 
 
-# By a caller's stream and two places. One that is dropped may get another owner, whose work then
-# follows what it has left to do: more is ordered than is needed, never less.
-_beside: Bounded[tuple[torch.device, int, str, str], torch.Stream] = Bounded(
-    "streams beside callers' streams", 64
+# The key is a caller's stream and two places. A dropped stream may get another owner, whose work
+# then follows the remaining work: more is ordered than is needed, never less.
+_side_streams: Bounded[tuple[torch.device, int, str, str], torch.Stream] = Bounded(
+    "side streams of callers' streams", 64
 )
 
 
 def side_stream(stream: torch.Stream, src: str, dst: str) -> torch.Stream:
-    """The stream of transfers between two places that begin behind ``stream``, which does not wait
-    for them. Each direction, and each caller's stream, has its own, so that none waits for another.
+    """Return the stream of transfers between two places that start after ``stream``.
+
+    ``stream`` does not wait for these transfers. Each direction and each caller's stream has a
+    separate side stream, so that no transfer waits for an unrelated one.
     """
     key = stream.device, stream.stream_id, src, dst
-    return _beside.get_or_make(key, lambda: own_stream(stream.device))
+    return _side_streams.get_or_make(key, lambda: own_stream(stream.device))
 
 
 def ignore_captures_elsewhere(device: torch.device) -> None:
-    """Let this thread work while another one captures a graph; for as long as the thread lives.
-    CUDA forbids other threads many calls, such as `torch.cuda.Event.query`, and ends the capture if
-    one of them is made. For other devices no such switch is known."""
-    if cuda.of_others(device) is not None:
+    """Let this thread work while another thread captures a graph, until this thread ends.
+
+    CUDA forbids many calls in other threads, such as `torch.cuda.Event.query`: such a call ends the
+    capture. No such switch is known for other devices.
+    """
+    if cuda.not_served(device) is not None:
         return
     try:
         exchange = cuda.library().cuThreadExchangeStreamCaptureMode
@@ -92,22 +103,24 @@ def check_stream(stream: torch.Stream | None, *devices: torch.device) -> None:
     if stream is None or place in devices:
         return
     names = dict.fromkeys(map(str, devices))
-    found = f"a stream of {place}"
-    wanted = f"one of {' or '.join(names)}"
+    expected = f"a stream of {' or '.join(names)}"
+    got = f"a stream of {place}"
     how = ""
     if place is None:
-        found = f"stream={stream!r}"
-        wanted = "a stream of torch"
+        expected = "a stream of torch"
+        got = f"stream={stream!r}"
         how = " (torch.cuda.ExternalStream holds a handle)"
     raise DeviceMismatch(
-        f"A copy on {' and '.join(names)} was asked with {found}; expected {wanted}. "
-        f"Pass one{how}, or none for the current one."
+        f"Expected {expected} for a copy on {' and '.join(names)}, got {got}. Pass such a "
+        f"stream{how}, or None for the current stream."
     )
 
 
 def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
-    """Make ``stream`` wait for the current one of its device, and tell the allocator that it uses
-    the tensors that lie there."""
+    """Make ``stream`` wait for the current stream of its device.
+
+    Also record in the allocator that ``stream`` uses the tensors that lie on its device.
+    """
     if stream is None:
         return
     stream.wait_stream(torch.accelerator.current_stream(stream.device.index))
@@ -119,8 +132,8 @@ def follow_current(stream: torch.Stream | None, *tensors: torch.Tensor) -> None:
 def completion(
     device: torch.device, stream: torch.Stream | None, *host: torch.Tensor
 ) -> Completion:
-    """The end of everything on ``stream`` so far; holds host memory until then, also if the handle
-    is dropped."""
+    """Return the end of all current work on ``stream``; retains host memory until then, also if the
+    handle is dropped."""
     pool = event_pool(device)
     ended = Completion(pool.recorded(stream), retained=host or None, pool=pool)
     if host:
@@ -131,31 +144,33 @@ def completion(
 def captured(
     device: torch.device,
     stream: torch.Stream | None,
-    kept: object,
+    retained: object,
     words: Sequence[tuple[StatusWord, int]] = (),
     *carried: tuple[str, str],
 ) -> Transfer:
-    """The handle of a copy that was captured; with ``stream``, `Transfer.wait` joins the fork."""
+    """Return the handle of a captured copy; with ``stream``, `Transfer.wait` joins the fork."""
     event = None if stream is None else torch.Event(device)
     if event is not None:
         event.record(stream)
     completion = Completion(event, words=words, standing=True)
-    return Transfer((completion,), kept, *carried)
+    return Transfer((completion,), retained, *carried)
 
 
-_own = threading.local()  # a thread's streams, by device
+_own = threading.local()  # the streams of each thread, by device
 
 
 class StreamFence:
-    """What the current stream of a device held when this was made, for workers that go on behind
-    it. On the host nothing waits."""
+    """A fence after the current work of a device's current stream, for workers that continue there.
+
+    On the host it orders nothing.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._event = None if device.type == "cpu" else event_pool(device).recorded(None)
 
     def inside(self) -> AbstractContextManager[object]:
-        """Inside, the current stream is one of this thread's own, behind that work."""
+        """Make a private stream of this thread current, ordered after the fence."""
         if self._event is None:
             return nullcontext()
         own = _own.__dict__

@@ -113,7 +113,7 @@ def test_a_device_is_named(
          "device is detected; check that /dev/kfd can be opened and that HIP_VISIBLE_DEVICES leaves"
          " a device"),
         ("", 0, 3, "HIP finds 1 devices, so that there is no cuda:3"),
-        ("", 0, 0, "torch tells no architecture of cuda:0 ('' was found, and gfx906"),
+        ("", 0, 0, "Expected an architecture of cuda:0 such as gfx906 from torch, got ''"),
         ("hiprtcVersion", 3, 0, "version of hipRTC failed: HIPRTC_ERROR_INVALID_INPUT (3)"),
         ("hipRuntimeGetVersion", 1, 0, "hipRuntimeGetVersion failed: hipErrorInvalidValue (1)"),
     ],
@@ -157,8 +157,8 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         (
             "libc.so.6",
             "libc.so.6",
-            "libc.so.6 has no function hipGetDeviceCount; it is not a HIP that",
-            " is known here",
+            "libc.so.6 has no function hipGetDeviceCount; this HIP is not",
+            " supported",
         ),
     ],
     ids=["none", "no hipRTC", "not HIP"],
@@ -234,12 +234,12 @@ def test_a_compile_error_carries_the_log(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         ("hiprtcCreateProgram", 3, "Creating a program of hipRTC failed: HIPRTC_ERROR_INVALID_I"),
         ("hiprtcCompileProgram", 5, "hipRTC refused the kernel for gfx906:\nHIPRTC_ERROR_INVALID_"),
-        ("hiprtcGetCodeSize", 4, "Asking for the size of a result of hipRTC failed: HIPRTC_ERRO"),
+        ("hiprtcGetCodeSize", 4, "Reading the size of a result of hipRTC failed: HIPRTC_ERRO"),
         ("hiprtcGetCode", 4, "Reading a result of hipRTC failed: HIPRTC_ERROR_INVALID_PROGRAM"),
-        ("hipModuleLoadData", 200, "Loading the kernel was asked of HIP, which answered hipError"),
-        ("hipModuleGetFunction", 500, "Finding the kernel was asked of HIP, which answered hipEr"),
-        ("hipModuleLaunchKernel", 719, "The launch was asked of HIP, which answered hipErrorLaun"),
-        ("hipHostGetDevicePointer", 1, "Finding the status word was asked of HIP, which answered"),
+        ("hipModuleLoadData", 200, "Loading the kernel: expected success of HIP, got hipError"),
+        ("hipModuleGetFunction", 500, "Finding the kernel: expected success of HIP, got hipEr"),
+        ("hipModuleLaunchKernel", 719, "The launch: expected success of HIP, got hipErrorLaun"),
+        ("hipHostGetDevicePointer", 1, "Finding the status word: expected success of HIP, got"),
     ],
 )
 def test_an_error_of_the_driver_is_told(function: str, error: int, told: str) -> None:

@@ -199,7 +199,7 @@ def test_in_a_graph_that_is_replayed(rig: Again, again: bool) -> None:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         transfer = rig.start(ids, chunk)
-    with pytest.raises(TransferError, match="no completion of its own"):
+    with pytest.raises(TransferError, match="no separate completion"):
         transfer.synchronize()
     for slots in (IDS, [9, 2, SLOTS, 6, 0], [SLOTS + 7, 1, 2, 3, 4], [5, 4, 3, 2, 1]):
         ids.copy_(rig.ids(slots))

@@ -76,7 +76,7 @@ def test_each_device_and_priority_has_its_own_or_the_driver_s_word() -> None:
     assert own_stream(other).handle != handle
     assert own_stream(CARD, -1).handle != handle
     assert own_stream(CARD).handle == handle
-    with refused(TransferError, "A stream of cuda:0", "CUDA_ERROR_INVALID_VALUE"):
+    with refused(TransferError, "a new stream of cuda:0", "CUDA_ERROR_INVALID_VALUE"):
         own_stream(CARD, -6)
 
 

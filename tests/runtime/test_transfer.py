@@ -216,7 +216,7 @@ def test_a_batch_waits_for_all_of_its_work(later: Later) -> None:
 
 def test_waiting_with_a_limit(later: Later) -> None:
     transfer = start()[0]
-    with refused(TransferTimeout, "after 0.01 s it has not ended; it goes on. Wait again"):
+    with refused(TransferTimeout, "timed out after 0.01 s, and goes on. Wait again"):
         transfer.synchronize(timeout=0.01)
     for timeout in ("soon", float("nan"), -1, 1j):
         with refused(InvalidTerms, "Expected timeout to be", "0 or more, or None for no limit"):
