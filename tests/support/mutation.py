@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what the tests of a package catch: change one expression, run the tests, count failures.
+
+Draw mutants once (needs `pip install cosmic-ray`, whose operators make them), then run them before
+and after a change of the tests. The list holds the changed lines themselves, so that a run needs no
+further package and finds a line again after other lines moved:
+
+    python tests/support/mutation.py draw --seed 0 --count 500 mutants.json
+    python tests/support/mutation.py run --jobs 2 mutants.json results.json
+
+A mutant is killed if a test of its package fails, or if the tests do not end in time. The results
+name the failed tests of each mutant, so that tests which catch nothing alone can be found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import os
+import queue
+import random
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+#: The modules that are changed, and the tests that judge them.
+SUBJECTS = {
+    "portakv/plan": "tests/plan",
+    "portakv/layout": "tests/layout",
+    "portakv/view/index.py": "tests/view",
+    "portakv/migrate/shards.py": "tests/migrate/test_shards.py tests/migrate/test_pull.py",
+    "portakv/migrate/steps.py": "tests/migrate/test_pull.py",
+    "portakv/migrate/channel.py": "tests/migrate/test_channel.py",
+    "portakv/storage": "tests/storage",
+    "portakv/graph": "tests/graph",
+}
+#: Operators that change names and decorators: most of what they make fails when it is imported.
+LEFT_OUT = ("VariableReplacer", "VariableInserter", "RemoveDecorator")
+#: Seconds after which the tests of one mutant count as hanging.
+PATIENCE = 600
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change: lines of a file in the place of others."""
+
+    path: str
+    operator: str
+    line: int  # of the first changed line, when it was drawn
+    before: str
+    after: str
+    tests: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """What the tests did with a mutant: killed, survived, hung or lost (the lines are gone)."""
+
+    mutant: Mutant
+    state: str
+    failed: list[str]
+    seconds: float
+
+
+def modules() -> dict[Path, str]:
+    """Return the files that are changed, with their tests."""
+    found = {}
+    for name, tests in SUBJECTS.items():
+        top = ROOT / name
+        for path in [top] if top.is_file() else sorted(top.rglob("*.py")):
+            if path.name != "__init__.py":
+                found[path] = tests
+    return found
+
+
+def _meaning(text: str) -> str:
+    """Return the syntax tree without annotations and docstrings, which change nothing."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.returns = None
+        elif isinstance(node, ast.AnnAssign):
+            node.annotation = ast.Constant(None)
+    return ast.dump(tree)
+
+
+def places_in(path: Path) -> dict[tuple[str, int, str], list[tuple[str, int]]]:
+    """Return where a file can be changed: for each line and kind of operator, the operators."""
+    from cosmic_ray.ast import ast_nodes, get_ast
+    from cosmic_ray.plugins import get_operator, operator_names
+
+    nodes = list(ast_nodes(get_ast(path.read_text(encoding="utf-8"))))
+    found = defaultdict(list)
+    for name in sorted(operator_names()):
+        kind = name.partition("/")[2].partition("_")[0]
+        if kind in LEFT_OUT:
+            continue
+        operator = get_operator(name)()
+        starts = [at for node in nodes for at in operator.mutation_positions(node)]
+        for occurrence, ((line, _), _end) in enumerate(starts):
+            found[str(path), line, kind].append((name, occurrence))
+    return found
+
+
+def mutant_of(path: Path, operator: str, occurrence: int, tests: str) -> Mutant | None:
+    """Return one mutant; None if the change has no meaning."""
+    from cosmic_ray.mutating import mutate_code
+    from cosmic_ray.plugins import get_operator
+
+    text = path.read_text(encoding="utf-8")
+    changed = mutate_code(text, get_operator(operator)(), occurrence)
+    if not changed or not _differs(changed, _meaning(text)):
+        return None
+    return _as_lines(path, operator, text, changed, tests)
+
+
+def _differs(text: str, meaning: str) -> bool:
+    try:
+        return _meaning(text) != meaning
+    except SyntaxError:
+        return False
+
+
+def _as_lines(path: Path, operator: str, old: str, new: str, tests: str) -> Mutant | None:
+    """Return the lines that differ between two texts of a file."""
+    before = old.splitlines()
+    after = new.splitlines()
+    first = next(
+        (i for i, pair in enumerate(zip(before, after, strict=False)) if pair[0] != pair[1]), None
+    )
+    if first is None:
+        return None
+    last = 0
+    while before[-1 - last] == after[-1 - last] and len(before) - last - 1 > first:
+        last += 1
+    return Mutant(
+        path.relative_to(ROOT).as_posix(),
+        operator,
+        first + 1,
+        "\n".join(before[first : len(before) - last]),
+        "\n".join(after[first : len(after) - last]),
+        tests,
+    )
+
+
+def draw(seed: int, count: int) -> list[Mutant]:
+    """Draw mutants: each line and kind of operator is as likely as any other."""
+    subjects = modules()
+    places: dict[tuple[str, int, str], list[tuple[str, int]]] = {}
+    for path in subjects:
+        places.update(places_in(path))
+    chance = random.Random(seed)
+    drawn: list[Mutant] = []
+    for place in chance.sample(sorted(places), len(places)):
+        path = Path(place[0])
+        mutant = mutant_of(path, *chance.choice(places[place]), subjects[path])
+        if mutant:
+            drawn.append(mutant)
+        if len(drawn) == count:
+            break
+    return drawn
+
+
+def applied(mutant: Mutant, text: str) -> str | None:
+    """Return a file's text with the mutant in it; None if its lines are not there any more."""
+    places = [m.start() for m in re.finditer(re.escape(mutant.before) + r"(?=\n|$)", text)]
+    places = [at for at in places if at == 0 or text[at - 1] == "\n"]
+    if not places:
+        return None
+    at = min(places, key=lambda at: abs(text.count("\n", 0, at) + 1 - mutant.line))
+    return text[:at] + mutant.after + text[at + len(mutant.before) :]
+
+
+def judge(mutant: Mutant, copy: Path) -> Result:
+    """Run the tests of a mutant in a copy of the repository."""
+    began = time.monotonic()
+    path = copy / mutant.path
+    text = path.read_text(encoding="utf-8")
+    changed = applied(mutant, text)
+    if changed is None:
+        return Result(mutant, "lost", [], 0.0)
+    tests = [name for name in mutant.tests.split() if (copy / name).exists()]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
+    command += ["--timeout", "120", "--maxfail", "40", "-rfE", *tests]
+    environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "PYTHONDONTWRITEBYTECODE": "1"}
+    path.write_text(changed, encoding="utf-8")
+    try:
+        done = subprocess.run(
+            command, cwd=copy, env=environment, capture_output=True, text=True, timeout=PATIENCE
+        )
+    except subprocess.TimeoutExpired:
+        return Result(mutant, "hung", [], time.monotonic() - began)
+    finally:
+        path.write_text(text, encoding="utf-8")
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+    state = "survived" if done.returncode == 0 else "killed"
+    return Result(mutant, state, failed, time.monotonic() - began)
+
+
+def run(mutants: list[Mutant], jobs: int) -> list[Result]:
+    """Run the tests of each mutant, some at a time, each in a copy of the repository."""
+    waiting: queue.SimpleQueue[Mutant] = queue.SimpleQueue()
+    for mutant in mutants:
+        waiting.put(mutant)
+    results: list[Result] = []
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    tracked = [ROOT / name for name in listed.stdout.splitlines()]
+
+    def work(copy: Path) -> None:
+        for path in tracked:
+            target = copy / path.relative_to(ROOT)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, target, follow_symlinks=False)
+        while True:
+            try:
+                mutant = waiting.get_nowait()
+            except queue.Empty:
+                return
+            results.append(judge(mutant, copy))
+            print(f"{len(results)}/{len(mutants)} {results[-1].state} {mutant.path}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        threads = [threading.Thread(target=work, args=(Path(folder, str(n)),)) for n in range(jobs)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    return results
+
+
+def main() -> None:
+    """Draw mutants, or run the tests of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    drawing = verbs.add_parser("draw")
+    drawing.add_argument("--seed", type=int, default=0)
+    drawing.add_argument("--count", type=int, default=500)
+    drawing.add_argument("mutants", type=Path)
+    running = verbs.add_parser("run")
+    running.add_argument("--jobs", type=int, default=2)
+    running.add_argument("mutants", type=Path)
+    running.add_argument("results", type=Path)
+    args = parser.parse_args()
+    if args.verb == "draw":
+        drawn = draw(args.seed, args.count)
+        args.mutants.write_text(json.dumps([asdict(each) for each in drawn], indent=1))
+        return
+    mutants = [Mutant(**each) for each in json.loads(args.mutants.read_text())]
+    results = run(mutants, args.jobs)
+    args.results.write_text(json.dumps([asdict(each) for each in results], indent=1))
+    states = Counter(each.state for each in results)
+    judged = len(results) - states["lost"]
+    print(f"{judged - states['survived']} of {judged} killed; {dict(states)}")
+
+
+if __name__ == "__main__":
+    main()
