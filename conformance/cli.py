@@ -44,9 +44,9 @@ def compare(words: list[str]) -> int:
     )
     parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
-    asked = parser.parse_args(words)
-    old = _record(asked.old)
-    new = _record(asked.new)
+    requested = parser.parse_args(words)
+    old = _record(requested.old)
+    new = _record(requested.new)
     for sentence in summary.differences(old, new):
         print(sentence, file=sys.stderr)
     changes = summary.compare_runs(old, new)
@@ -68,14 +68,14 @@ def verify(words: list[str]) -> int:
         "another job it checks what that has to show. Needs no device.",
     )
     parser.add_argument("report", type=Path, metavar="REPORT", help="conformance.json, or a record")
-    asked = parser.parse_args(words)
-    text = _text(asked.report)
+    requested = parser.parse_args(words)
+    text = _text(requested.report)
     if f'"{SCHEMA}"' not in text:
-        return _verify_job(asked.report)
+        return _verify_job(requested.report)
     if wrong := check_report(text):
-        print("\n".join([*wrong, f"{asked.report} is refused: {len(wrong)} contradictions."]))
+        print("\n".join([*wrong, f"{requested.report} is refused: {len(wrong)} contradictions."]))
         return 1
-    print(f"{asked.report} stands: {summary.verdict_line(RunRecord.read(text))}")
+    print(f"{requested.report} stands: {summary.verdict_line(RunRecord.read(text))}")
     return 0
 
 
@@ -84,13 +84,13 @@ def _verify_job(file: Path) -> int:
     from portakv_conformance.evidence.evidence import read
 
     try:
-        said = read(file)
+        reported = read(file)
     except ValueError as error:
         print(f"{error} Pass the conformance.json of `portakv conform --report`.")
         return 1
-    print(f"{file} is no report, but the record of a job: {said.backend}, {said.told}.")
-    print(f"It shows what it has to. Rung: {said.rung or 'none'}. Again: {said.command}")
-    return 0 if said.rung else 1
+    print(f"{file} is no report, but the record of a job: {reported.backend}, {reported.told}.")
+    print(f"It shows what it has to. Rung: {reported.rung or 'none'}. Again: {reported.command}")
+    return 0 if reported.rung else 1
 
 
 def replay_example(words: list[str]) -> int:
@@ -104,28 +104,28 @@ def replay_example(words: list[str]) -> int:
     parser.add_argument("backend", nargs="?", metavar="NAME", help="default: the one it failed on")
     parser.add_argument("--device", metavar="D", help="default: the one it failed on")
     parser.add_argument("--emulated", action="store_true", help="D is carried by the simulated one")
-    asked = parser.parse_args(words)
+    requested = parser.parse_args(words)
     from portakv_conformance.draw.saved import read_about, replay
     from portakv_conformance.judge.subject import subject
 
-    text = _text(asked.file, "an example")
+    text = _text(requested.file, "an example")
     try:
-        said = read_about(text)
-        name = asked.backend or said.get("backend")
+        reported = read_about(text)
+        name = requested.backend or reported.get("backend")
         if not name:
-            raise BadRequest(f"{asked.file} does not say which backend failed; name one.")
-        device = asked.device or said.get("device", "cpu")
-        emulated = asked.emulated or (asked.device is None and said.get("emulated") is True)
+            raise BadRequest(f"{requested.file} does not say which backend failed; name one.")
+        device = requested.device or reported.get("device", "cpu")
+        emulated = requested.emulated or (requested.device is None and reported.get("emulated") is True)
         if "" not in sys.path and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # a class in this folder, as a run finds it
         # The device is made known to torch by this; tensors of the example may lie there.
         judged = subject(name, device, emulated=emulated)
-        wrong = judged.flaw or replay(asked.file, judged)
+        wrong = judged.flaw or replay(requested.file, judged)
     except PortaKVError as error:
         raise SubjectUnavailable(str(error)) from error
     except ValueError as error:
         raise BadRequest(str(error)) from error
-    print(f"{asked.file}: {wrong or f'passes on {judged.name}, {judged.device}.'}")
+    print(f"{requested.file}: {wrong or f'passes on {judged.name}, {judged.device}.'}")
     return 0 if wrong is None else 1
 
 
@@ -187,17 +187,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return verb(words[1:]) if verb else _conform(words)
     except KeyboardInterrupt:
         code = _INTERRUPTED
-        told = "interrupted; nothing was reported."
+        reported = "interrupted; nothing was reported."
     except SubjectUnavailable as error:
         code = UNAVAILABLE
-        told = str(error)
+        reported = str(error)
     except (BadRequest, WaiverError) as error:
         code = USAGE
-        told = str(error)
+        reported = str(error)
     except (SuiteBroken, PortaKVError) as error:
         code = FAILURES
-        told = str(error)
-    print(f"portakv conform: {told}", file=sys.stderr)
+        reported = str(error)
+    print(f"portakv conform: {reported}", file=sys.stderr)
     return code
 
 
@@ -208,25 +208,25 @@ def _conform(words: list[str]) -> int:
         return score([word for word in words if word != "--mutants"])
     if "--list" in words:
         return _list([word for word in words if word != "--list"])
-    asked = make_parser().parse_args(words)
-    folder = _examples_folder(asked.report)
-    options = replace(_options(asked), examples=folder)
+    requested = make_parser().parse_args(words)
+    folder = _examples_folder(requested.report)
+    options = replace(_options(requested), examples=folder)
     try:
         with shown() as progress:
             if options.fuzz:
                 progress.say(f"seed {options.seed}")
             record = run(options, progress)
     finally:
-        if asked.report is None and not any(folder.iterdir()):
+        if requested.report is None and not any(folder.iterdir()):
             folder.rmdir()
-    if asked.json:
+    if requested.json:
         print(record.document(), end="")
     else:
         summary.print_summary(record, options)
-    if asked.report is not None:
+    if requested.report is not None:
         from portakv_conformance.report.page import write  # needs jinja2
 
-        for path in write(record, asked.report):
+        for path in write(record, requested.report):
             print(f"wrote {path}", file=sys.stderr)
     right = record.verdict == "conformant"
     if options.only:  # whether those are right, and every waiver holds
@@ -244,8 +244,8 @@ def _list(words: list[str]) -> int:
     )
     _add_profile(parser, "core", "core")
     parser.add_argument("--device", default="cpu", metavar="D", help="a kind (default: cpu)")
-    asked = parser.parse_args(words)
-    print("\n".join(cases_of(asked.profile, asked.device)))
+    requested = parser.parse_args(words)
+    print("\n".join(cases_of(requested.profile, requested.device)))
     return CONFORMANT
 
 

@@ -95,8 +95,8 @@ class RunRecord:
         values = asdict(self)
         del values["cases"]
         cases = ",\n".join(f"  {case.line()}" for case in self.cases)
-        told = {json.dumps(k): json.dumps(v, ensure_ascii=False) for k, v in values.items()}
-        lines = "".join(f" {key}: {value},\n" for key, value in told.items())
+        reported = {json.dumps(k): json.dumps(v, ensure_ascii=False) for k, v in values.items()}
+        lines = "".join(f" {key}: {value},\n" for key, value in reported.items())
         return f'{{\n{lines} "cases": [\n{cases}\n ]\n}}\n'
 
     @classmethod
@@ -137,6 +137,6 @@ def _of_kind(record: _Record, place: str) -> _Record:
         kind = _KINDS.get(str(entry.type).partition("[")[0], str)
         value = getattr(record, entry.name)
         if not isinstance(value, kind) or isinstance(value, bool):
-            told = json.dumps(value)[:60]
-            raise ValueError(f"In {place} {entry.name!r} is {told}, not {entry.type}.")
+            reported = json.dumps(value)[:60]
+            raise ValueError(f"In {place} {entry.name!r} is {reported}, not {entry.type}.")
     return record

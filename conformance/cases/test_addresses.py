@@ -46,12 +46,12 @@ def _in_no_order(case: Case, direction: str) -> bool:
     ("gather", "kv"), ("gather", "token"), ("gather", "head"), ("scatter", "kv"),
     ("scatter", "layer"),
 ])  # fmt: skip
-def test_a_source_that_is_expanded(home: Bench, direction: str, axis: str) -> None:
+def test_a_source_that_is_expanded(bench: Bench, direction: str, axis: str) -> None:
     """A source may show one row in several places, by a stride of 0; each place is a row."""
-    how: dict[str, Any] = {"expand": by_hand.dimension(home.paged, axis)}
+    how: dict[str, Any] = {"expand": by_hand.dimension(bench.paged, axis)}
     if direction == "scatter":
         how = {"chunk": {"expand": by_hand.dimension(CHUNK, axis)}}
-    home.copy(home.move(direction, SHAPE, home.shuffled(SHAPE.slots, 9, 1), **how))
+    bench.copy(bench.move(direction, SHAPE, bench.shuffled(SHAPE.slots, 9, 1), **how))
 
 
 def test_caches_that_share_tensors(workshop: Bench, direction: str) -> None:
@@ -91,26 +91,26 @@ _SEEN_TWICE = [
 @pytest.mark.parametrize(
     "engine", ["subject", "automatic", *(pytest.param(engine, marks=full) for engine in STRATEGIES)]
 )
-def test_host_sources_that_are_expanded(home: Bench, engine: str, pinned: bool, every: int) -> None:
+def test_host_sources_that_are_expanded(bench: Bench, engine: str, pinned: bool, every: int) -> None:
     """Host memory whose rows share bytes is copied to the device row by row, by every engine."""
-    host = replace(home, device="cpu")
+    host = replace(bench, device="cpu")
     for layout, axis in _SEEN_TWICE:
         latent = "layer" not in layout
         shape = Shape(layers=1, heads=1, widths=(64,)) if latent else Shape(widths=(64, 64))
-        slots = home.shuffled(shape.slots, 9, 1)
+        slots = bench.shuffled(shape.slots, 9, 1)
         how: Any = {"layout": layout, "expand": by_hand.dimension(layout, axis), "every": every}
         if "block" in layout:
             src = host.cache(shape, slots, **how)
-            dst = home.chunk(shape, 9, layout="token dim" if latent else CHUNK, source=False)
+            dst = bench.chunk(shape, 9, layout="token dim" if latent else CHUNK, source=False)
         else:
             src = host.chunk(shape, 9, **how)
-            cache = "block token dim" if latent else home.paged
-            dst = home.cache(shape, slots, layout=cache, source=False)
+            cache = "block token dim" if latent else bench.paged
+            dst = bench.cache(shape, slots, layout=cache, source=False)
         case = Case(by_hand.on_host(src, pinned), dst, 9)
         if engine == "subject":
-            home.copy(case)
+            bench.copy(case)
         else:
-            _by_engine(home.judge, case, None if engine == "automatic" else engine)
+            _by_engine(bench.judge, case, None if engine == "automatic" else engine)
 
 
 def _by_engine(judge: Judge, case: Case, engine: str | None) -> None:

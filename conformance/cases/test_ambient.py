@@ -42,7 +42,7 @@ def _on_a_stream(device: torch.device) -> Iterator[None]:
 
 def _settings(device: torch.device) -> dict[str, object]:
     """The settings of the calling thread and of torch that a copy must leave alone, by name."""
-    found: dict[str, object] = {
+    result: dict[str, object] = {
         "torch's default dtype": torch.get_default_dtype(),
         "torch's default device": torch.get_default_device(),
         "the number of threads": torch.get_num_threads(),
@@ -51,9 +51,9 @@ def _settings(device: torch.device) -> dict[str, object]:
         "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
     }
     if Facility(device).streams:
-        found["the current device"] = torch.accelerator.current_device_index()
-        found["the current stream"] = torch.accelerator.current_stream(device)
-    return found
+        result["the current device"] = torch.accelerator.current_device_index()
+        result["the current stream"] = torch.accelerator.current_stream(device)
+    return result
 
 
 @contextmanager
@@ -114,50 +114,50 @@ _STATES: dict[str, Callable[[torch.device], AbstractContextManager[object]]] = {
 
 
 @pytest.mark.parametrize("state", _STATES)
-def test_a_copy_under_a_setting(home: Bench, direction: str, state: str) -> None:
+def test_a_copy_under_a_setting(bench: Bench, direction: str, state: str) -> None:
     """What is made and copied under a setting is what it is at any other time, and serves then.
     Bytes that are no numbers show if they were moved by arithmetic."""
     shape = Shape(layers=3, heads=3, widths=(48, 48), blocks=90 + list(_STATES).index(state))
-    slots = home.shuffled(shape.slots, 19, 2)
+    slots = bench.shuffled(shape.slots, 19, 2)
 
     def judged() -> None:
-        case = home.move(direction, shape, slots)
+        case = bench.move(direction, shape, slots)
         for number, guard in enumerate(case.src.guards):
-            fresh = pattern_bytes(home.seed, number, guard.nbytes).copy()
+            fresh = pattern_bytes(bench.seed, number, guard.nbytes).copy()
             # each float64 is a signalling NaN
             fresh[7::8] = 0x7F
             fresh[6::8] = 0xF4
             guard.payload().copy_(torch.from_numpy(fresh))
 
         def carry() -> None:
-            with _STATES[state](home.subject.device):
-                home.judge.finish(home.judge.start(case))
+            with _STATES[state](bench.subject.device):
+                bench.judge.finish(bench.judge.start(case))
 
-        home.judge.judge(case, carry)
+        bench.judge.judge(case, carry)
 
     judged()
-    home.copy(home.move(direction, shape, slots))
+    bench.copy(bench.move(direction, shape, slots))
     judged()
 
 
 @pytest.mark.parametrize("state", _STATES)
 @pytest.mark.parametrize("carry", ["copy", "launch"])
-def test_a_setting_stays_as_it_is(home: Bench, direction: str, state: str, carry: str) -> None:
+def test_a_setting_stays_as_it_is(bench: Bench, direction: str, state: str, carry: str) -> None:
     """A copy, and a launch by itself, leave torch's settings and the thread's stream, device and
     modes as they are."""
     shape = Shape(layers=3, widths=(48, 48))
-    case = home.some(direction, shape, 9)
+    case = bench.some(direction, shape, 9)
     wrong = list[str]()
 
     def work() -> None:
-        with _STATES[state](home.subject.device), _unchanged(home.subject.device) as compare:
+        with _STATES[state](bench.subject.device), _unchanged(bench.subject.device) as compare:
             if carry == "copy":
-                home.judge.finish(home.judge.start(case))
+                bench.judge.finish(bench.judge.start(case))
             else:
-                home.judge.launch_only(case)
+                bench.judge.launch_only(case)
             wrong.append(compare())
 
-    home.judge.judge(case, work)
+    bench.judge.judge(case, work)
     assert wrong in ([], [""]), wrong[0]
 
 
@@ -165,5 +165,5 @@ def test_a_setting_stays_as_it_is(home: Bench, direction: str, state: str, carry
 def test_the_self_check_under_a_setting(subject: Subject, judge: Judge, state: str) -> None:
     """The library's self-check, which precedes a backend's first use, does not mind a setting."""
     with _STATES[state](subject.device):
-        found, why = self_check(subject.backend)
-    assert found is not SelfCheck.FAILED, f"{why}."
+        result, why = self_check(subject.backend)
+    assert result is not SelfCheck.FAILED, f"{why}."

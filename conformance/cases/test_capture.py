@@ -38,87 +38,87 @@ def captured(call: Any) -> tuple[Any, Any]:
     return graph, returned
 
 
-def check_replays(home: Bench, case: Case, graph: Any, holes: int) -> None:
+def check_replays(bench: Bench, case: Case, graph: Any, holes: int) -> None:
     """Replay with new ids and new bytes, and judge each time."""
     side = case.src if case.src.ids is not None else case.dst
     assert side.ids is not None
     for turn in range(3):
-        if home.subject.can.index_on == "device":
-            side.ids.copy_(torch.tensor(home.other(turn).shuffled(side.slots, 9, holes)))
+        if bench.subject.can.index_on == "device":
+            side.ids.copy_(torch.tensor(bench.other(turn).shuffled(side.slots, 9, holes)))
         for number, guard in enumerate(case.src.guards):
-            fresh = pattern_bytes(home.seed + turn + 1, number, guard.nbytes)
+            fresh = pattern_bytes(bench.seed + turn + 1, number, guard.nbytes)
             guard.payload().copy_(torch.from_numpy(fresh.copy()))
         expected = case.expected()
         graph.replay()
         torch.cuda.synchronize()
-        home.judge.check(expected, case, f"At replay {turn}: ")
+        bench.judge.check(expected, case, f"At replay {turn}: ")
 
 
-def check_captured_launch(home: Bench, direction: str, *, first: bool) -> None:
+def check_captured_launch(bench: Bench, direction: str, *, first: bool) -> None:
     """Capture a launch that was never called before, or one that was, and replay it."""
-    if not home.judge.claims("capturable", "its launches cannot be captured into a graph."):
+    if not bench.judge.claims("capturable", "its launches cannot be captured into a graph."):
         return
-    holes = 2 if home.subject.can.skips_negative else 0
+    holes = 2 if bench.subject.can.skips_negative else 0
     shape = FIRST if first else SHAPE
-    case = home.move(direction, shape, home.on_device(shape.slots, 9, holes))
-    launch = home.judge.launch_of(case)
+    case = bench.move(direction, shape, bench.on_device(shape.slots, 9, holes))
+    launch = bench.judge.launch_of(case)
     if not first:
-        home.judge.launch(case)  # made its tables, and all that a first launch makes
+        bench.judge.launch(case)  # made its tables, and all that a first launch makes
         launch(None, None)
     before = Memory.snapshot(case.dst.tensors)
     graph, pending = captured(lambda: launch(None, None))
     assert pending is None, "A captured launch returned a Pending: nobody can wait for a replay."
     wrong = changed(before, case.dst.tensors)
     assert wrong is None, f"A captured launch is carried out at a replay, but {wrong}."
-    check_replays(home, case, graph, holes)
+    check_replays(bench, case, graph, holes)
 
 
-def test_a_launch_is_captured_and_replayed(home: Bench, direction: str) -> None:
+def test_a_launch_is_captured_and_replayed(bench: Bench, direction: str) -> None:
     """What was captured reads ids and bytes anew at every replay."""
-    check_captured_launch(home, direction, first=False)
+    check_captured_launch(bench, direction, first=False)
 
 
-def test_a_first_launch_inside_a_capture(home: Bench, direction: str) -> None:
+def test_a_first_launch_inside_a_capture(bench: Bench, direction: str) -> None:
     """What a launch needs is made when it is prepared: its first call may be inside a capture."""
-    check_captured_launch(home, direction, first=True)
+    check_captured_launch(bench, direction, first=True)
 
 
-def test_a_copy_inside_a_capture(home: Bench, direction: str) -> None:
+def test_a_copy_inside_a_capture(bench: Bench, direction: str) -> None:
     """As a user gets it: a copy of device ids is captured, or refused with nothing enqueued."""
-    can = home.subject.can
+    can = bench.subject.can
     able = can.capturable and can.skips_negative and can.guards and can.index_on == "device"
-    case = home.move(direction, SHAPE, home.on_device(SHAPE.slots, 9, 2))
-    call = _warm(home, case)
+    case = bench.move(direction, SHAPE, bench.on_device(SHAPE.slots, 9, 2))
+    call = _warm(bench, case)
     if able:
         graph, transfer = captured(call)
         for ask in (transfer.done, transfer.synchronize):
             with pytest.raises(TransferError):
                 ask()
-        check_replays(home, case, graph, 2)
+        check_replays(bench, case, graph, 2)
         return
-    home.judge.not_claimed("capturable", "a copy of device ids inside a capture is refused.")
+    bench.judge.not_claimed("capturable", "a copy of device ids inside a capture is refused.")
     refused_in_capture(case, call)
-    home.copy(case)
+    bench.copy(case)
 
 
-def test_host_ids_inside_a_capture(home: Bench, direction: str) -> None:
+def test_host_ids_inside_a_capture(bench: Bench, direction: str) -> None:
     """A backend that reads ids on the device is refused those of the host inside a capture."""
-    case = home.some(direction, SHAPE, 9)
-    call = _warm(home, case)
-    if home.subject.can.index_on == "device":
+    case = bench.some(direction, SHAPE, 9)
+    call = _warm(bench, case)
+    if bench.subject.can.index_on == "device":
         refused_in_capture(case, call)
-    home.copy(case)
+    bench.copy(case)
 
 
-def _warm(home: Bench, case: Case) -> Callable[[], Transfer]:
+def _warm(bench: Bench, case: Case) -> Callable[[], Transfer]:
     """The copy of a case, which was made once: under other indices, since one that was used before
     has its ids on the device."""
     views = view_of(case.src), view_of(case.dst)
 
     def call() -> Transfer:
-        mine = index_of(case.src)
-        theirs = index_of(case.dst)
-        return home.subject.copy(*views, mine, theirs, count=case.count)
+        own = index_of(case.src)
+        other = index_of(case.dst)
+        return bench.subject.copy(*views, own, other, count=case.count)
 
     call().synchronize()
     return call

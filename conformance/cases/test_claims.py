@@ -58,112 +58,112 @@ _PAIRS = [
 @pytest.mark.claim("places")
 @BOTH
 @pytest.mark.parametrize("pair", _PAIRS, ids="-".join)
-def test_places(home: Bench, pair: tuple[str, str], direction: str) -> None:
+def test_places(bench: Bench, pair: tuple[str, str], direction: str) -> None:
     """It copies between the places that it claims, and refuses plans between others."""
-    case = home.some(direction, SHAPE, 9)
-    way = f"from {pair[0]} to {pair[1]} memory"
+    case = bench.some(direction, SHAPE, 9)
+    method = f"from {pair[0]} to {pair[1]} memory"
     src, dst = (
         side if place == "device" else on_host(side, place == "pinned")
         for place, side in zip(pair, (case.src, case.dst), strict=True)
     )
     case = Case(src, dst, case.count)
-    if pair in home.subject.can.places:
-        home.judge.claimed(case, "places", f"copies {way}")
+    if pair in bench.subject.can.places:
+        bench.judge.claimed(case, "places", f"copies {method}")
         return
-    home.judge.not_claimed("places", f"it does not copy {way}.")
+    bench.judge.not_claimed("places", f"it does not copy {method}.")
     plan = plan_of(case)
     try:
-        home.subject.prepare(plan)
+        bench.subject.prepare(plan)
     except Unsupported:
-        home.copy(case)  # the library stages it, or the backend is refused
+        bench.copy(case)  # the library stages it, or the backend is refused
         return
     raise AssertionError(f"It prepares a plan that it does not claim:\n{plan}")
 
 
 @pytest.mark.claim("index_on")
-def test_ids_are_read_where_claimed(home: Bench, direction: str) -> None:
+def test_ids_are_read_where_claimed(bench: Bench, direction: str) -> None:
     """The launch reads ids where it claims to, on both sides at once too."""
     for step in (1, SHAPE.block_size):
-        ids = home.judge.ids(home.shuffled(SHAPE.slots // step, 5))
-        case = home.move(direction, SHAPE, ids, step=step)
-        home.judge.claimed(case, "index_on", f"reads ids on the {home.subject.can.index_on}")
-    _within_one_cache(home, (None, None), "index_on", "reads ids of both sides")
+        ids = bench.judge.ids(bench.shuffled(SHAPE.slots // step, 5))
+        case = bench.move(direction, SHAPE, ids, step=step)
+        bench.judge.claimed(case, "index_on", f"reads ids on the {bench.subject.can.index_on}")
+    _within_one_cache(bench, (None, None), "index_on", "reads ids of both sides")
 
 
-def _within_one_cache(home: Bench, dtypes: tuple[Any, Any], field: str, what: str) -> None:
+def _within_one_cache(bench: Bench, dtypes: tuple[Any, Any], field: str, what: str) -> None:
     """Judge a copy within one cache, which a backend may decline whatever it claims of ids."""
-    slots = home.shuffled(SHAPE.slots, 12)
-    src, dst = (home.judge.ids(slots[n : n + 6], dtypes[n // 6]) for n in (0, 6))
-    case = home.within(SHAPE, src, dst)
-    if takes(home.subject, case):
-        home.judge.claimed(case, field, what)
+    slots = bench.shuffled(SHAPE.slots, 12)
+    src, dst = (bench.judge.ids(slots[n : n + 6], dtypes[n // 6]) for n in (0, 6))
+    case = bench.within(SHAPE, src, dst)
+    if takes(bench.subject, case):
+        bench.judge.claimed(case, field, what)
     else:
-        home.copy(case)
+        bench.copy(case)
 
 
 @pytest.mark.claim("index_dtypes")
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
-def test_ids_are_read_in_the_claimed_dtypes(home: Bench, dtype: Any, direction: str) -> None:
+def test_ids_are_read_in_the_claimed_dtypes(bench: Bench, dtype: Any, direction: str) -> None:
     """The launch reads ids of each dtype that it claims, also where the sides' dtypes differ."""
-    if dtype not in home.subject.can.index_dtypes:
-        home.judge.not_claimed("index_dtypes", f"ids of {dtype} are converted before the launch.")
-        home.copy(home.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
+    if dtype not in bench.subject.can.index_dtypes:
+        bench.judge.not_claimed("index_dtypes", f"ids of {dtype} are converted before the launch.")
+        bench.copy(bench.move(direction, SHAPE, torch.tensor([3, 0, 9], dtype=dtype)))
         return
-    ids = home.judge.ids(home.shuffled(SHAPE.slots, 9), dtype)
-    home.judge.claimed(home.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
-    for other in home.subject.can.index_dtypes:
-        _within_one_cache(home, (dtype, other), "index_dtypes", f"reads {dtype} beside {other}")
+    ids = bench.judge.ids(bench.shuffled(SHAPE.slots, 9), dtype)
+    bench.judge.claimed(bench.move(direction, SHAPE, ids), "index_dtypes", f"reads ids of {dtype}")
+    for other in bench.subject.can.index_dtypes:
+        _within_one_cache(bench, (dtype, other), "index_dtypes", f"reads {dtype} beside {other}")
 
 
 @pytest.mark.claim("skips_negative")
 @BOTH
 @pytest.mark.parametrize("step", [1, 4])
-def test_negative_ids_reach_the_launch(home: Bench, step: int, direction: str) -> None:
+def test_negative_ids_reach_the_launch(bench: Bench, step: int, direction: str) -> None:
     """A launch that claims to skip negative ids moves nothing for any negative number."""
-    if not home.judge.claims("skips_negative", "negative ids are removed before the launch."):
-        home.copy(home.move(direction, SHAPE, [-1, 3, -1], step=step))
+    if not bench.judge.claims("skips_negative", "negative ids are removed before the launch."):
+        bench.copy(bench.move(direction, SHAPE, [-1, 3, -1], step=step))
         return
-    for dtype in home.subject.can.index_dtypes:
+    for dtype in bench.subject.can.index_dtypes:
         least = torch.iinfo(dtype).min
         for ids in ([-1, 3, 0], [3, 0, -1], [-1, -1], [-7, 2, least, 5], [least // 4, 1, -(2**20)]):
-            case = home.move(direction, SHAPE, home.judge.ids(ids, dtype), step=step)
-            home.judge.claimed(case, "skips_negative", "skips negative ids")
+            case = bench.move(direction, SHAPE, bench.judge.ids(ids, dtype), step=step)
+            bench.judge.claimed(case, "skips_negative", "skips negative ids")
 
 
 @pytest.mark.claim("guards")
 @BOTH
 @pytest.mark.parametrize("step", [1, 4])
-def test_bad_ids_are_guarded(home: Bench, step: int, direction: str) -> None:
+def test_bad_ids_are_guarded(bench: Bench, step: int, direction: str) -> None:
     """A launch that guards moves nothing for an id past the end, moves all others, and writes the
     position + 1 of a bad id to the status word, if it is given one."""
-    if not home.judge.claims("guards", "bad ids are found before the launch."):
+    if not bench.judge.claims("guards", "bad ids are found before the launch."):
         return
     past = SHAPE.slots // step
     lists = [[1, past, 3], [past, 2], [0, 4, past], [1, past, 3, past], [4, 2, 0]]
-    for dtype in home.subject.can.index_dtypes:
+    for dtype in bench.subject.can.index_dtypes:
         wild = [past + 1, 2**31 - 1]
         wild += [2**31, 2**32 + 1, 2**40, 2**61, 2**62, 2**63 - 1] if dtype == torch.int64 else []
         for number, ids in enumerate([lists[0], *([1, bad, 3] for bad in wild), *lists]):
-            case = home.move(direction, SHAPE, home.judge.ids(ids, dtype), step=step)
-            home.judge.guarded(case, word=number > 0)
+            case = bench.move(direction, SHAPE, bench.judge.ids(ids, dtype), step=step)
+            bench.judge.guarded(case, word=number > 0)
 
 
 @pytest.mark.claim("alignment")
 @BOTH
 @pytest.mark.parametrize("vector", [1, 2, 4, 8, 16])
-def test_alignment(home: Bench, vector: int, direction: str) -> None:
+def test_alignment(bench: Bench, vector: int, direction: str) -> None:
     """It takes rows that are aligned as it claims and no better, and refuses any less."""
     for how in ({"shift": vector}, {"pads": {4: vector}}, {"pads": {2: vector}}):
         as_bytes: dict[str, Any] = {"dtype": torch.uint8, **how}
-        case = home.some(direction, Shape(widths=(64, 64)), 9, **as_bytes)
+        case = bench.some(direction, Shape(widths=(64, 64)), 9, **as_bytes)
         plan = plan_of(case)
         assert plan.vector >= min(vector, 16), f"The suite's plan has vector {plan.vector}."
-        if plan.vector < home.subject.can.alignment:
-            home.judge.refused(case)
+        if plan.vector < bench.subject.can.alignment:
+            bench.judge.refused(case)
         # Padding may need more loops than it claims; an offset in the storage never does.
-        elif "shift" in how or refusal(home.subject.can, plan) is None:
-            home.judge.claimed(case, "alignment", f"takes rows at multiples of {plan.vector} B")
+        elif "shift" in how or refusal(bench.subject.can, plan) is None:
+            bench.judge.claimed(case, "alignment", f"takes rows at multiples of {plan.vector} B")
 
 
 #: For each number of strided loops in a plan, the extents (layers, kv, heads, tokens) that make it.
@@ -173,56 +173,56 @@ _LOOPS = {0: (1, 1, 1, 1), 1: (1, 1, 2, 1), 2: (1, 2, 2, 1), 3: (3, 2, 2, 1), 4:
 @pytest.mark.claim("max_loops")
 @BOTH
 @pytest.mark.parametrize("loops", _LOOPS)
-def test_max_loops(home: Bench, loops: int, direction: str) -> None:
+def test_max_loops(bench: Bench, loops: int, direction: str) -> None:
     """It takes nests of as many strided loops as it claims, and refuses deeper ones."""
     layers, kv, heads, step = _LOOPS[loops]
     shape = Shape(layers=layers, heads=heads, widths=(32,) * kv)
     # No two loops can be merged: every place is padded, by multiples of the widest vector.
-    places = len(home.paged.rpartition("|")[2].split())
+    places = len(bench.paged.rpartition("|")[2].split())
     pads = {place: 8 * place for place in range(1, places)}
-    case = home.some(direction, shape, 3, step=step, pads=pads)
+    case = bench.some(direction, shape, 3, step=step, pads=pads)
     plan = plan_of(case)
     assert max(len(nest.loops) for nest in plan.nests) == loops, str(plan)
-    most = home.subject.can.max_loops
+    most = bench.subject.can.max_loops
     if most is None or loops <= most:
-        home.judge.claimed(case, "max_loops", f"takes {loops} strided loops")
+        bench.judge.claimed(case, "max_loops", f"takes {loops} strided loops")
     else:
-        home.judge.refused(case)
+        bench.judge.refused(case)
 
 
 @pytest.mark.claim("tables")
-def test_tables(home: Bench, direction: str) -> None:
+def test_tables(bench: Bench, direction: str) -> None:
     """It takes planes in separate allocations, at new addresses in each call; or refuses them."""
     shape = Shape(layers=5)
-    held = []
+    retained = []
     # Blocks as a list need a table and no loop, where the home has no list.
-    layout = home.paged if "|" in home.paged else home.paged.replace("block", "block |", 1)
-    grain = max(1, home.subject.can.alignment // 2)
+    layout = bench.paged if "|" in bench.paged else bench.paged.replace("block", "block |", 1)
+    grain = max(1, bench.subject.can.alignment // 2)
     for number in range(3):
         how: dict[str, Any] = {"layout": layout, "place": "scattered", "grain": grain}
-        case = home.other(number).some(direction, shape, 9, **how)
-        held.append(case)
+        case = bench.other(number).some(direction, shape, 9, **how)
+        retained.append(case)
         assert plan_of(case).tabled, "The suite's plan needs no table."
-        if home.subject.can.tables:
-            home.judge.claimed(case, "tables", "takes planes behind a table of addresses")
+        if bench.subject.can.tables:
+            bench.judge.claimed(case, "tables", "takes planes behind a table of addresses")
         else:
-            home.judge.refused(case)
+            bench.judge.refused(case)
     launches: dict[Any, Any] = {}
-    for case in held if home.subject.can.tables else ():
+    for case in retained if bench.subject.can.tables else ():
         # One prepared launch serves views of one form at any addresses.
         plan = plan_of(case)
         key = (plan.src, plan.dst)
-        launches[key] = launches.get(key) or home.subject.prepare(plan)
-        home.judge.judge(case, home.judge.landing(case, launches[key]), lambda: None)
+        launches[key] = launches.get(key) or bench.subject.prepare(plan)
+        bench.judge.judge(case, bench.judge.landing(case, launches[key]), lambda: None)
 
 
 @pytest.mark.claim("threads")
-def test_threads(home: Bench) -> None:
+def test_threads(bench: Bench) -> None:
     """One launch may be called from several threads at once; copies may be in any case."""
     shape = Shape(layers=3)
-    cases = [home.other(n).some("gather", shape, 9) for n in range(4)]
+    cases = [bench.other(n).some("gather", shape, 9) for n in range(4)]
     plans = [plan_of(case) for case in cases]
     assert len({(plan.src, plan.dst) for plan in plans}) == 1
-    able = home.judge.claims("threads", "the library lets one thread at a time into a launch.")
-    launch = home.subject.prepare(plans[0]) if able else None
-    home.judge.at_once(cases, launch, times=40 if able else 8)
+    able = bench.judge.claims("threads", "the library lets one thread at a time into a launch.")
+    launch = bench.subject.prepare(plans[0]) if able else None
+    bench.judge.at_once(cases, launch, times=40 if able else 8)

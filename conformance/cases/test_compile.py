@@ -27,16 +27,16 @@ def compiler() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
-def test_a_transfer_inside_a_compiled_function(home: Bench, compiler: str, move: str) -> None:
+def test_a_transfer_inside_a_compiled_function(bench: Bench, compiler: str, move: str) -> None:
     """It comes behind what the function writes before it, and before what is read behind it."""
     if torch._C._len_torch_dispatch_stack():
-        home.judge.declined.append(
+        bench.judge.declined.append(
             "what emulates this device watches every op by a dispatch mode, and torch.compile "
             "traces through none"
         )
         return
-    connector = home.connector()
-    caches = home.cache(SHAPE, [], source=move == "from_gpu")
+    connector = bench.connector()
+    caches = bench.cache(SHAPE, [], source=move == "from_gpu")
     connector.register_kv_caches(caches.tensors)
 
     def step(chunk: torch.Tensor, fresh: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
@@ -49,19 +49,19 @@ def test_a_transfer_inside_a_compiled_function(home: Bench, compiler: str, move:
 
     compiled = torch.compile(step, fullgraph=True, backend=compiler)
     for turn, tokens in enumerate((5, 9, 12)):
-        shop = home.other(100 + turn)
+        shop = bench.other(100 + turn)
         slots = shop.on_device(SHAPE.slots, tokens, 1)
         chunk = shop.chunk(SHAPE, tokens, source=move == "to_gpu")
         paged = replace(caches, ids=slots, arrangement=None)
         case = between("gather" if move == "from_gpu" else "scatter", paged, chunk, tokens)
-        given = (chunk.tensors, chunk.tensors.clone(), slots)
+        supplied = (chunk.tensors, chunk.tensors.clone(), slots)
         returned: list[torch.Tensor] = []
 
-        def carry(given: Any = given, returned: list[torch.Tensor] = returned) -> None:
+        def carry(given: Any = supplied, returned: list[torch.Tensor] = returned) -> None:
             returned.append(compiled(*given))
-            home.facility.synchronize()
+            bench.facility.synchronize()
 
-        if home.judge.judge(case, carry):
+        if bench.judge.judge(case, carry):
             read, left = (each.cpu().view(torch.uint8) for each in (returned[0], chunk.tensors))
             assert torch.equal(read, left), (
                 "What the compiled function read behind the transfer is not what the transfer left."

@@ -25,18 +25,18 @@ SHAPE = Shape(blocks=8)
 class Store:
     """Caches, and a connector that moves their rows to chunks or back."""
 
-    home: Bench
+    bench: Bench
     connector: AdaptiveConnector
     move: str
 
     def caches(self, seed: int = 0) -> Side:
         """Caches of a seed of their own."""
-        return self.home.other(seed).cache(SHAPE, [], source=self.move == "from_gpu")
+        return self.bench.other(seed).cache(SHAPE, [], source=self.move == "from_gpu")
 
     def case(self, caches: Side, slots: Any, tokens: int = 0, seed: int = 0) -> Case:
         """The copy that a call for these slots must be."""
         how: dict[str, Any] = {"source": self.move == "to_gpu"}
-        chunk = self.home.other(100 + seed).chunk(SHAPE, tokens or max(len(slots), 1), **how)
+        chunk = self.bench.other(100 + seed).chunk(SHAPE, tokens or max(len(slots), 1), **how)
         return self.between(caches, torch.as_tensor(slots), chunk)
 
     def between(self, caches: Side, slots: torch.Tensor, chunk: Side) -> Case:
@@ -48,7 +48,7 @@ class Store:
         """Judge a call of the connector, by default under the ids of a case, as that copy."""
         call = partial(getattr(self.connector, self.move), held or _chunk(case).tensors, cache)
         ids = case.src.ids if case.src.ids is not None else case.dst.ids
-        self.home.judge.call(case, partial(call, *(rest or (ids,))))
+        self.bench.judge.call(case, partial(call, *(rest or (ids,))))
 
 
 def _chunk(case: Case) -> Side:
@@ -56,9 +56,9 @@ def _chunk(case: Case) -> Side:
 
 
 @pytest.fixture(params=("from_gpu", "to_gpu"))
-def store(home: Bench, request: pytest.FixtureRequest) -> Store:
+def store(bench: Bench, request: pytest.FixtureRequest) -> Store:
     """A connector for this backend, in a layout that it takes."""
-    return Store(home, home.connector(), request.param)
+    return Store(bench, bench.connector(), request.param)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_a_range_of_the_slot_mapping(store: Store, start: int, end: int | None) 
     caches = store.caches()
     store.connector.register_kv_caches(caches.tensors)
     for turn, holes in enumerate((0, 2)):
-        slots = torch.tensor(store.home.shuffled(SHAPE.slots, 12, holes))
+        slots = torch.tensor(store.bench.shuffled(SHAPE.slots, 12, holes))
         case = store.case(caches, slots[start:end], tokens=12, seed=turn)
         store.check(case, None, slots, start, end)
 
@@ -78,7 +78,7 @@ def test_caches_that_were_registered_again(store: Store) -> None:
     """An engine that reallocates its caches registers them again, and the old are let alone."""
     for seed in range(3):
         caches = store.caches(seed)
-        slots = torch.tensor(store.home.shuffled(SHAPE.slots, 9, 1))
+        slots = torch.tensor(store.bench.shuffled(SHAPE.slots, 9, 1))
         store.connector.register_kv_caches(caches.tensors)
         for again in range(2):
             store.check(store.case(caches, slots.roll(again), seed=seed))
@@ -88,7 +88,7 @@ def test_caches_passed_with_the_call(store: Store) -> None:
     """Caches that differ from those registered take their place; alternating sets do not mix."""
     sets = [store.caches(seed) for seed in range(2)]
     for turn, caches in enumerate((*sets, *sets)):
-        case = store.case(caches, store.home.shuffled(SHAPE.slots, 7 + turn), seed=turn)
+        case = store.case(caches, store.bench.shuffled(SHAPE.slots, 7 + turn), seed=turn)
         store.check(case, caches.tensors)
 
 
@@ -96,7 +96,7 @@ def test_caches_passed_with_the_call(store: Store) -> None:
 def test_batches(store: Store, ragged: bool) -> None:
     """A batch moves each chunk's range of the slot mapping, as single calls would."""
     lengths = (8, 5, 8, 3) if ragged else (8, 8, 8)
-    slots = torch.tensor(store.home.shuffled(SHAPE.slots, sum(lengths), 2))
+    slots = torch.tensor(store.bench.shuffled(SHAPE.slots, sum(lengths), 2))
     ends = [*accumulate(lengths)]
     caches = store.caches()
     starts = [0, *ends[:-1]]
@@ -118,20 +118,20 @@ def test_batches(store: Store, ragged: bool) -> None:
     joined = store.between(caches, slots, chunks)
     batch = partial(getattr(store.connector, f"batched_{store.move}"), tensors, None, slots)
     if store.move == "to_gpu":  # all land in one cache: each expectation is made by those before
-        store.home.judge.call(joined, partial(batch, starts, ends))
+        store.bench.judge.call(joined, partial(batch, starts, ends))
         return
     expected = [case.expected() for case in cases]
-    asked = asked_of(joined)
-    moved = store.home.judge.call(cases[0], partial(batch, starts, ends), asked=asked)
+    requested = asked_of(joined)
+    moved = store.bench.judge.call(cases[0], partial(batch, starts, ends), asked=requested)
     for case, wanted in zip(cases, expected, strict=True):
         verdict = changed(wanted.before, case.dst.tensors)
         if moved:
-            verdict = store.home.judge.compare(wanted, case.dst.tensors, case.src.tensors)
+            verdict = store.bench.judge.compare(wanted, case.dst.tensors, case.src.tensors)
         assert verdict is None, verdict
 
 
 def test_objects_that_hold_a_tensor(store: Store) -> None:
     """A memory object may hold its tensor, and may be longer than what is moved."""
     caches = store.caches()
-    case = store.case(caches, store.home.shuffled(SHAPE.slots, 6), tokens=32)
+    case = store.case(caches, store.bench.shuffled(SHAPE.slots, 6), tokens=32)
     store.check(case, caches.tensors, held=SimpleNamespace(tensor=_chunk(case).tensors))

@@ -53,43 +53,43 @@ _WIDTHS = [
 ]
 
 
-def both_ways(home: Bench, source: Any, target: Any) -> None:
+def both_ways(bench: Bench, source: Any, target: Any) -> None:
     """Judge a copy from the first maker's side, which has ids, to the second's, and back."""
     for make, take in ((source, target), (target, source)):
         src = make(source=True)
         dst = take(source=False)
-        home.copy(Case(src, dst, min(len(side.ids) * side.step for side in (src, dst))))
+        bench.copy(Case(src, dst, min(len(side.ids) * side.step for side in (src, dst))))
 
 
 @pytest.mark.parametrize("width", _WIDTHS)
-def test_row_width(home: Bench, width: int) -> None:
+def test_row_width(bench: Bench, width: int) -> None:
     """A row of any number of bytes moves whole: nothing is rounded, and no last piece is lost."""
     shape = Shape(layers=1, heads=1, widths=(width, width), blocks=5)
     # A width is a program of its own for backends that compile, so the others go one way only.
     for direction in DIRECTIONS if width in _COMMON else (DIRECTIONS[width % 2],):
-        home.copy(home.some(direction, shape, 7, 1, dtype=torch.uint8))
+        bench.copy(bench.some(direction, shape, 7, 1, dtype=torch.uint8))
 
 
-def heads_first(home: Bench, direction: str, heads: int, width: int) -> None:
+def heads_first(bench: Bench, direction: str, heads: int, width: int) -> None:
     """Judge copies of caches in which each head lies apart, by their layout or in memory alone."""
     shape = Shape(heads=heads, widths=(width, width))
-    home.copy(home.some(direction, shape, 9, 1, layout=HND))
-    memory = by_hand.reordered(home.paged, "kv block head token dim")
-    home.copy(home.some(direction, shape, 9, 1, memory=memory))
+    bench.copy(bench.some(direction, shape, 9, 1, layout=HND))
+    memory = by_hand.reordered(bench.paged, "kv block head token dim")
+    bench.copy(bench.some(direction, shape, 9, 1, memory=memory))
 
 
 @pytest.mark.parametrize("width", [2, 6, 10, 20, 34, 66, 100, 132])
 @pytest.mark.parametrize("heads", [1, 3, 8])
-def test_heads_that_no_vector_divides(home: Bench, heads: int, width: int) -> None:
+def test_heads_that_no_vector_divides(bench: Bench, heads: int, width: int) -> None:
     """In HND a head's bytes bound the widest access, also where a vector divides the row."""
     for direction in DIRECTIONS:
-        heads_first(home, direction, heads, width)
+        heads_first(bench, direction, heads, width)
 
 
 @pytest.mark.parametrize("heads", [5, 6, 12, 40])
-def test_heads_that_are_no_power_of_two(home: Bench, direction: str, heads: int) -> None:
+def test_heads_that_are_no_power_of_two(bench: Bench, direction: str, heads: int) -> None:
     """Heads that lie apart are each moved, and nothing beside the last of them."""
-    heads_first(home, direction, heads, 32)
+    heads_first(bench, direction, heads, 32)
 
 
 @pytest.mark.parametrize(("layout", "widths"), [
@@ -121,11 +121,11 @@ def test_keys_and_values_of_unequal_width(workshop: Bench, layout: str, widths: 
         if layers < 5 or heads * width <= 1 << 14  # what interprets kernels takes its time
     ],
 )
-def test_many_heads_and_few(home: Bench, heads: int, width: int, layers: int) -> None:
+def test_many_heads_and_few(bench: Bench, heads: int, width: int, layers: int) -> None:
     """128 heads are as good as one, and so is a row of more than 1,024 vectors."""
     shape = Shape(layers=layers, heads=heads, widths=(width, width), blocks=3)
-    for layout in (home.paged, HND):
-        home.both(shape, 5, 1, layout=layout)
+    for layout in (bench.paged, HND):
+        bench.both(shape, 5, 1, layout=layout)
 
 
 @pytest.mark.parametrize("layout", ["layer | block token dim", "layer | (block token) 1 dim"])
@@ -212,12 +212,12 @@ def _lying(layout: str, how: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", _PADDED)
-def test_strides_and_padding(home: Bench, direction: str, how: str) -> None:
+def test_strides_and_padding(bench: Bench, direction: str, how: str) -> None:
     """Rows lie where strides and storage offsets say; the bytes between them are not touched."""
     shape = Shape(layers=3, widths=(16, 16))
-    wanted = _lying(home.paged, _PADDED[how])
-    home.copy(home.some(direction, shape, 9, 1, **wanted))
-    home.copy(home.some(direction, shape, 3, 1, step=4, **wanted))
+    wanted = _lying(bench.paged, _PADDED[how])
+    bench.copy(bench.some(direction, shape, 9, 1, **wanted))
+    bench.copy(bench.some(direction, shape, 3, 1, step=4, **wanted))
 
 
 #: How a chunk lies, as keywords of `arranged`.
@@ -232,9 +232,9 @@ _CHUNKS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("how", _CHUNKS)
-def test_chunks_that_are_not_contiguous(home: Bench, direction: str, how: str) -> None:
+def test_chunks_that_are_not_contiguous(bench: Bench, direction: str, how: str) -> None:
     """A chunk need not be contiguous: what is written arrives in it, not in a copy of it."""
-    home.copy(home.some(direction, Shape(widths=(16, 16)), 9, 1, _CHUNKS[how]))
+    bench.copy(bench.some(direction, Shape(widths=(16, 16)), 9, 1, _CHUNKS[how]))
 
 
 @pytest.mark.parametrize(
@@ -246,12 +246,12 @@ def test_chunks_that_are_not_contiguous(home: Bench, direction: str, how: str) -
     ],
 )
 @pytest.mark.parametrize("place", ["separate", "strided", "scattered"])
-def test_lists_of_memory_objects(home: Bench, layout: str, place: str) -> None:
+def test_lists_of_memory_objects(bench: Bench, layout: str, place: str) -> None:
     """A list of buffers, each a block, is one paged view and moves in one copy."""
     cache = Shape(blocks=8)
     store = Shape(block_size=16, blocks=2)
-    paged = partial(home.cache, cache, home.shuffled(cache.slots, 27, 2))
-    both_ways(home, paged, partial(home.cache, store, range(27), layout=layout, place=place))
+    paged = partial(bench.cache, cache, bench.shuffled(cache.slots, 27, 2))
+    both_ways(bench, paged, partial(bench.cache, store, range(27), layout=layout, place=place))
 
 
 @pytest.mark.parametrize("layout", ["layer | block page", "block layer page", "block | layer page"])
@@ -266,18 +266,18 @@ def test_opaque_pages(workshop: Bench, page: int, layout: str) -> None:
     both_ways(workshop, padded, partial(make, blocks, layout=layout))
 
 
-def test_one_source_row_for_many_tokens(home: Bench) -> None:
+def test_one_source_row_for_many_tokens(bench: Bench) -> None:
     """A source may have a stride of 0, and one slot may be read many times."""
     spread = {"layout": "kv layer token head dim", "expand": 2}
-    home.copy(home.some("scatter", Shape(), 8, 0, spread))
-    home.copy(home.gather(Shape(), [5, 5, 5, 0, 5, -1, 5]))
+    bench.copy(bench.some("scatter", Shape(), 8, 0, spread))
+    bench.copy(bench.gather(Shape(), [5, 5, 5, 0, 5, -1, 5]))
 
 
 @BOTH
 @pytest.mark.parametrize("kind", ["tokens", "blocks", "layers", "rows-of-a-block"])
-def test_more_than_a_grid_holds(home: Bench, kind: str, direction: str) -> None:
+def test_more_than_a_grid_holds(bench: Bench, kind: str, direction: str) -> None:
     """Nothing is clipped of many tokens, many blocks, many runs of a token or a long block."""
-    rng = torch.Generator().manual_seed(home.seed)
+    rng = torch.Generator().manual_seed(bench.seed)
     how = dict[str, Any]()
     if kind == "tokens":
         shape = Shape(1, 1, (2, 2), block_size=16, blocks=12_600)
@@ -294,30 +294,30 @@ def test_more_than_a_grid_holds(home: Bench, kind: str, direction: str) -> None:
         shape = Shape(1, 2, (2, 2), block_size=35_000, blocks=2)
         ids = [1]
         how = {"layout": HND, "step": 35_000}
-    home.copy(home.move(direction, shape, ids, **how))
+    bench.copy(bench.move(direction, shape, ids, **how))
 
 
 @full
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 def test_more_runs_than_one_call_of_a_copy_engine_takes(
-    home: Bench, direction: str, pinned: bool
+    bench: Bench, direction: str, pinned: bool
 ) -> None:
     """Between host and device one call moves 20,000 runs, no two of them neighbours on either side:
     engines that take 8,192 at a time are called again."""
     shape = Shape(2, 1, (24, 24), blocks=2 * 5_000 // 4)
     source = direction == "gather"
-    slots = home.shuffled(shape.slots // 2, 5_000)
-    cache = home.cache(shape, [2 * slot for slot in slots], source=source)
-    host = Workshop("cpu", home.seed)
+    slots = bench.shuffled(shape.slots // 2, 5_000)
+    cache = bench.cache(shape, [2 * slot for slot in slots], source=source)
+    host = Workshop("cpu", bench.seed)
     chunk = by_hand.on_host(host.chunk(shape, 5_000, source=not source, pads={3: 4}), pinned)
-    home.copy(between(direction, cache, chunk, 5_000))
+    bench.copy(between(direction, cache, chunk, 5_000))
 
 
 @pytest.mark.parametrize("same", [True, False], ids=["same-dtype", "other-dtype"])
-def test_widths_are_compared_in_bytes(home: Bench, same: bool) -> None:
+def test_widths_are_compared_in_bytes(bench: Bench, same: bool) -> None:
     """Both sides may have different dtypes where rows have equal bytes; bits are not converted."""
-    home.both(Shape(), 9, 1, {"dtype": torch.float16 if same else torch.int64})
+    bench.both(Shape(), 9, 1, {"dtype": torch.float16 if same else torch.int64})
 
 
 def test_a_row_that_is_larger_than_a_page_of_memory(workshop: Bench, direction: str) -> None:

@@ -19,14 +19,14 @@ from portakv_conformance.judge.subject import subject as find
 pytestmark = [pytest.mark.area("ordering"), pytest.mark.needs("accelerator")]
 
 
-def test_threads_with_streams_of_their_own(home: Bench) -> None:
+def test_threads_with_streams_of_their_own(bench: Bench) -> None:
     """Threads that copy on streams of their own do not disturb each other."""
-    lates = [Late(home, home.other(n).some("gather", SHAPE, 9, 1)) for n in range(3)]
+    lates = [Late(bench, bench.other(n).some("gather", SHAPE, 9, 1)) for n in range(3)]
 
     def work(late: Late) -> None:
-        with home.facility.on(home.facility.stream()):
+        with bench.facility.on(bench.facility.stream()):
             for _ in range(5):
-                home.facility.delay(1)
+                bench.facility.delay(1)
                 late.produce()
                 late.copy().synchronize()
 
@@ -37,14 +37,14 @@ def test_threads_with_streams_of_their_own(home: Bench) -> None:
 
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("thread", [False, True], ids=["same-thread", "other-thread"])
-def test_another_device_than_the_current_one(home: Bench, direction: str, thread: bool) -> None:
+def test_another_device_than_the_current_one(bench: Bench, direction: str, thread: bool) -> None:
     """A copy runs on the device of its views, in any thread, and leaves the current one alone."""
-    subject = home.subject
+    subject = bench.subject
     current = torch.accelerator.current_device_index()
-    other = home.facility.second()
-    found = find(subject.name, other, emulated=subject.emulated)
-    judge = Judge(found, Facility(other, subject.emulated), home.judge.seed)
-    there = replace(home, device=str(other), judge=judge)
+    other = bench.facility.second()
+    result = find(subject.name, other, emulated=subject.emulated)
+    judge = Judge(result, Facility(other, subject.emulated), bench.judge.seed)
+    there = replace(bench, device=str(other), judge=judge)
     late = Late(there, there.some(direction, SHAPE, 9, 1))
 
     def work() -> int:
@@ -62,27 +62,27 @@ def test_another_device_than_the_current_one(home: Bench, direction: str, thread
     there.facility.synchronize()
     assert device == subject.device.index, "The current device changed."
     late.check()
-    home.judge.examples += 1
+    bench.judge.examples += 1
 
 
 @pytest.mark.needs("two devices")
-@pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
-def test_a_launch_on_another_device(home: Bench, direction: str, given: bool) -> None:
+@pytest.mark.parametrize("supplied", [True, False], ids=["given", "current"])
+def test_a_launch_on_another_device(bench: Bench, direction: str, supplied: bool) -> None:
     """A launch orders its work on the stream that it gets, or else on the current stream of its own
     device, whichever device is current in the thread."""
-    subject = home.subject
-    other = home.facility.second()
+    subject = bench.subject
+    other = bench.facility.second()
     judge = Judge(
         find(subject.name, other, emulated=subject.emulated),
         Facility(other, subject.emulated),
-        home.judge.seed,
+        bench.judge.seed,
     )
-    there = replace(home, device=str(other), judge=judge)
+    there = replace(bench, device=str(other), judge=judge)
     late = Late(there, there.some(direction, SHAPE, 9))
     launch = judge.launch_of(late.case)
     there.facility.synchronize()
 
-    stream = there.facility.stream() if given else there.facility.current()
+    stream = there.facility.stream() if supplied else there.facility.current()
     current = torch.accelerator.current_device_index()
     try:
         torch.accelerator.set_device_index(subject.device.index)
@@ -90,25 +90,25 @@ def test_a_launch_on_another_device(home: Bench, direction: str, given: bool) ->
             there.facility.delay(SLOW)
             late.produce()
         torch.accelerator.set_device_index(subject.device.index)
-        pending = launch(stream if given else None, None)
+        pending = launch(stream if supplied else None, None)
         device = torch.accelerator.current_device_index()
     finally:
         torch.accelerator.set_device_index(current)
     judge.land(pending, stream)
     assert device == subject.device.index, "The current device changed."
     late.check()
-    home.judge.examples += 1
+    bench.judge.examples += 1
 
 
 @pytest.mark.needs("two devices")
 @pytest.mark.parametrize("late", [False, True], ids=["there", "late"])
-def test_ids_on_another_device(home: Bench, direction: str, late: bool) -> None:
+def test_ids_on_another_device(bench: Bench, direction: str, late: bool) -> None:
     """Ids may lie on another device than the views, and be written there behind slow work."""
-    there = Facility(home.facility.second(), home.facility.emulated)
-    slots = torch.tensor(home.shuffled(SHAPE.slots, 9, 1))
-    copy = Late(home, home.move(direction, SHAPE, slots.to(there.device)))
+    there = Facility(bench.facility.second(), bench.facility.emulated)
+    slots = torch.tensor(bench.shuffled(SHAPE.slots, 9, 1))
+    copy = Late(bench, bench.move(direction, SHAPE, slots.to(there.device)))
     copy.produce()
-    home.facility.synchronize()
+    bench.facility.synchronize()
     if late:
         copy.write_ids_late(there)
     copy.copy().synchronize()
@@ -116,10 +116,10 @@ def test_ids_on_another_device(home: Bench, direction: str, late: bool) -> None:
 
 
 @pytest.mark.needs("two devices")
-def test_views_on_two_devices_are_refused(home: Bench) -> None:
+def test_views_on_two_devices_are_refused(bench: Bench) -> None:
     """A copy from another device is right, or refused in words; reports list the case's name."""
-    there = replace(home, device=str(home.facility.second()))
-    gather = Case(there.cache(SHAPE, [1, 2]), home.chunk(SHAPE, 2, source=False), 2)
-    scatter = Case(there.chunk(SHAPE, 2), home.cache(SHAPE, [5, 0], source=False), 2)
+    there = replace(bench, device=str(bench.facility.second()))
+    gather = Case(there.cache(SHAPE, [1, 2]), bench.chunk(SHAPE, 2, source=False), 2)
+    scatter = Case(there.chunk(SHAPE, 2), bench.cache(SHAPE, [5, 0], source=False), 2)
     for case, overlap in product((gather, scatter), ("compute", "idle")):
-        home.judge.call(case, partial(home.judge.start, case, overlap=overlap))
+        bench.judge.call(case, partial(bench.judge.start, case, overlap=overlap))

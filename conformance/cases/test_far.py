@@ -74,8 +74,8 @@ def check(judge: Judge, direction: str, far: Place, other: Place) -> None:
     wanted = torch.from_numpy(pattern_bytes(judge.seed, 1, prod(shape)).copy()).view(shape)
     for at, piece in zip(src.where, wanted.to(src.tensor.device), strict=True):
         src.tensor[at] = piece
-    asked = (src.view, dst.view, src.index, dst.index)
-    if judge.carried(lambda: judge.finish(judge.subject.copy(*asked)), asked):
+    requested = (src.view, dst.view, src.index, dst.index)
+    if judge.carried(lambda: judge.finish(judge.subject.copy(*requested)), requested):
         for at, place, piece in zip(dst.where, far.where, wanted, strict=True):
             assert torch.equal(dst.tensor[at].cpu(), piece), (
                 f"What lies {far.tensor[place].storage_offset() - far.tensor.storage_offset()} "

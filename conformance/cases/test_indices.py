@@ -26,79 +26,79 @@ def homes(subject: Subject) -> list[torch.device]:
     return list({torch.device("cpu"): None, subject.device: None})
 
 
-def elsewhere(home: Bench, layout: str, ids: Any, **how: Any) -> Side:
+def elsewhere(bench: Bench, layout: str, ids: Any, **how: Any) -> Side:
     """A destination in another layout than the home, where the backend copies to it."""
-    found = across(home.subject, home.paged, layout)
-    return home.cache(SHAPE, ids, layout=found, source=False, **how)
+    result = across(bench.subject, bench.paged, layout)
+    return bench.cache(SHAPE, ids, layout=result, source=False, **how)
 
 
 @pytest.mark.parametrize("stride", [2, 3])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ids_that_are_not_contiguous(home: Bench, direction: str, dtype: str, stride: int) -> None:
+def test_ids_that_are_not_contiguous(bench: Bench, direction: str, dtype: str, stride: int) -> None:
     """A strided list of ids is read by its stride; what stands between its ids is not read."""
-    for place in homes(home.subject):
-        slots = torch.tensor(home.shuffled(SHAPE.slots, 11, 2), dtype=DTYPES[dtype])
+    for place in homes(bench.subject):
+        slots = torch.tensor(bench.shuffled(SHAPE.slots, 11, 2), dtype=DTYPES[dtype])
         wide = torch.full((stride * 11 + 1,), SHAPE.slots + 7, dtype=DTYPES[dtype]).to(place)
         spread = wide[1::stride][:11]
         spread.copy_(slots)
-        home.copy(home.move(direction, SHAPE, spread))
+        bench.copy(bench.move(direction, SHAPE, spread))
 
 
-@pytest.mark.parametrize(("mine", "theirs"), list(product(DTYPES, DTYPES)))
-def test_each_side_has_its_own_dtype(home: Bench, mine: str, theirs: str) -> None:
+@pytest.mark.parametrize(("own", "remote"), list(product(DTYPES, DTYPES)))
+def test_each_side_has_its_own_dtype(bench: Bench, own: str, remote: str) -> None:
     """Ids of the two sides may be of different dtypes, and lie in different places."""
-    for place, other in product(homes(home.subject), homes(home.subject)):
-        src = torch.tensor(home.shuffled(SHAPE.slots, 10, 1), dtype=DTYPES[mine])
-        dst = torch.tensor(home.shuffled(SHAPE.slots, 10)[::-1], dtype=DTYPES[theirs])
-        source = home.cache(SHAPE, src.to(place))
-        target = elsewhere(home, POOL, dst.to(other))
-        home.copy(Case(source, target, 10))
+    for place, other in product(homes(bench.subject), homes(bench.subject)):
+        src = torch.tensor(bench.shuffled(SHAPE.slots, 10, 1), dtype=DTYPES[own])
+        dst = torch.tensor(bench.shuffled(SHAPE.slots, 10)[::-1], dtype=DTYPES[remote])
+        source = bench.cache(SHAPE, src.to(place))
+        target = elsewhere(bench, POOL, dst.to(other))
+        bench.copy(Case(source, target, 10))
 
 
 @pytest.mark.parametrize("step", [1, 2, 4, 8, 12, 36])
-def test_steps(home: Bench, direction: str, step: int) -> None:
+def test_steps(bench: Bench, direction: str, step: int) -> None:
     """An id may stand for any number of tokens: part of a block, a block, or several blocks."""
     units = SHAPE.slots // step
-    ids = torch.tensor(home.shuffled(units, max(1, units // 2), 1 if units > 2 else 0))
+    ids = torch.tensor(bench.shuffled(units, max(1, units // 2), 1 if units > 2 else 0))
     for listed in (ids, ids.int()):
-        home.copy(home.move(direction, SHAPE, listed, step=step))
+        bench.copy(bench.move(direction, SHAPE, listed, step=step))
 
 
-@pytest.mark.parametrize(("mine", "theirs"), [(1, 4), (4, 1), (2, 4), (4, 12), (12, 4), (3, 4)])
-def test_steps_of_both_sides(home: Bench, mine: int, theirs: int) -> None:
+@pytest.mark.parametrize(("own", "other"), [(1, 4), (4, 1), (2, 4), (4, 12), (12, 4), (3, 4)])
+def test_steps_of_both_sides(bench: Bench, own: int, other: int) -> None:
     """The two sides count their ids in different units; a slot mapping is not a block table."""
-    src, dst = (home.shuffled(36 // step, 24 // step) for step in (mine, theirs))
-    target = elsewhere(home, HND, dst, step=theirs)
-    home.copy(Case(home.cache(SHAPE, src, step=mine), target, 24))
+    src, dst = (bench.shuffled(36 // step, 24 // step) for step in (own, other))
+    target = elsewhere(bench, HND, dst, step=other)
+    bench.copy(Case(bench.cache(SHAPE, src, step=own), target, 24))
 
 
 @pytest.mark.parametrize("offsets", [(0, 1), (1, 0), (3, 5), (4, 8), (2, 2), (5, 4)])
 @pytest.mark.parametrize("steps", [(1, 1), (4, 4), (4, 1), (0, 4), (4, 0), (0, 1)])
-def test_offsets_of_both_sides(home: Bench, steps: list[int], offsets: list[int]) -> None:
+def test_offsets_of_both_sides(bench: Bench, steps: list[int], offsets: list[int]) -> None:
     """Each side begins at its own offset, in the middle of a block too."""
     count = 17
     src, dst = (
-        home.shuffled(36 // step, -(-(count + offset) // step)) if step else None
+        bench.shuffled(36 // step, -(-(count + offset) // step)) if step else None
         for step, offset in zip(steps, offsets, strict=True)
     )
-    source = home.cache(SHAPE, src, step=max(steps[0], 1), offset=offsets[0])
-    target = elsewhere(home, HND, dst, step=max(steps[1], 1), offset=offsets[1])
-    home.copy(Case(source, target, count))
+    source = bench.cache(SHAPE, src, step=max(steps[0], 1), offset=offsets[0])
+    target = elsewhere(bench, HND, dst, step=max(steps[1], 1), offset=offsets[1])
+    bench.copy(Case(source, target, count))
 
 
 @pytest.mark.parametrize("holes", [1, 5, 10])
-def test_holes_on_both_sides(home: Bench, holes: int) -> None:
+def test_holes_on_both_sides(bench: Bench, holes: int) -> None:
     """A position is skipped where either side's id is negative."""
-    other = home.other(1)
-    src = home.cache(SHAPE, home.shuffled(SHAPE.slots, 20, holes))
-    dst = elsewhere(home, POOL, other.shuffled(SHAPE.slots, 20, holes))
-    home.copy(Case(src, dst, 20))
-    src = home.cache(SHAPE, home.shuffled(9, 6, holes // 2), step=4)
+    other = bench.other(1)
+    src = bench.cache(SHAPE, bench.shuffled(SHAPE.slots, 20, holes))
+    dst = elsewhere(bench, POOL, other.shuffled(SHAPE.slots, 20, holes))
+    bench.copy(Case(src, dst, 20))
+    src = bench.cache(SHAPE, bench.shuffled(9, 6, holes // 2), step=4)
     dst = replace(dst, ids=torch.tensor(other.shuffled(SHAPE.slots, 24, holes)))
-    home.copy(Case(src, dst, 24))
+    bench.copy(Case(src, dst, 24))
 
 
-def test_a_list_in_order_backwards_and_with_runs(home: Bench, direction: str) -> None:
+def test_a_list_in_order_backwards_and_with_runs(bench: Bench, direction: str) -> None:
     """Neighbouring ids may be moved together, but only where they are neighbours on both sides."""
     n = SHAPE.slots
     for slots in (
@@ -109,10 +109,10 @@ def test_a_list_in_order_backwards_and_with_runs(home: Bench, direction: str) ->
         [*range(5, 9), -1, *range(10, 14)],
         [0, 1, 2, 3, 8, 9, 10, 11],
     ):
-        home.copy(home.move(direction, SHAPE, slots))
+        bench.copy(bench.move(direction, SHAPE, slots))
 
 
 @pytest.mark.parametrize("step", [1, 4])
-def test_a_slot_that_is_read_many_times(home: Bench, step: int) -> None:
+def test_a_slot_that_is_read_many_times(bench: Bench, step: int) -> None:
     """A source id may occur any number of times."""
-    home.copy(home.gather(SHAPE, [3, 3, 0, 3, -1, 8, 8, 3], step=step))
+    bench.copy(bench.gather(SHAPE, [3, 3, 0, 3, -1, 8, 8, 3], step=step))

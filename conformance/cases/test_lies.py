@@ -39,14 +39,14 @@ def test_capture_is_claimed_where_there_are_graphs(subject: Subject, facility: F
 
 @pytest.mark.claim("alignment")
 @pytest.mark.parametrize("times", [1, 3, 5])
-def test_rows_as_short_as_claimed(home: Bench, direction: str, times: int) -> None:
+def test_rows_as_short_as_claimed(bench: Bench, direction: str, times: int) -> None:
     """Rows of as many bytes as it claims to need, or an odd multiple of them, are not refused."""
-    least = home.subject.can.alignment
+    least = bench.subject.can.alignment
     shape = Shape(heads=1, widths=(times * least,) * 2)
-    case = home.some(direction, shape, 9, dtype=torch.uint8)
-    assert home.copy(case), (
+    case = bench.some(direction, shape, 9, dtype=torch.uint8)
+    assert bench.copy(case), (
         f"It claims an alignment of {least} B and refuses rows of {times * least} B: "
-        f"{home.judge.declined[-1]}"
+        f"{bench.judge.declined[-1]}"
     )
 
 
@@ -56,71 +56,71 @@ def _other_slots(ids: torch.Tensor) -> None:
 
 @pytest.mark.area("ordering")
 @pytest.mark.parametrize("kind", ["int32", "int64", "pinned"])
-def test_host_ids_that_change_right_after_the_call(home: Bench, direction: str, kind: str) -> None:
+def test_host_ids_that_change_right_after_the_call(bench: Bench, direction: str, kind: str) -> None:
     """A list of ids on the host belongs to the caller again when the call returns."""
     dtype = torch.int32 if kind == "int32" else torch.int64
     for _ in range(2):  # the second call is by a launch that was prepared
-        ids = torch.tensor(home.shuffled(SHAPE.slots, 9, 1), dtype=dtype)
-        ids = ids.pin_memory() if kind == "pinned" and home.facility.streams else ids
-        case = home.move(direction, SHAPE, ids)
+        ids = torch.tensor(bench.shuffled(SHAPE.slots, 9, 1), dtype=dtype)
+        ids = ids.pin_memory() if kind == "pinned" and bench.facility.streams else ids
+        case = bench.move(direction, SHAPE, ids)
         expected = case.expected()
         started = list[Transfer]()
-        copy = partial(home.subject.copy, *asked_of(case), count=case.count)
-        home.facility.delay(BUSY)
-        if not home.judge.carried(lambda: started.append(copy()), case):  # noqa: B023 (called at once)
+        copy = partial(bench.subject.copy, *asked_of(case), count=case.count)
+        bench.facility.delay(BUSY)
+        if not bench.judge.carried(lambda: started.append(copy()), case):  # noqa: B023 (called at once)
             return
         _other_slots(ids)
-        home.judge.finish(started[0])
-        home.judge.check(expected, case, "Its ids were read after the call had returned. ")
+        bench.judge.finish(started[0])
+        bench.judge.check(expected, case, "Its ids were read after the call had returned. ")
 
 
 @pytest.mark.claim("index_on")
-def test_a_launch_has_read_its_host_ids(home: Bench, direction: str) -> None:
+def test_a_launch_has_read_its_host_ids(bench: Bench, direction: str) -> None:
     """A launch that reads ids on the host has read them when it returns."""
-    if home.subject.can.index_on != "host":
-        home.judge.not_claimed("index_on", "it reads ids on the device.")
-    ids = home.judge.ids(home.shuffled(SHAPE.slots, 9))
-    case = home.move(direction, SHAPE, ids)
+    if bench.subject.can.index_on != "host":
+        bench.judge.not_claimed("index_on", "it reads ids on the device.")
+    ids = bench.judge.ids(bench.shuffled(SHAPE.slots, 9))
+    case = bench.move(direction, SHAPE, ids)
     expected = case.expected()
-    launch = home.judge.launch_of(case)
-    home.facility.synchronize()
-    home.facility.delay(BUSY)
+    launch = bench.judge.launch_of(case)
+    bench.facility.synchronize()
+    bench.facility.delay(BUSY)
     pending = launch(None, None)
-    if home.subject.can.index_on == "host":
+    if bench.subject.can.index_on == "host":
         _other_slots(ids)
-    home.judge.land(pending)
-    home.judge.check(expected, case, "Its ids were read after the launch had returned. ")
+    bench.judge.land(pending)
+    bench.judge.check(expected, case, "Its ids were read after the launch had returned. ")
 
 
 @pytest.mark.claim("threads")
-def test_each_thread_gets_its_own_copy(home: Bench, direction: str) -> None:
+def test_each_thread_gets_its_own_copy(bench: Bench, direction: str) -> None:
     """Of one launch that several threads call at once each call moves its own rows, once."""
-    if not home.judge.claims("threads", "the library lets one thread at a time into a launch."):
+    if not bench.judge.claims("threads", "the library lets one thread at a time into a launch."):
         return
     prepared = None
     for turn in range(12):
         # Fresh destinations each time: a call that is lost is not made good by the next.
-        cases = [home.other(10 * turn + n).some(direction, SHAPE, 9) for n in range(4)]
-        prepared = prepared or home.subject.prepare(plan_of(cases[0]))
-        home.judge.at_once(cases, prepared)
+        cases = [bench.other(10 * turn + n).some(direction, SHAPE, 9) for n in range(4)]
+        prepared = prepared or bench.subject.prepare(plan_of(cases[0]))
+        bench.judge.at_once(cases, prepared)
 
 
 @pytest.mark.area("safety")
 @pytest.mark.parametrize("step", [1, 4])
-def test_duplicates_that_reach_a_launch(home: Bench, step: int) -> None:
+def test_duplicates_that_reach_a_launch(bench: Bench, step: int) -> None:
     """Where nobody looked at the ids, a destination that occurs twice corrupts nothing else."""
     shape = replace(SHAPE, block_size=4, blocks=6)
-    case = home.scatter(shape, torch.tensor(DUPLICATES).to(home.subject.device), step=step)
-    check_duplicates(home.judge, case, home.judge.landing(case))
+    case = bench.scatter(shape, torch.tensor(DUPLICATES).to(bench.subject.device), step=step)
+    check_duplicates(bench.judge, case, bench.judge.landing(case))
 
 
 @pytest.mark.area("ordering")
 @pytest.mark.needs("accelerator")
-def test_the_default_stream_is_a_stream(home: Bench, direction: str) -> None:
+def test_the_default_stream_is_a_stream(bench: Bench, direction: str) -> None:
     """The default stream, passed while another is current, is no missing one, though it is 0."""
-    late = Late(home, home.some(direction, SHAPE, 9))
-    facility = home.facility
-    launch = home.judge.launch_of(late.case)
+    late = Late(bench, bench.some(direction, SHAPE, 9))
+    facility = bench.facility
+    launch = bench.judge.launch_of(late.case)
     late.produce()
     default = facility.current()
     side = facility.stream()
@@ -128,5 +128,5 @@ def test_the_default_stream_is_a_stream(home: Bench, direction: str) -> None:
     facility.delay(BUSY, side)
     with facility.on(side):
         pending = launch(default, None)
-    home.judge.land(pending, default)
+    bench.judge.land(pending, default)
     late.check()  # while the other stream is still busy

@@ -142,20 +142,20 @@ def test_a_chain_of_layouts(judge: Judge, data: Data) -> None:
     with blaming(judge, case):
         if not carry(judge, case):
             return
-        told = None
+        reported = None
         landed = rows_at(case.dst, case.dst.at(case.count))
         for plane, (was, now) in enumerate(zip(wanted, landed, strict=True)):
-            if told is None and (wrong := np.argwhere(was != now)).size:
+            if reported is None and (wrong := np.argwhere(was != now)).size:
                 where = f"the row at position {wrong[0, 0]} of plane {plane}"
-                told = f"{where} is not the one that was read"
-        agree(judge, told, "By the layouts alone", case)
+                reported = f"{where} is not the one that was read"
+        agree(judge, reported, "By the layouts alone", case)
 
 
-def test_an_index_of_blocks_is_its_slots(home: Bench) -> None:
+def test_an_index_of_blocks_is_its_slots(bench: Bench) -> None:
     """A block table moves what the mapping of all its slots moves."""
     shape = Shape(blocks=9)
     for holes in (0, 2):
-        tables = home.some("gather", shape, 5, holes, step=shape.block_size)
+        tables = bench.some("gather", shape, 5, holes, step=shape.block_size)
         slots = Index(tables.src.ids, step=shape.block_size).slots(tables.count)
-        home.copy(tables)
-        home.copy(home.gather(shape, torch.from_numpy(slots)))
+        bench.copy(tables)
+        bench.copy(bench.gather(shape, torch.from_numpy(slots)))

@@ -25,8 +25,8 @@ PLACES = ("host", "device")
 class Late:
     """A case whose source holds other bytes until `produce`; ``expected`` is what must come out."""
 
-    def __init__(self, home: Bench, case: Case) -> None:
-        self.home = home
+    def __init__(self, bench: Bench, case: Case) -> None:
+        self.bench = bench
         self.case = case
         self.expected = case.expected()
         self.final = [guard.payload().clone() for guard in case.src.guards]
@@ -35,7 +35,7 @@ class Late:
         self.expected.before.restore(guard.whole for guard in case.dst.guards)
         for guard in case.src.guards:
             guard.payload().fill_(0xEE)
-        home.facility.synchronize()
+        bench.facility.synchronize()
 
     def produce(self) -> None:
         """Write the source, on the current stream."""
@@ -44,11 +44,11 @@ class Late:
 
     def copy(self, stream: torch.Stream | None = None) -> Any:
         """The copy, as a user gets it."""
-        return self.home.subject.copy(*self.asked, count=self.case.count, stream=stream)
+        return self.bench.subject.copy(*self.asked, count=self.case.count, stream=stream)
 
     def check(self, *, source: bool = True) -> None:
         """Judge the bytes; all work has ended."""
-        judge = self.home.judge
+        judge = self.bench.judge
         failing = judge.failing
         judge.failing = self.case
         judge.check(self.expected, self.case, source=source)
@@ -56,7 +56,7 @@ class Late:
 
     def check_behind_its_producer(self, where: str) -> None:
         """Judge a copy behind a slow producer, on the current stream or on another."""
-        facility = self.home.facility
+        facility = self.bench.facility
         side = facility.stream()
         with facility.on(side if where == "current" else facility.current()):
             facility.delay(SLOW)
@@ -77,70 +77,70 @@ class Late:
         side.ids.copy_(fresh, non_blocking=True)
 
 
-def made(home: Bench, direction: str, ids: str, *, now: bool = False) -> Late:
+def made(bench: Bench, direction: str, ids: str, *, now: bool = False) -> Late:
     """A case whose ids lie on the host or on the device, with its source in place if asked."""
-    slots = home.on_device(SHAPE.slots, 9, 1)
-    late = Late(home, home.move(direction, SHAPE, slots if ids == "device" else slots.cpu()))
+    slots = bench.on_device(SHAPE.slots, 9, 1)
+    late = Late(bench, bench.move(direction, SHAPE, slots if ids == "device" else slots.cpu()))
     if now:
         late.produce()
-        home.facility.synchronize()
+        bench.facility.synchronize()
     return late
 
 
 @pytest.mark.parametrize("ids", PLACES)
 @pytest.mark.parametrize("where", STREAMS)
-def test_a_copy_waits_for_its_producer(home: Bench, direction: str, where: str, ids: str) -> None:
+def test_a_copy_waits_for_its_producer(bench: Bench, direction: str, where: str, ids: str) -> None:
     """A copy is ordered behind all earlier work of the caller's current stream, on any stream."""
-    made(home, direction, ids).check_behind_its_producer(where)
+    made(bench, direction, ids).check_behind_its_producer(where)
 
 
 @pytest.mark.parametrize("where", STREAMS)
-def test_later_work_waits_for_the_copy(home: Bench, direction: str, where: str) -> None:
+def test_later_work_waits_for_the_copy(bench: Bench, direction: str, where: str) -> None:
     """Behind ``Transfer.wait`` the current stream may read the destination and reuse the source."""
-    late = made(home, direction, "host", now=True)
-    side = home.facility.stream()
-    with home.facility.on(side if where == "current" else home.facility.current()):
-        home.facility.delay(SLOW, side if where == "side" else None)
+    late = made(bench, direction, "host", now=True)
+    side = bench.facility.stream()
+    with bench.facility.on(side if where == "current" else bench.facility.current()):
+        bench.facility.delay(SLOW, side if where == "side" else None)
         transfer = late.copy(side if where == "side" else None)
         transfer.wait()
         landed = [guard.whole.clone() for guard in late.case.dst.guards]
         for guard in late.case.src.guards:
             guard.payload().fill_(0x11)
-        home.facility.current().synchronize()
-    home.facility.synchronize()
+        bench.facility.current().synchronize()
+    bench.facility.synchronize()
     for guard, copy in zip(late.case.dst.guards, landed, strict=True):
         assert torch.equal(guard.whole.cpu(), copy.cpu()), "Behind wait() bytes were still coming."
     late.check(source=False)
 
 
 @pytest.mark.parametrize("where", ["none", "side"])
-def test_ids_that_are_produced_late(home: Bench, direction: str, where: str) -> None:
+def test_ids_that_are_produced_late(bench: Bench, direction: str, where: str) -> None:
     """Ids on the device are read behind the work that writes them."""
-    late = made(home, direction, "device", now=True)
-    late.write_ids_late(home.facility)
-    late.copy(home.facility.stream() if where == "side" else None).synchronize()
+    late = made(bench, direction, "device", now=True)
+    late.write_ids_late(bench.facility)
+    late.copy(bench.facility.stream() if where == "side" else None).synchronize()
     late.check()
 
 
-def test_done_means_landed(home: Bench, direction: str) -> None:
+def test_done_means_landed(bench: Bench, direction: str) -> None:
     """A transfer on a busy stream says that it is done only when its bytes have landed."""
-    late = made(home, direction, "host", now=True)
-    side = home.facility.stream()
-    home.facility.delay(SLOW, side)
+    late = made(bench, direction, "host", now=True)
+    side = bench.facility.stream()
+    bench.facility.delay(SLOW, side)
     transfer = late.copy(side)
-    home.judge.finish(transfer, "synchronize" if not transfer.done() else "done")
+    bench.judge.finish(transfer, "synchronize" if not transfer.done() else "done")
     late.check()
 
 
 @pytest.mark.parametrize("ids", PLACES)
 @pytest.mark.parametrize("keep", [True, False], ids=["kept", "dropped"])
 def test_memory_freed_right_after_the_call(
-    home: Bench, direction: str, keep: bool, ids: str
+    bench: Bench, direction: str, keep: bool, ids: str
 ) -> None:
     """Source and ids may be freed right after the call: the copy still reads what was there."""
-    late = made(home, direction, ids, now=True)
-    side = home.facility.stream()
-    home.facility.delay(SLOW, side)
+    late = made(bench, direction, ids, now=True)
+    side = bench.facility.stream()
+    bench.facility.delay(SLOW, side)
     transfer = late.copy(side)
     expected = late.expected
     target = late.case.dst
@@ -152,31 +152,31 @@ def test_memory_freed_right_after_the_call(
     del late
     gc.collect()
     # Zeros are slots as well: what reads reused ids moves a wrong row, never a wild one.
-    junk = [torch.zeros(n, dtype=torch.uint8, device=home.facility.device) for n in sizes * 4]
-    home.facility.synchronize()
+    junk = [torch.zeros(n, dtype=torch.uint8, device=bench.facility.device) for n in sizes * 4]
+    bench.facility.synchronize()
     assert junk
-    verdict = home.judge.compare(expected, target.tensors)
+    verdict = bench.judge.compare(expected, target.tensors)
     assert verdict is None, f"Its memory was reused too early. {verdict}"
-    home.judge.examples += 1
+    bench.judge.examples += 1
 
 
-@pytest.mark.parametrize("given", [True, False], ids=["given", "current"])
-def test_a_launch_works_on_its_stream(home: Bench, direction: str, given: bool) -> None:
+@pytest.mark.parametrize("supplied", [True, False], ids=["given", "current"])
+def test_a_launch_works_on_its_stream(bench: Bench, direction: str, supplied: bool) -> None:
     """A launch orders its work on the stream that it is given, or else on the current one."""
-    lates = [Late(home, home.some(direction, SHAPE, 9)) for _ in range(3)]
-    prepared = home.subject.prepare(plan_of(lates[0].case))
+    lates = [Late(bench, bench.some(direction, SHAPE, 9)) for _ in range(3)]
+    prepared = bench.subject.prepare(plan_of(lates[0].case))
     for late in lates:
         # Ids are brought over now: the copy of a list would wait for the device.
-        launch = home.judge.launch_of(late.case, prepared)
-        home.facility.synchronize()
-        stream = home.facility.stream()
-        with home.facility.on(stream):
-            home.facility.delay(SLOW)
+        launch = bench.judge.launch_of(late.case, prepared)
+        bench.facility.synchronize()
+        stream = bench.facility.stream()
+        with bench.facility.on(stream):
+            bench.facility.delay(SLOW)
             late.produce()
-            pending = None if given else launch(None, None)
-        if given:
+            pending = None if supplied else launch(None, None)
+        if supplied:
             pending = launch(stream, None)
-        home.judge.land(pending, stream)
+        bench.judge.land(pending, stream)
         late.check()
 
 
@@ -188,24 +188,24 @@ def _busy(facility: Facility, stream: torch.Stream) -> torch.Event:
 
 
 @pytest.mark.parametrize("ids", ["no-ids", "ids"])
-def test_a_launch_returns_while_its_stream_is_busy(home: Bench, direction: str, ids: str) -> None:
+def test_a_launch_returns_while_its_stream_is_busy(bench: Bench, direction: str, ids: str) -> None:
     """A launch does not wait for its stream, unless it has to read ids that lie on the device."""
-    can = home.subject.can
-    case = home.some(direction, SHAPE, 9)
+    can = bench.subject.can
+    case = bench.some(direction, SHAPE, 9)
     if ids == "no-ids":
         case.src.ids = case.dst.ids = None
-    late = Late(home, case)
-    launch = home.judge.launch_of(case)
+    late = Late(bench, case)
+    launch = bench.judge.launch_of(case)
     launch(None, None)  # makes what only a first launch has to wait for
     late.produce()
-    home.facility.synchronize()
+    bench.facility.synchronize()
     # Whether slow work is slow here is asked of another stream: work that was asked for has begun.
-    late_at_all = not _busy(home.facility, home.facility.stream()).query()
-    assert late_at_all or home.facility.emulated, "The slow job ended as soon as it was ordered."
-    busy = _busy(home.facility, stream := home.facility.stream())
+    late_at_all = not _busy(bench.facility, bench.facility.stream()).query()
+    assert late_at_all or bench.facility.emulated, "The slow job ended as soon as it was ordered."
+    busy = _busy(bench.facility, stream := bench.facility.stream())
     pending = launch(stream, None)
     waited = late_at_all and busy.query()
-    home.judge.land(pending, stream)
+    bench.judge.land(pending, stream)
     late.check()
     if ids == "no-ids" or can.index_on == "host" or can.capturable:
         assert not waited, (
@@ -214,14 +214,14 @@ def test_a_launch_returns_while_its_stream_is_busy(home: Bench, direction: str, 
         )
 
 
-def test_copies_on_two_streams_at_once(home: Bench, direction: str) -> None:
+def test_copies_on_two_streams_at_once(bench: Bench, direction: str) -> None:
     """Copies on two streams do not share anything that one of them still needs."""
-    lates = [Late(home, home.other(number).some(direction, SHAPE, 9, 1)) for number in range(2)]
+    lates = [Late(bench, bench.other(number).some(direction, SHAPE, 9, 1)) for number in range(2)]
     transfers = []
     for turn, late in enumerate(lates):
-        stream = home.facility.stream()
+        stream = bench.facility.stream()
         late.produce()
-        home.facility.delay(SLOW * (2 - turn), stream)
+        bench.facility.delay(SLOW * (2 - turn), stream)
         transfers.append(late.copy(stream))
     for transfer in transfers:
         transfer.synchronize()
@@ -229,35 +229,35 @@ def test_copies_on_two_streams_at_once(home: Bench, direction: str) -> None:
         late.check()
 
 
-def test_a_load_behind_a_store_of_the_same_rows(home: Bench) -> None:
+def test_a_load_behind_a_store_of_the_same_rows(bench: Bench) -> None:
     """On one stream, a store reads its rows before the load behind it writes them."""
-    slots = home.shuffled(SHAPE.slots, 9)
-    store = home.gather(SHAPE, slots)
-    fresh = home.other(1).scatter(SHAPE, slots)
+    slots = bench.shuffled(SHAPE.slots, 9)
+    store = bench.gather(SHAPE, slots)
+    fresh = bench.other(1).scatter(SHAPE, slots)
     both = (store, Case(fresh.src, replace(store.src), 9))
     expected = [case.expected() for case in both]
-    home.facility.delay(SLOW)
-    transfers = [home.judge.start(case) for case in both]
+    bench.facility.delay(SLOW)
+    transfers = [bench.judge.start(case) for case in both]
     for transfer in transfers:
         transfer.synchronize()
     for case, wanted in zip(both, expected, strict=True):
-        home.judge.check(wanted, case, source=False)
+        bench.judge.check(wanted, case, source=False)
 
 
 @pytest.mark.parametrize("pinned", [True, False], ids=["pinned", "pageable"])
 @pytest.mark.parametrize("where", ["none", "side"])
-def test_a_store_to_the_host_waits_for_its_producer(home: Bench, where: str, pinned: bool) -> None:
+def test_a_store_to_the_host_waits_for_its_producer(bench: Bench, where: str, pinned: bool) -> None:
     """A store to the host reads the device behind the work that writes it."""
-    case = home.some("gather", SHAPE, 9, 1, {"device": "cpu"})
-    late = Late(home, replace(case, dst=on_host(case.dst, pinned)))
+    case = bench.some("gather", SHAPE, 9, 1, {"device": "cpu"})
+    late = Late(bench, replace(case, dst=on_host(case.dst, pinned)))
     late.check_behind_its_producer(where)
 
 
 @pytest.mark.parametrize("where", STREAMS[:2])
-def test_a_load_of_pinned_memory_that_is_being_written(home: Bench, where: str) -> None:
+def test_a_load_of_pinned_memory_that_is_being_written(bench: Bench, where: str) -> None:
     """A load reads pinned memory behind the work that writes it."""
-    case = home.some("scatter", SHAPE, 9, 1, {"device": "cpu"})
-    late = Late(home, replace(case, src=on_host(case.src, True)))
-    late.final = [final.to(home.facility.device) for final in late.final]
-    home.facility.synchronize()
+    case = bench.some("scatter", SHAPE, 9, 1, {"device": "cpu"})
+    late = Late(bench, replace(case, src=on_host(case.src, True)))
+    late.final = [final.to(bench.facility.device) for final in late.final]
+    bench.facility.synchronize()
     late.check_behind_its_producer(where)

@@ -24,13 +24,13 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_migration_within_one_cache(home: Bench, layout: str) -> None:
+def test_migration_within_one_cache(bench: Bench, layout: str) -> None:
     """Rows move inside one cache, by slots and by blocks, where both sides do not meet."""
     shape = Shape(blocks=8)
-    slots = home.shuffled(shape.slots, 20)
-    blocks = home.shuffled(shape.blocks, 6)
-    home.copy(home.within(shape, slots[:10], slots[10:], layout=layout))
-    home.copy(home.within(shape, blocks[:3], blocks[3:], layout=layout, step=4))
+    slots = bench.shuffled(shape.slots, 20)
+    blocks = bench.shuffled(shape.blocks, 6)
+    bench.copy(bench.within(shape, slots[:10], slots[10:], layout=layout))
+    bench.copy(bench.within(shape, blocks[:3], blocks[3:], layout=layout, step=4))
 
 
 #: What is sliced of a view, and what is left of its shape then.
@@ -44,27 +44,27 @@ _SLICES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 @pytest.mark.parametrize("layout", ["", LAYOUTS["pool"]], ids=["home", "pool"])
 @BOTH
 @pytest.mark.parametrize("what", _SLICES)
-def test_slices(home: Bench, what: str, direction: str, layout: str) -> None:
+def test_slices(bench: Bench, what: str, direction: str, layout: str) -> None:
     """A slice of a view is those layers, heads or kv only: the others are not touched."""
     whole = Shape(layers=4, heads=4)
     (part, fewer) = _SLICES[what]
     shape = replace(whole, **fewer)
     source = direction == "gather"
-    slots = home.shuffled(whole.slots, 9, 1)
-    side = home.cache(whole, slots, source=source, layout=layout)
-    chunk = home.chunk(shape, 9, source=not source)
+    slots = bench.shuffled(whole.slots, 9, 1)
+    side = bench.cache(whole, slots, source=source, layout=layout)
+    chunk = bench.chunk(shape, 9, source=not source)
     kv = len(shape.widths)
     tensors = _sliced(side.tensors, side.layout, part)
     extents = {"layers": shape.layers, "kv": kv, "heads": shape.heads}
     extents = {**side.extents, **extents, "dim": side.extents["dim"][:kv]}
-    told = replace(side, tensors=tensors, extents=extents, arrangement=None)
+    reported = replace(side, tensors=tensors, extents=extents, arrangement=None)
     cache = view_of(side).slice(**part)
     dense = view_of(chunk)
-    asked = (cache, dense, index_of(side), Index())
+    requested = (cache, dense, index_of(side), Index())
     if not source:
-        asked = (dense, cache, Index(), index_of(side))
-    case = between(direction, told, chunk, 9)
-    home.judge.call(case, lambda: home.subject.copy(*asked, count=9), asked=asked)
+        requested = (dense, cache, Index(), index_of(side))
+    case = between(direction, reported, chunk, 9)
+    bench.judge.call(case, lambda: bench.subject.copy(*requested, count=9), asked=requested)
 
 
 def _sliced(tensors: Any, layout: str, part: dict[str, Any]) -> Any:

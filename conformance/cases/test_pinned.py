@@ -23,34 +23,34 @@ SHAPE = Shape()
 PAIRS = [("pinned", "pinned"), ("pinned", "pageable"), ("pageable", "pinned")]
 
 
-def made(home: Bench, direction: str, pair: tuple[str, str]) -> tuple[Case, Asked]:
+def made(bench: Bench, direction: str, pair: tuple[str, str]) -> tuple[Case, Asked]:
     """A case, and what it is asked for with views that are said to lie in a pair of places."""
-    case = home.some(direction, SHAPE, 9)
-    asked = asked_of(case)
-    for view, place in zip(asked[:2], pair, strict=True):
+    case = bench.some(direction, SHAPE, 9)
+    requested = asked_of(case)
+    for view, place in zip(requested[:2], pair, strict=True):
         view.form = replace(view.form, place=place)
-    return case, asked
+    return case, requested
 
 
 @BOTH
 @pytest.mark.parametrize("pair", PAIRS, ids="-".join)
-def test_pinned_memory_on_the_host(home: Bench, pair: tuple[str, str], direction: str) -> None:
+def test_pinned_memory_on_the_host(bench: Bench, pair: tuple[str, str], direction: str) -> None:
     """A backend of the host copies pinned memory if it claims to, and refuses it if not."""
-    case, asked = made(home, direction, pair)
-    src, dst, mine, theirs = asked
+    case, requested = made(bench, direction, pair)
+    src, dst, own, other = requested
     refusal = None
-    way = f"from {pair[0]} to {pair[1]} memory"
+    method = f"from {pair[0]} to {pair[1]} memory"
     try:
-        home.subject.prepare(CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step))
+        bench.subject.prepare(CopyPlan(src.form, dst.form, own.plan_step, other.plan_step))
     except Unsupported as error:
         refusal = error
-    if pair in home.subject.can.places:
-        told = f"It claims by 'places' that it copies {way}, and refuses a plan of that: {refusal}"
-        assert refusal is None, told
-        launched = partial(home.subject.launch, *asked, case.count)
-        home.judge.judge(case, lambda: home.judge.land(launched()), lambda: None)
+    if pair in bench.subject.can.places:
+        reported = f"It claims by 'places' that it copies {method}, and refuses a plan of that: {refusal}"
+        assert refusal is None, reported
+        launched = partial(bench.subject.launch, *requested, case.count)
+        bench.judge.judge(case, lambda: bench.judge.land(launched()), lambda: None)
     else:
-        home.judge.not_claimed("places", f"it does not copy {way}.")
-        assert refusal is not None, f"It prepares a plan that it does not claim: {way}."
-    fresh, again = made(home, direction, pair)
-    home.judge.call(fresh, lambda: home.subject.copy(*again, count=fresh.count), asked=again)
+        bench.judge.not_claimed("places", f"it does not copy {method}.")
+        assert refusal is not None, f"It prepares a plan that it does not claim: {method}."
+    fresh, again = made(bench, direction, pair)
+    bench.judge.call(fresh, lambda: bench.subject.copy(*again, count=fresh.count), asked=again)

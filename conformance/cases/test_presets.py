@@ -132,14 +132,14 @@ def _case(shop: Bench, operation: str, name: str, dtype: torch.dtype) -> Case:
 def _pages(shop: Workshop, operation: str, layout: str, shape: Shape, how: dict[str, Any]) -> Case:
     size = shape.block_size
     blocks = shop.shuffled(shape.blocks, 3, 1)
-    mine = {"layout": layout, "step": size, **how}
+    own = {"layout": layout, "step": size, **how}
     flat = "block page" if shape.layers == 1 else "block layer page"
     if operation == "convert":
         store = shop.cache(shape, blocks[::-1], layout=flat, step=size, source=False)
-        return Case(shop.cache(shape, shop.shuffled(shape.blocks, 3), **mine), store, 3 * size)
+        return Case(shop.cache(shape, shop.shuffled(shape.blocks, 3), **own), store, 3 * size)
     few = replace(shape, blocks=3)
     store = shop.cache(few, None, layout=flat, source=operation == "scatter")
-    pages = shop.cache(shape, blocks, source=operation == "gather", **mine)
+    pages = shop.cache(shape, blocks, source=operation == "gather", **own)
     return between(operation, pages, store, 3 * size)
 
 

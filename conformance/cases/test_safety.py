@@ -31,38 +31,38 @@ _PAST = {
 
 
 @pytest.mark.parametrize("slot", _PAST)
-def test_host_slots_past_the_end(home: Bench, direction: str, slot: int) -> None:
+def test_host_slots_past_the_end(bench: Bench, direction: str, slot: int) -> None:
     """A slot past the end in a list on the host is a SlotError, and nothing is moved."""
     for dtype in _PAST[slot]:
         ids = torch.tensor([2, slot, 7], dtype=dtype)
-        home.judge.refused(home.move(direction, SHAPE, ids), SlotError)
+        bench.judge.refused(bench.move(direction, SHAPE, ids), SlotError)
 
 
 @pytest.mark.parametrize("block", [SHAPE.blocks, 2**31 - 1, 2**61, 2**62, 2**63 - 1])
-def test_host_blocks_past_the_end(home: Bench, direction: str, block: int) -> None:
+def test_host_blocks_past_the_end(bench: Bench, direction: str, block: int) -> None:
     """A block past the end is a SlotError, also where its slots do not fit 64 bits."""
-    home.judge.refused(home.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
+    bench.judge.refused(bench.move(direction, SHAPE, [2, block, 0], step=4), SlotError)
 
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("slot", _PAST)
-def test_device_slots_past_the_end(home: Bench, direction: str, slot: int) -> None:
+def test_device_slots_past_the_end(bench: Bench, direction: str, slot: int) -> None:
     """A bad slot on the device moves nothing, all others move, and the end is a SlotError."""
     for dtype in _PAST[slot]:
-        ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(home.subject.device)
-        _judge_bad(home, home.move(direction, SHAPE, ids))
-        home.copy(home.move(direction, SHAPE, [3, 1]))
+        ids = torch.tensor([2, slot, 7, -1, 11], dtype=dtype).to(bench.subject.device)
+        _judge_bad(bench, bench.move(direction, SHAPE, ids))
+        bench.copy(bench.move(direction, SHAPE, [3, 1]))
 
 
-def _judge_bad(home: Bench, case: Case) -> None:
+def _judge_bad(bench: Bench, case: Case) -> None:
     """Bytes as if the bad id were padding, and a SlotError at the end."""
     expected = without_bad(case).expected()
     try:
-        carried = home.judge.carried(lambda: home.judge.start(case).synchronize(), case)
+        carried = bench.judge.carried(lambda: bench.judge.start(case).synchronize(), case)
         assert not carried, f"A bad slot raised nothing. The case was {case!r}."
     except SlotError:
-        home.facility.synchronize()
-        home.judge.check(expected, case)
+        bench.facility.synchronize()
+        bench.judge.check(expected, case)
 
 
 _END = 1 << 20  # stands for the first id past the end, and what is added to it for one far behind
@@ -76,11 +76,11 @@ _PAIRS = {
 }  # fmt: skip
 
 
-def two_lists(home: Bench, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
+def two_lists(bench: Bench, pair: str, step: int, device: Any, dtype: torch.dtype) -> Case:
     """A copy from one cache to another under a list of ids on each side."""
     src, dst = (torch.tensor(_with_end(ids, step), dtype=dtype).to(device) for ids in _PAIRS[pair])
-    target = home.cache(SHAPE, dst, step=step, source=False)
-    return Case(home.cache(SHAPE, src, step=step), target, len(src) * step)
+    target = bench.cache(SHAPE, dst, step=step, source=False)
+    return Case(bench.cache(SHAPE, src, step=step), target, len(src) * step)
 
 
 def _with_end(ids: list[int], step: int) -> list[int]:
@@ -89,31 +89,31 @@ def _with_end(ids: list[int], step: int) -> list[int]:
 
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
-def test_host_ids_past_the_end_of_both_sides(home: Bench, pair: str, step: int) -> None:
+def test_host_ids_past_the_end_of_both_sides(bench: Bench, pair: str, step: int) -> None:
     """An id past the end of either list is a SlotError, also beside padding, and nothing moves."""
-    home.judge.refused(two_lists(home, pair, step, "cpu", torch.int64), SlotError)
+    bench.judge.refused(two_lists(bench, pair, step, "cpu", torch.int64), SlotError)
 
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
-def test_device_ids_past_the_end_of_both_sides(home: Bench, pair: str, step: int) -> None:
+def test_device_ids_past_the_end_of_both_sides(bench: Bench, pair: str, step: int) -> None:
     """A bad id of either list moves nothing, all others move, and the transfer raises SlotError."""
     for dtype in (torch.int64, torch.int32):
-        _judge_bad(home, two_lists(home, pair, step, home.subject.device, dtype))
+        _judge_bad(bench, two_lists(bench, pair, step, bench.subject.device, dtype))
 
 
 @pytest.mark.claim("guards")
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("pair", _PAIRS)
-def test_bad_ids_of_both_sides_are_guarded(home: Bench, pair: str, step: int) -> None:
+def test_bad_ids_of_both_sides_are_guarded(bench: Bench, pair: str, step: int) -> None:
     """A launch that guards does so for both lists, and tells also of an id that faces padding."""
-    if not home.judge.claims("guards", "bad ids are found before the launch."):
+    if not bench.judge.claims("guards", "bad ids are found before the launch."):
         return
-    for dtype in home.subject.can.index_dtypes:
-        place = home.subject.can.home_of_ids(home.subject.device)
-        case = two_lists(home, pair, step, place, dtype)
-        home.judge.carried(partial(home.judge.guarded, case), case)
+    for dtype in bench.subject.can.index_dtypes:
+        place = bench.subject.can.home_of_ids(bench.subject.device)
+        case = two_lists(bench, pair, step, place, dtype)
+        bench.judge.carried(partial(bench.judge.guarded, case), case)
 
 
 #: Lists with more than one bad id, or with padding before it: whatever is worked out of several
@@ -130,38 +130,38 @@ _SEVERAL = {
 @pytest.mark.parametrize("step", [1, 4])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("ids", _SEVERAL)
-def test_the_word_names_a_bad_position(home: Bench, ids: str, offset: int, step: int) -> None:
+def test_the_word_names_a_bad_position(bench: Bench, ids: str, offset: int, step: int) -> None:
     """Of several bad ids the status word holds the position + 1 of the first, counted from where
     the copy begins in its list, padding included."""
-    if not home.judge.claims("guards", "bad ids are found before the launch."):
+    if not bench.judge.claims("guards", "bad ids are found before the launch."):
         return
-    given = home.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
+    supplied = bench.judge.ids([0] * offset + _with_end(_SEVERAL[ids], step), torch.int64)
     how: dict[str, Any] = {"step": step, "offset": offset * step}
     for direction in DIRECTIONS:
-        home.judge.guarded(home.move(direction, SHAPE, given, **how))
+        bench.judge.guarded(bench.move(direction, SHAPE, supplied, **how))
 
 
 @pytest.mark.claim("guards")
-def test_the_word_names_the_first_of_many(home: Bench) -> None:
+def test_the_word_names_the_first_of_many(bench: Bench) -> None:
     """Also if the bad ids are so many that several threads find one each, the status word holds the
     position + 1 of the first."""
-    if not home.judge.claims("guards", "bad ids are found before the launch."):
+    if not bench.judge.claims("guards", "bad ids are found before the launch."):
         return
     shape = Shape(blocks=600, layers=3)
-    good = home.shuffled(shape.slots, 2000, 1)
+    good = bench.shuffled(shape.slots, 2000, 1)
     bad = range(37, len(good), 5)
     for at in bad:
         good[at] = shape.slots + at
-    given = home.judge.ids(good)
+    supplied = bench.judge.ids(good)
     for direction in DIRECTIONS:
-        case = home.move(direction, shape, given)
-        home.judge.carried(partial(home.judge.guarded, case), case)
+        case = bench.move(direction, shape, supplied)
+        bench.judge.carried(partial(bench.judge.guarded, case), case)
 
 
-def test_a_destination_slot_twice(home: Bench) -> None:
+def test_a_destination_slot_twice(bench: Bench) -> None:
     """A destination that occurs twice in a list on the host is a SlotError, and nothing moves."""
-    home.judge.refused(home.scatter(SHAPE, [7, 3, 7]), SlotError)
-    home.judge.refused(home.scatter(SHAPE, [2, 2], step=4), SlotError)
+    bench.judge.refused(bench.scatter(SHAPE, [7, 3, 7]), SlotError)
+    bench.judge.refused(bench.scatter(SHAPE, [2, 2], step=4), SlotError)
 
 
 #: Destinations of which one occurs several times.
@@ -176,41 +176,41 @@ def check_duplicates(judge: Judge, case: Case, carry: Callable[[], object]) -> N
     dst = replace(case.dst, ids=torch.tensor([DUPLICATES[n] for n in once]))
     expected = Case(replace(case.src, ids=positions), dst, len(once) * step).expected()
     carry()
-    found = Memory.snapshot(case.dst.tensors)
+    result = Memory.snapshot(case.dst.tensors)
     for layer, kv in product(range(expected.dst.layers), range(expected.dst.kv)):
         rows = expected.dst.row_addresses(kv, layer, list(range(5 * step, 6 * step)))
-        expected.after.write(rows, found.read(rows))
+        expected.after.write(rows, result.read(rows))
     judge.check(expected, case)
 
 
 @pytest.mark.needs("accelerator")
 @pytest.mark.parametrize("step", [1, 4])
-def test_duplicates_on_the_device(home: Bench, step: int) -> None:
+def test_duplicates_on_the_device(bench: Bench, step: int) -> None:
     """Duplicate destinations on the device have no order, and corrupt nothing else."""
-    case = home.scatter(SHAPE, torch.tensor(DUPLICATES).to(home.subject.device), step=step)
-    check_duplicates(home.judge, case, lambda: home.judge.finish(home.judge.start(case)))
+    case = bench.scatter(SHAPE, torch.tensor(DUPLICATES).to(bench.subject.device), step=step)
+    check_duplicates(bench.judge, case, lambda: bench.judge.finish(bench.judge.start(case)))
 
 
-def test_rows_that_are_source_and_destination(home: Bench) -> None:
+def test_rows_that_are_source_and_destination(bench: Bench) -> None:
     """A copy inside one cache whose rows meet is a SlotError, and nothing moves."""
     for ids, others, step in (([1, 2, 3], [3, 4, 5], 1), ([1, 2], [0, 1], 4)):
-        home.judge.refused(home.within(SHAPE, ids, others, step=step), SlotError)
+        bench.judge.refused(bench.within(SHAPE, ids, others, step=step), SlotError)
 
 
-def test_destinations_that_cannot_be_written(home: Bench) -> None:
+def test_destinations_that_cannot_be_written(bench: Bench) -> None:
     """A destination with a stride of 0, or with two planes at one address, is a LayoutError."""
     spread = {"layout": "kv layer token head dim", "expand": 2}
-    home.judge.refused(home.gather(SHAPE, list(range(8)), spread), LayoutError)
-    cache = replace(home, paged=by_hand.PAGED).cache(SHAPE, [0, 1], source=False)
+    bench.judge.refused(bench.gather(SHAPE, list(range(8)), spread), LayoutError)
+    cache = replace(bench, paged=by_hand.PAGED).cache(SHAPE, [0, 1], source=False)
     doubled = replace(cache, tensors=[cache.tensors[0], cache.tensors[0]])
-    home.judge.refused(Case(home.chunk(SHAPE, 2), doubled, 2), LayoutError)
+    bench.judge.refused(Case(bench.chunk(SHAPE, 2), doubled, 2), LayoutError)
 
 
-def test_two_number_types_are_refused(home: Bench, direction: str) -> None:
+def test_two_number_types_are_refused(bench: Bench, direction: str) -> None:
     """Rows of one number type do not go to rows of another, unless the caller means their bits."""
-    case = home.move(direction, SHAPE, [2, 0, 5], {"dtype": torch.bfloat16})
+    case = bench.move(direction, SHAPE, [2, 0, 5], {"dtype": torch.bfloat16})
     case.src.reinterpret = False
-    home.judge.refused(case, LayoutError)
+    bench.judge.refused(case, LayoutError)
 
 
 #: What is misaligned, and the axis of a cache or of a chunk whose stride does it.
@@ -232,20 +232,20 @@ _MISALIGNED = {
 @pytest.mark.parametrize("off", [1, 2, 4, 8])
 @BOTH
 @pytest.mark.parametrize("what", _MISALIGNED)
-def test_misaligned(home: Bench, what: str, direction: str, off: int) -> None:
+def test_misaligned(bench: Bench, what: str, direction: str, off: int) -> None:
     """The widest access is what the storage's address, its offset and every stride allow."""
     shape = Shape(layers=3, heads=2, widths=(64, 64))
     of_chunk = what.startswith("chunk")
     part = what.removeprefix("chunk-")
     how: dict[str, Any] = {"shift": off} if part == "offset" else {}
     if axis := _MISALIGNED[what]:
-        how = by_hand.widened(by_hand.CHUNK if of_chunk else home.paged, axis, off)
+        how = by_hand.widened(by_hand.CHUNK if of_chunk else bench.paged, axis, off)
     of_chunks, of_caches = (how, {}) if of_chunk else ({}, how)
-    case = home.some(direction, shape, 9, 1, of_chunks, dtype=torch.uint8, **of_caches)
+    case = bench.some(direction, shape, 9, 1, of_chunks, dtype=torch.uint8, **of_caches)
     cache, chunk = (case.src, case.dst) if direction == "gather" else (case.dst, case.src)
     if what == "one-layer" and isinstance(cache.tensors, list):  # a tensor for each layer
         how = {"source": direction == "gather", "shift": off, "storage": 77}
-        moved = home.cache(shape, dtype=torch.uint8, **how)
+        moved = bench.cache(shape, dtype=torch.uint8, **how)
         tensors = [*cache.tensors[:2], moved.tensors[2]]
         guards = [*cache.guards, *moved.guards]
         cache = replace(cache, tensors=tensors, guards=guards, arrangement=None)
@@ -253,4 +253,4 @@ def test_misaligned(home: Bench, what: str, direction: str, off: int) -> None:
         chunk = by_hand.lifted(chunk, off)
     elif part == "base":
         cache = by_hand.lifted(cache, off)
-    home.copy(between(direction, cache, chunk, 9))
+    bench.copy(between(direction, cache, chunk, 9))

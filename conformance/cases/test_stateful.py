@@ -20,7 +20,7 @@ from hypothesis.stateful import run_state_machine_as_test as run
 from portakv import Transfer, copy_blocks
 from portakv_conformance.cases import Bench, Case, Shape, Side, view_of
 from portakv_conformance.cases.test_metamorphic import rows_at
-from portakv_conformance.draw.by_hand import HOMES
+from portakv_conformance.draw.by_hand import BASE_LAYOUTS
 from portakv_conformance.draw.saved import blaming
 
 pytestmark = pytest.mark.area("stateful")
@@ -33,12 +33,12 @@ class Engine(RuleBasedStateMachine):
     """Sequences of tokens in blocks of a cache in the backend's home layout. ``told`` is what each
     token of each sequence must hold. What the backend declines does not happen."""
 
-    home: Bench
+    bench: Bench
 
     def __init__(self) -> None:
         super().__init__()
-        self.cache = self.home.cache(SHAPE, [], source=False)
-        self.connector = self.home.connector()
+        self.cache = self.bench.cache(SHAPE, [], source=False)
+        self.connector = self.bench.connector()
         self.connector.register_kv_caches(self.cache.tensors)
         self.free = list(range(SHAPE.blocks))
         self.blocks: dict[int, list[int]] = {}  # sequence -> its blocks
@@ -49,13 +49,13 @@ class Engine(RuleBasedStateMachine):
 
     def _chunk(self, tokens: int, source: bool) -> Side:
         self.number += 1
-        return self.home.other(self.number).chunk(SHAPE, tokens, source=source)
+        return self.bench.other(self.number).chunk(SHAPE, tokens, source=source)
 
     def _paged(self, ids: list[int], step: int = 1) -> Side:
         return replace(self.cache, ids=torch.tensor(ids), step=step)
 
     def _carried(self, case: Case, call: Callable[..., Transfer] | None = None) -> bool:
-        judge = self.home.judge
+        judge = self.bench.judge
         self.done.append(case)
         begin = call or partial(judge.start, case)
         carried = judge.carried(lambda: judge.finish(begin()), case)
@@ -63,7 +63,7 @@ class Engine(RuleBasedStateMachine):
         return carried
 
     def _blaming(self) -> AbstractContextManager[None]:
-        return blaming(self.home.judge, *self.done[:-4:-1])
+        return blaming(self.bench.judge, *self.done[:-4:-1])
 
     @precondition(lambda self: self.free)
     @rule(tokens=st.integers(1, 2 * SIZE), end=st.booleans())
@@ -71,32 +71,32 @@ class Engine(RuleBasedStateMachine):
         """New tokens of a new or the last sequence are written by a scatter, into new blocks."""
         sequence = max(self.blocks, default=0) + 1 if end or not self.blocks else max(self.blocks)
         own = self.blocks.setdefault(sequence, [])
-        told = self.told.setdefault(sequence, [])
-        while len(own) * SIZE < len(told) + tokens and self.free:
+        reported = self.told.setdefault(sequence, [])
+        while len(own) * SIZE < len(reported) + tokens and self.free:
             own.append(self.free.pop())
-        tokens = min(tokens, len(own) * SIZE - len(told))
+        tokens = min(tokens, len(own) * SIZE - len(reported))
         if not tokens:
             return
         chunk = self._chunk(tokens, True)
         fresh = tokens_at(chunk, range(tokens))
-        slots = _slots(own, len(told), len(told) + tokens)
+        slots = _slots(own, len(reported), len(reported) + tokens)
         call = partial(self.connector.to_gpu, chunk.tensors, None, [-1, *slots], 1)
         if self._carried(Case(chunk, self._paged(slots), tokens), call):
-            told.extend(fresh)
+            reported.extend(fresh)
 
     @precondition(lambda self: self.blocks)
     @rule(pick=st.integers(0, 5))
     def evict(self, pick: int) -> None:
         """A sequence is stored to a chunk and its blocks are given back."""
         sequence = sorted(self.blocks)[pick % len(self.blocks)]
-        told = self.told.pop(sequence)
-        if told:
-            chunk = self._chunk(len(told), False)
-            slots = _slots(self.blocks[sequence], 0, len(told))
+        reported = self.told.pop(sequence)
+        if reported:
+            chunk = self._chunk(len(reported), False)
+            slots = _slots(self.blocks[sequence], 0, len(reported))
             ids = torch.tensor(slots, dtype=torch.int32)
             call = partial(self.connector.from_gpu, chunk.tensors, None, ids)
-            if self._carried(Case(self._paged(slots), chunk, len(told)), call):
-                self.stored[sequence] = (chunk, told)
+            if self._carried(Case(self._paged(slots), chunk, len(reported)), call):
+                self.stored[sequence] = (chunk, reported)
         self.free += self.blocks.pop(sequence)
 
     @precondition(lambda self: self.stored and self.free)
@@ -104,17 +104,17 @@ class Engine(RuleBasedStateMachine):
     def reload(self, pick: int) -> None:
         """A stored sequence is loaded into whatever blocks are free, if they are enough."""
         sequence = sorted(self.stored)[pick % len(self.stored)]
-        chunk, told = self.stored[sequence]
-        own = self.free[: -(-len(told) // SIZE)]
-        if len(own) * SIZE < len(told):
+        chunk, reported = self.stored[sequence]
+        own = self.free[: -(-len(reported) // SIZE)]
+        if len(own) * SIZE < len(reported):
             return
-        slots = _slots(own, 0, len(told))
-        ids = torch.tensor(slots).to(self.home.device)
+        slots = _slots(own, 0, len(reported))
+        ids = torch.tensor(slots).to(self.bench.device)
         call = partial(self.connector.to_gpu, chunk.tensors, None, ids)
-        if self._carried(Case(chunk, self._paged(slots), len(told)), call):
+        if self._carried(Case(chunk, self._paged(slots), len(reported)), call):
             del self.stored[sequence], self.free[: len(own)]
             self.blocks[sequence] = own
-            self.told[sequence] = told
+            self.told[sequence] = reported
 
     @precondition(lambda self: self.free and any(self.blocks.values()))
     @rule(pick=st.integers(0, 5), which=st.integers(0, 5))
@@ -126,38 +126,38 @@ class Engine(RuleBasedStateMachine):
         block = [own[place]]
         free = [self.free[0]]
         view = view_of(self.cache)
-        name = self.home.subject.name
+        name = self.bench.subject.name
         call = partial(copy_blocks, view, view, block, free, backend=name)
         if self._carried(Case(self._paged(block, SIZE), self._paged(free, SIZE), SIZE), call):
             self.free.append(own[place])
             own[place] = self.free.pop(0)
 
     @precondition(lambda self: any(self.told.values()))
-    @rule(pick=st.integers(0, 5), other=st.sampled_from(HOMES))
+    @rule(pick=st.integers(0, 5), other=st.sampled_from(BASE_LAYOUTS))
     def convert(self, pick: int, other: str) -> None:
         """A sequence is read, through another layout's cache, as it was written."""
-        owners = [(sequence, told) for sequence, told in sorted(self.told.items()) if told]
-        sequence, told = owners[pick % len(owners)]
-        blocks = self.blocks[sequence][: -(-len(told) // SIZE)]
+        owners = [(sequence, reported) for sequence, reported in sorted(self.told.items()) if reported]
+        sequence, reported = owners[pick % len(owners)]
+        blocks = self.blocks[sequence][: -(-len(reported) // SIZE)]
         order = list(range(len(blocks)))[::-1]
         shape = replace(SHAPE, blocks=len(blocks))
-        dst = self.home.cache(shape, order, layout=other, step=SIZE, source=False)
-        if not self._carried(Case(self._paged(blocks, SIZE), dst, len(told))):
+        dst = self.bench.cache(shape, order, layout=other, step=SIZE, source=False)
+        if not self._carried(Case(self._paged(blocks, SIZE), dst, len(reported))):
             return
-        found = tokens_at(dst, _slots(order, 0, len(told)))
+        result = tokens_at(dst, _slots(order, 0, len(reported)))
         with self._blaming():
-            for token, (was, now) in enumerate(zip(told, found, strict=True)):
+            for token, (was, now) in enumerate(zip(reported, result, strict=True)):
                 assert was == now, f"Sequence {sequence}, token {token} was converted wrong."
 
     @invariant()
     def every_token_holds_its_bytes(self) -> None:
         """Whatever happened, each token of each sequence holds what was written for it."""
-        held = tokens_at(self.cache, range(SHAPE.slots))
+        retained = tokens_at(self.cache, range(SHAPE.slots))
         with self._blaming():
-            for sequence, told in self.told.items():
-                for token, slot in enumerate(_slots(self.blocks[sequence], 0, len(told))):
+            for sequence, reported in self.told.items():
+                for token, slot in enumerate(_slots(self.blocks[sequence], 0, len(reported))):
                     where = f"Sequence {sequence}, token {token} in slot {slot}"
-                    assert held[slot] == told[token], f"{where} does not hold its bytes."
+                    assert retained[slot] == reported[token], f"{where} does not hold its bytes."
             wrong = [guard.broken() for guard in self.cache.guards]
             assert not any(wrong), wrong
 
@@ -172,9 +172,9 @@ def tokens_at(side: Side, slots: Sequence[int]) -> list[bytes]:
     return [b"".join(plane[at].tobytes() for plane in planes) for at in range(len(slots))]
 
 
-def test_blocks_of_an_engine(home: Bench) -> None:
+def test_blocks_of_an_engine(bench: Bench) -> None:
     """Through any sequence of appends, evictions, reloads and migrations, no token is lost."""
-    machine = type("Engine", (Engine,), {"home": home})
-    hypothesis.seed(home.judge.seed)(machine)
+    machine = type("Engine", (Engine,), {"bench": bench})
+    hypothesis.seed(bench.judge.seed)(machine)
     examples = max(settings().max_examples // 2, 10)
     run(machine, settings=settings(max_examples=examples, stateful_step_count=15))

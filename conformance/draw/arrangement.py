@@ -210,8 +210,8 @@ def build(to: Arrangement) -> tuple[Any, list[Guarded]]:
     guards: list[Guarded] = []
     # Only the tensors of one kv are sure to have one shape, so each kv is placed for itself.
     for kv in sorted(set(kv_of)):
-        mine = [number for number, each in enumerate(kv_of) if each == kv]
-        flat.update(zip(mine, _place(to, axes.right, len(mine), kv, guards), strict=True))
+        own = [number for number, each in enumerate(kv_of) if each == kv]
+        flat.update(zip(own, _place(to, axes.right, len(own), kv, guards), strict=True))
     return _contain([flat[n] for n in range(len(flat))], levels, to.kinds), guards
 
 

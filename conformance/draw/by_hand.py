@@ -24,7 +24,7 @@ PAGED = "layer | kv block token head dim"
 CHUNK = "kv layer token (head dim)"
 #: Layouts of caches; CORE is judged in the first that a backend takes. The last two need no table
 #: of addresses, the last not even a loop.
-HOMES = (
+BASE_LAYOUTS = (
     PAGED,
     "layer | kv block head token dim",
     "layer kv | block token head dim",
@@ -33,7 +33,7 @@ HOMES = (
     "block token layer kv head dim",
 )
 #: Layouts of chunks, for caches whose rows do not go to `CHUNK` in the fewest loops.
-_CHUNKS = {HOMES[-1]: "token layer kv (head dim)"}
+_CHUNKS = {BASE_LAYOUTS[-1]: "token layer kv (head dim)"}
 _ELSEWHERE = 1000  # storage numbers of destinations, so that no source has the same bytes
 
 

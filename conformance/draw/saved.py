@@ -58,18 +58,18 @@ def load(text: str, device: str | torch.device | None = None) -> tuple[Case, dic
     """The case of a JSON document, with fresh tensors, and what is said about it. What lay on the
     judged device is built on ``device``, by default where it lay. `ValueError` if it is no document
     of this schema, or fields are missing."""
-    said = read_about(text)
+    reported = read_about(text)
 
     def to(place: str) -> str:
         """Where something goes that lay at ``place``; host memory of a device's case stays."""
-        stays = device is None or (place == "cpu" and said.get("device", "cpu") != "cpu")
+        stays = device is None or (place == "cpu" and reported.get("device", "cpu") != "cpu")
         return place if stays else str(device)
 
     with _reading():
         document = json.loads(text)
         src = _build(document["src"], to)
         dst = _build(document["dst"], to, src if document["one_cache"] else None)
-        return Case(src, dst, int(document["count"])), said
+        return Case(src, dst, int(document["count"])), reported
 
 
 @contextmanager
@@ -87,14 +87,14 @@ def _reading() -> Iterator[None]:
 def replay(path: Path, subject: Subject) -> str | None:
     """Judge a saved example on a subject: None if it passes, else what is wrong, a sentence. A copy
     that the backend declines, as it may, passes; `ValueError` as `load` raises."""
-    case, said = load(path.read_text(encoding="utf-8"), subject.device)
-    end = said.get("end", ENDS[0])
+    case, reported = load(path.read_text(encoding="utf-8"), subject.device)
+    end = reported.get("end", ENDS[0])
     with _reading():
         if end not in ENDS:
             raise ValueError(f"{end!r} is no way to wait for a copy")
-    judge = Judge(subject, Facility(subject.device, subject.emulated), said.get("seed", 0))
+    judge = Judge(subject, Facility(subject.device, subject.emulated), reported.get("seed", 0))
     try:
-        if said.get("direct"):
+        if reported.get("direct"):
             judge.launch(case)
         else:
             judge.copy(case, end=end)
@@ -110,7 +110,7 @@ def _side(side: Side) -> dict[str, Any]:
     ids = side.ids
     to["dtype"] = str(side.arrangement.dtype).removeprefix("torch.")
     to["kinds"] = [kind.__name__ for kind in side.arrangement.kinds]
-    told = (
+    reported = (
         None
         if ids is None
         else {
@@ -121,7 +121,7 @@ def _side(side: Side) -> dict[str, Any]:
         }
     )
     told_of = {"arrangement": to, "declared": side.extents, "step": side.step}
-    return {**told_of, "offset": side.offset, "ids": told}
+    return {**told_of, "offset": side.offset, "ids": reported}
 
 
 def _build(told: dict[str, Any], to: Callable[[str], str], shared: Side | None = None) -> Side:

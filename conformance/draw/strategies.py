@@ -193,7 +193,7 @@ def _arranged(
     expandable = len(groups) - (1 if split_end else 0)
     expand = source and expandable > 0 and rarely(draw)
     kinds = tuple(pick(draw, _KINDS) for _ in range(levels))
-    found = Arrangement(
+    result = Arrangement(
         layout,
         dtype,
         extents,
@@ -212,13 +212,13 @@ def _arranged(
     )
     # What the options leave out is drawn all the same, so that the rest is as without them.
     if not options.expanded:
-        found = replace(found, expand=None)
+        result = replace(result, expand=None)
     if "page" in extents and not options.loose_pages:
         page = len(groups) - 1
-        order = [*(n for n in found.order if n != page), page]
-        expanded = None if found.expand == page else found.expand
-        found = replace(found, order=tuple(order), gap=1, expand=expanded)
-    return found
+        order = [*(n for n in result.order if n != page), page]
+        expanded = None if result.expand == page else result.expand
+        result = replace(result, order=tuple(order), gap=1, expand=expanded)
+    return result
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ def driver_version(device: torch.device) -> str:
 def _told(pattern: str, around: str) -> str:
     for file in sorted(ROOT.glob(pattern)):
         with suppress(OSError):
-            if found := re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE):
-                return found.group(1)
+            if result := re.search(around, file.read_text(encoding="utf-8"), re.MULTILINE):
+                return result.group(1)
     return ""
 
 
@@ -116,7 +116,7 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
     if subject.emulated:
         emulating = standins.emulating(device.type)
         facts["emulation"] = hashed(emulating)
-        facts |= {ASSUMPTION: told} if (told := assumed(emulating)) else {}
+        facts |= {ASSUMPTION: told} if (reported := assumed(emulating)) else {}
     else:
         facts |= _toolkit(device)
     if path := subject.backend.library:
@@ -145,19 +145,19 @@ def describe_backend(subject: Subject) -> dict[str, str]:
 def assumed(modules: Iterable[str]) -> str:
     """What modules that emulate take for true without the vendor's word: each one's ``ASSUMPTION``,
     a clause; empty if none takes anything."""
-    said = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
-    return "; ".join(clause for clause in said if clause)
+    reported = (str(getattr(import_module(module), "ASSUMPTION", "")) for module in modules)
+    return "; ".join(clause for clause in reported if clause)
 
 
 def hashed(modules: Iterable[str]) -> dict[str, str]:
     """The hash of the source of each module, or of ``module:Class``; else why it is unknown."""
-    found = {}
+    result = {}
     for module in modules:
         try:
-            found[module] = source_sha256(module)
+            result[module] = source_sha256(module)
         except SourceError as error:
-            found[module] = f"unknown: {error}"
-    return found
+            result[module] = f"unknown: {error}"
+    return result
 
 
 def plain(value: Any) -> Any:
@@ -167,7 +167,7 @@ def plain(value: Any) -> Any:
     if is_dataclass(value) and not isinstance(value, type):
         value = {field.name: getattr(value, field.name) for field in fields(value)}
     if isinstance(value, dict):
-        return {str(key): plain(kept) for key, kept in value.items()}
+        return {str(key): plain(retained) for key, retained in value.items()}
     if isinstance(value, list | tuple | set | frozenset):
         entries = [plain(entry) for entry in value]
         return entries if isinstance(value, list | tuple) else sorted(entries, key=str)
@@ -184,9 +184,9 @@ def interpreted(subject: Subject) -> bool:
     """Whether the backend's kernels run through Triton's interpreter."""
     if os.environ.get(INTERPRET, "").lower() not in YES or subject.device.type != "cpu":
         return False
-    said = [decision.reason for decision in subject.trace if decision.name == subject.name]
+    reported = [decision.reason for decision in subject.trace if decision.name == subject.name]
     ours = subject.target.partition(":")[0] == "portakv.backends.triton"
-    return ours or "interpret" in " ".join(said)
+    return ours or "interpret" in " ".join(reported)
 
 
 def device_name(device: torch.device, simulated: bool) -> str:
@@ -221,15 +221,15 @@ def _toolkit(device: torch.device) -> dict[str, str]:
 
 def package_versions(names: Iterable[str]) -> dict[str, str]:
     """Versions of those distributions that are installed, and of modules without one."""
-    found = {}
+    result = {}
     for name in names:
         try:
-            found[name] = metadata.version(name)
+            result[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             module = sys.modules.get(name.replace("-", "_"))
             emulated = getattr(module, "EMULATED", False)
-            found[name] = "" if emulated else str(getattr(module, "__version__", ""))
-    return {name: version for name, version in found.items() if version}
+            result[name] = "" if emulated else str(getattr(module, "__version__", ""))
+    return {name: version for name, version in result.items() if version}
 
 
 def package_sha256(name: str) -> str:
@@ -255,11 +255,11 @@ def _distributions(target: str) -> list[str]:
 def _system() -> str:
     """The distribution, and the kernel without what its builder added to the version."""
     kernel = ".".join(platform.release().split(".")[:2])
-    told = f"{platform.system()} {kernel} {platform.machine()}"
+    reported = f"{platform.system()} {kernel} {platform.machine()}"
     try:
-        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {told}"
+        return f"{platform.freedesktop_os_release()['PRETTY_NAME']}, {reported}"
     except (OSError, KeyError):
-        return told
+        return reported
 
 
 def _processor() -> str:

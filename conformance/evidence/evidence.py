@@ -80,8 +80,8 @@ def read(file: Path) -> Rung:
     try:
         return of_report(record)
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        told = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
-        raise ValueError(f"{file} is unreadable: {told}{error}") from error
+        reported = "" if isinstance(error, ValueError) else f"{type(error).__name__}, "
+        raise ValueError(f"{file} is unreadable: {reported}{error}") from error
 
 
 def of_report(record: RunRecord) -> Rung:
@@ -92,11 +92,11 @@ def of_report(record: RunRecord) -> Rung:
     counted = totals_of(record.cases)
     known = record.environment
     shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
-    told = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
+    reported = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
     return Rung(
         evidence="",
         rung=record.rung,
-        told=", ".join([*told, "on one device"] if LEFT_OUT in known else told),
+        told=", ".join([*reported, "on one device"] if LEFT_OUT in known else reported),
         backend=record.backend["name"],
         target=record.backend["target"],
         source_sha256=record.backend["source_sha256"],
@@ -122,7 +122,7 @@ def _emulation(record: RunRecord) -> dict[str, str]:
     if known.get("emulated") is False:
         return {}
     if results.device_kind(record) != "cpu":
-        return {str(name): str(told) for name, told in dict(known.get("emulation", {})).items()}
+        return {str(name): str(reported) for name, reported in dict(known.get("emulation", {})).items()}
     if INTERPRET in known:
         return {"triton": str(known.get("triton", ""))}
     return {record.backend["target"].partition(":")[0]: record.backend["source_sha256"]}
@@ -142,11 +142,11 @@ def _of_job(file: Path, values: Any) -> Rung:
         raise ValueError(f"{file}: {what!r} is not borne out. {' '.join(wrong)}")
     if what not in JOBS:
         raise ValueError(f"{file} says {what!r}; expected one of {', '.join(JOBS)}.")
-    told = f"{what}, {_counts(values)}".removesuffix(", ")
+    reported = f"{what}, {_counts(values)}".removesuffix(", ")
     return Rung(
         evidence="",
         rung=JOBS[what] if right else "",
-        told=told if right else f"failed: {told}",
+        told=reported if right else f"failed: {reported}",
         backend=values["name"],
         target=values["backend"],
         source_sha256=values["source_sha256"],
@@ -163,11 +163,11 @@ def _of_job(file: Path, values: Any) -> Rung:
 
 def _counts(values: dict[str, Any]) -> str:
     """What a job told; counts as in the row of a report: ``1,797 passed, 2 not claimed``."""
-    told = str(values.get("told") or "")
+    reported = str(values.get("told") or "")
     printed = " ".join(map(str, values.get("printed", ())))
-    if told and (whole := re.search(re.escape(told) + r", \d+ not-claimed", printed)):
-        told = whole[0]
-    return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", told.replace("-claimed", " claimed"))
+    if reported and (whole := re.search(re.escape(reported) + r", \d+ not-claimed", printed)):
+        reported = whole[0]
+    return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", reported.replace("-claimed", " claimed"))
 
 
 def rung_of(said: Rung, file: str, *, device: str = "", note: str = "") -> Rung:
@@ -193,18 +193,18 @@ def contradictions(ladder: Ladder, root: Path) -> list[str]:
 def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
     place = f"{' '.join(rung.place)}, by {rung.evidence}"
     try:
-        said = read(file)
-        if said.suite and file.name != results.file_name(results.read(file)):
+        reported = read(file)
+        if reported.suite and file.name != results.file_name(results.read(file)):
             yield f"{place}: the file must be named after its contents."
-        made = rung_of(said, rung.evidence, device=rung.device, note=rung.note)
+        made = rung_of(reported, rung.evidence, device=rung.device, note=rung.note)
     except ValueError as error:
         yield f"{place}: {error}"
         return
     for entry in fields(Rung):
-        mine = getattr(rung, entry.name)
+        own = getattr(rung, entry.name)
         its = getattr(made, entry.name)
-        if mine != its:
-            yield f"{place}: {entry.name} is {mine!r}, but the file says {its!r}."
+        if own != its:
+            yield f"{place}: {entry.name} is {own!r}, but the file says {its!r}."
 
 
 def recorded(job: argparse.Namespace) -> dict[str, Any]:
@@ -243,31 +243,31 @@ def recorded(job: argparse.Namespace) -> dict[str, Any]:
 def without_places(printed: str) -> str:
     """The text with the last part in place of each absolute path, and without pytest's lines that
     hold nothing but one."""
-    kept = (line for line in printed.splitlines(keepends=True) if not _HEAD.match(line))
-    return _PATH.sub(r"\1", "".join(kept))
+    retained = (line for line in printed.splitlines(keepends=True) if not _HEAD.match(line))
+    return _PATH.sub(r"\1", "".join(retained))
 
 
 def name_of(target: str) -> str:
     """The name that a backend says it has; `SourceError` if ``module:Class`` is none."""
     module, _, attribute = target.partition(":")
-    found = getattr(getattr(import_module(module), attribute, None), "name", "")
-    if not (isinstance(found, str) and found):
+    result = getattr(getattr(import_module(module), attribute, None), "name", "")
+    if not (isinstance(result, str) and result):
         raise SourceError(f"{target!r} is no backend's class: it says no name")
-    return found
+    return result
 
 
 def _shown(job: argparse.Namespace, printed: str) -> dict[str, Any]:
     """What the kinds have to show, of the job and of what it printed."""
-    found: dict[str, Any] = {"targets": job.targets}
+    result: dict[str, Any] = {"targets": job.targets}
     if JOBS[job.what] == "R1":
-        found["signatures"] = signatures_of(job.emulated_by)
+        result["signatures"] = signatures_of(job.emulated_by)
     if job.kernels:
-        found["kernels"] = kernels_in(printed, job.kernels)
-    if job.tells and (told := re.search(job.tells, printed)):
-        found["told"] = " ".join(told[0].split())
+        result["kernels"] = kernels_in(printed, job.kernels)
+    if job.tells and (reported := re.search(job.tells, printed)):
+        result["told"] = " ".join(reported[0].split())
     if job.compiler and (line := re.search(job.compiler, printed, re.MULTILINE)):
-        found["compiler"] = line[0].strip()
-    return {name: value for name, value in found.items() if value or name == "kernels"}
+        result["compiler"] = line[0].strip()
+    return {name: value for name, value in result.items() if value or name == "kernels"}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -89,8 +89,8 @@ class Ladder:
     def with_rung(self, made: Rung) -> Ladder:
         """The ladder with a rung in place of an older one of its pair. The vendor's packages that
         it holds for are those that count from now on."""
-        kept = tuple(rung for rung in self.rungs if rung.place != made.place)
-        return Ladder((*kept, made), {**self.vendor, **made.vendor})
+        retained = tuple(rung for rung in self.rungs if rung.place != made.place)
+        return Ladder((*retained, made), {**self.vendor, **made.vendor})
 
 
 Digest = Callable[[str], str]
@@ -138,8 +138,8 @@ def broken_rules(ladder: Ladder) -> Iterator[str]:
         name = " ".join(rung.place)
         real = not rung.emulated
         top = rung.rung == "R6"
-        mine = rung.target.startswith(_EMULATIONS)
-        said = real or "emulated" in rung.device or rung.rung not in EMULATED
+        own = rung.target.startswith(_EMULATIONS)
+        reported = real or "emulated" in rung.device or rung.rung not in EMULATED
         inside = rung.evidence.startswith(RESULTS) and ".." not in rung.evidence
         rules = {
             f"there is no rung {rung.rung!r}; expected one of {', '.join(RUNGS)}": rung.rung
@@ -148,9 +148,9 @@ def broken_rules(ladder: Ladder) -> Iterator[str]:
             "R6 needs a report of the suite": bool(rung.suite) or not top,
             "what ran on the real device is R6 or no rung": top or not real,
             f"{rung.target} emulates a vendor's backend, and is at most R3": not (
-                mine and rung.rung in ("R4", "R5", "R6")
+                own and rung.rung in ("R4", "R5", "R6")
             ),
-            "the device has to say that it is emulated": said,
+            "the device has to say that it is emulated": reported,
             "listed twice": rung.place not in places[:at],
             f"the evidence {rung.evidence!r} does not lie in {RESULTS}": inside,
         }
@@ -174,9 +174,9 @@ def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> 
     """How far a backend was verified, for a list: on ``device``, else wherever it got highest;
     ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``, with what has to be known of
     that rung. Empty if nothing is known."""
-    mine = {pair: rungs for pair, rungs in by_pair(ladder).items() if pair[0] == backend}
-    here = mine.get((backend, device), [])
-    rungs = here or [rung for rungs in mine.values() for rung in rungs]
+    own = {pair: rungs for pair, rungs in by_pair(ladder).items() if pair[0] == backend}
+    here = own.get((backend, device), [])
+    rungs = here or [rung for rungs in own.values() for rung in rungs]
     if not rungs:
         return ""
     # The highest rung that holds, else the highest that expired.
@@ -200,10 +200,10 @@ def read(file: Path = FILE) -> Ladder:
         raise ValueError(f"{file} is no ladder: {error}") from error
     for rung in rungs:
         for entry in fields(Rung):
-            given = getattr(rung, entry.name)
+            supplied = getattr(rung, entry.name)
             kind = {"emulated": bool, "vendor": dict, "emulation": dict}.get(entry.name, str)
-            if type(given) is not kind:
-                raise ValueError(f"{file}: {entry.name} is {given!r}, expected {kind.__name__}.")
+            if type(supplied) is not kind:
+                raise ValueError(f"{file}: {entry.name} is {supplied!r}, expected {kind.__name__}.")
     return Ladder(rungs, vendor)
 
 

@@ -35,32 +35,32 @@ def lacking(rung: str, record: _Record) -> list[str]:
         values = record.get(place, {})
         hashes |= values if isinstance(values, dict) else {place: values}
     bad = {name: value for name, value in hashes.items() if not re.fullmatch(SHA256, str(value))}
-    found = [f"{name} {value!r} is no sha256." for name, value in bad.items()]
-    told = str(record.get("told") or "")
-    if told not in " ".join(" ".join(_printed(record)).split()):
-        found.append(f"{told!r} was not printed.")
+    result = [f"{name} {value!r} is no sha256." for name, value in bad.items()]
+    reported = str(record.get("told") or "")
+    if reported not in " ".join(" ".join(_printed(record)).split()):
+        result.append(f"{reported!r} was not printed.")
     name, keys, *checks = _KINDS.get(rung, ("", ()))
     rows: Any = record.get(name) if name else []
     if name and not (isinstance(rows, list) and rows):
-        found.append(f"It holds no {name}.")
+        result.append(f"It holds no {name}.")
         rows = []
     for row in rows:
         if not isinstance(row, dict) or not all(_text(row.get(key)) for key in keys):
-            found.append(f"Each of its {name} needs {', '.join(keys)}; found {str(row)[:80]}.")
+            result.append(f"Each of its {name} needs {', '.join(keys)}; found {str(row)[:80]}.")
             rows = []
             break
     for check in checks:
-        found += check(record, rows)
-    return found
+        result += check(record, rows)
+    return result
 
 
 def _signatures(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if not re.fullmatch(r"\(.*\).*", row["signature"], re.DOTALL):
             yield f"The signature of {row['op']} is {row['signature']!r}."
-    told = record.get("emulation")
+    reported = record.get("emulation")
     standins = []
-    for name, sha256 in told.items() if isinstance(told, dict) else ():
+    for name, sha256 in reported.items() if isinstance(reported, dict) else ():
         with suppress(SourceError):  # of this repository, and here as they were then
             if str(name).startswith(_STANDINS) and source_sha256(name) == sha256:
                 standins.append(name)
@@ -72,7 +72,7 @@ def _schemas(record: _Record, rows: _Rows) -> Iterator[str]:
     for row in rows:
         if row["pinned"] != row["found"] or row.get("same") is not True:
             yield f"{row['op']} is pinned as {row['pinned']}, but was found as {row['found']}."
-    wheels = [found for name in record.get("vendor") or () if (found := _WHEEL.fullmatch(name))]
+    wheels = [result for name in record.get("vendor") or () if (result := _WHEEL.fullmatch(name))]
     if not wheels:
         yield "It names no wheel of the vendor's, <package>-<version>-<tags>.whl, with its sha256."
     for wheel in wheels:
@@ -130,16 +130,16 @@ _KINDS: Mapping[str, tuple[Any, ...]] = {
 def signatures_of(modules: Iterable[str]) -> list[dict[str, str]]:
     """The signatures that stand-ins have, and where each is known from: a stand-in's ``SOURCES``
     says it for each function, ``package.function``."""
-    found = []
+    result = []
     for name in modules:
         module = import_module(name)
         for op, source in getattr(module, "SOURCES", {}).items():
             signature = str(inspect.signature(getattr(module, op.rpartition(".")[2])))
-            found.append({"op": op, "signature": signature, "source": source})
-    return found
+            result.append({"op": op, "signature": signature, "source": source})
+    return result
 
 
 def kernels_in(printed: str, pattern: str) -> list[dict[str, str]]:
     """Every kernel whose code was read, by the groups ``kernel`` and ``target`` of a pattern."""
-    found = re.finditer(pattern, printed, re.MULTILINE)
-    return [{name: each[name] for name in ("kernel", "target")} for each in found]
+    result = re.finditer(pattern, printed, re.MULTILINE)
+    return [{name: each[name] for name in ("kernel", "target")} for each in result]

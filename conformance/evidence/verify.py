@@ -56,13 +56,13 @@ def check_report(text: str, listing: Listing = cases_of) -> list[str]:
             f"It was made by suite {record.suite} (spec {record.spec}), but {SUITE_VERSION} (spec "
             f"{SPEC_VERSION}) is installed; verify it with the release that has its suite."
         ]
-    found = [*_sums(record), *_cases(record), *_facts(record), *_case_list(record, listing)]
+    result = [*_sums(record), *_cases(record), *_facts(record), *_case_list(record, listing)]
     seal = record.environment.get(verdict.SEAL)
     if seal is None:
-        found.insert(0, f"It has no seal ({verdict.SEAL!r}): no run of the suite wrote it.")
+        result.insert(0, f"It has no seal ({verdict.SEAL!r}): no run of the suite wrote it.")
     elif seal != verdict.digest_of(record):
-        found.insert(0, "Its seal does not fit its content: it was changed after the run.")
-    return found
+        result.insert(0, "Its seal does not fit its content: it was changed after the run.")
+    return result
 
 
 def _sums(record: RunRecord) -> Iterator[str]:
@@ -122,8 +122,8 @@ def _cases(record: RunRecord) -> Iterator[str]:
     if passed and not spent > 0:
         yield f"Its {len(record.cases)} cases took no time at all."
     words = _words_of(record)
-    told = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
-    jobs = int(told[0]) if told and told[0].isdecimal() else 1
+    reported = words[words.index("--jobs") + 1 :][:1] if "--jobs" in words else []
+    jobs = int(reported[0]) if reported and reported[0].isdecimal() else 1
     if spent > jobs * record.seconds * 1.05 + 1:
         once = f"{jobs} at a time" if jobs > 1 else "one after another"
         yield f"Its cases took {spent:.1f} s, {once}, but the run {record.seconds:.1f} s."
@@ -176,19 +176,19 @@ def _emulation(record: RunRecord, device: str) -> Iterator[str]:
     """What emulated a device; on a CPU it is the backend itself or an interpreter."""
     if record.environment.get("emulated") is not True or device == "cpu":
         return
-    told = record.environment.get("emulation")
-    if not isinstance(told, dict) or not told:
+    reported = record.environment.get("emulation")
+    if not isinstance(reported, dict) or not reported:
         yield "Its device is emulated, but it does not say by what."
         return
-    if device == SIMULATED or SIMULATION in told:
+    if device == SIMULATED or SIMULATION in reported:
         carried = re.sub(r":\d+$", "", str(record.environment["device"])).rpartition(":")[2]
         for module in (SIMULATION, STANDINS.get(carried, SIMULATION)):
-            if module not in told:
+            if module not in reported:
                 yield f"Its device is {device}, but it does not say the hash of {module}."
         assumed_here = assumed((STANDINS[carried],)) if carried in STANDINS else ""
         if assumed_here and not record.environment.get(ASSUMPTION):
             yield f"It does not say what it holds by: {assumed_here}."
-    yield from _unhashed(told, "emulated")
+    yield from _unhashed(reported, "emulated")
 
 
 def _unhashed(told: dict[str, Any], what: str) -> Iterator[str]:
@@ -243,27 +243,27 @@ def _command(record: RunRecord) -> Iterator[str]:
     for pair in expected:
         if pair not in pairwise(words):
             yield f"Its command does not say {' '.join(pair)}: {record.command}"
-    told = {
+    reported = {
         "--only": record.verdict != "conformant",
         "--fuzz": record.fuzz != 0,
         "--waivers": bool(record.waivers),
         "--emulated": record.environment.get("emulated") is not False,
     }
-    for word, shown in told.items():
+    for word, shown in reported.items():
         if word in words and not shown:
             yield f"Its command has {word}, which does not fit the rest of it: {record.command}"
     # It begins with `portakv conform` and the backend, by its name or as `pkg.mod:Class`.
     start = [word for word in words if "=" not in word or word.startswith("-")][:3]
-    asked = start[2] if start[:2] == ["portakv", "conform"] and len(start) == 3 else ""
+    requested = start[2] if start[:2] == ["portakv", "conform"] and len(start) == 3 else ""
     name, target = (str(record.backend.get(key, "")) for key in ("name", "target"))
     # A package may offer its class in another module than the one that defines it.
-    offered = ":" in asked and asked.rpartition(":")[2] == target.rpartition(":")[2]
-    if asked not in (name, target) and not offered:
+    offered = ":" in requested and requested.rpartition(":")[2] == target.rpartition(":")[2]
+    if requested not in (name, target) and not offered:
         yield f"Its command does not judge {name!r} ({target}): {record.command}"
-    said = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
+    statement = [word.partition("=")[2] for word in words if word.startswith(f"{INTERPRET}=")]
     if not (target.startswith("portakv.backends.triton:") and device == "cpu"):
-        said = []
-    said.append(str(record.environment.get(INTERPRET, "")))
-    interpreted = any(value.lower() in YES for value in said)
+        statement = []
+    statement.append(str(record.environment.get(INTERPRET, "")))
+    interpreted = any(value.lower() in YES for value in statement)
     if interpreted and record.environment.get("emulated") is not True:
         yield f"An interpreter ran its kernels ({INTERPRET}), but it says that nothing is emulated."

@@ -66,8 +66,8 @@ def _groups(text: str, side: str) -> Iterator[Group]:
         match = _GROUP.match(side, at)
         if match is None:
             raise ValueError(f"The layout {text!r} cannot be read from {side[at:]!r} on.")
-        found = _FACTOR.findall(match["merged"] or match["one"] or "")
-        yield tuple(Factor(axis, part, int(n or 0)) for axis, part, n in found)
+        result = _FACTOR.findall(match["merged"] or match["one"] or "")
+        yield tuple(Factor(axis, part, int(n or 0)) for axis, part, n in result)
         at = match.end()
 
 

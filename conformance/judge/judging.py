@@ -61,8 +61,8 @@ def asked_of(case: Case) -> Asked:
 
 def plan_of(case: Case) -> CopyPlan:
     """The plan of a case, in the largest unit that both sides allow."""
-    src, dst, mine, theirs = asked_of(case)
-    return CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
+    src, dst, own, other = asked_of(case)
+    return CopyPlan(src.form, dst.form, own.plan_step, other.plan_step)
 
 
 class Judge:
@@ -129,18 +129,18 @@ class Judge:
 
     def launch_only(self, case: Case, status: torch.Tensor | None = None) -> None:
         """Prepare and launch a case in its largest unit, and wait for it."""
-        asked = asked_of(case)
-        unit = largest_unit(*asked, case.count)
-        self.land(self.subject.launch(*asked, case.count, status=status, unit=unit))
+        requested = asked_of(case)
+        unit = largest_unit(*requested, case.count)
+        self.land(self.subject.launch(*requested, case.count, status=status, unit=unit))
 
     def launch_of(self, case: Case, launch: Launch | None = None) -> Callable[..., Pending | None]:
         """A launch, prepared for a case or given, with all that it is called for but the stream and
         the status word; ids and tables of addresses are where it reads them."""
-        src, dst, mine, theirs = asked_of(case)
+        src, dst, own, other = asked_of(case)
         launch = launch or self.subject.prepare(plan_of(case))
         _ = [view.table for view in (src, dst)]  # a copy from the host, on the current stream
         place = self.subject.place
-        return partial(launch, src, dst, place(mine), place(theirs), case.count)
+        return partial(launch, src, dst, place(own), place(other), case.count)
 
     def landing(self, case: Case, launch: Launch | None = None) -> Callable[[], None]:
         """A call of `launch_of`, carried out to its end."""
@@ -171,16 +171,16 @@ class Judge:
             carry()
         except Unsupported as refusal:
             self.facility.synchronize()
-            told = f"{refusal} {_the(case)}"
+            reported = f"{refusal} {_the(case)}"
             wrong = changed(expected.before, case.dst.tensors)
-            assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {told}"
-            self._note(why(), told)
+            assert wrong is None, f"The copy was refused as Unsupported, but {wrong}: {reported}"
+            self._note(why(), reported)
             return False
         except Exception as error:
             ours = isinstance(error, PortaKVError)
             rule = " It was asked for what is right." if ours else _RULE
-            told = f"The copy raised {type(error).__name__}: {error}{rule}"
-            raise AssertionError(f"{told} {_the(case)}") from error
+            reported = f"The copy raised {type(error).__name__}: {error}{rule}"
+            raise AssertionError(f"{reported} {_the(case)}") from error
         self.check(expected, case)
         same = all(torch.equal(a, b) for a, b in zip(ids, lists, strict=True))
         assert same, f"The copy wrote into its ids. {_the(case)}"
@@ -271,24 +271,24 @@ class Judge:
         if error is not Unsupported:
             rule = f"This copy must raise {error.__name__}"
             advice = ""
-        told = f"the copy returned as if it were carried out. {advice}"
+        reported = f"the copy returned as if it were carried out. {advice}"
         cause = None
         try:
             self.finish(self.start(case))
-        except (error, Unsupported) as found:
+        except (error, Unsupported) as result:
             self.facility.synchronize()
             wrong = changed(before, [case.src.tensors, case.dst.tensors])
-            name = type(found).__name__
+            name = type(result).__name__
             assert wrong is None, f"The copy was refused as {name}, but {wrong}. {_the(case)}"
-            if error is not Unsupported and isinstance(found, Unsupported):
-                self.may_decline(found, *asked_of(case))
+            if error is not Unsupported and isinstance(result, Unsupported):
+                self.may_decline(result, *asked_of(case))
             else:
                 self.examples += error is not Unsupported
             return
         except Exception as other:
-            told = f"{type(other).__name__} was raised: {other} "
+            reported = f"{type(other).__name__} was raised: {other} "
             cause = other
-        raise AssertionError(f"{rule}; {told}{_the(case)}") from cause
+        raise AssertionError(f"{rule}; {reported}{_the(case)}") from cause
 
     def guarded(self, case: Case, *, word: bool = True) -> None:
         """Launch a case with ids past the end: the bytes are as if those were padding, and the
@@ -307,10 +307,10 @@ class Judge:
                 lists.append(f"{ids} of {side.step} tokens, of which those from {end} on are bad")
                 at = range(case.count)
                 wanted |= {p + 1 for p in at if ids[(p + side.offset) // side.step] >= end}
-        told = int(status[0])
+        reported = int(status[0])
         first = min(wanted, default=0)
-        assert not word or told == first, (
-            f"The status word holds {told} for ids {' and '.join(lists)}; expected {first}, the "
+        assert not word or reported == first, (
+            f"The status word holds {reported} for ids {' and '.join(lists)}; expected {first}, the "
             f"position + 1 of the first bad one, or 0 if there is none. {_the(case)}"
         )
 
@@ -365,13 +365,13 @@ def at_once(works: Sequence[Callable[[], object]], times: int = 1) -> None:
         ) from fault
 
 
-def find_home(subject: Subject, layouts: Sequence[str]) -> str:
+def find_base_layout(subject: Subject, layouts: Sequence[str]) -> str:
     """The first layout of a cache that the backend takes both ways, by tokens and by blocks; else
     the first."""
-    ways = list(product((1, Shape().block_size), DIRECTIONS))
+    methods = list(product((1, Shape().block_size), DIRECTIONS))
     for layout in layouts:
         shop = Workshop(str(subject.device), 0, layout)
-        if all(takes(subject, shop.move(way, Shape(), [1], step=step)) for step, way in ways):
+        if all(takes(subject, shop.move(method, Shape(), [1], step=step)) for step, method in methods):
             return layout
     return layouts[0]
 
@@ -399,19 +399,19 @@ def takes(subject: Subject, case: Case) -> bool:
 def plans(src: KVView, dst: KVView, mine: Index, theirs: Index) -> list[CopyPlan]:
     """The plans that one copy may come to: whole units, single tokens, ids without holes."""
     first = CopyPlan(src.form, dst.form, mine.plan_step, theirs.plan_step)
-    found = [first]
+    result = [first]
     by_unit = [first.unit if index.ids is not None else 0 for index in (mine, theirs)]
     for steps in ((mine.plan_step, theirs.plan_step, 1), by_unit):
         with suppress(PortaKVError):  # opaque pages have no plan by tokens
-            found.append(CopyPlan(src.form, dst.form, *steps))
-    return found
+            result.append(CopyPlan(src.form, dst.form, *steps))
+    return result
 
 
 def changed(before: Memory, tensors: Any) -> str | None:
     """A clause on the first storage that is not as it was, or None."""
-    for number, found in before.changes(Memory.snapshot(tensors)):
-        first = int(found[0]) - before.regions[number].base
-        many = f"{found.size} bytes of storage {number} of the outputs"
+    for number, result in before.changes(Memory.snapshot(tensors)):
+        first = int(result[0]) - before.regions[number].base
+        many = f"{result.size} bytes of storage {number} of the outputs"
         return f"{many} were changed, the first at offset {first}"
     return None
 

@@ -35,13 +35,13 @@ class Memory:
     @classmethod
     def snapshot(cls, *tensors: Any) -> Memory:
         """Copy every distinct storage below tensors or nested containers of them."""
-        found: dict[tuple[int, int], torch.Tensor] = {}
+        result: dict[tuple[int, int], torch.Tensor] = {}
         for tensor in leaves(tensors):
             storage = tensor.untyped_storage()
             if storage.nbytes():
-                found[(storage.data_ptr(), storage.nbytes())] = tensor
+                result[(storage.data_ptr(), storage.nbytes())] = tensor
         regions: list[Region] = []
-        for (base, _), tensor in sorted(found.items(), key=lambda item: item[0]):
+        for (base, _), tensor in sorted(result.items(), key=lambda item: item[0]):
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
             content = np.array(whole.set_(tensor.untyped_storage()).cpu().numpy(), copy=True)
             # Two storages can be windows on one piece of memory; it must be kept only once.
@@ -76,8 +76,8 @@ class Memory:
 
     def changes(self, now: Memory) -> Iterator[tuple[int, np.ndarray]]:
         """The number of each region that is not as in ``now``, and the addresses that differ."""
-        for number, (was, found) in enumerate(zip(self.regions, now.regions, strict=True)):
-            offsets = np.nonzero(was.content != found.content)[0]
+        for number, (was, result) in enumerate(zip(self.regions, now.regions, strict=True)):
+            offsets = np.nonzero(was.content != result.content)[0]
             if offsets.size:
                 yield number, was.base + offsets
 

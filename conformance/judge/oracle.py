@@ -76,9 +76,9 @@ def expected_copy(
 def _check_same_rows(src: Rows, dst: Rows) -> None:
     for name in ("layers", "kv", "heads", "widths", "opaque"):
         ours = getattr(src, name)
-        theirs = getattr(dst, name)
-        if ours != theirs:
-            raise ValueError(f"The source has {name} {ours}, the destination {theirs}.")
+        other = getattr(dst, name)
+        if ours != other:
+            raise ValueError(f"The source has {name} {ours}, the destination {other}.")
     if src.opaque and src.block_size != dst.block_size:
         raise ValueError("Opaque pages can only be copied between equal block sizes.")
 
@@ -99,8 +99,8 @@ def compare(expected: Expected, dst_tensors: Any, src_tensors: Any = None) -> st
     """None where every byte of the destination's storages is right, rows, padding and canaries,
     else a sentence on the first wrong one. ``src_tensors``: the source must not be written."""
     actual = Memory.snapshot(dst_tensors)
-    mine, theirs = ([(r.base, r.end) for r in m.regions] for m in (actual, expected.after))
-    if mine != theirs:
+    own, other = ([(r.base, r.end) for r in m.regions] for m in (actual, expected.after))
+    if own != other:
         return "The destination's storages are not those that the expectation was made for."
     wrong = [changed for _, changed in expected.after.changes(actual)]
     if wrong:

@@ -76,12 +76,12 @@ def _windows(actual: Memory, rows: Rows, address: int) -> Iterator[tuple[bytes, 
         line = actual.read(near).tobytes()
         at = place.head * rows.widths[place.kv] + place.byte
     else:
-        found = actual.find(address)
-        assert found is not None
-        content = actual.regions[found[0]].content
-        low = max(found[1] - 8, 0)
-        line = content[low : found[1] + 8].tobytes()
-        at = found[1] - low
+        result = actual.find(address)
+        assert result is not None
+        content = actual.regions[result[0]].content
+        low = max(result[1] - 8, 0)
+        line = content[low : result[1] + 8].tobytes()
+        at = result[1] - low
     for length in _LENGTHS:
         for first in (at, at - length + 1, at - length // 2):
             if first >= 0 and first + length <= len(line):
@@ -106,8 +106,8 @@ def came_from(
                 row = rows.row_addresses(place.kv, place.layer, [place.slot]).ravel()
                 byte = place.head * rows.widths[place.kv] + place.byte + at
                 if byte < row.size:  # a window may end in the next row of the plane
-                    found = place_of(rows, int(row[byte]))
-                    return f"{side} {(found or place).text(rows)}"
+                    result = place_of(rows, int(row[byte]))
+                    return f"{side} {(result or place).text(rows)}"
             for number, region in enumerate(memory.regions):
                 offset = region.content.tobytes().find(window)
                 if offset >= 0:

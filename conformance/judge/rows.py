@@ -109,8 +109,8 @@ class Rows:
             declared = extents.get(keyword)
             if axis != "token" and not written(axis):
                 if declared not in (None, 1):
-                    told = f"{keyword}={declared} is declared"
-                    raise ValueError(f"{told}, but {axis!r} is not written.")
+                    reported = f"{keyword}={declared} is declared"
+                    raise ValueError(f"{reported}, but {axis!r} is not written.")
                 declared = 1
             self._extent[axis] = [None if declared is None else int(declared)] * parts
         if not written("page") and not (written("block") and written("token")):
@@ -125,15 +125,15 @@ class Rows:
     def _measure(self) -> None:
         """Find every extent that is not declared, then check every group against the tensors."""
         every = range(self._whole("kv"))
-        found = [(g, n, every) for g, n in zip(self.axes.left, self._levels, strict=True)]
-        for group, length, kvs in found:
+        result = [(g, n, every) for g, n in zip(self.axes.left, self._levels, strict=True)]
+        for group, length, kvs in result:
             self._solve(group, length, kvs)
         for kv in every:
             kvs = range(kv, kv + 1) if self.axes.on_left("kv") else every
             for group, length in self._dimensions(self._tensor_of(kv)):
                 self._solve(group, length, kvs)
-                found.append((group, length, kvs))
-        for group, length, kvs in found:
+                result.append((group, length, kvs))
+        for group, length, kvs in result:
             for kv in kvs:
                 if self._size(group, kv) != length:
                     text = " ".join(map(str, group)) or "1"

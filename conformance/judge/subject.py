@@ -67,9 +67,9 @@ class Subject:
         """Prepare and launch directly, with nothing of the library in between but that ids are
         brought where the backend reads them; ``count`` is a multiple of the plan's unit."""
         plan = CopyPlan(src.form, dst.form, src_index.plan_step, dst_index.plan_step, unit)
-        mine = self.place(src_index)
-        theirs = self.place(dst_index)
-        return self.prepare(plan)(src, dst, mine, theirs, count, None, status)
+        own = self.place(src_index)
+        other = self.place(dst_index)
+        return self.prepare(plan)(src, dst, own, other, count, None, status)
 
     def place(self, index: Index) -> Index:
         """An index with its ids where the backend claims to read them."""
@@ -115,7 +115,7 @@ def _claims(backend: Backend) -> tuple[Capabilities, str]:
 
 def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, bool]:
     simulated = emulated or str(device).partition(":")[0] == SIMULATED
-    asked = str(device)
+    requested = str(device)
     device = torch_name(str(device))
     kind = device.partition(":")[0]
     from portakv_conformance import simdev
@@ -126,23 +126,23 @@ def _device(device: str | torch.device, emulated: bool) -> tuple[torch.device, b
             try:
                 simdev.load(kind)
             except simdev.SimulatedDeviceError as error:
-                raise BackendUnavailable(f"Device {asked!r} was asked for. {error}") from error
+                raise BackendUnavailable(f"Device {requested!r} was asked for. {error}") from error
             standins.install(kind)
     elif not _WRITTEN.fullmatch(device):
-        raise ValueError(f"Device {asked!r} was asked for; expected one such as cpu or npu:1.")
+        raise ValueError(f"Device {requested!r} was asked for; expected one such as cpu or npu:1.")
     else:
         try:  # a vendor's package is imported where torch does not know the device
             available_device(device)
         except BackendUnavailable as error:
             if kind not in standins.STANDINS:
                 raise
-            told = "The simulated device carries that name with --emulated."
-            raise BackendUnavailable(f"{error}\n{told}") from error
+            reported = "The simulated device carries that name with --emulated."
+            raise BackendUnavailable(f"{error}\n{reported}") from error
     try:
         return torch.device(device), simulated
     except RuntimeError as error:
         why = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"Device {asked!r} was asked for, but not found: {why}.") from error
+        raise ValueError(f"Device {requested!r} was asked for, but not found: {why}.") from error
 
 
 def torch_name(device: str) -> str:

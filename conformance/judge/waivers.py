@@ -66,22 +66,22 @@ def read_waivers(path: Path) -> tuple[Waiver, ...]:
     entries = values.get(_TABLE, [])
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise WaiverError(f"In {path} {_TABLE!r} is not a list; write [[{_TABLE}]] with two pairs.")
-    found = tuple(_waiver(entry, f"{path}, waiver {at}") for at, entry in enumerate(entries, 1))
-    for id, times in Counter(waiver.id for waiver in found).items():
+    result = tuple(_waiver(entry, f"{path}, waiver {at}") for at, entry in enumerate(entries, 1))
+    for id, times in Counter(waiver.id for waiver in result).items():
         if times > 1:
             raise WaiverError(f"{path} waives {id!r} {times} times; keep one of them.")
-    return found
+    return result
 
 
 def _waiver(entry: dict[str, Any], place: str) -> Waiver:
     known = [field.name for field in fields(Waiver)]
-    told = ", ".join(known)
+    reported = ", ".join(known)
     for key in (*entry, *known):
         if key not in known:
-            raise WaiverError(f"{place} has the unknown key {key!r}; known are {told}.")
+            raise WaiverError(f"{place} has the unknown key {key!r}; known are {reported}.")
         value = entry.get(key)
         if not isinstance(value, str) or not value.strip():
-            rule = f"each waiver says {told}, all of them texts that are not empty"
+            rule = f"each waiver says {reported}, all of them texts that are not empty"
             raise WaiverError(f"{place} has no {key!r}; {rule}.")
     if not _VERSION.fullmatch(entry["expires"]):
         raise WaiverError(
@@ -115,13 +115,13 @@ def problems(
     """Why waivers, as a `RunRecord` holds them, fail a run of a version of the suite, a sentence
     each. If the ``whole`` profile was run, an id that none of the cases has is unknown."""
     areas = {case.id: case.area for case in cases}
-    found = []
+    result = []
     for waiver in waivers:
         if waiver["id"] not in areas and whole:
-            found.append(f"A waiver names {waiver['id']!r}, but no case of this run has that id.")
+            result.append(f"A waiver names {waiver['id']!r}, but no case of this run has that id.")
         if why_not := _why_not(waiver, areas.get(waiver["id"], ""), suite):
-            found.append(f"The waiver of {waiver['id']!r} does not hold: {why_not}")
-    return found
+            result.append(f"The waiver of {waiver['id']!r} does not hold: {why_not}")
+    return result
 
 
 def _why_not(waiver: dict[str, str], area: str, suite: str) -> str:

@@ -16,10 +16,10 @@ Mutant = type[HostRows]
 _IDEAS = ("addressing", "paths", "vectors", "indices", "layouts", "state", "claims", "ordering")
 #: Every mutant, those of one idea together; an underscore marks a base.
 MUTANTS: tuple[Mutant, ...] = tuple(
-    found
+    result
     for idea in _IDEAS
     for module in [import_module(f"{__name__}.{idea}")]
-    for name, found in vars(module).items()
+    for name, result in vars(module).items()
     if name[0] != "_" and getattr(found, "__module__", "") == module.__name__
     if inspect.isclass(found) and issubclass(found, HostRows)
 )

@@ -42,8 +42,8 @@ class IllegalAddress(RuntimeError):
 def _space(width: int) -> npt.NDArray[Any]:
     """The whole address space for numpy, as vectors of one width."""
     shape = ((_SPACE - _FIRST) // width,)
-    told = {"data": (_FIRST, False), "shape": shape, "typestr": _ELEMENTS[width], "version": 3}
-    return np.asarray(SimpleNamespace(__array_interface__=told))
+    reported = {"data": (_FIRST, False), "shape": shape, "typestr": _ELEMENTS[width], "version": 3}
+    return np.asarray(SimpleNamespace(__array_interface__=reported))
 
 
 def _cells(addresses: Int64, nbytes: int, width: int) -> Int64:
@@ -155,8 +155,8 @@ class HostRows(Backend):
             def mutated(self: HostRows, *given: Any) -> Any:
                 return wrong(super(made, self), *given)
 
-            told = {"__doc__": wrong.__doc__, "__module__": wrong.__module__, "__wrapped__": wrong}
-            made = type(wrong.__name__, (cls,), {step: mutated, **told}, **claims)
+            reported = {"__doc__": wrong.__doc__, "__module__": wrong.__module__, "__wrapped__": wrong}
+            made = type(wrong.__name__, (cls,), {step: mutated, **reported}, **claims)
             return made
 
         return mutant
@@ -171,7 +171,7 @@ class HostRows(Backend):
         return Capabilities(**self.claims)
 
     def prepare(self, plan: CopyPlan) -> Launch:
-        return lambda *given: self.carry(Call(plan, *given))
+        return lambda *supplied: self.carry(Call(plan, *supplied))
 
     @cached_property
     def kept(self) -> dict[Any, Any]:
@@ -190,15 +190,15 @@ class HostRows(Backend):
         """What is to be moved, nest by nest: units and loops as the addresses of runs."""
         (src, dst) = self.pairs(call)
         plan = call.plan
-        found = []
+        result = []
         for nest in self.nests(plan):
-            mine = self.offsets(nest, "src", src, call.src_index, plan.unit)
-            theirs = self.offsets(nest, "dst", dst, call.dst_index, plan.unit)
-            here = self.address(call.src, *mine)
-            there = self.address(call.dst, *theirs)
+            own = self.offsets(nest, "src", src, call.src_index, plan.unit)
+            other = self.offsets(nest, "dst", dst, call.dst_index, plan.unit)
+            here = self.address(call.src, *own)
+            there = self.address(call.dst, *other)
             vector = self.vector(nest, plan)
-            found.append(Runs(here, there, self.length(nest.run, vector), vector))
-        return found
+            result.append(Runs(here, there, self.length(nest.run, vector), vector))
+        return result
 
     def nests(self, plan: CopyPlan) -> Sequence[Nest]:
         """The nests as the kernel's generator writes them down."""

@@ -79,9 +79,9 @@ def BlockIdsAsSlots(right: HostRows, index: Index, units: int, unit: int) -> Int
 @HostRows.mutate("numbers")
 def PartialBlockRepeats(right: HostRows, index: Index, units: int, unit: int) -> Int64:
     """Inside a block of the table the position is lost: each piece is the block's first."""
-    found = right.numbers(index, units, unit)
+    result = right.numbers(index, units, unit)
     per_id = index.step // unit
-    return found if index.ids is None else np.where(found < 0, found, found // per_id * per_id)
+    return result if index.ids is None else np.where(result < 0, result, result // per_id * per_id)
 
 
 @HostRows.mutate("units")
@@ -106,8 +106,8 @@ def SixteenBitCount(right: HostRows, call: Call) -> int:
 @HostRows.mutate("units")
 def OneUnitForgotten(right: HostRows, call: Call) -> int:
     """A copy of a single unit is taken for an empty one."""
-    found = right.units(call)
-    return found if found > 1 else 0
+    result = right.units(call)
+    return result if result > 1 else 0
 
 
 @HostRows.mutate("pairs")

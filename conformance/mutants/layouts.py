@@ -94,7 +94,7 @@ def HeadsOfTheOtherSide(right: HostRows, call: Call) -> tuple[Form, Form]:
     if any(step.table for part in dst.parts for step in part.head):
         return src, dst
     pairs = zip(src.parts, dst.parts, strict=True)
-    parts = tuple(replace(mine, head=theirs.head) for mine, theirs in pairs)
+    parts = tuple(replace(own, head=other.head) for own, other in pairs)
     return replace(src, parts=parts), dst
 
 

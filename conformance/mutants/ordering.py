@@ -45,8 +45,8 @@ def CurrentDeviceOnly(right: DeviceRows, call: Call) -> torch.Stream:
 
 
 def _own(right: DeviceRows, call: Call) -> torch.Stream:
-    kept: dict[str, torch.Stream] = right.kept
-    return kept.get("own") or kept.setdefault("own", torch.Stream(right.stream(call).device))
+    retained: dict[str, torch.Stream] = right.kept
+    return retained.get("own") or retained.setdefault("own", torch.Stream(right.stream(call).device))
 
 
 @DeviceRows.mutate("move")

@@ -42,8 +42,8 @@ def StaleDestination(right: HostRows, first: Call, call: Call) -> Call:
 
 
 def _kept(right: HostRows, view: KVView, address: np.int64) -> Int64:
-    kept: dict[object, Int64] = right.kept
-    return kept.setdefault((view.form, len(view.addresses), address), view.addresses)
+    retained: dict[object, Int64] = right.kept
+    return retained.setdefault((view.form, len(view.addresses), address), view.addresses)
 
 
 @HostRows.mutate("table")
@@ -176,9 +176,9 @@ def WaitsForNothing(right: HostRows, work: Work) -> Pending:
 @HostRows.mutate("carry")
 def TempFreedEarly(right: HostRows, call: Call) -> Pending:
     """Rows pass through a staging buffer that the next call fills while the first is on its way."""
-    found = right.pieces(call)
-    right.kept["staging"] = [right.load(runs, call) for runs in found]
-    return late(_store_all, found, right.kept, call)
+    result = right.pieces(call)
+    right.kept["staging"] = [right.load(runs, call) for runs in result]
+    return late(_store_all, result, right.kept, call)
 
 
 def _store_all(found: list[Runs], kept: dict[str, Any], call: Call) -> None:

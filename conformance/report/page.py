@@ -107,7 +107,7 @@ def junit(record: RunRecord) -> str:
 
 def badge(record: RunRecord) -> str:
     """The badge as an SVG document of 20 px height; no service is asked."""
-    said = message(record)
+    reported = message(record)
     label = width(LABEL)
     emulated = record.verdict == "conformant" and words.emulated(record)
     colour = _EMULATED if emulated else _COLOURS.get(record.verdict, _COLOURS["failed"])
@@ -115,11 +115,11 @@ def badge(record: RunRecord) -> str:
         "badge.svg",
         record,
         label=LABEL,
-        said=said,
+        said=reported,
         label_width=label,
-        said_width=width(said),
+        said_width=width(reported),
         left=label + 2 * _PADDING,
-        right=width(said) + 2 * _PADDING,
+        right=width(reported) + 2 * _PADDING,
         padding=_PADDING,
         colour=colour,
     )
@@ -268,9 +268,9 @@ def _headline(reason: str) -> tuple[str, str]:
 
 def _bar(record: RunRecord) -> list[tuple[Status, str, str]]:
     """Shares of each status as one line: status, where it begins and how wide it is."""
-    found = totals_of(record.cases)
-    total = sum(found.values()) or 1
-    widths = {s: max(_BAR * found[s] // total, _LEAST) for s in reversed(STATUSES) if found[s]}
+    result = totals_of(record.cases)
+    total = sum(result.values()) or 1
+    widths = {s: max(_BAR * result[s] // total, _LEAST) for s in reversed(STATUSES) if result[s]}
     scale = _BAR / (sum(widths.values()) or 1)
     pieces = []
     at = 0.0

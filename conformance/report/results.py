@@ -124,7 +124,7 @@ def table(ladder: Ladder, digest: Digest = digest) -> str:
     lines = ["| backend | device | verified | versions | date |", "|---|---|---|---|---|"]
     for (backend, device), rungs in ladders.by_pair(ladder).items():
         reached = "; ".join(verified(rung, ladder, digest) for rung in rungs)
-        told = text(rungs[0].versions)
+        reported = text(rungs[0].versions)
         date = rungs[0].date
-        lines.append(f"| `{backend}` | {text(device)} | {reached} | {told} | {date} |")
+        lines.append(f"| `{backend}` | {text(device)} | {reached} | {reported} | {date} |")
     return "\n".join(lines)

@@ -35,8 +35,8 @@ def print_summary(record: RunRecord, options: Options) -> None:
         case.claim or case.area for case in record.cases if case.status == "not-claimed"
     )
     if unclaimed:
-        told = ", ".join(f"{claim} ({count})" for claim, count in sorted(unclaimed.items()))
-        print_prose(f"not claimed (cases): {told}")
+        reported = ", ".join(f"{claim} ({count})" for claim, count in sorted(unclaimed.items()))
+        print_prose(f"not claimed (cases): {reported}")
     partly = [case.declined for case in record.cases if case.status == "passed" and case.declined]
     if partly:
         print_prose(f"declined: {sum(partly)} copies in {len(partly)} cases that passed")
@@ -105,8 +105,8 @@ def _size(case: CaseRecord) -> tuple[bool, bool, int]:
 
 def _short(reason: str) -> str:
     """The sentence on the first wrong byte, without the structure that it was found in."""
-    told = reason.partition(" The case was ")[0].partition("\n")[0]
-    return told if len(told) <= _LONGEST else told[:_LONGEST] + " ..."
+    reported = reason.partition(" The case was ")[0].partition("\n")[0]
+    return reported if len(reported) <= _LONGEST else reported[:_LONGEST] + " ..."
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,8 @@ class Change:
         return worse or (self.kind == "NEW" and self.after in WRONG)
 
     def __str__(self) -> str:
-        way = f"{self.before or 'not there'} -> {self.after or 'not there'}"
-        return f"{self.kind:<10} {self.id}: {way}"
+        method = f"{self.before or 'not there'} -> {self.after or 'not there'}"
+        return f"{self.kind:<10} {self.id}: {method}"
 
 
 def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
@@ -136,7 +136,7 @@ def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
     missing from it comes last."""
     before = {case.id: case for case in old.cases}
     after = {case.id: case for case in new.cases}
-    found = []
+    result = []
     for name, best, was, now, why in (
         ("verdict", _VERDICTS, old.verdict, new.verdict, "; ".join(new.missing)),
         ("rung", _RUNGS, old.rung, new.rung, why_no_rung(new)),
@@ -144,15 +144,15 @@ def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
         if was != now:  # what is not known is the worst
             step = [best.index(each) if each in best else len(best) for each in (was, now)]
             kind = "REGRESSION" if step[1] > step[0] else "FIX"
-            found.append(Change(kind, name, was or "none", now or "none", why))
+            result.append(Change(kind, name, was or "none", now or "none", why))
     for id, case in after.items():
         if (earlier := before.get(id)) is None:
-            found.append(Change("NEW", id, "", case.status, case.reason))
+            result.append(Change("NEW", id, "", case.status, case.reason))
         elif deeper := _DEPTH[case.status] - _DEPTH[earlier.status]:
             kind, worse = ("REGRESSION", case) if deeper > 0 else ("FIX", earlier)
-            found.append(Change(kind, id, earlier.status, case.status, worse.reason))
+            result.append(Change(kind, id, earlier.status, case.status, worse.reason))
     gone = [case for id, case in before.items() if id not in after]
-    return found + [Change("MISSING", case.id, case.status, "") for case in gone]
+    return result + [Change("MISSING", case.id, case.status, "") for case in gone]
 
 
 def differences(old: RunRecord, new: RunRecord) -> list[str]:

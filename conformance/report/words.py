@@ -44,7 +44,7 @@ _WITHIN_A_ROW = re.compile(r" head \d+ byte \d+$")
 
 def printable(text: str) -> str:
     """The text with characters that a document must not hold written as ``\\x1b``."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found.group())[1:-1], text)
+    return _UNPRINTABLE.sub(lambda result: ascii(result.group())[1:-1], text)
 
 
 def line(text: str) -> str:
@@ -59,10 +59,10 @@ def text(words: str) -> str:
 
 def code(words: str) -> str:
     """Any text on one line as Markdown's code, whatever backticks it holds."""
-    told = line(words).replace("|", "\u2502")
-    fence = _fence("`", told)
-    edge = " " if told.startswith("`") or told.endswith("`") else ""
-    return f"{fence}{edge}{told}{edge}{fence}" if told else ""
+    reported = line(words).replace("|", "\u2502")
+    fence = _fence("`", reported)
+    edge = " " if reported.startswith("`") or reported.endswith("`") else ""
+    return f"{fence}{edge}{reported}{edge}{fence}" if reported else ""
 
 
 def fenced(words: str) -> str:
@@ -121,20 +121,20 @@ def verdict(record: RunRecord) -> str:
 
 def sentence(record: RunRecord) -> str:
     """The verdict in a sentence or two, for a reader who reads nothing else."""
-    found = totals_of(record.cases)
+    result = totals_of(record.cases)
     if record.verdict == "failed":
-        if wrong := sum(found[status] for status in WRONG):
+        if wrong := sum(result[status] for status in WRONG):
             cases = plural(len(record.cases), "case")
             return f"{wrong} of {cases} failed; each is explained below."
         return "No case failed, but waivers do not hold, and a waiver that does not fails the run."
     if record.verdict == "incomplete":
         gaps = plural(len(record.missing), "part")
         return f"No certificate: {gaps} of the {record.profile} profile could not be run here."
-    told = f"{plural(found['passed'], 'case')} passed, with every byte where it must be."
-    if unclaimed := found["not-claimed"]:
+    reported = f"{plural(result['passed'], 'case')} passed, with every byte where it must be."
+    if unclaimed := result["not-claimed"]:
         about = "is" if unclaimed == 1 else "are"
-        told += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
-    return told
+        reported += f" {plural(unclaimed, 'case')} {about} about what the backend does not claim."
+    return reported
 
 
 def duration(seconds: float) -> str:
@@ -219,11 +219,11 @@ class FirstByte:
 
 def first_byte(reason: str) -> FirstByte | None:
     """The wrong byte that a reason tells of; None if it tells of something else."""
-    found = _SENTENCE.search(reason)
-    if found is None:
+    result = _SENTENCE.search(reason)
+    if result is None:
         return None
-    named: dict[str, Any] = found.groupdict()
+    named: dict[str, Any] = result.groupdict()
     numbers = {name: int(named[name]) for name in ("storage", "offset", "wrong")}
-    before = reason[: found.start()].strip()
-    after = reason[found.end() :].strip()
+    before = reason[: result.start()].strip()
+    after = reason[result.end() :].strip()
     return FirstByte(**{**named, **numbers}, before=before, after=after)

@@ -36,11 +36,11 @@ def outcome(
             return "error", "The case skipped itself; a case of the suite never does.", ""
         status: Status = "failed" if when == "call" else "error"
         crash = getattr(report.longrepr, "reprcrash", None)
-        told = sentence(str(getattr(crash, "message", report.longrepr)))
+        reported = sentence(str(getattr(crash, "message", report.longrepr)))
         if _FLAKY in report.longreprtext and judge is not None and judge.fault:
-            told = f"{sentence(judge.fault)} {_ONCE}"
+            reported = f"{sentence(judge.fault)} {_ONCE}"
         parts = [report.longreprtext, *(f"--- {name}\n{text}" for name, text in report.sections)]
-        return status, told, "\n".join(parts)[-_MOST_DETAILS:]
+        return status, reported, "\n".join(parts)[-_MOST_DETAILS:]
     if "call" not in reports:
         return "error", "The case did not come to its end.", ""
     if judge is not None and judge.unclaimed:
@@ -59,7 +59,7 @@ def outcome(
 def sentence(message: str) -> str:
     """What an exception says, without its type where it is an assertion's, what pytest and
     hypothesis write below it, and the structure of the case."""
-    told = message.strip().removeprefix("AssertionError: ").partition("\nassert ")[0]
+    reported = message.strip().removeprefix("AssertionError: ").partition("\nassert ")[0]
     for note in _NOTES:
-        told = told.partition(note)[0]
-    return told.partition(" The case was ")[0].strip()
+        reported = reported.partition(note)[0]
+    return reported.partition(" The case was ")[0].strip()

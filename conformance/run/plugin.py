@@ -25,11 +25,11 @@ from hypothesis import HealthCheck, Phase, settings
 from portakv.errors import PortaKVError
 from portakv_conformance.cases import AREAS, Bench
 from portakv_conformance.draw import saved
-from portakv_conformance.draw.by_hand import DIRECTIONS, HOMES, Shape, Workshop
+from portakv_conformance.draw.by_hand import DIRECTIONS, BASE_LAYOUTS, Shape, Workshop
 from portakv_conformance.evidence import environment
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, asked_of, find_home
+from portakv_conformance.judge.judging import Judge, asked_of, find_base_layout
 from portakv_conformance.judge.subject import SIMULATED, Subject, subject
 from portakv_conformance.record import CaseRecord
 from portakv_conformance.run.options import about, case_id, is_case, mark_of
@@ -72,8 +72,8 @@ class DeviceAlive:
             self._facility.synchronize()
             torch.ones(8, device=self._subject.device).cpu()
             if copy:
-                home = find_home(self._subject, HOMES)
-                case = Workshop(str(self._subject.device), 0, home).gather(Shape(), [1])
+                bench = find_base_layout(self._subject, BASE_LAYOUTS)
+                case = Workshop(str(self._subject.device), 0, bench).gather(Shape(), [1])
                 self._subject.copy(*asked_of(case), count=case.count).synchronize()
         except Exception as error:  # a driver's error may be of any kind
             return f"{type(error).__name__}: {error}".partition("\n")[0]
@@ -112,8 +112,8 @@ class Suite:
         self._tell({"event": "loading"})
         self.subject = self._found(config)
         listed = option("--portakv-listed")
-        mine = self.subject
-        self.facility = Elsewhere(listed) if listed else Facility(mine.device, mine.emulated)
+        own = self.subject
+        self.facility = Elsewhere(listed) if listed else Facility(own.device, own.emulated)
         self.share = Share(Path(shared)) if (shared := option("--portakv-share")) else None
         self.examples: str | None = option("--portakv-examples")
         self.alive = DeviceAlive(self.subject, self.facility)
@@ -134,21 +134,21 @@ class Suite:
     def _found(self, config: pytest.Config) -> Subject:
         """What is judged, also told as an event; exit code 3, with the reason, if it is not
         available."""
-        asked, emulated = map(config.getoption, ("--portakv-device", "--portakv-emulated"))
+        requested, emulated = map(config.getoption, ("--portakv-device", "--portakv-emulated"))
         try:
-            found = subject(config.getoption("--portakv-backend"), asked, emulated=emulated)
+            result = subject(config.getoption("--portakv-backend"), requested, emulated=emulated)
             if self.events is not None:
-                claims = environment.plain(found.can)
+                claims = environment.plain(result.can)
                 self._tell(
                     {
                         "event": "subject",
-                        "backend": environment.describe_backend(found),
-                        "environment": environment.describe_environment(found, asked),
+                        "backend": environment.describe_backend(result),
+                        "environment": environment.describe_environment(result, requested),
                         "capabilities": claims if isinstance(claims, dict) else {"": claims},
-                        "trace": [str(decision) for decision in found.trace],
+                        "trace": [str(decision) for decision in result.trace],
                     }
                 )
-            return found
+            return result
         except PortaKVError as error:
             why = str(error)
         except ValueError as error:
@@ -175,10 +175,10 @@ class Suite:
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
         """Keep the profile's cases that make sense on this device, the most telling first."""
-        mine = [item for item in items if is_case(item)]
+        own = [item for item in items if is_case(item)]
         self._lone = 0
-        kept = {case_id(item): item for item in mine if self._belongs(item)}
-        profile = sorted(kept, key=lambda id: AREAS.index(mark_of(kept[id], "area")))
+        retained = {case_id(item): item for item in own if self._belongs(item)}
+        profile = sorted(retained, key=lambda id: AREAS.index(mark_of(retained[id], "area")))
         ids = profile
         only = config.getoption("--portakv-only")
         if only is not None:
@@ -191,13 +191,13 @@ class Suite:
                     f"--list` prints the ids."
                 )
         wanted = set(ids)
-        config.hook.pytest_deselected(items=[i for i in mine if case_id(i) not in wanted])
-        items[:] = [item for item in items if not is_case(item)] + [kept[id] for id in ids]
-        pairs = [id for id in ids if "two devices" in _needs(kept[id])]
+        config.hook.pytest_deselected(items=[i for i in own if case_id(i) not in wanted])
+        items[:] = [item for item in items if not is_case(item)] + [retained[id] for id in ids]
+        pairs = [id for id in ids if "two devices" in _needs(retained[id])]
         self._tell(
             {
                 "event": "list",
-                "cases": {id: about(kept[id]) for id in ids},
+                "cases": {id: about(retained[id]) for id in ids},
                 "profile": profile,
                 "two devices": pairs,
                 "lone": self._lone,
@@ -223,12 +223,12 @@ class Suite:
         if need in plain:
             return plain[need], ""
         if need == "two devices":
-            found = self.facility.devices()
+            result = self.facility.devices()
             if self.subject.emulated:
-                return found > 1, f"it needs two devices of type {where.type}, found {found}."
+                return result > 1, f"it needs two devices of type {where.type}, found {result}."
             # With one real device it is no fault of the machine, but a report says so.
-            self._lone += found < 2 and where.type != "cpu"
-            return found > 1, ""
+            self._lone += result < 2 and where.type != "cpu"
+            return result > 1, ""
         if need == "memory":
             # An emulated device's takes no room before it is touched.
             enough = self.facility.emulated or self.facility.spare() > _BIG
@@ -365,9 +365,9 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def suite(pytestconfig: pytest.Config) -> Suite:
     """The run that a case is part of."""
-    found = pytestconfig.pluginmanager.get_plugin("portakv-suite")
-    assert isinstance(found, Suite)
-    return found
+    result = pytestconfig.pluginmanager.get_plugin("portakv-suite")
+    assert isinstance(result, Suite)
+    return result
 
 
 @pytest.fixture(name="subject", scope="session")
@@ -397,15 +397,15 @@ def _settled(facility: Facility) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def home_layout(subject: Subject) -> str:
+def base_layout(subject: Subject) -> str:
     """The first of the layouts of the library's self-check that the backend takes."""
-    return find_home(subject, HOMES)
+    return find_base_layout(subject, BASE_LAYOUTS)
 
 
 @pytest.fixture
-def home(judge: Judge, home_layout: str) -> Bench:
+def bench(judge: Judge, base_layout: str) -> Bench:
     """Makes sides on the judged device, caches in a layout that the backend takes."""
-    return Bench(str(judge.subject.device), judge.seed, home_layout, judge=judge)
+    return Bench(str(judge.subject.device), judge.seed, base_layout, judge=judge)
 
 
 @pytest.fixture(params=DIRECTIONS)

@@ -50,8 +50,8 @@ class Options:
         words += ["--jobs", str(self.jobs)] if self.jobs > 1 and not only else []
         chosen = only or self.only
         words += ["--only", *chosen] if chosen else []
-        told = f"{_INTERPRET}={os.environ[_INTERPRET]} " if _INTERPRET in os.environ else ""
-        return told + shlex.join(words)
+        reported = f"{_INTERPRET}={os.environ[_INTERPRET]} " if _INTERPRET in os.environ else ""
+        return reported + shlex.join(words)
 
     def suite_options(self) -> list[str]:
         """The same as options of the pytest plugin, but for ``only``."""
@@ -74,8 +74,8 @@ def chosen(ids: Sequence[str], words: Iterable[str]) -> tuple[list[str], list[st
         word: {id for id in ids if _means(word, id)} or {id for id in ids if _begins(word, id)}
         for word in words
     }
-    found = set().union(*wanted.values())
-    return [id for id in ids if id in found], [word for word, some in wanted.items() if not some]
+    result = set().union(*wanted.values())
+    return [id for id in ids if id in result], [word for word, some in wanted.items() if not some]
 
 
 def counted(cases: int) -> str:
@@ -91,6 +91,6 @@ def _means(word: str, id: str) -> bool:
 
 
 def _begins(word: str, id: str) -> bool:
-    asked = word.removeprefix(_CASES)
+    requested = word.removeprefix(_CASES)
     short = id.removeprefix(_CASES)
-    return word != "" and (short.startswith(asked) or short.replace(".py", "").startswith(asked))
+    return word != "" and (short.startswith(requested) or short.replace(".py", "").startswith(requested))

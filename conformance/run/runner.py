@@ -78,10 +78,10 @@ def cases_of(profile: str, device: str) -> dict[str, dict[str, Any]]:
     it is ``optional``: a real machine with one device is judged without it. The device is as a
     report names it, ``cuda`` or ``simdev:1``; it need not be here, and two of its kind are assumed.
     Raises `SuiteBroken` if the suite cannot be collected here."""
-    told = ["--collect-only", "--portakv-listed", device.partition(":")[0]]
-    asked = Options("reference", profile=profile)
+    reported = ["--collect-only", "--portakv-listed", device.partition(":")[0]]
+    requested = Options("reference", profile=profile)
     with tempfile.TemporaryDirectory(prefix="portakv-conform-") as folder:
-        worker = WorkerProcess(worker_command(), Path(folder, "listing"), asked, told)
+        worker = WorkerProcess(worker_command(), Path(folder, "listing"), requested, reported)
         try:
             while events := worker.events(_LISTING):
                 for event in events:

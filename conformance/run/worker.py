@@ -42,7 +42,7 @@ def append(file: str, event: dict[str, Any]) -> None:
 def _writable(value: Any) -> Any:
     """A value, with lone surrogates, which UTF-8 has no bytes for, written as ``\\udcff``."""
     if isinstance(value, dict):
-        return {_writable(str(key)): _writable(kept) for key, kept in value.items()}
+        return {_writable(str(key)): _writable(retained) for key, retained in value.items()}
     if isinstance(value, list | tuple):
         return [_writable(entry) for entry in value]
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
@@ -78,7 +78,7 @@ class Share:
 def main(argv: Sequence[str]) -> int:
     """Judge a backend; returns pytest's exit code. Told are the worker's folder, the process of the
     runner, whose end is the worker's, and options of the suite."""
-    home, runner, *asked = argv
+    home, runner, *requested = argv
     end_with(int(runner))
     stacks = open(Path(home, STACKS), "a", encoding="utf-8")  # noqa: SIM115 (open until the end)
     faulthandler.enable(file=stacks, all_threads=True)
@@ -89,8 +89,8 @@ def main(argv: Sequence[str]) -> int:
 
     folder = str(PACKAGE)
     where = ["-c", str(Path(home, CONFIGURATION)), "--rootdir", folder, "--confcutdir", folder]
-    asked += ["--portakv-events", str(Path(home, EVENTS)), folder]
-    return int(pytest.main([*where, *_PLUGINS, *_QUIET, *asked]))
+    requested += ["--portakv-events", str(Path(home, EVENTS)), folder]
+    return int(pytest.main([*where, *_PLUGINS, *_QUIET, *requested]))
 
 
 def end_with(runner: int) -> None:

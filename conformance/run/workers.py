@@ -69,7 +69,7 @@ class WorkerProcess:
         for file in (self._events, self._stacks, folder / CONFIGURATION):
             file.touch()
         self._read = 0
-        told = [str(folder), str(os.getpid()), *asked.suite_options(), *more]
+        reported = [str(folder), str(os.getpid()), *asked.suite_options(), *more]
         environment = {k: v for k, v in os.environ.items() if k not in _LEFT_OUT}
         environment |= surroundings(asked.jobs)
         environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
@@ -77,7 +77,7 @@ class WorkerProcess:
         environment["HYPOTHESIS_STORAGE_DIRECTORY"] = str(folder / "hypothesis")
         with self._printed.open("wb") as printed:
             self._process = subprocess.Popen(
-                [*command, *told],
+                [*command, *reported],
                 stdin=subprocess.DEVNULL,
                 stdout=printed,
                 stderr=subprocess.STDOUT,

@@ -113,11 +113,11 @@ def copy_runs(
         ValueError: other dtypes, shapes or places of the lists.
         RuntimeError: a run that lies in no allocation, or in another device's; nothing was copied.
     """
-    for given in (src, dst, nbytes):
-        if given.dtype != torch.int64 or given.dim() != 1 or not given.is_cpu:
+    for supplied in (src, dst, nbytes):
+        if supplied.dtype != torch.int64 or supplied.dim() != 1 or not supplied.is_cpu:
             raise ValueError(
-                f"copy_runs was given a list of {given.dtype}, shape {tuple(given.shape)}, on "
-                f"{given.device}; expected int64, one dimension, on the host."
+                f"copy_runs was given a list of {supplied.dtype}, shape {tuple(supplied.shape)}, on "
+                f"{supplied.device}; expected int64, one dimension, on the host."
             )
     if not src.numel() == dst.numel() == nbytes.numel():
         raise ValueError(

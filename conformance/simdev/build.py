@@ -34,10 +34,10 @@ def missing() -> str | None:
         return f"The simulated device needs Linux; this is {platform.system()}."
     if cpp.compiler(*_COMPILERS) is None:
         named = os.environ.get("CXX")
-        asked = f"CXX={named}" if named else "any of " + ", ".join(_COMPILERS)
+        requested = f"CXX={named}" if named else "any of " + ", ".join(_COMPILERS)
         return (
             f"The simulated device is compiled when it is first used, but there is no C++ compiler "
-            f"({asked} was looked for). Install one (Debian: apt install g++), or set CXX."
+            f"({requested} was looked for). Install one (Debian: apt install g++), or set CXX."
         )
     return None
 

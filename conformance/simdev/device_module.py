@@ -95,5 +95,5 @@ def _device(device: Any) -> torch.device:
     kind = torch._C._get_privateuse1_backend_name()
     if device is None:
         return torch.device(kind, current_device())
-    found = torch.device(kind, device) if isinstance(device, int) else torch.device(device)
-    return found if found.index is not None else torch.device(found.type, current_device())
+    result = torch.device(kind, device) if isinstance(device, int) else torch.device(device)
+    return result if result.index is not None else torch.device(result.type, current_device())

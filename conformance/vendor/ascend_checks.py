@@ -32,7 +32,7 @@ def main() -> None:
     schemas = compare_schemas()  # before anything is put in the place of the vendor's kernels
     enter("npu")
     refusals = [_refused(name, call, kind) for name, call, kind in _forbidden(torch_npu)]
-    told = {
+    reported = {
         "torch": torch.__version__,
         "torch_npu": torch_npu.__version__,
         "torch_npu_git": torch_npu.version.git_version,
@@ -40,22 +40,22 @@ def main() -> None:
         "refusals": refusals,
         "kernel": launch_kernel(torch_npu),
     }
-    print(json.dumps(told))
+    print(json.dumps(reported))
 
 
 def compare_schemas() -> list[dict[str, Any]]:
     """For each pinned op: the pinned schema, the one found, and whether the vendor has a kernel."""
     everything: Any = torch._C._jit_get_all_schemas()
     known = {str(schema).partition("(")[0]: str(schema) for schema in everything}
-    found = []
+    result = []
     for whose in ("vendor", "torch"):
         for name, pinned in ascend_ops.pinned_schemas(whose).items():
-            theirs = known.get(name, "").partition("(")
+            other = known.get(name, "").partition("(")
             has = name in known and torch._C._dispatch_has_kernel_for_dispatch_key(name, _DISPATCH)
-            there = "".join(theirs[1:])
+            there = "".join(other[1:])
             row = {"op": name, "pinned": pinned, "found": there, "kernel": has}
-            found.append({**row, "same": there == pinned and has})
-    return found
+            result.append({**row, "same": there == pinned and has})
+    return result
 
 
 def launch_kernel(torch_npu: Any) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def launch_kernel(torch_npu: Any) -> dict[str, Any]:
     backend.prepare(plan)(view, dense, index, Index(), 3, stream, None)
     moved = chunk.cpu().equal(rows.view(32, 2, 16)[[9, 3, 30]])
     ordered = handles == [stream.npu_stream]
-    told = {"said": backend.check(plan).reason, "moved": moved, "on_its_stream": ordered}
-    return {"right": moved and ordered, **told}
+    reported = {"said": backend.check(plan).reason, "moved": moved, "on_its_stream": ordered}
+    return {"right": moved and ordered, **reported}
 
 
 _Call = Callable[[], object]
@@ -88,8 +88,8 @@ def _refused(name: str, call: _Call, kind: type[Exception]) -> dict[str, Any]:
     try:
         call()
     except Exception as error:
-        said = (str(error).splitlines() or [""])[0]
-        return {"call": name, "right": type(error) is kind, "said": said}
+        reported = (str(error).splitlines() or [""])[0]
+        return {"call": name, "right": type(error) is kind, "said": reported}
     return {"call": name, "right": False, "said": "nothing: it went through"}
 
 

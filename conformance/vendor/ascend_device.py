@@ -126,8 +126,8 @@ def enter(name: str) -> None:
     _kept.append(guard)
     folder = os.environ.get(CALLS)
     if folder:
-        told = Path(folder, f"{os.getpid()}.json")
-        atexit.register(lambda: told.write_text(json.dumps(calls), encoding="utf-8"))
+        reported = Path(folder, f"{os.getpid()}.json")
+        atexit.register(lambda: reported.write_text(json.dumps(calls), encoding="utf-8"))
 
 
 def _torch_op(name: str) -> Callable[..., Any]:

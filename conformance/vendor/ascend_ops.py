@@ -41,8 +41,8 @@ def check_current(name: str, tensors: Iterable[torch.Tensor]) -> None:
     current = torch.accelerator.current_device_index()
     for where in (tensor.device for tensor in tensors):
         if where.type == "npu" and where.index != current:
-            told = f"a tensor on {where}; the current device is npu:{current}"
-            raise Refused(f"{name} was called with {told}.")
+            reported = f"a tensor on {where}; the current device is npu:{current}"
+            raise Refused(f"{name} was called with {reported}.")
 
 
 def pinned_schemas(whose: str) -> dict[str, str]:

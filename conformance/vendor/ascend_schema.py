@@ -57,16 +57,16 @@ class JobError(RuntimeError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Do the job; 0 if every schema is as pinned and the suite passes, else 1."""
-    asked = _parser().parse_args(argv)
+    requested = _parser().parse_args(argv)
     began = time.monotonic()
     try:
         with tempfile.TemporaryDirectory(prefix="portakv-ascend-") as work:
-            report = _judge(asked, Path(work), asked.report)
+            report = _judge(requested, Path(work), requested.report)
     except (JobError, cann_stub.StubError) as error:
         print(f"ascend_schema: {error}", file=sys.stderr)
         return 1
     report["seconds"] = round(time.monotonic() - began)
-    target = asked.report / REPORT
+    target = requested.report / REPORT
     target.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     _print(report, target)
     return 0 if right(report) else 1
@@ -189,11 +189,11 @@ def _suite(python: Path, variables: dict[str, str], profile: str, report: Path) 
     file = report / "conformance.json"
     if not file.is_file():
         raise JobError(f"The suite left no report. It said: {done.strip()}")
-    kept = keep(file, report)  # as it can be committed
-    record = read(kept)
+    retained = keep(file, report)  # as it can be committed
+    record = read(retained)
     return {
-        "file": kept.name,
-        "sha256": hashlib.sha256(kept.read_bytes()).hexdigest(),
+        "file": retained.name,
+        "sha256": hashlib.sha256(retained.read_bytes()).hexdigest(),
         "verdict": record.verdict,
         "rung": record.rung,
         "suite": record.suite,
@@ -208,8 +208,8 @@ def run(command: Sequence[str], variables: Any = None, accepted: Sequence[int] =
         command, env=variables, capture_output=True, text=True, check=False, timeout=_SECONDS
     )
     if done.returncode not in accepted:
-        said = f"{done.returncode}: {done.stderr.strip()[-2000:]}"
-        raise JobError(f"{' '.join(command[:6])} ended with {said}")
+        reported = f"{done.returncode}: {done.stderr.strip()[-2000:]}"
+        raise JobError(f"{' '.join(command[:6])} ended with {reported}")
     return done.stdout
 
 

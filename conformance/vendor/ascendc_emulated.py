@@ -97,8 +97,8 @@ class _EmulatedLaunch(MoveLaunch):
         nests = [ctypes.addressof(nest) for nest in self._nests]
         further = [(at, len(nest), False) for at, nest in zip(nests, self._nests, strict=True)]
         # What the kernel may not write is not writable here either.
-        held = reached(move, [*further, *words.memory])
-        memory = [(first, size, writable, first) for first, size, writable in held]
+        retained = reached(move, [*further, *words.memory])
+        memory = [(first, size, writable, first) for first, size, writable in retained]
         copies = self._arguments.copies(nests, move, words.address)
         for nest, copy in zip(self._nests, copies, strict=True):
             seed = zlib.crc32(nest.raw, move.count // self._unit)

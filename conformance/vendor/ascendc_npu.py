@@ -108,10 +108,10 @@ def run_at_once(path: str) -> list[int]:
 
     def serve(copy: int, cores: int, ub_bytes: int, memory: int, count: int, handle: int) -> int:
         handles.append(handle)
-        held = list(struct.iter_unpack("<4Q", ctypes.string_at(memory, 4 * 8 * count)))
+        retained = list(struct.iter_unpack("<4Q", ctypes.string_at(memory, 4 * 8 * count)))
         setting = Setting(cores, ub_bytes, 1)
         try:
-            ascendc_emulated.run(rows, ctypes.string_at(copy, 15 * 8), held, setting, 0)
+            ascendc_emulated.run(rows, ctypes.string_at(copy, 15 * 8), retained, setting, 0)
         except TransferError:
             traceback.print_exc()
             return _INTERNAL_ERROR
@@ -124,9 +124,9 @@ def run_at_once(path: str) -> list[int]:
 
 
 def _current_stream(device: Any = None) -> torch.Stream:
-    found = torch.accelerator.current_stream(device)
+    result = torch.accelerator.current_stream(device)
     names = ("stream_id", "device_index", "device_type")
-    return _Stream(**{name: getattr(found, name) for name in names})
+    return _Stream(**{name: getattr(result, name) for name in names})
 
 
 def _serve(
@@ -139,10 +139,10 @@ def _serve(
         return _STREAM_OF_ANOTHER_CONTEXT
     numbers = list(struct.unpack("<15q", ctypes.string_at(copy, 15 * 8)))
     lent = struct.iter_unpack("<4Q", ctypes.string_at(memory, 4 * 8 * count))
-    held = sorted((one[:3] for one in lent if one[1]), key=lambda one: not one[2])
+    retained = sorted((one[:3] for one in lent if one[1]), key=lambda one: not one[2])
     try:
-        tensors = [_tensor(first, size, device) for first, size, _ in held]
-        written = sum(1 for _, _, writable in held if writable)
+        tensors = [_tensor(first, size, device) for first, size, _ in retained]
+        written = sum(1 for _, _, writable in retained if writable)
         kind = torch.accelerator.current_stream().device_type
         stream = torch.Stream(stream_id=stream_id, device_index=device, device_type=kind)
         with torch.get_device_module("npu").stream(stream):
@@ -151,7 +151,7 @@ def _serve(
                 numbers,
                 cores,
                 ub_bytes,
-                [first for first, _, _ in held],
+                [first for first, _, _ in retained],
                 tensors[:written],
                 tensors[written:],
             )
@@ -187,10 +187,10 @@ def _rows(
     read: list[torch.Tensor],
 ) -> None:
     """The job: the kernel, on the bytes behind tensors that begin at addresses of the device."""
-    held = [*((one, True) for one in written), *((one, False) for one in read)]
+    retained = [*((one, True) for one in written), *((one, False) for one in read)]
     memory = [
         (first, one.numel(), writable, one.data_ptr())
-        for first, (one, writable) in zip(firsts, held, strict=True)
+        for first, (one, writable) in zip(firsts, retained, strict=True)
     ]
     packed = struct.pack("<15q", *copy)
     seed = zlib.crc32(packed)

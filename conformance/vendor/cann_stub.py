@@ -38,8 +38,8 @@ def build(packages: Path, folder: Path) -> list[str]:
     """Build the stub for the torch_npu in ``packages`` (a site-packages) below ``folder``; the
     names that raise. `StubError` if torch_npu is not there, or a tool is missing or failed."""
     wheel = packages / "torch_npu"
-    found = (*wheel.glob("_C*.so"), *wheel.glob("lib/*.so"))
-    libraries = [library for library in found if library.name != _OPTIONAL]
+    result = (*wheel.glob("_C*.so"), *wheel.glob("lib/*.so"))
+    libraries = [library for library in result if library.name != _OPTIONAL]
     if not libraries:
         raise StubError(
             f"No libraries of torch_npu were found in {wheel}; install its wheel there."
@@ -88,8 +88,8 @@ def environment(folder: Path) -> dict[str, str]:
 
 def _symbols(files: Iterable[Path], which: str, *, dynamic: bool = True) -> set[str]:
     options = ["-D", which] if dynamic else [which]
-    told = run("nm", "--format=posix", *options, *map(str, files))
-    lines = (line.split() for line in told.splitlines())
+    reported = run("nm", "--format=posix", *options, *map(str, files))
+    lines = (line.split() for line in reported.splitlines())
     return {line[0].partition("@")[0] for line in lines if len(line) > 1 and line[1] not in "vw"}
 
 

@@ -35,10 +35,10 @@ def built(command: Sequence[str], sources: Sequence[str]) -> bytes:
     Raises:
         CompilerError: the compiler failed.
     """
-    told = subprocess.run(
+    reported = subprocess.run(
         [command[0], "--version"], capture_output=True, text=True, check=False, timeout=_SECONDS
     )
-    return kernel_cache.cached((*sources, *command, told.stdout), lambda: _build(command))
+    return kernel_cache.cached((*sources, *command, reported.stdout), lambda: _build(command))
 
 
 def _build(command: Sequence[str]) -> bytes:

@@ -105,20 +105,20 @@ def read_code(code: Code, disassembly: str, notes: str) -> Code:
     """Judge the machine code of a kernel, by its disassembly (``llvm-objdump -d``) and its code
     object's metadata (``llvm-readelf --notes``); ``code`` is completed and returned."""
     for each, name in NAMES.items():
-        _, found, rest = disassembly.partition(f"<{name}>:\n")
+        _, result, rest = disassembly.partition(f"<{name}>:\n")
         body = rest.partition("\n\n")[0]
         pattern = r"\b(?:global|flat|ds|scratch|buffer)_(?:load|store|read|write|atomic)\w*"
         code.accesses[name] = dict(sorted(Counter(re.findall(pattern, body)).items()))
-        if not found:
+        if not result:
             code.wrong.append(f"{name} is not in the code")
         else:
             code.wrong += _judge(name, code.accesses[name], code.vector, each)
-    told: dict[str, list[int]] = {}
+    reported: dict[str, list[int]] = {}
     for key, number in re.findall(r"\.(\w+):\s*(\d+)", notes):
-        told.setdefault(key, []).append(int(number))
-    code.lds = sum(told.get("group_segment_fixed_size", ()))
-    code.scratch = sum(told.get("private_segment_fixed_size", ()))
-    code.wave = min(told.get("wavefront_size", ()), default=0)
+        reported.setdefault(key, []).append(int(number))
+    code.lds = sum(reported.get("group_segment_fixed_size", ()))
+    code.scratch = sum(reported.get("private_segment_fixed_size", ()))
+    code.wave = min(reported.get("wavefront_size", ()), default=0)
     if code.lds or code.scratch:
         code.wrong.append(f"{code.lds} B of LDS and {code.scratch} B of scratch are used, not none")
     if code.wave != 64:
@@ -138,7 +138,7 @@ def _judge(name: str, found: dict[str, int], vector: int, each: int) -> Iterator
 
 def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[Code]:
     (hipcc, objdump, readelf) = tools
-    found = []
+    result = []
     for number, (name, kernel) in enumerate(kernels()):
         text = folder / f"kernel{number}.hip"
         text.write_text(f"#include <hip/hip_runtime.h>\n{kernel.source}")
@@ -152,8 +152,8 @@ def _build(tools: Sequence[str], folder: Path, targets: Sequence[str]) -> list[C
             else:
                 disassembly = _run([objdump, "-d", f"--mcpu={target}", str(built)]).stdout
                 read_code(code, disassembly, _run([readelf, "--notes", str(built)]).stdout)
-            found.append(code)
-    return found
+            result.append(code)
+    return result
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
@@ -178,36 +178,36 @@ def _print(found: list[Code], targets: Sequence[str]) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Build, judge and print; 1 if something is wrong, else 0."""
-    asked = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
-    asked.add_argument("targets", nargs="*", default=list(TARGETS))
-    asked.add_argument("--report", type=Path, help="a JSON file for what was found")
-    asked.add_argument("--dtk", action="store_true", help="the tools are Hygon's own")
+    requested = argparse.ArgumentParser(prog="check_hip.sh", description=__doc__)
+    requested.add_argument("targets", nargs="*", default=list(TARGETS))
+    requested.add_argument("--report", type=Path, help="a JSON file for what was found")
+    requested.add_argument("--dtk", action="store_true", help="the tools are Hygon's own")
     for tool in ("hipcc", "llvm-objdump", "llvm-readelf"):
-        asked.add_argument(f"--{tool}", default=tool)
-    given = asked.parse_args(arguments)
-    tools = given.hipcc, given.llvm_objdump, given.llvm_readelf
+        requested.add_argument(f"--{tool}", default=tool)
+    supplied = requested.parse_args(arguments)
+    tools = supplied.hipcc, supplied.llvm_objdump, supplied.llvm_readelf
     with tempfile.TemporaryDirectory(prefix="portakv-hip-") as folder:
-        found = _build(tools, Path(folder), given.targets)
-    _print(found, given.targets)
-    wrong = sum(bool(code.wrong) for code in found)
-    compiler = (_run([given.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
-    if given.report:  # a record of a job, as `portakv_conformance.evidence.evidence` reads it
-        what, who, script = _DTK if given.dtk else _HIPCC
+        result = _build(tools, Path(folder), supplied.targets)
+    _print(result, supplied.targets)
+    wrong = sum(bool(code.wrong) for code in result)
+    compiler = (_run([supplied.hipcc, "--version"]).stdout.splitlines() or ["unknown"])[0]
+    if supplied.report:  # a record of a job, as `portakv_conformance.evidence.evidence` reads it
+        what, who, script = _DTK if supplied.dtk else _HIPCC
         report = {
             "what": what,
             "backend": "portakv.backends.hip:Hip",
             "name": Hip.name,
             "source_sha256": source_sha256("portakv.backends.hip:Hip"),
-            "device": f"{who} {', '.join(given.targets)}",
-            "command": " ".join([f"bash native/cuda/{script}", *given.targets]),
+            "device": f"{who} {', '.join(supplied.targets)}",
+            "command": " ".join([f"bash native/cuda/{script}", *supplied.targets]),
             "compiler": compiler,
             "date": datetime.now(timezone.utc).date().isoformat(),
-            "targets": list(given.targets),
+            "targets": list(supplied.targets),
             "right": not wrong,
-            "kernels": [asdict(code) for code in found],
+            "kernels": [asdict(code) for code in result],
         }
-        given.report.write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{len(found)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
+        supplied.report.write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{len(result)} kernels built by hipcc ({compiler}), {wrong} wrong; compiled, not run")
     return int(wrong > 0)
 
 

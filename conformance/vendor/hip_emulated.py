@@ -41,15 +41,15 @@ def built() -> bytes:
     Raises:
         DriverMissing: there is no compiler, or it failed.
     """
-    found = compiler()
-    if found is None:
+    result = compiler()
+    if result is None:
         raise DriverMissing("the fake HIP driver needs g++ (Debian: apt install g++), or set CXX")
     sources = [_SOURCE.read_text(), SHIM.read_text()]
     # The last part of its version: kernels are kept on disk by it, apart from those of any real HIP
     # and from those of other sources than these.
     patch = zlib.crc32("".join(sources).encode()) % 100_000
     named = [f"-DPORTAKV_FAKE_PATCH={patch}", f'-DPORTAKV_SHIM="{SHIM}"']
-    command = [found, *_FLAGS, *named, f'-DPORTAKV_CXX="{found}"', str(_SOURCE), "-ldl"]
+    command = [result, *_FLAGS, *named, f'-DPORTAKV_CXX="{result}"', str(_SOURCE), "-ldl"]
     try:
         return cpp.built(command, sources)
     except cpp.CompilerError as error:

@@ -95,8 +95,8 @@ def reshape_paged_cache(
         _check(rows.dtype == cache.dtype == k.dtype, "rows and caches have one dtype")
         _check(rows.shape == k.shape, f"v is {tuple(rows.shape)}, expected the shape of k")
         _move(rows, cache.transpose(1, 2), slot_mapping, size, direction)
-    found = (k, v) if direction else (k_cache, v_cache)
-    return found if v is not None else found[0]
+    result = (k, v) if direction else (k_cache, v_cache)
+    return result if v is not None else result[0]
 
 
 def _reshape_to_cache(
@@ -156,8 +156,8 @@ def _checked_planes(
     _check_slots(slots, planes[0, 0])
     wanted = (planes.shape[1],)
     fits = pointers.dtype == torch.int64 and pointers.shape == wanted
-    found = f"kv_cache_ptrs are {pointers.dtype} {tuple(pointers.shape)}"
-    _check(fits, f"{found}, expected int64 {wanted}")
+    result = f"kv_cache_ptrs are {pointers.dtype} {tuple(pointers.shape)}"
+    _check(fits, f"{result}, expected int64 {wanted}")
     _check_device("kv_cache_ptrs", pointers)
     return planes
 
@@ -204,9 +204,9 @@ def _move(
 
 def _check_slots(slots: torch.Tensor, rows: torch.Tensor) -> None:
     _check_device("slot_mapping", slots)
-    found = f"slot_mapping is {slots.dtype} {tuple(slots.shape)}"
+    result = f"slot_mapping is {slots.dtype} {tuple(slots.shape)}"
     wanted = slots.dtype == torch.int32 and slots.shape == rows.shape[:1]
-    _check(wanted and slots.is_contiguous(), f"{found}, expected int32 ({rows.shape[0]},)")
+    _check(wanted and slots.is_contiguous(), f"{result}, expected int32 ({rows.shape[0]},)")
 
 
 def _check_tensor(name: str, tensor: torch.Tensor, dims: int, *, host: bool = False) -> None:

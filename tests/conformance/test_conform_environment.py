@@ -79,21 +79,21 @@ VENDOR = "portakv_conformance.vendor"
      "portakv_native.ascend/emulation/machine.h portakv_native.ascend/rows.h"),
 ])  # fmt: skip
 def test_a_module_of_ours_counts_with_what_it_builds_on(module: str, files: str) -> None:
-    found = set(source_files(module))
-    assert set(files.split()) <= found
-    assert not any(name.endswith(".base.py") for name in found)
+    result = set(source_files(module))
+    assert set(files.split()) <= result
+    assert not any(name.endswith(".base.py") for name in result)
     if module.startswith("portakv.backends"):
-        native = any(name.startswith("portakv_native") for name in found)
+        native = any(name.startswith("portakv_native") for name in result)
         assert native == ("portakv_native" in files)
         # No backend expires with another one's driver or kernel.
-        theirs = {"cuda": "runtime.hip", "ascend": "native.cuda", "hip": "backends.cuda"}
-        other = theirs.get(module.rpartition(".")[2], "backends.rows_")
-        assert not [name for name in found if other in name]
+        remote = {"cuda": "runtime.hip", "ascend": "native.cuda", "hip": "backends.cuda"}
+        other = remote.get(module.rpartition(".")[2], "backends.rows_")
+        assert not [name for name in result if other in name]
 
 
 def test_a_source_that_is_not_here_is_told(judged: Subject) -> None:
-    told = environment.describe_backend(replace(judged, target="no_such_module:Class"))
-    assert told["source_sha256"].startswith("unknown: module 'no_such_module'")
+    reported = environment.describe_backend(replace(judged, target="no_such_module:Class"))
+    assert reported["source_sha256"].startswith("unknown: module 'no_such_module'")
 
 
 def test_who_emulates(judged: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,11 +152,11 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)
             file.chmod(0o755)
-        told = SimpleNamespace(name="", gcnArchName="gfx906:sramecc+:xnack-")
+        reported = SimpleNamespace(name="", gcnArchName="gfx906:sramecc+:xnack-")
         monkeypatch.setattr(torch.version, "hip", None if hip is None else "6.3.42134")
         monkeypatch.setattr("portakv.runtime.hip.driver", driver)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: told)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: told.name)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: reported)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: reported.name)
 
     return make
 
@@ -187,11 +187,11 @@ def test_a_driver_is_told_by_the_vendor_s_own_files(
 
 def test_another_vendor_s_extension_tells_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """R6 needs a driver of any accelerator, so any has to be able to say it."""
-    told = SimpleNamespace(driver_version="5.2.1")
-    extension = SimpleNamespace(get_device_properties=lambda device: told)
+    reported = SimpleNamespace(driver_version="5.2.1")
+    extension = SimpleNamespace(get_device_properties=lambda device: reported)
     monkeypatch.setattr(torch, "acme", extension, raising=False)
     assert driver_version(device("acme")) == "5.2.1"
-    del told.driver_version
+    del reported.driver_version
     assert driver_version(device("acme")) == ""
     del extension.get_device_properties
     assert driver_version(device("acme")) == ""
@@ -201,8 +201,8 @@ def test_a_hip_device(machine: Machine) -> None:
     machine({"sys/module/hydcu/version": "5.16.29\n"}, 0)
     on_it = replace(subject("reference", "cpu"), device=CUDA)
     facts = describe_environment(on_it, "cuda")
-    told = {name: facts.get(name) for name in ("driver", "hip", "architecture", "cuda")}
-    assert told == {
+    reported = {name: facts.get(name) for name in ("driver", "hip", "architecture", "cuda")}
+    assert reported == {
         "driver": "hydcu 5.16.29",
         "hip": "6.3.42134",
         "architecture": "gfx906:sramecc+:xnack-",

@@ -10,10 +10,10 @@ import support.conform_honest_backends as backends
 import torch
 
 from portakv_conformance.cases import Bench, test_claims
-from portakv_conformance.draw.by_hand import HOMES
+from portakv_conformance.draw.by_hand import BASE_LAYOUTS
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, across, find_home
+from portakv_conformance.judge.judging import Judge, across, find_base_layout
 from portakv_conformance.judge.subject import Subject, subject
 from portakv_conformance.record import RunRecord
 
@@ -22,11 +22,11 @@ pytestmark = pytest.mark.usefixtures("own_registry")
 _HONEST = "support.conform_honest_backends"
 _LIARS = {"RefusesFourLoops", "ClaimsFourLoops", "ListOfPlaces", "TrueAlignment"}
 _NAMED = {
-    name: found
-    for name, found in vars(backends).items()
-    if isinstance(found, type) and found.__module__ == _HONEST and not name.startswith("_")
+    name: result
+    for name, result in vars(backends).items()
+    if isinstance(result, type) and result.__module__ == _HONEST and not name.startswith("_")
 }
-_CLAIMS = [n for n, found in _NAMED.items() if hasattr(found, "less") and n not in _LIARS]
+_CLAIMS = [n for n, result in _NAMED.items() if hasattr(result, "less") and n not in _LIARS]
 _TELLING = (
     "cases/test_claims.py",
     "cases/test_stateful.py",
@@ -79,28 +79,28 @@ def test_an_honest_backend_is_conformant(name: str, conform: Any) -> None:
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
 @pytest.mark.parametrize("name", ["RefusesFourLoops", "ClaimsFourLoops"])
 def test_loops_that_are_claimed_may_not_be_declined(name: str, direction: str) -> None:
-    home = Bench(judge=judge_of(one(name)))
+    bench = Bench(judge=judge_of(one(name)))
     with pytest.raises(AssertionError, match="claims by 'max_loops' that it takes 4 strided"):
-        test_claims.test_max_loops(home, 4, direction)
-    test_claims.test_max_loops(home, 3, direction)
-    assert home.judge.examples == 1
+        test_claims.test_max_loops(bench, 4, direction)
+    test_claims.test_max_loops(bench, 3, direction)
+    assert bench.judge.examples == 1
 
 
 @pytest.mark.parametrize("direction", ["gather", "scatter"])
 @pytest.mark.parametrize("name", _CLAIMS)
 def test_each_claim_is_tested_within_the_others(name: str, direction: str) -> None:
-    found = one(name)
-    paged = find_home(found, HOMES)
-    most = found.can.max_loops
+    result = one(name)
+    paged = find_base_layout(result, BASE_LAYOUTS)
+    most = result.can.max_loops
     for vector in (1, 2, 4, 8, 16):
-        test_claims.test_alignment(Bench(paged=paged, judge=judge_of(found)), vector, direction)
+        test_claims.test_alignment(Bench(paged=paged, judge=judge_of(result)), vector, direction)
     for loops in range(5):
-        home = Bench(paged=paged, judge=judge_of(found))
-        test_claims.test_max_loops(home, loops, direction)
-        assert home.judge.examples == (most is None or loops <= most)
-    home = Bench(paged=paged, judge=judge_of(found))
-    test_claims.test_tables(home, direction)
-    assert home.judge.examples == (6 if found.can.tables else 0)
+        bench = Bench(paged=paged, judge=judge_of(result))
+        test_claims.test_max_loops(bench, loops, direction)
+        assert bench.judge.examples == (most is None or loops <= most)
+    bench = Bench(paged=paged, judge=judge_of(result))
+    test_claims.test_tables(bench, direction)
+    assert bench.judge.examples == (6 if result.can.tables else 0)
 
 
 @pytest.mark.parametrize(
@@ -118,12 +118,12 @@ def test_claims_of_another_type_make_no_sense(target: str, why: str) -> None:
 
 def test_a_half_that_was_declined_is_not_passed(conform: Any) -> None:
     record = judged(conform, "PartOfScatters", "--only", "cases/test_corners.py::test_row_width")
-    told = {case.id: case for case in record.cases}
-    assert {case.status for case in told.values()} == {"passed", "not-claimed"}
-    for case in told.values():
+    reported = {case.id: case for case in record.cases}
+    assert {case.status for case in reported.values()} == {"passed", "not-claimed"}
+    for case in reported.values():
         assert (case.status == "not-claimed") == (case.declined >= case.examples)
         assert bool(case.reason) == bool(case.declined)
-    narrow = next(case for case in told.values() if case.status == "not-claimed")
+    narrow = next(case for case in reported.values() if case.status == "not-claimed")
     assert (narrow.declined, narrow.examples) == (1, 1)
     assert narrow.reason == "It declines 1 of 2 copies: no scatter of such rows"
 
@@ -139,9 +139,9 @@ def test_layouts_are_found_within_what_is_claimed() -> None:
         "Loops1": 5,
         "Least": 5,
     }
-    assert {name: HOMES.index(find_home(one(name), HOMES)) for name in homes} == homes
-    for name, asked, taken in (("OnlyNHD", 1, 0), ("OnlyNHD", 2, 2), ("NoMigration", 1, 0)):
-        assert across(one(name), HOMES[0], HOMES[asked]) == HOMES[taken]
+    assert {name: BASE_LAYOUTS.index(find_base_layout(one(name), BASE_LAYOUTS)) for name in homes} == homes
+    for name, requested, taken in (("OnlyNHD", 1, 0), ("OnlyNHD", 2, 2), ("NoMigration", 1, 0)):
+        assert across(one(name), BASE_LAYOUTS[0], BASE_LAYOUTS[requested]) == BASE_LAYOUTS[taken]
 
 
 def test_a_backend_that_remembers_is_told_by_what_it_did(conform: Any) -> None:

@@ -82,12 +82,12 @@ def test_the_page_tells_of_every_mutant_and_of_no_survivor() -> None:
     page = (ROOT / "docs" / "mutants.md").read_text(encoding="utf-8")
     assert "survives**" not in page
     rows = [line for line in page.splitlines() if line.startswith("| `")]
-    told = [tuple(cell.strip(" `") for cell in row.split("|")[1:3]) for row in rows]
-    assert told == [(mutant.name, mutant.bug()) for mutant in MUTANTS], (
+    reported = [tuple(cell.strip(" `") for cell in row.split("|")[1:3]) for row in rows]
+    assert reported == [(mutant.name, mutant.bug()) for mutant in MUTANTS], (
         "docs/mutants.md is stale; run python -m portakv_conformance.mutants.score --write "
         "docs/mutants.md"
     )
-    for unlike in zip(*told, strict=True):
+    for unlike in zip(*reported, strict=True):
         assert len(set(unlike)) == len(MUTANTS) >= 117
 
 
@@ -134,9 +134,9 @@ def test_the_first_case_that_fails_catches(ends: Any, ending: str, row: str) -> 
     assert f"| {row} |" in page
     unjudged = " 1 could not be judged here." if row == "not judged" else ""
     assert f"**{int(bool(trial.caught_by))} of 1 mutants are caught.{unjudged}**" in page
-    for asked in seen:
-        assert (asked.backend, asked.device) == (SECOND.target(), SECOND.device_type)
-        assert (asked.profile, asked.seed, asked.exit_first) == (SECOND.profile, 7, True)
+    for requested in seen:
+        assert (requested.backend, requested.device) == (SECOND.target(), SECOND.device_type)
+        assert (requested.profile, requested.seed, requested.exit_first) == (SECOND.profile, 7, True)
 
 
 @pytest.mark.parametrize(
@@ -149,8 +149,8 @@ def test_the_first_case_that_fails_catches(ends: Any, ending: str, row: str) -> 
 )
 def test_a_control_has_to_pass_everything(ends: str, verdict: str, why: str | None) -> None:
     seen: list[Options] = []
-    found = try_control(FIRST, runner=runner(ends, seen, verdict))
-    assert (why or "None") in str(found)
+    result = try_control(FIRST, runner=runner(ends, seen, verdict))
+    assert (why or "None") in str(result)
     assert (seen[0].profile, seen[0].exit_first) == ("full", False)
 
 
@@ -161,11 +161,11 @@ def test_all_are_tried_under_all_seeds_and_come_back_in_order() -> None:
         two.wait(20)
         return Trial(mutant, seed, "a", "", 1.0)
 
-    told: list[Trial] = []
-    trials = score.score(MUTANTS[:2], range(3), jobs=2, attempt=attempt, tell=told.append)
+    reported: list[Trial] = []
+    trials = score.score(MUTANTS[:2], range(3), jobs=2, attempt=attempt, tell=reported.append)
     wanted = [(mutant, seed) for mutant in MUTANTS[:2] for seed in range(3)]
     assert [(trial.mutant, trial.seed) for trial in trials] == wanted
-    assert len(told) == len(trials)
+    assert len(reported) == len(trials)
 
 
 @pytest.mark.parametrize(
@@ -183,8 +183,8 @@ def test_the_exit_code_and_the_page(
         return Trial(mutant, seed, caught if seed == 4 else "cases/test_b.py::y", "", 2.0)
 
     monkeypatch.setattr(score, "try_mutant", attempt)
-    monkeypatch.setattr(score, "try_control", lambda found: control)
-    monkeypatch.setattr(score, "fails_self_check", lambda found: found == FIRST)
+    monkeypatch.setattr(score, "try_control", lambda result: control)
+    monkeypatch.setattr(score, "fails_self_check", lambda result: result == FIRST)
     page = tmp_path / "page.md"
     words = f"--runs 2 --seed 3 --only {FIRST.name} {SECOND.name} --write {page}"
     assert score.main(words.split()) == code
@@ -198,21 +198,21 @@ def test_the_exit_code_and_the_page(
     assert f"({2 if caught else 1} of 2)" in first
 
 
-@pytest.mark.parametrize(("words", "forced", "told"), [
+@pytest.mark.parametrize(("words", "forced", "reported"), [
     ("--only nobody", "", "nobody"), ("--runs 0", "", "0"), ("--runs x", "", "x"),
     (f"--only {FIRST.name}", "reference", "PORTAKV_BACKEND forces another backend"),
 ])  # fmt: skip
 def test_what_cannot_be_understood(
     words: str,
     forced: str,
-    told: str,
+    reported: str,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PORTAKV_BACKEND", forced)
     with pytest.raises(SystemExit, match="2"):
         score.main(words.split())
-    assert told in capsys.readouterr().err
+    assert reported in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ IDS = [
 ]
 
 
-@pytest.mark.parametrize(("words", "found"), [
+@pytest.mark.parametrize(("words", "result"), [
     (IDS[1], IDS[1:2]),
     ("test_core.py::test_one_row[scatter-1]", IDS[1:2]),
     ("cases/test_core.py::test_one_row", IDS[:2]),
@@ -61,9 +61,9 @@ IDS = [
     *((word, []) for word in ("", "core", "test_one_row", "test_core[1]")),
     (f"{IDS[3]} test_core {IDS[0]}", IDS),  # in the list's order, and nothing twice
 ])  # fmt: skip
-def test_a_beginning_names_all_that_begin_so(words: str, found: list[str]) -> None:
-    asked = words.split(" ")
-    assert chosen(IDS, asked) == (found, [] if found else asked)
+def test_a_beginning_names_all_that_begin_so(words: str, result: list[str]) -> None:
+    requested = words.split(" ")
+    assert chosen(IDS, requested) == (result, [] if result else requested)
 
 
 def test_a_fuzzed_case_may_take_longer() -> None:
@@ -98,7 +98,7 @@ def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("how", "told"), [
+@pytest.mark.parametrize(("how", "reported"), [
     ("crash", "SIGSEGV while this case ran; another worker went on with the rest"),
     ("abort", "SIGABRT while this case ran"),
     ("exit", "exit code 7 while this case ran"),
@@ -107,12 +107,12 @@ def test_a_run_in_which_all_is_well(capfd: pytest.CaptureFixture[str]) -> None:
     ("leave", "exit code 0 while this case ran"),
     ("retire", "It faulted."),  # the device, and the worker says so
 ])  # fmt: skip
-def test_a_case_that_takes_the_process_with_it_has_failed(how: str, told: str) -> None:
+def test_a_case_that_takes_the_process_with_it_has_failed(how: str, reported: str) -> None:
     heard = Heard()
     record = ran({CORE + "a": "pass", CORE + "b": how, CORE + "c": "pass"}, heard)
     assert statuses(record) == {CORE + "a": "passed", CORE + "b": "failed", CORE + "c": "passed"}
     lost = record.cases[1]
-    assert told in lost.reason
+    assert reported in lost.reason
     assert (record.verdict, record.rung, record.totals["failed"]) == ("failed", "", 1)
     (sentence,) = heard.sentences
     assert CORE + "b" in sentence
@@ -121,16 +121,16 @@ def test_a_case_that_takes_the_process_with_it_has_failed(how: str, told: str) -
 
 
 @pytest.mark.parametrize(
-    ("how", "told"), [("crash", "killed by SIGSEGV after the last case"), ("hang", "did not end")]
+    ("how", "reported"), [("crash", "killed by SIGSEGV after the last case"), ("hang", "did not end")]
 )
 def test_a_worker_that_does_not_end_well_is_no_certificate(
-    how: str, told: str, monkeypatch: pytest.MonkeyPatch
+    how: str, reported: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(workers, "ENDING", 0.2)
     record = ran({CORE + "a": "pass", "finish": how})
     assert statuses(record) == {CORE + "a": "passed"}
     assert (record.verdict, record.rung) == ("incomplete", "")
-    assert told in record.missing[0]
+    assert reported in record.missing[0]
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
@@ -147,8 +147,8 @@ def test_one_that_always_crashes_is_given_up(jobs: int, monkeypatch: pytest.Monk
 def test_losses_not_in_a_row_cost_their_cases(jobs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "MOST_LOSSES", 2 * jobs)
     behaviours = {f"{CORE}{n}": "crash" if n % 3 == 0 else "pass" for n in range(12)}
-    found = statuses(ran(behaviours, jobs=jobs))
-    assert list(found.values()) == ["failed", "passed", "passed"] * 4
+    result = statuses(ran(behaviours, jobs=jobs))
+    assert list(result.values()) == ["failed", "passed", "passed"] * 4
 
 
 def test_losses_that_cost_too_much_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,9 +253,9 @@ def test_a_worker_too_many(how: str) -> None:
     record = ran({**slow, "2 start": how}, heard, jobs=2)
     assert statuses(record) == dict.fromkeys(slow, "passed")
     assert record.verdict == "conformant"
-    (told,) = heard.sentences
-    assert "before it was ready; the others go on" in told
-    assert ("no such backend" in told) == (how == "unavailable")
+    (reported,) = heard.sentences
+    assert "before it was ready; the others go on" in reported
+    assert ("no such backend" in reported) == (how == "unavailable")
 
 
 def test_a_worker_that_cannot_be_replaced_is_an_error() -> None:
@@ -312,11 +312,11 @@ class Card(Facility):
 FAULT = "RuntimeError: an illegal memory access was encountered"
 
 
-@pytest.mark.parametrize(("faults", "told"), [(0, ""), (1, ""), (1000, FAULT)])
-def test_a_fault_that_is_delivered_once_is_the_case_s(faults: int, told: str) -> None:
+@pytest.mark.parametrize(("faults", "reported"), [(0, ""), (1, ""), (1000, FAULT)])
+def test_a_fault_that_is_delivered_once_is_the_case_s(faults: int, reported: str) -> None:
     card = Card(torch.device("cpu"))
     card.faults = faults
-    assert DeviceAlive(subject("reference"), card).lost() == told
+    assert DeviceAlive(subject("reference"), card).lost() == reported
 
 
 @pytest.mark.parametrize("worked", [True, False])
@@ -341,6 +341,6 @@ def test_a_backend_that_raises_for_good(worked: bool, monkeypatch: pytest.Monkey
 def test_an_event_holds_any_text(tmp_path: Path) -> None:
     file = tmp_path / "events.jsonl"
     append(str(file), {"reason": "driver said \udcff", "cases": [{"a\ud800": ("x", 1, None)}]})
-    told = json.loads(file.read_text(encoding="utf-8"))
-    assert told == {"reason": "driver said \\udcff", "cases": [{"a\\ud800": ["x", 1, None]}]}
-    json.dumps(told, ensure_ascii=False).encode("utf-8")
+    reported = json.loads(file.read_text(encoding="utf-8"))
+    assert reported == {"reason": "driver said \\udcff", "cases": [{"a\\ud800": ["x", 1, None]}]}
+    json.dumps(reported, ensure_ascii=False).encode("utf-8")

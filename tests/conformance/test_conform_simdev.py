@@ -67,10 +67,10 @@ def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
         "build.ctypes.CDLL = lambda path: print(open(path).read())\n"
         "build.load_library()"
     )
-    kept = str(tmp_path / "kept")
+    retained = str(tmp_path / "kept")
     with ThreadPoolExecutor(3) as threads:
         several = [
-            threads.submit(run, "-c", code, CXX=str(compiler), PORTAKV_CACHE_DIR=kept)
+            threads.submit(run, "-c", code, CXX=str(compiler), PORTAKV_CACHE_DIR=retained)
             for _ in range(3)
         ]
     assert [done.result().stdout for done in several] == ["library\n\n"] * 3
@@ -100,7 +100,7 @@ except RuntimeError as error:
 
 
 @pytest.mark.parametrize(
-    ("code", "ended", "told"),
+    ("code", "ended", "reported"),
     [
         pytest.param(
             TOUCH,
@@ -114,10 +114,10 @@ except RuntimeError as error:
         pytest.param(FORK, 7, "'spawn'", id="a forked process"),
     ],
 )
-def test_what_is_wrong_is_told(code: str, ended: int, told: str) -> None:
+def test_what_is_wrong_is_told(code: str, ended: int, reported: str) -> None:
     done = run("-c", f"import torch; from support.simdev_cases import DEVICE\n{code}")
     assert done.returncode == ended or done.returncode < 0 > ended, done.stderr
-    assert told in done.stderr
+    assert reported in done.stderr
 
 
 @pytest.mark.slow

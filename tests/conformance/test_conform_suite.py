@@ -18,10 +18,10 @@ from portakv.backends.base import Decision
 from portakv_conformance.cases import Bench, test_connector
 from portakv_conformance.draw import saved
 from portakv_conformance.draw.arrangement import Case, side_of
-from portakv_conformance.draw.by_hand import HOMES, Shape, Workshop, arranged, lifted
+from portakv_conformance.draw.by_hand import BASE_LAYOUTS, Shape, Workshop, arranged, lifted
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, asked_of, find_home, largest_unit, view_of
+from portakv_conformance.judge.judging import Judge, asked_of, find_base_layout, largest_unit, view_of
 from portakv_conformance.judge.pattern import poison_bytes
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.run.outcome import sentence
@@ -33,8 +33,8 @@ BACKENDS = "support.conform_suite_backends"
 
 
 def judge_of(name: str) -> Judge:
-    found = subject(f"{BACKENDS}:{name}")
-    return Judge(found, Facility(found.device), 7)
+    result = subject(f"{BACKENDS}:{name}")
+    return Judge(result, Facility(result.device), 7)
 
 
 def gather(seed: int = 7, **how: Any) -> Case:
@@ -47,18 +47,18 @@ def gather(seed: int = 7, **how: Any) -> Case:
 
 
 def test_a_class_is_registered_under_its_own_name() -> None:
-    found = subject(f"{BACKENDS}:Right", "cpu")
-    assert (found.name, found.target) == ("suite-right", f"{BACKENDS}:Right")
-    assert found.backend is subject("suite-right").backend is subject(f"{BACKENDS}:Right").backend
-    assert found.trace[-1].accepted
+    result = subject(f"{BACKENDS}:Right", "cpu")
+    assert (result.name, result.target) == ("suite-right", f"{BACKENDS}:Right")
+    assert result.backend is subject("suite-right").backend is subject(f"{BACKENDS}:Right").backend
+    assert result.trace[-1].accepted
     # A name that is another's is not taken.
-    found = subject(f"{BACKENDS}:Namesake")
-    assert found.name == f"{BACKENDS}:Namesake"
-    assert type(found.backend).__name__ == "Namesake"
+    result = subject(f"{BACKENDS}:Namesake")
+    assert result.name == f"{BACKENDS}:Namesake"
+    assert type(result.backend).__name__ == "Namesake"
     assert subject("reference").target == "portakv.backends.reference:Reference"
 
 
-@pytest.mark.parametrize(("asked", "error", "why"), [
+@pytest.mark.parametrize(("requested", "error", "why"), [
     ("nonsense", BackendUnavailable, "'nonsense' was asked for on cpu, but no such backend"),
     ("nonsense", BackendUnavailable, "or pass pkg.mod:Class"),
     ("mlu", BackendUnavailable, "'mlu' .* not on cpu. .* that it serves with --device"),
@@ -74,16 +74,16 @@ def test_a_class_is_registered_under_its_own_name() -> None:
     *((malformed, ValueError, "was asked")
       for malformed in ("a b:C", ":", "reference, z/pu", "reference, cpu:x")),
 ])  # fmt: skip
-def test_what_is_not_there_is_told_and_why(asked: str, error: type[Exception], why: str) -> None:
-    name, _, device = asked.partition(", ")
+def test_what_is_not_there_is_told_and_why(requested: str, error: type[Exception], why: str) -> None:
+    name, _, device = requested.partition(", ")
     with pytest.raises(error, match=why):
         subject(name, device or "cpu")
 
 
 def test_a_backend_that_does_not_say_what_it_claims_has_a_flaw() -> None:
-    found = subject(f"{BACKENDS}:Secretive").flaw
-    assert found.startswith("capabilities() raised OSError: the licence server is asleep;")
-    assert found.endswith("no case can be judged.")
+    result = subject(f"{BACKENDS}:Secretive").flaw
+    assert result.startswith("capabilities() raised OSError: the licence server is asleep;")
+    assert result.endswith("no case can be judged.")
 
 
 # -- how copies are judged ----------------------------------------------------------------------
@@ -120,8 +120,8 @@ def test_a_launch_that_refuses_has_no_reason_that_counts() -> None:
 
 @pytest.mark.parametrize("move", ["from_gpu", "to_gpu"])
 def test_a_connector_whose_backend_refuses_parts_of_chunks_fails(move: str) -> None:
-    home = Bench(judge=judge_of("WholeChunks"))
-    store = test_connector.Store(home, home.connector(), move)
+    bench = Bench(judge=judge_of("WholeChunks"))
+    store = test_connector.Store(bench, bench.connector(), move)
     with pytest.raises(AssertionError, match="it moves whole ones"):
         test_connector.test_a_range_of_the_slot_mapping(store, 3, 11)
 
@@ -148,23 +148,23 @@ def test_what_the_simulated_device_fills_memory_with_is_told() -> None:
     case = gather()
     expected = case.expected()
 
-    def told(byte: int) -> str:
+    def reported(byte: int) -> str:
         case.dst.guards[0].payload().fill_(byte)
         return str(judge.compare(expected, case.dst.tensors))
 
-    plain = told(0xDB)
+    plain = reported(0xDB)
     assert "holds 0xdb, which is of unknown origin" in plain
     judge.subject = replace(judge.subject, emulated=True)
     more = "0xdb is what the simulated device fills memory with that was never written, or was"
-    assert told(0xDB).startswith(f"{plain} {more} freed:")
-    assert "simulated" not in told(0xDA)
+    assert reported(0xDB).startswith(f"{plain} {more} freed:")
+    assert "simulated" not in reported(0xDA)
 
 
 @pytest.mark.parametrize("check", [lambda plan: Decision("none", False, "none"), {}.__getitem__])
 def test_the_home_of_what_takes_none(monkeypatch: pytest.MonkeyPatch, check: Any) -> None:
     modest = subject(f"{BACKENDS}:Modest")
     monkeypatch.setattr(modest.backend, "check", check)
-    assert find_home(modest, HOMES) == HOMES[0]  # CORE then says why
+    assert find_base_layout(modest, BASE_LAYOUTS) == BASE_LAYOUTS[0]  # CORE then says why
 
 
 # -- failing examples as files ------------------------------------------------------------------
@@ -292,8 +292,8 @@ def test_what_the_installed_hypothesis_writes_is_known() -> None:
     with pytest.raises(AssertionError) as caught:
         fails()
     notes = getattr(caught.value, "__notes__", [])
-    for said in (caught.value, ORACLE):
-        assert sentence("\n".join([f"AssertionError: {said}", *notes])) == ORACLE
+    for reported in (caught.value, ORACLE):
+        assert sentence("\n".join([f"AssertionError: {reported}", *notes])) == ORACLE
 
 
 # -- tensors in no order ------------------------------------------------------------------------

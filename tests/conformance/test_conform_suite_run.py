@@ -33,16 +33,16 @@ Judged = tuple[subprocess.CompletedProcess[str], list[dict[str, Any]], dict[str,
 
 def judged(backend: str, *words: str, ids: Sequence[str], where: Path, **more: str) -> Judged:
     """A run of some cases under pytest: how it ended, its events, and its cases by id."""
-    told = where / "events.jsonl"
+    reported = where / "events.jsonl"
     only = where / "only.txt"
     only.write_text("\n".join(ids) + "\n", encoding="utf-8")
-    asked = (
+    requested = (
         f"--portakv-backend=support.conform_suite_backends:{backend}",
-        f"--portakv-events={told}",
+        f"--portakv-events={reported}",
         f"--portakv-only={only}",
     )
-    done = python("-m", "pytest", *SUITE, *asked, *words, where=where, **more)
-    events = [json.loads(line) for line in told.read_text(encoding="utf-8").splitlines()]
+    done = python("-m", "pytest", *SUITE, *requested, *words, where=where, **more)
+    events = [json.loads(line) for line in reported.read_text(encoding="utf-8").splitlines()]
     cases = [CaseRecord.read(event["case"]) for event in events if event["event"] == "end"]
     return done, events, {case.id: case for case in cases}
 
@@ -59,7 +59,7 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
     """The package lies behind a symbolic link in the current folder, which is found first: pytest
     keeps the path that it was given."""
     (tmp_path / "portakv_conformance").symlink_to(Path(portakv_conformance.__file__).parent)
-    done, events, found = judged("Talking", "--portakv-fuzz=77", "-sv", ids=_FEW, where=tmp_path)
+    done, events, result = judged("Talking", "--portakv-fuzz=77", "-sv", ids=_FEW, where=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = [event["event"] for event in events]
     first = ["loading", "subject", "list"]
@@ -68,8 +68,8 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
     assert sorted(listed) == sorted(_FEW)
     assert listed[0].startswith("cases/test_core.py"), "CORE comes first"
     assert listed[-1] == "cases/test_drawn.py::test_pages[0]"
-    assert [found[name].status for name in _FEW] == ["passed", "passed", "not-claimed", "passed"]
-    core, preset, guards, drawn = (found[name] for name in _FEW)
+    assert [result[name].status for name in _FEW] == ["passed", "passed", "not-claimed", "passed"]
+    core, preset, guards, drawn = (result[name] for name in _FEW)
     assert (core.area, core.profile, core.examples) == ("core", "core", 1)
     assert preset.tags == {"layout": "vllm-mla-fp8", "dtype": "uint8", "operation": "gather"}
     assert guards.claim == "guards"
@@ -81,23 +81,23 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("own_registry")
 def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
-    kept = tmp_path / "examples"
+    retained = tmp_path / "examples"
     name = "cases/test_drawn.py::test_copies_between_two_sides[0]"
-    done, _, found = judged("OffByOne", f"--portakv-examples={kept}", ids=[name], where=tmp_path)
+    done, _, result = judged("OffByOne", f"--portakv-examples={retained}", ids=[name], where=tmp_path)
     assert done.returncode == 1
-    record = found[name]
+    record = result[name]
     assert record.status == "failed"
     assert "holds 0x" in record.reason
     assert "The case was" not in record.reason
     assert "Case(src=Side(" in record.details
-    case, about = saved.load((kept / record.example).read_text(encoding="utf-8"))
+    case, about = saved.load((retained / record.example).read_text(encoding="utf-8"))
     assert about["case"] == name
     assert case.src.ids is not None
     # The fault shows with three ids and up; little more than that is left of what was drawn.
     assert case.src.ids.numel() in (3, 4)
     assert case.src.layers * case.src.heads <= 2
-    assert record.reason in str(saved.replay(kept / record.example, subject(OFF_BY_ONE, "cpu")))
-    assert saved.replay(kept / record.example, subject("reference")) is None
+    assert record.reason in str(saved.replay(retained / record.example, subject(OFF_BY_ONE, "cpu")))
+    assert saved.replay(retained / record.example, subject("reference")) is None
 
 
 @pytest.mark.slow
@@ -143,11 +143,11 @@ for words in asked:
 
 def test_exit_codes(tmp_path: Path) -> None:
     (tmp_path / "only.txt").write_text("cases/test_core.py::test_nothing\n")
-    asked = [words for words, _, _ in CODES]
-    done = python("-c", EACH, shlex.join(SUITE), *asked, where=tmp_path)
-    told = re.split(r"^@@ (\d)$", done.stdout, flags=re.MULTILINE)
-    assert [int(code) for code in told[1::2]] == [code for _, code, _ in CODES], done.stdout
-    for (words, _, why), text in zip(CODES, told[::2], strict=False):
+    requested = [words for words, _, _ in CODES]
+    done = python("-c", EACH, shlex.join(SUITE), *requested, where=tmp_path)
+    reported = re.split(r"^@@ (\d)$", done.stdout, flags=re.MULTILINE)
+    assert [int(code) for code in reported[1::2]] == [code for _, code, _ in CODES], done.stdout
+    for (words, _, why), text in zip(CODES, reported[::2], strict=False):
         assert why in text, (words, text)
 
 
@@ -180,9 +180,9 @@ def test_the_first_examples_are_kept_drawn_ones_apart(tmp_path: Path) -> None:
         (tmp_path / f"{n}.json").write_text("{}")
         case = CaseRecord(id, area, "core", status="failed", reason="Wrong.", example=f"{n}.json")
         journal.take_end(json.loads(case.line()))
-    kept = [case.example for case in journal.cases.values()]
-    assert list(map(bool, kept)) == [True] * MOST_EXAMPLES + [False] * 3 + [True] * 6
-    assert {file.name for file in tmp_path.iterdir()} == {name for name in kept if name}
+    retained = [case.example for case in journal.cases.values()]
+    assert list(map(bool, retained)) == [True] * MOST_EXAMPLES + [False] * 3 + [True] * 6
+    assert {file.name for file in tmp_path.iterdir()} == {name for name in retained if name}
 
 
 def test_an_example_keeps_how_its_end_was_waited_for(tmp_path: Path, conform: Any) -> None:
@@ -248,19 +248,19 @@ def test_two_workers_find_what_one_finds(passed: RunRecord) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "told", "where"),
+    ("name", "reported", "where"),
     [
         ("Crashing", "killed by SIGSEGV while this case ran", "in carry"),
         ("Hanging", "longer than its limit of 2 s", "in carry"),
         ("NoClaims", "capabilities() returned 'all of it'; expected", ""),
     ],
 )
-def test_a_backend_that_cannot_be_judged_has_failed(name: str, told: str, where: str) -> None:
+def test_a_backend_that_cannot_be_judged_has_failed(name: str, reported: str, where: str) -> None:
     """The suite and its surroundings are in order."""
     record = run_on(name, limit=2.0)
     (case,) = record.cases
     assert (record.verdict, case.status, case.area) == ("failed", "failed", "core")
-    assert told in case.reason
+    assert reported in case.reason
     assert where in case.details
     if name == "NoClaims":
         assert case.reason.endswith("no case can be judged.")

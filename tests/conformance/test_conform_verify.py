@@ -190,23 +190,23 @@ EDITS: list[tuple[Any, ...]] = [
 
 
 @pytest.mark.parametrize(
-    ("edit", "told"),
-    [(edit, told) for edit, *told in EDITS],
+    ("edit", "reported"),
+    [(edit, reported) for edit, *reported in EDITS],
     ids=[edit[-1] if edit[1:] else "seal" for edit in EDITS],
 )
 def test_an_edit_is_found_by_the_seal_and_a_contradiction_behind_a_new_one(
-    record: RunRecord, edit: Callable[[RunRecord], object], told: list[str]
+    record: RunRecord, edit: Callable[[RunRecord], object], reported: list[str]
 ) -> None:
     assert refusals(record) == ""
     edit(record)
     before = refusals(record)
     assert ("no seal" in before) == (SEAL not in record.environment)
-    assert any(word in before for word in ("changed after the run", "no seal", *told))
+    assert any(word in before for word in ("changed after the run", "no seal", *reported))
     record.environment[SEAL] = digest_of(record)
-    found = refusals(record)
-    assert all(word in found for word in told)
-    assert bool(found) == bool(told)
-    assert "changed after the run" not in found
+    result = refusals(record)
+    assert all(word in result for word in reported)
+    assert bool(result) == bool(reported)
+    assert "changed after the run" not in result
 
 
 # -- what emulated, what carried plans out, and R6 on an accelerator -------------------------------
@@ -218,7 +218,7 @@ KERNEL = {"carried out by": "the AscendC kernel", "library": {"libportakv_ascend
 
 @pytest.mark.parametrize(("facts", "why"), [
     *((whole, "") for whole in ({}, MLU | {"assumption": ASSUMED}, KERNEL)),
-    *(({"emulation": said}, "does not say by what") for said in (..., None, [SIMULATION])),
+    *(({"emulation": reported}, "does not say by what") for reported in (..., None, [SIMULATION])),
     ({"emulation": {}}, "does not say by what"),
     ({"emulation": {"acme": "1" * 64}}, f"does not say the hash of {SIMULATION}"),
     ({"emulation": {SIMULATION: "unknown: x"}}, f"the hash of {SIMULATION}, which emulated"),
@@ -228,9 +228,9 @@ KERNEL = {"carried out by": "the AscendC kernel", "library": {"libportakv_ascend
     (KERNEL | {"library": "a.so"}, "Its library is 'a.so'"),
 ])  # fmt: skip
 def test_a_report_says_what_emulated_and_what_carried(facts: dict[str, Any], why: str) -> None:
-    said = conform_reports.refusals(changed(conform_reports.emulated(), facts))
-    assert why in said
-    assert bool(why) == bool(re.search("emulat|librar|hash|holds by", said))
+    reported = conform_reports.refusals(changed(conform_reports.emulated(), facts))
+    assert why in reported
+    assert bool(why) == bool(re.search("emulat|librar|hash|holds by", reported))
 
 
 PACKAGE = "a version of the vendor's package"
@@ -240,7 +240,7 @@ OURS = {"target": "portakv.backends.ascend:Ascend"}
 @pytest.mark.parametrize(("facts", "backend", "lacking"), [
     ({}, {}, []),
     ({"device": "cpu", "driver": ""}, {}, []),
-    *(({"driver": said}, {}, ["the driver's version"]) for said in ("", " ", None, ...)),
+    *(({"driver": reported}, {}, ["the driver's version"]) for reported in ("", " ", None, ...)),
     *(({"device": kind, "torch_acme": ...}, OURS, [PACKAGE])
       for kind in ("npu", "mlu:1", "cuda")),
     ({"device": "npu", "torch_acme": ..., "torch-npu": ""}, OURS, [PACKAGE]),
@@ -312,11 +312,11 @@ def test_the_command(
     assert main(["verify", str(file)]) == 1
     assert "2 contradictions" in capsys.readouterr().out
     assert main(["verify", str(tmp_path / "nothing.json")]) == 2
-    told = capsys.readouterr().err
-    assert "nothing.json cannot be read: No such file or directory. Pass a report" in told
+    reported = capsys.readouterr().err
+    assert "nothing.json cannot be read: No such file or directory. Pass a report" in reported
 
 
-@pytest.mark.parametrize(("change", "code", "told"), [
+@pytest.mark.parametrize(("change", "code", "reported"), [
     ({}, 0, "no report, but the record of a job: hip, cross-compiled, not executed."),
     ({}, 0, "It shows what it has to. Rung: R4. Again: bash native/cuda/check_hip.sh gfx906"),
     ({"right": False}, 1, "Rung: none."),
@@ -327,16 +327,16 @@ def test_the_command(
 def test_a_record_of_a_job_is_told_apart(
     change: dict[str, Any] | None,
     code: int,
-    told: str,
+    reported: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    (kept,) = (Path(__file__).parents[2] / RESULTS).glob("hip-amd-*-r4.json")
+    (retained,) = (Path(__file__).parents[2] / RESULTS).glob("hip-amd-*-r4.json")
     file = tmp_path / "job.json"
-    changed = "" if change is None else json.dumps(json.loads(kept.read_text()) | change)
+    changed = "" if change is None else json.dumps(json.loads(retained.read_text()) | change)
     file.write_text(changed)
     assert main(["verify", str(file)]) == code
-    assert told in capsys.readouterr().out
+    assert reported in capsys.readouterr().out
 
 
 # -- waivers ---------------------------------------------------------------------------------------
@@ -366,7 +366,7 @@ def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
     assert read_waivers(written(tmp_path, "")) == ()
 
 
-@pytest.mark.parametrize(("text", "told"), [
+@pytest.mark.parametrize(("text", "reported"), [
     (GOOD + 'ticket = "4711"\n', "unknown key 'ticket'"),
     ('title = "mine"\n' + GOOD, "unknown key 'title'"),
     ("[waivers]\n", "unknown key 'waivers'"),
@@ -380,8 +380,8 @@ def test_a_file_is_read_in_its_order(tmp_path: Path) -> None:
     (GOOD + GOOD, "2 times"),
     ("[[waiver]\n", "no TOML"),
 ])  # fmt: skip
-def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, told: str) -> None:
-    with pytest.raises(WaiverError, match=told):
+def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, reported: str) -> None:
+    with pytest.raises(WaiverError, match=reported):
         read_waivers(written(tmp_path, text))
     (tmp_path / "latin.toml").write_bytes(b"# \xe9\n")
     for name in "nothing", "latin":
@@ -389,7 +389,7 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, told: str)
             read_waivers(tmp_path / f"{name}.toml")
 
 
-@pytest.mark.parametrize(("how", "id", "expires", "status", "told"), [
+@pytest.mark.parametrize(("how", "id", "expires", "status", "reported"), [
     ("fail", CLAIM + "a", LATER, "waived", "Ticket 4711. (What it showed: Byte 3 is 7"),
     ("crash", CLAIM + "a", LATER, "waived", "SIGSEGV"),
     ("pass", CLAIM + "a", LATER, "failed", "remove the waiver"),
@@ -399,13 +399,13 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, told: str)
     *(("fail", CLAIM + "a", expires, "failed", f"expired in suite {expires}")
       for expires in (NOW, f"{NOW}.0", "2020.01", "1")),
 ])  # fmt: skip
-def test_a_waived_case(how: str, id: str, expires: str, status: str, told: str) -> None:
+def test_a_waived_case(how: str, id: str, expires: str, status: str, reported: str) -> None:
     """A failure or a crash is waived, of no CORE case and until its waiver expires; it proves no
     rung. What passes, or is not claimed, fails."""
     waiver = Waiver(id, "Ticket 4711.", expires)
     record = ran({id: how, CLAIM + "b": "pass"}, waivers=(waiver,), profile="full")
     assert [case.status for case in record.cases] == [status, "passed"]
-    assert told in record.cases[0].reason
+    assert reported in record.cases[0].reason
     conformant = "conformant" if status == "waived" else "failed"
     assert (record.verdict, record.rung) == (conformant, "")
     assert ("cases are waived" in why_no_rung(record)) == (status == "waived")

@@ -92,28 +92,28 @@ def test_the_rules(values: dict[str, Any], why: str) -> None:
 
 def test_a_rung_ends_with_the_source_the_suite_or_a_package_of_the_vendor() -> None:
     base = Ladder((), {"torch-npu": "1" * 64})
-    held = rung(vendor={"torch-npu": "1" * 64})
-    assert why_expired(held, base, same) == ""
-    assert why_expired(held, base, other) == why_expired(held, base, gone) == "source changed since"
-    assert why_expired(replace(held, suite="2026.05"), base, same) == "suite 2026.05, now 2026.12"
-    assert why_expired(held, Ladder(()), same) == "torch-npu changed since"
+    retained = rung(vendor={"torch-npu": "1" * 64})
+    assert why_expired(retained, base, same) == ""
+    assert why_expired(retained, base, other) == why_expired(retained, base, gone) == "source changed since"
+    assert why_expired(replace(retained, suite="2026.05"), base, same) == "suite 2026.05, now 2026.12"
+    assert why_expired(retained, Ladder(()), same) == "torch-npu changed since"
     newer = base.with_rung(rung(device="other", vendor={"torch-npu": "2" * 64}))
-    assert why_expired(held, newer, same) == "torch-npu changed since"
+    assert why_expired(retained, newer, same) == "torch-npu changed since"
     # A third party's may be installed here or not; the table must not depend on that.
     assert why_expired(rung(target="acme.backend:Acme"), Ladder(()), gone) == ""
     # Without a digest the real sources are hashed.
-    mine = rung(target="portakv.backends.reference:Reference")
-    assert why_expired(mine, Ladder(())) == "source changed since"
-    assert why_expired(replace(mine, source_sha256=source_sha256(mine.target)), Ladder(())) == ""
+    own = rung(target="portakv.backends.reference:Reference")
+    assert why_expired(own, Ladder(())) == "source changed since"
+    assert why_expired(replace(own, source_sha256=source_sha256(own.target)), Ladder(())) == ""
 
 
 def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
     far = rung(device="hip, emulated", rung="R3", emulated=True, emulation={"acme": "1"})
-    found = Ladder((rung(source_sha256="b" * 64), far))
-    assert told("cuda", "NVIDIA H200", found, same) == "expired R6"
-    assert told("cuda", "CPU (x86-64)", found, same) == "R3 on hip, emulated"
+    result = Ladder((rung(source_sha256="b" * 64), far))
+    assert told("cuda", "NVIDIA H200", result, same) == "expired R6"
+    assert told("cuda", "CPU (x86-64)", result, same) == "R3 on hip, emulated"
     assert told("cuda", "CPU (x86-64)", Ladder((rung(),)), same) == "R6 on NVIDIA H200"
-    assert told("triton", "NVIDIA H200", found, same) == ""
+    assert told("triton", "NVIDIA H200", result, same) == ""
     assumed = replace(far, assumption="by assumption: nobody said so", note="not by us")
     assert told("cuda", "hip, emulated", Ladder((assumed,)), same) == (
         "R3, by assumption: nobody said so, not by us"
@@ -122,13 +122,13 @@ def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
 
 @pytest.mark.parametrize("name", ["R1", "R2", "R3"])
 def test_an_emulated_rung_ends_with_what_emulated_it(name: str) -> None:
-    held = rung(rung=name, emulated=True, suite="")
-    assert "does not say what emulated" in why_expired(held, Ladder(()), same)
-    held = replace(held, emulation={SIMULATION: "a" * 64, "triton": "3.6.0"})
-    assert why_expired(held, Ladder(()), same) == ""  # of a third party's nothing is looked for
-    ended = why_expired(held, Ladder(()), lambda t: same(t) if t == held.target else other(t))
+    retained = rung(rung=name, emulated=True, suite="")
+    assert "does not say what emulated" in why_expired(retained, Ladder(()), same)
+    retained = replace(retained, emulation={SIMULATION: "a" * 64, "triton": "3.6.0"})
+    assert why_expired(retained, Ladder(()), same) == ""  # of a third party's nothing is looked for
+    ended = why_expired(retained, Ladder(()), lambda t: same(t) if t == retained.target else other(t))
     assert ended == "simdev changed since"
-    lost = replace(held, emulation={f"{VENDOR}.no_such": "a" * 64})
+    lost = replace(retained, emulation={f"{VENDOR}.no_such": "a" * 64})
     assert "no_such changed since" in why_expired(lost, Ladder(()))
     assert why_expired(rung(rung="R4", emulated=True, suite=""), Ladder(()), same) == ""
 
@@ -188,9 +188,9 @@ def test_a_row_says_what_its_file_says(tmp_path: Path) -> None:
         "emulation": {"acme": "1"},
         "assumption": "by luck",
     }
-    found = contradictions(Ladder((replace(made, **values),)), tmp_path)  # type: ignore[arg-type]
+    result = contradictions(Ladder((replace(made, **values),)), tmp_path)  # type: ignore[arg-type]
     for name, value in values.items():
-        assert f"{name} is {value!r}, but the file says" in "\n".join(found)
+        assert f"{name} is {value!r}, but the file says" in "\n".join(result)
 
 
 def test_files_that_are_edited_missing_misnamed_or_forgotten_are_found(tmp_path: Path) -> None:
@@ -216,9 +216,9 @@ def test_the_file_holds_whatever_stands_in_it(tmp_path: Path) -> None:
     made = Ladder((odd, whole), {"torch-npu": "1" * 64})
     file = tmp_path / "ladder.toml"
     file.write_text(ladders.written(made), encoding="utf-8")
-    found = ladders.read(file)
-    assert (found.vendor, set(map(str, found.rungs))) == (made.vendor, set(map(str, made.rungs)))
-    assert ladders.written(found) == file.read_text(encoding="utf-8")
+    result = ladders.read(file)
+    assert (result.vendor, set(map(str, result.rungs))) == (made.vendor, set(map(str, made.rungs)))
+    assert ladders.written(result) == file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
@@ -267,16 +267,16 @@ def test_what_a_stand_in_assumes_stands_in_every_form(capsys: pytest.CaptureFixt
     assert assumed(emulating("mlu")) == ASSUMED
     assert assumed(emulating("npu")) == assumed(emulating("simdev")) == ""
     run = changed(emulated(), {"device": "simdev:mlu", "assumption": ASSUMED})
-    said = f"It holds {ASSUMED}."
-    assert said in html.unescape(page(run))
-    assert said in markdown(run)
+    reported = f"It holds {ASSUMED}."
+    assert reported in html.unescape(page(run))
+    assert reported in markdown(run)
     print_summary(run, Options(backend="mlu", device="simdev:mlu"))
-    assert said in " ".join(capsys.readouterr().out.split())
-    mine = rung_of(evidence.of_report(run), "a.json")
-    assert mine.assumption == ASSUMED
-    assert ASSUMED in reached(mine, Ladder((mine,)))
-    assert ASSUMED in verified(mine, Ladder((mine,)))
-    assert told(mine.backend, "acme", Ladder((mine,))).endswith(f" on mlu, emulated, {ASSUMED}")
+    assert reported in " ".join(capsys.readouterr().out.split())
+    own = rung_of(evidence.of_report(run), "a.json")
+    assert own.assumption == ASSUMED
+    assert ASSUMED in reached(own, Ladder((own,)))
+    assert ASSUMED in verified(own, Ladder((own,)))
+    assert told(own.backend, "acme", Ladder((own,))).endswith(f" on mlu, emulated, {ASSUMED}")
     assert portakv(["backends", "--device", "mlu", "--json"]) == 1
     (device,) = json.loads(capsys.readouterr().out)["devices"]
     (shown,) = (each for each in device["candidates"] if each["name"] == "mlu")
@@ -386,14 +386,14 @@ def test_what_is_no_evidence_at_all(tmp_path: Path, text: str) -> None:
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """.ci/keep_result.py with an empty ladder and folder of results."""
     monkeypatch.syspath_prepend(str(ROOT / ".ci"))
-    found: Any = importlib.import_module("keep_result")
+    result: Any = importlib.import_module("keep_result")
     tables: Any = importlib.import_module("readme_tables")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables, "LADDER", tmp_path / "ladder.toml")
-    monkeypatch.setattr(found, "RESULTS", tmp_path / RESULTS)
+    monkeypatch.setattr(result, "RESULTS", tmp_path / RESULTS)
     (tmp_path / RESULTS).mkdir(parents=True)
     (tmp_path / "ladder.toml").write_text("")
-    return found
+    return result
 
 
 def test_a_stand_in_s_signatures_and_their_sources() -> None:
@@ -423,9 +423,9 @@ def test_results_are_kept(tmp_path: Path, keeper: Any, monkeypatch: pytest.Monke
     with pytest.raises(ValueError, match="is expired: source changed since"):
         keeper.place(job, "AMD gfx906, gfx908", None)
     assert (again.date, again.note) == ("2026-11-21", "not run")
-    found = ladders.read(tmp_path / "ladder.toml")
-    assert {r.place for r in found.rungs} == {made.place, ("acme", "Acme XPU 900", "R6")}
-    assert contradictions(found, tmp_path) == []
+    result = ladders.read(tmp_path / "ladder.toml")
+    assert {r.place for r in result.rungs} == {made.place, ("acme", "Acme XPU 900", "R6")}
+    assert contradictions(result, tmp_path) == []
 
 
 PRINTED = """version 24.04 in /somewhere/c/bin
@@ -472,7 +472,7 @@ def test_a_job_shows_what_was_built_and_read(tmp_path: Path) -> None:
         assert not recorded("R4", PRINTED, tmp_path, **job | less)["right"]
 
 
-@pytest.mark.parametrize(("rung", "more", "command", "told"), [
+@pytest.mark.parametrize(("rung", "more", "command", "reported"), [
     ("R1", [], "true", "It holds no signatures."),
     ("R3", [], "true", "It does not say what emulated (--emulated-by)."),
     ("R5", [], "true", "the toolchain's line with its version"),
@@ -485,15 +485,15 @@ def test_the_command_says_what_a_record_lacks(
     rung: str,
     more: list[str],
     command: str,
-    told: str,
+    reported: str,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     file = tmp_path / "job.json"
     words = ["--backend", REFERENCE, "--device", "x, emulated", "--report", str(file), *more]
-    assert evidence.main(["--what", KINDS[rung], *words, "--", command]) == (1 if told else 0)
-    assert told in capsys.readouterr().err
-    assert not file.exists() or read(file).rung == ("" if told else rung)
+    assert evidence.main(["--what", KINDS[rung], *words, "--", command]) == (1 if reported else 0)
+    assert reported in capsys.readouterr().err
+    assert not file.exists() or read(file).rung == ("" if reported else rung)
     with pytest.raises(SystemExit):  # its own job writes that record
         evidence.main(["--what", KINDS["R2"], *words, "--", "true"])
 
@@ -539,7 +539,7 @@ def test_the_recipe_of_the_page_is_about_the_real_kernel(tmp_path: Path) -> None
 # -- places of the machine ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("printed", "kept"), [
+@pytest.mark.parametrize(("printed", "retained"), [
     ("rootdir: /somewhere/x\ncachedir: .c\nconfigfile: a.toml\n1 passed\n", "1 passed\n"),
     ("Python 3.11.7 -- /somewhere/bin/python", "Python 3.11.7 -- python"),
     ("in '/somewhere/else/a.py':3, see", "in 'a.py':3, see"),
@@ -548,8 +548,8 @@ def test_the_recipe_of_the_page_is_about_the_real_kernel(tmp_path: Path) -> None
     *((same, same) for same in (
         "tests/a.py::t[1] PASSED", "https://a.b/c/d and/or 3 / 4, ../a/b, ~/a/b")),
 ])  # fmt: skip
-def test_places_are_left_out(printed: str, kept: str) -> None:
-    assert evidence.without_places(printed) == kept
+def test_places_are_left_out(printed: str, retained: str) -> None:
+    assert evidence.without_places(printed) == retained
 
 
 # -- old and foreign reports ----------------------------------------------------------------------
@@ -568,9 +568,9 @@ def test_places_are_left_out(printed: str, kept: str) -> None:
 def test_old_or_foreign_reports_refused(tmp_path: Path, values: dict[str, Any], why: str) -> None:
     known = {name: values[name] for name in ("environment", "backend") if values.get(name)}
     run = changed(passing(), **known)  # sealed anew
-    told = json.loads(run.document()) | ({} if known else values)
+    reported = json.loads(run.document()) | ({} if known else values)
     file = tmp_path / "old.json"
-    file.write_text(json.dumps({name: value for name, value in told.items() if value is not ...}))
+    file.write_text(json.dumps({name: value for name, value in reported.items() if value is not ...}))
     with pytest.raises(ValueError, match=re.escape(why)) as refused:
         read(file)
     assert "old.json" in str(refused.value)

@@ -103,9 +103,9 @@ def test_rows_are_those_of_plain_indexing(
     assert (rows.layers, rows.heads, elements, rows.slots) == facts
     assert rows.kv == len(elements)
     for kv, layer, slot in product(range(rows.kv), range(rows.layers), range(rows.slots)):
-        found = memory.read(rows.row_addresses(kv, layer, [slot]))[0].view(np.int32)
+        result = memory.read(rows.row_addresses(kv, layer, [slot]))[0].view(np.int32)
         for head in range(rows.heads):
-            assert found[head].tolist() == by_hand(tensors, kv, layer, slot, head).tolist()
+            assert result[head].tolist() == by_hand(tensors, kv, layer, slot, head).tolist()
 
 
 def test_addresses_worked_out_by_hand() -> None:
@@ -165,8 +165,8 @@ def test_index_by_its_definition() -> None:
 
 def patterned(*shape: int, storage: int) -> torch.Tensor:
     """A float16 tensor of pattern bytes between canaries."""
-    held = guarded(2 * prod(shape), seed=1, storage=storage)
-    return held.tensor(torch.float16, shape, torch.empty(shape).stride())
+    retained = guarded(2 * prod(shape), seed=1, storage=storage)
+    return retained.tensor(torch.float16, shape, torch.empty(shape).stride())
 
 
 def gather() -> list[Any]:
@@ -270,15 +270,15 @@ def test_pattern_depends_on_place_alone() -> None:
 
 def test_canaries_notice() -> None:
     assert canary_bytes(9, start=3)[5] == canary_bytes(1)[0]
-    held = guarded(40)
-    assert held.payload().tolist() == pattern_bytes(0, 0, 40, start=64).tolist()
-    held.payload().fill_(9)
-    assert held.broken() is None
+    retained = guarded(40)
+    assert retained.payload().tolist() == pattern_bytes(0, 0, 40, start=64).tolist()
+    retained.payload().fill_(9)
+    assert retained.broken() is None
     for at in (104, 63, 0):
-        held.whole[at] ^= 1
-        assert f"the first at {at}." in str(held.broken())
+        retained.whole[at] ^= 1
+        assert f"the first at {at}." in str(retained.broken())
     with pytest.raises(ValueError, match="does not fit"):
-        held.tensor(torch.float32, (2, 6), (5, 1))
+        retained.tensor(torch.float32, (2, 6), (5, 1))
 
 
 # -- strategies -----------------------------------------------------------------------------------

@@ -94,9 +94,9 @@ def test_operators_agree_with_the_cpu(device: torch.device) -> None:
         ]
 
     pairs = zip(results(there.to(device), rows.to(device)), results(there, rows), strict=True)
-    for found, wanted in pairs:
-        assert (found.device, found.stride()) == (device, wanted.stride())
-        assert torch.equal(found.cpu(), wanted)
+    for result, wanted in pairs:
+        assert (result.device, result.stride()) == (device, wanted.stride())
+        assert torch.equal(result.cpu(), wanted)
     assert there.to(device).sum().item() == 276
     assert torch.equal(there.to(device), there.to(device))
 

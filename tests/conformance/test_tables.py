@@ -44,9 +44,9 @@ def tables() -> Iterator[Any]:
     """.ci/readme_tables.py, which reads the committed results once."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / ".ci"))
-        found: Any = importlib.import_module("readme_tables")
-        patch.setattr(found, "borne_out", cache(found.borne_out))
-        yield found
+        result: Any = importlib.import_module("readme_tables")
+        patch.setattr(result, "borne_out", cache(result.borne_out))
+        yield result
 
 
 # -- what is committed ----------------------------------------------------------------------------
@@ -58,15 +58,15 @@ def test_the_pages_say_what_the_ladder_says(tables: Any) -> None:
 
 def test_every_rung_is_borne_out_by_its_file(tables: Any) -> None:
     """The rung, the backend, the flag, the command, the hash: each as the file itself says."""
-    found = ladders.read()
-    assert found.rungs
-    assert ladders.FILE.read_text(encoding="utf-8") == ladders.written(found)
+    result = ladders.read()
+    assert result.rungs
+    assert ladders.FILE.read_text(encoding="utf-8") == ladders.written(result)
     about_devices = {row[2] for row in tables.HARDWARE} - {"triton"}
-    assert about_devices | {"reference", "compiled", "triton"} >= {r.backend for r in found.rungs}
+    assert about_devices | {"reference", "compiled", "triton"} >= {r.backend for r in result.rungs}
     shown = tables.hardware()  # ends the program if a row is not borne out
-    for rung in found.rungs:
-        said = re.escape(f"{rung.rung}: {rung.told} ({rung.device})")
-        row = rf"\| `{rung.backend}` \| [^|]*{said}"
+    for rung in result.rungs:
+        reported = re.escape(f"{rung.rung}: {rung.told} ({rung.device})")
+        row = rf"\| `{rung.backend}` \| [^|]*{reported}"
         assert rung.backend not in about_devices or re.search(row, shown)
 
 
@@ -93,13 +93,13 @@ def test_a_result_holds_no_place_of_the_machine_and_the_backend_s_own_name(name:
 
 
 def test_hardware_follows_the_ladder(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (mine,) = (r for r in ladders.read().rungs if (r.backend, r.rung) == ("mlu", "R3"))
-    real = replace(mine, device="MLU590", rung="R6", emulated=False, told="9 cases", note="")
-    gone = replace(mine, source_sha256="0" * 64)
+    (own,) = (r for r in ladders.read().rungs if (r.backend, r.rung) == ("mlu", "R3"))
+    real = replace(own, device="MLU590", rung="R6", emulated=False, told="9 cases", note="")
+    gone = replace(own, source_sha256="0" * 64)
     monkeypatch.setattr(tables, "borne_out", lambda: Ladder((gone, real)))
     shown = {line.split("|")[3].strip(): line for line in tables.hardware().splitlines()}
     assert re.search(r"\| (expired: )?R6: 9 cases \(MLU590\)", shown["`mlu`"])
-    assert f"expired: R3: {mine.told} (mlu, emulated), source changed since" in shown["`mlu`"]
+    assert f"expired: R3: {own.told} (mlu, emulated), source changed since" in shown["`mlu`"]
     assert shown["`hip`"].endswith("| R0: described |")
 
 
@@ -178,9 +178,9 @@ def test_a_result_is_named_by_the_processor_s_kind_or_the_name_that_a_device_car
 def test_what_is_edited_no_report_or_no_certification_is_no_result(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="its seal does not fit its contents"):
         kept(replace(failing(), verdict="conformant", rung="R6"), tmp_path)
-    for asked in {"fuzz": 100}, {"seed": 7}:
+    for requested in {"fuzz": 100}, {"seed": 7}:
         with pytest.raises(ValueError, match="no --seed, no --fuzz"):
-            kept(ours(**asked), tmp_path)
+            kept(ours(**requested), tmp_path)
     for text, why in (('{"schema": "other"}', "no report of schema"), ("{", r"odd\.json")):
         (tmp_path / "odd.json").write_text(text)
         with pytest.raises(ValueError, match=why):
@@ -212,9 +212,9 @@ def lines(*rungs: Rung, sha256: str = "a" * 64) -> list[str]:
 
 
 def test_a_line_of_the_table_says_rung_versions_date_and_what_has_changed() -> None:
-    said = "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
+    reported = "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
     assert "driver" not in versions(ours({"driver": ""}))
-    assert lines(rung()) == [f"| `cuda` | NVIDIA H200 | {LINK} | {said} | 2026-11-20 |"]
+    assert lines(rung()) == [f"| `cuda` | NVIDIA H200 | {LINK} | {reported} | 2026-11-20 |"]
     (shown,) = lines(rung(suite="2026.05", note="by us"), sha256="b" * 64)
     assert f"| expired: {LINK}, source changed since, suite 2026.05, now 2026.12, by us |" in shown
     (shown,) = lines(rung(device="a|b <c>\nd", versions="v|1"))
@@ -255,8 +255,8 @@ def test_each_named_test_exists() -> None:
         assert path.is_file(), f"{test} is named in {SOURCE.name}, but there is no {path}."
         text = path.read_text(encoding="utf-8")
         for name in names:
-            found = re.search(rf"^ *(def|class) {name}\b", text, re.M)
-            assert found, f"{test} is named in {SOURCE.name} and does not exist."
+            result = re.search(rf"^ *(def|class) {name}\b", text, re.M)
+            assert result, f"{test} is named in {SOURCE.name} and does not exist."
 
 
 def test_each_pitfall_has_tests_or_says_what_is_not_built() -> None:
@@ -273,9 +273,9 @@ def test_each_pitfall_has_tests_or_says_what_is_not_built() -> None:
 
 
 def test_no_pitfall_was_lost() -> None:
-    found = Counter(pitfall["area"] for pitfall in PITFALLS)
-    assert set(found) == set(KNOWN)
-    assert found >= Counter(KNOWN)
+    result = Counter(pitfall["area"] for pitfall in PITFALLS)
+    assert set(result) == set(KNOWN)
+    assert result >= Counter(KNOWN)
     # Only engines and movers that do not exist can be left for later.
     late = {pitfall["area"] for pitfall in PITFALLS if "later" in pitfall}
     assert late <= {"host memory", "copy engine", "honesty"}

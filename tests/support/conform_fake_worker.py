@@ -54,10 +54,10 @@ def gone(process: int) -> bool:
     """Whether a process ends within a few seconds; what nobody has asked after yet has ended."""
     for _ in range(200):
         try:
-            told = Path(f"/proc/{process}/stat").read_text()
+            reported = Path(f"/proc/{process}/stat").read_text()
         except OSError:
             return True
-        if told.rpartition(")")[2].split()[0] == "Z":
+        if reported.rpartition(")")[2].split()[0] == "Z":
             return True
         time.sleep(0.02)
     return False

@@ -102,8 +102,8 @@ def _others(draw: random.Random) -> list[CaseRecord]:
             for size in ("1", "16", "odd", "large"):
                 made.append(_case(f"cases/test_{area}.py::test_{name}[{size}]", area, draw))
     for claim in _CLAIMS:
-        for way in ("kept", "denied"):
-            name = f"cases/test_claims.py::test_claim_{way}[{claim}]"
+        for method in ("kept", "denied"):
+            name = f"cases/test_claims.py::test_claim_{method}[{claim}]"
             made.append(_case(name, "claims", draw, claim=claim))
     return made
 
@@ -263,8 +263,8 @@ def changed(run: RunRecord, *facts: dict[str, Any], **values: Any) -> RunRecord:
     """The run with other values and facts of its environment, judged again; ``...`` for a fact that
     is left out."""
     run = replace(run, **values)
-    for told in facts:
-        run.environment |= told
+    for reported in facts:
+        run.environment |= reported
     run.environment = {name: fact for name, fact in run.environment.items() if fact is not ...}
     judge(run)
     return run

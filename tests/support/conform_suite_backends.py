@@ -43,10 +43,10 @@ class OffByOne(Right):
     """It reads the slot behind the one that was asked for, where a long list asks."""
 
     def carry(self, real: Any, *asked: Any) -> Any:
-        src, dst, mine, *rest = asked
-        if mine.ids is not None and mine.ids.numel() > 2:
-            mine = Index((mine.ids + 1) % (src.slots // mine.step), mine.step, mine.offset)
-        return super().carry(real, src, dst, mine, *rest)
+        src, dst, own, *rest = asked
+        if own.ids is not None and own.ids.numel() > 2:
+            own = Index((own.ids + 1) % (src.slots // own.step), own.step, own.offset)
+        return super().carry(real, src, dst, own, *rest)
 
 
 class Talking(Right):
@@ -95,8 +95,8 @@ class WholeChunks(Right):
     """Its launch refuses what does not fill a chunk, of which check and prepare say nothing."""
 
     def carry(self, real: Any, *asked: Any) -> Any:
-        src, dst, mine, theirs, count = asked[:5]
-        for view, index in ((src, mine), (dst, theirs)):
+        src, dst, own, other, count = asked[:5]
+        for view, index in ((src, own), (dst, other)):
             if index.ids is None and count < view.slots:
                 raise Unsupported("A part of a chunk", "it moves whole ones")
         return super().carry(real, *asked)
