@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Put result files among the committed ones, with their rows in the ladder, then write the README.
+"""Put result files among the committed ones, with their rows in the matrix, then write the README.
 
 portakv conform reference --profile full --report out
 python .ci/keep_result.py out/conformance.json
@@ -21,10 +21,10 @@ from pathlib import Path
 
 import readme_tables
 
-from portakv_conformance.evidence import evidence, ladder
+from portakv_conformance.evidence import evidence, support_matrix
 from portakv_conformance.report.results import keep
 
-RESULTS = readme_tables.ROOT / ladder.RESULTS
+RESULTS = readme_tables.ROOT / support_matrix.RESULTS
 
 
 def main() -> None:
@@ -34,41 +34,41 @@ def main() -> None:
     parser.add_argument(
         "--device", default="", help="what a record is about, where it says nothing"
     )
-    parser.add_argument("--note", help="words that stand behind the rung (default: as before)")
+    parser.add_argument("--note", help="words that stand behind the level (default: as before)")
     asked = parser.parse_args()
     for file in asked.files:
         try:
             kept = place(file, asked.device, asked.note)
         except (OSError, ValueError) as error:
             sys.exit(str(error))
-        print(f"{file} is kept as {kept.evidence}: {kept.backend} on {kept.device}, {kept.rung}.")
+        print(f"{file} is kept as {kept.evidence}: {kept.backend} on {kept.device}, {kept.level}.")
     readme_tables.write()
 
 
-def place(file: Path, device: str, note: str | None) -> ladder.Rung:
+def place(file: Path, device: str, note: str | None) -> support_matrix.SupportLevel:
     """Copy one file to its place and write its row; the row."""
-    found = ladder.read(readme_tables.LADDER)
+    found = support_matrix.read(readme_tables.MATRIX)
     said = evidence.read(file)
-    made = evidence.rung_of(said, str(file), device=device)
-    if since := ladder.why_expired(made, found.with_rung(made)):
+    made = evidence.level_of(said, str(file), device=device)
+    if since := support_matrix.why_expired(made, found.with_level(made)):
         raise ValueError(f"{file} is expired: {since}. Make it again.")
-    kept = replace(made, evidence=f"{ladder.RESULTS}{file.name}")
-    if wrong := [*ladder.broken_rules(ladder.Ladder((kept,)))]:
+    kept = replace(made, evidence=f"{support_matrix.RESULTS}{file.name}")
+    if wrong := [*support_matrix.broken_rules(support_matrix.SupportMatrix((kept,)))]:
         raise ValueError(f"{file} is not kept: {' '.join(wrong)}")
-    old = next((rung for rung in found.rungs if rung.place == made.place), None)
+    old = next((level for level in found.levels if level.place == made.place), None)
     note = (old.note if old else "") if note is None else note
     if said.suite:
         target = keep(file, RESULTS)
     else:
-        words = (made.backend, made.device, made.rung)
+        words = (made.backend, made.device, made.level)
         slug = (re.sub(r"[^a-z0-9]+", "-", word.lower()).strip("-") for word in words)
         target = RESULTS / f"{'-'.join(slug)}.json"
         shutil.copyfile(file, target)
-    made = evidence.rung_of(said, ladder.RESULTS + target.name, device=device, note=note)
+    made = evidence.level_of(said, support_matrix.RESULTS + target.name, device=device, note=note)
     if old is not None and old.evidence != made.evidence:
         (readme_tables.ROOT / old.evidence).unlink(missing_ok=True)
-    text = ladder.written(found.with_rung(made))
-    readme_tables.LADDER.write_text(text, encoding="utf-8", newline="\n")
+    text = support_matrix.written(found.with_level(made))
+    readme_tables.MATRIX.write_text(text, encoding="utf-8", newline="\n")
     return made
 
 

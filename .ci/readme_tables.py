@@ -4,9 +4,9 @@
 With ``--check`` fail where they are stale.
 
 The table of layouts comes from `portakv.layout.presets`, those of backends from
-`conformance/ladder.toml`, whose rows the files in `conformance/results` bear out. A rung whose
-backend has changed since stays in the table as expired: writing the tables anew says so, reaching
-it again and `.ci/keep_result.py` mend it.
+`conformance/support_matrix.toml`, whose rows the files in `conformance/results` prove. A level
+whose backend has changed stays in the table as expired. Repeat its run and keep the report with
+`.ci/keep_result.py` to renew it.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from portakv.layout.presets import PRESETS
-from portakv_conformance.evidence import evidence, ladder
+from portakv_conformance.evidence import evidence, support_matrix
 from portakv_conformance.report import results
 
 ROOT = Path(__file__).parent.parent
 #: Where a link of the README leads on any page that shows it.
 FILES = "https://github.com/portakv/portakv/blob/main/"
 README = ROOT / "README.md"
-LADDER = ROOT / "conformance" / "ladder.toml"
+MATRIX = ROOT / "conformance" / "support_matrix.toml"
 
 FAMILIES = ("LMCache", "vLLM-Ascend", "vLLM-RBLN", "vLLM", "SGLang", "FlexKV", "Dynamo")
 
 
 # For docs/hardware.md: devices, what torch calls them, the backend that serves them or a part of
-# them, and how the devices of those of its rungs begin that are about them.
+# them, and how the devices of those of its levels begin that are about them.
 HARDWARE = (
     ("NVIDIA", "cuda", "cuda", "NVIDIA"),
     ("Ascend A2, A3", "npu", "ascend", ""),
@@ -58,32 +58,32 @@ def backends() -> str:
 
 
 def hardware() -> str:
-    """One row for each vendor's device and backend: its rungs, highest first."""
+    """One row for each vendor's device and backend: its levels, highest first."""
     found = borne_out()
     rows = ["| device | torch calls it | backend | how far it was verified |", "|---|---|---|---|"]
     for device, kind, backend, begins in HARDWARE:
         mine = [
-            rung
-            for rungs in ladder.by_pair(found).values()
-            for rung in rungs
-            if rung.backend == backend and rung.device.startswith(begins)
+            level
+            for levels in support_matrix.by_pair(found).values()
+            for level in levels
+            if level.backend == backend and level.device.startswith(begins)
         ]
-        mine.sort(key=lambda rung: rung.rung, reverse=True)
-        told = "; ".join(results.reached(rung, found) for rung in mine) or "R0: described"
+        mine.sort(key=lambda level: level.level, reverse=True)
+        told = "; ".join(results.reached(level, found) for level in mine) or "R0: described"
         rows.append(f"| {device} | `{kind}` | `{backend}` | {told} |")
     return "\n".join(rows)
 
 
-def borne_out() -> ladder.Ladder:
-    """The ladder; ends the program where its files do not bear it out."""
+def borne_out() -> support_matrix.SupportMatrix:
+    """The matrix; ends the program where its files do not bear it out."""
     try:
-        rungs = ladder.read(LADDER)
+        levels = support_matrix.read(MATRIX)
     except ValueError as error:
         sys.exit(str(error))
-    wrong = evidence.contradictions(rungs, ROOT)
+    wrong = evidence.contradictions(levels, ROOT)
     if wrong:
         sys.exit("\n".join(wrong))
-    return rungs
+    return levels
 
 
 #: The tables of each page, by the name in its mark.

@@ -40,7 +40,7 @@ def compare(words: list[str]) -> int:
         "diff",
         "Prints FIX, REGRESSION, NEW and MISSING; exits with 1 on REGRESSION "
         "or MISSING, or if a NEW case is wrong. A claim that was withdrawn is a REGRESSION, and "
-        "so is a rung that is lost.",
+        "so is a level that is lost.",
     )
     parser.add_argument("old", type=Path, metavar="OLD", help="conformance.json of before")
     parser.add_argument("new", type=Path, metavar="NEW", help="conformance.json of now")
@@ -64,7 +64,7 @@ def verify(words: list[str]) -> int:
     parser = _parser(
         "verify",
         "Checks a report: its schema and seal, its case list against the "
-        "installed suite's, that totals, verdict and rung follow from its cases. Of the record of "
+        "installed suite's, that totals, verdict and level follow from its cases. Of the record of "
         "another job it checks what that has to show. Needs no device.",
     )
     parser.add_argument("report", type=Path, metavar="REPORT", help="conformance.json, or a record")
@@ -88,9 +88,10 @@ def _verify_job(file: Path) -> int:
     except ValueError as error:
         print(f"{error} Pass the conformance.json of `portakv conform --report`.")
         return 1
-    print(f"{file} is no report, but the record of a job: {reported.backend}, {reported.told}.")
-    print(f"It shows what it has to. Rung: {reported.rung or 'none'}. Again: {reported.command}")
-    return 0 if reported.rung else 1
+    print(f"{file} is no report, but the record of a job: {reported.backend}, {reported.summary}.")
+    level = reported.level or "none"
+    print(f"It shows what it has to. Level: {level}. Again: {reported.command}")
+    return 0 if reported.level else 1
 
 
 def replay_example(words: list[str]) -> int:
@@ -115,7 +116,9 @@ def replay_example(words: list[str]) -> int:
         if not name:
             raise BadRequest(f"{requested.file} does not say which backend failed; name one.")
         device = requested.device or reported.get("device", "cpu")
-        emulated = requested.emulated or (requested.device is None and reported.get("emulated") is True)
+        emulated = requested.emulated or (
+            requested.device is None and reported.get("emulated") is True
+        )
         if "" not in sys.path and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # a class in this folder, as a run finds it
         # The device is made known to torch by this; tensors of the example may lie there.
@@ -308,7 +311,7 @@ def make_parser() -> argparse.ArgumentParser:
         "that NAME is made for, such as npu for ascend; where it is for several, the accelerator "
         "or cpu)",
     )
-    _add_profile(parser, None, "full with --report, which a rung needs; else core")
+    _add_profile(parser, None, "full with --report, which a level needs; else core")
     count = whole_number(1)
     seed = whole_number(0)
     add("--fuzz", type=count, default=0, metavar="N", help="draw N examples in each drawn case")

@@ -91,7 +91,9 @@ _SEEN_TWICE = [
 @pytest.mark.parametrize(
     "engine", ["subject", "automatic", *(pytest.param(engine, marks=full) for engine in STRATEGIES)]
 )
-def test_host_sources_that_are_expanded(bench: Bench, engine: str, pinned: bool, every: int) -> None:
+def test_host_sources_that_are_expanded(
+    bench: Bench, engine: str, pinned: bool, every: int
+) -> None:
     """Host memory whose rows share bytes is copied to the device row by row, by every engine."""
     host = replace(bench, device="cpu")
     for layout, axis in _SEEN_TWICE:

@@ -45,7 +45,9 @@ def test_pinned_memory_on_the_host(bench: Bench, pair: tuple[str, str], directio
     except Unsupported as error:
         refusal = error
     if pair in bench.subject.can.places:
-        reported = f"It claims by 'places' that it copies {method}, and refuses a plan of that: {refusal}"
+        reported = (
+            f"It claims by 'places' that it copies {method}, and refuses a plan of that: {refusal}"
+        )
         assert refusal is None, reported
         launched = partial(bench.subject.launch, *requested, case.count)
         bench.judge.judge(case, lambda: bench.judge.land(launched()), lambda: None)

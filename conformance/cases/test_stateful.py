@@ -136,7 +136,9 @@ class Engine(RuleBasedStateMachine):
     @rule(pick=st.integers(0, 5), other=st.sampled_from(BASE_LAYOUTS))
     def convert(self, pick: int, other: str) -> None:
         """A sequence is read, through another layout's cache, as it was written."""
-        owners = [(sequence, reported) for sequence, reported in sorted(self.told.items()) if reported]
+        owners = [
+            (sequence, reported) for sequence, reported in sorted(self.told.items()) if reported
+        ]
         sequence, reported = owners[pick % len(owners)]
         blocks = self.blocks[sequence][: -(-len(reported) // SIZE)]
         order = list(range(len(blocks)))[::-1]

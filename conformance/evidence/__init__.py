@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a committed result bears out: the ladder, its records and their checks."""
+"""What a committed result bears out: the matrix, its records and their checks."""

@@ -116,7 +116,7 @@ def describe_environment(subject: Subject, asked: str) -> dict[str, Any]:
     if subject.emulated:
         emulating = standins.emulating(device.type)
         facts["emulation"] = hashed(emulating)
-        facts |= {ASSUMPTION: told} if (reported := assumed(emulating)) else {}
+        facts |= {ASSUMPTION: reported} if (reported := assumed(emulating)) else {}
     else:
         facts |= _toolkit(device)
     if path := subject.backend.library:

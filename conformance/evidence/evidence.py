@@ -4,7 +4,7 @@
 A report of the suite (`records`) bears out R3 or R6, as its verdict says. Every other job leaves a
 JSON object with at least these keys, and further ones as it likes:
 
-    what           one of `JOBS`: what was done, which decides the rung
+    what           one of `JOBS`: what was done, which decides the level
     name, backend  the backend's own name, and ``module:Class``
     source_sha256  the hash of the backend's source (`source.source_sha256`)
     command, date  what repeats it, and the day (ISO)
@@ -32,15 +32,21 @@ from pathlib import Path
 from typing import Any
 
 from portakv_conformance.evidence.environment import INTERPRET, assumed, hashed
-from portakv_conformance.evidence.ladder import EMULATED, RESULTS, Ladder, Rung, broken_rules
 from portakv_conformance.evidence.record_rules import kernels_in, lacking, signatures_of
 from portakv_conformance.evidence.source import SourceError, source_sha256
+from portakv_conformance.evidence.support_matrix import (
+    EMULATED,
+    RESULTS,
+    SupportLevel,
+    SupportMatrix,
+    broken_rules,
+)
 from portakv_conformance.evidence.verdict import LEFT_OUT, totals_of
 from portakv_conformance.record import ASSUMPTION, SCHEMA, STATUSES, RunRecord
 from portakv_conformance.report import results
 from portakv_conformance.report.words import STATUS_WORDS
 
-#: The rung that each kind of job bears out; no job but the suite's own ends at R6.
+#: The level that each kind of job bears out; no job but the suite's own ends at R6.
 JOBS = {
     "call shapes against a stand-in": "R1",
     "accepted by the vendor's schemas": "R2",
@@ -65,8 +71,8 @@ _HEAD = re.compile(r"(?:rootdir|cachedir|configfile): ")
 _PATH = re.compile(r"(?:(?<=-[ILB])|(?<![\w./~]))/(?:[\w.+@-]+/)+([\w.+@-]*)")
 
 
-def read(file: Path) -> Rung:
-    """What a file says, as a row that names no file yet; its rung is empty if it bears out none,
+def read(file: Path) -> SupportLevel:
+    """What a file says, as a row that names no file yet; its level is empty if it bears out none,
     its device if the file does not say one. `ValueError` if it is neither a report as it was
     made nor a record of a job that holds what its kind has to; a sentence."""
     try:
@@ -84,7 +90,7 @@ def read(file: Path) -> Rung:
         raise ValueError(f"{file} is unreadable: {reported}{error}") from error
 
 
-def of_report(record: RunRecord) -> Rung:
+def of_report(record: RunRecord) -> SupportLevel:
     """What a report of the suite says; `ValueError` if it does not say of which backend."""
     for name in ("name", "target", "source_sha256"):
         if not isinstance(record.backend.get(name), str):
@@ -93,10 +99,10 @@ def of_report(record: RunRecord) -> Rung:
     known = record.environment
     shown = [status for status in STATUSES[::-1] if counted[status] or status == "passed"]
     reported = [f"{counted[status]:,} {STATUS_WORDS[status]}" for status in shown]
-    return Rung(
+    return SupportLevel(
         evidence="",
-        rung=record.rung,
-        told=", ".join([*reported, "on one device"] if LEFT_OUT in known else reported),
+        level=record.rung,
+        summary=", ".join([*reported, "on one device"] if LEFT_OUT in known else reported),
         backend=record.backend["name"],
         target=record.backend["target"],
         source_sha256=record.backend["source_sha256"],
@@ -122,13 +128,15 @@ def _emulation(record: RunRecord) -> dict[str, str]:
     if known.get("emulated") is False:
         return {}
     if results.device_kind(record) != "cpu":
-        return {str(name): str(reported) for name, reported in dict(known.get("emulation", {})).items()}
+        return {
+            str(name): str(reported) for name, reported in dict(known.get("emulation", {})).items()
+        }
     if INTERPRET in known:
         return {"triton": str(known.get("triton", ""))}
     return {record.backend["target"].partition(":")[0]: record.backend["source_sha256"]}
 
 
-def _of_job(file: Path, values: Any) -> Rung:
+def _of_job(file: Path, values: Any) -> SupportLevel:
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds no JSON object.")
     if odd := [name for name, kind in _WANTED.items() if type(values.get(name)) is not kind]:
@@ -143,10 +151,10 @@ def _of_job(file: Path, values: Any) -> Rung:
     if what not in JOBS:
         raise ValueError(f"{file} says {what!r}; expected one of {', '.join(JOBS)}.")
     reported = f"{what}, {_counts(values)}".removesuffix(", ")
-    return Rung(
+    return SupportLevel(
         evidence="",
-        rung=JOBS[what] if right else "",
-        told=reported if right else f"failed: {reported}",
+        level=JOBS[what] if right else "",
+        summary=reported if right else f"failed: {reported}",
         backend=values["name"],
         target=values["backend"],
         source_sha256=values["source_sha256"],
@@ -170,38 +178,41 @@ def _counts(values: dict[str, Any]) -> str:
     return re.sub(r"(\d)(?=\d{3} passed)", r"\1,", reported.replace("-claimed", " claimed"))
 
 
-def rung_of(said: Rung, file: str, *, device: str = "", note: str = "") -> Rung:
+def level_of(said: SupportLevel, file: str, *, device: str = "", note: str = "") -> SupportLevel:
     """The row of a result file; ``device`` if the file does not say one. `ValueError` if it bears
-    out no rung, or the device is not said at all."""
-    if not said.rung:
-        raise ValueError(f"{file} bears out no rung: {said.told}.")
+    out no level, or the device is not said at all."""
+    if not said.level:
+        raise ValueError(f"{file} bears out no level: {said.summary}.")
     if not (said.device or device):
         raise ValueError(f"{file} does not say which device it is about; name it by --device.")
     return replace(said, device=said.device or device, evidence=file, note=note)
 
 
-def contradictions(ladder: Ladder, root: Path) -> list[str]:
-    """What the ladder says and its files do not, or the other way round; a sentence each."""
+def contradictions(matrix: SupportMatrix, root: Path) -> list[str]:
+    """What the matrix says and its files do not, or the other way round; a sentence each."""
     files = {f"{RESULTS}{file.name}" for file in (root / RESULTS).glob("*")}
-    alone = sorted(files - {rung.evidence for rung in ladder.rungs})
-    wrong = [f"{name} has no row in ladder.toml; keep it by .ci/keep_result.py." for name in alone]
-    for rung in ladder.rungs:
-        wrong += _not_borne_out(rung, root / rung.evidence)
-    return [*broken_rules(ladder), *wrong]
+    alone = sorted(files - {level.evidence for level in matrix.levels})
+    wrong = [
+        f"{name} has no row in support_matrix.toml; keep it by .ci/keep_result.py."
+        for name in alone
+    ]
+    for level in matrix.levels:
+        wrong += _not_borne_out(level, root / level.evidence)
+    return [*broken_rules(matrix), *wrong]
 
 
-def _not_borne_out(rung: Rung, file: Path) -> Iterator[str]:
-    place = f"{' '.join(rung.place)}, by {rung.evidence}"
+def _not_borne_out(level: SupportLevel, file: Path) -> Iterator[str]:
+    place = f"{' '.join(level.place)}, by {level.evidence}"
     try:
         reported = read(file)
         if reported.suite and file.name != results.file_name(results.read(file)):
             yield f"{place}: the file must be named after its contents."
-        made = rung_of(reported, rung.evidence, device=rung.device, note=rung.note)
+        made = level_of(reported, level.evidence, device=level.device, note=level.note)
     except ValueError as error:
         yield f"{place}: {error}"
         return
-    for entry in fields(Rung):
-        own = getattr(rung, entry.name)
+    for entry in fields(SupportLevel):
+        own = getattr(level, entry.name)
         its = getattr(made, entry.name)
         if own != its:
             yield f"{place}: {entry.name} is {own!r}, but the file says {its!r}."
@@ -276,7 +287,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Runs COMMAND and writes a record of it, to be kept by .ci/keep_result.py.",
     )
     add = parser.add_argument
-    kinds = [what for what, rung in JOBS.items() if rung != "R2"]  # its job writes its own record
+    kinds = [what for what, level in JOBS.items() if level != "R2"]  # its job writes its own record
     add("--what", choices=kinds, required=True, help="what the command does")
     add("--backend", dest="target", required=True, metavar="MODULE:CLASS", help="whose source")
     add("--device", required=True, help="what it stands for, for a reader")

@@ -28,8 +28,8 @@ _Record = Mapping[str, Any]
 _Rows = Sequence[_Record]
 
 
-def lacking(rung: str, record: _Record) -> list[str]:
-    """What a record lacks to bear out a rung, a sentence each; empty if it holds all."""
+def lacking(level: str, record: _Record) -> list[str]:
+    """What a record lacks to bear out a level, a sentence each; empty if it holds all."""
     hashes: dict[str, Any] = {"source_sha256": record["source_sha256"]}
     for place in ("vendor", "emulation"):
         values = record.get(place, {})
@@ -39,7 +39,7 @@ def lacking(rung: str, record: _Record) -> list[str]:
     reported = str(record.get("told") or "")
     if reported not in " ".join(" ".join(_printed(record)).split()):
         result.append(f"{reported!r} was not printed.")
-    name, keys, *checks = _KINDS.get(rung, ("", ()))
+    name, keys, *checks = _KINDS.get(level, ("", ()))
     rows: Any = record.get(name) if name else []
     if name and not (isinstance(rows, list) and rows):
         result.append(f"It holds no {name}.")
@@ -118,7 +118,7 @@ def _printed(record: _Record) -> list[str]:
     return list(map(str, printed)) if isinstance(printed, list) else []
 
 
-# The list of objects that a rung's record has, the texts that each of them needs, and checks.
+# The list of objects that a level's record has, the texts that each of them needs, and checks.
 _KINDS: Mapping[str, tuple[Any, ...]] = {
     "R1": ("signatures", ("op", "signature", "source"), _signatures),
     "R2": ("schemas", ("op", "pinned", "found"), _schemas),

@@ -6,7 +6,7 @@ Of a third party's backend every file of its package counts. Of a backend of Por
 interface in ``base``), of the drivers and compilers in ``portakv.runtime`` and of
 ``portakv_native``, and the files that those name and that lie beside them: a new comment elsewhere
 in the library must not make every result stale. What emulates a device is hashed by the same rules,
-so that a rung ends with its emulation too.
+so that a level ends with its emulation too.
 """
 
 from __future__ import annotations

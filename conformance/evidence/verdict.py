@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run amounts to: totals, verdict, rung, and the digests that hold a report together.
+"""What a run amounts to: totals, verdict, level, and the digests that hold a report together.
 
 Every rule is a function of the record alone, so that a stranger's `portakv conform verify` applies
 the same ones to a report as the runner did when it was made.
@@ -51,7 +51,7 @@ def verdict_of(record: RunRecord) -> str:
     return "incomplete" if record.missing or not record.cases else "conformant"
 
 
-def rung_of(record: RunRecord) -> str:
+def level_of(record: RunRecord) -> str:
     """``R6``, ``R3`` or empty: how far this run proves the backend. R6 is a certification run (full
     profile, seed 0, no fuzzing) on the real device, R3 one on an emulated device in either profile.
     Both need every case passed or not claimed: what is waived does not pass. On an accelerator R6
@@ -81,8 +81,8 @@ def _said(value: object) -> bool:
     return isinstance(value, str) and bool(value.strip())
 
 
-def why_no_rung(record: RunRecord) -> str:
-    """What stands between a conformant run and a rung, as the end of a sentence; or nothing."""
+def why_no_level(record: RunRecord) -> str:
+    """What stands between a conformant run and a level, as the end of a sentence; or nothing."""
     if record.rung or record.verdict != "conformant":
         return ""
     reasons = []
@@ -105,8 +105,8 @@ def digest_of(record: RunRecord) -> str:
 
 
 def judge(record: RunRecord) -> None:
-    """Fill in totals, verdict, rung and seal. Nothing may change in the record behind this."""
+    """Fill in totals, verdict, level and seal. Nothing may change in the record behind this."""
     record.totals = totals_of(record.cases)
     record.verdict = verdict_of(record)
-    record.rung = rung_of(record)
+    record.rung = level_of(record)
     record.environment[SEAL] = digest_of(record)

@@ -71,19 +71,19 @@ def _sums(record: RunRecord) -> Iterator[str]:
         yield f"Its totals are {record.totals}, but its cases count {totals}."
     if record.verdict != (follows := verdict.verdict_of(record)):
         yield f"Its verdict is {record.verdict!r}, but {follows!r} follows from its cases."
-    if record.rung != (rung := verdict.rung_of(record)):
-        yield f"It claims rung {record.rung!r}, but {rung!r} is what it proves: {_rule(record)}."
+    if record.rung != (level := verdict.level_of(record)):
+        yield f"It claims level {record.rung!r}, but {level!r} is what it proves: {_rule(record)}."
     if record.verdict == "conformant":
         whole = not record.missing
         yield from waiver_problems(record.waivers, record.cases, record.suite, whole=whole)
 
 
 def _rule(record: RunRecord) -> str:
-    """The rule that a rung breaks."""
+    """The rule that a level breaks."""
     if record.environment.get("emulated") is not False:
         return "its device is emulated, and R6 needs the real one"
     if record.missing:
-        return "what is missing stands between it and any rung"
+        return "what is missing stands between it and any level"
     if lacking := verdict.unnamed(record):
         return f"R6 on an accelerator needs {' and '.join(lacking)}"
     return "R6 needs the full profile, seed 0, no fuzzing, and every case passed or not claimed"

@@ -310,8 +310,8 @@ class Judge:
         reported = int(status[0])
         first = min(wanted, default=0)
         assert not word or reported == first, (
-            f"The status word holds {reported} for ids {' and '.join(lists)}; expected {first}, the "
-            f"position + 1 of the first bad one, or 0 if there is none. {_the(case)}"
+            f"The status word holds {reported} for ids {' and '.join(lists)}; expected {first}, "
+            f"the position + 1 of the first bad one, or 0 if there is none. {_the(case)}"
         )
 
     def at_once(self, cases: Sequence[Case], launch: Launch | None, times: int = 1) -> None:
@@ -371,7 +371,9 @@ def find_base_layout(subject: Subject, layouts: Sequence[str]) -> str:
     methods = list(product((1, Shape().block_size), DIRECTIONS))
     for layout in layouts:
         shop = Workshop(str(subject.device), 0, layout)
-        if all(takes(subject, shop.move(method, Shape(), [1], step=step)) for step, method in methods):
+        if all(
+            takes(subject, shop.move(method, Shape(), [1], step=step)) for step, method in methods
+        ):
             return layout
     return layouts[0]
 

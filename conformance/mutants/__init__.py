@@ -16,12 +16,12 @@ Mutant = type[HostRows]
 _IDEAS = ("addressing", "paths", "vectors", "indices", "layouts", "state", "claims", "ordering")
 #: Every mutant, those of one idea together; an underscore marks a base.
 MUTANTS: tuple[Mutant, ...] = tuple(
-    result
+    value
     for idea in _IDEAS
     for module in [import_module(f"{__name__}.{idea}")]
-    for name, result in vars(module).items()
-    if name[0] != "_" and getattr(found, "__module__", "") == module.__name__
-    if inspect.isclass(found) and issubclass(found, HostRows)
+    for name, value in vars(module).items()
+    if name[0] != "_" and getattr(value, "__module__", "") == module.__name__
+    if inspect.isclass(value) and issubclass(value, HostRows)
 )
 #: The un-mutated bases: the suite has to pass them.
 CONTROLS: tuple[Mutant, ...] = (HostRows, DeviceRows)

@@ -155,7 +155,11 @@ class HostRows(Backend):
             def mutated(self: HostRows, *given: Any) -> Any:
                 return wrong(super(made, self), *given)
 
-            reported = {"__doc__": wrong.__doc__, "__module__": wrong.__module__, "__wrapped__": wrong}
+            reported = {
+                "__doc__": wrong.__doc__,
+                "__module__": wrong.__module__,
+                "__wrapped__": wrong,
+            }
             made = type(wrong.__name__, (cls,), {step: mutated, **reported}, **claims)
             return made
 

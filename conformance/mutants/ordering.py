@@ -46,7 +46,9 @@ def CurrentDeviceOnly(right: DeviceRows, call: Call) -> torch.Stream:
 
 def _own(right: DeviceRows, call: Call) -> torch.Stream:
     retained: dict[str, torch.Stream] = right.kept
-    return retained.get("own") or retained.setdefault("own", torch.Stream(right.stream(call).device))
+    return retained.get("own") or retained.setdefault(
+        "own", torch.Stream(right.stream(call).device)
+    )
 
 
 @DeviceRows.mutate("move")

@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup, escape
 
-from portakv_conformance.evidence.verdict import LEFT_OUT, SEAL, WRONG, totals_of, why_no_rung
+from portakv_conformance.evidence.verdict import LEFT_OUT, SEAL, WRONG, totals_of, why_no_level
 from portakv_conformance.record import STATUSES, CaseRecord, RunRecord, Status
 from portakv_conformance.report import words
 from portakv_conformance.report.words import first_byte, printable
@@ -88,8 +88,8 @@ def page(record: RunRecord) -> str:
         apart=_apart(record),
         bar=_bar(record),
         seal=SEAL,
-        rungs=words.RUNGS,
-        no_rung=why_no_rung(record),
+        levels=words.LEVELS,
+        no_level=why_no_level(record),
         icon=f"data:image/svg+xml,{_ICON.format(colour)}",
     )
 
@@ -189,7 +189,7 @@ def _dtype_of(case: CaseRecord) -> str:
 
 def _filled(name: str, record: RunRecord, **more: Any) -> str:
     """A template filled with a record and with what every form says of it."""
-    rung = record.rung
+    level = record.rung
     left_out = record.environment.get(LEFT_OUT)
     return (
         templates()
@@ -201,7 +201,7 @@ def _filled(name: str, record: RunRecord, **more: Any) -> str:
             device=words.device(record),
             verdict=words.verdict(record),
             sentence=words.sentence(record),
-            rung=f"{rung}: {words.RUNGS[rung]}" if rung in words.RUNGS else rung,
+            level=f"{level}: {words.LEVELS[level]}" if level in words.LEVELS else level,
             emulated=words.emulated(record),
             emulation=words.emulation(record),
             broken=words.broken(record),

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Committed results, a whole sealed report for each backend-device pair, and the support table,
-whose rows come from the ladder: a rung that has expired says so, until it is reached again."""
+whose rows come from the matrix: a level that has expired says so, until it is reached again."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from portakv_conformance.evidence import ladder as ladders
-from portakv_conformance.evidence.ladder import Digest, Ladder, Rung, digest
+from portakv_conformance.evidence import support_matrix
+from portakv_conformance.evidence.support_matrix import Digest, SupportLevel, SupportMatrix, digest
 from portakv_conformance.evidence.verdict import SEAL, digest_of
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.record import RunRecord
@@ -83,7 +83,7 @@ def device(record: RunRecord) -> str:
     kind = device_kind(record)
     if kind == "cpu":
         machine = str(record.environment.get("os", "")).split()[-1:] or [""]
-        name = ladders.cpu_name(machine[0])
+        name = support_matrix.cpu_name(machine[0])
     elif emulated(record):
         name = kind.rpartition(":")[2]  # of simdev:mlu the name that it carries
     else:
@@ -102,29 +102,33 @@ def versions(record: RunRecord) -> str:
     return ", ".join(parts)
 
 
-def verified(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
-    """A rung as a link to its evidence, and what has changed since."""
-    return _told(f"[{rung.rung}: {text(rung.told)}]({rung.evidence})", rung, ladder, digest)
+def verified(level: SupportLevel, matrix: SupportMatrix, digest: Digest = digest) -> str:
+    """A level as a link to its evidence, and what has changed since."""
+    return _with_caveats(
+        f"[{level.level}: {text(level.summary)}]({level.evidence})", level, matrix, digest
+    )
 
 
-def reached(rung: Rung, ladder: Ladder) -> str:
-    """A rung without its link, with the device that it is about: ``R3: 1,820 passed (mlu,
+def reached(level: SupportLevel, matrix: SupportMatrix) -> str:
+    """A level without its link, with the device that it is about: ``R3: 1,820 passed (mlu,
     emulated)``."""
-    return _told(f"{rung.rung}: {text(rung.told)} ({text(rung.device)})", rung, ladder, digest)
+    return _with_caveats(
+        f"{level.level}: {text(level.summary)} ({text(level.device)})", level, matrix, digest
+    )
 
 
-def _told(what: str, rung: Rung, ladder: Ladder, digest: Digest) -> str:
-    since = ladders.why_expired(rung, ladder, digest)
-    parts = [f"expired: {what}" if since else what, since, *map(text, rung.caveats)]
+def _with_caveats(what: str, level: SupportLevel, matrix: SupportMatrix, digest: Digest) -> str:
+    since = support_matrix.why_expired(level, matrix, digest)
+    parts = [f"expired: {what}" if since else what, since, *map(text, level.caveats)]
     return ", ".join(part for part in parts if part)
 
 
-def table(ladder: Ladder, digest: Digest = digest) -> str:
-    """The ladder as a Markdown table: a line for each pair, its highest rung first."""
+def table(matrix: SupportMatrix, digest: Digest = digest) -> str:
+    """The matrix as a Markdown table: a line for each pair, its highest level first."""
     lines = ["| backend | device | verified | versions | date |", "|---|---|---|---|---|"]
-    for (backend, device), rungs in ladders.by_pair(ladder).items():
-        reached = "; ".join(verified(rung, ladder, digest) for rung in rungs)
-        reported = text(rungs[0].versions)
-        date = rungs[0].date
+    for (backend, device), levels in support_matrix.by_pair(matrix).items():
+        reached = "; ".join(verified(level, matrix, digest) for level in levels)
+        reported = text(levels[0].versions)
+        date = levels[0].date
         lines.append(f"| `{backend}` | {text(device)} | {reached} | {reported} | {date} |")
     return "\n".join(lines)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from portakv.cli.console import print_prose
-from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, why_no_rung
+from portakv_conformance.evidence.verdict import LEFT_OUT, WRONG, why_no_level
 from portakv_conformance.record import ASSUMPTION, STATUSES, CaseRecord, RunRecord
 from portakv_conformance.report.words import broken, plural
 from portakv_conformance.run.journal import MOST_EXAMPLES
@@ -22,7 +22,7 @@ _MOST_GROUPS = 8  # tests whose failures are shown
 # said why.
 _DEPTH = {"passed": 0, "not-claimed": 1, "waived": 2, "failed": 3, "error": 3}
 _VERDICTS = ("conformant", "incomplete", "failed")  # best first
-_RUNGS = ("R6", "R3", "")
+_LEVELS = ("R6", "R3", "")
 
 
 def print_summary(record: RunRecord, options: Options) -> None:
@@ -60,14 +60,14 @@ def print_summary(record: RunRecord, options: Options) -> None:
 
 
 def verdict_line(record: RunRecord) -> str:
-    """One line: who, where, verdict, rung and totals."""
+    """One line: who, where, verdict, level and totals."""
     facts = record.environment
     place = f"{facts['device']} ({facts['device_name']}{', emulated' if facts['emulated'] else ''})"
     counts = ", ".join(f"{record.totals[s]} {s}" for s in STATUSES[::-1] if record.totals[s])
-    why_not = why_no_rung(record)
-    rung = f", {record.rung}" if record.rung else f" (no rung: {why_not})" if why_not else ""
+    why_not = why_no_level(record)
+    level = f", {record.rung}" if record.rung else f" (no level: {why_not})" if why_not else ""
     return (
-        f"{record.backend['name']} on {place}: {record.verdict}{rung}. Suite {record.suite}, "
+        f"{record.backend['name']} on {place}: {record.verdict}{level}. Suite {record.suite}, "
         f"profile {record.profile}, seed {record.seed}: {counts or 'no case'} in "
         f"{record.seconds:.1f} s."
     )
@@ -112,7 +112,7 @@ def _short(reason: str) -> str:
 @dataclass(frozen=True)
 class Change:
     """One case that ended in another way, or is in one report only; or the run's ``verdict`` or
-    ``rung``. Its status is empty for a report that it is not in; the reason is the worse one's."""
+    ``level``. Its status is empty for a report that it is not in; the reason is the worse one's."""
 
     kind: str
     id: str
@@ -132,14 +132,14 @@ class Change:
 
 
 def compare_runs(old: RunRecord, new: RunRecord) -> list[Change]:
-    """Every change: of verdict and rung, then of cases in the order of the new report; what is
+    """Every change: of verdict and level, then of cases in the order of the new report; what is
     missing from it comes last."""
     before = {case.id: case for case in old.cases}
     after = {case.id: case for case in new.cases}
     result = []
     for name, best, was, now, why in (
         ("verdict", _VERDICTS, old.verdict, new.verdict, "; ".join(new.missing)),
-        ("rung", _RUNGS, old.rung, new.rung, why_no_rung(new)),
+        ("level", _LEVELS, old.rung, new.rung, why_no_level(new)),
     ):
         if was != now:  # what is not known is the worst
             step = [best.index(each) if each in best else len(best) for each in (was, now)]

@@ -13,8 +13,8 @@ from portakv_conformance.evidence.verdict import WRONG, totals_of
 from portakv_conformance.judge.waivers import problems
 from portakv_conformance.record import ASSUMPTION, CARRIER, LIBRARY, STATUSES, RunRecord, Status
 
-#: The rungs of verification that a run can reach.
-RUNGS = {"R3": "semantics emulated", "R6": "run on the hardware"}
+#: The levels of verification that a run can reach.
+LEVELS = {"R3": "semantics emulated", "R6": "run on the hardware"}
 STATUS_WORDS: dict[Status, str] = {
     "passed": "passed",
     "failed": "failed",

@@ -25,7 +25,7 @@ from hypothesis import HealthCheck, Phase, settings
 from portakv.errors import PortaKVError
 from portakv_conformance.cases import AREAS, Bench
 from portakv_conformance.draw import saved
-from portakv_conformance.draw.by_hand import DIRECTIONS, BASE_LAYOUTS, Shape, Workshop
+from portakv_conformance.draw.by_hand import BASE_LAYOUTS, DIRECTIONS, Shape, Workshop
 from portakv_conformance.evidence import environment
 from portakv_conformance.evidence.verdict import WRONG
 from portakv_conformance.judge.device_support import Facility

@@ -93,4 +93,6 @@ def _means(word: str, id: str) -> bool:
 def _begins(word: str, id: str) -> bool:
     requested = word.removeprefix(_CASES)
     short = id.removeprefix(_CASES)
-    return word != "" and (short.startswith(requested) or short.replace(".py", "").startswith(requested))
+    return word != "" and (
+        short.startswith(requested) or short.replace(".py", "").startswith(requested)
+    )

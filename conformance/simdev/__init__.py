@@ -116,7 +116,7 @@ def copy_runs(
     for supplied in (src, dst, nbytes):
         if supplied.dtype != torch.int64 or supplied.dim() != 1 or not supplied.is_cpu:
             raise ValueError(
-                f"copy_runs was given a list of {supplied.dtype}, shape {tuple(supplied.shape)}, on "
+                f"copy_runs got a list of {supplied.dtype}, shape {tuple(supplied.shape)}, on "
                 f"{supplied.device}; expected int64, one dimension, on the host."
             )
     if not src.numel() == dst.numel() == nbytes.numel():

@@ -29,7 +29,7 @@ from typing import Any
 
 from portakv.backends.ascend_kernel import VARIABLE
 from portakv.runtime.kernel_cache import directory
-from portakv_conformance.evidence import ladder
+from portakv_conformance.evidence import support_matrix
 from portakv_conformance.evidence.environment import hashed
 from portakv_conformance.evidence.evidence import name_of
 from portakv_conformance.report.results import keep, read
@@ -119,7 +119,7 @@ def _judge(asked: argparse.Namespace, work: Path, report: Path) -> dict[str, Any
         "conformance": suite,
         "ops_called": dict(sorted(calls.items())),
     }
-    # What the ladder reads of a record (portakv_conformance.evidence.evidence).
+    # What the matrix reads of a record (portakv_conformance.evidence.evidence).
     return {
         **made,
         "what": "accepted by the vendor's schemas",
@@ -144,7 +144,7 @@ def _environment(venv: Path, python: Path) -> Path:
     if not list(wheels.glob("torch_npu-*.whl")):
         run([*pip, "download", "--no-deps", "--dest", str(wheels), f"torch_npu=={TORCH_NPU}"])
     [wheel] = wheels.glob("torch_npu-*.whl")
-    check_wheel(wheel, ladder.read().vendor)
+    check_wheel(wheel, support_matrix.read().vendor)
     run([*pip, "install", "--no-deps", str(wheel)])
     return wheel
 
@@ -156,9 +156,10 @@ def check_wheel(wheel: Path, known: Mapping[str, str]) -> str:
     if digest != expected:
         raise JobError(
             f"{wheel.name} has the sha256 {digest}, and the vendor's wheel of that name has "
-            f"{expected} ([vendor] in conformance/ladder.toml). It was not installed: delete "
-            f"{wheel} and run the job again; if the vendor gives out another wheel under that name "
-            f"now, say so in ladder.toml"
+            f"{expected} ([vendor] in conformance/support_matrix.toml). Nothing was installed: "
+            f"delete {wheel} "
+            "and run the job again; if the vendor now publishes another wheel under that name, "
+            "record it in support_matrix.toml"
         )
     return digest
 

@@ -18,7 +18,8 @@ caches, MLA's latent and rope of unequal widths. Of three kv (DSA) the third goe
 does everything else: head-major pages, NZ described by its layout, pages with holes. NZ as a
 format that only the vendor knows (``FRACTAL_NZ``) is `Unsupported`: strides do not tell where its
 bytes lie. The paged ops forbid negative slots, and no op skips or guards: the caller of a launch
-removes bad ids. The kernel does both. Neither has run on an NPU: ``conformance/ladder.toml``.
+removes bad ids. The kernel does both. Neither has run on an NPU
+(``conformance/support_matrix.toml``).
 
 Sources: docstrings of torch_npu 2.13.0; CANN's pages on aclnnScatterPaKvCache,
 aclnnGatherPaKvCache, aclnnScatterNdUpdate, aclnnIndexSelect and aclnnInplaceIndexCopy.

@@ -31,7 +31,7 @@ from portakv.registry import (
 from portakv.registry.registry import Choice
 from portakv.runtime.devices import DeviceAbsent, device_name, devices_present
 
-_RUNGS = (
+_LEVELS = (
     "verified: R6 run on the hardware, R5 built by the vendor's toolchain, R4 cross-compiled, R3 "
     "semantics emulated, R2 accepted by the vendor's schemas, R1 called against a stand-in."
 )
@@ -88,7 +88,7 @@ def _device(text: str) -> tuple[torch.device | str, str]:
 def _told(device: torch.device | str, missing: str) -> dict[str, Any]:
     """What is said of a device, or of the name of one that torch cannot use here."""
     candidates = candidates_for(device)
-    rungs = _verified([c["name"] for c in candidates], device)
+    levels = _verified([c["name"] for c in candidates], device)
     absent = isinstance(device, str)
     return {
         "device": str(device),
@@ -96,7 +96,7 @@ def _told(device: torch.device | str, missing: str) -> dict[str, Any]:
         "count": 0 if absent else torch.get_device_module(device).device_count(),
         "missing": missing,
         "chosen": next((c["name"] for c in candidates if c["chosen"]), None),
-        "candidates": [{**one, "verified": rungs.get(one["name"], "")} for one in candidates],
+        "candidates": [{**one, "verified": levels.get(one["name"], "")} for one in candidates],
     }
 
 
@@ -113,26 +113,26 @@ def _print(told: Mapping[str, Any]) -> None:
         parts = one["device"], one["name"], count
         print_candidates(one["candidates"], ", ".join(filter(None, parts)))
         print()
-    print_prose(_RUNGS)
+    print_prose(_LEVELS)
 
 
 def _verified(names: Sequence[str], device: torch.device | str) -> dict[str, str]:
     """For each backend how far it was verified, on ``device`` or elsewhere: ``R6``, ``R3 on mlu,
     emulated``. Empty without the suite, which a bare installation on Python 3.10 cannot read."""
     try:
-        from portakv_conformance.evidence import ladder
+        from portakv_conformance.evidence import support_matrix
     except ImportError:
         return {}
     if isinstance(device, str):
         listed = device
     elif device.type == "cpu":
-        listed = ladder.cpu_name(platform.machine())
+        listed = support_matrix.cpu_name(platform.machine())
     elif getattr(torch.get_device_module(device), "EMULATED", False):
         listed = f"{device.type}, emulated"
     else:
         listed = device_name(device)
-    rungs = ladder.read()
-    return {name: ladder.told(name, listed, rungs) for name in names}
+    levels = support_matrix.read()
+    return {name: support_matrix.summary(name, listed, levels) for name in names}
 
 
 #: A backend's answer as JSON has it: ``name, accepted, on_request, chosen, reason``; at most one is

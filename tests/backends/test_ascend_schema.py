@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 
 from portakv.backends.ascend import CALLS
-from portakv_conformance.evidence import ladder
+from portakv_conformance.evidence import support_matrix
 from portakv_conformance.evidence.source import source_sha256
 from portakv_conformance.report.results import read
 from portakv_conformance.vendor import ascend_ops, ascend_schema, cann_stub, standins
@@ -95,7 +95,7 @@ def test_another_wheel_of_the_same_name_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Before it is installed: what it holds is not what the pinned hash stands for."""
-    known = ladder.read().vendor
+    known = support_matrix.read().vendor
     (name,) = (name for name in known if name.endswith(".whl"))
     wheel = tmp_path / "venv" / "wheels" / name
     wheel.parent.mkdir(parents=True)

@@ -143,13 +143,13 @@ def test_the_sanitized_run_leaves_a_record_for_the_ladder(tmp_path: Path) -> Non
     done = bash(RUN, "sanitized", RECORD=str(record))
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     said = read(record)
-    assert (said.rung, said.emulated) == ("R3", True)
+    assert (said.level, said.emulated) == ("R3", True)
     assert said.target == "portakv_conformance.vendor.ascendc_emulated:AscendC"
     assert said.source_sha256 == source_sha256(said.target)
     assert said.device.endswith(", emulated, under ASan and UBSan")
     assert said.backend == "ascendc-emulated"
-    assert said.told.startswith("semantics emulated, profile core, seed 0: ")
-    assert " passed" in said.told
+    assert said.summary.startswith("semantics emulated, profile core, seed 0: ")
+    assert " passed" in said.summary
     assert said.command == "bash native/ascend/emulation/run.sh sanitized"
 
 

@@ -141,7 +141,7 @@ def test_the_machine_code_is_wide(few: list[str], tmp_path: Path) -> None:
     assert wide["global_store_dwordx4"] == 1
     assert {code["wave"] for code in told["kernels"]} == {64}
     said = evidence.read(report)
-    assert (said.rung, said.backend, said.device) == ("R4", "hip", "AMD gfx906")
+    assert (said.level, said.backend, said.device) == ("R4", "hip", "AMD gfx906")
 
 
 # What rows.cuh says to AMD's compiler alone, and would say otherwise.
@@ -217,7 +217,7 @@ def test_with_a_dtk_it_says_who_built(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "nothing was run, only built" in ran.stdout
     said = evidence.read(tmp_path / "out" / "hip-dtk.json")
-    assert (said.rung, said.backend, said.device) == ("R5", "hip", "Hygon gfx906")
+    assert (said.level, said.backend, said.device) == ("R5", "hip", "Hygon gfx906")
     assert said.command == "bash native/cuda/check_dtk.sh gfx906"
 
 

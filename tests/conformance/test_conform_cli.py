@@ -185,7 +185,7 @@ B_AND_GONE = WAIVER.format(CLAIM + "b") + WAIVER.format("gone")
 # Strict too if only some cases are run: a waiver that does not hold fails them.
 @pytest.mark.parametrize(("text", "words", "code", "reported"), [
     (WAIVER.format(CLAIM + "b"), [], 0, f"waived: {CLAIM}b: Ticket. (What it showed: Byte 3 is 7"),
-    (WAIVER.format(CLAIM + "b"), [], 0, "(no rung: cases are waived)"),
+    (WAIVER.format(CLAIM + "b"), [], 0, "(no level: cases are waived)"),
     (B_AND_GONE, [], 1, "waivers: A waiver names 'gone'"),
     (WAIVER.format("a") + 'ticket = "4711"', [], 2, "unknown key 'ticket'"),
     (WAIVER.format(CLAIM + "b"), ["--only", CORE + "a"], 0, "1 passed"),
@@ -378,12 +378,12 @@ def test_verdicts_compare(record: RunRecord, diff: Any, before: str, after: str,
     now = after.split()
     code, out = diff(
         *(
-            replace(record, verdict=verdict, rung=rung.removeprefix("none"))
-            for verdict, rung in (was, now)
+            replace(record, verdict=verdict, rung=level.removeprefix("none"))
+            for verdict, level in (was, now)
         )
     )
     assert code == (kind == "REGRESSION")
-    for name, old, new in zip(("verdict", "rung"), was, now, strict=True):
+    for name, old, new in zip(("verdict", "level"), was, now, strict=True):
         assert (f"{kind:<10} {name}: {old} -> {new}" in out) == (old != new)
 
 

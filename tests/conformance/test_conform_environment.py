@@ -67,7 +67,7 @@ VENDOR = "portakv_conformance.vendor"
     ("portakv.backends.hip", "portakv.runtime.hip.py portakv_native.cuda/rows.cuh"),
     ("portakv.backends.ascend", "portakv_native.ascend/rows.h"),
     ("portakv.backends.reference", "portakv.backends.reference.py portakv.backends.strided.py"),
-    # What emulates: a change ends every rung that it carried.
+    # What emulates: a change ends every level that it carried.
     ("portakv_conformance.simdev", "device.cpp operators.h device_module.py"),
     (f"{VENDOR}.mlu_standin", f"{VENDOR}.mlu_standin.py"),
     (f"{VENDOR}.ascend_standin", f"{VENDOR}.ascend_ops.py {VENDOR}/ascend_schemas.toml"),

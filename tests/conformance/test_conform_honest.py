@@ -139,7 +139,9 @@ def test_layouts_are_found_within_what_is_claimed() -> None:
         "Loops1": 5,
         "Least": 5,
     }
-    assert {name: BASE_LAYOUTS.index(find_base_layout(one(name), BASE_LAYOUTS)) for name in homes} == homes
+    assert {
+        name: BASE_LAYOUTS.index(find_base_layout(one(name), BASE_LAYOUTS)) for name in homes
+    } == homes
     for name, requested, taken in (("OnlyNHD", 1, 0), ("OnlyNHD", 2, 2), ("NoMigration", 1, 0)):
         assert across(one(name), BASE_LAYOUTS[0], BASE_LAYOUTS[requested]) == BASE_LAYOUTS[taken]
 

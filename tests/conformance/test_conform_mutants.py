@@ -136,7 +136,11 @@ def test_the_first_case_that_fails_catches(ends: Any, ending: str, row: str) -> 
     assert f"**{int(bool(trial.caught_by))} of 1 mutants are caught.{unjudged}**" in page
     for requested in seen:
         assert (requested.backend, requested.device) == (SECOND.target(), SECOND.device_type)
-        assert (requested.profile, requested.seed, requested.exit_first) == (SECOND.profile, 7, True)
+        assert (requested.profile, requested.seed, requested.exit_first) == (
+            SECOND.profile,
+            7,
+            True,
+        )
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_what_is_missing_and_why_there_is_no_rung_are_said() -> None:
     assert "2 parts of the full profile could not be run here" in text
     assert "no C++ compiler was found" in text
     record = replace(conform_reports.passing(), profile="core", rung="")
-    assert "No rung is reached: R6 needs --profile full." in Reader(record).text
+    assert "No level is reached: R6 needs --profile full." in Reader(record).text
 
 
 def test_the_matrix_holds_the_worst_of_each_place() -> None:

@@ -99,8 +99,12 @@ def test_the_page_fits_is_legible_and_asks_for_nothing(
     assert ground == {"light": "rgb(246, 247, 249)", "dark": "rgb(14, 19, 25)"}[scheme]
     assert browser.ask("typeof window.hacked") == "undefined"
     assert browser.complaints() == []
-    requested = [reported["request"]["url"] for reported in browser.told("Network.requestWillBeSent")]
-    assert [url for url in requested if not url.startswith("data:")] == [pages[name].resolve().as_uri()]
+    requested = [
+        reported["request"]["url"] for reported in browser.told("Network.requestWillBeSent")
+    ]
+    assert [url for url in requested if not url.startswith("data:")] == [
+        pages[name].resolve().as_uri()
+    ]
 
 
 def test_the_matrix_scrolls_in_its_own_box_on_a_phone(browser: Browser, pages: Pages) -> None:

@@ -121,7 +121,8 @@ def test_a_case_that_takes_the_process_with_it_has_failed(how: str, reported: st
 
 
 @pytest.mark.parametrize(
-    ("how", "reported"), [("crash", "killed by SIGSEGV after the last case"), ("hang", "did not end")]
+    ("how", "reported"),
+    [("crash", "killed by SIGSEGV after the last case"), ("hang", "did not end")],
 )
 def test_a_worker_that_does_not_end_well_is_no_certificate(
     how: str, reported: str, monkeypatch: pytest.MonkeyPatch

@@ -21,7 +21,13 @@ from portakv_conformance.draw.arrangement import Case, side_of
 from portakv_conformance.draw.by_hand import BASE_LAYOUTS, Shape, Workshop, arranged, lifted
 from portakv_conformance.draw.strategies import all_cases
 from portakv_conformance.judge.device_support import Facility
-from portakv_conformance.judge.judging import Judge, asked_of, find_base_layout, largest_unit, view_of
+from portakv_conformance.judge.judging import (
+    Judge,
+    asked_of,
+    find_base_layout,
+    largest_unit,
+    view_of,
+)
 from portakv_conformance.judge.pattern import poison_bytes
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.run.outcome import sentence
@@ -74,7 +80,9 @@ def test_a_class_is_registered_under_its_own_name() -> None:
     *((malformed, ValueError, "was asked")
       for malformed in ("a b:C", ":", "reference, z/pu", "reference, cpu:x")),
 ])  # fmt: skip
-def test_what_is_not_there_is_told_and_why(requested: str, error: type[Exception], why: str) -> None:
+def test_what_is_not_there_is_told_and_why(
+    requested: str, error: type[Exception], why: str
+) -> None:
     name, _, device = requested.partition(", ")
     with pytest.raises(error, match=why):
         subject(name, device or "cpu")

@@ -83,7 +83,9 @@ def test_events_tell_of_each_case(tmp_path: Path) -> None:
 def test_a_failure_is_told_shrunken_saved_and_replayed(tmp_path: Path) -> None:
     retained = tmp_path / "examples"
     name = "cases/test_drawn.py::test_copies_between_two_sides[0]"
-    done, _, result = judged("OffByOne", f"--portakv-examples={retained}", ids=[name], where=tmp_path)
+    done, _, result = judged(
+        "OffByOne", f"--portakv-examples={retained}", ids=[name], where=tmp_path
+    )
     assert done.returncode == 1
     record = result[name]
     assert record.status == "failed"

@@ -78,7 +78,9 @@ def test_it_copies_by_the_drivers_call(installed: Path) -> None:
 @pytest.mark.slow
 def test_the_suite_certifies_it_on_the_simulated_device(installed: Path, tmp_path: Path) -> None:
     report = str(tmp_path / "out")
-    reported = run(installed, "-m", "portakv", "conform", "acme", "--device=simdev", "--report", report)
+    reported = run(
+        installed, "-m", "portakv", "conform", "acme", "--device=simdev", "--report", report
+    )
     assert "conformant, R3" in reported
     verified = run(installed, "-m", "portakv", "conform", "verify", f"{report}/conformance.json")
     assert "stands: acme on" in verified

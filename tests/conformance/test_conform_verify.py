@@ -23,7 +23,7 @@ from support.conform_runs import ran
 from portakv_conformance import SUITE_VERSION, cli
 from portakv_conformance.cli import main
 from portakv_conformance.evidence.evidence import of_report
-from portakv_conformance.evidence.ladder import RESULTS
+from portakv_conformance.evidence.support_matrix import RESULTS
 from portakv_conformance.evidence.verdict import (
     LEFT_OUT,
     SEAL,
@@ -31,7 +31,7 @@ from portakv_conformance.evidence.verdict import (
     digest_of,
     judge,
     unnamed,
-    why_no_rung,
+    why_no_level,
 )
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.judge.waivers import Waiver, WaiverError, judged, problems, read_waivers
@@ -253,9 +253,9 @@ def test_r6_on_an_accelerator_says_its_driver_and_the_vendor_s_package(
     run = changed(run, facts, backend=run.backend | backend)
     assert (run.rung, unnamed(run)) == ("" if lacking else "R6", lacking)
     if lacking:
-        assert f"R6 needs {lacking[0]}" in why_no_rung(run)
+        assert f"R6 needs {lacking[0]}" in why_no_level(run)
         run.rung = "R6"
-        assert "It claims rung 'R6', but '' is what it proves: R6 on an accelerator needs" in (
+        assert "It claims level 'R6', but '' is what it proves: R6 on an accelerator needs" in (
             conform_reports.refusals(run)
         )
 
@@ -274,7 +274,7 @@ def test_cases_on_two_devices_are_left_out_in_words_only(record: RunRecord) -> N
     judge(record)
     assert (record.rung, check_report(record.document(), pairs)) == ("R6", [])
     assert "Two devices: 1 case was left out, since one device was found." in markdown(record)
-    assert of_report(record).told == "2 passed, 1 not claimed, on one device"
+    assert of_report(record).summary == "2 passed, 1 not claimed, on one device"
     alone = ran(BEHAVIOURS | {"lone": "9"})
     assert alone.environment[LEFT_OUT] == "9 cases were left out, since one device was found"
     assert alone.verdict == "conformant"
@@ -318,8 +318,8 @@ def test_the_command(
 
 @pytest.mark.parametrize(("change", "code", "reported"), [
     ({}, 0, "no report, but the record of a job: hip, cross-compiled, not executed."),
-    ({}, 0, "It shows what it has to. Rung: R4. Again: bash native/cuda/check_hip.sh gfx906"),
-    ({"right": False}, 1, "Rung: none."),
+    ({}, 0, "It shows what it has to. Level: R4. Again: bash native/cuda/check_hip.sh gfx906"),
+    ({"right": False}, 1, "Level: none."),
     ({"kernels": []}, 1, "is not borne out."),
     ({"what": 3}, 1, "neither a report of the suite nor a record of a job: what missing or of"),
     (None, 1, "is no JSON: Expecting value"),
@@ -401,14 +401,14 @@ def test_a_file_of_another_form_is_refused(tmp_path: Path, text: str, reported: 
 ])  # fmt: skip
 def test_a_waived_case(how: str, id: str, expires: str, status: str, reported: str) -> None:
     """A failure or a crash is waived, of no CORE case and until its waiver expires; it proves no
-    rung. What passes, or is not claimed, fails."""
+    level. What passes, or is not claimed, fails."""
     waiver = Waiver(id, "Ticket 4711.", expires)
     record = ran({id: how, CLAIM + "b": "pass"}, waivers=(waiver,), profile="full")
     assert [case.status for case in record.cases] == [status, "passed"]
     assert reported in record.cases[0].reason
     conformant = "conformant" if status == "waived" else "failed"
     assert (record.verdict, record.rung) == (conformant, "")
-    assert ("cases are waived" in why_no_rung(record)) == (status == "waived")
+    assert ("cases are waived" in why_no_level(record)) == (status == "waived")
     assert record.waivers == [asdict(waiver)]
 
 

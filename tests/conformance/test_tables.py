@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Committed results, the ladder that they bear out, and the README's and docs/hardware.md's tables
+"""Committed results, the matrix that they bear out, and the README's and docs/hardware.md's tables
 made from it. Each known pitfall names tests that exist."""
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pytest
 from support.conform_reports import changed, emulated, failing, kept, passing
 from support.conform_runs import ROOT
 
-from portakv_conformance.evidence import ladder as ladders
-from portakv_conformance.evidence.evidence import name_of, of_report, rung_of
-from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung
+from portakv_conformance.evidence import support_matrix
+from portakv_conformance.evidence.evidence import level_of, name_of, of_report
+from portakv_conformance.evidence.support_matrix import RESULTS, SupportLevel, SupportMatrix
 from portakv_conformance.evidence.verdict import SEAL, digest_of
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.record import RunRecord
@@ -57,17 +57,17 @@ def test_the_pages_say_what_the_ladder_says(tables: Any) -> None:
 
 
 def test_every_rung_is_borne_out_by_its_file(tables: Any) -> None:
-    """The rung, the backend, the flag, the command, the hash: each as the file itself says."""
-    result = ladders.read()
-    assert result.rungs
-    assert ladders.FILE.read_text(encoding="utf-8") == ladders.written(result)
+    """The level, the backend, the flag, the command, the hash: each as the file itself says."""
+    result = support_matrix.read()
+    assert result.levels
+    assert support_matrix.FILE.read_text(encoding="utf-8") == support_matrix.written(result)
     about_devices = {row[2] for row in tables.HARDWARE} - {"triton"}
-    assert about_devices | {"reference", "compiled", "triton"} >= {r.backend for r in result.rungs}
+    assert about_devices | {"reference", "compiled", "triton"} >= {r.backend for r in result.levels}
     shown = tables.hardware()  # ends the program if a row is not borne out
-    for rung in result.rungs:
-        reported = re.escape(f"{rung.rung}: {rung.told} ({rung.device})")
-        row = rf"\| `{rung.backend}` \| [^|]*{reported}"
-        assert rung.backend not in about_devices or re.search(row, shown)
+    for level in result.levels:
+        reported = re.escape(f"{level.level}: {level.summary} ({level.device})")
+        row = rf"\| `{level.backend}` \| [^|]*{reported}"
+        assert level.backend not in about_devices or re.search(row, shown)
 
 
 @cache
@@ -93,13 +93,13 @@ def test_a_result_holds_no_place_of_the_machine_and_the_backend_s_own_name(name:
 
 
 def test_hardware_follows_the_ladder(tables: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    (own,) = (r for r in ladders.read().rungs if (r.backend, r.rung) == ("mlu", "R3"))
-    real = replace(own, device="MLU590", rung="R6", emulated=False, told="9 cases", note="")
+    (own,) = (r for r in support_matrix.read().levels if (r.backend, r.level) == ("mlu", "R3"))
+    real = replace(own, device="MLU590", level="R6", emulated=False, summary="9 cases", note="")
     gone = replace(own, source_sha256="0" * 64)
-    monkeypatch.setattr(tables, "borne_out", lambda: Ladder((gone, real)))
+    monkeypatch.setattr(tables, "borne_out", lambda: SupportMatrix((gone, real)))
     shown = {line.split("|")[3].strip(): line for line in tables.hardware().splitlines()}
     assert re.search(r"\| (expired: )?R6: 9 cases \(MLU590\)", shown["`mlu`"])
-    assert f"expired: R3: {own.told} (mlu, emulated), source changed since" in shown["`mlu`"]
+    assert f"expired: R3: {own.summary} (mlu, emulated), source changed since" in shown["`mlu`"]
     assert shown["`hip`"].endswith("| R0: described |")
 
 
@@ -203,29 +203,29 @@ def test_what_is_edited_no_report_or_no_certification_is_no_result(tmp_path: Pat
 LINK = "[R6: 312 passed, 2 not claimed](conformance/results/a.json)"
 
 
-def rung(**values: Any) -> Rung:
-    return replace(rung_of(of_report(ours()), "conformance/results/a.json"), **values)
+def level(**values: Any) -> SupportLevel:
+    return replace(level_of(of_report(ours()), "conformance/results/a.json"), **values)
 
 
-def lines(*rungs: Rung, sha256: str = "a" * 64) -> list[str]:
-    return table(Ladder(rungs), lambda target: sha256).splitlines()[2:]
+def lines(*levels: SupportLevel, sha256: str = "a" * 64) -> list[str]:
+    return table(SupportMatrix(levels), lambda target: sha256).splitlines()[2:]
 
 
 def test_a_line_of_the_table_says_rung_versions_date_and_what_has_changed() -> None:
     reported = "torch 2.13.0, nvidia-cuda-nvrtc 13.0.88, driver 580.159, Python 3.11.7"
     assert "driver" not in versions(ours({"driver": ""}))
-    assert lines(rung()) == [f"| `cuda` | NVIDIA H200 | {LINK} | {reported} | 2026-11-20 |"]
-    (shown,) = lines(rung(suite="2026.05", note="by us"), sha256="b" * 64)
+    assert lines(level()) == [f"| `cuda` | NVIDIA H200 | {LINK} | {reported} | 2026-11-20 |"]
+    (shown,) = lines(level(suite="2026.05", note="by us"), sha256="b" * 64)
     assert f"| expired: {LINK}, source changed since, suite 2026.05, now 2026.12, by us |" in shown
-    (shown,) = lines(rung(device="a|b <c>\nd", versions="v|1"))
+    (shown,) = lines(level(device="a|b <c>\nd", versions="v|1"))
     assert f"| a\\|b \\<c\\> d | {LINK}" in shown
     assert shown.endswith("| v\\|1 | 2026-11-20 |")
 
 
 def test_a_pair_is_one_line_its_highest_rung_first() -> None:
     mlu = {"backend": "mlu", "device": "mlu, emulated", "emulated": True, "emulation": {"a": "1"}}
-    rungs = [rung(**mlu, rung=name, told=f"by {name}") for name in ("R1", "R3")]
-    first, second = lines(*rungs, rung())
+    levels = [level(**mlu, level=name, summary=f"by {name}") for name in ("R1", "R3")]
+    first, second = lines(*levels, level())
     assert first.startswith("| `cuda` |")
     file = "conformance/results/a.json"
     assert f"| `mlu` | mlu, emulated | [R3: by R3]({file}); [R1: by R1]({file}) |" in second

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from portakv_conformance import SPEC_VERSION, SUITE_VERSION
-from portakv_conformance.evidence.ladder import RESULTS
+from portakv_conformance.evidence.support_matrix import RESULTS
 from portakv_conformance.evidence.verdict import case_list_sha256, judge
 from portakv_conformance.evidence.verify import check_report
 from portakv_conformance.record import SCHEMA, CaseRecord, RunRecord

@@ -48,7 +48,7 @@ QUESTIONS = re.compile(
 #: Private words: standard English has another word for each, which `docs/decisions.md` lists.
 WORDS = re.compile(
     r"(?<![a-z])(told|tells|said|heard|asked|behind|beside|nobody|of its own|let go|at once|mine"
-    r"|theirs|movers?|shelf|shelves|spots?|legs?|flights|landings?|rungs?|earned|ladders?|bars"
+    r"|theirs|movers?|shelf|shelves|spots?|legs?|flights|landings?|levels?|earned|matrices?|bars"
     r"|greets?|welcome|seams?|plugs?|fleeting|lasting)(?![a-z])",
     re.IGNORECASE,
 )

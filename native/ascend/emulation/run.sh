@@ -6,7 +6,7 @@
 #
 #   run.sh [matrix|misuse|mutants|suite|npu|sanitized]...  all of them if none is named
 #   FULL=1 run.sh                                          the suite's full profile, not core
-#   RECORD=FILE run.sh sanitized                           leaves a record that the ladder can keep
+#   RECORD=FILE run.sh sanitized                           leaves a record for the support matrix
 #   run.sh library FILE                                    builds the emulation, as PORTAKV_ASCENDC
 #                                                          names it for a simulated NPU
 set -euo pipefail
@@ -124,7 +124,7 @@ END
     LD_PRELOAD=$runtime conform cpu "$backend"
 }
 
-# Run this script once more, and keep what it prints as a record of the ladder's.
+# Run this script once more, and keep its output as a record of the support matrix.
 record() {
     local file words=("$@")
     file=$(realpath "$RECORD")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: its rules, what bears a rung out, what ends one, and what stands beside it always.
+"""The matrix: its rules, what bears a level out, what ends one, and what stands beside it always.
 Records of jobs and old reports: none is believed for its label alone, each names its backend and
 what it is about, and none holds a place of the machine that made it."""
 
@@ -19,13 +19,18 @@ from support.conform_reports import changed, emulated, kept, passing
 from support.conform_runs import ROOT
 
 from portakv.cli import main as portakv
-from portakv_conformance.evidence import evidence
-from portakv_conformance.evidence import ladder as ladders
+from portakv_conformance.evidence import evidence, support_matrix
 from portakv_conformance.evidence.environment import assumed, describe_environment
-from portakv_conformance.evidence.evidence import JOBS, contradictions, read, rung_of
-from portakv_conformance.evidence.ladder import RESULTS, Ladder, Rung, told, why_expired
+from portakv_conformance.evidence.evidence import JOBS, contradictions, level_of, read
 from portakv_conformance.evidence.record_rules import kernels_in, signatures_of
 from portakv_conformance.evidence.source import SourceError, source_sha256
+from portakv_conformance.evidence.support_matrix import (
+    RESULTS,
+    SupportLevel,
+    SupportMatrix,
+    summary,
+    why_expired,
+)
 from portakv_conformance.judge.subject import subject
 from portakv_conformance.record import RunRecord
 from portakv_conformance.report.page import markdown, page
@@ -52,15 +57,15 @@ def gone(target: str) -> str:
     raise SourceError("no such module")
 
 
-def rung(**values: Any) -> Rung:
-    made = Rung(
+def level(**values: Any) -> SupportLevel:
+    made = SupportLevel(
         backend="cuda",
         target="portakv.backends.cuda:Cuda",
         device="NVIDIA H200",
-        rung="R6",
+        level="R6",
         emulated=False,
         evidence=f"{RESULTS}a.json",
-        told="314 cases",
+        summary="314 cases",
         command="portakv conform",
         date="2026-11-20",
         versions="torch 2.13.0",
@@ -73,64 +78,76 @@ def rung(**values: Any) -> Rung:
 @pytest.mark.parametrize(("values", "why"), [
     ({"emulated": True}, "an emulated device is never R6"),
     ({"suite": ""}, "R6 needs a report of the suite"),
-    ({"rung": "R7"}, "there is no rung 'R7'"),
-    ({"rung": "R3"}, "what ran on the real device is R6 or no rung"),
-    ({"rung": "R3", "emulated": True}, "has to say that it is emulated"),
-    ({"rung": "R4", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
+    ({"level": "R7"}, "there is no level 'R7'"),
+    ({"level": "R3"}, "what ran on the real device is R6 or no level"),
+    ({"level": "R3", "emulated": True}, "has to say that it is emulated"),
+    ({"level": "R4", "emulated": True, "target": ASCENDC}, "emulates a vendor's backend, and"),
     ({"evidence": "docs/notes.md"}, "does not lie in conformance/results/"),
     ({"evidence": f"{RESULTS}../../README.md"}, "does not lie in conformance/results/"),
     ({"evidence": f"{RESULTS}b.json"}, "listed twice"),
 ])  # fmt: skip
 def test_the_rules(values: dict[str, Any], why: str) -> None:
-    assert list(ladders.broken_rules(Ladder((rung(),)))) == []
-    rows = (rung(**values), *[rung()] * (why == "listed twice"))
-    assert why in "\n".join(ladders.broken_rules(Ladder(rows)))
+    assert list(support_matrix.broken_rules(SupportMatrix((level(),)))) == []
+    rows = (level(**values), *[level()] * (why == "listed twice"))
+    assert why in "\n".join(support_matrix.broken_rules(SupportMatrix(rows)))
 
 
-# -- what ends a rung -----------------------------------------------------------------------------
+# -- what ends a level -----------------------------------------------------------------------------
 
 
 def test_a_rung_ends_with_the_source_the_suite_or_a_package_of_the_vendor() -> None:
-    base = Ladder((), {"torch-npu": "1" * 64})
-    retained = rung(vendor={"torch-npu": "1" * 64})
+    base = SupportMatrix((), {"torch-npu": "1" * 64})
+    retained = level(vendor={"torch-npu": "1" * 64})
     assert why_expired(retained, base, same) == ""
-    assert why_expired(retained, base, other) == why_expired(retained, base, gone) == "source changed since"
-    assert why_expired(replace(retained, suite="2026.05"), base, same) == "suite 2026.05, now 2026.12"
-    assert why_expired(retained, Ladder(()), same) == "torch-npu changed since"
-    newer = base.with_rung(rung(device="other", vendor={"torch-npu": "2" * 64}))
+    assert (
+        why_expired(retained, base, other)
+        == why_expired(retained, base, gone)
+        == "source changed since"
+    )
+    assert (
+        why_expired(replace(retained, suite="2026.05"), base, same) == "suite 2026.05, now 2026.12"
+    )
+    assert why_expired(retained, SupportMatrix(()), same) == "torch-npu changed since"
+    newer = base.with_level(level(device="other", vendor={"torch-npu": "2" * 64}))
     assert why_expired(retained, newer, same) == "torch-npu changed since"
     # A third party's may be installed here or not; the table must not depend on that.
-    assert why_expired(rung(target="acme.backend:Acme"), Ladder(()), gone) == ""
+    assert why_expired(level(target="acme.backend:Acme"), SupportMatrix(()), gone) == ""
     # Without a digest the real sources are hashed.
-    own = rung(target="portakv.backends.reference:Reference")
-    assert why_expired(own, Ladder(())) == "source changed since"
-    assert why_expired(replace(own, source_sha256=source_sha256(own.target)), Ladder(())) == ""
+    own = level(target="portakv.backends.reference:Reference")
+    assert why_expired(own, SupportMatrix(())) == "source changed since"
+    assert (
+        why_expired(replace(own, source_sha256=source_sha256(own.target)), SupportMatrix(())) == ""
+    )
 
 
 def test_a_list_tells_the_rung_here_else_the_highest_that_holds() -> None:
-    far = rung(device="hip, emulated", rung="R3", emulated=True, emulation={"acme": "1"})
-    result = Ladder((rung(source_sha256="b" * 64), far))
-    assert told("cuda", "NVIDIA H200", result, same) == "expired R6"
-    assert told("cuda", "CPU (x86-64)", result, same) == "R3 on hip, emulated"
-    assert told("cuda", "CPU (x86-64)", Ladder((rung(),)), same) == "R6 on NVIDIA H200"
-    assert told("triton", "NVIDIA H200", result, same) == ""
+    far = level(device="hip, emulated", level="R3", emulated=True, emulation={"acme": "1"})
+    result = SupportMatrix((level(source_sha256="b" * 64), far))
+    assert summary("cuda", "NVIDIA H200", result, same) == "expired R6"
+    assert summary("cuda", "CPU (x86-64)", result, same) == "R3 on hip, emulated"
+    assert summary("cuda", "CPU (x86-64)", SupportMatrix((level(),)), same) == "R6 on NVIDIA H200"
+    assert summary("triton", "NVIDIA H200", result, same) == ""
     assumed = replace(far, assumption="by assumption: nobody said so", note="not by us")
-    assert told("cuda", "hip, emulated", Ladder((assumed,)), same) == (
+    assert summary("cuda", "hip, emulated", SupportMatrix((assumed,)), same) == (
         "R3, by assumption: nobody said so, not by us"
     )
 
 
 @pytest.mark.parametrize("name", ["R1", "R2", "R3"])
 def test_an_emulated_rung_ends_with_what_emulated_it(name: str) -> None:
-    retained = rung(rung=name, emulated=True, suite="")
-    assert "does not say what emulated" in why_expired(retained, Ladder(()), same)
+    retained = level(level=name, emulated=True, suite="")
+    assert "does not say what emulated" in why_expired(retained, SupportMatrix(()), same)
     retained = replace(retained, emulation={SIMULATION: "a" * 64, "triton": "3.6.0"})
-    assert why_expired(retained, Ladder(()), same) == ""  # of a third party's nothing is looked for
-    ended = why_expired(retained, Ladder(()), lambda t: same(t) if t == retained.target else other(t))
+    assert (
+        why_expired(retained, SupportMatrix(()), same) == ""
+    )  # of a third party's nothing is looked for
+    ended = why_expired(
+        retained, SupportMatrix(()), lambda t: same(t) if t == retained.target else other(t)
+    )
     assert ended == "simdev changed since"
     lost = replace(retained, emulation={f"{VENDOR}.no_such": "a" * 64})
-    assert "no_such changed since" in why_expired(lost, Ladder(()))
-    assert why_expired(rung(rung="R4", emulated=True, suite=""), Ladder(()), same) == ""
+    assert "no_such changed since" in why_expired(lost, SupportMatrix(()))
+    assert why_expired(level(level="R4", emulated=True, suite=""), SupportMatrix(()), same) == ""
 
 
 def test_a_device_is_emulated_by_what_carries_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -161,19 +178,19 @@ def test_a_row_has_the_emulation_of_its_report() -> None:
 # -- files ----------------------------------------------------------------------------------------
 
 
-def row(run: RunRecord, root: Path) -> Rung:
+def row(run: RunRecord, root: Path) -> SupportLevel:
     """The row of a run whose report was put among the results."""
     file = kept(run, root)
-    return rung_of(read(file), RESULTS + file.name)
+    return level_of(read(file), RESULTS + file.name)
 
 
 def test_a_row_says_what_its_file_says(tmp_path: Path) -> None:
     """And a note, which is a person's."""
     made = row(passing(), tmp_path)
-    assert (made.rung, made.emulated, made.told) == ("R6", False, "312 passed, 2 not claimed")
-    assert contradictions(Ladder((replace(made, note="by us"),)), tmp_path) == []
+    assert (made.level, made.emulated, made.summary) == ("R6", False, "312 passed, 2 not claimed")
+    assert contradictions(SupportMatrix((replace(made, note="by us"),)), tmp_path) == []
     values = {
-        "rung": "R3",
+        "level": "R3",
         "backend": "other",
         "target": "a.b:C",
         "device": "NVIDIA H100",
@@ -182,13 +199,13 @@ def test_a_row_says_what_its_file_says(tmp_path: Path) -> None:
         "date": "2026-11-19",
         "source_sha256": "0" * 64,
         "suite": "2027.01",
-        "told": "9 cases",
+        "summary": "9 cases",
         "versions": "torch 9",
         "vendor": {"torch-npu": "0" * 64},
         "emulation": {"acme": "1"},
         "assumption": "by luck",
     }
-    result = contradictions(Ladder((replace(made, **values),)), tmp_path)  # type: ignore[arg-type]
+    result = contradictions(SupportMatrix((replace(made, **values),)), tmp_path)  # type: ignore[arg-type]
     for name, value in values.items():
         assert f"{name} is {value!r}, but the file says" in "\n".join(result)
 
@@ -197,48 +214,53 @@ def test_files_that_are_edited_missing_misnamed_or_forgotten_are_found(tmp_path:
     made = row(passing(), tmp_path)
     file = tmp_path / made.evidence
     text = file.read_text()
-    assert "has no row in ladder.toml" in contradictions(Ladder(()), tmp_path)[0]
+    assert "has no row in support_matrix.toml" in contradictions(SupportMatrix(()), tmp_path)[0]
     file.write_text(text.replace('"profile": "full"', '"profile": "core"', 1))
-    assert "its seal does not fit its contents" in contradictions(Ladder((made,)), tmp_path)[0]
+    assert (
+        "its seal does not fit its contents" in contradictions(SupportMatrix((made,)), tmp_path)[0]
+    )
     file.unlink()
-    assert "cannot be read" in contradictions(Ladder((made,)), tmp_path)[0]
+    assert "cannot be read" in contradictions(SupportMatrix((made,)), tmp_path)[0]
     (tmp_path / RESULTS / "best.json").write_text(text)
-    moved = Ladder((replace(made, evidence=f"{RESULTS}best.json"),))
+    moved = SupportMatrix((replace(made, evidence=f"{RESULTS}best.json"),))
     assert "must be named after its contents" in contradictions(moved, tmp_path)[0]
 
 
-# -- ladder.toml ----------------------------------------------------------------------------------
+# -- support_matrix.toml ------------------------------------------------------------------------
 
 
 def test_the_file_holds_whatever_stands_in_it(tmp_path: Path) -> None:
-    odd = rung(note='a "quoted" \\ path\n\ttab é \x7f', command="x --only 'a[b]'", suite="")
-    whole = rung(device="x", vendor={"torch-npu": "1" * 64, "a b": "2"})
-    made = Ladder((odd, whole), {"torch-npu": "1" * 64})
-    file = tmp_path / "ladder.toml"
-    file.write_text(ladders.written(made), encoding="utf-8")
-    result = ladders.read(file)
-    assert (result.vendor, set(map(str, result.rungs))) == (made.vendor, set(map(str, made.rungs)))
-    assert ladders.written(result) == file.read_text(encoding="utf-8")
+    odd = level(note='a "quoted" \\ path\n\ttab é \x7f', command="x --only 'a[b]'", suite="")
+    whole = level(device="x", vendor={"torch-npu": "1" * 64, "a b": "2"})
+    made = SupportMatrix((odd, whole), {"torch-npu": "1" * 64})
+    file = tmp_path / "support_matrix.toml"
+    file.write_text(support_matrix.written(made), encoding="utf-8")
+    result = support_matrix.read(file)
+    assert (result.vendor, set(map(str, result.levels))) == (
+        made.vendor,
+        set(map(str, made.levels)),
+    )
+    assert support_matrix.written(result) == file.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     "text",
     [
-        "[[rung]]\nbackend = 'x'",
-        "[[rung]]\nnobody = 1",
+        "[[level]]\nbackend = 'x'",
+        "[[level]]\nnobody = 1",
         "=",
-        "rung = 3",
-        "[[rung]]\n"
+        "level = 3",
+        "[[level]]\n"
         + "".join(
             f"{name} = 1\n"
             for name in (
                 "backend",
                 "target",
                 "device",
-                "rung",
+                "level",
                 "emulated",
                 "evidence",
-                "told",
+                "summary",
                 "command",
                 "date",
                 "versions",
@@ -248,14 +270,16 @@ def test_the_file_holds_whatever_stands_in_it(tmp_path: Path) -> None:
     ],
 )
 def test_what_is_no_ladder_is_refused(tmp_path: Path, text: str) -> None:
-    (tmp_path / "ladder.toml").write_text(text)
-    with pytest.raises(ValueError, match=r"ladder\.toml"):
-        ladders.read(tmp_path / "ladder.toml")
+    (tmp_path / "support_matrix.toml").write_text(text)
+    with pytest.raises(ValueError, match=r"matrix\.toml"):
+        support_matrix.read(tmp_path / "support_matrix.toml")
 
 
 def test_pairs_stand_in_the_readme_s_order() -> None:
-    made = Ladder(tuple(rung(backend=x) for x in ["zeta", "mlu", "reference", "cuda", "ascend"]))
-    names = [name for name, _ in ladders.by_pair(made)]
+    made = SupportMatrix(
+        tuple(level(backend=x) for x in ["zeta", "mlu", "reference", "cuda", "ascend"])
+    )
+    names = [name for name, _ in support_matrix.by_pair(made)]
     assert " ".join(names) == "reference cuda ascend mlu zeta"
 
 
@@ -263,7 +287,7 @@ def test_pairs_stand_in_the_readme_s_order() -> None:
 
 
 def test_what_a_stand_in_assumes_stands_in_every_form(capsys: pytest.CaptureFixture[str]) -> None:
-    """In the report, what is printed of it, the ladder's row and list, and `portakv backends`."""
+    """In the report, what is printed of it, the matrix's row and list, and `portakv backends`."""
     assert assumed(emulating("mlu")) == ASSUMED
     assert assumed(emulating("npu")) == assumed(emulating("simdev")) == ""
     run = changed(emulated(), {"device": "simdev:mlu", "assumption": ASSUMED})
@@ -272,11 +296,13 @@ def test_what_a_stand_in_assumes_stands_in_every_form(capsys: pytest.CaptureFixt
     assert reported in markdown(run)
     print_summary(run, Options(backend="mlu", device="simdev:mlu"))
     assert reported in " ".join(capsys.readouterr().out.split())
-    own = rung_of(evidence.of_report(run), "a.json")
+    own = level_of(evidence.of_report(run), "a.json")
     assert own.assumption == ASSUMED
-    assert ASSUMED in reached(own, Ladder((own,)))
-    assert ASSUMED in verified(own, Ladder((own,)))
-    assert told(own.backend, "acme", Ladder((own,))).endswith(f" on mlu, emulated, {ASSUMED}")
+    assert ASSUMED in reached(own, SupportMatrix((own,)))
+    assert ASSUMED in verified(own, SupportMatrix((own,)))
+    assert summary(own.backend, "acme", SupportMatrix((own,))).endswith(
+        f" on mlu, emulated, {ASSUMED}"
+    )
     assert portakv(["backends", "--device", "mlu", "--json"]) == 1
     (device,) = json.loads(capsys.readouterr().out)["devices"]
     (shown,) = (each for each in device["candidates"] if each["name"] == "mlu")
@@ -289,7 +315,7 @@ def test_what_a_stand_in_assumes_stands_in_every_form(capsys: pytest.CaptureFixt
 
 REFERENCE = "portakv.backends.reference:Reference"
 WHEEL = "torch_npu-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
-KINDS = {rung: what for what, rung in JOBS.items()}
+KINDS = {level: what for what, level in JOBS.items()}
 
 RECORD = {
     "name": "reference",
@@ -342,7 +368,7 @@ FORGED: list[tuple[str, dict[str, Any], str]] = [
     ("R1", {"emulation": {STANDINS["mlu"]: source_sha256(STANDINS["mlu"])}},
      f"are not those of {STANDINS['mlu']}"),
     ("R5", {"source_sha256": "0" * 65}, "is no sha256"),
-    ("R4", {"right": False}, "bears out no rung: failed: cross-compiled"),
+    ("R4", {"right": False}, "bears out no level: failed: cross-compiled"),
     ("R4", {"right": "yes"}, "right missing or of another type"),
     ("R4", {"what": "run on the hardware"}, "says 'run on the hardware'; expected one of"),
     ("R4", {"command": None}, "command missing or of another type"),
@@ -351,27 +377,29 @@ FORGED: list[tuple[str, dict[str, Any], str]] = [
 ]  # fmt: skip
 
 
-def record_in(folder: Path, rung: str, **values: Any) -> Path:
+def record_in(folder: Path, level: str, **values: Any) -> Path:
     file = folder / "job.json"
-    file.write_text(json.dumps(RECORD | {"what": KINDS[rung]} | WHOLE[rung] | values))
+    file.write_text(json.dumps(RECORD | {"what": KINDS[level]} | WHOLE[level] | values))
     return file
 
 
-@pytest.mark.parametrize("rung", WHOLE)
-def test_a_record_that_shows_all_is_read(tmp_path: Path, rung: str) -> None:
-    made = rung_of(read(record_in(tmp_path, rung)), "job.json")
-    assert (made.backend, made.rung, made.emulated) == ("reference", rung, True)
-    assert made.versions == WHOLE[rung].get("versions", WHOLE[rung].get("compiler", ""))
-    assert made.vendor == WHOLE[rung].get("vendor", {})
+@pytest.mark.parametrize("level", WHOLE)
+def test_a_record_that_shows_all_is_read(tmp_path: Path, level: str) -> None:
+    made = level_of(read(record_in(tmp_path, level)), "job.json")
+    assert (made.backend, made.level, made.emulated) == ("reference", level, True)
+    assert made.versions == WHOLE[level].get("versions", WHOLE[level].get("compiler", ""))
+    assert made.vendor == WHOLE[level].get("vendor", {})
     assert "R6" not in JOBS.values()
-    failed = record_in(tmp_path, rung, right=False, schemas=[], kernels=[])
-    assert read(failed).rung == ""
+    failed = record_in(tmp_path, level, right=False, schemas=[], kernels=[])
+    assert read(failed).level == ""
 
 
-@pytest.mark.parametrize(("rung", "values", "why"), FORGED)
-def test_forgeries_are_refused(tmp_path: Path, rung: str, values: dict[str, Any], why: str) -> None:
+@pytest.mark.parametrize(("level", "values", "why"), FORGED)
+def test_forgeries_are_refused(
+    tmp_path: Path, level: str, values: dict[str, Any], why: str
+) -> None:
     with pytest.raises(ValueError, match=re.escape(why)) as refused:
-        rung_of(read(record_in(tmp_path, rung, **values)), "job.json")
+        level_of(read(record_in(tmp_path, level, **values)), "job.json")
     assert "job.json" in str(refused.value)
 
 
@@ -384,15 +412,15 @@ def test_what_is_no_evidence_at_all(tmp_path: Path, text: str) -> None:
 
 @pytest.fixture
 def keeper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """.ci/keep_result.py with an empty ladder and folder of results."""
+    """.ci/keep_result.py with an empty matrix and folder of results."""
     monkeypatch.syspath_prepend(str(ROOT / ".ci"))
     result: Any = importlib.import_module("keep_result")
     tables: Any = importlib.import_module("readme_tables")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
-    monkeypatch.setattr(tables, "LADDER", tmp_path / "ladder.toml")
+    monkeypatch.setattr(tables, "MATRIX", tmp_path / "support_matrix.toml")
     monkeypatch.setattr(result, "RESULTS", tmp_path / RESULTS)
     (tmp_path / RESULTS).mkdir(parents=True)
-    (tmp_path / "ladder.toml").write_text("")
+    (tmp_path / "support_matrix.toml").write_text("")
     return result
 
 
@@ -407,7 +435,8 @@ def test_a_stand_in_s_signatures_and_their_sources() -> None:
 
 def test_results_are_kept(tmp_path: Path, keeper: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keeper, "keep", partial(keep, check=lambda text: []))  # no suite has them
-    monkeypatch.setattr(ladders, "why_expired", partial(why_expired, digest=lambda _: "a" * 64))
+    expired = partial(why_expired, digest=lambda _: "a" * 64)
+    monkeypatch.setattr(support_matrix, "why_expired", expired)
     job = record_in(tmp_path, "R4", name="ascendc-emulated", backend=ASCENDC)
     with pytest.raises(ValueError, match=r"is not kept: .* emulates a vendor's backend"):
         keeper.place(job, "", None)
@@ -419,12 +448,13 @@ def test_results_are_kept(tmp_path: Path, keeper: Any, monkeypatch: pytest.Monke
     keeper.place(tmp_path / "conformance.json", "", None)
     record_in(tmp_path, "R4", name="hip", device="AMD gfx906, gfx908", date="2026-11-21")
     again = keeper.place(job, "AMD gfx906, gfx908", None)
-    monkeypatch.setattr(ladders, "why_expired", partial(why_expired, digest=lambda _: "b" * 64))
+    expired = partial(why_expired, digest=lambda _: "b" * 64)
+    monkeypatch.setattr(support_matrix, "why_expired", expired)
     with pytest.raises(ValueError, match="is expired: source changed since"):
         keeper.place(job, "AMD gfx906, gfx908", None)
     assert (again.date, again.note) == ("2026-11-21", "not run")
-    result = ladders.read(tmp_path / "ladder.toml")
-    assert {r.place for r in result.rungs} == {made.place, ("acme", "Acme XPU 900", "R6")}
+    result = support_matrix.read(tmp_path / "support_matrix.toml")
+    assert {r.place for r in result.levels} == {made.place, ("acme", "Acme XPU 900", "R6")}
     assert contradictions(result, tmp_path) == []
 
 
@@ -434,10 +464,10 @@ t.py::test_width[gfx906] PASSED
 t.py::test_width[gfx90a] PASSED"""
 
 
-def recorded(rung: str, printed: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
+def recorded(level: str, printed: str, tmp_path: Path, **options: Any) -> dict[str, Any]:
     """The record of a job that prints something."""
     file = tmp_path / "job.json"
-    words = ["--what", KINDS[rung], "--report", str(file)]
+    words = ["--what", KINDS[level], "--report", str(file)]
     for name, value in options.items():
         for each in value if isinstance(value, tuple) else [value]:
             words += [f"--{name.replace('_', '-')}", each]
@@ -472,7 +502,7 @@ def test_a_job_shows_what_was_built_and_read(tmp_path: Path) -> None:
         assert not recorded("R4", PRINTED, tmp_path, **job | less)["right"]
 
 
-@pytest.mark.parametrize(("rung", "more", "command", "reported"), [
+@pytest.mark.parametrize(("level", "more", "command", "reported"), [
     ("R1", [], "true", "It holds no signatures."),
     ("R3", [], "true", "It does not say what emulated (--emulated-by)."),
     ("R5", [], "true", "the toolchain's line with its version"),
@@ -482,7 +512,7 @@ def test_a_job_shows_what_was_built_and_read(tmp_path: Path) -> None:
     ("R3", ["--emulated-by", SIMULATION], "true", ""),
 ])  # fmt: skip
 def test_the_command_says_what_a_record_lacks(
-    rung: str,
+    level: str,
     more: list[str],
     command: str,
     reported: str,
@@ -491,9 +521,9 @@ def test_the_command_says_what_a_record_lacks(
 ) -> None:
     file = tmp_path / "job.json"
     words = ["--backend", REFERENCE, "--device", "x, emulated", "--report", str(file), *more]
-    assert evidence.main(["--what", KINDS[rung], *words, "--", command]) == (1 if reported else 0)
+    assert evidence.main(["--what", KINDS[level], *words, "--", command]) == (1 if reported else 0)
     assert reported in capsys.readouterr().err
-    assert not file.exists() or read(file).rung == ("" if reported else rung)
+    assert not file.exists() or read(file).level == ("" if reported else level)
     with pytest.raises(SystemExit):  # its own job writes that record
         evidence.main(["--what", KINDS["R2"], *words, "--", "true"])
 
@@ -512,12 +542,12 @@ def test_a_row_says_what_a_record_says_of_itself(tmp_path: Path) -> None:
     file = tmp_path / "job.json"
     assert not recorded("R3", printed, tmp_path, **job | {"tells": r"\d+ failed"})["right"]
     record = recorded("R3", printed, tmp_path, **job)
-    row = rung_of(read(file), "job.json")
+    row = level_of(read(file), "job.json")
     assert (row.backend, row.assumption) == ("ascendc-emulated", ASSUMED)
     assert row.emulation == {module: source_sha256(module) for module in sources}
-    assert row.told == "semantics emulated, profile full, seed 0: 1,721 passed, 2 not claimed"
+    assert row.summary == "semantics emulated, profile full, seed 0: 1,721 passed, 2 not claimed"
     file.write_text(json.dumps(record | {"told": "profile full, seed 0: 1721 passed"}))
-    assert read(file).told == row.told, "the rest of the sentence belongs to it"
+    assert read(file).summary == row.summary, "the rest of the sentence belongs to it"
     file.write_text(json.dumps(record | {"told": "profile full: 9999 passed"}))
     with pytest.raises(ValueError, match="'profile full: 9999 passed' was not printed"):
         read(file)
@@ -532,8 +562,8 @@ def test_the_recipe_of_the_page_is_about_the_real_kernel(tmp_path: Path) -> None
     target = recipe.partition("--backend ")[2].split()[0]
     device = recipe.partition('--device "')[2].partition('"')[0]
     assert target == "portakv.backends.ascend:Ascend"
-    built = rung_of(read(record_in(tmp_path, "R5", backend=target, device=device)), f"{RESULTS}a")
-    assert list(ladders.broken_rules(Ladder((built,)))) == []
+    built = level_of(read(record_in(tmp_path, "R5", backend=target, device=device)), f"{RESULTS}a")
+    assert list(support_matrix.broken_rules(SupportMatrix((built,)))) == []
 
 
 # -- places of the machine ------------------------------------------------------------------------
@@ -570,7 +600,9 @@ def test_old_or_foreign_reports_refused(tmp_path: Path, values: dict[str, Any], 
     run = changed(passing(), **known)  # sealed anew
     reported = json.loads(run.document()) | ({} if known else values)
     file = tmp_path / "old.json"
-    file.write_text(json.dumps({name: value for name, value in reported.items() if value is not ...}))
+    file.write_text(
+        json.dumps({name: value for name, value in reported.items() if value is not ...})
+    )
     with pytest.raises(ValueError, match=re.escape(why)) as refused:
         read(file)
     assert "old.json" in str(refused.value)

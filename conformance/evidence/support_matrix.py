@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The ladder: how far each backend was verified on each device, and whether that still holds.
+"""Read and write the support matrix: how far each backend was verified on each device.
 
-``ladder.toml`` has a row for each rung of each pair, with the file that bears it out. A rung counts
-as expired if the backend's source, what emulated its device, the suite or a package of the
-vendor's is another one now.
+``support_matrix.toml`` has a row for each level of each pair, with the file that proves it. A level
+has expired if the backend's source, the code that emulated its device, the suite or a package of
+the vendor has changed since.
 
 R0 described, R1 call shapes against a stand-in, R2 accepted by the vendor's own schemas, R3
 semantics emulated, R4 cross-compiled, R5 built by the vendor's toolchain, R6 run on the hardware.
@@ -27,18 +27,17 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-FILE = Path(__file__).parents[1] / "ladder.toml"
-RUNGS = tuple(f"R{number}" for number in range(7))
+FILE = Path(__file__).parents[1] / "support_matrix.toml"
+LEVELS = tuple(f"R{number}" for number in range(7))
 RESULTS = "conformance/results/"
 _HEAD = """\
-# How far each backend was verified on each device. A row for each rung, with the file that bears it
-# out: tests/conformance/test_ladder.py compares them. Written by .ci/keep_result.py; README.md's
-# table and `portakv backends` are made from it. A rung whose hashes no longer match counts as
-# expired.
+# How far each backend was verified on each device. Each row names a level and the file that proves
+# it; tests/conformance/test_support_matrix.py compares them. .ci/keep_result.py writes this file.
+# README.md's table and `portakv backends` read it. A level whose hashes changed has expired.
 #
 # [vendor] names the packages of vendors that count now, by sha256.
 """
-#: The rungs of what emulates: each says what did, and ends with it.
+#: The levels of emulated devices: each names the emulation, and expires with it.
 EMULATED = ("R1", "R2", "R3")
 _EMULATIONS = "portakv_conformance.vendor."
 _OURS = ("portakv.", "portakv_conformance.")
@@ -47,23 +46,23 @@ _ORDER = ("reference", "cuda", "triton", "compiled", "hip", "ascend", "mlu")
 
 
 @dataclass(frozen=True)
-class Rung:
-    """One rung of one backend-device pair."""
+class SupportLevel:
+    """One level of one backend-device pair."""
 
     backend: str  # by name
     target: str  # ``module:Class``
     device: str  # for a reader: ``NVIDIA H200``, ``CPU (x86-64)``, ``mlu, emulated``
-    rung: str  # ``R0`` to ``R6``
+    level: str  # ``R0`` to ``R6``
     emulated: bool  # less than the real device was at work
     evidence: str  # the result file, from the repository's root
-    told: str  # what it says, in a few words
+    summary: str  # what it says, in a few words
     command: str  # what repeats it
     date: str
     versions: str  # what it holds for
     source_sha256: str  # of the backend's source then
     suite: str = ""  # its version; empty for other jobs
     vendor: Mapping[str, str] = field(default_factory=dict)  # sha256 of packages it holds for
-    note: str = ""  # what a reader has to know, words that stand behind the rung
+    note: str = ""  # what a reader has to know, words that stand behind the level
     assumption: str = ""  # a clause: what the emulation takes for true without the vendor's word
     # Of each module that emulated the sha256 of its source, of a third party's the version.
     emulation: Mapping[str, str] = field(default_factory=dict)
@@ -71,26 +70,26 @@ class Rung:
     @property
     def place(self) -> tuple[str, str, str]:
         """What no two rows share."""
-        return self.backend, self.device, self.rung
+        return self.backend, self.device, self.level
 
     @property
     def caveats(self) -> list[str]:
-        """What never stands apart from the rung, clauses."""
+        """What never stands apart from the level, clauses."""
         return [clause for clause in (self.assumption, self.note) if clause]
 
 
 @dataclass(frozen=True)
-class Ladder:
-    """All rungs, and the packages of vendors that count now (sha256 by name)."""
+class SupportMatrix:
+    """All levels, and the packages of vendors that count now (sha256 by name)."""
 
-    rungs: tuple[Rung, ...]
+    levels: tuple[SupportLevel, ...]
     vendor: Mapping[str, str] = field(default_factory=dict)
 
-    def with_rung(self, made: Rung) -> Ladder:
-        """The ladder with a rung in place of an older one of its pair. The vendor's packages that
+    def with_level(self, made: SupportLevel) -> SupportMatrix:
+        """The matrix with a level in place of an older one of its pair. The vendor's packages that
         it holds for are those that count from now on."""
-        retained = tuple(rung for rung in self.rungs if rung.place != made.place)
-        return Ladder((*retained, made), {**self.vendor, **made.vendor})
+        retained = tuple(level for level in self.levels if level.place != made.place)
+        return SupportMatrix((*retained, made), {**self.vendor, **made.vendor})
 
 
 Digest = Callable[[str], str]
@@ -102,21 +101,21 @@ def digest(target: str) -> str:
     return source_sha256(target)
 
 
-def why_expired(rung: Rung, ladder: Ladder, digest: Digest = digest) -> str:
-    """Why a rung no longer counts, in a few words; empty if it does. Only sources of this
+def why_expired(level: SupportLevel, matrix: SupportMatrix, digest: Digest = digest) -> str:
+    """Why a level no longer counts, in a few words; empty if it does. Only sources of this
     repository are looked at: a third party's may be installed here or not."""
     since = []
-    if _changed(rung.target, rung.source_sha256, digest):
+    if _changed(level.target, level.source_sha256, digest):
         since.append("source changed since")
-    if rung.rung in EMULATED and rung.emulated and not rung.emulation:
+    if level.level in EMULATED and level.emulated and not level.emulation:
         since.append("it does not say what emulated it")
-    for module, sha256 in rung.emulation.items():
-        if module != rung.target.partition(":")[0] and _changed(module, sha256, digest):
+    for module, sha256 in level.emulation.items():
+        if module != level.target.partition(":")[0] and _changed(module, sha256, digest):
             since.append(f"{module.rpartition('.')[2]} changed since")
-    if rung.suite and rung.suite != SUITE_VERSION:
-        since.append(f"suite {rung.suite}, now {SUITE_VERSION}")
-    for package, sha256 in rung.vendor.items():
-        if ladder.vendor.get(package) != sha256:
+    if level.suite and level.suite != SUITE_VERSION:
+        since.append(f"suite {level.suite}, now {SUITE_VERSION}")
+    for package, sha256 in level.vendor.items():
+        if matrix.vendor.get(package) != sha256:
             since.append(f"{package} changed since")
     return ", ".join(since)
 
@@ -131,58 +130,60 @@ def _changed(target: str, sha256: str, digest: Digest) -> bool:
         return True
 
 
-def broken_rules(ladder: Ladder) -> Iterator[str]:
+def broken_rules(matrix: SupportMatrix) -> Iterator[str]:
     """What contradicts the rules that hold whatever the files say; a sentence each."""
-    places = [rung.place for rung in ladder.rungs]
-    for at, rung in enumerate(ladder.rungs):
-        name = " ".join(rung.place)
-        real = not rung.emulated
-        top = rung.rung == "R6"
-        own = rung.target.startswith(_EMULATIONS)
-        reported = real or "emulated" in rung.device or rung.rung not in EMULATED
-        inside = rung.evidence.startswith(RESULTS) and ".." not in rung.evidence
+    places = [level.place for level in matrix.levels]
+    for at, level in enumerate(matrix.levels):
+        name = " ".join(level.place)
+        real = not level.emulated
+        top = level.level == "R6"
+        own = level.target.startswith(_EMULATIONS)
+        reported = real or "emulated" in level.device or level.level not in EMULATED
+        inside = level.evidence.startswith(RESULTS) and ".." not in level.evidence
         rules = {
-            f"there is no rung {rung.rung!r}; expected one of {', '.join(RUNGS)}": rung.rung
-            in RUNGS,
+            f"there is no level {level.level!r}; expected one of {', '.join(LEVELS)}": level.level
+            in LEVELS,
             "an emulated device is never R6": real or not top,
-            "R6 needs a report of the suite": bool(rung.suite) or not top,
-            "what ran on the real device is R6 or no rung": top or not real,
-            f"{rung.target} emulates a vendor's backend, and is at most R3": not (
-                own and rung.rung in ("R4", "R5", "R6")
+            "R6 needs a report of the suite": bool(level.suite) or not top,
+            "what ran on the real device is R6 or no level": top or not real,
+            f"{level.target} emulates a vendor's backend, and is at most R3": not (
+                own and level.level in ("R4", "R5", "R6")
             ),
             "the device has to say that it is emulated": reported,
-            "listed twice": rung.place not in places[:at],
-            f"the evidence {rung.evidence!r} does not lie in {RESULTS}": inside,
+            "listed twice": level.place not in places[:at],
+            f"the evidence {level.evidence!r} does not lie in {RESULTS}": inside,
         }
         yield from (f"{name}: {rule}." for rule, holds in rules.items() if not holds)
 
 
-def by_pair(ladder: Ladder) -> dict[tuple[str, str], list[Rung]]:
-    """The rungs of each pair, highest first; pairs in the order of the README's table."""
-    pairs: dict[tuple[str, str], list[Rung]] = {}
-    for rung in sorted(ladder.rungs, key=lambda rung: rung.rung, reverse=True):
-        pairs.setdefault((rung.backend, rung.device), []).append(rung)
+def by_pair(matrix: SupportMatrix) -> dict[tuple[str, str], list[SupportLevel]]:
+    """The levels of each pair, highest first; pairs in the order of the README's table."""
+    pairs: dict[tuple[str, str], list[SupportLevel]] = {}
+    for level in sorted(matrix.levels, key=lambda level: level.level, reverse=True):
+        pairs.setdefault((level.backend, level.device), []).append(level)
 
     def place(pair: tuple[str, str]) -> tuple[int, str, int, str]:
         rank = _ORDER.index(pair[0]) if pair[0] in _ORDER else len(_ORDER)
-        return rank, pair[0], pairs[pair][0].rung != "R6", pair[1]
+        return rank, pair[0], pairs[pair][0].level != "R6", pair[1]
 
     return {pair: pairs[pair] for pair in sorted(pairs, key=place)}
 
 
-def told(backend: str, device: str, ladder: Ladder, digest: Digest = digest) -> str:
+def summary(backend: str, device: str, matrix: SupportMatrix, digest: Digest = digest) -> str:
     """How far a backend was verified, for a list: on ``device``, else wherever it got highest;
     ``R6``, ``R6 on NVIDIA H200``, ``expired R3 on mlu, emulated``, with what has to be known of
-    that rung. Empty if nothing is known."""
-    own = {pair: rungs for pair, rungs in by_pair(ladder).items() if pair[0] == backend}
+    that level. Empty if nothing is known."""
+    own = {pair: levels for pair, levels in by_pair(matrix).items() if pair[0] == backend}
     here = own.get((backend, device), [])
-    rungs = here or [rung for rungs in own.values() for rung in rungs]
-    if not rungs:
+    levels = here or [level for levels in own.values() for level in levels]
+    if not levels:
         return ""
-    # The highest rung that holds, else the highest that expired.
-    best = max(rungs, key=lambda rung: (not why_expired(rung, ladder, digest), rung.rung))
-    expired = "expired " if why_expired(best, ladder, digest) else ""
-    return ", ".join([f"{expired}{best.rung}{'' if here else f' on {best.device}'}", *best.caveats])
+    # The highest level that holds, else the highest that expired.
+    best = max(levels, key=lambda level: (not why_expired(level, matrix, digest), level.level))
+    expired = "expired " if why_expired(best, matrix, digest) else ""
+    return ", ".join(
+        [f"{expired}{best.level}{'' if here else f' on {best.device}'}", *best.caveats]
+    )
 
 
 def cpu_name(machine: str) -> str:
@@ -190,28 +191,28 @@ def cpu_name(machine: str) -> str:
     return f"CPU ({machine.replace('_', '-')})"
 
 
-def read(file: Path = FILE) -> Ladder:
-    """The ladder in a file; `ValueError`, a sentence, if it is no such file."""
+def read(file: Path = FILE) -> SupportMatrix:
+    """The matrix in a file; `ValueError`, a sentence, if it is no such file."""
     try:
         values = tomllib.loads(file.read_text(encoding="utf-8"))
-        rungs = tuple(Rung(**row) for row in values.get("rung", []))
+        levels = tuple(SupportLevel(**row) for row in values.get("level", []))
         vendor = dict(values.get("vendor", {}))
     except (OSError, ValueError, TypeError) as error:
-        raise ValueError(f"{file} is no ladder: {error}") from error
-    for rung in rungs:
-        for entry in fields(Rung):
-            supplied = getattr(rung, entry.name)
+        raise ValueError(f"{file} is not a support matrix: {error}") from error
+    for level in levels:
+        for entry in fields(SupportLevel):
+            supplied = getattr(level, entry.name)
             kind = {"emulated": bool, "vendor": dict, "emulation": dict}.get(entry.name, str)
             if type(supplied) is not kind:
                 raise ValueError(f"{file}: {entry.name} is {supplied!r}, expected {kind.__name__}.")
-    return Ladder(rungs, vendor)
+    return SupportMatrix(levels, vendor)
 
 
-def written(ladder: Ladder) -> str:
+def written(matrix: SupportMatrix) -> str:
     """The text of the file."""
-    tables: list[tuple[str, Mapping[str, Any]]] = [("[vendor]", ladder.vendor)]
-    for rungs in by_pair(ladder).values():
-        tables += [("[[rung]]", asdict(rung)) for rung in rungs]
+    tables: list[tuple[str, Mapping[str, Any]]] = [("[vendor]", matrix.vendor)]
+    for levels in by_pair(matrix).values():
+        tables += [("[[level]]", asdict(level)) for level in levels]
     parts = [_HEAD]
     for head, values in tables:
         shown = {name: value for name, value in values.items() if value not in ("", {})}
