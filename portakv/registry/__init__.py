@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which backend carries a copy out, with every candidate's answer on record."""
+"""Choose the backend that executes a copy, and record the decision on every candidate."""
 
 from portakv.registry.prepared import prepare as prepare
 from portakv.registry.registry import ENVIRONMENT as ENVIRONMENT

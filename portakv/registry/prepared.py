@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prepared copies: a plan with the launch that carries it out, remembered by its two forms, so that
-new memory objects, reallocated caches and other layers of known form find theirs."""
+"""Prepared copies: a plan with the launch that executes it, cached by the two forms.
+
+New memory objects, reallocated caches and other layers of known forms reuse prepared copies.
+"""
 
 from __future__ import annotations
 
@@ -25,37 +27,45 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 CAPACITY = 1024  # launches
-#: Types of devices to which ids go by a small copy that the host does not wait for. To others torch
-#: copies them, and the host waits for everything that the stream holds.
+#: Types of devices to which the library sends ids by a small copy, without blocking the host. To
+#: others torch copies the ids, and the host waits for all work on the stream.
 ASYNCHRONOUS = frozenset({"cuda"})
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prepared:
-    """A plan, the launch that carries it out, and what its backend can do."""
+    """A plan, the launch that executes it, and the capabilities of its backend.
+
+    Attributes:
+        can: the capabilities of the backend.
+        ids_device: where ids must be for the backend.
+        tables: for each side, whether the launch reads the view's table of addresses.
+    """
 
     plan: CopyPlan
     launch: Launch
     choice: Choice
     can: Capabilities
     ids_device: torch.device
-    #: For each side whether the launch reads the view's table of addresses.
     tables: tuple[bool, bool]
     _backend: tuple[str, str]
 
     @property
     def carried(self) -> tuple[str, str]:
-        """What carried out the launch that this thread made last, and why that one: the backend,
-        or the engine that was picked."""
+        """The executor of this thread's last launch, and the reason for the choice.
+
+        The executor is the backend, or the strategy that was picked.
+        """
         return getattr(self.launch, "carried", None) or self._backend
 
     def claims(self, move: Move) -> Capabilities:
-        """What carries this copy out can do: if an engine is picked for each copy, that one."""
-        told: Callable[[Move], Capabilities] | None = getattr(self.launch, "claims", None)
-        return self.can if told is None else told(move)
+        """Return the capabilities for this copy: those of the strategy, if one is picked for each
+        copy."""
+        claims: Callable[[Move], Capabilities] | None = getattr(self.launch, "claims", None)
+        return self.can if claims is None else claims(move)
 
     def place(self, index: Index) -> Index:
-        """An index with its ids on the device, and in a dtype, that the backend reads."""
+        """Return an index with its ids on the device, and in a dtype, that the backend reads."""
         if self.can.index_on == "any":
             return index
         if index.fleeting:
@@ -63,19 +73,19 @@ class Prepared:
         return index.placed(self.ids_device, self.can.index_dtypes)
 
     def place_both(self, move: Move) -> Move:
-        """A copy with the ids of both sides where `place` puts them."""
+        """Return a copy with the ids of both sides placed as `place` places them."""
         if self.can.index_on == "any":
             return move
-        src, dst, mine, theirs, count = move
-        home = self.ids_device
+        src, dst, src_index, dst_index, count = move
+        device = self.ids_device
         dtypes = self.can.index_dtypes
-        if mine.fleeting or theirs.fleeting:
-            bring((mine, theirs), home, dtypes)
-        read = mine.placed(home, dtypes)
-        written = theirs.placed(home, dtypes)
-        if read is mine and written is theirs:
+        if src_index.fleeting or dst_index.fleeting:
+            bring((src_index, dst_index), device, dtypes)
+        src_placed = src_index.placed(device, dtypes)
+        dst_placed = dst_index.placed(device, dtypes)
+        if src_placed is src_index and dst_placed is dst_index:
             return move
-        return Move(src, dst, read, written, count)
+        return Move(src, dst, src_placed, dst_placed, count)
 
 
 _prepared: Bounded[tuple[Form, Form, int, int, int | None, Choice], Prepared]
@@ -85,63 +95,79 @@ _prepared = Bounded("prepared copies", CAPACITY)
 def prepared(
     src: Form, dst: Form, src_step: int, dst_step: int, unit: int | None, choice: Choice
 ) -> Prepared:
-    """The prepared copy between two forms; made on the first call, looked up after that. Raises as
-    `CopyPlan` and `prepare` do."""
+    """Return the prepared copy between two forms; made on the first call, looked up after that.
+
+    Raises as `CopyPlan` and `prepare` do.
+    """
     key = (src, dst, src_step, dst_step, unit, choice)
-    found = _prepared.get(key)
-    if found is not None:
-        return found
+    ready = _prepared.get(key)
+    if ready is not None:
+        return ready
     plan = CopyPlan(src, dst, src_step, dst_step, unit)
-    launch, taken = prepare(plan, choice)
-    home = taken.can.home_of_ids(taken.backend.device)
+    launch, used = prepare(plan, choice)
+    ids_device = used.can.home_of_ids(used.backend.device)
     looked_up = (
         any(x.src.tabled or any(y.src_table for y in x.loops) for x in plan.nests),
         any(x.dst.tabled or any(y.dst_table for y in x.loops) for x in plan.nests),
     )
     tables = getattr(launch, "tables", looked_up)
-    by = taken.name, taken.trace[-1].reason
-    found = Prepared(plan, launch, taken, taken.can, home, tables, by)
-    # Another thread may have been here first: one launch for all, with its one lock.
-    return _prepared.setdefault(key, found)
+    by = used.name, used.trace[-1].reason
+    ready = Prepared(plan, launch, used, used.can, ids_device, tables, by)
+    # Another thread may have stored one first: all threads use that launch, with its one lock.
+    return _prepared.setdefault(key, ready)
 
 
 def prepare(plan: CopyPlan, choice: Choice) -> tuple[Launch, Choice]:
-    """Prepare a launch through the chosen backend, or, unless forced, the next that takes it.
+    """Prepare a launch by the chosen backend; unless it was forced, by the first that takes the
+    plan.
 
     Raises:
         Unsupported: no backend takes the plan (or the forced one does not), with the trace.
     """
     known = registry.REGISTRY
     device = choice.backend.device
-    refused = list[Decision]()
-    order = [] if choice.forced else known.automatic(device)
-    later = order[order.index(choice.name) + 1 :] if choice.name in order else order
-    for name in (choice.name, *later):
+    rejected = list[Decision]()
+    for name in _order_after(choice, device):
         backend, decision = known.ask(name, device, check=True)
         if name == choice.name:
-            backend = choice.backend  # also one that no test pattern suits, or on terms
+            # The chosen backend may be one that takes no test pattern, or one with terms.
+            backend = choice.backend
         launch = None
         if backend is not None:
             launch, decision = prepare_by(backend, plan)
         if backend is None or launch is None:
-            refused.append(Decision(name, False, decision.reason))
+            rejected.append(Decision(name, False, decision.reason))
             continue
-        if refused:
-            known.log_fallback(device, choice.name, refused[0].reason, name)
+        if rejected:
+            known.log_fallback(device, choice.name, rejected[0].reason, name)
+        trace = (*rejected, Decision(name, True, decision.reason))
         can = backend.capabilities()
-        tells = known.format_checks(device)
-        if tells or not can.threads:
-            launch = _Careful(launch, not can.threads, tells)
-        trace = (*refused, Decision(name, True, decision.reason))
-        return launch, Choice(backend, trace, choice.forced, can)
-    lines = "\n".join(f"  {d}" for d in refused)
-    forced = f"backend {choice.name!r} was forced and does not take"
-    why = f"{forced if choice.forced else 'no backend takes'} its plan:\n{lines}\n{plan}"
-    raise Unsupported("This copy", why)
+        return _checked(launch, can, device), Choice(backend, trace, choice.forced, can)
+
+    lines = "\n".join(f"  {decision}" for decision in rejected)
+    subject = "no backend takes"
+    if choice.forced:
+        subject = f"backend {choice.name!r} was forced and does not take"
+    raise Unsupported("This copy", f"{subject} its plan:\n{lines}\n{plan}")
+
+
+def _order_after(choice: Choice, device: torch.device) -> list[str]:
+    """Return the chosen backend and the candidates after it; only the chosen one if forced."""
+    order = [] if choice.forced else registry.REGISTRY.automatic(device)
+    later = order[order.index(choice.name) + 1 :] if choice.name in order else order
+    return [choice.name, *later]
+
+
+def _checked(launch: Launch, can: Capabilities, device: torch.device) -> Launch:
+    """Return the launch, inside a `_CheckedLaunch` if its backend or its device needs one."""
+    checks = registry.REGISTRY.format_checks(device)
+    if checks or not can.threads:
+        return _CheckedLaunch(launch, not can.threads, checks)
+    return launch
 
 
 def prepare_by(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decision]:
-    """The launch of one backend, or None and the reason."""
+    """Return the launch of one backend, or None, and the decision."""
     try:
         decision = backend.check(plan)
         return (backend.prepare(plan) if decision.accepted else None), decision
@@ -152,64 +178,73 @@ def prepare_by(backend: Backend, plan: CopyPlan) -> tuple[Launch | None, Decisio
     return None, Decision(backend.name, False, why)
 
 
-def bring(indices: Sequence[Index], home: torch.device, dtypes: frozenset[torch.dtype]) -> None:
-    """Send ids on the host to a device in one small copy, ordered on its current stream, where
-    `Index.ids_on` then finds them. Only those of fleeting indices: they are used on no other stream
-    than this one, and on streams that wait for it."""
-    if home.type not in ASYNCHRONOUS or torch.int64 not in dtypes:
+def bring(indices: Sequence[Index], device: torch.device, dtypes: frozenset[torch.dtype]) -> None:
+    """Send ids on the host to a device in one small copy, ordered on the current stream.
+
+    `Index.ids_on` then finds them there. Sends only the ids of temporary indices: no stream uses
+    them except this one, and streams that wait for it.
+    """
+    if device.type not in ASYNCHRONOUS or torch.int64 not in dtypes:
         return
     sent = [
         index
         for index in dict.fromkeys(indices)
-        if index.fleeting and index.on_host and not index.has_ids_on(home, dtypes)
+        if index.fleeting and index.on_host and not index.has_ids_on(device, dtypes)
     ]
     if not sent:
         return
     from portakv.host.small import to_device  # not before it is needed
 
     if len(sent) == 1:
-        sent[0].add_copy(to_device(sent[0].host_ids(), home, torch.int64))
+        sent[0].add_copy(to_device(sent[0].host_ids(), device, torch.int64))
         return
     listed = [index.host_ids() for index in sent]
-    ids = to_device(np.concatenate(listed), home, torch.int64)
-    for index, own in zip(sent, ids.split([each.size for each in listed]), strict=True):
-        index.add_copy(own)
+    ids = to_device(np.concatenate(listed), device, torch.int64)
+    for index, part in zip(sent, ids.split([each.size for each in listed]), strict=True):
+        index.add_copy(part)
 
 
-def bring_table(view: KVView, home: torch.device, stream: torch.Stream | None = None) -> None:
-    """Have a view's table of addresses on a device, in time for what reads it on ``stream`` (None:
-    the current one). It is sent once, by a small copy that the host does not wait for, if the
-    device is of a type `ASYNCHRONOUS`. Raises `Unsupported` inside graph capture."""
-    if view.device == home and home.type not in ASYNCHRONOUS:
-        view.table  # noqa: B018 - made now, if it is not there
-    elif view.table_on(home) is None:
+def bring_table(view: KVView, device: torch.device, stream: torch.Stream | None = None) -> None:
+    """Send a view's table of addresses to a device, ordered before the work on ``stream``.
+
+    ``stream`` is None for the current stream. The table is sent once. The host does not wait if the
+    type of the device is in `ASYNCHRONOUS`.
+
+    Raises:
+        Unsupported: the table would be sent inside graph capture.
+    """
+    if view.device == device and device.type not in ASYNCHRONOUS:
+        view.table  # noqa: B018 - creates the table
+    elif view.table_on(device) is None:
         from portakv.host.small import to_device  # not before it is needed
 
-        sent = to_device(view.addresses_for(home), home, torch.int64, stream=stream)
-        view.keep_table(sent, None if view.fleeting else event_pool(home).recorded(stream))
-    view.follow_table(home, stream)
+        sent = to_device(view.addresses_for(device), device, torch.int64, stream=stream)
+        view.keep_table(sent, None if view.fleeting else event_pool(device).recorded(stream))
+    view.follow_table(device, stream)
 
 
 _PLAIN = "bytes lie where strides say"
 
 
-class _Careful:
-    """A launch of a backend that does not claim ``threads``, or on a device whose tensors may be
-    laid out otherwise than their strides say: each view is looked at once, before anything is
-    moved, and remembers that it was right. It hides `Repeatable.again`: every transfer comes here.
+class _CheckedLaunch:
+    """A launch that checks views first, or that runs in one thread at a time.
+
+    For a backend that does not claim ``threads``, and for a device whose tensors may be in a
+    private format. Each view is checked once, before anything is moved, and caches that it passed.
+    This class hides `Repeatable.again`: every transfer calls it.
     """
 
-    def __init__(self, launch: Launch, one_at_a_time: bool, tells: Sequence[FormatCheck]) -> None:
+    def __init__(self, launch: Launch, one_at_a_time: bool, checks: Sequence[FormatCheck]) -> None:
         self._launch = launch
-        self._tells = tells
+        self._checks = checks
         self._lock = threading.Lock() if one_at_a_time else nullcontext()
 
     def __call__(self, src: KVView, dst: KVView, *rest: Any, **named: Any) -> Pending | None:
-        for view in (src, dst) if self._tells else ():
+        for view in (src, dst) if self._checks else ():
             if _PLAIN not in view.derived:
-                # Of foreign memory there is no tensor that could have a private format.
+                # Raw addresses have no tensor that could be in a private format.
                 for owner in view.held if view.form.place == "device" and not view.foreign else ():
-                    for why in filter(None, (tell(owner) for tell in self._tells)):
+                    for why in filter(None, (check(owner) for check in self._checks)):
                         what = f"A copy of tensors of {view.layout.text!r}"
                         raise Unsupported(what, f"{why}; nothing was moved")
                 view.derived[_PLAIN] = True
@@ -218,10 +253,11 @@ class _Careful:
 
     @property
     def claims(self) -> Callable[[Move], Capabilities] | None:
-        """What an engine that picks engines tells of a copy."""
+        """The function that returns the capabilities for a copy, if strategies are picked for each
+        copy."""
         return getattr(self._launch, "claims", None)
 
     @property
     def carried(self) -> tuple[str, str] | None:
-        """What an engine that picks engines tells of its last launch."""
+        """The executor of the last launch, if strategies are picked for each copy."""
         return getattr(self._launch, "carried", None)

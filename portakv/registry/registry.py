@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The registry: which backend carries a plan out, and why not the others.
+"""The registry: decide which backend executes a plan, and record why the others do not.
 
-Candidates are asked in order and every answer is kept. Backends are imported when asked; third
-parties register through the entry-point group ``portakv.backends`` or `register_backend`.
+Candidates are probed in order, and every decision is recorded. Backends are imported when they are
+probed. Third parties register through the entry-point group ``portakv.backends`` or
+`register_backend`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from portakv.errors import BackendUnavailable
 from portakv.registry.self_check import SelfCheck, self_check
 from portakv.runtime.devices import DeviceAbsent, devices_present, indexed
 
-#: The backends that PortaKV brings, in the order in which they are asked. Nowhere else does the
-#: library know a vendor's name.
+#: The backends of PortaKV, in the order in which they are probed. No other place in the library
+#: names a vendor.
 BUILT_IN = {
     "cuda": "portakv.backends.cuda:Cuda",
     "hip": "portakv.backends.hip:Hip",
@@ -56,16 +57,18 @@ OLD_NAMES = {
     "ring": "pageable",
     "bounced": "bounce",
 }
-#: What comes last on every device: they run everywhere, and never faster than a native one.
+#: The last candidates on every device: they run everywhere, and never faster than a native one.
 LAST = ("compiled", "reference")
-#: By device type, what is used only when asked for: on a CPU it gains less than compiling costs.
+#: For each device type, the backends that are used only by name: on a CPU, compiling costs more
+#: than the compiled copy gains.
 EXPLICIT_ONLY = {"cpu": ("compiled",)}
-#: The one type of device that a candidate is made for; the others run on several.
+#: The one device type of a candidate; candidates that are not listed run on several types.
 MADE_FOR = {"cuda": "cuda", "hip": "cuda", "ascend": "npu", "mlu": "mlu"}
-#: Environment variable that beats the ``backend=`` argument, which beats the automatic choice.
+#: Environment variable that overrides the ``backend=`` argument, which overrides the automatic
+#: choice.
 ENVIRONMENT = "PORTAKV_BACKEND"
-# Of a variable that is not set, `os.environ` raises two errors inside: 2 us of a copy's 26. What it
-# keeps its variables in says so at once.
+# For an unset variable `os.environ` raises two internal errors: 2 us of a copy's 26. A look into
+# its private dictionary avoids them.
 _variables: Container[object] = getattr(os.environ, "_data", os.environ)
 _KEY = os.environ.encodekey(ENVIRONMENT)
 
@@ -75,7 +78,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Choice:
-    """What was chosen for a device, and every answer on the way. Compared by identity."""
+    """The backend chosen for a device, and every decision before it. Compared by identity."""
 
     backend: Backend
     trace: tuple[Decision, ...]
@@ -89,20 +92,23 @@ class Choice:
 
 
 class _Answer(NamedTuple):
-    """What one candidate said of one device."""
+    """The result of probing one candidate on one device."""
 
-    backend: Backend | None  # None: its probe rejected it, or bytes were wrong
+    backend: Backend | None  # None: its probe rejected the device, or bytes were wrong
     reason: str
     right: bool | None = None  # None: not self-checked yet
 
     def decision(self, name: str) -> Decision:
+        """Return the answer as a decision under the candidate's name."""
         usable = self.backend is not None and self.right is not False
-        unchecked = usable and self.right is None
-        return Decision(name, usable, "(not self-checked yet) " * unchecked + self.reason)
+        reason = self.reason
+        if usable and self.right is None:
+            reason = f"(not self-checked yet) {reason}"
+        return Decision(name, usable, reason)
 
 
 class Registry:
-    """Names of backends, what each said of each device, and those that were made."""
+    """The candidates' names, their answers for each device, and the choices made."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -116,41 +122,41 @@ class Registry:
 
     @cached_property
     def _targets(self) -> dict[str, str | type[Backend]]:
-        """Where the candidates are. Entry points are read when the first one is asked for."""
-        found: dict[str, str | type[Backend]] = dict(BUILT_IN)
+        """The target of each candidate. Entry points are read on first use."""
+        targets: dict[str, str | type[Backend]] = dict(BUILT_IN)
         for entry in entry_points(group="portakv.backends"):
-            if entry.name in found or entry.name in OLD_NAMES:
+            if entry.name in targets or entry.name in OLD_NAMES:
                 why = f"the entry point {entry.value!r} would replace a backend of that name"
                 self._refused_entries.append(Decision(entry.name, False, f"{why}; refused"))
             else:
-                found[entry.name] = f"{entry.module}:{entry.attr}"
+                targets[entry.name] = f"{entry.module}:{entry.attr}"
                 self._installed.add(entry.name)
-        return found
+        return targets
 
     def register(self, name: str, target: str | type[Backend]) -> None:
         """Register a backend under a name; see `register_backend`."""
         with self._lock:
             why = ""
             if not name or not isinstance(name, str):
-                why = "its name is a word that is not empty"
+                why = "its name must be a text that is not empty"
             elif name in self._targets or name in OLD_NAMES:
-                why = "it is registered already; silent replacement is refused, use another name"
+                why = "the name is registered already; use another name"
             elif not isinstance(target, str):
                 _check_class(target, name)
             elif not _TARGET.fullmatch(target):
-                why = f"found {target!r}; expected 'package.module:Class', or the class"
+                why = f"expected 'package.module:Class' or the class, got {target!r}"
             if why:
-                raise BackendUnavailable(f"A backend was to be registered as {name!r}: {why}.")
+                raise BackendUnavailable(f"Cannot register a backend as {name!r}: {why}.")
             self._targets[name] = target
-            self._forget(name)  # it may have been asked for in vain
+            self._forget(name)  # an earlier probe of this name may have failed
 
     def unregister(self, name: str) -> None:
-        """Forget a backend that `register` added; raises `BackendUnavailable` if it added none."""
+        """Remove a backend that `register` added; raise `BackendUnavailable` if it added none."""
         with self._lock:
             if not isinstance(name, str) or name not in self._targets or name in BUILT_IN:
                 raise BackendUnavailable(
-                    f"Backend {name!r} was to be unregistered, but none was registered under that "
-                    f"name; pass a name that was passed to register_backend."
+                    f"Cannot unregister backend {name!r}: register_backend has registered no such "
+                    f"name. Pass a name that was passed to register_backend."
                 )
             del self._targets[name]
             self._forget(name)
@@ -158,36 +164,44 @@ class Registry:
     def _forget(self, name: str) -> None:
         self.choices.clear()
         self._format_checks.clear()
-        self._answers = {key: said for key, said in self._answers.items() if key[0] != name}
+        others = {key: answer for key, answer in self._answers.items() if key[0] != name}
+        self._answers = others
 
     def names(self) -> list[str]:
-        """Every candidate, in the order in which they are asked."""
+        """Return every candidate, in the order in which they are probed."""
         with self._lock:
             return sorted(self._targets, key=lambda name: name in LAST and 1 + LAST.index(name))
 
     def automatic(self, device: torch.device) -> list[str]:
-        """The candidates that are used without being asked for, in their order. On the CPU none of
-        an entry point is: a package does not become the default there by being installed."""
+        """Return the candidates that are used without being named, in order.
+
+        On the CPU this leaves out every entry point: installing a package does not make it the
+        default there.
+        """
         names = self.names()
-        asked = {*STRATEGIES, *EXPLICIT_ONLY.get(device.type, ())}
+        explicit = {*STRATEGIES, *EXPLICIT_ONLY.get(device.type, ())}
         if device.type == "cpu":
-            asked |= self._installed
-        return [name for name in names if name not in asked]
+            explicit |= self._installed
+        return [name for name in names if name not in explicit]
 
     def ask(
         self, name: str, device: torch.device, *, check: bool
     ) -> tuple[Backend | None, Decision]:
-        """One candidate's answer for ``device``; with ``check`` it is also self-checked, once."""
+        """Return one candidate's backend and decision for ``device``.
+
+        With ``check``, also self-check the backend, once.
+        """
         answer = self._answer(name, device, check)
         decision = answer.decision(name)
         return (answer.backend if decision.accepted else None), decision
 
     def admit(self, name: str, device: torch.device) -> Decision:
-        """Take a backend without its self-check, for a caller that judges it; its probe counts."""
+        """Accept a backend without its self-check, for a caller that tests it; its probe still
+        counts."""
         with self._lock:
             backend, reason, right = answer = self._answer(name, device, False)
             if backend is not None and right is None:
-                answer = _Answer(backend, f"{reason}; not self-checked, as was asked", True)
+                answer = _Answer(backend, f"{reason}; not self-checked, as requested", True)
                 self._answers[name, device] = answer
             return answer.decision(name)
 
@@ -205,91 +219,100 @@ class Registry:
             return answer
 
     def choose(self, device: torch.device, forced: str | None) -> Choice:
-        """The backend for a device, chosen once; raises `BackendUnavailable` as `choose` does."""
+        """Return the backend for a device, chosen once; raise `BackendUnavailable` as `choose`
+        does."""
         with self._lock:
             if (device, forced) in self.choices:
                 return self.choices[device, forced]
-            said: list[Decision] = []
+            decisions: list[Decision] = []
             for name in self.automatic(device) if forced is None else [forced]:
                 answer = self._answer(name, device, True)
-                said.append(answer.decision(name))
-                # One that takes no test pattern is used only when it is named.
+                decisions.append(answer.decision(name))
+                # A backend that takes no test pattern is used only when it is named.
                 if answer.backend is not None and (answer.right or forced is not None):
-                    _log.info("%s: backend %s, %s", device, name, said[-1].reason)
+                    _log.info("%s: backend %s, %s", device, name, decisions[-1].reason)
                     can = answer.backend.capabilities()
-                    made = Choice(answer.backend, tuple(said), forced is not None, can)
+                    made = Choice(answer.backend, tuple(decisions), forced is not None, can)
                     return self.choices.setdefault((device, forced), made)
-        raise _unavailable(device, forced, said, self.trace(device))
+        raise _unavailable(device, forced, decisions, self.trace(device))
 
     def trace(self, device: torch.device, here: bool = True) -> tuple[Decision, ...]:
-        """What every candidate says of ``device``, without choosing; if torch cannot use it
-        ``here``, what each lacks: none accepts."""
+        """Return every candidate's decision for ``device``, without choosing.
+
+        With ``here`` false, torch cannot use the device: the decisions list what each candidate
+        lacks, and none accepts.
+        """
         automatic = self.automatic(device)
-        found = list[Decision]()
+        decisions = list[Decision]()
         for name in self.names():
             answer = self._answer(name, device, False) if here else self._probe(name, device, False)
-            said = answer.decision(name)
-            if said.accepted and name not in automatic:
-                reason = f"{said.reason}; on {device.type} it is used only when asked for"
-                said = Decision(name, True, reason)
-            found.append(said)
-        return (*found, *self._refused_entries)
+            decision = answer.decision(name)
+            if decision.accepted and name not in automatic:
+                reason = f"{decision.reason}; on {device.type} it is used only when named"
+                decision = Decision(name, True, reason)
+            decisions.append(decision)
+        return (*decisions, *self._refused_entries)
 
     def serves(self, device: torch.device) -> bool:
-        """Whether a third party's probe accepts a device, which need not be here."""
+        """Return True if a third party's probe accepts a device, which need not be present."""
         for name in self.names():
-            with suppress(Exception, SystemExit):  # what does not load serves nothing
+            with suppress(Exception, SystemExit):  # a package that does not load serves nothing
                 if name not in BUILT_IN and self.class_of(name).probe(device).accepted:
                     return True
         return False
 
     def format_checks(self, device: torch.device) -> tuple[FormatCheck, ...]:
-        """What tells, of tensors on a device, those that no backend may move by their strides."""
-        # Only what extends torch can have formats that torch knows nothing of.
+        """Return the functions that detect tensors on a device which no backend may move by
+        strides."""
+        # Only devices that extend torch can have formats that torch does not know.
         if device.type != torch._C._get_privateuse1_backend_name():
             return ()
         with self._lock:
             if device not in self._format_checks:
                 classes = []
                 for name in self.names():
-                    with suppress(Exception, SystemExit):  # what does not load knows of no tensors
+                    with suppress(
+                        Exception, SystemExit
+                    ):  # a package that does not load has no check
                         classes.append(self.class_of(name))
-                # Not suppressed: without an answer bytes of a private format might be moved.
-                told = (cls.hides(device) for cls in classes)
-                self._format_checks[device] = tuple(tell for tell in told if tell is not None)
+                # Errors pass through: without a check, bytes of a private format might be moved.
+                checks = (cls.hides(device) for cls in classes)
+                self._format_checks[device] = tuple(each for each in checks if each is not None)
             return self._format_checks[device]
 
     def log_fallback(self, device: torch.device, chosen: str, why: str, taken: str) -> None:
-        """Log, once for each pair, that another backend than the chosen one takes a plan."""
+        """Log, once for each pair, that a fallback takes a plan in place of the chosen backend."""
         if (device, chosen, taken) not in self._logged:
             self._logged.add((device, chosen, taken))
-            told = "%s: backend %s in place of %s, which rejects a plan: %s"
-            _log.info(told, device, taken, chosen, why)
+            message = "%s: backend %s in place of %s, which rejects a plan: %s"
+            _log.info(message, device, taken, chosen, why)
 
     def class_of(self, name: str) -> type[Backend]:
+        """Return the class of a candidate, imported if need be."""
         target = self._targets[name]
-        return (
-            _check_class(pkgutil.resolve_name(target), name) if isinstance(target, str) else target
-        )
+        if isinstance(target, str):
+            return _check_class(pkgutil.resolve_name(target), name)
+        return target
 
     def _probe(self, name: str, device: torch.device, make: bool = True) -> _Answer:
-        """What a candidate says; with ``make`` its backend is made if it accepts."""
+        """Probe a candidate; with ``make``, create its backend if it accepts."""
         if name not in self._targets:
             return _Answer(None, self.unknown(name).reason)
         try:
             cls = self.class_of(name)
             decision = cls.probe(device)
-            if not (decision.accepted and make):
-                needs = "; it needs the device, which is not here" * decision.accepted
-                return _Answer(None, decision.reason + needs)
+            if not decision.accepted:
+                return _Answer(None, decision.reason)
+            if not make:
+                return _Answer(None, f"{decision.reason}; it needs the device, which is not here")
             backend = cls(device)
-        except (Exception, SystemExit) as error:  # a broken package must not take others down
+        except (Exception, SystemExit) as error:  # a broken package must not stop the others
             return _Answer(None, f"it failed to load: {type(error).__name__}: {error}")
         backend.name = name
         return _Answer(backend, decision.reason)
 
     def unknown(self, name: str) -> Decision:
-        """The answer for a name that no candidate has."""
+        """Return the decision for a name that no candidate has."""
         names = self.names()
         near = difflib.get_close_matches(str(name), names, n=1)
         meant = f" did you mean {near[0]}?" if near else ""
@@ -297,58 +320,61 @@ class Registry:
 
 
 def _unavailable(
-    device: torch.device, forced: str | None, tried: Sequence[Decision], said: Sequence[Decision]
+    device: torch.device, forced: str | None, tried: Sequence[Decision], every: Sequence[Decision]
 ) -> BackendUnavailable:
-    """The error if no backend serves a device: the reason first, other answers on request."""
+    """Return the error if no backend serves a device, with the reason first."""
     if forced is not None:
         unset = f"Unset {ENVIRONMENT}" if os.environ.get(ENVIRONMENT) else "Name no backend"
-        todo = f"{unset} to let the registry choose, or mend the reason."
-        asked = f"Backend {forced!r} was forced, but it cannot serve {device}: {tried[-1].reason}."
+        todo = f"{unset} to let the registry choose, or fix the cause."
+        summary = (
+            f"Backend {forced!r} was forced, but it cannot serve {device}: {tried[-1].reason}."
+        )
     else:
         close = [d for d in tried if MADE_FOR.get(d.name, device.type) == device.type]
-        asked = "\n".join([f"No backend can serve {device}:", *(f"  {d}" for d in close)])
-        todo = "Mend one of the reasons."
+        summary = "\n".join([f"No backend can serve {device}:", *(f"  {d}" for d in close)])
+        todo = "Fix one of the causes."
     error = BackendUnavailable(
-        f"{asked}\n{todo} `portakv backends --device {device}` shows what every candidate says."
+        f"{summary}\n{todo} `portakv backends --device {device}` lists every candidate's decision."
     )
-    error.trace = (*tried, *(d for d in said if d.name not in {t.name for t in tried}))
+    error.trace = (*tried, *(d for d in every if d.name not in {t.name for t in tried}))
     return error
 
 
-def _check_class(found: object, name: str) -> type[Backend]:
-    """The class of a backend; raises `BackendUnavailable` for anything else."""
-    if not (isinstance(found, type) and issubclass(found, Backend)) or isabstract(found):
+def _check_class(target: object, name: str) -> type[Backend]:
+    """Return the class of a backend; raise `BackendUnavailable` for anything else."""
+    if not (isinstance(target, type) and issubclass(target, Backend)) or isabstract(target):
         raise BackendUnavailable(
-            f"Backend {name!r} is {found!r}, which is not a portakv Backend class; expected a "
+            f"Backend {name!r} is {target!r}, which is not a portakv Backend class; expected a "
             f"subclass of portakv.backends.base.Backend, with its probe, capabilities and prepare."
         )
-    return found
+    return target
 
 
 REGISTRY = Registry()
 
 
 def register_backend(name: str, target: str | type[Backend]) -> None:
-    """Register a backend: ``"pkg.mod:Class"`` (imported when asked) or the class.
+    """Register a backend: ``"pkg.mod:Class"`` (imported when probed) or the class.
 
-    It is asked behind PortaKV's native backends and before `compiled` and `reference`.
+    It is probed after PortaKV's native backends and before `compiled` and `reference`.
 
     Raises:
-        BackendUnavailable: the name is taken, or the target is no backend.
+        BackendUnavailable: the name is taken, or the target is not a backend.
     """
     REGISTRY.register(name, target)
 
 
 def choose(device: torch.device | str, backend: str | None = None) -> Choice:
-    """The backend for ``device``: ``PORTAKV_BACKEND``, else ``backend``, else the first accepted.
+    """Return the backend for ``device``: ``PORTAKV_BACKEND``, else ``backend``, else the first
+    accepted.
 
     Raises:
         BackendUnavailable: with the trace; a forced backend never falls back.
     """
     if backend is not None and not isinstance(backend, str):
         raise BackendUnavailable(
-            f"backend={backend!r} was asked for; expected the name of a backend. Name none to let "
-            f"the registry choose."
+            f"Expected the name of a backend, got backend={backend!r}. Pass None to let the "
+            f"registry choose."
         )
     forced = backend
     if _KEY in _variables:
@@ -376,8 +402,11 @@ def current_name(name: str) -> str:
 
 
 def trace(device: torch.device | str) -> tuple[Decision, ...]:
-    """Every candidate's answer for ``device``; nothing is self-checked that was not already. Of a
-    device that torch cannot use here each says what it lacks, and none accepts."""
+    """Return every candidate's decision for ``device``; runs no self-check.
+
+    If torch cannot use the device here, each decision says what the candidate lacks, and none
+    accepts.
+    """
     try:
         return REGISTRY.trace(available_device(device))
     except BackendUnavailable as absent:
@@ -385,27 +414,30 @@ def trace(device: torch.device | str) -> tuple[Decision, ...]:
 
 
 def available_device(device: torch.device | str) -> torch.device:
-    """The device with its index; a vendor's package is imported if torch does not know it.
+    """Return the device with its index; import a vendor's package if torch does not know the
+    device.
 
     Raises:
-        BackendUnavailable: torch cannot use it here; ``trace`` is what each candidate says of it.
+        BackendUnavailable: torch cannot use it here; ``trace`` has each candidate's decision.
     """
     try:
         return indexed(device)
     except DeviceAbsent as absent:
-        # A name, if no torch.device can be made of it: a probe reads the type alone.
-        said = REGISTRY.trace(cast(torch.device, absent.device), here=False)
+        # This is a `Named` if torch has no such device: a probe reads only the type.
+        decisions = REGISTRY.trace(cast(torch.device, absent.device), here=False)
         with suppress(DeviceAbsent, RuntimeError, TypeError):
-            torch.device(device)  # what a candidate imports may have brought it
+            torch.device(device)  # a candidate's import may have added it to torch
             return indexed(device)
-        todo = "Mend that, or pass" if absent.known else "Pass"
-        more = f" `portakv backends --device {absent.device}` shows what every candidate says."
+        todo = "Fix that, or pass" if absent.known else "Pass"
+        more = ""
+        if absent.known:
+            more = f" `portakv backends --device {absent.device}` lists every candidate's decision."
         here = ", ".join(map(str, devices_present()))
         stop = "" if absent.meant else "."
-        asked = str(device) if isinstance(device, torch.device) else device
+        name = str(device) if isinstance(device, torch.device) else device
         error = BackendUnavailable(
-            f"Device {asked!r} was asked for, but {absent}{stop} {todo} a device of this "
-            f"machine: {here}.{more * absent.known}"
+            f"Expected a device of this machine, got {name!r}: {absent}{stop} {todo} a device of "
+            f"this machine: {here}.{more}"
         )
-        error.trace = said
+        error.trace = decisions
         raise error from absent

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The power-on self-check: a known pattern copied on the device, every byte compared, through a
-backend's ``check``, ``prepare`` and launch, as the library calls them."""
+"""The power-on self-check: copy a known pattern on the device, and compare every byte.
+
+The copy goes through a backend's ``check``, ``prepare`` and launch, as the library calls them.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +26,14 @@ _SLOTS = [37, 2, 63, 16, 15, 0, 48, 21]
 
 
 class SelfCheck(Enum):
-    """What a self-check found."""
+    """The result of a self-check."""
 
     PASSED = auto()
     FAILED = auto()
-    UNCHECKABLE = auto()  # it takes no test pattern: whether its bytes are right is unknown
+    UNCHECKABLE = auto()  # the backend takes no test pattern, so that its bytes stay unchecked
 
 
-#: Tried in turn: a backend may take one.
+#: Tried in turn: a backend need take only one of them.
 _PATTERNS = (
     "layer | kv block token head dim",
     "layer | kv block head token dim",
@@ -41,8 +43,10 @@ _PATTERNS = (
 
 
 def self_check(backend: Backend) -> tuple[SelfCheck, str]:
-    """Gather and scatter the pattern; it fails at the first wrong byte, and if it raises. Returns
-    what was found, and why, as a phrase."""
+    """Gather and scatter the pattern; return the result, and the reason as a phrase.
+
+    The check fails at the first wrong byte, and if the backend raises.
+    """
     refused = ""
     for layout in _PATTERNS:
         try:
@@ -50,7 +54,7 @@ def self_check(backend: Backend) -> tuple[SelfCheck, str]:
         except Unsupported as error:
             refused = str(error)
             continue
-        except Exception as error:
+        except Exception as error:  # any error of a backend is its failure
             return SelfCheck.FAILED, f"its self-check raised {type(error).__name__}: {error}"
         if why:
             return SelfCheck.FAILED, f"its self-check failed: {why}"
@@ -60,9 +64,9 @@ def self_check(backend: Backend) -> tuple[SelfCheck, str]:
 
 
 def _try_pattern(backend: Backend, layout: str) -> str | None:
-    """What was wrong, or None; a copy there and back again."""
+    """Copy the pattern there and back; return the first fault, or None."""
     size = (_LAYERS, 2, _BLOCKS, _BLOCK_SIZE, _HEADS, _DIM)
-    # Distinct bytes of every value, NaN patterns included, at odd distances.
+    # Distinct bytes of every value, including NaN patterns, at odd distances.
     numbers = torch.arange(math.prod(size), dtype=torch.int64, device="cpu")
     known = (numbers * 2654435761 % 65521).to(torch.int16).view(size)
     heads_first = "head token" in layout
@@ -78,7 +82,7 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
     places = backend.capabilities().places
     if ("device", "device") in places:
         chunk = chunk.to(backend.device)
-    elif ("device", "pinned") in places:  # an engine
+    elif ("device", "pinned") in places:  # a transfer strategy
         chunk = chunk.pin_memory()
     dense = KVView(chunk, "kv layer token head dim")
     _copy(backend, paged, dense, 1, 0)
@@ -87,9 +91,9 @@ def _try_pattern(backend: Backend, layout: str) -> str | None:
     _copy(backend, dense, empty, 0, 1)
     wanted = torch.full_like(known, -1)
     wanted.flatten(2, 3)[:, :, _SLOTS] = expected.transpose(0, 1)
-    landed = torch.stack([layer.cpu() for layer in target])
+    arrived = torch.stack([layer.cpu() for layer in target])
     wanted = wanted.transpose(3, 4) if heads_first else wanted
-    return None if landed.equal(wanted) else f"{_wrong(landed, wanted)} scattering {layout!r}"
+    return None if arrived.equal(wanted) else f"{_wrong(arrived, wanted)} scattering {layout!r}"
 
 
 def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: int) -> None:
@@ -108,6 +112,6 @@ def _copy(backend: Backend, src: KVView, dst: KVView, src_step: int, dst_step: i
         torch.accelerator.synchronize(backend.device)
 
 
-def _wrong(found: torch.Tensor, expected: torch.Tensor) -> str:
-    wrong = (found != expected).nonzero()
+def _wrong(actual: torch.Tensor, expected: torch.Tensor) -> str:
+    wrong = (actual != expected).nonzero()
     return f"{len(wrong)} of {expected.numel()} elements wrong, first at {wrong[0].tolist()},"

@@ -288,6 +288,6 @@ def test_where_it_stands(nothing_chosen: None) -> None:
     """On a host it is only used when asked for; on a GPU between `triton` and `reference`."""
     assert "compiled" not in registry.REGISTRY.automatic(CPU)
     said = {decision.name: decision for decision in registry.trace(CPU)}
-    assert "on cpu it is used only when asked for" in said["compiled"].reason
+    assert "on cpu it is used only when named" in said["compiled"].reason
     order = registry.REGISTRY.automatic(CUDA)
     assert order[order.index("triton") :] == ["triton", "compiled", "reference"]

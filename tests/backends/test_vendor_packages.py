@@ -33,7 +33,7 @@ RELEASE = ".".join(torch.__version__.split(".")[:2])
 #: By the type of device: the backend, its vendor's package, and what is to be installed.
 VENDORS: dict[str, tuple[type[Backend], str, str]] = {
     "npu": (Ascend, "torch_npu",
-            f"install torch_npu=={RELEASE}.* beside CANN, and source CANN's set_env.sh"),
+            f"install torch_npu=={RELEASE}.* and CANN, and source CANN's set_env.sh"),
     "mlu": (Mlu, "torch_mlu_ops", "install torch_mlu and torch_mlu_ops of Cambricon Neuware"),
     "cuda": (Triton, "triton", ""),
     "cpu": (Triton, "triton", ""),

@@ -114,7 +114,7 @@ REFUSED = {
     "backends --device=": "name one of cpu, cuda, mlu, npu, or cuda:1.",
     "backends --device cuda:x": "did you mean 'cuda'?",
     "layouts sglang-mhaa": "sglang-mha",
-    "demo --device nonsense": "'nonsense' was asked for, but torch cannot use it here",
+    "demo --device nonsense": "got 'nonsense': torch cannot use it here",
     "explain 'layer | blok token dim' epd": "Unknown axis 'blok'",
     "explain vllm-nh epd": "Near names: vllm-nhd",
     "explain vllm-dsa vllm-nhd": "opaque pages and rows",

@@ -42,7 +42,7 @@ HERE = Path(__file__).parent
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 #: What is to be installed, by the type of device.
 INSTALL = {
-    "npu": f"install torch_npu=={RELEASE}.* beside CANN, and source CANN's set_env.sh",
+    "npu": f"install torch_npu=={RELEASE}.* and CANN, and source CANN's set_env.sh",
     "mlu": "install torch_mlu and torch_mlu_ops of Cambricon Neuware",
 }
 BACKEND = {"npu": "ascend", "mlu": "mlu"}
@@ -99,14 +99,14 @@ def test_without_the_package_every_candidate_says_what_it_lacks(tmp_path: Path) 
         said, traced, code, out, err, json_code, as_json, _ = told
         package = kind.partition(":")[0]
         assert said.startswith(
-            f"Device {kind!r} was asked for, but torch knows no {package} devices, and "
-            f"torch_{package}"
+            f"Expected a device of this machine, got {kind!r}: torch knows no {package} devices, "
+            f"and torch_{package}"
         )
         # What to install leads; what the candidates lack is said when it is asked for.
         (first,) = said.splitlines()
-        assert f" is not installed; {INSTALL[package]}. Mend that, or pass a device " in first
+        assert f" is not installed; {INSTALL[package]}. Fix that, or pass a device " in first
         assert first.endswith(
-            f"machine: cpu. `portakv backends --device {kind}` shows what every candidate says."
+            f"machine: cpu. `portakv backends --device {kind}` lists every candidate's decision."
         )
         assert any("reference: rejected" in t and "it needs the device" in t for t in traced)
         assert f"cuda: rejected, it runs on cuda devices, not on {package}" in traced
@@ -148,7 +148,8 @@ def test_a_name_unknown_to_torch_suggests_the_device_meant(asked: str, meant: st
     with pytest.raises(BackendUnavailable) as refused:
         available_device(asked)
     assert str(refused.value) == (
-        f"Device {asked!r} was asked for, but {why}{hint} Pass a device of this machine: {present}."
+        f"Expected a device of this machine, got {asked!r}: {why}{hint} Pass a device of this "
+        f"machine: {present}."
     )
     with pytest.raises(BackendUnavailable) as host:
         resolve(asked)
@@ -265,9 +266,9 @@ def test_a_package_that_torch_did_not_load_serves(kind: str, tmp_path: Path) -> 
 )
 def test_what_names_no_device_imports_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("portakv.runtime.devices.imported", lambda *_: pytest.fail("imported"))
-    with pytest.raises(DeviceAbsent, match="it is no device of torch's"):
+    with pytest.raises(DeviceAbsent, match="it is not a device of torch"):
         known(text)
-    with pytest.raises(BackendUnavailable, match="was asked for, but"):
+    with pytest.raises(BackendUnavailable, match="Expected a device of this machine, got"):
         available_device(text)
 
 
@@ -281,10 +282,12 @@ def test_a_device_that_torch_does_not_find_is_one_line(asked: str | torch.device
         AdaptiveConnector(asked)
     line = str(refused.value)
     lacks = not (asked == "mps" or torch.backends.cuda.is_built())
-    assert line.startswith(f"Device '{asked}' was asked for, but torch cannot use it here (")
-    assert ("; install torch's build for CUDA, or for ROCm. Mend that, or pass a " in line) == lacks
+    assert line.startswith(
+        f"Expected a device of this machine, got '{asked}': torch cannot use it here ("
+    )
+    assert ("; install torch's build for CUDA, or for ROCm. Fix that, or pass a " in line) == lacks
     assert (f"it finds {count} of that type, and counts from 0" in line) == (count > 0)
-    assert line.endswith(f"`portakv backends --device {asked}` shows what every candidate says.")
+    assert line.endswith(f"`portakv backends --device {asked}` lists every candidate's decision.")
     assert "\n" not in line
     assert not any(decision.accepted for decision in trace(asked))
 
@@ -316,7 +319,7 @@ def test_the_table_says_what_the_probes_say(name: str) -> None:
 def test_a_backend_is_judged_on_its_own_kind(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert conform([BACKEND[kind]]) == 3
     told = capsys.readouterr().err
-    assert f"Device {kind!r} was asked for" in told
+    assert f"got {kind!r}: " in told
     assert INSTALL[kind] in told
 
 
