@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loop nests over two sides at once: common refinement of axes, merging, vector width."""
+"""Loop nests over two sides together: common refinement of axes, merging, vector width."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ Numbers = TypeVar("Numbers", torch.Tensor, npt.NDArray[np.int64])
 class Loop:
     """``extent`` steps that both sides take together, through tables and through memory.
 
-    ``axes`` are the axes that were merged into the loop, outermost first.
+    Attributes:
+        axes: the axes that were merged into the loop, outermost first.
     """
 
     axes: tuple[str, ...]
@@ -46,7 +47,7 @@ class Loop:
 
     @property
     def over_planes(self) -> bool:
-        """True if each step goes to another plane, and so never inside a token's row."""
+        """True if each step leads to another plane, and so never inside a token's row."""
         return _PLANES.issuperset(self.axes)
 
     def __str__(self) -> str:
@@ -57,12 +58,12 @@ class Loop:
 
 @dataclass(frozen=True, slots=True)
 class Side:
-    """Where the units of one side lie.
+    """The location of the units of one side.
 
     Attributes:
-        table, offset: origin: entry of the address table, and bytes behind its address.
-        units: the steps that the number of a unit walks through, outermost (unbounded) first:
-            ``n % extent`` from the innermost on, as in positional notation.
+        table, offset: the origin: an entry of the address table, and bytes after its address.
+        units: the steps that the number of a unit walks through, outermost (unbounded) first: ``n %
+            extent`` from the innermost on, as in positional notation.
     """
 
     table: int
@@ -71,11 +72,11 @@ class Side:
 
     @property
     def tabled(self) -> bool:
-        """True if a unit's number decides which entry of the table it lies behind."""
+        """True if a unit's number decides which entry of the table its address comes from."""
         return any(step.table for step in self.units)
 
     def text(self, number: str) -> str:
-        """Where the unit of a number lies, as a person would write it."""
+        """Format the location of the unit of a number for a reader."""
         walks: list[str] = []
         below = 1
         for at in reversed(self.units):
@@ -88,12 +89,12 @@ class Side:
         return " + ".join([base, *walks])
 
     def locate(self, numbers: Numbers, grain: int = 1) -> tuple[Numbers | None, Numbers]:
-        """Where units lie, by their numbers (an int64 array, or a tensor on any device).
+        """Locate units by their numbers (an int64 array, or a tensor on any device).
 
         Returns:
-            The entries of the address table behind ``table``, None if all lie behind one address;
-            and the distances behind ``offset`` in multiples of ``grain`` bytes, which divides the
-            strides of the units.
+            The entries of the address table relative to ``table``, None if all units use one
+                address; and the distances from ``offset`` in multiples of ``grain`` bytes, which
+                divides the strides of the units.
         """
         entries = places = None
         rest = numbers
@@ -120,12 +121,16 @@ class Nest:
 
     @property
     def unit_bytes(self) -> int:
-        """Bytes that one unit moves in this nest."""
+        """The bytes that one unit moves in this nest."""
         return prod(loop.extent for loop in self.loops) * self.run
 
 
 def _walk(table: int, stride: int) -> str:
-    moves = [f"table[{table}]"] * bool(table) + [f"{stride} B"] * bool(stride or not table)
+    moves = []
+    if table:
+        moves.append(f"table[{table}]")
+    if stride or not table:
+        moves.append(f"{stride} B")
     return " + ".join(moves)
 
 
@@ -139,7 +144,7 @@ def refine(axis: str, src: Steps, dst: Steps) -> list[Loop]:
     right = list(dst)
     loops = []
     while left or right:
-        # A side without steps left has extent 1 there, and so has the other.
+        # A side without remaining steps has extent 1, and so has the other side.
         s = left.pop()
         d = right.pop()
         inner, outer = sorted((s.extent, d.extent))
@@ -163,8 +168,8 @@ def _merge(loops: Iterable[Loop]) -> list[Loop]:
     merged: list[Loop] = []
     while left:
         inner = left.pop(0)
-        behind = tuple(inner.extent * step for step in _steps(inner))
-        outer = next((loop for loop in left if _steps(loop) == behind), None)
+        next_steps = tuple(inner.extent * step for step in _steps(inner))
+        outer = next((loop for loop in left if _steps(loop) == next_steps), None)
         if outer is None:
             merged.append(inner)
             continue
@@ -180,7 +185,7 @@ def _steps(loop: Loop) -> tuple[int, int, int, int]:
 
 
 def close(nest: Nest) -> Nest:
-    """A nest with its loops merged, its run taken out of them, and its vector."""
+    """Return a nest with its loops merged, its run taken out of them, and its vector."""
     loops = []
     run = 1
     for loop in _merge(nest.loops):

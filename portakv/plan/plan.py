@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`CopyPlan`: what a copy between two forms needs, worked out before any address or index is known.
+"""`CopyPlan`: plan a copy between two forms, before any address or index is known.
 
 A plan is one nest of loops, or one for each kv if they differ: units x strided loops x one
-contiguous run. Its cost does not depend on how many tokens or blocks will be moved.
+contiguous run. Its cost does not depend on the number of tokens or blocks that a copy moves.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class CopyPlan:
         src_step, dst_step: tokens for each entry of that side's index: 1 for a slot mapping,
             ``block_size`` for a block table, 0 for a side without ids (consecutive slots).
         unit: tokens moved for each index read; by default the most that both sides allow.
-        reinterpret: the forms may be of different number types; bits are moved, not converted.
+        reinterpret: the forms may have different number types; bits are moved, not converted.
 
     Attributes:
         unit: tokens moved for each index read; counts are multiples of it.
         nests: one `Nest`, or one for each kv.
 
     Raises:
-        LayoutError: extents, widths or number types that differ between the forms.
+        LayoutError: extents, widths or number types differ between the forms.
         Unsupported: opaque pages by token, or factors without a common refinement.
     """
 
@@ -57,15 +57,16 @@ class CopyPlan:
     ) -> None:
         if not (isinstance(src, Form) and isinstance(dst, Form)):
             raise LayoutError(
-                f"A plan was asked between a {type(src).__name__} and a {type(dst).__name__}; "
-                f"expected two forms, such as view.form."
+                f"Expected two forms for a plan, such as view.form, got a {type(src).__name__} and "
+                f"a {type(dst).__name__}. Pass the forms of two views."
             )
         steps = (src_step, dst_step)
         wanted = 1 if unit is None else unit
         if not all(isinstance(number, int) for number in (*steps, wanted)) or min(steps) < 0:
             raise SlotError(
-                f"A plan with steps {src_step!r} and {dst_step!r} was asked (unit={unit!r}); "
-                f"expected integers: tokens for each id, or 0 for a side without ids."
+                f"Expected integers as the steps and the unit of a plan, got steps {src_step!r} "
+                f"and {dst_step!r} and unit={unit!r}. Pass tokens for each id, or 0 for a side "
+                f"without ids."
             )
         if reinterpret:
             src = src.untyped()
@@ -76,7 +77,7 @@ class CopyPlan:
         self.dst_step = dst_step
         chains = [_chain(form, part)[1:] for form in (src, dst) for part in form.parts]
         inner = [prod(step.extent for step in chain) for chain in chains if chain]
-        largest = gcd(src_step, dst_step, *inner)  # 0 if any number can be moved at once
+        largest = gcd(src_step, dst_step, *inner)  # 0 if any number of tokens can be moved together
         if unit is not None and (unit < 1 or largest % unit):
             raise Unsupported(
                 f"A plan with unit {unit}", f"the steps and block sizes allow divisors of {largest}"
@@ -92,7 +93,7 @@ class CopyPlan:
 
     @property
     def token_bytes(self) -> int:
-        """Bytes that one token moves (an opaque page: its share)."""
+        """The bytes that one token moves (an opaque page: its share)."""
         return sum(nest.unit_bytes for nest in self.nests) // self.unit
 
     @cached_property
@@ -102,29 +103,33 @@ class CopyPlan:
         return sided or any(loop.tabled for nest in self.nests for loop in nest.loops)
 
     def aligned(self, side: str) -> bool:
-        """True if positions of a side must start at multiples of ``unit``.
+        """Return True if positions of a side must start at multiples of ``unit``.
 
-        A side without ids whose tokens lie at one stride behind one address may start anywhere.
+        A side without ids may start anywhere if its tokens lie at one stride from one address.
         """
         form, step = (self.src, self.src_step) if side == "src" else (self.dst, self.dst_step)
         return not all(_starts(form, part, step) for part in form.parts)
 
     def split(self, move: Move) -> list[tuple[int, int, int]]:
-        """The sections of a copy that this plan was made for, each (first position, tokens, tokens
-        of a unit): its body in the largest units that the counts and offsets allow, its head and
-        tail by token.
+        """Return the sections of a copy, each (first position, tokens, tokens of a unit).
+
+        The sections are the body, in the largest units that the counts and offsets allow, and the
+        head and tail by token.
 
         Raises:
-            Unsupported: opaque pages that would have to be cut.
+            Unsupported: opaque pages would have to be cut.
         """
         unit = self.unit
         count = move.count
-        src, dst, mine, theirs, _ = move
-        if unit == 1 or unit == gcd(unit, count, src.slots, dst.slots, mine.offset, theirs.offset):
+        src, dst, src_index, dst_index, _ = move
+        offsets = (src_index.offset, dst_index.offset)
+        if unit == 1 or unit == gcd(unit, count, src.slots, dst.slots, *offsets):
             return [(0, count, unit)]
-        starts = [x.offset for x, side in ((mine, "src"), (theirs, "dst")) if self.aligned(side)]
+        indices = (("src", src_index), ("dst", dst_index))
+        starts = [index.offset for side, index in indices if self.aligned(side)]
         # A flat pool may end inside a unit; then no unit may be moved that is partly past the end.
-        ends = [view.slots for view, x in ((src, mine), (dst, theirs)) if x.ids is not None]
+        sides = ((src, src_index), (dst, dst_index))
+        ends = [view.slots for view, index in sides if index.ids is not None]
         common = gcd(unit, *ends, *(start - starts[0] for start in starts))
         head = -starts[0] % common if starts else 0
         body = max(0, count - head) // common * common
@@ -157,8 +162,8 @@ class CopyPlan:
     def _check_side(self, side: str, name: str, view: KVView, index: Index) -> None:
         if not (isinstance(view, KVView) and isinstance(index, Index)):
             raise SlotError(
-                f"The {name} was asked of plan.runs as a {type(view).__name__} and a "
-                f"{type(index).__name__}; expected a KVView and an Index. Pass Index() for "
+                f"Expected a KVView and an Index as the {name} of plan.runs, got a "
+                f"{type(view).__name__} and a {type(index).__name__}. Pass Index() for "
                 f"consecutive slots."
             )
         form = getattr(self, side)
@@ -169,13 +174,15 @@ class CopyPlan:
             )
         if index.offset % self.unit and (index.ids is not None or self.aligned(side)):
             raise SlotError(
-                f"The {name} index begins at token {index.offset}, no multiple of the plan's unit "
-                f"{self.unit}; give head and tail to a plan with unit=1."
+                f"Expected a {name} index that begins at a multiple of the plan's unit "
+                f"{self.unit}, got one that begins at token {index.offset}. Pass head and tail to "
+                f"a plan with unit=1."
             )
         if index.plan_step % self.unit:
             raise SlotError(
-                f"The {name} index has step {index.step}, no multiple of the plan's unit "
-                f"{self.unit}; make the plan for the steps of these two indices."
+                f"Expected a {name} index whose step is a multiple of the plan's unit "
+                f"{self.unit}, got step {index.step}. Make the plan for the steps of these two "
+                f"indices."
             )
 
     def __str__(self) -> str:
@@ -199,14 +206,14 @@ class CopyPlan:
 def check_disjoint(move: Move) -> None:
     """Raise `SlotError` if a copy between views that share memory reads a byte that it writes.
 
-    Ids on a device are not read back: contents of rows that overlap are then unspecified.
+    Ids on a device are not read back: the contents of overlapping rows are then unspecified.
     """
-    src, dst, mine, theirs, count = move
-    if not src.overlaps(dst) or not (mine.on_host and theirs.on_host):
+    src, dst, src_index, dst_index, count = move
+    if not src.overlaps(dst) or not (src_index.on_host and dst_index.on_host):
         return
     if src.form == dst.form and src.origins == dst.origins:
-        read = mine.slots(count)
-        written = theirs.slots(count)
+        read = src_index.slots(count)
+        written = dst_index.slots(count)
         both = np.intersect1d(read[read >= 0], written[written >= 0])
         if both.size:
             raise SlotError(
@@ -233,12 +240,12 @@ def _tokens(count: int) -> str:
 
 def _check_forms(src: Form, dst: Form) -> None:
     for axis in ("kv", "layers", "heads"):
-        mine = getattr(src, axis)
-        theirs = getattr(dst, axis)
-        if mine != theirs:
+        src_extent = getattr(src, axis)
+        dst_extent = getattr(dst, axis)
+        if src_extent != dst_extent:
             raise LayoutError(
-                f"The source has {axis.rstrip('s')!r} extent {mine} and the destination {theirs}; "
-                f"a copy needs equal extents: declare them alike, or slice one view."
+                f"The source has {axis.rstrip('s')!r} extent {src_extent} and the destination "
+                f"{dst_extent}; a copy needs equal extents: declare them alike, or slice one view."
             )
     if src.opaque != dst.opaque:
         raise Unsupported(
@@ -246,12 +253,12 @@ def _check_forms(src: Form, dst: Form) -> None:
             "what a page holds is unknown, so it moves only whole and to another page view; use a "
             "layout that names the token's place in the page",
         )
-    for k, (mine, theirs) in enumerate(zip(src.widths, dst.widths, strict=True)):
-        if mine != theirs:
+    for k, (src_width, dst_width) in enumerate(zip(src.widths, dst.widths, strict=True)):
+        if src_width != dst_width:
             raise LayoutError(
-                f"The source's rows of kv {k} are {mine} bytes wide for each head of each layer, "
-                f"the destination's {theirs}; widths are compared in bytes and must be equal: "
-                f"declare dim alike, or slice the kv that agree."
+                f"The source's rows of kv {k} are {src_width} bytes wide for each head of each "
+                f"layer, the destination's {dst_width}; widths are compared in bytes and must be "
+                f"equal: declare dim alike, or slice the kv that agree."
             )
     if src.opaque and src.block_size != dst.block_size:
         raise LayoutError(
@@ -268,17 +275,17 @@ def _check_forms(src: Form, dst: Form) -> None:
 
 
 def _chain(form: Form, part: Part) -> Steps:
-    """The steps of a slot number: blocks, then the token in its block."""
+    """Return the steps of a slot number: blocks, then the token in its block."""
     if not form.opaque:
         return merge_steps((*part.block, *part.token))
-    # Tokens of an opaque page have no place of their own.
+    # Tokens of an opaque page have no separate place.
     return (*part.block, Step(form.block_size, 0, 0)) if form.block_size > 1 else part.block
 
 
 def _fit(
     src: Form, dst: Form, steps: tuple[int, int], units: Iterable[int]
 ) -> tuple[int, tuple[Nest, ...]]:
-    """The first of ``units`` for which every part has a nest."""
+    """Return the first of ``units`` for which every part has a nest, and the nests."""
     refused = Unsupported(
         f"Moving opaque pages of {src.block_size} tokens by smaller pieces",
         "a page moves only whole; use copy_blocks, or an index with step=block_size",
@@ -294,29 +301,36 @@ def _fit(
 
 
 def _nest(src: Form, dst: Form, steps: tuple[int, int], k: int, unit: int) -> Nest:
-    """The nest of one kv before its loops are merged; its vector is what both sides begin at."""
-    mine = src.parts[k]
-    theirs = dst.parts[k]
-    src_units, src_tokens = _split(_chain(src, mine), unit)
-    dst_units, dst_tokens = _split(_chain(dst, theirs), unit)
+    """Return the nest of one kv before its loops are merged.
+
+    Its vector divides the origins of both sides.
+    """
+    src_part = src.parts[k]
+    dst_part = dst.parts[k]
+    src_units, src_tokens = _split(_chain(src, src_part), unit)
+    dst_units, dst_tokens = _split(_chain(dst, dst_part), unit)
     loops = []
     for axis in ("layer", "head", "dim"):
-        loops += refine(axis, mine.axis(axis), theirs.axis(axis))
+        loops += refine(axis, src_part.axis(axis), dst_part.axis(axis))
     if not src.opaque:
         loops += refine("token", src_tokens, dst_tokens)
-    begins = [*_starts(src, mine, steps[0]), *_starts(dst, theirs, steps[1])]
-    sides = Side(mine.table, mine.offset, src_units), Side(theirs.table, theirs.offset, dst_units)
+    begins = [*_starts(src, src_part, steps[0]), *_starts(dst, dst_part, steps[1])]
+    sides = (
+        Side(src_part.table, src_part.offset, src_units),
+        Side(dst_part.table, dst_part.offset, dst_units),
+    )
     return Nest(*sides, tuple(loops), 1, gcd(src.alignment, dst.alignment, *begins))
 
 
 def _starts(form: Form, part: Part, step: int) -> list[int]:
-    """Bytes between the places where a side may begin, if it may begin between two units."""
+    """Return the bytes between the places where a side may begin between two units; empty if it may
+    not."""
     chain = _chain(form, part)
     return [] if step or len(chain) > 1 or chain[0].table else [chain[0].stride]
 
 
 def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:
-    """Steps of the number of a unit, and steps of the tokens inside one."""
+    """Return the steps of a unit's number, and the steps of the tokens inside a unit."""
     outer: Steps = ()
     inner: Steps = ()
     for step in reversed(chain):
@@ -331,14 +345,15 @@ def _split(chain: Steps, unit: int) -> tuple[Steps, Steps]:
             unit = 1
         else:
             raise Unsupported(
-                f"Moving {unit} tokens at once through blocks of {step.extent}",
+                f"Moving {unit} tokens together through blocks of {step.extent}",
                 "they have no common factor; use a smaller unit",
             )
     return outer, inner
 
 
 def _join(nests: list[Nest]) -> tuple[Nest, ...]:
-    """One nest with a kv loop if all kv differ by equal distances, else one for each kv."""
+    """Return one nest with a kv loop if all kv differ by equal distances, else one nest for each
+    kv."""
     shapes = {(nest.loops, nest.src.units, nest.dst.units) for nest in nests}
     origins = [(n.src.table, n.src.offset, n.dst.table, n.dst.offset) for n in nests]
     steps = {tuple(b - a for a, b in zip(x, y, strict=True)) for x, y in pairwise(origins)}

@@ -26,20 +26,23 @@ class Runs(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """The runs of a nest as a sum: each of ``lines`` in each of ``planes``, whose addresses are
-    added, in order of the source. ``nbytes`` of planes is that of the longest line."""
+    """The runs of a nest as a sum: every line in every plane; their addresses are added.
+
+    Both are in the order of the source. ``nbytes`` of planes is the size of the longest line.
+    """
 
     planes: Runs
     lines: Runs
 
 
 def factors(nests: Sequence[Nest], unit: int, move: Move) -> list[Factors]:
-    """For each nest the runs of a copy, not yet multiplied out; raises as `CopyPlan.runs` does."""
+    """Return for each nest the runs of a copy, before multiplication; raises as `CopyPlan.runs`
+    does."""
     src, dst, src_index, dst_index, count = move
     if not isinstance(count, (int, np.integer)) or count < 0 or count % unit:
         raise SlotError(
-            f"Runs of {count!r} tokens were asked for, which are no multiple of the plan's unit "
-            f"{unit}; give head and tail to a plan with unit=1."
+            f"Expected runs of a multiple of the plan's unit {unit}, got {count!r} tokens. Pass "
+            f"head and tail to a plan with unit=1."
         )
     for index, view, side in ((src_index, src, "source"), (dst_index, dst, "destination")):
         index.check_length(count, view.slots, side)
@@ -52,7 +55,7 @@ def factors(nests: Sequence[Nest], unit: int, move: Move) -> list[Factors]:
 
 
 def summed(several: Sequence[Factors]) -> Runs:
-    """The runs of several nests, multiplied out, neighbours merged, in the order of the source."""
+    """Return the runs of several nests, multiplied out and merged, in the order of the source."""
     columns = [_sum(*one) for one in several]
     if len(columns) == 1:
         return _merge(*columns[0])
@@ -60,7 +63,7 @@ def summed(several: Sequence[Factors]) -> Runs:
 
 
 def _sum(planes: Runs, lines: Runs) -> Runs:
-    """Every line in every plane; in order if one of the two lies inside the other's gaps."""
+    """Return every line in every plane; in order if one of the two lies inside the other's gaps."""
     outer = planes
     inner = lines
     if lines.src.size > 1 and np.ptp(planes.src) < np.diff(lines.src).min():
@@ -78,11 +81,13 @@ def _factors(
     planes = []
     lines = []
     zero = np.zeros(1, dtype=np.int64)
-    for at, (side, view, own) in enumerate(zip((nest.src, nest.dst), views, slots, strict=True)):
-        entries, offsets = side.locate(own // unit)
+    for at, (side, view, unit_slots) in enumerate(
+        zip((nest.src, nest.dst), views, slots, strict=True)
+    ):
+        entries, offsets = side.locate(unit_slots // unit)
         # Only if tokens lie at one stride may a unit begin between multiples.
-        offsets = offsets + own % unit * (side.units[-1].stride // unit) + side.offset
-        entries = (own * 0 if entries is None else entries) + side.table
+        offsets = offsets + unit_slots % unit * (side.units[-1].stride // unit) + side.offset
+        entries = (unit_slots * 0 if entries is None else entries) + side.table
         entries, offsets = _walk(entries, offsets, inner, at)
         tables, starts = _walk(zero + side.table, zero, outer, at)
         if by_line[at]:
@@ -98,8 +103,11 @@ def _factors(
 
 
 def _split(nest: Nest) -> tuple[list[Loop], list[Loop], tuple[bool, bool]]:
-    """Loops inside the lines, loops over planes, and for each side whether the address is looked
-    up for each line: for lines and planes both it cannot be, as the two are to be added."""
+    """Return the loops inside the lines, the loops over planes, and the side to look up per line.
+
+    The third value is true for each side whose address is looked up for each line. A side's address
+    cannot be looked up for both lines and planes, because the two are added.
+    """
     inner: list[Loop] = []
     outer = list(nest.loops)
     src, dst = (any(step.table for step in side.units) for side in (nest.src, nest.dst))
@@ -112,7 +120,7 @@ def _split(nest: Nest) -> tuple[list[Loop], list[Loop], tuple[bool, bool]]:
 
 
 def _walk(entries: Int64, offsets: Int64, loops: Sequence[Loop], side: int) -> tuple[Int64, Int64]:
-    """Table entries and byte offsets, for each step of the loops."""
+    """Return the table entries and byte offsets for each step of the loops."""
     for loop in loops:
         at = np.arange(loop.extent, dtype=np.int64)
         entries = _outer(entries, at * (loop.src_table, loop.dst_table)[side])

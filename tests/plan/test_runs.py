@@ -92,7 +92,7 @@ def test_tokens_in_a_list_of_tensors_keep_whole_units() -> None:
     dst = KVView(noise(3, 4, 8, seed=99), "block token dim")
     plan = CopyPlan(src.form, dst.form, 0, 4)
     assert plan.aligned("src")
-    with pytest.raises(SlotError, match="begins at token 2, no multiple of the plan's unit 4"):
+    with pytest.raises(SlotError, match="unit 4, got one that begins at token 2"):
         plan.runs(src, dst, Index(offset=2), Index([2, 0], 4), 8)
     single = CopyPlan(src.form, dst.form, 0, 4, unit=1)
     move(single.runs(src, dst, Index(offset=2), Index([2, 0], 4), 8))
@@ -116,19 +116,24 @@ def table(*ids: int, offset: int = 0) -> Index:
 PAST = r"slot 16 \(of id 4, 4 slots each\), but the view has 16 slots"
 #: Source and destination index, count, part of the message; blocks of 4, a plan of whole blocks.
 REFUSED: list[tuple[Any, Any, Any, str]] = [
-    (table(0, 1), table(0, 1), 6, r"6 tokens .* multiple of the plan's unit 4"),
-    (table(0, 1), table(0, 1), -4, r"-4 tokens .* multiple of the plan's unit 4"),
-    (table(0, 1), table(0, 1), 4.0, r"4.0 tokens were asked .* unit 4"),
+    (table(0, 1), table(0, 1), 6, r"multiple of the plan\'s unit 4, got 6 tokens"),
+    (table(0, 1), table(0, 1), -4, r"multiple of the plan\'s unit 4, got -4 tokens"),
+    (table(0, 1), table(0, 1), 4.0, r"unit 4, got 4.0 tokens"),
     # Inside a unit it would read on into the block behind.
-    (table(0, 1, offset=1), table(0, 1), 4, "source index begins at token 1"),
-    (table(0, 1), table(0, 1, offset=3), 4, "destination index begins at token 3"),
-    (Index([0, 1, 2, 3]), table(0), 4, "step 1, no multiple of the plan's unit 4"),
+    (
+        table(0, 1, offset=1),
+        table(0, 1),
+        4,
+        "source index that begins at a multiple",
+    ),
+    (table(0, 1), table(0, 1, offset=3), 4, "got one that begins at token 3"),
+    (Index([0, 1, 2, 3]), table(0), 4, "multiple of the plan's unit 4, got step 1"),
     (table(4), table(0), 4, PAST),
     (table(0), table(4), 4, PAST),
     (table(0, 1), table(0, 1, 2), 12, "2 ids x 4 tokens"),
     (Index(offset=12), table(0, 1), 8, "holds 16 tokens"),
-    (None, table(0), 4, r"source was asked .* a KVView and a NoneType; expected .* Index\(\)"),
-    (table(0), [0], 4, "destination was asked .* a KVView and a list; expected .* an Index"),
+    (None, table(0), 4, r"Expected a KVView .* source .* a KVView and a NoneType.* Index\(\)"),
+    (table(0), [0], 4, "an Index as the destination .* a KVView and a list"),
 ]
 
 
@@ -152,7 +157,7 @@ def test_a_view_of_another_form_or_none() -> None:
     plan = CopyPlan(view.form, view.form, 4, 4)
     for wrong, told in (
         (KVView(other, "block token dim"), "has another form than the plan was made for"),
-        (other, "was asked of plan.runs as a Tensor and a Index"),
+        (other, "of plan.runs, got a Tensor and a Index"),
     ):
         for at, side in enumerate(("source", "destination")):
             views: list[Any] = [wrong if n == at else view for n in range(2)]
