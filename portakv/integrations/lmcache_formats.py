@@ -1,25 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LMCache's formats as layouts: caches and memory objects of its ops as views.
+"""Views over the caches and the memory objects of LMCache's ops, with LMCache's formats as layouts.
 
-No engine is imported. Adding a format is adding a line to `LAYOUTS`.
+The module imports no engine. To add a format, add a line to `LAYOUTS`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, SupportsInt, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv import Index, KVView, LayoutError, Unsupported
 
 _BLOCKED_SCALES = 14
 _PLANES = 17
-#: How LMCache's formats are read, by the number of its EngineKVFormat. Keys and values that lie
-#: behind each other in one row (10 to 13) are one plane, as they are in an object.
+#: The layout of each format's caches, by the number in LMCache's EngineKVFormat. Formats 10 to 13
+#: have keys and values next to each other in one row; here that is one plane, as in an object.
 LAYOUTS = {
     0: "block layer kv token head dim",
     1: "layer | kv block token head dim",
@@ -35,230 +36,392 @@ LAYOUTS = {
     11: "layer | block token head dim",
     12: "layer | block head token dim",
     13: "layer | block token head dim",
-    _BLOCKED_SCALES: "layer | block (kv token dim)",  # of each block the values, then the scales
+    _BLOCKED_SCALES: "layer | block (kv token dim)",  # in each block the values, then the scales
     15: "layer | kv block head 1 token dim",
     16: "layer kv | block token head dim",
     _PLANES: "layer kv | block token 1 dim",
     18: "layer | block token head dim",
 }
 MLA = (3, 5, _BLOCKED_SCALES, _PLANES)
+#: The formats whose rows have keys and values next to each other.
 FUSED = (10, 11, 12, 13)
 _SCALE = 4  # bytes of a token's scale in a blocked-scale cache
-_KEPT = 64  # views of caches
+_CACHED = 64  # views of caches
 _WORDS = (torch.int64, torch.uint64)
-#: Torch has storages of another kind there, so that memory is handed over as tensors alone.
+#: Devices whose torch storages PortaKV cannot address, so that views are made of tensors.
 NO_ADDRESSES = ("npu",)
-#: A tensor at an address: shape, strides in elements (None: it is contiguous) and dtype.
-Memory: TypeAlias = "tuple[tuple[int, ...], tuple[int, ...] | None, torch.dtype]"
-#: Caches: a table of addresses, a tensor, or the containers that the layout names.
-Held: TypeAlias = "torch.Tensor | Sequence[Any]"
+#: A table of addresses, a tensor, or tensors in the containers that the layout names.
+Caches: TypeAlias = "torch.Tensor | Sequence[Any]"
+#: A memory object: its tensor, or its address.
+MemoryObject: TypeAlias = "torch.Tensor | int"
+
+
+class ShapeDesc(Protocol):
+    """LMCache's ``PageBufferShapeDesc``: the shape of caches that are passed by addresses.
+
+    Attributes:
+        nl: layers.
+        nb: blocks.
+        bs: tokens of a block.
+        nh: heads.
+        hs: elements of a head.
+        element_size: bytes of an element.
+    """
+
+    nl: int
+    nb: int
+    bs: int
+    nh: int
+    hs: int
+    element_size: int
+
+
+class Format(NamedTuple):
+    """One of LMCache's formats.
+
+    Attributes:
+        number: its number in LMCache's EngineKVFormat.
+        layout: the layout of its caches.
+        two_planes: an object has a plane of keys and a plane of values.
+    """
+
+    number: int
+    layout: str
+    two_planes: bool
+
+    @property
+    def containers(self) -> str:
+        """Return the axes of the containers in the layout, empty for one tensor."""
+        return self.layout.rpartition(" | ")[0]
+
+    @property
+    def dims(self) -> str:
+        """Return the axes of each tensor in the layout."""
+        return self.layout.rpartition(" | ")[2]
+
+
+class Memory(NamedTuple):
+    """The tensor at an address; ``strides`` count elements, None: contiguous."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None
+    dtype: torch.dtype
 
 
 class Pool(NamedTuple):
-    """What is known of caches beside their addresses; sizes in bytes."""
+    """The shape of caches that are passed by addresses.
+
+    Attributes:
+        layers: the number of layers.
+        blocks: the number of blocks; -1: unknown.
+        block_size: tokens of a block.
+        heads: the number of heads.
+        row: bytes of one head's row.
+        step: bytes from a block to the next; 0: the blocks are dense.
+    """
 
     layers: int
-    blocks: int  # -1: unknown
+    blocks: int
     block_size: int
     heads: int
-    row: int  # of one head
-    step: int = 0  # from block to block; 0: they are dense
+    row: int
+    step: int = 0
 
     def memory(self, dims: str) -> Memory:
-        """A tensor of bytes with such dimensions."""
+        """Return the memory of a tensor of bytes with these dimensions."""
         sizes = {"layer": self.layers, "kv": 2, "block": self.blocks, "token": self.block_size}
         sizes |= {"head": self.heads, "dim": self.row, "1": 1}
         sizes["slots"] = max(self.blocks * self.block_size, -1)
         names = _names(dims)
         if self.blocks < 0 and names[0] not in ("block", "slots"):
             raise LayoutError(
-                f"Caches of an unknown number of blocks were handed over as {dims!r}; expected "
-                f"blocks that stand outermost. Pass page_buffer_size."
+                f"Expected blocks as the outermost dimension of caches with an unknown number of "
+                f"blocks, got {dims!r}. Pass page_buffer_size."
             )
         shape = tuple(sizes[each] for each in names)
         if not self.step or names[0] != "block":
-            return shape, None, torch.uint8
+            return Memory(shape, None, torch.uint8)
         inner = (prod(shape[at + 1 :]) for at in range(1, len(shape)))
-        return shape, (self.step, *inner), torch.uint8
+        return Memory(shape, (self.step, *inner), torch.uint8)
 
 
-def pool_of(desc: Any) -> Pool:
+class _Extents(NamedTuple):
+    """The extents of caches that their tensors do not show."""
+
+    block_size: int | None = None
+    dim: tuple[int, int] | None = None
+
+
+class _Addressed(NamedTuple):
+    """Caches that are known by addresses.
+
+    Attributes:
+        at: the addresses, or a table of them on a device.
+        memory: the tensor at each address.
+        version: differs after torch wrote to a table on a device.
+    """
+
+    at: tuple[int, ...] | torch.Tensor
+    memory: Memory
+    version: Hashable
+
+
+def pool_of(desc: ShapeDesc) -> Pool:
+    """Return the shape of caches as LMCache describes it."""
     size = int(desc.element_size)
-    step = int(getattr(desc, "block_stride_elems", 0) or 0) * size
-    sizes = (desc.nl, desc.nb, desc.bs, desc.nh, desc.hs * size, step)
-    return Pool(*(int(each) for each in sizes))
+    return Pool(
+        layers=int(desc.nl),
+        blocks=int(desc.nb),
+        block_size=int(desc.bs),
+        heads=int(desc.nh),
+        row=int(desc.hs) * size,
+        step=int(getattr(desc, "block_stride_elems", 0) or 0) * size,
+    )
 
 
 def _names(dims: str) -> list[str]:
-    """What each dimension of a tensor of the caches is called."""
+    """Return the name of each dimension of a tensor of the caches."""
     return dims.replace("(block token)", "slots").replace("(kv token dim)", "token dim").split()
 
 
-# --- Views ----------------------------------------------------------------------------------------
+# --- Views of caches ------------------------------------------------------------------------------
 
 
-def layout_of(engine_kv_format: Any) -> tuple[int, str, bool]:
-    """The number of a format, the layout of its caches, and whether it has two planes, keys and
-    values, in an object."""
+def format_of(engine_kv_format: SupportsInt) -> Format:
+    """Return a format by LMCache's number.
+
+    Raises:
+        Unsupported: the number is unknown.
+    """
     number = int(engine_kv_format)
     if number not in LAYOUTS:
         raise Unsupported(
-            f"Caches of LMCache's format {engine_kv_format} were handed over",
-            f"formats 0 to {max(LAYOUTS)} are known; install a release of PortaKV that knows it",
+            f"Caches of LMCache's format {engine_kv_format}",
+            f"PortaKV knows formats 0 to {max(LAYOUTS)}; install a release that knows this format",
         )
-    text = LAYOUTS[number]
-    return number, text, "kv" in text.split() and number != _PLANES
+    layout = LAYOUTS[number]
+    return Format(number, layout, "kv" in layout.split() and number != _PLANES)
 
 
-def caches_of(engine_kv_format: Any, held: Held, pool: Pool, device: torch.device) -> KVView:
-    """The caches of a call as a view. It is kept for other calls, since it keeps no memory; but one
-    of tensors that differ, or on a device of `NO_ADDRESSES`, holds these and is made each time."""
-    number, text, _ = layout_of(engine_kv_format)
-    if not isinstance(held, (torch.Tensor, Sequence)) or not len(held):
+def caches_of(
+    engine_kv_format: SupportsInt, caches: Caches, pool: Pool, device: torch.device
+) -> KVView:
+    """Return the caches of a call as a view.
+
+    A view of addresses holds no memory and is cached. Tensors of several shapes, and tensors on a
+    device of `NO_ADDRESSES`, become a view that holds them and is made for each call.
+
+    Raises:
+        TypeError: neither a table nor tensors, or no layers.
+    """
+    form = format_of(engine_kv_format)
+    if not isinstance(caches, (torch.Tensor, Sequence)) or not len(caches):
         raise TypeError(
-            f"Caches of LMCache's format {number} were handed over as {held!r}; expected a table "
-            f"of addresses, or tensors, of at least one layer."
+            f"Expected a table of addresses, or tensors, of at least one layer for LMCache's "
+            f"format {form.number}, got {caches!r}. Pass the caches."
         )
-    containers, _, dims = text.rpartition(" | ")
-    version: object = 0
-    if isinstance(held, torch.Tensor) and held.dim() == 1 and held.dtype in _WORDS:
-        at = tuple(held.tolist()) if held.is_cpu else held
-        memory = pool.memory(dims)
-        if not held.is_cpu:  # in inference mode torch does not count what is written to it
-            version = object() if held.is_inference() else held._version
-    elif not isinstance(held, torch.Tensor) and isinstance(held[0], int):
-        at = tuple(held)
-        memory = pool.memory(dims)
-    else:
-        leaves = _leaves(number, containers, held)
+    addressed = _addressed(form, caches, pool)
+    if addressed is None:
+        leaves = _leaves(form, caches)
         kinds = {(x.shape, x.stride(), x.dtype) for x in leaves}
         if device.type in NO_ADDRESSES or len(kinds) > 1:
-            return _of_tensors(number, [_like(x, dims, pool) for x in leaves], held, pool)
-        like = _like(leaves[0], dims, pool)
-        at = tuple(x.data_ptr() for x in leaves)
-        memory = tuple(like.shape), like.stride(), like.dtype
-    return _view(number, at, memory, pool.block_size, device, version)
+            return _of_tensors(form, [_like(x, form.dims, pool) for x in leaves], caches, pool)
+        first = _like(leaves[0], form.dims, pool)
+        memory = Memory(tuple(first.shape), first.stride(), first.dtype)
+        addressed = _Addressed(tuple(x.data_ptr() for x in leaves), memory, 0)
+    return _view(form, addressed, pool.block_size, device)
 
 
-@lru_cache(_KEPT)
-def _view(
-    number: int, at: Any, memory: Memory, block_size: int, device: torch.device, version: object
-) -> KVView:
-    """The view of caches at addresses: numbers, or a table on a device as of one ``version``."""
-    text = LAYOUTS[number]
-    containers = text.rpartition(" | ")[0]
-    if "kv" in containers:
-        by = (2, -1) if containers == "kv layer" else (-1, 2)
-        at = at.view(by) if isinstance(at, torch.Tensor) else np.array(at).reshape(by)
-    shape, strides, dtype = memory
-    rest = {"reinterpret": True} | _declared(number, shape, dtype, block_size)
-    return KVView.at(at, text, shape=shape, strides=strides, dtype=dtype, device=device, **rest)
+def _addressed(form: Format, caches: Caches, pool: Pool) -> _Addressed | None:
+    """Return caches that were passed by addresses; None for tensors."""
+    if isinstance(caches, torch.Tensor):
+        if caches.dim() != 1 or caches.dtype not in _WORDS:
+            return None
+        memory = pool.memory(form.dims)
+        if caches.is_cpu:
+            return _Addressed(tuple(caches.tolist()), memory, 0)
+        # Torch does not count writes to an inference tensor, so its view is never reused.
+        version = object() if caches.is_inference() else caches._version
+        return _Addressed(caches, memory, version)
+    if isinstance(caches[0], int):
+        return _Addressed(tuple(caches), pool.memory(form.dims), 0)
+    return None
 
 
-def _of_tensors(number: int, leaves: list[torch.Tensor], held: Any, pool: Pool) -> KVView:
-    """The view of caches as tensors in the containers of their format."""
-    text = LAYOUTS[number]
-    containers = text.rpartition(" | ")[0]
-    nested: Any = leaves
-    declared = _declared(number, leaves[0].shape, leaves[0].dtype, pool.block_size)
-    if "kv" in containers:
-        by = len(leaves) // 2 if containers == "kv layer" else len(held[0])
-        nested = [leaves[at : at + by] for at in range(0, len(leaves), by)]
-        declared["kv"] = 2 if containers == "kv layer" else by
-    return KVView(nested if containers else leaves[0], text, reinterpret=True, **declared)
+@lru_cache(_CACHED)
+def _view(form: Format, addressed: _Addressed, block_size: int, device: torch.device) -> KVView:
+    """Return the view of caches at addresses."""
+    at: tuple[int, ...] | torch.Tensor | npt.NDArray[np.int64] = addressed.at
+    if "kv" in form.containers:
+        shape = (2, -1) if form.containers == "kv layer" else (-1, 2)
+        at = at.view(shape) if isinstance(at, torch.Tensor) else np.array(at).reshape(shape)
+    memory = addressed.memory
+    extents = _extents(form, memory.shape, memory.dtype, block_size)
+    return KVView.at(
+        at,
+        form.layout,
+        shape=memory.shape,
+        strides=memory.strides,
+        dtype=memory.dtype,
+        device=device,
+        block_size=extents.block_size,
+        dim=extents.dim,
+        reinterpret=True,
+    )
 
 
-def _declared(
-    number: int, shape: Sequence[int], dtype: torch.dtype, block_size: int
-) -> dict[str, Any]:
-    """The extents that a tensor of the caches does not tell."""
-    if number == _BLOCKED_SCALES:
+def _of_tensors(form: Format, leaves: list[torch.Tensor], caches: Caches, pool: Pool) -> KVView:
+    """Return the view of caches as tensors in the containers of their format."""
+    extents = _extents(form, leaves[0].shape, leaves[0].dtype, pool.block_size)
+    tensors: Any = leaves if form.containers else leaves[0]
+    kv = None
+    if "kv" in form.containers:
+        by_plane = form.containers == "kv layer"
+        inner = len(leaves) // 2 if by_plane else len(caches[0])
+        tensors = [leaves[at : at + inner] for at in range(0, len(leaves), inner)]
+        kv = 2 if by_plane else inner
+    return KVView(
+        tensors,
+        form.layout,
+        kv=kv,
+        block_size=extents.block_size,
+        dim=extents.dim,
+        reinterpret=True,
+    )
+
+
+def _extents(form: Format, shape: Sequence[int], dtype: torch.dtype, block_size: int) -> _Extents:
+    """Return the extents that a tensor of the caches does not show."""
+    if form.number == _BLOCKED_SCALES:
         scale = _SCALE // dtype.itemsize
-        return {"block_size": shape[1], "dim": (shape[2] - scale, scale)}
-    return {"block_size": block_size} if "(block token)" in LAYOUTS[number] else {}
+        return _Extents(block_size=shape[1], dim=(shape[2] - scale, scale))
+    if "(block token)" in form.layout:
+        return _Extents(block_size=block_size)
+    return _Extents()
 
 
-def _leaves(number: int, containers: str, held: Held) -> list[torch.Tensor]:
-    """The tensors of caches, in the order of their containers."""
-    if isinstance(held, torch.Tensor):
-        return [held]
-    if "kv" in containers and not isinstance(held[0], torch.Tensor):
-        return [each for inner in held for each in inner]
-    if containers == "layer kv" or not isinstance(held[0], torch.Tensor):
+def _leaves(form: Format, caches: Caches) -> list[torch.Tensor]:
+    """Return the tensors of caches, in the order of their containers."""
+    if isinstance(caches, torch.Tensor):
+        return [caches]
+    first = caches[0]
+    if "kv" in form.containers and not isinstance(first, torch.Tensor):
+        return [each for inner in caches for each in inner]
+    if form.containers == "layer kv" or not isinstance(first, torch.Tensor):
+        per_layer = "a tuple of tensors" if form.containers == "layer kv" else "a tensor"
         raise TypeError(
-            f"Caches of LMCache's format {number} were handed over as a list of "
-            f"{type(held[0]).__name__}; expected "
-            f"{'a tuple of tensors' if containers == 'layer kv' else 'a tensor'} for each layer."
+            f"Expected {per_layer} for each layer for LMCache's format {form.number}, got a list "
+            f"of {type(first).__name__}. Pass the caches in that form."
         )
-    return list(held)
+    return list(caches)
 
 
-def _like(held: torch.Tensor, dims: str, pool: Pool) -> torch.Tensor:
-    """A tensor of the caches with the format's dimensions: one with more or fewer is read as
-    these."""
+def _like(tensor: torch.Tensor, dims: str, pool: Pool) -> torch.Tensor:
+    """Return a tensor of the caches with the format's dimensions.
+
+    Further dimensions are flattened. A tensor with fewer dimensions gets the shape of the pool.
+    """
     names = _names(dims)
-    if held.dim() == len(names):
-        return held
-    if held.dim() > len(names):
-        return held.flatten(len(names) - 1)
-    return held.view(torch.uint8).view(pool.memory(dims)[0])
+    if tensor.dim() == len(names):
+        return tensor
+    if tensor.dim() > len(names):
+        return tensor.flatten(len(names) - 1)
+    return tensor.view(torch.uint8).view(pool.memory(dims).shape)
+
+
+# --- Views of memory objects ----------------------------------------------------------------------
 
 
 def objects_of(
-    number: int, caches: KVView, objects: Sequence[Any], chunk: int, device: torch.device | None
+    form: Format,
+    caches: KVView,
+    objects: Sequence[MemoryObject],
+    chunk: int,
+    device: torch.device | None,
 ) -> KVView:
-    """Memory objects as one view, paged by objects if there are several.
+    """Return memory objects as one view, with a block for each object if there are several.
 
     Args:
-        objects: tensors of one shape; or addresses of memory of ``device`` (None: the driver says
-            where), each of as many tokens as ``chunk`` says, in rows as the caches have them.
+        form: the format of the caches.
+        caches: the caches, whose rows the objects hold.
+        objects: tensors of one shape, or addresses.
+        chunk: tokens of an object at an address.
+        device: the device of the memory at addresses; None: the driver reports it.
     """
-    two_planes = layout_of(number)[2]
-    tensors = isinstance(objects[0], torch.Tensor)
-    text = "kv layer token (head dim)" if two_planes else "layer token (head dim)"
-    rest: dict[str, Any] = {"reinterpret": True, "heads": caches.heads}
-    if number in (_BLOCKED_SCALES, _PLANES):  # the planes of a token lie side by side
-        wide = objects[0].element_size() if tensors else 1
-        text = "layer token (kv dim)"
-        rest["kv"] = caches.kv
-        rest["dim"] = tuple(width // wide for width in caches.widths)
-    text = text if len(objects) == 1 else f"block | {text}"
+    layout = "kv layer token (head dim)" if form.two_planes else "layer token (head dim)"
+    tensors = [each for each in objects if isinstance(each, torch.Tensor)]
+    kv = None
+    dim = None
+    if form.number in (_BLOCKED_SCALES, _PLANES):  # a token's planes are next to each other
+        wide = tensors[0].element_size() if tensors else 1
+        layout = "layer token (kv dim)"
+        kv = caches.kv
+        dim = tuple(width // wide for width in caches.widths)
+    if len(objects) > 1:
+        layout = f"block | {layout}"
+
     if tensors:
-        fused = number in FUSED
-        held = [x if two_planes else _one_plane(x, caches.layers, fused) for x in objects]
-        return KVView(held[0] if len(held) == 1 else held, text, **rest)
-    row = caches.heads * (caches.widths[0] if two_planes else sum(caches.widths))
-    shape = [*([2] if two_planes else []), caches.layers, chunk, row]
-    at = np.array(objects)
-    return KVView.at(at, text, shape=shape, dtype=torch.uint8, device=device, **rest)
+        if not form.two_planes:
+            fused = form.number in FUSED
+            tensors = [_one_plane(each, caches.layers, fused) for each in tensors]
+        return KVView(
+            tensors[0] if len(tensors) == 1 else tensors,
+            layout,
+            kv=kv,
+            dim=dim,
+            heads=caches.heads,
+            reinterpret=True,
+        )
+
+    row = caches.heads * (caches.widths[0] if form.two_planes else sum(caches.widths))
+    shape = [caches.layers, chunk, row]
+    return KVView.at(
+        np.array(objects),
+        layout,
+        shape=[2, *shape] if form.two_planes else shape,
+        dtype=torch.uint8,
+        device=device,
+        kv=kv,
+        dim=dim,
+        heads=caches.heads,
+        reinterpret=True,
+    )
 
 
-def _one_plane(each: torch.Tensor, layers: int, fused: bool) -> torch.Tensor:
-    """An object of one plane as ``[layers, tokens, row]``; it may come as the first of several, or
-    if ``fused`` as two of half the row that were meant to be one."""
-    if each.dim() < 4:
-        return each
-    return each.view(layers, -1, 2 * each.shape[-1]) if fused and len(each) == 2 else each[0]
+def _one_plane(tensor: torch.Tensor, layers: int, fused: bool) -> torch.Tensor:
+    """Return an object of one plane as ``[layers, tokens, row]``.
+
+    LMCache may pass the plane as the first of several. If ``fused`` it may pass one plane as two
+    planes with half the row.
+    """
+    if tensor.dim() < 4:
+        return tensor
+    if fused and len(tensor) == 2:
+        return tensor.view(layers, -1, 2 * tensor.shape[-1])
+    return tensor[0]
 
 
 def blocks_of(ids: torch.Tensor | Sequence[int], block_size: int) -> Index:
-    """Block ids of a call; those on a device are an engine's own tables, which name its blocks and
-    nothing else."""
+    """Return the block ids of a call as an index.
+
+    Ids on a device are an engine's own tables, which name its blocks only, so they are trusted.
+    """
     if isinstance(ids, torch.Tensor) and not ids.is_cpu:
         return Index(ids, block_size, trusted=True)
     return Index.of(ids, block_size)
 
 
 def check_chunk(tokens: int, block_size: int, name: str) -> None:
+    """Raise `ValueError` unless a chunk holds whole blocks."""
     if block_size < 1 or tokens < 1 or tokens % block_size:
         raise ValueError(
-            f"{name}={tokens} tokens was asked for with blocks of {block_size}; expected a "
-            f"positive multiple."
+            f"Expected {name} to be a positive multiple of the block size {block_size}, got "
+            f"{tokens} tokens. Pass whole blocks."
         )
 
 
-def kind_of(memory_object: Any) -> Any:
-    """What memory objects have in common that one copy can move."""
+def kind_of(memory_object: MemoryObject) -> Hashable:
+    """Return the properties that memory objects of one copy must share."""
     if isinstance(memory_object, torch.Tensor):
         return memory_object.shape, memory_object.stride(), memory_object.dtype
     return int

@@ -1,20 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PortaKV inside SGLang's hierarchical cache: its host pools of MHA, of MHA with keys and values of
-unequal widths, and of MLA move tokens by PortaKV, in every memory layout and by every I/O backend.
+"""Replace the copies of SGLang's hierarchical cache, in every memory layout and I/O backend.
 
     PORTAKV_SGLANG=1 python -m sglang.launch_server ... --enable-hierarchical-cache
 
-`register` stands in the entry-point group ``sglang.srt.plugins``, which SGLang runs in every
-process: it returns at once unless ``PORTAKV_SGLANG`` is set. Other pools stay SGLang's.
+Three host pools copy tokens by PortaKV: MHA, MHA with keys and values of unequal widths, and MLA.
+Other pools stay SGLang's.
+
+SGLang calls `register` in every process, by the entry-point group ``sglang.srt.plugins``. The
+function returns immediately unless ``PORTAKV_SGLANG`` is set.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -22,9 +24,9 @@ from portakv import BlockTransfer, KVView
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release, kvcacheio, kvcacheio_pools
 
-#: The I/O backends that PortaKV stands for; a call by another stays SGLang's.
-WAYS = ("kernel", "direct", "kernel_ascend")
-#: How a host pool of keys and values lies in memory, by ``--hicache-mem-layout``.
+#: The I/O backends that PortaKV replaces. A call with another backend stays SGLang's.
+IO_BACKENDS = ("kernel", "direct", "kernel_ascend")
+#: The layout of a host pool of keys and values, by ``--hicache-mem-layout``.
 HOST = {
     "layer_first": "kv | layer (block token) head dim",
     "page_first": "kv | (block token) layer head dim",
@@ -32,14 +34,14 @@ HOST = {
     "page_head": "kv | block head token layer dim",
     "page_unified": "block head/{group} layer kv token head%{group} dim",
 }
-#: The same of the one pool of MLA.
+#: The layout of MLA's one host pool, by ``--hicache-mem-layout``.
 MLA_HOST = {
     "layer_first": "layer (block token) head dim",
     "page_first": "(block token) layer head dim",
     "page_first_direct": "block layer token head dim",
     "page_unified": "block layer token dim",
 }
-#: How one layer on the device lies in memory, by SGLang's ``KVBufferLayout``.
+#: The layout of the layers on the device, by SGLang's ``KVBufferLayout``.
 DEVICE = {
     "nhd": "kv layer | (block token) head dim",
     "paged_nhd": "kv layer | block token head dim",
@@ -52,22 +54,61 @@ _POOLS = (
     f"{_BASE}.mha.AsymmetricMHATokenToKVPoolHost",
     f"{_BASE}.mla.MLATokenToKVPoolHost",
 )
-_KEPT = "_portakv"  # the attribute of a pool that holds its views
+_ATTRIBUTE = "_portakv"  # of a pool, for its views
 _RANGES = "_sglang_cuda_host_registered_ranges"  # of host memory that SGLang registered in pieces
+
+Buffers: TypeAlias = "torch.Tensor | Sequence[torch.Tensor]"
+
+
+class HostPool(Protocol):
+    """The attributes of SGLang's host pools that PortaKV reads."""
+
+    kv_buffer: Buffers | None
+    layout: str
+    page_size: int
+    # MHA only
+    head_num: int
+    target_layer_num: int
+    page_unified_layout: Any
+    k_buffer: torch.Tensor
+    v_buffer: torch.Tensor
+    device_k_buffers: Sequence[torch.Tensor]
+    device_v_buffers: Sequence[torch.Tensor]
+    _buffer_infos: Sequence[Any]
+    # MLA only
+    device_kv_buffers: Sequence[torch.Tensor]
+    _native_buffers: object
+    _target_layer_indices: Sequence[int]
+    _host_layer_by_controller: Mapping[int, int]
+    _buffer_index_by_layer: Mapping[int, int]
+
+
+class _Sides(NamedTuple):
+    """The views of a pool, or of one of its layers."""
+
+    host: KVView
+    device: KVView
+
+
+class _LayerPlace(NamedTuple):
+    """The numbers of one layer in the two views of a pool."""
+
+    host: int
+    device: int
 
 
 def register() -> None:
-    """Let SGLang's host pools move tokens by PortaKV; nothing if ``PORTAKV_SGLANG`` is not set.
+    """Replace the copies of SGLang's host pools if ``PORTAKV_SGLANG`` is set.
 
     Raises:
-        IntegrationError: a release of SGLang that this plug was not tested with.
+        IntegrationError: the installed release of SGLang is not supported.
     """
     if os.environ.get("PORTAKV_SGLANG", "0") in ("", "0"):
         return
     check_release("sglang")
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    if find_spec("sgl_kernel") is None:  # what SGLang imports on devices that have its kernels
+    if find_spec("sgl_kernel") is None:  # SGLang imports the module on devices with its kernels
         sys.modules.setdefault("sgl_kernel.kvcacheio", kvcacheio)
     for pool in _POOLS:
         HookRegistry.register(f"{pool}.load_to_device_per_layer", load, HookType.AROUND)
@@ -77,8 +118,8 @@ def register() -> None:
 
 def load(
     own: Callable[..., None],
-    pool: Any,
-    device_pool: Any,
+    pool: HostPool,
+    device_pool: object,
     host_indices: torch.Tensor,
     device_indices: torch.Tensor,
     layer_id: int,
@@ -86,86 +127,94 @@ def load(
     *,
     is_draft: bool = False,
 ) -> None:
-    """One layer from the host to the device, in the place of a pool's method ``own``."""
-    held = _held(pool) if io_backend in WAYS else None
-    if held is None:
+    """Copy one layer from the host to the device, in place of the pool's method ``own``."""
+    views = _views_of(pool) if io_backend in IO_BACKENDS else None
+    if views is None:
         arguments = pool, device_pool, host_indices, device_indices, layer_id, io_backend
         own(*arguments, is_draft=is_draft)
         return
-    pair = _layer(pool, layer_id, is_draft)
-    if pair is not None:
-        src, dst = held.layers(*pair)
-        held.copy(src, dst, host_indices, device_indices, io_backend)
+    place = _place_of(pool, layer_id, is_draft)
+    if place is not None:
+        layer = views.layer(place)
+        views.copy(layer.host, layer.device, host_indices, device_indices, io_backend)
 
 
 def backup(
     own: Callable[..., None],
-    pool: Any,
-    device_pool: Any,
+    pool: HostPool,
+    device_pool: object,
     host_indices: torch.Tensor,
     device_indices: torch.Tensor,
     io_backend: str,
 ) -> None:
-    """All layers from the device to the host, in the place of a pool's method ``own``."""
-    held = _held(pool) if io_backend in WAYS else None
-    if held is None:
+    """Copy all layers from the device to the host, in place of the pool's method ``own``."""
+    views = _views_of(pool) if io_backend in IO_BACKENDS else None
+    if views is None:
         own(pool, device_pool, host_indices, device_indices, io_backend)
         return
-    pairs = [(held.host, held.device)]
-    if _is_mla(pool) and held.host.layers != held.device.layers:  # a rank that owns some layers
-        pairs = [held.layers(*pair) for pair in _owned(pool)]
-    for dst, src in pairs:
-        held.copy(src, dst, device_indices, host_indices, io_backend)
+    pairs = [views.sides]
+    if _is_mla(pool) and views.sides.host.layers != views.sides.device.layers:
+        pairs = [views.layer(place) for place in _owned(pool)]  # the rank owns some layers only
+    for pair in pairs:
+        views.copy(pair.device, pair.host, device_indices, host_indices, io_backend)
 
 
-def release(pool: Any) -> None:
-    """Wait for a pool's last copies and forget its views, before SGLang unregisters its memory."""
-    held = pool.__dict__.pop(_KEPT, None)
-    if held is not None:
-        held.close()
+def release(pool: HostPool) -> None:
+    """Wait for a pool's last copies and drop its views, before SGLang unregisters its memory."""
+    views = pool.__dict__.pop(_ATTRIBUTE, None)
+    if views is not None:
+        views.close()
 
 
-class _Held:
-    """The views of a pool, for as long as it has the same buffers."""
+class _PoolViews:
+    """The views of a pool, valid while the pool has the same buffers."""
 
-    def __init__(self, pool: Any, host: KVView, device: KVView) -> None:
-        self.host = host
-        self.device = device
-        self._rests_on = pool.kv_buffer, _device_buffers(pool)
+    def __init__(self, pool: HostPool, sides: _Sides) -> None:
+        self.sides = sides
+        self._host_buffers = pool.kv_buffer
+        self._device_buffers = _device_buffers(pool)
         self._page_size = pool.page_size
-        self._dcp = getattr(pool, "dcp_size", 1), getattr(pool, "dcp_rank", 0)
-        self._layers: dict[tuple[int, int], tuple[KVView, KVView]] = {}
-        self._last: dict[torch.device, BlockTransfer] = {}  # to each side
-        buffers = pool.kv_buffer
-        buffers = [buffers] if isinstance(buffers, torch.Tensor) else buffers
-        self._adopted = pinned.adopt(
-            [each for buffer in buffers for each in getattr(buffer, _RANGES, ())]
-        )
+        # decode context parallelism
+        self._ranks: int = getattr(pool, "dcp_size", 1)
+        self._rank: int = getattr(pool, "dcp_rank", 0)
+        self._layers: dict[_LayerPlace, _Sides] = {}
+        self._last: dict[torch.device, BlockTransfer] = {}  # the last copy, by destination
+        self._adopted = pinned.adopt(_registered_ranges(pool))
 
-    def fits(self, pool: Any) -> bool:
-        """True if the pool still has the buffers that were read."""
-        host, device = self._rests_on
-        return host is pool.kv_buffer and device is _device_buffers(pool)
+    def fits(self, pool: HostPool) -> bool:
+        """Return True if the pool still has the buffers that the views were made of."""
+        same_host = self._host_buffers is pool.kv_buffer
+        return same_host and self._device_buffers is _device_buffers(pool)
 
-    def layers(self, host: int, device: int) -> tuple[KVView, KVView]:
-        """One layer on both sides; made once."""
-        found = self._layers.get((host, device))
-        if found is None:
-            found = self.host.slice(layers=host), self.device.slice(layers=device)
-            self._layers[host, device] = found
-        return found
+    def layer(self, place: _LayerPlace) -> _Sides:
+        """Return the views of one layer; they are cached."""
+        layer = self._layers.get(place)
+        if layer is None:
+            host = self.sides.host.slice(layers=place.host)
+            device = self.sides.device.slice(layers=place.device)
+            layer = self._layers[place] = _Sides(host, device)
+        return layer
 
     def copy(
-        self, src: KVView, dst: KVView, src_ids: torch.Tensor, dst_ids: torch.Tensor, way: str
+        self,
+        src: KVView,
+        dst: KVView,
+        src_ids: torch.Tensor,
+        dst_ids: torch.Tensor,
+        io_backend: str,
     ) -> None:
-        """Copy tokens, by ids of tokens; all but ``kernel`` hand over whole pages."""
-        size, rank = self._dcp
-        if size > 1:  # each rank keeps every ``size``-th token
-            src_ids, dst_ids = (ids[rank::size] // size for ids in (src_ids, dst_ids))
-        ids: list[Any] = [src_ids, dst_ids]
-        if way != "kernel":
-            ids = [kvcacheio_pools.pages(each, self._page_size) for each in ids]
-        self._last[dst.device] = kvcacheio.copy_tokens(src, dst, *ids)
+        """Copy tokens by their ids. Every backend except ``kernel`` passes the ids of whole
+        pages."""
+        if self._ranks > 1:  # each rank has every ``_ranks``-th token
+            src_ids = src_ids[self._rank :: self._ranks] // self._ranks
+            dst_ids = dst_ids[self._rank :: self._ranks] // self._ranks
+        if io_backend == "kernel":
+            transfer = kvcacheio.copy_tokens(src, dst, src_ids, dst_ids)
+        else:
+            src_pages = kvcacheio_pools.pages(src_ids, self._page_size)
+            dst_pages = kvcacheio_pools.pages(dst_ids, self._page_size)
+            transfer = kvcacheio.copy_tokens(src, dst, src_pages, dst_pages)
+        self._last[dst.device] = transfer
 
     def close(self) -> None:
         """Wait for the last copy to each side."""
@@ -174,70 +223,87 @@ class _Held:
         self._adopted.close()
 
 
-def _held(pool: Any) -> _Held | None:
-    """The views of a pool, made again if its buffers are others; None if it stays SGLang's."""
-    held: _Held | None = pool.__dict__.get(_KEPT)
-    if held is not None and held.fits(pool):
-        return held
+def _registered_ranges(pool: HostPool) -> list[tuple[int, int]]:
+    """Return the pieces in which SGLang registered a pool's host memory."""
+    buffers = pool.kv_buffer
+    if isinstance(buffers, torch.Tensor):
+        buffers = [buffers]
+    return [piece for buffer in buffers or () for piece in getattr(buffer, _RANGES, ())]
+
+
+def _views_of(pool: HostPool) -> _PoolViews | None:
+    """Return the views of a pool, made again if its buffers changed; None if it stays SGLang's.
+
+    Raises:
+        IntegrationError: the pool was destroyed.
+    """
+    views: _PoolViews | None = pool.__dict__.get(_ATTRIBUTE)
+    if views is not None and views.fits(pool):
+        return views
     if getattr(pool, "_is_dummy", False):
         return None
-    if pool.kv_buffer is None:
+    buffers = pool.kv_buffer
+    if buffers is None:
         raise IntegrationError(
-            f"A transfer was asked of a {type(pool).__name__} that was destroyed; expected one "
-            f"that is in use. Make the pool anew."
+            f"Expected a pool that is in use, got a {type(pool).__name__} that was destroyed. Make "
+            f"a new pool."
         )
-    sides = _mla(pool) if _is_mla(pool) else _mha(pool)
+    sides = _mla(pool, buffers) if _is_mla(pool) else _mha(pool, buffers)
     if sides is None:
         return None
     release(pool)
-    pool.__dict__[_KEPT] = made = _Held(pool, *sides)
+    made = pool.__dict__[_ATTRIBUTE] = _PoolViews(pool, sides)
     return made
 
 
-def _is_mla(pool: Any) -> bool:
+def _is_mla(pool: HostPool) -> bool:
     return hasattr(pool, "kv_lora_rank")
 
 
-def _mha(pool: Any) -> tuple[KVView, KVView] | None:
-    of_device = DEVICE.get(pool._buffer_infos[0].buffers.layout.value)
-    text = HOST.get(pool.layout)
-    if of_device is None or text is None:
+def _mha(pool: HostPool, buffers: Buffers) -> _Sides | None:
+    """Return the views of a pool of keys and values, or None for a layout of another kind."""
+    on_device = DEVICE.get(pool._buffer_infos[0].buffers.layout.value)
+    on_host = HOST.get(pool.layout)
+    if on_device is None or on_host is None:
         return None
     if pool.layout == "page_unified":
-        text = text.format(group=pool.page_unified_layout.heads_per_group)
-        host = KVView(pool.kv_buffer, text, heads=pool.head_num)
+        on_host = on_host.format(group=pool.page_unified_layout.heads_per_group)
+        host = KVView(buffers, on_host, heads=pool.head_num)
     else:
-        size = pool.page_size if "(block token)" in text else None
-        host = KVView([pool.k_buffer, pool.v_buffer], text, block_size=size)
-    rows = [pool.device_k_buffers, pool.device_v_buffers]
-    return host, KVView(rows, of_device, block_size=pool.page_size)
+        block_size = pool.page_size if "(block token)" in on_host else None
+        host = KVView([pool.k_buffer, pool.v_buffer], on_host, block_size=block_size)
+    layers = [pool.device_k_buffers, pool.device_v_buffers]
+    return _Sides(host, KVView(layers, on_device, block_size=pool.page_size))
 
 
-def _mla(pool: Any) -> tuple[KVView, KVView] | None:
-    text = MLA_HOST.get(pool.layout)
-    if text is None or pool._native_buffers is not None:
+def _mla(pool: HostPool, buffers: Buffers) -> _Sides | None:
+    """Return the views of an MLA pool, or None for a layout of another kind."""
+    on_host = MLA_HOST.get(pool.layout)
+    if on_host is None or pool._native_buffers is not None:
         return None
-    size = pool.page_size if "(block token)" in text else None
-    host = KVView(pool.kv_buffer, text, block_size=size)
-    return host, KVView(pool.device_kv_buffers, MLA_DEVICE, block_size=pool.page_size)
+    block_size = pool.page_size if "(block token)" in on_host else None
+    host = KVView(buffers, on_host, block_size=block_size)
+    return _Sides(host, KVView(pool.device_kv_buffers, MLA_DEVICE, block_size=pool.page_size))
 
 
-def _device_buffers(pool: Any) -> Any:
+def _device_buffers(pool: HostPool) -> Sequence[torch.Tensor]:
     return pool.device_kv_buffers if _is_mla(pool) else pool.device_k_buffers
 
 
-def _owned(pool: Any) -> list[tuple[int, int]]:
-    """Where each layer of a rank is on the host and on the device."""
+def _owned(pool: HostPool) -> list[_LayerPlace]:
+    """Return the places of the layers that a rank owns."""
     on_device = pool._buffer_index_by_layer
-    return [(at, on_device[layer]) for layer, at in pool._host_layer_by_controller.items()]
+    layers = pool._host_layer_by_controller.items()
+    return [_LayerPlace(on_host, on_device[layer]) for layer, on_host in layers]
 
 
-def _layer(pool: Any, layer_id: int, is_draft: bool) -> tuple[int, int] | None:
-    """Where a layer is on the host and on the device; None if the pool has none of that number."""
+def _place_of(pool: HostPool, layer_id: int, is_draft: bool) -> _LayerPlace | None:
+    """Return the place of a layer, or None if the pool has no layer of that number."""
     if _is_mla(pool):
         if not is_draft and layer_id not in pool._target_layer_indices:
             return None
-        return pool._host_layer_by_controller[layer_id], pool._buffer_index_by_layer[layer_id]
+        on_host = pool._host_layer_by_controller[layer_id]
+        return _LayerPlace(on_host, pool._buffer_index_by_layer[layer_id])
     if not is_draft and not 0 <= layer_id < pool.target_layer_num:
         return None
-    return layer_id, layer_id
+    return _LayerPlace(layer_id, layer_id)

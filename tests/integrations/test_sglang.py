@@ -200,7 +200,7 @@ def test_backup_and_load(kind: str, layout: str, io: str, where: str, device: to
         pools.host.load_to_device_per_layer(
             pools.device_pool, on_host, on_device, layer, io_backend=io
         )
-    assert plug._KEPT in pools.host.__dict__
+    assert plug._ATTRIBUTE in pools.host.__dict__
     found = pools.held()
     rows = on_device.cpu()
     for mine, right in zip(found, before, strict=True):
@@ -466,11 +466,11 @@ def test_a_pool_that_was_destroyed(device: torch.device) -> None:
     pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
     for layer in range(LAYERS):
         pools.host.load_to_device_per_layer(pools.device_pool, on_host, on_device, layer, "direct")
-    last = pools.host.__dict__[plug._KEPT]._last
+    last = pools.host.__dict__[plug._ATTRIBUTE]._last
     pools.host.destroy()
     assert set(last) == {CPU, pools.buffers[0].device}
     assert all(each.done() for each in last.values())
-    assert plug._KEPT not in pools.host.__dict__
+    assert plug._ATTRIBUTE not in pools.host.__dict__
     with pytest.raises(IntegrationError) as raised:
         pools.host.backup_from_device_all_layer(pools.device_pool, on_host, on_device, "direct")
     check_sentence(str(raised.value), "MHATokenToKVPoolHost")
@@ -548,7 +548,7 @@ def test_host_memory_that_sglang_registered_in_pieces_is_cut_there() -> None:
     setattr(pools.host.kv_buffer, plug._RANGES, list(pieces))
     assert plug._RANGES == common._CUDA_HOST_REGISTERED_RANGES_ATTR
     pools.host.backup_from_device_all_layer(pools.device_pool, *pools.ids(2), "kernel")
-    held = pools.host.__dict__[plug._KEPT]
+    held = pools.host.__dict__[plug._ATTRIBUTE]
     assert held._adopted.pieces == pieces
 
 
