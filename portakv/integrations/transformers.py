@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""transformers' caches over PortaKV: layers that leave the device while others run, and prefixes
-that live in a pool of blocks.
+"""Caches of transformers whose layers leave the device, and prefixes in a pool of blocks.
 
 ``model.generate(..., past_key_values=OffloadedCache(config=model.config))`` keeps keys and values
-in pinned host memory, on any device; `save_prefix` and `load_prefix` copy them between a cache and
-paged memory.
+in pinned host memory, on any device. `save_prefix` and `load_prefix` copy keys and values between a
+cache and paged memory.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache, wraps
 from operator import index as whole_number
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias
 
 import torch
 
@@ -29,16 +28,33 @@ __all__ = ["OffloadedCache", "PortaKVLayer", "load_prefix", "save_prefix"]
 
 #: Keys and values, ``[batch, heads, tokens, dim]`` each.
 Pair: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
+#: Ids of blocks, ``[n]`` or ``[batch, n]``.
+Blocks: TypeAlias = "torch.Tensor | Sequence[int] | Sequence[Sequence[int]]"
 _ROWS = "kv | block head token dim"
-_GRAIN = 256  # the fewest tokens of room for more
+_GRAIN = 256  # the fewest tokens by which host memory grows
 
 
-def _mixing(name: str) -> Callable[..., None]:
-    """A method of transformers' own that makes rows others, so that the host has none of them."""
+class _Streams(NamedTuple):
+    """The streams of a device on which layers leave and return; None for the host."""
+
+    leaving: torch.Stream | None
+    returning: torch.Stream | None
+
+
+class _Prefix(NamedTuple):
+    """The slots of a prefix, sequence after sequence, and the number of sequences."""
+
+    slots: Index
+    batch: int
+
+
+def _rewriting(name: str) -> Callable[..., None]:
+    """Return a method of transformers' layer that changes stored rows, so that the host's rows
+    become stale."""
     own = getattr(DynamicLayer, name)
 
     @wraps(own)
-    def method(self: PortaKVLayer, *args: Any, **named: Any) -> None:
+    def method(self: PortaKVLayer, *args: object, **named: object) -> None:
         self.land()
         self._stored = 0
         own(self, *args, **named)
@@ -47,32 +63,36 @@ def _mixing(name: str) -> Callable[..., None]:
 
 
 class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
-    """A layer whose keys and values may leave the device, and come back before they are used.
+    """A layer whose keys and values can leave the device, and return before they are used.
 
-    Its host memory stays, so that rows that lie there already do not leave again: a step of
-    decoding stores one row of each head. `prefetch` begins to bring keys and values back; `land`,
-    and whatever reads `keys` or `values`, has them on the device.
+    The layer retains its host memory, so that a stored row is not copied again: a decoding step
+    stores one row of each head. `prefetch` begins to copy keys and values back. `land`, and every
+    read of `keys` or `values`, makes them available on the device.
     """
 
-    keys: torch.Tensor  # neither is there while the layer is away
+    keys: torch.Tensor  # both attributes are missing while the layer is away
     values: torch.Tensor
+    device: torch.device
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, **kwargs: object) -> None:
         super().__init__(**kwargs)
         self._host: Pair | None = None
-        self._stored = 0  # how many of the tokens the host memory has
+        self._stored = 0  # tokens whose rows are in the host memory
         self._storing = Transfer()
-        self._coming = Transfer()
-        self._away: Pair | None = None  # the rows, in the host memory
-        self._came: Pair | None = None
+        self._returning = Transfer()
+        self._away: Pair | None = None  # the rows in the host memory, while the layer is away
+        self._returned: Pair | None = None  # the rows on the device, while they are copied
 
     def __getattr__(self, name: str) -> Any:
         if name in ("keys", "values") and self.__dict__.get("_away"):
             self.land()
         return super().__getattribute__(name)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Of a copy, or a pickle: it is on the device, and makes host memory of its own."""
+    def __getstate__(self) -> dict[str, object]:
+        """Return the state of a copy, or of a pickle.
+
+        The copy is on the device and allocates its own host memory.
+        """
         was_away = self.is_away
         fresh = vars(PortaKVLayer())
         self.land()
@@ -83,88 +103,101 @@ class PortaKVLayer(DynamicLayer):  # type: ignore[misc]
 
     @property
     def is_away(self) -> bool:
-        """True if keys and values are in host memory alone."""
+        """Return True if keys and values are in host memory only."""
         return self._away is not None
 
     def get_seq_length(self) -> int:
-        """How many tokens the layer has, wherever they are."""
+        """Return the number of tokens in the layer, whether it is away or not."""
         return super().get_seq_length() if self._away is None else self._away[0].shape[2]
 
     def offload(self) -> None:
-        """Copy what the host lacks, and let go of the device's memory; gradients keep it there."""
+        """Copy the rows that the host lacks, and release the device's memory.
+
+        Rows that need gradients stay on the device.
+        """
         tokens = self.get_seq_length()
         if self.is_away or not tokens or self.keys.requires_grad or self.values.requires_grad:
             return
-        here = self.keys, self.values
-        there = self._room(here)
+        here = (self.keys, self.values)
+        there = self._host_memory(here)
         if self._stored < tokens:
             fresh = slice(self._stored, tokens)
-            rows = _rows(here, fresh)
-            room = _rows(there, fresh)
-            self._storing = copy_rows(rows, room, stream=_streams(self.device)[0])
+            src = _rows(here, fresh)
+            dst = _rows(there, fresh)
+            self._storing = copy_rows(src, dst, stream=_streams(self.device).leaving)
         self._away = (there[0][:, :, :tokens], there[1][:, :, :tokens])
         self._stored = tokens
         del self.keys, self.values
 
     def prefetch(self) -> None:
-        """Begin to copy keys and values to the device, if they are away; blocks nothing."""
-        if self._away is None or self._came is not None:
+        """Begin to copy keys and values to the device if they are away, without blocking."""
+        if self._away is None or self._returned is not None:
             return
         keys, values = (torch.empty_like(each, device=self.device) for each in self._away)
-        self._came, stream = (keys, values), _streams(self.device)[1]
+        self._returned = (keys, values)
+        stream = _streams(self.device).returning
         self._storing.wait(stream)
-        self._coming = copy_rows(_rows(self._away), _rows(self._came), stream=stream)
+        self._returning = copy_rows(_rows(self._away), _rows(self._returned), stream=stream)
 
     def land(self) -> None:
-        """Keys and values are on the device again for what follows on the current stream."""
+        """Make keys and values available on the device, for later work of the current stream."""
         self.prefetch()
-        if self._came is not None:
-            self._coming.wait()
-            self.keys, self.values = self._came
-            self._came = self._away = None
+        if self._returned is not None:
+            self._returning.wait()
+            self.keys, self.values = self._returned
+            self._returned = None
+            self._away = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """As transformers' own; what is left need not leave again."""
+        """Remove tokens as transformers does. The remaining rows need not be stored again."""
         super().crop(tokens_to_remove)
         self._stored = min(self._stored, self.get_seq_length())
 
-    reset = _mixing("reset")  # forgets all rows, or in 5.17 zeroes them
-    reorder_cache = _mixing("reorder_cache")
-    batch_repeat_interleave = _mixing("batch_repeat_interleave")
-    batch_select_indices = _mixing("batch_select_indices")
+    reset = _rewriting("reset")  # drops all rows; in 5.17 it fills them with zeros
+    reorder_cache = _rewriting("reorder_cache")
+    batch_repeat_interleave = _rewriting("batch_repeat_interleave")
+    batch_select_indices = _rewriting("batch_select_indices")
 
-    def _room(self, pair: Pair) -> Pair:
-        """Host memory with room for these rows; larger one has none of them yet."""
+    def _host_memory(self, pair: Pair) -> Pair:
+        """Return host memory with capacity for these rows.
+
+        New memory holds none of the rows yet.
+        """
         if pair[0].dim() != 4:
             KVView(pair, _ROWS)  # raises, with shape and strides
-        (batch, heads, tokens, _) = pair[0].shape
+        batch, heads, tokens, _ = pair[0].shape
         host = self._host
         if host is None or host[0].shape[2] < tokens or host[0].shape[:2] != (batch, heads):
-            sizes = [(batch, heads, tokens + max(_GRAIN, tokens // 4), x.shape[3]) for x in pair]
+            capacity = tokens + max(_GRAIN, tokens // 4)
+            sizes = [(batch, heads, capacity, each.shape[3]) for each in pair]
             keys, values = map(pinned.empty, sizes, [each.dtype for each in pair])
-            host = self._host = keys, values
+            host = self._host = (keys, values)
             self._stored = 0
         return host
 
 
 class OffloadedCache(DynamicCache):  # type: ignore[misc]
-    """A cache whose layers are in host memory but for the one that runs and the next one.
+    """A cache whose layers are in host memory, except the running layer and the next one.
 
-    As ``DynamicCache(offloading=True)``, but on any device, from and to pinned memory, and without
-    storing again what has not changed. Layers with a sliding window, or of another kind, stay on
-    the device.
+    It does the work of ``DynamicCache(offloading=True)`` on any device. It copies from and to
+    pinned memory, and stores no unchanged row again. Layers with a sliding window, and layers of
+    another kind, stay on the device.
 
     Args:
-        config: of the model, else `IntegrationError`; None: all layers attend to all tokens.
+        config: the model's configuration; None: all layers attend to all tokens.
+
+    Raises:
+        IntegrationError: ``config`` is not a model's configuration.
     """
 
-    layers: list[Any]
-    layer_class_to_replicate: Any
+    layers: list[DynamicLayer]
+    layer_class_to_replicate: type[DynamicLayer] | None
 
-    def __init__(self, config: Any = None) -> None:
+    def __init__(self, config: object = None) -> None:
         if config is not None and not hasattr(config, "get_text_config"):
             raise IntegrationError(
-                f"OffloadedCache(config={config!r:.60}) was asked for; pass model.config, or None."
+                f"Expected a model's configuration or None, got OffloadedCache("
+                f"config={config!r:.60}). Pass model.config."
             )
         super().__init__(config=config)
         self.layers = [PortaKVLayer() if type(x) is DynamicLayer else x for x in self.layers]
@@ -176,89 +209,95 @@ class OffloadedCache(DynamicCache):  # type: ignore[misc]
         key_states: torch.Tensor,
         value_states: torch.Tensor,
         layer_idx: int,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> Pair:
-        """Add rows to a layer, which then leaves, while the next one comes."""
-        # The layer that runs next, in this step or in the next one.
+        """Add rows to a layer and offload it, while the next layer returns to the device."""
+        # After the last layer the first one runs, in the next step.
         following = self.layers[(layer_idx + 1) % len(self.layers)] if self.layers else None
         if isinstance(following, PortaKVLayer):
             following.prefetch()
         updated: Pair = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        if isinstance(layer := self.layers[layer_idx], PortaKVLayer):
+        layer = self.layers[layer_idx]
+        if isinstance(layer, PortaKVLayer):
             layer.offload()
         return updated
 
 
 def save_prefix(
-    cache: DynamicCache,
-    pool: KVView,
-    blocks: torch.Tensor | Sequence[Any],
-    tokens: int | None = None,
+    cache: DynamicCache, pool: KVView, blocks: Blocks, tokens: int | None = None
 ) -> Transfer:
-    """Copy the first tokens of a cache into blocks of a pool. Wait for the transfer before the
-    blocks are used on another stream.
+    """Copy the first tokens of a cache into blocks of a pool.
+
+    Wait for the transfer before you use the blocks on another stream.
 
     Args:
-        cache: whose layers attend to all tokens.
+        cache: a cache whose layers attend to all tokens.
         pool: a paged view with as many layers, kv, heads and bytes of a row.
-        blocks: ids, ``[n]``, or for a batch ``[batch, n]``, on host or device.
-        tokens: of each sequence; None: all.
+        blocks: ids ``[n]``, or for a batch ``[batch, n]``, on host or device.
+        tokens: tokens of each sequence; None: all.
 
     Raises:
-        LayoutError: other layers, fewer tokens, or a pool that is not paged or holds other rows.
-        SlotError: no tokens, what are no ids, and on the host a negative one.
-        PortaKVError: what `portakv.copy_rows` raises.
+        LayoutError: other layers, fewer tokens, or a pool that is not paged or has other rows.
+        SlotError: no tokens, values that are not ids, or a negative id on the host.
+        PortaKVError: an error of `portakv.copy_rows`.
     """
-    held = cache.get_seq_length()
-    tokens = held if tokens is None else _whole(tokens)
-    if tokens > held or not held:
+    available = cache.get_seq_length()
+    tokens = available if tokens is None else _whole(tokens)
+    if tokens > available or not available:
         raise LayoutError(
-            f"A prefix of {tokens} tokens was to be saved from a cache of {held}; expected one "
-            f"that holds them. Run the model before."
+            f"Expected a cache that holds the prefix, got a prefix of {tokens} tokens and a cache "
+            f"of {available}. Run the model before."
         )
     rows = [(x.keys[:, :, :tokens], x.values[:, :, :tokens]) for x in _layers(cache)]
-    slots, _ = _slots(pool, blocks, tokens, len(rows[0][0]))
-    return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, slots)
+    prefix = _prefix(pool, blocks, tokens, len(rows[0][0]))
+    return copy_rows(KVView(rows, f"layer {_ROWS}"), pool, None, prefix.slots)
 
 
 def load_prefix(
     cache: DynamicCache,
     pool: KVView,
-    blocks: torch.Tensor | Sequence[Any],
+    blocks: Blocks,
     tokens: int,
     device: torch.device | str | None = None,
 ) -> Transfer:
-    """Fill an empty cache with tokens out of blocks of a pool; a model goes on behind them. What
-    follows on the current stream need not wait for the transfer; of pageable memory it is done.
+    """Fill an empty cache with tokens from blocks of a pool. A model can continue after them.
+
+    Later work on the current stream is ordered after the copy and need not wait for the transfer.
+    A copy from pageable memory has ended when the call returns.
 
     Args:
-        cache: whose layers attend to all tokens.
-        pool, blocks: as of `save_prefix`.
-        tokens: of each sequence.
-        device: where the model is; None: where the pool is.
+        cache: a cache whose layers attend to all tokens.
+        pool: a paged view with as many layers, kv, heads and bytes of a row.
+        blocks: ids ``[n]``, or for a batch ``[batch, n]``, on host or device.
+        tokens: tokens of each sequence.
+        device: the device of the model; None: the device of the pool.
 
     Raises:
-        LayoutError: a cache that holds tokens, or has other layers; and what `save_prefix` raises.
+        LayoutError: a cache that holds tokens or has other layers, or an error of `save_prefix`.
+        SlotError: as for `save_prefix`.
+        PortaKVError: an error of `portakv.copy_rows`.
     """
     if cache.get_seq_length():
         raise LayoutError(
-            f"A prefix was to be loaded into a cache that holds {cache.get_seq_length()} tokens; "
-            f"expected an empty one. Reset it, or make another."
+            f"Expected an empty cache to load a prefix into, got a cache of "
+            f"{cache.get_seq_length()} tokens. Reset it, or make another."
         )
     while len(cache.layers) < pool.layers and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
-    (slots, batch) = _slots(pool, blocks, _whole(tokens))
+    prefix = _prefix(pool, blocks, _whole(tokens))
     layers = _layers(cache)
-    home = pool.device if device is None else device
-    size = (batch, pool.heads, tokens)
+    target = pool.device if device is None else device
+    size = (prefix.batch, pool.heads, tokens)
     rows: list[tuple[torch.Tensor, ...]] = []
     for number in range(len(layers)):
         planes = [pool.plane(number, kv) for kv in range(pool.kv)]
-        made = (torch.empty((*size, x.shape[-1]), dtype=x.dtype, device=home) for x in planes)
+        made = (torch.empty((*size, x.shape[-1]), dtype=x.dtype, device=target) for x in planes)
         rows.append(tuple(made))
-    transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), slots)
-    for layer, pair in zip(layers, rows, strict=True):  # of a refused copy the cache has nothing
+    transfer = copy_rows(pool, KVView(rows, f"layer {_ROWS}"), prefix.slots)
+
+    # The cache gets the rows last, so that a refused copy leaves it empty.
+    for layer, pair in zip(layers, rows, strict=True):
         layer.lazy_initialization(*pair)
         layer.keys, layer.values = pair
     transfer.wait()
@@ -266,44 +305,48 @@ def load_prefix(
 
 
 def _layers(cache: DynamicCache) -> list[DynamicLayer]:
-    """A cache's layers, all of which attend to all tokens."""
+    """Return a cache's layers, all of which must attend to all tokens."""
     for number, layer in enumerate(cache.layers):
         if type(layer) not in (DynamicLayer, PortaKVLayer):
             raise LayoutError(
-                f"Layer {number} of a cache is a {type(layer).__name__}; a prefix is moved between "
-                f"a pool and layers that keep every token: DynamicLayer or PortaKVLayer. Make the "
-                f"cache without config=, if the model may attend to all tokens."
+                f"Layer {number} of the cache is a {type(layer).__name__}, expected a layer that "
+                f"retains every token: DynamicLayer or PortaKVLayer. Make the cache without "
+                f"config=, if the model may attend to all tokens."
             )
     return list(cache.layers)
 
 
-def _whole(tokens: Any) -> int:
-    """A number of tokens, from what may be none."""
+def _whole(tokens: SupportsIndex) -> int:
+    """Return a positive number of tokens, or raise `SlotError` for any other value."""
     with suppress(TypeError):
         if (number := whole_number(tokens)) > 0:
             return number
-    raise SlotError(f"A prefix of {tokens!r} tokens was asked for; expected one at least.")
+    raise SlotError(
+        f"A prefix of {tokens!r} tokens was requested, expected a whole number of at least 1. "
+        f"Correct the number."
+    )
 
 
-def _slots(pool: KVView, blocks: Any, tokens: int, batch: int = 0) -> tuple[Index, int]:
-    """The slots of a prefix, one sequence behind the other, and how many sequences there are."""
+def _prefix(pool: KVView, blocks: Blocks, tokens: int, batch: int = 0) -> _Prefix:
+    """Return the slots of a prefix. ``batch`` 0: the ids show the number of sequences."""
     if pool.block_size is None:
         raise LayoutError(
-            f"A prefix was asked for in {pool.layout.text!r}, without a `block` axis; pass pages."
+            f"Expected a paged pool, got {pool.layout.text!r}, without a `block` axis. Pass pages."
         )
     try:
         ids = blocks if isinstance(blocks, torch.Tensor) else torch.tensor(blocks, device="cpu")
         ids = ids[None] if ids.dim() == 1 else ids
         shaped = ids.dim() == 2 and len(ids) == (batch or len(ids))
         wrong = not shaped or bool(ids.is_cpu and ids.numel() and ids.min() < 0)
-    except (RuntimeError, TypeError, ValueError):
+    except (RuntimeError, TypeError, ValueError):  # torch makes no tensor of such blocks
         wrong = True
     if wrong:
         raise SlotError(
-            f"A prefix was asked for in blocks {blocks!r}; expected ids that are at least 0, a "
-            f"list for each of {batch or 'the'} sequences, or one for one. Nothing was moved."
+            f"Expected block ids of 0 or more, a list for each of {batch or 'the'} sequences, or "
+            f"one list for one sequence, got blocks {blocks!r}. Nothing was moved. Correct the ids."
         )
-    return Index.of_requests(ids, [tokens] * len(ids), pool.block_size), len(ids)
+    slots = Index.of_requests(ids, [tokens] * len(ids), pool.block_size)
+    return _Prefix(slots, len(ids))
 
 
 def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:
@@ -311,6 +354,8 @@ def _rows(pair: Sequence[torch.Tensor], tokens: slice = slice(None)) -> KVView:
 
 
 @lru_cache(maxsize=16)
-def _streams(device: torch.device) -> tuple[torch.Stream | None, torch.Stream | None]:
-    """Those on which layers leave a device and come back."""
-    return (None, None) if device.type == "cpu" else (torch.Stream(device), torch.Stream(device))
+def _streams(device: torch.device) -> _Streams:
+    """Return the streams on which layers leave a device and return."""
+    if device.type == "cpu":
+        return _Streams(None, None)
+    return _Streams(torch.Stream(device), torch.Stream(device))

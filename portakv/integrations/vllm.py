@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's offloading of KV blocks to host memory, with PortaKV's copies.
+"""Replace the copies of vLLM's offloading of KV blocks to host memory.
 
-Chosen by two keys of ``kv_connector_extra_config``: ``"spec_name": "PortaKVOffloadingSpec"`` and
+Two keys of ``kv_connector_extra_config`` choose it: ``"spec_name": "PortaKVOffloadingSpec"`` and
 ``"spec_module_path": "portakv.integrations.vllm"``. The key ``"portakv"`` may hold terms of
 `portakv.copy_rows`, such as ``{"max_thread_blocks": 2}``. vLLM's scheduler side (lookup, eviction,
-accounting) stays as it is.
+accounting) is unchanged.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -23,7 +23,15 @@ from portakv import BlockTransfer, InvalidTerms, LayoutError, copy_rows
 from portakv.host import pinned
 from portakv.integrations import IntegrationError, check_release
 from portakv.integrations.vllm_lanes import Lane
-from portakv.integrations.vllm_moves import Move, moves_of, parts_of, sharing
+from portakv.integrations.vllm_moves import (
+    BlockSpec,
+    CacheRef,
+    ChunkSpec,
+    Move,
+    moves_of,
+    parts_of,
+    sharing,
+)
 
 check_release("vllm")
 
@@ -31,12 +39,38 @@ from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult  # noqa: E4
 from vllm.v1.kv_offload.cpu import gpu_worker  # noqa: E402
 from vllm.v1.kv_offload.cpu import spec as cpu_spec  # noqa: E402
 
-#: What ``"portakv"`` in the configuration may hold.
+#: The terms that ``"portakv"`` in the configuration may hold.
 TERMS = ("backend", "max_gbps", "max_thread_blocks", "overlap")
 
 
+class CanonicalTensor(Protocol):
+    """vLLM's `CanonicalKVCacheTensor`: pages ``[blocks, page]``, which need not be adjacent."""
+
+    tensor: torch.Tensor
+
+
+class CanonicalCaches(Protocol):
+    """vLLM's `CanonicalKVCaches`: its tensors, and for each group the tensors that it uses."""
+
+    tensors: Sequence[CanonicalTensor]
+    group_data_refs: Sequence[Sequence[CacheRef]]
+
+
+class Region(Protocol):
+    """vLLM's `SharedOffloadRegion`: host memory that all workers of an engine share."""
+
+    base_tensor: torch.Tensor
+    total_size_bytes: int
+    is_pinned: bool
+    pinned_addresses: Sequence[int]
+
+    def create_next_worker_view(self, tensor_page_size: int) -> torch.Tensor: ...
+
+    def cleanup(self) -> None: ...
+
+
 class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
-    """vLLM's own tier of host memory, whose worker moves blocks by PortaKV, on any device."""
+    """vLLM's tier of host memory, with a worker that moves blocks by PortaKV on any device."""
 
     _worker: OffloadingWorker | None
 
@@ -44,20 +78,21 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
         super().__init__(config)
         if getattr(config, "canonical_layout", False):
             raise IntegrationError(
-                "The offloading spec of PortaKV was asked for with canonical_layout=True, which "
-                "rearranges pages; it moves them as they are. Leave canonical_layout out."
+                "Expected no canonical_layout for the offloading spec of PortaKV, got "
+                "canonical_layout=True, which rearranges pages; PortaKV copies pages unchanged. "
+                "Leave canonical_layout out."
             )
-        given = self.extra_config.get("portakv", {})
-        if not isinstance(given, Mapping) or not set(given) <= set(TERMS):
+        terms = self.extra_config.get("portakv", {})
+        if not isinstance(terms, Mapping) or not set(terms) <= set(TERMS):
             raise InvalidTerms(
-                f"kv_connector_extra_config has portakv={given!r}; expected a mapping with some of "
+                f"kv_connector_extra_config has portakv={terms!r}; expected a mapping with some of "
                 f"{', '.join(TERMS)}. Correct it, or leave it out."
             )
-        self.terms = dict(given)
+        self.terms = dict(terms)
 
-    def create_worker(self, kv_caches: Any) -> OffloadingWorker:
-        """The worker of one process, with its part of the host memory."""
-        # The number of chunks has another name in 0.26.
+    def create_worker(self, kv_caches: CanonicalCaches) -> OffloadingWorker:
+        """Return the worker of one process, with its part of the host memory."""
+        # vLLM 0.26 has another name for the number of chunks.
         chunks: int = self.num_chunks if hasattr(self, "num_chunks") else self.num_blocks
         uses_shared_region = getattr(self, "_uses_shared_region", bool)
         region = self._shared_region() if uses_shared_region() and chunks else None
@@ -65,22 +100,25 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
             return PortaKVOffloadingWorker(
                 kv_caches, self.blocks_per_chunk, chunks, region, self.terms
             )
-        except Exception:
+        except Exception:  # whatever failed, the region must not stay behind
             if region is not None:
                 region.cleanup()
             raise
 
-    def get_worker(self, kv_caches: Any) -> OffloadingWorker:
-        """As vLLM's own, on other devices than CUDA's, ROCm's and XPU's too."""
+    def get_worker(self, kv_caches: CanonicalCaches) -> OffloadingWorker:
+        """Return the worker, made at the first call.
+
+        vLLM's own method refuses devices other than CUDA's, ROCm's and XPU's.
+        """
         if self._worker is None:
             self._worker = self.create_worker(kv_caches)
         return self._worker
 
-    def _shared_region(self) -> Any:
-        """The memory that all workers of an engine share, pinned as vLLM pins it."""
+    def _shared_region(self) -> Region:
+        """Return the memory that all workers of an engine share, pinned as vLLM pins it."""
         rank = self.config.parallel.rank
         workers = self.config.parallel.world_size
-        terms = {
+        arguments = {
             "engine_id": self.config.engine_id,
             "num_chunks": self.num_chunks,
             "rank": 0 if self.replicated_layout else rank,
@@ -89,61 +127,64 @@ class PortaKVOffloadingSpec(cpu_spec.CPUOffloadingSpec):  # type: ignore[misc]
             "barrier": cpu_spec._all_workers_barrier,
         }
         if hasattr(cpu_spec, "_REGION_SEGMENTS"):  # not in 0.32
-            terms["num_segments"] = cpu_spec._REGION_SEGMENTS
-            terms["populate_shard"] = (rank, workers) if self.replicated_layout else None
-        region = cpu_spec.SharedOffloadRegion(**terms)
-        slots = "worker_slot_only" in signature(gpu_worker.pin_mmap_region).parameters
-        gpu_worker.pin_mmap_region(region, **({"worker_slot_only": True} if slots else {}))
+            arguments["num_segments"] = cpu_spec._REGION_SEGMENTS
+            arguments["populate_shard"] = (rank, workers) if self.replicated_layout else None
+        region: Region = cpu_spec.SharedOffloadRegion(**arguments)
+        if "worker_slot_only" in signature(gpu_worker.pin_mmap_region).parameters:
+            gpu_worker.pin_mmap_region(region, worker_slot_only=True)
+        else:
+            gpu_worker.pin_mmap_region(region)
         return region
 
 
 class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
-    """Moves blocks between an engine's caches and chunks in host memory.
+    """A worker that moves blocks between an engine's caches and chunks in host memory.
 
     Args:
-        kv_caches: vLLM's `CanonicalKVCaches`: int8 tensors ``[blocks, page]``, whose pages may lie
-            apart, and for each group the tensors that it uses.
-        blocks_per_chunk: blocks of the engine in a chunk, 1 at least.
-        chunks: how many there are.
-        region: vLLM's `SharedOffloadRegion`, which `shutdown` gives back; None: memory of its own.
-        terms: of `copy_rows`.
+        kv_caches: vLLM's `CanonicalKVCaches`: int8 tensors ``[blocks, page]``, whose pages need not
+            be adjacent, and for each group the tensors that it uses.
+        blocks_per_chunk: blocks of the engine in a chunk, at least 1.
+        chunks: the number of chunks.
+        region: vLLM's `SharedOffloadRegion`, which `shutdown` releases; None: private memory.
+        terms: terms of `copy_rows`.
 
     Raises:
-        LayoutError: no tensors, groups or blocks in a chunk, or tensors that are no pages.
+        LayoutError: no tensors, groups or blocks in a chunk, or tensors that are not pages.
         InvalidTerms, BackendUnavailable, Unsupported: terms that no copy can keep.
     """
 
     def __init__(
         self,
-        kv_caches: Any,
+        kv_caches: CanonicalCaches,
         blocks_per_chunk: int,
         chunks: int,
-        region: Any = None,
+        region: Region | None = None,
         terms: Mapping[str, Any] | None = None,
     ) -> None:
-        numbers = len(kv_caches.tensors), len(kv_caches.group_data_refs), blocks_per_chunk
-        if min(numbers) < 1:
+        tensors = len(kv_caches.tensors)
+        groups = len(kv_caches.group_data_refs)
+        if min(tensors, groups, blocks_per_chunk) < 1:
             raise LayoutError(
-                f"A worker was asked for with {numbers[0]} tensors, {numbers[1]} groups and chunks "
-                f"of {numbers[2]} blocks; expected one of each at least. Hand over vLLM's "
+                f"Expected at least one tensor, one group and one block in a chunk, got {tensors} "
+                f"tensors, {groups} groups and chunks of {blocks_per_chunk} blocks. Pass vLLM's "
                 f"canonical caches."
             )
         self.blocks_per_chunk = blocks_per_chunk
         self._region = region
         self._terms = dict(terms or {})
-        self._adopted = None
+        self._adopted: pinned.Adopted | None = None
         pages = [each.tensor.view(torch.int8) for each in kv_caches.tensors]
         for page in pages:
             if page.dim() != 2:
                 raise LayoutError(
-                    f"A tensor of shape {tuple(page.shape)}, strides {page.stride()} in bytes was "
-                    f"registered; expected [blocks, page]. Hand over vLLM's canonical caches."
+                    f"Expected tensors [blocks, page], got shape {tuple(page.shape)}, strides "
+                    f"{page.stride()} in bytes. Pass vLLM's canonical caches."
                 )
         host = _host_pages(pages, blocks_per_chunk, chunks, region)
         if region is not None and region.is_pinned:
             self._adopted = _adopt(region)
         self._groups = [parts_of(refs, pages, host) for refs in kv_caches.group_data_refs]
-        if self._terms:  # copies of nothing judge them
+        if self._terms:  # empty copies check them now, not in the first job
             for part in itertools.chain(*self._groups):
                 copy_rows(part.device, part.host, count=0, **self._terms)
                 copy_rows(part.host, part.device, count=0, **self._terms)
@@ -155,26 +196,29 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         self._lanes = self._store, self._load, self._expedited
         self._taking = threading.Lock()
 
-    def submit_store(self, job_id: int, src_spec: Any, dst_spec: Any) -> bool:
-        """Begin to copy blocks into chunks, behind the current stream.
+    def submit_store(self, job_id: int, src_spec: BlockSpec, dst_spec: ChunkSpec) -> bool:
+        """Begin to copy blocks into chunks, ordered after the current stream's work.
 
         Raises:
-            SlotError: an id past the caches or the chunks, one that is written twice, or lists that
-                do not fit each other; nothing was moved then.
-            IntegrationError: a job that is under way already, or after `shutdown`.
+            SlotError: an id past the caches or the chunks, an id that is written twice, or lists
+                that do not fit each other. Nothing was moved then.
+            IntegrationError: a job that is already in flight, or a call after `shutdown`.
         """
         return self._submit(self._store, job_id, src_spec, dst_spec, store=True)
 
     def submit_load(
-        self, job_id: int, src_spec: Any, dst_spec: Any, expedited: bool = False
+        self, job_id: int, src_spec: ChunkSpec, dst_spec: BlockSpec, expedited: bool = False
     ) -> bool:
-        """Begin to copy chunks into blocks, behind the current stream; ``expedited``: past the
-        loads that are under way. Raises as `submit_store` does."""
+        """Begin to copy chunks into blocks, ordered after the current stream's work.
+
+        ``expedited``: the copy does not wait for the loads that are in flight. The errors are those
+        of `submit_store`.
+        """
         lane = self._expedited if expedited else self._load
         return self._submit(lane, job_id, dst_spec, src_spec, store=False)
 
     def get_finished(self) -> list[TransferResult]:
-        """The jobs that have ended since the last call; never blocks."""
+        """Return the jobs that have ended since the last call; never blocks."""
         with self._taking:
             ended = [each for lane in self._lanes for each in lane.finished()]
         return [
@@ -183,22 +227,24 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         ]
 
     def wait(self, job_ids: set[int]) -> None:
-        """Block the host until these jobs have ended; unknown ones have."""
+        """Block the host until these jobs have ended. Unknown jobs count as ended."""
         for lane in self._lanes:
             for job in job_ids & lane.jobs.keys():
-                with suppress(KeyError):  # another thread took it, so it has ended
+                with suppress(KeyError):  # another thread removed it, so it has ended
                     lane.jobs[job].synchronize()
 
     def shutdown(self) -> None:
-        """Wait for all jobs, and give the host memory back; again: nothing. Raises the first error
-        of a job behind both."""
+        """Wait for all jobs, then release the host memory, then raise the first error of a job.
+
+        A second call does nothing.
+        """
         region = self._region
         self._region = None
         try:
             jobs = [job.transfer for lane in self._lanes for job in list(lane.jobs.values())]
             BlockTransfer.together(jobs).synchronize()
         finally:
-            with self._taking:  # another thread may be asking for results
+            with self._taking:  # another thread may be collecting results
                 for lane in self._lanes:
                     lane.jobs.clear()
             self._groups = []  # its views hold the region's memory
@@ -207,14 +253,16 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
             if region is not None:
                 region.cleanup()
 
-    def _submit(self, lane: Lane, job: int, device: Any, host: Any, store: bool) -> bool:
+    def _submit(
+        self, lane: Lane, job: int, device: BlockSpec, host: ChunkSpec, store: bool
+    ) -> bool:
         if not self._groups:
-            raise IntegrationError(f"Job {job} was submitted after shutdown; make a new worker.")
+            raise IntegrationError(f"Job {job} was submitted after shutdown. Make a new worker.")
         if any(job in each.jobs for each in self._lanes):
             raise IntegrationError(
-                f"Job {job} was submitted while it is under way; number it anew."
+                f"Job {job} was submitted while it is in flight. Use another number."
             )
-        # All groups are looked at before any of them moves.
+        # All groups are checked before any of them moves.
         moves = moves_of(self._groups, self._together, self.blocks_per_chunk, device, host, store)
         lane.submit(job, partial(self._copy, moves, lane.stream, store))
         return True
@@ -225,23 +273,29 @@ class PortaKVOffloadingWorker(OffloadingWorker):  # type: ignore[misc]
         """Issue the copies of a job."""
         moved: list[BlockTransfer] = []
         try:
-            for parts, blocks, places, count in moves:
-                for part in parts:
-                    src, dst = (part.device, part.host) if store else (part.host, part.device)
-                    ids = (blocks, places) if store else (places, blocks)
-                    terms = {"stream": stream, **self._terms}
-                    moved.append(copy_rows(src, dst, *ids, count=count, **terms))
-        except BaseException:
-            BlockTransfer.together(moved).synchronize()  # a job that is refused leaves none behind
+            for move in moves:
+                blocks = move.blocks
+                places = move.places
+                terms = {"count": move.pages, "stream": stream, **self._terms}
+                for part in move.parts:
+                    if store:
+                        copied = copy_rows(part.device, part.host, blocks, places, **terms)
+                    else:
+                        copied = copy_rows(part.host, part.device, places, blocks, **terms)
+                    moved.append(copied)
+        except BaseException:  # also an interrupt: a refused job leaves no copy in flight
+            BlockTransfer.together(moved).synchronize()
             raise
         return BlockTransfer.together(moved)
 
 
 def _host_pages(
-    pages: Sequence[torch.Tensor], blocks_per_chunk: int, chunks: int, region: Any
+    pages: Sequence[torch.Tensor], blocks_per_chunk: int, chunks: int, region: Region | None
 ) -> list[torch.Tensor]:
-    """For each tensor of the engine its pages in host memory ``[chunks, blocks_per_chunk, page]``:
-    all tensors of a chunk lie side by side."""
+    """Return host memory ``[chunks, blocks_per_chunk, page]`` for each tensor of the engine.
+
+    The pages of all tensors lie next to each other in a chunk.
+    """
     widths = [each.shape[1] * blocks_per_chunk for each in pages]
     if region is not None:
         rows = [region.create_next_worker_view(width) for width in widths]
@@ -250,8 +304,8 @@ def _host_pages(
     return [each.unflatten(1, (blocks_per_chunk, -1)) for each in rows]
 
 
-def _adopt(region: Any) -> pinned.Adopted:
-    """Tell where the region's registrations meet."""
+def _adopt(region: Region) -> pinned.Adopted:
+    """Report to PortaKV where the region's registrations meet."""
     begin = region.base_tensor.data_ptr()
     edges = [*sorted(region.pinned_addresses or [begin]), begin + region.total_size_bytes]
     return pinned.adopt([(first, past - first) for first, past in itertools.pairwise(edges)])

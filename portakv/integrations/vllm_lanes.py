@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Jobs of vLLM's offloading that end in order, and how long their copies took on the device. No
-engine is imported."""
+"""Jobs of vLLM's offloading, which end in order, and the time that their copies took on the device.
+
+The module imports no engine.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,10 @@ from portakv import BlockTransfer
 
 
 class Job(NamedTuple):
-    """A job that was submitted, with timing events of the device before and behind its copies;
-    without them the host's clock counts."""
+    """A submitted job, with timing events of the device before and after its copies.
+
+    Without timing events the host's clock counts.
+    """
 
     transfer: BlockTransfer
     begin: torch.Event | None
@@ -23,7 +27,7 @@ class Job(NamedTuple):
     def done(self) -> bool:
         """Return whether the copies have ended and their time is known; never blocks.
 
-        The device completes ``end`` after the event of the transfer, so that one is not enough.
+        The device completes ``end`` after the event of the transfer, so both are checked.
         """
         return self.transfer.done() and (self.end is None or self.end.query())
 
@@ -34,18 +38,22 @@ class Job(NamedTuple):
             self.end.synchronize()
 
     def seconds(self) -> float | None:
-        """Return how long the copies of a job that has ended took: on a device without the time for
-        which they waited for the model."""
+        """Return the time that the copies of an ended job took.
+
+        On a device it excludes the time for which they waited for the model.
+        """
         if self.begin is None or self.end is None:
             return self.transfer.statistics.seconds
         return float(self.begin.elapsed_time(self.end)) / 1000
 
 
 class Lane:
-    """Jobs that end in the order in which they were submitted, on a stream of their own.
+    """Jobs on a separate stream, which end in the order of their submission.
 
-    ``paced``: their copies have a limit of their rate. A thread issues these later, so no event
-    that is recorded now lies behind them.
+    Args:
+        device: the device of the stream; the host has none.
+        paced: the copies have a limited rate. A thread issues such copies later, so an event that
+            is recorded now would not come after them.
     """
 
     def __init__(self, device: torch.device, paced: bool = False) -> None:
@@ -55,7 +63,10 @@ class Lane:
         self.jobs: dict[int, Job] = {}
 
     def submit(self, number: int, copy: Callable[[], BlockTransfer]) -> None:
-        """Begin a job, whose copies ``copy`` issues on the stream, behind the current stream."""
+        """Begin a job, whose copies ``copy`` issues on the stream.
+
+        They are ordered after the current stream's work.
+        """
         if self.stream is not None:
             self.stream.wait_stream(torch.accelerator.current_stream(self.device.index))
         begin = self._event()
@@ -63,19 +74,19 @@ class Lane:
         self.jobs[number] = Job(transfer, begin, self._event())
 
     def finished(self) -> Iterator[tuple[int, Job]]:
-        """Take out the oldest jobs that have ended."""
+        """Remove and yield the oldest jobs that have ended."""
         for number, job in list(self.jobs.items()):
             if not job.done():
                 return
             yield number, self.jobs.pop(number)
 
     def _event(self) -> torch.Event | None:
-        """Return a timing event that the stream records now; None where none can be had."""
+        """Return a timing event that the stream records now, or None if there can be none."""
         if self.stream is None or self.paced:
             return None
         try:
             event = torch.Event(self.device, enable_timing=True)
             event.record(self.stream)
-        except RuntimeError:  # of a device without timing events
+        except RuntimeError:  # the device has no timing events
             return None
         return event

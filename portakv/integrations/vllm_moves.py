@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a job of vLLM's offloading moves: pages of each group, judged before any of them moves.
+"""The moves of a job of vLLM's offloading: pages of each group, checked before any page moves.
 
-No engine is imported.
+The module imports no engine.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from portakv import Index, KVView, LayoutError, SlotError
@@ -19,73 +20,158 @@ _DEVICE = "layer | block (token dim)"
 _HOST = "layer | block token dim"
 
 
-class Part(NamedTuple):
-    """Pages of one shape in a group, on both sides: one copy moves them all."""
+class CacheRef(Protocol):
+    """vLLM's `CanonicalKVCacheRef`: the pages of a group in one tensor."""
 
-    device: KVView  # a row is a page
-    host: KVView  # a block is a chunk, its rows are pages
+    tensor_idx: int
+    page_size_bytes: int
+
+
+class ChunkSpec(Protocol):
+    """vLLM's `CPULoadStoreSpec`: the chunks of a job, group after group."""
+
+    block_ids: npt.NDArray[np.int64]
+
+
+class BlockSpec(ChunkSpec, Protocol):
+    """vLLM's `GPULoadStoreSpec`: the blocks of a job, group after group.
+
+    Attributes:
+        group_sizes: the number of blocks of each group.
+        block_indices: the number of each group's first block in its request.
+    """
+
+    group_sizes: Sequence[int]
+    block_indices: Sequence[int]
+
+
+class Part(NamedTuple):
+    """Pages of one shape in a group, on both sides. One copy moves them all.
+
+    Attributes:
+        device: a view whose rows are pages.
+        host: a view whose blocks are chunks and whose rows are pages.
+    """
+
+    device: KVView
+    host: KVView
 
 
 class Move(NamedTuple):
-    """The blocks of one group in a job."""
+    """The blocks of one group in a job.
+
+    Attributes:
+        parts: the memory of the group.
+        blocks: the blocks of the caches.
+        places: the pages in the chunks.
+        pages: the number of pages.
+    """
 
     parts: Sequence[Part]
     blocks: Index
-    places: Index  # pages in chunks
+    places: Index
     pages: int
 
 
+class _Group(NamedTuple):
+    """The ids of one group in a job.
+
+    Attributes:
+        blocks: the blocks of the caches.
+        chunks: the chunks that hold them.
+        skip: pages of the first chunk before the first block.
+    """
+
+    blocks: npt.NDArray[np.int64]
+    chunks: npt.NDArray[np.int64]
+    skip: int
+
+
 def parts_of(
-    refs: Iterable[Any], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
+    refs: Iterable[CacheRef], pages: Sequence[torch.Tensor], host: Sequence[torch.Tensor]
 ) -> list[Part]:
-    """The tensors of a group, those of equal shape and strides as one part. Padding stays. Raises
-    `LayoutError` for a tensor that is not there, and for pages that are wider than it has."""
-    alike: dict[Any, dict[int, None]] = {}
+    """Return the tensors of a group; tensors of equal shape and strides are one part.
+
+    The parts leave padding out.
+
+    Raises:
+        LayoutError: a tensor is missing, or has narrower pages than the group names.
+    """
+    alike: dict[tuple[int, Hashable], dict[int, None]] = {}
     for ref in refs:
         at = ref.tensor_idx
         width = ref.page_size_bytes
         widest = pages[at].shape[1] if 0 <= at < len(pages) else 0
         if not 0 < width <= widest:
             raise LayoutError(
-                f"A group names pages of {width} bytes in tensor {at}; of {len(pages)} tensors it "
-                f"has pages of {widest}. Hand over vLLM's canonical caches."
+                f"A group names pages of {width} bytes in tensor {at}; expected one of "
+                f"{len(pages)} tensors, with pages of up to {widest} bytes. Pass vLLM's canonical "
+                f"caches."
             )
-        shape = pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride(), width
-        alike.setdefault(shape, {})[at] = None
+        shape = (pages[at].shape, pages[at].stride(), host[at].shape, host[at].stride())
+        alike.setdefault((width, shape), {})[at] = None
     return [
         Part(
             KVView([pages[at][:, :width] for at in tensors], _DEVICE, block_size=1),
             KVView([host[at][:, :, :width] for at in tensors], _HOST),
         )
-        for (*_, width), tensors in alike.items()
+        for (width, _), tensors in alike.items()
     ]
 
 
-def sharing(groups: Iterable[Iterable[Any]]) -> set[tuple[int, ...]]:
-    """The numbers of groups that lie in one tensor."""
-    used = [{ref.tensor_idx for ref in refs} for refs in groups]
-    found = {tuple(n for n, some in enumerate(used) if at in some) for at in set().union(*used)}
-    return {numbers for numbers in found if len(numbers) > 1}
+def sharing(groups: Iterable[Iterable[CacheRef]]) -> set[tuple[int, ...]]:
+    """Return the sets of groups that use one tensor, by their numbers."""
+    tensors_of = [{ref.tensor_idx for ref in refs} for refs in groups]
+    shared = set()
+    for tensor in set().union(*tensors_of):
+        users = tuple(number for number, used in enumerate(tensors_of) if tensor in used)
+        if len(users) > 1:
+            shared.add(users)
+    return shared
 
 
 def moves_of(
     groups: Sequence[Sequence[Part]],
     together: Iterable[Sequence[int]],
     blocks_per_chunk: int,
-    device: Any,
-    host: Any,
+    device: BlockSpec,
+    host: ChunkSpec,
     store: bool,
 ) -> list[Move]:
-    """What a job moves, group by group; raises `SlotError` for what is known to be wrong.
+    """Return the moves of a job, group by group.
 
     Args:
         groups: the parts of each group.
-        together: the numbers of groups that lie in one tensor.
+        together: the sets of groups that use one tensor, by their numbers.
         blocks_per_chunk: blocks of the engine in a chunk.
-        device: vLLM's `GPULoadStoreSpec`: blocks, one group behind the other.
-        host: vLLM's `CPULoadStoreSpec`: their chunks.
-        store: whether chunks are written; else blocks are.
+        device: the blocks of the job.
+        host: the chunks of the job.
+        store: the job writes chunks; else it writes blocks.
+
+    Raises:
+        SlotError: the lists do not fit each other, an id is out of range, or a destination is
+            written twice.
     """
+    ids_of = _ids_of_groups(len(groups), blocks_per_chunk, device, host)
+    moves = []
+    for parts, ids in zip(groups, ids_of, strict=True):
+        count = len(ids.blocks)
+        if not count or not parts:
+            continue
+        # Indices of one call go to a device without a wait.
+        blocks = Index.of(ids.blocks)
+        places = Index.of(ids.chunks, blocks_per_chunk).shifted(ids.skip)
+        check_ids(blocks, count, parts[0].device, not store)
+        check_ids(places, count, parts[0].host, store)
+        moves.append(Move(parts, blocks, places, count))
+    _check_shared(together, ids_of, store)
+    return moves
+
+
+def _ids_of_groups(
+    groups: int, blocks_per_chunk: int, device: BlockSpec, host: ChunkSpec
+) -> list[_Group]:
+    """Return the ids of each group of a job."""
     sizes = list(device.group_sizes)
     firsts = list(device.block_indices)
     skips = [first % blocks_per_chunk for first in firsts]
@@ -93,32 +179,28 @@ def moves_of(
         -(-(skip + count) // blocks_per_chunk) if count else 0
         for skip, count in zip(skips, sizes, strict=True)
     ]
-    given = len(device.block_ids), len(host.block_ids)
-    if len(sizes) != len(groups) or given != (sum(sizes), sum(used)):
+    blocks = len(device.block_ids)
+    chunks = len(host.block_ids)
+    if len(sizes) != groups or blocks != sum(sizes) or chunks != sum(used):
         raise SlotError(
-            f"A job names {given[0]} blocks, {given[1]} chunks and groups of {sizes} blocks "
-            f"from {firsts} on; expected {len(groups)} groups, with {sum(sizes)} blocks "
-            f"in {sum(used)} chunks of {blocks_per_chunk}. Pass as many."
+            f"Expected {groups} groups, with {sum(sizes)} blocks in {sum(used)} chunks of "
+            f"{blocks_per_chunk}, got {blocks} blocks, {chunks} chunks and groups of {sizes} "
+            f"blocks with first blocks {firsts}. Pass as many."
         )
-    blocks = np.split(device.block_ids, np.cumsum(sizes)[:-1])
-    chunks = np.split(host.block_ids, np.cumsum(used)[:-1])
-    moves = []
-    for parts, ids, places, skip, count in zip(groups, blocks, chunks, skips, sizes, strict=True):
-        if not count or not parts:
-            continue
-        # Of one call: so they are sent to a device without waiting for it.
-        there = Index.of(places, blocks_per_chunk).shifted(skip)
-        move = Move(parts, Index.of(ids), there, count)
-        check_ids(move.blocks, count, parts[0].device, not store)
-        check_ids(move.places, count, parts[0].host, store)
-        moves.append(move)
-    targets = chunks if store else blocks
+    blocks_by_group = np.split(device.block_ids, np.cumsum(sizes)[:-1])
+    chunks_by_group = np.split(host.block_ids, np.cumsum(used)[:-1])
+    return [_Group(*ids) for ids in zip(blocks_by_group, chunks_by_group, skips, strict=True)]
+
+
+def _check_shared(together: Iterable[Sequence[int]], ids_of: Sequence[_Group], store: bool) -> None:
+    """Raise `SlotError` if groups that use one tensor write one place twice."""
+    targets = [ids.chunks if store else ids.blocks for ids in ids_of]
     for numbers in together:
         ids, times = np.unique(np.concatenate([targets[n] for n in numbers]), return_counts=True)
-        if len(twice := ids[times > 1]):
+        twice = ids[times > 1]
+        if len(twice):
             raise SlotError(
                 f"A job names {twice[0]} in its destination for more than one of the groups "
-                f"{numbers}, which lie in one tensor; expected one group for each "
-                f"{'chunk' if store else 'block'}. Nothing was moved."
+                f"{numbers}, which use one tensor; expected one group for each "
+                f"{'chunk' if store else 'block'}. Nothing was moved. Correct the ids."
             )
-    return moves

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's ops that move rows as they are, with vLLM's names and arguments, over `copy_rows`.
+"""vLLM's ops that copy rows unchanged, with vLLM's names and arguments, over `copy_rows`.
 
-For platforms that have no kernels for them: ``from portakv.integrations import vllm_ops as ops``
-stands for ``from vllm import _custom_ops as ops``. No engine is imported. Ops order their work on
-the current stream; copies from or to pageable memory are waited for. Rows are not converted: of
-``kv_cache_dtype`` all is refused but ``"auto"``, and ``"float16"`` or ``"bfloat16"`` for such rows.
+Neither vLLM nor an integration of PortaKV imports this module. Import it yourself, in the code of a
+vLLM platform plugin or of a fork whose platform has no kernels for these ops:
+
+    from portakv.integrations import vllm_ops as ops  # replaces vllm._custom_ops
+
+The module imports no engine. The ops order their work on the current stream, and wait for copies
+from or to pageable memory. They do not convert rows: ``kv_cache_dtype`` must be ``"auto"``, or
+``"float16"`` or ``"bfloat16"`` for rows of that dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ __all__ = [
     "swap_blocks_batch",
 ]
 
-#: The names by which vLLM asks for caches whose rows are not quantised.
+#: The values of ``kv_cache_dtype`` for caches whose rows are not quantised.
 _UNCONVERTED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 # --- Blocks between devices, or a device and the host ---------------------------------------------
@@ -36,21 +40,29 @@ _UNCONVERTED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 def swap_blocks(
     src: torch.Tensor, dst: torch.Tensor, block_size_in_bytes: int, block_mapping: torch.Tensor
 ) -> None:
-    """Copy blocks of so many bytes: ``block_mapping`` int64 ``[blocks, 2]`` on the host names each
-    in the source and in the destination, from where the tensors begin.
+    """Copy blocks of ``block_size_in_bytes`` bytes between two contiguous tensors.
+
+    Args:
+        src: the tensor to read.
+        dst: the tensor to write.
+        block_size_in_bytes: bytes of a block, at least 1.
+        block_mapping: int64 ``[blocks, 2]`` on the host: the number of each block in the source and
+            in the destination, counted from the beginning of the tensors.
 
     Raises:
-        SlotError: a block past a tensor's end, or one that is written twice.
+        SlotError: a block past a tensor's end, or a block that is written twice.
         LayoutError: a tensor that is not contiguous, another mapping, or blocks without bytes.
     """
     if block_size_in_bytes < 1 or block_mapping.shape[1:] != (2,):
         raise LayoutError(
-            f"swap_blocks was asked for blocks of {block_size_in_bytes} bytes by a mapping of "
-            f"shape {tuple(block_mapping.shape)}; expected 1 byte at least, and [blocks, 2]. Pass "
-            f"these."
+            f"swap_blocks expected blocks of at least 1 byte and a mapping [blocks, 2], got "
+            f"{block_size_in_bytes} bytes and a mapping of shape {tuple(block_mapping.shape)}. "
+            f"Correct the arguments."
         )
-    here, there = (_blocks(each, block_size_in_bytes) for each in (src, dst))
-    _behind(copy_rows(here, there, *map(Index, block_mapping.unbind(1))))
+    src_blocks = _blocks(src, block_size_in_bytes)
+    dst_blocks = _blocks(dst, block_size_in_bytes)
+    src_ids, dst_ids = map(Index, block_mapping.unbind(1))
+    _order(copy_rows(src_blocks, dst_blocks, src_ids, dst_ids))
 
 
 def swap_blocks_batch(
@@ -62,21 +74,23 @@ def swap_blocks_batch(
     src_device: torch.device | str | None = None,
     dst_device: torch.device | str | None = None,
 ) -> None:
-    """Copy runs of bytes: three int64 or uint64 tensors ``[runs]`` on the host.
-
-    ``is_src_access_order_any`` is taken and ignored: sources are read in the stream's order.
+    """Copy runs of bytes.
 
     Args:
-        src_device, dst_device: where the memory is; None: the driver is asked, as by vLLM's op.
+        src_ptrs, dst_ptrs, sizes: the addresses and the bytes of each run, int64 or uint64
+            ``[runs]`` on the host.
+        is_src_access_order_any: no effect; sources are read in the stream's order.
+        src_device, dst_device: the device of the memory; None: the driver reports it, as for
+            vLLM's op.
 
     Raises:
-        PortaKVError: what `portakv.copy_runs` raises, for devices whose driver cannot be asked too.
+        PortaKVError: an error of `portakv.copy_runs`, also if no driver can report the device.
     """
     runs = (src_ptrs, dst_ptrs, sizes)
-    _behind(copy_runs(*runs, src_device=src_device, dst_device=dst_device))
+    _order(copy_runs(*runs, src_device=src_device, dst_device=dst_device))
 
 
-# --- Rows of a step into the caches ---------------------------------------------------------------
+# --- Rows of a step to the caches -----------------------------------------------------------------
 
 
 def reshape_and_cache(
@@ -90,10 +104,13 @@ def reshape_and_cache(
     v_scale: torch.Tensor | None = None,
     interleaved_v: bool = False,
 ) -> None:
-    """Rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, heads, dim / x, block_size, x]``
-    and ``[blocks, heads, dim, block_size]``; with ``interleaved_v`` the values' are ``[blocks,
-    heads, block_size / x, dim, x]``. Negative slots are skipped."""
-    _as_they_are("reshape_and_cache", kv_cache_dtype, key)
+    """Copy rows ``[tokens, heads, dim]`` to slots of packed caches.
+
+    The cache of keys is ``[blocks, heads, dim / x, block_size, x]``. The cache of values is
+    ``[blocks, heads, dim, block_size]``, or with ``interleaved_v`` ``[blocks, heads, block_size /
+    x, dim, x]``. Negative slots are skipped.
+    """
+    _check_unconverted("reshape_and_cache", kv_cache_dtype, key)
     x = key_cache.shape[-1]
     values = "block head dim token"
     if interleaved_v:
@@ -117,9 +134,12 @@ def reshape_and_cache_flash(
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
 ) -> None:
-    """Rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, block_size, heads, dim]`` of any
-    strides. Negative slots are skipped, and so are rows behind the last slot."""
-    _as_they_are("reshape_and_cache_flash", kv_cache_dtype, key)
+    """Copy rows ``[tokens, heads, dim]`` to slots of caches ``[blocks, block_size, heads, dim]``.
+
+    The caches may have any strides. Negative slots are skipped, and so are rows after the last
+    slot.
+    """
+    _check_unconverted("reshape_and_cache_flash", kv_cache_dtype, key)
     rows = KVView((key, value), "kv | token head dim")
     paged = KVView((key_cache, value_cache), "kv | block token head dim")
     _write(rows, paged, slot_mapping)
@@ -134,11 +154,14 @@ def concat_and_cache_mla(
     scale: torch.Tensor | None = None,
     skip_scale: bool = False,
 ) -> None:
-    """A latent and a rotary key of each token, ``[tokens, a]`` and ``[tokens, b]``, side by side to
-    slots of ``[blocks, block_size, a + b]``. Negative slots are skipped."""
-    _as_they_are("concat_and_cache_mla", kv_cache_dtype, kv_c)
+    """Copy a latent ``[tokens, a]`` and a rotary key ``[tokens, b]`` to slots of ``[blocks,
+    block_size, a + b]``.
+
+    A slot holds the latent, then the rotary key. Negative slots are skipped.
+    """
+    _check_unconverted("concat_and_cache_mla", kv_cache_dtype, kv_c)
     widths = kv_c.shape[-1], k_pe.shape[-1]
-    # Padding that a cache has behind its rows stays as it is.
+    # Padding after the rows of a cache is not modified.
     paged = KVView(kv_cache[..., : sum(widths)], "block token (kv dim)", dim=widths)
     _write(KVView((kv_c, k_pe), "kv | token dim", dim=widths), paged, slot_mapping)
 
@@ -154,18 +177,31 @@ def concat_and_cache_mla_grouped(
     kv_scales: torch.Tensor | None = None,
     kv_cache_dtype: str = "auto",
 ) -> None:
-    """`concat_and_cache_mla` for all layers: rows ``[layers, tokens, a]`` and ``[layers, tokens,
-    b]``, the caches' addresses int64 ``[layers]``, slots ``[layers, tokens]``; one copy if the
-    slots are one list that is expanded, else one for each layer. Strides count elements."""
-    _as_they_are("concat_and_cache_mla_grouped", kv_cache_dtype, kv_c)
+    """Copy rows of all layers as `concat_and_cache_mla` does.
+
+    It is one copy if ``slot_mapping`` is one list that is expanded to all layers, else a copy for
+    each layer.
+
+    Args:
+        kv_c: latents ``[layers, tokens, a]``.
+        k_pe: rotary keys ``[layers, tokens, b]``.
+        kv_cache_ptrs: addresses of the caches, int64 ``[layers]``.
+        slot_mapping: slots ``[layers, tokens]``.
+        block_size: tokens of a block.
+        block_stride, entry_stride: elements from a block, and from a token, to the next.
+        kv_scales: no effect.
+        kv_cache_dtype: see the module.
+    """
+    _check_unconverted("concat_and_cache_mla_grouped", kv_cache_dtype, kv_c)
     layers = kv_c.shape[0]
     widths = (kv_c.shape[-1], k_pe.shape[-1])
-    each = max(layers, 1) if slot_mapping.stride(0) == 0 else 1
-    for first in range(0, layers, each):
-        some = slice(first, first + each)
-        rows = KVView((kv_c[some], k_pe[some]), "kv | layer token dim", dim=widths)
+    has_one_list = slot_mapping.stride(0) == 0
+    per_copy = max(layers, 1) if has_one_list else 1
+    for first in range(0, layers, per_copy):
+        part = slice(first, first + per_copy)
+        rows = KVView((kv_c[part], k_pe[part]), "kv | layer token dim", dim=widths)
         paged = KVView.at(
-            kv_cache_ptrs[some],
+            kv_cache_ptrs[part],
             "layer | block token (kv dim)",
             dim=widths,
             shape=(-1, block_size, sum(widths)),
@@ -176,7 +212,7 @@ def concat_and_cache_mla_grouped(
         _write(rows, paged, slot_mapping[first])
 
 
-# --- Rows of several requests out of a cache ------------------------------------------------------
+# --- Rows of several requests from a cache --------------------------------------------------------
 
 
 def cp_gather_cache(
@@ -187,26 +223,29 @@ def cp_gather_cache(
     batch_size: int,
     seq_starts: torch.Tensor | None = None,
 ) -> None:
-    """The rows of several requests, one behind the other.
+    """Copy the rows of several requests from a cache, request after request.
 
     Args:
         src_cache: ``[blocks, block_size, entry...]``.
-        dst: ``[tokens, entry...]``; rows behind the last request stay as they are.
+        dst: ``[tokens, entry...]``; rows before the first and after the last request are not
+            modified.
         block_table: int32 ``[batch, blocks]``.
-        cu_seq_lens: int32 ``[batch + 1]``: where each request begins in ``dst``; rows in front of
-            the first stay as they are, too.
-        seq_starts: int32 ``[batch]``: tokens of each request that are passed over.
+        cu_seq_lens: int32 ``[batch + 1]``: the first row of each request in ``dst``, then the end
+            of the last request.
+        batch_size: the number of requests.
+        seq_starts: int32 ``[batch]``: tokens at the beginning of each request that are skipped.
     """
     tables = block_table[:batch_size]
     ends = cu_seq_lens[: batch_size + 1]
     size = src_cache.shape[1]
     first = None if seq_starts is None else seq_starts[:batch_size]
-    # The rest of a shape is a row: its dimensions must lie behind each other.
+
+    # The further dimensions of both tensors are one row.
     rows = dst.flatten(1)
     paged = src_cache.flatten(2)
-    within = rows.shape[0]
-    ids = Index.of_requests(tables, ends.diff(), size, first=first, front=ends[:1], count=within)
-    _behind(copy_rows(KVView(paged, "block token dim"), KVView(rows, "token dim"), ids))
+    count = rows.shape[0]
+    ids = Index.of_requests(tables, ends.diff(), size, first=first, front=ends[:1], count=count)
+    _order(copy_rows(KVView(paged, "block token dim"), KVView(rows, "token dim"), ids))
 
 
 def gather_and_maybe_dequant_cache(
@@ -220,29 +259,29 @@ def gather_and_maybe_dequant_cache(
     scale: torch.Tensor | None = None,
     seq_starts: torch.Tensor | None = None,
 ) -> None:
-    """`cp_gather_cache` of the first ``num_tokens`` rows."""
-    _as_they_are("gather_and_maybe_dequant_cache", kv_cache_dtype, dst)
+    """Copy the first ``num_tokens`` rows as `cp_gather_cache` does, without dequantisation."""
+    _check_unconverted("gather_and_maybe_dequant_cache", kv_cache_dtype, dst)
     batch = block_table.shape[0]
     cp_gather_cache(src_cache, dst[:num_tokens], block_table, cu_seq_lens, batch, seq_starts)
 
 
-gather_cache = cp_gather_cache  # its older name
+gather_cache = cp_gather_cache  # the older name
 
 
-def _as_they_are(op: str, kv_cache_dtype: str, rows: torch.Tensor) -> None:
+def _check_unconverted(op: str, kv_cache_dtype: str, rows: torch.Tensor) -> None:
     if kv_cache_dtype != "auto" and _UNCONVERTED.get(kv_cache_dtype) != rows.dtype:
         raise Unsupported(
             f"{op} of {rows.dtype} with kv_cache_dtype={kv_cache_dtype!r}",
-            "rows are moved as they are; use vLLM's own op, or kv_cache_dtype='auto'",
+            "rows are copied unchanged; use vLLM's own op, or kv_cache_dtype='auto'",
         )
 
 
 def _blocks(tensor: torch.Tensor, nbytes: int) -> KVView:
-    """A contiguous tensor as blocks of so many bytes; what is left behind the last is not one."""
+    """Return a contiguous tensor as blocks of ``nbytes`` bytes, without a rest after the last."""
     if not tensor.is_contiguous():
         raise LayoutError(
-            f"swap_blocks was asked of a tensor of shape {tuple(tensor.shape)} and strides "
-            f"{tensor.stride()}; expected a contiguous one. Pass a part that is, or use copy_rows."
+            f"swap_blocks expected a contiguous tensor, got shape {tuple(tensor.shape)} and "
+            f"strides {tensor.stride()}. Pass a contiguous part, or use copy_rows."
         )
     number = prod(tensor.shape) * tensor.element_size() // nbytes
     flat = tensor.reshape(-1).view(torch.uint8)[: number * nbytes]
@@ -250,11 +289,11 @@ def _blocks(tensor: torch.Tensor, nbytes: int) -> KVView:
 
 
 def _write(rows: KVView, paged: KVView, slots: torch.Tensor) -> None:
-    """As many rows as there are slots."""
-    _behind(copy_rows(rows, paged, None, slots, count=slots.numel()))
+    """Copy as many rows as there are slots."""
+    _order(copy_rows(rows, paged, None, slots, count=slots.numel()))
 
 
-def _behind(transfer: BlockTransfer) -> None:
-    """vLLM's ops are ordered on the stream: what no stream orders is waited for."""
+def _order(transfer: BlockTransfer) -> None:
+    """Wait for a transfer that no stream orders, because vLLM's ops are ordered on the stream."""
     if not transfer.ordered:
         transfer.synchronize()

@@ -85,7 +85,7 @@ def test_the_same_logits(model: Any, batch: int, configured: bool) -> None:
     assert [type(layer) for layer in cache.layers] == [plug.PortaKVLayer] * LAYERS
     assert all(layer.is_away for layer in cache.layers)
     assert {layer._stored for layer in cache.layers} == {21 + STEPS - 1}
-    coming = [layer._came is not None for layer in cache.layers]
+    coming = [layer._returned is not None for layer in cache.layers]
     assert coming == [True, False, False]
 
 

@@ -661,7 +661,7 @@ def test_the_factory_refuses_a_release_outside_the_matrix() -> None:
     code = """
         from importlib import metadata
         real = metadata.version
-        metadata.version = lambda name: "0.34.0" if name == "vllm" else real(name)
+        metadata.version = lambda name: "0.25.0" if name == "vllm" else real(name)
         from vllm.v1.kv_offload.factory import OffloadingSpecFactory
         print(OffloadingSpecFactory.get_spec_cls({}).__name__)
         where = {"spec_module_path": "portakv.integrations.vllm"}
@@ -671,7 +671,7 @@ def test_the_factory_refuses_a_release_outside_the_matrix() -> None:
     assert done.stdout.strip().splitlines()[-1] == "CPUOffloadingSpec"
     said = done.stderr.strip().splitlines()[-1]
     assert "IntegrationError" in said
-    check_sentence(said.partition(": ")[2], "vllm 0.34.0", "PortaKV 0.")
+    check_sentence(said.partition(": ")[2], "vllm 0.25.0", "PortaKV 0.")
 
 
 def test_the_installed_release_is_in_the_matrix() -> None:
