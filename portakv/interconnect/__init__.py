@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Strategies: backends that carry a plan out between a device and host memory."""
+"""Transfer strategies: backends that execute a plan between a device and host memory."""

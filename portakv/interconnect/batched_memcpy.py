@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`batched_memcpy`: the plan's runs, merged and folded, handed to the copy engines as they are.
+"""`batched_memcpy`: copy engines move the plan's runs, merged and folded, without staging.
 
-Nothing runs on the device and nothing is staged; the host pays for each piece.
+No kernel runs on the device. The host pays for each piece.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch
 from portakv.plan.plan import CopyPlan
 from portakv.runtime import streams
 
-#: Bytes of a plan's run. With less the host spends longer on describing a run than anything else
-#: would take to move it: at 1 us a run, 16 bytes are 0.016 GB/s.
+#: The least bytes of a plan's run. The host spends longer on describing a shorter run than any
+#: other strategy takes to move it: at 1 us a run, 16 bytes are 0.016 GB/s.
 LEAST_RUN = 16
 
-#: Pieces that one launch remembers, of all the index lists that it met; 48 bytes each.
-MOST_KEPT = 1 << 18
+#: The most pieces that one launch caches, of all its index lists; 48 bytes each.
+MOST_CACHED = 1 << 18
 
 
 class BatchedMemcpy(Strategy):
-    """A copy for every piece: batched if the driver can, of rows at a pitch if they are."""
+    """Copy every piece: in batches if the driver can, as 2-D copies if rows lie at a pitch."""
 
     name = "batched_memcpy"
     reads = "both"
@@ -54,12 +54,12 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
         self._plan = plan
         self._link = link_of(device)
         self._lock = threading.Lock()
-        # Of the lists that were met last, and how many pieces they have, with one more for each.
-        self.known: OrderedDict[Hashable, Pieces] = OrderedDict()
+        # The pieces of the latest index lists, and their number plus one for each list.
+        self.cached: OrderedDict[Hashable, Pieces] = OrderedDict()
         self.number = 0
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        src, dst, mine, theirs, count = move
+        src, dst, src_index, dst_index, count = move
         key = (
             src.origins,
             dst.origins,
@@ -67,30 +67,32 @@ class _BatchedMemcpyLaunch(StrategyLaunch):
             dst.slots,
             count,
             pinned.seams(),
-            mine.ids_token,
-            mine.offset,
-            theirs.ids_token,
-            theirs.offset,
+            src_index.ids_token,
+            src_index.offset,
+            dst_index.ids_token,
+            dst_index.offset,
         )
-        pieces = self.known.get(key)
+        pieces = self.cached.get(key)
         if pieces is None:
-            # On the host every id is looked at before anything is moved.
-            here = move._replace(src_index=mine.to_host(), dst_index=theirs.to_host())
-            pieces = pieces_of(self._plan, here, self._link.fold_below)
-            if not (mine.fleeting or theirs.fleeting):
-                self._remember(key, pieces)
+            # Every id is checked on the host before anything is moved.
+            move_on_host = move._replace(
+                src_index=src_index.to_host(), dst_index=dst_index.to_host()
+            )
+            pieces = pieces_of(self._plan, move_on_host, self._link.fold_below)
+            if not (src_index.fleeting or dst_index.fleeting):
+                self._cache(key, pieces)
         try:
             self._link.copy(pieces, src, dst, stream)
         finally:
-            # No allocator knows of these copies, so the host's memory is held until they ended.
+            # No allocator knows of these copies, so the host's memory is retained until they end.
             host = dst if self.downward else src
             streams.completion(self.device, stream, *host.held)
 
-    def _remember(self, key: Hashable, pieces: Pieces) -> None:
+    def _cache(self, key: Hashable, pieces: Pieces) -> None:
         with self._lock:
-            if pieces.number > MOST_KEPT or key in self.known:
+            if pieces.number > MOST_CACHED or key in self.cached:
                 return
-            self.known[key] = pieces
+            self.cached[key] = pieces
             self.number += pieces.number + 1
-            while self.number > MOST_KEPT:
-                self.number -= self.known.popitem(last=False)[1].number + 1
+            while self.number > MOST_CACHED:
+                self.number -= self.cached.popitem(last=False)[1].number + 1

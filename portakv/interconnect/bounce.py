@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`bounce`: rows of another device go down to pinned memory by the strategies of the device that
-owns them, and up by those of the device that wants them."""
+"""`bounce`: rows of another device cross through pinned memory.
+
+Strategies of the owner's device bring the rows down; strategies of the reader's device bring them
+up.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,13 @@ from portakv.runtime.streams import own_stream
 from portakv.view import Index, KVView
 from portakv.view.form import Form
 
-#: Bytes of a slice, of which a copy has two pinned: one goes up while the next one comes down.
+#: Bytes of a slice. A copy pins two slices: one goes up while the next comes down.
 SLICE = 32 << 20
 
 
 class Bounce(Strategy):
-    """``why`` no kernel reads the rows where they are, as a phrase."""
+    """A copy through pinned memory. ``why``: the reason why no kernel reads the rows in place, as a
+    phrase."""
 
     name = "bounce"
 
@@ -37,10 +41,11 @@ class Bounce(Strategy):
         return Capabilities(PEERS, index_on="any")
 
     def check(self, plan: CopyPlan) -> Decision:
-        """As every backend; the reason says why no kernel reads the rows."""
+        """Check as every backend does. The reason adds why no kernel reads the rows in place."""
         decision = super().check(plan)
-        told = f"goes through pinned host memory, since {self._why}"
-        return Decision(self.name, True, told) if decision.accepted else decision
+        if not decision.accepted:
+            return decision
+        return Decision(self.name, True, f"goes through pinned host memory, since {self._why}")
 
     def prepare(self, plan: CopyPlan) -> Launch:
         return _BounceLaunch(plan, self)
@@ -51,11 +56,11 @@ class _BounceLaunch(StrategyLaunch):
 
     def __init__(self, plan: CopyPlan, strategy: Bounce) -> None:
         super().__init__(plan, strategy.device)
-        # Each half is ordered on streams of this copy, whatever the caller's are.
+        # Each half is ordered on streams of this copy, whatever the caller's streams are.
         self._half = strategy.half
         self._terms = replace(strategy.terms, detached=False)
         size = plan.src.block_size if plan.src.opaque else 1
-        # Tokens between two places where both sides may be cut.
+        # Tokens between two positions at which both sides may be cut.
         self._whole = lcm(plan.src_step or 1, plan.dst_step or 1, size)
         slices = SLICE * size // (plan.src.token_bytes * self._whole)
         self._most = max(1, slices) * self._whole
@@ -67,12 +72,12 @@ class _BounceLaunch(StrategyLaunch):
         down, up = (across(x, self._terms) for x in (choose(src.device, name), self._half))
         work = stream or torch.accelerator.current_stream(self.device.index)
         away = own_stream(src.device)
-        # Lengths are rounded up, so that copies of any length share few plans.
+        # Lengths are rounded up, so that copies of different lengths share few plans.
         tokens = min(self._most, self._whole << (-(-count // self._whole) - 1).bit_length())
         buffers = [_buffer(src.form, tokens) for _ in range(min(2, -(-count // tokens)))]
         free: list[torch.Event] = []
         away.wait_stream(work)
-        # Ids that were made for this copy alone are ordered on the current stream of their device.
+        # Ids that were made for this copy are ordered on the current stream of their device.
         away.wait_stream(torch.accelerator.current_stream(src.device.index))
         try:
             for first in range(0, count, tokens):
@@ -89,21 +94,22 @@ class _BounceLaunch(StrategyLaunch):
 
 
 def _buffer(form: Form, tokens: int) -> KVView:
-    """Pinned memory for the rows of a form, dense, a tensor for each kv; the strategies hold it
-    until their copies ended."""
+    """Return dense pinned memory for the rows of a form, a tensor for each kv. The strategies
+    retain it until their copies end."""
     shapes = [(form.layers, tokens, form.heads * width) for width in form.widths]
     if form.opaque:
         shapes = [(form.layers, tokens // form.block_size, width) for width in form.widths]
     with torch.inference_mode(False):
-        made = [torch.empty(x, dtype=torch.uint8, device="cpu", pin_memory=True) for x in shapes]
+        tensors = [torch.empty(x, dtype=torch.uint8, device="cpu", pin_memory=True) for x in shapes]
     if form.opaque:
-        return KVView(made, "kv | layer block page", kv=form.kv, block_size=form.block_size)
+        return KVView(tensors, "kv | layer block page", kv=form.kv, block_size=form.block_size)
     layout = "kv | layer token (head dim)"
-    return KVView(made, layout, kv=form.kv, heads=form.heads, dim=form.widths)
+    return KVView(tensors, layout, kv=form.kv, heads=form.heads, dim=form.widths)
 
 
 def carry(move: Move, choice: Choice, stream: torch.Stream) -> None:
-    """A copy of clean ids, its body in the largest units; ordered on a stream."""
+    """Copy under ids that need no guard, ordered on a stream. The body goes in the largest
+    units."""
     forms = move.src.form, move.dst.form
     whole = prepared(*forms, *move.steps, None, choice)
     for first, tokens, unit in whole.plan.split(move):

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration: measures what the strategies cost on a device, within a time that is given.
+"""Calibration: measures the cost of the strategies on a device, within a limited time.
 
-Each point copies so many runs of one size between blocks in random order, on the device and on the
-host alike, with room between them, so that no two runs are neighbours and none fold. Every strategy
-copies the same blocks, and a strategy whose bytes are wrong is left out. The time that a call keeps
-the host is measured beside the device's, and is no part of that if it can be hidden.
+Each point copies a number of runs of one size between blocks in random order, on the device and on
+the host. Gaps lie between the blocks, so that no two runs are neighbours and none fold. Every
+strategy copies the same blocks, and a strategy with wrong bytes is left out. The time that a call
+occupies the host is measured separately. It is no part of the device's time if it can be hidden.
 """
 
 from __future__ import annotations
@@ -34,30 +34,32 @@ from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Seconds that measuring takes at most.
+#: The most seconds of measuring.
 SECONDS = 20.0
 GAP = 256  # bytes between two blocks
 OFTEN = 3
 
-#: A copy that is timed.
+#: A copy to time.
 Call = Callable[[], Pending | None]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is measured.
+    """The points to measure.
 
     Attributes:
         run_bytes: bytes of a run; multiples of 16.
-        payloads: bytes of a copy; each makes a point for every run that fits into it.
-        most_runs: the most runs of a point; beyond, cost rises by as much for each run.
-        repeats: how often each point is timed, after one call that is not.
-        short: bytes of a copy up to which it is timed `OFTEN` times as often: on an H200 it takes
-            one of two times (1 MB: 26.7 and 34.9 us), and five often tell the rarer one.
+        payloads: bytes of a copy; each gives a point for every run size that fits into it.
+        most_runs: the most runs of a point; beyond, each further run adds the same cost.
+        repeats: how often each point is timed, after one call that is not timed.
+        short: bytes of a copy up to which it is timed `OFTEN` times as often. On an H200 a short
+            copy takes one of two times (1 MB: 26.7 and 34.9 us), and five measurements often show
+            the rarer one.
         pageable: the largest payload between the device and pageable memory.
     """
 
-    # Closer where copy engines turn from so many copies in a second to so many bytes.
+    # Sizes are closer where copy engines change from a limit on copies in a second to a limit on
+    # bytes.
     run_bytes: tuple[int, ...] = (
         256,
         1 << 10,
@@ -76,17 +78,17 @@ class Grid:
     pageable: int = 64 << 20
 
     def times(self, nbytes: int) -> int:
-        """How often a point of so many bytes is timed."""
+        """Return how often a point of ``nbytes`` is timed."""
         return self.repeats * (OFTEN if nbytes <= self.short else 1)
 
     def runs(self, run_bytes: int, pageable: bool = False) -> list[int]:
-        """The numbers of runs of one size, rising."""
+        """Return the numbers of runs of one size, rising."""
         most = self.pageable if pageable else max(self.payloads)
         fitting = [payload // run_bytes for payload in self.payloads if payload <= most]
         return sorted({min(max(1, n), self.most_runs) for n in fitting} or {1})
 
     def largest(self, pageable: bool) -> int:
-        """Bytes of the blocks, with their gaps, of the largest point."""
+        """Return the bytes of the blocks, with their gaps, of the largest point."""
         return max(self.runs(size, pageable)[-1] * (size + GAP) for size in self.run_bytes)
 
 
@@ -100,9 +102,13 @@ def calibrate(
     timer: Timer | None = None,
     clock: Callable[[], float] = perf_counter,
 ) -> Table:
-    """Measure the strategies of an accelerator, which is idle, on a grid (default: `GRID`) by a
-    timer (default: a `Timer`), in so many ``seconds`` by a ``clock``; the points left are not
-    measured.
+    """Measure the strategies of an idle accelerator.
+
+    Args:
+        seconds: the most time; points that do not fit are left out.
+        grid: the points (default: `GRID`).
+        timer: times one copy (default: a `Timer`).
+        clock: measures the time that is left.
 
     Raises:
         PortaKVError: no strategy could be measured, with the reasons.
@@ -116,11 +122,11 @@ def calibrate(
             whole = False
         else:
             work.measure(*point)
-    if not work.found:
+    if not work.results:
         lines = "\n".join(f"  {name}: {why}" for name, why in work.left_out.items())
-        said = lines or f"  {seconds:g} s are too few for the first point"
-        raise PortaKVError(f"No strategy could be measured on {device}:\n{said}")
-    points = {key: dict(sorted(sizes.items())) for key, sizes in work.found.items()}
+        reasons = lines or f"  {seconds:g} s are too few for the first point"
+        raise PortaKVError(f"No strategy could be measured on {device}:\n{reasons}")
+    points = {key: dict(sorted(sizes.items())) for key, sizes in work.results.items()}
     emulated = bool(getattr(torch.get_device_module(device), "EMULATED", False))
     return Table(
         identity(device),
@@ -134,15 +140,17 @@ def calibrate(
     )
 
 
-#: What a point should take of which nothing is known yet: a fixed time, and for each run and byte.
+#: The expected cost of a point without results: a fixed time, and for each run and byte.
 _FIXED = 50e-6
 _PER_RUN = 0.5e-6
 _PER_BYTE = 1 / 20e9
 
 
 class Work:
-    """What is measured with, and what was found so far. A point is a strategy, a direction, bytes
-    of a run, and runs."""
+    """The tools and the results of a calibration.
+
+    A point is a strategy, a direction, bytes of a run, and a number of runs.
+    """
 
     def __init__(self, device: torch.device, grid: Grid, timer: Timer, host: Host) -> None:
         self.device = device
@@ -150,16 +158,17 @@ class Work:
         self._grid = grid
         self._host = host
         self.left_out: dict[str, str] = dict(host.out)
-        self.found: dict[tuple[str, str], dict[int, list[Point]]] = {}
+        self.results: dict[tuple[str, str], dict[int, list[Point]]] = {}
         self._launches: dict[tuple[Form, Form], HostLaunch] = {}
         self._pools: dict[str, torch.Tensor] = {}
 
     def points(self) -> Iterator[tuple[str, str, int, int]]:
-        """Every point; the ends of the grid first, so that a part of them spans it."""
-        there = [strategy for strategy in ORDER if strategy in self._host.strategies]
+        """Yield every point; the ends of the grid first, so that a part of the points spans the
+        grid."""
+        served = [strategy for strategy in ORDER if strategy in self._host.strategies]
         for size, pageable in product(spread(self._grid.run_bytes), (False, True)):
             counts = spread(self._grid.runs(size, pageable))
-            strategies = [strategy for strategy in there if self._pageable(strategy) == pageable]
+            strategies = [strategy for strategy in served if self._pageable(strategy) == pageable]
             for runs, direction, strategy in product(counts, DIRECTIONS, strategies):
                 yield strategy, direction, size, runs
 
@@ -168,9 +177,9 @@ class Work:
         return any("pageable" in pair for pair in places)
 
     def expected(self, strategy: str, direction: str, size: int, runs: int) -> float:
-        """Seconds that a point should take, with the delays before its copies, by what was found
-        so far."""
-        columns = self.found.get((strategy, direction))
+        """Return the seconds that a point should take, with the delays before its copies, by the
+        results so far."""
+        columns = self.results.get((strategy, direction))
         one = _FIXED + runs * _PER_RUN
         one += runs * size * _PER_BYTE
         if columns:
@@ -180,17 +189,17 @@ class Work:
         return one * (self._grid.times(size * runs) + 2)
 
     def measure(self, strategy: str, direction: str, size: int, runs: int) -> None:
-        """Measure one point; a strategy that fails, or whose bytes are wrong, is left out."""
+        """Measure one point. A strategy that fails, or copies wrong bytes, is left out."""
         if strategy in self.left_out:
             return
-        column = self.found.setdefault((strategy, direction), {}).setdefault(size, [])
+        column = self.results.setdefault((strategy, direction), {}).setdefault(size, [])
         try:
             times = self._times(strategy, direction, size, runs, prove=not column)
-        except Exception as error:  # one strategy that fails must not end the others
-            with suppress(Exception):
+        except Exception as error:  # a strategy that fails must not end the measurement
+            with suppress(Exception):  # the device may fail again; the first error counts
                 torch.accelerator.synchronize(self.device)
             self.left_out[strategy] = f"{type(error).__name__} at {runs} runs of {size} B: {error}"
-            self.found = {key: sizes for key, sizes in self.found.items() if key[0] != strategy}
+            self.results = {key: sizes for key, sizes in self.results.items() if key[0] != strategy}
             return
         seconds, host = (median(each) for each in zip(*times, strict=True))
         insort(column, Point(runs, seconds, host), key=lambda point: point.runs)
@@ -198,8 +207,11 @@ class Work:
     def _times(
         self, strategy: str, direction: str, size: int, runs: int, prove: bool
     ) -> list[Timed]:
-        """The times of one point, under lists that are wherever strategies read them: new ones are
-        sent by some and not by others, in a few microseconds that are not the copy's."""
+        """Return the times of one point.
+
+        The ids are wherever the strategies read them: some strategies send new ids, in a few
+        microseconds that do not belong to the copy.
+        """
         pageable = self._pageable(strategy)
         places = ["device", "pageable" if pageable else "pinned"]
         ends = [self.blocks(x, size, runs) for x in places[:: 1 if direction == "d2h" else -1]]
@@ -213,7 +225,7 @@ class Work:
         call = partial(self._launches[forms].launch_by, strategy, move, None)
         if prove:
             self._prove(call, ends, orders)
-        for _ in range(2):  # what it keeps the host, once a call was made before it
+        for _ in range(2):  # the second call: how long it occupies the host when warm
             torch.accelerator.synchronize(self.device)
             began = perf_counter()
             pending = call()
@@ -224,19 +236,19 @@ class Work:
         return [self.timer.time(call, hide) for _ in range(self._grid.times(size * runs))]
 
     def _prove(self, call: Call, ends: Sequence[torch.Tensor], ids: Sequence[torch.Tensor]) -> None:
-        """Raise `PortaKVError` unless a copy brings every block where it belongs."""
+        """Raise `PortaKVError` unless a copy puts every block in its place."""
         for blocks, first in zip(ends, (1, 128), strict=True):
             number = torch.arange(blocks.shape[0], device=blocks.device) % 127 + first
             blocks[:, 0, :] = number.to(torch.uint8)[:, None]
         finish(call())
         torch.accelerator.synchronize(self.device)
         sides = zip(ends, ids, strict=True)
-        wanted, found = (blocks.cpu()[order] for blocks, order in sides)
-        if not torch.equal(wanted, found):
+        expected, copied = (blocks.cpu()[order] for blocks, order in sides)
+        if not torch.equal(expected, copied):
             raise PortaKVError("its bytes were wrong")
 
     def blocks(self, place: str, size: int, runs: int) -> torch.Tensor:
-        """``[runs, 1, size]`` bytes with gaps, out of one piece of memory for each place."""
+        """Return ``[runs, 1, size]`` bytes with gaps, from one allocation for each place."""
         if place not in self._pools:
             nbytes = self._grid.largest(place == "pageable")
             if place == "pinned":
@@ -249,7 +261,7 @@ class Work:
 
 
 def spread(values: Sequence[int]) -> list[int]:
-    """The ends first, then the middle of each gap."""
+    """Return the ends first, then the middle of each gap."""
     order = list(dict.fromkeys((values[0], values[-1])))
     spans = [(0, len(values) - 1)]
     for low, high in spans:
@@ -261,47 +273,50 @@ def spread(values: Sequence[int]) -> list[int]:
 
 
 def by_point(table: Table) -> dict[tuple[str, int, int], dict[str, Point]]:
-    """The measurements of a table by direction, bytes of a run and runs, then by strategy."""
-    found: dict[tuple[str, int, int], dict[str, Point]] = {}
+    """Return the measurements of a table by direction, bytes of a run and runs, then by
+    strategy."""
+    points: dict[tuple[str, int, int], dict[str, Point]] = {}
     for strategy, direction in product(ORDER, DIRECTIONS):
         for size, column in table.points.get((strategy, direction), {}).items():
             for point in column:
-                found.setdefault((direction, size, point.runs), {})[strategy] = point
-    return dict(sorted(found.items()))
+                points.setdefault((direction, size, point.runs), {})[strategy] = point
+    return dict(sorted(points.items()))
 
 
-#: Seconds of host time from which on no delay hides them if they are more than this share of the
-#: whole: calls that follow each other would wait for the host, however far ahead it began. With
-#: thousands of copies in its queue the device also takes no more.
+#: Host seconds from which no delay hides the host's part, if it is more than `SHARE` of the whole:
+#: consecutive calls wait for the host, however early it starts. With thousands of copies in its
+#: queue the device accepts no more.
 SEEN = 3e-3
 SHARE = 0.75
-#: How often a call is timed again, behind a longer delay, when its host part was seen.
+#: How often a call is timed again, after a longer delay, if its host part was visible.
 TRIES = 4
-#: What a `Timer` tells of its times, without a delay and with one.
+#: How a `Timer` describes its times, without a delay and with one.
 IDLE = "device events round a call on an idle device"
 DELAYED = (
-    "device events, behind a delay but for calls that keep the host over "
+    "device events, after a delay except for calls that keep the host over "
     f"{SEEN * 1e3:.0f} ms and for {SHARE:.0%} of their time"
 )
-_FLUSHED = 128 << 20  # bytes that clear a cache whose size torch does not tell
+_FLUSHED = 128 << 20  # bytes that clear a cache if torch does not report its size
 CYCLES = 2_000_000
 
 
 class Timed(NamedTuple):
-    """Seconds until a copy had landed, and seconds that its call kept the host."""
+    """The seconds until a copy arrived, and the seconds that its call occupied the host."""
 
     seconds: float
     host_seconds: float
 
 
 class Timer:
-    """Times one copy by device events round a call on an idle device: what the host does first
-    counts. If the device's torch has a kernel that sleeps, the first event stands behind one that
-    outlasts the host's part, and behind a flush of the L2 cache, as rows of a cache that a model
-    has left lie in memory.
+    """Time one copy by device events around a call on an idle device; the host's part before the
+    copy counts.
+
+    If the device's torch has a kernel that sleeps, the first event follows such a kernel, which
+    outlasts the host's part, and a flush of the L2 cache: rows of a cache that a model has left lie
+    in memory.
 
     Attributes:
-        name: what its times are.
+        name: the kind of its times.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -319,9 +334,11 @@ class Timer:
             self._rate = max(CYCLES / self._seen(asleep).seconds for _ in range(5))
 
     def time(self, call: Call, host_seconds: float = 0.0) -> Timed:
-        """Time a call, whose work is ordered on the current stream unless it is pending; again, if
-        the host was late. ``host_seconds``: how long the call is expected to keep the host, which
-        is to be hidden; 0: the call itself waits for the device."""
+        """Time a call, whose work is ordered on the current stream unless it is pending.
+
+        The call is timed again if the host was late. ``host_seconds``: the expected time that the
+        call occupies the host, which the delay hides. 0: the call itself waits for the device.
+        """
         if self._sleep is None or host_seconds <= 0:
             return self._seen(call)
         if host_seconds >= SEEN:
@@ -334,12 +351,12 @@ class Timer:
             self._flushed.zero_()
             began = perf_counter()
             self._asleep(self._sleep, int(delay * self._rate))
-            asked = perf_counter() - began
+            issued = perf_counter() - began
             timed = self._timed(call)
-            if asked + timed.host_seconds < delay:  # all of it was issued during the delay
+            if issued + timed.host_seconds < delay:  # the whole call was issued during the delay
                 return timed
             delay *= 2
-        # The host waited for the delay itself: what it measured is not the call's time.
+        # The host waited for the delay itself, so the measured time is not the call's.
         return self._seen(call)
 
     def _seen(self, call: Call) -> Timed:
@@ -350,11 +367,12 @@ class Timer:
         torch.accelerator.current_stream(self.device).synchronize()
 
     def _asleep(self, sleep: Callable[[int], object], cycles: int) -> None:
-        with inside(torch.accelerator.current_stream(self.device)):  # whichever device is current
+        with inside(torch.accelerator.current_stream(self.device)):  # any device may be current
             sleep(cycles)
 
     def _timed(self, call: Call) -> Timed:
-        """A call between two events; the last one stands behind what the host had to wait for."""
+        """Time a call between two events. The last event follows the work that the host had to wait
+        for."""
         stream = torch.accelerator.current_stream(self.device)
         first, last = self._events
         first.record(stream)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`host`: prepares the strategies and picks one for each transfer, by what they cost on this
+"""`host`: prepares the transfer strategies and picks one for each transfer, by their cost on this
 device.
 
-It carries nothing out itself, so that it can do what the strategy that it picks can do. It cannot
-be captured: which strategy is best, and what crosses in which piece, is worked out on the host
-from the ids of each transfer, and would stay in a graph as it was at capture.
+It executes nothing itself, so its capabilities are those of the strategy that it picks. It cannot
+be captured: the host picks the strategy and the pieces from the ids of each transfer, and a graph
+would retain those of the capture.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import logging
 import threading
 from collections.abc import Mapping
 from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -23,48 +23,57 @@ from portakv.errors import BackendUnavailable, Unsupported
 from portakv.interconnect.costs import Table, costs_of
 from portakv.interconnect.link import by_torch, link_of
 from portakv.interconnect.pieces import RunCounter, Shape
-from portakv.interconnect.strategy import SMALL, Strategy, StrategyLaunch, Terms, read_on, told_of
+from portakv.interconnect.strategy import (
+    SMALL,
+    Strategy,
+    StrategyLaunch,
+    Terms,
+    known_to_host,
+    read_on,
+)
 from portakv.plan.plan import CopyPlan, Move
 from portakv.registry.prepared import bring, prepare_by
 from portakv.registry.registry import BUILT_IN, REGISTRY, Choice
 from portakv.runtime.bounded import Bounded
 from portakv.runtime.devices import capturing, inside
+from portakv.view.index import Index
+from portakv.view.view import KVView
 
 _log = logging.getLogger(__name__)
 
-#: The strategies, the gentlest to a running model first: it wins if two cost the same in all.
+#: The strategies, the gentlest to a running model first: of equal costs the first one wins.
 ORDER = ("staged", "batched_memcpy", "zero_copy", "pageable")
-#: Bytes of runs in the default rule. Of 234 copies that were recorded on an H200 it loses more than
-#: 5 % to the best strategy that the terms allow in 4 beside a model and in 17 on an idle device; a
-#: table of the device in 2 and 1 (benchmarks/NOTES.md, section 11).
+#: Bytes of runs in the default rule. Of 234 copies recorded on an H200 the rule loses more than 5 %
+#: to the best allowed strategy in 4 while a model runs, and in 17 on an idle device; a measured
+#: table in 2 and 1 (benchmarks/NOTES.md, section 11).
 WIDE = 256 << 10
 EVEN = 32 << 10
 NARROW = 64 << 10
-#: Strategies whose seconds differ by no more than this part of the least count as equal: the same
+#: Strategies count as equal if their seconds differ by at most this part of the least. The same
 #: copy of 8 MiB and more timed twice on an H200 differs by up to 2 %, and so may each of two
 #: figures.
 EQUAL = 0.02
 
-#: Seconds of the device for each row of a 2-D copy beside its bytes, by direction. Measured on an
-#: H200: in 64 rows of 4 KiB it reached 0.60 of a memcpy up, in such of 512 B 0.16, which is 49 ns a
-#: row; down 0.45 with 4 KiB and 0.78 with 32 KiB, which is 92 and 168 ns.
+#: Seconds of the device for each row of a 2-D copy, in addition to its bytes, by direction.
+#: Measured on an H200: up, 64 rows of 4 KiB reached 0.60 of a memcpy and rows of 512 B 0.16, which
+#: is 49 ns a row; down, rows of 4 KiB reached 0.45 and of 32 KiB 0.78, which is 92 and 168 ns.
 ROW = {"d2h": 100e-9, "h2d": 50e-9}
 
 _NO_TERMS = Terms()
 _NONE = frozenset[str]()
-_PICKS = 1024  # that one launch remembers
-_UNSTAGED = ("batched_memcpy", "zero_copy")  # they take no memory of the device
+_PICKS = 1024  # cached by one launch
+_UNSTAGED = ("batched_memcpy", "zero_copy")  # these take no memory of the device
 
 
 class Alternative(NamedTuple):
-    """What one strategy would make of a copy.
+    """The cost of a copy by one strategy.
 
     Attributes:
         strategy: its name.
         run_bytes, runs: the copy, as its cost was looked up: in pieces, if rows are folded.
-        seconds, host_seconds: what it would take the device, and keep the host; None if that was
-            not measured here.
-        refused: why it may not be picked, as a phrase; empty if it may.
+        seconds, host_seconds: the time of the device, and the time that the call occupies the host.
+            None: not measured here.
+        refused: why it may not be picked, as a phrase. Empty: it may.
     """
 
     strategy: str
@@ -76,7 +85,7 @@ class Alternative(NamedTuple):
 
 
 class Pick(NamedTuple):
-    """The strategy of a copy, why as a sentence, and what each strategy would take."""
+    """The strategy of a copy, the reason as a sentence, and the cost by each strategy."""
 
     strategy: str
     why: str
@@ -84,9 +93,9 @@ class Pick(NamedTuple):
 
 
 def default_rule(shapes: Mapping[str, Shape], direction: str, kernel: bool) -> tuple[str, str]:
-    """The strategy for a copy on a device that was never measured, and why, as a phrase.
+    """Return the strategy for a copy on a device that was not measured, and the reason as a phrase.
 
-    ``kernel``: the terms allow a kernel to move it.
+    ``kernel``: the terms allow a kernel to move the copy.
     """
     staged = shapes["staged"]
     whole = shapes["batched_memcpy"]
@@ -112,65 +121,76 @@ def pick(
     costs: Table,
     waits: frozenset[str] = frozenset(),
 ) -> Pick:
-    """The strategy for a copy.
+    """Pick the strategy for a copy.
 
-    Of those that the terms allow and that were measured to take at most `EQUAL` longer than the
-    quickest, it is the one that keeps the host least; of equals the first in `ORDER`. If none of
-    them was measured it is what `default_rule` says, or the first in `ORDER`. One that waits for
-    the device is picked only if the terms leave no other; beside a model a kernel of few thread
-    blocks costs less than a host that waits.
+    Candidates are the strategies that the terms allow and that were measured to take at most
+    `EQUAL` longer than the quickest. Of these the strategy that occupies the host least wins, then
+    the first in `ORDER`. If no strategy was measured, `default_rule` decides, else the first in
+    `ORDER`. A strategy that waits for the device is picked only if the terms leave no other. While
+    a model runs, a kernel of few thread blocks costs less than a host that waits.
 
     Args:
-        shapes: what the copy is to each strategy that might carry it out.
-        out: strategies that do not, and why, as a phrase.
+        shapes: the copy as each possible strategy moves it.
+        out: strategies that do not take the copy, and why, as a phrase.
         waits: strategies that would wait for ids or addresses that only the device has.
 
     Raises:
-        Unsupported: no strategy is left, with each one's reason.
+        Unsupported: no strategy is left; the message has the reason of each.
     """
-    found = []
-    kept_out = _kept_out(direction, shapes["staged"], terms)
+    excluded = _excluded(direction, shapes["staged"], terms)
     others = shapes.keys() - out.keys() - {"zero_copy"}
     if others and others <= waits and not terms.detached:
-        kept_out = ""
-    for name in (name for name in ORDER if name in shapes):
-        refused = out.get(name) or (kept_out if name == "zero_copy" else "")
-        found.append(_candidate(name, shapes[name], direction, costs, refused))
-    able = [one for one in found if one.strategy not in out]
+        excluded = ""
+    alternatives = []
+    for name in ORDER:
+        if name in shapes:
+            refused = out.get(name) or (excluded if name == "zero_copy" else "")
+            alternatives.append(_alternative(name, shapes[name], direction, costs, refused))
+    able = [one for one in alternatives if one.strategy not in out]
     if not able:
         raise _none_left(out)
     allowed = [one for one in able if not one.refused]
     waitless = [one for one in allowed if one.strategy not in waits]
-    strategy = (waitless or allowed or able)[0].strategy
+    candidates = waitless or allowed
     if not allowed:
+        strategy = able[0].strategy
         why = f"no other strategy takes the copy, although {able[0].refused}"
     elif len(waitless) == 1 < len(allowed):
+        strategy = waitless[0].strategy
         why = "the only strategy that does not wait for what only the device knows"
     elif len(allowed) == 1:
+        strategy = allowed[0].strategy
         why = "the only strategy that is left"
     elif any(one.seconds is not None for one in allowed):
-        strategy, why = _quickest(waitless or allowed, able)
+        strategy, why = _quickest(candidates, able)
     else:
-        wanted, rule = default_rule(shapes, direction, kernel=not kept_out)
-        why = "the gentlest of those that are left, as nothing was measured here"
-        if wanted in [one.strategy for one in waitless or allowed]:
-            strategy = wanted
-            why = f"the default rule {rule}, as nothing was measured here"
-    return Pick(strategy, why, tuple(found))
+        rule = default_rule(shapes, direction, kernel=not excluded)
+        strategy, why = _unmeasured(candidates, *rule)
+    return Pick(strategy, why, tuple(alternatives))
+
+
+def _unmeasured(candidates: list[Alternative], wanted: str, rule: str) -> tuple[str, str]:
+    """Return the strategy that the default rule wants if it is a candidate, else the first
+    candidate, and why."""
+    if any(one.strategy == wanted for one in candidates):
+        return wanted, f"the default rule {rule}, as nothing was measured here"
+    return candidates[
+        0
+    ].strategy, "the gentlest strategy that is left, as nothing was measured here"
 
 
 def _quickest(allowed: list[Alternative], able: list[Alternative]) -> tuple[str, str]:
-    """The strategy that keeps the host least of the quickest and those about as quick, and why."""
+    """Return the strategy that occupies the host least of the quickest and its equals, and why."""
     limit = min(map(_seconds, allowed)) * (1 + EQUAL)
     equal = [one for one in allowed if _seconds(one) <= limit]
     best = min(equal, key=lambda one: one.host_seconds or 0.0)  # the first of equals
-    text = "the least time of those that the terms allow"
+    text = "the least time of the strategies that the terms allow"
     if len(equal) > 1:
         text = f"within {EQUAL * 100:g} % of {text}, and keeps the host least"
     text += ", as measured"
     for one in able:
         if one.refused and _seconds(one) < _seconds(best):
-            text += f"; {one.strategy} would take less, but the terms keep it out"
+            text += f"; {one.strategy} would take less, but the terms exclude it"
     return best.strategy, text
 
 
@@ -178,19 +198,21 @@ def _seconds(one: Alternative) -> float:
     return inf if one.seconds is None else one.seconds
 
 
-def _candidate(name: str, shape: Shape, direction: str, costs: Table, refused: str) -> Alternative:
+def _alternative(
+    name: str, shape: Shape, direction: str, costs: Table, refused: str
+) -> Alternative:
     runs = max(1, shape.runs)
     pieces = max(1, shape.pieces)
-    asked = name, direction, max(1, shape.nbytes // pieces), pieces
-    seconds = costs.seconds(*asked)
-    host_seconds = costs.host_seconds(*asked)
+    key = name, direction, max(1, shape.nbytes // pieces), pieces
+    seconds = costs.seconds(*key)
+    host_seconds = costs.host_seconds(*key)
     if seconds is not None and pieces < runs:
         seconds += runs * ROW[direction]
-    return Alternative(name, asked[2], pieces, seconds, host_seconds, refused)
+    return Alternative(name, key[2], pieces, seconds, host_seconds, refused)
 
 
-def _kept_out(direction: str, host: Shape, terms: Terms) -> str:
-    """Return why the terms keep `zero_copy` out of a copy, as a phrase; empty if they do not.
+def _excluded(direction: str, host: Shape, terms: Terms) -> str:
+    """Return why the terms exclude `zero_copy` from a copy, as a phrase; empty if they do not.
 
     ``host`` is the shape of the host memory. Copy engines slow a model and the host down more than
     `zero_copy` does if runs are short (benchmarks/NOTES.md, section 12).
@@ -211,8 +233,10 @@ def _none_left(out: Mapping[str, str]) -> Unsupported:
 
 
 class Host(Strategy):
-    """Picks among the ``strategies`` that serve a device, by name; ``out``: those that do not, and
-    why, as a phrase."""
+    """Pick among the ``strategies`` that serve a device, by name.
+
+    ``out``: the strategies that do not serve it, and why, as a phrase.
+    """
 
     name = "host"
 
@@ -235,38 +259,40 @@ class Host(Strategy):
         if able:
             return Decision(self.name, True, f"takes the plan, by {' or '.join(able)}")
         reasons = [f"{name}: {answer.reason}" for name, answer in answers.items()]
-        told = "; ".join(reasons + [f"{name}: {why}" for name, why in self.out.items()])
-        return Decision(self.name, False, f"no strategy takes it ({told})")
+        reasons += [f"{name}: {why}" for name, why in self.out.items()]
+        return Decision(self.name, False, f"no strategy takes it ({'; '.join(reasons)})")
 
     def prepare(self, plan: CopyPlan) -> HostLaunch:
         launch = HostLaunch(plan, self)
-        # One strategy is prepared now, so that the plan is known to be carried out.
+        # Prepare one strategy now, so that the plan is known to be executable.
         if not any(launch.prepared(name) for name in self.strategies):
             raise _none_left(launch.out)
-        costs_of(self.device)  # read now, rather than in a transfer
+        costs_of(self.device)  # read the table now, not in a transfer
         return launch
 
     def log(self, strategy: str, why: str) -> None:
-        """Log, once for each strategy of a device, that it carries copies out."""
+        """Log, once for each strategy of a device, that it executes copies."""
         if strategy not in self._logged:
             self._logged.add(strategy)
             _log.info("%s: strategy %s, %s", self.device, strategy, why)
 
     def _make(self, name: str) -> Strategy | str:
-        """A strategy, or why it does not serve this device."""
+        """Return a strategy, or why it does not serve this device."""
         module, _, attribute = BUILT_IN[name].partition(":")
         try:
             cls: type[Strategy] = getattr(importlib.import_module(module), attribute)
             decision = cls.probe(self.device)
-            made = cls(self.device, self._half, self.terms) if decision.accepted else None
-            return made or decision.reason
-        except Exception as error:  # one that fails must not take the others down
+            strategy = cls(self.device, self._half, self.terms) if decision.accepted else None
+            return strategy or decision.reason
+        except Exception as error:  # a strategy that fails must not disable the others
             return f"it failed to load: {type(error).__name__}: {error}"
 
 
 class HostLaunch(StrategyLaunch):
-    """A plan's launches, one for each strategy that takes it, each prepared when it is first used;
-    ``out``: strategies that do not carry it out, and why, as a phrase."""
+    """A plan's launches, one for each strategy that takes the plan, each prepared at its first use.
+
+    ``out``: strategies that do not take the plan, and why, as a phrase.
+    """
 
     def __init__(self, plan: CopyPlan, host: Host) -> None:
         super().__init__(plan, host.device)
@@ -278,7 +304,7 @@ class HostLaunch(StrategyLaunch):
         self.strategies = {name: host.strategies[name] for name, x in answers.items() if x.accepted}
         refused = {name: x.reason for name, x in answers.items() if not x.accepted}
         self.out = {**host.out, **refused}
-        # To torch each row on the host is a call: nothing folds.
+        # For torch each row on the host is a separate call: nothing folds.
         below = 0 if by_torch(host.device) else link_of(host.device).fold_below
         self._lock = threading.RLock()
         self._launches: dict[str, Launch] = {}
@@ -288,44 +314,50 @@ class HostLaunch(StrategyLaunch):
         self._last = threading.local()
 
     def pick(self, move: Move, guarded: bool = False) -> Pick:
-        """The strategy that a transfer takes, with ``guarded`` one that skips and guards ids; moves
-        nothing. Raises as the function `pick` does."""
+        """Return the strategy that a transfer takes; move nothing.
+
+        ``guarded``: pick only a strategy that skips and guards ids. Raises as the function `pick`
+        does.
+        """
         out = self.out
         host = self.ends(move)[1]
         if guarded:
-            strategies = tuple(self.strategies.items())  # another thread may take one out meanwhile
+            # Another thread may remove a strategy meanwhile.
+            strategies = tuple(self.strategies.items())
             unfit = [name for name, each in strategies if not each.capabilities().guards]
             out = {**dict.fromkeys(unfit, "it takes no ids that are to be guarded"), **out}
         while True:
-            found = self._pick(move, out)
-            strategy = self.strategies.get(found.strategy)  # another thread may have taken it out
+            picked = self._pick(move, out)
+            strategy = self.strategies.get(picked.strategy)  # another thread may have removed it
             why = strategy.refuses(host) if strategy is not None else ""
             if not why:
-                return found
-            out = {**out, found.strategy: why}
+                return picked
+            out = {**out, picked.strategy: why}
 
     def _pick(self, move: Move, out: Mapping[str, str]) -> Pick:
-        """As `pick`, without the strategies that are out, and why, as a phrase."""
-        rows, host, mine, theirs = self.ends(move)
+        """Pick as `pick` does, without the strategies in ``out``."""
+        rows, host, device_index, host_index = self.ends(move)
         count = move.count
-        whole = self._whole.groups(move.src_index, move.dst_index, count)
-        of_host = self._of_host.groups(theirs, theirs, count)
-        clean = mine.is_clean(count, rows.slots) and theirs.is_clean(count, host.slots)
-        waits = self._waiting(told_of(rows, mine), told_of(host, theirs), clean)
-        # Once another strategy refuses the plan, picks that were made before no longer count.
-        key = whole, of_host, count, tuple(out), waits
-        found = self._picks.get(key)
-        if found is None:
-            dense = self._of_host.shape(of_host, count)
+        groups = self._whole.groups(move.src_index, move.dst_index, count)
+        host_groups = self._of_host.groups(host_index, host_index, count)
+        clean = device_index.is_clean(count, rows.slots) and host_index.is_clean(count, host.slots)
+        waits = self._waiting(
+            known_to_host(rows, device_index), known_to_host(host, host_index), clean
+        )
+        # After another strategy refuses the plan, earlier picks do not count.
+        key = groups, host_groups, count, tuple(out), waits
+        picked = self._picks.get(key)
+        if picked is None:
+            dense = self._of_host.shape(host_groups, count)
             shapes = {
                 "staged": dense,
-                "batched_memcpy": self._whole.shape(whole, count),
+                "batched_memcpy": self._whole.shape(groups, count),
                 "zero_copy": self._whole.unmerged(count),
                 "pageable": dense,
             }
-            found = pick(shapes, self.direction, out, self._terms, costs_of(self.device), waits)
-            self._picks[key] = found
-        return found
+            picked = pick(shapes, self.direction, out, self._terms, costs_of(self.device), waits)
+            self._picks[key] = picked
+        return picked
 
     def _waiting(self, rows: bool, host: bool, clean: bool) -> frozenset[str]:
         """Return the strategies that would wait for a device.
@@ -335,29 +367,31 @@ class HostLaunch(StrategyLaunch):
         """
         if rows and host:
             return _NONE
-        told = {"none": True, "host": host, "both": rows and host}
-        strategies = tuple(self.strategies.items())  # another thread may take one out meanwhile
+        known = {"none": True, "host": host, "both": rows and host}
+        # Another thread may remove a strategy meanwhile.
+        strategies = tuple(self.strategies.items())
         return frozenset(
             name
             for name, strategy in strategies
-            if not told[strategy.reads] or not (clean or strategy.capabilities().guards)
+            if not known[strategy.reads] or not (clean or strategy.capabilities().guards)
         )
 
-    def again(self, *sides: Any) -> Again | None:
-        """See `base.Repeatable`; by the strategy of this thread's last transfer."""
-        found = getattr(self._launches.get(self._last.carried[0]), "again", None)
-        return None if found is None else found(*sides)
+    def again(self, src: KVView, dst: KVView, src_index: Index, dst_index: Index) -> Again | None:
+        """See `base.Repeatable`. The strategy of this thread's last transfer repeats it."""
+        repeat = getattr(self._launches.get(self._last.carried[0]), "again", None)
+        return None if repeat is None else repeat(src, dst, src_index, dst_index)
 
     def claims(self, move: Move) -> Capabilities:
-        """What the strategy that a transfer takes can do; raises as the function `pick` does."""
-        if capturing(self.device):  # nothing can be prepared, and no strategy is to be out for that
+        """Return the capabilities of the strategy that a transfer takes; raise as the function
+        `pick` does."""
+        if capturing(self.device):  # nothing can be prepared now, and that must disable no strategy
             return self._host.capabilities()
         return self.strategies[self._pick_prepared(move).strategy].capabilities()
 
     def _pick_prepared(self, move: Move, guarded: bool = False) -> Pick:
-        """As `pick`; the strategy is prepared by now."""
+        """Pick as `pick` does, and prepare the strategy."""
         picked = self.pick(move, guarded)
-        while self.prepared(picked.strategy) is None:  # refused just now: pick another one
+        while self.prepared(picked.strategy) is None:  # refused just now: pick another strategy
             picked = self.pick(move, guarded)
         return picked
 
@@ -375,7 +409,7 @@ class HostLaunch(StrategyLaunch):
         """
         launch = self.prepared(strategy)
         if launch is None:
-            why = self.out.get(strategy, "there is no such strategy")
+            why = self.out.get(strategy, "no strategy has that name")
             raise Unsupported(f"A copy by the strategy {strategy!r}", why)
         return launch(*self._placed(strategy, move, stream), stream, status)
 
@@ -384,15 +418,15 @@ class HostLaunch(StrategyLaunch):
     ) -> Pending | None:
         picked = self._pick_prepared(move)
         if status is not None and not self.strategies[picked.strategy].capabilities().guards:
-            # `claims` told of one that does; since then another thread read the ids back.
+            # `claims` reported a strategy that guards; since then another thread read the ids back.
             picked = self._pick_prepared(move, guarded=True)
         strategy = picked.strategy
         why = picked.why
         try:
             pending = self.launch_by(strategy, move, stream, status)
         except torch.OutOfMemoryError:
-            # The device has no room for staging. Others need none, and may move rows once more; but
-            # none takes over from `zero_copy`, which alone skips and guards ids.
+            # The device has no space for staging. The other strategies need none, and may move rows
+            # once more. None replaces `zero_copy`, the only strategy that skips and guards ids.
             able = [name for name in _UNSTAGED if self.prepared(name)]
             if not able or strategy in _UNSTAGED:
                 raise
@@ -405,11 +439,13 @@ class HostLaunch(StrategyLaunch):
 
     @property
     def carried(self) -> tuple[str, str] | None:
-        """The strategy of this thread's last transfer, and why, as a phrase; None before it."""
+        """Return the strategy of this thread's last transfer, and why, as a phrase. None before the
+        first transfer."""
         return getattr(self._last, "carried", None)
 
     def prepared(self, name: str) -> Launch | None:
-        """The launch of a strategy, prepared now if need be; None if it cannot be."""
+        """Return the launch of a strategy, prepared at its first use. None: it cannot be
+        prepared."""
         launch = self._launches.get(name)
         if launch is not None or name not in self.strategies:
             return launch
@@ -424,22 +460,25 @@ class HostLaunch(StrategyLaunch):
             return self._launches.get(name)
 
     def _placed(self, name: str, move: Move, stream: torch.Stream | None) -> Move:
-        """The copy with the ids of both sides where a strategy reads them."""
+        """Return the copy with the ids of both sides where a strategy reads them."""
         can = self.strategies[name].capabilities()
         if can.index_on == "any":
             return move
-        home = can.home_of_ids(self.device)
+        ids_device = can.home_of_ids(self.device)
         dtypes = can.index_dtypes
         # The next layer of a detached copy may be read on a stream that waits for no other.
-        apart = stream is not None and self._terms.detached
-        with inside(None if apart else stream):
-            bring((move.src_index, move.dst_index), home, dtypes)
-            mine, theirs = (
-                index if index.ids is None else index.placed(home, dtypes) for index in move[2:4]
+        separate = stream is not None and self._terms.detached
+        with inside(None if separate else stream):
+            bring((move.src_index, move.dst_index), ids_device, dtypes)
+            src_index, dst_index = (
+                index if index.ids is None else index.placed(ids_device, dtypes)
+                for index in move[2:4]
             )
-        if stream is not None and apart:
+        if stream is not None and separate:
             stream.wait_stream(torch.accelerator.current_stream(self.device.index))
-        return move._replace(src_index=read_on(stream, mine), dst_index=read_on(stream, theirs))
+        return move._replace(
+            src_index=read_on(stream, src_index), dst_index=read_on(stream, dst_index)
+        )
 
 
 #: Strategies by the backend that they run over, and by terms without a rate.
@@ -454,8 +493,9 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
         BackendUnavailable: its self-check failed on this device.
     """
     key = half, (terms or _NO_TERMS).without_rate
-    if (found := hosts.get(key)) is not None:
-        return found
+    known = hosts.get(key)
+    if known is not None:
+        return known
     device = half.backend.device
     if isinstance(half.backend, Strategy):
         if key[1] == _NO_TERMS:
@@ -465,7 +505,7 @@ def across(half: Choice, terms: Terms | None = None) -> Choice:
     backend, decision = REGISTRY.ask(Host.name, device, check=True)
     if backend is None:
         raise BackendUnavailable(
-            f"A copy between {device} and the host was asked for, but no strategy can make it: "
+            f"Expected a transfer strategy for copies between {device} and the host, got none: "
             f"{decision.reason}. Copy through a tensor on the device."
         )
     strategy = Host(device, *key)

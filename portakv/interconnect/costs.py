@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The table of measured costs for the choice of strategies: look-up, and its file in the cache.
+"""The table of measured costs by which a strategy is chosen: look-up, and its file in the cache.
 
-There is one file for each kind of device, driver and torch. What is missing, corrupt or of another
-device is no error: nothing is known then, the default rule picks strategies, and the origin says
-why.
+One file serves one kind of device, driver and torch. A file that is missing, corrupt or of another
+device is not an error: the default rule then picks strategies, and the table's origin says why.
 """
 
 from __future__ import annotations
@@ -30,25 +29,33 @@ from portakv.runtime.devices import device_name
 
 DIRECTIONS = ("d2h", "h2d")
 
-#: Of the file, and of how strategies behave: a table of another format is measured anew.
+#: The format of the file and of the strategies' behaviour. A table of another format does not
+#: count, and is measured again.
 FORMAT = 2
 
 _LEAST = 1e-12  # seconds of any copy
 
-#: Where Linux tells the version of NVIDIA's module, and of AMD's.
+#: The files in which Linux has the version of NVIDIA's module, and of AMD's.
 DRIVER_FILES = Path("/proc/driver/nvidia/version"), Path("/sys/module/amdgpu/version")
 
-Columns = Mapping[int, Sequence["Point"]]  # by rising bytes of a run, with rising numbers of runs
+Columns = Mapping[
+    int, Sequence["Point"]
+]  # by rising bytes of a run, each with rising numbers of runs
 
 
 class TableError(ValueError):
-    """Why a file is no table, as the end of a sentence."""
+    """A file is not a table. The message is the end of a sentence that says why."""
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One measurement: so many runs, the seconds until they had landed, without what the host does
-    first if that can be hidden, and the seconds that the call kept the host."""
+    """One measurement.
+
+    Attributes:
+        runs: the number of runs.
+        seconds: the time until the runs arrived, without the host's part where it can be hidden.
+        host_seconds: the time that the call occupied the host.
+    """
 
     runs: int
     seconds: float
@@ -57,17 +64,17 @@ class Point:
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """What strategies cost on one kind of device, as it was measured.
+    """The measured costs of strategies on one kind of device.
 
     Attributes:
-        device: what it was measured on; see `identity`.
+        device: the measured device; see `identity`.
         points: measurements by strategy and direction.
         left_out: strategies that were not measured, and why.
-        emulated: measured on an emulated device, whose times mean nothing.
+        emulated: the device was emulated, and its times mean nothing.
         took: seconds of measuring.
-        whole: every point was measured within the time that was allowed.
-        origin: where it comes from, as a sentence.
-        timer: what its times are.
+        whole: every point was measured within the allowed time.
+        origin: the source of the table, as a sentence.
+        timer: the kind of its times.
     """
 
     device: Mapping[str, str]
@@ -81,53 +88,55 @@ class Table:
 
     @property
     def measured(self) -> bool:
-        """Whether anything was measured."""
+        """Return whether any strategy was measured."""
         return bool(self.points)
 
     def seconds(self, strategy: str, direction: str, run_bytes: int, runs: int) -> float | None:
-        """Seconds that the device takes; None if a strategy was not measured."""
+        """Return the seconds that the device takes; None if the strategy was not measured."""
         columns = self.points.get((strategy, direction))
         return cost(columns, "seconds", run_bytes, runs) if columns else None
 
     def host_seconds(
         self, strategy: str, direction: str, run_bytes: int, runs: int
     ) -> float | None:
-        """Seconds that a call keeps the host; None if a strategy was not measured."""
+        """Return the seconds that a call occupies the host; None if the strategy was not
+        measured."""
         columns = self.points.get((strategy, direction))
         return cost(columns, "host_seconds", run_bytes, runs) if columns else None
 
 
-def cost(columns: Columns, what: str, run_bytes: int, runs: int) -> float:
-    """The ``seconds`` or ``host_seconds`` of one strategy in one direction.
+def cost(columns: Columns, field_name: str, run_bytes: int, runs: int) -> float:
+    """Return the ``seconds`` or ``host_seconds`` of one strategy in one direction.
 
     Between measurements seconds are linear: in the number of runs of one size, and for equal bytes
-    in how many runs they lie in. That is exact for what each run and each byte has its price.
+    in the number of runs. That is exact for costs that are a price for each run and each byte.
     """
     sizes = list(columns)
     runs = max(1, runs)
     nbytes = max(1, run_bytes) * runs
-    if run_bytes <= sizes[0]:  # narrower runs cost what the narrowest do, each
-        return _along(columns[sizes[0]], what, runs)
+    if run_bytes <= sizes[0]:  # a narrower run costs as much as the narrowest
+        return _along(columns[sizes[0]], field_name, runs)
     if run_bytes >= sizes[-1]:
-        return _along(columns[sizes[-1]], what, nbytes / sizes[-1])
+        return _along(columns[sizes[-1]], field_name, nbytes / sizes[-1])
     at = bisect_left(sizes, run_bytes)
     narrow = sizes[at - 1]
     wide = sizes[at]
     share = (1 / narrow - 1 / run_bytes) / (1 / narrow - 1 / wide)
-    first = _along(columns[narrow], what, nbytes / narrow)
-    return first + share * (_along(columns[wide], what, nbytes / wide) - first)
+    first = _along(columns[narrow], field_name, nbytes / narrow)
+    return first + share * (_along(columns[wide], field_name, nbytes / wide) - first)
 
 
-def _along(column: Sequence[Point], what: str, wanted: float) -> float:
-    """Seconds at a number of runs; straight on past the last one, level before the first one."""
+def _along(column: Sequence[Point], field_name: str, wanted: float) -> float:
+    """Return the seconds at a number of runs: level before the first measurement, straight on past
+    the last."""
     runs = [point.runs for point in column]
-    seconds: list[float] = [getattr(point, what) for point in column]
+    seconds: list[float] = [getattr(point, field_name) for point in column]
     if wanted <= runs[0]:
         return seconds[0]
     if len(runs) == 1:
         return seconds[0] * wanted / runs[0]
     at = min(bisect_left(runs, wanted), len(runs) - 1)
-    # Two measurements that are close to each other may fall; nothing gets cheaper by more runs.
+    # Two close measurements may fall; more runs are never cheaper.
     slope = max(0.0, seconds[at] - seconds[at - 1]) / (runs[at] - runs[at - 1])
     if wanted > runs[-1]:
         return seconds[-1] + max(slope, 0.5 * seconds[-1] / runs[-1]) * (wanted - runs[-1])
@@ -135,13 +144,14 @@ def _along(column: Sequence[Point], what: str, wanted: float) -> float:
 
 
 def unmeasured(why: str) -> Table:
-    """The table of a device that has none, for a reason: nothing is known of any strategy."""
+    """Return the table of a device without measurements. ``why``: the reason, as the end of a
+    sentence."""
     origin = f"not measured, so that the default rule picks strategies: {why}"
     return Table({}, {}, whole=False, origin=origin)
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """What a table is true for: the device's model, its driver and runtime, and torch."""
+    """Return the device's model, its driver and runtime, and torch: a table holds for these."""
     driver = runtime = ""
     if device.type == "cuda":
         driver = installed_driver()
@@ -156,29 +166,30 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 def installed_driver() -> str:
-    """The kernel module's version, else the CUDA version that the driver supports; or nothing."""
+    """Return the kernel module's version, else the CUDA version that the driver supports, else
+    nothing."""
     module = DRIVER_FILES[torch.version.hip is not None]
     with suppress(OSError, UnicodeDecodeError):
-        found = re.search(r"(?:^|\s)(\d+\.\d[\d.]*)", module.read_text())
-        if found:
-            return found[1]
+        version = re.search(r"(?:^|\s)(\d+\.\d[\d.]*)", module.read_text())
+        if version:
+            return version[1]
     with suppress(ImportError):
         return str(_cuda_driver.driver_version())
     return ""
 
 
 def path_for(device: Mapping[str, str]) -> Path:
-    """The file of a device; its folder need not exist."""
+    """Return the file of a device. Its folder need not exist."""
     words = json.dumps([FORMAT, dict(sorted(device.items()))])
     digest = hashlib.sha256(words.encode()).hexdigest()[:16]
     return _kernel_cache.directory() / f"host-table-{digest}.json"
 
 
 def store(table: Table) -> Path:
-    """Write a table to its file, at once or not at all, and use it from now on.
+    """Write a table to its file, atomically, and use it from now on.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     path = path_for(table.device)
     _kernel_cache.write_atomically(path, json.dumps(as_json(table), indent=1).encode())
@@ -187,20 +198,20 @@ def store(table: Table) -> Path:
 
 
 def read(path: Path) -> Table:
-    """The table in a file.
+    """Return the table in a file.
 
     Raises:
-        TableError: it cannot be read, or holds no table of this format.
+        TableError: the file cannot be read, or is not a table of this format.
     """
     try:
         content = json.loads(path.read_text())
     except OSError as error:
         raise TableError(f"it cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise TableError("it is no JSON") from error
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
-        raise TableError(f"its format is {found!r}, and this release reads {FORMAT}")
+        raise TableError("it is not JSON") from error
+    number = content.get("format") if isinstance(content, dict) else None
+    if number != FORMAT:
+        raise TableError(f"its format is {number!r}, and this release reads {FORMAT}")
     try:
         return _parsed(content, path)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
@@ -208,7 +219,7 @@ def read(path: Path) -> Table:
 
 
 def as_json(table: Table) -> dict[str, Any]:
-    """A table as its file has it."""
+    """Return a table as its file has it."""
     strategies: dict[str, dict[str, list[list[float]]]] = {
         strategy: {} for strategy, _ in table.points
     }
@@ -230,19 +241,14 @@ def as_json(table: Table) -> dict[str, Any]:
 
 
 def _parsed(content: Mapping[str, Any], path: Path) -> Table:
+    """Return the table in a file's content, with today's names of strategies. Raises `ValueError`
+    and the like for wrong content."""
     points: dict[tuple[str, str], dict[int, list[Point]]] = {}
     for name, by_direction in content["engines"].items():
-        strategy = OLD_NAMES.get(name, name)
         for direction, rows in by_direction.items():
             if direction not in DIRECTIONS:
                 raise ValueError(f"direction {direction!r}")
-            columns = points.setdefault((strategy, direction), {})
-            for size, runs, seconds, host_seconds in sorted(rows):
-                point = Point(_count(runs), _time(seconds, _LEAST), _time(host_seconds))
-                columns.setdefault(_count(size), []).append(point)
-            for column in columns.values():
-                if len({p.runs for p in column}) < len(column):
-                    raise ValueError("a point occurs twice")
+            points[OLD_NAMES.get(name, name), direction] = _columns(rows)
     device = {str(name): str(value) for name, value in content["device"].items()}
     left_out = {OLD_NAMES.get(name, str(name)): str(v) for name, v in content["left_out"].items()}
     emulated = bool(content["emulated"])
@@ -259,15 +265,29 @@ def _parsed(content: Mapping[str, Any], path: Path) -> Table:
     )
 
 
-def _count(number: Any) -> int:
+def _columns(rows: list[list[float]]) -> dict[int, list[Point]]:
+    """Return the measurements in a file's rows, by rising bytes of a run."""
+    columns: dict[int, list[Point]] = {}
+    for size, runs, seconds, host_seconds in sorted(rows):
+        point = Point(_count(runs), _time(seconds, _LEAST), _time(host_seconds))
+        columns.setdefault(_count(size), []).append(point)
+    for column in columns.values():
+        if len({point.runs for point in column}) < len(column):
+            raise ValueError("a point occurs twice")
+    return columns
+
+
+def _count(number: object) -> int:
     if type(number) is not int or number < 1:
-        raise ValueError(f"{number!r} is no number of runs or bytes")
+        raise ValueError(f"{number!r} is not a number of runs or bytes")
     return number
 
 
-def _time(number: Any, least: float = 0.0) -> float:
-    if type(number) not in (int, float) or not math.isfinite(number) or number < least:
-        raise ValueError(f"{number!r} is no time{' that a copy can take' if least else ''}")
+def _time(number: object, least: float = 0.0) -> float:
+    if not isinstance(number, int | float) or isinstance(number, bool):
+        raise ValueError(f"{number!r} is not a time")
+    if not math.isfinite(number) or number < least:
+        raise ValueError(f"{number!r} is not a time{' that a copy can take' if least else ''}")
     return float(number)
 
 
@@ -276,27 +296,28 @@ _lock = threading.Lock()
 
 
 def costs_of(device: torch.device) -> Table:
-    """The table of a device, read once in a process."""
+    """Return the table of a device, read once in a process."""
     with _lock:
-        return _tables.get_or_make(device, lambda: _find(device))
+        return _tables.get_or_make(device, lambda: _load(device))
 
 
 def forget() -> None:
-    """Read tables anew when they are next asked for."""
+    """Drop all tables. The next look-up reads the files again."""
     with _lock:
         _tables.clear()
 
 
-def _find(device: torch.device) -> Table:
-    mine = identity(device)
-    path = path_for(mine)
+def _load(device: torch.device) -> Table:
+    here = identity(device)
+    path = path_for(here)
     command = "`portakv calibrate` measures"
     if not path.exists():
         return unmeasured(f"there is no table for this device in {path.parent}; {command} one")
     try:
-        if (table := read(path)).device == mine:
+        table = read(path)
+        if table.device == here:
             return table
-        why = f"it was measured on {dict(table.device)}, and this is {mine}"
+        why = f"it was measured on {dict(table.device)}, and this is {here}"
     except TableError as error:
         why = str(error)
     return unmeasured(f"{path} was ignored, since {why}; {command} anew")

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pageable`: between a device and pageable memory, through pinned memory that is used in turns.
+"""`pageable`: copies between a device and pageable memory, through pinned buffers that are used in
+turns.
 
-A device cannot read or write pageable memory beside the host. So rows are made dense on the device,
-as `staged` does, and cross in one copy each slice to or from bounce buffers, where they lie as the
-host's rows, or layers first; and the caller copies between those and the rows, by torch's threads,
-while other slices cross. It is busy until the host has read or written all: a copy through this
-strategy blocks.
+A device cannot read or write pageable memory while the host works. So rows are made dense on the
+device, as `staged` does. Each slice crosses in one copy to or from a bounce buffer, in the order of
+the host's rows, or layers first. The caller's thread copies between the bounce buffers and the
+rows, by torch's threads, while other slices cross. It is busy until the host has read or written
+all rows: a copy by this strategy blocks.
 """
 
 from __future__ import annotations
@@ -28,14 +29,15 @@ from portakv.view.form import Form
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Each slice costs the caller about 0.1 ms, and in the first one only the link is busy, or only the
-#: host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores); a device takes
+#: Each slice costs the caller about 0.1 ms, and during the first slice only the link is busy, or
+#: only the host. Of 16, 24 and 32 MiB the middle did best (H200, 16 cores). A device takes
 #: `BUFFERS` bounce buffers for them, 72 MiB of pinned memory, and a block more if one is cut.
 SIZES = Sizes(whole=8 << 20, smallest=8 << 20, largest=24 << 20)
 
 
 class Pageable(Strategy):
-    """Dense on the device, across to pinned memory, and on to the rows by the host; or back."""
+    """Copy dense rows on the device across to pinned memory, and on to the rows by the host; or
+    back."""
 
     name = "pageable"
     reads = "host"
@@ -51,8 +53,8 @@ class _BouncedSlice(Slice):
     """A slice that crosses to or from a bounce buffer, in one copy."""
 
     def crossing(self, dense: KVView, host: KVView, fold_below: int) -> Pieces:
-        """The rows that both buffers hold."""
-        used = extent(dense.form, self.held, self.behind.offset, self.cut.count)
+        """Return the rows that both buffers hold."""
+        used = extent(dense.form, self.slots, self.buffer_index.offset, self.cut.count)
         pitch = used.width if used.height == 1 else used.pitch
         in_buffer = dense.origins[0] + used.start
         in_bounce = host.origins[0] + used.start
@@ -63,7 +65,7 @@ class _BouncedSlice(Slice):
 
 
 class Extent(NamedTuple):
-    """Rows of bytes: where the first one begins, their width, how many, and how far apart."""
+    """Rows of bytes: the start of the first row, their width, their number, and their distance."""
 
     start: int
     width: int
@@ -71,14 +73,17 @@ class Extent(NamedTuple):
     pitch: int
 
 
-def extent(form: Form, held: int, first: int, count: int) -> Extent:
-    """What some positions take of dense rows that hold ``held``; whole blocks, and perhaps more
-    than they take, but nothing outside of the rows."""
+def extent(form: Form, slots: int, first: int, count: int) -> Extent:
+    """Return the bytes of some positions of dense rows with ``slots`` slots.
+
+    The result has whole blocks, so perhaps more bytes than the positions take, but none outside of
+    the rows.
+    """
     per = form.block_size or 1
-    nbytes = held * form.token_bytes // (per if form.opaque else 1)
+    nbytes = slots * form.token_bytes // (per if form.opaque else 1)
     chains = [part.block if form.paged else part.token for part in form.parts]
     stride = chains[0][0].stride
-    pitch = held // per * stride
+    pitch = slots // per * stride
     if any(len(chain) > 1 or chain[0].stride != stride for chain in chains) or nbytes % pitch:
         return Extent(0, nbytes, 1, nbytes)
     begin = first // per
@@ -89,38 +94,39 @@ def extent(form: Form, held: int, first: int, count: int) -> Extent:
 
 
 class _PageableLaunch(StagedLaunch):
-    """A prepared copy: that of `staged`, with a second hop."""
+    """A prepared copy: the copy of `staged`, with a second hop."""
 
     kind = _BouncedSlice
 
     def __init__(self, plan: CopyPlan, strategy: Strategy) -> None:
-        # A backend without a kernel takes a call for each layer of a slice: whole layers are cut.
+        # A backend without a kernel needs a call for each layer of a slice, so whole layers are
+        # cut.
         super().__init__(plan, strategy, "form" if strategy.half.can.guards else "planes")
         self._buffers = bounce_buffers(strategy.device)
         self._hops: Bounded[tuple[Stages, int], HostRows] = Bounded("second hops", 64)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        rows, host, mine, theirs = self.ends(move)
+        rows, host, device_index, host_index = self.ends(move)
         work = stream or torch.accelerator.current_stream(self.device.index)
-        room = staging(self.device, work)
+        device_buffers = staging(self.device, work)
         buffers = self._buffers
-        slices = self.slices(rows, host, theirs.to_host(), move.count)
+        slices = self.slices(rows, host, host_index.to_host(), move.count)
         number = len(slices)
 
         def cross(each: Slice, dense: KVView, nth: int, link: torch.Stream) -> None:
             at = nth % BUFFERS
-            bounce = buffers.view(at, each.dense, each.held)
+            bounce = buffers.view(at, each.dense, each.slots)
             src, dst = (dense, bounce) if self.downward else (bounce, dense)
             buffers.wait(at)
             buffers.begin(at, link)
             self.link.copy(each.pieces(dense, bounce, 0), src, dst, link)
             buffers.end(at, link)
 
-        passage = Passage(self.downward, room, work, slices, cross)
-        with buffers.lock, room.lock:
+        passage = Passage(self.downward, device_buffers, work, slices, cross)
+        with buffers.lock, device_buffers.lock:
             buffers.reserve(max(each.nbytes for each in slices))
-            with passage.begun(mine, work):
-                if self.downward:  # slices cross while the host copies those before them
+            with passage.begun(device_index, work):
+                if self.downward:  # slices cross while the host copies earlier slices
                     for nth in range(min(BUFFERS, number)):
                         passage.move(nth)
                 for nth in range(number):
@@ -131,27 +137,29 @@ class _PageableLaunch(StagedLaunch):
                         passage.move(nth + BUFFERS)
 
     def cutting(
-        self, host: KVView, theirs: Index, idle: bool
+        self, host: KVView, host_index: Index, idle: bool
     ) -> tuple[tuple[object, ...], tuple[str, ...], bool, Sizes]:
-        """As `StagedLaunch.cutting`, wherever the host's memory is. If planes lie outside the
-        positions these are cut, so that the host copies few long pieces; positions are not held
-        exactly, so that transfers of any length share few plans."""
+        """Cut as `StagedLaunch.cutting` does, wherever the host's memory is.
+
+        If planes lie outside the positions, the positions are cut, so that the host copies few long
+        pieces. Buffers are not of the exact size, so that transfers of any length share few plans.
+        """
         return (), self.stages.dense.outside, False, SIZES
 
     def _hop(self, each: Slice, host: KVView, at: int) -> None:
-        """The host's copy between its rows and a bounce buffer, once nothing crosses there."""
-        bounce = self._buffers.view(at, each.dense, each.held)
+        """Copy on the host between its rows and a bounce buffer, after nothing crosses there."""
+        bounce = self._buffers.view(at, each.dense, each.slots)
         part = host.planes(each.cut.layers, each.cut.kv)
-        key = (each.stages, each.held)
+        key = (each.stages, each.slots)
         src = bounce
         dst = part
-        src_index = each.behind
-        dst_index = each.theirs
+        src_index = each.buffer_index
+        dst_index = each.host_index
         if not self.downward:
             src = part
             dst = bounce
-            src_index = each.theirs
-            dst_index = each.behind
+            src_index = each.host_index
+            dst_index = each.buffer_index
         hop = self._hops.get(key)
         if hop is None:
             plan = each.stages.plan

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of another device of the same type: what carries them to the device that reads them.
+"""Rows of another device of the same type: which strategy brings them to the reading device.
 
-Its kernel does, at the owner's addresses, once a known pattern was read right that way: with few
-thread blocks beside a model, with the whole device if it is idle. What cannot be reached goes
-through pinned host memory.
+A kernel of the reader reads them at the owner's addresses, if it read a known pattern right. It
+takes few thread blocks while a model runs, and the whole device if the device is idle. Rows that no
+kernel reaches go through pinned host memory.
 """
 
 from __future__ import annotations
@@ -21,49 +21,53 @@ from portakv.registry.registry import REGISTRY, Choice, choose
 from portakv.runtime.bounded import Bounded
 from portakv.view import Index, KVView
 
-# of the pattern, int16: a megabyte
+# The pattern: int16, one megabyte.
 _BLOCKS = 64
 _BLOCK = 64
 _ELEMENTS = 128
-_WAY = "read where it is by"  # with a choice and terms: the way, kept in a peer's view
-#: Why memory of one device is not to be read by another, by both; see `unmapped`.
+_STRATEGY = "read where it is by"  # with a choice and terms, the key of a view's cached strategy
+#: Why one device may not read another's memory, by owner and reader; see `unmapped`.
 answers: Bounded[tuple[torch.device, torch.device], str] = Bounded("answers about two devices", 256)
-_ways: Bounded[tuple[Choice, Terms, str], Choice] = Bounded("ways between two devices", 256)
+_strategies: Bounded[tuple[Choice, Terms, str], Choice]
+_strategies = Bounded("strategies between two devices", 256)
 
 
 def unmapped(owner: torch.device, reader: torch.device) -> str:
-    """Why kernels of ``reader`` are not to read memory of ``owner``, as a phrase; empty if they
-    may, since they read a known pattern right. Asked once for each pair in a process, or again if
-    a device was full."""
+    """Return why kernels of ``reader`` may not read memory of ``owner``, as a phrase. Empty: they
+    may, since they read a known pattern right.
+
+    The pattern is read once for each pair in a process, and again if a device was full.
+    """
     try:
-        return answers.get_or_make((owner, reader), lambda: _asked(owner, reader))
+        return answers.get_or_make((owner, reader), lambda: _test(owner, reader))
     except torch.OutOfMemoryError as error:
-        return f"a pattern of {owner} could not be tried on {reader}: {error}"
+        return f"a pattern of {owner} could not be tested on {reader}: {error}"
 
 
-def _asked(owner: torch.device, reader: torch.device) -> str:
+def _test(owner: torch.device, reader: torch.device) -> str:
+    """Return why reading the pattern fails, as a phrase; empty if it works."""
     reaches = getattr(torch.get_device_module(reader), "can_device_access_peer", None)
     if reaches is None:
-        return f"torch does not tell whether {reader} reaches memory of {owner}"
+        return f"torch does not report whether {reader} reaches memory of {owner}"
     try:
         if not reaches(reader, owner):
             return f"the driver says that {reader} does not reach memory of {owner}"
         wrong = _wrong_elements(owner, reader)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a pair that cannot be tried goes through the host
+    except Exception as error:  # a pair whose test fails goes through the host
         return f"reading a pattern of {owner} on {reader} raised {type(error).__name__}: {error}"
     return f"{reader} read {wrong} elements of a pattern on {owner} wrong" if wrong else ""
 
 
 def _wrong_elements(owner: torch.device, reader: torch.device) -> int:
-    """How much of a pattern of the owner the reader's kernel reads wrong."""
+    """Return how many elements of a pattern of the owner the reader's kernel reads wrong."""
     with torch.inference_mode(False):
         numbers = torch.arange(_BLOCKS * _BLOCK * _ELEMENTS, dtype=torch.int64, device="cpu")
         known = (numbers * 2654435761 % 65521).to(torch.int16).view(_BLOCKS, _BLOCK, _ELEMENTS)
         there = known.to(owner)
         landed = torch.full(known.shape, -1, dtype=torch.int16, device=reader)
-        there.clone().copy_(landed)  # torch opens the way with the first copy, in each direction
+        there.clone().copy_(landed)  # torch enables access with the first copy in each direction
         landed.copy_(there).fill_(-1)
     for device in (owner, reader):
         torch.accelerator.synchronize(device)
@@ -76,12 +80,13 @@ def _wrong_elements(owner: torch.device, reader: torch.device) -> int:
 
 
 def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
-    """What carries a peer's rows to the device of the chosen backend, on a caller's terms.
+    """Return what executes a copy of a peer's rows to the device of the chosen backend.
 
     Raises:
-        Unsupported: a strategy that the caller named does not; terms that nothing here would keep.
+        Unsupported: a strategy that the caller named does not reach the rows, or nothing here keeps
+            the terms.
     """
-    key = _WAY, choice, terms.without_rate
+    key = _STRATEGY, choice, terms.without_rate
     known: Choice | None = src.derived.get(key)
     if known is not None:
         return known
@@ -91,40 +96,40 @@ def reached(src: KVView, choice: Choice, terms: Terms) -> Choice:
         if why:
             raise Unsupported(f"A copy from {src.home} to {device} by {choice.name!r}", why)
         return across(choice, terms)
-    way = _ways.get_or_make((*key[1:], why), lambda: _way(*key[1:], why))
-    if not why:  # else it may be reached later
-        src.derived[key] = way
-    return way
+    made = _strategies.get_or_make((*key[1:], why), lambda: _strategy(*key[1:], why))
+    if not why:  # else a later copy may reach it
+        src.derived[key] = made
+    return made
 
 
 def _unread(src: KVView, choice: Choice) -> str:
-    """Why the chosen backend, or `zero_copy` in its place, is not to read a peer's rows, as a
-    phrase; empty if it may."""
+    """Return why the chosen backend, or `zero_copy` in its place, may not read a peer's rows, as a
+    phrase. Empty: it may."""
     reader = choice.backend.device
     owner = src.home
     if choice.forced and PEERS.isdisjoint(choice.can.places):
-        return f"backend {choice.name!r} was named, which reads no peer's rows"
-    if owner == reader:  # of another process, who opened it had it mapped
+        return f"backend {choice.name!r} was named, and it does not read a peer's rows"
+    if owner == reader:  # another process's memory: opening it mapped it
         return ""
     why = unmapped(owner, reader)
     return why or (unreached(src, reader) if ZeroCopy.probe(reader).accepted else "")
 
 
-def _way(choice: Choice, terms: Terms, why: str) -> Choice:
+def _strategy(choice: Choice, terms: Terms, why: str) -> Choice:
     device = choice.backend.device
     limit = terms.max_thread_blocks
     if why:
         bounce = Bounce(device, choice, terms, why)
         return Choice(bounce, choice.trace, False, bounce.capabilities())
     if not choice.forced and (limit is not None or terms.overlap == "compute"):
-        found, said = REGISTRY.ask(ZeroCopy.name, device, check=True)
-        if found is not None:
+        backend, decision = REGISTRY.ask(ZeroCopy.name, device, check=True)
+        if backend is not None:
             zero_copy = ZeroCopy(device, None, terms)
-            trace = (*choice.trace, said)
+            trace = (*choice.trace, decision)
             return Choice(zero_copy, trace, limit is not None, zero_copy.capabilities())
     if limit is not None:
         raise Unsupported(
             f"A copy from a peer to {device} by {choice.name!r} with max_thread_blocks={limit}",
-            "the limit is kept by 'zero_copy' alone; leave it out, or name no backend",
+            "only 'zero_copy' keeps the limit; leave it out, or name no backend",
         )
     return choice

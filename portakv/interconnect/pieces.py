@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pieces: what crosses the link in one copy each; runs at constant pitches become 2-D copies.
+"""Pieces: the copies that cross the link; runs at constant pitches become 2-D copies.
 
-The number of runs and pieces that decides what a copy costs a strategy is counted without expanding
-its plan: from its loops, and from which ids have their neighbours next to them.
+The number of runs and pieces decides the cost of a copy by a strategy. It is counted without
+expanding the plan: from its loops, and from the ids whose neighbours follow them.
 """
 
 from __future__ import annotations
@@ -25,29 +25,32 @@ from portakv.view.form import Steps
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Fewer rows stay copies of their own: a 2-D copy is a call by itself, and as dear for the host as
-#: this many entries of a batched one (H200: 3.3 us, and 0.42 us for an entry).
+#: Fewer rows stay separate copies. A 2-D copy is a separate call, and costs the host as much as
+#: this many entries of a batched call (H200: 3.3 us, and 0.42 us for an entry).
 LEAST_HEIGHT = 8
 
-#: The same if rows are wide, which cross faster as entries of a batch: as many rows are taken
-#: together all the same, since the host would be busy for longer than the link. 64 rows of 32 KiB
-#: took the host 4 us and reached 0.78 (D2H) and 0.92 (H2D) of a memcpy on an H200; as entries they
-#: took it 28 us and up, and reached 0.98 where it kept up, 0.5 - 0.9 where it did not.
+#: The same for wide rows, which cross faster as entries of a batch. Yet this many rows become one
+#: 2-D copy, since the host would be busy for longer than the link. On an H200 64 rows of 32 KiB
+#: took the host 4 us and reached 0.78 (D2H) and 0.92 (H2D) of a memcpy. As entries they took it 28
+#: us and more, and reached 0.98 where the host kept up, 0.5 - 0.9 where it did not.
 TALL = 32
 
-#: No row is as wide.
+#: A width that no row reaches.
 ALL = 1 << 62
 
-#: From so many runs on they are folded before they are multiplied out: 57,088 runs of a layer-first
-#: pool take 3.5 ms of one core instead of 24. What meets only at the ends of planes is not merged.
+#: From this many runs on, factors are folded before they are multiplied: 57,088 runs of a
+#: layer-first pool take 3.5 ms of one core instead of 24. Runs that meet only at the ends of planes
+#: are not merged.
 LARGE = 4096
 
 _Mask = npt.NDArray[np.bool_]
 
 
 class Pieces(NamedTuple):
-    """2-D copies: int64 arrays of one length, addresses and bytes; height 1 is a plain copy. No
-    byte of the destinations occurs twice, so that their order does not matter."""
+    """2-D copies: int64 arrays of one length, addresses and bytes; height 1 is a plain copy.
+
+    No byte of the destinations occurs twice, so their order does not matter.
+    """
 
     dst: Int64
     src: Int64
@@ -58,17 +61,17 @@ class Pieces(NamedTuple):
 
     @property
     def number(self) -> int:
-        """How many pieces."""
+        """Return the number of pieces."""
         return self.dst.size
 
     @property
     def nbytes(self) -> int:
-        """All bytes that they move."""
+        """Return all bytes that the pieces move."""
         return int(self.width @ self.height)
 
 
 def portions(pieces: Pieces, most: int) -> Iterator[Pieces]:
-    """The pieces in their order, in groups of about ``most`` bytes; none is cut in two."""
+    """Yield the pieces in their order, in groups of about ``most`` bytes; no piece is cut."""
     if pieces.number < 2 or pieces.nbytes <= most:
         yield pieces
         return
@@ -79,55 +82,57 @@ def portions(pieces: Pieces, most: int) -> Iterator[Pieces]:
 
 
 def pieces_of(plan: CopyPlan, move: Move, below: int = ALL) -> Pieces:
-    """What `to_2d_copies` makes of a plan's runs; raises as `CopyPlan.runs` does."""
+    """Return the pieces of a plan's runs, as `to_2d_copies` makes them; raise as `CopyPlan.runs`
+    does."""
     src, dst = move[:2]
-    plan.runs(*move[:4], 0)  # only to be refused what it refuses
+    plan.runs(*move[:4], 0)  # only for its errors
     several = factors(plan.nests, plan.unit, move)
     if any(_whole_entries(plan, view) for view in (src, dst)) and several[0].planes.src.size == 1:
-        # Each unit is all that lies behind one address, so none is joined to another: where they
-        # end need not be looked up.
+        # Each unit is all bytes at one address, so no unit joins another, and the ends of
+        # allocations need no look-up.
         return _plain(_apart(_in_parts(summed(several), plan.nests[0].run), [])[0])
     if sum(planes.src.size * lines.src.size for planes, lines in several) >= LARGE:
-        seams = _seams([src, dst])
-        if all(_between(seams, *each) for each in several):
-            found = [_fold_factors(seams, below, *each) for each in several]
-            if len(found) == 1:
-                return found[0]
-            return Pieces(*(np.concatenate(column) for column in zip(*found, strict=True)))
+        boundaries = _boundaries([src, dst])
+        if all(_between(boundaries, *each) for each in several):
+            folded = [_fold_factors(boundaries, below, *each) for each in several]
+            if len(folded) == 1:
+                return folded[0]
+            return Pieces(*(np.concatenate(column) for column in zip(*folded, strict=True)))
     return to_2d_copies(summed(several), src, dst, below)
 
 
 def _whole_entries(plan: CopyPlan, view: KVView) -> bool:
-    """Whether a run of a plan is all that lies behind one of several addresses of a view."""
+    """Return whether a run of a plan is all bytes at one of a view's several addresses."""
     return view.entries > 1 and [view.entry_bytes] == [nest.run for nest in plan.nests]
 
 
 def _in_parts(runs: Runs, nbytes: int) -> Runs:
-    """Runs cut into parts of so many bytes."""
+    """Return runs cut into parts of ``nbytes``."""
     parts = runs.nbytes // nbytes
     of_run = np.repeat(np.arange(parts.size), parts)
     moved = nbytes * (np.arange(of_run.size) - np.repeat(np.cumsum(parts) - parts, parts))
     return Runs(runs.src[of_run] + moved, runs.dst[of_run] + moved, np.full_like(moved, nbytes))
 
 
-def _between(seams: Int64, planes: Runs, lines: Runs) -> bool:
-    """Whether no plane's lines lie on both sides of a seam."""
-    if not seams.size or not lines.nbytes.size:
+def _between(boundaries: Int64, planes: Runs, lines: Runs) -> bool:
+    """Return whether no plane's lines lie on both sides of a boundary."""
+    if not boundaries.size or not lines.nbytes.size:
         return True
     for side in (0, 1):
         first = planes[side] + lines[side].min()
         past = planes[side] + (lines[side] + lines.nbytes).max()
-        if (_search(seams, first, "right") != _search(seams, past, "left")).any():
+        if (_search(boundaries, first, "right") != _search(boundaries, past, "left")).any():
             return False
     return True
 
 
-def _fold_factors(seams: Int64, below: int, planes: Runs, lines: Runs) -> Pieces:
-    """The planes folded or the lines, whichever gives less, and every line in every plane."""
+def _fold_factors(boundaries: Int64, below: int, planes: Runs, lines: Runs) -> Pieces:
+    """Fold the planes or the lines, whichever gives fewer pieces, and return every line in every
+    plane."""
     if not lines.nbytes.size:
         return _plain(lines)
     by_line = _least(lines, np.zeros((0, lines.nbytes.size), dtype=np.int64), below)
-    areas = [_search(seams, planes[at] + lines[at].min(), "right") for at in (0, 1)]
+    areas = [_search(boundaries, planes[at] + lines[at].min(), "right") for at in (0, 1)]
     by_plane = _least(planes, np.stack(areas), ALL if lines.nbytes.max() < below else 0)
     if by_plane.number * lines.nbytes.size < by_line.number * planes.nbytes.size:
         return _times(by_plane, _plain(lines))
@@ -135,7 +140,7 @@ def _fold_factors(seams: Int64, below: int, planes: Runs, lines: Runs) -> Pieces
 
 
 def _times(planes: Pieces, lines: Pieces) -> Pieces:
-    """Every line in every plane; either the lines have one row each, or the planes."""
+    """Return every line in every plane. Either the lines have one row each, or the planes."""
     own = Pieces(*(column[:, None] for column in planes))
     columns = [own.dst + lines.dst, own.src + lines.src, lines.width, own.height * lines.height]
     for outer, inner in zip(own[4:], lines[4:], strict=True):
@@ -152,18 +157,20 @@ def _plain(runs: Runs) -> Pieces:
 def to_2d_copies(
     runs: Runs, src: KVView | None = None, dst: KVView | None = None, below: int = ALL
 ) -> Pieces:
-    """Runs, in the order of the source with neighbours merged, as few pieces: exactly their bytes,
-    each once, in any order. No piece reaches from one allocation of the views into another, nor
-    over a seam between two registrations, which drivers refuse. Of runs of ``below`` bytes or more
-    only many together become rows."""
+    """Return runs as few pieces: exactly their bytes, each once, in any order.
+
+    The runs come in the order of the source, with neighbours merged. No piece reaches from one
+    allocation of the views into another, nor across a boundary between two registrations, which
+    drivers reject. Runs of ``below`` bytes or more become rows only if many lie together.
+    """
     return _least(*_apart(runs, [view for view in (src, dst) if view is not None]), below)
 
 
 def _least(runs: Runs, areas: Int64, below: int = ALL) -> Pieces:
-    """Runs, each in an area, folded in the order that gives the least pieces."""
+    """Fold runs, each in an area, in the order that gives the fewest pieces."""
     best = _in_order(runs, areas, below)
     for lag in _lags(runs):
-        if lag >= best.number:  # it gives as many pieces at least
+        if lag >= best.number:  # it gives at least as many pieces
             break
         order = _by_lag(runs.nbytes.size, lag)
         there = _in_order(Runs(*(column[order] for column in runs)), areas[:, order], below)
@@ -175,14 +182,16 @@ def _least(runs: Runs, areas: Int64, below: int = ALL) -> Pieces:
 def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
     """Fold rows that follow each other in this order."""
     src, dst, width = runs
-    ahead = np.diff(src)
-    behind = np.diff(dst)
-    joins = (width[1:] == width[:-1]) & (np.minimum(ahead, behind) >= width[:-1])
-    joins &= np.maximum(ahead, behind) <= MAX_PITCH
+    src_step = np.diff(src)
+    dst_step = np.diff(dst)
+    joins = (width[1:] == width[:-1]) & (np.minimum(src_step, dst_step) >= width[:-1])
+    joins &= np.maximum(src_step, dst_step) <= MAX_PITCH
     for area in areas:
         joins &= area[1:] == area[:-1]
-    same = (ahead[1:] == ahead[:-1]) & (behind[1:] == behind[:-1]) & joins[1:] & joins[:-1]
-    # A streak is steps alike; of two that share a row the first one has it.
+    same = (
+        (src_step[1:] == src_step[:-1]) & (dst_step[1:] == dst_step[:-1]) & joins[1:] & joins[:-1]
+    )
+    # A streak is a sequence of equal steps. A row that two streaks share belongs to the first.
     first = np.flatnonzero(np.append(True, ~same))[: joins.size]
     length = np.diff(first, append=joins.size)
     least = np.where(width[first] < below, LEAST_HEIGHT, TALL)
@@ -197,92 +206,102 @@ def _in_order(runs: Runs, areas: Int64, below: int) -> Pieces:
     height = np.diff(begins, append=width.size)
     widths = width[begins]
     step = np.minimum(begins, joins.size - 1)
-    pitches = [np.where(height > 1, column[step], widths) for column in (behind, ahead)]
+    pitches = [np.where(height > 1, column[step], widths) for column in (dst_step, src_step)]
     return Pieces(dst[begins], src[begins], widths, height, *pitches)
 
 
 def _lags(runs: Runs) -> list[int]:
-    """After how many runs the steps between them repeat: so many blocks, for each of many layers.
+    """Return after how many runs the steps between them repeat, such as the number of blocks of
+    each layer.
 
-    Found by looking where the step at a few places occurs next, and after that.
+    The step at a few positions is compared with later steps.
     """
-    ahead = np.diff(runs.src)
-    below = np.diff(runs.dst)
+    src_steps = np.diff(runs.src)
+    dst_steps = np.diff(runs.dst)
     width = runs.nbytes[:-1]
     steps = width.size
-    found = set[int]()
+    lags = set[int]()
     for at in {0, steps // 3, steps // 2} if steps >= LEAST_HEIGHT else ():
-        alike = (ahead[at:] == ahead[at]) & (below[at:] == below[at]) & (width[at:] == width[at])
-        found.update(int(gap) for gap in np.flatnonzero(alike)[1:3])
-    return sorted(lag for lag in found if 1 < lag <= steps // (LEAST_HEIGHT - 1))
+        alike = (
+            (src_steps[at:] == src_steps[at])
+            & (dst_steps[at:] == dst_steps[at])
+            & (width[at:] == width[at])
+        )
+        lags.update(int(gap) for gap in np.flatnonzero(alike)[1:3])
+    return sorted(lag for lag in lags if 1 < lag <= steps // (LEAST_HEIGHT - 1))
 
 
 def _by_lag(count: int, lag: int) -> Int64:
-    """The order in which each run is followed by the one ``lag`` behind it."""
+    """Return the order in which each run precedes the run ``lag`` later."""
     rounds = -(-count // lag)
     order = np.arange(rounds * lag, dtype=np.int64).reshape(rounds, lag).T.reshape(-1)
     return np.asarray(order[order < count])
 
 
 def _apart(runs: Runs, views: list[KVView]) -> tuple[Runs, Int64]:
-    """Runs cut where allocations meet, and for each the area that it begins in, on either side."""
-    seams = _seams(views)
-    if not seams.size:
+    """Cut runs where allocations meet; return them, and the area in which each begins, on either
+    side."""
+    boundaries = _boundaries(views)
+    if not boundaries.size:
         return runs, np.zeros((0, runs.nbytes.size), dtype=np.int64)
     for side in (0, 1):
-        runs = _cut(runs, side, seams)
-    return runs, np.stack([_search(seams, runs[side], "right") for side in (0, 1)])
+        runs = _cut(runs, side, boundaries)
+    return runs, np.stack([_search(boundaries, runs[side], "right") for side in (0, 1)])
 
 
-def _seams(views: list[KVView]) -> Int64:
-    """Addresses, in order, that no copy may reach across."""
+def _boundaries(views: list[KVView]) -> Int64:
+    """Return the addresses, in order, that no copy may cross."""
     several = [view.edges() for view in views if view.entries > 1]
-    found = np.sort(np.concatenate([np.array(pinned.seams(), dtype=np.int64), *several]))
-    return found[np.append(True, found[1:] > found[:-1])] if found.size else found
+    addresses = np.sort(np.concatenate([np.array(pinned.seams(), dtype=np.int64), *several]))
+    return (
+        addresses[np.append(True, addresses[1:] > addresses[:-1])] if addresses.size else addresses
+    )
 
 
-def _search(seams: Int64, addresses: Int64, side: Literal["left", "right"]) -> Int64:
-    """`np.searchsorted`, of many seams in the order of the addresses: six times as fast."""
-    if seams.size < FEW:
-        return np.asarray(np.searchsorted(seams, addresses, side))
+def _search(boundaries: Int64, addresses: Int64, side: Literal["left", "right"]) -> Int64:
+    """Search as `np.searchsorted` does; many boundaries in the order of the addresses, six times as
+    fast."""
+    if boundaries.size < FEW:
+        return np.asarray(np.searchsorted(boundaries, addresses, side))
     order = np.argsort(addresses)
-    found = np.empty_like(addresses)
-    found[order] = np.searchsorted(seams, addresses[order], side)
-    return found
+    positions = np.empty_like(addresses)
+    positions[order] = np.searchsorted(boundaries, addresses[order], side)
+    return positions
 
 
-def _cut(runs: Runs, side: int, seams: Int64) -> Runs:
-    """Runs that reach across no seam on one side."""
+def _cut(runs: Runs, side: int, boundaries: Int64) -> Runs:
+    """Cut runs so that none crosses a boundary on one side."""
     starts = runs[side]
     nbytes = runs.nbytes
-    inside = _search(seams, starts, "right")
-    cuts = _search(seams, starts + nbytes, "left") - inside
+    inside = _search(boundaries, starts, "right")
+    cuts = _search(boundaries, starts + nbytes, "left") - inside
     if not (cuts > 0).any():
         return runs
     parts = np.maximum(cuts, 0) + 1
     of_run = np.repeat(np.arange(starts.size), parts)
     number = np.arange(of_run.size) - np.repeat(np.cumsum(parts) - parts, parts)
-    bounds = np.append(seams, np.iinfo(np.int64).max)
+    bounds = np.append(boundaries, np.iinfo(np.int64).max)
     begin = np.where(number > 0, bounds[inside[of_run] + number - 1], starts[of_run])
     end = np.minimum(bounds[inside[of_run] + number], (starts + nbytes)[of_run])
     moved = begin - starts[of_run]
     return Runs(runs.src[of_run] + moved, runs.dst[of_run] + moved, end - begin)
 
 
-#: Seams that lie in a core's nearest cache.
+#: The number of boundaries that fit into a core's nearest cache.
 FEW = 1024
-_KEPT = 256  # counts that are remembered for each plan
-#: Units up to which ids are sorted, since runs are merged in the order of their addresses; counted
-#: in the order of the index, the runs of more units may seem to be more than they are.
+_CACHED = 256  # counts cached for each plan
+#: Units up to which ids are sorted, since runs are merged in the order of their addresses. The runs
+#: of more units are counted in the order of the index, and may seem more than they are.
 SORTED = 1 << 16
 
 
 class Shape(NamedTuple):
     """Bytes of a copy and the pieces that they lie in.
 
-    ``runs`` are contiguous, neighbours merged: as many as `CopyPlan.runs` gives, or more if parts
-    of a plan happen to meet. ``pieces`` are about what `to_2d_copies` makes of them: what the host
-    asks for, while the device pays for each row of a 2-D copy about as for a copy of its own.
+    ``runs`` are contiguous, with neighbours merged: as many as `CopyPlan.runs` gives, or more if
+    parts of a plan happen to meet. ``pieces`` are about as many as `to_2d_copies` makes: the host
+    pays for each piece, while the device pays for each row of a 2-D copy about as for a separate
+    copy.
     """
 
     nbytes: int
@@ -291,14 +310,17 @@ class Shape(NamedTuple):
 
     @property
     def run_bytes(self) -> int:
-        """Bytes of a run, on average."""
+        """Return the average bytes of a run."""
         return max(1, self.nbytes // max(1, self.runs))
 
 
 class RunCounter:
-    """Counts the runs of one plan. ``dense``: both sides of the plan are one form, and its runs are
-    counted between that form's memory and dense rows in the order of its index. ``fold_below``: as
-    of a link; 0: nothing folds, however many lie together."""
+    """Count the runs of one plan.
+
+    ``dense``: both sides of the plan have one form, and its runs are counted between that form's
+    memory and dense rows in the order of its index. ``fold_below``: the link's limit; 0: nothing
+    folds.
+    """
 
     def __init__(self, plan: CopyPlan, dense: bool = False, fold_below: int = ALL) -> None:
         self._unit = plan.unit
@@ -306,30 +328,30 @@ class RunCounter:
         self._dense = dense
         self._bytes = plan.token_bytes
         self._below = fold_below
-        self._known: Bounded[tuple[object, ...], int] = Bounded("counts of runs", _KEPT)
+        self._known: Bounded[tuple[object, ...], int] = Bounded("counts of runs", _CACHED)
 
     @classmethod
     def of_host(cls, plan: CopyPlan, fold_below: int = ALL) -> RunCounter:
-        """A counter of the runs between a plan's host memory and dense rows in its order."""
+        """Return a counter of the runs between a plan's host memory and dense rows in its order."""
         device_first = plan.src.place == "device"
         form, step = (plan.dst, plan.dst_step) if device_first else (plan.src, plan.src_step)
         return cls(CopyPlan(form, form, step, step, plan.unit), True, fold_below)
 
     def groups(self, src_index: Index, dst_index: Index, count: int) -> int:
-        """Into how many groups ``count`` positions fall, in each of which the units follow each
+        """Return the number of groups of ``count`` positions. In a group the units follow each
         other on both sides."""
         key = _list_of(src_index), _list_of(dst_index), count
         units = count // self._unit
         return self._known.get_or_make(key, lambda: self._count_groups(src_index, dst_index, units))
 
     def shape(self, groups: int, count: int) -> Shape:
-        """The shape of ``count`` positions that fall into so many groups."""
+        """Return the shape of ``count`` positions in ``groups`` groups."""
         units = count // self._unit
         parts = [_of_nest(nest, units, groups, self._below) for nest in self._nests]
         return Shape(count * self._bytes, sum(p[0] for p in parts), sum(p[1] for p in parts))
 
     def unmerged(self, count: int) -> Shape:
-        """The shape for a kernel that goes by the plan's loops and merges nothing."""
+        """Return the shape for a kernel that follows the plan's loops and merges nothing."""
         units = count // self._unit
         runs = units * sum(prod(loop.extent for loop in nest.loops) for nest in self._nests)
         return Shape(count * self._bytes, runs, runs)
@@ -343,25 +365,26 @@ class RunCounter:
         if not (lists or any(limits)):
             return 1
         unknown = [index for index in lists if index.known_ids() is None]
-        if unknown:  # asking the device would wait for it: taken as scattered
+        if unknown:  # reading ids back would wait for the device: they count as scattered
             return min(units, max(-(-units * self._unit // index.step) for index in unknown))
         numbers = [_numbers(index, units, self._unit) for _, index in sides]
         return _groups(numbers, limits, falling=not self._dense)
 
 
 def _list_of(index: Index) -> tuple[object, bool, int]:
-    """Which slots an index names, and whether the host knows them: of others all are alike."""
+    """Return the slots that an index names, and whether the host knows them. All unknown lists are
+    equal."""
     known = index.ids is None or index.known_ids() is not None
     return index.ids_token if known else None, known, index.offset
 
 
 def _limit(steps: Steps) -> int:
-    """After how many units they do not go on at the same pitch; 0: never."""
+    """Return after how many units the pitch changes; 0: never."""
     return steps[-1].extent if len(steps) > 1 else 0
 
 
 def _numbers(index: Index, units: int, unit: int) -> Int64:
-    """The number of each unit, as `Index.units` has it."""
+    """Return the number of each unit, as `Index.units` does."""
     first = index.offset // unit
     ids = index.known_ids()
     if index.ids is None or ids is None:
@@ -374,10 +397,11 @@ def _numbers(index: Index, units: int, unit: int) -> Int64:
 
 
 def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> int:
-    """Groups of positions in which the numbers of all sides rise by one, across no limit.
+    """Return the number of groups of positions in which the numbers of all sides rise by one,
+    across no limit.
 
-    ``falling``: positions that fall by one on all sides belong together as well, and so do others
-    that follow each other once they are sorted.
+    ``falling``: positions that fall by one on all sides also form a group, and so do positions that
+    follow each other after sorting.
     """
     first = numbers[0]
     if falling and first.size <= SORTED and bool((first[1:] < first[:-1]).any()):
@@ -394,8 +418,8 @@ def _groups(numbers: Sequence[Int64], limits: Sequence[int], falling: bool) -> i
 
 
 def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]:
-    """Runs and pieces of one nest, folded as `to_2d_copies` does with this ``below`` (0: not at
-    all), on average."""
+    """Return the average runs and pieces of one nest, folded as `to_2d_copies` does with this
+    ``below`` (0: nothing folds)."""
     if not units:
         return 0, 0
     src = nest.src.units[-1]
@@ -405,7 +429,7 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
     width = nest.run
     loops = list(nest.loops)
     limits = [limit for side in (nest.src, nest.dst) if (limit := _limit(side.units))]
-    # All groups are known to be of one length: there is one, or each is a whole block.
+    # All groups have one known length: there is one group, or each group is a whole block.
     if joined and (groups == 1 or (limits and units == groups * min(limits))):
         width, loops = _absorb(loops, nest.run * (units // groups))
     around = prod(loop.extent for loop in loops)
@@ -413,7 +437,7 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
     if not below:
         return runs, runs
     least = LEAST_HEIGHT if max(width, nest.run * units // lines) < below else TALL
-    # Rows that may become one 2-D copy: how many, their pitches, and the pieces that they then are.
+    # Rows that may become one 2-D copy: their number, their pitches, and the resulting pieces.
     rows = [(x.extent, x.src_stride, x.dst_stride, runs // x.extent) for x in loops if not x.tabled]
     if not joined:
         rows.append((units // groups, src.stride, dst.stride, groups * around))
@@ -424,7 +448,8 @@ def _of_nest(nest: Nest, units: int, groups: int, below: int) -> tuple[int, int]
 
 
 def _absorb(loops: list[Loop], width: int) -> tuple[int, list[Loop]]:
-    """Merge loops into a run that they continue on both sides; what is left of them."""
+    """Merge loops into a run that they continue on both sides; return its width and the other
+    loops."""
     for loop in loops:
         if loop.src_stride == loop.dst_stride == width and not loop.tabled:
             return _absorb([x for x in loops if x is not loop], width * loop.extent)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`staged`: rows are made dense on the device, and cross the link in few large copies.
+"""`staged`: makes rows dense on the device, and moves them across the link in few large copies.
 
-The device's stage is a copy between the rows and dense ones, by whichever backend serves the
-device; the other is one copy of each slice across the link, on a stream of its own. They overlap:
-while a slice crosses, the next one is gathered, or the last one scattered.
+The device's stage is a copy between the rows and dense rows, by the backend that serves the device.
+The link's stage is one copy of each slice, on a separate stream. They overlap: while a slice
+crosses, the next slice is gathered, or the last one scattered.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from portakv.backends.base import Capabilities, Launch
 from portakv.host import pinned
 from portakv.interconnect.link import link_of
-from portakv.interconnect.slices import Sizes, Slice, Stages, cuts, kept_slices
+from portakv.interconnect.slices import Sizes, Slice, Stages, cached_slices, cuts
 from portakv.interconnect.staging import Order, Staging, mark, staging
 from portakv.interconnect.strategy import PINNED, Move, Strategy, StrategyLaunch, finish, read_on
 from portakv.plan.plan import CopyPlan
@@ -26,17 +26,17 @@ from portakv.runtime.devices import inside
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Bytes of the largest slice, and of the smallest. Of 8, 16 and 32 MiB the largest lose least to
+#: Bytes of the largest slice, and of the smallest. Of 8, 16 and 32 MiB the largest loses least to
 #: the gaps between slices (H200).
 LARGEST = 32 << 20
 SMALLEST = 4 << 20
-#: Bytes up to which a transfer is one slice: a gather of 32 MiB takes 20 us, 3 % of its time on the
-#: link, and another slice keeps the host for up to 1 ms if its ids are new (H200).
+#: Bytes up to which a transfer is one slice. A gather of 32 MiB takes 20 us, 3 % of its time on the
+#: link, and another slice occupies the host for up to 1 ms if its ids are new (H200).
 WHOLE = 32 << 20
 
 
 class Staged(Strategy):
-    """Gather on the device, then a memcpy of each slice; or a memcpy, then scatter."""
+    """Gather on the device, then copy each slice; or copy each slice, then scatter."""
 
     name = "staged"
     reads = "host"
@@ -61,148 +61,159 @@ class StagedLaunch(StrategyLaunch):
         self.link = link_of(strategy.device)
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
-        rows, host, mine, theirs = self.ends(move)
+        rows, host, device_index, host_index = self.ends(move)
         current = torch.accelerator.current_stream(self.device.index)
         work = stream or current
-        room = staging(self.device, work, self._detached)
-        slices = self.slices(rows, host, theirs.to_host(), move.count, room.link.query())
+        buffers = staging(self.device, work, self._detached)
+        slices = self.slices(rows, host, host_index.to_host(), move.count, buffers.link.query())
 
         def cross(each: Slice, dense: KVView, _: int, link: torch.Stream) -> None:
             src, dst = (dense, host) if self.downward else (host, dense)
             self.link.copy(each.pieces(dense, host, self.link.fold_below), src, dst, link)
 
-        passage = Passage(self.downward, room, work, slices, cross)
+        passage = Passage(self.downward, buffers, work, slices, cross)
         try:
-            with room.lock, passage.begun(mine, current):
+            with buffers.lock, passage.begun(device_index, current):
                 for nth in range(len(slices)):
                     passage.move(nth)
         finally:
-            # No allocator knows of the link's copies: the host's memory is held until they ended,
-            # also those that were under way when something failed.
+            # No allocator knows of the link's copies. The host's memory is retained until they end,
+            # also if something failed while they were in progress.
             streams.completion(self.device, work, *host.held)
 
     def slices(
-        self, rows: KVView, host: KVView, theirs: Index, count: int, idle: bool = True
+        self, rows: KVView, host: KVView, host_index: Index, count: int, idle: bool = True
     ) -> list[Slice]:
-        """The slices of a transfer, kept with its rows for others of its kind; ``idle``: nothing
-        crosses the link now."""
-        key, outside, exactly, sizes = self.cutting(host, theirs, idle)
+        """Return the slices of a transfer, cached with its rows for other transfers of its kind.
+
+        ``idle``: nothing crosses the link now.
+        """
+        key, outside, exact, sizes = self.cutting(host, host_index, idle)
 
         def make() -> list[Slice]:
             quantum = self.stages.quantum
             largest = sizes.largest
             cut = cuts(self._host, outside, count, quantum, self.downward, sizes)
-            return [self.kind(self.stages, x, rows, host, theirs, exactly, largest) for x in cut]
+            return [self.kind(self.stages, x, rows, host, host_index, exact, largest) for x in cut]
 
-        key = count, theirs.offset, theirs.ids_token, *key
-        return kept_slices(rows, self).get_or_make(key, make)
+        key = count, host_index.offset, host_index.ids_token, *key
+        return cached_slices(rows, self).get_or_make(key, make)
 
     def cutting(
-        self, host: KVView, theirs: Index, idle: bool
+        self, host: KVView, host_index: Index, idle: bool
     ) -> tuple[tuple[object, ...], tuple[str, ...], bool, Sizes]:
-        """How a transfer is cut: what its slices depend on, beside positions and ids; the axes
-        ``outside`` of positions that may be cut; whether nothing may lie between planes; sizes."""
-        # If the link is busy, nothing waits for the first slice: all are as large as they can be,
-        # and a model that leaves little room is asked for it least often.
+        """Return how a transfer is cut.
+
+        The result has the values that its slices depend on, besides positions and ids; the axes
+        ``outside`` of positions that may be cut; whether nothing may lie between planes; and the
+        sizes.
+        """
+        # If the link is busy, nothing waits for the first slice. All slices are then as large as
+        # possible, and wait least often for a model that leaves little of the device free.
         sizes = Sizes(WHOLE, SMALLEST if idle else LARGEST, LARGEST)
-        seams = pinned.seams()  # which memory of the host was pinned in parts
-        if theirs.ids is None and len(host.origins) == 1 and not seams:
-            # In other memory of the host's form a slice lies as far behind its address.
+        boundaries = pinned.seams()  # where memory of the host was pinned in parts
+        if host_index.ids is None and len(host.origins) == 1 and not boundaries:
+            # In other memory of the host's form a slice lies at the same distance from its address.
             outside = self.stages.dense.outside
             return (idle,), outside, bool(outside), sizes
-        # Ids scatter the rows of a plane anyway, and several allocations the planes.
-        return (idle, seams, host.origins), (), False, sizes
+        # Ids scatter the rows of a plane anyway, and several allocations scatter the planes.
+        return (idle, boundaries, host.origins), (), False, sizes
 
 
-#: Enqueues what has to cross for a slice, by its buffer and its number, on the link's stream.
+#: Enqueues the copy of a slice across the link, by its buffer and its number, on the link's stream.
 Cross = Callable[[Slice, KVView, int, torch.Stream], None]
 
 
 class Passage:
-    """One transfer under way: on which streams, and through which buffers of the device.
+    """One transfer in progress: its streams, and its buffers of the device.
 
-    It begins behind the caller's stream ``work``, which waits for its end. In between the device's
-    stage has a stream with priority, since a slice that waits for a model's kernels would leave the
-    link idle; a single slice, which overlaps with nothing, stays on ``work``. The caller holds the
-    lock of ``room``.
+    It begins after the caller's stream ``work``, which waits for its end. In between, the device's
+    stage has a stream with priority, since a slice that waits for a model's kernels leaves the link
+    idle. A single slice overlaps with nothing and stays on ``work``. The caller holds the lock of
+    ``buffers``.
     """
 
     def __init__(
         self,
         downward: bool,
-        room: Staging,
+        buffers: Staging,
         work: torch.Stream,
         slices: Sequence[Slice],
         cross: Cross,
     ) -> None:
         self._downward = downward
-        self._room = room
+        self._buffers = buffers
         self._work = work
         self._slices = slices
         self._cross = cross
-        alone = len(slices) == 1 and not room.detached
-        self._half, self._link = (work, work) if alone else (room.half, room.link)
-        # For each slice a buffer, its number, the device's stage, and the index of its rows there.
+        alone = len(slices) == 1 and not buffers.detached
+        self._half, self._link = (work, work) if alone else (buffers.half, buffers.link)
+        # For each slice its buffer, the buffer's number, the device's stage, and the index of its
+        # rows.
         self._staged: list[tuple[KVView, int, Prepared, Index]] = []
 
     @contextmanager
-    def begun(self, mine: Index, current: torch.Stream) -> Iterator[None]:
-        """Inside, `move` issues slices of the device's rows under an index; at the end the caller's
-        stream waits for them."""
-        room = self._room
+    def begun(self, device_index: Index, current: torch.Stream) -> Iterator[None]:
+        """Issue slices by `move` inside the context, under the index of the device's rows. At its
+        end the caller's stream waits for them."""
+        buffers = self._buffers
         work = self._work
-        # A detached transfer begins behind the current stream, not behind the transfer before it:
-        # each buffer is free at an event of its own. Ids that are brought for one call are ordered
+        # A detached transfer begins after the current stream, not after the transfer before it:
+        # each buffer has an event for its last use. Ids that are brought for one call are ordered
         # on the current stream, whichever stream reads them.
-        first = current if room.detached else work
-        with inside(room.half if room.detached else work):
-            room.reserve(max(each.nbytes for each in self._slices))
-        turns = room.turns(len(self._slices))
+        first = current if buffers.detached else work
+        with inside(buffers.half if buffers.detached else work):
+            buffers.reserve(max(each.nbytes for each in self._slices))
+        turns = buffers.turns(len(self._slices))
         with inside(first):
-            self._settle(mine, turns)
+            self._settle(device_index, turns)
         others = [each for each in (self._half, self._link) if each is not work]
         for each in others:
             each.wait_stream(first)
         try:
             yield
         finally:
-            # What was enqueued, also before an interrupt, is part of the caller's stream.
+            # Enqueued work is part of the caller's stream, also after an interrupt.
             for each in others:
                 work.wait_stream(each)
             for piece, (dense, *_) in zip(self._slices, self._staged, strict=True):
                 piece.rows.record_table(work)
                 dense.record_table(work)
 
-    def _settle(self, mine: Index, turns: Sequence[int]) -> None:
-        """Settle which buffer each slice goes through, and bring the ids of the device's rows."""
-        index = mine
-        by = None
+    def _settle(self, device_index: Index, turns: Sequence[int]) -> None:
+        """Assign a buffer to each slice, and bring the ids of the device's rows."""
+        index = device_index
+        last_stage = None
         for each, at in zip(self._slices, turns, strict=True):
-            dense = self._room.view(at, each.dense, each.held)
+            dense = self._buffers.view(at, each.dense, each.slots)
             prepared = each.prepared(dense)
             sides = (each.rows, dense) if self._downward else (dense, each.rows)
             for view, read in zip(sides, prepared.tables, strict=True):
                 if read:
                     bring_table(view, self._work.device)
-            if prepared is not by:
-                index = read_on(self._work, prepared.place(mine))
-                by = prepared
+            if prepared is not last_stage:
+                index = read_on(self._work, prepared.place(device_index))
+                last_stage = prepared
             self._staged.append((dense, at, prepared, index.shifted(each.cut.start)))
 
     def move(self, nth: int) -> None:
-        """Issue both stages of a slice, in order, behind its buffer's last use."""
+        """Issue both stages of a slice, in order, after its buffer's last use."""
         each = self._slices[nth]
-        (dense, at, prepared, mine) = self._staged[nth]
+        (dense, at, prepared, device_index) = self._staged[nth]
         half = self._half
         link = self._link
-        room = self._room
+        buffers = self._buffers
         first, last = (half, link) if self._downward else (link, half)
-        free = room.free[at]
+        free = buffers.free[at]
         count = each.cut.count
         if free is not None:
             first.wait_event(free)
         if self._downward:
-            finish(prepared.launch(each.rows, dense, mine, each.behind, count, half, None))
+            finish(
+                prepared.launch(
+                    each.rows, dense, device_index, each.buffer_index, count, half, None
+                )
+            )
         else:
             self._cross(each, dense, nth, link)
         if half is not link:
@@ -210,7 +221,11 @@ class Passage:
         if self._downward:
             self._cross(each, dense, nth, link)
         else:
-            finish(prepared.launch(dense, each.rows, each.behind, mine, count, half, None))
-        # The next transfer waits for the stream of this one, unless it is detached.
-        again = room.detached or nth + room.buffers < len(self._slices)
-        room.free[at] = mark(last) if again else None
+            finish(
+                prepared.launch(
+                    dense, each.rows, each.buffer_index, device_index, count, half, None
+                )
+            )
+        # The next transfer waits for the stream of this transfer, unless it is detached.
+        again = buffers.detached or nth + buffers.buffers < len(self._slices)
+        buffers.free[at] = mark(last) if again else None

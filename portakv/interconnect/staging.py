@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Memory that transfers pass through: dense rows on the device, and pinned bounce buffers.
 
-Dense rows lie in the order that they have in host memory. So a copy that is scattered across the
-link becomes a copy inside the device, and few long runs across the link.
+Dense rows lie in their order in host memory. So a copy that is scattered across the link becomes a
+copy inside the device, and few long runs across the link.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from portakv.view.bound import bind_layout
 from portakv.view.form import Form, Part
 from portakv.view.view import KVView
 
-#: Buffers that are under way at once: one is filled or emptied while the other crosses. Four if the
-#: next transfer does not wait for the end of the last: one is half drained by then, three are 96
+#: The buffers of a staging: one is filled or emptied while the other crosses. Four if the next
+#: transfer does not wait for the end of the last: one is half drained by then, and three hold 96
 #: MiB. A persistent matmul lets a gather in only between two of its kernels, every 1.6 ms, in which
 #: the link of an H200 moves 85 MiB.
 RING = 2
 DETACHED_RING = 4
-#: Bounce buffers of a device: while the host copies one, others cross. Of 2, 3 and 4 of 4 and 16
-#: MiB, plain copies did best through 3 of 16 on an H200.
+#: Bounce buffers of a device: while the host copies one, the others cross. Of 2, 3 and 4 buffers of
+#: 4 and 16 MiB, plain copies did best through 3 of 16 on an H200.
 BUFFERS = 3
 
 _APART = 256  # bytes: buffers begin at multiples, so that vectors are as wide as they can be
-STREAMS = 8  # whose staging is kept
-_VIEWS = 64  # of buffers, kept for each staging
-#: How rows lie while they are dense: as their form has them; with planes that lie outside tokens
-#: outside of blocks at addresses of their own, layers first; or in an order that all backends know.
+STREAMS = 8  # the most streams with cached staging
+_VIEWS = 64  # cached for each staging
+#: The order of dense rows: the form's own; the same with planes that lie outside tokens outside of
+#: blocks at separate addresses, layers first; or an order that all backends know.
 Order: TypeAlias = Literal["form", "planes", "layer"]
 _UNBOUNDED = 0
-_OUTERMOST = 1 << 62  # where an axis of extent 1 stands: no step of it is ever made
+_OUTERMOST = 1 << 62  # the stride of an axis of extent 1, which is never used
 
 
 class _Factor(NamedTuple):
-    """A factor of an axis in memory: where one step leads, its name, and its extent."""
+    """A factor of an axis in memory: the distance of one step, its name, and its extent."""
 
     table: int
     stride: int
@@ -55,7 +55,7 @@ class _Factor(NamedTuple):
 
 
 class DenseRows:
-    """How rows of a form lie while they are dense.
+    """The arrangement of a form's rows while they are dense.
 
     Attributes:
         block_size: tokens of a block; 1 if the form is not paged.
@@ -66,7 +66,11 @@ class DenseRows:
     def __init__(self, form: Form, order: Order = "form") -> None:
         self.form = form
         self.block_size = form.block_size or 1
-        extents: dict[str, Any] = {"layers": form.layers, "kv": form.kv, "dim": tuple(form.widths)}
+        extents: dict[str, Any] = {
+            "layers": form.layers,
+            "kv": form.kv,
+            "dim": tuple(form.widths),
+        }
         if form.block_size:
             extents["block_size"] = form.block_size
         if not form.opaque:
@@ -77,12 +81,12 @@ class DenseRows:
         self.outside = tuple(takewhile(lambda name: name in ("kv", "layer"), names))
 
     def nbytes(self, slots: int) -> int:
-        """Bytes of a buffer for so many slots, a multiple of `block_size`."""
+        """Return the bytes of a buffer for ``slots`` slots, a multiple of `block_size`."""
         per = self.block_size if self.form.opaque else 1
         return slots * self.form.token_bytes // per
 
     def view(self, buffer: torch.Tensor, slots: int) -> KVView:
-        """The first bytes of a uint8 buffer as rows of ``slots`` slots."""
+        """Return the first bytes of a uint8 buffer as rows of ``slots`` slots."""
         capacity = slots // self.block_size
         shape = [extent or capacity for extent in self._shape]
         return KVView.through(self._bound, buffer[: self.nbytes(slots)].view(shape), lasting=True)
@@ -90,19 +94,20 @@ class DenseRows:
 
 @lru_cache(maxsize=256)
 def dense_rows(form: Form, order: Order = "form") -> DenseRows:
-    """The dense rows of a form; made once."""
+    """Return the dense rows of a form; made once."""
     return DenseRows(form, order)
 
 
 def _described(form: Form, extents: Mapping[str, Any], order: Order) -> tuple[str, list[int]]:
-    """Layout and shape (0: unbounded) of dense rows."""
-    if order != "layer" and (found := _in_order(form, order == "planes")) is not None:
-        layout, shape = found
+    """Return the layout and shape (0: unbounded) of dense rows."""
+    own = None if order == "layer" else _in_order(form, order == "planes")
+    if own is not None:
+        layout, shape = own
         sizes = [extent or 1 for extent in shape]
-        with suppress(PortaKVError):  # of an order that the language cannot say
+        with suppress(PortaKVError):  # the layout language may lack this order
             KVView(torch.empty(sizes, dtype=torch.uint8, device="cpu"), layout, **extents)
-            return found
-    # Layer by layer: an order that every form has.
+            return own
+    # Layer by layer: every form has this order.
     each = form.heads * sum(form.widths)
     if form.opaque:
         return "layer block (kv page)", [form.layers, _UNBOUNDED, each]
@@ -113,8 +118,11 @@ def _described(form: Form, extents: Mapping[str, Any], order: Order) -> tuple[st
 
 
 def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
-    """Layout and shape of the form's own order in memory, outermost first, perhaps with planes
-    outside; None: no layout has it."""
+    """Return the layout and shape of the form's own order in memory, outermost first. None: no
+    layout has this order.
+
+    ``planes_outside``: move planes outside of blocks at separate addresses.
+    """
     factors = sorted(_factors(form), key=lambda f: (f.table, f.stride), reverse=True)
     if planes_outside:
         apart = [each for each in factors if each.name == "block" and each.table]
@@ -125,10 +133,10 @@ def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
     names = [factor.name for factor in factors]
     shape = [factor.extent for factor in factors]
     if len(set(form.widths)) > 1:
-        # Unequal parts lie one behind the other, each with all that lies inside it.
+        # Unequal parts follow each other, each with everything that lies inside it.
         at = names.index("kv")
         if _UNBOUNDED in shape[at + 1 :]:
-            return None  # the language knows no parts whose lengths depend on a buffer's
+            return None  # the language has no parts whose lengths depend on a buffer's
         each = prod(shape[at + 1 : -1])
         shape[at:] = [each * sum(form.widths)]
         names[at:] = [f"({' '.join(names[at:])})"]
@@ -136,16 +144,16 @@ def _in_order(form: Form, planes_outside: bool) -> tuple[str, list[int]] | None:
 
 
 def _factors(form: Form) -> list[_Factor]:
-    """Every factor of a form's axes, by its first part."""
+    """Return every factor of a form's axes, by its first part."""
     part = form.parts[0]
     steps = {(b.table - a.table, b.offset - a.offset) for a, b in pairwise(form.parts)}
     table, stride = steps.pop() if len(steps) == 1 else (0, _OUTERMOST)
     axes = ["layer", "block"] if form.paged else ["layer"]
     if not form.opaque:
         axes += ["token", "head"]
-    found = [each for axis in axes for each in _split(part, axis, axis)]
-    found += _split(part, "dim", "page" if form.opaque else "dim")
-    return [_Factor(table, stride, "kv", form.kv), *found]
+    factors = [each for axis in axes for each in _split(part, axis, axis)]
+    factors += _split(part, "dim", "page" if form.opaque else "dim")
+    return [_Factor(table, stride, "kv", form.kv), *factors]
 
 
 def _split(part: Part, axis: str, name: str) -> list[_Factor]:
@@ -172,24 +180,26 @@ class _Buffers:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held."""
+        """Return the bytes of the allocated buffers."""
         return sum(memory.numel() for memory in self._memory)
 
-    def view(self, at: int, dense: DenseRows, held: int) -> KVView:
-        """One of the buffers, as dense rows of ``held`` slots."""
-        make = partial(dense.view, self._memory[at], held)
-        return self._views.get_or_make((at, dense, held), make)
+    def view(self, at: int, dense: DenseRows, slots: int) -> KVView:
+        """Return one of the buffers, as dense rows of ``slots`` slots."""
+        make = partial(dense.view, self._memory[at], slots)
+        return self._views.get_or_make((at, dense, slots), make)
 
 
 class Staging(_Buffers):
-    """The device's buffers of one stream. One transfer at a time issues its work, under ``lock``;
-    on the device the stream orders them, or if they are detached the buffers do, one by one.
+    """The device's buffers of one stream.
+
+    One transfer at a time issues its work, under ``lock``. On the device the stream orders the
+    transfers; if they are detached, the buffers order them one by one.
 
     Attributes:
-        half, link: the streams of the device's stage, and on which slices cross.
-        detached: transfers do not wait for the ends of those before them.
-        buffers: how many there are.
-        free: for each buffer, an event behind the last use that its next one has to wait for.
+        half, link: the streams of the device's stage, and of the slices that cross.
+        detached: transfers do not wait for the ends of earlier transfers.
+        buffers: the number of buffers.
+        free: for each buffer, an event after its last use, for which the next use waits.
     """
 
     def __init__(self, device: torch.device, detached: bool = False) -> None:
@@ -203,29 +213,29 @@ class Staging(_Buffers):
         self._turn = 0
 
     def reserve(self, nbytes: int) -> None:
-        """Make each buffer hold so many bytes, allocated on the current stream, which is ``half``
-        if transfers are detached.
+        """Allocate ``nbytes`` for each buffer on the current stream, which is ``half`` if transfers
+        are detached.
 
-        Buffers that are too small are freed. The allocator hands their memory out again on that
-        stream alone, which by then waits for every use.
+        Buffers that are too small are freed. The allocator reuses their memory only on that stream,
+        which by then waits for every use.
         """
         if self._memory and self._memory[0].numel() >= nbytes:
             return
         each = -(-nbytes // _APART) * _APART
         self._views.clear()
-        self._memory = []  # nothing is held if there is no more
+        self._memory = []  # nothing is retained if the allocation fails
         self.free = [None] * self.buffers
-        room = torch.empty(self.buffers * each, dtype=torch.uint8, device=self._device)
-        # Slices, not `split`: a vendor's torch need not have more.
-        self._memory = [room[at * each : (at + 1) * each] for at in range(self.buffers)]
+        memory = torch.empty(self.buffers * each, dtype=torch.uint8, device=self._device)
+        # Slices, not `split`: a vendor's torch may lack it.
+        self._memory = [memory[at * each : (at + 1) * each] for at in range(self.buffers)]
         if self.detached:
             # The link waits for no stream that the allocator knows this memory by.
-            room.record_stream(self.link)
+            memory.record_stream(self.link)
             self.link.wait_stream(self.half)
 
     def turns(self, slices: int) -> list[int]:
-        """Which buffer each of so many slices of a transfer takes; detached, the one behind the
-        last slice's first."""
+        """Return the buffer of each slice of a transfer. Detached, the first slice takes the buffer
+        after the last slice's."""
         if not self.detached:
             self._turn = 0
             self.free = [None] * self.buffers
@@ -234,25 +244,31 @@ class Staging(_Buffers):
         return [(first + nth) % self.buffers for nth in range(slices)]
 
 
-kept: Bounded[tuple[torch.device, int, bool], Staging] = Bounded("staging of streams", STREAMS)
+cached_staging: Bounded[tuple[torch.device, int, bool], Staging] = Bounded(
+    "staging of streams", STREAMS
+)
 _lock = threading.Lock()
 
 
 def staging(device: torch.device, work: torch.Stream, detached: bool = False) -> Staging:
-    """The staging of a stream's transfers, or of its ``detached`` ones, which do not wait for each
-    other. Beyond `STREAMS` the staging that was used longest ago is freed."""
+    """Return the staging of a stream's transfers, or of its ``detached`` transfers, which do not
+    wait for each other.
+
+    Beyond `STREAMS` the staging that was not used for the longest time is freed.
+    """
     key = device, work.stream_id, detached
     with _lock:
-        found = kept.pop(key, None) or Staging(device, detached)
-        kept[key] = found
-    return found
+        current = cached_staging.pop(key, None) or Staging(device, detached)
+        cached_staging[key] = current
+    return current
 
 
 class BounceBuffers(_Buffers):
     """The pinned buffers of one device. One transfer at a time has them, under ``lock``.
 
-    What crosses is remembered with its buffer, not with the transfer: a transfer may end before its
-    last slices have crossed, or be interrupted, and the next one waits for the buffer it takes.
+    Each buffer records its crossing copy, not the transfer: a transfer may end before its last
+    slices have crossed, or be interrupted, and the next transfer waits for the buffer that it
+    takes.
     """
 
     def __init__(self) -> None:
@@ -260,7 +276,7 @@ class BounceBuffers(_Buffers):
         self._crossing: list[torch.Stream | torch.Event | None] = [None] * BUFFERS
 
     def reserve(self, nbytes: int) -> None:
-        """Have buffers of at least so many bytes each."""
+        """Allocate buffers of at least ``nbytes`` each."""
         if self._memory and self._memory[0].numel() >= nbytes:
             return
         for at in range(BUFFERS):
@@ -270,11 +286,12 @@ class BounceBuffers(_Buffers):
         self._memory = [pinned.empty(nbytes, torch.uint8) for _ in range(BUFFERS)]
 
     def begin(self, at: int, stream: torch.Stream) -> None:
-        """A copy is about to be enqueued on a stream: until `end`, `wait` waits for all of it."""
+        """Record that a copy is about to be enqueued on a stream: until `end`, `wait` waits for the
+        whole stream."""
         self._crossing[at] = stream
 
     def end(self, at: int, stream: torch.Stream) -> None:
-        """The copy has been enqueued."""
+        """Record that the copy was enqueued."""
         self._crossing[at] = mark(stream)
 
     def wait(self, at: int) -> None:
@@ -287,12 +304,12 @@ class BounceBuffers(_Buffers):
 
 @cache
 def bounce_buffers(device: torch.device) -> BounceBuffers:
-    """The bounce buffers of a device."""
+    """Return the bounce buffers of a device."""
     return BounceBuffers()
 
 
 def mark(stream: torch.Stream) -> torch.Event:
-    """An event behind what is on a stream."""
+    """Return an event after the work on a stream."""
     event = torch.Event(stream.device)
     event.record(stream)
     return event

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What strategies share: their device, the backend that serves it, and the caller's terms."""
+"""The base of transfer strategies: a device, the backend that serves it, and the caller's terms."""
 
 from __future__ import annotations
 
@@ -17,31 +17,32 @@ from portakv.registry.registry import Choice, choose
 from portakv.view.index import Index
 from portakv.view.view import KVView
 
-#: Both directions between a device and pinned memory, and between it and pageable memory.
+#: Both directions between a device and pinned memory, and between a device and pageable memory.
 PINNED = frozenset({("device", "pinned"), ("pinned", "device")})
 PAGEABLE = frozenset({("device", "pageable"), ("pageable", "device")})
 
-#: What else the device does during a transfer: it computes, and must not be slowed; or nothing.
+#: Other work of the device during a transfer: `compute`, a model runs and must not be slowed down;
+#: `idle`, nothing runs.
 Overlap: TypeAlias = Literal["compute", "idle"]
 OVERLAPS: tuple[str, ...] = get_args(Overlap)
 #: The most bytes that a kernel may move across the link at full speed while the device computes, by
-#: direction. Measured on an H200: `zero_copy` beats `staged` up to 2 MiB down and 12 MiB up, where
+#: direction. Measured on an H200: `zero_copy` beats `staged` up to 2 MiB down and 12 MiB up. There
 #: it costs a model no more than a copy engine does.
 SMALL = {"d2h": 2 << 20, "h2d": 12 << 20}
 
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What a transfer may take.
+    """Limit what a transfer may use.
 
     Attributes:
-        overlap: ``compute``, the device runs a model as well, so that nothing but copy engines
-            and short kernels may be used; or ``idle``, the fastest way, whatever it uses.
+        overlap: ``compute``: the device runs a model as well, so only copy engines and short
+            kernels may be used. ``idle``: the fastest strategy, whatever it uses.
         max_thread_blocks: the most thread blocks of a kernel that reads or writes host memory, or
-            reads a peer's; None: the strategy's own limit.
-        max_gbps: the most 10^9 bytes in a second; None: the link's own.
-        detached: no stream that the caller knows waits for the end, so that the next transfer need
-            not wait for this one's.
+            reads a peer's. None: the strategy's own limit.
+        max_gbps: the most 10^9 bytes in a second; None: the link's own limit.
+        detached: no stream that the caller knows waits for the end, so the next transfer need not
+            wait for this transfer.
 
     Raises:
         InvalidTerms: a value that a term cannot have.
@@ -63,18 +64,19 @@ class Terms:
 
     @property
     def without_rate(self) -> Terms:
-        """What strategies and launches differ by: not the rate, which is kept by the worker that
-        issues the pieces."""
+        """Return the terms that strategies and launches differ by. The worker that issues the
+        pieces keeps the rate."""
         return self if self.max_gbps is None else replace(self, max_gbps=inf)
 
 
 class Strategy(Backend):
-    """A backend between a device and host memory, under the terms of a caller; ``half`` carries out
-    the device's half of a copy (None: what the registry chooses).
+    """A backend between a device and host memory, under a caller's terms.
+
+    ``half`` executes the device's half of a copy. None: the backend that the registry chooses.
 
     Attributes:
-        reads: whose ids and addresses it needs on the host, and waits for if only the device has
-            them: those of the ``host``'s rows, of ``both`` sides, or of ``none``.
+        reads: the sides whose ids and addresses the strategy needs on the host: the ``host``'s
+            rows, ``both`` sides, or ``none``. It waits for those that only the device has.
     """
 
     reads: str = "none"
@@ -88,48 +90,50 @@ class Strategy(Backend):
 
     @classmethod
     def probe(cls, device: torch.device) -> Decision:
-        here = device.type != "cpu"
-        which = "this" if here else "a"
-        return Decision(cls.name, here, f"it copies between {which} device and the host")
+        serves = device.type != "cpu"
+        which = "this" if serves else "a"
+        return Decision(cls.name, serves, f"it copies between {which} device and the host")
 
     def refuses(self, host: KVView) -> str:
-        """Why it cannot use the host's memory of a copy whose plan it takes, as a phrase; empty if
-        it can."""
+        """Return why it cannot use the host's memory of a copy whose plan it takes, as a phrase.
+        Empty: it can."""
         return ""
 
     @property
     def half(self) -> Choice:
-        """What carries out the device's half; chosen when it is first asked for."""
+        """Return the backend that executes the device's half. The first call chooses it."""
         self._half = self._half or choose(self.device)
         return self._half
 
 
 class StrategyLaunch(MoveLaunch):
-    """A launch across the link; ``downward``: from the device to the host."""
+    """A launch across the link. ``downward``: from the device to the host."""
 
     device: torch.device
-    tables = False, False  # what its kernels read it sends itself
+    tables = False, False  # it sends the tables that its kernels read
 
     def __init__(self, plan: CopyPlan, device: torch.device) -> None:
         self.device = device
         self.downward = plan.src.place == "device"
 
     def ends(self, move: Move) -> tuple[KVView, KVView, Index, Index]:
-        """The rows of the device, those of the host, and the index of each."""
-        src, dst, mine, theirs, _ = move
-        return (src, dst, mine, theirs) if self.downward else (dst, src, theirs, mine)
+        """Return the rows of the device, the rows of the host, and the index of each."""
+        src, dst, src_index, dst_index, _ = move
+        if self.downward:
+            return src, dst, src_index, dst_index
+        return dst, src, dst_index, src_index
 
 
 def read_on(stream: torch.Stream | None, index: Index) -> Index:
-    """The index, with its ids held until the end of what ``stream`` is made to wait for: they may
-    be a copy that an index keeps, made on another stream."""
+    """Return the index, with its ids retained until the work that ``stream`` waits for has ended.
+    The ids may be a cached copy that was made on another stream."""
     if stream is not None and index.ids is not None and index.ids.device == stream.device:
         index.ids.record_stream(stream)
     return index
 
 
-def told_of(view: KVView, index: Index) -> bool:
-    """Whether the host knows the addresses and the ids of one side."""
+def known_to_host(view: KVView, index: Index) -> bool:
+    """Return whether the host knows the addresses and the ids of one side."""
     return view.known and (index.ids is None or index.known_ids() is not None)
 
 

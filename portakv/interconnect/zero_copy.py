@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`zero_copy`: a kernel that reads or writes pinned host memory by itself, with few thread blocks;
+"""`zero_copy`: a kernel that reads or writes pinned host memory directly, with few thread blocks;
 or reads a peer's rows.
 
-It needs no staging and no copy engine, and one launch carries a copy of any layout out. What it
-takes is a share of the device's time for as long as the link needs: it is for an idle device, for
-small payloads, for a limited rate, and for host memory in short runs.
+It needs no staging and no copy engine, and one launch executes a copy of any layout. It takes a
+share of the device's time for as long as the link needs. It is for an idle device, small payloads,
+a limited rate, and host memory in short runs.
 """
 
 from __future__ import annotations
@@ -31,39 +31,41 @@ from portakv.view.index import Index
 from portakv.view.view import KVView
 
 NAME = "portakv_direct"
-#: Thread blocks of one launch unless the caller's terms say otherwise. Of a plain kernel of this
-#: kind eight reached on an H200 what any number did, 0.95 of memcpy to the host and 0.93 from it;
-#: four 0.94 and 0.92, and one 0.62 and 0.49.
+#: Thread blocks of one launch unless the caller's terms limit them. On an H200 a plain kernel of
+#: this kind reached with eight blocks what any number reached: 0.95 of memcpy to the host and 0.93
+#: from it. Four blocks reached 0.94 and 0.92, one 0.62 and 0.49.
 BLOCKS = 8
-#: The same for more than `SMALL` bytes while the device computes, by direction: one more, and what
-#: the kernel writes holds up a model's own memory (H200: 46 % slower, with three 6 %, with 0.8 of
-#: memcpy; of four that read 5 % and 0.73, of eight 11 - 20 % and 0.87).
-BESIDE = {"d2h": 3, "h2d": 4}
-#: The same of a peer's rows, whose link is seven times as wide, by what else the device does. Of
-#: 1 GiB between two H200 8 blocks reached 0.93 of a raw copy, 12 and more 0.95; beside a matmul of
-#: 8192^3 4 blocks reached 0.27, 8 0.53, 12 0.71 and 16 0.80, and slowed it by 11, 14, 15 and 17 %.
-#: A copy of one plane has less from as many, since it finds each vector by itself.
+#: The same for more than `SMALL` bytes while the device computes, by direction. With one block more
+#: the kernel's writes hold up a model's own memory (H200: 46 % slower; with three 6 %, at 0.8 of
+#: memcpy). Four blocks that read cost 5 % and reach 0.73, eight 11 - 20 % and 0.87.
+COMPUTING = {"d2h": 3, "h2d": 4}
+#: The same for a peer's rows, whose link is seven times as wide, by the other work of the device.
+#: Of 1 GiB between two H200, 8 blocks reached 0.93 of a raw copy, 12 and more 0.95. While a matmul
+#: of 8192^3 ran, 4 blocks reached 0.27, 8 0.53, 12 0.71 and 16 0.80, and slowed it by 11, 14, 15
+#: and 17 %. A copy of one plane reaches less with as many blocks, since it locates each vector
+#: separately.
 PEER_BLOCKS = {"compute": 14, "idle": 64}
 IDLE = Terms(overlap="idle")
 _HOST = torch.device("cpu")
-#: Vectors of one launch, counted in 32 bits with room for one turn past the end; a larger copy is
+#: Vectors of one launch, counted in 32 bits with space for one turn past the end. A larger copy is
 #: split.
 MAX_VECTORS = 2**30
 
 
 class Cut(NamedTuple):
-    """How a copy is cut among threads."""
+    """The division of a copy among threads."""
 
     threads: int = 1024  # of a block
-    each: int = 2  # vectors that a thread has under way before its first store, at least
-    planes: int = 1  # from how many planes it takes them at most, at one place in each
+    each: int = 2  # the least vectors that a thread loads before its first store
+    planes: int = 1  # the most planes that it takes them from, at one position in each
 
 
-#: A quarter of a megabyte under way in eight blocks: more than what the link holds. With eight
-#: vectors in each of 512 threads registers spilled: 0.75 - 0.85 of a memcpy, 0.92 - 0.95 as it is.
+#: Eight blocks load a quarter of a megabyte before their stores: more than the link holds. With
+#: eight vectors in each of 512 threads registers spilled: 0.75 - 0.85 of a memcpy instead of 0.92 -
+#: 0.95.
 CUT = Cut()
-#: Of a peer's rows. Finding each vector by itself, eight blocks reached 153 GB/s between two H200,
-#: finding one place in eight planes 367.
+#: For a peer's rows. Locating each vector separately, eight blocks reached 153 GB/s between two
+#: H200; locating one position in eight planes they reached 367.
 PEER_CUT = Cut(each=4, planes=8)
 
 
@@ -78,7 +80,7 @@ class BlockLimits(NamedTuple):
 def _limits_of(direction: str, peer: bool, terms: Terms) -> BlockLimits:
     """Return the limits on thread blocks under a caller's terms; ``peer``: for a peer's rows."""
     small = BLOCKS
-    large = BESIDE[direction] if terms.overlap == "compute" else BLOCKS
+    large = COMPUTING[direction] if terms.overlap == "compute" else BLOCKS
     if peer:
         small = large = PEER_BLOCKS[terms.overlap]
     if terms.max_thread_blocks:
@@ -87,11 +89,12 @@ def _limits_of(direction: str, peer: bool, terms: Terms) -> BlockLimits:
 
 
 class ZeroCopyKernel(RowsKernel):
-    """One nest of a plan between a device and pinned memory, or a peer's, whose tables of the other
-    side's addresses lie on ``device``, in as many thread blocks as the ``terms`` allow.
+    """One nest of a plan between a device and pinned memory, or a peer's memory.
+
+    Tables of the other side's addresses lie on ``device``. The ``terms`` limit the thread blocks.
 
     Raises:
-        Unsupported: as `RowsKernel` does; a unit of more vectors than are counted.
+        Unsupported: as `RowsKernel` does; or a unit has more vectors than the kernel counts.
     """
 
     file = "host/direct.cuh"
@@ -102,7 +105,7 @@ class ZeroCopyKernel(RowsKernel):
     ) -> None:
         self._reads_host = plan.src.place != "device"
         if self._reads_host:
-            # A plan walks as the destination lies; the link wants neighbours on the host's side.
+            # A plan follows the destination's order; the link wants neighbours on the host's side.
             loops = sorted(nest.loops, key=lambda x: (not x.tabled, -abs(x.src_stride)))
             nest = replace(nest, loops=tuple(loops))
         peer = plan.src.place == "peer"
@@ -119,7 +122,7 @@ class ZeroCopyKernel(RowsKernel):
         direction = "h2d" if self._reads_host else "d2h"
         self._together = min(cut.planes, self.planes)
         self._strips = max(1, cut.each // self._together)
-        # Of planes that are taken together a block has its own; single ones it passes through.
+        # A block takes several planes together, and passes through single planes.
         self._length = self.row
         self._groups = -(-self.planes // self._together)
         if self._together == 1:
@@ -127,7 +130,7 @@ class ZeroCopyKernel(RowsKernel):
             self._groups = 1
         self._limits = _limits_of(direction, peer, terms)
         side = self.src if self._reads_host else self.dst
-        #: The host side's addresses, too, are read from device memory.
+        #: The host side's addresses are also read from device memory.
         self.wants_table = side.kind == "UNITS"
         self._first = 8 * side.side.table
 
@@ -139,7 +142,7 @@ class ZeroCopyKernel(RowsKernel):
         return f'extern "C" __global__ {entry} {{ copy_direct<{of}>(copy); }}\n'
 
     def grid(self, units: int, each: int) -> tuple[int, int]:
-        """Thread blocks of a launch: no more than have something to do."""
+        """Return the thread blocks of a launch, at most as many as have work."""
         limits = self._limits
         large = units * self._whole * self.vector > limits.small_bytes
         most = limits.large if large else limits.small
@@ -147,20 +150,20 @@ class ZeroCopyKernel(RowsKernel):
         return min(most, -(-units * self._length // width) * self._groups), 1
 
     def requests(self, move: Move) -> tuple[Request, Request]:
-        """See `RowsKernel.requests`; of the host's addresses those on the device."""
-        mine, theirs = super().requests(move)
+        """See `RowsKernel.requests`; uses the host's addresses on the device."""
+        src, dst = super().requests(move)
         if not self.wants_table:
-            return mine, theirs
+            return src, dst
         sent = (move.src if self._reads_host else move.dst).table_on(self._device)
-        assert sent is not None  # the launch had it sent
+        assert sent is not None  # the launch sent it
         table = sent.data_ptr() + self._first
         if self._reads_host:
-            return (mine[0], table, *mine[2:]), theirs
-        return mine, (theirs[0], table, *theirs[2:])
+            return (src[0], table, *src[2:]), dst
+        return src, (dst[0], table, *dst[2:])
 
 
 _WIDEST = 16  # bytes of a vector that fills the link
-_REACHED = "direct: reached by"  # kept in a view, with the device
+_REACHED = "zero_copy: reached by"  # with the device, the key of a view's cached answer
 
 
 class ZeroCopy(Strategy):
@@ -190,7 +193,8 @@ class ZeroCopy(Strategy):
         return Capabilities(places, skips_negative=True, guards=True, capturable=True)
 
     def check(self, plan: CopyPlan) -> Decision:
-        """As every backend; of vectors that are narrow the reason says that they cost bandwidth."""
+        """Check as every backend does. For narrow vectors the reason says that they cost
+        bandwidth."""
         decision = super().check(plan)
         if decision.accepted and plan.src.place == "peer":
             most = self.terms.max_thread_blocks or PEER_BLOCKS[self.terms.overlap]
@@ -212,13 +216,13 @@ class ZeroCopy(Strategy):
 
 
 class _ZeroCopyLaunch(StrategyLaunch):
-    """A launch of the kernel, with what it needs of the host's memory."""
+    """A launch of the kernel that retains the host's memory."""
 
     def __init__(self, plan: CopyPlan, device: torch.device, rows: RowsLaunch) -> None:
         super().__init__(plan, device)
         self._rows = rows
         self._process = this_process()
-        self._pinned = plan.src.place != "peer"  # else the transfer holds a peer's memory
+        self._pinned = plan.src.place != "peer"  # else the transfer retains a peer's memory
 
     def enqueue(self, move: Move, stream: torch.Stream | None, status: torch.Tensor | None) -> None:
         if self._process.forked:
@@ -227,52 +231,58 @@ class _ZeroCopyLaunch(StrategyLaunch):
         if self._pinned:
             check_reach(host, self.device)
         for view, read in zip(move[:2], self._rows.tables, strict=True):
-            if read:  # of the host's own, in host memory, each thread would read over the link
+            if read:  # each thread would read a table in host memory over the link
                 bring_table(view, self.device, stream)
         try:
             self._rows.enqueue(move, stream, status)
         finally:
-            # No allocator knows of these kernels, so the host's memory is held until they ended. A
-            # graph's memory is its owner's.
+            # No allocator knows of these kernels, so the host's memory is retained until they end.
+            # A graph's memory belongs to its owner.
             if self._pinned and host.held and not capturing(self.device):
                 streams.completion(self.device, stream, *host.held)
 
     def again(
         self, src: KVView, dst: KVView, src_index: Index, dst_index: Index
     ) -> RowsAgain | None:
-        """See `base.Repeatable`; None if host memory is to be held until the kernel ended."""
-        held = (dst if self.downward else src).held
-        return None if self._pinned and held else self._rows.again(src, dst, src_index, dst_index)
+        """See `base.Repeatable`. None if host memory must be retained until the kernel ends."""
+        retained = (dst if self.downward else src).held
+        return (
+            None if self._pinned and retained else self._rows.again(src, dst, src_index, dst_index)
+        )
 
 
 def check_reach(view: KVView, device: torch.device) -> None:
     """Raise `Unsupported` if kernels on a device do not reach a view of pinned memory."""
-    if why := unreached(view, device):
+    why = unreached(view, device)
+    if why:
         raise Unsupported(f"A direct copy of pinned memory at {view.origins[0]:#x}", why)
 
 
 def unreached(view: KVView, device: torch.device) -> str:
-    """Why kernels on a device do not reach a view of pinned memory or a peer's by its addresses, as
-    a phrase, as if it was registered but not mapped: they would fault. Empty if they do. One
-    address is asked for, until it is reached."""
+    """Return why kernels on a device do not reach pinned or peer memory by its addresses, as a
+    phrase. Empty: they do.
+
+    Memory that is registered but not mapped is not reached: kernels would fault. The driver is
+    queried for one address, until it is reached.
+    """
     if (_REACHED, device) in view.derived or not view.entries or view.form.table_on_device:
-        return ""  # what a caller has on the device are addresses of the device
-    found = device_address(view.origins[0], device)
-    if found == view.origins[0]:
+        return ""  # a caller's table on the device has addresses of the device
+    address = device_address(view.origins[0], device)
+    if address == view.origins[0]:
         view.derived[_REACHED, device] = True
         return ""
-    if view.form.place == "peer":  # some allocators map memory for its own device alone
+    if view.form.place == "peer":  # some allocators map memory for the owning device alone
         return f"{device} does not reach memory at {view.origins[0]:#x} of {view.home}"
-    if found:
-        return f"{device} reaches it at {found:#x} alone; use backend 'staged'"
+    if address:
+        return f"{device} reaches it only at {address:#x}; use backend 'staged'"
     return f"{device} does not reach it; pin it with mapped=True, or use backend 'staged'"
 
 
 def device_address(address: int, device: torch.device) -> int:
-    """Where kernels on a device find host memory; 0: nowhere."""
+    """Return the address of host memory for kernels on a device; 0: none."""
     driver = _cuda_driver.bindings()
-    asked = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
+    attribute = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_POINTER
     with torch.cuda.device(device):
         _cuda_driver.adopt(device)
-        error, found = driver.cuPointerGetAttribute(asked, address)
-    return 0 if int(error) else int(found)
+        error, address_there = driver.cuPointerGetAttribute(attribute, address)
+    return 0 if int(error) else int(address_there)

@@ -125,7 +125,7 @@ def test_explain_says_how_rows_of_another_device_cross() -> None:
     words = "explain", *FOUNDING, "--layers", "2", "--device", f"{NAME}:1"
     found = run_json(*words, "--src-device", f"{NAME}:0", "--overlap", "idle")
     assert found["backend"] == "bounce"
-    assert found["why"].startswith("goes through pinned host memory, since torch does not tell")
+    assert found["why"].startswith("goes through pinned host memory, since torch does not report")
     assert found["device"] == f"{NAME}:1"
     code, _, err = run(*words, "--src-device", "cpu")
     assert code == 1

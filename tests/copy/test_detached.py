@@ -28,7 +28,7 @@ DETACHED: dict[str, Any] = {"backend": "staged", "detached": True}
 @pytest.fixture(autouse=True)
 def _staging_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     small_mirrors(monkeypatch)
-    staging.kept.clear()
+    staging.cached_staging.clear()
 
 
 class Pairs:
@@ -78,7 +78,7 @@ def test_every_byte_of_many_lands(
 def test_a_gather_waits_for_the_end_of_the_transfer_before_unless_detached(detached: bool) -> None:
     Pairs(simdev_cases.DEVICE, True, 1).started(detached=detached)[0].synchronize()
     before, after = Pairs(simdev_cases.DEVICE, True, 2).started(detached=detached)
-    (room,) = staging.kept.values()
+    (room,) = staging.cached_staging.values()
     room.half.synchronize()
     assert before.done() is not detached
     after.synchronize()
@@ -109,7 +109,7 @@ def test_larger_transfers_behind_smaller_ones_and_staging_given_back(
     accelerator: torch.device, downward: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Mirrors grow, and go to others, while transfers through them are under way."""
-    monkeypatch.setattr(staging.kept, "limit", 1)
+    monkeypatch.setattr(staging.cached_staging, "limit", 1)
     pairs = Pairs(accelerator, downward)
     for nth, blocks in enumerate(pairs.each):
         few = IDS[: 2 + nth % 7]
@@ -161,7 +161,7 @@ def test_one_that_failed_leaves_the_next_right(
     for moved in Pairs(simdev_cases.DEVICE, downward, 1).started():  # to prepare takes memory too
         moved.synchronize()
     with monkeypatch.context() as patch:
-        staging.kept.clear()
+        staging.cached_staging.clear()
         if fault == "full":  # no room on the device, and then some
             patch.setattr(torch, "empty", full)
         else:

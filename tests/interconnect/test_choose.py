@@ -394,7 +394,7 @@ def test_a_forced_strategy_carries_out_what_another_would() -> None:
     assert launched() == list(ORDER[:3])
     for name, why in (
         ("pageable", "it does not copy from device to pinned memory"),
-        ("nonsense", "there is no such strategy"),
+        ("nonsense", "no strategy has that name"),
     ):
         with pytest.raises(Unsupported, match=why):
             launch.launch_by(name, move, None)
@@ -492,7 +492,7 @@ def test_the_default_rule_picks_what_the_measurements_behind_it_say(direction: s
 
 def test_what_the_rule_wants_may_not_serve() -> None:
     out = {**OUT, "zero_copy": "no driver"}
-    why = "the gentlest of those that are left, as nothing was measured here"
+    why = "the gentlest strategy that is left, as nothing was measured here"
     assert picked(MIB, 4096, 1, out=out)[:2] == ("staged", why)
     out["batched_memcpy"] = "no"
     assert picked(64 * MIB, 2, 2, out=out)[:2] == ("staged", "the only strategy that is left")
@@ -510,7 +510,7 @@ def test_a_computing_device_keeps_the_kernel_out() -> None:
     # What it would have taken is told all the same.
     found = picked(*asked, costs=table(staged=2.0, batched_memcpy=3.0, zero_copy=1e-3))
     assert found.strategy == "staged"
-    assert "zero_copy would take less, but the terms keep it out" in found.why
+    assert "zero_copy would take less, but the terms exclude it" in found.why
     seconds = {one.strategy: one.seconds for one in found.alternatives}
     assert (seconds["zero_copy"] or 9) < (seconds["staged"] or 0)
 
@@ -570,7 +570,7 @@ def test_of_those_about_as_quick_the_one_that_keeps_the_host_least() -> None:
     # What is not as quick is not asked what it costs the host.
     found = picked(*asked, costs=table(host, staged=1.0, batched_memcpy=far, zero_copy=far), **idle)
     assert found.strategy == "staged"
-    assert found.why.startswith("the least time of those")
+    assert found.why.startswith("the least time of the strategies")
     # Nor is what the terms keep out, however quick.
     quick = table(host, staged=1.0, batched_memcpy=near, zero_copy=0.5)
     assert picked(*asked, costs=quick).strategy == "batched_memcpy"

@@ -179,7 +179,7 @@ def test_torch_is_never_given_strided_host_memory(
 @pytest.mark.simdev
 def test_memory_that_is_in_no_view() -> None:
     ends = Link(DEVICE, False, 64)
-    with refused(TransferError, "65 bytes", "no single allocation", watch=ends.dst):
+    with refused(TransferError, "65 bytes", "one allocation", watch=ends.dst):
         ends.copy(to_2d_copies(runs_of([0], [0], 65)))
 
 

@@ -237,7 +237,7 @@ def test_slices_cover_every_position_of_every_plane_once(tokens: int, downward: 
     transfer = between_chunks(DEVICE, downward, tokens)
     slices = slices_of(transfer)
     assert sum(piece.dense.nbytes(piece.cut.count) for piece in slices) == tokens * TOKEN
-    assert all(piece.cut.count <= piece.held and piece.nbytes <= SLICE for piece in slices)
+    assert all(piece.cut.count <= piece.slots and piece.nbytes <= SLICE for piece in slices)
     transfer()
 
 

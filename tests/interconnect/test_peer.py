@@ -218,7 +218,7 @@ def test_a_driver_that_gives_no_access(asked: list[bool]) -> None:
 @pytest.mark.simdev
 def test_a_device_whose_torch_tells_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peer, "answers", Bounded("answers of a test", 8))
-    assert peer.unmapped(HERE, THERE).startswith("torch does not tell whether")
+    assert peer.unmapped(HERE, THERE).startswith("torch does not report whether")
 
 
 @pytest.mark.simdev
@@ -233,7 +233,7 @@ def test_a_device_that_is_full_is_asked_again(
     with reading(ReadsPeers):
         with monkeypatch.context() as busy:
             busy.setattr(device_module, "can_device_access_peer", full)
-            assert peer.unmapped(HERE, THERE).endswith(f"could not be tried on {THERE}: no room")
+            assert peer.unmapped(HERE, THERE).endswith(f"could not be tested on {THERE}: no room")
             assert judge(COPIES["gather"](), (HERE, THERE)).statistics.engine == "bounce"
         assert peer.unmapped(HERE, THERE) == ""
 
@@ -279,7 +279,7 @@ def test_ways_by_what_is_mapped(monkeypatch: pytest.MonkeyPatch) -> None:
     with reading(ReadsPeers):
         monkeypatch.setattr(peer, "unmapped", said(""))
         assert way().name == way(Terms("idle")).name == ReadsPeers.name
-        with refused(Unsupported, "max_thread_blocks=3", "'zero_copy' alone"):
+        with refused(Unsupported, "max_thread_blocks=3", "only 'zero_copy'"):
             way(Terms(max_thread_blocks=3))
         assert way(backend="reference").name == "bounce"
         monkeypatch.setattr(peer, "unmapped", said("it is not"))

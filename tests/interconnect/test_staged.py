@@ -81,7 +81,7 @@ TABLE: dict[str, Callable[[], Copy]] = {
 
 @pytest.fixture(autouse=True)
 def _staging_of_its_own() -> None:
-    staging.kept.clear()
+    staging.cached_staging.clear()
 
 
 @pytest.fixture(params=[None, 512], ids=["default", "small"])
@@ -282,7 +282,7 @@ def test_staging_stays_below_its_limit() -> None:
     for case in CASES[::4]:
         Transfers(Staged(DEVICE), True, case)()
     most = staging.RING * staged.LARGEST
-    assert max(each.nbytes for each in staging.kept.values()) <= most
+    assert max(each.nbytes for each in staging.cached_staging.values()) <= most
 
 
 @DOWNWARD
@@ -295,7 +295,7 @@ def test_transfers_go_on_after_one_that_found_no_memory(
         patch.setattr(torch, "empty", full)
         with pytest.raises(torch.OutOfMemoryError):
             transfer.go()
-    (room,) = staging.kept.values()
+    (room,) = staging.cached_staging.values()
     assert not room.nbytes
     transfer(tokens=8)
     transfer()
@@ -310,7 +310,7 @@ def test_of_too_many_streams_the_one_used_longest_ago_gives_its_staging_back() -
     gone = weakref.ref(second)
     assert staging.staging(DEVICE, streams[0]) is first  # used again, so not the next to go
     staging.staging(DEVICE, streams[-1])
-    assert list(staging.kept.values())[:-2] == rooms[2:]
+    assert list(staging.cached_staging.values())[:-2] == rooms[2:]
     del second, rooms, _
     gc.collect()
     assert gone() is None
@@ -348,7 +348,7 @@ def test_threads_that_settle_a_slice_agree(downward: bool, monkeypatch: pytest.M
 
     one = fresh()
     rooms = [torch.empty(one.nbytes, dtype=torch.uint8, device=DEVICE) for _ in range(3)]
-    buffers = [one.dense.view(room, one.held) for room in rooms]
+    buffers = [one.dense.view(room, one.slots) for room in rooms]
     expected = [fresh().pieces(buffer, host, ALL) for buffer in buffers]
 
     def check(nth: int) -> None:
@@ -424,11 +424,11 @@ def test_tables_of_addresses_are_held_until_the_callers_stream_is_past(
     )
     transfer.go()
     slices = transfer.prepared().slices(transfer.rows, transfer.host, transfer.theirs, TOKENS)
-    (room,) = staging.kept.values()
+    (room,) = staging.cached_staging.values()
     work = current(DEVICE).stream_id
     for each, at in zip(slices, room.turns(len(slices)), strict=True):
         assert (each.rows, work) in told
-        assert (room.view(at, each.dense, each.held), work) in told
+        assert (room.view(at, each.dense, each.slots), work) in told
 
 
 @DOWNWARD
@@ -507,10 +507,10 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
         transfer.mine = again
         transfer.go(tokens=32)
         assert len(asked) == expected
-    known = len(transfer.prepared().known)
+    known = len(transfer.prepared().cached)
     transfer.mine = Index.of(ids)  # for one call: it is never met again
     transfer.go(tokens=32)
-    assert (len(asked), len(transfer.prepared().known)) == (3, known)
+    assert (len(asked), len(transfer.prepared().cached)) == (3, known)
     # Another index of the same tensor may be made after its ids have changed.
     ids.copy_(ids.flip(0))
     transfer.mine = Index(ids)
@@ -520,7 +520,7 @@ def test_a_list_that_is_used_again_is_expanded_once(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.simdev
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batched_memcpy, "MOST_KEPT", 500)
+    monkeypatch.setattr(batched_memcpy, "MOST_CACHED", 500)
     monkeypatch.setattr(TorchLink, "copy", lambda *args: None)
     transfer = Transfers(BatchedMemcpy(DEVICE), True)
     kept = list[Index]()
@@ -529,9 +529,9 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         transfer.mine = kept[-1]
         transfer.go(tokens=8 + seed if seed < 24 else 32)
         launch = transfer.prepared()
-        number = sum(pieces.number + 1 for pieces in launch.known.values())
+        number = sum(pieces.number + 1 for pieces in launch.cached.values())
         assert 0 < launch.number == number <= 500
-        assert kept[-1].ids_token in next(reversed(launch.known))
+        assert kept[-1].ids_token in next(reversed(launch.cached))
 
 
 @pytest.mark.parametrize("strategy", [BatchedMemcpy, Staged])

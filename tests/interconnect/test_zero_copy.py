@@ -147,7 +147,7 @@ def test_beside_a_model_a_large_launch_has_few(strategy: type[Stores], terms: Te
     plan = between(COPIES["gather"](), *strategy.sides)
     direction = "h2d" if strategy is Loads else "d2h"
     most = terms.max_thread_blocks or BLOCKS
-    beside = zero_copy.BESIDE[direction] if terms == Terms() else most
+    beside = zero_copy.COMPUTING[direction] if terms == Terms() else most
     kernel = ZeroCopyKernel(plan.nests[0], plan, CPU, terms)
     small = MOST_BESIDE[direction] // plan.token_bytes
     assert [kernel.grid(units, 2)[0] for units in (small, small + 1)] == [most, beside]
@@ -336,7 +336,7 @@ def test_a_view_is_asked_until_it_is_reached(
         if reached:
             prepared(*ends, None, None)
             continue
-        told = "mapped=True" if len(asked) == 0 else f"reaches it at {64 * len(asked):#x} alone"
+        told = "mapped=True" if len(asked) == 0 else f"reaches it only at {64 * len(asked):#x}"
         with refused(Unsupported, told, "staged", watch=copied.dst.tensors):
             prepared(*ends, None, None)
     assert asked == [dst.origins[0]] * (1 if reached else 3)
