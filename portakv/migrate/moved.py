@@ -101,7 +101,8 @@ def taken(
     link = graph.link(f"take:{step.owner.number}", width=step.owner.welcome.slots)
     pull.behind = pull.behind or StreamFence(step.cut.dst.device)
     pace = RateLimit(max_gbps or inf)
-    for part in step.slices(int(PACED * 1e9 * max_gbps) if max_gbps else 1 << 62):
+    nbytes = min(PACED * 1e9 * (max_gbps or inf), 1 << 62)
+    for part in step.slices(int(nbytes)):
         yield part[0], Node(partial(_take, step, part, pull, pace), 1, link=link)
 
 

@@ -31,6 +31,7 @@ CANCELLED = "A pull was cancelled; nothing of it is published."
 MAPPED = "mapped", "the owners' memory can be mapped"
 MOMENT = 1e-3  # seconds in which a copy may end before owners are told of it, which takes 0.1 ms
 LOOK = 0.5  # seconds between two looks at owners, whose offers are renewed then
+LAST_QUESTION = 0.5  # seconds after a pull's time in which owners may still answer
 CLOSING = 0.5  # seconds for the message that a pull is over
 
 
@@ -211,11 +212,12 @@ class Pull(Part):
                     self.cancel()  # what else it would bring is not published
 
     def _asked(self, told: Told, kind: type[About], *terms: float) -> list[Answer | PortaKVError]:
-        """What owners answer about their offers in the time that is left, and half a second; or
-        what became of the question."""
+        """What owners answer about their offers until half a second after the pull's time; or what
+        became of the question."""
         asked = [(owner.address, kind(one.epoch, one.offer, *terms)) for one, owner in told]
         channel = told[0][1].channel
-        seconds = min(channel.timeout, max(0.5, self._until - monotonic()))
+        left = self._until + LAST_QUESTION - monotonic()
+        seconds = min(channel.timeout, max(0.0, left))
         return channel.ask_all(asked, Answer, seconds)
 
 

@@ -106,6 +106,8 @@ class Parameter:
         ``parts``: whole extents there of what is fused in it (query, key, value), or one; each is
         cut at multiples of ``unit`` (a head's rows), and ranks that outnumber these share."""
         instance("tensor", tensor, torch.Tensor)
+        if not tensor.ndim:
+            raise invalid("tensor", "a tensor with an axis to split", tensor)
         whole("axis", axis, -tensor.ndim, tensor.ndim - 1)
         parts = [whole("parts", part) for part in items("parts", parts, "extents")]
         if not isinstance(cut, tuple) or len(cut) != 2:
@@ -651,7 +653,8 @@ def pull_weights(
     pace = RateLimit(rate) if rate else None
     wrong = list[str]()
     total = 0
-    for batch in _batches(cells, held, _PACED if rate else _BATCH):
+    on_host = any(x.tensor.is_cpu for x in held.values())
+    for batch in _batches(cells, held, _PACED if rate or on_host else _BATCH):
         once = [x for x in batch if mine[x.name].tie == x.name]
         pairs = [owners[x.owner].pair(x, held[x.name].tensor) for x in once]
         nbytes = sum(into.nbytes for into, _ in pairs)
@@ -678,7 +681,32 @@ def _batches(
     cells: Sequence[Cell], parameters: Mapping[str, Parameter], most: int
 ) -> Iterator[list[Cell]]:
     """Yield cells of about ``most`` bytes together, and of at most as many as a message holds."""
-    sizes = (prod(x.box.extents) * parameters[x.name].tensor.itemsize for x in cells)
+    itemsizes = {name: x.tensor.itemsize for name, x in parameters.items()}
+    pieces = [piece for x in cells for piece in _pieces(x, most // itemsizes[x.name])]
+    sizes = (prod(x.box.extents) * itemsizes[x.name] for x in pieces)
     ends = accumulate(max(nbytes, most // _SUMS) for nbytes in sizes)
-    for _, batch in groupby(zip(ends, cells, strict=True), lambda pair: pair[0] // most):
+    for _, batch in groupby(zip(ends, pieces, strict=True), lambda pair: pair[0] // most):
         yield [cell for _, cell in batch]
+
+
+def _pieces(cell: Cell, most: int) -> Iterator[Cell]:
+    """Yield a cell in pieces of about ``most`` elements, so that a pull can end in its time."""
+    offset, start, extents = cell.box
+    total = prod(extents)
+    axis = next((axis for axis, extent in enumerate(extents) if extent > 1), None)
+    if total <= most or axis is None:
+        yield cell
+        return
+    step = max(1, most * extents[axis] // total)
+    if axis == len(extents) - 1:
+        step = max(4, step // 4 * 4)  # so that digests go by words of four bytes
+    for at in range(0, extents[axis], step):
+        size = min(step, extents[axis] - at)
+        part = (*extents[:axis], size, *extents[axis + 1 :])
+        box = Box(_shifted(offset, axis, at), _shifted(start, axis, at), part)
+        yield from _pieces(cell._replace(box=box, theirs=_shifted(cell.theirs, axis, at)), most)
+
+
+def _shifted(start: Dims, axis: int, by: int) -> Dims:
+    """Return the start of a box that lies further along an axis."""
+    return (*start[:axis], start[axis] + by, *start[axis + 1 :])

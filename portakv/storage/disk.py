@@ -5,6 +5,7 @@ may be added or lost."""
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from glob import glob
@@ -50,6 +51,8 @@ class Disk:
         for folder in folders:
             if not isinstance(folder, str | Path) or not str(folder):
                 raise invalid("folders", "texts or Paths", folder, "Pass a path.")
+            if "\0" in str(folder) or not _can_encode(str(folder)):
+                raise invalid("folders", "paths that the system can hold", folder, "Pass a path.")
             if "://" in str(folder):
                 raise InvalidTerms("Expected folders, got a URL. Pass the URL to `Remote`.")
         if io is not None and (isinstance(io, str) or not hasattr(io, "run")):
@@ -61,7 +64,7 @@ class Disk:
         self.folders = [Path(folder) for folder in folders]
         self.capacity = int(capacity)
         self.admit = one_of("admit", admit, ("always", "second"))
-        self.workers = whole("workers", workers, 1)
+        self.workers = whole("workers", workers, 1, 1 << 16)
         self.io = io
         self.track = track
         self._size_notes: list[str] = []
@@ -131,6 +134,14 @@ class Disk:
                         space.readers.add(slots)
                     parts.append((slots, graph.link(f"disk:{folder}", width=self.workers)))
                     notes += slots.notes
+                together = [slots for slots, _ in parts]
+                for slots in together:
+                    slots.fit(together)
+                if own:
+                    for folder in (slots.folder.parent for slots in together):
+                        spaces[folder].others = [
+                            x.folder.parent for x in together if x.folder.parent != folder
+                        ]
                 if parts:
                     shelves.append(DiskShelf(graph, form, parts, engine, own, notes))
                     notes = []
@@ -142,3 +153,12 @@ class Disk:
                 _warnings.warning(f"{note} {folders}", "%s: %s", folders, note)
             undo.pop_all()
         return shelves
+
+
+def _can_encode(path: str) -> bool:
+    """Return whether a path can be handed to the system; a lone surrogate cannot."""
+    try:
+        os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from portakv.arguments import invalid, items, octets, text, whole
+from portakv.arguments import flag, invalid, items, octets, text, whole
 from portakv.errors import InvalidTerms, Unsupported
 
 
 def check_keys(keys: Iterable[bytes], weak_keys: bool = False) -> list[bytes]:
     """Keys of 32 bytes; shorter ones get zeros behind them. Raises `InvalidTerms` for a key above
     32 bytes, or below 16 (1 if ``weak_keys``): two of few bits meet in one store."""
+    flag("weak_keys", weak_keys)
     found = items("keys", keys, "bytes")
     least = 1 if weak_keys else 16
     for number, key in enumerate(found):

@@ -46,9 +46,9 @@ from portakv.storage.table import (
     SEGMENTS,
     SUMS,
     Records,
+    Successions,
     cut_tail,
     records_in,
-    with_successors,
     write_record,
 )
 
@@ -101,13 +101,14 @@ class Slots:
         # Slots that are being written: the keys of their blocks, and what these follow.
         self._taken = dict[int, tuple[bytes, int]]()
         self._written = threading.Condition(self._change)
+        self.siblings: Sequence[Slots] = ()  # of all folders of the form, once they are open
         _watch_forks()
         _opened.add(self)
         try:
             self._recover(engine, track, self._open(room))
             self._free = deque(sorted({*range(self.count)}.difference(self.index.values())))
-            with self._change:
-                self._cut(self.limit)
+            if chains is None:
+                self.fit()
         except BaseException as error:
             self.close(sync=False)
             if not isinstance(error, OSError):
@@ -372,6 +373,16 @@ class Slots:
             return None
         return slot
 
+    def fit(self, siblings: Sequence[Slots] = ()) -> None:
+        """Give back the slots above the limit, as after a change of it. ``siblings``: the slots of
+        all folders of the form, whose blocks may follow from each other."""
+        self.siblings = siblings
+        try:
+            with self._change:
+                self._cut(self.limit)
+        except OSError as error:
+            raise unusable(self.folder, error) from error
+
     def cut(self, nbytes: int) -> bool:
         """Give back the empty slots at the end of the file, or if there are none slots of so many
         bytes or more, with the blocks there and those that follow from them. Slots below one that
@@ -395,17 +406,26 @@ class Slots:
 
     def _cut(self, keep: int) -> None:
         """Give back the slots from ``keep`` on that lie above all that are pinned or being
-        written."""
+        written, or lead to blocks that are being written. Blocks in all folders that follow from
+        those in these slots go with them."""
         keep = max(keep, 0, *(slot + 1 for slot in [*self._pins, *self._taken]))
         if keep >= self.count:
             return
-        keys = {slot: key for key, slot in self.index.items()}
-        records = self._records[: self.count]
-        gone = with_successors(records, keep)
-        for slot in gone:
-            if slot in keys:
-                self._forget(keys[slot])
-        cut_tail(self.fd, self._table, records, gone, keep, self.form.image_bytes)
+        folders = [self, *(x for x in self.siblings if x is not self and x.fd >= 0)]
+        successions = Successions([x._records[: x.count] for x in folders])
+        for writing in folders:
+            for _, follows in writing._taken.values():
+                leading = [x.slot for x in successions.before(follows) if x.table == 0]
+                keep = max(keep, *(slot + 1 for slot in leading), 0)
+        if keep >= self.count:
+            return
+        keys = [{slot: key for key, slot in x.index.items()} for x in folders]
+        for number, slot in successions.from_slot(keep):
+            key = keys[number].get(slot)
+            if key is not None:
+                folders[number]._forget(key)
+            folders[number]._put(slot)
+        cut_tail(self.fd, self._table, self._records[: self.count], keep, self.form.image_bytes)
         self._free = deque(slot for slot in self._free if slot < keep)
         self._records[keep : self.count] = 0
         self.count = keep

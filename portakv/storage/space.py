@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import NamedTuple, Protocol
 from weakref import WeakSet
@@ -14,7 +14,8 @@ import numpy as np
 
 from portakv.errors import StoreError
 from portakv.storage.files import OPEN, form_in, lock, open_file
-from portakv.storage.table import SEGMENTS, Records, cut_tail, records_in, with_successors
+from portakv.storage.form import BlockForm
+from portakv.storage.table import SEGMENTS, Records, Successions, cut_tail, empty, records_in
 
 EXTENT = 64 << 20  # bytes that a form grows or shrinks by at most at one time
 _NO_BOUND = (1 << 63) - 1
@@ -45,13 +46,14 @@ class Space:
     slots back from the end of their files: closed forms first, of these the one that no store
     opened to save for the longest time; then ``readers``, the forms that this store has open to
     read. Empty slots at the end of a file go before slots with blocks. With a block go all blocks
-    that follow from it.
+    that follow from it, also those in ``others``, the claimed folders of the same tier.
     """
 
     def __init__(self, folder: Path, capacity: int = _NO_BOUND) -> None:
         self.folder = folder
         self.capacity = capacity
         self.readers: WeakSet[Reader] = WeakSet()
+        self.others: Sequence[Path] = ()
         self._trimmed = set[Path]()  # closed forms without empty slots at the end
 
     def whole(self) -> int:
@@ -89,10 +91,10 @@ class Space:
         for file in closed:
             if file.folder not in self._trimmed:
                 self._trimmed.add(file.folder)
-                if _cut_closed(file.folder, 0):
+                if _cut_closed(file.folder, 0, self.others):
                     return True
         for file in closed:
-            if _cut_closed(file.folder, _share(file, nbytes)):
+            if _cut_closed(file.folder, _share(file, nbytes), self.others):
                 return True
         return any(
             readers[file.folder].cut(_share(file, nbytes))
@@ -123,36 +125,62 @@ def _share(file: _File, nbytes: int) -> int:
     return max(nbytes, min(EXTENT, file.nbytes // 8))
 
 
-def _cut_closed(folder: Path, nbytes: int) -> bool:
+class _Closed(NamedTuple):
+    """The files of a form that no store has open, and its records."""
+
+    slots: int
+    table: int
+    records: Records
+
+
+def _open_closed(folder: Path, form: BlockForm, undo: ExitStack) -> _Closed | None:
+    """Lock and open a form that no store has open; None if a store has it."""
+    slots = lock(folder / "slots")
+    if slots < 0:
+        return None
+    undo.callback(os.close, slots)
+    table = open_file(folder / "table", OPEN)
+    undo.callback(os.close, table)
+    count = os.fstat(slots).st_size // form.image_bytes
+    return _Closed(slots, table, records_in(folder, form, count))
+
+
+def _cut_closed(folder: Path, nbytes: int, others: Sequence[Path]) -> bool:
     """Cut so many bytes of slots or more from the end of a form that no store has open; 0: only the
-    empty slots there. Return whether slots went; none of a folder that cannot be read."""
-    fd = table = -1
-    try:
-        form = form_in(folder)
-        if form.name != folder.name:
+    empty slots there. Blocks that follow from those in these slots go too, also in the same form of
+    ``others``. Return whether slots went; none of a folder that cannot be read."""
+    with ExitStack() as undo:
+        try:
+            form = form_in(folder)
+            own = _open_closed(folder, form, undo) if form.name == folder.name else None
+            if own is None:
+                return False
+            about = os.fstat(own.slots)
+            size = form.image_bytes
+            count = about.st_size // size
+            keep = max(count - -(-nbytes // size), 0)
+            if not nbytes:
+                keep = _past_used(own.records, count)
+            if keep >= count:
+                return False
+            files = [own, *_closed_in(others, form, undo)]
+            for number, slot in Successions([file.records for file in files]).from_slot(keep):
+                empty(files[number].table, files[number].records, slot)
+            cut_tail(own.slots, own.table, own.records, keep, size)
+            os.utime(own.slots, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
+            return True
+        except (OSError, StoreError):
             return False
-        fd = lock(folder / "slots")
-        if fd < 0:
-            return False
-        table = open_file(folder / "table", OPEN)
-        about = os.fstat(fd)
-        size = form.image_bytes
-        count = about.st_size // size
-        records = records_in(folder, form, count)
-        keep = max(count - -(-nbytes // size), 0)
-        if not nbytes:
-            keep = _past_used(records, count)
-        if keep >= count:
-            return False
-        cut_tail(fd, table, records, with_successors(records, keep), keep, size)
-        os.utime(fd, ns=(about.st_atime_ns, about.st_mtime_ns))  # no store has used it
-        return True
-    except (OSError, StoreError):
-        return False
-    finally:
-        for each in (fd, table):
-            if each >= 0:
-                os.close(each)
+
+
+def _closed_in(folders: Sequence[Path], form: BlockForm, undo: ExitStack) -> Iterator[_Closed]:
+    """Yield the files of a form in each folder that has it and can be read."""
+    for folder in folders:
+        with suppress(OSError, StoreError):
+            if form_in(folder / form.name) == form:
+                closed = _open_closed(folder / form.name, form, undo)
+                if closed is not None:
+                    yield closed
 
 
 def _past_used(records: Records, count: int) -> int:

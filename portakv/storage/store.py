@@ -12,7 +12,7 @@ import numpy as np
 
 from portakv.arguments import flag, instance, invalid, items, nbytes, one_of, seconds
 from portakv.errors import InvalidTerms, StoreError, TransferTimeout
-from portakv.graph.graph import SLACK, Graph, Priority
+from portakv.graph.graph import SLACK, Graph, Node, Priority
 from portakv.graph.handle import Handle, Missing
 from portakv.runtime.interrupts import uninterrupted
 from portakv.storage.form import BlockForm
@@ -172,6 +172,10 @@ class BlockStore:
             links = [shelf.link_for_write(0) for shelf in shelves]
             chunks = call.chunks(some, SAVED, 1, *links)
             self._generation += len(chunks)
+            # After a gap no block evicts another one. The first blocks take the free slots only if
+            # each chunk waits for the writes of the chunk before it.
+            gaps = {shelf for shelf in shelves if not self._flights.continues(call.after, shelf)}
+            written = dict[Shelf, Node]()
             for number, at in enumerate(chunks):
                 fill = Fill(call, own, at, until)
                 fill.generation = self._generation - number  # a prefix is the newer part
@@ -181,7 +185,11 @@ class BlockStore:
                 for shelf in shelves:
                     link = shelf.link_for_write(len(at) * own.form.image_bytes)
                     work = partial(fill.write, shelf, link)
-                    fill.last.append(call.node(at, work, link, fill, [gather]))
+                    order: list[tuple[Node, list[int], list[int]]] = []
+                    if shelf in gaps and shelf in written:
+                        order.append((written[shelf], [], []))
+                    written[shelf] = call.node(at, work, link, fill, [gather, *order])
+                    fill.last.append(written[shelf])
                 call.ends += [((end, at, range(len(at))), range(0)) for end in fill.last]
                 call.submit()  # now, so that the links' queues show it
         return call.handle(view)
@@ -305,7 +313,7 @@ class BlockStore:
         """Let what is under way end, for so many seconds; cancel prefetches at once, and the rest
         then; close the tiers. Raises `TransferTimeout` if one hangs: tiers then stay open, as it
         uses the rows and the files."""
-        seconds("timeout", timeout)
+        timeout = seconds("timeout", timeout)
         if self.graph.process.forked:  # locks may be held for ever, and nothing here is its own
             return
         self._closed = True

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -52,50 +53,74 @@ def write_record(table: int, records: Records, slot: int) -> bool:
     return bool(written == record.nbytes)
 
 
-def cut_tail(
-    slots: int,
-    table: int,
-    records: Records,
-    gone: Sequence[int],
-    keep: int,
-    image_bytes: int,
-) -> None:
-    """Cut the files of slots and records behind the first ``keep`` slots, once the records of
-    ``gone`` are empty, which `with_successors` returned. A kill at any step leaves no block without
-    the one that it follows."""
-    for slot in gone:
-        records[slot] = 0
-        write_record(table, records, slot)
+def cut_tail(slots: int, table: int, records: Records, keep: int, image_bytes: int) -> None:
+    """Cut the files of slots and records after the first ``keep`` slots, whose records are empty
+    by now (`empty`)."""
     os.ftruncate(slots, keep * image_bytes)
     os.ftruncate(table, min(keep, len(records)) * records.shape[1] * 8)
 
 
-def with_successors(records: Records, keep: int) -> list[int]:
-    """Return the slots from ``keep`` on that have blocks, and those of all blocks that follow from
-    these. Each block comes before the one that it follows."""
-    used = np.flatnonzero(records[:, SEGMENTS]).tolist()
-    text = records[:, :GENERATION].tobytes()
-    marks = {slot: mark_of(text[slot * 32 : slot * 32 + 32]) for slot in used}
-    following: dict[int, list[int]] = {}
-    for slot in used:
-        following.setdefault(int(records[slot, FOLLOWS]), []).append(slot)
-
-    found = _reach([slot for slot in used if slot >= keep], marks, following)
-    found_marks = {marks[slot] for slot in found}
-    first = [slot for slot in found if int(records[slot, FOLLOWS]) not in found_marks]
-    # Blocks of a circle, which only damage or a caller's mistake makes, come from no first one.
-    in_order = dict.fromkeys([*_reach(first, marks, following), *found])
-    return [*in_order][::-1]
+def empty(table: int, records: Records, slot: int) -> None:
+    """Write an empty record into a slot."""
+    records[slot] = 0
+    write_record(table, records, slot)
 
 
-def _reach(first: list[int], marks: dict[int, int], following: dict[int, list[int]]) -> list[int]:
-    """Return slots and those of all blocks that follow from them, each after its predecessor if
-    none of the first ones follows from another one."""
-    found = dict[int, None]()
-    pending = first[:]
-    while pending:
-        slot = pending.pop()
-        if slot not in found:
-            found[slot] = None
-            pending += following.get(marks[slot], ())
-    return [*found]
+class Place(NamedTuple):
+    """A slot of one of several tables."""
+
+    table: int
+    slot: int
+
+
+class Successions:
+    """The blocks in the tables of all folders of a form, and which block follows which."""
+
+    def __init__(self, tables: Sequence[Records]) -> None:
+        self._marks = dict[Place, int]()
+        self._follows = dict[Place, int]()
+        self._by_mark = dict[int, Place]()
+        self._following = dict[int, list[Place]]()
+        for number, records in enumerate(tables):
+            text = records[:, :GENERATION].tobytes()
+            for slot in np.flatnonzero(records[:, SEGMENTS]).tolist():
+                place = Place(number, slot)
+                mark = mark_of(text[slot * 32 : slot * 32 + 32])
+                follows = int(records[slot, FOLLOWS])
+                self._marks[place] = mark
+                self._follows[place] = follows
+                self._by_mark[mark] = place
+                self._following.setdefault(follows, []).append(place)
+
+    def before(self, mark: int) -> list[Place]:
+        """Return the places of the block of a mark, its predecessor, and so on to the first one."""
+        found = dict[Place, None]()
+        place = self._by_mark.get(mark)
+        while place is not None and place not in found:
+            found[place] = None
+            place = self._by_mark.get(self._follows[place])
+        return [*found]
+
+    def from_slot(self, keep: int) -> list[Place]:
+        """Return the blocks of the first table from a slot on, and all blocks in any table that
+        follow from these. Each block comes before the one that it follows, so that a kill while
+        they are removed in this order leaves no block without its predecessor."""
+        tail = [place for place in self._marks if place.table == 0 and place.slot >= keep]
+        found = self._reach(tail)
+        marks = {self._marks[place] for place in found}
+        first = [place for place in found if self._follows[place] not in marks]
+        # Blocks of a circle, which only damage or a caller's mistake makes, come from no first one.
+        in_order = dict.fromkeys([*self._reach(first), *found])
+        return [*in_order][::-1]
+
+    def _reach(self, first: list[Place]) -> list[Place]:
+        """Return places and those of all blocks that follow from them, each after its predecessor
+        if none of the first ones follows from another one."""
+        found = dict[Place, None]()
+        pending = first[:]
+        while pending:
+            place = pending.pop()
+            if place not in found:
+                found[place] = None
+                pending += self._following.get(self._marks[place], ())
+        return [*found]

@@ -135,6 +135,30 @@ def test_the_time_of_a_pull_counts_from_the_call() -> None:
         owner.close()
 
 
+@pytest.mark.parametrize("terms", [{}, {"by_layer": True, "verify": True}])
+def test_an_owner_that_stops_answering_ends_with_the_pull_s_time(
+    staged: tuple[Owner, Reader, bytes], terms: Any
+) -> None:
+    """All questions after the pull's time share half a second: none gets one of its own."""
+    owner, reader, ticket = staged
+    reader.pull(ticket, [2, 3], timeout=10.0).synchronize()
+    ticket = owner.offer([0, 1], tokens=20).ticket
+    owner.channel.serve(Gather, lambda *_: Answer("busy", seconds=0.05))
+    over = 0.0  # seconds after the pull's time that its questions may take together
+    until = time.monotonic() + 0.3
+
+    def wait(questions: Any, kind: Any, seconds: float) -> list[PortaKVError]:
+        nonlocal over
+        over += time.monotonic() + seconds - max(until, time.monotonic())
+        time.sleep(seconds)
+        return [TransferTimeout("no answer") for _ in questions]
+
+    reader.channel.ask_all = wait  # type: ignore[assignment]
+    with pytest.raises(TransferError):
+        reader.pull(ticket, [2, 3], timeout=0.3, **terms).synchronize()
+    assert 0 < over < 0.7
+
+
 def test_two_pulls_of_a_stopped_owner_wait_for_their_own_times() -> None:
     """The second waits for the pairing of the first, which may last longer."""
     with (

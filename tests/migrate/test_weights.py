@@ -34,6 +34,7 @@ from portakv.errors import (
 from portakv.graph.graph import Node
 from portakv.migrate.channel import Channel
 from portakv.migrate.digest import box_digests
+from portakv.migrate.ipc import shared_empty
 from portakv.migrate.messages import unsealed
 from portakv.migrate.weights import (
     AskWeights,
@@ -903,3 +904,27 @@ def test_a_packing_that_cannot_be_told_is_refused_by_its_owner() -> None:
     for packing in (3, "\ud800", "x" * 2000):
         with closing(Channel()) as channel, pytest.raises(InvalidTerms, match="packing of"):
             publish(channel, {"a": Parameter(torch.zeros(3), packing=packing)})  # type: ignore[arg-type]
+
+
+def test_large_tensors_cross_in_pieces() -> None:
+    """So a pull ends in its time, and every byte lands whatever the ends of the pieces."""
+    shapes = {"line": (9_000_001,), "wide": (3, 1, 12_000_003), "number": ()}
+    source = {name: shared_empty(shape, torch.float32) for name, shape in shapes.items()}
+    for tensor in source.values():
+        tensor.view(torch.int32).random_()
+    target = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    with closing(Channel()) as here, closing(Channel()) as there:
+        published = publish(here, source)
+        with pytest.raises(TransferTimeout):
+            pull_weights(there, published.ticket, target, max_gbps=1e-4, timeout=0.5)
+        untouched = sum(int((tensor == 0).sum()) for tensor in target.values())
+        assert untouched > 20_000_000, "a pull whose time is over copies no more"
+        pull_weights(there, published.ticket, target)
+        for name, tensor in target.items():
+            assert torch.equal(tensor.view(torch.int32), source[name].view(torch.int32)), name
+        published.close()
+
+
+def test_a_tensor_without_an_axis_cannot_be_split() -> None:
+    with pytest.raises(InvalidTerms, match=r"^Expected tensor to be a tensor with an axis"):
+        Parameter.split(torch.tensor(3), 0, [1], cut=(0, 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import struct
 from collections.abc import Iterator
 from contextlib import closing
@@ -447,6 +448,21 @@ def test_blocks_after_what_is_nowhere_take_free_slots_alone(made: Any) -> None:
     assert all(save(store, range(5)))
     assert save(store, range(50, 55), after=49) == [True] + [False] * 4
     assert store.lookup([key_of(i) for i in range(5)]) == 5
+
+
+@pytest.mark.parametrize("count", [10, 30])
+def test_of_blocks_after_a_gap_the_first_ones_stay(made: Any, count: int) -> None:
+    """Several workers write them, and none evicts another block."""
+    for turn in range(10):
+        store = made(slots=12, folders=1 + turn % 2)
+        where = store._shelves[0].where.split(", ")
+        save(store, range(6))
+        landed = save(store, range(50, 50 + count), after=49)
+        assert landed == sorted(landed, reverse=True)
+        assert sum(landed) == store.lookup([key_of(i) for i in range(50, 50 + count)]) >= 6
+        store.close(LIMIT)
+        for folder in where:
+            shutil.rmtree(folder)
 
 
 def test_what_a_remote_tier_may_have_counts_as_there(made: Any) -> None:

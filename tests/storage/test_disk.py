@@ -546,6 +546,9 @@ def test_a_busy_folder_after_the_first_is_left_out(shelf: Open) -> None:
         (("x",), {"capacity": "1"}, "capacity"),
         (("x",), {"capacity": float("nan")}, "capacity"),
         (("x",), {"workers": 0}, "workers"),
+        (("x",), {"workers": 1 << 31}, "workers"),
+        (("a\0b",), {}, "folders"),
+        (("\ud800",), {}, "folders"),
         (("x",), {"admit": "third"}, "admit"),
     ],
 )

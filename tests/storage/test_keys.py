@@ -155,6 +155,12 @@ def test_shorter_keys_get_zeros_behind_them() -> None:
     assert check_keys([b"12345678"], weak_keys=True) == [b"12345678" + bytes(24)]
 
 
+@pytest.mark.parametrize("weak", [None, 1, torch.zeros(2)])
+def test_weak_keys_is_a_flag(weak: Any) -> None:
+    with pytest.raises(InvalidTerms, match=r"^Expected weak_keys to be True or False"):
+        check_keys([bytes(32)], weak)
+
+
 @pytest.mark.parametrize(
     ("key", "weak"),
     [

@@ -312,3 +312,41 @@ def test_another_block_size_is_named(
         assert str(tmp_path) in caplog.text
     with store(cache(32), block_size=16) as third:
         assert third.lookup(keys) == 6
+
+
+@pytest.mark.parametrize("by", ["another model", "the whole form", "a smaller capacity"])
+def test_a_chain_in_two_folders_loses_its_end(tmp_path: Path, by: str) -> None:
+    """Whichever folder gives slots back, blocks that follow from them go in the other one too."""
+    half = small_form(heads=2, model="whole")
+    half = replace(half, heads=(0, 1, 2))
+    folders = [tmp_path / "a", tmp_path / "b"]
+    capacity = 2 * 18 * half.image_bytes
+    terms: Any = {"staging": 1 << 20, "full": "wait"}
+    view = KVView(torch.zeros(64, 4, 1, 2, 4, 32, dtype=torch.float16), half.layout)
+    keys = ALL[:36]
+
+    def chain() -> list[bytes]:
+        with BlockStore(half, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
+            shelf = store._shelves[0]
+            return [key for key, there in zip(keys, shelf.has(keys), strict=True) if there]
+
+    with BlockStore(half, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
+        for i in range(0, 36, 3):
+            after = keys[i - 1] if i else None
+            store.save(view, range(i, i + 3), keys[i : i + 3], after=after).synchronize(60)
+    assert chain() == keys
+    if by == "a smaller capacity":
+        capacity = 2 * 17 * half.image_bytes
+    else:
+        other = replace(half, model="other") if by == "another model" else small_form(model="whole")
+        heads = other.heads[1] - other.heads[0]
+        rows = KVView(torch.zeros(8, 4, heads, 2, 4, 32, dtype=torch.float16), other.layout)
+        with BlockStore(other, tiers=[Disk(*folders, capacity=capacity)], **terms) as store:
+            store.save(rows, [0], ALL[100:101]).synchronize(60)
+            shelf = store._shelves[-1]
+            if by == "the whole form":
+                left = [key for key, there in zip(keys, shelf.has(keys), strict=True) if there]
+                assert is_beginning(left, keys)
+    left = chain()
+    assert is_beginning(left, keys)
+    assert 0 < len(left) < 36
